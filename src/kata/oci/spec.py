@@ -1,0 +1,208 @@
+"""The runtime specification of a container that no outer runtime describes.
+
+`build` turns what a person asked for and what the image says into ``config.json``. The result is what Docker
+would have produced where that makes sense inside a virtual machine: the same default capabilities, mounts,
+masked and read-only paths and namespaces, and a seccomp profile of our own (`kata.oci.seccomp`).
+
+Source: runtime-spec 1.1, config.md and config-linux.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from . import capabilities as caps
+from .seccomp import default_profile
+
+if TYPE_CHECKING:
+    from typing import Any
+
+OCI_VERSION = "1.1.0"
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+MASKED_PATHS = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+)
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
+_CPU_PERIOD = 100_000
+"""Microseconds; the kernel's default and Docker's."""
+
+
+class Request:
+    """What a person asked of a container, beyond its image.
+
+    Every field is optional but `hostname`; sizes are bytes, `cpus` is a number of CPUs.
+    """
+
+    __slots__ = (
+        "cap_add",
+        "cap_drop",
+        "command",
+        "cpus",
+        "entrypoint",
+        "env",
+        "hostname",
+        "memory",
+        "pids_limit",
+        "privileged",
+        "read_only",
+        "terminal",
+        "tmpfs",
+        "user",
+        "volumes",
+        "workdir",
+    )
+
+    def __init__(self, hostname: str) -> None:
+        self.hostname = hostname
+        self.command: list[str] = []
+        self.entrypoint: list[str] | None = None
+        self.env: list[str] = []
+        self.workdir = ""
+        self.user = ""
+        self.terminal = False
+        self.read_only = False
+        self.privileged = False
+        self.cap_add: list[str] = []
+        self.cap_drop: list[str] = []
+        self.cpus: float | None = None
+        self.memory: int | None = None
+        self.pids_limit: int | None = None
+        self.tmpfs: list[tuple[str, list[str]]] = []
+        self.volumes: list[tuple[str, str, list[str]]] = []
+
+
+def command_line(entrypoint: list[str] | None, command: list[str], image: dict[str, Any]) -> list[str]:
+    """The argument vector: what was asked for over what the image says.
+
+    An entry point given by hand drops the image's own arguments, as in Docker; an empty one clears it.
+
+    Raises:
+        UsageError: Neither the request nor the image names a command.
+    """
+    if entrypoint is not None:
+        argv = [*entrypoint, *command]
+    else:
+        argv = [*(image.get("Entrypoint") or []), *(command or image.get("Cmd") or [])]
+    if not argv:
+        raise UsageError("no command: neither the image nor the command line names one", "add a command after IMAGE")
+    return argv
+
+
+def environment(asked: list[str], image: dict[str, Any], *, hostname: str, terminal: bool) -> list[str]:
+    """Merge the environment: defaults, then the image's, then *asked*; the last of a name wins.
+
+    Args:
+        asked: ``KEY=VALUE`` strings; the ones without a value were resolved by the caller.
+    """
+    merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    if terminal:
+        merged["TERM"] = "xterm"
+    for item in [*(image.get("Env") or []), *asked]:
+        key, _, value = item.partition("=")
+        merged[key] = value
+    return [f"{key}={value}" for key, value in merged.items()]
+
+
+def _mounts(request: Request) -> list[dict[str, Any]]:
+    kernel_access = "rw" if request.privileged else "ro"
+    strict = ["nosuid", "noexec", "nodev"]
+    table: list[tuple[str, str, str, list[str]]] = [
+        ("/proc", "proc", "proc", strict),
+        ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        ("/sys", "sysfs", "sysfs", [*strict, kernel_access]),
+        ("/sys/fs/cgroup", "cgroup", "cgroup", [*strict, "relatime", kernel_access]),
+        ("/dev/mqueue", "mqueue", "mqueue", strict),
+        ("/dev/shm", "tmpfs", "shm", [*strict, "mode=1777", "size=67108864"]),
+    ]
+    mounts = [
+        {"destination": destination, "type": kind, "source": source, "options": options}
+        for destination, kind, source, options in table
+    ]
+    for destination, options in request.tmpfs:
+        chosen = ["nosuid", "nodev", "noexec", *options] if options else [*strict, "mode=1777"]
+        mounts.append({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": chosen})
+    for source, destination, options in request.volumes:
+        mounts.append({"destination": destination, "type": "bind", "source": source, "options": options})
+    # A deeper mount must come after the one it lies in, whatever order the person gave them in.
+    fixed, asked = mounts[: len(table)], mounts[len(table) :]
+    asked.sort(key=lambda mount: mount["destination"].rstrip("/").count("/"))
+    replaced = {mount["destination"] for mount in asked}
+    return [mount for mount in fixed if mount["destination"] not in replaced] + asked
+
+
+def _resources(request: Request) -> dict[str, Any]:
+    resources: dict[str, Any] = {}
+    if request.privileged:
+        resources["devices"] = [{"allow": True, "access": "rwm"}]
+    else:
+        resources["devices"] = [{"allow": False, "access": "rwm"}]
+    if request.memory is not None:
+        # Swap equal to memory means none, as there is no swap in the guest to give.
+        resources["memory"] = {"limit": request.memory, "swap": request.memory}
+    if request.cpus is not None:
+        resources["cpu"] = {"quota": round(request.cpus * _CPU_PERIOD), "period": _CPU_PERIOD}
+    if request.pids_limit is not None and request.pids_limit > 0:
+        resources["pids"] = {"limit": request.pids_limit}
+    return resources
+
+
+def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
+    """Make the runtime specification.
+
+    Args:
+        request: What was asked for.
+        image: The ``config`` object of the image's configuration (``Env``, ``Cmd``, ``User``, ...), or an
+            empty dict for a plain directory.
+
+    Returns:
+        The content of ``config.json``; ``root.path`` is left to the engine. ``process.user.username`` holds
+        the user as written (``name``, ``uid``, ``name:group``): the agent resolves it against the container's
+        own ``/etc/passwd``.
+
+    Raises:
+        UsageError: No command, or an unknown capability.
+    """
+    granted = caps.resolve(request.cap_add, request.cap_drop, privileged=request.privileged)
+    user = request.user or image.get("User") or ""
+    linux: dict[str, Any] = {
+        "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup", "network")],
+        "resources": _resources(request),
+        "rootfsPropagation": "private",
+    }
+    if not request.privileged:
+        linux["maskedPaths"] = list(MASKED_PATHS)
+        linux["readonlyPaths"] = list(READONLY_PATHS)
+        linux["seccomp"] = default_profile(granted)
+    process: dict[str, Any] = {
+        "terminal": request.terminal,
+        "user": {"uid": 0, "gid": 0, **({"username": user} if user else {})},
+        "args": command_line(request.entrypoint, request.command, image),
+        "env": environment(request.env, image, hostname=request.hostname, terminal=request.terminal),
+        "cwd": request.workdir or image.get("WorkingDir") or "/",
+        # Nothing is inheritable or ambient: a program of an unprivileged user gains nothing by its file's bits
+        # alone (CVE-2022-24769).
+        "capabilities": {"bounding": granted, "effective": granted, "permitted": granted},
+        "oomScoreAdj": 0,
+    }
+    return {
+        "ociVersion": OCI_VERSION,
+        "process": process,
+        "root": {"path": "rootfs", "readonly": request.read_only},
+        "hostname": request.hostname,
+        "mounts": _mounts(request),
+        "linux": linux,
+    }
