@@ -160,6 +160,17 @@ def _resources(request: Request) -> dict[str, Any]:
     return resources
 
 
+def _capability_sets(granted: list[str], user: str) -> dict[str, list[str]]:
+    """The process's capability sets; nothing is inheritable or ambient (CVE-2022-24769).
+
+    An unprivileged user starts with none in effect, as after an execve by that user. A user *name* that turns
+    out to be uid 0 gets them back from the bounding set when the kernel executes the command.
+    """
+    if user.partition(":")[0] in ("", "0", "root"):
+        return {"bounding": granted, "effective": granted, "permitted": granted}
+    return {"bounding": granted}
+
+
 def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
     """Make the runtime specification.
 
@@ -193,9 +204,7 @@ def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
         "args": command_line(request.entrypoint, request.command, image),
         "env": environment(request.env, image, hostname=request.hostname, terminal=request.terminal),
         "cwd": request.workdir or image.get("WorkingDir") or "/",
-        # Nothing is inheritable or ambient: a program of an unprivileged user gains nothing by its file's bits
-        # alone (CVE-2022-24769).
-        "capabilities": {"bounding": granted, "effective": granted, "permitted": granted},
+        "capabilities": _capability_sets(granted, user),
         "oomScoreAdj": 0,
     }
     return {

@@ -1,0 +1,232 @@
+"""Option parsing for the human commands.
+
+A command declares its options as a table; parsing, ``--help`` and the messages for mistakes come from it.
+Conventions are Docker's and Podman's: options stop at the first positional argument when the rest belongs to
+another program (``kata run IMAGE CMD...``), short flags may be joined (``-it``), a value may be attached
+(``-eK=V``, ``--name=x``), ``--flag=false`` switches a flag off. argparse does none of the first, and its import
+costs as much as the rest of the command line together.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FLAG, VALUE, LIST = "flag", "value", "list"
+_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
+class Option:
+    """One option of a command.
+
+    Args:
+        names: Spellings, e.g. ``"-e --env"``; the last long one, without dashes, names the result.
+        metavar: What the value is called in the help; empty for a flag.
+        text: One line for the help.
+        many: May be given repeatedly; the result is a list.
+    """
+
+    __slots__ = ("key", "kind", "metavar", "names", "text")
+
+    def __init__(self, names: str, metavar: str, text: str, *, many: bool = False) -> None:
+        self.names = names.split()
+        self.metavar = metavar
+        self.text = text
+        self.kind = LIST if many else VALUE if metavar else FLAG
+        self.key = self.names[-1].lstrip("-").replace("-", "_")
+
+
+class Arguments:
+    """What was given: a flag is a bool, a value a str or None, a repeatable option a list of str."""
+
+    __slots__ = ("_values", "rest")
+
+    def __init__(self, values: dict[str, bool | str | list[str] | None], rest: list[str]) -> None:
+        self._values = values
+        self.rest = rest
+
+    def flag(self, key: str) -> bool:
+        return self._values[key] is True
+
+    def value(self, key: str) -> str | None:
+        found = self._values[key]
+        return found if isinstance(found, str) else None
+
+    def many(self, key: str) -> list[str]:
+        found = self._values[key]
+        return found if isinstance(found, list) else []
+
+
+class Command:
+    """A command's grammar.
+
+    Args:
+        name: As typed after ``kata``.
+        usage: The positional part of the usage line, e.g. ``"IMAGE [COMMAND [ARG...]]"``.
+        summary: What it does, in one line.
+        options: Its options.
+        least, most: How many positional arguments it takes; *most* None for any number.
+        interspersed: Options may also follow positional arguments; false where the first positional argument
+            starts another program's command line.
+        notes: Further paragraphs for the help.
+    """
+
+    __slots__ = ("interspersed", "least", "most", "name", "notes", "options", "summary", "usage")
+
+    def __init__(
+        self,
+        name: str,
+        usage: str,
+        summary: str,
+        options: Sequence[Option] = (),
+        *,
+        least: int = 0,
+        most: int | None = None,
+        interspersed: bool = True,
+        notes: str = "",
+    ) -> None:
+        self.name = name
+        self.usage = usage
+        self.summary = summary
+        self.options = list(options)
+        self.least = least
+        self.most = most
+        self.interspersed = interspersed
+        self.notes = notes
+
+    def parse(self, argv: Sequence[str]) -> Arguments:
+        """Parse what follows the command's name.
+
+        Raises:
+            UsageError: An option is unknown, lacks its value or has one too many; too few or too many
+                positional arguments.
+            SystemExit: ``--help`` was given; the help was printed.
+        """
+        by_name = {name: option for option in self.options for name in option.names}
+        values: dict[str, bool | str | list[str] | None] = {
+            option.key: False if option.kind == FLAG else [] if option.kind == LIST else None
+            for option in self.options
+        }
+        rest: list[str] = []
+        queue = list(argv)
+        while queue:
+            word = queue.pop(0)
+            if word == "--":
+                rest += queue
+                break
+            if not word.startswith("-") or word == "-":
+                rest.append(word)
+                if not self.interspersed:
+                    rest += queue
+                    break
+                continue
+            if word == "--help" or (word == "-h" and "-h" not in by_name):
+                self.print_help()
+                raise SystemExit(0)
+            if word.startswith("--"):
+                name, attached, value = word.partition("=")
+                option = self._find(by_name, name)
+                self._store(values, option, name, queue, value if attached else None)
+                continue
+            self._parse_short(by_name, values, word, queue)
+        self._check_count(rest)
+        return Arguments(values, rest)
+
+    def _parse_short(
+        self,
+        by_name: dict[str, Option],
+        values: dict[str, bool | str | list[str] | None],
+        word: str,
+        queue: list[str],
+    ) -> None:
+        letters = word[1:]
+        while letters:
+            name, letters = "-" + letters[0], letters[1:]
+            option = self._find(by_name, name)
+            if option.kind == FLAG:
+                values[option.key] = True
+                continue
+            self._store(values, option, name, queue, letters.removeprefix("=") if letters else None)
+            return
+
+    def _find(self, by_name: dict[str, Option], name: str) -> Option:
+        option = by_name.get(name)
+        if option is not None:
+            return option
+        import difflib
+
+        near = difflib.get_close_matches(name, by_name, 1)
+        hint = f"did you mean {near[0]}?" if near else f"'kata {self.name} --help' lists the options"
+        raise UsageError(f"kata {self.name}: unknown option {name}", hint)
+
+    def _store(
+        self,
+        values: dict[str, bool | str | list[str] | None],
+        option: Option,
+        name: str,
+        queue: list[str],
+        attached: str | None,
+    ) -> None:
+        if option.kind == FLAG:
+            if attached is None or attached.lower() in _TRUE:
+                values[option.key] = True
+            elif attached.lower() in _FALSE:
+                values[option.key] = False
+            else:
+                raise UsageError(
+                    f"kata {self.name}: {name} is a switch, not {attached!r}", f"use {name} or {name}=false"
+                )
+            return
+        if attached is None:
+            if not queue:
+                raise UsageError(
+                    f"kata {self.name}: {name} needs a value: {option.metavar}", f"'kata {self.name} --help'"
+                )
+            attached = queue.pop(0)
+        if option.kind == LIST:
+            collected = values[option.key]
+            assert isinstance(collected, list)
+            collected.append(attached)
+        else:
+            values[option.key] = attached
+
+    def _check_count(self, rest: list[str]) -> None:
+        if len(rest) < self.least:
+            raise UsageError(f"kata {self.name}: too few arguments", f"usage: kata {self.name} {self.usage}")
+        if self.most is not None and len(rest) > self.most:
+            raise UsageError(
+                f"kata {self.name}: unexpected argument {rest[self.most]!r}", f"usage: kata {self.name} {self.usage}"
+            )
+
+    def print_help(self) -> None:
+        """Write the help to stdout."""
+        lines = [f"usage: kata {self.name} [OPTION...] {self.usage}".rstrip(), "", self.summary]
+        if self.options:
+            lines += ["", "options:"]
+            heads = [", ".join(o.names) + (f" {o.metavar}" if o.metavar else "") for o in self.options]
+            width = min(max(map(len, heads)), 30)
+            for head, option in zip(heads, self.options, strict=True):
+                lines += _entry(head, option.text, width)
+        if self.notes:
+            lines += ["", self.notes]
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _entry(head: str, text: str, width: int) -> list[str]:
+    """Lay out one line of a help table, wrapped to the terminal."""
+    import textwrap
+
+    try:
+        columns = min(os.get_terminal_size(1).columns, 110)
+    except OSError:
+        columns = 100
+    wrapped = textwrap.wrap(text, max(columns - width - 5, 30)) or [""]
+    first = f"  {head:<{width}}  {wrapped[0]}" if len(head) <= width else f"  {head}"
+    tail = wrapped[1:] if len(head) <= width else wrapped
+    return [first, *(f"  {'':<{width}}  {line}" for line in tail)]

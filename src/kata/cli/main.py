@@ -1,0 +1,147 @@
+"""Entry point of the ``kata`` command: finds the sub-command, runs it, and words its errors.
+
+Sub-commands are modules that are imported only when asked for, so that `kata run` does not pay for `kata pull`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import KataError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("run", "run a command in a new container, in a virtual machine of its own"),
+    "create": ("run", "make a container without starting it"),
+    "start": ("lifecycle", "start one or more containers"),
+    "restart": ("lifecycle", "stop and start one or more containers"),
+    "stop": ("lifecycle", "stop containers: SIGTERM, then SIGKILL after a grace period"),
+    "kill": ("lifecycle", "send a signal to containers"),
+    "rm": ("lifecycle", "remove containers"),
+    "pause": ("lifecycle", "freeze all processes of containers"),
+    "resume": ("lifecycle", "let paused containers go on"),
+    "wait": ("lifecycle", "wait until containers end and print their exit codes"),
+    "exec": ("execute", "run a further command in a running container"),
+    "attach": ("execute", "connect to a running container's standard streams"),
+    "ps": ("listing", "list containers"),
+    "top": ("listing", "list the processes in a container"),
+    "logs": ("listing", "show a container's output"),
+    "port": ("listing", "list a container's published ports"),
+    "inspect": ("listing", "show everything about containers as JSON"),
+    "stats": ("listing", "show what containers use"),
+    "cp": ("copy", "copy files between a container and the host"),
+    "images": ("image", "list images"),
+    "pull": ("image", "fetch an image from a registry or an archive"),
+    "rmi": ("image", "remove images"),
+    "doctor": ("host", "check what this machine can do and how to mend what it cannot"),
+    "gc": ("host", "clear away what ended without clearing up"),
+    "guest": ("host", "build the guest's kernel and initrd, or show them"),
+    "version": ("host", "show the versions of this program, its hypervisor and its guest"),
+}
+"""Command -> (module in `kata.cli`, summary), in the order of the help."""
+
+_NEEDS_NO_ROOT = frozenset({"version", "doctor"})
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: kata COMMAND [OPTION...] [ARG...]\n\n"
+        "Runs each container in a lightweight virtual machine of its own, without a daemon.\n\n"
+        f"commands:\n{listed}\n\n"
+        "'kata COMMAND --help' describes a command. KATA_STATE_DIR and KATA_RUN_DIR move its files\n"
+        "(/var/lib/kata and /run/kata). Runs as root for now.\n"
+    )
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        argv: Without the program's name.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        KataError: The command could not be carried out.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        if len(argv) > 1 and argv[1] in COMMANDS:
+            return dispatch([argv[1], "--help"])
+        (sys.stdout if argv else sys.stderr).write(_help())
+        return 0 if argv else 125
+    name = "version" if argv[0] in ("-v", "--version") else argv[0]
+    entry = COMMANDS.get(name)
+    if entry is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean 'kata {near[0]}'?" if near else "'kata --help' lists the commands"
+        raise UsageError(f"unknown command {name!r}", hint)
+    asks_help = any(word in ("--help", "-h") for word in argv[1:2])
+    if os.geteuid() != 0 and name not in _NEEDS_NO_ROOT and not asks_help:
+        raise KataError(
+            f"kata {name} has to run as root for now: it makes virtual machines, mounts and cgroups",
+            f"sudo kata {' '.join(argv)}",
+        )
+    from importlib import import_module
+
+    module = import_module(f"kata.cli.{entry[0]}")
+    arguments = module.COMMANDS[name].parse(argv[1:])
+    status: int = module.HANDLERS[name](arguments)
+    return status
+
+
+def report(error: KataError) -> None:
+    """Print an error and its hint to stderr, coloured on a terminal unless NO_COLOR is set."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    red, cyan, off = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if colour else ("", "", "")
+    lines = f"{red}error:{off} {error.message}\n"
+    if error.hint:
+        lines += f"{cyan}hint:{off} {error.hint}\n"
+    sys.stderr.write(lines)
+    sys.stderr.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and turn every outcome into an exit status (125 for a failure of ours)."""
+    try:
+        status = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except KataError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`kata ps | head`); Python would complain once more while exiting.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except OSError as error:
+        report(_explain(error))
+        return 125
+    except RecursionError:
+        report(KataError("the input is nested too deeply to be read"))
+        return 125
+
+
+def _explain(error: OSError) -> KataError:
+    """Word an operating system error that no closer place expected."""
+    import errno
+
+    where = f": {error.filename}" if error.filename else ""
+    hints = {
+        errno.ENOSPC: "free some space ('kata gc', 'kata rmi'), or move KATA_STATE_DIR to a larger disk",
+        errno.EROFS: "KATA_STATE_DIR and KATA_RUN_DIR move the files to a place that can be written",
+        errno.EACCES: "check the permissions of that path",
+        errno.EMFILE: "raise the limit of open files ('ulimit -n')",
+    }
+    reason = error.strerror or str(error)
+    return KataError(f"{reason}{where}", hints.get(error.errno or 0, ""))
