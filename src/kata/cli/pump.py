@@ -1,0 +1,285 @@
+"""Moves bytes between this command's standard streams and a container's fifos.
+
+One thread and one poll loop: standard input to the container's stdin fifo, the output fifos to standard output
+and error, until the caller says that the process has ended *and* both output fifos have reached their end.
+The engine reports an exit only after everything has been written to the fifos, so nothing is cut short.
+
+Our own standard streams are left in blocking mode: O_NONBLOCK belongs to the open file, which we share with the
+shell and with whoever is at the other end of the pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CHUNK = 1 << 18
+_PIPE_SIZE = 1 << 20
+
+
+class Fifos:
+    """The named pipes of one process, made in *directory* and opened at this end.
+
+    The reading ends are opened before the engine is told the names, so that the engine's opening never waits.
+
+    Args:
+        directory: A directory that goes away with the sandbox.
+        prefix: File name prefix, unique among the processes of the sandbox.
+        stdin: Whether there is an stdin to forward.
+        terminal: A terminal has one output stream.
+    """
+
+    def __init__(self, directory: str, prefix: str, *, stdin: bool, terminal: bool) -> None:
+        self.stdin = self.stdout = self.stderr = ""
+        self.stdin_fd = self.stdout_fd = self.stderr_fd = -1
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        if stdin:
+            self.stdin = self._make(directory, prefix, "stdin")
+        self.stdout = self._make(directory, prefix, "stdout")
+        self.stdout_fd = self._open_output(self.stdout)
+        if not terminal:
+            self.stderr = self._make(directory, prefix, "stderr")
+            self.stderr_fd = self._open_output(self.stderr)
+
+    @staticmethod
+    def _make(directory: str, prefix: str, name: str) -> str:
+        path = os.path.join(directory, f"{prefix}-{name}")
+        os.mkfifo(path, 0o600)
+        return path
+
+    @staticmethod
+    def _open_output(path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def connected(self) -> None:
+        """Call when the engine has opened its ends: takes the writing end of stdin and removes the names."""
+        if self.stdin:
+            # The engine reads already, so this does not wait; ENXIO would mean that it does not.
+            with contextlib.suppress(OSError):
+                self.stdin_fd = os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                _grow(self.stdin_fd)
+        for fd in (self.stdout_fd, self.stderr_fd):
+            if fd >= 0:
+                _grow(fd)
+        self.unlink()
+
+    def unlink(self) -> None:
+        """Remove the names; the open ends go on working."""
+        for path in (self.stdin, self.stdout, self.stderr):
+            if path:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def close(self) -> None:
+        self.unlink()
+        for fd in (self.stdin_fd, self.stdout_fd, self.stderr_fd):
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self.stdin_fd = self.stdout_fd = self.stderr_fd = -1
+
+
+def _grow(fd: int) -> None:
+    """Ask for a large pipe; an unprivileged limit or an old kernel only makes it slower."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+
+
+class Detached(Exception):
+    """The person typed the detach keys."""
+
+
+def parse_detach_keys(text: str) -> bytes:
+    """Turn ``ctrl-p,ctrl-q`` into the bytes a terminal sends for it; empty text means no detach keys.
+
+    Raises:
+        ValueError: A key is neither one character nor ``ctrl-`` and a letter or one of ``@[\\]^_``.
+    """
+    out = bytearray()
+    for key in text.split(",") if text else []:
+        if len(key) == 1 and key.isascii():
+            out.append(ord(key))
+        elif key.startswith("ctrl-") and len(key) == 6 and 0x40 <= ord(key[5].upper()) < 0x60:
+            out.append(ord(key[5].upper()) & 0x1F)
+        else:
+            raise ValueError(key)
+    return bytes(out)
+
+
+class Pump:
+    """Copies until the end.
+
+    Args:
+        fifos: Connected pipes.
+        wait_fd: Becomes readable when the answer to the Wait call has arrived.
+        ended: Called when *wait_fd* is readable; true once the process has ended.
+        close_stdin: Called once when our standard input ended and everything has been written to the fifo.
+        detach_keys: Bytes that, typed on a terminal, end the connection; empty for none.
+    """
+
+    def __init__(
+        self,
+        fifos: Fifos,
+        *,
+        wait_fd: int,
+        ended: Callable[[], bool],
+        close_stdin: Callable[[], None],
+        detach_keys: bytes = b"",
+    ) -> None:
+        self._fifos = fifos
+        self._wait_fd = wait_fd
+        self._ended = ended
+        self._close_stdin = close_stdin
+        self._keys = detach_keys
+        self._matched = 0
+        self._pending = b""
+        self._stdin_open = fifos.stdin_fd >= 0
+        self._outputs = {fd: target for fd, target in ((fifos.stdout_fd, 1), (fifos.stderr_fd, 2)) if fd >= 0}
+
+    def run(self) -> None:
+        """Copy until the process has ended and its output has been passed on.
+
+        Raises:
+            Detached: The detach keys were typed.
+        """
+        poller = select.poll()
+        poller.register(self._wait_fd, select.POLLIN)
+        for fd in self._outputs:
+            poller.register(fd, select.POLLIN)
+        over = False
+        watching = -1
+        while not over or self._outputs:
+            wanted = self._stdin_watch(over)
+            if wanted != watching:
+                if watching >= 0:
+                    poller.unregister(watching)
+                if wanted >= 0:
+                    poller.register(wanted, select.POLLOUT if self._pending else select.POLLIN)
+                watching = wanted
+            for fd, events in poller.poll():
+                if fd == self._wait_fd:
+                    over = self._ended()
+                    if over:
+                        poller.unregister(fd)
+                elif fd in self._outputs:
+                    if not self._copy_output(fd, hung_up=bool(events & select.POLLHUP)):
+                        poller.unregister(fd)
+                        del self._outputs[fd]
+                elif fd == watching:
+                    self._copy_input()
+
+    def _stdin_watch(self, over: bool) -> int:
+        """The descriptor that standard input waits for now: the fifo while bytes are pending, else fd 0."""
+        if over or not self._stdin_open:
+            return -1
+        return self._fifos.stdin_fd if self._pending else 0
+
+    def _copy_output(self, fd: int, *, hung_up: bool) -> bool:
+        """Pass on what is there; false at the end of the stream."""
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return not hung_up
+        if not data:
+            return False
+        view = memoryview(data)
+        target = self._outputs[fd]
+        while view:
+            view = view[os.write(target, view) :]
+        return True
+
+    def _copy_input(self) -> None:
+        if not self._pending:
+            try:
+                data = os.read(0, _CHUNK)
+            except OSError as error:
+                # EIO: a background job's read of its terminal, or the terminal is gone.
+                if error.errno not in (errno.EIO, errno.EBADF):
+                    raise
+                data = b""
+            if not data:
+                self._end_input()
+                return
+            self._pending = self._filter_keys(data)
+        try:
+            written = os.write(self._fifos.stdin_fd, self._pending)
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            # The process closed its stdin; what is left has no reader.
+            self._pending = b""
+            self._end_input()
+            return
+        self._pending = self._pending[written:]
+
+    def _end_input(self) -> None:
+        self._stdin_open = False
+        os.close(self._fifos.stdin_fd)
+        self._fifos.stdin_fd = -1
+        self._close_stdin()
+
+    def _filter_keys(self, data: bytes) -> bytes:
+        """Look for the detach keys; bytes of an unfinished sequence are held back until it fails to match."""
+        if not self._keys:
+            return data
+        out = bytearray()
+        for byte in data:
+            if byte == self._keys[self._matched]:
+                self._matched += 1
+                if self._matched == len(self._keys):
+                    raise Detached
+                continue
+            out += self._keys[: self._matched]
+            self._matched = 1 if byte == self._keys[0] else 0
+            if not self._matched:
+                out.append(byte)
+        return bytes(out)
+
+
+class RawTerminal:
+    """Puts the terminal on fd 0 into raw mode for as long as the context lasts.
+
+    Args:
+        resized: Called with (rows, columns) at once and whenever the window changes its size.
+    """
+
+    def __init__(self, resized: Callable[[int, int], None]) -> None:
+        self._resized = resized
+        self._saved: list[object] | None = None
+        self._old_handler: object = None
+
+    def __enter__(self) -> RawTerminal:
+        if os.isatty(0):
+            import termios
+            import tty
+
+            self._saved = termios.tcgetattr(0)
+            tty.setraw(0, termios.TCSANOW)
+        self._old_handler = signal.signal(signal.SIGWINCH, lambda *_: self._report())
+        self._report()
+        return self
+
+    def _report(self) -> None:
+        for fd in (1, 0, 2):
+            with contextlib.suppress(OSError):
+                size = os.get_terminal_size(fd)
+                self._resized(size.lines, size.columns)
+                return
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGWINCH, self._old_handler)  # type: ignore[arg-type]
+        if self._saved is not None:
+            import termios
+
+            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
+            sys.stdout.flush()

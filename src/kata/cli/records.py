@@ -1,0 +1,289 @@
+"""The containers of the human door, as files.
+
+A container is a directory, ``$KATA_STATE_DIR/containers/<id>``::
+
+    container.json   what was asked for; written once, at creation
+    config.json      the runtime specification
+    state.json       how it goes; written by the engine
+    rw.img, log      its writable layer and its output
+    journal          what has to be undone to remove it
+
+and its name is the file ``$KATA_STATE_DIR/names/<name>``, which holds the id: creating it exclusively is what
+makes names unique. A container whose engine has died without saying so is shown as exited with 137.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from typing import TYPE_CHECKING
+
+from .. import paths, sysio
+from ..errors import AlreadyExistsError, NotFoundError, UsageError
+from ..journal import Journal
+
+if TYPE_CHECKING:
+    from typing import Any
+
+CREATED, RUNNING, PAUSED, EXITED = "created", "running", "paused", "exited"
+_LOST = "its engine ended without a word: killed, or the host went down"
+
+
+class Container:
+    """One container.
+
+    Attributes:
+        id: 64 hexadecimal digits.
+        record: The content of container.json.
+    """
+
+    __slots__ = ("id", "record")
+
+    def __init__(self, identity: str, record: dict[str, Any]) -> None:
+        self.id = identity
+        self.record = record
+
+    @property
+    def directory(self) -> str:
+        return paths.container_dir(self.id)
+
+    @property
+    def name(self) -> str:
+        return str(self.record["name"])
+
+    @property
+    def socket(self) -> str:
+        """The engine's socket; there only while the container's sandbox lives."""
+        return os.path.join(paths.sandbox_dir(self.id), "engine.sock")
+
+    @property
+    def log(self) -> str:
+        return os.path.join(self.directory, "log")
+
+    def raw_state(self) -> dict[str, Any]:
+        """What the engine last wrote, or an empty dict."""
+        return _read(os.path.join(self.directory, "state.json")) or {}
+
+    def state(self) -> dict[str, Any]:
+        """How it goes, checked against the engine's process.
+
+        Returns:
+            ``status`` (created, running, paused, exited), and what is known of ``started_at``, ``finished_at``,
+            ``exit_code``, ``oom_killed``, ``error``, ``pid``, ``engine``.
+        """
+        state = self.raw_state()
+        status = state.get("status", CREATED)
+        if status == "stopped":
+            state["status"] = EXITED
+        elif status in (RUNNING, PAUSED) or (status == CREATED and state.get("engine")):
+            if engine_alive(state):
+                state["status"] = status
+            elif status == CREATED:
+                state = {"status": CREATED}
+            else:
+                state.update(status=EXITED, exit_code=137, error=state.get("error") or _LOST)
+        else:
+            state["status"] = CREATED
+        return state
+
+    def running(self) -> bool:
+        return self.state()["status"] in (RUNNING, PAUSED)
+
+
+def engine_alive(state: dict[str, Any]) -> bool:
+    """Whether the engine named in a state is still the same living process."""
+    engine = state.get("engine") or {}
+    try:
+        return sysio.process_alive(int(engine["pid"]), int(engine["starttime"]), str(engine["boot_id"]))
+    except (KeyError, ValueError):
+        return False
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Replace a JSON file at once: a reader sees the old content or the new."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, separators=(",", ":"))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _containers_dir() -> str:
+    return os.path.join(paths.state_dir(), "containers")
+
+
+def _names_dir() -> str:
+    return os.path.join(paths.state_dir(), "names")
+
+
+def new_id() -> str:
+    return os.urandom(32).hex()
+
+
+_ADJECTIVES = (
+    "agile bold brisk calm clear cosy deft eager early fair fond fresh gentle glad grand keen kind light lively"
+    " lucid mellow mild neat nimble plain polite prompt proud quick quiet ready rosy sharp shy silent sleek snug"
+    " solid spry stark steady still stout sunny swift tame tidy trim true vivid warm wise witty"
+).split()
+_NOUNS = (
+    "alder ant aspen badger bay beech birch bison brook cedar cliff clover condor crane creek crow dale dune elk"
+    " elm fern finch fjord fox gale gull hare hawk heath heron holly ibis ivy jay kite lark lily lynx maple marsh"
+    " mesa mole moss newt oak otter owl pine plover quail raven reed robin sage seal shore shrew sparrow spruce"
+    " stoat stork swan tern thrush trout vale vole willow wren yew"
+).split()
+
+
+def _random_name() -> str:
+    bits = int.from_bytes(os.urandom(4), "little")
+    return f"{_ADJECTIVES[bits % len(_ADJECTIVES)]}_{_NOUNS[bits // 256 % len(_NOUNS)]}"
+
+
+def _claim(name: str, identity: str) -> bool:
+    try:
+        fd = os.open(os.path.join(_names_dir(), name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(fd, "w") as file:
+        file.write(identity)
+    return True
+
+
+class Draft:
+    """A container in the making: a name and a directory that vanish again unless `keep` is called.
+
+    Raises:
+        AlreadyExistsError: The name is taken.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.id = new_id()
+        self.directory = paths.container_dir(self.id)
+        os.makedirs(_names_dir(), mode=0o711, exist_ok=True)
+        os.makedirs(_containers_dir(), mode=0o711, exist_ok=True)
+        os.mkdir(self.directory, 0o710)
+        self._journal = Journal.create(
+            os.path.join(self.directory, "journal"), {"door": "kata", "id": self.id, "kind": "container"}
+        )
+        entry = self._journal.intend("directory", path=self.directory)
+        self._journal.made(entry)
+        self.name = self._take_name(name)
+
+    def _take_name(self, name: str | None) -> str:
+        for attempt in range(50):
+            wanted = name or _random_name() + (f"_{attempt}" if attempt > 10 else "")
+            entry = self._journal.intend("file", path=os.path.join(_names_dir(), wanted), content=self.id)
+            if _claim(wanted, self.id):
+                self._journal.made(entry)
+                return wanted
+            self._journal.forget(entry)
+            if name:
+                break
+        self.discard()
+        holder = find_or_none(name or "")
+        of = f" by container {holder.id[:12]}" if holder else ""
+        raise AlreadyExistsError(
+            f"the name {name!r} is taken{of}", f"choose another --name, or remove that container: kata rm {name}"
+        )
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    def keep(self, record: dict[str, Any], spec: dict[str, Any]) -> Container:
+        """Write what describes the container; from now on only `remove` takes it away."""
+        write_json(self.path("config.json"), spec)
+        write_json(self.path("container.json"), record)
+        self._journal.close()
+        return Container(self.id, record)
+
+    def discard(self) -> None:
+        self._journal.undo()
+
+
+def remove(container: Container) -> None:
+    """Remove a container that has no engine: its name, its writable layer, its log.
+
+    Raises:
+        JournalError: Something of it could not be removed.
+    """
+    from ..errors import JournalError
+
+    failures = Journal.open(os.path.join(container.directory, "journal")).undo()
+    if failures:
+        raise JournalError(f"container {container.name} could not be removed whole: {failures[0]}", "kata gc")
+
+
+def load(identity: str) -> Container | None:
+    """The container with exactly this id, or None while it is not (or no longer) whole."""
+    record = _read(os.path.join(paths.container_dir(identity), "container.json"))
+    return Container(identity, record) if record else None
+
+
+def all_containers() -> list[Container]:
+    """Every container, the newest first."""
+    try:
+        found = [load(identity) for identity in os.listdir(_containers_dir())]
+    except FileNotFoundError:
+        return []
+    return sorted((c for c in found if c), key=lambda c: str(c.record.get("created_at", "")), reverse=True)
+
+
+def find_or_none(reference: str) -> Container | None:
+    """By name, by id, or by an unambiguous beginning of an id."""
+    if not reference or "/" in reference or reference.startswith("."):
+        return None
+    try:
+        with open(os.path.join(_names_dir(), reference), encoding="ascii") as file:
+            found = load(file.read().strip())
+        if found:
+            return found
+    except (FileNotFoundError, ValueError):
+        pass
+    try:
+        matches = [name for name in os.listdir(_containers_dir()) if name.startswith(reference)]
+    except FileNotFoundError:
+        return None
+    if len(matches) > 1:
+        raise UsageError(f"{reference!r} is the beginning of {len(matches)} container ids", "give more digits, or the name")
+    return load(matches[0]) if matches else None
+
+
+def find(reference: str) -> Container:
+    """As `find_or_none`.
+
+    Raises:
+        NotFoundError: There is none.
+        UsageError: The beginning of an id is ambiguous.
+    """
+    container = find_or_none(reference)
+    if container is None:
+        import difflib
+
+        near = difflib.get_close_matches(reference, [c.name for c in all_containers()], 1)
+        raise NotFoundError(
+            f"no container named {reference!r}", f"did you mean {near[0]}?" if near else "'kata ps -a' lists them all"
+        )
+    return container
+
+
+def now() -> str:
+    """The time as RFC 3339 with nanoseconds, in UTC."""
+    nanoseconds = time.time_ns()
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
+    return f"{seconds}.{nanoseconds % 10**9:09d}Z"

@@ -1,0 +1,269 @@
+"""`kata run` and `kata create`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from . import values
+from .args import Command, Option
+from .records import CREATED, Draft, now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .args import Arguments
+    from .records import Container
+
+_OPTIONS = [
+    Option("-i --interactive", "", "keep standard input open, and connect it"),
+    Option("-t --tty", "", "give the command a terminal"),
+    Option("--name", "NAME", "the container's name; a random one if not given"),
+    Option("-e --env", "KEY[=VALUE]", "set an environment variable; without a value, take ours", many=True),
+    Option("--env-file", "FILE", "read environment variables from a file, one KEY=VALUE a line", many=True),
+    Option("-v --volume", "SRC:DST[:ro]", "share a directory or file of the host", many=True),
+    Option("--tmpfs", "DST[:OPTIONS]", "mount an empty file system in memory", many=True),
+    Option("-w --workdir", "DIR", "the command's working directory"),
+    Option("-u --user", "USER[:GROUP]", "run as this user, by name or number"),
+    Option("--cpus", "N", "how many CPUs the container may use; the virtual machine gets N rounded up"),
+    Option("-m --memory", "SIZE", "how much memory the container may use (512m, 2g)"),
+    Option("--pids-limit", "N", "how many processes the container may have; 0 or -1 for no limit"),
+    Option("--read-only", "", "make the container's root file system read-only"),
+    Option("--privileged", "", "all capabilities and devices of the guest, no seccomp; nothing of the host"),
+    Option("--cap-add", "CAP", "add a capability, or ALL", many=True),
+    Option("--cap-drop", "CAP", "drop a capability, or ALL", many=True),
+    Option("--network", "none|user", "'user' (the default): outgoing connections and -p; 'none': loopback only"),
+    Option("-p --publish", "[IP:]HOST:GUEST[/PROTO]", "make a port of the container reachable on the host", many=True),
+    Option("-h --hostname", "NAME", "the container's host name; the beginning of its id if not given"),
+    Option("--entrypoint", "COMMAND", "replace the image's entry point; empty to clear it"),
+    Option("--storage-size", "SIZE", "size of the writable layer, a sparse file on the host (10g)"),
+    Option("--storage", "disk|tmpfs", "where the writable layer lies: a file on the host, or the guest's memory"),
+    Option("--pull", "missing|always|never", "when to fetch the image (missing)"),
+    Option("--stop-signal", "SIGNAL", "what 'kata stop' sends first; the image's choice, else SIGTERM"),
+    Option("--rm", "", "remove the container when it has ended"),
+]
+
+_IMAGES = """\
+IMAGE is one of
+  NAME[:TAG], HOST:PORT/NAME:TAG   in the local store, else fetched from its registry
+  oci:DIR[:TAG]                    an OCI image layout
+  oci-archive:FILE                 the same in a tar file
+  docker-archive:FILE              what 'docker save' writes
+  rootfs:DIR                       a directory with a root file system; it is never written to
+
+exit status: the command's own; 125 kata itself failed, 126 the command cannot be executed, 127 it was not
+found, 128+N signal N ended it, 137 also when the virtual machine died."""
+
+COMMANDS = {
+    "run": Command(
+        "run",
+        "IMAGE [COMMAND [ARG...]]",
+        "Runs a command in a new container, in a virtual machine of its own.",
+        [
+            Option("-d --detach", "", "return at once and print the container's id"),
+            *_OPTIONS,
+            Option("--detach-keys", "KEYS", "keys that leave the container running behind (ctrl-p,ctrl-q)"),
+            Option("--timings", "", "at the end, print where the time of the start went (to stderr)"),
+        ],
+        least=1,
+        interspersed=False,
+        notes=_IMAGES,
+    ),
+    "create": Command(
+        "create",
+        "IMAGE [COMMAND [ARG...]]",
+        "Makes a container without starting it, and prints its id.",
+        _OPTIONS,
+        least=1,
+        interspersed=False,
+        notes=_IMAGES,
+    ),
+}
+
+DEFAULT_STORAGE = 10 << 30
+_LOG_BYTES = 10 << 20
+_LOG_FILES = 3
+
+
+def make_container(arguments: Arguments, *, auto_remove: bool) -> Container:
+    """Make a container's directory from the command line: resolve the image, write the spec and the disk.
+
+    Nothing is left of it when this fails.
+
+    Raises:
+        KataError: An option, the image or the disk is at fault.
+    """
+    from ..images import store
+    from ..oci import spec as oci
+
+    reference, *command = arguments.rest
+    choice = _Choice(arguments)
+    image = store.resolve(reference, pull=choice.pull, progress=None)
+    draft = Draft(choice.name)
+    try:
+        hostname = choice.hostname or draft.id[:12]
+        request = oci.Request(hostname)
+        choice.fill(request)
+        request.command = command
+        spec = oci.build(request, image.config)
+        record: dict[str, Any] = {
+            "id": draft.id,
+            "name": draft.name,
+            "created_at": now(),
+            "image": {"reference": reference, "id": image.id},
+            "rootfs": _rootfs(image),
+            "upper": choice.storage,
+            "storage_size": choice.storage_size,
+            "args": spec["process"]["args"],
+            "hostname": hostname,
+            "tty": choice.tty,
+            "open_stdin": choice.interactive,
+            "network": choice.network,
+            "ports": choice.ports,
+            "volumes": [
+                {"source": source, "destination": destination, "readonly": "ro" in options}
+                for source, destination, options in request.volumes
+            ],
+            "cpus": choice.cpus,
+            "memory": choice.memory,
+            "auto_remove": auto_remove,
+            "stop_signal": choice.stop_signal or image.config.get("StopSignal") or "SIGTERM",
+            "labels": image.config.get("Labels") or {},
+            "log": {"max_bytes": _LOG_BYTES, "files": _LOG_FILES},
+        }
+        if choice.storage == "disk":
+            from ..storage import ext4
+
+            ext4.make_writable(draft.path("rw.img"), choice.storage_size)
+        return draft.keep(record, spec)
+    except BaseException:
+        draft.discard()
+        raise
+
+
+def _rootfs(image: Any) -> dict[str, str]:
+    if image.rootfs_dir:
+        return {"kind": "share", "source": image.rootfs_dir}
+    return {"kind": "erofs", "path": image.rootfs_path}
+
+
+class _Choice:
+    """The options of `run` and `create`, checked before anything is made."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        a = arguments
+        name, hostname, cpus, memory = a.value("name"), a.value("hostname"), a.value("cpus"), a.value("memory")
+        self.name = None if name is None else values.container_name(name)
+        self.hostname = None if hostname is None else values.hostname(hostname)
+        self.cpus = None if cpus is None else values.cpus(cpus)
+        self.memory = None if memory is None else values.size(memory, "--memory")
+        if self.memory is not None and self.memory < 6 << 20:
+            raise UsageError(f"--memory {memory!r} is below the least that a container can have, 6m")
+        pids = a.value("pids_limit")
+        self.pids = None if pids is None else values.whole(pids, "--pids-limit", least=-1)
+        self.tty, self.interactive = a.flag("tty"), a.flag("interactive")
+        self.network = self._one_of(a, "network", ("user", "none"))
+        self.storage = self._one_of(a, "storage", ("disk", "tmpfs"))
+        self.pull = self._one_of(a, "pull", ("missing", "always", "never"))
+        self.ports = [entry for text in a.many("publish") for entry in values.port(text)]
+        if self.ports and self.network == "none":
+            raise UsageError("-p needs a network, and --network none has none", "leave out one of the two")
+        storage_size = a.value("storage_size")
+        self.storage_size = DEFAULT_STORAGE if storage_size is None else values.size(storage_size, "--storage-size")
+        if self.storage_size < 16 << 20:
+            raise UsageError(f"--storage-size {storage_size!r} is too small for a file system", "at least 16m")
+        stop_signal = a.value("stop_signal")
+        self.stop_signal = None if stop_signal is None else _signal_name(stop_signal)
+        self._env = values.environment(a.many("env"), a.many("env_file"))
+        self._volumes = [values.volume(text) for text in a.many("volume")]
+        self._tmpfs = [values.tmpfs(text) for text in a.many("tmpfs")]
+        self._arguments = a
+
+    @staticmethod
+    def _one_of(arguments: Arguments, key: str, allowed: tuple[str, ...]) -> str:
+        """The option's value, or the first allowed one when it was not given."""
+        value = arguments.value(key)
+        if value is not None and value not in allowed:
+            raise UsageError(f"--{key} {value!r} is not offered", "choose one of: " + ", ".join(allowed))
+        return value or allowed[0]
+
+    def fill(self, request: Any) -> None:
+        a = self._arguments
+        entrypoint = a.value("entrypoint")
+        request.entrypoint = None if entrypoint is None else [entrypoint] if entrypoint else []
+        request.env = self._env
+        request.workdir = a.value("workdir") or ""
+        if request.workdir and not request.workdir.startswith("/"):
+            raise UsageError(f"--workdir {request.workdir!r} is not absolute", f"--workdir /{request.workdir}")
+        request.user = a.value("user") or ""
+        request.terminal = self.tty
+        request.read_only, request.privileged = a.flag("read_only"), a.flag("privileged")
+        request.cap_add, request.cap_drop = a.many("cap_add"), a.many("cap_drop")
+        request.cpus, request.memory, request.pids_limit = self.cpus, self.memory, self.pids
+        request.tmpfs = self._tmpfs
+        request.volumes = [
+            (source, destination, ["rbind", "rprivate", "ro" if readonly else "rw"])
+            for source, destination, readonly in self._volumes
+        ]
+
+
+def _signal_name(text: str) -> str:
+    from .signals import number
+
+    number(text)
+    return text
+
+
+def _run(arguments: Arguments) -> int:
+    started_ns = time.monotonic_ns()
+    detach = arguments.flag("detach")
+    interactive, tty = arguments.flag("interactive"), arguments.flag("tty")
+    if detach and arguments.flag("timings"):
+        raise UsageError("--timings reports at the end, which --detach does not wait for", "leave out one of the two")
+    if tty and interactive and not detach and not os.isatty(0):
+        raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
+    detach_keys = _detach_keys(arguments.value("detach_keys"))
+    auto_remove = arguments.flag("rm")
+    container = make_container(arguments, auto_remove=auto_remove)
+    # Imported here, after bad input has had its say, and while nothing waits.
+    from . import session
+
+    if detach:
+        session.start_detached(container, started_ns)
+        print(container.id)
+        return 0
+    report: Callable[[Any], None] | None = _print_timings if arguments.flag("timings") else None
+    return session.run_attached(
+        container, started_ns=started_ns, stdin=interactive, detach_keys=detach_keys, timings=report, discard=True
+    )
+
+
+def _detach_keys(text: str | None) -> bytes:
+    from .pump import parse_detach_keys
+
+    try:
+        return parse_detach_keys("ctrl-p,ctrl-q" if text is None else text)
+    except ValueError as error:
+        raise UsageError(f"--detach-keys: {error} is not a key", "e.g. ctrl-p,ctrl-q, or one character") from None
+
+
+def _print_timings(entries: list[Any]) -> None:
+    width = max((len(entry.name) for entry in entries), default=0)
+    for entry in entries:
+        sys.stderr.write(
+            f"  {entry.name:<{width}}  at {entry.start_ns / 1e6:8.1f} ms   took {entry.duration_ns / 1e6:8.1f} ms\n"
+        )
+
+
+def _create(arguments: Arguments) -> int:
+    container = make_container(arguments, auto_remove=arguments.flag("rm"))
+    print(container.id)
+    return 0
+
+
+HANDLERS = {"run": _run, "create": _create}
+__all__ = ["COMMANDS", "CREATED", "DEFAULT_STORAGE", "HANDLERS", "make_container"]

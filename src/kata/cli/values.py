@@ -1,0 +1,202 @@
+"""Reads the values of options: sizes, CPUs, ports, volumes, environment.
+
+Each function raises `UsageError` that repeats the value and shows the form it should have.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from typing import Any
+
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def size(text: str, option: str) -> int:
+    """Bytes from ``512m``, ``1.5g``, ``64MiB``, ``1000000``; the units are powers of 1024, as in Docker."""
+    lowered = text.strip().lower()
+    digits = lowered.rstrip("bikmgt")
+    unit = lowered[len(digits) :].removesuffix("ib") if lowered.endswith("ib") else lowered[len(digits) :]
+    if len(unit) == 2 and unit.endswith("b"):
+        unit = unit[0]
+    try:
+        number = float(digits)
+    except ValueError:
+        number = math.nan
+    if unit not in _UNITS or not math.isfinite(number) or number <= 0:
+        raise UsageError(f"{option} {text!r} is not a size", "a number with an optional unit b, k, m, g or t: 512m")
+    return int(number * _UNITS[unit])
+
+
+def cpus(text: str) -> float:
+    """A positive number of CPUs, at least a hundredth as the kernel's quota allows."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0.01:
+        raise UsageError(f"--cpus {text!r} is not a number of CPUs", "at least 0.01, e.g. --cpus 1.5")
+    return number
+
+
+def whole(text: str, option: str, *, least: int) -> int:
+    """A decimal integer not below *least*."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise UsageError(f"{option} {text!r} is not a whole number of at least {least}")
+    return number
+
+
+def port(text: str) -> list[dict[str, Any]]:
+    """``[[IP:]HOST:]GUEST[/tcp|udp]``, each side one port or a range of equal length.
+
+    Returns:
+        One entry a port: host_ip ("" for all addresses), host_port, guest_port, proto. A published port without
+        a host side gets the same number on the host.
+    """
+    spec, _, proto = text.partition("/")
+    proto = proto or "tcp"
+    host_ip = ""
+    if spec.startswith("["):
+        host_ip, _, spec = spec[1:].partition("]:")
+        parts = [host_ip, *spec.split(":")]
+    else:
+        parts = spec.split(":")
+    hint = "the form is [IP:]HOST_PORT:GUEST_PORT[/tcp|/udp], e.g. -p 127.0.0.1:8080:80"
+    if proto not in ("tcp", "udp") or not 1 <= len(parts) <= 3:
+        raise UsageError(f"-p {text!r} is not a port mapping", hint)
+    if len(parts) == 3:
+        host_ip = parts[0]
+        _check_address(host_ip, text)
+    guest = _port_range(parts[-1], text, hint)
+    host = _port_range(parts[-2], text, hint) if len(parts) > 1 and parts[-2] else guest
+    if len(guest) != len(host):
+        raise UsageError(f"-p {text!r}: the two port ranges differ in length", hint)
+    return [
+        {"host_ip": host_ip, "host_port": outer, "guest_port": inner, "proto": proto}
+        for outer, inner in zip(host, guest, strict=True)
+    ]
+
+
+def _port_range(text: str, whole_text: str, hint: str) -> range:
+    first, dash, last = text.partition("-")
+    try:
+        low = int(first)
+        high = int(last) if dash else low
+    except ValueError:
+        low, high = 0, 0
+    if not 0 < low <= high < 65536:
+        raise UsageError(f"-p {whole_text!r}: {text!r} is not a port", hint)
+    return range(low, high + 1)
+
+
+def _check_address(address: str, text: str) -> None:
+    import socket
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, address)
+        except OSError:
+            continue
+        return
+    raise UsageError(f"-p {text!r}: {address!r} is not an IP address", "names are not resolved here; give the address")
+
+
+_VOLUME_OPTIONS = frozenset({"ro", "rw", "z", "Z"})
+
+
+def volume(text: str) -> tuple[str, str, bool]:
+    """``SRC:DST[:ro]``; a relative SRC is relative to the working directory.
+
+    Returns:
+        Source (absolute), destination, whether it is read-only.
+    """
+    parts = text.split(":")
+    hint = "the form is SRC:DST[:ro], both paths absolute or SRC starting with ./"
+    if len(parts) not in (2, 3) or not parts[0] or not parts[1]:
+        raise UsageError(f"-v {text!r} is not a volume", hint)
+    source, destination = parts[0], parts[1]
+    options = parts[2].split(",") if len(parts) == 3 else []
+    unknown = [option for option in options if option not in _VOLUME_OPTIONS]
+    if unknown:
+        raise UsageError(f"-v {text!r}: unknown option {unknown[0]!r}", "the options are ro and rw")
+    if "/" not in source and source not in (".", ".."):
+        raise UsageError(f"-v {text!r}: named volumes do not exist here", f"give a directory: -v ./{source}:{destination}")
+    if not destination.startswith("/"):
+        raise UsageError(f"-v {text!r}: the destination {destination!r} is not absolute", hint)
+    if os.path.normpath(destination) == "/":
+        raise UsageError(f"-v {text!r}: the destination cannot be the root", "use rootfs:DIR as the image")
+    source = os.path.abspath(source)
+    if not os.path.exists(source):
+        raise UsageError(f"-v {text!r}: {source} does not exist on the host", f"mkdir -p {source}")
+    if not os.access(source, os.R_OK):
+        raise UsageError(f"-v {text!r}: {source} cannot be read", "check its permissions")
+    return source, os.path.normpath(destination), "ro" in options
+
+
+def tmpfs(text: str) -> tuple[str, list[str]]:
+    """``DST[:OPTION,...]``, the options as in mount(8) for tmpfs."""
+    destination, _, options = text.partition(":")
+    if not destination.startswith("/") or os.path.normpath(destination) == "/":
+        raise UsageError(f"--tmpfs {text!r}: the destination has to be absolute and not the root", "--tmpfs /tmp:size=64m")
+    return os.path.normpath(destination), [option for option in options.split(",") if option]
+
+
+def environment(assignments: list[str], files: list[str]) -> list[str]:
+    """``KEY=VALUE`` strings from ``-e`` and ``--env-file``; ``-e`` wins, being later.
+
+    ``-e KEY`` takes the value from our own environment and is dropped where there is none. Files hold one
+    assignment a line; empty lines and lines that start with ``#`` are skipped.
+    """
+    lines: list[tuple[str, str]] = []
+    for path in files:
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UsageError(f"--env-file {path} cannot be read: {reason}", "give a text file of KEY=VALUE lines") from None
+        for number, line in enumerate(content.splitlines(), 1):
+            stripped = line.lstrip()
+            if stripped and not stripped.startswith("#"):
+                lines.append((stripped, f"{path}:{number}"))
+    lines += [(text, "-e") for text in assignments]
+    out = []
+    for text, where in lines:
+        key, equals, value = text.partition("=")
+        if not key or any(character.isspace() for character in key) or "\0" in text:
+            raise UsageError(f"{where}: {text!r} is not KEY=VALUE", "a name without spaces, '=', and the value")
+        if not equals:
+            inherited = os.environ.get(key)
+            if inherited is None:
+                continue
+            value = inherited
+        out.append(f"{key}={value}")
+    return out
+
+
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+
+
+def container_name(text: str) -> str:
+    """A name: a letter or digit, then letters, digits, ``_``, ``.`` and ``-``."""
+    if not (2 <= len(text) <= 128 and text[0].isalnum() and text.isascii() and set(text) <= _NAME_CHARACTERS):
+        raise UsageError(
+            f"--name {text!r} cannot be a container's name", "2 to 128 of a-z A-Z 0-9 _ . -, starting with a letter or digit"
+        )
+    return text
+
+
+def hostname(text: str) -> str:
+    """A host name of at most 64 characters (Linux's limit), without white space or '/'."""
+    if not 0 < len(text) <= 64 or any(character.isspace() or character in "/\0" for character in text):
+        raise UsageError(f"--hostname {text!r} is not a host name", "at most 64 characters without spaces")
+    return text
