@@ -1,0 +1,480 @@
+"""The journal: what one sandbox (or one container's state) has made on the host, on disk before it is made.
+
+A journal is a file of JSON lines. First the intent to make a thing is written, then the thing is made, then
+an identity that only that very thing can match (see `kata.journal_undo`). From the file alone, without a
+living guest or engine, everything can be undone in reverse order, as often as one likes.
+
+Lines::
+
+    {"journal": 1, "meta": {...}, "own_dir": [dev, ino] or null, "durable": bool}
+    {"owner": {"pid": 1, "start": 2, "boot": "..."}}     who answers for it; the last one counts
+    {"n": "1a-3", "intend": "mount", "p": {...}}
+    {"n": "1a-3", "made": {...}}
+    {"n": "1a-3", "gone": true}                          forgotten or undone
+    {"keep": true}                                       it stays although its owner ends
+
+Appends of one line are atomic (O_APPEND), so starter and engine may write to one journal. A torn last line
+is an intent that was never followed by its deed, or a deed whose intent is there: both are handled.
+
+Imported before the hypervisor is started: `json` (11 ms with what it pulls in) is only loaded for reading.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from kata import sysio
+from kata.errors import AlreadyExistsError, JournalError
+
+FILE_NAME = "journal"
+NEW_PREFIX = ".new-"
+KINDS = ("process", "file", "directory", "socket", "mount", "cgroup", "netns", "tap")
+_PATH_KINDS = ("file", "directory", "socket", "cgroup", "netns")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from kata.journal_undo import Report
+
+
+def dumps(value: Any) -> str:
+    """JSON text of None, bool, int, str, list, tuple and dict; small enough to spare `import json`."""
+    if value is None:
+        return "null"
+    if value is True:
+        return "true"
+    if value is False:
+        return "false"
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, str):
+        out = value.replace("\\", "\\\\").replace('"', '\\"')
+        if out.isascii() and out.isprintable():
+            return f'"{out}"'
+        return '"' + "".join(c if " " <= c <= "~" else _u_escape(c) for c in out) + '"'
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{dumps(str(k))}:{dumps(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(dumps(v) for v in value) + "]"
+    raise TypeError(f"cannot write a {type(value).__name__} to a journal")
+
+
+def _u_escape(char: str) -> str:
+    code = ord(char)
+    if code > 0xFFFF:
+        code -= 0x10000
+        return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
+    return f"\\u{code:04x}"
+
+
+def process_identity(pid: int) -> dict[str, Any]:
+    """Pid, start time and boot id of a living process (or an unreaped child).
+
+    Raises:
+        ProcessLookupError: There is no such process.
+    """
+    start = sysio.proc_starttime(pid)
+    if start is None:
+        raise ProcessLookupError(errno.ESRCH, "no such process", str(pid))
+    return {"pid": pid, "start": start, "boot": sysio.boot_id()}
+
+
+class Entry:
+    """One thing of the journal: what was meant to be made and, once made, its identity."""
+
+    __slots__ = ("gone", "id", "identity", "kind", "params")
+
+    def __init__(self, entry_id: str, kind: str, params: dict[str, Any]) -> None:
+        self.id = entry_id
+        self.kind = kind
+        self.params = params
+        self.identity: dict[str, Any] | None = None
+        self.gone = False
+
+    def __repr__(self) -> str:
+        state = "gone" if self.gone else "made" if self.identity is not None else "intended"
+        return f"<Entry {self.id} {self.kind} {self.params} {state}>"
+
+
+class Journal:
+    """A journal that is open for writing. Use `create`, `create_dir` or `open`, never the constructor."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.meta: dict[str, Any] = {}
+        self.owner: dict[str, Any] | None = None
+        self.kept = False
+        self.entries: list[Entry] = []
+        self._fd = fd
+        self._own_dir: tuple[int, int] | None = None
+        self._durable = False
+        self._count = 0
+
+    # ---- making and opening ----
+
+    @classmethod
+    def create(cls, path: str, meta: dict[str, Any], *, durable: bool = False) -> Journal:
+        """Make a journal in a directory that exists; its owner is this process.
+
+        Args:
+            path: The file.
+            meta: Anything that helps a human or a door (door, namespace, id). JSON values.
+            durable: Sync every line to the disk: for journals whose things outlive a power failure.
+
+        Raises:
+            AlreadyExistsError: There is a journal at this path.
+            JournalError: It cannot be written.
+        """
+        return cls._create(path, meta, durable, None)
+
+    @classmethod
+    def create_dir(cls, parent: str, name: str, meta: dict[str, Any], *, durable: bool = False) -> Journal:
+        """Make the directory ``parent/name`` (mode 0700) with a journal in it, both at once or not at all.
+
+        The directory belongs to the journal: when all is undone it is removed with everything in it. It is
+        made under another name that says who is making it and then renamed, so a crash on the way leaves
+        nothing that `reconcile` cannot clear up.
+
+        Raises:
+            AlreadyExistsError: ``parent/name`` exists.
+            JournalError: It cannot be made.
+        """
+        me = process_identity(os.getpid())
+        unique = f"{me['pid']}-{me['start']}-{me['boot'][:8]}-{os.urandom(4).hex()}"
+        making = os.path.join(parent, NEW_PREFIX + unique)
+        target = os.path.join(parent, name)
+        try:
+            os.makedirs(parent, mode=0o711, exist_ok=True)
+            os.mkdir(making, 0o700)
+            status = os.stat(making)
+            journal = cls._create(
+                os.path.join(making, FILE_NAME), meta, durable, (status.st_dev, status.st_ino)
+            )
+            try:
+                if os.path.lexists(target):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+                # A directory that came into being since then holds its journal, and so cannot be replaced.
+                os.rename(making, target)
+            except OSError:
+                journal.close()
+                os.unlink(journal.path)
+                os.rmdir(making)
+                raise
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(target):
+                raise AlreadyExistsError(
+                    f"cannot make {target}: it exists already", "Choose another name, or remove the old one."
+                ) from None
+            raise JournalError(f"cannot make {target}: {error.strerror}", _space_hint(error)) from error
+        journal.path = os.path.join(target, FILE_NAME)
+        return journal
+
+    @classmethod
+    def _create(cls, path: str, meta: dict[str, Any], durable: bool, own: tuple[int, int] | None) -> Journal:
+        # Written aside and linked into place: whoever sees the journal sees its header and its owner.
+        aside = f"{path}.{os.urandom(4).hex()}"
+        try:
+            fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise JournalError(
+                f"cannot make the journal {path}: {error.strerror}", _space_hint(error)
+            ) from error
+        journal = cls(path, fd)
+        try:
+            journal.meta = meta
+            journal._own_dir = own
+            journal._append({"journal": 1, "meta": meta, "own_dir": own, "durable": durable})
+            journal.set_owner(os.getpid())
+            try:
+                os.link(aside, path)
+            except FileExistsError:
+                raise AlreadyExistsError(f"there is a journal at {path} already") from None
+        except BaseException:
+            journal.close()
+            raise
+        finally:
+            os.unlink(aside)
+        journal._durable = durable
+        journal._sync()
+        return journal
+
+    @classmethod
+    def open(cls, path: str) -> Journal:
+        """Open a journal and read what is in it.
+
+        Raises:
+            JournalError: There is none, it cannot be read, or it is not a journal of ours.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise JournalError(f"cannot open the journal {path}: {error.strerror}") from error
+        journal = cls(path, fd)
+        try:
+            journal.reload()
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def close(self) -> None:
+        """Close the file; the journal stays on disk."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # ---- what callers write ----
+
+    def intend(self, kind: str, **params: Any) -> Entry:
+        """Write down that a thing is about to be made. It may be made when this returns.
+
+        Kinds and their parameters (all may carry more, as notes):
+
+        ``process``
+            ``role`` (a word for messages), ``signal`` ("KILL", the default, or "TERM": TERM first).
+        ``file``, ``socket``, ``directory``, ``cgroup``
+            ``path``, absolute.
+        ``mount``
+            ``target``, ``source``, ``fstype``.
+        ``netns``
+            ``path`` the namespace is (to be) bound on.
+        ``tap``
+            ``name`` of the interface; ``netns``: path of its namespace, absent for our own.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"no such kind of resource: {kind}")
+        if kind in _PATH_KINDS:
+            # Without an identity (the maker died between the two lines) a thing is only taken for ours
+            # if nothing was there before.
+            params["absent"] = not os.path.lexists(params["path"])
+        entry = Entry(f"{os.getpid():x}-{self._count}", kind, params)
+        self._append({"n": entry.id, "intend": kind, "p": params})
+        self.entries.append(entry)
+        return entry
+
+    def made(self, entry: Entry, **identity: Any) -> None:
+        """Write down the identity of the thing that was made.
+
+        For ``process`` give ``pid``; for the other kinds the identity is read from the thing itself.
+
+        Raises:
+            OSError: The thing is not there.
+        """
+        entry.identity = {**self._identify(entry, identity), **identity}
+        self._append({"n": entry.id, "made": entry.identity})
+
+    def forget(self, entry: Entry) -> None:
+        """Write down that the thing is gone, or was never made."""
+        if not entry.gone:
+            entry.gone = True
+            self._append({"n": entry.id, "gone": True})
+
+    def set_owner(self, pid: int) -> None:
+        """Name the process that answers for this journal: while it lives, `reconcile` leaves it alone."""
+        self.owner = process_identity(pid)
+        self._append({"owner": self.owner})
+
+    def keep(self) -> None:
+        """Say that what is in this journal shall outlive its owner (a container that was created)."""
+        if not self.kept:
+            self.kept = True
+            self._append({"keep": True})
+
+    def make_directory(self, path: str, mode: int = 0o700) -> Entry:
+        """Make a directory as an entry of this journal: intent, mkdir, identity.
+
+        Raises:
+            OSError: From mkdir; the entry is then forgotten.
+        """
+        entry = self.intend("directory", path=path)
+        try:
+            os.mkdir(path, mode)
+        except OSError:
+            self.forget(entry)
+            raise
+        self.made(entry)
+        return entry
+
+    def make_mount(
+        self, source: str, target: str, fstype: str | None = None, flags: int = 0, data: str = ""
+    ) -> Entry:
+        """Mount as an entry of this journal; arguments as `kata.sysio.mount`. The target exists.
+
+        Raises:
+            OSError: From mount; the entry is then forgotten.
+        """
+        target = os.path.realpath(target)
+        entry = self.intend("mount", target=target, source=source, fstype=fstype or "none")
+        try:
+            sysio.mount(source, target, fstype, flags, data)
+        except OSError:
+            self.forget(entry)
+            raise
+        self.made(entry)
+        return entry
+
+    # ---- undoing ----
+
+    def undo(self, deadline_s: float = 4.0) -> list[str]:
+        """Undo everything in reverse order, then remove the journal and the directory that belongs to it.
+
+        Each thing's identity is checked first; what is not ours any more, or not there, counts as done.
+        May be called again, by any process, after a crash at any point. Blocks for at most about the
+        deadline; call it in a helper thread where something else must go on.
+
+        Args:
+            deadline_s: Seconds for all of it together.
+
+        Returns:
+            A sentence for each thing that could not be undone; the journal then stays.
+        """
+        from kata.journal_undo import undo_journal
+
+        return undo_journal(self, deadline_s)
+
+    def owner_alive(self) -> bool:
+        """Whether the process that answers for this journal still runs."""
+        owner = self.owner
+        if owner is None:
+            return False
+        try:
+            return sysio.process_alive(int(owner["pid"]), int(owner["start"]), str(owner["boot"]))
+        except (KeyError, ValueError):
+            return False
+
+    @property
+    def own_dir(self) -> tuple[int, int] | None:
+        """Device and inode of the directory that belongs to this journal, if one does."""
+        return self._own_dir
+
+    def fileno(self) -> int:
+        """The descriptor, for flock(2)."""
+        return self._fd
+
+    # ---- the file ----
+
+    def reload(self) -> None:
+        """Read the file again: others may have written to it."""
+        import json
+
+        try:
+            data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        except OSError as error:
+            raise JournalError(f"cannot read the journal {self.path}: {error.strerror}") from error
+        entries: dict[str, Entry] = {}
+        header = None
+        self.owner, self.kept = None, False
+        lines = data.split(b"\n")
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # torn by a crash or a full disk; what it announced was never made, see above
+            if not isinstance(record, dict):
+                continue
+            if "journal" in record:
+                header = header or record
+            elif "owner" in record:
+                self.owner = record["owner"]
+            elif "keep" in record:
+                self.kept = True
+            else:
+                _read_entry(entries, record)
+        if header is None or header["journal"] != 1:
+            raise JournalError(
+                f"{self.path} is not a journal that this version can read",
+                "If the sandbox is long gone, remove its directory by hand.",
+            )
+        self.meta = header.get("meta") or {}
+        own = header.get("own_dir")
+        self._own_dir = (int(own[0]), int(own[1])) if own else None
+        self._durable = bool(header.get("durable"))
+        self.entries = list(entries.values())
+        self._count = len(lines)
+        if data and not data.endswith(b"\n"):
+            # The torn line is ended, or it would swallow our next one.
+            os.write(self._fd, b"\n")
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = dumps(record).encode("ascii") + b"\n"
+        try:
+            written = os.write(self._fd, line)
+        except OSError as error:
+            raise JournalError(
+                f"cannot write the journal {self.path}: {error.strerror}", _space_hint(error)
+            ) from error
+        if written != len(line):
+            raise JournalError(
+                f"cannot write the journal {self.path}: no space left", "Free space on that file system."
+            )
+        self._count += 1
+        self._sync()
+
+    def _sync(self) -> None:
+        if self._durable:
+            os.fdatasync(self._fd)
+
+    @staticmethod
+    def _identify(entry: Entry, given: dict[str, Any]) -> dict[str, Any]:
+        kind, params = entry.kind, entry.params
+        if kind == "process":
+            return process_identity(given["pid"])
+        if kind in ("file", "socket", "directory", "cgroup"):
+            status = os.lstat(params["path"])
+            return {"dev": status.st_dev, "ino": status.st_ino}
+        if kind == "netns":
+            status = os.stat(params["path"])  # through the bind mount: the namespace's own inode
+            return {"dev": status.st_dev, "ino": status.st_ino}
+        if kind == "mount":
+            found = sysio.mount_at(params["target"])
+            if found is None:
+                raise FileNotFoundError(errno.ENOENT, "not mounted", params["target"])
+            return {"ns": sysio.namespace_inode("mnt"), "id": found.mount_id, "dev": found.device}
+        import socket
+
+        netns = params.get("netns")
+        inode = os.stat(netns).st_ino if netns else sysio.namespace_inode("net", "thread-self")
+        if netns and inode != sysio.namespace_inode("net", "thread-self"):
+            return {"netns": inode, "ifindex": int(given["ifindex"])}
+        return {"netns": inode, "ifindex": socket.if_nametoindex(params["name"])}
+
+
+def _read_entry(entries: dict[str, Entry], record: dict[str, Any]) -> None:
+    number = str(record.get("n"))
+    if "intend" in record:
+        entries[number] = Entry(number, str(record["intend"]), dict(record.get("p") or {}))
+    elif number in entries:
+        if "made" in record:
+            entries[number].identity = dict(record["made"])
+        elif "gone" in record:
+            entries[number].gone = True
+
+
+def _space_hint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free space on that file system, or move the directory (KATA_RUN_DIR, KATA_STATE_DIR)."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Run as root, or point KATA_RUN_DIR and KATA_STATE_DIR at directories you may write."
+    return ""
+
+
+def find(base: str) -> Iterator[str]:
+    """Paths of the journals in the directories below `base`, by name."""
+    try:
+        names = sorted(os.listdir(base))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        path = os.path.join(base, name, FILE_NAME)
+        if not name.startswith(NEW_PREFIX) and os.path.lexists(path):
+            yield path
+
+
+def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
+    """Undo the journals of dead owners; see `kata.journal_undo.reconcile`."""
+    from kata.journal_undo import reconcile as work
+
+    return work(run_dir, state_dir, deadline_s)

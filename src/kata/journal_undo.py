@@ -1,0 +1,494 @@
+"""Undoing what a journal names, and bringing journals and reality together again.
+
+Each kind of thing has an identity that only our own can match, and is left alone when it does not match:
+
+=============  =====================================================================
+kind           identity
+=============  =====================================================================
+process        pid, start time, boot id
+file, socket   device and inode
+directory      device and inode; then its tree, never across a mount, never through a symlink
+cgroup         device and inode; processes still in it are killed
+netns          device and inode of the namespace that is bound at the path
+mount          mount namespace, mount id and device at the target
+tap            inode of the network namespace and interface index
+=============  =====================================================================
+
+Where the maker died between the intent and the identity, a path is taken for ours only if nothing was there
+when the intent was written; a mount by target, source and type; a process cannot exist, because our children
+wait for their identity to be on disk before they exec (`kata.children`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+
+from kata import journal as journals
+from kata import sysio
+from kata.errors import JournalError, KataError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_TERM_GRACE_S = 1.0
+_POLL_S = 0.01
+
+
+def undo_journal(journal: journals.Journal, deadline_s: float) -> list[str]:
+    """See `kata.journal.Journal.undo`."""
+    deadline = time.monotonic() + deadline_s
+    if not _lock(journal, deadline):
+        return [f"another process has been undoing {journal.path} for {deadline_s:g} s"]
+    try:
+        if _vanished(journal):
+            return []
+        journal.reload()
+        failures = []
+        for entry in reversed(journal.entries):
+            if entry.gone:
+                continue
+            try:
+                problem = _undo_entry(entry, deadline)
+            except OSError as error:
+                problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+            except (KeyError, ValueError, TypeError) as error:
+                problem = f"its entry in the journal is damaged ({error!r})"
+            if problem:
+                failures.append(f"cannot undo {_describe(entry)}: {problem}")
+            else:
+                journal.forget(entry)
+        if not failures:
+            _remove_journal(journal, deadline, failures)
+        return failures
+    finally:
+        if journal.fileno() >= 0:
+            fcntl.flock(journal.fileno(), fcntl.LOCK_UN)
+
+
+def _lock(journal: journals.Journal, deadline: float) -> bool:
+    # Two undoings at once (an engine's own and a `kata gc`) would race with each other's checks.
+    while True:
+        try:
+            fcntl.flock(journal.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_S)
+
+
+def _vanished(journal: journals.Journal) -> bool:
+    """Whether the file we hold open is no longer the one at its path: somebody finished the work."""
+    held = os.fstat(journal.fileno())
+    try:
+        there = os.lstat(journal.path)
+    except FileNotFoundError:
+        return True
+    return (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino)
+
+
+def _remove_journal(journal: journals.Journal, deadline: float, failures: list[str]) -> None:
+    directory, name = os.path.split(journal.path)
+    own = journal.own_dir
+    if own is not None:
+        # The journal goes last: a crash in the middle must leave something that names the rest.
+        problem = _remove_tree(directory, own, deadline, spare=name)
+        if problem:
+            failures.append(f"cannot remove {directory}: {problem}")
+            return
+    os.unlink(journal.path)
+    journal.close()
+    if own is not None:
+        try:
+            os.rmdir(directory)
+        except OSError as error:
+            failures.append(f"cannot remove {directory}: {error.strerror}")
+
+
+def _describe(entry: journals.Entry) -> str:
+    params, identity = entry.params, entry.identity or {}
+    what = params.get("role") or params.get("path") or params.get("target") or params.get("name") or ""
+    pid = f" (pid {identity['pid']})" if "pid" in identity else ""
+    return f"{entry.kind} {what}{pid}"
+
+
+def _undo_entry(entry: journals.Entry, deadline: float) -> str:
+    handlers: dict[str, Callable[[dict[str, Any], dict[str, Any] | None, float], str]] = {
+        "process": _undo_process,
+        "file": _undo_file,
+        "socket": _undo_file,
+        "directory": _undo_directory,
+        "mount": _undo_mount,
+        "cgroup": _undo_cgroup,
+        "netns": _undo_netns,
+        "tap": _undo_tap,
+    }
+    handler = handlers.get(entry.kind)
+    if handler is None:
+        return "this version does not know that kind"
+    return handler(entry.params, entry.identity, deadline)
+
+
+# ---- processes ----
+
+
+def _undo_process(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    if identity is None or identity["boot"] != sysio.boot_id():
+        return ""
+    pid = int(identity["pid"])
+    if pid == os.getpid():
+        return ""  # an engine that undoes its own journal ends by itself
+    return _end_process(pid, int(identity["start"]), params.get("signal") == "TERM", deadline)
+
+
+def _end_process(pid: int, start: int | None, gently: bool, deadline: float) -> str:
+    try:
+        pidfd = sysio.pidfd_open(pid)
+    except ProcessLookupError:
+        return ""
+    try:
+        # Only once the descriptor holds the process does its start time prove anything.
+        if start is not None and sysio.proc_starttime(pid) != start:
+            return ""
+        steps = [(sysio.SIGTERM, _TERM_GRACE_S)] if gently else []
+        steps.append((sysio.SIGKILL, float("inf")))
+        for number, patience in steps:
+            if sysio.pidfd_wait(pidfd, 0):
+                return ""
+            try:
+                sysio.pidfd_send_signal(pidfd, number)
+            except ProcessLookupError:
+                return ""
+            if sysio.pidfd_wait(pidfd, max(0.0, min(patience, deadline - time.monotonic()))):
+                return ""
+        return "it was killed and has not ended"
+    finally:
+        os.close(pidfd)
+
+
+# ---- files and trees ----
+
+
+def _is_ours(status: os.stat_result, params: dict[str, Any], identity: dict[str, Any] | None) -> bool:
+    if identity is None:
+        return bool(params.get("absent"))
+    return (status.st_dev, status.st_ino) == (identity["dev"], identity["ino"])
+
+
+def _undo_file(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    try:
+        status = os.lstat(params["path"])
+        if not stat.S_ISDIR(status.st_mode) and _is_ours(status, params, identity):
+            os.unlink(params["path"])
+    except FileNotFoundError:
+        pass
+    return ""
+
+
+def _undo_directory(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    path = params["path"]
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return ""
+    if not stat.S_ISDIR(status.st_mode) or not _is_ours(status, params, identity):
+        return ""
+    return _remove_tree(path, (status.st_dev, status.st_ino), deadline)
+
+
+def _remove_tree(path: str, identity: tuple[int, int], deadline: float, spare: str = "") -> str:
+    """Remove a directory and what is in it; with `spare`, all but that name and the directory itself."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != identity:
+            return ""
+        problem = _empty(fd, path, deadline, spare)
+    finally:
+        os.close(fd)
+    if problem or spare:
+        return problem
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        pass
+    return ""
+
+
+def _empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
+    """Remove what is in a directory, by descriptors only. Returns what stood in the way, or nothing."""
+    # An explicit stack: somebody may have made a tree deeper than Python's.
+    stack: list[tuple[int, str, list[str]]] = [(fd, path, [n for n in os.listdir(fd) if n != spare])]
+    try:
+        while True:
+            here, where, names = stack[-1]
+            if not names:
+                if len(stack) == 1:
+                    return ""
+                os.close(here)
+                stack.pop()
+                os.rmdir(os.path.basename(where), dir_fd=stack[-1][0])
+                continue
+            if time.monotonic() > deadline:
+                return "out of time"
+            name = names.pop()
+            full = os.path.join(where, name)
+            try:
+                if not stat.S_ISDIR(os.stat(name, dir_fd=here, follow_symlinks=False).st_mode):
+                    os.unlink(name, dir_fd=here)
+                    continue
+                below = sysio.openat2(
+                    here,
+                    name,
+                    os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW,
+                    resolve=sysio.RESOLVE_BENEATH | sysio.RESOLVE_NO_SYMLINKS | sysio.RESOLVE_NO_XDEV,
+                )
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno in (errno.EXDEV, errno.EBUSY):
+                    return f"something is mounted on {full}"
+                return f"{full}: {error.strerror}"
+            stack.append((below, full, os.listdir(below)))
+    finally:
+        for opened, _, _ in stack[1:]:
+            os.close(opened)
+
+
+# ---- mounts, namespaces, cgroups, interfaces ----
+
+
+def _undo_mount(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    if identity is not None and identity["ns"] != sysio.namespace_inode("mnt"):
+        # It was made in an engine's own mount namespace, which ended with the processes in it.
+        return ""
+    for entry in reversed(sysio.mounts()):
+        if entry.target != params["target"]:
+            continue
+        if identity is not None:
+            ours = (entry.mount_id, entry.device) == (identity["id"], identity["dev"])
+        elif params["fstype"] == "none":  # a bind mount: its source is a path, not the file system's
+            ours = bool(params["source"]) and entry.root.endswith(os.path.basename(params["source"]))
+        else:
+            ours = (entry.source, entry.fstype) == (params["source"], params["fstype"])
+        if ours:
+            sysio.umount2(params["target"], sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
+        return ""  # only the uppermost mount at the target can be ours
+    return ""
+
+
+def _undo_netns(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    path = params["path"]
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return ""
+    bound = sysio.mount_at(os.path.realpath(path))
+    if bound is not None and bound.fstype == "nsfs" and _is_ours(status, params, identity):
+        sysio.umount2(path, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
+        os.unlink(path)
+    elif bound is None and params.get("absent") and stat.S_ISREG(status.st_mode) and not status.st_size:
+        os.unlink(path)  # the empty file that the namespace was (to be) bound on
+    return ""
+
+
+def _undo_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    path = params["path"]
+    try:
+        if not _is_ours(os.lstat(path), params, identity):
+            return ""
+    except FileNotFoundError:
+        return ""
+    while True:
+        busy = False
+        for directory, _, _ in os.walk(path, topdown=False):
+            _kill_cgroup(directory)
+            try:
+                os.rmdir(directory)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                busy = True
+        if not busy:
+            return ""
+        if time.monotonic() > deadline:
+            return "processes in it do not end"
+        time.sleep(_POLL_S)
+
+
+def _kill_cgroup(directory: str) -> None:
+    try:
+        with open(os.path.join(directory, "cgroup.procs"), encoding="ascii") as lines:
+            pids = [int(line) for line in lines]
+    except OSError:
+        return
+    for pid in pids:
+        # What is in the sandbox's cgroup is the sandbox's; an engine undoing its own must survive itself.
+        if pid and pid != os.getpid():
+            try:
+                pidfd = sysio.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                sysio.pidfd_send_signal(pidfd, sysio.SIGKILL)
+            except ProcessLookupError:
+                pass
+            finally:
+                os.close(pidfd)
+
+
+def _undo_tap(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    if identity is None:
+        # A tap is made persistent only after its identity is on disk: until then it ends with its maker.
+        return ""
+    if identity["netns"] == sysio.namespace_inode("net", "thread-self"):
+        return _delete_link(params["name"], int(identity["ifindex"]))
+    path = params.get("netns")
+    try:
+        if not path or os.stat(path).st_ino != identity["netns"]:
+            return ""  # the namespace is gone, and the interface with it
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    problems: list[str] = []
+
+    def there() -> None:
+        # A network namespace is a thread's: this one ends with its visit.
+        try:
+            sysio.setns(fd, sysio.CLONE_NEWNET)
+            problems.append(_delete_link(params["name"], int(identity["ifindex"])))
+        except OSError as error:
+            problems.append(str(error.strerror))
+
+    import threading
+
+    visitor = threading.Thread(target=there)
+    visitor.start()
+    visitor.join()
+    os.close(fd)
+    return problems[0]
+
+
+def _delete_link(name: str, ifindex: int) -> str:
+    """Delete an interface by rtnetlink (RTM_DELLINK, rtnetlink(7)), if name and index belong together."""
+    import socket
+    import struct
+
+    try:
+        if socket.if_nametoindex(name) != ifindex:
+            return ""
+    except OSError:
+        return ""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
+        netlink.settimeout(2)
+        # nlmsghdr: length, RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, sequence, port; then ifinfomsg
+        netlink.send(struct.pack("=IHHIIBxHiII", 32, 17, 5, 1, 0, 0, 0, ifindex, 0, 0))
+        number = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
+    return "" if number in (0, errno.ENODEV) else os.strerror(number)
+
+
+# ---- reconciling ----
+
+
+class Report:
+    """What `reconcile` did."""
+
+    __slots__ = ("failures", "left", "undone")
+
+    def __init__(self) -> None:
+        self.undone: list[str] = []
+        """Directories of journals that were undone, and unfinished ones that were removed."""
+        self.failures: list[str] = []
+        """Sentences about what could not be undone."""
+        self.left: list[tuple[str, str]] = []
+        """(directory, reason) of what was left alone: alive, kept, or not ours."""
+
+
+def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
+    """Undo every journal below ``run_dir/sandboxes`` and ``state_dir/containers`` whose owner is dead.
+
+    A journal whose owner lives is left alone, also while it is being set up; so is a kept one (a container
+    that was created stays until it is removed). Directories without a journal are not ours and are named.
+
+    Args:
+        run_dir: As `kata.paths.run_dir`.
+        state_dir: As `kata.paths.state_dir`.
+        deadline_s: Seconds for each journal.
+
+    Returns:
+        The report; nothing is raised for a single bad journal.
+    """
+    report = Report()
+    for base in (os.path.join(run_dir, "sandboxes"), os.path.join(state_dir, "containers")):
+        try:
+            names = sorted(os.listdir(base))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for name in names:
+            directory = os.path.join(base, name)
+            if name.startswith(journals.NEW_PREFIX):
+                _reconcile_unfinished(directory, name, deadline_s, report)
+            elif os.path.lexists(os.path.join(directory, journals.FILE_NAME)):
+                _reconcile_one(directory, deadline_s, report)
+            elif os.path.lexists(directory):
+                report.left.append((directory, "it has no journal"))
+    return report
+
+
+def _reconcile_one(directory: str, deadline_s: float, report: Report) -> None:
+    try:
+        journal = journals.Journal.open(os.path.join(directory, journals.FILE_NAME))
+    except KataError as error:
+        if os.path.lexists(os.path.join(directory, journals.FILE_NAME)):
+            report.failures.append(error.message)
+        return
+    try:
+        if journal.kept:
+            report.left.append((directory, "it is kept"))
+        elif journal.owner_alive():
+            report.left.append((directory, "its owner is alive"))
+        else:
+            failures = journal.undo(deadline_s)
+            report.failures.extend(failures)
+            if not failures:
+                report.undone.append(directory)
+    except (JournalError, OSError) as error:
+        report.failures.append(f"cannot undo {directory}: {error}")
+    finally:
+        journal.close()
+
+
+def _reconcile_unfinished(directory: str, name: str, deadline_s: float, report: Report) -> None:
+    """A directory whose journal was being set up when its maker was last seen (`Journal.create_dir`)."""
+    try:
+        pid, start, boot, _ = name[len(journals.NEW_PREFIX) :].split("-")
+        same_boot = sysio.boot_id().startswith(boot)
+        alive = same_boot and sysio.process_alive(int(pid), int(start), sysio.boot_id())
+    except ValueError:
+        report.left.append((directory, "it is not ours"))
+        return
+    if alive:
+        report.left.append((directory, "it is being set up"))
+        return
+    try:
+        status = os.lstat(directory)
+        problem = _remove_tree(directory, (status.st_dev, status.st_ino), time.monotonic() + deadline_s)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem:
+        report.failures.append(f"cannot remove {directory}: {problem}")
+    else:
+        report.undone.append(directory)

@@ -1,0 +1,316 @@
+"""System calls that Python 3.11 does not offer, and what we read about processes from ``/proc``.
+
+The one module with `ctypes` in it. It is imported before a hypervisor is started, so it imports nothing
+else that costs; the C library is opened at the first call that needs it.
+
+All calls raise `OSError` with errno and, where there is one, the path. Sources: the manual pages named in
+each docstring (section 2 and 5 of Linux man-pages).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+CLONE_NEWNS = 0x0002_0000
+CLONE_NEWCGROUP = 0x0200_0000
+CLONE_NEWUTS = 0x0400_0000
+CLONE_NEWIPC = 0x0800_0000
+CLONE_NEWUSER = 0x1000_0000
+CLONE_NEWPID = 0x2000_0000
+CLONE_NEWNET = 0x4000_0000
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_NOSYMFOLLOW = 0x100
+MS_BIND = 0x1000
+MS_MOVE = 0x2000
+MS_REC = 0x4000
+MS_UNBINDABLE = 0x2_0000
+MS_PRIVATE = 0x4_0000
+MS_SLAVE = 0x8_0000
+MS_SHARED = 0x10_0000
+
+MNT_FORCE = 0x1
+MNT_DETACH = 0x2
+UMOUNT_NOFOLLOW = 0x8
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+SIGKILL = 9
+SIGTERM = 15
+
+# These two numbers are the same on every architecture (they came after the tables were unified).
+_NR_PIDFD_SEND_SIGNAL = 424
+_NR_OPENAT2 = 437
+
+_libc: ctypes.CDLL | None = None
+
+
+def _c() -> ctypes.CDLL:
+    global _libc
+    if _libc is None:
+        _libc = ctypes.CDLL(None, use_errno=True)
+    return _libc
+
+
+def _check(result: int, path: str | None = None) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return result
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    """prctl(2) with integer arguments."""
+    u = ctypes.c_ulong
+    return _check(_c().prctl(option, u(arg2), u(arg3), u(arg4), u(arg5)))
+
+
+def preload() -> None:
+    """Open the C library now, so that a forked child need not (it may only do little before exec)."""
+    _c()
+
+
+def die_with_parent(parent_pid: int, signal_number: int = SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent *thread* ends; for use after fork.
+
+    The setting is cleared by a change of credentials, so it goes after one; and it follows the thread that
+    forked, so that thread must live as long as the parent shall (prctl(2), PR_SET_PDEATHSIG).
+
+    Args:
+        parent_pid: The pid of the parent, taken before the fork.
+        signal_number: The signal.
+
+    Raises:
+        ProcessLookupError: The parent ended before the setting took hold.
+    """
+    prctl(PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent_pid:
+        raise ProcessLookupError(errno.ESRCH, "the parent process has ended")
+
+
+def become_subreaper() -> None:
+    """Make this process the one that orphaned descendants are handed to (PR_SET_CHILD_SUBREAPER)."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reset_signals() -> None:
+    """Give a child the default dispositions that Python changed and exec would pass on (signal(7))."""
+    for number in (13, 25):  # SIGPIPE, SIGXFSZ
+        _c().signal(number, None)
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """setns(2): move this thread into the namespace behind `fd`; `kind` is a CLONE_NEW* or 0 for any."""
+    _check(_c().setns(fd, kind))
+
+
+def unshare(flags: int) -> None:
+    """unshare(2) with CLONE_NEW* flags."""
+    _check(_c().unshare(flags))
+
+
+def mount(
+    source: str | None, target: str, fstype: str | None = None, flags: int = 0, data: str = ""
+) -> None:
+    """mount(2). Strings are paths and options as the kernel wants them; None passes a null pointer."""
+    _check(
+        _c().mount(
+            None if source is None else os.fsencode(source),
+            os.fsencode(target),
+            None if fstype is None else fstype.encode(),
+            ctypes.c_ulong(flags),
+            os.fsencode(data) if data else None,
+        ),
+        target,
+    )
+
+
+def umount2(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
+    """umount2(2)."""
+    _check(_c().umount2(os.fsencode(target), flags), target)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2).
+
+    Args:
+        dirfd: Directory the path starts at.
+        path: Relative path (or absolute below RESOLVE_IN_ROOT).
+        flags: O_* flags; O_CLOEXEC is added.
+        mode: Permission bits when the file is created, else 0.
+        resolve: RESOLVE_* flags.
+
+    Returns:
+        The new descriptor.
+    """
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    size = ctypes.c_size_t(ctypes.sizeof(how))
+    number = ctypes.c_long(_NR_OPENAT2)
+    return _check(_c().syscall(number, dirfd, os.fsencode(path), ctypes.byref(how), size), path)
+
+
+# ---- processes ----
+
+
+def pidfd_open(pid: int) -> int:
+    """pidfd_open(2); ProcessLookupError when there is no such process."""
+    return os.pidfd_open(pid)
+
+
+def pidfd_send_signal(pidfd: int, signal_number: int) -> None:
+    """pidfd_send_signal(2), without the import of `signal` (and with it of `enum`)."""
+    number = ctypes.c_long(_NR_PIDFD_SEND_SIGNAL)
+    _check(_c().syscall(number, pidfd, signal_number, None, 0))
+
+
+def pidfd_wait(pidfd: int, timeout_s: float) -> bool:
+    """Wait until the process has ended (also: is a zombie). True when it has."""
+    import select
+
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(max(0, int(timeout_s * 1000))))
+
+
+def proc_starttime(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot (proc(5), stat field 22); None when it is gone.
+
+    With the boot id this tells a process from a later one that was given the same pid. A zombie counts as
+    being there: its pid is still taken.
+    """
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    try:
+        text = os.read(fd, 4096)
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(fd)
+    # The command name is in parentheses and may itself hold spaces and parentheses.
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+_boot_id = ""
+
+
+def boot_id() -> str:
+    """The kernel's random id of this boot (``/proc/sys/kernel/random/boot_id``), 36 characters."""
+    global _boot_id
+    if not _boot_id:
+        fd = os.open("/proc/sys/kernel/random/boot_id", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _boot_id = os.read(fd, 64).decode("ascii").strip()
+        finally:
+            os.close(fd)
+    return _boot_id
+
+
+def process_alive(pid: int, starttime: int, boot: str) -> bool:
+    """Whether the very process described by pid, start time and boot id still runs (a zombie does not)."""
+    if boot != boot_id() or proc_starttime(pid) != starttime:
+        return False
+    try:
+        pidfd = pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # The start time is looked at again now that the descriptor holds on to the process.
+        return proc_starttime(pid) == starttime and not pidfd_wait(pidfd, 0)
+    finally:
+        os.close(pidfd)
+
+
+def namespace_inode(kind: str, pid: int | str = "self") -> int:
+    """Inode of a namespace of a process; `kind` as in ``/proc/PID/ns`` (mnt, net, ...)."""
+    return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
+
+
+# ---- mounts ----
+
+
+class MountInfo:
+    """One line of ``/proc/PID/mountinfo`` (proc(5))."""
+
+    __slots__ = ("device", "fstype", "mount_id", "options", "propagation", "root", "source", "target")
+
+    def __init__(
+        self,
+        mount_id: int,
+        device: str,
+        root: str,
+        target: str,
+        options: str,
+        propagation: str,
+        fstype: str,
+        source: str,
+    ) -> None:
+        self.mount_id = mount_id
+        self.device = device
+        self.root = root
+        self.target = target
+        self.options = options
+        self.propagation = propagation
+        self.fstype = fstype
+        self.source = source
+
+
+def _unescape(field: str) -> str:
+    if "\\" not in field:
+        return field
+    parts = field.split("\\")
+    text = parts[0]
+    for part in parts[1:]:
+        text += chr(int(part[:3], 8)) + part[3:]
+    return text
+
+
+def mounts(pid: int | str = "self") -> list[MountInfo]:
+    """The mounts that a process sees, in the order of the kernel's list."""
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        found = []
+        for line in lines:
+            fields = line.split()
+            dash = fields.index("-", 6)
+            found.append(
+                MountInfo(
+                    int(fields[0]),
+                    fields[2],
+                    _unescape(fields[3]),
+                    _unescape(fields[4]),
+                    fields[5],
+                    " ".join(fields[6:dash]),
+                    fields[dash + 1],
+                    _unescape(fields[dash + 2]) if len(fields) > dash + 2 else "",
+                )
+            )
+        return found
+
+
+def mount_at(target: str) -> MountInfo | None:
+    """The uppermost mount at exactly this path in our mount namespace, or None."""
+    found = None
+    for entry in mounts():
+        if entry.target == target:
+            found = entry
+    return found
