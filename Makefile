@@ -1,0 +1,47 @@
+# `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint check-imports format bench-start install uninstall prove-bare clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: ## install what is needed, prepare a guest, run a first container in its own virtual machine
+	@tools/setup run
+	@tools/first-run
+
+setup: ## the same without running anything
+	@tools/setup run
+
+test: ## run the tests; T='tests/vm/test_x.py -k word' runs only those
+	@tools/setup test
+	@tools/run-tests $(T)
+
+lint: ## formatting, types, import direction, clippy
+	@tools/setup lint
+	@tools/lint
+
+check-imports:
+	@/usr/bin/python3 -I tools/check_imports.py
+
+format: ## let ruff and rustfmt rewrite the source
+	@tools/setup lint
+	@tools/lint --fix
+
+bench-start: ## cold start against a bare boot and against runc; A='--rounds 30 --json'
+	@tools/setup test
+	@bench/start $(A)
+
+install: ## put `kata` on the PATH of this machine; PREFIX, DESTDIR, KERNEL=auto|small|distro, FORCE=1, DRY_RUN=1
+	@tools/install $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PREFIX),--prefix '$(PREFIX)') \
+	    $(if $(DESTDIR),--destdir '$(DESTDIR)') $(if $(KERNEL),--kernel '$(KERNEL)')
+
+uninstall: ## take it back; PURGE=1 also removes images and containers, FORCE=1 even while some run
+	@tools/uninstall $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PURGE),--purge) \
+	    $(if $(PREFIX),--prefix '$(PREFIX)') $(if $(DESTDIR),--destdir '$(DESTDIR)')
+
+prove-bare: ## `make run` and the tests in a bare SUITE=bookworm|trixie
+	@tools/bare-machine $(or $(SUITE),bookworm) $(A)
+
+clean: ## remove what was built here; kernels stay in KATA_CACHE_DIR
+	@tools/clean

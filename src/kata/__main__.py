@@ -1,0 +1,23 @@
+#!/usr/bin/python3 -IS
+"""Where every kata process starts: ``python -I -S .../kata/__main__.py ARGUMENT...``.
+
+``-I -S`` keeps the caller's ``PYTHON*`` variables and working directory out and saves the ten to thirty
+milliseconds that ``site`` and ``.pth`` files cost, so this file itself puts two directories behind the
+standard library on `sys.path`: the one that holds this package, and the one with the packages we depend on.
+Installed, they are the same (``.../site-packages``); in a checkout the second is its ``.venv``.
+"""
+
+import os
+import sys
+
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+_places = [_root]
+if os.path.basename(_root) not in ("site-packages", "dist-packages"):
+    _version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    _places.append(os.path.join(os.path.dirname(_root), ".venv", "lib", _version, "site-packages"))
+sys.path.extend(place for place in _places if place not in sys.path)
+
+if __name__ == "__main__":
+    from kata.launcher import main
+
+    sys.exit(main())
