@@ -1,0 +1,10 @@
+//! What `std`'s prelude would have given, for `core` + `alloc`, and the crate's own everyday names.
+
+pub use crate::errors::{Context, Error, Result};
+pub use alloc::borrow::ToOwned;
+pub use alloc::boxed::Box;
+pub use alloc::collections::BTreeMap;
+pub use alloc::format;
+pub use alloc::string::{String, ToString};
+pub use alloc::vec;
+pub use alloc::vec::Vec;

@@ -1,0 +1,126 @@
+//! Sockets: unix, vsock, netlink.
+
+use super::{retry, Fd, RawFd, SysResult};
+use crate::prelude::*;
+use crate::syscall;
+
+pub fn socket(domain: i32, kind: i32, protocol: i32) -> SysResult<Fd> {
+    // SAFETY: no memory is involved.
+    unsafe { syscall!(libc::SYS_socket, domain, kind | libc::SOCK_CLOEXEC, protocol) }
+        .map(|fd| Fd::from_raw(fd as RawFd))
+}
+
+pub fn socketpair(kind: i32) -> SysResult<(Fd, Fd)> {
+    let mut ends = [0i32; 2];
+    // SAFETY: the kernel writes two ints.
+    unsafe { syscall!(libc::SYS_socketpair, libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) }?;
+    Ok((Fd::from_raw(ends[0]), Fd::from_raw(ends[1])))
+}
+
+/// `address` is a `sockaddr_*` structure.
+pub fn bind<A>(fd: RawFd, address: &A, len: usize) -> SysResult<()> {
+    debug_assert!(len <= core::mem::size_of::<A>());
+    // SAFETY: the address is valid for `len` bytes.
+    unsafe { syscall!(libc::SYS_bind, fd, core::ptr::from_ref(address), len) }.map(drop)
+}
+
+pub fn connect<A>(fd: RawFd, address: &A, len: usize) -> SysResult<()> {
+    debug_assert!(len <= core::mem::size_of::<A>());
+    // SAFETY: the address is valid for `len` bytes.
+    retry(|| unsafe { syscall!(libc::SYS_connect, fd, core::ptr::from_ref(address), len) }).map(drop)
+}
+
+pub fn listen(fd: RawFd, backlog: i32) -> SysResult<()> {
+    // SAFETY: no memory is involved.
+    unsafe { syscall!(libc::SYS_listen, fd, backlog) }.map(drop)
+}
+
+/// Non-blocking, CLOEXEC; the peer's address goes to `address` (a `sockaddr_*`).
+pub fn accept<A>(fd: RawFd, address: &mut A) -> SysResult<Fd> {
+    let mut len = core::mem::size_of::<A>() as u32;
+    // SAFETY: the address is valid for `len` bytes, which the kernel never exceeds.
+    retry(|| unsafe {
+        syscall!(
+            libc::SYS_accept4,
+            fd,
+            core::ptr::from_mut(address),
+            &raw mut len,
+            libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK
+        )
+    })
+    .map(|fd| Fd::from_raw(fd as RawFd))
+}
+
+/// `flags`: MSG_*.
+pub fn send(fd: RawFd, buf: &[u8], flags: i32) -> SysResult<usize> {
+    // SAFETY: the buffer is valid for its length.
+    retry(|| unsafe { syscall!(libc::SYS_sendto, fd, buf.as_ptr(), buf.len(), flags, 0, 0) })
+}
+
+pub fn recv(fd: RawFd, buf: &mut [u8], flags: i32) -> SysResult<usize> {
+    // SAFETY: the buffer is valid for its length.
+    retry(|| unsafe { syscall!(libc::SYS_recvfrom, fd, buf.as_mut_ptr(), buf.len(), flags, 0, 0) })
+}
+
+/// An integer socket option.
+pub fn setsockopt_int(fd: RawFd, level: i32, name: i32, value: i32) -> SysResult<()> {
+    // SAFETY: the value is four bytes, as said.
+    unsafe { syscall!(libc::SYS_setsockopt, fd, level, name, &raw const value, 4) }.map(drop)
+}
+
+/// Sends one byte and a descriptor over a unix socket.
+pub fn send_fd(socket: RawFd, fd: RawFd) -> SysResult<()> {
+    let mut byte = [b'f'];
+    let mut iov = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+    // struct cmsghdr {size_t len; int level; int type;} and one int, padded to 24 bytes.
+    let mut control = [0u64; 3];
+    control[0] = 20;
+    control[1] = (libc::SOL_SOCKET as u64) | ((libc::SCM_RIGHTS as u64) << 32);
+    control[2] = u64::from(fd as u32);
+    // SAFETY: zero is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = 24;
+    // SAFETY: all pointers in the message outlive the call.
+    retry(|| unsafe { syscall!(libc::SYS_sendmsg, socket, &raw const message, libc::MSG_NOSIGNAL) }).map(drop)
+}
+
+/// Receives one byte and, if one came along, a descriptor. `Ok(None)` = end of file or no descriptor.
+pub fn recv_fd(socket: RawFd) -> SysResult<Option<Fd>> {
+    let mut byte = [0u8];
+    let mut iov = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+    let mut control = [0u64; 3];
+    // SAFETY: zero is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = 24;
+    // SAFETY: all pointers in the message outlive the call.
+    let n = retry(|| unsafe { syscall!(libc::SYS_recvmsg, socket, &raw mut message, libc::MSG_CMSG_CLOEXEC) })?;
+    let rights = (libc::SOL_SOCKET as u64) | ((libc::SCM_RIGHTS as u64) << 32);
+    if n == 1 && message.msg_controllen >= 20 && control[0] >= 20 && control[1] == rights {
+        return Ok(Some(Fd::from_raw(control[2] as u32 as RawFd)));
+    }
+    Ok(None)
+}
+
+/// A `sockaddr_un` for a path, or for an abstract name when it starts with `@`; and its length.
+pub fn unix_address(path: &str) -> Result<(libc::sockaddr_un, usize)> {
+    // SAFETY: zero is a valid sockaddr_un.
+    let mut address: libc::sockaddr_un = unsafe { core::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as u16;
+    if path.len() >= address.sun_path.len() || path.is_empty() || path.contains('\0') {
+        return Err(Error::invalid(format!("unix socket path {path:?} is empty or longer than 107 bytes")));
+    }
+    for (slot, byte) in address.sun_path.iter_mut().zip(path.bytes()) {
+        *slot = byte as core::ffi::c_char;
+    }
+    if path.starts_with('@') {
+        address.sun_path[0] = 0;
+        return Ok((address, 2 + path.len()));
+    }
+    Ok((address, 2 + path.len() + 1))
+}
