@@ -1,0 +1,245 @@
+"""Calls to the agent in the guest, with plain arguments and our own errors.
+
+What comes back was written by a hostile guest: numbers are range-checked where they are used as such, text is
+escaped and bounded before it becomes part of a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ..errors import (
+    AgentError,
+    AgentTimeoutError,
+    CommandNotExecutableError,
+    CommandNotFoundError,
+    GuestProtocolError,
+    VMLostError,
+)
+from ..proto import agent_pb, google_pb, health_pb, types_pb
+from ..proto.codec import DecodeError
+from ..ttrpc.client import Client, ConnectionLost
+from ..ttrpc.status import TtrpcError
+from .text import escape_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import TypeVar
+
+    from ..proto import oci_pb
+    from ..proto.codec import Message
+
+    M = TypeVar("M", bound=Message)
+
+AGENT = "grpc.AgentService"
+HEALTH = "grpc.Health"
+
+CALL_S = 60.0
+"""Seconds for an ordinary call: emulated guests on a busy host are slow."""
+CREATE_S = 120.0
+"""Seconds for CreateContainer, which mounts file systems."""
+
+COMMAND_NOT_FOUND = ("executable file not found in $PATH", "no such file or directory")
+COMMAND_NOT_EXECUTABLE = ("permission denied", "exec format error", "is a directory")
+
+
+def command_error(message: str) -> CommandNotFoundError | CommandNotExecutableError | None:
+    """The error for a command that could not be started, told by runc's words as clients do; else None."""
+    if 'exec: "' not in message:
+        return None
+    if any(words in message for words in COMMAND_NOT_FOUND):
+        return CommandNotFoundError(message, "check the spelling, and that the image has this program")
+    if any(words in message for words in COMMAND_NOT_EXECUTABLE):
+        return CommandNotExecutableError(message, "check the file's permissions and that it is built for this CPU")
+    return None
+
+
+class AgentClient:
+    """One connection to one agent.
+
+    Every method raises `AgentError` (or a subclass) with the agent's words, `AgentTimeoutError` when it does not
+    answer, `VMLostError` when the connection is gone, and `GuestProtocolError` when the answer is not one.
+
+    Args:
+        client: The connected ttRPC client.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def call(
+        self, service: str, method: str, request: Message, answer: type[M], timeout_s: float | None = CALL_S
+    ) -> M:
+        """One call; None as *timeout_s* waits for ever."""
+        try:
+            return await self._client.call(service, method, request, answer, timeout=timeout_s)
+        except TtrpcError as error:
+            text = escape_line(error.message)
+            if error.code == 4:  # DEADLINE_EXCEEDED
+                raise AgentTimeoutError(f"the agent did not answer {method} within {timeout_s:.0f} s", code=4) from None
+            raise command_error(text) or AgentError(text, code=error.code) from None
+        except TimeoutError:
+            raise AgentTimeoutError(f"the agent did not answer {method} within {timeout_s:.0f} s", code=4) from None
+        except ConnectionLost as error:
+            raise VMLostError(f"the connection to the agent ended: {escape_line(str(error))}") from None
+        except DecodeError as error:
+            raise GuestProtocolError(f"the agent's answer to {method} is malformed: {escape_line(str(error))}") from None
+
+    async def _empty(self, method: str, request: Message, timeout_s: float | None = CALL_S) -> None:
+        await self.call(AGENT, method, request, google_pb.Empty, timeout_s)
+
+    def close(self) -> None:
+        """End the connection; calls in flight fail."""
+        self._client.close()
+
+    # ---- health ----
+
+    async def check(self, timeout_s: float | None) -> None:
+        """Health.Check; returns when the agent serves."""
+        await self.call(HEALTH, "Check", health_pb.CheckRequest(), health_pb.HealthCheckResponse, timeout_s)
+
+    # ---- sandbox ----
+
+    async def create_sandbox(self, request: agent_pb.CreateSandboxRequest) -> None:
+        await self._empty("CreateSandbox", request, CREATE_S)
+
+    async def destroy_sandbox(self, timeout_s: float = CALL_S) -> None:
+        await self._empty("DestroySandbox", agent_pb.DestroySandboxRequest(), timeout_s)
+
+    async def set_time(self, now_ns: int) -> None:
+        """Set the guest's clock; *now_ns* counts from the epoch."""
+        request = agent_pb.SetGuestDateTimeRequest(Sec=now_ns // 10**9, Usec=now_ns % 10**9 // 1000)
+        await self._empty("SetGuestDateTime", request)
+
+    async def reseed(self, data: bytes) -> None:
+        """Give the guest's kernel randomness."""
+        await self._empty("ReseedRandomDev", agent_pb.ReseedRandomDevRequest(data=data))
+
+    async def update_interface(self, interface: types_pb.Interface) -> None:
+        request = agent_pb.UpdateInterfaceRequest(interface=interface)
+        await self.call(AGENT, "UpdateInterface", request, types_pb.Interface)
+
+    async def update_routes(self, routes: Sequence[types_pb.Route]) -> None:
+        request = agent_pb.UpdateRoutesRequest(routes=agent_pb.Routes(Routes=list(routes)))
+        await self.call(AGENT, "UpdateRoutes", request, agent_pb.Routes)
+
+    async def add_neighbors(self, neighbors: Sequence[types_pb.ARPNeighbor]) -> None:
+        wrapped = agent_pb.ARPNeighbors(ARPNeighbors=list(neighbors))
+        await self._empty("AddARPNeighbors", agent_pb.AddARPNeighborsRequest(neighbors=wrapped))
+
+    async def copy_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Write a small file below the guest's share directory, owned by root."""
+        request = agent_pb.CopyFileRequest(
+            path=path, file_size=len(content), file_mode=0o100000 | mode, dir_mode=0o755, data=content
+        )
+        await self._empty("CopyFile", request)
+
+    async def details(self) -> agent_pb.GuestDetailsResponse:
+        request = agent_pb.GuestDetailsRequest()
+        return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse)
+
+    async def oom_event(self) -> str:
+        """Wait for the next out-of-memory kill; the container's id."""
+        request = agent_pb.GetOOMEventRequest()
+        return (await self.call(AGENT, "GetOOMEvent", request, agent_pb.OOMEvent, None)).container_id
+
+    # ---- containers and processes ----
+
+    async def create_container(
+        self, container_id: str, spec: oci_pb.Spec, storages: list[agent_pb.Storage]
+    ) -> None:
+        request = agent_pb.CreateContainerRequest(
+            container_id=container_id, exec_id=container_id, storages=storages, OCI=spec
+        )
+        await self._empty("CreateContainer", request, CREATE_S)
+
+    async def start_container(self, container_id: str) -> None:
+        await self._empty("StartContainer", agent_pb.StartContainerRequest(container_id=container_id))
+
+    async def remove_container(self, container_id: str, timeout_s: int = 30) -> None:
+        request = agent_pb.RemoveContainerRequest(container_id=container_id, timeout=timeout_s)
+        await self._empty("RemoveContainer", request, timeout_s + 5.0)
+
+    async def exec_process(self, container_id: str, exec_id: str, process: oci_pb.Process) -> None:
+        request = agent_pb.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
+        await self._empty("ExecProcess", request)
+
+    async def signal(self, container_id: str, exec_id: str, number: int) -> None:
+        request = agent_pb.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
+        await self._empty("SignalProcess", request)
+
+    async def wait(self, container_id: str, exec_id: str) -> int:
+        """The process's exit status, 0 to 255; waits for ever."""
+        request = agent_pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
+        status = (await self.call(AGENT, "WaitProcess", request, agent_pb.WaitProcessResponse, None)).status
+        if not 0 <= status <= 255:
+            raise GuestProtocolError(f"the agent says that a process ended with status {status}")
+        return status
+
+    async def pause(self, container_id: str) -> None:
+        await self._empty("PauseContainer", agent_pb.PauseContainerRequest(container_id=container_id))
+
+    async def resume(self, container_id: str) -> None:
+        await self._empty("ResumeContainer", agent_pb.ResumeContainerRequest(container_id=container_id))
+
+    async def update(self, container_id: str, resources: oci_pb.LinuxResources) -> None:
+        request = agent_pb.UpdateContainerRequest(container_id=container_id, resources=resources)
+        await self._empty("UpdateContainer", request)
+
+    async def stats(self, container_id: str) -> agent_pb.StatsContainerResponse:
+        request = agent_pb.StatsContainerRequest(container_id=container_id)
+        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse)
+
+    async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
+        request = agent_pb.TtyWinResizeRequest(
+            container_id=container_id, exec_id=exec_id, row=rows, column=columns
+        )
+        await self._empty("TtyWinResize", request)
+
+    # ---- streams: as slow as the process and the reader want, so no deadline ----
+
+    async def read(self, container_id: str, exec_id: str, name: str, size: int) -> bytes:
+        """The next piece of ``stdout`` or ``stderr``, at most *size* bytes; empty at the end."""
+        request = agent_pb.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=size)
+        method = "ReadStdout" if name == "stdout" else "ReadStderr"
+        data = (await self.call(AGENT, method, request, agent_pb.ReadStreamResponse, None)).data
+        if len(data) > size:
+            raise GuestProtocolError(f"the agent answered {method} with {len(data)} bytes instead of at most {size}")
+        return data
+
+    async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> None:
+        """Write all of *data*; returns when it is in the process's pipe."""
+        while data:
+            request = agent_pb.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
+            answer = await self.call(AGENT, "WriteStdin", request, agent_pb.WriteStreamResponse, None)
+            if not 0 < answer.len <= len(data):
+                raise GuestProtocolError(f"the agent says that it wrote {answer.len} of {len(data)} bytes")
+            data = data[answer.len :]
+
+    async def close_stdin(self, container_id: str, exec_id: str) -> None:
+        await self._empty("CloseStdin", agent_pb.CloseStdinRequest(container_id=container_id, exec_id=exec_id))
+
+
+async def wait_healthy(agent: AgentClient, lost: asyncio.Future[str], timeout_s: float) -> None:
+    """Return when the agent serves.
+
+    On a serial channel the question waits in the pipe until the guest's driver takes it, so one call is enough:
+    no polling, and the answer comes the moment that the agent can give it.
+
+    Args:
+        agent: Its connection.
+        lost: Ends with a reason when the virtual machine does.
+        timeout_s: Seconds.
+
+    Raises:
+        VMLostError: The virtual machine ended first.
+        AgentTimeoutError: It lives and is silent.
+    """
+    check = asyncio.ensure_future(agent.check(timeout_s))
+    done, _ = await asyncio.wait({check, lost}, return_when=asyncio.FIRST_COMPLETED)
+    if check in done:
+        check.result()
+        return
+    check.cancel()
+    raise VMLostError(lost.result())

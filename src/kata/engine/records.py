@@ -1,0 +1,93 @@
+"""What the engine leaves on disk for those who look without it: ``state.json``.
+
+``ps``, ``wait``, ``inspect`` read it, during the container's life and after. It is replaced in one step, so a
+reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def rfc3339(ns: int) -> str:
+    """Nanoseconds of the epoch as ``2026-01-02T03:04:05.000000006Z``; empty for 0 (it has not happened)."""
+    if not ns:
+        return ""
+    seconds, rest = divmod(ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Replace *path* by *content*, in one step.
+
+    Raises:
+        OSError: The directory is gone, or the disk is full; the old content is still there then.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    raw = json.dumps(content, indent=1).encode()
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, raw)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The content of *path*; an empty dict if there is none or it is not an object.
+
+    Raises:
+        OSError: It cannot be read for another reason than not being there.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class StateFile:
+    """A container's ``state.json``.
+
+    Args:
+        path: Where; empty for a door that keeps no such file.
+        engine: Identity of the engine: ``{"pid", "starttime", "boot_id"}``.
+    """
+
+    __slots__ = ("_content", "_path")
+
+    def __init__(self, path: str, engine: dict[str, Any]) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {
+            "status": "created",
+            "pid": 0,
+            "engine": engine,
+            "created_at": "",
+            "started_at": "",
+            "finished_at": "",
+            "exit_code": None,
+            "oom_killed": False,
+            "error": "",
+        }
+
+    def write(self, **changed: Any) -> None:
+        """Change fields and write the file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self._content.update(changed)
+        if self._path:
+            write_json(self._path, self._content)

@@ -1,0 +1,247 @@
+"""What becomes of a container's runtime specification before it goes to the guest.
+
+Two steps: `for_guest` changes what cannot mean the same in the guest (host paths, the namespaces that the
+virtual machine itself stands for, hooks that run on the host), `to_message` turns the JSON object into the agent
+protocol's message.
+
+Sources: runtime-spec 1.1 config.md and config-linux.md; the agent protocol's notes on what a host changes.
+Unlike the original, limits for pids and block I/O and the seccomp profile are kept: our agent applies them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from ..proto.codec import DecodeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any
+
+    from ..proto import oci_pb
+
+GUEST_RUN = "/run/kata-containers"
+GUEST_SHARE = f"{GUEST_RUN}/shared/containers"
+GUEST_RESOLV = f"{GUEST_RUN}/sandbox/resolv.conf"
+
+BUNDLE_ANNOTATION = "io.katacontainers.pkg.oci.bundle_path"
+TYPE_ANNOTATION = "io.katacontainers.pkg.oci.container_type"
+
+_GUEST_NAMESPACES = ("mount", "ipc", "uts", "pid", "cgroup", "user")
+"""The virtual machine is the network and time namespace; the rest is made in it."""
+
+# JSON key -> field name, where it is not the key with a capital first letter. The names follow the Go structs.
+_RENAMED = {
+    "ociVersion": "Version",
+    "uid": "UID",
+    "gid": "GID",
+    "uidMappings": "UIDMappings",
+    "gidMappings": "GIDMappings",
+    "oomScoreAdj": "OOMScoreAdj",
+    "cpu": "CPU",
+    "pageSize": "Pagesize",
+    "errnoRet": "errnoret",
+}
+_MAPS = frozenset({"annotations", "sysctl"})
+
+NOT_CARRIED = {
+    "domainname": "the NIS domain name",
+    "umask": "the umask (0022 is used)",
+    "ioPriority": "the I/O priority",
+    "scheduler": "the scheduling policy",
+    "execCPUAffinity": "the CPU affinity of execs",
+    "personality": "the execution domain",
+    "timeOffsets": "time namespace offsets",
+    "netDevices": "host network devices",
+    "useHierarchy": "the memory hierarchy switch (always on)",
+    "checkBeforeUpdate": "the check before a memory update",
+    "idle": "the idle CPU class",
+    "burst": "the CPU burst",
+    "rdma": "RDMA limits",
+    "unified": "raw cgroup v2 settings",
+    "defaultErrnoRet": "seccomp's default errno (EPERM is used)",
+    "listenerPath": "the seccomp listener",
+    "listenerMetadata": "the seccomp listener",
+    "memoryPolicy": "the NUMA memory policy",
+    "enableMonitoring": "resource monitoring",
+    "closID": "a resource control group",
+    "memBwSchema": "the memory bandwidth schema",
+    "realtimeBudget": "the realtime budget",
+    "zos": "z/OS settings",
+    "vm": "virtual machine settings",
+    "commandLine": "a Windows command line",
+    "credentialSpec": "a Windows credential",
+    "solaris": "Solaris settings",
+    "windows": "Windows settings",
+}
+"""Keys that the agent protocol has no field for, and what a person calls them."""
+
+
+def is_bind(mount: Mapping[str, Any]) -> bool:
+    """Whether a mount of the spec takes its content from a path."""
+    options = mount.get("options") or ()
+    return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
+def host_binds(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The mounts whose source is a path of the host."""
+    return [mount for mount in spec.get("mounts") or () if is_bind(mount)]
+
+
+def for_guest(
+    spec: Mapping[str, Any],
+    *,
+    rootfs: str,
+    bundle: str,
+    container_type: str,
+    sources: Mapping[str, str],
+    files: Mapping[str, str],
+    cgroups_path: str,
+) -> dict[str, Any]:
+    """The spec as the guest is to see it; *spec* is left as it is.
+
+    Args:
+        spec: ``config.json``.
+        rootfs: The root directory in the guest.
+        bundle: The bundle's path, for the annotation.
+        container_type: ``single_container``, ``pod_sandbox`` or ``pod_container``.
+        sources: Source on the host -> where it is in the guest, for each of `host_binds`.
+        files: Destination -> guest path of files that every container gets (``/etc/hosts``), unless the spec
+            mounts something there itself.
+        cgroups_path: The container's cgroup in the guest.
+
+    Raises:
+        ConfigError: The spec lacks what no container can be without.
+    """
+    if not isinstance(spec.get("process"), dict):
+        raise ConfigError("the container's specification has no process", "check config.json in the bundle")
+    out = dict(spec)
+    out["root"] = {"path": rootfs, "readonly": bool((spec.get("root") or {}).get("readonly"))}
+    mounts = []
+    for mount in spec.get("mounts") or ():
+        changed = {key: mount[key] for key in ("destination", "type", "source", "options") if mount.get(key)}
+        if is_bind(mount):
+            changed["source"] = sources[mount["source"]]
+        mounts.append(changed)
+    taken = {mount.get("destination") for mount in mounts}
+    mounts += [
+        {"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rprivate", "rw"]}
+        for destination, source in files.items()
+        if destination not in taken
+    ]
+    out["mounts"] = mounts
+    process = dict(spec["process"])
+    process.pop("apparmorProfile", None)  # neither exists in the guest's kernel
+    process.pop("selinuxLabel", None)
+    out["process"] = process
+    hooks = spec.get("hooks") or {}
+    out["hooks"] = {"startContainer": hooks["startContainer"]} if hooks.get("startContainer") else None
+    annotations = dict(spec.get("annotations") or {})
+    annotations[BUNDLE_ANNOTATION] = bundle
+    annotations[TYPE_ANNOTATION] = container_type
+    out["annotations"] = annotations
+    linux = dict(spec.get("linux") or {})
+    linux.pop("mountLabel", None)
+    linux.pop("intelRdt", None)
+    linux["cgroupsPath"] = cgroups_path
+    linux["namespaces"] = [
+        {"type": namespace["type"]}
+        for namespace in linux.get("namespaces") or ()
+        if namespace.get("type") in _GUEST_NAMESPACES
+    ]
+    linux["resources"] = guest_resources(linux.get("resources") or {})
+    out["linux"] = linux
+    return out
+
+
+def guest_resources(resources: Mapping[str, Any]) -> dict[str, Any]:
+    """Resource limits as the guest is to see them: the host's CPU and memory node numbers mean nothing there."""
+    out = dict(resources)
+    out.pop("network", None)
+    if out.get("cpu"):
+        out["cpu"] = {key: value for key, value in out["cpu"].items() if key not in ("cpus", "mems")}
+    if out.get("devices"):
+        # Absent numbers mean "any"; 0 is a number, so the message carries -1.
+        out["devices"] = [
+            {"major": -1, "minor": -1, **{key: value for key, value in rule.items() if value is not None}}
+            for rule in out["devices"]
+        ]
+    return out
+
+
+def dropped(spec: object) -> Iterator[str]:
+    """What a spec asks for that cannot be carried into the guest, in words."""
+    if isinstance(spec, dict):
+        for key, value in spec.items():
+            if value in (None, [], {}, "", 0, False):
+                continue
+            if key in NOT_CARRIED:
+                if (key, value) not in (("umask", 0o22), ("defaultErrnoRet", 1)):
+                    yield NOT_CARRIED[key]
+            elif key not in _MAPS:
+                yield from dropped(value)
+    elif isinstance(spec, list):
+        for item in spec:
+            yield from dropped(item)
+
+
+def _fields(value: Any, key: str = "") -> Any:
+    """JSON object -> the same by the message's field names."""
+    if isinstance(value, list):
+        return [_fields(item, key) for item in value if item is not None]
+    if not isinstance(value, dict):
+        return value
+    if key in _MAPS:
+        return value
+    out = {}
+    for name, content in value.items():
+        if content is None or name in NOT_CARRIED:
+            continue
+        if key == "mounts":
+            if name in ("destination", "source", "type", "options"):
+                out[name] = content
+            continue
+        out[_RENAMED.get(name) or name[:1].upper() + name[1:]] = _fields(content, name)
+    return out
+
+
+def to_message(spec: Mapping[str, Any]) -> oci_pb.Spec:
+    """The protocol's message of a spec.
+
+    Raises:
+        ConfigError: A key is unknown or a value has the wrong type; the message names it.
+    """
+    from ..proto import oci_pb
+
+    return _convert(oci_pb.Spec, spec, "the container's specification")
+
+
+def process_message(process: Mapping[str, Any]) -> oci_pb.Process:
+    """The protocol's message of an OCI process object (of an exec).
+
+    Raises:
+        ConfigError: As `to_message`.
+    """
+    from ..proto import oci_pb
+
+    kept = {key: value for key, value in process.items() if key not in ("apparmorProfile", "selinuxLabel")}
+    return _convert(oci_pb.Process, kept, "the process's specification")
+
+
+def resources_message(resources: Mapping[str, Any]) -> oci_pb.LinuxResources:
+    """The protocol's message of OCI resource limits.
+
+    Raises:
+        ConfigError: As `to_message`.
+    """
+    from ..proto import oci_pb
+
+    return _convert(oci_pb.LinuxResources, guest_resources(resources), "the resource limits")
+
+
+def _convert(kind: type[Any], value: Mapping[str, Any], what: str) -> Any:
+    try:
+        return kind.from_dict(_fields(dict(value)))
+    except (DecodeError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{what} cannot be used: {error}", "compare it with the OCI runtime specification") from None
