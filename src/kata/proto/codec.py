@@ -1,0 +1,713 @@
+"""Protobuf messages without a protobuf library.
+
+The generated modules (`*_pb.py`) are tables of text; a message class is built from its line when somebody
+first asks for it, and the class's encoders and decoders when the first instance is made. So importing a
+module costs next to nothing and a start pays only for the messages it uses. Types for checkers are in the
+`*_pb.pyi` files beside them.
+
+The wire format is proto3's (https://protobuf.dev/programming-guides/encoding/). What is decoded may come
+from a hostile guest: nesting, lengths and the number of elements are bounded, and every malformed input ends
+in `DecodeError`. Unknown fields are skipped.
+"""
+
+from __future__ import annotations
+
+from sys import intern
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any, ClassVar, Self
+
+MAX_DEPTH = 100
+"""Deepest nesting of messages that is encoded or decoded; what the official libraries allow by default."""
+MAX_ELEMENTS = 1 << 17
+"""Most sub-messages and repeated elements in one decoded message: two bytes on the wire can become hundreds
+in memory."""
+
+
+class DecodeError(ValueError):
+    """The bytes are not an encoding of the message."""
+
+
+class EncodeError(ValueError):
+    """A field holds a value that its type cannot carry."""
+
+
+class Message:
+    """Base of the generated classes.
+
+    A field that is absent is its type's zero value; an absent sub-message or `optional` field is None.
+    Repeated fields are lists, maps are dicts, enums are ints. Messages are mutable and compare by value.
+    """
+
+    __slots__: tuple[str, ...] = ()
+    FULL_NAME: ClassVar[str] = ""
+    """Package and name, as in the type URL of an Any."""
+    _fields: ClassVar[tuple[Field, ...]] = ()
+    _plan: ClassVar[Plan | None] = None
+
+    def __init__(self, **values: Any) -> None:
+        plan = self._plan or _compile(type(self))
+        for name, default in plan.defaults:
+            setattr(self, name, default)
+        for name, make in plan.containers:
+            setattr(self, name, make())
+        for name, value in values.items():
+            if name not in plan.by_name:
+                raise TypeError(f"{type(self).__name__} has no field {name!r}")
+            setattr(self, name, value)
+
+    def encode(self) -> bytes:
+        """The message in wire format.
+
+        Raises:
+            EncodeError: A value does not fit its field.
+        """
+        out = bytearray()
+        _encode(self, out, 0)
+        return bytes(out)
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray | memoryview) -> Self:
+        """The message that `data` is the wire format of.
+
+        Raises:
+            DecodeError: `data` is malformed, nested too deeply or has too many elements.
+        """
+        plan = cls._plan or _compile(cls)
+        buf = bytes(data)
+        message = cls()
+        try:
+            _decode(message, plan, buf, 0, len(buf), 0, [MAX_ELEMENTS])
+        except DecodeError as error:
+            raise DecodeError(f"{cls.FULL_NAME}: {error}") from None
+        except IndexError:
+            raise DecodeError(f"{cls.FULL_NAME}: truncated") from None
+        return message
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, by their names in the `.proto`; sub-messages as dicts, bytes as bytes."""
+        plan = self._plan or _compile(type(self))
+        out: dict[str, Any] = {}
+        for field in plan.by_name.values():
+            value = getattr(self, field.name)
+            if value is None or (field.implicit and not value):
+                continue
+            if field.sub is None:
+                out[field.name] = value.copy() if field.label in ("*", "%") else value
+            elif field.label == "*":
+                out[field.name] = [item.to_dict() for item in value]
+            elif field.label == "%":
+                out[field.name] = {key: item.to_dict() for key, item in value.items()}
+            else:
+                out[field.name] = value.to_dict()
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The message described by `values`, as `to_dict` returns them.
+
+        Raises:
+            DecodeError: There is no field of that name, or its value has the wrong shape.
+        """
+        plan = cls._plan or _compile(cls)
+        message = cls()
+        for name, value in values.items():
+            field = plan.by_name.get(name)
+            if field is None:
+                raise DecodeError(f"{cls.FULL_NAME} has no field {name!r}")
+            try:
+                setattr(message, name, _from_plain(field, value))
+            except DecodeError:
+                raise
+            except (TypeError, ValueError, AttributeError) as error:
+                raise DecodeError(f"{cls.FULL_NAME}.{name}: {error}") from None
+        return message
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    def __repr__(self) -> str:
+        plan = self._plan or _compile(type(self))
+        parts = []
+        for field in plan.by_name.values():
+            value = getattr(self, field.name)
+            if value is None or (field.implicit and not value):
+                continue
+            if isinstance(value, bytes) and len(value) > 64:
+                parts.append(f"{field.name}=<{len(value)} bytes>")
+            else:
+                parts.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class Field:
+    """One field as its `.proto` defines it.
+
+    Written as ``name:number:type`` in the generated tables. A type is a scalar's name or
+    ``@module.Message``; before it ``*`` means repeated, ``?`` optional, ``%key:`` a map with that key type.
+    """
+
+    __slots__ = ("key", "kind", "label", "name", "number", "sub")
+    name: str
+
+    def __init__(self, text: str) -> None:
+        name, number, kind = text.split(":", 2)
+        self.name = intern(name)
+        self.number = int(number)
+        self.label = kind[0] if kind[0] in "*?%" else ""
+        self.key = ""
+        if self.label:
+            kind = kind[1:]
+        if self.label == "%":
+            self.key, kind = kind.split(":")
+        self.kind = kind
+        self.sub: type[Message] | None = None
+        """Class of the sub-messages; None for scalars, and before the plan is compiled."""
+
+    @property
+    def implicit(self) -> bool:
+        """Whether the zero value is the same as absence."""
+        return self.label in ("*", "%") or (not self.label and not self.kind.startswith("@"))
+
+
+class Plan:
+    """What `_compile` works out once per class."""
+
+    __slots__ = ("by_name", "containers", "decoders", "defaults", "encoders")
+
+    def __init__(self) -> None:
+        self.defaults: list[tuple[str, Any]] = []
+        self.containers: list[tuple[str, Callable[[], Any]]] = []
+        self.by_name: dict[str, Field] = {}
+        self.encoders: list[tuple[str, Callable[[Any, bytearray, int], None]]] = []
+        self.decoders: dict[int, Callable[[Any, bytes, int, int, int, list[int]], int]] = {}
+
+
+class Methods:
+    """The methods of a service: a read-only mapping from name to (request class, response class)."""
+
+    __slots__ = ("_lines",)
+
+    def __init__(self, lines: dict[str, str]) -> None:
+        self._lines = lines
+
+    def __getitem__(self, method: str) -> tuple[type[Message], type[Message]]:
+        request, response = self._lines[method].split()
+        return _resolve(request), _resolve(response)
+
+    def get(self, method: str) -> tuple[type[Message], type[Message]] | None:
+        """The classes of `method`, or None."""
+        return self[method] if method in self._lines else None
+
+    def __contains__(self, method: object) -> bool:
+        return method in self._lines
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+def lazy_module(
+    namespace: dict[str, Any], package: Mapping[str, str], messages: dict[str, str], enums: dict[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` for a generated module.
+
+    Args:
+        namespace: The module's globals; classes are stored there when they are first asked for.
+        package: Protobuf package by message; the entry "" is for all others.
+        messages: Fields by message, as `Field` reads them, separated by spaces.
+        enums: Values by enum, as ``NAME=number``, separated by spaces.
+    """
+    module = namespace["__name__"]
+
+    def module_getattr(name: str) -> Any:
+        text = messages.get(name)
+        if text is not None:
+            fields = tuple([Field(item) for item in text.split()])
+            body = {
+                "__slots__": tuple([field.name for field in fields]),
+                "__module__": module,
+                "FULL_NAME": f"{package.get(name, package[''])}.{name}",
+                "_fields": fields,
+            }
+            made = namespace[name] = type(name, (Message,), body)
+            return made
+        text = enums.get(name)
+        if text is not None:
+            values: dict[str, Any] = {key: int(value) for key, value in (v.split("=") for v in text.split())}
+            values["__module__"] = module
+            made = namespace[name] = type(name, (), values)
+            return made
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    def module_dir() -> list[str]:
+        return sorted({*namespace, *messages, *enums})
+
+    return module_getattr, module_dir
+
+
+def _resolve(reference: str) -> type[Message]:
+    """The class that ``@module.Message`` names; a module of the generated family is imported for it."""
+    module, name = reference[1:].split(".")
+    found: type[Message] = getattr(__import__(f"{__package__}.{module}_pb", None, None, [name]), name)
+    return found
+
+
+# ---- scalars ----
+
+_ZERO: dict[str, Any] = {"string": "", "bytes": b"", "bool": False, "double": 0.0, "float": 0.0}
+_RANGE = {
+    "int32": (-(1 << 31), (1 << 31) - 1),
+    "int64": (-(1 << 63), (1 << 63) - 1),
+    "uint32": (0, (1 << 32) - 1),
+    "uint64": (0, (1 << 64) - 1),
+    "enum": (-(1 << 31), (1 << 31) - 1),
+    "bool": (0, 1),
+}
+
+
+def _put_varint(out: bytearray, value: int) -> None:
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+
+
+def _get_varint(buf: bytes, pos: int) -> tuple[int, int]:
+    """The varint at `pos`, modulo 2**64, and the position after it. IndexError at the end of `buf`."""
+    byte = buf[pos]
+    if byte < 0x80:
+        return byte, pos + 1
+    value = byte & 0x7F
+    for shift in (7, 14, 21, 28, 35, 42, 49, 56, 63):
+        pos += 1
+        byte = buf[pos]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, pos + 1
+    raise DecodeError("varint longer than 10 bytes")
+
+
+def _scalar_writer(kind: str) -> Callable[[bytearray, Any], None]:
+    """A function that checks a value and appends it, without its key."""
+    if kind == "string":
+
+        def put(out: bytearray, value: Any) -> None:
+            raw = str.encode(value)
+            _put_varint(out, len(raw))
+            out += raw
+
+    elif kind == "bytes":
+
+        def put(out: bytearray, value: Any) -> None:
+            if not isinstance(value, (bytes, bytearray, memoryview)):
+                raise TypeError(f"{type(value).__name__} is not bytes")
+            _put_varint(out, value.nbytes if isinstance(value, memoryview) else len(value))
+            out += value
+
+    elif kind in ("double", "float"):
+        # Imported here: only statistics have such fields, and they are never part of a start.
+        from struct import Struct
+
+        pack = Struct("<d" if kind == "double" else "<f").pack
+
+        def put(out: bytearray, value: Any) -> None:
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{type(value).__name__} is not a number")
+            out += pack(value)
+
+    else:
+        low, high = _RANGE[kind]
+
+        def put(out: bytearray, value: Any) -> None:
+            if not isinstance(value, int):
+                raise TypeError(f"{type(value).__name__} is not an integer")
+            if not low <= value <= high:
+                raise ValueError(f"{value} is outside {low}..{high}")
+            _put_varint(out, value & 0xFFFFFFFFFFFFFFFF)
+
+    return put
+
+
+def _scalar_reader(kind: str) -> Callable[[bytes, int, int], tuple[Any, int]]:
+    """A function from a position and the end of its message to the value there and the position after it."""
+    if kind in ("string", "bytes"):
+        text = kind == "string"
+
+        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
+            length, pos = _get_varint(buf, pos)
+            stop = pos + length
+            if stop > end:
+                raise DecodeError("truncated")
+            raw = buf[pos:stop]
+            if not text:
+                return raw, stop
+            try:
+                return raw.decode(), stop
+            except UnicodeDecodeError:
+                raise DecodeError("a string is not UTF-8") from None
+
+    elif kind in ("double", "float"):
+        from struct import Struct
+
+        code = Struct("<d" if kind == "double" else "<f")
+
+        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
+            if pos + code.size > end:
+                raise DecodeError("truncated")
+            return code.unpack_from(buf, pos)[0], pos + code.size
+
+    elif kind == "uint64":
+
+        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
+            return _get_varint(buf, pos)
+
+    elif kind == "bool":
+
+        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
+            value, pos = _get_varint(buf, pos)
+            return value != 0, pos
+
+    else:
+        mask = 0xFFFFFFFF if kind in ("uint32", "int32", "enum") else 0xFFFFFFFFFFFFFFFF
+        sign = 0 if kind == "uint32" else (mask + 1) >> 1
+
+        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
+            value, pos = _get_varint(buf, pos)
+            value &= mask
+            return (value - mask - 1 if value & sign else value), pos
+
+    return get
+
+
+def _wire_type(kind: str) -> int:
+    if kind in ("string", "bytes") or kind.startswith("@"):
+        return 2
+    return {"double": 1, "float": 5}.get(kind, 0)
+
+
+def _key(number: int, wire_type: int) -> bytes:
+    out = bytearray()
+    _put_varint(out, number << 3 | wire_type)
+    return bytes(out)
+
+
+# ---- plans ----
+
+
+def _compile(cls: type[Message]) -> Plan:
+    plan = Plan()
+    for field in cls._fields:
+        if field.kind.startswith("@"):
+            field.sub = _resolve(field.kind)
+        plan.by_name[field.name] = field
+        if field.label == "*":
+            plan.containers.append((field.name, list))
+        elif field.label == "%":
+            plan.containers.append((field.name, dict))
+        elif field.label == "?" or field.sub:
+            plan.defaults.append((field.name, None))
+        else:
+            plan.defaults.append((field.name, _ZERO.get(field.kind, 0)))
+        encode = _field_encoder(field)
+        plan.encoders.append((field.name, encode))
+        _add_decoders(plan, field)
+    # Fields go out in the order of their numbers, as the official encoders write them.
+    order = {field.name: field.number for field in cls._fields}
+    plan.encoders.sort(key=lambda item: order[item[0]])
+    cls._plan = plan
+    return plan
+
+
+def _value_writer(kind: str, sub: type[Message] | None) -> Callable[[bytearray, Any, int], None]:
+    """Like `_scalar_writer`, for sub-messages too; takes the depth of the enclosing message."""
+    if sub is None:
+        put_scalar = _scalar_writer(kind)
+
+        def put(out: bytearray, value: Any, depth: int) -> None:
+            put_scalar(out, value)
+
+    else:
+
+        def put(out: bytearray, value: Any, depth: int) -> None:
+            if type(value) is not sub:
+                raise TypeError(f"{type(value).__name__} is not {sub.__name__}")
+            body = bytearray()
+            _encode(value, body, depth + 1)
+            _put_varint(out, len(body))
+            out += body
+
+    return put
+
+
+def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:
+    wire_type = _wire_type(field.kind)
+    put = _value_writer(field.kind, field.sub)
+    key = _key(field.number, wire_type)
+    if field.label == "%":
+        put_key = _scalar_writer(field.key)
+        map_key = _key(field.number, 2)
+        first, second = _key(1, _wire_type(field.key)), _key(2, wire_type)
+
+        def encode(value: Any, out: bytearray, depth: int) -> None:
+            for name, item in value.items():
+                entry = bytearray(first)
+                put_key(entry, name)
+                entry += second
+                put(entry, item, depth)
+                out += map_key
+                _put_varint(out, len(entry))
+                out += entry
+
+    elif field.label == "*" and wire_type == 2:
+
+        def encode(value: Any, out: bytearray, depth: int) -> None:
+            if isinstance(value, (str, bytes)):
+                raise TypeError(f"{type(value).__name__} is not a list")
+            for item in value:
+                out += key
+                put(out, item, depth)
+
+    elif field.label == "*":
+        packed_key = _key(field.number, 2)
+
+        def encode(value: Any, out: bytearray, depth: int) -> None:
+            if not value:
+                return
+            body = bytearray()
+            for item in value:
+                put(body, item, depth)
+            out += packed_key
+            _put_varint(out, len(body))
+            out += body
+
+    elif field.label == "?" or field.sub:
+
+        def encode(value: Any, out: bytearray, depth: int) -> None:
+            if value is not None:
+                out += key
+                put(out, value, depth)
+
+    else:
+        zero = _ZERO.get(field.kind, 0)
+        floating = isinstance(zero, float)
+
+        def encode(value: Any, out: bytearray, depth: int) -> None:
+            # Minus zero is not the default; and None or [] must not pass for 0.
+            if value or (floating and str(value) == "-0.0"):
+                out += key
+                put(out, value, depth)
+            elif value != zero:
+                raise TypeError(f"{value!r} is not of type {field.kind}")
+
+    return encode
+
+
+def _encode(message: Message, out: bytearray, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise EncodeError(f"messages nested deeper than {MAX_DEPTH}")
+    plan = message._plan or _compile(type(message))
+    for name, encode in plan.encoders:
+        try:
+            encode(getattr(message, name), out, depth)
+        except EncodeError:
+            raise
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise EncodeError(f"{message.FULL_NAME}.{name}: {error}") from None
+
+
+def _add_decoders(plan: Plan, field: Field) -> None:
+    name, number, sub = field.name, field.number, field.sub
+    wire_type = _wire_type(field.kind)
+    if field.label == "%":
+        plan.decoders[number << 3 | 2] = _map_decoder(field)
+        return
+    if sub is not None:
+        repeated = field.label == "*"
+
+        def decode_message(
+            message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]
+        ) -> int:
+            length, pos = _get_varint(buf, pos)
+            if pos + length > end:
+                raise DecodeError("truncated")
+            # A singular field that comes twice is merged, as the specification wants it.
+            item = None if repeated else getattr(message, name)
+            if item is None:
+                item = sub()
+                if repeated:
+                    getattr(message, name).append(item)
+                else:
+                    setattr(message, name, item)
+            budget[0] -= 1
+            _decode(item, sub._plan or _compile(sub), buf, pos, pos + length, depth + 1, budget)
+            return pos + length
+
+        plan.decoders[number << 3 | 2] = decode_message
+        return
+
+    get = _scalar_reader(field.kind)
+    if field.label == "*":
+
+        def decode_element(
+            message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]
+        ) -> int:
+            value, pos = get(buf, pos, end)
+            budget[0] -= 1
+            getattr(message, name).append(value)
+            return pos
+
+        plan.decoders[number << 3 | wire_type] = decode_element
+        if wire_type != 2:
+
+            def decode_packed(
+                message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]
+            ) -> int:
+                length, pos = _get_varint(buf, pos)
+                stop = pos + length
+                if stop > end:
+                    raise DecodeError("truncated")
+                values = getattr(message, name)
+                before = len(values)
+                while pos < stop:
+                    value, pos = get(buf, pos, stop)
+                    values.append(value)
+                if pos != stop:
+                    raise DecodeError("truncated")
+                budget[0] -= len(values) - before
+                return pos
+
+            plan.decoders[number << 3 | 2] = decode_packed
+        return
+
+    def decode_scalar(message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]) -> int:
+        value, pos = get(buf, pos, end)
+        setattr(message, name, value)
+        return pos
+
+    plan.decoders[number << 3 | wire_type] = decode_scalar
+
+
+def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]], int]:
+    """A map is a repeated message with the fields 1 (key) and 2 (value); the last one of a key counts."""
+    name, sub = field.name, field.sub
+    get_key = _scalar_reader(field.key)
+    key_tag = 1 << 3 | _wire_type(field.key)
+    value_tag = 2 << 3 | _wire_type(field.kind)
+    zero_key = _ZERO.get(field.key, 0)
+    zero_value = _ZERO.get(field.kind, 0)
+    get_value = None if sub else _scalar_reader(field.kind)
+
+    def decode(message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]) -> int:
+        length, pos = _get_varint(buf, pos)
+        stop = pos + length
+        if stop > end:
+            raise DecodeError("truncated")
+        budget[0] -= 1
+        key = zero_key
+        value = zero_value if sub is None else sub()
+        while pos < stop:
+            tag, pos = _get_tag(buf, pos)
+            if tag == key_tag:
+                key, pos = get_key(buf, pos, stop)
+            elif tag != value_tag:
+                pos = _skip(buf, pos, stop, tag, depth + 1)
+            elif get_value is not None:
+                value, pos = get_value(buf, pos, stop)
+            elif sub is not None:
+                size, pos = _get_varint(buf, pos)
+                if pos + size > stop:
+                    raise DecodeError("truncated")
+                # Two levels: the entry is a message too.
+                _decode(value, sub._plan or _compile(sub), buf, pos, pos + size, depth + 2, budget)
+                pos += size
+        if pos != stop:
+            raise DecodeError("truncated")
+        getattr(message, name)[key] = value
+        return pos
+
+    return decode
+
+
+def _decode(
+    message: Message, plan: Plan, buf: bytes, pos: int, end: int, depth: int, budget: list[int]
+) -> None:
+    if depth > MAX_DEPTH:
+        raise DecodeError(f"messages nested deeper than {MAX_DEPTH}")
+    decoders = plan.decoders
+    while pos < end:
+        tag, pos = _get_tag(buf, pos)
+        decode = decoders.get(tag)
+        if decode is None:
+            pos = _skip(buf, pos, end, tag, depth)
+        else:
+            pos = decode(message, buf, pos, end, depth, budget)
+        if budget[0] < 0:
+            raise DecodeError(f"more than {MAX_ELEMENTS} elements")
+    # Varints are read without a look at `end`; the one that ran over it was the last.
+    if pos != end:
+        raise DecodeError("truncated")
+
+
+def _get_tag(buf: bytes, pos: int) -> tuple[int, int]:
+    tag, pos = _get_varint(buf, pos)
+    if not 8 <= tag <= 0xFFFFFFFF:
+        raise DecodeError(f"invalid field tag {tag}")
+    return tag, pos
+
+
+def _skip(buf: bytes, pos: int, end: int, tag: int, depth: int) -> int:
+    """The position behind the value of an unknown field."""
+    wire_type = tag & 7
+    if wire_type == 0:
+        pos = _get_varint(buf, pos)[1]
+    elif wire_type == 1:
+        pos += 8
+    elif wire_type == 2:
+        length, pos = _get_varint(buf, pos)
+        pos += length
+    elif wire_type == 5:
+        pos += 4
+    elif wire_type == 3:
+        # A group, which proto3 has no use for but must be able to step over.
+        if depth >= MAX_DEPTH:
+            raise DecodeError(f"groups nested deeper than {MAX_DEPTH}")
+        while True:
+            inner, pos = _get_tag(buf, pos)
+            if inner & 7 == 4:
+                if inner >> 3 != tag >> 3:
+                    raise DecodeError("a group ends that has not begun")
+                break
+            pos = _skip(buf, pos, end, inner, depth + 1)
+    else:
+        raise DecodeError(f"invalid wire type {wire_type}")
+    if pos > end:
+        raise DecodeError("truncated")
+    return pos
+
+
+def _from_plain(field: Field, value: Any) -> Any:
+    sub = field.sub
+    if field.label == "*":
+        if isinstance(value, (str, bytes)):
+            raise TypeError(f"{type(value).__name__} is not a list")
+        return [sub.from_dict(item) if sub else _checked(field.kind, item) for item in value]
+    if field.label == "%":
+        return {
+            _checked(field.key, key): sub.from_dict(item) if sub else _checked(field.kind, item)
+            for key, item in value.items()
+        }
+    if value is None and (sub or field.label == "?"):
+        return None
+    return sub.from_dict(value) if sub else _checked(field.kind, value)
+
+
+def _checked(kind: str, value: Any) -> Any:
+    _scalar_writer(kind)(bytearray(), value)
+    return value
