@@ -267,10 +267,11 @@ class Journal:
         self._append({"n": entry.id, "made": entry.identity})
 
     def forget(self, entry: Entry) -> None:
-        """Write down that the thing is gone, or was never made."""
+        """Write down that the thing is gone, or was never made. After `undo` there is nothing to write to."""
         if not entry.gone:
             entry.gone = True
-            self._append({"n": entry.id, "gone": True})
+            if self._fd >= 0:
+                self._append({"n": entry.id, "gone": True})
 
     def set_owner(self, pid: int) -> None:
         """Name the process that answers for this journal: while it lives, `reconcile` leaves it alone."""

@@ -1,0 +1,247 @@
+"""From the settings of a virtual machine to QEMU's command line. Pure: no files, no processes.
+
+Block devices are given as JSON, so no path needs quoting; in the older comma syntax a comma is doubled.
+Source of the options: qemu(1), and QEMU's QAPI schema (``qapi/block-core.json``) for the block nodes.
+"""
+
+from __future__ import annotations
+
+from kata.hypervisor import slots
+from kata.journal import dumps
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kata.hypervisor.settings import Disk, VMSettings
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""QEMU's seccomp filter: no set*uid, no fork or exec, no scheduler changes after start."""
+
+
+class Fds:
+    """Numbers of the descriptors that QEMU inherits.
+
+    Args:
+        agent: Its end of the agent channel.
+        qmp: Its end of the control channel.
+        console: Its end of the console, or None.
+    """
+
+    __slots__ = ("agent", "console", "qmp")
+
+    def __init__(self, agent: int, qmp: int, console: int | None) -> None:
+        self.agent = agent
+        self.qmp = qmp
+        self.console = console
+
+
+def comma(value: str) -> str:
+    """Quote a value for QEMU's ``key=value,...`` syntax."""
+    return value.replace(",", ",,")
+
+
+def cpu_model(accel: str) -> str:
+    """The ``-cpu`` argument.
+
+    Emulation runs ``rep stosb``/``rep movsb`` byte by byte: a guest that believes in "enhanced rep movsb"
+    clears memory fifteen times slower.
+    """
+    return "host" if accel == "kvm" else "max,-erms"
+
+
+def file_node(name: str, disk: Disk) -> dict[str, Any]:
+    """The protocol node of a disk image."""
+    node: dict[str, Any] = {
+        "driver": "host_device" if disk.path.startswith("/dev/") else "file",
+        "node-name": name,
+        "filename": disk.path,
+        "read-only": disk.readonly,
+        "auto-read-only": False,
+        "aio": "threads",
+        "locking": "auto",
+        "cache": {"direct": False, "no-flush": disk.ephemeral},
+    }
+    if not disk.readonly:
+        node["discard"] = "unmap"
+    return node
+
+
+def placeholder_node(name: str, readonly: bool) -> dict[str, Any]:
+    """The protocol node of an empty slot: zeroes, as large as any image."""
+    return {
+        "driver": "null-co",
+        "node-name": name,
+        "size": slots.PLACEHOLDER_BYTES,
+        "read-zeroes": True,
+        "read-only": readonly,
+    }
+
+
+def slot_node(index: int, file: str, readonly: bool) -> dict[str, Any]:
+    """The node that the disk device of a slot holds on to; only its file is ever exchanged."""
+    node: dict[str, Any] = {
+        "driver": "raw",
+        "node-name": f"slot{index}",
+        "file": file,
+        "read-only": readonly,
+    }
+    if not readonly:
+        node["discard"] = "unmap"
+    return node
+
+
+def build(settings: VMSettings, fds: Fds) -> list[str]:
+    """QEMU's argument vector.
+
+    Args:
+        settings: The machine. `settings.binary` is an absolute path by now.
+        fds: What is inherited besides the descriptors in the settings.
+
+    Returns:
+        The arguments, program first. The descriptors to pass are `inherited_fds`.
+    """
+    kvm = settings.accel == "kvm"
+    argv = [
+        settings.binary,
+        *("-name", comma(settings.name)),
+        *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
+        *("-machine", _machine(settings)),
+        *("-accel", "kvm" if kvm else f"tcg,thread=multi,tb-size={settings.tb_size_mib}"),
+        *("-cpu", cpu_model(settings.accel)),
+        *("-smp", str(settings.vcpus)),
+        *("-m", f"{settings.memory_mib}M"),
+        *("-bios", settings.firmware),
+        *("-kernel", settings.kernel),
+        *("-initrd", settings.initrd),
+        *("-append", command_line(settings)),
+        *("-sandbox", SANDBOX),
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
+        *_serial(settings, fds),
+    ]
+    if settings.vsock is not None:
+        vsock = settings.vsock
+        argv += _device(
+            "vhost-vsock-pci", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd), guest_cid=vsock.cid
+        )
+    if settings.share_dir:
+        argv += [
+            *("-fsdev", f"local,id=share,path={comma(settings.share_dir)},{_SHARE_OPTIONS}"),
+            *_device("virtio-9p-pci", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
+        ]
+    for index, disk in enumerate(settings.disks):
+        argv += _disk(index, disk)
+    if settings.nic is not None:
+        argv += _nic(settings)
+    argv += [
+        *("-object", "rng-builtin,id=rng"),
+        *_device("virtio-rng-pci", slots.RNG, rng="rng"),
+        *_device("virtio-balloon-pci", slots.BALLOON, id="balloon", free_page_reporting=True),
+    ]
+    return argv
+
+
+# The guest's owner and mode changes are the host's; devices made through it are refused by the mount
+# (nodev), and files of several host file systems beneath it keep distinct inode numbers.
+_SHARE_OPTIONS = "security_model=passthrough,multidevs=remap"
+
+
+def command_line(settings: VMSettings) -> str:
+    """The kernel's command line: the caller's, and the console that the machine has."""
+    console = {"serial": "console=ttyS0", "virtio": "console=hvc0", "none": ""}[settings.console]
+    channel = "agent.channel=vsock" if settings.vsock is not None else "agent.channel=serial"
+    return " ".join(part for part in (settings.cmdline, console, channel) if part)
+
+
+def inherited_fds(settings: VMSettings, fds: Fds) -> list[int]:
+    """All descriptors that the command line of `build` refers to."""
+    found = [fds.agent, fds.qmp]
+    if fds.console is not None:
+        found.append(fds.console)
+    if settings.vsock is not None:
+        found.append(settings.vsock.fd)
+    if settings.nic is not None and settings.nic.fd is not None:
+        found.append(settings.nic.fd)
+    return found
+
+
+def nic_socket(run_dir: str) -> str:
+    """The socket on which an empty NIC plug waits for its network (only the owner can reach it)."""
+    return f"{run_dir}/nic.sock"
+
+
+def _machine(settings: VMSettings) -> str:
+    options = [settings.machine, "usb=off", "vmport=off", "smbus=off", "sata=off", "mem-merge=off"]
+    if not settings.machine.startswith("q35"):
+        options = [settings.machine, "usb=off", "vmport=off", "mem-merge=off"]
+    return ",".join([*options, "dump-guest-core=off"])
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return comma(str(value))
+
+
+def _device(driver: str, slot: int, **properties: object) -> list[str]:
+    """A device on the root bus. In property names ``_`` stands for ``-``, but in these two."""
+    named = {k if k in ("mount_tag", "max_ports") else k.replace("_", "-"): v for k, v in properties.items()}
+    # A ROM and the registers of the time before virtio 1.0 only cost firmware and guest time.
+    named |= {"addr": f"{slot:02x}.0", "romfile": ""}
+    if driver != "vhost-vsock-pci":  # that one never had them
+        named["disable-legacy"] = True
+    return ["-device", ",".join([driver, *(f"{k}={_value(v)}" for k, v in named.items())])]
+
+
+def _serial(settings: VMSettings, fds: Fds) -> list[str]:
+    argv = [
+        *_device("virtio-serial-pci", slots.SERIAL, id="serial", max_ports=2),
+        *("-chardev", f"socket,id=agent,fd={fds.agent}"),
+        *("-device", f"virtserialport,bus=serial.0,nr=1,chardev=agent,name={slots.AGENT_PORT}"),
+    ]
+    if fds.console is not None and settings.console != "none":
+        argv += ["-chardev", f"socket,id=console,fd={fds.console}"]
+        if settings.console == "serial":
+            argv += ["-device", "isa-serial,chardev=console"]
+        else:
+            argv += ["-device", "virtconsole,bus=serial.0,nr=0,chardev=console"]
+    return argv
+
+
+def _disk(index: int, disk: Disk | None) -> list[str]:
+    if disk is None:
+        readonly = slots.PLACEHOLDER_READONLY[index]
+        node, serial = placeholder_node(f"file{index}", readonly), ""
+    else:
+        readonly = disk.readonly
+        node, serial = file_node(f"file{index}", disk), disk.serial
+    properties: dict[str, object] = {"id": f"disk{index}", "drive": f"slot{index}"}
+    if serial:
+        properties["serial"] = serial
+    return [
+        *("-blockdev", dumps(node)),
+        *("-blockdev", dumps(slot_node(index, f"file{index}", readonly))),
+        # An error of the host's file (no space, bad sector) is the guest's to see, not a reason to halt it.
+        *_device(
+            "virtio-blk-pci",
+            slots.DISKS[index],
+            werror="report",
+            rerror="report",
+            share_rw=False,
+            **properties,
+        ),
+    ]
+
+
+def _nic(settings: VMSettings) -> list[str]:
+    nic = settings.nic
+    assert nic is not None
+    if nic.fd is not None:
+        backend = f"stream,id=net0,server=off,addr.type=fd,addr.str={nic.fd}"
+    else:
+        path = comma(nic_socket(settings.run_dir))
+        backend = f"stream,id=net0,server=on,addr.type=unix,addr.path={path}"
+    return [
+        *("-netdev", backend),
+        *_device("virtio-net-pci", slots.NIC, id="nic0", netdev="net0", mac=nic.mac),
+    ]

@@ -1,0 +1,317 @@
+"""Starting QEMU, and saying in words why it ended.
+
+Usable before asyncio is imported: the machine boots while the rest of the engine loads. All channels are
+socket pairs made here, so there is no socket file that anybody else could open, and they end with QEMU.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+from kata import children
+from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
+from kata.hypervisor import qemu_command
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.hypervisor.settings import VMSettings
+    from kata.journal import Entry, Journal
+
+PROGRAM = "qemu-system-x86_64"
+FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
+_STDERR_PIPE_BYTES = 16 << 10
+_STDERR_KEEP_BYTES = 4 << 10
+_F_SETPIPE_SZ = 1031
+
+
+class QemuProcess:
+    """A QEMU that was started, and our ends of its channels.
+
+    The descriptors are this object's until somebody takes them (`take`); `close` closes the rest.
+    """
+
+    __slots__ = ("_stderr_fd", "_stderr_head", "_stderr_tail", "child", "entries", "fds", "settings")
+
+    def __init__(
+        self,
+        child: children.Child,
+        settings: VMSettings,
+        fds: dict[str, int],
+        stderr_fd: int,
+        entries: list[Entry],
+    ) -> None:
+        self.child = child
+        self.settings = settings
+        self.fds = fds
+        self.entries = entries
+        self._stderr_fd = stderr_fd
+        self._stderr_head = b""
+        self._stderr_tail = b""
+
+    @property
+    def pid(self) -> int:
+        """Process id of QEMU."""
+        return self.child.pid
+
+    @property
+    def pidfd(self) -> int:
+        """Becomes readable when QEMU ends."""
+        return self.child.pidfd
+
+    @property
+    def stderr_fd(self) -> int:
+        """Non-blocking; readable when QEMU has said something. Read with `read_stderr`."""
+        return self._stderr_fd
+
+    def take(self, name: str) -> int:
+        """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``. -1 when there is none."""
+        return self.fds.pop(name, -1)
+
+    def read_stderr(self) -> bytes:
+        """Take in what QEMU has written to standard error.
+
+        Nobody needs to read for QEMU to go on: its end does not block and what does not fit is dropped. The
+        beginning and the end of it all are kept.
+
+        Returns:
+            What is new.
+        """
+        new = b""
+        while self._stderr_fd >= 0:
+            try:
+                data = os.read(self._stderr_fd, 65536)
+            except BlockingIOError:
+                break
+            if not data:
+                os.close(self._stderr_fd)
+                self._stderr_fd = -1
+                break
+            new += data
+        room = _STDERR_KEEP_BYTES - len(self._stderr_head)
+        self._stderr_head += new[:room]
+        self._stderr_tail = (self._stderr_tail + new[room:])[-_STDERR_KEEP_BYTES:]
+        return new
+
+    def stderr_text(self) -> str:
+        """What QEMU said, bounded, with control characters escaped."""
+        self.read_stderr()
+        data = self._stderr_head + self._stderr_tail
+        lines = data.decode("utf-8", "replace").splitlines()[-20:]
+        return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+
+    def failure(self) -> KataError | None:
+        """Why QEMU is no longer there, or None while it is (or after an orderly end)."""
+        status = self.child.poll()
+        if status is None or status == 0:
+            return None
+        return explain(status, self.stderr_text(), self.settings)
+
+    def close(self) -> None:
+        """Close what nobody took. QEMU itself is not touched."""
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+        if self._stderr_fd >= 0:
+            os.close(self._stderr_fd)
+            self._stderr_fd = -1
+        if self.child.poll() is not None:
+            self.child.close()
+
+
+def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -> QemuProcess:
+    """Start QEMU. The machine is booting when this returns.
+
+    The descriptors in `settings` (NIC, vsock) are QEMU's from here on: ours are closed, also on failure.
+
+    Args:
+        settings: The machine; an empty `binary` is filled in.
+        journal: The sandbox's.
+        netns_fd: Network namespace QEMU shall run in; None is ours.
+
+    Returns:
+        The process. That QEMU accepts the command line shows in the next tens of milliseconds: watch its
+        `pidfd`, and ask `failure`.
+
+    Raises:
+        HostError: QEMU or its firmware is missing, or may not be executed.
+        GuestAssetError: The kernel or initrd is missing.
+        HypervisorError: A disk image is missing, or the process could not be started.
+    """
+    ours: dict[str, int] = {}
+    theirs: dict[str, int] = {}
+    stderr_read = stderr_write = -1
+    entries: list[Entry] = []
+    try:
+        _check(settings)
+        for name in ("agent", "qmp", "console"):
+            if name != "console" or settings.console != "none":
+                ours[name], theirs[name] = socketpair()
+        stderr_read, stderr_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        fcntl.fcntl(stderr_write, _F_SETPIPE_SZ, _STDERR_PIPE_BYTES)
+        if settings.nic is not None and settings.nic.fd is None:
+            entries.append(journal.intend("socket", path=qemu_command.nic_socket(settings.run_dir)))
+        fds = qemu_command.Fds(theirs["agent"], theirs["qmp"], theirs.get("console"))
+        try:
+            child = children.spawn(
+                qemu_command.build(settings, fds),
+                journal,
+                "qemu",
+                pass_fds=qemu_command.inherited_fds(settings, fds),
+                stdout=stderr_write,
+                stderr=stderr_write,
+                netns_fd=netns_fd,
+            )
+        except OSError as error:
+            raise HypervisorError(
+                f"cannot start QEMU: {error.strerror}", "Run `kata doctor` to check this host."
+            ) from error
+    except BaseException:
+        for fd in (*ours.values(), stderr_read):
+            if fd >= 0:
+                os.close(fd)
+        for entry in entries:
+            journal.forget(entry)
+        raise
+    finally:
+        for fd in (*theirs.values(), stderr_write, *_passed(settings)):
+            if fd >= 0:
+                os.close(fd)
+    return QemuProcess(child, settings, ours, stderr_read, entries)
+
+
+def _passed(settings: VMSettings) -> list[int]:
+    """Take the descriptors out of the settings: they are closed once, here."""
+    found = []
+    if settings.vsock is not None:
+        found.append(settings.vsock.fd)
+        settings.vsock.fd = -1
+    if settings.nic is not None and settings.nic.fd is not None:
+        found.append(settings.nic.fd)
+        settings.nic.fd = -1
+    return found
+
+
+def socketpair() -> tuple[int, int]:
+    """Two connected stream sockets, close-on-exec. (`import socket` would cost 5 ms here.)"""
+    import _socket
+
+    one, other = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+    return one.detach(), other.detach()
+
+
+def _check(settings: VMSettings) -> None:
+    """Say at once, and better than QEMU would, what cannot work."""
+    if not settings.binary:
+        settings.binary = children.find_program(PROGRAM) or ""
+        if not settings.binary:
+            raise HostError(f"{PROGRAM} is not installed", "apt-get install qemu-system-x86")
+    elif not os.path.exists(settings.binary):
+        raise HostError(
+            f"the hypervisor {settings.binary} does not exist", "apt-get install qemu-system-x86"
+        )
+    for what, path in (("kernel", settings.kernel), ("initrd", settings.initrd)):
+        try:
+            with open(path, "rb") as file:
+                if not file.read(1):
+                    raise GuestAssetError(f"the guest's {what} {path} is empty", "kata guest build")
+        except OSError as error:
+            raise GuestAssetError(
+                f"cannot read the guest's {what} {path}: {error.strerror}", "kata guest build"
+            ) from error
+    if os.path.isabs(settings.firmware):
+        found = os.path.exists(settings.firmware)
+    else:
+        found = any(os.path.exists(os.path.join(d, settings.firmware)) for d in FIRMWARE_DIRS)
+        # QEMU also looks beside its own binary: only a look there can tell for a QEMU from elsewhere.
+        found = found or not settings.binary.startswith("/usr/")
+    if not found:
+        raise HostError(
+            f"QEMU's firmware {settings.firmware} is missing", "apt-get install qemu-system-data"
+        )
+    for disk in settings.disks:
+        if disk is not None and not os.access(disk.path, os.R_OK if disk.readonly else os.R_OK | os.W_OK):
+            reason = os.strerror(errno.EACCES if os.path.exists(disk.path) else errno.ENOENT)
+            raise HypervisorError(f"cannot use the disk image {disk.path}: {reason}")
+
+
+# What QEMU says (lower case), and what to say instead: (pattern, error class, sentence, hint).
+_KNOWN: tuple[tuple[str, type[KataError], str, str], ...] = (
+    (
+        "cannot allocate memory",
+        ResourceExhaustedError,
+        "the host cannot give the virtual machine its {memory} MiB of memory{available}",
+        "Ask for less with -m, or free memory on the host.",
+    ),
+    (
+        "cannot set up guest memory",
+        ResourceExhaustedError,
+        "the host cannot give the virtual machine its {memory} MiB of memory{available}",
+        "Ask for less with -m, or free memory on the host.",
+    ),
+    (
+        'failed to get "write" lock',
+        HypervisorError,
+        "a disk image of the virtual machine is in use by another one",
+        "Stop the container that uses it, or run `kata gc`.",
+    ),
+    (
+        "failed to initialize kvm",
+        HypervisorError,
+        "QEMU cannot use KVM although it was asked to",
+        "Run `kata doctor`; the variable KATA_ACCEL=tcg forces software emulation.",
+    ),
+    (
+        "could not access kvm",
+        HypervisorError,
+        "QEMU cannot use KVM although it was asked to",
+        "Run `kata doctor`; the variable KATA_ACCEL=tcg forces software emulation.",
+    ),
+    (
+        "pvh elf note",
+        GuestAssetError,
+        "the guest's kernel {kernel} has no PVH entry point",
+        "kata guest build",
+    ),
+    (
+        "could not load kernel",
+        GuestAssetError,
+        "QEMU cannot load the guest's kernel {kernel}",
+        "kata guest build",
+    ),
+    ("invalid kernel header", GuestAssetError, "{kernel} is not a kernel", "kata guest build"),
+    ("could not load initrd", GuestAssetError, "QEMU cannot load the initrd {initrd}", "kata guest build"),
+    ("error reading initrd", GuestAssetError, "QEMU cannot load the initrd {initrd}", "kata guest build"),
+)
+
+
+def explain(status: int, said: str, settings: VMSettings) -> KataError:
+    """The error for a QEMU that ended with this exit status and these words (already escaped)."""
+    last = said.strip().splitlines()[-1] if said.strip() else ""
+    low = said.lower()
+    for pattern, kind, sentence, hint in _KNOWN:
+        if pattern in low:
+            text = sentence.format(
+                memory=settings.memory_mib,
+                available=_available(),
+                kernel=settings.kernel,
+                initrd=settings.initrd,
+            )
+            return kind(f"{text} (QEMU: {last})", hint)
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    hint = "Run `kata doctor` to check this host."
+    if status == -9:
+        hint = "If nobody killed it, the host was out of memory: see its kernel log (dmesg)."
+    return HypervisorError(f"QEMU {how}" + (f": {last}" if last else ""), hint)
+
+
+def _available() -> str:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return f"; {int(line.split()[1]) // 1024} MiB are available"
+    except OSError:
+        pass
+    return ""

@@ -1,0 +1,141 @@
+"""What a virtual machine shall be: plain values for the command builder."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Disk:
+    """A disk image on the host.
+
+    Args:
+        path: Absolute path of a raw image or block device.
+        readonly: The guest cannot write; such an image may be used by many machines at once.
+        serial: Serial number the guest sees (at most 20 characters), or empty.
+        ephemeral: The image does not outlive the machine, so the guest's flushes are not passed on.
+    """
+
+    __slots__ = ("ephemeral", "path", "readonly", "serial")
+
+    def __init__(self, path: str, readonly: bool, serial: str = "", ephemeral: bool = False) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.serial = serial
+        self.ephemeral = ephemeral
+
+
+class Nic:
+    """The network interface.
+
+    Args:
+        mac: Hardware address, ``52:54:00:12:34:56``.
+        fd: The hypervisor's end of a connected stream socket on which a network helper speaks
+            length-prefixed Ethernet frames (QEMU's ``-netdev stream``); None leaves the plug empty.
+    """
+
+    __slots__ = ("fd", "mac")
+
+    def __init__(self, mac: str, fd: int | None = None) -> None:
+        self.mac = mac
+        self.fd = fd
+
+
+class Vsock:
+    """A vhost-vsock device: an open ``/dev/vhost-vsock`` on which the CID is already ours."""
+
+    __slots__ = ("cid", "fd")
+
+    def __init__(self, cid: int, fd: int) -> None:
+        self.cid = cid
+        self.fd = fd
+
+
+class VMSettings:
+    """One virtual machine.
+
+    Args:
+        name: Shown in the process list.
+        run_dir: The sandbox's directory: placeholders and sockets go there.
+        kernel: Path of the guest's kernel (an uncompressed ELF with a PVH entry, or a bzImage).
+        initrd: Path of its initial ramdisk.
+        cmdline: Kernel command line; the console argument is added by the command builder.
+        accel: ``"kvm"`` or ``"tcg"``.
+        vcpus: Number of virtual CPUs.
+        memory_mib: Memory of the machine (see `kata.resources.sizing`).
+        binary: Path of QEMU; empty means looked up.
+        machine: QEMU machine type.
+        firmware: Name or path of the firmware image.
+        disks: What is in slots 0 to 3; None is a placeholder.
+        share_dir: Directory offered to the guest over 9p; empty is no such device.
+        nic: The network interface; None is no such device.
+        vsock: vhost-vsock device, or None: then the agent uses the virtio-serial port.
+        console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
+        tb_size_mib: Bound of the software emulation's translation buffer.
+    """
+
+    __slots__ = (
+        "accel",
+        "binary",
+        "cmdline",
+        "console",
+        "disks",
+        "firmware",
+        "initrd",
+        "kernel",
+        "machine",
+        "memory_mib",
+        "name",
+        "nic",
+        "run_dir",
+        "share_dir",
+        "tb_size_mib",
+        "vcpus",
+        "vsock",
+    )
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        run_dir: str,
+        kernel: str,
+        initrd: str,
+        cmdline: str = "",
+        accel: str = "tcg",
+        vcpus: int = 1,
+        memory_mib: int = 2048,
+        binary: str = "",
+        machine: str = "q35",
+        firmware: str = "qboot.rom",
+        disks: Sequence[Disk | None] = (),
+        share_dir: str = "",
+        nic: Nic | None = None,
+        vsock: Vsock | None = None,
+        console: str = "serial",
+        tb_size_mib: int = 256,
+    ) -> None:
+        if accel not in ("kvm", "tcg"):
+            raise ValueError(f"no such accelerator: {accel}")
+        if console not in ("serial", "virtio", "none"):
+            raise ValueError(f"no such console: {console}")
+        if len(disks) > 4:
+            raise ValueError("a machine has four disk slots")
+        self.name = name
+        self.run_dir = run_dir
+        self.kernel = kernel
+        self.initrd = initrd
+        self.cmdline = cmdline
+        self.accel = accel
+        self.vcpus = vcpus
+        self.memory_mib = memory_mib
+        self.binary = binary
+        self.machine = machine
+        self.firmware = firmware
+        self.disks: list[Disk | None] = [*disks, *([None] * (4 - len(disks)))]
+        self.share_dir = share_dir
+        self.nic = nic
+        self.vsock = vsock
+        self.console = console
+        self.tb_size_mib = tb_size_mib

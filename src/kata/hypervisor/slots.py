@@ -1,0 +1,46 @@
+"""Where each device of a virtual machine sits.
+
+A VM is built with its plugs already in: four disks, one NIC, one share, the agent's channel. A plug that is
+not used holds a placeholder and can be filled while the machine runs, without hot-plug (which costs the
+guest hundreds of milliseconds). All devices are on the root bus at fixed addresses, so the guest finds them
+by address and never by the order in which its kernel happened to name them.
+
+An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
+bus down, joined by ``/``; for these devices one number.
+"""
+
+from __future__ import annotations
+
+SERIAL = 0x02
+"""virtio-serial: agent channel and console."""
+VSOCK = 0x03
+SHARE = 0x04
+DISKS = (0x05, 0x06, 0x07, 0x08)
+NIC = 0x09
+RNG = 0x0A
+BALLOON = 0x0B
+
+PLACEHOLDER_READONLY = (True, False, True, False)
+"""Whether an empty disk slot is typed read-only: a disk cannot change that while the machine runs."""
+PLACEHOLDER_BYTES = 64 << 30
+"""Size of an empty disk. The image that fills it may be smaller."""
+
+AGENT_PORT = "agent.channel.0"
+"""Name of the virtio-serial port of the agent (``/sys/class/virtio-ports/*/name`` in the guest)."""
+SHARE_TAG = "kataShared"
+"""Mount tag of the share."""
+
+
+def pci_path(slot: int) -> str:
+    """The agent protocol's name of a device on the root bus: ``"05"``."""
+    return f"{slot:02x}"
+
+
+def disk_path(index: int) -> str:
+    """PCI path of disk slot 0..3."""
+    return pci_path(DISKS[index])
+
+
+def nic_path() -> str:
+    """PCI path of the network interface."""
+    return pci_path(NIC)
