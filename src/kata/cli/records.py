@@ -176,19 +176,15 @@ class Draft:
         self.id = new_id()
         self.directory = paths.container_dir(self.id)
         os.makedirs(_names_dir(), mode=0o711, exist_ok=True)
-        os.makedirs(_containers_dir(), mode=0o711, exist_ok=True)
-        os.mkdir(self.directory, 0o710)
-        self._journal = Journal.create(
-            os.path.join(self.directory, "journal"), {"door": "kata", "id": self.id, "kind": "container"}
+        self._journal = Journal.create_dir(
+            _containers_dir(), self.id, {"door": "kata", "kind": "container", "id": self.id}
         )
-        entry = self._journal.intend("directory", path=self.directory)
-        self._journal.made(entry)
         self.name = self._take_name(name)
 
     def _take_name(self, name: str | None) -> str:
         for attempt in range(50):
             wanted = name or _random_name() + (f"_{attempt}" if attempt > 10 else "")
-            entry = self._journal.intend("file", path=os.path.join(_names_dir(), wanted), content=self.id)
+            entry = self._journal.intend("file", path=os.path.join(_names_dir(), wanted))
             if _claim(wanted, self.id):
                 self._journal.made(entry)
                 return wanted
@@ -209,6 +205,7 @@ class Draft:
         """Write what describes the container; from now on only `remove` takes it away."""
         write_json(self.path("config.json"), spec)
         write_json(self.path("container.json"), record)
+        self._journal.keep()
         self._journal.close()
         return Container(self.id, record)
 

@@ -1,0 +1,417 @@
+"""`kata ps`, `top`, `logs`, `port`, `inspect`, `stats`: they look and change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from ..errors import NotFoundError, StateError, UsageError
+from . import records, table
+from .args import Command, Option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from .args import Arguments
+    from .records import Container
+
+_JSON = Option("--json", "", "print JSON")
+
+COMMANDS = {
+    "ps": Command(
+        "ps",
+        "",
+        "Lists running containers.",
+        [
+            Option("-a --all", "", "also the ones that are created or have ended"),
+            Option("-q --quiet", "", "ids only"),
+            Option("--no-trunc", "", "do not shorten ids and commands"),
+            _JSON,
+        ],
+        most=0,
+    ),
+    "top": Command("top", "CONTAINER", "Lists the processes in a container, as seen in its guest.", [_JSON], least=1, most=1),
+    "logs": Command(
+        "logs",
+        "CONTAINER",
+        "Shows what a container has written to its standard output and error.",
+        [
+            Option("-f --follow", "", "go on until the container ends"),
+            Option("-t --timestamps", "", "put the time before each line"),
+            Option("-n --tail", "N|all", "only the last N lines"),
+            Option("--json", "", "print the records as JSON, one a line"),
+        ],
+        least=1,
+        most=1,
+    ),
+    "port": Command("port", "CONTAINER [PORT[/PROTO]]", "Lists a container's published ports.", [_JSON], least=1, most=2),
+    "inspect": Command(
+        "inspect",
+        "CONTAINER...",
+        "Shows everything about containers as a JSON list.",
+        [_JSON],
+        least=1,
+    ),
+    "stats": Command(
+        "stats",
+        "[CONTAINER...]",
+        "Shows what running containers use: once, or again and again.",
+        [
+            Option("--no-stream", "", "once, the default when standard output is no terminal"),
+            Option("--interval", "SECONDS", "time between two looks (1)"),
+            _JSON,
+        ],
+    ),
+}
+
+
+# ---- ps ----
+
+
+def status_text(state: dict[str, Any]) -> str:
+    """Docker's words for a state: ``Up 3 minutes``, ``Exited (1) 2 hours ago``."""
+    status = state["status"]
+    if status == records.RUNNING:
+        return f"Up {table.age(str(state.get('started_at', '')))}"
+    if status == records.PAUSED:
+        return f"Up {table.age(str(state.get('started_at', '')))} (Paused)"
+    if status == records.EXITED:
+        when = str(state.get("finished_at") or "")
+        ago = f" {table.age(when)} ago" if when else ""
+        return f"Exited ({state.get('exit_code', 137)}){ago}"
+    return "Created"
+
+
+def port_text(port: dict[str, Any]) -> str:
+    address = port["host_ip"] or "0.0.0.0"
+    shown = f"[{address}]" if ":" in address else address
+    return f"{shown}:{port['host_port']}->{port['guest_port']}/{port['proto']}"
+
+
+def _ps(arguments: Arguments) -> int:
+    listed = []
+    for container in records.all_containers():
+        state = container.state()
+        if arguments.flag("all") or state["status"] in (records.RUNNING, records.PAUSED):
+            listed.append((container, state))
+    if arguments.flag("json"):
+        table.show_json([_summary(container, state) for container, state in listed])
+        return 0
+    full = arguments.flag("no_trunc")
+    if arguments.flag("quiet"):
+        for container, _ in listed:
+            print(container.id if full else container.id[:12])
+        return 0
+    rows = []
+    for container, state in listed:
+        record = container.record
+        command = " ".join(record["args"])
+        rows.append(
+            [
+                container.id if full else container.id[:12],
+                record["image"]["reference"],
+                command if full or len(command) <= 24 else command[:23] + "…",
+                f"{table.age(record['created_at'])} ago",
+                status_text(state),
+                ", ".join(map(port_text, record["ports"])),
+                container.name,
+            ]
+        )
+    table.show(["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME"], rows)
+    return 0
+
+
+def _summary(container: Container, state: dict[str, Any]) -> dict[str, Any]:
+    record = container.record
+    return {
+        "id": container.id,
+        "name": container.name,
+        "image": record["image"],
+        "command": record["args"],
+        "created_at": record["created_at"],
+        "status": state["status"],
+        "started_at": state.get("started_at") or None,
+        "finished_at": state.get("finished_at") or None,
+        "exit_code": state.get("exit_code") if state["status"] == records.EXITED else None,
+        "oom_killed": bool(state.get("oom_killed")),
+        "error": state.get("error") or "",
+        "ports": record["ports"],
+        "labels": record["labels"],
+    }
+
+
+# ---- top ----
+
+
+def need_running(container: Container) -> dict[str, Any]:
+    """The container's state.
+
+    Raises:
+        StateError: It does not run.
+    """
+    state = container.state()
+    if state["status"] not in (records.RUNNING, records.PAUSED):
+        raise StateError(f"container {container.name} is not running: it is {state['status']}", f"kata start {container.name}")
+    return state
+
+
+def _top(arguments: Arguments) -> int:
+    from ..engine.client import connect
+
+    container = records.find(arguments.rest[0])
+    need_running(container)
+    with connect(container.socket) as engine:
+        processes = engine.processes(container.id)
+    if arguments.flag("json"):
+        table.show_json([process.to_dict() for process in processes])
+        return 0
+    rows = [
+        [
+            str(process.pid),
+            str(process.ppid),
+            str(process.uid),
+            _cpu_time(process.cpu_ns),
+            table.human_size(process.rss_bytes),
+            process.tty or "?",
+            " ".join(argument.decode("utf-8", "backslashreplace") for argument in process.command),
+        ]
+        for process in processes
+    ]
+    table.show(["PID", "PPID", "UID", "TIME", "RSS", "TTY", "COMMAND"], rows)
+    return 0
+
+
+def _cpu_time(nanoseconds: int) -> str:
+    seconds = nanoseconds // 10**9
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+# ---- logs ----
+
+
+def _logs(arguments: Arguments) -> int:
+    container = records.find(arguments.rest[0])
+    tail = _tail_count(arguments.value("tail"))
+    printer = _LogPrinter(timestamps=arguments.flag("timestamps"), as_json=arguments.flag("json"))
+    reader = _LogReader(container)
+    try:
+        backlog = list(reader.read())
+        for record in backlog if tail is None else _last_lines(backlog, tail):
+            printer.show(record)
+        printer.flush()
+        while arguments.flag("follow"):
+            ended = container.state()["status"] == records.EXITED or not os.path.isdir(container.directory)
+            for record in reader.read():
+                printer.show(record)
+            printer.flush()
+            if ended:
+                break
+            time.sleep(0.1)
+    finally:
+        reader.close()
+    return 0
+
+
+def _tail_count(text: str | None) -> int | None:
+    if text is None or text == "all":
+        return None
+    from .values import whole
+
+    return whole(text, "--tail", least=0)
+
+
+class _LogReader:
+    """Reads a rotated log from its oldest file on, and goes on reading across later rotations."""
+
+    def __init__(self, container: Container) -> None:
+        self._path = container.log
+        self._file: Any = None
+        self._rest = b""
+        older = []
+        number = 1
+        while os.path.exists(f"{self._path}.{number}"):
+            older.append(f"{self._path}.{number}")
+            number += 1
+        self._older = older[::-1]
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Whole records that have been written since the last call."""
+        for path in self._older:
+            try:
+                with open(path, "rb") as file:
+                    yield from map(_record, file)
+            except FileNotFoundError:
+                continue
+        self._older = []
+        while True:
+            if self._file is None:
+                try:
+                    self._file = open(self._path, "rb")
+                except FileNotFoundError:
+                    return
+            data = self._rest + self._file.read()
+            lines = data.split(b"\n")
+            self._rest = lines.pop()
+            yield from map(_record, lines)
+            if not self._rotated():
+                return
+            # What was written before the rotation has been read; go on with the new file.
+            self.close()
+
+    def _rotated(self) -> bool:
+        try:
+            return os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._rest = b""
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        return {"time": "", "stream": "stderr", "log": "[a record of the log cannot be read]\n"}
+    return record
+
+
+def _content(record: dict[str, Any]) -> bytes:
+    if "log64" in record:
+        import base64
+
+        return base64.b64decode(record["log64"])
+    return str(record.get("log", "")).encode("utf-8", "surrogateescape")
+
+
+def _last_lines(backlog: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The last *count* lines as records of at most a line each; records may hold many lines, or a part of one."""
+    pieces = []
+    for record in backlog:
+        about = {key: value for key, value in record.items() if key not in ("log", "log64")}
+        for piece in _content(record).splitlines(keepends=True):
+            pieces.append({**about, "log": piece.decode("utf-8", "surrogateescape")})
+    start, lines = len(pieces), 0
+    while start > 0 and lines < count:
+        start -= 1
+        if start == 0 or pieces[start - 1]["log"].endswith("\n"):
+            lines += 1
+    return pieces[start:]
+
+
+class _LogPrinter:
+    """Writes records to the streams they came from."""
+
+    def __init__(self, *, timestamps: bool, as_json: bool) -> None:
+        self._timestamps = timestamps
+        self._json = as_json
+        self._line_open: dict[str, bool] = {}
+
+    def show(self, record: dict[str, Any]) -> None:
+        if self._json:
+            sys.stdout.write(json.dumps(record) + "\n")
+            return
+        stream = str(record.get("stream", "stdout"))
+        content = _content(record)
+        out = sys.stdout.buffer if stream == "stdout" else sys.stderr.buffer
+        if not self._timestamps:
+            out.write(content)
+            return
+        stamp = f"{record.get('time', '')} ".encode()
+        for line in content.splitlines(keepends=True):
+            if not self._line_open.get(stream):
+                out.write(stamp)
+            out.write(line)
+            self._line_open[stream] = not line.endswith(b"\n")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+# ---- port, inspect ----
+
+
+def _port(arguments: Arguments) -> int:
+    container = records.find(arguments.rest[0])
+    ports = container.record["ports"]
+    if len(arguments.rest) > 1:
+        number, _, proto = arguments.rest[1].partition("/")
+        if not number.isdigit():
+            raise UsageError(f"{arguments.rest[1]!r} is not a port", "e.g. 80 or 53/udp")
+        ports = [p for p in ports if p["guest_port"] == int(number) and p["proto"] == (proto or "tcp")]
+        if not ports:
+            raise NotFoundError(
+                f"container {container.name} does not publish port {arguments.rest[1]}", f"kata port {container.name}"
+            )
+    if arguments.flag("json"):
+        table.show_json(ports)
+        return 0
+    for port in ports:
+        address = port["host_ip"] or "0.0.0.0"
+        shown = f"[{address}]" if ":" in address else address
+        prefix = "" if len(arguments.rest) > 1 else f"{port['guest_port']}/{port['proto']} -> "
+        print(f"{prefix}{shown}:{port['host_port']}")
+    return 0
+
+
+def _inspect(arguments: Arguments) -> int:
+    found = []
+    for reference in arguments.rest:
+        container = records.find(reference)
+        state = container.state()
+        entry = {**container.record, "state": state, "directory": container.directory, "log_path": container.log}
+        try:
+            with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
+                entry["spec"] = json.load(file)
+        except FileNotFoundError:
+            entry["spec"] = None
+        if state["status"] in (records.RUNNING, records.PAUSED):
+            entry["sandbox"] = _describe(container)
+        found.append(entry)
+    table.show_json(found)
+    return 0
+
+
+def _describe(container: Container) -> dict[str, Any] | None:
+    from ..engine.client import connect
+    from ..errors import KataError
+
+    try:
+        with connect(container.socket) as engine:
+            facts: dict[str, Any] = json.loads(engine.describe())
+            return facts
+    except (KataError, OSError):
+        return None  # it ended between our look at its state and our question
+
+
+# ---- stats ----
+
+
+def _stats(arguments: Arguments) -> int:
+    from . import usage
+
+    chosen = [records.find(reference) for reference in arguments.rest]
+    for container in chosen:
+        need_running(container)
+    interval = arguments.value("interval")
+    try:
+        seconds = 1.0 if interval is None else float(interval)
+    except ValueError:
+        seconds = 0.0
+    if not 0.05 <= seconds <= 86400:
+        raise UsageError(f"--interval {interval!r} is not a number of seconds of at least 0.05")
+    stream = sys.stdout.isatty() and not arguments.flag("no_stream") and not arguments.flag("json")
+    return usage.show(chosen, seconds=seconds, stream=stream, as_json=arguments.flag("json"))
+
+
+HANDLERS = {"ps": _ps, "top": _top, "logs": _logs, "port": _port, "inspect": _inspect, "stats": _stats}

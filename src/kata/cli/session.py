@@ -1,0 +1,330 @@
+"""A container's sandbox, seen from a command: start it, talk to it, pass on its output and its exit code."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from .. import paths
+from ..engine import client as engine_client
+from ..engine.launch import launch
+from ..errors import KataError, VMLostError
+from . import records
+from .pump import Detached, Fifos, Pump, RawTerminal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from ..engine.client import EngineClient
+    from .records import Container
+
+_PROXIED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
+)
+"""What an attached command passes on to the container instead of dying of it, as `docker run` does."""
+
+
+# ---- starting ----
+
+
+def settings(container: Container, started_ns: int) -> dict[str, Any]:
+    """What the engine has to know of a container's sandbox; see docs/architecture.md, "sandbox.json".
+
+    Raises:
+        GuestAssetError: There is no guest to boot.
+        UsageError: More CPUs or memory than the host has.
+    """
+    from ..guest import manifest
+    from ..resources import sizing
+
+    record = container.record
+    guest = manifest.load(paths.guest_dir())
+    size = sizing.plan(record["cpus"], record["memory"])
+    disks: list[dict[str, Any]] = []
+    rootfs: dict[str, Any] = {"kind": record["rootfs"]["kind"], "upper": record["upper"]}
+    if record["rootfs"]["kind"] == "erofs":
+        rootfs["lower_slot"] = len(disks)
+        disks.append({"path": record["rootfs"]["path"], "readonly": True, "serial": "lower"})
+    else:
+        rootfs["source"] = record["rootfs"]["source"]
+    if record["upper"] == "disk":
+        rootfs["upper_slot"] = len(disks)
+        disks.append({"path": os.path.join(container.directory, "rw.img"), "readonly": False, "serial": "upper"})
+    return {
+        "id": container.id,
+        "door": "kata",
+        "name": container.name,
+        "container_dir": container.directory,
+        "state_dir": paths.state_dir(),
+        "hypervisor": {"kernel": guest.kernel, "initrd": guest.initrd},
+        "vcpus": size.vcpus,
+        "memory_mib": size.memory_mib,
+        "disks": disks,
+        "rootfs": rootfs,
+        "network": {"mode": record["network"], "ports": record["ports"]},
+        "etc_files": {"hostname": record["hostname"]},
+        "volumes": record["volumes"],
+        "open_stdin": record["open_stdin"],
+        "log": {"path": container.log, **record["log"]},
+        "auto_remove": record["auto_remove"],
+        "door_started_ns": started_ns,
+    }
+
+
+def _open(container: Container, started_ns: int) -> tuple[Any, EngineClient]:
+    engine = launch(settings(container, started_ns))
+    try:
+        return engine, engine_client.connect(engine.sock_path)
+    except BaseException:
+        engine.release()
+        raise
+
+
+def start_detached(container: Container, started_ns: int | None = None, *, discard: bool = True) -> None:
+    """Start a container and leave it to its engine.
+
+    Args:
+        discard: Remove the container when it cannot be started; false for one that was there before.
+
+    Raises:
+        KataError: It could not be started; nothing of its sandbox is left.
+    """
+    with _undone_on_failure(container, discard):
+        engine, client = _open(container, time.monotonic_ns() if started_ns is None else started_ns)
+        with client:
+            client.create(container.id, container.directory, terminal=container.record["tty"])
+            client.start(container.id)
+            engine.release()
+
+
+class _undone_on_failure:
+    """Waits for the sandbox's end after a failed start, and removes the container if it was made for this start."""
+
+    def __init__(self, container: Container, discard: bool) -> None:
+        self._container = container
+        self._discard = discard
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            return
+        wait_for_engine(self._container)
+        if self._discard:
+            with contextlib.suppress(KataError, OSError):
+                records.remove(self._container)
+
+
+def wait_for_engine(container: Container, timeout_s: float = 10.0) -> None:
+    """Return when the sandbox's run directory is gone, undoing it ourselves if its engine is dead."""
+    from ..journal import Journal
+
+    directory = paths.sandbox_dir(container.id)
+    deadline = time.monotonic() + timeout_s
+    delay = 0.002
+    while os.path.isdir(directory):
+        try:
+            journal = Journal.open(os.path.join(directory, "journal"))
+        except KataError:
+            return
+        try:
+            if not journal.owner_alive():
+                journal.undo()
+                return
+        finally:
+            journal.close()
+        if time.monotonic() > deadline:
+            return
+        time.sleep(delay)
+        delay = min(delay * 1.5, 0.05)
+
+
+# ---- attached ----
+
+
+class Attachment:
+    """One process's streams and exit code, connected to this command.
+
+    Args:
+        client: The engine; calls may be made from a second thread.
+        container: Whose process it is.
+        exec_id: Which process; empty for the container's own.
+        terminal: Whether it has a terminal.
+        stdin: Whether to forward standard input.
+        prefix: Names this command's fifos among others of the same sandbox.
+    """
+
+    def __init__(
+        self, client: EngineClient, container: Container, *, exec_id: str, terminal: bool, stdin: bool, prefix: str
+    ) -> None:
+        self._client = client
+        self._container = container
+        self._exec_id = exec_id
+        self._terminal = terminal
+        directory = os.path.join(paths.sandbox_dir(container.id), "io")
+        self.fifos = Fifos(directory, prefix, stdin=stdin, terminal=terminal)
+        self._outcome: list[int | BaseException] = []
+
+    def copy(self, *, detach_keys: bytes = b"", proxy_signals: bool = True) -> int:
+        """Pass the streams on until the process has ended.
+
+        Returns:
+            Its exit code.
+
+        Raises:
+            Detached: The person left; the process goes on.
+            KataError: The engine or the virtual machine was lost.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        _thread.start_new_thread(self._wait, (writer,))
+        pump = Pump(
+            self.fifos,
+            wait_fd=reader,
+            ended=lambda: bool(self._outcome),
+            close_stdin=self._close_stdin,
+            detach_keys=detach_keys if self._terminal else b"",
+        )
+        try:
+            with self._signals(proxy_signals), self._raw_terminal():
+                pump.run()
+        finally:
+            self.fifos.close()
+            os.close(reader)
+        outcome = self._outcome[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _wait(self, writer: int) -> None:
+        try:
+            self._outcome.append(self._client.wait(self._container.id, self._exec_id))
+        except BaseException as error:
+            self._outcome.append(self._lost(error))
+        finally:
+            with contextlib.suppress(OSError):
+                os.write(writer, b"x")
+            os.close(writer)
+
+    def _lost(self, error: BaseException) -> BaseException:
+        if not isinstance(error, engine_client.EngineGone):
+            return error
+        state = self._container.raw_state()
+        reason = state.get("error") or "its engine ended without a word"
+        return VMLostError(
+            f"container {self._container.name} was lost: {reason}", f"kata logs {self._container.name}"
+        )
+
+    def _close_stdin(self) -> None:
+        with contextlib.suppress(KataError):
+            self._client.close_io(self._container.id, self._exec_id)
+
+    def _raw_terminal(self) -> contextlib.AbstractContextManager[object]:
+        if not self._terminal:
+            return contextlib.nullcontext()
+        return RawTerminal(self._resize)
+
+    def _resize(self, rows: int, columns: int) -> None:
+        self._aside(lambda other: other.resize_pty(self._container.id, self._exec_id, columns, rows))
+
+    @contextlib.contextmanager
+    def _signals(self, proxied: bool) -> Any:
+        if not proxied:
+            yield
+            return
+        before = {number: signal.signal(number, self._forward) for number in _PROXIED}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, _frame: object) -> None:
+        self._aside(lambda other: other.kill(self._container.id, number, self._exec_id))
+
+    def _aside(self, what: Callable[[EngineClient], object]) -> None:
+        """Make a call on a connection of its own: a signal handler may have interrupted a call on the other."""
+        with contextlib.suppress(KataError, OSError), engine_client.connect(self._container.socket) as other:
+            what(other)
+
+
+def run_attached(
+    container: Container,
+    *,
+    started_ns: int | None = None,
+    stdin: bool,
+    detach_keys: bytes,
+    timings: Callable[[list[Any]], None] | None = None,
+    discard: bool = False,
+) -> int:
+    """Start a container, stay with it until it ends, and see its sandbox gone.
+
+    Args:
+        started_ns: When the command began (CLOCK_MONOTONIC), for the timings.
+        stdin: Whether to forward standard input.
+        detach_keys: Bytes that leave it running, typed on a terminal.
+        timings: Is given the engine's record of the start.
+        discard: Remove the container when it cannot be started.
+
+    Returns:
+        The container's exit code.
+    """
+    terminal = bool(container.record["tty"])
+    with _undone_on_failure(container, discard):
+        engine, client = _open(container, time.monotonic_ns() if started_ns is None else started_ns)
+        streams = Attachment(client, container, exec_id="", terminal=terminal, stdin=stdin, prefix="main")
+        try:
+            client.create(
+                container.id,
+                container.directory,
+                terminal=terminal,
+                stdin=streams.fifos.stdin,
+                stdout=streams.fifos.stdout,
+                stderr=streams.fifos.stderr,
+            )
+            streams.fifos.connected()
+            client.start(container.id)
+            engine.release()
+        except BaseException:
+            streams.fifos.close()
+            client.close()
+            engine.release()
+            raise
+    try:
+        status = streams.copy(detach_keys=detach_keys)
+    except Detached:
+        sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
+        return 0
+    except VMLostError:
+        wait_for_engine(container)
+        raise
+    finally:
+        entries = _timings(client) if timings else []
+        client.close()
+    if timings:
+        timings(entries)
+    wait_for_engine(container)
+    lost = container.raw_state().get("error")
+    if lost:
+        raise VMLostError(f"container {container.name} was lost: {lost}", f"kata logs {container.name}")
+    return status
+
+
+def _timings(client: EngineClient) -> list[Any]:
+    try:
+        return list(client.timings())
+    except KataError:
+        return []

@@ -1,0 +1,66 @@
+"""Plain tables, JSON listings, and how sizes and ages are written for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+
+def show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a left-aligned table to stdout, the last column unpadded."""
+    table = [list(headings), *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
+    for row in table:
+        line = "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
+
+
+def show_json(content: Any) -> None:
+    """Print JSON to stdout, indented, keys in the order given."""
+    json.dump(content, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def printable(text: str) -> str:
+    """Escape what could move the cursor or colour a terminal: names and commands come from images and guests."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def human_size(count: float) -> str:
+    """Bytes in the largest fitting binary unit: ``1.4MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f}{unit}" if unit == "B" else f"{count:.4g}{unit}"
+        count /= 1024
+    return f"{count:.4g}TiB"
+
+
+def seconds_of(timestamp: str) -> float | None:
+    """Unix time of an RFC 3339 UTC timestamp, with its fraction; None if it is not one."""
+    import calendar
+
+    whole, _, fraction = timestamp.rstrip("Z").partition(".")
+    try:
+        seconds = calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S"))
+        return seconds + (float(f"0.{fraction}") if fraction else 0.0)
+    except ValueError:
+        return None
+
+
+def age(timestamp: str) -> str:
+    """How long ago, in words: ``3 minutes``."""
+    then = seconds_of(timestamp)
+    if then is None:
+        return "unknown"
+    passed = max(int(time.time() - then), 0)
+    for size, word in ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute")):
+        if passed >= size:
+            count = passed // size
+            return f"{count} {word}{'s' if count > 1 else ''}"
+    return "less than a second" if passed < 1 else f"{passed} second{'s' if passed > 1 else ''}"
