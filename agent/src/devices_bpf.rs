@@ -1,0 +1,223 @@
+//! Device rules of a container (OCI `linux.resources.devices`) as an eBPF program on its cgroup: cgroup v2 has no
+//! devices controller, the kernel asks a BPF_PROG_TYPE_CGROUP_DEVICE program instead.
+//!
+//! The rules are read like cgroup v1's: each one changes what the earlier ones said, permission by permission. So the
+//! program walks them from the last to the first; a permission is decided by the first rule met that speaks of it, and
+//! a permission that no rule speaks of is refused.
+
+use crate::prelude::*;
+use crate::proto::oci::LinuxDeviceCgroup;
+use crate::sys::{Errno, Fd, RawFd, SysResult};
+use crate::syscall;
+
+const BPF_PROG_LOAD: i32 = 5;
+const BPF_PROG_ATTACH: i32 = 8;
+const BPF_PROG_DETACH: i32 = 9;
+const BPF_PROG_GET_FD_BY_ID: i32 = 13;
+const BPF_PROG_QUERY: i32 = 16;
+
+const PROG_TYPE_CGROUP_DEVICE: u64 = 15;
+const ATTACH_TYPE_CGROUP_DEVICE: u64 = 6;
+const F_ALLOW_MULTI: u64 = 2;
+const F_REPLACE: u64 = 4;
+
+// linux/bpf.h: bits of bpf_cgroup_dev_ctx.access_type, permissions in the upper half, type in the lower one.
+const DEVICE_BLOCK: i32 = 1;
+const DEVICE_CHAR: i32 = 2;
+const MKNOD: i32 = 1;
+const READ: i32 = 2;
+const WRITE: i32 = 4;
+const EVERYTHING: i32 = MKNOD | READ | WRITE;
+
+// Instruction codes.
+const LDX_W: u8 = 0x61;
+const MOV_K: u8 = 0xb7;
+const MOV_X: u8 = 0xbf;
+const AND_K: u8 = 0x57;
+const RSH_K: u8 = 0x77;
+const JA: u8 = 0x05;
+const JSET_K: u8 = 0x45;
+const JNE_K: u8 = 0x55;
+const EXIT: u8 = 0x95;
+
+// What the registers hold: r0 the answer, r1 the context (at entry), then:
+const TYPE: u8 = 2;
+/// The permissions asked for and not yet granted.
+const WANTED: u8 = 3;
+const MAJOR: u8 = 4;
+const MINOR: u8 = 5;
+
+/// A rule in the kernel's terms; `None` matches anything.
+struct Rule {
+    allow: bool,
+    kind: Option<i32>,
+    major: Option<i32>,
+    minor: Option<i32>,
+    access: i32,
+}
+
+/// Compiles rules to eBPF instructions. Errors name the field that makes no sense.
+pub fn compile(rules: &[LinuxDeviceCgroup]) -> Result<Vec<u64>> {
+    let rules = rules.iter().map(parse).collect::<Result<Vec<_>>>()?;
+    let mut code = vec![
+        instruction(LDX_W, TYPE, 1, 0, 0),
+        instruction(MOV_X, WANTED, TYPE, 0, 0),
+        instruction(RSH_K, WANTED, 0, 0, 16),
+        instruction(AND_K, TYPE, 0, 0, 0xffff),
+        instruction(LDX_W, MAJOR, 1, 4, 0),
+        instruction(LDX_W, MINOR, 1, 8, 0),
+    ];
+    for rule in rules.iter().rev() {
+        let body = if rule.allow { allow(rule.access) } else { deny(rule.access) };
+        let tests = [(TYPE, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)];
+        let tests: Vec<(u8, i32)> = tests.iter().filter_map(|(register, value)| Some((*register, (*value)?))).collect();
+        for (at, (register, value)) in tests.iter().enumerate() {
+            let over = (tests.len() - at - 1 + body.len()) as i16;
+            code.push(instruction(JNE_K, *register, 0, over, *value));
+        }
+        code.extend(&body);
+        if tests.is_empty() && rule.access == EVERYTHING {
+            // Nothing gets past this rule, and the verifier refuses instructions that are never reached.
+            return Ok(code);
+        }
+    }
+    code.extend(answer(0));
+    Ok(code)
+}
+
+/// Loads `program` and makes it the device program of the cgroup, in place of whatever was there.
+pub fn attach(cgroup: RawFd, program: &[u64]) -> Result<()> {
+    let program = load(program)?;
+    let before = attached(cgroup).map_err(|e| unsupported("query the device programs of the cgroup", e))?;
+    // One program is replaced in one step, so that at no time the container is without rules.
+    if let [only] = before.as_slice() {
+        let old = program_by_id(*only).map_err(|e| unsupported("open the cgroup's device program", e))?;
+        return change(BPF_PROG_ATTACH, cgroup, program.raw(), F_ALLOW_MULTI | F_REPLACE, old.raw())
+            .map_err(|e| unsupported("replace the device program of the cgroup", e));
+    }
+    change(BPF_PROG_ATTACH, cgroup, program.raw(), F_ALLOW_MULTI, 0)
+        .map_err(|e| unsupported("attach the device program to the cgroup", e))?;
+    // Several programs only let through what each of them allows: the old ones would keep refusing.
+    for id in before {
+        program_by_id(id)
+            .and_then(|old| change(BPF_PROG_DETACH, cgroup, old.raw(), 0, 0))
+            .map_err(|e| unsupported("detach an old device program", e))?;
+    }
+    Ok(())
+}
+
+fn unsupported(what: &str, e: Errno) -> Error {
+    match e.0 {
+        libc::ENOSYS | libc::EINVAL => {
+            Error::unimplemented(format!("{what}: {e} (device rules need a kernel with CONFIG_CGROUP_BPF)"))
+        }
+        _ => Error::internal(format!("{what}: {e}")),
+    }
+}
+
+fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
+    let kind = match rule.type_.as_str() {
+        "" | "a" => None,
+        "b" => Some(DEVICE_BLOCK),
+        "c" | "u" => Some(DEVICE_CHAR),
+        other => return Err(Error::invalid(format!("linux.resources.devices: unknown type {other:?}"))),
+    };
+    // Hosts that cannot say "absent" send 0:0, which no device has (a whiteout, 0:0, is never asked about).
+    let absent = rule.major <= 0 && rule.minor <= 0;
+    let id = |value: i64| match value {
+        _ if absent => Ok(None),
+        ..0 => Ok(None),
+        _ => i32::try_from(value)
+            .map(Some)
+            .map_err(|_| Error::invalid(format!("linux.resources.devices: device number {value} is too large"))),
+    };
+    let access = if rule.access.is_empty() { "rwm" } else { rule.access.as_str() };
+    let access = access.chars().try_fold(0, |set, letter| match letter {
+        'r' => Ok(set | READ),
+        'w' => Ok(set | WRITE),
+        'm' => Ok(set | MKNOD),
+        _ => Err(Error::invalid(format!("linux.resources.devices: unknown access {:?}", rule.access))),
+    })?;
+    Ok(Rule { allow: rule.allow, kind, major: id(rule.major)?, minor: id(rule.minor)?, access })
+}
+
+/// Grants permissions; answers yes when none is left.
+fn allow(access: i32) -> Vec<u64> {
+    let [yes, exit] = answer(1);
+    if access == EVERYTHING {
+        return vec![yes, exit];
+    }
+    vec![instruction(AND_K, WANTED, 0, 0, !access), instruction(JNE_K, WANTED, 0, 2, 0), yes, exit]
+}
+
+/// Answers no when one of the permissions is still wanted.
+fn deny(access: i32) -> Vec<u64> {
+    let [no, exit] = answer(0);
+    if access == EVERYTHING {
+        return vec![no, exit];
+    }
+    vec![instruction(JSET_K, WANTED, 0, 1, access), instruction(JA, 0, 0, 2, 0), no, exit]
+}
+
+fn answer(value: i32) -> [u64; 2] {
+    [instruction(MOV_K, 0, 0, 0, value), instruction(EXIT, 0, 0, 0, 0)]
+}
+
+/// struct bpf_insn as one little-endian word.
+fn instruction(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> u64 {
+    u64::from(code)
+        | u64::from(dst) << 8
+        | u64::from(src) << 12
+        | u64::from(offset as u16) << 16
+        | u64::from(immediate as u32) << 32
+}
+
+/// bpf(2); `attr` is the command's part of union bpf_attr, in words.
+fn bpf(command: i32, attr: &mut [u64]) -> SysResult<usize> {
+    // SAFETY: the attribute is valid for its length; addresses in it point to live buffers of the callers.
+    unsafe { syscall!(libc::SYS_bpf, command, attr.as_mut_ptr(), core::mem::size_of_val(attr)) }
+}
+
+fn load(program: &[u64]) -> Result<Fd> {
+    let license = c"Apache-2.0";
+    let mut name = [0u8; 16];
+    name[..12].copy_from_slice(b"kata_devices");
+    let [name_low, name_high] =
+        [&name[..8], &name[8..]].map(|half| u64::from_le_bytes(half.try_into().unwrap_or([0; 8])));
+    let mut attr = [
+        PROG_TYPE_CGROUP_DEVICE | (program.len() as u64) << 32,
+        program.as_ptr() as u64,
+        license.as_ptr() as u64,
+        0,
+        0,
+        0,
+        name_low,
+        name_high,
+    ];
+    bpf(BPF_PROG_LOAD, &mut attr)
+        .map(|fd| Fd::from_raw(fd as RawFd))
+        .map_err(|e| unsupported("load the device program", e))
+}
+
+/// The ids of the cgroup's own device programs.
+fn attached(cgroup: RawFd) -> SysResult<Vec<u32>> {
+    // The kernel's limit of programs per cgroup.
+    let mut ids = [0u32; 64];
+    let mut attr = [cgroup as u64 | ATTACH_TYPE_CGROUP_DEVICE << 32, 0, ids.as_mut_ptr() as u64, ids.len() as u64];
+    bpf(BPF_PROG_QUERY, &mut attr)?;
+    let count = (attr[3] as u32 as usize).min(ids.len());
+    Ok(ids[..count].to_vec())
+}
+
+fn program_by_id(id: u32) -> SysResult<Fd> {
+    bpf(BPF_PROG_GET_FD_BY_ID, &mut [u64::from(id), 0]).map(|fd| Fd::from_raw(fd as RawFd))
+}
+
+fn change(command: i32, cgroup: RawFd, program: RawFd, flags: u64, replaced: RawFd) -> SysResult<()> {
+    let mut attr = [cgroup as u64 | (program as u64) << 32, ATTACH_TYPE_CGROUP_DEVICE | flags << 32, replaced as u64];
+    bpf(command, &mut attr).map(drop)
+}
+
+#[cfg(test)]
+#[path = "devices_bpf_tests.rs"]
+mod tests;
