@@ -1,0 +1,279 @@
+"""A ttRPC client for asyncio: many calls in flight on one connection.
+
+The server may be hostile. What it sends is bounded by the frame size, and whatever the protocol does not
+allow (answers to calls that nobody made, other frames than responses, malformed envelopes or payloads)
+closes the connection and fails every call with `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from . import envelope, frame
+from .status import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ConnectionLost, ProtocolError, TtrpcError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping
+    from typing import Any
+
+    from .messages import Encodable, R
+
+__all__ = ["Client", "ConnectionLost", "ProtocolError", "TtrpcError"]
+
+MAX_CALLS = 1024
+MAX_BYTES = 64 << 20
+MAX_ABANDONED = 1 << 16
+"""Calls given up on whose answers are still outstanding; a server that leaves more of them is broken."""
+
+
+class Client:
+    """One connection. Make it with `connect` or `over_streams`.
+
+    A call above `max_calls` or `max_bytes` waits for its turn within its timeout. Without a timeout, too
+    many calls are an error at once: they may all be long polls, and then nothing would ever end the wait.
+
+    Args:
+        max_calls: Most calls in flight.
+        max_bytes: Most bytes of requests in flight.
+    """
+
+    def __init__(self, max_calls: int = MAX_CALLS, max_bytes: int = MAX_BYTES) -> None:
+        self.max_calls = max_calls
+        self.max_bytes = max_bytes
+        self._loop = asyncio.get_running_loop()
+        self._parser = frame.Parser()
+        self._transport: asyncio.WriteTransport | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._next = 1
+        self._calls: dict[int, asyncio.Future[envelope.Response | None]] = {}
+        # Sizes of the requests given up on: until they are answered they may still wait in our buffer.
+        self._abandoned: dict[int, int] = {}
+        self._bytes = 0
+        self._turns: deque[asyncio.Future[None]] = deque()
+        self._error: ConnectionLost | None = None
+        self._ended = asyncio.Event()
+
+    @classmethod
+    async def connect(
+        cls, sock: socket.socket, max_calls: int = MAX_CALLS, max_bytes: int = MAX_BYTES
+    ) -> Client:
+        """A client over a connected stream socket, which then belongs to it."""
+        client = cls(max_calls, max_bytes)
+        await client._loop.create_connection(lambda: _Receiver(client), sock=sock)
+        return client
+
+    @classmethod
+    def over_streams(
+        cls,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        max_calls: int = MAX_CALLS,
+        max_bytes: int = MAX_BYTES,
+    ) -> Client:
+        """A client over a pair of streams, which may have carried something else before."""
+        client = cls(max_calls, max_bytes)
+        client._transport = writer.transport
+
+        async def pump() -> None:
+            try:
+                while data := await reader.read(1 << 18):
+                    client._feed(data)
+                client._end_of_stream()
+            except OSError as error:
+                client._fail(ConnectionLost(f"the connection ended: {error}"))
+
+        client._reader = client._loop.create_task(pump())
+        return client
+
+    async def call(
+        self,
+        service: str,
+        method: str,
+        request: Encodable,
+        response: type[R],
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> R:
+        """Make one call and wait for its answer.
+
+        Args:
+            service: Full name, package included.
+            method: Its name.
+            request: Anything with `encode`.
+            response: Class of the answer.
+            timeout: Seconds; the server is told too. None waits as long as the connection lives.
+            metadata: Passed along as the protocol's metadata.
+
+        Raises:
+            TtrpcError: The status that the server gave, DEADLINE_EXCEEDED, or RESOURCE_EXHAUSTED for a
+                request that does not fit into a frame or a call too many.
+            ConnectionLost: The connection ended; ProtocolError when the server broke the protocol.
+        """
+        nano = 0 if timeout is None else max(1, int(timeout * 1e9))
+        pairs = (metadata or {}).items()
+        data = envelope.Request(service, method, request.encode(), nano, pairs).encode()
+        if len(data) > frame.MAX_DATA:
+            raise TtrpcError(RESOURCE_EXHAUSTED, f"a request of {len(data)} bytes does not fit into a frame")
+        if timeout is None:
+            answer = await self._exchange(data, waits=False)
+        else:
+            try:
+                async with asyncio.timeout(timeout):
+                    answer = await self._exchange(data, waits=True)
+            except TimeoutError:
+                raise TtrpcError(DEADLINE_EXCEEDED, f"{method} was not answered in time") from None
+        if answer is None:
+            raise self._failure()
+        if answer.code:
+            raise TtrpcError(answer.code, answer.message, answer.details)
+        try:
+            return response.decode(answer.payload)
+        except ValueError as error:
+            self._fail(ProtocolError(f"the answer to {method} is malformed: {error}"))
+            raise self._failure() from None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended."""
+        return self._error is not None
+
+    async def wait_closed(self) -> ConnectionLost:
+        """Wait for the end of the connection; why it ended."""
+        await self._ended.wait()
+        return self._failure()
+
+    def close(self) -> None:
+        """End the connection; calls in flight fail with ConnectionLost."""
+        self._fail(ConnectionLost("the connection was closed here"))
+
+    # ---- calls ----
+
+    async def _exchange(self, data: bytes, waits: bool) -> envelope.Response | None:
+        """Send a request and wait for its response; None when the connection has ended."""
+        size = len(data)
+        while self._error is None and not self._room(size):
+            if not waits and len(self._calls) >= self.max_calls:
+                raise TtrpcError(RESOURCE_EXHAUSTED, f"{self.max_calls} calls are in flight already")
+            turn = self._loop.create_future()
+            self._turns.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self._turns:
+                    self._turns.remove(turn)
+                else:
+                    self._next_turn()
+                raise
+        if self._error is not None or self._transport is None:
+            return None
+        stream = self._next
+        self._next += 2
+        answer: asyncio.Future[envelope.Response | None] = self._loop.create_future()
+        self._calls[stream] = answer
+        self._bytes += size
+        self._transport.write(frame.encode(stream, frame.REQUEST, data))
+        # There may be room for the next one as well.
+        self._next_turn()
+        try:
+            return await answer
+        finally:
+            if self._calls.pop(stream, None) is None:
+                self._bytes -= size
+            else:
+                # Its answer may still come and must not pass for a protocol error.
+                self._abandoned[stream] = size
+                if len(self._abandoned) > MAX_ABANDONED:
+                    self._fail(ConnectionLost(f"the server left {MAX_ABANDONED} calls without an answer"))
+            self._next_turn()
+
+    def _room(self, size: int) -> bool:
+        return len(self._calls) < self.max_calls and (
+            not self._bytes or self._bytes + size <= self.max_bytes
+        )
+
+    def _next_turn(self) -> None:
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    # ---- what arrives ----
+
+    def _feed(self, data: bytes) -> None:
+        if self._error is not None:
+            return
+        try:
+            for item in self._parser.feed(data):
+                self._take(item)
+        except ProtocolError as error:
+            self._fail(error)
+
+    def _take(self, item: frame.Frame) -> None:
+        if item.kind != frame.RESPONSE:
+            raise ProtocolError(f"the server sent a frame of type {item.kind} instead of a response")
+        try:
+            response = envelope.Response.decode(item.data)
+        except ValueError as error:
+            raise ProtocolError(f"the server sent a malformed response: {error}") from None
+        answer = self._calls.pop(item.stream, None)
+        if answer is None:
+            size = self._abandoned.pop(item.stream, None)
+            if size is None:
+                raise ProtocolError(f"the server answered call {item.stream}, which nobody made")
+            self._bytes -= size
+            self._next_turn()
+        elif not answer.done():
+            answer.set_result(response)
+
+    def _end_of_stream(self) -> None:
+        cut = " in the middle of an answer" if self._parser.pending else ""
+        self._fail(ConnectionLost(f"the server closed the connection{cut}"))
+
+    def _fail(self, error: ConnectionLost) -> None:
+        """End the connection for `error`, unless it has ended."""
+        if self._error is not None:
+            return
+        self._error = error
+        if self._transport is not None:
+            self._transport.abort()
+        if self._reader is not None and self._reader is not asyncio.current_task(self._loop):
+            self._reader.cancel()
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_result(None)
+        self._calls.clear()
+        self._abandoned.clear()
+        for turn in self._turns:
+            if not turn.done():
+                turn.set_result(None)
+        self._turns.clear()
+        self._ended.set()
+
+    def _failure(self) -> ConnectionLost:
+        # A fresh one for every raise: tasks must not share a traceback.
+        error = self._error or ConnectionLost("the connection ended")
+        return type(error)(*error.args)
+
+
+class _Receiver(asyncio.Protocol):
+    """The client's end of a socket transport."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def connection_made(self, transport: Any) -> None:
+        self._client._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._client._feed(data)
+
+    def eof_received(self) -> None:
+        self._client._end_of_stream()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        text = f": {error}" if error else ""
+        self._client._fail(ConnectionLost(f"the connection ended{text}"))

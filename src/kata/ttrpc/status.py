@@ -1,0 +1,98 @@
+"""How a call ends when it does not end well."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# google.rpc.Code
+OK = 0
+CANCELLED = 1
+UNKNOWN = 2
+INVALID_ARGUMENT = 3
+DEADLINE_EXCEEDED = 4
+NOT_FOUND = 5
+ALREADY_EXISTS = 6
+PERMISSION_DENIED = 7
+RESOURCE_EXHAUSTED = 8
+FAILED_PRECONDITION = 9
+ABORTED = 10
+OUT_OF_RANGE = 11
+UNIMPLEMENTED = 12
+INTERNAL = 13
+UNAVAILABLE = 14
+DATA_LOSS = 15
+UNAUTHENTICATED = 16
+
+NAMES = (
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+)
+"""Names by number."""
+
+_HINT = "\nhint: "
+
+
+class TtrpcError(Exception):
+    """A call that was answered with a status other than OK, or that ran out of time.
+
+    Args:
+        code: One of the numbers above.
+        message: What the other side says; may end with a line that begins with ``hint: ``.
+        details: Encoded `google.protobuf.Any` messages, as they came.
+    """
+
+    def __init__(self, code: int, message: str, details: Sequence[bytes] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = tuple(details)
+
+    def __str__(self) -> str:
+        name = NAMES[self.code] if 0 <= self.code < len(NAMES) else f"code {self.code}"
+        return f"{self.message} ({name})"
+
+    def split_hint(self) -> tuple[str, str]:
+        """The message and its hint, which is empty when there is none."""
+        message, _, hint = self.message.partition(_HINT)
+        return message, hint
+
+
+class ConnectionLost(Exception):
+    """The connection ended before the call was answered; whether it took effect is unknown."""
+
+
+class ProtocolError(ConnectionLost):
+    """The other side sent something that the protocol does not allow, so the connection was closed."""
+
+
+def describe(error: BaseException) -> TtrpcError:
+    """The status for an exception of a handler.
+
+    An exception says what it is by an integer attribute `grpc_code`, and what to do about it by a string
+    `hint`. Anything else is INTERNAL, told in one line.
+    """
+    if isinstance(error, TtrpcError):
+        return error
+    code = getattr(error, "grpc_code", None)
+    if isinstance(code, int) and code != OK:
+        hint = getattr(error, "hint", "")
+        return TtrpcError(code, f"{error}{_HINT}{hint}" if hint else str(error))
+    text = " ".join(str(error).split())
+    return TtrpcError(INTERNAL, f"{type(error).__name__}: {text}" if text else type(error).__name__)
