@@ -17,7 +17,21 @@ if os.path.basename(_root) not in ("site-packages", "dist-packages"):
     _places.append(os.path.join(os.path.dirname(_root), ".venv", "lib", _version, "site-packages"))
 sys.path.extend(place for place in _places if place not in sys.path)
 
-if __name__ == "__main__":
-    from kata.launcher import main
 
+def main() -> int:
+    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, all else the human command line.
+
+    Returns:
+        The exit status.
+    """
+    if sys.argv[1:2] == ["engine"]:
+        from kata.engine.main import main as engine
+
+        return engine()
+    from kata.cli.main import main as command
+
+    return command()
+
+
+if __name__ == "__main__":
     sys.exit(main())

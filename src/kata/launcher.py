@@ -1,6 +1,6 @@
-"""Which command starts another kata process, and which part of the package a process runs.
+"""The command that starts another kata process.
 
-Imported before anything else on every start, so it imports next to nothing.
+Imported on every start, so it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +21,3 @@ def command() -> list[str]:
     """
     package = os.path.dirname(os.path.abspath(__file__))
     return [sys.executable, "-I", "-S", os.path.join(package, "__main__.py")]
-
-
-def main() -> int:
-    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, all else the human command line.
-
-    Returns:
-        The exit status.
-    """
-    if sys.argv[1:2] == ["engine"]:
-        from kata.engine.main import main as run
-    else:
-        from kata.cli.main import main as run
-    return run()

@@ -63,7 +63,7 @@ def test_arrows_that_point_down_pass(check: ModuleType, tmp_path: Path) -> None:
     source = package(
         tmp_path,
         {
-            "cli/run.py": "import os\nfrom .. import __version__\nfrom ..errors import KataError\nimport kata.engine.launch",
+            "cli/run.py": "import os\nfrom .. import __version__\nimport kata.engine.launch",
             "engine/launch.py": "from kata.hypervisor import qemu\nfrom . import state",
             "journal.py": "from . import journal_undo",
             "journal_undo.py": "from .journal import Journal",
