@@ -13,20 +13,67 @@
 
 extern crate alloc;
 
+pub mod agent;
+pub mod boot;
+pub mod cgroup;
+pub mod cmdline;
+pub mod devices_bpf;
+pub mod dispatch;
 pub mod errors;
 pub mod fs;
 pub mod log;
 pub mod prelude;
+pub mod proto;
 pub mod rt;
+pub mod seccomp;
+pub mod server;
 pub mod sys;
+pub mod syscalls;
 
 /// The program after its entry point; the exit code.
 ///
 /// # Safety
 /// `argv` points to `argc` NUL-terminated strings.
 pub unsafe fn start(argc: usize, argv: *const *const core::ffi::c_char) -> i32 {
-    // SAFETY: by the contract above.
-    let arguments = unsafe { rt::arguments(argc, argv) };
-    log::info(&alloc::format!("started {arguments:?}"));
-    0
+    let started_ns = sys::clock_ns(libc::CLOCK_BOOTTIME);
+    let settings = if sys::getpid() == 1 {
+        boot::init()
+    } else {
+        // SAFETY: by the contract above.
+        match cmdline::parse_arguments(&unsafe { rt::arguments(argc, argv) }) {
+            Ok(cmdline::Command::Serve(settings)) => settings,
+            Ok(cmdline::Command::Version) => return say(1, concat!("kata-agent ", env!("CARGO_PKG_VERSION"), "\n"), 0),
+            Ok(cmdline::Command::Help) => return say(1, cmdline::USAGE, 0),
+            Err(e) => return say(2, &alloc::format!("kata-agent: {e}\n{}", cmdline::USAGE), 1),
+        }
+    };
+    log::set_level(settings.level);
+    match serve(settings, started_ns) {
+        Ok(()) => boot::power_off(),
+        Err(e) => {
+            log::error(&e.message);
+            // A guest that cannot be reached is of no use: its end tells the host at once.
+            if sys::getpid() == 1 {
+                boot::power_off();
+            }
+            1
+        }
+    }
+}
+
+fn say(fd: sys::RawFd, text: &str, code: i32) -> i32 {
+    if sys::write_all(fd, text.as_bytes()).is_ok() {
+        code
+    } else {
+        1
+    }
+}
+
+fn serve(settings: cmdline::Settings, started_ns: u64) -> errors::Result<()> {
+    let mut agent = agent::Agent::new(settings)?;
+    agent.boot.kernel_ns = started_ns;
+    agent.listen()?;
+    log::info(concat!("kata-agent ", env!("CARGO_PKG_VERSION"), " is serving"));
+    agent.run();
+    Ok(())
 }

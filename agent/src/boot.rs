@@ -1,0 +1,143 @@
+//! PID 1 of the guest: kernel file systems, modules, and out of the initial root file system.
+
+use crate::cmdline::{self, Settings};
+use crate::prelude::*;
+use crate::sys::{self, Errno, AT_FDCWD};
+use crate::{fs, log};
+
+const NOSUID: u64 = libc::MS_NOSUID;
+const KERNEL_FS: u64 = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+
+/// (source and type, target, flags, data), in order.
+const MOUNTS: &[(&str, &str, u64, &str)] = &[
+    ("proc", "/proc", KERNEL_FS, ""),
+    ("sysfs", "/sys", KERNEL_FS, ""),
+    ("devtmpfs", "/dev", NOSUID, "mode=0755"),
+    ("devpts", "/dev/pts", libc::MS_NOSUID | libc::MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666"),
+    ("tmpfs", "/dev/shm", libc::MS_NOSUID | libc::MS_NODEV, "mode=1777"),
+    ("tmpfs", "/run", libc::MS_NOSUID | libc::MS_NODEV, "mode=0755"),
+    ("tmpfs", "/tmp", libc::MS_NOSUID | libc::MS_NODEV, "mode=1777"),
+];
+
+const LINKS: &[(&str, &str)] = &[
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+    ("pts/ptmx", "/dev/ptmx"),
+    ("/run", "/var/run"),
+];
+
+/// Module list of the initrd: one path of a `.ko` a line, in the order of loading, parameters behind it.
+const MODULES: &str = "/etc/modules";
+
+/// Sets the guest up; what is wrong in a way that leaves a usable guest is logged.
+pub fn init() -> Settings {
+    let left = leave_rootfs();
+    for (kind, target, flags, data) in MOUNTS {
+        if let Err(e) = fs::create_dir_all(target, 0o755).and_then(|()| sys::mount(kind, target, kind, *flags, data)) {
+            // The kernel may have mounted devtmpfs itself.
+            if e.0 != libc::EBUSY {
+                log::error(&format!("mount {target}: {e}"));
+            }
+        }
+    }
+    open_console();
+    if let Err(e) = left {
+        log::error(&format!("leave the initial root file system: {e}"));
+    }
+    for (target, path) in LINKS {
+        match sys::symlinkat(target, AT_FDCWD, path) {
+            Ok(()) | Err(Errno(libc::EEXIST)) => {}
+            Err(e) => log::warn(&format!("symlink {path}: {e}")),
+        }
+    }
+    let (settings, complaints) = cmdline::parse_kernel(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    log::set_level(settings.level);
+    for complaint in complaints {
+        log::warn(&complaint);
+    }
+    settings
+}
+
+/// Modules first (their files are in the initial root), then a tmpfs over `/`, because pivot_root refuses to work on
+/// the initial rootfs, and every file there freed: the modules and this program's name. The program itself keeps
+/// running from its pages.
+fn leave_rootfs() -> Result<()> {
+    load_modules();
+    fs::create_dir_all("/newroot", 0o755).context("mkdir /newroot")?;
+    sys::mount("tmpfs", "/newroot", "tmpfs", libc::MS_NODEV | libc::MS_NOSUID, "mode=0755,size=16m,nr_inodes=16k")
+        .context("mount the new root")?;
+    for dir in ["etc", "var"] {
+        fs::mkdir(format!("/newroot/{dir}"), 0o755).context("mkdir in the new root")?;
+    }
+    let old = sys::open("/", libc::O_RDONLY | libc::O_DIRECTORY, 0).context("open /")?;
+    sys::chdir("/newroot").context("chdir to the new root")?;
+    for entry in fs::list_fd(old.raw()).context("list the initial root")? {
+        // The new root itself is another file system and stays.
+        let _ = remove_below(old.raw(), &entry.name);
+    }
+    sys::mount(".", "/", "", libc::MS_MOVE, "").context("move the new root over /")?;
+    sys::chroot(".").context("chroot")?;
+    sys::chdir("/").context("chdir /")
+}
+
+/// Like `rm -r --one-file-system`, going on after errors.
+fn remove_below(dir: sys::RawFd, name: &[u8]) -> core::result::Result<(), Errno> {
+    if sys::unlinkat(dir, name, 0).is_ok() {
+        return Ok(());
+    }
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let fd = sys::openat2(dir, name, flags, 0, libc::RESOLVE_NO_XDEV)?;
+    for entry in fs::list_fd(fd.raw())? {
+        let _ = remove_below(fd.raw(), &entry.name);
+    }
+    sys::unlinkat(dir, name, libc::AT_REMOVEDIR)
+}
+
+fn load_modules() {
+    for line in fs::read_to_string(MODULES).unwrap_or_default().lines().map(str::trim) {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let (path, parameters) = line.split_once(' ').unwrap_or((line, ""));
+        let loaded = sys::open(path, libc::O_RDONLY, 0).and_then(|fd| sys::finit_module(fd.raw(), parameters.trim()));
+        match loaded {
+            Ok(()) | Err(Errno(libc::EEXIST)) => {}
+            Err(e) => log::warn(&format!("load module {path}: {e}")),
+        }
+    }
+}
+
+/// The console becomes the log; the standard descriptors must exist, else the next file opened would be one of them.
+fn open_console() {
+    let null = loop {
+        match sys::open("/dev/null", libc::O_RDWR, 0) {
+            Ok(fd) if fd.raw() > 2 => break fd,
+            Ok(fd) => drop(fd.into_raw()),
+            Err(e) => {
+                log::error(&format!("open /dev/null: {e}"));
+                return;
+            }
+        }
+    };
+    for standard in 0..3 {
+        let _ = sys::dup_to(null.raw(), standard);
+    }
+    let console = sys::open("/dev/console", libc::O_WRONLY | libc::O_NOCTTY | libc::O_NONBLOCK, 0)
+        .or_else(|_| sys::open("/dev/kmsg", libc::O_WRONLY, 0));
+    if let Ok(fd) = console {
+        log::set_output(fd.into_raw());
+    }
+}
+
+/// The end of the machine, or of the process that only plays one.
+pub fn power_off() -> ! {
+    sys::sync();
+    if sys::getpid() == 1 {
+        let _ = sys::reboot(libc::LINUX_REBOOT_CMD_POWER_OFF as u32);
+        // Without ACPI the kernel may only halt; a reset ends the VM as well (-no-reboot).
+        let _ = sys::reboot(libc::LINUX_REBOOT_CMD_RESTART as u32);
+    }
+    sys::exit(0)
+}

@@ -1,0 +1,128 @@
+//! Settings: the kernel command line of the guest, or the arguments of an ordinary process.
+
+use crate::log::Level;
+use crate::prelude::*;
+use crate::server::listen::Address;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub address: Address,
+    pub level: Level,
+    /// Size of the pipes of a container's streams in bytes; 0 = the kernel's default.
+    pub pipe_size: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { address: Address::Any, level: Level::Info, pipe_size: 0 }
+    }
+}
+
+/// Reads `agent.*` parameters; what is unknown or wrong is returned as sentences for the log, never fatal: a guest
+/// that does not boot for a typing error helps nobody.
+pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
+    let mut settings = Settings::default();
+    let mut complaints = vec![];
+    for word in cmdline.split_ascii_whitespace() {
+        let Some(parameter) = word.strip_prefix("agent.") else { continue };
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let outcome = match name {
+            "log" => Level::parse(value)
+                .map(|level| settings.level = level)
+                .ok_or_else(|| "is not fatal, critical, error, warn, info, debug or trace".to_string()),
+            "channel" if value == "serial" || value == "vsock" => {
+                Address::parse(value).map(|address| settings.address = address).map_err(|e| e.message)
+            }
+            "channel" => Err("is neither serial nor vsock".to_string()),
+            "server_addr" => {
+                Address::parse(value).map(|address| settings.address = address).map_err(|e| e.message)
+            }
+            "container_pipe_size" => match value.parse() {
+                Ok(size) => {
+                    settings.pipe_size = size;
+                    Ok(())
+                }
+                Err(_) => Err("is not a number of bytes".to_string()),
+            },
+            _ => Err("is not a parameter of this agent".to_string()),
+        };
+        if let Err(why) = outcome {
+            complaints.push(format!("kernel parameter {word:?} is ignored: {why}"));
+        }
+    }
+    (settings, complaints)
+}
+
+/// What the command line of an ordinary process asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    Serve(Settings),
+    Version,
+    Help,
+}
+
+pub const USAGE: &str = "usage: kata-agent --server unix:///PATH|vsock://-1:PORT [--log LEVEL]
+       kata-agent --version
+
+Without arguments, as PID 1, it is the init of a guest.
+";
+
+pub fn parse_arguments(arguments: &[String]) -> Result<Command> {
+    let mut settings = Settings::default();
+    let mut rest = arguments.iter().skip(1);
+    let mut addressed = false;
+    while let Some(option) = rest.next() {
+        let (name, mut value) = match option.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_string())),
+            None => (option.as_str(), None),
+        };
+        let mut take = || {
+            value.take().or_else(|| rest.next().cloned()).ok_or_else(|| Error::invalid(format!("{name} needs a value")))
+        };
+        match name {
+            "--version" | "-V" => return Ok(Command::Version),
+            "--help" | "-h" => return Ok(Command::Help),
+            "--server" => {
+                settings.address = Address::parse(&take()?)?;
+                addressed = true;
+            }
+            "--log" => {
+                let level = take()?;
+                settings.level = Level::parse(&level).ok_or_else(|| Error::invalid(format!("unknown level {level:?}")))?;
+            }
+            _ => return Err(Error::invalid(format!("unknown option {option:?}"))),
+        }
+    }
+    if addressed {
+        Ok(Command::Serve(settings))
+    } else {
+        Err(Error::invalid("--server is missing"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_parameters_are_read_and_wrong_ones_named() {
+        let (settings, complaints) = parse_kernel(
+            "quiet agent.log=debug agent.server_addr=vsock://-1:1025 agent.container_pipe_size=1048576 agent.new=1\n",
+        );
+        assert_eq!(settings.level, Level::Debug);
+        assert_eq!(settings.address, Address::Vsock(1025));
+        assert_eq!(settings.pipe_size, 1 << 20);
+        assert_eq!(complaints, ["kernel parameter \"agent.new=1\" is ignored: is not a parameter of this agent"]);
+        assert_eq!(parse_kernel("agent.channel=serial").0.address, Address::Serial);
+        assert_eq!(parse_kernel("agent.channel=tin agent.log=x agent.container_pipe_size=y").1.len(), 3);
+    }
+
+    #[test]
+    fn arguments_of_an_ordinary_process() {
+        let parse = |text: &str| parse_arguments(&text.split(' ').map(ToString::to_string).collect::<Vec<_>>());
+        let Ok(Command::Serve(settings)) = parse("kata-agent --server unix:///tmp/s --log=debug") else { panic!() };
+        assert_eq!(settings.address, Address::Unix("/tmp/s".into()));
+        assert_eq!(parse("kata-agent -V"), Ok(Command::Version));
+        assert!(parse("kata-agent").is_err() && parse("kata-agent --server").is_err() && parse("kata-agent x").is_err());
+    }
+}

@@ -1,0 +1,289 @@
+//! A connection or a virtio-serial port: bytes in, frames out, with bounds on both.
+//!
+//! Descriptors are registered edge-triggered: a virtio-serial port whose host end is closed would otherwise report its
+//! hang-up without end. So readiness is remembered here, and the loop pumps until the kernel says EAGAIN.
+
+use super::frame::{self, Head, Outgoing};
+use crate::prelude::*;
+use crate::sys::{self, Errno, Fd};
+use alloc::collections::VecDeque;
+
+/// Bytes of answers waiting for the host above which no further request is read.
+pub const OUT_BOUND: usize = 1 << 20;
+/// Small answers are gathered in buffers of about this size.
+const GATHER: usize = 8 << 10;
+/// How much is read at a time while the length of the next frame is unknown.
+const READ_CHUNK: usize = 16 << 10;
+
+/// What becomes of the connection after a step.
+#[derive(Debug, PartialEq, Eq)]
+pub enum State {
+    /// Goes on; wait for the next event.
+    Open,
+    /// The other end is gone. A port stays open, with everything about the old connection forgotten.
+    Gone,
+}
+
+pub struct Conn {
+    fd: Fd,
+    /// A virtio-serial port: end of file is not the end.
+    port: bool,
+    readable: bool,
+    writable: bool,
+    input: Vec<u8>,
+    out: VecDeque<Outgoing>,
+    out_bytes: usize,
+    /// The stream was out of step and has been reported as such.
+    lost: bool,
+}
+
+/// A request's place in the input, copied out so that the connection is free while it is handled.
+pub struct Call {
+    pub stream: u32,
+    pub frame: Vec<u8>,
+}
+
+impl Conn {
+    pub fn new(fd: Fd, port: bool) -> Self {
+        // Readable from the start: an edge may have passed before the registration.
+        Conn {
+            fd,
+            port,
+            readable: true,
+            writable: true,
+            input: Vec::new(),
+            out: VecDeque::new(),
+            out_bytes: 0,
+            lost: false,
+        }
+    }
+
+    pub fn fd(&self) -> sys::RawFd {
+        self.fd.raw()
+    }
+
+    pub fn is_port(&self) -> bool {
+        self.port
+    }
+
+    /// Notes what epoll has said.
+    pub fn notice(&mut self, events: u32) {
+        self.readable |= events & (libc::EPOLLIN | libc::EPOLLHUP | libc::EPOLLERR | libc::EPOLLRDHUP) as u32 != 0;
+        self.writable |= events & (libc::EPOLLOUT | libc::EPOLLERR) as u32 != 0;
+    }
+
+    /// True when answers have piled up: neither new requests nor more output of containers now.
+    pub fn is_full(&self) -> bool {
+        self.out_bytes >= OUT_BOUND
+    }
+
+    /// The next whole request, read from the descriptor as needed. `Ok(None)`: nothing more for now.
+    pub fn next_call(&mut self) -> core::result::Result<Option<Call>, State> {
+        loop {
+            match frame::head(&self.input) {
+                Head::Request { stream, total } => {
+                    self.lost = false;
+                    return Ok(Some(Call { stream, frame: self.take_frame(total) }));
+                }
+                Head::Other { stream, total } => {
+                    self.take_frame(total);
+                    let error = Error::unimplemented("only unary requests are understood");
+                    self.push(frame::answer(stream, &Err(error)));
+                }
+                Head::Garbage(why) => self.out_of_step(why)?,
+                Head::Partial(wanted) => {
+                    if !self.readable || self.is_full() {
+                        return Ok(None);
+                    }
+                    self.fill(wanted)?;
+                }
+            }
+        }
+    }
+
+    /// Removes the first frame from the input, leaving its payload (without the header).
+    fn take_frame(&mut self, total: usize) -> Vec<u8> {
+        if self.input.len() == total {
+            // The usual case, and the one that matters for big frames: no copy, no memory kept.
+            let mut whole = core::mem::take(&mut self.input);
+            whole.drain(..frame::HEADER);
+            return whole;
+        }
+        let payload = self.input[frame::HEADER..total].to_vec();
+        self.input.drain(..total);
+        payload
+    }
+
+    fn fill(&mut self, wanted: usize) -> core::result::Result<(), State> {
+        let missing = wanted - self.input.len();
+        // Exactly to the end of a known frame, so that it can be handed on whole; else a bit ahead.
+        let room = if wanted > frame::HEADER { missing } else { READ_CHUNK };
+        match sys::read_append(self.fd.raw(), &mut self.input, room) {
+            Ok(0) => Err(self.end()),
+            Ok(_) => Ok(()),
+            Err(Errno(libc::EAGAIN)) => {
+                self.readable = false;
+                if self.input.is_empty() {
+                    self.input = Vec::new();
+                }
+                Ok(())
+            }
+            Err(_) => Err(self.end()),
+        }
+    }
+
+    /// The other end is gone: forgets half frames both ways.
+    fn end(&mut self) -> State {
+        self.readable = false;
+        self.input = Vec::new();
+        self.out.clear();
+        self.out_bytes = 0;
+        State::Gone
+    }
+
+    fn out_of_step(&mut self, why: &'static str) -> core::result::Result<(), State> {
+        if !self.lost {
+            crate::log::error(&format!("channel: {why}"));
+            self.lost = true;
+        }
+        if !self.port {
+            return Err(self.end());
+        }
+        // After a reconnect, bytes of the former connection may come first: look on for something like a header.
+        let next = (1..self.input.len())
+            .find(|at| !matches!(frame::head(&self.input[*at..]), Head::Garbage(_)))
+            .unwrap_or(self.input.len());
+        self.input.drain(..next);
+        Ok(())
+    }
+
+    /// Queues bytes; [`Conn::flush`] sends them.
+    pub fn push(&mut self, bytes: Vec<u8>) {
+        self.out_bytes += bytes.len();
+        if let Some(last) = self.out.back_mut() {
+            if last.bytes.len() + bytes.len() <= GATHER {
+                last.bytes.extend_from_slice(&bytes);
+                return;
+            }
+        }
+        self.out.push_back(Outgoing { bytes, start: 0 });
+    }
+
+    pub fn push_outgoing(&mut self, out: Outgoing) {
+        self.out_bytes += out.bytes.len() - out.start;
+        self.out.push_back(out);
+    }
+
+    /// Writes what the kernel takes.
+    pub fn flush(&mut self) -> State {
+        while self.writable {
+            let Some(first) = self.out.front_mut() else {
+                return State::Open;
+            };
+            match sys::write(self.fd.raw(), &first.bytes[first.start..]) {
+                Ok(n) => {
+                    first.start += n;
+                    self.out_bytes -= n;
+                    if first.start == first.bytes.len() {
+                        self.out.pop_front();
+                        if self.out.is_empty() {
+                            self.out = VecDeque::new();
+                        }
+                    }
+                }
+                Err(Errno(libc::EAGAIN)) => self.writable = false,
+                Err(_) => return self.end(),
+            }
+        }
+        State::Open
+    }
+
+    pub fn has_output(&self) -> bool {
+        !self.out.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::codec::Message;
+    use crate::proto::ttrpc;
+
+    fn pair() -> (Conn, Fd) {
+        let (ours, theirs) = sys::socketpair(libc::SOCK_STREAM | libc::SOCK_NONBLOCK).unwrap();
+        (Conn::new(ours, true), theirs)
+    }
+
+    fn frame(stream: u32, payload: usize) -> Vec<u8> {
+        let request =
+            ttrpc::Request { service: "s".into(), method: "m".into(), payload: vec![7; payload], ..Default::default() };
+        let body = request.to_vec();
+        let mut out = (body.len() as u32).to_be_bytes().to_vec();
+        out.extend(stream.to_be_bytes());
+        out.extend([1, 0]);
+        out.extend(body);
+        out
+    }
+
+    #[test]
+    fn requests_come_whole_however_they_are_cut() {
+        let (mut conn, host) = pair();
+        let mut bytes = frame(1, 10);
+        bytes.extend(frame(3, 40_000));
+        bytes.extend(frame(5, 0));
+        let mut got = vec![];
+        for piece in bytes.chunks(997) {
+            sys::write_all(host.raw(), piece).unwrap();
+            conn.notice(libc::EPOLLIN as u32);
+            while let Ok(Some(call)) = conn.next_call() {
+                let request = frame::parse_request(&call.frame).unwrap();
+                got.push((call.stream, request.payload.len()));
+            }
+        }
+        assert_eq!(got, [(1, 10), (3, 40_000), (5, 0)]);
+    }
+
+    #[test]
+    fn a_port_finds_its_step_again_and_survives_the_end() {
+        let (mut conn, host) = pair();
+        let mut bytes = vec![0xff; 33];
+        bytes.extend(frame(9, 5));
+        sys::write_all(host.raw(), &bytes).unwrap();
+        assert_eq!(conn.next_call().ok().flatten().map(|c| c.stream), Some(9));
+        drop(host);
+        conn.notice(libc::EPOLLHUP as u32);
+        assert_eq!(conn.next_call().err(), Some(State::Gone));
+        assert!(conn.next_call().is_ok_and(|c| c.is_none()));
+    }
+
+    #[test]
+    fn a_socket_out_of_step_is_given_up() {
+        let (ours, host) = sys::socketpair(libc::SOCK_STREAM | libc::SOCK_NONBLOCK).unwrap();
+        let mut conn = Conn::new(ours, false);
+        sys::write_all(host.raw(), &[0xff; 20]).unwrap();
+        assert_eq!(conn.next_call().err(), Some(State::Gone));
+    }
+
+    #[test]
+    fn a_slow_reader_stops_the_reading_of_requests() {
+        let (mut conn, host) = pair();
+        conn.push(vec![1; 3 << 20]);
+        assert_eq!(conn.flush(), State::Open);
+        assert!(conn.has_output() && conn.is_full());
+        sys::write_all(host.raw(), &frame(1, 1)).unwrap();
+        conn.notice(libc::EPOLLIN as u32);
+        assert!(conn.next_call().is_ok_and(|c| c.is_none()));
+        let mut total = 0;
+        let mut buf = vec![0; 1 << 20];
+        while total < 3 << 20 {
+            match sys::read(host.raw(), &mut buf) {
+                Ok(n) => total += n,
+                Err(_) => {
+                    conn.notice(libc::EPOLLOUT as u32);
+                    conn.flush();
+                }
+            }
+        }
+        assert!(conn.next_call().is_ok_and(|c| c.is_some()));
+    }
+}

@@ -1,0 +1,286 @@
+//! ttRPC frames without I/O: requests out of a byte stream, answers into buffers.
+
+use crate::prelude::*;
+
+/// Length of a frame's header.
+pub const HEADER: usize = 10;
+/// The longest payload of a frame that the protocol allows.
+pub const MAX_PAYLOAD: usize = 4 << 20;
+
+const TYPE_REQUEST: u8 = 1;
+const TYPE_RESPONSE: u8 = 2;
+
+/// One unary call as it lies in the input buffer.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Request<'a> {
+    pub service: &'a str,
+    pub method: &'a str,
+    pub payload: &'a [u8],
+    /// Nanoseconds that the caller waits; 0 = without end.
+    pub timeout_nano: i64,
+}
+
+/// What the head of the input is.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Head {
+    /// Fewer bytes than a frame; so many are needed in all (an estimate until the header is there).
+    Partial(usize),
+    /// A whole request frame of so many bytes, payload behind the header.
+    Request { stream: u32, total: usize },
+    /// A whole frame of another kind; to be stepped over.
+    Other { stream: u32, total: usize },
+    /// No header of this protocol: the stream is out of step.
+    Garbage(&'static str),
+}
+
+/// Looks at the first bytes of the input.
+pub fn head(input: &[u8]) -> Head {
+    let Some(header) = input.first_chunk::<HEADER>() else {
+        return Head::Partial(HEADER);
+    };
+    let length = u32::from_be_bytes([header[0], header[1], header[2], header[3]]) as usize;
+    let stream = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+    if length > MAX_PAYLOAD {
+        return Head::Garbage("frame is longer than 4 MiB");
+    }
+    if !(1..=3).contains(&header[8]) || header[9] > 7 {
+        return Head::Garbage("frame of an unknown type");
+    }
+    let total = HEADER + length;
+    if input.len() < total {
+        return Head::Partial(total);
+    }
+    // Clients number their streams odd; a request on an even one cannot be answered without confusion.
+    if header[8] == TYPE_REQUEST && stream % 2 == 1 {
+        Head::Request { stream, total }
+    } else {
+        Head::Other { stream, total }
+    }
+}
+
+/// The envelope of a request. Written out by hand, so that a megabyte of standard input is not copied to look at it.
+pub fn parse_request(mut buf: &[u8]) -> Result<Request<'_>> {
+    let mut request = Request { service: "", method: "", payload: &[], timeout_nano: 0 };
+    while !buf.is_empty() {
+        let tag = varint(&mut buf)?;
+        match tag & 7 {
+            0 => {
+                let value = varint(&mut buf)?;
+                if tag >> 3 == 4 {
+                    request.timeout_nano = value as i64;
+                }
+            }
+            2 => {
+                let len = varint(&mut buf)?;
+                let len = usize::try_from(len).ok().filter(|len| *len <= buf.len()).ok_or_else(truncated)?;
+                let (value, rest) = buf.split_at(len);
+                buf = rest;
+                match tag >> 3 {
+                    1 => request.service = text(value)?,
+                    2 => request.method = text(value)?,
+                    3 => request.payload = value,
+                    _ => {}
+                }
+            }
+            5 => buf = buf.get(4..).ok_or_else(truncated)?,
+            1 => buf = buf.get(8..).ok_or_else(truncated)?,
+            _ => return Err(Error::invalid("malformed request: unknown wire type")),
+        }
+    }
+    Ok(request)
+}
+
+fn truncated() -> Error {
+    Error::invalid("malformed request: truncated")
+}
+
+fn text(bytes: &[u8]) -> Result<&str> {
+    core::str::from_utf8(bytes).map_err(|_| Error::invalid("malformed request: name is not UTF-8"))
+}
+
+fn varint(buf: &mut &[u8]) -> Result<u64> {
+    let mut value = 0u64;
+    for (i, byte) in buf.iter().take(10).enumerate() {
+        value |= u64::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            *buf = &buf[i + 1..];
+            return Ok(value);
+        }
+    }
+    Err(truncated())
+}
+
+/// Bytes on their way out: `bytes[start..]` is still to be written.
+#[derive(Debug, Default)]
+pub struct Outgoing {
+    pub bytes: Vec<u8>,
+    pub start: usize,
+}
+
+/// Room that [`ok_frame_around`] needs before the data: header, two tags, two lengths of at most four bytes.
+pub const DATA_OFFSET: usize = 24;
+
+/// A successful answer whose payload is one `bytes` field, number 1 (stream data): `buffer[DATA_OFFSET..]` is the
+/// data, which stays where the read call has put it.
+pub fn ok_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
+    let data = buffer.len() - DATA_OFFSET;
+    let mut start = DATA_OFFSET;
+    if data > 0 {
+        start = put_length_before(&mut buffer, start, 0x0a, data);
+    }
+    let payload = buffer.len() - start;
+    if payload > 0 {
+        start = put_length_before(&mut buffer, start, 0x12, payload);
+    }
+    let total = buffer.len() - start;
+    start -= HEADER;
+    buffer[start..start + HEADER].copy_from_slice(&header(total, stream));
+    Outgoing { bytes: buffer, start }
+}
+
+/// Puts tag and length so that they end at `end`; where they start.
+fn put_length_before(buffer: &mut [u8], end: usize, tag: u8, mut value: usize) -> usize {
+    let mut bytes = [0u8; 10];
+    let mut len = 1;
+    bytes[0] = tag;
+    loop {
+        let more = value > 0x7f;
+        bytes[len] = (value & 0x7f) as u8 | if more { 0x80 } else { 0 };
+        len += 1;
+        value >>= 7;
+        if !more {
+            break;
+        }
+    }
+    buffer[end - len..end].copy_from_slice(&bytes[..len]);
+    end - len
+}
+
+fn header(length: usize, stream: u32) -> [u8; HEADER] {
+    let mut header = [0u8; HEADER];
+    header[0..4].copy_from_slice(&(length as u32).to_be_bytes());
+    header[4..8].copy_from_slice(&stream.to_be_bytes());
+    header[8] = TYPE_RESPONSE;
+    header
+}
+
+/// An answer frame: the payload, or the error as a status.
+pub fn answer(stream: u32, outcome: &Result<Vec<u8>>) -> Vec<u8> {
+    let mut out = vec![0u8; HEADER];
+    match outcome {
+        Ok(payload) => put_bytes(&mut out, 0x12, payload),
+        Err(error) => {
+            let mut status = vec![0x08];
+            put_varint(&mut status, error.code as usize);
+            put_bytes(&mut status, 0x12, error.message.as_bytes());
+            put_bytes(&mut out, 0x0a, &status);
+        }
+    }
+    let length = out.len() - HEADER;
+    if length > MAX_PAYLOAD {
+        let error = Error::exhausted(format!("the answer of {length} bytes is longer than a frame may be"));
+        return answer(stream, &Err(error));
+    }
+    out[..HEADER].copy_from_slice(&header(length, stream));
+    out
+}
+
+fn put_bytes(out: &mut Vec<u8>, tag: u8, value: &[u8]) {
+    if !value.is_empty() {
+        out.push(tag);
+        put_varint(out, value.len());
+        out.extend_from_slice(value);
+    }
+}
+
+fn put_varint(out: &mut Vec<u8>, mut value: usize) {
+    while value > 0x7f {
+        out.push((value & 0x7f) as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::agent::ReadStreamResponse;
+    use crate::proto::codec::Message;
+    use crate::proto::ttrpc;
+
+    fn request_frame(request: &ttrpc::Request, stream: u32) -> Vec<u8> {
+        let body = request.to_vec();
+        let mut frame = header(body.len(), stream).to_vec();
+        frame[8] = TYPE_REQUEST;
+        frame.extend(body);
+        frame
+    }
+
+    #[test]
+    fn a_request_is_found_and_parsed() {
+        let sent = ttrpc::Request {
+            service: "grpc.Health".into(),
+            method: "Check".into(),
+            payload: vec![1, 2, 3],
+            timeout_nano: 5_000_000_000,
+            metadata: vec![ttrpc::KeyValue { key: "traceparent".into(), value: "x".into() }],
+        };
+        let frame = request_frame(&sent, 7);
+        for cut in 0..frame.len() {
+            assert!(matches!(head(&frame[..cut]), Head::Partial(_)), "{cut}");
+        }
+        assert_eq!(head(&frame), Head::Request { stream: 7, total: frame.len() });
+        let got = parse_request(&frame[HEADER..]).unwrap();
+        assert_eq!((got.service, got.method, got.payload, got.timeout_nano), (
+            "grpc.Health",
+            "Check",
+            &[1u8, 2, 3][..],
+            5_000_000_000
+        ));
+    }
+
+    #[test]
+    fn what_is_no_request_is_told_apart() {
+        assert!(matches!(head(b"\xff\xff\xff\xff\0\0\0\x01\x01\0"), Head::Garbage(_)));
+        assert!(matches!(head(b"\0\0\0\0\0\0\0\x01\x09\0"), Head::Garbage(_)));
+        assert_eq!(head(b"\0\0\0\0\0\0\0\x02\x01\0"), Head::Other { stream: 2, total: 10 });
+        assert_eq!(head(b"\0\0\0\x01\0\0\0\x01\x03\0z"), Head::Other { stream: 1, total: 11 });
+    }
+
+    #[test]
+    fn hostile_envelopes_are_errors() {
+        for bad in [&b"\x0a\xff\xff\xff\xff\x0fx"[..], b"\x0a", b"\x0b", b"\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01",
+            b"\x0d\0", b"\x0a\x02\xff\xfe"]
+        {
+            assert!(parse_request(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn answers_are_what_the_generated_code_would_say() {
+        let frame = answer(5, &Ok(vec![9; 300]));
+        assert_eq!(u32::from_be_bytes(frame[..4].try_into().unwrap()) as usize, frame.len() - HEADER);
+        assert_eq!(&frame[4..10], [0, 0, 0, 5, 2, 0]);
+        let body = ttrpc::Response::decode(&frame[HEADER..]).unwrap();
+        assert_eq!((body.payload, body.status), (vec![9; 300], None));
+        let frame = answer(5, &Err(Error::not_found("gone")));
+        let status = ttrpc::Response::decode(&frame[HEADER..]).unwrap().status.unwrap();
+        assert_eq!((status.code, status.message.as_str()), (5, "gone"));
+        assert_eq!(answer(5, &Ok(vec![])).len(), HEADER);
+        assert!(answer(5, &Ok(vec![0; MAX_PAYLOAD + 1])).len() < 200);
+    }
+
+    #[test]
+    fn stream_data_is_framed_in_place() {
+        for len in [0usize, 1, 100, 127, 128, 20_000, 1 << 20, 3 << 20] {
+            let mut buffer = vec![0u8; DATA_OFFSET];
+            buffer.extend((0..len).map(|i| i as u8));
+            let out = ok_frame_around(3, buffer);
+            let frame = &out.bytes[out.start..];
+            assert_eq!(u32::from_be_bytes(frame[..4].try_into().unwrap()) as usize, frame.len() - HEADER);
+            let body = ttrpc::Response::decode(&frame[HEADER..]).unwrap();
+            let data = ReadStreamResponse::decode(&body.payload).unwrap().data;
+            assert!(data.len() == len && data.iter().enumerate().all(|(i, b)| *b == i as u8));
+        }
+    }
+}
