@@ -246,6 +246,12 @@ def namespace_inode(kind: str, pid: int | str = "self") -> int:
     return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
 
 
+def address_of(buffer: object) -> int:
+    """Address of a writable buffer (an `mmap.mmap`); the buffer must be kept alive, and cannot be closed
+    while the process lives."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
+
+
 # ---- mounts ----
 
 

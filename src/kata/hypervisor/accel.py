@@ -1,0 +1,50 @@
+"""Which accelerator a virtual machine gets on this host."""
+
+from __future__ import annotations
+
+import os
+
+from kata.errors import HostError, UsageError
+from kata.hypervisor import kvmprobe
+
+VARIABLE = "KATA_ACCEL"
+
+
+class Choice:
+    """The accelerator, and why.
+
+    Args:
+        accel: ``"kvm"`` or ``"tcg"`` (QEMU's software emulation).
+        reason: One sentence, for the log and the one line that human commands print under emulation.
+        verdict: What the KVM probe said; None when it was not asked.
+    """
+
+    __slots__ = ("accel", "reason", "verdict")
+
+    def __init__(self, accel: str, reason: str, verdict: kvmprobe.Verdict | None) -> None:
+        self.accel = accel
+        self.reason = reason
+        self.verdict = verdict
+
+
+def choose(preference: str = "") -> Choice:
+    """Choose: KVM where it really runs a 64-bit guest, else software emulation.
+
+    Args:
+        preference: ``"kvm"``, ``"tcg"``, ``"auto"``, or empty for what the variable KATA_ACCEL says.
+
+    Raises:
+        HostError: KVM was demanded and does not work here.
+        UsageError: There is no such accelerator.
+    """
+    wanted = preference or os.environ.get(VARIABLE) or "auto"
+    if wanted not in ("kvm", "tcg", "auto"):
+        raise UsageError(f"there is no accelerator {wanted!r}", "Use kvm, tcg or auto.")
+    if wanted == "tcg":
+        return Choice("tcg", "software emulation was asked for", None)
+    verdict = kvmprobe.probe()
+    if verdict.works:
+        return Choice("kvm", verdict.reason, verdict)
+    if wanted == "kvm":
+        raise HostError(f"KVM was asked for and cannot be used: {verdict.reason}", verdict.hint)
+    return Choice("tcg", f"using software emulation, which is slower: {verdict.reason}", verdict)

@@ -1,0 +1,391 @@
+"""A running QEMU, as the engine sees it (`kata.hypervisor.interface.Hypervisor`)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+from kata import sysio
+from kata.errors import HypervisorError, KataError, VMLostError
+from kata.hypervisor import qemu_command, slots
+from kata.hypervisor.console import ConsoleRing
+from kata.hypervisor.interface import Capabilities, Ended
+from kata.hypervisor.qemu_process import explain
+from kata.hypervisor.qmp import QmpClient
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kata.hypervisor.qemu_process import QemuProcess
+    from kata.hypervisor.settings import Disk, VMSettings
+    from kata.journal import Journal
+
+_PANIC = "Kernel panic - not syncing"
+
+
+class Qemu:
+    """Takes over a QEMU that `kata.hypervisor.qemu_process.spawn` started. Make it inside the event loop.
+
+    Args:
+        process: The process; its descriptors are this object's from here on.
+        journal: The one it was started with.
+        console_path: File of the console's ring; empty keeps it in memory only.
+    """
+
+    def __init__(self, process: QemuProcess, journal: Journal, console_path: str = "") -> None:
+        self.settings: VMSettings = process.settings
+        self.capabilities = Capabilities(
+            disk_slots=len(slots.DISKS),
+            insert_disk=True,
+            insert_nic=self.settings.nic is not None,
+            share=bool(self.settings.share_dir),
+            vsock=self.settings.vsock is not None,
+            pause=True,
+            hardware=self.settings.accel == "kvm",
+        )
+        self.console = ConsoleRing(console_path)
+        self._process = process
+        self._journal = journal
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[Ended] = self._loop.create_future()
+        self._stopping = False
+        self._callbacks: list[Callable[[str, dict[str, Any]], None]] = []
+        self._shutdown_reason = ""
+        self._console_fd = process.take("console")
+        self._disk_generation = 0
+        self._disk_lock = asyncio.Lock()
+        self._disks: list[Disk | None] = list(self.settings.disks)
+        self._nodes = [f"file{index}" for index in range(len(slots.DISKS))]
+        self._nic_free = self.settings.nic is not None and self.settings.nic.fd is None
+        if self._console_fd >= 0:
+            os.set_blocking(self._console_fd, False)
+            self._loop.add_reader(self._console_fd, self._read_console)
+        if process.stderr_fd >= 0:
+            self._loop.add_reader(process.stderr_fd, self._read_stderr)
+        self._loop.add_reader(process.pidfd, self._on_exit)
+        self._finishing: asyncio.Task[None] | None = None
+        self._qmp: asyncio.Task[QmpClient] = self._loop.create_task(self._connect(process.take("qmp")))
+        # Who needs the connection learns of its failure; nobody needing it is no reason for a warning.
+        self._qmp.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    @property
+    def pid(self) -> int:
+        """Process id of QEMU on the host."""
+        return self._process.pid
+
+    def take_agent_fd(self) -> int:
+        """Our end of the agent's virtio-serial port; the caller owns it. -1 when it was taken before."""
+        return self._process.take("agent")
+
+    def on_event(self, callback: Callable[[str, dict[str, Any]], None]) -> None:
+        """Have QMP events delivered from now on."""
+        self._callbacks.append(callback)
+
+    # ---- life and death ----
+
+    async def wait(self) -> Ended:
+        """Wait until QEMU has ended and been reaped."""
+        return await asyncio.shield(self._ended)
+
+    @property
+    def ended(self) -> Ended | None:
+        """How it ended, or None while it runs."""
+        return self._ended.result() if self._ended.done() else None
+
+    async def stop(self, grace_s: float = 0.0) -> Ended:
+        """End QEMU: with TERM (it writes its disks' caches back) within the grace period, else with KILL.
+
+        The guest is not asked; what matters in it has been written back by its agent before.
+        """
+        self._stopping = True
+        if not self._ended.done() and grace_s > 0:
+            self._process.child.send_signal(sysio.SIGTERM)
+            await asyncio.wait([self._ended], timeout=grace_s)
+        self._process.child.kill()
+        return await self.wait()
+
+    def close(self) -> None:
+        """After the end: close descriptors, remove the plug's socket."""
+        if not self._qmp.done():
+            self._qmp.cancel()
+        elif not self._qmp.cancelled() and self._qmp.exception() is None:
+            self._qmp.result().close()
+        for fd in (self._console_fd, self._process.stderr_fd, self._process.pidfd):
+            if fd >= 0:
+                self._loop.remove_reader(fd)
+        if self._console_fd >= 0:
+            os.close(self._console_fd)
+            self._console_fd = -1
+        self._process.close()
+        self.console.close()
+        for entry in self._process.entries:
+            try:
+                os.unlink(entry.params["path"])
+            except FileNotFoundError:
+                pass
+            self._journal.forget(entry)
+        self._process.entries.clear()
+
+    def failure(self, doing: str) -> KataError:
+        """The error for a call that failed because QEMU is gone.
+
+        Args:
+            doing: What was being done, as a clause: ``"waiting for the agent"``.
+        """
+        ended = self.ended
+        if ended is not None and ended.error is not None:
+            return ended.error
+        return VMLostError(f"the virtual machine ended while {doing}", "See `kata logs` for its output.")
+
+    # ---- pausing, plugs ----
+
+    async def pause(self) -> None:
+        """Stop the virtual CPUs."""
+        await self.command("stop")
+
+    async def resume(self) -> None:
+        """Let the virtual CPUs run again."""
+        await self.command("cont")
+
+    async def insert_disk(self, disk: Disk) -> str:
+        """Fill an empty disk slot of the right type.
+
+        The guest sees a writable disk's size change to the image's; a read-only one keeps the placeholder's
+        size, and reads beyond the image fail.
+
+        Raises:
+            HypervisorError: No slot of that type is empty, or QEMU cannot use the image.
+        """
+        async with self._disk_lock:
+            index = self._empty_slot(disk.readonly)
+            await self._exchange(
+                index, qemu_command.file_node(self._new_node(index), disk), disk.readonly, disk.path
+            )
+            if not disk.readonly:
+                # Resizing to the size it has already is how QEMU is told to tell the guest.
+                await self.command(
+                    "block_resize", {"node-name": f"slot{index}", "size": await _size(disk.path)}
+                )
+            self._disks[index] = disk
+            return slots.disk_path(index)
+
+    async def remove_disk(self, address: str) -> None:
+        """Put the placeholder back; the image can then be used elsewhere.
+
+        Raises:
+            HypervisorError: There is no disk at this address, or the slot's type was changed at start.
+        """
+        async with self._disk_lock:
+            index = next((i for i in range(len(slots.DISKS)) if slots.disk_path(i) == address), -1)
+            disk = self._disks[index] if index >= 0 else None
+            if disk is None:
+                raise HypervisorError(f"there is no disk at PCI path {address}")
+            await self._exchange(
+                index,
+                qemu_command.placeholder_node(self._new_node(index), disk.readonly),
+                disk.readonly,
+                "an empty disk",
+            )
+            self._disks[index] = None
+
+    async def insert_nic(self) -> tuple[int, str]:
+        """Bring the spare network interface to life.
+
+        Returns:
+            The network helper's end of its wire (for ``passt --fd``; the caller owns it), and the PCI path.
+
+        Raises:
+            HypervisorError: There is no spare interface, or it was used.
+        """
+        if not self._nic_free:
+            raise HypervisorError("the virtual machine has no free network interface")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await self._qmp_client()  # QEMU listens before it greets
+            await self._loop.sock_connect(sock, qemu_command.nic_socket(self.settings.run_dir))
+        except OSError as error:
+            sock.close()
+            raise HypervisorError(f"cannot connect the network interface: {error.strerror}") from error
+        except BaseException:
+            sock.close()
+            raise
+        sock.setblocking(True)
+        self._nic_free = False
+        await self.command("set_link", {"name": "nic0", "up": True})
+        return sock.detach(), slots.nic_path()
+
+    # ---- what can be learnt ----
+
+    def console_tail(self, limit: int = 4096) -> str:
+        """The last of what the guest's console said, escaped and bounded."""
+        return self.console.tail(limit)
+
+    async def metrics(self) -> dict[str, int]:
+        """Figures of the QEMU process.
+
+        Returns:
+            ``rss_bytes``, ``cpu_ns`` (user and system), ``threads``; empty after its end.
+        """
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b") ")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return {}
+        tick_ns = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+        return {
+            "rss_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+            "cpu_ns": (int(fields[11]) + int(fields[12])) * tick_ns,
+            "threads": int(fields[17]),
+        }
+
+    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Run a QMP command; if QEMU is gone, the error says why."""
+        client = await self._qmp_client()
+        try:
+            return await client.execute(name, arguments)
+        except HypervisorError:
+            if not client.connected:
+                await asyncio.wait([self._ended], timeout=1.0)  # its exit status explains more
+                if self._ended.done():
+                    raise self.failure(f"running {name}") from None
+            raise
+
+    # ---- inside ----
+
+    async def _connect(self, fd: int) -> QmpClient:
+        client = await QmpClient.connect(fd, self._event)
+        if self._nic_free:
+            # An empty plug has its cable out; QEMU has no option for that.
+            await client.execute("set_link", {"name": "nic0", "up": False})
+        return client
+
+    async def _qmp_client(self) -> QmpClient:
+        try:
+            return await asyncio.shield(self._qmp)
+        except HypervisorError:
+            await asyncio.wait([self._ended], timeout=1.0)
+            if self._ended.done():
+                raise self.failure("connecting to QEMU") from None
+            raise
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "SHUTDOWN":
+            self._shutdown_reason = str(data.get("reason", ""))
+        for callback in self._callbacks:
+            callback(name, data)
+
+    def _read_console(self) -> None:
+        try:
+            data = os.read(self._console_fd, 65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self.console.feed(data)
+            return
+        self._loop.remove_reader(self._console_fd)
+        os.close(self._console_fd)
+        self._console_fd = -1
+
+    def _read_stderr(self) -> None:
+        fd = self._process.stderr_fd
+        self._process.read_stderr()
+        if self._process.stderr_fd < 0:
+            self._loop.remove_reader(fd)
+
+    def _on_exit(self) -> None:
+        status = self._process.child.poll()
+        if status is None:
+            return
+        self._loop.remove_reader(self._process.pidfd)
+        # What it said last is still in the sockets; and its last event may be, too.
+        while self._console_fd >= 0:
+            before = self._console_fd
+            self._read_console()
+            if self._console_fd == before and not _readable(before):
+                break
+        self._finishing = self._loop.create_task(self._finish(status))
+
+    async def _finish(self, status: int) -> None:
+        # Its last event says who ended the machine and may be unread; the connection's end comes after it.
+        if self._qmp.done() and not self._qmp.cancelled() and self._qmp.exception() is None:
+            await asyncio.wait([self._qmp.result().lost], timeout=1.0)
+        if not self._ended.done():
+            self._ended.set_result(self._explain_end(status))
+
+    def _explain_end(self, status: int) -> Ended:
+        if self._stopping:
+            return Ended(status, "stopped", None)
+        if status != 0:
+            error = explain(status, self._process.stderr_text(), self.settings)
+            if status < 0:
+                error = VMLostError(f"the virtual machine ended: {error.message}", error.hint)
+            return Ended(status, "crashed", error)
+        panic = [line for line in self.console_tail(16384).splitlines() if _PANIC in line]
+        if panic or self._shutdown_reason == "guest-panic":
+            what = panic[-1].partition(_PANIC)[2].strip(" :") if panic else "no reason given"
+            return Ended(
+                status,
+                "panic",
+                VMLostError(
+                    f"the guest's kernel panicked: {what}",
+                    "Is the memory (-m) enough, and the guest whole (kata guest info)?",
+                ),
+            )
+        reason = "reboot" if self._shutdown_reason == "guest-reset" else "poweroff"
+        return Ended(
+            status, reason, VMLostError("the virtual machine was switched off from inside (" + reason + ")")
+        )
+
+    def _new_node(self, index: int) -> str:
+        self._disk_generation += 1
+        return f"file{index}-{self._disk_generation}"
+
+    def _empty_slot(self, readonly: bool) -> int:
+        for index, disk in enumerate(self._disks):
+            was_empty = self.settings.disks[index]
+            typed = slots.PLACEHOLDER_READONLY[index] if was_empty is None else was_empty.readonly
+            if disk is None and typed == readonly:
+                return index
+        kind = "read-only" if readonly else "writable"
+        raise HypervisorError(
+            f"the virtual machine has no free slot for another {kind} disk",
+            "Give the container fewer volumes that are disks.",
+        )
+
+    async def _exchange(self, index: int, node: dict[str, Any], readonly: bool, what: str) -> None:
+        """Put another file under the node that a slot's device holds on to."""
+        name = str(node["node-name"])
+        try:
+            await self.command("blockdev-add", node)
+        except HypervisorError as error:
+            raise HypervisorError(f"cannot give the virtual machine {what}: {error.message}") from error
+        try:
+            await self.command(
+                "blockdev-reopen", {"options": [qemu_command.slot_node(index, name, readonly)]}
+            )
+        except HypervisorError as error:
+            await self.command("blockdev-del", {"node-name": name})
+            raise HypervisorError(f"cannot give the virtual machine {what}: {error.message}") from error
+        old, self._nodes[index] = self._nodes[index], name
+        await self.command("blockdev-del", {"node-name": old})
+
+
+async def _size(path: str) -> int:
+    def measure() -> int:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.lseek(fd, 0, os.SEEK_END)
+        finally:
+            os.close(fd)
+
+    return await asyncio.to_thread(measure)
+
+
+def _readable(fd: int) -> bool:
+    return sysio.pidfd_wait(fd, 0)

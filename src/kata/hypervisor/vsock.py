@@ -1,0 +1,62 @@
+"""vhost-vsock: a context id (CID) for a guest, which no other guest has.
+
+The kernel keeps CIDs apart: setting one that is in use fails, so an id is drawn at random and the kernel asked
+until it agrees. The id is taken for as long as the descriptor is open, which is then QEMU's to inherit; so
+nothing is left over when it ends. Source: ``linux/vhost.h``, the kernel's ``drivers/vhost/vsock.c``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from kata.errors import HostError
+from kata.hypervisor.settings import Vsock
+
+DEVICE = "/dev/vhost-vsock"
+_VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
+_FIRST_CID = 3  # 0 to 2 mean hypervisor, local and host
+_LAST_CID = 0x7FFFFFFF
+_TRIES = 64
+
+
+def usable() -> str:
+    """Empty if guests can have vsock on this host, else why not."""
+    try:
+        os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return f"there is no {DEVICE} (modprobe vhost_vsock)"
+    except OSError as error:
+        return f"{DEVICE} cannot be opened: {error.strerror}"
+    return ""
+
+
+def allocate() -> Vsock | None:
+    """Open the device and take a CID.
+
+    Returns:
+        The CID and its descriptor; None where the host has no such device.
+
+    Raises:
+        HostError: The device is there but gives no CID.
+    """
+    from fcntl import ioctl
+
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        for _ in range(_TRIES):
+            cid = _FIRST_CID + int.from_bytes(os.urandom(4), "little") % (_LAST_CID - _FIRST_CID)
+            try:
+                ioctl(fd, _VHOST_VSOCK_SET_GUEST_CID, cid.to_bytes(8, "little"))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise HostError(f"{DEVICE} gives no context id: {error.strerror}") from error
+            return Vsock(cid, fd)
+        raise HostError(f"{DEVICE} gives no context id: {_TRIES} random ones were all in use")
+    except BaseException:
+        os.close(fd)
+        raise
