@@ -284,3 +284,32 @@ def now() -> str:
     nanoseconds = time.time_ns()
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
     return f"{seconds}.{nanoseconds % 10**9:09d}Z"
+
+
+def clear_stale() -> list[str]:
+    """Remove what outlived its purpose: ``--rm`` containers whose engine died, names of containers that are gone.
+
+    Returns:
+        A line about each.
+    """
+    cleared = []
+    for container in all_containers():
+        if container.record["auto_remove"] and container.raw_state() and container.state()["status"] == EXITED:
+            remove(container)
+            cleared.append(f"container {container.name}, made with --rm")
+    try:
+        names = os.listdir(_names_dir())
+    except FileNotFoundError:
+        return cleared
+    for name in names:
+        path = os.path.join(_names_dir(), name)
+        try:
+            with open(path, encoding="ascii") as file:
+                identity = file.read().strip()
+        except (FileNotFoundError, ValueError):
+            continue
+        # An empty one is being written; a container in the making has its directory before its name.
+        if identity and not os.path.isdir(paths.container_dir(identity)):
+            os.unlink(path)
+            cleared.append(f"the name {name} of a container that is gone")
+    return cleared

@@ -226,7 +226,7 @@ def _run(arguments: Arguments) -> int:
         raise UsageError("--timings reports at the end, which --detach does not wait for", "leave out one of the two")
     if tty and interactive and not detach and not os.isatty(0):
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
-    detach_keys = _detach_keys(arguments.value("detach_keys"))
+    keys = detach_keys(arguments.value("detach_keys"))
     auto_remove = arguments.flag("rm")
     container = make_container(arguments, auto_remove=auto_remove)
     # Imported here, after bad input has had its say, and while nothing waits.
@@ -238,15 +238,15 @@ def _run(arguments: Arguments) -> int:
         return 0
     report: Callable[[Any], None] | None = _print_timings if arguments.flag("timings") else None
     return session.run_attached(
-        container, started_ns=started_ns, stdin=interactive, detach_keys=detach_keys, timings=report, discard=True
+        container, started_ns=started_ns, stdin=interactive, detach_keys=keys, timings=report, discard=True
     )
 
 
-def _detach_keys(text: str | None) -> bytes:
+def detach_keys(text: str | None) -> bytes:
     from .pump import parse_detach_keys
 
     try:
-        return parse_detach_keys("ctrl-p,ctrl-q" if text is None else text)
+        return parsedetach_keys("ctrl-p,ctrl-q" if text is None else text)
     except ValueError as error:
         raise UsageError(f"--detach-keys: {error} is not a key", "e.g. ctrl-p,ctrl-q, or one character") from None
 

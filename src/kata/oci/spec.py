@@ -160,7 +160,7 @@ def _resources(request: Request) -> dict[str, Any]:
     return resources
 
 
-def _capability_sets(granted: list[str], user: str) -> dict[str, list[str]]:
+def capability_sets(granted: list[str], user: str) -> dict[str, list[str]]:
     """The process's capability sets; nothing is inheritable or ambient (CVE-2022-24769).
 
     An unprivileged user starts with none in effect, as after an execve by that user. A user *name* that turns
@@ -204,7 +204,7 @@ def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
         "args": command_line(request.entrypoint, request.command, image),
         "env": environment(request.env, image, hostname=request.hostname, terminal=request.terminal),
         "cwd": request.workdir or image.get("WorkingDir") or "/",
-        "capabilities": _capability_sets(granted, user),
+        "capabilities": capability_sets(granted, user),
         "oomScoreAdj": 0,
     }
     return {

@@ -1,0 +1,336 @@
+"""`kata cp`: files and trees between the host and a container, running or not.
+
+The agent reads and writes below the container's root only, whatever symbolic links the container put there; on the
+host nothing is written outside the destination either, since names that come from the guest are checked and its
+symbolic links are made, never followed. A container that does not run is booted for the time of the copy without
+its command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import stat
+import sys
+import tarfile
+import time
+from typing import TYPE_CHECKING
+
+from ..engine.client import connect
+from ..errors import GuestProtocolError, KataError, NotFoundError, UsageError
+from . import records
+from .args import Command, Option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, BinaryIO
+
+    from ..engine.client import EngineClient
+    from .args import Arguments
+    from .records import Container
+
+_PIECE = 1 << 20
+
+COMMANDS = {
+    "cp": Command(
+        "cp",
+        "CONTAINER:PATH DEST | SRC CONTAINER:PATH",
+        "Copies files and directories between a container and the host.",
+        [
+            Option("-a --archive", "", "keep owners (uid and gid)"),
+            Option("-L --follow-link", "", "copy what SRC points to when it is a symbolic link"),
+        ],
+        least=2,
+        most=2,
+        notes="As in 'docker cp': a directory is copied into an existing DEST directory, or becomes DEST; with SRC/. its\n"
+        "content is. DEST or SRC '-' is a tar stream. Works on a running or a stopped container.",
+    )
+}
+
+
+def _split(text: str) -> tuple[str, str] | None:
+    """``CONTAINER:PATH`` as its two halves; None for a path of the host, which has a / before any colon."""
+    name, colon, path = text.partition(":")
+    if not colon or "/" in name or name in (".", ".."):
+        return None
+    return name, path or "/"
+
+
+def _cp(arguments: Arguments) -> int:
+    source, destination = arguments.rest
+    outward, inward = _split(source), _split(destination)
+    if (outward is None) == (inward is None):
+        raise UsageError(
+            "kata cp: one of the two has to be CONTAINER:PATH, the other a path of the host",
+            "kata cp ./file web:/etc/app.conf",
+        )
+    archive, follow = arguments.flag("archive"), arguments.flag("follow_link")
+    name, inner = outward or inward or ("", "")
+    container = records.find(name)
+    inner_path = posixpath.join("/", inner)
+    with _files(container) as files:
+        guest = _Guest(files, container)
+        if outward:
+            if destination == "-":
+                _to_tar(guest, inner_path, sys.stdout.buffer, follow)
+            else:
+                _out(guest, inner_path, destination, owners=archive, follow=follow)
+        elif source == "-":
+            _from_tar(guest, sys.stdin.buffer, inner_path)
+        else:
+            _in(guest, source, inner_path, owners=archive, follow=follow)
+    return 0
+
+
+@contextlib.contextmanager
+def _files(container: Container) -> Iterator[EngineClient]:
+    """An engine whose agent has the container's root file system mounted."""
+    if container.running():
+        with connect(container.socket) as engine:
+            yield engine
+        return
+    from . import session
+
+    with session.opened_for_files(container) as engine:
+        yield engine
+
+
+class _Guest:
+    """The container's files, with the error's path in every message."""
+
+    def __init__(self, engine: EngineClient, container: Container) -> None:
+        self._engine = engine
+        self._id = container.id
+        self._name = container.name
+
+    def stat(self, path: str, *, follow: bool) -> Any | None:
+        """The file's `FileInfo`, or None if there is none."""
+        try:
+            return self._engine.stat_file(self._id, os.fsencode(path), follow=follow)
+        except KataError as error:
+            if error.grpc_code == NotFoundError.grpc_code:
+                return None
+            raise
+
+    def need(self, path: str, *, follow: bool) -> Any:
+        found = self.stat(path, follow=follow)
+        if found is None:
+            raise NotFoundError(f"{self._name}:{path} does not exist", f"kata exec {self._name} ls {posixpath.dirname(path)}")
+        return found
+
+    def entries(self, path: str) -> Iterator[Any]:
+        after = b""
+        while True:
+            answer = self._engine.list_files(self._id, os.fsencode(path), after=after)
+            for info in answer.entries:
+                if info.name in (b"", b".", b"..") or b"/" in info.name or info.name <= after:
+                    raise GuestProtocolError(f"the guest listed an impossible file name in {self._name}:{path}")
+                after = info.name
+                yield info
+            if not answer.more:
+                return
+            if not answer.entries:
+                raise GuestProtocolError(f"the guest's listing of {self._name}:{path} does not end")
+
+    def read(self, path: str, size: int) -> Iterator[bytes]:
+        """The file's content, no more of it than it had when it was looked at."""
+        offset = 0
+        while offset < size:
+            data = self._engine.read_file(self._id, os.fsencode(path), offset, min(_PIECE, size - offset))
+            if not data:
+                return
+            if len(data) > size - offset:
+                raise GuestProtocolError(f"the guest sent more of {self._name}:{path} than was asked for")
+            offset += len(data)
+            yield data
+
+    def write(self, path: str, content: BinaryIO, **attributes: int | None) -> None:
+        offset = 0
+        while True:
+            data = content.read(_PIECE)
+            if not data and offset:
+                return
+            self._engine.write_file(self._id, os.fsencode(path), offset, data, truncate=offset == 0, **attributes)
+            offset += len(data)
+            if not data:
+                return
+
+    def mkdir(self, path: str, **attributes: int | None) -> None:
+        self._engine.make_directory(self._id, os.fsencode(path), **attributes)
+
+    def symlink(self, path: str, target: bytes, **attributes: int | None) -> None:
+        self._engine.remove_file(self._id, os.fsencode(path), missing_ok=True)
+        self._engine.make_symlink(self._id, os.fsencode(path), target, **attributes)
+
+
+# ---- out of the container ----
+
+
+def _out(guest: _Guest, source: str, destination: str, *, owners: bool, follow: bool) -> None:
+    content_only = source.endswith("/.")
+    path = posixpath.normpath(source)
+    info = guest.need(path, follow=follow or content_only)
+    is_directory = stat.S_ISDIR(info.mode)
+    if os.path.isdir(destination) and not content_only:
+        destination = os.path.join(destination, posixpath.basename(path) or "rootfs")
+    elif destination.endswith("/") and not is_directory:
+        raise UsageError(f"the directory {destination} does not exist", f"mkdir -p {destination}")
+    parent = os.path.dirname(os.path.abspath(destination))
+    if not os.path.isdir(parent):
+        raise UsageError(f"the directory {parent} does not exist", f"mkdir -p {parent}")
+    if is_directory and os.path.lexists(destination) and not os.path.isdir(destination):
+        raise UsageError(f"a directory cannot be copied over the file {destination}")
+    _out_entry(guest, path, info, destination, owners)
+
+
+def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bool) -> None:
+    kind = stat.S_IFMT(info.mode)
+    # A symbolic link that is there already would lead the writing elsewhere.
+    if os.path.islink(destination) or (os.path.lexists(destination) and kind == stat.S_IFLNK):
+        os.unlink(destination)
+    if kind == stat.S_IFDIR:
+        os.makedirs(destination, exist_ok=True)
+        for entry in guest.entries(path):
+            name = os.fsdecode(entry.name)
+            _out_entry(guest, posixpath.join(path, name), entry, os.path.join(destination, name), owners)
+    elif kind == stat.S_IFLNK:
+        os.symlink(info.link_target, os.fsencode(destination))
+    elif kind == stat.S_IFREG:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(destination, flags, 0o600), "wb") as file:
+            for data in guest.read(path, info.size):
+                file.write(data)
+    else:
+        sys.stderr.write(f"warning: {path} is neither a file, a directory nor a symbolic link: not copied\n")
+        return
+    if owners:
+        os.chown(destination, info.uid, info.gid, follow_symlinks=False)
+    if kind != stat.S_IFLNK:
+        os.chmod(destination, stat.S_IMODE(info.mode) & 0o1777)
+        os.utime(destination, ns=(time.time_ns(), info.mtime_ns))
+
+
+def _to_tar(guest: _Guest, source: str, out: BinaryIO, follow: bool) -> None:
+    path = posixpath.normpath(source)
+    info = guest.need(path, follow=follow)
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        _tar_entry(guest, path, info, posixpath.basename(path) or ".", tar)
+
+
+def _tar_entry(guest: _Guest, path: str, info: Any, name: str, tar: tarfile.TarFile) -> None:
+    member = tarfile.TarInfo(name)
+    member.mode, member.uid, member.gid = stat.S_IMODE(info.mode), info.uid, info.gid
+    member.mtime = info.mtime_ns // 10**9
+    kind = stat.S_IFMT(info.mode)
+    if kind == stat.S_IFDIR:
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+        for entry in guest.entries(path):
+            below = os.fsdecode(entry.name)
+            _tar_entry(guest, posixpath.join(path, below), entry, f"{name}/{below}", tar)
+    elif kind == stat.S_IFLNK:
+        member.type, member.linkname = tarfile.SYMTYPE, os.fsdecode(info.link_target)
+        tar.addfile(member)
+    elif kind == stat.S_IFREG:
+        member.size = info.size
+        tar.addfile(member, _Reader(guest.read(path, info.size), info.size))
+    else:
+        sys.stderr.write(f"warning: {path} is neither a file, a directory nor a symbolic link: not copied\n")
+
+
+class _Reader:
+    """A file of exactly *size* bytes over pieces; a file that shrank while it was read is filled with zeros."""
+
+    def __init__(self, pieces: Iterator[bytes], size: int) -> None:
+        self._pieces = pieces
+        self._left = size
+        self._held = b""
+
+    def read(self, count: int = -1) -> bytes:
+        wanted = self._left if count < 0 else min(count, self._left)
+        while len(self._held) < wanted:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._held += bytes(wanted - len(self._held))
+                break
+            self._held += piece
+        out, self._held = self._held[:wanted], self._held[wanted:]
+        self._left -= len(out)
+        return out
+
+
+# ---- into the container ----
+
+
+def _in(guest: _Guest, source: str, destination: str, *, owners: bool, follow: bool) -> None:
+    content_only = source.endswith("/.") or source == "."
+    host = os.path.normpath(source)
+    try:
+        status = os.stat(host) if follow or content_only else os.lstat(host)
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}", "check the path") from None
+    target = guest.stat(posixpath.normpath(destination), follow=True)
+    path = posixpath.normpath(destination)
+    if target is not None and stat.S_ISDIR(target.mode):
+        if not content_only:
+            path = posixpath.join(path, os.path.basename(os.path.abspath(host)))
+    elif destination.endswith("/") and not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"the container has no directory {destination}", "leave out the last /, or make it first")
+    elif target is not None and stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"a directory cannot be copied over the file {destination} of the container")
+    parent = posixpath.dirname(path)
+    above = guest.stat(parent, follow=True)
+    if above is None or not stat.S_ISDIR(above.mode):
+        raise UsageError(f"the container has no directory {parent}", f"kata exec ... mkdir -p {parent}")
+    _in_entry(guest, host, status, path, owners)
+
+
+def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owners: bool) -> None:
+    uid, gid = (status.st_uid, status.st_gid) if owners else (0, 0)
+    if stat.S_ISDIR(status.st_mode):
+        guest.mkdir(path, mode=stat.S_IMODE(status.st_mode), uid=uid, gid=gid)
+        with os.scandir(host) as entries:
+            for entry in sorted(entries, key=lambda found: found.name):
+                _in_entry(guest, entry.path, entry.stat(follow_symlinks=False), posixpath.join(path, entry.name), owners)
+    elif stat.S_ISLNK(status.st_mode):
+        guest.symlink(path, os.fsencode(os.readlink(host)), uid=uid, gid=gid)
+    elif stat.S_ISREG(status.st_mode):
+        with open(host, "rb") as file:
+            guest.write(
+                path, file, mode=stat.S_IMODE(status.st_mode), uid=uid, gid=gid, mtime_ns=status.st_mtime_ns
+            )
+    else:
+        sys.stderr.write(f"warning: {host} is neither a file, a directory nor a symbolic link: not copied\n")
+
+
+def _from_tar(guest: _Guest, stream: BinaryIO, destination: str) -> None:
+    base = posixpath.normpath(destination)
+    info = guest.need(base, follow=True)
+    if not stat.S_ISDIR(info.mode):
+        raise UsageError(f"{destination} is no directory of the container", "a tar stream is unpacked into a directory")
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for member in tar:
+                _from_tar_member(guest, tar, member, base)
+    except tarfile.TarError as error:
+        raise UsageError(f"standard input is not a whole tar stream: {error}") from None
+
+
+def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInfo, base: str) -> None:
+    # The agent resolves inside the container's root, so even ".." cannot lead out of it.
+    path = posixpath.join(base, posixpath.normpath(member.name.lstrip("/")))
+    if member.isdir():
+        guest.mkdir(path, mode=member.mode & 0o7777, uid=member.uid, gid=member.gid)
+    elif member.issym():
+        guest.symlink(path, os.fsencode(member.linkname), uid=member.uid, gid=member.gid)
+    elif member.isfile():
+        content: Any = tar.extractfile(member)
+        guest.write(
+            path, content, mode=member.mode & 0o7777, uid=member.uid, gid=member.gid, mtime_ns=int(member.mtime * 10**9)
+        )
+    else:
+        sys.stderr.write(f"warning: {member.name} of the tar stream is of a kind that is not copied\n")
+
+
+HANDLERS = {"cp": _cp}

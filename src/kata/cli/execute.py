@@ -1,0 +1,185 @@
+"""`kata exec` and `kata attach`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import StateError, UsageError, VMLostError
+from . import records, session, values
+from .args import Command, Option
+from .listing import need_running
+from .pump import Detached
+from .run import detach_keys
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .args import Arguments
+    from .records import Container
+
+COMMANDS = {
+    "exec": Command(
+        "exec",
+        "CONTAINER COMMAND [ARG...]",
+        "Runs a further command in a running container.",
+        [
+            Option("-i --interactive", "", "connect standard input"),
+            Option("-t --tty", "", "give the command a terminal"),
+            Option("-d --detach", "", "return at once"),
+            Option("-e --env", "KEY[=VALUE]", "set an environment variable; without a value, take ours", many=True),
+            Option("--env-file", "FILE", "read environment variables from a file, one KEY=VALUE a line", many=True),
+            Option("-w --workdir", "DIR", "the command's working directory"),
+            Option("-u --user", "USER[:GROUP]", "run as this user, by name or number"),
+            Option("--privileged", "", "all capabilities of the guest"),
+            Option("--detach-keys", "KEYS", "keys that leave the command running behind (ctrl-p,ctrl-q)"),
+        ],
+        least=2,
+        interspersed=False,
+        notes="exit status: the command's own; 126 it cannot be executed, 127 it was not found, 128+N signal N ended it.",
+    ),
+    "attach": Command(
+        "attach",
+        "CONTAINER",
+        "Connects to a running container's standard streams, and ends with its exit code.",
+        [
+            Option("--no-stdin", "", "do not connect standard input"),
+            Option("--sig-proxy", "true|false", "pass signals on to the container (true)"),
+            Option("--detach-keys", "KEYS", "keys that leave the container running behind (ctrl-p,ctrl-q)"),
+        ],
+        least=1,
+        most=1,
+    ),
+}
+
+
+def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
+    """The runtime-spec ``process`` of an exec: the container's own with the command line's changes."""
+    with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
+        process: dict[str, Any] = json.load(file)["process"]
+    process["terminal"] = arguments.flag("tty")
+    process["args"] = arguments.rest[1:]
+    process.pop("consoleSize", None)
+    merged = dict(entry.partition("=")[::2] for entry in process["env"])
+    if process["terminal"]:
+        merged.setdefault("TERM", "xterm")
+    extra = values.environment(arguments.many("env"), arguments.many("env_file"))
+    merged.update(entry.partition("=")[::2] for entry in extra)
+    process["env"] = [f"{key}={value}" for key, value in merged.items()]
+    workdir = arguments.value("workdir")
+    if workdir is not None:
+        if not workdir.startswith("/"):
+            raise UsageError(f"--workdir {workdir!r} is not absolute", f"--workdir /{workdir}")
+        process["cwd"] = workdir
+    user = arguments.value("user")
+    if user is not None:
+        process["user"] = {"uid": 0, "gid": 0, "username": user}
+    if user is not None or arguments.flag("privileged"):
+        from ..oci import capabilities
+        from ..oci.spec import capability_sets
+
+        granted = (
+            sorted(capabilities.ALL) if arguments.flag("privileged") else process["capabilities"].get("bounding", [])
+        )
+        process["capabilities"] = capability_sets(granted, process["user"].get("username") or "")
+    return process
+
+
+def _exec(arguments: Arguments) -> int:
+    from ..engine.client import EngineGone, connect
+
+    container = records.find(arguments.rest[0])
+    keys = detach_keys(arguments.value("detach_keys"))
+    tty, detach = arguments.flag("tty"), arguments.flag("detach")
+    interactive = arguments.flag("interactive") and not detach
+    if tty and interactive and not os.isatty(0):
+        raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
+    state = need_running(container)
+    if state["status"] == records.PAUSED:
+        raise StateError(f"container {container.name} is paused", f"kata resume {container.name}")
+    process = _process(container, arguments)
+    exec_id = os.urandom(16).hex()
+    try:
+        with connect(container.socket) as client:
+            if detach:
+                client.exec(container.id, exec_id, process, terminal=tty)
+                client.start(container.id, exec_id)
+                return 0
+            streams = session.Attachment(
+                client, container, exec_id=exec_id, terminal=tty, stdin=interactive, prefix=exec_id
+            )
+            try:
+                fifos = streams.fifos
+                client.exec(
+                    container.id,
+                    exec_id,
+                    process,
+                    terminal=tty,
+                    stdin=fifos.stdin,
+                    stdout=fifos.stdout,
+                    stderr=fifos.stderr,
+                )
+                client.start(container.id, exec_id)
+                fifos.connected()
+            except BaseException:
+                streams.fifos.close()
+                raise
+            status = streams.copy(detach_keys=keys)
+            lost = container.raw_state().get("error")
+            if status == 137 and lost:
+                raise VMLostError(f"container {container.name} was lost: {lost}", f"kata logs {container.name}")
+            client.delete(container.id, exec_id)
+            return status
+    except Detached:
+        sys.stderr.write("\r\ndetached; the command goes on\r\n")
+        return 0
+    except EngineGone:
+        raise VMLostError(
+            f"container {container.name} ended under the command: {container.raw_state().get('error') or 'it was stopped'}"
+        ) from None
+
+
+def _attach(arguments: Arguments) -> int:
+    from ..engine.client import connect
+
+    container = records.find(arguments.rest[0])
+    keys = detach_keys(arguments.value("detach_keys"))
+    proxy = arguments.value("sig_proxy") or "true"
+    if proxy not in ("true", "false"):
+        raise UsageError(f"--sig-proxy {proxy!r} is neither true nor false")
+    state = need_running(container)
+    if state["status"] == records.PAUSED:
+        raise StateError(f"container {container.name} is paused", f"kata resume {container.name}")
+    tty = bool(container.record["tty"])
+    stdin = container.record["open_stdin"] and not arguments.flag("no_stdin")
+    if tty and stdin and not os.isatty(0):
+        raise UsageError(
+            f"container {container.name} has a terminal, and standard input is none", "add --no-stdin"
+        )
+    with connect(container.socket) as client:
+        streams = session.Attachment(
+            client, container, exec_id="", terminal=tty, stdin=stdin, prefix=f"attach-{os.urandom(4).hex()}"
+        )
+        fifos = streams.fifos
+        try:
+            client.attach(container.id, "", stdin=fifos.stdin, stdout=fifos.stdout, stderr=fifos.stderr)
+            fifos.connected()
+        except BaseException:
+            fifos.close()
+            raise
+        try:
+            status = streams.copy(detach_keys=keys, proxy_signals=proxy == "true" and not tty)
+        except Detached:
+            sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
+            return 0
+    session.wait_for_engine(container)
+    lost = container.raw_state().get("error")
+    if lost:
+        raise VMLostError(f"container {container.name} was lost: {lost}", f"kata logs {container.name}")
+    return status
+
+
+HANDLERS = {"exec": _exec, "attach": _attach}
+__all__ = ["COMMANDS", "HANDLERS"]

@@ -1,0 +1,283 @@
+"""`kata doctor`, `gc`, `guest`, `version`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from .. import __version__, children, journal, paths
+from ..errors import KataError, UsageError
+from ..hypervisor import kvmprobe
+from . import table
+from .args import Command, Option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .args import Arguments
+
+_JSON = Option("--json", "", "print JSON")
+
+COMMANDS = {
+    "doctor": Command(
+        "doctor",
+        "",
+        "Checks what this machine can do; a failed check shows the command that mends it.",
+        [_JSON],
+        most=0,
+        notes="exit status: 0 if containers can be run, 1 if not.",
+    ),
+    "gc": Command(
+        "gc",
+        "",
+        "Clears away what ended without clearing up, and image data that nothing needs.",
+        [_JSON],
+        most=0,
+    ),
+    "guest": Command(
+        "guest",
+        "build|info",
+        "Builds the guest's kernel and initrd, or shows what is installed.",
+        [
+            Option("--kernel", "small|distro|auto", "'small': own configuration, minutes to build, quick to boot;"
+                   " 'distro': Debian's package, ready in seconds; 'auto': small if it is built already (auto)"),
+            Option("--force", "", "build again what is there already"),
+            _JSON,
+        ],
+        least=1,
+        most=1,
+    ),
+    "version": Command("version", "", "Shows the versions of kata, its hypervisor and its guest.", [_JSON], most=0),
+}  # fmt: skip
+
+
+# ---- doctor ----
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+
+class Check:
+    """One verdict: what was looked at, how it is, and the command that mends it."""
+
+    __slots__ = ("blocking", "hint", "name", "result", "text")
+
+    def __init__(self, name: str, result: str, text: str, hint: str = "", *, blocking: bool = False) -> None:
+        self.name = name
+        self.result = result
+        self.text = text
+        self.hint = hint
+        self.blocking = blocking
+
+
+def _permissions() -> Check:
+    if os.geteuid() == 0:
+        return Check("permissions", OK, "running as root")
+    return Check("permissions", FAIL, "not running as root, which is needed for now", "sudo kata doctor", blocking=True)
+
+
+def _kvm() -> Check:
+    verdict = kvmprobe.probe()
+    if verdict.works:
+        return Check("kvm", OK, f"works: {verdict.reason}")
+    return Check(
+        "kvm", WARN, f"{verdict.state}: {verdict.reason}; software emulation is used instead, and slower", verdict.hint
+    )
+
+
+def _vsock() -> Check:
+    device = "/dev/vhost-vsock"
+    if not os.path.exists(device):
+        return Check("vhost-vsock", WARN, "absent; the agent is reached over virtio-serial", "modprobe vhost_vsock")
+    if not os.access(device, os.R_OK | os.W_OK):
+        return Check("vhost-vsock", WARN, f"{device} cannot be opened; the agent is reached over virtio-serial")
+    return Check("vhost-vsock", OK, "usable")
+
+
+def _version_of(program: str) -> str:
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
+
+
+def _program(name: str, what: str, package: str, result: str, *, blocking: bool = False) -> Check:
+    found = children.find_program(name)
+    if not found:
+        return Check(what, result, f"{name} is not installed", f"apt-get install {package}", blocking=blocking)
+    version = _version_of(found)
+    return Check(what, OK, f"{version} ({found})" if version else found)
+
+
+def _cgroups() -> Check:
+    if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        return Check("cgroups", OK, "version 2")
+    if os.path.isdir("/sys/fs/cgroup/memory"):
+        return Check("cgroups", OK, "version 1")
+    return Check("cgroups", WARN, "no cgroup hierarchy is mounted under /sys/fs/cgroup", "mount -t cgroup2 none /sys/fs/cgroup")
+
+
+def _guest() -> Check:
+    from ..guest import manifest
+
+    try:
+        guest = manifest.load(paths.guest_dir())
+    except KataError as error:
+        return Check("guest", FAIL, error.message, error.hint or "kata guest build", blocking=True)
+    return Check("guest", OK, f"kernel {guest.kernel_version} ({guest.kernel_kind}), in {paths.guest_dir()}")
+
+
+def _memory() -> Check:
+    from ..resources import sizing
+
+    available = sizing.host_available_mib()
+    if available < 512:
+        return Check("memory", WARN, f"only {available} MiB are available", "stop something, or use -m with less")
+    return Check("memory", OK, f"{available} MiB available")
+
+
+def _space() -> Check:
+    place = paths.state_dir()
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    status = os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    if free < 1 << 30:
+        return Check(
+            "disk space", WARN, f"{table.human_size(free)} free for {paths.state_dir()}", "kata gc, or move KATA_STATE_DIR"
+        )
+    return Check("disk space", OK, f"{table.human_size(free)} free for {paths.state_dir()}")
+
+
+_CHECKS: tuple[Callable[[], Check], ...] = (
+    _permissions,
+    _kvm,
+    _vsock,
+    lambda: _program("qemu-system-x86_64", "qemu", "qemu-system-x86", FAIL, blocking=True),
+    lambda: _program("passt", "passt", "passt", WARN),
+    lambda: _program("mkfs.ext4", "e2fsprogs", "e2fsprogs", FAIL, blocking=True),
+    _guest,
+    _cgroups,
+    _memory,
+    _space,
+)
+
+
+def _doctor(arguments: Arguments) -> int:
+    checks = [check() for check in _CHECKS]
+    blocked = any(check.blocking and check.result == FAIL for check in checks)
+    if arguments.flag("json"):
+        entries = [
+            {"name": c.name, "result": c.result, "text": c.text, "hint": c.hint, "blocking": c.blocking} for c in checks
+        ]
+        table.show_json({"usable": not blocked, "checks": entries})
+        return int(blocked)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    paint = {OK: "\x1b[32m", WARN: "\x1b[33m", FAIL: "\x1b[31m"} if colour else {}
+    off = "\x1b[0m" if colour else ""
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{paint.get(check.result, '')}{check.result:<4}{off}  {check.name:<{width}}  {check.text}")
+        if check.hint:
+            print(f"      {'':<{width}}  mend: {check.hint}")
+    print("containers cannot be run yet" if blocked else "containers can be run")
+    return int(blocked)
+
+
+# ---- gc ----
+
+
+def _gc(arguments: Arguments) -> int:
+    from ..images import store
+    from . import image, records
+
+    report = journal.reconcile(paths.run_dir(), paths.state_dir())
+    stale = records.clear_stale()
+    removed = store.gc(list(image.users()))
+    if arguments.flag("json"):
+        table.show_json(
+            {
+                "undone": report.undone,
+                "left": [{"directory": directory, "reason": reason} for directory, reason in report.left],
+                "failed": report.failures,
+                "names": stale,
+                "images": removed,
+            }
+        )
+    else:
+        for line in [*report.undone, *stale, *removed]:
+            print(f"cleared {line}")
+        if not (report.undone or stale or removed or report.failures):
+            print("nothing to clear")
+    for line in report.failures:
+        sys.stderr.write(f"error: {line}\n")
+    return 1 if report.failures else 0
+
+
+# ---- guest ----
+
+
+def _guest_command(arguments: Arguments) -> int:
+    verb = arguments.rest[0]
+    from ..guest import builder
+
+    if verb == "info":
+        found = builder.info()
+        if arguments.flag("json"):
+            table.show_json(found)
+        else:
+            _show_tree(found, "")
+        return 0
+    if verb != "build":
+        raise UsageError(f"kata guest: unknown verb {verb!r}", "kata guest build, or kata guest info")
+    kernel = arguments.value("kernel") or "auto"
+    if kernel not in ("small", "distro", "auto"):
+        raise UsageError(f"--kernel {kernel!r} is not offered", "choose one of: small, distro, auto")
+    built = builder.build(kernel, force=arguments.flag("force"))
+    if arguments.flag("json"):
+        table.show_json(built)
+    return 0
+
+
+def _show_tree(content: dict[str, Any], indent: str) -> None:
+    width = max((len(key) for key in content), default=0)
+    for key, value in content.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            _show_tree(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{key:<{width}}  {', '.join(map(str, value)) or '-'}")
+        else:
+            shown = f"{value} ({table.human_size(value)})" if key == "size" and isinstance(value, int) else value
+            print(f"{indent}{key:<{width}}  {shown}")
+
+
+# ---- version ----
+
+
+def _version(arguments: Arguments) -> int:
+    from ..guest import manifest
+
+    qemu = children.find_program("qemu-system-x86_64")
+    found = {
+        "kata": __version__,
+        "python": sys.version.partition(" ")[0],
+        "qemu": _version_of(qemu) if qemu else "not installed",
+    }
+    try:
+        guest = manifest.load(paths.guest_dir())
+        found["guest kernel"] = f"{guest.kernel_version} ({guest.kernel_kind})"
+        found["agent"] = guest.agent_version
+    except KataError:
+        found["guest kernel"] = "not built"
+    if arguments.flag("json"):
+        table.show_json(found)
+    else:
+        _show_tree(found, "")
+    return 0
+
+
+HANDLERS = {"doctor": _doctor, "gc": _gc, "guest": _guest_command, "version": _version}

@@ -1,0 +1,265 @@
+"""`kata start`, `restart`, `stop`, `kill`, `rm`, `pause`, `resume`, `wait`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ..engine import client as engine_client
+from ..errors import KataError, StateError, UsageError
+from . import records, session, signals
+from .args import Command, Option
+from .listing import need_running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .args import Arguments
+    from .records import Container
+
+_GRACE = "10"
+_AFTER_KILL_S = 15.0
+
+COMMANDS = {
+    "start": Command(
+        "start",
+        "CONTAINER...",
+        "Starts containers that are created or have ended, and prints their names.",
+        [
+            Option("-a --attach", "", "stay, show the output and end with the container's exit code"),
+            Option("-i --interactive", "", "also connect standard input (implies --attach)"),
+        ],
+        least=1,
+    ),
+    "restart": Command(
+        "restart",
+        "CONTAINER...",
+        "Stops containers if they run, and starts them.",
+        [Option("-t --time", "SECONDS", f"how long to wait between SIGTERM and SIGKILL ({_GRACE})")],
+        least=1,
+    ),
+    "stop": Command(
+        "stop",
+        "CONTAINER...",
+        "Stops containers: the stop signal, and SIGKILL when that has not ended them.",
+        [Option("-t --time", "SECONDS", f"how long to wait between the two ({_GRACE}); 0 kills at once")],
+        least=1,
+    ),
+    "kill": Command(
+        "kill",
+        "CONTAINER...",
+        "Sends a signal to the first process of containers.",
+        [Option("-s --signal", "SIGNAL", "name or number (KILL)")],
+        least=1,
+    ),
+    "rm": Command(
+        "rm",
+        "CONTAINER...",
+        "Removes containers: their writable layer, log and name.",
+        [Option("-f --force", "", "kill them first if they run; no error if there is none")],
+        least=1,
+    ),
+    "pause": Command("pause", "CONTAINER...", "Freezes all processes of containers.", least=1),
+    "resume": Command("resume", "CONTAINER...", "Lets paused containers go on.", least=1),
+    "wait": Command("wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", least=1),
+}
+
+
+def _each(references: list[str], act: Callable[[Container], str | None]) -> int:
+    """Do the same for several containers, and go on after a failure; the first failure is raised at the end."""
+    from .main import report
+
+    failures: list[KataError] = []
+    for reference in references:
+        try:
+            shown = act(records.find(reference))
+        except KataError as error:
+            failures.append(error)
+        else:
+            print(reference if shown is None else shown, flush=True)
+    for error in failures[1:]:
+        report(error)
+    if failures:
+        raise failures[0]
+    return 0
+
+
+# ---- start ----
+
+
+def _start(arguments: Arguments) -> int:
+    interactive = arguments.flag("interactive")
+    if interactive or arguments.flag("attach"):
+        if len(arguments.rest) != 1:
+            raise UsageError("only one container can be attached to", "start the others without -a")
+        container = records.find(arguments.rest[0])
+        _need_stopped(container)
+        return session.run_attached(container, stdin=interactive and container.record["open_stdin"], detach_keys=b"\x10\x11")
+
+    def act(container: Container) -> None:
+        # Docker's `start` of a running container is a success that does nothing.
+        if not container.running():
+            session.start_detached(container, discard=False)
+
+    return _each(arguments.rest, act)
+
+
+def _need_stopped(container: Container) -> None:
+    status = container.state()["status"]
+    if status in (records.RUNNING, records.PAUSED):
+        raise StateError(f"container {container.name} is {status} already", f"kata attach {container.name}")
+
+
+# ---- stop ----
+
+
+def stop(container: Container, grace_s: float) -> None:
+    """End a container: its stop signal, SIGKILL after *grace_s* seconds, and its sandbox gone at the end."""
+    state = container.state()
+    if state["status"] not in (records.RUNNING, records.PAUSED):
+        return
+    try:
+        with engine_client.connect(container.socket) as engine:
+            if state["status"] == records.PAUSED:
+                # A frozen process cannot act on a signal.
+                engine.resume(container.id)
+            first = signals.number(container.record["stop_signal"])
+            if grace_s > 0 and first != signals.number("KILL"):
+                engine.kill(container.id, first)
+                if engine.wait_or_none(container.id, timeout=grace_s) is not None:
+                    return
+            engine.kill(container.id, signals.number("KILL"), all_processes=True)
+            engine.wait_or_none(container.id, timeout=_AFTER_KILL_S)
+    except (engine_client.EngineGone, engine_client.ProcessEnded):
+        pass
+    finally:
+        session.wait_for_engine(container)
+
+
+def _grace(arguments: Arguments) -> float:
+    text = arguments.value("time") or _GRACE
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= 1e6:
+        raise UsageError(f"--time {text!r} is not a number of seconds")
+    return seconds
+
+
+def _stop(arguments: Arguments) -> int:
+    grace = _grace(arguments)
+    return _each(arguments.rest, lambda container: stop(container, grace))
+
+
+def _restart(arguments: Arguments) -> int:
+    grace = _grace(arguments)
+
+    def act(container: Container) -> None:
+        stop(container, grace)
+        if records.load(container.id) is None:
+            raise StateError(f"container {container.name} was made with --rm and is gone now that it has stopped")
+        session.start_detached(container, discard=False)
+
+    return _each(arguments.rest, act)
+
+
+# ---- kill, rm ----
+
+
+def _kill(arguments: Arguments) -> int:
+    number = signals.number(arguments.value("signal") or "KILL")
+
+    def act(container: Container) -> None:
+        need_running(container)
+        try:
+            with engine_client.connect(container.socket) as engine:
+                engine.kill(container.id, number, all_processes=number == signals.number("KILL"))
+        except (engine_client.EngineGone, engine_client.ProcessEnded):
+            raise StateError(f"container {container.name} has just ended", f"kata ps -a | grep {container.name}") from None
+
+    return _each(arguments.rest, act)
+
+
+def _rm(arguments: Arguments) -> int:
+    force = arguments.flag("force")
+
+    def act(container: Container) -> None:
+        status = container.state()["status"]
+        if status in (records.RUNNING, records.PAUSED):
+            if not force:
+                raise StateError(
+                    f"container {container.name} is {status}", f"kata stop {container.name}, or kata rm -f {container.name}"
+                )
+            stop(container, 0)
+        session.wait_for_engine(container)
+        if records.load(container.id) is not None:
+            records.remove(container)
+
+    references = arguments.rest
+    if force:
+        references = [reference for reference in references if records.find_or_none(reference) is not None]
+    return _each(references, act)
+
+
+# ---- pause, resume, wait ----
+
+
+def _pause(arguments: Arguments) -> int:
+    def act(container: Container) -> None:
+        if need_running(container)["status"] == records.PAUSED:
+            raise StateError(f"container {container.name} is paused already", f"kata resume {container.name}")
+        with engine_client.connect(container.socket) as engine:
+            engine.pause(container.id)
+
+    return _each(arguments.rest, act)
+
+
+def _resume(arguments: Arguments) -> int:
+    def act(container: Container) -> None:
+        if need_running(container)["status"] != records.PAUSED:
+            raise StateError(f"container {container.name} is not paused", f"kata pause {container.name}")
+        with engine_client.connect(container.socket) as engine:
+            engine.resume(container.id)
+
+    return _each(arguments.rest, act)
+
+
+def wait(container: Container) -> int:
+    """Wait until a container ends.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        StateError: It was never started, or it was removed and took its exit code with it.
+    """
+    while container.running():
+        try:
+            with engine_client.connect(container.socket) as engine:
+                return engine.wait(container.id)
+        except (engine_client.EngineGone, KataError):
+            # The record on disk says how it ended; it is written before the engine goes.
+            time.sleep(0.02)
+            if records.load(container.id) is None:
+                raise StateError(f"container {container.name} was removed when it ended (--rm)") from None
+    state = container.state()
+    if state["status"] == records.CREATED:
+        raise StateError(f"container {container.name} was never started", f"kata start {container.name}")
+    return int(state.get("exit_code", 137))
+
+
+def _wait(arguments: Arguments) -> int:
+    return _each(arguments.rest, lambda container: str(wait(container)))
+
+
+HANDLERS = {
+    "start": _start,
+    "restart": _restart,
+    "stop": _stop,
+    "kill": _kill,
+    "rm": _rm,
+    "pause": _pause,
+    "resume": _resume,
+    "wait": _wait,
+}
