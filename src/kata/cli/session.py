@@ -47,11 +47,15 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         UsageError: More CPUs or memory than the host has.
     """
     from ..guest import manifest
+    from ..hypervisor import accel
     from ..resources import sizing
 
     record = container.record
     guest = manifest.load(paths.guest_dir())
     size = sizing.plan(record["cpus"], record["memory"])
+    choice = accel.choose()
+    if choice.accel == "tcg":
+        _say_once("software-emulation", f"note: {choice.reason}\n")
     disks: list[dict[str, Any]] = []
     rootfs: dict[str, Any] = {"kind": record["rootfs"]["kind"], "upper": record["upper"]}
     if record["rootfs"]["kind"] == "erofs":
@@ -68,7 +72,7 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         "name": container.name,
         "container_dir": container.directory,
         "state_dir": paths.state_dir(),
-        "hypervisor": {"kernel": guest.kernel, "initrd": guest.initrd},
+        "hypervisor": {"accel": choice.accel, "kernel": guest.kernel, "initrd": guest.initrd},
         "vcpus": size.vcpus,
         "memory_mib": size.memory_mib,
         "disks": disks,
@@ -81,6 +85,17 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         "auto_remove": record["auto_remove"],
         "door_started_ns": started_ns,
     }
+
+
+def _say_once(topic: str, text: str) -> None:
+    """Write *text* to stderr the first time since the host was booted (the run directory is on a tmpfs)."""
+    os.makedirs(paths.run_dir(), mode=0o711, exist_ok=True)
+    try:
+        os.close(os.open(os.path.join(paths.run_dir(), f"said-{topic}"), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _open(container: Container, started_ns: int) -> tuple[Any, EngineClient]:
