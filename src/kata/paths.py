@@ -7,6 +7,7 @@ variable                  default                holds
 ``KATA_STATE_DIR``        ``/var/lib/kata``      images, containers: kept over a reboot
 ``KATA_GUEST_DIR``        ``$KATA_STATE_DIR/guest``  the guest's kernel and initrd
 ``KATA_CACHE_DIR``        ``/var/cache/kata``    builds and downloads that can be made again
+``KATA_AGENT_BINARY``     what came with kata    the agent that `kata guest build` puts into the guest
 ========================  =====================  ==============================================
 
 Plain strings: `pathlib` would be paid for on every container start.
@@ -50,3 +51,17 @@ def sandbox_dir(sandbox_id: str) -> str:
 def container_dir(container_id: str) -> str:
     """State directory of one container of the human door: bundle, record, writable disk, log."""
     return os.path.join(state_dir(), "containers", container_id)
+
+
+def agent_binary() -> str:
+    """The agent's program, which becomes PID 1 of the guest; built by ``tools/setup`` or beside an installation.
+
+    ``KATA_AGENT_BINARY`` names another one. Whether the file exists is not looked at.
+    """
+    above = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.basename(above) == "site-packages":
+        default = os.path.join(os.path.dirname(above), "kata-agent")
+    else:
+        target = "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
+        default = os.path.join(os.path.dirname(above), target)
+    return _place("KATA_AGENT_BINARY", default)
