@@ -1,0 +1,315 @@
+"""Images in tar files: OCI layouts, and what ``docker save`` and ``podman save`` write.
+
+The archive stays where it is; its members are found by one pass over the headers and read in place. Whether
+it is an OCI layout or Docker's own form is told by what is inside: Docker 25 and later write both.
+
+Sources: OCI image specification, ``image-layout.md``; Docker image specification v1.2, "Combined Image JSON
++ Filesystem Changeset Format".
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import posixpath
+import tempfile
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from kata.errors import ImageError, UsageError
+from kata.images import layout, manifest, reference
+from kata.images.manifest import Descriptor
+from kata.storage import layers_codec, layers_tar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kata.images.platform import Platform
+
+_MAX_MEMBERS = 100_000
+_HINT = "export the image again"
+
+
+class Archive:
+    """An archive: a source of images for `kata.images.acquire`.
+
+    Args:
+        path: The tar file; gzip, zstd, bzip2 and xz are undone into a nameless file first.
+        spool: Directory for that file.
+        limit: Its largest size.
+        tick: Called with (bytes done, bytes in all) while it is undone.
+
+    Raises:
+        ImageError: It is no image archive.
+        OSError: No space for the spool file.
+    """
+
+    def __init__(
+        self, path: str, spool: str, limit: int, tick: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.path = path
+        self.name = path
+        try:
+            self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise ImageError(
+                f"{path} cannot be read: {error.strerror}", "check the path and its permissions"
+            ) from error
+        try:
+            if layers_codec.kind_of(os.pread(self._file.fileno(), 6, 0)) != "plain":
+                self._file = self._undo(spool, limit, tick)
+            self._members = _members(self._file, path)
+        except BaseException:
+            self._file.close()
+            raise
+        self._layers: dict[str, str] = {}
+        self._made: dict[str, bytes] = {}
+        self.names: list[str] = []
+        """Full names that the archive gives to the chosen image."""
+
+    def _undo(self, spool: str, limit: int, tick: Callable[[int, int], None] | None) -> BinaryIO:
+        total = os.fstat(self._file.fileno()).st_size
+        read = 0
+
+        def count(size: int) -> None:
+            nonlocal read
+            read += size
+            if tick is not None:
+                tick(read, total)
+
+        plain = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 - becomes self._file
+        with self._file as packed:
+            try:
+                for piece in layers_codec.decompressed(packed, count):
+                    plain.write(piece)
+                    if plain.tell() > limit:
+                        raise ImageError(
+                            f"{self.path} unpacks to more than {limit} bytes", "raise KATA_IMAGE_MAX_SIZE"
+                        )
+            except ImageError as error:
+                plain.close()
+                raise ImageError(f"{self.path}: {error.message}", error.hint) from error
+            except BaseException:
+                plain.close()
+                raise
+        return plain
+
+    # ---- as a source ----
+
+    def choose(self, tag: str, wanted: Platform) -> Descriptor:
+        """The image under a tag; see `kata.images.layout.Layout.choose`.
+
+        Raises:
+            ImageError: The archive is malformed, or has no such image.
+        """
+        if "index.json" in self._members:
+            index = manifest.document(self._read("index.json"), f"{self.path}: index.json")
+            listed = manifest.listed(index, f"{self.path}: index.json")
+            if listed or "manifest.json" not in self._members:
+                return layout.choose_tagged(listed, tag, wanted, self.path)
+        if "manifest.json" in self._members:
+            return self._choose_docker(tag)
+        if "repositories" in self._members:
+            raise ImageError(
+                f"{self.path} was written by a Docker older than 1.10", "save it with a newer Docker"
+            )
+        if any(name.startswith(("bin/", "etc/", "usr/")) for name in self._members):
+            hint = "unpack it and use rootfs:DIR"
+            raise ImageError(f"{self.path} is not an image archive but a root file system", hint)
+        raise ImageError(
+            f"{self.path} is not an image archive: it has neither index.json nor manifest.json", _HINT
+        )
+
+    def read(self, what: Descriptor) -> bytes:
+        """A manifest or configuration, verified.
+
+        Raises:
+            ImageError: It is missing or damaged.
+        """
+        if what.digest in self._made:
+            return self._made[what.digest]
+        data = self._read(self._name_of(what))
+        manifest.verify(data, what.digest, f"{self.path}: the blob {what.digest}")
+        return data
+
+    def open(self, what: Descriptor) -> BinaryIO:
+        """A layer, not yet verified.
+
+        Raises:
+            ImageError: It is missing.
+        """
+        return self._open(self._name_of(what))
+
+    def prepare(self, layers: list[Descriptor]) -> None:
+        """Nothing needs to be fetched."""
+
+    def close(self) -> None:
+        """Close the archive."""
+        self._file.close()
+
+    # ---- Docker's own form ----
+
+    def _choose_docker(self, tag: str) -> Descriptor:
+        """Choose from manifest.json, and put what it says into the form of an OCI manifest."""
+        try:
+            images = json.loads(self._read("manifest.json"))
+        except (ValueError, RecursionError):
+            raise ImageError(f"{self.path}: manifest.json is not JSON", _HINT) from None
+        if (
+            not isinstance(images, list)
+            or not images
+            or not all(isinstance(image, dict) for image in images)
+        ):
+            raise ImageError(f"{self.path}: manifest.json lists no images", _HINT)
+        chosen = self._choose_named(images, tag)
+        config_name, layer_names = chosen.get("Config"), chosen.get("Layers") or []
+        if not isinstance(config_name, str) or not all(isinstance(name, str) for name in layer_names):
+            raise ImageError(f"{self.path}: manifest.json names no configuration or layers", _HINT)
+        self.names = [name for text in _repo_tags(chosen) if (name := _full_name(text))]
+        data = self._read(config_name)
+        config = manifest.configuration(data, f"{self.path}: {config_name}")
+        if len(config.diff_ids) != len(layer_names):
+            raise ImageError(f"{self.path}: the image has {len(layer_names)} layers, its configuration "
+                             f"{len(config.diff_ids)}", _HINT)  # fmt: skip
+        digest = manifest.digest_of(data)
+        self._layers = {
+            diff_id: _clean(name) for diff_id, name in zip(config.diff_ids, layer_names, strict=True)
+        }
+        made = json.dumps(
+            {
+                "schemaVersion": 2,
+                "mediaType": manifest.MANIFEST_TYPES[0],
+                "config": {"mediaType": manifest.CONFIG_TYPES[0], "digest": digest, "size": len(data)},
+                "layers": [
+                    {
+                        "mediaType": "application/vnd.oci.image.layer.v1.tar",
+                        "digest": diff_id,
+                        "size": self._find(name)[1],
+                    }
+                    for diff_id, name in zip(config.diff_ids, layer_names, strict=True)
+                ],
+            },
+            separators=(",", ":"),
+        ).encode()
+        made_digest = manifest.digest_of(made)
+        self._made = {digest: data, made_digest: made}
+        return Descriptor(made_digest, len(made), manifest.MANIFEST_TYPES[0])
+
+    def _choose_named(self, images: list[dict[str, Any]], tag: str) -> dict[str, Any]:
+        if not tag and len(images) == 1:
+            return images[0]
+        wanted = tag or "latest"
+        for image in images:
+            for text in _repo_tags(image):
+                if wanted in (text, text.rpartition(":")[2]) or _full_name(text) == _full_name(wanted):
+                    return image
+        known = [text for image in images for text in _repo_tags(image)]
+        what = f"no image with the tag {tag}" if tag else f"{len(images)} images and none is tagged latest"
+        raise ImageError(
+            f"{self.path} holds {what}", "name one of: " + ", ".join(known[:20]) if known else _HINT
+        )
+
+    # ---- members ----
+
+    def _name_of(self, what: Descriptor) -> str:
+        if what.digest in self._layers:
+            return self._layers[what.digest]
+        return "blobs/" + what.digest.replace(":", "/")
+
+    def _read(self, name: str) -> bytes:
+        with self._open(name) as file:
+            return layout.read_limited(file, f"{self.path}: {name}")
+
+    def _open(self, name: str) -> BinaryIO:
+        offset, size = self._find(name)
+        return io.BufferedReader(_Part(self._file.fileno(), offset, size), buffer_size=1 << 16)
+
+    def _find(self, name: str) -> tuple[int, int]:
+        seen = set()
+        name = _clean(name)
+        while True:
+            member = self._members.get(name)
+            if member is None or name in seen:
+                raise ImageError(f"{self.path}: {layers_tar.text(name.encode())} is missing", _HINT)
+            if not isinstance(member, str):
+                return member
+            seen.add(name)  # Docker before 25 made a layer that occurs twice a symbolic link
+            name = _clean(posixpath.join(posixpath.dirname(name), member))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file; several may be read at once, in any thread."""
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self._fd = fd
+        self._at = offset
+        self._end = offset + size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: self._end - self._at]
+        done = os.preadv(self._fd, [view], self._at) if view else 0
+        self._at += done
+        return done
+
+
+class _Seekable:
+    """A plain tar file as the reader wants it: what is skipped is not read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size)
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        while size and (piece := self._file.read(min(size, 1 << 18))):
+            size -= len(piece)
+            yield piece
+
+    def skip(self, size: int) -> int:
+        at = self._file.tell()
+        end = min(at + size, self._size)
+        self._file.seek(end)
+        return end - at
+
+
+def _members(file: BinaryIO, path: str) -> dict[str, tuple[int, int] | str]:
+    """The members of a tar file: (offset, size), or a link's target."""
+    file.seek(0)
+    reader = layers_tar.Reader(_Seekable(file))
+    found: dict[str, tuple[int, int] | str] = {}
+    try:
+        while (entry := reader.next()) is not None:
+            name = _clean(entry.name.decode("utf-8", "surrogateescape"))
+            if len(found) >= _MAX_MEMBERS:
+                raise ImageError(f"it has more than {_MAX_MEMBERS} members", _HINT)
+            if entry.type == layers_tar.FILE and entry.sparse is None:
+                found[name] = (file.tell(), entry.size)
+            elif entry.type == layers_tar.SYMLINK:
+                found[name] = entry.link.decode("utf-8", "surrogateescape")
+            elif entry.type == layers_tar.LINK:
+                found[name] = "/" + _clean(entry.link.decode("utf-8", "surrogateescape"))
+    except ImageError as error:
+        raise ImageError(f"{path} is not a usable tar archive: {error.message}", error.hint) from error
+    return found
+
+
+def _clean(name: str) -> str:
+    """A member's name without ``./``, ``..`` and a leading slash."""
+    return posixpath.normpath("/" + name).lstrip("/")
+
+
+def _repo_tags(image: dict[str, Any]) -> list[str]:
+    tags = image.get("RepoTags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+
+
+def _full_name(text: str) -> str:
+    try:
+        return str(reference.parse_reference(text))
+    except UsageError:
+        return ""

@@ -1,0 +1,226 @@
+"""Changes to the image store: locks, writing as a whole, removal, clearing away."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kata import paths
+from kata.errors import HostError, NotFoundError, ResourceExhaustedError, StateError
+from kata.images import store
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+
+@contextmanager
+def locked(name: str = "lock", *, shared: bool = False) -> Iterator[None]:
+    """Hold one of the store's locks: ``lock`` to change the index, ``adding`` (shared) to add an image.
+
+    Raises:
+        HostError: The store's directory cannot be made or written.
+    """
+    try:
+        os.makedirs(store.directory(), mode=0o700, exist_ok=True)
+        fd = os.open(os.path.join(store.directory(), name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise storage_error(error) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def storage_error(error: OSError) -> HostError:
+    """The error of ours for an operation below the state directory that failed."""
+    what = "the image store cannot be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = f"free some space, `kata rmi` images or `kata gc`; KATA_STATE_DIR moves {paths.state_dir()}"
+        return ResourceExhaustedError(f"{what}: no space left on the disk", hint)
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "run as root, or set KATA_STATE_DIR to a directory that you can write"
+        return HostError(f"{what}: {error.filename or store.directory()}: {reason}", hint)
+    return HostError(f"{what}: {reason}", f"check the disk that holds {store.directory()}")
+
+
+def write_index(index: store.Index) -> None:
+    """Replace ``index.json``; the caller has held the lock since before it read."""
+    content = {"version": 1, "names": index.names, "digests": index.digests, "files": index.files}
+    write_json(os.path.join(store.directory(), "index.json"), content)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Replace a file as a whole, so that a reader, or a crash, sees the old or the new one."""
+    write_file(path, json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def write_file(path: str, data: bytes) -> None:
+    """As `write_json`, for bytes."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        _unlink(temporary)
+        raise storage_error(error) from error
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def remove(name_or_id: str, force: bool = False, in_use: Mapping[str, list[str]] | None = None) -> list[str]:
+    """Remove a name, and the image when it was its last one.
+
+    Args:
+        name_or_id: By id all names go at once, which needs `force` if there are several.
+        force: Take the names away although containers use the image; its data stay until `gc` after they
+            are gone.
+        in_use: Image ids and the names of the containers that use them.
+
+    Returns:
+        What was done: ``Untagged: NAME`` and ``Deleted: ID``.
+
+    Raises:
+        NotFoundError: There is no such image.
+        StateError: It is used, or has several names.
+    """
+    with locked():
+        index = store.Index()
+        image_id = store.find_id(name_or_id, index)
+        if image_id is None:
+            raise NotFoundError(f"there is no image {name_or_id}", "see `kata images`")
+        names = index.names_of(image_id)
+        name = store.canonical(name_or_id)
+        gone = [name] if name in names else names
+        if len(gone) > 1 and not force:
+            hint = "remove its names one by one, or add --force"
+            raise StateError(f"the image {name_or_id} has {len(names)} names: {', '.join(names)}", hint)
+        users = (in_use or {}).get(image_id, [])
+        last = len(gone) == len(names)
+        if last and users and not force:
+            more = f" and {len(users) - 1} more" if len(users) > 1 else ""
+            raise StateError(
+                f"the image {name_or_id} is used by the container {users[0]}{more}",
+                f"kata rm {users[0]}, or add --force to remove only the name",
+            )
+        done = []
+        for each in gone:
+            del index.names[each]
+            done.append(f"Untagged: {each}")
+        if last and not users:
+            _forget(image_id, index)
+            done.append(f"Deleted: {image_id}")
+        write_index(index)
+        return done
+
+
+def _forget(image_id: str, index: store.Index) -> None:
+    """Remove an image's record and what no other shares. The caller holds the lock, writes the index."""
+    index.digests = {key: value for key, value in index.digests.items() if value != image_id}
+    index.files = {key: value for key, value in index.files.items() if value["id"] != image_id}
+    record = store.read_json(store.record_path(image_id))
+    _unlink(store.record_path(image_id))
+    if record is None:
+        return
+    others = _records()
+    if all(other["chain"] != record["chain"] for other in others):
+        _unlink(store.rootfs_path(record["chain"]))
+    for digest in (record["id"], record["digest"]):
+        if all(digest not in (other["id"], other["digest"]) for other in others):
+            _unlink(store.blob_path(digest))
+
+
+def _records() -> list[Any]:
+    found = (store.read_json(store.record_path(image_id)) for image_id in store.ids())
+    return [record for record in found if record is not None]
+
+
+def gc(in_use: Collection[str] = ()) -> list[str]:
+    """Remove images without a name that no container uses, and what interrupted work left.
+
+    While an image is being added elsewhere, unfinished work is left alone.
+
+    Args:
+        in_use: Ids of the images that containers use.
+
+    Returns:
+        What was removed, as paths and ids.
+
+    Raises:
+        HostError: Something could not be removed.
+    """
+    done: list[str] = []
+    if not os.path.isdir(store.directory()):
+        return done
+    with locked():
+        index = store.Index()
+        used = set(in_use) | {entry["id"] for entry in index.names.values()}
+        for image_id in store.ids():
+            if image_id not in used:
+                _forget(image_id, index)
+                done.append(image_id)
+        if done:
+            write_index(index)
+        with _adding_stopped() as stopped:
+            if stopped:
+                done += _clear_unreferenced()
+    return done
+
+
+def _clear_unreferenced() -> list[str]:
+    """Remove files that no record refers to."""
+    done = []
+    records = _records()
+    kept = {store.rootfs_path(record["chain"]) for record in records}
+    kept |= {store.blob_path(record[field]) for record in records for field in ("id", "digest")}
+    kept |= {store.record_path(record["id"]) for record in records}
+    for place in ("rootfs", "blobs/sha256", "records"):
+        place = os.path.join(store.directory(), place)
+        for name in sorted(os.listdir(place)) if os.path.isdir(place) else []:
+            path = os.path.join(place, name)
+            if path not in kept:
+                _unlink(path)
+                done.append(path)
+    for name in sorted(os.listdir(store.directory())):
+        path = os.path.join(store.directory(), name)
+        if name == "pulls":
+            shutil.rmtree(path, ignore_errors=True)
+            done.append(path)
+        elif name.endswith(".tmp"):
+            _unlink(path)
+            done.append(path)
+    return done
+
+
+@contextmanager
+def _adding_stopped() -> Iterator[bool]:
+    """Keep others from adding images; False if somebody is just doing so."""
+    path = os.path.join(store.directory(), "adding")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise storage_error(error) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)

@@ -1,0 +1,178 @@
+"""Make the root file system of a layer chain.
+
+The erofs file has no name until it is complete and on disk, so a crash, a kill or a full disk leaves
+nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from kata.errors import ImageError
+from kata.images import changes, store
+from kata.storage.erofs import Writer
+from kata.storage.layers import LayerTree, limits_from_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kata.images.manifest import Descriptor
+    from kata.images.platform import Platform
+
+
+class Source(Protocol):
+    """Where an image comes from: a layout, an archive or a registry."""
+
+    name: str
+    """For messages."""
+    names: list[str]
+    """Further full names that the source gives to the chosen image."""
+
+    def choose(self, tag: str, wanted: Platform) -> Descriptor:
+        """The manifest or index of a tag."""
+        ...
+
+    def read(self, what: Descriptor) -> bytes:
+        """A manifest or configuration, verified."""
+        ...
+
+    def prepare(self, layers: list[Descriptor]) -> None:
+        """Begin to fetch these layers; they will be opened in this order."""
+        ...
+
+    def open(self, what: Descriptor) -> BinaryIO:
+        """A layer. Its reader verifies the uncompressed content."""
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
+        ...
+
+
+def make_rootfs(
+    source: Source, layers: list[Descriptor], diff_ids: list[str], chain: str, progress: store.Progress
+) -> int:
+    """Convert layers into the erofs file of their chain, unless it is there.
+
+    Args:
+        source: Where the layers are.
+        layers: Lowest first.
+        diff_ids: Digests of the uncompressed layers.
+        chain: Chain id; decides the file's name and the file system's UUID.
+        progress: Called with ``unpack``.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ImageError: A layer is damaged, hostile or too large.
+        HostError: The file cannot be written.
+    """
+    path = store.rootfs_path(chain)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with _alone(path + ".lock"):
+            if not os.path.exists(path):
+                source.prepare(layers)
+                _convert(source, layers, diff_ids, chain, path, progress)
+            return os.stat(path).st_size
+    except OSError as error:
+        raise changes.storage_error(error) from error
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Let only one process at a time convert the same chain. The lock file goes when it is released."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                if os.stat(path).st_ino != os.fstat(fd).st_ino:
+                    continue  # the one before us removed it while we waited
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                os.unlink(path)
+            return
+        finally:
+            os.close(fd)
+
+
+def _convert(
+    source: Source,
+    layers: list[Descriptor],
+    diff_ids: list[str],
+    chain: str,
+    path: str,
+    progress: store.Progress,
+) -> None:  # fmt: skip
+    limits = limits_from_environment()
+    total = sum(layer.size for layer in layers)
+    done = 0
+
+    def tick(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("unpack", min(done, total), total)
+
+    with _nameless(path) as fd, tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool:
+        writer = Writer(fd, spool.fileno())
+        tree = LayerTree(writer, limits)
+        for number, (layer, diff_id) in enumerate(zip(layers, diff_ids, strict=True), 1):
+            name = f"{number} of {len(layers)} ({layer.digest[:19]})"
+            with source.open(layer) as file:
+                found = tree.apply(file, name, tick)
+            if found != diff_id:
+                raise ImageError(
+                    f"{source.name}: layer {name} unpacks to {found}, but its configuration says {diff_id}",
+                    "it was damaged or exchanged; fetch the image again",
+                )
+        writer.finish(tree.root, _uuid(chain), lambda at, of: progress("write", at * 64, of * 64))
+        os.fsync(fd)
+
+
+def _uuid(chain: str) -> bytes:
+    """A UUID (version 8, RFC 9562) out of the chain id: the same layers give the same bytes."""
+    raw = bytearray.fromhex(store.hex_of(chain)[:32])
+    raw[6] = raw[6] & 0x0F | 0x80
+    raw[8] = raw[8] & 0x3F | 0x80
+    return bytes(raw)
+
+
+@contextmanager
+def _nameless(path: str) -> Iterator[int]:
+    """A file that gets its name when the block ends well."""
+    directory = os.path.dirname(path)
+    temporary = ""
+    try:
+        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o444)
+    except OSError:  # NFS, FUSE, old overlayfs: then a name that `gc` knows as unfinished
+        temporary = f"{path}.{os.getpid()}.tmp"
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+    try:
+        yield fd
+        at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if temporary:
+                os.replace(temporary, path)
+            else:  # only with a directory descriptor does Python call linkat, which follows the link
+                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=at, follow_symlinks=True)
+            os.fsync(at)
+        finally:
+            os.close(at)
+    except BaseException:
+        if temporary:
+            try:
+                os.unlink(temporary)
+            except FileNotFoundError:
+                pass
+        raise
+    finally:
+        os.close(fd)

@@ -1,0 +1,136 @@
+"""OCI image layouts in a directory.
+
+Source: OCI image specification, ``image-layout.md``.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata.errors import ImageError
+from kata.images import manifest
+
+TYPE_CHECKING = False  # `typing` would cost 3 ms
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
+
+    from kata.images.manifest import Descriptor
+    from kata.images.platform import Platform
+
+_REF_NAME = "org.opencontainers.image.ref.name"
+_FULL_NAME = "io.containerd.image.name"
+
+
+class Layout:
+    """An image layout: a source of images for `kata.images.acquire`.
+
+    Args:
+        path: The directory.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.name = f"oci:{path}"
+        self.names: list[str] = []
+
+    def choose(self, tag: str, wanted: Platform) -> Descriptor:
+        """What ``index.json`` lists under a tag: a manifest, or an index of several platforms.
+
+        Args:
+            tag: "" takes the only image there is, or ``latest``.
+            wanted: Decides between images of the same tag.
+
+        Raises:
+            ImageError: The layout is malformed, or has no such image.
+        """
+        listed = manifest.listed(self._index(), f"{self.name}/index.json")
+        return choose_tagged(listed, tag, wanted, self.name)
+
+    def _index(self) -> dict[str, Any]:
+        path = os.path.join(self.path, "index.json")
+        try:
+            with open(path, "rb") as file:
+                return manifest.document(file.read(manifest.MAX_DOCUMENT), path)
+        except FileNotFoundError:
+            hint = "use rootfs:DIR for a directory that is a root file system"
+            raise ImageError(f"{self.path} is not an OCI image layout: it has no index.json", hint) from None
+        except OSError as error:
+            raise ImageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
+
+    def read(self, what: Descriptor) -> bytes:
+        """A manifest or configuration, verified.
+
+        Raises:
+            ImageError: It is missing or damaged.
+        """
+        with self.open(what) as file:
+            data = read_limited(file, f"{self.name}, {what.digest}")
+        manifest.verify(data, what.digest, f"{self.name}: the blob {what.digest}")
+        return data
+
+    def open(self, what: Descriptor) -> BinaryIO:
+        """A blob, not yet verified.
+
+        Raises:
+            ImageError: It is missing.
+        """
+        algorithm, _, digits = what.digest.partition(":")
+        path = os.path.join(self.path, "blobs", algorithm, digits)
+        try:
+            return open(path, "rb")
+        except FileNotFoundError:
+            raise ImageError(
+                f"{self.name}: the blob {what.digest} is missing", "export the image again"
+            ) from None
+        except OSError as error:
+            raise ImageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
+
+    def prepare(self, layers: list[Descriptor]) -> None:
+        """Nothing needs to be fetched."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def read_limited(file: BinaryIO, what: str) -> bytes:
+    """A small document, read whole.
+
+    Raises:
+        ImageError: It is larger than a manifest or configuration may be.
+    """
+    data = file.read(manifest.MAX_DOCUMENT + 1)
+    if len(data) > manifest.MAX_DOCUMENT:
+        raise ImageError(f"{what} is larger than {manifest.MAX_DOCUMENT} bytes", "the image is malformed")
+    return data
+
+
+def choose_tagged(listed: list[Descriptor], tag: str, wanted: Platform, name: str) -> Descriptor:
+    """The entry of a layout's index for a tag; see `Layout.choose`."""
+    tagged = [item for item in listed if tag in _tags(item)] if tag else []
+    if not tag:
+        groups = {min(_tags(item), default="") for item in listed}
+        tagged = listed if len(groups) == 1 else [item for item in listed if "latest" in _tags(item)]
+    if not tagged:
+        known = sorted({item.annotations.get(_REF_NAME, "") for item in listed} - {""})
+        if not listed:
+            raise ImageError(f"{name} holds no image", "export the image again")
+        what = f"no image with the tag {tag}" if tag else "several images and none is tagged latest"
+        hint = (
+            "name one of: " + ", ".join(known[:20])
+            if known
+            else "its images have no tags: leave the tag out"
+        )
+        raise ImageError(f"{name} holds {what}", hint)
+    if len(tagged) == 1:
+        return tagged[0]
+    return manifest.choose(tagged, wanted, name)
+
+
+def _tags(item: Descriptor) -> set[str]:
+    """What an entry may be called: its full name and the tag behind the last colon."""
+    found = set()
+    for key in (_REF_NAME, _FULL_NAME):
+        value = item.annotations.get(key)
+        if value:
+            found |= {value, value.rpartition(":")[2]}
+    return found

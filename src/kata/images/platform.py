@@ -1,0 +1,81 @@
+"""Platforms: which of an index's images fits a machine."""
+
+from __future__ import annotations
+
+import os
+
+from kata.errors import UsageError
+
+_MACHINES = {
+    "x86_64": ("amd64", ""),
+    "i686": ("386", ""),
+    "i386": ("386", ""),
+    "aarch64": ("arm64", "v8"),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+    "ppc64le": ("ppc64le", ""),
+    "riscv64": ("riscv64", ""),
+    "s390x": ("s390x", ""),
+}
+_ALIASES = {"x86_64": "amd64", "aarch64": "arm64", "i386": "386"}
+
+_ALSO_RUNS = {"amd64": ("386",)}
+"""Machines whose ordinary kernels run another architecture's programs, best first."""
+
+
+class Platform:
+    """An operating system, architecture and variant, in Go's words.
+
+    Args:
+        os_name: ``linux``.
+        arch: ``amd64``, ``arm64``, ...
+        variant: ``v7``, ``v8``, ... or "".
+    """
+
+    __slots__ = ("arch", "os", "variant")
+
+    def __init__(self, os_name: str, arch: str, variant: str = "") -> None:
+        self.os = os_name
+        self.arch = arch
+        # containerd normalises likewise: arm64 is v8, 32-bit arm is v7, amd64 is v1
+        default = {"arm64": "v8", "arm": "v7"}.get(arch, "")
+        self.variant = "" if variant == "v1" and arch == "amd64" else (variant or default)
+
+    def __str__(self) -> str:
+        hidden = (self.arch, self.variant) in (("arm64", "v8"),)
+        return f"{self.os}/{self.arch}" + (f"/{self.variant}" if self.variant and not hidden else "")
+
+    def rank(self, wanted: Platform) -> int:
+        """How well this image platform serves the wanted one: 0 is exact, higher is worse, -1 not at all."""
+        if self.os != wanted.os:
+            return -1
+        if self.arch == wanted.arch:
+            if self.variant == wanted.variant:
+                return 0
+            if self.variant and self.variant < wanted.variant:
+                return 1 + ord("9") - ord(self.variant[-1])  # an older variant runs on a newer machine
+            return -1
+        also = _ALSO_RUNS.get(wanted.arch, ())
+        return 100 + also.index(self.arch) if self.arch in also else -1
+
+
+def host() -> Platform:
+    """This machine's."""
+    machine = os.uname().machine
+    arch, variant = _MACHINES.get(machine, (machine, ""))
+    return Platform("linux", arch, variant)
+
+
+def parse(text: str) -> Platform:
+    """``linux/arm64/v8``, ``arm64``, ...
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    parts = text.lower().split("/")
+    if len(parts) == 1:
+        parts.insert(0, "linux")
+    if not 2 <= len(parts) <= 3 or not all(parts):
+        raise UsageError(f"{text!r} is not a platform", "OS/ARCH[/VARIANT], for example linux/amd64")
+    arch = _ALIASES.get(parts[1], parts[1])
+    return Platform(parts[0], arch, parts[2] if len(parts) == 3 else "")

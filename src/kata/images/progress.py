@@ -1,0 +1,77 @@
+"""A progress bar for work that takes over a second, drawn on stderr if that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_AFTER = 0.7
+_WORDS = {"pull": "pulling", "unpack": "unpacking", "open": "opening", "write": "writing"}
+
+
+class Terminal:
+    """The default `Progress` of the image store: may be called from several threads.
+
+    `rich` is imported when the first bar is due, so that short work does not pay for it.
+
+    Args:
+        title: What is being fetched or converted.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._wanted = sys.stderr is not None and sys.stderr.isatty()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Note progress.
+
+        Args:
+            what: ``pull``, ``unpack``, ``open`` or ``write``.
+            done: Bytes done.
+            total: Bytes in all, 0 if not known.
+        """
+        if not self._wanted or time.monotonic() - self._started < _AFTER:
+            return
+        with self._lock:
+            if self._bars is None:
+                self._bars = _bars(self._title)
+            task = self._tasks.get(what)
+            if task is None:
+                task = self._tasks[what] = self._bars.add_task(_WORDS.get(what, what), total=total or None)
+            self._bars.update(task, completed=done, total=total or None)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._wanted = False
+
+
+def _bars(title: str) -> Any:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bars = Progress(
+        TextColumn(f"{escape(title)}: {{task.description}}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    bars.start()
+    return bars

@@ -1,0 +1,355 @@
+"""The images on this host: found by name without touching the network, listed, removed.
+
+Below ``$KATA_STATE_DIR/images``:
+
+``index.json``
+    ``names`` (full name -> image id and where it came from), ``digests`` (manifest or index digest and
+    platform -> image id) and ``files`` (archive -> image id, with size, time and inode of the file when it
+    was read).
+``records/<hex>.json``
+    One image: its id (the digest of its configuration), platform, configuration, layers, root file system.
+``blobs/sha256/<hex>``
+    Its manifest and configuration, byte for byte. Layers are not kept: converted, they would only double the
+    room, and nothing reads them again.
+``rootfs/<hex>.erofs``
+    The root file system of a layer chain, shared by all images that have that chain.
+``pulls/<hex>/``
+    Layers of an interrupted pull, so that the next one goes on where it ended; `gc` clears them.
+
+Readers take no lock: every file is replaced as a whole. Whoever changes `index.json` holds ``lock``;
+whoever is adding an image holds ``adding`` shared, so that `gc` does not take away what is not yet referred
+to.
+
+This module is on the hot path of `kata run`: what pulls and converts is imported when an image is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from kata import paths
+from kata.errors import HostError, ImageError, NotFoundError, UsageError
+from kata.images import platform as platforms
+from kata.images import reference as references
+
+TYPE_CHECKING = False  # `typing` would cost 3 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+    from typing import Any
+
+    from kata.images.platform import Platform
+    from kata.images.reference import LocalImage, Reference
+
+    Progress = Callable[[str, int, int], None]
+    """Called with (what, bytes done, bytes in all or 0)."""
+
+
+class Image:
+    """An image that is ready to be run.
+
+    Attributes:
+        id: ``sha256:...`` of the configuration; "" for ``rootfs:DIR``.
+        names: Full names, sorted; empty when other images have taken them all.
+        digest: Digest of the manifest it came by.
+        platform: ``linux/amd64``.
+        config: The configuration's ``config`` object: Env, Cmd, Entrypoint, WorkingDir, User, ExposedPorts,
+            Volumes, StopSignal, Labels, each only if set.
+        created: RFC 3339 time, or "".
+        size: Bytes of the root file system.
+        rootfs_path: The erofs file, or "".
+        rootfs_dir: The directory of ``rootfs:DIR``, or "".
+    """
+
+    __slots__ = (
+        "config",
+        "created",
+        "digest",
+        "id",
+        "names",
+        "platform",
+        "rootfs_dir",
+        "rootfs_path",
+        "size",
+    )
+
+    def __init__(self, record: Mapping[str, Any], names: list[str]) -> None:
+        self.id: str = record["id"]
+        self.names = names
+        self.digest: str = record["digest"]
+        self.platform: str = record["platform"]
+        self.config: dict[str, Any] = record["config"]
+        self.created: str = record["created"]
+        self.size: int = record["size"]
+        self.rootfs_path: str = rootfs_path(record["chain"]) if record["chain"] else ""
+        self.rootfs_dir: str = record.get("rootfs_dir", "")
+
+
+# ---- places ----
+
+
+def directory() -> str:
+    """Where the store is."""
+    return os.path.join(paths.state_dir(), "images")
+
+
+def rootfs_path(chain: str) -> str:
+    """The root file system of a layer chain (``sha256:...``)."""
+    return os.path.join(directory(), "rootfs", hex_of(chain) + ".erofs")
+
+
+def blob_path(digest: str) -> str:
+    """A manifest's or configuration's file."""
+    return os.path.join(directory(), "blobs", "sha256", hex_of(digest))
+
+
+def record_path(image_id: str) -> str:
+    """The file that describes an image."""
+    return os.path.join(directory(), "records", hex_of(image_id) + ".json")
+
+
+def hex_of(digest: str) -> str:
+    """A digest without its algorithm."""
+    return digest.partition(":")[2]
+
+
+# ---- reading ----
+
+
+class Index:
+    """What ``index.json`` says."""
+
+    def __init__(self) -> None:
+        content = read_json(os.path.join(directory(), "index.json")) or {}
+        self.names: dict[str, dict[str, str]] = content.get("names", {})
+        self.digests: dict[str, str] = content.get("digests", {})
+        self.files: dict[str, dict[str, Any]] = content.get("files", {})
+
+    def names_of(self, image_id: str) -> list[str]:
+        """The names of an image, sorted."""
+        return sorted(name for name, entry in self.names.items() if entry["id"] == image_id)
+
+
+def read_json(path: str) -> Any:
+    """The content of one of the store's files, or None if it does not exist.
+
+    Raises:
+        ImageError: It is damaged.
+        HostError: It cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise HostError(f"the image store cannot be read: {error}", "run kata as root") from error
+    except ValueError as error:
+        raise ImageError(
+            f"{path} is damaged: {error}", f"remove {directory()} and pull the images again"
+        ) from error
+
+
+def load(image_id: str, index: Index) -> Image | None:
+    """The stored image of this id, or None if it, or its root file system, is not whole."""
+    record = read_json(record_path(image_id))
+    if record is None:
+        return None
+    image = Image(record, index.names_of(image_id))
+    try:
+        whole = os.stat(image.rootfs_path).st_size == image.size
+    except OSError:
+        whole = False
+    return image if whole else None
+
+
+def resolve(
+    image: str, *, pull: str = "missing", platform: str | None = None, progress: Progress | None = None
+) -> Image:
+    """Find an image, and fetch and convert it if it is not there.
+
+    Args:
+        image: What the user wrote; see `kata.images.reference`. The beginning of an image id also counts.
+        pull: ``missing``, ``always`` (ask the registry whether there is a newer one) or ``never``. Local
+            directories and archives are always looked at: unchanged ones are not read again.
+        platform: ``linux/amd64`` or the like; this machine's by default.
+        progress: Called while something is fetched or converted. By default a bar is drawn on stderr, if
+            that is a terminal and the work takes over a second.
+
+    Raises:
+        UsageError: `image` or `platform` is malformed.
+        NotFoundError: `pull` is ``never`` and there is no such image.
+        ImageError: The image, archive or registry is at fault.
+        ResourceExhaustedError: No space.
+    """
+    wanted = platforms.parse(platform) if platform else platforms.host()
+    parsed = _parse_or_id(image)
+    index = Index()
+    if isinstance(parsed, references.LocalImage):
+        if parsed.kind == "rootfs":
+            return _plain_directory(parsed)
+        found = _stored_local(parsed, index, wanted)
+    else:
+        found = None if pull == "always" else _stored(image, parsed, index, wanted)
+    if found is not None:
+        return found
+    if parsed is None:
+        raise NotFoundError(f"there is no image with the id {image}", "see `kata images`")
+    if pull == "never" and isinstance(parsed, references.Reference):
+        hint = f"kata pull {parsed.familiar()}"
+        raise NotFoundError(
+            f"the image {parsed.familiar()} is not in the local store, and --pull is never", hint
+        )
+    from kata.images import acquire
+
+    return acquire.acquire(parsed, wanted, progress)
+
+
+def _parse_or_id(image: str) -> Reference | LocalImage | None:
+    """The reference, or None for what can only be an image id."""
+    if image.startswith("sha256:") and len(image) >= 11 and not image[7:].strip("0123456789abcdef"):
+        return None
+    return references.parse(image)
+
+
+def _plain_directory(local: LocalImage) -> Image:
+    if not os.access(local.path, os.R_OK | os.X_OK):
+        raise ImageError(
+            f"the directory {local.path} cannot be read", "check its permissions, or run as root"
+        )
+    record = {
+        "id": "", "digest": "", "platform": str(platforms.host()), "config": {}, "created": "", "size": 0,
+        "chain": "", "rootfs_dir": local.path,
+    }  # fmt: skip
+    return Image(record, [str(local)])
+
+
+def _stored(image: str, parsed: Reference | None, index: Index, wanted: Platform) -> Image | None:
+    if parsed is not None:
+        entry = index.names.get(str(parsed))
+        image_id = entry["id"] if entry else None
+        if image_id is None and parsed.digest:
+            image_id = index.digests.get(digest_key(parsed.digest, wanted))
+        if image_id is not None:
+            found = load(image_id, index)
+            if found is not None and (found.platform == str(wanted) or runs_on(found.platform, wanted)):
+                return found
+            return None
+    image_id = by_id(image)
+    return load(image_id, index) if image_id else None
+
+
+def runs_on(platform: str, wanted: Platform) -> bool:
+    """Whether an image of this platform serves the wanted one."""
+    return platforms.parse(platform).rank(wanted) >= 0
+
+
+def _stored_local(local: LocalImage, index: Index, wanted: Platform) -> Image | None:
+    """The image that was made of a directory or archive, if that has not changed since."""
+    key = f"{local} {wanted}"
+    if local.kind == "oci":
+        from kata.images import layout
+
+        digest = layout.Layout(local.path).choose(local.tag, wanted).digest
+        image_id = index.digests.get(digest_key(digest, wanted))
+        entry = index.names.get(str(local))
+        if image_id is None or entry is None or entry["id"] != image_id:
+            return None
+        return load(image_id, index)
+    seen = index.files.get(key)
+    if seen is None or seen["stamp"] != file_stamp(local.path):
+        return None
+    return load(seen["id"], index)
+
+
+def digest_key(digest: str, wanted: Platform) -> str:
+    """The key in `Index.digests`; an index of several platforms gives each platform another image."""
+    return f"{digest} {wanted}"
+
+
+def file_stamp(path: str) -> list[int]:
+    """What changes when a file does: size, modification time in ns, inode, device."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev]
+
+
+def by_id(text: str) -> str | None:
+    """The image whose id begins with `text`."""
+    prefix = text.removeprefix("sha256:")
+    if len(prefix) < 4 or prefix.strip("0123456789abcdef"):
+        return None
+    found = [image_id for image_id in ids() if hex_of(image_id).startswith(prefix)]
+    if len(found) > 1:
+        raise ImageError(f"{len(found)} images have ids that begin with {prefix}", "give more digits")
+    return found[0] if found else None
+
+
+def ids() -> list[str]:
+    """The ids of all images."""
+    try:
+        names = os.listdir(os.path.join(directory(), "records"))
+    except FileNotFoundError:
+        return []
+    return ["sha256:" + name[:-5] for name in names if name.endswith(".json") and len(name) == 69]
+
+
+def find(name_or_id: str) -> Image:
+    """A stored image by name or by (the beginning of) its id; nothing is fetched or converted.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    index = Index()
+    image_id = find_id(name_or_id, index)
+    image = load(image_id, index) if image_id else None
+    if image is None:
+        raise NotFoundError(f"there is no image {name_or_id}", "see `kata images`")
+    return image
+
+
+def find_id(text: str, index: Index) -> str | None:
+    """The id that a name, digest reference or beginning of an id stands for."""
+    name = canonical(text)
+    if name is not None:
+        if name in index.names:
+            return index.names[name]["id"]
+        digest = name.partition("@")[2]
+        if digest:
+            return next((i for key, i in index.digests.items() if key.startswith(digest + " ")), None)
+    return by_id(text)
+
+
+def canonical(text: str) -> str | None:
+    """The full name that a text stands for, whether or not there is such an image or file."""
+    kind, _, rest = text.partition(":")
+    if kind in references.LOCAL_KINDS:
+        return f"{kind}:{os.path.abspath(rest)}"
+    try:
+        return str(references.parse_reference(text))
+    except UsageError:
+        return None
+
+
+def list_images() -> list[Image]:
+    """All images, the newest first."""
+    index = Index()
+    images = [image for image_id in ids() if (image := load(image_id, index)) is not None]
+    images.sort(key=lambda image: (image.created, image.id), reverse=True)
+    return images
+
+
+# ---- changing ----
+
+
+def remove(name_or_id: str, force: bool = False, in_use: Mapping[str, list[str]] | None = None) -> list[str]:
+    """Remove a name, and the image with its last one; see `kata.images.changes.remove`."""
+    from kata.images import changes
+
+    return changes.remove(name_or_id, force, in_use)
+
+
+def gc(in_use: Collection[str] = ()) -> list[str]:
+    """Clear away what no image and no container needs; see `kata.images.changes.gc`."""
+    from kata.images import changes
+
+    return changes.gc(in_use)

@@ -1,0 +1,1 @@
+"""Root file system images, writable layers, volumes and shares."""
