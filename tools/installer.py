@@ -1,0 +1,400 @@
+"""Puts kata on a machine and takes it off again: the work behind `make install` and `make uninstall`.
+
+What is installed, below PREFIX (``/usr/local``)::
+
+    lib/kata/<version>-<digest>/site-packages/   the package and the packages it depends on
+    lib/kata/<version>-<digest>/kata-agent       what `kata guest build` puts into the guest
+    lib/kata/manifest.json                       every path that was made
+    bin/kata                                     a link to site-packages/kata/__main__.py
+
+A new version goes beside the old one and the links change over at once, so that a running sandbox never
+loads modules of two versions. The old one is removed unless a process still runs from it; then the next call
+does it.
+Nothing outside PREFIX is edited. The guest is built by the installed `kata` in its usual place.
+
+Run by /usr/bin/python3 with the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+AGENT = ROOT / "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
+COMMANDS = {"kata": "kata/__main__.py"}
+"""Program on the PATH -> file in site-packages that it is a link to."""
+OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-monitor", "kata-ctl", "containerd-shim-kata-v2")
+"""Programs of that name which are not ours belong to another Kata."""
+OURS_IN_RUN = {"sandboxes", "kvm-probe", "locks"}
+"""What this kata makes in its run directory."""
+
+
+class Refusal(Exception):
+    """The installation or its removal must not go on.
+
+    Args:
+        message: What, which, why.
+        hint: What to do.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Place:
+    """Where an installation is.
+
+    Args:
+        prefix: PREFIX.
+        destdir: DESTDIR: put before every path while writing, for those who build packages; often empty.
+    """
+
+    def __init__(self, prefix: str, destdir: str) -> None:
+        if not prefix.startswith("/"):
+            raise Refusal(f"PREFIX '{prefix}' is not an absolute path", "for example PREFIX=/usr/local")
+        self.prefix = os.path.normpath(prefix)
+        self.destdir = os.path.abspath(destdir) if destdir else ""
+
+    def on_disk(self, path: str) -> Path:
+        """Where a path of the installation is now."""
+        return Path(self.destdir + path)
+
+    @property
+    def library(self) -> str:
+        return f"{self.prefix}/lib/kata"
+
+    @property
+    def manifest(self) -> Path:
+        return self.on_disk(f"{self.library}/manifest.json")
+
+    def link(self, command: str) -> str:
+        return f"{self.prefix}/bin/{command}"
+
+
+def load_manifest(place: Place) -> dict[str, list[str]]:
+    """The paths that were made, by sort; empty when nothing is installed.
+
+    Raises:
+        Refusal: There is a manifest, but it cannot be read.
+    """
+    try:
+        found = json.loads(place.manifest.read_text())
+        return {sort: [str(path) for path in found[sort]] for sort in ("trees", "links", "guest")}
+    except FileNotFoundError:
+        return {"trees": [], "links": [], "guest": []}
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refusal(
+            f"{place.manifest} cannot be read: {error}", f"remove {place.on_disk(place.library)} by hand"
+        ) from error
+
+
+def save_manifest(place: Place, manifest: dict[str, list[str]]) -> None:
+    temporary = place.manifest.with_suffix(".new")
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    temporary.replace(place.manifest)
+
+
+# ---- what stands in the way ----
+
+
+def other_katas(place: Place) -> list[str]:
+    """Signs of another Kata on this machine, one sentence each."""
+    found = []
+    with contextlib.suppress(OSError):
+        found += [f"/opt/kata/bin/{name}" for name in os.listdir("/opt/kata/bin")][:1]
+    ours = os.path.realpath(place.library)
+    searched = dict.fromkeys(
+        [*os.get_exec_path(), "/usr/local/bin", "/usr/bin", "/usr/local/sbin", "/usr/sbin"]
+    )
+    for directory in searched:
+        for name in OTHERS_COMMANDS:
+            path = os.path.join(directory, name)
+            if os.path.lexists(path) and not os.path.realpath(path).startswith(ours + "/"):
+                found.append(path)
+    for directory, known in (("/run/kata", OURS_IN_RUN), ("/run/vc", set())):
+        with contextlib.suppress(OSError):
+            strangers = sorted(set(os.listdir(directory)) - known)
+            if strangers:
+                found.append(f"{directory}, which has {', '.join(strangers[:3])}")
+    return list(dict.fromkeys(found))
+
+
+def check_machine(place: Place, force: bool) -> None:
+    """Whether installing may begin.
+
+    Raises:
+        Refusal: Another Kata is in use here, or this is not root.
+    """
+    if place.destdir:
+        return
+    if os.geteuid() != 0:
+        raise Refusal(f"installing below {place.prefix} needs root", "sudo make install")
+    others = other_katas(place)
+    if others:
+        text = "another Kata is on this machine: " + "; ".join(others)
+        if not force:
+            raise Refusal(text, "remove that one first, or go on beside it with FORCE=1")
+        say(f"warning: {text}; going on, as told")
+
+
+def running_from(directory: str) -> list[int]:
+    """Pids of the processes that were started from a file below *directory*."""
+    pids = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if f"{directory}/" in Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace"):
+                pids.append(int(entry))
+    return pids
+
+
+def sandboxes() -> list[str]:
+    """Ids of sandboxes that have a run directory on this machine."""
+    with contextlib.suppress(OSError):
+        return sorted(os.listdir(os.path.join(os.environ.get("KATA_RUN_DIR") or "/run/kata", "sandboxes")))
+    return []
+
+
+# ---- installing ----
+
+
+def _sources() -> Iterator[Path]:
+    for path in sorted((ROOT / "src" / "kata").rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
+
+
+def digest() -> str:
+    """Version and a hash of all that an installation is made from."""
+    total = hashlib.sha256(sys.version.encode())
+    pinned = [ROOT / "pyproject.toml", ROOT / "tools/constraints.txt", Path(__file__).resolve()]
+    for path in [*_sources(), AGENT, *pinned]:
+        if path.exists():  # the agent is built by now, but before a dry run
+            total.update(f"{path.relative_to(ROOT)}\0{path.stat().st_mode}\0".encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    source = (ROOT / "src/kata/__init__.py").read_text()
+    version = re.search(r'__version__ = "([^"]+)"', source)
+    return f"{version[1] if version else '0'}-{total.hexdigest()[:12]}"
+
+
+def fill(tree: Path) -> None:
+    """Make a version's directory: dependencies, package, byte code, agent."""
+    packages = tree / "site-packages"
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        dependencies = tomllib.load(file)["project"]["dependencies"]
+    say("  ... install the Python packages that kata needs")
+    pip = [f"{ROOT}/.venv/bin/python", "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    where = ["--no-compile", "--target", str(packages), "-c", f"{ROOT}/tools/constraints.txt"]
+    # Without root's warning: it is about the system's packages, which --target does not touch.
+    environment = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore"}
+    subprocess.run([*pip, *where, *dependencies], check=True, env=environment)
+    shutil.rmtree(packages / "bin", ignore_errors=True)
+    for path in _sources():
+        target = packages / path.relative_to(ROOT / "src")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        target.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+    # By content, not by time: packages are copied, and a byte code file that looks old is written again.
+    compiler = ["-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
+    subprocess.run(["/usr/bin/python3", "-I", *compiler, packages], check=True)
+    shutil.copyfile(AGENT, tree / "kata-agent")
+    (tree / "kata-agent").chmod(0o755)
+
+
+def install(place: Place, kernel: str, dry_run: bool) -> None:
+    """Install this checkout's version and change the links over to it."""
+    name = digest()
+    tree = f"{place.library}/{name}"
+    manifest = load_manifest(place)
+    links = {
+        place.link(command): f"../lib/kata/{name}/site-packages/{file}" for command, file in COMMANDS.items()
+    }
+    present = tree in manifest["trees"] and place.on_disk(tree).is_dir()
+    if dry_run:
+        say("would install:" if not present else "is installed already:")
+        for line in [tree, *(f"{link} -> {target}" for link, target in links.items())]:
+            print(f"  {line}")
+        for old in manifest["trees"]:
+            if old != tree:
+                print(f"  {old}: would be removed")
+        return
+    if not present:
+        place.on_disk(place.library).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place.on_disk(tree), ignore_errors=True)
+        working = place.on_disk(f"{place.library}/.{name}.new")
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(mode=0o755)
+        try:
+            fill(working)
+            working.rename(place.on_disk(tree))
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+        manifest["trees"].append(tree)
+        save_manifest(place, manifest)
+    for link, target in links.items():
+        path = place.on_disk(link)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_symlink() or os.readlink(path) != target:
+            temporary = path.with_name(f".{path.name}.new")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            temporary.replace(path)
+    manifest["links"] = sorted(links)
+    remove_old_trees(place, manifest, tree)
+    save_manifest(place, manifest)
+    say(f"  ok  {'is already there' if present else 'installed'}: {', '.join(sorted(links))} ({name})")
+    if place.destdir:
+        say("  the guest is not part of it: run `kata guest build` on the machine where this is installed")
+        return
+    command = place.link("kata")
+    status = subprocess.run([command, "guest", "build", "--kernel", kernel], check=False).returncode
+    if status:
+        raise Refusal(
+            f"kata guest build failed with status {status}", f"see above; then {command} guest build"
+        )
+    guest = os.environ.get("KATA_GUEST_DIR") or os.path.join(
+        os.environ.get("KATA_STATE_DIR") or "/var/lib/kata", "guest"
+    )
+    manifest["guest"] = sorted(os.path.join(guest, name) for name in os.listdir(guest))
+    save_manifest(place, manifest)
+    if f"{place.prefix}/bin" not in os.get_exec_path():
+        say(f"warning: {place.prefix}/bin is not on your PATH")
+    say("Try: kata doctor, then: kata run --rm -it alpine sh")
+
+
+def remove_old_trees(place: Place, manifest: dict[str, list[str]], keep: str) -> None:
+    """Remove other versions, unless a sandbox still runs from one."""
+    for tree in [path for path in manifest["trees"] if path != keep]:
+        pids = running_from(tree)
+        if pids:
+            say(f"warning: {tree} stays: process {pids[0]} runs from it; the next make install removes it")
+            continue
+        shutil.rmtree(place.on_disk(tree), ignore_errors=True)
+        manifest["trees"].remove(tree)
+
+
+# ---- removing ----
+
+
+def uninstall(place: Place, force: bool, purge: bool, dry_run: bool) -> None:
+    """Remove what the manifest names, and with *purge* images, containers and the cache too.
+
+    Raises:
+        Refusal: Nothing is installed there, sandboxes still run, or this is not root.
+    """
+    manifest = load_manifest(place)
+    if not place.manifest.exists():
+        raise Refusal(
+            f"nothing is installed below {place.prefix}", "if you chose another, name it: PREFIX=..."
+        )
+    if os.geteuid() != 0 and not place.destdir:
+        raise Refusal(f"removing from {place.prefix} needs root", "sudo make uninstall")
+    running = [] if place.destdir else sandboxes()
+    if running and not dry_run:
+        text = f"{len(running)} sandboxes are still there: {', '.join(running[:5])}"
+        if not force:
+            raise Refusal(text, "kata ps, kata stop NAME, kata gc; or end them with FORCE=1")
+        say(f"warning: {text}; ending them, as told")
+        subprocess.run([place.link("kata"), "stop", "-t", "3", *running], check=False)
+        subprocess.run([place.link("kata"), "gc"], check=False)
+    state = Path(os.environ.get("KATA_STATE_DIR") or "/var/lib/kata")
+    cache = Path(os.environ.get("KATA_CACHE_DIR") or "/var/cache/kata")
+    doomed = [place.on_disk(path) for sort in ("links", "trees", "guest") for path in manifest[sort]]
+    if purge and not place.destdir:
+        doomed += [path for path in (state, cache) if path.is_dir()]
+        refuse_mounts(doomed)
+    for path in doomed:
+        remove(place, path, dry_run)
+    if dry_run:
+        return
+    place.manifest.unlink()
+    run = Path(os.environ.get("KATA_RUN_DIR") or "/run/kata")
+    emptied = [place.on_disk(place.library)]
+    if not place.destdir:
+        for name in OURS_IN_RUN - {"sandboxes"}:
+            if (run / name).is_file():
+                (run / name).unlink()
+        emptied += [state / "guest", state, run / "locks", run / "sandboxes", run]
+    for directory in emptied:
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # only if empty
+    say(f"kata is removed from {place.prefix}.")
+    kept = [] if place.destdir else [path for path in (state, cache) if path.is_dir()]
+    if kept:
+        say(f"Kept: {' and '.join(map(str, kept))} (images, containers, kernels). PURGE=1 removes them too.")
+    say("Debian packages that set-up installed stay.")
+
+
+def refuse_mounts(directories: list[Path]) -> None:
+    """Raise a Refusal if something is mounted below a directory that is to be removed."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        point = line.split()[4]
+        for directory in directories:
+            if point == str(directory) or point.startswith(f"{directory}/"):
+                raise Refusal(
+                    f"{point} is mounted, so {directory} cannot be removed", f"kata gc, or umount {point}"
+                )
+
+
+def remove(place: Place, path: Path, dry_run: bool) -> None:
+    """Remove one path. A link that somebody has pointed elsewhere is no longer ours and stays."""
+    if path.is_symlink() and "/lib/kata/" not in f"{os.path.dirname(path)}/{os.readlink(path)}":
+        say(f"warning: {path} stays: it is a link to {os.readlink(path)}, not to this kata")
+        return
+    if not os.path.lexists(path):
+        return
+    if dry_run:
+        print(f"would remove {path}")
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def main() -> int:
+    """Parse the arguments and do it; 1 after a refusal, with its words on stderr."""
+    parser = argparse.ArgumentParser(description="Install kata on this machine, or remove it.")
+    parser.add_argument("action", choices=["check", "install", "uninstall"])
+    kernels = ["auto", "small", "distro"]
+    option = parser.add_argument
+    option("--prefix", default="/usr/local", help="where to install (default %(default)s)")
+    option("--destdir", default="", help="put this before every path, to build a package")
+    option("--kernel", default="auto", choices=kernels, help="the guest's kernel (default %(default)s)")
+    option("--force", action="store_true", help="go on where another Kata, or a sandbox, is in use")
+    option("--purge", action="store_true", help="remove images, containers and cache, too")
+    option("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    options = parser.parse_args()
+    try:
+        place = Place(options.prefix, options.destdir)
+        if options.action == "uninstall":
+            uninstall(place, options.force, options.purge, options.dry_run)
+            return 0
+        check_machine(place, options.force or options.dry_run)
+        if options.action == "install":
+            install(place, options.kernel, options.dry_run)
+    except Refusal as refusal:
+        say(f"error: {refusal}\nhint: {refusal.hint}")
+        return 1
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"error: {options.action} failed: {error}\nhint: mend that and run it again")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
