@@ -36,8 +36,6 @@ COMMANDS = {"kata": "kata/__main__.py"}
 """Program on the PATH -> file in site-packages that it is a link to."""
 OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-monitor", "kata-ctl", "containerd-shim-kata-v2")
 """Programs of that name which are not ours belong to another Kata."""
-OURS_IN_RUN = {"sandboxes", "kvm-probe", "locks"}
-"""What this kata makes in its run directory."""
 
 
 class Refusal(Exception):
@@ -127,9 +125,11 @@ def other_katas(place: Place) -> list[str]:
             path = os.path.join(directory, name)
             if os.path.lexists(path) and not os.path.realpath(path).startswith(ours + "/"):
                 found.append(path)
-    for directory, known in (("/run/kata", OURS_IN_RUN), ("/run/vc", set())):
+    # The original keeps a directory for each sandbox in there; this one has a single directory, and files.
+    for directory, known in (("/run/kata", "sandboxes"), ("/run/vc", "")):
         with contextlib.suppress(OSError):
-            strangers = sorted(set(os.listdir(directory)) - known)
+            strangers = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+            strangers = [name for name in strangers if name != known]
             if strangers:
                 found.append(f"{directory}, which has {', '.join(strangers[:3])}")
     return list(dict.fromkeys(found))
@@ -326,10 +326,10 @@ def uninstall(place: Place, force: bool, purge: bool, dry_run: bool) -> None:
     run = Path(os.environ.get("KATA_RUN_DIR") or "/run/kata")
     emptied = [place.on_disk(place.library)]
     if not place.destdir:
-        for name in OURS_IN_RUN - {"sandboxes"}:
-            if (run / name).is_file():
-                (run / name).unlink()
-        emptied += [state / "guest", state, run / "locks", run / "sandboxes", run]
+        for path in run.glob("*"):
+            if path.is_file():  # results of probes and the like; a sandbox's things are in its directory
+                path.unlink()
+        emptied += [state / "guest", state, run / "sandboxes", run]
     for directory in emptied:
         with contextlib.suppress(OSError):
             directory.rmdir()  # only if empty
