@@ -17,8 +17,10 @@ import tarfile
 import time
 from typing import TYPE_CHECKING
 
-from ..engine.client import connect
+from ..engine.client import SANDBOX, EngineClient
 from ..errors import GuestProtocolError, KataError, NotFoundError, UsageError
+from ..proto import agentext_pb
+from ..proto.google_pb import Empty
 from . import records
 from .args import Command, Option
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any, BinaryIO
 
-    from ..engine.client import EngineClient
     from .args import Arguments
     from .records import Container
 
@@ -87,7 +88,7 @@ def _cp(arguments: Arguments) -> int:
 def _files(container: Container) -> Iterator[EngineClient]:
     """An engine whose agent has the container's root file system mounted."""
     if container.running():
-        with connect(container.socket) as engine:
+        with EngineClient(container.socket) as engine:
             yield engine
         return
     from . import session
@@ -104,27 +105,30 @@ class _Guest:
         self._id = container.id
         self._name = container.name
 
-    def stat(self, path: str, *, follow: bool) -> Any | None:
-        """The file's `FileInfo`, or None if there is none."""
+    def stat(self, path: str, *, follow: bool) -> agentext_pb.FileInfo | None:
+        """What is at *path*, or None if there is nothing."""
+        request = agentext_pb.StatFileRequest(container_id=self._id, path=os.fsencode(path), follow=follow)
         try:
-            return self._engine.stat_file(self._id, os.fsencode(path), follow=follow)
+            return self._engine.call(SANDBOX, "Stat", request, agentext_pb.FileInfo)
         except KataError as error:
             if error.grpc_code == NotFoundError.grpc_code:
                 return None
             raise
 
-    def need(self, path: str, *, follow: bool) -> Any:
+    def need(self, path: str, *, follow: bool) -> agentext_pb.FileInfo:
         found = self.stat(path, follow=follow)
         if found is None:
             raise NotFoundError(f"{self._name}:{path} does not exist", f"kata exec {self._name} ls {posixpath.dirname(path)}")
         return found
 
-    def entries(self, path: str) -> Iterator[Any]:
+    def entries(self, path: str) -> Iterator[agentext_pb.FileInfo]:
+        """A directory's entries, by name."""
         after = b""
         while True:
-            answer = self._engine.list_files(self._id, os.fsencode(path), after=after)
+            request = agentext_pb.ListFilesRequest(container_id=self._id, path=os.fsencode(path), after=after)
+            answer = self._engine.call(SANDBOX, "List", request, agentext_pb.ListFilesResponse)
             for info in answer.entries:
-                if info.name in (b"", b".", b"..") or b"/" in info.name or info.name <= after:
+                if info.name in (b"", b".", b"..") or b"/" in info.name or b"\0" in info.name or info.name <= after:
                     raise GuestProtocolError(f"the guest listed an impossible file name in {self._name}:{path}")
                 after = info.name
                 yield info
@@ -137,31 +141,48 @@ class _Guest:
         """The file's content, no more of it than it had when it was looked at."""
         offset = 0
         while offset < size:
-            data = self._engine.read_file(self._id, os.fsencode(path), offset, min(_PIECE, size - offset))
+            wanted = min(_PIECE, size - offset)
+            request = agentext_pb.ReadFileRequest(container_id=self._id, path=os.fsencode(path), offset=offset, len=wanted)
+            data = self._engine.call(SANDBOX, "Read", request, agentext_pb.ReadFileResponse).data
             if not data:
                 return
-            if len(data) > size - offset:
+            if len(data) > wanted:
                 raise GuestProtocolError(f"the guest sent more of {self._name}:{path} than was asked for")
             offset += len(data)
             yield data
 
     def write(self, path: str, content: BinaryIO, **attributes: int | None) -> None:
+        """Make the file anew with this content; a symbolic link at its place is replaced, not followed."""
+        here = self.stat(path, follow=False)
+        if here is not None and not stat.S_ISREG(here.mode):
+            self._remove(path)
         offset = 0
         while True:
             data = content.read(_PIECE)
             if not data and offset:
                 return
-            self._engine.write_file(self._id, os.fsencode(path), offset, data, truncate=offset == 0, **attributes)
+            request = agentext_pb.WriteFileRequest(
+                container_id=self._id, path=os.fsencode(path), offset=offset, data=data, truncate=offset == 0, **attributes
+            )
+            self._engine.call(SANDBOX, "Write", request, Empty)
             offset += len(data)
             if not data:
                 return
 
     def mkdir(self, path: str, **attributes: int | None) -> None:
-        self._engine.make_directory(self._id, os.fsencode(path), **attributes)
+        """Make the directory, or give the one that is there these attributes."""
+        request = agentext_pb.MkdirRequest(container_id=self._id, path=os.fsencode(path), parents=True, **attributes)
+        self._engine.call(SANDBOX, "Mkdir", request, Empty)
 
     def symlink(self, path: str, target: bytes, **attributes: int | None) -> None:
-        self._engine.remove_file(self._id, os.fsencode(path), missing_ok=True)
-        self._engine.make_symlink(self._id, os.fsencode(path), target, **attributes)
+        if self.stat(path, follow=False) is not None:
+            self._remove(path)
+        request = agentext_pb.SymlinkRequest(container_id=self._id, path=os.fsencode(path), target=target, **attributes)
+        self._engine.call(SANDBOX, "Symlink", request, Empty)
+
+    def _remove(self, path: str) -> None:
+        request = agentext_pb.RemoveFileRequest(container_id=self._id, path=os.fsencode(path))
+        self._engine.call(SANDBOX, "Remove", request, Empty)
 
 
 # ---- out of the container ----

@@ -88,7 +88,7 @@ def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
 
 
 def _exec(arguments: Arguments) -> int:
-    from ..engine.client import EngineGone, connect
+    from ..engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
     keys = detach_keys(arguments.value("detach_keys"))
@@ -102,7 +102,7 @@ def _exec(arguments: Arguments) -> int:
     process = _process(container, arguments)
     exec_id = os.urandom(16).hex()
     try:
-        with connect(container.socket) as client:
+        with EngineClient(container.socket) as client:
             if detach:
                 client.exec(container.id, exec_id, process, terminal=tty)
                 client.start(container.id, exec_id)
@@ -127,22 +127,20 @@ def _exec(arguments: Arguments) -> int:
                 streams.fifos.close()
                 raise
             status = streams.copy(detach_keys=keys)
-            lost = container.raw_state().get("error")
-            if status == 137 and lost:
-                raise VMLostError(f"container {container.name} was lost: {lost}", f"kata logs {container.name}")
+            if status == 137 and (cause := client.describe().get("error")):
+                raise session.lost(container, cause)
             client.delete(container.id, exec_id)
             return status
     except Detached:
         sys.stderr.write("\r\ndetached; the command goes on\r\n")
         return 0
-    except EngineGone:
-        raise VMLostError(
-            f"container {container.name} ended under the command: {container.raw_state().get('error') or 'it was stopped'}"
-        ) from None
+    except VMLostError as error:
+        cause = container.raw_state().get("error") or error.message
+        raise VMLostError(f"container {container.name} ended under the command: {cause}") from None
 
 
 def _attach(arguments: Arguments) -> int:
-    from ..engine.client import connect
+    from ..engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
     keys = detach_keys(arguments.value("detach_keys"))
@@ -158,7 +156,7 @@ def _attach(arguments: Arguments) -> int:
         raise UsageError(
             f"container {container.name} has a terminal, and standard input is none", "add --no-stdin"
         )
-    with connect(container.socket) as client:
+    with EngineClient(container.socket) as client:
         streams = session.Attachment(
             client, container, exec_id="", terminal=tty, stdin=stdin, prefix=f"attach-{os.urandom(4).hex()}"
         )
@@ -174,10 +172,10 @@ def _attach(arguments: Arguments) -> int:
         except Detached:
             sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
             return 0
+        cause = client.describe().get("error")
     session.wait_for_engine(container)
-    lost = container.raw_state().get("error")
-    if lost:
-        raise VMLostError(f"container {container.name} was lost: {lost}", f"kata logs {container.name}")
+    if cause:
+        raise session.lost(container, cause)
     return status
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ..engine import client as engine_client
-from ..errors import KataError, StateError, UsageError
+from ..engine.client import EngineClient
+from ..errors import HostError, KataError, NotFoundError, StateError, UsageError, VMLostError
 from . import records, session, signals
 from .args import Command, Option
 from .listing import need_running
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _GRACE = "10"
 _AFTER_KILL_S = 15.0
+_ENDED = (VMLostError, NotFoundError, HostError)
+"""What a call answers when the container, or its engine, ended before it."""
+_DEADLINE_EXCEEDED = 4
 
 COMMANDS = {
     "start": Command(
@@ -119,21 +122,31 @@ def stop(container: Container, grace_s: float) -> None:
     if state["status"] not in (records.RUNNING, records.PAUSED):
         return
     try:
-        with engine_client.connect(container.socket) as engine:
+        with EngineClient(container.socket) as engine:
             if state["status"] == records.PAUSED:
                 # A frozen process cannot act on a signal.
                 engine.resume(container.id)
             first = signals.number(container.record["stop_signal"])
             if grace_s > 0 and first != signals.number("KILL"):
                 engine.kill(container.id, first)
-                if engine.wait_or_none(container.id, timeout=grace_s) is not None:
+                if _ends_within(engine, container, grace_s):
                     return
-            engine.kill(container.id, signals.number("KILL"), all_processes=True)
-            engine.wait_or_none(container.id, timeout=_AFTER_KILL_S)
-    except (engine_client.EngineGone, engine_client.ProcessEnded):
+            engine.kill(container.id, signals.number("KILL"), everything=True)
+            _ends_within(engine, container, _AFTER_KILL_S)
+    except _ENDED:
         pass
     finally:
         session.wait_for_engine(container)
+
+
+def _ends_within(engine: EngineClient, container: Container, seconds: float) -> bool:
+    try:
+        engine.wait(container.id, timeout=seconds)
+    except KataError as error:
+        if error.grpc_code == _DEADLINE_EXCEEDED:
+            return False
+        raise
+    return True
 
 
 def _grace(arguments: Arguments) -> float:
@@ -173,9 +186,9 @@ def _kill(arguments: Arguments) -> int:
     def act(container: Container) -> None:
         need_running(container)
         try:
-            with engine_client.connect(container.socket) as engine:
-                engine.kill(container.id, number, all_processes=number == signals.number("KILL"))
-        except (engine_client.EngineGone, engine_client.ProcessEnded):
+            with EngineClient(container.socket) as engine:
+                engine.kill(container.id, number, everything=number == signals.number("KILL"))
+        except _ENDED:
             raise StateError(f"container {container.name} has just ended", f"kata ps -a | grep {container.name}") from None
 
     return _each(arguments.rest, act)
@@ -209,7 +222,7 @@ def _pause(arguments: Arguments) -> int:
     def act(container: Container) -> None:
         if need_running(container)["status"] == records.PAUSED:
             raise StateError(f"container {container.name} is paused already", f"kata resume {container.name}")
-        with engine_client.connect(container.socket) as engine:
+        with EngineClient(container.socket) as engine:
             engine.pause(container.id)
 
     return _each(arguments.rest, act)
@@ -219,7 +232,7 @@ def _resume(arguments: Arguments) -> int:
     def act(container: Container) -> None:
         if need_running(container)["status"] != records.PAUSED:
             raise StateError(f"container {container.name} is not paused", f"kata pause {container.name}")
-        with engine_client.connect(container.socket) as engine:
+        with EngineClient(container.socket) as engine:
             engine.resume(container.id)
 
     return _each(arguments.rest, act)
@@ -236,9 +249,9 @@ def wait(container: Container) -> int:
     """
     while container.running():
         try:
-            with engine_client.connect(container.socket) as engine:
+            with EngineClient(container.socket) as engine:
                 return engine.wait(container.id)
-        except (engine_client.EngineGone, KataError):
+        except KataError:
             # The record on disk says how it ended; it is written before the engine goes.
             time.sleep(0.02)
             if records.load(container.id) is None:

@@ -160,11 +160,11 @@ def need_running(container: Container) -> dict[str, Any]:
 
 
 def _top(arguments: Arguments) -> int:
-    from ..engine.client import connect
+    from ..engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
     need_running(container)
-    with connect(container.socket) as engine:
+    with EngineClient(container.socket) as engine:
         processes = engine.processes(container.id)
     if arguments.flag("json"):
         table.show_json([process.to_dict() for process in processes])
@@ -383,13 +383,12 @@ def _inspect(arguments: Arguments) -> int:
 
 
 def _describe(container: Container) -> dict[str, Any] | None:
-    from ..engine.client import connect
+    from ..engine.client import EngineClient
     from ..errors import KataError
 
     try:
-        with connect(container.socket) as engine:
-            facts: dict[str, Any] = json.loads(engine.describe())
-            return facts
+        with EngineClient(container.socket) as engine:
+            return engine.describe()
     except (KataError, OSError):
         return None  # it ended between our look at its state and our question
 

@@ -11,17 +11,17 @@ import time
 from typing import TYPE_CHECKING
 
 from .. import paths
-from ..engine import client as engine_client
+from ..engine.client import EngineClient
 from ..engine.launch import launch
 from ..errors import KataError, VMLostError
 from . import records
 from .pump import Detached, Fifos, Pump, RawTerminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
-    from ..engine.client import EngineClient
+    from ..engine.launch import Engine
     from .records import Container
 
 _PROXIED = (
@@ -98,10 +98,10 @@ def _say_once(topic: str, text: str) -> None:
     sys.stderr.flush()
 
 
-def _open(container: Container, started_ns: int) -> tuple[Any, EngineClient]:
+def _open(container: Container, started_ns: int) -> tuple[Engine, EngineClient]:
     engine = launch(settings(container, started_ns))
     try:
-        return engine, engine_client.connect(engine.sock_path)
+        return engine, EngineClient(engine.sock_path)
     except BaseException:
         engine.release()
         raise
@@ -165,6 +165,35 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0) -> None:
             return
         time.sleep(delay)
         delay = min(delay * 1.5, 0.05)
+
+
+@contextlib.contextmanager
+def opened_for_files(container: Container) -> Iterator[EngineClient]:
+    """Boot a stopped container's sandbox with its root file system mounted and none of its processes.
+
+    The specification the engine gets has no process, which the runtime specification allows until a start.
+    """
+    import json
+
+    # Nothing of the outside is needed to copy files, and no port must be taken for it.
+    chosen = settings(container, time.monotonic_ns())
+    chosen.update(network={"mode": "none", "ports": []}, auto_remove=False, record_state=False)
+    chosen.pop("log")
+    engine = launch(chosen)
+    try:
+        with EngineClient(engine.sock_path) as client:
+            bundle = os.path.join(paths.sandbox_dir(container.id), "bundle")
+            os.mkdir(bundle, 0o700)
+            with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
+                spec = json.load(file)
+            del spec["process"]
+            records.write_json(os.path.join(bundle, "config.json"), spec)
+            client.create(container.id, bundle)
+            yield client
+            client.delete(container.id)
+    finally:
+        engine.release()
+        wait_for_engine(container)
 
 
 # ---- attached ----
@@ -235,17 +264,13 @@ class Attachment:
             os.close(writer)
 
     def _lost(self, error: BaseException) -> BaseException:
-        if not isinstance(error, engine_client.EngineGone):
+        if not isinstance(error, VMLostError):
             return error
-        state = self._container.raw_state()
-        reason = state.get("error") or "its engine ended without a word"
-        return VMLostError(
-            f"container {self._container.name} was lost: {reason}", f"kata logs {self._container.name}"
-        )
+        return lost(self._container, self._container.raw_state().get("error") or "its engine was killed")
 
     def _close_stdin(self) -> None:
         with contextlib.suppress(KataError):
-            self._client.close_io(self._container.id, self._exec_id)
+            self._client.close_stdin(self._container.id, self._exec_id)
 
     def _raw_terminal(self) -> contextlib.AbstractContextManager[object]:
         if not self._terminal:
@@ -253,7 +278,7 @@ class Attachment:
         return RawTerminal(self._resize)
 
     def _resize(self, rows: int, columns: int) -> None:
-        self._aside(lambda other: other.resize_pty(self._container.id, self._exec_id, columns, rows))
+        self._aside(lambda other: other.resize(self._container.id, rows, columns, self._exec_id))
 
     @contextlib.contextmanager
     def _signals(self, proxied: bool) -> Any:
@@ -272,7 +297,7 @@ class Attachment:
 
     def _aside(self, what: Callable[[EngineClient], object]) -> None:
         """Make a call on a connection of its own: a signal handler may have interrupted a call on the other."""
-        with contextlib.suppress(KataError, OSError), engine_client.connect(self._container.socket) as other:
+        with contextlib.suppress(KataError, OSError), EngineClient(self._container.socket) as other:
             what(other)
 
 
@@ -320,26 +345,36 @@ def run_attached(
             raise
     try:
         status = streams.copy(detach_keys=detach_keys)
+        if timings:
+            timings(client.timings())
+        cause = end_of(client, container)
     except Detached:
         sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
         return 0
-    except VMLostError:
-        wait_for_engine(container)
-        raise
     finally:
-        entries = _timings(client) if timings else []
         client.close()
-    if timings:
-        timings(entries)
-    wait_for_engine(container)
-    lost = container.raw_state().get("error")
-    if lost:
-        raise VMLostError(f"container {container.name} was lost: {lost}", f"kata logs {container.name}")
+        if not container.running():
+            wait_for_engine(container)
+    if cause:
+        raise lost(container, cause)
     return status
 
 
-def _timings(client: EngineClient) -> list[Any]:
+def end_of(client: EngineClient, container: Container) -> str:
+    """Have a container that has ended taken down; nothing of its sandbox is left when this returns.
+
+    Returns:
+        Why its virtual machine was lost, or "" when its end was its own.
+    """
     try:
-        return list(client.timings())
+        cause = str(client.describe().get("error") or "")
+        client.delete(container.id)
     except KataError:
-        return []
+        # Somebody else took it down first (`kata rm -f`); what is on disk is the record.
+        return str(container.raw_state().get("error") or "")
+    return cause
+
+
+def lost(container: Container, cause: str) -> VMLostError:
+    """The error of a container whose virtual machine or engine went away under it."""
+    return VMLostError(f"container {container.name} was lost: {cause}", "kata doctor checks this machine")

@@ -6,8 +6,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from ..engine.client import connect
+from ..engine.client import EngineClient
 from ..errors import KataError
+from ..proto import cgroups_v1_pb
 from . import records, table
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ class _Look:
 
     __slots__ = ("at_ns", "blkio_read", "blkio_written", "cpu_ns", "memory", "memory_limit", "pids", "received", "sent")
 
-    def __init__(self, metrics: Any) -> None:
+    def __init__(self, metrics: cgroups_v1_pb.Metrics) -> None:
         self.at_ns = time.monotonic_ns()
         usage = metrics.memory.usage if metrics.memory else None
-        cache = metrics.memory.total_inactive_file if metrics.memory else 0
+        cache = metrics.memory.inactive_file if metrics.memory else 0
         self.cpu_ns = metrics.cpu.usage.total if metrics.cpu and metrics.cpu.usage else 0
         # Page cache that the kernel would give back at once is not counted, as in `docker stats`.
         self.memory = max((usage.usage if usage else 0) - cache, 0)
@@ -40,8 +41,9 @@ class _Look:
 
 def _look(container: Container) -> _Look | None:
     try:
-        with connect(container.socket) as engine:
-            return _Look(engine.stats(container.id))
+        with EngineClient(container.socket) as engine:
+            answer = engine.stats(container.id)
+            return _Look(cgroups_v1_pb.Metrics.decode(answer.value if answer else b""))
     except (KataError, OSError):
         return None  # it ended
 
