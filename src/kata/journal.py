@@ -100,7 +100,7 @@ class Entry:
 
 
 class Journal:
-    """A journal that is open for writing. Use `create`, `create_dir` or `open`, never the constructor."""
+    """A journal that is open for writing. Use `create`, `create_dir`, `open` or `attach`, never the constructor."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -219,6 +219,21 @@ class Journal:
             journal.close()
             raise
         return journal
+
+    @classmethod
+    def attach(cls, path: str) -> Journal:
+        """Open a journal to write to it, without reading what others wrote: `undo` does that.
+
+        For an engine in its first milliseconds; reading needs `json`.
+
+        Raises:
+            JournalError: There is none, or it cannot be written.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise JournalError(f"cannot open the journal {path}: {error.strerror}") from error
+        return cls(path, fd)
 
     def close(self) -> None:
         """Close the file; the journal stays on disk."""

@@ -1,12 +1,11 @@
 """Calls to the agent in the guest, with plain arguments and our own errors.
 
-What comes back was written by a hostile guest: numbers are range-checked where they are used as such, text is
-escaped and bounded before it becomes part of a message.
+What comes back was written by a hostile guest: numbers are range-checked where they are used as such, text
+is escaped and bounded before it becomes part of a message.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from ..errors import (
@@ -17,10 +16,8 @@ from ..errors import (
     GuestProtocolError,
     VMLostError,
 )
-from ..proto import agent_pb, google_pb, health_pb, types_pb
-from ..proto.codec import DecodeError
-from ..ttrpc.client import Client, ConnectionLost
-from ..ttrpc.status import TtrpcError
+from ..proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
+from ..ttrpc.status import DEADLINE_EXCEEDED, ConnectionLost, ProtocolError, TtrpcError
 from .text import escape_line
 
 if TYPE_CHECKING:
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..proto import oci_pb
     from ..proto.codec import Message
+    from ..ttrpc.client import Client
 
     M = TypeVar("M", bound=Message)
 
@@ -51,15 +49,18 @@ def command_error(message: str) -> CommandNotFoundError | CommandNotExecutableEr
     if any(words in message for words in COMMAND_NOT_FOUND):
         return CommandNotFoundError(message, "check the spelling, and that the image has this program")
     if any(words in message for words in COMMAND_NOT_EXECUTABLE):
-        return CommandNotExecutableError(message, "check the file's permissions and that it is built for this CPU")
+        return CommandNotExecutableError(
+            message, "check the file's permissions and that it is built for this CPU"
+        )
     return None
 
 
 class AgentClient:
     """One connection to one agent.
 
-    Every method raises `AgentError` (or a subclass) with the agent's words, `AgentTimeoutError` when it does not
-    answer, `VMLostError` when the connection is gone, and `GuestProtocolError` when the answer is not one.
+    Every method raises `AgentError` (or a subclass) with the agent's words, `AgentTimeoutError` when it does
+    not answer, `VMLostError` when the connection is gone, and `GuestProtocolError` when the answer is not
+    one.
 
     Args:
         client: The connected ttRPC client.
@@ -75,16 +76,16 @@ class AgentClient:
         try:
             return await self._client.call(service, method, request, answer, timeout=timeout_s)
         except TtrpcError as error:
+            if error.code == DEADLINE_EXCEEDED and timeout_s is not None:
+                raise AgentTimeoutError(
+                    f"the agent did not answer {method} within {timeout_s:g} s", code=error.code
+                ) from None
             text = escape_line(error.message)
-            if error.code == 4:  # DEADLINE_EXCEEDED
-                raise AgentTimeoutError(f"the agent did not answer {method} within {timeout_s:.0f} s", code=4) from None
             raise command_error(text) or AgentError(text, code=error.code) from None
-        except TimeoutError:
-            raise AgentTimeoutError(f"the agent did not answer {method} within {timeout_s:.0f} s", code=4) from None
+        except ProtocolError as error:
+            raise GuestProtocolError(f"the agent broke the protocol: {escape_line(str(error))}") from None
         except ConnectionLost as error:
             raise VMLostError(f"the connection to the agent ended: {escape_line(str(error))}") from None
-        except DecodeError as error:
-            raise GuestProtocolError(f"the agent's answer to {method} is malformed: {escape_line(str(error))}") from None
 
     async def _empty(self, method: str, request: Message, timeout_s: float | None = CALL_S) -> None:
         await self.call(AGENT, method, request, google_pb.Empty, timeout_s)
@@ -205,7 +206,9 @@ class AgentClient:
         method = "ReadStdout" if name == "stdout" else "ReadStderr"
         data = (await self.call(AGENT, method, request, agent_pb.ReadStreamResponse, None)).data
         if len(data) > size:
-            raise GuestProtocolError(f"the agent answered {method} with {len(data)} bytes instead of at most {size}")
+            raise GuestProtocolError(
+                f"the agent answered {method} with {len(data)} bytes instead of at most {size}"
+            )
         return data
 
     async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> None:
@@ -218,28 +221,16 @@ class AgentClient:
             data = data[answer.len :]
 
     async def close_stdin(self, container_id: str, exec_id: str) -> None:
-        await self._empty("CloseStdin", agent_pb.CloseStdinRequest(container_id=container_id, exec_id=exec_id))
+        await self._empty(
+            "CloseStdin", agent_pb.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
+        )
 
 
-async def wait_healthy(agent: AgentClient, lost: asyncio.Future[str], timeout_s: float) -> None:
-    """Return when the agent serves.
-
-    On a serial channel the question waits in the pipe until the guest's driver takes it, so one call is enough:
-    no polling, and the answer comes the moment that the agent can give it.
-
-    Args:
-        agent: Its connection.
-        lost: Ends with a reason when the virtual machine does.
-        timeout_s: Seconds.
-
-    Raises:
-        VMLostError: The virtual machine ended first.
-        AgentTimeoutError: It lives and is silent.
-    """
-    check = asyncio.ensure_future(agent.check(timeout_s))
-    done, _ = await asyncio.wait({check, lost}, return_when=asyncio.FIRST_COMPLETED)
-    if check in done:
-        check.result()
-        return
-    check.cancel()
-    raise VMLostError(lost.result())
+async def boot_times(agent: AgentClient) -> agentext_pb.BootTimesResponse | None:
+    """When the guest's kernel and agent were ready, by the guest's clock; None if this agent does not
+    tell."""
+    request = agentext_pb.BootTimesRequest()
+    try:
+        return await agent.call("kata.agent.v1.Boot", "Times", request, agentext_pb.BootTimesResponse, 10.0)
+    except AgentError:
+        return None

@@ -1,7 +1,7 @@
 """Text that a guest wrote, made fit for a terminal, a log or an error message.
 
-The guest is hostile: what it says may hold escape sequences that rewrite a terminal, line breaks that forge log
-lines, or megabytes. Everything from it passes through here first (design, rule 3).
+The guest is hostile: what it says may hold escape sequences that rewrite a terminal, line breaks that forge
+log lines, or megabytes. Everything from it passes through here first (design, rule 3).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def _visible(character: str) -> str:
 
 
 def escape_line(text: str, limit: int = MAX_BYTES) -> str:
-    """One line of printable characters, at most *limit* bytes of UTF-8; line breaks are shown as ``\\x0a``."""
+    """One line of printable characters, at most *limit* bytes of UTF-8; line breaks are shown as
+    ``\\x0a``."""
     # Cut first: escaping megabytes to throw them away would be the guest's way to spend the host's time.
     cut = text[:limit]
     shown = "".join(map(_visible, cut.rstrip()))

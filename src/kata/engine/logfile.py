@@ -1,11 +1,12 @@
 """A container's log: JSON lines, rotated, bounded.
 
-A record is ``{"time": RFC3339 with nanoseconds, "stream": "stdout"|"stderr", "log": text}``; output that is not
-UTF-8 is kept exactly as ``"log64"`` (base64) instead. A record holds what was read in one piece, up to 64 KiB, and
-may hold several lines or a part of one: readers split, so that a container that writes much costs little.
+A record is ``{"time": RFC3339 with nanoseconds, "stream": "stdout"|"stderr", "log": text}``; output that is
+not UTF-8 is kept exactly as ``"log64"`` (base64) instead. A record holds what was read in one piece, up to
+64 KiB, and may hold several lines or a part of one: readers split, so that a container that writes much
+costs little.
 
-``path`` is the newest file; ``path.1`` is older, and so on. Together they take at most ``files * max_bytes``.
-"""
+``path`` is the newest file; ``path.1`` is older, and so on. Together they take at most ``files *
+max_bytes``."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ def _incomplete_tail(data: bytes) -> int:
 class LogFile:
     """Writes a container's log. Not thread safe: one call at a time, on whatever thread.
 
-    A log that cannot be written (disk full) never hurts the container: records are dropped until writing works
-    again, and the gap is told in the log itself and once to *complain*.
+    A log that cannot be written (disk full) never hurts the container: records are dropped until writing
+    works again, and the gap is told in the log itself and once to *complain*.
 
     Args:
         path: The newest file.
@@ -68,7 +69,8 @@ class LogFile:
         self._held: dict[str, bytes] = {}
 
     def write(self, stream: str, data: bytes, *, last: bool = False) -> None:
-        """Append *data* of *stream* (``stdout`` or ``stderr``); *last* at its end of file. Never raises `OSError`."""
+        """Append *data* of *stream* (``stdout`` or ``stderr``); *last* at its end of file. Never raises
+        `OSError`."""
         held = self._held.pop(stream, b"")
         if held:
             data = held + data

@@ -1,8 +1,8 @@
 """One process of a container: what it is, which state it is in, how it ended.
 
 The same class serves a container's init (``exec_id`` is empty) and its execs. The states are those of
-containerd's Task API; what may follow what is a table, so an impossible order of events is an error with a name
-and not a surprise later.
+containerd's Task API; what may follow what is a table, so an impossible order of events is an error with a
+name and not a surprise later.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class Process:
         "exec_id",
         "exit_status",
         "exited_at_ns",
+        "lock",
         "oom_killed",
         "pid",
         "spec",
-        "started",
         "started_at_ns",
         "state",
         "stdio",
@@ -79,7 +79,9 @@ class Process:
         "watcher",
     )
 
-    def __init__(self, container_id: str, exec_id: str, stdio: Stdio, spec: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, container_id: str, exec_id: str, stdio: Stdio, spec: dict[str, Any] | None = None
+    ) -> None:
         self.container_id = container_id
         self.exec_id = exec_id
         self.stdio = stdio
@@ -91,8 +93,8 @@ class Process:
         self.started_at_ns = 0
         self.oom_killed = False
         self.error = ""
-        self.ended = asyncio.Event()
-        self.started = asyncio.Event()
+        self.ended = asyncio.Event()  # set when the end is on record and may be told
+        self.lock = asyncio.Lock()  # an end is not told while a start is being answered
         self.streams: ProcessStreams | None = None
         self.watcher: asyncio.Task[None] | None = None
 
@@ -126,7 +128,8 @@ class Process:
             raise StateError(f"cannot start a {self.state} process: {self.label}")
 
     def require_killable(self) -> None:
-        """Raises `NotFoundError` (``process already finished``, which clients parse) if there is nothing to signal."""
+        """Raises `NotFoundError` (``process already finished``, which clients parse) if there is nothing to
+        signal."""
         if self.state in (STOPPED, DELETED):
             raise NotFoundError(f"process already finished: {self.label}")
         if self.state == CREATED and self.exec_id:
@@ -161,10 +164,10 @@ class Process:
         self.to(RUNNING)
         self.pid = pid
         self.started_at_ns = time.time_ns()
-        self.started.set()
 
     def stop(self, status: int, at_ns: int, error: str = "") -> bool:
-        """Record the end. Returns False, and changes nothing, if it had ended before: the first reason stands.
+        """Take the end down. Returns False, and changes nothing, if it had ended before: the first reason
+        stands.
 
         Args:
             status: Exit status, 0 to 255.
@@ -177,5 +180,4 @@ class Process:
         self.exit_status = status
         self.exited_at_ns = at_ns
         self.error = error
-        self.ended.set()
         return True

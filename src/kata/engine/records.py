@@ -1,7 +1,7 @@
 """What the engine leaves on disk for those who look without it: ``state.json``.
 
-``ps``, ``wait``, ``inspect`` read it, during the container's life and after. It is replaced in one step, so a
-reader never sees half of it.
+``ps``, ``wait``, ``inspect`` read it, during the container's life and after. It is replaced in one step, so
+a reader never sees half of it.
 """
 
 from __future__ import annotations

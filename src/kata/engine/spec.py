@@ -1,8 +1,8 @@
 """What becomes of a container's runtime specification before it goes to the guest.
 
 Two steps: `for_guest` changes what cannot mean the same in the guest (host paths, the namespaces that the
-virtual machine itself stands for, hooks that run on the host), `to_message` turns the JSON object into the agent
-protocol's message.
+virtual machine itself stands for, hooks that run on the host), `to_message` turns the JSON object into the
+agent protocol's message.
 
 Sources: runtime-spec 1.1 config.md and config-linux.md; the agent protocol's notes on what a host changes.
 Unlike the original, limits for pids and block I/O and the seccomp profile are kept: our agent applies them.
@@ -17,9 +17,12 @@ from ..proto.codec import DecodeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from typing import Any
+    from typing import Any, TypeVar
 
     from ..proto import oci_pb
+    from ..proto.codec import Message
+
+    M = TypeVar("M", bound=Message)
 
 GUEST_RUN = "/run/kata-containers"
 GUEST_SHARE = f"{GUEST_RUN}/shared/containers"
@@ -31,7 +34,8 @@ TYPE_ANNOTATION = "io.katacontainers.pkg.oci.container_type"
 _GUEST_NAMESPACES = ("mount", "ipc", "uts", "pid", "cgroup", "user")
 """The virtual machine is the network and time namespace; the rest is made in it."""
 
-# JSON key -> field name, where it is not the key with a capital first letter. The names follow the Go structs.
+# JSON key -> field name, where it is not the key with a capital first letter. The names follow the Go
+# structs.
 _RENAMED = {
     "ociVersion": "Version",
     "uid": "UID",
@@ -126,7 +130,12 @@ def for_guest(
         mounts.append(changed)
     taken = {mount.get("destination") for mount in mounts}
     mounts += [
-        {"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rprivate", "rw"]}
+        {
+            "destination": destination,
+            "type": "bind",
+            "source": source,
+            "options": ["rbind", "rprivate", "rw"],
+        }
         for destination, source in files.items()
         if destination not in taken
     ]
@@ -156,7 +165,8 @@ def for_guest(
 
 
 def guest_resources(resources: Mapping[str, Any]) -> dict[str, Any]:
-    """Resource limits as the guest is to see them: the host's CPU and memory node numbers mean nothing there."""
+    """Resource limits as the guest is to see them: the host's CPU and memory node numbers mean nothing
+    there."""
     out = dict(resources)
     out.pop("network", None)
     if out.get("cpu"):
@@ -240,8 +250,10 @@ def resources_message(resources: Mapping[str, Any]) -> oci_pb.LinuxResources:
     return _convert(oci_pb.LinuxResources, guest_resources(resources), "the resource limits")
 
 
-def _convert(kind: type[Any], value: Mapping[str, Any], what: str) -> Any:
+def _convert(kind: type[M], value: Mapping[str, Any], what: str) -> M:
     try:
         return kind.from_dict(_fields(dict(value)))
     except (DecodeError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{what} cannot be used: {error}", "compare it with the OCI runtime specification") from None
+        raise ConfigError(
+            f"{what} cannot be used: {error}", "compare it with the OCI runtime specification"
+        ) from None

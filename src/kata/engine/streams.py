@@ -1,24 +1,23 @@
 """A process's standard streams: from the agent to fifos and log, from fifos to the agent.
 
 Output is read from the guest one piece at a time and handed, in order, to the log and to every sink (the
-foreground fifo, attached clients). A slow foreground sink holds the reading up, and so in the end the process in
-the guest: that is back-pressure. A sink that vanished is dropped and never hurts the container.
+foreground fifo, attached clients). A slow foreground sink holds the reading up, and so in the end the
+process in the guest: that is back-pressure. A sink that vanished is dropped and never hurts the container.
 
-Once the process has ended, what was in its pipes is finite: it is read to the end whatever the sinks do, so that
-an exit can be told after everything has been delivered, and a reader that is stuck cannot hold the exit up for
-ever (`ProcessStreams.finish`).
+Once the process has ended, what was in its pipes is finite: it is read to the end whatever the sinks do, so
+that an exit can be told after everything has been delivered, and a reader that is stuck cannot hold the exit
+up for ever (`ProcessStreams.finish`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
-import stat
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ..errors import KataError, UnsupportedError, UsageError
+from ..errors import KataError
+from .stdio import open_stream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
 READ_BYTES = 1 << 20
 """What one ReadStdout asks for; the agent answers as soon as there is anything."""
 STDIN_BYTES = 1 << 18
-PIPE_BYTES = 1 << 20
 STALL_S = 2.0
 """How long an ended process's exit waits for a sink that takes nothing. runc's shim waits as long."""
 ATTACHED_STALL_S = 30.0
-"""After how long without progress an attached client is dropped; only the foreground one may stop a container."""
+"""After how long without progress an attached client is dropped; only the foreground one may stop a
+container."""
 GUEST_EOF_S = 10.0
 """How long the agent may take between a process's exit and the end of its streams."""
 MAX_TAIL_BYTES = 16 << 20
@@ -41,40 +40,6 @@ MAX_TAIL_BYTES = 16 << 20
 
 class SinkGone(Exception):
     """Nobody reads any more."""
-
-
-def open_stream(path: str, flags: int) -> int:
-    """Open a fifo (or plain file) that the Task API named, without ever blocking.
-
-    Args:
-        path: A path or a ``fifo://`` or ``file://`` URI.
-        flags: O_RDONLY, O_WRONLY or O_RDWR.
-
-    Raises:
-        UnsupportedError: Another kind of URI.
-        UsageError: It cannot be opened, or is neither a fifo nor a file.
-    """
-    if "://" in path:
-        scheme, _, rest = path.partition("://")
-        if scheme not in ("fifo", "file"):
-            raise UnsupportedError(f"streams of the kind {scheme}:// are not supported: {path}", "use a fifo")
-        if scheme == "file" and flags != os.O_RDONLY:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        path = rest
-    try:
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UsageError(f"cannot open the stream {path}: {error.strerror}", "its reader has to be there first") from error
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISFIFO(mode):
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        except OSError:
-            pass  # over the user's pipe budget: only slower
-    elif not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
-        os.close(fd)
-        raise UsageError(f"cannot use {path} as a stream: it is neither a fifo nor a file")
-    return fd
 
 
 class Sink:
@@ -137,11 +102,25 @@ class OutputPump:
 
     Args:
         name: ``stdout`` or ``stderr``.
-        read: Gives the next piece, empty at the end; raises `KataError` or `ConnectionError` when the guest is lost.
+        read: Gives the next piece, empty at the end; raises `KataError` or `ConnectionError` when the guest
+            is lost.
         log: The container's log; None for an exec.
     """
 
-    __slots__ = ("_data", "_limit", "_log", "_pieces", "_read", "_space", "delivered", "guest_eof", "name", "sinks", "size", "tail")
+    __slots__ = (
+        "_data",
+        "_limit",
+        "_log",
+        "_pieces",
+        "_read",
+        "_space",
+        "delivered",
+        "guest_eof",
+        "name",
+        "sinks",
+        "size",
+        "tail",
+    )
 
     def __init__(self, name: str, read: Callable[[], Awaitable[bytes]], log: Log | None) -> None:
         self.name = name
@@ -336,7 +315,8 @@ class InputPump:
             await self.close_process_stdin()
 
     async def close_process_stdin(self) -> None:
-        """Close the process's stdin, behind what was written before. Once; a process that is gone is no error."""
+        """Close the process's stdin, behind what was written before. Once; a process that is gone is no
+        error."""
         if self._closed:
             return
         self._closed = True
@@ -436,7 +416,9 @@ class ProcessStreams:
             await asyncio.wait(ends, timeout=GUEST_EOF_S)
         for pump in running:
             pump.cut()
-        waiting = [pump.delivered for pump in running if pump.delivered is not None and not pump.delivered.done()]
+        waiting = [
+            pump.delivered for pump in running if pump.delivered is not None and not pump.delivered.done()
+        ]
         while waiting:
             before = sum(pump.moved for pump in running)
             _, pending = await asyncio.wait(waiting, timeout=STALL_S)
@@ -447,7 +429,11 @@ class ProcessStreams:
     @property
     def lingering(self) -> list[asyncio.Task[None]]:
         """Deliveries that are not complete: a reader is there but takes its time."""
-        return [pump.delivered for pump in self.outputs if pump.delivered is not None and not pump.delivered.done()]
+        return [
+            pump.delivered
+            for pump in self.outputs
+            if pump.delivered is not None and not pump.delivered.done()
+        ]
 
     def close(self) -> None:
         """Let go of everything at once, delivered or not."""

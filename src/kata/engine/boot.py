@@ -1,0 +1,268 @@
+"""How a sandbox comes up, from top to bottom.
+
+`power_on` runs before anything heavy is imported: the virtual machine boots while Python loads the rest of
+the engine. `bring_up` then waits for the agent and tells the guest what it has to know.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from ..errors import KataError
+from ..hypervisor import qemu_process, slots
+from ..hypervisor.settings import Disk, Nic, VMSettings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from typing import Any
+
+    from ..agent.client import AgentClient
+    from ..children import Child
+    from ..journal import Journal
+    from .sandbox import Sandbox
+    from .volumes import Share
+
+READY_S = {"kvm": 30.0, "tcg": 60.0}
+"""How long a guest may take to answer, by accelerator; it takes a second, but a host may be busy."""
+CONSOLE_NAME = "console.log"
+SHARE_MOUNT_OPTIONS = ["trans=virtio", "version=9p2000.L", "msize=512000", "cache=mmap", "nosuid", "nodev"]
+SEED_BYTES = 512
+
+
+class Machine:
+    """What `power_on` made.
+
+    Attributes:
+        process: The hypervisor's process.
+        share: The share, if the sandbox has one.
+        wire: What carries the network, if it has one.
+        started_ns: When the hypervisor was started.
+    """
+
+    __slots__ = ("process", "share", "started_ns", "wire")
+
+    def __init__(self) -> None:
+        self.process: qemu_process.QemuProcess | None = None
+        self.share: Share | None = None
+        self.wire: Child | None = None
+        self.started_ns = 0
+
+
+def needs_share(settings: dict[str, Any]) -> bool:
+    """Whether anything of the host is to be seen in the guest."""
+    return (
+        bool(settings.get("volumes"))
+        or settings.get("rootfs", {}).get("kind") == "share"
+        or settings.get("share") is True
+    )
+
+
+def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: Machine) -> None:
+    """Start the hypervisor and its helpers.
+
+    Args:
+        settings: The sandbox's.
+        run_dir: Its directory.
+        journal: Its journal.
+        machine: Is filled in, as far as it gets.
+
+    Raises:
+        KataError: Something is missing on this host.
+    """
+    if needs_share(settings):
+        from . import volumes
+
+        volumes.own_namespace()
+        machine.share = volumes.Share(run_dir, journal)
+        machine.share.prepare()
+    network = settings.get("network") or {}
+    nic_fd = helper_fd = -1
+    if network.get("mode", "none") != "none":
+        nic_fd, helper_fd = qemu_process.socketpair()
+    try:
+        vm = vm_settings(settings, run_dir, machine.share, nic_fd)
+        machine.started_ns = time.monotonic_ns()
+        machine.process = qemu_process.spawn(vm, journal)
+        if helper_fd >= 0:
+            from ..network import user
+
+            machine.wire = user.start(network, helper_fd, journal, run_dir)
+    finally:
+        if helper_fd >= 0:
+            os.close(helper_fd)
+
+
+def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic_fd: int) -> VMSettings:
+    """The virtual machine that *settings* describe; *nic_fd* is the hypervisor's end of the wire, or -1."""
+    hypervisor = settings["hypervisor"]
+    disks: list[Disk | None] = [
+        Disk(disk["path"], bool(disk["readonly"]), disk.get("serial", ""), bool(disk.get("ephemeral")))
+        if disk
+        else None
+        for disk in settings.get("disks", ())
+    ]
+    nic = Nic(mac_address(settings["id"]), nic_fd) if nic_fd >= 0 else None
+    return VMSettings(
+        name=f"kata-{settings['id'][:40]}",
+        run_dir=run_dir,
+        kernel=hypervisor["kernel"],
+        initrd=hypervisor["initrd"],
+        cmdline=hypervisor.get("cmdline", ""),
+        accel=hypervisor["accel"],
+        binary=hypervisor.get("path", ""),
+        vcpus=settings.get("vcpus", 1),
+        memory_mib=settings.get("memory_mib", 2048),
+        disks=disks,
+        share_dir=share.path if share is not None else "",
+        nic=nic,
+    )
+
+
+def mac_address(sandbox_id: str) -> str:
+    """A locally administered address that follows from the id, so that a restart keeps it."""
+    number = 0
+    for character in sandbox_id.encode():  # FNV-1a; hashlib would cost a millisecond of imports
+        number = (number ^ character) * 0x01000193 & 0xFFFFFFFF
+    tail = ":".join(f"{number >> shift & 0xFF:02x}" for shift in (24, 16, 8, 0))
+    return f"02:6b:{tail}"
+
+
+# ---- from here on the event loop runs ----
+
+
+async def bring_up(sandbox: Sandbox) -> AgentClient:
+    """Wait for the agent and set the guest up, all at once where one thing does not need the other.
+
+    Returns:
+        The agent, ready for CreateContainer. The network may still be on its way (`Sandbox.network_up`).
+
+    Raises:
+        KataError: With the last step that was reached, whether the machine lives, and what its console said.
+    """
+    step = _Step()
+    try:
+        return await _bring_up(sandbox, step)
+    except KataError as error:
+        raise explain(sandbox, step.name, error) from error
+
+
+class _Step:
+    __slots__ = ("name",)
+
+    def __init__(self) -> None:
+        self.name = "starting the hypervisor"
+
+
+async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
+    import asyncio
+
+    from ..proto import agent_pb
+
+    settings, timings = sandbox.settings, sandbox.timings
+    agent = await sandbox.connect_agent()
+
+    step.name = "waiting for the agent in the guest"
+    await _healthy(agent, sandbox.lost, READY_S[settings["hypervisor"]["accel"]])
+    answered_ns = time.monotonic_ns()
+
+    step.name = "setting up the guest"
+    storages = []
+    if sandbox.share is not None:
+        from .spec import GUEST_SHARE
+
+        storages.append(
+            agent_pb.Storage(
+                driver="9p",
+                source=slots.SHARE_TAG,
+                fstype="9p",
+                options=SHARE_MOUNT_OPTIONS,
+                mount_point=GUEST_SHARE,
+            )
+        )
+    network = settings.get("network") or {}
+    request = agent_pb.CreateSandboxRequest(
+        hostname=network.get("hostname", ""), dns=sandbox.dns, storages=storages, sandbox_id=sandbox.id
+    )
+    sandbox.network = asyncio.ensure_future(_network(sandbox, agent))
+    calls = [
+        agent.create_sandbox(request),
+        agent.set_time(time.time_ns()),
+        agent.reseed(os.urandom(SEED_BYTES)),
+    ]
+    if settings.get("timings"):
+        calls.append(_guest_times(sandbox, agent, answered_ns))
+    await sandbox.unless_lost(asyncio.gather(*calls))
+    timings.add("agent", answered_ns)
+    return agent
+
+
+async def _healthy(agent: AgentClient, lost: asyncio.Future[KataError], timeout_s: float) -> None:
+    """Return when the agent serves.
+
+    On a serial channel the question waits in the pipe until the guest's driver takes it: one call is enough,
+    no polling, and the answer comes the moment that the agent can give it.
+    """
+    import asyncio
+
+    check = asyncio.ensure_future(agent.check(timeout_s))
+    both: set[asyncio.Future[Any]] = {check, lost}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            raise lost.result()
+        await check
+    finally:
+        check.cancel()
+
+
+async def _network(sandbox: Sandbox, agent: AgentClient) -> None:
+    """Addresses and routes of the guest's interface."""
+    if sandbox.wire_config is None:
+        return
+    began = time.monotonic_ns()
+    config = sandbox.wire_config
+    await agent.update_interface(config.interface)
+    await agent.update_routes(config.routes)
+    sandbox.timings.add("network", began)
+
+
+async def _guest_times(sandbox: Sandbox, agent: AgentClient, answered_ns: int) -> None:
+    """Split the time until the agent's first answer by what the guest's own clock says."""
+    from ..agent.client import boot_times
+
+    times = await boot_times(agent)
+    if times is None:
+        return
+    started = sandbox.machine.started_ns
+    # The guest's clock began with its kernel; the answer was on its way for less than a millisecond.
+    kernel_began = max(started, answered_ns - times.ready_ns)
+    agent_began = min(answered_ns, kernel_began + times.kernel_ns)
+    sandbox.timings.add("hypervisor process", started, kernel_began)
+    sandbox.timings.add("kernel", kernel_began, agent_began)
+    sandbox.timings.add("agent start", agent_began, answered_ns)
+
+
+def explain(sandbox: Sandbox, step: str, error: KataError) -> KataError:
+    """*error* with what helps to find out why a guest did not come up; the class stays."""
+    from ..agent.text import last_lines
+
+    hypervisor = sandbox.settings["hypervisor"]
+    vm = sandbox.vm
+    if vm is None:
+        return error
+    state = "still running" if sandbox.vm_runs else "gone"
+    text = (
+        f"{error.message} (while {step}; the virtual machine is {state};"
+        f" kernel {hypervisor['kernel']}, initrd {hypervisor['initrd']})"
+    )
+    lines = last_lines(vm.console_tail().encode())
+    if lines:
+        text += "\nthe guest's console ends with:\n" + "\n".join(f"  {line}" for line in lines)
+    else:
+        text += "; the guest wrote nothing to its console"
+    error.message = text
+    error.args = (text,)
+    error.hint = error.hint or "kata guest info shows the guest's files, kata doctor checks the host"
+    return error

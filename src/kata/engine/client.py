@@ -1,0 +1,268 @@
+"""A door's way to an engine that runs: blocking calls, no event loop, light to import.
+
+Errors come back as the classes they were raised as on the other side, so that a door can tell "no such
+command" from "no such container".
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import (
+    AgentError,
+    AlreadyExistsError,
+    CommandNotExecutableError,
+    CommandNotFoundError,
+    HostError,
+    KataError,
+    NotFoundError,
+    ResourceExhaustedError,
+    StateError,
+    UnsupportedError,
+    UsageError,
+    VMLostError,
+)
+from ..proto import sandbox_pb, task_pb
+from ..proto.google_pb import Any as AnyMessage
+from ..proto.google_pb import Empty
+from ..ttrpc.status import ConnectionLost, TtrpcError
+from ..ttrpc.sync_client import Client, connect
+
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from ..proto import agentext_pb
+    from ..proto.codec import Message
+
+    M = TypeVar("M", bound=Message)
+
+TASK = "containerd.task.v2.Task"
+SANDBOX = "kata.sandbox.v1.Sandbox"
+PROCESS_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Process"
+RESOURCES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+
+_BY_CODE: dict[int, type[KataError]] = {
+    3: UsageError,
+    5: NotFoundError,
+    6: AlreadyExistsError,
+    8: ResourceExhaustedError,
+    9: StateError,
+    12: UnsupportedError,
+    14: VMLostError,
+}
+_NOT_FOUND = ("executable file not found in $PATH", "no such file or directory")
+_NOT_EXECUTABLE = ("permission denied", "exec format error", "is a directory")
+
+
+def to_error(error: TtrpcError) -> KataError:
+    """The error that an engine's answer stands for."""
+    message, hint = error.split_hint()
+    if 'exec: "' in message:
+        if any(words in message for words in _NOT_FOUND):
+            return CommandNotFoundError(message, hint)
+        if any(words in message for words in _NOT_EXECUTABLE):
+            return CommandNotExecutableError(message, hint)
+    kind = _BY_CODE.get(error.code)
+    if kind is not None:
+        return kind(message, hint)
+    return AgentError(message, hint, code=error.code)
+
+
+class EngineClient:
+    """A connection to one engine.
+
+    Every call may be made from any thread, also while another waits. They raise the `KataError` that the
+    engine answered with, and `VMLostError` when the engine is gone.
+
+    Args:
+        sock_path: The engine's socket.
+
+    Raises:
+        NotFoundError: There is no such socket.
+        HostError: Nobody listens on it (the engine was killed), or it may not be opened.
+    """
+
+    def __init__(self, sock_path: str) -> None:
+        self.sock_path = sock_path
+        try:
+            self._client: Client = connect(sock_path)
+        except FileNotFoundError:
+            raise NotFoundError(f"no engine is running at {sock_path}") from None
+        except OSError as error:
+            raise HostError(f"cannot reach the engine at {sock_path}: {error.strerror}", "kata gc") from None
+
+    def fileno(self) -> int:
+        """The connection's descriptor; readable at its end (and when an answer to a call in flight has
+        come)."""
+        return self._client.fileno()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+    def __enter__(self) -> EngineClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(
+        self, service: str, method: str, request: Message, answer: type[M], timeout: float | None = None
+    ) -> M:
+        """Any call of the two services."""
+        try:
+            return self._client.call(service, method, request, answer, timeout=timeout)
+        except TtrpcError as error:
+            raise to_error(error) from None
+        except ConnectionLost:
+            raise VMLostError(
+                "the container's engine ended while it was being asked",
+                f"its last words may be in {os.path.dirname(self.sock_path)}/engine.log",
+            ) from None
+
+    def _task(self, method: str, request: Message, answer: type[M], timeout: float | None = None) -> M:
+        return self.call(TASK, method, request, answer, timeout)
+
+    # ---- the life of a container ----
+
+    def create(
+        self,
+        container_id: str,
+        bundle: str,
+        *,
+        terminal: bool = False,
+        stdin: str = "",
+        stdout: str = "",
+        stderr: str = "",
+    ) -> int:
+        """Boot, if need be, and make the container; its host pid. When it returns, all fifos have been
+        opened."""
+        request = task_pb.CreateTaskRequest(
+            id=container_id, bundle=bundle, terminal=terminal, stdin=stdin, stdout=stdout, stderr=stderr
+        )
+        return self._task("Create", request, task_pb.CreateTaskResponse).pid
+
+    def exec(
+        self,
+        container_id: str,
+        exec_id: str,
+        process: dict[str, Any],
+        *,
+        terminal: bool = False,
+        stdin: str = "",
+        stdout: str = "",
+        stderr: str = "",
+    ) -> None:
+        """Add a process (an OCI process object); `start` runs it. When it returns, all fifos have been
+        opened."""
+        import json
+
+        spec = AnyMessage(type_url=PROCESS_TYPE, value=json.dumps(process).encode())
+        request = task_pb.ExecProcessRequest(
+            id=container_id,
+            exec_id=exec_id,
+            terminal=terminal,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            spec=spec,
+        )
+        self._task("Exec", request, Empty)
+
+    def start(self, container_id: str, exec_id: str = "") -> int:
+        """Run the init or an exec; its host pid.
+
+        Raises:
+            CommandNotFoundError, CommandNotExecutableError: Of an exec; `create` raises them for the init.
+        """
+        return self._task(
+            "Start", task_pb.StartRequest(id=container_id, exec_id=exec_id), task_pb.StartResponse
+        ).pid
+
+    def wait(self, container_id: str, exec_id: str = "", timeout: float | None = None) -> int:
+        """The exit status, once the process has ended and its output has been delivered."""
+        request = task_pb.WaitRequest(id=container_id, exec_id=exec_id)
+        return self._task("Wait", request, task_pb.WaitResponse, timeout).exit_status
+
+    def kill(self, container_id: str, signal: int, exec_id: str = "", *, everything: bool = False) -> None:
+        """Send a signal."""
+        request = task_pb.KillRequest(id=container_id, exec_id=exec_id, signal=signal, all=everything)
+        self._task("Kill", request, Empty)
+
+    def delete(self, container_id: str, exec_id: str = "") -> int:
+        """Forget an exec, or take the container down; its exit status. For the human door nothing of the
+        sandbox is left on the host when this returns."""
+        request = task_pb.DeleteRequest(id=container_id, exec_id=exec_id)
+        return self._task("Delete", request, task_pb.DeleteResponse).exit_status
+
+    def state(self, container_id: str, exec_id: str = "") -> task_pb.StateResponse:
+        return self._task(
+            "State", task_pb.StateRequest(id=container_id, exec_id=exec_id), task_pb.StateResponse
+        )
+
+    def pids(self, container_id: str) -> list[int]:
+        answer = self._task("Pids", task_pb.PidsRequest(id=container_id), task_pb.PidsResponse)
+        return [one.pid for one in answer.processes]
+
+    def pause(self, container_id: str) -> None:
+        self._task("Pause", task_pb.PauseRequest(id=container_id), Empty)
+
+    def resume(self, container_id: str) -> None:
+        self._task("Resume", task_pb.ResumeRequest(id=container_id), Empty)
+
+    def close_stdin(self, container_id: str, exec_id: str = "") -> None:
+        """End of file for the process, after what is in its stdin fifo."""
+        self._task("CloseIO", task_pb.CloseIORequest(id=container_id, exec_id=exec_id, stdin=True), Empty)
+
+    def resize(self, container_id: str, rows: int, columns: int, exec_id: str = "") -> None:
+        request = task_pb.ResizePtyRequest(id=container_id, exec_id=exec_id, width=columns, height=rows)
+        self._task("ResizePty", request, Empty)
+
+    def stats(self, container_id: str) -> AnyMessage | None:
+        """An Any of ``io.containerd.cgroups.v1.Metrics`` (`kata.proto.cgroups_v1_pb`)."""
+        return self._task("Stats", task_pb.StatsRequest(id=container_id), task_pb.StatsResponse).stats
+
+    def update(self, container_id: str, resources: dict[str, Any]) -> None:
+        """Change limits (an OCI LinuxResources object)."""
+        import json
+
+        wrapped = AnyMessage(type_url=RESOURCES_TYPE, value=json.dumps(resources).encode())
+        self._task("Update", task_pb.UpdateTaskRequest(id=container_id, resources=wrapped), Empty)
+
+    def connect(self, container_id: str) -> task_pb.ConnectResponse:
+        return self._task("Connect", task_pb.ConnectRequest(id=container_id), task_pb.ConnectResponse)
+
+    def shutdown(self, container_id: str, *, now: bool = False) -> None:
+        """Take the sandbox down if it has no containers, or *now*."""
+        self._task("Shutdown", task_pb.ShutdownRequest(id=container_id, now=now), Empty)
+
+    # ---- what containerd has no words for ----
+
+    def attach(
+        self, container_id: str, exec_id: str = "", *, stdin: str = "", stdout: str = "", stderr: str = ""
+    ) -> None:
+        """Take part in a process's streams through fifos, which have been opened when this returns."""
+        request = sandbox_pb.AttachRequest(
+            id=container_id, exec_id=exec_id, stdin=stdin, stdout=stdout, stderr=stderr
+        )
+        self.call(SANDBOX, "Attach", request, Empty)
+
+    def processes(self, container_id: str) -> list[agentext_pb.ProcessInfo]:
+        """The processes in the guest, by the guest's numbers."""
+        from ..proto import agentext_pb
+
+        request = agentext_pb.ListProcessesRequest(container_id=container_id)
+        return self.call(SANDBOX, "Processes", request, agentext_pb.ListProcessesResponse).processes
+
+    def timings(self) -> list[sandbox_pb.Timing]:
+        """Where the time of the start went, relative to ``door_started_ns``."""
+        return self.call(SANDBOX, "Timings", sandbox_pb.TimingsRequest(), sandbox_pb.TimingsResponse).timings
+
+    def describe(self) -> dict[str, Any]:
+        """The sandbox's facts; ``error`` says why the machine was lost, if it was."""
+        import json
+
+        answer = self.call(SANDBOX, "Describe", sandbox_pb.DescribeRequest(), sandbox_pb.DescribeResponse)
+        found: dict[str, Any] = json.loads(answer.json)
+        return found

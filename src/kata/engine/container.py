@@ -1,0 +1,466 @@
+"""One container of a sandbox: from the bundle to the last of its processes.
+
+The one place where create, start, exec, kill and delete happen; every door ends up here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING
+
+from ..agent.text import escape_line
+from ..errors import (
+    AlreadyExistsError,
+    GuestProtocolError,
+    KataError,
+    NotFoundError,
+    StateError,
+    UsageError,
+)
+from ..proto import events_pb, google_pb
+from . import prepare, rootfs, spec
+from .logfile import LogFile
+from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
+from .records import StateFile, rfc3339
+from .streams import Log
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..agent.client import AgentClient
+    from .sandbox import Sandbox
+
+EXECS_END_S = 2.0
+"""How long an ended init waits for the ends of its container's execs: they die with it, at the same
+moment."""
+OOM_NOTICE_S = 0.1
+REMOVE_S = 20
+_SIGKILL = 9
+
+
+def timestamp(ns: int) -> google_pb.Timestamp | None:
+    """The protocol's form of nanoseconds of the epoch; absent for 0."""
+    return google_pb.Timestamp(seconds=ns // 10**9, nanos=ns % 10**9) if ns else None
+
+
+class Container:
+    """A container.
+
+    Args:
+        sandbox: Whose it is.
+        container_id: Its id.
+        bundle: Directory of its ``config.json``.
+        config: The content of that.
+        stdio: Where its init's streams go.
+    """
+
+    def __init__(
+        self, sandbox: Sandbox, container_id: str, bundle: str, config: dict[str, Any], stdio: Stdio
+    ) -> None:
+        self.sandbox = sandbox
+        self.id = container_id
+        self.bundle = bundle
+        self.config = config
+        self.init = Process(container_id, "", stdio)
+        self.execs: dict[str, Process] = {}
+        self.created_at_ns = 0
+        own = container_id == sandbox.id
+        directory = sandbox.settings.get("container_dir") or ""
+        state_path = os.path.join(directory, "state.json") if own and directory else ""
+        self.state_file = StateFile(state_path, sandbox.identity)
+        self.log = self._open_log() if own else None
+        self._oom = asyncio.Event()
+        self._shared = prepare.Shared(sandbox, container_id)
+        self._removed = False
+
+    def _open_log(self) -> Log | None:
+        wanted = self.sandbox.settings.get("log") or {}
+        if not wanted.get("path"):
+            return None
+        file = LogFile(wanted["path"], wanted["max_bytes"], wanted["files"], self.sandbox.complain)
+        return Log(file)
+
+    # ---- create ----
+
+    async def create(self) -> None:
+        """Make it in the guest, up to the point where only `start` is missing.
+
+        Raises:
+            KataError: Whatever went wrong; nothing of the container is left then.
+        """
+        sandbox = self.sandbox
+        self.init.streams = prepare.open_streams(sandbox, self.init, self.log)
+        try:
+            sources = await sandbox.helper(self._shared.add_all, self.config)
+            agent = await sandbox.ready()
+            began = time.monotonic_ns()
+            message = spec.to_message(await self._guest_spec(agent, sources))
+            storages = rootfs.storages(self.id, sandbox.settings.get("rootfs") or {})
+            await agent.create_container(self.id, message, storages)
+            sandbox.timings.add("root file system", began)
+        except BaseException:
+            self.init.streams.close()
+            if self.log is not None:
+                self.log.close()
+            await sandbox.helper(self._shared.remove_all)
+            raise
+        self.created_at_ns = time.time_ns()
+        self.init.pid = sandbox.host_pid
+        self.init.watcher = asyncio.create_task(self._watch(self.init, agent))
+        self.record(status=CREATED, pid=self.init.pid, created_at=rfc3339(self.created_at_ns))
+        stdio = self.init.stdio
+        sandbox.publish(
+            "/tasks/create",
+            events_pb.TaskCreate(
+                container_id=self.id,
+                bundle=self.bundle,
+                io=events_pb.TaskIO(
+                    stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr, terminal=stdio.terminal
+                ),
+                pid=self.init.pid,
+            ),
+        )
+
+    async def _guest_spec(self, agent: AgentClient, sources: dict[str, str]) -> dict[str, Any]:
+        for what in sorted(set(spec.dropped(self.config))):
+            self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
+        config = spec.for_guest(
+            self.config,
+            rootfs=rootfs.path(self.id),
+            bundle=self.bundle,
+            container_type="single_container",
+            sources=sources,
+            files=await prepare.etc_files(self.sandbox, agent, self.config, self.id, self._shared),
+            cgroups_path=f"/{self.id}",
+        )
+        config["process"]["terminal"] = self.init.stdio.terminal
+        return config
+
+    async def _close_unused_stdin(self, process: Process, agent: AgentClient) -> None:
+        """No stdin means /dev/null: the process sees its end at once. A terminal stays open."""
+        if process.streams is not None and process.streams.input is None and not process.stdio.terminal:
+            try:
+                await agent.close_stdin(self.id, process.exec_id or self.id)
+            except KataError:
+                pass  # it has ended already
+
+    # ---- start, exec ----
+
+    def process(self, exec_id: str) -> Process:
+        """The init for an empty id, else that exec.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        if not exec_id:
+            return self.init
+        found = self.execs.get(exec_id)
+        if found is None:
+            raise NotFoundError(f"process {exec_id!r} does not exist in container {self.id!r}")
+        return found
+
+    def add_exec(self, exec_id: str, stdio: Stdio, process_spec: dict[str, Any]) -> Process:
+        """Take an exec down; `start` makes it.
+
+        Raises:
+            AlreadyExistsError: The id is taken.
+            StateError: The container is paused or has ended.
+            KataError: A stream cannot be opened, or the specification is malformed.
+        """
+        if not exec_id or exec_id in self.execs or exec_id == self.id:
+            raise AlreadyExistsError(f"process id {exec_id!r} is taken in container {self.id!r}")
+        if self.init.state not in (CREATED, RUNNING):
+            raise StateError(f"cannot exec in a {self.init.state} container: {self.id!r}")
+        spec.process_message(process_spec)  # what is malformed is said now, not at the start
+        process = Process(self.id, exec_id, stdio, process_spec)
+        process.streams = prepare.open_streams(self.sandbox, process, None)
+        self.execs[exec_id] = process
+        self.sandbox.publish(
+            "/tasks/exec-added", events_pb.TaskExecAdded(container_id=self.id, exec_id=exec_id)
+        )
+        return process
+
+    async def start(self, exec_id: str) -> Process:
+        """Start the init or an exec; its pid is set when this returns.
+
+        Raises:
+            NotFoundError: No such process.
+            StateError: It was started before.
+            KataError: The command cannot be executed, the guest refused, or the machine is gone.
+        """
+        process = self.process(exec_id)
+        async with process.lock:
+            process.require_startable()
+            agent = await self.sandbox.ready()
+            if exec_id:
+                await self._start_exec(process, agent)
+            else:
+                await self._start_init(process, agent)
+        return process
+
+    async def _start_init(self, process: Process, agent: AgentClient) -> None:
+        await self.sandbox.network_up()
+        began = time.monotonic_ns()
+        await agent.start_container(self.id)
+        self.sandbox.timings.add("process", began)
+        process.start(self.sandbox.host_pid)
+        if process.streams is not None:
+            process.streams.start()
+        self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
+        self.record(status=RUNNING, pid=process.pid, started_at=rfc3339(process.started_at_ns))
+        self.sandbox.spawn(self._close_unused_stdin(process, agent))
+
+    async def _start_exec(self, process: Process, agent: AgentClient) -> None:
+        config = dict(process.spec or {})
+        config["terminal"] = process.stdio.terminal
+        try:
+            await agent.exec_process(self.id, process.exec_id, spec.process_message(config))
+        except BaseException as error:
+            # As with runc: it can be deleted, and never ran.
+            process.stop(getattr(error, "exit_code", 255), time.time_ns(), str(error))
+            process.ended.set()
+            if process.streams is not None:
+                process.streams.close()
+            raise
+        process.start(self.sandbox.host_pid)
+        if process.streams is not None:
+            process.streams.start()
+        process.watcher = asyncio.create_task(self._watch(process, agent))
+        self.sandbox.publish(
+            "/tasks/exec-started",
+            events_pb.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=process.pid),
+        )
+        self.sandbox.spawn(self._close_unused_stdin(process, agent))
+
+    # ---- the end of a process ----
+
+    async def _watch(self, process: Process, agent: AgentClient) -> None:
+        """Wait for a process's end and carry out what follows from it."""
+        try:
+            status, error = await agent.wait(self.id, process.exec_id or self.id), ""
+        except KataError as problem:
+            # The guest did not say how it ended, so it did not end well.
+            if isinstance(problem, GuestProtocolError):
+                self.sandbox.fail(problem.message)
+            elif not self.sandbox.is_lost:
+                await self.sandbox.lost_soon(f"the agent lost {process.label}: {problem.message}")
+            status, error = KILLED, self.sandbox.lost_reason or problem.message
+        at_ns = time.time_ns()
+        async with process.lock:
+            try:
+                await self._ended(process, status, at_ns, error)
+            except Exception as problem:  # a process whose end is never told would hang every client
+                self.sandbox.complain(f"the end of {process.label} was not recorded whole: {problem!r}")
+                process.stop(status, at_ns, error)
+            finally:
+                process.ended.set()
+        self.sandbox.process_ended(self, process)
+
+    async def _ended(self, process: Process, status: int, at_ns: int, error: str) -> None:
+        streams = process.streams
+        if streams is not None:
+            if process.state == CREATED:
+                streams.close()
+            else:
+                await streams.finish()
+        if not process.exec_id:
+            await self._init_ending(status)
+        if not process.stop(status, at_ns, error):
+            return
+        if not process.exec_id:
+            if self.log is not None:
+                self.log.close()
+            await self.record_now(
+                status=STOPPED,
+                exit_code=status,
+                finished_at=rfc3339(at_ns),
+                error=error,
+                oom_killed=process.oom_killed,
+            )
+        self.sandbox.publish(
+            "/tasks/exit",
+            events_pb.TaskExit(
+                container_id=self.id,
+                id=process.exec_id or self.id,
+                pid=process.pid,
+                exit_status=status,
+                exited_at=timestamp(at_ns),
+            ),
+        )
+
+    async def _init_ending(self, status: int) -> None:
+        """The init is gone, and with it its PID namespace: its execs' ends are told before its own."""
+        ends = [asyncio.ensure_future(one.ended.wait()) for one in self.execs.values() if one.alive]
+        if ends:
+            await asyncio.wait(ends, timeout=EXECS_END_S)
+            for end in ends:
+                end.cancel()
+        if (
+            status == KILLED
+            and not self._oom.is_set()
+            and not self.sandbox.is_lost
+            and self._has_memory_limit()
+        ):
+            # The notice and the exit travel side by side; give the notice a moment.
+            try:
+                await asyncio.wait_for(self._oom.wait(), OOM_NOTICE_S)
+            except TimeoutError:
+                pass
+        self.init.oom_killed = self._oom.is_set()
+
+    def _has_memory_limit(self) -> bool:
+        resources = (self.config.get("linux") or {}).get("resources") or {}
+        return bool((resources.get("memory") or {}).get("limit"))
+
+    def out_of_memory(self) -> None:
+        """The guest's kernel killed something of this container for want of memory."""
+        self._oom.set()
+        self.sandbox.publish("/tasks/oom", events_pb.TaskOOM(container_id=self.id))
+
+    # ---- what else one can do to it ----
+
+    async def kill(self, exec_id: str, signal: int, everything: bool) -> None:
+        """Send a signal.
+
+        Args:
+            exec_id: Empty for the init.
+            signal: 1 to 64.
+            everything: To every process of the container; SIGKILL to the init is that anyway.
+
+        Raises:
+            NotFoundError: ``process already finished``, or no such process.
+            KataError: The guest refused.
+        """
+        if not 1 <= signal <= 64:
+            raise UsageError(f"{signal} is not a signal", "1 to 64; see signal(7)")
+        process = self.process(exec_id)
+        process.require_killable()
+        agent = await self.sandbox.ready()
+        targets = [exec_id]
+        if everything and not exec_id and signal != _SIGKILL:
+            targets += [one.exec_id for one in self.execs.values() if one.alive]
+        for target in targets:
+            try:
+                await agent.signal(self.id, target, signal)
+            except KataError as error:
+                if error.grpc_code == NotFoundError.grpc_code and target == exec_id:
+                    raise NotFoundError(f"process already finished: {process.label}") from None
+                if target == exec_id:
+                    raise
+
+    async def pause(self) -> None:
+        """Freeze every process.
+
+        Raises:
+            StateError: It does not run.
+            KataError: The guest refused.
+        """
+        async with self.init.lock:
+            self.init.require_pausable()
+            agent = await self.sandbox.ready()
+            await agent.pause(self.id)
+            self.init.to(PAUSED)
+        self.record(status=PAUSED)
+        self.sandbox.publish("/tasks/paused", events_pb.TaskPaused(container_id=self.id))
+
+    async def resume(self) -> None:
+        """Thaw every process.
+
+        Raises:
+            StateError: It is not paused.
+            KataError: The guest refused.
+        """
+        async with self.init.lock:
+            self.init.require_resumable()
+            agent = await self.sandbox.ready()
+            await agent.resume(self.id)
+            self.init.to(RUNNING)
+        self.record(status=RUNNING)
+        self.sandbox.publish("/tasks/resumed", events_pb.TaskResumed(container_id=self.id))
+
+    async def resize(self, exec_id: str, rows: int, columns: int) -> None:
+        """Tell a process's terminal its size. A process that has ended does not care.
+
+        Raises:
+            KataError: It has no terminal, or the guest refused.
+        """
+        process = self.process(exec_id)
+        process.require_terminal()
+        if process.alive or (process.state == CREATED and not exec_id):
+            agent = await self.sandbox.ready()
+            await agent.resize(self.id, exec_id or self.id, rows, columns)
+
+    async def update(self, resources: dict[str, Any]) -> None:
+        """Change the limits of the container in the guest.
+
+        Raises:
+            KataError: They are malformed, or the guest refused; nothing is changed then.
+        """
+        message = spec.resources_message(resources)
+        if self.init.state not in (CREATED, RUNNING, PAUSED):
+            raise StateError(f"cannot update a {self.init.state} container: {self.id!r}")
+        agent = await self.sandbox.ready()
+        await agent.update(self.id, message)
+
+    async def delete_exec(self, exec_id: str) -> Process:
+        """Forget an exec that has ended or was never started.
+
+        Raises:
+            KataError: No such process, or it lives.
+        """
+        process = self.process(exec_id)
+        async with process.lock:
+            process.require_deletable()
+            process.to("deleted")
+            if process.streams is not None:
+                process.streams.close()
+            self.execs.pop(exec_id, None)
+        return process
+
+    async def stop_unstarted(self) -> None:
+        """End an init that was created and never started, so that the container can be deleted."""
+        if self.init.state == CREATED and not self.init.ended.is_set():
+            try:
+                await self.kill("", _SIGKILL, everything=True)
+            except KataError:
+                pass  # it has ended meanwhile, or the machine has
+            await self.init.ended.wait()
+
+    async def remove(self) -> None:
+        """Take what is left of it out of the guest: its mounts are synced and undone. Once; never raises."""
+        if self._removed:
+            return
+        self._removed = True
+        agent = self.sandbox.living_agent
+        if agent is not None:
+            try:
+                await agent.remove_container(self.id, REMOVE_S)
+            except KataError as error:
+                self.sandbox.complain(
+                    f"container {self.id} was not removed in the guest: {escape_line(error.message)}"
+                )
+        try:
+            await self.sandbox.helper(self._shared.remove_all)
+        except OSError as error:
+            self.sandbox.complain(f"a volume of container {self.id} is still mounted: {error}")
+
+    def close(self) -> None:
+        """Let go of every stream, delivered or not."""
+        for process in (self.init, *self.execs.values()):
+            if process.streams is not None:
+                process.streams.close()
+
+    # ---- records ----
+
+    def record(self, **changed: Any) -> None:
+        """Write ``state.json`` without waiting for the disk; the order of writes is kept."""
+        self.sandbox.spawn(self.record_now(**changed))
+
+    async def record_now(self, **changed: Any) -> None:
+        """Write ``state.json``. What cannot be written is complained about and hurts nobody."""
+        try:
+            await self.sandbox.helper(lambda: self.state_file.write(**changed))
+        except OSError as error:
+            self.sandbox.complain(f"cannot write the state of container {self.id}: {error}")

@@ -1,0 +1,253 @@
+"""Starting an engine: the way in for every door.
+
+Imported on every `run` and `start`: no asyncio, no subprocess, nothing that is not needed to get the engine
+going."""
+
+from __future__ import annotations
+
+import errno
+import marshal
+import os
+import time
+from typing import TYPE_CHECKING
+
+from .. import launcher, paths, sysio
+from ..errors import AlreadyExistsError, HostError, UsageError
+from ..journal import FILE_NAME, Journal, dumps
+
+if TYPE_CHECKING:
+    from typing import Any
+
+LISTEN_FD = 3
+LIFETIME_FD = 4
+SETTINGS_FD = 5
+"""What an engine finds on its first descriptors: its listening socket, the reading end of a pipe whose other
+end the door holds, its settings (marshal; reading JSON first would hold the start of the hypervisor up by 6
+ms)."""
+
+SOCKET_NAME = "engine.sock"
+LOG_NAME = "engine.log"
+SETTINGS_NAME = "sandbox.json"
+
+_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+_BACKLOG = 64
+_HIGH = 64
+_MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path without its final zero, unix(7)
+
+
+class Engine:
+    """An engine that was started.
+
+    Attributes:
+        pid: Its process id.
+        sock_path: Its socket; one may connect at once.
+        run_dir: The sandbox's directory.
+    """
+
+    __slots__ = ("_lifetime", "pid", "run_dir", "sock_path")
+
+    def __init__(self, pid: int, run_dir: str, lifetime: int) -> None:
+        self.pid = pid
+        self.run_dir = run_dir
+        self.sock_path = os.path.join(run_dir, SOCKET_NAME)
+        self._lifetime = lifetime
+
+    def release(self) -> None:
+        """Let the engine live on its own. Until then it ends with this process, unless it has a
+        container."""
+        if self._lifetime >= 0:
+            os.close(self._lifetime)
+            self._lifetime = -1
+
+
+def check_id(sandbox_id: str) -> str:
+    """*sandbox_id* itself, if it can be the name of a directory and of things in the guest.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if (
+        not 1 <= len(sandbox_id) <= 128
+        or not _ID_CHARACTERS.issuperset(sandbox_id)
+        or sandbox_id[0] in "._-"
+    ):
+        raise UsageError(
+            f"{sandbox_id!r} cannot be an id",
+            "use 1 to 128 letters, digits, '_', '.', '-', beginning with a letter or digit",
+        )
+    return sandbox_id
+
+
+def launch(settings: dict[str, Any], run_dir: str | None = None) -> Engine:
+    """Start the engine of a new sandbox and return at once; what goes wrong later, its Create call reports.
+
+    Args:
+        settings: The content of ``sandbox.json`` (docs/architecture.md lists the keys); ``id`` is needed.
+            JSON
+            values only.
+        run_dir: Directory for run-time things, `kata.paths.run_dir` if None.
+
+    Returns:
+        The engine. Its directory, socket and journal exist.
+
+    Raises:
+        AlreadyExistsError: The sandbox has an engine already.
+        UsageError: The id, or the length of the socket's path.
+        HostError: The engine could not be started.
+    """
+    sandbox_id = check_id(str(settings.get("id", "")))
+    base = os.path.join(run_dir or paths.run_dir(), "sandboxes")
+    directory = os.path.join(base, sandbox_id)
+    sock_path = os.path.join(directory, SOCKET_NAME)
+    if len(os.fsencode(sock_path)) > _MAX_SOCKET_PATH:
+        raise UsageError(
+            f"the path of the engine's socket is too long: {sock_path}", "set KATA_RUN_DIR to a shorter path"
+        )
+    settings.setdefault("door_started_ns", time.monotonic_ns())
+    journal = _make_directory(base, sandbox_id, settings)
+    try:
+        listener = _listen(sock_path, journal)
+        try:
+            _write_settings(directory, settings)
+            engine = _spawn(directory, listener, settings)
+        finally:
+            os.close(listener)
+    except OSError as error:
+        journal.undo()
+        raise HostError(
+            f"cannot start the engine of {sandbox_id}: {error.strerror}: {error.filename or directory}"
+        ) from error
+    except BaseException:
+        journal.undo()
+        raise
+    journal.close()
+    return engine
+
+
+def _make_directory(base: str, sandbox_id: str, settings: dict[str, Any]) -> Journal:
+    meta = {"door": str(settings.get("door", "")), "id": sandbox_id}
+    try:
+        return Journal.create_dir(base, sandbox_id, meta)
+    except AlreadyExistsError:
+        # An engine that was killed leaves its directory; what it left is undone before the next one starts.
+        old = Journal.open(os.path.join(base, sandbox_id, FILE_NAME))
+        try:
+            if old.owner_alive():
+                raise AlreadyExistsError(f"sandbox {sandbox_id} is running already") from None
+            left = old.undo()
+        finally:
+            old.close()
+        if left:
+            raise HostError(f"sandbox {sandbox_id} left something behind: {left[0]}", "kata gc") from None
+        return Journal.create_dir(base, sandbox_id, meta)
+
+
+def _listen(path: str, journal: Journal) -> int:
+    # `socket` costs 10 ms of imports around these three calls; `_socket` is what it wraps.
+    import _socket
+
+    entry = journal.intend("socket", path=path)
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    sock.bind(path)
+    os.chmod(path, 0o600)
+    sock.listen(_BACKLOG)
+    journal.made(entry)
+    return sock.detach()
+
+
+def _write_settings(directory: str, settings: dict[str, Any]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(os.path.join(directory, SETTINGS_NAME), flags, 0o600)
+    try:
+        os.write(fd, dumps(settings).encode())
+    finally:
+        os.close(fd)
+
+
+def _spawn(directory: str, listener: int, settings: dict[str, Any]) -> Engine:
+    log = os.open(
+        os.path.join(directory, LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+    )
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    handed = os.memfd_create("kata-settings")
+    os.write(handed, marshal.dumps(settings))
+    os.lseek(handed, 0, os.SEEK_SET)
+    lifetime_read, lifetime_write = os.pipe()
+    word_read, word_write = os.pipe()
+    argv = [*launcher.command(), "engine", directory]
+    try:
+        child = os.fork()
+        if child == 0:
+            _become_engine(argv, (null, log, log, listener, lifetime_read, handed), word_write)
+        os.close(word_write)
+        word_write = -1
+        os.waitpid(child, 0)
+        word = b""
+        while piece := os.read(word_read, 64):
+            word += piece
+    except BaseException:
+        os.close(lifetime_write)
+        raise
+    finally:
+        for fd in (log, null, handed, lifetime_read, word_read, word_write):
+            if fd >= 0:
+                os.close(fd)
+    pid, _, failure = word.decode().partition(" ")
+    if failure or not pid:
+        os.close(lifetime_write)
+        number = int(failure or errno.EIO)
+        raise OSError(number, os.strerror(number), argv[0])
+    return Engine(int(pid), directory, lifetime_write)
+
+
+def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
+    """In the child: detach from the door and execute. Never returns.
+
+    Forked twice, so that the engine belongs to init and no door has to reap it; in a session of its own, so
+    that neither Ctrl-C nor the end of a terminal reaches it.
+    """
+    report = word
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.write(word, str(os.getpid()).encode())
+        # Out of the way of the numbers they are to get; the copies are closed on exec.
+        report = _dup_above(word, _HIGH)
+        for number, fd in enumerate([_dup_above(fd, _HIGH) for fd in fds]):
+            os.dup2(fd, number)
+        # Descriptors that a shell left open for our caller would be held as long as the sandbox lives.
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd >= len(fds) and fd != report:
+                _close(fd)
+        os.chdir("/")
+        os.umask(0o077)
+        sysio.reset_signals()
+        os.execve(argv[0], argv, _environment())
+    except OSError as error:
+        os.write(report, f" {error.errno or errno.EIO}".encode())
+    finally:
+        os._exit(1)
+
+
+def _dup_above(fd: int, least: int) -> int:
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass
+
+
+def _environment() -> dict[str, str]:
+    """Only what says where things live: a door's environment may hold secrets and strange settings."""
+    kept = {key: value for key, value in os.environ.items() if key.startswith("KATA_")}
+    return {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LC_ALL": "C.UTF-8",
+        **kept,
+    }

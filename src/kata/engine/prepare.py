@@ -1,0 +1,178 @@
+"""What a container needs before it can be made: its streams, what it sees of the host, its spec for the
+guest."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from . import rootfs, spec
+from .stdio import open_stream
+from .streams import READ_BYTES, InputPump, OutputPump, ProcessStreams, Sink
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..agent.client import AgentClient
+    from .process import Process
+    from .sandbox import Sandbox
+    from .streams import Log
+
+
+def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> ProcessStreams:
+    """Open the paths that the caller named for a process.
+
+    Args:
+        sandbox: Knows how this door's fifos are to be held.
+        process: Whose streams they are.
+        log: Where its output goes besides.
+
+    Raises:
+        KataError: One cannot be opened; the others are closed again.
+    """
+    stdio = process.stdio
+    container_id, guest_id = process.container_id, process.exec_id or process.container_id
+    streams = ProcessStreams(None, [])
+
+    def output(name: str) -> OutputPump:
+        async def read() -> bytes:
+            agent = await sandbox.ready()
+            return await agent.read(container_id, guest_id, name, READ_BYTES)
+
+        pump = OutputPump(name, read, log)
+        streams.outputs.append(pump)
+        return pump
+
+    try:
+        # Without a reader the output is still read, and thrown away: /dev/null never fills up.
+        for name, path in (("stdout", stdio.stdout), ("stderr", stdio.stderr)):
+            if name == "stderr" and stdio.terminal:
+                continue
+            pump = output(name)
+            if path:
+                # containerd may restart: the engine holds the reading end as well, so that nothing is lost
+                # and nobody gets a SIGPIPE. The human door's reader is the person: gone means gone.
+                flags = os.O_RDWR if sandbox.holds_fifos else os.O_WRONLY
+                pump.sinks.append(Sink(open_stream(path, flags)))
+        if stdio.stdin:
+            streams.input = _open_stdin(sandbox, stdio.stdin, container_id, guest_id)
+    except BaseException:
+        streams.close()
+        raise
+    return streams
+
+
+def _open_stdin(sandbox: Sandbox, path: str, container_id: str, guest_id: str) -> InputPump:
+    async def write(data: bytes) -> None:
+        agent = await sandbox.ready()
+        await agent.write_stdin(container_id, guest_id, data)
+
+    async def close() -> None:
+        agent = await sandbox.ready()
+        await agent.close_stdin(container_id, guest_id)
+
+    pump = InputPump(write, close)
+    fd = open_stream(path, os.O_RDONLY)
+    held = -1
+    try:
+        if not sandbox.closes_stdin_on_eof:
+            held = open_stream(path, os.O_WRONLY)
+    except BaseException:
+        os.close(fd)
+        raise
+    pump.add(fd, held_fd=held, closes=True)
+    return pump
+
+
+class Shared:
+    """What one container sees of the host through the sandbox's share. Blocks: for the helper thread.
+
+    Args:
+        sandbox: Whose share it is.
+        container_id: The container.
+    """
+
+    __slots__ = ("_container_id", "_names", "_sandbox")
+
+    def __init__(self, sandbox: Sandbox, container_id: str) -> None:
+        self._sandbox = sandbox
+        self._container_id = container_id
+        self._names: list[str] = []
+
+    def add_all(self, config: dict[str, Any]) -> dict[str, str]:
+        """Bind the sources of the spec's bind mounts, and a root directory of the host, below the share.
+
+        Returns:
+            Source on the host -> path in the guest.
+
+        Raises:
+            KataError: A source cannot be shared.
+        """
+        found: dict[str, str] = {}
+        for mount in spec.host_binds(config):
+            source = mount.get("source") or ""
+            if source not in found:
+                base = os.path.basename(source.rstrip("/")) or "root"
+                readonly = "ro" in (mount.get("options") or ())
+                found[source] = self._add(source, f"{os.urandom(8).hex()}-{base}", readonly=readonly)
+        root = self._sandbox.settings.get("rootfs") or {}
+        if root.get("kind") == "share":
+            share = self._sandbox.share
+            if share is None:
+                raise ConfigError(
+                    f"cannot share {root.get('source')}: the sandbox was started without a share"
+                )
+            layered = "upper_slot" in root or "upper" in root
+            name = rootfs.share_name(self._container_id)
+            self._names.append(share.add(root["source"], name, readonly=layered))
+        return found
+
+    def _add(self, source: str, name: str, *, readonly: bool) -> str:
+        share = self._sandbox.share
+        if share is None:
+            raise ConfigError(f"cannot mount {source}: the sandbox was started without a share")
+        self._names.append(share.add(source, f"{self._container_id}-{name}", readonly=readonly))
+        return f"{spec.GUEST_SHARE}/{self._names[-1]}"
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Show the guest a small file, writable, below its share directory."""
+        assert self._sandbox.share is not None
+        self._names.append(self._sandbox.share.add_file(name, content))
+
+    def remove_all(self) -> None:
+        """Take everything back."""
+        if self._sandbox.share is not None:
+            for name in reversed(self._names):
+                self._sandbox.share.remove(name)
+        self._names.clear()
+
+
+async def etc_files(
+    sandbox: Sandbox, agent: AgentClient, config: dict[str, Any], container_id: str, shared: Shared
+) -> dict[str, str]:
+    """The files in /etc that a container without an outer runtime gets, as with Docker.
+
+    Returns:
+        Destination -> path in the guest.
+    """
+    if not sandbox.makes_etc_files:
+        return {}
+    network = sandbox.settings.get("network") or {}
+    hostname = config.get("hostname") or network.get("hostname") or container_id[:12]
+    contents = {
+        "hostname": f"{hostname}\n",
+        "hosts": "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+        f"{sandbox.address or '127.0.1.1'}\t{hostname}\n",
+    }
+    files: dict[str, str] = {}
+    for name, content in contents.items():
+        below = f"{container_id}-{name}"
+        if sandbox.share is None:
+            await agent.copy_file(f"{spec.GUEST_SHARE}/{below}", content.encode())
+        else:
+            await sandbox.helper(shared.add_file, below, content.encode())
+        files[f"/etc/{name}"] = f"{spec.GUEST_SHARE}/{below}"
+    if sandbox.dns:
+        files["/etc/resolv.conf"] = spec.GUEST_RESOLV
+    return files

@@ -1,0 +1,423 @@
+"""One sandbox: the virtual machine, the agent, the containers in it, and how it all ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from ..agent.client import AgentClient
+from ..agent.text import escape_line
+from ..errors import AlreadyExistsError, KataError, NotFoundError, VMLostError
+from ..ttrpc.client import Client
+from . import boot, watch
+from .container import Container
+from .timings import Timings
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Any, TypeVar
+
+    from ..hypervisor.qemu import Qemu
+    from ..journal import Journal
+    from ..proto.codec import Message
+    from .boot import Machine
+    from .process import Process, Stdio
+
+    T = TypeVar("T")
+
+LOST_NOTICE_S = 2.0
+"""How long a broken agent connection waits for the machine's own account of what happened."""
+
+
+class Sandbox:
+    """Everything of one engine.
+
+    Args:
+        settings: ``sandbox.json``.
+        run_dir: The sandbox's directory.
+        journal: Its journal.
+        machine: What was started before the event loop.
+        failed: Why that did not succeed, or None.
+        publish: Is given (topic, event) for every event of a task; must not block.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        run_dir: str,
+        journal: Journal,
+        machine: Machine,
+        failed: KataError | None,
+        publish: Callable[[str, Message], None] | None = None,
+    ) -> None:
+        from ..journal import process_identity
+
+        self.settings = settings
+        self.id: str = settings["id"]
+        self.run_dir = run_dir
+        self.journal = journal
+        self.machine = machine
+        self.share = machine.share
+        self.publish = publish or (lambda topic, event: None)
+        me = process_identity(os.getpid())
+        self.identity = {"pid": me["pid"], "starttime": me["start"], "boot_id": me["boot"]}
+        self.timings = Timings(int(settings.get("door_started_ns") or time.monotonic_ns()))
+        self.containers: dict[str, Container] = {}
+        self.vm: Qemu | None = None
+        self.network: asyncio.Future[None] | None = None
+        self.wire_config: Any = None
+        self.lost: asyncio.Future[KataError] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
+        self.paused = False
+        self.was_lost = False
+        self._failed = failed
+        self._agent: AgentClient | None = None
+        self._booted: asyncio.Task[AgentClient] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._thread = ThreadPoolExecutor(1, "helper")
+        door = settings.get("door", "")
+        # What the human door wants differs in few things, so they are settings of their own with its
+        # defaults.
+        self.is_human = door == "kata"
+        self.holds_fifos = bool(settings.get("hold_fifos", not self.is_human))
+        self.closes_stdin_on_eof = bool(settings.get("close_stdin_on_eof", self.is_human))
+        self.makes_etc_files = bool(settings.get("etc_files", self.is_human))
+        self.ends_with_init = bool(settings.get("end_with_init", self.is_human))
+        self.auto_remove = bool(settings.get("auto_remove"))
+
+    # ---- start ----
+
+    def start(self) -> None:
+        """Take the machine over and bring it up; `ready` tells how that went."""
+        self._booted = asyncio.create_task(self._boot())
+        # Whoever asks gets the error; until then it is no surprise.
+        self._booted.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _boot(self) -> AgentClient:
+        from ..hypervisor.qemu import Qemu
+
+        process = self.machine.process
+        if process is not None:
+            console = os.path.join(self.run_dir, boot.CONSOLE_NAME)
+            self.vm = Qemu(process, self.journal, console)
+            self.spawn(self._watch_machine(self.vm))
+        if self.machine.wire is not None:
+            self._watch_wire()
+        if self._failed is not None:
+            raise self._failed
+        try:
+            agent = await boot.bring_up(self)
+        except KataError as error:
+            self._lose(error)
+            raise
+        self.spawn(self._watch_agent(agent))
+        self.spawn(self._watch_memory(agent))
+        return agent
+
+    async def connect_agent(self) -> AgentClient:
+        """The connection to the agent; on a serial channel it is there before the guest is."""
+        import socket
+
+        assert self.vm is not None
+        sock: socket.socket = socket.socket(fileno=self.vm.take_agent_fd())
+        sock.setblocking(False)
+        self._agent = AgentClient(await Client.connect(sock))
+        return self._agent
+
+    async def ready(self) -> AgentClient:
+        """The agent, once the guest is up.
+
+        Raises:
+            KataError: It did not come up, or is gone.
+        """
+        if (
+            self.lost.done()
+            and self._booted is not None
+            and self._booted.done()
+            and self._booted.exception() is None
+        ):
+            raise self._lost_error()
+        assert self._booted is not None
+        return await asyncio.shield(self._booted)
+
+    async def network_up(self) -> None:
+        """Return when the guest's network is as it should be.
+
+        Raises:
+            KataError: It could not be set up.
+        """
+        if self.network is not None:
+            await self.unless_lost(self.network)
+
+    async def unless_lost(self, work: Awaitable[T]) -> T:
+        """Await *work*; the end of the machine ends it.
+
+        Raises:
+            KataError: The machine's end, or what *work* raises.
+        """
+        task = asyncio.ensure_future(work)
+        both: set[asyncio.Future[Any]] = {task, self.lost}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        raise self._lost_error()
+
+    @property
+    def dns(self) -> list[str]:
+        """Lines of the guest's resolv.conf."""
+        lines = (self.settings.get("network") or {}).get("dns") or []
+        return [line if " " in line else f"nameserver {line}" for line in lines]
+
+    @property
+    def address(self) -> str:
+        """The guest's address for ``/etc/hosts``; empty if it has none."""
+        return self.wire_config.address if self.wire_config is not None else ""
+
+    # ---- containers ----
+
+    async def create(
+        self, container_id: str, bundle: str, config: dict[str, Any], stdio: Stdio
+    ) -> Container:
+        """Make a container.
+
+        Raises:
+            AlreadyExistsError: The id is taken.
+            KataError: Anything that went wrong; nothing of it is left then.
+        """
+        if container_id in self.containers:
+            raise AlreadyExistsError(f"container {container_id!r} exists already")
+        if self._ending is not None:
+            raise self._lost_error()
+        container = Container(self, container_id, bundle, config, stdio)
+        self.containers[container_id] = container
+        try:
+            await container.create()
+        except BaseException:
+            self.containers.pop(container_id, None)
+            raise
+        return container
+
+    def container(self, container_id: str) -> Container:
+        """The container with this id.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        found = self.containers.get(container_id)
+        if found is None:
+            raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
+        return found
+
+    def process_ended(self, container: Container, process: Process) -> None:
+        """A process's end has been told; the human door's sandbox ends with its container's init."""
+        if self.ends_with_init and not process.exec_id and container.id == self.id:
+            self.end()
+
+    @property
+    def host_pid(self) -> int:
+        """The host process that stands for the processes in the guest: the hypervisor's."""
+        return self.vm.pid if self.vm is not None else os.getpid()
+
+    # ---- losing the machine ----
+
+    @property
+    def is_lost(self) -> bool:
+        return self.lost.done()
+
+    @property
+    def lost_reason(self) -> str:
+        """Why there is no machine any more; empty while there is."""
+        return self.lost.result().message if self.lost.done() else ""
+
+    @property
+    def vm_runs(self) -> bool:
+        """Whether the hypervisor's process is there."""
+        return self.vm is not None and self.vm.ended is None
+
+    @property
+    def living_agent(self) -> AgentClient | None:
+        """The agent, if it can still be asked."""
+        return None if self.lost.done() else self._agent
+
+    def fail(self, reason: str) -> None:
+        """Give the machine up for *reason*: every live process ends as 137."""
+        self._lose(VMLostError(reason, "kata logs shows the container's output"))
+
+    async def lost_soon(self, otherwise: str) -> None:
+        """The agent does not answer any more: wait a moment for the machine's own account, else give it
+        up."""
+        try:
+            await asyncio.wait_for(asyncio.shield(self.lost), LOST_NOTICE_S)
+        except TimeoutError:
+            self.fail(otherwise)
+
+    def _lose(self, error: KataError) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result(error)
+        if self._ending is None:
+            self.was_lost = True
+            self.complain(error.message)
+        if self._agent is not None:
+            self._agent.close()
+        if self.vm is not None:
+            self.spawn(self.vm.stop())
+
+    def _lost_error(self) -> KataError:
+        if self.lost.done():
+            error = self.lost.result()
+            return VMLostError(error.message, error.hint)
+        return VMLostError(f"sandbox {self.id} is ending")
+
+    async def _watch_machine(self, vm: Qemu) -> None:
+        ended = await vm.wait()
+        self._lose(ended.error or VMLostError("the virtual machine was stopped"))
+
+    def _watch_wire(self) -> None:
+        """The network helper's death is said, not fatal: the container may not need it any more."""
+        wire = self.machine.wire
+        assert wire is not None
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            status = wire.poll()
+            if status is not None:
+                loop.remove_reader(wire.pidfd)
+                if self._ending is None and not self.lost.done():
+                    self.complain(
+                        f"the network helper ended with status {status}: the guest has no network now"
+                    )
+
+        loop.add_reader(wire.pidfd, ended)
+
+    async def _watch_agent(self, agent: AgentClient) -> None:
+        assert self.vm is not None
+        self.fail(await watch.watch(agent, self.vm.pid, lambda: self.paused))
+
+    async def _watch_memory(self, agent: AgentClient) -> None:
+        """Out-of-memory kills in the guest."""
+        while True:
+            try:
+                container_id = await agent.oom_event()
+            except KataError:
+                return  # without it an exit of 137 is not explained; no reason to end anything
+            if container_id in self.containers:
+                self.containers[container_id].out_of_memory()
+
+    # ---- the end ----
+
+    def end(self) -> None:
+        """End the sandbox: `ended` is set when nothing of it is left but this process."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+
+    @property
+    def is_ending(self) -> bool:
+        return self._ending is not None
+
+    async def _end(self) -> None:
+        try:
+            await self._take_down()
+        except Exception as error:  # whatever happens here, the engine must not stay for ever
+            self.complain(f"the sandbox was not taken down whole: {error!r}")
+        finally:
+            self.ended.set()
+
+    async def _take_down(self) -> None:
+        if not self.auto_remove and not self.lost.done():
+            # What the container wrote has to reach its disk; of one that is removed nobody will read it.
+            for container in self.containers.values():
+                await self.unless_lost_quietly(container.remove())
+        if self._booted is not None and not self._booted.done():
+            self._booted.cancel()
+        self._lose(VMLostError(f"sandbox {self.id} has ended"))
+        if self.vm is not None:
+            await self.vm.stop()
+            self.vm.close()
+        wire = self.machine.wire
+        if wire is not None:
+            asyncio.get_running_loop().remove_reader(wire.pidfd)
+            await self.helper(self._end_wire)
+        for container in self.containers.values():
+            # Whoever was not told by the guest is told now: no client waits for ever.
+            for process in (container.init, *container.execs.values()):
+                if process.watcher is not None:
+                    await asyncio.wait([process.watcher], timeout=5.0)
+        await self.helper(self._undo)
+
+    async def unless_lost_quietly(self, work: Coroutine[Any, Any, None]) -> None:
+        """As `unless_lost`, for work whose failure has been told already."""
+        try:
+            await self.unless_lost(work)
+        except KataError:
+            pass
+
+    def _end_wire(self) -> None:
+        wire = self.machine.wire
+        assert wire is not None
+        wire.kill()
+        wire.wait(2.0)
+        wire.close()
+
+    def _undo(self) -> None:
+        """Undo what the journals name: the container's lasting one if it is not to be kept, then the
+        sandbox's."""
+        from ..errors import JournalError
+        from ..journal import FILE_NAME, Journal
+
+        problems: list[str] = []
+        directory = self.settings.get("container_dir") or ""
+        if self.auto_remove and directory:
+            try:
+                problems += Journal.open(os.path.join(directory, FILE_NAME)).undo()
+            except JournalError as error:
+                problems.append(error.message)
+        problems += self.journal.undo()
+        for problem in problems:
+            self.complain(problem)
+
+    async def linger(self, limit_s: float | None = None) -> None:
+        """Wait for readers that take their time with what ended processes wrote.
+
+        Args:
+            limit_s: Seconds; None as long as they are there.
+        """
+        waiting = [
+            delivery
+            for container in self.containers.values()
+            for process in (container.init, *container.execs.values())
+            if process.streams is not None
+            for delivery in process.streams.lingering
+        ]
+        if waiting:
+            await asyncio.wait(waiting, timeout=limit_s)
+
+    # ---- small services ----
+
+    async def helper(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run something that blocks, in the one helper thread: in the order of the calls."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Let *work* run on its own; what it raises is written to the engine's log."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.complain(f"{type(error).__name__}: {escape_line(str(error))}")
+
+    def complain(self, text: str) -> None:
+        """Write a line to the engine's log."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        sys.stderr.write(f"{stamp} {text}\n")
+        sys.stderr.flush()

@@ -1,0 +1,152 @@
+"""The engine's second service (``kata.sandbox.v1.Sandbox``): what the Task API has no words for."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import StateError
+from ..proto import agentext_pb, google_pb, sandbox_pb
+from ..ttrpc.server import finish
+from .process import CREATED
+
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from ..proto.codec import Message
+    from ..ttrpc.server import Context
+    from .sandbox import Sandbox
+
+    M = TypeVar("M", bound=Message)
+
+SERVICE = "kata.sandbox.v1.Sandbox"
+_FILES = "kata.agent.v1.Files"
+_PROCESSES = "kata.agent.v1.Processes"
+_FILE_CALL_S = 120.0
+
+
+class SandboxService:
+    """The handlers.
+
+    Args:
+        sandbox: What they act on.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def Attach(self, request: sandbox_pb.AttachRequest, context: Context) -> google_pb.Empty:
+        process = self._sandbox.container(request.id).process(request.exec_id)
+        if process.streams is None or not (process.alive or process.state == CREATED):
+            raise StateError(f"cannot attach to a {process.state} process: {process.label}")
+        process.streams.attach(request.stdin, request.stdout, request.stderr)
+        return google_pb.Empty()
+
+    # ---- files: passed on to the agent, which resolves every path inside the container's root ----
+
+    async def _forward(
+        self, container_id: str, service: str, method: str, request: Message, answer: type[M]
+    ) -> M:
+        self._sandbox.container(container_id)
+        agent = await self._sandbox.ready()
+        return await agent.call(service, method, request, answer, _FILE_CALL_S)
+
+    async def Stat(self, request: agentext_pb.StatFileRequest, context: Context) -> agentext_pb.FileInfo:
+        return await self._forward(request.container_id, _FILES, "Stat", request, agentext_pb.FileInfo)
+
+    async def List(
+        self, request: agentext_pb.ListFilesRequest, context: Context
+    ) -> agentext_pb.ListFilesResponse:
+        return await self._forward(
+            request.container_id, _FILES, "List", request, agentext_pb.ListFilesResponse
+        )
+
+    async def Read(
+        self, request: agentext_pb.ReadFileRequest, context: Context
+    ) -> agentext_pb.ReadFileResponse:
+        return await self._forward(
+            request.container_id, _FILES, "Read", request, agentext_pb.ReadFileResponse
+        )
+
+    @finish
+    async def Write(self, request: agentext_pb.WriteFileRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Write", request, google_pb.Empty)
+
+    @finish
+    async def Mkdir(self, request: agentext_pb.MkdirRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Mkdir", request, google_pb.Empty)
+
+    @finish
+    async def Symlink(self, request: agentext_pb.SymlinkRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Symlink", request, google_pb.Empty)
+
+    @finish
+    async def Remove(self, request: agentext_pb.RemoveFileRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Remove", request, google_pb.Empty)
+
+    # ---- what can be learnt ----
+
+    async def Processes(
+        self, request: agentext_pb.ListProcessesRequest, context: Context
+    ) -> agentext_pb.ListProcessesResponse:
+        answer = agentext_pb.ListProcessesResponse
+        return await self._forward(request.container_id, _PROCESSES, "List", request, answer)
+
+    async def Timings(
+        self, request: sandbox_pb.TimingsRequest, context: Context
+    ) -> sandbox_pb.TimingsResponse:
+        steps = [
+            sandbox_pb.Timing(name=name, start_ns=start, duration_ns=duration)
+            for name, start, duration in self._sandbox.timings
+        ]
+        return sandbox_pb.TimingsResponse(timings=steps)
+
+    async def Describe(
+        self, request: sandbox_pb.DescribeRequest, context: Context
+    ) -> sandbox_pb.DescribeResponse:
+        return sandbox_pb.DescribeResponse(json=json.dumps(await describe(self._sandbox)))
+
+
+async def describe(sandbox: Sandbox) -> dict[str, Any]:
+    """The sandbox's facts, as JSON values."""
+    settings = sandbox.settings
+    hypervisor = settings.get("hypervisor") or {}
+    facts: dict[str, Any] = {
+        "id": sandbox.id,
+        "door": settings.get("door", ""),
+        "engine_pid": os.getpid(),
+        "hypervisor_pid": sandbox.vm.pid if sandbox.vm is not None else 0,
+        "accelerator": hypervisor.get("accel", ""),
+        "kernel": hypervisor.get("kernel", ""),
+        "initrd": hypervisor.get("initrd", ""),
+        "vcpus": settings.get("vcpus", 1),
+        "memory_mib": settings.get("memory_mib", 0),
+        "disks": settings.get("disks") or [],
+        "volumes": settings.get("volumes") or [],
+        "network": settings.get("network") or {},
+        "state": "ending" if sandbox.is_ending else "lost" if sandbox.is_lost else "running",
+        "error": sandbox.lost_reason if sandbox.was_lost else "",
+        "containers": {
+            container.id: {
+                "state": container.init.state,
+                "error": container.init.error,
+                "oom_killed": container.init.oom_killed,
+                "execs": {one.exec_id: one.state for one in container.execs.values()},
+            }
+            for container in sandbox.containers.values()
+        },
+    }
+    if sandbox.vm is not None:
+        facts["hypervisor_usage"] = await sandbox.vm.metrics()
+    agent = sandbox.living_agent
+    if agent is not None and not sandbox.is_ending:
+        details = (await agent.details()).agent_details
+        if details is not None:
+            facts["agent"] = {
+                "version": details.version,
+                "extra_features": list(details.extra_features),
+                "storage_handlers": list(details.storage_handlers),
+                "seccomp": details.supports_seccomp,
+            }
+    return facts

@@ -1,0 +1,34 @@
+"""Where the time of a start went: named steps relative to the moment the user's command began."""
+
+from __future__ import annotations
+
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Timings:
+    """Steps, each with its start and duration in nanoseconds of CLOCK_MONOTONIC.
+
+    Args:
+        origin_ns: When the door's command began.
+    """
+
+    __slots__ = ("_steps", "origin_ns")
+
+    def __init__(self, origin_ns: int) -> None:
+        self.origin_ns = origin_ns
+        self._steps: dict[str, tuple[int, int]] = {}
+
+    def add(self, name: str, start_ns: int, end_ns: int | None = None) -> None:
+        """Record a step from *start_ns* to *end_ns* (now, if None). The first of a name stands."""
+        end = time.monotonic_ns() if end_ns is None else end_ns
+        self._steps.setdefault(name, (start_ns, max(0, end - start_ns)))
+
+    def __iter__(self) -> Iterator[tuple[str, int, int]]:
+        """Name, start relative to the origin, duration; in the order of their starts."""
+        ordered = sorted(self._steps.items(), key=lambda item: item[1][0])
+        for name, (start, duration) in ordered:
+            yield name, start - self.origin_ns, duration

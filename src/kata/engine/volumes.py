@@ -1,0 +1,184 @@
+"""What of the host a guest may see: bind mounts below the sandbox's one share.
+
+The share has two faces in the engine's own mount namespace: ``mounts`` is where the engine binds things,
+``share`` is the read-only view of it that the hypervisor exports. So the guest can write into a volume that
+is meant to be written, and nowhere else: it cannot plant links among the names that the engine works with.
+Everything is nosuid and nodev, and vanishes with the namespace when the engine dies.
+
+All of it blocks: called before the event loop runs, or in a helper thread.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from .. import sysio
+from ..errors import HostError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from ..journal import Journal
+
+SHARE_NAME = "share"
+MOUNTS_NAME = "mounts"
+FILES_NAME = "files"
+
+_MAX_NAME = 200
+_OPTION_FLAGS = {
+    "ro": sysio.MS_RDONLY,
+    "nosuid": sysio.MS_NOSUID,
+    "nodev": sysio.MS_NODEV,
+    "noexec": sysio.MS_NOEXEC,
+    "nosymfollow": sysio.MS_NOSYMFOLLOW,
+    "noatime": 0x400,
+    "nodiratime": 0x800,
+    "relatime": 0x20_0000,
+}
+
+
+def own_namespace() -> None:
+    """Give this process a mount namespace of its own, in which the host's changes appear but not the
+    reverse.
+
+    Call it before any thread is started.
+
+    Raises:
+        HostError: Not permitted.
+    """
+    try:
+        sysio.unshare(sysio.CLONE_NEWNS)
+        sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_SLAVE)
+    except OSError as error:
+        raise HostError(
+            f"cannot make a mount namespace for the sandbox: {error.strerror}",
+            "run as root, with CAP_SYS_ADMIN",
+        ) from error
+
+
+class Share:
+    """The share of one sandbox.
+
+    Args:
+        run_dir: The sandbox's directory.
+        journal: Its journal.
+    """
+
+    __slots__ = ("_files", "_journal", "_mounts", "path")
+
+    def __init__(self, run_dir: str, journal: Journal) -> None:
+        self.path = os.path.join(run_dir, SHARE_NAME)
+        self._mounts = os.path.join(run_dir, MOUNTS_NAME)
+        self._files = os.path.join(run_dir, FILES_NAME)
+        self._journal = journal
+
+    def prepare(self) -> None:
+        """Make both faces; before the hypervisor starts, which opens the exported directory once.
+
+        Raises:
+            HostError: A mount failed.
+        """
+        try:
+            for path in (self.path, self._mounts, self._files):
+                os.mkdir(path, 0o700)
+            # A mount of its own, shared, so that what is bound below it appears below its slave.
+            self._journal.make_mount(self._mounts, self._mounts, None, sysio.MS_BIND)
+            sysio.mount(None, self._mounts, None, sysio.MS_SHARED)
+            self._journal.make_mount(self._mounts, self.path, None, sysio.MS_BIND)
+            sysio.mount(None, self.path, None, sysio.MS_SLAVE)
+            self._restrict(self.path, readonly=True)
+        except OSError as error:
+            raise HostError(f"cannot prepare the sandbox's share {self.path}: {error.strerror}") from error
+
+    def add(self, source: str, name: str, *, readonly: bool) -> str:
+        """Show a directory or file of the host to the guest.
+
+        Args:
+            source: Its path; symbolic links in it are followed, here and now.
+            name: What the guest sees below its share directory; one path component or ``<id>/rootfs``.
+            readonly: Whether the guest may only read it.
+
+        Returns:
+            *name*, shortened if need be.
+
+        Raises:
+            UsageError: There is no such path.
+            UnsupportedError: It is a device, socket or fifo, which mean nothing in another kernel.
+            HostError: It cannot be mounted.
+        """
+        try:
+            real = os.path.realpath(source, strict=True)
+            mode = os.stat(real).st_mode
+        except OSError as error:
+            raise UsageError(
+                f"cannot use the volume {source}: {error.strerror}", "check the path before the colon"
+            ) from None
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            kind = "a socket" if stat.S_ISSOCK(mode) else "a fifo" if stat.S_ISFIFO(mode) else "a device"
+            raise UnsupportedError(
+                f"cannot use the volume {source}: it is {kind}, and the container runs on another kernel",
+                "share the directory or file behind it, or publish a port",
+            )
+        name = name[:_MAX_NAME]
+        target = os.path.join(self._mounts, name)
+        try:
+            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+            if stat.S_ISDIR(mode):
+                os.mkdir(target, 0o700)
+            else:
+                os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            self._journal.make_mount(real, target, None, sysio.MS_BIND | sysio.MS_REC)
+            # Further mounts of the host below it must not appear later, nor ours travel back.
+            sysio.mount(None, target, None, sysio.MS_REC | sysio.MS_PRIVATE)
+            self._restrict(os.path.join(self.path, name), readonly=readonly)
+        except OSError as error:
+            raise HostError(f"cannot share {source} with the guest: {error.strerror}") from error
+        return name
+
+    def add_file(self, name: str, content: bytes, mode: int = 0o644) -> str:
+        """Show the guest a small file of the engine's own, writable there; returns *name*.
+
+        Raises:
+            HostError: It cannot be written.
+        """
+        path = os.path.join(self._files, name)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            try:
+                os.fchmod(fd, mode)
+                os.write(fd, content)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise HostError(f"cannot write {path}: {error.strerror}") from error
+        return self.add(path, name, readonly=False)
+
+    def remove(self, name: str) -> None:
+        """Take back what `add` showed. What is not there is no error."""
+        target = os.path.realpath(os.path.join(self._mounts, name))
+        for entry in self._journal.entries:
+            if entry.kind == "mount" and entry.params["target"] == target and not entry.gone:
+                try:
+                    sysio.umount2(target, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
+                except OSError:
+                    continue  # the journal keeps it: the end of the sandbox tries again
+                self._journal.forget(entry)
+                try:
+                    os.rmdir(target) if os.path.isdir(target) else os.unlink(target)
+                except OSError:
+                    pass
+
+    @staticmethod
+    def _restrict(path: str, *, readonly: bool) -> None:
+        """nosuid, nodev and maybe read-only, on the mount at *path* and every one below it.
+
+        Flags of a bind mount belong to each mount and are all given anew at a remount (mount(2),
+        MS_REMOUNT)."""
+        base = os.path.realpath(path)
+        added = sysio.MS_NOSUID | sysio.MS_NODEV | (sysio.MS_RDONLY if readonly else 0)
+        for entry in sysio.mounts():
+            if entry.target == base or entry.target.startswith(base + "/"):
+                flags = added
+                for option in entry.options.split(","):
+                    flags |= _OPTION_FLAGS.get(option, 0)
+                sysio.mount(None, entry.target, None, sysio.MS_REMOUNT | sysio.MS_BIND | flags)
