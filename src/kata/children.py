@@ -24,6 +24,67 @@ ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 _STAGES = ("set up", "execute")
 
 
+_F_SETPIPE_SZ = 1031
+
+
+class Words:
+    """What a program says on its standard error, bounded, and never in its way.
+
+    The pipe does not block the program, whether anybody reads or not: what does not fit is dropped. What is
+    read is kept from the beginning and from the end, so the last word of a dying program is there unless it
+    was very talkative in the instant before.
+    """
+
+    KEEP = 4 << 10
+
+    __slots__ = ("_head", "_tail", "fd", "write_fd")
+
+    def __init__(self) -> None:
+        import fcntl
+
+        self.fd, self.write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        fcntl.fcntl(self.write_fd, _F_SETPIPE_SZ, 16 << 10)
+        self._head = b""
+        self._tail = b""
+
+    def started(self) -> None:
+        """The program has its end; give ours of it back."""
+        if self.write_fd >= 0:
+            os.close(self.write_fd)
+            self.write_fd = -1
+
+    def read(self) -> bytes:
+        """Take in and return what is new. After the program's end `fd` is -1."""
+        new = b""
+        while self.fd >= 0:
+            try:
+                data = os.read(self.fd, 65536)
+            except BlockingIOError:
+                break
+            if not data:
+                os.close(self.fd)
+                self.fd = -1
+                break
+            new += data
+        room = self.KEEP - len(self._head)
+        self._head += new[:room]
+        self._tail = (self._tail + new[room:])[-self.KEEP :]
+        return new
+
+    def text(self) -> str:
+        """What was said, at most twenty lines, with control characters escaped."""
+        self.read()
+        lines = (self._head + self._tail).decode("utf-8", "replace").splitlines()[-20:]
+        return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.started()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class Child:
     """A program that was started. Its end makes `pidfd` readable; then `poll` gives the status."""
 
@@ -88,6 +149,7 @@ def spawn(
     cwd: str = "/",
     oom_score_adj: int | None = None,
     gently: bool = False,
+    cgroups: Sequence[str] = (),
 ) -> Child:
     """Start a program as a child that dies with us.
 
@@ -105,6 +167,7 @@ def spawn(
         cwd: Its working directory.
         oom_score_adj: The kernel's out-of-memory preference (proc(5)); set if permitted.
         gently: Undoing the journal sends TERM before KILL.
+        cgroups: Directories of cgroups that it joins before it executes anything.
 
     Returns:
         The running child: the program has been executed when this returns.
@@ -139,6 +202,8 @@ def spawn(
                 os.dup2(null if stderr is None else stderr, 2)
                 for fd in pass_fds:
                     os.set_inheritable(fd, True)
+                for cgroup in cgroups:
+                    _write(f"{cgroup}/cgroup.procs", "0")
                 if netns_fd is not None:
                     sysio.setns(netns_fd, sysio.CLONE_NEWNET)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -183,13 +248,25 @@ def spawn(
 
 def _set_oom_score(value: int) -> None:
     try:
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
-        try:
-            os.write(fd, str(value).encode())
-        finally:
-            os.close(fd)
+        _write("/proc/self/oom_score_adj", str(value))
     except OSError:
         pass  # lowering it needs CAP_SYS_RESOURCE, which a container host may not have
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def socketpair() -> tuple[int, int]:
+    """Two connected stream sockets, close-on-exec. (`import socket` would cost 5 ms here.)"""
+    import _socket
+
+    one, other = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+    return one.detach(), other.detach()
 
 
 def find_program(name: str, extra: Sequence[str] = ()) -> str | None:

@@ -252,6 +252,52 @@ def address_of(buffer: object) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
 
 
+def bpf(command: int, attributes: bytes) -> int:
+    """bpf(2) with the command's packed `union bpf_attr`. Returns what the command returns."""
+    numbers = {"x86_64": 321, "aarch64": 280}
+    machine = os.uname().machine
+    if machine not in numbers:
+        raise OSError(errno.ENOSYS, f"bpf(2) is not known for {machine}")
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    size = ctypes.c_uint(len(attributes))
+    return _check(_c().syscall(ctypes.c_long(numbers[machine]), command, buffer, size))
+
+
+def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
+    """Load a BPF program (BPF_PROG_LOAD, see ``linux/bpf.h``).
+
+    Args:
+        kind: BPF_PROG_TYPE_*.
+        attach_type: BPF_* attach type the program is checked for.
+        code: Its instructions, eight bytes each.
+        name: At most 15 characters.
+
+    Returns:
+        The program's descriptor.
+    """
+    instructions = ctypes.create_string_buffer(code, len(code))
+    licence = ctypes.create_string_buffer(b"Apache-2.0")
+    fields = (
+        kind.to_bytes(4, "little")
+        + (len(code) // 8).to_bytes(4, "little")
+        + ctypes.addressof(instructions).to_bytes(8, "little")
+        + ctypes.addressof(licence).to_bytes(8, "little")
+        + bytes(24)  # no log, no version, no flags
+        + name.encode()[:15].ljust(16, b"\0")
+        + bytes(4)
+        + attach_type.to_bytes(4, "little")
+    )
+    fd = bpf(5, fields)
+    os.set_inheritable(fd, False)
+    return fd
+
+
+def bpf_prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
+    """Attach a program to a cgroup (BPF_PROG_ATTACH); it is released with the cgroup."""
+    values = (cgroup_fd, prog_fd, attach_type, 0)
+    bpf(8, b"".join(value.to_bytes(4, "little") for value in values))
+
+
 # ---- mounts ----
 
 

@@ -7,7 +7,6 @@ socket pairs made here, so there is no socket file that anybody else could open,
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 
 from kata import children
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "qemu-system-x86_64"
 FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
-_STDERR_PIPE_BYTES = 16 << 10
-_STDERR_KEEP_BYTES = 4 << 10
-_F_SETPIPE_SZ = 1031
 
 
 class QemuProcess:
@@ -32,23 +28,21 @@ class QemuProcess:
     The descriptors are this object's until somebody takes them (`take`); `close` closes the rest.
     """
 
-    __slots__ = ("_stderr_fd", "_stderr_head", "_stderr_tail", "child", "entries", "fds", "settings")
+    __slots__ = ("_words", "child", "entries", "fds", "settings")
 
     def __init__(
         self,
         child: children.Child,
         settings: VMSettings,
         fds: dict[str, int],
-        stderr_fd: int,
+        words: children.Words,
         entries: list[Entry],
     ) -> None:
         self.child = child
         self.settings = settings
         self.fds = fds
         self.entries = entries
-        self._stderr_fd = stderr_fd
-        self._stderr_head = b""
-        self._stderr_tail = b""
+        self._words = words
 
     @property
     def pid(self) -> int:
@@ -62,44 +56,20 @@ class QemuProcess:
 
     @property
     def stderr_fd(self) -> int:
-        """Non-blocking; readable when QEMU has said something. Read with `read_stderr`."""
-        return self._stderr_fd
+        """Readable when QEMU has said something (`read_stderr`); -1 after its end was read."""
+        return self._words.fd
 
     def take(self, name: str) -> int:
         """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``. -1 when there is none."""
         return self.fds.pop(name, -1)
 
     def read_stderr(self) -> bytes:
-        """Take in what QEMU has written to standard error.
-
-        Nobody needs to read for QEMU to go on: its end does not block and what does not fit is dropped. The
-        beginning and the end of it all are kept.
-
-        Returns:
-            What is new.
-        """
-        new = b""
-        while self._stderr_fd >= 0:
-            try:
-                data = os.read(self._stderr_fd, 65536)
-            except BlockingIOError:
-                break
-            if not data:
-                os.close(self._stderr_fd)
-                self._stderr_fd = -1
-                break
-            new += data
-        room = _STDERR_KEEP_BYTES - len(self._stderr_head)
-        self._stderr_head += new[:room]
-        self._stderr_tail = (self._stderr_tail + new[room:])[-_STDERR_KEEP_BYTES:]
-        return new
+        """Take in what QEMU has written to standard error; see `kata.children.Words`."""
+        return self._words.read()
 
     def stderr_text(self) -> str:
         """What QEMU said, bounded, with control characters escaped."""
-        self.read_stderr()
-        data = self._stderr_head + self._stderr_tail
-        lines = data.decode("utf-8", "replace").splitlines()[-20:]
-        return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+        return self._words.text()
 
     def failure(self) -> KataError | None:
         """Why QEMU is no longer there, or None while it is (or after an orderly end)."""
@@ -113,9 +83,7 @@ class QemuProcess:
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
-        if self._stderr_fd >= 0:
-            os.close(self._stderr_fd)
-            self._stderr_fd = -1
+        self._words.close()
         if self.child.poll() is not None:
             self.child.close()
 
@@ -141,15 +109,13 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
     """
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
-    stderr_read = stderr_write = -1
+    words = children.Words()
     entries: list[Entry] = []
     try:
         _check(settings)
         for name in ("agent", "qmp", "console"):
             if name != "console" or settings.console != "none":
-                ours[name], theirs[name] = socketpair()
-        stderr_read, stderr_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        fcntl.fcntl(stderr_write, _F_SETPIPE_SZ, _STDERR_PIPE_BYTES)
+                ours[name], theirs[name] = children.socketpair()
         if settings.nic is not None and settings.nic.fd is None:
             entries.append(journal.intend("socket", path=qemu_command.nic_socket(settings.run_dir)))
         fds = qemu_command.Fds(theirs["agent"], theirs["qmp"], theirs.get("console"))
@@ -159,8 +125,8 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
                 journal,
                 "qemu",
                 pass_fds=qemu_command.inherited_fds(settings, fds),
-                stdout=stderr_write,
-                stderr=stderr_write,
+                stdout=words.write_fd,
+                stderr=words.write_fd,
                 netns_fd=netns_fd,
             )
         except OSError as error:
@@ -168,17 +134,17 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
                 f"cannot start QEMU: {error.strerror}", "Run `kata doctor` to check this host."
             ) from error
     except BaseException:
-        for fd in (*ours.values(), stderr_read):
-            if fd >= 0:
-                os.close(fd)
+        words.close()
+        for fd in ours.values():
+            os.close(fd)
         for entry in entries:
             journal.forget(entry)
         raise
     finally:
-        for fd in (*theirs.values(), stderr_write, *_passed(settings)):
-            if fd >= 0:
-                os.close(fd)
-    return QemuProcess(child, settings, ours, stderr_read, entries)
+        words.started()
+        for fd in (*theirs.values(), *_passed(settings)):
+            os.close(fd)
+    return QemuProcess(child, settings, ours, words, entries)
 
 
 def _passed(settings: VMSettings) -> list[int]:
@@ -191,14 +157,6 @@ def _passed(settings: VMSettings) -> list[int]:
         found.append(settings.nic.fd)
         settings.nic.fd = -1
     return found
-
-
-def socketpair() -> tuple[int, int]:
-    """Two connected stream sockets, close-on-exec. (`import socket` would cost 5 ms here.)"""
-    import _socket
-
-    one, other = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
-    return one.detach(), other.detach()
 
 
 def _check(settings: VMSettings) -> None:

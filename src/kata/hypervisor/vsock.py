@@ -1,8 +1,8 @@
 """vhost-vsock: a context id (CID) for a guest, which no other guest has.
 
-The kernel keeps CIDs apart: setting one that is in use fails, so an id is drawn at random and the kernel asked
-until it agrees. The id is taken for as long as the descriptor is open, which is then QEMU's to inherit; so
-nothing is left over when it ends. Source: ``linux/vhost.h``, the kernel's ``drivers/vhost/vsock.c``.
+The kernel keeps CIDs apart: setting one that is in use fails, so an id is drawn at random and the kernel
+asked until it agrees. The id is taken for as long as the descriptor is open, which is then QEMU's to
+inherit; so nothing is left over when it ends. Source: ``linux/vhost.h``, the kernel's ``drivers/vhost/vsock.c``.
 """
 
 from __future__ import annotations
