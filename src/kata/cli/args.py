@@ -201,7 +201,8 @@ class Command:
             raise UsageError(f"kata {self.name}: too few arguments", f"usage: kata {self.name} {self.usage}")
         if self.most is not None and len(rest) > self.most:
             raise UsageError(
-                f"kata {self.name}: unexpected argument {rest[self.most]!r}", f"usage: kata {self.name} {self.usage}"
+                f"kata {self.name}: unexpected argument {rest[self.most]!r}",
+                f"usage: kata {self.name} {self.usage}",
             )
 
     def print_help(self) -> None:

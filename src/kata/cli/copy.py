@@ -44,8 +44,8 @@ COMMANDS = {
         ],
         least=2,
         most=2,
-        notes="As in 'docker cp': a directory is copied into an existing DEST directory, or becomes DEST; with SRC/. its\n"
-        "content is. DEST or SRC '-' is a tar stream. Works on a running or a stopped container.",
+        notes="As in 'docker cp': a directory is copied into an existing DEST directory, or becomes DEST; with\n"
+        "SRC/. its content is. DEST or SRC '-' is a tar stream. Works on a running or a stopped container.",
     )
 }
 
@@ -118,18 +118,29 @@ class _Guest:
     def need(self, path: str, *, follow: bool) -> agentext_pb.FileInfo:
         found = self.stat(path, follow=follow)
         if found is None:
-            raise NotFoundError(f"{self._name}:{path} does not exist", f"kata exec {self._name} ls {posixpath.dirname(path)}")
+            raise NotFoundError(
+                f"{self._name}:{path} does not exist", f"kata exec {self._name} ls {posixpath.dirname(path)}"
+            )
         return found
 
     def entries(self, path: str) -> Iterator[agentext_pb.FileInfo]:
         """A directory's entries, by name."""
         after = b""
         while True:
-            request = agentext_pb.ListFilesRequest(container_id=self._id, path=os.fsencode(path), after=after)
+            request = agentext_pb.ListFilesRequest(
+                container_id=self._id, path=os.fsencode(path), after=after
+            )
             answer = self._engine.call(SANDBOX, "List", request, agentext_pb.ListFilesResponse)
             for info in answer.entries:
-                if info.name in (b"", b".", b"..") or b"/" in info.name or b"\0" in info.name or info.name <= after:
-                    raise GuestProtocolError(f"the guest listed an impossible file name in {self._name}:{path}")
+                if (
+                    info.name in (b"", b".", b"..")
+                    or b"/" in info.name
+                    or b"\0" in info.name
+                    or info.name <= after
+                ):
+                    raise GuestProtocolError(
+                        f"the guest listed an impossible file name in {self._name}:{path}"
+                    )
                 after = info.name
                 yield info
             if not answer.more:
@@ -142,7 +153,9 @@ class _Guest:
         offset = 0
         while offset < size:
             wanted = min(_PIECE, size - offset)
-            request = agentext_pb.ReadFileRequest(container_id=self._id, path=os.fsencode(path), offset=offset, len=wanted)
+            request = agentext_pb.ReadFileRequest(
+                container_id=self._id, path=os.fsencode(path), offset=offset, len=wanted
+            )
             data = self._engine.call(SANDBOX, "Read", request, agentext_pb.ReadFileResponse).data
             if not data:
                 return
@@ -162,7 +175,12 @@ class _Guest:
             if not data and offset:
                 return
             request = agentext_pb.WriteFileRequest(
-                container_id=self._id, path=os.fsencode(path), offset=offset, data=data, truncate=offset == 0, **attributes
+                container_id=self._id,
+                path=os.fsencode(path),
+                offset=offset,
+                data=data,
+                truncate=offset == 0,
+                **attributes,
             )
             self._engine.call(SANDBOX, "Write", request, Empty)
             offset += len(data)
@@ -171,13 +189,17 @@ class _Guest:
 
     def mkdir(self, path: str, **attributes: int | None) -> None:
         """Make the directory, or give the one that is there these attributes."""
-        request = agentext_pb.MkdirRequest(container_id=self._id, path=os.fsencode(path), parents=True, **attributes)
+        request = agentext_pb.MkdirRequest(
+            container_id=self._id, path=os.fsencode(path), parents=True, **attributes
+        )
         self._engine.call(SANDBOX, "Mkdir", request, Empty)
 
     def symlink(self, path: str, target: bytes, **attributes: int | None) -> None:
         if self.stat(path, follow=False) is not None:
             self._remove(path)
-        request = agentext_pb.SymlinkRequest(container_id=self._id, path=os.fsencode(path), target=target, **attributes)
+        request = agentext_pb.SymlinkRequest(
+            container_id=self._id, path=os.fsencode(path), target=target, **attributes
+        )
         self._engine.call(SANDBOX, "Symlink", request, Empty)
 
     def _remove(self, path: str) -> None:
@@ -297,7 +319,9 @@ def _in(guest: _Guest, source: str, destination: str, *, owners: bool, follow: b
         if not content_only:
             path = posixpath.join(path, os.path.basename(os.path.abspath(host)))
     elif destination.endswith("/") and not stat.S_ISDIR(status.st_mode):
-        raise UsageError(f"the container has no directory {destination}", "leave out the last /, or make it first")
+        raise UsageError(
+            f"the container has no directory {destination}", "leave out the last /, or make it first"
+        )
     elif target is not None and stat.S_ISDIR(status.st_mode):
         raise UsageError(f"a directory cannot be copied over the file {destination} of the container")
     parent = posixpath.dirname(path)
@@ -313,7 +337,13 @@ def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owner
         guest.mkdir(path, mode=stat.S_IMODE(status.st_mode), uid=uid, gid=gid)
         with os.scandir(host) as entries:
             for entry in sorted(entries, key=lambda found: found.name):
-                _in_entry(guest, entry.path, entry.stat(follow_symlinks=False), posixpath.join(path, entry.name), owners)
+                _in_entry(
+                    guest,
+                    entry.path,
+                    entry.stat(follow_symlinks=False),
+                    posixpath.join(path, entry.name),
+                    owners,
+                )
     elif stat.S_ISLNK(status.st_mode):
         guest.symlink(path, os.fsencode(os.readlink(host)), uid=uid, gid=gid)
     elif stat.S_ISREG(status.st_mode):
@@ -329,7 +359,9 @@ def _from_tar(guest: _Guest, stream: BinaryIO, destination: str) -> None:
     base = posixpath.normpath(destination)
     info = guest.need(base, follow=True)
     if not stat.S_ISDIR(info.mode):
-        raise UsageError(f"{destination} is no directory of the container", "a tar stream is unpacked into a directory")
+        raise UsageError(
+            f"{destination} is no directory of the container", "a tar stream is unpacked into a directory"
+        )
     try:
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             for member in tar:
@@ -348,7 +380,12 @@ def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInf
     elif member.isfile():
         content: Any = tar.extractfile(member)
         guest.write(
-            path, content, mode=member.mode & 0o7777, uid=member.uid, gid=member.gid, mtime_ns=int(member.mtime * 10**9)
+            path,
+            content,
+            mode=member.mode & 0o7777,
+            uid=member.uid,
+            gid=member.gid,
+            mtime_ns=int(member.mtime * 10**9),
         )
     else:
         sys.stderr.write(f"warning: {member.name} of the tar stream is of a kind that is not copied\n")

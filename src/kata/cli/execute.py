@@ -29,8 +29,18 @@ COMMANDS = {
             Option("-i --interactive", "", "connect standard input"),
             Option("-t --tty", "", "give the command a terminal"),
             Option("-d --detach", "", "return at once"),
-            Option("-e --env", "KEY[=VALUE]", "set an environment variable; without a value, take ours", many=True),
-            Option("--env-file", "FILE", "read environment variables from a file, one KEY=VALUE a line", many=True),
+            Option(
+                "-e --env",
+                "KEY[=VALUE]",
+                "set an environment variable; without a value, take ours",
+                many=True,
+            ),
+            Option(
+                "--env-file",
+                "FILE",
+                "read environment variables from a file, one KEY=VALUE a line",
+                many=True,
+            ),
             Option("-w --workdir", "DIR", "the command's working directory"),
             Option("-u --user", "USER[:GROUP]", "run as this user, by name or number"),
             Option("--privileged", "", "all capabilities of the guest"),
@@ -38,7 +48,7 @@ COMMANDS = {
         ],
         least=2,
         interspersed=False,
-        notes="exit status: the command's own; 126 it cannot be executed, 127 it was not found, 128+N signal N ended it.",
+        notes="exit status: the command's own; 126 it cannot be executed, 127 it was not found, 128+N signal N.",
     ),
     "attach": Command(
         "attach",
@@ -81,7 +91,9 @@ def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
         from ..oci.spec import capability_sets
 
         granted = (
-            sorted(capabilities.ALL) if arguments.flag("privileged") else process["capabilities"].get("bounding", [])
+            sorted(capabilities.ALL)
+            if arguments.flag("privileged")
+            else process["capabilities"].get("bounding", [])
         )
         process["capabilities"] = capability_sets(granted, process["user"].get("username") or "")
     return process

@@ -75,7 +75,13 @@ class Check:
 def _permissions() -> Check:
     if os.geteuid() == 0:
         return Check("permissions", OK, "running as root")
-    return Check("permissions", FAIL, "not running as root, which is needed for now", "sudo kata doctor", blocking=True)
+    return Check(
+        "permissions",
+        FAIL,
+        "not running as root, which is needed for now",
+        "sudo kata doctor",
+        blocking=True,
+    )
 
 
 def _kvm() -> Check:
@@ -83,22 +89,31 @@ def _kvm() -> Check:
     if verdict.works:
         return Check("kvm", OK, f"works: {verdict.reason}")
     return Check(
-        "kvm", WARN, f"{verdict.state}: {verdict.reason}; software emulation is used instead, and slower", verdict.hint
+        "kvm",
+        WARN,
+        f"{verdict.state}: {verdict.reason}; software emulation is used instead, and slower",
+        verdict.hint,
     )
 
 
 def _vsock() -> Check:
     device = "/dev/vhost-vsock"
     if not os.path.exists(device):
-        return Check("vhost-vsock", WARN, "absent; the agent is reached over virtio-serial", "modprobe vhost_vsock")
+        return Check(
+            "vhost-vsock", WARN, "absent; the agent is reached over virtio-serial", "modprobe vhost_vsock"
+        )
     if not os.access(device, os.R_OK | os.W_OK):
-        return Check("vhost-vsock", WARN, f"{device} cannot be opened; the agent is reached over virtio-serial")
+        return Check(
+            "vhost-vsock", WARN, f"{device} cannot be opened; the agent is reached over virtio-serial"
+        )
     return Check("vhost-vsock", OK, "usable")
 
 
 def _version_of(program: str) -> str:
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            [program, "--version"], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.partition("\n")[0].strip()
@@ -107,7 +122,9 @@ def _version_of(program: str) -> str:
 def _program(name: str, what: str, package: str, result: str, *, blocking: bool = False) -> Check:
     found = children.find_program(name)
     if not found:
-        return Check(what, result, f"{name} is not installed", f"apt-get install {package}", blocking=blocking)
+        return Check(
+            what, result, f"{name} is not installed", f"apt-get install {package}", blocking=blocking
+        )
     version = _version_of(found)
     return Check(what, OK, f"{version} ({found})" if version else found)
 
@@ -117,7 +134,12 @@ def _cgroups() -> Check:
         return Check("cgroups", OK, "version 2")
     if os.path.isdir("/sys/fs/cgroup/memory"):
         return Check("cgroups", OK, "version 1")
-    return Check("cgroups", WARN, "no cgroup hierarchy is mounted under /sys/fs/cgroup", "mount -t cgroup2 none /sys/fs/cgroup")
+    return Check(
+        "cgroups",
+        WARN,
+        "no cgroup hierarchy is mounted under /sys/fs/cgroup",
+        "mount -t cgroup2 none /sys/fs/cgroup",
+    )
 
 
 def _guest() -> Check:
@@ -135,7 +157,9 @@ def _memory() -> Check:
 
     available = sizing.host_available_mib()
     if available < 512:
-        return Check("memory", WARN, f"only {available} MiB are available", "stop something, or use -m with less")
+        return Check(
+            "memory", WARN, f"only {available} MiB are available", "stop something, or use -m with less"
+        )
     return Check("memory", OK, f"{available} MiB available")
 
 
@@ -147,7 +171,10 @@ def _space() -> Check:
     free = status.f_bavail * status.f_frsize
     if free < 1 << 30:
         return Check(
-            "disk space", WARN, f"{table.human_size(free)} free for {paths.state_dir()}", "kata gc, or move KATA_STATE_DIR"
+            "disk space",
+            WARN,
+            f"{table.human_size(free)} free for {paths.state_dir()}",
+            "kata gc, or move KATA_STATE_DIR",
         )
     return Check("disk space", OK, f"{table.human_size(free)} free for {paths.state_dir()}")
 
@@ -171,7 +198,8 @@ def _doctor(arguments: Arguments) -> int:
     blocked = any(check.blocking and check.result == FAIL for check in checks)
     if arguments.flag("json"):
         entries = [
-            {"name": c.name, "result": c.result, "text": c.text, "hint": c.hint, "blocking": c.blocking} for c in checks
+            {"name": c.name, "result": c.result, "text": c.text, "hint": c.hint, "blocking": c.blocking}
+            for c in checks
         ]
         table.show_json({"usable": not blocked, "checks": entries})
         return int(blocked)
@@ -251,7 +279,9 @@ def _show_tree(content: dict[str, Any], indent: str) -> None:
         elif isinstance(value, list):
             print(f"{indent}{key:<{width}}  {', '.join(map(str, value)) or '-'}")
         else:
-            shown = f"{value} ({table.human_size(value)})" if key == "size" and isinstance(value, int) else value
+            shown = (
+                f"{value} ({table.human_size(value)})" if key == "size" and isinstance(value, int) else value
+            )
             print(f"{indent}{key:<{width}}  {shown}")
 
 

@@ -71,7 +71,10 @@ def _images(arguments: Arguments) -> int:
         )
         return 0
     full = arguments.flag("no_trunc")
-    shorten = (lambda text: text) if full else (lambda text: text.removeprefix("sha256:")[:12])
+
+    def shorten(digest: str) -> str:
+        return digest if full else digest.removeprefix("sha256:")[:12]
+
     if arguments.flag("quiet"):
         for image in images:
             print(shorten(image.id))
@@ -89,7 +92,9 @@ def _pull(arguments: Arguments) -> int:
     quiet = arguments.flag("quiet")
     for reference in arguments.rest:
         progress = (lambda *_: None) if quiet else None
-        image = store.resolve(reference, pull="always", platform=arguments.value("platform"), progress=progress)
+        image = store.resolve(
+            reference, pull="always", platform=arguments.value("platform"), progress=progress
+        )
         print(image.id or reference, flush=True)
     return 0
 
@@ -106,8 +111,8 @@ def _rmi(arguments: Arguments) -> int:
         except KataError as error:
             if not (force and error.grpc_code == 5):
                 failures.append(error)
-    for error in failures[1:]:
-        report(error)
+    for failure in failures[1:]:
+        report(failure)
     if failures:
         raise failures[0]
     return 0

@@ -64,7 +64,9 @@ COMMANDS = {
     ),
     "pause": Command("pause", "CONTAINER...", "Freezes all processes of containers.", least=1),
     "resume": Command("resume", "CONTAINER...", "Lets paused containers go on.", least=1),
-    "wait": Command("wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", least=1),
+    "wait": Command(
+        "wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", least=1
+    ),
 }
 
 
@@ -80,8 +82,8 @@ def _each(references: list[str], act: Callable[[Container], str | None]) -> int:
             failures.append(error)
         else:
             print(reference if shown is None else shown, flush=True)
-    for error in failures[1:]:
-        report(error)
+    for failure in failures[1:]:
+        report(failure)
     if failures:
         raise failures[0]
     return 0
@@ -97,7 +99,9 @@ def _start(arguments: Arguments) -> int:
             raise UsageError("only one container can be attached to", "start the others without -a")
         container = records.find(arguments.rest[0])
         _need_stopped(container)
-        return session.run_attached(container, stdin=interactive and container.record["open_stdin"], detach_keys=b"\x10\x11")
+        return session.run_attached(
+            container, stdin=interactive and container.record["open_stdin"], detach_keys=b"\x10\x11"
+        )
 
     def act(container: Container) -> None:
         # Docker's `start` of a running container is a success that does nothing.
@@ -171,7 +175,9 @@ def _restart(arguments: Arguments) -> int:
     def act(container: Container) -> None:
         stop(container, grace)
         if records.load(container.id) is None:
-            raise StateError(f"container {container.name} was made with --rm and is gone now that it has stopped")
+            raise StateError(
+                f"container {container.name} was made with --rm and is gone now that it has stopped"
+            )
         session.start_detached(container, discard=False)
 
     return _each(arguments.rest, act)
@@ -189,7 +195,9 @@ def _kill(arguments: Arguments) -> int:
             with EngineClient(container.socket) as engine:
                 engine.kill(container.id, number, everything=number == signals.number("KILL"))
         except _ENDED:
-            raise StateError(f"container {container.name} has just ended", f"kata ps -a | grep {container.name}") from None
+            raise StateError(
+                f"container {container.name} has just ended", f"kata ps -a | grep {container.name}"
+            ) from None
 
     return _each(arguments.rest, act)
 
@@ -202,7 +210,8 @@ def _rm(arguments: Arguments) -> int:
         if status in (records.RUNNING, records.PAUSED):
             if not force:
                 raise StateError(
-                    f"container {container.name} is {status}", f"kata stop {container.name}, or kata rm -f {container.name}"
+                    f"container {container.name} is {status}",
+                    f"kata stop {container.name}, or kata rm -f {container.name}",
                 )
             stop(container, 0)
         session.wait_for_engine(container)
@@ -221,7 +230,9 @@ def _rm(arguments: Arguments) -> int:
 def _pause(arguments: Arguments) -> int:
     def act(container: Container) -> None:
         if need_running(container)["status"] == records.PAUSED:
-            raise StateError(f"container {container.name} is paused already", f"kata resume {container.name}")
+            raise StateError(
+                f"container {container.name} is paused already", f"kata resume {container.name}"
+            )
         with EngineClient(container.socket) as engine:
             engine.pause(container.id)
 

@@ -34,7 +34,14 @@ COMMANDS = {
         ],
         most=0,
     ),
-    "top": Command("top", "CONTAINER", "Lists the processes in a container, as seen in its guest.", [_JSON], least=1, most=1),
+    "top": Command(
+        "top",
+        "CONTAINER",
+        "Lists the processes in a container, as seen in its guest.",
+        [_JSON],
+        least=1,
+        most=1,
+    ),
     "logs": Command(
         "logs",
         "CONTAINER",
@@ -48,7 +55,9 @@ COMMANDS = {
         least=1,
         most=1,
     ),
-    "port": Command("port", "CONTAINER [PORT[/PROTO]]", "Lists a container's published ports.", [_JSON], least=1, most=2),
+    "port": Command(
+        "port", "CONTAINER [PORT[/PROTO]]", "Lists a container's published ports.", [_JSON], least=1, most=2
+    ),
     "inspect": Command(
         "inspect",
         "CONTAINER...",
@@ -155,7 +164,10 @@ def need_running(container: Container) -> dict[str, Any]:
     """
     state = container.state()
     if state["status"] not in (records.RUNNING, records.PAUSED):
-        raise StateError(f"container {container.name} is not running: it is {state['status']}", f"kata start {container.name}")
+        raise StateError(
+            f"container {container.name} is not running: it is {state['status']}",
+            f"kata start {container.name}",
+        )
     return state
 
 
@@ -250,7 +262,7 @@ class _LogReader:
         while True:
             if self._file is None:
                 try:
-                    self._file = open(self._path, "rb")
+                    self._file = open(self._path, "rb")  # noqa: SIM115 - it stays open between calls
                 except FileNotFoundError:
                     return
             data = self._rest + self._file.read()
@@ -351,7 +363,8 @@ def _port(arguments: Arguments) -> int:
         ports = [p for p in ports if p["guest_port"] == int(number) and p["proto"] == (proto or "tcp")]
         if not ports:
             raise NotFoundError(
-                f"container {container.name} does not publish port {arguments.rest[1]}", f"kata port {container.name}"
+                f"container {container.name} does not publish port {arguments.rest[1]}",
+                f"kata port {container.name}",
             )
     if arguments.flag("json"):
         table.show_json(ports)
@@ -369,7 +382,12 @@ def _inspect(arguments: Arguments) -> int:
     for reference in arguments.rest:
         container = records.find(reference)
         state = container.state()
-        entry = {**container.record, "state": state, "directory": container.directory, "log_path": container.log}
+        entry = {
+            **container.record,
+            "state": state,
+            "directory": container.directory,
+            "log_path": container.log,
+        }
         try:
             with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
                 entry["spec"] = json.load(file)

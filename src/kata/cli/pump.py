@@ -144,7 +144,9 @@ class Pump:
         self._matched = 0
         self._pending = b""
         self._stdin_open = fifos.stdin_fd >= 0
-        self._outputs = {fd: target for fd, target in ((fifos.stdout_fd, 1), (fifos.stderr_fd, 2)) if fd >= 0}
+        self._outputs = {
+            fd: target for fd, target in ((fifos.stdout_fd, 1), (fifos.stderr_fd, 2)) if fd >= 0
+        }
 
     def run(self) -> None:
         """Copy until the process has ended and its output has been passed on.

@@ -137,17 +137,18 @@ def new_id() -> str:
     return os.urandom(32).hex()
 
 
-_ADJECTIVES = (
-    "agile bold brisk calm clear cosy deft eager early fair fond fresh gentle glad grand keen kind light lively"
-    " lucid mellow mild neat nimble plain polite prompt proud quick quiet ready rosy sharp shy silent sleek snug"
-    " solid spry stark steady still stout sunny swift tame tidy trim true vivid warm wise witty"
-).split()
-_NOUNS = (
-    "alder ant aspen badger bay beech birch bison brook cedar cliff clover condor crane creek crow dale dune elk"
-    " elm fern finch fjord fox gale gull hare hawk heath heron holly ibis ivy jay kite lark lily lynx maple marsh"
-    " mesa mole moss newt oak otter owl pine plover quail raven reed robin sage seal shore shrew sparrow spruce"
-    " stoat stork swan tern thrush trout vale vole willow wren yew"
-).split()
+_ADJECTIVES = """
+agile bold brisk calm clear cosy deft eager early fair fond fresh gentle glad grand keen kind light
+lively lucid mellow mild neat nimble plain polite prompt proud quick quiet ready rosy sharp shy
+silent sleek snug solid spry stark steady still stout sunny swift tame tidy trim true vivid warm
+wise witty
+""".split()  # noqa: SIM905
+_NOUNS = """
+alder ant aspen badger bay beech birch bison brook cedar cliff clover condor crane creek crow dale
+dune elk elm fern finch fjord fox gale gull hare hawk heath heron holly ibis ivy jay kite lark lily
+lynx maple marsh mesa mole moss newt oak otter owl pine plover quail raven reed robin sage seal
+shore shrew sparrow spruce stoat stork swan tern thrush trout vale vole willow wren yew
+""".split()  # noqa: SIM905
 
 
 def _random_name() -> str:
@@ -157,7 +158,9 @@ def _random_name() -> str:
 
 def _claim(name: str, identity: str) -> bool:
     try:
-        fd = os.open(os.path.join(_names_dir(), name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        fd = os.open(
+            os.path.join(_names_dir(), name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
+        )
     except FileExistsError:
         return False
     with os.fdopen(fd, "w") as file:
@@ -195,7 +198,8 @@ class Draft:
         holder = find_or_none(name or "")
         of = f" by container {holder.id[:12]}" if holder else ""
         raise AlreadyExistsError(
-            f"the name {name!r} is taken{of}", f"choose another --name, or remove that container: kata rm {name}"
+            f"the name {name!r} is taken{of}",
+            f"choose another --name, or remove that container: kata rm {name}",
         )
 
     def path(self, name: str) -> str:
@@ -223,7 +227,9 @@ def remove(container: Container) -> None:
 
     failures = Journal.open(os.path.join(container.directory, "journal")).undo()
     if failures:
-        raise JournalError(f"container {container.name} could not be removed whole: {failures[0]}", "kata gc")
+        raise JournalError(
+            f"container {container.name} could not be removed whole: {failures[0]}", "kata gc"
+        )
 
 
 def load(identity: str) -> Container | None:
@@ -257,7 +263,10 @@ def find_or_none(reference: str) -> Container | None:
     except FileNotFoundError:
         return None
     if len(matches) > 1:
-        raise UsageError(f"{reference!r} is the beginning of {len(matches)} container ids", "give more digits, or the name")
+        raise UsageError(
+            f"{reference!r} is the beginning of {len(matches)} container ids",
+            "give more digits, or the name",
+        )
     return load(matches[0]) if matches else None
 
 
@@ -274,7 +283,8 @@ def find(reference: str) -> Container:
 
         near = difflib.get_close_matches(reference, [c.name for c in all_containers()], 1)
         raise NotFoundError(
-            f"no container named {reference!r}", f"did you mean {near[0]}?" if near else "'kata ps -a' lists them all"
+            f"no container named {reference!r}",
+            f"did you mean {near[0]}?" if near else "'kata ps -a' lists them all",
         )
     return container
 
@@ -294,7 +304,11 @@ def clear_stale() -> list[str]:
     """
     cleared = []
     for container in all_containers():
-        if container.record["auto_remove"] and container.raw_state() and container.state()["status"] == EXITED:
+        if (
+            container.record["auto_remove"]
+            and container.raw_state()
+            and container.state()["status"] == EXITED
+        ):
             remove(container)
             cleared.append(f"container {container.name}, made with --rm")
     try:

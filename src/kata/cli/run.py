@@ -36,12 +36,21 @@ _OPTIONS = [
     Option("--privileged", "", "all capabilities and devices of the guest, no seccomp; nothing of the host"),
     Option("--cap-add", "CAP", "add a capability, or ALL", many=True),
     Option("--cap-drop", "CAP", "drop a capability, or ALL", many=True),
-    Option("--network", "none|user", "'user' (the default): outgoing connections and -p; 'none': loopback only"),
-    Option("-p --publish", "[IP:]HOST:GUEST[/PROTO]", "make a port of the container reachable on the host", many=True),
+    Option(
+        "--network", "none|user", "'user' (the default): outgoing connections and -p; 'none': loopback only"
+    ),
+    Option(
+        "-p --publish",
+        "[IP:]HOST:GUEST[/PROTO]",
+        "make a port of the container reachable on the host",
+        many=True,
+    ),
     Option("-h --hostname", "NAME", "the container's host name; the beginning of its id if not given"),
     Option("--entrypoint", "COMMAND", "replace the image's entry point; empty to clear it"),
     Option("--storage-size", "SIZE", "size of the writable layer, a sparse file on the host (10g)"),
-    Option("--storage", "disk|tmpfs", "where the writable layer lies: a file on the host, or the guest's memory"),
+    Option(
+        "--storage", "disk|tmpfs", "where the writable layer lies: a file on the host, or the guest's memory"
+    ),
     Option("--pull", "missing|always|never", "when to fetch the image (missing)"),
     Option("--stop-signal", "SIGNAL", "what 'kata stop' sends first; the image's choice, else SIGTERM"),
     Option("--rm", "", "remove the container when it has ended"),
@@ -156,7 +165,12 @@ class _Choice:
 
     def __init__(self, arguments: Arguments) -> None:
         a = arguments
-        name, hostname, cpus, memory = a.value("name"), a.value("hostname"), a.value("cpus"), a.value("memory")
+        name, hostname, cpus, memory = (
+            a.value("name"),
+            a.value("hostname"),
+            a.value("cpus"),
+            a.value("memory"),
+        )
         self.name = None if name is None else values.container_name(name)
         self.hostname = None if hostname is None else values.hostname(hostname)
         self.cpus = None if cpus is None else values.cpus(cpus)
@@ -173,9 +187,13 @@ class _Choice:
         if self.ports and self.network == "none":
             raise UsageError("-p needs a network, and --network none has none", "leave out one of the two")
         storage_size = a.value("storage_size")
-        self.storage_size = DEFAULT_STORAGE if storage_size is None else values.size(storage_size, "--storage-size")
+        self.storage_size = (
+            DEFAULT_STORAGE if storage_size is None else values.size(storage_size, "--storage-size")
+        )
         if self.storage_size < 16 << 20:
-            raise UsageError(f"--storage-size {storage_size!r} is too small for a file system", "at least 16m")
+            raise UsageError(
+                f"--storage-size {storage_size!r} is too small for a file system", "at least 16m"
+            )
         stop_signal = a.value("stop_signal")
         self.stop_signal = None if stop_signal is None else _signal_name(stop_signal)
         self._env = values.environment(a.many("env"), a.many("env_file"))
@@ -198,7 +216,9 @@ class _Choice:
         request.env = self._env
         request.workdir = a.value("workdir") or ""
         if request.workdir and not request.workdir.startswith("/"):
-            raise UsageError(f"--workdir {request.workdir!r} is not absolute", f"--workdir /{request.workdir}")
+            raise UsageError(
+                f"--workdir {request.workdir!r} is not absolute", f"--workdir /{request.workdir}"
+            )
         request.user = a.value("user") or ""
         request.terminal = self.tty
         request.read_only, request.privileged = a.flag("read_only"), a.flag("privileged")
@@ -223,7 +243,9 @@ def _run(arguments: Arguments) -> int:
     detach = arguments.flag("detach")
     interactive, tty = arguments.flag("interactive"), arguments.flag("tty")
     if detach and arguments.flag("timings"):
-        raise UsageError("--timings reports at the end, which --detach does not wait for", "leave out one of the two")
+        raise UsageError(
+            "--timings reports at the end, which --detach does not wait for", "leave out one of the two"
+        )
     if tty and interactive and not detach and not os.isatty(0):
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
     keys = detach_keys(arguments.value("detach_keys"))
@@ -246,9 +268,11 @@ def detach_keys(text: str | None) -> bytes:
     from .pump import parse_detach_keys
 
     try:
-        return parsedetach_keys("ctrl-p,ctrl-q" if text is None else text)
+        return parse_detach_keys("ctrl-p,ctrl-q" if text is None else text)
     except ValueError as error:
-        raise UsageError(f"--detach-keys: {error} is not a key", "e.g. ctrl-p,ctrl-q, or one character") from None
+        raise UsageError(
+            f"--detach-keys: {error} is not a key", "e.g. ctrl-p,ctrl-q, or one character"
+        ) from None
 
 
 def _print_timings(entries: list[Any]) -> None:

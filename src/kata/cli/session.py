@@ -65,7 +65,9 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         rootfs["source"] = record["rootfs"]["source"]
     if record["upper"] == "disk":
         rootfs["upper_slot"] = len(disks)
-        disks.append({"path": os.path.join(container.directory, "rw.img"), "readonly": False, "serial": "upper"})
+        disks.append(
+            {"path": os.path.join(container.directory, "rw.img"), "readonly": False, "serial": "upper"}
+        )
     return {
         "id": container.id,
         "door": "kata",
@@ -91,7 +93,11 @@ def _say_once(topic: str, text: str) -> None:
     """Write *text* to stderr the first time since the host was booted (the run directory is on a tmpfs)."""
     os.makedirs(paths.run_dir(), mode=0o711, exist_ok=True)
     try:
-        os.close(os.open(os.path.join(paths.run_dir(), f"said-{topic}"), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.close(
+            os.open(
+                os.path.join(paths.run_dir(), f"said-{topic}"), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+            )
+        )
     except FileExistsError:
         return
     sys.stderr.write(text)
@@ -212,7 +218,14 @@ class Attachment:
     """
 
     def __init__(
-        self, client: EngineClient, container: Container, *, exec_id: str, terminal: bool, stdin: bool, prefix: str
+        self,
+        client: EngineClient,
+        container: Container,
+        *,
+        exec_id: str,
+        terminal: bool,
+        stdin: bool,
+        prefix: str,
     ) -> None:
         self._client = client
         self._container = container

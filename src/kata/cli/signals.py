@@ -32,5 +32,6 @@ def number(text: str) -> int:
     known = [member.removeprefix("SIG") for member in signal.Signals.__members__]
     near = difflib.get_close_matches(name, known, 1)
     raise UsageError(
-        f"unknown signal {text!r}", f"did you mean {near[0]}?" if near else "a name such as TERM, or a number; see signal(7)"
+        f"unknown signal {text!r}",
+        f"did you mean {near[0]}?" if near else "a name such as TERM, or a number; see signal(7)",
     )

@@ -59,7 +59,13 @@ def age(timestamp: str) -> str:
     if then is None:
         return "unknown"
     passed = max(int(time.time() - then), 0)
-    for size, word in ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute")):
+    for size, word in (
+        (86400 * 365, "year"),
+        (86400 * 30, "month"),
+        (86400, "day"),
+        (3600, "hour"),
+        (60, "minute"),
+    ):
         if passed >= size:
             count = passed // size
             return f"{count} {word}{'s' if count > 1 else ''}"

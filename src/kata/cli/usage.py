@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 class _Look:
     """The counters of one container at one moment; sizes in bytes, times in ns."""
 
-    __slots__ = ("at_ns", "blkio_read", "blkio_written", "cpu_ns", "memory", "memory_limit", "pids", "received", "sent")
+    __slots__ = (
+        "at_ns",
+        "blkio_read",
+        "blkio_written",
+        "cpu_ns",
+        "memory",
+        "memory_limit",
+        "pids",
+        "received",
+        "sent",
+    )
 
     def __init__(self, metrics: cgroups_v1_pb.Metrics) -> None:
         self.at_ns = time.monotonic_ns()

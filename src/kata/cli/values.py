@@ -29,7 +29,9 @@ def size(text: str, option: str) -> int:
     except ValueError:
         number = math.nan
     if unit not in _UNITS or not math.isfinite(number) or number <= 0:
-        raise UsageError(f"{option} {text!r} is not a size", "a number with an optional unit b, k, m, g or t: 512m")
+        raise UsageError(
+            f"{option} {text!r} is not a size", "a number with an optional unit b, k, m, g or t: 512m"
+        )
     return int(number * _UNITS[unit])
 
 
@@ -107,7 +109,9 @@ def _check_address(address: str, text: str) -> None:
         except OSError:
             continue
         return
-    raise UsageError(f"-p {text!r}: {address!r} is not an IP address", "names are not resolved here; give the address")
+    raise UsageError(
+        f"-p {text!r}: {address!r} is not an IP address", "names are not resolved here; give the address"
+    )
 
 
 _VOLUME_OPTIONS = frozenset({"ro", "rw", "z", "Z"})
@@ -129,7 +133,9 @@ def volume(text: str) -> tuple[str, str, bool]:
     if unknown:
         raise UsageError(f"-v {text!r}: unknown option {unknown[0]!r}", "the options are ro and rw")
     if "/" not in source and source not in (".", ".."):
-        raise UsageError(f"-v {text!r}: named volumes do not exist here", f"give a directory: -v ./{source}:{destination}")
+        raise UsageError(
+            f"-v {text!r}: named volumes do not exist here", f"give a directory: -v ./{source}:{destination}"
+        )
     if not destination.startswith("/"):
         raise UsageError(f"-v {text!r}: the destination {destination!r} is not absolute", hint)
     if os.path.normpath(destination) == "/":
@@ -146,7 +152,9 @@ def tmpfs(text: str) -> tuple[str, list[str]]:
     """``DST[:OPTION,...]``, the options as in mount(8) for tmpfs."""
     destination, _, options = text.partition(":")
     if not destination.startswith("/") or os.path.normpath(destination) == "/":
-        raise UsageError(f"--tmpfs {text!r}: the destination has to be absolute and not the root", "--tmpfs /tmp:size=64m")
+        raise UsageError(
+            f"--tmpfs {text!r}: the destination has to be absolute and not the root", "--tmpfs /tmp:size=64m"
+        )
     return os.path.normpath(destination), [option for option in options.split(",") if option]
 
 
@@ -163,7 +171,9 @@ def environment(assignments: list[str], files: list[str]) -> list[str]:
                 content = file.read()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise UsageError(f"--env-file {path} cannot be read: {reason}", "give a text file of KEY=VALUE lines") from None
+            raise UsageError(
+                f"--env-file {path} cannot be read: {reason}", "give a text file of KEY=VALUE lines"
+            ) from None
         for number, line in enumerate(content.splitlines(), 1):
             stripped = line.lstrip()
             if stripped and not stripped.startswith("#"):
@@ -173,7 +183,9 @@ def environment(assignments: list[str], files: list[str]) -> list[str]:
     for text, where in lines:
         key, equals, value = text.partition("=")
         if not key or any(character.isspace() for character in key) or "\0" in text:
-            raise UsageError(f"{where}: {text!r} is not KEY=VALUE", "a name without spaces, '=', and the value")
+            raise UsageError(
+                f"{where}: {text!r} is not KEY=VALUE", "a name without spaces, '=', and the value"
+            )
         if not equals:
             inherited = os.environ.get(key)
             if inherited is None:
@@ -188,9 +200,12 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 def container_name(text: str) -> str:
     """A name: a letter or digit, then letters, digits, ``_``, ``.`` and ``-``."""
-    if not (2 <= len(text) <= 128 and text[0].isalnum() and text.isascii() and set(text) <= _NAME_CHARACTERS):
+    if not (
+        2 <= len(text) <= 128 and text[0].isalnum() and text.isascii() and set(text) <= _NAME_CHARACTERS
+    ):
         raise UsageError(
-            f"--name {text!r} cannot be a container's name", "2 to 128 of a-z A-Z 0-9 _ . -, starting with a letter or digit"
+            f"--name {text!r} cannot be a container's name",
+            "2 to 128 of a-z A-Z 0-9 _ . -, starting with a letter or digit",
         )
     return text
 

@@ -90,9 +90,7 @@ _BY_CAPABILITY = {
     "CAP_SYS_RAWIO": "ioperm iopl",
     "CAP_SYS_TIME": "clock_settime clock_settime64 settimeofday stime",
     "CAP_SYS_TTY_CONFIG": "vhangup",
-    "CAP_SYS_NICE": (
-        "get_mempolicy mbind migrate_pages move_pages set_mempolicy set_mempolicy_home_node"
-    ),
+    "CAP_SYS_NICE": ("get_mempolicy mbind migrate_pages move_pages set_mempolicy set_mempolicy_home_node"),
     "CAP_SYSLOG": "syslog",
     "CAP_BPF": "bpf",
     "CAP_PERFMON": "perf_event_open",
@@ -132,7 +130,8 @@ def default_profile(capabilities: list[str]) -> dict[str, Any]:
             names.extend(calls.split())
     rules = [_allow(sorted(set(names)))]
     rules += [
-        _allow(["personality"], {"index": 0, "value": value, "op": "SCMP_CMP_EQ"}) for value in _PERSONALITIES
+        _allow(["personality"], {"index": 0, "value": value, "op": "SCMP_CMP_EQ"})
+        for value in _PERSONALITIES
     ]
     # The agent listens on vsock; a container has no business there (vsock loopback included).
     rules.append(_allow(["socket"], {"index": 0, "value": _AF_VSOCK, "op": "SCMP_CMP_NE"}))

@@ -97,7 +97,9 @@ def command_line(entrypoint: list[str] | None, command: list[str], image: dict[s
     else:
         argv = [*(image.get("Entrypoint") or []), *(command or image.get("Cmd") or [])]
     if not argv:
-        raise UsageError("no command: neither the image nor the command line names one", "add a command after IMAGE")
+        raise UsageError(
+            "no command: neither the image nor the command line names one", "add a command after IMAGE"
+        )
     return argv
 
 
@@ -122,13 +124,18 @@ def _mounts(request: Request) -> list[dict[str, Any]]:
     table: list[tuple[str, str, str, list[str]]] = [
         ("/proc", "proc", "proc", strict),
         ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        (
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
         ("/sys", "sysfs", "sysfs", [*strict, kernel_access]),
         ("/sys/fs/cgroup", "cgroup", "cgroup", [*strict, "relatime", kernel_access]),
         ("/dev/mqueue", "mqueue", "mqueue", strict),
         ("/dev/shm", "tmpfs", "shm", [*strict, "mode=1777", "size=67108864"]),
     ]
-    mounts = [
+    mounts: list[dict[str, Any]] = [
         {"destination": destination, "type": kind, "source": source, "options": options}
         for destination, kind, source, options in table
     ]

@@ -1,0 +1,167 @@
+"""Command lines: what is accepted, and the words for what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from kata.cli import signals, values
+from kata.cli.args import Command, Option
+from kata.cli.main import COMMANDS, main
+from kata.cli.pump import parse_detach_keys
+from kata.errors import UsageError
+
+RUN = Command(
+    "run",
+    "IMAGE [COMMAND...]",
+    "Runs.",
+    [
+        Option("-i --interactive", "", "in"),
+        Option("-t --tty", "", "tty"),
+        Option("--name", "NAME", "name"),
+        Option("-e --env", "K=V", "env", many=True),
+        Option("--rm", "", "remove"),
+    ],
+    least=1,
+    interspersed=False,
+)
+
+
+def test_options_end_at_the_first_positional_argument() -> None:
+    parsed = RUN.parse(
+        ["-it", "--name", "x", "-eA=1", "-e", "B=2", "--env=C=3", "busybox", "ls", "--rm", "-e"]
+    )
+    assert parsed.flag("interactive")
+    assert parsed.flag("tty")
+    assert parsed.value("name") == "x"
+    assert parsed.many("env") == ["A=1", "B=2", "C=3"]
+    assert parsed.rest == ["busybox", "ls", "--rm", "-e"]
+    assert not parsed.flag("rm")
+
+
+def test_a_double_dash_ends_the_options_and_flags_take_false() -> None:
+    parsed = RUN.parse(["--rm=false", "--tty=true", "--", "--name"])
+    assert not parsed.flag("rm")
+    assert parsed.flag("tty")
+    assert parsed.rest == ["--name"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words", "hint"),
+    [
+        (["--nmae", "x", "i"], "unknown option --nmae", "did you mean --name?"),
+        (["-x", "i"], "unknown option -x", "--help"),
+        (["--name"], "--name needs a value: NAME", "--help"),
+        (["--rm=perhaps", "i"], "--rm is a switch, not 'perhaps'", "--rm=false"),
+        ([], "too few arguments", "usage: kata run IMAGE"),
+    ],
+)
+def test_mistakes_are_named_with_a_hint(argv: list[str], words: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        RUN.parse(argv)
+    assert words in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: kata {name} ")
+    assert shown.err == ""
+
+
+def test_an_unknown_command_is_an_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rnu"]) == 125
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "unknown command 'rnu'" in shown.err
+    assert "did you mean 'kata run'?" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512", 512),
+        ("64b", 64),
+        ("1k", 1024),
+        ("1.5m", 3 << 19),
+        ("2G", 2 << 30),
+        ("10GiB", 10 << 30),
+        ("3mb", 3 << 20),
+    ],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert values.size(text, "-m") == expected
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1", "0", "1x", "nan", "inf", "1 0m", "1mm"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        values.size(text, "-m")
+
+
+def test_ports() -> None:
+    assert values.port("8080:80") == [{"host_ip": "", "host_port": 8080, "guest_port": 80, "proto": "tcp"}]
+    assert values.port("127.0.0.1:5353:53/udp") == [
+        {"host_ip": "127.0.0.1", "host_port": 5353, "guest_port": 53, "proto": "udp"}
+    ]
+    assert values.port("[::1]:80:80")[0]["host_ip"] == "::1"
+    assert [p["guest_port"] for p in values.port("7000-7002:8000-8002")] == [8000, 8001, 8002]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "0:80", "80:70000", "1-2:5", "80:80/sctp", "localhost:80:80", "1:2:3:4"]
+)
+def test_wrong_ports(text: str) -> None:
+    with pytest.raises(UsageError, match="-p "):
+        values.port(text)
+
+
+def test_volumes(tmp_path: object) -> None:
+    assert values.volume(f"{tmp_path}:/data:ro") == (str(tmp_path), "/data", True)
+    assert values.volume(f"{tmp_path}:/data/") == (str(tmp_path), "/data", False)
+    for wrong in (
+        "a",
+        "name:/data",
+        f"{tmp_path}:data",
+        f"{tmp_path}:/",
+        f"{tmp_path}:/d:rx",
+        "/does/not/exist:/d",
+    ):
+        with pytest.raises(UsageError, match="-v ") as caught:
+            values.volume(wrong)
+        assert caught.value.hint
+
+
+def test_environment(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = f"{tmp_path}/env"
+    with open(file, "w") as out:
+        out.write("# comment\n\nA=1\nB=two words\nTAKEN\n")
+    monkeypatch.setenv("TAKEN", "from here")
+    monkeypatch.delenv("ABSENT", raising=False)
+    assert values.environment(["C=3", "ABSENT"], [file]) == ["A=1", "B=two words", "TAKEN=from here", "C=3"]
+    with pytest.raises(UsageError, match="is not KEY=VALUE"):
+        values.environment(["=x"], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("KILL", 9), ("sigterm", 15), ("1", 1), ("RTMIN+1", 35), ("SIGRTMAX-1", 63)]
+)
+def test_signals(text: str, expected: int) -> None:
+    assert signals.number(text) == expected
+
+
+@pytest.mark.parametrize("text", ["KIL", "0", "99", "", "RTMIN-1"])
+def test_wrong_signals(text: str) -> None:
+    with pytest.raises(UsageError, match="unknown signal"):
+        signals.number(text)
+
+
+def test_detach_keys() -> None:
+    assert parse_detach_keys("ctrl-p,ctrl-q") == b"\x10\x11"
+    assert parse_detach_keys("") == b""
+    assert parse_detach_keys("a,ctrl-[") == b"a\x1b"
+    with pytest.raises(ValueError, match="ctrl-"):
+        parse_detach_keys("ctrl-")
