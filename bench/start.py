@@ -1,0 +1,172 @@
+"""How long a cold start takes, with what a user would have instead measured in the same run.
+
+Three things, once each in every round, in an order that is shuffled anew so that no one always runs on the
+warmer machine:
+
+* ``bare``: the guest's kernel booted by the same QEMU with the same machine, accelerator, memory, firmware and
+  console, and an initrd with one static ``/init`` that powers off: from executing QEMU until it has ended
+  (`bareboot.py`; the command line is printed). No container system in a VM can be quicker than that.
+* ``kata``: ``kata run --rm IMAGE true``, from executing it until it has ended.
+* ``runc``: ``runc run`` of the same root file system and command, without a VM.
+
+Reported are medians and their ratio to ``bare``, in milliseconds. Needs root, runc, and a guest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "src"))
+
+import bareboot  # noqa: E402
+
+KATA = ["/usr/bin/python3", "-I", "-S", str(ROOT / "src/kata/__main__.py")]
+IMAGE = ROOT / "build/images/busybox"
+
+
+def timed(command: list[str], environment: dict[str, str] | None = None) -> float:
+    """Milliseconds from starting *command* until it has ended, which must be with 0.
+
+    Raises:
+        SystemExit: It ended otherwise; its output is in the message.
+    """
+    began = time.perf_counter()
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, check=False
+    )
+    took = (time.perf_counter() - began) * 1e3
+    if done.returncode:
+        raise SystemExit(
+            f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr.decode(errors='replace')}"
+        )
+    return took
+
+
+def unpack(image: Path, target: Path) -> None:
+    """Extract the layers of our own single-platform busybox image, which has no whiteouts."""
+    index = json.loads((image / "index.json").read_text())
+    manifest = json.loads(blob(image, index["manifests"][0]["digest"]).read_text())
+    for layer in manifest["layers"]:
+        with tarfile.open(blob(image, layer["digest"])) as archive:
+            archive.extractall(target)
+
+
+def blob(image: Path, digest: str) -> Path:
+    return image / "blobs" / digest.replace(":", "/")
+
+
+def runc_bundle(work: Path) -> list[str]:
+    """Make a bundle of the image and return the command that runs ``true`` in it."""
+    bundle = work / "bundle"
+    (bundle / "rootfs").mkdir(parents=True)
+    unpack(IMAGE, bundle / "rootfs")
+    subprocess.run(["runc", "spec", "--bundle", bundle], check=True)
+    spec = json.loads((bundle / "config.json").read_text())
+    spec["process"].update(terminal=False, args=["true"])
+    # Raising a hard limit needs a capability that root in a container may lack; it takes no time to matter.
+    spec["process"].pop("rlimits", None)
+    (bundle / "config.json").write_text(json.dumps(spec))
+    return ["runc", "--root", str(work / "runc"), "run", "--bundle", str(bundle), f"bench-{os.getpid()}"]
+
+
+def measure(rounds: int, warm_up: int, contenders: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Milliseconds of every contender in every round; the warm-up rounds are not among them."""
+    took: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(-warm_up, rounds):
+        for name in random.sample(list(contenders), len(contenders)):
+            milliseconds = contenders[name]()
+            if number >= 0:
+                took[name].append(milliseconds)
+        if sys.stderr.isatty():
+            print(f"\r  round {max(number + 1, 0)} of {rounds}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    return took
+
+
+def report(took: dict[str, list[float]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Medians, quartiles and ratios of what was measured."""
+    medians = {name: statistics.median(values) for name, values in took.items()}
+    rows = {}
+    for name, values in took.items():
+        low, _, high = statistics.quantiles(values, n=4)
+        rows[name] = {
+            "median_ms": round(medians[name], 1),
+            "quartiles_ms": [round(low, 1), round(high, 1)],
+            "min_ms": round(min(values), 1),
+            "ratio_to_bare": round(medians[name] / medians["bare"], 3),
+        }
+    return {**facts, "results": rows}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Cold start against a bare boot and against runc.")
+    parser.add_argument("--rounds", type=int, default=20, help="how often each is run (default %(default)s)")
+    parser.add_argument("--network", choices=["user", "none"], default="user", help="of the container")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every single time")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2")
+    if os.geteuid() != 0:
+        raise SystemExit("error: virtual machines and runc need root for now\nhint: sudo make bench-start")
+    if not shutil.which("runc"):
+        raise SystemExit("error: runc is not installed\nhint: make bench-start installs it")
+    work = Path(tempfile.mkdtemp(prefix="kb-", dir="/tmp"))
+    try:
+        environment = {**os.environ, "KATA_RUN_DIR": str(work / "r"), "KATA_STATE_DIR": str(work / "s")}
+        guest = Path(environment["KATA_GUEST_DIR"])
+        command = [*KATA, "run", "--rm", "--network", options.network, f"oci:{IMAGE}", "true"]
+        runc = runc_bundle(work)
+        timed(command, environment)  # converts the image
+        bare = bareboot.prepare(guest, work, environment)
+        took = measure(
+            options.rounds,
+            1,
+            {
+                "bare": lambda: timed(bare),
+                "kata": lambda: timed(command, environment),
+                "runc": lambda: timed(runc),
+            },
+        )
+        facts = {
+            "rounds": options.rounds,
+            "guest": json.loads((guest / "guest.json").read_text()),
+            "commands": {"bare": bare, "kata": command, "runc": runc},
+        }
+        result = report(took, facts)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        print(json.dumps({**result, "times_ms": took}, indent=1))
+        return
+    for name, argv in facts["commands"].items():
+        print(f"{name}: {' '.join(argv)}")
+    print(
+        f"\n{'':8}{'median':>10}{'quartiles':>22}{'least':>10}{'to bare':>9}   ({options.rounds} rounds, ms)"
+    )
+    for name, row in result["results"].items():
+        low, high = row["quartiles_ms"]
+        spread = f"{low:.1f} - {high:.1f}"
+        print(
+            f"{name:8}{row['median_ms']:10.1f}{spread:>22}{row['min_ms']:10.1f}{row['ratio_to_bare']:9.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
