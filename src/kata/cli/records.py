@@ -18,12 +18,12 @@ import contextlib
 import json
 import os
 import time
-from typing import TYPE_CHECKING
 
 from .. import paths, sysio
 from ..errors import AlreadyExistsError, NotFoundError, UsageError
 from ..journal import Journal
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

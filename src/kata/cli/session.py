@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from .. import paths
 from ..engine.client import EngineClient
@@ -17,6 +16,7 @@ from ..errors import KataError, VMLostError
 from . import records
 from .pump import Detached, Fifos, Pump, RawTerminal
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

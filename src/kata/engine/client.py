@@ -7,7 +7,6 @@ command" from "no such container".
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from ..errors import (
     AgentError,
@@ -29,6 +28,7 @@ from ..proto.google_pb import Empty
 from ..ttrpc.status import ConnectionLost, TtrpcError
 from ..ttrpc.sync_client import Client, connect
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 

@@ -9,12 +9,12 @@ import errno
 import marshal
 import os
 import time
-from typing import TYPE_CHECKING
 
 from .. import launcher, paths, sysio
 from ..errors import AlreadyExistsError, HostError, UsageError
 from ..journal import FILE_NAME, Journal, dumps
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
