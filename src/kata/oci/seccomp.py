@@ -12,8 +12,7 @@ in memory where a filter cannot look, and libc then falls back to ``clone``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

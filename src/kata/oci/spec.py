@@ -9,12 +9,11 @@ Source: runtime-spec 1.1, config.md and config-linux.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..errors import UsageError
 from . import capabilities as caps
 from .seccomp import default_profile
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
