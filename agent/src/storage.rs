@@ -1,0 +1,303 @@
+//! Storages: what the host wants mounted in the guest before a container starts (agent protocol, `Storage`).
+//!
+//! One function per driver family. Options that a driver does not know go to the file system or are refused by name;
+//! none is dropped.
+
+use crate::devices::{find_block_by_pci, find_block_by_serial, wait_for_block};
+use crate::fs;
+use crate::mountopts::{parse_options, MountOptions, MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT};
+use crate::ownership;
+use crate::prelude::*;
+use crate::proto::agent::Storage;
+use crate::sys::{self, Errno};
+
+/// The drivers, for AgentDetails.storage_handlers.
+pub const DRIVERS: &[&str] =
+    &["9p", "bind", "blk", "ephemeral", "local", "mmioblk", "nvdimm", "overlayfs", "pmem", "virtio-fs"];
+
+/// A directory to make before an overlay is mounted, as an option or a driver option.
+const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
+/// "Give this overlay a writable layer beside its mount point."
+const OVERLAY_RW: &str = "io.katacontainers.fs-opt.overlay-rw";
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
+
+/// Mounts one storage; where. On failure nothing stays mounted.
+pub fn mount_storage(storage: &Storage) -> Result<String> {
+    check_mount_point(&storage.mount_point)?;
+    let outcome = match storage.driver.as_str() {
+        "blk" | "mmioblk" | "nvdimm" | "pmem" => block(storage),
+        "9p" => share(storage, "9p", &["trans=virtio", "version=9p2000.L"]),
+        "virtio-fs" => share(storage, "virtiofs", &[]),
+        "ephemeral" => ephemeral(storage),
+        "local" => local(storage),
+        "bind" => bind(storage),
+        "overlayfs" => overlay(storage),
+        other => {
+            return Err(Error::unimplemented(format!(
+                "storage driver {other:?} is not among those of this agent: {}",
+                DRIVERS.join(", ")
+            )));
+        }
+    };
+    outcome.with_context(|| format!("storage {:?}", storage.driver))?;
+    Ok(storage.mount_point.clone())
+}
+
+/// Unmounts what [`mount_storage`] has mounted. Nothing mounted there is fine. A mount that is still in use is
+/// detached and disappears with its last user, its data written back before.
+pub fn unmount(mount_point: &str) -> Result<()> {
+    match sys::umount(mount_point, libc::UMOUNT_NOFOLLOW) {
+        // EINVAL: not a mount point (the local driver mounts nothing).
+        Ok(()) | Err(Errno(libc::EINVAL | libc::ENOENT)) => Ok(()),
+        Err(Errno(libc::EBUSY)) => {
+            if let Ok(directory) = sys::open(mount_point, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW, 0) {
+                let _ = sys::syncfs(directory.raw());
+            }
+            sys::umount(mount_point, libc::UMOUNT_NOFOLLOW | libc::MNT_DETACH)
+                .with_context(|| format!("detach {mount_point}"))
+        }
+        Err(e) => Err(e).with_context(|| format!("unmount {mount_point}")),
+    }
+}
+
+/// Gives a mounted ephemeral storage its new options, such as a size (UpdateEphemeralMounts).
+pub fn remount_ephemeral(storage: &Storage) -> Result<()> {
+    check_mount_point(&storage.mount_point)?;
+    if storage.driver != "ephemeral" {
+        return Err(Error::invalid(format!("storage driver {:?} cannot be remounted", storage.driver)));
+    }
+    let (options, _) = split_group(&storage.options)?;
+    let mut parsed = parse_options(&options)?;
+    parsed.flags |= MS_REMOUNT;
+    parsed.mount(&storage.source, &storage.mount_point, &storage.fstype)
+}
+
+/// Paths come from the host, and may not contain tricks that make two of them equal.
+fn check_mount_point(path: &str) -> Result<()> {
+    if path.len() > 1 && path.starts_with('/') && !path[1..].split('/').any(|part| matches!(part, "." | "..")) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("storage: mount point {path:?} is not a plain absolute path")))
+}
+
+fn make_mount_point(path: &str) -> Result<()> {
+    fs::create_dir_all(path, 0o755).with_context(|| format!("make the mount point {path}"))
+}
+
+fn refuse_driver_options(storage: &Storage, known: &[&str]) -> Result<()> {
+    match storage.driver_options.iter().find(|option| !known.contains(&option.as_str())) {
+        Some(option) => Err(Error::unimplemented(format!("driver option {option:?} is not supported"))),
+        None => Ok(()),
+    }
+}
+
+/// Mounts, then hands the files to the group. Unmounts again when that fails.
+fn mount_and_own(storage: &Storage, source: &str, fstype: &str, options: &MountOptions) -> Result<()> {
+    if fstype.is_empty() {
+        return Err(Error::invalid("no file system type given"));
+    }
+    make_mount_point(&storage.mount_point)?;
+    options.mount(source, &storage.mount_point, fstype)?;
+    let Some(group) = &storage.fs_group else { return Ok(()) };
+    if options.flags & MS_RDONLY != 0 {
+        return Ok(());
+    }
+    ownership::give_to_group(&storage.mount_point, group).inspect_err(|_| {
+        let _ = unmount(&storage.mount_point);
+    })
+}
+
+fn block(storage: &Storage) -> Result<()> {
+    // "rw" is what a mount is anyway; read-only ones say "ro" in their options.
+    refuse_driver_options(storage, &["rw"])?;
+    let device = if storage.source.starts_with("/dev/") {
+        wait_for_block(&storage.source)?;
+        storage.source.clone()
+    } else if let Some(serial) = storage.source.strip_prefix("serial:") {
+        find_block_by_serial(serial)?
+    } else {
+        find_block_by_pci(&storage.source)?
+    };
+    mount_and_own(storage, &device, &storage.fstype, &parse_options(&storage.options)?)
+}
+
+/// A directory of the host's, by its tag. `defaults` are added where the options do not set the same name.
+fn share(storage: &Storage, fstype: &str, defaults: &[&str]) -> Result<()> {
+    refuse_driver_options(storage, &[])?;
+    let mut options = storage.options.clone();
+    for default in defaults {
+        let name = default.split('=').next().unwrap_or_default();
+        if !options.iter().any(|option| option.split('=').next() == Some(name)) {
+            options.push((*default).to_string());
+        }
+    }
+    mount_and_own(storage, &storage.source, fstype, &parse_options(&options)?)
+}
+
+/// Takes `fsgid=N` out of the options, which is for us.
+fn split_group(options: &[String]) -> Result<(Vec<&String>, Option<u32>)> {
+    let (mut rest, mut group) = (Vec::new(), None);
+    for option in options {
+        match option.strip_prefix("fsgid=") {
+            Some(text) => {
+                group =
+                    Some(text.parse().map_err(|_| Error::invalid(format!("option {option}: not a group's number")))?);
+            }
+            None => rest.push(option),
+        }
+    }
+    Ok((rest, group))
+}
+
+/// A tmpfs, or huge pages of its own.
+fn ephemeral(storage: &Storage) -> Result<()> {
+    refuse_driver_options(storage, &[])?;
+    let (options, group) = split_group(&storage.options)?;
+    if storage.fstype == "hugetlbfs" {
+        reserve_huge_pages(HUGE_PAGES, &options)?;
+    }
+    let source = if storage.source.is_empty() { storage.fstype.as_str() } else { storage.source.as_str() };
+    mount_and_own(storage, source, &storage.fstype, &parse_options(&options)?)?;
+    match group {
+        Some(group) => ownership::set_group(&storage.mount_point, group),
+        None => Ok(()),
+    }
+}
+
+/// A directory in the guest, kept as long as the sandbox.
+fn local(storage: &Storage) -> Result<()> {
+    refuse_driver_options(storage, &[])?;
+    let (options, group) = split_group(&storage.options)?;
+    let mut mode = None;
+    for option in options {
+        let Some(text) = option.strip_prefix("mode=") else {
+            return Err(Error::invalid(format!("option {option:?} is neither mode= nor fsgid=")));
+        };
+        mode = Some(
+            u32::from_str_radix(text, 8)
+                .ok()
+                .filter(|mode| *mode <= 0o7777)
+                .ok_or_else(|| Error::invalid(format!("option {option:?}: not an octal mode")))?,
+        );
+    }
+    make_mount_point(&storage.mount_point)?;
+    if let Some(mode) = mode {
+        sys::fchmodat(libc::AT_FDCWD, &storage.mount_point, mode)
+            .with_context(|| format!("set the mode of {}", storage.mount_point))?;
+    }
+    match (group, &storage.fs_group) {
+        (Some(group), _) => ownership::set_group(&storage.mount_point, group),
+        (None, Some(group)) => ownership::give_to_group(&storage.mount_point, group),
+        (None, None) => Ok(()),
+    }
+}
+
+fn bind(storage: &Storage) -> Result<()> {
+    refuse_driver_options(storage, &[])?;
+    let mut options = parse_options(&storage.options)?;
+    if !options.data.is_empty() {
+        return Err(Error::invalid(format!("bind mounts take no options like {:?}", options.data)));
+    }
+    options.flags |= MS_BIND;
+    let source = sys::stat(&storage.source).with_context(|| format!("bind {}", storage.source))?;
+    if source.st_mode & libc::S_IFMT == libc::S_IFDIR {
+        return mount_and_own(storage, &storage.source, "bind", &options);
+    }
+    let (parent, _) = storage.mount_point.rsplit_once('/').unwrap_or_default();
+    make_mount_point(parent)?;
+    sys::open(&storage.mount_point, libc::O_CREAT | libc::O_WRONLY | libc::O_NOFOLLOW, 0o644)
+        .with_context(|| format!("make the mount point {}", storage.mount_point))?;
+    options.flags &= !MS_REC;
+    options.mount(&storage.source, &storage.mount_point, "bind")
+}
+
+fn overlay(storage: &Storage) -> Result<()> {
+    let mut options = Vec::new();
+    let mut directories = Vec::new();
+    let mut writable = false;
+    for option in storage.options.iter().chain(&storage.driver_options) {
+        if let Some(directory) = option.strip_prefix(CREATE_DIRECTORY) {
+            directories.push(directory.to_string());
+        } else if option == OVERLAY_RW {
+            writable = true;
+        } else {
+            options.push(option.clone());
+        }
+    }
+    if writable {
+        let (parent, _) = storage.mount_point.rsplit_once('/').unwrap_or_default();
+        for (name, directory) in [("upperdir", "upper"), ("workdir", "work")] {
+            let directory = format!("{parent}/{directory}");
+            options.push(format!("{name}={directory}"));
+            directories.push(directory);
+        }
+    }
+    let parsed = parse_options(&options)?;
+    let of = |name: &str| parsed.data.split(',').find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
+    let top_layer = of("lowerdir").and_then(|layers| layers.split(':').next());
+    for directory in &directories {
+        check_mount_point(directory)?;
+        if fs::is_dir(directory) {
+            continue;
+        }
+        fs::create_dir_all(directory, 0o755).with_context(|| format!("make the directory {directory}"))?;
+        // The overlay's root looks like the root of its upper layer: it starts as a copy of the layer beneath.
+        if let Some(lower) = top_layer.filter(|_| of("upperdir") == Some(directory)) {
+            let lower = sys::stat(lower).with_context(|| format!("look at the layer {lower}"))?;
+            sys::fchownat(libc::AT_FDCWD, directory, lower.st_uid, lower.st_gid, 0)
+                .and_then(|()| sys::fchmodat(libc::AT_FDCWD, directory, lower.st_mode & 0o7777))
+                .with_context(|| format!("set the owner and mode of {directory}"))?;
+        }
+    }
+    let source = if storage.source.is_empty() { "overlay" } else { storage.source.as_str() };
+    mount_and_own(storage, source, "overlay", &parsed)
+}
+
+/// Adds `size` bytes of pages of `pagesize` to the kernel's pool.
+fn reserve_huge_pages(pools: &str, options: &[&String]) -> Result<()> {
+    let find = |name: &str| options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
+    let (Some(page), Some(size)) = (find("pagesize"), find("size")) else {
+        return Err(Error::invalid("hugetlbfs needs the options pagesize= and size="));
+    };
+    let (page_bytes, bytes) = (parse_size(page)?, parse_size(size)?);
+    if page_bytes < 1024 || bytes % page_bytes != 0 {
+        return Err(Error::invalid(format!("hugetlbfs: size={size} is not a multiple of pagesize={page}")));
+    }
+    let file = format!("{pools}/hugepages-{}kB/nr_hugepages", page_bytes / 1024);
+    let count = || -> Result<u64> {
+        let text = fs::read_to_string(&file)
+            .map_err(|e| Error::unimplemented(format!("the guest kernel has no huge pages of {page}: {file}: {e}")))?;
+        text.trim().parse().map_err(|_| Error::internal(format!("{file} holds {text:?}")))
+    };
+    let before = count()?;
+    let wanted = before + bytes / page_bytes;
+    fs::write_existing(&file, &wanted.to_string()).with_context(|| format!("write {wanted} to {file}"))?;
+    let got = count()?;
+    if got < wanted {
+        let _ = fs::write_existing(&file, &before.to_string());
+        return Err(Error::exhausted(format!(
+            "{} huge pages of {page} are wanted, the guest's memory has room for {}",
+            wanted - before,
+            got.saturating_sub(before)
+        )));
+    }
+    Ok(())
+}
+
+/// `2M`, `1Gi`, `2097152`.
+fn parse_size(text: &str) -> Result<u64> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let factor = match text[digits.len()..].trim_end_matches('B').trim_end_matches(['i', 'b']) {
+        "" => 1,
+        "K" | "k" => 1 << 10,
+        "M" | "m" => 1 << 20,
+        "G" | "g" => 1 << 30,
+        _ => 0,
+    };
+    let size = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)).filter(|size| *size > 0);
+    size.ok_or_else(|| Error::invalid(format!("{text:?} is not a size")))
+}
+
+#[cfg(test)]
+#[path = "storage_tests.rs"]
+mod tests;
