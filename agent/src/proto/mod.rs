@@ -13,5 +13,7 @@ pub mod csi;
 pub mod google;
 pub mod health;
 pub mod oci;
+#[cfg(test)]
+mod tests;
 pub mod ttrpc;
 pub mod types;

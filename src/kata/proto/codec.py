@@ -14,24 +14,31 @@ from __future__ import annotations
 
 from sys import intern
 
+from .wire import (
+    MAX_DEPTH,
+    ZERO,
+    DecodeError,
+    EncodeError,
+    field_key,
+    get_tag,
+    get_varint,
+    put_varint,
+    scalar_reader,
+    scalar_writer,
+    skip,
+    wire_type_of,
+)
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import Any, ClassVar, Self
 
-MAX_DEPTH = 100
-"""Deepest nesting of messages that is encoded or decoded; what the official libraries allow by default."""
+__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "DecodeError", "EncodeError", "Message", "Methods", "lazy_module"]
+
 MAX_ELEMENTS = 1 << 17
 """Most sub-messages and repeated elements in one decoded message: two bytes on the wire can become hundreds
 in memory."""
-
-
-class DecodeError(ValueError):
-    """The bytes are not an encoding of the message."""
-
-
-class EncodeError(ValueError):
-    """A field holds a value that its type cannot carry."""
 
 
 class Message:
@@ -259,145 +266,6 @@ def _resolve(reference: str) -> type[Message]:
     return found
 
 
-# ---- scalars ----
-
-_ZERO: dict[str, Any] = {"string": "", "bytes": b"", "bool": False, "double": 0.0, "float": 0.0}
-_RANGE = {
-    "int32": (-(1 << 31), (1 << 31) - 1),
-    "int64": (-(1 << 63), (1 << 63) - 1),
-    "uint32": (0, (1 << 32) - 1),
-    "uint64": (0, (1 << 64) - 1),
-    "enum": (-(1 << 31), (1 << 31) - 1),
-    "bool": (0, 1),
-}
-
-
-def _put_varint(out: bytearray, value: int) -> None:
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-
-
-def _get_varint(buf: bytes, pos: int) -> tuple[int, int]:
-    """The varint at `pos`, modulo 2**64, and the position after it. IndexError at the end of `buf`."""
-    byte = buf[pos]
-    if byte < 0x80:
-        return byte, pos + 1
-    value = byte & 0x7F
-    for shift in (7, 14, 21, 28, 35, 42, 49, 56, 63):
-        pos += 1
-        byte = buf[pos]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, pos + 1
-    raise DecodeError("varint longer than 10 bytes")
-
-
-def _scalar_writer(kind: str) -> Callable[[bytearray, Any], None]:
-    """A function that checks a value and appends it, without its key."""
-    if kind == "string":
-
-        def put(out: bytearray, value: Any) -> None:
-            raw = str.encode(value)
-            _put_varint(out, len(raw))
-            out += raw
-
-    elif kind == "bytes":
-
-        def put(out: bytearray, value: Any) -> None:
-            if not isinstance(value, (bytes, bytearray, memoryview)):
-                raise TypeError(f"{type(value).__name__} is not bytes")
-            _put_varint(out, value.nbytes if isinstance(value, memoryview) else len(value))
-            out += value
-
-    elif kind in ("double", "float"):
-        # Imported here: only statistics have such fields, and they are never part of a start.
-        from struct import Struct
-
-        pack = Struct("<d" if kind == "double" else "<f").pack
-
-        def put(out: bytearray, value: Any) -> None:
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"{type(value).__name__} is not a number")
-            out += pack(value)
-
-    else:
-        low, high = _RANGE[kind]
-
-        def put(out: bytearray, value: Any) -> None:
-            if not isinstance(value, int):
-                raise TypeError(f"{type(value).__name__} is not an integer")
-            if not low <= value <= high:
-                raise ValueError(f"{value} is outside {low}..{high}")
-            _put_varint(out, value & 0xFFFFFFFFFFFFFFFF)
-
-    return put
-
-
-def _scalar_reader(kind: str) -> Callable[[bytes, int, int], tuple[Any, int]]:
-    """A function from a position and the end of its message to the value there and the position after it."""
-    if kind in ("string", "bytes"):
-        text = kind == "string"
-
-        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
-            length, pos = _get_varint(buf, pos)
-            stop = pos + length
-            if stop > end:
-                raise DecodeError("truncated")
-            raw = buf[pos:stop]
-            if not text:
-                return raw, stop
-            try:
-                return raw.decode(), stop
-            except UnicodeDecodeError:
-                raise DecodeError("a string is not UTF-8") from None
-
-    elif kind in ("double", "float"):
-        from struct import Struct
-
-        code = Struct("<d" if kind == "double" else "<f")
-
-        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
-            if pos + code.size > end:
-                raise DecodeError("truncated")
-            return code.unpack_from(buf, pos)[0], pos + code.size
-
-    elif kind == "uint64":
-
-        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
-            return _get_varint(buf, pos)
-
-    elif kind == "bool":
-
-        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
-            value, pos = _get_varint(buf, pos)
-            return value != 0, pos
-
-    else:
-        mask = 0xFFFFFFFF if kind in ("uint32", "int32", "enum") else 0xFFFFFFFFFFFFFFFF
-        sign = 0 if kind == "uint32" else (mask + 1) >> 1
-
-        def get(buf: bytes, pos: int, end: int) -> tuple[Any, int]:
-            value, pos = _get_varint(buf, pos)
-            value &= mask
-            return (value - mask - 1 if value & sign else value), pos
-
-    return get
-
-
-def _wire_type(kind: str) -> int:
-    if kind in ("string", "bytes") or kind.startswith("@"):
-        return 2
-    return {"double": 1, "float": 5}.get(kind, 0)
-
-
-def _key(number: int, wire_type: int) -> bytes:
-    out = bytearray()
-    _put_varint(out, number << 3 | wire_type)
-    return bytes(out)
-
-
 # ---- plans ----
 
 
@@ -414,7 +282,7 @@ def _compile(cls: type[Message]) -> Plan:
         elif field.label == "?" or field.sub:
             plan.defaults.append((field.name, None))
         else:
-            plan.defaults.append((field.name, _ZERO.get(field.kind, 0)))
+            plan.defaults.append((field.name, ZERO.get(field.kind, 0)))
         encode = _field_encoder(field)
         plan.encoders.append((field.name, encode))
         _add_decoders(plan, field)
@@ -426,9 +294,9 @@ def _compile(cls: type[Message]) -> Plan:
 
 
 def _value_writer(kind: str, sub: type[Message] | None) -> Callable[[bytearray, Any, int], None]:
-    """Like `_scalar_writer`, for sub-messages too; takes the depth of the enclosing message."""
+    """Like `scalar_writer`, for sub-messages too; takes the depth of the enclosing message."""
     if sub is None:
-        put_scalar = _scalar_writer(kind)
+        put_scalar = scalar_writer(kind)
 
         def put(out: bytearray, value: Any, depth: int) -> None:
             put_scalar(out, value)
@@ -440,20 +308,20 @@ def _value_writer(kind: str, sub: type[Message] | None) -> Callable[[bytearray, 
                 raise TypeError(f"{type(value).__name__} is not {sub.__name__}")
             body = bytearray()
             _encode(value, body, depth + 1)
-            _put_varint(out, len(body))
+            put_varint(out, len(body))
             out += body
 
     return put
 
 
 def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:
-    wire_type = _wire_type(field.kind)
+    wire_type = wire_type_of(field.kind)
     put = _value_writer(field.kind, field.sub)
-    key = _key(field.number, wire_type)
+    key = field_key(field.number, wire_type)
     if field.label == "%":
-        put_key = _scalar_writer(field.key)
-        map_key = _key(field.number, 2)
-        first, second = _key(1, _wire_type(field.key)), _key(2, wire_type)
+        put_key = scalar_writer(field.key)
+        map_key = field_key(field.number, 2)
+        first, second = field_key(1, wire_type_of(field.key)), field_key(2, wire_type)
 
         def encode(value: Any, out: bytearray, depth: int) -> None:
             for name, item in value.items():
@@ -462,7 +330,7 @@ def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:
                 entry += second
                 put(entry, item, depth)
                 out += map_key
-                _put_varint(out, len(entry))
+                put_varint(out, len(entry))
                 out += entry
 
     elif field.label == "*" and wire_type == 2:
@@ -475,7 +343,7 @@ def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:
                 put(out, item, depth)
 
     elif field.label == "*":
-        packed_key = _key(field.number, 2)
+        packed_key = field_key(field.number, 2)
 
         def encode(value: Any, out: bytearray, depth: int) -> None:
             if not value:
@@ -484,7 +352,7 @@ def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:
             for item in value:
                 put(body, item, depth)
             out += packed_key
-            _put_varint(out, len(body))
+            put_varint(out, len(body))
             out += body
 
     elif field.label == "?" or field.sub:
@@ -495,7 +363,7 @@ def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:
                 put(out, value, depth)
 
     else:
-        zero = _ZERO.get(field.kind, 0)
+        zero = ZERO.get(field.kind, 0)
         floating = isinstance(zero, float)
 
         def encode(value: Any, out: bytearray, depth: int) -> None:
@@ -524,7 +392,7 @@ def _encode(message: Message, out: bytearray, depth: int) -> None:
 
 def _add_decoders(plan: Plan, field: Field) -> None:
     name, number, sub = field.name, field.number, field.sub
-    wire_type = _wire_type(field.kind)
+    wire_type = wire_type_of(field.kind)
     if field.label == "%":
         plan.decoders[number << 3 | 2] = _map_decoder(field)
         return
@@ -534,7 +402,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:
         def decode_message(
             message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]
         ) -> int:
-            length, pos = _get_varint(buf, pos)
+            length, pos = get_varint(buf, pos)
             if pos + length > end:
                 raise DecodeError("truncated")
             # A singular field that comes twice is merged, as the specification wants it.
@@ -552,7 +420,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:
         plan.decoders[number << 3 | 2] = decode_message
         return
 
-    get = _scalar_reader(field.kind)
+    get = scalar_reader(field.kind)
     if field.label == "*":
 
         def decode_element(
@@ -569,7 +437,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:
             def decode_packed(
                 message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]
             ) -> int:
-                length, pos = _get_varint(buf, pos)
+                length, pos = get_varint(buf, pos)
                 stop = pos + length
                 if stop > end:
                     raise DecodeError("truncated")
@@ -597,15 +465,15 @@ def _add_decoders(plan: Plan, field: Field) -> None:
 def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]], int]:
     """A map is a repeated message with the fields 1 (key) and 2 (value); the last one of a key counts."""
     name, sub = field.name, field.sub
-    get_key = _scalar_reader(field.key)
-    key_tag = 1 << 3 | _wire_type(field.key)
-    value_tag = 2 << 3 | _wire_type(field.kind)
-    zero_key = _ZERO.get(field.key, 0)
-    zero_value = _ZERO.get(field.kind, 0)
-    get_value = None if sub else _scalar_reader(field.kind)
+    get_key = scalar_reader(field.key)
+    key_tag = 1 << 3 | wire_type_of(field.key)
+    value_tag = 2 << 3 | wire_type_of(field.kind)
+    zero_key = ZERO.get(field.key, 0)
+    zero_value = ZERO.get(field.kind, 0)
+    get_value = None if sub else scalar_reader(field.kind)
 
     def decode(message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]) -> int:
-        length, pos = _get_varint(buf, pos)
+        length, pos = get_varint(buf, pos)
         stop = pos + length
         if stop > end:
             raise DecodeError("truncated")
@@ -613,15 +481,15 @@ def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]
         key = zero_key
         value = zero_value if sub is None else sub()
         while pos < stop:
-            tag, pos = _get_tag(buf, pos)
+            tag, pos = get_tag(buf, pos)
             if tag == key_tag:
                 key, pos = get_key(buf, pos, stop)
             elif tag != value_tag:
-                pos = _skip(buf, pos, stop, tag, depth + 1)
+                pos = skip(buf, pos, stop, tag, depth + 1)
             elif get_value is not None:
                 value, pos = get_value(buf, pos, stop)
             elif sub is not None:
-                size, pos = _get_varint(buf, pos)
+                size, pos = get_varint(buf, pos)
                 if pos + size > stop:
                     raise DecodeError("truncated")
                 # Two levels: the entry is a message too.
@@ -642,54 +510,17 @@ def _decode(
         raise DecodeError(f"messages nested deeper than {MAX_DEPTH}")
     decoders = plan.decoders
     while pos < end:
-        tag, pos = _get_tag(buf, pos)
+        tag, pos = get_tag(buf, pos)
         decode = decoders.get(tag)
         if decode is None:
-            pos = _skip(buf, pos, end, tag, depth)
-        else:
-            pos = decode(message, buf, pos, end, depth, budget)
+            pos = skip(buf, pos, end, tag, depth)
+            continue
+        pos = decode(message, buf, pos, end, depth, budget)
         if budget[0] < 0:
             raise DecodeError(f"more than {MAX_ELEMENTS} elements")
     # Varints are read without a look at `end`; the one that ran over it was the last.
     if pos != end:
         raise DecodeError("truncated")
-
-
-def _get_tag(buf: bytes, pos: int) -> tuple[int, int]:
-    tag, pos = _get_varint(buf, pos)
-    if not 8 <= tag <= 0xFFFFFFFF:
-        raise DecodeError(f"invalid field tag {tag}")
-    return tag, pos
-
-
-def _skip(buf: bytes, pos: int, end: int, tag: int, depth: int) -> int:
-    """The position behind the value of an unknown field."""
-    wire_type = tag & 7
-    if wire_type == 0:
-        pos = _get_varint(buf, pos)[1]
-    elif wire_type == 1:
-        pos += 8
-    elif wire_type == 2:
-        length, pos = _get_varint(buf, pos)
-        pos += length
-    elif wire_type == 5:
-        pos += 4
-    elif wire_type == 3:
-        # A group, which proto3 has no use for but must be able to step over.
-        if depth >= MAX_DEPTH:
-            raise DecodeError(f"groups nested deeper than {MAX_DEPTH}")
-        while True:
-            inner, pos = _get_tag(buf, pos)
-            if inner & 7 == 4:
-                if inner >> 3 != tag >> 3:
-                    raise DecodeError("a group ends that has not begun")
-                break
-            pos = _skip(buf, pos, end, inner, depth + 1)
-    else:
-        raise DecodeError(f"invalid wire type {wire_type}")
-    if pos > end:
-        raise DecodeError("truncated")
-    return pos
 
 
 def _from_plain(field: Field, value: Any) -> Any:
@@ -709,5 +540,5 @@ def _from_plain(field: Field, value: Any) -> Any:
 
 
 def _checked(kind: str, value: Any) -> Any:
-    _scalar_writer(kind)(bytearray(), value)
+    scalar_writer(kind)(bytearray(), value)
     return value
