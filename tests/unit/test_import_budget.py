@@ -1,0 +1,87 @@
+"""What a start of a container may import.
+
+Python's imports are the largest part of a start that is ours to choose, so every module on the way is on a list
+here. A new name in a failure of these tests asks: is it worth its milliseconds on every start? Then add it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+ENGINE_BEFORE_THE_VM = {
+    *("_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat"),
+    *("_ctypes", "ctypes", "ctypes._endian", "_struct", "struct", "types", "errno"),
+    *("__future__", "warnings", "importlib", "importlib._bootstrap", "importlib._bootstrap_external"),
+}
+"""Modules of the standard library that the engine may load before it has started the hypervisor."""
+
+OURS_BEFORE_THE_VM = {
+    *("kata", "kata.children", "kata.errors", "kata.journal", "kata.launcher", "kata.paths", "kata.sysio"),
+    *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
+    *("kata.hypervisor", "kata.hypervisor.qemu_command", "kata.hypervisor.qemu_process"),
+    *("kata.hypervisor.settings", "kata.hypervisor.slots"),
+}
+
+TOO_DEAR_FOR_A_COMMAND = {
+    *("argparse", "asyncio", "dataclasses", "hashlib", "http", "inspect", "logging", "pathlib", "random"),
+    *(
+        "shutil",
+        "socket",
+        "ssl",
+        "subprocess",
+        "tempfile",
+        "threading",
+        "typing",
+        "urllib",
+        "uuid",
+        "zipfile",
+    ),
+}
+"""Top-level names that ``kata run``, ``create``, ``start`` and ``exec`` do without; no third-party package either."""
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """What importing *modules* in a fresh interpreter, started as kata's are, adds to `sys.modules`."""
+    program = (
+        "import sys\n"
+        "bare = set(sys.modules)\n"
+        f"sys.path.append({str(SOURCE)!r})\n"
+        f"for name in {modules!r}: __import__(name)\n"
+        "loaded = sorted(set(sys.modules) - bare)\n"
+        "import json; print(json.dumps(loaded))"
+    )
+    done = subprocess.run(["/usr/bin/python3", "-I", "-S", "-c", program], capture_output=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_the_engine_starts_the_vm_with_few_modules() -> None:
+    loaded = loaded_by("kata.engine.main", "kata.engine.boot")
+    assert loaded - ENGINE_BEFORE_THE_VM - OURS_BEFORE_THE_VM == set()
+
+
+def test_commands_that_start_containers_do_without_dear_modules() -> None:
+    loaded = loaded_by(
+        "kata.cli.main",
+        "kata.cli.run",
+        "kata.cli.session",
+        "kata.engine.client",
+        "kata.engine.launch",
+        "kata.guest.manifest",
+        "kata.hypervisor.accel",
+        "kata.images.store",
+        "kata.oci.spec",
+        "kata.resources.sizing",
+        "kata.storage.ext4",
+    )
+    assert {name for name in loaded if name.split(".")[0] in TOO_DEAR_FOR_A_COMMAND} == set()
+    known = {name for name in loaded if name.split(".")[0] == "kata"}
+    assert {name for name in loaded - known if _is_third_party(name)} == set()
+
+
+def _is_third_party(name: str) -> bool:
+    return name.split(".")[0] not in sys.stdlib_module_names
