@@ -1,0 +1,79 @@
+"""From the network settings of a sandbox to its network."""
+
+from __future__ import annotations
+
+import os
+
+from kata import children
+from kata.errors import HostError, UsageError
+from kata.network import resolver, user
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+
+def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> user.NetworkPlan:
+    """Plan the network of a sandbox. Nothing is made yet.
+
+    Args:
+        settings: ``sandbox.json``'s ``network``: ``mode`` (``"user"`` or ``"none"``), ``ports`` (each with
+            ``host_ip``, ``host_port``, ``guest_port``, ``proto``), ``dns`` (addresses; empty is the host's).
+        host: The host's network; None looks at it.
+
+    Raises:
+        UsageError: The settings contradict each other.
+        HostError: passt is missing.
+    """
+    mode = settings.get("mode") or "user"
+    ports = [
+        user.Port(
+            str(port.get("host_ip") or ""),
+            int(port["host_port"]),
+            int(port["guest_port"]),
+            str(port.get("proto") or "tcp"),
+        )
+        for port in settings.get("ports") or ()
+    ]
+    dns = [str(server) for server in settings.get("dns") or ()]
+    for server in dns:
+        if not resolver.is_address(server):
+            raise UsageError(f"{server!r} is not the address of a DNS server")
+    for port in ports:
+        _check_port(port)
+    if mode == "none":
+        if ports:
+            raise UsageError(
+                f"port {ports[0]} cannot be published without a network", "Leave out --network none, or -p."
+            )
+        return user.NetworkPlan(mac_address())
+    if mode != "user":
+        raise UsageError(f"there is no network mode {mode!r}", "Use user or none.")
+    program = children.find_program(user.PROGRAM)
+    if program is None:
+        raise HostError(
+            "the user network needs passt, which is not installed", f"{user.INSTALL} (or use --network none)"
+        )
+    return user.UserPlan(mac_address(), ports, host or user.HostNetwork.look(), dns, program)
+
+
+def _check_port(port: user.Port) -> None:
+    if port.proto not in ("tcp", "udp"):
+        raise UsageError(f"port {port}: there is no protocol {port.proto!r}", "Use tcp or udp.")
+    for number in (port.host_port, port.guest_port):
+        if not 0 < number < 65536:
+            raise UsageError(f"port {port}: {number} is not a port number")
+    if not port.everywhere and not resolver.is_address(port.host_ip):
+        raise UsageError(f"port {port}: {port.host_ip!r} is not an address of this host")
+    if port.proto == "udp" and not port.everywhere and resolver.is_loopback(port.host_ip):
+        raise UsageError(
+            f"port {port}: a UDP port cannot be published at the loopback address with --network user",
+            "Publish it at another address of this host.",
+        )
+
+
+def mac_address() -> str:
+    """A random, locally administered, unicast hardware address."""
+    data = os.urandom(6)
+    return ":".join(f"{byte:02x}" for byte in (data[0] & 0xFC | 0x02, *data[1:]))

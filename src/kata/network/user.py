@@ -1,0 +1,397 @@
+"""The network that needs no set-up of the host: a process (passt) translates between the guest's packets and
+ordinary sockets of the host.
+
+The guest's addresses are ours to choose, because nobody outside ever sees them. Outgoing connections appear to
+come from the host; incoming ones reach only published ports. The host's loopback is out of the guest's reach:
+passt's mapping of the gateway to it is switched off, and `kata.network.guard` holds against forged packets.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata import children
+from kata.errors import HostError, KataError, UsageError
+from kata.hypervisor import slots
+from kata.hypervisor.settings import Nic
+from kata.network import guard, resolver
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from kata.journal import Entry, Journal
+
+ADDRESS4, PREFIX4, GATEWAY4, DNS4 = "10.0.2.15", 24, "10.0.2.2", "10.0.2.3"
+ADDRESS6, PREFIX6, GATEWAY6, DNS6 = "fd6b:6174:6100::15", 64, "fd6b:6174:6100::2", "fd6b:6174:6100::3"
+HELPER_MAC = "52:54:00:6b:61:01"
+MTU = 65520
+"""The largest that passt's frames allow: fewer, bigger packets are what makes a user network fast."""
+INTERFACE = "eth0"
+PROGRAM = "passt"
+INSTALL = "apt-get install passt"
+
+
+class Port:
+    """A published port.
+
+    Args:
+        host_ip: Address on the host it is published at; empty is all of them.
+        host_port: Port on the host.
+        guest_port: Port in the guest.
+        proto: ``"tcp"`` or ``"udp"``.
+    """
+
+    __slots__ = ("guest_port", "host_ip", "host_port", "proto")
+
+    def __init__(self, host_ip: str, host_port: int, guest_port: int, proto: str) -> None:
+        self.host_ip = host_ip
+        self.host_port = host_port
+        self.guest_port = guest_port
+        self.proto = proto
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is published at all of the host's addresses."""
+        return self.host_ip in ("", "0.0.0.0", "::", "*")
+
+    def __str__(self) -> str:
+        at = f"{self.host_ip}:" if self.host_ip else ""
+        return f"{at}{self.host_port}->{self.guest_port}/{self.proto}"
+
+    @property
+    def spec(self) -> str:
+        """The port in the words of passt's ``--tcp-ports`` and ``--udp-ports``."""
+        at = "" if self.everywhere else f"{self.host_ip}/"
+        return f"{at}{self.host_port}:{self.guest_port}"
+
+
+class HostNetwork:
+    """What matters about the host's network.
+
+    Args:
+        ipv4: There is an IPv4 default route.
+        ipv6: There is an IPv6 default route.
+        resolver: What its ``resolv.conf`` says.
+    """
+
+    __slots__ = ("ipv4", "ipv6", "resolver")
+
+    def __init__(self, ipv4: bool, ipv6: bool, names: resolver.Resolver) -> None:
+        self.ipv4 = ipv4
+        self.ipv6 = ipv6
+        self.resolver = names
+
+    @classmethod
+    def look(cls) -> HostNetwork:
+        """Look at this host (in the network namespace of the calling thread)."""
+        names = resolver.read()
+        if not names.reachable:
+            better = resolver.read((resolver.SYSTEMD_RESOLV_CONF,))
+            if better.reachable:
+                names = better
+        return cls(_default_route4(), _default_route6(), names)
+
+
+def _default_route4() -> bool:
+    try:
+        with open("/proc/thread-self/net/route", encoding="ascii") as lines:
+            next(lines, None)
+            # Interface, destination, gateway, flags, ..., mask: the default is all zeroes, and is up (1).
+            return any(f[1] == f[7] == "00000000" and int(f[3], 16) & 1 for f in map(str.split, lines))
+    except OSError:
+        return False
+
+
+def _default_route6() -> bool:
+    try:
+        with open("/proc/thread-self/net/ipv6_route", encoding="ascii") as lines:
+            for line in lines:
+                fields = line.split()
+                # RTF_REJECT (0x200) marks the "unreachable default" that is there without any network.
+                if fields[0] == "0" * 32 and fields[1] == "00" and not int(fields[8], 16) & 0x200:
+                    return fields[9] != "lo"
+    except OSError:
+        pass
+    return False
+
+
+class NetworkPlan:
+    """The network of one sandbox, before and while it runs. Made by `kata.network.plan.plan`.
+
+    In this order: `wire` (the hypervisor's end goes into its settings), start the hypervisor, `start` (the
+    helper, while the machine boots), then tell the guest `interface` and `routes`, and check `failure` before
+    saying that all is well.
+    """
+
+    def __init__(self, mac: str, ports: Sequence[Port] = ()) -> None:
+        self.mac = mac
+        self.ports = list(ports)
+        self.interface: dict[str, Any] | None = None
+        """types.Interface for UpdateInterface, as a dict; None when the guest gets no network."""
+        self.routes: list[dict[str, Any]] = []
+        """types.Route values for UpdateRoutes, as dicts."""
+        self.dns: list[str] = []
+        """Name servers for the guest's ``/etc/resolv.conf``."""
+        self.search: list[str] = []
+        self.options: list[str] = []
+        self.warnings: list[str] = []
+        """Sentences that the user should see once."""
+
+    def resolv_conf(self) -> str:
+        """Text of the guest's ``/etc/resolv.conf``."""
+        lines = [f"nameserver {server}" for server in self.dns]
+        if self.search:
+            lines.append("search " + " ".join(self.search))
+        if self.options:
+            lines.append("options " + " ".join(self.options))
+        return "".join(line + "\n" for line in lines)
+
+    def wire(self) -> Nic:
+        """The virtual machine's network interface; its descriptor is the hypervisor's to close."""
+        return Nic(self.mac)
+
+    def start(self, journal: Journal, name: str) -> None:
+        """Start what the network needs on the host. Main thread."""
+
+    def failure(self) -> KataError | None:
+        """Why the network has ended, or None while it has not."""
+        return None
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the network on the host."""
+        return []
+
+    def stop(self) -> None:
+        """End it. Idempotent; blocks for milliseconds."""
+
+
+class UserPlan(NetworkPlan):
+    """A network by passt.
+
+    Args:
+        mac: Hardware address of the guest's interface.
+        ports: What is published.
+        host: The host's network.
+        dns: Name servers that were asked for; empty is the host's.
+        program: Path of passt.
+    """
+
+    def __init__(
+        self,
+        mac: str,
+        ports: Sequence[Port],
+        host: HostNetwork,
+        dns: Sequence[str] = (),
+        program: str = "",
+    ) -> None:
+        super().__init__(mac, ports)
+        self._program = program
+        self._host = host
+        self._fd = -1
+        self._child: children.Child | None = None
+        self._words: children.Words | None = None
+        self._cgroup: Entry | None = None
+        self._journal: Journal | None = None
+        # Without any route out there is still what is published, and the host's own subnets.
+        self._ipv4 = host.ipv4 or not host.ipv6
+        self._ipv6 = host.ipv6
+        self._forward4 = self._forward6 = ""
+        self._plan_names(dns)
+        addresses = []
+        if self._ipv4:
+            addresses.append({"family": 0, "address": ADDRESS4, "mask": str(PREFIX4)})
+            self.routes.append(_default_route(GATEWAY4, 0))
+        if self._ipv6:
+            addresses.append({"family": 1, "address": ADDRESS6, "mask": str(PREFIX6)})
+            self.routes.append(_default_route(GATEWAY6, 1))
+        self.interface = {
+            "device": INTERFACE,
+            "name": INTERFACE,
+            "IPAddresses": addresses,
+            "mtu": MTU,
+            "hwAddr": mac,
+            "devicePath": slots.nic_path(),
+            "type": "",
+            "raw_flags": 0,
+        }
+
+    def _plan_names(self, dns: Sequence[str]) -> None:
+        names = self._host.resolver
+        self.search, self.options = list(names.search), list(names.options)
+        if dns:
+            self.dns = list(dns)
+            return
+        self.dns = names.reachable
+        if self.dns:
+            return
+        # Only a loopback resolver: passt hands on what is sent to an address of ours.
+        loopback = [resolver.pack(s) for s in names.servers if resolver.is_loopback(s)]
+        if self._ipv4 and any(len(s) == 4 for s in loopback):
+            self._forward4, self.dns = DNS4, [DNS4]
+        elif self._ipv6 and any(len(s) == 16 for s in loopback):
+            self._forward6, self.dns = DNS6, [DNS6]
+        else:
+            self.warnings.append(
+                "the host names no DNS server, so the container has none; --dns gives it one"
+            )
+
+    def command(self, fd: int) -> list[str]:
+        """passt's argument vector, for a wire on this descriptor. Source: passt(1)."""
+        argv = [self._program, "--foreground", "--quiet", "--fd", str(fd), "--no-map-gw", "-M", HELPER_MAC]
+        # The guest is told its addresses by its agent; what is not served cannot be attacked.
+        argv += ["--no-dhcp", "--no-dhcpv6", "--no-ra", "--mtu", str(MTU)]
+        if self._ipv4:
+            argv += ["-a", ADDRESS4, "-n", str(PREFIX4), "-g", GATEWAY4]
+        if self._ipv6:
+            argv += ["-a", ADDRESS6, "-g", GATEWAY6]
+        if not self._ipv6:
+            # All addresses being given, any interface will do for passt's own look at the host: this one
+            # is there also where no default route is.
+            argv += ["-4", "-i", "lo"]
+        elif not self._ipv4:
+            argv += ["-6"]
+        for address in (self._forward4, self._forward6):
+            if address:
+                argv += ["--dns-forward", address]
+        for proto, option in (("tcp", "-t"), ("udp", "-u")):
+            specs = [port.spec for port in self.ports if port.proto == proto]
+            # Without an explicit "none", passt publishes the UDP port beside each TCP port as well.
+            for spec in specs or ["none"]:
+                argv += [option, spec]
+        return argv
+
+    def wire(self) -> Nic:
+        """The virtual machine's network interface, connected to where passt will be."""
+        ours, theirs = children.socketpair()
+        self._fd = ours
+        return Nic(self.mac, theirs)
+
+    def start(self, journal: Journal, name: str) -> None:
+        """Start passt.
+
+        Args:
+            journal: The sandbox's.
+            name: The sandbox's id.
+
+        Raises:
+            HostError: A port is taken, passt cannot be started, or the loopback cannot be guarded.
+        """
+        check_ports(self.ports)
+        self._journal = journal
+        names = [s for s in map(resolver.pack, self._host.resolver.servers) if s]
+        cgroup = guard.make_cgroup(
+            journal,
+            f"kata-{name}-net",
+            next((s for s in names if len(s) == 4), b"") if self._forward4 else b"",
+            next((s for s in names if len(s) == 16), b"") if self._forward6 else b"",
+        )
+        self._cgroup = journal.entries[-1]
+        self._words = children.Words()
+        try:
+            self._child = children.spawn(
+                self.command(self._fd),
+                journal,
+                "passt",
+                pass_fds=[self._fd],
+                stdout=self._words.write_fd,
+                stderr=self._words.write_fd,
+                cgroups=[cgroup],
+            )
+        except OSError as error:
+            raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
+        finally:
+            self._words.started()
+            os.close(self._fd)  # so that passt sees the end of the machine, and the machine that of passt
+            self._fd = -1
+
+    def failure(self) -> KataError | None:
+        """Why passt has ended, or None while it runs."""
+        if self._child is None or self._words is None:
+            return None
+        status = self._child.poll()
+        if status is None:
+            return None
+        said = [line for line in self._words.text().splitlines() if "syslog" not in line]
+        words = f": {said[-1]}" if said else ""
+        if self.ports and "bind" in words:
+            published = ", ".join(str(port) for port in self.ports)
+            return HostError(f"cannot publish {published}{words}", "Is one of the ports in use (ss -lntup)?")
+        return HostError(f"the user network (passt) ended with status {status}{words}", "kata doctor")
+
+    @property
+    def pidfd(self) -> int:
+        """Becomes readable when passt ends; -1 when it was not started."""
+        return self._child.pidfd if self._child is not None else -1
+
+    @property
+    def pids(self) -> list[int]:
+        """passt's process id, while it runs."""
+        return [self._child.pid] if self._child is not None and self._child.poll() is None else []
+
+    def stop(self) -> None:
+        """End passt and remove its cgroup."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._child is not None:
+            self._child.kill()
+            if self._child.wait(1.0) is not None:
+                self._child.close()
+        if self._words is not None:
+            self._words.close()
+        if self._cgroup is not None and self._journal is not None:
+            try:
+                os.rmdir(self._cgroup.params["path"])
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return  # undoing the journal tries harder
+            self._journal.forget(self._cgroup)
+            self._cgroup = None
+
+
+def _default_route(gateway: str, family: int) -> dict[str, Any]:
+    return {"dest": "", "gateway": gateway, "device": INTERFACE, "source": "", "scope": 0, "family": family}
+
+
+def check_ports(ports: Sequence[Port]) -> None:
+    """Find out whether ports can be published, by taking them for an instant.
+
+    passt would say so, too; but only after it has been started, and less clearly.
+
+    Raises:
+        HostError: One is in use, or may not be taken, or is at an address that this host does not have.
+        UsageError: Two of them contradict each other.
+    """
+    if not ports:
+        return
+    import errno
+    import socket
+
+    seen: dict[tuple[str, int, str], Port] = {}
+    for port in ports:
+        other = seen.setdefault((port.proto, port.host_port, ""), port)
+        if other is not port and other.guest_port != port.guest_port:
+            raise UsageError(
+                f"host port {port.host_port}/{port.proto} is published as both {other} and {port}",
+                "Publish one guest port at each host port.",
+            )
+        ipv6 = ":" in port.host_ip
+        kind = socket.SOCK_STREAM if port.proto == "tcp" else socket.SOCK_DGRAM
+        with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, kind) as sock:
+            if port.proto == "tcp":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("" if port.everywhere else port.host_ip, port.host_port))
+                if port.proto == "tcp":
+                    sock.listen(1)
+            except OSError as error:
+                hint = {
+                    errno.EADDRINUSE: f"See who has it: ss -lntup 'sport = :{port.host_port}'",
+                    errno.EADDRNOTAVAIL: "Use an address that this host has (ip address).",
+                    errno.EACCES: "Run as root, or publish a port from 1024 on.",
+                }.get(error.errno or 0, "")
+                raise HostError(f"cannot publish port {port}: {error.strerror}", hint) from error
