@@ -1,0 +1,416 @@
+"""The life of a container through the human door: detached, looked at, stopped, started again, removed, lost."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import signal
+import tarfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import Kata
+
+FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.2; done"
+
+
+@pytest.fixture(scope="module")
+def box(shared_kata: Kata, busybox_image: str) -> Iterator[str]:
+    """A running container that several tests look at."""
+    shared_kata.ok(
+        "run",
+        "-d",
+        "--name",
+        "box",
+        "-e",
+        "MINE=1",
+        busybox_image,
+        "sh",
+        "-c",
+        f"echo first; echo second >&2; {FOREVER}",
+    )
+    yield "box"
+    shared_kata.ok("rm", "-f", "box")
+
+
+@contextlib.contextmanager
+def container(kata: Kata, image: str, name: str, script: str = FOREVER, *options: str) -> Iterator[str]:
+    kata.ok("run", "-d", "--name", name, *options, image, "sh", "-c", script)
+    try:
+        yield name
+    finally:
+        kata.ok("rm", "-f", name)
+
+
+def status(kata: Kata, name: str) -> str:
+    return str(json.loads(kata.ok("inspect", name))[0]["state"]["status"])
+
+
+def until(condition: object, what: str, patience: float = 60) -> None:
+    deadline = time.monotonic() + patience
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.1)
+
+
+# ---- looking ----
+
+
+def test_ps_lists_it(shared_kata: Kata, box: str) -> None:
+    listed = {entry["name"]: entry for entry in json.loads(shared_kata.ok("ps", "--json"))}
+    assert listed[box]["status"] == "running"
+    shown = shared_kata.ok("ps")
+    assert shown.splitlines()[0].split()[:2] == ["CONTAINER", "ID"]
+    assert "Up " in shown
+    assert shared_kata.ok("ps", "-q").strip() == listed[box]["id"][:12]
+
+
+def test_an_id_may_be_shortened(shared_kata: Kata, box: str) -> None:
+    identity = json.loads(shared_kata.ok("inspect", box))[0]["id"]
+    assert json.loads(shared_kata.ok("inspect", identity[:8]))[0]["name"] == box
+
+
+def test_logs(shared_kata: Kata, box: str) -> None:
+    done = shared_kata.call("logs", box)
+    assert done.stdout == b"first\n"
+    assert done.stderr == b"second\n"
+    assert b"T" in shared_kata.call("logs", "-t", box).stdout.split()[0]
+    records = [json.loads(line) for line in shared_kata.ok("logs", "--json", box).splitlines()]
+    assert {record["stream"] for record in records} == {"stdout", "stderr"}
+    assert sum(len(stream) for stream in (shared_kata.call("logs", "--tail", "0", box).stdout,)) == 0
+
+
+def test_logs_follow_to_the_end(shared_kata: Kata, busybox_image: str) -> None:
+    with container(shared_kata, busybox_image, "counter", "for i in 1 2 3 4 5; do echo $i; sleep 0.3; done"):
+        assert shared_kata.ok("logs", "-f", "counter").split() == ["1", "2", "3", "4", "5"]
+        assert shared_kata.ok("logs", "--tail", "2", "counter").split() == ["4", "5"]
+
+
+def test_top_shows_the_guests_processes(shared_kata: Kata, box: str) -> None:
+    processes = json.loads(shared_kata.ok("top", "--json", box))
+    assert any("while :" in " ".join(process["command"]) for process in processes)
+    assert shared_kata.ok("top", box).startswith("PID")
+
+
+def test_inspect_tells_the_sandbox(shared_kata: Kata, box: str) -> None:
+    found = json.loads(shared_kata.ok("inspect", box))[0]
+    assert found["spec"]["process"]["args"][0] == "sh"
+    assert found["sandbox"]["accelerator"] in ("kvm", "tcg")
+    pid = found["state"]["pid"]
+    assert "qemu" in Path(f"/proc/{pid}/comm").read_text()
+
+
+def test_stats(shared_kata: Kata, box: str) -> None:
+    row = json.loads(shared_kata.ok("stats", "--json", "--interval", "0.3", box))[0]
+    assert row["memory_bytes"] > 0
+    assert row["pids"] >= 1
+    assert shared_kata.ok("stats", "--no-stream", "--interval", "0.1", box).splitlines()[1].split()[1] == box
+
+
+# ---- exec ----
+
+
+def test_exec(shared_kata: Kata, box: str) -> None:
+    done = shared_kata.call(
+        "exec", "-e", "B=2", "-w", "/tmp", box, "sh", "-c", "echo $MINE$B $PWD; echo e >&2; exit 5"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (5, b"12 /tmp\n", b"e\n")
+    assert shared_kata.ok("exec", "-i", box, "cat", stdin=b"in and out") == "in and out"
+    assert shared_kata.ok("exec", "-u", "7:8", box, "id", "-u").strip() == "7"
+
+
+def test_exec_of_what_is_not_there(shared_kata: Kata, box: str) -> None:
+    done = shared_kata.call("exec", box, "no-such-command")
+    assert done.returncode == 127
+    assert b"executable file not found in $PATH" in done.stderr
+    assert shared_kata.call("exec", box, "/etc/passwd").returncode == 126
+
+
+def test_exec_returns_though_a_child_keeps_the_streams(shared_kata: Kata, box: str) -> None:
+    assert shared_kata.ok("exec", box, "sh", "-c", "sleep 300 & echo started", timeout=60) == "started\n"
+
+
+def test_a_detached_exec(shared_kata: Kata, box: str) -> None:
+    shared_kata.ok("exec", "-d", box, "sh", "-c", "echo x > /tmp/detached")
+    until(lambda: shared_kata.call("exec", box, "test", "-e", "/tmp/detached").returncode == 0, "the file")
+
+
+def test_two_hundred_execs_lose_no_byte(shared_kata: Kata, box: str) -> None:
+    script = "yes 0123456789abcde | head -c 1048576"
+    expected = hashlib.sha256(b"0123456789abcde\n" * 65536).hexdigest()
+
+    def once(_: int) -> str:
+        done = shared_kata.call("exec", box, "sh", "-c", script)
+        assert done.returncode == 0, done.stderr
+        return hashlib.sha256(done.stdout).hexdigest()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(once, range(200))) == {expected}
+
+
+# ---- verbs ----
+
+
+def test_pause_and_resume(shared_kata: Kata, busybox_image: str) -> None:
+    with container(shared_kata, busybox_image, "pausing"):
+        shared_kata.ok("pause", "pausing")
+        assert status(shared_kata, "pausing") == "paused"
+        assert b"is paused" in shared_kata.call("exec", "pausing", "true").stderr
+        shared_kata.ok("resume", "pausing")
+        assert shared_kata.ok("exec", "pausing", "echo", "awake") == "awake\n"
+        done = shared_kata.call("resume", "pausing")
+        assert done.returncode == 125
+        assert b"is not paused" in done.stderr
+        shared_kata.ok("pause", "pausing")
+        shared_kata.ok("stop", "pausing")
+
+
+def test_stop_is_graceful_and_start_keeps_the_files(shared_kata: Kata, busybox_image: str) -> None:
+    script = "test -e /kept && echo again; echo x > /kept; " + FOREVER
+    with container(shared_kata, busybox_image, "stopping", script):
+        assert shared_kata.ok("stop", "stopping") == "stopping\n"
+        state = json.loads(shared_kata.ok("inspect", "stopping"))[0]["state"]
+        assert (state["status"], state["exit_code"]) == ("exited", 0)
+        assert shared_kata.sandboxes() == []
+        shared_kata.ok("start", "stopping")
+        assert shared_kata.ok("exec", "stopping", "cat", "/kept") == "x\n"
+        assert shared_kata.ok("logs", "stopping") == "again\n"
+        shared_kata.ok("restart", "-t", "5", "stopping")
+        assert status(shared_kata, "stopping") == "running"
+
+
+def test_stop_kills_what_does_not_listen(shared_kata: Kata, busybox_image: str) -> None:
+    with container(shared_kata, busybox_image, "deaf", "trap '' TERM; while :; do sleep 0.2; done"):
+        shared_kata.ok("stop", "-t", "1", "deaf")
+        assert json.loads(shared_kata.ok("inspect", "deaf"))[0]["state"]["exit_code"] == 137
+
+
+def test_kill_and_wait(shared_kata: Kata, busybox_image: str) -> None:
+    with container(shared_kata, busybox_image, "victim"):
+        waiting = shared_kata.start("wait", "victim")
+        time.sleep(0.5)
+        shared_kata.ok("kill", "victim")
+        stdout, stderr = waiting.communicate(timeout=60)
+        assert stdout == b"137\n", stderr
+        done = shared_kata.call("kill", "victim")
+        assert done.returncode == 125
+        assert b"is not running" in done.stderr
+
+
+def test_create_start_attach(shared_kata: Kata, busybox_image: str) -> None:
+    identity = shared_kata.ok("create", "--name", "made", "-i", busybox_image, "cat").strip()
+    try:
+        assert shared_kata.sandboxes() == []
+        assert status(shared_kata, "made") == "created"
+        done = shared_kata.call("start", "-a", "-i", "made", stdin=b"through\n")
+        assert (done.returncode, done.stdout) == (0, b"through\n")
+        shared_kata.ok("start", "made")
+        attached = shared_kata.call("attach", identity[:12], stdin=b"later\n")
+        assert (attached.returncode, attached.stdout) == (0, b"later\n")
+    finally:
+        shared_kata.ok("rm", "-f", "made")
+
+
+def test_rm_asks_for_force(shared_kata: Kata, busybox_image: str) -> None:
+    with container(shared_kata, busybox_image, "busy"):
+        done = shared_kata.call("rm", "busy")
+        assert done.returncode == 125
+        assert b"kata rm -f busy" in done.stderr
+    assert "busy" not in shared_kata.ok("ps", "-a")
+    shared_kata.ok("rm", "-f", "busy")
+
+
+def test_a_detached_container_with_rm_leaves_nothing(shared_kata: Kata, busybox_image: str) -> None:
+    identity = shared_kata.ok("run", "-d", "--rm", "--name", "brief", busybox_image, "sleep", "0.3").strip()
+    until(lambda: not (shared_kata.state_dir / "containers" / identity).exists(), "the removal")
+    until(lambda: shared_kata.sandboxes() == [], "the end of the sandbox")
+    assert not (shared_kata.state_dir / "names" / "brief").exists()
+
+
+def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    (tree / "below" / "big").write_bytes(os.urandom(3 << 20))
+    (tree / "script").write_text("#!/bin/sh\n")
+    (tree / "script").chmod(0o755)
+    (tree / "link").symlink_to("below/big")
+    with container(shared_kata, busybox_image, "copies"):
+        for run in ("running", "stopped"):
+            if run == "stopped":
+                shared_kata.ok("stop", "copies")
+            shared_kata.ok("cp", str(tree), f"copies:/in-{run}")
+            back = tmp_path / f"back-{run}"
+            shared_kata.ok("cp", f"copies:/in-{run}", str(back))
+            assert (back / "below" / "big").read_bytes() == (tree / "below" / "big").read_bytes()
+            assert os.readlink(back / "link") == "below/big"
+            assert (back / "script").stat().st_mode & 0o777 == 0o755
+            single = tmp_path / f"single-{run}"
+            shared_kata.ok("cp", "copies:/etc/passwd", str(single))
+            assert single.read_text().startswith("root:")
+            archive = shared_kata.call("cp", f"copies:/in-{run}/below", "-").stdout
+            with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+                assert tar.getnames() == ["below", "below/big"]
+            missing = shared_kata.call("cp", "copies:/nothing", str(tmp_path))
+            assert missing.returncode == 125
+            assert b"/nothing does not exist" in missing.stderr
+        assert status(shared_kata, "copies") == "exited"
+        shared_kata.ok("start", "copies")
+        assert shared_kata.ok("exec", "copies", "stat", "-c", "%a", "/in-stopped/script") == "755\n"
+
+
+def test_cp_does_not_follow_a_containers_links_out(
+    shared_kata: Kata, busybox_image: str, tmp_path: Path
+) -> None:
+    script = "mkdir /trap; ln -s /etc/shadow /trap/link; ln -s ../../../../../.. /trap/up; " + FOREVER
+    with container(shared_kata, busybox_image, "trap", script):
+        until(
+            lambda: shared_kata.call("exec", "trap", "test", "-L", "/trap/up").returncode == 0, "the links"
+        )
+        shared_kata.ok("cp", "trap:/trap", str(tmp_path / "trap"))
+        assert (tmp_path / "trap" / "link").is_symlink()
+        secret = tmp_path / "file"
+        secret.write_text("mine")
+        # "up" leads to the container's own root, whatever lies above the sandbox.
+        shared_kata.ok("cp", str(secret), "trap:/trap/up/landed")
+        assert shared_kata.ok("exec", "trap", "cat", "/landed") == "mine"
+        assert not Path("/landed").exists()
+
+
+# ---- a virtual machine that dies ----
+
+
+def vm_pid(kata: Kata, name: str) -> int:
+    return int(json.loads(kata.ok("inspect", name))[0]["state"]["pid"])
+
+
+def test_a_killed_machine_is_told_and_leaves_nothing(shared_kata: Kata, busybox_image: str) -> None:
+    shared_kata.ok("run", "-d", "--name", "lost", busybox_image, "sleep", "1000")
+    try:
+        waiting = shared_kata.start("wait", "lost")
+        executing = shared_kata.start("exec", "lost", "sleep", "1000")
+        attached = shared_kata.start("attach", "lost")
+        time.sleep(1)
+        os.kill(vm_pid(shared_kata, "lost"), signal.SIGKILL)
+        assert waiting.communicate(timeout=30)[0] == b"137\n"
+        for process in (executing, attached):
+            _, stderr = process.communicate(timeout=30)
+            assert process.returncode == 137, stderr
+            assert b"lost" in stderr
+            assert b"error:" in stderr
+        state = json.loads(shared_kata.ok("inspect", "lost"))[0]["state"]
+        assert (state["status"], state["exit_code"]) == ("exited", 137)
+        assert state["error"]
+        until(lambda: shared_kata.sandboxes() == [], "the end of the sandbox")
+        shared_kata.ok("start", "lost")
+        assert status(shared_kata, "lost") == "running"
+    finally:
+        shared_kata.ok("rm", "-f", "lost")
+
+
+def test_a_machine_killed_under_an_attached_run(shared_kata: Kata, busybox_image: str) -> None:
+    process = shared_kata.start(
+        "run", "--rm", "--name", "killed", busybox_image, "sh", "-c", "echo up; sleep 1000"
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    os.kill(vm_pid(shared_kata, "killed"), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 137
+    assert b"virtual machine" in stderr
+    assert shared_kata.sandboxes() == []
+    assert "killed" not in shared_kata.ok("ps", "-a")
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.2, 0.5, 0.9, 1.3])
+def test_a_machine_killed_during_its_start(shared_kata: Kata, busybox_image: str, delay: float) -> None:
+    process = shared_kata.start("run", "--rm", "--name", "early", busybox_image, "sleep", "1000")
+    deadline = time.monotonic() + 30
+    victim = 0
+    while not victim and time.monotonic() < deadline:
+        victim = _child_named(shared_kata, "qemu")
+    time.sleep(delay)
+    os.kill(victim, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode in (125, 137), stderr
+    assert b"error:" in stderr
+    assert b"Traceback" not in stderr
+    assert shared_kata.sandboxes() == []
+    assert "early" not in shared_kata.ok("ps", "-a")
+
+
+def _child_named(kata: Kata, name: str) -> int:
+    """Pid of a process of this kata's sandboxes whose command begins with *name*."""
+    mark = str(kata.run_dir).encode()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if (
+                    Path(f"/proc/{entry}/comm").read_text().startswith(name)
+                    and mark
+                    in Path(f"/proc/{entry}/cmdline").read_bytes()
+                    + Path(f"/proc/{entry}/environ").read_bytes()
+                ):
+                    return int(entry)
+    return 0
+
+
+def test_a_killed_engine_takes_its_machine_along(shared_kata: Kata, busybox_image: str) -> None:
+    shared_kata.ok("run", "-d", "--name", "headless", busybox_image, "sleep", "1000")
+    try:
+        pid, engine = vm_pid(shared_kata, "headless"), shared_kata.engine_pid("headless")
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the machine")
+        state = json.loads(shared_kata.ok("inspect", "headless"))[0]["state"]
+        assert (state["status"], state["exit_code"]) == ("exited", 137)
+        shared_kata.ok("gc")
+        assert shared_kata.sandboxes() == []
+        shared_kata.ok("start", "headless")
+    finally:
+        shared_kata.ok("rm", "-f", "headless")
+
+
+# ---- images, host ----
+
+
+def test_images_and_rmi(kata_env: Kata, busybox_image: str) -> None:
+    kata_env.ok("pull", busybox_image)
+    listed = json.loads(kata_env.ok("images", "--json"))
+    assert len(listed) == 1
+    assert kata_env.ok("images").startswith("NAME")
+    kata_env.ok("create", "--name", "user", busybox_image, "true")
+    done = kata_env.call("rmi", listed[0]["id"][7:19])
+    assert done.returncode == 125
+    assert b"user" in done.stderr
+    kata_env.ok("rm", "user")
+    kata_env.ok("rmi", busybox_image)
+    assert json.loads(kata_env.ok("images", "--json")) == []
+
+
+def test_doctor(shared_kata: Kata) -> None:
+    found = json.loads(shared_kata.ok("doctor", "--json"))
+    assert found["usable"] is True
+    assert {"permissions", "kvm", "qemu", "guest", "cgroups"} <= {check["name"] for check in found["checks"]}
+    assert "containers can be run" in shared_kata.ok("doctor")
+
+
+def test_doctor_fails_where_nothing_can_run(shared_kata: Kata, tmp_path: Path) -> None:
+    env = {**shared_kata.env, "KATA_GUEST_DIR": str(tmp_path)}
+    import subprocess
+
+    done = subprocess.run(shared_kata.command("doctor"), env=env, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"mend: kata guest build" in done.stdout
+
+
+def test_version(shared_kata: Kata) -> None:
+    assert "kata" in json.loads(shared_kata.ok("version", "--json"))
+
+
+def test_gc_has_nothing_to_do(kata_env: Kata) -> None:
+    assert kata_env.ok("gc") == "nothing to clear\n"

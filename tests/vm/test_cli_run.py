@@ -1,0 +1,438 @@
+"""`kata run` against real virtual machines: exit codes, streams, options, and what bad input gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import select
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Kata
+
+
+def run(kata: Kata, image: str, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    *options, script = arguments
+    return kata.call("run", "--rm", *options, image, "sh", "-c", script, stdin=stdin)
+
+
+def out(kata: Kata, image: str, *arguments: str) -> str:
+    done = run(kata, image, *arguments)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+# ---- exit codes and streams ----
+
+
+def test_the_guest_has_a_kernel_of_its_own(shared_kata: Kata, busybox_image: str) -> None:
+    version = out(shared_kata, busybox_image, "uname -r").strip()
+    assert version
+    assert version != platform.release()
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 125, 255])
+def test_the_exit_code_is_the_commands_own(shared_kata: Kata, busybox_image: str, code: int) -> None:
+    assert run(shared_kata, busybox_image, f"exit {code}").returncode == code
+
+
+def test_a_signal_is_128_plus_its_number(shared_kata: Kata, busybox_image: str) -> None:
+    # The first process of a pid namespace ignores what it does not handle, so a child is killed.
+    assert run(shared_kata, busybox_image, "sh -c 'kill -9 $$'; exit $?").returncode == 137
+
+
+def test_stdout_and_stderr_stay_apart(shared_kata: Kata, busybox_image: str) -> None:
+    done = run(shared_kata, busybox_image, "printf 'a\\0b'; printf 'c\\nd' >&2")
+    assert done.stdout == b"a\0b"
+    assert done.stderr.endswith(b"c\nd")
+
+
+def test_output_is_complete_when_the_command_ends_at_once(shared_kata: Kata, busybox_image: str) -> None:
+    done = run(shared_kata, busybox_image, "yes 0123456789abcde | head -c 1048576")
+    assert done.returncode == 0
+    assert done.stdout == b"0123456789abcde\n" * 65536
+
+
+def test_a_slow_reader_loses_nothing(shared_kata: Kata, busybox_image: str) -> None:
+    """Three megabytes fit into no pipe: the container has long wanted to end when the reader begins."""
+    process = shared_kata.start(
+        "run", "--rm", busybox_image, "sh", "-c", "yes 0123456789abcde | head -c 3145728"
+    )
+    time.sleep(6)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert len(stdout) == 3145728
+
+
+def test_a_quarter_gigabyte_passes_through_unharmed(shared_kata: Kata, busybox_image: str) -> None:
+    block = os.urandom(1 << 20)
+    count = 256
+    expected = hashlib.sha256()
+    for _ in range(count):
+        expected.update(block)
+    process = shared_kata.start("run", "--rm", "-i", busybox_image, "cat")
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def feed() -> None:
+        assert process.stdin is not None
+        for _ in range(count):
+            process.stdin.write(block)
+        process.stdin.close()
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    seen, length = hashlib.sha256(), 0
+    while data := process.stdout.read(1 << 20):
+        seen.update(data)
+        length += len(data)
+    feeder.join()
+    assert process.wait(timeout=60) == 0
+    assert length == count << 20
+    assert seen.hexdigest() == expected.hexdigest()
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_without_i_the_commands_stdin_is_empty(shared_kata: Kata, busybox_image: str) -> None:
+    done = run(shared_kata, busybox_image, "cat; echo end", stdin=b"not for you")
+    assert done.stdout == b"end\n"
+
+
+def test_a_closed_stdin_of_the_command_does_not_hang_us(shared_kata: Kata, busybox_image: str) -> None:
+    done = run(shared_kata, busybox_image, "-i", "head -c 3", stdin=b"x" * (4 << 20))
+    assert done.returncode == 0
+    assert done.stdout == b"xxx"
+
+
+def test_a_terminal_is_a_terminal(shared_kata: Kata, busybox_image: str) -> None:
+    controller, terminal = os.openpty()
+    os.set_blocking(controller, False)
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+    process = shared_kata.start(
+        "run", "--rm", "-it", busybox_image, "sh", stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    seen = b""
+
+    def until(what: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while what not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([controller], [], [], 1)[0]:
+                try:
+                    seen += os.read(controller, 65536)
+                except OSError:
+                    break
+        assert what in seen, seen
+
+    until(b"# ")
+    os.write(controller, b"stty size; tty; test -t 0 && echo in-$((40+2))\n")
+    until(b"33 77")
+    until(b"/dev/pts/")
+    until(b"in-42")
+    # Ctrl-C reaches the foreground process inside, not us.
+    os.write(controller, b"sleep 1000\n")
+    time.sleep(1)
+    os.write(controller, b"\x03")
+    os.write(controller, b"echo still-$((1+1))\n")
+    until(b"still-2")
+    os.write(controller, b"exit 7\n")
+    assert process.wait(timeout=60) == 7
+    os.close(controller)
+
+
+def test_signals_are_passed_on(shared_kata: Kata, busybox_image: str) -> None:
+    process = shared_kata.start(
+        "run",
+        "--rm",
+        busybox_image,
+        "sh",
+        "-c",
+        "trap 'echo got it; exit 9' TERM; echo ready; while :; do sleep 0.1; done",
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    stdout, _ = process.communicate(timeout=60)
+    assert stdout == b"got it\n"
+    assert process.returncode == 9
+
+
+# ---- options ----
+
+
+def test_environment_directory_user_and_host_name(shared_kata: Kata, busybox_image: str) -> None:
+    shown = out(
+        shared_kata, busybox_image, "-e", "A=1 2", "-w", "/tmp", "-u", "1000:2000", "-h", "box",
+        'echo "$A|$PWD|$(id -u):$(id -g)|$(hostname)|$HOSTNAME"',
+    )  # fmt: skip
+    assert shown == "1 2|/tmp|1000:2000|box|box\n"
+
+
+def test_the_image_says_what_to_run(shared_kata: Kata, busybox_image: str) -> None:
+    done = shared_kata.call("run", "--rm", "-i", busybox_image, stdin=b"echo from the shell\n")
+    assert done.stdout == b"from the shell\n"
+
+
+def test_entrypoint_replaces_the_images(shared_kata: Kata, busybox_image: str) -> None:
+    assert shared_kata.ok("run", "--rm", "--entrypoint", "/bin/echo", busybox_image, "a", "b") == "a b\n"
+
+
+def test_a_read_only_root_with_a_writable_tmpfs(shared_kata: Kata, busybox_image: str) -> None:
+    shown = out(
+        shared_kata, busybox_image, "--read-only", "--tmpfs", "/scratch:size=1m",
+        "touch /x 2>&1 | grep -c Read-only; touch /scratch/x && df -m /scratch | tail -1 | awk '{print $2}'",
+    )  # fmt: skip
+    assert shown.split() == ["1", "1"]
+
+
+def test_volumes(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    data, fixed, single = tmp_path / "data", tmp_path / "fixed", tmp_path / "single"
+    data.mkdir()
+    fixed.mkdir()
+    single.write_text("one file\n")
+    (fixed / "there").write_text("from the host\n")
+    shown = out(
+        shared_kata, busybox_image,
+        "-v", f"{data}:/data", "-v", f"{fixed}:/fixed:ro", "-v", f"{single}:/etc/single:ro",
+        "cat /fixed/there /etc/single; touch /fixed/x 2>&1 | grep -c Read-only; echo from the guest > /data/made",
+    )  # fmt: skip
+    assert shown == "from the host\none file\n1\n"
+    assert (data / "made").read_text() == "from the guest\n"
+    assert not (fixed / "x").exists()
+
+
+def test_capabilities(shared_kata: Kata, busybox_image: str) -> None:
+    script = "grep CapEff /proc/self/status | cut -f2"
+    default = int(out(shared_kata, busybox_image, script), 16)
+    assert default == 0xA80425FB  # Docker's default set
+    assert (
+        int(out(shared_kata, busybox_image, "--cap-drop", "ALL", "--cap-add", "net_admin", script), 16)
+        == 1 << 12
+    )
+
+
+def test_privileged_owns_its_guest_only(shared_kata: Kata, busybox_image: str) -> None:
+    shown = out(
+        shared_kata, busybox_image, "--privileged",
+        "mkdir /m && mount -t tmpfs none /m && echo mounted; grep Seccomp: /proc/self/status",
+    )  # fmt: skip
+    assert shown.split() == ["mounted", "Seccomp:", "0"]
+
+
+def test_the_default_profile_confines(shared_kata: Kata, busybox_image: str) -> None:
+    shown = out(
+        shared_kata, busybox_image,
+        "grep Seccomp: /proc/self/status; mount -t tmpfs none /mnt 2>/dev/null && echo mounted;"
+        " echo 1 > /proc/sys/kernel/sysrq && echo written; cat /proc/kcore | wc -c; mknod /tmp/d b 254 0 && cat /tmp/d",
+    )  # fmt: skip
+    lines = shown.splitlines()
+    assert lines[0].split() == ["Seccomp:", "2"]
+    assert "mounted" not in lines
+    assert "written" not in lines
+    assert lines[-1] == "0"
+
+
+def test_limits(shared_kata: Kata, busybox_image: str) -> None:
+    shown = out(
+        shared_kata, busybox_image, "--cpus", "1.5", "-m", "128m", "--pids-limit", "17",
+        "nproc; cd /sys/fs/cgroup; cat cpu.max memory.max pids.max; awk '/MemTotal/{print $2}' /proc/meminfo",
+    )  # fmt: skip
+    nproc, quota, memory, pids, total = shown.splitlines()
+    assert nproc == "2"
+    assert quota == "150000 100000"
+    assert int(memory) == 128 << 20
+    assert pids == "17"
+    assert int(total) * 1024 >= 128 << 20
+
+
+def test_a_fork_bomb_stays_in_its_limit(shared_kata: Kata, busybox_image: str) -> None:
+    done = run(
+        shared_kata,
+        busybox_image,
+        "--pids-limit",
+        "8",
+        "for i in 1 2 3 4 5 6 7 8 9; do sleep 5 & done; wait",
+    )
+    assert b"fork" in done.stderr.lower()
+
+
+def test_out_of_memory_is_told(shared_kata: Kata, busybox_image: str) -> None:
+    shared_kata.ok(
+        "run", "-d", "--name", "eater", "-m", "32m", busybox_image, "sh", "-c", "exec tail /dev/zero"
+    )
+    try:
+        assert shared_kata.ok("wait", "eater") == "137\n"
+        state = json.loads(shared_kata.ok("inspect", "eater"))[0]["state"]
+        assert state["oom_killed"] is True
+    finally:
+        shared_kata.ok("rm", "-f", "eater")
+
+
+def test_a_plain_directory_is_a_root_file_system_that_stays_as_it_is(
+    shared_kata: Kata, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    (root / "bin").mkdir(parents=True)
+    (root / "bin" / "busybox").write_bytes(Path("/bin/busybox").read_bytes())
+    (root / "bin" / "busybox").chmod(0o755)
+    (root / "bin" / "sh").symlink_to("busybox")
+    shown = shared_kata.ok(
+        "run", "--rm", f"rootfs:{root}", "/bin/sh", "-c", "echo new > /made; /bin/busybox cat /made"
+    )
+    assert shown == "new\n"
+    assert sorted(os.listdir(root)) == ["bin"]
+
+
+def test_the_storage_size_is_a_limit(shared_kata: Kata, busybox_image: str) -> None:
+    done = run(
+        shared_kata, busybox_image, "--storage-size", "32m", "dd if=/dev/zero of=/big bs=1M count=64 2>&1"
+    )
+    assert done.returncode != 0
+    assert b"No space left" in done.stdout
+
+
+def test_a_writable_layer_in_memory(shared_kata: Kata, busybox_image: str) -> None:
+    shown = out(shared_kata, busybox_image, "--storage", "tmpfs", "echo x > /made && cat /made")
+    assert shown == "x\n"
+
+
+def test_timings_tell_where_the_start_went(shared_kata: Kata, busybox_image: str) -> None:
+    done = run(shared_kata, busybox_image, "--timings", "true")
+    assert done.returncode == 0
+    shown = done.stderr.decode()
+    for step in ("engine", "hypervisor", "kernel", "agent", "root file system", "process"):
+        assert step in shown, shown
+
+
+# ---- what cannot work ----
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (["no-such-command"], 127, "executable file not found in $PATH"),
+        (["/no/such/file"], 127, "no such file or directory"),
+        (["/etc/passwd"], 126, "permission denied"),
+        (["/tmp"], 126, "permission denied"),
+    ],
+)
+def test_a_missing_command(
+    shared_kata: Kata, busybox_image: str, command: list[str], code: int, words: str
+) -> None:
+    done = shared_kata.call("run", "--name", "gone", busybox_image, *command)
+    assert done.returncode == code
+    assert words in done.stderr.decode()
+    assert command[0] in done.stderr.decode()
+    assert json.loads(shared_kata.ok("ps", "-a", "--json")) == []
+
+
+BAD = [
+    (["run", "--nmae", "x", "IMAGE"], "unknown option --nmae", "--name"),
+    (["run"], "too few arguments", "IMAGE"),
+    (["run", "oci:/does/not/exist"], "/does/not/exist", ""),
+    (["run", "rootfs:/does/not/exist"], "/does/not/exist", ""),
+    (["run", "--pull", "never", "nothing-here"], "not in the local store", "kata pull"),
+    (["run", "UPPER/case"], "UPPER/case", ""),
+    (["run", "-m", "12q", "IMAGE"], "-m", "512m"),
+    (["run", "-m", "1m", "IMAGE"], "below the least", ""),
+    (["run", "--cpus", "0", "IMAGE"], "--cpus", ""),
+    (["run", "--cpus", "100000", "IMAGE"], "CPU", ""),
+    (["run", "-m", "100t", "IMAGE"], "memory", ""),
+    (["run", "-v", "/no/such:/data", "IMAGE"], "/no/such", "mkdir"),
+    (["run", "-v", "named:/data", "IMAGE"], "named volumes", ""),
+    (["run", "-p", "99999:1", "IMAGE"], "99999", "HOST_PORT"),
+    (["run", "-p", "1:1", "--network", "none", "IMAGE"], "--network none", ""),
+    (["run", "--network", "host", "IMAGE"], "--network 'host'", "user"),
+    (["run", "--cap-add", "FLY", "IMAGE"], "FLY", "capabilities(7)"),
+    (["run", "--env-file", "/no/such", "IMAGE"], "/no/such", ""),
+    (["run", "--name", "a b", "IMAGE"], "a b", ""),
+    (["run", "--stop-signal", "SIGNOPE", "IMAGE"], "SIGNOPE", ""),
+    (["run", "-w", "relative", "IMAGE"], "relative", "/relative"),
+    (["run", "-it", "IMAGE"], "terminal", "-t"),
+    (["run", "-u", "nobody-of-that-name", "IMAGE", "true"], "nobody-of-that-name", ""),
+    (["start", "nothing"], "no container named 'nothing'", "kata ps -a"),
+    (["logs", "nothing"], "no container named 'nothing'", ""),
+    (["exec", "nothing", "true"], "no container named 'nothing'", ""),
+    (["rm", "nothing"], "no container named 'nothing'", ""),
+    (["kill", "-s", "NOPE", "nothing"], "NOPE", ""),
+    (["cp", "a", "b"], "CONTAINER:PATH", ""),
+    (["guest", "bulid"], "bulid", "build"),
+    (["pull", "localhost:1/nothing"], "localhost:1", ""),
+    (["rmi", "nothing-here"], "nothing-here", ""),
+]
+
+
+@pytest.mark.parametrize(("argv", "words", "hint"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_gets_one_sentence(
+    shared_kata: Kata, busybox_image: str, argv: list[str], words: str, hint: str
+) -> None:
+    done = shared_kata.call(*[busybox_image if word == "IMAGE" else word for word in argv])
+    shown = done.stderr.decode()
+    assert done.returncode == 125, shown
+    assert done.stdout == b""
+    assert "Traceback" not in shown
+    error = next(line for line in shown.splitlines() if line.startswith("error:"))
+    assert words in error
+    assert hint in shown
+    assert json.loads(shared_kata.ok("ps", "-a", "--json")) == []
+    assert shared_kata.sandboxes() == []
+
+
+def test_a_name_is_given_once(shared_kata: Kata, busybox_image: str) -> None:
+    shared_kata.ok("create", "--name", "one", busybox_image, "true")
+    try:
+        done = shared_kata.call("create", "--name", "one", busybox_image, "true")
+        assert done.returncode == 125
+        assert "the name 'one' is taken" in done.stderr.decode()
+        assert "kata rm one" in done.stderr.decode()
+    finally:
+        shared_kata.ok("rm", "one")
+
+
+def test_a_missing_guest_says_how_to_build_it(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    env = {**shared_kata.env, "KATA_GUEST_DIR": str(tmp_path)}
+    done = subprocess.run(
+        shared_kata.command("run", busybox_image, "true"), env=env, capture_output=True, check=False
+    )
+    assert done.returncode == 125
+    assert b"kata guest build" in done.stderr
+    assert json.loads(shared_kata.ok("ps", "-a", "--json")) == []
+
+
+@pytest.mark.parametrize("damage", ["vmlinux is not there", "vmlinux is no kernel", "initrd is empty"])
+def test_a_damaged_guest_is_named(
+    shared_kata: Kata, busybox_image: str, tmp_path: Path, damage: str
+) -> None:
+    manifest = json.loads((shared_kata.guest_dir / "guest.json").read_text())
+    which = "kernel" if damage.startswith("vmlinux") else "initrd"
+    for part in ("kernel", "initrd"):
+        name = manifest[part]["path"]
+        (tmp_path / name).write_bytes((shared_kata.guest_dir / name).read_bytes())
+    target = tmp_path / manifest[which]["path"]
+    if "not there" in damage:
+        target.unlink()
+    else:
+        target.write_bytes(b"" if "empty" in damage else b"this is no kernel" * 1000)
+    (tmp_path / "guest.json").write_text(json.dumps(manifest))
+    env = {**shared_kata.env, "KATA_GUEST_DIR": str(tmp_path)}
+    done = subprocess.run(
+        shared_kata.command("run", busybox_image, "true"), env=env, capture_output=True, check=False
+    )
+    assert done.returncode == 125
+    assert which in done.stderr.decode()
+    assert "kata guest build" in done.stderr.decode()
+    assert shared_kata.sandboxes() == []
+    assert json.loads(shared_kata.ok("ps", "-a", "--json")) == []
