@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from kata.errors import ImageError
+from kata.errors import ImageError, RegistryError
 from kata.images import archive, changes, layout, manifest, store
 from kata.images.convert import Source, make_rootfs
 from kata.images.progress import Terminal
@@ -46,13 +46,17 @@ def acquire(
             source = layout.Layout(what.path)
         else:
             source = _open_archive(what.path, report)
+        keep = False
         try:
             stamp = store.file_stamp(what.path) if isinstance(what, LocalImage) else None
             tag = what.tag if isinstance(what, LocalImage) else ""
             top = source.choose(tag, wanted)
             return _add(source, top, what, wanted, stamp, report)
+        except (RegistryError, KeyboardInterrupt):
+            keep = True  # the next attempt goes on from here
+            raise
         finally:
-            source.close()
+            source.close(keep)
 
 
 def _title(what: Reference | LocalImage) -> str:

@@ -143,7 +143,7 @@ class Archive:
     def prepare(self, layers: list[Descriptor]) -> None:
         """Nothing needs to be fetched."""
 
-    def close(self) -> None:
+    def close(self, keep: bool = False) -> None:
         """Close the archive."""
         self._file.close()
 

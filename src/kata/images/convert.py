@@ -48,8 +48,8 @@ class Source(Protocol):
         """A layer. Its reader verifies the uncompressed content."""
         ...
 
-    def close(self) -> None:
-        """Release everything."""
+    def close(self, keep: bool = False) -> None:
+        """Release everything; `keep` leaves what was fetched for another attempt."""
         ...
 
 

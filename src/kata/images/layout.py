@@ -88,7 +88,7 @@ class Layout:
     def prepare(self, layers: list[Descriptor]) -> None:
         """Nothing needs to be fetched."""
 
-    def close(self) -> None:
+    def close(self, keep: bool = False) -> None:
         """Nothing is held open."""
 
 

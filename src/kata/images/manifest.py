@@ -171,7 +171,10 @@ def listed(content: dict[str, Any], what: str) -> list[Descriptor]:
     manifests = content.get("manifests")
     if not isinstance(manifests, list) or len(manifests) > _MAX_LAYERS:
         raise ImageError(f"{what} lists no manifests", _HINT)
-    return [descriptor(item, f"{what}, manifest {number}") for number, item in enumerate(manifests)]
+    found = [descriptor(item, f"{what}, manifest {number}") for number, item in enumerate(manifests)]
+    for item in found:
+        item.media_type = item.media_type or MANIFEST_TYPES[0]
+    return found
 
 
 def choose(candidates: list[Descriptor], wanted: Platform, what: str) -> Descriptor:

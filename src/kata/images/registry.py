@@ -1,0 +1,481 @@
+"""A client for registries: manifests and blobs, authorisation, redirects, retries.
+
+Plain HTTP is spoken to loopback addresses only. An Authorization header never goes to another host than the
+one that it is for. Everything a registry sends is bounded, and what it says is escaped before it is shown.
+
+Sources: OCI distribution specification 1.1; Docker registry token authentication ("Token Authentication
+Specification", "OAuth2 token"); RFC 9110 (ranges, retries), RFC 7235 (challenges).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import ssl
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
+
+import httpx
+
+from kata import __version__
+from kata.errors import ImageError, RegistryError
+from kata.images import credentials, manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kata.images.manifest import Descriptor
+
+_TIMEOUT = httpx.Timeout(30.0, connect=15.0)
+_ATTEMPTS = 5
+_REDIRECTS = 5
+_LONGEST_WAIT_S = 30.0
+_STEP = 256 << 10
+_LARGEST_TOKEN = 1 << 20
+_ACCEPT = ", ".join((*manifest.MANIFEST_TYPES, *manifest.INDEX_TYPES))
+_CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+_CHALLENGE = re.compile(r'([A-Za-z_]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host (with or without port) is this machine, by its very name or address."""
+    name = host
+    if host.startswith("["):
+        name = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        name = host.partition(":")[0]
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+class Registry:
+    """A connection to one repository of a registry; may be used by several threads.
+
+    Args:
+        host: As in a reference.
+        repository: Path in the registry.
+    """
+
+    def __init__(self, host: str, repository: str) -> None:
+        self.host = host
+        self.repository = repository
+        self._local = is_loopback(host)
+        self._base = f"http://{host}" if self._local else f"https://{host}"
+        if host == "docker.io":
+            self._base = "https://registry-1.docker.io"
+        self._authorization = ""
+        self._credentials: credentials.Credentials | None = None
+        self.closed = False
+        # A proxy cannot reach our loopback addresses; Go's tools except them likewise.
+        self._http = httpx.Client(
+            timeout=_TIMEOUT, trust_env=not self._local, verify=_tls(host), follow_redirects=False,
+            headers={"User-Agent": f"kata/{__version__}", "Accept-Encoding": "identity"},
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Close all connections; calls that are under way fail."""
+        self.closed = True
+        self._http.close()
+
+    # ---- what is there ----
+
+    def manifest(self, reference: str) -> tuple[str, bytes, str]:
+        """Fetch a manifest or index.
+
+        Args:
+            reference: Tag or digest.
+
+        Returns:
+            Digest, the bytes (verified if asked for by digest), media type.
+
+        Raises:
+            RegistryError: It cannot be had.
+            ImageError: It is not what its digest says.
+        """
+        data, headers = self._document(f"manifests/{reference}", {"Accept": _ACCEPT})
+        digest = manifest.digest_of(data)
+        if ":" in reference:
+            manifest.verify(data, reference, f"the manifest of {self.host}/{self.repository}")
+            digest = reference
+        return digest, data, headers.get("content-type", "").partition(";")[0].strip()
+
+    def blob(self, what: Descriptor) -> bytes:
+        """Fetch a configuration.
+
+        Raises:
+            RegistryError: It cannot be had.
+            ImageError: It is not what its digest says.
+        """
+        data, _ = self._document(f"blobs/{what.digest}", {})
+        manifest.verify(data, what.digest, f"the blob {what.digest} of {self.host}/{self.repository}")
+        return data
+
+    def _document(self, path: str, headers: dict[str, str]) -> tuple[bytes, httpx.Headers]:
+        data = bytearray()
+
+        def collect(response: httpx.Response) -> httpx.Headers:
+            data.clear()
+            for piece in response.iter_raw(_STEP):
+                data.extend(piece)
+                if len(data) > manifest.MAX_DOCUMENT:
+                    raise ImageError(
+                        f"{self.host}/{self.repository}: {path} is larger than {manifest.MAX_DOCUMENT} bytes",
+                        "the image is malformed",
+                    )
+            return response.headers
+
+        answer = self._retry(path, lambda: self._get(path, headers, collect))
+        return bytes(data), answer
+
+    def download(self, what: Descriptor, path: str, tick: Callable[[int], None]) -> None:
+        """Fetch a layer into a file, verified; what the file holds already is not fetched again.
+
+        Args:
+            what: The layer.
+            path: The file; on failure it keeps what has arrived, unless that turned out to be wrong.
+            tick: Called with the number of bytes that were added (or, negative, discarded).
+
+        Raises:
+            RegistryError: It cannot be had.
+            ImageError: It is not what its digest says.
+            OSError: The file cannot be written.
+        """
+        with open(path, "ab+", buffering=0) as file:
+            state = _Download(what, file, tick)
+
+            def attempt() -> None:
+                while state.at < what.size:
+                    before = state.at
+                    headers = {"Range": f"bytes={before}-"} if before else {}
+                    self._get(
+                        f"blobs/{what.digest}", headers, lambda response: self._receive(response, state)
+                    )
+                    if state.at <= before:
+                        raise httpx.RemoteProtocolError("the answer was empty")
+
+            resumed = state.at > 0
+            self._retry(f"blobs/{what.digest}", attempt, lambda: state.at)
+            if not state.right() and resumed:  # the beginning was of another day: once more, as a whole
+                state.restart()
+                self._retry(f"blobs/{what.digest}", attempt, lambda: state.at)
+            if not state.right():
+                state.restart()
+                raise ImageError(
+                    f"{self.host}/{self.repository}: the layer {what.digest} arrived with another content",
+                    "the registry or a proxy in between is at fault; try again later",
+                )
+
+    def _receive(self, response: httpx.Response, state: _Download) -> None:
+        if state.at and response.status_code != 206:
+            state.restart()
+        for piece in response.iter_raw(_STEP):
+            if self.closed:
+                raise RegistryError("the pull was stopped", "pull again")
+            state.add(piece)
+
+    # ---- requests ----
+
+    def _get(self, path: str, headers: dict[str, str], receive: Callable[[httpx.Response], Any]) -> Any:
+        """One request, with authorisation and redirects; a failed one raises `_Failed`."""
+        url = f"{self._base}/v2/{self.repository}/{path}"
+        authorised = False
+        for _ in range(_REDIRECTS + 3):
+            sent = dict(headers)
+            used = self._authorization
+            if used and httpx.URL(url).netloc == httpx.URL(self._base).netloc:
+                sent["Authorization"] = used
+            with self._http.stream("GET", url, headers=sent) as response:
+                status = response.status_code
+                if status == 416 and "Range" in headers:
+                    headers = {key: value for key, value in headers.items() if key != "Range"}
+                    continue
+                if status in (200, 206):
+                    return receive(response)
+                if status in (301, 302, 303, 307, 308):
+                    url = self._redirected(url, response.headers.get("location", ""))
+                    continue
+                if status == 401 and not authorised and url.startswith(self._base + "/"):
+                    self._authorise(response.headers.get_list("www-authenticate"), used)
+                    authorised = True
+                    continue
+                if status == 400 and url.startswith("http:") and b"HTTPS" in _beginning(response):
+                    # A loopback registry with TLS: "client sent an HTTP request to an HTTPS server".
+                    self._base = f"https://{self.host}"
+                    url = url.replace("http:", "https:", 1)
+                    continue
+                raise _Failed(status, _said(response), response.headers.get("retry-after", ""))
+        raise RegistryError(f"{self.host} redirects in a circle", "try another registry, or later")
+
+    def _redirected(self, url: str, location: str) -> str:
+        target = httpx.URL(urljoin(url, location))
+        if target.scheme == "https" or (target.scheme == "http" and is_loopback(target.netloc.decode())):
+            return str(target)
+        raise RegistryError(
+            f"{self.host} redirects to {str(target)[:200]!r}, which is not https",
+            "use a registry that is set up well",
+        )
+
+    def _retry(self, path: str, call: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
+        """Repeat what failed for reasons that pass; as long as there is progress, without end."""
+        attempt = 0
+        while True:
+            before = progress()
+            try:
+                return call()
+            except _Failed as error:
+                wait = _wait(attempt, error.retry_after)
+                if attempt + 1 >= _ATTEMPTS or error.status not in (408, 429, 500, 502, 503, 504):
+                    raise self._explain(error, path) from None
+            except httpx.HTTPError as error:
+                wait = _wait(attempt, "")
+                if attempt + 1 >= _ATTEMPTS or self.closed or _hopeless(error):
+                    raise self._unreachable(error) from error
+            except httpx.InvalidURL as error:
+                raise RegistryError(
+                    f"{self.host} sent an address that is none: {error}", "try later"
+                ) from error
+            attempt = 1 if progress() > before else attempt + 1
+            time.sleep(wait)
+
+    # ---- authorisation ----
+
+    def _authorise(self, challenges: list[str], used: str) -> None:
+        """Answer a 401: fetch a token, or send the credentials themselves."""
+        if self._authorization != used:
+            return  # another thread has just done it
+        if self._credentials is None:
+            self._credentials = credentials.find(self.host)
+        for challenge in challenges:
+            kind, _, rest = challenge.strip().partition(" ")
+            if kind.lower() == "bearer":
+                fields = {m[1].lower(): m[2] or m[3] or "" for m in _CHALLENGE.finditer(rest)}
+                self._authorization = "Bearer " + self._token(fields)
+                return
+            if kind.lower() == "basic" and self._credentials.user:
+                self._authorization = self._credentials.basic()
+                return
+        raise _Failed(401, "", "")
+
+    def _token(self, fields: dict[str, str]) -> str:
+        realm = fields.get("realm", "")
+        url = httpx.URL(realm)
+        if url.scheme != "https" and not (url.scheme == "http" and is_loopback(url.netloc.decode())):
+            raise RegistryError(
+                f"{self.host} wants a token from {realm[:200]!r}, which is not https",
+                "use a registry that is set up well",
+            )
+        assert self._credentials is not None
+        query = {"scope": fields.get("scope") or f"repository:{self.repository}:pull"}
+        if fields.get("service"):
+            query["service"] = fields["service"]
+        if self._credentials.identity_token:
+            query |= {
+                "grant_type": "refresh_token", "client_id": "kata",
+                "refresh_token": self._credentials.identity_token,
+            }  # fmt: skip
+            request = self._http.build_request("POST", url, data=query)
+        else:
+            headers = {"Authorization": self._credentials.basic()} if self._credentials.user else {}
+            request = self._http.build_request("GET", url.copy_merge_params(query), headers=headers)
+        response = self._http.send(request, stream=True)
+        try:
+            if response.status_code != 200:
+                raise _Failed(response.status_code, _said(response), response.headers.get("retry-after", ""))
+            data = b""
+            for piece in response.iter_raw(_STEP):
+                data += piece
+                if len(data) > _LARGEST_TOKEN:
+                    break
+        finally:
+            response.close()
+        content = manifest.document(data[:_LARGEST_TOKEN], f"the token of {url.host}")
+        token = content.get("token") or content.get("access_token")
+        if not isinstance(token, str) or not token.isascii() or not token.isprintable():
+            raise RegistryError(f"{url.host} sent no proper token", "try again later")
+        return token
+
+    # ---- errors ----
+
+    def _explain(self, error: _Failed, path: str) -> RegistryError:
+        what = f"{self.host}/{self.repository}"
+        said = f": {error.said}" if error.said else ""
+        if error.status in (401, 403):
+            found = self._credentials
+            if found is not None and found.problem:
+                return RegistryError(
+                    f"{what} is not public, and {found.problem}", f"docker login {self.host}"
+                )
+            if found:
+                return RegistryError(
+                    f"{self.host} does not let this account read {self.repository}{said}",
+                    f"check the name, or log in as another user: docker login {self.host}",
+                )
+            return RegistryError(
+                f"{what} does not exist or is not public{said}",
+                f"check the name; if it is private, docker login {self.host} (kata reads {credentials.config_path()})",
+            )
+        if error.status == 404:
+            kind, _, name = path.partition("/")
+            if kind == "manifests":
+                joined = "@" if ":" in name else ":"
+                return RegistryError(f"there is no image {what}{joined}{name}", "check the name and the tag")
+            return RegistryError(
+                f"{what} lacks {name}, which its manifest names", "have the image pushed again"
+            )
+        if error.status == 429:
+            return RegistryError(
+                f"{self.host} refuses: too many requests{said}",
+                f"wait, or docker login {self.host} for a higher limit",
+            )
+        return RegistryError(f"{self.host} answered {error.status} to {path[:100]}{said}", "try again later")
+
+    def _unreachable(self, error: httpx.HTTPError) -> RegistryError:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return RegistryError(
+                    f"the certificate of {self.host} is not trusted: {cause.verify_message}",
+                    f"add its authority to the system, or as /etc/docker/certs.d/{self.host}/ca.crt",
+                )
+            if isinstance(cause, ssl.SSLError):
+                return RegistryError(
+                    f"no TLS connection to {self.host}: {cause.reason or cause}",
+                    "plain HTTP is spoken to loopback addresses only",
+                )
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, httpx.TimeoutException):
+            return RegistryError(f"{self.host} does not answer in time", "check the network, and try again")
+        if isinstance(error, httpx.ProxyError):
+            return RegistryError(
+                f"the proxy does not reach {self.host}: {error}", "check HTTPS_PROXY and NO_PROXY"
+            )
+        said = str(error) or type(error).__name__
+        return RegistryError(
+            f"{self.host} cannot be reached: {said[:200]}", "check the name, the network and HTTPS_PROXY"
+        )
+
+
+class _Failed(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int, said: str, retry_after: str) -> None:
+        super().__init__(status)
+        self.status = status
+        self.said = said
+        self.retry_after = retry_after
+
+
+class _Download:
+    """A layer on its way into a file."""
+
+    def __init__(self, what: Descriptor, file: Any, tick: Callable[[int], None]) -> None:
+        self._what = what
+        self._file = file
+        self._tick = tick
+        self._hash = hashlib.sha256()
+        self.at = 0
+        file.seek(0)
+        while piece := file.read(_STEP):
+            self._hash.update(piece)
+            self.at += len(piece)
+        tick(self.at)
+        if self.at > what.size:
+            self.restart()
+
+    def restart(self) -> None:
+        """Begin again with an empty file."""
+        self._file.truncate(0)
+        self._tick(-self.at)
+        self._hash = hashlib.sha256()
+        self.at = 0
+
+    def add(self, piece: bytes) -> None:
+        """Append what arrived."""
+        if self.at + len(piece) > self._what.size:
+            self.restart()
+            raise ImageError(
+                f"the layer {self._what.digest} is longer than its manifest says",
+                "have the image pushed again",
+            )
+        view = memoryview(piece)
+        while view:
+            view = view[self._file.write(view) :]
+        self._hash.update(piece)
+        self.at += len(piece)
+        self._tick(len(piece))
+
+    def right(self) -> bool:
+        """Whether all of it is there and has the digest."""
+        return self.at == self._what.size and "sha256:" + self._hash.hexdigest() == self._what.digest
+
+
+def _tls(host: str) -> ssl.SSLContext:
+    """The system's certificate authorities, and what Docker is told to trust for this registry."""
+    context = ssl.create_default_context()
+    for path in _CA_FILES:
+        if os.path.exists(path):
+            context.load_verify_locations(path)
+            break
+    else:
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    directory = f"/etc/docker/certs.d/{host}"
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return context
+    for name in names:
+        path = os.path.join(directory, name)
+        try:
+            if name.endswith(".crt"):
+                context.load_verify_locations(path)
+            elif name.endswith(".cert"):
+                context.load_cert_chain(path, path.removesuffix(".cert") + ".key")
+        except OSError as error:
+            raise RegistryError(f"{path} cannot be used: {error}", "mend or remove the file") from error
+    return context
+
+
+def _wait(attempt: int, retry_after: str) -> float:
+    if retry_after.isdigit():
+        return min(float(retry_after), _LONGEST_WAIT_S)
+    return min(0.25 * float(1 << attempt), _LONGEST_WAIT_S)
+
+
+def _hopeless(error: httpx.HTTPError) -> bool:
+    """Whether trying again is of no use: the name is unknown, nobody listens, the certificate is wrong."""
+    if not isinstance(error, httpx.ConnectError):
+        return isinstance(error, httpx.UnsupportedProtocol)
+    text = str(error)
+    return any(
+        word in text for word in ("refused", "CERTIFICATE", "SSL", "not known", "No address", "No route")
+    )
+
+
+def _beginning(response: httpx.Response) -> bytes:
+    """The first bytes of an answer."""
+    try:
+        for piece in response.iter_raw(4096):
+            return piece
+    except (httpx.HTTPError, httpx.StreamError):
+        pass
+    return b""
+
+
+def _said(response: httpx.Response) -> str:
+    """The registry's own words, escaped and shortened."""
+    try:
+        first = json.loads(_beginning(response))["errors"][0]
+        text = str(first.get("message") or first.get("code") or "")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return ""
+    return "".join(char if char.isprintable() else "?" for char in text)[:200]
