@@ -6,8 +6,6 @@ is escaped and bounded before it becomes part of a message.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..errors import (
     AgentError,
     AgentTimeoutError,
@@ -20,6 +18,7 @@ from ..proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
 from ..ttrpc.status import DEADLINE_EXCEEDED, ConnectionLost, ProtocolError, TtrpcError
 from .text import escape_line
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypeVar

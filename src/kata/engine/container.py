@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import TYPE_CHECKING
 
 from ..agent.text import escape_line
 from ..errors import (
@@ -26,6 +25,7 @@ from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
 from .records import StateFile, rfc3339
 from .streams import Log
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

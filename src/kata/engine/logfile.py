@@ -14,10 +14,10 @@ import os
 import time
 from binascii import b2a_base64
 from json.encoder import encode_basestring
-from typing import TYPE_CHECKING
 
 from .records import rfc3339
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -127,8 +127,9 @@ class LogFile:
                 view = view[written:]
         except OSError:
             # Half a record would spoil the file for every reader.
-            os.ftruncate(self._fd, start)
-            self._size = start
+            if self._size != start:
+                os.ftruncate(self._fd, start)
+                self._size = start
             raise
 
     def _open(self) -> None:

@@ -4,13 +4,13 @@ guest."""
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from . import rootfs, spec
 from .stdio import open_stream
 from .streams import READ_BYTES, InputPump, OutputPump, ProcessStreams, Sink
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
 
 from ..errors import NotFoundError, StateError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

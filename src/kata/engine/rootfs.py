@@ -6,13 +6,12 @@ writable layer over it, or a directory of the host used as it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..errors import ConfigError
 from ..hypervisor import slots
 from ..proto.agent_pb import Storage
 from .spec import GUEST_RUN, GUEST_SHARE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from ..agent.client import AgentClient
 from ..agent.text import escape_line
@@ -17,12 +16,13 @@ from . import boot, watch
 from .container import Container
 from .timings import Timings
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Coroutine
     from typing import Any, TypeVar
 
-    from ..hypervisor.qemu import Qemu
+    from ..hypervisor.interface import Hypervisor
     from ..journal import Journal
     from ..proto.codec import Message
     from .boot import Machine
@@ -68,13 +68,14 @@ class Sandbox:
         self.identity = {"pid": me["pid"], "starttime": me["start"], "boot_id": me["boot"]}
         self.timings = Timings(int(settings.get("door_started_ns") or time.monotonic_ns()))
         self.containers: dict[str, Container] = {}
-        self.vm: Qemu | None = None
+        self.vm: Hypervisor | None = None
         self.network: asyncio.Future[None] | None = None
         self.wire_config: Any = None
         self.lost: asyncio.Future[KataError] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         self.paused = False
         self.was_lost = False
+        self._vm_ended = False
         self._failed = failed
         self._agent: AgentClient | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
@@ -100,12 +101,8 @@ class Sandbox:
         self._booted.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _boot(self) -> AgentClient:
-        from ..hypervisor.qemu import Qemu
-
-        process = self.machine.process
-        if process is not None:
-            console = os.path.join(self.run_dir, boot.CONSOLE_NAME)
-            self.vm = Qemu(process, self.journal, console)
+        self.vm = self._take_over()
+        if self.vm is not None:
             self.spawn(self._watch_machine(self.vm))
         if self.machine.wire is not None:
             self._watch_wire()
@@ -119,6 +116,15 @@ class Sandbox:
         self.spawn(self._watch_agent(agent))
         self.spawn(self._watch_memory(agent))
         return agent
+
+    def _take_over(self) -> Hypervisor | None:
+        """The machine that was started before the event loop was."""
+        from ..hypervisor.qemu import Qemu
+
+        process = self.machine.process
+        if process is None:
+            return None
+        return Qemu(process, self.journal, os.path.join(self.run_dir, boot.CONSOLE_NAME))
 
     async def connect_agent(self) -> AgentClient:
         """The connection to the agent; on a serial channel it is there before the guest is."""
@@ -239,7 +245,7 @@ class Sandbox:
     @property
     def vm_runs(self) -> bool:
         """Whether the hypervisor's process is there."""
-        return self.vm is not None and self.vm.ended is None
+        return self.vm is not None and not self._vm_ended
 
     @property
     def living_agent(self) -> AgentClient | None:
@@ -276,8 +282,9 @@ class Sandbox:
             return VMLostError(error.message, error.hint)
         return VMLostError(f"sandbox {self.id} is ending")
 
-    async def _watch_machine(self, vm: Qemu) -> None:
+    async def _watch_machine(self, vm: Hypervisor) -> None:
         ended = await vm.wait()
+        self._vm_ended = True
         self._lose(ended.error or VMLostError("the virtual machine was stopped"))
 
     def _watch_wire(self) -> None:
@@ -377,8 +384,8 @@ class Sandbox:
         if self.auto_remove and directory:
             try:
                 problems += Journal.open(os.path.join(directory, FILE_NAME)).undo()
-            except JournalError as error:
-                problems.append(error.message)
+            except (JournalError, OSError) as error:
+                problems.append(f"cannot remove {directory}: {error}")
         problems += self.journal.undo()
         for problem in problems:
             self.complain(problem)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
 
 from ..errors import StateError
 from ..proto import agentext_pb, google_pb, sandbox_pb
 from ..ttrpc.server import finish
 from .process import CREATED
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 

@@ -10,11 +10,10 @@ Unlike the original, limits for pids and block I/O and the seccomp profile are k
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..errors import ConfigError
 from ..proto.codec import DecodeError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any, TypeVar

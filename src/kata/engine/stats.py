@@ -7,12 +7,12 @@ the host's shape."""
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from ..proto import cgroups_v1_pb as v1
 from ..proto import cgroups_v2_pb as v2
 from ..proto import google_pb
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..proto import agent_pb
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import ConfigError, NotFoundError, UnsupportedError
@@ -20,6 +19,7 @@ from .container import timestamp
 from .launch import check_id
 from .process import DELETED, TASK_STATUS, Stdio
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

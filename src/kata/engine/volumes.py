@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from .. import sysio
 from ..errors import HostError, UnsupportedError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..journal import Journal
 

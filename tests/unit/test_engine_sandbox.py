@@ -1,0 +1,663 @@
+"""The engine's sandbox, containers and both services, against a double of the agent.
+
+What only a double can do is here: lying answers, a machine that dies in the middle of a call, silence. What a
+real guest does is in tests/vm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agent_double import AgentDouble, MachineDouble
+
+from kata.engine import boot, sandbox_service, streams, task_service
+from kata.engine.client import EngineClient
+from kata.engine.records import read_json
+from kata.engine.sandbox import Sandbox
+from kata.errors import (
+    AgentError,
+    AlreadyExistsError,
+    CommandNotExecutableError,
+    CommandNotFoundError,
+    KataError,
+    NotFoundError,
+    StateError,
+    UnsupportedError,
+    UsageError,
+    VMLostError,
+)
+from kata.journal import Journal
+from kata.oci import spec as oci
+from kata.proto import sandbox_pb, task_pb
+from kata.ttrpc.server import Server
+
+
+class DoubledSandbox(Sandbox):
+    """A sandbox whose machine is a double."""
+
+    agent_double: AgentDouble
+
+    def _take_over(self) -> Any:
+        self.machine_double = MachineDouble(self.agent_double)
+        return self.machine_double
+
+
+class Engine:
+    """An engine in a thread of its own, and what a test wants to look at."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        self.directory = directory
+        self.agent = AgentDouble
+        self.events: list[tuple[str, Any]] = []
+        self.id = "c1"
+        self.journal = Journal.create_dir(str(directory / "r"), self.id, {})
+        self.run_dir = os.path.dirname(self.journal.path)
+        self.container_dir = directory / "c"
+        Journal.create_dir(str(directory), "c", {}).close()
+        self.settings = {
+            "id": self.id,
+            "door": "kata",
+            "container_dir": str(self.container_dir),
+            "hypervisor": {"accel": "tcg", "kernel": "/k", "initrd": "/i"},
+            "rootfs": {"kind": "erofs", "lower_slot": 0, "upper_slot": 1},
+            "log": {"path": str(self.container_dir / "log"), "max_bytes": 1 << 20, "files": 2},
+            "timings": True,
+            **settings,
+        }
+        self.sock_path = str(directory / "sock")
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.double = AgentDouble()
+        machine = boot.Machine()
+        machine.started_ns = 1
+        self.sandbox = DoubledSandbox(
+            self.settings,
+            self.run_dir,
+            self.journal,
+            machine,
+            None,
+            lambda topic, e: self.events.append((topic, e)),
+        )
+        self.sandbox.agent_double = self.double
+        self.sandbox.start()
+        services = {
+            task_service.SERVICE: (
+                task_pb.SERVICES[task_service.SERVICE],
+                task_service.TaskService(self.sandbox),
+            ),
+            sandbox_service.SERVICE: (
+                sandbox_pb.SERVICES[sandbox_service.SERVICE],
+                sandbox_service.SandboxService(self.sandbox),
+            ),
+        }
+        self.bugs: list[BaseException] = []
+        server = Server(services, on_error=lambda context, error: self.bugs.append(error))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.sock_path)
+        listener.listen()
+        await server.start(listener)
+        self._stop = asyncio.Event()
+        self._ready.set()
+        await self._stop.wait()
+        await server.shutdown(1.0)
+        self.sandbox.end()
+        await self.sandbox.ended.wait()
+        await self.sandbox.machine_double.server.shutdown(0.1)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        assert not self.bugs
+
+    def do(self, work: Callable[[], Any]) -> Any:
+        """Run something in the engine's loop."""
+        done: list[Any] = []
+        event = threading.Event()
+
+        def call() -> None:
+            done.append(work())
+            event.set()
+
+        self.loop.call_soon_threadsafe(call)
+        assert event.wait(10)
+        return done[0]
+
+    def client(self) -> EngineClient:
+        return EngineClient(self.sock_path)
+
+    def bundle(self, *argv: str) -> str:
+        request = oci.Request("host")
+        request.command = list(argv)
+        path = self.container_dir / "config.json"
+        path.write_text(json.dumps(oci.build(request, {})))
+        return str(self.container_dir)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return read_json(str(self.container_dir / "state.json"))
+
+    def topics(self) -> list[str]:
+        return [topic for topic, _ in self.events]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    made: list[Engine] = []
+
+    def build(**settings: Any) -> Engine:
+        made.append(Engine(tmp_path, **settings))
+        return made[-1]
+
+    yield build
+    for engine in made:
+        engine.stop()
+
+
+@pytest.fixture
+def engine(make: Callable[..., Engine]) -> Engine:
+    return make()
+
+
+def fifos(directory: Path, *names: str) -> dict[str, Any]:
+    """Fifos, the readers of outputs open."""
+    made: dict[str, Any] = {}
+    for name in names:
+        path = str(directory / name)
+        os.mkfifo(path)
+        made[name] = path
+        if name.startswith("std") and not name.startswith("stdin"):
+            made[f"{name}_fd"] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    return made
+
+
+def drain(fd: int) -> bytes:
+    os.set_blocking(fd, True)
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
+# ---- the life of a container ----
+
+
+def test_a_container_runs_and_everything_is_told(make: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = make(end_with_init=False)
+    pipes = fifos(tmp_path, "stdout", "stderr")
+    with engine.client() as client:
+        pid = client.create(
+            "c1", engine.bundle("say", "out", "err"), stdout=pipes["stdout"], stderr=pipes["stderr"]
+        )
+        assert pid == MachineDouble.pid
+        assert client.state("c1").status == 1
+        assert client.start("c1") == pid
+        assert client.wait("c1") == 0
+        assert drain(pipes["stdout_fd"]) == b"out"
+        assert drain(pipes["stderr_fd"]) == b"err"
+        assert client.state("c1").status == 3
+        state = engine.state
+        assert (state["status"], state["exit_code"], state["error"]) == ("stopped", 0, "")
+        assert state["started_at"] < state["finished_at"]
+        assert client.delete("c1") == 0
+        with pytest.raises(NotFoundError):
+            client.state("c1")
+    log = [json.loads(line) for line in (engine.container_dir / "log").read_text().splitlines()]
+    assert {(one["stream"], one["log"]) for one in log} == {("stdout", "out"), ("stderr", "err")}
+    assert engine.topics() == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
+    assert "RemoveContainer" in engine.double.calls
+
+
+def test_the_guest_is_told_what_it_has_to_know(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("exit", "0"))
+        asked = engine.double.calls
+        assert {"Check", "CreateSandbox", "SetGuestDateTime", "ReseedRandomDev", "CopyFile"} <= set(asked)
+        assert asked.index("Check") < asked.index("CreateSandbox") < asked.index("CreateContainer")
+        request = engine.double.requests["CreateContainer"]
+        assert {m.destination: m.source for m in request.OCI.Mounts}["/etc/hosts"].endswith("/c1-hosts")
+        assert len(engine.double.requests["ReseedRandomDev"].data) >= 32
+        names = {one.name for one in client.timings()}
+        assert {"hypervisor process", "kernel", "agent", "root file system"} <= names
+
+
+def test_exit_codes_and_repeated_waits(make: Callable[..., Engine]) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("exit", "42"))
+        client.start("c1")
+        assert [client.wait("c1") for _ in range(3)] == [42] * 3
+        with pytest.raises(NotFoundError, match="process already finished"):
+            client.kill("c1", 15)
+
+
+def test_human_sandbox_ends_with_its_init_and_leaves_its_state(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("exit", "3"))
+        client.start("c1")
+        assert client.wait("c1") == 3
+        assert client.delete("c1") == 3
+    assert not os.path.exists(engine.run_dir)
+    assert engine.state["exit_code"] == 3
+    assert "RemoveContainer" in engine.double.calls
+    assert engine.sandbox.machine_double.closed
+
+
+def test_auto_remove_leaves_nothing_and_asks_the_guest_nothing(make: Callable[..., Engine]) -> None:
+    engine = make(auto_remove=True)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("exit", "0"))
+        client.start("c1")
+        assert client.wait("c1") == 0
+        client.delete("c1")
+    assert not os.path.exists(engine.run_dir)
+    assert not engine.container_dir.exists()
+    assert "RemoveContainer" not in engine.double.calls
+
+
+@pytest.mark.parametrize(
+    ("command", "error"), [("missing", CommandNotFoundError), ("forbidden", CommandNotExecutableError)]
+)
+def test_command_that_cannot_run_fails_the_create(
+    engine: Engine, command: str, error: type[Exception]
+) -> None:
+    with engine.client() as client, pytest.raises(error, match=f'exec: "{command}"'):
+        client.create("c1", engine.bundle(command))
+    assert not os.path.exists(engine.run_dir)
+
+
+def test_errors_of_the_caller_are_named(engine: Engine, tmp_path: Path) -> None:
+    with engine.client() as client:
+        with pytest.raises(NotFoundError):
+            client.start("c1")
+        with pytest.raises(UsageError, match="cannot be an id"):
+            client.create("../x", engine.bundle("exit", "0"))
+        client.create("c1", engine.bundle("sleep"))
+        with pytest.raises(AlreadyExistsError):
+            client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        with pytest.raises(StateError, match="cannot start a running process"):
+            client.start("c1")
+        with pytest.raises(StateError, match="cannot delete a running process"):
+            client.delete("c1")
+        with pytest.raises(NotFoundError, match="does not exist"):
+            client.kill("c1", 9, "no-such-exec")
+        with pytest.raises(UsageError, match="not a signal"):
+            client.kill("c1", 99)
+        with pytest.raises(StateError, match="no terminal"):
+            client.resize("c1", 1, 1)
+        with pytest.raises(UnsupportedError):
+            client._task("Checkpoint", task_pb.CheckpointTaskRequest(id="c1"), sandbox_pb.DescribeResponse)
+        client.kill("c1", 9)
+        assert client.wait("c1") == 137
+
+
+@pytest.mark.parametrize("broken", ["not json", "[]", '{"process": {"args": 5}}', "{}"])
+def test_broken_bundle_is_a_sentence(engine: Engine, broken: str) -> None:
+    bundle = engine.bundle("x")
+    (engine.container_dir / "config.json").write_text(broken)
+    with engine.client() as client, pytest.raises(UsageError):
+        client.create("c1", bundle)
+
+
+def test_created_container_can_be_deleted_unstarted(make: Callable[..., Engine]) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("exit", "0"))
+        client.delete("c1")
+        with pytest.raises(NotFoundError):
+            client.state("c1")
+
+
+# ---- execs ----
+
+
+def process(*argv: str) -> dict[str, Any]:
+    return {"args": list(argv), "cwd": "/", "env": [], "user": {"uid": 0, "gid": 0}}
+
+
+def test_execs_run_beside_the_init(make: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        for number in range(20):
+            name = f"e{number}"
+            pipes = fifos(tmp_path, f"stdout{number}")
+            client.exec("c1", name, process("flood", "300000"), stdout=pipes[f"stdout{number}"])
+            assert client.state("c1", name).status == 1
+            client.start("c1", name)
+            data = drain(pipes[f"stdout{number}_fd"])
+            assert client.wait("c1", name) == 0
+            assert len(data) == 300_000
+            assert client.delete("c1", name) == 0
+        client.exec("c1", "bad", process("missing"))
+        with pytest.raises(CommandNotFoundError):
+            client.start("c1", "bad")
+        assert client.wait("c1", "bad") == 127
+        client.delete("c1", "bad")
+        with pytest.raises(AlreadyExistsError):
+            client.exec("c1", "c1", process("exit", "0"))
+        with pytest.raises(UsageError):
+            client.exec("c1", "odd", {"args": 7})
+    topics = engine.topics()
+    assert topics[:6] == [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/delete",
+    ]
+
+
+def test_the_end_of_the_init_is_told_after_the_ends_of_its_execs(make: Callable[..., Engine]) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        for name in ("e1", "e2"):
+            client.exec("c1", name, process("sleep"))
+            client.start("c1", name)
+        client.kill("c1", 9)
+        assert client.wait("c1") == 137
+        assert client.wait("c1", "e1") == 137
+    exits = [event.id for topic, event in engine.events if topic == "/tasks/exit"]
+    assert sorted(exits[:2]) == ["e1", "e2"]
+    assert exits[2] == "c1"
+
+
+def test_kill_all_reaches_execs_and_kill_of_one_does_not(make: Callable[..., Engine]) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        client.exec("c1", "e", process("sleep"))
+        client.start("c1", "e")
+        client.kill("c1", 10)
+        client.kill("c1", 12, everything=True)
+        assert engine.double.processes["c1", ""].signals == [10, 12]
+        assert engine.double.processes["c1", "e"].signals == [12]
+        client.kill("c1", 15, "e")
+        assert client.wait("c1", "e") == 143
+
+
+# ---- streams ----
+
+
+def test_stdin_reaches_the_process_and_its_end_too(engine: Engine, tmp_path: Path) -> None:
+    pipes = fifos(tmp_path, "stdin", "stdout")
+    data = os.urandom(5_000_000)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("cat"), stdin=pipes["stdin"], stdout=pipes["stdout"])
+        client.start("c1")
+        writer = threading.Thread(target=Path(pipes["stdin"]).write_bytes, args=(data,))
+        writer.start()
+        assert drain(pipes["stdout_fd"]) == data
+        assert client.wait("c1") == 0
+        writer.join()
+
+
+def test_no_stdin_is_an_empty_one(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("cat"))
+        client.start("c1")
+        assert client.wait("c1") == 0
+
+
+def test_a_vanished_reader_does_not_hurt(engine: Engine, tmp_path: Path) -> None:
+    pipes = fifos(tmp_path, "stdout")
+    with engine.client() as client:
+        client.create("c1", engine.bundle("flood", "3000000"), stdout=pipes["stdout"])
+        os.close(pipes["stdout_fd"])
+        client.start("c1")
+        assert client.wait("c1") == 0
+
+
+def test_terminal_has_one_stream_and_a_size(engine: Engine, tmp_path: Path) -> None:
+    pipes = fifos(tmp_path, "stdin", "stdout")
+    with engine.client() as client:
+        client.create(
+            "c1", engine.bundle("cat"), terminal=True, stdin=pipes["stdin"], stdout=pipes["stdout"]
+        )
+        assert engine.double.requests["CreateContainer"].OCI.Process.Terminal
+        client.start("c1")
+        client.resize("c1", 24, 80)
+        assert engine.double.processes["c1", ""].size == (24, 80)
+        Path(pipes["stdin"]).write_bytes(b"hello")
+        assert drain(pipes["stdout_fd"]) == b"hello"
+        assert client.wait("c1") == 0
+        assert "ReadStderr" not in engine.double.calls
+
+
+def test_attach_takes_part(engine: Engine, tmp_path: Path) -> None:
+    first = fifos(tmp_path, "stdin", "stdout")
+    (tmp_path / "second").mkdir()
+    second = fifos(tmp_path / "second", "stdin", "stdout")
+    with engine.client() as client:
+        client.create("c1", engine.bundle("cat"), stdin=first["stdin"], stdout=first["stdout"])
+        client.start("c1")
+        keep = os.open(first["stdin"], os.O_WRONLY)
+        client.attach("c1", stdin=second["stdin"], stdout=second["stdout"])
+        Path(second["stdin"]).write_bytes(b"from the second")
+        os.set_blocking(second["stdout_fd"], True)
+        assert os.read(second["stdout_fd"], 100) == b"from the second"
+        os.close(keep)
+        assert drain(first["stdout_fd"]) == b"from the second"
+        assert client.wait("c1") == 0
+        os.close(second["stdout_fd"])
+
+
+# ---- pause, statistics, memory ----
+
+
+def test_pause_and_resume(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        with pytest.raises(StateError, match="cannot pause a created container"):
+            client.pause("c1")
+        client.start("c1")
+        client.pause("c1")
+        assert client.state("c1").status == 4
+        assert engine.double.paused == {"c1"}
+        with pytest.raises(StateError, match="cannot exec in a paused container"):
+            client.exec("c1", "e", process("exit", "0"))
+        client.resume("c1")
+        assert client.state("c1").status == 2
+        with pytest.raises(StateError):
+            client.resume("c1")
+    assert engine.topics()[2:4] == ["/tasks/paused", "/tasks/resumed"]
+
+
+def test_small_services(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        wrapped = client.stats("c1")
+        assert wrapped is not None
+        assert wrapped.type_url.endswith("v1.Metrics")
+        assert client.pids("c1") == [MachineDouble.pid]
+        assert client.connect("c1").shim_pid == os.getpid()
+        client.update("c1", {"memory": {"limit": 1 << 28}})
+        assert engine.double.requests["UpdateContainer"].resources.Memory.Limit == 1 << 28
+        facts = client.describe()
+        assert facts["containers"]["c1"]["state"] == "running"
+        assert facts["agent"]["version"] == "double"
+
+
+def test_out_of_memory_is_on_record(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        engine.do(lambda: engine.double.oom.put_nowait("c1"))
+        engine.do(lambda: engine.double.oom.put_nowait("no such container"))
+        while "/tasks/oom" not in engine.topics():
+            pass
+        client.kill("c1", 9)
+        assert client.wait("c1") == 137
+    assert engine.state["oom_killed"] is True
+
+
+# ---- faults ----
+
+
+def test_machine_that_dies_ends_everything_as_137_with_its_reason(make: Callable[..., Engine]) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        client.exec("c1", "e", process("sleep"))
+        client.start("c1", "e")
+        engine.do(engine.sandbox.machine_double.die)
+        assert client.wait("c1") == 137
+        assert client.wait("c1", "e") == 137
+        assert "killed by signal 9" in client.describe()["error"]
+        with pytest.raises(StateError):
+            client.exec("c1", "f", process("sleep"))
+        with pytest.raises(NotFoundError):
+            client.stats("c1")
+    assert "killed by signal 9" in engine.state["error"]
+    assert engine.state["exit_code"] == 137
+
+
+@pytest.mark.parametrize("method", ["Check", "CreateSandbox", "CreateContainer", "StartContainer"])
+def test_machine_that_dies_during_a_call_fails_the_call(engine: Engine, method: str) -> None:
+    async def die(called: str) -> None:
+        if called == method:
+            engine.sandbox.machine_double.die()
+            await asyncio.Event().wait()
+
+    engine.double.fault = die
+    with engine.client() as client:
+        bundle = engine.bundle("sleep")
+        if method == "StartContainer":
+            client.create("c1", bundle)
+        call = client.start if method == "StartContainer" else lambda name: client.create(name, bundle)
+        with pytest.raises(VMLostError, match=r"killed by signal 9|connection to the agent"):
+            call("c1")
+        if method == "StartContainer":
+            assert client.wait("c1") == 137
+
+
+def test_silent_agent_at_boot_is_explained(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(boot.READY_S, "tcg", 0.3)
+    engine = make()
+    engine.do(engine.double.serving.clear)
+    engine.do(engine.sandbox.start)
+    with engine.client() as client, pytest.raises(AgentError) as caught:
+        client.create("c1", engine.bundle("sleep"))
+    text = caught.value.message
+    for part in ("waiting for the agent", "still running", "/k", "/i", "console says hello"):
+        assert part in text
+    assert caught.value.hint
+
+
+def test_agent_that_hangs_up_while_its_machine_lives(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        engine.do(engine.sandbox.machine_double.drop)
+        assert client.wait("c1") == 137
+    assert engine.state["error"]
+
+
+@pytest.mark.parametrize("lie", ["status", "length"])
+def test_lying_agent_ends_the_sandbox(make: Callable[..., Engine], lie: str, tmp_path: Path) -> None:
+    engine = make(end_with_init=False)
+    pipes = fifos(tmp_path, "stdin")
+    with engine.client() as client:
+        client.create("c1", engine.bundle("cat"), stdin=pipes["stdin"])
+        client.start("c1")
+        if lie == "status":
+            engine.do(lambda: engine.double.processes["c1", ""].end(4711))
+        else:
+            engine.do(lambda: setattr(engine.double, "WriteStdin", engine.double.CloseStdin))
+            engine.do(lambda: engine.sandbox.machine_double.drop())
+        assert client.wait("c1") == 137
+        assert client.describe()["error"]
+
+
+def test_exit_is_told_though_the_log_cannot_be_written(make: Callable[..., Engine]) -> None:
+    engine = make(log={"path": "/dev/full", "max_bytes": 100, "files": 1})
+    with engine.client() as client:
+        client.create("c1", engine.bundle("say", "out", "err"))
+        client.start("c1")
+        assert client.wait("c1") == 0
+
+
+def test_exit_is_told_though_the_state_cannot_be_written(
+    make: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        engine.do(
+            lambda: setattr(engine.sandbox.containers["c1"].state_file, "_path", "/nonexistent/state.json")
+        )
+        client.kill("c1", 9)
+        assert client.wait("c1") == 137
+
+
+def test_a_stuck_reader_does_not_hold_the_exit(
+    make: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "STALL_S", 0.3)
+    engine = make(end_with_init=False)
+    pipes = fifos(tmp_path, "stdout")
+    with engine.client() as client:
+        client.create("c1", engine.bundle("flood", "3000000"), stdout=pipes["stdout"])
+        client.start("c1")
+        waiter: list[int] = []
+        thread = threading.Thread(target=lambda: waiter.append(client.wait("c1")))
+        thread.start()
+        # The process itself is held up by the full pipe; kill it, and its exit comes although nobody reads.
+        with engine.client() as second:
+            while engine.sandbox.containers["c1"].init.streams.outputs[0].moved < 1 << 20:  # type: ignore[union-attr]
+                pass
+            second.kill("c1", 9)
+        thread.join(10)
+        assert waiter == [137]
+        os.close(pipes["stdout_fd"])
+
+
+def test_many_waits_and_reads_do_not_delay_a_call(make: Callable[..., Engine]) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        threads = [threading.Thread(target=client.wait, args=("c1",)) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        assert client.state("c1").status == 2
+        client.kill("c1", 9)
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_engine_errors_have_a_code_and_words(engine: Engine) -> None:
+    async def refuse(method: str) -> None:
+        if method == "PauseContainer":
+            raise KataError("the freezer is broken \x1b[31m")
+
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        engine.double.fault = refuse
+        with pytest.raises(AgentError, match=r"the freezer is broken \\x1b\[31m"):
+            client.pause("c1")
+        assert client.state("c1").status == 2
