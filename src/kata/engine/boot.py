@@ -11,7 +11,7 @@ import time
 
 from ..errors import KataError
 from ..hypervisor import qemu_process, slots
-from ..hypervisor.settings import Disk, Nic, VMSettings
+from ..hypervisor.settings import Disk, VMSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
-    from ..children import Child
+    from ..hypervisor.settings import Nic
     from ..journal import Journal
+    from ..network.user import NetworkPlan
     from .sandbox import Sandbox
     from .volumes import Share
 
@@ -35,18 +36,18 @@ class Machine:
     """What `power_on` made.
 
     Attributes:
+        network: The network, if the sandbox has one.
         process: The hypervisor's process.
         share: The share, if the sandbox has one.
-        wire: What carries the network, if it has one.
         started_ns: When the hypervisor was started.
     """
 
-    __slots__ = ("process", "share", "started_ns", "wire")
+    __slots__ = ("network", "process", "share", "started_ns")
 
     def __init__(self) -> None:
+        self.network: NetworkPlan | None = None
         self.process: qemu_process.QemuProcess | None = None
         self.share: Share | None = None
-        self.wire: Child | None = None
         self.started_ns = 0
 
 
@@ -78,24 +79,21 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         machine.share = volumes.Share(run_dir, journal)
         machine.share.prepare()
     network = settings.get("network") or {}
-    nic_fd = helper_fd = -1
+    nic = None
     if network.get("mode", "none") != "none":
-        nic_fd, helper_fd = qemu_process.socketpair()
-    try:
-        vm = vm_settings(settings, run_dir, machine.share, nic_fd)
-        machine.started_ns = time.monotonic_ns()
-        machine.process = qemu_process.spawn(vm, journal)
-        if helper_fd >= 0:
-            from ..network import user
+        from ..network.plan import plan
 
-            machine.wire = user.start(network, helper_fd, journal, run_dir)
-    finally:
-        if helper_fd >= 0:
-            os.close(helper_fd)
+        machine.network = plan(network)
+        nic = machine.network.wire()
+    vm = vm_settings(settings, run_dir, machine.share, nic)
+    machine.started_ns = time.monotonic_ns()
+    machine.process = qemu_process.spawn(vm, journal)
+    if machine.network is not None:
+        machine.network.start(journal, settings["id"])
 
 
-def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic_fd: int) -> VMSettings:
-    """The virtual machine that *settings* describe; *nic_fd* is the hypervisor's end of the wire, or -1."""
+def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic: Nic | None) -> VMSettings:
+    """The virtual machine that *settings* describe."""
     hypervisor = settings["hypervisor"]
     disks: list[Disk | None] = [
         Disk(disk["path"], bool(disk["readonly"]), disk.get("serial", ""), bool(disk.get("ephemeral")))
@@ -103,7 +101,6 @@ def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic
         else None
         for disk in settings.get("disks", ())
     ]
-    nic = Nic(mac_address(settings["id"]), nic_fd) if nic_fd >= 0 else None
     return VMSettings(
         name=f"kata-{settings['id'][:40]}",
         run_dir=run_dir,
@@ -118,15 +115,6 @@ def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic
         share_dir=share.path if share is not None else "",
         nic=nic,
     )
-
-
-def mac_address(sandbox_id: str) -> str:
-    """A locally administered address that follows from the id, so that a restart keeps it."""
-    number = 0
-    for character in sandbox_id.encode():  # FNV-1a; hashlib would cost a millisecond of imports
-        number = (number ^ character) * 0x01000193 & 0xFFFFFFFF
-    tail = ":".join(f"{number >> shift & 0xFF:02x}" for shift in (24, 16, 8, 0))
-    return f"02:6b:{tail}"
 
 
 # ---- from here on the event loop runs ----
@@ -219,12 +207,17 @@ async def _healthy(agent: AgentClient, lost: asyncio.Future[KataError], timeout_
 
 async def _network(sandbox: Sandbox, agent: AgentClient) -> None:
     """Addresses and routes of the guest's interface."""
-    if sandbox.wire_config is None:
+    from ..proto import types_pb
+
+    plan = sandbox.machine.network
+    if plan is None or plan.interface is None:
         return
     began = time.monotonic_ns()
-    config = sandbox.wire_config
-    await agent.update_interface(config.interface)
-    await agent.update_routes(config.routes)
+    await agent.update_interface(types_pb.Interface.from_dict(plan.interface))
+    await agent.update_routes([types_pb.Route.from_dict(route) for route in plan.routes])
+    failure = plan.failure()
+    if failure is not None:
+        raise failure
     sandbox.timings.add("network", began)
 
 

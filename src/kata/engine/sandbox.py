@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..hypervisor.interface import Hypervisor
     from ..journal import Journal
+    from ..network.user import NetworkPlan
     from ..proto.codec import Message
     from .boot import Machine
     from .process import Process, Stdio
@@ -70,7 +71,6 @@ class Sandbox:
         self.containers: dict[str, Container] = {}
         self.vm: Hypervisor | None = None
         self.network: asyncio.Future[None] | None = None
-        self.wire_config: Any = None
         self.lost: asyncio.Future[KataError] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         self.paused = False
@@ -104,8 +104,8 @@ class Sandbox:
         self.vm = self._take_over()
         if self.vm is not None:
             self.spawn(self._watch_machine(self.vm))
-        if self.machine.wire is not None:
-            self._watch_wire()
+        if self.machine.network is not None:
+            self._watch_network(self.machine.network)
         if self._failed is not None:
             raise self._failed
         try:
@@ -177,14 +177,18 @@ class Sandbox:
 
     @property
     def dns(self) -> list[str]:
-        """Lines of the guest's resolv.conf."""
-        lines = (self.settings.get("network") or {}).get("dns") or []
-        return [line if " " in line else f"nameserver {line}" for line in lines]
+        """Lines of the guest's resolv.conf; empty without a network."""
+        plan = self.machine.network
+        return plan.resolv_conf().splitlines() if plan is not None else []
 
     @property
     def address(self) -> str:
         """The guest's address for ``/etc/hosts``; empty if it has none."""
-        return self.wire_config.address if self.wire_config is not None else ""
+        plan = self.machine.network
+        if plan is None or plan.interface is None:
+            return ""
+        addresses = plan.interface["IPAddresses"]
+        return str(addresses[0]["address"]) if addresses else ""
 
     # ---- containers ----
 
@@ -287,22 +291,21 @@ class Sandbox:
         self._vm_ended = True
         self._lose(ended.error or VMLostError("the virtual machine was stopped"))
 
-    def _watch_wire(self) -> None:
-        """The network helper's death is said, not fatal: the container may not need it any more."""
-        wire = self.machine.wire
-        assert wire is not None
+    def _watch_network(self, plan: NetworkPlan) -> None:
+        """The network helper's death is told, not fatal: the container may not need it any more."""
+        for warning in plan.warnings:
+            self.complain(warning)
         loop = asyncio.get_running_loop()
+        fd = plan.pidfd
 
         def ended() -> None:
-            status = wire.poll()
-            if status is not None:
-                loop.remove_reader(wire.pidfd)
-                if self._ending is None and not self.lost.done():
-                    self.complain(
-                        f"the network helper ended with status {status}: the guest has no network now"
-                    )
+            loop.remove_reader(fd)
+            failure = plan.failure()
+            if failure is not None and self._ending is None and not self.lost.done():
+                self.complain(f"{failure.message}: the guest has no network now")
 
-        loop.add_reader(wire.pidfd, ended)
+        if fd >= 0:
+            loop.add_reader(fd, ended)
 
     async def _watch_agent(self, agent: AgentClient) -> None:
         assert self.vm is not None
@@ -348,10 +351,11 @@ class Sandbox:
         if self.vm is not None:
             await self.vm.stop()
             self.vm.close()
-        wire = self.machine.wire
-        if wire is not None:
-            asyncio.get_running_loop().remove_reader(wire.pidfd)
-            await self.helper(self._end_wire)
+        plan = self.machine.network
+        if plan is not None:
+            if plan.pidfd >= 0:
+                asyncio.get_running_loop().remove_reader(plan.pidfd)
+            await self.helper(plan.stop)
         for container in self.containers.values():
             # Whoever was not told by the guest is told now: no client waits for ever.
             for process in (container.init, *container.execs.values()):
@@ -365,13 +369,6 @@ class Sandbox:
             await self.unless_lost(work)
         except KataError:
             pass
-
-    def _end_wire(self) -> None:
-        wire = self.machine.wire
-        assert wire is not None
-        wire.kill()
-        wire.wait(2.0)
-        wire.close()
 
     def _undo(self) -> None:
         """Undo what the journals name: the container's lasting one if it is not to be kept, then the

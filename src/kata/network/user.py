@@ -160,6 +160,11 @@ class NetworkPlan:
         return None
 
     @property
+    def pidfd(self) -> int:
+        """Becomes readable when the network's helper ends; -1 without one."""
+        return -1
+
+    @property
     def pids(self) -> list[int]:
         """Processes of the network on the host."""
         return []
