@@ -43,6 +43,7 @@ ALLOWED_SIDEWAYS: frozenset[tuple[str, str]] = frozenset(
         ("sysio", "errors"),
         ("paths", "errors"),
         ("images", "storage"),  # an image's layers become root file systems
+        ("network", "hypervisor"),  # a network's end is a NIC in the machine's settings
     }
 )
 """Arrows within one row that are wanted: (from, to)."""

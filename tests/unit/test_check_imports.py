@@ -46,13 +46,16 @@ def test_the_source_keeps_the_direction(check: ModuleType) -> None:
             ["spec.py:3", "'oci' imports"],
         ),
         ("hypervisor/qemu.py", "from ..network.user import Passt", ["'hypervisor' imports"]),
+        ("network/user.py", "from ..storage import erofs", ["'network' imports"]),
         ("novelty.py", "", ["part 'novelty' has no row"]),
     ],
 )
 def test_an_arrow_that_points_up_is_found(
     check: ModuleType, tmp_path: Path, name: str, text: str, words: list[str]
 ) -> None:
-    source = package(tmp_path, {"engine/__init__.py": "", "network/user.py": "", "sysio.py": "", name: text})
+    source = package(
+        tmp_path, {"engine/x.py": "", "network/user.py": "", "storage/x.py": "", "sysio.py": "", name: text}
+    )
     found = list(check.violations(source))
     assert len(found) == 1
     for word in words:
