@@ -238,7 +238,7 @@ def test_sysctl_and_annotation_keys_are_not_field_names() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"process": None},
+        {"process": "x"},
         {"process": {"args": "not a list"}},
         {"process": {"args": ["x"], "user": {"uid": -1}}},
         {"process": {"args": ["x"], "noSuchKey": 1}},

@@ -68,7 +68,8 @@ class Container:
         self.created_at_ns = 0
         own = container_id == sandbox.id
         directory = sandbox.settings.get("container_dir") or ""
-        state_path = os.path.join(directory, "state.json") if own and directory else ""
+        recorded = own and directory and sandbox.settings.get("record_state", True)
+        state_path = os.path.join(directory, "state.json") if recorded else ""
         self.state_file = StateFile(state_path, sandbox.identity)
         self.log = self._open_log() if own else None
         self._oom = asyncio.Event()
@@ -108,7 +109,8 @@ class Container:
             raise
         self.created_at_ns = time.time_ns()
         self.init.pid = sandbox.host_pid
-        self.init.watcher = asyncio.create_task(self._watch(self.init, agent))
+        if self.has_process:
+            self.init.watcher = asyncio.create_task(self._watch(self.init, agent))
         self.record(status=CREATED, pid=self.init.pid, created_at=rfc3339(self.created_at_ns))
         stdio = self.init.stdio
         sandbox.publish(
@@ -135,8 +137,14 @@ class Container:
             files=await prepare.etc_files(self.sandbox, agent, self.config, self.id, self._shared),
             cgroups_path=f"/{self.id}",
         )
-        config["process"]["terminal"] = self.init.stdio.terminal
+        if self.has_process:
+            config["process"]["terminal"] = self.init.stdio.terminal
         return config
+
+    @property
+    def has_process(self) -> bool:
+        """Whether it has more than files: a spec without a process is for looking at those."""
+        return bool(self.config.get("process"))
 
     async def _close_unused_stdin(self, process: Process, agent: AgentClient) -> None:
         """No stdin means /dev/null: the process sees its end at once. A terminal stays open."""
@@ -201,6 +209,8 @@ class Container:
         return process
 
     async def _start_init(self, process: Process, agent: AgentClient) -> None:
+        if not self.has_process:
+            raise StateError(f"container {self.id!r} has no process to start")
         await self.sandbox.network_up()
         began = time.monotonic_ns()
         await agent.start_container(self.id)
@@ -421,7 +431,7 @@ class Container:
 
     async def stop_unstarted(self) -> None:
         """End an init that was created and never started, so that the container can be deleted."""
-        if self.init.state == CREATED and not self.init.ended.is_set():
+        if self.has_process and self.init.state == CREATED and not self.init.ended.is_set():
             try:
                 await self.kill("", _SIGKILL, everything=True)
             except KataError:

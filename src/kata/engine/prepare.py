@@ -55,7 +55,7 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
                 # and nobody gets a SIGPIPE. The human door's reader is the person: gone means gone.
                 flags = os.O_RDWR if sandbox.holds_fifos else os.O_WRONLY
                 pump.sinks.append(Sink(open_stream(path, flags)))
-        if stdio.stdin:
+        if stdio.stdin or (sandbox.settings.get("open_stdin") and not process.exec_id):
             streams.input = _open_stdin(sandbox, stdio.stdin, container_id, guest_id)
     except BaseException:
         streams.close()
@@ -73,6 +73,8 @@ def _open_stdin(sandbox: Sandbox, path: str, container_id: str, guest_id: str) -
         await agent.close_stdin(container_id, guest_id)
 
     pump = InputPump(write, close)
+    if not path:
+        return pump  # open, and silent until somebody attaches
     fd = open_stream(path, os.O_RDONLY)
     held = -1
     try:

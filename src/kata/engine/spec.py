@@ -114,11 +114,13 @@ def for_guest(
             mounts something there itself.
         cgroups_path: The container's cgroup in the guest.
 
+    Without a process (which the specification allows until a start) the container is its files only.
+
     Raises:
-        ConfigError: The spec lacks what no container can be without.
+        ConfigError: The spec is not one.
     """
-    if not isinstance(spec.get("process"), dict):
-        raise ConfigError("the container's specification has no process", "check config.json in the bundle")
+    if not isinstance(spec.get("process") or {}, dict):
+        raise ConfigError("the container's process is not an object", "check config.json in the bundle")
     out = dict(spec)
     out["root"] = {"path": rootfs, "readonly": bool((spec.get("root") or {}).get("readonly"))}
     mounts = []
@@ -139,10 +141,10 @@ def for_guest(
         if destination not in taken
     ]
     out["mounts"] = mounts
-    process = dict(spec["process"])
-    process.pop("apparmorProfile", None)  # neither exists in the guest's kernel
-    process.pop("selinuxLabel", None)
-    out["process"] = process
+    if spec.get("process"):
+        out["process"] = dict(spec["process"])
+        for label in ("apparmorProfile", "selinuxLabel"):  # neither exists in the guest's kernel
+            out["process"].pop(label, None)
     hooks = spec.get("hooks") or {}
     out["hooks"] = {"startContainer": hooks["startContainer"]} if hooks.get("startContainer") else None
     annotations = dict(spec.get("annotations") or {})
