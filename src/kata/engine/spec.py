@@ -120,7 +120,7 @@ def for_guest(
         ConfigError: The spec is not one.
     """
     if not isinstance(spec.get("process") or {}, dict):
-        raise ConfigError("the container's process is not an object", "check config.json in the bundle")
+        raise ConfigError("the specification's process is not an object", "check config.json in the bundle")
     out = dict(spec)
     out["root"] = {"path": rootfs, "readonly": bool((spec.get("root") or {}).get("readonly"))}
     mounts = []
