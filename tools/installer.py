@@ -4,6 +4,7 @@ What is installed, below PREFIX (``/usr/local``)::
 
     lib/kata/<version>-<digest>/site-packages/   the package and the packages it depends on
     lib/kata/<version>-<digest>/kata-agent       what `kata guest build` puts into the guest
+    lib/kata/<version>-<digest>/guest/           how it makes one: kernel configuration, list of modules
     lib/kata/manifest.json                       every path that was made
     bin/kata                                     a link to site-packages/kata/__main__.py
 
@@ -179,11 +180,15 @@ def _sources() -> Iterator[Path]:
             yield path
 
 
+def _recipes() -> list[Path]:
+    return sorted(path for path in (ROOT / "guest").iterdir() if path.is_file())
+
+
 def digest() -> str:
     """Version and a hash of all that an installation is made from."""
     total = hashlib.sha256(sys.version.encode())
     pinned = [ROOT / "pyproject.toml", ROOT / "tools/constraints.txt", Path(__file__).resolve()]
-    for path in [*_sources(), AGENT, *pinned]:
+    for path in [*_sources(), *_recipes(), AGENT, *pinned]:
         if path.exists():  # the agent is built by now, but before a dry run
             total.update(f"{path.relative_to(ROOT)}\0{path.stat().st_mode}\0".encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
@@ -214,6 +219,9 @@ def fill(tree: Path) -> None:
     subprocess.run(["/usr/bin/python3", "-I", *compiler, packages], check=True)
     shutil.copyfile(AGENT, tree / "kata-agent")
     (tree / "kata-agent").chmod(0o755)
+    (tree / "guest").mkdir()
+    for path in _recipes():
+        shutil.copyfile(path, tree / "guest" / path.name)
 
 
 def install(place: Place, kernel: str, dry_run: bool) -> None:
