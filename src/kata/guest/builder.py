@@ -1,0 +1,205 @@
+"""`kata guest build` and `kata guest info`: make a guest, install it, say what is installed.
+
+The kernel and the initrd get names with a digest in them and the manifest that names them is replaced last, in
+one step: a sandbox that is just starting finds either the old pair or the new one, and a running one keeps the
+files that it was booted with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from kata import paths
+from kata.errors import GuestAssetError, HostError, UsageError
+from kata.guest import distro_kernel, initrd, kernels, manifest, small_kernel
+from kata.guest.progress import Progress, for_stderr
+
+KINDS = ("auto", "small", "distro")
+
+_RETIRED_S = 3600
+"""How long a replaced kernel or initrd is kept: a start that has read the old manifest still opens it."""
+
+
+def build(kernel: str = "auto", force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Make a guest and install it in the guest directory; nothing is done that is done already.
+
+    Args:
+        kernel: ``small``, ``distro``, or ``auto``: the small one when it needs no build, else what is installed,
+            else the distribution's.
+        force: Build also what is in the cache.
+        progress: Told what is going on; by default standard error is.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UsageError: There is no such kind of kernel.
+        GuestAssetError: The agent is missing, or the kernel cannot be made.
+        ResourceExhaustedError: No room.
+        HostError: The guest directory cannot be written.
+    """
+    if kernel not in KINDS:
+        raise UsageError(f"there is no guest kernel {kernel!r}", f"choose one of: {', '.join(KINDS)}")
+    progress = progress or for_stderr()
+    agent_path = paths.agent_binary()
+    agent = _read_agent(agent_path)
+    obtained = _kernel(kernel, force, progress)
+    directory = paths.guest_dir()
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with _locked(directory, progress):
+            return _install(directory, obtained, agent, agent_path, force, progress)
+    except OSError as error:
+        raise HostError(
+            f"cannot install the guest in {directory}: {error.strerror}",
+            "set KATA_GUEST_DIR, or become root",
+        ) from None
+
+
+def info() -> dict[str, Any]:
+    """What is installed: the manifest, and where it lies.
+
+    Raises:
+        GuestAssetError: Nothing, or it is not whole.
+    """
+    directory = paths.guest_dir()
+    return {"directory": directory, **manifest.load(directory).content}
+
+
+def _kernel(kind: str, force: bool, progress: Progress) -> kernels.Kernel:
+    if kind == "auto":
+        found = small_kernel.cached()
+        if found is not None and not force:
+            return found
+        kind = _installed_kind() or "distro"
+    if kind == "small":
+        return small_kernel.obtain(progress, force)
+    return distro_kernel.obtain(progress, force)
+
+
+def _installed_kind() -> str | None:
+    try:
+        kind = manifest.load(paths.guest_dir()).kernel_kind
+    except GuestAssetError:
+        return None
+    return kind if kind in KINDS else None
+
+
+def _read_agent(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            agent = file.read()
+    except OSError as error:
+        raise GuestAssetError(
+            f"cannot read the guest's agent {path}: {error.strerror}",
+            "tools/setup run builds it; KATA_AGENT_BINARY names another one",
+        ) from None
+    initrd.check_agent(agent, path)
+    return agent
+
+
+def _install(
+    directory: str, kernel: kernels.Kernel, agent: bytes, agent_path: str, force: bool, progress: Progress
+) -> dict[str, Any]:
+    record = kernel.record
+    modules = kernel.modules()
+    image = initrd.build(agent, modules, record["release"])
+    image_digest = hashlib.sha256(image).hexdigest()
+    content: dict[str, Any] = {
+        "format": manifest.FORMAT,
+        "kernel": {
+            "kind": record["kind"],
+            "path": f"vmlinux-{record['sha256'][:16]}",
+            "version": record["version"],
+            "boot": record["boot"],
+            "size": record["size"],
+            "sha256": record["sha256"],
+            "config_hash": record["config_hash"],
+            "source_package": record["source_package"],
+        },
+        "initrd": {
+            "path": f"initrd-{image_digest[:16]}",
+            "size": len(image),
+            "sha256": image_digest,
+            "agent_version": initrd.agent_version(agent),
+            "agent_sha256": hashlib.sha256(agent).hexdigest(),
+            "agent_path": agent_path,
+            "modules": [os.path.basename(path).removesuffix(".ko") for path, _data in modules],
+        },
+    }
+    named = f"Linux {record['version']} ({record['kind']}), agent {content['initrd']['agent_version']}"
+    with contextlib.suppress(GuestAssetError):
+        there = dict(manifest.load(directory).content)
+        if not force and {**there, "built_at": None} == {**content, "built_at": None}:
+            progress.note(f"the guest is up to date: {named}")
+            return there
+    content["built_at"] = (
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    )
+    _place(os.path.join(directory, content["kernel"]["path"]), kernel.path)
+    _place(os.path.join(directory, content["initrd"]["path"]), image)
+    _place(os.path.join(directory, manifest.NAME), (json.dumps(content, indent=1) + "\n").encode())
+    _retire(directory, {content["kernel"]["path"], content["initrd"]["path"]})
+    progress.note(f"installed the guest in {directory}: {named}")
+    return content
+
+
+def _place(target: str, content: str | bytes) -> None:
+    """Put a file there in one step: the bytes, or a copy of the file that is named."""
+    work = f"{target}.{os.getpid()}.part"
+    try:
+        if isinstance(content, str):
+            shutil.copyfile(content, work)
+        else:
+            with open(work, "wb") as file:
+                file.write(content)
+        os.chmod(work, 0o644)
+        with open(work, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(work, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(work)
+        raise
+
+
+def _retire(directory: str, current: set[str]) -> None:
+    """Remove what earlier builds installed, some time after it was replaced."""
+    now = time.time()
+    retired = os.path.join(directory, ".retired.json")
+    try:
+        with open(retired, encoding="utf-8") as file:
+            since = {str(name): float(when) for name, when in json.load(file).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        since = {}
+    kept = {}
+    for name in os.listdir(directory):
+        if not name.startswith(("vmlinux-", "initrd-")) or name in current:
+            continue
+        kept[name] = since.get(name, now)
+        if now - kept[name] > _RETIRED_S:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, name))
+            del kept[name]
+    if kept or since:
+        _place(retired, json.dumps(kept).encode())
+
+
+@contextlib.contextmanager
+def _locked(directory: str, progress: Progress) -> Iterator[None]:
+    with open(os.path.join(directory, ".lock"), "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.note("another build installs its guest; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

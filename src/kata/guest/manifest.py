@@ -1,0 +1,89 @@
+"""``guest.json``: which kernel and initrd virtual machines are booted with.
+
+Every container start reads it, so it imports and looks at no more than it must.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from kata.errors import GuestAssetError
+
+NAME = "guest.json"
+FORMAT = 1
+_BUILD = "kata guest build"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class Guest:
+    """The guest of a directory.
+
+    Attributes:
+        kernel: Path of the kernel.
+        initrd: Path of the initrd.
+        kernel_kind: ``"small"`` (built here) or ``"distro"`` (a distribution's).
+        kernel_version: For example ``6.12.117``.
+        agent_version: What the agent calls itself.
+        content: The whole manifest.
+    """
+
+    __slots__ = ("agent_version", "content", "initrd", "kernel", "kernel_kind", "kernel_version")
+
+    def __init__(self, directory: str, content: dict[str, Any]) -> None:
+        kernel, initrd = content["kernel"], content["initrd"]
+        self.content = content
+        self.kernel = os.path.join(directory, kernel["path"])
+        self.initrd = os.path.join(directory, initrd["path"])
+        self.kernel_kind: str = kernel["kind"]
+        self.kernel_version: str = kernel["version"]
+        self.agent_version: str = initrd["agent_version"]
+
+
+def load(directory: str) -> Guest:
+    """Read the manifest and see that the two files are there, as long as they were written.
+
+    Args:
+        directory: The guest directory, normally `kata.paths.guest_dir`.
+
+    Raises:
+        GuestAssetError: No guest has been built, or it is not whole.
+    """
+    path = os.path.join(directory, NAME)
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read())
+    except FileNotFoundError:
+        raise GuestAssetError(f"there is no guest to boot: {path} does not exist", _BUILD) from None
+    except OSError as error:
+        raise GuestAssetError(f"cannot read the guest's manifest {path}: {error.strerror}", _BUILD) from None
+    except ValueError:
+        raise GuestAssetError(
+            f"the guest's manifest {path} is not valid JSON", f"{_BUILD} --force"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise GuestAssetError(f"the guest's manifest {path} was written by another version of kata", _BUILD)
+    try:
+        guest = Guest(directory, content)
+        sizes = (
+            ("kernel", guest.kernel, content["kernel"]["size"]),
+            ("initrd", guest.initrd, content["initrd"]["size"]),
+        )
+    except (KeyError, TypeError):
+        raise GuestAssetError(f"the guest's manifest {path} is incomplete", f"{_BUILD} --force") from None
+    for which, file_path, size in sizes:
+        try:
+            found = os.stat(file_path).st_size
+        except OSError as error:
+            raise GuestAssetError(
+                f"the guest's {which} {file_path} cannot be used: {error.strerror}", _BUILD
+            ) from None
+        if found != size:
+            raise GuestAssetError(
+                f"the guest's {which} {file_path} is damaged: it has {found} bytes and was built with {size}",
+                f"{_BUILD} --force",
+            )
+    return guest
