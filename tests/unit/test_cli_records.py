@@ -1,0 +1,157 @@
+"""Container records on disk, and the log reader on top of them; no engine needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kata import journal, sysio
+from kata.cli import listing, records, table
+from kata.errors import AlreadyExistsError, NotFoundError, UsageError
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "s"))
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "r"))
+    return tmp_path / "s"
+
+
+def make(name: str | None = None, **more: object) -> records.Container:
+    draft = records.Draft(name)
+    record = {"id": draft.id, "name": draft.name, "created_at": records.now(), "auto_remove": False, **more}
+    return draft.keep(record, {"process": {}})
+
+
+def test_a_container_is_found_by_name_id_and_beginning(state: Path) -> None:
+    one = make("one")
+    make()
+    assert records.find("one").id == one.id
+    assert records.find(one.id).name == "one"
+    assert records.find(one.id[:10]).name == "one"
+    assert len(records.all_containers()) == 2
+    with pytest.raises(NotFoundError, match="no container named 'ome'") as caught:
+        records.find("ome")
+    assert caught.value.hint == "did you mean one?"
+
+
+def test_an_ambiguous_beginning_is_refused(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tail in ("0", "1"):
+        monkeypatch.setattr(records, "new_id", lambda tail=tail: "ab" * 31 + "c" + tail)
+        make()
+    with pytest.raises(UsageError, match="beginning of 2 container ids"):
+        records.find("abab")
+
+
+def test_a_name_is_unique_and_free_again_after_removal(state: Path) -> None:
+    one = make("one")
+    with pytest.raises(AlreadyExistsError, match="taken by container"):
+        records.Draft("one")
+    assert len(os.listdir(state / "containers")) == 1
+    records.remove(one)
+    assert os.listdir(state / "containers") == []
+    assert os.listdir(state / "names") == []
+    make("one")
+
+
+def test_a_discarded_draft_leaves_nothing(state: Path) -> None:
+    draft = records.Draft("draft")
+    Path(draft.path("rw.img")).write_bytes(b"x")
+    draft.discard()
+    assert os.listdir(state / "containers") == []
+    assert os.listdir(state / "names") == []
+
+
+def test_a_draft_of_a_dead_process_is_cleared(state: Path, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        records.Draft("dying")
+        os._exit(0)
+    os.waitpid(child, 0)
+    kept = make("kept")
+    report = journal.reconcile(str(tmp_path / "r"), str(state))
+    assert len(report.undone) == 1
+    assert not report.failures
+    assert os.listdir(state / "names") == ["kept"]
+    assert records.find("kept").id == kept.id
+
+
+def test_a_state_is_checked_against_the_engine(state: Path) -> None:
+    box = make("box")
+    assert box.state()["status"] == "created"
+    me = {"pid": os.getpid(), "starttime": sysio.proc_starttime(os.getpid()), "boot_id": sysio.boot_id()}
+    path = os.path.join(box.directory, "state.json")
+    records.write_json(path, {"status": "running", "engine": me})
+    assert box.state()["status"] == "running"
+    records.write_json(path, {"status": "running", "engine": {**me, "starttime": 1}})
+    lost = box.state()
+    assert (lost["status"], lost["exit_code"]) == ("exited", 137)
+    assert lost["error"]
+    records.write_json(path, {"status": "stopped", "exit_code": 3})
+    assert box.state()["status"] == "exited"
+    assert box.state()["exit_code"] == 3
+
+
+def test_what_outlived_its_purpose_is_cleared(state: Path) -> None:
+    brief = make("brief", auto_remove=True)
+    gone = {"pid": 1, "starttime": 1, "boot_id": "another"}
+    records.write_json(os.path.join(brief.directory, "state.json"), {"status": "running", "engine": gone})
+    (state / "names" / "stale").write_text("0" * 64)
+    make("stays")
+    cleared = records.clear_stale()
+    assert len(cleared) == 2
+    assert [c.name for c in records.all_containers()] == ["stays"]
+    assert os.listdir(state / "names") == ["stays"]
+
+
+def _log(box: records.Container, *entries: tuple[str, str], suffix: str = "") -> None:
+    with open(box.log + suffix, "a") as file:
+        for stream, text in entries:
+            file.write(
+                json.dumps({"time": "2026-01-02T03:04:05.000000006Z", "stream": stream, "log": text}) + "\n"
+            )
+
+
+def test_logs_are_read_across_rotations(state: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    box = make("box")
+    _log(box, ("stdout", "1\n2"), suffix=".2")
+    _log(box, ("stdout", "\n3\n"), suffix=".1")
+    _log(box, ("stderr", "oops\n"), ("stdout", "4\n5\n"))
+    run = listing.HANDLERS["logs"]
+    run(listing.COMMANDS["logs"].parse(["box"]))
+    shown = capfdbinary.readouterr()
+    assert (shown.out, shown.err) == (b"1\n2\n3\n4\n5\n", b"oops\n")
+    run(listing.COMMANDS["logs"].parse(["--tail", "2", "box"]))
+    assert capfdbinary.readouterr().out == b"4\n5\n"
+    run(listing.COMMANDS["logs"].parse(["--tail", "4", "box"]))
+    shown = capfdbinary.readouterr()
+    assert (shown.out, shown.err) == (b"3\n4\n5\n", b"oops\n")
+    run(listing.COMMANDS["logs"].parse(["-t", "-n", "1", "box"]))
+    assert capfdbinary.readouterr().out == b"2026-01-02T03:04:05.000000006Z 5\n"
+    run(listing.COMMANDS["logs"].parse(["-n", "0", "box"]))
+    assert capfdbinary.readouterr().out == b""
+
+
+def test_bytes_that_are_no_text_come_back_exactly(
+    state: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    box = make("box")
+    with open(box.log, "w") as file:
+        file.write(json.dumps({"time": "t", "stream": "stdout", "log64": "/wD+Cg=="}) + "\n")
+    listing.HANDLERS["logs"](listing.COMMANDS["logs"].parse(["box"]))
+    assert capfdbinary.readouterr().out == b"\xff\x00\xfe\n"
+
+
+def test_tables_cannot_be_made_to_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    table.show(["A", "B"], [["\x1b[2J\r\n", "ok"]])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0B"), (1023, "1023B"), (1536, "1.5KiB"), (10 << 30, "10GiB")]
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert table.human_size(count) == text
