@@ -50,7 +50,7 @@ def storages(container_id: str, rootfs: dict[str, Any]) -> list[Storage]:
     else:
         raise ConfigError(f"unknown kind of root file system: {kind!r}")
     upper = f"{base}/upper"
-    if "upper_slot" in rootfs:
+    if rootfs.get("upper_slot") is not None:
         mounts.append(_disk(rootfs["upper_slot"], "ext4", ["rw", "nodev"], upper))
     elif rootfs.get("upper") == "tmpfs":
         mounts.append(

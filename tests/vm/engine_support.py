@@ -1,0 +1,231 @@
+"""Engines with real virtual machines, driven through the two services as a door would."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from kata import sysio
+from kata.engine.client import EngineClient
+from kata.engine.launch import Engine, launch
+from kata.engine.records import read_json
+from kata.guest import manifest
+from kata.images import store
+from kata.journal import Journal
+from kata.journal_undo import reconcile
+from kata.oci import spec as oci
+from kata.storage import ext4
+
+PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
+
+
+class Streams:
+    """The fifos of one process; what comes out of them is collected by threads."""
+
+    def __init__(self, directory: Path, *, stdin: bool = False, terminal: bool = False) -> None:
+        self.directory = Path(tempfile.mkdtemp(dir=directory, prefix="io"))
+        self.paths: dict[str, str] = {"terminal": terminal}  # type: ignore[dict-item]
+        self.output: dict[str, bytearray] = {}
+        self._threads: list[threading.Thread] = []
+        if stdin:
+            self.paths["stdin"] = self._make("stdin")
+        for name in ("stdout",) if terminal else ("stdout", "stderr"):
+            path = self.paths[name] = self._make(name)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            os.set_blocking(fd, True)
+            self.output[name] = bytearray()
+            self._fds = [*getattr(self, "_fds", []), (name, fd)]
+
+    def _make(self, name: str) -> str:
+        path = str(self.directory / name)
+        os.mkfifo(path)
+        return path
+
+    def collect(self) -> None:
+        """Begin to read; the engine has its ends open by now, so that an end of file is one."""
+        for name, fd in self._fds:
+            thread = threading.Thread(target=self._read, args=(name, fd))
+            thread.start()
+            self._threads.append(thread)
+
+    def _read(self, name: str, fd: int) -> None:
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            while data := file.read(1 << 20):
+                self.output[name] += data
+
+    def join(self) -> None:
+        """Wait for the ends of the outputs."""
+        for thread in self._threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "an output never ended"
+
+    @property
+    def stdout(self) -> bytes:
+        return bytes(self.output["stdout"])
+
+    @property
+    def stderr(self) -> bytes:
+        return bytes(self.output["stderr"])
+
+
+class Box:
+    """One sandbox: launched at once, its container made by `create`.
+
+    Args:
+        directory: A short path for run and state directories.
+        guest_dir: The built guest.
+        image: An image reference.
+        changes: Over the settings.
+    """
+
+    def __init__(self, directory: Path, guest_dir: Path, image: str, **changes: Any) -> None:
+        self.directory = Path(tempfile.mkdtemp(dir=directory, prefix="b"))
+        self.run_dir = self.directory / "r"
+        self.image = store.resolve(image)
+        self.id = f"t{os.urandom(6).hex()}"
+        containers = self.directory / "s" / "containers"
+        journal = Journal.create_dir(str(containers), self.id, {"door": "test"})
+        journal.keep()
+        journal.close()
+        self.container_dir = containers / self.id
+        guest = manifest.load(str(guest_dir))
+        disk = self.container_dir / "rw.img"
+        ext4.make_writable(str(disk), 256 << 20)
+        self.settings: dict[str, Any] = {
+            "id": self.id,
+            "door": "kata",
+            "container_dir": str(self.container_dir),
+            "hypervisor": {"accel": "tcg", "kernel": guest.kernel, "initrd": guest.initrd},
+            "vcpus": 1,
+            "memory_mib": 256,
+            "disks": [
+                {"path": self.image.rootfs_path, "readonly": True, "serial": "lower"},
+                {"path": str(disk), "readonly": False, "serial": "upper"},
+            ],
+            "rootfs": {"kind": "erofs", "lower_slot": 0, "upper_slot": 1},
+            "network": {"mode": "none"},
+            "log": {"path": str(self.container_dir / "log"), "max_bytes": 1 << 20, "files": 2},
+            "timings": True,
+        }
+        for key, value in changes.items():
+            if isinstance(value, dict) and isinstance(self.settings.get(key), dict):
+                self.settings[key] = {**self.settings[key], **value}
+            else:
+                self.settings[key] = value
+        self.engine: Engine = launch(self.settings, str(self.run_dir))
+        self.client = EngineClient(self.engine.sock_path)
+
+    def create(self, *argv: str, streams: Streams | None = None, **request: Any) -> None:
+        """Write the bundle and make the container."""
+        wanted = oci.Request("box")
+        wanted.command = list(argv)
+        for key, value in request.items():
+            setattr(wanted, key, value)
+        if streams is not None:
+            wanted.terminal = bool(streams.paths["terminal"])
+        config = oci.build(wanted, self.image.config)
+        (self.container_dir / "config.json").write_text(json.dumps(config))
+        self.client.create(self.id, str(self.container_dir), **(streams.paths if streams else {}))  # type: ignore[arg-type]
+        if streams is not None:
+            streams.collect()
+
+    def run(self, *argv: str, **request: Any) -> tuple[int, Streams]:
+        """Create, start and wait; the sandbox is gone afterwards."""
+        streams = self.streams()
+        self.create(*argv, streams=streams, **request)
+        self.client.start(self.id)
+        status = self.client.wait(self.id)
+        streams.join()
+        self.client.delete(self.id)
+        return status, streams
+
+    def streams(self, **options: bool) -> Streams:
+        return Streams(self.directory, **options)
+
+    def begin_exec(self, name: str, *argv: str, streams: Streams | None = None, **process: Any) -> None:
+        """Add a process and start it."""
+        spec = {
+            "args": list(argv),
+            "cwd": "/",
+            "env": [f"PATH={oci.DEFAULT_PATH}"],
+            "user": {"uid": 0, "gid": 0},
+            **process,
+        }
+        self.client.exec(self.id, name, spec, **(streams.paths if streams else {}))  # type: ignore[arg-type]
+        if streams is not None:
+            streams.collect()
+        self.client.start(self.id, name)
+
+    def exec(self, name: str, *argv: str, **process: Any) -> tuple[int, Streams]:
+        """Run a further process to its end."""
+        streams = self.streams()
+        self.begin_exec(name, *argv, streams=streams, **process)
+        status = self.client.wait(self.id, name)
+        streams.join()
+        self.client.delete(self.id, name)
+        return status, streams
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return read_json(str(self.container_dir / "state.json"))
+
+    @property
+    def sandbox_dir(self) -> Path:
+        return Path(self.engine.run_dir)
+
+    def hypervisor_pid(self) -> int:
+        return int(self.client.describe()["hypervisor_pid"])
+
+    def wait_gone(self) -> None:
+        """Wait until engine and run directory are no more."""
+        deadline = time.monotonic() + PATIENCE
+        while self.sandbox_dir.exists() or _alive(self.engine.pid):
+            assert time.monotonic() < deadline, self.log_text()
+            time.sleep(0.02)
+
+    def log_text(self) -> str:
+        """The engine's log while it is there."""
+        try:
+            return (self.sandbox_dir / "engine.log").read_text()
+        except FileNotFoundError:
+            return "(no engine.log)"
+
+    def reconcile(self) -> list[str]:
+        """What `kata gc` would do; the failures."""
+        return list(reconcile(str(self.run_dir), str(self.directory / "s")).failures)
+
+    def close(self) -> None:
+        """End the sandbox whatever its state, and remove its directories."""
+        self.client.close()
+        self.engine.release()
+        if _alive(self.engine.pid):
+            os.kill(self.engine.pid, signal.SIGTERM)
+            deadline = time.monotonic() + PATIENCE
+            while _alive(self.engine.pid):
+                assert time.monotonic() < deadline, "the engine does not end"
+                time.sleep(0.02)
+        assert not self.reconcile()
+        shutil.rmtree(self.directory)
+
+
+def _alive(pid: int) -> bool:
+    start = sysio.proc_starttime(pid)
+    return start is not None and sysio.process_alive(pid, start, sysio.boot_id())
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    return _alive(pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
