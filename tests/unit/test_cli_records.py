@@ -40,7 +40,7 @@ def test_a_container_is_found_by_name_id_and_beginning(state: Path) -> None:
 
 def test_an_ambiguous_beginning_is_refused(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for tail in ("0", "1"):
-        monkeypatch.setattr(records, "new_id", lambda tail=tail: "ab" * 31 + "c" + tail)
+        monkeypatch.setattr(records, "new_id", lambda tail=tail: "ab" * 15 + "c" + tail)
         make()
     with pytest.raises(UsageError, match="beginning of 2 container ids"):
         records.find("abab")

@@ -35,7 +35,7 @@ class Container:
     """One container.
 
     Attributes:
-        id: 64 hexadecimal digits.
+        id: 32 hexadecimal digits.
         record: The content of container.json.
     """
 
@@ -134,7 +134,8 @@ def _names_dir() -> str:
 
 
 def new_id() -> str:
-    return os.urandom(32).hex()
+    # 128 bits: the id is part of a socket path, which has room for 107 bytes in all.
+    return os.urandom(16).hex()
 
 
 _ADJECTIVES = """

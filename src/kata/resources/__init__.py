@@ -1,0 +1,1 @@
+"""What a sandbox gets of the host: the sizing formula."""

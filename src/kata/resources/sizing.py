@@ -1,0 +1,88 @@
+"""How large a virtual machine is: one formula.
+
+* **vCPUs**: the CPUs asked for, rounded up; 1 when nothing is asked. The fraction is a cgroup limit in the guest.
+* **Memory**: what was asked for, plus what the guest's kernel keeps for itself, so that ``MemTotal`` in the guest is
+  at least what was asked for and at most 5 % more; 2 GiB of which only what is touched costs when nothing is asked.
+
+What the kernel keeps grows with the memory (``struct page`` is 64 bytes for every 4096) beside a fixed part: its code
+and data, the initrd while it is unpacked, what firmware takes.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ResourceExhaustedError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MIB = 1 << 20
+DEFAULT_MEMORY_MIB = 2048
+KERNEL_MIB = {"small": 28, "distro": 60}
+"""What a kernel keeps, whatever the size of the machine (measured: MemTotal against -m)."""
+PAGE_STRUCTS = 64 / 4096
+LEAST_MIB = {"small": 64, "distro": 192}
+"""With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
+
+
+class Size:
+    """The size of a machine.
+
+    Attributes:
+        vcpus: Virtual CPUs.
+        memory_mib: Memory of the machine in MiB.
+    """
+
+    __slots__ = ("memory_mib", "vcpus")
+
+    def __init__(self, vcpus: int, memory_mib: int) -> None:
+        self.vcpus = vcpus
+        self.memory_mib = memory_mib
+
+
+def plan(cpus: float | None, memory: int | None, kernel: str = "small") -> Size:
+    """The machine for what was asked.
+
+    Args:
+        cpus: Number of CPUs, or None.
+        memory: Bytes, or None.
+        kernel: Kind of the guest's kernel, ``small`` or ``distro``.
+
+    Raises:
+        UsageError: More CPUs than the host has.
+        ResourceExhaustedError: More memory than the host has.
+    """
+    vcpus = 1 if cpus is None else max(1, -int(-cpus // 1))
+    online = len(os.sched_getaffinity(0))
+    if vcpus > online:
+        raise UsageError(f"{cpus:g} CPUs were asked for, and this host has {online}", f"at most --cpus {online}")
+    if memory is None:
+        return Size(vcpus, min(DEFAULT_MEMORY_MIB, max(_total_mib() // 2, 256)))
+    asked = -(-memory // MIB)
+    needed = max(int((asked + KERNEL_MIB[kernel]) / (1 - PAGE_STRUCTS)) + 1, LEAST_MIB[kernel])
+    total = _total_mib()
+    if needed > total:
+        raise ResourceExhaustedError(
+            f"{asked} MiB of memory were asked for, and this host has {total} MiB in all", "ask for less with -m"
+        )
+    return Size(vcpus, needed)
+
+
+def host_available_mib() -> int:
+    """MiB that new processes can have without swapping (``MemAvailable``)."""
+    return _meminfo()["MemAvailable"] >> 10
+
+
+def _total_mib() -> int:
+    return _meminfo()["MemTotal"] >> 10
+
+
+def _meminfo() -> Mapping[str, int]:
+    found = {}
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            name, _, rest = line.partition(":")
+            found[name] = int(rest.split()[0])
+    return found
