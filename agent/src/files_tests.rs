@@ -1,0 +1,182 @@
+use super::*;
+use crate::test_support::TempDir;
+
+struct Root {
+    dir: TempDir,
+    fd: Fd,
+}
+
+impl Root {
+    fn new() -> Root {
+        let dir = TempDir::new("files");
+        let path = dir.dir("root");
+        dir.file("secret", "outside");
+        let fd = sys::open(&path, libc::O_PATH | libc::O_DIRECTORY, 0).unwrap();
+        Root { dir, fd }
+    }
+
+    fn at(&self, path: &str) -> String {
+        format!("{}/root/{path}", self.dir.0)
+    }
+
+    fn link(&self, target: &str, path: &str) {
+        sys::symlinkat(target, libc::AT_FDCWD, self.at(path)).unwrap();
+    }
+
+    fn stat(&self, path: &str, follow: bool) -> Result<FileInfo> {
+        stat(self.fd.raw(), &StatFileRequest { path: path.into(), follow, ..Default::default() })
+    }
+
+    fn read(&self, path: &str, offset: u64, len: u32) -> Result<Vec<u8>> {
+        read(self.fd.raw(), &ReadFileRequest { path: path.into(), offset, len, ..Default::default() }).map(|r| r.data)
+    }
+
+    fn write(&self, path: &str, offset: u64, data: &[u8], truncate: bool) -> Result<()> {
+        let request =
+            WriteFileRequest { path: path.into(), offset, data: data.to_vec(), truncate, ..Default::default() };
+        write(self.fd.raw(), &request)
+    }
+
+    fn mkdir(&self, path: &str, parents: bool) -> Result<()> {
+        mkdir(self.fd.raw(), &MkdirRequest { path: path.into(), parents, ..Default::default() })
+    }
+
+    fn remove(&self, path: &str, recursive: bool) -> Result<()> {
+        remove(self.fd.raw(), &RemoveFileRequest { path: path.into(), recursive, ..Default::default() })
+    }
+
+    fn list(&self, path: &str, after: &str, limit: u32) -> Result<(Vec<String>, bool)> {
+        let request = ListFilesRequest { path: path.into(), after: after.into(), limit, ..Default::default() };
+        let page = list(self.fd.raw(), &request)?;
+        let names = page.entries.iter().map(|entry| String::from_utf8_lossy(&entry.name).into_owned());
+        Ok((names.collect(), page.more))
+    }
+}
+
+fn status<T: core::fmt::Debug>(outcome: Result<T>) -> i32 {
+    outcome.unwrap_err().code
+}
+
+#[test]
+fn files_are_written_read_and_described() {
+    let root = Root::new();
+    root.write("/a", 0, b"hello world", false).unwrap();
+    root.write("a", 6, b"there", false).unwrap();
+    assert_eq!(root.read("/a", 0, 100).unwrap(), b"hello there");
+    assert_eq!(root.read("/a", 6, 3).unwrap(), b"the");
+    assert_eq!((root.read("/a", 11, 0).unwrap(), root.read("/a", 99, 0).unwrap()), (vec![], vec![]));
+    root.write("/a", 0, b"new", true).unwrap();
+    let info = root.stat("/a", false).unwrap();
+    assert_eq!((info.name.as_slice(), info.mode, info.size), (b"a".as_slice(), libc::S_IFREG | 0o644, 3));
+    let request = WriteFileRequest {
+        path: b"/a".to_vec(),
+        mode: Some(0o4750),
+        mtime_ns: Some(-1_500_000_000),
+        ..Default::default()
+    };
+    write(root.fd.raw(), &request).unwrap();
+    let info = root.stat("//a", true).unwrap();
+    assert_eq!((info.mode & 0o7777, info.mtime_ns, info.size), (0o4750, -1_500_000_000, 3));
+    root.link("a", "link");
+    assert_eq!(root.stat("link", false).unwrap().link_target, b"a");
+    assert_eq!(root.stat("link", true).unwrap().size, 3);
+    assert_eq!(root.read("link", 0, 0).unwrap(), b"new");
+    // Names need not be text.
+    let odd = [b'/', 0xff, b'\n'];
+    write(root.fd.raw(), &WriteFileRequest { path: odd.to_vec(), ..Default::default() }).unwrap();
+    let info = stat(root.fd.raw(), &StatFileRequest { path: odd.to_vec(), ..Default::default() }).unwrap();
+    assert_eq!(info.name, &odd[1..]);
+}
+
+#[test]
+fn errors_have_fitting_codes() {
+    let root = Root::new();
+    root.mkdir("d/e", true).unwrap();
+    assert_eq!(status(root.stat("/none", true)), code::NOT_FOUND);
+    assert_eq!(status(root.read("/d", 0, 0)), code::FAILED_PRECONDITION);
+    assert_eq!(status(root.write("/d", 0, b"", false)), code::FAILED_PRECONDITION);
+    assert_eq!(status(root.write("/none/x", 0, b"", false)), code::NOT_FOUND);
+    assert_eq!(status(root.mkdir("d", false)), code::ALREADY_EXISTS);
+    assert_eq!(status(root.remove("d", false)), code::FAILED_PRECONDITION);
+    assert_eq!(status(root.remove("/", true)), code::INVALID_ARGUMENT);
+    assert_eq!(status(root.remove("d/..", true)), code::INVALID_ARGUMENT);
+    assert_eq!(status(root.read("x", u64::MAX, 5)), code::INVALID_ARGUMENT);
+    assert_eq!(status(root.write("x", i64::MAX as u64, b"x", false)), code::INVALID_ARGUMENT);
+    for empty in [status(root.stat("", true)), status(root.list("", "", 0)), status(root.mkdir("", true))] {
+        assert_eq!(empty, code::INVALID_ARGUMENT);
+    }
+    assert!(root.stat("/no\nne", true).unwrap_err().message.contains("no\\nne"), "control characters are escaped");
+}
+
+#[test]
+fn directories_links_and_removal() {
+    let root = Root::new();
+    root.mkdir("/a/b/../c", true).unwrap();
+    root.mkdir("/a", true).unwrap();
+    root.mkdir("/", true).unwrap();
+    assert_eq!(root.list("/a", "", 0).unwrap(), (vec!["b".into(), "c".into()], false));
+    let request = MkdirRequest { path: b"/a/b".to_vec(), parents: true, mode: Some(0o1777), ..Default::default() };
+    mkdir(root.fd.raw(), &request).unwrap();
+    assert_eq!(root.stat("/a/b", false).unwrap().mode & 0o7777, 0o1777);
+    let request = SymlinkRequest { path: b"/a/l".to_vec(), target: b"/a/b".to_vec(), ..Default::default() };
+    symlink(root.fd.raw(), &request).unwrap();
+    assert_eq!(status(symlink(root.fd.raw(), &request)), code::ALREADY_EXISTS);
+    root.mkdir("/a/l/through", true).unwrap();
+    assert!(fs::is_dir(root.at("a/b/through")));
+    root.remove("/a/l", true).unwrap();
+    assert!(fs::is_dir(root.at("a/b/through")), "the link went, not what it pointed to");
+    root.remove("/a/c", false).unwrap();
+    root.remove("/a", true).unwrap();
+    assert_eq!(root.list("/", "", 0).unwrap(), (vec![], false));
+}
+
+#[test]
+fn long_directories_come_in_pages() {
+    let root = Root::new();
+    for n in 0..25 {
+        root.write(&format!("f{n:02}"), 0, b"", false).unwrap();
+    }
+    let (mut all, mut after) = (Vec::new(), String::new());
+    loop {
+        let (names, more) = root.list("/", &after, 10).unwrap();
+        assert!(names.len() <= 10);
+        after = names.last().unwrap().clone();
+        all.extend(names);
+        if !more {
+            break;
+        }
+    }
+    assert_eq!(all, (0..25).map(|n| format!("f{n:02}")).collect::<Vec<_>>());
+    assert_eq!(root.list("/", "f24", 10).unwrap(), (vec![], false));
+    assert_eq!(root.list("/", "", 25).unwrap().1, false);
+}
+
+#[test]
+fn nothing_leads_out_of_the_root() {
+    let root = Root::new();
+    root.link("../secret", "up");
+    root.link(&format!("{}/secret", root.dir.0), "absolute");
+    root.link("/proc/self/root", "magic");
+    root.link("/", "top");
+    for path in ["up", "absolute", "../secret", "/../../secret", "top/../secret"] {
+        assert_eq!(status(root.read(path, 0, 0)), code::NOT_FOUND, "{path}");
+    }
+    assert!(root.stat("/..", true).unwrap().mode & libc::S_IFDIR != 0, "above the root is the root");
+    // Writing through a link that leads nowhere inside the root makes nothing anywhere.
+    assert!(root.write("up", 0, b"x", true).is_err());
+    assert_eq!(fs::read_to_string(format!("{}/secret", root.dir.0)).unwrap(), "outside");
+    assert!(root.mkdir("../new", false).is_ok() && fs::is_dir(root.at("new")));
+    // Magic links are refused where /proc really is below the root.
+    let proc_root = sys::open("/", libc::O_PATH | libc::O_DIRECTORY, 0).unwrap();
+    let request = StatFileRequest { path: b"/proc/self/root/etc".to_vec(), follow: true, ..Default::default() };
+    assert_eq!(status(stat(proc_root.raw(), &request)), code::PERMISSION_DENIED);
+}
+
+#[test]
+fn special_files_are_not_opened() {
+    let root = Root::new();
+    sys::mknodat(libc::AT_FDCWD, root.at("fifo"), libc::S_IFIFO | 0o666, 0).unwrap();
+    assert_eq!(root.stat("fifo", true).unwrap().mode & libc::S_IFMT, libc::S_IFIFO);
+    assert_eq!(status(root.read("fifo", 0, 0)), code::PERMISSION_DENIED);
+    assert_eq!(status(root.write("fifo", 0, b"x", true)), code::PERMISSION_DENIED);
+}
