@@ -1,0 +1,127 @@
+"""The guest's kernel booted with nothing else: what no start of a container in a VM can be quicker than.
+
+The machine is the engine's (same QEMU, machine type, accelerator, processor, memory, firmware, kernel, command
+line and console) without its disks, network, share and channels, and the initrd holds one static program that
+powers off as the first thing it does.
+
+Run by itself it prints the command line and the time from executing QEMU until it has ended::
+
+    bench/bareboot.py [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "src"))
+
+from kata import paths  # noqa: E402
+from kata.children import find_program  # noqa: E402
+from kata.guest import initrd, manifest  # noqa: E402
+from kata.hypervisor import accel, qemu_command  # noqa: E402
+from kata.hypervisor.settings import VMSettings  # noqa: E402
+from kata.resources import sizing  # noqa: E402
+
+POWER_OFF = """
+static long call(long number, long a, long b, long c)
+{
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
+    return result;
+}
+
+void _start(void)
+{
+    call(169, 0xfee1dead, 0x28121969, 0x4321fedc); /* reboot: power off */
+    call(169, 0xfee1dead, 0x28121969, 0x01234567); /* without ACPI: a reset ends the machine as well */
+    for (;;)
+        call(34, 0, 0, 0); /* pause */
+}
+"""
+
+KEPT = ("-no-user-config", "-nodefaults", "-no-reboot")
+KEPT_WITH_VALUE = (
+    "-display",
+    "-machine",
+    "-accel",
+    "-cpu",
+    "-smp",
+    "-m",
+    "-bios",
+    "-kernel",
+    "-initrd",
+    "-append",
+)
+
+
+def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
+    """Make the initrd and put the command together.
+
+    Args:
+        guest: The guest directory.
+        work: Where the initrd is put.
+        environment: Of the runs that this is compared with; KATA_ACCEL is looked at.
+
+    Returns:
+        The command; it ends with 0 when the machine has powered off.
+    """
+    source, program, image = work / "init.c", work / "init", work / "bare.cpio"
+    source.write_text(POWER_OFF)
+    flags = ["-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-s"]
+    subprocess.run(["gcc", *flags, "-o", program, source], check=True)
+    image.write_bytes(initrd.build(program.read_bytes(), []))
+    size = sizing.plan(None, None)
+    settings = VMSettings(
+        name="bare",
+        run_dir=str(work),
+        kernel=manifest.load(str(guest)).kernel,
+        initrd=str(image),
+        accel=accel.choose(environment.get(accel.VARIABLE, "")).accel,
+        vcpus=size.vcpus,
+        memory_mib=size.memory_mib,
+        binary=find_program("qemu-system-x86_64") or "qemu-system-x86_64",
+    )
+    full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1))
+    bare, position = [full[0]], 1
+    while position < len(full):
+        if full[position] in KEPT:
+            bare.append(full[position])
+        elif full[position] in KEPT_WITH_VALUE:
+            bare += full[position : position + 2]
+        position += 1
+    if settings.console == "serial":
+        bare += ["-chardev", "null,id=console", "-device", "isa-serial,chardev=console"]
+    elif settings.console == "virtio":
+        bare += ["-device", "virtio-serial-pci,id=serial", "-chardev", "null,id=console"]
+        bare += ["-device", "virtconsole,bus=serial.0,chardev=console"]
+    return bare
+
+
+def main() -> None:
+    """Boot a few times and print how long it took."""
+    parser = argparse.ArgumentParser(description="The guest's kernel booted with nothing else.")
+    parser.add_argument("--rounds", type=int, default=11, help="how often (default %(default)s)")
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory(prefix="kb-") as work:
+        command = prepare(Path(paths.guest_dir()), Path(work), dict(os.environ))
+        print(" ".join(f"'{word}'" if " " in word else word for word in command))
+        took = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True, timeout=120
+            )
+            took.append((time.perf_counter() - began) * 1e3)
+    print(f"median {statistics.median(took):.0f} ms, least {min(took):.0f} ms, {rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()
