@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 
 READY_S = {"kvm": 30.0, "tcg": 60.0}
 """How long a guest may take to answer, by accelerator; it takes a second, but a host may be busy."""
+KERNEL_PARAMETERS = (
+    "quiet",  # a console line costs an emulated guest a third of a millisecond
+    "panic=-1",  # a guest that panics ends its machine at once, with its reason on the console
+    "net.ifnames=0",
+    "cgroup_no_v1=all",
+    "pci=lastbus=0",  # there is one bus: look for no others
+    "tsc=reliable",
+    "no_timer_check",
+    "noreplace-smp",
+    "rcupdate.rcu_expedited=1",
+    "cryptomgr.notests",
+    "random.trust_cpu=on",
+    "i8042.noaux",
+    "i8042.nopnp",
+)
 CONSOLE_NAME = "console.log"
 SHARE_MOUNT_OPTIONS = ["trans=virtio", "version=9p2000.L", "msize=512000", "cache=mmap", "nosuid", "nodev"]
 SEED_BYTES = 512
@@ -106,7 +121,7 @@ def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic
         run_dir=run_dir,
         kernel=hypervisor["kernel"],
         initrd=hypervisor["initrd"],
-        cmdline=hypervisor.get("cmdline", ""),
+        cmdline=" ".join((*KERNEL_PARAMETERS, hypervisor.get("cmdline") or "")).strip(),
         accel=hypervisor["accel"],
         binary=hypervisor.get("path", ""),
         vcpus=settings.get("vcpus", 1),
