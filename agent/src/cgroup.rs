@@ -33,7 +33,7 @@ pub fn setup_root() -> Result<()> {
 }
 
 /// The control group of one container. Dropping the value leaves the group.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
     path: String,
 }
