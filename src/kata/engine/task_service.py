@@ -17,7 +17,7 @@ from ..ttrpc.server import finish
 from . import stats
 from .container import timestamp
 from .launch import check_id
-from .process import DELETED, TASK_STATUS, Stdio
+from .process import CREATED, DELETED, TASK_STATUS, Stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,17 +76,26 @@ class TaskService:
         try:
             container = await self._sandbox.create(request.id, request.bundle, config, stdio)
         except BaseException:
-            if self._sandbox.ends_with_init and not self._sandbox.containers:
-                # A person's sandbox is of no use without its container: nothing of it is left when they read
-                # why.
-                self._sandbox.end()
-                await self._sandbox.ended.wait()
+            if not self._sandbox.containers:
+                await self._give_up()
             raise
         return task_pb.CreateTaskResponse(pid=container.init.pid)
 
+    async def _give_up(self) -> None:
+        """A person's sandbox is of no use without its container: nothing of it is left when they read why."""
+        if self._sandbox.ends_with_init:
+            self._sandbox.end()
+            await self._sandbox.ended.wait()
+
     @finish
     async def Start(self, request: task_pb.StartRequest, context: Context) -> task_pb.StartResponse:
-        process = await self._sandbox.container(request.id).start(request.exec_id)
+        container = self._sandbox.container(request.id)
+        try:
+            process = await container.start(request.exec_id)
+        except BaseException:
+            if not request.exec_id and container.init.state == CREATED:
+                await self._give_up()
+            raise
         return task_pb.StartResponse(pid=process.pid)
 
     @finish
