@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -156,7 +157,7 @@ def main() -> None:
         print(json.dumps({**result, "times_ms": took}, indent=1))
         return
     for name, argv in facts["commands"].items():
-        print(f"{name}: {' '.join(argv)}")
+        print(f"{name}: {shlex.join(argv)}")
     print(
         f"\n{'':8}{'median':>10}{'quartiles':>22}{'least':>10}{'to bare':>9}   ({options.rounds} rounds, ms)"
     )
