@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import fcntl
 import json
@@ -63,7 +64,7 @@ def write_json(path: str, content: Any) -> None:
 
 def write_file(path: str, data: bytes) -> None:
     """As `write_json`, for bytes."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}-{_thread.get_ident()}.tmp"
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from kata.errors import ImageError
 from kata.images import changes, store
-from kata.storage.erofs import Writer
+from kata.storage import erofs_format
+from kata.storage.erofs import BLOCK, Writer
 from kata.storage.layers import LayerTree, limits_from_environment
 
 if TYPE_CHECKING:
@@ -76,12 +77,27 @@ def make_rootfs(
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with _alone(path + ".lock"):
-            if not os.path.exists(path):
+            if not _whole(path):
                 source.prepare(layers)
                 _convert(source, layers, diff_ids, chain, path, progress)
             return os.stat(path).st_size
     except OSError as error:
         raise changes.storage_error(error) from error
+
+
+def _whole(path: str) -> bool:
+    """Whether the file is there, as long as its superblock says (a power failure may have cut it)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if os.fstat(fd).st_size == erofs_format.size_of(os.pread(fd, BLOCK, 0)):
+            return True
+    finally:
+        os.close(fd)
+    os.unlink(path)
+    return False
 
 
 @contextmanager

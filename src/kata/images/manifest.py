@@ -251,7 +251,9 @@ def configuration(data: bytes, what: str) -> Config:
         isinstance(d, str) and _DIGEST.fullmatch(d) for d in diff_ids
     ):
         raise ImageError(f"{what} has no proper list of layers (rootfs.diff_ids)", _HINT)
-    given = content.get("config") or {}
+    given = content.get("config")
+    if given is None:
+        given = {}
     if not isinstance(given, dict):
         raise ImageError(f"{what} has a config that is not an object", _HINT)
     kept: dict[str, Any] = {}

@@ -142,8 +142,11 @@ def read_json(path: str) -> Any:
             return json.load(file)
     except FileNotFoundError:
         return None
-    except PermissionError as error:
-        raise HostError(f"the image store cannot be read: {error}", "run kata as root") from error
+    except OSError as error:
+        hint = (
+            "run kata as root" if isinstance(error, PermissionError) else "check KATA_STATE_DIR and its disk"
+        )
+        raise HostError(f"the image store cannot be read: {path}: {error.strerror}", hint) from error
     except ValueError as error:
         raise ImageError(
             f"{path} is damaged: {error}", f"remove {directory()} and pull the images again"

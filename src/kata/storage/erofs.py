@@ -75,7 +75,7 @@ class Writer:
         self._spooled = 0
         self._spool_buffer = bytearray()
         self._end = 1  # in blocks; block 0 holds the superblock and the root
-        self._high = 1  # blocks from here on have never been written: a hole there reads as zeros
+        self._high = BLOCK  # bytes from here on have never been written: a hole there reads as zeros
         self._free = _FreeSpace()
         self._buffer = bytearray()
         self._buffer_at = 0
@@ -153,17 +153,16 @@ class Writer:
             self._buffer += data
             return
         self._flush()
-        high = self._high * BLOCK
-        if at < high or data[0] or data[-1] or data != _ZEROS[: len(data)]:
+        if at < self._high or data[0] or data[-1] or data != _ZEROS[: len(data)]:
             self._write(at, data)
         self._buffer_at = at + len(data)
-        self._high = max(self._high, -(-self._buffer_at // BLOCK))
+        self._high = max(self._high, self._buffer_at)
 
     def _flush(self) -> None:
         if self._buffer:
             self._write(self._buffer_at, self._buffer)
             end = self._buffer_at + len(self._buffer)
-            self._high = max(self._high, -(-end // BLOCK))
+            self._high = max(self._high, end)
             self._buffer_at = end
             self._buffer = bytearray()
 
@@ -201,13 +200,15 @@ class Writer:
         plan = _Plan(root)
         meta = self._allocate(plan.meta_blocks) if plan.meta_blocks else 0
         data = self._allocate(plan.data_blocks) if plan.data_blocks else 0
+        if max(1, meta + plan.meta_blocks, data + plan.data_blocks) == self._end:
+            self._end += 1  # fsck.erofs 1.5 reads 12 bytes behind an inode, even of the last one
         for node in plan.nodes:
             if node.nid >= fmt.SLOTS:  # everything but what lies in block 0
                 node.nid += (meta - 1) * fmt.SLOTS
             if node.blocks and (node.children is not None or node.target):
                 node.start += data
         for start, length in self._free.extents():
-            self._clear(start, min(start + length, self._high))
+            self._clear(start, min(start + length, -(-self._high // BLOCK)))
         block0 = self._write_inodes(plan, tick)
         block0[fmt.SUPER_AT : fmt.SUPER_AT + 128] = fmt.superblock(
             inodes=len(plan.nodes), blocks=self._end, uuid=uuid

@@ -95,6 +95,14 @@ def superblock(*, inodes: int, blocks: int, uuid: bytes, label: bytes = b"") -> 
     )  # fmt: skip
 
 
+def size_of(block0: bytes) -> int:
+    """The size in bytes that the superblock in a block 0 gives, or -1 if there is none."""
+    if len(block0) < BLOCK or struct.unpack_from("<I", block0, SUPER_AT)[0] != _MAGIC:
+        return -1
+    blocks: int = struct.unpack_from("<I", block0, SUPER_AT + 36)[0]
+    return blocks * BLOCK
+
+
 def seal(block0: bytearray) -> None:
     """Put the checksum into a complete block 0."""
     struct.pack_into("<I", block0, SUPER_AT + 4, 0)

@@ -346,6 +346,10 @@ class LayerTree:
         if directory.fresh is None or hidden not in directory.fresh:
             if child.children is None or not self._prune(child):
                 self._remove(directory, hidden)
+            else:  # what the layer put below it lies in a directory that it did not describe
+                child.mode = stat.S_IFDIR | 0o755
+                child.uid = child.gid = 0
+                child.xattrs = None
         elif child.children is not None:
             self._prune(child)
 

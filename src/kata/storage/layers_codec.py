@@ -246,10 +246,7 @@ class Stream:
                 self._at = 0
                 if not self._buffer:
                     return
-            if self._at or len(self._buffer) > size:
-                piece = self._buffer[self._at : self._at + size]
-            else:
-                piece = self._buffer
+            piece = self._buffer[self._at : self._at + size]  # of a whole `bytes` object: no copy
             self._at += len(piece)
             size -= len(piece)
             self.offset += len(piece)
