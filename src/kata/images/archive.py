@@ -106,7 +106,10 @@ class Archive:
             index = manifest.document(self._read("index.json"), f"{self.path}: index.json")
             listed = manifest.listed(index, f"{self.path}: index.json")
             if listed or "manifest.json" not in self._members:
-                return layout.choose_tagged(listed, tag, wanted, self.path)
+                chosen = layout.choose_tagged(listed, tag, wanted, self.path)
+                name = _full_name(chosen.annotations.get(layout.FULL_NAME, ""))
+                self.names = [name] if name else []
+                return chosen
         if "manifest.json" in self._members:
             return self._choose_docker(tag)
         if "repositories" in self._members:

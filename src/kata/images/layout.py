@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from kata.errors import ImageError
-from kata.images import manifest
+from kata.images import manifest, reference
 
 TYPE_CHECKING = False  # `typing` would cost 3 ms
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from kata.images.platform import Platform
 
 _REF_NAME = "org.opencontainers.image.ref.name"
-_FULL_NAME = "io.containerd.image.name"
+FULL_NAME = "io.containerd.image.name"
+"""Annotation of containerd and Docker 25: the image's name with registry and tag."""
 
 
 class Layout:
@@ -127,10 +128,10 @@ def choose_tagged(listed: list[Descriptor], tag: str, wanted: Platform, name: st
 
 
 def _tags(item: Descriptor) -> set[str]:
-    """What an entry may be called: its full name and the tag behind the last colon."""
+    """What an entry may be called: its full name, the short form of that, the tag behind the last colon."""
     found = set()
-    for key in (_REF_NAME, _FULL_NAME):
+    for key in (_REF_NAME, FULL_NAME):
         value = item.annotations.get(key)
         if value:
-            found |= {value, value.rpartition(":")[2]}
+            found |= {value, value.rpartition(":")[2], reference.familiar(value)}
     return found

@@ -1,0 +1,282 @@
+"""Images in tar files: OCI archives, Docker's old and new form, compressed ones, foreign ones."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from image_support import (
+    Blobs,
+    Erofs,
+    image,
+    layer,
+    member,
+    sha256,
+    simple_layout,
+    tagged,
+    write_layout,
+)
+
+from kata.errors import ImageError
+from kata.images import platform, store
+
+ONE = layer(member("one", content=b"1"))
+TWO = layer(member("two", content=b"2"))
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(platform, "host", lambda: platform.Platform("linux", "amd64"))
+    return tmp_path / "state" / "images"
+
+
+def content(made: store.Image) -> set[str]:
+    return set(Erofs(Path(made.rootfs_path)).tree()) - {""}
+
+
+def pack(directory: Path, archive: Path, prefix: str = "") -> Path:
+    """Put a directory into a tar file, as skopeo and `docker save` do."""
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(directory.rglob("*")):
+            tar.add(path, prefix + str(path.relative_to(directory)), recursive=False)
+    return archive
+
+
+def docker_save(
+    archive: Path, images: list[dict[str, Any]], *, extra: list[tarfile.TarInfo] | None = None
+) -> Path:
+    """What Docker before 25 writes: manifest.json, configurations, <id>/layer.tar."""
+    listed = []
+    with tarfile.open(archive, "w") as tar:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        for number, each in enumerate(images):
+            config = json.dumps(
+                {
+                    "architecture": "amd64", "os": "linux", "config": each.get("config", {}),
+                    "rootfs": {"type": "layers", "diff_ids": [sha256(data) for data in each["layers"]]},
+                }
+            ).encode()  # fmt: skip
+            name = sha256(config)[7:] + ".json"
+            add(name, config)
+            names = []
+            for position, data in enumerate(each["layers"]):
+                names.append(f"{number}{position}/layer.tar")
+                if not each.get("linked"):
+                    add(names[-1], data)
+            listed.append({"Config": name, "RepoTags": each.get("tags"), "Layers": names})
+        for info in extra or []:
+            tar.addfile(info)
+        add("manifest.json", json.dumps(listed).encode())
+    return archive
+
+
+def test_oci_archive(tmp_path: Path) -> None:
+    archive = pack(simple_layout(tmp_path / "l", ONE, TWO, how="gzip"), tmp_path / "a.tar")
+    made = store.resolve(f"oci-archive:{archive}")
+    assert content(made) == {"one", "two"}
+    assert made.names == [f"oci-archive:{archive}"]
+
+
+def test_docker_archive(tmp_path: Path) -> None:
+    archive = docker_save(
+        tmp_path / "a.tar",
+        [{"layers": [ONE, TWO], "tags": ["team/app:1"], "config": {"Cmd": ["x"], "Env": None}}],
+    )
+    made = store.resolve(f"docker-archive:{archive}")
+    assert content(made) == {"one", "two"}
+    assert made.config == {"Cmd": ["x"]}
+    assert made.names == [f"docker-archive:{archive}", "docker.io/team/app:1"]
+    assert store.resolve("team/app:1", pull="never").id == made.id
+
+
+def test_an_archive_is_the_same_image_as_the_layout(tmp_path: Path) -> None:
+    layout = simple_layout(tmp_path / "l", ONE, TWO)
+    one = store.resolve(f"oci-archive:{pack(layout, tmp_path / 'a.tar', './')}")
+    assert store.resolve(f"oci:{layout}").id == one.id
+
+
+def test_docker_25_writes_both_forms(tmp_path: Path) -> None:
+    blobs = Blobs()
+    described = image(blobs, [ONE], **tagged("1"))
+    described["annotations"]["io.containerd.image.name"] = "docker.io/library/app:1"
+    layout = write_layout(tmp_path / "l", blobs, [described])
+    inner = json.loads(blobs[described["digest"]])
+    place = "blobs/sha256/"
+    listed = {
+        "Config": place + inner["config"]["digest"][7:],
+        "RepoTags": ["app:1"],
+        "Layers": [place + inner["layers"][0]["digest"][7:]],
+    }
+    (layout / "manifest.json").write_text(json.dumps([listed]))
+    both = pack(layout, tmp_path / "both.tar")
+    (layout / "index.json").unlink()
+    docker_only = pack(layout, tmp_path / "docker.tar")
+    ids = {
+        store.resolve(f"docker-archive:{both}").id,
+        store.resolve(f"docker-archive:{both}:app:1").id,
+        store.resolve(f"oci-archive:{both}:1").id,
+        store.resolve(f"docker-archive:{docker_only}:1").id,
+    }
+    assert ids == {inner["config"]["digest"]}
+    assert store.find("app:1").id in ids
+
+
+def test_choosing_among_several(tmp_path: Path) -> None:
+    archive = docker_save(
+        tmp_path / "a.tar",
+        [
+            {"layers": [ONE], "tags": ["a:1", "x.io/b:2"]},
+            {"layers": [TWO], "tags": ["c:latest"]},
+            {"layers": []},
+        ],
+    )
+    assert content(store.resolve(f"docker-archive:{archive}")) == {"two"}
+    assert content(store.resolve(f"docker-archive:{archive}:a:1")) == {"one"}
+    assert content(store.resolve(f"docker-archive:{archive}:2")) == {"one"}
+    with pytest.raises(ImageError, match="no image with the tag 9") as caught:
+        store.resolve(f"docker-archive:{archive}:9")
+    assert "x.io/b:2" in caught.value.hint
+
+
+def test_repeated_layers_are_links_before_docker_25(tmp_path: Path) -> None:
+    again = tarfile.TarInfo("01/layer.tar")
+    again.type, again.linkname = tarfile.SYMTYPE, "../other/layer.tar"
+    hard = tarfile.TarInfo("00/layer.tar")
+    hard.type, hard.linkname = tarfile.LNKTYPE, "other/layer.tar"
+    data = tarfile.TarInfo("other/layer.tar")
+    data.size = len(ONE)
+    archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE, ONE], "linked": True}], extra=[again, hard])
+    with tarfile.open(archive, "a") as tar:
+        tar.addfile(data, io.BytesIO(ONE))
+    assert content(store.resolve(f"docker-archive:{archive}")) == {"one"}
+
+
+@pytest.mark.parametrize("pressed", [gzip.compress, bz2.compress, zstandard.compress])
+def test_compressed_archives(tmp_path: Path, state: Path, pressed: Any) -> None:
+    archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE]}])
+    archive.write_bytes(pressed(archive.read_bytes()))
+    assert content(store.resolve(f"docker-archive:{archive}")) == {"one"}
+    assert len(list((state / "rootfs").iterdir())) == 1
+
+
+def test_an_unchanged_archive_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE]}])
+    made = store.resolve(f"docker-archive:{archive}")
+    monkeypatch.setitem(__import__("sys").modules, "kata.images.acquire", None)
+    assert store.resolve(f"docker-archive:{archive}").id == made.id
+    monkeypatch.undo()
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "state"))
+    docker_save(archive, [{"layers": [TWO]}])
+    assert content(store.resolve(f"docker-archive:{archive}")) == {"two"}
+
+
+def test_names_in_archives_do_not_replace_what_was_pulled(tmp_path: Path) -> None:
+    first = docker_save(tmp_path / "a.tar", [{"layers": [ONE], "tags": ["app:1"]}])
+    second = docker_save(tmp_path / "b.tar", [{"layers": [TWO], "tags": ["app:1"]}])
+    store.resolve(f"docker-archive:{first}")
+    newer = store.resolve(f"docker-archive:{second}")
+    assert store.find("app:1").id == newer.id
+    path = os.path.join(store.directory(), "index.json")
+    index = json.loads(Path(path).read_text())
+    index["names"]["docker.io/library/app:1"]["origin"] = "registry"
+    Path(path).write_text(json.dumps(index))
+    docker_save(tmp_path / "a.tar", [{"layers": [ONE, TWO], "tags": ["app:1"]}])
+    store.resolve(f"docker-archive:{first}")
+    assert store.find("app:1").id == newer.id
+
+
+def _tar(**files: bytes) -> bytes:
+    return layer(
+        *(member(name.replace("__", "/").replace("_", "."), content=data) for name, data in files.items())
+    )
+
+
+BROKEN: dict[str, bytes] = {
+    "neither index.json nor manifest.json": _tar(x=b""),
+    "not an image archive but a root file system": _tar(etc__passwd=b"", bin__sh=b""),
+    "a Docker older than 1.10": _tar(repositories=b"{}"),
+    "manifest.json is not JSON": _tar(manifest_json=b"{"),
+    "manifest.json lists no images": _tar(manifest_json=b"[]"),
+    "manifest.json names no configuration": _tar(manifest_json=b"[{}]"),
+    "is missing": _tar(manifest_json=b'[{"Config":"c.json","Layers":[]}]'),
+    "which is not a sha256": _tar(index_json=b'{"manifests":[{"digest":"sha256:../../x","size":1}]}'),
+    "not a usable tar archive": b"no tar at all, but a text that is long enough to be read as a header" * 20,
+    "data end early": gzip.compress(os.urandom(5000))[:2000],
+}
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_broken_archives(tmp_path: Path, state: Path, words: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(BROKEN[words])
+    with pytest.raises(ImageError, match=words) as caught:
+        store.resolve(f"docker-archive:{path}")
+    assert caught.value.hint
+    assert not list((state / "rootfs").iterdir())
+
+
+def test_a_link_in_a_circle(tmp_path: Path) -> None:
+    links = []
+    for name, target in (("00/layer.tar", "../b"), ("b", "00/layer.tar")):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = tarfile.SYMTYPE, target
+        links.append(info)
+    archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE], "linked": True}], extra=links)
+    with pytest.raises(ImageError, match="is missing"):
+        store.resolve(f"docker-archive:{archive}")
+
+
+def test_a_layer_that_is_not_the_configuration_s(tmp_path: Path) -> None:
+    archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE]}])
+    data = archive.read_bytes()
+    archive.write_bytes(data.replace(b"one" + bytes(97), b"two" + bytes(97)))
+    with pytest.raises(ImageError, match=r"checksum|unpacks to"):
+        store.resolve(f"docker-archive:{archive}")
+
+
+def test_a_compressed_bomb_is_refused(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KATA_IMAGE_MAX_SIZE", "1000000")
+    path = tmp_path / "a.tar"
+    path.write_bytes(gzip.compress(bytes(50 << 20)))
+    with pytest.raises(ImageError, match="unpacks to more than 1000000 bytes"):
+        store.resolve(f"docker-archive:{path}")
+    assert not list((state / "rootfs").iterdir())
+
+
+@pytest.mark.parametrize("form", ["oci-archive", "docker-archive", "oci"])
+def test_what_skopeo_writes(tmp_path: Path, form: str) -> None:
+    if not shutil.which("skopeo"):
+        pytest.skip("needs skopeo")
+    layout = simple_layout(tmp_path / "l", ONE, TWO)
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"default":[{"type":"insecureAcceptAnything"}]}')
+    target = tmp_path / "out"
+    command = [
+        "skopeo",
+        "--policy",
+        str(policy),
+        "copy",
+        f"oci:{layout}:latest",
+        f"{form}:{target}:team/app:7",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = store.resolve(f"{form}:{target}")
+    assert content(made) == {"one", "two"}
+    assert store.resolve(f"{form}:{target}:team/app:7").id == made.id
