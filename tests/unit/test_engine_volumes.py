@@ -1,0 +1,158 @@
+"""The share of a sandbox, in mount namespaces of the tests' own. Needs root."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kata import sysio
+from kata.engine import volumes
+from kata.engine.volumes import Share
+from kata.errors import UnsupportedError, UsageError
+from kata.journal import Journal
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Run *work* in a child process with a mount namespace of its own; its exception fails the test."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            volumes.own_namespace()
+            work()
+        except BaseException:
+            os.write(writer, traceback.format_exc().encode()[-4000:])
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        problem = file.read()
+    os.waitpid(pid, 0)
+    assert not problem, problem
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
+
+
+def share_of(journal: Journal) -> Share:
+    share = Share(os.path.dirname(journal.path), journal)
+    share.prepare()
+    return share
+
+
+def options(path: str) -> set[str]:
+    found = sysio.mount_at(path)
+    assert found is not None
+    return set(found.options.split(","))
+
+
+def test_what_the_guest_sees(journal: Journal, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "file").write_text("content")
+    host_view = Path("/proc/self/mountinfo").read_text()
+
+    def work() -> None:
+        share = share_of(journal)
+        rw = share.add(str(data), "c-rw", readonly=False)
+        ro = share.add(str(data), "c-ro", readonly=True)
+        one = share.add(str(data / "file"), "c-one", readonly=True)
+        Path(share.path, rw, "new").write_text("x")
+        assert (data / "new").exists()
+        for name in (ro, one, ""):
+            target = Path(share.path, name) if name == one else Path(share.path, name, "x")
+            with pytest.raises(OSError, match="Read-only"):
+                target.write_text("x")
+        for name in (rw, ro, one):
+            assert {"nosuid", "nodev"} <= options(os.path.join(share.path, name))
+        assert Path(share.path, one).read_text() == "content"
+        # Nothing that the guest could write into lies where the engine makes its names.
+        with pytest.raises(OSError, match="Read-only"):
+            os.symlink("/", os.path.join(share.path, "evil"))
+
+    in_child(work)
+    assert Path("/proc/self/mountinfo").read_text() == host_view
+    assert not journal.undo()
+    assert os.listdir(tmp_path / "r") == []
+    assert (data / "file").exists()
+
+
+def test_mounts_below_a_volume_are_as_restricted(journal: Journal, tmp_path: Path) -> None:
+    def work() -> None:
+        below = tmp_path / "data" / "below"
+        below.mkdir(parents=True)
+        sysio.mount("tmpfs", str(below), "tmpfs", 0, "")
+        share = share_of(journal)
+        name = share.add(str(tmp_path / "data"), "c-v", readonly=True)
+        assert {"ro", "nosuid", "nodev"} <= options(os.path.join(share.path, name, "below"))
+        # What is mounted later on the host's side does not appear.
+        late = tmp_path / "data" / "late"
+        late.mkdir()
+        sysio.mount("tmpfs", str(late), "tmpfs", 0, "")
+        assert sysio.mount_at(os.path.join(share.path, name, "late")) is None
+
+    in_child(work)
+    assert not journal.undo()
+
+
+def test_undo_by_the_engine_itself_unmounts_and_keeps_the_data(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").write_text("x")
+
+    def work() -> None:
+        share = share_of(journal)
+        share.add(str(tmp_path / "data"), "c-v", readonly=False)
+        assert journal.undo() == []
+
+    in_child(work)
+    assert (tmp_path / "data" / "precious").exists()
+    assert not os.path.exists(os.path.dirname(journal.path))
+
+
+def test_remove_takes_one_back(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+
+    def work() -> None:
+        share = share_of(journal)
+        share.add(str(tmp_path / "data"), "c-v", readonly=False)
+        share.add_file("c-hosts", b"127.0.0.1 localhost\n")
+        assert Path(share.path, "c-hosts").read_text().startswith("127")
+        share.remove("c-v")
+        share.remove("c-hosts")
+        share.remove("never there")
+        assert os.listdir(share.path) == []
+
+    in_child(work)
+    assert not journal.undo()
+
+
+def test_what_cannot_be_shared_is_named(journal: Journal, tmp_path: Path) -> None:
+    path = str(tmp_path / "sock")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    os.mkfifo(tmp_path / "fifo")
+
+    def work() -> None:
+        share = share_of(journal)
+        for source, error, word in (
+            ("/dev/null", UnsupportedError, "device"),
+            (path, UnsupportedError, "socket"),
+            (str(tmp_path / "fifo"), UnsupportedError, "fifo"),
+            ("/nonexistent/x", UsageError, "No such file"),
+        ):
+            with pytest.raises(error, match=word):
+                share.add(source, "c-x", readonly=False)
+        assert os.listdir(share.path) == []
+
+    in_child(work)
+    listener.close()
+    assert not journal.undo()
