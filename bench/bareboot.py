@@ -25,9 +25,9 @@ sys.path.append(str(ROOT / "src"))
 
 from kata import paths  # noqa: E402
 from kata.children import find_program  # noqa: E402
+from kata.engine.boot import vm_settings  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
-from kata.hypervisor import accel, qemu_command  # noqa: E402
-from kata.hypervisor.settings import VMSettings  # noqa: E402
+from kata.hypervisor import accel, qemu_command, tsc  # noqa: E402
 from kata.resources import sizing  # noqa: E402
 
 POWER_OFF = """
@@ -79,16 +79,20 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     subprocess.run(["gcc", *flags, "-o", program, source], check=True)
     image.write_bytes(initrd.build(program.read_bytes(), []))
     size = sizing.plan(None, None)
-    settings = VMSettings(
-        name="bare",
-        run_dir=str(work),
-        kernel=manifest.load(str(guest)).kernel,
-        initrd=str(image),
-        accel=accel.choose(environment.get(accel.VARIABLE, "")).accel,
-        vcpus=size.vcpus,
-        memory_mib=size.memory_mib,
-        binary=find_program("qemu-system-x86_64") or "qemu-system-x86_64",
-    )
+    machine = {
+        "id": "bare",
+        "hypervisor": {
+            "accel": accel.choose(environment.get(accel.VARIABLE, "")).accel,
+            "kernel": manifest.load(str(guest)).kernel,
+            "initrd": str(image),
+            "path": find_program("qemu-system-x86_64") or "qemu-system-x86_64",
+        },
+        "vcpus": size.vcpus,
+        "memory_mib": size.memory_mib,
+    }
+    settings = vm_settings(machine, str(work), None, None)
+    if settings.accel == "tcg":
+        settings.tsc_khz = tsc.khz()
     full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1))
     bare, position = [full[0]], 1
     while position < len(full):
