@@ -49,7 +49,13 @@ _KEPT = (
     "net",
     "virt",
 )
-_DROPPED = ("drivers/net/ethernet", "drivers/net/wireless", "drivers/net/wwan", "drivers/net/can", "drivers/net/usb")
+_DROPPED = (
+    "drivers/net/ethernet",
+    "drivers/net/wireless",
+    "drivers/net/wwan",
+    "drivers/net/can",
+    "drivers/net/usb",
+)
 # A kernel's directory with another part of the modules is another directory.
 _RECIPE = hashlib.sha256(repr((_KEPT, _DROPPED)).encode()).hexdigest()[:8]
 
@@ -148,7 +154,11 @@ def _fetch_kernel(place: Path, note: Callable[[str], None]) -> Path:
         (new / "vmlinux").write_bytes(vmlinux)
         release = image.name.removeprefix("vmlinuz-")
         # Since Debian 13 the modules lie below /usr.
-        tree = next(path for top in ("lib", "usr/lib") if (path := work / "package" / top / "modules" / release).is_dir())
+        tree = next(
+            path
+            for top in ("lib", "usr/lib")
+            if (path := work / "package" / top / "modules" / release).is_dir()
+        )
         _copy_modules(tree, new / "lib/modules" / release)
         _run(["depmod", "-b", str(new), release], "depmod")
         os.rename(new, target)
@@ -168,7 +178,9 @@ def _copy_modules(source: Path, target: Path) -> None:
                 source / "kernel" / part,
                 target / "kernel" / part,
                 ignore=lambda where, names: [
-                    name for name in names if os.path.relpath(f"{where}/{name}", source / "kernel") in _DROPPED
+                    name
+                    for name in names
+                    if os.path.relpath(f"{where}/{name}", source / "kernel") in _DROPPED
                 ],
             )
     for file in source.glob("modules.*"):
@@ -177,7 +189,9 @@ def _copy_modules(source: Path, target: Path) -> None:
 
 def _run(argv: list[str], what: str) -> None:
     program = shutil.which(argv[0], path=_SBIN) or argv[0]
-    done = subprocess.run([program, *argv[1:]], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, *argv[1:]], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise GuestAssetError(f"{what} failed: {done.stderr.strip()[-300:]}")
 
@@ -234,7 +248,9 @@ def _static_busybox(note: Callable[[str], None]) -> bytes:
         for relative in ("bin/busybox", "usr/bin/busybox"):
             if Path(work, relative).exists():
                 return Path(work, relative).read_bytes()
-    raise GuestAssetError("Debian's package busybox-static holds no busybox", "apt-get install busybox-static")
+    raise GuestAssetError(
+        "Debian's package busybox-static holds no busybox", "apt-get install busybox-static"
+    )
 
 
 def _is_static(elf: bytes) -> bool:
@@ -244,4 +260,7 @@ def _is_static(elf: bytes) -> bool:
     table = int.from_bytes(elf[32:40], "little")
     size, count = int.from_bytes(elf[54:56], "little"), int.from_bytes(elf[56:58], "little")
     interpreter = 3
-    return all(int.from_bytes(elf[at : at + 4], "little") != interpreter for at in range(table, table + size * count, size))
+    return all(
+        int.from_bytes(elf[at : at + 4], "little") != interpreter
+        for at in range(table, table + size * count, size)
+    )

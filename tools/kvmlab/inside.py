@@ -94,7 +94,7 @@ def quoted(path: str) -> str:
 
 def prepare(spec: dict[str, Any]) -> str:
     """Make the machine what commands expect of one. Returns empty, or what could not be done."""
-    lines = ["m() { busybox mount \"$@\"; }", "ip() { busybox ip \"$@\"; }", "ip link set lo up"]
+    lines = ['m() { busybox mount "$@"; }', 'ip() { busybox ip "$@"; }', "ip link set lo up"]
     lines += [f"m -t tmpfs -o mode=755 tmp {path}" for path in _FRESH if os.path.isdir(path)]
     lines += [
         "mkdir -p /dev/pts /dev/shm /dev/mqueue /dev/hugepages /run/lock /run/netns",
@@ -113,7 +113,9 @@ def prepare(spec: dict[str, Any]) -> str:
     ]
     if spec["network"]:
         # The addresses of QEMU's user network.
-        lines.append("ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip route add default via 10.0.2.2")
+        lines.append(
+            "ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip route add default via 10.0.2.2"
+        )
     lines += [f"modprobe {quoted(name)}" for name in spec["modules"]]
     wrong = shell("\n".join(lines))
     if not wrong and not os.path.exists("/dev/kvm"):
@@ -174,7 +176,9 @@ class Lab:
         except BlockingIOError:
             return
         if not data:
-            time.sleep(0.1)  # nobody is there: the host's end closed, and with it this machine is about to end
+            time.sleep(
+                0.1
+            )  # nobody is there: the host's end closed, and with it this machine is about to end
         yield from self.decoder.feed(data)
 
     # ---- the command ----
@@ -219,8 +223,8 @@ class Lab:
     def _become(self, spec: dict[str, Any], streams: tuple[int, int, int]) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
+            for changed in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
+                signal.signal(changed, signal.SIG_DFL)
             os.setsid()
             for number, fd in enumerate(streams):
                 os.dup2(fd, number)
@@ -245,7 +249,10 @@ class Lab:
     def loop(self) -> None:
         """Pass streams and signals until the command has ended and what it wrote is on its way."""
         while self.status is None:
-            watched = {self.port: select.POLLIN | (select.POLLOUT if self.out else 0), self.wakeup: select.POLLIN}
+            watched = {
+                self.port: select.POLLIN | (select.POLLOUT if self.out else 0),
+                self.wakeup: select.POLLIN,
+            }
             if self.queued < _HIGH_WATER:
                 watched |= dict.fromkeys(self.sources, select.POLLIN)
             if self.stdin_fd >= 0 and (self.stdin or self.stdin_ends):

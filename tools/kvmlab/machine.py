@@ -23,7 +23,7 @@ FIRMWARE = "qboot.rom"
 # nothing else. "la57" off: a fifth level of page tables is walked in software, with nested paging many times.
 CPU = "max,-erms,-la57"
 # Warnings of the kernel go to the console, and with it into the log of a failed run.
-CMDLINE = "console=ttyS0 loglevel=5 panic=-1 mitigations=off no_timer_check tsc=reliable cgroup_no_v1=all random.trust_cpu=on"
+CMDLINE = "console=ttyS0 loglevel=5 panic=-1 mitigations=off no_timer_check tsc=reliable cgroup_no_v1=all"
 TB_SIZE_MIB = 512
 
 
@@ -55,7 +55,9 @@ def default_size() -> Size:
 def obstacle() -> str:
     """Empty when a lab can run on this machine, else why not."""
     if os.uname().machine != "x86_64":
-        return f"the lab runs this machine's programs on an emulated x86-64, and this is {os.uname().machine}"
+        return (
+            f"the lab runs this machine's programs on an emulated x86-64, and this is {os.uname().machine}"
+        )
     program = shutil.which(PROGRAM)
     if program is None:
         return f"{PROGRAM} is not installed (apt-get install qemu-system-x86)"
@@ -88,7 +90,16 @@ def command_line(assets: Assets, size: Size, network: str, console_fd: int, port
         *("-machine", "q35,usb=off,vmport=off,smbus=off"),
         *("-accel", f"tcg,thread=multi,tb-size={TB_SIZE_MIB}", "-cpu", CPU),
         *("-smp", str(size.cpus), "-m", f"{size.memory_mib}M"),
-        *("-bios", FIRMWARE, "-kernel", str(assets.kernel), "-initrd", str(assets.initrd), "-append", CMDLINE),
+        *(
+            "-bios",
+            FIRMWARE,
+            "-kernel",
+            str(assets.kernel),
+            "-initrd",
+            str(assets.initrd),
+            "-append",
+            CMDLINE,
+        ),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-device", "isa-serial,chardev=console"),
         *("-device", "virtio-serial-pci", "-chardev", f"socket,id=port,fd={port_fd}"),
@@ -142,7 +153,9 @@ class Machine:
                 preexec_fn=lambda: sysio.die_with_parent(parent),
             )
         except OSError as error:
-            raise HostError(f"cannot execute {PROGRAM}: {error.strerror}", "apt-get install qemu-system-x86") from error
+            raise HostError(
+                f"cannot execute {PROGRAM}: {error.strerror}", "apt-get install qemu-system-x86"
+            ) from error
         finally:
             port_theirs.close()
             console_theirs.close()
@@ -179,6 +192,7 @@ class Machine:
     def report(self, lines: int = 60) -> None:
         """Print the end of the console to standard error."""
         text = self.ring.tail(16384, lines)
-        print("kvm-lab: the lab's console ends with:" if text else "kvm-lab: the lab's console is empty", file=sys.stderr)
+        what = "ends with:" if text else "is empty"
+        print(f"kvm-lab: the lab's console {what}", file=sys.stderr)
         for line in text.splitlines():
             print(f"  | {line}", file=sys.stderr)

@@ -7,13 +7,23 @@ import os
 import sys
 
 from kata.errors import KataError
+from kata.guest import packages
 
 from . import assets, machine, session
 
 MARK = "KVM_LAB"
 """Set in the environment of what runs in the lab."""
 # What belongs to the caller's session and means nothing in another machine.
-_LEFT_OUT = ("DBUS_", "SSH_", "XDG_RUNTIME", "XDG_SESSION", "NOTIFY_SOCKET", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+_LEFT_OUT = (
+    "DBUS_",
+    "SSH_",
+    "XDG_RUNTIME",
+    "XDG_SESSION",
+    "NOTIFY_SOCKET",
+    "MAKEFLAGS",
+    "MFLAGS",
+    "MAKELEVEL",
+)
 
 _TEXT = """\
 Run a command in the KVM lab: an emulated machine with emulated AMD-V, in which a Linux kernel offers a
@@ -21,12 +31,17 @@ working /dev/kvm and /dev/vhost-vsock. It sees this machine's files and programs
 afterwards. Everything in it is ten to thirty times slower than here.
 
 Exit status: the command's; 124 after the deadline; 125 when the lab itself failed."""
+_GET = "bring a file or directory back, also when the command fails; DEST is its name here"
+_NETWORK = "none; an interface that leads nowhere (the default); or this machine's network"
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(
-        prog="kvm-lab", description=_TEXT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="kvm-lab",
+        description=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     size = machine.default_size()
     add = made.add_argument
@@ -34,17 +49,17 @@ def parser() -> argparse.ArgumentParser:
     add("--shell", action="store_true", help="give the command this terminal; without a command: a shell")
     add("--stdin", action="store_true", help="pass standard input on (it is empty otherwise)")
     add("--timeout", type=_seconds, default=0.0, metavar="S", help="end the command after so many seconds")
-    add("--get", action="append", default=[], metavar="PATH[:DEST]", help="bring a file or directory back, also when the command fails; DEST is its name here")
+    add("--get", action="append", default=[], metavar="PATH[:DEST]", help=_GET)
     add("--memory", type=int, default=size.memory_mib, metavar="MIB", help="memory of the lab (%(default)s)")
     add("--cpus", type=int, default=size.cpus, metavar="N", help="processors of the lab (%(default)s)")
     add("--modules", action="append", default=[], metavar="NAME,...", help="load more kernel modules")
-    add("--network", choices=("none", "isolated", "open"), default="isolated", help="none; an interface that leads nowhere (the default); or this machine's network")
+    add("--network", choices=("none", "isolated", "open"), default="isolated", help=_NETWORK)
     add("-e", "--env", action="append", default=[], metavar="NAME=VALUE", help="set a variable")
     add("-C", "--directory", default=os.getcwd(), metavar="DIR", help="where to run the command (here)")
     add("--log", default="", metavar="FILE", help="write the end of the lab's console there")
-    add("-v", "--verbose", action="store_true", help="say how long the start took; show the console at the end")
+    add("-v", "--verbose", action="store_true", help="say how long the start took, show the console")
     add("--renew", action="store_true", help="look for a newer kernel package first")
-    add("--check", action="store_true", help="only say whether a lab can run here (status 0) or why not (1)")
+    add("--check", action="store_true", help="only say whether a lab can run here (0) or why not (1)")
     add("--prepare", action="store_true", help="only fetch and make what a lab needs")
     return made
 
@@ -70,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     why_not = machine.obstacle()
-    if not why_not and not assets.available() and not assets.packages.have_apt():
+    if not why_not and not assets.available() and not packages.have_apt():
         why_not = "there is no apt to fetch the lab's kernel with"
     if options.check:
         print(why_not or "a KVM lab can run here")

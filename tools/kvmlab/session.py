@@ -32,6 +32,10 @@ BOOT_S = 300.0
 EXIT_TIMEOUT = 124
 EXIT_LAB = 125
 _PIPE_BUF = 4096
+_FORWARDED = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH),
+)
 _PATIENCE = 3
 """The third Ctrl-C ends a lab whose command ignores them."""
 
@@ -114,7 +118,7 @@ class Session:
         self._decoder = frames.Decoder()
         self._to_lab = bytearray()
         self._to_us: deque[tuple[int, bytes]] = deque()
-        self._archive: IO[bytes] = tempfile.TemporaryFile()
+        self._archive: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _extract
         self._code: int | None = None
         self._done = False
         self._timed_out = False
@@ -148,7 +152,11 @@ class Session:
 
     def _turn(self) -> None:
         machine = self.machine
-        watched = {machine.pidfd: select.POLLIN, machine.console.fileno(): select.POLLIN, self._wakeup: select.POLLIN}
+        watched = {
+            machine.pidfd: select.POLLIN,
+            machine.console.fileno(): select.POLLIN,
+            self._wakeup: select.POLLIN,
+        }
         port = machine.port.fileno()
         watched[port] = select.POLLOUT if self._to_lab else 0
         if self._to_us:
@@ -189,7 +197,9 @@ class Session:
             return
         words = self.machine.last_words()
         status = self.machine.process.wait()
-        what = "ended while the command ran" if self.started_after_s else "ended before the command was started"
+        what = (
+            "ended while the command ran" if self.started_after_s else "ended before the command was started"
+        )
         raise LabError(f"the lab {what} (QEMU's status {status})" + (f": {words}" if words else ""))
 
     def _late(self) -> None:
@@ -307,7 +317,9 @@ class Session:
                         while data := source.read(1 << 20):
                             file.write(data)
                 else:
-                    self.missing.append(f"{os.path.join(self.request.get[int(index)][0], rest)}: not a regular file")
+                    self.missing.append(
+                        f"{os.path.join(self.request.get[int(index)][0], rest)}: not a regular file"
+                    )
 
 
 def _terminal_size() -> list[int]:
@@ -323,8 +335,7 @@ def _terminal_size() -> list[int]:
 def _signals() -> Iterator[int]:
     """Have the signals that are meant for the command arrive on a descriptor instead."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
-    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+    before = {number: signal.signal(number, lambda number, frame: None) for number in _FORWARDED}
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield reader
