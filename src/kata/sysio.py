@@ -263,6 +263,26 @@ def bpf(command: int, attributes: bytes) -> int:
     return _check(_c().syscall(ctypes.c_long(numbers[machine]), command, buffer, size))
 
 
+def perf_event_open(kind: int, config: int) -> int:
+    """perf_event_open(2): a disabled event of this process, on any processor. Returns its descriptor."""
+    numbers = {"x86_64": 298, "aarch64": 241}
+    machine = os.uname().machine
+    if machine not in numbers:
+        raise OSError(errno.ENOSYS, f"perf_event_open(2) is not known for {machine}")
+    size = 112
+    disabled, user_only = 1 << 0, 1 << 5 | 1 << 6  # disabled; exclude_kernel, exclude_hv
+    attributes = (
+        kind.to_bytes(4, "little")
+        + size.to_bytes(4, "little")
+        + config.to_bytes(8, "little")
+        + bytes(24)
+        + (disabled | user_only).to_bytes(8, "little")
+    )
+    buffer = ctypes.create_string_buffer(attributes.ljust(size, b"\0"), size)
+    number, close_on_exec = ctypes.c_long(numbers[machine]), ctypes.c_ulong(8)
+    return _check(_c().syscall(number, buffer, 0, -1, -1, close_on_exec))
+
+
 def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
     """Load a BPF program (BPF_PROG_LOAD, see ``linux/bpf.h``).
 

@@ -11,7 +11,7 @@ import os
 
 from kata import children
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
-from kata.hypervisor import qemu_command
+from kata.hypervisor import qemu_command, tsc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
     entries: list[Entry] = []
     try:
         _check(settings)
+        if settings.accel == "tcg" and not settings.tsc_khz:
+            settings.tsc_khz = tsc.khz()
         for name in ("agent", "qmp", "console"):
             if name != "console" or settings.console != "none":
                 ours[name], theirs[name] = children.socketpair()

@@ -72,6 +72,7 @@ class VMSettings:
         nic: The network interface; None is no such device.
         vsock: vhost-vsock device, or None: then the agent uses the virtio-serial port.
         console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
+        tsc_khz: Frequency of the host's time-stamp counter, told to an emulated guest; 0 is not known.
         tb_size_mib: Bound of the software emulation's translation buffer.
     """
 
@@ -91,6 +92,7 @@ class VMSettings:
         "run_dir",
         "share_dir",
         "tb_size_mib",
+        "tsc_khz",
         "vcpus",
         "vsock",
     )
@@ -114,7 +116,8 @@ class VMSettings:
         nic: Nic | None = None,
         vsock: Vsock | None = None,
         console: str = "serial",
-        tb_size_mib: int = 256,
+        tsc_khz: int = 0,
+        tb_size_mib: int = 128,
     ) -> None:
         if accel not in ("kvm", "tcg"):
             raise ValueError(f"no such accelerator: {accel}")
@@ -138,4 +141,5 @@ class VMSettings:
         self.nic = nic
         self.vsock = vsock
         self.console = console
+        self.tsc_khz = tsc_khz
         self.tb_size_mib = tb_size_mib
