@@ -1,0 +1,385 @@
+"""The journal: written before the deed, undone by identity, whatever was torn on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kata import children, sysio
+from kata.errors import AlreadyExistsError, JournalError
+from kata.journal import Journal, dumps, process_identity, reconcile
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def new(base: Path, name: str = "a") -> Journal:
+    return Journal.create_dir(str(base / "sandboxes"), name, {"door": "test", "id": name})
+
+
+def orphan(journal: Journal) -> None:
+    """Make the owner somebody who has ended."""
+    ended = subprocess.Popen(["true"])
+    identity = process_identity(ended.pid)
+    ended.wait()
+    with open(journal.path, "a", encoding="ascii") as file:
+        file.write(dumps({"owner": identity}) + "\n")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+def test_small_json_writer_agrees_with_json(value: Any) -> None:
+    text = dumps(value)
+    assert json.loads(text) == value
+    assert text.isascii()
+    assert "\n" not in text
+
+
+def test_import_is_light() -> None:
+    code = "import sys, kata.journal; print('json' in sys.modules, 're' in sys.modules, 'typing' in sys.modules)"
+    path = str(Path(__file__).parents[2] / "src")
+    command = f"import sys; sys.path.insert(0, {path!r}); {code}"
+    said = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", command], capture_output=True, check=True, text=True
+    )
+    assert said.stdout.split() == ["False", "False", "False"]
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    path = tmp_path / "thing"
+    entry = journal.intend("file", path=str(path), note="é\n")
+    assert [line for line in Path(journal.path).read_text().splitlines() if "thing" in line], (
+        "not on disk yet"
+    )
+    path.write_text("x")
+    journal.made(entry)
+    gone = journal.intend("socket", path=str(tmp_path / "s"))
+    journal.forget(gone)
+    journal.keep()
+    again = Journal.open(journal.path)
+    assert again.meta == {"door": "test", "id": "a"}
+    assert again.kept
+    assert again.owner_alive()
+    assert [(e.kind, e.params.get("note"), e.gone) for e in again.entries] == [
+        ("file", "é\n", False),
+        ("socket", None, True),
+    ]
+    assert again.entries[0].identity == {"dev": path.stat().st_dev, "ino": path.stat().st_ino}
+
+
+def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    new(tmp_path)
+    with pytest.raises(AlreadyExistsError):
+        new(tmp_path)
+    assert os.listdir(tmp_path / "sandboxes") == ["a"]
+    with pytest.raises(AlreadyExistsError):
+        Journal.create(str(tmp_path / "sandboxes" / "a" / "journal"), {})
+
+
+def test_files_sockets_and_trees_are_undone_in_reverse(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    tree = tmp_path / "tree"
+    journal.make_directory(str(tree))
+    inner = tree / "inner"
+    journal.make_directory(str(inner))
+    (inner / "file").write_text("x")
+    deep = inner
+    for _ in range(50):
+        deep = deep / "d"
+        deep.mkdir()
+    (deep / "link").symlink_to("/etc/passwd")
+    entry = journal.intend("socket", path=str(tmp_path / "sock"))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "sock"))
+        journal.made(entry)
+    assert journal.undo() == []
+    assert not list(tmp_path.rglob("*/*"))
+    assert Path("/etc/passwd").exists()
+    assert journal.undo.__self__.fileno() < 0  # closed
+
+
+def test_undo_is_idempotent_and_for_anybody(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    other = Journal.open(journal.path)
+    assert journal.undo() == []
+    assert other.undo() == []
+
+
+def test_what_replaced_ours_is_left_alone(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    file, directory = tmp_path / "file", tmp_path / "dir"
+    entry = journal.intend("file", path=str(file))
+    file.write_text("ours")
+    journal.made(entry)
+    journal.make_directory(str(directory))
+    file.rename(tmp_path / "moved")
+    file.write_text("somebody else's")
+    directory.rename(tmp_path / "moved-dir")
+    directory.mkdir()
+    (directory / "theirs").write_text("x")
+    assert journal.undo() == []
+    assert file.read_text() == "somebody else's"
+    assert (directory / "theirs").exists()
+
+
+def test_without_identity_only_what_was_absent_is_ours(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.write_text("was there")
+    journal.intend("file", path=str(before))
+    journal.intend("file", path=str(after))
+    after.write_text("made, and then the maker died")
+    orphan(journal)
+    journal.close()
+    assert reconcile(str(tmp_path), str(tmp_path / "state")).failures == []
+    assert before.exists()
+    assert not after.exists()
+
+
+def test_a_symlink_in_a_tree_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("x")
+    journal = new(tmp_path)
+    tree = tmp_path / "tree"
+    journal.make_directory(str(tree))
+    (tree / "link").symlink_to(victim)
+    assert journal.undo() == []
+    assert (victim / "precious").exists()
+    journal = new(tmp_path)
+    journal.make_directory(str(tree))
+    tree.rmdir()
+    tree.symlink_to(victim)
+    assert journal.undo() == []
+    assert (victim / "precious").exists()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_torn_last_line_is_tolerated(tmp_path: Path, cut: int) -> None:
+    journal = new(tmp_path)
+    kept = journal.make_directory(str(tmp_path / "kept"))
+    journal.intend("directory", path=str(tmp_path / "never"))
+    journal.close()
+    path = Path(journal.path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Journal.open(str(path))
+    assert [e.id for e in again.entries if e.identity] == [kept.id]
+    again.make_directory(str(tmp_path / "later"))
+    assert Journal.open(str(path)).entries[-1].params["path"] == str(tmp_path / "later")
+    assert again.undo() == []
+    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "later").exists()
+
+
+def test_a_damaged_journal_is_reported_not_obeyed(tmp_path: Path) -> None:
+    directory = tmp_path / "sandboxes" / "bad"
+    directory.mkdir(parents=True)
+    (directory / "journal").write_text("not a journal\n")
+    with pytest.raises(JournalError):
+        Journal.open(str(directory / "journal"))
+    report = reconcile(str(tmp_path), str(tmp_path / "state"))
+    assert len(report.failures) == 1
+    assert directory.exists()
+
+
+def test_processes_are_ended_by_identity(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    stubborn = "import signal, time; signal.signal(15, 1); print(flush=True); time.sleep(600)"
+    read, write = os.pipe()
+    first = children.spawn(["/bin/sleep", "600"], journal, "sleeper", gently=True)
+    second = children.spawn([sys.executable, "-c", stubborn], journal, "stubborn", stdout=write)
+    assert os.read(read, 1) == b"\n"
+    os.close(read)
+    os.close(write)
+    stranger = subprocess.Popen(["sleep", "600"])
+    entry = journal.intend("process", role="stranger")
+    journal.made(entry, pid=stranger.pid, start=1)  # another start time: not the process we mean
+    try:
+        assert journal.undo() == []
+        assert first.poll() == -signal.SIGTERM
+        assert second.poll() == -signal.SIGKILL
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_process_from_before_a_reboot_is_not_looked_for(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    entry = journal.intend("process", role="me, were it not for the boot")
+    journal.made(entry, pid=os.getppid(), boot="00000000-0000-0000-0000-000000000000")
+    assert journal.undo() == []
+
+
+def test_a_child_dies_with_its_parent_and_before_it_is_known(tmp_path: Path) -> None:
+    (tmp_path / "go.py").write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
+        "import os\n"
+        "from kata import children\n"
+        "from kata.journal import Journal\n"
+        f"journal = Journal.create_dir({str(tmp_path / 'sandboxes')!r}, 'p', {{}})\n"
+        "print(children.spawn(['/bin/sleep', '600'], journal, 'sleeper').pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    said = subprocess.run(
+        [sys.executable, str(tmp_path / "go.py")], capture_output=True, text=True, check=False
+    )
+    pid = int(said.stdout)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        pass
+    else:
+        assert sysio.pidfd_wait(pidfd, 10)
+        os.close(pidfd)
+    report = reconcile(str(tmp_path), str(tmp_path / "state"))
+    assert report.undone == [str(tmp_path / "sandboxes" / "p")]
+    assert report.failures == []
+
+
+def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    with pytest.raises(FileNotFoundError, match="cannot execute /no/such"):
+        children.spawn(["/no/such"], journal, "nothing")
+    assert journal.entries[-1].gone
+
+
+def test_reconcile_leaves_the_living_and_the_kept(tmp_path: Path) -> None:
+    alive, dead, kept = new(tmp_path, "alive"), new(tmp_path, "dead"), new(tmp_path, "kept")
+    kept.keep()
+    for journal in (dead, kept):
+        orphan(journal)
+    (tmp_path / "sandboxes" / "stranger").mkdir()
+    unfinished = tmp_path / "sandboxes" / ".new-1-1-00000000-abcd"
+    unfinished.mkdir()
+    (unfinished / "journal").write_text("")
+    me = process_identity(os.getpid())
+    living = tmp_path / "sandboxes" / f".new-{me['pid']}-{me['start']}-{me['boot'][:8]}-abcd"
+    living.mkdir()
+    report = reconcile(str(tmp_path), str(tmp_path / "state"))
+    assert sorted(report.undone) == [str(unfinished), str(tmp_path / "sandboxes" / "dead")]
+    assert report.failures == []
+    assert {os.path.basename(path) for path, _ in report.left} == {"alive", "kept", "stranger", living.name}
+    assert alive.undo() == []
+
+
+@needs_root
+def test_mounts_are_undone_by_identity(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    target = tmp_path / "sandboxes" / "a" / "mnt"
+    journal.make_directory(str(target))
+    journal.make_mount("kata-test", str(target), "tmpfs", sysio.MS_NOSUID | sysio.MS_NODEV)
+    (target / "file").write_text("x")
+    busy = os.open(target / "file", os.O_RDONLY)
+    assert journal.undo() == []
+    os.close(busy)
+    assert sysio.mount_at(str(target)) is None
+    assert not target.exists()
+
+
+@needs_root
+def test_a_foreign_mount_is_neither_undone_nor_crossed(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    tree, source = tmp_path / "tree", tmp_path / "source"
+    source.mkdir()
+    (source / "precious").write_text("x")
+    journal.make_directory(str(tree))
+    (tree / "mnt").mkdir()
+    sysio.mount(str(source), str(tree / "mnt"), None, sysio.MS_BIND)
+    try:
+        failures = journal.undo()
+        assert len(failures) == 1
+        assert "something is mounted" in failures[0]
+        assert (source / "precious").exists()
+    finally:
+        sysio.umount2(str(tree / "mnt"))
+    assert journal.undo() == []
+    assert not tree.exists()
+    assert (source / "precious").exists()
+
+
+@needs_root
+def test_a_mount_without_identity(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    journal.intend("mount", target=str(target), source="kata-test-x", fstype="tmpfs")
+    sysio.mount("kata-test-x", str(target), "tmpfs")
+    assert journal.undo() == []
+    assert sysio.mount_at(str(target)) is None
+
+
+@needs_root
+def test_network_namespaces_and_taps(tmp_path: Path) -> None:
+    name = f"ktest{os.urandom(3).hex()}"
+    journal = new(tmp_path)
+    entry = journal.intend("netns", path=f"/run/netns/{name}")
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    journal.made(entry)
+    ip = ["ip", "-n", name]
+    tap = journal.intend("tap", name="tap0", netns=f"/run/netns/{name}")
+    if subprocess.run(
+        [*ip, "tuntap", "add", "tap0", "mode", "tap"], capture_output=True, check=False
+    ).returncode:
+        journal.forget(tap)  # no tun in this kernel
+    else:
+        shown = subprocess.run([*ip, "-j", "link", "show", "tap0"], capture_output=True, check=True)
+        journal.made(tap, ifindex=json.loads(shown.stdout)[0]["ifindex"])
+        held = os.open(f"/run/netns/{name}", os.O_RDONLY)
+        reverse = Journal.open(journal.path)
+        for gone in reverse.entries[:1]:
+            reverse.forget(gone)  # only the tap, first
+        assert [e.kind for e in reverse.entries if not e.gone] == ["tap"]
+        os.close(held)
+        assert reverse.undo() == []
+        assert subprocess.run([*ip, "link", "show", "tap0"], capture_output=True, check=False).returncode
+    journal = new(tmp_path, "b")
+    entry = journal.intend("netns", path=f"/run/netns/{name}")
+    journal.made(entry)
+    assert journal.undo() == []
+    assert not os.path.exists(f"/run/netns/{name}")
+
+
+@needs_root
+def test_cgroups_and_what_is_in_them(tmp_path: Path) -> None:
+    base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), None)
+    if base is None:
+        pytest.skip("no cgroup v2 hierarchy is mounted")
+    path = f"{base}/ktest-{os.urandom(3).hex()}"
+    journal = new(tmp_path)
+    entry = journal.intend("cgroup", path=path)
+    os.mkdir(path)
+    journal.made(entry)
+    os.mkdir(f"{path}/below")
+    process = subprocess.Popen(["sleep", "600"])
+    Path(f"{path}/below/cgroup.procs").write_text(str(process.pid))
+    assert journal.undo() == []
+    assert process.wait() == -signal.SIGKILL
+    assert not os.path.exists(path)
+
+
+def test_undo_keeps_the_journal_while_something_is_left(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    with open(journal.path, "a", encoding="ascii") as file:
+        file.write('{"n":"x-1","intend":"spaceship","p":{"name":"Enterprise"}}\n')
+    failures = journal.undo()
+    assert failures == ["cannot undo spaceship Enterprise: this version does not know that kind"]
+    assert os.path.exists(journal.path)
+    report = reconcile(str(tmp_path), str(tmp_path / "state"))
+    assert report.undone == []

@@ -1,0 +1,177 @@
+"""QEMU's command line, from plain settings; and the sentences for what QEMU says when it fails."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kata.errors import GuestAssetError, HypervisorError, KataError, ResourceExhaustedError
+from kata.hypervisor import qemu_command, slots
+from kata.hypervisor.qemu_process import explain
+from kata.hypervisor.settings import Disk, Nic, VMSettings, Vsock
+
+FDS = qemu_command.Fds(agent=10, qmp=11, console=12)
+
+
+def settings(**changes: Any) -> VMSettings:
+    values = {
+        "name": "kata-x",
+        "run_dir": "/run/kata/sandboxes/x",
+        "kernel": "/guest/vmlinux",
+        "initrd": "/guest/initrd",
+        "cmdline": "quiet",
+        "binary": "/usr/bin/qemu-system-x86_64",
+        **changes,
+    }
+    return VMSettings(**values)
+
+
+def options(argv: list[str], name: str) -> list[str]:
+    return [argv[i + 1] for i, word in enumerate(argv) if word == name]
+
+
+def devices(argv: list[str]) -> dict[str, dict[str, str]]:
+    """Devices by address."""
+    found = {}
+    for text in options(argv, "-device"):
+        driver, *rest = text.split(",")
+        properties = dict(part.split("=", 1) for part in rest)
+        if "addr" in properties:
+            found[properties["addr"]] = {"driver": driver, **properties}
+    return found
+
+
+def blocks(argv: list[str]) -> dict[str, dict[str, Any]]:
+    return {node["node-name"]: node for node in map(json.loads, options(argv, "-blockdev"))}
+
+
+def test_every_plug_is_there_at_its_place() -> None:
+    argv = qemu_command.build(settings(nic=Nic("02:00:00:00:00:01"), share_dir="/s"), FDS)
+    by_address = {address: device["driver"] for address, device in devices(argv).items()}
+    assert by_address == {
+        "02.0": "virtio-serial-pci",
+        "04.0": "virtio-9p-pci",
+        "05.0": "virtio-blk-pci",
+        "06.0": "virtio-blk-pci",
+        "07.0": "virtio-blk-pci",
+        "08.0": "virtio-blk-pci",
+        "09.0": "virtio-net-pci",
+        "0a.0": "virtio-rng-pci",
+        "0b.0": "virtio-balloon-pci",
+    }
+    assert slots.disk_path(1) == "06"
+    assert slots.nic_path() == "09"
+
+
+def test_empty_slots_hold_typed_placeholders() -> None:
+    nodes = blocks(qemu_command.build(settings(), FDS))
+    for index, readonly in enumerate(slots.PLACEHOLDER_READONLY):
+        assert nodes[f"file{index}"]["driver"] == "null-co"
+        assert nodes[f"slot{index}"]["file"] == f"file{index}"
+        assert nodes[f"file{index}"]["read-only"] is nodes[f"slot{index}"]["read-only"] is readonly
+
+
+def test_disks_keep_awkward_names_and_their_types() -> None:
+    disks = [
+        Disk('/odd, "name"\\é', True, "lower"),
+        Disk("/rw.img", False, ephemeral=True),
+        None,
+        Disk("/dev/sdx", True),
+    ]
+    argv = qemu_command.build(settings(disks=disks), FDS)
+    nodes = blocks(argv)
+    assert nodes["file0"]["filename"] == '/odd, "name"\\é'
+    assert nodes["file0"]["read-only"] is True
+    assert nodes["file1"]["cache"] == {"direct": False, "no-flush": True}
+    assert nodes["file1"]["discard"] == "unmap"
+    assert nodes["file3"]["driver"] == "host_device"
+    disk = devices(argv)["05.0"]
+    assert (disk["serial"], disk["werror"], disk["rerror"]) == ("lower", "report", "report")
+    assert "serial" not in devices(argv)["06.0"]
+
+
+def test_commas_in_paths_are_quoted() -> None:
+    argv = qemu_command.build(settings(share_dir="/a,b", run_dir="/r,d", nic=Nic("02:00:00:00:00:01")), FDS)
+    assert "path=/a,,b," in options(argv, "-fsdev")[0]
+    assert options(argv, "-netdev") == ["stream,id=net0,server=on,addr.type=unix,addr.path=/r,,d/nic.sock"]
+
+
+def test_accelerators() -> None:
+    emulated = qemu_command.build(settings(tsc_khz=2000000, vcpus=1), FDS)
+    assert options(emulated, "-cpu") == ["max,-erms"]
+    assert options(emulated, "-accel") == ["tcg,thread=multi,tb-size=128"]
+    line = options(emulated, "-append")[0].split()
+    assert {
+        "quiet",
+        "nolapic_timer",
+        "tsc_early_khz=2000000",
+        "agent.channel=serial",
+        "console=ttyS0",
+    } <= set(line)
+    assert "nolapic_timer" not in options(qemu_command.build(settings(vcpus=2), FDS), "-append")[0]
+    real = qemu_command.build(settings(accel="kvm", tsc_khz=2000000), FDS)
+    assert options(real, "-cpu") == ["host"]
+    assert options(real, "-accel") == ["kvm"]
+    assert options(real, "-append") == ["quiet reboot=t console=ttyS0 agent.channel=serial"]
+
+
+def test_descriptors() -> None:
+    vm = settings(nic=Nic("02:00:00:00:00:01", 20), vsock=Vsock(77, 21))
+    assert qemu_command.inherited_fds(vm, FDS) == [10, 11, 12, 21, 20]
+    argv = qemu_command.build(vm, FDS)
+    assert options(argv, "-chardev")[0] == "socket,id=qmp,fd=11"
+    assert options(argv, "-netdev") == ["stream,id=net0,server=off,addr.type=fd,addr.str=20"]
+    vsock = devices(argv)["03.0"]
+    assert (vsock["guest-cid"], vsock["vhostfd"]) == ("77", "21")
+    assert "agent.channel=vsock" in options(argv, "-append")[0]
+
+
+def test_nothing_is_opened_to_others() -> None:
+    argv = qemu_command.build(settings(nic=Nic("02:00:00:00:00:01", 20), share_dir="/s"), FDS)
+    text = " ".join(argv)
+    assert "-nodefaults" in argv
+    assert "-no-user-config" in argv
+    assert "server=on" not in text
+    assert "spawn=deny" in options(argv, "-sandbox")[0]
+
+
+@pytest.mark.parametrize("console", ["serial", "virtio", "none"])
+def test_consoles(console: str) -> None:
+    argv = qemu_command.build(
+        settings(console=console), qemu_command.Fds(10, 11, None if console == "none" else 12)
+    )
+    line = options(argv, "-append")[0]
+    drivers = {text.split(",")[0] for text in options(argv, "-device")}
+    assert ("console=" in line) == (console != "none")
+    assert ("isa-serial" in drivers) == (console == "serial")
+    assert ("virtconsole" in drivers) == (console == "virtio")
+
+
+def test_settings_that_make_no_sense() -> None:
+    for changes in ({"accel": "xen"}, {"console": "vga"}, {"disks": [None] * 5}):
+        with pytest.raises(ValueError, match=r"no such|four"):
+            settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        (
+            "qemu: cannot set up guest memory 'pc.ram': Cannot allocate memory",
+            ResourceExhaustedError,
+            "2048 MiB",
+        ),
+        ("qemu: Error loading uncompressed kernel without PVH ELF Note", GuestAssetError, "/guest/vmlinux"),
+        ('qemu: Failed to get "write" lock\nIs another process using the image?', HypervisorError, "in use"),
+        ("qemu: could not access KVM kernel module: No such file", HypervisorError, ""),
+        ("something new", HypervisorError, "ended with status 1: something new"),
+        ("", HypervisorError, "ended with status 1"),
+    ],
+)
+def test_what_qemu_says_becomes_a_sentence(said: str, kind: type[KataError], words: str) -> None:
+    error = explain(1, said, settings())
+    assert type(error) is kind
+    assert words in error.message
+    assert error.hint
