@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from typing import TYPE_CHECKING, BinaryIO
 
 from kata.errors import ImageError, KataError, RegistryError, ResourceExhaustedError
@@ -105,8 +106,9 @@ class RegistrySource:
             keep: Whether the layers that have arrived are left for the next attempt; else they are removed.
         """
         self._registry.close()
-        for thread in self._threads:
-            thread.join(timeout=5)
+        until = time.monotonic() + 1
+        for thread in self._threads:  # one that hears nothing from its registry ends with the process
+            thread.join(max(0, until - time.monotonic()))
         if self._directory and not keep:
             shutil.rmtree(self._directory, ignore_errors=True)
             try:

@@ -1,0 +1,146 @@
+"""Writable layers: sound ext4, sparse, made from a template, nothing left to do in the guest."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kata.errors import HostError, ResourceExhaustedError, UsageError
+from kata.storage import ext4
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("mkfs.ext4") or os.path.exists("/usr/sbin/mkfs.ext4")), reason="needs e2fsprogs"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KATA_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ext4"
+
+
+def tool(*command: str) -> str:
+    environment = {"PATH": "/usr/sbin:/sbin:/usr/bin:/bin", "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("size", [16 << 20, 100 << 20, 1 << 30, 10 << 30, (100 << 30) + 4097])
+def test_sound_and_sparse(tmp_path: Path, cache: Path, size: int) -> None:
+    for name in ("a", "b"):
+        ext4.make_writable(str(tmp_path / name), size)
+        made = tmp_path / name
+        assert made.stat().st_size == size & ~4095
+        assert made.stat().st_blocks * 512 < 4 << 20
+        assert made.stat().st_mode & 0o777 == 0o600
+        tool("e2fsck", "-fn", str(made))
+    assert len(list(cache.iterdir())) == 1
+    said = tool("dumpe2fs", str(tmp_path / "a"))
+    groups = [line for line in said.splitlines() if re.match(r"Group \d", line)]
+    assert groups
+    # Otherwise the guest's kernel would begin by writing zeros over all inode tables.
+    assert all("ITABLE_ZEROED" in line for line in groups)
+    assert "has_journal" in said
+
+
+def test_options_of_the_host_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mke2fs.conf").write_text("[defaults]\n base_features = none\n")
+    monkeypatch.setenv("MKE2FS_CONFIG", str(tmp_path / "mke2fs.conf"))
+    ext4.make_writable(str(tmp_path / "a"), 64 << 20)
+    assert "extent" in tool("dumpe2fs", "-h", str(tmp_path / "a"))
+
+
+def test_the_kernel_mounts_it_and_writes_nothing_by_itself(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    made, mounted = tmp_path / "a", tmp_path / "m"
+    mounted.mkdir()
+    ext4.make_writable(str(made), 10 << 30)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.unshare(0x20000) == 0
+            assert libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None) == 0
+            done = subprocess.run(["mount", "-o", "loop", made, mounted], capture_output=True, check=False)
+            if done.returncode != 0:
+                status = 77
+            else:
+                (mounted / "file").write_bytes(b"x" * 10_000)
+                assert [path.name for path in mounted.iterdir() if path.name != "lost+found"] == ["file"]
+                subprocess.run(["umount", mounted], check=True)
+                status = 0
+        finally:
+            os._exit(status)
+    _, result = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(result) == 77:
+        pytest.skip("needs loop mounts")
+    assert os.waitstatus_to_exitcode(result) == 0
+    assert made.stat().st_blocks * 512 < 4 << 20
+    tool("e2fsck", "-fn", str(made))
+
+
+@pytest.mark.parametrize("size", [0, 4096, (16 << 20) - 1, 17 << 40])
+def test_sizes_out_of_range(tmp_path: Path, size: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        ext4.make_writable(str(tmp_path / "a"), size)
+    assert caught.value.hint
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ext4.make_writable(str(tmp_path / "a"), 64 << 20)
+
+    def full(fd: int, data: Any, at: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ResourceExhaustedError) as caught:
+        ext4.make_writable(str(tmp_path / "b"), 64 << 20)
+    assert "kata gc" in caught.value.hint
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(HostError, match="File exists"):
+        ext4.make_writable(str(tmp_path / "a"), 64 << 20)
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_mkfs_missing_or_failing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.run
+
+    def without(command: list[str], **more: Any) -> Any:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "mkfs.ext4")
+
+    monkeypatch.setattr(subprocess, "run", without)
+    with pytest.raises(HostError, match="not installed") as caught:
+        ext4.make_writable(str(tmp_path / "a"), 64 << 20)
+    assert caught.value.hint == "apt-get install e2fsprogs"
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **more: real(["sh", "-c", "echo odd; exit 5"], **more)
+    )
+    with pytest.raises(HostError, match="failed with status 5: odd"):
+        ext4.make_writable(str(tmp_path / "a"), 64 << 20)
+    assert not list(cache.iterdir())
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_damaged_template_is_told(tmp_path: Path, cache: Path) -> None:
+    ext4.make_writable(str(tmp_path / "a"), 64 << 20)
+    [template] = cache.iterdir()
+    os.truncate(template, 1000)
+    with pytest.raises(HostError, match="is damaged") as caught:
+        ext4.make_writable(str(tmp_path / "b"), 64 << 20)
+    assert caught.value.hint == f"rm {template}"
