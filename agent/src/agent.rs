@@ -1,10 +1,15 @@
 //! The agent's state and its one loop.
 
 use crate::cmdline::Settings;
+use crate::container::Container;
+use crate::jobs::Job;
 use crate::prelude::*;
+use crate::process::{Key, Process};
+use crate::proto::agentext::BootTimesResponse;
+use crate::sandbox::Sandbox;
 use crate::server::calls::{CallId, Calls, Reply};
 use crate::server::conn::{Conn, State};
-use crate::server::frame;
+use crate::server::frame::{self, Outgoing};
 use crate::server::listen::{self, Channel, Kind};
 use crate::sys::{self, Fd, RawFd};
 use crate::{dispatch, log, rt};
@@ -14,16 +19,29 @@ use crate::{dispatch, log, rt};
 pub enum Token {
     Signals,
     Listener,
+    OomWatch,
     Conn(u32),
+    /// The report socket of a process that is being made.
+    Report(Key),
+    Stdin(Key),
+    /// 0 stdout or the terminal, 1 stderr.
+    Output(Key, u8),
+    Job(u32),
 }
 
 impl Token {
     fn pack(self) -> u64 {
-        match self {
-            Token::Signals => 1 << 32,
-            Token::Listener => 2 << 32,
-            Token::Conn(id) => 3 << 32 | u64::from(id),
-        }
+        let (kind, id) = match self {
+            Token::Signals => (1, 0),
+            Token::Listener => (2, 0),
+            Token::OomWatch => (3, 0),
+            Token::Conn(id) => (4, id),
+            Token::Report(key) => (5, key),
+            Token::Stdin(key) => (6, key),
+            Token::Output(key, which) => (7 + u64::from(which), key),
+            Token::Job(id) => (9, id),
+        };
+        kind << 32 | u64::from(id)
     }
 
     fn unpack(data: u64) -> Option<Token> {
@@ -31,7 +49,13 @@ impl Token {
         Some(match data >> 32 {
             1 => Token::Signals,
             2 => Token::Listener,
-            3 => Token::Conn(id),
+            3 => Token::OomWatch,
+            4 => Token::Conn(id),
+            5 => Token::Report(id),
+            6 => Token::Stdin(id),
+            7 => Token::Output(id, 0),
+            8 => Token::Output(id, 1),
+            9 => Token::Job(id),
             _ => return None,
         })
     }
@@ -45,8 +69,18 @@ const TRIM_AFTER_MS: i32 = 200;
 pub struct Agent {
     pub settings: Settings,
     pub calls: Calls,
-    pub boot: crate::proto::agentext::BootTimesResponse,
+    pub boot: BootTimesResponse,
+    pub containers: BTreeMap<String, Container>,
+    pub processes: BTreeMap<Key, Process>,
+    pub jobs: BTreeMap<u32, Job>,
+    pub sandbox: Sandbox,
+    /// False on a host, whose control groups are not ours.
+    pub has_cgroups: bool,
+    pub oom_watch: Option<Fd>,
+    /// Output streams whose readers wait for their connection to take more.
+    pub stalled: Vec<(Key, u8)>,
     epoll: Fd,
+    signals: Fd,
     listener: Option<(Fd, Kind)>,
     conns: BTreeMap<u32, Conn>,
     next_id: u32,
@@ -58,17 +92,41 @@ pub struct Agent {
 impl Agent {
     pub fn new(settings: Settings) -> Result<Agent> {
         let epoll = sys::epoll_create().context("create epoll")?;
-        Ok(Agent {
+        // Writing to a pipe whose reader is gone is an error, not an end.
+        sys::ignore_signal(libc::SIGPIPE);
+        let watched = sys::signal_set(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT]);
+        sys::set_signal_mask(watched).context("block signals")?;
+        let signals = sys::signalfd(watched).context("create a signalfd")?;
+        let agent = Agent {
             settings,
             calls: Calls::default(),
-            boot: crate::proto::agentext::BootTimesResponse::default(),
+            boot: BootTimesResponse::default(),
+            containers: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            sandbox: Sandbox::default(),
+            has_cgroups: false,
+            oom_watch: None,
+            stalled: Vec::new(),
             epoll,
+            signals,
             listener: None,
             conns: BTreeMap::new(),
             next_id: 1,
             trimmed: false,
             stopping: false,
-        })
+        };
+        agent.watch(agent.signals.raw(), Token::Signals, libc::EPOLLIN as u32)?;
+        Ok(agent)
+    }
+
+    /// Takes charge of control groups (the guest's, all of them).
+    pub fn use_cgroups(&mut self) -> Result<()> {
+        let watch = sys::inotify().context("create an inotify descriptor")?;
+        self.watch(watch.raw(), Token::OomWatch, libc::EPOLLIN as u32)?;
+        self.oom_watch = Some(watch);
+        self.has_cgroups = true;
+        Ok(())
     }
 
     /// Opens the channel.
@@ -156,7 +214,31 @@ impl Agent {
                     conn.notice(events);
                 }
             }
-            Token::Signals => {}
+            Token::Signals => self.on_signals(),
+            Token::OomWatch => {
+                if let Some(fd) = self.oom_watch.as_ref().map(Fd::raw) {
+                    self.on_oom_watch(fd);
+                }
+            }
+            Token::Report(key) => self.on_report(key),
+            Token::Stdin(key) => self.on_stdin(key),
+            Token::Output(key, which) => self.on_output(key, which),
+            Token::Job(id) => self.on_job(id),
+        }
+    }
+
+    fn on_signals(&mut self) {
+        let mut info = [0u8; 128];
+        let mut end = false;
+        while sys::read(self.signals.raw(), &mut info).is_ok_and(|n| n == info.len()) {
+            let signal = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+            end |= signal != libc::SIGCHLD && sys::getpid() != 1;
+        }
+        while let Ok(Some((pid, status))) = sys::wait4(-1, libc::WNOHANG) {
+            self.on_child_exit(pid, sys::exit_code(status));
+        }
+        if end {
+            self.stop();
         }
     }
 
@@ -175,26 +257,50 @@ impl Agent {
 
     /// Handles every request that is there and writes every answer that is taken.
     fn pump(&mut self) {
-        let ids: Vec<u32> = self.conns.keys().copied().collect();
-        for id in ids {
-            loop {
-                let Some(conn) = self.conns.get_mut(&id) else { break };
-                if conn.flush() == State::Gone {
-                    self.connection_gone(id);
-                    break;
-                }
-                if conn.is_full() || self.stopping {
-                    break;
-                }
-                match conn.next_call() {
-                    Ok(Some(call)) => self.on_call(id, call.stream, &call.frame),
-                    Ok(None) => break,
-                    Err(_) => {
-                        self.connection_gone(id);
-                        break;
-                    }
-                }
+        loop {
+            let ids: Vec<u32> = self.conns.keys().copied().collect();
+            for id in ids {
+                self.pump_conn(id);
             }
+            // Room on a connection lets the output of containers flow again, which then has to be written.
+            let stalled = self.stalled.len();
+            self.serve_stalled();
+            if self.stalled.len() >= stalled {
+                return;
+            }
+        }
+    }
+
+    fn pump_conn(&mut self, id: u32) {
+        loop {
+            let Some(conn) = self.conns.get_mut(&id) else { return };
+            if conn.flush() == State::Gone {
+                return self.connection_gone(id);
+            }
+            if conn.is_full() || self.stopping {
+                return;
+            }
+            match conn.next_call() {
+                Ok(Some(call)) => self.on_call(id, call.stream, &call.frame),
+                Ok(None) => return,
+                Err(_) => return self.connection_gone(id),
+            }
+        }
+    }
+
+    fn serve_stalled(&mut self) {
+        for (key, which) in core::mem::take(&mut self.stalled) {
+            self.serve_readers(key, usize::from(which));
+        }
+    }
+
+    pub fn conn_is_full(&self, id: u32) -> bool {
+        self.conns.get(&id).is_some_and(Conn::is_full)
+    }
+
+    pub fn send_outgoing(&mut self, conn: u32, out: Outgoing) {
+        if let Some(conn) = self.conns.get_mut(&conn) {
+            conn.push_outgoing(out);
         }
     }
 
@@ -259,7 +365,17 @@ mod tests {
 
     #[test]
     fn tokens_survive_the_kernel() {
-        for token in [Token::Signals, Token::Listener, Token::Conn(7), Token::Conn(u32::MAX)] {
+        for token in [
+            Token::Signals,
+            Token::Listener,
+            Token::OomWatch,
+            Token::Conn(u32::MAX),
+            Token::Report(1),
+            Token::Stdin(2),
+            Token::Output(3, 0),
+            Token::Output(3, 1),
+            Token::Job(7),
+        ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }
         assert_eq!(Token::unpack(0), None);

@@ -34,9 +34,7 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
                 Address::parse(value).map(|address| settings.address = address).map_err(|e| e.message)
             }
             "channel" => Err("is neither serial nor vsock".to_string()),
-            "server_addr" => {
-                Address::parse(value).map(|address| settings.address = address).map_err(|e| e.message)
-            }
+            "server_addr" => Address::parse(value).map(|address| settings.address = address).map_err(|e| e.message),
             "container_pipe_size" => match value.parse() {
                 Ok(size) => {
                     settings.pipe_size = size;
@@ -88,7 +86,8 @@ pub fn parse_arguments(arguments: &[String]) -> Result<Command> {
             }
             "--log" => {
                 let level = take()?;
-                settings.level = Level::parse(&level).ok_or_else(|| Error::invalid(format!("unknown level {level:?}")))?;
+                settings.level =
+                    Level::parse(&level).ok_or_else(|| Error::invalid(format!("unknown level {level:?}")))?;
             }
             _ => return Err(Error::invalid(format!("unknown option {option:?}"))),
         }
@@ -123,6 +122,8 @@ mod tests {
         let Ok(Command::Serve(settings)) = parse("kata-agent --server unix:///tmp/s --log=debug") else { panic!() };
         assert_eq!(settings.address, Address::Unix("/tmp/s".into()));
         assert_eq!(parse("kata-agent -V"), Ok(Command::Version));
-        assert!(parse("kata-agent").is_err() && parse("kata-agent --server").is_err() && parse("kata-agent x").is_err());
+        assert!(
+            parse("kata-agent").is_err() && parse("kata-agent --server").is_err() && parse("kata-agent x").is_err()
+        );
     }
 }

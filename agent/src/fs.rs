@@ -7,7 +7,7 @@ use crate::sys::{self, Errno, SysResult, AT_FDCWD};
 const MAX_FILE: usize = 16 << 20;
 
 /// A whole file (also of /proc and /sys, whose size is unknown).
-pub fn read(path: &str) -> SysResult<Vec<u8>> {
+pub fn read(path: impl AsRef<[u8]>) -> SysResult<Vec<u8>> {
     let fd = sys::open(path, libc::O_RDONLY, 0)?;
     read_fd(fd.raw())
 }
@@ -24,33 +24,33 @@ pub fn read_fd(fd: sys::RawFd) -> SysResult<Vec<u8>> {
 }
 
 /// A whole file as text; bytes that are not UTF-8 are replaced.
-pub fn read_to_string(path: &str) -> SysResult<String> {
+pub fn read_to_string(path: impl AsRef<[u8]>) -> SysResult<String> {
     let bytes = read(path)?;
     Ok(String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
 }
 
 /// Writes an existing file in one call without creating it: right for /proc, /sys and cgroup files.
-pub fn write_existing(path: &str, data: &str) -> SysResult<()> {
+pub fn write_existing(path: impl AsRef<[u8]>, data: &str) -> SysResult<()> {
     let fd = sys::open(path, libc::O_WRONLY, 0)?;
     // Such files take a value in one write or not at all; an empty value is meaningful to some of them.
     sys::write(fd.raw(), data.as_bytes()).map(drop)
 }
 
 /// Creates or replaces a file.
-pub fn write(path: &str, data: &[u8]) -> SysResult<()> {
+pub fn write(path: impl AsRef<[u8]>, data: &[u8]) -> SysResult<()> {
     let fd = sys::open(path, libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC, 0o644)?;
     sys::write_all(fd.raw(), data)
 }
 
-pub fn exists(path: &str) -> bool {
+pub fn exists(path: impl AsRef<[u8]>) -> bool {
     sys::stat(path).is_ok()
 }
 
-pub fn is_dir(path: &str) -> bool {
+pub fn is_dir(path: impl AsRef<[u8]>) -> bool {
     sys::stat(path).is_ok_and(|s| s.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
-pub fn mkdir(path: &str, mode: u32) -> SysResult<()> {
+pub fn mkdir(path: impl AsRef<[u8]>, mode: u32) -> SysResult<()> {
     sys::mkdirat(AT_FDCWD, path, mode)
 }
 
@@ -74,17 +74,17 @@ pub fn create_dir_all(path: &str, mode: u32) -> SysResult<()> {
     }
 }
 
-pub fn remove_file(path: &str) -> SysResult<()> {
+pub fn remove_file(path: impl AsRef<[u8]>) -> SysResult<()> {
     sys::unlinkat(AT_FDCWD, path, 0)
 }
 
-pub fn remove_dir(path: &str) -> SysResult<()> {
+pub fn remove_dir(path: impl AsRef<[u8]>) -> SysResult<()> {
     sys::unlinkat(AT_FDCWD, path, libc::AT_REMOVEDIR)
 }
 
 /// Removes a tree without following symlinks and without leaving its file system; a missing one is fine.
-pub fn remove_dir_all(path: &str) -> SysResult<()> {
-    match remove_tree_at(AT_FDCWD, path, 0) {
+pub fn remove_dir_all(path: impl AsRef<[u8]>) -> SysResult<()> {
+    match remove_tree_at(AT_FDCWD, path.as_ref(), 0) {
         Err(Errno(libc::ENOENT)) => Ok(()),
         other => other,
     }
@@ -94,7 +94,7 @@ pub fn remove_dir_all(path: &str) -> SysResult<()> {
 const MAX_DEPTH: usize = 256;
 
 /// Like [`remove_dir_all`], below an open directory.
-pub fn remove_tree_at(dir: sys::RawFd, name: &str, depth: usize) -> SysResult<()> {
+pub fn remove_tree_at(dir: sys::RawFd, name: &[u8], depth: usize) -> SysResult<()> {
     match sys::unlinkat(dir, name, 0) {
         Ok(()) => return Ok(()),
         Err(Errno(libc::EISDIR | libc::EPERM)) => {}
@@ -126,20 +126,22 @@ pub fn list_fd(fd: sys::RawFd) -> SysResult<Vec<sys::DirEntry>> {
 }
 
 /// The entries of a directory but `.` and `..`.
-pub fn read_dir(path: &str) -> SysResult<Vec<sys::DirEntry>> {
+pub fn read_dir(path: impl AsRef<[u8]>) -> SysResult<Vec<sys::DirEntry>> {
     let fd = sys::open(path, libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
     list_fd(fd.raw())
 }
 
-/// The names in a directory, sorted.
+/// The names in a directory as text, sorted: for /sys and our own directories.
 pub fn names(path: &str) -> SysResult<Vec<String>> {
-    let mut names: Vec<String> = read_dir(path)?.into_iter().map(|e| e.name).collect();
+    let mut names: Vec<String> =
+        read_dir(path)?.into_iter().map(|e| String::from_utf8_lossy(&e.name).into_owned()).collect();
     names.sort_unstable();
     Ok(names)
 }
 
+/// The target of a symlink; bytes that are not UTF-8 are replaced.
 pub fn read_link(path: &str) -> SysResult<String> {
-    sys::readlinkat(AT_FDCWD, path)
+    Ok(String::from_utf8_lossy(&sys::readlinkat(AT_FDCWD, path)?).into_owned())
 }
 
 pub fn rename(from: &str, to: &str) -> SysResult<()> {

@@ -16,19 +16,40 @@ extern crate alloc;
 pub mod agent;
 pub mod boot;
 pub mod cgroup;
+mod cgroup_limits;
+mod cgroup_stats;
 pub mod cmdline;
+pub mod container;
+pub mod copyfile;
+pub mod devices;
 pub mod devices_bpf;
 pub mod dispatch;
 pub mod errors;
+pub mod files;
 pub mod fs;
+pub mod guest;
+pub mod jobs;
 pub mod log;
+pub mod mountopts;
+pub mod netlink;
+mod ownership;
 pub mod prelude;
+pub mod process;
+pub mod processes;
 pub mod proto;
+mod routes;
 pub mod rt;
+mod rtnl;
+pub mod runtime;
+pub mod sandbox;
 pub mod seccomp;
 pub mod server;
+pub mod storage;
+pub mod streams;
 pub mod sys;
 pub mod syscalls;
+#[cfg(test)]
+mod test_support;
 
 /// The program after its entry point; the exit code.
 ///
@@ -70,8 +91,23 @@ fn say(fd: sys::RawFd, text: &str, code: i32) -> i32 {
 }
 
 fn serve(settings: cmdline::Settings, started_ns: u64) -> errors::Result<()> {
+    use errors::Context;
     let mut agent = agent::Agent::new(settings)?;
     agent.boot.kernel_ns = started_ns;
+    if sys::getpid() == 1 {
+        for (what, done) in [
+            ("control groups", cgroup::setup_root().and_then(|()| agent.use_cgroups())),
+            ("loopback", netlink::bring_up_loopback()),
+        ] {
+            if let Err(e) = done {
+                log::error(&alloc::format!("{what}: {e}"));
+            }
+        }
+    } else {
+        // On somebody's host: what is mounted for containers is nobody else's business, control groups are not ours.
+        sys::unshare(libc::CLONE_NEWNS).context("make a mount namespace (needs root)")?;
+        sys::mount("", "/", "", libc::MS_REC | libc::MS_SLAVE, "").context("make / a slave")?;
+    }
     agent.listen()?;
     log::info(concat!("kata-agent ", env!("CARGO_PKG_VERSION"), " is serving"));
     agent.run();

@@ -49,7 +49,15 @@ fn round_page(size: usize) -> usize {
 fn map(len: usize) -> usize {
     // SAFETY: a new private anonymous mapping touches nothing that exists.
     let got = unsafe {
-        syscall!(libc::SYS_mmap, 0, len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1isize, 0)
+        syscall!(
+            libc::SYS_mmap,
+            0,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1isize,
+            0
+        )
     };
     got.unwrap_or(0)
 }

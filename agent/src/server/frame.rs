@@ -231,12 +231,10 @@ mod tests {
         }
         assert_eq!(head(&frame), Head::Request { stream: 7, total: frame.len() });
         let got = parse_request(&frame[HEADER..]).unwrap();
-        assert_eq!((got.service, got.method, got.payload, got.timeout_nano), (
-            "grpc.Health",
-            "Check",
-            &[1u8, 2, 3][..],
-            5_000_000_000
-        ));
+        assert_eq!(
+            (got.service, got.method, got.payload, got.timeout_nano),
+            ("grpc.Health", "Check", &[1u8, 2, 3][..], 5_000_000_000)
+        );
     }
 
     #[test]
@@ -249,9 +247,14 @@ mod tests {
 
     #[test]
     fn hostile_envelopes_are_errors() {
-        for bad in [&b"\x0a\xff\xff\xff\xff\x0fx"[..], b"\x0a", b"\x0b", b"\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01",
-            b"\x0d\0", b"\x0a\x02\xff\xfe"]
-        {
+        for bad in [
+            &b"\x0a\xff\xff\xff\xff\x0fx"[..],
+            b"\x0a",
+            b"\x0b",
+            b"\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01",
+            b"\x0d\0",
+            b"\x0a\x02\xff\xfe",
+        ] {
             assert!(parse_request(bad).is_err(), "{bad:?}");
         }
     }

@@ -75,9 +75,10 @@ pub fn open(address: &Address, patience_ms: u64) -> Result<Channel> {
 /// True when a virtio device of type 19 (vsock) is there; the socket family alone says nothing.
 fn has_vsock_device() -> bool {
     let base = "/sys/bus/virtio/devices";
-    fs::names(base).unwrap_or_default().iter().any(|name| {
-        fs::read_to_string(&format!("{base}/{name}/device")).is_ok_and(|id| id.trim() == "0x0013")
-    })
+    fs::names(base)
+        .unwrap_or_default()
+        .iter()
+        .any(|name| fs::read_to_string(&format!("{base}/{name}/device")).is_ok_and(|id| id.trim() == "0x0013"))
 }
 
 fn listen_vsock(port: u32) -> Result<Channel> {
@@ -94,7 +95,8 @@ fn listen_vsock(port: u32) -> Result<Channel> {
 }
 
 fn listen_unix(path: &str) -> Result<Channel> {
-    let socket = sys::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).context("open a unix socket")?;
+    let socket =
+        sys::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).context("open a unix socket")?;
     let (address, len) = sys::unix_address(path)?;
     sys::bind(socket.raw(), &address, len).with_context(|| format!("bind {path}"))?;
     sys::listen(socket.raw(), 16).with_context(|| format!("listen on {path}"))?;

@@ -48,11 +48,11 @@ pub fn close(fd: RawFd) {
     let _ = unsafe { syscall!(libc::SYS_close, fd) };
 }
 
-pub fn open(path: &str, flags: i32, mode: u32) -> SysResult<Fd> {
+pub fn open(path: impl AsRef<[u8]>, flags: i32, mode: u32) -> SysResult<Fd> {
     openat(AT_FDCWD, path, flags, mode)
 }
 
-pub fn openat(dir: RawFd, path: &str, flags: i32, mode: u32) -> SysResult<Fd> {
+pub fn openat(dir: RawFd, path: impl AsRef<[u8]>, flags: i32, mode: u32) -> SysResult<Fd> {
     let path = cstr(path)?;
     // SAFETY: the path is NUL-terminated and outlives the call.
     retry(|| unsafe { syscall!(libc::SYS_openat, dir, path.as_ptr(), flags | libc::O_CLOEXEC, mode) })
@@ -60,7 +60,7 @@ pub fn openat(dir: RawFd, path: &str, flags: i32, mode: u32) -> SysResult<Fd> {
 }
 
 /// openat2(2): `resolve` is a set of `libc::RESOLVE_*`.
-pub fn openat2(dir: RawFd, path: &str, flags: i32, mode: u32, resolve: u64) -> SysResult<Fd> {
+pub fn openat2(dir: RawFd, path: impl AsRef<[u8]>, flags: i32, mode: u32, resolve: u64) -> SysResult<Fd> {
     let path = cstr(path)?;
     let how: [u64; 3] = [(flags | libc::O_CLOEXEC) as u64, u64::from(mode), resolve];
     // With RESOLVE_IN_ROOT a rename anywhere on the machine may make the kernel answer EAGAIN: try again, bounded.
@@ -159,12 +159,27 @@ pub fn close_range(first: RawFd, flags: u32) -> SysResult<()> {
     unsafe { syscall!(libc::SYS_close_range, first, u32::MAX, flags) }.map(drop)
 }
 
+/// Closes every descriptor above the standard ones but those in `keep`: for children, which have no business with the
+/// rest (an end of somebody's pipe kept open would keep its reader waiting).
+pub fn close_all_but(mut keep: Vec<RawFd>) {
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep {
+        if fd > first {
+            // SAFETY: the caller says that none of them is needed any more; no memory is involved.
+            let _ = unsafe { syscall!(libc::SYS_close_range, first, fd - 1, 0) };
+        }
+        first = first.max(fd + 1);
+    }
+    let _ = close_range(first, 0);
+}
+
 pub fn ioctl(fd: RawFd, request: u64, arg: usize) -> SysResult<usize> {
     // SAFETY: callers pass either an integer or the address of the structure that `request` names.
     unsafe { syscall!(libc::SYS_ioctl, fd, request, arg) }
 }
 
-pub fn fstatat(dir: RawFd, path: &str, flags: i32) -> SysResult<libc::stat> {
+pub fn fstatat(dir: RawFd, path: impl AsRef<[u8]>, flags: i32) -> SysResult<libc::stat> {
     let path = cstr(path)?;
     let mut out = MaybeUninit::<libc::stat>::zeroed();
     // SAFETY: the kernel fills the structure on success.
@@ -179,11 +194,11 @@ pub fn fstat(fd: RawFd) -> SysResult<libc::stat> {
 }
 
 /// Follows symlinks.
-pub fn stat(path: &str) -> SysResult<libc::stat> {
+pub fn stat(path: impl AsRef<[u8]>) -> SysResult<libc::stat> {
     fstatat(AT_FDCWD, path, 0)
 }
 
-pub fn lstat(path: &str) -> SysResult<libc::stat> {
+pub fn lstat(path: impl AsRef<[u8]>) -> SysResult<libc::stat> {
     fstatat(AT_FDCWD, path, libc::AT_SYMLINK_NOFOLLOW)
 }
 
@@ -196,42 +211,43 @@ pub fn fstatfs(fd: RawFd) -> SysResult<libc::statfs> {
     }
 }
 
-pub fn mkdirat(dir: RawFd, path: &str, mode: u32) -> SysResult<()> {
+pub fn mkdirat(dir: RawFd, path: impl AsRef<[u8]>, mode: u32) -> SysResult<()> {
     let path = cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_mkdirat, dir, path.as_ptr(), mode) }.map(drop)
 }
 
 /// `flags`: 0 or AT_REMOVEDIR.
-pub fn unlinkat(dir: RawFd, path: &str, flags: i32) -> SysResult<()> {
+pub fn unlinkat(dir: RawFd, path: impl AsRef<[u8]>, flags: i32) -> SysResult<()> {
     let path = cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_unlinkat, dir, path.as_ptr(), flags) }.map(drop)
 }
 
-pub fn symlinkat(target: &str, dir: RawFd, path: &str) -> SysResult<()> {
+pub fn symlinkat(target: impl AsRef<[u8]>, dir: RawFd, path: impl AsRef<[u8]>) -> SysResult<()> {
     let (target, path) = (cstr(target)?, cstr(path)?);
     // SAFETY: NUL-terminated paths.
     unsafe { syscall!(libc::SYS_symlinkat, target.as_ptr(), dir, path.as_ptr()) }.map(drop)
 }
 
-pub fn renameat(from_dir: RawFd, from: &str, to_dir: RawFd, to: &str) -> SysResult<()> {
+pub fn renameat(from_dir: RawFd, from: impl AsRef<[u8]>, to_dir: RawFd, to: impl AsRef<[u8]>) -> SysResult<()> {
     let (from, to) = (cstr(from)?, cstr(to)?);
     // SAFETY: NUL-terminated paths.
     unsafe { syscall!(libc::SYS_renameat2, from_dir, from.as_ptr(), to_dir, to.as_ptr(), 0) }.map(drop)
 }
 
-/// The target of a symlink; bytes that are not UTF-8 are replaced.
-pub fn readlinkat(dir: RawFd, path: &str) -> SysResult<String> {
+/// The target of a symlink.
+pub fn readlinkat(dir: RawFd, path: impl AsRef<[u8]>) -> SysResult<Vec<u8>> {
     let path = cstr(path)?;
     let mut buf = vec![0u8; libc::PATH_MAX as usize];
     // SAFETY: the buffer is valid for its length.
     let n = unsafe { syscall!(libc::SYS_readlinkat, dir, path.as_ptr(), buf.as_mut_ptr(), buf.len()) }?;
-    Ok(String::from_utf8_lossy(&buf[..n]).into_owned())
+    buf.truncate(n);
+    Ok(buf)
 }
 
 /// `device` as from `libc::makedev`.
-pub fn mknodat(dir: RawFd, path: &str, mode: u32, device: u64) -> SysResult<()> {
+pub fn mknodat(dir: RawFd, path: impl AsRef<[u8]>, mode: u32, device: u64) -> SysResult<()> {
     let path = cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_mknodat, dir, path.as_ptr(), mode, device) }.map(drop)
@@ -243,27 +259,27 @@ pub fn fchmod(fd: RawFd, mode: u32) -> SysResult<()> {
 }
 
 /// Follows symlinks (the kernel call knows no flags).
-pub fn fchmodat(dir: RawFd, path: &str, mode: u32) -> SysResult<()> {
+pub fn fchmodat(dir: RawFd, path: impl AsRef<[u8]>, mode: u32) -> SysResult<()> {
     let path = cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_fchmodat, dir, path.as_ptr(), mode) }.map(drop)
 }
 
 /// `flags`: AT_SYMLINK_NOFOLLOW, AT_EMPTY_PATH; `u32::MAX` leaves an id as it is.
-pub fn fchownat(dir: RawFd, path: &str, uid: u32, gid: u32, flags: i32) -> SysResult<()> {
+pub fn fchownat(dir: RawFd, path: impl AsRef<[u8]>, uid: u32, gid: u32, flags: i32) -> SysResult<()> {
     let path = cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_fchownat, dir, path.as_ptr(), uid, gid, flags) }.map(drop)
 }
 
 /// Access and modification time, nanoseconds since the epoch.
-pub fn utimensat(dir: RawFd, path: &str, atime_ns: i64, mtime_ns: i64, flags: i32) -> SysResult<()> {
+pub fn utimensat(dir: RawFd, path: impl AsRef<[u8]>, atime_ns: i64, mtime_ns: i64, flags: i32) -> SysResult<()> {
     let path = cstr(path)?;
     let split = |ns: i64| [ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000)];
     let times = [split(atime_ns), split(mtime_ns)];
     // SAFETY: two struct timespec (two i64 each) and a NUL-terminated path (or the descriptor itself if empty).
     unsafe {
-        let name = if path.is_empty() { core::ptr::null() } else { path.as_ptr() };
+        let name = if path.as_bytes().is_empty() { core::ptr::null() } else { path.as_ptr() };
         syscall!(libc::SYS_utimensat, dir, name, times.as_ptr(), flags)
     }
     .map(drop)
@@ -278,14 +294,13 @@ pub fn syncfs(fd: RawFd) -> SysResult<()> {
 /// One entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirEntry {
-    pub name: String,
+    pub name: Vec<u8>,
     pub inode: u64,
     /// `libc::DT_*`; DT_UNKNOWN on some file systems.
     pub kind: u8,
 }
 
-/// Calls `each` for every entry but `.` and `..`; stops at its first error. Names that are not UTF-8 are skipped by
-/// nobody: they are replaced lossily, so that a listing shows them.
+/// Calls `each` for every entry but `.` and `..`; stops at its first error.
 pub fn read_dir_fd<E: From<Errno>>(
     fd: RawFd,
     mut each: impl FnMut(DirEntry) -> core::result::Result<(), E>,
@@ -312,7 +327,7 @@ pub fn read_dir_fd<E: From<Errno>>(
             }
             let name = record[19..length].split(|b| *b == 0).next().unwrap_or_default();
             if name != b"." && name != b".." {
-                each(DirEntry { name: String::from_utf8_lossy(name).into_owned(), inode, kind: record[18] })?;
+                each(DirEntry { name: name.to_vec(), inode, kind: record[18] })?;
             }
             at += length;
         }

@@ -4,30 +4,34 @@ use super::{cstr, Fd, RawFd, SysResult};
 use crate::syscall;
 
 /// mount(2); empty strings become null pointers where the kernel allows that (source, type, data).
-pub fn mount(source: &str, target: &str, fstype: &str, flags: u64, data: &str) -> SysResult<()> {
+pub fn mount(
+    source: impl AsRef<[u8]>,
+    target: impl AsRef<[u8]>,
+    fstype: &str,
+    flags: u64,
+    data: &str,
+) -> SysResult<()> {
     let (source, target, fstype, data) = (cstr(source)?, cstr(target)?, cstr(fstype)?, cstr(data)?);
     let or_null = |s: &core::ffi::CStr| if s.is_empty() { core::ptr::null() } else { s.as_ptr() };
     // SAFETY: NUL-terminated strings that outlive the call.
-    unsafe {
-        syscall!(libc::SYS_mount, or_null(&source), target.as_ptr(), or_null(&fstype), flags, or_null(&data))
-    }
-    .map(drop)
+    unsafe { syscall!(libc::SYS_mount, or_null(&source), target.as_ptr(), or_null(&fstype), flags, or_null(&data)) }
+        .map(drop)
 }
 
 /// `flags`: MNT_DETACH, UMOUNT_NOFOLLOW ...
-pub fn umount(target: &str, flags: i32) -> SysResult<()> {
+pub fn umount(target: impl AsRef<[u8]>, flags: i32) -> SysResult<()> {
     let target = cstr(target)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_umount2, target.as_ptr(), flags) }.map(drop)
 }
 
-pub fn pivot_root(new_root: &str, put_old: &str) -> SysResult<()> {
+pub fn pivot_root(new_root: impl AsRef<[u8]>, put_old: impl AsRef<[u8]>) -> SysResult<()> {
     let (new_root, put_old) = (cstr(new_root)?, cstr(put_old)?);
     // SAFETY: NUL-terminated paths.
     unsafe { syscall!(libc::SYS_pivot_root, new_root.as_ptr(), put_old.as_ptr()) }.map(drop)
 }
 
-pub fn chroot(path: &str) -> SysResult<()> {
+pub fn chroot(path: impl AsRef<[u8]>) -> SysResult<()> {
     let path = cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_chroot, path.as_ptr()) }.map(drop)
@@ -43,7 +47,7 @@ pub struct MountAttr {
     pub userns_fd: u64,
 }
 
-pub fn mount_setattr(dir: RawFd, path: &str, flags: u32, attr: &MountAttr) -> SysResult<()> {
+pub fn mount_setattr(dir: RawFd, path: impl AsRef<[u8]>, flags: u32, attr: &MountAttr) -> SysResult<()> {
     let path = cstr(path)?;
     // SAFETY: the structure is passed with its size.
     unsafe {
@@ -60,7 +64,7 @@ pub fn mount_setattr(dir: RawFd, path: &str, flags: u32, attr: &MountAttr) -> Sy
 }
 
 /// open_tree(2): `flags` OPEN_TREE_CLONE, AT_RECURSIVE, AT_EMPTY_PATH ...
-pub fn open_tree(dir: RawFd, path: &str, flags: u32) -> SysResult<Fd> {
+pub fn open_tree(dir: RawFd, path: impl AsRef<[u8]>, flags: u32) -> SysResult<Fd> {
     let path = cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_open_tree, dir, path.as_ptr(), flags | libc::O_CLOEXEC as u32) }

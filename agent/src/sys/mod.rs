@@ -59,8 +59,8 @@ pub fn check(raw: isize) -> SysResult<usize> {
 }
 
 /// A path for the kernel; a NUL inside is EINVAL.
-pub fn cstr(s: &str) -> SysResult<CString> {
-    CString::new(s).map_err(|_| Errno(libc::EINVAL))
+pub fn cstr(s: impl AsRef<[u8]>) -> SysResult<CString> {
+    CString::new(s.as_ref()).map_err(|_| Errno(libc::EINVAL))
 }
 
 /// Repeats an interrupted call.

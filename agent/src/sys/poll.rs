@@ -19,9 +19,7 @@ pub fn epoll_ctl(epoll: RawFd, op: i32, fd: RawFd, events: u32, data: u64) -> Sy
 /// `timeout_ms` -1 waits for ever. An interrupted wait is 0 events.
 pub fn epoll_wait(epoll: RawFd, events: &mut [libc::epoll_event], timeout_ms: i32) -> SysResult<usize> {
     // SAFETY: the array is valid for its length; no signal mask.
-    retry(|| unsafe {
-        syscall!(libc::SYS_epoll_pwait, epoll, events.as_mut_ptr(), events.len(), timeout_ms, 0, 8)
-    })
+    retry(|| unsafe { syscall!(libc::SYS_epoll_pwait, epoll, events.as_mut_ptr(), events.len(), timeout_ms, 0, 8) })
 }
 
 /// A set of signals as the kernel wants it.
@@ -35,6 +33,12 @@ pub fn set_signal_mask(mask: u64) -> SysResult<u64> {
     // SAFETY: two 8-byte sets.
     unsafe { syscall!(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, &raw mut old, 8) }?;
     Ok(old)
+}
+
+/// Waits for one of these (blocked) signals and takes it.
+pub fn wait_signal(set: u64) {
+    // SAFETY: an 8-byte set; no information and no timeout are asked for.
+    let _ = unsafe { syscall!(libc::SYS_rt_sigtimedwait, &raw const set, 0, 0, 8) };
 }
 
 /// Every signal back to its default action, as an exec'd program expects it (ignored ones would be inherited).
@@ -94,7 +98,7 @@ pub fn inotify() -> SysResult<Fd> {
         .map(|fd| Fd::from_raw(fd as RawFd))
 }
 
-pub fn inotify_add_watch(inotify: RawFd, path: &str, mask: u32) -> SysResult<i32> {
+pub fn inotify_add_watch(inotify: RawFd, path: impl AsRef<[u8]>, mask: u32) -> SysResult<i32> {
     let path = super::cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_inotify_add_watch, inotify, path.as_ptr(), mask) }.map(|wd| wd as i32)

@@ -38,7 +38,7 @@ pub fn exit(code: i32) -> ! {
 }
 
 /// Only returns when it fails.
-pub fn execve(path: &str, argv: &CStringArray, envp: &CStringArray) -> Errno {
+pub fn execve(path: impl AsRef<[u8]>, argv: &CStringArray, envp: &CStringArray) -> Errno {
     let path = match super::cstr(path) {
         Ok(path) => path,
         Err(e) => return e,
@@ -112,7 +112,7 @@ pub fn umask(mask: u32) -> u32 {
     unsafe { super::syscall1(libc::SYS_umask, mask as usize) as u32 }
 }
 
-pub fn chdir(path: &str) -> SysResult<()> {
+pub fn chdir(path: impl AsRef<[u8]>) -> SysResult<()> {
     let path = super::cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_chdir, path.as_ptr()) }.map(drop)

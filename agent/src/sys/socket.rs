@@ -68,43 +68,41 @@ pub fn setsockopt_int(fd: RawFd, level: i32, name: i32, value: i32) -> SysResult
     unsafe { syscall!(libc::SYS_setsockopt, fd, level, name, &raw const value, 4) }.map(drop)
 }
 
-/// Sends one byte and a descriptor over a unix socket.
-pub fn send_fd(socket: RawFd, fd: RawFd) -> SysResult<()> {
-    let mut byte = [b'f'];
-    let mut iov = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
-    // struct cmsghdr {size_t len; int level; int type;} and one int, padded to 24 bytes.
-    let mut control = [0u64; 3];
-    control[0] = 20;
-    control[1] = (libc::SOL_SOCKET as u64) | ((libc::SCM_RIGHTS as u64) << 32);
-    control[2] = u64::from(fd as u32);
+/// struct cmsghdr {size_t len; int level; int type;} and one int, padded.
+type Control = [u64; 3];
+const CONTROL_LEN: u64 = 20;
+const RIGHTS: u64 = (libc::SOL_SOCKET as u64) | ((libc::SCM_RIGHTS as u64) << 32);
+
+/// Sends one message, with a descriptor if there is one. The data must not be empty.
+pub fn send_with_fd(socket: RawFd, data: &[u8], fd: Option<RawFd>) -> SysResult<usize> {
+    let mut iov = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
+    let mut control: Control = [CONTROL_LEN, RIGHTS, u64::from(fd.unwrap_or(0) as u32)];
     // SAFETY: zero is a valid msghdr.
     let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
     message.msg_iov = &raw mut iov;
     message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = 24;
-    // SAFETY: all pointers in the message outlive the call.
-    retry(|| unsafe { syscall!(libc::SYS_sendmsg, socket, &raw const message, libc::MSG_NOSIGNAL) }).map(drop)
+    if fd.is_some() {
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = core::mem::size_of::<Control>();
+    }
+    // SAFETY: all pointers in the message outlive the call; the kernel only reads the data.
+    retry(|| unsafe { syscall!(libc::SYS_sendmsg, socket, &raw const message, libc::MSG_NOSIGNAL) })
 }
 
-/// Receives one byte and, if one came along, a descriptor. `Ok(None)` = end of file or no descriptor.
-pub fn recv_fd(socket: RawFd) -> SysResult<Option<Fd>> {
-    let mut byte = [0u8];
-    let mut iov = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
-    let mut control = [0u64; 3];
+/// Receives one message: its length (0 = end of file) and a descriptor if one came along.
+pub fn recv_with_fd(socket: RawFd, data: &mut [u8]) -> SysResult<(usize, Option<Fd>)> {
+    let mut iov = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+    let mut control: Control = [0; 3];
     // SAFETY: zero is a valid msghdr.
     let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
     message.msg_iov = &raw mut iov;
     message.msg_iovlen = 1;
     message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = 24;
+    message.msg_controllen = core::mem::size_of::<Control>();
     // SAFETY: all pointers in the message outlive the call.
     let n = retry(|| unsafe { syscall!(libc::SYS_recvmsg, socket, &raw mut message, libc::MSG_CMSG_CLOEXEC) })?;
-    let rights = (libc::SOL_SOCKET as u64) | ((libc::SCM_RIGHTS as u64) << 32);
-    if n == 1 && message.msg_controllen >= 20 && control[0] >= 20 && control[1] == rights {
-        return Ok(Some(Fd::from_raw(control[2] as u32 as RawFd)));
-    }
-    Ok(None)
+    let came = message.msg_controllen as u64 >= CONTROL_LEN && control[0] >= CONTROL_LEN && control[1] == RIGHTS;
+    Ok((n, came.then(|| Fd::from_raw(control[2] as u32 as RawFd))))
 }
 
 /// A `sockaddr_un` for a path, or for an abstract name when it starts with `@`; and its length.

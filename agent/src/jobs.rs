@@ -1,0 +1,104 @@
+//! Slow work in a forked child: the loop goes on meanwhile, and a file system that hangs hangs only the child.
+
+use crate::agent::{Agent, Token};
+use crate::log;
+use crate::prelude::*;
+use crate::server::calls::CallId;
+use crate::sys::{self, Errno, Fd, Fork, RawFd};
+
+/// What happens with a job's outcome.
+pub enum Then {
+    /// It is the answer to a call.
+    Answer(CallId),
+    /// A container's things are gone.
+    Removed(String),
+    /// The last job: the answer, then the end.
+    PowerOff(CallId),
+}
+
+pub struct Job {
+    pipe: Fd,
+    data: Vec<u8>,
+    then: Then,
+}
+
+impl Agent {
+    /// Runs `work` in a child, which has no descriptors of the agent's but `keep`; its outcome arrives through the loop.
+    pub fn spawn_job(&mut self, then: Then, keep: &[RawFd], work: impl FnOnce() -> Result<Vec<u8>>) -> Result<()> {
+        let (read_end, write_end) = sys::pipe(0).context("make a pipe")?;
+        match sys::fork(0, None).context("fork")? {
+            Fork::Child => {
+                let fd = write_end.into_raw();
+                let mut keep = keep.to_vec();
+                keep.push(fd);
+                sys::close_all_but(keep);
+                log::set_output(2);
+                let _ = sys::write_all(fd, &pack(work()));
+                sys::exit(0)
+            }
+            Fork::Parent(_) => drop(write_end),
+        }
+        sys::set_nonblocking(read_end.raw(), true).context("prepare the job's pipe")?;
+        let id = self.fresh_id();
+        self.watch(read_end.raw(), Token::Job(id), libc::EPOLLIN as u32)?;
+        self.jobs.insert(id, Job { pipe: read_end, data: Vec::new(), then });
+        Ok(())
+    }
+
+    pub fn on_job(&mut self, id: u32) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        loop {
+            match sys::read_append(job.pipe.raw(), &mut job.data, 64 << 10) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(Errno(libc::EAGAIN)) => return,
+                Err(_) => break,
+            }
+        }
+        let Some(job) = self.jobs.remove(&id) else { return };
+        let outcome = unpack(job.data);
+        match job.then {
+            Then::Answer(call) => self.answer(call, outcome),
+            Then::Removed(container) => self.on_removed(&container, outcome),
+            Then::PowerOff(call) => {
+                self.answer(call, outcome);
+                self.stop();
+            }
+        }
+    }
+}
+
+/// A code (0 = good) and the payload or the error's text.
+fn pack(outcome: Result<Vec<u8>>) -> Vec<u8> {
+    let (code, bytes) = match outcome {
+        Ok(payload) => (0, payload),
+        Err(e) => (e.code, e.message.into_bytes()),
+    };
+    let mut packed = code.to_ne_bytes().to_vec();
+    packed.extend(bytes);
+    packed
+}
+
+fn unpack(mut data: Vec<u8>) -> Result<Vec<u8>> {
+    let Some(code) = data.first_chunk::<4>().map(|c| i32::from_ne_bytes(*c)) else {
+        return Err(Error::internal("the agent's helper was killed (out of memory?)"));
+    };
+    data.drain(..4);
+    if code == 0 {
+        Ok(data)
+    } else {
+        Err(Error::new(code, String::from_utf8_lossy(&data).into_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outcomes_survive_the_pipe() {
+        assert_eq!(unpack(pack(Ok(vec![1, 2]))), Ok(vec![1, 2]));
+        assert_eq!(unpack(pack(Err(Error::denied("no")))), Err(Error::denied("no")));
+        assert!(unpack(vec![]).is_err());
+    }
+}

@@ -1,0 +1,368 @@
+//! The agent's record of one process of a container.
+
+use crate::agent::Agent;
+use crate::agent::Token;
+use crate::log;
+use crate::prelude::*;
+use crate::proto::agent::{WaitProcessResponse, WriteStreamResponse};
+use crate::proto::codec::Message;
+use crate::runtime::launch::Stdio;
+use crate::runtime::report;
+use crate::server::calls::CallId;
+use crate::server::frame;
+use crate::streams::{Input, Output, Read, Written};
+use crate::sys::{self, Errno, Fd, Pid};
+
+/// Names a process record; also the number in its epoll tokens.
+pub type Key = u32;
+
+/// How far a process has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The builder or the process itself prepares; the create or exec call waits.
+    Building,
+    /// A container's init, prepared, before its start.
+    Ready,
+    /// Told to go; the start (or exec) call waits for the exec.
+    Starting,
+    Running,
+    Exited,
+}
+
+pub struct Process {
+    pub container: String,
+    pub exec_id: String,
+    pub phase: Phase,
+    /// 0 until the builder has said.
+    pub pid: Pid,
+    pub exit: Option<i32>,
+    /// The call that waits for the next phase.
+    pub starter: Option<CallId>,
+    pub waiters: Vec<CallId>,
+    /// Why the process failed before it was one.
+    pub failure: Option<Error>,
+    report: Option<Fd>,
+    pub input: Input,
+    /// stdout (or the terminal) and stderr.
+    pub outputs: [Output; 2],
+    /// The terminal's master, for the window size.
+    pub terminal: Option<Fd>,
+}
+
+/// The pipes of a process without a terminal, both sides.
+pub struct Pipes {
+    pub child: Stdio,
+    ours: Option<[Fd; 3]>,
+}
+
+impl Pipes {
+    pub fn new(terminal: bool, size: u32) -> Result<Pipes> {
+        if terminal {
+            return Ok(Pipes { child: None, ours: None });
+        }
+        let make = || -> sys::SysResult<_> {
+            let (stdin_read, stdin_write) = sys::pipe(0)?;
+            let (stdout_read, stdout_write) = sys::pipe(0)?;
+            let (stderr_read, stderr_write) = sys::pipe(0)?;
+            for fd in [&stdin_write, &stdout_read, &stderr_read] {
+                sys::set_nonblocking(fd.raw(), true)?;
+                if size > 0 {
+                    // The limit for unprivileged users does not bind root; a kernel short of memory may still refuse.
+                    let _ = sys::fcntl(fd.raw(), libc::F_SETPIPE_SZ, size as usize);
+                }
+            }
+            Ok(([stdin_read, stdout_write, stderr_write], [stdin_write, stdout_read, stderr_read]))
+        };
+        let (child, ours) = make().context("make the pipes of the process")?;
+        Ok(Pipes { child: Some(child), ours: Some(ours) })
+    }
+}
+
+impl Process {
+    pub fn new(container: &str, exec_id: &str, report: Fd, pipes: Pipes, starter: CallId) -> Process {
+        let (input, outputs) = match pipes.ours {
+            Some([stdin, stdout, stderr]) => {
+                (Input::new(stdin, false), [Output::new(stdout, false), Output::new(stderr, false)])
+            }
+            None => Default::default(),
+        };
+        Process {
+            container: container.to_string(),
+            exec_id: exec_id.to_string(),
+            phase: Phase::Building,
+            pid: 0,
+            exit: None,
+            starter: Some(starter),
+            waiters: vec![],
+            failure: None,
+            report: Some(report),
+            input,
+            outputs,
+            terminal: None,
+        }
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.exit.is_none()
+    }
+
+    pub fn report_fd(&self) -> Option<sys::RawFd> {
+        self.report.as_ref().map(Fd::raw)
+    }
+
+    pub fn close_report(&mut self) {
+        self.report = None;
+    }
+
+    /// Lets a prepared process become its program.
+    pub fn go(&mut self) -> Result<()> {
+        self.phase = Phase::Starting;
+        match &self.report {
+            Some(fd) => report::start(fd.raw()).context("start the process"),
+            None => Err(Error::precondition("the process has ended before its start")),
+        }
+    }
+}
+
+const STREAM_EVENTS: u32 = (libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLET) as u32;
+
+impl Agent {
+    /// Takes a process in whose builder is on its way.
+    pub fn add_process(&mut self, process: Process) -> Result<Key> {
+        let key = self.fresh_id();
+        if let Some(fd) = process.report_fd() {
+            sys::set_nonblocking(fd, true).context("prepare the report socket")?;
+            self.watch(fd, Token::Report(key), libc::EPOLLIN as u32)?;
+        }
+        self.processes.insert(key, process);
+        self.watch_streams(key)?;
+        Ok(key)
+    }
+
+    fn watch_streams(&self, key: Key) -> Result<()> {
+        let Some(process) = self.processes.get(&key) else { return Ok(()) };
+        if let Some(fd) = process.input.raw() {
+            self.watch(fd, Token::Stdin(key), STREAM_EVENTS)?;
+        }
+        for (which, output) in process.outputs.iter().enumerate() {
+            if let Some(fd) = output.raw() {
+                self.watch(fd, Token::Output(key, which as u8), STREAM_EVENTS)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a process whose record nobody needs any more; whoever still waits is told so.
+    pub fn drop_process(&mut self, key: Key) {
+        let Some(mut process) = self.processes.remove(&key) else { return };
+        let gone = || Error::not_found(format!("process {:?} has been removed", process.exec_id));
+        for call in process.waiters.drain(..).chain(process.starter.take()) {
+            self.answer(call, Err(gone()));
+        }
+        self.answer_writes(process.input.fail("the process has been removed"));
+        for output in &mut process.outputs {
+            for call in output.close() {
+                self.answer(call, Ok(vec![]));
+            }
+        }
+    }
+
+    /// The child's end of the report socket has said something.
+    pub fn on_report(&mut self, key: Key) {
+        loop {
+            let Some(process) = self.processes.get_mut(&key) else { return };
+            let Some(fd) = process.report_fd() else { return };
+            match report::receive(fd) {
+                Ok(Some(message)) => self.on_message(key, message),
+                Err(Errno(libc::EAGAIN)) => return,
+                Ok(None) => return self.on_report_end(key),
+                Err(e) => {
+                    process.failure.get_or_insert(Error::internal(format!("report of a process: {e}")));
+                    return self.on_report_end(key);
+                }
+            }
+        }
+    }
+
+    fn on_message(&mut self, key: Key, message: report::Message) {
+        let Some(process) = self.processes.get_mut(&key) else { return };
+        match message {
+            report::Message::Pid(pid) => process.pid = pid,
+            report::Message::Mounted(count) => {
+                let container = process.container.clone();
+                if let Some(container) = self.containers.get_mut(&container) {
+                    container.mounted = count as usize;
+                }
+            }
+            report::Message::Terminal(master) => {
+                if let Err(e) = self.take_terminal(key, master) {
+                    log::error(&e.message);
+                }
+            }
+            report::Message::Ready => self.on_ready(key),
+            report::Message::Failed(error) => {
+                process.failure.get_or_insert(error);
+            }
+        }
+    }
+
+    fn take_terminal(&mut self, key: Key, master: Fd) -> Result<()> {
+        let Some(process) = self.processes.get_mut(&key) else { return Ok(()) };
+        sys::set_nonblocking(master.raw(), true).context("prepare the terminal")?;
+        let (input, output) =
+            (master.try_clone().context("copy the terminal")?, master.try_clone().context("copy the terminal")?);
+        process.input = Input::new(input, true);
+        let waiting = core::mem::take(&mut process.outputs[0]);
+        process.outputs[0] = Output::new(output, true);
+        process.outputs[0].take_readers_of(waiting);
+        process.terminal = Some(master);
+        self.watch_streams(key)
+    }
+
+    fn on_ready(&mut self, key: Key) {
+        let Some(process) = self.processes.get_mut(&key) else { return };
+        if process.phase != Phase::Building {
+            return;
+        }
+        process.phase = Phase::Ready;
+        let is_init = self.containers.get(&process.container).is_some_and(|c| c.init == key);
+        if is_init {
+            let (container, starter) = (process.container.clone(), process.starter.take());
+            self.on_created(&container);
+            if let Some(call) = starter {
+                self.answer(call, Ok(vec![]));
+            }
+        } else if let Err(e) = process.go() {
+            process.failure.get_or_insert(e);
+        }
+        // Whoever has asked for a stream that there is none of (a terminal's stderr) has waited for this.
+        self.serve_readers(key, 0);
+        self.serve_readers(key, 1);
+    }
+
+    /// End of file: the exec has worked, or the process (or its builder) has ended.
+    fn on_report_end(&mut self, key: Key) {
+        let Some(process) = self.processes.get_mut(&key) else { return };
+        process.close_report();
+        let failure = process.failure.clone();
+        match (process.phase, failure) {
+            (Phase::Starting, None) => {
+                process.phase = Phase::Running;
+                if let Some(call) = process.starter.take() {
+                    self.answer(call, Ok(vec![]));
+                }
+            }
+            // Somebody has killed it between create and start: that is an exit like any other.
+            (Phase::Ready, None) => {}
+            (Phase::Building | Phase::Ready | Phase::Starting, failure) => {
+                let error = failure.unwrap_or_else(|| {
+                    Error::internal("the process was killed while it was being set up (out of memory?)")
+                });
+                self.on_failed_start(key, error);
+            }
+            (Phase::Running | Phase::Exited, _) => {}
+        }
+    }
+
+    /// A child has been reaped.
+    pub fn on_child_exit(&mut self, pid: Pid, code: i32) {
+        let Some(key) = self.processes.iter().find(|(_, p)| p.pid == pid && p.is_alive()).map(|(k, _)| *k) else {
+            return;
+        };
+        // What it has said before its end comes first.
+        self.on_report(key);
+        let Some(process) = self.processes.get_mut(&key) else { return };
+        process.exit = Some(code);
+        process.phase = Phase::Exited;
+        for output in &mut process.outputs {
+            output.drain();
+        }
+        let (container, is_init) = (process.container.clone(), self.is_init(key));
+        log::debug(&format!("container {container}: pid {pid} has ended with {code}"));
+        if is_init {
+            self.on_init_exit(&container);
+        }
+        self.settle_exit(key);
+        self.continue_removal(&container);
+    }
+
+    /// Tells those who wait for the end, once it may be told.
+    pub fn settle_exit(&mut self, key: Key) {
+        let Some(process) = self.processes.get_mut(&key) else { return };
+        let Some(code) = process.exit else { return };
+        let waiters = core::mem::take(&mut process.waiters);
+        let writes = process.input.fail("the process has ended");
+        let starter = process.starter.take();
+        for call in waiters {
+            self.answer(call, Ok(WaitProcessResponse { status: code }.to_vec()));
+        }
+        if let Some(call) = starter {
+            self.answer(call, Err(Error::precondition("the process has ended before its start")));
+        }
+        self.answer_writes(writes);
+        self.serve_readers(key, 0);
+        self.serve_readers(key, 1);
+    }
+
+    pub fn is_init(&self, key: Key) -> bool {
+        self.processes
+            .get(&key)
+            .and_then(|p| self.containers.get(&p.container))
+            .is_some_and(|container| container.init == key)
+    }
+
+    pub fn answer_writes(&mut self, over: Vec<Written>) {
+        for (call, outcome) in over {
+            self.answer(call, outcome.map(|len| WriteStreamResponse { len }.to_vec()));
+        }
+    }
+
+    pub fn on_stdin(&mut self, key: Key) {
+        if let Some(process) = self.processes.get_mut(&key) {
+            let over = process.input.pump();
+            self.answer_writes(over);
+        }
+    }
+
+    pub fn on_output(&mut self, key: Key, which: u8) {
+        if let Some(process) = self.processes.get_mut(&key) {
+            process.outputs[usize::from(which)].notice();
+            self.serve_readers(key, usize::from(which));
+        }
+    }
+
+    /// Gives waiting read calls what is there, as long as their connection takes it.
+    pub fn serve_readers(&mut self, key: Key, which: usize) {
+        loop {
+            let Some(process) = self.processes.get_mut(&key) else { return };
+            let output = &mut process.outputs[which];
+            let Some((call, len)) = output.first_reader() else { return };
+            let Some(reply) = self.calls.get(call) else {
+                // Over meanwhile: its data stays for the next one.
+                output.pop_reader();
+                continue;
+            };
+            if !output.has_news() {
+                return;
+            }
+            // Before there is a process there is no end of file either.
+            if process.phase == Phase::Building && output.raw().is_none() {
+                return;
+            }
+            if self.conn_is_full(reply.conn) {
+                self.stalled.push((key, which as u8));
+                return;
+            }
+            let Some(process) = self.processes.get_mut(&key) else { return };
+            let output = &mut process.outputs[which];
+            match output.read(len) {
+                Read::Wait => return,
+                Read::Data(buffer) => {
+                    output.pop_reader();
+                    self.calls.take(call);
+                    self.send_outgoing(reply.conn, frame::ok_frame_around(reply.stream, buffer));
+                }
+            }
+        }
+    }
+}

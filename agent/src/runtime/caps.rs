@@ -1,0 +1,164 @@
+//! Capabilities: names to bits, and into the five sets of the process.
+
+use crate::prelude::*;
+use crate::proto::oci::LinuxCapabilities;
+use crate::sys::{self, CapSets};
+
+/// In the order of their numbers.
+const NAMES: &[&str] = &[
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+pub const SYS_ADMIN: u64 = 1 << 21;
+
+/// What a process gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Caps {
+    pub bounding: u64,
+    pub ambient: u64,
+    pub sets: CapSets,
+}
+
+/// No capabilities are asked for = none are given, as in the runtime specification.
+pub fn parse(spec: Option<&LinuxCapabilities>) -> Result<Caps> {
+    let Some(spec) = spec else { return Ok(Caps::default()) };
+    Ok(Caps {
+        bounding: mask(&spec.bounding)?,
+        ambient: mask(&spec.ambient)?,
+        sets: CapSets {
+            effective: mask(&spec.effective)?,
+            permitted: mask(&spec.permitted)?,
+            inheritable: mask(&spec.inheritable)?,
+        },
+    })
+}
+
+fn mask(names: &[String]) -> Result<u64> {
+    names.iter().try_fold(0, |set, name| {
+        let upper = name.to_ascii_uppercase();
+        let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
+        match NAMES.iter().position(|known| *known == short) {
+            Some(number) => Ok(set | 1 << number),
+            None => Err(Error::invalid(format!("unknown capability {name:?}"))),
+        }
+    })
+}
+
+/// What the kernel knows, as a mask: an older kernel must not be asked for a newer capability.
+pub fn known() -> u64 {
+    let mut set = 0;
+    for number in 0..NAMES.len() {
+        if sys::prctl(libc::PR_CAPBSET_READ, number, 0, 0, 0).is_ok() {
+            set |= 1 << number;
+        }
+    }
+    set
+}
+
+impl Caps {
+    /// Leaves out what this kernel does not know.
+    pub fn limited_to(self, known: u64) -> Caps {
+        Caps {
+            bounding: self.bounding & known,
+            ambient: self.ambient & known,
+            sets: CapSets {
+                effective: self.sets.effective & known,
+                permitted: self.sets.permitted & known,
+                inheritable: self.sets.inheritable & known,
+            },
+        }
+    }
+
+    /// First step, while still root: what can never come back.
+    pub fn drop_bounding(&self, known: u64) -> Result<()> {
+        for number in (0..64).filter(|n| known & !self.bounding & (1 << n) != 0) {
+            sys::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0)
+                .with_context(|| format!("drop CAP_{} from the bounding set", NAMES[number]))?;
+        }
+        Ok(())
+    }
+
+    /// Last step, as the final user (who has kept the permitted set). `extra` stays permitted and effective for one
+    /// more moment.
+    pub fn apply(&self, extra: u64) -> Result<()> {
+        let sets = CapSets {
+            effective: self.sets.effective | extra,
+            permitted: self.sets.permitted | extra,
+            inheritable: self.sets.inheritable,
+        };
+        sys::capset(sets).context("set capabilities")?;
+        sys::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as usize, 0, 0, 0)
+            .context("clear ambient capabilities")?;
+        for number in (0..64usize).filter(|n| self.ambient & (1 << n) != 0) {
+            sys::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE as usize, number, 0, 0)
+                .with_context(|| format!("raise ambient CAP_{}", NAMES[number]))?;
+        }
+        Ok(())
+    }
+
+    /// Gives up what [`Caps::apply`] has kept as `extra`.
+    pub fn finish(&self) -> Result<()> {
+        sys::capset(self.sets).context("set capabilities")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_become_the_kernels_bits() {
+        let spec = LinuxCapabilities {
+            bounding: vec!["CAP_CHOWN".into(), "CAP_CHECKPOINT_RESTORE".into()],
+            effective: vec!["cap_sys_admin".into()],
+            ..Default::default()
+        };
+        let caps = parse(Some(&spec)).unwrap();
+        assert_eq!(caps.bounding, 1 | 1 << 40);
+        assert_eq!(caps.sets.effective, SYS_ADMIN);
+        assert_eq!(caps.limited_to(1).bounding, 1);
+        let wrong = LinuxCapabilities { ambient: vec!["CAP_MAGIC".into()], ..Default::default() };
+        assert!(parse(Some(&wrong)).unwrap_err().message.contains("CAP_MAGIC"));
+        assert!(known() & SYS_ADMIN != 0);
+    }
+}

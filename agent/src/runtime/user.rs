@@ -1,0 +1,184 @@
+//! Who a container's process runs as: numbers from the spec, or names from the container's own files.
+
+use crate::prelude::*;
+use crate::proto::agent::StringUser;
+use crate::proto::oci::User;
+use crate::sys;
+
+/// A file of the image is read up to here; nobody's passwd is bigger, a hostile one may be endless.
+const MAX_FILE: usize = 1 << 20;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    pub uid: u32,
+    pub gid: u32,
+    pub groups: Vec<u32>,
+    /// The home directory in the passwd file, "/" if there is none.
+    pub home: String,
+}
+
+/// What the request says, not looked up yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    /// Name or number; empty = `uid` and `gid` count.
+    user: String,
+    /// Name or number; empty = the user's own.
+    group: String,
+    more_groups: Vec<String>,
+}
+
+impl Wanted {
+    /// `text` (`StringUser`, or `USER[:GROUP]` in the spec's username) beats the numbers.
+    pub fn new(user: Option<&User>, text: Option<&StringUser>) -> Wanted {
+        let mut wanted = Wanted::default();
+        if let Some(user) = user {
+            wanted.uid = user.uid;
+            wanted.gid = user.gid;
+            wanted.groups.clone_from(&user.additional_gids);
+            let (name, group) = user.username.split_once(':').unwrap_or((&user.username, ""));
+            wanted.user = name.to_string();
+            wanted.group = group.to_string();
+        }
+        if let Some(text) = text.filter(|t| !t.uid.is_empty() || !t.gid.is_empty()) {
+            wanted.user.clone_from(&text.uid);
+            wanted.group.clone_from(&text.gid);
+            wanted.more_groups.clone_from(&text.additional_gids);
+        }
+        wanted
+    }
+
+    /// Looks up in `/etc/passwd` and `/etc/group` of the present root.
+    pub fn resolve(&self) -> Result<Identity> {
+        self.resolve_in(&read("/etc/passwd"), &read("/etc/group"))
+    }
+
+    /// The rules are Docker's: a named or known user brings the primary group and the memberships, unless a group is
+    /// asked for; a number without an entry is taken as it is.
+    fn resolve_in(&self, passwd: &str, group: &str) -> Result<Identity> {
+        let mut found = Identity { uid: self.uid, gid: self.gid, groups: self.groups.clone(), home: "/".to_string() };
+        if self.user.is_empty() && self.group.is_empty() {
+            if let Some(entry) = entries(passwd, 7).find(|e| e[2].parse() == Ok(self.uid)) {
+                set_home(&mut found, entry[5]);
+            }
+            return self.add_more_groups(found, group);
+        }
+        let user = if self.user.is_empty() { "0" } else { &self.user };
+        let number: Option<u32> = user.parse().ok();
+        let entry =
+            entries(passwd, 7).find(|e| e[0] == user || (number.is_some() && e[2].parse() == Ok(number.unwrap_or(0))));
+        match (entry, number) {
+            (Some(entry), _) => {
+                found.uid = id(entry[2], "/etc/passwd")?;
+                found.gid = id(entry[3], "/etc/passwd")?;
+                set_home(&mut found, entry[5]);
+                if self.group.is_empty() {
+                    for line in entries(group, 4).filter(|e| e[3].split(',').any(|member| member == entry[0])) {
+                        push_new(&mut found.groups, id(line[2], "/etc/group")?);
+                    }
+                }
+            }
+            (None, Some(number)) => {
+                found.uid = number;
+                found.gid = 0;
+            }
+            (None, None) => {
+                return Err(Error::invalid(format!("unable to find user {user}: no matching entries in passwd file")))
+            }
+        }
+        if !self.group.is_empty() {
+            found.gid = group_id(&self.group, group)?;
+        }
+        self.add_more_groups(found, group)
+    }
+
+    fn add_more_groups(&self, mut found: Identity, group: &str) -> Result<Identity> {
+        for name in &self.more_groups {
+            push_new(&mut found.groups, group_id(name, group)?);
+        }
+        Ok(found)
+    }
+}
+
+fn set_home(found: &mut Identity, home: &str) {
+    if !home.is_empty() {
+        found.home = home.to_string();
+    }
+}
+
+fn push_new(groups: &mut Vec<u32>, gid: u32) {
+    if !groups.contains(&gid) {
+        groups.push(gid);
+    }
+}
+
+fn group_id(name: &str, group: &str) -> Result<u32> {
+    if let Some(entry) = entries(group, 4).find(|e| e[0] == name) {
+        return id(entry[2], "/etc/group");
+    }
+    name.parse().map_err(|_| Error::invalid(format!("unable to find group {name}: no matching entries in group file")))
+}
+
+fn id(text: &str, file: &str) -> Result<u32> {
+    text.parse().map_err(|_| Error::invalid(format!("{file} of the container: {text:?} is not a number")))
+}
+
+/// The lines of a colon-separated file that have at least `fields` fields.
+fn entries(text: &str, fields: usize) -> impl Iterator<Item = Vec<&str>> {
+    text.lines().map(|line| line.split(':').collect::<Vec<_>>()).filter(move |line| line.len() >= fields)
+}
+
+/// A file of the image: a regular one, not a pipe or a device that would hold us up, and bounded. Missing = empty.
+fn read(path: &str) -> String {
+    let read = || -> sys::SysResult<Vec<u8>> {
+        let fd = sys::open(path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY, 0)?;
+        let mut bytes = Vec::new();
+        if sys::fstat(fd.raw())?.st_mode & libc::S_IFMT == libc::S_IFREG {
+            while bytes.len() < MAX_FILE && sys::read_append(fd.raw(), &mut bytes, 4096)? > 0 {}
+        }
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\nbroken\nann:x:1000:100::/home/ann:/bin/sh\nbob:x:1001:1001:::\n";
+    const GROUP: &str = "root:x:0:\nusers:x:100:\nwheel:x:10:ann,bob\naudio:x:29:ann\n";
+
+    fn named(text: &str) -> Wanted {
+        Wanted::new(Some(&User { username: text.into(), ..Default::default() }), None)
+    }
+
+    fn resolve(wanted: &Wanted) -> (u32, u32, Vec<u32>, String) {
+        let id = wanted.resolve_in(PASSWD, GROUP).unwrap();
+        (id.uid, id.gid, id.groups, id.home)
+    }
+
+    #[test]
+    fn names_and_numbers_follow_dockers_rules() {
+        assert_eq!(resolve(&named("ann")), (1000, 100, vec![10, 29], "/home/ann".into()));
+        assert_eq!(resolve(&named("1000")), (1000, 100, vec![10, 29], "/home/ann".into()));
+        assert_eq!(resolve(&named("ann:wheel")), (1000, 10, vec![], "/home/ann".into()));
+        assert_eq!(resolve(&named("1000:5")), (1000, 5, vec![], "/home/ann".into()));
+        assert_eq!(resolve(&named("4242")), (4242, 0, vec![], "/".into()));
+        assert_eq!(resolve(&named(":audio")), (0, 29, vec![], "/root".into()));
+        assert_eq!(resolve(&named("bob")).3, "/");
+        assert!(named("eve").resolve_in(PASSWD, GROUP).unwrap_err().message.contains("unable to find user eve"));
+        assert!(named("ann:nobody").resolve_in(PASSWD, GROUP).is_err());
+    }
+
+    #[test]
+    fn plain_numbers_are_taken_as_they_are() {
+        let user = User { uid: 1000, gid: 7, additional_gids: vec![8], ..Default::default() };
+        assert_eq!(resolve(&Wanted::new(Some(&user), None)), (1000, 7, vec![8], "/home/ann".into()));
+        let text = StringUser { uid: "ann".into(), gid: String::new(), additional_gids: vec!["root".into()] };
+        assert_eq!(resolve(&Wanted::new(Some(&user), Some(&text))).2, vec![8, 10, 29, 0]);
+        assert_eq!(resolve(&Wanted::new(None, None)), (0, 0, vec![], "/root".into()));
+    }
+}

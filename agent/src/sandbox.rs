@@ -1,0 +1,192 @@
+//! What the containers of one guest have in common: host name, namespaces, storages, name servers.
+
+use crate::agent::Agent;
+use crate::container::{self, STATE_DIR};
+use crate::jobs::Then;
+use crate::prelude::*;
+use crate::proto::agent as pb;
+use crate::runtime::namespaces::Shared;
+use crate::server::calls::CallId;
+use crate::sys::{self, Fd, Fork, Pid};
+use crate::{boot, fs, guest, log, storage};
+use alloc::collections::VecDeque;
+
+#[derive(Default)]
+pub struct Sandbox {
+    created: bool,
+    ipc: Option<Fd>,
+    uts: Option<Fd>,
+    /// A PID namespace for all containers, with the process that reaps there.
+    pid: Option<(Fd, Pid)>,
+    /// Mount points, in the order of mounting.
+    storages: Vec<String>,
+    pub oom_events: VecDeque<String>,
+    pub oom_waiters: VecDeque<CallId>,
+    /// DestroySandbox has been called; this call is answered when all is down.
+    destroyer: Option<CallId>,
+}
+
+impl Sandbox {
+    pub fn shared(&self) -> Shared {
+        Shared {
+            ipc: self.ipc.as_ref().map(Fd::raw),
+            uts: self.uts.as_ref().map(Fd::raw),
+            pid: self.pid.as_ref().map(|(fd, _)| fd.raw()),
+        }
+    }
+
+    /// Namespaces for the containers to share; the agent itself goes back to its own.
+    fn make_namespaces(&mut self, hostname: &str) -> Result<()> {
+        let open = |kind: &str| {
+            sys::open(format!("/proc/self/ns/{kind}"), libc::O_RDONLY, 0)
+                .with_context(|| format!("open own {kind} namespace"))
+        };
+        let (own_ipc, own_uts) = (open("ipc")?, open("uts")?);
+        sys::unshare(libc::CLONE_NEWIPC | libc::CLONE_NEWUTS).context("make the sandbox's namespaces")?;
+        let made: Result<(Fd, Fd)> = (|| {
+            if !hostname.is_empty() {
+                sys::sethostname(hostname).with_context(|| format!("set the host name {hostname:?}"))?;
+            }
+            Ok((open("ipc")?, open("uts")?))
+        })();
+        sys::setns(own_ipc.raw(), libc::CLONE_NEWIPC)
+            .and_then(|()| sys::setns(own_uts.raw(), libc::CLONE_NEWUTS))
+            .context("go back to the agent's namespaces")?;
+        let (ipc, uts) = made?;
+        self.ipc = Some(ipc);
+        self.uts = Some(uts);
+        Ok(())
+    }
+
+    fn make_pid_namespace(&mut self) -> Result<()> {
+        match sys::fork(libc::CLONE_NEWPID as u64, None).context("make the sandbox's PID namespace")? {
+            Fork::Child => reap_for_ever(),
+            Fork::Parent(pid) => {
+                let fd = sys::open(format!("/proc/{pid}/ns/pid"), libc::O_RDONLY, 0)
+                    .context("open the sandbox's PID namespace")
+                    .inspect_err(|_| {
+                        let _ = sys::kill(pid, libc::SIGKILL);
+                    })?;
+                self.pid = Some((fd, pid));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Process 1 of a shared PID namespace: orphans end here, and nothing else ever happens.
+fn reap_for_ever() -> ! {
+    let _ = sys::close_range(0, 0);
+    // All signals blocked; as process 1 it is immune to those of its own namespace anyway.
+    let _ = sys::set_signal_mask(u64::MAX);
+    let _ = sys::prctl(libc::PR_SET_NAME, c"pause".as_ptr() as usize, 0, 0, 0);
+    loop {
+        match sys::wait4(-1, 0) {
+            Ok(_) => {}
+            // No children at the moment: the blocked SIGCHLD of the next one's end is waited for.
+            Err(_) => sys::wait_signal(sys::signal_set(&[libc::SIGCHLD])),
+        }
+    }
+}
+
+fn write_resolv_conf(dns: &[String]) -> Result<()> {
+    if dns.is_empty() {
+        return Ok(());
+    }
+    let path = format!("{STATE_DIR}/sandbox/resolv.conf");
+    fs::create_dir_all(&format!("{STATE_DIR}/sandbox"), 0o755).context("make the sandbox's directory")?;
+    let mut text = dns.join("\n");
+    text.push('\n');
+    fs::write(&path, text.as_bytes()).with_context(|| format!("write {path}"))?;
+    // The guest's own, for what runs there beside containers.
+    if sys::getpid() == 1 {
+        fs::write("/etc/resolv.conf", text.as_bytes()).context("write /etc/resolv.conf")?;
+    }
+    Ok(())
+}
+
+impl Agent {
+    pub fn create_sandbox(&mut self, call: CallId, request: &pb::CreateSandboxRequest) -> Result<()> {
+        if self.sandbox.created {
+            return Err(Error::exists("the sandbox exists"));
+        }
+        if !request.sandbox_id.is_empty() {
+            container::check_id(&request.sandbox_id)?;
+        }
+        if !request.guest_hook_path.is_empty() {
+            return Err(Error::unimplemented(format!(
+                "guest_hook_path {:?}: hooks that lie in the guest are not supported",
+                request.guest_hook_path
+            )));
+        }
+        fs::create_dir_all(&format!("{STATE_DIR}/sandbox"), 0o755).context("make the state directory")?;
+        fs::create_dir_all(&format!("{STATE_DIR}/shared/containers"), 0o755).context("make the share's directory")?;
+        if self.sandbox.ipc.is_none() {
+            self.sandbox.make_namespaces(&request.hostname)?;
+        }
+        if request.sandbox_pidns && self.sandbox.pid.is_none() {
+            self.sandbox.make_pid_namespace()?;
+        }
+        // Also for the agent's own: containers without a UTS namespace of their own see it. Not on somebody's host.
+        if !request.hostname.is_empty() && sys::getpid() == 1 {
+            sys::sethostname(&request.hostname).with_context(|| format!("set the host name {:?}", request.hostname))?;
+        }
+        write_resolv_conf(&request.dns)?;
+        self.sandbox.created = true;
+        self.sandbox.storages = request.storages.iter().map(|s| s.mount_point.clone()).collect();
+        if request.storages.is_empty() && request.kernel_modules.is_empty() {
+            self.answer(call, Ok(vec![]));
+            return Ok(());
+        }
+        self.spawn_job(Then::Answer(call), &[], || {
+            for module in &request.kernel_modules {
+                guest::load_module(&module.name, &module.parameters)?;
+            }
+            for (count, wanted) in request.storages.iter().enumerate() {
+                if let Err(e) = storage::mount_storage(wanted) {
+                    for done in request.storages[..count].iter().rev() {
+                        let _ = storage::unmount(&done.mount_point);
+                    }
+                    return Err(e);
+                }
+            }
+            Ok(vec![])
+        })
+    }
+
+    pub fn destroy_sandbox(&mut self, call: CallId) -> Result<()> {
+        if self.sandbox.destroyer.is_some() {
+            return Err(Error::precondition("the sandbox is being destroyed already"));
+        }
+        self.sandbox.destroyer = Some(call);
+        let ids: Vec<String> = self.containers.keys().cloned().collect();
+        for id in ids {
+            self.begin_removal(&id);
+        }
+        self.continue_destroy();
+        Ok(())
+    }
+
+    /// When the last container is gone: storages, sync, and the end.
+    pub fn continue_destroy(&mut self) {
+        let Some(call) = self.sandbox.destroyer.filter(|_| self.containers.is_empty()) else { return };
+        if let Some((_, pid)) = self.sandbox.pid.take() {
+            let _ = sys::kill(pid, libc::SIGKILL);
+        }
+        let storages = core::mem::take(&mut self.sandbox.storages);
+        let spawned = self.spawn_job(Then::PowerOff(call), &[], || {
+            let mut outcome = Ok(vec![]);
+            for mount in storages.iter().rev() {
+                if let (Err(e), Ok(_)) = (storage::unmount(mount), &outcome) {
+                    outcome = Err(e);
+                }
+            }
+            sys::sync();
+            outcome
+        });
+        if let Err(e) = spawned {
+            log::error(&e.message);
+            boot::power_off();
+        }
+    }
+}

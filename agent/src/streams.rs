@@ -1,0 +1,319 @@
+//! The agent's ends of a process's standard streams, and the calls that wait on them.
+//!
+//! Nothing here knows connections or epoll: descriptors are non-blocking, readiness is remembered from edges, answers
+//! come back as values.
+
+use crate::prelude::*;
+use crate::runtime::console;
+use crate::server::calls::CallId;
+use crate::server::frame::DATA_OFFSET;
+use crate::sys::{self, Errno, Fd, RawFd};
+use alloc::collections::VecDeque;
+
+/// The most that one read answers.
+pub const MAX_READ: usize = 1 << 20;
+/// Standard input that may wait in the agent, per process. The host keeps one write in flight per process; more than
+/// this is a host that does not wait for its answers.
+const MAX_WAITING_INPUT: usize = 16 << 20;
+const FIONREAD: u64 = 0x541b;
+
+/// An output stream: stdout, stderr, or the terminal.
+#[derive(Default)]
+pub struct Output {
+    fd: Option<Fd>,
+    terminal: bool,
+    readable: bool,
+    /// After the process has been reaped: how much of what was in the pipe then is still to come.
+    left: Option<usize>,
+    readers: VecDeque<(CallId, usize)>,
+}
+
+/// What a look at an output stream gives its first reader.
+pub enum Read {
+    /// Data behind [`DATA_OFFSET`] bytes of room; none behind it = end of file.
+    Data(Vec<u8>),
+    /// Nothing yet.
+    Wait,
+}
+
+impl Output {
+    pub fn new(fd: Fd, terminal: bool) -> Output {
+        Output { fd: Some(fd), terminal, readable: true, left: None, readers: VecDeque::new() }
+    }
+
+    pub fn raw(&self) -> Option<RawFd> {
+        self.fd.as_ref().map(Fd::raw)
+    }
+
+    pub fn notice(&mut self) {
+        self.readable = true;
+    }
+
+    pub fn add_reader(&mut self, call: CallId, len: usize) {
+        self.readers.push_back((call, len));
+    }
+
+    /// Those who were there before the stream was.
+    pub fn take_readers_of(&mut self, other: Output) {
+        self.readers = other.readers;
+    }
+
+    /// The call whose turn it is, and how much it takes.
+    pub fn first_reader(&self) -> Option<(CallId, usize)> {
+        self.readers.front().copied()
+    }
+
+    pub fn pop_reader(&mut self) {
+        self.readers.pop_front();
+        if self.readers.is_empty() {
+            self.readers = VecDeque::new();
+        }
+    }
+
+    /// Whether [`Output::read`] is worth calling.
+    pub fn has_news(&self) -> bool {
+        self.fd.is_none() || self.readable || self.left.is_some()
+    }
+
+    /// Reads up to `len` bytes without blocking.
+    pub fn read(&mut self, len: usize) -> Read {
+        let mut buffer = Vec::new();
+        let Some(fd) = self.raw() else {
+            buffer.resize(DATA_OFFSET, 0);
+            return Read::Data(buffer);
+        };
+        let mut want = len.clamp(1, MAX_READ);
+        if let Some(left) = self.left {
+            want = want.min(left);
+        }
+        if want > 0 {
+            // As much memory as there are bytes, not as much as the caller would take.
+            want = want.min(available(fd).max(512));
+            buffer.reserve(DATA_OFFSET + want);
+            buffer.resize(DATA_OFFSET, 0);
+            match sys::read_append(fd, &mut buffer, want) {
+                Ok(n) if n > 0 => {
+                    if let Some(left) = self.left.filter(|_| !self.terminal) {
+                        self.left = Some(left - n.min(left));
+                    }
+                    return Read::Data(buffer);
+                }
+                Err(Errno(libc::EAGAIN)) if self.left.is_none() => {
+                    self.readable = false;
+                    return Read::Wait;
+                }
+                // End of file; EIO is how a terminal says it.
+                _ => {}
+            }
+        } else {
+            buffer.resize(DATA_OFFSET, 0);
+        }
+        self.fd = None;
+        Read::Data(buffer)
+    }
+
+    /// The process is gone: what is in the pipe now is all that will be delivered, whoever still holds the other end.
+    pub fn drain(&mut self) {
+        if let Some(fd) = self.raw() {
+            // A terminal delivers what its other end has written before it says EAGAIN or EIO.
+            self.left = Some(if self.terminal { usize::MAX } else { available(fd) });
+        }
+    }
+
+    /// Everybody who waits; the stream is over.
+    pub fn close(&mut self) -> Vec<CallId> {
+        self.fd = None;
+        core::mem::take(&mut self.readers).into_iter().map(|(call, _)| call).collect()
+    }
+}
+
+fn available(fd: RawFd) -> usize {
+    let mut count = 0i32;
+    match sys::ioctl(fd, FIONREAD, &raw mut count as usize) {
+        Ok(_) => usize::try_from(count).unwrap_or(0),
+        Err(_) => 0,
+    }
+}
+
+struct Write {
+    call: CallId,
+    data: Vec<u8>,
+    done: usize,
+}
+
+/// Standard input: a pipe or the terminal.
+#[derive(Default)]
+pub struct Input {
+    fd: Option<Fd>,
+    terminal: bool,
+    queue: VecDeque<Write>,
+    closing: bool,
+    /// Why nothing more is taken.
+    broken: Option<&'static str>,
+}
+
+/// A write that is over: the call, and how many bytes were taken or why not.
+pub type Written = (CallId, Result<u32>);
+
+impl Input {
+    pub fn new(fd: Fd, terminal: bool) -> Input {
+        Input { fd: Some(fd), terminal, ..Default::default() }
+    }
+
+    pub fn raw(&self) -> Option<RawFd> {
+        self.fd.as_ref().map(Fd::raw)
+    }
+
+    /// Takes data in; it is answered by [`Input::pump`] when all of it is in the pipe.
+    pub fn write(&mut self, call: CallId, data: Vec<u8>) -> Result<()> {
+        if let Some(why) = self.broken {
+            return Err(Error::precondition(format!("standard input: {why}")));
+        }
+        if self.closing || self.fd.is_none() {
+            return Err(Error::precondition("standard input is closed"));
+        }
+        let waiting: usize = self.queue.iter().map(|w| w.data.len()).sum();
+        if waiting > 0 && waiting + data.len() > MAX_WAITING_INPUT {
+            return Err(Error::exhausted(format!("{waiting} bytes of standard input are waiting already")));
+        }
+        self.queue.push_back(Write { call, data, done: 0 });
+        Ok(())
+    }
+
+    /// Closes behind what is queued.
+    pub fn close(&mut self) {
+        self.closing = true;
+    }
+
+    /// Writes what goes; the writes that are over.
+    pub fn pump(&mut self) -> Vec<Written> {
+        let mut over = vec![];
+        while let (Some(fd), Some(first)) = (self.raw(), self.queue.front_mut()) {
+            let rest = &first.data[first.done..];
+            match if rest.is_empty() { Ok(0) } else { sys::write(fd, rest) } {
+                Ok(n) => {
+                    first.done += n;
+                    if first.done == first.data.len() {
+                        over.push((first.call, Ok(first.data.len() as u32)));
+                        self.queue.pop_front();
+                    }
+                }
+                Err(Errno(libc::EAGAIN)) => return over,
+                Err(_) => {
+                    over.extend(self.fail("broken pipe"));
+                    return over;
+                }
+            }
+        }
+        if self.closing && self.queue.is_empty() && self.fd.is_some() {
+            self.finish();
+        }
+        over
+    }
+
+    fn finish(&mut self) {
+        match self.raw() {
+            // A terminal has no end that could be closed without hanging up on the process: its user would press the
+            // key for end of file.
+            Some(fd) if self.terminal => {
+                if let Some(character) = console::end_of_file(fd) {
+                    let _ = sys::write(fd, &[character]);
+                }
+                self.broken = Some("closed");
+            }
+            _ => self.fd = None,
+        }
+    }
+
+    /// Gives up: nobody will read any more.
+    pub fn fail(&mut self, why: &'static str) -> Vec<Written> {
+        self.broken = Some(why);
+        self.fd = None;
+        core::mem::take(&mut self.queue)
+            .into_iter()
+            .map(|w| (w.call, Err(Error::precondition(format!("standard input: {why}")))))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output() -> (Output, Fd) {
+        let (read_end, write_end) = sys::pipe(0).unwrap();
+        sys::set_nonblocking(read_end.raw(), true).unwrap();
+        (Output::new(read_end, false), write_end)
+    }
+
+    fn text(read: Read) -> Option<String> {
+        match read {
+            Read::Data(buffer) => Some(String::from_utf8_lossy(&buffer[DATA_OFFSET..]).into_owned()),
+            Read::Wait => None,
+        }
+    }
+
+    #[test]
+    fn output_comes_as_it_is_there_and_ends_with_the_writer() {
+        let (mut out, writer) = output();
+        assert_eq!(text(out.read(100)), None);
+        assert!(!out.has_news());
+        sys::write_all(writer.raw(), b"hello").unwrap();
+        out.notice();
+        assert_eq!(text(out.read(2)).as_deref(), Some("he"));
+        assert_eq!(text(out.read(0)).as_deref(), Some("l"));
+        drop(writer);
+        assert_eq!(text(out.read(100)).as_deref(), Some("lo"));
+        assert_eq!(text(out.read(100)).as_deref(), Some(""));
+        assert_eq!(text(out.read(100)).as_deref(), Some(""));
+    }
+
+    #[test]
+    fn after_the_process_only_what_was_in_the_pipe_counts() {
+        let (mut out, writer) = output();
+        sys::write_all(writer.raw(), &[b'x'; 1000]).unwrap();
+        out.drain();
+        sys::write_all(writer.raw(), b"from a daemon").unwrap();
+        assert_eq!(text(out.read(600)).map(|t| t.len()), Some(600));
+        assert_eq!(text(out.read(600)).map(|t| t.len()), Some(400));
+        assert_eq!(text(out.read(600)).as_deref(), Some(""));
+        let (mut out, _writer) = output();
+        out.drain();
+        assert_eq!(text(out.read(600)).as_deref(), Some(""));
+    }
+
+    #[test]
+    fn input_is_answered_when_it_is_in_the_pipe_and_closed_behind_it() {
+        let (read_end, write_end) = sys::pipe(0).unwrap();
+        sys::set_nonblocking(write_end.raw(), true).unwrap();
+        let mut input = Input::new(write_end, false);
+        input.write(1, vec![7; 200_000]).unwrap();
+        input.write(2, vec![]).unwrap();
+        input.close();
+        assert!(input.write(3, vec![1]).is_err());
+        assert_eq!(input.pump(), []);
+        let mut total = 0;
+        let mut over = vec![];
+        let mut buf = vec![0; 65536];
+        loop {
+            let n = sys::read(read_end.raw(), &mut buf).unwrap();
+            if n == 0 {
+                break;
+            }
+            total += n;
+            over.extend(input.pump());
+        }
+        assert_eq!((total, over), (200_000, vec![(1, Ok(200_000)), (2, Ok(0))]));
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_an_error() {
+        let (read_end, write_end) = sys::pipe(0).unwrap();
+        sys::ignore_signal(libc::SIGPIPE);
+        let mut input = Input::new(write_end, false);
+        drop(read_end);
+        input.write(1, vec![7]).unwrap();
+        assert!(matches!(&input.pump()[..], [(1, Err(e))] if e.message.contains("broken pipe")));
+        assert!(input.write(2, vec![7]).is_err());
+    }
+}
