@@ -236,13 +236,13 @@ def test_the_default_profile_confines(shared_kata: Kata, busybox_image: str) -> 
     shown = out(
         shared_kata, busybox_image,
         "grep Seccomp: /proc/self/status; mount -t tmpfs none /mnt 2>/dev/null && echo mounted;"
-        " echo 1 > /proc/sys/kernel/sysrq && echo written; cat /proc/kcore | wc -c; mknod /tmp/d b 254 0 && cat /tmp/d",
+        " echo 1 > /proc/sys/kernel/sysrq && echo written; cat /proc/kcore | wc -c; mknod /tmp/d b 254 0 && cat /tmp/d || echo refused",
     )  # fmt: skip
     lines = shown.splitlines()
     assert lines[0].split() == ["Seccomp:", "2"]
     assert "mounted" not in lines
     assert "written" not in lines
-    assert lines[-1] == "0"
+    assert lines[-2:] == ["0", "refused"]
 
 
 def test_limits(shared_kata: Kata, busybox_image: str) -> None:
@@ -326,7 +326,7 @@ def test_timings_tell_where_the_start_went(shared_kata: Kata, busybox_image: str
         (["no-such-command"], 127, "executable file not found in $PATH"),
         (["/no/such/file"], 127, "no such file or directory"),
         (["/etc/passwd"], 126, "permission denied"),
-        (["/tmp"], 126, "permission denied"),
+        (["/tmp"], 126, "is a directory"),
     ],
 )
 def test_a_missing_command(
@@ -345,7 +345,7 @@ BAD = [
     (["run", "oci:/does/not/exist"], "/does/not/exist", ""),
     (["run", "rootfs:/does/not/exist"], "/does/not/exist", ""),
     (["run", "--pull", "never", "nothing-here"], "not in the local store", "kata pull"),
-    (["run", "UPPER/case"], "UPPER/case", ""),
+    (["run", "Alpine"], "Alpine", ""),
     (["run", "-m", "12q", "IMAGE"], "-m", "512m"),
     (["run", "-m", "1m", "IMAGE"], "below the least", ""),
     (["run", "--cpus", "0", "IMAGE"], "--cpus", ""),

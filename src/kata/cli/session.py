@@ -52,7 +52,7 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
 
     record = container.record
     guest = manifest.load(paths.guest_dir())
-    size = sizing.plan(record["cpus"], record["memory"])
+    size = sizing.plan(record["cpus"], record["memory"], guest.kernel_kind)
     choice = accel.choose()
     if choice.accel == "tcg":
         _say_once("software-emulation", f"note: {choice.reason}\n")
