@@ -239,7 +239,7 @@ class Lab:
             argv = spec["argv"]
             os.execvpe(argv[0], argv, spec["env"])
         except OSError as error:
-            name = error.filename or spec["argv"][0]
+            name = os.fsdecode(error.filename or spec["argv"][0])
             os.write(2, f"kvm-lab: {name}: {error.strerror}\n".encode())
             os._exit(127 if error.errno == errno.ENOENT else 126)
         except BaseException as error:

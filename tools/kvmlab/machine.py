@@ -10,6 +10,7 @@ import sys
 
 from kata import sysio
 from kata.errors import HostError
+from kata.hypervisor import tsc
 from kata.hypervisor.console import ConsoleRing
 from kata.hypervisor.qemu_command import comma
 from kata.hypervisor.qemu_process import FIRMWARE_DIRS
@@ -23,7 +24,7 @@ FIRMWARE = "qboot.rom"
 # nothing else. "la57" off: a fifth level of page tables is walked in software, with nested paging many times.
 CPU = "max,-erms,-la57"
 # Warnings of the kernel go to the console, and with it into the log of a failed run.
-CMDLINE = "console=ttyS0 loglevel=5 panic=-1 mitigations=off no_timer_check tsc=reliable cgroup_no_v1=all"
+CMDLINE = "console=ttyS0 loglevel=5 panic=-1 mitigations=off no_timer_check cgroup_no_v1=all"
 TB_SIZE_MIB = 512
 
 
@@ -73,6 +74,16 @@ def obstacle() -> str:
     return ""
 
 
+def kernel_parameters() -> str:
+    """The lab's kernel command line.
+
+    An emulated processor's time-stamp counter is this machine's, at its rate. A kernel that measures that
+    rate while this machine is busy gets it wrong, and with it the length of a second.
+    """
+    rate = tsc.khz()
+    return f"{CMDLINE} tsc=reliable tsc_early_khz={rate}" if rate else f"{CMDLINE} tsc=unstable"
+
+
 def command_line(assets: Assets, size: Size, network: str, console_fd: int, port_fd: int) -> list[str]:
     """QEMU's arguments.
 
@@ -98,7 +109,7 @@ def command_line(assets: Assets, size: Size, network: str, console_fd: int, port
             "-initrd",
             str(assets.initrd),
             "-append",
-            CMDLINE,
+            kernel_parameters(),
         ),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-device", "isa-serial,chardev=console"),
