@@ -114,7 +114,7 @@ def test_accelerators() -> None:
     real = qemu_command.build(settings(accel="kvm", tsc_khz=2000000), FDS)
     assert options(real, "-cpu") == ["host"]
     assert options(real, "-accel") == ["kvm"]
-    assert options(real, "-append") == ["quiet reboot=t console=ttyS0 agent.channel=serial"]
+    assert options(real, "-append") == ["quiet reboot=t swiotlb=noforce console=ttyS0 agent.channel=serial"]
 
 
 def test_descriptors() -> None:

@@ -25,7 +25,7 @@ busybox mkdir -p /proc /sys /dev /tmp /mnt
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
 busybox mount -t devtmpfs dev /dev
-if [ -f /load ]; then while read -r module; do busybox insmod "$module"; done </load; fi
+if [ -f /etc/modules ]; then while read -r module; do busybox insmod "$module"; done </etc/modules; fi
 busybox --install -s /bin
 ip link set lo up
 port=
@@ -45,17 +45,22 @@ done
 """
 
 
-def build_initrd(path: Path, init: str = _INIT) -> Path:
-    """Write the guest's initrd. The kernel's modules, if it needs any, come from the guest directory."""
+def build_initrd(path: Path, guest_initrd: Path | None = None) -> Path:
+    """Write the guest's initrd.
+
+    Args:
+        path: Where to.
+        guest_initrd: The project's own, which has the modules that its kernel needs; ours is unpacked over it.
+    """
     archive = Archive()
-    for directory in ("dev", "proc", "sys", "bin", "tmp", "mnt"):
+    for directory in ("dev", "proc", "sys", "bin", "tmp", "mnt", "etc"):
         archive.directory(directory)
     archive.character_device("dev/console", 5, 1)
     archive.character_device("dev/null", 1, 3, 0o666)
     archive.file("bin/busybox", Path(BUSYBOX).read_bytes(), 0o755)
     archive.symlink("bin/sh", "busybox")
-    archive.file("init", init.encode(), 0o755)
-    path.write_bytes(archive.finish())
+    archive.file("init", _INIT.encode(), 0o755)
+    path.write_bytes((guest_initrd.read_bytes() if guest_initrd else b"") + archive.finish())
     return path
 
 
