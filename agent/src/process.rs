@@ -242,7 +242,7 @@ impl Agent {
 
     /// End of file: the exec has worked, or the process (or its builder) has ended.
     fn on_report_end(&mut self, key: Key) {
-        let Some(process) = self.processes.get_mut(&key) else { return };
+        let Some(process) = self.processes.get_mut(&key).filter(|p| p.report_fd().is_some()) else { return };
         process.close_report();
         let failure = process.failure.clone();
         match (process.phase, failure) {
@@ -269,8 +269,10 @@ impl Agent {
         let Some(key) = self.processes.iter().find(|(_, p)| p.pid == pid && p.is_alive()).map(|(k, _)| *k) else {
             return;
         };
-        // What it has said before its end comes first.
+        // What it has said before its end comes first. Its builder may still hold the socket open: there is no end of
+        // file to wait for.
         self.on_report(key);
+        self.on_report_end(key);
         let Some(process) = self.processes.get_mut(&key) else { return };
         process.exit = Some(code);
         process.phase = Phase::Exited;
