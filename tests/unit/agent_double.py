@@ -279,6 +279,7 @@ class MachineDouble:
     """A hypervisor that is only a socket pair and a fate."""
 
     pid = 2**22  # above pid_max: no process of this host has it
+    agent_cid = None
 
     def __init__(self, agent: AgentDouble) -> None:
         self.agent = agent

@@ -101,6 +101,11 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         machine.network = plan(network)
         nic = machine.network.wire()
     vm = vm_settings(settings, run_dir, machine.share, nic)
+    if vm.accel == "kvm":
+        # Under emulation the serial port is the faster of the two.
+        from ..hypervisor import vsock
+
+        vm.vsock = vsock.allocate()
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
     if machine.network is not None:
@@ -164,10 +169,10 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     from ..proto import agent_pb
 
     settings, timings = sandbox.settings, sandbox.timings
-    agent = await sandbox.connect_agent()
-
     step.name = "waiting for the agent in the guest"
-    await _healthy(agent, sandbox.lost, READY_S[settings["hypervisor"]["accel"]])
+    ready_s = READY_S[settings["hypervisor"]["accel"]]
+    agent = await sandbox.connect_agent(ready_s)
+    await _healthy(agent, sandbox.lost, ready_s)
     answered_ns = time.monotonic_ns()
 
     step.name = "setting up the guest"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..agent.client import AgentClient
 from ..agent.text import escape_line
-from ..errors import AlreadyExistsError, KataError, NotFoundError, VMLostError
+from ..errors import AgentTimeoutError, AlreadyExistsError, KataError, NotFoundError, VMLostError
 from ..ttrpc.client import Client
 from . import boot, watch
 from .container import Container
@@ -126,13 +126,30 @@ class Sandbox:
             return None
         return Qemu(process, self.journal, os.path.join(self.run_dir, boot.CONSOLE_NAME))
 
-    async def connect_agent(self) -> AgentClient:
-        """The connection to the agent; on a serial channel it is there before the guest is."""
+    async def connect_agent(self, timeout_s: float) -> AgentClient:
+        """The connection to the agent; on a serial channel it is there before the guest is.
+
+        Raises:
+            AgentTimeoutError: It did not listen on its vsock in time.
+            KataError: The machine's end.
+        """
         import socket
 
         assert self.vm is not None
-        sock: socket.socket = socket.socket(fileno=self.vm.take_agent_fd())
-        sock.setblocking(False)
+        if self.vm.agent_cid is None:
+            sock: socket.socket = socket.socket(fileno=self.vm.take_agent_fd())
+            sock.setblocking(False)
+        else:
+            from ..hypervisor import vsock
+
+            waiting = asyncio.wait_for(vsock.connect(self.vm.agent_cid), timeout_s)
+            try:
+                sock = await self.unless_lost(waiting)
+            except TimeoutError:
+                raise AgentTimeoutError(
+                    f"the agent did not listen on vsock {self.vm.agent_cid}:{vsock.AGENT_PORT}"
+                    f" within {timeout_s:g} s"
+                ) from None
         self._agent = AgentClient(await Client.connect(sock))
         return self._agent
 

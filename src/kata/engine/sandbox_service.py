@@ -118,6 +118,7 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "engine_pid": os.getpid(),
         "hypervisor_pid": sandbox.vm.pid if sandbox.vm is not None else 0,
         "accelerator": hypervisor.get("accel", ""),
+        "agent_channel": "serial" if sandbox.vm is None or sandbox.vm.agent_cid is None else "vsock",
         "kernel": hypervisor.get("kernel", ""),
         "initrd": hypervisor.get("initrd", ""),
         "vcpus": settings.get("vcpus", 1),

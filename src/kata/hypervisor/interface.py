@@ -50,6 +50,10 @@ if TYPE_CHECKING:
                 it), and the interface's PCI path in the guest.
             """
 
+        @property
+        def agent_cid(self) -> int | None:
+            """Context id under which the agent listens on vsock; None when it is on its serial channel."""
+
         def take_agent_fd(self) -> int:
             """Descriptor of the host's end of the agent's serial channel; the caller owns it."""
 

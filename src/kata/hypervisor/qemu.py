@@ -76,6 +76,11 @@ class Qemu:
         """Process id of QEMU on the host."""
         return self._process.pid
 
+    @property
+    def agent_cid(self) -> int | None:
+        """CID of the guest; None when it has no vsock, so that the agent is on its serial port."""
+        return self.settings.vsock.cid if self.settings.vsock is not None else None
+
     def take_agent_fd(self) -> int:
         """Our end of the agent's virtio-serial port; the caller owns it. -1 when it was taken before."""
         return self._process.take("agent")
@@ -326,7 +331,7 @@ class Qemu:
             if status < 0:
                 error = VMLostError(f"the virtual machine ended: {error.message}", error.hint)
             return Ended(status, "crashed", error)
-        panic = [line for line in self.console_tail(16384).splitlines() if _PANIC in line]
+        panic = [line for line in self.console.tail(65536, 2000).splitlines() if _PANIC in line]
         if panic or self._shutdown_reason == "guest-panic":
             what = panic[-1].partition(_PANIC)[2].strip(" :") if panic else "no reason given"
             return Ended(

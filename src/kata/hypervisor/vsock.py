@@ -13,11 +13,30 @@ import os
 from kata.errors import HostError
 from kata.hypervisor.settings import Vsock
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
 DEVICE = "/dev/vhost-vsock"
+AGENT_PORT = 1024
+"""Where the agent listens."""
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 _FIRST_CID = 3  # 0 to 2 mean hypervisor, local and host
 _LAST_CID = 0x7FFFFFFF
 _TRIES = 64
+_RETRY_S = 0.01
+# A guest without a listener answers with a reset; one whose driver is not there yet does not answer, and the
+# kernel gives up after two seconds; which error that is depends on how far the device has come.
+_NOT_YET = (
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ETIMEDOUT,
+    errno.ENODEV,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.EPIPE,
+)
 
 
 def usable() -> str:
@@ -60,3 +79,43 @@ def allocate() -> Vsock | None:
     except BaseException:
         os.close(fd)
         raise
+
+
+async def connect(cid: int, port: int = AGENT_PORT) -> socket.socket:
+    """A connection to a guest that may still be booting: tries until somebody listens there.
+
+    The caller bounds the time, and ends this when the machine ends.
+
+    Args:
+        cid: The guest's.
+        port: Its port.
+
+    Returns:
+        The connected, non-blocking socket; it is the caller's.
+
+    Raises:
+        HostError: This host cannot make such connections.
+    """
+    import asyncio
+    import socket
+
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise HostError(f"cannot open a vsock: {error.strerror}", "modprobe vhost_vsock") from error
+        try:
+            await loop.sock_connect(sock, (cid, port))
+        except OSError as error:
+            sock.close()
+            if error.errno not in _NOT_YET:
+                raise HostError(
+                    f"cannot connect to the guest's vsock port {port}: {error.strerror}"
+                ) from error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+        await asyncio.sleep(_RETRY_S)
