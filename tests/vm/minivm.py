@@ -108,13 +108,11 @@ def sandbox_dir(base: Path, name: str = "vm") -> Journal:
     return Journal.create_dir(str(base / "sandboxes"), name, {"test": name})
 
 
-def settings(journal: Journal, kernel: Path, initrd: Path, **changes: object) -> VMSettings:
-    """A small machine; `changes` go to the settings."""
+def settings(journal: Journal, **changes: object) -> VMSettings:
+    """A small machine; `changes`, which name at least kernel and initrd, go to the settings."""
     values: dict[str, object] = {
         "name": "kata-test",
         "run_dir": os.path.dirname(journal.path),
-        "kernel": str(kernel),
-        "initrd": str(initrd),
         "cmdline": "quiet panic=-1",
         "memory_mib": 256,
         **changes,

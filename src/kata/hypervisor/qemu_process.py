@@ -241,6 +241,7 @@ _KNOWN: tuple[tuple[str, type[KataError], str, str], ...] = (
         "QEMU cannot load the guest's kernel {kernel}",
         "kata guest build",
     ),
+    ("kernel too old", GuestAssetError, "{kernel} is not a kernel that QEMU can start", "kata guest build"),
     ("invalid kernel header", GuestAssetError, "{kernel} is not a kernel", "kata guest build"),
     ("could not load initrd", GuestAssetError, "QEMU cannot load the initrd {initrd}", "kata guest build"),
     ("error reading initrd", GuestAssetError, "QEMU cannot load the initrd {initrd}", "kata guest build"),
