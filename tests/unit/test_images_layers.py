@@ -243,7 +243,7 @@ def test_limits(tmp_path: Path) -> None:
         tree(tmp_path, many, limits=Limits(names=200))
     slow = [
         member("l", "symlink", link="/".join(["d", ".."] * 800) + "/d"),
-        *(member(f"l/{n}") for n in range(90)),
+        *(member(f"l/{n}/x") for n in range(90)),
     ]
     with pytest.raises(ImageError, match="made to be slow"):
         tree(tmp_path, layer(*slow), limits=Limits(work=100_000))

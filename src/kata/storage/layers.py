@@ -60,14 +60,14 @@ class Limits:
 
     Args:
         size: Bytes of content in all layers, uncompressed, holes counted; ``KATA_IMAGE_MAX_SIZE`` moves it.
-        entries: Archive members in all layers; ``KATA_IMAGE_MAX_ENTRIES`` moves it. One costs some 500
+        entries: Archive members in all layers; ``KATA_IMAGE_MAX_ENTRIES`` moves it. One costs some 600
             bytes of memory while the image is converted.
         names: Bytes of names, link targets and extended attributes in all layers.
         work: Steps taken along paths and through directories; an honest image needs a hundredth of it.
     """
 
     def __init__(
-        self, size: int = 64 << 30, entries: int = 3_000_000, names: int = 512 << 20, work: int = 200_000_000
+        self, size: int = 64 << 30, entries: int = 2_000_000, names: int = 512 << 20, work: int = 200_000_000
     ) -> None:
         self.size = size
         self.entries = entries
@@ -93,6 +93,8 @@ class LayerTree:
         self._work = 0
         self._layer = ""
         self._touched: list[Node] = []
+        self._last: tuple[list[bytes], Node] | None = None
+        """The directory of the last entry. What is only added does not change where a path leads to."""
 
     def apply(self, source: BinaryIO, layer: str, tick: Callable[[int], None] | None = None) -> str:
         """Apply one layer on top.
@@ -242,8 +244,11 @@ class LayerTree:
 
     def _directory(self, parts: list[bytes], entry: layers_tar.Entry) -> Node:
         """The directory of a path, made if it is missing; links on the way are followed."""
+        if self._last is not None and self._last[0] == parts:
+            return self._last[1]
         node = self._walk(parts, entry)
         assert node is not None
+        self._last = (parts, node)
         return node
 
     def _find(self, parts: list[bytes]) -> Node | None:
@@ -310,6 +315,7 @@ class LayerTree:
 
     def _remove(self, parent: Node, name: bytes) -> None:
         """Remove a name with all that is below it."""
+        self._last = None
         assert parent.children is not None
         node = parent.children.pop(name, None)
         if parent.fresh is not None:
@@ -383,8 +389,11 @@ def _clean(name: bytes) -> list[bytes]:
     """
     if len(name) > _MAX_PATH:
         raise ImageError(f"a path has more than {_MAX_PATH} bytes", _MALFORMED)
+    split = name.split(b"/")
+    if b"" not in split and b"." not in split and b".." not in split:
+        return split
     parts: list[bytes] = []
-    for part in name.split(b"/"):
+    for part in split:
         if part == b"..":
             if not parts:
                 raise ImageError(f"the path {layers_tar.text(name)} leads out of the image", _MALFORMED)

@@ -12,6 +12,7 @@ Sources: POSIX.1-2017 ``pax``, GNU tar manual "Standard Format", "Storing Sparse
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
+from zlib import adler32
 
 from kata.errors import ImageError
 
@@ -22,6 +23,7 @@ BLOCK = 512
 MAX_EXTENSION = 1 << 20
 """The largest extension header (long name or pax records) taken, as in Go."""
 _MAX_SPARSE = 1 << 16
+_AT_ONCE = 64 << 10
 _ZERO_BLOCK = bytes(BLOCK)
 _ZERO_STEP = bytes(256 << 10)
 
@@ -88,9 +90,9 @@ def _number(field: bytes, what: str) -> int:
         if field[0] & 0x40:
             value -= 1 << (8 * len(field) - 1)
         return value
-    digits = field.split(b"\0", 1)[0].strip()
+    digits = field.partition(b"\0")[0].strip()
     try:
-        return int(digits, 8) if digits else 0
+        return int(digits or b"0", 8)
     except ValueError:
         raise ImageError(f"the tar header's {what} is not a number", _HINT) from None
 
@@ -102,14 +104,17 @@ def _decimal(value: bytes, what: str) -> int:
 
 
 def _checksum_right(block: bytes) -> bool:
+    field = block[148:156]
     try:
-        stored = _number(block[148:156], "checksum")
+        stored = _number(field, "checksum")
     except ImageError:
         return False
-    rest = block[:148] + block[156:]
-    unsigned = sum(rest) + 256
+    # The lower half of Adler-32 is one more than the sum of the bytes, modulo 65521, which the sum of half a
+    # block does not reach: ten times as fast as sum(). The field itself counts as eight spaces.
+    unsigned = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2 - sum(field) + 256
     if stored == unsigned:
         return True
+    rest = block[:148] + block[156:]
     return stored == unsigned - 256 * sum(byte > 127 for byte in rest)  # some old tars summed signed bytes
 
 
@@ -190,7 +195,14 @@ class Reader:
         entry = self._entry
         assert entry is not None
         if entry.sparse is None:
-            yield from self._take(entry.size)
+            if entry.size > _AT_ONCE:
+                yield from self._take(entry.size)
+            elif entry.size:
+                data = self._source.read(entry.size)
+                self._left -= len(data)
+                if len(data) < entry.size:
+                    raise ImageError("the archive ends within a file", _HINT)
+                yield data
             return
         at = 0
         for offset, length in entry.sparse:
