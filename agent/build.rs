@@ -14,7 +14,11 @@ fn main() {
         fs::write(dir.join(format!("lib{name}.a")), "!<arch>\n").expect("write an empty archive");
     }
     println!("cargo:rustc-link-arg-bins=-L{}", dir.display());
-    for arg in ["-nostartfiles", "-static", "-Wl,--gc-sections", "-Wl,-z,noseparate-code", "-Wl,--build-id=none"] {
+    // Nothing unwinds (panic=abort), but the precompiled `core` and `alloc` bring 70 KB of tables for it.
+    let script = out.join("discard.ld");
+    fs::write(&script, "SECTIONS { /DISCARD/ : { *(.eh_frame .eh_frame.* .gcc_except_table .gcc_except_table.* .comment) } } INSERT BEFORE .text;\n").expect("write the linker script");
+    println!("cargo:rustc-link-arg-bins=-Wl,-T,{}", script.display());
+    for arg in ["-nostartfiles", "-static", "-Wl,--gc-sections", "-Wl,-z,noseparate-code", "-Wl,--build-id=none", "-Wl,--no-eh-frame-hdr"] {
         println!("cargo:rustc-link-arg-bins={arg}");
     }
     println!("cargo:rerun-if-changed=build.rs");
