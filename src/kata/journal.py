@@ -250,8 +250,10 @@ class Journal:
 
         ``process``
             ``role`` (a word for messages), ``signal`` ("KILL", the default, or "TERM": TERM first).
-        ``file``, ``socket``, ``directory``, ``cgroup``
+        ``file``, ``socket``, ``directory``
             ``path``, absolute.
+        ``cgroup``
+            ``path``, absolute; for version 2 also ``inside``, the path within the hierarchy.
         ``mount``
             ``target``, ``source``, ``fstype``.
         ``netns``

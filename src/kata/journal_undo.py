@@ -303,8 +303,34 @@ def _undo_netns(params: dict[str, Any], identity: dict[str, Any] | None, deadlin
 
 def _undo_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
     path = params["path"]
+    if not os.path.lexists(path) and params.get("inside"):
+        # It was made through a mount that was its engine's alone; the hierarchy is the same everywhere.
+        mounted = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2" and m.root == "/"), "")
+        if mounted:
+            return _remove_cgroup(mounted + params["inside"], params, identity, deadline)
+        return _remove_hidden_cgroup(params, identity, deadline)
+    return _remove_cgroup(path, params, identity, deadline)
+
+
+def _remove_hidden_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    import tempfile
+
+    place = tempfile.mkdtemp(prefix="kata-cgroup2-")
     try:
-        if not _is_ours(os.lstat(path), params, identity):
+        sysio.mount("cgroup2", place, "cgroup2")
+        try:
+            return _remove_cgroup(place + params["inside"], params, identity, deadline)
+        finally:
+            sysio.umount2(place, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
+    finally:
+        os.rmdir(place)
+
+
+def _remove_cgroup(
+    path: str, params: dict[str, Any], identity: dict[str, Any] | None, deadline: float
+) -> str:
+    try:
+        if not _same_cgroup(os.lstat(path), params, identity):
             return ""
     except FileNotFoundError:
         return ""
@@ -325,6 +351,13 @@ def _undo_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadli
         if time.monotonic() > deadline:
             return "processes in it do not end"
         time.sleep(_POLL_S)
+
+
+def _same_cgroup(status: os.stat_result, params: dict[str, Any], identity: dict[str, Any] | None) -> bool:
+    # The device number of a cgroup file system is as long-lived as its mounts; the inode is the cgroup's.
+    if identity is None or not params.get("inside"):
+        return _is_ours(status, params, identity)
+    return bool(status.st_ino == identity["ino"])
 
 
 def _kill_cgroup(directory: str) -> None:

@@ -357,15 +357,21 @@ def test_network_namespaces_and_taps(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_cgroups_and_what_is_in_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", [False, True])
+def test_cgroups_and_what_is_in_them(tmp_path: Path, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), None)
     if base is None:
         pytest.skip("no cgroup v2 hierarchy is mounted")
-    path = f"{base}/ktest-{os.urandom(3).hex()}"
+    name = f"ktest-{os.urandom(3).hex()}"
+    path = f"{base}/{name}"
     journal = new(tmp_path)
-    entry = journal.intend("cgroup", path=path)
+    entry = journal.intend("cgroup", path=path, inside=f"/{name}")
     os.mkdir(path)
     journal.made(entry)
+    if hidden:
+        # As after an engine that had the hierarchy mounted for itself, on a host that has it nowhere.
+        Path(journal.path).write_text(Path(journal.path).read_text().replace(f'"{path}"', f'"/gone/{name}"'))
+        monkeypatch.setattr(sysio, "mounts", lambda pid="self": [])
     os.mkdir(f"{path}/below")
     process = subprocess.Popen(["sleep", "600"])
     Path(f"{path}/below/cgroup.procs").write_text(str(process.pid))

@@ -140,8 +140,10 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
         HostError: This host cannot do that.
     """
     try:
-        path = os.path.join(_hierarchy(journal), name)
-        entry = journal.intend("cgroup", path=path)
+        mounted, own = _hierarchy(journal)
+        inside = f"{own}/{name}"
+        path = mounted + inside
+        entry = journal.intend("cgroup", path=path, inside=inside)
         try:
             os.mkdir(path, 0o755)
         except OSError:
@@ -173,8 +175,8 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
     return path
 
 
-def _hierarchy(journal: Journal) -> str:
-    """Directory of our own cgroup in the version 2 hierarchy (mounted for this sandbox if nowhere else)."""
+def _hierarchy(journal: Journal) -> tuple[str, str]:
+    """Where the version 2 hierarchy is mounted (for this sandbox, if nowhere else), and our place in it."""
     mounted = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2" and m.root == "/"), "")
     if not mounted:
         mounted = os.path.join(os.path.dirname(journal.path), "cgroup2")
@@ -182,9 +184,8 @@ def _hierarchy(journal: Journal) -> str:
         journal.make_mount("cgroup2", mounted, "cgroup2")
     with open("/proc/self/cgroup", encoding="utf-8") as lines:
         own = next((line.rstrip("\n")[3:] for line in lines if line.startswith("0::")), "/")
-    if "/../" in own + "/":  # our cgroup lies outside of what this namespace shows
-        own = "/"
+    own = own.rstrip("/")
     # A cgroup that hands controllers down may not hold processes, but any may have children that do not
-    # take part in that; where ours is gone (its unit was stopped while we run) the top will do.
-    directory = mounted + own.rstrip("/")
-    return directory if os.path.isdir(directory) else mounted
+    # take part in that. Where ours is not to be seen (another cgroup namespace; its unit was stopped while
+    # we run), the top will do.
+    return (mounted, own) if "/../" not in own + "/" and os.path.isdir(mounted + own) else (mounted, "")

@@ -1,0 +1,414 @@
+"""The user network: outgoing, published ports, names, and what the guest must not reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import frames
+import minivm
+import netlab
+import pytest
+from netlab import HOST4, HOST6, INTERNET4, INTERNET6, Server
+
+from kata import sysio
+from kata.errors import HostError
+from kata.guest import manifest
+from kata.journal import Journal
+from kata.network import guard, resolver, user
+from kata.network.plan import plan
+
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+
+UDP = socket.SOCK_DGRAM
+PORTS = [
+    {"host_port": 8080, "guest_port": 80, "proto": "tcp"},
+    {"host_ip": HOST4, "host_port": 81, "guest_port": 81, "proto": "tcp"},
+    {"host_port": 5300, "guest_port": 5301, "proto": "udp"},
+]
+
+
+@pytest.fixture(scope="module")
+def namespaces() -> Iterator[tuple[str, str]]:
+    with netlab.lab() as names:
+        yield names
+
+
+def answer_a(question: bytes) -> bytes:
+    """A DNS answer (RFC 1035): whatever the name, its address is 192.0.2.77."""
+    end = question.index(b"\0", 12) + 5
+    head = question[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0"
+    return head + question[12:end] + b"\xc0\x0c\0\x01\0\x01\0\0\0\x3c\0\x04" + bytes((192, 0, 2, 77))
+
+
+class Sandbox:
+    """A network, and on demand the machine on it, inside the host namespace."""
+
+    def __init__(self, base: Path, settings: dict[str, Any]) -> None:
+        self.journal = minivm.sandbox_dir(base, f"n{os.getpid()}")
+        self.name = f"ktest{os.getpid()}"
+        self.plan = plan(settings)
+        self.nic = self.plan.wire()
+
+    def start(self) -> None:
+        self.plan.start(self.journal, self.name)
+
+    def boot(self, guest: Path) -> minivm.Shell:
+        """Boot a machine, tell it its network as the agent does, and give its shell."""
+        assets = manifest.load(str(guest))
+        initrd = minivm.build_initrd(
+            Path(os.path.dirname(self.journal.path)) / "initrd", Path(assets.initrd)
+        )
+        vm = minivm.settings(self.journal, kernel=assets.kernel, initrd=str(initrd), nic=self.nic)
+        self.process, shell = minivm.start(vm, self.journal)
+        self.start()
+        shell.wait()
+        failure = self.plan.failure()
+        if failure:
+            raise failure
+        interface = self.plan.interface
+        assert interface is not None
+        eth = shell.ok(f"ls /sys/bus/pci/devices/0000:00:{interface['devicePath']}.0/virtio*/net")
+        shell.ok(f"ip link set {eth} name {interface['name']}; ip link set eth0 mtu {interface['mtu']} up")
+        for address in interface["IPAddresses"]:
+            shell.ok(f"ip addr add {address['address']}/{address['mask']} dev eth0")
+        for route in self.plan.routes:
+            family = "-6" if route["family"] else "-4"
+            shell.ok(f"ip {family} route add default via {route['gateway']} dev {route['device']}")
+        for line in self.plan.resolv_conf().splitlines():
+            shell.ok(f"echo '{line}' >>/etc/resolv.conf")
+        # An IPv6 address is not used before the guest has seen that nobody else has it.
+        shell.ok(
+            "for i in 1 2 3 4 5 6 7 8 9; do ip addr show eth0 | grep -q tentative || exit 0; sleep 1; done"
+        )
+        return shell
+
+    def end(self) -> None:
+        self.plan.stop()
+        assert self.journal.undo(30) == []
+        assert not os.path.exists(os.path.dirname(self.journal.path))
+
+
+def inside(
+    namespaces: tuple[str, str],
+    base: Path,
+    settings: dict[str, Any],
+    work: Callable[[Sandbox], Any],
+    resolv_conf: str = f"nameserver {INTERNET4}\nsearch example.com\n",
+) -> Any:
+    """Do something with a sandbox's network in the host namespace."""
+
+    def there() -> Any:
+        sandbox = Sandbox(base, settings)
+        try:
+            return work(sandbox)
+        finally:
+            sandbox.end()
+
+    return netlab.within(namespaces[0], there, resolv_conf)
+
+
+def ask(address: str, port: int, tries: int = 1) -> str:
+    """A UDP datagram's answer, or how it failed."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, UDP) as sock:
+        sock.settimeout(10)
+        sock.sendto(b"question", (address, port))
+        try:
+            return sock.recv(100).decode()
+        except TimeoutError:
+            return "no answer"
+
+
+def test_a_guest_on_the_network(namespaces: tuple[str, str], guest_assets: Path, tmp_path: Path) -> None:
+    host, internet = namespaces
+    ipv4 = netlab.serve_in(internet, (INTERNET4, 8000), b"over IPv4\n")
+    ipv6 = netlab.serve_in(internet, (INTERNET6, 8000), b"over IPv6\n")
+    names = netlab.serve_in(internet, (INTERNET4, 53), answer_a, UDP)
+
+    def work(sandbox: Sandbox) -> dict[str, Any]:
+        secret = Server(("127.0.0.1", 9000), b"secret\n")
+        shell = sandbox.boot(guest_assets)
+        found = {
+            "ipv4": shell.ok(f"echo hello | nc -w 20 {INTERNET4} 8000"),
+            "ipv6": shell.ok(f"echo hello | nc -w 20 {INTERNET6} 8000"),
+            "name": shell.ok("nslookup somewhere.example.com"),
+            "resolv.conf": shell.ok("cat /etc/resolv.conf"),
+        }
+        for address in (user.GATEWAY4, user.GATEWAY6, HOST4, HOST6, "127.0.0.1"):
+            status, _ = shell.run(f"echo x | nc -w 2 {address} 9000")
+            assert status != 0, address
+        assert secret.peers == []
+        shell.ok(
+            "mkdir /www; echo from the guest >/www/index.html; httpd -p 80 -h /www; httpd -p 81 -h /www"
+        )
+        get = b"GET /index.html HTTP/1.0\r\n\r\n"
+        found["published"] = [
+            netlab.connect_in(where, address, get).decode().splitlines()[-1:]
+            for where, address in (
+                (host, ("127.0.0.1", 8080)),
+                (host, ("::1", 8080)),
+                (internet, (HOST4, 8080)),
+                (internet, (HOST6, 8080)),
+                (internet, (HOST4, 81)),
+                (host, ("127.0.0.1", 81)),  # published at another address only
+                (host, ("127.0.0.1", 5300)),  # published for UDP only
+            )
+        ]
+        shell.close()
+        return found
+
+    found = inside(namespaces, tmp_path, {"mode": "user", "ports": PORTS}, work)
+    assert found["ipv4"] == "over IPv4"
+    assert found["ipv6"] == "over IPv6"
+    assert ipv4.peers == [HOST4]
+    assert ipv6.peers == [HOST6]
+    assert ipv4.heard == [b"hello\n"]
+    assert "192.0.2.77" in found["name"]
+    assert set(names.peers) == {HOST4}
+    assert found["resolv.conf"].splitlines() == [f"nameserver {INTERNET4}", "search example.com"]
+    assert found["published"] == [["from the guest"]] * 5 + [[]] * 2
+
+
+def test_forged_packets_do_not_reach_the_loopback(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    def work(sandbox: Sandbox) -> dict[str, list[str]]:
+        servers = {
+            "tcp4": Server(("127.0.0.1", 9000), b"secret"),
+            "tcp6": Server(("::1", 9006), b"secret"),
+            "udp4": Server(("127.0.0.1", 9000), b"secret", UDP),
+            "udp6": Server(("::1", 9006), b"secret", UDP),
+            "open tcp": Server((HOST4, 9001), b"for all"),
+            "open udp": Server((HOST4, 9001), b"for all", UDP),
+        }
+        sandbox.start()
+        wire = socket.socket(fileno=sandbox.nic.fd)
+        for frame in frames.neighbour_claims():
+            frames.send(wire, frame)
+            assert frames.receive(wire, 20), "the helper does not answer"
+        addresses = ["127.0.0.1", "127.8.9.10", "0.0.0.0", "0.1.2.3", "::1", "::", "::ffff:127.0.0.1"]
+        addresses += ["::ffff:0.0.0.0", "::127.0.0.1", user.GATEWAY4, user.GATEWAY6, user.DNS4]
+        for address in addresses:
+            for port in (9000, 9006):
+                frames.send(wire, frames.syn(address, port))
+                frames.send(wire, frames.datagram(address, port, b"let me in"))
+        # The same to where a guest may go, sent last: by their arrival the others have had their turn.
+        frames.send(wire, frames.syn(HOST4, 9001))
+        frames.send(wire, frames.datagram(HOST4, 9001, b"hello"))
+        deadline = time.monotonic() + minivm.PATIENCE_S
+        while time.monotonic() < deadline:
+            if servers["open tcp"].peers and servers["open udp"].peers:
+                break
+            time.sleep(0.05)
+        assert sandbox.plan.failure() is None
+        wire.close()
+        return {name: server.peers for name, server in servers.items()}
+
+    heard = inside(namespaces, tmp_path, {"mode": "user"}, work)
+    assert heard.pop("open tcp") == [HOST4]
+    assert heard.pop("open udp") == [HOST4]
+    assert heard == {"tcp4": [], "tcp6": [], "udp4": [], "udp6": []}
+
+
+def test_a_loopback_resolver_is_asked_for_the_guest(
+    namespaces: tuple[str, str], guest_assets: Path, tmp_path: Path
+) -> None:
+    def work(sandbox: Sandbox) -> tuple[list[str], str, list[str]]:
+        local = Server(("127.0.0.53", 53), answer_a, UDP)
+        shell = sandbox.boot(guest_assets)
+        said = shell.ok("nslookup somewhere.example.com")
+        shell.close()
+        return sandbox.plan.dns, said, local.peers
+
+    settings = {"mode": "user"}
+    dns, said, peers = inside(namespaces, tmp_path, settings, work, "nameserver 127.0.0.53\n")
+    assert dns == [user.DNS4]
+    assert "192.0.2.77" in said
+    assert peers
+
+
+def test_without_a_default_route_ports_are_still_published(guest_assets: Path, tmp_path: Path) -> None:
+    with netlab.lab(default_routes=False) as names:
+
+        def work(sandbox: Sandbox) -> str:
+            shell = sandbox.boot(guest_assets)
+            shell.ok("mkdir /www; echo here >/www/index.html; httpd -p 80 -h /www")
+            said = netlab.connect_in(names[0], ("127.0.0.1", 8080), b"GET /index.html HTTP/1.0\r\n\r\n")
+            shell.close()
+            return said.decode()
+
+        assert inside(names, tmp_path, {"mode": "user", "ports": PORTS[:1]}, work).endswith("here\n")
+
+
+def test_published_udp_ports(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    """By hand: what comes for a published port is a frame to the guest's port."""
+
+    def work(sandbox: Sandbox) -> str:
+        sandbox.start()
+        wire = socket.socket(fileno=sandbox.nic.fd)
+        for frame in frames.neighbour_claims():
+            frames.send(wire, frame)
+            assert frames.receive(wire, 20)
+        with socket.socket(socket.AF_INET, UDP) as sock:
+            sock.sendto(b"for the guest", (HOST4, 5300))
+            while frame := frames.receive(wire, 20):
+                if frame.endswith(b"for the guest"):
+                    break
+        wire.close()
+        return frame.hex()
+
+    frame = bytes.fromhex(inside(namespaces, tmp_path, {"mode": "user", "ports": PORTS}, work))
+    assert frame[12:14] == b"\x08\x00"
+    assert socket.inet_ntoa(frame[30:34]) == user.ADDRESS4
+    assert int.from_bytes(frame[36:38], "big") == 5301
+
+
+def test_ports_that_are_taken(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    def work(sandbox: Sandbox) -> list[str]:
+        taken = Server(("0.0.0.0", 8080), b"")
+        os.close(sandbox.nic.fd or -1)
+        try:
+            sandbox.start()
+        except HostError as error:
+            return [error.message, error.hint]
+        finally:
+            taken.sock.close()
+        return []
+
+    message, hint = inside(namespaces, tmp_path, {"mode": "user", "ports": PORTS}, work)
+    assert message == "cannot publish port 8080->80/tcp: Address already in use"
+    assert "ss -lntup" in hint
+
+
+def test_a_port_that_is_taken_behind_our_back(
+    namespaces: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user, "check_ports", lambda ports: None)
+
+    def work(sandbox: Sandbox) -> str:
+        taken = Server(("::", 8080), b"")
+        sandbox.start()
+        assert sysio.pidfd_wait(sandbox.plan.pidfd, minivm.PATIENCE_S)
+        failure = sandbox.plan.failure()
+        os.close(sandbox.nic.fd or -1)
+        taken.sock.close()
+        return str(failure)
+
+    assert "cannot publish 8080->80/tcp" in inside(
+        namespaces, tmp_path, {"mode": "user", "ports": PORTS[:1]}, work
+    )
+
+
+def test_the_helper_ends_with_the_machine(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    def with_machine(sandbox: Sandbox) -> bool:
+        sandbox.start()
+        assert sandbox.plan.pids
+        os.close(sandbox.nic.fd or -1)  # all that passt sees of the machine
+        return sysio.pidfd_wait(sandbox.plan.pidfd, minivm.PATIENCE_S)
+
+    assert inside(namespaces, tmp_path, {"mode": "user"}, with_machine)
+
+
+@pytest.mark.parametrize("cgroups_are_hidden", [False, True])
+def test_the_helper_ends_with_the_engine(
+    namespaces: tuple[str, str], tmp_path: Path, cgroups_are_hidden: bool
+) -> None:
+    script = (
+        f"import sys, os, time; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
+        "from pathlib import Path\n"
+        "import test_network\n"
+        f"sandbox = test_network.Sandbox(Path({str(tmp_path)!r}), {{'mode': 'user'}})\n"
+        "sandbox.start()\n"
+        "print(sandbox.journal.path, sandbox.plan.pids[0], flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    # `ip netns exec` gives a mount namespace with another /sys, without the cgroups.
+    enter = ["ip", "netns", "exec", namespaces[0]]
+    if not cgroups_are_hidden:
+        enter = ["nsenter", f"--net=/run/netns/{namespaces[0]}"]
+    command = [*enter, sys.executable, "-c", script]
+    engine = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    path, pid = engine.stdout.readline().rsplit(" ", 1)
+    pidfd = os.pidfd_open(int(pid))
+    engine.kill()
+    engine.wait()
+    engine.stdout.close()
+    assert sysio.pidfd_wait(pidfd, minivm.PATIENCE_S)
+    os.close(pidfd)
+    journal = Journal.open(path)
+    below = [entry.params["inside"] for entry in journal.entries if entry.kind == "cgroup"]
+    base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), "")
+    assert below
+    if base:
+        assert all(os.path.isdir(base + inside) for inside in below)
+    assert journal.undo() == []
+    assert not any(os.path.exists(base + inside) for inside in below)
+
+
+def test_the_guard_refuses_what_it_should() -> None:
+    """The BPF programs on the kernel's own terms: connect and sendto from inside the cgroup."""
+    base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), None)
+    if base is None:
+        pytest.skip("no cgroup v2 hierarchy is mounted")
+    code = (
+        "import json, socket, sys\n"
+        "open(sys.argv[1] + '/cgroup.procs', 'w').write('0')\n"
+        "def attempt(address, port, kind):\n"
+        "    family = socket.AF_INET6 if ':' in address else socket.AF_INET\n"
+        "    with socket.socket(family, kind) as sock:\n"
+        "        try:\n"
+        "            if kind == socket.SOCK_STREAM:\n"
+        "                sock.connect((address, port))\n"
+        "            else:\n"
+        "                sock.sendto(b'', (address, port))\n"
+        "        except PermissionError:\n"
+        "            return False\n"
+        "        except OSError:\n"
+        "            pass\n"
+        "        return True\n"
+        "kinds = (socket.SOCK_STREAM, socket.SOCK_DGRAM)\n"
+        "print(json.dumps([[attempt(a, p, k) for k in kinds] for a, p in json.loads(sys.argv[2])]))\n"
+    )
+    refused = [("127.0.0.1", 1), ("127.255.0.1", 53), ("0.0.0.0", 1), ("::1", 1), ("::", 1)]
+    refused += [("::ffff:127.0.0.1", 1), ("::ffff:0.0.0.0", 1)]
+    allowed = [
+        ("127.0.0.200", 53),
+        ("::1", 53),
+        ("192.0.2.1", 1),
+        ("::ffff:192.0.2.1", 1),
+        ("2001:db8::1", 1),
+    ]
+
+    journal = Journal.create_dir("/tmp", f"kt-guard-{os.urandom(4).hex()}", {})
+    try:
+        path = guard.make_cgroup(
+            journal,
+            f"kt-guard-{os.urandom(4).hex()}",
+            socket.inet_aton("127.0.0.200"),
+            socket.inet_pton(socket.AF_INET6, "::1"),
+        )
+        command = [sys.executable, "-c", code, path, json.dumps(refused + allowed)]
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+    finally:
+        assert journal.undo() == []
+    verdicts = json.loads(done.stdout)
+    assert verdicts[: len(refused)] == [[False, False]] * len(refused)
+    assert verdicts[len(refused) :] == [[True, True]] * len(allowed)
+
+
+def test_the_host_is_seen_as_it_is(namespaces: tuple[str, str]) -> None:
+    def look() -> list[object]:
+        host = user.HostNetwork.look()
+        return [host.ipv4, host.ipv6, host.resolver.servers, host.resolver.search]
+
+    conf = "# comment\nnameserver 127.0.0.53\nnameserver 192.0.2.9\nsearch a b\noptions edns0\n"
+    seen = netlab.within(namespaces[0], look, conf)
+    assert seen == [True, True, ["127.0.0.53", "192.0.2.9"], ["a", "b"]]
+    assert resolver.parse(conf).reachable == ["192.0.2.9"]
