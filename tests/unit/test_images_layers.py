@@ -10,6 +10,7 @@ import os
 import stat
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -317,11 +318,13 @@ def test_compressions(kind: str, packed: bytes) -> None:
 @pytest.mark.parametrize("kind", ["gzip", "bzip2", "xz", "zstd"])
 def test_damaged_compression(kind: str) -> None:
     chance = os.urandom(50_000)
-    packed = bytearray(
-        {
-            "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstandard.compress,
-        }[kind](chance)
-    )  # fmt: skip
+    compressors: dict[str, Callable[[bytes], bytes]] = {
+        "gzip": gzip.compress,
+        "bzip2": bz2.compress,
+        "xz": lzma.compress,
+        "zstd": zstandard.compress,
+    }
+    packed = bytearray(compressors[kind](chance))
     half = bytes(packed[: len(packed) // 2])
     if kind == "zstd":
         assert len(unpacked(half)) < len(chance)  # noticed by the archive's end, and by the digest

@@ -37,7 +37,7 @@ from kata.errors import (
     StateError,
     UsageError,
 )
-from kata.images import changes, convert, manifest, platform, reference, store
+from kata.images import changes, manifest, platform, reference, store
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = layer(member("hello", content=b"hello\n"))
@@ -497,7 +497,7 @@ def test_without_nameless_files(tmp_path: Path, state: Path, monkeypatch: pytest
             raise OSError(errno.EOPNOTSUPP, "Operation not supported")
         return real(path, flags, *rest, **more)
 
-    monkeypatch.setattr(convert.os, "open", open_without)
+    monkeypatch.setattr(os, "open", open_without)
     layout = simple_layout(tmp_path / "l", HELLO)
     made = store.resolve(f"oci:{layout}")
     assert Erofs(Path(made.rootfs_path)).tree()["hello"].content == b"hello\n"
