@@ -62,16 +62,10 @@ def test_a_guest_that_hangs_does_not_hang_us(tmp_path: Path, monkeypatch: pytest
     assert "hangs" in verdict.reason
 
 
-def test_a_guest_that_is_emulated_does_not_hang_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guest_that_is_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fake(monkeypatch, tmp_path)
-
-    def spin() -> str:
-        while True:
-            pass
-
-    monkeypatch.setattr(kvmprobe, "_guest", spin)
-    monkeypatch.setattr(kvmprobe, "CPU_LIMIT_S", 0.05)
-    verdict = kvmprobe._run_probe(60)
+    monkeypatch.setattr(kvmprobe, "_guest", lambda: kvmprobe._EMULATED)
+    verdict = kvmprobe.probe()
     assert verdict.state == kvmprobe.OPENS_ONLY
     assert "one instruction at a time" in verdict.reason
 
