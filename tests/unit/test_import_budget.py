@@ -24,7 +24,7 @@ OURS_BEFORE_THE_VM = {
     *("kata", "kata.children", "kata.errors", "kata.journal", "kata.launcher", "kata.paths", "kata.sysio"),
     *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
     *("kata.hypervisor", "kata.hypervisor.qemu_command", "kata.hypervisor.qemu_process"),
-    *("kata.hypervisor.settings", "kata.hypervisor.slots"),
+    *("kata.hypervisor.settings", "kata.hypervisor.slots", "kata.hypervisor.tsc"),
 }
 
 TOO_DEAR_FOR_A_COMMAND = {
