@@ -53,8 +53,11 @@ class DoubledSandbox(Sandbox):
 class Engine:
     """An engine in a thread of its own, and what a test wants to look at."""
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
+    def __init__(
+        self, directory: Path, prepare: Callable[[Engine], None] | None = None, **settings: Any
+    ) -> None:
         self.directory = directory
+        self.prepare = prepare
         self.agent = AgentDouble
         self.events: list[tuple[str, Any]] = []
         self.id = "c1"
@@ -92,6 +95,8 @@ class Engine:
             lambda topic, e: self.events.append((topic, e)),
         )
         self.sandbox.agent_double = self.double
+        if self.prepare is not None:
+            self.prepare(self)
         self.sandbox.start()
         services = {
             task_service.SERVICE: (
@@ -532,19 +537,22 @@ def test_machine_that_dies_ends_everything_as_137_with_its_reason(make: Callable
 
 
 @pytest.mark.parametrize("method", ["Check", "CreateSandbox", "CreateContainer", "StartContainer"])
-def test_machine_that_dies_during_a_call_fails_the_call(engine: Engine, method: str) -> None:
-    async def die(called: str) -> None:
-        if called == method:
-            engine.sandbox.machine_double.die()
-            await asyncio.Event().wait()
+def test_machine_that_dies_during_a_call_fails_the_call(make: Callable[..., Engine], method: str) -> None:
+    def prepare(engine: Engine) -> None:
+        async def die(called: str) -> None:
+            if called == method:
+                engine.sandbox.machine_double.die()
+                await asyncio.Event().wait()
 
-    engine.double.fault = die
+        engine.double.fault = die
+
+    engine = make(prepare=prepare)
     with engine.client() as client:
         bundle = engine.bundle("sleep")
         if method == "StartContainer":
             client.create("c1", bundle)
         call = client.start if method == "StartContainer" else lambda name: client.create(name, bundle)
-        with pytest.raises(VMLostError, match=r"killed by signal 9|connection to the agent"):
+        with pytest.raises(VMLostError, match="killed by signal 9"):
             call("c1")
         if method == "StartContainer":
             assert client.wait("c1") == 137
@@ -554,9 +562,7 @@ def test_silent_agent_at_boot_is_explained(
     make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(boot.READY_S, "tcg", 0.3)
-    engine = make()
-    engine.do(engine.double.serving.clear)
-    engine.do(engine.sandbox.start)
+    engine = make(prepare=lambda one: one.double.serving.clear())
     with engine.client() as client, pytest.raises(AgentError) as caught:
         client.create("c1", engine.bundle("sleep"))
     text = caught.value.message

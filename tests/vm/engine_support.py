@@ -202,7 +202,9 @@ class Box:
         return list(reconcile(str(self.run_dir), str(self.directory / "s")).failures)
 
     def close(self) -> None:
-        """End the sandbox whatever its state, and remove its directories."""
+        """End the sandbox whatever its state, and remove its directories. Safe to call twice."""
+        if not self.directory.exists():
+            return
         self.client.close()
         self.engine.release()
         if _alive(self.engine.pid):

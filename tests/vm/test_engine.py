@@ -79,10 +79,6 @@ def test_exit_status_comes_from_the_guest(make: Maker, argv: tuple[str, ...], st
     gone(box)
 
 
-def test_signals_end_as_128_and_their_number(make: Maker) -> None:
-    assert make().run("sh", "-c", "kill -USR1 $$; sleep 100")[0] == 128 + signal.SIGUSR1
-
-
 def test_output_apart_and_in_the_log(make: Maker) -> None:
     import json
 
@@ -202,9 +198,8 @@ def test_kernel_that_is_none(make: Maker, tmp_path: Path) -> None:
 
 def test_disk_that_is_broken(make: Maker, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(os.urandom(1 << 20))
-    box = make()
-    box.close()
-    box = make(disks=[{"path": str(tmp_path / "disk"), "readonly": True}, box.settings["disks"][1]])
+    upper = make().settings["disks"][1]
+    box = make(disks=[{"path": str(tmp_path / "disk"), "readonly": True}, upper])
     with pytest.raises(KataError, match=r"erofs|lower"):
         box.create("true")
     gone(box)
@@ -239,6 +234,14 @@ def test_exec_of_a_missing_command_fails_at_its_start(running: Box) -> None:
         running.begin_exec("missing", "no-such-command")
     running.client.delete(running.id, "missing")
     assert running.exec("after", "true")[0] == 0
+
+
+def test_signals_end_as_128_and_their_number(running: Box) -> None:
+    assert running.exec("usr1", "sh", "-c", "kill -USR1 $$; sleep 100")[0] == 128 + signal.SIGUSR1
+    running.begin_exec("term", "sleep", "1000")
+    running.client.kill(running.id, signal.SIGTERM, "term")
+    assert running.client.wait(running.id, "term") == 128 + signal.SIGTERM
+    running.client.delete(running.id, "term")
 
 
 def test_exec_is_killed_alone(running: Box) -> None:
@@ -455,6 +458,10 @@ def test_killed_hypervisor_ends_everything_as_137(make: Maker) -> None:
     box.client.start(box.id)
     box.begin_exec("e", "sleep", "1000")
     pid = box.hypervisor_pid()
+    deadline = time.monotonic() + PATIENCE
+    while not streams.stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     assert box.client.wait(box.id, "e") == 137
     assert box.client.wait(box.id) == 137

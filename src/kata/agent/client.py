@@ -12,6 +12,7 @@ from ..errors import (
     CommandNotExecutableError,
     CommandNotFoundError,
     GuestProtocolError,
+    KataError,
     VMLostError,
 )
 from ..proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
@@ -54,19 +55,31 @@ def command_error(message: str) -> CommandNotFoundError | CommandNotExecutableEr
     return None
 
 
+class Watcher:
+    """Who is told when the guest is lost or lies; this one does nothing about it."""
+
+    async def lost(self, error: VMLostError) -> KataError:
+        """The connection ended; the better account of it, if there is one."""
+        return error
+
+    def lied(self, error: GuestProtocolError) -> None:
+        """The guest sent something that the protocol does not allow."""
+
+
 class AgentClient:
     """One connection to one agent.
 
-    Every method raises `AgentError` (or a subclass) with the agent's words, `AgentTimeoutError` when it does
-    not answer, `VMLostError` when the connection is gone, and `GuestProtocolError` when the answer is not
-    one.
+    Every method raises `AgentError` (or a subclass) with the agent's words, `AgentTimeoutError` when it does not
+    answer, `VMLostError` when the connection is gone, and `GuestProtocolError` when the answer is not one.
 
     Args:
         client: The connected ttRPC client.
+        watcher: Is told of the last two.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, watcher: Watcher | None = None) -> None:
         self._client = client
+        self._watcher = watcher or Watcher()
 
     async def call(
         self, service: str, method: str, request: Message, answer: type[M], timeout_s: float | None = CALL_S
@@ -82,9 +95,15 @@ class AgentClient:
             text = escape_line(error.message)
             raise command_error(text) or AgentError(text, code=error.code) from None
         except ProtocolError as error:
-            raise GuestProtocolError(f"the agent broke the protocol: {escape_line(str(error))}") from None
+            raise self._lie(escape_line(str(error))) from None
         except ConnectionLost as error:
-            raise VMLostError(f"the connection to the agent ended: {escape_line(str(error))}") from None
+            lost = VMLostError(f"the connection to the agent ended: {escape_line(str(error))}")
+        raise await self._watcher.lost(lost)
+
+    def _lie(self, what: str) -> GuestProtocolError:
+        error = GuestProtocolError(f"the agent broke the protocol: {what}")
+        self._watcher.lied(error)
+        return error
 
     async def _empty(self, method: str, request: Message, timeout_s: float | None = CALL_S) -> None:
         await self.call(AGENT, method, request, google_pb.Empty, timeout_s)
@@ -174,7 +193,7 @@ class AgentClient:
         request = agent_pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
         status = (await self.call(AGENT, "WaitProcess", request, agent_pb.WaitProcessResponse, None)).status
         if not 0 <= status <= 255:
-            raise GuestProtocolError(f"the agent says that a process ended with status {status}")
+            raise self._lie(f"a process ended with status {status}")
         return status
 
     async def pause(self, container_id: str) -> None:
@@ -205,9 +224,7 @@ class AgentClient:
         method = "ReadStdout" if name == "stdout" else "ReadStderr"
         data = (await self.call(AGENT, method, request, agent_pb.ReadStreamResponse, None)).data
         if len(data) > size:
-            raise GuestProtocolError(
-                f"the agent answered {method} with {len(data)} bytes instead of at most {size}"
-            )
+            raise self._lie(f"{method} gave {len(data)} bytes instead of at most {size}")
         return data
 
     async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> None:
@@ -216,7 +233,7 @@ class AgentClient:
             request = agent_pb.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
             answer = await self.call(AGENT, "WriteStdin", request, agent_pb.WriteStreamResponse, None)
             if not 0 < answer.len <= len(data):
-                raise GuestProtocolError(f"the agent says that it wrote {answer.len} of {len(data)} bytes")
+                raise self._lie(f"{answer.len} of {len(data)} bytes were written")
             data = data[answer.len :]
 
     async def close_stdin(self, container_id: str, exec_id: str) -> None:

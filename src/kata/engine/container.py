@@ -12,7 +12,6 @@ import time
 from ..agent.text import escape_line
 from ..errors import (
     AlreadyExistsError,
-    GuestProtocolError,
     KataError,
     NotFoundError,
     StateError,
@@ -252,9 +251,7 @@ class Container:
             status, error = await agent.wait(self.id, process.exec_id or self.id), ""
         except KataError as problem:
             # The guest did not say how it ended, so it did not end well.
-            if isinstance(problem, GuestProtocolError):
-                self.sandbox.fail(problem.message)
-            elif not self.sandbox.is_lost:
+            if not self.sandbox.is_lost:
                 await self.sandbox.lost_soon(f"the agent lost {process.label}: {problem.message}")
             status, error = KILLED, self.sandbox.lost_reason or problem.message
         at_ns = time.time_ns()

@@ -8,9 +8,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from ..agent.client import AgentClient
+from ..agent.client import AgentClient, Watcher
 from ..agent.text import escape_line
-from ..errors import AgentTimeoutError, AlreadyExistsError, KataError, NotFoundError, VMLostError
+from ..errors import (
+    AgentTimeoutError,
+    AlreadyExistsError,
+    GuestProtocolError,
+    KataError,
+    NotFoundError,
+    VMLostError,
+)
 from ..ttrpc.client import Client
 from . import boot, watch
 from .container import Container
@@ -33,6 +40,19 @@ if TYPE_CHECKING:
 
 LOST_NOTICE_S = 2.0
 """How long a broken agent connection waits for the machine's own account of what happened."""
+
+
+class _Watcher(Watcher):
+    """Tells the sandbox what becomes of the connection to its agent."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def lost(self, error: VMLostError) -> KataError:
+        return await self._sandbox.lost_soon(error.message)
+
+    def lied(self, error: GuestProtocolError) -> None:
+        self._sandbox.fail(error.message)
 
 
 class Sandbox:
@@ -150,7 +170,7 @@ class Sandbox:
                     f"the agent did not listen on vsock {self.vm.agent_cid}:{vsock.AGENT_PORT}"
                     f" within {timeout_s:g} s"
                 ) from None
-        self._agent = AgentClient(await Client.connect(sock))
+        self._agent = AgentClient(await Client.connect(sock), _Watcher(self))
         return self._agent
 
     async def ready(self) -> AgentClient:
@@ -277,13 +297,13 @@ class Sandbox:
         """Give the machine up for *reason*: every live process ends as 137."""
         self._lose(VMLostError(reason, "kata logs shows the container's output"))
 
-    async def lost_soon(self, otherwise: str) -> None:
-        """The agent does not answer any more: wait a moment for the machine's own account, else give it
-        up."""
+    async def lost_soon(self, otherwise: str) -> KataError:
+        """The agent is gone: wait a moment for the machine's own account, else give it up; the reason."""
         try:
             await asyncio.wait_for(asyncio.shield(self.lost), LOST_NOTICE_S)
         except TimeoutError:
             self.fail(otherwise)
+        return self._lost_error()
 
     def _lose(self, error: KataError) -> None:
         if self.lost.done():
