@@ -206,10 +206,10 @@ def test_the_key_of_a_kernel_ignores_remarks(place: Path) -> None:
     from kata.guest import recipe
 
     source = packages.Package("linux-source-6.1", "6.1.1-1", "x.deb", 1, ("sha256", "00"))
-    key = small_kernel.key_of(source, recipe.parse("CONFIG_A=y\n"))
-    assert key == small_kernel.key_of(source, recipe.parse("# why\nCONFIG_A=y\n"))
-    assert key != small_kernel.key_of(source, recipe.parse("CONFIG_A=n\n"))
-    assert key != small_kernel.key_of(source, recipe.parse("CONFIG_A=y  # from 6.2\n"))
+    key = small_kernel.key_of(source, recipe.parse("CONFIG_A=y\n"), [])
+    assert key == small_kernel.key_of(source, recipe.parse("# why\nCONFIG_A=y\n"), [])
+    assert key != small_kernel.key_of(source, recipe.parse("CONFIG_A=n\n"), [])
+    assert key != small_kernel.key_of(source, recipe.parse("CONFIG_A=y  # from 6.2\n"), [])
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from kata.errors import GuestAssetError
 
 BUILD_PACKAGES = [
     *("bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make"),
-    *("perl", "tar", "xz-utils"),
+    *("patch", "perl", "tar", "xz-utils"),
 ]
 """The Debian packages that building the small kernel takes."""
 
-BUILD_PROGRAMS = ["bc", "bison", "flex", "gcc", "ld", "make", "perl", "strip", "tar", "xz"]
+BUILD_PROGRAMS = ["bc", "bison", "flex", "gcc", "ld", "make", "patch", "perl", "strip", "tar", "xz"]
 """The programs of those packages: what is looked for before a build starts."""
 
 # The user to which apt drops its rights may not enter the cache; signatures are checked either way.

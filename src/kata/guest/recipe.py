@@ -1,4 +1,4 @@
-"""The lists that say what goes into a guest: the small kernel's configuration, a packaged kernel's modules.
+"""What says how a guest is made: the small kernel's configuration and patches, a packaged kernel's modules.
 
 They lie in ``guest/`` beside the directory that holds the package: of a checkout, and of an installation.
 """
@@ -23,8 +23,7 @@ def read(name: str) -> str:
     Raises:
         GuestAssetError: It is not where kata was installed.
     """
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.path.join(os.path.dirname(os.path.dirname(package)), "guest", name)
+    path = os.path.join(_directory(), name)
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -32,6 +31,26 @@ def read(name: str) -> str:
         raise GuestAssetError(
             f"cannot read {path}, which says how a guest is made: {error.strerror}", "install kata again"
         ) from None
+
+
+def patches() -> list[tuple[str, str]]:
+    """Changes to the kernel's sources: (file name, unified diff), in the order of their names.
+
+    Raises:
+        GuestAssetError: The directory is not there.
+    """
+    try:
+        names = sorted(name for name in os.listdir(_directory()) if name.endswith(".patch"))
+    except OSError as error:
+        raise GuestAssetError(
+            f"cannot read {_directory()}: {error.strerror}", "install kata again"
+        ) from None
+    return [(name, read(name)) for name in names]
+
+
+def _directory() -> str:
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return os.path.join(os.path.dirname(os.path.dirname(package)), "guest")
 
 
 class Rule:

@@ -48,9 +48,11 @@ _LEFT_OUT = (
 )
 
 
-def key_of(source: packages.Package, rules: list[recipe.Rule]) -> str:
-    """The name under which the kernel of a source and a configuration is cached; comments do not count."""
-    parts = (str(RECIPE_VERSION), source.name, source.version, *(f"{rule} {rule.since}" for rule in rules))
+def key_of(source: packages.Package, rules: list[recipe.Rule], patches: list[tuple[str, str]]) -> str:
+    """The name under which a kernel is cached: from all that it is made of, without the comments."""
+    changes = [diff[diff.find("--- a/") :] for _name, diff in patches]
+    lines = [f"{rule} {rule.since}" for rule in rules]
+    parts = (str(RECIPE_VERSION), source.name, source.version, *lines, *changes)
     return "small-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -71,7 +73,7 @@ def find_source() -> packages.Package:
 def cached() -> kernels.Kernel | None:
     """The small kernel that `obtain` would give without building anything."""
     try:
-        return kernels.find(key_of(find_source(), _rules()))
+        return kernels.find(key_of(find_source(), _rules(), recipe.patches()))
     except GuestAssetError:
         return None
 
@@ -89,11 +91,12 @@ def obtain(progress: Progress, force: bool = False) -> kernels.Kernel:
     """
     source = find_source()
     rules = _rules()
+    patches = recipe.patches()
 
     def make(work: str) -> dict[str, Any]:
-        return _build(source, rules, work, progress)
+        return _build(source, rules, patches, work, progress)
 
-    return kernels.obtain(key_of(source, rules), progress, force, make)
+    return kernels.obtain(key_of(source, rules, patches), progress, force, make)
 
 
 def _rules() -> list[recipe.Rule]:
@@ -101,7 +104,11 @@ def _rules() -> list[recipe.Rule]:
 
 
 def _build(
-    source: packages.Package, rules: list[recipe.Rule], work: str, progress: Progress
+    source: packages.Package,
+    rules: list[recipe.Rule],
+    patches: list[tuple[str, str]],
+    work: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     missing = packages.missing_build_programs()
     if missing:
@@ -120,6 +127,7 @@ def _build(
     tree = _unpack(archive, work, progress)
     log = os.path.join(work, "build.log")
     version = _version(tree)
+    applied = [name for name, diff in patches if _patch(tree, name, diff, progress)]
     wanted = recipe.applicable(rules, version)
     seed = os.path.join(work, "wanted.config")
     with open(seed, "w", encoding="utf-8") as file:
@@ -156,6 +164,7 @@ def _build(
         "release": release,
         "config_hash": hashlib.sha256(result.encode()).hexdigest()[:16],
         "source_package": f"{source.name} {source.version}",
+        "patches": applied,
         "steps": steps,
         "seconds": round(time.monotonic() - began),
     }
@@ -178,6 +187,27 @@ def _unpack(archive: str, work: str, progress: Progress) -> str:
     if len(trees) != 1:
         raise GuestAssetError(f"{os.path.basename(found[0])} is not one source tree")
     return os.path.join(sources, trees[0])
+
+
+def _patch(tree: str, name: str, diff: str, progress: Progress) -> bool:
+    """Apply a patch; one for other versions than this is left out, since all of them only save time."""
+    command = [
+        "patch",
+        "-p1",
+        "--forward",
+        "--force",
+        "--quiet",
+        "--no-backup-if-mismatch",
+        "--reject-file=-",
+    ]
+    for options in (["--dry-run"], []):
+        done = subprocess.run(
+            [*command, *options], cwd=tree, input=diff, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            progress.note(f"{name} does not fit this kernel and is left out")
+            return False
+    return True
 
 
 def _version(tree: str) -> tuple[int, int]:
