@@ -209,7 +209,8 @@ class Archive:
         known = [text for image in images for text in _repo_tags(image)]
         what = f"no image with the tag {tag}" if tag else f"{len(images)} images and none is tagged latest"
         raise ImageError(
-            f"{self.path} holds {what}", "name one of: " + ", ".join(known[:20]) if known else _HINT
+            f"{self.path} holds {what}",
+            "name one of: " + ", ".join(map(manifest.shown, known[:20])) if known else _HINT,
         )
 
     # ---- members ----

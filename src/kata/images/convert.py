@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -64,7 +65,7 @@ def make_rootfs(
         layers: Lowest first.
         diff_ids: Digests of the uncompressed layers.
         chain: Chain id; decides the file's name and the file system's UUID.
-        progress: Called with ``unpack``.
+        progress: Called with ``unpack``, ``write``, and ``wait`` while another process does the same.
 
     Returns:
         The size of the file in bytes.
@@ -76,7 +77,7 @@ def make_rootfs(
     path = store.rootfs_path(chain)
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with _alone(path + ".lock"):
+        with _alone(path + ".lock", progress):
             if not _whole(path):
                 source.prepare(layers)
                 _convert(source, layers, diff_ids, chain, path, progress)
@@ -101,12 +102,14 @@ def _whole(path: str) -> bool:
 
 
 @contextmanager
-def _alone(path: str) -> Iterator[None]:
+def _alone(path: str, progress: store.Progress) -> Iterator[None]:
     """Let only one process at a time convert the same chain. The lock file goes when it is released."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            while not _locked(fd):
+                progress("wait", 0, 0)
+                time.sleep(0.1)
             try:
                 if os.stat(path).st_ino != os.fstat(fd).st_ino:
                     continue  # the one before us removed it while we waited
@@ -119,6 +122,14 @@ def _alone(path: str) -> Iterator[None]:
             return
         finally:
             os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _convert(

@@ -117,7 +117,7 @@ def choose_tagged(listed: list[Descriptor], tag: str, wanted: Platform, name: st
             raise ImageError(f"{name} holds no image", "export the image again")
         what = f"no image with the tag {tag}" if tag else "several images and none is tagged latest"
         hint = (
-            "name one of: " + ", ".join(known[:20])
+            "name one of: " + ", ".join(map(manifest.shown, known[:20]))
             if known
             else "its images have no tags: leave the tag out"
         )

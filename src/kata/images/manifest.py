@@ -34,6 +34,8 @@ CONFIG_TYPES = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
 )
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:\d\d)")
+_PLATFORM = re.compile(r"[A-Za-z0-9_.-]{0,40}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HINT = "the image is malformed; have it built or pushed again"
 
@@ -81,6 +83,11 @@ class Config:
         self.created = created
         self.config = config
         self.diff_ids = diff_ids
+
+
+def shown(text: str) -> str:
+    """A string out of an image, made fit for an error message."""
+    return "".join(char if char.isprintable() else "?" for char in text[:100])
 
 
 def document(data: bytes, what: str) -> dict[str, Any]:
@@ -151,7 +158,9 @@ def descriptor(content: Any, what: str) -> Descriptor:
 
 def _platform(content: dict[str, Any]) -> Platform:
     fields = [content.get(key) for key in ("os", "architecture", "variant")]
-    os_name, arch, variant = (field if isinstance(field, str) else "" for field in fields)
+    os_name, arch, variant = (
+        field if isinstance(field, str) and _PLATFORM.fullmatch(field) else "" for field in fields
+    )
     return Platform(os_name or "linux", arch or "amd64", variant)
 
 
@@ -272,7 +281,9 @@ def configuration(data: bytes, what: str) -> Config:
     if not all(isinstance(value, str) for value in kept.get("Labels", {}).values()):
         raise ImageError(f"{what} has a label that is not a string", _HINT)
     created = content.get("created")
-    return Config(_platform(content), created if isinstance(created, str) else "", kept, diff_ids)
+    if not isinstance(created, str) or not _TIME.fullmatch(created):
+        created = ""
+    return Config(_platform(content), created, kept, diff_ids)
 
 
 def chain_id(diff_ids: list[str]) -> str:

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _AFTER = 0.7
-_WORDS = {"pull": "pulling", "unpack": "unpacking", "open": "opening", "write": "writing"}
+_WORDS = {
+    "pull": "pulling",
+    "unpack": "unpacking",
+    "open": "opening",
+    "write": "writing",
+    "wait": "waiting for another kata",
+}
 
 
 class Terminal:
@@ -35,7 +41,7 @@ class Terminal:
         """Note progress.
 
         Args:
-            what: ``pull``, ``unpack``, ``open`` or ``write``.
+            what: ``pull``, ``unpack``, ``open``, ``write`` or ``wait``.
             done: Bytes done.
             total: Bytes in all, 0 if not known.
         """

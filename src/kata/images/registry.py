@@ -357,7 +357,7 @@ class Registry:
             return RegistryError(
                 f"the proxy does not reach {self.host}: {error}", "check HTTPS_PROXY and NO_PROXY"
             )
-        said = str(error) or type(error).__name__
+        said = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
         return RegistryError(
             f"{self.host} cannot be reached: {said[:200]}", "check the name, the network and HTTPS_PROXY"
         )

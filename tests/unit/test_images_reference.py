@@ -1,0 +1,96 @@
+"""What may be written for IMAGE, and platforms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kata.errors import KataError, UsageError
+from kata.images import platform, reference
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("alpine", "docker.io/library/alpine:latest"),
+        ("alpine:3.20", "docker.io/library/alpine:3.20"),
+        ("team/app", "docker.io/team/app:latest"),
+        ("docker.io/alpine", "docker.io/library/alpine:latest"),
+        ("index.docker.io/library/alpine", "docker.io/library/alpine:latest"),
+        ("localhost/app", "localhost/app:latest"),
+        ("localhost:5000/team/app:1", "localhost:5000/team/app:1"),
+        ("ghcr.io/a/b_c/d-e.f:V1", "ghcr.io/a/b_c/d-e.f:V1"),
+        ("[::1]:5000/app", "[::1]:5000/app:latest"),
+        ("app@sha256:" + "a" * 64, "docker.io/library/app@sha256:" + "a" * 64),
+        ("app:1@sha256:" + "a" * 64, "docker.io/library/app@sha256:" + "a" * 64),
+    ],
+)
+def test_references_as_docker_normalises_them(text: str, full: str) -> None:
+    assert str(reference.parse(text)) == full
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Alpine",
+        "a:b:c",
+        "a@sha256:12",
+        "a/../b",
+        "-a",
+        "a:",
+        "a" * 300,
+        "a b",
+        "x.io/",
+        "/a",
+        "a@",
+        "http://a/b",
+    ],
+)
+def test_references_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        reference.parse(text)
+    assert caught.value.hint
+    assert len(caught.value.message) < 700
+
+
+def test_short_names() -> None:
+    assert [reference.familiar(n) for n in ("docker.io/library/a:1", "docker.io/t/a:1", "x.io/library/a:1")] == [
+        "a:1", "t/a:1", "x.io/library/a:1",
+    ]  # fmt: skip
+
+
+def test_local_references(tmp_path: Path) -> None:
+    (tmp_path / "dir:with:colons").mkdir()
+    (tmp_path / "file").touch()
+    local = reference.parse(f"oci:{tmp_path}/dir:with:colons:docker.io/x:1")
+    assert isinstance(local, reference.LocalImage)
+    assert (local.kind, local.path, local.tag) == ("oci", f"{tmp_path}/dir:with:colons", "docker.io/x:1")
+    assert str(reference.parse(f"docker-archive:{tmp_path}/file:1")) == f"docker-archive:{tmp_path}/file:1"
+    for text, words in [
+        ("oci:", "names no directory"),
+        (f"oci:{tmp_path}/none:1", "no such directory"),
+        (f"oci:{tmp_path}/file", "is not a directory"),
+        (f"rootfs:{tmp_path}/file", "is not a directory"),
+        (f"oci-archive:{tmp_path}", "is not a file"),
+        (f"oci-archive:{tmp_path}/file:", "names no tag"),
+    ]:
+        with pytest.raises(KataError, match=words) as caught:
+            reference.parse(text)
+        assert caught.value.hint
+
+
+def test_platforms() -> None:
+    amd64, v7 = platform.parse("amd64"), platform.parse("linux/arm/v7")
+    assert amd64.rank(amd64) == 0
+    assert platform.parse("linux/386").rank(amd64) > 0
+    assert platform.parse("linux/amd64/v1").rank(amd64) == 0
+    assert platform.parse("linux/amd64/v3").rank(amd64) == -1
+    assert platform.parse("windows/amd64").rank(amd64) == -1
+    assert 0 < platform.parse("linux/arm/v6").rank(v7) < platform.parse("linux/arm/v5").rank(v7)
+    assert platform.parse("linux/arm64").rank(platform.parse("aarch64")) == 0
+    assert str(platform.parse("linux/aarch64")) == "linux/arm64"
+    for text in ("", "linux/", "a/b/c/d"):
+        with pytest.raises(UsageError):
+            platform.parse(text)
