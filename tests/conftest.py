@@ -15,6 +15,8 @@ from pathlib import Path
 import leftovers
 import pytest
 
+pytest_plugins = ["kvm_lane"]
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 """Seconds after which a call of `kata` in a test is hopeless. Generous: slow machines are no failure."""
@@ -120,7 +122,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Unit tests first, whatever the order of the arguments: quick, and their failures explain more."""
-    items.sort(key=lambda item: "/tests/vm/" in str(item.path))
+    items.sort(key=lambda item: ("/tests/kvm/" in str(item.path), "/tests/vm/" in str(item.path)))
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,137 @@
+"""`kata` from end to end with KVM, vsock and cgroup v2: what most users have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, Kata
+
+from kata import sysio
+
+ALONE = ("--network", "none")
+FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.2)
+
+
+def inspect(kata: Kata, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(kata.ok("inspect", name))[0]
+    return found
+
+
+def gone(pid: int) -> bool:
+    return sysio.proc_starttime(pid) is None
+
+
+@pytest.fixture(scope="module")
+def box(kvm_kata: Kata, busybox_image: str) -> Iterator[str]:
+    """A running container that several tests use."""
+    kvm_kata.ok("run", "-d", "--name", "kvmbox", *ALONE, busybox_image, "sh", "-c", f"echo up; {FOREVER}")
+    yield "kvmbox"
+    kvm_kata.ok("rm", "-f", "kvmbox")
+
+
+def test_it_runs_under_kvm_and_is_reached_over_vsock(kvm_kata: Kata, box: str) -> None:
+    found = inspect(kvm_kata, box)
+    assert found["state"]["status"] == "running"
+    assert found["sandbox"]["accelerator"] == "kvm"
+    assert found["sandbox"]["agent_channel"] == "vsock"
+    argv = Path(f"/proc/{found['state']['pid']}/cmdline").read_bytes().decode().split("\0")
+    assert argv[argv.index("-accel") + 1] == "kvm"
+    assert any(word.startswith("vhost-vsock-pci,") for word in argv)
+    assert "agent.channel=vsock" in argv[argv.index("-append") + 1]
+
+
+def test_exec(kvm_kata: Kata, box: str) -> None:
+    done = kvm_kata.call("exec", "-i", box, "sh", "-c", "cat; echo err >&2; exit 7", stdin=b"in and out")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"in and out", b"err\n")
+    assert kvm_kata.ok("exec", box, "cat", "/proc/1/comm").strip() == "sh"
+
+
+def test_run_gives_output_and_status(kvm_kata: Kata, busybox_image: str) -> None:
+    done = kvm_kata.call("run", "--rm", *ALONE, busybox_image, "sh", "-c", "uname -r; echo err >&2; exit 3")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.strip().decode() != os.uname().release
+    assert b"err\n" in done.stderr
+    assert b"emulation" not in done.stderr
+
+
+def test_all_output_arrives(kvm_kata: Kata, box: str) -> None:
+    size = 16 << 20
+    script = f"head -c {size} /dev/urandom | tee /tmp/all; sha256sum /tmp/all >&2; rm /tmp/all"
+    done = kvm_kata.call("exec", box, "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) == size
+    assert hashlib.sha256(done.stdout).hexdigest() == done.stderr.split()[0].decode()
+
+
+def test_all_input_arrives(kvm_kata: Kata, box: str) -> None:
+    data = os.urandom(4 << 20)
+    done = kvm_kata.call("exec", "-i", box, "sha256sum", stdin=data)
+    assert done.stdout.split()[0].decode() == hashlib.sha256(data).hexdigest()
+
+
+def test_the_network_helper_is_in_a_cgroup_of_version_2(kvm_kata: Kata, busybox_image: str) -> None:
+    """The guard that keeps the helper away from the host's loopback hangs on that cgroup."""
+    kvm_kata.ok("run", "-d", "--name", "net", "--network", "user", busybox_image, "sh", "-c", FOREVER)
+    try:
+        engine = kvm_kata.engine_pid("net")
+        children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
+        [helper] = [pid for pid in children if "passt" in Path(f"/proc/{pid}/comm").read_text()]
+        [line] = Path(f"/proc/{helper}/cgroup").read_text().splitlines()
+        own = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
+        mounted = next(m.target for m in sysio.mounts() if m.fstype == "cgroup2")
+        directory = Path(mounted + line.split("::")[1])
+        assert directory.is_dir()
+        assert line.split("::")[1] != own
+        assert helper in (directory / "cgroup.procs").read_text().split()
+        assert kvm_kata.ok("exec", "net", "ip", "-4", "addr", "show", "dev", "eth0").count("inet ") == 1
+    finally:
+        kvm_kata.ok("rm", "-f", "net")
+    until(lambda: not directory.exists(), "the helper's cgroup is gone")
+
+
+def test_the_end_of_the_machine_ends_the_container(kvm_kata: Kata, busybox_image: str) -> None:
+    kvm_kata.ok("run", "-d", "--name", "victim", *ALONE, busybox_image, "sh", "-c", FOREVER)
+    found = inspect(kvm_kata, "victim")
+    engine = kvm_kata.engine_pid("victim")
+    os.kill(found["state"]["pid"], signal.SIGKILL)
+    assert kvm_kata.ok("wait", "victim").strip() == "137"
+    state = json.loads((kvm_kata.container_dir("victim") / "state.json").read_text())
+    assert "signal 9" in state["error"], state
+    until(lambda: gone(engine) and found["id"] not in kvm_kata.sandboxes(), "engine and sandbox are gone")
+    kvm_kata.ok("rm", "victim")
+
+
+def test_the_end_of_the_engine_ends_the_machine(kvm_kata: Kata, busybox_image: str) -> None:
+    kvm_kata.ok("run", "-d", "--name", "orphan", *ALONE, busybox_image, "sh", "-c", FOREVER)
+    found = inspect(kvm_kata, "orphan")
+    os.kill(kvm_kata.engine_pid("orphan"), signal.SIGKILL)
+    until(lambda: gone(found["state"]["pid"]), "QEMU is gone")
+    kvm_kata.ok("gc")
+    assert found["id"] not in kvm_kata.sandboxes()
+    kvm_kata.ok("rm", "-f", "orphan")
+
+
+@pytest.mark.long
+def test_several_at_once(kvm_kata: Kata, busybox_image: str) -> None:
+    running = [
+        kvm_kata.start("run", "--rm", *ALONE, busybox_image, "sh", "-c", f"echo {number}; exit {number}")
+        for number in range(3)
+    ]
+    for number, process in enumerate(running):
+        out, err = process.communicate(timeout=PATIENCE * 3)
+        assert (process.returncode, out) == (number, f"{number}\n".encode()), err

@@ -1,0 +1,166 @@
+"""vhost-vsock: context ids that no two guests share, and the agent behind one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from fcntl import ioctl
+from pathlib import Path
+
+import minivm
+import pytest
+
+from kata.agent.client import AgentClient
+from kata.engine.boot import KERNEL_PARAMETERS
+from kata.errors import HostError, VMLostError
+from kata.guest import manifest
+from kata.hypervisor import vsock
+from kata.hypervisor.qemu_process import QemuProcess
+from kata.hypervisor.settings import Vsock
+from kata.ttrpc.client import Client
+
+SET_GUEST_CID = 0x4008AF60
+
+
+def take(cid: int) -> int:
+    """Occupy a CID as another program would; the descriptor that holds it."""
+    fd = os.open(vsock.DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        ioctl(fd, SET_GUEST_CID, cid.to_bytes(8, "little"))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def drawn(cid: int) -> bytes:
+    """The random bytes from which this CID is made."""
+    return (cid - 3).to_bytes(4, "little")
+
+
+@contextlib.contextmanager
+def allocated() -> Iterator[Vsock]:
+    given = vsock.allocate()
+    assert given is not None
+    try:
+        yield given
+    finally:
+        os.close(given.fd)
+
+
+def test_every_guest_gets_a_cid_of_its_own() -> None:
+    assert vsock.usable() == ""
+    with contextlib.ExitStack() as stack:
+        given = [stack.enter_context(allocated()) for _ in range(20)]
+        assert len({one.cid for one in given}) == 20
+        for one in given:
+            assert one.cid > 2
+            with pytest.raises(OSError, match="in use"):
+                take(one.cid)
+
+
+def test_a_taken_cid_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    strangers = [take(cid) for cid in (4242, 4243)]
+    draws = [drawn(cid) for cid in (4242, 4243, 4242, 4244)]
+    monkeypatch.setattr(os, "urandom", lambda size: draws.pop(0))
+    with allocated() as given:
+        assert given.cid == 4244
+        assert draws == []
+        # Ours is refused to a third.
+        with pytest.raises(OSError, match="in use"):
+            take(4244)
+    for fd in strangers:
+        os.close(fd)
+    os.close(take(4244))  # given back with its descriptor
+
+
+def test_no_free_cid_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = take(4242)
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "urandom", lambda size: drawn(4242))
+    with pytest.raises(HostError, match="gives no context id"):
+        vsock.allocate()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    os.close(stranger)
+
+
+class Guests:
+    """Guests with the project's own initrd, whose agents listen on vsock."""
+
+    def __init__(self, base: Path, guest: manifest.Guest) -> None:
+        self.base = base
+        self.guest = guest
+
+    @contextlib.contextmanager
+    def start(self, name: str) -> Iterator[tuple[QemuProcess, int]]:
+        """A booting guest and its CID."""
+        journal = minivm.sandbox_dir(self.base, name)
+        given = vsock.allocate()
+        assert given is not None
+        process, shell = minivm.start(
+            minivm.settings(
+                journal,
+                kernel=self.guest.kernel,
+                initrd=self.guest.initrd,
+                cmdline=" ".join(KERNEL_PARAMETERS),
+                accel="kvm",
+                vsock=given,
+            ),
+            journal,
+        )
+        try:
+            yield process, given.cid
+        finally:
+            shell.close()
+            assert journal.undo(30) == []
+            assert process.child.wait(30) is not None
+            console = os.read(process.take("console"), 65536).decode(errors="replace")
+            print(f"console of {name}:\n{console}")  # pytest shows it when the test fails
+            process.close()
+
+
+@pytest.fixture
+def guests(tmp_path: Path, guest_assets: Path) -> Guests:
+    return Guests(tmp_path, manifest.load(str(guest_assets)))
+
+
+async def agent(cid: int) -> AgentClient:
+    """A connection to the agent in a guest that may still be booting."""
+    sock = await asyncio.wait_for(vsock.connect(cid), minivm.PATIENCE_S)
+    return AgentClient(await Client.connect(sock))
+
+
+async def ask_for_ever(client: AgentClient) -> None:
+    while True:
+        await client.check(minivm.PATIENCE_S)
+
+
+def test_agents_answer_on_vsock_and_go_with_their_machine(guests: Guests) -> None:
+    async def talk(first: QemuProcess, cids: tuple[int, int]) -> None:
+        clients = [await agent(cid) for cid in cids]
+        for client in clients:
+            await client.check(minivm.PATIENCE_S)
+            details = (await client.details()).agent_details
+            assert details is not None
+            assert details.version
+        # A machine's end is the end of its connection, at once and without a deadline of ours; the other lives.
+        first.child.kill()
+        with pytest.raises(VMLostError):
+            await ask_for_ever(clients[0])
+        await clients[1].check(minivm.PATIENCE_S)
+        for client in clients:
+            client.close()
+
+    with guests.start("one") as (first, one), guests.start("two") as (_second, two):
+        assert one != two
+        asyncio.run(talk(first, (one, two)))
+    # Both CIDs are free again.
+    for cid in (one, two):
+        os.close(take(cid))
+
+
+def test_a_connection_that_nobody_answers_ends_with_its_caller() -> None:
+    with allocated() as given, pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(vsock.connect(given.cid), 5))
