@@ -67,7 +67,10 @@ class DockerRegistry:
     def __init__(
         self, directory: Path, more: dict[str, Any] | None = None, tls: tuple[Path, Path] | None = None
     ) -> None:
-        program = shutil.which("docker-registry")
+        unpacked = (
+            Path(__file__).resolve().parents[2] / "build" / "programs" / "usr" / "bin"
+        )  # by tools/setup
+        program = shutil.which("docker-registry", path=f"{unpacked}:{os.environ['PATH']}")
         if not program:
             pytest.skip("needs docker-registry (apt-get install docker-registry)")
         with socket.socket() as probe:
