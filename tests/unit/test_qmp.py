@@ -96,7 +96,8 @@ keep: list[asyncio.Task[None]] = []
 
 def test_commands_answers_refusals_and_events() -> None:
     async def work() -> None:
-        peer, events = Peer(echo), []
+        peer = Peer(echo)
+        events: list[tuple[str, dict[str, Any]]] = []
         client = await connected(peer, events)
         assert client.version == (7, 2, 22)
         assert await client.execute("echo", {"a": [1, None]}) == {"a": [1, None]}

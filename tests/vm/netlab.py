@@ -172,9 +172,7 @@ def serve_in(namespace: str, *arguments: Any) -> Server:
     return made[0]
 
 
-def connect_in(
-    namespace: str, address: tuple[str, int], say: bytes = b"", timeout_s: float = 10.0
-) -> bytes:
+def connect_in(namespace: str, address: tuple[str, int], say: bytes = b"", timeout_s: float = 10.0) -> bytes:
     """Connect from a namespace, say something and read all that the server sends."""
     answers: list[bytes] = []
 

@@ -332,8 +332,8 @@ def _failure(lab: Lab, journal: Journal, **changes: object) -> Exception | None:
     """How a start fails, in the words of `spawn` or of QEMU's end."""
     try:
         process, shell = minivm.start(lab.settings(journal, **changes), journal)
-    except Exception as error:
-        return error
+    except Exception as raised:
+        return raised
     assert process.child.wait(30) is not None, "it did not fail"
     error = process.failure()
     shell.close()

@@ -136,7 +136,7 @@ def test_a_guest_on_the_network(namespaces: tuple[str, str], guest_assets: Path,
     def work(sandbox: Sandbox) -> dict[str, Any]:
         secret = Server(("127.0.0.1", 9000), b"secret\n")
         shell = sandbox.boot(guest_assets)
-        found = {
+        found: dict[str, Any] = {
             "ipv4": shell.ok(f"echo hello | nc -w 20 {INTERNET4} 8000"),
             "ipv6": shell.ok(f"echo hello | nc -w 20 {INTERNET6} 8000"),
             "name": shell.ok("nslookup somewhere.example.com"),
