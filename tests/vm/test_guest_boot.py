@@ -35,7 +35,7 @@ echo "disks $(busybox ls /sys/block | busybox tr '\\n' ' ')"
 echo "nics $(busybox ls /sys/class/net | busybox tr '\\n' ' ')"
 echo "ports $(busybox cat /sys/class/virtio-ports/*/name | busybox tr '\\n' ' ')"
 busybox sleep 1 && echo "slept yes"
-echo "kernel $(busybox dmesg | busybox grep -ciE 'oops|bug:|call trace|warning:')"
+echo "kernel $(busybox dmesg | busybox grep -cE 'Oops|BUG:|Call Trace|WARNING:')"
 busybox poweroff -f
 """
 
