@@ -205,6 +205,13 @@ class UserPlan(NetworkPlan):
         self._ipv6 = host.ipv6
         self._forward4 = self._forward6 = ""
         self._plan_names(dns)
+        udp = next((port for port in self.ports if port.proto == "udp"), None)
+        if udp is not None:
+            # Under --no-map-gw, passt does not take a guest's answer back to a loopback address; and the
+            # guard would refuse it.
+            self.warnings.append(
+                f"port {udp} cannot be reached through this host's loopback address, only others"
+            )
         addresses = []
         if self._ipv4:
             addresses.append({"family": 0, "address": ADDRESS4, "mask": str(PREFIX4)})

@@ -1,0 +1,222 @@
+"""Planning a network: settings in, passt's command line and the guest's addresses out. Nothing is started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from kata import children
+from kata.errors import HostError, KataError, UsageError
+from kata.network import guard, resolver, user
+from kata.network.plan import mac_address, plan
+
+
+def host(
+    ipv4: bool = True, ipv6: bool = True, resolv_conf: str = "nameserver 192.0.2.53\n"
+) -> user.HostNetwork:
+    return user.HostNetwork(ipv4, ipv6, resolver.parse(resolv_conf))
+
+
+@pytest.fixture(autouse=True)
+def _passt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "find_program", lambda name: f"/usr/bin/{name}")
+
+
+def user_plan(seen: user.HostNetwork, **settings: Any) -> user.UserPlan:
+    made = plan({"mode": "user", **settings}, seen)
+    assert isinstance(made, user.UserPlan)
+    return made
+
+
+def pairs(argv: list[str], option: str) -> list[str]:
+    return [argv[i + 1] for i, word in enumerate(argv) if word == option]
+
+
+def test_no_network_still_has_a_plug() -> None:
+    made = plan({"mode": "none"}, host())
+    assert made.interface is None
+    assert made.routes == []
+    nic = made.wire()
+    assert nic.fd is None
+    assert made.failure() is None
+    assert made.pidfd == -1
+    made.stop()
+
+
+def test_both_families() -> None:
+    made = user_plan(host())
+    assert made.interface is not None
+    assert [a["address"] for a in made.interface["IPAddresses"]] == [user.ADDRESS4, user.ADDRESS6]
+    assert made.interface["hwAddr"] == made.mac
+    assert made.interface["devicePath"] == "09"
+    assert [r["gateway"] for r in made.routes] == [user.GATEWAY4, user.GATEWAY6]
+    argv = made.command(7)
+    assert argv[0] == "/usr/bin/passt"
+    assert pairs(argv, "--fd") == ["7"]
+    assert "--no-map-gw" in argv
+    assert pairs(argv, "-a") == [user.ADDRESS4, user.ADDRESS6]
+    assert pairs(argv, "-t") == pairs(argv, "-u") == ["none"]
+    assert "-i" not in argv
+
+
+@pytest.mark.parametrize(
+    ("ipv4", "ipv6", "addresses", "words"),
+    [
+        (True, False, [user.ADDRESS4], {"-4", "lo"}),
+        (False, True, [user.ADDRESS6], {"-6"}),
+        (False, False, [user.ADDRESS4], {"-4", "lo"}),
+    ],
+)
+def test_one_family_or_none(ipv4: bool, ipv6: bool, addresses: list[str], words: set[str]) -> None:
+    made = user_plan(host(ipv4, ipv6))
+    assert made.interface is not None
+    assert [a["address"] for a in made.interface["IPAddresses"]] == addresses
+    argv = made.command(7)
+    assert pairs(argv, "-a") == addresses
+    assert words <= set(argv)
+
+
+def test_published_ports() -> None:
+    ports = [
+        {"host_port": 8080, "guest_port": 80, "proto": "tcp"},
+        {"host_ip": "0.0.0.0", "host_port": 443, "guest_port": 443},
+        {"host_ip": "192.0.2.1", "host_port": 53, "guest_port": 5353, "proto": "udp"},
+    ]
+    made = user_plan(host(), ports=ports)
+    argv = made.command(7)
+    assert pairs(argv, "-t") == ["8080:80", "443:443"]
+    assert pairs(argv, "-u") == ["192.0.2.1/53:5353"]
+    assert "loopback" in made.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("resolv_conf", "dns", "forward"),
+    [
+        ("nameserver 192.0.2.1\nnameserver 2001:db8::1\n", ["192.0.2.1", "2001:db8::1"], []),
+        ("nameserver 127.0.0.53\nnameserver 192.0.2.1\n", ["192.0.2.1"], []),
+        ("nameserver 127.0.0.53\n", [user.DNS4], [user.DNS4]),
+        ("nameserver ::1\n", [user.DNS6], [user.DNS6]),
+        ("nameserver fe80::1%eth0\n", [], []),
+        ("", [], []),
+    ],
+)
+def test_names(resolv_conf: str, dns: list[str], forward: list[str]) -> None:
+    made = user_plan(host(resolv_conf=resolv_conf))
+    assert made.dns == dns
+    assert pairs(made.command(7), "--dns-forward") == forward
+    assert bool(made.warnings) == (not dns)
+
+
+def test_names_that_were_asked_for() -> None:
+    made = user_plan(
+        host(resolv_conf="nameserver 127.0.0.53\nsearch a b\noptions ndots:5\n"), dns=["192.0.2.9"]
+    )
+    assert made.resolv_conf() == "nameserver 192.0.2.9\nsearch a b\noptions ndots:5\n"
+    assert "--dns-forward" not in made.command(7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "bridge"}, "no network mode 'bridge'"),
+        ({"mode": "none", "ports": [{"host_port": 1, "guest_port": 1}]}, "without a network"),
+        ({"ports": [{"host_port": 0, "guest_port": 1}]}, "0 is not a port number"),
+        ({"ports": [{"host_port": 1, "guest_port": 70000}]}, "70000 is not a port number"),
+        ({"ports": [{"host_port": 1, "guest_port": 1, "proto": "sctp"}]}, "no protocol 'sctp'"),
+        ({"ports": [{"host_ip": "here", "host_port": 1, "guest_port": 1}]}, "not an address"),
+        ({"ports": [{"host_ip": "127.0.0.1", "host_port": 1, "guest_port": 1, "proto": "udp"}]}, "UDP"),
+        ({"dns": ["dns.example"]}, "not the address of a DNS server"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        plan(settings, host())
+
+
+def test_passt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "find_program", lambda name: None)
+    with pytest.raises(HostError) as caught:
+        plan({"mode": "user"}, host())
+    assert "passt" in caught.value.message
+    assert "apt-get install passt" in caught.value.hint
+    assert plan({"mode": "none"}, host()).interface is None
+
+
+def test_taken_and_contradictory_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+        with pytest.raises(HostError, match="Address already in use"):
+            user.check_ports([user.Port("127.0.0.1", number, 80, "tcp")])
+    user.check_ports([user.Port("127.0.0.1", number, 80, "tcp")])
+    with pytest.raises(HostError, match="Cannot assign requested address"):
+        user.check_ports([user.Port("192.0.2.1", number, 80, "tcp")])
+    with pytest.raises(UsageError, match="published as both"):
+        user.check_ports([user.Port("", number, 80, "tcp"), user.Port("", number, 81, "tcp")])
+
+
+def test_hardware_addresses_are_local_and_unicast() -> None:
+    for _ in range(100):
+        assert int(mac_address()[:2], 16) & 3 == 2
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "127.1.2.3", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1", "::1%lo"]
+)
+def test_loopback_addresses(address: str) -> None:
+    assert resolver.is_loopback(address)
+
+
+@pytest.mark.parametrize("address", ["128.0.0.1", "10.0.0.1", "::2", "fe80::1", "::ffff:10.0.0.1"])
+def test_other_addresses(address: str) -> None:
+    assert resolver.is_address(address)
+    assert not resolver.is_loopback(address)
+
+
+def test_guard_programs_are_whole() -> None:
+    for code in (
+        guard.program4(),
+        guard.program4(b"\x7f\0\0\x35"),
+        guard.program6(),
+        guard.program6(bytes(16)),
+    ):
+        count = len(code) // 8
+        assert len(code) % 8 == 0
+        for index in range(count):
+            opcode, offset = (
+                code[index * 8],
+                int.from_bytes(code[index * 8 + 2 : index * 8 + 4], "little", signed=True),
+            )
+            if opcode in (0x05, 0x16, 0x56):
+                assert 0 <= offset < count - index - 1, "a jump leaves the program"
+
+
+def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
+    words = children.Words()
+    for _ in range(20):
+        try:
+            os.write(words.write_fd, b"first\n" + b"x" * 4000 + b"\n")
+        except BlockingIOError:
+            break
+    else:
+        pytest.fail("the pipe took everything")
+    words.read()
+    os.write(words.write_fd, b"\x1b[31mlast words\n")
+    words.started()
+    said = words.text()
+    assert said.startswith("first\n")
+    assert said.endswith("\\x1b[31mlast words")
+    assert len(said) < 3 * children.Words.KEEP
+    assert words.fd == -1
+    words.close()
+
+
+def test_errors_have_hints() -> None:
+    for mode in ("none", "user"):
+        with pytest.raises(KataError) as caught:
+            plan({"mode": mode, "ports": [{"host_port": 1, "guest_port": 1, "proto": "x"}]}, host())
+        assert caught.value.hint
