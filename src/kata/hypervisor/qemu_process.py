@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kata.journal import Entry, Journal
 
 PROGRAM = "qemu-system-x86_64"
-socketpair = children.socketpair
 FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
 
 
