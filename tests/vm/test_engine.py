@@ -24,6 +24,7 @@ from kata.errors import (
     StateError,
     VMLostError,
 )
+from kata.storage import ext4
 
 Maker = Callable[..., Box]
 
@@ -198,8 +199,12 @@ def test_kernel_that_is_none(make: Maker, tmp_path: Path) -> None:
 
 def test_disk_that_is_broken(make: Maker, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(os.urandom(1 << 20))
-    upper = make().settings["disks"][1]
-    box = make(disks=[{"path": str(tmp_path / "disk"), "readonly": True}, upper])
+    ext4.make_writable(str(tmp_path / "upper"), 64 << 20)
+    disks = [
+        {"path": str(tmp_path / "disk"), "readonly": True},
+        {"path": str(tmp_path / "upper"), "readonly": False},
+    ]
+    box = make(disks=disks)
     with pytest.raises(KataError, match=r"erofs|lower"):
         box.create("true")
     gone(box)

@@ -194,14 +194,14 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
         hostname=network.get("hostname", ""), dns=sandbox.dns, storages=storages, sandbox_id=sandbox.id
     )
     sandbox.network = asyncio.ensure_future(_network(sandbox, agent))
-    calls = [
-        agent.create_sandbox(request),
-        agent.set_time(time.time_ns()),
-        agent.reseed(os.urandom(SEED_BYTES)),
-    ]
-    if settings.get("timings"):
-        calls.append(_guest_times(sandbox, agent, answered_ns))
-    await sandbox.unless_lost(asyncio.gather(*calls))
+    await sandbox.unless_lost(
+        asyncio.gather(
+            agent.create_sandbox(request),
+            agent.set_time(time.time_ns()),
+            agent.reseed(os.urandom(SEED_BYTES)),
+        )
+    )
+    sandbox.spawn(_guest_times(sandbox, agent, answered_ns))
     timings.add("agent", answered_ns)
     return agent
 

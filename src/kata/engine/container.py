@@ -36,6 +36,9 @@ EXECS_END_S = 2.0
 moment."""
 OOM_NOTICE_S = 0.1
 REMOVE_S = 20
+STAND_IN = {"args": ["/proc/self/exe"], "cwd": "/"}
+"""The process of a container without one: the protocol wants a command, it is never started, and this one is found
+in any root file system (it is the agent's own child that looks)."""
 _SIGKILL = 9
 
 
@@ -136,8 +139,7 @@ class Container:
             files=await prepare.etc_files(self.sandbox, agent, self.config, self.id, self._shared),
             cgroups_path=f"/{self.id}",
         )
-        if self.has_process:
-            config["process"]["terminal"] = self.init.stdio.terminal
+        config["process"] = {**(config.get("process") or STAND_IN), "terminal": self.init.stdio.terminal}
         return config
 
     @property
