@@ -5,10 +5,11 @@ use crate::container::Container;
 use crate::jobs::Job;
 use crate::prelude::*;
 use crate::process::{Key, Process};
+use crate::proto::agent::AGENT_SERVICE;
 use crate::proto::agentext::BootTimesResponse;
 use crate::sandbox::Sandbox;
 use crate::server::calls::{CallId, Calls, Reply};
-use crate::server::conn::{Conn, State};
+use crate::server::conn::{Call, Conn, State};
 use crate::server::frame::{self, Outgoing};
 use crate::server::listen::{self, Channel, Kind};
 use crate::sys::{self, Fd, RawFd};
@@ -281,7 +282,7 @@ impl Agent {
                 return;
             }
             match conn.next_call() {
-                Ok(Some(call)) => self.on_call(id, call.stream, &call.frame),
+                Ok(Some(call)) => self.on_call(id, call),
                 Ok(None) => return,
                 Err(_) => return self.connection_gone(id),
             }
@@ -311,8 +312,9 @@ impl Agent {
         }
     }
 
-    fn on_call(&mut self, conn: u32, stream: u32, body: &[u8]) {
-        let request = match frame::parse_request(body) {
+    fn on_call(&mut self, conn: u32, call: Call) {
+        let stream = call.stream;
+        let request = match frame::parse_request(call.body()) {
             Ok(request) => request,
             Err(error) => return self.send(conn, stream, &Err(error)),
         };
@@ -324,11 +326,16 @@ impl Agent {
             Ok(id) => id,
             Err(error) => return self.send(conn, stream, &Err(error)),
         };
-        match dispatch::handle(self, id, &request) {
+        let outcome = if (request.service, request.method) == (AGENT_SERVICE, "WriteStdin") {
+            self.write_stdin(id, call).map(|()| None)
+        } else {
+            dispatch::handle(self, id, &request)
+        };
+        match outcome {
             Ok(Some(payload)) => self.answer(id, Ok(payload)),
             Ok(None) => {}
             Err(error) => {
-                log::info(&format!("{}: {error:?}", request.method));
+                log::debug(&format!("call refused: {error:?}"));
                 self.answer(id, Err(error));
             }
         }

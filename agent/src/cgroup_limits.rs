@@ -82,8 +82,8 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    fn set(&mut self, controller: &'static str, file: &str, value: impl ToString, field: &'static str) {
-        let (file, value) = (file.to_string(), value.to_string());
+    fn set(&mut self, controller: &'static str, file: &str, value: String, field: &'static str) {
+        let file = file.to_string();
         self.settings.push(Setting { controller, file, value, field, optional: false });
     }
 
@@ -125,7 +125,7 @@ impl Plan<'_> {
             return Err(unsupported("cpu.realtimeRuntime"));
         }
         if cpu.shares != 0 {
-            self.set("cpu", "cpu.weight", cpu_weight(cpu.shares), "cpu.shares");
+            self.set("cpu", "cpu.weight", cpu_weight(cpu.shares).to_string(), "cpu.shares");
         }
         if cpu.quota != 0 || cpu.period != 0 {
             // A period alone keeps the quota that is there.
@@ -139,10 +139,10 @@ impl Plan<'_> {
             self.set("cpu", "cpu.max", format!("{quota} {period}"), field);
         }
         if !cpu.cpus.is_empty() {
-            self.set("cpuset", "cpuset.cpus", &cpu.cpus, "cpu.cpus");
+            self.set("cpuset", "cpuset.cpus", cpu.cpus.clone(), "cpu.cpus");
         }
         if !cpu.mems.is_empty() {
-            self.set("cpuset", "cpuset.mems", &cpu.mems, "cpu.mems");
+            self.set("cpuset", "cpuset.mems", cpu.mems.clone(), "cpu.mems");
         }
         Ok(())
     }
@@ -160,7 +160,7 @@ impl Plan<'_> {
             _ => Err(Error::invalid(format!("linux.resources.{field}: weight {weight} is not in 10..=1000"))),
         };
         if io.weight != 0 {
-            self.set("io", file, weight(io.weight, "blockIO.weight")?, "blockIO.weight");
+            self.set("io", file, weight(io.weight, "blockIO.weight")?.to_string(), "blockIO.weight");
         }
         for device in &io.weight_device {
             let value = weight(device.weight, "blockIO.weightDevice")?;
@@ -189,7 +189,7 @@ impl Plan<'_> {
             let optional = limit.limit == 0;
             for (suffix, optional) in [("max", optional), ("rsvd.max", true)] {
                 let file = format!("hugetlb.{}.{suffix}", limit.pagesize);
-                self.set("hugetlb", &file, limit.limit, "hugepageLimits");
+                self.set("hugetlb", &file, limit.limit.to_string(), "hugepageLimits");
                 if let Some(last) = self.settings.last_mut() {
                     last.optional = optional;
                 }

@@ -8,7 +8,7 @@ use crate::server::listen::Address;
 pub struct Settings {
     pub address: Address,
     pub level: Level,
-    /// Size of the pipes of a container's streams in bytes; 0 = the kernel's default.
+    /// Size of the pipes of a container's streams in bytes; 0 = the agent's default.
     pub pipe_size: u32,
 }
 

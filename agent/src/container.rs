@@ -13,8 +13,11 @@ use crate::runtime::namespaces::{self, Namespaces};
 use crate::runtime::report::Reporter;
 use crate::runtime::{self, ContainerPlan, ExecPlan};
 use crate::server::calls::CallId;
+use crate::server::conn::Call;
+use crate::server::frame;
 use crate::sys::{self, Fd, RawFd};
 use crate::{devices_bpf, fs, log, seccomp, storage};
+use alloc::collections::VecDeque;
 
 /// Where the agent keeps what belongs to containers.
 pub const STATE_DIR: &str = "/run/kata-containers";
@@ -34,6 +37,8 @@ pub struct Container {
     pub init: Key,
     /// Further processes by their exec id.
     pub execs: BTreeMap<String, Key>,
+    /// Those that are over with all their output read: what is left to tell is the exit code.
+    finished: VecDeque<(Box<str>, u8)>,
     pub cgroup: Option<Cgroup>,
     pub namespaces: Namespaces,
     /// For processes that come later.
@@ -49,6 +54,15 @@ pub struct Container {
     /// OOM kills that have been reported.
     oom_kills: u64,
 }
+
+impl Container {
+    fn finished_code(&self, exec_id: &str) -> Option<u8> {
+        self.finished.iter().rev().find(|(known, _)| &**known == exec_id).map(|(_, code)| *code)
+    }
+}
+
+/// Exit codes that are remembered per container: a probe every few seconds must not fill the guest in a year.
+const MAX_FINISHED: usize = 1024;
 
 /// Names of containers become directory and cgroup names.
 pub fn check_id(id: &str) -> Result<()> {
@@ -76,6 +90,9 @@ impl Agent {
         let record = self.container(container)?;
         if exec_id.is_empty() || self.processes.get(&record.init).is_some_and(|p| p.exec_id == exec_id) {
             return Ok(record.init);
+        }
+        if record.finished_code(exec_id).is_some() {
+            return Err(Error::not_found("process already finished"));
         }
         record
             .execs
@@ -107,8 +124,11 @@ impl Agent {
         let missing = |what: &str| Error::invalid(format!("the request has no {what}"));
         let spec = request.oci.as_deref().ok_or_else(|| missing("OCI spec"))?;
         let linux = spec.linux.as_deref().ok_or_else(|| missing("linux section"))?;
-        let process = spec.process.as_deref().ok_or_else(|| missing("process"))?;
-        let program = runtime::program(process, request.string_user.as_deref())?;
+        // The specification needs a process only for a start: without one, the files can be worked on.
+        let program = match spec.process.as_deref() {
+            Some(process) => runtime::program(process, request.string_user.as_deref())?,
+            None => runtime::no_program()?,
+        };
         let namespaces = namespaces::parse(linux)?;
         let filter = compile_filter(linux)?;
         let root = spec.root.as_deref().map_or("", |r| &r.path).to_string();
@@ -119,6 +139,7 @@ impl Agent {
             status: Status::Creating,
             init: 0,
             execs: BTreeMap::new(),
+            finished: VecDeque::new(),
             cgroup,
             namespaces,
             filter,
@@ -130,7 +151,8 @@ impl Agent {
             oom_kills: 0,
         };
         let forked = (|| {
-            fs::create_dir_all(&format!("{STATE_DIR}/{id}"), 0o700).context("make the container's directory")?;
+            // Root of a user namespace is nobody here, and still has to get through.
+            fs::create_dir_all(&format!("{STATE_DIR}/{id}"), 0o711).context("make the container's directory")?;
             let directory = container.cgroup.as_ref().map(Cgroup::open).transpose()?;
             let pipes = Pipes::new(program.terminal, self.settings.pipe_size)?;
             let (ours, theirs) = sys::socketpair(libc::SOCK_SEQPACKET).context("make a report socket")?;
@@ -206,7 +228,8 @@ impl Agent {
         let (id, exec_id) = (request.container_id.as_str(), request.exec_id.as_str());
         let container = self.container(id)?;
         check_id(exec_id).map_err(|_| Error::invalid(format!("exec id {exec_id:?} is not a name")))?;
-        if self.find_process(id, exec_id).is_ok() {
+        let former = self.find_process(id, exec_id).ok();
+        if former.and_then(|key| self.processes.get(&key)).is_some_and(|p| p.is_alive() || p.exec_id != exec_id) {
             return Err(Error::exists(format!("process {exec_id:?} of container {id:?} exists")));
         }
         let init = self.processes.get(&container.init).filter(|p| p.is_alive() && p.pid != 0);
@@ -233,8 +256,13 @@ impl Agent {
             report: Reporter(theirs.raw()),
         };
         runtime::exec(&plan)?;
+        // The name of one that has ended may be used again.
+        if let Some(key) = former {
+            self.drop_process(key);
+        }
         let key = self.add_process(Process::new(id, exec_id, ours, pipes, call))?;
         if let Some(container) = self.containers.get_mut(id) {
+            container.finished.retain(|(known, _)| &**known != exec_id);
             container.execs.insert(exec_id.to_string(), key);
         }
         Ok(())
@@ -368,6 +396,9 @@ impl Agent {
     }
 
     pub fn wait_process(&mut self, call: CallId, id: &str, exec_id: &str) -> Result<Option<Vec<u8>>> {
+        if let Some(code) = self.container(id)?.finished_code(exec_id) {
+            return Ok(Some(pb::WaitProcessResponse { status: i32::from(code) }.to_vec()));
+        }
         let process = self.process(id, exec_id)?;
         match process.exit {
             Some(status) => Ok(Some(pb::WaitProcessResponse { status }.to_vec())),
@@ -380,6 +411,10 @@ impl Agent {
 
     /// `which`: 0 stdout, 1 stderr.
     pub fn read_stream(&mut self, call: CallId, request: &pb::ReadStreamRequest, which: usize) -> Result<()> {
+        if self.container(&request.container_id)?.finished_code(&request.exec_id).is_some() {
+            self.answer(call, Ok(vec![]));
+            return Ok(());
+        }
         let key = self.find_process(&request.container_id, &request.exec_id)?;
         if let Some(process) = self.processes.get_mut(&key) {
             process.outputs[which].add_reader(call, request.len as usize);
@@ -388,11 +423,32 @@ impl Agent {
         Ok(())
     }
 
-    pub fn write_stdin(&mut self, call: CallId, request: pb::WriteStreamRequest) -> Result<()> {
-        let process = self.process(&request.container_id, &request.exec_id)?;
+    /// Keeps only the exit code of a process (not of a container's first one) that has nothing else to give.
+    pub fn forget_if_finished(&mut self, key: Key) {
+        let Some(process) = self.processes.get(&key) else { return };
+        let (Some(code), true) = (process.exit, process.is_drained()) else { return };
+        if self.is_init(key) {
+            return;
+        }
+        let (id, exec_id) = (process.container.clone(), process.exec_id.clone());
+        self.drop_process(key);
+        if let Some(container) = self.containers.get_mut(&id) {
+            container.execs.remove(&exec_id);
+            if container.finished.len() >= MAX_FINISHED {
+                container.finished.pop_front();
+            }
+            container.finished.push_back((exec_id.into_boxed_str(), code as u8));
+        }
+    }
+
+    /// Takes the whole request, so that its data need not be copied.
+    pub fn write_stdin(&mut self, id: CallId, call: Call) -> Result<()> {
+        let request = frame::parse_write(frame::parse_request(call.body())?.payload)?;
         // The original's way of closing.
         let close = request.data.is_empty();
-        process.input.write(call, request.data)?;
+        let place = call.place_of(request.data);
+        let process = self.process(request.container_id, request.exec_id)?;
+        process.input.write(id, call.into_part(place))?;
         if close {
             process.input.close();
         }
@@ -402,6 +458,9 @@ impl Agent {
     }
 
     pub fn close_stdin(&mut self, id: &str, exec_id: &str) -> Result<()> {
+        if self.container(id)?.finished_code(exec_id).is_some() {
+            return Ok(());
+        }
         let process = self.process(id, exec_id)?;
         process.input.close();
         let over = process.input.pump();

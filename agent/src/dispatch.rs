@@ -85,7 +85,6 @@ fn containers(agent: &mut Agent, call: CallId, request: &Request) -> Result<Hand
         "ExecProcess" => agent.exec_process(call, &decode(request)?)?,
         "ReadStdout" => agent.read_stream(call, &decode(request)?, 0)?,
         "ReadStderr" => agent.read_stream(call, &decode(request)?, 1)?,
-        "WriteStdin" => agent.write_stdin(call, decode(request)?)?,
         "CreateSandbox" => agent.create_sandbox(call, &decode(request)?)?,
         "DestroySandbox" => agent.destroy_sandbox(call)?,
         "GetOOMEvent" => {

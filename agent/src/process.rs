@@ -49,6 +49,9 @@ pub struct Process {
     pub terminal: Option<Fd>,
 }
 
+/// Four times the kernel's default: fewer and longer answers to reads. Memory is only taken by what is in the pipe.
+const PIPE_SIZE: usize = 256 << 10;
+
 /// The pipes of a process without a terminal, both sides.
 pub struct Pipes {
     pub child: Stdio,
@@ -66,10 +69,9 @@ impl Pipes {
             let (stderr_read, stderr_write) = sys::pipe(0)?;
             for fd in [&stdin_write, &stdout_read, &stderr_read] {
                 sys::set_nonblocking(fd.raw(), true)?;
-                if size > 0 {
-                    // The limit for unprivileged users does not bind root; a kernel short of memory may still refuse.
-                    let _ = sys::fcntl(fd.raw(), libc::F_SETPIPE_SZ, size as usize);
-                }
+                // The limit for unprivileged users does not bind root; a kernel short of memory may still refuse.
+                let size = if size == 0 { PIPE_SIZE } else { size as usize };
+                let _ = sys::fcntl(fd.raw(), libc::F_SETPIPE_SZ, size);
             }
             Ok(([stdin_read, stdout_write, stderr_write], [stdin_write, stdout_read, stderr_read]))
         };
@@ -104,6 +106,11 @@ impl Process {
 
     pub fn is_alive(&self) -> bool {
         self.exit.is_none()
+    }
+
+    /// Neither output nor anybody who waits for some is left.
+    pub fn is_drained(&self) -> bool {
+        self.outputs.iter().all(Output::is_over)
     }
 
     pub fn report_fd(&self) -> Option<sys::RawFd> {
@@ -304,6 +311,7 @@ impl Agent {
         self.answer_writes(writes);
         self.serve_readers(key, 0);
         self.serve_readers(key, 1);
+        self.forget_if_finished(key);
     }
 
     pub fn is_init(&self, key: Key) -> bool {
@@ -361,8 +369,12 @@ impl Agent {
                 Read::Wait => return,
                 Read::Data(buffer) => {
                     output.pop_reader();
+                    let over = output.is_over();
                     self.calls.take(call);
                     self.send_outgoing(reply.conn, frame::ok_frame_around(reply.stream, buffer));
+                    if over {
+                        self.forget_if_finished(key);
+                    }
                 }
             }
         }

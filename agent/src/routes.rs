@@ -195,7 +195,9 @@ fn dump(rtnl: &mut Rtnl, mut each: impl FnMut(Entry, &[u8])) -> Result<()> {
         body[0] = family as u8;
         let dumped = rtnl.dump(&Message::new(RTM_GETROUTE, 0, &body), |kind, body| {
             if kind == RTM_NEWROUTE && body.len() >= 12 {
-                read_entries(body).into_iter().for_each(|entry| each(entry, body));
+                for entry in read_entries(body) {
+                    each(entry, body);
+                }
             }
         });
         match dumped {

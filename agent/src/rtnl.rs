@@ -175,7 +175,9 @@ impl Rtnl {
             sys::send(self.socket.raw(), request.finish(NLM_F_DUMP, self.sequence), 0)?;
             let mut entries: Vec<(u16, Vec<u8>)> = Vec::new();
             if self.receive(|kind, body| entries.push((kind, body.to_vec())))? {
-                entries.iter().for_each(|(kind, body)| each(*kind, body));
+                for (kind, body) in &entries {
+                    each(*kind, body);
+                }
                 return Ok(());
             }
         }

@@ -77,6 +77,8 @@ impl Sandbox {
 /// Process 1 of a shared PID namespace: orphans end here, and nothing else ever happens.
 fn reap_for_ever() -> ! {
     let _ = sys::close_range(0, 0);
+    // Containers see this process and shall not look into it.
+    let _ = sys::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
     // All signals blocked; as process 1 it is immune to those of its own namespace anyway.
     let _ = sys::set_signal_mask(u64::MAX);
     let _ = sys::prctl(libc::PR_SET_NAME, c"pause".as_ptr() as usize, 0, 0, 0);

@@ -204,10 +204,10 @@ fn check(profile: &LinuxSeccomp, call: &Call) {
 #[test]
 fn random_profiles_mean_what_they_say() {
     let mut random = Random(0x1234_5678_9abc_def1);
-    for _ in 0..400 {
+    for _ in 0..300 {
         let profile = random_profile(&mut random);
         let program = compile(&profile).unwrap();
-        for _ in 0..400 {
+        for _ in 0..100 {
             let (arch, base, abi) = match random.below(8) {
                 0 => (0x1234_5678, 0, Abi::Native),
                 1 | 2 => (AUDIT_ARCH_I386, 0, Abi::X86),

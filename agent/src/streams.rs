@@ -6,6 +6,7 @@
 use crate::prelude::*;
 use crate::runtime::console;
 use crate::server::calls::CallId;
+use crate::server::conn::Piece;
 use crate::server::frame::DATA_OFFSET;
 use crate::sys::{self, Errno, Fd, RawFd};
 use alloc::collections::VecDeque;
@@ -68,6 +69,11 @@ impl Output {
         if self.readers.is_empty() {
             self.readers = VecDeque::new();
         }
+    }
+
+    /// Nothing will come any more, and nobody waits for it.
+    pub fn is_over(&self) -> bool {
+        (self.fd.is_none() || self.left == Some(0)) && self.readers.is_empty()
     }
 
     /// Whether [`Output::read`] is worth calling.
@@ -137,7 +143,7 @@ fn available(fd: RawFd) -> usize {
 
 struct Write {
     call: CallId,
-    data: Vec<u8>,
+    data: Piece,
     done: usize,
 }
 
@@ -165,15 +171,15 @@ impl Input {
     }
 
     /// Takes data in; it is answered by [`Input::pump`] when all of it is in the pipe.
-    pub fn write(&mut self, call: CallId, data: Vec<u8>) -> Result<()> {
+    pub fn write(&mut self, call: CallId, data: Piece) -> Result<()> {
         if let Some(why) = self.broken {
             return Err(Error::precondition(format!("standard input: {why}")));
         }
         if self.closing || self.fd.is_none() {
             return Err(Error::precondition("standard input is closed"));
         }
-        let waiting: usize = self.queue.iter().map(|w| w.data.len()).sum();
-        if waiting > 0 && waiting + data.len() > MAX_WAITING_INPUT {
+        let waiting: usize = self.queue.iter().map(|w| w.data.data().len()).sum();
+        if waiting > 0 && waiting + data.data().len() > MAX_WAITING_INPUT {
             return Err(Error::exhausted(format!("{waiting} bytes of standard input are waiting already")));
         }
         self.queue.push_back(Write { call, data, done: 0 });
@@ -189,12 +195,12 @@ impl Input {
     pub fn pump(&mut self) -> Vec<Written> {
         let mut over = vec![];
         while let (Some(fd), Some(first)) = (self.raw(), self.queue.front_mut()) {
-            let rest = &first.data[first.done..];
+            let rest = &first.data.data()[first.done..];
             match if rest.is_empty() { Ok(0) } else { sys::write(fd, rest) } {
                 Ok(n) => {
                     first.done += n;
-                    if first.done == first.data.len() {
-                        over.push((first.call, Ok(first.data.len() as u32)));
+                    if first.done == first.data.data().len() {
+                        over.push((first.call, Ok(first.done as u32)));
                         self.queue.pop_front();
                     }
                 }
@@ -287,10 +293,10 @@ mod tests {
         let (read_end, write_end) = sys::pipe(0).unwrap();
         sys::set_nonblocking(write_end.raw(), true).unwrap();
         let mut input = Input::new(write_end, false);
-        input.write(1, vec![7; 200_000]).unwrap();
-        input.write(2, vec![]).unwrap();
+        input.write(1, vec![7; 200_000].into()).unwrap();
+        input.write(2, vec![].into()).unwrap();
         input.close();
-        assert!(input.write(3, vec![1]).is_err());
+        assert!(input.write(3, vec![1].into()).is_err());
         assert_eq!(input.pump(), []);
         let mut total = 0;
         let mut over = vec![];
@@ -312,8 +318,8 @@ mod tests {
         sys::ignore_signal(libc::SIGPIPE);
         let mut input = Input::new(write_end, false);
         drop(read_end);
-        input.write(1, vec![7]).unwrap();
+        input.write(1, vec![7].into()).unwrap();
         assert!(matches!(&input.pump()[..], [(1, Err(e))] if e.message.contains("broken pipe")));
-        assert!(input.write(2, vec![7]).is_err());
+        assert!(input.write(2, vec![7].into()).is_err());
     }
 }

@@ -47,6 +47,9 @@ pub fn launch(
     container: &str,
     report: Reporter,
 ) -> Result<core::convert::Infallible> {
+    if program.args.is_empty() {
+        return hold(report);
+    }
     let identity = program.user.resolve()?;
     let env = command::environment(&program.env, &identity.home);
     connect_streams(terminal, stdio, identity.uid)?;
@@ -99,6 +102,15 @@ pub fn launch(
         caps.finish()?;
     }
     Err(command::exec_error(&path, sys::execve(&path, &argv, &envp)))
+}
+
+/// Keeps the namespaces of a container without a process, until it is removed.
+fn hold(report: Reporter) -> Result<core::convert::Infallible> {
+    report.ready();
+    if report.wait_for_start() {
+        return Err(Error::precondition("the container was made without a process: there is nothing to start"));
+    }
+    Err(Error::internal("the agent has given the container up"))
 }
 
 /// Standard streams at 0, 1, 2, owned by the user, so that /dev/stdout can be opened again.

@@ -85,6 +85,22 @@ pub fn program(process: &Process, string_user: Option<&StringUser>) -> Result<Pr
     })
 }
 
+/// What stands for the program in a container that is only made to work on its files.
+pub fn no_program() -> Result<Program> {
+    Ok(Program {
+        args: vec![],
+        env: vec![],
+        cwd: String::new(),
+        user: user::Wanted::new(None, None),
+        caps: caps::parse(None)?,
+        limits: vec![],
+        no_new_privileges: true,
+        oom_score_adj: 0,
+        terminal: false,
+        console_size: None,
+    })
+}
+
 /// Forks the builder of a container; its pid.
 pub fn create(plan: &ContainerPlan) -> Result<Pid> {
     match sys::fork(0, None).context("fork")? {

@@ -218,7 +218,11 @@ fn cgroup_mount(root: RawFd, destination: &str, options: &MountOptions, around: 
     // Options of cgroup v1 (controller names) mean nothing to v2.
     let options = MountOptions { data: String::new(), ..options.clone() };
     if around.own_cgroup_namespace {
-        return plain_mount(root, "cgroup2", "cgroup", destination, &options);
+        match plain_mount(root, "cgroup2", "cgroup", destination, &options) {
+            // In a user namespace /sys is the guest's, cgroup2 with it, and one does not go on top of the other.
+            Err(_) if around.user_namespace && around.cgroup.is_some() => {}
+            other => return other,
+        }
     }
     match around.cgroup {
         Some(directory) => bind_mount(root, directory, destination, &options),

@@ -37,10 +37,46 @@ pub struct Conn {
     lost: bool,
 }
 
-/// A request's place in the input, copied out so that the connection is free while it is handled.
+/// A whole request, out of the input so that the connection is free while it is handled.
 pub struct Call {
     pub stream: u32,
-    pub frame: Vec<u8>,
+    frame: Vec<u8>,
+}
+
+impl Call {
+    pub fn body(&self) -> &[u8] {
+        &self.frame[frame::HEADER..]
+    }
+
+    /// The frame's bytes behind `part`'s start, `part` being a slice of [`Call::body`] by its place and length.
+    pub fn into_part(self, part: core::ops::Range<usize>) -> Piece {
+        Piece { bytes: self.frame, range: part.start + frame::HEADER..part.end + frame::HEADER }
+    }
+
+    /// Where `part`, a slice of [`Call::body`], lies in it.
+    pub fn place_of(&self, part: &[u8]) -> core::ops::Range<usize> {
+        let start = (part.as_ptr() as usize).saturating_sub(self.body().as_ptr() as usize);
+        start..start + part.len()
+    }
+}
+
+/// Some of the bytes of a buffer that is kept whole, to save a copy.
+pub struct Piece {
+    bytes: Vec<u8>,
+    range: core::ops::Range<usize>,
+}
+
+impl Piece {
+    pub fn data(&self) -> &[u8] {
+        &self.bytes[self.range.clone()]
+    }
+}
+
+impl From<Vec<u8>> for Piece {
+    fn from(bytes: Vec<u8>) -> Piece {
+        let range = 0..bytes.len();
+        Piece { bytes, range }
+    }
 }
 
 impl Conn {
@@ -101,17 +137,15 @@ impl Conn {
         }
     }
 
-    /// Removes the first frame from the input, leaving its payload (without the header).
+    /// Removes the first frame from the input.
     fn take_frame(&mut self, total: usize) -> Vec<u8> {
         if self.input.len() == total {
             // The usual case, and the one that matters for big frames: no copy, no memory kept.
-            let mut whole = core::mem::take(&mut self.input);
-            whole.drain(..frame::HEADER);
-            return whole;
+            return core::mem::take(&mut self.input);
         }
-        let payload = self.input[frame::HEADER..total].to_vec();
+        let frame = self.input[..total].to_vec();
         self.input.drain(..total);
-        payload
+        frame
     }
 
     fn fill(&mut self, wanted: usize) -> core::result::Result<(), State> {
@@ -236,7 +270,7 @@ mod tests {
             sys::write_all(host.raw(), piece).unwrap();
             conn.notice(libc::EPOLLIN as u32);
             while let Ok(Some(call)) = conn.next_call() {
-                let request = frame::parse_request(&call.frame).unwrap();
+                let request = frame::parse_request(call.body()).unwrap();
                 got.push((call.stream, request.payload.len()));
             }
         }

@@ -61,33 +61,68 @@ pub fn head(input: &[u8]) -> Head {
 /// The envelope of a request. Written out by hand, so that a megabyte of standard input is not copied to look at it.
 pub fn parse_request(mut buf: &[u8]) -> Result<Request<'_>> {
     let mut request = Request { service: "", method: "", payload: &[], timeout_nano: 0 };
-    while !buf.is_empty() {
-        let tag = varint(&mut buf)?;
-        match tag & 7 {
-            0 => {
-                let value = varint(&mut buf)?;
-                if tag >> 3 == 4 {
-                    request.timeout_nano = value as i64;
-                }
-            }
-            2 => {
-                let len = varint(&mut buf)?;
-                let len = usize::try_from(len).ok().filter(|len| *len <= buf.len()).ok_or_else(truncated)?;
-                let (value, rest) = buf.split_at(len);
-                buf = rest;
-                match tag >> 3 {
-                    1 => request.service = text(value)?,
-                    2 => request.method = text(value)?,
-                    3 => request.payload = value,
-                    _ => {}
-                }
-            }
-            5 => buf = buf.get(4..).ok_or_else(truncated)?,
-            1 => buf = buf.get(8..).ok_or_else(truncated)?,
-            _ => return Err(Error::invalid("malformed request: unknown wire type")),
+    while let Some((number, field)) = next_field(&mut buf)? {
+        match (number, field) {
+            (1, Field::Bytes(value)) => request.service = text(value)?,
+            (2, Field::Bytes(value)) => request.method = text(value)?,
+            (3, Field::Bytes(value)) => request.payload = value,
+            (4, Field::Varint(value)) => request.timeout_nano = value as i64,
+            _ => {}
         }
     }
     Ok(request)
+}
+
+/// A WriteStreamRequest whose data stays where it is.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct WriteStdin<'a> {
+    pub container_id: &'a str,
+    pub exec_id: &'a str,
+    pub data: &'a [u8],
+}
+
+pub fn parse_write(mut buf: &[u8]) -> Result<WriteStdin<'_>> {
+    let mut request = WriteStdin::default();
+    while let Some((number, field)) = next_field(&mut buf)? {
+        match (number, field) {
+            (1, Field::Bytes(value)) => request.container_id = text(value)?,
+            (2, Field::Bytes(value)) => request.exec_id = text(value)?,
+            (3, Field::Bytes(value)) => request.data = value,
+            _ => {}
+        }
+    }
+    Ok(request)
+}
+
+enum Field<'a> {
+    Varint(u64),
+    Bytes(&'a [u8]),
+    Fixed,
+}
+
+/// Number and value of the first field, which is taken off `buf`.
+fn next_field<'a>(buf: &mut &'a [u8]) -> Result<Option<(u64, Field<'a>)>> {
+    if buf.is_empty() {
+        return Ok(None);
+    }
+    let tag = varint(buf)?;
+    let field = match tag & 7 {
+        0 => Field::Varint(varint(buf)?),
+        2 => {
+            let len = varint(buf)?;
+            Field::Bytes(take(buf, usize::try_from(len).map_err(|_| truncated())?)?)
+        }
+        1 => take(buf, 8).map(|_| Field::Fixed)?,
+        5 => take(buf, 4).map(|_| Field::Fixed)?,
+        _ => return Err(Error::invalid("malformed request: unknown wire type")),
+    };
+    Ok(Some((tag >> 3, field)))
+}
+
+fn take<'a>(buf: &mut &'a [u8], len: usize) -> Result<&'a [u8]> {
+    let (value, rest) = buf.split_at_checked(len).ok_or_else(truncated)?;
+    *buf = rest;
+    Ok(value)
 }
 
 fn truncated() -> Error {
@@ -204,7 +239,7 @@ fn put_varint(out: &mut Vec<u8>, mut value: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::agent::ReadStreamResponse;
+    use crate::proto::agent::{ReadStreamResponse, WriteStreamRequest};
     use crate::proto::codec::Message;
     use crate::proto::ttrpc;
 
@@ -235,6 +270,16 @@ mod tests {
             (got.service, got.method, got.payload, got.timeout_nano),
             ("grpc.Health", "Check", &[1u8, 2, 3][..], 5_000_000_000)
         );
+    }
+
+    #[test]
+    fn the_data_of_a_write_is_found_in_place() {
+        let sent = WriteStreamRequest { container_id: "c".into(), exec_id: "e".into(), data: vec![5; 1000] };
+        let bytes = sent.to_vec();
+        let got = parse_write(&bytes).unwrap();
+        assert_eq!((got.container_id, got.exec_id, got.data), ("c", "e", &sent.data[..]));
+        assert!(bytes.as_ptr_range().contains(&got.data.as_ptr()));
+        assert!(parse_write(&bytes[..bytes.len() - 1]).is_err());
     }
 
     #[test]
