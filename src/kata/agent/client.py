@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..proto import oci_pb
     from ..proto.codec import Message
     from ..ttrpc.client import Client
+    from ..ttrpc.messages import Encodable
 
     M = TypeVar("M", bound=Message)
 
@@ -82,7 +83,12 @@ class AgentClient:
         self._watcher = watcher or Watcher()
 
     async def call(
-        self, service: str, method: str, request: Message, answer: type[M], timeout_s: float | None = CALL_S
+        self,
+        service: str,
+        method: str,
+        request: Encodable,
+        answer: type[M],
+        timeout_s: float | None = CALL_S,
     ) -> M:
         """One call; None as *timeout_s* waits for ever."""
         try:
@@ -105,7 +111,7 @@ class AgentClient:
         self._watcher.lied(error)
         return error
 
-    async def _empty(self, method: str, request: Message, timeout_s: float | None = CALL_S) -> None:
+    async def _empty(self, method: str, request: Encodable, timeout_s: float | None = CALL_S) -> None:
         await self.call(AGENT, method, request, google_pb.Empty, timeout_s)
 
     def close(self) -> None:
@@ -165,12 +171,8 @@ class AgentClient:
 
     # ---- containers and processes ----
 
-    async def create_container(
-        self, container_id: str, spec: oci_pb.Spec, storages: list[agent_pb.Storage]
-    ) -> None:
-        request = agent_pb.CreateContainerRequest(
-            container_id=container_id, exec_id=container_id, storages=storages, OCI=spec
-        )
+    async def create_container(self, request: Encodable) -> None:
+        """Make a container; *request* is a `create_request`, encoded beforehand or not."""
         await self._empty("CreateContainer", request, CREATE_S)
 
     async def start_container(self, container_id: str) -> None:
@@ -240,6 +242,15 @@ class AgentClient:
         await self._empty(
             "CloseStdin", agent_pb.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
         )
+
+
+def create_request(
+    container_id: str, spec: oci_pb.Spec, storages: list[agent_pb.Storage]
+) -> agent_pb.CreateContainerRequest:
+    """The request for a container whose init is named after it, as the original's hosts do."""
+    return agent_pb.CreateContainerRequest(
+        container_id=container_id, exec_id=container_id, storages=storages, OCI=spec
+    )
 
 
 async def boot_times(agent: AgentClient) -> agentext_pb.BootTimesResponse | None:

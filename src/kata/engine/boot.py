@@ -166,7 +166,9 @@ class _Step:
 async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     import asyncio
 
-    from ..proto import agent_pb
+    # What only the end needs is loaded now, while there is nothing to do but wait.
+    from .. import journal_undo  # noqa: F401
+    from ..proto import agent_pb, types_pb  # noqa: F401
 
     settings, timings = sandbox.settings, sandbox.timings
     step.name = "waiting for the agent in the guest"
@@ -189,11 +191,12 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
                 mount_point=GUEST_SHARE,
             )
         )
-    network = settings.get("network") or {}
     request = agent_pb.CreateSandboxRequest(
-        hostname=network.get("hostname", ""), dns=sandbox.dns, storages=storages, sandbox_id=sandbox.id
+        hostname=sandbox.hostname, dns=sandbox.dns, storages=storages, sandbox_id=sandbox.id
     )
     sandbox.network = asyncio.ensure_future(_network(sandbox, agent))
+    # A start that never comes does not ask how it went.
+    sandbox.network.add_done_callback(lambda task: task.cancelled() or task.exception())
     await sandbox.unless_lost(
         asyncio.gather(
             agent.create_sandbox(request),

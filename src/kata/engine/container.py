@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 
+from ..agent.client import create_request
 from ..agent.text import escape_line
 from ..errors import (
     AlreadyExistsError,
@@ -96,12 +97,16 @@ class Container:
         sandbox = self.sandbox
         self.init.streams = prepare.open_streams(sandbox, self.init, self.log)
         try:
+            # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             sources = await sandbox.helper(self._shared.add_all, self.config)
+            files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
+            storages = rootfs.storages(self.id, sandbox.settings.get("rootfs") or {})
+            message = spec.to_message(self._guest_spec(sources, files.mounts))
+            request = prepare.Encoded(create_request(self.id, message, storages))
             agent = await sandbox.ready()
             began = time.monotonic_ns()
-            message = spec.to_message(await self._guest_spec(agent, sources))
-            storages = rootfs.storages(self.id, sandbox.settings.get("rootfs") or {})
-            await agent.create_container(self.id, message, storages)
+            await files.write(agent)
+            await agent.create_container(request)
             sandbox.timings.add("root file system", began)
         except BaseException:
             self.init.streams.close()
@@ -113,6 +118,7 @@ class Container:
         self.init.pid = sandbox.host_pid
         if self.has_process:
             self.init.watcher = asyncio.create_task(self._watch(self.init, agent))
+            sandbox.spawn(self._close_unused_stdin(self.init, agent))
         self.record(status=CREATED, pid=self.init.pid, created_at=rfc3339(self.created_at_ns))
         stdio = self.init.stdio
         sandbox.publish(
@@ -127,7 +133,7 @@ class Container:
             ),
         )
 
-    async def _guest_spec(self, agent: AgentClient, sources: dict[str, str]) -> dict[str, Any]:
+    def _guest_spec(self, sources: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
         for what in sorted(set(spec.dropped(self.config))):
             self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
@@ -136,7 +142,7 @@ class Container:
             bundle=self.bundle,
             container_type="single_container",
             sources=sources,
-            files=await prepare.etc_files(self.sandbox, agent, self.config, self.id, self._shared),
+            files=files,
             cgroups_path=f"/{self.id}",
         )
         config["process"] = {**(config.get("process") or STAND_IN), "terminal": self.init.stdio.terminal}
@@ -214,14 +220,14 @@ class Container:
             raise StateError(f"container {self.id!r} has no process to start")
         await self.sandbox.network_up()
         began = time.monotonic_ns()
-        await agent.start_container(self.id)
+        starting = asyncio.ensure_future(agent.start_container(self.id))
+        if process.streams is not None:
+            process.streams.start()  # right behind the start, not a round trip later
+        await starting
         self.sandbox.timings.add("process", began)
         process.start(self.sandbox.host_pid)
-        if process.streams is not None:
-            process.streams.start()
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         self.record(status=RUNNING, pid=process.pid, started_at=rfc3339(process.started_at_ns))
-        self.sandbox.spawn(self._close_unused_stdin(process, agent))
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
         config = dict(process.spec or {})

@@ -3,6 +3,7 @@ guest."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from ..errors import ConfigError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
+    from ..proto.codec import Message
     from .process import Process
     from .sandbox import Sandbox
     from .streams import Log
@@ -150,31 +152,65 @@ class Shared:
         self._names.clear()
 
 
-async def etc_files(
-    sandbox: Sandbox, agent: AgentClient, config: dict[str, Any], container_id: str, shared: Shared
-) -> dict[str, str]:
+class EtcFiles:
     """The files in /etc that a container without an outer runtime gets, as with Docker.
 
-    Returns:
-        Destination -> path in the guest.
+    Args:
+        sandbox: Its network is in them.
+        config: The container's spec; its host name.
+        container_id: The container.
+        shared: Carries them where there is a share; else the agent writes them.
+
+    Attributes:
+        mounts: Destination in the container -> path in the guest.
     """
-    if not sandbox.makes_etc_files:
-        return {}
-    network = sandbox.settings.get("network") or {}
-    hostname = config.get("hostname") or network.get("hostname") or container_id[:12]
-    contents = {
-        "hostname": f"{hostname}\n",
-        "hosts": "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-        f"{sandbox.address or '127.0.1.1'}\t{hostname}\n",
-    }
-    files: dict[str, str] = {}
-    for name, content in contents.items():
-        below = f"{container_id}-{name}"
-        if sandbox.share is None:
-            await agent.copy_file(f"{spec.GUEST_SHARE}/{below}", content.encode())
-        else:
-            await sandbox.helper(shared.add_file, below, content.encode())
-        files[f"/etc/{name}"] = f"{spec.GUEST_SHARE}/{below}"
-    if sandbox.dns:
-        files["/etc/resolv.conf"] = spec.GUEST_RESOLV
-    return files
+
+    __slots__ = ("_contents", "_sandbox", "_shared", "mounts")
+
+    def __init__(self, sandbox: Sandbox, config: dict[str, Any], container_id: str, shared: Shared) -> None:
+        self._sandbox = sandbox
+        self._shared = shared
+        self._contents: dict[str, bytes] = {}
+        self.mounts: dict[str, str] = {}
+        if not sandbox.makes_etc_files:
+            return
+        hostname = config.get("hostname") or sandbox.hostname or container_id[:12]
+        hosts = (
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+            f"{sandbox.address or '127.0.1.1'}\t{hostname}\n"
+        )
+        for name, content in (("hostname", f"{hostname}\n"), ("hosts", hosts)):
+            self._contents[f"{container_id}-{name}"] = content.encode()
+            self.mounts[f"/etc/{name}"] = f"{spec.GUEST_SHARE}/{container_id}-{name}"
+        if sandbox.dns:
+            self.mounts["/etc/resolv.conf"] = spec.GUEST_RESOLV
+
+    async def write(self, agent: AgentClient) -> None:
+        """Bring them into the guest; before the container is made, which mounts them.
+
+        Raises:
+            KataError: One could not be written.
+        """
+        if self._sandbox.share is not None:
+            for name, content in self._contents.items():
+                await self._sandbox.helper(self._shared.add_file, name, content)
+            return
+        await asyncio.gather(
+            *(
+                agent.copy_file(f"{spec.GUEST_SHARE}/{name}", content)
+                for name, content in self._contents.items()
+            )
+        )
+
+
+class Encoded:
+    """A message that was encoded before it is sent."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, message: Message) -> None:
+        self._data = message.encode()
+
+    def encode(self) -> bytes:
+        """The message in wire format."""
+        return self._data

@@ -219,6 +219,13 @@ class Sandbox:
         return plan.resolv_conf().splitlines() if plan is not None else []
 
     @property
+    def hostname(self) -> str:
+        """The host name that the door chose for /etc/hostname and the guest; empty if it did not."""
+        wanted = self.settings.get("etc_files")
+        named = wanted.get("hostname") if isinstance(wanted, dict) else ""
+        return str(named or (self.settings.get("network") or {}).get("hostname") or "")
+
+    @property
     def address(self) -> str:
         """The guest's address for ``/etc/hosts``; empty if it has none."""
         plan = self.machine.network

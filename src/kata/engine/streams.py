@@ -137,7 +137,9 @@ class OutputPump:
         self._space = asyncio.Event()
 
     def start(self) -> None:
-        """Begin to read."""
+        """Begin to read. Once: a start that failed may be tried again."""
+        if self.delivered is not None:
+            return
         self.guest_eof = asyncio.create_task(self._fill())
         self.delivered = asyncio.create_task(self._drain())
 
@@ -376,8 +378,12 @@ class ProcessStreams:
         if self.input is not None:
             self.input.start()
 
-    def attach(self, stdin: str, stdout: str, stderr: str) -> None:
+    def attach(self, stdin: str, stdout: str, stderr: str, *, closes: bool = False) -> None:
         """Let a client take part in the streams; it may vanish at any time.
+
+        Args:
+            stdin, stdout, stderr: Paths of fifos; empty ones are not attached.
+            closes: Whether the end of this client's input ends the process's.
 
         Raises:
             KataError: A stream cannot be opened; nothing is attached then.
@@ -402,7 +408,7 @@ class ProcessStreams:
             else:
                 pump.sinks.append(sink)
         if source >= 0 and self.input is not None:
-            self.input.add(source, closes=False)
+            self.input.add(source, closes=closes)
 
     async def finish(self) -> None:
         """The process was reaped: return when its output has been delivered, or cannot be."""
