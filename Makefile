@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint check-imports format bench-start install uninstall prove-bare clean
+.PHONY: help setup run test test-kvm kvm-lab lint check-imports format bench-start install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,13 @@ setup: ## the same without running anything
 test: ## run the tests; T='tests/vm/test_x.py -k word' runs only those
 	@tools/setup test
 	@tools/run-tests $(T)
+
+test-kvm: ## the tests with KVM and vsock, in the KVM lab where this machine has none; SHORT=1, T='...'
+	@tools/setup test
+	@tools/run-tests $(if $(SHORT),-m 'not long') $(or $(T),tests/kvm)
+
+kvm-lab: ## run CMD='...' in a machine with working KVM, or a shell; A='--get FILE --timeout 60 ...'
+	@tools/kvm-lab $(A) $(if $(CMD),-- bash -c "$$CMD",--shell)
 
 lint: ## formatting, types, import direction, clippy
 	@tools/setup lint
