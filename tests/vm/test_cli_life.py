@@ -52,11 +52,19 @@ def status(kata: Kata, name: str) -> str:
     return str(json.loads(kata.ok("inspect", name))[0]["state"]["status"])
 
 
+def identity_of(kata: Kata, name: str) -> str:
+    return str(json.loads(kata.ok("inspect", name))[0]["id"])
+
+
+def names(kata: Kata) -> list[str]:
+    return [entry["name"] for entry in json.loads(kata.ok("ps", "-a", "--json"))]
+
+
 def until(condition: object, what: str, patience: float = 60) -> None:
     deadline = time.monotonic() + patience
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 # ---- looking ----
@@ -174,10 +182,14 @@ def test_pause_and_resume(shared_kata: Kata, busybox_image: str) -> None:
 def test_stop_is_graceful_and_start_keeps_the_files(shared_kata: Kata, busybox_image: str) -> None:
     script = "test -e /kept && echo again; echo x > /kept; " + FOREVER
     with container(shared_kata, busybox_image, "stopping", script):
+        # A first process that has not set its trap yet is deaf to SIGTERM.
+        until(
+            lambda: shared_kata.call("exec", "stopping", "test", "-s", "/kept").returncode == 0, "the file"
+        )
         assert shared_kata.ok("stop", "stopping") == "stopping\n"
         state = json.loads(shared_kata.ok("inspect", "stopping"))[0]["state"]
         assert (state["status"], state["exit_code"]) == ("exited", 0)
-        assert shared_kata.sandboxes() == []
+        assert identity_of(shared_kata, "stopping") not in shared_kata.sandboxes()
         shared_kata.ok("start", "stopping")
         assert shared_kata.ok("exec", "stopping", "cat", "/kept") == "x\n"
         assert shared_kata.ok("logs", "stopping") == "again\n"
@@ -206,7 +218,7 @@ def test_kill_and_wait(shared_kata: Kata, busybox_image: str) -> None:
 def test_create_start_attach(shared_kata: Kata, busybox_image: str) -> None:
     identity = shared_kata.ok("create", "--name", "made", "-i", busybox_image, "cat").strip()
     try:
-        assert shared_kata.sandboxes() == []
+        assert identity not in shared_kata.sandboxes()
         assert status(shared_kata, "made") == "created"
         done = shared_kata.call("start", "-a", "-i", "made", stdin=b"through\n")
         assert (done.returncode, done.stdout) == (0, b"through\n")
@@ -222,14 +234,14 @@ def test_rm_asks_for_force(shared_kata: Kata, busybox_image: str) -> None:
         done = shared_kata.call("rm", "busy")
         assert done.returncode == 125
         assert b"kata rm -f busy" in done.stderr
-    assert "busy" not in shared_kata.ok("ps", "-a")
+    assert "busy" not in names(shared_kata)
     shared_kata.ok("rm", "-f", "busy")
 
 
 def test_a_detached_container_with_rm_leaves_nothing(shared_kata: Kata, busybox_image: str) -> None:
     identity = shared_kata.ok("run", "-d", "--rm", "--name", "brief", busybox_image, "sleep", "0.3").strip()
     until(lambda: not (shared_kata.state_dir / "containers" / identity).exists(), "the removal")
-    until(lambda: shared_kata.sandboxes() == [], "the end of the sandbox")
+    until(lambda: identity not in shared_kata.sandboxes(), "the end of the sandbox")
     assert not (shared_kata.state_dir / "names" / "brief").exists()
 
 
@@ -306,57 +318,51 @@ def test_a_killed_machine_is_told_and_leaves_nothing(shared_kata: Kata, busybox_
         state = json.loads(shared_kata.ok("inspect", "lost"))[0]["state"]
         assert (state["status"], state["exit_code"]) == ("exited", 137)
         assert state["error"]
-        until(lambda: shared_kata.sandboxes() == [], "the end of the sandbox")
+        identity = identity_of(shared_kata, "lost")
+        until(lambda: identity not in shared_kata.sandboxes(), "the end of the sandbox")
         shared_kata.ok("start", "lost")
         assert status(shared_kata, "lost") == "running"
     finally:
         shared_kata.ok("rm", "-f", "lost")
 
 
-def test_a_machine_killed_under_an_attached_run(shared_kata: Kata, busybox_image: str) -> None:
-    process = shared_kata.start(
+def test_a_machine_killed_under_an_attached_run(kata_env: Kata, busybox_image: str) -> None:
+    process = kata_env.start(
         "run", "--rm", "--name", "killed", busybox_image, "sh", "-c", "echo up; sleep 1000"
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
-    os.kill(vm_pid(shared_kata, "killed"), signal.SIGKILL)
+    os.kill(vm_pid(kata_env, "killed"), signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 137
     assert b"virtual machine" in stderr
-    assert shared_kata.sandboxes() == []
-    assert "killed" not in shared_kata.ok("ps", "-a")
+    assert kata_env.sandboxes() == []
+    assert names(kata_env) == []
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.2, 0.5, 0.9, 1.3])
-def test_a_machine_killed_during_its_start(shared_kata: Kata, busybox_image: str, delay: float) -> None:
-    process = shared_kata.start("run", "--rm", "--name", "early", busybox_image, "sleep", "1000")
-    deadline = time.monotonic() + 30
-    victim = 0
-    while not victim and time.monotonic() < deadline:
-        victim = _child_named(shared_kata, "qemu")
+def test_a_machine_killed_during_its_start(kata_env: Kata, busybox_image: str, delay: float) -> None:
+    process = kata_env.start("run", "--rm", "--name", "early", busybox_image, "sleep", "1000")
+    until(lambda: _hypervisor_of(kata_env), "a hypervisor")
+    victim = _hypervisor_of(kata_env)
     time.sleep(delay)
     os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode in (125, 137), stderr
     assert b"error:" in stderr
     assert b"Traceback" not in stderr
-    assert shared_kata.sandboxes() == []
-    assert "early" not in shared_kata.ok("ps", "-a")
+    assert kata_env.sandboxes() == []
+    assert names(kata_env) == []
 
 
-def _child_named(kata: Kata, name: str) -> int:
-    """Pid of a process of this kata's sandboxes whose command begins with *name*."""
-    mark = str(kata.run_dir).encode()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                if (
-                    Path(f"/proc/{entry}/comm").read_text().startswith(name)
-                    and mark
-                    in Path(f"/proc/{entry}/cmdline").read_bytes()
-                    + Path(f"/proc/{entry}/environ").read_bytes()
-                ):
-                    return int(entry)
+def _hypervisor_of(kata: Kata) -> int:
+    """Pid of the hypervisor of this kata's only sandbox, as its journal has it; 0 while there is none."""
+    for sandbox in kata.sandboxes():
+        with contextlib.suppress(OSError):
+            lines = (kata.run_dir / "sandboxes" / sandbox / "journal").read_text().splitlines()
+            for pid in (json.loads(line).get("made", {}).get("pid", 0) for line in lines):
+                if pid and "qemu" in Path(f"/proc/{pid}/comm").read_text():
+                    return int(pid)
     return 0
 
 
@@ -369,7 +375,7 @@ def test_a_killed_engine_takes_its_machine_along(shared_kata: Kata, busybox_imag
         state = json.loads(shared_kata.ok("inspect", "headless"))[0]["state"]
         assert (state["status"], state["exit_code"]) == ("exited", 137)
         shared_kata.ok("gc")
-        assert shared_kata.sandboxes() == []
+        assert identity_of(shared_kata, "headless") not in shared_kata.sandboxes()
         shared_kata.ok("start", "headless")
     finally:
         shared_kata.ok("rm", "-f", "headless")

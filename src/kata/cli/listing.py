@@ -179,7 +179,7 @@ def _top(arguments: Arguments) -> int:
     with EngineClient(container.socket) as engine:
         processes = engine.processes(container.id)
     if arguments.flag("json"):
-        table.show_json([process.to_dict() for process in processes])
+        table.show_json([{**process.to_dict(), "command": _words(process.command)} for process in processes])
         return 0
     rows = [
         [
@@ -189,12 +189,16 @@ def _top(arguments: Arguments) -> int:
             _cpu_time(process.cpu_ns),
             table.human_size(process.rss_bytes),
             process.tty or "?",
-            " ".join(argument.decode("utf-8", "backslashreplace") for argument in process.command),
+            " ".join(_words(process.command)),
         ]
         for process in processes
     ]
     table.show(["PID", "PPID", "UID", "TIME", "RSS", "TTY", "COMMAND"], rows)
     return 0
+
+
+def _words(command: list[bytes]) -> list[str]:
+    return [argument.decode("utf-8", "backslashreplace") for argument in command]
 
 
 def _cpu_time(nanoseconds: int) -> str:

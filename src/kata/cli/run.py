@@ -98,7 +98,7 @@ _LOG_BYTES = 10 << 20
 _LOG_FILES = 3
 
 
-def make_container(arguments: Arguments, *, auto_remove: bool) -> Container:
+def make_container(arguments: Arguments, *, auto_remove: bool, detach: bool = False) -> Container:
     """Make a container's directory from the command line: resolve the image, write the spec and the disk.
 
     Nothing is left of it when this fails.
@@ -131,6 +131,8 @@ def make_container(arguments: Arguments, *, auto_remove: bool) -> Container:
             "hostname": hostname,
             "tty": choice.tty,
             "open_stdin": choice.interactive,
+            # As in Docker: made attached, the first one that attaches to its input also ends it.
+            "stdin_once": choice.interactive and not detach,
             "network": choice.network,
             "ports": choice.ports,
             "volumes": [
@@ -250,7 +252,7 @@ def _run(arguments: Arguments) -> int:
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
     keys = detach_keys(arguments.value("detach_keys"))
     auto_remove = arguments.flag("rm")
-    container = make_container(arguments, auto_remove=auto_remove)
+    container = make_container(arguments, auto_remove=auto_remove, detach=detach)
     # Imported here, after bad input has had its say, and while nothing waits.
     from . import session
 

@@ -83,6 +83,7 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         "etc_files": {"hostname": record["hostname"]},
         "volumes": record["volumes"],
         "open_stdin": record["open_stdin"],
+        "stdin_once": record["stdin_once"],
         "log": {"path": container.log, **record["log"]},
         "auto_remove": record["auto_remove"],
         "door_started_ns": started_ns,

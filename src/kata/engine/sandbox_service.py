@@ -40,7 +40,8 @@ class SandboxService:
         process = self._sandbox.container(request.id).process(request.exec_id)
         if process.streams is None or not (process.alive or process.state == CREATED):
             raise StateError(f"cannot attach to a {process.state} process: {process.label}")
-        process.streams.attach(request.stdin, request.stdout, request.stderr)
+        closes = bool(self._sandbox.settings.get("stdin_once"))
+        process.streams.attach(request.stdin, request.stdout, request.stderr, closes=closes)
         return google_pb.Empty()
 
     # ---- files: passed on to the agent, which resolves every path inside the container's root ----
