@@ -18,7 +18,14 @@ fn main() {
     let script = out.join("discard.ld");
     fs::write(&script, "SECTIONS { /DISCARD/ : { *(.eh_frame .eh_frame.* .gcc_except_table .gcc_except_table.* .comment) } } INSERT BEFORE .text;\n").expect("write the linker script");
     println!("cargo:rustc-link-arg-bins=-Wl,-T,{}", script.display());
-    for arg in ["-nostartfiles", "-static", "-Wl,--gc-sections", "-Wl,-z,noseparate-code", "-Wl,--build-id=none", "-Wl,--no-eh-frame-hdr"] {
+    for arg in [
+        "-nostartfiles",
+        "-static",
+        "-Wl,--gc-sections",
+        "-Wl,-z,noseparate-code",
+        "-Wl,--build-id=none",
+        "-Wl,--no-eh-frame-hdr",
+    ] {
         println!("cargo:rustc-link-arg-bins={arg}");
     }
     println!("cargo:rerun-if-changed=build.rs");

@@ -148,7 +148,7 @@ fn long_directories_come_in_pages() {
     }
     assert_eq!(all, (0..25).map(|n| format!("f{n:02}")).collect::<Vec<_>>());
     assert_eq!(root.list("/", "f24", 10).unwrap(), (vec![], false));
-    assert_eq!(root.list("/", "", 25).unwrap().1, false);
+    assert!(!root.list("/", "", 25).unwrap().1);
 }
 
 #[test]

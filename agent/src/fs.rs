@@ -157,9 +157,9 @@ mod tests {
         let base = format!("/tmp/kata-agent-fs-{}", sys::getpid());
         create_dir_all(&format!("{base}/a/b/c"), 0o755).unwrap();
         create_dir_all(&format!("{base}/a/b/c"), 0o755).unwrap();
-        write(&format!("{base}/a/file"), b"text\n").unwrap();
-        sys::symlinkat("/etc", AT_FDCWD, &format!("{base}/a/link")).unwrap();
-        assert_eq!(read_to_string(&format!("{base}/a/file")).unwrap(), "text\n");
+        write(format!("{base}/a/file"), b"text\n").unwrap();
+        sys::symlinkat("/etc", AT_FDCWD, format!("{base}/a/link")).unwrap();
+        assert_eq!(read_to_string(format!("{base}/a/file")).unwrap(), "text\n");
         assert_eq!(names(&format!("{base}/a")).unwrap(), ["b", "file", "link"]);
         assert_eq!(read_link(&format!("{base}/a/link")).unwrap(), "/etc");
         assert_eq!(create_dir_all(&format!("{base}/a/file/x"), 0o755), Err(Errno(libc::ENOTDIR)));

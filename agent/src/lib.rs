@@ -9,7 +9,6 @@
 //! * the `libc` crate gives constants and structures only: calling one of its functions is a link error;
 //! * one thread, no signal handlers (signalfd): plain `Cell`/`RefCell` state, fork without fear.
 #![cfg_attr(not(test), no_std)]
-#![allow(clippy::missing_errors_doc, clippy::module_name_repetitions, clippy::must_use_candidate)]
 
 extern crate alloc;
 
@@ -29,9 +28,11 @@ pub mod files;
 pub mod fs;
 pub mod guest;
 pub mod jobs;
+mod lifecycle;
 pub mod log;
 pub mod mountopts;
 pub mod netlink;
+mod oom;
 mod ownership;
 pub mod prelude;
 pub mod process;
@@ -45,6 +46,7 @@ pub mod sandbox;
 pub mod seccomp;
 pub mod server;
 pub mod storage;
+mod stream_calls;
 pub mod streams;
 pub mod sys;
 pub mod syscalls;

@@ -259,15 +259,14 @@ impl Agent {
                     self.answer(call, Ok(vec![]));
                 }
             }
-            // Somebody has killed it between create and start: that is an exit like any other.
-            (Phase::Ready, None) => {}
+            // One that somebody has killed between create and start has an exit like any other.
+            (Phase::Ready, None) | (Phase::Running | Phase::Exited, _) => {}
             (Phase::Building | Phase::Ready | Phase::Starting, failure) => {
                 let error = failure.unwrap_or_else(|| {
                     Error::internal("the process was killed while it was being set up (out of memory?)")
                 });
                 self.on_failed_start(key, error);
             }
-            (Phase::Running | Phase::Exited, _) => {}
         }
     }
 

@@ -221,7 +221,9 @@ fn random_profiles_mean_what_they_say() {
                 _ => number(abi, random.pick(NAMES)).unwrap_or(0) + base,
             };
             let mut args = [0; 6];
-            args.iter_mut().for_each(|arg| *arg = random.value());
+            for arg in &mut args {
+                *arg = random.value();
+            }
             let call = Call { nr, arch, args };
             let (actual, expected) = (run(&program, &call), reference(&profile, &call));
             assert_eq!(actual, expected, "nr {nr:#x} arch {arch:#x} args {args:x?}\n{profile:#?}");

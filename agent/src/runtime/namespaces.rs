@@ -41,7 +41,8 @@ pub fn parse(linux: &Linux) -> Result<Namespaces> {
             other => return Err(Error::invalid(format!("namespaces of type {other:?} are not supported"))),
         }
     }
-    if !found.user && !(linux.uid_mappings.is_empty() && linux.gid_mappings.is_empty()) {
+    let mapped = !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty();
+    if mapped && !found.user {
         return Err(Error::invalid("uidMappings and gidMappings need a user namespace"));
     }
     Ok(found)

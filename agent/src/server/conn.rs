@@ -310,12 +310,11 @@ mod tests {
         let mut total = 0;
         let mut buf = vec![0; 1 << 20];
         while total < 3 << 20 {
-            match sys::read(host.raw(), &mut buf) {
-                Ok(n) => total += n,
-                Err(_) => {
-                    conn.notice(libc::EPOLLOUT as u32);
-                    conn.flush();
-                }
+            if let Ok(n) = sys::read(host.raw(), &mut buf) {
+                total += n;
+            } else {
+                conn.notice(libc::EPOLLOUT as u32);
+                conn.flush();
             }
         }
         assert!(conn.next_call().is_ok_and(|c| c.is_some()));

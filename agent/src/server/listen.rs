@@ -78,7 +78,7 @@ fn has_vsock_device() -> bool {
     fs::names(base)
         .unwrap_or_default()
         .iter()
-        .any(|name| fs::read_to_string(&format!("{base}/{name}/device")).is_ok_and(|id| id.trim() == "0x0013"))
+        .any(|name| fs::read_to_string(format!("{base}/{name}/device")).is_ok_and(|id| id.trim() == "0x0013"))
 }
 
 fn listen_vsock(port: u32) -> Result<Channel> {
@@ -106,7 +106,7 @@ fn listen_unix(path: &str) -> Result<Channel> {
 fn open_port() -> Result<Channel> {
     let base = "/sys/class/virtio-ports";
     for name in fs::names(base).unwrap_or_default() {
-        if fs::read_to_string(&format!("{base}/{name}/name")).is_ok_and(|found| found.trim() == PORT_NAME) {
+        if fs::read_to_string(format!("{base}/{name}/name")).is_ok_and(|found| found.trim() == PORT_NAME) {
             let path = format!("/dev/{name}");
             let fd = sys::open(&path, libc::O_RDWR | libc::O_NONBLOCK, 0).with_context(|| format!("open {path}"))?;
             return Ok(Channel::Port(fd));

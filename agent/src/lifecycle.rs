@@ -1,0 +1,335 @@
+//! From create to remove: what the calls do with containers and processes.
+
+use crate::agent::Agent;
+use crate::cgroup::Cgroup;
+use crate::container::{check_id, unknown, Container, Status, STATE_DIR};
+use crate::jobs::Then;
+use crate::prelude::*;
+use crate::process::{Key, Phase, Pipes, Process};
+use crate::proto::agent as pb;
+use crate::proto::oci::{Linux, Spec};
+use crate::runtime::launch::Filter;
+use crate::runtime::report::Reporter;
+use crate::runtime::{self, namespaces, ContainerPlan, ExecPlan};
+use crate::server::calls::CallId;
+use crate::sys::{self, Fd};
+use crate::{devices_bpf, fs, log, seccomp, storage};
+use alloc::collections::VecDeque;
+
+impl Agent {
+    pub fn create_container(&mut self, call: CallId, request: pb::CreateContainerRequest) -> Result<()> {
+        let id = request.container_id.as_str();
+        check_id(id)?;
+        if self.containers.contains_key(id) {
+            return Err(Error::exists(format!("container {id:?} exists")));
+        }
+        if let Some(device) = request.devices.first() {
+            return Err(Error::unimplemented(format!("device type {:?} of {:?}", device.type_, device.container_path)));
+        }
+        if !request.shared_mounts.is_empty() {
+            return Err(Error::unimplemented("shared_mounts are not supported"));
+        }
+        if request.stdin_port | request.stdout_port | request.stderr_port != 0 {
+            return Err(Error::unimplemented("streams by passed descriptors are not supported"));
+        }
+        let missing = |what: &str| Error::invalid(format!("the request has no {what}"));
+        let spec = request.oci.as_deref().ok_or_else(|| missing("OCI spec"))?;
+        let linux = spec.linux.as_deref().ok_or_else(|| missing("linux section"))?;
+        // The specification needs a process only for a start: without one, the files can be worked on.
+        let program = match spec.process.as_deref() {
+            Some(process) => runtime::program(process, request.string_user.as_deref())?,
+            None => runtime::no_program()?,
+        };
+        let namespaces = namespaces::parse(linux)?;
+        let filter = compile_filter(linux)?;
+        let root = spec.root.as_deref().map_or("", |r| &r.path).to_string();
+        let exec_id = if request.exec_id.is_empty() { id } else { &request.exec_id };
+
+        let cgroup = self.make_cgroup(id, linux, spec)?;
+        let mut container = Container {
+            status: Status::Creating,
+            init: 0,
+            execs: BTreeMap::new(),
+            finished: VecDeque::new(),
+            cgroup,
+            namespaces,
+            filter,
+            root,
+            storages: request.storages.iter().map(|s| s.mount_point.clone()).collect(),
+            mounted: 0,
+            remover: None,
+            failure: None,
+            oom_kills: 0,
+        };
+        let forked = (|| {
+            // Root of a user namespace is nobody here, and still has to get through.
+            fs::create_dir_all(&format!("{STATE_DIR}/{id}"), 0o711).context("make the container's directory")?;
+            let directory = container.cgroup.as_ref().map(Cgroup::open).transpose()?;
+            let pipes = Pipes::new(program.terminal, self.settings.pipe_size)?;
+            let (ours, theirs) = sys::socketpair(libc::SOCK_SEQPACKET).context("make a report socket")?;
+            let plan = ContainerPlan {
+                id,
+                spec,
+                storages: &request.storages,
+                program,
+                filter: container.filter.as_ref(),
+                namespaces,
+                shared: self.sandbox.shared(),
+                cgroup: container.cgroup.as_ref().zip(directory.as_ref()).map(|(c, fd)| (fd.raw(), c.path())),
+                stdio: &pipes.child,
+                report: Reporter(theirs.raw()),
+            };
+            runtime::create(&plan)?;
+            self.add_process(Process::new(id, exec_id, ours, pipes, call))
+        })();
+        match forked {
+            Ok(key) => {
+                container.init = key;
+                self.containers.insert(id.to_string(), container);
+                Ok(())
+            }
+            Err(e) => {
+                let _ = fs::remove_dir_all(format!("{STATE_DIR}/{id}"));
+                if let Some(cgroup) = &container.cgroup {
+                    let _ = cgroup.remove();
+                }
+                Err(e)
+            }
+        }
+    }
+
+    fn make_cgroup(&self, id: &str, linux: &Linux, spec: &Spec) -> Result<Option<Cgroup>> {
+        if !self.has_cgroups {
+            return Ok(None);
+        }
+        let cgroup = Cgroup::create(id, linux.resources.as_deref())?;
+        let prepared = restrict_devices(&cgroup, linux, spec).and_then(|()| self.watch_oom(&cgroup));
+        if let Err(e) = prepared {
+            let _ = cgroup.remove();
+            return Err(e);
+        }
+        Ok(Some(cgroup))
+    }
+
+    pub fn start_container(&mut self, call: CallId, id: &str) -> Result<()> {
+        let container = self.containers.get_mut(id).ok_or_else(|| unknown(id))?;
+        if container.status != Status::Created {
+            return Err(Error::precondition(format!("container {id:?} is not created but {:?}", container.status)));
+        }
+        let process = self.processes.get_mut(&container.init).ok_or_else(|| unknown(id))?;
+        process.go()?;
+        process.starter = Some(call);
+        container.status = Status::Running;
+        Ok(())
+    }
+
+    pub fn exec_process(&mut self, call: CallId, request: &pb::ExecProcessRequest) -> Result<()> {
+        let (id, exec_id) = (request.container_id.as_str(), request.exec_id.as_str());
+        let container = self.container(id)?;
+        check_id(exec_id).map_err(|_| Error::invalid(format!("exec id {exec_id:?} is not a name")))?;
+        let former = self.find_process(id, exec_id).ok();
+        if former.and_then(|key| self.processes.get(&key)).is_some_and(|p| p.is_alive() || p.exec_id != exec_id) {
+            return Err(Error::exists(format!("process {exec_id:?} of container {id:?} exists")));
+        }
+        let init = self.processes.get(&container.init).filter(|p| p.is_alive() && p.pid != 0);
+        let (Status::Created | Status::Running, Some(init)) = (container.status, init) else {
+            return Err(Error::precondition(format!("container {id:?} is not running")));
+        };
+        if request.stdin_port | request.stdout_port | request.stderr_port != 0 {
+            return Err(Error::unimplemented("streams by passed descriptors are not supported"));
+        }
+        let process = request.process.as_deref().ok_or_else(|| Error::invalid("the request has no process"))?;
+        let program = runtime::program(process, request.string_user.as_deref())?;
+        let pidfd = sys::pidfd_open(init.pid).context("open the container's process")?;
+        let directory = container.cgroup.as_ref().map(Cgroup::open).transpose()?;
+        let pipes = Pipes::new(program.terminal, self.settings.pipe_size)?;
+        let (ours, theirs) = sys::socketpair(libc::SOCK_SEQPACKET).context("make a report socket")?;
+        let plan = ExecPlan {
+            container: id,
+            pidfd: pidfd.raw(),
+            cgroup: directory.as_ref().map(Fd::raw),
+            namespaces: container.namespaces,
+            program,
+            filter: container.filter.as_ref(),
+            stdio: &pipes.child,
+            report: Reporter(theirs.raw()),
+        };
+        runtime::exec(&plan)?;
+        // The name of one that has ended may be used again.
+        if let Some(key) = former {
+            self.drop_process(key);
+        }
+        let key = self.add_process(Process::new(id, exec_id, ours, pipes, call))?;
+        if let Some(container) = self.containers.get_mut(id) {
+            container.finished.retain(|(known, _)| &**known != exec_id);
+            container.execs.insert(exec_id.to_string(), key);
+        }
+        Ok(())
+    }
+
+    /// The process never became its program.
+    pub fn on_failed_start(&mut self, key: Key, error: Error) {
+        let Some(process) = self.processes.get_mut(&key) else { return };
+        let (id, exec_id, starter) = (process.container.clone(), process.exec_id.clone(), process.starter.take());
+        let building = process.phase == Phase::Building;
+        if process.pid != 0 && process.is_alive() {
+            let _ = sys::kill(process.pid, libc::SIGKILL);
+        }
+        let Some(container) = self.containers.get_mut(&id) else { return };
+        if container.init != key {
+            container.execs.remove(&exec_id);
+            self.drop_process(key);
+        } else if building {
+            // Nothing stays of a container that could not be made; the call is answered when that is so.
+            container.remover = starter;
+            container.failure = Some(error);
+            self.begin_removal(&id);
+            return;
+        }
+        if let Some(call) = starter {
+            self.answer(call, Err(error));
+        }
+    }
+
+    pub fn on_created(&mut self, id: &str) {
+        if let Some(container) = self.containers.get_mut(id) {
+            container.status = Status::Created;
+        }
+    }
+
+    /// The container's first process has ended: so does the rest of it.
+    pub fn on_init_exit(&mut self, id: &str) {
+        self.look_for_oom();
+        let Some(container) = self.containers.get_mut(id) else { return };
+        if let Some(cgroup) = &container.cgroup {
+            if let Err(e) = cgroup.kill_all() {
+                log::error(&e.message);
+            }
+        }
+        if container.status != Status::Removing {
+            container.status = Status::Stopped;
+        }
+    }
+
+    /// SIGKILL to the first process means the whole container.
+    pub fn signal(&mut self, id: &str, exec_id: &str, signal: u32) -> Result<()> {
+        let signal = i32::try_from(signal).ok().filter(|s| (0..=64).contains(s));
+        let signal = signal.ok_or_else(|| Error::invalid("the signal is not between 0 and 64"))?;
+        let key = self.find_process(id, exec_id)?;
+        let whole = signal == libc::SIGKILL && self.is_init(key);
+        if whole {
+            if let Some(cgroup) = &self.container(id)?.cgroup {
+                cgroup.kill_all()?;
+            }
+        }
+        let Some(process) = self.processes.get(&key) else { return Ok(()) };
+        if !process.is_alive() {
+            return if whole { Ok(()) } else { Err(Error::not_found("process already finished")) };
+        }
+        if process.pid == 0 {
+            return Err(Error::precondition("the process does not exist yet"));
+        }
+        match sys::kill(process.pid, signal) {
+            Err(e) if e.0 != libc::ESRCH => Err(e).with_context(|| format!("signal {signal} to {id}/{exec_id}")),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn remove_container(&mut self, call: CallId, id: &str) -> Result<()> {
+        let Some(container) = self.containers.get_mut(id) else {
+            // Already gone is what the caller wants.
+            self.answer(call, Ok(vec![]));
+            return Ok(());
+        };
+        if container.status == Status::Removing {
+            return Err(Error::precondition(format!("container {id:?} is being removed already")));
+        }
+        container.remover = Some(call);
+        self.begin_removal(id);
+        Ok(())
+    }
+
+    /// Kills what lives; the rest follows when it is dead.
+    pub fn begin_removal(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        container.status = Status::Removing;
+        if let Some(cgroup) = &container.cgroup {
+            if let Err(e) = cgroup.thaw().and_then(|()| cgroup.kill_all()) {
+                log::error(&e.message);
+            }
+        }
+        for process in self.processes.values().filter(|p| p.container == id && p.pid != 0 && p.is_alive()) {
+            let _ = sys::kill(process.pid, libc::SIGKILL);
+        }
+        self.continue_removal(id);
+    }
+
+    /// Called whenever a process of the container may have gone.
+    pub fn continue_removal(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id).filter(|c| c.status == Status::Removing) else { return };
+        if self.processes.values().any(|p| p.container == id && p.pid != 0 && p.is_alive()) {
+            return;
+        }
+        let mounts: Vec<String> = container.storages.drain(..).take(container.mounted).rev().collect();
+        let cgroup = container.cgroup.take();
+        let directory = format!("{STATE_DIR}/{id}");
+        let spawned = self.spawn_job(Then::Removed(id.to_string()), &[], || undo(&mounts, cgroup.as_ref(), &directory));
+        if let Err(e) = spawned {
+            self.on_removed(id, Err(e));
+        }
+    }
+
+    pub fn on_removed(&mut self, id: &str, outcome: Result<Vec<u8>>) {
+        let Some(container) = self.containers.remove(id) else { return };
+        if let Err(e) = &outcome {
+            log::error(&format!("remove container {id}: {e}"));
+        }
+        let keys: Vec<Key> = self.processes.iter().filter(|(_, p)| p.container == id).map(|(k, _)| *k).collect();
+        for key in keys {
+            self.drop_process(key);
+        }
+        if let Some(call) = container.remover {
+            self.answer(call, container.failure.map_or(outcome, Err));
+        }
+        self.continue_destroy();
+    }
+}
+
+/// Device rules of the spec. Hosts of the original protocol send none, whatever the user has asked for: then a
+/// container without CAP_SYS_ADMIN gets what every container gets, and one with it (a privileged one) everything.
+fn restrict_devices(cgroup: &Cgroup, linux: &Linux, spec: &Spec) -> Result<()> {
+    let rules = linux.resources.as_deref().map_or(&[][..], |r| &r.devices);
+    let bounding = spec.process.as_deref().and_then(|p| p.capabilities.as_deref()).map_or(&[][..], |c| &c.bounding);
+    if rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
+        return Ok(());
+    }
+    let rules = runtime::devices::cgroup_rules(rules, &linux.devices);
+    devices_bpf::attach(cgroup.open()?.raw(), &devices_bpf::compile(&rules)?)
+}
+
+fn compile_filter(linux: &Linux) -> Result<Option<Filter>> {
+    linux
+        .seccomp
+        .as_deref()
+        .map(|profile| Ok(Filter { program: seccomp::compile(profile)?, flags: seccomp::flags(&profile.flags)? }))
+        .transpose()
+}
+
+/// In a child: storages in reverse (their data written back), directory, control group; goes on after an error and
+/// reports the first.
+fn undo(mounts: &[String], cgroup: Option<&Cgroup>, directory: &str) -> Result<Vec<u8>> {
+    let mut first = Ok(vec![]);
+    let mut note = |outcome: Result<()>| {
+        if let (Err(e), Ok(_)) = (outcome, &first) {
+            first = Err(e);
+        }
+    };
+    for mount in mounts {
+        note(storage::unmount(mount));
+    }
+    if let Some(cgroup) = cgroup {
+        note(cgroup.remove());
+    }
+    note(fs::remove_dir_all(directory).with_context(|| format!("remove {directory}")));
+    first
+}
