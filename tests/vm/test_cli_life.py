@@ -8,8 +8,10 @@ import io
 import json
 import os
 import signal
+import socket
 import tarfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,6 +162,55 @@ def test_two_hundred_execs_lose_no_byte(shared_kata: Kata, box: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(once, range(200))) == {expected}
+
+
+# ---- network ----
+
+
+def _fetch(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_published_port_is_reachable(shared_kata: Kata, busybox_image: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = "mkdir /www; echo from the guest > /www/index.html; exec httpd -f -p 80 -h /www"
+    with container(shared_kata, busybox_image, "web", script, "-p", f"127.0.0.1:{port}:80"):
+
+        def served() -> bool:
+            with contextlib.suppress(OSError):
+                return _fetch(port) == "from the guest\n"
+            return False
+
+        until(served, "the page")
+        assert shared_kata.ok("port", "web") == f"80/tcp -> 127.0.0.1:{port}\n"
+        assert shared_kata.ok("port", "web", "80") == f"127.0.0.1:{port}\n"
+        taken = shared_kata.call("run", "--rm", "-p", f"127.0.0.1:{port}:80", busybox_image, "true")
+        assert taken.returncode == 125
+        assert str(port) in taken.stderr.decode()
+        assert b"Traceback" not in taken.stderr
+
+
+def test_the_hosts_loopback_is_out_of_reach(shared_kata: Kata, busybox_image: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as secret:
+        port = secret.getsockname()[1]
+        script = (
+            "gateway=$(ip route | awk '/default/{print $3}'); echo gateway $gateway;"
+            f" for a in 127.0.0.1 10.0.2.2 $gateway; do nc -w 2 $a {port} </dev/null && echo reached $a; done; true"
+        )
+        shown = shared_kata.ok("run", "--rm", busybox_image, "sh", "-c", script)
+        assert "gateway" in shown
+        assert "reached" not in shown
+        secret.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            secret.accept()
+
+
+def test_without_a_network_there_is_loopback_only(shared_kata: Kata, busybox_image: str) -> None:
+    shown = shared_kata.ok("run", "--rm", "--network", "none", busybox_image, "ip", "-o", "link")
+    assert all(" lo:" in line or "state DOWN" in line for line in shown.splitlines()), shown
 
 
 # ---- verbs ----

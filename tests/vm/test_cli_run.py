@@ -236,7 +236,8 @@ def test_the_default_profile_confines(shared_kata: Kata, busybox_image: str) -> 
     shown = out(
         shared_kata, busybox_image,
         "grep Seccomp: /proc/self/status; mount -t tmpfs none /mnt 2>/dev/null && echo mounted;"
-        " echo 1 > /proc/sys/kernel/sysrq && echo written; cat /proc/kcore | wc -c; mknod /tmp/d b 254 0 && cat /tmp/d || echo refused",
+        " echo 1 > /proc/sys/kernel/sysrq && echo written; cat /proc/kcore | wc -c; mknod /tmp/d b 254 0 && cat /tmp/d ||"
+        " echo refused",
     )  # fmt: skip
     lines = shown.splitlines()
     assert lines[0].split() == ["Seccomp:", "2"]
@@ -436,3 +437,35 @@ def test_a_damaged_guest_is_named(
     assert "kata guest build" in done.stderr.decode()
     assert shared_kata.sandboxes() == []
     assert json.loads(shared_kata.ok("ps", "-a", "--json")) == []
+
+
+@pytest.mark.parametrize("room", ["1m", "200k"])
+def test_a_full_disk_is_named_and_nothing_is_left(
+    shared_kata: Kata, busybox_image: str, tmp_path: Path, room: str
+) -> None:
+    """The state lies on a small file system, mounted where only this command sees it."""
+    state = tmp_path / "small"
+    state.mkdir()
+    script = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 && "$@"; code=$?; find "$0" -type f | wc -l; exit $code'
+    done = subprocess.run(
+        [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            script,
+            state,
+            room,
+            state,
+            *shared_kata.command("run", busybox_image, "true"),
+        ],
+        env={**shared_kata.env, "KATA_STATE_DIR": str(state)},
+        capture_output=True,
+        check=False,
+    )
+    shown = done.stderr.decode()
+    assert done.returncode == 125, shown
+    assert "space" in shown.lower()
+    assert "hint:" in shown
+    assert "Traceback" not in shown
+    assert shared_kata.sandboxes() == []
