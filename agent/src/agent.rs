@@ -11,9 +11,9 @@ use crate::sandbox::Sandbox;
 use crate::server::calls::{CallId, Calls, Reply};
 use crate::server::conn::{Call, Conn, State};
 use crate::server::frame::{self, Outgoing};
-use crate::server::listen::{self, Channel, Kind};
+use crate::server::listen::{self, Address, Channel, Kind};
 use crate::sys::{self, Fd, RawFd};
-use crate::{dispatch, log, rt};
+use crate::{dispatch, fs, log, rt};
 
 /// What a descriptor in the epoll set is; the number in the event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -357,6 +357,18 @@ impl Agent {
     fn expire(&mut self) {
         for id in self.calls.expired(sys::monotonic_ns()) {
             self.answer(id, Err(Error::deadline("the caller's time limit is over")));
+        }
+    }
+
+    /// The end of an agent that is no machine's init: its containers and its socket's name would stay behind.
+    pub fn end_as_process(&mut self) {
+        for process in self.processes.values().filter(|p| p.pid != 0 && p.is_alive()) {
+            let _ = sys::kill(process.pid, libc::SIGKILL);
+        }
+        if let Address::Unix(path) = &self.settings.address {
+            if !path.starts_with('@') {
+                let _ = fs::remove_file(path);
+            }
         }
     }
 

@@ -106,12 +106,26 @@ fn serve(settings: cmdline::Settings, started_ns: u64) -> errors::Result<()> {
             }
         }
     } else {
-        // On somebody's host: what is mounted for containers is nobody else's business, control groups are not ours.
-        sys::unshare(libc::CLONE_NEWNS).context("make a mount namespace (needs root)")?;
-        sys::mount("", "/", "", libc::MS_REC | libc::MS_SLAVE, "").context("make / a slave")?;
+        leave_host_alone().context("be a guest on somebody's machine (needs root)")?;
     }
     agent.listen()?;
     log::info(concat!("kata-agent ", env!("CARGO_PKG_VERSION"), " is serving"));
     agent.run();
+    if sys::getpid() != 1 {
+        agent.end_as_process();
+        let _ = sys::umount(container::STATE_DIR, libc::MNT_DETACH);
+        let _ = fs::remove_dir(container::STATE_DIR);
+    }
     Ok(())
+}
+
+/// As an ordinary process: what is mounted and written for containers is nobody else's to see, control groups are not
+/// ours.
+fn leave_host_alone() -> errors::Result<()> {
+    use errors::Context;
+    sys::unshare(libc::CLONE_NEWNS).context("make a mount namespace")?;
+    sys::mount("", "/", "", libc::MS_REC | libc::MS_SLAVE, "").context("make / a slave")?;
+    fs::create_dir_all(container::STATE_DIR, 0o755).context("make the state directory")?;
+    sys::mount("tmpfs", container::STATE_DIR, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=0755")
+        .context("mount the state directory")
 }
