@@ -25,9 +25,10 @@ sys.path.append(str(ROOT / "src"))
 
 from kata import paths  # noqa: E402
 from kata.children import find_program  # noqa: E402
-from kata.engine.boot import vm_settings  # noqa: E402
+from kata.engine.boot import spare_mac, vm_settings  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
 from kata.hypervisor import accel, qemu_command, tsc  # noqa: E402
+from kata.hypervisor.settings import Nic  # noqa: E402
 from kata.resources import sizing  # noqa: E402
 
 POWER_OFF = """
@@ -90,7 +91,7 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
         "vcpus": size.vcpus,
         "memory_mib": size.memory_mib,
     }
-    settings = vm_settings(machine, str(work), None, None)
+    settings = vm_settings(machine, "", str(work), Nic(spare_mac()))
     if settings.accel == "tcg":
         settings.tsc_khz = tsc.khz()
     full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1))

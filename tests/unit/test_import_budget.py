@@ -23,6 +23,7 @@ ENGINE_BEFORE_THE_VM = {
 OURS_BEFORE_THE_VM = {
     *("kata", "kata.children", "kata.errors", "kata.journal", "kata.launcher", "kata.paths", "kata.sysio"),
     *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
+    "kata.engine.volumes",
     *("kata.hypervisor", "kata.hypervisor.qemu_command", "kata.hypervisor.qemu_process"),
     *("kata.hypervisor.settings", "kata.hypervisor.slots", "kata.hypervisor.tsc"),
 }

@@ -11,7 +11,8 @@ import time
 
 from ..errors import KataError
 from ..hypervisor import qemu_process, slots
-from ..hypervisor.settings import Disk, VMSettings
+from ..hypervisor.settings import Disk, Nic, VMSettings
+from . import volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
-    from ..hypervisor.settings import Nic
     from ..journal import Journal
     from ..network.user import NetworkPlan
     from .sandbox import Sandbox
-    from .volumes import Share
 
 READY_S = {"kvm": 30.0, "tcg": 60.0}
 """How long a guest may take to answer, by accelerator; it takes a second, but a host may be busy."""
@@ -62,7 +61,7 @@ class Machine:
     def __init__(self) -> None:
         self.network: NetworkPlan | None = None
         self.process: qemu_process.QemuProcess | None = None
-        self.share: Share | None = None
+        self.share: volumes.Share | None = None
         self.started_ns = 0
 
 
@@ -87,20 +86,20 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     Raises:
         KataError: Something is missing on this host.
     """
+    # Every machine has all its plugs, used or not: one shape for all starts, and for what comes later.
+    volumes.own_namespace()
+    share = volumes.Share(run_dir, journal)
+    share.prepare()
     if needs_share(settings):
-        from . import volumes
-
-        volumes.own_namespace()
-        machine.share = volumes.Share(run_dir, journal)
-        machine.share.prepare()
+        machine.share = share
     network = settings.get("network") or {}
-    nic = None
+    nic = Nic(spare_mac())
     if network.get("mode", "none") != "none":
         from ..network.plan import plan
 
         machine.network = plan(network)
         nic = machine.network.wire()
-    vm = vm_settings(settings, run_dir, machine.share, nic)
+    vm = vm_settings(settings, share.path, run_dir, nic)
     if vm.accel == "kvm":
         # Under emulation the serial port is the faster of the two.
         from ..hypervisor import vsock
@@ -112,7 +111,12 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         machine.network.start(journal, settings["id"])
 
 
-def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic: Nic | None) -> VMSettings:
+def spare_mac() -> str:
+    """A random, locally administered address for the interface that leads nowhere."""
+    return "02:6b:" + ":".join(f"{byte:02x}" for byte in os.urandom(4))
+
+
+def vm_settings(settings: dict[str, Any], share_dir: str, run_dir: str, nic: Nic) -> VMSettings:
     """The virtual machine that *settings* describe."""
     hypervisor = settings["hypervisor"]
     disks: list[Disk | None] = [
@@ -132,7 +136,7 @@ def vm_settings(settings: dict[str, Any], run_dir: str, share: Share | None, nic
         vcpus=settings.get("vcpus", 1),
         memory_mib=settings.get("memory_mib", 2048),
         disks=disks,
-        share_dir=share.path if share is not None else "",
+        share_dir=share_dir,
         nic=nic,
     )
 
