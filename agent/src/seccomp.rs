@@ -14,7 +14,7 @@ use crate::prelude::*;
 use crate::proto::oci::{LinuxSeccomp, LinuxSeccompArg, LinuxSyscall};
 use crate::sys;
 use crate::syscall;
-use crate::syscalls::{number, Abi};
+use crate::syscalls::{numbers, Numbers};
 use libc::sock_filter;
 
 const RET_KILL_PROCESS: u32 = 0x8000_0000;
@@ -53,13 +53,11 @@ const DATA_ARCH: u32 = 4;
 const DATA_ARGS: u32 = 16;
 
 /// A condition on one argument.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Condition {
     index: u32,
     test: Test,
     value: u64,
-    /// False for 32-bit calls: the high words are whatever the caller left in its registers, and count for nothing.
-    wide: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,24 +72,29 @@ enum Test {
     Masked(u64),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One entry of the profile, or one of the ways in which i386 reaches a call of it.
 struct Rule {
     action: u32,
     conditions: Vec<Condition>,
 }
 
-/// What happens to a range of call numbers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Leaf {
-    Action(u32),
-    Rules(Vec<Rule>),
-}
-
-/// The calls of one ABI that have rules, and the highest number that the profile mentions.
+/// The calls of one ABI that have rules: (number, index of the rule), sorted. And the highest number that the profile
+/// mentions.
+#[derive(Default)]
 struct Table {
-    calls: BTreeMap<u32, Vec<Rule>>,
+    calls: Vec<(u32, usize)>,
     highest: Option<u32>,
 }
+
+/// What happens to a range of call numbers.
+#[derive(Clone, Copy)]
+enum Leaf<'a> {
+    Action(u32),
+    Rules(&'a [(u32, usize)]),
+}
+
+/// Start of a range, and what happens there.
+type Point<'a> = (u32, Leaf<'a>);
 
 /// Compiles a profile. Errors name the action, operator, flag or architecture that is not understood.
 pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<sock_filter>> {
@@ -103,13 +106,13 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<sock_filter>> {
         _ => default,
     };
 
-    let native = collect(&profile.syscalls, Abi::Native, default)?;
+    let Profile { rules, native, x86, x32 } = collect(&profile.syscalls, default, &listed)?;
+    let compiler = Compiler { rules: &rules, default };
     let mut points = Vec::new();
-    lay_out(&mut points, 0, &native, default, above(&native));
+    compiler.lay_out(&mut points, 0, &native, above(&native));
     if cfg!(target_arch = "x86_64") {
         if listed.x32 {
-            let x32 = collect(&profile.syscalls, Abi::X32, default)?;
-            lay_out(&mut points, X32_BIT, &x32, default, above(&x32));
+            compiler.lay_out(&mut points, X32_BIT, &x32, above(&x32));
         } else if permissive {
             points.push((X32_BIT, Leaf::Action(RET_KILL_THREAD)));
             // -1 is a tracer's way of skipping a call, not an x32 call.
@@ -118,12 +121,11 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<sock_filter>> {
     }
 
     let mut program = vec![load(DATA_ARCH)];
-    section(&mut program, AUDIT_ARCH_NATIVE, &points, default)?;
+    compiler.section(&mut program, AUDIT_ARCH_NATIVE, &points, true)?;
     if listed.x86 {
-        let x86 = collect(&profile.syscalls, Abi::X86, default)?;
-        let mut points = Vec::new();
-        lay_out(&mut points, 0, &x86, default, above(&x86));
-        section(&mut program, AUDIT_ARCH_I386, &points, default)?;
+        points.clear();
+        compiler.lay_out(&mut points, 0, &x86, above(&x86));
+        compiler.section(&mut program, AUDIT_ARCH_I386, &points, false)?;
     }
     program.push(ret(RET_KILL_THREAD));
     if program.len() > MAX_INSTRUCTIONS {
@@ -228,7 +230,7 @@ fn action(name: &str, errno: Option<u32>) -> Result<u32> {
     }
 }
 
-fn condition(arg: &LinuxSeccompArg, abi: Abi) -> Result<Condition> {
+fn condition(arg: &LinuxSeccompArg) -> Result<Condition> {
     let index = u32::try_from(arg.index)
         .ok()
         .filter(|index| *index < 6)
@@ -244,44 +246,48 @@ fn condition(arg: &LinuxSeccompArg, abi: Abi) -> Result<Condition> {
         "SCMP_CMP_MASKED_EQ" => (Test::Masked(arg.value), arg.value_two),
         op => return Err(Error::invalid(format!("linux.seccomp: unknown operator {op:?}"))),
     };
-    Ok(Condition { index, test, value, wide: abi != Abi::X86 })
+    Ok(Condition { index, test, value })
 }
 
-/// Gathers the rules of one ABI by call number.
-fn collect(syscalls: &[LinuxSyscall], abi: Abi, default: u32) -> Result<Table> {
-    let mut table = Table { calls: BTreeMap::new(), highest: None };
+/// The rules of a profile and, per ABI, which calls they are for.
+struct Profile {
+    rules: Vec<Rule>,
+    native: Table,
+    x86: Table,
+    x32: Table,
+}
+
+fn collect(syscalls: &[LinuxSyscall], default: u32, listed: &Listed) -> Result<Profile> {
+    let mut rules = Vec::new();
+    let (mut native, mut x86, mut x32) = (Table::default(), Table::default(), Table::default());
     for entry in syscalls {
         let action = action(&entry.action, entry.errnoret)?;
-        let conditions = entry.args.iter().map(|arg| condition(arg, abi)).collect::<Result<Vec<_>>>()?;
+        let conditions = entry.args.iter().map(condition).collect::<Result<Vec<_>>>()?;
+        let (plain, at) = (conditions.is_empty(), rules.len());
+        rules.push(Rule { action, conditions });
         for name in &entry.names {
-            let direct = number(abi, name);
-            table.highest = table.highest.max(direct);
-            if action == default {
-                continue;
-            }
-            if let Some(nr) = direct {
-                add(&mut table, nr, Rule { action, conditions: conditions.clone() });
+            let found: Numbers = numbers(name);
+            for (table, number) in [(&mut native, found.native), (&mut x86, found.x86), (&mut x32, found.x32)] {
+                table.highest = table.highest.max(number);
+                if let Some(number) = number.filter(|_| action != default) {
+                    table.calls.push((number, at));
+                }
             }
             // The arguments proper of a multiplexed call are behind a pointer: a rule that looks at them cannot be
             // expressed there, and is held against the direct call only (libseccomp has the same limit).
-            if let (Abi::X86, true, Some((nr, sub_call))) = (abi, conditions.is_empty(), multiplexed(name)) {
-                let conditions = vec![Condition { index: 0, test: Test::Eq, value: sub_call, wide: false }];
-                add(&mut table, nr, Rule { action, conditions });
+            if listed.x86 && plain && action != default {
+                if let Some((number, sub_call)) = multiplexed(name) {
+                    x86.calls.push((number, rules.len()));
+                    let conditions = vec![Condition { index: 0, test: Test::Eq, value: sub_call }];
+                    rules.push(Rule { action, conditions });
+                }
             }
         }
     }
-    Ok(table)
-}
-
-fn add(table: &mut Table, nr: u32, rule: Rule) {
-    let rules = table.calls.entry(nr).or_default();
-    if rules.first().is_some_and(|first| first.conditions.is_empty()) {
-        return;
+    for table in [&mut native, &mut x86, &mut x32] {
+        table.calls.sort_unstable();
     }
-    if rule.conditions.is_empty() {
-        rules.clear();
-    }
-    rules.push(rule);
+    Ok(Profile { rules, native, x86, x32 })
 }
 
 /// i386 reaches sockets and System V IPC also through `socketcall` (102) and `ipc` (117), by number.
@@ -328,113 +334,115 @@ fn multiplexed(name: &str) -> Option<(u32, u64)> {
     IPC.iter().find(|(known, _)| *known == name).map(|(_, call)| (117, *call))
 }
 
-/// Appends the ranges of one table to `points` (start of a range, what happens there), from `base` upwards.
-fn lay_out(points: &mut Vec<(u32, Leaf)>, base: u32, table: &Table, default: u32, above: u32) {
-    let mut next = base;
-    let mut push = |start: u32, leaf: Leaf| {
-        // Neighbours with the same outcome are one range.
-        if points.last().is_none_or(|(_, last)| *last != leaf) {
-            points.push((start, leaf));
-        }
-    };
-    for (nr, rules) in &table.calls {
-        let nr = base + nr;
-        if nr > next {
-            push(next, Leaf::Action(default));
-        }
-        push(
-            nr,
-            match rules.as_slice() {
-                [only] if only.conditions.is_empty() => Leaf::Action(only.action),
-                _ => Leaf::Rules(rules.clone()),
-            },
-        );
-        next = nr + 1;
-    }
-    // The highest number may belong to a call that only has the default action.
-    let end = table.highest.map_or(next, |highest| base + highest + 1);
-    if end > next {
-        push(next, Leaf::Action(default));
-    }
-    push(end.max(next), Leaf::Action(above));
+struct Compiler<'a> {
+    rules: &'a [Rule],
+    default: u32,
 }
 
-/// Appends "if the architecture is `arch`, decide by number"; otherwise execution falls to what comes after.
-fn section(program: &mut Vec<sock_filter>, arch: u32, points: &[(u32, Leaf)], default: u32) -> Result<()> {
-    let mut code = vec![load(DATA_NR)];
-    code.extend(tree(points, default)?);
-    program.push(jump(JEQ_K, arch, 1, 0));
-    program.push(jump(JA, code.len() as u32, 0, 0));
-    program.extend(code);
-    Ok(())
-}
-
-/// Bisection over sorted ranges. Every path ends in a return.
-fn tree(points: &[(u32, Leaf)], default: u32) -> Result<Vec<sock_filter>> {
-    if let [(_, leaf)] = points {
-        return match leaf {
-            Leaf::Action(action) => Ok(vec![ret(*action)]),
-            Leaf::Rules(rules) => chain(rules, default),
+impl<'a> Compiler<'a> {
+    /// Appends the ranges of one table to `points`, from `base` upwards; `above` is for numbers beyond the highest.
+    fn lay_out(&self, points: &mut Vec<Point<'a>>, base: u32, table: &'a Table, above: u32) {
+        let mut push = |start: u32, leaf: Leaf<'a>| match (points.last(), leaf) {
+            // Neighbours with the same outcome are one range.
+            (Some((_, Leaf::Action(last))), Leaf::Action(action)) if *last == action => {}
+            _ => points.push((start, leaf)),
         };
+        let mut next = base;
+        for calls in table.calls.chunk_by(|a, b| a.0 == b.0) {
+            let number = base + calls[0].0;
+            if number > next {
+                push(next, Leaf::Action(self.default));
+            }
+            let unconditional = calls.iter().map(|(_, at)| &self.rules[*at]).find(|rule| rule.conditions.is_empty());
+            push(number, unconditional.map_or(Leaf::Rules(calls), |rule| Leaf::Action(rule.action)));
+            next = number + 1;
+        }
+        // The highest number may belong to a call that only has the default action.
+        let end = table.highest.map_or(next, |highest| base + highest + 1);
+        if end > next {
+            push(next, Leaf::Action(self.default));
+        }
+        push(end.max(next), Leaf::Action(above));
     }
-    let (left, right) = points.split_at(points.len() / 2);
-    let pivot = right[0].0;
-    let left = tree(left, default)?;
-    let mut code = match u8::try_from(left.len()) {
-        Ok(distance) => vec![jump(JGE_K, pivot, distance, 0)],
-        // Conditional jumps reach 255 instructions, the unconditional one any distance.
-        Err(_) => vec![jump(JGE_K, pivot, 0, 1), jump(JA, left.len() as u32, 0, 0)],
-    };
-    code.extend(left);
-    code.extend(tree(right, default)?);
-    Ok(code)
-}
 
-/// Rules in order, the default when none matches.
-fn chain(rules: &[Rule], default: u32) -> Result<Vec<sock_filter>> {
-    let mut code = Vec::new();
-    for rule in rules {
-        code.extend(rule_code(rule)?);
+    /// Appends "if the architecture is `arch`, decide by number"; otherwise execution falls to what comes after.
+    fn section(&self, program: &mut Vec<sock_filter>, arch: u32, points: &[Point], wide: bool) -> Result<()> {
+        program.push(jump(JEQ_K, arch, 1, 0));
+        let skip = program.len();
+        program.push(load(DATA_NR));
+        program.push(load(DATA_NR));
+        self.tree(program, points, wide)?;
+        program[skip] = jump(JA, (program.len() - skip - 1) as u32, 0, 0);
+        Ok(())
     }
-    if rules.last().is_none_or(|rule| !rule.conditions.is_empty()) {
-        code.push(ret(default));
+
+    /// Bisection over sorted ranges. Every path ends in a return.
+    fn tree(&self, program: &mut Vec<sock_filter>, points: &[Point], wide: bool) -> Result<()> {
+        match points {
+            [] => program.push(ret(self.default)),
+            [(_, Leaf::Action(action))] => program.push(ret(*action)),
+            [(_, Leaf::Rules(calls))] => self.chain(program, calls, wide)?,
+            _ => {
+                let (left, right) = points.split_at(points.len() / 2);
+                let pivot = right[0].0;
+                let at = program.len();
+                program.push(ret(self.default));
+                self.tree(program, left, wide)?;
+                let distance = program.len() - at - 1;
+                // Conditional jumps reach 255 instructions, the unconditional one any distance.
+                if let Ok(distance) = u8::try_from(distance) {
+                    program[at] = jump(JGE_K, pivot, distance, 0);
+                } else {
+                    program[at] = jump(JGE_K, pivot, 0, 1);
+                    program.insert(at + 1, jump(JA, distance as u32, 0, 0));
+                }
+                self.tree(program, right, wide)?;
+            }
+        }
+        Ok(())
     }
-    Ok(code)
+
+    /// Rules in order, the default when none matches.
+    fn chain(&self, program: &mut Vec<sock_filter>, calls: &[(u32, usize)], wide: bool) -> Result<()> {
+        for (_, at) in calls {
+            let rule = &self.rules[*at];
+            let start = program.len();
+            for condition in &rule.conditions {
+                condition_code(program, condition, wide);
+            }
+            program.push(ret(rule.action));
+            let end = program.len();
+            if end - start >= usize::from(FAIL) {
+                return Err(Error::invalid("linux.seccomp: one rule has more conditions than one jump can cross"));
+            }
+            for at in start..end {
+                let distance = (end - at - 1) as u8;
+                let instruction = &mut program[at];
+                for target in [&mut instruction.jt, &mut instruction.jf] {
+                    if *target == FAIL {
+                        *target = distance;
+                    }
+                }
+            }
+        }
+        program.push(ret(self.default));
+        Ok(())
+    }
 }
 
 /// Stands for "this condition does not hold" until the rule's length is known.
 const FAIL: u8 = u8::MAX;
 
-fn rule_code(rule: &Rule) -> Result<Vec<sock_filter>> {
-    let mut code = Vec::new();
-    for condition in &rule.conditions {
-        condition_code(&mut code, condition);
-    }
-    code.push(ret(rule.action));
-    let end = code.len();
-    if end >= usize::from(FAIL) {
-        return Err(Error::invalid("linux.seccomp: one rule has more conditions than one jump can cross"));
-    }
-    for (at, instruction) in code.iter_mut().enumerate() {
-        let distance = (end - at - 1) as u8;
-        for target in [&mut instruction.jt, &mut instruction.jf] {
-            if *target == FAIL {
-                *target = distance;
-            }
-        }
-    }
-    Ok(code)
-}
-
-/// Falls through when the condition holds, else jumps to FAIL. Compares 64 bits as two words, the high one first.
-fn condition_code(code: &mut Vec<sock_filter>, condition: &Condition) {
+/// Falls through when the condition holds, else jumps to FAIL. Compares 64 bits as two words, the high one first; of
+/// 32-bit calls (not `wide`) only the low one: the other is whatever the caller left in its registers.
+fn condition_code(code: &mut Vec<sock_filter>, condition: &Condition, wide: bool) {
     let low_at = DATA_ARGS + 8 * condition.index;
     let (low, high) = (condition.value as u32, (condition.value >> 32) as u32);
-    // The comparison of the low words decides when the high ones are equal.
     let mask = match condition.test {
         Test::Masked(mask) => mask,
         _ => u64::MAX,
     };
+    // The comparison of the low words decides when the high ones are equal.
     let decide = match condition.test {
         Test::Eq | Test::Masked(_) => jump(JEQ_K, low, 0, FAIL),
         Test::Ne => jump(JEQ_K, low, FAIL, 0),
@@ -443,13 +451,10 @@ fn condition_code(code: &mut Vec<sock_filter>, condition: &Condition) {
         Test::Lt => jump(JGE_K, low, FAIL, 0),
         Test::Le => jump(JGT_K, low, FAIL, 0),
     };
-    let mut low_code = vec![load(low_at)];
-    if mask as u32 != u32::MAX {
-        low_code.push(jump(AND_K, mask as u32, 0, 0));
-    }
-    low_code.push(decide);
-    if condition.wide {
-        let over = low_code.len() as u8;
+    let masked = mask as u32 != u32::MAX;
+    if wide {
+        // Over the load, the mask and the decision.
+        let over = 2 + u8::from(masked);
         code.push(load(low_at + 4));
         if mask >> 32 != u64::from(u32::MAX) {
             code.push(jump(AND_K, (mask >> 32) as u32, 0, 0));
@@ -457,15 +462,15 @@ fn condition_code(code: &mut Vec<sock_filter>, condition: &Condition) {
         match condition.test {
             Test::Eq | Test::Masked(_) => code.push(jump(JEQ_K, high, 0, FAIL)),
             Test::Ne => code.push(jump(JEQ_K, high, 0, over)),
-            Test::Gt | Test::Ge => {
-                code.extend([jump(JGT_K, high, over + 1, 0), jump(JEQ_K, high, 0, FAIL)]);
-            }
-            Test::Lt | Test::Le => {
-                code.extend([jump(JGT_K, high, FAIL, 0), jump(JEQ_K, high, 0, over)]);
-            }
+            Test::Gt | Test::Ge => code.extend([jump(JGT_K, high, over + 1, 0), jump(JEQ_K, high, 0, FAIL)]),
+            Test::Lt | Test::Le => code.extend([jump(JGT_K, high, FAIL, 0), jump(JEQ_K, high, 0, over)]),
         }
     }
-    code.extend(low_code);
+    code.push(load(low_at));
+    if masked {
+        code.push(jump(AND_K, mask as u32, 0, 0));
+    }
+    code.push(decide);
 }
 
 fn load(offset: u32) -> sock_filter {

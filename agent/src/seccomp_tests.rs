@@ -2,6 +2,22 @@
 
 use super::*;
 
+#[derive(Clone, Copy, PartialEq)]
+enum Abi {
+    Native,
+    X86,
+    X32,
+}
+
+fn number(abi: Abi, name: &str) -> Option<u32> {
+    let found = numbers(name);
+    match abi {
+        Abi::Native => found.native,
+        Abi::X86 => found.x86,
+        Abi::X32 => found.x32,
+    }
+}
+
 /// What a program sees of a call.
 struct Call {
     nr: u32,

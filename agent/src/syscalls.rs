@@ -1,49 +1,88 @@
 //! Names of system calls and their numbers, per ABI.
 //!
 //! From the headers of Linux 6.1 (`asm/unistd_64.h`, `unistd_32.h`, `unistd_x32.h`, `asm-generic/unistd.h`), with the
-//! calls added up to 6.17. One sorted text per architecture, searched in place: no index, no relocations.
+//! calls added up to 6.17. One sorted text per architecture and the offsets of its entries: no relocations. Looking up
+//! the names of a usual profile is a visible part of a container's start, so that one look answers for all ABIs.
 
-/// What a seccomp filter can meet: which table a number is from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Abi {
+/// A call's number in each ABI that has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Numbers {
     /// The machine's own 64-bit calls.
-    Native,
+    pub native: Option<u32>,
     /// 32-bit calls (`int 0x80`) of an x86-64 machine.
-    X86,
-    /// x32 calls of an x86-64 machine, numbered without the x32 bit.
-    X32,
+    pub x86: Option<u32>,
+    /// x32 calls of an x86-64 machine, without the x32 bit.
+    pub x32: Option<u32>,
 }
 
-/// The number of a call, or `None` where the ABI does not have it.
-pub fn number(abi: Abi, name: &str) -> Option<u32> {
-    let fields = find(name)?;
-    let mut columns = fields.split(' ');
-    let native = columns.next()?;
-    let column = match abi {
-        Abi::Native => native,
-        Abi::X86 => columns.next()?,
-        // Most x32 calls share the number of the 64-bit one; the others are in the third column.
-        Abi::X32 => columns.nth(1).unwrap_or(native),
+/// The numbers of a call; none where the name is unknown.
+pub fn numbers(name: &str) -> Numbers {
+    let Some(fields) = find(name.as_bytes()) else { return Numbers::default() };
+    let mut columns = fields.split(|byte| *byte == b' ').map(parse);
+    let native = columns.next().flatten();
+    let x86 = columns.next().flatten();
+    // Most x32 calls share the number of the 64-bit one; the others are in the third column.
+    let x32 = columns.next().unwrap_or(native).filter(|_| cfg!(target_arch = "x86_64"));
+    Numbers { native, x86, x32 }
+}
+
+/// Decimal digits; the table has `-` where an ABI does not have the call.
+fn parse(digits: &[u8]) -> Option<u32> {
+    digits.iter().try_fold(0, |number, digit| digit.is_ascii_digit().then(|| number * 10 + u32::from(digit - b'0')))
+}
+
+/// The text after `name` in the table.
+fn find(name: &[u8]) -> Option<&'static [u8]> {
+    if name.contains(&b' ') {
+        return None;
+    }
+    let entry = |at: usize| {
+        let start = usize::from(OFFSETS[at]);
+        let end = OFFSETS.get(at + 1).map_or(TABLE.len(), |next| usize::from(*next) - 1);
+        &TABLE.as_bytes()[start..end]
     };
-    column.parse().ok()
-}
-
-/// The text after `name` in the table, found by bisection over bytes.
-fn find(name: &str) -> Option<&'static str> {
-    let (mut low, mut high) = (0, TABLE.len());
+    let (mut low, mut high) = (0, OFFSETS.len());
     while low < high {
         let middle = usize::midpoint(low, high);
-        let start = TABLE[low..middle].rfind(',').map_or(low, |at| low + at + 1);
-        let end = TABLE[middle..].find(',').map_or(TABLE.len(), |at| middle + at);
-        let (entry, fields) = TABLE[start..end].split_once(' ')?;
-        match name.cmp(entry) {
-            core::cmp::Ordering::Equal => return Some(fields),
-            core::cmp::Ordering::Less => high = start,
-            core::cmp::Ordering::Greater => low = end + 1,
+        let candidate = entry(middle);
+        // An entry's name ends with a blank, which sorts before every letter.
+        let ordering = match candidate.get(..name.len()) {
+            Some(start) => start.cmp(name).then_with(|| candidate[name.len()..].first().cmp(&Some(&b' '))),
+            None => candidate.cmp(name),
+        };
+        match ordering {
+            core::cmp::Ordering::Equal => return candidate.get(name.len() + 1..),
+            core::cmp::Ordering::Less => low = middle + 1,
+            core::cmp::Ordering::Greater => high = middle,
         }
     }
     None
 }
+
+/// Where each entry of the table starts.
+static OFFSETS: [u16; ENTRIES] = {
+    let mut offsets = [0; ENTRIES];
+    let (mut at, mut entry) = (0, 1);
+    while at < TABLE.len() {
+        if TABLE.as_bytes()[at] == b',' {
+            offsets[entry] = at as u16 + 1;
+            entry += 1;
+        }
+        at += 1;
+    }
+    offsets
+};
+
+const ENTRIES: usize = {
+    let (mut at, mut count) = (0, 1);
+    while at < TABLE.len() {
+        if TABLE.as_bytes()[at] == b',' {
+            count += 1;
+        }
+        at += 1;
+    }
+    count
+};
 
 /// `name x86-64 i386 [x32]`, `-` where an ABI does not have the call.
 #[cfg(target_arch = "x86_64")]
@@ -187,18 +226,20 @@ mod tests {
     #[test]
     fn every_name_is_found_and_the_table_is_sorted() {
         let names: Vec<&str> = TABLE.split(',').map(|entry| entry.split(' ').next().unwrap()).collect();
-        assert!(names.len() > 300);
+        assert!(names.len() > 300 && names.len() == ENTRIES);
         assert!(names.windows(2).all(|pair| pair[0] < pair[1]));
         for entry in TABLE.split(',') {
             let (name, fields) = entry.split_once(' ').unwrap();
-            assert_eq!(find(name), Some(fields), "{name}");
+            assert_eq!(find(name.as_bytes()), Some(fields.as_bytes()), "{name}");
         }
     }
 
     #[test]
     fn unknown_names_have_no_number() {
-        for name in ["", "a", "zzz", "rea", "readx", "read 0", ",", "write,"] {
-            assert_eq!(number(Abi::Native, name), None, "{name:?}");
+        for name in
+            ["", "a", "zzz", "rea", "readx", "read 0", "read ", "read 0 3", ",", "write,", "writev 20 146xxxxxxx"]
+        {
+            assert_eq!(numbers(name), Numbers::default(), "{name:?}");
         }
     }
 
@@ -212,22 +253,22 @@ mod tests {
             ("mount_setattr", libc::SYS_mount_setattr),
             ("futex_waitv", libc::SYS_futex_waitv),
         ] {
-            assert_eq!(number(Abi::Native, name), u32::try_from(expected).ok(), "{name}");
+            assert_eq!(numbers(name).native, u32::try_from(expected).ok(), "{name}");
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn each_abi_has_its_own_numbers() {
-        assert_eq!(number(Abi::X86, "read"), Some(3));
-        assert_eq!(number(Abi::X32, "read"), Some(0));
-        assert_eq!(number(Abi::X32, "ioctl"), Some(514));
-        assert_eq!(number(Abi::Native, "socketcall"), None);
-        assert_eq!(number(Abi::X86, "socketcall"), Some(102));
-        assert_eq!(number(Abi::X32, "socketcall"), None);
-        assert_eq!(number(Abi::X86, "arch_prctl"), Some(384));
-        assert_eq!(number(Abi::X86, "tuxcall"), None);
-        assert_eq!(number(Abi::Native, "mseal"), Some(462));
-        assert_eq!(number(Abi::X86, "mseal"), Some(462));
+        let on = |name: &str| {
+            let found = numbers(name);
+            (found.native, found.x86, found.x32)
+        };
+        assert_eq!(on("read"), (Some(0), Some(3), Some(0)));
+        assert_eq!(on("ioctl"), (Some(16), Some(54), Some(514)));
+        assert_eq!(on("socketcall"), (None, Some(102), None));
+        assert_eq!(on("arch_prctl"), (Some(158), Some(384), Some(158)));
+        assert_eq!(on("tuxcall"), (Some(184), None, Some(184)));
+        assert_eq!(on("mseal"), (Some(462), Some(462), Some(462)));
     }
 }
