@@ -24,6 +24,7 @@ from kata.errors import (
     StateError,
     VMLostError,
 )
+from kata.oci import spec as oci
 from kata.storage import ext4
 
 Maker = Callable[..., Box]
@@ -404,6 +405,31 @@ def test_processes_of_the_guest_and_pids_of_the_host(running: Box) -> None:
     assert pids[0] in descendants(running.engine.pid)
 
 
+def test_files_of_a_container_without_a_process(make: Maker) -> None:
+    import json
+
+    from kata.proto import agentext_pb
+
+    box = make(record_state=False)
+    config = oci.build(_request("true"), box.image.config)
+    del config["process"]
+    (box.container_dir / "config.json").write_text(json.dumps(config))
+    box.client.create(box.id, str(box.container_dir))
+    read = agentext_pb.ReadFileRequest(container_id=box.id, path=b"/etc/passwd", len=100)
+    service = "kata.sandbox.v1.Sandbox"
+    assert box.client.call(service, "Read", read, agentext_pb.ReadFileResponse).data.startswith(b"root:")
+    with pytest.raises(StateError, match="no process"):
+        box.client.start(box.id)
+    gone(box)
+    assert not (box.container_dir / "state.json").exists()
+
+
+def _request(*argv: str) -> oci.Request:
+    request = oci.Request("box")
+    request.command = list(argv)
+    return request
+
+
 # ---- volumes ----
 
 
@@ -513,6 +539,24 @@ def test_killed_engine_leaves_nothing_but_its_journal(make: Maker) -> None:
         box.client.wait(box.id)
     assert box.reconcile() == []
     gone(box, *children)
+
+
+def test_next_start_clears_up_after_a_killed_engine(make: Maker) -> None:
+    from kata.engine.client import EngineClient
+    from kata.engine.launch import launch
+
+    box = make()
+    box.create("sleep", "1000")
+    box.client.start(box.id)
+    os.kill(box.engine.pid, signal.SIGKILL)
+    while alive(box.engine.pid):
+        time.sleep(0.01)
+    box.client.close()
+    box.engine.release()
+    box.engine = launch(box.settings, str(box.run_dir))
+    box.client = EngineClient(box.engine.sock_path)
+    assert box.run("true")[0] == 0
+    gone(box)
 
 
 def test_engine_that_is_told_to_end_takes_everything_down(make: Maker) -> None:

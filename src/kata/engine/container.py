@@ -76,6 +76,7 @@ class Container:
         self.state_file = StateFile(state_path, sandbox.identity)
         self.log = self._open_log() if own else None
         self._oom = asyncio.Event()
+        self._told_to_die = False
         self._shared = prepare.Shared(sandbox, container_id)
         self._removed = False
 
@@ -312,22 +313,13 @@ class Container:
             await asyncio.wait(ends, timeout=EXECS_END_S)
             for end in ends:
                 end.cancel()
-        if (
-            status == KILLED
-            and not self._oom.is_set()
-            and not self.sandbox.is_lost
-            and self._has_memory_limit()
-        ):
+        if status == KILLED and not (self._oom.is_set() or self._told_to_die or self.sandbox.is_lost):
             # The notice and the exit travel side by side; give the notice a moment.
             try:
                 await asyncio.wait_for(self._oom.wait(), OOM_NOTICE_S)
             except TimeoutError:
                 pass
         self.init.oom_killed = self._oom.is_set()
-
-    def _has_memory_limit(self) -> bool:
-        resources = (self.config.get("linux") or {}).get("resources") or {}
-        return bool((resources.get("memory") or {}).get("limit"))
 
     def out_of_memory(self) -> None:
         """The guest's kernel killed something of this container for want of memory."""
@@ -353,6 +345,7 @@ class Container:
         process = self.process(exec_id)
         process.require_killable()
         agent = await self.sandbox.ready()
+        self._told_to_die |= signal == _SIGKILL and not exec_id
         targets = [exec_id]
         if everything and not exec_id and signal != _SIGKILL:
             targets += [one.exec_id for one in self.execs.values() if one.alive]
