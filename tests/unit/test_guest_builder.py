@@ -93,17 +93,33 @@ def test_a_new_agent_leaves_the_files_of_running_sandboxes(place: Path) -> None:
     assert files(place) == {"guest.json", second["kernel"]["path"], second["initrd"]["path"]}
 
 
-def test_auto_keeps_what_is_installed_and_prefers_a_small_kernel_in_the_cache(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_takes_a_small_kernel_that_needs_no_build(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert builder.build("auto", progress=Silent())["kernel"]["kind"] == "distro"
     small = a_kernel("small-x", b"small kernel")
-    small.record["kind"] = "small"
+    small.record.update(kind="small", modules=[])
     monkeypatch.setattr(small_kernel, "cached", lambda: small)
-    assert builder.build("auto", progress=Silent())["kernel"]["kind"] == "small"
+    first = builder.build("auto", progress=Silent())
+    assert first["kernel"]["kind"] == "small"
+    # A newer source has come out, which would take minutes to build: the one that is installed stays.
     monkeypatch.setattr(small_kernel, "cached", lambda: None)
-    monkeypatch.setattr(small_kernel, "obtain", lambda progress, force=False: small)
-    assert builder.build("auto", progress=Silent())["kernel"]["kind"] == "small"
+    assert builder.build("auto", progress=Silent()) == first
+    with (place / "agent").open("ab") as agent:
+        agent.write(b"changed")
+    second = builder.build("auto", progress=Silent())
+    assert second["kernel"] == first["kernel"]
+    assert second["initrd"] != first["initrd"]
+    assert Path(manifest.load(str(place / "guest")).kernel).read_bytes() == b"small kernel"
+
+
+def test_what_was_not_used_for_long_leaves_the_cache(place: Path) -> None:
+    old, new = a_kernel("distro-old"), a_kernel("distro-new")
+    long_ago = time.time() - kernels.UNUSED_S - 1
+    for kernel in (old, new):
+        os.utime(kernel.directory, (long_ago, long_ago))
+    assert kernels.find("distro-new")
+    a_kernel("distro-newest")
+    assert not os.path.exists(old.directory)
+    assert kernels.find("distro-new")
 
 
 def test_errors_before_anything_is_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

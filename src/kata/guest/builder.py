@@ -33,8 +33,8 @@ def build(kernel: str = "auto", force: bool = False, progress: Progress | None =
     """Make a guest and install it in the guest directory; nothing is done that is done already.
 
     Args:
-        kernel: ``small``, ``distro``, or ``auto``: the small one when it needs no build, else what is installed,
-            else the distribution's.
+        kernel: ``small``, ``distro``, or ``auto``: the small one when it needs no build, even if the one that is
+            installed is no longer the newest; else the distribution's.
         force: Build also what is in the cache.
         progress: Told what is going on; by default standard error is.
 
@@ -77,21 +77,25 @@ def info() -> dict[str, Any]:
 
 def _kernel(kind: str, force: bool, progress: Progress) -> kernels.Kernel:
     if kind == "auto":
-        found = small_kernel.cached()
+        found = small_kernel.cached() or _installed_small()
         if found is not None and not force:
             return found
-        kind = _installed_kind() or "distro"
+        kind = "distro" if found is None else "small"
     if kind == "small":
         return small_kernel.obtain(progress, force)
     return distro_kernel.obtain(progress, force)
 
 
-def _installed_kind() -> str | None:
+def _installed_small() -> kernels.Kernel | None:
+    directory = paths.guest_dir()
     try:
-        kind = manifest.load(paths.guest_dir()).kernel_kind
+        guest = manifest.load(directory)
     except GuestAssetError:
         return None
-    return kind if kind in KINDS else None
+    if guest.kernel_kind != "small":
+        return None
+    facts = guest.content["kernel"]
+    return kernels.Kernel(directory, {**facts, "release": facts["version"]}, facts["path"])
 
 
 def _read_agent(path: str) -> bytes:
@@ -145,7 +149,9 @@ def _install(
     content["built_at"] = (
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     )
-    _place(os.path.join(directory, content["kernel"]["path"]), kernel.path)
+    target = os.path.join(directory, content["kernel"]["path"])
+    if target != kernel.path:
+        _place(target, kernel.path)
     _place(os.path.join(directory, content["initrd"]["path"]), image)
     _place(os.path.join(directory, manifest.NAME), (json.dumps(content, indent=1) + "\n").encode())
     _retire(directory, {content["kernel"]["path"], content["initrd"]["path"]})

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,28 +19,32 @@ from kata.guest.progress import Progress
 
 KERNEL = "vmlinux"
 RECORD = "kernel.json"
+UNUSED_S = 60 * 86400
+"""How long something in the cache is kept after its last use."""
 MODULES = "modules"
 
 
 class Kernel:
     """A kernel in the cache.
 
+    Args:
+        directory: Where it and its modules lie.
+        record: What is known of it.
+        name: Its file in that directory.
+
     Attributes:
         directory: Where it lies.
+        path: The file that a hypervisor boots.
         record: What is known of it: ``kind``, ``version``, ``release``, ``sha256``, ``size``, ``config_hash``,
             ``source_package``, ``boot`` (``pvh`` or ``bzimage``), and what its builder adds.
     """
 
-    __slots__ = ("directory", "record")
+    __slots__ = ("directory", "path", "record")
 
-    def __init__(self, directory: str, record: dict[str, Any]) -> None:
+    def __init__(self, directory: str, record: dict[str, Any], name: str = KERNEL) -> None:
         self.directory = directory
+        self.path = os.path.join(directory, name)
         self.record = record
-
-    @property
-    def path(self) -> str:
-        """The file that a hypervisor boots."""
-        return os.path.join(self.directory, KERNEL)
 
     def modules(self) -> list[tuple[str, bytes]]:
         """Its modules in the order of insertion, as `kata.guest.modules.Tree.resolve` gave them."""
@@ -63,6 +68,7 @@ def find(key: str) -> Kernel | None:
             record = json.load(file)
         if os.stat(os.path.join(place, KERNEL)).st_size != record["size"]:
             return None
+        os.utime(place)  # it is in use: not one to be removed for its age
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Kernel(place, record)
@@ -129,8 +135,13 @@ def _locked(key: str, progress: Progress) -> Iterator[None]:
 
 
 def _sweep() -> None:
-    """Remove what killed builds left: work directories whose process is gone."""
+    """Remove what killed builds left (work directories whose process is gone), and kernels long unused."""
     for name in os.listdir(directory()):
+        path = os.path.join(directory(), name)
         pid = name.rpartition(".")[2]
-        if name.startswith(".") and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
-            shutil.rmtree(os.path.join(directory(), name), ignore_errors=True)
+        if name.startswith("."):
+            stale = pid.isdigit() and not os.path.exists(f"/proc/{pid}")
+        else:
+            stale = os.path.isdir(path) and time.time() - os.stat(path).st_mtime > UNUSED_S
+        if stale:
+            shutil.rmtree(path, ignore_errors=True)

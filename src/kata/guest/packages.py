@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 import subprocess
+import time
 import urllib.parse
 from collections.abc import Callable
 
 from kata import paths
 from kata.errors import GuestAssetError
+from kata.guest.kernels import UNUSED_S
 
 BUILD_PACKAGES = [
     *("bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make"),
@@ -138,7 +140,12 @@ def fetch(package: Package, note: Callable[[str], None]) -> str:
     os.makedirs(directory, exist_ok=True)
     target = os.path.join(directory, package.file)
     if _matches(target, package):
+        os.utime(target, (time.time(), os.stat(target).st_mtime))
         return target
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        if name.endswith(".deb") and time.time() - os.stat(path).st_atime > UNUSED_S:
+            os.unlink(path)
     note(f"downloading {package.name} {package.version} ({package.size / 1e6:.0f} MB)")
     work = os.path.join(directory, f".{os.getpid()}.part")
     shutil.rmtree(work, ignore_errors=True)
