@@ -63,5 +63,5 @@ def test_run_imports_nothing_dear(kata_env: Kata, busybox_image: str) -> None:
         for line in done.stderr.splitlines()
         if line.startswith("import time:")
     }
-    assert "kata.cli.run" in imported
+    assert "kata.cli.session" in imported
     assert {name for name in imported if name.split(".")[0] in TOO_DEAR} == set()
