@@ -71,9 +71,22 @@ pub fn update_interface(wanted: &Interface) -> Result<Interface> {
     if wanted.name.len() > NAME_MAX || wanted.name.contains(['/', ':', ' ']) {
         return Err(Error::invalid(format!("{:?} cannot be the name of an interface", wanted.name)));
     }
+    // The list of interfaces is made after the wait for the device.
+    let name = match wanted.device_path.as_str() {
+        "" => None,
+        path => Some(find_interface_by_pci(path).context("Link not found")?),
+    };
     let links = links(&mut rtnl)?;
-    let link = find(&mut rtnl, &links, wanted, mac.as_deref())?;
-    configure(&mut rtnl, &links, &link, wanted, mac.as_deref())
+    let link = match (&name, &mac) {
+        (Some(name), _) => link_by_name(&links, name)?,
+        (None, Some(mac)) => links.iter().find(|link| link.mac == *mac).ok_or_else(|| {
+            Error::not_found(format!("Link not found: no interface has the address {}", wanted.hw_addr))
+        })?,
+        (None, None) => {
+            return Err(Error::invalid("an interface is found by devicePath or hwAddr, and neither is given"));
+        }
+    };
+    configure(&mut rtnl, &links, link, wanted, mac.as_deref())
         .with_context(|| format!("configure interface {}", link.name))?;
     replace_addresses(&mut rtnl, link.index, &addresses)?;
     let after = self::links(&mut rtnl)?.into_iter().find(|candidate| candidate.index == link.index);
@@ -167,22 +180,6 @@ pub fn wire_family(ip: IpAddr) -> i32 {
     } else {
         FAMILY_V6
     }
-}
-
-fn find(rtnl: &mut Rtnl, links: &[Link], wanted: &Interface, mac: Option<&[u8]>) -> Result<Link> {
-    if !wanted.device_path.is_empty() {
-        let name = find_interface_by_pci(&wanted.device_path).context("Link not found")?;
-        // It may have appeared after the list was made.
-        return link_by_name(&self::links(rtnl)?, &name).cloned();
-    }
-    let Some(mac) = mac else {
-        return Err(Error::invalid("an interface is found by devicePath or hwAddr, and neither is given"));
-    };
-    links
-        .iter()
-        .find(|link| link.mac == mac)
-        .cloned()
-        .ok_or_else(|| Error::not_found(format!("Link not found: no interface has the address {}", wanted.hw_addr)))
 }
 
 fn configure(rtnl: &mut Rtnl, links: &[Link], link: &Link, wanted: &Interface, mac: Option<&[u8]>) -> Result<()> {
