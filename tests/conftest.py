@@ -110,11 +110,17 @@ _left = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Not pytest's own base directory, whose name is too long for the sockets below it.
-    config.stash[_before] = leftovers.snapshot()
-    directory = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        # One of several processes of a run (pytest -n): the first one looks for what all of them left.
+        directory = Path("/tmp") / os.environ[leftovers.MARK] / worker
+        directory.mkdir()
+    else:
+        config.stash[_before] = leftovers.snapshot()
+        # Not pytest's own base directory, whose name is too long for the sockets below it.
+        directory = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
+        os.environ[leftovers.MARK] = directory.name
     config.stash[_run_directory] = directory
-    os.environ[leftovers.MARK] = directory.name
     for name in ("KATA_RUN_DIR", "KATA_STATE_DIR"):
         # A test that forgets to use `kata_env` does not touch a user's containers either.
         os.environ[name] = str(directory / name.split("_")[1].lower())
@@ -129,6 +135,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     directory = session.config.stash[_run_directory]
     shutil.rmtree(directory, ignore_errors=True)
+    if _before not in session.config.stash:
+        return
     ours = leftovers.Ours(str(directory), f"{leftovers.MARK}={directory.name}")
     strict = os.environ.get("CI") == "true"
     # An engine that is just ending is no leftover.
