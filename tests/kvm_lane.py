@@ -70,9 +70,12 @@ class Lab:
         pytest_argv = [sys.executable, "-m", "pytest", "-v", *plugins, *self.names]
         # Reports leave by standard output; everything that is said goes the other way.
         shell = ["sh", "-c", 'exec "$@" 3>&1 1>&2', "sh", *pytest_argv]
+        # The checkout may be edited while its tests run.
+        parts = [ROOT / name for name in ("src", "tests", "tools", "pyproject.toml")]
+        frozen = [word for path in (*parts, guest, image) for word in ("--freeze", str(path))]
         with open(self.said, "w") as said:
             return subprocess.Popen(
-                [TOOL, "--timeout", str(LAB_TIMEOUT_S), "--log", str(self.console), "--", *shell],
+                [TOOL, "--timeout", str(LAB_TIMEOUT_S), "--log", str(self.console), *frozen, "--", *shell],
                 cwd=ROOT,
                 env={
                     **{k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "KATA_TEST_"))},

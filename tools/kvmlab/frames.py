@@ -18,6 +18,7 @@ SPEC = 1  # JSON: what to run; see `inside.Spec`
 STDIN = 2  # data; empty is its end
 SIGNAL = 3  # JSON: the number
 SIZE = 4  # JSON: rows, columns
+FROZEN = 5  # part of the tar stream of frozen files, after SPEC if that has any; empty is its end
 
 # From the lab.
 HELLO = 16  # the lab is up and waits for its SPEC

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PORT = "kvmlab"
 HERE = "/run/kvmlab"
 BUSYBOX = f"{HERE}/busybox"
+FROZEN = f"{HERE}/frozen"
 _HIGH_WATER = 256 << 10
 # Programs' own state, of which the host's is nobody's business here; and overlayfs takes no overlay as upper layer.
 _FRESH = (
@@ -95,7 +96,9 @@ def quoted(path: str) -> str:
 def prepare(spec: dict[str, Any]) -> str:
     """Make the machine what commands expect of one. Returns empty, or what could not be done."""
     lines = ['m() { busybox mount "$@"; }', 'ip() { busybox ip "$@"; }', "ip link set lo up"]
-    lines += [f"m -t tmpfs -o mode=755 tmp {path}" for path in _FRESH if os.path.isdir(path)]
+    fresh = [path for path in (*_FRESH, *spec["fresh"]) if os.path.isdir(path)]
+    lines += [f"m -t tmpfs -o mode=755 tmp {quoted(path)}" for path in fresh]
+    lines += [f"m -o bind {FROZEN}/{index} {quoted(path)}" for index, path in enumerate(spec["frozen"])]
     lines += [
         "mkdir -p /dev/pts /dev/shm /dev/mqueue /dev/hugepages /run/lock /run/netns",
         "m -t devpts -o mode=620,ptmxmode=666,gid=5 devpts /dev/pts",
@@ -172,7 +175,7 @@ class Lab:
         if wait:
             select.select([self.port], [], [])
         try:
-            data = os.read(self.port, 65536)
+            data = os.read(self.port, frames.CHUNK)
         except BlockingIOError:
             return
         if not data:
@@ -375,16 +378,39 @@ def set_size(fd: int, size: list[int]) -> None:
         fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", size[0], size[1], 0, 0))
 
 
+def listen(lab: Lab) -> dict[str, Any]:
+    """Hear what shall run, and take in the frozen files."""
+    spec: dict[str, Any] | None = None
+    tar = -1
+    while True:
+        for kind, payload in lab.receive(wait=True):
+            if kind == frames.SPEC:
+                spec = dict(json.loads(payload))
+                if not spec["frozen"]:
+                    return spec
+                os.mkdir(FROZEN)
+                reader, tar = os.pipe()
+                pid = os.fork()
+                if pid == 0:
+                    os.dup2(reader, 0)
+                    os.close(tar)
+                    os.execv(BUSYBOX, ["busybox", "tar", "-x", "-f", "-", "-C", FROZEN])
+                os.close(reader)
+            elif kind == frames.FROZEN and payload:
+                while payload:
+                    payload = payload[os.write(tar, payload) :]
+            elif kind == frames.FROZEN and spec is not None:
+                os.close(tar)
+                os.waitpid(pid, 0)
+                return spec
+
+
 def main() -> None:
     """Everything, in order; does not return."""
     lab = Lab(open_port())
     lab.send(frames.HELLO)
     lab.flush(wait=True)
-    spec: dict[str, Any] | None = None
-    while spec is None:
-        for kind, payload in lab.receive(wait=True):
-            if kind == frames.SPEC:
-                spec = json.loads(payload)
+    spec = listen(lab)
     wrong = prepare(spec)
     if wrong:
         lab.send(frames.FAILED, wrong.encode())

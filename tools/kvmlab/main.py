@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from kata import paths
 from kata.errors import KataError
 from kata.guest import packages
 
@@ -32,6 +33,7 @@ afterwards. Everything in it is ten to thirty times slower than here.
 
 Exit status: the command's; 124 after the deadline; 125 when the lab itself failed."""
 _GET = "bring a file or directory back, also when the command fails; DEST is its name here"
+_FREEZE = "give the lab a copy of a file or directory as it is now, so that it may be edited during the run"
 _NETWORK = "none; an interface that leads nowhere (the default); or this machine's network"
 
 
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stdin", action="store_true", help="pass standard input on (it is empty otherwise)")
     add("--timeout", type=_seconds, default=0.0, metavar="S", help="end the command after so many seconds")
     add("--get", action="append", default=[], metavar="PATH[:DEST]", help=_GET)
+    add("--freeze", action="append", default=[], metavar="PATH", help=_FREEZE)
     add("--memory", type=int, default=size.memory_mib, metavar="MIB", help="memory of the lab (%(default)s)")
     add("--cpus", type=int, default=size.cpus, metavar="N", help="processors of the lab (%(default)s)")
     add("--modules", action="append", default=[], metavar="NAME,...", help="load more kernel modules")
@@ -134,6 +137,9 @@ def _request(options: argparse.Namespace) -> session.Request:
         command,
         cwd=directory,
         env=env,
+        frozen=[os.path.abspath(path) for path in options.freeze],
+        # Sparse files in there look full to a lab, and are copied as such.
+        fresh=[os.path.join(paths.cache_dir(), "ext4")],
         modules=[name for names in options.modules for name in names.split(",") if name],
         get=[_get(text) for text in options.get],
         terminal=options.shell,

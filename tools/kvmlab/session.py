@@ -9,6 +9,7 @@ import json
 import os
 import select
 import signal
+import socket
 import struct
 import sys
 import tarfile
@@ -51,6 +52,9 @@ class Request:
         argv: The command.
         cwd: Its working directory, as on the host.
         env: Its environment.
+        frozen: Files and directories of which the lab gets a copy as they are now. The rest of the host it
+            sees as it is when it first looks, and what is edited after that it may see in part.
+        fresh: Directories that are empty in the lab.
         modules: Kernel modules to load besides the usual ones.
         get: (path in the lab, path on the host) of what to bring back.
         terminal: Give the command a terminal, which is ours.
@@ -65,6 +69,8 @@ class Request:
         *,
         cwd: str,
         env: dict[str, str],
+        frozen: Sequence[str] = (),
+        fresh: Sequence[str] = (),
         modules: Sequence[str] = (),
         get: Sequence[tuple[str, str]] = (),
         terminal: bool = False,
@@ -75,6 +81,8 @@ class Request:
         self.argv = list(argv)
         self.cwd = cwd
         self.env = env
+        self.frozen = list(frozen)
+        self.fresh = list(fresh)
         self.modules = list(modules)
         self.get = list(get)
         self.terminal = terminal
@@ -88,6 +96,8 @@ class Request:
             "argv": self.argv,
             "cwd": self.cwd,
             "env": self.env,
+            "fresh": self.fresh,
+            "frozen": self.frozen,
             "get": [path for path, _target in self.get],
             "hostname": "kvm-lab",
             "modules": self.modules,
@@ -118,6 +128,8 @@ class Session:
         self._decoder = frames.Decoder()
         self._to_lab = bytearray()
         self._to_us: deque[tuple[int, bytes]] = deque()
+        self._copies = _freeze(request.frozen)
+        self._sending = False
         self._archive: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _extract
         self._code: int | None = None
         self._done = False
@@ -158,6 +170,11 @@ class Session:
             self._wakeup: select.POLLIN,
         }
         port = machine.port.fileno()
+        if self._sending and not self._to_lab:
+            assert self._copies is not None
+            data = self._copies.read(frames.CHUNK)
+            self._send(frames.FROZEN, data)
+            self._sending = bool(data)
         watched[port] = select.POLLOUT if self._to_lab else 0
         if self._to_us:
             watched[self._to_us[0][0]] = watched.get(self._to_us[0][0], 0) | select.POLLOUT
@@ -181,7 +198,8 @@ class Session:
             self._read_stdin()
         if self._to_lab and ready.get(port, 0) & select.POLLOUT:
             with contextlib.suppress(OSError):
-                del self._to_lab[: os.write(port, self._to_lab[:_PIPE_BUF])]
+                count = machine.port.send(self._to_lab, socket.MSG_DONTWAIT)
+                del self._to_lab[:count]
         if ready.get(port, 0) & select.POLLIN:
             data = machine.port.recv(65536)
             for kind, payload in self._decoder.feed(data):
@@ -220,6 +238,7 @@ class Session:
     def _told(self, kind: int, payload: bytes) -> None:
         if kind == frames.HELLO:
             self._send(frames.SPEC, json.dumps(self.request.spec()).encode())
+            self._sending = self._copies is not None
         elif kind == frames.STARTED:
             now = time.monotonic()
             self.started_after_s = now - self._began
@@ -320,6 +339,34 @@ class Session:
                     self.missing.append(
                         f"{os.path.join(self.request.get[int(index)][0], rest)}: not a regular file"
                     )
+
+
+_NOT_COPIED = (".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "target")
+
+
+def _freeze(paths: Sequence[str]) -> IO[bytes] | None:
+    """A tar archive with these files and directories, named by their index; None for none."""
+    if not paths:
+        return None
+
+    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if os.path.basename(member.name) in _NOT_COPIED else member
+
+    file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it has been sent
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for index, path in enumerate(paths):
+            for _ in range(5):
+                try:
+                    archive.add(path, str(index), filter=wanted)
+                    break
+                except FileNotFoundError:
+                    if not os.path.lexists(path):
+                        raise LabError(f"{path} cannot be frozen: it does not exist") from None
+                    # Something in it went away meanwhile. What was added before is added again, and that counts.
+            else:
+                raise LabError(f"{path} cannot be frozen: its files come and go")
+    file.seek(0)
+    return file
 
 
 def _terminal_size() -> list[int]:
