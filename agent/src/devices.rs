@@ -7,6 +7,7 @@
 use crate::fs;
 use crate::guest::{hotplug_timeout_ms, wait_for};
 use crate::prelude::*;
+use crate::sort::sort;
 use crate::sys::{self, Errno};
 
 const DEVICES: &str = "/sys/devices";
@@ -170,7 +171,7 @@ fn find_class(directory: &str, class: &str, depth: usize) -> Option<String> {
         .map(|entry| String::from_utf8_lossy(&entry.name).into_owned())
         .filter(|name| !is_pci_address(name))
         .collect();
-    children.sort_unstable();
+    sort(&mut children);
     children.iter().find_map(|child| find_class(&format!("{directory}/{child}"), class, depth - 1))
 }
 

@@ -15,6 +15,7 @@ use crate::proto::agentext::{
     FileInfo, ListFilesRequest, ListFilesResponse, MkdirRequest, ReadFileRequest, ReadFileResponse, RemoveFileRequest,
     StatFileRequest, SymlinkRequest, WriteFileRequest,
 };
+use crate::sort::sort;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult};
 
 const RESOLVE: u64 = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
@@ -254,7 +255,7 @@ fn list_page(root: RawFd, request: &ListFilesRequest, limit: usize) -> SysResult
     let mut dropped = false;
     // However large the directory is, no more than twice a page is kept.
     let mut shrink = |names: &mut Vec<Vec<u8>>| {
-        names.sort_unstable();
+        sort(names);
         dropped |= names.len() > limit;
         names.truncate(limit);
     };

@@ -1,6 +1,7 @@
 //! Small file helpers in the manner of `std::fs`, over [`crate::sys`].
 
 use crate::prelude::*;
+use crate::sort::sort;
 use crate::sys::{self, Errno, SysResult, AT_FDCWD};
 
 /// The longest file that [`read`] takes: everything the agent reads whole is small, a hostile file is not.
@@ -135,7 +136,7 @@ pub fn read_dir(path: impl AsRef<[u8]>) -> SysResult<Vec<sys::DirEntry>> {
 pub fn names(path: &str) -> SysResult<Vec<String>> {
     let mut names: Vec<String> =
         read_dir(path)?.into_iter().map(|e| String::from_utf8_lossy(&e.name).into_owned()).collect();
-    names.sort_unstable();
+    sort(&mut names);
     Ok(names)
 }
 

@@ -45,6 +45,7 @@ pub mod runtime;
 pub mod sandbox;
 pub mod seccomp;
 pub mod server;
+pub mod sort;
 pub mod storage;
 mod stream_calls;
 pub mod streams;

@@ -58,9 +58,9 @@ impl Entry {
 pub fn update_routes(wanted: &Routes) -> Result<Routes> {
     let mut rtnl = Rtnl::open()?;
     let links = links(&mut rtnl)?;
-    let mut entries = wanted.routes.iter().map(|route| parse(route, &links)).collect::<Result<Vec<_>>>()?;
+    let entries = wanted.routes.iter().map(|route| parse(route, &links)).collect::<Result<Vec<_>>>()?;
     // A gateway must be reachable by the time it is used.
-    entries.sort_by_key(|entry| entry.gateway.is_some());
+    let (behind_gateways, direct): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| entry.gateway.is_some());
 
     let (mut kept, mut old) = (Vec::new(), Vec::new());
     dump(&mut rtnl, |entry, body| {
@@ -77,7 +77,7 @@ pub fn update_routes(wanted: &Routes) -> Result<Routes> {
             other => other.context("remove an old route")?,
         }
     }
-    for entry in entries {
+    for entry in direct.into_iter().chain(behind_gateways) {
         let same = |kernel: &Entry| {
             kernel.dest == entry.dest && kernel.index == entry.index && kernel.gateway == entry.gateway
         };

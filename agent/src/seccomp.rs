@@ -12,6 +12,7 @@
 
 use crate::prelude::*;
 use crate::proto::oci::{LinuxSeccomp, LinuxSeccompArg, LinuxSyscall};
+use crate::sort::sort;
 use crate::sys;
 use crate::syscall;
 use crate::syscalls::{numbers, Numbers};
@@ -285,7 +286,7 @@ fn collect(syscalls: &[LinuxSyscall], default: u32, listed: &Listed) -> Result<P
         }
     }
     for table in [&mut native, &mut x86, &mut x32] {
-        table.calls.sort_unstable();
+        sort(&mut table.calls);
     }
     Ok(Profile { rules, native, x86, x32 })
 }

@@ -162,7 +162,7 @@ pub fn close_range(first: RawFd, flags: u32) -> SysResult<()> {
 /// Closes every descriptor above the standard ones but those in `keep`: for children, which have no business with the
 /// rest (an end of somebody's pipe kept open would keep its reader waiting).
 pub fn close_all_but(mut keep: Vec<RawFd>) {
-    keep.sort_unstable();
+    crate::sort::sort(&mut keep);
     let mut first = 3;
     for fd in keep {
         if fd > first {
