@@ -42,6 +42,8 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
                 }
                 Err(_) => Err("is not a number of bytes".to_string()),
             },
+            // Read by whoever waits for a device (`guest::hotplug_timeout_ms`).
+            "hotplug_timeout" => value.parse::<u64>().map(drop).map_err(|_| "is not a number of seconds".to_string()),
             _ => Err("is not a parameter of this agent".to_string()),
         };
         if let Err(why) = outcome {
@@ -113,7 +115,9 @@ mod tests {
         assert_eq!(settings.pipe_size, 1 << 20);
         assert_eq!(complaints, ["kernel parameter \"agent.new=1\" is ignored: is not a parameter of this agent"]);
         assert_eq!(parse_kernel("agent.channel=serial").0.address, Address::Serial);
-        assert_eq!(parse_kernel("agent.channel=tin agent.log=x agent.container_pipe_size=y").1.len(), 3);
+        let wrong = "agent.channel=tin agent.log=x agent.container_pipe_size=y agent.hotplug_timeout=soon";
+        assert_eq!(parse_kernel(wrong).1.len(), 4);
+        assert!(parse_kernel("agent.hotplug_timeout=7").1.is_empty());
     }
 
     #[test]

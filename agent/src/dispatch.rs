@@ -46,7 +46,11 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
             "List" => {
                 let r: agentext::ListProcessesRequest = decode(request)?;
                 let pids = agent.pids_of(&r.container_id)?;
-                done(&agentext::ListProcessesResponse { processes: processes::list(&pids)? })
+                // In a child: what a process has mapped can make the reading of its arguments wait.
+                agent.spawn_job(Then::Answer(call), &[], || {
+                    Ok(agentext::ListProcessesResponse { processes: processes::list(&pids)? }.to_vec())
+                })?;
+                Ok(None)
             }
             _ => unknown(request),
         },
