@@ -56,6 +56,13 @@ def command_error(message: str) -> CommandNotFoundError | CommandNotExecutableEr
     return None
 
 
+def hint_for(message: str) -> str:
+    """What to do about a refusal of the agent's that a user's choice brings about; empty for any other."""
+    if message.startswith(("unable to find user", "unable to find group")):
+        return "name one that the image's /etc/passwd and /etc/group have, or give a number"
+    return ""
+
+
 class Watcher:
     """Who is told when the guest is lost or lies; this one does nothing about it."""
 
@@ -99,7 +106,7 @@ class AgentClient:
                     f"the agent did not answer {method} within {timeout_s:g} s", code=error.code
                 ) from None
             text = escape_line(error.message)
-            raise command_error(text) or AgentError(text, code=error.code) from None
+            raise command_error(text) or AgentError(text, hint_for(text), code=error.code) from None
         except ProtocolError as error:
             raise self._lie(escape_line(str(error))) from None
         except ConnectionLost as error:
