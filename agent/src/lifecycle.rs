@@ -74,7 +74,7 @@ impl Agent {
                 program,
                 filter: container.filter.as_ref(),
                 namespaces,
-                shared: self.sandbox.shared(),
+                shared: self.sandbox.shared().usable_by(&namespaces),
                 cgroup: container.cgroup.as_ref().zip(directory.as_ref()).map(|(c, fd)| (fd.raw(), c.path())),
                 stdio: &pipes.child,
                 report: Reporter(theirs.raw()),

@@ -69,6 +69,16 @@ impl Namespaces {
 }
 
 impl Shared {
+    /// What a container can share: root of a user namespace of its own may not change the sandbox's namespaces, not even
+    /// their host name, and gets its own ones.
+    pub fn usable_by(self, namespaces: &Namespaces) -> Shared {
+        if namespaces.user {
+            Shared { pid: self.pid, ..Shared::default() }
+        } else {
+            self
+        }
+    }
+
     /// The caller (and its children; for the pid namespace only these) joins.
     pub fn join(&self) -> Result<()> {
         for (fd, kind, name) in [
