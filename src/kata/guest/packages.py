@@ -16,7 +16,7 @@ import urllib.parse
 from collections.abc import Callable
 
 from kata import paths
-from kata.errors import GuestAssetError
+from kata.errors import GuestAssetError, ResourceExhaustedError
 from kata.guest.kernels import UNUSED_S
 
 BUILD_PACKAGES = [
@@ -135,6 +135,7 @@ def fetch(package: Package, note: Callable[[str], None]) -> str:
 
     Raises:
         GuestAssetError: The download failed or what arrived is not what apt announced.
+        ResourceExhaustedError: No room for it.
     """
     directory = os.path.join(paths.cache_dir(), "packages")
     os.makedirs(directory, exist_ok=True)
@@ -171,7 +172,8 @@ def unpack(deb: str, directory: str) -> None:
     """Unpack a package's files below a directory.
 
     Raises:
-        GuestAssetError: The package cannot be read, or the disk is full.
+        GuestAssetError: The package cannot be read.
+        ResourceExhaustedError: No room for it.
     """
     os.makedirs(directory, exist_ok=True)
     _output(["dpkg-deb", "-x", deb, directory], f"unpack {os.path.basename(deb)}")
@@ -209,6 +211,10 @@ def _output(argv: list[str], what: str, directory: str | None = None) -> str:
         raise GuestAssetError(f"cannot {what}: there is no {argv[0]} on this machine") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if "No space left" in done.stderr:
+            raise ResourceExhaustedError(
+                f"cannot {what}: no space left in {paths.cache_dir()}", "set KATA_CACHE_DIR to a larger disk"
+            )
         why = lines[-1].removeprefix("E: ") if lines else f"{argv[0]} ended with status {done.returncode}"
         raise GuestAssetError(f"cannot {what}: {why}", "check the network and `apt-get update`")
     return done.stdout
