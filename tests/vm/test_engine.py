@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -611,3 +612,47 @@ def test_a_sandbox_has_one_engine(make: Maker) -> None:
     box = make()
     with pytest.raises(AlreadyExistsError):
         launch(box.settings, str(box.run_dir))
+
+
+def test_deaths_at_random_moments_leave_nothing(make: Maker) -> None:
+    """Hypervisor, network helper or engine, killed anywhere between launch and the container's end."""
+    import random
+
+    seed = int(os.environ.get("KATA_TEST_SEED") or time.time_ns() % 1_000_000)
+    chance = random.Random(seed)
+    for number in range(int(os.environ.get("KATA_TEST_ROUNDS", "6"))):
+        victim = chance.choice(["hypervisor", "engine", "helper"])
+        delay = chance.uniform(0.0, 4.0)
+        story = f"seed {seed}, round {number}: {victim} killed after {delay:.2f} s"
+        box = make(network={"mode": "user"})
+        pids: list[int] = []
+
+        def kill(box: Box = box, victim: str = victim, delay: float = delay, pids: list[int] = pids) -> None:
+            time.sleep(delay)
+            try:
+                pids += descendants(box.engine.pid)
+                names = {Path(f"/proc/{pid}/comm").read_text().strip(): pid for pid in pids}
+                wanted = {"hypervisor": "qemu", "helper": "passt", "engine": ""}[victim]
+                found = [pid for name, pid in names.items() if wanted and name.startswith(wanted)]
+                os.kill(box.engine.pid if victim == "engine" else found[0], signal.SIGKILL)
+            except (OSError, IndexError):
+                pass  # it was not there yet, or not any more
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        status = -1
+        with contextlib.suppress(KataError):
+            box.create("sh", "-c", "sleep 1; exit 4")
+            box.client.start(box.id)
+            status = box.client.wait(box.id)
+        killer.join()
+        assert status in (-1, 4, 137), story
+        box.client.close()
+        box.engine.release()
+        deadline = time.monotonic() + PATIENCE
+        while alive(box.engine.pid):
+            assert time.monotonic() < deadline, story
+            time.sleep(0.02)
+        assert box.reconcile() == [], story
+        assert list((box.run_dir / "sandboxes").iterdir()) == [], story
+        gone(box, *pids)
