@@ -416,9 +416,8 @@ impl<'a> Compiler<'a> {
             if end - start >= usize::from(FAIL) {
                 return Err(Error::invalid("linux.seccomp: one rule has more conditions than one jump can cross"));
             }
-            for at in start..end {
-                let distance = (end - at - 1) as u8;
-                let instruction = &mut program[at];
+            for (left, instruction) in program[start..].iter_mut().rev().enumerate() {
+                let distance = left as u8;
                 for target in [&mut instruction.jt, &mut instruction.jf] {
                     if *target == FAIL {
                         *target = distance;
