@@ -20,7 +20,11 @@ class Installation:
         self.directory = directory
         self.prefix = directory / "p"
         self.env = {
-            **{name: value for name, value in os.environ.items() if name not in ("KATA_GUEST_DIR", "MAKEFLAGS")},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name not in ("KATA_GUEST_DIR", "MAKEFLAGS")
+            },
             "KATA_RUN_DIR": str(directory / "r"),
             "KATA_STATE_DIR": str(directory / "s"),
         }
