@@ -119,10 +119,12 @@ pub fn bring_up_loopback() -> Result<()> {
     rtnl.change(message).context("bring up the loopback interface")
 }
 
-/// Traffic of every interface but the loopback.
+/// Traffic of every interface but the loopback, and but those that were never used (the kernel's own tunnels).
 pub fn network_stats() -> Result<Vec<NetworkStats>> {
     let links = links(&mut Rtnl::open()?)?;
-    Ok(links.into_iter().filter(|link| link.flags & IFF_LOOPBACK == 0).map(|link| link.stats).collect())
+    let used = |link: &Link| link.flags & IFF_UP != 0 || link.stats.rx_packets | link.stats.tx_packets != 0;
+    let counted = links.into_iter().filter(|link| link.flags & IFF_LOOPBACK == 0 && used(link));
+    Ok(counted.map(|link| link.stats).collect())
 }
 
 /// The interfaces of the caller's network namespace.

@@ -19,6 +19,8 @@ pub const DRIVERS: &[&str] =
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
 /// "Give this overlay a writable layer beside its mount point."
 const OVERLAY_RW: &str = "io.katacontainers.fs-opt.overlay-rw";
+/// What huge pages leave of the guest's memory: small pages are needed as well.
+const HEADROOM: u64 = 32 << 20;
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
 
 /// Mounts one storage; where. On failure nothing stays mounted.
@@ -153,15 +155,18 @@ fn split_group(options: &[String]) -> Result<(Vec<&String>, Option<u32>)> {
 fn ephemeral(storage: &Storage) -> Result<()> {
     refuse_driver_options(storage, &[])?;
     let (options, group) = split_group(&storage.options)?;
-    if storage.fstype == "hugetlbfs" {
-        reserve_huge_pages(HUGE_PAGES, &options)?;
-    }
+    let pool = match storage.fstype.as_str() {
+        "hugetlbfs" => Some(reserve_huge_pages(HUGE_PAGES, &options)?),
+        _ => None,
+    };
     let source = if storage.source.is_empty() { storage.fstype.as_str() } else { storage.source.as_str() };
-    mount_and_own(storage, source, &storage.fstype, &parse_options(&options)?)?;
-    match group {
-        Some(group) => ownership::set_group(&storage.mount_point, group),
-        None => Ok(()),
+    let mounted = parse_options(&options)
+        .and_then(|options| mount_and_own(storage, source, &storage.fstype, &options))
+        .and_then(|()| group.map_or(Ok(()), |group| ownership::set_group(&storage.mount_point, group)));
+    if let (Err(_), Some((file, before))) = (&mounted, pool) {
+        let _ = fs::write_existing(file, &before.to_string());
     }
+    mounted
 }
 
 /// A directory in the guest, kept as long as the sandbox.
@@ -253,8 +258,8 @@ fn overlay(storage: &Storage) -> Result<()> {
     mount_and_own(storage, source, "overlay", &parsed)
 }
 
-/// Adds `size` bytes of pages of `pagesize` to the kernel's pool.
-fn reserve_huge_pages(pools: &str, options: &[&String]) -> Result<()> {
+/// Adds `size` bytes of pages of `pagesize` to the kernel's pool; the pool's file, and what it held before.
+fn reserve_huge_pages(pools: &str, options: &[&String]) -> Result<(String, u64)> {
     let find = |name: &str| options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
     let (Some(page), Some(size)) = (find("pagesize"), find("size")) else {
         return Err(Error::invalid("hugetlbfs needs the options pagesize= and size="));
@@ -271,17 +276,32 @@ fn reserve_huge_pages(pools: &str, options: &[&String]) -> Result<()> {
     };
     let before = count()?;
     let wanted = before + bytes / page_bytes;
+    let exhausted = |room: u64| {
+        Error::exhausted(format!(
+            "{} huge pages of {page} are wanted, the guest has room for {room}",
+            bytes / page_bytes
+        ))
+    };
+    // The kernel would try, and kill for lack of memory whoever comes next.
+    let room = available_memory()?.saturating_sub(HEADROOM);
+    if bytes > room {
+        return Err(exhausted(room / page_bytes));
+    }
     fs::write_existing(&file, &wanted.to_string()).with_context(|| format!("write {wanted} to {file}"))?;
     let got = count()?;
     if got < wanted {
         let _ = fs::write_existing(&file, &before.to_string());
-        return Err(Error::exhausted(format!(
-            "{} huge pages of {page} are wanted, the guest's memory has room for {}",
-            wanted - before,
-            got.saturating_sub(before)
-        )));
+        return Err(exhausted(got.saturating_sub(before)));
     }
-    Ok(())
+    Ok((file, before))
+}
+
+/// Bytes that can be had without swapping.
+fn available_memory() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kilobytes.map(|number| number * 1024).ok_or_else(|| Error::internal("/proc/meminfo does not say what is available"))
 }
 
 /// `2M`, `1Gi`, `2097152`.

@@ -216,6 +216,7 @@ fn huge_pages_are_reserved_limited_and_counted() {
     wanted.options = vec!["pagesize=2M".into(), "size=64G".into()];
     let error = storage::mount_storage(&wanted).unwrap_err();
     assert!(error.code == code::RESOURCE_EXHAUSTED && error.message.contains("32768"), "{error}");
+    assert_eq!(fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").unwrap().trim(), "2");
     assert!(!mounts().contains("/tmp/huge"));
     if !has_controller("hugetlb") {
         return;

@@ -94,7 +94,8 @@ def _disk(directory: Path, name: str) -> Path:
         file.truncate(32 << 20)
     mke2fs = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":/sbin:/usr/sbin")
     assert mke2fs, "mke2fs is missing (Debian: e2fsprogs)"
-    subprocess.run([mke2fs, "-q", "-t", "ext4", "-d", tree, image], check=True)
+    # DAX wants blocks as large as pages.
+    subprocess.run([mke2fs, "-q", "-t", "ext4", "-b", "4096", "-d", tree, image], check=True)
     return image
 
 
