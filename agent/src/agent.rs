@@ -62,7 +62,9 @@ impl Token {
     }
 }
 
-const EDGE: u32 = (libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET) as u32;
+/// Connections: always to read, and to write while something waits to be written.
+const CONN_IN: u32 = (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET) as u32;
+const CONN_IN_OUT: u32 = CONN_IN | libc::EPOLLOUT as u32;
 
 /// Idle for so long, the loop gives kept memory back.
 const TRIM_AFTER_MS: i32 = 200;
@@ -156,9 +158,17 @@ impl Agent {
         sys::epoll_ctl(self.epoll.raw(), libc::EPOLL_CTL_ADD, fd, events, token.pack()).context("add to epoll")
     }
 
+    /// Asks for one event of a descriptor that is watched already.
+    pub fn arm(&self, fd: RawFd, token: Token, events: i32) {
+        let events = (events | libc::EPOLLONESHOT) as u32;
+        if let Err(e) = sys::epoll_ctl(self.epoll.raw(), libc::EPOLL_CTL_MOD, fd, events, token.pack()) {
+            log::error(&format!("epoll: {e}"));
+        }
+    }
+
     fn add_conn(&mut self, conn: Conn) -> Result<u32> {
         let id = self.fresh_id();
-        self.watch(conn.fd(), Token::Conn(id), EDGE)?;
+        self.watch(conn.fd(), Token::Conn(id), CONN_IN)?;
         self.conns.insert(id, conn);
         Ok(id)
     }
@@ -277,6 +287,11 @@ impl Agent {
             let Some(conn) = self.conns.get_mut(&id) else { return };
             if conn.flush() == State::Gone {
                 return self.connection_gone(id);
+            }
+            if let Some(blocked) = conn.blocked_changed() {
+                let events = if blocked { CONN_IN_OUT } else { CONN_IN };
+                let _ =
+                    sys::epoll_ctl(self.epoll.raw(), libc::EPOLL_CTL_MOD, conn.fd(), events, Token::Conn(id).pack());
             }
             if conn.is_full() || self.stopping {
                 return;

@@ -131,7 +131,8 @@ impl Process {
     }
 }
 
-const STREAM_EVENTS: u32 = (libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLET) as u32;
+/// Nothing until it is asked for: a container that writes without a reader on the host must not keep the agent awake.
+const STREAM_EVENTS: u32 = libc::EPOLLONESHOT as u32;
 
 impl Agent {
     /// Takes a process in whose builder is on its way.
@@ -326,11 +327,14 @@ impl Agent {
         }
     }
 
+    /// Moves standard input on: into the process, answers to their callers.
     pub fn on_stdin(&mut self, key: Key) {
-        if let Some(process) = self.processes.get_mut(&key) {
-            let over = process.input.pump();
-            self.answer_writes(over);
+        let Some(process) = self.processes.get_mut(&key) else { return };
+        let over = process.input.pump();
+        if let Some(fd) = process.input.blocked() {
+            self.arm(fd, Token::Stdin(key), libc::EPOLLOUT);
         }
+        self.answer_writes(over);
     }
 
     pub fn on_output(&mut self, key: Key, which: u8) {
@@ -365,7 +369,12 @@ impl Agent {
             let Some(process) = self.processes.get_mut(&key) else { return };
             let output = &mut process.outputs[which];
             match output.read(len) {
-                Read::Wait => return,
+                Read::Wait => {
+                    if let Some(fd) = output.raw() {
+                        self.arm(fd, Token::Output(key, which as u8), libc::EPOLLIN);
+                    }
+                    return;
+                }
                 Read::Data(buffer) => {
                     output.pop_reader();
                     let over = output.is_over();

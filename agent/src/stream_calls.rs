@@ -58,13 +58,13 @@ impl Agent {
         // The original's way of closing.
         let close = request.data.is_empty();
         let place = call.place_of(request.data);
-        let process = self.process(request.container_id, request.exec_id)?;
+        let key = self.find_process(request.container_id, request.exec_id)?;
+        let Some(process) = self.processes.get_mut(&key) else { return Ok(()) };
         process.input.write(id, call.into_part(place))?;
         if close {
             process.input.close();
         }
-        let over = process.input.pump();
-        self.answer_writes(over);
+        self.on_stdin(key);
         Ok(())
     }
 
@@ -72,10 +72,11 @@ impl Agent {
         if self.container(id)?.finished_code(exec_id).is_some() {
             return Ok(());
         }
-        let process = self.process(id, exec_id)?;
-        process.input.close();
-        let over = process.input.pump();
-        self.answer_writes(over);
+        let key = self.find_process(id, exec_id)?;
+        if let Some(process) = self.processes.get_mut(&key) {
+            process.input.close();
+        }
+        self.on_stdin(key);
         Ok(())
     }
 

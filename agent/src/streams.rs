@@ -217,6 +217,11 @@ impl Input {
         over
     }
 
+    /// The descriptor, if something waits for it to take more.
+    pub fn blocked(&self) -> Option<RawFd> {
+        self.raw().filter(|_| !self.queue.is_empty())
+    }
+
     fn finish(&mut self) {
         match self.raw() {
             // A terminal has no end that could be closed without hanging up on the process: its user would press the

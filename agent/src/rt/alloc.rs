@@ -1,8 +1,9 @@
 //! The allocator: size classes carved from small chunks, whole pages for the rest.
 //!
 //! The agent is measured by its anonymous memory, so that nothing is taken early and big buffers go back: blocks of up
-//! to 4 KiB live in free lists per size class, bigger ones are mappings of their own, of which two are kept for reuse
-//! until [`trim`].
+//! to 4 KiB live in free lists per size class, bigger ones are mappings of their own (a power of two long, of which only
+//! what is touched is memory). One of each length is kept for reuse until [`trim`]: making and unmaking a mapping for
+//! every piece of a container's output costs more than moving the piece, page faults under software emulation above all.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::cell::UnsafeCell;
@@ -12,20 +13,20 @@ use crate::syscall;
 
 const CLASSES: [usize; 16] = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096];
 const MAX_SMALL: usize = 4096;
-const PAGE: usize = 4096;
+/// The shortest mapping, as a power of two.
+const MIN_SHIFT: u32 = 13;
 /// Address space asked for at a time; its pages count only once touched.
 const CHUNK: usize = 256 << 10;
-/// Mappings kept for reuse, and the biggest one worth keeping.
-const KEPT: usize = 2;
-const KEEP_MAX: usize = 2 << 20;
+/// Mappings from 8 KiB to 4 MiB are kept, one of each length.
+const KEPT: usize = 10;
 
 struct Heap {
     /// Heads of singly linked lists of free blocks.
     free: [*mut u8; CLASSES.len()],
     bump: usize,
     end: usize,
-    /// (address, length) of freed mappings; 0 = no entry.
-    kept: [(usize, usize); KEPT],
+    /// Addresses of freed mappings of 8 KiB << index; 0 = none.
+    kept: [usize; KEPT],
 }
 
 pub struct Allocator;
@@ -36,14 +37,16 @@ struct Shared(UnsafeCell<Heap>);
 unsafe impl Sync for Shared {}
 
 static HEAP: Shared =
-    Shared(UnsafeCell::new(Heap { free: [null_mut(); CLASSES.len()], bump: 0, end: 0, kept: [(0, 0); KEPT] }));
+    Shared(UnsafeCell::new(Heap { free: [null_mut(); CLASSES.len()], bump: 0, end: 0, kept: [0; KEPT] }));
 
 fn class_of(size: usize) -> usize {
     CLASSES.iter().position(|c| size <= *c).unwrap_or(CLASSES.len() - 1)
 }
 
-fn round_page(size: usize) -> usize {
-    (size + PAGE - 1) & !(PAGE - 1)
+/// The length of the mapping for a block, and its place among the kept ones.
+fn mapping_of(size: usize) -> (usize, usize) {
+    let len = size.next_power_of_two().max(1 << MIN_SHIFT);
+    (len, (len.trailing_zeros() - MIN_SHIFT) as usize)
 }
 
 fn map(len: usize) -> usize {
@@ -97,29 +100,23 @@ impl Heap {
     }
 
     fn large(&mut self, size: usize) -> *mut u8 {
-        let len = round_page(size);
-        let fit = (0..KEPT).filter(|i| self.kept[*i].1 >= len).min_by_key(|i| self.kept[*i].1);
-        if let Some(i) = fit {
-            let (at, have) = core::mem::take(&mut self.kept[i]);
-            if have > len {
-                unmap(at + len, have - len);
-            }
-            return at as *mut u8;
+        let (len, index) = mapping_of(size);
+        match self.kept.get_mut(index).map(core::mem::take) {
+            Some(at) if at != 0 => at as *mut u8,
+            _ => map(len) as *mut u8,
         }
-        map(len) as *mut u8
     }
 
-    fn drop_large(&mut self, at: usize, len: usize) {
-        if len <= KEEP_MAX {
-            if let Some(slot) = self.kept.iter_mut().find(|k| k.1 < len) {
-                let (old, old_len) = core::mem::replace(slot, (at, len));
-                if old_len > 0 {
-                    unmap(old, old_len);
-                }
-                return;
-            }
+    fn has_kept(&self, size: usize) -> bool {
+        self.kept.get(mapping_of(size).1).is_some_and(|at| *at != 0)
+    }
+
+    fn drop_large(&mut self, at: usize, size: usize) {
+        let (len, index) = mapping_of(size);
+        match self.kept.get_mut(index) {
+            Some(slot) if *slot == 0 => *slot = at,
+            _ => unmap(at, len),
         }
-        unmap(at, len);
     }
 }
 
@@ -158,7 +155,7 @@ unsafe impl GlobalAlloc for Allocator {
             unsafe { block.cast::<*mut u8>().write(heap.free[class]) };
             heap.free[class] = block;
         } else {
-            heap.drop_large(block as usize, round_page(layout.size()));
+            heap.drop_large(block as usize, layout.size());
         }
     }
 
@@ -168,9 +165,19 @@ unsafe impl GlobalAlloc for Allocator {
         match (is_small(layout), is_small(new_layout)) {
             (true, true) if class_of(small_size(layout)) == class_of(small_size(new_layout)) => block,
             (false, false) => {
-                let (old, new) = (round_page(layout.size()), round_page(new_size));
+                let (old, new) = (mapping_of(layout.size()).0, mapping_of(new_size).0);
                 if old == new {
                     return block;
+                }
+                // SAFETY: one thread, and nothing below comes back here.
+                let heap = unsafe { &mut *HEAP.0.get() };
+                if heap.has_kept(new_size) {
+                    // Its pages are there already: copying is cheaper than touching new ones.
+                    let fresh = heap.large(new_size);
+                    // SAFETY: both mappings are valid for the smaller of the sizes and do not overlap.
+                    unsafe { core::ptr::copy_nonoverlapping(block, fresh, layout.size().min(new_size)) };
+                    heap.drop_large(block as usize, layout.size());
+                    return fresh;
                 }
                 // SAFETY: the block is a mapping of `old` bytes of ours; the kernel moves it if it must.
                 let moved = unsafe { syscall!(libc::SYS_mremap, block, old, new, libc::MREMAP_MAYMOVE) };
@@ -195,10 +202,10 @@ unsafe impl GlobalAlloc for Allocator {
 pub fn trim() {
     // SAFETY: one thread, called from the event loop, not from inside the allocator.
     let heap = unsafe { &mut *HEAP.0.get() };
-    for slot in &mut heap.kept {
-        let (at, len) = core::mem::take(slot);
-        if len > 0 {
-            unmap(at, len);
+    for (index, slot) in heap.kept.iter_mut().enumerate() {
+        let at = core::mem::take(slot);
+        if at != 0 {
+            unmap(at, 1 << (MIN_SHIFT + index as u32));
         }
     }
 }

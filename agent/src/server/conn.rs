@@ -30,6 +30,8 @@ pub struct Conn {
     port: bool,
     readable: bool,
     writable: bool,
+    /// Whether epoll has been asked to tell when the descriptor takes more.
+    waits_to_write: bool,
     input: Vec<u8>,
     out: VecDeque<Outgoing>,
     out_bytes: usize,
@@ -87,6 +89,7 @@ impl Conn {
             port,
             readable: true,
             writable: true,
+            waits_to_write: false,
             input: Vec::new(),
             out: VecDeque::new(),
             out_bytes: 0,
@@ -230,6 +233,14 @@ impl Conn {
             }
         }
         State::Open
+    }
+
+    /// Whether events about writing are wanted, when that is different from the last time.
+    pub fn blocked_changed(&mut self) -> Option<bool> {
+        let blocked = !self.writable && self.has_output();
+        let changed = blocked != self.waits_to_write;
+        self.waits_to_write = blocked;
+        changed.then_some(blocked)
     }
 
     pub fn has_output(&self) -> bool {
