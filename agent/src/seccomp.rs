@@ -382,7 +382,8 @@ impl<'a> Compiler<'a> {
         match points {
             [] => program.push(ret(self.default)),
             [(_, Leaf::Action(action))] => program.push(ret(*action)),
-            [(_, Leaf::Rules(calls))] => self.chain(program, calls, wide)?,
+            // libseccomp takes x32 for a 32-bit machine as well.
+            [(start, Leaf::Rules(calls))] => self.chain(program, calls, wide && *start < X32_BIT)?,
             _ => {
                 let (left, right) = points.split_at(points.len() / 2);
                 let pivot = right[0].0;

@@ -103,7 +103,7 @@ fn reference(profile: &LinuxSeccomp, call: &Call) -> u32 {
         .map(|s| (s, action(&s.action, s.errnoret).unwrap()))
         .filter(|(_, action)| *action != default)
         .collect();
-    let width = if abi == Abi::X86 { u64::from(u32::MAX) } else { u64::MAX };
+    let width = if abi == Abi::Native { u64::MAX } else { u64::from(u32::MAX) };
     let unconditional = rules.iter().find(|(s, _)| s.args.is_empty());
     let matching = rules.iter().find(|(s, _)| s.args.iter().all(|arg| holds(arg, &call.args, width)));
     unconditional.or(matching).map_or(default, |(_, action)| *action)
@@ -314,6 +314,15 @@ fn i386_sockets_are_reached_by_number_too() {
     assert_eq!(on(117, 24), RET_ERRNO | 1);
     assert_eq!(on(359, 0), RET_ALLOW);
     assert_eq!(on(361, 0), RET_ERRNO | 1);
+}
+
+#[test]
+fn one_argument_may_have_two_conditions() {
+    let range = [(0, "GT", 40, 0), (0, "LE", 0xffff_ffff, 0)];
+    let subject = profile("SCMP_ACT_ERRNO", vec![rule(&["socket"], "SCMP_ACT_ALLOW", &range)]);
+    let program = compile(&subject).unwrap();
+    let on = |family| run(&program, &native("socket", [family, 0, 0, 0, 0, 0]));
+    assert_eq!((on(40), on(41), on(1 << 32 | 41)), (RET_ERRNO | 1, RET_ALLOW, RET_ERRNO | 1));
 }
 
 #[test]

@@ -132,8 +132,16 @@ def default_profile(capabilities: list[str]) -> dict[str, Any]:
         _allow(["personality"], {"index": 0, "value": value, "op": "SCMP_CMP_EQ"})
         for value in _PERSONALITIES
     ]
-    # The agent listens on vsock; a container has no business there (vsock loopback included).
-    rules.append(_allow(["socket"], {"index": 0, "value": _AF_VSOCK, "op": "SCMP_CMP_NE"}))
+    # The agent listens on vsock; a container has no business there (vsock loopback included). Not "unequal": the
+    # filter compares 64 bits, of which the kernel uses 32, so that 1 << 32 | AF_VSOCK would be unequal, too.
+    rules.append(_allow(["socket"], {"index": 0, "value": _AF_VSOCK, "op": "SCMP_CMP_LT"}))
+    rules.append(
+        _allow(
+            ["socket"],
+            {"index": 0, "value": _AF_VSOCK, "op": "SCMP_CMP_GT"},
+            {"index": 0, "value": 0xFFFFFFFF, "op": "SCMP_CMP_LE"},
+        )
+    )
     if "CAP_SYS_ADMIN" not in held:
         rules.append(
             _allow(
