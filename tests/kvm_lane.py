@@ -313,6 +313,7 @@ def kvm_kata(run_directory: Path, guest_assets: Path, pytestconfig: pytest.Confi
 
     kata = Kata(run_directory / "kvm", guest_assets)
     kata.env["KATA_ACCEL"] = "kvm"
+    kata.env["KATA_BOOT_TIMEOUT"] = str(PATIENCE_S)
     kept = run_directory / "kvm-logs"
     kept.mkdir()
     keeper = pytestconfig.stash[_keeper] = Keeper(kata.run_dir, kept)

@@ -22,9 +22,7 @@ PROGRAM = "qemu-system-x86_64"
 FIRMWARE = "qboot.rom"
 # Emulated AMD-V comes with "max". "erms" off: TCG runs `rep movsb` byte by byte, and kernels that see it use
 # nothing else. "la57" off: a fifth level of page tables is walked in software, with nested paging many times.
-# "mpx" and "pku" off: KVM hides the first from its guests, whose kernels then find XSAVE inconsistent and do
-# without it, and so without AVX.
-CPU = "max,-erms,-la57,-mpx,-pku"
+CPU = "max,-erms,-la57"
 # Warnings of the kernel go to the console, and with it into the log of a failed run.
 CMDLINE = "console=ttyS0 loglevel=5 panic=-1 mitigations=off no_timer_check cgroup_no_v1=all"
 TB_SIZE_MIB = 512

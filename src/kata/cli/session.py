@@ -12,7 +12,7 @@ import time
 from .. import paths
 from ..engine.client import EngineClient
 from ..engine.launch import launch
-from ..errors import KataError, VMLostError
+from ..errors import KataError, UsageError, VMLostError
 from . import records
 from .pump import Detached, Fifos, Pump, RawTerminal
 
@@ -74,7 +74,12 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         "name": container.name,
         "container_dir": container.directory,
         "state_dir": paths.state_dir(),
-        "hypervisor": {"accel": choice.accel, "kernel": guest.kernel, "initrd": guest.initrd},
+        "hypervisor": {
+            "accel": choice.accel,
+            "kernel": guest.kernel,
+            "initrd": guest.initrd,
+            "ready_s": _boot_timeout(),
+        },
         "vcpus": size.vcpus,
         "memory_mib": size.memory_mib,
         "disks": disks,
@@ -88,6 +93,21 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         "auto_remove": record["auto_remove"],
         "door_started_ns": started_ns,
     }
+
+
+BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
+"""Variable with the seconds that a guest may take to come up; the engine has a default."""
+
+
+def _boot_timeout() -> float:
+    text = os.environ.get(BOOT_TIMEOUT) or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise UsageError(f"{BOOT_TIMEOUT} is {text!r}, which is no number of seconds", "For example 120.")
+    return value
 
 
 def _say_once(topic: str, text: str) -> None:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ..network.user import NetworkPlan
     from .sandbox import Sandbox
 
-READY_S = {"kvm": 30.0, "tcg": 60.0}
-"""How long a guest may take to answer, by accelerator; it takes a second, but a host may be busy."""
+READY_S = {"kvm": 60.0, "tcg": 60.0}
+"""How long a guest may take to answer, by accelerator; it takes a second, but a host may be busy, or itself
+an emulated machine. The sandbox's settings may say otherwise (``hypervisor.ready_s``)."""
 KERNEL_PARAMETERS = (
     "quiet",  # a console line costs an emulated guest a third of a millisecond
     "panic=-1",  # a guest that panics ends its machine at once, with its reason on the console
@@ -176,7 +177,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
 
     settings, timings = sandbox.settings, sandbox.timings
     step.name = "waiting for the agent in the guest"
-    ready_s = READY_S[settings["hypervisor"]["accel"]]
+    ready_s = float(settings["hypervisor"].get("ready_s") or READY_S[settings["hypervisor"]["accel"]])
     agent = await sandbox.connect_agent(ready_s)
     await _healthy(agent, sandbox.lost, ready_s)
     answered_ns = time.monotonic_ns()
