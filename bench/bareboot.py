@@ -26,6 +26,7 @@ sys.path.append(str(ROOT / "src"))
 from kata import paths  # noqa: E402
 from kata.children import find_program  # noqa: E402
 from kata.engine.boot import spare_mac, vm_settings  # noqa: E402
+from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
 from kata.hypervisor import accel, qemu_command, tsc  # noqa: E402
 from kata.hypervisor.settings import Nic  # noqa: E402
@@ -129,4 +130,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KataError as error:
+        raise SystemExit(f"error: {error.message}\nhint: {error.hint}") from None
