@@ -382,8 +382,13 @@ def test_ctrl_c_stops_and_keeps_what_has_arrived(fake: Fake, state: Path) -> Non
 
     fake.hook = answer
     threading.Timer(1.5, waiting.set).start()
-    with pytest.raises(KeyboardInterrupt):
-        store.resolve(f"{fake.host}/app:1")
+    # A shell that starts a command in the background has it ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            store.resolve(f"{fake.host}/app:1")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert store.list_images() == []
     assert list((state / "pulls").iterdir())
     fake.hook = lambda handler: False
