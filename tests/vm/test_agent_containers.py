@@ -19,6 +19,7 @@ from agent_support import (
     error,
     mount,
     namespaces,
+    spec,
 )
 
 from kata.proto import agent_pb as agent
@@ -112,6 +113,17 @@ def test_a_wrong_spec_is_named_and_leaves_nothing(
     assert again.wait() == 0
     again.remove()
     assert code
+
+
+def test_a_create_that_takes_too_long_is_given_up(guest: Guest) -> None:
+    # A disk that never comes: the agent would wait for seconds.
+    missing = agent.Storage(driver="blk", source="1e", fstype="erofs", mount_point=f"{STATE}/late/lower")
+    request = agent.CreateContainerRequest(container_id="late", storages=[missing], OCI=spec("late", "true"))
+    assert error(guest.tell, "CreateContainer", request, 0.3)[0] == DEADLINE_EXCEEDED
+    again = Container(guest, "late", "true")
+    assert again.wait() == 0
+    again.remove()
+    assert "1e" in error(guest.tell, "CreateContainer", request)[1]
 
 
 def test_names_are_checked(guest: Guest, box: Container) -> None:
@@ -488,6 +500,7 @@ def test_limits_pausing_and_statistics(guest: Guest, box: Container) -> None:
     group = "/sys/fs/cgroup"
     assert box.sh("max", f"cat {group}/memory.max {group}/pids.max")[1] == f"{48 * MIB}\n60\n"
     guest.tell("PauseContainer", agent.PauseContainerRequest(container_id="box"))
+    assert error(box.exec, "cold", "true") == (FAILED_PRECONDITION, 'container "box" is paused')
     guest.tell("ResumeContainer", agent.ResumeContainerRequest(container_id="box"))
     request = agent.StatsContainerRequest(container_id="box")
     stats = guest.ask("StatsContainer", request, agent.StatsContainerResponse).cgroup_stats

@@ -37,6 +37,7 @@ def box(shared_kata: Kata, busybox_image: str) -> Iterator[str]:
         "-c",
         f"echo first; echo second >&2; {FOREVER}",
     )
+    until(lambda: b"second" in shared_kata.call("logs", "box").stderr, "its first words")
     yield "box"
     shared_kata.ok("rm", "-f", "box")
 
@@ -365,7 +366,8 @@ def test_a_killed_machine_is_told_and_leaves_nothing(shared_kata: Kata, busybox_
         attached = shared_kata.start("attach", "lost")
         time.sleep(1)
         os.kill(vm_pid(shared_kata, "lost"), signal.SIGKILL)
-        assert waiting.communicate(timeout=30)[0] == b"137\n"
+        stdout, stderr = waiting.communicate(timeout=30)
+        assert stdout == b"137\n", stderr
         for process in (executing, attached):
             _, stderr = process.communicate(timeout=30)
             assert process.returncode == 137, stderr

@@ -31,6 +31,7 @@ KERNEL_PARAMETERS = (
     "quiet",  # a console line costs an emulated guest a third of a millisecond
     "panic=-1",  # a guest that panics ends its machine at once, with its reason on the console
     "net.ifnames=0",
+    "dummy.numdummies=0",  # the driver would put an interface into every guest
     "cgroup_no_v1=all",
     "pci=lastbus=0",  # there is one bus: look for no others
     "tsc=reliable",
