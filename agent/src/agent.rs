@@ -4,7 +4,7 @@ use crate::cmdline::Settings;
 use crate::container::Container;
 use crate::jobs::Job;
 use crate::prelude::*;
-use crate::process::{Key, Process};
+use crate::process::{Key, Phase, Process};
 use crate::proto::agent::AGENT_SERVICE;
 use crate::proto::agentext::BootTimesResponse;
 use crate::sandbox::Sandbox;
@@ -204,7 +204,8 @@ impl Agent {
     }
 
     fn timeout_ms(&self) -> i32 {
-        let deadline = self.calls.next_deadline();
+        let opening = self.conns.values().map(Conn::deadline).min().unwrap_or(u64::MAX);
+        let deadline = self.calls.next_deadline().min(opening);
         let idle = if self.trimmed { -1 } else { TRIM_AFTER_MS };
         if deadline == u64::MAX {
             return idle;
@@ -370,16 +371,25 @@ impl Agent {
     }
 
     fn expire(&mut self) {
-        for id in self.calls.expired(sys::monotonic_ns()) {
-            self.answer(id, Err(Error::deadline("the caller's time limit is over")));
+        let now = sys::monotonic_ns();
+        self.conns.values_mut().filter(|c| c.deadline() <= now).for_each(Conn::look_again);
+        for id in self.calls.expired(now) {
+            let error = Error::deadline("the caller's time limit is over");
+            // A process that is still being made for nobody is given up; its failure is the answer.
+            let waits = |p: &Process| p.starter == Some(id) && p.phase == Phase::Building;
+            match self.processes.iter().find(|(_, p)| waits(p)).map(|(key, _)| *key) {
+                Some(key) => {
+                    self.answer(id, Err(error.clone()));
+                    self.on_failed_start(key, error);
+                }
+                None => self.answer(id, Err(error)),
+            }
         }
     }
 
     /// The end of an agent that is no machine's init: its containers and its socket's name would stay behind.
     pub fn end_as_process(&mut self) {
-        for process in self.processes.values().filter(|p| p.pid != 0 && p.is_alive()) {
-            let _ = sys::kill(process.pid, libc::SIGKILL);
-        }
+        self.processes.values().for_each(Process::kill);
         if let Address::Unix(path) = &self.settings.address {
             if !path.starts_with('@') {
                 let _ = fs::remove_file(path);

@@ -79,8 +79,8 @@ impl Agent {
                 stdio: &pipes.child,
                 report: Reporter(theirs.raw()),
             };
-            runtime::create(&plan)?;
-            self.add_process(Process::new(id, exec_id, ours, pipes, call))
+            let builder = runtime::create(&plan)?;
+            self.add_process(Process::new(id, exec_id, builder, ours, pipes, call))
         })();
         match forked {
             Ok(key) => {
@@ -135,6 +135,10 @@ impl Agent {
         let (Status::Created | Status::Running, Some(init)) = (container.status, init) else {
             return Err(Error::precondition(format!("container {id:?} is not running")));
         };
+        // It would freeze at its birth, and the call with it.
+        if container.cgroup.as_ref().is_some_and(is_frozen) {
+            return Err(Error::precondition(format!("container {id:?} is paused")));
+        }
         if request.stdin_port | request.stdout_port | request.stderr_port != 0 {
             return Err(Error::unimplemented("streams by passed descriptors are not supported"));
         }
@@ -154,12 +158,12 @@ impl Agent {
             stdio: &pipes.child,
             report: Reporter(theirs.raw()),
         };
-        runtime::exec(&plan)?;
+        let builder = runtime::exec(&plan)?;
         // The name of one that has ended may be used again.
         if let Some(key) = former {
             self.drop_process(key);
         }
-        let key = self.add_process(Process::new(id, exec_id, ours, pipes, call))?;
+        let key = self.add_process(Process::new(id, exec_id, builder, ours, pipes, call))?;
         if let Some(container) = self.containers.get_mut(id) {
             container.finished.retain(|(known, _)| &**known != exec_id);
             container.execs.insert(exec_id.to_string(), key);
@@ -172,9 +176,7 @@ impl Agent {
         let Some(process) = self.processes.get_mut(&key) else { return };
         let (id, exec_id, starter) = (process.container.clone(), process.exec_id.clone(), process.starter.take());
         let building = process.phase == Phase::Building;
-        if process.pid != 0 && process.is_alive() {
-            let _ = sys::kill(process.pid, libc::SIGKILL);
-        }
+        process.kill();
         let Some(container) = self.containers.get_mut(&id) else { return };
         if container.init != key {
             container.execs.remove(&exec_id);
@@ -258,8 +260,8 @@ impl Agent {
                 log::error(&e.message);
             }
         }
-        for process in self.processes.values().filter(|p| p.container == id && p.pid != 0 && p.is_alive()) {
-            let _ = sys::kill(process.pid, libc::SIGKILL);
+        for process in self.processes.values().filter(|p| p.container == id) {
+            process.kill();
         }
         self.continue_removal(id);
     }
@@ -267,7 +269,7 @@ impl Agent {
     /// Called whenever a process of the container may have gone.
     pub fn continue_removal(&mut self, id: &str) {
         let Some(container) = self.containers.get_mut(id).filter(|c| c.status == Status::Removing) else { return };
-        if self.processes.values().any(|p| p.container == id && p.pid != 0 && p.is_alive()) {
+        if self.processes.values().any(|p| p.container == id && p.is_anything_left()) {
             return;
         }
         let mounts: Vec<String> = container.storages.drain(..).take(container.mounted).rev().collect();
@@ -305,6 +307,10 @@ fn restrict_devices(cgroup: &Cgroup, linux: &Linux, spec: &Spec) -> Result<()> {
     }
     let rules = runtime::devices::cgroup_rules(rules, &linux.devices);
     devices_bpf::attach(cgroup.open()?.raw(), &devices_bpf::compile(&rules)?)
+}
+
+fn is_frozen(cgroup: &Cgroup) -> bool {
+    fs::read(format!("{}/cgroup.freeze", cgroup.path())).is_ok_and(|text| text.starts_with(b"1"))
 }
 
 fn compile_filter(linux: &Linux) -> Result<Option<Filter>> {

@@ -8,6 +8,9 @@ use crate::proto::agent as pb;
 use crate::proto::codec::Message;
 use crate::sys::{self, RawFd};
 
+/// News that nobody asks for do not pile up.
+const MAX_EVENTS: usize = 64;
+
 impl Agent {
     pub fn watch_oom(&self, cgroup: &Cgroup) -> Result<()> {
         match &self.oom_watch {
@@ -35,7 +38,9 @@ impl Agent {
         }
         for id in hit {
             log::warn(&format!("container {id}: the kernel has killed a process for lack of memory"));
-            self.sandbox.oom_events.push_back(id);
+            if self.sandbox.oom_events.len() < MAX_EVENTS {
+                self.sandbox.oom_events.push_back(id);
+            }
         }
         self.answer_oom();
     }

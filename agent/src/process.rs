@@ -35,6 +35,8 @@ pub struct Process {
     pub phase: Phase,
     /// 0 until the builder has said.
     pub pid: Pid,
+    /// The child that makes the process; 0 once it has ended.
+    pub builder: Pid,
     pub exit: Option<i32>,
     /// The call that waits for the next phase.
     pub starter: Option<CallId>,
@@ -81,7 +83,7 @@ impl Pipes {
 }
 
 impl Process {
-    pub fn new(container: &str, exec_id: &str, report: Fd, pipes: Pipes, starter: CallId) -> Process {
+    pub fn new(container: &str, exec_id: &str, builder: Pid, report: Fd, pipes: Pipes, starter: CallId) -> Process {
         let (input, outputs) = match pipes.ours {
             Some([stdin, stdout, stderr]) => {
                 (Input::new(stdin, false), [Output::new(stdout, false), Output::new(stderr, false)])
@@ -93,6 +95,7 @@ impl Process {
             exec_id: exec_id.to_string(),
             phase: Phase::Building,
             pid: 0,
+            builder,
             exit: None,
             starter: Some(starter),
             waiters: vec![],
@@ -106,6 +109,21 @@ impl Process {
 
     pub fn is_alive(&self) -> bool {
         self.exit.is_none()
+    }
+
+    /// Its builder or itself still runs.
+    pub fn is_anything_left(&self) -> bool {
+        self.builder != 0 || self.pid != 0 && self.is_alive()
+    }
+
+    /// SIGKILL to whatever is left. Both are unreaped children, so that the numbers are still theirs.
+    pub fn kill(&self) {
+        if self.builder != 0 {
+            let _ = sys::kill(self.builder, libc::SIGKILL);
+        }
+        if self.pid != 0 && self.is_alive() {
+            let _ = sys::kill(self.pid, libc::SIGKILL);
+        }
     }
 
     /// Neither output nor anybody who waits for some is left.
@@ -274,7 +292,7 @@ impl Agent {
     /// A child has been reaped.
     pub fn on_child_exit(&mut self, pid: Pid, code: i32) {
         let Some(key) = self.processes.iter().find(|(_, p)| p.pid == pid && p.is_alive()).map(|(k, _)| *k) else {
-            return;
+            return self.on_builder_exit(pid);
         };
         // What it has said before its end comes first. Its builder may still hold the socket open: there is no end of
         // file to wait for.
@@ -292,6 +310,15 @@ impl Agent {
             self.on_init_exit(&container);
         }
         self.settle_exit(key);
+        self.continue_removal(&container);
+    }
+
+    fn on_builder_exit(&mut self, pid: Pid) {
+        let Some((key, process)) = self.processes.iter_mut().find(|(_, p)| p.builder == pid) else { return };
+        process.builder = 0;
+        let (key, container) = (*key, process.container.clone());
+        // What it has said may name the process that it has made.
+        self.on_report(key);
         self.continue_removal(&container);
     }
 

@@ -19,7 +19,6 @@ from agent_support import (
     error,
     mount,
     namespaces,
-    spec,
 )
 
 from kata.proto import agent_pb as agent
@@ -113,17 +112,6 @@ def test_a_wrong_spec_is_named_and_leaves_nothing(
     assert again.wait() == 0
     again.remove()
     assert code
-
-
-def test_a_create_that_takes_too_long_is_given_up(guest: Guest) -> None:
-    # A disk that never comes: the agent would wait for seconds.
-    missing = agent.Storage(driver="blk", source="1e", fstype="erofs", mount_point=f"{STATE}/late/lower")
-    request = agent.CreateContainerRequest(container_id="late", storages=[missing], OCI=spec("late", "true"))
-    assert error(guest.tell, "CreateContainer", request, 0.3)[0] == DEADLINE_EXCEEDED
-    again = Container(guest, "late", "true")
-    assert again.wait() == 0
-    again.remove()
-    assert "1e" in error(guest.tell, "CreateContainer", request)[1]
 
 
 def test_names_are_checked(guest: Guest, box: Container) -> None:

@@ -15,6 +15,19 @@ const GATHER: usize = 8 << 10;
 /// How much is read at a time while the length of the next frame is unknown.
 const READ_CHUNK: usize = 16 << 10;
 
+/// How long a port may look closed although data has come through it.
+const OPENING_NS: u64 = 500_000_000;
+
+/// What a port's other end is doing. Its data and the news that it has opened or closed come to the driver on different
+/// ways: the first request after a connect may be here before the connect is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    Open,
+    Closed,
+    /// Data has come, the port still says that nobody is there; believed when it says so after this time.
+    Opening(u64),
+}
+
 /// What becomes of the connection after a step.
 #[derive(Debug, PartialEq, Eq)]
 pub enum State {
@@ -28,6 +41,7 @@ pub struct Conn {
     fd: Fd,
     /// A virtio-serial port: end of file is not the end.
     port: bool,
+    link: Link,
     readable: bool,
     writable: bool,
     /// Whether epoll has been asked to tell when the descriptor takes more.
@@ -87,6 +101,7 @@ impl Conn {
         Conn {
             fd,
             port,
+            link: if port { Link::Closed } else { Link::Open },
             readable: true,
             writable: true,
             waits_to_write: false,
@@ -107,6 +122,9 @@ impl Conn {
 
     /// Notes what epoll has said.
     pub fn notice(&mut self, events: u32) {
+        if events & libc::EPOLLHUP as u32 == 0 {
+            self.link = Link::Open;
+        }
         self.readable |= events & (libc::EPOLLIN | libc::EPOLLHUP | libc::EPOLLERR | libc::EPOLLRDHUP) as u32 != 0;
         self.writable |= events & (libc::EPOLLOUT | libc::EPOLLERR) as u32 != 0;
     }
@@ -156,21 +174,52 @@ impl Conn {
         // Exactly to the end of a known frame, so that it can be handed on whole; else a bit ahead.
         let room = if wanted > frame::HEADER { missing } else { READ_CHUNK };
         match sys::read_append(self.fd.raw(), &mut self.input, room) {
-            Ok(0) => Err(self.end()),
-            Ok(_) => Ok(()),
+            Ok(0) => return self.nobody_there(),
+            Ok(_) => {
+                if self.link != Link::Open {
+                    self.link = Link::Opening(sys::monotonic_ns() + OPENING_NS);
+                }
+            }
             Err(Errno(libc::EAGAIN)) => {
+                self.link = Link::Open;
                 self.readable = false;
                 if self.input.is_empty() {
                     self.input = Vec::new();
                 }
+            }
+            Err(_) => return Err(self.end()),
+        }
+        Ok(())
+    }
+
+    /// End of file: of a connection that was open it is the end.
+    fn nobody_there(&mut self) -> core::result::Result<(), State> {
+        match self.link {
+            Link::Open => Err(self.end()),
+            Link::Opening(until) if sys::monotonic_ns() >= until => Err(self.end()),
+            Link::Opening(_) | Link::Closed => {
+                self.readable = false;
                 Ok(())
             }
-            Err(_) => Err(self.end()),
         }
+    }
+
+    /// When to look again whether a port has opened; `u64::MAX` = no need.
+    pub fn deadline(&self) -> u64 {
+        match self.link {
+            Link::Opening(until) => until,
+            _ => u64::MAX,
+        }
+    }
+
+    /// The deadline has passed.
+    pub fn look_again(&mut self) {
+        self.readable = true;
     }
 
     /// The other end is gone: forgets half frames both ways.
     fn end(&mut self) -> State {
+        self.link = Link::Closed;
         self.readable = false;
         self.input = Vec::new();
         self.out.clear();
@@ -219,6 +268,7 @@ impl Conn {
             };
             match sys::write(self.fd.raw(), &first.bytes[first.start..]) {
                 Ok(n) => {
+                    self.link = Link::Open;
                     first.start += n;
                     self.out_bytes -= n;
                     if first.start == first.bytes.len() {
@@ -237,7 +287,8 @@ impl Conn {
 
     /// Whether events about writing are wanted, when that is different from the last time.
     pub fn blocked_changed(&mut self) -> Option<bool> {
-        let blocked = !self.writable && self.has_output();
+        // That a port has opened shows by its taking data.
+        let blocked = !self.writable && self.has_output() || matches!(self.link, Link::Opening(_));
         let changed = blocked != self.waits_to_write;
         self.waits_to_write = blocked;
         changed.then_some(blocked)
@@ -295,10 +346,27 @@ mod tests {
         bytes.extend(frame(9, 5));
         sys::write_all(host.raw(), &bytes).unwrap();
         assert_eq!(conn.next_call().ok().flatten().map(|c| c.stream), Some(9));
+        conn.notice(libc::EPOLLOUT as u32);
         drop(host);
         conn.notice(libc::EPOLLHUP as u32);
         assert_eq!(conn.next_call().err(), Some(State::Gone));
         assert!(conn.next_call().is_ok_and(|c| c.is_none()));
+    }
+
+    #[test]
+    fn data_may_come_before_the_news_of_its_connection() {
+        // A socket whose writer is gone looks like a port with data whose other end is not there (yet).
+        let (mut conn, host) = pair();
+        sys::write_all(host.raw(), &frame(1, 1)).unwrap();
+        drop(host);
+        assert!(conn.next_call().is_ok_and(|c| c.is_some()));
+        conn.push(vec![1]);
+        assert!(conn.next_call().is_ok_and(|c| c.is_none()));
+        assert!(conn.has_output() && conn.deadline() < u64::MAX);
+        conn.link = Link::Opening(0);
+        conn.look_again();
+        assert_eq!(conn.next_call().err(), Some(State::Gone));
+        assert!(!conn.has_output() && conn.deadline() == u64::MAX);
     }
 
     #[test]
