@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from agent_support import (
     MIB,
+    PATIENCE,
     PRIVILEGED,
     STATE,
     Background,
@@ -19,6 +21,7 @@ from agent_support import (
     error,
     mount,
     namespaces,
+    spec,
 )
 
 from kata.proto import agent_pb as agent
@@ -112,6 +115,18 @@ def test_a_wrong_spec_is_named_and_leaves_nothing(
     assert again.wait() == 0
     again.remove()
     assert code
+
+
+def test_a_create_that_takes_too_long_is_given_up(guest: Guest) -> None:
+    # A disk that never comes: the agent would wait for seconds.
+    missing = agent.Storage(driver="blk", source="1e", fstype="erofs", mount_point=f"{STATE}/late/lower")
+    request = agent.CreateContainerRequest(container_id="late", storages=[missing], OCI=spec("late", "true"))
+    assert error(guest.tell, "CreateContainer", request, 0.3)[0] == DEADLINE_EXCEEDED
+    # What it has begun is undone behind the answer; then the name is free.
+    deadline = time.monotonic() + PATIENCE
+    while (failed := error(guest.tell, "CreateContainer", request))[0] == ALREADY_EXISTS:
+        assert time.monotonic() < deadline
+    assert "1e" in failed[1]
 
 
 def test_names_are_checked(guest: Guest, box: Container) -> None:

@@ -16,7 +16,9 @@ const GATHER: usize = 8 << 10;
 const READ_CHUNK: usize = 16 << 10;
 
 /// How long a port may look closed although data has come through it.
-const OPENING_NS: u64 = 500_000_000;
+const OPENING_NS: u64 = 100_000_000;
+/// The same once it has hung up again without data.
+const CLOSING_NS: u64 = 10_000_000;
 
 /// What a port's other end is doing. Its data and the news that it has opened or closed come to the driver on different
 /// ways: the first request after a connect may be here before the connect is.
@@ -124,6 +126,8 @@ impl Conn {
     pub fn notice(&mut self, events: u32) {
         if events & libc::EPOLLHUP as u32 == 0 {
             self.link = Link::Open;
+        } else if let (Link::Opening(until), true) = (self.link, events & libc::EPOLLIN as u32 == 0) {
+            self.link = Link::Opening(until.min(sys::monotonic_ns() + CLOSING_NS));
         }
         self.readable |= events & (libc::EPOLLIN | libc::EPOLLHUP | libc::EPOLLERR | libc::EPOLLRDHUP) as u32 != 0;
         self.writable |= events & (libc::EPOLLOUT | libc::EPOLLERR) as u32 != 0;
