@@ -1,7 +1,6 @@
 //! What a C library or `std` would have brought: memory functions, allocator, panic, the start of the program.
 
 mod alloc;
-#[cfg(not(test))]
 mod memory;
 
 pub use self::alloc::{trim, Allocator};
