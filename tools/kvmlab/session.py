@@ -133,6 +133,7 @@ class Session:
         self._archive: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _extract
         self._code: int | None = None
         self._done = False
+        self._whole = False
         self._timed_out = False
         self._killed_by = 0
         self._asked_to_end = 0
@@ -156,7 +157,10 @@ class Session:
                 self._turn()
         if self._killed_by:
             return 128 + self._killed_by
-        self._extract()
+        if self._whole:
+            self._extract()
+        else:
+            self.missing = [path for path, _target in self.request.get]
         assert self._code is not None
         return EXIT_TIMEOUT if self._timed_out else self._code
 
@@ -259,7 +263,7 @@ class Session:
             self.missing = [str(text) for text in json.loads(payload)]
             while self._to_us:
                 self._write_out()
-            self._done = True
+            self._done = self._whole = True
         elif kind == frames.FAILED:
             raise LabError(f"the lab could not be prepared: {payload.decode(errors='replace')}")
 
