@@ -146,7 +146,11 @@ def simple_layout(
 # ---- erofs ----
 
 
-def build(path: Path, *layers: bytes, limits: Limits | None = None) -> Path:
+MOUNT_POINTS = {"dev", "etc", "etc/hostname", "etc/hosts", "etc/resolv.conf", "proc", "sys"}
+"""What the conversion of an image adds where the layers have nothing there."""
+
+
+def build(path: Path, *layers: bytes, limits: Limits | None = None, mount_points: bool = False) -> Path:
     """Convert layers into an erofs file, without store and image around it."""
     import tempfile
 
@@ -155,6 +159,8 @@ def build(path: Path, *layers: bytes, limits: Limits | None = None) -> Path:
         tree = LayerTree(writer, limits)
         for number, data in enumerate(layers, 1):
             assert tree.apply(io.BytesIO(data), str(number)) == sha256(data) or data[:2] == b"\x1f\x8b"
+        if mount_points:
+            tree.add_mount_points()
         writer.finish(tree.root, bytes(range(16)))
     return path
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import zstandard
 from image_support import (
+    MOUNT_POINTS,
     Blobs,
     Erofs,
     image,
@@ -42,7 +43,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def content(made: store.Image) -> set[str]:
-    return set(Erofs(Path(made.rootfs_path)).tree()) - {""}
+    return set(Erofs(Path(made.rootfs_path)).tree()) - {"", *MOUNT_POINTS}
 
 
 def pack(directory: Path, archive: Path, prefix: str = "") -> Path:

@@ -43,6 +43,37 @@ def test_upper_layers_win(tmp_path: Path) -> None:
     assert (found["d/a"].content, found["d/b"].content) == (b"2", b"1")
 
 
+def with_mount_points(tmp_path: Path, *members: bytes) -> dict[str, Inode]:
+    return Erofs(build(tmp_path / "image", layer(*members), mount_points=True)).tree()
+
+
+def test_mount_points_are_added(tmp_path: Path) -> None:
+    found = with_mount_points(tmp_path, member("bin", "dir"))
+    assert {name: (inode.kind, inode.mode & 0o7777) for name, inode in found.items() if name} == {
+        **dict.fromkeys(("bin", "dev", "etc", "proc", "sys"), ("dir", 493)),
+        **{f"etc/{name}": ("file", 0o644) for name in ("hostname", "hosts", "resolv.conf")},
+    }
+
+
+def test_mount_points_of_the_image_stay_as_they_are(tmp_path: Path) -> None:
+    found = with_mount_points(
+        tmp_path,
+        member("etc", "dir", mode=0o700),
+        member("etc/hosts", content=b"mine"),
+        member("etc/resolv.conf", "symlink", link="../run/resolv.conf"),
+        member("proc", content=b"a file"),
+    )
+    assert found["etc"].mode & 0o7777 == 0o700
+    assert found["etc/hosts"].content == b"mine"
+    assert found["etc/resolv.conf"].kind == "symlink"
+    assert found["proc"].kind == "file"
+
+
+def test_mount_points_are_not_put_behind_a_link(tmp_path: Path) -> None:
+    found = with_mount_points(tmp_path, member("conf", "dir"), member("etc", "symlink", link="conf"))
+    assert set(found) == {"", "conf", "dev", "etc", "proc", "sys"}
+
+
 def test_the_last_of_equal_entries_wins(tmp_path: Path) -> None:
     found = tree(
         tmp_path, layer(member("a", content=b"1" * 9000), member("a", content=b"2"), member("./a", "fifo"))

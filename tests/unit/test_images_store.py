@@ -16,6 +16,7 @@ from image_support import (
     CONFIG,
     INDEX,
     MANIFEST,
+    MOUNT_POINTS,
     Blobs,
     Erofs,
     build,
@@ -138,7 +139,7 @@ def test_images_share_the_root_file_system_of_equal_layers(tmp_path: Path, state
 
 def test_an_image_without_layers(tmp_path: Path) -> None:
     made = store.resolve(f"oci:{simple_layout(tmp_path / 'l')}")
-    assert set(Erofs(Path(made.rootfs_path)).tree()) == {""}
+    assert set(Erofs(Path(made.rootfs_path)).tree()) == {"", *MOUNT_POINTS}
 
 
 def test_a_lost_or_damaged_root_file_system_is_made_again(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def _convert(
                     f"{source.name}: layer {name} unpacks to {found}, but its configuration says {diff_id}",
                     "it was damaged or exchanged; fetch the image again",
                 )
+        tree.add_mount_points()
         writer.finish(tree.root, _uuid(chain), lambda at, of: progress("write", at * 64, of * 64))
         os.fsync(fd)
 

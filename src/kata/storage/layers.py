@@ -43,6 +43,9 @@ _DROPPED_XATTRS = (b"trusted.", b"user.overlay.")
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 
+_MOUNTED_FILES = (b"etc/hostname", b"etc/hosts", b"etc/resolv.conf")
+_MOUNT_POINTS = (b"dev", b"etc", b"proc", b"sys", *_MOUNTED_FILES)
+
 _TYPES = {
     layers_tar.FILE: stat.S_IFREG,
     layers_tar.SYMLINK: stat.S_IFLNK,
@@ -132,6 +135,27 @@ class LayerTree:
             for node in self._touched:
                 node.fresh = None
             self._touched = []
+
+    def add_mount_points(self) -> None:
+        """Add what every container mounts on, where the layers have nothing there.
+
+        Docker puts the same names into a layer of its own. Without them the guest would make them at each
+        start, in the container's writable layer. A name that exists, of whatever kind, is left alone, and so
+        is everything beneath a parent that is a link or no directory.
+        """
+        for path in _MOUNT_POINTS:
+            *parents, name = path.split(b"/")
+            node: Node | None = self.root
+            for part in parents:
+                node = node.children.get(part) if node is not None and node.children is not None else None
+            if node is None or node.children is None or name in node.children:
+                continue
+            if path in _MOUNTED_FILES:
+                new = Node(stat.S_IFREG | 0o644)
+                self._writer.store(new, 0, ())
+            else:
+                new = Node(stat.S_IFDIR | 0o755)
+            self._place(node, name, new)
 
     # ---- one entry ----
 
