@@ -6,7 +6,7 @@ powers off as the first thing it does.
 
 Run by itself it prints the command line and the time from executing QEMU until it has ended::
 
-    bench/bareboot.py [--rounds N]
+    bench/bareboot.py [--rounds N] [--plain]
 """
 
 from __future__ import annotations
@@ -111,13 +111,24 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     return bare
 
 
+def untuned(command: list[str]) -> list[str]:
+    """*command* with a kernel that is told its console, and to end with its first panic, but nothing else."""
+    position = command.index("-append") + 1
+    kept = [word for word in command[position].split() if word.startswith("console=")]
+    return [*command[:position], " ".join(["quiet", "panic=-1", *kept]), *command[position + 1 :]]
+
+
 def main() -> None:
     """Boot a few times and print how long it took."""
     parser = argparse.ArgumentParser(description="The guest's kernel booted with nothing else.")
     parser.add_argument("--rounds", type=int, default=11, help="how often (default %(default)s)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--plain", action="store_true", help="without the kernel parameters that kata gives")
+    arguments = parser.parse_args()
+    rounds: int = arguments.rounds
     with tempfile.TemporaryDirectory(prefix="kb-") as work:
         command = prepare(Path(paths.guest_dir()), Path(work), dict(os.environ))
+        if arguments.plain:
+            command = untuned(command)
         print(" ".join(f"'{word}'" if " " in word else word for word in command))
         took = []
         for _ in range(rounds):
