@@ -36,8 +36,10 @@ from kata.errors import (
 )
 from kata.journal import Journal
 from kata.oci import spec as oci
-from kata.proto import sandbox_pb, task_pb
+from kata.proto import agent_pb, sandbox_pb, task_pb
 from kata.ttrpc.server import Server
+from kata.ttrpc.status import DEADLINE_EXCEEDED, NOT_FOUND, UNIMPLEMENTED, TtrpcError
+from kata.ttrpc.sync_client import connect
 
 
 class DoubledSandbox(Sandbox):
@@ -499,6 +501,36 @@ def test_small_services(engine: Engine) -> None:
         facts = client.describe()
         assert facts["containers"]["c1"]["state"] == "running"
         assert facts["agent"]["version"] == "double"
+
+
+def test_calls_of_the_agents_protocol_are_passed_on(engine: Engine) -> None:
+    def call(method: str, request: Any, timeout: float | None = 60) -> bytes:
+        wrapped = sandbox_pb.AgentCallRequest(
+            service="grpc.AgentService", method=method, payload=request.encode()
+        )
+        answer = sandbox_pb.AgentCallResponse
+        return client.call("kata.sandbox.v1.Sandbox", "AgentCall", wrapped, answer, timeout=timeout).payload
+
+    with engine.client() as door:
+        door.create("c1", engine.bundle("sleep"))
+        door.start("c1")
+        with connect(engine.sock_path) as client:
+            details = agent_pb.GuestDetailsResponse.decode(
+                call("GetGuestDetails", agent_pb.GuestDetailsRequest())
+            )
+            assert details.agent_details is not None
+            assert details.agent_details.version == "double"
+            # The agent's own status comes through, and a call's end frees nobody but its caller.
+            with pytest.raises(TtrpcError, match="no process x in c1") as caught:
+                call("WaitProcess", agent_pb.WaitProcessRequest(container_id="c1", exec_id="x"))
+            assert caught.value.code == NOT_FOUND
+            with pytest.raises(TtrpcError) as caught:
+                call("WaitProcess", agent_pb.WaitProcessRequest(container_id="c1"), timeout=0.2)
+            assert caught.value.code == DEADLINE_EXCEEDED
+            with pytest.raises(TtrpcError) as caught:
+                call("NoSuchMethod", agent_pb.WaitProcessRequest())
+            assert caught.value.code == UNIMPLEMENTED
+        assert door.state("c1").status == 2
 
 
 def test_out_of_memory_is_on_record(engine: Engine) -> None:

@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from ..proto import oci_pb
-    from ..proto.codec import Message
     from ..ttrpc.client import Client
-    from ..ttrpc.messages import Encodable
+    from ..ttrpc.messages import Decodable, Encodable
 
-    M = TypeVar("M", bound=Message)
+    D = TypeVar("D", bound=Decodable)
 
 AGENT = "grpc.AgentService"
 HEALTH = "grpc.Health"
@@ -63,6 +62,28 @@ def hint_for(message: str) -> str:
     return ""
 
 
+class Encoded:
+    """A message that is passed on unread.
+
+    Args:
+        payload: Its wire format.
+    """
+
+    __slots__ = ("payload",)
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+
+    def encode(self) -> bytes:
+        """Wire format."""
+        return self.payload
+
+    @classmethod
+    def decode(cls, data: bytes) -> Encoded:
+        """From wire format, whatever it is."""
+        return cls(data)
+
+
 class Watcher:
     """Who is told when the guest is lost or lies; this one does nothing about it."""
 
@@ -94,9 +115,9 @@ class AgentClient:
         service: str,
         method: str,
         request: Encodable,
-        answer: type[M],
+        answer: type[D],
         timeout_s: float | None = CALL_S,
-    ) -> M:
+    ) -> D:
         """One call; None as *timeout_s* waits for ever."""
         try:
             return await self._client.call(service, method, request, answer, timeout=timeout_s)

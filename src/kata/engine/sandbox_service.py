@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+from ..agent.client import Encoded
 from ..errors import StateError
 from ..proto import agentext_pb, google_pb, sandbox_pb
 from ..ttrpc.server import finish
@@ -107,6 +108,16 @@ class SandboxService:
         self, request: sandbox_pb.DescribeRequest, context: Context
     ) -> sandbox_pb.DescribeResponse:
         return sandbox_pb.DescribeResponse(json=json.dumps(await describe(self._sandbox)))
+
+    # ---- for tools ----
+
+    async def AgentCall(
+        self, request: sandbox_pb.AgentCallRequest, context: Context
+    ) -> sandbox_pb.AgentCallResponse:
+        agent = await self._sandbox.ready()
+        payload = Encoded(request.payload)
+        answer = await agent.call(request.service, request.method, payload, Encoded, context.remaining())
+        return sandbox_pb.AgentCallResponse(payload=answer.payload)
 
 
 async def describe(sandbox: Sandbox) -> dict[str, Any]:

@@ -13,6 +13,8 @@ _MESSAGES = {
     "Timing": "name:1:string start_ns:2:int64 duration_ns:3:int64",
     "DescribeRequest": "",
     "DescribeResponse": "json:1:string",
+    "AgentCallRequest": "service:1:string method:2:string payload:3:bytes",
+    "AgentCallResponse": "payload:1:bytes",
 }
 _ENUMS: dict[str, str] = {}
 SERVICES = {
@@ -29,6 +31,7 @@ SERVICES = {
             "Processes": "@agentext.ListProcessesRequest @agentext.ListProcessesResponse",
             "Timings": "@sandbox.TimingsRequest @sandbox.TimingsResponse",
             "Describe": "@sandbox.DescribeRequest @sandbox.DescribeResponse",
+            "AgentCall": "@sandbox.AgentCallRequest @sandbox.AgentCallResponse",
         }
     ),
 }

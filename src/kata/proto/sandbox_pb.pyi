@@ -58,3 +58,26 @@ class DescribeResponse(Message):
         *,
         json: str = ...,
     ) -> None: ...
+
+class AgentCallRequest(Message):
+    service: str
+    """Full name, package included."""
+    method: str
+    payload: bytes
+    """The encoded request. The call's own timeout is the agent's, too."""
+    def __init__(
+        self,
+        *,
+        service: str = ...,
+        method: str = ...,
+        payload: bytes = ...,
+    ) -> None: ...
+
+class AgentCallResponse(Message):
+    payload: bytes
+    """The encoded answer."""
+    def __init__(
+        self,
+        *,
+        payload: bytes = ...,
+    ) -> None: ...
