@@ -39,7 +39,7 @@ bench-start: ## cold start against a bare boot and against runc; A='--rounds 30 
 	@tools/setup test
 	@bench/start $(A)
 
-install: ## put `kata` on the PATH of this machine; PREFIX, DESTDIR, KERNEL=auto|small|distro, FORCE=1, DRY_RUN=1
+install: ## put `kata` and `kata-agent-ctl` on the PATH of this machine; PREFIX, DESTDIR, KERNEL=auto|small|distro, FORCE=1, DRY_RUN=1
 	@tools/install $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PREFIX),--prefix '$(PREFIX)') \
 	    $(if $(DESTDIR),--destdir '$(DESTDIR)') $(if $(KERNEL),--kernel '$(KERNEL)')
 

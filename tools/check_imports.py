@@ -4,6 +4,7 @@ The parts, top to bottom (docs/architecture.md); a part may import those in lowe
 others or a higher one::
 
     __main__
+    agent_ctl
     cli
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
@@ -27,6 +28,7 @@ from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
+    ("agent_ctl",),
     ("cli",),
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),

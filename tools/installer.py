@@ -7,6 +7,7 @@ What is installed, below PREFIX (``/usr/local``)::
     lib/kata/<version>-<digest>/guest/           how it makes one: kernel configuration, list of modules
     lib/kata/manifest.json                       every path that was made
     bin/kata                                     a link to site-packages/kata/__main__.py
+    bin/kata-agent-ctl                           a link to site-packages/kata/agent_ctl/__main__.py
 
 A new version goes beside the old one and the links change over at once, so that a running sandbox never
 loads modules of two versions. The old one is removed unless a process still runs from it; then the next call
@@ -33,7 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 AGENT = ROOT / "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
-COMMANDS = {"kata": "kata/__main__.py"}
+COMMANDS = {"kata": "kata/__main__.py", "kata-agent-ctl": "kata/agent_ctl/__main__.py"}
 """Program on the PATH -> file in site-packages that it is a link to."""
 OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-monitor", "kata-ctl", "containerd-shim-kata-v2")
 """Programs of that name which are not ours belong to another Kata."""

@@ -299,6 +299,8 @@ impl Agent {
             }
             match conn.next_call() {
                 Ok(Some(call)) => self.on_call(id, call),
+                // What is no request was answered on the way.
+                Ok(None) if self.conns.get(&id).is_some_and(Conn::can_flush) => {}
                 Ok(None) => return,
                 Err(_) => return self.connection_gone(id),
             }

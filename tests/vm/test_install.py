@@ -33,8 +33,8 @@ class Installation:
         command = ["make", "--no-print-directory", "-C", str(ROOT), *words, f"PREFIX={self.prefix}"]
         return subprocess.run(command, capture_output=True, text=True, env=self.env, check=False)
 
-    def kata(self, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [str(self.prefix / "bin/kata"), *words]
+    def kata(self, *words: str, program: str = "kata") -> subprocess.CompletedProcess[str]:
+        command = [str(self.prefix / "bin" / program), *words]
         return subprocess.run(
             command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=self.env, check=False
         )
@@ -60,6 +60,8 @@ def test_install_run_uninstall(installation: Installation, busybox_image: str) -
     # Isolated from the caller's Python settings, wherever it is called from.
     installation.env["PYTHONPATH"] = "/nonexistent"
     assert installation.kata("version").returncode == 0
+    done = installation.kata("--vm", "Version", program="kata-agent-ctl")
+    assert '"agent_version"' in done.stdout, done.stderr
     del installation.env["PYTHONPATH"]
     done = installation.make("uninstall")
     assert done.returncode == 0, done.stderr

@@ -301,6 +301,11 @@ impl Conn {
     pub fn has_output(&self) -> bool {
         !self.out.is_empty()
     }
+
+    /// Whether [`Conn::flush`] has something to do.
+    pub fn can_flush(&self) -> bool {
+        self.writable && self.has_output()
+    }
 }
 
 #[cfg(test)]

@@ -34,7 +34,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import Any, ClassVar, Self
 
-__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "DecodeError", "EncodeError", "Message", "Methods", "lazy_module"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_ELEMENTS",
+    "DecodeError",
+    "EncodeError",
+    "Field",
+    "Message",
+    "Methods",
+    "lazy_module",
+]
 
 MAX_ELEMENTS = 1 << 17
 """Most sub-messages and repeated elements in one decoded message: two bytes on the wire can become hundreds
@@ -64,6 +73,13 @@ class Message:
             if name not in plan.by_name:
                 raise TypeError(f"{type(self).__name__} has no field {name!r}")
             setattr(self, name, value)
+
+    @classmethod
+    def fields(cls) -> tuple[Field, ...]:
+        """The fields in the order of the `.proto`, the classes of sub-messages included."""
+        if cls._plan is None:
+            _compile(cls)
+        return cls._fields
 
     def encode(self) -> bytes:
         """The message in wire format.

@@ -1,0 +1,20 @@
+#!/usr/bin/python3 -IS
+"""Where ``kata-agent-ctl`` starts; finds its package as ``kata/__main__.py`` does, and for the same reasons."""
+
+import os
+import sys
+
+_root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+if _root not in sys.path:
+    sys.path.append(_root)
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    from kata.agent_ctl.main import main as command
+
+    return command()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

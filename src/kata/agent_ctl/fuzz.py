@@ -1,0 +1,493 @@
+"""``fuzz``: malformed frames and requests against an agent, and what it did about each.
+
+After every case the agent is asked whether it is healthy, by a connection of its own where it has more than one.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections import Counter
+
+from ..errors import KataError, UsageError
+from ..ttrpc import envelope, frame
+from ..ttrpc.status import ProtocolError, TtrpcError
+from . import fuzz_cases, methods
+from .links import healthy
+from .options import Option, parse, table
+from .output import JSON, Style, code_name, show_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from .fuzz_cases import Case
+    from .links import Link
+
+OPTIONS = (
+    Option("--cases", "N", "how many (500)"),
+    Option(
+        "--seed",
+        "N",
+        "where chance begins; the same seed is the same cases (a random one, which is printed)",
+    ),
+    Option("--first", "N", "number of the first case (0)"),
+    Option("--only", "frames|requests", "one sort (both in turn; --sandbox takes requests only)"),
+    Option("--all", "", "also requests that change the machine the agent runs on (--vm: always)"),
+    Option("--wait", "SECONDS", "how long a case may go unanswered (3)"),
+    Option("--patience", "SECONDS", "how long a healthy agent may take to say so (20)"),
+)
+NEVER = frozenset({"DestroySandbox", "GetOOMEvent"})
+"""The first ends the agent, as it should; the second is answered when something runs out of memory."""
+
+_GLIMPSE_S = 0.05
+"""How long a case whose answer nobody owes us is watched."""
+_LONGEST_HEX = 256
+_FLUSH = bytes(frame.MAX_DATA + frame.HEADER_SIZE)
+"""More than any frame can still lack; what is left of it is no header, and stepped over."""
+
+
+def usage() -> str:
+    """The help."""
+    return (
+        "usage: kata-agent-ctl TARGET fuzz [OPTION...]\n\n"
+        "Sends malformed frames and requests, and after each asks whether the agent is healthy. Reports how the cases\n"
+        "were answered. The exit status is 0 if the agent was healthy all the way, else 1.\n"
+        "Never sent: DestroySandbox and GetOOMEvent.\n\n"
+        f"options:\n{table([(option.head, option.text) for option in OPTIONS])}\n"
+    )
+
+
+class Trouble(Exception):
+    """The agent did what it must not. The words say what."""
+
+
+def run(link: Link, words: Sequence[str], style: Style, own_vm: bool) -> int:
+    """Send the cases and print what became of them.
+
+    Args:
+        link: The agent.
+        words: Options.
+        style: How to print.
+        own_vm: The agent is in a machine that was made for this.
+
+    Raises:
+        UsageError: The words are no options of this.
+    """
+    values, _ = parse(OPTIONS, words, whole=True)
+    only = values.value("only") or ""
+    if only not in ("", "frames", "requests"):
+        hint = methods.nearest(only, ("frames", "requests")) or "frames or requests"
+        raise UsageError(f"--only: there is no sort {only!r}", hint)
+    seed = values.integer("seed", int.from_bytes(random.randbytes(4), "big"), 0, 1 << 64)
+    first = values.integer("first", 0)
+    cases = values.integer("cases", 500, 1)
+    carrier = _carrier(link, values.number("wait", 3.0, 0.01), values.number("patience", 20.0, 0.1))
+    if only == "frames" and isinstance(carrier, _Calls):
+        raise UsageError("an engine passes on calls, not frames", "--server or --vm; or --only requests")
+    sorts = [only] if only else ["requests"] if isinstance(carrier, _Calls) else ["frames", "requests"]
+    chosen = [
+        method
+        for method in map(methods.find, methods.names())
+        if method is not None
+        and method.name not in NEVER
+        and (own_vm or values.flag("all") or method.name not in methods.CHANGES_MACHINE)
+    ]
+    report = Report(link.label, seed)
+    try:
+        carrier.healthy()
+        for number in range(first, first + cases):
+            _one(carrier, report, sorts, chosen, seed, number)
+    except Trouble as trouble:
+        report.verdict = str(trouble)
+    finally:
+        carrier.close()
+    report.lost = link.lost()
+    if style.form == JSON:
+        show_json(report.to_json())
+    else:
+        print("\n".join(report.lines()))
+    return 0 if report.passed else 1
+
+
+def _one(
+    carrier: _Carrier,
+    report: Report,
+    sorts: list[str],
+    chosen: list[methods.Method],
+    seed: int,
+    number: int,
+) -> None:
+    rng = random.Random(f"{seed}/{number}")
+    sort = sorts[number % len(sorts)]
+    turn = number // len(sorts)
+    if sort == "frames":
+        case = fuzz_cases.frame_case(rng, turn, carrier.next_stream(200))
+        sent = case.data
+    else:
+        method = chosen[turn % len(chosen)]
+        sent = fuzz_cases.payload(rng, method)
+        case = fuzz_cases.Case(method.name, sent)
+    report.begin(sort, number, case.kind, sent)
+    outcomes = carrier.send_frames(case) if sort == "frames" else carrier.send_request(method, sent)
+    report.add(sort, case.kind, outcomes)
+    report.add_health(carrier.healthy())
+
+
+class Report:
+    """What was sent and what became of it.
+
+    Args:
+        target: The agent, in words.
+        seed: The run's.
+    """
+
+    def __init__(self, target: str, seed: int) -> None:
+        self.target = target
+        self.seed = seed
+        self.count = 0
+        self.verdict = "healthy"
+        self.lost = ""
+        self.slowest_s = 0.0
+        self.outcomes: dict[str, dict[str, Counter[str]]] = {"frames": {}, "requests": {}}
+        self._last: dict[str, Any] = {}
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "healthy" and not self.lost
+
+    def begin(self, sort: str, number: int, kind: str, data: bytes) -> None:
+        """A case is about to be sent: the one to blame if the agent does not survive it."""
+        self.count += 1
+        self._last = {
+            "case": number,
+            "sort": sort,
+            "kind": kind,
+            "bytes": len(data),
+            "hex": data[:_LONGEST_HEX].hex(),
+        }
+
+    def add(self, sort: str, kind: str, outcomes: Sequence[str]) -> None:
+        self.outcomes[sort].setdefault(kind, Counter()).update(outcomes)
+
+    def add_health(self, seconds: float) -> None:
+        self.slowest_s = max(self.slowest_s, seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "seed": self.seed,
+            "cases": self.count,
+            **{
+                sort: {kind: dict(found) for kind, found in kinds.items()}
+                for sort, kinds in self.outcomes.items()
+            },
+            "slowest_health_check_ms": round(self.slowest_s * 1e3, 2),
+            "verdict": self.verdict,
+            **({"lost": self.lost} if self.lost else {}),
+            **({} if self.passed else {"last_case": self._last}),
+        }
+
+    def lines(self) -> list[str]:
+        out = [f"{self.target}: {self.count} cases, seed {self.seed}"]
+        for sort, kinds in self.outcomes.items():
+            if kinds:
+                out.append(f"{sort}:")
+            for kind, found in kinds.items():
+                out.append(
+                    f"  {kind}: " + ", ".join(f"{what} {count}" for what, count in found.most_common())
+                )
+        out.append(f"slowest health check: {self.slowest_s * 1e3:.1f} ms")
+        out.append(f"verdict: {self.verdict}{'; ' + self.lost if self.lost else ''}")
+        if not self.passed:
+            last = self._last
+            out.append(
+                f"last case: {last.get('case')} ({last.get('sort')}: {last.get('kind')}), {last.get('hex')}"
+            )
+            out.append(f"again: --seed {self.seed} --first {last.get('case')} --cases 1")
+        return out
+
+
+# ---- carriers ----
+
+
+class _Carrier:
+    """Brings cases to the agent.
+
+    Args:
+        link: The agent.
+        wait_s: How long a case may go unanswered.
+        patience_s: How long a health check may take.
+    """
+
+    def __init__(self, link: Link, wait_s: float, patience_s: float) -> None:
+        self.link = link
+        self.wait_s = wait_s
+        self.patience_s = patience_s
+        self._stream = 1
+
+    def next_stream(self, count: int) -> int:
+        """The first of *count* stream numbers that were not used before."""
+        first = self._stream
+        self._stream += 2 * count
+        if self._stream > 0xFFF00000:
+            self._stream = 1
+        return first
+
+    def send_frames(self, case: Case) -> list[str]:
+        """Send bytes; what came back, in words."""
+        raise NotImplementedError
+
+    def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
+        """Send a call; what came back, in words."""
+        raise NotImplementedError
+
+    def healthy(self) -> float:
+        """Ask whether the agent is healthy; the seconds it took to say so.
+
+        Raises:
+            Trouble: It is not.
+        """
+        began = time.monotonic()
+        try:
+            self._ask()
+        except TtrpcError as error:
+            raise Trouble(f"hung: {error.message}") from None
+        except TimeoutError:
+            raise Trouble(f"hung: Health.Check was not answered within {self.patience_s:g} s") from None
+        except (KataError, OSError) as error:
+            raise Trouble(f"gone: {error}") from None
+        return time.monotonic() - began
+
+    def _ask(self) -> None:
+        healthy(self.link, self.patience_s)
+
+    def close(self) -> None:
+        """Give back what was opened."""
+
+
+class _Calls(_Carrier):
+    """Calls only: all that an engine passes on."""
+
+    def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
+        try:
+            self.link.call(method.service, method.method, payload, self.wait_s)
+        except TtrpcError as error:
+            return [_code(error.code)]
+        except KataError as error:
+            raise Trouble(f"gone: {error.message}") from None
+        return ["OK"]
+
+
+def _code(code: int) -> str:
+    return "no answer" if code == 4 else code_name(code)
+
+
+class _Stream:
+    """A connection that takes any bytes and understands answers.
+
+    Args:
+        sock: It; closed by `close`.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.closed = False
+        self.lied = False
+        self.answers: list[tuple[int, str]] = []
+        self._parser = frame.Parser()
+
+    def send(self, data: bytes, pieces: int, timeout_s: float) -> None:
+        """Write it all, reading meanwhile: an agent may stop reading until its answers are taken."""
+        step = max(1, -(-len(data) // pieces))
+        deadline = time.monotonic() + timeout_s
+        view = memoryview(data)
+        at = 0
+        while at < len(view) and not self.closed:
+            self.sock.settimeout(0.02)
+            try:
+                at += self.sock.send(view[at : at + step])
+            except TimeoutError:
+                self.receive(0.0)
+                if time.monotonic() > deadline:
+                    raise Trouble("hung: it does not read what it is sent") from None
+            except OSError:
+                self.closed = True
+
+    def receive(self, timeout_s: float) -> bool:
+        """Take in what is there, waiting for it; whether anything was."""
+        if self.closed:
+            return False
+        self.sock.settimeout(max(timeout_s, 1e-6))
+        try:
+            data = self.sock.recv(1 << 16)
+        except (TimeoutError, BlockingIOError):
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.closed = True
+            return False
+        try:
+            for item in self._parser.feed(data):
+                answer = envelope.Response.decode(item.data) if item.kind == frame.RESPONSE else None
+                what = (
+                    "a frame that is no answer"
+                    if answer is None
+                    else _code(answer.code)
+                    if answer.code
+                    else "OK"
+                )
+                self.answers.append((item.stream, what))
+        except (ProtocolError, ValueError):
+            self.lied = True
+        return True
+
+    def collect(self, streams: set[int], timeout_s: float) -> None:
+        """Wait until these streams have been answered, the connection has ended, or the time is up."""
+        deadline = time.monotonic() + timeout_s
+        while not self.closed and not self.lied:
+            if streams and streams <= {stream for stream, _ in self.answers}:
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            self.receive(left)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class _Sockets(_Carrier):
+    """An agent that takes connections: one for each case, another one for the question after it."""
+
+    def _new(self) -> _Stream:
+        sock = self.link.raw()
+        assert sock is not None
+        return _Stream(sock)
+
+    def _exchange(self, data: bytes, pieces: int, due: set[int], wait_s: float) -> _Stream:
+        try:
+            stream = self._new()
+        except (KataError, OSError) as error:
+            raise Trouble(f"gone: {error}") from None
+        try:
+            stream.send(data, pieces, self.patience_s)
+            stream.collect(due, wait_s)
+        finally:
+            stream.close()
+        return stream
+
+    def send_frames(self, case: Case) -> list[str]:
+        stream = self._exchange(
+            case.data, case.pieces, case.due, self.patience_s if case.due else _GLIMPSE_S
+        )
+        return _outcomes(stream, case.due, self.patience_s)
+
+    def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
+        number = self.next_stream(1)
+        stream = self._exchange(_call(method, payload, number, self.wait_s), 1, {number}, self.wait_s)
+        return _outcomes(stream, set(), self.wait_s)
+
+    def _ask(self) -> None:
+        stream = self._new()
+        try:
+            _check_health(stream, 1, self.patience_s)
+        finally:
+            stream.close()
+
+
+class _Port(_Carrier):
+    """An agent that has one stream for everything: after a case the stream is brought into step again."""
+
+    def __init__(self, link: Link, wait_s: float, patience_s: float) -> None:
+        super().__init__(link, wait_s, patience_s)
+        sock = link.raw()
+        assert sock is not None
+        self._wire = _Stream(sock)
+
+    def _send(self, data: bytes, pieces: int, due: set[int], wait_s: float) -> _Stream:
+        self._wire.answers.clear()
+        self._wire.send(data, pieces, self.patience_s)
+        self._wire.collect(due, wait_s)
+        return self._wire
+
+    def send_frames(self, case: Case) -> list[str]:
+        stream = self._send(case.data, case.pieces, case.due, self.patience_s if case.due else _GLIMPSE_S)
+        return _outcomes(stream, case.due, self.patience_s)
+
+    def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
+        number = self.next_stream(1)
+        stream = self._send(_call(method, payload, number, self.wait_s), 1, {number}, self.wait_s)
+        return _outcomes(stream, set(), self.wait_s)
+
+    def _ask(self) -> None:
+        try:
+            _check_health(self._wire, self.next_stream(1), min(0.5, self.patience_s))
+        except TimeoutError:
+            # It may be in the middle of a frame that never ends.
+            self._wire.send(_FLUSH, 1, self.patience_s)
+            _check_health(self._wire, self.next_stream(1), self.patience_s)
+
+    def close(self) -> None:
+        self._wire.close()
+
+
+def _carrier(link: Link, wait_s: float, patience_s: float) -> _Carrier:
+    if link.shared:
+        return _Port(link, wait_s, patience_s)
+    probe = link.raw()
+    if probe is None:
+        return _Calls(link, wait_s, patience_s)
+    probe.close()
+    return _Sockets(link, wait_s, patience_s)
+
+
+def _call(method: methods.Method, payload: bytes, stream: int, timeout_s: float) -> bytes:
+    body = envelope.Request(method.service, method.method, payload, int(timeout_s * 1e9)).encode()
+    return frame.encode(stream, frame.REQUEST, body)
+
+
+def _check_health(stream: _Stream, number: int, timeout_s: float) -> None:
+    """Ask over this stream.
+
+    Raises:
+        TimeoutError: No answer.
+        ConnectionError: It ended.
+        Trouble: The answer is none, or not the right one.
+    """
+    stream.answers.clear()
+    stream.send(fuzz_cases.check(number), 1, timeout_s)
+    stream.collect({number}, timeout_s)
+    found = [what for at, what in stream.answers if at == number]
+    if stream.lied:
+        raise Trouble("it sent something that is no frame")
+    if stream.closed and not found:
+        raise ConnectionError("it hung up on a right call")
+    if not found:
+        raise TimeoutError
+    if found[0] != "OK":
+        raise Trouble(f"Health.Check was answered {found[0]}")
+
+
+def _outcomes(stream: _Stream, due: set[int], waited_s: float) -> list[str]:
+    """What came back, one word for each answer.
+
+    Raises:
+        Trouble: A right call was not answered, or an answer is none.
+    """
+    if stream.lied:
+        raise Trouble("it sent something that is no frame")
+    answered = {number for number, _ in stream.answers}
+    if due - answered and stream.closed:
+        raise Trouble(f"it hung up before {len(due - answered)} of {len(due)} right calls were answered")
+    if due - answered:
+        raise Trouble(
+            f"hung: {len(due - answered)} of {len(due)} right calls were not answered in {waited_s:g} s"
+        )
+    found = [what for _, what in stream.answers]
+    if stream.closed:
+        found.append("closed")
+    return found or ["no answer"]

@@ -1,0 +1,258 @@
+"""Messages as JSON, by proto3's mapping (https://protobuf.dev/programming-guides/json/).
+
+Read: field names as in the ``.proto`` or in lowerCamelCase, 64-bit integers as numbers or strings, bytes as
+base64 (standard or URL alphabet, padding optional), enums by name or number, null for absent. Beyond the
+mapping a name may differ in case and hyphens, and ``ociVersion`` is the spec's ``Version``: so an OCI
+``config.json`` can be given for a Spec.
+
+Written: 64-bit integers as strings, bytes as padded base64, enums by name. Names as in the ``.proto``, and
+fields that hold their zero value too, unless told otherwise; the mapping allows both.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from ..errors import UsageError
+from ..proto import csi_pb, health_pb, types_pb
+from ..proto.codec import MAX_DEPTH, EncodeError
+from ..proto.wire import scalar_writer
+from .methods import nearest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from ..proto.codec import Field, Message
+
+    M = TypeVar("M", bound=Message)
+
+_ENUMS: dict[str, type[Any]] = {
+    "types.IPAddress.family": types_pb.IPFamily,
+    "types.Route.family": types_pb.IPFamily,
+    "grpc.FSGroup.group_change_policy": types_pb.FSGroupChangePolicy,
+    "grpc.VolumeUsage.unit": csi_pb.VolumeUsage_Unit,
+    "grpc.HealthCheckResponse.status": health_pb.HealthCheckResponse_ServingStatus,
+}
+"""The generated tables say that a field is an enum, not which."""
+
+_ALIASES = {"ociversion": "version"}
+_WIDE = ("int64", "uint64")
+
+
+def _folded(name: str) -> str:
+    return name.replace("_", "").replace("-", "").casefold()
+
+
+def camel(name: str) -> str:
+    """A field's name in lowerCamelCase: no underscores, the letter after one in upper case."""
+    head, *rest = name.split("_")
+    return head + "".join(part[:1].upper() + part[1:] for part in rest)
+
+
+def enum_values(cls: type[Message], field: Field) -> dict[str, int]:
+    """Numbers by name of an enum field; empty when the enum is not known here."""
+    enum = _ENUMS.get(f"{cls.FULL_NAME}.{field.name}")
+    return {name: value for name, value in vars(enum).items() if isinstance(value, int)} if enum else {}
+
+
+def find_field(cls: type[Message], name: str, where: str) -> Field:
+    """The field that a name means.
+
+    Raises:
+        UsageError: There is none; names the nearest.
+    """
+    fields = cls.fields()
+    for field in fields:
+        if name in (field.name, camel(field.name)):
+            return field
+    wanted = _folded(name)
+    for candidate in (wanted, _ALIASES.get(wanted)):
+        for field in fields:
+            if _folded(field.name) == candidate:
+                return field
+    known = [field.name for field in fields]
+    if not known:
+        raise UsageError(f"{where}: {cls.__name__} has no fields, so there is no {name!r}", "leave it out")
+    hint = nearest(name, known) or f"it has {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+    raise UsageError(f"{where}: {cls.__name__} has no field {name!r}", hint)
+
+
+# ---- reading ----
+
+
+def from_json(cls: type[M], value: Any, where: str = "") -> M:
+    """The message that a JSON value (already parsed) describes.
+
+    Args:
+        cls: Its class.
+        value: A JSON object.
+        where: What it is, for error messages; the class's name if empty.
+
+    Raises:
+        UsageError: The value does not describe one; says where in it.
+    """
+    return _message(cls, value, where or cls.__name__, 0)
+
+
+def _message(cls: type[M], value: Any, where: str, depth: int) -> M:
+    if depth > MAX_DEPTH:
+        raise UsageError(f"{where}: nested deeper than {MAX_DEPTH}")
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"{where}: {_show(value)} is not a JSON object", f"a {cls.__name__} is written {{...}}"
+        )
+    message = cls()
+    given: dict[str, str] = {}
+    for name, item in value.items():
+        field = find_field(cls, name, where)
+        if field.name in given:
+            raise UsageError(f"{where}: {given[field.name]!r} and {name!r} are the same field")
+        given[field.name] = name
+        if item is not None:
+            setattr(message, field.name, _field(cls, field, item, f"{where}.{field.name}", depth))
+    return message
+
+
+def _field(cls: type[Message], field: Field, value: Any, where: str, depth: int) -> Any:
+    if field.label == "*":
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: {_show(value)} is not a list", "a repeated field is written [...]")
+        return [_single(cls, field, item, f"{where}[{at}]", depth) for at, item in enumerate(value)]
+    if field.label == "%":
+        if not isinstance(value, dict):
+            raise UsageError(f"{where}: {_show(value)} is not a JSON object", "a map is written {...}")
+        return {
+            str(key): _single(cls, field, item, f"{where}[{key!r}]", depth) for key, item in value.items()
+        }
+    return _single(cls, field, value, where, depth)
+
+
+def _single(cls: type[Message], field: Field, value: Any, where: str, depth: int) -> Any:
+    if field.sub is not None:
+        return _message(field.sub, value, where, depth + 1)
+    kind = field.kind
+    if kind == "string":
+        if not isinstance(value, str):
+            raise UsageError(f"{where}: {_show(value)} is not a string")
+        found: Any = value
+    elif kind == "bytes":
+        found = read_base64(value, where)
+    elif kind == "bool":
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: {_show(value)} is neither true nor false")
+        found = value
+    elif kind == "enum":
+        found = read_enum(cls, field, value, where)
+    else:
+        found = _integer(kind, value, where)
+    check(kind, found, where)
+    return found
+
+
+def check(kind: str, value: Any, where: str) -> None:
+    """See that a value fits its field.
+
+    Raises:
+        UsageError: It does not.
+    """
+    try:
+        scalar_writer(kind)(bytearray(), value)
+    except UnicodeEncodeError:
+        raise UsageError(f"{where}: the text has characters that UTF-8 cannot carry") from None
+    except (EncodeError, ValueError, TypeError):
+        raise UsageError(f"{where}: {_show(value)} does not fit into {kind}") from None
+
+
+def _integer(kind: str, value: Any, where: str) -> int:
+    if isinstance(value, str):
+        try:
+            if value.strip() != value or "_" in value:
+                raise ValueError
+            return int(value)
+        except ValueError:
+            pass
+    elif isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise UsageError(f"{where}: {_show(value)} is not an integer ({kind})")
+
+
+def read_base64(value: Any, where: str) -> bytes:
+    """What a base64 text stands for.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if isinstance(value, str):
+        text = value.replace("-", "+").replace("_", "/").rstrip("=")
+        try:
+            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except (binascii.Error, ValueError):
+            pass
+    raise UsageError(f"{where}: {_show(value)} is not base64")
+
+
+def read_enum(cls: type[Message], field: Field, value: Any, where: str) -> int:
+    """An enum's number, from its name or from a number.
+
+    Raises:
+        UsageError: There is no such name.
+    """
+    values = enum_values(cls, field)
+    if isinstance(value, str) and value in values:
+        return values[value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = f"{where}: {_show(value)} is none of {', '.join(values)}"
+    raise UsageError(text, nearest(value, values) if isinstance(value, str) else "")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- writing ----
+
+
+def to_json(message: Message, *, camel_case: bool = False, defaults: bool = True) -> dict[str, Any]:
+    """A message as a JSON object.
+
+    Args:
+        message: The message.
+        camel_case: Names in lowerCamelCase, not as in the ``.proto``.
+        defaults: Also fields that hold their zero value; absent sub-messages and `optional` fields never.
+    """
+    cls = type(message)
+    out: dict[str, Any] = {}
+    for field in cls.fields():
+        value = getattr(message, field.name)
+        if value is None or (field.implicit and not value and not defaults):
+            continue
+        name = camel(field.name) if camel_case else field.name
+        if field.label == "*":
+            out[name] = [_written(cls, field, item, camel_case, defaults) for item in value]
+        elif field.label == "%":
+            out[name] = {
+                str(key): _written(cls, field, item, camel_case, defaults) for key, item in value.items()
+            }
+        else:
+            out[name] = _written(cls, field, value, camel_case, defaults)
+    return out
+
+
+def _written(cls: type[Message], field: Field, value: Any, camel_case: bool, defaults: bool) -> Any:
+    if field.sub is not None:
+        return to_json(value, camel_case=camel_case, defaults=defaults)
+    if field.kind in _WIDE:
+        return str(value)
+    if field.kind == "bytes":
+        return base64.b64encode(value).decode()
+    if field.kind == "enum":
+        return next((name for name, number in enum_values(cls, field).items() if number == value), value)
+    if field.kind == "bool":
+        return bool(value)
+    return value

@@ -1,0 +1,219 @@
+"""Ways to an agent: a socket of its own, or the engine of a running sandbox."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from .. import paths
+from ..agent.client import Encoded
+from ..errors import HostError, NotFoundError, UsageError, VMLostError
+from ..proto import sandbox_pb
+from ..ttrpc.status import ConnectionLost, ProtocolError
+from ..ttrpc.sync_client import Client
+from . import address
+from .methods import HEALTH, nearest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_ENGINE = "kata.sandbox.v1.Sandbox"
+
+
+class Link:
+    """A connection that calls go over.
+
+    Attributes:
+        label: What it leads to, in words.
+        container: The id of the container that is meant where none is named; empty if there is none.
+    """
+
+    label = ""
+    container = ""
+
+    def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        """Make one call.
+
+        Args:
+            service: Full name.
+            method: Its name.
+            payload: The encoded request.
+            timeout_s: None waits for ever.
+
+        Returns:
+            The encoded answer.
+
+        Raises:
+            TtrpcError: The status that the agent gave, or DEADLINE_EXCEEDED.
+            VMLostError: The connection ended.
+        """
+        raise NotImplementedError
+
+    def raw(self) -> socket.socket | None:
+        """A connection for bytes that are no calls; None where there is none to be had."""
+        return None
+
+    def lost(self) -> str:
+        """Why there is no agent any more, as far as that shows from outside; else empty."""
+        return ""
+
+    @property
+    def shared(self) -> bool:
+        """Whether all that `raw` gives is one and the same stream (a serial port), also used by `call`."""
+        return False
+
+    def close(self) -> None:
+        """End it, and whatever was started for it."""
+
+
+class SocketLink(Link):
+    """An agent that can be connected to as often as one likes.
+
+    Args:
+        label: What it leads to.
+        connect: Makes a connection.
+    """
+
+    def __init__(self, label: str, connect: Callable[[], socket.socket]) -> None:
+        self.label = label
+        self._connect = connect
+        self._client: Client | None = Client(connect())
+
+    def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        if self._client is None:
+            self._client = Client(self._connect())
+        try:
+            return self._client.call(service, method, Encoded(payload), Encoded, timeout_s).payload
+        except ConnectionLost as error:
+            # The next call gets a connection of its own.
+            self._client.close()
+            self._client = None
+            raise lost_error(self.label, error) from None
+
+    def raw(self) -> socket.socket:
+        return self._connect()
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+def lost_error(label: str, error: ConnectionLost) -> VMLostError:
+    """The error for a connection that ended."""
+    if isinstance(error, ProtocolError):
+        return VMLostError(f"{label} broke the protocol: {error}")
+    return VMLostError(f"the connection to {label} ended: {error}")
+
+
+def to_server(where: address.Address, patience_s: float) -> Link:
+    """A link to an agent's own socket.
+
+    Raises:
+        HostError: There is nobody.
+    """
+    return SocketLink(str(where), lambda: address.connect(where, patience_s))
+
+
+class EngineLink(Link):
+    """The agent of a running sandbox, through its engine, which alone has a channel to it.
+
+    Args:
+        label: The sandbox, in words.
+        container: The id of its container.
+        sock_path: The engine's socket.
+
+    Raises:
+        HostError: The socket cannot be used.
+    """
+
+    def __init__(self, label: str, container: str, sock_path: str) -> None:
+        self.label = label
+        self.container = container
+        self._path = sock_path
+        self._client = self._open()
+
+    def _open(self) -> Client:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(self._path)
+        except PermissionError:
+            sock.close()
+            raise HostError(f"{self.label}: its engine talks to root only", "run it with sudo") from None
+        except OSError as error:
+            sock.close()
+            raise HostError(
+                f"{self.label}: its engine cannot be reached at {self._path}: {error.strerror}",
+                "'kata ps' lists what runs; kata gc clears away what was killed",
+            ) from None
+        return Client(sock)
+
+    def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        request = sandbox_pb.AgentCallRequest(service=service, method=method, payload=payload)
+        answer = sandbox_pb.AgentCallResponse
+        try:
+            return self._client.call(_ENGINE, "AgentCall", request, answer, timeout_s).payload
+        except ConnectionLost as error:
+            raise VMLostError(f"{self.label} has ended: {error}") from None
+
+    def lost(self) -> str:
+        return "" if os.path.exists(self._path) else f"{self.label} has ended"
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def to_sandbox(name: str) -> Link:
+    """A link to the agent of a running sandbox.
+
+    Args:
+        name: The name of a container of `kata`, its id or the beginning of it, or a sandbox's id.
+
+    Raises:
+        NotFoundError: There is no such sandbox, or it does not run.
+        UsageError: The beginning of an id fits several.
+        HostError: Its engine cannot be reached.
+    """
+    from ..cli import records
+
+    if not name or "/" in name or name.startswith("."):
+        raise UsageError(f"{name!r} is not the name of a sandbox", "'kata ps' lists them")
+    found = records.find_or_none(name)
+    identity = found.id if found is not None else _unique(name)
+    if identity is None:
+        known = [one.name for one in records.all_containers()]
+        raise NotFoundError(
+            f"there is no sandbox named {name!r}", nearest(name, known) or "'kata ps' lists those that run"
+        )
+    path = os.path.join(paths.sandbox_dir(identity), "engine.sock")
+    if not os.path.exists(path):
+        raise NotFoundError(f"sandbox {name} does not run", f"kata start {name}")
+    return EngineLink(f"sandbox {name}", found.id if found is not None else "", path)
+
+
+def _unique(beginning: str) -> str | None:
+    """The id of the sandbox that begins like this; None when there is none."""
+    try:
+        fitting = [
+            one
+            for one in os.listdir(os.path.join(paths.run_dir(), "sandboxes"))
+            if one.startswith(beginning)
+        ]
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        raise HostError("sandboxes can be reached by root only", "run it with sudo") from None
+    if beginning in fitting:
+        return beginning
+    if len(fitting) > 1:
+        raise UsageError(f"{beginning!r} is the beginning of {len(fitting)} sandbox ids", "give more of it")
+    return fitting[0] if fitting else None
+
+
+def healthy(link: Link, timeout_s: float) -> None:
+    """Health.Check; returns when the agent serves.
+
+    Raises:
+        TtrpcError, VMLostError: It does not.
+    """
+    link.call(HEALTH, "Check", b"", timeout_s)

@@ -1,0 +1,145 @@
+"""Options in front of a command: ``--name value``, ``--name=value``, ``-n value``."""
+
+from __future__ import annotations
+
+from ..errors import UsageError
+from .methods import nearest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Option:
+    """One option.
+
+    Args:
+        names: Its spellings, the long one last.
+        metavar: What its value is called; empty for a switch.
+        text: One line for the help.
+        many: May be given repeatedly.
+    """
+
+    __slots__ = ("many", "metavar", "names", "text")
+
+    def __init__(self, names: str, metavar: str, text: str, *, many: bool = False) -> None:
+        self.names = names.split()
+        self.metavar = metavar
+        self.text = text
+        self.many = many
+
+    @property
+    def key(self) -> str:
+        return self.names[-1].lstrip("-")
+
+    @property
+    def head(self) -> str:
+        return ", ".join(self.names) + (f" {self.metavar}" if self.metavar else "")
+
+
+class Values:
+    """What was given."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, option: Option, value: str) -> None:
+        if not option.many:
+            self._found[option.key] = []
+        self._found.setdefault(option.key, []).append(value)
+
+    def flag(self, key: str) -> bool:
+        return key in self._found
+
+    def value(self, key: str) -> str | None:
+        found = self._found.get(key)
+        return found[-1] if found else None
+
+    def many(self, key: str) -> list[str]:
+        return self._found.get(key, [])
+
+    def number(self, key: str, default: float, least: float = 0.0) -> float:
+        """A decimal number.
+
+        Raises:
+            UsageError: It is none, or less than *least*.
+        """
+        text = self.value(key)
+        if text is None:
+            return default
+        try:
+            found = float(text)
+            if found >= least and found < float("inf"):
+                return found
+        except ValueError:
+            pass
+        raise UsageError(f"--{key}: {text!r} is not a number from {least:g}")
+
+    def integer(self, key: str, default: int, least: int = 0, most: int = 1 << 40) -> int:
+        """A whole number.
+
+        Raises:
+            UsageError: It is none, or outside the bounds.
+        """
+        text = self.value(key)
+        if text is None:
+            return default
+        try:
+            found = int(text, 0)
+            if least <= found <= most:
+                return found
+        except ValueError:
+            pass
+        raise UsageError(f"--{key}: {text!r} is not a whole number from {least} to {most}")
+
+
+def parse(
+    options: Sequence[Option], words: Sequence[str], *, whole: bool = False
+) -> tuple[Values, list[str]]:
+    """Take options off the front.
+
+    Args:
+        options: Those that there are.
+        words: The command line.
+        whole: Nothing may follow them.
+
+    Returns:
+        What was given, and the words from the first that is no option on.
+
+    Raises:
+        UsageError: An option is unknown or lacks its value.
+    """
+    by_name = {name: option for option in options for name in option.names}
+    values = Values()
+    rest = list(words)
+    while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
+        word = rest.pop(0)
+        name, attached, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        option = by_name.get(name)
+        if option is None:
+            raise UsageError(f"unknown option {name}", nearest(name, by_name) or "--help lists the options")
+        if not option.metavar:
+            if attached:
+                raise UsageError(f"{name} is a switch and takes no value")
+            values.add(option, "")
+        elif attached:
+            values.add(option, value)
+        elif rest:
+            values.add(option, rest.pop(0))
+        else:
+            raise UsageError(f"{name} needs a value: {option.metavar}", "--help lists the options")
+    if whole and rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}", f"the options are {', '.join(by_name)}")
+    return values, rest
+
+
+def table(heads: Sequence[tuple[str, str]]) -> str:
+    """Two columns for a help."""
+    width = min(max((len(head) for head, _ in heads), default=0), 34)
+    lines = []
+    for head, text in heads:
+        if len(head) > width:
+            lines.append(f"  {head}")
+            head = ""
+        lines.append(f"  {head:<{width}}  {text}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""What the tool prints. Everything that a guest said is made fit for a terminal on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from ..agent.text import escape_line
+from ..errors import KataError
+from ..ttrpc.status import NAMES, TtrpcError
+from .jsonmap import to_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..proto.codec import Message
+    from .methods import Method
+
+JSON, TEXT = "json", "text"
+
+
+class Style:
+    """How answers are printed.
+
+    Attributes:
+        form: `JSON` or `TEXT`.
+        camel_case: JSON's names in lowerCamelCase.
+        defaults: Fields that hold their zero value too.
+        timing: Say on standard error how long each call took.
+    """
+
+    __slots__ = ("camel_case", "defaults", "form", "timing")
+
+    def __init__(
+        self, form: str = JSON, *, camel_case: bool = False, defaults: bool = True, timing: bool = False
+    ) -> None:
+        self.form = form
+        self.camel_case = camel_case
+        self.defaults = defaults
+        self.timing = timing
+
+
+def show(message: Message, style: Style) -> None:
+    """Print an answer to standard output."""
+    if style.form == TEXT:
+        show_text(message, style)
+    else:
+        show_json(to_json(message, camel_case=style.camel_case, defaults=style.defaults))
+
+
+def show_json(value: Any) -> None:
+    """Print JSON; ASCII only, so that nothing in it acts on a terminal."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def show_text(message: Message, style: Style) -> None:
+    """Print an answer for reading: the content itself where it is a single text or a piece of data, else its
+    fields one a line, with those of sub-messages below it."""
+    fields = type(message).fields()
+    if not fields:
+        sys.stdout.write("ok\n")
+    elif len(fields) == 1 and fields[0].kind in ("string", "bytes") and not fields[0].label:
+        value = getattr(message, fields[0].name)
+        _content(value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value)
+    else:
+        lines: list[str] = []
+        _tree(to_json(message, camel_case=style.camel_case, defaults=style.defaults), "", lines)
+        sys.stdout.write("\n".join(lines) + "\n" if lines else "ok\n")
+    sys.stdout.flush()
+
+
+def _content(data: bytes) -> None:
+    """The data as it is, into a file or pipe; line by line and escaped on a terminal."""
+    if not sys.stdout.isatty():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        return
+    for line in data.decode("utf-8", "replace").removesuffix("\n").split("\n"):
+        sys.stdout.write(escape_line(line, 1 << 16) + "\n")
+
+
+def _tree(value: Any, indent: str, lines: list[str]) -> None:
+    pairs = (
+        value.items() if isinstance(value, dict) else ((f"[{at}]", item) for at, item in enumerate(value))
+    )
+    for name, item in pairs:
+        shown = escape_line(str(name))
+        if isinstance(item, (dict, list)):
+            if not item:
+                lines.append(f"{indent}{shown}: none")
+                continue
+            if isinstance(item, list) and not any(isinstance(one, (dict, list)) for one in item):
+                lines.append(f"{indent}{shown}: {', '.join(escape_line(str(one)) for one in item)}")
+                continue
+            lines.append(f"{indent}{shown}:")
+            _tree(item, indent + "  ", lines)
+        else:
+            text = str(item).lower() if isinstance(item, bool) else str(item)
+            lines.append(f"{indent}{shown}: {escape_line(text)}")
+
+
+def say_time(method: Method, seconds: float, sent: int, received: int) -> None:
+    """One line about a call on standard error."""
+    sys.stderr.write(f"{method.name}: {duration(seconds)}, {sent} bytes out, {received} bytes back\n")
+    sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """A time with a unit that suits it."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def code_name(code: int) -> str:
+    """A status's name, or its number."""
+    return NAMES[code] if 0 <= code < len(NAMES) else f"code {code}"
+
+
+def report(error: KataError | TtrpcError, method: str = "") -> None:
+    """Print an error, and its hint, to standard error; coloured on a terminal unless NO_COLOR is set."""
+    if isinstance(error, TtrpcError):
+        message, hint = error.split_hint()
+        text = f"{method + ': ' if method else ''}{code_name(error.code)}: {escape_line(message)}"
+        hint = escape_line(hint)
+    else:
+        # Ours; parts of it that a guest said have been escaped, and it may have several lines.
+        text, hint = error.message, error.hint
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    red, cyan, off = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if colour else ("", "", "")
+    sys.stderr.write(f"{red}error:{off} {text}\n" + (f"{cyan}hint:{off} {hint}\n" if hint else ""))
+    sys.stderr.flush()

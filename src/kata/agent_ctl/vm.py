@@ -1,0 +1,184 @@
+"""A virtual machine with nothing but an agent in it, gone when the tool ends (``--vm``)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+
+from .. import paths
+from ..agent.client import Encoded
+from ..agent.text import last_lines
+from ..engine.boot import KERNEL_PARAMETERS
+from ..errors import HostError, HypervisorError, KataError, VMLostError
+from ..guest import manifest
+from ..hypervisor import accel, qemu_process, vsock
+from ..hypervisor.settings import VMSettings
+from ..journal import Journal
+from ..ttrpc.status import ConnectionLost, TtrpcError
+from ..ttrpc.sync_client import Client
+from . import address
+from .links import Link, SocketLink, healthy, lost_error
+
+MEMORY_MIB = 256
+READY_S = 60.0
+_TAIL = 1 << 16
+
+
+class VMLink(Link):
+    """Boots the machine; returns when its agent answers.
+
+    Its directory lies among the sandboxes' with a journal of its own, so that ``kata gc`` takes away what is left
+    if this process is killed; QEMU itself ends with this process.
+
+    Args:
+        memory_mib: Memory of the machine.
+
+    Raises:
+        KataError: It did not come up; says what the console ends with.
+    """
+
+    def __init__(self, memory_mib: int = MEMORY_MIB) -> None:
+        if os.geteuid() != 0:
+            raise HostError("--vm has to run as root: it makes a virtual machine", "run it with sudo")
+        guest = manifest.load(paths.guest_dir())
+        choice = accel.choose()
+        self.label = f"a throw-away virtual machine ({choice.accel})"
+        self._tail = bytearray()
+        name = f"agent-ctl-{os.getpid()}-{os.urandom(3).hex()}"
+        self._journal = Journal.create_dir(
+            os.path.join(paths.run_dir(), "sandboxes"), name, {"door": "agent-ctl", "id": name}
+        )
+        settings = VMSettings(
+            name=name,
+            run_dir=os.path.dirname(self._journal.path),
+            kernel=guest.kernel,
+            initrd=guest.initrd,
+            cmdline=" ".join(KERNEL_PARAMETERS),
+            accel=choice.accel,
+            memory_mib=memory_mib,
+            vsock=vsock.allocate() if choice.accel == "kvm" else None,
+        )
+        cid = settings.vsock.cid if settings.vsock is not None else None
+        try:
+            self._qemu = qemu_process.spawn(settings, self._journal)
+        except BaseException:
+            self._journal.undo()
+            raise
+        self._link: Link | None = None
+        try:
+            self._console = threading.Thread(
+                target=self._read_console, args=(self._qemu.take("console"),), daemon=True
+            )
+            self._console.start()
+            self._link = self._reach(cid)
+            healthy(self._link, READY_S)
+        except (KataError, TtrpcError) as error:
+            raise self._failed(str(error)) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _reach(self, cid: int | None) -> Link:
+        if cid is None:
+            return _PortLink(self.label, socket.socket(fileno=self._qemu.take("agent")))
+        where = address.Address("vsock", cid=cid)
+        return SocketLink(self.label, lambda: address.connect(where, READY_S))
+
+    def _failed(self, words: str) -> KataError:
+        ended = self._qemu.failure()
+        lines = last_lines(bytes(self._tail))
+        self.close()
+        text = f"the throw-away virtual machine did not come up: {ended.message if ended else words}"
+        if lines:
+            text += "\nits console ends with:\n" + "\n".join(f"  {line}" for line in lines)
+        return HypervisorError(text, ended.hint if ended else "kata doctor checks this host")
+
+    def _read_console(self, fd: int) -> None:
+        """Take in what the guest says: one that nobody reads stops the machine when its buffer is full."""
+        if fd < 0:
+            return
+        try:
+            while data := os.read(fd, 1 << 14):
+                self._tail += data
+                del self._tail[:-_TAIL]
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
+    # ---- what a link does ----
+
+    def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        assert self._link is not None
+        try:
+            return self._link.call(service, method, payload, timeout_s)
+        except VMLostError as error:
+            self._qemu.child.wait(2.0)
+            raise VMLostError(self.lost() or error.message) from None
+
+    def raw(self) -> socket.socket | None:
+        return self._link.raw() if self._link is not None else None
+
+    @property
+    def shared(self) -> bool:
+        return self._link is not None and self._link.shared
+
+    def lost(self) -> str:
+        status = self._qemu.child.poll()
+        if status is None:
+            return ""
+        lines = last_lines(bytes(self._tail), 1)
+        said = f"; its console ends with: {lines[-1]}" if lines else ""
+        return f"the virtual machine has ended (QEMU's status {status}){said}"
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        problems = self._journal.undo(10.0)  # the machine, then its directory
+        self._qemu.child.wait(10.0)
+        self._console.join(5.0)
+        self._qemu.close()
+        for problem in problems:
+            sys.stderr.write(f"warning: {problem}\n")
+
+
+class _PortLink(Link):
+    """A virtio-serial port: one stream for everything, which outlives what is not a call.
+
+    Args:
+        label: What it leads to.
+        sock: Our end.
+    """
+
+    def __init__(self, label: str, sock: socket.socket) -> None:
+        self.label = label
+        self._sock = sock
+        self._client: Client | None = None
+        self._clients: list[Client] = []
+
+    def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        if self._client is None:
+            self._client = Client(self._sock.dup())
+            self._clients.append(self._client)
+        try:
+            return self._client.call(service, method, Encoded(payload), Encoded, timeout_s).payload
+        except ConnectionLost as error:
+            self._client = None
+            raise lost_error(self.label, error) from None
+
+    def raw(self) -> socket.socket:
+        # A client takes an answer to a call that it has not made for a breach of the protocol: the next call
+        # has a new one. The old one stays open, since its end would be that of the stream.
+        self._client = None
+        return self._sock.dup()
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        self._sock.close()
