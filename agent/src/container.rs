@@ -3,14 +3,17 @@
 use crate::agent::Agent;
 use crate::cgroup::Cgroup;
 use crate::devices_bpf;
+use crate::jobs::Then;
 use crate::prelude::*;
 use crate::process::{Key, Process};
 use crate::proto::agent as pb;
+use crate::proto::codec::Message;
+use crate::proto::oci::Spec;
 use crate::runtime;
 use crate::runtime::launch::Filter;
 use crate::runtime::namespaces::Namespaces;
 use crate::server::calls::CallId;
-use crate::sys::{self, Fd};
+use crate::sys::{self, Fd, RawFd};
 use alloc::collections::VecDeque;
 
 /// Where the agent keeps what belongs to containers.
@@ -42,11 +45,60 @@ pub struct Container {
     /// Mount points of its storages, in order, and how many of them are mounted.
     pub storages: Vec<String>,
     pub mounted: usize,
+    /// What Kubernetes calls it, for others that share its mounts.
+    pub name: Option<Box<str>>,
+    /// Where it writes why it has ended: a path of the agent's, or one inside its root.
+    pub termination_log: Option<TerminationLog>,
     /// The call that waits for the removal, and what to tell it instead of success.
     pub remover: Option<CallId>,
     pub failure: Option<Error>,
     /// OOM kills that have been reported.
     pub oom_kills: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TerminationLog {
+    /// The source of a bind mount: it outlives the container's processes.
+    Guest(String),
+    Inside(String),
+}
+
+/// Annotation with the path of the file in which a container may leave its last words (Kubernetes).
+const TERMINATION_LOG: &str = "io.kubernetes.container.terminationMessagePath";
+/// What the kubelet reads of it.
+const MAX_TERMINATION_LOG: usize = 4096;
+
+impl TerminationLog {
+    pub fn of(spec: &Spec) -> Option<TerminationLog> {
+        let path = spec.annotations.get(TERMINATION_LOG)?;
+        let bound = |m: &&crate::proto::oci::Mount| {
+            m.destination == *path && (m.type_ == "bind" || m.options.iter().any(|o| o == "bind" || o == "rbind"))
+        };
+        Some(match spec.mounts.iter().find(bound) {
+            Some(mount) => TerminationLog::Guest(mount.source.clone()),
+            None => TerminationLog::Inside(path.clone()),
+        })
+    }
+
+    /// Up to 4096 bytes of it, `root` being the container's root directory.
+    fn read(&self, root: RawFd) -> Result<String> {
+        let file = match self {
+            TerminationLog::Guest(path) => sys::open(path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOFOLLOW, 0),
+            TerminationLog::Inside(path) => runtime::path::open(root, path, libc::O_RDONLY | libc::O_NONBLOCK),
+        };
+        let file = file.context("open the termination log")?;
+        if sys::fstat(file.raw())?.st_mode & libc::S_IFMT != libc::S_IFREG {
+            return Err(Error::precondition("the termination log is not an ordinary file"));
+        }
+        let mut text = Vec::new();
+        while text.len() < MAX_TERMINATION_LOG {
+            let room = MAX_TERMINATION_LOG - text.len();
+            if sys::read_append(file.raw(), &mut text, room).context("read the termination log")? == 0 {
+                break;
+            }
+        }
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
 }
 
 impl Container {
@@ -138,6 +190,24 @@ impl Agent {
         }
         let rules = runtime::devices::cgroup_rules(&resources.devices, &[]);
         devices_bpf::attach(cgroup.open()?.raw(), &devices_bpf::compile(&rules)?)
+    }
+
+    /// GetDiagnosticData: the termination log is what there is.
+    pub fn diagnostic_data(&mut self, call: CallId, request: &pb::GetDiagnosticDataRequest) -> Result<Option<Vec<u8>>> {
+        if request.log_type != "termination_log" {
+            return Err(Error::invalid(format!("log type {:?} is not termination_log", request.log_type)));
+        }
+        let id = &request.container_id;
+        let log = self
+            .container(id)?
+            .termination_log
+            .clone()
+            .ok_or_else(|| Error::not_found(format!("container {id:?} has no annotation {TERMINATION_LOG}")))?;
+        let root = self.open_root(id)?;
+        self.spawn_job(Then::Answer(call), &[root.raw()], || {
+            Ok(pb::GetDiagnosticDataResponse { data: log.read(root.raw())? }.to_vec())
+        })?;
+        Ok(None)
     }
 
     /// The container's root directory as its processes see it; of one that has none, as the agent does.

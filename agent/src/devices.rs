@@ -5,20 +5,61 @@
 //! its own (NUMA expander).
 
 use crate::fs;
-use crate::guest::{hotplug_timeout_ms, wait_for};
+use crate::guest::hotplug_timeout_ms;
 use crate::prelude::*;
 use crate::sort::sort;
 use crate::sys::{self, Errno};
+use crate::uevent::await_device;
 
 const DEVICES: &str = "/sys/devices";
 const BLOCK: &str = "/sys/block";
+const SCSI_HOSTS: &str = "/sys/class/scsi_host";
+const SCSI_DEVICES: &str = "/sys/class/scsi_device";
 /// virtioN/block/vda is two directories down, virtioN/ndbus0/region0/namespace0.0/block/pmem0 five.
 const MAX_DEPTH: usize = 6;
+
+/// The node of a disk, named by `/dev/...`, `serial:...` or its PCI path; waits for it to appear.
+pub fn find_block(address: &str) -> Result<String> {
+    if address.starts_with("/dev/") {
+        wait_for_block(address)?;
+        return Ok(address.to_string());
+    }
+    match address.strip_prefix("serial:") {
+        Some(serial) => find_block_by_serial(serial),
+        None => find_block_by_pci(address),
+    }
+}
+
+/// The node of the SCSI disk with this `id:lun`, on whichever host adapter; waits for it to appear.
+pub fn find_block_by_scsi(address: &str) -> Result<String> {
+    let number = |text: &str| text.parse::<u16>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let parsed = address.split_once(':').and_then(|(id, lun)| Some((number(id)?, number(lun)?)));
+    let (id, lun) = parsed.ok_or_else(|| Error::invalid(format!("{address:?} is no SCSI address (id:lun)")))?;
+    let hosts = names(SCSI_HOSTS)?;
+    if hosts.is_empty() {
+        return Err(Error::precondition("the guest has no SCSI host adapter (or its kernel no driver for it)"));
+    }
+    // Adapters do not announce what was plugged in while nobody looked.
+    for host in &hosts {
+        fs::write_existing(format!("{SCSI_HOSTS}/{host}/scan"), &format!("0 {id} {lun}"))
+            .with_context(|| format!("make {host} look for SCSI device {address}"))?;
+    }
+    let suffix = format!(":0:{id}:{lun}");
+    let node = await_device("block", || {
+        let devices = names(SCSI_DEVICES)?;
+        let found = devices
+            .iter()
+            .filter(|name| name.ends_with(&suffix))
+            .find_map(|name| names(&format!("{SCSI_DEVICES}/{name}/device/block")).ok()?.into_iter().next());
+        Ok(found.map(|name| node_path(&name)).filter(|node| is_block(node)))
+    })?;
+    node.ok_or_else(|| absent(&format!("no disk at SCSI address {address}")))
+}
 
 /// The node in /dev of the disk at a PCI path; waits for it to appear (`agent.hotplug_timeout`).
 pub fn find_block_by_pci(path: &str) -> Result<String> {
     let path = PciPath::parse(path)?;
-    let node = wait_for(hotplug_timeout_ms(), || {
+    let node = await_device("block", || {
         let name = path.directory(DEVICES)?.and_then(|directory| find_class(&directory, "block", MAX_DEPTH));
         Ok(name.map(|name| node_path(&name)).filter(|node| is_block(node)))
     })?;
@@ -28,7 +69,7 @@ pub fn find_block_by_pci(path: &str) -> Result<String> {
 /// The name of the network interface at a PCI path; waits for it to appear.
 pub fn find_interface_by_pci(path: &str) -> Result<String> {
     let path = PciPath::parse(path)?;
-    let name = wait_for(hotplug_timeout_ms(), || {
+    let name = await_device("net", || {
         Ok(path.directory(DEVICES)?.and_then(|directory| find_class(&directory, "net", MAX_DEPTH)))
     })?;
     name.ok_or_else(|| absent(&format!("no network interface at PCI path {path}")))
@@ -36,7 +77,7 @@ pub fn find_interface_by_pci(path: &str) -> Result<String> {
 
 /// The node of the virtio disk with this serial; waits for it to appear.
 pub fn find_block_by_serial(serial: &str) -> Result<String> {
-    let node = wait_for(hotplug_timeout_ms(), || {
+    let node = await_device("block", || {
         let names = fs::names(BLOCK).with_context(|| format!("list {BLOCK}"))?;
         let found = names.iter().find(|name| {
             fs::read_to_string(format!("{BLOCK}/{name}/serial")).is_ok_and(|text| text.trim_end_matches('\n') == serial)
@@ -48,7 +89,7 @@ pub fn find_block_by_serial(serial: &str) -> Result<String> {
 
 /// Waits until a block device node is there.
 pub fn wait_for_block(node: &str) -> Result<()> {
-    let found = wait_for(hotplug_timeout_ms(), || Ok(is_block(node).then_some(())))?;
+    let found = await_device("block", || Ok(is_block(node).then_some(())))?;
     found.ok_or_else(|| absent(&format!("no block device {node}")))
 }
 

@@ -8,7 +8,7 @@ use crate::proto::health::{HealthCheckResponse, VersionCheckResponse, HEALTH_CHE
 use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
 use crate::server::frame::Request;
-use crate::{copyfile, files, guest, netlink, processes, routes, storage};
+use crate::{copyfile, files, guest, metrics, netlink, processes, routes, runtime, storage, swap, sys, volumes};
 
 /// The version of the protocol, as the original counts it.
 const API_VERSION: &str = "0.0.1";
@@ -182,6 +182,35 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
             guest::set_date_time(r.sec, r.usec).map(empty)
         }
         "GetGuestDetails" => details(&decode(request)?),
+        "GetMetrics" => {
+            agent.sandbox.scrapes += 1;
+            let scrapes = agent.sandbox.scrapes;
+            // In a child: the text is long, and what it takes goes with it.
+            let me = sys::getpid();
+            answer_from(agent, call, || Ok(pb::Metrics { metrics: metrics::collect(me, scrapes) }))
+        }
+        "GetDiagnosticData" => agent.diagnostic_data(call, &decode(request)?),
+        "AddSwap" => {
+            let r: pb::AddSwapRequest = decode(request)?;
+            job(agent, call, || swap::add_by_pci(&r.pci_path))
+        }
+        "AddSwapPath" => {
+            let r: pb::AddSwapPathRequest = decode(request)?;
+            job(agent, call, || swap::add_by_path(&r.path))
+        }
+        "GetVolumeStats" => {
+            let r: pb::VolumeStatsRequest = decode(request)?;
+            answer_from(agent, call, || volumes::stats(&r.volume_guest_path))
+        }
+        "ResizeVolume" => {
+            let r: pb::ResizeVolumeRequest = decode(request)?;
+            job(agent, call, || volumes::resize(&r.volume_guest_path, r.size))
+        }
+        "RemoveStaleVirtiofsShareMounts" => job(agent, call, storage::touch_shares),
+        "MemAgentMemcgSet" | "MemAgentCompactSet" => Err(Error::unimplemented(format!(
+            "{}: this agent has no memory agent (it leaves reclaim and compaction to the guest kernel)",
+            request.method
+        ))),
         _ => unknown(request),
     }
 }
@@ -220,8 +249,8 @@ fn details(request: &pb::GuestDetailsRequest) -> Outcome {
     let mut response = pb::GuestDetailsResponse {
         agent_details: Some(Box::new(pb::AgentDetails {
             version: AGENT_VERSION.to_string(),
-            init_daemon: crate::sys::getpid() == 1,
-            device_handlers: vec![],
+            init_daemon: sys::getpid() == 1,
+            device_handlers: list(runtime::attach::TYPES),
             storage_handlers: list(storage::DRIVERS),
             supports_seccomp: true,
             extra_features: list(EXTRA_FEATURES),
@@ -243,6 +272,12 @@ fn decode<M: Message>(request: &Request) -> Result<M> {
 
 fn job(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<()>) -> Outcome {
     agent.spawn_job(Then::Answer(call), &[], || work().map(|()| vec![]))?;
+    Ok(None)
+}
+
+/// Work in a child whose outcome is the answer.
+fn answer_from<M: Message>(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<M>) -> Outcome {
+    agent.spawn_job(Then::Answer(call), &[], || work().map(|message| message.to_vec()))?;
     Ok(None)
 }
 

@@ -4,6 +4,7 @@ use crate::fs;
 use crate::prelude::*;
 use crate::sys::{self, Errno, RawFd};
 use crate::syscall;
+use crate::uevent::await_device;
 
 const CPUS: &str = "/sys/devices/system/cpu";
 const MEMORY: &str = "/sys/devices/system/memory";
@@ -106,12 +107,12 @@ pub fn probe_memory(addresses: &[u64]) -> Result<()> {
 /// it keeps looking until `processors` have been turned on or the hot-plug timeout is over.
 pub fn online_cpu_mem(wait: bool, processors: u32, cpu_only: bool) -> Result<u32> {
     let mut online = 0;
-    let timeout = if wait { hotplug_timeout_ms() } else { 0 };
-    let enough = wait_for(timeout, || {
+    let enough = await_device("cpu", || {
         online += turn_on(CPUS, "cpu")?;
         Ok((!wait || online >= processors).then_some(()))
     })?;
     if enough.is_none() {
+        let timeout = hotplug_timeout_ms();
         return Err(Error::deadline(format!("only {online} of {processors} new processors appeared in {timeout} ms")));
     }
     if !cpu_only && fs::is_dir(MEMORY) {

@@ -30,6 +30,7 @@ pub mod guest;
 pub mod jobs;
 mod lifecycle;
 pub mod log;
+pub mod metrics;
 pub mod mountopts;
 pub mod netlink;
 mod oom;
@@ -49,10 +50,13 @@ pub mod sort;
 pub mod storage;
 mod stream_calls;
 pub mod streams;
+pub mod swap;
 pub mod sys;
 pub mod syscalls;
 #[cfg(test)]
 mod test_support;
+pub mod uevent;
+pub mod volumes;
 
 /// The program after its entry point; the exit code.
 ///

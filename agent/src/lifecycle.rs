@@ -2,7 +2,7 @@
 
 use crate::agent::Agent;
 use crate::cgroup::Cgroup;
-use crate::container::{check_id, unknown, Container, Status, STATE_DIR};
+use crate::container::{check_id, unknown, Container, Status, TerminationLog, STATE_DIR};
 use crate::jobs::Then;
 use crate::prelude::*;
 use crate::process::{Key, Phase, Pipes, Process};
@@ -10,10 +10,11 @@ use crate::proto::agent as pb;
 use crate::proto::oci::{Linux, Spec};
 use crate::runtime::launch::Filter;
 use crate::runtime::report::Reporter;
+use crate::runtime::shared_mounts::Source;
 use crate::runtime::{self, namespaces, ContainerPlan, ExecPlan};
 use crate::server::calls::CallId;
 use crate::sys::{self, Fd};
-use crate::{devices_bpf, fs, log, seccomp, storage};
+use crate::{fs, log, seccomp, storage};
 use alloc::collections::VecDeque;
 
 impl Agent {
@@ -22,12 +23,6 @@ impl Agent {
         check_id(id)?;
         if self.containers.contains_key(id) {
             return Err(Error::exists(format!("container {id:?} exists")));
-        }
-        if let Some(device) = request.devices.first() {
-            return Err(Error::unimplemented(format!("device type {:?} of {:?}", device.type_, device.container_path)));
-        }
-        if !request.shared_mounts.is_empty() {
-            return Err(Error::unimplemented("shared_mounts are not supported"));
         }
         if request.stdin_port | request.stdout_port | request.stderr_port != 0 {
             return Err(Error::unimplemented("streams by passed descriptors are not supported"));
@@ -43,9 +38,11 @@ impl Agent {
         let namespaces = namespaces::parse(linux)?;
         let filter = compile_filter(linux)?;
         let root = spec.root.as_deref().map_or("", |r| &r.path).to_string();
+        let name = container_name(spec).unwrap_or(id);
+        let shared_mounts = self.sources_of(&request.shared_mounts, &[id, name])?;
         let exec_id = if request.exec_id.is_empty() { id } else { &request.exec_id };
 
-        let cgroup = self.make_cgroup(id, linux, spec)?;
+        let cgroup = self.make_cgroup(id, linux)?;
         let mut container = Container {
             status: Status::Creating,
             init: 0,
@@ -57,6 +54,8 @@ impl Agent {
             root,
             storages: request.storages.iter().map(|s| s.mount_point.clone()).collect(),
             mounted: 0,
+            name: container_name(spec).map(Into::into),
+            termination_log: TerminationLog::of(spec),
             remover: None,
             failure: None,
             oom_kills: 0,
@@ -71,6 +70,8 @@ impl Agent {
                 id,
                 spec,
                 storages: &request.storages,
+                devices: &request.devices,
+                shared_mounts: &shared_mounts,
                 program,
                 filter: container.filter.as_ref(),
                 namespaces,
@@ -98,13 +99,33 @@ impl Agent {
         }
     }
 
-    fn make_cgroup(&self, id: &str, linux: &Linux, spec: &Spec) -> Result<Option<Cgroup>> {
+    /// The containers and paths that are to be shared with a new container, which goes by `names`.
+    fn sources_of(&self, wanted: &[pb::SharedMount], names: &[&str]) -> Result<Vec<Source>> {
+        let find = |mount: &pb::SharedMount| {
+            if !mount.dst_ctr.is_empty() && !names.contains(&mount.dst_ctr.as_str()) {
+                return Err(Error::invalid(format!("it is for container {:?}, which is not this one", mount.dst_ctr)));
+            }
+            let by_name = || self.containers.values().find(|c| c.name.as_deref() == Some(&mount.src_ctr));
+            let source = self.containers.get(&mount.src_ctr).or_else(by_name).ok_or_else(|| unknown(&mount.src_ctr))?;
+            let process = self.processes.get(&source.init).filter(|p| p.is_alive() && p.pid != 0);
+            let (Status::Created | Status::Running, Some(process)) = (source.status, process) else {
+                return Err(Error::precondition(format!("container {:?} is not running", mount.src_ctr)));
+            };
+            Ok(Source {
+                process: sys::pidfd_open(process.pid).context("open the other container's process")?,
+                path: mount.src_path.clone(),
+                destination: mount.dst_path.clone(),
+            })
+        };
+        wanted.iter().map(|mount| find(mount).with_context(|| format!("shared mount {:?}", mount.name))).collect()
+    }
+
+    fn make_cgroup(&self, id: &str, linux: &Linux) -> Result<Option<Cgroup>> {
         if !self.has_cgroups {
             return Ok(None);
         }
         let cgroup = Cgroup::create(id, linux.resources.as_deref())?;
-        let prepared = restrict_devices(&cgroup, linux, spec).and_then(|()| self.watch_oom(&cgroup));
-        if let Err(e) = prepared {
+        if let Err(e) = self.watch_oom(&cgroup) {
             let _ = cgroup.remove();
             return Err(e);
         }
@@ -297,16 +318,10 @@ impl Agent {
     }
 }
 
-/// Device rules of the spec. Hosts of the original protocol send none, whatever the user has asked for: then a
-/// container without CAP_SYS_ADMIN gets what every container gets, and one with it (a privileged one) everything.
-fn restrict_devices(cgroup: &Cgroup, linux: &Linux, spec: &Spec) -> Result<()> {
-    let rules = linux.resources.as_deref().map_or(&[][..], |r| &r.devices);
-    let bounding = spec.process.as_deref().and_then(|p| p.capabilities.as_deref()).map_or(&[][..], |c| &c.bounding);
-    if rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
-        return Ok(());
-    }
-    let rules = runtime::devices::cgroup_rules(rules, &linux.devices);
-    devices_bpf::attach(cgroup.open()?.raw(), &devices_bpf::compile(&rules)?)
+/// What Kubernetes calls a container: containerd's annotation or CRI-O's.
+fn container_name(spec: &Spec) -> Option<&str> {
+    let known = ["io.kubernetes.cri.container-name", "io.kubernetes.container.name"];
+    known.iter().find_map(|name| spec.annotations.get(*name)).map(String::as_str)
 }
 
 fn is_frozen(cgroup: &Cgroup) -> bool {

@@ -24,6 +24,8 @@ pub struct Sandbox {
     pub oom_waiters: VecDeque<CallId>,
     /// DestroySandbox has been called; this call is answered when all is down.
     destroyer: Option<CallId>,
+    /// How often the metrics were asked for.
+    pub scrapes: u64,
 }
 
 impl Sandbox {

@@ -3,7 +3,7 @@
 //! One function per driver family. Options that a driver does not know go to the file system or are refused by name;
 //! none is dropped.
 
-use crate::devices::{find_block_by_pci, find_block_by_serial, wait_for_block};
+use crate::devices::{find_block, find_block_by_scsi};
 use crate::fs;
 use crate::mountopts::{parse_options, MountOptions, MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT};
 use crate::ownership;
@@ -13,7 +13,7 @@ use crate::sys::{self, Errno};
 
 /// The drivers, for AgentDetails.storage_handlers.
 pub const DRIVERS: &[&str] =
-    &["9p", "bind", "blk", "ephemeral", "local", "mmioblk", "nvdimm", "overlayfs", "pmem", "virtio-fs"];
+    &["9p", "bind", "blk", "ephemeral", "local", "mmioblk", "nvdimm", "overlayfs", "pmem", "scsi", "virtio-fs"];
 
 /// A directory to make before an overlay is mounted, as an option or a driver option.
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
@@ -21,13 +21,15 @@ const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_direct
 const OVERLAY_RW: &str = "io.katacontainers.fs-opt.overlay-rw";
 /// What huge pages leave of the guest's memory: small pages are needed as well.
 const HEADROOM: u64 = 32 << 20;
+/// Where the host's share is mounted.
+const SHARES: &str = "/run/kata-containers/shared/containers";
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
 
 /// Mounts one storage; where. On failure nothing stays mounted.
 pub fn mount_storage(storage: &Storage) -> Result<String> {
     check_mount_point(&storage.mount_point)?;
     let outcome = match storage.driver.as_str() {
-        "blk" | "mmioblk" | "nvdimm" | "pmem" => block(storage),
+        "blk" | "mmioblk" | "nvdimm" | "pmem" | "scsi" => block(storage),
         "9p" => share(storage, "9p", &["trans=virtio", "version=9p2000.L"]),
         "virtio-fs" => share(storage, "virtiofs", &[]),
         "ephemeral" => ephemeral(storage),
@@ -74,6 +76,36 @@ pub fn remount_ephemeral(storage: &Storage) -> Result<()> {
     parsed.mount(&storage.source, &storage.mount_point, &storage.fstype)
 }
 
+/// Looks at every mount below the share's directory, so that the host's virtiofsd lets go of inodes that are gone
+/// (RemoveStaleVirtiofsShareMounts). What cannot be looked at any more is what this is for, and no error.
+pub fn touch_shares() -> Result<()> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?;
+    for point in table.lines().filter_map(|line| line.split(' ').nth(4)) {
+        if point.starts_with(SHARES) {
+            let _ = sys::stat(unescape(point));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel writes blanks and the like as three octal digits.
+fn unescape(text: &str) -> Vec<u8> {
+    let bytes = text.as_bytes();
+    let mut plain = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = text.get(at + 1..at + 4).filter(|_| bytes[at] == b'\\');
+        if let Some(byte) = octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            plain.push(byte);
+            at += 4;
+        } else {
+            plain.push(bytes[at]);
+            at += 1;
+        }
+    }
+    plain
+}
+
 /// Paths come from the host, and may not contain tricks that make two of them equal.
 fn check_mount_point(path: &str) -> Result<()> {
     if path.len() > 1 && path.starts_with('/') && !path[1..].split('/').any(|part| matches!(part, "." | "..")) {
@@ -112,13 +144,9 @@ fn mount_and_own(storage: &Storage, source: &str, fstype: &str, options: &MountO
 fn block(storage: &Storage) -> Result<()> {
     // "rw" is what a mount is anyway; read-only ones say "ro" in their options.
     refuse_driver_options(storage, &["rw"])?;
-    let device = if storage.source.starts_with("/dev/") {
-        wait_for_block(&storage.source)?;
-        storage.source.clone()
-    } else if let Some(serial) = storage.source.strip_prefix("serial:") {
-        find_block_by_serial(serial)?
-    } else {
-        find_block_by_pci(&storage.source)?
+    let device = match storage.driver.as_str() {
+        "scsi" => find_block_by_scsi(&storage.source)?,
+        _ => find_block(&storage.source)?,
     };
     mount_and_own(storage, &device, &storage.fstype, &parse_options(&storage.options)?)
 }

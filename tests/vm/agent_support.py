@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +72,7 @@ def spec(
     readonly: bool = False,
     hooks: oci.Hooks | None = None,
     hostname: str = "box",
+    annotations: dict[str, str] | None = None,
     **fields: Any,
 ) -> oci.Spec:
     """A spec with the usual mounts; `linux` goes over the usual section, `fields` over the process."""
@@ -97,6 +98,7 @@ def spec(
         Hostname=hostname,
         Mounts=[*usual, *(mounts or [])],
         Hooks=hooks,
+        Annotations=annotations or {},
         Linux=oci.Linux(**section),
     )
 
@@ -154,9 +156,28 @@ class Peer:
 
 
 class Guest(Peer):
-    """A virtual machine with nothing but the agent in it, and the image on its first disk."""
+    """A virtual machine with nothing but the agent in it, and the image on its first disk.
 
-    def __init__(self, base: Path, guest_dir: Path, image: str, cmdline: str = "", vcpus: int = 1) -> None:
+    Args:
+        base: Where its directory is made.
+        guest_dir: The built guest.
+        image: What is on the first disk.
+        cmdline: More words for the kernel's command line.
+        vcpus: Number of processors.
+        disks: Further disks.
+        more: Further settings of the machine.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        guest_dir: Path,
+        image: str,
+        cmdline: str = "",
+        vcpus: int = 1,
+        disks: Sequence[Disk] = (),
+        **more: Any,
+    ) -> None:
         guest = manifest.load(str(guest_dir))
         self._journal = Journal.create_dir(tempfile.mkdtemp(dir=base, prefix="a"), "vm", {"test": "agent"})
         self.settings = VMSettings(
@@ -168,7 +189,8 @@ class Guest(Peer):
             accel=accel.choose().accel,
             vcpus=vcpus,
             memory_mib=256,
-            disks=[Disk(store.resolve(image).rootfs_path, readonly=True)],
+            disks=[Disk(store.resolve(image).rootfs_path, readonly=True), *disks],
+            **more,
         )
         self.qemu = qemu_process.spawn(self.settings, self._journal)
         self._console_fd = self.qemu.take("console")
@@ -218,7 +240,10 @@ class Container:
         start: bool = True,
         string_user: agent.StringUser | None = None,
         disks: list[agent.Storage] | None = None,
+        more_disks: Sequence[agent.Storage] = (),
         config: oci.Spec | None = None,
+        devices: list[agent.Device] | None = None,
+        shared: list[agent.SharedMount] | None = None,
         **fields: Any,
     ) -> None:
         self.peer = peer
@@ -227,9 +252,11 @@ class Container:
             "CreateContainer",
             agent.CreateContainerRequest(
                 container_id=name,
-                storages=storages(name) if disks is None else disks,
+                storages=[*(storages(name) if disks is None else disks), *more_disks],
                 OCI=config or spec(name, *argv, **fields),
                 string_user=string_user,
+                devices=devices or [],
+                shared_mounts=shared or [],
             ),
         )
         if start:

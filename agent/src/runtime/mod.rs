@@ -4,6 +4,7 @@
 //! waiting for devices) and makes the process itself with CLONE_PARENT, so that the agent is its parent; then the
 //! process sets itself up from inside. Both report over one socket ([`report`]). The agent never waits for either.
 
+pub mod attach;
 pub mod caps;
 pub mod command;
 pub mod console;
@@ -16,11 +17,11 @@ pub mod namespaces;
 pub mod path;
 pub mod report;
 pub mod rootfs;
+pub mod shared_mounts;
 pub mod user;
 
 use crate::prelude::*;
-use crate::proto::agent::Storage;
-use crate::proto::agent::StringUser;
+use crate::proto::agent::{Device, Storage, StringUser};
 use crate::proto::oci::{LinuxIDMapping, Process, Spec};
 use crate::sys::{self, Fd, Fork, Pid, RawFd};
 use crate::{fs, log, storage};
@@ -35,6 +36,8 @@ pub struct ContainerPlan<'a> {
     pub id: &'a str,
     pub spec: &'a Spec,
     pub storages: &'a [Storage],
+    pub devices: &'a [Device],
+    pub shared_mounts: &'a [shared_mounts::Source],
     pub program: Program,
     pub filter: Option<&'a Filter>,
     pub namespaces: Namespaces,
@@ -106,12 +109,16 @@ pub fn create(plan: &ContainerPlan) -> Result<Pid> {
     match sys::fork(0, None).context("fork")? {
         Fork::Parent(pid) => Ok(pid),
         Fork::Child => {
-            become_child(
-                plan.stdio,
-                plan.report,
-                &[plan.cgroup.map(|c| c.0), plan.shared.ipc, plan.shared.uts, plan.shared.pid],
-            );
-            finish(plan.report, build_container(plan))
+            let mut others = vec![plan.cgroup.map(|c| c.0), plan.shared.ipc, plan.shared.uts, plan.shared.pid];
+            others.extend(plan.shared_mounts.iter().map(|source| Some(source.process.raw())));
+            become_child(plan.stdio, plan.report, &others);
+            let outcome = if plan.devices.is_empty() {
+                build_container(plan, plan.spec)
+            } else {
+                let mut spec = plan.spec.clone();
+                attach::resolve(plan.devices, &mut spec).and_then(|()| build_container(plan, &spec))
+            };
+            finish(plan.report, outcome)
         }
     }
 }
@@ -152,13 +159,18 @@ fn become_child(stdio: &Stdio, report: Reporter, others: &[Option<RawFd>]) {
     let _ = sys::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
 }
 
-fn build_container(plan: &ContainerPlan) -> Result<()> {
+/// `spec`: the plan's, with the guest's numbers of devices.
+fn build_container(plan: &ContainerPlan, spec: &Spec) -> Result<()> {
     set_oom_score(plan.program.oom_score_adj)?;
     for (count, storage) in plan.storages.iter().enumerate() {
         storage::mount_storage(storage)?;
         plan.report.mounted(count as u32 + 1);
     }
-    let root = plan.spec.root.as_deref().map_or("", |r| &r.path);
+    if let Some((cgroup, _)) = plan.cgroup {
+        attach::restrict(cgroup, spec)?;
+    }
+    let shared = shared_mounts::take(plan.shared_mounts)?;
+    let root = spec.root.as_deref().map_or("", |r| &r.path);
     if !fs::is_dir(root) {
         return Err(Error::invalid(format!("root.path {root:?} is not a directory of the guest")));
     }
@@ -168,14 +180,14 @@ fn build_container(plan: &ContainerPlan) -> Result<()> {
     match sys::fork(flags, plan.cgroup.map(|c| c.0)).context("make the container's process")? {
         Fork::Child => {
             drop(go);
-            let Err(e) = init_container(plan, root, &wait);
+            let Err(e) = init_container(plan, spec, root, &shared, &wait);
             plan.report.failed(&e);
             sys::exit(1)
         }
         Fork::Parent(pid) => {
             plan.report.pid(pid);
             if plan.namespaces.user {
-                let linux = plan.spec.linux.as_deref();
+                let linux = spec.linux.as_deref();
                 let map = write_map(pid, "uid_map", linux.map_or(&[], |l| &l.uid_mappings))
                     .and_then(|()| write_map(pid, "gid_map", linux.map_or(&[], |l| &l.gid_mappings)));
                 if let Err(e) = map {
@@ -205,7 +217,13 @@ fn set_oom_score(adjustment: i64) -> Result<()> {
 }
 
 /// The container's first process, from its birth in new namespaces.
-fn init_container(plan: &ContainerPlan, root: &str, wait: &Fd) -> Result<Infallible> {
+fn init_container(
+    plan: &ContainerPlan,
+    spec: &Spec,
+    root: &str,
+    shared: &[shared_mounts::Tree],
+    wait: &Fd,
+) -> Result<Infallible> {
     let mut byte = [0u8];
     if sys::read(wait.raw(), &mut byte).context("wait for the builder")? == 0 {
         return Err(Error::internal("the builder has ended early"));
@@ -218,7 +236,6 @@ fn init_container(plan: &ContainerPlan, root: &str, wait: &Fd) -> Result<Infalli
         // Here, not at the clone: the root of the new namespace is the group that the caller is in.
         sys::unshare(libc::CLONE_NEWCGROUP).context("make a cgroup namespace")?;
     }
-    let spec = plan.spec;
     let linux = spec.linux.as_deref().ok_or_else(|| Error::invalid("the spec has no linux section"))?;
     if !spec.hostname.is_empty() {
         sys::sethostname(&spec.hostname).with_context(|| format!("set the host name {:?}", spec.hostname))?;
@@ -234,6 +251,7 @@ fn init_container(plan: &ContainerPlan, root: &str, wait: &Fd) -> Result<Infalli
         user_namespace: plan.namespaces.user,
     };
     rootfs.fill(spec, &around)?;
+    shared_mounts::attach(rootfs.fd(), shared)?;
     let terminal = if plan.program.terminal {
         let (master, slave) = console::open(rootfs.fd(), plan.program.console_size.as_ref())?;
         console::bind_console(rootfs.fd(), slave.raw())?;

@@ -1,0 +1,124 @@
+//! Devices that the host hands to a container (CreateContainer.devices): found where they were plugged in, and put under
+//! the guest's numbers into the spec, which knows those of the host.
+
+use super::devices::cgroup_rules;
+use crate::devices::{find_block, find_block_by_scsi};
+use crate::devices_bpf;
+use crate::prelude::*;
+use crate::proto::agent::Device;
+use crate::proto::oci::{Linux, LinuxDeviceCgroup, Spec};
+use crate::sys::{self, RawFd};
+
+/// The types, for AgentDetails.device_handlers.
+pub const TYPES: &[&str] = &["blk", "mmioblk", "nvdimm", "scsi"];
+
+/// A device under the host's numbers, and what it is here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Numbers {
+    host: (i64, i64),
+    guest: (i64, i64),
+}
+
+/// Waits for the devices and writes their numbers into `spec`, into the list of devices and the rules for the cgroup.
+pub fn resolve(devices: &[Device], spec: &mut Spec) -> Result<()> {
+    let linux = spec.linux.as_deref_mut().ok_or_else(|| Error::invalid("the spec has no linux section"))?;
+    let mut found = Vec::new();
+    for device in devices {
+        let what = || format!("device {:?} of type {:?}", device.container_path, device.type_);
+        found.push(number(device, linux).with_context(what)?);
+    }
+    // All at once: a guest's number may be another device's on the host.
+    if let Some(resources) = linux.resources.as_deref_mut() {
+        renumber(&mut resources.devices, &found);
+    }
+    Ok(())
+}
+
+fn number(device: &Device, linux: &mut Linux) -> Result<Numbers> {
+    if !TYPES.contains(&device.type_.as_str()) {
+        return Err(Error::unimplemented(format!("this agent knows: {}", TYPES.join(", "))));
+    }
+    let listed = linux
+        .devices
+        .iter_mut()
+        .find(|listed| listed.path == device.container_path)
+        .ok_or_else(|| Error::invalid("the spec's linux.devices has no such path"))?;
+    let node = match (device.type_.as_str(), device.id.as_str(), device.vm_path.as_str()) {
+        ("scsi", address, _) => find_block_by_scsi(address)?,
+        // A PCI path or a serial is a better name than a node, which depends on the order of probing.
+        ("blk", id, _) if !id.is_empty() => find_block(id)?,
+        (_, _, node) if node.starts_with("/dev/") => find_block(node)?,
+        _ => return Err(Error::invalid("it has neither an address in `id` nor a node in `vm_path`")),
+    };
+    let status = sys::stat(&node).with_context(|| format!("look at {node}"))?;
+    let numbers = Numbers {
+        host: (listed.major, listed.minor),
+        guest: (i64::from(libc::major(status.st_rdev)), i64::from(libc::minor(status.st_rdev))),
+    };
+    listed.type_ = "b".to_string();
+    (listed.major, listed.minor) = numbers.guest;
+    Ok(numbers)
+}
+
+fn renumber(rules: &mut [LinuxDeviceCgroup], found: &[Numbers]) {
+    for rule in rules.iter_mut().filter(|rule| rule.type_ == "b") {
+        if let Some(numbers) = found.iter().find(|numbers| numbers.host == (rule.major, rule.minor)) {
+            (rule.major, rule.minor) = numbers.guest;
+        }
+    }
+}
+
+/// Device rules of the spec. Hosts of the original protocol send none, whatever the user has asked for: then a
+/// container without CAP_SYS_ADMIN gets what every container gets, and one with it (a privileged one) everything.
+pub fn restrict(cgroup: RawFd, spec: &Spec) -> Result<()> {
+    let Some(linux) = spec.linux.as_deref() else { return Ok(()) };
+    let rules = linux.resources.as_deref().map_or(&[][..], |r| &r.devices);
+    let bounding = spec.process.as_deref().and_then(|p| p.capabilities.as_deref()).map_or(&[][..], |c| &c.bounding);
+    if rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
+        return Ok(());
+    }
+    devices_bpf::attach(cgroup, &devices_bpf::compile(&cgroup_rules(rules, &linux.devices))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::errors::code;
+    use crate::proto::oci::LinuxDevice;
+
+    fn spec() -> Spec {
+        let devices = vec![LinuxDevice { path: "/dev/data".into(), type_: "b".into(), ..Default::default() }];
+        Spec { linux: Some(Box::new(Linux { devices, ..Default::default() })), ..Default::default() }
+    }
+
+    fn device(type_: &str, id: &str, container_path: &str) -> Device {
+        Device { type_: type_.into(), id: id.into(), container_path: container_path.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn what_cannot_be_found_is_named() {
+        let fails = |device: Device| resolve(&[device], &mut spec()).unwrap_err();
+        let unknown = fails(device("vfio-pci", "05", "/dev/data"));
+        assert!(unknown.code == code::UNIMPLEMENTED && unknown.message.contains("vfio-pci"), "{unknown}");
+        assert!(fails(device("blk", "05", "/dev/other")).message.contains("/dev/other"));
+        assert!(fails(device("mmioblk", "05", "/dev/data")).message.contains("neither"));
+        assert!(fails(device("scsi", "x", "/dev/data")).message.contains("id:lun"));
+    }
+
+    #[test]
+    fn rules_move_with_their_device() {
+        let rule = |type_: &str, major, minor| LinuxDeviceCgroup {
+            allow: true,
+            type_: type_.into(),
+            major,
+            minor,
+            access: "rw".into(),
+        };
+        let mut rules = [rule("b", 8, 0), rule("c", 8, 0), rule("b", 8, 16), rule("b", 254, 0)];
+        renumber(
+            &mut rules,
+            &[Numbers { host: (8, 0), guest: (254, 0) }, Numbers { host: (254, 0), guest: (254, 16) }],
+        );
+        assert_eq!(rules, [rule("b", 254, 0), rule("c", 8, 0), rule("b", 8, 16), rule("b", 254, 16)]);
+    }
+}
