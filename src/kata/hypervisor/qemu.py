@@ -59,7 +59,7 @@ class Qemu:
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
         self._nodes = [f"file{index}" for index in range(len(slots.DISKS))]
-        self._nic_free = self.settings.nic is not None and self.settings.nic.fd is None
+        self._nic_free = self.settings.nic is not None and self.settings.nic.is_empty
         if self._console_fd >= 0:
             os.set_blocking(self._console_fd, False)
             self._loop.add_reader(self._console_fd, self._read_console)

@@ -177,8 +177,8 @@ def inherited_fds(settings: VMSettings, fds: Fds) -> list[int]:
         found.append(fds.console)
     if settings.vsock is not None:
         found.append(settings.vsock.fd)
-    if settings.nic is not None and settings.nic.fd is not None:
-        found.append(settings.nic.fd)
+    if settings.nic is not None:
+        found += [fd for fd in (settings.nic.fd, settings.nic.tap_fd) if fd is not None]
     return found
 
 
@@ -253,7 +253,9 @@ def _disk(index: int, disk: Disk | None) -> list[str]:
 def _nic(settings: VMSettings) -> list[str]:
     nic = settings.nic
     assert nic is not None
-    if nic.fd is not None:
+    if nic.tap_fd is not None:
+        backend = f"tap,id=net0,fd={nic.tap_fd}"
+    elif nic.fd is not None:
         backend = f"stream,id=net0,server=off,addr.type=fd,addr.str={nic.fd}"
     else:
         path = comma(nic_socket(settings.run_dir))

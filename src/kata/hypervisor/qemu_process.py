@@ -118,7 +118,7 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
         for name in ("agent", "qmp", "console"):
             if name != "console" or settings.console != "none":
                 ours[name], theirs[name] = children.socketpair()
-        if settings.nic is not None and settings.nic.fd is None:
+        if settings.nic is not None and settings.nic.is_empty:
             entries.append(journal.intend("socket", path=qemu_command.nic_socket(settings.run_dir)))
         fds = qemu_command.Fds(theirs["agent"], theirs["qmp"], theirs.get("console"))
         try:
@@ -155,9 +155,13 @@ def _passed(settings: VMSettings) -> list[int]:
     if settings.vsock is not None:
         found.append(settings.vsock.fd)
         settings.vsock.fd = -1
-    if settings.nic is not None and settings.nic.fd is not None:
-        found.append(settings.nic.fd)
-        settings.nic.fd = -1
+    if settings.nic is not None:
+        if settings.nic.fd is not None:
+            found.append(settings.nic.fd)
+            settings.nic.fd = -1
+        if settings.nic.tap_fd is not None:
+            found.append(settings.nic.tap_fd)
+            settings.nic.tap_fd = -1
     return found
 
 

@@ -33,13 +33,20 @@ class Nic:
         mac: Hardware address, ``52:54:00:12:34:56``.
         fd: The hypervisor's end of a connected stream socket on which a network helper speaks
             length-prefixed Ethernet frames (QEMU's ``-netdev stream``); None leaves the plug empty.
+        tap_fd: Instead of that, an open tap device, with offload headers (``IFF_VNET_HDR``).
     """
 
-    __slots__ = ("fd", "mac")
+    __slots__ = ("fd", "mac", "tap_fd")
 
-    def __init__(self, mac: str, fd: int | None = None) -> None:
+    def __init__(self, mac: str, fd: int | None = None, tap_fd: int | None = None) -> None:
         self.mac = mac
         self.fd = fd
+        self.tap_fd = tap_fd
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a plug with nothing in it."""
+        return self.fd is None and self.tap_fd is None
 
 
 class Vsock:

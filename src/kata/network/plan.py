@@ -18,8 +18,9 @@ def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> u
     """Plan the network of a sandbox. Nothing is made yet.
 
     Args:
-        settings: ``sandbox.json``'s ``network``: ``mode`` (``"user"`` or ``"none"``), ``ports`` (each with
-            ``host_ip``, ``host_port``, ``guest_port``, ``proto``), ``dns`` (addresses; empty is the host's).
+        settings: ``sandbox.json``'s ``network``: ``mode`` (``"user"``, ``"netns"`` or ``"none"``), ``ports`` (each
+            with ``host_ip``, ``host_port``, ``guest_port``, ``proto``), ``dns`` (addresses; empty is the host's),
+            ``path`` of a network namespace (empty makes one).
         host: The host's network; None looks at it.
 
     Raises:
@@ -48,6 +49,10 @@ def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> u
                 f"port {ports[0]} cannot be published without a network", "Leave out --network none, or -p."
             )
         return user.NetworkPlan(mac_address())
+    if mode == "netns":
+        from kata.network.netns import NetnsPlan
+
+        return NetnsPlan(mac_address(), str(settings.get("path") or ""))
     if mode != "user":
         raise UsageError(f"there is no network mode {mode!r}", "Use user or none.")
     program = children.find_program(user.PROGRAM)

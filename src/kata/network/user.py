@@ -125,6 +125,9 @@ class NetworkPlan:
     saying that all is well.
     """
 
+    wired_by_others = False
+    """Whether interfaces may appear while the sandbox runs: then `look_again` before a container starts."""
+
     def __init__(self, mac: str, ports: Sequence[Port] = ()) -> None:
         self.mac = mac
         self.ports = list(ports)
@@ -132,6 +135,8 @@ class NetworkPlan:
         """types.Interface for UpdateInterface, as a dict; None when the guest gets no network."""
         self.routes: list[dict[str, Any]] = []
         """types.Route values for UpdateRoutes, as dicts."""
+        self.neighbors: list[dict[str, Any]] = []
+        """types.ARPNeighbor values for AddARPNeighbors, as dicts."""
         self.dns: list[str] = []
         """Name servers for the guest's ``/etc/resolv.conf``."""
         self.search: list[str] = []
@@ -154,6 +159,10 @@ class NetworkPlan:
 
     def start(self, journal: Journal, name: str) -> None:
         """Start what the network needs on the host. Main thread."""
+
+    def look_again(self) -> bool:
+        """Whether what the guest has to know has changed since it was last told. Blocks briefly."""
+        return False
 
     def failure(self) -> KataError | None:
         """Why the network has ended, or None while it has not."""
