@@ -5,7 +5,7 @@ others or a higher one::
 
     __main__
     agent_ctl
-    cli
+    cli shim
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
     children
@@ -29,7 +29,7 @@ from pathlib import Path
 ROWS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("agent_ctl",),
-    ("cli",),
+    ("cli", "shim"),
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
     ("children",),

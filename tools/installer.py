@@ -34,9 +34,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 AGENT = ROOT / "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
-COMMANDS = {"kata": "kata/__main__.py", "kata-agent-ctl": "kata/agent_ctl/__main__.py"}
+COMMANDS = {
+    "kata": "kata/__main__.py",
+    "kata-agent-ctl": "kata/agent_ctl/__main__.py",
+    "containerd-shim-kata-v2": "kata/__main__.py",
+}
 """Program on the PATH -> file in site-packages that it is a link to."""
-OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-monitor", "kata-ctl", "containerd-shim-kata-v2")
+OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-monitor", "kata-ctl")
 """Programs of that name which are not ours belong to another Kata."""
 
 

@@ -18,8 +18,13 @@ if os.path.basename(_root) not in ("site-packages", "dist-packages"):
 sys.path.extend(place for place in _places if place not in sys.path)
 
 
+SHIM = "containerd-shim-kata-v2"
+"""What containerd executes for ``io.containerd.kata.v2``: a link to this file."""
+
+
 def main() -> int:
-    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, all else the human command line.
+    """Run what `sys.argv` names: ``engine`` is the process of one sandbox; under containerd's name for it, or as
+    ``shim``, a command of containerd's; all else the human command line.
 
     Returns:
         The exit status.
@@ -28,6 +33,11 @@ def main() -> int:
         from kata.engine.main import main as engine
 
         return engine()
+    named = os.path.basename(sys.argv[0]) == SHIM
+    if named or sys.argv[1:2] == ["shim"]:
+        from kata.shim.main import main as shim
+
+        return shim(sys.argv[1 if named else 2 :])
     from kata.cli.main import main as command
 
     return command()

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import stat
+import tarfile
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def test_upper_layers_win(tmp_path: Path) -> None:
     assert (found["d/a"].content, found["d/b"].content) == (b"2", b"1")
 
 
-def with_mount_points(tmp_path: Path, *members: bytes) -> dict[str, Inode]:
+def with_mount_points(tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> dict[str, Inode]:
     return Erofs(build(tmp_path / "image", layer(*members), mount_points=True)).tree()
 
 

@@ -200,7 +200,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     request = agent_pb.CreateSandboxRequest(
         hostname=sandbox.hostname, dns=sandbox.dns, storages=storages, sandbox_id=sandbox.id
     )
-    sandbox.network = asyncio.ensure_future(_network(sandbox, agent))
+    sandbox.network = asyncio.ensure_future(configure_network(sandbox, agent))
     # A start that never comes does not ask how it went.
     sandbox.network.add_done_callback(lambda task: task.cancelled() or task.exception())
     await sandbox.unless_lost(
@@ -234,8 +234,12 @@ async def _healthy(agent: AgentClient, lost: asyncio.Future[KataError], timeout_
         check.cancel()
 
 
-async def _network(sandbox: Sandbox, agent: AgentClient) -> None:
-    """Addresses and routes of the guest's interface."""
+async def configure_network(sandbox: Sandbox, agent: AgentClient) -> None:
+    """Give the guest's interface its addresses, routes and neighbours, if it has a network (yet).
+
+    Raises:
+        KataError: The guest refused, or the network's helper is gone.
+    """
     from ..proto import types_pb
 
     plan = sandbox.machine.network
@@ -244,6 +248,8 @@ async def _network(sandbox: Sandbox, agent: AgentClient) -> None:
     began = time.monotonic_ns()
     await agent.update_interface(types_pb.Interface.from_dict(plan.interface))
     await agent.update_routes([types_pb.Route.from_dict(route) for route in plan.routes])
+    if plan.neighbors:
+        await agent.add_neighbors([types_pb.ARPNeighbor.from_dict(one) for one in plan.neighbors])
     failure = plan.failure()
     if failure is not None:
         raise failure

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
+    from .hostroot import HostRoot
     from .sandbox import Sandbox
 
 EXECS_END_S = 2.0
@@ -57,10 +58,17 @@ class Container:
         bundle: Directory of its ``config.json``.
         config: The content of that.
         stdio: Where its init's streams go.
+        root: Its root directory on the host, where a client hands one over; else the settings say.
     """
 
     def __init__(
-        self, sandbox: Sandbox, container_id: str, bundle: str, config: dict[str, Any], stdio: Stdio
+        self,
+        sandbox: Sandbox,
+        container_id: str,
+        bundle: str,
+        config: dict[str, Any],
+        stdio: Stdio,
+        root: HostRoot | None = None,
     ) -> None:
         self.sandbox = sandbox
         self.id = container_id
@@ -77,6 +85,10 @@ class Container:
         self.log = self._open_log() if own else None
         self._oom = asyncio.Event()
         self._told_to_die = False
+        self._root = root
+        self._rootfs: dict[str, Any] = sandbox.settings.get("rootfs") or {}
+        if root is not None:
+            self._rootfs = {"kind": "share", "source": root.path}
         self._shared = prepare.Shared(sandbox, container_id)
         self._removed = False
 
@@ -99,9 +111,11 @@ class Container:
         self.init.streams = prepare.open_streams(sandbox, self.init, self.log)
         try:
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
-            sources = await sandbox.helper(self._shared.add_all, self.config)
+            if self._root is not None:
+                await sandbox.helper(self._root.mount)
+            sources = await sandbox.helper(self._shared.add_all, self.config, self._rootfs)
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
-            storages = rootfs.storages(self.id, sandbox.settings.get("rootfs") or {})
+            storages = rootfs.storages(self.id, self._rootfs)
             message = spec.to_message(self._guest_spec(sources, files.mounts))
             request = prepare.Encoded(create_request(self.id, message, storages))
             agent = await sandbox.ready()
@@ -113,7 +127,7 @@ class Container:
             self.init.streams.close()
             if self.log is not None:
                 self.log.close()
-            await sandbox.helper(self._shared.remove_all)
+            await sandbox.helper(self._remove_shared)
             raise
         self.created_at_ns = time.time_ns()
         self.init.pid = sandbox.host_pid
@@ -134,6 +148,11 @@ class Container:
             ),
         )
 
+    def _remove_shared(self) -> None:
+        self._shared.remove_all()
+        if self._root is not None:
+            self._root.unmount()
+
     def _guest_spec(self, sources: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
         for what in sorted(set(spec.dropped(self.config))):
             self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
@@ -141,7 +160,7 @@ class Container:
             self.config,
             rootfs=rootfs.path(self.id),
             bundle=self.bundle,
-            container_type="single_container",
+            container_type=spec.container_type(self.config),
             sources=sources,
             files=files,
             cgroups_path=f"/{self.id}",
@@ -450,7 +469,7 @@ class Container:
                     f"container {self.id} was not removed in the guest: {escape_line(error.message)}"
                 )
         try:
-            await self.sandbox.helper(self._shared.remove_all)
+            await self.sandbox.helper(self._remove_shared)
         except OSError as error:
             self.sandbox.complain(f"a volume of container {self.id} is still mounted: {error}")
 

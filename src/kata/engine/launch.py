@@ -78,7 +78,7 @@ def check_id(sandbox_id: str) -> str:
     return sandbox_id
 
 
-def launch(settings: dict[str, Any], run_dir: str | None = None) -> Engine:
+def launch(settings: dict[str, Any], run_dir: str | None = None, name: str = "") -> Engine:
     """Start the engine of a new sandbox and return at once; what goes wrong later, its Create call reports.
 
     Args:
@@ -86,6 +86,7 @@ def launch(settings: dict[str, Any], run_dir: str | None = None) -> Engine:
             JSON
             values only.
         run_dir: Directory for run-time things, `kata.paths.run_dir` if None.
+        name: Of the sandbox's directory there; empty is its id, which another client may have, too.
 
     Returns:
         The engine. Its directory, socket and journal exist.
@@ -97,14 +98,15 @@ def launch(settings: dict[str, Any], run_dir: str | None = None) -> Engine:
     """
     sandbox_id = check_id(str(settings.get("id", "")))
     base = os.path.join(run_dir or paths.run_dir(), "sandboxes")
-    directory = os.path.join(base, sandbox_id)
+    name = check_id(name or sandbox_id)
+    directory = os.path.join(base, name)
     sock_path = os.path.join(directory, SOCKET_NAME)
     if len(os.fsencode(sock_path)) > _MAX_SOCKET_PATH:
         raise UsageError(
             f"the path of the engine's socket is too long: {sock_path}", "set KATA_RUN_DIR to a shorter path"
         )
     settings.setdefault("door_started_ns", time.monotonic_ns())
-    journal = _make_directory(base, sandbox_id, settings)
+    journal = _make_directory(base, name, settings)
     try:
         listener = _listen(sock_path, journal)
         try:
@@ -124,13 +126,14 @@ def launch(settings: dict[str, Any], run_dir: str | None = None) -> Engine:
     return engine
 
 
-def _make_directory(base: str, sandbox_id: str, settings: dict[str, Any]) -> Journal:
+def _make_directory(base: str, name: str, settings: dict[str, Any]) -> Journal:
+    sandbox_id = settings["id"]
     meta = {"door": str(settings.get("door", "")), "id": sandbox_id}
     try:
-        return Journal.create_dir(base, sandbox_id, meta)
+        return Journal.create_dir(base, name, meta)
     except AlreadyExistsError:
         # An engine that was killed leaves its directory; what it left is undone before the next one starts.
-        old = Journal.open(os.path.join(base, sandbox_id, FILE_NAME))
+        old = Journal.open(os.path.join(base, name, FILE_NAME))
         try:
             if old.owner_alive():
                 raise AlreadyExistsError(f"sandbox {sandbox_id} is running already") from None
@@ -139,7 +142,7 @@ def _make_directory(base: str, sandbox_id: str, settings: dict[str, Any]) -> Jou
             old.close()
         if left:
             raise HostError(f"sandbox {sandbox_id} left something behind: {left[0]}", "kata gc") from None
-        return Journal.create_dir(base, sandbox_id, meta)
+        return Journal.create_dir(base, name, meta)
 
 
 def _listen(path: str, journal: Journal) -> int:

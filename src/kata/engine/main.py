@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .boot import Machine
+    from .events import Publisher
     from .sandbox import Sandbox
 
 CLIENTS_S = 10.0
@@ -27,6 +28,10 @@ CLIENTS_S = 10.0
 IDLE_POLL_S = 0.25
 IDLE_S = 2.0
 """How long the human door's engine stays without a living container and without a client."""
+ORPHAN_S = 60.0
+"""The same for an engine whose client may be restarting: one that was started and never given a container."""
+EVENTS_S = 5.0
+"""How long an engine waits at its end for containerd to take the last events."""
 
 
 def main() -> int:
@@ -74,6 +79,7 @@ async def _serve(
     from .sandbox import Sandbox
 
     sandbox = Sandbox(settings, run_dir, journal, machine, failed)
+    publisher = _publisher(settings, sandbox)
     sandbox.timings.add("engine", sandbox.timings.origin_ns, machine.started_ns or booting_ns)
     sandbox.start()
     services = {
@@ -94,9 +100,10 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _told_to_end, sandbox, number)
-    if sandbox.is_human:
-        sandbox.spawn(_end_when_idle(sandbox, server, loop))
+    sandbox.spawn(_end_when_idle(sandbox, server, loop, IDLE_S if sandbox.is_human else ORPHAN_S))
     await sandbox.ended.wait()
+    if publisher is not None:
+        await publisher.close(EVENTS_S)
     # Its files are gone; connections that are open still get their answers.
     give_up = loop.time() + CLIENTS_S
     while server.connections and loop.time() < give_up:
@@ -105,13 +112,27 @@ async def _serve(
     await server.shutdown(1.0)
 
 
+def _publisher(settings: dict[str, Any], sandbox: Sandbox) -> Publisher | None:
+    wanted = settings.get("events")
+    if not wanted:
+        return None
+    from .events import Publisher
+
+    publisher = Publisher(wanted["address"], wanted["namespace"], sandbox.complain)
+    sandbox.publish = publisher.publish
+    return publisher
+
+
 def _told_to_end(sandbox: Sandbox, number: int) -> None:
     sandbox.fail(f"the engine was told to end by signal {number}")
     sandbox.end()
 
 
-async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any) -> None:
-    """End a sandbox that nobody can want any more: no living container, no client, and the door is gone."""
+async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: float) -> None:
+    """End a sandbox that nobody can want any more: no living container, no client, and the door is gone.
+
+    Where a client may restart (containerd), that takes long, and containers that have ended count as wanted.
+    """
     import asyncio
 
     idle_since = None
@@ -121,11 +142,12 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any) -> None:
             idle_since = None
             await asyncio.wait([asyncio.ensure_future(one.init.ended.wait()) for one in living])
             continue
-        if server.connections or not _door_gone():
+        kept = not sandbox.is_human and sandbox.containers
+        if server.connections or kept or not _door_gone():
             idle_since = None
         elif idle_since is None:
             idle_since = loop.time()
-        elif loop.time() - idle_since >= IDLE_S:
+        elif loop.time() - idle_since >= patience_s:
             sandbox.end()
         await asyncio.sleep(IDLE_POLL_S)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..agent.client import AgentClient
     from ..proto.codec import Message
-    from .process import Process
+    from .process import Process, Stdio
     from .sandbox import Sandbox
     from .streams import Log
 
@@ -58,14 +58,14 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
                 flags = os.O_RDWR if sandbox.holds_fifos else os.O_WRONLY
                 pump.sinks.append(Sink(open_stream(path, flags)))
         if stdio.stdin or (sandbox.settings.get("open_stdin") and not process.exec_id):
-            streams.input = _open_stdin(sandbox, stdio.stdin, container_id, guest_id)
+            streams.input = _open_stdin(sandbox, stdio, container_id, guest_id)
     except BaseException:
         streams.close()
         raise
     return streams
 
 
-def _open_stdin(sandbox: Sandbox, path: str, container_id: str, guest_id: str) -> InputPump:
+def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str) -> InputPump:
     async def write(data: bytes) -> None:
         agent = await sandbox.ready()
         await agent.write_stdin(container_id, guest_id, data)
@@ -75,12 +75,15 @@ def _open_stdin(sandbox: Sandbox, path: str, container_id: str, guest_id: str) -
         await agent.close_stdin(container_id, guest_id)
 
     pump = InputPump(write, close)
+    path = stdio.stdin
     if not path:
         return pump  # open, and silent until somebody attaches
     fd = open_stream(path, os.O_RDONLY)
     held = -1
     try:
-        if not sandbox.closes_stdin_on_eof:
+        # The end of the last writer ends the stream, as with runc: ctr says CloseIO only if it is quick enough
+        # to know its process before its own input ends. Behind a terminal, writers come and go.
+        if stdio.terminal and not sandbox.is_human:
             held = open_stream(path, os.O_WRONLY)
     except BaseException:
         os.close(fd)
@@ -104,8 +107,12 @@ class Shared:
         self._container_id = container_id
         self._names: list[str] = []
 
-    def add_all(self, config: dict[str, Any]) -> dict[str, str]:
+    def add_all(self, config: dict[str, Any], root: dict[str, Any]) -> dict[str, str]:
         """Bind the sources of the spec's bind mounts, and a root directory of the host, below the share.
+
+        Args:
+            config: The spec.
+            root: The container's ``rootfs`` object, see `rootfs.storages`.
 
         Returns:
             Source on the host -> path in the guest.
@@ -120,7 +127,6 @@ class Shared:
                 base = os.path.basename(source.rstrip("/")) or "root"
                 readonly = "ro" in (mount.get("options") or ())
                 found[source] = self._add(source, f"{os.urandom(8).hex()}-{base}", readonly=readonly)
-        root = self._sandbox.settings.get("rootfs") or {}
         if root.get("kind") == "share":
             share = self._sandbox.share
             if share is None:

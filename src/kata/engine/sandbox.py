@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..network.user import NetworkPlan
     from ..proto.codec import Message
     from .boot import Machine
+    from .hostroot import HostRoot
     from .process import Process, Stdio
 
     T = TypeVar("T")
@@ -53,6 +54,14 @@ class _Watcher(Watcher):
 
     def lied(self, error: GuestProtocolError) -> None:
         self._sandbox.fail(error.message)
+
+
+def _open_log_fifo(path: str) -> int:
+    """Where containerd looks for a shim's log; -1 when there is none, or no reader."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC) if path else -1
+    except OSError:
+        return -1
 
 
 class Sandbox:
@@ -101,13 +110,13 @@ class Sandbox:
         self._booted: asyncio.Task[AgentClient] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._log_fifo = _open_log_fifo(settings.get("log_fifo") or "")
         self._thread = ThreadPoolExecutor(1, "helper")
         door = settings.get("door", "")
         # What the human door wants differs in few things, so they are settings of their own with its
         # defaults.
         self.is_human = door == "kata"
         self.holds_fifos = bool(settings.get("hold_fifos", not self.is_human))
-        self.closes_stdin_on_eof = bool(settings.get("close_stdin_on_eof", self.is_human))
         self.makes_etc_files = bool(settings.get("etc_files", self.is_human))
         self.ends_with_init = bool(settings.get("end_with_init", self.is_human))
         self.auto_remove = bool(settings.get("auto_remove"))
@@ -197,6 +206,10 @@ class Sandbox:
         """
         if self.network is not None:
             await self.unless_lost(self.network)
+        plan = self.machine.network
+        # Some clients wire a container's network namespace only between create and start.
+        if plan is not None and plan.wired_by_others and await self.helper(plan.look_again):
+            await self.unless_lost(boot.configure_network(self, await self.ready()))
 
     async def unless_lost(self, work: Awaitable[T]) -> T:
         """Await *work*; the end of the machine ends it.
@@ -237,9 +250,14 @@ class Sandbox:
     # ---- containers ----
 
     async def create(
-        self, container_id: str, bundle: str, config: dict[str, Any], stdio: Stdio
+        self,
+        container_id: str,
+        bundle: str,
+        config: dict[str, Any],
+        stdio: Stdio,
+        root: HostRoot | None = None,
     ) -> Container:
-        """Make a container.
+        """Make a container; *root* is its root directory on the host, where a client hands one over.
 
         Raises:
             AlreadyExistsError: The id is taken.
@@ -249,7 +267,7 @@ class Sandbox:
             raise AlreadyExistsError(f"container {container_id!r} exists already")
         if self._ending is not None:
             raise self._lost_error()
-        container = Container(self, container_id, bundle, config, stdio)
+        container = Container(self, container_id, bundle, config, stdio, root)
         self.containers[container_id] = container
         try:
             await container.create()
@@ -469,3 +487,8 @@ class Sandbox:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         sys.stderr.write(f"{stamp} {text}\n")
         sys.stderr.flush()
+        if self._log_fifo >= 0:
+            try:
+                os.write(self._log_fifo, f"{stamp} kata {self.id}: {text}\n".encode())
+            except OSError:
+                pass  # full, or nobody reads: the engine does not wait for a reader, and our own log has it

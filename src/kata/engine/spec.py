@@ -10,7 +10,7 @@ Unlike the original, limits for pids and block I/O and the seccomp profile are k
 
 from __future__ import annotations
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..proto.codec import DecodeError
 
 TYPE_CHECKING = False
@@ -47,6 +47,53 @@ _RENAMED = {
     "errnoRet": "errnoret",
 }
 _MAPS = frozenset({"annotations", "sysctl"})
+
+_KIND_ANNOTATIONS = ("io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType")
+_SANDBOX_ANNOTATIONS = ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID")
+"""How containerd's and CRI-O's CRI say what a container is to its pod, and which pod that is."""
+
+
+def _annotation(spec: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    annotations = spec.get("annotations") or {}
+    return next((str(annotations[name]) for name in names if annotations.get(name)), "")
+
+
+def container_type(spec: Mapping[str, Any]) -> str:
+    """``pod_sandbox``, ``pod_container`` or, without a word from a CRI, ``single_container``."""
+    kind = _annotation(spec, _KIND_ANNOTATIONS)
+    return {"sandbox": "pod_sandbox", "container": "pod_container"}.get(kind, "single_container")
+
+
+def pod_of(spec: Mapping[str, Any]) -> str:
+    """The id of the sandbox that a pod's container belongs in; empty for any other container."""
+    return _annotation(spec, _SANDBOX_ANNOTATIONS) if container_type(spec) == "pod_container" else ""
+
+
+def refuse_foreign(spec: Mapping[str, Any]) -> None:
+    """Refuse what would need the host's kernel: its namespaces, or those of a process there.
+
+    A path is fine for the network namespace, into which the machine is put; and for a pod's IPC, UTS and PID
+    namespaces, which are those of its own sandbox: the guest is the pod.
+
+    Raises:
+        UnsupportedError: With the namespace's name.
+    """
+    given = {str(one.get("type")): one for one in (spec.get("linux") or {}).get("namespaces") or ()}
+    for kind, name in (("network", "network"), ("pid", "PID"), ("ipc", "IPC")):
+        if kind not in given:
+            raise UnsupportedError(
+                f"the container asks for the host's {name} namespace, and it runs on a kernel of its own",
+                "Leave the host namespace out (hostNetwork, hostPID, hostIPC, --net=host, --pid=host, --ipc=host).",
+            )
+    if container_type(spec) == "pod_container":
+        return
+    for kind in ("pid", "ipc", "uts", "mount", "user", "cgroup"):
+        if given.get(kind, {}).get("path"):
+            raise UnsupportedError(
+                f"the container asks for the {kind} namespace {given[kind]['path']} of another process on this host",
+                "A virtual machine cannot join it.",
+            )
+
 
 NOT_CARRIED = {
     "domainname": "the NIS domain name",

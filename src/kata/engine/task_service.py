@@ -18,12 +18,14 @@ from . import stats
 from .container import timestamp
 from .launch import check_id
 from .process import CREATED, DELETED, TASK_STATUS, Stdio
+from .spec import refuse_foreign
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from ..ttrpc.server import Context
+    from .hostroot import HostRoot
     from .sandbox import Sandbox
 
 SERVICE = "containerd.task.v2.Task"
@@ -73,13 +75,24 @@ class TaskService:
             )
         config = await self._sandbox.helper(_read_config, request.bundle)
         stdio = Stdio(request.terminal, request.stdin, request.stdout, request.stderr)
+        root = None
+        if not self._sandbox.is_human:
+            refuse_foreign(config)
+            root = self._host_root(request, config)
         try:
-            container = await self._sandbox.create(request.id, request.bundle, config, stdio)
+            container = await self._sandbox.create(request.id, request.bundle, config, stdio, root)
         except BaseException:
             if not self._sandbox.containers:
                 await self._give_up()
             raise
         return task_pb.CreateTaskResponse(pid=container.init.pid)
+
+    def _host_root(self, request: task_pb.CreateTaskRequest, config: dict[str, Any]) -> HostRoot:
+        """The root directory in the bundle, with what the client wants mounted there."""
+        from .hostroot import HostRoot
+
+        path = str((config.get("root") or {}).get("path") or "rootfs")
+        return HostRoot(os.path.join(request.bundle, path), request.rootfs, self._sandbox.journal)
 
     async def _give_up(self) -> None:
         """A person's sandbox is of no use without its container: nothing of it is left when they read why."""

@@ -8,6 +8,8 @@ _PACKAGE = {
     "": "containerd.task.v2",
     "Mount": "containerd.types",
     "Envelope": "containerd.types",
+    "RuntimeVersion": "containerd.types",
+    "RuntimeInfo": "containerd.types",
     "Process": "containerd.v1.types",
     "ProcessInfo": "containerd.v1.types",
 }
@@ -40,6 +42,8 @@ _MESSAGES = {
     "ResumeRequest": "id:1:string",
     "Mount": "type:1:string source:2:string target:3:string options:4:*string",
     "Envelope": "timestamp:1:@google.Timestamp namespace:2:string topic:3:string event:4:@google.Any",
+    "RuntimeVersion": "version:1:string revision:2:string",
+    "RuntimeInfo": "name:1:string version:2:@task.RuntimeVersion options:3:@google.Any features:4:@google.Any annotations:5:%string:string",
     "Process": "container_id:1:string id:2:string pid:3:uint32 status:4:enum stdin:5:string stdout:6:string stderr:7:string terminal:8:bool exit_status:9:uint32 exited_at:10:@google.Timestamp",
     "ProcessInfo": "pid:1:uint32 info:2:@google.Any",
 }

@@ -352,6 +352,33 @@ class Envelope(Message):
         event: google_pb.Any | None = ...,
     ) -> None: ...
 
+class RuntimeVersion(Message):
+    """What a runtime says of itself when asked with -info (containerd 2)."""
+    version: str
+    revision: str
+    def __init__(
+        self,
+        *,
+        version: str = ...,
+        revision: str = ...,
+    ) -> None: ...
+
+class RuntimeInfo(Message):
+    name: str
+    version: RuntimeVersion | None
+    options: google_pb.Any | None
+    features: google_pb.Any | None
+    annotations: dict[str, str]
+    def __init__(
+        self,
+        *,
+        name: str = ...,
+        version: RuntimeVersion | None = ...,
+        options: google_pb.Any | None = ...,
+        features: google_pb.Any | None = ...,
+        annotations: dict[str, str] = ...,
+    ) -> None: ...
+
 class Process(Message):
     container_id: str
     id: str

@@ -1,0 +1,172 @@
+"""A root file system that containerd hands over as mounts (of its overlayfs or native snapshotter).
+
+They are mounted where the bundle expects it, but in the engine's own mount namespace: the host never sees them,
+and they are gone with the engine. From there the root is shared with the guest live, so that commit and diff
+keep working.
+
+Blocks: for the helper thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .. import sysio
+from ..errors import HostError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..journal import Entry, Journal
+    from ..proto.task_pb import Mount
+
+_FLAGS = {
+    "ro": sysio.MS_RDONLY,
+    "rw": 0,
+    "bind": sysio.MS_BIND,
+    "rbind": sysio.MS_BIND | sysio.MS_REC,
+    "nosuid": sysio.MS_NOSUID,
+    "nodev": sysio.MS_NODEV,
+    "noexec": sysio.MS_NOEXEC,
+    "sync": 0x10,
+    "dirsync": 0x80,
+    "noatime": 0x400,
+    "nodiratime": 0x800,
+    "relatime": 0x20_0000,
+    "strictatime": 0x100_0000,
+    "defaults": 0,
+}
+_PAGE = 4096
+"""mount(2) takes one page of options, final zero included; a dozen layers of an overlay are more."""
+
+
+class HostRoot:
+    """The root directory of one container on the host.
+
+    Args:
+        path: The directory; it exists.
+        mounts: What is to be mounted on it, lowest first; may be empty.
+        journal: The sandbox's.
+    """
+
+    __slots__ = ("_entries", "_journal", "_mounts", "path")
+
+    def __init__(self, path: str, mounts: Sequence[Mount], journal: Journal) -> None:
+        self.path = path
+        self._mounts = list(mounts)
+        self._journal = journal
+        self._entries: list[Entry] = []
+
+    def mount(self) -> None:
+        """Mount it.
+
+        Raises:
+            UnsupportedError: A file system that lies on a block device; a mount below the root.
+            HostError: The kernel refused.
+        """
+        try:
+            os.makedirs(self.path, mode=0o711, exist_ok=True)
+            for one in self._mounts:
+                self._mount(one)
+        except OSError as error:
+            self.unmount()
+            raise HostError(f"cannot mount the root file system on {self.path}: {error.strerror}") from error
+        except BaseException:
+            self.unmount()
+            raise
+
+    def _mount(self, one: Mount) -> None:
+        if one.target:
+            raise UnsupportedError(
+                f"a root file system with a mount of its own at {one.target!r} is not supported"
+            )
+        kind = one.type
+        if one.source.startswith("/dev/") and kind not in ("bind", "overlay"):
+            raise UnsupportedError(
+                f"a root file system on a block device ({one.source}, {kind}) is not supported yet",
+                "Use containerd's overlayfs or native snapshotter.",
+            )
+        flags, data = 0, []
+        for option in one.options:
+            if option in _FLAGS:
+                flags |= _FLAGS[option]
+            else:
+                data.append(option)
+        if kind == "bind":
+            flags |= sysio.MS_BIND
+        text = ",".join(data)
+        base = ""
+        if len(text) >= _PAGE:
+            base, text = _shortened(data)
+        if len(text) >= _PAGE:
+            raise HostError(
+                f"the root file system's mount options are {len(text)} bytes long, and {_PAGE} fit"
+            )
+        target = os.path.realpath(self.path)
+        entry = self._journal.intend("mount", target=target, source=one.source or "none", fstype=kind)
+        try:
+            _mount_from(base, one.source or "none", target, kind, flags, text)
+            if flags & sysio.MS_BIND and flags & sysio.MS_RDONLY:
+                # A bind mount takes its flags only from a second call.
+                sysio.mount(None, target, None, sysio.MS_REMOUNT | sysio.MS_BIND | sysio.MS_RDONLY)
+        except OSError:
+            self._journal.forget(entry)
+            raise
+        self._journal.made(entry)
+        self._entries.append(entry)
+
+    def unmount(self) -> None:
+        """Take the mounts off again.
+
+        Raises:
+            OSError: One is still in use.
+        """
+        while self._entries:
+            entry = self._entries[-1]
+            try:
+                sysio.umount2(entry.params["target"], sysio.UMOUNT_NOFOLLOW | sysio.MNT_DETACH)
+            except FileNotFoundError:
+                pass
+            self._journal.forget(entry)
+            self._entries.pop()
+
+
+def _shortened(options: list[str]) -> tuple[str, str]:
+    """Overlay options relative to the directory that their paths have in common: (that directory, options)."""
+    paths: list[str] = []
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in ("lowerdir", "upperdir", "workdir"):
+            paths += value.split(":")
+    if not paths or not all(path.startswith("/") for path in paths):
+        return "", ",".join(options)
+    base = os.path.commonpath(paths)
+    out = []
+    for option in options:
+        key, equals, value = option.partition("=")
+        if key in ("lowerdir", "upperdir", "workdir"):
+            value = ":".join(os.path.relpath(path, base) for path in value.split(":"))
+        out.append(f"{key}{equals}{value}")
+    return base, ",".join(out)
+
+
+def _mount_from(base: str, source: str, target: str, kind: str, flags: int, data: str) -> None:
+    if not base:
+        sysio.mount(source, target, kind, flags, data)
+        return
+    # The working directory belongs to the whole process, so a child changes its own.
+    child = os.fork()
+    if child == 0:
+        number = 0
+        try:
+            os.chdir(base)
+            sysio.mount(source, target, kind, flags, data)
+        except OSError as error:
+            number = error.errno or 5
+        finally:
+            os._exit(number)
+    _, status = os.waitpid(child, 0)
+    number = os.waitstatus_to_exitcode(status)
+    if number:
+        raise OSError(abs(number), os.strerror(abs(number)), target)

@@ -1,0 +1,1 @@
+"""containerd's door: the commands of ``containerd-shim-kata-v2``."""

@@ -1,0 +1,83 @@
+"""``delete``: clear up after a sandbox whose engine is dead, or cannot be reached."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from .. import sysio
+from ..engine.launch import check_id
+from ..errors import HostError, JournalError
+from ..paths import sandbox_dir
+from .names import directory_name, required
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..journal import Journal
+
+KILLED = 137
+GRACE_S = 2.0
+
+
+def delete(values: Mapping[str, str]) -> bytes:
+    """Undo what the journal of the container's own sandbox names; a pod's sandbox is not its containers' to end.
+
+    Args:
+        values: The options.
+
+    Returns:
+        The DeleteResponse in wire format.
+
+    Raises:
+        HostError: Something could not be undone; a second call tries again.
+    """
+    namespace, container_id = required(values, "namespace"), check_id(required(values, "id"))
+    journal = _journal(sandbox_dir(directory_name(namespace, container_id)))
+    if journal is not None:
+        try:
+            _end_engine(journal)
+            left = journal.undo()
+        finally:
+            journal.close()
+        if left:
+            raise HostError(f"sandbox {container_id} left something behind: {left[0]}", "kata gc")
+    from ..proto.google_pb import Timestamp
+    from ..proto.task_pb import DeleteResponse
+
+    now = time.time_ns()
+    return DeleteResponse(
+        exit_status=KILLED, exited_at=Timestamp(seconds=now // 10**9, nanos=now % 10**9)
+    ).encode()
+
+
+def _journal(directory: str) -> Journal | None:
+    from ..journal import FILE_NAME, Journal
+
+    try:
+        return Journal.open(os.path.join(directory, FILE_NAME))
+    except JournalError:
+        return None  # it ended as it should
+
+
+def _end_engine(journal: Journal) -> None:
+    """The engine may hang: it is told to end, and then made to."""
+    owner = journal.owner
+    if owner is None or not journal.owner_alive():
+        return
+    try:
+        pidfd = sysio.pidfd_open(int(owner["pid"]))
+    except ProcessLookupError:
+        return
+    try:
+        if not journal.owner_alive():  # the number may have gone to somebody else before we held it
+            return
+        for number, patience in ((sysio.SIGTERM, GRACE_S), (sysio.SIGKILL, 1.0)):
+            sysio.pidfd_send_signal(pidfd, number)
+            if sysio.pidfd_wait(pidfd, patience):
+                return
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,156 @@
+"""``start``: launch the engine of a new sandbox, or find the one of a container's pod."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from .. import paths
+from ..engine import spec
+from ..engine.launch import check_id, launch
+from ..errors import ConfigError, NotFoundError, UsageError
+from .names import ADDRESS_FILE, directory_name, required
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+SANDBOX_CPU = ("io.kubernetes.cri.sandbox-cpu-quota", "io.kubernetes.cri.sandbox-cpu-period")
+SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
+LOG_FIFO = "log"
+
+
+def start(values: Mapping[str, str]) -> str:
+    """Carry it out, in the bundle's directory, which is the working directory.
+
+    Args:
+        values: The options.
+
+    Returns:
+        The address to print: ``unix://...``.
+
+    Raises:
+        KataError: No sandbox could be started; nothing of it is left.
+    """
+    began = time.monotonic_ns()
+    namespace, container_id = required(values, "namespace"), check_id(required(values, "id"))
+    bundle = os.getcwd()
+    config = _read_config(bundle)
+    spec.refuse_foreign(config)
+    pod = spec.pod_of(config)
+    if pod:
+        address = _address_of_pod(bundle, pod)
+    else:
+        engine = launch(
+            settings(namespace, container_id, bundle, config, began),
+            name=directory_name(namespace, container_id),
+        )
+        engine.release()
+        address = f"unix://{engine.sock_path}"
+    _write_address(bundle, address)
+    return address
+
+
+def _read_config(bundle: str) -> dict[str, Any]:
+    import json
+
+    path = os.path.join(bundle, "config.json")
+    try:
+        with open(path, "rb") as file:
+            config = json.load(file)
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}", "containerd runs this in a bundle"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return config
+
+
+def _address_of_pod(bundle: str, pod: str) -> str:
+    """What the pod's own bundle, beside this one, says."""
+    path = os.path.join(os.path.dirname(bundle), check_id(pod), ADDRESS_FILE)
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError as error:
+        raise NotFoundError(
+            f"there is no sandbox {pod} for this container: {path}: {error.strerror}",
+            "The pod has ended, or was started with another runtime.",
+        ) from None
+
+
+def _write_address(bundle: str, address: str) -> None:
+    path = os.path.join(bundle, ADDRESS_FILE)
+    aside = f"{path}.{os.getpid()}"
+    with open(aside, "x", encoding="ascii") as file:
+        file.write(address)
+    os.replace(aside, path)
+
+
+def settings(
+    namespace: str, container_id: str, bundle: str, config: Mapping[str, Any], began: int
+) -> dict[str, Any]:
+    """What the engine has to know; see docs/architecture.md, "sandbox.json".
+
+    Raises:
+        GuestAssetError: There is no guest to boot.
+        UsageError: More CPUs or memory than the host has.
+    """
+    from ..guest import manifest
+    from ..hypervisor import accel
+    from ..resources import sizing
+
+    guest = manifest.load(paths.guest_dir())
+    cpus, memory = asked(config)
+    size = sizing.plan(cpus, memory, guest.kernel_kind)
+    found: dict[str, Any] = {
+        "id": container_id,
+        "door": "containerd",
+        "namespace": namespace,
+        "hypervisor": {"accel": accel.choose().accel, "kernel": guest.kernel, "initrd": guest.initrd},
+        "vcpus": size.vcpus,
+        "memory_mib": size.memory_mib,
+        "disks": [],
+        "share": True,
+        "network": {"mode": "netns", "path": network_namespace(config)},
+        "door_started_ns": began,
+    }
+    address = os.environ.get("TTRPC_ADDRESS")
+    if address:
+        found["events"] = {"address": address, "namespace": namespace}
+    fifo = os.path.join(bundle, LOG_FIFO)
+    if os.path.exists(fifo):
+        found["log_fifo"] = fifo
+    return found
+
+
+def network_namespace(config: Mapping[str, Any]) -> str:
+    """Path of the network namespace in a spec; empty where it is to be made."""
+    for namespace in (config.get("linux") or {}).get("namespaces") or ():
+        if namespace.get("type") == "network":
+            return str(namespace.get("path") or "")
+    return ""
+
+
+def asked(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
+    """CPUs and bytes of memory that were asked for: of the pod, where its CRI says so, else of the container."""
+    annotations = config.get("annotations") or {}
+    quota, period = (_number(annotations.get(name)) for name in SANDBOX_CPU)
+    memory = _number(annotations.get(SANDBOX_MEMORY))
+    resources = (config.get("linux") or {}).get("resources") or {}
+    if not quota:
+        quota, period = (_number((resources.get("cpu") or {}).get(name)) for name in ("quota", "period"))
+    if not memory:
+        memory = _number((resources.get("memory") or {}).get("limit"))
+    return quota / (period or 100_000) if quota > 0 else None, memory if memory > 0 else None
+
+
+def _number(value: object) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        return 0

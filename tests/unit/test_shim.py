@@ -1,0 +1,161 @@
+"""containerd's door without a machine: command line, names, sizes, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kata.engine import spec
+from kata.errors import UnsupportedError, UsageError
+from kata.proto.task_pb import DeleteResponse, RuntimeInfo
+from kata.shim import names, start
+from kata.shim.main import Arguments
+
+SHIM = [
+    "/usr/bin/python3",
+    "-I",
+    "-S",
+    str(Path(__file__).resolve().parents[2] / "src/kata/__main__.py"),
+    "shim",
+]
+NAMESPACES = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
+
+
+def shim(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*SHIM, *arguments], cwd=cwd, env=env, capture_output=True, timeout=60, check=False
+    )
+
+
+def test_options_as_go_writes_them() -> None:
+    found = Arguments(["-namespace", "k8s.io", "--id=a=b", "-debug", "-address", "/run/c.sock", "start"])
+    assert found.values == {"namespace": "k8s.io", "id": "a=b", "address": "/run/c.sock"}
+    assert (found.flags, found.action) == ({"debug"}, "start")
+
+
+@pytest.mark.parametrize("argv", [["-nope", "start"], ["-id"], ["start", "again"]])
+def test_options_that_are_wrong(argv: list[str]) -> None:
+    with pytest.raises(UsageError):
+        Arguments(argv)
+
+
+def test_wrong_use_is_told_in_a_sentence(tmp_path: Path) -> None:
+    for arguments, words in (
+        ((), "a command is missing"),
+        (("fly",), "there is no command 'fly'"),
+        (("-namespace", "n", "-id", "x", "start"), "cannot read"),
+        (("-id", "x", "start"), "option -namespace is missing"),
+    ):
+        done = shim(*arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert words in done.stderr.decode()
+        assert b"Traceback" not in done.stderr
+        assert done.stdout == b""
+
+
+def test_info_for_containerd_2(tmp_path: Path) -> None:
+    info = RuntimeInfo.decode(shim("-info", cwd=tmp_path).stdout)
+    assert info.name == "io.containerd.kata.v2"
+    assert info.version is not None
+    assert info.version.version
+
+
+def test_delete_of_what_is_not_there(tmp_path: Path) -> None:
+    done = shim(
+        "-namespace",
+        "n",
+        "-id",
+        "gone",
+        "-bundle",
+        "/nowhere",
+        "delete",
+        cwd=tmp_path,
+        KATA_RUN_DIR=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    answer = DeleteResponse.decode(done.stdout)
+    assert answer.exit_status == 137
+    assert answer.exited_at is not None
+
+
+def test_host_namespaces_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    config = {"linux": {"namespaces": NAMESPACES[:-1]}, "process": {"args": ["true"]}}
+    (bundle / "config.json").write_text(json.dumps(config))
+    done = shim("-namespace", "n", "-id", "x", "start", cwd=bundle, KATA_RUN_DIR=str(tmp_path / "r"))
+    assert done.returncode == 1
+    assert b"host's network namespace" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_names_stay_apart_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KATA_RUN_DIR", "/run/kata")
+    assert names.directory_name("default", "web") == "default.web"
+    long = names.directory_name("k8s.io", "f" * 64)
+    assert long == f"k8s.io.{'f' * 64}"
+    longer = [names.directory_name("n" * 40, f"{digit}" * 76) for digit in "01"]
+    assert len(set(longer)) == 2
+    assert all(len(f"/run/kata/sandboxes/{name}/engine.sock") <= 107 for name in longer)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, (None, None)),
+        ({"linux": {"resources": {"cpu": {"quota": 150000, "period": 100000}}}}, (1.5, None)),
+        ({"linux": {"resources": {"cpu": {"quota": -1}, "memory": {"limit": 1 << 28}}}}, (None, 1 << 28)),
+        (
+            {
+                "annotations": {
+                    "io.kubernetes.cri.sandbox-cpu-quota": "200000",
+                    "io.kubernetes.cri.sandbox-cpu-period": "100000",
+                    "io.kubernetes.cri.sandbox-memory": "1048576",
+                },
+                "linux": {"resources": {"cpu": {"quota": 1000, "period": 100000}}},
+            },
+            (2.0, 1 << 20),
+        ),
+        ({"annotations": {"io.kubernetes.cri.sandbox-memory": "much"}}, (None, None)),
+    ],
+)
+def test_what_was_asked_for(config: dict[str, Any], expected: tuple[float | None, int | None]) -> None:
+    assert start.asked(config) == expected
+
+
+def test_a_network_namespace_and_its_path() -> None:
+    linux = {"namespaces": [*NAMESPACES[:-1], {"type": "network", "path": "/run/netns/x"}]}
+    assert start.network_namespace({"linux": linux}) == "/run/netns/x"
+    assert start.network_namespace({"linux": {"namespaces": NAMESPACES}}) == ""
+
+
+def test_pods() -> None:
+    cri = {
+        "io.kubernetes.cri.container-type": "container",
+        "io.kubernetes.cri.sandbox-id": "pod1",
+    }
+    assert spec.container_type({"annotations": cri}) == "pod_container"
+    assert spec.pod_of({"annotations": cri}) == "pod1"
+    cri["io.kubernetes.cri.container-type"] = "sandbox"
+    assert spec.container_type({"annotations": cri}) == "pod_sandbox"
+    assert spec.pod_of({"annotations": cri}) == ""
+    assert spec.container_type({}) == "single_container"
+
+
+@pytest.mark.parametrize("kind", ["network", "pid", "ipc"])
+def test_a_host_namespace_is_named(kind: str) -> None:
+    given = [one for one in NAMESPACES if one["type"] != kind]
+    with pytest.raises(UnsupportedError, match=f"(?i)host's {kind} namespace"):
+        spec.refuse_foreign({"linux": {"namespaces": given}})
+
+
+def test_another_processs_namespace_is_refused_but_for_a_pods_own() -> None:
+    namespaces = [*NAMESPACES[1:], {"type": "pid", "path": "/proc/7/ns/pid"}]
+    with pytest.raises(UnsupportedError, match="/proc/7/ns/pid"):
+        spec.refuse_foreign({"linux": {"namespaces": namespaces}})
+    pod = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"}
+    spec.refuse_foreign({"linux": {"namespaces": namespaces}, "annotations": pod})

@@ -1,0 +1,213 @@
+"""containerd's door, through the real containerd and ctr."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from containerd_support import IMAGE, RUNTIME, Containerd, Events, until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture(scope="module")
+def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
+    # Below the run's directory, so that what is left behind can be traced to it; sockets need a short path.
+    directory = Path(tempfile.mkdtemp(prefix="c", dir=run_directory))
+    one = Containerd(directory, guest_assets)
+    one.start()
+    try:
+        one.import_image(Path(busybox_image.removeprefix("oci:")))
+        yield one
+    finally:
+        for namespace in ("default", "other"):
+            for name in one.tasks(namespace):
+                one.ctr("--namespace", namespace, "task", "rm", "-f", name)
+        one.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _clean(daemon: Containerd) -> Iterator[None]:
+    yield
+    for name in daemon.tasks():
+        daemon.ctr("task", "rm", "-f", name)
+    for name in daemon.ok("container", "ls", "-q").split():
+        daemon.ctr("container", "rm", name)
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
+
+
+def test_run_prints_and_passes_the_code_on(daemon: Containerd) -> None:
+    done = daemon.run("r1", "sh", "-c", "uname -r; echo aside >&2; exit 7")
+    assert done.returncode == 7, done.stderr.decode() + daemon.diagnosis()
+    assert done.stdout.decode().strip() not in ("", os.uname().release)
+    assert done.stderr.decode().strip() == "aside"
+
+
+def test_a_task_from_create_to_delete(daemon: Containerd) -> None:
+    events = Events(daemon)
+    try:
+        pid = daemon.detached("life", "sleep", "1000")
+        assert b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+        done = daemon.ctr(
+            "task", "exec", "--exec-id", "e1", "life", "sh", "-c", "cat; echo aside >&2; exit 3", stdin=b"hi"
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (3, b"hi", b"aside\n")
+        missing = daemon.ctr("task", "exec", "--exec-id", "e2", "life", "nosuch")
+        assert missing.returncode != 0
+        assert b"executable file not found in $PATH" in missing.stderr
+
+        daemon.ok("task", "pause", "life")
+        assert daemon.tasks()["life"] == (pid, "PAUSED")
+        daemon.ok("task", "resume", "life")
+        assert "pids.current" in daemon.ok("task", "metrics", "life")
+        assert str(pid) in daemon.ok("task", "ps", "life")
+        daemon.ok("task", "kill", "-s", "KILL", "life")
+        until(lambda: daemon.tasks()["life"][1] == "STOPPED", "the task is stopped")
+        again = daemon.ctr("task", "kill", "-s", "KILL", "life")
+        assert b"not found" in again.stderr or b"already finished" in again.stderr
+        daemon.ctr("task", "rm", "life")  # passes the task's own code on
+        until(lambda: events.topics("life")[-1][0] == "delete", "the delete event")
+        seen = events.topics("life")
+    finally:
+        events.close()
+    init = [topic for topic, event in seen if event.get("id", "life") == "life" and "exec_id" not in event]
+    assert init == ["create", "start", "paused", "resumed", "exit", "delete"]
+    first = [topic for topic, event in seen if "e1" in (event.get("exec_id"), event.get("id"))]
+    assert first == ["exec-added", "exec-started", "exit", "delete"]
+    assert {event["pid"] for topic, event in seen if event.get("pid")} == {pid}
+    assert (
+        next(event for topic, event in seen if topic == "exit" and event["id"] == "life")["exit_status"]
+        == 137
+    )
+
+
+def test_one_id_in_two_namespaces(daemon: Containerd) -> None:
+    image = daemon.directory / "image.tar"
+    daemon.ok("--namespace", "other", "image", "import", "--base-name", IMAGE.partition(":")[0], str(image))
+    daemon.detached("twin", "sleep", "1000")
+    daemon.ok("--namespace", "other", "run", "-d", "--runtime", RUNTIME, IMAGE, "twin", "sleep", "1000")
+    assert daemon.sandboxes() == ["default.twin", "other.twin"]
+    daemon.ok("--namespace", "other", "task", "rm", "-f", "twin")
+    daemon.ok("--namespace", "other", "container", "rm", "twin")
+    assert daemon.tasks()["twin"][1] == "RUNNING"
+
+
+def test_the_root_is_the_snapshot_itself(daemon: Containerd) -> None:
+    daemon.detached("live", "sleep", "1000")
+    daemon.ok(
+        "task",
+        "exec",
+        "--exec-id",
+        "w",
+        "live",
+        "sh",
+        "-c",
+        "echo new >/made && chown 7:8 /made && rm /bin/vi",
+    )
+    [made] = daemon.directory.glob("root/*snapshotter*/snapshots/*/fs/made")
+    assert made.read_text() == "new\n"
+    assert (made.stat().st_uid, made.stat().st_gid) == (7, 8)
+    assert (made.parent / "bin/vi").is_char_device()  # overlayfs's mark of a removed file
+
+
+def test_a_killed_machine_is_told_as_137(daemon: Containerd) -> None:
+    pid = daemon.detached("shot", "sleep", "1000")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: daemon.tasks()["shot"][1] == "STOPPED", "the task is stopped", daemon.diagnosis)
+    done = daemon.ctr("task", "rm", "shot")
+    assert done.returncode == 0 or b"137" in done.stderr, done.stderr.decode()
+
+
+def test_a_killed_engine_is_cleared_up_by_containerd(daemon: Containerd) -> None:
+    pid = daemon.detached("orphan", "sleep", "1000")
+    os.kill(daemon.engine_pid("default.orphan"), signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{pid}").exists(), "the machine is gone with its engine")
+    until(lambda: not daemon.sandboxes(), "containerd has had it cleared up", daemon.diagnosis)
+    until(lambda: daemon.tasks().get("orphan", (0, "STOPPED"))[1] == "STOPPED", "the task is not running")
+
+
+def test_containerd_restarts_while_a_task_runs(daemon: Containerd) -> None:
+    pid = daemon.detached("stays", "sleep", "1000")
+    daemon.stop()
+    daemon.start()
+    assert daemon.tasks()["stays"] == (pid, "RUNNING")
+    assert daemon.ctr("task", "exec", "--exec-id", "x", "stays", "echo", "here").stdout == b"here\n"
+
+
+def test_the_hosts_network_is_refused(daemon: Containerd) -> None:
+    done = daemon.run("nethost", "true", options=("--net-host",))
+    assert done.returncode != 0
+    assert b"host's network namespace" in done.stderr
+    assert not daemon.sandboxes()
+
+
+@pytest.fixture
+def wired() -> Iterator[str]:
+    """A network namespace as a CNI plugin leaves it, and one at the other end of its cable."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip (apt-get install iproute2)")
+    inner, outer = (f"kt{os.getpid()}{end}" for end in "io")
+    script = f"""
+        ip netns add {inner} && ip netns add {outer}
+        ip -n {inner} link add eth0 type veth peer name v1 netns {outer}
+        ip -n {inner} address add 10.9.0.2/24 dev eth0
+        ip -n {inner} -6 address add fd00:9::2/64 dev eth0 nodad
+        ip -n {inner} link set eth0 address 02:11:22:33:44:55 mtu 1400 up
+        ip -n {inner} link set lo up
+        ip -n {inner} route add default via 10.9.0.1
+        ip -n {inner} neighbor add 10.9.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent
+        ip -n {outer} address add 10.9.0.1/24 dev v1
+        ip -n {outer} -6 address add fd00:9::1/64 dev v1 nodad
+        ip -n {outer} link set v1 mtu 1400 up
+    """
+    try:
+        subprocess.run(["sh", "-ec", script], check=True)
+        yield inner
+    finally:
+        for name in (inner, outer):
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def test_the_guest_has_the_network_of_its_namespace(daemon: Containerd, wired: str) -> None:
+    done = daemon.run(
+        "net",
+        "sh",
+        "-c",
+        "ip address show eth0; ip route; cat /proc/net/arp; cat /sys/class/net/eth0/mtu;"
+        " ping -c 1 -W 20 10.9.0.1 && ping -6 -c 1 -W 20 fd00:9::1",
+        options=("--with-ns", f"network:/run/netns/{wired}"),
+    )
+    said = done.stdout.decode()
+    assert done.returncode == 0, said + done.stderr.decode() + daemon.diagnosis()
+    for words in (
+        "link/ether 02:11:22:33:44:55",
+        "inet 10.9.0.2/24",
+        "inet6 fd00:9::2/64",
+        "default via 10.9.0.1",
+        "10.9.0.77 ",
+        "02:00:00:00:00:77",
+        "\n1400\n",
+    ):
+        assert words in said
+    left = subprocess.run(["tc", "-n", wired, "qdisc"], capture_output=True, text=True, check=True).stdout
+    assert "ingress" not in left
+    assert (
+        "tap"
+        not in subprocess.run(["ip", "-n", wired, "link"], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_a_namespace_is_made_where_none_is_given(daemon: Containerd) -> None:
+    pid = daemon.detached("own", "sleep", "1000")
+    assert os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+    # For whoever wires it late, between create and start.
+    done = subprocess.run(["nsenter", "-t", str(pid), "-n", "ip", "link"], capture_output=True, check=True)
+    assert b"tap0_kata" in done.stdout
