@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import subprocess
 from collections.abc import Iterator
 from fcntl import ioctl
 from pathlib import Path
 
 import minivm
 import pytest
+from conftest import ROOT, Kata
 
 from kata.agent.client import AgentClient
 from kata.engine.boot import KERNEL_PARAMETERS
@@ -164,3 +167,25 @@ def test_agents_answer_on_vsock_and_go_with_their_machine(guests: Guests) -> Non
 def test_a_connection_that_nobody_answers_ends_with_its_caller() -> None:
     with allocated() as given, pytest.raises(TimeoutError):
         asyncio.run(asyncio.wait_for(vsock.connect(given.cid), 5))
+
+
+def test_the_control_tool_over_vsock(guests: Guests, kata_env: Kata) -> None:
+    def control(*words: str) -> subprocess.CompletedProcess[bytes]:
+        program = ROOT / "src/kata/agent_ctl/__main__.py"
+        command = ["/usr/bin/python3", "-I", "-S", str(program), *words]
+        return subprocess.run(command, capture_output=True, check=False, env=kata_env.env)
+
+    with guests.start("ctl") as (_process, cid):
+        # Still booting: it asks until somebody listens.
+        patience = f"--connect-timeout={minivm.PATIENCE_S}"
+        done = control("--server", f"vsock://{cid}:1024", patience, "Check")
+        assert (done.returncode, json.loads(done.stdout)) == (0, {"status": "SERVING"}), done.stderr
+        report = json.loads(
+            control("--server", f"vsock://{cid}", "fuzz", "--cases", "42", "--only", "frames").stdout
+        )
+        assert report["verdict"] == "healthy"
+        assert report["frames"]["right calls all at once"]["OK"] >= 4
+        nobody = control("--server", f"vsock://{cid}:77", "--connect-timeout", "1", "Check")
+        assert nobody.stderr.startswith(b"error: cannot connect to vsock://"), nobody.stderr
+    done = control("--vm", "bench", "--calls", "5", "--bytes", "65536", "--size", "4096")
+    assert json.loads(done.stdout)["target"] == "a throw-away virtual machine (kvm)"

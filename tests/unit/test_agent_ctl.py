@@ -368,6 +368,12 @@ def test_fuzz_finds_a_right_server_healthy(server: tuple[str, AgentDouble], run:
     assert "DestroySandbox" not in found["requests"]
 
 
+def test_fuzz_for_a_time(server: tuple[str, AgentDouble], run: Run) -> None:
+    found = json.loads(run("-s", server[0], "fuzz", "--only", "requests", "--seconds", "0.3")[1])
+    assert found["verdict"] == "healthy"
+    assert found["cases"] > 0
+
+
 class Wrong:
     """An agent that answers health checks until a case of a sort comes, and then does something else."""
 
@@ -439,9 +445,10 @@ def test_a_seed_is_the_same_cases_again() -> None:
     method = methods.get("CreateContainer")
 
     def cases() -> list[bytes]:
-        rngs = [random.Random(f"5/{number}") for number in range(60)]
+        rngs = [random.Random(f"5/{number}") for number in range(25)]
         frames = [fuzz_cases.frame_case(rng, number, 1).data for number, rng in enumerate(rngs)]
         return frames + [fuzz_cases.payload(rng, method) for rng in rngs]
 
-    assert cases() == cases()
-    assert len(set(cases())) > 80
+    found = cases()
+    assert found == cases()
+    assert len(set(found)) > 35

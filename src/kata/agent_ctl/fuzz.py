@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .links import Link
 
 OPTIONS = (
-    Option("--cases", "N", "how many (500)"),
+    Option("--cases", "N", "how many (500, or no limit with --seconds)"),
+    Option("--seconds", "N", "for how long (no limit)"),
     Option(
         "--seed",
         "N",
@@ -37,12 +38,12 @@ OPTIONS = (
     Option("--only", "frames|requests", "one sort (both in turn; --sandbox takes requests only)"),
     Option("--all", "", "also requests that change the machine the agent runs on (--vm: always)"),
     Option("--wait", "SECONDS", "how long a case may go unanswered (3)"),
-    Option("--patience", "SECONDS", "how long a healthy agent may take to say so (20)"),
+    Option("--patience", "SECONDS", "how long a healthy agent may take to say so (60)"),
 )
 NEVER = frozenset({"DestroySandbox", "GetOOMEvent"})
 """The first ends the agent, as it should; the second is answered when something runs out of memory."""
 
-_GLIMPSE_S = 0.05
+_GLIMPSE_S = 0.1
 """How long a case whose answer nobody owes us is watched."""
 _LONGEST_HEX = 256
 _FLUSH = bytes(frame.MAX_DATA + frame.HEADER_SIZE)
@@ -83,8 +84,9 @@ def run(link: Link, words: Sequence[str], style: Style, own_vm: bool) -> int:
         raise UsageError(f"--only: there is no sort {only!r}", hint)
     seed = values.integer("seed", int.from_bytes(random.randbytes(4), "big"), 0, 1 << 64)
     first = values.integer("first", 0)
-    cases = values.integer("cases", 500, 1)
-    carrier = _carrier(link, values.number("wait", 3.0, 0.01), values.number("patience", 20.0, 0.1))
+    seconds = values.number("seconds", 0.0)
+    cases = values.integer("cases", 1 << 40 if seconds else 500, 1)
+    carrier = _carrier(link, values.number("wait", 3.0, 0.01), values.number("patience", 60.0, 0.1))
     if only == "frames" and isinstance(carrier, _Calls):
         raise UsageError("an engine passes on calls, not frames", "--server or --vm; or --only requests")
     sorts = [only] if only else ["requests"] if isinstance(carrier, _Calls) else ["frames", "requests"]
@@ -98,7 +100,10 @@ def run(link: Link, words: Sequence[str], style: Style, own_vm: bool) -> int:
     report = Report(link.label, seed)
     try:
         carrier.healthy()
+        deadline = time.monotonic() + seconds if seconds else float("inf")
         for number in range(first, first + cases):
+            if time.monotonic() >= deadline:
+                break
             _one(carrier, report, sorts, chosen, seed, number)
     except Trouble as trouble:
         report.verdict = str(trouble)
