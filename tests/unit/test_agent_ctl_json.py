@@ -102,7 +102,9 @@ def test_every_enum_field_has_its_names(oracle: Any) -> None:
         for field in cls.fields():
             theirs = oracle(cls).DESCRIPTOR.fields_by_name[field.name].enum_type
             names = {value.name: value.number for value in theirs.values} if theirs else {}
-            assert jsonmap.enum_values(cls, field) == names
+            assert jsonmap.enum_values(cls, field) == names, (
+                f"_ENUMS in jsonmap.py: {cls.FULL_NAME}.{field.name}"
+            )
 
 
 def test_names_stay_apart_without_case_and_underscores() -> None:
