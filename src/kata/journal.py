@@ -253,7 +253,8 @@ class Journal:
         ``file``, ``socket``, ``directory``
             ``path``, absolute.
         ``cgroup``
-            ``path``, absolute; for version 2 also ``inside``, the path within the hierarchy.
+            ``path``, absolute; for version 2 also ``inside``, the path within the hierarchy. ``parent``: a
+            directory that is removed with the last one below it.
         ``mount``
             ``target``, ``source``, ``fstype``.
         ``netns``

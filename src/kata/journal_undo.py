@@ -302,6 +302,16 @@ def _undo_netns(params: dict[str, Any], identity: dict[str, Any] | None, deadlin
 
 
 def _undo_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    problem = _undo_one_cgroup(params, identity, deadline)
+    if not problem and params.get("parent"):
+        try:
+            os.rmdir(params["parent"])
+        except OSError:
+            pass  # others are in it, or it went with the last of them
+    return problem
+
+
+def _undo_one_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
     path = params["path"]
     if not os.path.lexists(path) and params.get("inside"):
         # It was made through a mount that was its engine's alone; the hierarchy is the same everywhere.

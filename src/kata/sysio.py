@@ -324,7 +324,10 @@ def bpf_prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
 class MountInfo:
     """One line of ``/proc/PID/mountinfo`` (proc(5))."""
 
-    __slots__ = ("device", "fstype", "mount_id", "options", "propagation", "root", "source", "target")
+    __slots__ = (
+        *("device", "fstype", "mount_id", "options", "propagation", "root", "source", "super_options"),
+        "target",
+    )
 
     def __init__(
         self,
@@ -336,6 +339,7 @@ class MountInfo:
         propagation: str,
         fstype: str,
         source: str,
+        super_options: str = "",
     ) -> None:
         self.mount_id = mount_id
         self.device = device
@@ -345,6 +349,7 @@ class MountInfo:
         self.propagation = propagation
         self.fstype = fstype
         self.source = source
+        self.super_options = super_options
 
 
 def _unescape(field: str) -> str:
@@ -374,6 +379,7 @@ def mounts(pid: int | str = "self") -> list[MountInfo]:
                     " ".join(fields[6:dash]),
                     fields[dash + 1],
                     _unescape(fields[dash + 2]) if len(fields) > dash + 2 else "",
+                    fields[dash + 3] if len(fields) > dash + 3 else "",
                 )
             )
         return found

@@ -107,6 +107,34 @@ def test_the_network_helper_is_in_a_cgroup_of_version_2(kvm_kata: Kata, busybox_
     until(lambda: not directory.exists(), "the helper's cgroup is gone")
 
 
+def test_engine_and_hypervisor_are_limited_by_cgroup_version_2(kvm_kata: Kata, box: str) -> None:
+    sandbox = inspect(kvm_kata, box)["sandbox"]
+    # Spelled out, not taken from the code: a place that nothing else looks at would pass every other test.
+    leaf = Path("/sys/fs/cgroup/kata", sandbox["id"])
+    assert sandbox["host_cgroups"] == {"memory": str(leaf), "cpu": str(leaf)}
+    for pid in (sandbox["engine_pid"], sandbox["hypervisor_pid"]):
+        assert Path(f"/proc/{pid}/cgroup").read_text() == f"0::/kata/{sandbox['id']}\n"
+    memory = sandbox["memory_mib"] + 256 + sandbox["memory_mib"] // 32 << 20
+    assert (leaf / "memory.max").read_text() == f"{memory}\n"
+    assert (leaf / "cpu.max").read_text() == f"{(sandbox['vcpus'] + 1) * 100000} 100000\n"
+    assert int((leaf / "memory.current").read_text()) > 16 << 20
+    assert "usage_usec 0\n" not in (leaf / "cpu.stat").read_text()
+
+
+@pytest.mark.long
+def test_a_machine_that_reached_the_limit_on_memory_says_so(kvm_kata: Kata, busybox_image: str) -> None:
+    kvm_kata.ok("run", "-d", "--name", "greedy", *ALONE, busybox_image, "sh", "-c", FOREVER)
+    leaf = Path(inspect(kvm_kata, "greedy")["sandbox"]["host_cgroups"]["memory"])
+    now = int((leaf / "memory.current").read_text())
+    (leaf / "memory.max").write_text(str(now + (16 << 20)))
+    kvm_kata.call("exec", "greedy", "dd", "if=/dev/zero", "of=/dev/shm/more", "bs=1M", "count=200")
+    assert kvm_kata.ok("wait", "greedy").strip() == "137"
+    state = json.loads((kvm_kata.container_dir("greedy") / "state.json").read_text())
+    assert f"reached the limit on memory of its cgroup {leaf}" in state["error"], state
+    until(lambda: not leaf.exists(), "the cgroup is gone")
+    kvm_kata.ok("rm", "greedy")
+
+
 def test_the_end_of_the_machine_ends_the_container(kvm_kata: Kata, busybox_image: str) -> None:
     kvm_kata.ok("run", "-d", "--name", "victim", *ALONE, busybox_image, "sh", "-c", FOREVER)
     found = inspect(kvm_kata, "victim")
@@ -116,6 +144,7 @@ def test_the_end_of_the_machine_ends_the_container(kvm_kata: Kata, busybox_image
     state = json.loads((kvm_kata.container_dir("victim") / "state.json").read_text())
     assert "signal 9" in state["error"], state
     until(lambda: gone(engine) and found["id"] not in kvm_kata.sandboxes(), "engine and sandbox are gone")
+    assert not os.path.exists(found["sandbox"]["host_cgroups"]["memory"])
     kvm_kata.ok("rm", "victim")
 
 
@@ -126,6 +155,7 @@ def test_the_end_of_the_engine_ends_the_machine(kvm_kata: Kata, busybox_image: s
     until(lambda: gone(found["state"]["pid"]), "QEMU is gone")
     kvm_kata.ok("gc")
     assert found["id"] not in kvm_kata.sandboxes()
+    assert not os.path.exists(found["sandbox"]["host_cgroups"]["memory"])
     kvm_kata.ok("rm", "-f", "orphan")
 
 

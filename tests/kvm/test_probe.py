@@ -92,4 +92,7 @@ def test_kata_uses_kvm_by_itself(kvm_kata: Kata, monkeypatch: pytest.MonkeyPatch
     checks = {check["name"]: check for check in json.loads(kvm_kata.ok("doctor", "--json"))["checks"]}
     assert checks["kvm"]["result"] == "ok", checks
     assert checks["vhost-vsock"]["result"] == "ok", checks
-    assert (checks["cgroups"]["result"], checks["cgroups"]["text"]) == ("ok", "version 2"), checks
+    assert (checks["cgroups"]["result"], checks["cgroups"]["text"]) == (
+        "ok",
+        "version 2: memory and cpu",
+    ), checks

@@ -130,16 +130,21 @@ def _program(name: str, what: str, package: str, result: str, *, blocking: bool 
 
 
 def _cgroups() -> Check:
-    if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
-        return Check("cgroups", OK, "version 2")
-    if os.path.isdir("/sys/fs/cgroup/memory"):
-        return Check("cgroups", OK, "version 1")
-    return Check(
-        "cgroups",
-        WARN,
-        "no cgroup hierarchy is mounted under /sys/fs/cgroup",
-        "mount -t cgroup2 none /sys/fs/cgroup",
-    )
+    from ..resources import host_cgroup
+
+    found = host_cgroup.hierarchies()
+    if not found:
+        return Check(
+            "cgroups",
+            WARN,
+            "no hierarchy with memory or cpu is mounted: virtual machines run without limits on the host",
+            "mount -t cgroup2 none /sys/fs/cgroup",
+        )
+    text = ", ".join(f"version {one.version}: {' and '.join(one.controllers)}" for one in found)
+    missing = [name for name in host_cgroup.CONTROLLERS if not any(name in one.controllers for one in found)]
+    if missing:
+        return Check("cgroups", WARN, f"{text}; none with {' or '.join(missing)}")
+    return Check("cgroups", OK, text)
 
 
 def _guest() -> Check:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..agent.client import AgentClient
     from ..journal import Journal
     from ..network.user import NetworkPlan
+    from ..resources.host_cgroup import HostCgroup
     from .sandbox import Sandbox
 
 READY_S = {"kvm": 60.0, "tcg": 60.0}
@@ -52,15 +53,17 @@ class Machine:
     """What `power_on` made.
 
     Attributes:
+        cgroup: Its leaves in the host's cgroups, once there is a process to be put into them.
         network: The network, if the sandbox has one.
         process: The hypervisor's process.
         share: The share, if the sandbox has one.
         started_ns: When the hypervisor was started.
     """
 
-    __slots__ = ("network", "process", "share", "started_ns")
+    __slots__ = ("cgroup", "network", "process", "share", "started_ns")
 
     def __init__(self) -> None:
+        self.cgroup: HostCgroup | None = None
         self.network: NetworkPlan | None = None
         self.process: qemu_process.QemuProcess | None = None
         self.share: volumes.Share | None = None
@@ -109,8 +112,21 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         vm.vsock = vsock.allocate()
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
+    machine.cgroup = limit(settings["id"], vm, journal, (machine.process.pid, os.getpid()))
+    # The network's helper is born into our cgroups.
     if machine.network is not None:
         machine.network.start(journal, settings["id"])
+
+
+def limit(name: str, vm: VMSettings, journal: Journal, pids: tuple[int, ...]) -> HostCgroup:
+    """Put processes of a sandbox into cgroups with the limits that belong to its size."""
+    from ..resources import host_cgroup, sizing
+
+    limits = host_cgroup.Limits(sizing.host_memory(vm.memory_mib, vm.accel), sizing.host_cpus(vm.vcpus))
+    cgroup = host_cgroup.HostCgroup()
+    cgroup.make(journal, name, limits)
+    cgroup.join(pids)
+    return cgroup
 
 
 def spare_mac() -> str:

@@ -133,6 +133,9 @@ class Sandbox:
         self.vm = self._take_over()
         if self.vm is not None:
             self.spawn(self._watch_machine(self.vm))
+        if self.machine.cgroup is not None:
+            for warning in self.machine.cgroup.warnings:
+                self.complain(warning)
         if self.machine.network is not None:
             self._watch_network(self.machine.network)
         if self._failed is not None:
@@ -351,6 +354,12 @@ class Sandbox:
     async def _watch_machine(self, vm: Hypervisor) -> None:
         ended = await vm.wait()
         self._vm_ended = True
+        if ended.status < 0 and self.machine.cgroup is not None and self.machine.cgroup.oom_kills():
+            ended.error = VMLostError(
+                "the host's kernel killed the virtual machine: with its helpers it reached the limit on memory"
+                f" of its cgroup {self.machine.cgroup.paths['memory']}",
+                "The limit is the machine's memory and what running it takes: docs/architecture.md.",
+            )
         self._lose(ended.error or VMLostError("the virtual machine was stopped"))
 
     def _watch_network(self, plan: NetworkPlan) -> None:
@@ -410,9 +419,13 @@ class Sandbox:
         if self._booted is not None and not self._booted.done():
             self._booted.cancel()
         self._lose(VMLostError(f"sandbox {self.id} has ended"))
+        # Out of what is about to be removed. It takes as long as the machine takes to end.
+        leaving = self.helper(self.machine.cgroup.leave) if self.machine.cgroup is not None else None
         if self.vm is not None:
             await self.vm.stop()
             self.vm.close()
+        if leaving is not None:
+            await leaving
         plan = self.machine.network
         if plan is not None:
             if plan.pidfd >= 0:

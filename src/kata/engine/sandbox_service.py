@@ -133,6 +133,7 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "agent_channel": "serial" if sandbox.vm is None or sandbox.vm.agent_cid is None else "vsock",
         "kernel": hypervisor.get("kernel", ""),
         "initrd": hypervisor.get("initrd", ""),
+        "host_cgroups": sandbox.machine.cgroup.paths if sandbox.machine.cgroup is not None else {},
         "vcpus": settings.get("vcpus", 1),
         "memory_mib": settings.get("memory_mib", 0),
         "disks": settings.get("disks") or [],

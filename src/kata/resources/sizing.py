@@ -29,6 +29,15 @@ LEAST_MIB = {"small": 64, "distro": 192}
 """With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
 
 
+HOST_FIXED_MIB = {"kvm": 256, "tcg": 384}
+"""What running a machine takes on the host besides the guest's memory, by accelerator: hypervisor (under emulation
+with its translated code), engine, network helper, and some page cache of its disks to work with."""
+HOST_GROWING_PART = 1 / 32
+"""The same, for each byte of the guest's: page tables, the emulator's table of pages."""
+HOST_CPUS = 1.0
+"""Processors for engine, devices and network helper besides the virtual ones."""
+
+
 class Size:
     """The size of a machine.
 
@@ -73,6 +82,21 @@ def plan(cpus: float | None, memory: int | None, kernel: str = "small") -> Size:
             "ask for less with -m",
         )
     return Size(vcpus, needed)
+
+
+def host_memory(memory_mib: int, accel: str) -> int:
+    """Bytes that a machine of this size and its helpers may use on the host.
+
+    Args:
+        memory_mib: The machine's memory.
+        accel: ``kvm`` or ``tcg``.
+    """
+    return (memory_mib + HOST_FIXED_MIB[accel] + int(memory_mib * HOST_GROWING_PART)) * MIB
+
+
+def host_cpus(vcpus: int) -> float:
+    """Processors of the host that a machine with so many and its helpers may use."""
+    return vcpus + HOST_CPUS
 
 
 def host_available_mib() -> int:

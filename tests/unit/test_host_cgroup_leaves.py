@@ -1,0 +1,200 @@
+"""The sandbox's place in the host's cgroups, with this host's own hierarchies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kata import sysio
+from kata.errors import JournalError
+from kata.journal import FILE_NAME, Journal
+from kata.resources import host_cgroup, sizing
+
+MIB = 1 << 20
+LIMITS = host_cgroup.Limits(64 * MIB, 1.5)
+SOURCE = str(Path(__file__).resolve().parents[2] / "src")
+
+
+def hierarchies() -> list[host_cgroup.Hierarchy]:
+    return host_cgroup.hierarchies()
+
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or {name for one in hierarchies() for name in one.controllers} != {"memory", "cpu"},
+    reason="needs root, and cgroups with memory and cpu",
+)
+
+
+class Made:
+    """A sandbox's leaves and its journal."""
+
+    def __init__(self, base: Path, name: str, limits: host_cgroup.Limits = LIMITS) -> None:
+        self.name = f"t{os.getpid()}-{name}"
+        self.journal = Journal.create_dir(str(base), self.name, {})
+        self.cgroup = host_cgroup.HostCgroup()
+        self.cgroup.make(self.journal, self.name, limits)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Made]:
+    one = Made(tmp_path, "one")
+    yield one
+    assert one.journal.undo() == []
+
+
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", "1000"])
+
+
+def members(path: str) -> list[int]:
+    return [int(line) for line in Path(path, "cgroup.procs").read_text().split()]
+
+
+def test_leaves_have_the_limits(made: Made) -> None:
+    assert made.cgroup.warnings == []
+    assert set(made.cgroup.paths) == {"memory", "cpu"}
+    for one in hierarchies():
+        for controller in one.controllers:
+            path = Path(made.cgroup.paths[controller])
+            assert path == Path(one.top, "kata", made.name)
+            for file, content in LIMITS.files(one.version, controller):
+                assert (path / file).read_text().strip() == content
+    assert LIMITS.files(2, "memory") == [("memory.max", str(64 * MIB))]
+    assert LIMITS.files(2, "cpu") == [("cpu.max", "150000 100000")]
+
+
+def test_processes_are_moved_and_end_with_the_leaf(made: Made) -> None:
+    process = sleeper()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    made.cgroup.join([process.pid, gone.pid])
+    assert made.cgroup.warnings == []
+    for path in made.cgroup.paths.values():
+        assert members(path) == [process.pid]
+    # As it is after the engine's death: somebody else undoes, from the file alone.
+    Journal.open(made.journal.path).undo()
+    assert process.wait(10) == -9
+    assert not any(os.path.exists(path) for path in made.cgroup.paths.values())
+
+
+def test_the_limit_on_memory_is_the_kernels(made: Made) -> None:
+    assert made.cgroup.oom_kills() == 0
+    eater = subprocess.Popen(
+        [sys.executable, "-c", "input(); data = b'x' * (300 << 20); print(len(data))"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    made.cgroup.join([eater.pid])
+    out, _ = eater.communicate(b"\n", 60)
+    assert (eater.returncode, out) == (-9, b"")
+    assert made.cgroup.oom_kills() == 1
+
+
+def test_who_leaves_can_remove_what_it_was_in(tmp_path: Path) -> None:
+    program = f"""
+import os, sys
+sys.path.insert(0, {SOURCE!r})
+from kata.journal import Journal
+from kata.resources import host_cgroup
+before = open("/proc/self/cgroup").read()
+journal = Journal.create_dir({str(tmp_path)!r}, "t{os.getpid()}-self", {{}})
+cgroup = host_cgroup.HostCgroup()
+cgroup.make(journal, "t{os.getpid()}-self", host_cgroup.Limits(256 << 20, 1))
+cgroup.join([os.getpid()])
+inside = open("/proc/self/cgroup").read()
+assert inside.count("/kata/t{os.getpid()}-self\\n") == len(set(cgroup.paths.values())), inside
+cgroup.leave()
+assert open("/proc/self/cgroup").read() == before
+assert journal.undo() == []
+assert not any(os.path.exists(path) for path in cgroup.paths.values())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_parent_goes_with_the_last_and_not_before(tmp_path: Path) -> None:
+    # A parent of our own: other sandboxes of this machine may be in the usual one.
+    top = next(one.top for one in hierarchies() if "memory" in one.controllers)
+    parent = f"{top}/kata-test-{os.getpid()}"
+    os.mkdir(parent)
+    journals = []
+    for name in ("first", "second"):
+        journal = Journal.create_dir(str(tmp_path), name, {})
+        entry = journal.intend("cgroup", path=f"{parent}/{name}", parent=parent)
+        os.mkdir(f"{parent}/{name}")
+        journal.made(entry)
+        journals.append(journal)
+    assert journals[0].undo() == []
+    assert os.path.isdir(f"{parent}/second")
+    assert journals[1].undo() == []
+    assert not os.path.exists(parent)
+
+
+def test_many_come_and_go_at_once(tmp_path: Path) -> None:
+    wrong: list[str] = []
+
+    def come_and_go(number: int) -> None:
+        for turn in range(40):
+            one = Made(tmp_path, f"{number}-{turn}")
+            wrong.extend(one.cgroup.warnings)
+            wrong.extend(one.journal.undo())
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_host_that_allows_nothing_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = tmp_path / "no-cgroup"
+    top.write_text("")
+    closed = host_cgroup.Hierarchy(1, str(top), str(top), ["memory"])
+    monkeypatch.setattr(host_cgroup, "hierarchies", lambda: [closed])
+    one = Made(tmp_path, "none")
+    assert one.cgroup.paths == {}
+    assert [words.partition(":")[0] for words in one.cgroup.warnings] == [
+        "no limit on the host's memory",
+        "no limit on the host's cpu",
+    ]
+    one.cgroup.join([os.getpid()])
+    one.cgroup.leave()
+    assert one.cgroup.oom_kills() == 0
+    assert one.journal.undo() == []
+    with pytest.raises(JournalError):
+        Journal.open(str(tmp_path / one.name / FILE_NAME))
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "below"),
+    [
+        ("/", "/", ""),
+        ("/a/b", "/", "/a/b"),
+        ("/docker/1", "/docker/1", ""),
+        ("/docker/1/x", "/docker/1", "/x"),
+        ("/docker/11", "/docker/1", "/docker/11"),
+    ],
+)
+def test_paths_below_a_mount(path: str, root: str, below: str) -> None:
+    assert host_cgroup._below(path, root) == below
+
+
+def test_the_mounts_that_were_found_are_cgroups() -> None:
+    kinds = {mount.target: mount for mount in sysio.mounts()}
+    for one in hierarchies():
+        assert kinds[one.top].fstype == ("cgroup2" if one.version == 2 else "cgroup")
+        assert os.getpid() in members(one.own)
+
+
+@pytest.mark.parametrize("accel", ["kvm", "tcg"])
+def test_the_limit_is_the_machine_and_what_it_takes_to_run_it(accel: str) -> None:
+    small, large = sizing.host_memory(64, accel), sizing.host_memory(65536, accel)
+    assert small > 64 * MIB + 200 * MIB
+    assert 65536 * MIB * 1.03 < large < 65536 * MIB * 1.04
+    assert sizing.host_cpus(2) == 3
