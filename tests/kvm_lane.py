@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from typing import IO, Any
 
 import pytest
 
+from kata import sysio
 from kata.hypervisor import kvmprobe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +75,8 @@ class Lab:
         # The checkout may be edited while its tests run.
         parts = [ROOT / name for name in ("src", "tests", "tools", "pyproject.toml")]
         frozen = [word for path in (*parts, guest, image) for word in ("--freeze", str(path))]
+        sysio.preload()
+        parent = os.getpid()
         with open(self.said, "w") as said:
             return subprocess.Popen(
                 [TOOL, "--timeout", str(LAB_TIMEOUT_S), "--log", str(self.console), *frozen, "--", *shell],
@@ -87,6 +91,8 @@ class Lab:
                 stdout=subprocess.PIPE,
                 stderr=said,
                 text=True,
+                # A pytest that is killed does not come to its end, where it would end the lab.
+                preexec_fn=lambda: sysio.die_with_parent(parent, signal.SIGTERM),
             )
 
     def reports(self, config: pytest.Config, item: pytest.Item) -> Iterator[pytest.TestReport]:

@@ -17,6 +17,7 @@ from kata.engine.client import EngineClient
 from kata.engine.launch import Engine, launch
 from kata.engine.records import read_json
 from kata.guest import manifest
+from kata.hypervisor import accel
 from kata.images import store
 from kata.journal import Journal
 from kata.journal_undo import reconcile
@@ -102,7 +103,11 @@ class Box:
             "id": self.id,
             "door": "kata",
             "container_dir": str(self.container_dir),
-            "hypervisor": {"accel": "tcg", "kernel": guest.kernel, "initrd": guest.initrd},
+            "hypervisor": {
+                "accel": accel.choose().accel,
+                "kernel": guest.kernel,
+                "initrd": guest.initrd,
+            },
             "vcpus": 1,
             "memory_mib": 256,
             "disks": [

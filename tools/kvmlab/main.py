@@ -54,7 +54,13 @@ def parser() -> argparse.ArgumentParser:
     add("--get", action="append", default=[], metavar="PATH[:DEST]", help=_GET)
     add("--freeze", action="append", default=[], metavar="PATH", help=_FREEZE)
     add("--memory", type=int, default=size.memory_mib, metavar="MIB", help="memory of the lab (%(default)s)")
-    add("--cpus", type=int, default=size.cpus, metavar="N", help="processors of the lab (%(default)s)")
+    add(
+        "--cpus",
+        type=int,
+        default=size.cpus,
+        metavar="N",
+        help="processors of the lab (%(default)s); with more, QEMU up to 7.2 at least may hang now and then",
+    )
     add("--modules", action="append", default=[], metavar="NAME,...", help="load more kernel modules")
     add("--network", choices=("none", "isolated", "open"), default="isolated", help=_NETWORK)
     add("-e", "--env", action="append", default=[], metavar="NAME=VALUE", help="set a variable")

@@ -88,10 +88,8 @@ def hierarchies() -> list[Hierarchy]:
         if mount.fstype not in ("cgroup2", "cgroup"):
             continue
         version = 2 if mount.fstype == "cgroup2" else 1
-        if version == 2:
-            offered = _words(f"{mount.target}/cgroup.controllers")
-        else:
-            offered = mount.super_options.split(",")
+        listed = f"{mount.target}/cgroup.controllers"
+        offered = _words(listed) if version == 2 else mount.super_options.split(",")
         here = [name for name in missing if name in offered]
         if here:
             own = place.get("" if version == 2 else here[0], "/")
