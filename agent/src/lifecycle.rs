@@ -42,6 +42,10 @@ impl Agent {
         let shared_mounts = self.sources_of(&request.shared_mounts, &[id, name])?;
         let exec_id = if request.exec_id.is_empty() { id } else { &request.exec_id };
 
+        let shares_pids = request.sandbox_pidns || self.sandbox.all_share_pids;
+        if shares_pids {
+            self.sandbox.make_pid_namespace()?;
+        }
         let cgroup = self.make_cgroup(id, linux)?;
         let mut container = Container {
             status: Status::Creating,
@@ -60,6 +64,10 @@ impl Agent {
             failure: None,
             oom_kills: 0,
         };
+        let mut shared = self.sandbox.shared().usable_by(&namespaces);
+        if !shares_pids {
+            shared.pid = None;
+        }
         let forked = (|| {
             // Root of a user namespace is nobody here, and still has to get through.
             fs::create_dir_all(&format!("{STATE_DIR}/{id}"), 0o711).context("make the container's directory")?;
@@ -75,7 +83,7 @@ impl Agent {
                 program,
                 filter: container.filter.as_ref(),
                 namespaces,
-                shared: self.sandbox.shared().usable_by(&namespaces),
+                shared,
                 cgroup: container.cgroup.as_ref().zip(directory.as_ref()).map(|(c, fd)| (fd.raw(), c.path())),
                 stdio: &pipes.child,
                 report: Reporter(theirs.raw()),

@@ -16,8 +16,10 @@ pub struct Sandbox {
     created: bool,
     ipc: Option<Fd>,
     uts: Option<Fd>,
-    /// A PID namespace for all containers, with the process that reaps there.
+    /// A PID namespace for containers to share, with the process that reaps there.
     pid: Option<(Fd, Pid)>,
+    /// Whether all containers are in it, or only those that ask for it.
+    pub all_share_pids: bool,
     /// Mount points, in the order of mounting.
     storages: Vec<String>,
     pub oom_events: VecDeque<String>,
@@ -60,7 +62,11 @@ impl Sandbox {
         Ok(())
     }
 
-    fn make_pid_namespace(&mut self) -> Result<()> {
+    /// The PID namespace that containers share which ask for it, with a process 1 that reaps; made once.
+    pub fn make_pid_namespace(&mut self) -> Result<()> {
+        if self.pid.is_some() {
+            return Ok(());
+        }
         match sys::fork(libc::CLONE_NEWPID as u64, None).context("make the sandbox's PID namespace")? {
             Fork::Child => reap_for_ever(),
             Fork::Parent(pid) => {
@@ -128,8 +134,9 @@ impl Agent {
         if self.sandbox.ipc.is_none() {
             self.sandbox.make_namespaces(&request.hostname)?;
         }
-        if request.sandbox_pidns && self.sandbox.pid.is_none() {
+        if request.sandbox_pidns {
             self.sandbox.make_pid_namespace()?;
+            self.sandbox.all_share_pids = true;
         }
         // Also for the agent's own: containers without a UTS namespace of their own see it. Not on somebody's host.
         if !request.hostname.is_empty() && sys::getpid() == 1 {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,9 @@ class Containerd:
     Args:
         directory: Made by the caller.
         guest: The guest's directory.
+
+    Attributes:
+        around: What the daemon is executed through (``nsenter`` and its options).
     """
 
     def __init__(self, directory: Path, guest: Path) -> None:
@@ -48,16 +52,22 @@ class Containerd:
         if self.program is None or shutil.which("ctr", path=self.env["PATH"]) is None:
             pytest.skip("needs containerd (apt-get install containerd)")
         self._daemon: subprocess.Popen[bytes] | None = None
-        (directory / "config.toml").write_text(
+        self.configure(["io.containerd.grpc.v1.cri"])
+        self.around: list[str] = []
+
+    def configure(self, disabled: list[str], more: str = "") -> None:
+        """Write its configuration: plugins that are not wanted, and further text in TOML."""
+        (self.directory / "config.toml").write_text(
             f"""\
 version = 2
-root = "{directory}/root"
-state = "{directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+root = "{self.directory}/root"
+state = "{self.directory}/state"
+disabled_plugins = {json.dumps([*disabled, "io.containerd.internal.v1.opt"])}
 [grpc]
 address = "{self.socket}"
 [ttrpc]
 address = "{self.socket}.ttrpc"
+{more}
 """
         )
 
@@ -66,7 +76,7 @@ address = "{self.socket}.ttrpc"
         assert self.program is not None
         with open(self.log, "ab") as log:
             self._daemon = subprocess.Popen(
-                [self.program, "--config", str(self.directory / "config.toml")],
+                [*self.around, self.program, "--config", str(self.directory / "config.toml")],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -109,6 +119,32 @@ address = "{self.socket}.ttrpc"
         self.ok("run", "-d", "--runtime", RUNTIME, *options, IMAGE, name, *command)
         return self.tasks()[name][0]
 
+    def spec(self, hooks: dict[str, Any]) -> dict[str, Any]:
+        """A small specification of its own: a busybox that sleeps."""
+        root = self.directory / "root-of-spec"
+        if not root.exists():
+            for name in ("bin", "proc", "dev"):
+                (root / name).mkdir(parents=True)
+            shutil.copy("/bin/busybox", root / "bin/busybox")
+        return {
+            "ociVersion": "1.0.2",
+            "process": {"args": ["/bin/busybox", "sleep", "1000"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+            "root": {"path": str(root)},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+            ],
+            "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
+            "hooks": hooks,
+        }
+
+    def run_spec(self, name: str, spec: dict[str, Any]) -> int:
+        """``ctr run -d --config``; the task's pid."""
+        path = self.directory / f"{name}.json"
+        path.write_text(json.dumps(spec))
+        self.ok("run", "-d", "--runtime", RUNTIME, "--config", str(path), name)
+        return self.tasks()[name][0]
+
     def tasks(self, namespace: str = "default") -> dict[str, tuple[int, str]]:
         """Pid and status of each task."""
         lines = self.ok("--namespace", namespace, "task", "ls").splitlines()[1:]
@@ -142,12 +178,38 @@ address = "{self.socket}.ttrpc"
         ]
         return "\n".join([*texts, self.log.read_text(errors="replace")[-2000:]])
 
-    def import_image(self, layout: Path) -> None:
-        """Make an OCI layout's image known as `IMAGE`."""
+    def import_image(self, layout: Path, name: str = IMAGE, namespace: str = "default") -> None:
+        """Make an OCI layout's image known by a name, tag included."""
         archive = self.directory / "image.tar"
         with tarfile.open(archive, "w") as tar:
             tar.add(layout, arcname=".")
-        self.ok("image", "import", "--base-name", IMAGE.partition(":")[0], str(archive))
+        base = name.rpartition(":")[0]
+        self.ok("--namespace", namespace, "image", "import", "--base-name", base, str(archive))
+
+
+def with_command(layout: Path, target: Path, *command: str) -> Path:
+    """A copy of a single-platform OCI layout whose image runs another command."""
+    shutil.copytree(layout, target)
+    blobs = target / "blobs/sha256"
+
+    def load(digest: str) -> dict[str, Any]:
+        return dict(json.loads((blobs / digest.removeprefix("sha256:")).read_bytes()))
+
+    def store(content: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps(content).encode()
+        name = hashlib.sha256(data).hexdigest()
+        (blobs / name).write_bytes(data)
+        return {"digest": f"sha256:{name}", "size": len(data)}
+
+    index = json.loads((target / "index.json").read_text())
+    [entry] = index["manifests"]
+    manifest = load(entry["digest"])
+    config = load(manifest["config"]["digest"])
+    config["config"] = {**config["config"], "Entrypoint": None, "Cmd": list(command)}
+    manifest["config"].update(store(config))
+    entry.update(store(manifest))
+    (target / "index.json").write_text(json.dumps(index))
+    return target
 
 
 class Events:

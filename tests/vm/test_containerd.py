@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from containerd_support import IMAGE, RUNTIME, Containerd, Events, until
+
+KINDS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -211,3 +214,28 @@ def test_a_namespace_is_made_where_none_is_given(daemon: Containerd) -> None:
     # For whoever wires it late, between create and start.
     done = subprocess.run(["nsenter", "-t", str(pid), "-n", "ip", "link"], capture_output=True, check=True)
     assert b"tap0_kata" in done.stdout
+
+
+def test_hooks_run_on_the_host_with_the_state(daemon: Containerd) -> None:
+    work = daemon.directory / "hooks"
+    work.mkdir()
+    script = (
+        f"cat >{work}/$1.json; readlink /proc/self/ns/net >{work}/$1.net;"
+        " [ $1 != bad ] || { echo no >&2; exit 1; }"
+    )
+
+    def hook(name: str) -> dict[str, object]:
+        return {"path": "/bin/sh", "args": ["sh", "-c", script, "sh", name], "env": ["PATH=/bin:/usr/bin"]}
+
+    pid = daemon.run_spec("hooked", daemon.spec({kind: [hook(kind)] for kind in KINDS}))
+    for kind in ("prestart", "createRuntime", "createContainer", "poststart"):
+        state = json.loads((work / f"{kind}.json").read_text())
+        assert (state["id"], state["pid"]) == ("hooked", pid)
+        assert (work / f"{kind}.net").read_text().strip() == os.readlink("/proc/self/ns/net")
+    assert not (work / "poststop.json").exists()
+    daemon.remove("hooked")
+    assert json.loads((work / "poststop.json").read_text())["status"] == "stopped"
+
+    with pytest.raises(AssertionError, match="createRuntime hook /bin/sh ended with 1: no"):
+        daemon.run_spec("failing", daemon.spec({"createRuntime": [hook("bad")]}))
+    assert "failing" not in daemon.tasks()

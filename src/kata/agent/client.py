@@ -273,11 +273,15 @@ class AgentClient:
 
 
 def create_request(
-    container_id: str, spec: oci_pb.Spec, storages: list[agent_pb.Storage]
+    container_id: str, spec: oci_pb.Spec, storages: list[agent_pb.Storage], *, shares_pids: bool = False
 ) -> agent_pb.CreateContainerRequest:
     """The request for a container whose init is named after it, as the original's hosts do."""
     return agent_pb.CreateContainerRequest(
-        container_id=container_id, exec_id=container_id, storages=storages, OCI=spec
+        container_id=container_id,
+        exec_id=container_id,
+        storages=storages,
+        OCI=spec,
+        sandbox_pidns=shares_pids,
     )
 
 

@@ -12,7 +12,7 @@ import time
 from ..errors import KataError
 from ..hypervisor import qemu_process, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
-from . import volumes
+from . import hostns, volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,16 +54,18 @@ class Machine:
 
     Attributes:
         cgroup: Its leaves in the host's cgroups, once there is a process to be put into them.
+        host: The host's namespaces, for hooks that a client's specification may have.
         network: The network, if the sandbox has one.
         process: The hypervisor's process.
         share: The share, if the sandbox has one.
         started_ns: When the hypervisor was started.
     """
 
-    __slots__ = ("cgroup", "network", "process", "share", "started_ns")
+    __slots__ = ("cgroup", "host", "network", "process", "share", "started_ns")
 
     def __init__(self) -> None:
         self.cgroup: HostCgroup | None = None
+        self.host: hostns.Namespaces | None = None
         self.network: NetworkPlan | None = None
         self.process: qemu_process.QemuProcess | None = None
         self.share: volumes.Share | None = None
@@ -92,6 +94,8 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         KataError: Something is missing on this host.
     """
     # Every machine has all its plugs, used or not: one shape for all starts, and for what comes later.
+    if settings.get("door") != "kata":
+        machine.host = hostns.Namespaces()
     volumes.own_namespace()
     share = volumes.Share(run_dir, journal)
     share.prepare()

@@ -117,8 +117,11 @@ class Container:
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
             storages = rootfs.storages(self.id, self._rootfs)
             message = spec.to_message(self._guest_spec(sources, files.mounts))
-            request = prepare.Encoded(create_request(self.id, message, storages))
+            shares_pids = spec.shares_pids(self.config)
+            request = prepare.Encoded(create_request(self.id, message, storages, shares_pids=shares_pids))
             agent = await sandbox.ready()
+            for kind in ("prestart", "createRuntime", "createContainer"):
+                await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
             await files.write(agent)
             await agent.create_container(request)
@@ -147,6 +150,28 @@ class Container:
                 pid=self.init.pid,
             ),
         )
+
+    async def _run_hooks(self, kind: str, status: str) -> None:
+        """Run the hooks of one kind on the host.
+
+        Raises:
+            HostError: One failed.
+        """
+        wanted = (self.config.get("hooks") or {}).get(kind)
+        host = self.sandbox.machine.host
+        if not wanted or host is None:
+            return
+        from . import hooks
+
+        state = hooks.state(self.id, self.bundle, self.sandbox.host_pid, status, self.config)
+        await self.sandbox.helper(hooks.run, kind, wanted, state, host)
+
+    async def _run_late_hooks(self, kind: str, status: str) -> None:
+        """The same when the container is there: a failure changes nothing any more, and is told in the log."""
+        try:
+            await self._run_hooks(kind, status)
+        except KataError as error:
+            self.sandbox.complain(f"container {self.id}: {error.message}")
 
     def _remove_shared(self) -> None:
         self._shared.remove_all()
@@ -248,6 +273,7 @@ class Container:
         process.start(self.sandbox.host_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         self.record(status=RUNNING, pid=process.pid, started_at=rfc3339(process.started_at_ns))
+        await self._run_late_hooks("poststart", "running")
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
         config = dict(process.spec or {})
@@ -472,6 +498,7 @@ class Container:
             await self.sandbox.helper(self._remove_shared)
         except OSError as error:
             self.sandbox.complain(f"a volume of container {self.id} is still mounted: {error}")
+        await self._run_late_hooks("poststop", "stopped")
 
     def close(self) -> None:
         """Let go of every stream, delivered or not."""

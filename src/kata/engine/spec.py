@@ -69,6 +69,14 @@ def pod_of(spec: Mapping[str, Any]) -> str:
     return _annotation(spec, _SANDBOX_ANNOTATIONS) if container_type(spec) == "pod_container" else ""
 
 
+def shares_pids(spec: Mapping[str, Any]) -> bool:
+    """Whether a pod's container is to see the processes of the pod's others (``shareProcessNamespace``)."""
+    if container_type(spec) != "pod_container":
+        return False
+    namespaces = (spec.get("linux") or {}).get("namespaces") or ()
+    return any(one.get("type") == "pid" and one.get("path") for one in namespaces)
+
+
 def refuse_foreign(spec: Mapping[str, Any]) -> None:
     """Refuse what would need the host's kernel: its namespaces, or those of a process there.
 

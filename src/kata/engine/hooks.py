@@ -1,0 +1,93 @@
+"""Hooks of the runtime specification that run on the host (config.md, "POSIX-platform Hooks").
+
+They run in the host's own mount and network namespace, where the client that wrote them lives, not in the
+sandbox's; with the container's state on standard input. Before the container exists a failing hook fails its
+creation; afterwards it is complained about.
+
+Blocks: for the helper thread.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+from ..errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from .hostns import Namespaces
+
+BEFORE = ("prestart", "createRuntime", "createContainer")
+"""In this order when a container is made; ``startContainer`` runs in the guest."""
+SAID_BYTES = 2000
+
+
+def state(
+    container_id: str, bundle: str, pid: int, status: str, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state that a hook gets (runtime.md, "State").
+
+    Args:
+        container_id: Its id.
+        bundle: Its bundle's path.
+        pid: The host process that stands for the container: its network namespace is the container's.
+        status: ``creating``, ``created``, ``running`` or ``stopped``.
+        config: Its spec.
+    """
+    return {
+        "ociVersion": str(config.get("ociVersion") or "1.0.2"),
+        "id": container_id,
+        "status": status,
+        "pid": pid,
+        "bundle": bundle,
+        "annotations": dict(config.get("annotations") or {}),
+    }
+
+
+def run(
+    kind: str, hooks: Sequence[Mapping[str, Any]], container: Mapping[str, Any], host: Namespaces
+) -> None:
+    """Run the hooks of one kind, one after the other.
+
+    Args:
+        kind: Their name in the spec, for errors.
+        hooks: The spec's list.
+        container: See `state`.
+        host: Where they run.
+
+    Raises:
+        HostError: One could not be executed, failed, or took longer than it may; with what it wrote to standard
+            error. Those behind it have not run.
+    """
+    text = json.dumps(container).encode()
+    for hook in hooks:
+        path = str(hook.get("path") or "")
+        environment = dict(entry.partition("=")[::2] for entry in hook.get("env") or ())
+        try:
+            done = subprocess.run(
+                list(hook.get("args") or [path]),
+                executable=path,
+                input=text,
+                env=environment,
+                cwd="/",
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=hook.get("timeout") or None,
+                preexec_fn=host.enter,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise HostError(f"the {kind} hook {path} took longer than its {hook['timeout']} s") from None
+        except (OSError, subprocess.SubprocessError) as error:
+            raise HostError(f"the {kind} hook {path} cannot be executed: {error}") from None
+        if done.returncode:
+            from ..agent.text import escape_line
+
+            said = escape_line(done.stderr[-SAID_BYTES:].decode(errors="replace").strip())
+            raise HostError(
+                f"the {kind} hook {path} ended with {done.returncode}" + (f": {said}" if said else "")
+            )
