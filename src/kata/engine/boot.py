@@ -12,7 +12,7 @@ import time
 from ..errors import KataError
 from ..hypervisor import qemu_process, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
-from . import hostns, volumes
+from . import volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..journal import Journal
     from ..network.user import NetworkPlan
     from ..resources.host_cgroup import HostCgroup
+    from . import hostns
     from .sandbox import Sandbox
 
 READY_S = {"kvm": 60.0, "tcg": 60.0}
@@ -95,6 +96,8 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     """
     # Every machine has all its plugs, used or not: one shape for all starts, and for what comes later.
     if settings.get("door") != "kata":
+        from . import hostns
+
         machine.host = hostns.Namespaces()
     volumes.own_namespace()
     share = volumes.Share(run_dir, journal)
@@ -116,7 +119,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         vm.vsock = vsock.allocate()
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
-    machine.cgroup = limit(settings["id"], vm, journal, (machine.process.pid, os.getpid()))
+    machine.cgroup = limit(os.path.basename(run_dir), vm, journal, (machine.process.pid, os.getpid()))
     # The network's helper is born into our cgroups.
     if machine.network is not None:
         machine.network.start(journal, settings["id"])
