@@ -123,11 +123,13 @@ class EnumDef:
 
 @dataclass
 class ServiceDef:
-    """One service: method, request and response (module, class), comment."""
+    """One service: method, request and response (module, class), comment; names of its streaming methods, for
+    which nothing is generated but their names in Rust."""
 
     name: str
     doc: str
     methods: list[tuple[str, tuple[str, str], tuple[str, str]]]
+    streams: list[str]
 
 
 @dataclass
@@ -198,12 +200,17 @@ def _load_file(
         if ours and location.leading_comments:
             docs[tuple(location.path)] = " ".join(location.leading_comments.split())
     for i, service in enumerate(file.service):
-        methods = []
+        methods, streams = [], []
         for method in service.method:
-            if method.client_streaming or method.server_streaming:
-                raise Unsupported(f"protogen: {service.name}.{method.name} is a streaming method")
+            if method.client_streaming != method.server_streaming:
+                raise Unsupported(f"protogen: {service.name}.{method.name} streams in one direction only")
+            if method.client_streaming:
+                streams.append(method.name)
+                continue
             methods.append((method.name, where[method.input_type], where[method.output_type]))
-        module.services.append(ServiceDef(f"{file.package}.{service.name}", docs.get((6, i), ""), methods))
+        module.services.append(
+            ServiceDef(f"{file.package}.{service.name}", docs.get((6, i), ""), methods, streams)
+        )
     for i, enum in enumerate(file.enum_type):
         values = [(value.name, value.number) for value in enum.value]
         module.enums.append(EnumDef(enum.name, docs.get((5, i), ""), values))
@@ -301,6 +308,8 @@ def python_table(module: Module) -> str:
     if module.services:
         lines.append("SERVICES = {")
         for service in module.services:
+            if not service.methods:
+                continue
             lines += [f'    "{service.name}": Methods(', "        {"]
             for name, request, response in service.methods:
                 types = f"@{request[0]}.{request[1]} @{response[0]}.{response[1]}"
@@ -446,7 +455,7 @@ def rust(module: Module) -> str:
         lines += _rust_doc(service.doc or "Name of the service.")
         lines.append(f'pub const {constant}: &str = "{service.name}";')
         lines.append("/// Its methods.")
-        methods = [f'"{name}"' for name, _, _ in service.methods]
+        methods = [f'"{name}"' for name in [*(name for name, _, _ in service.methods), *service.streams]]
         one = f"pub const {constant}_METHODS: &[&str] = &[{', '.join(methods)}];"
         if len(one) <= 120:
             lines.append(one)

@@ -1,5 +1,6 @@
 //! The agent's state and its one loop.
 
+use crate::attach::Attachment;
 use crate::cmdline::Settings;
 use crate::container::Container;
 use crate::jobs::Job;
@@ -9,7 +10,7 @@ use crate::proto::agent::AGENT_SERVICE;
 use crate::proto::agentext::BootTimesResponse;
 use crate::sandbox::Sandbox;
 use crate::server::calls::{CallId, Calls, Reply};
-use crate::server::conn::{Call, Conn, State};
+use crate::server::conn::{self, Call, Conn, State};
 use crate::server::frame::{self, Outgoing};
 use crate::server::listen::{self, Address, Channel, Kind};
 use crate::sys::{self, Fd, RawFd};
@@ -69,6 +70,9 @@ const CONN_IN_OUT: u32 = CONN_IN | libc::EPOLLOUT as u32;
 /// Idle for so long, the loop gives kept memory back.
 const TRIM_AFTER_MS: i32 = 200;
 
+/// So often connections are looked at before other events have their turn.
+const PUMP_ROUNDS: u32 = 8;
+
 pub struct Agent {
     pub settings: Settings,
     pub calls: Calls,
@@ -82,6 +86,8 @@ pub struct Agent {
     pub oom_watch: Option<Fd>,
     /// Output streams whose readers wait for their connection to take more.
     pub stalled: Vec<(Key, u8)>,
+    /// Streaming calls, by connection and number.
+    pub attachments: BTreeMap<(u32, u32), Attachment>,
     epoll: Fd,
     signals: Fd,
     listener: Option<(Fd, Kind)>,
@@ -89,6 +95,8 @@ pub struct Agent {
     next_id: u32,
     /// True when nothing has happened since the last trim.
     trimmed: bool,
+    /// The last round has left things to do: the next wait is none.
+    busy: bool,
     stopping: bool,
 }
 
@@ -111,12 +119,14 @@ impl Agent {
             has_cgroups: false,
             oom_watch: None,
             stalled: Vec::new(),
+            attachments: BTreeMap::new(),
             epoll,
             signals,
             listener: None,
             conns: BTreeMap::new(),
             next_id: 1,
             trimmed: false,
+            busy: false,
             stopping: false,
         };
         agent.watch(agent.signals.raw(), Token::Signals, libc::EPOLLIN as u32)?;
@@ -188,7 +198,7 @@ impl Agent {
                     return;
                 }
             };
-            if n == 0 && !self.trimmed {
+            if n == 0 && !self.trimmed && !self.busy {
                 rt::trim();
                 self.trimmed = true;
             } else if n > 0 {
@@ -204,6 +214,9 @@ impl Agent {
     }
 
     fn timeout_ms(&self) -> i32 {
+        if self.busy {
+            return 0;
+        }
         let opening = self.conns.values().map(Conn::deadline).min().unwrap_or(u64::MAX);
         let deadline = self.calls.next_deadline().min(opening);
         let idle = if self.trimmed { -1 } else { TRIM_AFTER_MS };
@@ -269,7 +282,8 @@ impl Agent {
 
     /// Handles every request that is there and writes every answer that is taken.
     fn pump(&mut self) {
-        loop {
+        // A container that writes without end to a host that reads as fast must not keep the loop here.
+        for _ in 0..PUMP_ROUNDS {
             let ids: Vec<u32> = self.conns.keys().copied().collect();
             for id in ids {
                 self.pump_conn(id);
@@ -277,10 +291,12 @@ impl Agent {
             // Room on a connection lets the output of containers flow again, which then has to be written.
             let stalled = self.stalled.len();
             self.serve_stalled();
-            if self.stalled.len() >= stalled {
+            if self.stalled.len() >= stalled && !self.conns.values().any(Conn::can_write) {
+                self.busy = false;
                 return;
             }
         }
+        self.busy = true;
     }
 
     fn pump_conn(&mut self, id: u32) {
@@ -313,8 +329,8 @@ impl Agent {
         }
     }
 
-    pub fn conn_is_full(&self, id: u32) -> bool {
-        self.conns.get(&id).is_some_and(Conn::is_full)
+    pub fn connection(&self, id: u32) -> Option<&Conn> {
+        self.conns.get(&id)
     }
 
     pub fn send_outgoing(&mut self, conn: u32, out: Outgoing) {
@@ -323,8 +339,15 @@ impl Agent {
         }
     }
 
+    pub fn send_bytes(&mut self, conn: u32, bytes: Vec<u8>) {
+        if let Some(conn) = self.conns.get_mut(&conn) {
+            conn.push(bytes);
+        }
+    }
+
     fn connection_gone(&mut self, id: u32) {
         self.calls.forget_connection(id);
+        self.attachments.retain(|(conn, _), _| *conn != id);
         if self.conns.get(&id).is_some_and(|c| !c.is_port()) {
             self.conns.remove(&id);
         }
@@ -332,6 +355,9 @@ impl Agent {
 
     fn on_call(&mut self, conn: u32, call: Call) {
         let stream = call.stream;
+        if let conn::Kind::Data { last } = call.kind {
+            return self.on_piece(conn, call, last);
+        }
         let request = match frame::parse_request(call.body()) {
             Ok(request) => request,
             Err(error) => return self.send(conn, stream, &Err(error)),
@@ -362,6 +388,7 @@ impl Agent {
     /// Answers a call, if it still waits.
     pub fn answer(&mut self, id: CallId, outcome: Result<Vec<u8>>) {
         if let Some(reply) = self.calls.take(id) {
+            self.attachments.remove(&(reply.conn, reply.stream));
             self.send(reply.conn, reply.stream, &outcome);
         }
     }

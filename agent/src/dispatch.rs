@@ -7,7 +7,7 @@ use crate::proto::codec::Message;
 use crate::proto::health::{HealthCheckResponse, VersionCheckResponse, HEALTH_CHECK_RESPONSE_SERVING_STATUS_SERVING};
 use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
-use crate::server::frame::Request;
+use crate::server::frame::{parse_piece, Request};
 use crate::{copyfile, files, guest, metrics, netlink, processes, routes, runtime, storage, swap, sys, volumes};
 
 /// The version of the protocol, as the original counts it.
@@ -15,7 +15,7 @@ const API_VERSION: &str = "0.0.1";
 const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What the agent can beyond the protocol.
-const EXTRA_FEATURES: &[&str] = &["kata.boot", "kata.files", "kata.processes", "seccomp"];
+const EXTRA_FEATURES: &[&str] = &["kata.boot", "kata.files", "kata.processes", "kata.streams", "seccomp"];
 
 /// `Ok(None)`: the answer comes later.
 type Outcome = Result<Option<Vec<u8>>>;
@@ -39,6 +39,10 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
         },
         agentext::BOOT => match request.method {
             "Times" => done(&agent.boot.clone()),
+            _ => unknown(request),
+        },
+        agentext::STREAMS => match request.method {
+            "Attach" => agent.attach(call, &parse_piece(request.payload)?).map(|()| None),
             _ => unknown(request),
         },
         agentext::FILES => files_service(agent, call, request),

@@ -13,6 +13,7 @@
 extern crate alloc;
 
 pub mod agent;
+mod attach;
 pub mod boot;
 pub mod cgroup;
 mod cgroup_limits;

@@ -358,10 +358,14 @@ impl Agent {
     pub fn on_stdin(&mut self, key: Key) {
         let Some(process) = self.processes.get_mut(&key) else { return };
         let over = process.input.pump();
-        if let Some(fd) = process.input.blocked() {
+        let (blocked, credit) = (process.input.blocked(), process.input.take_credit());
+        if let Some(fd) = blocked {
             self.arm(fd, Token::Stdin(key), libc::EPOLLOUT);
         }
         self.answer_writes(over);
+        if let Some((call, credit)) = credit {
+            self.give_credit(call, credit);
+        }
     }
 
     pub fn on_output(&mut self, key: Key, which: u8) {
@@ -371,31 +375,32 @@ impl Agent {
         }
     }
 
-    /// Gives waiting read calls what is there, as long as their connection takes it.
+    /// Gives waiting calls what is there, as long as their connection takes it.
     pub fn serve_readers(&mut self, key: Key, which: usize) {
         loop {
             let Some(process) = self.processes.get_mut(&key) else { return };
             let output = &mut process.outputs[which];
-            let Some((call, len)) = output.first_reader() else { return };
-            let Some(reply) = self.calls.get(call) else {
+            let Some(taker) = output.taker() else { return };
+            let Some(reply) = self.calls.get(taker.call) else {
                 // Over meanwhile: its data stays for the next one.
-                output.pop_reader();
+                output.served(taker, None);
                 continue;
             };
-            if !output.has_news() {
+            if !output.has_news() || taker.streaming && taker.len == 0 && !output.at_end() {
                 return;
             }
             // Before there is a process there is no end of file either.
             if process.phase == Phase::Building && output.raw().is_none() {
                 return;
             }
-            if self.conn_is_full(reply.conn) {
+            let conn = self.connection(reply.conn);
+            if conn.is_some_and(|c| if taker.streaming { !c.takes_bulk() } else { c.is_full() }) {
                 self.stalled.push((key, which as u8));
                 return;
             }
             let Some(process) = self.processes.get_mut(&key) else { return };
             let output = &mut process.outputs[which];
-            match output.read(len) {
+            match output.read(taker.len) {
                 Read::Wait => {
                     if let Some(fd) = output.raw() {
                         self.arm(fd, Token::Output(key, which as u8), libc::EPOLLIN);
@@ -403,10 +408,18 @@ impl Agent {
                     return;
                 }
                 Read::Data(buffer) => {
-                    output.pop_reader();
+                    let taken = buffer.len() - frame::DATA_OFFSET;
+                    let stays = taker.streaming && taken > 0;
+                    output.served(taker, stays.then_some(taken));
                     let over = output.is_over();
-                    self.calls.take(call);
-                    self.send_outgoing(reply.conn, frame::ok_frame_around(reply.stream, buffer));
+                    if stays {
+                        self.send_outgoing(reply.conn, frame::data_frame_around(reply.stream, buffer));
+                    } else if taker.streaming {
+                        self.answer(taker.call, Ok(vec![]));
+                    } else {
+                        self.calls.take(taker.call);
+                        self.send_outgoing(reply.conn, frame::ok_frame_around(reply.stream, buffer));
+                    }
                     if over {
                         self.forget_if_finished(key);
                     }

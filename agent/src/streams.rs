@@ -16,6 +16,11 @@ pub const MAX_READ: usize = 1 << 20;
 /// Standard input that may wait in the agent, per process. The host keeps one write in flight per process; more than
 /// this is a host that does not wait for its answers.
 const MAX_WAITING_INPUT: usize = 16 << 20;
+/// The input that the host of a streaming call may have on the way.
+pub const INPUT_WINDOW: usize = 256 << 10;
+/// The most in one piece of a streaming call, which is what a pipe holds: few and long pieces cost least, but other
+/// answers have to wait for the end of one.
+const MAX_PIECE: usize = 256 << 10;
 const FIONREAD: u64 = 0x541b;
 
 /// An output stream: stdout, stderr, or the terminal.
@@ -27,6 +32,18 @@ pub struct Output {
     /// After the process has been reaped: how much of what was in the pipe then is still to come.
     left: Option<usize>,
     readers: VecDeque<(CallId, usize)>,
+    /// The streaming call that takes what no read call asks for, and how much more it takes.
+    attached: Option<(CallId, usize)>,
+}
+
+/// Whose turn it is to be given output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taker {
+    pub call: CallId,
+    /// How many bytes it takes; 0 = only the end.
+    pub len: usize,
+    /// A streaming call, which stays.
+    pub streaming: bool,
 }
 
 /// What a look at an output stream gives its first reader.
@@ -39,7 +56,7 @@ pub enum Read {
 
 impl Output {
     pub fn new(fd: Fd, terminal: bool) -> Output {
-        Output { fd: Some(fd), terminal, readable: true, left: None, readers: VecDeque::new() }
+        Output { fd: Some(fd), terminal, readable: true, ..Default::default() }
     }
 
     pub fn raw(&self) -> Option<RawFd> {
@@ -57,23 +74,55 @@ impl Output {
     /// Those who were there before the stream was.
     pub fn take_readers_of(&mut self, other: Output) {
         self.readers = other.readers;
+        self.attached = other.attached;
     }
 
-    /// The call whose turn it is, and how much it takes.
-    pub fn first_reader(&self) -> Option<(CallId, usize)> {
-        self.readers.front().copied()
+    /// The streaming call that has the stream, if any.
+    pub fn attached(&self) -> Option<CallId> {
+        self.attached.map(|(call, _)| call)
     }
 
-    pub fn pop_reader(&mut self) {
-        self.readers.pop_front();
-        if self.readers.is_empty() {
-            self.readers = VecDeque::new();
+    pub fn attach(&mut self, call: CallId, credit: usize) {
+        self.attached = Some((call, credit));
+    }
+
+    /// The streaming call takes so many bytes more.
+    pub fn grant(&mut self, more: usize) {
+        if let Some((_, credit)) = &mut self.attached {
+            *credit = credit.saturating_add(more);
         }
+    }
+
+    /// The call whose turn it is.
+    pub fn taker(&self) -> Option<Taker> {
+        let reader = self.readers.front().map(|(call, len)| Taker { call: *call, len: *len, streaming: false });
+        let attached = self.attached.map(|(call, credit)| Taker { call, len: credit.min(MAX_PIECE), streaming: true });
+        reader.or(attached)
+    }
+
+    /// Its turn is over: it has been given `taken` bytes, or is no longer there.
+    pub fn served(&mut self, taker: Taker, taken: Option<usize>) {
+        if !taker.streaming {
+            self.readers.pop_front();
+            if self.readers.is_empty() {
+                self.readers = VecDeque::new();
+            }
+            return;
+        }
+        match (taken, &mut self.attached) {
+            (Some(taken), Some((_, credit))) => *credit -= taken.min(*credit),
+            _ => self.attached = None,
+        }
+    }
+
+    /// Whether the stream is at its end as far as can be told without reading.
+    pub fn at_end(&self) -> bool {
+        self.fd.is_none() || self.left == Some(0)
     }
 
     /// Nothing will come any more, and nobody waits for it.
     pub fn is_over(&self) -> bool {
-        (self.fd.is_none() || self.left == Some(0)) && self.readers.is_empty()
+        self.at_end() && self.readers.is_empty() && self.attached.is_none()
     }
 
     /// Whether [`Output::read`] is worth calling.
@@ -129,7 +178,8 @@ impl Output {
     /// Everybody who waits; the stream is over.
     pub fn close(&mut self) -> Vec<CallId> {
         self.fd = None;
-        core::mem::take(&mut self.readers).into_iter().map(|(call, _)| call).collect()
+        let attached = self.attached.take().map(|(call, _)| call);
+        core::mem::take(&mut self.readers).into_iter().map(|(call, _)| call).chain(attached).collect()
     }
 }
 
@@ -142,9 +192,19 @@ fn available(fd: RawFd) -> usize {
 }
 
 struct Write {
-    call: CallId,
+    /// None: the streaming call's.
+    call: Option<CallId>,
     data: Piece,
     done: usize,
+}
+
+/// A streaming call that feeds an input.
+struct Feeder {
+    call: CallId,
+    /// Taken by the process and not yet told to the host.
+    owed: usize,
+    /// In the queue.
+    queued: usize,
 }
 
 /// Standard input: a pipe or the terminal.
@@ -156,9 +216,11 @@ pub struct Input {
     closing: bool,
     /// Why nothing more is taken.
     broken: Option<&'static str>,
+    feeder: Option<Feeder>,
 }
 
-/// A write that is over: the call, and how many bytes were taken or why not.
+/// A write that is over: the call, and how many bytes were taken or why not. Of a streaming call it is the end (0 bytes:
+/// standard input has been closed as asked for).
 pub type Written = (CallId, Result<u32>);
 
 impl Input {
@@ -172,18 +234,53 @@ impl Input {
 
     /// Takes data in; it is answered by [`Input::pump`] when all of it is in the pipe.
     pub fn write(&mut self, call: CallId, data: Piece) -> Result<()> {
+        self.check_open()?;
+        let waiting: usize = self.queue.iter().map(|w| w.data.data().len()).sum();
+        if waiting > 0 && waiting + data.data().len() > MAX_WAITING_INPUT {
+            return Err(Error::exhausted(format!("{waiting} bytes of standard input are waiting already")));
+        }
+        self.queue.push_back(Write { call: Some(call), data, done: 0 });
+        Ok(())
+    }
+
+    fn check_open(&self) -> Result<()> {
         if let Some(why) = self.broken {
             return Err(Error::precondition(format!("standard input: {why}")));
         }
         if self.closing || self.fd.is_none() {
             return Err(Error::precondition("standard input is closed"));
         }
-        let waiting: usize = self.queue.iter().map(|w| w.data.data().len()).sum();
-        if waiting > 0 && waiting + data.data().len() > MAX_WAITING_INPUT {
-            return Err(Error::exhausted(format!("{waiting} bytes of standard input are waiting already")));
-        }
-        self.queue.push_back(Write { call, data, done: 0 });
         Ok(())
+    }
+
+    /// The streaming call that feeds it, if any.
+    pub fn attached(&self) -> Option<CallId> {
+        self.feeder.as_ref().map(|feeder| feeder.call)
+    }
+
+    /// Lets a streaming call feed it; the former one's data stays in the queue.
+    pub fn attach(&mut self, call: CallId) -> Result<()> {
+        self.check_open()?;
+        self.feeder = Some(Feeder { call, owed: 0, queued: 0 });
+        Ok(())
+    }
+
+    /// Takes in data of the streaming call.
+    pub fn feed(&mut self, data: Piece) -> Result<()> {
+        self.check_open()?;
+        let len = data.data().len();
+        match &mut self.feeder {
+            Some(feeder) if feeder.queued + feeder.owed + len <= INPUT_WINDOW => feeder.queued += len,
+            _ => return Err(Error::exhausted("more standard input than there was credit for")),
+        }
+        self.queue.push_back(Write { call: None, data, done: 0 });
+        Ok(())
+    }
+
+    /// Credit that the streaming call is to be given back now: not in small coin.
+    pub fn take_credit(&mut self) -> Option<(CallId, usize)> {
+        let feeder = self.feeder.as_mut().filter(|feeder| feeder.owed >= INPUT_WINDOW / 2)?;
+        Some((feeder.call, core::mem::take(&mut feeder.owed)))
     }
 
     /// Closes behind what is queued.
@@ -199,8 +296,15 @@ impl Input {
             match if rest.is_empty() { Ok(0) } else { sys::write(fd, rest) } {
                 Ok(n) => {
                     first.done += n;
-                    if first.done == first.data.data().len() {
-                        over.push((first.call, Ok(first.done as u32)));
+                    let (call, done, whole) = (first.call, first.done, first.done == first.data.data().len());
+                    if let (None, Some(feeder)) = (call, &mut self.feeder) {
+                        // What a former feeder has left in the queue is not counted.
+                        let n = n.min(feeder.queued);
+                        feeder.queued -= n;
+                        feeder.owed += n;
+                    }
+                    if whole {
+                        over.extend(call.map(|call| (call, Ok(done as u32))));
                         self.queue.pop_front();
                     }
                 }
@@ -213,6 +317,7 @@ impl Input {
         }
         if self.closing && self.queue.is_empty() && self.fd.is_some() {
             self.finish();
+            over.extend(self.feeder.take().map(|feeder| (feeder.call, Ok(0))));
         }
         over
     }
@@ -242,7 +347,9 @@ impl Input {
         self.fd = None;
         core::mem::take(&mut self.queue)
             .into_iter()
-            .map(|w| (w.call, Err(Error::precondition(format!("standard input: {why}")))))
+            .filter_map(|w| w.call)
+            .chain(self.feeder.take().map(|feeder| feeder.call))
+            .map(|call| (call, Err(Error::precondition(format!("standard input: {why}")))))
             .collect()
     }
 }
@@ -326,5 +433,59 @@ mod tests {
         input.write(1, vec![7].into()).unwrap();
         assert!(matches!(&input.pump()[..], [(1, Err(e))] if e.message.contains("broken pipe")));
         assert!(input.write(2, vec![7].into()).is_err());
+    }
+
+    #[test]
+    fn a_streaming_call_takes_what_it_has_credit_for() {
+        let (mut out, writer) = output();
+        out.attach(7, 3);
+        sys::write_all(writer.raw(), b"hello").unwrap();
+        let taker = out.taker().unwrap();
+        assert_eq!((taker.call, taker.len, taker.streaming), (7, 3, true));
+        assert_eq!(text(out.read(taker.len)).as_deref(), Some("hel"));
+        out.served(taker, Some(3));
+        assert_eq!(out.taker().map(|t| t.len), Some(0));
+        // A read call comes first, and does not stay.
+        out.add_reader(8, 1);
+        let reader = out.taker().unwrap();
+        assert_eq!((reader.call, reader.len, reader.streaming), (8, 1, false));
+        out.served(reader, Some(1));
+        out.grant(10);
+        assert_eq!(out.taker().map(|t| (t.call, t.len)), Some((7, 10)));
+        assert_eq!(out.attached(), Some(7));
+        assert_eq!(out.close(), [7]);
+    }
+
+    #[test]
+    fn a_streaming_call_is_given_its_credit_back_as_the_pipe_takes_it() {
+        let (read_end, write_end) = sys::pipe(0).unwrap();
+        sys::set_nonblocking(write_end.raw(), true).unwrap();
+        let mut input = Input::new(write_end, false);
+        assert!(input.feed(vec![1].into()).is_err());
+        input.attach(5).unwrap();
+        let piece = || Piece::from(vec![7; 64 << 10]);
+        for _ in 0..4 {
+            input.feed(piece()).unwrap();
+        }
+        assert!(input.feed(vec![1].into()).is_err());
+        assert_eq!(input.pump(), []);
+        assert_eq!(input.take_credit(), None);
+        let mut buf = vec![0; 64 << 10];
+        let mut given = 0;
+        for _ in 0..4 {
+            let mut left = buf.len();
+            while left > 0 {
+                left -= sys::read(read_end.raw(), &mut buf[..left]).unwrap();
+                assert_eq!(input.pump(), []);
+            }
+            given += input.take_credit().map_or(0, |(call, credit)| {
+                assert_eq!(call, 5);
+                credit
+            });
+        }
+        assert_eq!(given, INPUT_WINDOW);
+        input.close();
+        assert_eq!(input.pump(), [(5, Ok(0))]);
+        assert!(input.attach(6).is_err());
     }
 }

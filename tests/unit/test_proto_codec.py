@@ -174,7 +174,8 @@ def test_every_method_of_every_service_resolves() -> None:
     methods = 0
     for module in MODULES:
         table = getattr(importlib.import_module(f"kata.proto.{module.name}_pb"), "SERVICES", {})
-        assert set(table) == {service.name for service in module.services}
+        # A service of streaming methods alone has no table: those are not called by it.
+        assert set(table) == {service.name for service in module.services if service.methods}
         for service in table.values():
             for name in service:
                 request, response = service[name]

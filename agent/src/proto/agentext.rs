@@ -19,6 +19,89 @@ pub const BOOT: &str = "kata.agent.v1.Boot";
 /// Its methods.
 pub const BOOT_METHODS: &[&str] = &["Times"];
 
+/// Standard streams of a process without a call for each piece of them.
+pub const STREAMS: &str = "kata.agent.v1.Streams";
+/// Its methods.
+pub const STREAMS_METHODS: &[&str] = &["Attach"];
+
+/// For those who look into a guest.
+pub const DEBUG: &str = "kata.agent.v1.Debug";
+/// Its methods.
+pub const DEBUG_METHODS: &[&str] = &["SetLogLevel", "Console", "Log"];
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct StreamPiece {
+    pub data: Vec<u8>,
+    /// So many bytes more may be sent to me.
+    pub credit: u32,
+    /// In the first piece: whose stream.
+    pub target: Option<Box<StreamTarget>>,
+}
+
+impl Message for StreamPiece {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_bytes(out, 1, &self.data);
+        codec::put_uint32(out, 2, self.credit);
+        codec::put_message(out, 3, &self.target);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_bytes(field, &mut self.data)?,
+            2 => codec::get_uint32(field, &mut self.credit)?,
+            3 => codec::get_message(field, &mut self.target)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct StreamTarget {
+    pub container_id: String,
+    pub exec_id: String,
+    /// 0 standard input, 1 output (or the terminal), 2 error.
+    pub stream: u32,
+}
+
+impl Message for StreamTarget {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.container_id);
+        codec::put_string(out, 2, &self.exec_id);
+        codec::put_uint32(out, 3, self.stream);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.container_id)?,
+            2 => codec::get_string(field, &mut self.exec_id)?,
+            3 => codec::get_uint32(field, &mut self.stream)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct SetLogLevelRequest {
+    /// A value of agent.log: error, warn, info, debug, ...
+    pub level: String,
+}
+
+impl Message for SetLogLevelRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.level);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.level)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
 #[derive(Default, Debug, Clone, PartialEq)]
 pub struct FileInfo {
     /// Last component of the path asked for, or the entry of the directory.

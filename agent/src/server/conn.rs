@@ -10,6 +10,8 @@ use alloc::collections::VecDeque;
 
 /// Bytes of answers waiting for the host above which no further request is read.
 pub const OUT_BOUND: usize = 1 << 20;
+/// The same for the data of streaming calls: answers of other calls have to wait behind it.
+pub const BULK_BOUND: usize = 128 << 10;
 /// Small answers are gathered in buffers of about this size.
 const GATHER: usize = 8 << 10;
 /// How much is read at a time while the length of the next frame is unknown.
@@ -55,9 +57,20 @@ pub struct Conn {
     lost: bool,
 }
 
-/// A whole request, out of the input so that the connection is free while it is handled.
+/// What a frame of the host's is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Request,
+    /// Of a streaming call; the host's last one or not.
+    Data {
+        last: bool,
+    },
+}
+
+/// A whole frame, out of the input so that the connection is free while it is handled.
 pub struct Call {
     pub stream: u32,
+    pub kind: Kind,
     frame: Vec<u8>,
 }
 
@@ -138,17 +151,31 @@ impl Conn {
         self.out_bytes >= OUT_BOUND
     }
 
-    /// The next whole request, read from the descriptor as needed. `Ok(None)`: nothing more for now.
+    /// False when what waits to be written is enough for now: no data of streaming calls.
+    pub fn takes_bulk(&self) -> bool {
+        self.out_bytes < BULK_BOUND
+    }
+
+    /// Whether [`Conn::flush`] would get something written.
+    pub fn can_write(&self) -> bool {
+        self.writable && self.has_output()
+    }
+
+    /// The next whole frame, read from the descriptor as needed. `Ok(None)`: nothing more for now.
     pub fn next_call(&mut self) -> core::result::Result<Option<Call>, State> {
         loop {
             match frame::head(&self.input) {
                 Head::Request { stream, total } => {
                     self.lost = false;
-                    return Ok(Some(Call { stream, frame: self.take_frame(total) }));
+                    return Ok(Some(Call { stream, kind: Kind::Request, frame: self.take_frame(total) }));
+                }
+                Head::Data { stream, total, last } => {
+                    self.lost = false;
+                    return Ok(Some(Call { stream, kind: Kind::Data { last }, frame: self.take_frame(total) }));
                 }
                 Head::Other { stream, total } => {
                     self.take_frame(total);
-                    let error = Error::unimplemented("only unary requests are understood");
+                    let error = Error::unimplemented("only requests and their streams are understood");
                     self.push(frame::answer(stream, &Err(error)));
                 }
                 Head::Garbage(why) => self.out_of_step(why)?,

@@ -9,6 +9,9 @@ pub const MAX_PAYLOAD: usize = 4 << 20;
 
 const TYPE_REQUEST: u8 = 1;
 const TYPE_RESPONSE: u8 = 2;
+const TYPE_DATA: u8 = 3;
+/// Flag of a data frame: the sender's last one.
+const REMOTE_CLOSED: u8 = 1;
 
 /// One unary call as it lies in the input buffer.
 #[derive(Debug, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub enum Head {
     Partial(usize),
     /// A whole request frame of so many bytes, payload behind the header.
     Request { stream: u32, total: usize },
+    /// A whole frame of a streaming call's data; the sender's last one or not.
+    Data { stream: u32, total: usize, last: bool },
     /// A whole frame of another kind; to be stepped over.
     Other { stream: u32, total: usize },
     /// No header of this protocol: the stream is out of step.
@@ -51,10 +56,10 @@ pub fn head(input: &[u8]) -> Head {
         return Head::Partial(total);
     }
     // Clients number their streams odd; a request on an even one cannot be answered without confusion.
-    if header[8] == TYPE_REQUEST && stream % 2 == 1 {
-        Head::Request { stream, total }
-    } else {
-        Head::Other { stream, total }
+    match header[8] {
+        TYPE_REQUEST if stream % 2 == 1 => Head::Request { stream, total },
+        TYPE_DATA if stream % 2 == 1 => Head::Data { stream, total, last: header[9] & REMOTE_CLOSED != 0 },
+        _ => Head::Other { stream, total },
     }
 }
 
@@ -92,6 +97,38 @@ pub fn parse_write(mut buf: &[u8]) -> Result<WriteStdin<'_>> {
         }
     }
     Ok(request)
+}
+
+/// A StreamPiece whose data stays where it is.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct StreamPiece<'a> {
+    pub data: &'a [u8],
+    pub credit: u32,
+    pub container_id: &'a str,
+    pub exec_id: &'a str,
+    pub stream: u32,
+}
+
+pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
+    let mut piece = StreamPiece::default();
+    while let Some((number, field)) = next_field(&mut buf)? {
+        match (number, field) {
+            (1, Field::Bytes(value)) => piece.data = value,
+            (2, Field::Varint(value)) => piece.credit = value as u32,
+            (3, Field::Bytes(mut target)) => {
+                while let Some((number, field)) = next_field(&mut target)? {
+                    match (number, field) {
+                        (1, Field::Bytes(value)) => piece.container_id = text(value)?,
+                        (2, Field::Bytes(value)) => piece.exec_id = text(value)?,
+                        (3, Field::Varint(value)) => piece.stream = value as u32,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(piece)
 }
 
 enum Field<'a> {
@@ -169,8 +206,28 @@ pub fn ok_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
     }
     let total = buffer.len() - start;
     start -= HEADER;
-    buffer[start..start + HEADER].copy_from_slice(&header(total, stream));
+    buffer[start..start + HEADER].copy_from_slice(&header(TYPE_RESPONSE, total, stream));
     Outgoing { bytes: buffer, start }
+}
+
+/// A data frame of a streaming call with a StreamPiece; `buffer` as for [`ok_frame_around`], with data.
+pub fn data_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
+    let data = buffer.len() - DATA_OFFSET;
+    let body = put_length_before(&mut buffer, DATA_OFFSET, 0x0a, data);
+    let total = buffer.len() - body;
+    let start = body - HEADER;
+    buffer[start..body].copy_from_slice(&header(TYPE_DATA, total, stream));
+    Outgoing { bytes: buffer, start }
+}
+
+/// A data frame that gives the other side credit.
+pub fn credit_frame(stream: u32, credit: usize) -> Vec<u8> {
+    let mut out = vec![0u8; HEADER];
+    out.push(0x10);
+    put_varint(&mut out, credit);
+    let length = out.len() - HEADER;
+    out[..HEADER].copy_from_slice(&header(TYPE_DATA, length, stream));
+    out
 }
 
 /// Puts tag and length so that they end at `end`; where they start.
@@ -191,11 +248,11 @@ fn put_length_before(buffer: &mut [u8], end: usize, tag: u8, mut value: usize) -
     end - len
 }
 
-fn header(length: usize, stream: u32) -> [u8; HEADER] {
+fn header(kind: u8, length: usize, stream: u32) -> [u8; HEADER] {
     let mut header = [0u8; HEADER];
     header[0..4].copy_from_slice(&(length as u32).to_be_bytes());
     header[4..8].copy_from_slice(&stream.to_be_bytes());
-    header[8] = TYPE_RESPONSE;
+    header[8] = kind;
     header
 }
 
@@ -216,7 +273,7 @@ pub fn answer(stream: u32, outcome: &Result<Vec<u8>>) -> Vec<u8> {
         let error = Error::exhausted(format!("the answer of {length} bytes is longer than a frame may be"));
         return answer(stream, &Err(error));
     }
-    out[..HEADER].copy_from_slice(&header(length, stream));
+    out[..HEADER].copy_from_slice(&header(TYPE_RESPONSE, length, stream));
     out
 }
 
@@ -241,12 +298,11 @@ mod tests {
     use super::*;
     use crate::proto::agent::{ReadStreamResponse, WriteStreamRequest};
     use crate::proto::codec::Message;
-    use crate::proto::ttrpc;
+    use crate::proto::{agentext, ttrpc};
 
     fn request_frame(request: &ttrpc::Request, stream: u32) -> Vec<u8> {
         let body = request.to_vec();
-        let mut frame = header(body.len(), stream).to_vec();
-        frame[8] = TYPE_REQUEST;
+        let mut frame = header(TYPE_REQUEST, body.len(), stream).to_vec();
         frame.extend(body);
         frame
     }
@@ -287,7 +343,7 @@ mod tests {
         assert!(matches!(head(b"\xff\xff\xff\xff\0\0\0\x01\x01\0"), Head::Garbage(_)));
         assert!(matches!(head(b"\0\0\0\0\0\0\0\x01\x09\0"), Head::Garbage(_)));
         assert_eq!(head(b"\0\0\0\0\0\0\0\x02\x01\0"), Head::Other { stream: 2, total: 10 });
-        assert_eq!(head(b"\0\0\0\x01\0\0\0\x01\x03\0z"), Head::Other { stream: 1, total: 11 });
+        assert_eq!(head(b"\0\0\0\x01\0\0\0\x01\x02\0z"), Head::Other { stream: 1, total: 11 });
     }
 
     #[test]
@@ -330,5 +386,35 @@ mod tests {
             let data = ReadStreamResponse::decode(&body.payload).unwrap().data;
             assert!(data.len() == len && data.iter().enumerate().all(|(i, b)| *b == i as u8));
         }
+    }
+
+    #[test]
+    fn pieces_of_streams_both_ways() {
+        let piece = agentext::StreamPiece {
+            data: vec![1, 2],
+            credit: 300,
+            target: Some(Box::new(agentext::StreamTarget { container_id: "c".into(), exec_id: "e".into(), stream: 2 })),
+        };
+        let body = piece.to_vec();
+        let got = parse_piece(&body).unwrap();
+        assert_eq!(got, StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2 });
+        assert!(parse_piece(&body[..body.len() - 1]).is_err());
+        let mut frame = header(TYPE_DATA, body.len(), 9).to_vec();
+        frame.extend(&body);
+        assert_eq!(head(&frame), Head::Data { stream: 9, total: frame.len(), last: false });
+        frame[9] = REMOTE_CLOSED | 4;
+        assert_eq!(head(&frame), Head::Data { stream: 9, total: frame.len(), last: true });
+
+        for size in [1, 127, 128, 70_000] {
+            let mut buffer = vec![0; DATA_OFFSET];
+            buffer.extend(vec![5u8; size]);
+            let out = data_frame_around(11, buffer);
+            let sent = &out.bytes[out.start..];
+            assert_eq!(head(sent), Head::Data { stream: 11, total: sent.len(), last: false });
+            assert_eq!(parse_piece(&sent[HEADER..]).unwrap().data.len(), size);
+        }
+        let sent = credit_frame(13, 1 << 20);
+        assert_eq!(head(&sent), Head::Data { stream: 13, total: sent.len(), last: false });
+        assert_eq!(parse_piece(&sent[HEADER..]).unwrap().credit, 1 << 20);
     }
 }

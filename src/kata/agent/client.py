@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from ..proto import oci_pb
-    from ..ttrpc.client import Client
+    from ..ttrpc.client import Client, Receiver, Stream
     from ..ttrpc.messages import Decodable, Encodable
 
     D = TypeVar("D", bound=Decodable)
@@ -104,11 +104,15 @@ class AgentClient:
     Args:
         client: The connected ttRPC client.
         watcher: Is told of the last two.
+
+    Attributes:
+        features: What the agent can beyond the protocol, once `learn` has asked.
     """
 
     def __init__(self, client: Client, watcher: Watcher | None = None) -> None:
         self._client = client
         self._watcher = watcher or Watcher()
+        self.features: frozenset[str] = frozenset()
 
     async def call(
         self,
@@ -126,13 +130,38 @@ class AgentClient:
                 raise AgentTimeoutError(
                     f"the agent did not answer {method} within {timeout_s:g} s", code=error.code
                 ) from None
-            text = escape_line(error.message)
-            raise command_error(text) or AgentError(text, hint_for(text), code=error.code) from None
-        except ProtocolError as error:
-            raise self._lie(escape_line(str(error))) from None
+            failed: ConnectionLost | TtrpcError = error
         except ConnectionLost as error:
-            lost = VMLostError(f"the connection to the agent ended: {escape_line(str(error))}")
-        raise await self._watcher.lost(lost)
+            failed = error
+        raise await self.explain(failed)
+
+    async def explain(self, error: ConnectionLost | TtrpcError) -> KataError:
+        """Our error for one of the connection's, which the watcher is told of."""
+        if isinstance(error, TtrpcError):
+            text = escape_line(error.message)
+            return command_error(text) or AgentError(text, hint_for(text), code=error.code)
+        if isinstance(error, ProtocolError):
+            return self._lie(escape_line(str(error)))
+        lost = VMLostError(f"the connection to the agent ended: {escape_line(str(error))}")
+        return await self._watcher.lost(lost)
+
+    async def open(self, service: str, method: str, first: bytes, receiver: Receiver) -> Stream:
+        """Begin a streaming call; its end comes to the receiver, for `explain` to put into words."""
+        try:
+            return self._client.open(service, method, first, receiver)
+        except (TtrpcError, ConnectionLost) as error:
+            failed = error
+        raise await self.explain(failed)
+
+    async def learn(self) -> None:
+        """Ask what the agent can beyond the protocol: `features` afterwards. An agent that does not say has
+        none."""
+        try:
+            details = (await self.details()).agent_details
+        except AgentError:
+            return
+        if details is not None:
+            self.features = frozenset(details.extra_features)
 
     def _lie(self, what: str) -> GuestProtocolError:
         error = GuestProtocolError(f"the agent broke the protocol: {what}")

@@ -229,6 +229,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     await sandbox.unless_lost(
         asyncio.gather(
             agent.create_sandbox(request),
+            agent.learn(),
             agent.set_time(time.time_ns()),
             agent.reseed(os.urandom(SEED_BYTES)),
         )

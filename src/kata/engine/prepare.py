@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import os
 
+from ..agent.streams import Input, Output
 from ..errors import ConfigError
 from . import rootfs, spec
 from .stdio import open_stream
-from .streams import READ_BYTES, InputPump, OutputPump, ProcessStreams, Sink
+from .streams import InputPump, OutputPump, ProcessStreams, Sink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,9 +39,13 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
     streams = ProcessStreams(None, [])
 
     def output(name: str) -> OutputPump:
+        stream: Output | None = None
+
         async def read() -> bytes:
-            agent = await sandbox.ready()
-            return await agent.read(container_id, guest_id, name, READ_BYTES)
+            nonlocal stream
+            if stream is None:
+                stream = Output(await sandbox.ready(), container_id, guest_id, name)
+            return await stream.read()
 
         pump = OutputPump(name, read, log)
         streams.outputs.append(pump)
@@ -66,13 +71,19 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
 
 
 def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str) -> InputPump:
+    stream: Input | None = None
+
+    async def opened() -> Input:
+        nonlocal stream
+        if stream is None:
+            stream = Input(await sandbox.ready(), container_id, guest_id)
+        return stream
+
     async def write(data: bytes) -> None:
-        agent = await sandbox.ready()
-        await agent.write_stdin(container_id, guest_id, data)
+        await (await opened()).write(data)
 
     async def close() -> None:
-        agent = await sandbox.ready()
-        await agent.close_stdin(container_id, guest_id)
+        await (await opened()).close()
 
     pump = InputPump(write, close)
     path = stdio.stdin

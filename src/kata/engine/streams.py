@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from .logfile import LogFile
 
-READ_BYTES = 1 << 20
-"""What one ReadStdout asks for; the agent answers as soon as there is anything."""
 STDIN_BYTES = 1 << 18
 STALL_S = 2.0
 """How long an ended process's exit waits for a sink that takes nothing. runc's shim waits as long."""

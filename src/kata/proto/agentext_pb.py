@@ -7,6 +7,9 @@ _PACKAGE = {
     "": "kata.agent.v1",
 }
 _MESSAGES = {
+    "StreamPiece": "data:1:bytes credit:2:uint32 target:3:@agentext.StreamTarget",
+    "StreamTarget": "container_id:1:string exec_id:2:string stream:3:uint32",
+    "SetLogLevelRequest": "level:1:string",
     "FileInfo": "name:1:bytes mode:2:uint32 uid:3:uint32 gid:4:uint32 size:5:uint64 mtime_ns:6:int64 rdev:7:uint64 link_target:8:bytes",
     "StatFileRequest": "container_id:1:string path:2:bytes follow:3:bool",
     "ListFilesRequest": "container_id:1:string path:2:bytes after:3:bytes limit:4:uint32",
@@ -44,6 +47,11 @@ SERVICES = {
     "kata.agent.v1.Boot": Methods(
         {
             "Times": "@agentext.BootTimesRequest @agentext.BootTimesResponse",
+        }
+    ),
+    "kata.agent.v1.Debug": Methods(
+        {
+            "SetLogLevel": "@agentext.SetLogLevelRequest @google.Empty",
         }
     ),
 }

@@ -5,6 +5,42 @@ from kata.proto.codec import Message, Methods
 
 SERVICES: Final[dict[str, Methods]]
 
+class StreamPiece(Message):
+    data: bytes
+    credit: int
+    """So many bytes more may be sent to me."""
+    target: StreamTarget | None
+    """In the first piece: whose stream."""
+    def __init__(
+        self,
+        *,
+        data: bytes = ...,
+        credit: int = ...,
+        target: StreamTarget | None = ...,
+    ) -> None: ...
+
+class StreamTarget(Message):
+    container_id: str
+    exec_id: str
+    stream: int
+    """0 standard input, 1 output (or the terminal), 2 error."""
+    def __init__(
+        self,
+        *,
+        container_id: str = ...,
+        exec_id: str = ...,
+        stream: int = ...,
+    ) -> None: ...
+
+class SetLogLevelRequest(Message):
+    level: str
+    """A value of agent.log: error, warn, info, debug, ..."""
+    def __init__(
+        self,
+        *,
+        level: str = ...,
+    ) -> None: ...
+
 class FileInfo(Message):
     name: bytes
     """Last component of the path asked for, or the entry of the directory."""

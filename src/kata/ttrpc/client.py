@@ -1,7 +1,7 @@
-"""A ttRPC client for asyncio: many calls in flight on one connection.
+"""A ttRPC client for asyncio: many calls in flight on one connection, unary and streaming.
 
 The server may be hostile. What it sends is bounded by the frame size, and whatever the protocol does not
-allow (answers to calls that nobody made, other frames than responses, malformed envelopes or payloads)
+allow (answers to calls that nobody made, data that belongs to no stream, malformed envelopes or payloads)
 closes the connection and fails every call with `ProtocolError`.
 """
 
@@ -17,11 +17,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping
-    from typing import Any
+    from typing import Any, Protocol
 
     from .messages import Encodable, R
 
-__all__ = ["Client", "ConnectionLost", "ProtocolError", "TtrpcError"]
+    class Receiver(Protocol):
+        """Whoever takes what a streaming call brings; called from the event loop, must not block."""
+
+        def received(self, data: bytes) -> None:
+            """A message. Bounding what is kept of them is the receiver's: the protocol has no flow control.
+
+            Raises:
+                ProtocolError: The server must not have sent that; the connection ends.
+            """
+
+        def ended(self, error: ConnectionLost | TtrpcError | None) -> None:
+            """The call is over; None is the server's good end. Called once."""
+
+
+__all__ = ["Client", "ConnectionLost", "ProtocolError", "Stream", "TtrpcError"]
 
 MAX_CALLS = 1024
 MAX_BYTES = 64 << 20
@@ -51,6 +65,8 @@ class Client:
         self._calls: dict[int, asyncio.Future[envelope.Response | None]] = {}
         # Sizes of the requests given up on: until they are answered they may still wait in our buffer.
         self._abandoned: dict[int, int] = {}
+        # None: nobody wants to hear of it any more, its end is outstanding.
+        self._streams: dict[int, Receiver | None] = {}
         self._bytes = 0
         self._turns: deque[asyncio.Future[None]] = deque()
         self._error: ConnectionLost | None = None
@@ -135,6 +151,29 @@ class Client:
             self._fail(ProtocolError(f"the answer to {method} is malformed: {error}"))
             raise self._failure() from None
 
+    def open(self, service: str, method: str, first: bytes, receiver: Receiver) -> Stream:
+        """Begin a streaming call.
+
+        Args:
+            service, method: As for `call`.
+            first: The first message, encoded.
+            receiver: Is given what comes back.
+
+        Raises:
+            TtrpcError: RESOURCE_EXHAUSTED: too many calls are in flight.
+            ConnectionLost: The connection has ended.
+        """
+        if self._error is not None or self._transport is None:
+            raise self._failure()
+        if len(self._calls) + len(self._streams) >= self.max_calls:
+            raise TtrpcError(RESOURCE_EXHAUSTED, f"{self.max_calls} calls are in flight already")
+        number = self._next
+        self._next += 2
+        self._streams[number] = receiver
+        data = envelope.Request(service, method, first, 0, ()).encode()
+        self._transport.write(frame.encode(number, frame.REQUEST, data, frame.REMOTE_OPEN))
+        return Stream(self, number)
+
     @property
     def closed(self) -> bool:
         """Whether the connection has ended."""
@@ -190,7 +229,7 @@ class Client:
             self._next_turn()
 
     def _room(self, size: int) -> bool:
-        return len(self._calls) < self.max_calls and (
+        return len(self._calls) + len(self._streams) < self.max_calls and (
             not self._bytes or self._bytes + size <= self.max_bytes
         )
 
@@ -213,12 +252,24 @@ class Client:
             self._fail(error)
 
     def _take(self, item: frame.Frame) -> None:
+        if item.kind == frame.DATA and item.stream in self._streams:
+            receiver = self._streams[item.stream]
+            if receiver is not None and not item.flags & frame.NO_DATA:
+                receiver.received(item.data)
+            return
         if item.kind != frame.RESPONSE:
             raise ProtocolError(f"the server sent a frame of type {item.kind} instead of a response")
         try:
             response = envelope.Response.decode(item.data)
         except ValueError as error:
             raise ProtocolError(f"the server sent a malformed response: {error}") from None
+        if item.stream in self._streams:
+            receiver = self._streams.pop(item.stream)
+            if receiver is not None:
+                failed = TtrpcError(response.code, response.message, response.details)
+                receiver.ended(failed if response.code else None)
+            self._next_turn()
+            return
         answer = self._calls.pop(item.stream, None)
         if answer is None:
             size = self._abandoned.pop(item.stream, None)
@@ -247,6 +298,10 @@ class Client:
                 answer.set_result(None)
         self._calls.clear()
         self._abandoned.clear()
+        streams = [receiver for receiver in self._streams.values() if receiver is not None]
+        self._streams.clear()
+        for receiver in streams:
+            receiver.ended(self._failure())
         for turn in self._turns:
             if not turn.done():
                 turn.set_result(None)
@@ -257,6 +312,34 @@ class Client:
         # A fresh one for every raise: tasks must not share a traceback.
         error = self._error or ConnectionLost("the connection ended")
         return type(error)(*error.args)
+
+
+class Stream:
+    """The sending side of a streaming call that `Client.open` has begun."""
+
+    __slots__ = ("_client", "_number")
+
+    def __init__(self, client: Client, number: int) -> None:
+        self._client = client
+        self._number = number
+
+    def send(self, message: bytes, *, last: bool = False) -> None:
+        """Send an encoded message; nothing is sent to a call that is over.
+
+        Args:
+            message: What to send; empty with *last* sends the end alone.
+            last: Nothing follows.
+        """
+        client = self._client
+        if client._transport is None or self._number not in client._streams:
+            return
+        flags = (frame.REMOTE_CLOSED if last else 0) | (0 if message else frame.NO_DATA)
+        client._transport.write(frame.encode(self._number, frame.DATA, message, flags))
+
+    def forget(self) -> None:
+        """Drop whatever still comes. The server is not told: that is for a message, or a last one."""
+        if self._number in self._client._streams:
+            self._client._streams[self._number] = None
 
 
 class _Receiver(asyncio.Protocol):

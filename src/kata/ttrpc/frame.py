@@ -12,6 +12,13 @@ REQUEST = 1
 RESPONSE = 2
 DATA = 3
 
+REMOTE_CLOSED = 1
+"""Flag: the sender's last frame of a streaming call."""
+REMOTE_OPEN = 2
+"""Flag of a request: data frames of the sender's follow."""
+NO_DATA = 4
+"""Flag: the frame has no message."""
+
 
 class Frame:
     """One message as it is on the wire.

@@ -1,0 +1,194 @@
+"""A process's standard streams, directly where the agent offers that, else by a call for each piece.
+
+A direct stream is one streaming call (`kata.agent.v1.Streams`, see ``agentext.proto``). Both sides send no more than
+the other has given credit for, so a reader that is slow stops its own stream and no other, and a stream that flows
+does not wait for a round trip with every piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from ..proto import agentext_pb
+from ..ttrpc.status import ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..ttrpc.client import Stream
+    from ..ttrpc.status import ConnectionLost, TtrpcError
+    from .client import AgentClient
+
+FEATURE = "kata.streams"
+"""How an agent announces direct streams (``AgentDetails.extra_features``)."""
+SERVICE = "kata.agent.v1.Streams"
+NUMBERS = {"stdin": 0, "stdout": 1, "stderr": 2}
+OUTPUT_WINDOW = 1 << 20
+"""Output that may be on the way, or here and not taken yet."""
+INPUT_WINDOW = 1 << 18
+"""Input that may be on the way from the start; the protocol says so."""
+INPUT_PIECE = 1 << 16
+READ_BYTES = 1 << 20
+"""What one ReadStdout asks for; the agent answers as soon as there is anything."""
+SMALL = 1 << 12
+"""Pieces below this are put together: a process that writes single bytes must not cost an object for each."""
+
+
+def first_piece(container_id: str, exec_id: str, name: str, credit: int = 0) -> bytes:
+    """The message that begins a direct stream."""
+    target = agentext_pb.StreamTarget(container_id=container_id, exec_id=exec_id, stream=NUMBERS[name])
+    return agentext_pb.StreamPiece(target=target, credit=credit).encode()
+
+
+class Pieces:
+    """What a streaming call brings, kept until it is read; never more than was asked for.
+
+    Args:
+        window: Bytes that the server may send before more is asked for.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.stream: Stream | None = None
+        self.error: ConnectionLost | TtrpcError | None = None
+        self.over = False
+        self.credit = 0
+        self._window = window
+        self._expected = window
+        self._owed = 0
+        self._pieces: deque[bytes | bytearray] = deque()
+        self._news = asyncio.Event()
+
+    def received(self, data: bytes) -> None:
+        """`Receiver`'s."""
+        try:
+            piece = agentext_pb.StreamPiece.decode(data)
+        except ValueError as error:
+            raise ProtocolError(f"the server sent a malformed piece of a stream: {error}") from None
+        self.credit += piece.credit
+        if self.credit > INPUT_WINDOW:
+            raise ProtocolError("the server gave more credit than was used")
+        self._expected -= len(piece.data)
+        if self._expected < 0:
+            raise ProtocolError("the server sent more of a stream than it was asked for")
+        if piece.data:
+            last = self._pieces[-1] if self._pieces else None
+            if isinstance(last, bytearray) and len(last) + len(piece.data) <= INPUT_PIECE:
+                last += piece.data
+            else:
+                self._pieces.append(bytearray(piece.data) if len(piece.data) < SMALL else piece.data)
+        self._news.set()
+
+    def ended(self, error: ConnectionLost | TtrpcError | None) -> None:
+        """`Receiver`'s."""
+        self.over, self.error = True, error
+        self._news.set()
+
+    async def news(self) -> None:
+        """Wait until something has come since the last call."""
+        await self._news.wait()
+        self._news.clear()
+
+    async def take(self) -> bytes:
+        """The next piece; empty at the end."""
+        while not self._pieces and not self.over:
+            await self.news()
+        if not self._pieces:
+            return b""
+        piece = bytes(self._pieces.popleft())
+        self._owed += len(piece)
+        if self._owed >= self._window // 2 and self.stream is not None:
+            # Not with every piece: half a window is still on its way meanwhile.
+            self.stream.send(agentext_pb.StreamPiece(credit=self._owed).encode())
+            self._expected += self._owed
+            self._owed = 0
+        return piece
+
+
+class Output:
+    """One output stream of a process.
+
+    Args:
+        agent: The agent, which has been asked for its features (`AgentClient.learn`).
+        container_id, exec_id: The process.
+        name: ``stdout`` or ``stderr``.
+    """
+
+    def __init__(self, agent: AgentClient, container_id: str, exec_id: str, name: str) -> None:
+        self._agent = agent
+        self._process = (container_id, exec_id)
+        self._name = name
+        self._direct = FEATURE in agent.features
+        self._pieces: Pieces | None = None
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end.
+
+        Raises:
+            KataError: As of `AgentClient`.
+        """
+        if not self._direct:
+            return await self._agent.read(*self._process, self._name, READ_BYTES)
+        if self._pieces is None:
+            self._pieces = pieces = Pieces(OUTPUT_WINDOW)
+            first = first_piece(*self._process, self._name, OUTPUT_WINDOW)
+            pieces.stream = await self._agent.open(SERVICE, "Attach", first, pieces)
+        data = await self._pieces.take()
+        if not data and self._pieces.error is not None:
+            raise await self._agent.explain(self._pieces.error)
+        return data
+
+
+class Input:
+    """The standard input of a process; what its parameters are is said at `Output`."""
+
+    def __init__(self, agent: AgentClient, container_id: str, exec_id: str) -> None:
+        self._agent = agent
+        self._process = (container_id, exec_id)
+        self._direct = FEATURE in agent.features
+        self._pieces: Pieces | None = None
+
+    async def write(self, data: bytes) -> None:
+        """Send all of *data*; returns when the process, or the window of its stream, has taken it.
+
+        Raises:
+            KataError: As of `AgentClient`; also when the process takes no more.
+        """
+        if not self._direct:
+            await self._agent.write_stdin(*self._process, data)
+            return
+        pieces = await self._open()
+        at = 0
+        while at < len(data):
+            while pieces.credit <= 0 and not pieces.over:
+                await pieces.news()
+            if pieces.over:
+                break
+            piece = data[at : at + min(pieces.credit, INPUT_PIECE)]
+            pieces.credit -= len(piece)
+            at += len(piece)
+            assert pieces.stream is not None
+            pieces.stream.send(agentext_pb.StreamPiece(data=piece).encode())
+        if pieces.error is not None:
+            raise await self._agent.explain(pieces.error)
+
+    async def close(self) -> None:
+        """Close it behind what has been written.
+
+        Raises:
+            KataError: As of `AgentClient`.
+        """
+        if not self._direct or self._pieces is None:
+            await self._agent.close_stdin(*self._process)
+            return
+        assert self._pieces.stream is not None
+        self._pieces.stream.send(b"", last=True)
+
+    async def _open(self) -> Pieces:
+        if self._pieces is None:
+            pieces = Pieces(0)
+            pieces.credit = INPUT_WINDOW
+            pieces.stream = await self._agent.open(
+                SERVICE, "Attach", first_piece(*self._process, "stdin"), pieces
+            )
+            self._pieces = pieces
+        return self._pieces
