@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_support import MANIFEST, Blobs, Erofs, image, layer, member
+from image_support import MANIFEST, MOUNT_POINTS, Blobs, Erofs, image, layer, member
 
 from kata.images import platform, store
 
@@ -43,7 +43,7 @@ def set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def content(made: store.Image) -> set[str]:
-    return set(Erofs(Path(made.rootfs_path)).tree()) - {""}
+    return set(Erofs(Path(made.rootfs_path)).tree()) - {"", *MOUNT_POINTS}
 
 
 def login(tmp_path: Path, config: dict[str, Any]) -> None:
