@@ -72,7 +72,7 @@ def test_all_of_a_sandbox_is_in_its_limits(shared_kata: Kata, box: str) -> None:
 
 def test_a_guest_that_fills_its_memory_stays_below(shared_kata: Kata, box: str) -> None:
     script = (
-        "dd if=/dev/zero of=/dev/shm/full bs=1M count=60; dd if=/dev/zero of=/big bs=1M count=300; echo here"
+        "dd if=/dev/zero of=/dev/shm/full bs=1M count=60; dd if=/dev/zero of=/big bs=1M count=100; echo here"
     )
     assert (
         shared_kata.ok("exec", box, "sh", "-c", f"{script} 2>/dev/null; rm /big /dev/shm/full") == "here\n"

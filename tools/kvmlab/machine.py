@@ -74,6 +74,8 @@ def obstacle() -> str:
     answer = subprocess.run(
         [program, "-cpu", "help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
+    if answer.returncode:
+        return f"{program} -cpu help failed: {answer.stderr.strip() or f'status {answer.returncode}'}"
     if " svm" not in answer.stdout.replace("\n", " "):
         return f"{program} does not emulate AMD-V"
     return ""

@@ -130,6 +130,7 @@ class Session:
         self._to_us: deque[tuple[int, bytes]] = deque()
         self._copies = _freeze(request.frozen)
         self._sending = False
+        self._hung_up = False
         self._archive: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _extract
         self._code: int | None = None
         self._done = False
@@ -179,10 +180,11 @@ class Session:
             data = self._copies.read(frames.CHUNK)
             self._send(frames.FROZEN, data)
             self._sending = bool(data)
-        watched[port] = select.POLLOUT if self._to_lab else 0
+        if not self._hung_up:
+            watched[port] = select.POLLOUT if self._to_lab else 0
         if self._to_us:
             watched[self._to_us[0][0]] = watched.get(self._to_us[0][0], 0) | select.POLLOUT
-        else:
+        elif not self._hung_up:
             watched[port] |= select.POLLIN
         if self._wants_stdin and self._stdin_open:
             watched[0] = watched.get(0, 0) | select.POLLIN
@@ -204,8 +206,13 @@ class Session:
             with contextlib.suppress(OSError):
                 count = machine.port.send(self._to_lab, socket.MSG_DONTWAIT)
                 del self._to_lab[:count]
-        if ready.get(port, 0) & select.POLLIN:
-            data = machine.port.recv(65536)
+        if ready.get(port, 0) & (select.POLLIN | select.POLLHUP):
+            # With a QEMU that was killed went what it had not read; its socket then says so instead of an end.
+            try:
+                data = machine.port.recv(65536)
+            except ConnectionResetError:
+                data = b""
+            self._hung_up = not data
             for kind, payload in self._decoder.feed(data):
                 self._told(kind, payload)
         elif machine.pidfd in ready and not self._to_us:
