@@ -17,7 +17,7 @@ MARK = "KATA_TEST_RUN"
 """Environment variable that a test run's processes inherit."""
 
 _PROGRAMS = re.compile(
-    r"qemu-system|passt|virtiofsd|containerd|kata/__main__\.py|docker-registry|kata-agent"
+    r"qemu-system|passt|virtiofsd|containerd|dockerd|kata/__main__\.py|docker-registry|kata-agent"
 )
 _FILE_SYSTEMS = ("erofs", "overlay", "9p", "virtiofs", "fuse")
 

@@ -1,0 +1,207 @@
+"""Docker 23 or newer, with this checkout's shim as a runtime of its."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from containerd_support import PATIENCE, ROOT, RUNTIME, Containerd, until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+FIRST_WITH_SHIMS = 23
+PROGRAMS = (
+    f"{ROOT}/build/programs/usr/bin:{ROOT}/build/programs/usr/sbin:{os.environ['PATH']}:/usr/sbin:/sbin"
+)
+
+
+class Docker:
+    """A dockerd of the tests' own, in a network namespace where it may make its bridge."""
+
+    def __init__(self, directory: Path, guest: Path) -> None:
+        self.containerd = Containerd(directory, guest)
+        self.netns = f"kt{os.getpid()}d"
+        self.containerd.around = ["nsenter", f"--net=/run/netns/{self.netns}"]
+        self.env = {**self.containerd.env, "DOCKER_HOST": f"unix://{directory}/docker.sock"}
+        self.env["PATH"] = f"{directory}/bin:{PROGRAMS}"
+        self.directory = directory
+        self._daemon: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start both daemons."""
+        self.containerd.start()
+        log = self.directory / "dockerd.log"
+        with open(log, "wb") as file:
+            self._daemon = subprocess.Popen(
+                [
+                    *self.containerd.around,
+                    *("dockerd", "--data-root", str(self.directory / "data")),
+                    *("--exec-root", str(self.directory / "exec"), "--pidfile", str(self.directory / "pid")),
+                    *("--host", self.env["DOCKER_HOST"], "--containerd", str(self.containerd.socket)),
+                    *("--bip", "10.77.0.1/24", "--config-file", str(self.directory / "daemon.json")),
+                ],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
+        until(lambda: self("version", code=None).startswith("Client"), "dockerd answers", log.read_text)
+        until(lambda: "Server" in self("version", code=None), "dockerd answers", log.read_text)
+
+    def stop(self) -> None:
+        """End both."""
+        if self._daemon is not None:
+            self._daemon.terminate()
+            self._daemon.wait(60)
+        self.containerd.stop()
+
+    def __call__(self, *arguments: str, stdin: bytes = b"", code: int | None = 0) -> str:
+        """Run docker; its output and then its errors, after a look at its exit status."""
+        done = subprocess.run(
+            ["docker", *arguments],
+            input=stdin,
+            capture_output=True,
+            timeout=PATIENCE,
+            env=self.env,
+            check=False,
+        )
+        said = done.stdout.decode() + done.stderr.decode()
+        assert code is None or done.returncode == code, (
+            f"docker {' '.join(arguments)}: {done.returncode}: {said}\n{self.containerd.diagnosis()}"
+        )
+        return said
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        """``docker run`` with our runtime."""
+        return self("run", "--runtime", RUNTIME, *arguments, code=code)
+
+
+@pytest.fixture(scope="module")
+def docker(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Docker]:
+    program = shutil.which("dockerd", path=PROGRAMS)
+    if program is None or shutil.which("docker", path=PROGRAMS) is None:
+        pytest.skip("needs docker (apt-get install docker.io docker-cli)")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)", version)
+    if found is None or int(found[1]) < FIRST_WITH_SHIMS:
+        pytest.skip(f"needs Docker {FIRST_WITH_SHIMS} or newer: older ones know no shims as runtimes")
+    if shutil.which("iptables", path=PROGRAMS) is None:
+        pytest.skip("needs iptables, for dockerd (apt-get install iptables)")
+    directory = Path(tempfile.mkdtemp(prefix="d", dir=run_directory))
+    one = Docker(directory, guest_assets)
+    (directory / "daemon.json").write_text("{}")
+    subprocess.run(["ip", "netns", "add", one.netns], check=True)
+    try:
+        subprocess.run(["ip", "-n", one.netns, "link", "set", "lo", "up"], check=True)
+        one.start()
+        one("import", "-", "bb", stdin=_busybox())
+        yield one
+    finally:
+        for name in one("ps", "-aq", code=None).split():
+            one("rm", "-f", name, code=None)
+        one.stop()
+        subprocess.run(["ip", "netns", "delete", one.netns], check=False)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _busybox() -> bytes:
+    """A root file system as a tar archive: Debian's static busybox and links to it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        tar.add("/bin/busybox", arcname="bin/busybox")
+        for name in ("sh", "sleep", "ls", "cat", "ip", "ping", "uname", "true", "echo", "nc", "rm"):
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+    return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _clean(docker: Docker) -> Iterator[None]:
+    yield
+    for name in docker("ps", "-aq").split():
+        docker("rm", "-f", name)
+    until(lambda: not docker.containerd.sandboxes(), "no sandbox is left", docker.containerd.diagnosis, 15)
+
+
+def test_a_container_with_dockers_network(docker: Docker) -> None:
+    said = docker.run(
+        "--rm", "bb", "sh", "-c", "uname -r; ip address show eth0; ping -c 1 -W 20 10.77.0.1; exit 4", code=4
+    )
+    assert os.uname().release not in said
+    assert "inet 10.77.0." in said
+    assert "1 packets received" in said
+
+
+def test_a_published_port(docker: Docker) -> None:
+    serve = "while :; do echo -e 'HTTP/1.0 200 OK\\r\\n\\r\\nserved' | nc -l -p 80 >/dev/null; done"
+    docker.run("-d", "--name", "web", "-p", "8099:80", "bb", "sh", "-c", serve)
+    fetch = (
+        "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8099/', timeout=5).read())"
+    )
+    command = [*docker.containerd.around, "python3", "-c", fetch]
+    until(
+        lambda: b"served" in subprocess.run(command, capture_output=True, check=False).stdout,
+        "the port answers",
+    )
+
+
+def test_the_life_of_a_container(docker: Docker) -> None:
+    (docker.directory / "file").write_text("content")
+    script = "trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.1; done"
+    volume = f"{docker.directory}/file:/vol/file:ro"
+    docker.run("-d", "--name", "life", "-m", "128m", "-v", volume, "bb", "sh", "-c", script)
+    until(lambda: "up" in docker("logs", "life"), "it is up")
+    assert docker("exec", "life", "cat", "/vol/file") == "content"
+    assert docker("exec", "-i", "life", "cat", stdin=b"through") == "through"
+    assert "executable file not found in $PATH" in docker("exec", "life", "nosuch", code=126)
+    assert "qemu" in docker("top", "life")
+    assert "128MiB" in docker("stats", "--no-stream", "life")
+    docker("pause", "life")
+    assert "(Paused)" in docker("ps", "--format", "{{.Status}}")
+    docker("unpause", "life")
+    docker("cp", str(docker.directory / "file"), "life:/copied")
+    assert docker("exec", "life", "cat", "/copied") == "content"
+    docker("update", "--memory", "64m", "--memory-swap", "64m", "life")
+    docker("restart", "-t", "30", "life")
+    until(lambda: docker("logs", "life").split() == ["up", "bye", "up"], "it has restarted")
+    docker("stop", "-t", "30", "life")
+    assert docker("inspect", "--format", "{{.State.ExitCode}}", "life").strip() == "3"
+    docker("commit", "life", "made")
+    assert docker.run("--rm", "made", "cat", "/copied") == "content"
+
+
+def test_kill_and_wait(docker: Docker) -> None:
+    docker.run("-d", "--name", "shot", "bb", "sleep", "1000")
+    docker("kill", "shot")
+    assert docker("wait", "shot").strip() == "137"
+
+
+def test_a_terminal(docker: Docker) -> None:
+    command = f"docker run --rm -it --runtime {RUNTIME} bb sh -c 'test -t 0 && echo terminal'"
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        env=docker.env,
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert b"terminal" in done.stdout
+
+
+@pytest.mark.parametrize(("option", "name"), [("--network", "network"), ("--pid", "PID"), ("--ipc", "IPC")])
+def test_the_hosts_namespaces_are_refused(docker: Docker, option: str, name: str) -> None:
+    said = docker.run("--rm", option, "host", "bb", "true", code=125)
+    assert f"host's {name} namespace" in said
+
+
+def test_a_missing_command_is_127(docker: Docker) -> None:
+    assert "executable file not found in $PATH" in docker.run("--rm", "bb", "nosuch", code=127)
