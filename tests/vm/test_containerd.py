@@ -208,6 +208,29 @@ def test_the_guest_has_the_network_of_its_namespace(daemon: Containerd, wired: s
     )
 
 
+def test_several_networks(daemon: Containerd, wired: str) -> None:
+    script = f"""
+        ip -n {wired} link add eth1 type veth peer name v2 netns {wired[:-1]}o
+        ip -n {wired} address add 10.9.1.2/24 dev eth1
+        ip -n {wired} link set eth1 up
+        ip -n {wired} route add 10.99.0.0/16 via 10.9.1.1
+        ip -n {wired[:-1]}o address add 10.9.1.1/24 dev v2
+        ip -n {wired[:-1]}o link set v2 up
+    """
+    subprocess.run(["sh", "-ec", script], check=True)
+    done = daemon.run(
+        "nets",
+        "sh",
+        "-c",
+        "ip route; ping -c 1 -W 20 10.9.0.1 && ping -c 1 -W 20 10.9.1.1",
+        options=("--with-ns", f"network:/run/netns/{wired}"),
+    )
+    said = done.stdout.decode()
+    assert done.returncode == 0, said + done.stderr.decode() + daemon.diagnosis()
+    assert "default via 10.9.0.1 dev eth0" in said
+    assert "10.99.0.0/16 via 10.9.1.1 dev eth1" in said
+
+
 def test_a_namespace_is_made_where_none_is_given(daemon: Containerd) -> None:
     pid = daemon.detached("own", "sleep", "1000")
     assert os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino

@@ -105,13 +105,13 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     if needs_share(settings):
         machine.share = share
     network = settings.get("network") or {}
-    nic = Nic(spare_mac())
+    nics = [Nic(spare_mac())]
     if network.get("mode", "none") != "none":
         from ..network.plan import plan
 
         machine.network = plan(network)
-        nic = machine.network.wire()
-    vm = vm_settings(settings, share.path, run_dir, nic)
+        nics = [machine.network.wire(), *machine.network.more_nics]
+    vm = vm_settings(settings, share.path, run_dir, *nics)
     if vm.accel == "kvm":
         # Under emulation the serial port is the faster of the two.
         from ..hypervisor import vsock
@@ -141,7 +141,9 @@ def spare_mac() -> str:
     return "02:6b:" + ":".join(f"{byte:02x}" for byte in os.urandom(4))
 
 
-def vm_settings(settings: dict[str, Any], share_dir: str, run_dir: str, nic: Nic) -> VMSettings:
+def vm_settings(
+    settings: dict[str, Any], share_dir: str, run_dir: str, nic: Nic, *more_nics: Nic
+) -> VMSettings:
     """The virtual machine that *settings* describe."""
     hypervisor = settings["hypervisor"]
     disks: list[Disk | None] = [
@@ -163,6 +165,7 @@ def vm_settings(settings: dict[str, Any], share_dir: str, run_dir: str, nic: Nic
         disks=disks,
         share_dir=share_dir,
         nic=nic,
+        more_nics=more_nics,
     )
 
 
@@ -267,10 +270,11 @@ async def configure_network(sandbox: Sandbox, agent: AgentClient) -> None:
     from ..proto import types_pb
 
     plan = sandbox.machine.network
-    if plan is None or plan.interface is None:
+    if plan is None or not plan.interfaces:
         return
     began = time.monotonic_ns()
-    await agent.update_interface(types_pb.Interface.from_dict(plan.interface))
+    for interface in plan.interfaces:
+        await agent.update_interface(types_pb.Interface.from_dict(interface))
     await agent.update_routes([types_pb.Route.from_dict(route) for route in plan.routes])
     if plan.neighbors:
         await agent.add_neighbors([types_pb.ARPNeighbor.from_dict(one) for one in plan.neighbors])

@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from kata.hypervisor.settings import Disk, VMSettings
+    from kata.hypervisor.settings import Disk, Nic, VMSettings
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """QEMU's seccomp filter: no set*uid, no fork or exec, no scheduler changes after start."""
@@ -131,8 +131,8 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         ]
     for index, disk in enumerate(settings.disks):
         argv += _disk(index, disk)
-    if settings.nic is not None:
-        argv += _nic(settings)
+    for index, nic in enumerate(settings.nics()):
+        argv += _nic(index, nic, settings.run_dir)
     argv += [
         *("-object", "rng-builtin,id=rng"),
         *_device("virtio-rng-pci", slots.RNG, rng="rng"),
@@ -177,8 +177,8 @@ def inherited_fds(settings: VMSettings, fds: Fds) -> list[int]:
         found.append(fds.console)
     if settings.vsock is not None:
         found.append(settings.vsock.fd)
-    if settings.nic is not None:
-        found += [fd for fd in (settings.nic.fd, settings.nic.tap_fd) if fd is not None]
+    for nic in settings.nics():
+        found += nic.fds()
     return found
 
 
@@ -250,17 +250,15 @@ def _disk(index: int, disk: Disk | None) -> list[str]:
     ]
 
 
-def _nic(settings: VMSettings) -> list[str]:
-    nic = settings.nic
-    assert nic is not None
+def _nic(index: int, nic: Nic, run_dir: str) -> list[str]:
     if nic.tap_fd is not None:
-        backend = f"tap,id=net0,fd={nic.tap_fd}"
+        backend = f"tap,id=net{index},fd={nic.tap_fd}"
     elif nic.fd is not None:
-        backend = f"stream,id=net0,server=off,addr.type=fd,addr.str={nic.fd}"
+        backend = f"stream,id=net{index},server=off,addr.type=fd,addr.str={nic.fd}"
     else:
-        path = comma(nic_socket(settings.run_dir))
-        backend = f"stream,id=net0,server=on,addr.type=unix,addr.path={path}"
+        path = comma(nic_socket(run_dir))
+        backend = f"stream,id=net{index},server=on,addr.type=unix,addr.path={path}"
     return [
         *("-netdev", backend),
-        *_device("virtio-net-pci", slots.NIC, id="nic0", netdev="net0", mac=nic.mac),
+        *_device("virtio-net-pci", slots.NICS[index], id=f"nic{index}", netdev=f"net{index}", mac=nic.mac),
     ]

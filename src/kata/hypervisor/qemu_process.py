@@ -155,13 +155,8 @@ def _passed(settings: VMSettings) -> list[int]:
     if settings.vsock is not None:
         found.append(settings.vsock.fd)
         settings.vsock.fd = -1
-    if settings.nic is not None:
-        if settings.nic.fd is not None:
-            found.append(settings.nic.fd)
-            settings.nic.fd = -1
-        if settings.nic.tap_fd is not None:
-            found.append(settings.nic.tap_fd)
-            settings.nic.tap_fd = -1
+    for nic in settings.nics():
+        found += nic.give_away()
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kata.hypervisor import slots
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +45,17 @@ class Nic:
         self.fd = fd
         self.tap_fd = tap_fd
 
+    def fds(self) -> list[int]:
+        """Its descriptors, as far as it has some."""
+        return [fd for fd in (self.fd, self.tap_fd) if fd is not None]
+
+    def give_away(self) -> list[int]:
+        """Its descriptors, which are somebody else's from here on."""
+        found = self.fds()
+        self.fd = None if self.fd is None else -1
+        self.tap_fd = None if self.tap_fd is None else -1
+        return found
+
     @property
     def is_empty(self) -> bool:
         """Whether it is a plug with nothing in it."""
@@ -77,6 +90,7 @@ class VMSettings:
         disks: What is in slots 0 to 3; None is a placeholder.
         share_dir: Directory offered to the guest over 9p; empty is no such device.
         nic: The network interface; None is no such device.
+        more_nics: Further ones, none of them empty.
         vsock: vhost-vsock device, or None: then the agent uses the virtio-serial port.
         console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
         tsc_khz: Frequency of the host's time-stamp counter, told to an emulated guest; 0 is not known.
@@ -94,6 +108,7 @@ class VMSettings:
         "kernel",
         "machine",
         "memory_mib",
+        "more_nics",
         "name",
         "nic",
         "run_dir",
@@ -103,6 +118,10 @@ class VMSettings:
         "vcpus",
         "vsock",
     )
+
+    def nics(self) -> list[Nic]:
+        """All network interfaces."""
+        return [*([self.nic] if self.nic is not None else []), *self.more_nics]
 
     def __init__(
         self,
@@ -121,6 +140,7 @@ class VMSettings:
         disks: Sequence[Disk | None] = (),
         share_dir: str = "",
         nic: Nic | None = None,
+        more_nics: Sequence[Nic] = (),
         vsock: Vsock | None = None,
         console: str = "serial",
         tsc_khz: int = 0,
@@ -130,6 +150,8 @@ class VMSettings:
             raise ValueError(f"no such accelerator: {accel}")
         if console not in ("serial", "virtio", "none"):
             raise ValueError(f"no such console: {console}")
+        if len(more_nics) >= len(slots.NICS):
+            raise ValueError(f"a machine has {len(slots.NICS)} network interfaces at most")
         if len(disks) > 4:
             raise ValueError("a machine has four disk slots")
         self.name = name
@@ -146,6 +168,7 @@ class VMSettings:
         self.disks: list[Disk | None] = [*disks, *([None] * (4 - len(disks)))]
         self.share_dir = share_dir
         self.nic = nic
+        self.more_nics = list(more_nics)
         self.vsock = vsock
         self.console = console
         self.tsc_khz = tsc_khz

@@ -17,6 +17,8 @@ VSOCK = 0x03
 SHARE = 0x04
 DISKS = (0x05, 0x06, 0x07, 0x08)
 NIC = 0x09
+NICS = (NIC, 0x0C, 0x0D, 0x0E)
+"""The plug that is always there, and where further interfaces sit that a machine is started with."""
 RNG = 0x0A
 BALLOON = 0x0B
 
@@ -41,6 +43,6 @@ def disk_path(index: int) -> str:
     return pci_path(DISKS[index])
 
 
-def nic_path() -> str:
-    """PCI path of the network interface."""
-    return pci_path(NIC)
+def nic_path(index: int = 0) -> str:
+    """PCI path of a network interface."""
+    return pci_path(NICS[index])

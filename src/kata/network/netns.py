@@ -1,13 +1,13 @@
 """The network of a network namespace that somebody else wires (CNI, Docker, `ctr run --cni`), given to the guest.
 
-The engine and the hypervisor run in that namespace. A tap device there is the other end of the guest's
-interface, from the start and whether anything is wired yet or not; traffic between it and the interface that
+The engine and the hypervisor run in that namespace. A tap device there is the other end of each interface of the
+guest; one is there from the start, whether anything is wired yet or not. Traffic between it and the interface that
 is found in the namespace is redirected in both directions by tc, below the namespace's own IP stack. So the
 guest has the interface's hardware address, addresses, MTU, routes and permanent neighbours, and the kind of the
-interface does not matter. The tap is not persistent: it ends with the hypervisor, however that ends.
+interface does not matter. A tap is not persistent: it ends with the hypervisor, however that ends.
 
 An interface that appears only after the machine was started (Docker 26 and newer, `ctr run --cni`) is taken by
-`look_again`.
+`look_again`, as far as there are taps.
 """
 
 from __future__ import annotations
@@ -26,13 +26,53 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.network.rtnetlink import Link
 
-TAP = "tap0_kata"
+TAP = "tap{}_kata"
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _FAMILIES = {2: 0, 10: 1}  # AF_INET, AF_INET6 -> types.IPFamily
 _LINK_SCOPE = 253
 _TUNNELS = frozenset({"sit", "ipip", "gre", "gretap", "ip6tnl", "ip6gre", "vti", "vti6", "erspan", "dummy"})
 """Kinds that a kernel puts into every namespace by itself; down, they mean nothing."""
+
+
+class _Endpoint:
+    """One interface of the guest: its tap, and what is behind that.
+
+    Attributes:
+        index: Which of the machine's interfaces it is, from 0.
+        tap: Index of the tap device.
+        fd: The tap, until the hypervisor has it.
+        mac: Hardware address that the guest's interface is started with.
+        source: The interface that it stands for, once there is one.
+    """
+
+    __slots__ = ("fd", "index", "mac", "source", "tap")
+
+    def __init__(self, index: int, mac: str) -> None:
+        self.index = index
+        self.mac = mac
+        self.source: Link | None = None
+        self.fd, self.tap = _make_tap(TAP.format(index))
+
+    def connect(self, rtnl: rtnetlink.Rtnl, source: Link) -> None:
+        """Stand for an interface from now on.
+
+        Raises:
+            UnsupportedError: It carries no Ethernet frames.
+            HostError: The kernel refused to redirect.
+        """
+        if len(source.mac) != 17:
+            raise UnsupportedError(
+                f"the interface {source.name} ({source.kind or 'hardware'}) carries no Ethernet frames"
+            )
+        try:
+            rtnl.bring_up(self.tap, source.mtu)
+            rtnl.redirect(source.index, self.tap)
+            rtnl.redirect(self.tap, source.index)
+        except OSError as error:
+            raise rtnetlink.refused(f"cannot redirect the traffic of {source.name}", error) from error
+        self.source = source
+        self.mac = source.mac
 
 
 class NetnsPlan(NetworkPlan):
@@ -48,24 +88,29 @@ class NetnsPlan(NetworkPlan):
     def __init__(self, mac: str, path: str) -> None:
         super().__init__(mac)
         self._path = path
-        self._tap = 0
-        self._source: Link | None = None
+        self._endpoints: list[_Endpoint] = []
 
     def wire(self) -> Nic:
-        """Enter the namespace, make the tap and connect it to what is there. Main thread, before any other.
+        """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other.
 
         Raises:
             HostError: The namespace cannot be entered, or the kernel lacks what is needed.
-            UnsupportedError: There are several interfaces.
+            UnsupportedError: An interface carries no Ethernet frames, or there are too many.
         """
         self._enter()
-        fd = self._make_tap()
         try:
+            with rtnetlink.Rtnl() as rtnl:
+                found = self._unclaimed(rtnl)
+            for index in range(max(1, min(len(found), len(slots.NICS)))):
+                mac = found[index].mac if found else self.mac
+                self._endpoints.append(_Endpoint(index, mac))
             self.look_again()
         except BaseException:
-            os.close(fd)
+            for endpoint in self._endpoints:
+                os.close(endpoint.fd)
             raise
-        return Nic(self.mac, tap_fd=fd)
+        first, *self.more_nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self._endpoints]
+        return first
 
     def _enter(self) -> None:
         try:
@@ -81,114 +126,116 @@ class NetnsPlan(NetworkPlan):
             where = f"the network namespace {self._path}" if self._path else "a network namespace"
             raise HostError(f"cannot enter {where}: {error.strerror}") from error
 
-    def _make_tap(self) -> int:
-        import fcntl
-
-        try:
-            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-                fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", TAP.encode(), flags))
-                with rtnetlink.Rtnl() as rtnl:
-                    self._tap = next(link.index for link in rtnl.links() if link.name == TAP)
-                    rtnl.bring_up(self._tap)
-            except BaseException:
-                os.close(fd)
-                raise
-        except OSError as error:
-            raise rtnetlink.refused(f"cannot make the tap device {TAP}", error) from error
-        return fd
+    def _unclaimed(self, rtnl: rtnetlink.Rtnl) -> list[Link]:
+        """The interfaces that somebody has put there and that no endpoint stands for, in their order."""
+        ours = {endpoint.tap for endpoint in self._endpoints}
+        ours |= {endpoint.source.index for endpoint in self._endpoints if endpoint.source is not None}
+        return [
+            link
+            for link in rtnl.links()
+            if not link.flags & rtnetlink.LOOPBACK
+            and link.index not in ours
+            and (link.flags & rtnetlink.UP or link.kind not in _TUNNELS)
+        ]
 
     def look_again(self) -> bool:
-        """Take the interface that has been put into the namespace, or what has changed of it. Blocks briefly.
+        """Take the interfaces that have been put into the namespace, and what has changed of them. Blocks briefly.
 
         Returns:
-            Whether there is something new: `interface`, `routes` and `neighbors` tell the guest of it.
+            Whether there is something new: `interfaces`, `routes` and `neighbors` tell the guest of it.
 
         Raises:
-            UnsupportedError: There are several interfaces, or one that carries no Ethernet frames.
+            UnsupportedError: An interface carries no Ethernet frames, or there are more than the machine has plugs.
             HostError: The kernel refused to redirect.
         """
+        before = (self.interfaces, self.routes, self.neighbors)
         with rtnetlink.Rtnl() as rtnl:
-            if self._source is not None:
-                return self._describe(rtnl, self._source)
-            found = [link for link in rtnl.links() if self._counts(link)]
-            if not found:
-                return False
-            if len(found) > 1:
-                names = ", ".join(link.name for link in found)
+            free = [endpoint for endpoint in self._endpoints if endpoint.source is None]
+            found = self._unclaimed(rtnl)
+            if len(found) > len(free):
+                names = ", ".join(link.name for link in found[len(free) :])
                 raise UnsupportedError(
-                    f"the network namespace has {len(found)} interfaces ({names}), and a sandbox takes one so far",
-                    "Attach one network to the container.",
+                    f"there is no plug for the network interface {names}: this machine has {len(self._endpoints)}",
+                    f"At most {len(slots.NICS)} networks; more than one has to be attached before the sandbox starts.",
                 )
-            source = found[0]
-            if len(source.mac) != 17:
-                raise UnsupportedError(
-                    f"the interface {source.name} ({source.kind or 'hardware'}) carries no Ethernet frames"
-                )
-            try:
-                rtnl.bring_up(self._tap, source.mtu)
-                rtnl.redirect(source.index, self._tap)
-                rtnl.redirect(self._tap, source.index)
-            except OSError as error:
-                raise rtnetlink.refused(f"cannot redirect the traffic of {source.name}", error) from error
-            self._describe(rtnl, source)
-        self._source = source
-        self.mac = source.mac
-        return True
+            for endpoint, source in zip(free, found, strict=False):
+                endpoint.connect(rtnl, source)
+            self._describe(rtnl)
+        return before != (self.interfaces, self.routes, self.neighbors)
 
-    def _counts(self, link: Link) -> bool:
-        if link.flags & rtnetlink.LOOPBACK or link.index == self._tap:
-            return False
-        return bool(link.flags & rtnetlink.UP) or link.kind not in _TUNNELS
-
-    def _describe(self, rtnl: rtnetlink.Rtnl, source: Link) -> bool:
-        before = (self.interface, self.routes, self.neighbors)
-        self.interface = {
-            "device": source.name,
-            "name": source.name,
-            "IPAddresses": [
-                {"family": int(":" in one.ip), "address": one.ip, "mask": str(one.prefix)}
-                for one in rtnl.addresses()
-                # The guest makes its own link-local address, from the same hardware address.
-                if one.index == source.index and not (":" in one.ip and one.scope == _LINK_SCOPE)
-            ],
-            "mtu": source.mtu,
-            "hwAddr": source.mac,
-            "devicePath": slots.nic_path(),
-            "raw_flags": source.flags & rtnetlink.NOARP,
-        }
+    def _describe(self, rtnl: rtnetlink.Rtnl) -> None:
+        named = {one.source.index: one for one in self._endpoints if one.source is not None}
+        addresses, routes, neighbors = rtnl.addresses(), rtnl.routes(), rtnl.neighbors()
+        self.interfaces = [
+            {
+                "device": source.name,
+                "name": source.name,
+                "IPAddresses": [
+                    {"family": int(":" in one.ip), "address": one.ip, "mask": str(one.prefix)}
+                    for one in addresses
+                    # The guest makes its own link-local address, from the same hardware address.
+                    if one.index == source.index and not (":" in one.ip and one.scope == _LINK_SCOPE)
+                ],
+                "mtu": source.mtu,
+                "hwAddr": source.mac,
+                "devicePath": slots.nic_path(endpoint.index),
+                "raw_flags": source.flags & rtnetlink.NOARP,
+            }
+            for endpoint in self._endpoints
+            if (source := endpoint.source) is not None
+        ]
+        names = {index: one.source.name for index, one in named.items() if one.source is not None}
         self.routes = [
             {
                 "dest": route.destination,
                 "gateway": route.gateway,
-                "device": source.name,
+                "device": names[route.index],
                 "source": route.source,
                 "scope": route.scope,
                 "family": _FAMILIES[route.family],
             }
-            for route in rtnl.routes()
-            if route.index == source.index
+            for route in routes
+            if route.index in names
         ]
         self.neighbors = [
             {
                 "toIPAddress": {"family": int(":" in one.ip), "address": one.ip},
-                "device": source.name,
+                "device": names[one.index],
                 "lladdr": one.mac,
                 "state": rtnetlink.PERMANENT,
             }
-            for one in rtnl.neighbors()
-            if one.index == source.index
+            for one in neighbors
+            if one.index in names
         ]
-        return before != (self.interface, self.routes, self.neighbors)
 
     def stop(self) -> None:
-        """Let the interface go. What it is part of may be gone already."""
-        if self._source is None:
-            return
+        """Let the interfaces go. What they are part of may be gone already."""
+        for endpoint in self._endpoints:
+            if endpoint.source is None:
+                continue
+            try:
+                with rtnetlink.Rtnl() as rtnl:
+                    rtnl.stop_redirecting(endpoint.source.index)
+            except OSError:
+                pass  # with its namespace, or about to be
+            endpoint.source = None
+
+
+def _make_tap(name: str) -> tuple[int, int]:
+    """Make a tap device in this namespace and bring it up: (its descriptor, its index)."""
+    import fcntl
+
+    try:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
             with rtnetlink.Rtnl() as rtnl:
-                rtnl.stop_redirecting(self._source.index)
-        except OSError:
-            pass  # with its namespace, or about to be
-        self._source = None
+                index = next(link.index for link in rtnl.links() if link.name == name)
+                rtnl.bring_up(index)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise rtnetlink.refused(f"cannot make the tap device {name}", error) from error
+    return fd, index

@@ -131,8 +131,10 @@ class NetworkPlan:
     def __init__(self, mac: str, ports: Sequence[Port] = ()) -> None:
         self.mac = mac
         self.ports = list(ports)
-        self.interface: dict[str, Any] | None = None
-        """types.Interface for UpdateInterface, as a dict; None when the guest gets no network."""
+        self.interfaces: list[dict[str, Any]] = []
+        """types.Interface values for UpdateInterface, as dicts; empty when the guest gets no network."""
+        self.more_nics: list[Nic] = []
+        """After `wire`: further interfaces of the machine, behind the one that it returns."""
         self.routes: list[dict[str, Any]] = []
         """types.Route values for UpdateRoutes, as dicts."""
         self.neighbors: list[dict[str, Any]] = []
@@ -143,6 +145,11 @@ class NetworkPlan:
         self.options: list[str] = []
         self.warnings: list[str] = []
         """Sentences that the user should see once."""
+
+    @property
+    def interface(self) -> dict[str, Any] | None:
+        """The first interface, if there is one."""
+        return self.interfaces[0] if self.interfaces else None
 
     def resolv_conf(self) -> str:
         """Text of the guest's ``/etc/resolv.conf``."""
@@ -228,7 +235,7 @@ class UserPlan(NetworkPlan):
         if self._ipv6:
             addresses.append({"family": 1, "address": ADDRESS6, "mask": str(PREFIX6)})
             self.routes.append(_default_route(GATEWAY6, 1))
-        self.interface = {
+        interface = {
             "device": INTERFACE,
             "name": INTERFACE,
             "IPAddresses": addresses,
@@ -238,6 +245,7 @@ class UserPlan(NetworkPlan):
             "type": "",
             "raw_flags": 0,
         }
+        self.interfaces = [interface]
 
     def _plan_names(self, dns: Sequence[str]) -> None:
         names = self._host.resolver
