@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from agent_double import AgentDouble
 
-from kata.agent_ctl import main, methods, session, shell
+from kata.agent_ctl import fuzz, fuzz_cases, main, methods, session, shell
 from kata.errors import UsageError
 from kata.proto import agent_pb
 from kata.ttrpc import frame
@@ -374,6 +375,35 @@ def test_fuzz_for_a_time(server: tuple[str, AgentDouble], run: Run) -> None:
     assert found["cases"] > 0
 
 
+def requests_on_a_port(data: bytes) -> list[int]:
+    """The streams of the requests that an agent finds which looks for the next header after what is none."""
+    something = re.compile(rb"[^\0]")
+    found, at = [], 0
+    while len(data) - at >= frame.HEADER_SIZE:
+        length, stream, kind, flags = struct.unpack_from(">IIBB", data, at)
+        if length > frame.MAX_DATA or not 1 <= kind <= 3 or flags > 7:
+            # Nine zeros and what follows may be one, ten are none: over all but nine of them at once.
+            ahead = something.search(data, at)
+            at = max(at + 1, (ahead.start() if ahead else len(data)) - 9)
+            continue
+        if at + frame.HEADER_SIZE + length > len(data):
+            break
+        if kind == frame.REQUEST and stream % 2:
+            found.append(stream)
+        at += frame.HEADER_SIZE + length
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 100, 65536, frame.MAX_DATA])
+@pytest.mark.parametrize("stream", [1, 3, 0x0203, 0x02E66F, 0x010103, 0x03010001])
+def test_a_stream_is_brought_into_step_whatever_was_on_it(length: int, stream: int) -> None:
+    half = struct.pack(">IIBB", length, 7, 1, 0) + b"x" * (length // 2)
+    sent = half + fuzz_cases.check(5) + fuzz._FLUSH + fuzz_cases.check(stream)
+    assert requests_on_a_port(sent)[-1] == stream
+    for noise in (b"", b"\0" * 9, b"\0\0\0\1" * 5):
+        assert requests_on_a_port(noise + fuzz._FLUSH + fuzz_cases.check(stream))[-1] == stream
+
+
 class Wrong:
     """An agent that answers health checks until a case of a sort comes, and then does something else."""
 
@@ -439,8 +469,6 @@ def test_fuzz_says_what_a_wrong_server_did(tmp_path: Path, run: Run, act: str, w
 
 def test_a_seed_is_the_same_cases_again() -> None:
     import random
-
-    from kata.agent_ctl import fuzz_cases
 
     method = methods.get("CreateContainer")
 

@@ -45,9 +45,12 @@ NEVER = frozenset({"DestroySandbox", "GetOOMEvent"})
 
 _GLIMPSE_S = 0.1
 """How long a case whose answer nobody owes us is watched."""
+_STEP_S = 0.5
+"""How long an agent on a port may take before its stream is brought into step."""
 _LONGEST_HEX = 256
-_FLUSH = bytes(frame.MAX_DATA + frame.HEADER_SIZE)
-"""More than any frame can still lack; what is left of it is no header, and stepped over."""
+_FLUSH = bytes(frame.MAX_DATA) + b"\xff" * frame.HEADER_SIZE
+"""As much as any frame can still lack; what is left of it is no header, and stepped over. Its end makes no header
+together with what follows either, which zeros might."""
 
 
 def usage() -> str:
@@ -430,9 +433,9 @@ class _Port(_Carrier):
 
     def _ask(self) -> None:
         try:
-            _check_health(self._wire, self.next_stream(1), min(0.5, self.patience_s))
+            _check_health(self._wire, self.next_stream(1), min(_STEP_S, self.patience_s))
         except TimeoutError:
-            # It may be in the middle of a frame that never ends.
+            # It may be in the middle of a frame that never ends, or have taken our question for something else.
             self._wire.send(_FLUSH, 1, self.patience_s)
             _check_health(self._wire, self.next_stream(1), self.patience_s)
 
