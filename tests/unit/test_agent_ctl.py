@@ -457,7 +457,7 @@ class Wrong:
 def test_fuzz_says_what_a_wrong_server_did(tmp_path: Path, run: Run, act: str, words: str) -> None:
     path = tmp_path / "s"
     wrong = Wrong(path, act)
-    command = ["-s", f"unix://{path}", "fuzz", "--only", "frames", "--patience", "0.5", "--seed", "1"]
+    command = ["-s", f"unix://{path}", "fuzz", "--only", "frames", "--patience", "6", "--seed", "1"]
     status, out, _ = run(*command)
     found = json.loads(out)
     assert status == 1

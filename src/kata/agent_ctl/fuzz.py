@@ -195,7 +195,7 @@ class Report:
             "slowest_health_check_ms": round(self.slowest_s * 1e3, 2),
             "verdict": self.verdict,
             **({"lost": self.lost} if self.lost else {}),
-            **({} if self.passed else {"last_case": self._last}),
+            **({} if self.passed or not self._last else {"last_case": self._last}),
         }
 
     def lines(self) -> list[str]:
@@ -209,7 +209,7 @@ class Report:
                 )
         out.append(f"slowest health check: {self.slowest_s * 1e3:.1f} ms")
         out.append(f"verdict: {self.verdict}{'; ' + self.lost if self.lost else ''}")
-        if not self.passed:
+        if not self.passed and self._last:
             last = self._last
             out.append(
                 f"last case: {last.get('case')} ({last.get('sort')}: {last.get('kind')}), {last.get('hex')}"
