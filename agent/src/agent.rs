@@ -3,6 +3,7 @@
 use crate::attach::Attachment;
 use crate::cmdline::Settings;
 use crate::container::Container;
+use crate::debug;
 use crate::jobs::Job;
 use crate::prelude::*;
 use crate::process::{Key, Phase, Process};
@@ -29,6 +30,8 @@ pub enum Token {
     /// 0 stdout or the terminal, 1 stderr.
     Output(Key, u8),
     Job(u32),
+    /// A listener for a console or the log.
+    Debug(debug::Port),
 }
 
 impl Token {
@@ -42,6 +45,8 @@ impl Token {
             Token::Stdin(key) => (6, key),
             Token::Output(key, which) => (7 + u64::from(which), key),
             Token::Job(id) => (9, id),
+            Token::Debug(debug::Port::Console) => (DEBUG_TOKEN, 0),
+            Token::Debug(debug::Port::Log) => (DEBUG_TOKEN, 1),
         };
         kind << 32 | u64::from(id)
     }
@@ -58,10 +63,14 @@ impl Token {
             7 => Token::Output(id, 0),
             8 => Token::Output(id, 1),
             9 => Token::Job(id),
+            DEBUG_TOKEN if id == 0 => Token::Debug(debug::Port::Console),
+            DEBUG_TOKEN => Token::Debug(debug::Port::Log),
             _ => return None,
         })
     }
 }
+
+const DEBUG_TOKEN: u64 = 16;
 
 /// Connections: always to read, and to write while something waits to be written.
 const CONN_IN: u32 = (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET) as u32;
@@ -87,6 +96,7 @@ pub struct Agent {
     /// Output streams whose readers wait for their connection to take more.
     pub stalled: Vec<(Key, u8)>,
     /// Streaming calls, by connection and number.
+    pub debug_ports: Vec<(debug::Port, Fd, Kind)>,
     pub attachments: BTreeMap<(u32, u32), Attachment>,
     epoll: Fd,
     signals: Fd,
@@ -120,6 +130,7 @@ impl Agent {
             oom_watch: None,
             stalled: Vec::new(),
             attachments: BTreeMap::new(),
+            debug_ports: Vec::new(),
             epoll,
             signals,
             listener: None,
@@ -213,12 +224,17 @@ impl Agent {
         }
     }
 
+    /// When something has to be done although nothing happens; `u64::MAX` = never.
+    fn deadline(&self) -> u64 {
+        let opening = self.conns.values().map(Conn::deadline).min().unwrap_or(u64::MAX);
+        self.calls.next_deadline().min(opening)
+    }
+
     fn timeout_ms(&self) -> i32 {
         if self.busy {
             return 0;
         }
-        let opening = self.conns.values().map(Conn::deadline).min().unwrap_or(u64::MAX);
-        let deadline = self.calls.next_deadline().min(opening);
+        let deadline = self.deadline();
         let idle = if self.trimmed { -1 } else { TRIM_AFTER_MS };
         if deadline == u64::MAX {
             return idle;
@@ -249,6 +265,7 @@ impl Agent {
             Token::Stdin(key) => self.on_stdin(key),
             Token::Output(key, which) => self.on_output(key, which),
             Token::Job(id) => self.on_job(id),
+            Token::Debug(port) => self.on_debug_port(port),
         }
     }
 
@@ -347,7 +364,7 @@ impl Agent {
 
     fn connection_gone(&mut self, id: u32) {
         self.calls.forget_connection(id);
-        self.attachments.retain(|(conn, _), _| *conn != id);
+        self.forget_attachments(id);
         if self.conns.get(&id).is_some_and(|c| !c.is_port()) {
             self.conns.remove(&id);
         }
@@ -400,6 +417,9 @@ impl Agent {
     }
 
     fn expire(&mut self) {
+        if self.deadline() == u64::MAX {
+            return;
+        }
         let now = sys::monotonic_ns();
         self.conns.values_mut().filter(|c| c.deadline() <= now).for_each(Conn::look_again);
         for id in self.calls.expired(now) {
@@ -448,6 +468,8 @@ mod tests {
             Token::Output(3, 0),
             Token::Output(3, 1),
             Token::Job(7),
+            Token::Debug(debug::Port::Console),
+            Token::Debug(debug::Port::Log),
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

@@ -93,7 +93,19 @@ impl Agent {
             }
             self.serve_readers(to.process, usize::from(which));
         }
+        if last {
+            self.end_internal(to.process);
+        }
         Ok(())
+    }
+
+    /// A connection is gone, and with it its streaming calls.
+    pub fn forget_attachments(&mut self, conn: u32) {
+        let gone: Vec<Key> = self.attachments.range((conn, 0)..=(conn, u32::MAX)).map(|(_, a)| a.process).collect();
+        self.attachments.retain(|(of, _), _| *of != conn);
+        for key in gone {
+            self.end_internal(key);
+        }
     }
 
     /// Tells the host of a streaming call that it may send more.

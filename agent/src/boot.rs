@@ -71,6 +71,7 @@ fn leave_rootfs() -> Result<()> {
     for dir in ["etc", "var"] {
         fs::mkdir(format!("/newroot/{dir}"), 0o755).context("mkdir in the new root")?;
     }
+    keep_debug_tools();
     let old = sys::open("/", libc::O_RDONLY | libc::O_DIRECTORY, 0).context("open /")?;
     sys::chdir("/newroot").context("chdir to the new root")?;
     for entry in fs::list_fd(old.raw()).context("list the initial root")? {
@@ -80,6 +81,22 @@ fn leave_rootfs() -> Result<()> {
     sys::mount(".", "/", "", libc::MS_MOVE, "").context("move the new root over /")?;
     sys::chroot(".").context("chroot")?;
     sys::chdir("/").context("chdir /")
+}
+
+/// What an initrd for debugging has in /debug (a static shell as `sh`) stays, in /bin.
+fn keep_debug_tools() {
+    let Ok(names) = fs::names("/debug") else { return };
+    let _ = fs::mkdir("/newroot/bin", 0o755);
+    for name in names {
+        let to = format!("/newroot/bin/{name}");
+        let kept = fs::read(format!("/debug/{name}")).and_then(|data| {
+            fs::write(&to, &data)?;
+            sys::fchmodat(AT_FDCWD, &to, 0o755)
+        });
+        if let Err(e) = kept {
+            log::warn(&format!("keep /debug/{name}: {e}"));
+        }
+    }
 }
 
 /// Like `rm -r --one-file-system`, going on after errors.

@@ -10,11 +10,23 @@ pub struct Settings {
     pub level: Level,
     /// Size of the pipes of a container's streams in bytes; 0 = the agent's default.
     pub pipe_size: u32,
+    /// Whether whoever speaks to the agent may have a shell of the guest.
+    pub debug_console: bool,
+    /// Where such a shell can be had besides, and the log.
+    pub console_address: Option<Address>,
+    pub log_address: Option<Address>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { address: Address::Any, level: Level::Info, pipe_size: 0 }
+        Settings {
+            address: Address::Any,
+            level: Level::Info,
+            pipe_size: 0,
+            debug_console: false,
+            console_address: None,
+            log_address: None,
+        }
     }
 }
 
@@ -35,6 +47,22 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
             }
             "channel" => Err("is neither serial nor vsock".to_string()),
             "server_addr" => Address::parse(value).map(|address| settings.address = address).map_err(|e| e.message),
+            "debug_console" => {
+                settings.debug_console = true;
+                Ok(())
+            }
+            "debug_console_vport" | "log_vport" => match value.parse() {
+                Ok(port) => {
+                    let address = Some(Address::Vsock(port));
+                    if name == "log_vport" {
+                        settings.log_address = address;
+                    } else {
+                        settings.console_address = address;
+                    }
+                    Ok(())
+                }
+                Err(_) => Err("is not a vsock port".to_string()),
+            },
             "container_pipe_size" => match value.parse() {
                 Ok(size) => {
                     settings.pipe_size = size;
@@ -61,7 +89,8 @@ pub enum Command {
     Help,
 }
 
-pub const USAGE: &str = "usage: kata-agent --server unix:///PATH|vsock://-1:PORT [--log LEVEL]
+pub const USAGE: &str = "usage: kata-agent --server unix:///PATH|vsock://-1:PORT [--log LEVEL] [--log-server ADDRESS]
+                  [--debug-console[=ADDRESS]]
        kata-agent --version
 
 Without arguments, as PID 1, it is the init of a guest.
@@ -86,6 +115,11 @@ pub fn parse_arguments(arguments: &[String]) -> Result<Command> {
                 settings.address = Address::parse(&take()?)?;
                 addressed = true;
             }
+            "--debug-console" => {
+                settings.debug_console = true;
+                settings.console_address = value.take().map(|text| Address::parse(&text)).transpose()?;
+            }
+            "--log-server" => settings.log_address = Some(Address::parse(&take()?)?),
             "--log" => {
                 let level = take()?;
                 settings.level =
@@ -115,6 +149,11 @@ mod tests {
         assert_eq!(settings.pipe_size, 1 << 20);
         assert_eq!(complaints, ["kernel parameter \"agent.new=1\" is ignored: is not a parameter of this agent"]);
         assert_eq!(parse_kernel("agent.channel=serial").0.address, Address::Serial);
+        let (debug, complaints) =
+            parse_kernel("agent.debug_console agent.debug_console_vport=1026 agent.log_vport=1025");
+        assert!(debug.debug_console && complaints.is_empty());
+        assert_eq!(debug.console_address, Some(Address::Vsock(1026)));
+        assert_eq!(debug.log_address, Some(Address::Vsock(1025)));
         let wrong = "agent.channel=tin agent.log=x agent.container_pipe_size=y agent.hotplug_timeout=soon";
         assert_eq!(parse_kernel(wrong).1.len(), 4);
         assert!(parse_kernel("agent.hotplug_timeout=7").1.is_empty());

@@ -8,14 +8,14 @@ use crate::proto::health::{HealthCheckResponse, VersionCheckResponse, HEALTH_CHE
 use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
 use crate::server::frame::{parse_piece, Request};
-use crate::{copyfile, files, guest, metrics, netlink, processes, routes, runtime, storage, swap, sys, volumes};
+use crate::{copyfile, debug, files, guest, metrics, netlink, processes, routes, runtime, storage, swap, sys, volumes};
 
 /// The version of the protocol, as the original counts it.
 const API_VERSION: &str = "0.0.1";
 const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What the agent can beyond the protocol.
-const EXTRA_FEATURES: &[&str] = &["kata.boot", "kata.files", "kata.processes", "kata.streams", "seccomp"];
+const EXTRA_FEATURES: &[&str] = &["kata.boot", "kata.debug", "kata.files", "kata.processes", "kata.streams", "seccomp"];
 
 /// `Ok(None)`: the answer comes later.
 type Outcome = Result<Option<Vec<u8>>>;
@@ -43,6 +43,12 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
         },
         agentext::STREAMS => match request.method {
             "Attach" => agent.attach(call, &parse_piece(request.payload)?).map(|()| None),
+            _ => unknown(request),
+        },
+        agentext::DEBUG => match request.method {
+            "Console" => agent.debug_console(call, &parse_piece(request.payload)?).map(|()| None),
+            "Log" => agent.log_stream(call, &parse_piece(request.payload)?).map(|()| None),
+            "SetLogLevel" => debug::set_log_level(&decode(request)?).map(empty),
             _ => unknown(request),
         },
         agentext::FILES => files_service(agent, call, request),

@@ -21,6 +21,7 @@ mod cgroup_stats;
 pub mod cmdline;
 pub mod container;
 pub mod copyfile;
+pub mod debug;
 pub mod devices;
 pub mod devices_bpf;
 pub mod dispatch;
@@ -115,6 +116,7 @@ fn serve(settings: cmdline::Settings, started_ns: u64) -> errors::Result<()> {
         leave_host_alone().context("be a guest on somebody's machine (needs root)")?;
     }
     agent.listen()?;
+    agent.open_debug_ports();
     log::info(concat!("kata-agent ", env!("CARGO_PKG_VERSION"), " is serving"));
     agent.run();
     if sys::getpid() != 1 {

@@ -1,7 +1,7 @@
 //! Log lines as JSON on the console (or standard error), bounded and level-limited.
 
 use crate::prelude::*;
-use crate::sys::{self, RawFd};
+use crate::sys::{self, Errno, Fd, RawFd};
 use core::cell::Cell;
 use core::fmt::Write;
 
@@ -39,12 +39,17 @@ impl Level {
 struct Sink {
     level: Cell<Level>,
     fd: Cell<RawFd>,
+    /// Where lines go instead while somebody reads there; -1 = nobody.
+    stream: Cell<RawFd>,
+    /// The last line has gone out in part.
+    cut: Cell<bool>,
 }
 
 // SAFETY: the agent has one thread.
 unsafe impl Sync for Sink {}
 
-static SINK: Sink = Sink { level: Cell::new(Level::Info), fd: Cell::new(2) };
+static SINK: Sink =
+    Sink { level: Cell::new(Level::Info), fd: Cell::new(2), stream: Cell::new(-1), cut: Cell::new(false) };
 
 /// Longer messages are cut: a console is slow and its reader bounded.
 const MAX_MESSAGE: usize = 2048;
@@ -53,9 +58,48 @@ pub fn set_level(level: Level) {
     SINK.level.set(level);
 }
 
-/// Where lines go; the descriptor stays open for ever.
+/// Where lines go; the descriptor stays open for ever. A stream is no longer used: in a child it is not ours.
 pub fn set_output(fd: RawFd) {
     SINK.fd.set(fd);
+    SINK.stream.set(-1);
+}
+
+/// Sends lines to a non-blocking pipe or socket instead, as long as somebody reads there; a former one is closed.
+pub fn set_stream(stream: Option<Fd>) {
+    let former = SINK.stream.replace(stream.map_or(-1, Fd::into_raw));
+    if former >= 0 {
+        sys::close(former);
+    }
+    SINK.cut.set(false);
+}
+
+/// False when there is no stream (any more): the line belongs to the console.
+fn to_stream(text: &str) -> bool {
+    let fd = SINK.stream.get();
+    if fd < 0 {
+        return false;
+    }
+    let mut whole = String::new();
+    let text = if SINK.cut.get() {
+        // What is left of a line that did not fit is a line of its own.
+        whole.push('\n');
+        whole.push_str(text);
+        &whole
+    } else {
+        text
+    };
+    match sys::write(fd, text.as_bytes()) {
+        Ok(n) => {
+            SINK.cut.set(n < text.len());
+            true
+        }
+        // A reader that is too slow misses lines.
+        Err(Errno(libc::EAGAIN)) => true,
+        Err(_) => {
+            set_stream(None);
+            false
+        }
+    }
 }
 
 pub fn enabled(level: Level) -> bool {
@@ -81,8 +125,10 @@ pub fn debug(message: &str) {
 fn line(level: Level, message: &str) {
     if enabled(level) {
         let text = format_line(level, sys::clock_ns(libc::CLOCK_REALTIME), message);
-        // A full console is no reason to stop.
-        let _ = sys::write_all(SINK.fd.get(), text.as_bytes());
+        if !to_stream(&text) {
+            // A full console is no reason to stop.
+            let _ = sys::write_all(SINK.fd.get(), text.as_bytes());
+        }
     }
 }
 

@@ -107,6 +107,29 @@ impl Process {
         }
     }
 
+    /// One of the agent's own, of no container: a child with streams, or (pid 0) a stream alone.
+    pub fn internal(name: &str, pid: Pid, input: Option<Fd>, output: Fd) -> Process {
+        Process {
+            container: String::new(),
+            exec_id: name.to_string(),
+            phase: Phase::Running,
+            pid,
+            builder: 0,
+            exit: None,
+            starter: None,
+            waiters: vec![],
+            failure: None,
+            report: None,
+            input: input.map_or_else(Input::default, |fd| Input::new(fd, false)),
+            outputs: [Output::new(output, false), Output::default()],
+            terminal: None,
+        }
+    }
+
+    pub fn is_internal(&self) -> bool {
+        self.container.is_empty()
+    }
+
     pub fn is_alive(&self) -> bool {
         self.exit.is_none()
     }

@@ -86,10 +86,15 @@ pub fn sleep_ms(ms: u64) {
 
 /// Waits for one descriptor; the events that came (0 = time is over).
 pub fn poll_one(fd: RawFd, events: i16, timeout_ms: i32) -> SysResult<i16> {
-    let mut entry = libc::pollfd { fd, events, revents: 0 };
-    // SAFETY: one structure.
-    retry(|| unsafe { syscall!(libc::SYS_poll, &raw mut entry, 1, timeout_ms) })?;
-    Ok(entry.revents)
+    let mut entry = [libc::pollfd { fd, events, revents: 0 }];
+    poll(&mut entry, timeout_ms)?;
+    Ok(entry[0].revents)
+}
+
+/// Waits for any of several descriptors; how many have events.
+pub fn poll(entries: &mut [libc::pollfd], timeout_ms: i32) -> SysResult<usize> {
+    // SAFETY: the array is valid for its length.
+    retry(|| unsafe { syscall!(libc::SYS_poll, entries.as_mut_ptr(), entries.len(), timeout_ms) })
 }
 
 pub fn inotify() -> SysResult<Fd> {
