@@ -195,7 +195,8 @@ def test_a_packaged_kernel_offers_it_with_its_modules(tmp_path: Path) -> None:
     content = build(tmp_path / "guest", "distro")
     guest = manifest.load(str(tmp_path / "guest"))
     assert content["kernel"]["boot"] == "pvh"
-    assert {"virtio_pci", "erofs", "overlay", "9p", "virtiofs"} <= set(content["initrd"]["modules"])
+    # Some are built into some packaged kernels; what the guest offers in the end is asked below.
+    assert {"erofs", "overlay", "9p"} <= set(content["initrd"]["modules"])
     # The archive with our init follows the guest's own: the kernel unpacks one after the other.
     found = report(guest.kernel, tmp_path, below=Path(guest.initrd).read_bytes())
     assert found["release"] == [guest.kernel_version]

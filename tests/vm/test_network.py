@@ -206,16 +206,24 @@ def test_forged_packets_do_not_reach_the_loopback(namespaces: tuple[str, str], t
         frames.send(wire, frames.datagram(HOST4, 9001, b"hello"))
         deadline = time.monotonic() + minivm.PATIENCE_S
         while time.monotonic() < deadline:
-            if servers["open tcp"].peers and servers["open udp"].peers:
+            if (servers["open tcp"].peers and servers["open udp"].peers) or sandbox.plan.failure():
                 break
             time.sleep(0.05)
-        assert sandbox.plan.failure() is None
+        failure = sandbox.plan.failure()
         wire.close()
-        return {name: server.peers for name, server in servers.items()}
+        return {
+            **{name: server.peers for name, server in servers.items()},
+            "failure": [failure.message] if failure is not None else [],
+        }
 
     heard = inside(namespaces, tmp_path, {"mode": "user"}, work)
-    assert heard.pop("open tcp") == [HOST4]
-    assert heard.pop("open udp") == [HOST4]
+    opened = [heard.pop("open tcp"), heard.pop("open udp")]
+    failure = heard.pop("failure")
+    if failure:
+        # Debian 13's passt ends itself over some of these packets: the guest that forged them is without a network.
+        assert "ASSERTION FAILED" in failure[0]
+    else:
+        assert opened == [[HOST4], [HOST4]]
     assert heard == {"tcp4": [], "tcp6": [], "udp4": [], "udp6": []}
 
 
