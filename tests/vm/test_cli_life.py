@@ -463,6 +463,24 @@ def test_doctor(shared_kata: Kata) -> None:
     assert "containers can be run" in shared_kata.ok("doctor")
 
 
+def test_doctor_on_clients(shared_kata: Kata, tmp_path: Path) -> None:
+    for name, said in (
+        ("containerd", "containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1"),
+        ("dockerd", "Docker version 20.10.24+dfsg1, build 297e128"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**shared_kata.env, "PATH": f"{tmp_path}:/usr/bin:/bin:/usr/sbin:/sbin"}
+    import subprocess
+
+    done = subprocess.run(shared_kata.command("doctor", "--json"), env=env, capture_output=True, check=True)
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert "1.6.20" in found["containerd"]["text"]
+    assert found["docker"]["result"] == "warn"
+    assert "20.10" in found["docker"]["text"]
+    assert "23 or newer" in found["docker"]["hint"]
+
+
 def test_doctor_fails_where_nothing_can_run(shared_kata: Kata, tmp_path: Path) -> None:
     env = {**shared_kata.env, "KATA_GUEST_DIR": str(tmp_path)}
     import subprocess

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -70,6 +72,10 @@ class Check:
         self.text = text
         self.hint = hint
         self.blocking = blocking
+
+
+SHIM = "containerd-shim-kata-v2"
+_DOCKER_WITH_SHIMS = 23
 
 
 def _permissions() -> Check:
@@ -157,6 +163,41 @@ def _guest() -> Check:
     return Check("guest", OK, f"kernel {guest.kernel_version} ({guest.kernel_kind}), in {paths.guest_dir()}")
 
 
+def _clients() -> list[Check]:
+    """containerd and Docker, if they are there: nobody needs them for `kata` itself."""
+    found = []
+    containerd = shutil.which("containerd")
+    if containerd:
+        # "containerd github.com/containerd/containerd 1.7.24~ds1 ..."
+        words = _version_of(containerd).split()
+        version = words[2] if len(words) > 2 else "of unknown version"
+        shim = shutil.which(SHIM)
+        if shim:
+            found.append(Check("containerd", OK, f"{version}; its shim is {shim}"))
+        else:
+            found.append(
+                Check(
+                    "containerd",
+                    WARN,
+                    f"{version}; {SHIM} is not on the PATH, so it cannot use kata",
+                    "make install",
+                )
+            )
+    docker = shutil.which("dockerd")
+    if docker:
+        match = re.search(r"version (\d+)\S*", _version_of(docker))
+        if match is None or int(match[1]) >= _DOCKER_WITH_SHIMS:
+            found.append(Check("docker", OK, match[0] if match else docker))
+        else:
+            text = f"{match[0].rstrip(',')} knows no shims as runtimes, and cannot use kata"
+            found.append(
+                Check(
+                    "docker", WARN, text, f"install Docker {_DOCKER_WITH_SHIMS} or newer (Debian 13 has 26)"
+                )
+            )
+    return found
+
+
 def _memory() -> Check:
     from ..resources import sizing
 
@@ -199,7 +240,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
 
 
 def _doctor(arguments: Arguments) -> int:
-    checks = [check() for check in _CHECKS]
+    checks = [*(check() for check in _CHECKS), *_clients()]
     blocked = any(check.blocking and check.result == FAIL for check in checks)
     if arguments.flag("json"):
         entries = [
