@@ -34,9 +34,9 @@ REPORTS = "KATA_KVM_REPORTS"
 """Set in the lab: the descriptor that reports are written to."""
 IN_LAB = "KVM_LAB"
 LAB_TIMEOUT_S = int(os.environ.get("KATA_KVM_TIMEOUT", "7200"))
-PATIENCE_S = 900
-"""For one step of a test in a lab, where everything takes thirty times as long; more on a busy machine."""
-TEST_TIMEOUT_S = 1800
+PATIENCE_S = int(os.environ.get("KATA_KVM_PATIENCE", "300"))
+"""For one step of a test in a lab: a guest's boot there takes five to ten seconds, more on a busy machine."""
+TEST_TIMEOUT_S = 6 * PATIENCE_S
 
 _lab = pytest.StashKey["Lab"]()
 _reports = pytest.StashKey[IO[str]]()
@@ -85,6 +85,7 @@ class Lab:
                     **{k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "KATA_TEST_"))},
                     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # each costs a second there
                     "KATA_TEST_PATIENCE": str(PATIENCE_S),
+                    "KATA_KVM_PATIENCE": str(PATIENCE_S),
                     REPORTS: "3",
                 },
                 stdin=subprocess.DEVNULL,

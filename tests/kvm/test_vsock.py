@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from fcntl import ioctl
@@ -17,8 +18,9 @@ from conftest import ROOT, Kata
 
 from kata.agent.client import AgentClient
 from kata.engine.boot import KERNEL_PARAMETERS
-from kata.errors import HostError, VMLostError
+from kata.errors import HostError, KataError, VMLostError
 from kata.guest import manifest
+from kata.guest.cpio import Archive
 from kata.hypervisor import vsock
 from kata.hypervisor.qemu_process import QemuProcess
 from kata.hypervisor.settings import Vsock
@@ -97,8 +99,8 @@ class Guests:
         self.guest = guest
 
     @contextlib.contextmanager
-    def start(self, name: str) -> Iterator[tuple[QemuProcess, int]]:
-        """A booting guest and its CID."""
+    def start(self, name: str, *words: str, initrd: Path | None = None) -> Iterator[tuple[QemuProcess, int]]:
+        """A booting guest and its CID; *words* go to its kernel's command line."""
         journal = minivm.sandbox_dir(self.base, name)
         given = vsock.allocate()
         assert given is not None
@@ -106,8 +108,8 @@ class Guests:
             minivm.settings(
                 journal,
                 kernel=self.guest.kernel,
-                initrd=self.guest.initrd,
-                cmdline=" ".join(KERNEL_PARAMETERS),
+                initrd=str(initrd or self.guest.initrd),
+                cmdline=" ".join((*KERNEL_PARAMETERS, *words)),
                 accel="kvm",
                 vsock=given,
             ),
@@ -162,6 +164,59 @@ def test_agents_answer_on_vsock_and_go_with_their_machine(guests: Guests) -> Non
     # Both CIDs are free again.
     for cid in (one, two):
         os.close(take(cid))
+
+
+async def port(cid: int, number: int) -> socket.socket:
+    """A plain connection to one of the guest's other ports, which listens by now."""
+    sock = socket.socket(socket.AF_VSOCK)
+    sock.setblocking(False)
+    await asyncio.wait_for(asyncio.get_running_loop().sock_connect(sock, (cid, number)), minivm.PATIENCE_S)
+    return sock
+
+
+async def until(sock: socket.socket, words: bytes) -> bytes:
+    """What comes until *words* have come."""
+    found = b""
+    while words not in found:
+        piece = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 4096), minivm.PATIENCE_S)
+        assert piece, found
+        found += piece
+    return found
+
+
+def test_log_and_debug_console_have_ports_of_their_own(guests: Guests) -> None:
+    archive = Archive()
+    archive.directory("debug")
+    archive.file("debug/sh", Path(minivm.BUSYBOX).read_bytes(), 0o755)
+    initrd = guests.base / "initrd"
+    initrd.write_bytes(Path(guests.guest.initrd).read_bytes() + archive.finish())
+
+    async def talk(cid: int) -> None:
+        client = await agent(cid)
+        await client.check(minivm.PATIENCE_S)
+        loop = asyncio.get_running_loop()
+        with await port(cid, 1026) as console:
+            await loop.sock_sendall(console, b"echo $((6 * 7)) on $(readlink /proc/$$/fd/0)\n")
+            await until(console, b"42 on /dev/pts/")
+        with await port(cid, 1025) as log:
+            reading = asyncio.ensure_future(until(log, b"\n"))
+            # The connection is taken some time after it was made; what is logged before that goes elsewhere.
+            while not reading.done():
+                with pytest.raises(KataError):
+                    await client.signal("nobody", "", 9)
+                await asyncio.wait([reading], timeout=0.2)
+            line = json.loads((await reading).splitlines()[0])
+            assert (line["level"], line["source"]) == ("DEBG", "agent")
+        client.close()
+
+    words = (
+        "agent.debug_console",
+        "agent.debug_console_vport=1026",
+        "agent.log_vport=1025",
+        "agent.log=debug",
+    )
+    with guests.start("debug", *words, initrd=initrd) as (_process, cid):
+        asyncio.run(talk(cid))
 
 
 def test_a_connection_that_nobody_answers_ends_with_its_caller() -> None:
