@@ -114,6 +114,28 @@ address = "{self.socket}.ttrpc"
         """``ctr run --rm`` of busybox."""
         return self.ctr("run", "--rm", "--runtime", RUNTIME, *options, IMAGE, name, *command)
 
+    def start_run(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        """``ctr run -d`` of busybox, without waiting for it."""
+        return subprocess.Popen(
+            ["ctr", "--address", str(self.socket), "run", "-d", "--runtime", RUNTIME, IMAGE, name, *command],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def victim(self, sandbox: str, which: str) -> int:
+        """Pid of a sandbox's ``engine`` or ``machine``; 0 if it is not there (yet)."""
+        try:
+            lines = self.journal(sandbox)
+        except FileNotFoundError:
+            return 0
+        if which == "engine":
+            return self.engine_pid(sandbox)
+        numbers = {line["n"] for line in lines if line.get("p", {}).get("role") == "qemu"}
+        return next(
+            (int(line["made"]["pid"]) for line in lines if "made" in line and line["n"] in numbers), 0
+        )
+
     def detached(self, name: str, *command: str, options: tuple[str, ...] = ()) -> int:
         """``ctr run -d`` of busybox; the task's pid."""
         self.ok("run", "-d", "--runtime", RUNTIME, *options, IMAGE, name, *command)
@@ -161,6 +183,10 @@ address = "{self.socket}.ttrpc"
             return sorted(os.listdir(self.run_dir / "sandboxes"))
         except FileNotFoundError:
             return []
+
+    def has_no_sandbox(self, name: str) -> bool:
+        """Whether a sandbox's run directory is gone."""
+        return name not in self.sandboxes()
 
     def journal(self, sandbox: str) -> list[dict[str, Any]]:
         """The lines of a sandbox's journal."""

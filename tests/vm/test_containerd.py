@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -262,3 +266,32 @@ def test_hooks_run_on_the_host_with_the_state(daemon: Containerd) -> None:
     with pytest.raises(AssertionError, match="createRuntime hook /bin/sh ended with 1: no"):
         daemon.run_spec("failing", daemon.spec({"createRuntime": [hook("bad")]}))
     assert "failing" not in daemon.tasks()
+
+
+def test_killed_at_any_moment_nothing_is_left(daemon: Containerd) -> None:
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    for number in range(6):
+        name = f"moment{number}"
+        started = daemon.start_run(name, "sleep", "1000")
+        time.sleep(dice.uniform(0, 2.5))
+        victim = dice.choice(("engine", "machine"))
+        pid = daemon.victim(f"default.{name}", victim)
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        started.communicate(timeout=120)
+        # A start that came through has a task that is stopped by now, or was never hit.
+        daemon.ctr("task", "rm", "-f", name)
+        daemon.ctr("container", "rm", name)
+        until(
+            functools.partial(daemon.has_no_sandbox, f"default.{name}"),
+            f"{victim} of {name}",
+            daemon.diagnosis,
+        )
+        assert name not in daemon.tasks()
+    machines = subprocess.run(
+        ["pgrep", "-f", "kata-moment"], capture_output=True, text=True, check=False
+    ).stdout
+    assert machines == ""
