@@ -29,7 +29,7 @@ from kata.errors import AlreadyExistsError, JournalError
 
 FILE_NAME = "journal"
 NEW_PREFIX = ".new-"
-KINDS = ("process", "file", "directory", "socket", "mount", "cgroup", "netns", "tap")
+KINDS = ("process", "file", "directory", "socket", "mount", "cgroup", "netns", "tap", "redirect")
 _PATH_KINDS = ("file", "directory", "socket", "cgroup", "netns")
 
 TYPE_CHECKING = False
@@ -259,7 +259,7 @@ class Journal:
             ``target``, ``source``, ``fstype``.
         ``netns``
             ``path`` the namespace is (to be) bound on.
-        ``tap``
+        ``tap``, ``redirect`` (an ingress qdisc)
             ``name`` of the interface; ``netns``: path of its namespace, absent for our own.
         """
         if kind not in KINDS:

@@ -12,6 +12,7 @@ cgroup         device and inode; processes still in it are killed
 netns          device and inode of the namespace that is bound at the path
 mount          mount namespace, mount id and device at the target
 tap            inode of the network namespace and interface index
+redirect       the same; it is the ingress qdisc of that interface
 =============  =====================================================================
 
 Where the maker died between the intent and the identity, a path is taken for ours only if nothing was there
@@ -128,6 +129,7 @@ def _undo_entry(entry: journals.Entry, deadline: float) -> str:
         "cgroup": _undo_cgroup,
         "netns": _undo_netns,
         "tap": _undo_tap,
+        "redirect": _undo_redirect,
     }
     handler = handlers.get(entry.kind)
     if handler is None:
@@ -395,12 +397,23 @@ def _undo_tap(params: dict[str, Any], identity: dict[str, Any] | None, deadline:
     if identity is None:
         # A tap is made persistent only after its identity is on disk: until then it ends with its maker.
         return ""
+    return _in_network(params, identity, lambda: _delete_link(params["name"], int(identity["ifindex"])))
+
+
+def _undo_redirect(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    if identity is None:
+        return ""  # written before the qdisc is made; without it there is nothing that could be told from others'
+    return _in_network(params, identity, lambda: _delete_ingress(params["name"], int(identity["ifindex"])))
+
+
+def _in_network(params: dict[str, Any], identity: dict[str, Any], work: Callable[[], str]) -> str:
+    """Do something in the network namespace that an identity names, if it is still there."""
     if identity["netns"] == sysio.namespace_inode("net", "thread-self"):
-        return _delete_link(params["name"], int(identity["ifindex"]))
+        return work()
     path = params.get("netns")
     try:
         if not path or os.stat(path).st_ino != identity["netns"]:
-            return ""  # the namespace is gone, and the interface with it
+            return ""  # the namespace is gone, and what was in it
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return ""
@@ -410,7 +423,7 @@ def _undo_tap(params: dict[str, Any], identity: dict[str, Any] | None, deadline:
         # A network namespace is a thread's: this one ends with its visit.
         try:
             sysio.setns(fd, sysio.CLONE_NEWNET)
-            problems.append(_delete_link(params["name"], int(identity["ifindex"])))
+            problems.append(work())
         except OSError as error:
             problems.append(str(error.strerror))
 
@@ -535,3 +548,22 @@ def _reconcile_unfinished(directory: str, name: str, deadline_s: float, report: 
         report.failures.append(f"cannot remove {directory}: {problem}")
     else:
         report.undone.append(directory)
+
+
+def _delete_ingress(name: str, ifindex: int) -> str:
+    """Delete the ingress qdisc of an interface (RTM_DELQDISC), if name and index belong together."""
+    import socket
+    import struct
+
+    try:
+        if socket.if_nametoindex(name) != ifindex:
+            return ""
+    except OSError:
+        return ""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
+        netlink.settimeout(2)
+        # nlmsghdr as above with RTM_DELQDISC; then tcmsg: family, ifindex, handle, parent (TC_H_INGRESS), info
+        netlink.send(struct.pack("=IHHIIBxHiIII", 36, 37, 5, 1, 0, 0, 0, ifindex, 0xFFFF0000, 0xFFFFFFF1, 0))
+        number = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
+    # Gone already, in the words of several kernels.
+    return "" if number in (0, errno.ENOENT, errno.EINVAL, errno.ENODEV) else os.strerror(number)

@@ -212,6 +212,20 @@ def test_the_guest_has_the_network_of_its_namespace(daemon: Containerd, wired: s
     )
 
 
+def test_a_killed_engine_leaves_no_redirection(daemon: Containerd, wired: str) -> None:
+    daemon.detached("cut", "sleep", "1000", options=("--with-ns", f"network:/run/netns/{wired}"))
+
+    def qdiscs() -> str:
+        return subprocess.run(
+            ["tc", "-n", wired, "qdisc"], capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "ingress" in qdiscs()
+    os.kill(daemon.engine_pid("default.cut"), signal.SIGKILL)
+    until(lambda: not daemon.sandboxes(), "containerd has had it cleared up", daemon.diagnosis)
+    assert "ingress" not in qdiscs()
+
+
 def test_several_networks(daemon: Containerd, wired: str) -> None:
     script = f"""
         ip -n {wired} link add eth1 type veth peer name v2 netns {wired[:-1]}o

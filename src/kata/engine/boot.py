@@ -110,6 +110,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         from ..network.plan import plan
 
         machine.network = plan(network)
+        machine.network.journal = journal
         nics = [machine.network.wire(), *machine.network.more_nics]
     vm = vm_settings(settings, share.path, run_dir, *nics)
     if vm.accel == "kvm":

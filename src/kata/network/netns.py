@@ -24,6 +24,7 @@ from kata.network.user import NetworkPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from kata.journal import Entry, Journal
     from kata.network.rtnetlink import Link
 
 TAP = "tap{}_kata"
@@ -44,18 +45,26 @@ class _Endpoint:
         fd: The tap, until the hypervisor has it.
         mac: Hardware address that the guest's interface is started with.
         source: The interface that it stands for, once there is one.
+        entry: The journal's, of the redirection.
     """
 
-    __slots__ = ("fd", "index", "mac", "source", "tap")
+    __slots__ = ("entry", "fd", "index", "mac", "source", "tap")
 
     def __init__(self, index: int, mac: str) -> None:
         self.index = index
         self.mac = mac
         self.source: Link | None = None
+        self.entry: Entry | None = None
         self.fd, self.tap = _make_tap(TAP.format(index))
 
-    def connect(self, rtnl: rtnetlink.Rtnl, source: Link) -> None:
+    def connect(self, rtnl: rtnetlink.Rtnl, source: Link, journal: Journal | None, path: str) -> None:
         """Stand for an interface from now on.
+
+        Args:
+            rtnl: A socket in its namespace.
+            source: The interface.
+            journal: The sandbox's; None for a namespace that ends with the engine.
+            path: Of the namespace.
 
         Raises:
             UnsupportedError: It carries no Ethernet frames.
@@ -67,6 +76,9 @@ class _Endpoint:
             )
         try:
             rtnl.bring_up(self.tap, source.mtu)
+            if journal is not None:
+                self.entry = journal.intend("redirect", name=source.name, netns=path)
+                journal.made(self.entry)
             rtnl.redirect(source.index, self.tap)
             rtnl.redirect(self.tap, source.index)
         except OSError as error:
@@ -159,7 +171,7 @@ class NetnsPlan(NetworkPlan):
                     f"At most {len(slots.NICS)} networks; more than one has to be attached before the sandbox starts.",
                 )
             for endpoint, source in zip(free, found, strict=False):
-                endpoint.connect(rtnl, source)
+                endpoint.connect(rtnl, source, self.journal if self._path else None, self._path)
             self._describe(rtnl)
         return before != (self.interfaces, self.routes, self.neighbors)
 
@@ -217,8 +229,10 @@ class NetnsPlan(NetworkPlan):
                 with rtnetlink.Rtnl() as rtnl:
                     rtnl.stop_redirecting(endpoint.source.index)
             except OSError:
-                pass  # with its namespace, or about to be
+                continue  # with its namespace, or undoing the journal tries again
             endpoint.source = None
+            if endpoint.entry is not None and self.journal is not None:
+                self.journal.forget(endpoint.entry)
 
 
 def _make_tap(name: str) -> tuple[int, int]:

@@ -135,6 +135,8 @@ class NetworkPlan:
         """types.Interface values for UpdateInterface, as dicts; empty when the guest gets no network."""
         self.more_nics: list[Nic] = []
         """After `wire`: further interfaces of the machine, behind the one that it returns."""
+        self.journal: Journal | None = None
+        """The sandbox's; set before `wire`."""
         self.routes: list[dict[str, Any]] = []
         """types.Route values for UpdateRoutes, as dicts."""
         self.neighbors: list[dict[str, Any]] = []
@@ -215,7 +217,6 @@ class UserPlan(NetworkPlan):
         self._child: children.Child | None = None
         self._words: children.Words | None = None
         self._cgroup: Entry | None = None
-        self._journal: Journal | None = None
         # Without any route out there is still what is published, and the host's own subnets.
         self._ipv4 = host.ipv4 or not host.ipv6
         self._ipv6 = host.ipv6
@@ -309,7 +310,7 @@ class UserPlan(NetworkPlan):
             HostError: A port is taken, passt cannot be started, or the loopback cannot be guarded.
         """
         check_ports(self.ports)
-        self._journal = journal
+        self.journal = journal
         names = [s for s in map(resolver.pack, self._host.resolver.servers) if s]
         cgroup = guard.make_cgroup(
             journal,
@@ -371,14 +372,14 @@ class UserPlan(NetworkPlan):
                 self._child.close()
         if self._words is not None:
             self._words.close()
-        if self._cgroup is not None and self._journal is not None:
+        if self._cgroup is not None and self.journal is not None:
             try:
                 os.rmdir(self._cgroup.params["path"])
             except FileNotFoundError:
                 pass
             except OSError:
                 return  # undoing the journal tries harder
-            self._journal.forget(self._cgroup)
+            self.journal.forget(self._cgroup)
             self._cgroup = None
 
 
