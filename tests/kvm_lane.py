@@ -36,7 +36,8 @@ IN_LAB = "KVM_LAB"
 LAB_TIMEOUT_S = int(os.environ.get("KATA_KVM_TIMEOUT", "7200"))
 PATIENCE_S = int(os.environ.get("KATA_KVM_PATIENCE", "300"))
 """For one step of a test in a lab: a guest's boot there takes five to ten seconds, more on a busy machine."""
-TEST_TIMEOUT_S = 6 * PATIENCE_S
+TEST_TIMEOUT_S = min(6 * PATIENCE_S, LAB_TIMEOUT_S * 2 // 3)
+"""For one test. It ends before the lab does, so that its failure is told with what the machines said."""
 
 _lab = pytest.StashKey["Lab"]()
 _reports = pytest.StashKey[IO[str]]()

@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -18,13 +20,14 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, ROOT
 
+from kata.hypervisor import kvmprobe
+
 TOOL = str(ROOT / "tools" / "kvm-lab")
 _CHECK = subprocess.run([TOOL, "--check"], capture_output=True, text=True, check=False)
 
 pytestmark = [
     pytest.mark.skipif(_CHECK.returncode != 0, reason=f"no KVM lab: {_CHECK.stdout.strip()}"),
     pytest.mark.skipif("KVM_LAB" in os.environ, reason="a lab in a lab would be up in minutes"),
-    pytest.mark.xdist_group("kvm-lab"),
 ]
 
 FACTS = """
@@ -228,3 +231,28 @@ def test_nothing_is_left_of_a_tool_that_is_killed(number: signal.Signals) -> Non
     # Whether the tool already listens to TERM when it comes makes no difference to what is left.
     assert process.returncode in (-number, 128 + number)
     assert gone(machine)
+
+
+@pytest.mark.skipif(kvmprobe.probe().works, reason="the lane runs on this machine's own KVM")
+def test_without_kvm_and_without_a_lab_the_lane_is_skipped_and_says_why(tmp_path: Path) -> None:
+    old = tmp_path / "qemu-system-x86_64"
+    old.write_text("#!/bin/sh\necho Recognized CPUID flags: fpu vme\n")
+    old.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "KATA_TEST_REPORT"):
+        environment.pop(name, None)
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not here",
+        str(ROOT / "tests/kvm"),
+    ]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"=+ \d+ skipped, because =+", done.stdout), done.stdout
+    assert f"and no KVM lab ({old} does not emulate AMD-V)" in done.stdout
+    assert "passed" not in done.stdout
