@@ -32,6 +32,8 @@ pub enum Token {
     Job(u32),
     /// A listener for a console or the log.
     Debug(debug::Port),
+    /// Time to look at what is watched.
+    Copies,
 }
 
 impl Token {
@@ -47,6 +49,7 @@ impl Token {
             Token::Job(id) => (9, id),
             Token::Debug(debug::Port::Console) => (DEBUG_TOKEN, 0),
             Token::Debug(debug::Port::Log) => (DEBUG_TOKEN, 1),
+            Token::Copies => (20, 0),
         };
         kind << 32 | u64::from(id)
     }
@@ -65,6 +68,7 @@ impl Token {
             9 => Token::Job(id),
             DEBUG_TOKEN if id == 0 => Token::Debug(debug::Port::Console),
             DEBUG_TOKEN => Token::Debug(debug::Port::Log),
+            20 => Token::Copies,
             _ => return None,
         })
     }
@@ -266,6 +270,7 @@ impl Agent {
             Token::Output(key, which) => self.on_output(key, which),
             Token::Job(id) => self.on_job(id),
             Token::Debug(port) => self.on_debug_port(port),
+            Token::Copies => self.on_copies_timer(),
         }
     }
 
@@ -387,10 +392,17 @@ impl Agent {
             Ok(id) => id,
             Err(error) => return self.send(conn, stream, &Err(error)),
         };
-        let outcome = if (request.service, request.method) == (AGENT_SERVICE, "WriteStdin") {
-            self.write_stdin(id, call).map(|()| None)
-        } else {
-            dispatch::handle(self, id, &request)
+        let allowed = self
+            .sandbox
+            .policy
+            .as_ref()
+            .map_or(Ok(()), |policy| policy.check(request.service, request.method, request.payload));
+        let outcome = match allowed {
+            Err(refused) => Err(refused),
+            Ok(()) if (request.service, request.method) == (AGENT_SERVICE, "WriteStdin") => {
+                self.write_stdin(id, call).map(|()| None)
+            }
+            Ok(()) => dispatch::handle(self, id, &request),
         };
         match outcome {
             Ok(Some(payload)) => self.answer(id, Ok(payload)),
@@ -470,6 +482,7 @@ mod tests {
             Token::Job(7),
             Token::Debug(debug::Port::Console),
             Token::Debug(debug::Port::Log),
+            Token::Copies,
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

@@ -31,6 +31,9 @@ const LINKS: &[(&str, &str)] = &[
 /// Module list of the initrd: one path of a `.ko` a line, in the order of loading, parameters behind it.
 const MODULES: &str = "/etc/modules";
 
+/// What archives behind the initrd have brought: it stays where it is, as a bind mount in the new root.
+const EXTENSIONS: &str = "/ext";
+
 /// Sets the guest up; what is wrong in a way that leaves a usable guest is logged.
 pub fn init() -> Settings {
     let left = leave_rootfs();
@@ -73,9 +76,18 @@ fn leave_rootfs() -> Result<()> {
     }
     keep_debug_tools();
     let old = sys::open("/", libc::O_RDONLY | libc::O_DIRECTORY, 0).context("open /")?;
+    let extended = fs::is_dir(EXTENSIONS);
+    if extended {
+        let place = format!("/newroot{EXTENSIONS}");
+        fs::mkdir(&place, 0o755).context("mkdir in the new root")?;
+        sys::mount(EXTENSIONS, &place, "", libc::MS_BIND, "").context("keep the extensions")?;
+    }
     sys::chdir("/newroot").context("chdir to the new root")?;
     for entry in fs::list_fd(old.raw()).context("list the initial root")? {
         // The new root itself is another file system and stays.
+        if extended && entry.name == EXTENSIONS.as_bytes()[1..] {
+            continue;
+        }
         let _ = remove_below(old.raw(), &entry.name);
     }
     sys::mount(".", "/", "", libc::MS_MOVE, "").context("move the new root over /")?;

@@ -30,12 +30,40 @@ impl Default for Settings {
     }
 }
 
+/// Parameters of the original's agent for what this one does not have: pulling images in the guest, confidential
+/// computing, tracing, streams by passed descriptors, a configuration file.
+const UNSUPPORTED: &[&str] = &[
+    "cdh_api_timeout",
+    "cdi_timeout",
+    "config_file",
+    "devmode",
+    "enable_signature_verification",
+    "guest_components_procs",
+    "guest_components_rest_api",
+    "https_proxy",
+    "image_policy_file",
+    "image_pull_timeout",
+    "image_registry_auth",
+    "launch_process_timeout",
+    "mem_agent_enable",
+    "no_proxy",
+    "passfd_listener_port",
+    "secure_image_storage_integrity",
+    "secure_storage_integrity",
+    "trace",
+    "visible_cdi_devices",
+];
+
 /// Reads `agent.*` parameters; what is unknown or wrong is returned as sentences for the log, never fatal: a guest
 /// that does not boot for a typing error helps nobody.
 pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
     let mut settings = Settings::default();
     let mut complaints = vec![];
     for word in cmdline.split_ascii_whitespace() {
+        // Both hierarchies would be mounted by the kernel; containers get cgroup v2 in any case.
+        if word == "systemd.unified_cgroup_hierarchy=0" {
+            complaints.push(format!("kernel parameter {word:?} is ignored: control groups are v2 here"));
+        }
         let Some(parameter) = word.strip_prefix("agent.") else { continue };
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         let outcome = match name {
@@ -72,6 +100,9 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
             },
             // Read by whoever waits for a device (`guest::hotplug_timeout_ms`).
             "hotplug_timeout" => value.parse::<u64>().map(drop).map_err(|_| "is not a number of seconds".to_string()),
+            _ if UNSUPPORTED.contains(&name) || name.starts_with("mem_agent_") => {
+                Err("is not supported by this agent".to_string())
+            }
             _ => Err("is not a parameter of this agent".to_string()),
         };
         if let Err(why) = outcome {
@@ -156,7 +187,10 @@ mod tests {
         assert_eq!(debug.log_address, Some(Address::Vsock(1025)));
         let wrong = "agent.channel=tin agent.log=x agent.container_pipe_size=y agent.hotplug_timeout=soon";
         assert_eq!(parse_kernel(wrong).1.len(), 4);
-        assert!(parse_kernel("agent.hotplug_timeout=7").1.is_empty());
+        assert!(parse_kernel("agent.hotplug_timeout=7 systemd.unified_cgroup_hierarchy=1").1.is_empty());
+        let unsupported = parse_kernel("agent.trace agent.mem_agent_memcg_swap=1 systemd.unified_cgroup_hierarchy=0").1;
+        assert_eq!(unsupported.len(), 3);
+        assert!(unsupported[0].ends_with("is not supported by this agent") && unsupported[2].contains("v2"));
     }
 
     #[test]

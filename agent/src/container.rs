@@ -14,6 +14,7 @@ use crate::runtime::launch::Filter;
 use crate::runtime::namespaces::Namespaces;
 use crate::server::calls::CallId;
 use crate::sys::{self, Fd, RawFd};
+use crate::watchable::Watched;
 use alloc::collections::VecDeque;
 
 /// Where the agent keeps what belongs to containers.
@@ -45,6 +46,8 @@ pub struct Container {
     /// Mount points of its storages, in order, and how many of them are mounted.
     pub storages: Vec<String>,
     pub mounted: usize,
+    /// Storages that are copies, which have to be kept up to date.
+    pub watched: Vec<Watched>,
     /// What Kubernetes calls it, for others that share its mounts.
     pub name: Option<Box<str>>,
     /// Where it writes why it has ended: a path of the agent's, or one inside its root.

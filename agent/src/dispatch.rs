@@ -2,20 +2,24 @@
 
 use crate::agent::Agent;
 use crate::jobs::Then;
+use crate::policy::Policy;
 use crate::prelude::*;
 use crate::proto::codec::Message;
 use crate::proto::health::{HealthCheckResponse, VersionCheckResponse, HEALTH_CHECK_RESPONSE_SERVING_STATUS_SERVING};
 use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
 use crate::server::frame::{parse_piece, Request};
-use crate::{copyfile, debug, files, guest, metrics, netlink, processes, routes, runtime, storage, swap, sys, volumes};
+use crate::{
+    copyfile, debug, files, guest, iptables, metrics, netlink, processes, routes, runtime, storage, swap, sys, volumes,
+};
 
 /// The version of the protocol, as the original counts it.
 const API_VERSION: &str = "0.0.1";
 const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What the agent can beyond the protocol.
-const EXTRA_FEATURES: &[&str] = &["kata.boot", "kata.debug", "kata.files", "kata.processes", "kata.streams", "seccomp"];
+const EXTRA_FEATURES: &[&str] =
+    &["kata.boot", "kata.debug", "kata.files", "kata.policy", "kata.processes", "kata.streams", "seccomp"];
 
 /// `Ok(None)`: the answer comes later.
 type Outcome = Result<Option<Vec<u8>>>;
@@ -192,12 +196,25 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
             guest::set_date_time(r.sec, r.usec).map(empty)
         }
         "GetGuestDetails" => details(&decode(request)?),
+        "GetIPTables" => {
+            let r: pb::GetIPTablesRequest = decode(request)?;
+            answer_from(agent, call, || Ok(pb::GetIPTablesResponse { data: iptables::save(r.is_ipv6)? }))
+        }
+        "SetIPTables" => {
+            let r: pb::SetIPTablesRequest = decode(request)?;
+            answer_from(agent, call, || Ok(pb::SetIPTablesResponse { data: iptables::restore(r.is_ipv6, &r.data)? }))
+        }
         "GetMetrics" => {
             agent.sandbox.scrapes += 1;
             let scrapes = agent.sandbox.scrapes;
             // In a child: the text is long, and what it takes goes with it.
             let me = sys::getpid();
             answer_from(agent, call, || Ok(pb::Metrics { metrics: metrics::collect(me, scrapes) }))
+        }
+        "SetPolicy" => {
+            let r: pb::SetPolicyRequest = decode(request)?;
+            agent.sandbox.policy = Some(Policy::parse(&r.policy)?);
+            Ok(empty(()))
         }
         "GetDiagnosticData" => agent.diagnostic_data(call, &decode(request)?),
         "AddSwap" => {

@@ -12,6 +12,8 @@ pub enum Then {
     Answer(CallId),
     /// A container's things are gone.
     Removed(String),
+    /// Copies of what is watched are as new as they can be.
+    Copied,
     /// The last job: the answer, then the end.
     PowerOff(CallId),
 }
@@ -60,6 +62,7 @@ impl Agent {
         match job.then {
             Then::Answer(call) => self.answer(call, outcome),
             Then::Removed(container) => self.on_removed(&container, outcome),
+            Then::Copied => self.on_copied(outcome),
             Then::PowerOff(call) => {
                 self.answer(call, outcome);
                 self.stop();

@@ -29,7 +29,9 @@ pub mod errors;
 pub mod files;
 pub mod fs;
 pub mod guest;
+mod iptables;
 pub mod jobs;
+mod json;
 mod lifecycle;
 pub mod log;
 pub mod metrics;
@@ -37,6 +39,7 @@ pub mod mountopts;
 pub mod netlink;
 mod oom;
 mod ownership;
+mod policy;
 pub mod prelude;
 pub mod process;
 pub mod processes;
@@ -59,6 +62,7 @@ pub mod syscalls;
 mod test_support;
 pub mod uevent;
 pub mod volumes;
+mod watchable;
 
 /// The program after its entry point; the exit code.
 ///

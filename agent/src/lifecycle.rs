@@ -58,6 +58,7 @@ impl Agent {
             root,
             storages: request.storages.iter().map(|s| s.mount_point.clone()).collect(),
             mounted: 0,
+            watched: storage::watched(&request.storages),
             name: container_name(spec).map(Into::into),
             termination_log: TerminationLog::of(spec),
             remover: None,
@@ -94,7 +95,12 @@ impl Agent {
         match forked {
             Ok(key) => {
                 container.init = key;
+                let watches = !container.watched.is_empty();
                 self.containers.insert(id.to_string(), container);
+                if watches {
+                    // Without the clock the container is as it was made: it is not lost for that.
+                    self.watch_copies().unwrap_or_else(|e| log::error(&e.message));
+                }
                 Ok(())
             }
             Err(e) => {

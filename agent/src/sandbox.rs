@@ -3,11 +3,13 @@
 use crate::agent::Agent;
 use crate::container::{self, STATE_DIR};
 use crate::jobs::Then;
+use crate::policy::Policy;
 use crate::prelude::*;
 use crate::proto::agent as pb;
 use crate::runtime::namespaces::Shared;
 use crate::server::calls::CallId;
 use crate::sys::{self, Fd, Fork, Pid};
+use crate::watchable::Watched;
 use crate::{boot, fs, guest, log, storage};
 use alloc::collections::VecDeque;
 
@@ -26,6 +28,15 @@ pub struct Sandbox {
     pub oom_waiters: VecDeque<CallId>,
     /// DestroySandbox has been called; this call is answered when all is down.
     destroyer: Option<CallId>,
+    /// Copied for the sandbox, not for one container.
+    pub watched: Vec<Watched>,
+    pub copies_timer: Option<Fd>,
+    /// A job is making copies.
+    pub copying: bool,
+    /// What was last said about them.
+    pub copies_trouble: String,
+    /// Which requests are answered; `None`: all.
+    pub policy: Option<Policy>,
     /// How often the metrics were asked for.
     pub scrapes: u64,
 }
@@ -144,6 +155,10 @@ impl Agent {
         }
         write_resolv_conf(&request.dns)?;
         self.sandbox.created = true;
+        self.sandbox.watched = storage::watched(&request.storages);
+        if !self.sandbox.watched.is_empty() {
+            self.watch_copies()?;
+        }
         self.sandbox.storages = request.storages.iter().map(|s| s.mount_point.clone()).collect();
         if request.storages.is_empty() && request.kernel_modules.is_empty() {
             self.answer(call, Ok(vec![]));

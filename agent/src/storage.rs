@@ -10,10 +10,23 @@ use crate::ownership;
 use crate::prelude::*;
 use crate::proto::agent::Storage;
 use crate::sys::{self, Errno};
+use crate::watchable::{self, Watched};
 
 /// The drivers, for AgentDetails.storage_handlers.
-pub const DRIVERS: &[&str] =
-    &["9p", "bind", "blk", "ephemeral", "local", "mmioblk", "nvdimm", "overlayfs", "pmem", "scsi", "virtio-fs"];
+pub const DRIVERS: &[&str] = &[
+    "9p",
+    "bind",
+    "blk",
+    "ephemeral",
+    "local",
+    "mmioblk",
+    "nvdimm",
+    "overlayfs",
+    "pmem",
+    "scsi",
+    "virtio-fs",
+    "watchable-bind",
+];
 
 /// A directory to make before an overlay is mounted, as an option or a driver option.
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
@@ -36,6 +49,7 @@ pub fn mount_storage(storage: &Storage) -> Result<String> {
         "local" => local(storage),
         "bind" => bind(storage),
         "overlayfs" => overlay(storage),
+        "watchable-bind" => watchable_bind(storage),
         other => {
             return Err(Error::unimplemented(format!(
                 "storage driver {other:?} is not among those of this agent: {}",
@@ -50,6 +64,13 @@ pub fn mount_storage(storage: &Storage) -> Result<String> {
 /// Unmounts what [`mount_storage`] has mounted. Nothing mounted there is fine. A mount that is still in use is
 /// detached and disappears with its last user, its data written back before.
 pub fn unmount(mount_point: &str) -> Result<()> {
+    let outcome = unmount_only(mount_point);
+    // What was copied for it; most have no copy.
+    let _ = fs::remove_dir_all(watchable::copy_of(mount_point));
+    outcome
+}
+
+fn unmount_only(mount_point: &str) -> Result<()> {
     match sys::umount(mount_point, libc::UMOUNT_NOFOLLOW) {
         // EINVAL: not a mount point (the local driver mounts nothing).
         Ok(()) | Err(Errno(libc::EINVAL | libc::ENOENT)) => Ok(()),
@@ -242,6 +263,29 @@ fn bind(storage: &Storage) -> Result<()> {
         .with_context(|| format!("make the mount point {}", storage.mount_point))?;
     options.flags &= !MS_REC;
     options.mount(&storage.source, &storage.mount_point, "bind")
+}
+
+/// A copy of the source, which changes when the source does, so that inotify works; too large ones are bound
+/// themselves.
+fn watchable_bind(storage: &Storage) -> Result<()> {
+    if storage.fs_group.is_some() {
+        return Err(Error::unimplemented(
+            "the copies belong to the owners of their sources: fs_group is not supported",
+        ));
+    }
+    let copy = watchable::prepare(&storage.source, &storage.mount_point)?;
+    let source = copy.clone().unwrap_or_else(|| storage.source.clone());
+    bind(&Storage { source, ..storage.clone() }).inspect_err(|_| {
+        if let Some(copy) = &copy {
+            let _ = fs::remove_dir_all(copy);
+        }
+    })
+}
+
+/// Those of a request's storages that have to be kept up to date.
+pub fn watched(storages: &[Storage]) -> Vec<Watched> {
+    let of = |storage: &Storage| Watched { source: storage.source.clone(), mount_point: storage.mount_point.clone() };
+    storages.iter().filter(|storage| storage.driver == "watchable-bind").map(of).collect()
 }
 
 fn overlay(storage: &Storage) -> Result<()> {

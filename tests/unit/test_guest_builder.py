@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from kata.engine import boot
 from kata.errors import GuestAssetError, HostError, UsageError
-from kata.guest import builder, distro_kernel, kernels, manifest, packages, small_kernel
+from kata.guest import builder, distro_kernel, extension, kernels, manifest, packages, small_kernel
 from kata.guest.progress import Lines, Silent
+from kata.hypervisor.settings import Nic
 
 
 class Notes(Silent):
@@ -296,3 +298,28 @@ def test_progress_without_a_terminal_is_a_line_a_tenth(capsys: pytest.CaptureFix
     assert said[0] == "  building"
     assert len(said) == 10
     assert "90 %" in said[-1]
+
+
+def test_an_extension_stays_with_the_guest(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = extension.Extension("iptables", b"archive".ljust(512, b"\0"), {"iptables": "1.8"})
+    monkeypatch.setattr(extension, "build", lambda name, progress: made)
+    built = builder.build("distro", progress=Silent(), extensions=["iptables"])
+    path = built["extensions"]["iptables"]["path"]
+    assert path in files(place)
+    assert builder.build("distro", progress=Silent(), force=True)["extensions"] == built["extensions"]
+    guest = manifest.load(str(place / "guest"))
+    assert Path(guest.extension("iptables")).read_bytes() == made.image
+    with pytest.raises(GuestAssetError, match="without the extension 'other'"):
+        guest.extension("other")
+    # The engine puts it behind the initrd.
+    settings = {
+        "id": "x",
+        "hypervisor": {"accel": "tcg", "kernel": guest.kernel, "initrd": guest.initrd, "extensions": []},
+    }
+    assert boot.vm_settings(settings, "", str(place), Nic("02:00:00:00:00:01")).initrd == guest.initrd
+    settings["hypervisor"]["extensions"] = [guest.extension("iptables")]  # type: ignore[index]
+    whole = boot.vm_settings(settings, "", str(place), Nic("02:00:00:00:00:01")).initrd
+    assert Path(whole).read_bytes() == Path(guest.initrd).read_bytes() + made.image
+    Path(guest.extension("iptables")).write_bytes(b"damaged")
+    with pytest.raises(GuestAssetError, match="not there as it was built"):
+        guest.extension("iptables")

@@ -165,6 +165,7 @@ class Guest(Peer):
         cmdline: More words for the kernel's command line.
         vcpus: Number of processors.
         disks: Further disks.
+        initrd: Another one than the guest's own.
         more: Further settings of the machine.
     """
 
@@ -176,6 +177,7 @@ class Guest(Peer):
         cmdline: str = "",
         vcpus: int = 1,
         disks: Sequence[Disk] = (),
+        initrd: str = "",
         **more: Any,
     ) -> None:
         guest = manifest.load(str(guest_dir))
@@ -184,7 +186,7 @@ class Guest(Peer):
             name="kata-test",
             run_dir=os.path.dirname(self._journal.path),
             kernel=guest.kernel,
-            initrd=guest.initrd,
+            initrd=initrd or guest.initrd,
             cmdline=f"quiet panic=-1 agent.channel=serial {cmdline}",
             accel=accel.choose().accel,
             vcpus=vcpus,

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,24 @@ from agent_support import (
     caps,
     error,
     mount,
+    storages,
 )
 
+from kata.guest import extension, manifest
+from kata.guest.progress import Silent
 from kata.hypervisor.settings import Disk
 from kata.proto import agent_pb as agent
 from kata.proto import csi_pb as csi
 from kata.proto import oci_pb as oci
 from kata.proto import types_pb as types
-from kata.ttrpc.status import FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED
+from kata.ttrpc.status import (
+    FAILED_PRECONDITION,
+    INVALID_ARGUMENT,
+    NOT_FOUND,
+    PERMISSION_DENIED,
+    UNIMPLEMENTED,
+    TtrpcError,
+)
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(1200)]
 
@@ -95,13 +106,17 @@ class Machine(Guest):
         qemu = directory / "qemu"
         qemu.write_text(f'#!/bin/sh\nexec {program("qemu-system-x86_64")} "$@" {more}\n')
         qemu.chmod(0o755)
+        initrd = directory / "initrd"
+        built = extension.build("iptables", Silent())
+        initrd.write_bytes(Path(manifest.load(str(guest_dir)).initrd).read_bytes() + built.image)
         super().__init__(
             base,
             guest_dir,
             image,
-            cmdline="agent.hotplug_timeout=6",
+            cmdline="agent.hotplug_timeout=60",
             vcpus=2,
             disks=[Disk(str(self.ext4), False), Disk(str(swap), False), Disk(str(plain), False)],
+            initrd=str(initrd),
             binary=str(qemu),
             share_dir=str(self.share),
         )
@@ -205,6 +220,17 @@ def test_swap_comes_from_a_disk_with_a_header(guest: Machine, box: Container) ->
     assert error(guest.tell, "AddSwapPath", agent.AddSwapPathRequest(path="/etc/x"))[0] == INVALID_ARGUMENT
 
 
+def resized(guest: Machine, path: str, size: int) -> bool:
+    """Ask for a volume's growth; false when the guest has not heard of its disk's yet: it waits only so long."""
+    try:
+        guest.resize(path, size)
+    except TtrpcError as failed:
+        if failed.code != FAILED_PRECONDITION:
+            raise
+        return False
+    return True
+
+
 @pytest.mark.parametrize(("kind", "size"), [("ext4", 96 * MIB), ("xfs", 512 * MIB)])
 def test_a_volume_grows_while_it_is_used(guest: Machine, box: Container, kind: str, size: int) -> None:
     path = f"{STATE}/volumes/{kind}"
@@ -215,7 +241,9 @@ def test_a_volume_grows_while_it_is_used(guest: Machine, box: Container, kind: s
     assert (code, "enlarge it on the host" in words) == (FAILED_PRECONDITION, True), words
     os.truncate(image, size)
     guest.qmp("block_resize", **{"node-name": {"ext4": "slot1", "xfs": "xfs"}[kind]}, size=size)
-    guest.resize(path, size)
+    deadline = time.monotonic() + PATIENCE
+    while not resized(guest, path, size):
+        assert time.monotonic() < deadline
     after = guest.volume(path)
     assert after.total > size * 0.8 > before.total
     assert after.available > before.available
@@ -309,14 +337,6 @@ def test_devices_are_found_by_where_they_are(guest: Machine) -> None:
     assert (code, "vfio-pci" in words) == (UNIMPLEMENTED, True)
 
 
-def test_a_device_that_never_comes_is_an_error_that_names_it(guest: Machine) -> None:
-    wanted = [agent.Device(type="blk", id="1e", container_path="/dev/x")]
-    code, words = error(
-        Container, guest, "none", "true", devices=wanted, linux={"Devices": [device("/dev/x")]}
-    )
-    assert (code, "PCI path 1e" in words) == (NOT_FOUND, True), words
-
-
 def test_a_containers_directory_is_seen_by_another(guest: Machine, box: Container) -> None:
     assert box.sh("share", "mkdir /tmp/d; echo one >/tmp/d/file; ln -s /etc /tmp/out")[0] == 0
     shared = [
@@ -381,6 +401,129 @@ def test_processors_and_memory_are_brought_into_use(guest: Machine, box: Contain
     assert box.sh("m2", grown)[0] == 0
 
 
+def watched(guest: Machine, source: Path, name: str) -> tuple[agent.Storage, oci.Mount]:
+    """A storage with copies of a directory of the share, and its mount in the container."""
+    point = f"{STATE}/watched/{name}"
+    storage = agent.Storage(
+        driver="watchable-bind",
+        source=f"{VOLUMES}/{source.relative_to(guest.share)}",
+        fstype="bind",
+        options=["ro"],
+        mount_point=point,
+    )
+    return storage, mount("/etc/conf", "bind", point, "rbind", "ro")
+
+
+WATCH = r"""
+#include <stdio.h>
+#include <sys/inotify.h>
+#include <unistd.h>
+int main(int count, char **paths) {
+    char buffer[4096] __attribute__((aligned(8)));
+    int fd = inotify_init();
+    for (int i = 1; i < count; i++)
+        inotify_add_watch(fd, paths[i], IN_CLOSE_WRITE | IN_MOVED_TO);
+    for (;;) {
+        ssize_t got = read(fd, buffer, sizeof buffer);
+        for (char *at = buffer; at < buffer + got;) {
+            struct inotify_event *event = (struct inotify_event *)at;
+            const char *what = event->mask & IN_MOVED_TO ? "moved" : "written";
+            printf("%d %s %s\n", event->wd, what, event->len ? event->name : "");
+            at += sizeof *event + event->len;
+        }
+        fflush(stdout);
+    }
+}
+"""
+"""Busybox is built without a program that says what inotify says."""
+
+
+def test_changes_on_the_host_are_announced_in_the_container(guest: Machine) -> None:
+    conf = guest.share / "conf"
+    (conf / "..v1").mkdir(parents=True)
+    (conf / "..v1" / "key").write_text("one")
+    (conf / "plain").write_text("old")
+    (conf / "..data").symlink_to("..v1")
+    (conf / "key").symlink_to("..data/key")
+    storage, bound = watched(guest, conf, "conf")
+    argv = ["gcc", "-static", "-O1", "-x", "c", "-", "-o", str(guest.share / "watch")]
+    subprocess.run(argv, input=WATCH.encode(), check=True)
+    tool = mount("/watch", "bind", f"{VOLUMES}/watch", "bind")
+    script = "cat /etc/conf/key /etc/conf/plain; exec /watch /etc/conf /etc/conf/plain"
+    container = Container(guest, "watcher", "sh", "-c", script, more_disks=[storage], mounts=[bound, tool])
+    said = b""
+    while said != b"oneold":
+        said += container.read_some()
+        assert b"oneold".startswith(said)
+    ready = 'until [ "$(cat /proc/1/fdinfo/* | grep -c "inotify wd")" = 2 ]; do sleep 0.1; done'
+    assert container.sh("ready", ready)[0] == 0
+    (conf / "plain").write_text("new content")
+    (conf / "..v2").mkdir()
+    (conf / "..v2" / "key").write_text("two")
+    (conf / "..tmp").symlink_to("..v2")
+    (conf / "..tmp").rename(conf / "..data")
+    said = b""
+    while not (b"2 written" in said and b"1 moved ..data" in said):
+        more = container.read_some()
+        assert more, said
+        said += more
+    assert container.sh("new", "cat /etc/conf/key /etc/conf/plain")[1] == "twonew content"
+    container.remove()
+    # Nothing of it stays in the guest's memory.
+    owner = Container(
+        guest,
+        "looks",
+        "sleep",
+        "1000",
+        mounts=[mount("/state", "bind", STATE, "bind")],
+        disks=storages("looks"),
+    )
+    assert owner.sh("ls", "ls /state/watchable")[1] == ""
+    owner.remove()
+
+
+def test_a_large_directory_is_mounted_itself_and_that_is_said(guest: Machine) -> None:
+    large = guest.share / "large"
+    large.mkdir()
+    for number in range(17):
+        (large / str(number)).write_text("x")
+    storage, bound = watched(guest, large, "large")
+    container = Container(guest, "large", "sleep", "1000", more_disks=[storage], mounts=[bound])
+    assert container.sh("ls", "ls /etc/conf | wc -l")[1] == "17\n"
+    deadline = time.monotonic() + PATIENCE
+    while "mounted itself, no change is announced" not in guest.read_console():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    container.remove()
+
+
+RULES = """*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+-A INPUT -p tcp -m tcp --dport {port} -m comment --comment "of a test" -j DROP
+COMMIT
+"""
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_the_packet_filter_is_read_and_replaced(guest: Machine, ipv6: bool) -> None:
+    def read() -> str:
+        request = agent.GetIPTablesRequest(is_ipv6=ipv6)
+        return guest.ask("GetIPTables", request, agent.GetIPTablesResponse).data.decode()
+
+    def write(rules: str) -> None:
+        request = agent.SetIPTablesRequest(is_ipv6=ipv6, data=rules.encode())
+        guest.ask("SetIPTables", request, agent.SetIPTablesResponse)
+
+    port = 8106 if ipv6 else 8104
+    write(RULES.format(port=port))
+    assert f"--dport {port} " in read()
+    code, words = error(write, "*filter\n-A NOWHERE -j DROP\nCOMMIT\n")
+    assert (code, "restore ended with" in words) == (INVALID_ARGUMENT, True), words
+    assert f"--dport {port} " in read()
+
+
 def test_what_there_is_not_is_said(guest: Machine) -> None:
     for method, request in [
         ("MemAgentMemcgSet", agent.MemAgentMemcgConfig()),
@@ -393,3 +536,28 @@ def test_what_there_is_not_is_said(guest: Machine) -> None:
     assert details.agent_details
     assert "scsi" in details.agent_details.storage_handlers
     assert "blk" in details.agent_details.device_handlers
+
+
+def test_a_policy_is_enforced_and_can_be_final(guest: Machine) -> None:
+    def say(document: object) -> None:
+        guest.tell("SetPolicy", agent.SetPolicyRequest(policy=json.dumps(document)))
+
+    assert error(say, {"allow": {"Fly": True}}) == (INVALID_ARGUMENT, "policy: Fly: there is no such method")
+    arguments = {"OCI.Process.Args": {"exactly": ["echo", "*"]}}
+    allow: dict[str, object] = {
+        "*": True,
+        "CreateContainer": [{"rule": "only echo", "where": arguments}],
+        "WriteStdin": False,
+    }
+    say({"version": 1, "allow": allow})
+    container = Container(guest, "good", "echo", "hello")
+    assert container.read() == b"hello\n"
+    code, words = error(container.write, b"x")
+    assert (code, "refuses WriteStdin" in words) == (PERMISSION_DENIED, True)
+    container.remove()
+    refused = 'the policy refuses CreateContainer: rule "only echo": OCI.Process.Args[0] is "cat"'
+    assert error(Container, guest, "bad", "cat", "/etc/passwd") == (PERMISSION_DENIED, refused)
+    say({"allow": {"GetMetrics": True, "RemoveContainer": True}})
+    assert guest.ask("GetMetrics", agent.GetMetricsRequest(), agent.Metrics).metrics
+    guest.health()
+    assert error(say, {"allow": {"*": True}})[0] == PERMISSION_DENIED

@@ -64,8 +64,9 @@ pub struct Field<'a> {
     depth: u32,
 }
 
+/// What a field holds on the wire.
 #[derive(Debug, Clone, Copy)]
-enum Value<'a> {
+pub enum Value<'a> {
     Varint(u64),
     Bytes(&'a [u8]),
     /// Fixed-width numbers and groups: no message here has any, so they only have to be stepped over.
@@ -76,6 +77,24 @@ fn merge_all<M: Message>(message: &mut M, buf: &[u8], depth: u32) -> Result<(), 
     let mut reader = Reader { buf, depth };
     while let Some(field) = reader.next()? {
         message.merge(field)?;
+    }
+    Ok(())
+}
+
+/// Calls `each` with the number and value of every field, without knowing the message.
+pub fn fields<'a>(buf: &'a [u8], mut each: impl FnMut(u32, Value<'a>)) -> Result<(), DecodeError> {
+    let mut reader = Reader { buf, depth: 0 };
+    while let Some(field) = reader.next()? {
+        each(field.number, field.value);
+    }
+    Ok(())
+}
+
+/// The numbers of a packed repeated field.
+pub fn packed(buf: &[u8], mut each: impl FnMut(u64)) -> Result<(), DecodeError> {
+    let mut reader = Reader { buf, depth: 0 };
+    while !reader.buf.is_empty() {
+        each(reader.varint()?);
     }
     Ok(())
 }

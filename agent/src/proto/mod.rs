@@ -13,6 +13,7 @@ pub mod csi;
 pub mod google;
 pub mod health;
 pub mod oci;
+pub mod schema;
 #[cfg(test)]
 mod tests;
 pub mod ttrpc;

@@ -6,7 +6,7 @@ use crate::devices::{find_block, find_block_by_scsi};
 use crate::devices_bpf;
 use crate::prelude::*;
 use crate::proto::agent::Device;
-use crate::proto::oci::{Linux, LinuxDeviceCgroup, Spec};
+use crate::proto::oci::{LinuxDevice, LinuxDeviceCgroup, Spec};
 use crate::sys::{self, RawFd};
 
 /// The types, for AgentDetails.device_handlers.
@@ -19,27 +19,32 @@ struct Numbers {
     guest: (i64, i64),
 }
 
-/// Waits for the devices and writes their numbers into `spec`, into the list of devices and the rules for the cgroup.
-pub fn resolve(devices: &[Device], spec: &mut Spec) -> Result<()> {
-    let linux = spec.linux.as_deref_mut().ok_or_else(|| Error::invalid("the spec has no linux section"))?;
-    let mut found = Vec::new();
-    for device in devices {
-        let what = || format!("device {:?} of type {:?}", device.container_path, device.type_);
-        found.push(number(device, linux).with_context(what)?);
-    }
-    // All at once: a guest's number may be another device's on the host.
-    if let Some(resources) = linux.resources.as_deref_mut() {
-        renumber(&mut resources.devices, &found);
-    }
-    Ok(())
+/// The spec's devices and rules for them, under the guest's numbers.
+pub struct Attached {
+    pub devices: Vec<LinuxDevice>,
+    rules: Vec<LinuxDeviceCgroup>,
 }
 
-fn number(device: &Device, linux: &mut Linux) -> Result<Numbers> {
+/// Waits for the devices and finds out their numbers.
+pub fn resolve(wanted: &[Device], spec: &Spec) -> Result<Attached> {
+    let linux = spec.linux.as_deref().ok_or_else(|| Error::invalid("the spec has no linux section"))?;
+    let rules = linux.resources.as_deref().map_or(&[][..], |r| &r.devices);
+    let mut attached = Attached { devices: linux.devices.clone(), rules: rules.to_vec() };
+    let mut found = Vec::new();
+    for device in wanted {
+        let what = || format!("device {:?} of type {:?}", device.container_path, device.type_);
+        found.push(number(device, &mut attached.devices).with_context(what)?);
+    }
+    // All at once: a guest's number may be another device's on the host.
+    renumber(&mut attached.rules, &found);
+    Ok(attached)
+}
+
+fn number(device: &Device, listed: &mut [LinuxDevice]) -> Result<Numbers> {
     if !TYPES.contains(&device.type_.as_str()) {
         return Err(Error::unimplemented(format!("this agent knows: {}", TYPES.join(", "))));
     }
-    let listed = linux
-        .devices
+    let listed = listed
         .iter_mut()
         .find(|listed| listed.path == device.container_path)
         .ok_or_else(|| Error::invalid("the spec's linux.devices has no such path"))?;
@@ -70,21 +75,19 @@ fn renumber(rules: &mut [LinuxDeviceCgroup], found: &[Numbers]) {
 
 /// Device rules of the spec. Hosts of the original protocol send none, whatever the user has asked for: then a
 /// container without CAP_SYS_ADMIN gets what every container gets, and one with it (a privileged one) everything.
-pub fn restrict(cgroup: RawFd, spec: &Spec) -> Result<()> {
-    let Some(linux) = spec.linux.as_deref() else { return Ok(()) };
-    let rules = linux.resources.as_deref().map_or(&[][..], |r| &r.devices);
+pub fn restrict(cgroup: RawFd, spec: &Spec, attached: &Attached) -> Result<()> {
     let bounding = spec.process.as_deref().and_then(|p| p.capabilities.as_deref()).map_or(&[][..], |c| &c.bounding);
-    if rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
+    if attached.rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
         return Ok(());
     }
-    devices_bpf::attach(cgroup, &devices_bpf::compile(&cgroup_rules(rules, &linux.devices))?)
+    devices_bpf::attach(cgroup, &devices_bpf::compile(&cgroup_rules(&attached.rules, &attached.devices))?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::errors::code;
-    use crate::proto::oci::LinuxDevice;
+    use crate::proto::oci::Linux;
 
     fn spec() -> Spec {
         let devices = vec![LinuxDevice { path: "/dev/data".into(), type_: "b".into(), ..Default::default() }];
@@ -97,7 +100,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_found_is_named() {
-        let fails = |device: Device| resolve(&[device], &mut spec()).unwrap_err();
+        let fails = |device: Device| resolve(&[device], &spec()).err().unwrap();
         let unknown = fails(device("vfio-pci", "05", "/dev/data"));
         assert!(unknown.code == code::UNIMPLEMENTED && unknown.message.contains("vfio-pci"), "{unknown}");
         assert!(fails(device("blk", "05", "/dev/other")).message.contains("/dev/other"));

@@ -22,7 +22,7 @@ pub mod user;
 
 use crate::prelude::*;
 use crate::proto::agent::{Device, Storage, StringUser};
-use crate::proto::oci::{LinuxIDMapping, Process, Spec};
+use crate::proto::oci::{LinuxDevice, LinuxIDMapping, Process, Spec};
 use crate::sys::{self, Fd, Fork, Pid, RawFd};
 use crate::{fs, log, storage};
 use core::convert::Infallible;
@@ -112,13 +112,7 @@ pub fn create(plan: &ContainerPlan) -> Result<Pid> {
             let mut others = vec![plan.cgroup.map(|c| c.0), plan.shared.ipc, plan.shared.uts, plan.shared.pid];
             others.extend(plan.shared_mounts.iter().map(|source| Some(source.process.raw())));
             become_child(plan.stdio, plan.report, &others);
-            let outcome = if plan.devices.is_empty() {
-                build_container(plan, plan.spec)
-            } else {
-                let mut spec = plan.spec.clone();
-                attach::resolve(plan.devices, &mut spec).and_then(|()| build_container(plan, &spec))
-            };
-            finish(plan.report, outcome)
+            finish(plan.report, build_container(plan))
         }
     }
 }
@@ -159,18 +153,18 @@ fn become_child(stdio: &Stdio, report: Reporter, others: &[Option<RawFd>]) {
     let _ = sys::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
 }
 
-/// `spec`: the plan's, with the guest's numbers of devices.
-fn build_container(plan: &ContainerPlan, spec: &Spec) -> Result<()> {
+fn build_container(plan: &ContainerPlan) -> Result<()> {
+    let attached = attach::resolve(plan.devices, plan.spec)?;
     set_oom_score(plan.program.oom_score_adj)?;
     for (count, storage) in plan.storages.iter().enumerate() {
         storage::mount_storage(storage)?;
         plan.report.mounted(count as u32 + 1);
     }
     if let Some((cgroup, _)) = plan.cgroup {
-        attach::restrict(cgroup, spec)?;
+        attach::restrict(cgroup, plan.spec, &attached)?;
     }
     let shared = shared_mounts::take(plan.shared_mounts)?;
-    let root = spec.root.as_deref().map_or("", |r| &r.path);
+    let root = plan.spec.root.as_deref().map_or("", |r| &r.path);
     if !fs::is_dir(root) {
         return Err(Error::invalid(format!("root.path {root:?} is not a directory of the guest")));
     }
@@ -180,14 +174,14 @@ fn build_container(plan: &ContainerPlan, spec: &Spec) -> Result<()> {
     match sys::fork(flags, plan.cgroup.map(|c| c.0)).context("make the container's process")? {
         Fork::Child => {
             drop(go);
-            let Err(e) = init_container(plan, spec, root, &shared, &wait);
+            let Err(e) = init_container(plan, &attached.devices, root, &shared, &wait);
             plan.report.failed(&e);
             sys::exit(1)
         }
         Fork::Parent(pid) => {
             plan.report.pid(pid);
             if plan.namespaces.user {
-                let linux = spec.linux.as_deref();
+                let linux = plan.spec.linux.as_deref();
                 let map = write_map(pid, "uid_map", linux.map_or(&[], |l| &l.uid_mappings))
                     .and_then(|()| write_map(pid, "gid_map", linux.map_or(&[], |l| &l.gid_mappings)));
                 if let Err(e) = map {
@@ -219,7 +213,7 @@ fn set_oom_score(adjustment: i64) -> Result<()> {
 /// The container's first process, from its birth in new namespaces.
 fn init_container(
     plan: &ContainerPlan,
-    spec: &Spec,
+    devices: &[LinuxDevice],
     root: &str,
     shared: &[shared_mounts::Tree],
     wait: &Fd,
@@ -236,6 +230,7 @@ fn init_container(
         // Here, not at the clone: the root of the new namespace is the group that the caller is in.
         sys::unshare(libc::CLONE_NEWCGROUP).context("make a cgroup namespace")?;
     }
+    let spec = plan.spec;
     let linux = spec.linux.as_deref().ok_or_else(|| Error::invalid("the spec has no linux section"))?;
     if !spec.hostname.is_empty() {
         sys::sethostname(&spec.hostname).with_context(|| format!("set the host name {:?}", spec.hostname))?;
@@ -250,7 +245,7 @@ fn init_container(
         own_cgroup_namespace: plan.namespaces.cgroup,
         user_namespace: plan.namespaces.user,
     };
-    rootfs.fill(spec, &around)?;
+    rootfs.fill(spec, devices, &around)?;
     shared_mounts::attach(rootfs.fd(), shared)?;
     let terminal = if plan.program.terminal {
         let (master, slave) = console::open(rootfs.fd(), plan.program.console_size.as_ref())?;

@@ -2,7 +2,7 @@
 
 use super::{devices, mounts, path};
 use crate::prelude::*;
-use crate::proto::oci::{Linux, Spec};
+use crate::proto::oci::{Linux, LinuxDevice, Spec};
 use crate::sys::{self, Fd, MountAttr, AT_FDCWD};
 
 /// The propagation of `/` in the new namespace, as mount(2) flags.
@@ -46,7 +46,7 @@ impl Rootfs {
     }
 
     /// All mounts of the spec, then the nodes of /dev, unless /dev is somebody else's.
-    pub fn fill(&self, spec: &Spec, around: &mounts::Surroundings) -> Result<()> {
+    pub fn fill(&self, spec: &Spec, devices: &[LinuxDevice], around: &mounts::Surroundings) -> Result<()> {
         let root = self.root.raw();
         for mount in &spec.mounts {
             mounts::mount(root, mount, around)?;
@@ -56,8 +56,7 @@ impl Rootfs {
                 && (m.type_ == "bind" || m.options.iter().any(|o| o == "bind" || o == "rbind"))
         });
         if !foreign_dev {
-            let listed = spec.linux.as_deref().map_or(&[][..], |l| &l.devices);
-            devices::make_all(root, listed, around.user_namespace)?;
+            devices::make_all(root, devices, around.user_namespace)?;
         }
         Ok(())
     }

@@ -46,6 +46,8 @@ COMMANDS = {
         [
             Option("--kernel", "small|distro|auto", "'small': own configuration, minutes to build, quick to boot;"
                    " 'distro': Debian's package, ready in seconds; 'auto': small if it is built already (auto)"),
+            Option("--extension", "NAME", "make an archive of further programs as well, which a guest gets when"
+                   " KATA_GUEST_EXTENSIONS names it: 'iptables', for GetIPTables and SetIPTables", many=True),
             Option("--force", "", "build again what is there already"),
             _JSON,
         ],
@@ -310,7 +312,7 @@ def _guest_command(arguments: Arguments) -> int:
     kernel = arguments.value("kernel") or "auto"
     if kernel not in ("small", "distro", "auto"):
         raise UsageError(f"--kernel {kernel!r} is not offered", "choose one of: small, distro, auto")
-    built = builder.build(kernel, force=arguments.flag("force"))
+    built = builder.build(kernel, force=arguments.flag("force"), extensions=arguments.many("extension"))
     if arguments.flag("json"):
         table.show_json(built)
     return 0

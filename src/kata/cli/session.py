@@ -78,6 +78,7 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
             "accel": choice.accel,
             "kernel": guest.kernel,
             "initrd": guest.initrd,
+            "extensions": [guest.extension(name) for name in _extensions()],
             "ready_s": _boot_timeout(),
         },
         "vcpus": size.vcpus,
@@ -97,6 +98,14 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
 
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
+
+
+EXTENSIONS = "KATA_GUEST_EXTENSIONS"
+"""Variable with the names of what the guest gets behind its initrd, separated by commas."""
+
+
+def _extensions() -> list[str]:
+    return [name.strip() for name in os.environ.get(EXTENSIONS, "").split(",") if name.strip()]
 
 
 def _boot_timeout() -> int:

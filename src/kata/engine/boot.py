@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from ..errors import KataError
+from ..errors import GuestAssetError, KataError
 from ..hypervisor import qemu_process, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
 from . import volumes
@@ -142,6 +142,26 @@ def spare_mac() -> str:
     return "02:6b:" + ":".join(f"{byte:02x}" for byte in os.urandom(4))
 
 
+def _initrd(hypervisor: dict[str, Any], run_dir: str) -> str:
+    """The initrd, with the archives behind it that are asked for: Linux unpacks one after the other."""
+    extensions = hypervisor.get("extensions")
+    if not extensions:
+        return str(hypervisor["initrd"])
+    # In the sandbox's own directory, which goes with it.
+    whole = os.path.join(run_dir, "initrd")
+    with open(whole, "wb") as target:
+        for part in (hypervisor["initrd"], *extensions):
+            try:
+                with open(part, "rb") as source:
+                    data = source.read()
+            except OSError as error:
+                raise GuestAssetError(
+                    f"cannot read the guest's {part}: {error.strerror}", "kata guest build"
+                ) from None
+            target.write(data + bytes(-len(data) % 512))
+    return whole
+
+
 def vm_settings(
     settings: dict[str, Any], share_dir: str, run_dir: str, nic: Nic, *more_nics: Nic
 ) -> VMSettings:
@@ -157,7 +177,7 @@ def vm_settings(
         name=f"kata-{settings['id'][:40]}",
         run_dir=run_dir,
         kernel=hypervisor["kernel"],
-        initrd=hypervisor["initrd"],
+        initrd=_initrd(hypervisor, run_dir),
         cmdline=" ".join((*KERNEL_PARAMETERS, hypervisor.get("cmdline") or "")).strip(),
         accel=hypervisor["accel"],
         binary=hypervisor.get("path", ""),

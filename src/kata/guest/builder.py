@@ -15,12 +15,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kata import paths
 from kata.errors import GuestAssetError, HostError, UsageError
-from kata.guest import distro_kernel, initrd, kernels, manifest, small_kernel
+from kata.guest import distro_kernel, extension, initrd, kernels, manifest, small_kernel
 from kata.guest.progress import Progress, for_stderr
 
 KINDS = ("auto", "small", "distro")
@@ -29,7 +29,12 @@ _RETIRED_S = 3600
 """How long a replaced kernel or initrd is kept: a start that has read the old manifest still opens it."""
 
 
-def build(kernel: str = "auto", force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def build(
+    kernel: str = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+    extensions: Sequence[str] = (),
+) -> dict[str, Any]:
     """Make a guest and install it in the guest directory; nothing is done that is done already.
 
     Args:
@@ -37,6 +42,7 @@ def build(kernel: str = "auto", force: bool = False, progress: Progress | None =
             installed is no longer the newest; else the distribution's.
         force: Build also what is in the cache.
         progress: Told what is going on; by default standard error is.
+        extensions: What to make beside the initrd, see `kata.guest.extension`. Those that are installed stay.
 
     Returns:
         The manifest.
@@ -53,11 +59,12 @@ def build(kernel: str = "auto", force: bool = False, progress: Progress | None =
     agent_path = paths.agent_binary()
     agent = _read_agent(agent_path)
     obtained = _kernel(kernel, force, progress)
+    made = [extension.build(name, progress) for name in extensions]
     directory = paths.guest_dir()
     try:
         os.makedirs(directory, exist_ok=True)
         with _locked(directory, progress):
-            return _install(directory, obtained, agent, agent_path, force, progress)
+            return _install(directory, obtained, agent, agent_path, made, force, progress)
     except OSError as error:
         raise HostError(
             f"cannot install the guest in {directory}: {error.strerror}",
@@ -98,6 +105,13 @@ def _installed_small() -> kernels.Kernel | None:
     return kernels.Kernel(directory, {**facts, "release": facts["version"]}, facts["path"])
 
 
+def _installed_extensions(directory: str) -> dict[str, Any]:
+    try:
+        return dict(manifest.load(directory).content.get("extensions", {}))
+    except GuestAssetError:
+        return {}
+
+
 def _read_agent(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
@@ -112,7 +126,13 @@ def _read_agent(path: str) -> bytes:
 
 
 def _install(
-    directory: str, kernel: kernels.Kernel, agent: bytes, agent_path: str, force: bool, progress: Progress
+    directory: str,
+    kernel: kernels.Kernel,
+    agent: bytes,
+    agent_path: str,
+    made: list[extension.Extension],
+    force: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     record = kernel.record
     modules = kernel.modules()
@@ -140,6 +160,16 @@ def _install(
             "modules": [os.path.basename(path).removesuffix(".ko") for path, _data in modules],
         },
     }
+    extensions = _installed_extensions(directory)
+    for one in made:
+        extensions[one.name] = {
+            "path": f"extension-{one.name}-{one.digest[:16]}",
+            "size": len(one.image),
+            "sha256": one.digest,
+            "packages": one.sources,
+        }
+    if extensions:
+        content["extensions"] = extensions
     named = f"Linux {record['version']} ({record['kind']}), agent {content['initrd']['agent_version']}"
     with contextlib.suppress(GuestAssetError):
         there = dict(manifest.load(directory).content)
@@ -153,8 +183,11 @@ def _install(
     if target != kernel.path:
         _place(target, kernel.path)
     _place(os.path.join(directory, content["initrd"]["path"]), image)
+    for one in made:
+        _place(os.path.join(directory, extensions[one.name]["path"]), one.image)
     _place(os.path.join(directory, manifest.NAME), (json.dumps(content, indent=1) + "\n").encode())
-    _retire(directory, {content["kernel"]["path"], content["initrd"]["path"]})
+    current = {facts["path"] for facts in (content["kernel"], content["initrd"], *extensions.values())}
+    _retire(directory, current)
     progress.note(f"installed the guest in {directory}: {named}")
     return content
 
@@ -189,7 +222,7 @@ def _retire(directory: str, current: set[str]) -> None:
         since = {}
     kept = {}
     for name in os.listdir(directory):
-        if not name.startswith(("vmlinux-", "initrd-")) or name in current:
+        if not name.startswith(("vmlinux-", "initrd-", "extension-")) or name in current:
             continue
         kept[name] = since.get(name, now)
         if now - kept[name] > _RETIRED_S:

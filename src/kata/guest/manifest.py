@@ -42,6 +42,25 @@ class Guest:
         self.kernel_version: str = kernel["version"]
         self.agent_version: str = initrd["agent_version"]
 
+    def extension(self, name: str) -> str:
+        """Path of an extension (see `kata.guest.extension`) that was built with the guest.
+
+        Raises:
+            GuestAssetError: It was not, or is not there any more.
+        """
+        facts = self.content.get("extensions", {}).get(name)
+        build = f"{_BUILD} --extension {name}"
+        if facts is None:
+            raise GuestAssetError(f"the guest was built without the extension {name!r}", build)
+        path = os.path.join(os.path.dirname(self.initrd), facts["path"])
+        try:
+            whole = os.stat(path).st_size == facts["size"]
+        except OSError:
+            whole = False
+        if not whole:
+            raise GuestAssetError(f"the guest's extension {path} is not there as it was built", build)
+        return path
+
 
 def load(directory: str) -> Guest:
     """Read the manifest and see that the two files are there, as long as they were written.

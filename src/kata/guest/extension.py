@@ -1,0 +1,170 @@
+"""Programs that a guest has only when asked for, as a second archive behind the initrd.
+
+Linux unpacks archives that follow one another into the same initial root file system. What an extension brings
+lies below ``/ext/<name>`` there, with the libraries it needs, as a root directory of its own: the agent keeps that
+directory and runs the programs in it.
+
+There is one, ``iptables``: the programs behind GetIPTables and SetIPTables, from Debian's packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+
+from kata import paths
+from kata.errors import GuestAssetError
+from kata.guest import packages
+from kata.guest.cpio import Archive
+from kata.guest.progress import Progress
+
+NAMES = ("iptables",)
+
+_PACKAGES = ("iptables", "libxtables12", "libmnl0", "libnftnl11", "libc6")
+_PROGRAM = "xtables-nft-multi"
+_COMMANDS = ("iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore")
+_LOADER = "ld-linux-x86-64.so.2"
+_LIBRARIES = "usr/lib/x86_64-linux-gnu"
+_MATCHES = ("libip6t_", "libipt_", "libxt_")
+"""Modules for IPv4 and IPv6; those for ARP and bridges have commands of their own."""
+
+
+class Extension:
+    """A finished archive.
+
+    Attributes:
+        name: One of `NAMES`.
+        image: The archive.
+        sources: Version of each package that it was made from.
+    """
+
+    __slots__ = ("image", "name", "sources")
+
+    def __init__(self, name: str, image: bytes, sources: dict[str, str]) -> None:
+        self.name = name
+        self.image = image
+        self.sources = sources
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the archive."""
+        return hashlib.sha256(self.image).hexdigest()
+
+
+def build(name: str, progress: Progress) -> Extension:
+    """Make an extension.
+
+    Args:
+        name: One of `NAMES`.
+        progress: Told what is downloaded.
+
+    Raises:
+        GuestAssetError: There is no such extension, no apt, or the packages hold something else than expected.
+        ResourceExhaustedError: No room for the packages.
+    """
+    if name not in NAMES:
+        raise GuestAssetError(f"there is no guest extension {name!r}", f"choose one of: {', '.join(NAMES)}")
+    if not packages.have_apt():
+        raise GuestAssetError("the extension is made from Debian's packages, and this machine has no apt")
+    sources = {}
+    work = os.path.join(paths.cache_dir(), f"extension-{name}.{os.getpid()}")
+    try:
+        for package in map(packages.describe, _PACKAGES):
+            packages.unpack(packages.fetch(package, progress.note), work)
+            sources[package.name] = package.version
+        return Extension(name, pack(name, _files(work)), sources)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _files(directory: str) -> dict[str, str]:
+    """The programs and shared objects below a directory: file name to path, links included."""
+    found = {}
+    for base, _directories, names in os.walk(directory):
+        for name in names:
+            if name == _PROGRAM or ".so" in name:
+                found[name] = os.path.join(base, name)
+    return found
+
+
+def pack(name: str, files: dict[str, str]) -> bytes:
+    """Put together what is needed of some files.
+
+    Args:
+        name: The extension's.
+        files: File name to path, as in `_files`.
+
+    Returns:
+        The archive.
+
+    Raises:
+        GuestAssetError: The program, or a library of its, is not among them.
+    """
+    contents: dict[str, bytes] = {}
+
+    def take(wanted: str) -> bool:
+        """Add a file and what it needs; false if something is missing."""
+        if wanted in contents:
+            return True
+        if wanted not in files:
+            return False
+        with open(files[wanted], "rb") as file:
+            data = file.read()
+        if not all(take(library) for library in needed(data)):
+            return False
+        contents[wanted] = data
+        return True
+
+    if not take(_PROGRAM) or not take(_LOADER):
+        raise GuestAssetError(f"Debian's packages do not hold {_PROGRAM} with all its libraries")
+    # A module whose library is in none of the packages (connlabel) is left out: rules with it are refused.
+    for module in sorted(files):
+        if module.startswith(_MATCHES):
+            take(module)
+    root = f"ext/{name}"
+    archive = Archive()
+    for directory in ("proc", "run", "tmp"):
+        archive.directory(f"{root}/{directory}")
+    for file in sorted(contents):
+        if file == _PROGRAM:
+            archive.file(f"{root}/usr/sbin/{file}", contents[file], 0o755)
+        elif file == _LOADER:
+            archive.file(f"{root}/lib64/{file}", contents[file], 0o755)
+        else:
+            below = "xtables/" if file.startswith(_MATCHES) else ""
+            archive.file(f"{root}/{_LIBRARIES}/{below}{file}", contents[file])
+    for command in _COMMANDS:
+        archive.symlink(f"{root}/usr/sbin/{command}", _PROGRAM)
+    return archive.finish()
+
+
+def needed(data: bytes) -> list[str]:
+    """The libraries that a 64-bit ELF file asks for (``DT_NEEDED``); none of what is no such file.
+
+    Source: the System V ABI, "Dynamic Section".
+    """
+    if data[:6] != b"\x7fELF\x02\x01":
+        return []
+    table = struct.unpack_from("<Q", data, 32)[0]
+    size, count = struct.unpack_from("<HH", data, 54)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + at * size) for at in range(count)]
+    loaded = [(address, offset, length) for kind, _f, offset, address, _p, length in headers if kind == 1]
+    found = []
+    for kind, _flags, offset, _address, _physical, length in headers:
+        if kind != 2:
+            continue
+        entries = list(struct.iter_unpack("<qQ", data[offset : offset + length - length % 16]))
+        strings = next((value for tag, value in entries if tag == 5), 0)
+        for address, start, extent in loaded:
+            if address <= strings < address + extent:
+                strings += start - address
+                break
+        for tag, value in entries:
+            if tag == 0:
+                break
+            if tag == 1:
+                end = data.index(b"\0", strings + value)
+                found.append(data[strings + value : end].decode())
+    return found
