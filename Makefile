@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kvm kvm-lab lint check-imports format bench-start install uninstall prove-bare clean
+.PHONY: help setup run test test-kvm kvm-lab lint check-imports format bench-start fuzz-agent bench-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,14 @@ format: ## let ruff and rustfmt rewrite the source
 bench-start: ## cold start against a bare boot and against runc; A='--rounds 30 --json'
 	@tools/setup test
 	@bench/start $(A)
+
+bench-agent: ## footprint, latency and throughput of the agent in a guest; A='--idle 60 --json'
+	@tools/setup test
+	@bench/agent $(A)
+
+fuzz-agent: ## the agent's parsers against malformed input for MINUTES=10; SEED=... repeats a run
+	@tools/setup test
+	@tools/fuzz-agent $(or $(MINUTES),10) $(SEED)
 
 install: ## put `kata` and `kata-agent-ctl` on the PATH of this machine; PREFIX, DESTDIR, KERNEL=auto|small|distro, FORCE=1, DRY_RUN=1
 	@tools/install $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PREFIX),--prefix '$(PREFIX)') \
