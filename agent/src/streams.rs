@@ -17,7 +17,7 @@ pub const MAX_READ: usize = 1 << 20;
 /// this is a host that does not wait for its answers.
 const MAX_WAITING_INPUT: usize = 16 << 20;
 /// The input that the host of a streaming call may have on the way.
-pub const INPUT_WINDOW: usize = 256 << 10;
+pub const INPUT_WINDOW: usize = 1 << 20;
 /// The most in one piece of a streaming call, which is what a pipe holds: few and long pieces cost least, but other
 /// answers have to wait for the end of one.
 const MAX_PIECE: usize = 256 << 10;
@@ -464,7 +464,7 @@ mod tests {
         assert!(input.feed(vec![1].into()).is_err());
         input.attach(5).unwrap();
         let piece = || Piece::from(vec![7; 64 << 10]);
-        for _ in 0..4 {
+        for _ in 0..16 {
             input.feed(piece()).unwrap();
         }
         assert!(input.feed(vec![1].into()).is_err());
@@ -472,7 +472,7 @@ mod tests {
         assert_eq!(input.take_credit(), None);
         let mut buf = vec![0; 64 << 10];
         let mut given = 0;
-        for _ in 0..4 {
+        for _ in 0..16 {
             let mut left = buf.len();
             while left > 0 {
                 left -= sys::read(read_end.raw(), &mut buf[..left]).unwrap();

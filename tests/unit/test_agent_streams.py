@@ -216,7 +216,7 @@ def test_an_error_and_the_end_of_the_connection_reach_the_reader() -> None:
 def test_input_waits_for_credit_and_is_closed_behind_its_data() -> None:
     async def scenario(agent: AgentClient, server: Server) -> None:
         feed = Input(agent, "box", "")
-        data = bytes(range(256)) * 2048  # two windows
+        data = bytes(range(256)) * (2 * INPUT_WINDOW // 256)
         writing = asyncio.ensure_future(feed.write(data))
         number, piece = await server.begin()
         assert piece.target is not None

@@ -25,11 +25,12 @@ SERVICE = "kata.agent.v1.Streams"
 NUMBERS = {"stdin": 0, "stdout": 1, "stderr": 2}
 OUTPUT_WINDOW = 1 << 20
 """Output that may be on the way, or here and not taken yet."""
-INPUT_WINDOW = 1 << 18
+INPUT_WINDOW = 1 << 20
 """Input that may be on the way from the start; the protocol says so."""
-INPUT_PIECE = 1 << 16
+INPUT_PIECE = 1 << 18
 READ_BYTES = 1 << 20
 """What one ReadStdout asks for; the agent answers as soon as there is anything."""
+JOINED = 1 << 16
 SMALL = 1 << 12
 """Pieces below this are put together: a process that writes single bytes must not cost an object for each."""
 
@@ -72,7 +73,7 @@ class Pieces:
             raise ProtocolError("the server sent more of a stream than it was asked for")
         if piece.data:
             last = self._pieces[-1] if self._pieces else None
-            if isinstance(last, bytearray) and len(last) + len(piece.data) <= INPUT_PIECE:
+            if isinstance(last, bytearray) and len(last) + len(piece.data) <= JOINED:
                 last += piece.data
             else:
                 self._pieces.append(bytearray(piece.data) if len(piece.data) < SMALL else piece.data)
