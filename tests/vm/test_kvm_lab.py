@@ -37,7 +37,7 @@ echo secret >/root/kvm-lab-was-here; echo secret >{root}/kvm-lab-was-here; echo 
     test -c /dev/kvm && echo kvm; test -c /dev/vhost-vsock && echo vsock; test -c /dev/vhost-net && echo net
     cut -d: -f1 /proc/self/cgroup; cat /sys/fs/cgroup/cgroup.controllers; pwd; nproc; uname -r
     awk '/^MemTotal/ {{ print int($2 / 1024) }}' /proc/meminfo
-    ls -d /sys/module/veth; ls /var/lib/kata | wc -l; cat {tmp}/frozen
+    ls -d /sys/module/veth; ls /var/lib/kata 2>/dev/null | wc -l; cat {tmp}/frozen
     ip link add kt0 type dummy && ip tuntap add kt1 mode tap && ip link | grep -c kt[01]
     tc qdisc add dev kt0 clsact && tc filter add dev kt0 ingress u32 match u32 0 0 action mirred egress redirect \
 dev kt1 && echo tc
