@@ -33,8 +33,9 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def sandbox_of(kata: Kata, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(kata.ok("inspect", name))[0]["sandbox"]
-    return found
+    found: dict[str, Any] = json.loads(kata.ok("inspect", name))[0]
+    assert "sandbox" in found, found
+    return dict(found["sandbox"])
 
 
 def members(path: str) -> set[int]:
@@ -44,8 +45,10 @@ def members(path: str) -> set[int]:
 @pytest.fixture(scope="module")
 def box(shared_kata: Kata, busybox_image: str) -> Iterator[str]:
     shared_kata.ok("run", "-d", "--name", "limited", "-m", "128m", busybox_image, "sh", "-c", FOREVER)
-    yield "limited"
-    shared_kata.ok("rm", "-f", "limited")
+    try:
+        yield "limited"
+    finally:
+        shared_kata.ok("rm", "-f", "limited")
 
 
 def test_all_of_a_sandbox_is_in_its_limits(shared_kata: Kata, box: str) -> None:
@@ -110,7 +113,9 @@ def test_an_orderly_end_leaves_no_cgroup(kata_env: Kata, busybox_image: str) -> 
 def test_the_cgroups_of_an_engine_that_was_killed_are_collected(kata_env: Kata, busybox_image: str) -> None:
     kata_env.ok("run", "-d", "--name", "one", "--network", "none", busybox_image, "sh", "-c", FOREVER)
     paths = sandbox_of(kata_env, "one")["host_cgroups"]
-    os.kill(kata_env.engine_pid("one"), signal.SIGKILL)
+    engine = kata_env.engine_pid("one")
+    os.kill(engine, signal.SIGKILL)
+    until(lambda: sysio.proc_starttime(engine) is None, "the engine is gone")
     kata_env.ok("gc")
     assert [path for path in paths.values() if os.path.exists(path)] == []
     kata_env.ok("rm", "-f", "one")

@@ -272,7 +272,8 @@ class Container:
         self.sandbox.timings.add("process", began)
         process.start(self.sandbox.host_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
-        self.record(status=RUNNING, pid=process.pid, started_at=rfc3339(process.started_at_ns))
+        # Before the answer: whoever asks about the container next looks there.
+        await self.record_now(status=RUNNING, pid=process.pid, started_at=rfc3339(process.started_at_ns))
         await self._run_late_hooks("poststart", "running")
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
