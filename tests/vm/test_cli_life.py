@@ -456,6 +456,20 @@ def test_images_and_rmi(kata_env: Kata, busybox_image: str) -> None:
     assert json.loads(kata_env.ok("images", "--json")) == []
 
 
+def test_a_container_that_is_only_being_started_is_removed_with_its_engine(
+    kata_env: Kata, busybox_image: str
+) -> None:
+    kata_env.ok("run", "-d", "--name", "early", busybox_image, "sleep", "1000")
+    path = kata_env.container_dir("early") / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "status": "created"}))  # as a reader sees it a moment before
+    plain = kata_env.call("rm", "early")
+    assert plain.returncode != 0
+    assert b"by its engine" in plain.stderr
+    kata_env.ok("rm", "-f", "early")
+    assert kata_env.sandboxes() == []
+
+
 def test_doctor(shared_kata: Kata) -> None:
     found = json.loads(shared_kata.ok("doctor", "--json"))
     assert found["usable"] is True

@@ -214,7 +214,11 @@ def _rm(arguments: Arguments) -> int:
                     f"kata stop {container.name}, or kata rm -f {container.name}",
                 )
             stop(container, 0)
-        session.wait_for_engine(container)
+        if not session.wait_for_engine(container, tell=force):
+            raise StateError(
+                f"container {container.name} is being started or ended by its engine",
+                f"try again, or kata rm -f {container.name}",
+            )
         if records.load(container.id) is not None:
             records.remove(container)
 

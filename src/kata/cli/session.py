@@ -175,28 +175,45 @@ class _undone_on_failure:
                 records.remove(self._container)
 
 
-def wait_for_engine(container: Container, timeout_s: float = 10.0) -> None:
-    """Return when the sandbox's run directory is gone, undoing it ourselves if its engine is dead."""
+TELL_AFTER_S = 2.0
+"""An engine that is ending anyway needs no telling."""
+
+
+def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool = False) -> bool:
+    """Return when the sandbox's run directory is gone, undoing it ourselves if its engine is dead.
+
+    Args:
+        container: Whose sandbox.
+        timeout_s: How long to wait.
+        tell: Tell a living engine to end (it may be starting a container that nobody wants any more).
+
+    Returns:
+        Whether it is gone.
+    """
     from ..journal import Journal
 
     directory = paths.sandbox_dir(container.id)
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     delay = 0.002
     while os.path.isdir(directory):
-        try:
+        waited = time.monotonic() - began
+        with contextlib.suppress(KataError):  # the journal goes a moment before its directory
             journal = Journal.open(os.path.join(directory, "journal"))
-        except KataError:
-            return
-        try:
-            if not journal.owner_alive():
-                journal.undo()
-                return
-        finally:
-            journal.close()
-        if time.monotonic() > deadline:
-            return
+            try:
+                if not journal.owner_alive():
+                    journal.undo()
+                    return True
+                if tell and waited > TELL_AFTER_S and journal.owner is not None:
+                    tell = False
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(journal.owner["pid"]), signal.SIGTERM)
+            finally:
+                journal.close()
+        if waited > timeout_s:
+            return False
         time.sleep(delay)
         delay = min(delay * 1.5, 0.05)
+    return True
 
 
 @contextlib.contextmanager
