@@ -369,6 +369,33 @@ class Journal:
         """Device and inode of the directory that belongs to this journal, if one does."""
         return self._own_dir
 
+    def signal_owner(self, number: int, patience_s: float) -> bool:
+        """Send a signal to the process that answers for this journal, and to no other.
+
+        Args:
+            number: The signal.
+            patience_s: How long to wait for its end.
+
+        Returns:
+            Whether it is gone.
+        """
+        owner = self.owner
+        if owner is None or not self.owner_alive():
+            return True
+        try:
+            pidfd = sysio.pidfd_open(int(owner["pid"]))
+        except ProcessLookupError:
+            return True
+        try:
+            if not self.owner_alive():  # the number had gone to somebody else before we held it
+                return True
+            sysio.pidfd_send_signal(pidfd, number)
+            return sysio.pidfd_wait(pidfd, patience_s)
+        except ProcessLookupError:
+            return True
+        finally:
+            os.close(pidfd)
+
     def fileno(self) -> int:
         """The descriptor, for flock(2)."""
         return self._fd

@@ -26,6 +26,7 @@ import errno
 import fcntl
 import os
 import stat
+import struct
 import time
 
 from kata import journal as journals
@@ -437,9 +438,21 @@ def _in_network(params: dict[str, Any], identity: dict[str, Any], work: Callable
 
 
 def _delete_link(name: str, ifindex: int) -> str:
-    """Delete an interface by rtnetlink (RTM_DELLINK, rtnetlink(7)), if name and index belong together."""
+    """Delete an interface (RTM_DELLINK), if name and index belong together."""
+    # ifinfomsg: family, type, index, flags, which of them
+    return _rtnetlink(name, ifindex, 17, struct.pack("=BxHiII", 0, 0, ifindex, 0, 0), (errno.ENODEV,))
+
+
+def _delete_ingress(name: str, ifindex: int) -> str:
+    """Delete the ingress qdisc of an interface (RTM_DELQDISC), if name and index belong together."""
+    # tcmsg: family, index, handle, parent (TC_H_INGRESS), info
+    body = struct.pack("=BxHiIII", 0, 0, ifindex, 0xFFFF0000, 0xFFFFFFF1, 0)
+    return _rtnetlink(name, ifindex, 37, body, (errno.ENOENT, errno.EINVAL, errno.ENODEV))
+
+
+def _rtnetlink(name: str, ifindex: int, kind: int, body: bytes, gone: tuple[int, ...]) -> str:
+    """Send one request, rtnetlink(7), if the interface is ours; *gone* are errors that mean that nothing is there."""
     import socket
-    import struct
 
     try:
         if socket.if_nametoindex(name) != ifindex:
@@ -448,10 +461,10 @@ def _delete_link(name: str, ifindex: int) -> str:
         return ""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
         netlink.settimeout(2)
-        # nlmsghdr: length, RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, sequence, port; then ifinfomsg
-        netlink.send(struct.pack("=IHHIIBxHiII", 32, 17, 5, 1, 0, 0, 0, ifindex, 0, 0))
+        # nlmsghdr: length, type, NLM_F_REQUEST | NLM_F_ACK, sequence, port
+        netlink.send(struct.pack("=IHHII", 16 + len(body), kind, 5, 1, 0) + body)
         number = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
-    return "" if number in (0, errno.ENODEV) else os.strerror(number)
+    return "" if number in (0, *gone) else os.strerror(number)
 
 
 # ---- reconciling ----
@@ -548,22 +561,3 @@ def _reconcile_unfinished(directory: str, name: str, deadline_s: float, report: 
         report.failures.append(f"cannot remove {directory}: {problem}")
     else:
         report.undone.append(directory)
-
-
-def _delete_ingress(name: str, ifindex: int) -> str:
-    """Delete the ingress qdisc of an interface (RTM_DELQDISC), if name and index belong together."""
-    import socket
-    import struct
-
-    try:
-        if socket.if_nametoindex(name) != ifindex:
-            return ""
-    except OSError:
-        return ""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
-        netlink.settimeout(2)
-        # nlmsghdr as above with RTM_DELQDISC; then tcmsg: family, ifindex, handle, parent (TC_H_INGRESS), info
-        netlink.send(struct.pack("=IHHIIBxHiIII", 36, 37, 5, 1, 0, 0, 0, ifindex, 0xFFFF0000, 0xFFFFFFF1, 0))
-        number = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
-    # Gone already, in the words of several kernels.
-    return "" if number in (0, errno.ENOENT, errno.EINVAL, errno.ENODEV) else os.strerror(number)

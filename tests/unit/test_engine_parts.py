@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kata.agent.text import escape_line, last_lines
-from kata.engine import process, rootfs, spec, stats, watch
+from kata.engine import machine, process, rootfs, spec, stats, watch
 from kata.engine.logfile import LogFile
 from kata.engine.records import StateFile, read_json, rfc3339
 from kata.engine.timings import Timings
-from kata.errors import AgentTimeoutError, ConfigError, KataError, NotFoundError, StateError
+from kata.errors import AgentTimeoutError, ConfigError, KataError, NotFoundError, StateError, UsageError
 from kata.oci import spec as oci
 from kata.proto import agent_pb, cgroups_v1_pb, cgroups_v2_pb
 
@@ -392,3 +392,14 @@ def test_cpu_time_of_a_real_process() -> None:
     assert after.ran_ns > before.ran_ns
     assert not after.stopped
     assert watch.cpu_time(2**22 + 1).ran_ns == 0
+
+
+def test_the_time_to_boot_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(machine.BOOT_TIMEOUT, raising=False)
+    assert machine.boot_timeout() == 0
+    monkeypatch.setenv(machine.BOOT_TIMEOUT, "150")
+    assert machine.boot_timeout() == 150
+    for wrong in ("soon", "-1", "nan", "1.5", "1000000"):
+        monkeypatch.setenv(machine.BOOT_TIMEOUT, wrong)
+        with pytest.raises(UsageError, match="no number of seconds"):
+            machine.boot_timeout()

@@ -593,7 +593,7 @@ def test_machine_that_dies_during_a_call_fails_the_call(make: Callable[..., Engi
 def test_silent_agent_at_boot_is_explained(
     make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(boot.READY_S, "tcg", 0.3)
+    monkeypatch.setattr(boot, "READY_S", 0.3)
     engine = make(prepare=lambda one: one.double.serving.clear())
     with engine.client() as client, pytest.raises(AgentError) as caught:
         client.create("c1", engine.bundle("sleep"))

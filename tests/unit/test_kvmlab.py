@@ -9,9 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kata.cli import session
-from kata.errors import UsageError
-
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 from kvmlab import assets, frames, machine, main
 
@@ -76,14 +73,3 @@ def test_the_lab_cannot_write_to_the_host() -> None:
         word.startswith("virtio-net")
         for word in machine.command_line(made, machine.Size(1, 1), "none", 3, 4)
     )
-
-
-def test_the_time_to_boot_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(session.BOOT_TIMEOUT, raising=False)
-    assert session._boot_timeout() == 0
-    monkeypatch.setenv(session.BOOT_TIMEOUT, "150")
-    assert session._boot_timeout() == 150
-    for wrong in ("soon", "-1", "nan", "1.5", "1000000"):
-        monkeypatch.setenv(session.BOOT_TIMEOUT, wrong)
-        with pytest.raises(UsageError, match="no number of seconds"):
-            session._boot_timeout()

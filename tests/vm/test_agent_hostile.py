@@ -6,6 +6,7 @@ symbolic links of an image; ``copyfile.rs``, ``files_tests.rs``, ``runtime/path.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest
 EVERYTHING = oci.LinuxDeviceCgroup(Allow=True, Access="rwm", Type="a")
 
 
-@pytest.fixture
-def guest(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Guest]:
+@contextlib.contextmanager
+def sandbox(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Guest]:
     guest = Guest(run_directory, guest_assets, busybox_image)
     try:
         guest.health()
@@ -33,6 +34,12 @@ def guest(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterat
         yield guest
     finally:
         guest.close()
+
+
+@pytest.fixture
+def guest(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Guest]:
+    with sandbox(run_directory, guest_assets, busybox_image) as guest:
+        yield guest
 
 
 def test_an_unprivileged_container_cannot_reach_the_agent(guest: Guest) -> None:
@@ -147,10 +154,5 @@ def test_a_container_cannot_take_another_ones_place(guest_module: Guest) -> None
 @pytest.fixture(scope="module")
 def guest_module(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Guest]:
     """One for those tests that leave it as it was."""
-    guest = Guest(run_directory, guest_assets, busybox_image)
-    try:
-        guest.health()
-        guest.tell("CreateSandbox", agent.CreateSandboxRequest(sandbox_id="s"))
+    with sandbox(run_directory, guest_assets, busybox_image) as guest:
         yield guest
-    finally:
-        guest.close()

@@ -10,27 +10,17 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import time
 
 from ..errors import HostError, UsageError
+from ..hypervisor import vsock
 from .methods import nearest
 
 AGENT_PORT = 1024
 _SCHEMES = ("vsock", "unix", "hvsock")
 _RETRY_S = 0.05
 _LONGEST_REPLY = 64
-_NOT_YET = (
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-    errno.ETIMEDOUT,
-    errno.ENODEV,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-    errno.EPIPE,
-)
-"""What a guest's vsock answers while nobody listens there yet."""
 
 
 class Address:
@@ -140,7 +130,7 @@ def connect(address: Address, patience_s: float) -> socket.socket:
             else:
                 reason = error.strerror or str(error)
             again = address.scheme == "hvsock" and isinstance(error, _Hungup)
-            again = again or (address.scheme == "vsock" and error.errno in _NOT_YET)
+            again = again or (address.scheme == "vsock" and error.errno in vsock.NOT_YET)
         if not again or time.monotonic() + _RETRY_S >= deadline:
             hints = {
                 "vsock": "is the guest running, and is vhost_vsock loaded?",

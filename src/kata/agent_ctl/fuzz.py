@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 
 from ..errors import KataError, UsageError
@@ -90,9 +91,10 @@ def run(link: Link, words: Sequence[str], style: Style, own_vm: bool) -> int:
     seconds = values.number("seconds", 0.0)
     cases = values.integer("cases", 1 << 40 if seconds else 500, 1)
     carrier = _carrier(link, values.number("wait", 3.0, 0.01), values.number("patience", 60.0, 0.1))
-    if only == "frames" and isinstance(carrier, _Calls):
+    takes_frames = isinstance(carrier, _FrameCarrier)
+    if only == "frames" and not takes_frames:
         raise UsageError("an engine passes on calls, not frames", "--server or --vm; or --only requests")
-    sorts = [only] if only else ["requests"] if isinstance(carrier, _Calls) else ["frames", "requests"]
+    sorts = [only] if only else ["frames", "requests"] if takes_frames else ["requests"]
     chosen = [
         method
         for method in map(methods.find, methods.names())
@@ -139,7 +141,10 @@ def _one(
         sent = fuzz_cases.payload(rng, method)
         case = fuzz_cases.Case(method.name, sent)
     report.begin(sort, number, case.kind, sent)
-    outcomes = carrier.send_frames(case) if sort == "frames" else carrier.send_request(method, sent)
+    if sort == "frames" and isinstance(carrier, _FrameCarrier):
+        outcomes = carrier.send_frames(case)
+    else:
+        outcomes = carrier.send_request(method, sent)
     report.add(sort, case.kind, outcomes)
     report.add_health(carrier.healthy())
 
@@ -221,7 +226,7 @@ class Report:
 # ---- carriers ----
 
 
-class _Carrier:
+class _Carrier(ABC):
     """Brings cases to the agent.
 
     Args:
@@ -244,13 +249,9 @@ class _Carrier:
             self._stream = 1
         return first
 
-    def send_frames(self, case: Case) -> list[str]:
-        """Send bytes; what came back, in words."""
-        raise NotImplementedError
-
+    @abstractmethod
     def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
         """Send a call; what came back, in words."""
-        raise NotImplementedError
 
     def healthy(self) -> float:
         """Ask whether the agent is healthy; the seconds it took to say so.
@@ -272,8 +273,16 @@ class _Carrier:
     def _ask(self) -> None:
         healthy(self.link, self.patience_s)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - some have nothing to end
         """Give back what was opened."""
+
+
+class _FrameCarrier(_Carrier):
+    """One that also has a way for bytes that are no calls."""
+
+    @abstractmethod
+    def send_frames(self, case: Case) -> list[str]:
+        """Send bytes; what came back, in words."""
 
 
 class _Calls(_Carrier):
@@ -368,7 +377,7 @@ class _Stream:
         self.sock.close()
 
 
-class _Sockets(_Carrier):
+class _Sockets(_FrameCarrier):
     """An agent that takes connections: one for each case, another one for the question after it."""
 
     def _new(self) -> _Stream:
@@ -407,7 +416,7 @@ class _Sockets(_Carrier):
             stream.close()
 
 
-class _Port(_Carrier):
+class _Port(_FrameCarrier):
     """An agent that has one stream for everything: after a case the stream is brought into step again."""
 
     def __init__(self, link: Link, wait_s: float, patience_s: float) -> None:

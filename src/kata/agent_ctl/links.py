@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from abc import ABC, abstractmethod
 
 from .. import paths
 from ..agent.client import Encoded
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _ENGINE = "kata.sandbox.v1.Sandbox"
 
 
-class Link:
+class Link(ABC):
     """A connection that calls go over.
 
     Attributes:
@@ -32,6 +33,7 @@ class Link:
     label = ""
     container = ""
 
+    @abstractmethod
     def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
         """Make one call.
 
@@ -48,7 +50,6 @@ class Link:
             TtrpcError: The status that the agent gave, or DEADLINE_EXCEEDED.
             VMLostError: The connection ended.
         """
-        raise NotImplementedError
 
     def raw(self) -> socket.socket | None:
         """A connection for bytes that are no calls; None where there is none to be had."""
@@ -63,7 +64,7 @@ class Link:
         """Whether all that `raw` gives is one and the same stream (a serial port), also used by `call`."""
         return False
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - some have nothing to end
         """End it, and whatever was started for it."""
 
 

@@ -12,7 +12,7 @@ import time
 from .. import paths
 from ..engine.client import EngineClient
 from ..engine.launch import launch
-from ..errors import KataError, UsageError, VMLostError
+from ..errors import KataError, VMLostError
 from . import records
 from .pump import Detached, Fifos, Pump, RawTerminal
 
@@ -43,19 +43,14 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
     """What the engine has to know of a container's sandbox; see docs/architecture.md, "sandbox.json".
 
     Raises:
-        GuestAssetError: There is no guest to boot.
-        UsageError: More CPUs or memory than the host has.
+        KataError: As of `kata.engine.machine.settings`.
     """
-    from ..guest import manifest
-    from ..hypervisor import accel
-    from ..resources import sizing
+    from ..engine import machine
 
     record = container.record
-    guest = manifest.load(paths.guest_dir())
-    size = sizing.plan(record["cpus"], record["memory"], guest.kernel_kind)
-    choice = accel.choose()
-    if choice.accel == "tcg":
-        _say_once("software-emulation", f"note: {choice.reason}\n")
+    about_machine, note = machine.settings(record["cpus"], record["memory"])
+    if note:
+        _say_once("software-emulation", f"note: {note}\n")
     disks: list[dict[str, Any]] = []
     rootfs: dict[str, Any] = {"kind": record["rootfs"]["kind"], "upper": record["upper"]}
     if record["rootfs"]["kind"] == "erofs":
@@ -74,15 +69,7 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         "name": container.name,
         "container_dir": container.directory,
         "state_dir": paths.state_dir(),
-        "hypervisor": {
-            "accel": choice.accel,
-            "kernel": guest.kernel,
-            "initrd": guest.initrd,
-            "extensions": [guest.extension(name) for name in _extensions()],
-            "ready_s": _boot_timeout(),
-        },
-        "vcpus": size.vcpus,
-        "memory_mib": size.memory_mib,
+        **about_machine,
         "disks": disks,
         "rootfs": rootfs,
         "network": {"mode": record["network"], "ports": record["ports"]},
@@ -94,25 +81,6 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         "auto_remove": record["auto_remove"],
         "door_started_ns": started_ns,
     }
-
-
-BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
-"""Variable with the seconds that a guest may take to come up; the engine has a default."""
-
-
-EXTENSIONS = "KATA_GUEST_EXTENSIONS"
-"""Variable with the names of what the guest gets behind its initrd, separated by commas."""
-
-
-def _extensions() -> list[str]:
-    return [name.strip() for name in os.environ.get(EXTENSIONS, "").split(",") if name.strip()]
-
-
-def _boot_timeout() -> int:
-    text = os.environ.get(BOOT_TIMEOUT) or "0"
-    if not (text.isdecimal() and len(text) < 6):
-        raise UsageError(f"{BOOT_TIMEOUT} is {text!r}, which is no number of seconds", "For example 120.")
-    return int(text)
 
 
 def _say_once(topic: str, text: str) -> None:
@@ -203,10 +171,9 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
                 if not journal.owner_alive():
                     journal.undo()
                     return True
-                if tell and waited > TELL_AFTER_S and journal.owner is not None:
+                if tell and waited > TELL_AFTER_S:
                     tell = False
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(journal.owner["pid"]), signal.SIGTERM)
+                    journal.signal_owner(signal.SIGTERM, 0.0)
             finally:
                 journal.close()
         if waited > timeout_s:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from . import hostns
     from .sandbox import Sandbox
 
-READY_S = {"kvm": 60.0, "tcg": 60.0}
-"""How long a guest may take to answer, by accelerator; it takes a second, but a host may be busy, or itself
-an emulated machine. The sandbox's settings may say otherwise (``hypervisor.ready_s``)."""
+READY_S = 60.0
+"""How long a guest may take to answer; it takes a second, but a host may be busy, or itself an emulated machine.
+The sandbox's settings may say otherwise (``hypervisor.ready_s``)."""
 KERNEL_PARAMETERS = (
     "quiet",  # a console line costs an emulated guest a third of a millisecond
     "panic=-1",  # a guest that panics ends its machine at once, with its reason on the console
@@ -149,16 +149,17 @@ def _initrd(hypervisor: dict[str, Any], run_dir: str) -> str:
         return str(hypervisor["initrd"])
     # In the sandbox's own directory, which goes with it.
     whole = os.path.join(run_dir, "initrd")
-    with open(whole, "wb") as target:
-        for part in (hypervisor["initrd"], *extensions):
-            try:
+    try:
+        with open(whole, "wb") as target:
+            for part in (hypervisor["initrd"], *extensions):
                 with open(part, "rb") as source:
                     data = source.read()
-            except OSError as error:
-                raise GuestAssetError(
-                    f"cannot read the guest's {part}: {error.strerror}", "kata guest build"
-                ) from None
-            target.write(data + bytes(-len(data) % 512))
+                target.write(data + bytes(-len(data) % 512))
+    except OSError as error:
+        raise GuestAssetError(
+            f"cannot put the guest's initrd together: {error.filename or whole}: {error.strerror}",
+            "kata guest build; the sandbox's directory needs room for it (KATA_RUN_DIR)",
+        ) from None
     return whole
 
 
@@ -225,7 +226,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
 
     settings, timings = sandbox.settings, sandbox.timings
     step.name = "waiting for the agent in the guest"
-    ready_s = float(settings["hypervisor"].get("ready_s") or READY_S[settings["hypervisor"]["accel"]])
+    ready_s = float(settings["hypervisor"].get("ready_s") or READY_S)
     agent = await sandbox.connect_agent(ready_s)
     await _healthy(agent, sandbox.lost, ready_s)
     answered_ns = time.monotonic_ns()

@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 
-from ..agent.client import create_request
+from ..agent.client import Encoded, create_request
 from ..agent.text import escape_line
 from ..errors import (
     AlreadyExistsError,
@@ -41,6 +41,8 @@ REMOVE_S = 20
 STAND_IN = {"args": ["/proc/self/exe"], "cwd": "/"}
 """The process of a container without one: the protocol wants a command, it is never started, and this one is found
 in any root file system (it is the agent's own child that looks)."""
+HOOKS_BEFORE = ("prestart", "createRuntime", "createContainer")
+"""Hooks on the host when a container is made, in this order; ``startContainer`` runs in the guest."""
 _SIGKILL = 9
 
 
@@ -118,9 +120,9 @@ class Container:
             storages = rootfs.storages(self.id, self._rootfs)
             message = spec.to_message(self._guest_spec(sources, files.mounts))
             shares_pids = spec.shares_pids(self.config)
-            request = prepare.Encoded(create_request(self.id, message, storages, shares_pids=shares_pids))
+            request = Encoded(create_request(self.id, message, storages, shares_pids=shares_pids).encode())
             agent = await sandbox.ready()
-            for kind in ("prestart", "createRuntime", "createContainer"):
+            for kind in HOOKS_BEFORE:
                 await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
             await files.write(agent)

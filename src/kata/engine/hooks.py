@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from .hostns import Namespaces
 
-BEFORE = ("prestart", "createRuntime", "createContainer")
-"""In this order when a container is made; ``startContainer`` runs in the guest."""
 SAID_BYTES = 2000
+HINT = "It is in hooks of the bundle's config.json, put there by the client that made the container."
 
 
 def state(
@@ -81,13 +80,15 @@ def run(
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise HostError(f"the {kind} hook {path} took longer than its {hook['timeout']} s") from None
+            raise HostError(
+                f"the {kind} hook {path} took longer than its {hook['timeout']} s", HINT
+            ) from None
         except (OSError, subprocess.SubprocessError) as error:
-            raise HostError(f"the {kind} hook {path} cannot be executed: {error}") from None
+            raise HostError(f"the {kind} hook {path} cannot be executed: {error}", HINT) from None
         if done.returncode:
             from ..agent.text import escape_line
 
             said = escape_line(done.stderr[-SAID_BYTES:].decode(errors="replace").strip())
             raise HostError(
-                f"the {kind} hook {path} ended with {done.returncode}" + (f": {said}" if said else "")
+                f"the {kind} hook {path} ended with {done.returncode}" + (f": {said}" if said else ""), HINT
             )

@@ -9,10 +9,12 @@ Blocks: for the helper thread.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from .. import sysio
 from ..errors import HostError, UnsupportedError
+from .volumes import OPTION_FLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,20 +24,14 @@ if TYPE_CHECKING:
     from ..proto.task_pb import Mount
 
 _FLAGS = {
-    "ro": sysio.MS_RDONLY,
+    **OPTION_FLAGS,
     "rw": 0,
+    "defaults": 0,
     "bind": sysio.MS_BIND,
     "rbind": sysio.MS_BIND | sysio.MS_REC,
-    "nosuid": sysio.MS_NOSUID,
-    "nodev": sysio.MS_NODEV,
-    "noexec": sysio.MS_NOEXEC,
     "sync": 0x10,
     "dirsync": 0x80,
-    "noatime": 0x400,
-    "nodiratime": 0x800,
-    "relatime": 0x20_0000,
     "strictatime": 0x100_0000,
-    "defaults": 0,
 }
 _PAGE = 4096
 """mount(2) takes one page of options, final zero included; a dozen layers of an overlay are more."""
@@ -71,7 +67,10 @@ class HostRoot:
                 self._mount(one)
         except OSError as error:
             self.unmount()
-            raise HostError(f"cannot mount the root file system on {self.path}: {error.strerror}") from error
+            raise HostError(
+                f"cannot mount the root file system on {self.path}: {error.strerror}",
+                "The kernel's log (dmesg) says more; the mounts are those that containerd's snapshotter made.",
+            ) from error
         except BaseException:
             self.unmount()
             raise
@@ -79,7 +78,8 @@ class HostRoot:
     def _mount(self, one: Mount) -> None:
         if one.target:
             raise UnsupportedError(
-                f"a root file system with a mount of its own at {one.target!r} is not supported"
+                f"a root file system with a mount of its own at {one.target!r} is not supported",
+                "Use containerd's overlayfs or native snapshotter.",
             )
         kind = one.type
         if one.source.startswith("/dev/") and kind not in ("bind", "overlay"):
@@ -101,20 +101,21 @@ class HostRoot:
             base, text = _shortened(data)
         if len(text) >= _PAGE:
             raise HostError(
-                f"the root file system's mount options are {len(text)} bytes long, and {_PAGE} fit"
+                f"the mount options of the root file system {self.path} are {len(text)} bytes long, and {_PAGE} fit",
+                "The image has too many layers: have it built with fewer.",
             )
         target = os.path.realpath(self.path)
         entry = self._journal.intend("mount", target=target, source=one.source or "none", fstype=kind)
         try:
             _mount_from(base, one.source or "none", target, kind, flags, text)
-            if flags & sysio.MS_BIND and flags & sysio.MS_RDONLY:
-                # A bind mount takes its flags only from a second call.
-                sysio.mount(None, target, None, sysio.MS_REMOUNT | sysio.MS_BIND | sysio.MS_RDONLY)
         except OSError:
             self._journal.forget(entry)
             raise
         self._journal.made(entry)
         self._entries.append(entry)
+        if flags & sysio.MS_BIND and flags & sysio.MS_RDONLY:
+            # A bind mount takes its flags only from a second call.
+            sysio.mount(None, target, None, sysio.MS_REMOUNT | sysio.MS_BIND | sysio.MS_RDONLY)
 
     def unmount(self) -> None:
         """Take the mounts off again.
@@ -158,12 +159,13 @@ def _mount_from(base: str, source: str, target: str, kind: str, flags: int, data
     # The working directory belongs to the whole process, so a child changes its own.
     child = os.fork()
     if child == 0:
-        number = 0
+        number = errno.EIO
         try:
             os.chdir(base)
             sysio.mount(source, target, kind, flags, data)
+            number = 0
         except OSError as error:
-            number = error.errno or 5
+            number = error.errno or errno.EIO
         finally:
             os._exit(number)
     _, status = os.waitpid(child, 0)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
-    from ..proto.codec import Message
     from .process import Process, Stdio
     from .sandbox import Sandbox
     from .streams import Log
@@ -218,16 +217,3 @@ class EtcFiles:
                 for name, content in self._contents.items()
             )
         )
-
-
-class Encoded:
-    """A message that was encoded before it is sent."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, message: Message) -> None:
-        self._data = message.encode()
-
-    def encode(self) -> bytes:
-        """The message in wire format."""
-        return self._data

@@ -130,6 +130,8 @@ class Sandbox:
         self._booted.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _boot(self) -> AgentClient:
+        for note in self.settings.get("notes") or ():
+            self.complain(note)
         self.vm = self._take_over()
         if self.vm is not None:
             self.spawn(self._watch_machine(self.vm))

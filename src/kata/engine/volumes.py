@@ -25,7 +25,7 @@ MOUNTS_NAME = "mounts"
 FILES_NAME = "files"
 
 _MAX_NAME = 200
-_OPTION_FLAGS = {
+OPTION_FLAGS = {
     "ro": sysio.MS_RDONLY,
     "nosuid": sysio.MS_NOSUID,
     "nodev": sysio.MS_NODEV,
@@ -180,5 +180,5 @@ class Share:
             if entry.target == base or entry.target.startswith(base + "/"):
                 flags = added
                 for option in entry.options.split(","):
-                    flags |= _OPTION_FLAGS.get(option, 0)
+                    flags |= OPTION_FLAGS.get(option, 0)
                 sysio.mount(None, entry.target, None, sysio.MS_REMOUNT | sysio.MS_BIND | flags)

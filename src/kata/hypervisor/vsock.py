@@ -27,7 +27,7 @@ _TRIES = 64
 _RETRY_S = 0.01
 # A guest without a listener answers with a reset; one whose driver is not there yet does not answer, and the
 # kernel gives up after two seconds; which error that is depends on how far the device has come.
-_NOT_YET = (
+NOT_YET = (
     errno.ECONNRESET,
     errno.ECONNREFUSED,
     errno.ETIMEDOUT,
@@ -109,7 +109,7 @@ async def connect(cid: int, port: int = AGENT_PORT) -> socket.socket:
             await loop.sock_connect(sock, (cid, port))
         except OSError as error:
             sock.close()
-            if error.errno not in _NOT_YET:
+            if error.errno not in NOT_YET:
                 raise HostError(
                     f"cannot connect to the guest's vsock port {port}: {error.strerror}"
                 ) from error

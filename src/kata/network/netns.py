@@ -72,7 +72,8 @@ class _Endpoint:
         """
         if len(source.mac) != 17:
             raise UnsupportedError(
-                f"the interface {source.name} ({source.kind or 'hardware'}) carries no Ethernet frames"
+                f"the interface {source.name} ({source.kind or 'hardware'}) carries no Ethernet frames",
+                "Attach a network with Ethernet interfaces: veth, macvlan, ipvlan in L2 mode, tap.",
             )
         try:
             rtnl.bring_up(self.tap, source.mtu)
@@ -136,7 +137,10 @@ class NetnsPlan(NetworkPlan):
                 os.close(fd)
         except OSError as error:
             where = f"the network namespace {self._path}" if self._path else "a network namespace"
-            raise HostError(f"cannot enter {where}: {error.strerror}") from error
+            raise HostError(
+                f"cannot enter {where}: {error.strerror}",
+                "Has whoever made it taken it away again (ip netns)?" if self._path else "Run as root.",
+            ) from error
 
     def _unclaimed(self, rtnl: rtnetlink.Rtnl) -> list[Link]:
         """The interfaces that somebody has put there and that no endpoint stands for, in their order."""

@@ -37,7 +37,9 @@ def delete(values: Mapping[str, str]) -> bytes:
     journal = _journal(sandbox_dir(directory_name(namespace, container_id)))
     if journal is not None:
         try:
-            _end_engine(journal)
+            # The engine may hang: it is told to end, and then made to.
+            if not journal.signal_owner(sysio.SIGTERM, GRACE_S):
+                journal.signal_owner(sysio.SIGKILL, 1.0)
             left = journal.undo()
         finally:
             journal.close()
@@ -59,25 +61,3 @@ def _journal(directory: str) -> Journal | None:
         return Journal.open(os.path.join(directory, FILE_NAME))
     except JournalError:
         return None  # it ended as it should
-
-
-def _end_engine(journal: Journal) -> None:
-    """The engine may hang: it is told to end, and then made to."""
-    owner = journal.owner
-    if owner is None or not journal.owner_alive():
-        return
-    try:
-        pidfd = sysio.pidfd_open(int(owner["pid"]))
-    except ProcessLookupError:
-        return
-    try:
-        if not journal.owner_alive():  # the number may have gone to somebody else before we held it
-            return
-        for number, patience in ((sysio.SIGTERM, GRACE_S), (sysio.SIGKILL, 1.0)):
-            sysio.pidfd_send_signal(pidfd, number)
-            if sysio.pidfd_wait(pidfd, patience):
-                return
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(pidfd)

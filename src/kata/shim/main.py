@@ -28,14 +28,13 @@ Commands (containerd's, in the directory of a bundle):
 Options:
   -namespace NAME        containerd's namespace
   -id ID                 the container
-  -address PATH          containerd's socket
-  -publish-binary PATH   not needed: events go to $TTRPC_ADDRESS
-  -bundle PATH           the bundle, for delete
-  -debug                 accepted; the log's level is the sandbox's
   -info                  print this runtime's description (RuntimeInfo) for containerd 2
   -v                     print the version
+
+containerd gives these as well, and nothing depends on them: -address and -publish-binary (events go to
+$TTRPC_ADDRESS), -bundle (what a sandbox has made is in its own journal), -debug (there is one level of log).
 """
-_WITH_VALUE = frozenset({"namespace", "id", "address", "publish-binary", "bundle", "socket"})
+_WITH_VALUE = frozenset({"namespace", "id", "address", "publish-binary", "bundle"})
 _FLAGS = frozenset({"debug", "info", "v", "h", "help"})
 
 

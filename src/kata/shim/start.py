@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 
-from .. import paths
 from ..engine import spec
 from ..engine.launch import check_id, launch
 from ..errors import ConfigError, NotFoundError, UsageError
@@ -37,6 +36,7 @@ def start(values: Mapping[str, str]) -> str:
     namespace, container_id = required(values, "namespace"), check_id(required(values, "id"))
     bundle = os.getcwd()
     config = _read_config(bundle)
+    # The engine refuses it as well, whoever asks; here nothing has been started yet.
     spec.refuse_foreign(config)
     pod = spec.pod_of(config)
     if pod:
@@ -97,23 +97,17 @@ def settings(
     """What the engine has to know; see docs/architecture.md, "sandbox.json".
 
     Raises:
-        GuestAssetError: There is no guest to boot.
-        UsageError: More CPUs or memory than the host has.
+        KataError: As of `kata.engine.machine.settings`.
     """
-    from ..guest import manifest
-    from ..hypervisor import accel
-    from ..resources import sizing
+    from ..engine import machine
 
-    guest = manifest.load(paths.guest_dir())
-    cpus, memory = asked(config)
-    size = sizing.plan(cpus, memory, guest.kernel_kind)
+    about_machine, note = machine.settings(*asked(config))
     found: dict[str, Any] = {
         "id": container_id,
         "door": "containerd",
         "namespace": namespace,
-        "hypervisor": {"accel": accel.choose().accel, "kernel": guest.kernel, "initrd": guest.initrd},
-        "vcpus": size.vcpus,
-        "memory_mib": size.memory_mib,
+        **about_machine,
+        "notes": [note] if note else [],
         "disks": [],
         "share": True,
         "network": {"mode": "netns", "path": network_namespace(config)},

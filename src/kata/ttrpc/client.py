@@ -65,8 +65,7 @@ class Client:
         self._calls: dict[int, asyncio.Future[envelope.Response | None]] = {}
         # Sizes of the requests given up on: until they are answered they may still wait in our buffer.
         self._abandoned: dict[int, int] = {}
-        # None: nobody wants to hear of it any more, its end is outstanding.
-        self._streams: dict[int, Receiver | None] = {}
+        self._streams: dict[int, Receiver] = {}
         self._bytes = 0
         self._turns: deque[asyncio.Future[None]] = deque()
         self._error: ConnectionLost | None = None
@@ -253,9 +252,8 @@ class Client:
 
     def _take(self, item: frame.Frame) -> None:
         if item.kind == frame.DATA and item.stream in self._streams:
-            receiver = self._streams[item.stream]
-            if receiver is not None and not item.flags & frame.NO_DATA:
-                receiver.received(item.data)
+            if not item.flags & frame.NO_DATA:
+                self._streams[item.stream].received(item.data)
             return
         if item.kind != frame.RESPONSE:
             raise ProtocolError(f"the server sent a frame of type {item.kind} instead of a response")
@@ -264,10 +262,8 @@ class Client:
         except ValueError as error:
             raise ProtocolError(f"the server sent a malformed response: {error}") from None
         if item.stream in self._streams:
-            receiver = self._streams.pop(item.stream)
-            if receiver is not None:
-                failed = TtrpcError(response.code, response.message, response.details)
-                receiver.ended(failed if response.code else None)
+            failed = TtrpcError(response.code, response.message, response.details)
+            self._streams.pop(item.stream).ended(failed if response.code else None)
             self._next_turn()
             return
         answer = self._calls.pop(item.stream, None)
@@ -298,7 +294,7 @@ class Client:
                 answer.set_result(None)
         self._calls.clear()
         self._abandoned.clear()
-        streams = [receiver for receiver in self._streams.values() if receiver is not None]
+        streams = list(self._streams.values())
         self._streams.clear()
         for receiver in streams:
             receiver.ended(self._failure())
@@ -335,11 +331,6 @@ class Stream:
             return
         flags = (frame.REMOTE_CLOSED if last else 0) | (0 if message else frame.NO_DATA)
         client._transport.write(frame.encode(self._number, frame.DATA, message, flags))
-
-    def forget(self) -> None:
-        """Drop whatever still comes. The server is not told: that is for a message, or a last one."""
-        if self._number in self._client._streams:
-            self._client._streams[self._number] = None
 
 
 class _Receiver(asyncio.Protocol):
