@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from containerd_support import IMAGE, RUNTIME, Containerd, Events, until
 
+from kata.hypervisor import accel
+
 KINDS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -255,6 +257,12 @@ def test_a_namespace_is_made_where_none_is_given(daemon: Containerd) -> None:
     # For whoever wires it late, between create and start.
     done = subprocess.run(["nsenter", "-t", str(pid), "-n", "ip", "link"], capture_output=True, check=True)
     assert b"tap0_kata" in done.stdout
+
+
+def test_software_emulation_is_said_in_the_log(daemon: Containerd) -> None:
+    daemon.detached("slow", "sleep", "1000")
+    said = (daemon.run_dir / "sandboxes/default.slow/engine.log").read_text()
+    assert ("/dev/kvm" in said) == (accel.choose().accel == "tcg")
 
 
 def test_hooks_run_on_the_host_with_the_state(daemon: Containerd) -> None:
