@@ -197,7 +197,9 @@ def test_a_go_client_and_our_server(peer: Path, tmp_path: Path) -> None:
         output, complaint = await client.communicate()
         await server.shutdown()
         # Of a call whose answer and whose own deadline cross, Go's client logs that it no longer knows it.
-        others = [line for line in complaint.splitlines() if b"received message on inactive stream" not in line]
+        others = [
+            line for line in complaint.splitlines() if b"received message on inactive stream" not in line
+        ]
         assert (output, others) == (b"passed\n", [])
         assert errors == []
 
