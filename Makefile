@@ -47,12 +47,12 @@ fuzz-agent: ## the agent's parsers against malformed input for MINUTES=10; SEED=
 	@tools/setup test
 	@tools/fuzz-agent $(or $(MINUTES),10) $(SEED)
 
-install: ## put `kata` and `kata-agent-ctl` on the PATH of this machine; PREFIX, DESTDIR, KERNEL=auto|small|distro, FORCE=1, DRY_RUN=1
-	@tools/install $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PREFIX),--prefix '$(PREFIX)') \
+install: ## kata on this machine's PATH, told to its containerd and Docker; PREFIX, DESTDIR, KERNEL=auto|small|distro, CLIENTS=auto|none, FORCE=1, DRY_RUN=1
+	@tools/install $(if $(CLIENTS),--clients '$(CLIENTS)') $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PREFIX),--prefix '$(PREFIX)') \
 	    $(if $(DESTDIR),--destdir '$(DESTDIR)') $(if $(KERNEL),--kernel '$(KERNEL)')
 
 uninstall: ## take it back; PURGE=1 also removes images and containers, FORCE=1 even while some run
-	@tools/uninstall $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PURGE),--purge) \
+	@tools/uninstall $(if $(CLIENTS),--clients '$(CLIENTS)') $(if $(DRY_RUN),--dry-run) $(if $(FORCE),--force) $(if $(PURGE),--purge) \
 	    $(if $(PREFIX),--prefix '$(PREFIX)') $(if $(DESTDIR),--destdir '$(DESTDIR)')
 
 prove-bare: ## `make run` and the tests in a bare SUITE=bookworm|trixie

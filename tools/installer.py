@@ -12,7 +12,8 @@ What is installed, below PREFIX (``/usr/local``)::
 A new version goes beside the old one and the links change over at once, so that a running sandbox never
 loads modules of two versions. The old one is removed unless a process still runs from it; then the next call
 does it.
-Nothing outside PREFIX is edited. The guest is built by the installed `kata` in its usual place.
+The guest is built by the installed `kata` in its usual place. Outside PREFIX nothing is edited but the configuration of
+containerd and Docker where they are on this machine, by `kata install`, and `kata uninstall` takes that back.
 
 Run by /usr/bin/python3 with the standard library alone.
 """
@@ -29,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,8 +230,36 @@ def fill(tree: Path) -> None:
         shutil.copyfile(path, tree / "guest" / path.name)
 
 
-def install(place: Place, kernel: str, dry_run: bool) -> None:
-    """Install this checkout's version and change the links over to it."""
+CLIENTS = {"containerd": "containerd", "docker": "dockerd"}
+"""Clients that `kata install` can tell about kata -> their daemon's program."""
+
+
+def chosen_clients(text: str) -> list[str]:
+    """The clients that CLIENTS names: ``auto`` (those on this machine), ``none``, or their names.
+
+    Raises:
+        Refusal: There is no such client.
+    """
+    if text == "auto":
+        # What the tests unpacked in the checkout is no program of this machine.
+        found = {name: shutil.which(program) for name, program in CLIENTS.items()}
+        return [name for name, path in found.items() if path and not path.startswith(f"{ROOT}/")]
+    names = [] if text == "none" else text.replace(",", " ").split()
+    for name in names:
+        if name not in CLIENTS:
+            raise Refusal(f"CLIENTS names {name!r}", "auto, none, or some of: " + ", ".join(CLIENTS))
+    return names
+
+
+def tell_clients(place: Place, clients: Sequence[str], verb: str, *more: str) -> None:
+    """Have the installed kata change clients' configuration. One that refuses is left as it is, with a warning."""
+    for name in clients:
+        if subprocess.run([place.link("kata"), verb, name, *more], check=False).returncode:
+            say(f"warning: {name} is left as it is; later: kata {verb} {name}")
+
+
+def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = ()) -> None:
+    """Install this checkout's version, change the links over to it, and tell *clients* of it."""
     name = digest()
     tree = f"{place.library}/{name}"
     manifest = load_manifest(place)
@@ -239,6 +268,9 @@ def install(place: Place, kernel: str, dry_run: bool) -> None:
     }
     present = tree in manifest["trees"] and place.on_disk(tree).is_dir()
     if dry_run:
+        kata = [f"{ROOT}/tools/kata"]
+        for name in clients if not place.destdir else []:
+            subprocess.run([*kata, "install", name, "--dry-run"], check=False)
         say("would install:" if not present else "is installed already:")
         for line in [tree, *(f"{link} -> {target}" for link, target in links.items())]:
             print(f"  {line}")
@@ -285,6 +317,7 @@ def install(place: Place, kernel: str, dry_run: bool) -> None:
     )
     manifest["guest"] = sorted(os.path.join(guest, name) for name in os.listdir(guest))
     save_manifest(place, manifest)
+    tell_clients(place, clients, "install")
     if f"{place.prefix}/bin" not in os.get_exec_path():
         say(f"warning: {place.prefix}/bin is not on your PATH")
     say("Try: kata doctor, then: kata run --rm -it alpine sh")
@@ -304,8 +337,9 @@ def remove_old_trees(place: Place, manifest: dict[str, list[str]], keep: str) ->
 # ---- removing ----
 
 
-def uninstall(place: Place, force: bool, purge: bool, dry_run: bool) -> None:
-    """Remove what the manifest names, and with *purge* images, containers and the cache too.
+def uninstall(place: Place, force: bool, purge: bool, dry_run: bool, clients: Sequence[str] = ()) -> None:
+    """Take back what *clients* were told, remove what the manifest names, and with *purge* images, containers and the
+    cache too.
 
     Raises:
         Refusal: Nothing is installed there, sandboxes still run, or this is not root.
@@ -331,6 +365,8 @@ def uninstall(place: Place, force: bool, purge: bool, dry_run: bool) -> None:
     if purge and not place.destdir:
         doomed += [path for path in (state, cache) if path.is_dir()]
         refuse_mounts(doomed)
+    if not place.destdir and os.path.exists(place.link("kata")):
+        tell_clients(place, clients, "uninstall", *(["--dry-run"] if dry_run else []))
     for path in doomed:
         remove(place, path, dry_run)
     if dry_run:
@@ -388,18 +424,26 @@ def main() -> int:
     option("--prefix", default="/usr/local", help="where to install (default %(default)s)")
     option("--destdir", default="", help="put this before every path, to build a package")
     option("--kernel", default="auto", choices=kernels, help="the guest's kernel (default %(default)s)")
+    option(
+        "--clients",
+        default="auto",
+        help="whose configuration is changed: auto, none, or names (%(default)s)",
+    )
     option("--force", action="store_true", help="go on where another Kata, or a sandbox, is in use")
     option("--purge", action="store_true", help="remove images, containers and cache, too")
     option("--dry-run", action="store_true", help="print what would be done, and do nothing")
     options = parser.parse_args()
     try:
         place = Place(options.prefix, options.destdir)
+        clients = chosen_clients(options.clients)
         if options.action == "uninstall":
-            uninstall(place, options.force, options.purge, options.dry_run)
+            # Also of a client that has left this machine: its configuration may still be here.
+            clients = list(CLIENTS) if options.clients == "auto" else clients
+            uninstall(place, options.force, options.purge, options.dry_run, clients)
             return 0
         check_machine(place, options.force or options.dry_run)
         if options.action == "install":
-            install(place, options.kernel, options.dry_run)
+            install(place, options.kernel, options.dry_run, clients)
     except Refusal as refusal:
         say(f"error: {refusal}\nhint: {refusal.hint}")
         return 1

@@ -30,7 +30,15 @@ class Installation:
         }
 
     def make(self, *words: str) -> subprocess.CompletedProcess[str]:
-        command = ["make", "--no-print-directory", "-C", str(ROOT), *words, f"PREFIX={self.prefix}"]
+        command = [
+            "make",
+            "--no-print-directory",
+            "-C",
+            str(ROOT),
+            *words,
+            f"PREFIX={self.prefix}",
+            "CLIENTS=none",
+        ]
         return subprocess.run(command, capture_output=True, text=True, env=self.env, check=False)
 
     def kata(self, *words: str, program: str = "kata") -> subprocess.CompletedProcess[str]:

@@ -175,7 +175,7 @@ def _clients() -> list[Check]:
         version = words[2] if len(words) > 2 else "of unknown version"
         shim = shutil.which(SHIM)
         if shim:
-            found.append(Check("containerd", OK, f"{version}; its shim is {shim}"))
+            found.append(_cri(f"{version}; its shim is {shim}"))
         else:
             found.append(
                 Check(
@@ -198,6 +198,17 @@ def _clients() -> list[Check]:
                 )
             )
     return found
+
+
+def _cri(text: str) -> Check:
+    """containerd can use kata; is its CRI told so? `ctr` and Docker do without."""
+    from . import client_containerd
+
+    path = client_containerd.DEFAULT_PATH
+    if client_containerd.is_installed(path):
+        return Check("containerd", OK, f"{text}; CRI has the handler {client_containerd.HANDLER!r}")
+    missing = f"Kubernetes' CRI has no handler {client_containerd.HANDLER!r} in {path}"
+    return Check("containerd", OK, f"{text}; {missing}", "kata install containerd, if it is for Kubernetes")
 
 
 def _memory() -> Check:

@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("host", "check what this machine can do and how to mend what it cannot"),
     "gc": ("host", "clear away what ended without clearing up"),
     "guest": ("host", "build the guest's kernel and initrd, or show them"),
+    "install": ("client", "tell containerd or Docker of this machine about kata"),
+    "uninstall": ("client", "take back what `kata install` told them"),
     "version": ("host", "show the versions of this program, its hypervisor and its guest"),
 }
 """Command -> (module in `kata.cli`, summary), in the order of the help."""

@@ -1,0 +1,141 @@
+"""`kata install` and `kata uninstall`: what other programs' configuration says of kata."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from . import client_containerd, client_docker
+from .args import Command, Option
+
+if TYPE_CHECKING:
+    from .args import Arguments
+    from .client_edit import Edit
+
+_OPTIONS = [
+    Option("--config", "PATH", "its configuration file (/etc/containerd/config.toml, /etc/docker/daemon.json)"),
+    Option("-n --dry-run", "", "show the difference, and change nothing"),
+]  # fmt: skip
+COMMANDS = {
+    "install": Command(
+        "install",
+        "containerd|docker",
+        "Tells a client of this machine about kata: Kubernetes' CRI in containerd of the handler 'kata', Docker of"
+        " the runtime 'kata'.",
+        _OPTIONS,
+        least=1,
+        most=1,
+        notes="The file as it was is kept beside it (.before-kata). What was written is checked with `containerd"
+        " config dump`\nor `dockerd --validate`, and taken back if they do not like it. The client is not restarted.",
+    ),
+    "uninstall": Command(
+        "uninstall",
+        "containerd|docker",
+        "Takes back what `kata install` wrote, byte for byte.",
+        _OPTIONS,
+        least=1,
+        most=1,
+    ),
+}
+
+
+def _client(arguments: Arguments) -> str:
+    name = arguments.rest[0]
+    if name not in ("containerd", "docker"):
+        raise UsageError(f"kata knows no client {name!r}", "containerd or docker")
+    return name
+
+
+def _install(arguments: Arguments) -> int:
+    if _client(arguments) == "docker":
+        return _install_docker(arguments)
+    path = arguments.value("config") or client_containerd.DEFAULT_PATH
+    edits, daemon = client_containerd.install(path)
+    if not edits:
+        _say(f"containerd's CRI has the handler {client_containerd.HANDLER!r} already, by {path}")
+        return 0
+    if _shown(arguments, edits):
+        return 0
+    before = daemon.dump(path)
+    _apply(edits)
+    try:
+        client_containerd.check(daemon, path, before)
+    except BaseException:
+        for edit in reversed(edits):
+            edit.revert()
+        raise
+    _say_written(edits)
+    _say("Then: systemctl restart containerd; and in a cluster a RuntimeClass with `handler: kata`.")
+    return 0
+
+
+def _install_docker(arguments: Arguments) -> int:
+    path = arguments.value("config") or client_docker.DEFAULT_PATH
+    daemon = client_docker.daemon()
+    edits = client_docker.install(path)
+    if not edits:
+        _say(f"Docker has the runtime {client_docker.NAME!r} already, by {path}")
+        return 0
+    if _shown(arguments, edits):
+        return 0
+    _apply(edits)
+    try:
+        daemon.check(path)
+    except BaseException:
+        for edit in reversed(edits):
+            edit.revert()
+        raise
+    _say_written(edits)
+    _say("Then: systemctl reload docker; docker run --runtime kata ...")
+    return 0
+
+
+def _uninstall(arguments: Arguments) -> int:
+    module = client_docker if _client(arguments) == "docker" else client_containerd
+    path = arguments.value("config") or module.DEFAULT_PATH
+    edits = module.uninstall(path)
+    if not edits:
+        _say(f"nothing of kata is in {path}")
+        return 0
+    if _shown(arguments, edits):
+        return 0
+    for edit in edits:
+        edit.apply()
+    _say_written(edits)
+    for line in module.clear_up(edits):
+        _say(line)
+    return 0
+
+
+def _shown(arguments: Arguments, edits: list[Edit]) -> bool:
+    if not arguments.flag("dry_run"):
+        return False
+    for edit in edits:
+        sys.stdout.write(edit.diff())
+    return True
+
+
+def _apply(edits: list[Edit]) -> None:
+    done: list[Edit] = []
+    try:
+        for edit in edits:
+            edit.apply(keep_backup=True)
+            done.append(edit)
+    except BaseException:
+        for edit in reversed(done):
+            edit.revert()
+        raise
+
+
+def _say_written(edits: list[Edit]) -> None:
+    for edit in edits:
+        word = "removed" if edit.after is None else "changed" if edit.before is not None else "wrote"
+        _say(f"{word} {edit.path}")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+HANDLERS = {"install": _install, "uninstall": _uninstall}

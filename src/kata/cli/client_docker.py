@@ -1,0 +1,205 @@
+"""Giving Docker's daemon the runtime ``kata`` by its configuration file, and taking that back.
+
+``daemon.json`` has no comments and no directory of drop-ins. One member is put into its text, and all else stays
+as it is written.
+
+Source: Docker's ``dockerd`` reference, "Daemon configuration file" and "Configure container runtimes".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+from ..errors import AlreadyExistsError, ConfigError, HostError
+from .client_edit import Edit, forget_backup, read, text_of
+
+if TYPE_CHECKING:
+    from typing import Any
+
+DEFAULT_PATH = "/etc/docker/daemon.json"
+NAME = "kata"
+VALUE = {"runtimeType": "io.containerd.kata.v2"}
+LEAST = 23
+"""The first version that knows shims as runtimes."""
+_WHOLE = '{\n  "runtimes": {\n    "kata": {"runtimeType": "io.containerd.kata.v2"}\n  }\n}\n'
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Daemon:
+    """dockerd as it is installed here; *program* is its path."""
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+
+    def check(self, path: str) -> None:
+        """Let dockerd look at a configuration.
+
+        Raises:
+            ConfigError: It refuses it.
+        """
+        command = [self.program, "--validate", "--config-file", path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()[-1]
+            raise ConfigError(f"dockerd refuses {path}: {last}", f"mend {path} first")
+
+
+def daemon() -> Daemon:
+    """The dockerd on the PATH.
+
+    Raises:
+        HostError: There is none, or it knows no shims.
+    """
+    program = shutil.which("dockerd")
+    if not program:
+        raise HostError("dockerd is not on the PATH", "PATH=/where/it/is:$PATH kata install docker")
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"version (\d+)\S*", said)
+    if match is None or int(match[1]) < LEAST:
+        version = match[0].rstrip(",") if match else said.strip()
+        raise HostError(
+            f"{program} ({version}) knows no shims as runtimes", f"install Docker {LEAST} or newer"
+        )
+    return Daemon(program)
+
+
+def install(path: str) -> list[Edit]:
+    """What has to be changed so that ``--runtime kata`` works.
+
+    Raises:
+        AlreadyExistsError: There is a runtime of that name already, another one.
+        ConfigError: The file cannot be read or is not a JSON object.
+    """
+    raw = read(path)
+    if raw is None or not raw.strip():
+        return [Edit(path, raw, _WHOLE.encode())]
+    text = text_of(raw, path)
+    have = runtimes(text, path).get(NAME)
+    if have == VALUE:
+        return []
+    if have is not None:
+        raise AlreadyExistsError(
+            f"{path} has a runtime {NAME!r} already: {json.dumps(have)}",
+            "take that out first; nothing has been changed",
+        )
+    return [Edit(path, raw, _insert(text).encode())]
+
+
+def uninstall(path: str) -> list[Edit]:
+    """What has to be changed so that the runtime is gone again.
+
+    Raises:
+        ConfigError: The file cannot be read or is not a JSON object.
+    """
+    raw = read(path)
+    if raw is None or not raw.strip():
+        return []
+    text = text_of(raw, path)
+    if runtimes(text, path).get(NAME) != VALUE:
+        return []
+    backup = read(Edit(path, raw, raw).backup)
+    if backup is not None and (_insert(backup.decode()) if backup.strip() else _WHOLE) == text:
+        return [Edit(path, raw, backup)]
+    if text == _WHOLE:
+        return [Edit(path, raw, None)]
+    return [Edit(path, raw, _remove(text).encode())]
+
+
+def clear_up(edits: list[Edit]) -> list[str]:
+    """After `uninstall` was applied: remove the backup of a file that is as it was; sentences about what stays."""
+    said = []
+    for edit in edits:
+        backup = read(edit.backup)
+        if backup is not None and backup == edit.after:
+            forget_backup(edit.path)
+        elif backup is not None:
+            said.append(f"{edit.backup} stays: {edit.path} has been changed by others since it was made")
+    return said
+
+
+def runtimes(text: str, path: str) -> dict[str, Any]:
+    """The runtimes in a configuration, by name.
+
+    Raises:
+        ConfigError: It is not JSON, or not of the form that Docker wants, or says something twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ConfigError(f"{path} says the same thing twice", "mend that first; it is unchanged")
+        return dict(pairs)
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}", "mend that first; it is unchanged") from None
+    if not isinstance(found, dict) or not isinstance(found.get("runtimes", {}), dict):
+        raise ConfigError(f"{path} is not a JSON object with an object 'runtimes'", "it is unchanged")
+    return dict(found.get("runtimes") or {})
+
+
+def _insert(text: str) -> str:
+    """*text* with our runtime as the first member of ``runtimes``."""
+    member = f'"{NAME}": {json.dumps(VALUE)}'
+    start = _skip(text, 0)
+    spans = _members(text, start)
+    if "runtimes" not in spans:
+        lead = "\n  " if "\n" in text else ""
+        return _put(text, start, f'{lead}"runtimes": {{{member}}}', bool(spans))
+    inner = spans["runtimes"][1]
+    have = _members(text, inner)
+    first = min((span[0] for span in have.values()), default=inner + 1)
+    return _put(text, inner, text[inner + 1 : first] + member, bool(have))
+
+
+def _put(text: str, brace: int, member: str, others: bool) -> str:
+    return text[: brace + 1] + member + ("," if others else "") + text[brace + 1 :]
+
+
+def _remove(text: str) -> str:
+    """*text* without our runtime, and without ``runtimes`` if that is then empty."""
+    spans = _members(text, _skip(text, 0))
+    inner = spans["runtimes"][1]
+    have = _members(text, inner)
+    if len(have) == 1:
+        return _without(text, spans, "runtimes")
+    return _without(text, have, NAME)
+
+
+def _without(text: str, spans: dict[str, tuple[int, int, int]], name: str) -> str:
+    """*text* without a member of an object, and without the comma that parted it from another one."""
+    begin, _, end = spans[name]
+    after = _skip(text, end)
+    lead = begin
+    while text[lead - 1] in " \t\r\n":
+        lead -= 1
+    if text[after] == ",":
+        return text[:lead] + text[after + 1 :]
+    if text[lead - 1] == ",":
+        lead -= 1
+    return text[:lead] + text[end:]
+
+
+def _members(text: str, brace: int) -> dict[str, tuple[int, int, int]]:
+    """Where the members of the object at *brace* are: (start of the name, start of the value, its end)."""
+    found: dict[str, tuple[int, int, int]] = {}
+    decoder = json.JSONDecoder()
+    at = _skip(text, brace + 1)
+    while text[at] != "}":
+        name, after = decoder.raw_decode(text, at)
+        value = _skip(text, _skip(text, after) + 1)
+        _, end = decoder.raw_decode(text, value)
+        found[name] = (at, value, end)
+        at = _skip(text, end)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    return found
+
+
+def _skip(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at

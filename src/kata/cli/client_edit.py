@@ -1,0 +1,145 @@
+"""Changes to other programs' configuration files: shown as a difference, made whole or not at all, kept a copy of."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from ..errors import ConfigError, HostError
+
+BACKUP = ".before-kata"
+"""Appended to a file's name: the file as it was before it was changed for the first time."""
+
+
+class Edit:
+    """One file to be changed, made or removed.
+
+    Args:
+        path: The file; a symbolic link is followed, so that what it points to is changed.
+        before: Its bytes as they are; None if it does not exist.
+        after: What they are to be; None removes the file.
+    """
+
+    def __init__(self, path: str, before: bytes | None, after: bytes | None) -> None:
+        self.path = os.path.realpath(path)
+        self.before = before
+        self.after = after
+        self._made: list[str] = []
+
+    @property
+    def backup(self) -> str:
+        """Where the file as it was is kept."""
+        return self.path + BACKUP
+
+    def diff(self) -> str:
+        """The unified difference, as ``diff -u`` prints it."""
+        old, new = (_lines(data) for data in (self.before, self.after))
+        was, becomes = (self.path if data is not None else os.devnull for data in (self.before, self.after))
+        shown = []
+        for line in difflib.unified_diff(old, new, was, becomes):
+            shown.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
+        return "".join(shown)
+
+    def apply(self, *, keep_backup: bool = False) -> None:
+        """Make the change.
+
+        Args:
+            keep_backup: Write the old bytes aside first, unless a backup is there.
+
+        Raises:
+            HostError: The file cannot be written; it is as it was.
+        """
+        try:
+            if keep_backup and self.before is not None and not os.path.exists(self.backup):
+                _replace(self.backup, self.before, self.path)
+            if self.after is None:
+                os.unlink(self.path)
+            else:
+                self._make_directories(os.path.dirname(self.path))
+                _replace(self.path, self.after, self.path)
+        except OSError as error:
+            raise HostError(
+                f"cannot change {error.filename or self.path}: {error.strerror}", "it is as it was"
+            ) from None
+
+    def _make_directories(self, directory: str) -> None:
+        if not os.path.isdir(directory):
+            self._make_directories(os.path.dirname(directory))
+            os.mkdir(directory, 0o755)
+            self._made.append(directory)
+
+    def revert(self) -> None:
+        """Take the change back, with the backup and the directories that were made for it.
+
+        Raises:
+            HostError: The file cannot be written.
+        """
+        Edit(self.path, self.after, self.before).apply()
+        forget_backup(self.path)
+        for directory in reversed(self._made):
+            os.rmdir(directory)
+
+
+def forget_backup(path: str) -> None:
+    """Remove the backup of a file that is as it was."""
+    try:
+        os.unlink(os.path.realpath(path) + BACKUP)
+    except FileNotFoundError:
+        pass
+
+
+def read(path: str) -> bytes | None:
+    """A file's bytes; None if there is no such file.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", "name another one with --config"
+        ) from None
+
+
+def text_of(data: bytes, path: str) -> str:
+    """*data* as text.
+
+    Raises:
+        ConfigError: It is not UTF-8.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}", "mend that first; it is unchanged") from None
+
+
+def _lines(data: bytes | None) -> list[str]:
+    return (data or b"").decode(errors="replace").splitlines(keepends=True)
+
+
+def _replace(path: str, data: bytes, like: str) -> None:
+    """Put *data* in a file's place at once, with the mode and owner of *like* where that exists."""
+    aside = f"{path}.kata-{os.getpid()}"
+    try:
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            try:
+                status = os.stat(like)
+                os.fchown(fd, status.st_uid, status.st_gid)
+                os.fchmod(fd, status.st_mode & 0o7777)
+            except FileNotFoundError:
+                os.fchmod(fd, 0o644)
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        os.replace(aside, path)
+    except BaseException:
+        try:
+            os.unlink(aside)
+        except OSError:
+            pass
+        raise

@@ -1,0 +1,283 @@
+"""`kata install` and `kata uninstall`: what they write is what containerd and Docker read, and goes without a trace.
+
+The programs are the real ones, of every version that is on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kata.cli import client_containerd, client_docker
+from kata.cli.main import main
+from kata.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEBIAN = """\
+version = 2
+
+[plugins]
+  [plugins."io.containerd.grpc.v1.cri"]
+    [plugins."io.containerd.grpc.v1.cri".cni]
+      bin_dir = "/usr/lib/cni"
+"""
+WITH_RUNC = (
+    DEBIAN
+    + """
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+"""
+)
+VERSION_1 = '[plugins.cri]\n  sandbox_image = "x"'  # and no end of the line
+
+
+def _containerds() -> dict[str, str]:
+    """The installed one, and a 2.x that set-up has built beside it."""
+    found = {}
+    installed = shutil.which("containerd")
+    if installed:
+        found["installed"] = installed
+    second = shutil.which("containerd", path=f"{ROOT}/build/programs/containerd2")
+    if second:
+        found["2.x"] = second
+    return found
+
+
+@pytest.fixture(params=["installed", "2.x"])
+def containerd(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A containerd that is the one on the PATH; its program."""
+    program = _containerds().get(request.param)
+    if program is None:
+        pytest.skip(f"needs containerd ({request.param})")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/containerd").symlink_to(program)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return program
+
+
+def handlers(program: str, path: Path) -> dict[str, Any]:
+    done = subprocess.run([program, "--config", path, "config", "dump"], capture_output=True, check=True)
+    return client_containerd.handlers(tomllib.loads(done.stdout.decode()))
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    """Everything below a directory, with its bytes."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    "text", [None, DEBIAN, WITH_RUNC, VERSION_1], ids=["absent", "debian", "runc", "v1"]
+)
+def test_containerd_sees_the_handler_until_it_is_taken_back(
+    containerd: str, tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "etc"
+    place.mkdir()
+    path = place / "config.toml"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(0o640)
+    before = snapshot(place)
+    assert main(["install", "containerd", "--dry-run", "--config", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert '+  runtime_type = "io.containerd.kata.v2"' in shown
+    assert snapshot(place) == before
+    assert main(["install", "containerd", "--config", str(path)]) == 0
+    found = handlers(containerd, path)
+    assert found["kata"]["runtime_type"] == "io.containerd.kata.v2"
+    assert found["kata"]["pod_annotations"] == ["io.katacontainers.*"]
+    assert found["kata"]["privileged_without_host_devices"] is True
+    assert "runc" in found
+    # What was shown is what was done.
+    applied = path.read_text()
+    assert all(line[1:] in applied for line in shown.splitlines() if line[:1] == "+" and line[:3] != "+++")
+    if text is not None:
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert (place / "config.toml.before-kata").read_text() == text
+    once = snapshot(place)
+    assert main(["install", "containerd", "--config", str(path)]) == 0
+    assert snapshot(place) == once
+    assert main(["uninstall", "containerd", "--config", str(path)]) == 0
+    assert snapshot(place) == before
+
+
+def test_where_files_are_imported_it_is_a_file_of_its_own(
+    containerd: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "etc"
+    place.mkdir()
+    path = place / "config.toml"
+    path.write_text(f'imports = ["{place}/conf.d/*.toml"]\n{DEBIAN}')
+    before = snapshot(place)
+    assert main(["install", "containerd", "--config", str(path)]) == 0
+    assert "kata" in handlers(containerd, path)
+    # containerd 1.x would let the file replace the whole section.
+    merges = client_containerd.Daemon(containerd, (2, 0)).dump(str(path)).get("version", 2) > 2
+    assert (place / "conf.d/kata.toml").exists() == merges
+    assert (path.read_bytes() == before["config.toml"]) == merges
+    assert client_containerd.is_installed(str(path))
+    assert main(["uninstall", "containerd", "--config", str(path)]) == 0
+    assert snapshot(place) == before
+    assert not client_containerd.is_installed(str(path))
+
+
+def test_what_others_add_later_stays(
+    containerd: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(DEBIAN)
+    assert main(["install", "containerd", "--config", str(path)]) == 0
+    path.write_text(path.read_text() + "\n[timeouts]\n")
+    assert main(["uninstall", "containerd", "--config", str(path)]) == 0
+    assert path.read_text() == DEBIAN + "\n[timeouts]\n"
+    assert "has been changed by others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (WITH_RUNC.replace("runtimes.runc", "runtimes.kata"), "already"),
+        ("version = \n", "is not TOML"),
+        ('version = "two"\n', "containerd cannot read"),
+        ('version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]\nruntimes = {}\n', "in a form that"),
+        ("# begin: kata's runtime class handler, by `kata install containerd`\n", "without the one that ends"),
+    ],
+    ids=["taken", "broken", "no number", "inline", "half"],
+)  # fmt: skip
+def test_what_stands_in_the_way_is_said_and_left(
+    containerd: str, tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    before = snapshot(tmp_path)
+    assert main(["install", "containerd", "--config", str(path)]) == 125
+    assert words in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_change_that_containerd_does_not_like_is_taken_back(
+    containerd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(DEBIAN)
+    before = snapshot(tmp_path)
+    real = client_containerd._table
+    monkeypatch.setattr(
+        client_containerd, "_table", lambda version: real(version).replace("kata.v2", "kato.v2")
+    )
+    assert main(["install", "containerd", "--config", str(path)]) == 125
+    assert "does not see the handler" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_without_containerd_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert main(["install", "containerd", "--config", str(tmp_path / "c.toml")]) == 125
+    assert "containerd is not on the PATH" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Docker ----
+
+TEXTS = [
+    "{}",
+    "{\n}\n",
+    '{"log-driver": "journald"}',
+    '{\n    "dns": ["1.1.1.1"],\n    "runtimes": {}\n}\n',
+    '{\n\t"runtimes": {\n\t\t"other": {"path": "/x"}\n\t},\n\t"a": {"runtimes": [1, {"kata": 2}]}\n}',
+    '{"runtimes":{"a":{"path":"/a"},"b":{"path":"/b"}},"debug":true}',
+]
+
+
+@pytest.mark.parametrize("text", [None, "", *TEXTS])
+def test_dockers_file_is_the_same_again(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "daemon.json"
+    if text is not None:
+        path.write_text(text)
+    for edit in client_docker.install(str(path)):
+        edit.apply(keep_backup=True)
+    merged = json.loads(path.read_text())
+    assert merged["runtimes"].pop("kata") == {"runtimeType": "io.containerd.kata.v2"}
+    old = json.loads(text or "{}")
+    assert merged == {"runtimes": {}, **old}
+    assert client_docker.install(str(path)) == []
+    edits = client_docker.uninstall(str(path))
+    for edit in edits:
+        edit.apply()
+    assert client_docker.clear_up(edits) == []
+    assert [file.read_text() for file in tmp_path.iterdir()] == ([] if text is None else [text])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_dockers_file_without_its_backup_means_the_same_again(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "daemon.json"
+    path.write_text(text)
+    for edit in [*client_docker.install(str(path)), *client_docker.uninstall(str(path))]:
+        edit.apply()
+    for edit in client_docker.uninstall(str(path)):
+        edit.apply()
+    old = json.loads(text)
+    if not old.get("runtimes", True):
+        del old["runtimes"]
+    assert json.loads(path.read_text()) == old
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"runtimes": {"kata": {"path": "/usr/bin/other"}}}', "already"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"runtimes": [], "x": 1}', "not a JSON object"),
+        ('{"debug": true, "debug": false}', "twice"),
+        ("\xff", "UTF-8"),
+    ],
+)
+def test_what_dockers_file_refuses(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "daemon.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(Exception, match=words):
+        client_docker.install(str(path))
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        client_docker.install(str(tmp_path))
+
+
+def _dockerd() -> bool:
+    try:
+        client_docker.daemon()
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _dockerd(), reason="needs Docker 23 or newer")
+def test_dockerd_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    path = tmp_path / "d/daemon.json"
+    assert main(["install", "docker", "--config", str(path)]) == 0
+    assert main(["uninstall", "docker", "--config", str(path)]) == 0
+    assert not path.exists()
+    path.write_text('{"no-such-option": 1}\n')
+    assert main(["install", "docker", "--config", str(path)]) == 125
+    assert "dockerd refuses" in capsys.readouterr().err
+    assert path.read_text() == '{"no-such-option": 1}\n'
+    assert [file.name for file in path.parent.iterdir()] == ["daemon.json"]
