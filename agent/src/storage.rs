@@ -312,6 +312,11 @@ fn overlay(storage: &Storage) -> Result<()> {
     let parsed = parse_options(&options)?;
     let of = |name: &str| parsed.data.split(',').find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
     let top_layer = of("lowerdir").and_then(|layers| layers.split(':').next());
+    for layer in of("lowerdir").iter().flat_map(|layers| layers.split(':')) {
+        // A mount of the host's below a virtio-fs share is mounted here when it is first opened. An overlay takes the
+        // directory without opening it, and refuses one that waits to be mounted upon. What is missing, it will name.
+        let _ = sys::open(layer, libc::O_RDONLY | libc::O_DIRECTORY, 0);
+    }
     for directory in &directories {
         check_mount_point(directory)?;
         if fs::is_dir(directory) {

@@ -14,11 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kata.agent.text import escape_line, last_lines
-from kata.engine import machine, process, rootfs, spec, stats, watch
+from kata.engine import boot, machine, process, rootfs, spec, stats, watch
 from kata.engine.logfile import LogFile
 from kata.engine.records import StateFile, read_json, rfc3339
 from kata.engine.timings import Timings
-from kata.errors import AgentTimeoutError, ConfigError, KataError, NotFoundError, StateError, UsageError
+from kata.errors import (
+    AgentTimeoutError,
+    ConfigError,
+    HostError,
+    KataError,
+    NotFoundError,
+    StateError,
+    UsageError,
+)
+from kata.hypervisor import virtiofsd
+from kata.journal import Journal
 from kata.oci import spec as oci
 from kata.proto import agent_pb, cgroups_v1_pb, cgroups_v2_pb
 
@@ -403,3 +413,35 @@ def test_the_time_to_boot_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(machine.BOOT_TIMEOUT, wrong)
         with pytest.raises(UsageError, match="no number of seconds"):
             machine.boot_timeout()
+
+
+# ---- the file server ----
+
+
+def test_each_virtiofsd_is_asked_in_its_own_words() -> None:
+    c = virtiofsd.command(virtiofsd.C_PROGRAM, "/share", 7)
+    rust = virtiofsd.command(virtiofsd.RUST_PROGRAMS[0], "/share", 7)
+    assert "--fd=7" in c
+    assert "--fd=7" in rust
+    assert c[-1].startswith("source=/share,")
+    assert "announce_submounts" in c[-1]
+    assert "--shared-dir=/share" in rust
+    assert "--announce-submounts" in rust
+
+
+def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(virtiofsd, "find", lambda configured="": None)
+    journal = Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
+    assert boot.file_server({}, "/share", str(tmp_path), journal) is None
+    assert boot.file_server({"shared_fs": "virtio-9p"}, "/share", str(tmp_path), journal) is None
+    with pytest.raises(HostError, match="no virtiofsd"):
+        boot.file_server({"shared_fs": "virtio-fs"}, "/share", str(tmp_path), journal)
+    assert journal.undo() == []
+
+
+def test_a_shared_fs_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KATA_SHARED_FS", "nfs")
+    with pytest.raises(UsageError, match="nfs"):
+        machine.shared_fs()

@@ -198,22 +198,6 @@ def test_a_read_only_root_with_a_writable_tmpfs(shared_kata: Kata, busybox_image
     assert shown.split() == ["1", "1"]
 
 
-def test_volumes(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
-    data, fixed, single = tmp_path / "data", tmp_path / "fixed", tmp_path / "single"
-    data.mkdir()
-    fixed.mkdir()
-    single.write_text("one file\n")
-    (fixed / "there").write_text("from the host\n")
-    shown = out(
-        shared_kata, busybox_image,
-        "-v", f"{data}:/data", "-v", f"{fixed}:/fixed:ro", "-v", f"{single}:/etc/single:ro",
-        "cat /fixed/there /etc/single; touch /fixed/x 2>&1 | grep -c Read-only; echo from the guest > /data/made",
-    )  # fmt: skip
-    assert shown == "from the host\none file\n1\n"
-    assert (data / "made").read_text() == "from the guest\n"
-    assert not (fixed / "x").exists()
-
-
 def test_capabilities(shared_kata: Kata, busybox_image: str) -> None:
     script = "grep CapEff /proc/self/status | cut -f2"
     default = int(out(shared_kata, busybox_image, script), 16)

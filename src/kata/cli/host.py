@@ -211,6 +211,17 @@ def _cri(text: str) -> Check:
     return Check("containerd", OK, f"{text}; {missing}", "kata install containerd, if it is for Kubernetes")
 
 
+def _file_server() -> Check:
+    from ..hypervisor import virtiofsd
+
+    program = virtiofsd.find()
+    if program is None:
+        return Check(
+            "virtiofsd", WARN, "not found: files of the host are shared over 9p", "apt-get install virtiofsd"
+        )
+    return Check("virtiofsd", OK, program)
+
+
 def _memory() -> Check:
     from ..resources import sizing
 
@@ -244,6 +255,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _vsock,
     lambda: _program("qemu-system-x86_64", "qemu", "qemu-system-x86", FAIL, blocking=True),
     lambda: _program("passt", "passt", "passt", WARN),
+    _file_server,
     lambda: _program("mkfs.ext4", "e2fsprogs", "e2fsprogs", FAIL, blocking=True),
     _guest,
     _cgroups,

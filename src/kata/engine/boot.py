@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from ..errors import GuestAssetError, KataError
+from ..errors import GuestAssetError, HostError, KataError
 from ..hypervisor import qemu_process, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
 from . import volumes
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
+    from ..hypervisor import virtiofsd
     from ..journal import Journal
     from ..network.user import NetworkPlan
     from ..resources.host_cgroup import HostCgroup
@@ -46,7 +47,10 @@ KERNEL_PARAMETERS = (
     "i8042.nopnp",
 )
 CONSOLE_NAME = "console.log"
-SHARE_MOUNT_OPTIONS = ["trans=virtio", "version=9p2000.L", "msize=512000", "cache=mmap", "nosuid", "nodev"]
+SHARE_MOUNT_OPTIONS = {
+    "9p": ["trans=virtio", "version=9p2000.L", "msize=512000", "cache=mmap", "nosuid", "nodev"],
+    "virtio-fs": ["nosuid", "nodev"],
+}
 SEED_BYTES = 512
 
 
@@ -55,6 +59,7 @@ class Machine:
 
     Attributes:
         cgroup: Its leaves in the host's cgroups, once there is a process to be put into them.
+        files: The file server of the share, if the share is served by one.
         host: The host's namespaces, for hooks that a client's specification may have.
         network: The network, if the sandbox has one.
         process: The hypervisor's process.
@@ -62,10 +67,11 @@ class Machine:
         started_ns: When the hypervisor was started.
     """
 
-    __slots__ = ("cgroup", "host", "network", "process", "share", "started_ns")
+    __slots__ = ("cgroup", "files", "host", "network", "process", "share", "started_ns")
 
     def __init__(self) -> None:
         self.cgroup: HostCgroup | None = None
+        self.files: virtiofsd.FileServer | None = None
         self.host: hostns.Namespaces | None = None
         self.network: NetworkPlan | None = None
         self.process: qemu_process.QemuProcess | None = None
@@ -113,6 +119,10 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         machine.network.journal = journal
         nics = [machine.network.wire(), *machine.network.more_nics]
     vm = vm_settings(settings, share.path, run_dir, *nics)
+    if machine.share is not None:
+        machine.files = file_server(settings["hypervisor"], share.path, run_dir, journal)
+        if machine.files is not None:
+            vm.share_fd = machine.files.fd
     if vm.accel == "kvm":
         # Under emulation the serial port is the faster of the two.
         from ..hypervisor import vsock
@@ -121,9 +131,35 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
     machine.cgroup = limit(os.path.basename(run_dir), vm, journal, (machine.process.pid, os.getpid()))
-    # The network's helper is born into our cgroups.
+    # Helpers are born into our cgroups.
+    if machine.files is not None:
+        machine.files.start()
     if machine.network is not None:
         machine.network.start(journal, settings["id"])
+
+
+def file_server(
+    hypervisor: dict[str, Any], directory: str, run_dir: str, journal: Journal
+) -> virtiofsd.FileServer | None:
+    """What serves the share by virtio-fs, not yet started; None where the hypervisor itself shall do so, by 9p.
+
+    Raises:
+        HostError: virtio-fs was asked for, and there is no virtiofsd.
+        HypervisorError: The socket cannot be made.
+    """
+    from ..hypervisor import virtiofsd  # most machines share nothing
+
+    wanted = hypervisor.get("shared_fs") or ""
+    if wanted == "virtio-9p":
+        return None
+    program = virtiofsd.find(hypervisor.get("virtio_fs_daemon") or "")
+    if program is None:
+        if wanted:
+            raise HostError(
+                f"there is no virtiofsd on this host, and {wanted} needs it", "apt-get install virtiofsd"
+            )
+        return None
+    return virtiofsd.FileServer(program, directory, run_dir, journal)
 
 
 def limit(name: str, vm: VMSettings, journal: Journal, pids: tuple[int, ...]) -> HostCgroup:
@@ -236,12 +272,13 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     if sandbox.share is not None:
         from .spec import GUEST_SHARE
 
+        kind = "9p" if sandbox.machine.files is None else "virtio-fs"
         storages.append(
             agent_pb.Storage(
-                driver="9p",
+                driver=kind,
                 source=slots.SHARE_TAG,
-                fstype="9p",
-                options=SHARE_MOUNT_OPTIONS,
+                fstype=kind.replace("-", ""),
+                options=SHARE_MOUNT_OPTIONS[kind],
                 mount_point=GUEST_SHARE,
             )
         )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
+SHARED_FS = "KATA_SHARED_FS"
+"""Variable that says how files of the host reach the guest: ``virtio-fs``, ``virtio-9p``, or whichever there is."""
 EXTENSIONS = "KATA_GUEST_EXTENSIONS"
 """Variable with the names of what the guest gets behind its initrd, separated by commas."""
 
@@ -45,6 +47,7 @@ def settings(cpus: float | None, memory: int | None) -> tuple[dict[str, Any], st
             "initrd": guest.initrd,
             "extensions": [guest.extension(name) for name in _extensions()],
             "ready_s": boot_timeout(),
+            "shared_fs": shared_fs(),
         },
         "vcpus": size.vcpus,
         "memory_mib": size.memory_mib,
@@ -54,6 +57,18 @@ def settings(cpus: float | None, memory: int | None) -> tuple[dict[str, Any], st
 
 def _extensions() -> list[str]:
     return [name.strip() for name in os.environ.get(EXTENSIONS, "").split(",") if name.strip()]
+
+
+def shared_fs() -> str:
+    """``virtio-fs``, ``virtio-9p``, or nothing: virtio-fs where the host has its program.
+
+    Raises:
+        UsageError: The variable says something else.
+    """
+    wanted = os.environ.get(SHARED_FS, "")
+    if wanted not in ("", "virtio-fs", "virtio-9p"):
+        raise UsageError(f"{SHARED_FS} is {wanted!r}", "It may be virtio-fs or virtio-9p.")
+    return wanted
 
 
 def boot_timeout() -> int:

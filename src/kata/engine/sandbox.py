@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ..hypervisor.interface import Hypervisor
+    from ..hypervisor.virtiofsd import FileServer
     from ..journal import Journal
     from ..network.user import NetworkPlan
     from ..proto.codec import Message
@@ -140,6 +141,8 @@ class Sandbox:
                 self.complain(warning)
         if self.machine.network is not None:
             self._watch_network(self.machine.network)
+        if self.machine.files is not None:
+            self._watch_files(self.machine.files)
         if self._failed is not None:
             raise self._failed
         try:
@@ -380,6 +383,20 @@ class Sandbox:
         if fd >= 0:
             loop.add_reader(fd, ended)
 
+    def _watch_files(self, server: FileServer) -> None:
+        """Without its file server a guest would hang at its next look at a file of the host: end it instead."""
+        loop = asyncio.get_running_loop()
+        fd = server.pidfd
+
+        def ended() -> None:
+            loop.remove_reader(fd)
+            failure = server.failure()
+            if failure is not None and self._ending is None and not self.lost.done():
+                self._lose(VMLostError(failure.message, failure.hint))
+
+        if fd >= 0:
+            loop.add_reader(fd, ended)
+
     async def _watch_agent(self, agent: AgentClient) -> None:
         assert self.vm is not None
         self.fail(await watch.watch(agent, self.vm.pid, lambda: self.paused))
@@ -426,6 +443,11 @@ class Sandbox:
         if self.vm is not None:
             await self.vm.stop()
             self.vm.close()
+        files = self.machine.files
+        if files is not None:
+            if files.pidfd >= 0:
+                asyncio.get_running_loop().remove_reader(files.pidfd)
+            await self.helper(files.stop)
         if leaving is not None:
             await leaving
         plan = self.machine.network

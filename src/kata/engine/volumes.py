@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SHARE_NAME = "share"
 MOUNTS_NAME = "mounts"
 FILES_NAME = "files"
+STAGED_NAME = "staged"
 
 _MAX_NAME = 200
 OPTION_FLAGS = {
@@ -64,12 +65,13 @@ class Share:
         journal: Its journal.
     """
 
-    __slots__ = ("_files", "_journal", "_mounts", "path")
+    __slots__ = ("_files", "_journal", "_mounts", "_staged", "path")
 
     def __init__(self, run_dir: str, journal: Journal) -> None:
         self.path = os.path.join(run_dir, SHARE_NAME)
         self._mounts = os.path.join(run_dir, MOUNTS_NAME)
         self._files = os.path.join(run_dir, FILES_NAME)
+        self._staged = os.path.join(run_dir, STAGED_NAME)
         self._journal = journal
 
     def prepare(self) -> None:
@@ -79,8 +81,13 @@ class Share:
             HostError: A mount failed.
         """
         try:
-            for path in (self.path, self._mounts, self._files):
+            for path in (self.path, self._mounts, self._files, self._staged):
                 os.mkdir(path, 0o700)
+            # Where things are mounted until they are as they should be.
+            os.mkdir(os.path.join(self._staged, "directory"), 0o700)
+            os.close(
+                os.open(os.path.join(self._staged, "file"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            )
             # A mount of its own, shared, so that what is bound below it appears below its slave.
             self._journal.make_mount(self._mounts, self._mounts, None, sysio.MS_BIND)
             sysio.mount(None, self._mounts, None, sysio.MS_SHARED)
@@ -127,10 +134,19 @@ class Share:
                 os.mkdir(target, 0o700)
             else:
                 os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            self._journal.make_mount(real, target, None, sysio.MS_BIND | sysio.MS_REC)
+            # A file server has a mount namespace of its own, where only what is being mounted arrives, with the
+            # flags that it has at that moment: so it is restricted before it is moved to its place.
+            staged = os.path.join(self._staged, "directory" if stat.S_ISDIR(mode) else "file")
+            sysio.mount(real, staged, None, sysio.MS_BIND | sysio.MS_REC)
+            try:
+                sysio.mount(None, staged, None, sysio.MS_REC | sysio.MS_PRIVATE)
+                self._restrict(staged, readonly=readonly)
+                self._journal.make_mount(staged, target, None, sysio.MS_MOVE)
+            except BaseException:
+                sysio.umount2(staged, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
+                raise
             # Further mounts of the host below it must not appear later, nor ours travel back.
             sysio.mount(None, target, None, sysio.MS_REC | sysio.MS_PRIVATE)
-            self._restrict(os.path.join(self.path, name), readonly=readonly)
         except OSError as error:
             raise HostError(f"cannot share {source} with the guest: {error.strerror}") from error
         return name

@@ -111,6 +111,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *("-cpu", cpu_model(settings.accel)),
         *("-smp", str(settings.vcpus)),
         *("-m", f"{settings.memory_mib}M"),
+        *_memory(settings),
         *("-bios", settings.firmware),
         *("-kernel", settings.kernel),
         *("-initrd", settings.initrd),
@@ -124,7 +125,12 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         argv += _device(
             "vhost-vsock-pci", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd), guest_cid=vsock.cid
         )
-    if settings.share_dir:
+    if settings.share_fd >= 0:
+        argv += [
+            *("-chardev", f"socket,id=share,fd={settings.share_fd}"),
+            *_device("vhost-user-fs-pci", slots.SHARE, chardev="share", tag=slots.SHARE_TAG),
+        ]
+    elif settings.share_dir:
         argv += [
             *("-fsdev", f"local,id=share,path={comma(settings.share_dir)},{_SHARE_OPTIONS}"),
             *_device("virtio-9p-pci", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
@@ -177,6 +183,8 @@ def inherited_fds(settings: VMSettings, fds: Fds) -> list[int]:
         found.append(fds.console)
     if settings.vsock is not None:
         found.append(settings.vsock.fd)
+    if settings.share_fd >= 0:
+        found.append(settings.share_fd)
     for nic in settings.nics():
         found += nic.fds()
     return found
@@ -191,7 +199,16 @@ def _machine(settings: VMSettings) -> str:
     options = [settings.machine, "usb=off", "vmport=off", "smm=off", "smbus=off", "sata=off"]
     if not settings.machine.startswith("q35"):
         options = [settings.machine, "usb=off", "vmport=off", "smm=off"]
+    if settings.share_fd >= 0:
+        options.append("memory-backend=ram")
     return ",".join([*options, "mem-merge=off", "dump-guest-core=off"])
+
+
+def _memory(settings: VMSettings) -> list[str]:
+    """A vhost-user server reads and writes the guest's memory itself, so it has to be shareable."""
+    if settings.share_fd < 0:
+        return []
+    return ["-object", f"memory-backend-memfd,id=ram,size={settings.memory_mib}M,share=on"]
 
 
 def _value(value: object) -> str:
@@ -205,7 +222,7 @@ def _device(driver: str, slot: int, **properties: object) -> list[str]:
     named = {k if k in ("mount_tag", "max_ports") else k.replace("_", "-"): v for k, v in properties.items()}
     # A ROM and the registers of the time before virtio 1.0 only cost firmware and guest time.
     named |= {"addr": f"{slot:02x}.0", "romfile": ""}
-    if driver != "vhost-vsock-pci":  # that one never had them
+    if driver not in ("vhost-vsock-pci", "vhost-user-fs-pci"):  # those never had them
         named["disable-legacy"] = True
     return ["-device", ",".join([driver, *(f"{k}={_value(v)}" for k, v in named.items())])]
 

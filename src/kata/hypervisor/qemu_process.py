@@ -155,6 +155,9 @@ def _passed(settings: VMSettings) -> list[int]:
     if settings.vsock is not None:
         found.append(settings.vsock.fd)
         settings.vsock.fd = -1
+    if settings.share_fd >= 0:
+        found.append(settings.share_fd)
+        settings.share_fd = -1
     for nic in settings.nics():
         found += nic.give_away()
     return found

@@ -89,6 +89,7 @@ class VMSettings:
         firmware: Name or path of the firmware image.
         disks: What is in slots 0 to 3; None is a placeholder.
         share_dir: Directory offered to the guest over 9p; empty is no such device.
+        share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers; -1 is none.
         nic: The network interface; None is no such device.
         more_nics: Further ones, none of them empty.
         vsock: vhost-vsock device, or None: then the agent uses the virtio-serial port.
@@ -113,6 +114,7 @@ class VMSettings:
         "nic",
         "run_dir",
         "share_dir",
+        "share_fd",
         "tb_size_mib",
         "tsc_khz",
         "vcpus",
@@ -139,6 +141,7 @@ class VMSettings:
         firmware: str = "qboot.rom",
         disks: Sequence[Disk | None] = (),
         share_dir: str = "",
+        share_fd: int = -1,
         nic: Nic | None = None,
         more_nics: Sequence[Nic] = (),
         vsock: Vsock | None = None,
@@ -167,6 +170,7 @@ class VMSettings:
         self.firmware = firmware
         self.disks: list[Disk | None] = [*disks, *([None] * (4 - len(disks)))]
         self.share_dir = share_dir
+        self.share_fd = share_fd
         self.nic = nic
         self.more_nics = list(more_nics)
         self.vsock = vsock

@@ -1,0 +1,180 @@
+"""virtiofsd: the separate, confined process that serves a sandbox's share to the guest as virtio-fs.
+
+It speaks vhost-user with the hypervisor over a socket that exists under a name for an instant only. There are two
+programs of this name with options of their own: the one in C that came with QEMU before 8.0, and the present one
+in Rust (https://gitlab.com/virtio-fs/virtiofsd).
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata import children
+from kata.errors import HostError, HypervisorError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.errors import KataError
+    from kata.journal import Entry, Journal
+
+RUST_PROGRAMS = (
+    "/usr/libexec/virtiofsd",
+    "/usr/lib/virtiofsd",
+    "/usr/bin/virtiofsd",
+    "/usr/local/bin/virtiofsd",
+)
+"""Where distributions put it."""
+C_PROGRAM = "/usr/lib/qemu/virtiofsd"
+SOCKET_NAME = "share.sock"
+LEAVES_S = 1.0
+"""How long it may take to end by itself."""
+
+
+def find(configured: str = "") -> str | None:
+    """Path of a virtiofsd: the configured one, else the first that this host has; None where there is none.
+
+    Raises:
+        HostError: The configured one is not there.
+    """
+    if configured:
+        if not os.access(configured, os.X_OK):
+            raise HostError(
+                f"virtiofsd is not at {configured}", "apt-get install virtiofsd, or correct the path"
+            )
+        return configured
+    return next((path for path in (*RUST_PROGRAMS, C_PROGRAM) if os.access(path, os.X_OK)), None)
+
+
+def command(program: str, directory: str, fd: int) -> list[str]:
+    """Argument vector of virtiofsd.
+
+    Sub-mounts are announced, so that files of several host file systems keep distinct identities in the guest;
+    extended attributes are needed for file capabilities, which packages of distributions have.
+
+    Args:
+        program: Its path; tells the kind.
+        directory: What it serves.
+        fd: Listening socket.
+    """
+    if program == C_PROGRAM:
+        options = f"source={directory},cache=auto,sandbox=namespace,announce_submounts,xattr,log_level=warn"
+        return [program, "-f", f"--fd={fd}", "-o", options]
+    return [
+        program,
+        *(f"--fd={fd}", f"--shared-dir={directory}", "--cache=auto", "--sandbox=namespace"),
+        *("--announce-submounts", "--xattr", "--log-level=warn"),
+    ]
+
+
+class FileServer:
+    """The virtiofsd of one machine.
+
+    Its socket listens from the beginning, so the hypervisor can be started first: what it asks waits.
+
+    Args:
+        program: Path of virtiofsd.
+        directory: What it shall serve.
+        run_dir: The sandbox's directory.
+        journal: Its journal.
+    """
+
+    def __init__(self, program: str, directory: str, run_dir: str, journal: Journal) -> None:
+        import _socket
+
+        self.program = program
+        self._directory = directory
+        self._journal = journal
+        self._child: children.Child | None = None
+        self._words: children.Words | None = None
+        path = os.path.join(run_dir, SOCKET_NAME)
+        entry: Entry = journal.intend("socket", path=path)
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+        client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+        try:
+            # By way of the directory's descriptor: a socket's name has room for 107 bytes only.
+            directory_fd = os.open(run_dir, os.O_PATH | os.O_CLOEXEC)
+            try:
+                short = f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
+                listener.bind(short)
+                listener.listen(1)
+                client.connect(short)
+            finally:
+                os.close(directory_fd)
+            os.unlink(path)
+        except OSError as error:
+            listener.close()
+            client.close()
+            raise HypervisorError(f"cannot make the socket of the file server: {error.strerror}") from error
+        finally:
+            journal.forget(entry)
+        self._listener = listener.detach()
+        self.fd = client.detach()
+        """The hypervisor's end of the connection; it is the hypervisor's to close."""
+
+    def start(self) -> None:
+        """Start it. Main thread.
+
+        Raises:
+            HypervisorError: It cannot be executed.
+        """
+        self._words = children.Words()
+        try:
+            self._child = children.spawn(
+                command(self.program, self._directory, self._listener),
+                self._journal,
+                "virtiofsd",
+                pass_fds=[self._listener],
+                stdout=self._words.write_fd,
+                stderr=self._words.write_fd,
+            )
+        except OSError as error:
+            raise HypervisorError(f"cannot start the file server: {error.strerror}") from error
+        finally:
+            self._words.started()
+            self.close_socket()
+
+    def close_socket(self) -> None:
+        """Close our end of what it listens on."""
+        if self._listener >= 0:
+            os.close(self._listener)
+            self._listener = -1
+
+    @property
+    def pidfd(self) -> int:
+        """Becomes readable when it ends; -1 when it was not started."""
+        return self._child.pidfd if self._child is not None else -1
+
+    @property
+    def pids(self) -> list[int]:
+        """Its process, as long as that runs."""
+        return [self._child.pid] if self._child is not None and self._child.poll() is None else []
+
+    def failure(self) -> KataError | None:
+        """Why it is no longer there, or None while it is."""
+        if self._child is None or self._words is None:
+            return None
+        status = self._child.poll()
+        if status is None:
+            return None
+        said = self._words.text().strip()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return HypervisorError(
+            f"the file server of the share ({self.program}) {how}" + (f": {said}" if said else ""),
+            "Without it no file of the host can be reached. KATA_SHARED_FS=virtio-9p does without this program.",
+        )
+
+    def stop(self) -> None:
+        """End it, after the hypervisor. Idempotent; blocks for milliseconds.
+
+        It consists of two processes. Both go by themselves when the hypervisor's end of the connection is closed,
+        and then the outer one reaps the inner one, which nobody may do when it is killed.
+        """
+        self.close_socket()
+        if self._child is not None:
+            if self._child.wait(LEAVES_S) is None:
+                self._child.kill()
+                self._child.wait(LEAVES_S)
+            if self._child.poll() is not None:
+                self._child.close()
+        if self._words is not None:
+            self._words.close()
