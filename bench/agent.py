@@ -164,7 +164,7 @@ async def run(agent: AgentClient, name: str, *argv: str) -> None:
         options=["ro"],
         mount_point=f"{STATE}/{name}/rootfs",
     )
-    await agent.create_container(create_request(name, specification(name, *argv), [storage]))
+    await agent.create_container(create_request(name, specification(name, *argv), [storage], []))
     await agent.start_container(name)
 
 

@@ -66,7 +66,7 @@ def test_every_plug_is_there_at_its_place() -> None:
 
 
 def test_empty_slots_hold_typed_placeholders() -> None:
-    nodes = blocks(qemu_command.build(settings(), FDS))
+    nodes = blocks(qemu_command.build(settings(disk_slots=len(slots.DISKS)), FDS))
     for index, readonly in enumerate(slots.PLACEHOLDER_READONLY):
         assert nodes[f"file{index}"]["driver"] == "null-co"
         assert nodes[f"slot{index}"]["file"] == f"file{index}"
@@ -150,8 +150,8 @@ def test_consoles(console: str) -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
-    for changes in ({"accel": "xen"}, {"console": "vga"}, {"disks": [None] * 5}):
-        with pytest.raises(ValueError, match=r"no such|four"):
+    for changes in ({"accel": "xen"}, {"console": "vga"}, {"disks": [None] * 5}, {"disk_slots": 99}):
+        with pytest.raises(ValueError, match=r"no such|disk slots"):
             settings(**changes)
 
 

@@ -104,7 +104,11 @@ def test_devices_are_where_the_slots_say(lab: Lab, tmp_path: Path) -> None:
     writable.touch()
     os.truncate(writable, 64 << 20)
     disks = [Disk(str(image), True, "lower"), Disk(str(writable), False, "upper", True)]
-    with lab.machine(disks=disks, nic=Nic("02:00:00:00:00:07")) as (_, shell, _):
+    with lab.machine(disks=disks, disk_slots=len(slots.DISKS), nic=Nic("02:00:00:00:00:07")) as (
+        _,
+        shell,
+        _,
+    ):
         found = dict(
             line.split()
             for line in shell.ok(

@@ -302,12 +302,18 @@ class AgentClient:
 
 
 def create_request(
-    container_id: str, spec: oci_pb.Spec, storages: list[agent_pb.Storage], *, shares_pids: bool = False
+    container_id: str,
+    spec: oci_pb.Spec,
+    storages: list[agent_pb.Storage],
+    devices: list[agent_pb.Device],
+    *,
+    shares_pids: bool = False,
 ) -> agent_pb.CreateContainerRequest:
     """The request for a container whose init is named after it, as the original's hosts do."""
     return agent_pb.CreateContainerRequest(
         container_id=container_id,
         exec_id=container_id,
+        devices=devices,
         storages=storages,
         OCI=spec,
         sandbox_pidns=shares_pids,

@@ -221,6 +221,7 @@ def vm_settings(
         vcpus=settings.get("vcpus", 1),
         memory_mib=settings.get("memory_mib", 2048),
         disks=disks,
+        disk_slots=settings.get("disk_slots", slots.FEWEST_DISKS),
         share_dir=share_dir,
         nic=nic,
         more_nics=more_nics,

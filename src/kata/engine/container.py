@@ -18,8 +18,8 @@ from ..errors import (
     StateError,
     UsageError,
 )
-from ..proto import events_pb, google_pb
-from . import prepare, rootfs, spec
+from ..proto import agent_pb, events_pb, google_pb
+from . import disks, prepare, rootfs, spec
 from .logfile import LogFile
 from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
 from .records import StateFile, rfc3339
@@ -92,6 +92,7 @@ class Container:
         if root is not None:
             self._rootfs = {"kind": "share", "source": root.path}
         self._shared = prepare.Shared(sandbox, container_id)
+        self._disks = disks.Disks(sandbox)
         self._removed = False
 
     def _open_log(self) -> Log | None:
@@ -114,13 +115,16 @@ class Container:
         try:
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
-                await sandbox.helper(self._root.mount)
+                await self._mount_root(self._root)
             sources = await sandbox.helper(self._shared.add_all, self.config, self._rootfs)
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
             storages = rootfs.storages(self.id, self._rootfs)
             message = spec.to_message(self._guest_spec(sources, files.mounts))
             shares_pids = spec.shares_pids(self.config)
-            request = Encoded(create_request(self.id, message, storages, shares_pids=shares_pids).encode())
+            devices = await self._insert_devices()
+            request = Encoded(
+                create_request(self.id, message, storages, devices, shares_pids=shares_pids).encode()
+            )
             agent = await sandbox.ready()
             for kind in HOOKS_BEFORE:
                 await self._run_hooks(kind, "creating")
@@ -132,6 +136,7 @@ class Container:
             self.init.streams.close()
             if self.log is not None:
                 self.log.close()
+            await self._disks.remove_all()
             await sandbox.helper(self._remove_shared)
             raise
         self.created_at_ns = time.time_ns()
@@ -152,6 +157,27 @@ class Container:
                 pid=self.init.pid,
             ),
         )
+
+    async def _mount_root(self, root: HostRoot) -> None:
+        if root.disk is None:
+            await self.sandbox.helper(root.mount)
+            return
+        address = await self._disks.insert(root.disk.path, readonly=root.disk.readonly)
+        self._rootfs = {
+            "kind": "disk",
+            "address": address,
+            "fstype": root.disk.fstype,
+            "options": root.disk.options,
+        }
+
+    async def _insert_devices(self) -> list[agent_pb.Device]:
+        """Make the host's block devices that the specification lists disks of the machine."""
+        found = []
+        for device in disks.devices_of(self.config):
+            path = await self.sandbox.helper(device.host_path)
+            address = await self._disks.insert(path, readonly=device.readonly)
+            found.append(agent_pb.Device(type="blk", id=address, container_path=device.container_path))
+        return found
 
     async def _run_hooks(self, kind: str, status: str) -> None:
         """Run the hooks of one kind on the host.
@@ -184,7 +210,7 @@ class Container:
         for what in sorted(set(spec.dropped(self.config))):
             self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
-            self.config,
+            disks.without_hosts(self.config),
             rootfs=rootfs.path(self.id),
             bundle=self.bundle,
             container_type=spec.container_type(self.config),
@@ -497,6 +523,7 @@ class Container:
                 self.sandbox.complain(
                     f"container {self.id} was not removed in the guest: {escape_line(error.message)}"
                 )
+        await self._disks.remove_all()
         try:
             await self.sandbox.helper(self._remove_shared)
         except OSError as error:

@@ -1,8 +1,8 @@
 """A root file system that containerd hands over as mounts (of its overlayfs or native snapshotter).
 
-They are mounted where the bundle expects it, but in the engine's own mount namespace: the host never sees them,
-and they are gone with the engine. From there the root is shared with the guest live, so that commit and diff
-keep working.
+One that is on a disk (of its devmapper or blockfile snapshotter) the guest mounts itself, see `disks`. Others are
+mounted where the bundle expects it, but in the engine's own mount namespace: the host never sees them, and they are
+gone with the engine. From there the root is shared with the guest live, so that commit and diff keep working.
 
 Blocks: for the helper thread.
 """
@@ -14,6 +14,7 @@ import os
 
 from .. import sysio
 from ..errors import HostError, UnsupportedError
+from .disks import root_of
 from .volumes import OPTION_FLAGS
 
 TYPE_CHECKING = False
@@ -44,13 +45,20 @@ class HostRoot:
         path: The directory; it exists.
         mounts: What is to be mounted on it, lowest first; may be empty.
         journal: The sandbox's.
+
+    Attributes:
+        disk: The disk that it is on, if it is; then nothing is mounted here.
+
+    Raises:
+        UnsupportedError: It is on a disk in a way that cannot be carried into the guest.
     """
 
-    __slots__ = ("_entries", "_journal", "_mounts", "path")
+    __slots__ = ("_entries", "_journal", "_mounts", "disk", "path")
 
     def __init__(self, path: str, mounts: Sequence[Mount], journal: Journal) -> None:
         self.path = path
         self._mounts = list(mounts)
+        self.disk = root_of(self._mounts)
         self._journal = journal
         self._entries: list[Entry] = []
 
@@ -58,7 +66,7 @@ class HostRoot:
         """Mount it.
 
         Raises:
-            UnsupportedError: A file system that lies on a block device; a mount below the root.
+            UnsupportedError: A mount below the root.
             HostError: The kernel refused.
         """
         try:
@@ -82,11 +90,6 @@ class HostRoot:
                 "Use containerd's overlayfs or native snapshotter.",
             )
         kind = one.type
-        if one.source.startswith("/dev/") and kind not in ("bind", "overlay"):
-            raise UnsupportedError(
-                f"a root file system on a block device ({one.source}, {kind}) is not supported yet",
-                "Use containerd's overlayfs or native snapshotter.",
-            )
         flags, data = 0, []
         for option in one.options:
             if option in _FLAGS:

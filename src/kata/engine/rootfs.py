@@ -1,7 +1,7 @@
 """Which storages make a container's root file system in the guest.
 
-Two shapes: a read-only lower layer (an erofs disk, or a directory of the host through the share) with a
-writable layer over it, or a directory of the host used as it is.
+Three shapes: a read-only lower layer (an erofs disk, or a directory of the host through the share) with a
+writable layer over it, a directory of the host used as it is, or a disk used as it is.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ def storages(container_id: str, rootfs: dict[str, Any]) -> list[Storage]:
     if kind == "erofs":
         lower = f"{base}/lower"
         mounts.append(_disk(rootfs.get("lower_slot", 0), "erofs", ["ro"], lower))
+    elif kind == "disk":
+        return [
+            Storage(
+                driver="blk",
+                source=rootfs["address"],
+                fstype=rootfs["fstype"],
+                options=rootfs["options"],
+                mount_point=path(container_id),
+            )
+        ]
     elif kind == "share":
         lower = f"{GUEST_SHARE}/{share_name(container_id)}"
     else:

@@ -38,7 +38,7 @@ class Qemu:
     def __init__(self, process: QemuProcess, journal: Journal, console_path: str = "") -> None:
         self.settings: VMSettings = process.settings
         self.capabilities = Capabilities(
-            disk_slots=len(slots.DISKS),
+            disk_slots=len(self.settings.disks),
             insert_disk=True,
             insert_nic=self.settings.nic is not None,
             share=bool(self.settings.share_dir),
@@ -58,7 +58,7 @@ class Qemu:
         self._disk_generation = 0
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
-        self._nodes = [f"file{index}" for index in range(len(slots.DISKS))]
+        self._nodes = [f"file{index}" for index in range(len(self.settings.disks))]
         self._nic_free = self.settings.nic is not None and self.settings.nic.is_empty
         if self._console_fd >= 0:
             os.set_blocking(self._console_fd, False)
@@ -184,7 +184,7 @@ class Qemu:
             HypervisorError: There is no disk at this address, or the slot's type was changed at start.
         """
         async with self._disk_lock:
-            index = next((i for i in range(len(slots.DISKS)) if slots.disk_path(i) == address), -1)
+            index = next((i for i in range(len(self._disks)) if slots.disk_path(i) == address), -1)
             disk = self._disks[index] if index >= 0 else None
             if disk is None:
                 raise HypervisorError(f"there is no disk at PCI path {address}")

@@ -87,7 +87,8 @@ class VMSettings:
         binary: Path of QEMU; empty means looked up.
         machine: QEMU machine type.
         firmware: Name or path of the firmware image.
-        disks: What is in slots 0 to 3; None is a placeholder.
+        disks: What is in the slots, from the first on; None is a placeholder.
+        disk_slots: How many slots there are, 4 at least.
         share_dir: Directory offered to the guest over 9p; empty is no such device.
         share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers; -1 is none.
         nic: The network interface; None is no such device.
@@ -140,6 +141,7 @@ class VMSettings:
         machine: str = "q35",
         firmware: str = "qboot.rom",
         disks: Sequence[Disk | None] = (),
+        disk_slots: int = slots.FEWEST_DISKS,
         share_dir: str = "",
         share_fd: int = -1,
         nic: Nic | None = None,
@@ -155,8 +157,8 @@ class VMSettings:
             raise ValueError(f"no such console: {console}")
         if len(more_nics) >= len(slots.NICS):
             raise ValueError(f"a machine has {len(slots.NICS)} network interfaces at most")
-        if len(disks) > 4:
-            raise ValueError("a machine has four disk slots")
+        if not max(len(disks), slots.FEWEST_DISKS) <= disk_slots <= len(slots.DISKS):
+            raise ValueError(f"a machine has {slots.FEWEST_DISKS} to {len(slots.DISKS)} disk slots")
         self.name = name
         self.run_dir = run_dir
         self.kernel = kernel
@@ -168,7 +170,7 @@ class VMSettings:
         self.binary = binary
         self.machine = machine
         self.firmware = firmware
-        self.disks: list[Disk | None] = [*disks, *([None] * (4 - len(disks)))]
+        self.disks: list[Disk | None] = [*disks, *([None] * (disk_slots - len(disks)))]
         self.share_dir = share_dir
         self.share_fd = share_fd
         self.nic = nic

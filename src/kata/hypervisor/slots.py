@@ -15,14 +15,16 @@ SERIAL = 0x02
 """virtio-serial: agent channel and console."""
 VSOCK = 0x03
 SHARE = 0x04
-DISKS = (0x05, 0x06, 0x07, 0x08)
+DISKS = (0x05, 0x06, 0x07, 0x08, *range(0x0F, 0x13))
+"""The first `FEWEST_DISKS` are always there."""
+FEWEST_DISKS = 4
 NIC = 0x09
 NICS = (NIC, 0x0C, 0x0D, 0x0E)
 """The plug that is always there, and where further interfaces sit that a machine is started with."""
 RNG = 0x0A
 BALLOON = 0x0B
 
-PLACEHOLDER_READONLY = (True, False, True, False)
+PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
 """Whether an empty disk slot is typed read-only: a disk cannot change that while the machine runs."""
 PLACEHOLDER_BYTES = 64 << 30
 """Size of an empty disk. The image that fills it may be smaller."""
@@ -39,7 +41,7 @@ def pci_path(slot: int) -> str:
 
 
 def disk_path(index: int) -> str:
-    """PCI path of disk slot 0..3."""
+    """PCI path of a disk slot."""
     return pci_path(DISKS[index])
 
 

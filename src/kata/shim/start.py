@@ -100,6 +100,7 @@ def settings(
         KataError: As of `kata.engine.machine.settings`.
     """
     from ..engine import machine
+    from ..hypervisor import slots
 
     about_machine, note = machine.settings(*asked(config))
     found: dict[str, Any] = {
@@ -109,6 +110,7 @@ def settings(
         **about_machine,
         "notes": [note] if note else [],
         "disks": [],
+        "disk_slots": len(slots.DISKS),
         "share": True,
         "network": {"mode": "netns", "path": network_namespace(config)},
         "door_started_ns": began,

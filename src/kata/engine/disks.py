@@ -1,0 +1,184 @@
+"""Block devices and disk images of the host that a container gets as disks of its virtual machine.
+
+Two things come this way: a root file system that a snapshotter keeps on a block device or in an image (containerd's
+devmapper and blockfile), which the guest mounts itself, and the block devices in a specification's
+``linux.devices`` (Docker's ``--device``, a raw block volume of Kubernetes).
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import HostError, KataError, UnsupportedError
+from ..hypervisor.settings import Disk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from ..proto.task_pb import Mount
+    from .sandbox import Sandbox
+
+FILE_SYSTEMS = ("ext4", "xfs", "erofs")
+"""Those that the guest's kernels can mount from a disk."""
+_HOST_OPTIONS = ("loop", "rw", "defaults")
+"""Mount options that say something to the host's mount(8) only."""
+
+
+class Root:
+    """A root file system on a disk.
+
+    Args:
+        mount: What the client would have mounted.
+    """
+
+    __slots__ = ("fstype", "options", "path", "readonly")
+
+    def __init__(self, mount: Mount) -> None:
+        self.path = mount.source
+        self.fstype = mount.type
+        self.readonly = "ro" in mount.options
+        self.options = [option for option in mount.options if option not in _HOST_OPTIONS]
+
+
+def root_of(mounts: list[Mount]) -> Root | None:
+    """The disk that a container's root file system is on; None where the host's own mounts make it.
+
+    Raises:
+        UnsupportedError: It is on one, and is not that alone.
+    """
+    on_disks = [
+        mount for mount in mounts if mount.type not in ("bind", "overlay") and mount.source.startswith("/")
+    ]
+    if not on_disks:
+        return None
+    first = on_disks[0]
+    if first.type not in FILE_SYSTEMS:
+        raise UnsupportedError(
+            f"a root file system of type {first.type} on {first.source} is not supported",
+            f"The guest mounts {', '.join(FILE_SYSTEMS)}: have the snapshotter make one of these (fs_type).",
+        )
+    if len(mounts) != 1 or first.target:
+        raise UnsupportedError(
+            f"a root file system of several mounts, one of them on {first.source}, is not supported",
+            "Use containerd's overlayfs, native, devmapper or blockfile snapshotter.",
+        )
+    return Root(first)
+
+
+class Device:
+    """A block device of the host in a specification.
+
+    Args:
+        container_path: Where the container is to find it.
+        numbers: Its major and minor number on the host.
+        readonly: No rule allows writing to it.
+    """
+
+    __slots__ = ("container_path", "numbers", "readonly")
+
+    def __init__(self, container_path: str, numbers: tuple[int, int], readonly: bool) -> None:
+        self.container_path = container_path
+        self.numbers = numbers
+        self.readonly = readonly
+
+    def host_path(self) -> str:
+        """Its node, by the name that the host's kernel has for it. Blocks.
+
+        Raises:
+            HostError: The host has no such device.
+        """
+        major, minor = self.numbers
+        try:
+            with open(f"/sys/dev/block/{major}:{minor}/uevent", encoding="utf-8") as lines:
+                name = next(line[8:].strip() for line in lines if line.startswith("DEVNAME="))
+            status = os.stat(f"/dev/{name}")
+        except (OSError, StopIteration):
+            raise self._missing() from None
+        if status.st_rdev != os.makedev(major, minor):
+            raise self._missing()
+        return f"/dev/{name}"
+
+    def _missing(self) -> HostError:
+        return HostError(
+            f"there is no block device {self.numbers[0]}:{self.numbers[1]} on this host for {self.container_path}",
+            "lsblk shows those that there are.",
+        )
+
+
+def is_privileged(spec: Mapping[str, Any]) -> bool:
+    """Whether a specification allows every device: then those that it lists are merely all that the host has."""
+    resources = (spec.get("linux") or {}).get("resources") or {}
+    return any(
+        rule.get("allow") and rule.get("type") in (None, "", "a") and rule.get("major") in (None, -1)
+        for rule in resources.get("devices") or ()
+    )
+
+
+def devices_of(spec: Mapping[str, Any]) -> list[Device]:
+    """The block devices that a container is to have: none where it is privileged, in its guest only."""
+    linux = spec.get("linux") or {}
+    if is_privileged(spec):
+        return []
+    rules = (linux.get("resources") or {}).get("devices") or ()
+    found = []
+    for device in linux.get("devices") or ():
+        if device.get("type") == "b":
+            numbers = (int(device.get("major") or 0), int(device.get("minor") or 0))
+            writable = any(
+                rule.get("allow")
+                and (rule.get("major"), rule.get("minor")) == numbers
+                and "w" in (rule.get("access") or "")
+                for rule in rules
+            )
+            found.append(Device(str(device.get("path") or ""), numbers, not writable))
+    return found
+
+
+def without_hosts(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """*spec* without block devices that only name the host's: their numbers are other devices' in the guest."""
+    linux = spec.get("linux") or {}
+    devices = linux.get("devices")
+    if not devices or not is_privileged(spec):
+        return dict(spec)
+    return {**spec, "linux": {**linux, "devices": [one for one in devices if one.get("type") != "b"]}}
+
+
+class Disks:
+    """The disks of one container.
+
+    Args:
+        sandbox: Whose virtual machine gets them.
+    """
+
+    __slots__ = ("_addresses", "_sandbox")
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self._addresses: list[str] = []
+
+    async def insert(self, path: str, *, readonly: bool) -> str:
+        """Give the machine a disk; its address in the guest. The guest need not have booted yet.
+
+        Raises:
+            KataError: The machine has no room for it, or cannot use it, or is gone.
+        """
+        if self._sandbox.vm is None:
+            await self._sandbox.ready()
+        assert self._sandbox.vm is not None
+        address = await self._sandbox.unless_lost(self._sandbox.vm.insert_disk(Disk(path, readonly)))
+        self._addresses.append(address)
+        return address
+
+    async def remove_all(self) -> None:
+        """Take them out again, when the guest has let go of them. What cannot be taken is complained about."""
+        vm = self._sandbox.vm
+        while self._addresses:
+            address = self._addresses.pop()
+            if vm is None or not self._sandbox.vm_runs or self._sandbox.is_lost:
+                continue
+            try:
+                await vm.remove_disk(address)
+            except KataError as error:
+                self._sandbox.complain(f"a disk stays in the virtual machine: {error.message}")
