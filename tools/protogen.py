@@ -29,6 +29,7 @@ RUST = ROOT / "agent/src/proto"
 MODULES: dict[str, list[str]] = {
     "agent": ["agent.proto"],
     "agentext": ["agentext.proto"],
+    "bootstrap": ["bootstrap.proto"],
     "cgroups_v1": ["cgroups_v1.proto"],
     "cgroups_v2": ["cgroups_v2.proto"],
     "csi": ["csi.proto"],

@@ -11,6 +11,8 @@ import pytest
 
 from kata.engine import spec
 from kata.errors import UnsupportedError, UsageError
+from kata.proto.bootstrap_pb import BootstrapParams, BootstrapResult
+from kata.proto.google_pb import Any as Any_
 from kata.proto.task_pb import DeleteResponse, RuntimeInfo
 from kata.shim import names, start
 from kata.shim.main import Arguments
@@ -25,9 +27,9 @@ SHIM = [
 NAMESPACES = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
 
 
-def shim(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
+def shim(*arguments: str, cwd: Path, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [*SHIM, *arguments], cwd=cwd, env=env, capture_output=True, timeout=60, check=False
+        [*SHIM, *arguments], cwd=cwd, env=env, input=stdin, capture_output=True, timeout=60, check=False
     )
 
 
@@ -159,3 +161,29 @@ def test_another_processs_namespace_is_refused_but_for_a_pods_own() -> None:
         spec.refuse_foreign({"linux": {"namespaces": namespaces}})
     pod = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"}
     spec.refuse_foreign({"linux": {"namespaces": namespaces}, "annotations": pod})
+
+
+def _join(tmp_path: Path, stdin: bytes) -> bytes:
+    """What ``start`` prints for a container of a pod whose engine is there."""
+    annotations = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod1"}
+    for name in ("pod1", "x"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / "pod1/address").write_text("unix:///run/kata/e.sock")
+    config = {"linux": {"namespaces": NAMESPACES}, "annotations": annotations}
+    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    done = shim("-namespace", "n", "-id", "x", "start", cwd=tmp_path / "x", stdin=stdin)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+def test_start_answers_as_it_is_asked(tmp_path: Path) -> None:
+    plain = b"unix:///run/kata/e.sock"
+    assert _join(tmp_path, b"") == plain
+    # Options of the runtime, as containerd hands them over until 2.2; and the parameters of another container.
+    options = Any_(type_url="runtimeoptions.v1.Options", value=b"\x0a\x01x").encode()
+    assert _join(tmp_path, options) == plain
+    assert _join(tmp_path, BootstrapParams(instance_id="y", namespace="n").encode()) == plain
+    assert _join(tmp_path, b"\xff\xff") == plain
+    asked = BootstrapParams(instance_id="x", namespace="n", containerd_version="2.3.0").encode()
+    told = BootstrapResult.decode(_join(tmp_path, asked))
+    assert (told.version, told.address.encode(), told.protocol) == (3, plain, "ttrpc")

@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 RUNTIME = "io.containerd.kata.v2"
 IMAGE = "local/busybox:latest"
+SECOND = ROOT / "build/programs/containerd2"
+"""containerd 2 and its ctr, which set-up builds from the Go proxy's sources."""
+USE_SECOND = os.environ.get("KATA_TEST_CONTAINERD") == "2"
+"""Whether all tests are to be made with it; else with the containerd of this machine."""
 
 
 class Containerd:
@@ -29,28 +33,36 @@ class Containerd:
         directory: Made by the caller.
         guest: The guest's directory.
 
+        second: Take containerd 2 instead of this machine's.
+
     Attributes:
         around: What the daemon is executed through (``nsenter`` and its options).
     """
 
-    def __init__(self, directory: Path, guest: Path) -> None:
+    def __init__(self, directory: Path, guest: Path, *, second: bool = USE_SECOND) -> None:
         self.directory = directory
+        self.second = second
         self.socket = directory / "c.sock"
         self.run_dir = directory / "r"
         self.log = directory / "containerd.log"
+        place = SECOND if second else ROOT / "build/programs/usr/bin"
         programs = directory / "bin"
         programs.mkdir()
         (programs / "containerd-shim-kata-v2").symlink_to(ROOT / "src/kata/__main__.py")
         self.env = {
             **os.environ,
-            "PATH": f"{programs}:{ROOT}/build/programs/usr/bin:{os.environ['PATH']}",
+            "PATH": f"{programs}:{place}:{os.environ['PATH']}",
             "KATA_RUN_DIR": str(self.run_dir),
             "KATA_STATE_DIR": str(directory / "s"),
             "KATA_GUEST_DIR": str(guest),
         }
         self.program = shutil.which("containerd", path=self.env["PATH"])
+        if second and not (SECOND / "containerd").exists():
+            pytest.skip("needs containerd 2 (tools/setup test builds it)")
         if self.program is None or shutil.which("ctr", path=self.env["PATH"]) is None:
             pytest.skip("needs containerd (apt-get install containerd)")
+        # Found here, and not by subprocess, which looks along the PATH of the tests.
+        self.ctr_program = str(shutil.which("ctr", path=self.env["PATH"]))
         self._daemon: subprocess.Popen[bytes] | None = None
         self.configure(["io.containerd.grpc.v1.cri"])
         self.around: list[str] = []
@@ -94,7 +106,7 @@ address = "{self.socket}.ttrpc"
     def ctr(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """Run ctr to its end."""
         return subprocess.run(
-            ["ctr", "--address", str(self.socket), *arguments],
+            [self.ctr_program, "--address", str(self.socket), *arguments],
             input=stdin,
             capture_output=True,
             timeout=PATIENCE,
@@ -117,7 +129,18 @@ address = "{self.socket}.ttrpc"
     def start_run(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """``ctr run -d`` of busybox, without waiting for it."""
         return subprocess.Popen(
-            ["ctr", "--address", str(self.socket), "run", "-d", "--runtime", RUNTIME, IMAGE, name, *command],
+            [
+                self.ctr_program,
+                "--address",
+                str(self.socket),
+                "run",
+                "-d",
+                "--runtime",
+                RUNTIME,
+                IMAGE,
+                name,
+                *command,
+            ],
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -245,7 +268,9 @@ class Events:
         self._path = daemon.directory / "events"
         self._file = open(self._path, "wb")  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
-            ["ctr", "--address", str(daemon.socket), "events"], env=daemon.env, stdout=self._file
+            [daemon.ctr_program, "--address", str(daemon.socket), "events"],
+            env=daemon.env,
+            stdout=self._file,
         )
         # It prints nothing of its own, so an event of ours tells when it listens.
         until(lambda: self._shows(daemon), "ctr events listens")

@@ -56,7 +56,8 @@ def test_run_prints_and_passes_the_code_on(daemon: Containerd) -> None:
     done = daemon.run("r1", "sh", "-c", "uname -r; echo aside >&2; exit 7")
     assert done.returncode == 7, done.stderr.decode() + daemon.diagnosis()
     assert done.stdout.decode().strip() not in ("", os.uname().release)
-    assert done.stderr.decode().strip() == "aside"
+    # ctr 2 has a word to say about old hosts first.
+    assert done.stderr.decode().splitlines()[-1] == "aside"
 
 
 def test_a_task_from_create_to_delete(daemon: Containerd) -> None:
@@ -68,7 +69,7 @@ def test_a_task_from_create_to_delete(daemon: Containerd) -> None:
         done = daemon.ctr(
             "task", "exec", "--exec-id", "e1", "life", "sh", "-c", "cat; echo aside >&2; exit 3", stdin=b"hi"
         )
-        assert (done.returncode, done.stdout, done.stderr) == (3, b"hi", b"aside\n")
+        assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (3, b"hi", b"aside")
         missing = daemon.ctr("task", "exec", "--exec-id", "e2", "life", "nosuch")
         assert missing.returncode != 0
         assert b"executable file not found in $PATH" in missing.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from containerd_support import PATIENCE, Containerd, until, with_command
+from containerd_support import PATIENCE, USE_SECOND, Containerd, until, with_command
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -22,10 +23,17 @@ PAUSE = "docker.io/local/pause:latest"
 
 
 class Cri:
-    """crictl, and the daemon that it talks to, in a network namespace where CNI may make its bridge."""
+    """crictl, and the daemon that it talks to, in a network namespace where CNI may make its bridge.
 
-    def __init__(self, directory: Path, guest: Path) -> None:
-        self.daemon = Containerd(directory, guest)
+    Args:
+        directory: Made by the caller.
+        guest: The guest's directory.
+        second: Take containerd 2.
+        more: Further text for the runtime's section in the daemon's configuration.
+    """
+
+    def __init__(self, directory: Path, guest: Path, *, second: bool = USE_SECOND, more: str = "") -> None:
+        self.daemon = Containerd(directory, guest, second=second)
         self.netns = f"kt{os.getpid()}c"
         self.daemon.around = ["nsenter", f"--net=/run/netns/{self.netns}"]
         networks = directory / "net.d"
@@ -58,6 +66,7 @@ default_runtime_name = "kata"
 [{section}.containerd.runtimes.kata]
 runtime_type = "io.containerd.kata.v2"
 privileged_without_host_devices = true
+{more}
 """,
         )
         self._count = 0
@@ -111,19 +120,22 @@ privileged_without_host_devices = true
         return path
 
 
-@pytest.fixture(scope="module")
-def cri(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Cri]:
+@contextlib.contextmanager
+def running(
+    run_directory: Path, guest: Path, busybox: str, *, second: bool = USE_SECOND, more: str = ""
+) -> Iterator[Cri]:
+    """A daemon with its network and images; the arguments are those of `Cri`."""
     if shutil.which("crictl") is None:
         pytest.skip("needs crictl (sigs.k8s.io/cri-tools, built with Go)")
     if not (PLUGINS / "bridge").exists():
         pytest.skip("needs CNI's plugins (apt-get install containernetworking-plugins)")
     directory = Path(tempfile.mkdtemp(prefix="k", dir=run_directory))
-    one = Cri(directory, guest_assets)
+    one = Cri(directory, guest, second=second, more=more)
     subprocess.run(["ip", "netns", "add", one.netns], check=True)
     try:
         subprocess.run(["ip", "-n", one.netns, "link", "set", "lo", "up"], check=True)
         one.daemon.start()
-        layout = Path(busybox_image.removeprefix("oci:"))
+        layout = Path(busybox.removeprefix("oci:"))
         one.daemon.import_image(layout, BUSYBOX, "k8s.io")
         pause = with_command(layout, directory / "pause", "/bin/busybox", "sleep", "2147483647")
         one.daemon.import_image(pause, PAUSE, "k8s.io")
@@ -134,14 +146,25 @@ def cri(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator
         shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
-def _clean(cri: Cri) -> Iterator[None]:
-    yield
+def clean(cri: Cri) -> None:
+    """Remove all pods; nothing of them may be left."""
     for pod in cri("pods", "-q").split():
         cri("rmp", "-f", pod)
     until(lambda: not cri.daemon.sandboxes(), "no sandbox is left", cri.daemon.diagnosis, 15)
     names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     assert "cni-" not in names
+
+
+@pytest.fixture(scope="module")
+def cri(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Cri]:
+    with running(run_directory, guest_assets, busybox_image) as one:
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def _clean(cri: Cri) -> Iterator[None]:
+    yield
+    clean(cri)
 
 
 def test_a_pod_is_one_machine_with_several_containers(cri: Cri) -> None:

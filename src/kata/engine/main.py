@@ -82,8 +82,10 @@ async def _serve(
     publisher = _publisher(settings, sandbox)
     sandbox.timings.add("engine", sandbox.timings.origin_ns, machine.started_ns or booting_ns)
     sandbox.start()
+    tasks = (task_pb.SERVICES[task_service.SERVICE], task_service.TaskService(sandbox))
     services = {
-        task_service.SERVICE: (task_pb.SERVICES[task_service.SERVICE], task_service.TaskService(sandbox)),
+        task_service.SERVICE: tasks,
+        task_service.SERVICE_3: tasks,
         sandbox_service.SERVICE: (
             sandbox_pb.SERVICES[sandbox_service.SERVICE],
             sandbox_service.SandboxService(sandbox),

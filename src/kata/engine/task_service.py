@@ -1,5 +1,6 @@
-"""The containerd Task API (``containerd.task.v2.Task``): its words on one side, `Sandbox` and `Container` on
-the other.
+"""The containerd Task API (``containerd.task.v2.Task``, and v3, which has the same words).
+
+Its words are on one side, `Sandbox` and `Container` on the other.
 
 Codes and phrases are runc's and containerd's, because their clients parse them.
 """
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .sandbox import Sandbox
 
 SERVICE = "containerd.task.v2.Task"
+SERVICE_3 = "containerd.task.v3.Task"
+"""What containerd 2 calls it. No message differs from version 2's."""
 _MAX_SPEC_BYTES = 16 << 20
 
 

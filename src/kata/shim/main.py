@@ -100,8 +100,7 @@ def main(argv: list[str]) -> int:
         if arguments.action == "start":
             from . import start
 
-            sys.stdout.write(start.start(arguments.values))
-            sys.stdout.flush()
+            os.write(1, start.start(arguments.values))
             return 0
         if arguments.action == "delete":
             from . import delete

@@ -8,6 +8,7 @@ import time
 from ..engine import spec
 from ..engine.launch import check_id, launch
 from ..errors import ConfigError, NotFoundError, UsageError
+from . import bootstrap
 from .names import ADDRESS_FILE, directory_name, required
 
 TYPE_CHECKING = False
@@ -20,14 +21,14 @@ SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
 LOG_FIFO = "log"
 
 
-def start(values: Mapping[str, str]) -> str:
+def start(values: Mapping[str, str]) -> bytes:
     """Carry it out, in the bundle's directory, which is the working directory.
 
     Args:
         values: The options.
 
     Returns:
-        The address to print: ``unix://...``.
+        What to print: where the engine listens, in the form that this containerd wants.
 
     Raises:
         KataError: No sandbox could be started; nothing of it is left.
@@ -35,6 +36,7 @@ def start(values: Mapping[str, str]) -> str:
     began = time.monotonic_ns()
     namespace, container_id = required(values, "namespace"), check_id(required(values, "id"))
     bundle = os.getcwd()
+    told = bootstrap.params(namespace, container_id)
     config = _read_config(bundle)
     # The engine refuses it as well, whoever asks; here nothing has been started yet.
     spec.refuse_foreign(config)
@@ -49,7 +51,7 @@ def start(values: Mapping[str, str]) -> str:
         engine.release()
         address = f"unix://{engine.sock_path}"
     _write_address(bundle, address)
-    return address
+    return bootstrap.answer(address, bootstrapped=told is not None, sandbox=False)
 
 
 def _read_config(bundle: str) -> dict[str, Any]:

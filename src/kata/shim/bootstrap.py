@@ -1,0 +1,60 @@
+"""How containerd and ``start`` talk to each other, which has changed with its versions.
+
+Until 2.2 standard input holds the runtime's options, if anything, and the answer is an address. From 2.3 on it holds a
+BootstrapParams and the answer is a BootstrapResult; that the input is one is told by its naming the very container that
+the options on the command line name.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..proto.bootstrap_pb import BootstrapParams
+
+TASK_VERSION = 3
+"""Of the Task service, for a containerd that knows it: the containers of a pod are then made without asking us for
+the address again."""
+_LIMIT = 4 << 20
+
+
+def params(namespace: str, container_id: str) -> BootstrapParams | None:
+    """What is on standard input, if it is containerd 2.3's.
+
+    Args:
+        namespace: As on the command line.
+        container_id: The same.
+    """
+    if os.isatty(0):
+        return None  # a person tries this by hand
+    raw = b""
+    while len(raw) <= _LIMIT and (piece := os.read(0, 65536)):
+        raw += piece
+    if not raw:
+        return None
+    from ..proto.bootstrap_pb import BootstrapParams
+    from ..proto.wire import DecodeError
+
+    try:
+        found = BootstrapParams.decode(raw)
+    except DecodeError:
+        return None
+    return found if (found.namespace, found.instance_id) == (namespace, container_id) else None
+
+
+def answer(address: str, *, bootstrapped: bool, sandbox: bool) -> bytes:
+    """What ``start`` prints.
+
+    Args:
+        address: Where the engine listens, ``unix://...``.
+        bootstrapped: containerd gave a BootstrapParams.
+        sandbox: It is a sandbox of the Sandbox API, which only the later Task service knows.
+    """
+    if bootstrapped:
+        from ..proto.bootstrap_pb import BootstrapResult
+
+        return BootstrapResult(version=TASK_VERSION, address=address, protocol="ttrpc").encode()
+    if sandbox:
+        return f'{{"version":{TASK_VERSION},"address":"{address}","protocol":"ttrpc"}}'.encode()
+    return address.encode()
