@@ -8,7 +8,7 @@ others or a higher one::
     cli shim
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
-    children
+    children config
     ttrpc oci journal
     proto
     errors paths launcher sysio
@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "shim"),
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
-    ("children",),
+    ("children", "config"),
     ("ttrpc", "oci", "journal"),
     ("proto",),
     ("sysio", "paths", "launcher", "errors"),

@@ -42,6 +42,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "health": ["health.proto"],
     "oci": ["oci.proto"],
+    "runtimeoptions": ["runtimeoptions.proto"],
     "sandbox": ["sandbox.proto"],
     "task": ["task.proto", "containerd_types.proto", "containerd_task_types.proto"],
     "ttrpc": ["ttrpc.proto"],

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def dumps(value: Any) -> str:
-    """JSON text of None, bool, int, str, list, tuple and dict; small enough to spare `import json`."""
+    """JSON text of None, bool, int, finite float, str, list, tuple and dict; small enough to spare `import json`."""
     if value is None:
         return "null"
     if value is True:
@@ -59,6 +59,8 @@ def dumps(value: Any) -> str:
         return "{" + ",".join(f"{dumps(str(k))}:{dumps(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(dumps(v) for v in value) + "]"
+    if isinstance(value, float):
+        return repr(value)
     raise TypeError(f"cannot write a {type(value).__name__} to a journal")
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from kata.engine import spec
-from kata.errors import UnsupportedError, UsageError
-from kata.proto.bootstrap_pb import BootstrapParams, BootstrapResult
+from kata.errors import ConfigError, UnsupportedError, UsageError
+from kata.proto.bootstrap_pb import BootstrapParams, BootstrapResult, Extension
 from kata.proto.google_pb import Any as Any_
+from kata.proto.runtimeoptions_pb import Options
 from kata.proto.task_pb import DeleteResponse, RuntimeInfo
-from kata.shim import names, start
+from kata.resources import sizing
+from kata.shim import bootstrap, names, options, start
 from kata.shim.main import Arguments
 
 SHIM = [
@@ -105,6 +107,20 @@ def test_names_stay_apart_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(f"/run/kata/sandboxes/{name}/engine.sock") <= 107 for name in longer)
 
 
+def test_the_configuration_file_that_a_client_names() -> None:
+    mine = Options(type_url="x", config_path="/etc/c.toml").encode()
+    any_of = Any_(type_url="runtimeoptions.v1.Options", value=mine)
+    assert options.config_path(any_of.encode()) == "/etc/c.toml"
+    told = BootstrapParams(instance_id="i", namespace="n", extensions=[Extension(value=any_of)])
+    raw = told.encode()
+    assert options.config_path(raw, bootstrap.params(raw, "n", "i")) == "/etc/c.toml"
+    assert options.config_path(b"") == ""
+    runc = Any_(type_url="containerd.runc.v1.Options", value=b"\x12\x02ab")
+    assert options.config_path(runc.encode()) == ""
+    with pytest.raises(ConfigError, match="options cannot be decoded"):
+        options.config_path(b"\xff\xff")
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -123,10 +139,23 @@ def test_names_stay_apart_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             (2.0, 1 << 20),
         ),
         ({"annotations": {"io.kubernetes.cri.sandbox-memory": "much"}}, (None, None)),
+        (
+            {
+                "annotations": {
+                    "io.kubernetes.cri-o.LinuxResources": json.dumps(
+                        {"cpu_period": 50000, "cpu_quota": 75000, "memory_limit_in_bytes": 1 << 29}
+                    )
+                }
+            },
+            (1.5, 1 << 29),
+        ),
+        ({"annotations": {"io.kubernetes.cri-o.LinuxResources": "[]"}}, (None, None)),
+        ({"linux": {"resources": {"memory": {"limit": (1 << 63) - 4096}}}}, (None, None)),
     ],
 )
 def test_what_was_asked_for(config: dict[str, Any], expected: tuple[float | None, int | None]) -> None:
-    assert start.asked(config) == expected
+    found = sizing.asked_of(config)
+    assert (found.cpus, found.memory) == expected
 
 
 def test_a_network_namespace_and_its_path() -> None:

@@ -228,9 +228,9 @@ class AgentClient:
 
     # ---- containers and processes ----
 
-    async def create_container(self, request: Encodable) -> None:
+    async def create_container(self, request: Encodable, timeout_s: float = 0) -> None:
         """Make a container; *request* is a `create_request`, encoded beforehand or not."""
-        await self._empty("CreateContainer", request, CREATE_S)
+        await self._empty("CreateContainer", request, timeout_s or CREATE_S)
 
     async def start_container(self, container_id: str) -> None:
         await self._empty("StartContainer", agent_pb.StartContainerRequest(container_id=container_id))

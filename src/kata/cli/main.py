@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "images": ("image", "list images"),
     "pull": ("image", "fetch an image from a registry or an archive"),
     "rmi": ("image", "remove images"),
+    "config": ("config", "show the configuration and where it comes from, or check a file"),
     "doctor": ("host", "check what this machine can do and how to mend what it cannot"),
     "gc": ("host", "clear away what ended without clearing up"),
     "guest": ("host", "build the guest's kernel and initrd, or show them"),
@@ -46,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command -> (module in `kata.cli`, summary), in the order of the help."""
 
-_NEEDS_NO_ROOT = frozenset({"version", "doctor"})
+_NEEDS_NO_ROOT = frozenset({"version", "doctor", "config"})
 
 
 def _help() -> str:

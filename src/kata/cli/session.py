@@ -46,11 +46,12 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         KataError: As of `kata.engine.machine.settings`.
     """
     from ..engine import machine
+    from ..resources.sizing import Asked
 
     record = container.record
-    about_machine, note = machine.settings(record["cpus"], record["memory"])
-    if note:
-        _say_once("software-emulation", f"note: {note}\n")
+    about_machine, notes = machine.settings(Asked(record["cpus"], record["memory"], "--cpus and --memory"))
+    for topic, note in notes:
+        _say_once(topic, f"note: {note}\n")
     disks: list[dict[str, Any]] = []
     rootfs: dict[str, Any] = {"kind": record["rootfs"]["kind"], "upper": record["upper"]}
     if record["rootfs"]["kind"] == "erofs":

@@ -48,9 +48,10 @@ KERNEL_PARAMETERS = (
 )
 CONSOLE_NAME = "console.log"
 SHARE_MOUNT_OPTIONS = {
-    "9p": ["trans=virtio", "version=9p2000.L", "msize=512000", "cache=mmap", "nosuid", "nodev"],
+    "9p": ["trans=virtio", "version=9p2000.L", "cache=mmap", "nosuid", "nodev"],
     "virtio-fs": ["nosuid", "nodev"],
 }
+SHARE_MSIZE = 512000
 SEED_BYTES = 512
 
 
@@ -81,6 +82,8 @@ class Machine:
 
 def needs_share(settings: dict[str, Any]) -> bool:
     """Whether anything of the host is to be seen in the guest."""
+    if settings.get("share") is False:  # by configuration; who needs it is told so
+        return False
     return (
         bool(settings.get("volumes"))
         or settings.get("rootfs", {}).get("kind") == "share"
@@ -159,7 +162,8 @@ def file_server(
                 f"there is no virtiofsd on this host, and {wanted} needs it", "apt-get install virtiofsd"
             )
         return None
-    return virtiofsd.FileServer(program, directory, run_dir, journal)
+    cache = hypervisor.get("virtio_fs_cache") or "auto"
+    return virtiofsd.FileServer(program, directory, run_dir, journal, cache)
 
 
 def limit(name: str, vm: VMSettings, journal: Journal, pids: tuple[int, ...]) -> HostCgroup:
@@ -215,9 +219,18 @@ def vm_settings(
         run_dir=run_dir,
         kernel=hypervisor["kernel"],
         initrd=_initrd(hypervisor, run_dir),
-        cmdline=" ".join((*KERNEL_PARAMETERS, hypervisor.get("cmdline") or "")).strip(),
+        cmdline=_cmdline(hypervisor),
         accel=hypervisor["accel"],
         binary=hypervisor.get("path", ""),
+        machine=hypervisor.get("machine") or "q35",
+        firmware=hypervisor.get("firmware") or "qboot.rom",
+        console=hypervisor.get("console") or "serial",
+        machine_options=hypervisor.get("machine_options", ""),
+        cpu_features=hypervisor.get("cpu_features", ""),
+        entropy=hypervisor.get("entropy", ""),
+        prealloc=hypervisor.get("prealloc", False),
+        reclaim=hypervisor.get("reclaim", True),
+        sandbox=hypervisor.get("sandbox", ""),
         vcpus=settings.get("vcpus", 1),
         memory_mib=settings.get("memory_mib", 2048),
         disks=disks,
@@ -226,6 +239,12 @@ def vm_settings(
         nic=nic,
         more_nics=more_nics,
     )
+
+
+def _cmdline(hypervisor: dict[str, Any]) -> str:
+    """The kernel's parameters: ours, and behind them, so that they prevail, those of the configuration."""
+    words = KERNEL_PARAMETERS[1:] if hypervisor.get("verbose") else KERNEL_PARAMETERS
+    return " ".join((*words, hypervisor.get("cmdline") or "")).strip()
 
 
 # ---- from here on the event loop runs ----
@@ -274,17 +293,25 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
         from .spec import GUEST_SHARE
 
         kind = "9p" if sandbox.machine.files is None else "virtio-fs"
+        msize = [f"msize={settings.get('share_msize') or SHARE_MSIZE}"] if kind == "9p" else []
         storages.append(
             agent_pb.Storage(
                 driver=kind,
                 source=slots.SHARE_TAG,
                 fstype=kind.replace("-", ""),
-                options=SHARE_MOUNT_OPTIONS[kind],
+                options=[*SHARE_MOUNT_OPTIONS[kind], *msize],
                 mount_point=GUEST_SHARE,
             )
         )
     request = agent_pb.CreateSandboxRequest(
-        hostname=sandbox.hostname, dns=sandbox.dns, storages=storages, sandbox_id=sandbox.id
+        hostname=sandbox.hostname,
+        dns=sandbox.dns,
+        storages=storages,
+        sandbox_id=sandbox.id,
+        kernel_modules=[
+            agent_pb.KernelModule(name=name, parameters=parameters)
+            for name, *parameters in settings.get("kernel_modules") or ()
+        ],
     )
     sandbox.network = asyncio.ensure_future(configure_network(sandbox, agent))
     # A start that never comes does not ask how it went.

@@ -130,7 +130,7 @@ class Container:
                 await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
             await files.write(agent)
-            await agent.create_container(request)
+            await agent.create_container(request, float(sandbox.settings.get("create_s") or 0))
             sandbox.timings.add("root file system", began)
         except BaseException:
             self.init.streams.close()
@@ -218,6 +218,8 @@ class Container:
             files=files,
             cgroups_path=f"/{self.id}",
         )
+        if self.sandbox.settings.get("no_seccomp"):
+            config["linux"].pop("seccomp", None)
         config["process"] = {**(config.get("process") or STAND_IN), "terminal": self.init.stdio.terminal}
         return config
 

@@ -1,11 +1,16 @@
-"""What every door tells an engine of the machine to start: its size, its accelerator, and the guest in it."""
+"""What every door tells an engine of the machine to start: its size, its accelerator, and the guest in it.
+
+Here the configuration (`kata.config.files`) becomes settings of an engine. What is not configured is left out, so
+that the engine's own default holds.
+"""
 
 from __future__ import annotations
 
 import os
 
 from .. import paths
-from ..errors import UsageError
+from ..config import files
+from ..errors import ConfigError, GuestAssetError, UsageError
 from ..guest import manifest
 from ..hypervisor import accel
 from ..resources import sizing
@@ -14,49 +19,202 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from ..config.files import Configuration
+
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
 SHARED_FS = "KATA_SHARED_FS"
 """Variable that says how files of the host reach the guest: ``virtio-fs``, ``virtio-9p``, or whichever there is."""
-EXTENSIONS = "KATA_GUEST_EXTENSIONS"
-"""Variable with the names of what the guest gets behind its initrd, separated by commas."""
+
+_ARGUMENT = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,=+-")
+"""Characters of options that are handed to QEMU: none that could name a file."""
 
 
-def settings(cpus: float | None, memory: int | None) -> tuple[dict[str, Any], str]:
+def settings(
+    asked: sizing.Asked, configuration: Configuration | None = None
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The keys of ``sandbox.json`` that are about the machine.
 
     Args:
-        cpus: Number of CPUs that were asked for, or None.
-        memory: Bytes, or None.
+        asked: CPUs and memory that were asked for.
+        configuration: What the host, and the pod, have configured; None reads the host's files.
 
     Returns:
-        The keys, and a sentence that the user should see once (that there is only software emulation), or nothing.
+        The keys, and what the user should be told once: topic and sentence (that there is only software emulation).
 
     Raises:
         GuestAssetError: There is no guest to boot, or it lacks an extension.
+        ConfigError: A configuration file is wrong.
         UsageError: More CPUs than the host has, or a variable is malformed.
         ResourceExhaustedError: More memory than the host has.
     """
-    guest = manifest.load(paths.guest_dir())
-    size = sizing.plan(cpus, memory, guest.kernel_kind)
-    choice = accel.choose()
-    found = {
-        "hypervisor": {
-            "accel": choice.accel,
-            "kernel": guest.kernel,
-            "initrd": guest.initrd,
-            "extensions": [guest.extension(name) for name in _extensions()],
-            "ready_s": boot_timeout(),
-            "shared_fs": shared_fs(),
-        },
+    conf = files.load() if configuration is None else configuration
+    kernel, initrd, kind, extensions = _guest(conf)
+    size = sizing.plan(asked, kind, limits(conf))
+    choice = accel.choose(str(conf.get("hypervisor.accelerator", "")))
+    hypervisor = {
+        "accel": choice.accel,
+        "kernel": kernel,
+        "initrd": initrd,
+        "extensions": extensions,
+        "ready_s": boot_timeout() or _ready_s(conf),
+        **_hypervisor(conf),
+    }
+    found: dict[str, Any] = {
+        "hypervisor": hypervisor,
         "vcpus": size.vcpus,
         "memory_mib": size.memory_mib,
+        "sizing": size.record(),
+        **_sandbox(conf),
     }
-    return found, choice.reason if choice.accel == "tcg" else ""
+    if conf.values:
+        found["configuration"] = {name: list(pair) for name, pair in conf.values.items()}
+    notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
+    return found, notes + [("configuration", note) for note in conf.notes]
 
 
-def _extensions() -> list[str]:
-    return [name.strip() for name in os.environ.get(EXTENSIONS, "").split(",") if name.strip()]
+def limits(conf: Configuration) -> sizing.Limits:
+    """What the configuration says about sizes."""
+    return sizing.Limits(
+        default_vcpus=conf.get("hypervisor.default_vcpus", 0),
+        default_memory_mib=conf.get("hypervisor.default_memory", 0),
+        max_vcpus=conf.get("hypervisor.default_maxvcpus", 0),
+        max_memory_mib=conf.get("hypervisor.default_maxmemory", 0),
+        fixed=conf.get("runtime.static_sandbox_resource_mgmt", False),
+        fixed_memory=not conf.get("hypervisor.enable_virtio_mem", True),
+    )
+
+
+def _guest(conf: Configuration) -> tuple[str, str, str, list[str]]:
+    """Kernel, initrd, kind of kernel, archives behind the initrd."""
+    kernel, initrd = conf.get("hypervisor.kernel", ""), conf.get("hypervisor.initrd", "")
+    names = [str(name) for name in conf.get("agent.guest_extensions", ())]
+    if kernel or initrd:
+        for name, path in (("kernel", kernel), ("initrd", initrd)):
+            if not path:
+                other = conf.origin("hypervisor.initrd" if name == "kernel" else "hypervisor.kernel")
+                raise ConfigError(f"the configuration names no {name}, and the other of the two ({other})")
+            if not os.path.isfile(path):
+                raise GuestAssetError(
+                    f"the guest's {name} {path} does not exist ({conf.origin(f'hypervisor.{name}')})",
+                    "Without kernel and initrd in the configuration, that of `kata guest build` is used.",
+                )
+        if names:
+            raise ConfigError(
+                "guest extensions need the guest of `kata guest build`", "leave out kernel and initrd"
+            )
+        # What a kernel keeps for itself is not known of somebody else's: the larger of ours is assumed.
+        return kernel, initrd, "distro", []
+    guest = manifest.load(paths.guest_dir())
+    return guest.kernel, guest.initrd, guest.kernel_kind, [guest.extension(name) for name in names]
+
+
+def _hypervisor(conf: Configuration) -> dict[str, Any]:
+    """What the configuration changes of the machine itself."""
+    found: dict[str, Any] = {}
+    for key, name in (("path", "path"), ("firmware", "firmware"), ("sandbox", "seccompsandbox")):
+        if conf.get(f"hypervisor.{name}"):
+            found[key] = conf.get(f"hypervisor.{name}")
+    shared = shared_fs() or conf.get("hypervisor.shared_fs", "")
+    if shared not in ("", "none"):
+        found["shared_fs"] = shared
+    for name in ("virtio_fs_daemon", "virtio_fs_cache"):
+        if conf.get(f"hypervisor.{name}"):
+            found[name] = conf.get(f"hypervisor.{name}")
+    for name in ("path", "firmware", "entropy_source"):
+        path = conf.get(f"hypervisor.{name}", "")
+        if path and not os.path.exists(path):
+            raise ConfigError(f"{conf.origin(f'hypervisor.{name}')}: {name} {path} does not exist")
+    if conf.get("hypervisor.entropy_source"):
+        found["entropy"] = conf.get("hypervisor.entropy_source")
+    for key, name in (("machine_options", "machine_accelerators"), ("cpu_features", "cpu_features")):
+        text = str(conf.get(f"hypervisor.{name}", "")).strip(",")
+        if not _ARGUMENT.issuperset(text):
+            raise ConfigError(
+                f"{conf.origin(f'hypervisor.{name}')}: {name} {text!r} has characters that no option has"
+            )
+        if text:
+            found[key] = text
+    machine = str(conf.get("hypervisor.machine_type", ""))
+    if machine:
+        found["machine"] = _machine_type(machine, conf.origin("hypervisor.machine_type"))
+    parameters = [str(conf.get("hypervisor.kernel_params", "")).strip()]
+    if conf.get("agent.enable_debug"):
+        parameters.append("agent.log=debug")
+    if conf.get("agent.debug_console_enabled"):
+        parameters.append("agent.debug_console agent.debug_console_vport=1026")
+    if conf.get("agent.container_pipe_size"):
+        parameters.append(f"agent.container_pipe_size={conf.get('agent.container_pipe_size')}")
+    if any(parameters):
+        found["cmdline"] = " ".join(filter(None, parameters))
+    for key, name, default in (
+        ("verbose", "enable_debug", False),
+        ("prealloc", "enable_mem_prealloc", False),
+        ("reclaim", "reclaim_guest_freed_memory", True),
+    ):
+        if conf.get(f"hypervisor.{name}", default) != default:
+            found[key] = not default
+    if not conf.get("hypervisor.use_legacy_serial", True):
+        found["console"] = "virtio"
+    return found
+
+
+def _machine_type(text: str, origin: str) -> str:
+    """*text*, if it is a machine on which our devices have their places.
+
+    Raises:
+        ConfigError: It is another.
+    """
+    base = text.removeprefix("pc-")
+    if text in ("q35", "pc") or base.startswith(("q35-", "i440fx-")):
+        return text
+    raise ConfigError(f"{origin}: there is no machine type {text!r} here", "q35 or pc")
+
+
+def _sandbox(conf: Configuration) -> dict[str, Any]:
+    """What the configuration changes of the sandbox around the machine."""
+    found: dict[str, Any] = {"create_s": conf.get("runtime.create_container_timeout", 0)}
+    if conf.get("hypervisor.shared_fs") == "none":
+        found["share"] = False
+    if "hypervisor.msize_9p" in conf.values:
+        found["share_msize"] = conf.get("hypervisor.msize_9p")
+    if conf.get("runtime.disable_guest_seccomp"):
+        found["no_seccomp"] = True
+    modules = [text.split() for text in conf.get("agent.kernel_modules", ()) if text.strip()]
+    if modules:
+        found["kernel_modules"] = modules
+    return found
+
+
+def network(conf: Configuration, path: str) -> dict[str, Any]:
+    """The network settings of a client that has a network namespace.
+
+    Args:
+        conf: The configuration.
+        path: The namespace's; empty makes one.
+
+    Raises:
+        ConfigError: The settings contradict each other.
+    """
+    model = conf.get("runtime.internetworking_model", "tcfilter")
+    if conf.get("runtime.disable_new_netns"):
+        if model != "none":
+            raise ConfigError(
+                f"{conf.origin('runtime.disable_new_netns')}: disable_new_netns needs internetworking_model"
+                f" 'none', and that is {model!r} ({conf.origin('runtime.internetworking_model')})"
+            )
+        return {"mode": "none"}
+    found = {"mode": "netns", "path": path}
+    if model != "tcfilter":
+        found["model"] = model
+    return found
+
+
+def _ready_s(conf: Configuration) -> float:
+    """Seconds that a guest may take to come up, as configured; 0 is the engine's default."""
+    if "agent.reconnect_timeout_ms" in conf.values:
+        return float(conf.get("agent.reconnect_timeout_ms")) / 1000
+    return float(conf.get("agent.dial_timeout", 0))
 
 
 def shared_fs() -> str:
@@ -72,7 +230,7 @@ def shared_fs() -> str:
 
 
 def boot_timeout() -> int:
-    """Seconds that a guest may take to come up; 0 is the engine's default.
+    """Seconds that a guest may take to come up, as the environment says; 0 where it says nothing.
 
     Raises:
         UsageError: The variable is no number of seconds.

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .streams import Log
 
 
+_NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
+
+
 def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> ProcessStreams:
     """Open the paths that the caller named for a process.
 
@@ -141,7 +144,7 @@ class Shared:
             share = self._sandbox.share
             if share is None:
                 raise ConfigError(
-                    f"cannot share {root.get('source')}: the sandbox was started without a share"
+                    f"cannot share {root.get('source')}: the sandbox was started without a share", _NO_SHARE
                 )
             layered = "upper_slot" in root or "upper" in root
             name = rootfs.share_name(self._container_id)
@@ -151,7 +154,7 @@ class Shared:
     def _add(self, source: str, name: str, *, readonly: bool) -> str:
         share = self._sandbox.share
         if share is None:
-            raise ConfigError(f"cannot mount {source}: the sandbox was started without a share")
+            raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
         self._names.append(share.add(source, f"{self._container_id}-{name}", readonly=readonly))
         return f"{spec.GUEST_SHARE}/{self._names[-1]}"
 

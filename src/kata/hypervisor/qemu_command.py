@@ -108,7 +108,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
         *("-machine", _machine(settings)),
         *("-accel", "kvm" if kvm else f"tcg,thread=multi,tb-size={settings.tb_size_mib}"),
-        *("-cpu", cpu_model(settings.accel)),
+        *("-cpu", ",".join(filter(None, (cpu_model(settings.accel), settings.cpu_features)))),
         *("-smp", str(settings.vcpus)),
         *("-m", f"{settings.memory_mib}M"),
         *_memory(settings),
@@ -116,7 +116,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *("-kernel", settings.kernel),
         *("-initrd", settings.initrd),
         *("-append", command_line(settings)),
-        *("-sandbox", SANDBOX),
+        *("-sandbox", settings.sandbox or SANDBOX),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
         *_serial(settings, fds),
     ]
@@ -140,9 +140,9 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     for index, nic in enumerate(settings.nics()):
         argv += _nic(index, nic, settings.run_dir)
     argv += [
-        *("-object", "rng-builtin,id=rng"),
+        *("-object", _entropy(settings)),
         *_device("virtio-rng-pci", slots.RNG, rng="rng"),
-        *_device("virtio-balloon-pci", slots.BALLOON, id="balloon", free_page_reporting=True),
+        *_device("virtio-balloon-pci", slots.BALLOON, id="balloon", free_page_reporting=settings.reclaim),
     ]
     return argv
 
@@ -197,18 +197,31 @@ def nic_socket(run_dir: str) -> str:
 
 def _machine(settings: VMSettings) -> str:
     options = [settings.machine, "usb=off", "vmport=off", "smm=off", "smbus=off", "sata=off"]
-    if not settings.machine.startswith("q35"):
+    if "q35" not in settings.machine:
         options = [settings.machine, "usb=off", "vmport=off", "smm=off"]
-    if settings.share_fd >= 0:
+    options += ["mem-merge=off", "dump-guest-core=off"]
+    if _memory(settings):
         options.append("memory-backend=ram")
-    return ",".join([*options, "mem-merge=off", "dump-guest-core=off"])
+    if settings.machine_options:
+        options.append(settings.machine_options)
+    return ",".join(options)
+
+
+def _entropy(settings: VMSettings) -> str:
+    if settings.entropy:
+        return f"rng-random,id=rng,filename={comma(settings.entropy)}"
+    return "rng-builtin,id=rng"
 
 
 def _memory(settings: VMSettings) -> list[str]:
-    """A vhost-user server reads and writes the guest's memory itself, so it has to be shareable."""
-    if settings.share_fd < 0:
-        return []
-    return ["-object", f"memory-backend-memfd,id=ram,size={settings.memory_mib}M,share=on"]
+    """The object behind the guest's memory, where that is not QEMU's own."""
+    prealloc = ",prealloc=on" if settings.prealloc else ""
+    if settings.share_fd >= 0:
+        # A vhost-user server reads and writes the guest's memory itself, so it has to be shareable.
+        return ["-object", f"memory-backend-memfd,id=ram,size={settings.memory_mib}M,share=on{prealloc}"]
+    if prealloc:
+        return ["-object", f"memory-backend-ram,id=ram,size={settings.memory_mib}M{prealloc}"]
+    return []
 
 
 def _value(value: object) -> str:

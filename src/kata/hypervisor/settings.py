@@ -97,6 +97,12 @@ class VMSettings:
         console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
         tsc_khz: Frequency of the host's time-stamp counter, told to an emulated guest; 0 is not known.
         tb_size_mib: Bound of the software emulation's translation buffer.
+        machine_options: Further options of the machine, separated by commas.
+        cpu_features: Further options of the processor, separated by commas.
+        entropy: File that the guest's entropy device reads; empty is QEMU's own source.
+        prealloc: Allocate the guest's memory before it boots.
+        reclaim: Give the host back what the guest frees.
+        sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu_command.SANDBOX`.
     """
 
     __slots__ = (
@@ -104,16 +110,22 @@ class VMSettings:
         "binary",
         "cmdline",
         "console",
+        "cpu_features",
         "disks",
+        "entropy",
         "firmware",
         "initrd",
         "kernel",
         "machine",
+        "machine_options",
         "memory_mib",
         "more_nics",
         "name",
         "nic",
+        "prealloc",
+        "reclaim",
         "run_dir",
+        "sandbox",
         "share_dir",
         "share_fd",
         "tb_size_mib",
@@ -150,6 +162,12 @@ class VMSettings:
         console: str = "serial",
         tsc_khz: int = 0,
         tb_size_mib: int = 128,
+        machine_options: str = "",
+        cpu_features: str = "",
+        entropy: str = "",
+        prealloc: bool = False,
+        reclaim: bool = True,
+        sandbox: str = "",
     ) -> None:
         if accel not in ("kvm", "tcg"):
             raise ValueError(f"no such accelerator: {accel}")
@@ -179,3 +197,9 @@ class VMSettings:
         self.console = console
         self.tsc_khz = tsc_khz
         self.tb_size_mib = tb_size_mib
+        self.machine_options = machine_options
+        self.cpu_features = cpu_features
+        self.entropy = entropy
+        self.prealloc = prealloc
+        self.reclaim = reclaim
+        self.sandbox = sandbox

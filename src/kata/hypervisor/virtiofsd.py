@@ -45,7 +45,7 @@ def find(configured: str = "") -> str | None:
     return next((path for path in (*RUST_PROGRAMS, C_PROGRAM) if os.access(path, os.X_OK)), None)
 
 
-def command(program: str, directory: str, fd: int) -> list[str]:
+def command(program: str, directory: str, fd: int, cache: str = "auto") -> list[str]:
     """Argument vector of virtiofsd.
 
     Sub-mounts are announced, so that files of several host file systems keep distinct identities in the guest;
@@ -55,13 +55,17 @@ def command(program: str, directory: str, fd: int) -> list[str]:
         program: Its path; tells the kind.
         directory: What it serves.
         fd: Listening socket.
+        cache: What the guest may keep: ``auto``, ``always`` or ``never``.
     """
     if program == C_PROGRAM:
-        options = f"source={directory},cache=auto,sandbox=namespace,announce_submounts,xattr,log_level=warn"
+        cache = "none" if cache == "never" else cache
+        options = (
+            f"source={directory},cache={cache},sandbox=namespace,announce_submounts,xattr,log_level=warn"
+        )
         return [program, "-f", f"--fd={fd}", "-o", options]
     return [
         program,
-        *(f"--fd={fd}", f"--shared-dir={directory}", "--cache=auto", "--sandbox=namespace"),
+        *(f"--fd={fd}", f"--shared-dir={directory}", f"--cache={cache}", "--sandbox=namespace"),
         *("--announce-submounts", "--xattr", "--log-level=warn"),
     ]
 
@@ -76,10 +80,15 @@ class FileServer:
         directory: What it shall serve.
         run_dir: The sandbox's directory.
         journal: Its journal.
+        cache: What the guest may keep, as of `command`.
     """
 
-    def __init__(self, program: str, directory: str, run_dir: str, journal: Journal) -> None:
+    def __init__(
+        self, program: str, directory: str, run_dir: str, journal: Journal, cache: str = "auto"
+    ) -> None:
         import _socket
+
+        self._cache = cache
 
         self.program = program
         self._directory = directory
@@ -120,7 +129,7 @@ class FileServer:
         self._words = children.Words()
         try:
             self._child = children.spawn(
-                command(self.program, self._directory, self._listener),
+                command(self.program, self._directory, self._listener, self._cache),
                 self._journal,
                 "virtiofsd",
                 pass_fds=[self._listener],

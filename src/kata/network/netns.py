@@ -94,13 +94,15 @@ class NetnsPlan(NetworkPlan):
     Args:
         mac: Hardware address of the guest's interface until one is found.
         path: The namespace's path; empty makes a new one, which ends with the engine.
+        model: ``tcfilter``, or ``none``: the hypervisor is in the namespace, and the guest not connected to it.
     """
 
     wired_by_others = True
 
-    def __init__(self, mac: str, path: str) -> None:
+    def __init__(self, mac: str, path: str, model: str = "tcfilter") -> None:
         super().__init__(mac)
         self._path = path
+        self._connects = model != "none"
         self._endpoints: list[_Endpoint] = []
 
     def wire(self) -> Nic:
@@ -111,6 +113,8 @@ class NetnsPlan(NetworkPlan):
             UnsupportedError: An interface carries no Ethernet frames, or there are too many.
         """
         self._enter()
+        if not self._connects:
+            return Nic(self.mac)
         try:
             with rtnetlink.Rtnl() as rtnl:
                 found = self._unclaimed(rtnl)
@@ -164,6 +168,8 @@ class NetnsPlan(NetworkPlan):
             UnsupportedError: An interface carries no Ethernet frames, or there are more than the machine has plugs.
             HostError: The kernel refused to redirect.
         """
+        if not self._connects:
+            return False
         before = (self.interfaces, self.routes, self.neighbors)
         with rtnetlink.Rtnl() as rtnl:
             free = [endpoint for endpoint in self._endpoints if endpoint.source is None]

@@ -20,7 +20,7 @@ def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> u
     Args:
         settings: ``sandbox.json``'s ``network``: ``mode`` (``"user"``, ``"netns"`` or ``"none"``), ``ports`` (each
             with ``host_ip``, ``host_port``, ``guest_port``, ``proto``), ``dns`` (addresses; empty is the host's),
-            ``path`` of a network namespace (empty makes one).
+            ``path`` of a network namespace (empty makes one), ``model`` of its connection.
         host: The host's network; None looks at it.
 
     Raises:
@@ -52,7 +52,9 @@ def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> u
     if mode == "netns":
         from kata.network.netns import NetnsPlan
 
-        return NetnsPlan(mac_address(), str(settings.get("path") or ""))
+        return NetnsPlan(
+            mac_address(), str(settings.get("path") or ""), str(settings.get("model") or "tcfilter")
+        )
     if mode != "user":
         raise UsageError(f"there is no network mode {mode!r}", "Use user or none.")
     program = children.find_program(user.PROGRAM)

@@ -1,13 +1,16 @@
-"""How large a virtual machine is: one formula.
+"""How large a virtual machine is: one formula. docs/sizing.md has it for readers, `kata explain` with numbers.
 
-* **vCPUs**: the CPUs asked for, rounded up; 1 when nothing is asked. The fraction is a cgroup limit in the guest.
+* **CPUs**: those asked for, rounded up; `default_vcpus` when none are asked. The fraction is a cgroup limit in the
+  guest, which holds from a container's first process on, and not for the boot.
 * **Memory**: what was asked for, plus what the guest's kernel keeps for itself, so that ``MemTotal`` in the guest
-  is at least what was asked for and at most 5 % more; with a least size below which no guest comes up. 2 GiB when
-  nothing is asked (half of the host's memory where that is less): only what is touched costs.
+  is at least what was asked for and at most 5 % more; with a least size below which no guest comes up. `default_memory`
+  when nothing is asked (half of the host's memory where that is less): only what is touched costs.
 
 What the kernel keeps is a fixed part (its code and data, its first tables) and one that grows with the memory:
 ``struct page`` is 64 bytes for every 4096, and hash tables add an eighth to that. Measured as the difference between
 QEMU's ``-m`` and ``MemTotal``, from 64 MiB to 12 GiB; `tests/vm/test_hypervisor.py` holds the guest to it.
+
+What a pod asks for is what its CRI says of the sandbox, and at least the sum of its containers' limits.
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ from ..errors import ResourceExhaustedError, UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
 MIB = 1 << 20
+DEFAULT_VCPUS = 1
 DEFAULT_MEMORY_MIB = 2048
 KERNEL_MIB = {"small": 21, "distro": 50}
 """The fixed part, by kind of kernel."""
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
 LEAST_MIB = {"small": 64, "distro": 192}
 """With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
+PLUG_MIB = 2
+"""What is plugged into a running machine is a multiple of this: virtio-mem's blocks."""
 
 
 HOST_FIXED_MIB = {"kvm": 256, "tcg": 384}
@@ -38,50 +45,219 @@ HOST_CPUS = 1.0
 """Processors for engine, devices and network helper besides the virtual ones."""
 
 
+class Asked:
+    """What somebody asks for.
+
+    Attributes:
+        cpus: Number of CPUs, or None.
+        memory: Bytes, or None.
+        source: Who asks, in words.
+    """
+
+    __slots__ = ("cpus", "memory", "source")
+
+    def __init__(self, cpus: float | None = None, memory: int | None = None, source: str = "") -> None:
+        self.cpus = cpus
+        self.memory = memory
+        self.source = source
+
+
+class Limits:
+    """What the host's owner says about sizes; 0 is "nothing".
+
+    Attributes:
+        default_vcpus: CPUs when none are asked; negative for all of the host's.
+        default_memory_mib: Memory of the machine when none is asked.
+        max_vcpus, max_memory_mib: No machine has more.
+        fixed: A machine keeps the size that it is started with.
+        fixed_memory: It keeps its memory.
+    """
+
+    __slots__ = (
+        "default_memory_mib",
+        "default_vcpus",
+        "fixed",
+        "fixed_memory",
+        "max_memory_mib",
+        "max_vcpus",
+    )
+
+    def __init__(
+        self,
+        *,
+        default_vcpus: float = 0,
+        default_memory_mib: int = 0,
+        max_vcpus: int = 0,
+        max_memory_mib: int = 0,
+        fixed: bool = False,
+        fixed_memory: bool = False,
+    ) -> None:
+        self.default_vcpus = default_vcpus
+        self.default_memory_mib = default_memory_mib
+        self.max_vcpus = max_vcpus
+        self.max_memory_mib = max_memory_mib
+        self.fixed = fixed
+        self.fixed_memory = fixed_memory
+
+
 class Size:
     """The size of a machine.
 
     Attributes:
         vcpus: Virtual CPUs.
         memory_mib: Memory of the machine in MiB.
+        max_vcpus, max_memory_mib: Up to where it may grow while it runs.
+        kernel: Kind of the guest's kernel.
+        asked: What it was planned for.
     """
 
-    __slots__ = ("memory_mib", "vcpus")
+    __slots__ = ("asked", "kernel", "max_memory_mib", "max_vcpus", "memory_mib", "vcpus")
 
-    def __init__(self, vcpus: int, memory_mib: int) -> None:
+    def __init__(
+        self, vcpus: int, memory_mib: int, max_vcpus: int, max_memory_mib: int, kernel: str, asked: Asked
+    ) -> None:
         self.vcpus = vcpus
         self.memory_mib = memory_mib
+        self.max_vcpus = max_vcpus
+        self.max_memory_mib = max_memory_mib
+        self.kernel = kernel
+        self.asked = asked
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: ``sizing`` in ``sandbox.json``."""
+        return {
+            "cpus": self.asked.cpus,
+            "memory": self.asked.memory,
+            "source": self.asked.source,
+            "kernel": self.kernel,
+            "max_vcpus": self.max_vcpus,
+            "max_memory_mib": self.max_memory_mib,
+        }
 
 
-def plan(cpus: float | None, memory: int | None, kernel: str = "small") -> Size:
-    """The machine for what was asked.
+def plan(asked: Asked, kernel: str = "small", limits: Limits | None = None) -> Size:
+    """The machine for what is asked.
 
     Args:
-        cpus: Number of CPUs, or None.
-        memory: Bytes, or None.
+        asked: CPUs and memory.
         kernel: Kind of the guest's kernel, ``small`` or ``distro``.
+        limits: The host owner's.
 
     Raises:
-        UsageError: More CPUs than the host has.
-        ResourceExhaustedError: More memory than the host has.
+        UsageError: More CPUs than there are, or may be.
+        ResourceExhaustedError: More memory than there is, or may be.
     """
-    vcpus = 1 if cpus is None else max(1, -int(-cpus // 1))
-    online = len(os.sched_getaffinity(0))
-    if vcpus > online:
-        raise UsageError(
-            f"{cpus:g} CPUs were asked for, and this host has {online}", f"at most --cpus {online}"
-        )
-    if memory is None:
-        return Size(vcpus, min(DEFAULT_MEMORY_MIB, max(_total_mib() // 2, 256)))
-    asked = -(-memory // MIB)
-    needed = max(int((asked + KERNEL_MIB[kernel]) / (1 - GROWING_PART)) + 1, LEAST_MIB[kernel])
-    total = _total_mib()
-    if needed > total:
+    limits = limits or Limits()
+    online, total = len(os.sched_getaffinity(0)), _total_mib()
+    most_cpus = min(limits.max_vcpus or online, online)
+    most_memory = min(limits.max_memory_mib or total, total)
+    if asked.cpus is None:
+        default = online if limits.default_vcpus < 0 else limits.default_vcpus or DEFAULT_VCPUS
+        vcpus = min(cpus_of(default), most_cpus)
+    else:
+        vcpus = cpus_of(asked.cpus)
+        if vcpus > online:
+            raise UsageError(
+                f"{asked.cpus:g} CPUs were asked for, and this host has {online}", f"at most --cpus {online}"
+            )
+        if vcpus > most_cpus:
+            raise UsageError(
+                f"{asked.cpus:g} CPUs were asked for, and default_maxvcpus is {most_cpus}",
+                "kata config show says where it was set",
+            )
+    if asked.memory is None:
+        memory = limits.default_memory_mib or min(DEFAULT_MEMORY_MIB, max(total // 2, 256))
+        memory = max(min(memory, most_memory), LEAST_MIB[kernel])
+    else:
+        memory = memory_of(asked.memory, kernel)
+    if memory > most_memory:
+        what = f"{(asked.memory or 0) / MIB:.0f} MiB of memory were asked for"
+        if memory > total:
+            raise ResourceExhaustedError(
+                f"{what}, and this host has {total} MiB in all", "ask for less with -m"
+            )
         raise ResourceExhaustedError(
-            f"{asked} MiB of memory were asked for, and this host has {total} MiB in all",
-            "ask for less with -m",
+            f"{what}, and default_maxmemory is {most_memory} MiB", "kata config show says where it was set"
         )
-    return Size(vcpus, needed)
+    if limits.fixed:
+        most_cpus = vcpus
+    if limits.fixed or limits.fixed_memory:
+        most_memory = memory
+    return Size(vcpus, memory, most_cpus, most_memory, kernel, asked)
+
+
+def cpus_of(asked: float) -> int:
+    """Virtual CPUs for so many that are asked for."""
+    return max(1, -int(-asked // 1))
+
+
+def memory_of(asked: int, kernel: str) -> int:
+    """MiB of a machine in whose guest ``MemTotal`` is to be at least *asked* bytes."""
+    asked_mib = -(-asked // MIB)
+    return max(int((asked_mib + KERNEL_MIB[kernel]) / (1 - GROWING_PART)) + 1, LEAST_MIB[kernel])
+
+
+def container_asks(resources: Mapping[str, Any]) -> Asked:
+    """What the limits of a container (``linux.resources`` of the runtime specification) ask for."""
+    cpu, memory = resources.get("cpu") or {}, resources.get("memory") or {}
+    quota, limit = number(cpu.get("quota")), number(memory.get("limit"))
+    return Asked(
+        quota / (number(cpu.get("period")) or 100_000) if quota > 0 else None,
+        # "No limit" is also written as the largest number that fits.
+        limit if 0 < limit < 1 << 60 else None,
+        "the container's limits",
+    )
+
+
+_CONTAINERD = (
+    "io.kubernetes.cri.sandbox-cpu-quota",
+    "io.kubernetes.cri.sandbox-cpu-period",
+    "io.kubernetes.cri.sandbox-memory",
+)
+_CRIO = "io.kubernetes.cri-o.LinuxResources"
+
+
+def sandbox_asks(annotations: Mapping[str, Any]) -> Asked:
+    """What a CRI says of a pod as a whole, by the annotations of its sandbox.
+
+    Sources: containerd's ``pkg/cri/annotations``; CRI-O's ``LinuxResources`` (CRI's ``LinuxContainerResources``
+    as JSON).
+    """
+    quota, period, memory = (number(annotations.get(name)) for name in _CONTAINERD)
+    source = "the sandbox's annotations (containerd)"
+    if not (quota or memory) and annotations.get(_CRIO):
+        import json
+
+        try:
+            found = json.loads(str(annotations[_CRIO]))
+        except ValueError:
+            found = {}
+        if isinstance(found, dict):
+            quota, period = number(found.get("cpu_quota")), number(found.get("cpu_period"))
+            memory = number(found.get("memory_limit_in_bytes"))
+            source = "the sandbox's annotations (CRI-O)"
+    return Asked(quota / (period or 100_000) if quota > 0 else None, memory if memory > 0 else None, source)
+
+
+def number(value: object) -> int:
+    """A whole number that somebody else wrote; 0 where it is none."""
+    try:
+        return int(str(value))
+    except ValueError:
+        return 0
+
+
+def asked_of(spec: Mapping[str, Any]) -> Asked:
+    """What the first container of a sandbox asks for: for its pod, where a CRI says so, else for itself."""
+    pod = sandbox_asks(spec.get("annotations") or {})
+    own = container_asks((spec.get("linux") or {}).get("resources") or {})
+    if pod.cpus is None and pod.memory is None:
+        return own
+    return Asked(
+        own.cpus if pod.cpus is None else pod.cpus,
+        own.memory if pod.memory is None else pod.memory,
+        pod.source,
+    )
 
 
 def host_memory(memory_mib: int, accel: str) -> int:

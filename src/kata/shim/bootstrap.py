@@ -7,8 +7,6 @@ the options on the command line name.
 
 from __future__ import annotations
 
-import os
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..proto.bootstrap_pb import BootstrapParams
@@ -16,21 +14,16 @@ if TYPE_CHECKING:
 TASK_VERSION = 3
 """Of the Task service, for a containerd that knows it: the containers of a pod are then made without asking us for
 the address again."""
-_LIMIT = 4 << 20
 
 
-def params(namespace: str, container_id: str) -> BootstrapParams | None:
-    """What is on standard input, if it is containerd 2.3's.
+def params(raw: bytes, namespace: str, container_id: str) -> BootstrapParams | None:
+    """What was on standard input, if it is containerd 2.3's.
 
     Args:
+        raw: What was there (`kata.shim.options.given`).
         namespace: As on the command line.
         container_id: The same.
     """
-    if os.isatty(0):
-        return None  # a person tries this by hand
-    raw = b""
-    while len(raw) <= _LIMIT and (piece := os.read(0, 65536)):
-        raw += piece
     if not raw:
         return None
     from ..proto.bootstrap_pb import BootstrapParams

@@ -8,7 +8,7 @@ import time
 from ..engine import spec
 from ..engine.launch import check_id, launch
 from ..errors import ConfigError, NotFoundError, UsageError
-from . import bootstrap
+from . import bootstrap, options
 from .names import ADDRESS_FILE, directory_name, required
 
 TYPE_CHECKING = False
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-SANDBOX_CPU = ("io.kubernetes.cri.sandbox-cpu-quota", "io.kubernetes.cri.sandbox-cpu-period")
-SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
 LOG_FIFO = "log"
 
 
@@ -36,7 +34,8 @@ def start(values: Mapping[str, str]) -> bytes:
     began = time.monotonic_ns()
     namespace, container_id = required(values, "namespace"), check_id(required(values, "id"))
     bundle = os.getcwd()
-    told = bootstrap.params(namespace, container_id)
+    given = options.given()
+    told = bootstrap.params(given, namespace, container_id)
     config = _read_config(bundle)
     # The engine refuses it as well, whoever asks; here nothing has been started yet.
     spec.refuse_foreign(config)
@@ -45,7 +44,7 @@ def start(values: Mapping[str, str]) -> bytes:
         address = _address_of_pod(bundle, pod)
     else:
         engine = launch(
-            settings(namespace, container_id, bundle, config, began),
+            settings(namespace, container_id, bundle, config, began, options.config_path(given, told)),
             name=directory_name(namespace, container_id),
         )
         engine.release()
@@ -94,27 +93,44 @@ def _write_address(bundle: str, address: str) -> None:
 
 
 def settings(
-    namespace: str, container_id: str, bundle: str, config: Mapping[str, Any], began: int
+    namespace: str,
+    container_id: str,
+    bundle: str,
+    config: Mapping[str, Any],
+    began: int,
+    config_path: str = "",
 ) -> dict[str, Any]:
     """What the engine has to know; see docs/architecture.md, "sandbox.json".
 
+    Args:
+        namespace: containerd's.
+        container_id: The sandbox's first container.
+        bundle: Its bundle.
+        config: The specification in it.
+        began: When the door began, by CLOCK_MONOTONIC.
+        config_path: The configuration file that the client names, or empty.
+
     Raises:
-        KataError: As of `kata.engine.machine.settings`.
+        KataError: As of `kata.engine.machine.settings`, and about annotations.
     """
+    from ..config import annotations, files
     from ..engine import machine
     from ..hypervisor import slots
+    from ..resources import sizing
 
-    about_machine, note = machine.settings(*asked(config))
+    conf = files.load(config_path)
+    annotations.apply(conf, config.get("annotations") or {})
+    about_machine, notes = machine.settings(sizing.asked_of(config), conf)
     found: dict[str, Any] = {
         "id": container_id,
         "door": "containerd",
         "namespace": namespace,
+        "share": True,
         **about_machine,
-        "notes": [note] if note else [],
+        "notes": [note for _, note in notes],
         "disks": [],
         "disk_slots": len(slots.DISKS),
-        "share": True,
-        "network": {"mode": "netns", "path": network_namespace(config)},
+        "network": machine.network(conf, network_namespace(config)),
         "door_started_ns": began,
     }
     address = os.environ.get("TTRPC_ADDRESS")
@@ -132,23 +148,3 @@ def network_namespace(config: Mapping[str, Any]) -> str:
         if namespace.get("type") == "network":
             return str(namespace.get("path") or "")
     return ""
-
-
-def asked(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
-    """CPUs and bytes of memory that were asked for: of the pod, where its CRI says so, else of the container."""
-    annotations = config.get("annotations") or {}
-    quota, period = (_number(annotations.get(name)) for name in SANDBOX_CPU)
-    memory = _number(annotations.get(SANDBOX_MEMORY))
-    resources = (config.get("linux") or {}).get("resources") or {}
-    if not quota:
-        quota, period = (_number((resources.get("cpu") or {}).get(name)) for name in ("quota", "period"))
-    if not memory:
-        memory = _number((resources.get("memory") or {}).get("limit"))
-    return quota / (period or 100_000) if quota > 0 else None, memory if memory > 0 else None
-
-
-def _number(value: object) -> int:
-    try:
-        return int(str(value))
-    except ValueError:
-        return 0

@@ -1,0 +1,283 @@
+"""Which configuration files there are, and what they say: one value and its origin for each key.
+
+The places are Kata's. One main file is read, the first that is named or exists:
+
+1. the client's: containerd's ``ConfigPath``, ``kata config --config``
+2. ``$KATA_CONF_FILE``
+3. ``/etc/kata-containers/configuration.toml``
+4. ``/opt/kata/share/defaults/kata-containers/configuration.toml``
+
+and then ``config.d/*.toml`` beside it (beside what it links to), in the order of their names: each may set any key
+again. Without a file there are only defaults, and finding that out costs two system calls: no parser is loaded,
+and neither is the table of keys.
+
+Where there are files, what they came to is kept in the run directory, with the size and time of each: the parser of
+TOML and its regular expressions would otherwise be paid for on every start.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .. import __version__, paths
+from ..errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+VARIABLE = "KATA_CONF_FILE"
+PLACES = (
+    "/etc/kata-containers/configuration.toml",
+    "/opt/kata/share/defaults/kata-containers/configuration.toml",
+)
+DROP_INS = "config.d"
+ENVIRONMENT = (
+    ("KATA_ACCEL", "hypervisor.accelerator"),
+    ("KATA_BOOT_TIMEOUT", "agent.dial_timeout"),
+    ("KATA_GUEST_EXTENSIONS", "agent.guest_extensions"),
+    ("KATA_SHARED_FS", "hypervisor.shared_fs"),
+)
+"""Variables that overrule the files, and the keys that they set; whoever uses a value looks whether it is one."""
+_LISTS = frozenset({"KATA_GUEST_EXTENSIONS"})
+_CACHE_FORMAT = 1
+
+
+class Configuration:
+    """What somebody has set. A key that nobody has set is not in it: its default is its user's.
+
+    Attributes:
+        values: ``hypervisor.default_vcpus`` -> (value, origin). The origin is ``FILE:LINE``, ``annotation NAME`` or
+            ``environment NAME``.
+        files: The files that were read, the main one first.
+        notes: Sentences for a log: what is accepted and has no effect.
+    """
+
+    __slots__ = ("files", "notes", "values")
+
+    def __init__(self) -> None:
+        self.values: dict[str, tuple[Any, str]] = {}
+        self.files: list[str] = []
+        self.notes: list[str] = []
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key, or *default*."""
+        found = self.values.get(name)
+        return default if found is None else found[0]
+
+    def origin(self, name: str) -> str:
+        """Who set a key; ``default`` if nobody did."""
+        found = self.values.get(name)
+        return "default" if found is None else found[1]
+
+    def set(self, name: str, value: Any, origin: str) -> None:
+        """Set a key, whoever set it before."""
+        self.values[name] = (value, origin)
+
+
+def main_file(named: str = "") -> str:
+    """Path of the main file; empty when there is none.
+
+    Args:
+        named: The client's choice, or empty.
+
+    Raises:
+        ConfigError: The file that was named does not exist.
+    """
+    chosen, by = (named, "the client") if named else (os.environ.get(VARIABLE) or "", VARIABLE)
+    if chosen:
+        if not os.path.isfile(chosen):
+            raise ConfigError(
+                f"the configuration file {chosen} does not exist; it was named by {by}",
+                "containerd: ConfigPath in the runtime's options",
+            )
+        return chosen
+    return next((path for path in PLACES if os.path.isfile(path)), "")
+
+
+def load(named: str = "") -> Configuration:
+    """What the configuration files say.
+
+    Args:
+        named: Path of the main file that the client wants, or empty.
+
+    Raises:
+        ConfigError: A file cannot be read, is not TOML, or has a key or value that is wrong or refused.
+    """
+    path = main_file(named)
+    found = _load(path) if path else Configuration()
+    for variable, name in ENVIRONMENT:
+        text = os.environ.get(variable)
+        if text:
+            value = (
+                [part.strip() for part in text.split(",") if part.strip()] if variable in _LISTS else text
+            )
+            found.set(name, int(text) if text.isdecimal() else value, f"environment {variable}")
+    return found
+
+
+def _load(path: str) -> Configuration:
+    try:
+        files = all_files(path)
+        signature = [
+            _signature(file) for file in [*files, os.path.join(os.path.dirname(__file__), "keys.py")]
+        ]
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration: {error.strerror}: {error.filename}") from None
+    cache = os.path.join(paths.run_dir(), f"configuration.{signature[0][1]}-{signature[0][2]}")
+    found = _from_cache(cache, signature)
+    if found is None:
+        found = read(files)
+        _to_cache(cache, signature, found)
+    return found
+
+
+def read(files: list[str]) -> Configuration:
+    """Parse files, each overruling those before it; see `load` for the errors."""
+    found = Configuration()
+    found.files = list(files)
+    idle: dict[str, Any] = {}
+    for path in files:
+        for name, value, line in _read_one(path, found.notes):
+            found.set(name, value, f"{path}:{line}")
+            idle[name] = value
+    found.notes += without_effect(idle)
+    return found
+
+
+def without_effect(values: dict[str, Any]) -> list[str]:
+    """A sentence about the keys among these that have no effect here, if any asks for something."""
+    from . import keys
+
+    named = [
+        name
+        for name, value in values.items()
+        if (key := keys.KEYS[name]).status == keys.IDLE and not key.means_nothing(value)
+    ]
+    if not named:
+        return []
+    listed = ", ".join(name.partition(".")[2] for name in sorted(named))
+    return [
+        f"settings without effect here: {listed} ('kata config check' and docs/configuration.md say why)"
+    ]
+
+
+def all_files(path: str) -> list[str]:
+    """The main file and its drop-ins."""
+    directory = os.path.join(os.path.dirname(os.path.realpath(path)), DROP_INS)
+    try:
+        names = sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    return [path, *(os.path.join(directory, name) for name in names if name.endswith(".toml"))]
+
+
+def _signature(path: str) -> tuple[str, int, int, int, int]:
+    state = os.stat(path)
+    return path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _from_cache(cache: str, signature: list[tuple[str, int, int, int, int]]) -> Configuration | None:
+    import marshal
+
+    try:
+        with open(cache, "rb") as file:
+            form, version, kept, values, files, notes = marshal.loads(file.read())
+    except (OSError, ValueError, EOFError, TypeError):
+        return None
+    if (form, version, kept) != (_CACHE_FORMAT, __version__, signature):
+        return None
+    found = Configuration()
+    found.values, found.files, found.notes = values, files, notes
+    return found
+
+
+def _to_cache(cache: str, signature: list[tuple[str, int, int, int, int]], found: Configuration) -> None:
+    import marshal
+
+    content = (_CACHE_FORMAT, __version__, signature, found.values, found.files, found.notes)
+    aside = f"{cache}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(cache), mode=0o711, exist_ok=True)
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(marshal.dumps(content))
+        os.replace(aside, cache)
+    except (OSError, ValueError):
+        pass  # it is parsed again next time
+
+
+def _read_one(path: str, notes: list[str]) -> Iterator[tuple[str, Any, int]]:
+    """Name, value and line of each key of a file."""
+    import tomllib
+
+    from . import keys
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode()
+        content = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", "kata config check FILE") from None
+    lines = _lines(text)
+    for table, pairs in _tables(path, content, lines, notes):
+        section = next((key for key, spelt in keys.SECTIONS.items() if spelt == table), "")
+        if not section:
+            raise keys.unknown_table(f"{path}:{lines.get((table, ''), 1)}", table)
+        for name, value in pairs.items():
+            # A table of its own has its header's line.
+            line = lines.get((table, name)) or lines.get((f"{table}.{name}", "")) or 1
+            where = f"{path}:{line}"
+            key = keys.KEYS.get(f"{section}.{name}")
+            if key is None:
+                raise keys.unknown(where, table, name)
+            yield key.full_name, key.check(value, where), line
+
+
+def _tables(
+    path: str, content: dict[str, Any], lines: dict[tuple[str, str], int], notes: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tables that hold keys, by their dotted names."""
+    from . import keys
+
+    for name, value in content.items():
+        if not isinstance(value, dict):
+            raise keys.unknown(f"{path}:{lines.get(('', name), 1)}", "", name)
+        if name not in ("hypervisor", "agent"):
+            yield name, value
+            continue
+        if name == "hypervisor":
+            others = sorted(set(value) & keys.OTHER_HYPERVISORS)
+            if others and "qemu" not in value:
+                line = lines.get((f"hypervisor.{others[0]}", ""), 1)
+                raise ConfigError(
+                    f"{path}:{line}: the hypervisor of [hypervisor.{others[0]}] is not offered",
+                    "QEMU is: [hypervisor.qemu]",
+                )
+            notes += [f"{path}: [hypervisor.{other}] is not used: QEMU is" for other in others]
+            value = {key: inner for key, inner in value.items() if key not in keys.OTHER_HYPERVISORS}
+        for key, inner in value.items():
+            if not isinstance(inner, dict):
+                raise keys.unknown(f"{path}:{lines.get((name, key), 1)}", name, key)
+            yield f"{name}.{key}", inner
+
+
+def _lines(text: str) -> dict[tuple[str, str], int]:
+    """(table, key) -> number of its line; a table's header has the key ``""``.
+
+    The parser does not tell, so the text is looked at once more: a line that begins like a header or an assignment.
+    Inside a string of several lines that may be wrong; then another key's line is named, never a wrong value used.
+    """
+    found: dict[tuple[str, str], int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if line.startswith("["):
+            table = line.strip("[").partition("]")[0].replace('"', "").replace(" ", "")
+            found.setdefault((table, ""), number)
+        elif "=" in line and not line.startswith("#"):
+            found[table, line.partition("=")[0].strip().strip("\"'")] = number
+    return found

@@ -1,0 +1,134 @@
+"""Configuration files and annotations in real sandboxes, through containerd and `kata`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Kata
+from containerd_support import Containerd, until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+PREFIX = "io.katacontainers.config"
+
+
+@pytest.fixture(scope="module")
+def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
+    directory = Path(tempfile.mkdtemp(prefix="f", dir=run_directory))
+    one = Containerd(directory, guest_assets)
+    one.start()
+    try:
+        one.import_image(Path(busybox_image.removeprefix("oci:")))
+        yield one
+    finally:
+        for name in one.tasks():
+            one.ctr("task", "rm", "-f", name)
+        one.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _clean(daemon: Containerd) -> Iterator[None]:
+    yield
+    for name in daemon.tasks():
+        daemon.ctr("task", "rm", "-f", name)
+    for name in daemon.ok("container", "ls", "-q").split():
+        daemon.ctr("container", "rm", name)
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
+
+
+def test_containerds_config_path_and_annotations(daemon: Containerd) -> None:
+    file = daemon.directory / "c.toml"
+    file.write_text(
+        "[hypervisor.qemu]\ndefault_memory = 160\nenable_annotations = ['default_vcpus', 'kernel_params']\n"
+        "kernel_params = 'of.host=1'\nshared_fs = 'virtio-9p'\nmsize_9p = 65536\n"
+        "cpu_features = '-rdrand'\nentropy_source = '/dev/urandom'\n"
+    )
+    (daemon.directory / "config.d").mkdir()
+    (daemon.directory / "config.d" / "1.toml").write_text("[hypervisor.qemu]\ndefault_memory = 192\n")
+    options = (
+        *("--runtime-config-path", str(file)),
+        *("--annotation", f"{PREFIX}.hypervisor.default_vcpus=1.5"),
+        *("--annotation", f"{PREFIX}.hypervisor.kernel_params=of.pod=1"),
+    )
+    look = "nproc; grep MemTotal /proc/meminfo; cat /proc/cmdline; grep kataShared /proc/mounts; cat /proc/cpuinfo"
+    done = daemon.run("configured", "sh", "-c", look, options=options)
+    assert done.returncode == 0, done.stderr.decode() + daemon.diagnosis()
+    said = done.stdout.decode()
+    cpus, memory, cmdline, mount, *cpuinfo = said.splitlines()
+    assert cpus == "2"
+    assert 150 * 1024 < int(memory.split()[1]) < 192 * 1024
+    assert "of.host=1 of.pod=1" in cmdline
+    assert "msize=65536" in mount
+    assert "rdrand" not in " ".join(cpuinfo)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--annotation", f"{PREFIX}.hypervisor.path=/bin/sh"), "enable_annotations"),
+        (
+            ("--annotation", f"{PREFIX}.hypervisor.kernel_param=x"),
+            "did you mean io.katacontainers.config.hypervisor.k",
+        ),
+        (("--runtime-config-path", "/no/such.toml"), "/no/such.toml does not exist"),
+    ],
+)
+def test_what_is_wrong_starts_nothing(daemon: Containerd, options: tuple[str, ...], words: str) -> None:
+    done = daemon.run("wrong", "true", options=options)
+    assert done.returncode != 0
+    assert words in done.stderr.decode()
+    assert daemon.has_no_sandbox("default.wrong")
+
+
+def test_without_a_connection_and_without_a_share(
+    daemon: Containerd, shared_kata: Kata, busybox_image: str
+) -> None:
+    file = daemon.directory / "none.toml"
+    file.write_text("[runtime]\ninternetworking_model = 'none'\n[hypervisor.qemu]\nmachine_type = 'pc'\n")
+    done = daemon.run("alone", "ls", "/sys/class/net", options=("--runtime-config-path", str(file)))
+    assert done.returncode == 0, done.stderr.decode() + daemon.diagnosis()
+    assert set(done.stdout.split()) <= {b"lo", b"eth0"}
+    file.write_text(
+        "[hypervisor.qemu]\nshared_fs = 'none'\nenable_mem_prealloc = true\nuse_legacy_serial = false\n"
+    )
+    shared_kata.env["KATA_CONF_FILE"] = str(file)
+    try:
+        said = shared_kata.ok(
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            "-m",
+            "100m",
+            busybox_image,
+            "cat",
+            "/proc/mounts",
+            "/proc/cmdline",
+        )
+        assert "9p" not in said
+        assert "console=hvc0" in said
+        refused = shared_kata.call(
+            "run", "--rm", "--network", "none", "-v", "/etc:/x", busybox_image, "true"
+        )
+        assert refused.returncode == 125
+        assert b"shared_fs" in refused.stderr
+        shown = json.loads(shared_kata.ok("config", "show", "--json"))
+        [row] = [one for one in shown[0]["settings"] if one["key"] == "shared_fs"]
+        assert (row["value"], row["origin"]) == ("none", f"{file}:2")
+        checked = shared_kata.call("config", "check", str(file))
+        assert checked.returncode == 0
+        assert b"3 keys, 3 in effect" in checked.stdout
+        file.write_text("[hypervisor.qemu]\nshared_f = 'none'\n")
+        for words in (("config", "check", str(file)), ("run", "--rm", busybox_image, "true")):
+            wrong = shared_kata.call(*words)
+            assert wrong.returncode == 125
+            assert b"did you mean 'shared_fs'" in wrong.stderr
+    finally:
+        del shared_kata.env["KATA_CONF_FILE"]
