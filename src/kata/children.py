@@ -25,6 +25,8 @@ _STAGES = ("set up", "execute")
 
 
 _F_SETPIPE_SZ = 1031
+_ASIDE = 64
+"""Where descriptors are put that a child sorts."""
 
 
 class Words:
@@ -142,6 +144,7 @@ def spawn(
     role: str,
     *,
     pass_fds: Sequence[int] = (),
+    first_fds: Sequence[int] = (),
     stdout: int | None = None,
     stderr: int | None = None,
     env: Mapping[str, str] | None = None,
@@ -150,6 +153,7 @@ def spawn(
     oom_score_adj: int | None = None,
     gently: bool = False,
     cgroups: Sequence[str] = (),
+    outlives: bool = False,
 ) -> Child:
     """Start a program as a child that dies with us.
 
@@ -160,6 +164,7 @@ def spawn(
         journal: Where it is written down, as a ``process``.
         role: A word for messages: "qemu", "passt".
         pass_fds: Descriptors it inherits, under the same numbers.
+        first_fds: Descriptors it inherits as 3, 4 and so on; without any in `pass_fds`.
         stdout: Descriptor for its standard output; None is /dev/null.
         stderr: The same for standard error.
         env: Its whole environment; None is a minimal one.
@@ -168,6 +173,7 @@ def spawn(
         oom_score_adj: The kernel's out-of-memory preference (proc(5)); set if permitted.
         gently: Undoing the journal sends TERM before KILL.
         cgroups: Directories of cgroups that it joins before it executes anything.
+        outlives: It ends by itself after us: no death signal, and undoing the journal waits for it first.
 
     Returns:
         The running child: the program has been executed when this returns.
@@ -178,12 +184,13 @@ def spawn(
     """
     if _thread.get_native_id() != os.getpid():
         raise RuntimeError("children are started by the main thread only: their death signal follows it")
+    import fcntl
     import resource
 
     sysio.preload()
     parent = os.getpid()
     environment = dict(ENVIRONMENT if env is None else env)
-    entry = journal.intend("process", role=role, signal="TERM" if gently else "KILL")
+    entry = journal.intend("process", role=role, signal="WAIT" if outlives else "TERM" if gently else "KILL")
     gate_read, gate_write = os.pipe()
     word_read, word_write = os.pipe()  # closed by a successful exec; else says what failed
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -202,6 +209,12 @@ def spawn(
                 os.dup2(null if stderr is None else stderr, 2)
                 for fd in pass_fds:
                     os.set_inheritable(fd, True)
+                if first_fds:
+                    # Out of the way first: one may be another's number, or that of a pipe of ours.
+                    word_write = fcntl.fcntl(word_write, fcntl.F_DUPFD_CLOEXEC, _ASIDE)
+                    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ASIDE) for fd in first_fds]
+                    for number, fd in enumerate(aside, 3):
+                        os.dup2(fd, number)
                 for cgroup in cgroups:
                     _write(f"{cgroup}/cgroup.procs", "0")
                 if netns_fd is not None:
@@ -212,7 +225,8 @@ def spawn(
                 os.chdir(cwd)
                 os.umask(0o077)
                 sysio.reset_signals()
-                sysio.die_with_parent(parent)
+                if not outlives:
+                    sysio.die_with_parent(parent)
                 stage = 1
                 os.execve(argv[0], list(argv), environment)
             except OSError as error:

@@ -251,7 +251,8 @@ class Journal:
         Kinds and their parameters (all may carry more, as notes):
 
         ``process``
-            ``role`` (a word for messages), ``signal`` ("KILL", the default, or "TERM": TERM first).
+            ``role`` (a word for messages), ``signal`` ("KILL", the default; "TERM": TERM first; "WAIT": first its own
+            end is awaited for a moment, then TERM).
         ``file``, ``socket``, ``directory``
             ``path``, absolute.
         ``cgroup``

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+_END_GRACE_S = 1.0
 _TERM_GRACE_S = 1.0
 _POLL_S = 0.01
 
@@ -147,10 +148,10 @@ def _undo_process(params: dict[str, Any], identity: dict[str, Any] | None, deadl
     pid = int(identity["pid"])
     if pid == os.getpid():
         return ""  # an engine that undoes its own journal ends by itself
-    return _end_process(pid, int(identity["start"]), params.get("signal") == "TERM", deadline)
+    return _end_process(pid, int(identity["start"]), params.get("signal", "KILL"), deadline)
 
 
-def _end_process(pid: int, start: int | None, gently: bool, deadline: float) -> str:
+def _end_process(pid: int, start: int | None, way: str, deadline: float) -> str:
     try:
         pidfd = sysio.pidfd_open(pid)
     except ProcessLookupError:
@@ -159,8 +160,8 @@ def _end_process(pid: int, start: int | None, gently: bool, deadline: float) -> 
         # Only once the descriptor holds the process does its start time prove anything.
         if start is not None and sysio.proc_starttime(pid) != start:
             return ""
-        steps = [(sysio.SIGTERM, _TERM_GRACE_S)] if gently else []
-        steps.append((sysio.SIGKILL, float("inf")))
+        steps = [(0, _END_GRACE_S), (sysio.SIGTERM, _TERM_GRACE_S), (sysio.SIGKILL, float("inf"))]
+        steps = steps[("WAIT", "TERM", "KILL").index(way) :]
         for number, patience in steps:
             if sysio.pidfd_wait(pidfd, 0):
                 return ""

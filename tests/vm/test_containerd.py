@@ -266,6 +266,61 @@ def test_software_emulation_is_said_in_the_log(daemon: Containerd) -> None:
     assert ("/dev/kvm" in said) == (accel.choose().accel == "tcg")
 
 
+LOGGER = """\
+#!/bin/sh
+echo "$CONTAINER_NAMESPACE/$CONTAINER_ID $*" >{directory}/called
+[ "$1" != fails ] || {{ echo the reason >&2; exit 3; }}
+exec 5>&-
+cat <&4 >{directory}/stderr &
+cat <&3 >{directory}/stdout
+wait
+echo >{directory}/ended
+"""
+
+
+@pytest.fixture
+def logger(tmp_path: Path) -> Path:
+    program = tmp_path / "a logger"
+    program.write_text(LOGGER.format(directory=tmp_path))
+    program.chmod(0o755)
+    return program
+
+
+def test_a_logging_program_gets_everything(daemon: Containerd, logger: Path) -> None:
+    uri = f"binary://{str(logger).replace(' ', '%20')}?size=1+MiB&keep"
+    daemon.ok(
+        *("run", "-d", "--runtime", RUNTIME, "--log-uri", uri, IMAGE, "logged"),
+        *("sh", "-c", "seq 100000; echo bad >&2; exit 3"),
+    )
+    until(lambda: (logger.parent / "ended").exists(), "the program has ended", daemon.diagnosis)
+    assert (logger.parent / "called").read_text() == "default/logged size 1 MiB keep \n"
+    assert (logger.parent / "stdout").read_text().splitlines() == [str(n) for n in range(1, 100001)]
+    assert (logger.parent / "stderr").read_text() == "bad\n"
+    daemon.remove("logged")
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+
+
+def test_a_logging_program_that_fails(daemon: Containerd, logger: Path) -> None:
+    for uri, words in (
+        (f"binary://{str(logger).replace(' ', '%20')}?fails", b"ended with status 3: the reason"),
+        ("binary:///no/such/program", b"No such file or directory"),
+    ):
+        done = daemon.ctr("run", "-d", "--runtime", RUNTIME, "--log-uri", uri, IMAGE, "logged", "true")
+        assert done.returncode != 0
+        assert words in done.stderr, done.stderr
+        until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+        daemon.ctr("container", "rm", "logged")
+
+
+def test_a_logging_program_outlives_a_killed_engine(daemon: Containerd, logger: Path) -> None:
+    uri = f"binary://{str(logger).replace(' ', '%20')}"
+    script = "echo before; while :; do sleep 1; done"
+    daemon.ok("run", "-d", "--runtime", RUNTIME, "--log-uri", uri, IMAGE, "logged", "sh", "-c", script)
+    until(lambda: (logger.parent / "stdout").read_text() == "before\n", "its first words", daemon.diagnosis)
+    os.kill(daemon.engine_pid("default.logged"), signal.SIGKILL)
+    until(lambda: (logger.parent / "ended").exists(), "the program has ended", daemon.diagnosis)
+
+
 def test_hooks_run_on_the_host_with_the_state(daemon: Containerd) -> None:
     work = daemon.directory / "hooks"
     work.mkdir()

@@ -113,6 +113,7 @@ class Container:
         sandbox = self.sandbox
         self.init.streams = prepare.open_streams(sandbox, self.init, self.log)
         try:
+            await self.init.streams.ready()
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
@@ -310,6 +311,8 @@ class Container:
         config = dict(process.spec or {})
         config["terminal"] = process.stdio.terminal
         try:
+            if process.streams is not None:
+                await process.streams.ready()
             await agent.exec_process(self.id, process.exec_id, spec.process_message(config))
         except BaseException as error:
             # As with runc: it can be deleted, and never ran.

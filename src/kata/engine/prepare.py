@@ -54,16 +54,23 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
         return pump
 
     try:
+        if stdio.stdout.startswith("binary://"):
+            streams.logger = sandbox.start_logger(stdio.stdout, container_id)
         # Without a reader the output is still read, and thrown away: /dev/null never fills up.
         for name, path in (("stdout", stdio.stdout), ("stderr", stdio.stderr)):
             if name == "stderr" and stdio.terminal:
                 continue
             pump = output(name)
-            if path:
+            if streams.logger is not None:
+                # As with runc's shim, the program that stdout names takes both.
+                pump.sinks.append(Sink(streams.logger.take(name)))
+            elif path:
                 # containerd may restart: the engine holds the reading end as well, so that nothing is lost
                 # and nobody gets a SIGPIPE. The human door's reader is the person: gone means gone.
                 flags = os.O_RDWR if sandbox.holds_fifos else os.O_WRONLY
                 pump.sinks.append(Sink(open_stream(path, flags)))
+        if streams.logger is not None:
+            streams.logger.close()  # a terminal has one stream only
         if stdio.stdin or (sandbox.settings.get("open_stdin") and not process.exec_id):
             streams.input = _open_stdin(sandbox, stdio, container_id, guest_id)
     except BaseException:

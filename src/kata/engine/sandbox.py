@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..proto.codec import Message
     from .boot import Machine
     from .hostroot import HostRoot
+    from .logger import Logger
     from .process import Process, Stdio
 
     T = TypeVar("T")
@@ -111,6 +112,7 @@ class Sandbox:
         self._booted: asyncio.Task[AgentClient] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._loggers: set[Logger] = set()
         self._log_fifo = _open_log_fifo(settings.get("log_fifo") or "")
         self._thread = ThreadPoolExecutor(1, "helper")
         door = settings.get("door", "")
@@ -305,6 +307,26 @@ class Sandbox:
         """The host process that stands for the processes in the guest: the hypervisor's."""
         return self.vm.pid if self.vm is not None else os.getpid()
 
+    def start_logger(self, uri: str, container_id: str) -> Logger:
+        """Start the logging program that a client wants a container's output to go to.
+
+        Raises:
+            KataError: It cannot be started.
+        """
+        from .logger import Logger
+
+        logger = Logger(uri, container_id, self.settings.get("namespace") or "", self.journal)
+        self._loggers.add(logger)
+        self.spawn(self._watch_logger(logger))
+        return logger
+
+    async def _watch_logger(self, logger: Logger) -> None:
+        await logger.ended.wait()
+        self._loggers.discard(logger)
+        failure = logger.failure()
+        if failure:
+            self.complain(failure)
+
     # ---- losing the machine ----
 
     @property
@@ -460,6 +482,9 @@ class Sandbox:
             for process in (container.init, *container.execs.values()):
                 if process.watcher is not None:
                     await asyncio.wait([process.watcher], timeout=5.0)
+                elif process.streams is not None:
+                    process.streams.close()
+        await asyncio.gather(*(logger.leave() for logger in self._loggers))
         await self.helper(self._undo)
 
     async def unless_lost_quietly(self, work: Coroutine[Any, Any, None]) -> None:

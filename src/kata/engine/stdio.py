@@ -26,7 +26,8 @@ def open_stream(path: str, flags: int) -> int:
         scheme, _, rest = path.partition("://")
         if scheme not in ("fifo", "file"):
             raise UnsupportedError(
-                f"streams of the kind {scheme}:// are not supported: {path}", "use a fifo"
+                f"streams of the kind {scheme}:// are not supported: {path}",
+                "use a fifo, file:// or, for standard output, binary://",
             )
         if scheme == "file" and flags != os.O_RDONLY:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND

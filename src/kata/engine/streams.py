@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .logfile import LogFile
+    from .logger import Logger
 
 STDIN_BYTES = 1 << 18
 STALL_S = 2.0
@@ -361,13 +362,26 @@ class ProcessStreams:
     Args:
         inputs: Its stdin; None when it has none.
         outputs: Its stdout and, without a terminal, stderr.
+
+    Attributes:
+        logger: The client's program that takes the output, if it named one.
     """
 
-    __slots__ = ("input", "outputs")
+    __slots__ = ("input", "logger", "outputs")
 
     def __init__(self, inputs: InputPump | None, outputs: list[OutputPump]) -> None:
         self.input = inputs
         self.outputs = outputs
+        self.logger: Logger | None = None
+
+    async def ready(self) -> None:
+        """Return when what takes the output does so.
+
+        Raises:
+            HostError: It has failed.
+        """
+        if self.logger is not None:
+            await self.logger.ready()
 
     def start(self) -> None:
         """The process runs: begin to carry."""
