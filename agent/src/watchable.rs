@@ -225,9 +225,9 @@ fn copy_link(from: RawFd, to: RawFd, name: &[u8]) -> SysResult<()> {
 
 /// A descriptor that can be read every [`PERIOD_S`] seconds.
 fn timer() -> SysResult<Fd> {
+    let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
     // SAFETY: no memory is involved.
-    let fd =
-        unsafe { syscall!(libc::SYS_timerfd_create, libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC | libc::TFD_NONBLOCK) }?;
+    let fd = unsafe { syscall!(libc::SYS_timerfd_create, libc::CLOCK_MONOTONIC, flags) }?;
     let timer = Fd::from_raw(fd as RawFd);
     // struct itimerspec: interval and first time, seconds and nanoseconds.
     let when = [PERIOD_S, 0, PERIOD_S, 0];
