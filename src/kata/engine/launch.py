@@ -11,7 +11,7 @@ import os
 import time
 
 from .. import launcher, paths, sysio
-from ..errors import AlreadyExistsError, HostError, UsageError
+from ..errors import AlreadyExistsError, HostError, JournalError, UsageError
 from ..journal import FILE_NAME, Journal, dumps
 
 TYPE_CHECKING = False
@@ -24,6 +24,9 @@ SETTINGS_FD = 5
 """What an engine finds on its first descriptors: its listening socket, the reading end of a pipe whose other
 end the door holds, its settings (marshal; reading JSON first would hold the start of the hypervisor up by 6
 ms)."""
+
+RELEASED = b"r"
+"""What the door writes to the pipe before it closes it on purpose: without it, the door has died."""
 
 SOCKET_NAME = "engine.sock"
 LOG_NAME = "engine.log"
@@ -56,6 +59,10 @@ class Engine:
         """Let the engine live on its own. Until then it ends with this process, unless it has a
         container."""
         if self._lifetime >= 0:
+            try:
+                os.write(self._lifetime, RELEASED)
+            except BrokenPipeError:
+                pass  # it has ended
             os.close(self._lifetime)
             self._lifetime = -1
 
@@ -78,7 +85,9 @@ def check_id(sandbox_id: str) -> str:
     return sandbox_id
 
 
-def launch(settings: dict[str, Any], run_dir: str | None = None, name: str = "") -> Engine:
+def launch(
+    settings: dict[str, Any], run_dir: str | None = None, name: str = "", patience_s: float = 0.0
+) -> Engine:
     """Start the engine of a new sandbox and return at once; what goes wrong later, its Create call reports.
 
     Args:
@@ -87,6 +96,8 @@ def launch(settings: dict[str, Any], run_dir: str | None = None, name: str = "")
             values only.
         run_dir: Directory for run-time things, `kata.paths.run_dir` if None.
         name: Of the sandbox's directory there; empty is its id, which another client may have, too.
+        patience_s: How long to wait for the end of an engine that the sandbox has already, for a door that knows
+            that it must be ending.
 
     Returns:
         The engine. Its directory, socket and journal exist.
@@ -106,12 +117,12 @@ def launch(settings: dict[str, Any], run_dir: str | None = None, name: str = "")
             f"the path of the engine's socket is too long: {sock_path}", "set KATA_RUN_DIR to a shorter path"
         )
     settings.setdefault("door_started_ns", time.monotonic_ns())
-    journal = _make_directory(base, name, settings)
+    journal = _make_directory(base, name, settings, patience_s)
     try:
         listener = _listen(sock_path, journal)
         try:
             _write_settings(directory, settings)
-            engine = _spawn(directory, listener, settings)
+            engine = _spawn(directory, listener, settings, journal)
         finally:
             os.close(listener)
     except OSError as error:
@@ -126,23 +137,32 @@ def launch(settings: dict[str, Any], run_dir: str | None = None, name: str = "")
     return engine
 
 
-def _make_directory(base: str, name: str, settings: dict[str, Any]) -> Journal:
+def _make_directory(base: str, name: str, settings: dict[str, Any], patience_s: float) -> Journal:
     sandbox_id = settings["id"]
     meta = {"door": str(settings.get("door", "")), "id": sandbox_id}
     try:
         return Journal.create_dir(base, name, meta)
     except AlreadyExistsError:
         # An engine that was killed leaves its directory; what it left is undone before the next one starts.
-        old = Journal.open(os.path.join(base, name, FILE_NAME))
-        try:
-            if old.owner_alive():
-                raise AlreadyExistsError(f"sandbox {sandbox_id} is running already") from None
-            left = old.undo()
-        finally:
-            old.close()
-        if left:
-            raise HostError(f"sandbox {sandbox_id} left something behind: {left[0]}", "kata gc") from None
+        _clear(os.path.join(base, name, FILE_NAME), sandbox_id, patience_s)
         return Journal.create_dir(base, name, meta)
+
+
+def _clear(path: str, sandbox_id: str, patience_s: float) -> None:
+    try:
+        old = Journal.open(path)
+    except JournalError:
+        if os.path.lexists(path):
+            raise
+        return  # its engine has just ended, and took it away
+    try:
+        if not old.signal_owner(0, patience_s):
+            raise AlreadyExistsError(f"sandbox {sandbox_id} is running already") from None
+        left = old.undo()
+    finally:
+        old.close()
+    if left:
+        raise HostError(f"sandbox {sandbox_id} left something behind: {left[0]}", "kata gc") from None
 
 
 def _listen(path: str, journal: Journal) -> int:
@@ -167,7 +187,7 @@ def _write_settings(directory: str, settings: dict[str, Any]) -> None:
         os.close(fd)
 
 
-def _spawn(directory: str, listener: int, settings: dict[str, Any]) -> Engine:
+def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Journal) -> Engine:
     log = os.open(
         os.path.join(directory, LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
     )
@@ -187,6 +207,8 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any]) -> Engine:
         os.waitpid(child, 0)
         word = b""
         while piece := os.read(word_read, 64):
+            if not word:
+                _hand_over(journal, int(piece.split()[0]))
             word += piece
     except BaseException:
         os.close(lifetime_write)
@@ -201,6 +223,14 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any]) -> Engine:
         number = int(failure or errno.EIO)
         raise OSError(number, os.strerror(number), argv[0])
     return Engine(int(pid), directory, lifetime_write)
+
+
+def _hand_over(journal: Journal, pid: int) -> None:
+    """From here on the engine answers for the sandbox: our death or its own would else leave it to nobody."""
+    try:
+        journal.set_owner(pid)
+    except ProcessLookupError:
+        pass  # it has ended, and we still answer
 
 
 def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:

@@ -13,7 +13,7 @@ import time
 from ..errors import KataError
 from ..journal import FILE_NAME, Journal
 from . import boot
-from .launch import LIFETIME_FD, LISTEN_FD, SETTINGS_FD
+from .launch import LIFETIME_FD, LISTEN_FD, RELEASED, SETTINGS_FD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ IDLE_S = 2.0
 """How long the human door's engine stays without a living container and without a client."""
 ORPHAN_S = 60.0
 """The same for an engine whose client may be restarting: one that was started and never given a container."""
+_HOLDS, _LET_GO, _DIED = "holds", "let go", "died"
 EVENTS_S = 5.0
 """How long an engine waits at its end for containerd to take the last events."""
 
@@ -43,6 +44,9 @@ def main() -> int:
     import marshal
 
     run_dir = sys.argv[2]
+    if _door() == _DIED:
+        # Whoever comes next for this sandbox undoes what our door has made, maybe just now.
+        return 0
     with open(SETTINGS_FD, "rb") as file:
         settings: dict[str, Any] = marshal.loads(file.read())
     journal = Journal.attach(os.path.join(run_dir, FILE_NAME))
@@ -107,7 +111,8 @@ async def _serve(
     if publisher is not None:
         await publisher.close(EVENTS_S)
     # Its files are gone; connections that are open still get their answers.
-    give_up = loop.time() + CLIENTS_S
+    # A client that has lost the thread learns that there is nothing here when we hang up.
+    give_up = loop.time() + (0 if _never_used(sandbox) and sandbox.was_missed else CLIENTS_S)
     while server.connections and loop.time() < give_up:
         await asyncio.sleep(0.01)
     await sandbox.linger()
@@ -133,7 +138,9 @@ def _told_to_end(sandbox: Sandbox, number: int) -> None:
 async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: float) -> None:
     """End a sandbox that nobody can want any more: no living container, no client, and the door is gone.
 
-    Where a client may restart (containerd), that takes long, and containers that have ended count as wanted.
+    Where a client may restart (containerd), that takes long, and containers that have ended count as wanted. An
+    engine whose door died before it had let go of it was never told to anybody: it ends at once, and so does one
+    that was never given a container and is asked about it: its client has restarted and lost the thread.
     """
     import asyncio
 
@@ -145,7 +152,10 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
             await asyncio.wait([asyncio.ensure_future(one.init.ended.wait()) for one in living])
             continue
         kept = not sandbox.is_human and sandbox.containers
-        if server.connections or kept or not _door_gone():
+        door = _door()
+        if _never_used(sandbox) and (sandbox.was_missed or (door == _DIED and not server.connections)):
+            sandbox.end()
+        elif server.connections or kept or door == _HOLDS:
             idle_since = None
         elif idle_since is None:
             idle_since = loop.time()
@@ -154,10 +164,21 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
         await asyncio.sleep(IDLE_POLL_S)
 
 
-def _door_gone() -> bool:
-    """Whether the other end of the lifetime pipe is closed."""
+def _never_used(sandbox: Sandbox) -> bool:
+    return not sandbox.had_container and not sandbox.containers
+
+
+def _door() -> str:
+    """What the other end of the lifetime pipe says of the door: it holds the engine, has let go of it, or died."""
     import select
 
-    poller = select.poll()
-    poller.register(LIFETIME_FD, 0)  # POLLHUP is always reported
-    return bool(poller.poll(0))
+    global _door_said
+    if _door_said == _HOLDS:
+        poller = select.poll()
+        poller.register(LIFETIME_FD, select.POLLIN)  # POLLHUP is always reported
+        if poller.poll(0):
+            _door_said = _LET_GO if os.read(LIFETIME_FD, 1) == RELEASED else _DIED
+    return _door_said
+
+
+_door_said = _HOLDS

@@ -106,6 +106,8 @@ class Sandbox:
         self.ended = asyncio.Event()
         self.paused = False
         self.was_lost = False
+        self.had_container = False
+        self.was_missed = False  # somebody asked about a container that there is not
         self._vm_ended = False
         self._failed = failed
         self._agent: AgentClient | None = None
@@ -284,6 +286,7 @@ class Sandbox:
         except BaseException:
             self.containers.pop(container_id, None)
             raise
+        self.had_container = True
         return container
 
     def container(self, container_id: str) -> Container:
@@ -294,6 +297,7 @@ class Sandbox:
         """
         found = self.containers.get(container_id)
         if found is None:
+            self.was_missed = not self.is_human
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
         if arguments.action == "start":
             from . import start
 
-            os.write(1, start.start(arguments.values))
+            start.start(arguments.values, _print)
             return 0
         if arguments.action == "delete":
             from . import delete
@@ -115,6 +115,10 @@ def main(argv: list[str]) -> int:
         hint = f"\nhint: {error.hint}" if error.hint else ""
         sys.stderr.write(f"error: {error.message}{hint}\n")
         return 1
+
+
+def _print(answer: bytes) -> None:
+    os.write(1, answer)
 
 
 def _info() -> int:

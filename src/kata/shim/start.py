@@ -13,20 +13,22 @@ from .names import ADDRESS_FILE, directory_name, required
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
 LOG_FIFO = "log"
+ENDING_S = 5.0
+"""How long an engine of the same name may take to end: containerd asks for a sandbox again only when it has given
+the last one up, for example because the command that started it was killed."""
 
 
-def start(values: Mapping[str, str]) -> bytes:
+def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
     """Carry it out, in the bundle's directory, which is the working directory.
 
     Args:
         values: The options.
-
-    Returns:
-        What to print: where the engine listens, in the form that this containerd wants.
+        answer: Is given what to print: where the engine listens, in the form that this containerd wants. A new
+            engine still ends with this process then: it lives on only once containerd knows of it.
 
     Raises:
         KataError: No sandbox could be started; nothing of it is left.
@@ -40,17 +42,20 @@ def start(values: Mapping[str, str]) -> bytes:
     # The engine refuses it as well, whoever asks; here nothing has been started yet.
     spec.refuse_foreign(config)
     pod = spec.pod_of(config)
+    engine = None
     if pod:
         address = _address_of_pod(bundle, pod)
     else:
         engine = launch(
             settings(namespace, container_id, bundle, config, began, options.config_path(given, told)),
             name=directory_name(namespace, container_id),
+            patience_s=ENDING_S,
         )
-        engine.release()
         address = f"unix://{engine.sock_path}"
     _write_address(bundle, address)
-    return bootstrap.answer(address, bootstrapped=told is not None, sandbox=False)
+    answer(bootstrap.answer(address, bootstrapped=told is not None, sandbox=False))
+    if engine is not None:
+        engine.release()
 
 
 def _read_config(bundle: str) -> dict[str, Any]:
