@@ -258,7 +258,8 @@ class Container:
         Raises:
             AlreadyExistsError: The id is taken.
             StateError: The container is paused or has ended.
-            KataError: A stream cannot be opened, or the specification is malformed.
+            KataError: A stream cannot be opened (said at the start where fifos are held), or the specification is
+                malformed.
         """
         if not exec_id or exec_id in self.execs or exec_id == self.id:
             raise AlreadyExistsError(f"process id {exec_id!r} is taken in container {self.id!r}")
@@ -266,7 +267,8 @@ class Container:
             raise StateError(f"cannot exec in a {self.init.state} container: {self.id!r}")
         spec.process_message(process_spec)  # what is malformed is said now, not at the start
         process = Process(self.id, exec_id, stdio, process_spec)
-        process.streams = prepare.open_streams(self.sandbox, process, None)
+        if not self.sandbox.holds_fifos:
+            process.streams = prepare.open_streams(self.sandbox, process, None)
         self.execs[exec_id] = process
         self.sandbox.publish(
             "/tasks/exec-added", events_pb.TaskExecAdded(container_id=self.id, exec_id=exec_id)
@@ -311,8 +313,11 @@ class Container:
         config = dict(process.spec or {})
         config["terminal"] = process.stdio.terminal
         try:
-            if process.streams is not None:
-                await process.streams.ready()
+            if process.streams is None:
+                # Not before, as with runc: a client whose containerd dies between the two calls would wait for
+                # the end of fifos that we hold, and nobody would ever start or delete the exec.
+                process.streams = prepare.open_streams(self.sandbox, process, None)
+            await process.streams.ready()
             await agent.exec_process(self.id, process.exec_id, spec.process_message(config))
         except BaseException as error:
             # As with runc: it can be deleted, and never ran.
