@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kvm kvm-lab lint check-imports format bench-start fuzz-agent bench-agent install uninstall prove-bare clean
+.PHONY: help setup run test test-kvm kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files faults fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,22 @@ bench-start: ## cold start against a bare boot and against runc; A='--rounds 30 
 bench-agent: ## footprint, latency and throughput of the agent in a guest; A='--idle 60 --json'
 	@tools/setup test
 	@bench/agent $(A)
+
+bench-pods: ## thirty pods at once, beside one alone and beside runc; A='--pods 10'
+	@tools/setup test
+	@bench/pods $(A)
+
+bench-network: ## a pod's network to its host, beside runc's; A='--seconds 10 --rounds 9'
+	@tools/setup test
+	@bench/network $(A)
+
+bench-files: ## file I/O in a pod's root file system and volume, beside runc's; A='--mib 512'
+	@tools/setup test
+	@bench/files $(A)
+
+faults: ## kill everybody at every point and 200 times at random, write docs/faults.md; A='--resume', A='--seed N ...'
+	@tools/setup test
+	@tools/faults --report docs/faults.md $(A)
 
 fuzz-agent: ## the agent's parsers against malformed input for MINUTES=10; SEED=... repeats a run
 	@tools/setup test

@@ -1,0 +1,101 @@
+"""``tools/faults``: kill engine, hypervisor, shim and containerd at named points and at random moments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/vm"), str(ROOT / "tests")]
+
+from faults import report, rounds, stops  # noqa: E402
+from kata.hypervisor import virtiofsd  # noqa: E402
+
+STATE = ROOT / "build/faults/state.json"
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="tools/faults", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="print the stop points and end")
+    parser.add_argument(
+        "--points",
+        default="all",
+        metavar="NAMES",
+        help="all, none, or names separated by commas (default all)",
+    )
+    parser.add_argument(
+        "--victims", default=",".join(rounds.VICTIMS), help="at the points (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=200, help="at random moments (default %(default)s)")
+    parser.add_argument(
+        "--first", type=int, default=1, help="number of the first random round, to repeat one"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of the random rounds; by default a new one, which is printed"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run, its seed included"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the results as a page (docs/faults.md)"
+    )
+    parser.add_argument(
+        "--state", type=Path, default=STATE, help="where results are kept (default %(default)s)"
+    )
+    options = parser.parse_args()
+    if options.list:
+        for point in stops.POINTS:
+            print(f"{point.name:26} {point.where:7} {point.what}")
+        return 0
+    if os.geteuid() != 0:
+        parser.error("virtual machines need root")
+    names = {"all": list(stops.BY_NAME), "none": []}.get(options.points) or [
+        name for name in options.points.split(",") if name and name != "none"
+    ]
+    if unknown := sorted({*names} - {*stops.BY_NAME}) or sorted(
+        {*options.victims.split(",")} - {*rounds.VICTIMS}
+    ):
+        parser.error(
+            f"there is no {unknown[0]!r}; --list shows the points, victims are {', '.join(rounds.VICTIMS)}"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then either
+    return carry_out(options, names)
+
+
+def carry_out(options: argparse.Namespace, names: list[str]) -> int:
+    """Carry out what the options ask for; the exit status."""
+    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
+    record = rounds.Record(options.state, seed, resume=options.resume)
+    print(f"seed {record.seed}", flush=True)
+    guest = Path(os.environ.get("KATA_GUEST_DIR") or ROOT / "build/guest")
+    runner = rounds.Runner(guest, ROOT / "build/images/busybox", lambda text: print(text, flush=True))
+    began = time.monotonic()
+    try:
+        runner.open()
+        there_are = [
+            one for one in rounds.VICTIMS if one != "shim" and (one != "virtiofsd" or virtiofsd.find())
+        ]
+        numbers = range(options.first, options.first + options.rounds)
+        wanted = [one for one in rounds.point_rounds(names) if one.victim in options.victims.split(",")]
+        wanted += rounds.random_rounds(record.seed, numbers, there_are, pods=runner.has_pods)
+        print(f"{len(wanted)} rounds; undisturbed one takes {runner.takes}", flush=True)
+        failed = rounds.run(wanted, runner, record, lambda text: print(text, flush=True))
+    finally:
+        runner.close()
+    if options.report:
+        options.report.write_text(report.page(record, runner.takes))
+    there = [key for key in (one.key for one in wanted) if record.results[key]["ok"] is not None]
+    print(
+        f"seed {record.seed}: {len(there)} faults, {len(failed)} failed, {time.monotonic() - began:.0f} s"
+        + ("" if not failed else f"; tools/faults --seed {record.seed} repeats them: {', '.join(failed)}")
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What the host has of the sorts that a sandbox makes, as lines that are equal before and after a round.
+
+Only what belongs to one daemon of the tests' own is looked at, because other people's virtual machines come and go on
+the same host: what is below its directory, in its network namespaces, or named after its containers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Snapshot = dict[str, list[str]]
+
+
+class Place:
+    """What to look at.
+
+    Args:
+        directory: Everything of the daemon's own is below it.
+        mark: Is in the environment of the processes that it starts.
+        networks: Names of network namespaces (``/run/netns``).
+        names: Gives the ids of all sandboxes so far.
+        daemons: Gives the pids that are no leftovers: the daemon and its clients.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        mark: str,
+        networks: list[str],
+        names: Callable[[], set[str]],
+        daemons: Callable[[], set[int]],
+    ) -> None:
+        self.directory = directory
+        self.mark = mark
+        self.networks = networks
+        self.names = names
+        self.daemons = daemons
+
+    def snapshot(self) -> Snapshot:
+        """All of it, by sort; sorted, without what changes by itself (pids, times)."""
+        sorts: dict[str, Iterator[str]] = {
+            "process": self._processes(),
+            "mount": self._mounts(),
+            "cgroup": self._cgroups(),
+            "loop device": self._loops(),
+            "network namespace": self._namespaces(),
+            "link": self._in_networks("-d", "address"),
+            "qdisc and filter": self._traffic_control(),
+            "address of a pod": self._files("ipam", depth=2),
+            "run directory": self._files("r", depth=9),
+            "state directory": self._files("s", depth=9),
+            "bundle": self._files("state/io.containerd.runtime.v2.task", depth=2),
+            "task's directory": self._files("root/io.containerd.runtime.v2.task", depth=2),
+            "pod's directory": self._files("state/io.containerd.grpc.v1.cri/sandboxes", depth=1),
+            "shared memory": (name for name in os.listdir("/dev/shm") if self._is_named(name)),
+            "temporary file": (name for name in os.listdir("/tmp") if self._is_named(name)),
+        }
+        return {sort: sorted(lines) for sort, lines in sorts.items()}
+
+    def _is_named(self, text: str) -> bool:
+        return any(name in text for name in self.names())
+
+    def _processes(self) -> Iterator[str]:
+        known = self.daemons() | {os.getpid()}
+        directory = str(self.directory)
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            if pid in known:
+                continue
+            command = _read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+            environment = _read(f"/proc/{pid}/environ")
+            if command and (directory in command or self.mark in environment.split("\0")):
+                yield command
+
+    def _mounts(self) -> Iterator[str]:
+        for line in _read("/proc/self/mountinfo").splitlines():
+            if str(self.directory) in line or self._is_named(line):
+                fields, _, file_system = line.partition(" - ")
+                yield f"{fields.split(' ', 3)[3]} - {file_system}"
+
+    def _cgroups(self) -> Iterator[str]:
+        for path, directories, _ in os.walk("/sys/fs/cgroup"):
+            yield from (f"{path}/{name}" for name in directories if self._is_named(name))
+
+    def _loops(self) -> Iterator[str]:
+        for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+            backing = _read(str(path)).strip()
+            if str(self.directory) in backing:
+                yield f"{path.parts[3]} of {backing}"
+
+    def _namespaces(self) -> Iterator[str]:
+        for directory in ("/run/netns", f"{self.directory}/state/netns"):
+            for name in _names(directory):
+                if directory != "/run/netns" or name in self.networks or self._is_named(name):
+                    yield f"{directory}/{name}"
+
+    def _in_networks(self, *command: str) -> Iterator[str]:
+        """What iproute2 lists in the namespaces, without indices and hardware addresses: a bridge's changes."""
+        for network in self.networks:
+            done = subprocess.run(
+                ["ip", "-n", network, "-j", *command], capture_output=True, text=True, check=True
+            )
+            for link in json.loads(done.stdout or "[]"):
+                kind = (link.get("linkinfo") or {}).get("info_kind", "")
+                about = f"{network}: {link['ifname']} {kind} mtu {link['mtu']}"
+                yield about
+                for one in link.get("addr_info", ()):
+                    if one.get("local"):
+                        yield f"{about} {one['local']}/{one['prefixlen']}"
+
+    def _traffic_control(self) -> Iterator[str]:
+        for network in self.networks:
+            for command in (
+                ["qdisc", "show"],
+                *(["filter", "show", "dev", one, "ingress"] for one in _links(network)),
+            ):
+                done = subprocess.run(
+                    ["tc", "-n", network, *command],
+                    capture_output=True,
+                    text=True,
+                    check=False,  # a link may just have gone
+                )
+                # The queues of a veth pair get handles of their own with every pair.
+                lines = (line.strip() for line in done.stdout.splitlines())
+                yield from (f"{network}: {line}" for line in lines if "noqueue" not in line)
+
+    def _files(self, below: str, depth: int) -> Iterator[str]:
+        top = str(self.directory / below)
+        for path, directories, files in os.walk(top):
+            for name in (*directories, *files):
+                if not name.startswith(("last_reserved_ip", "lock")):  # a plugin's own memory
+                    yield os.path.relpath(os.path.join(path, name), top)
+            if os.path.relpath(path, top).count("/") + (path != top) + 1 >= depth:
+                directories.clear()
+
+
+def difference(before: Snapshot, after: Snapshot) -> list[str]:
+    """A line for each thing that is there more, or less often than before; empty if they are equal."""
+    found = []
+    for sort, lines in after.items():
+        old, new = list(before[sort]), list(lines)
+        for line in list(new):
+            if line in old:
+                old.remove(line)
+                new.remove(line)
+        found += [f"left: {sort} {line}" for line in new] + [f"gone: {sort} {line}" for line in old]
+    return found
+
+
+def _links(network: str) -> list[str]:
+    done = subprocess.run(["ip", "-n", network, "-o", "link"], capture_output=True, text=True, check=True)
+    return [line.split(": ")[1].partition("@")[0] for line in done.stdout.splitlines()]
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,107 @@
+"""The page that a run writes: what was killed where, and what came of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from faults import stops
+from faults.rounds import VICTIMS
+
+if TYPE_CHECKING:
+    from faults.rounds import Record
+
+HEAD = """\
+# Faults
+
+Written by `make faults`; do not edit. Processes are killed (SIGKILL) at named points of a container's life and at
+random moments, with real virtual machines, containerd, ctr and crictl. After every single fault this has to hold, or
+the round fails:
+
+* containerd's view is right: without engine or hypervisor the task is stopped or absent, with its exit event if a start
+  had been told; with both alive, after containerd was killed and started again, the task answers an exec;
+* the same container is made and started again at once;
+* `ctr task rm`, `ctr container rm`, `crictl rmp -f` succeed;
+* the host is as before the first round: processes, mounts, links and addresses, tc, network namespaces, cgroups, run
+  and state directories, bundles, addresses of pods, loop devices.
+
+The victims are the engine, the hypervisor, the file server of the share (virtiofsd; where there is none, the hypervisor
+itself serves the share by 9p), containerd itself, and the shim's command where one runs. A network helper there is only
+with `kata run`: in containerd's networks tc carries the packets.
+
+Points lie outside the product (`tests/faults/stops.py`): a program that takes the place of the shim puts them around
+its steps. Who reaches an armed point stands still there, so the victim is hit exactly then.
+"""
+
+
+def page(record: Record, takes: dict[str, float]) -> str:
+    """The page, in Markdown."""
+    lines = [HEAD]
+    took = " and ".join(f"{seconds:.1f} s with {name}" for name, seconds in takes.items())
+    lines.append(f"Run of {record.began} (UTC), seed {record.seed}. An undisturbed life took {took}.\n")
+    lines += _points(record.results)
+    lines += _random(record)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _cell(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    if result["ok"] is None:
+        return "-"
+    if result["ok"] is False:
+        return "**failed**"
+    return str(result.get("became") or "ok")
+
+
+def _points(results: dict[str, dict[str, Any]]) -> list[str]:
+    rows = []
+    for point in stops.POINTS:
+        cells = [_cell(results.get(f"{point.name} {victim}")) for victim in VICTIMS]
+        if any(cells):
+            rows.append(f"| `{point.name}` | {point.what} | {' | '.join(cells)} |")
+    if not rows:
+        return []
+    return [
+        "## At named points\n",
+        "What the task was said to be afterwards, when victim and point are as named. `-`: there is no such process"
+        " at that point.\n",
+        f"| point | when | {' | '.join(VICTIMS)} |",
+        f"|---|---|{'---|' * len(VICTIMS)}",
+        *rows,
+        "",
+        *_failures(results, lambda key: not key.startswith("random ")),
+    ]
+
+
+def _random(record: Record) -> list[str]:
+    chosen = {key: one for key, one in record.results.items() if key.startswith("random ")}
+    if not chosen:
+        return []
+    counts = Counter((one["scenario"], one["victim"]) for one in chosen.values() if one["ok"] is not None)
+    late = sum(one["ok"] is None for one in chosen.values())
+    seconds = [one["seconds"] for one in chosen.values()]
+    lines = [
+        "## At random moments\n",
+        f"{len(chosen)} rounds, {sum(counts.values())} with a victim ({late} found none: the client was done before"
+        f" there was one), {sum(one['ok'] is False for one in chosen.values())} failed;"
+        f" median {statistics.median(seconds):.1f} s a round, with all checks."
+        f" `tools/faults --points none --seed {record.seed} --first N --rounds 1` repeats round N.\n",
+        "| client | victim | rounds | during |",
+        "|---|---|---|---|",
+    ]
+    for (scenario, victim), count in sorted(counts.items()):
+        steps = Counter(
+            str(one.get("at"))
+            for one in chosen.values()
+            if (one["scenario"], one["victim"]) == (scenario, victim) and one["ok"] is not None
+        )
+        during = ", ".join(f"{step} {number}" for step, number in steps.most_common())
+        lines.append(f"| {scenario} | {victim} | {count} | {during} |")
+    return [*lines, "", *_failures(record.results, lambda key: key.startswith("random "))]
+
+
+def _failures(results: dict[str, dict[str, Any]], wanted: Any) -> list[str]:
+    failed = [(key, one) for key, one in results.items() if one["ok"] is False and wanted(key)]
+    return [line for key, one in failed for line in (f"* `{key}`: {one['why']}", "")]

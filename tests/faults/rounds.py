@@ -1,0 +1,332 @@
+"""Rounds of faults: at every stop point with every victim, then at random moments; what came of it, and how it is
+repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from faults import stops
+from faults.daemon import Daemon, Failure, Script
+from faults.host import Snapshot, difference
+from faults.scenarios import Ctr, Pod, until
+
+VICTIMS = ("engine", "hypervisor", "virtiofsd", "containerd", "shim")
+REACH_S = 90.0
+CLEAN_S = 90.0
+"""How long the host may take to be as before. An engine without a container or a client ends after a minute."""
+VICTIM_S = 15.0
+
+
+class Round:
+    """One fault.
+
+    Attributes:
+        key: What it is called in the state file.
+        victim: Who is killed.
+        point: At which stop point; None at a random moment.
+        moment: Random rounds: the moment, as a part of what an undisturbed round takes.
+        scenario: ``ctr`` or ``crictl``.
+    """
+
+    def __init__(
+        self, key: str, victim: str, point: stops.Point | None, moment: float = 0.0, scenario: str = "ctr"
+    ) -> None:
+        self.key = key
+        self.victim = victim
+        self.point = point
+        self.moment = moment
+        self.scenario = scenario
+
+
+def point_rounds(names: Iterable[str]) -> list[Round]:
+    """A round for each stop point with each victim that there may be at it."""
+    points = [stops.BY_NAME[name] for name in names]
+    return [Round(f"{one.name} {victim}", victim, one) for one in points for victim in one.victims]
+
+
+def random_rounds(seed: int, numbers: Iterable[int], victims: list[str], *, pods: bool) -> list[Round]:
+    """Rounds that depend on seed and number alone (and on what there is on this host), so that one can be repeated
+    by itself."""
+    rounds = []
+    for number in numbers:
+        dice = random.Random(f"{seed}:{number}")
+        moment, victim = dice.random(), dice.choice(victims)
+        scenario = "crictl" if dice.random() < 0.35 and pods else "ctr"
+        rounds.append(Round(f"random {number}", victim, None, moment, scenario))
+    return rounds
+
+
+class Runner:
+    """Carries rounds out, in a containerd of its own.
+
+    Args:
+        guest: The guest's directory.
+        layout: An OCI layout of busybox.
+        say: Is given a line for each round.
+    """
+
+    def __init__(self, guest: Path, layout: Path, say: Callable[[str], None]) -> None:
+        self._guest = guest
+        self._layout = layout
+        self._say = say
+        self._daemon: Daemon | None = None
+        self._before: Snapshot = {}
+        self._takes: dict[str, float] = {}
+        self._count = 0
+
+    # ---- the daemon ----
+
+    def open(self) -> None:
+        """Start the daemon, and have one undisturbed round of each kind: they show how long one takes, and make what
+        stays (a bridge)."""
+        parent = os.environ.get("KATA_FAULTS_DIR") or "/tmp"
+        directory = Path(tempfile.mkdtemp(prefix="kf-", dir=parent))
+        self._daemon = Daemon(directory, self._guest)
+        self._daemon.up(self._layout)
+        self._daemon.listen()
+        for scenario in ("ctr", "crictl") if self._daemon.has_pods else ("ctr",):
+            began = time.monotonic()
+            script = Script(self._scenario(scenario).steps())
+            script.start()
+            script.join()
+            self._takes[scenario] = time.monotonic() - began
+            bad = [f"{name}: {said}" for name, code, said in script.ended if code and name != "delete"]
+            if script.hangs or bad:
+                raise Failure(
+                    f"an undisturbed round by {scenario} failed: {script.hangs or bad[0]}\n{self._said()}"
+                )
+        self._forget_containers()
+        self._before = self._settled()
+
+    def close(self) -> None:
+        """Take everything back."""
+        if self._daemon is not None:
+            self._daemon.down()
+            self._daemon = None
+
+    @property
+    def has_pods(self) -> bool:
+        """Whether rounds by crictl are possible here."""
+        assert self._daemon is not None
+        return self._daemon.has_pods
+
+    @property
+    def takes(self) -> dict[str, float]:
+        """Seconds of an undisturbed round, by scenario."""
+        return self._takes
+
+    def _forget_containers(self) -> None:
+        daemon = self._running()
+        for name in daemon.in_ctr("container", "ls", "-q").stdout.split():
+            daemon.in_ctr("container", "rm", name)
+
+    def _settled(self) -> Snapshot:
+        """A snapshot once two in a row are equal."""
+        place = self._running().place
+        last = place.snapshot()
+        while True:
+            time.sleep(0.5)
+            now = place.snapshot()
+            if now == last:
+                return now
+            last = now
+
+    def _running(self) -> Daemon:
+        if self._daemon is None:
+            self.open()
+        assert self._daemon is not None
+        return self._daemon
+
+    def _scenario(self, kind: str) -> Ctr | Pod:
+        assert self._daemon is not None
+        self._count += 1
+        name = f"f{self._count}"
+        return Pod(self._daemon, name) if kind == "crictl" else Ctr(self._daemon, name)
+
+    # ---- one round ----
+
+    def carry_out(self, one: Round) -> dict[str, Any]:
+        """One round.
+
+        Returns:
+            ``ok``, ``became`` (what became of the task), ``at`` (the client's step), ``seconds``; ``why`` and ``said``
+            of a failure. ``ok`` is None where the victim does not exist at that point.
+        """
+        began = time.monotonic()
+        result: dict[str, Any] = {"ok": True, "victim": one.victim, "scenario": one.scenario}
+        self._running()
+        scenario = self._scenario(one.scenario)
+        try:
+            killed = self._fault(one, scenario, result)
+            if killed:
+                result["became"] = scenario.check(one.victim)
+            else:
+                result["ok"] = None
+                scenario.check("")
+            self._clean()
+        except (Failure, AssertionError) as failure:
+            result.update(ok=False, why=str(failure), said=self._said())
+            # What is broken now would be blamed on the next rounds.
+            self.close()
+        result["seconds"] = round(time.monotonic() - began, 1)
+        return result
+
+    def _fault(self, one: Round, scenario: Ctr | Pod, result: dict[str, Any]) -> bool:
+        daemon = self._running()
+        script = Script(scenario.steps())
+        armed = daemon.arm(one.point.name) if one.point is not None else None
+        try:
+            script.start()
+            if one.point is None:
+                pid = self._at_moment(one, scenario, script)
+            else:
+                assert armed is not None
+                pid = self._at_point(one, scenario, script, armed.reached)
+            result["at"] = script.at
+            script.cancelled = True
+            if pid:
+                self._kill(one.victim, pid)
+        finally:
+            if armed is not None:
+                armed.release()
+            script.cancelled = True
+            script.join()
+        if script.hangs:
+            raise Failure(script.hangs)
+        if one.victim == "containerd" and pid:
+            daemon.stop_listening()
+            daemon.start()
+            daemon.listen()
+        return bool(pid)
+
+    def _at_point(self, one: Round, scenario: Ctr | Pod, script: Script, reached: Callable[[], int]) -> int:
+        """Wait until the point is reached; the victim's pid, 0 if there is none then."""
+        daemon = self._running()
+        assert one.point is not None
+        if one.point.phase == "clear":
+            until(lambda: script.at == "exec" or not script.is_alive(), "a running task")
+            script.cancelled = True
+            engine = daemon.find("engine", scenario.sandbox())
+            if not engine:
+                raise Failure("there is no engine to begin with")
+            os.kill(engine, signal.SIGKILL)
+        waiting = 0
+        deadline = time.monotonic() + REACH_S
+        while not (waiting := reached()):
+            if time.monotonic() > deadline or not (
+                script.is_alive() or one.point.phase in ("clear", "delete")
+            ):
+                ended = "; ".join(f"{name}: {code} {said}" for name, code, said in script.ended)
+                raise Failure(f"the point {one.point.name} was not reached ({ended})")
+            time.sleep(0.005)
+        if one.victim == "shim" or (one.victim == "engine" and one.point.where == "engine"):
+            return waiting
+        deadline = time.monotonic() + (VICTIM_S if one.point.where == "shim" else 0.0)
+        while not (pid := daemon.find(one.victim, scenario.sandbox())):
+            if time.monotonic() > deadline:
+                return 0
+            time.sleep(0.01)
+        return pid
+
+    def _at_moment(self, one: Round, scenario: Ctr | Pod, script: Script) -> int:
+        """Wait for the moment; if there is no victim yet then, until there is."""
+        daemon = self._running()
+        time.sleep(one.moment * self._takes[one.scenario])
+        while script.is_alive():
+            scenario.sandbox()
+            early = one.victim == "containerd" and script.at == scenario.before_containerd
+            pid = 0 if early else daemon.find(one.victim, scenario.sandbox())
+            if pid:
+                return pid
+            time.sleep(0.01)
+        return 0
+
+    def _kill(self, victim: str, pid: int) -> None:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it has just ended by itself
+        if victim == "containerd":
+            self._running().killed()
+
+    def _clean(self) -> None:
+        """The host is as it was.
+
+        Raises:
+            Failure: It is not, with what differs.
+        """
+        place = self._running().place
+        deadline = time.monotonic() + CLEAN_S
+        while different := difference(self._before, place.snapshot()):
+            if time.monotonic() > deadline:
+                raise Failure("the host is not as before: " + "; ".join(different[:20]))
+            time.sleep(0.2)
+
+    def _said(self) -> str:
+        try:
+            return self._running().diagnosis()[-6000:]
+        except (OSError, Failure) as error:
+            return f"(no logs: {error})"
+
+
+class Record:
+    """The results so far, in a file, so that a run can be resumed.
+
+    Args:
+        path: The file.
+        seed: Of a new run.
+        resume: Whether to go on with the run in the file.
+    """
+
+    def __init__(self, path: Path, seed: int, *, resume: bool) -> None:
+        self._path = path
+        self.seed = seed
+        self.began = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+        self.results: dict[str, dict[str, Any]] = {}
+        if resume and path.exists():
+            content = json.loads(path.read_text())
+            self.seed, self.began, self.results = content["seed"], content["began"], content["results"]
+
+    def add(self, key: str, result: dict[str, Any]) -> None:
+        """Take a result down."""
+        self.results[key] = result
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._path.with_suffix(".new")
+        aside.write_text(
+            json.dumps({"seed": self.seed, "began": self.began, "results": self.results}, indent=1)
+        )
+        aside.replace(self._path)
+
+
+def run(rounds: list[Round], runner: Runner, record: Record, say: Callable[[str], None]) -> list[str]:
+    """Carry out the rounds that are not recorded yet; the keys of those that failed."""
+    failed = []
+    for number, one in enumerate(rounds, 1):
+        if one.key in record.results and record.results[one.key]["ok"] is not False:
+            continue
+        result = runner.carry_out(one)
+        record.add(one.key, result)
+        word = {True: "ok", False: "FAILED", None: "no such victim there"}[result["ok"]]
+        at = (
+            ""
+            if one.point
+            else f" {one.scenario}, kill {one.victim} at {one.moment:.3f} ({result.get('at')})"
+        )
+        say(
+            f"  {number:3}/{len(rounds)} {one.key}{at}: {word}"
+            f" {result.get('became', '')} ({result['seconds']:.1f} s)"
+        )
+        if result["ok"] is False:
+            failed.append(one.key)
+            say(f"      {result['why']}")
+            sys.stdout.flush()
+    return failed

@@ -1,0 +1,235 @@
+"""What a client does while faults happen, and what has to hold afterwards: once with ctr, once with crictl."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+
+from containerd_support import IMAGE, RUNTIME
+
+from faults.daemon import BUSYBOX, Daemon, Failure
+
+SETTLE_S = 60.0
+"""How long containerd may take to have the right view; it takes a second, but the host may be busy."""
+
+CRASHES = ("engine", "hypervisor", "virtiofsd")
+"""Victims whose end is the end of the task."""
+FORGET_S = 10.0
+"""How long a containerd that was killed before it had a task made may go on saying that there is one: it connects to
+what the shim has started before (1.6; 1.7 asks whether there is a task), until that engine ends."""
+
+Step = tuple[str, Callable[[], "subprocess.CompletedProcess[str]"]]
+
+
+def until(condition: Callable[[], bool], what: str, patience_s: float = SETTLE_S) -> None:
+    """Return when a condition holds.
+
+    Raises:
+        Failure: It did not in time.
+    """
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Failure(f"{what}: not within {patience_s:g} s")
+        time.sleep(0.05)
+
+
+class Ctr:
+    """One container by ctr, in a network namespace that is wired.
+
+    Args:
+        daemon: Whose client it is.
+        name: The container's.
+    """
+
+    kind = "ctr"
+    needs_pods = False
+    before_containerd = ""
+    """The step before whose end containerd itself is not killed."""
+
+    def __init__(self, daemon: Daemon, name: str) -> None:
+        self._daemon = daemon
+        self.name = name
+
+    def steps(self) -> list[Step]:
+        """The client's calls, in order."""
+        ctr = self._daemon.in_ctr
+        return [
+            ("create and start", lambda: self._run()),
+            ("exec", lambda: ctr("task", "exec", "--exec-id", "e1", self.name, "echo", "here", check=False)),
+            ("kill", lambda: ctr("task", "kill", "-s", "KILL", self.name, check=False)),
+            ("delete", lambda: self._delete()),
+        ]
+
+    def _run(self) -> subprocess.CompletedProcess[str]:
+        network = f"network:/run/netns/{self._daemon.inner}"
+        options = ("-d", "--runtime", RUNTIME, "--with-ns", network)
+        return self._daemon.in_ctr("run", *options, IMAGE, self.name, "sleep", "1000", check=False)
+
+    def _delete(self) -> subprocess.CompletedProcess[str]:
+        with contextlib.suppress(Failure):  # whatever it is, the checks look at it
+            until(lambda: self._daemon.task_states().get(self.name) != "RUNNING", "the end of a killed task")
+        return self._daemon.in_ctr("task", "rm", self.name, check=False)
+
+    def sandbox(self) -> str:
+        """Name of the sandbox's run directory, whether it exists or not."""
+        return f"{self._daemon.token}.{self.name}"
+
+    def check(self, victim: str) -> str:
+        """What has to hold, up to and with the removal; returns in a word what became of the task.
+
+        Raises:
+            Failure: It does not.
+        """
+        daemon = self._daemon
+        state = daemon.task_states().get(self.name, "absent")
+        if victim in CRASHES:
+            until(
+                lambda: daemon.task_states().get(self.name) != "RUNNING",
+                f"the end of a task without {victim}",
+            )
+            state = daemon.task_states().get(self.name, "absent")
+        if state == "RUNNING":
+            done = daemon.in_ctr(
+                "task", "exec", "--exec-id", "again", self.name, "echo", "alive", check=False
+            )
+            if done.stdout != "alive\n":
+                raise Failure(f"the task is said to run, and does not: {done.stderr.strip()}")
+        if state in ("STOPPED", "absent") and victim in CRASHES:
+            self._told()
+        self._remove_task()
+        self._again(victim)
+        self._remove_task()
+        if self.name in daemon.in_ctr("container", "ls", "-q").stdout.split():
+            daemon.in_ctr("container", "rm", self.name)
+        return state.lower()
+
+    def _told(self) -> None:
+        """Who was told of a start is told of the end."""
+        if "start" in self._daemon.topics(self.name):
+            until(lambda: "exit" in self._daemon.topics(self.name), "the event of the end")
+
+    def _remove_task(self) -> None:
+        if self.name in self._daemon.task_states():
+            done = self._daemon.in_ctr("task", "rm", "-f", self.name, check=False)
+            if self.name in self._daemon.task_states():
+                raise Failure(f"`ctr task rm -f` did not remove the task: {done.stderr.strip()}")
+
+    def _again(self, victim: str) -> None:
+        """The same once more: nothing that is left stands in its way."""
+        daemon = self._daemon
+        deadline = time.monotonic() + FORGET_S
+        while True:
+            if self.name in daemon.in_ctr("container", "ls", "-q").stdout.split():
+                done = daemon.in_ctr("task", "start", "-d", self.name, check=False)
+            else:
+                if victim == "containerd":
+                    # Killed between the two, it leaves its client's snapshot without a container: its own affair.
+                    daemon.in_ctr("snapshot", "rm", self.name, check=False)
+                done = self._run()
+            if victim != "containerd" or "already exists" not in done.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+            self._remove_task()  # the call that was under way when containerd was killed is carried out all the same
+        if done.returncode:
+            raise Failure(f"the second attempt failed: {done.stderr.strip()}")
+        state = daemon.task_states().get(self.name)
+        if state != "RUNNING":
+            raise Failure(f"the second attempt is {state}")
+
+
+class Pod:
+    """One pod with one container, by crictl.
+
+    Args:
+        daemon: Whose client it is.
+        name: The pod's.
+    """
+
+    kind = "crictl"
+    needs_pods = True
+    before_containerd = "run the pod"
+    # A containerd that dies within RunPodSandbox forgets the network namespace that it has just made, whatever
+    # the runtime.
+
+    def __init__(self, daemon: Daemon, name: str) -> None:
+        self._daemon = daemon
+        self.name = name
+        self._pod = ""
+        self._container = ""
+        self._known = set(daemon.sandboxes())
+
+    def steps(self) -> list[Step]:
+        """The client's calls, in order."""
+        crictl = self._daemon.crictl
+        return [
+            ("run the pod", lambda: self._run_pod(0)),
+            ("create", lambda: self._create()),
+            ("start", lambda: crictl("start", self._container, check=False)),
+            ("exec", lambda: crictl("exec", "-s", self._container, "echo", "here", check=False)),
+            ("stop the pod", lambda: crictl("stopp", self._pod, check=False)),
+            ("remove the pod", lambda: crictl("rmp", self._pod, check=False)),
+        ]
+
+    def _write(self, name: str, content: object) -> str:
+        path = self._daemon.directory / f"{name}.json"
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    def _run_pod(self, attempt: int) -> subprocess.CompletedProcess[str]:
+        metadata = {"name": self.name, "uid": self.name, "namespace": "faults", "attempt": attempt}
+        path = self._write("pod", {"metadata": metadata, "hostname": self.name, "linux": {}})
+        done = self._daemon.crictl("runp", "--runtime", "kata", path, check=False)
+        self._pod = done.stdout.strip()
+        return done
+
+    def _create(self) -> subprocess.CompletedProcess[str]:
+        command = ["sleep", "1000"]
+        config = {"metadata": {"name": "one"}, "image": {"image": BUSYBOX}, "command": command, "linux": {}}
+        path = self._write("container", config)
+        pod = str(self._daemon.directory / "pod.json")
+        done = self._daemon.crictl("create", self._pod, path, pod, check=False)
+        self._container = done.stdout.strip()
+        return done
+
+    def sandbox(self) -> str:
+        """Name of the sandbox's run directory; empty until it is there."""
+        name = self._daemon.newest_sandbox(self._known)
+        if name:
+            self._daemon.seen.add(name)
+        return name
+
+    def check(self, victim: str) -> str:
+        """As `Ctr.check`."""
+        daemon = self._daemon
+        pods = daemon.crictl("pods", "-q").stdout.split()
+        daemon.seen.update(pods)
+        state = "absent"
+        if pods:
+            if victim in CRASHES:
+                until(
+                    lambda: not self._list("ps", "--state", "Running"),
+                    f"the end of containers without {victim}",
+                )
+                until(
+                    lambda: not self._list("pods", "--state", "ready"), f"the end of a pod without {victim}"
+                )
+            state = "ready" if self._list("pods", "--state", "ready") else "notready"
+            running = self._list("ps", "--state", "Running")
+            if running:
+                done = daemon.crictl("exec", "-s", running[0], "echo", "alive", check=False)
+                if done.stdout != "alive\n":
+                    raise Failure(f"the container is said to run, and does not: {done.stderr.strip()}")
+        done = self._run_pod(1)
+        if done.returncode:
+            raise Failure(f"the second attempt failed: {done.stderr.strip()}")
+        for pod in daemon.crictl("pods", "-q").stdout.split():
+            daemon.seen.add(pod)
+            daemon.crictl("rmp", "-f", pod)
+        return state
+
+    def _list(self, *arguments: str) -> list[str]:
+        return self._daemon.crictl(*arguments, "-q").stdout.split()

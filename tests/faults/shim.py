@@ -1,0 +1,36 @@
+#!/usr/bin/python3 -IS
+"""kata as containerd's shim and as engine, with the stop points of `faults.stops` put around its steps.
+
+The product knows nothing of them: this program takes the place of ``kata/__main__.py``, for the shim's commands and,
+by way of `kata.launcher.command`, for the engines that they start.
+"""
+
+import os
+import sys
+
+_tests = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+_root = os.path.dirname(_tests)
+_version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+_places = (
+    os.path.join(_root, "src"),
+    _tests,
+    os.path.join(_root, ".venv", "lib", _version, "site-packages"),
+)
+sys.path.extend(place for place in _places if place not in sys.path)
+
+
+def main() -> int:
+    """Run what `sys.argv` names, as ``kata/__main__.py`` would."""
+    from faults import stops
+    from kata import __main__ as program
+    from kata import launcher
+
+    launcher.command = lambda: [sys.executable, "-I", "-S", os.path.realpath(__file__)]
+    directory = os.environ.get(stops.VARIABLE)
+    if directory:
+        stops.install(directory, "engine" if sys.argv[1:2] == ["engine"] else "shim")
+    return program.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""Named points at which a process of ours stops until it is told to go on, or is killed.
+
+A point is armed by making a fifo of its name in the directory that ``KATA_STOP_POINTS`` names and opening it for
+reading. Who reaches it writes its pid there and waits until the fifo is gone. Points that are not armed cost a
+failing open(2). The thread that reaches a point stops, in an engine mostly the event loop's: that is what makes the
+moment exact.
+
+Light to import: this is loaded before an engine starts its hypervisor.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+VARIABLE = "KATA_STOP_POINTS"
+_POLL_S = 0.005
+
+
+class Point:
+    """A stop point.
+
+    Attributes:
+        name: ``phase.moment``; the phase is what the client is doing.
+        where: Who reaches it: ``shim`` (a command of the shim) or ``engine``.
+        what: In words, for the report.
+    """
+
+    __slots__ = ("name", "what", "where")
+
+    def __init__(self, name: str, where: str, what: str) -> None:
+        self.name = name
+        self.where = where
+        self.what = what
+
+    @property
+    def phase(self) -> str:
+        """What the client is doing: create, start, exec, delete, clear."""
+        return self.name.partition(".")[0]
+
+    @property
+    def victims(self) -> list[str]:
+        """Who there is at this point and can be killed."""
+        if self.name in ("create.directory", "create.socket") or self.phase == "clear":
+            return ["shim", "containerd"]
+        found = ["shim"] if self.where == "shim" else []
+        found.append("engine")
+        names = [point.name for point in POINTS]
+        place = names.index(self.name)
+        if place < names.index("delete.machine"):
+            # At the shim's last points the engine is on its way: the machine is waited for.
+            if place >= names.index("create.machine-gate") or self.where == "shim":
+                found.append("hypervisor")
+            if place >= names.index("create.files"):
+                found.append("virtiofsd")
+        return [*found, "containerd"]
+
+
+POINTS = [
+    Point("create.directory", "shim", "the sandbox's directory and journal exist, nothing else"),
+    Point("create.socket", "shim", "the engine's socket is bound"),
+    Point("create.engine", "shim", "the engine is forked off, its caller has not let go of it"),
+    Point(
+        "create.address", "shim", "the engine's address is in the bundle, containerd has not been told it"
+    ),
+    Point("create.owner", "engine", "the engine has taken the journal over"),
+    Point("create.namespace", "engine", "the engine is in a mount namespace of its own"),
+    Point("create.share", "engine", "the share's mounts are made"),
+    Point("create.redirect-intended", "engine", "a redirection of traffic is written down, not made"),
+    Point("create.network", "engine", "taps and redirections are made"),
+    Point("create.machine-intended", "engine", "the hypervisor's intent is written down"),
+    Point("create.machine-gate", "engine", "the hypervisor's process waits to execute QEMU"),
+    Point("create.machine", "engine", "QEMU runs"),
+    Point("create.cgroup-intended", "engine", "a cgroup is written down, not made"),
+    Point("create.cgroup-made", "engine", "a cgroup is made, its identity is not written down"),
+    Point("create.limited", "engine", "engine and hypervisor are in their cgroups"),
+    Point("create.files", "engine", "the file server runs, where the share is served by one"),
+    Point("create.request", "engine", "the Create call has arrived"),
+    Point("create.root-intended", "engine", "the root file system's mount is written down, not made"),
+    Point("create.root", "engine", "the root file system is mounted"),
+    Point("create.shared", "engine", "the root file system and volumes are in the share"),
+    Point("create.agent", "engine", "the agent has answered for the first time"),
+    Point("create.guest", "engine", "the guest is about to be told to make the container"),
+    Point("create.guest-made", "engine", "the guest has made the container"),
+    Point("create.answer", "engine", "Create is about to be answered"),
+    Point("start.request", "engine", "the Start call has arrived"),
+    Point("start.guest", "engine", "the guest is about to be told to start the process"),
+    Point("start.guest-started", "engine", "the guest has started the process"),
+    Point("start.answer", "engine", "Start is about to be answered"),
+    Point("exec.request", "engine", "the Exec call has arrived"),
+    Point("exec.added", "engine", "the exec is taken down, its streams are open"),
+    Point("exec.guest", "engine", "the guest is about to be told to execute"),
+    Point("exec.guest-started", "engine", "the guest has executed"),
+    Point("exec.answer", "engine", "the exec's Start is about to be answered"),
+    Point("exec.ended", "engine", "the exec's end is known, not told"),
+    Point("delete.kill", "engine", "the Kill call has arrived"),
+    Point("delete.ended", "engine", "the init's end is known, not told"),
+    Point("delete.request", "engine", "the Delete call has arrived"),
+    Point("delete.guest", "engine", "the guest is about to be told to remove the container"),
+    Point("delete.guest-removed", "engine", "the guest has removed the container"),
+    Point("delete.unshared", "engine", "root file system and volumes are taken back"),
+    Point("delete.answer", "engine", "Delete is about to be answered"),
+    Point("delete.shutdown", "engine", "the Shutdown call has arrived"),
+    Point("delete.machine", "engine", "the hypervisor has ended"),
+    Point("delete.undo", "engine", "the journal is about to be undone"),
+    Point("delete.undone", "engine", "everything is undone, the engine is about to end"),
+    Point("clear.request", "shim", "containerd has the dead engine's sandbox cleared up"),
+    Point("clear.undone", "shim", "its journal is undone, containerd has not been told"),
+]
+BY_NAME = {point.name: point for point in POINTS}
+
+_directory = ""
+
+
+def stop(name: str) -> None:
+    """Wait here if somebody has armed this point, until they take it away."""
+    path = f"{_directory}/{name}"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return  # not armed, or nobody waits for it
+    try:
+        os.write(fd, f"{os.getpid()}\n".encode())
+    finally:
+        os.close(fd)
+    while os.path.exists(path):
+        time.sleep(_POLL_S)
+
+
+def _around(owner: Any, name: str, before: str = "", after: str = "") -> None:
+    """Put points before and after a function or coroutine of a class or module."""
+    import inspect
+
+    original = getattr(owner, name)
+    if inspect.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def wrapper(*arguments: Any, **options: Any) -> Any:
+            if before:
+                stop(before)
+            result = await original(*arguments, **options)
+            if after:
+                stop(after)
+            return result
+
+    else:
+
+        @functools.wraps(original)
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            if before:
+                stop(before)
+            result = original(*arguments, **options)
+            if after:
+                stop(after)
+            return result
+
+    setattr(owner, name, wrapper)
+
+
+def install(directory: str, where: str) -> None:
+    """Put the points in.
+
+    Args:
+        directory: Where they are armed.
+        where: ``shim`` or ``engine``.
+    """
+    global _directory
+    _directory = directory
+    if where == "shim":
+        _install_shim()
+    else:
+        _install_engine()
+
+
+def _install_shim() -> None:
+    from kata import journal
+    from kata.engine import launch
+    from kata.shim import delete, start
+
+    create_dir = journal.Journal.create_dir.__func__  # type: ignore[attr-defined]
+
+    def created(cls: type, *arguments: Any, **options: Any) -> Any:
+        made = create_dir(cls, *arguments, **options)
+        stop("create.directory")
+        return made
+
+    journal.Journal.create_dir = classmethod(created)  # type: ignore[assignment]
+    _around(launch, "_listen", after="create.socket")
+    _around(launch, "_spawn", after="create.engine")
+    _around(start, "_write_address", after="create.address")
+    _around(delete, "delete", before="clear.request", after="clear.undone")
+
+
+def _install_engine() -> None:
+    from kata import journal
+    from kata.engine import boot, volumes
+    from kata.hypervisor import qemu_process
+    from kata.resources import host_cgroup
+
+    _around(journal.Journal, "set_owner", after="create.owner")
+    _around(volumes, "own_namespace", after="create.namespace")
+    _around(volumes.Share, "prepare", after="create.share")
+    _around(boot, "limit", after="create.limited")
+    _around(qemu_process, "spawn", after="create.machine")
+    _around(host_cgroup, "_make_parent", before="create.cgroup-intended")
+    _journal_points(journal.Journal)
+    power_on = boot.power_on
+
+    @functools.wraps(power_on)
+    def powered_on(settings: Any, run_dir: str, *more: Any) -> None:
+        from kata.hypervisor import virtiofsd
+
+        _around(virtiofsd.FileServer, "start", after="create.files")
+        if (settings.get("network") or {}).get("mode") == "netns":
+            from kata.network import netns
+
+            _around(netns.NetnsPlan, "wire", after="create.network")
+        try:
+            power_on(settings, run_dir, *more)
+        finally:
+            # What these need is imported while the machine boots, with and without them.
+            _install_serving_engine()
+
+    boot.power_on = powered_on  # type: ignore[assignment]
+
+
+def _journal_points(journal: Any) -> None:
+    """Points that only the journal's parameters tell from each other."""
+    intend, made = journal.intend, journal.made
+
+    @functools.wraps(intend)
+    def intended(self: Any, kind: str, **params: Any) -> Any:
+        entry = intend(self, kind, **params)
+        if kind == "redirect":
+            stop("create.redirect-intended")
+        elif kind == "mount" and params["fstype"] != "none":
+            stop("create.root-intended")
+        elif kind == "process" and params.get("role") == "qemu":
+            stop("create.machine-intended")
+        return entry
+
+    @functools.wraps(made)
+    def was_made(self: Any, entry: Any, **identity: Any) -> None:
+        if entry.kind == "cgroup":
+            stop("create.cgroup-made")
+        made(self, entry, **identity)
+        if entry.kind == "process" and entry.params.get("role") == "qemu":
+            stop("create.machine-gate")
+
+    journal.intend, journal.made = intended, was_made
+
+
+def _install_serving_engine() -> None:
+    import sys
+
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # as the engine does before it imports asyncio
+    from kata.agent.client import AgentClient
+    from kata.engine import boot, hostroot, prepare
+    from kata.engine.container import Container
+    from kata.engine.sandbox import Sandbox
+    from kata.engine.task_service import TaskService
+    from kata.hypervisor.qemu import Qemu
+
+    _around(boot, "_healthy", after="create.agent")
+    _around(hostroot.HostRoot, "mount", after="create.root")
+    _around(prepare.Shared, "add_all", after="create.shared")
+    _around(AgentClient, "create_container", "create.guest", "create.guest-made")
+    _around(AgentClient, "start_container", "start.guest", "start.guest-started")
+    _around(AgentClient, "exec_process", "exec.guest", "exec.guest-started")
+    _around(AgentClient, "remove_container", "delete.guest", "delete.guest-removed")
+    _around(Container, "_remove_shared", after="delete.unshared")
+    _around(TaskService, "Create", "create.request", "create.answer")
+    _around(TaskService, "Exec", "exec.request", "exec.added")
+    _around(TaskService, "Kill", "delete.kill")
+    _around(TaskService, "Delete", "delete.request", "delete.answer")
+    _around(TaskService, "Shutdown", "delete.shutdown")
+    _around(Qemu, "stop", after="delete.machine")
+    _around(Sandbox, "_undo", "delete.undo", "delete.undone")
+    _ends(Container)
+    _starts(TaskService)
+
+
+def _ends(container: Any) -> None:
+    ended = container._ended
+
+    @functools.wraps(ended)
+    async def has_ended(self: Any, process: Any, *more: Any) -> None:
+        stop("exec.ended" if process.exec_id else "delete.ended")
+        await ended(self, process, *more)
+
+    container._ended = has_ended
+
+
+def _starts(service: Any) -> None:
+    start: Callable[..., Any] = service.Start
+
+    @functools.wraps(start)
+    async def starting(self: Any, request: Any, context: Any) -> Any:
+        if not request.exec_id:
+            stop("start.request")
+        answer = await start(self, request, context)
+        stop("exec.answer" if request.exec_id else "start.answer")
+        return answer
+
+    service.Start = starting

@@ -1,0 +1,92 @@
+"""The machinery of tests/faults itself: its stop points and its comparison of hosts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from faults import stops
+from faults.daemon import Armed
+from faults.host import difference
+from faults.rounds import point_rounds, random_rounds
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def test_an_armed_point_stops_who_reaches_it_until_it_is_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stops, "_directory", str(tmp_path))
+    stops.stop("start.guest")  # not armed: goes on
+    armed = Armed(tmp_path / "start.guest")
+    went_on = threading.Event()
+
+    def work() -> None:
+        stops.stop("start.guest")
+        went_on.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not (pid := armed.reached()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert pid == os.getpid()
+        assert not went_on.is_set()
+    finally:
+        armed.release()
+        thread.join()
+    assert went_on.is_set()
+
+
+@pytest.mark.parametrize("where", ["shim", "engine"])
+def test_the_points_find_their_places_in_the_product(where: str) -> None:
+    script = f"""
+import sys
+sys.path[:0] = [{str(TESTS.parent / "src")!r}, {str(TESTS)!r}]
+from faults import stops
+stops.install("/nonexistent", {where!r})
+if {where!r} == "engine":
+    stops._install_serving_engine()
+"""
+    subprocess.run([sys.executable, "-I", "-c", script], check=True)
+
+
+def test_every_point_is_put_somewhere() -> None:
+    source = (TESTS / "faults/stops.py").read_text()
+    for point in stops.POINTS:
+        assert source.count(f'"{point.name}"') >= 2, f"{point.name} is listed and nowhere else"
+    assert len(stops.BY_NAME) == len(stops.POINTS) >= 15
+
+
+def test_each_point_has_its_victims() -> None:
+    rounds = {one.key for one in point_rounds(stops.BY_NAME)}
+    assert {"create.machine engine", "create.machine hypervisor", "create.machine containerd"} <= rounds
+    assert "create.share hypervisor" not in rounds  # there is none yet
+    assert "delete.undo hypervisor" not in rounds  # nor any more
+    assert {"create.address shim", "clear.request shim"} <= rounds
+
+
+def test_a_random_round_depends_on_seed_and_number_alone() -> None:
+    victims = ["engine", "hypervisor", "containerd"]
+    many = random_rounds(7, range(1, 30), victims, pods=True)
+    [one] = random_rounds(7, [12], victims, pods=True)
+    same = many[11]
+    assert (one.victim, one.moment, one.scenario) == (same.victim, same.moment, same.scenario)
+    assert {round_.scenario for round_ in many} == {"ctr", "crictl"}
+
+
+def test_difference_of_two_hosts() -> None:
+    before = {"mount": ["a", "a", "b"], "link": []}
+    assert difference(before, {"mount": ["a", "a", "b"], "link": []}) == []
+    assert difference(before, {"mount": ["a", "b"], "link": ["tap0"]}) == [
+        "gone: mount a",
+        "left: link tap0",
+    ]
+    assert difference(before, {"mount": ["a", "a", "a", "b"], "link": []}) == ["left: mount a"]
