@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..journal import Journal
 
 KILLED = 137
-GRACE_S = 2.0
+GRACE_S, KILL_S, UNDO_S = 1.0, 0.5, 2.5
+"""Together less than the 5 s after which containerd kills this command and leaves the bundle where it is."""
 
 
 def delete(values: Mapping[str, str]) -> bytes:
@@ -39,8 +40,8 @@ def delete(values: Mapping[str, str]) -> bytes:
         try:
             # The engine may hang: it is told to end, and then made to.
             if not journal.signal_owner(sysio.SIGTERM, GRACE_S):
-                journal.signal_owner(sysio.SIGKILL, 1.0)
-            left = journal.undo()
+                journal.signal_owner(sysio.SIGKILL, KILL_S)
+            left = journal.undo(UNDO_S)
         finally:
             journal.close()
         if left:
