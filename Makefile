@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kvm kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files faults fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files faults fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,11 @@ test: ## run the tests; T='tests/vm/test_x.py -k word' runs only those
 test-kvm: ## the tests with KVM and vsock, in the KVM lab where this machine has none; SHORT=1, T='...'
 	@tools/setup test
 	@tools/run-tests $(if $(SHORT),-m 'not long') $(or $(T),tests/kvm)
+
+conformance: ## critest against containerd with runc and with kata, writes docs/conformance.md; A='--fresh --only TEXT'
+	@tools/setup test
+	@tools/setup conformance
+	@tools/conformance $(A)
 
 kvm-lab: ## run CMD='...' in a machine with working KVM, or a shell; A='--get FILE --timeout 60 ...'
 	@tools/kvm-lab $(A) $(if $(CMD),-- bash -c "$$CMD",--shell)

@@ -307,7 +307,8 @@ impl Agent {
         if self.processes.values().any(|p| p.container == id && p.is_anything_left()) {
             return;
         }
-        let mounts: Vec<String> = container.storages.drain(..).take(container.mounted).rev().collect();
+        let mounted = container.storages.drain(..).take(container.mounted);
+        let mounts: Vec<String> = mounted.filter(|mount| !storage::is_of_sandbox(mount)).rev().collect();
         let cgroup = container.cgroup.take();
         let directory = format!("{STATE_DIR}/{id}");
         let spawned = self.spawn_job(Then::Removed(id.to_string()), &[], || undo(&mounts, cgroup.as_ref(), &directory));

@@ -9,7 +9,7 @@ use crate::mountopts::{parse_options, MountOptions, MS_BIND, MS_RDONLY, MS_REC, 
 use crate::ownership;
 use crate::prelude::*;
 use crate::proto::agent::Storage;
-use crate::sys::{self, Errno};
+use crate::sys::{self, Errno, Fd};
 use crate::watchable::{self, Watched};
 
 /// The drivers, for AgentDetails.storage_handlers.
@@ -32,6 +32,9 @@ pub const DRIVERS: &[&str] = &[
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
 /// "Give this overlay a writable layer beside its mount point."
 const OVERLAY_RW: &str = "io.katacontainers.fs-opt.overlay-rw";
+/// Ephemeral storages below it are the sandbox's: whoever names one first has it mounted, others find it, and it stays
+/// when they go (a volume in memory outlives the restarts of a pod's containers).
+const OF_SANDBOX: &str = "/run/kata-containers/sandbox/";
 /// What huge pages leave of the guest's memory: small pages are needed as well.
 const HEADROOM: u64 = 32 << 20;
 /// Where the host's share is mounted.
@@ -59,6 +62,11 @@ pub fn mount_storage(storage: &Storage) -> Result<String> {
     };
     outcome.with_context(|| format!("storage {:?}", storage.driver))?;
     Ok(storage.mount_point.clone())
+}
+
+/// Whether a storage stays when the container that named it goes.
+pub fn is_of_sandbox(mount_point: &str) -> bool {
+    mount_point.starts_with(OF_SANDBOX)
 }
 
 /// Unmounts what [`mount_storage`] has mounted. Nothing mounted there is fine. A mount that is still in use is
@@ -204,6 +212,13 @@ fn split_group(options: &[String]) -> Result<(Vec<&String>, Option<u32>)> {
 fn ephemeral(storage: &Storage) -> Result<()> {
     refuse_driver_options(storage, &[])?;
     let (options, group) = split_group(&storage.options)?;
+    let mut turn = None;
+    if is_of_sandbox(&storage.mount_point) {
+        turn = Some(take_turn()?);
+        if is_mounted(&storage.mount_point)? {
+            return Ok(());
+        }
+    }
     let pool = match storage.fstype.as_str() {
         "hugetlbfs" => Some(reserve_huge_pages(HUGE_PAGES, &options)?),
         _ => None,
@@ -215,7 +230,28 @@ fn ephemeral(storage: &Storage) -> Result<()> {
     if let (Err(_), Some((file, before))) = (&mounted, pool) {
         let _ = fs::write_existing(file, &before.to_string());
     }
+    drop(turn);
     mounted
+}
+
+/// Containers are made in processes of their own, maybe at the same time: one of them at a time gets past this, until
+/// it drops what this returns.
+fn take_turn() -> Result<Fd> {
+    make_mount_point(OF_SANDBOX)?;
+    let lock = sys::open(OF_SANDBOX, libc::O_RDONLY | libc::O_DIRECTORY, 0).context("open the sandbox's directory")?;
+    sys::flock(lock.raw(), libc::LOCK_EX).context("wait for another container")?;
+    Ok(lock)
+}
+
+/// Whether something is mounted on a path: then it is on another file system than the directory that it is in.
+fn is_mounted(mount_point: &str) -> Result<bool> {
+    let (parent, _) = mount_point.rsplit_once('/').unwrap_or_default();
+    let device = |path: &str| match sys::stat(path) {
+        Ok(status) => Ok(Some(status.st_dev)),
+        Err(Errno(libc::ENOENT)) => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("look at {path}")),
+    };
+    Ok(device(mount_point)?.is_some_and(|inner| device(parent).is_ok_and(|outer| outer != Some(inner))))
 }
 
 /// A directory in the guest, kept as long as the sandbox.

@@ -53,8 +53,15 @@ RESOLVE_IN_ROOT = 0x10
 SIGKILL = 9
 SIGTERM = 15
 
-# These two numbers are the same on every architecture (they came after the tables were unified).
+AT_FDCWD = -100
+_AT_RECURSIVE = 0x8000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+
+# These numbers are the same on every architecture (they came after the tables were unified).
 _NR_PIDFD_SEND_SIGNAL = 424
+_NR_OPEN_TREE = 428
+_NR_MOVE_MOUNT = 429
 _NR_OPENAT2 = 437
 
 _libc: ctypes.CDLL | None = None
@@ -143,6 +150,18 @@ def mount(
 def umount2(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
     """umount2(2)."""
     _check(_c().umount2(os.fsencode(target), flags), target)
+
+
+def open_tree(path: str) -> int:
+    """open_tree(2): a copy of the mount at a path and of all below it, attached nowhere; its descriptor."""
+    flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
+    return _check(_c().syscall(ctypes.c_long(_NR_OPEN_TREE), AT_FDCWD, os.fsencode(path), flags), path)
+
+
+def move_mount(tree: int, target: str) -> None:
+    """move_mount(2): attach what `open_tree` copied, maybe in another mount namespace."""
+    number = ctypes.c_long(_NR_MOVE_MOUNT)
+    _check(_c().syscall(number, tree, b"", AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
 class _OpenHow(ctypes.Structure):

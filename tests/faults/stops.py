@@ -261,7 +261,7 @@ def _install_serving_engine() -> None:
 
     sys.modules["ssl"] = None  # type: ignore[assignment]  # as the engine does before it imports asyncio
     from kata.agent.client import AgentClient
-    from kata.engine import boot, hostroot, prepare
+    from kata.engine import binds, boot, hostroot
     from kata.engine.container import Container
     from kata.engine.sandbox import Sandbox
     from kata.engine.task_service import TaskService
@@ -269,7 +269,7 @@ def _install_serving_engine() -> None:
 
     _around(boot, "_healthy", after="create.agent")
     _around(hostroot.HostRoot, "mount", after="create.root")
-    _around(prepare.Shared, "add_all", after="create.shared")
+    _around(binds.Shared, "add_all", after="create.shared")
     _around(AgentClient, "create_container", "create.guest", "create.guest-made")
     _around(AgentClient, "start_container", "start.guest", "start.guest-started")
     _around(AgentClient, "exec_process", "exec.guest", "exec.guest-started")

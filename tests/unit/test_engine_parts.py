@@ -186,7 +186,7 @@ def guest_view(config: dict[str, Any], **changed: Any) -> dict[str, Any]:
         "rootfs": "/r",
         "bundle": "/b",
         "container_type": "single_container",
-        "sources": {"/srv/data": "/guest/data"},
+        "binds": [spec.GuestBind("/guest/data", ["rbind", "ro"])],
         "files": {"/etc/hosts": "/guest/hosts"},
         "cgroups_path": "/c",
         **changed,
@@ -231,7 +231,9 @@ def test_a_file_that_the_spec_mounts_itself_is_not_doubled() -> None:
     config["mounts"].append(
         {"destination": "/etc/hosts", "type": "bind", "source": "/h", "options": ["bind"]}
     )
-    view = guest_view(config, sources={"/srv/data": "/guest/data", "/h": "/guest/h"})
+    view = guest_view(
+        config, binds=[spec.GuestBind("/guest/data", []), spec.GuestBind("/guest/h", ["bind"])]
+    )
     assert [m["source"] for m in view["mounts"] if m["destination"] == "/etc/hosts"] == ["/guest/h"]
 
 
@@ -266,8 +268,14 @@ def test_what_cannot_be_carried_is_told() -> None:
     config["process"]["ioPriority"] = {"class": "IOPRIO_CLASS_RT", "priority": 1}
     config["process"]["user"]["umask"] = 0o22
     config["linux"]["resources"]["unified"] = {"memory.high": "1"}
-    assert set(spec.dropped(config)) == {"the I/O priority", "raw cgroup v2 settings"}
-    spec.to_message(guest_view(config))
+    config["mounts"].append(
+        {"destination": "/v", "type": "bind", "source": "/v", "options": ["rbind", "rshared"]}
+    )
+    told = {"the I/O priority", "raw cgroup v2 settings"}
+    backwards = "mount propagation from the container to the host (the other direction works)"
+    assert set(spec.dropped(config)) == told | {backwards}
+    binds = [spec.GuestBind(str(mount["source"]), mount["options"]) for mount in spec.host_binds(config)]
+    spec.to_message(guest_view(config, binds=binds))
 
 
 # ---- root file system ----

@@ -12,6 +12,7 @@ import pytest
 
 from kata import sysio
 from kata.engine import volumes
+from kata.engine.hostns import Namespaces
 from kata.engine.volumes import Share
 from kata.errors import UnsupportedError, UsageError
 from kata.journal import Journal
@@ -155,4 +156,63 @@ def test_what_cannot_be_shared_is_named(journal: Journal, tmp_path: Path) -> Non
 
     in_child(work)
     listener.close()
+    assert not journal.undo()
+
+
+def test_the_hosts_later_mounts_appear_where_they_are_wanted(journal: Journal, tmp_path: Path) -> None:
+    """As with a host whose mounts are private: only a look from its own mount namespace shows what is there."""
+    data = tmp_path / "data"
+    (data / "below").mkdir(parents=True)
+    (data / "late").mkdir()
+
+    def work() -> None:
+        sysio.mount(str(data), str(data), None, sysio.MS_BIND)
+        sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
+        host = Namespaces()
+        ready, go = os.pipe(), os.pipe()
+        child = os.fork()
+        if child:
+            # The host: it mounts something after the engine has started, and again when that has looked.
+            os.read(ready[0], 1)
+            sysio.mount(None, str(data), None, sysio.MS_SHARED)
+            sysio.mount("tmpfs", str(data / "below"), "tmpfs", 0, "")
+            (data / "below/file").write_text("below")
+            os.write(go[1], b"1")
+            os.read(ready[0], 1)
+            sysio.mount("tmpfs", str(data / "late"), "tmpfs", 0, "")
+            os.write(go[1], b"2")
+            _, status = os.waitpid(child, 0)
+            assert status == 0, "see the child's words"
+            return
+        try:
+            volumes.own_namespace()
+            share = share_of(journal)
+            os.write(ready[1], b"1")
+            os.read(go[0], 1)
+            assert not (data / "below/file").exists()
+            first, second, missing = host.open_trees([str(data), str(data), str(data / "nothing")])
+            assert isinstance(first, int)
+            assert isinstance(second, int)
+            assert isinstance(missing, FileNotFoundError)
+            follows = share.add(str(data), "follows", readonly=False, tree=first, follows=True)
+            apart = share.add(str(data), "apart", readonly=True, tree=second, whole=False)
+            assert share.has_mounts_below(apart)
+            os.write(ready[1], b"2")
+            os.read(go[0], 1)
+            for name in (follows, apart):
+                assert Path(share.path, name, "below/file").read_text() == "below"
+            assert sysio.mount_at(os.path.join(os.path.realpath(share.path), follows, "late")) is not None
+            assert sysio.mount_at(os.path.join(os.path.realpath(share.path), apart, "late")) is None
+            assert "ro" in options(os.path.join(share.path, apart))
+            assert "ro" not in options(os.path.join(share.path, apart, "below"))
+            for name in (follows, apart):
+                share.remove(name)
+            assert os.listdir(share.path) == []
+            assert (data / "below").is_dir()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    in_child(work)
     assert not journal.undo()

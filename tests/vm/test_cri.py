@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,13 @@ def running(
 
 def clean(cri: Cri) -> None:
     """Remove all pods; nothing of them may be left."""
+    networks = []
     for pod in cri("pods", "-q").split():
+        about = json.loads(cri("inspectp", pod))["info"].get("runtimeSpec") or {"linux": {"namespaces": []}}
+        networks += [one["path"] for one in about["linux"]["namespaces"] if one["type"] == "network"]
         cri("rmp", "-f", pod)
     until(lambda: not cri.daemon.sandboxes(), "no sandbox is left", cri.daemon.diagnosis, 15)
-    names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-    assert "cni-" not in names
+    assert [path for path in networks if os.path.exists(path)] == []
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +269,145 @@ def test_the_hosts_namespaces_are_refused(cri: Cri, option: str, name: str) -> N
     path.write_text(json.dumps(pod))
     cri("runp", "--runtime", "kata", str(path), code=1)
     assert f"host's {name} namespace" in cri.daemon.log.read_text()
+
+
+WHO = """\
+#include <stdio.h>
+#include <unistd.h>
+int main(void) { printf("%d\\n", geteuid()); return 0; }
+"""
+WATCH = """\
+#include <stdio.h>
+#include <sys/inotify.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+    char room[4096], *at;
+    int fd = inotify_init();
+    inotify_add_watch(fd, argv[1], IN_CREATE | IN_MOVED_TO);
+    for (;;) {
+        ssize_t got = read(fd, room, sizeof room);
+        for (at = room; at < room + got; at += sizeof(struct inotify_event) + ((struct inotify_event *)at)->len)
+            printf("%s\\n", ((struct inotify_event *)at)->name), fflush(stdout);
+    }
+}
+"""
+
+
+def _program(cri: Cri, name: str, source: str) -> Path:
+    """A program that busybox has none like."""
+    path = cri.daemon.directory / "programs" / name
+    path.parent.mkdir(exist_ok=True)
+    subprocess.run(["gcc", "-static", "-x", "c", "-", "-o", path], input=source, text=True, check=True)
+    return path
+
+
+def _volume(cri: Cri, kind: str, name: str) -> Path:
+    """A directory where a kubelet would have a volume of this kind."""
+    path = cri.daemon.directory / f"pods/uid/volumes/kubernetes.io~{kind}/{name}"
+    path.mkdir(parents=True)
+    return path
+
+
+def test_what_a_kubelet_changes_is_noticed_in_the_guest(cri: Cri) -> None:
+    source = _volume(cri, "projected", "token")
+    # Versions are directories, and a link says which one counts: the kubelet switches by renaming.
+    for version in ("1", "2"):
+        (source / f"..{version}").mkdir()
+        (source / f"..{version}/token").write_text(f"version {version}\n")
+    (source / "..data").symlink_to("..1")
+    (source / "token").symlink_to("..data/token")
+    pod = cri.pod()
+    mounts = [
+        {"container_path": "/var/token", "host_path": str(source), "readonly": True},
+        {"container_path": "/programs", "host_path": str(_program(cri, "watch", WATCH).parent)},
+    ]
+    one = cri.container(pod, "one", "/programs/watch", "/var/token", mounts=mounts)
+    assert cri("exec", "-s", one, "cat", "/var/token/token").strip() == "version 1"
+    (source / "..next").symlink_to("..2")
+    (source / "..next").rename(source / "..data")
+    until(
+        lambda: "version 2" in cri("exec", "-s", one, "cat", "/var/token/token"), "the new version is there"
+    )
+    until(lambda: "..data" in cri("logs", one), "the watcher has heard of it")
+    assert "Read-only" in cri("exec", "-s", one, "sh", "-c", "touch /var/token/x 2>&1; true")
+
+
+def test_memory_that_containers_share_is_the_guests(cri: Cri) -> None:
+    source = _volume(cri, "empty-dir", "memory")
+    subpath = cri.daemon.directory / "pods/uid/volume-subpaths/memory/two/0"
+    subpath.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m,mode=1770,gid=7", "none", source], check=True)
+    try:
+        (source / "sub").mkdir(mode=0o755)
+        subprocess.run(["mount", "--bind", source / "sub", subpath], check=True)
+        pod = cri.pod()
+        whole = [{"container_path": "/memory", "host_path": str(source)}]
+        part = [{"container_path": "/part", "host_path": str(subpath)}]
+        one = cri.container(pod, "one", "sleep", "1000", mounts=whole)
+        two = cri.container(pod, "two", "sleep", "1000", mounts=part)
+        seen = cri(
+            "exec",
+            "-s",
+            one,
+            "sh",
+            "-c",
+            "stat -fc %T /memory /dev/shm; stat -c '%a %g' /memory; df -m /memory",
+        )
+        assert seen.split()[:4] == ["tmpfs", "tmpfs", "1770", "7"]
+        assert seen.split()[-5] == "3"
+        cri("exec", "-s", two, "sh", "-c", "echo said >/part/word; echo shared >/dev/shm/word")
+        assert cri("exec", "-s", one, "cat", "/memory/sub/word", "/dev/shm/word").split() == [
+            "said",
+            "shared",
+        ]
+        # It is the pod's: a container that comes back finds it.
+        for each in (one, two):
+            cri("rm", "-f", each)
+        again = cri.container(pod, "again", "sleep", "1000", mounts=whole)
+        assert cri("exec", "-s", again, "cat", "/memory/sub/word").strip() == "said"
+        assert not (source / "sub/word").exists()
+    finally:
+        subprocess.run(["umount", subpath], check=False)
+        subprocess.run(["umount", source], check=False)
+
+
+def test_mounts_of_the_host_come_along_as_asked(cri: Cri) -> None:
+    pod = cri.pod()
+    base = cri.daemon.directory / "base"
+    for name in ("below", "late"):
+        (base / name).mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "none"]
+    subprocess.run(["mount", "--bind", base, base], check=True)
+    try:
+        # Made when the pod is already there, and shared, as volumes of storage drivers are.
+        subprocess.run(["mount", "--make-shared", base], check=True)
+        subprocess.run([*mount, base / "below"], check=True)
+        (base / "below/file").write_text("below")
+        follows = {"container_path": "/follows", "host_path": str(base), "propagation": 1}
+        apart = {"container_path": "/apart", "host_path": str(base), "readonly": True}
+        one = cri.container(pod, "one", "sleep", "1000", mounts=[follows, apart])
+        subprocess.run([*mount, base / "late"], check=True)
+        (base / "late/file").write_text("late")
+        files = ["/follows/below/file", "/follows/late/file", "/apart/below/file"]
+        assert cri("exec", "-s", one, "cat", *files).strip() == "belowlatebelow"
+        assert cri("exec", "-s", one, "ls", "/apart/late").strip() == ""
+        # Read-only is the mount that was named, and not those below it.
+        said = cri("exec", "-s", one, "sh", "-c", "echo x >/apart/below/new; touch /apart/x 2>&1; true")
+        assert "Read-only" in said
+        assert (base / "below/new").exists()
+    finally:
+        for name in ("late", "below", ""):
+            subprocess.run(["umount", "-l", base / name], check=False)
+
+
+def test_privileges_are_gained_only_where_they_may_be(cri: Cri) -> None:
+    program = _program(cri, "who", WHO)
+    program.chmod(0o4755)
+    pod = cri.pod()
+    mounts = [{"container_path": "/programs", "host_path": str(program.parent)}]
+    for name, may in (("may", True), ("not", False)):
+        context = {"run_as_user": {"value": 1000}, "no_new_privs": not may}
+        one = cri.container(pod, name, "/programs/who", mounts=mounts, linux={"security_context": context})
+        said = partial(cri, "logs", one)
+        until(said, "it has ended")
+        assert said() == ("0\n" if may else "1000\n")

@@ -194,6 +194,12 @@ pub fn fstat(fd: RawFd) -> SysResult<libc::stat> {
 }
 
 /// Follows symlinks.
+/// Locks an open file or directory, with `libc::LOCK_*`; the lock goes with the descriptor.
+pub fn flock(fd: RawFd, operation: i32) -> SysResult<()> {
+    // SAFETY: takes no memory.
+    retry(|| unsafe { syscall!(libc::SYS_flock, fd, operation) }).map(drop)
+}
+
 pub fn stat(path: impl AsRef<[u8]>) -> SysResult<libc::stat> {
     fstatat(AT_FDCWD, path, 0)
 }

@@ -19,7 +19,7 @@ from ..errors import (
     UsageError,
 )
 from ..proto import agent_pb, events_pb, google_pb
-from . import disks, prepare, rootfs, spec
+from . import binds, disks, prepare, rootfs, spec
 from .logfile import LogFile
 from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
 from .records import StateFile, rfc3339
@@ -91,7 +91,7 @@ class Container:
         self._rootfs: dict[str, Any] = sandbox.settings.get("rootfs") or {}
         if root is not None:
             self._rootfs = {"kind": "share", "source": root.path}
-        self._shared = prepare.Shared(sandbox, container_id)
+        self._shared = binds.Shared(sandbox, container_id)
         self._disks = disks.Disks(sandbox)
         self._removed = False
 
@@ -117,10 +117,10 @@ class Container:
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
-            sources = await sandbox.helper(self._shared.add_all, self.config, self._rootfs)
+            shown = await sandbox.helper(self._shared.add_all, self.config, self._rootfs)
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
-            storages = rootfs.storages(self.id, self._rootfs)
-            message = spec.to_message(self._guest_spec(sources, files.mounts))
+            storages = [*rootfs.storages(self.id, self._rootfs), *self._shared.storages]
+            message = spec.to_message(self._guest_spec(shown, files.mounts))
             shares_pids = spec.shares_pids(self.config)
             devices = await self._insert_devices()
             request = Encoded(
@@ -207,7 +207,7 @@ class Container:
         if self._root is not None:
             self._root.unmount()
 
-    def _guest_spec(self, sources: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
+    def _guest_spec(self, shown: list[spec.GuestBind], files: dict[str, str]) -> dict[str, Any]:
         for what in sorted(set(spec.dropped(self.config))):
             self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
@@ -215,7 +215,7 @@ class Container:
             rootfs=rootfs.path(self.id),
             bundle=self.bundle,
             container_type=spec.container_type(self.config),
-            sources=sources,
+            binds=shown,
             files=files,
             cgroups_path=f"/{self.id}",
         )

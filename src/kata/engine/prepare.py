@@ -1,5 +1,4 @@
-"""What a container needs before it can be made: its streams, what it sees of the host, its spec for the
-guest."""
+"""What a container needs before it can be made: its streams, and the files in /etc that nobody else gives it."""
 
 from __future__ import annotations
 
@@ -7,8 +6,7 @@ import asyncio
 import os
 
 from ..agent.streams import Input, Output
-from ..errors import ConfigError
-from . import rootfs, spec
+from . import spec
 from .stdio import open_stream
 from .streams import InputPump, OutputPump, ProcessStreams, Sink
 
@@ -17,12 +15,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
+    from .binds import Shared
     from .process import Process, Stdio
     from .sandbox import Sandbox
     from .streams import Log
-
-
-_NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
 
 
 def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> ProcessStreams:
@@ -110,72 +106,6 @@ def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str
         raise
     pump.add(fd, held_fd=held, closes=True)
     return pump
-
-
-class Shared:
-    """What one container sees of the host through the sandbox's share. Blocks: for the helper thread.
-
-    Args:
-        sandbox: Whose share it is.
-        container_id: The container.
-    """
-
-    __slots__ = ("_container_id", "_names", "_sandbox")
-
-    def __init__(self, sandbox: Sandbox, container_id: str) -> None:
-        self._sandbox = sandbox
-        self._container_id = container_id
-        self._names: list[str] = []
-
-    def add_all(self, config: dict[str, Any], root: dict[str, Any]) -> dict[str, str]:
-        """Bind the sources of the spec's bind mounts, and a root directory of the host, below the share.
-
-        Args:
-            config: The spec.
-            root: The container's ``rootfs`` object, see `rootfs.storages`.
-
-        Returns:
-            Source on the host -> path in the guest.
-
-        Raises:
-            KataError: A source cannot be shared.
-        """
-        found: dict[str, str] = {}
-        for mount in spec.host_binds(config):
-            source = mount.get("source") or ""
-            if source not in found:
-                base = os.path.basename(source.rstrip("/")) or "root"
-                readonly = "ro" in (mount.get("options") or ())
-                found[source] = self._add(source, f"{os.urandom(8).hex()}-{base}", readonly=readonly)
-        if root.get("kind") == "share":
-            share = self._sandbox.share
-            if share is None:
-                raise ConfigError(
-                    f"cannot share {root.get('source')}: the sandbox was started without a share", _NO_SHARE
-                )
-            layered = "upper_slot" in root or "upper" in root
-            name = rootfs.share_name(self._container_id)
-            self._names.append(share.add(root["source"], name, readonly=layered))
-        return found
-
-    def _add(self, source: str, name: str, *, readonly: bool) -> str:
-        share = self._sandbox.share
-        if share is None:
-            raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
-        self._names.append(share.add(source, f"{self._container_id}-{name}", readonly=readonly))
-        return f"{spec.GUEST_SHARE}/{self._names[-1]}"
-
-    def add_file(self, name: str, content: bytes) -> None:
-        """Show the guest a small file, writable, below its share directory."""
-        assert self._sandbox.share is not None
-        self._names.append(self._sandbox.share.add_file(name, content))
-
-    def remove_all(self) -> None:
-        """Take everything back."""
-        if self._sandbox.share is not None:
-            for name in reversed(self._names):
-                self._sandbox.share.remove(name)
-        self._names.clear()
 
 
 class EtcFiles:

@@ -15,7 +15,7 @@ from ..proto.codec import DecodeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any, TypeVar
 
     from ..proto import oci_pb
@@ -136,6 +136,21 @@ NOT_CARRIED = {
 """Keys that the agent protocol has no field for, and what a person calls them."""
 
 
+class GuestBind:
+    """What a bind mount of the spec is in the guest.
+
+    Args:
+        source: The path there.
+        options: Its options there.
+    """
+
+    __slots__ = ("options", "source")
+
+    def __init__(self, source: str, options: list[str]) -> None:
+        self.source = source
+        self.options = options
+
+
 def is_bind(mount: Mapping[str, Any]) -> bool:
     """Whether a mount of the spec takes its content from a path."""
     options = mount.get("options") or ()
@@ -153,7 +168,7 @@ def for_guest(
     rootfs: str,
     bundle: str,
     container_type: str,
-    sources: Mapping[str, str],
+    binds: Sequence[GuestBind],
     files: Mapping[str, str],
     cgroups_path: str,
 ) -> dict[str, Any]:
@@ -164,7 +179,7 @@ def for_guest(
         rootfs: The root directory in the guest.
         bundle: The bundle's path, for the annotation.
         container_type: ``single_container``, ``pod_sandbox`` or ``pod_container``.
-        sources: Source on the host -> where it is in the guest, for each of `host_binds`.
+        binds: What each of `host_binds` is in the guest, in their order.
         files: Destination -> guest path of files that every container gets (``/etc/hosts``), unless the spec
             mounts something there itself.
         cgroups_path: The container's cgroup in the guest.
@@ -179,10 +194,12 @@ def for_guest(
     out = dict(spec)
     out["root"] = {"path": rootfs, "readonly": bool((spec.get("root") or {}).get("readonly"))}
     mounts = []
+    rest = iter(binds)
     for mount in spec.get("mounts") or ():
         changed = {key: mount[key] for key in ("destination", "type", "source", "options") if mount.get(key)}
         if is_bind(mount):
-            changed["source"] = sources[mount["source"]]
+            bind = next(rest)
+            changed["source"], changed["options"] = bind.source, bind.options
         mounts.append(changed)
     taken = {mount.get("destination") for mount in mounts}
     mounts += [
@@ -245,6 +262,9 @@ def dropped(spec: object) -> Iterator[str]:
             if key in NOT_CARRIED:
                 if (key, value) not in (("umask", 0o22), ("defaultErrnoRet", 1)):
                     yield NOT_CARRIED[key]
+            elif key == "options" and isinstance(value, list):
+                if "rshared" in value or "shared" in value:
+                    yield "mount propagation from the container to the host (the other direction works)"
             elif key not in _MAPS:
                 yield from dropped(value)
     elif isinstance(spec, list):

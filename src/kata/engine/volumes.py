@@ -57,6 +57,11 @@ def own_namespace() -> None:
         ) from error
 
 
+def absent(source: str, error: OSError) -> UsageError:
+    """What is said when a volume's path leads nowhere."""
+    return UsageError(f"cannot use the volume {source}: {error.strerror}", "check the path before the colon")
+
+
 class Share:
     """The share of one sandbox.
 
@@ -97,13 +102,26 @@ class Share:
         except OSError as error:
             raise HostError(f"cannot prepare the sandbox's share {self.path}: {error.strerror}") from error
 
-    def add(self, source: str, name: str, *, readonly: bool) -> str:
+    def add(
+        self,
+        source: str,
+        name: str,
+        *,
+        readonly: bool,
+        tree: int = -1,
+        follows: bool = False,
+        whole: bool = True,
+    ) -> str:
         """Show a directory or file of the host to the guest.
 
         Args:
             source: Its path; symbolic links in it are followed, here and now.
             name: What the guest sees below its share directory; one path component or ``<id>/rootfs``.
             readonly: Whether the guest may only read it.
+            tree: A copy of the mounts there (`hostns.Namespaces.open_trees`), where the path alone does not lead to
+                what the host sees.
+            follows: Whether what the host mounts below it later appears as well (``rslave``).
+            whole: Whether *readonly* is meant for the mounts below it, too.
 
         Returns:
             *name*, shortened if need be.
@@ -114,12 +132,10 @@ class Share:
             HostError: It cannot be mounted.
         """
         try:
-            real = os.path.realpath(source, strict=True)
-            mode = os.stat(real).st_mode
+            real = source if tree >= 0 else os.path.realpath(source, strict=True)
+            mode = (os.fstat(tree) if tree >= 0 else os.stat(real)).st_mode
         except OSError as error:
-            raise UsageError(
-                f"cannot use the volume {source}: {error.strerror}", "check the path before the colon"
-            ) from None
+            raise absent(source, error) from None
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             kind = "a socket" if stat.S_ISSOCK(mode) else "a fifo" if stat.S_ISFIFO(mode) else "a device"
             raise UnsupportedError(
@@ -137,19 +153,28 @@ class Share:
             # A file server has a mount namespace of its own, where only what is being mounted arrives, with the
             # flags that it has at that moment: so it is restricted before it is moved to its place.
             staged = os.path.join(self._staged, "directory" if stat.S_ISDIR(mode) else "file")
-            sysio.mount(real, staged, None, sysio.MS_BIND | sysio.MS_REC)
+            if tree >= 0:
+                sysio.move_mount(tree, staged)
+            else:
+                sysio.mount(real, staged, None, sysio.MS_BIND | sysio.MS_REC)
             try:
-                sysio.mount(None, staged, None, sysio.MS_REC | sysio.MS_PRIVATE)
-                self._restrict(staged, readonly=readonly)
+                # Ours must not travel back to the host; further ones of the host's only appear if they are wanted.
+                kind_of = sysio.MS_SLAVE if follows else sysio.MS_PRIVATE
+                sysio.mount(None, staged, None, sysio.MS_REC | kind_of)
+                self._restrict(staged, readonly=readonly, whole=whole)
+                # There it is shared anew, with the other faces alone, so that it also goes from all of them.
                 self._journal.make_mount(staged, target, None, sysio.MS_MOVE)
             except BaseException:
                 sysio.umount2(staged, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
                 raise
-            # Further mounts of the host below it must not appear later, nor ours travel back.
-            sysio.mount(None, target, None, sysio.MS_REC | sysio.MS_PRIVATE)
         except OSError as error:
             raise HostError(f"cannot share {source} with the guest: {error.strerror}") from error
         return name
+
+    def has_mounts_below(self, name: str) -> bool:
+        """Whether what `add` showed under a name consists of several mounts."""
+        base = os.path.join(os.path.realpath(self.path), name) + "/"
+        return any(entry.target.startswith(base) for entry in sysio.mounts())
 
     def add_file(self, name: str, content: bytes, mode: int = 0o644) -> str:
         """Show the guest a small file of the engine's own, writable there; returns *name*.
@@ -185,16 +210,18 @@ class Share:
                     pass
 
     @staticmethod
-    def _restrict(path: str, *, readonly: bool) -> None:
-        """nosuid, nodev and maybe read-only, on the mount at *path* and every one below it.
+    def _restrict(path: str, *, readonly: bool, whole: bool = True) -> None:
+        """nosuid, nodev and maybe read-only, on the mount at *path* and every one below it; read-only on those below
+        only if the *whole* is to be.
 
         Flags of a bind mount belong to each mount and are all given anew at a remount (mount(2),
         MS_REMOUNT)."""
         base = os.path.realpath(path)
-        added = sysio.MS_NOSUID | sysio.MS_NODEV | (sysio.MS_RDONLY if readonly else 0)
         for entry in sysio.mounts():
             if entry.target == base or entry.target.startswith(base + "/"):
-                flags = added
+                flags = sysio.MS_NOSUID | sysio.MS_NODEV
+                if readonly and (whole or entry.target == base):
+                    flags |= sysio.MS_RDONLY
                 for option in entry.options.split(","):
                     flags |= OPTION_FLAGS.get(option, 0)
                 sysio.mount(None, entry.target, None, sysio.MS_REMOUNT | sysio.MS_BIND | flags)

@@ -1,0 +1,224 @@
+"""What a container sees of the host: the bind mounts of its spec, and what each becomes in the guest.
+
+Most are shown live through the sandbox's share. Three kinds are not, because a share cannot be what they are:
+
+* ``/dev/shm`` of a pod, and a Kubernetes volume in memory (``emptyDir`` with ``medium: Memory``), are memory that
+  processes map together, which takes one kernel: they become a tmpfs of the guest, of the same size, which lives as
+  long as the sandbox. Nothing is lost by that, since only the pod's containers use them.
+* Kubernetes' volumes whose content changes under a running container (ConfigMaps, secrets, projected tokens and the
+  downward API) are copied by the agent whenever they do, so that whoever watches them there hears of it (inotify).
+
+Sources: a kubelet's directory (``pods/UID/volumes/kubernetes.io~KIND/NAME``, ``pods/UID/volume-subpaths``);
+runtime-spec config.md, "Mounts"; mount_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+
+from .. import sysio
+from ..errors import ConfigError, HostError
+from ..proto.agent_pb import Storage
+from . import rootfs, spec
+from .volumes import absent
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from .sandbox import Sandbox
+
+_SANDBOX = f"{spec.GUEST_RUN}/sandbox"
+"""Storages below it are made once and last as long as the sandbox; the agent knows this path, too."""
+_CHANGING = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?$")
+_IN_MEMORY = "/kubernetes.io~empty-dir/"
+_FOLLOWS = frozenset({"slave", "rslave", "shared", "rshared"})
+_RECURSIVELY_READONLY = "rro"
+_NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
+
+
+class Shared:
+    """What one container sees of the host. Blocks: for the helper thread.
+
+    Args:
+        sandbox: Whose share it is.
+        container_id: The container.
+
+    Attributes:
+        storages: What the agent is to mount for the container's binds, in this order.
+    """
+
+    __slots__ = ("_container_id", "_names", "_sandbox", "storages")
+
+    def __init__(self, sandbox: Sandbox, container_id: str) -> None:
+        self._sandbox = sandbox
+        self._container_id = container_id
+        self._names: list[str] = []
+        self.storages: list[Storage] = []
+
+    def add_all(self, config: dict[str, Any], root: dict[str, Any]) -> list[spec.GuestBind]:
+        """Bind the sources of the spec's bind mounts, and a root directory of the host, below the share.
+
+        Args:
+            config: The spec.
+            root: The container's ``rootfs`` object, see `rootfs.storages`.
+
+        Returns:
+            What each of `spec.host_binds` is in the guest.
+
+        Raises:
+            KataError: A source cannot be shared.
+        """
+        binds = spec.host_binds(config)
+        here = sysio.mounts() if binds else []
+        found: list[spec.GuestBind | None] = [self._in_memory(mount, here) for mount in binds]
+        rest = [number for number, bind in enumerate(found) if bind is None]
+        trees = self._trees([str(binds[number].get("source") or "") for number in rest], here)
+        try:
+            for number, tree in zip(rest, trees, strict=True):
+                found[number] = self._shown(binds[number], tree)
+        finally:
+            for tree in trees:
+                if isinstance(tree, int) and tree >= 0:
+                    os.close(tree)
+        if root.get("kind") == "share":
+            share = self._sandbox.share
+            if share is None:
+                raise ConfigError(
+                    f"cannot share {root.get('source')}: the sandbox was started without a share", _NO_SHARE
+                )
+            layered = "upper_slot" in root or "upper" in root
+            name = rootfs.share_name(self._container_id)
+            self._names.append(share.add(root["source"], name, readonly=layered))
+        return [bind for bind in found if bind is not None]
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Show the guest a small file, writable, below its share directory."""
+        assert self._sandbox.share is not None
+        self._names.append(self._sandbox.share.add_file(name, content))
+
+    def remove_all(self) -> None:
+        """Take everything back."""
+        if self._sandbox.share is not None:
+            for name in reversed(self._names):
+                self._sandbox.share.remove(name)
+        self._names.clear()
+
+    # ---- shown live ----
+
+    def _trees(self, sources: Sequence[str], here: list[sysio.MountInfo]) -> list[int | OSError]:
+        """For each source whose mounts we may not see as the host does a copy of what the host sees, else -1."""
+        host = self._sandbox.machine.host
+        found: list[int | OSError] = [-1] * len(sources)
+        # One that a person started this very moment has the same mounts.
+        wanted = [n for n, source in enumerate(sources) if host is not None and not _is_live(source, here)]
+        if host is None or not wanted:
+            return found
+        try:
+            trees = host.open_trees([sources[number] for number in wanted])
+        except OSError as error:
+            raise HostError(f"cannot look at the volumes on the host: {error.strerror}") from error
+        for number, tree in zip(wanted, trees, strict=True):
+            found[number] = tree
+        return found
+
+    def _shown(self, mount: dict[str, Any], tree: int | OSError) -> spec.GuestBind:
+        source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
+        share = self._sandbox.share
+        if share is None:
+            raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
+        if isinstance(tree, OSError):
+            raise absent(source, tree)
+        recursive = _RECURSIVELY_READONLY in options
+        readonly = recursive or "ro" in options
+        base = os.path.basename(source.rstrip("/")) or "root"
+        name = share.add(
+            source,
+            f"{self._container_id}-{os.urandom(8).hex()}-{base}",
+            readonly=readonly,
+            tree=tree,
+            follows=not _FOLLOWS.isdisjoint(options),
+            whole=recursive or self._sandbox.is_human,
+        )
+        self._names.append(name)
+        place = f"{spec.GUEST_SHARE}/{name}"
+        if _CHANGING.search(source):
+            copy = f"{spec.GUEST_RUN}/{self._container_id}/followed/{len(self.storages)}"
+            self.storages.append(
+                Storage(driver="watchable-bind", source=place, fstype="bind", mount_point=copy)
+            )
+            return spec.GuestBind(copy, options)
+        if readonly and not recursive and not self._sandbox.is_human and share.has_mounts_below(name):
+            # In the guest it is one mount: read-only there would be the mounts below it, too. The host keeps
+            # the guest from writing where it must not.
+            options = [option for option in options if option != "ro"]
+        return spec.GuestBind(place, options)
+
+    # ---- memory of the guest's ----
+
+    def _in_memory(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
+        """The tmpfs that stands for one of the host's; None for any other mount."""
+        source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
+        is_shm = os.path.normpath(str(mount.get("destination"))) == "/dev/shm"
+        if not (is_shm or "/volume-subpaths/" in source or _IN_MEMORY in source):
+            return None
+        real = os.path.realpath(source)
+        at = _mount_of(real, here)
+        if at is None or at.fstype != "tmpfs":
+            return None
+        volume = next(
+            (
+                one
+                for one in here
+                if one.device == at.device and _IN_MEMORY in one.target and one.root == "/"
+            ),
+            None,
+        )
+        if volume is not None:
+            inner = os.path.normpath(f"{at.root}/{os.path.relpath(real, at.target)}").lstrip("/")
+            place = f"{_SANDBOX}/ephemeral/{at.device.replace(':', '-')}"
+            self.storages.append(_tmpfs(volume.target, place))
+            if inner:
+                mode = stat.S_IMODE(os.stat(real).st_mode)
+                place = f"{place}/{inner}"
+                self.storages.append(Storage(driver="local", options=[f"mode={mode:o}"], mount_point=place))
+            return spec.GuestBind(place, options)
+        if is_shm and at.target == real:
+            self.storages.append(_tmpfs(real, f"{_SANDBOX}/shm"))
+            return spec.GuestBind(f"{_SANDBOX}/shm", options)
+        return None
+
+
+def _tmpfs(like: str, mount_point: str) -> Storage:
+    about, size = os.stat(like), os.statvfs(like)
+    options = [
+        *("nosuid", "nodev"),
+        f"mode={stat.S_IMODE(about.st_mode):o}",
+        f"uid={about.st_uid}",
+        f"gid={about.st_gid}",
+    ]
+    if size.f_blocks:
+        options.append(f"size={size.f_blocks * size.f_frsize}")
+    return Storage(
+        driver="ephemeral", source="tmpfs", fstype="tmpfs", options=options, mount_point=mount_point
+    )
+
+
+def _mount_of(path: str, here: list[sysio.MountInfo]) -> sysio.MountInfo | None:
+    """The mount that a path without symbolic links is on."""
+    best = None
+    for entry in here:
+        holds = path == entry.target or path.startswith(entry.target.rstrip("/") + "/")
+        # Of two at one place the later one is uppermost.
+        if holds and (best is None or len(entry.target) >= len(best.target)):
+            best = entry
+    return best
+
+
+def _is_live(source: str, here: list[sysio.MountInfo]) -> bool:
+    """Whether what the host mounts at or above a path, or has mounted there, appears in our mount namespace."""
+    at = _mount_of(os.path.realpath(source), here)
+    return at is not None and "master:" in at.propagation

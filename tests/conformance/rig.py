@@ -1,0 +1,142 @@
+"""Where critest runs: containerd with both runtimes, CNI, a registry on loopback, all in a network namespace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO
+
+import images
+from containerd_support import Containerd, until
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = Path("/usr/lib/cni")
+PORT = 5000
+CRI = 'plugins."io.containerd.grpc.v1.cri"'
+
+
+class Rig:
+    """Everything that critest needs besides itself.
+
+    Args:
+        directory: With a short path, empty.
+        guest: The guest's directory.
+        name: Of the network namespace; unique on this machine.
+    """
+
+    def __init__(self, directory: Path, guest: Path, name: str) -> None:
+        self.directory = directory
+        self.netns = name
+        self.inside = ["nsenter", f"--net=/run/netns/{name}"]
+        self.daemon = Containerd(directory, guest)
+        self.daemon.around = self.inside
+        self.endpoint = f"unix://{self.daemon.socket}"
+        self._registry: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._configure()
+
+    def _configure(self) -> None:
+        bridge = {
+            "type": "bridge",
+            "bridge": "kc0",
+            "isGateway": True,
+            "hairpinMode": True,
+            "ipMasq": True,
+            "ipam": {
+                "type": "host-local",
+                "ranges": [[{"subnet": "10.89.7.0/24"}]],
+                "routes": [{"dst": "0.0.0.0/0"}],
+                "dataDir": str(self.directory / "ipam"),
+            },
+        }
+        ports = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
+        networks = self.directory / "net.d"
+        networks.mkdir()
+        (networks / "10-kc.conflist").write_text(
+            json.dumps({"cniVersion": "0.4.0", "name": "kc", "plugins": [bridge, ports]})
+        )
+        for registry in ("registry.k8s.io", "gcr.io"):
+            hosts = self.directory / "mirrors" / registry
+            hosts.mkdir(parents=True)
+            (hosts / "hosts.toml").write_text(
+                f'server = "https://{registry}"\n[host."http://127.0.0.1:{PORT}"]\n'
+                'capabilities = ["pull", "resolve"]\n'
+            )
+        self.daemon.configure(
+            [],
+            f"""
+[{CRI}]
+sandbox_image = "{images.PAUSE}"
+restrict_oom_score_adj = true
+[{CRI}.registry]
+config_path = "{self.directory}/mirrors"
+[{CRI}.cni]
+bin_dir = "{PLUGINS}"
+conf_dir = "{networks}"
+[{CRI}.containerd]
+default_runtime_name = "runc"
+[{CRI}.containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[{CRI}.containerd.runtimes.kata]
+runtime_type = "io.containerd.kata.v2"
+privileged_without_host_devices = true
+pod_annotations = ["io.katacontainers.*"]
+""",
+        )
+
+    def start(self) -> None:
+        """Start everything.
+
+        Raises:
+            RuntimeError: A program is missing.
+            subprocess.CalledProcessError: A step failed.
+        """
+        subprocess.run(["ip", "netns", "add", self.netns], check=True)
+        subprocess.run(["ip", "-n", self.netns, "link", "set", "lo", "up"], check=True)
+        self._start_registry()
+        with tempfile.TemporaryDirectory(dir=self.directory) as work:
+            self._fill(Path(work))
+        self.daemon.start()
+
+    def _start_registry(self) -> None:
+        config = self.directory / "registry.yml"
+        config.write_text(
+            "version: 0.1\nlog: {level: error}\n"
+            f"storage: {{filesystem: {{rootdirectory: {self.directory}/registry}}}}\n"
+            f"http: {{addr: '127.0.0.1:{PORT}'}}\n"
+        )
+        self._log = open(self.directory / "registry.log", "wb")  # noqa: SIM115 - closed by stop
+        self._registry = subprocess.Popen(
+            [*self.inside, "docker-registry", "serve", str(config)], stdout=self._log, stderr=self._log
+        )
+        listens = [*self.inside, "ss", "-Hltn", f"sport = :{PORT}"]
+        until(
+            lambda: subprocess.run(listens, capture_output=True, check=True).stdout, "the registry listens"
+        )
+
+    def _fill(self, work: Path) -> None:
+        """Bring the images into the registry."""
+        for number, (name, image) in enumerate(images.wanted(work).items()):
+            layout = work / str(number)
+            images.write(image, ROOT / "build/images/busybox", layout)
+            _, _, path = name.partition("/")
+            copy = ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{layout}"]
+            subprocess.run([*self.inside, *copy, f"docker://127.0.0.1:{PORT}/{path}"], check=True)
+            shutil.rmtree(layout)
+
+    def stop(self) -> None:
+        """End everything; what cannot be ended is said on standard error."""
+        left = self.daemon.sandboxes()
+        if left:
+            sys.stderr.write(f"sandboxes are left: {', '.join(left)}\n")
+        self.daemon.stop()
+        if self._registry is not None:
+            self._registry.terminate()
+            self._registry.wait(30)
+        if self._log is not None:
+            self._log.close()
+        subprocess.run(["ip", "netns", "delete", self.netns], check=False)

@@ -1,0 +1,138 @@
+"""What becomes of a spec's bind mounts: which are shared live, which are memory or copies in the guest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from test_engine_volumes import in_child, share_of
+
+from kata import sysio
+from kata.engine.binds import Shared
+from kata.engine.spec import GUEST_RUN, GUEST_SHARE
+from kata.journal import Journal
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
+
+
+def shared(journal: Journal) -> Shared:
+    sandbox = SimpleNamespace(share=share_of(journal), machine=SimpleNamespace(host=None), is_human=False)
+    return Shared(cast(Any, sandbox), "c1")
+
+
+def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
+    return {
+        "type": "bind",
+        "source": str(source),
+        "destination": destination,
+        "options": ["rbind", *options],
+    }
+
+
+def test_one_source_read_only_and_writable(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+
+    def work() -> None:
+        one = shared(journal)
+        mounts = [bind(tmp_path / "data", "/a", "ro"), bind(tmp_path / "data", "/b", "rw")]
+        places = [found.source for found in one.add_all({"mounts": mounts}, {})]
+        names = [place.removeprefix(f"{GUEST_SHARE}/") for place in places]
+        root = Path(os.path.dirname(journal.path), "share")
+        with pytest.raises(OSError, match="Read-only"):
+            (root / names[0] / "x").touch()
+        (root / names[1] / "x").touch()
+        one.remove_all()
+        assert os.listdir(root) == []
+
+    in_child(work)
+    assert not journal.undo()
+
+
+def test_memory_becomes_the_guests(journal: Journal, tmp_path: Path) -> None:
+    volume = tmp_path / "pods/u/volumes/kubernetes.io~empty-dir/cache"
+    part = tmp_path / "pods/u/volume-subpaths/cache/c/0"
+    shm, plain = tmp_path / "shm", tmp_path / "plain"
+    for directory in (volume, part, shm, plain):
+        directory.mkdir(parents=True)
+
+    def work() -> None:
+        sysio.mount("tmpfs", str(volume), "tmpfs", 0, "size=1m,mode=700,uid=5,gid=6")
+        (volume / ".sub").mkdir(mode=0o750)
+        sysio.mount(str(volume / ".sub"), str(part), None, sysio.MS_BIND)
+        sysio.mount("tmpfs", str(shm), "tmpfs", 0, "size=2m,mode=1777")
+        device = cast(sysio.MountInfo, sysio.mount_at(str(volume))).device.replace(":", "-")
+        one = shared(journal)
+        mounts = [
+            bind(volume, "/cache"),
+            bind(part, "/part", "ro"),
+            bind(shm, "/dev/shm"),
+            bind(plain, "/plain"),
+            # A tmpfs of the host's that is neither stays the host's.
+            bind(shm, "/elsewhere"),
+        ]
+        found = one.add_all({"mounts": mounts}, {})
+        memory = f"{GUEST_RUN}/sandbox/ephemeral/{device}"
+        assert [each.source for each in found[:3]] == [memory, f"{memory}/.sub", f"{GUEST_RUN}/sandbox/shm"]
+        assert all(each.source.startswith(GUEST_SHARE) for each in found[3:])
+        assert found[1].options == ["rbind", "ro"]
+        told = [(each.driver, each.mount_point, list(each.options)[2:]) for each in one.storages]
+        sized = ["mode=700", "uid=5", "gid=6", f"size={1 << 20}"]
+        assert told == [
+            ("ephemeral", memory, sized),
+            ("ephemeral", memory, sized),
+            ("local", f"{memory}/.sub", []),
+            ("ephemeral", f"{GUEST_RUN}/sandbox/shm", ["mode=1777", "uid=0", "gid=0", f"size={2 << 20}"]),
+        ]
+        assert one.storages[2].options == ["mode=750"]
+
+    in_child(work)
+    assert not journal.undo()
+
+
+def test_what_changes_is_followed(journal: Journal, tmp_path: Path) -> None:
+    kinds = ("configmap", "secret", "projected", "downward-api", "nfs")
+    paths = [tmp_path / f"volumes/kubernetes.io~{kind}/v" for kind in kinds]
+    for path in paths:
+        path.mkdir(parents=True)
+
+    def work() -> None:
+        one = shared(journal)
+        found = one.add_all({"mounts": [bind(path, f"/{path.parent.name}") for path in paths]}, {})
+        copies = [storage.mount_point for storage in one.storages]
+        assert [each.source for each in found[:4]] == copies
+        assert len(set(copies)) == 4
+        assert {storage.driver for storage in one.storages} == {"watchable-bind"}
+        assert all(storage.source.startswith(GUEST_SHARE) for storage in one.storages)
+        assert found[4].source.startswith(GUEST_SHARE)
+
+    in_child(work)
+    assert not journal.undo()
+
+
+def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "data/below").mkdir(parents=True)
+
+    def work() -> None:
+        sysio.mount("tmpfs", str(tmp_path / "data/below"), "tmpfs", 0, "")
+        one = shared(journal)
+        mounts = [bind(tmp_path / "data", "/a", "ro"), bind(tmp_path / "data", "/b", "ro", "rro")]
+        plain, whole = one.add_all({"mounts": mounts}, {})
+        # The guest sees one mount where there are two: the host itself keeps it from writing to the upper one.
+        assert plain.options == ["rbind"]
+        assert whole.options == ["rbind", "ro", "rro"]
+        root = Path(os.path.dirname(journal.path), "share")
+        (root / os.path.basename(plain.source) / "below/x").touch()
+        for path in (root / os.path.basename(plain.source), root / os.path.basename(whole.source) / "below"):
+            with pytest.raises(OSError, match="Read-only"):
+                (path / "y").touch()
+
+    in_child(work)
+    assert not journal.undo()
