@@ -94,7 +94,7 @@ impl Agent {
             self.serve_readers(to.process, usize::from(which));
         }
         if last {
-            self.end_internal(to.process);
+            self.end_internal(to.process, true);
         }
         Ok(())
     }
@@ -104,7 +104,7 @@ impl Agent {
         let gone: Vec<Key> = self.attachments.range((conn, 0)..=(conn, u32::MAX)).map(|(_, a)| a.process).collect();
         self.attachments.retain(|(of, _), _| *of != conn);
         for key in gone {
-            self.end_internal(key);
+            self.end_internal(key, false);
         }
     }
 

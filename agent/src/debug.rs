@@ -88,11 +88,13 @@ impl Agent {
         self.begin_stream(call, key, false, Some(0), first.credit)
     }
 
-    /// The reader of a console or a log is gone.
-    pub fn end_internal(&mut self, key: Key) {
+    /// The other side of a console, a log or a connection is gone. With `flush`, what it has still said is delivered.
+    pub fn end_internal(&mut self, key: Key, flush: bool) {
         let Some(process) = self.processes.get(&key).filter(|p| p.is_internal()) else { return };
         if process.pid == 0 {
-            self.drop_process(key);
+            if !flush || process.input.raw().is_none() {
+                self.drop_process(key);
+            }
         } else {
             // Its end comes as any other's.
             process.kill();

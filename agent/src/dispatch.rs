@@ -4,7 +4,7 @@ use crate::agent::Agent;
 use crate::jobs::Then;
 use crate::policy::Policy;
 use crate::prelude::*;
-use crate::proto::codec::{DecodeError, Message};
+use crate::proto::codec::Message;
 use crate::proto::health::{HealthCheckResponse, VersionCheckResponse, HEALTH_CHECK_RESPONSE_SERVING_STATUS_SERVING};
 use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
@@ -19,7 +19,7 @@ const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What the agent can beyond the protocol.
 const EXTRA_FEATURES: &[&str] =
-    &["kata.boot", "kata.debug", "kata.files", "kata.policy", "kata.processes", "kata.streams", "seccomp"];
+    &["kata.boot", "kata.debug", "kata.dial", "kata.files", "kata.policy", "kata.processes", "kata.streams", "seccomp"];
 
 /// `Ok(None)`: the answer comes later.
 type Outcome = Result<Option<Vec<u8>>>;
@@ -47,6 +47,10 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
         },
         agentext::STREAMS => match request.method {
             "Attach" => agent.attach(call, &parse_piece(request.payload)?).map(|()| None),
+            _ => unknown(request),
+        },
+        agentext::DIAL => match request.method {
+            "Tcp" => agent.dial(call, &parse_piece(request.payload)?).map(|()| None),
             _ => unknown(request),
         },
         agentext::DEBUG => match request.method {
@@ -294,10 +298,7 @@ fn details(request: &pb::GuestDetailsRequest) -> Outcome {
 }
 
 fn decode<M: Message>(request: &Request) -> Result<M> {
-    M::decode(request.payload).map_err(|error| match error {
-        DecodeError::TooBig => Error::exhausted(format!("{} request: {error}", request.method)),
-        _ => Error::invalid(format!("malformed {} request: {error}", request.method)),
-    })
+    M::decode(request.payload).map_err(|e| Error::invalid(format!("malformed {} request: {e}", request.method)))
 }
 
 fn job(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<()>) -> Outcome {

@@ -24,6 +24,7 @@ pub mod copyfile;
 pub mod debug;
 pub mod devices;
 pub mod devices_bpf;
+pub mod dial;
 pub mod dispatch;
 pub mod errors;
 pub mod files;

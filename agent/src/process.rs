@@ -9,7 +9,6 @@ use crate::proto::codec::Message;
 use crate::runtime::launch::Stdio;
 use crate::runtime::report;
 use crate::server::calls::CallId;
-use crate::server::conn::Conn;
 use crate::server::frame;
 use crate::streams::{Input, Output, Read, Written};
 use crate::sys::{self, Errno, Fd, Pid};
@@ -129,6 +128,11 @@ impl Process {
 
     pub fn is_internal(&self) -> bool {
         self.container.is_empty()
+    }
+
+    /// A stream in both directions with no process behind it.
+    pub fn is_connection(&self) -> bool {
+        self.is_internal() && self.pid == 0 && self.exec_id == "dial"
     }
 
     pub fn is_alive(&self) -> bool {
@@ -390,6 +394,10 @@ impl Agent {
         if let Some((call, credit)) = credit {
             self.give_credit(call, credit);
         }
+        // A connection without its sending direction is over.
+        if self.processes.get(&key).is_some_and(|p| p.is_connection() && p.input.raw().is_none()) {
+            self.drop_process(key);
+        }
     }
 
     pub fn on_output(&mut self, key: Key, which: u8) {
@@ -417,21 +425,13 @@ impl Agent {
             if process.phase == Phase::Building && output.raw().is_none() {
                 return;
             }
-            let plenty = taker.streaming && output.has_plenty();
             let conn = self.connection(reply.conn);
-            let is_full = |c: &&mut Conn| if taker.streaming { !c.takes_bulk() } else { c.is_full() };
-            if conn.as_ref().is_some_and(is_full) {
+            if conn.is_some_and(|c| if taker.streaming { !c.takes_bulk() } else { c.is_full() }) {
                 self.stalled.push((key, which as u8));
                 return;
             }
-            let pipe = conn.filter(|_| plenty).and_then(Conn::pipe);
             let Some(process) = self.processes.get_mut(&key) else { return };
             let output = &mut process.outputs[which];
-            if let Some(moved) = pipe.and_then(|pipe| output.move_into(taker.len, pipe)) {
-                output.served(taker, Some(moved));
-                self.send_outgoing(reply.conn, frame::data_frame_before(reply.stream, moved));
-                continue;
-            }
             match output.read(taker.len) {
                 Read::Wait => {
                     if let Some(fd) = output.raw() {

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -411,3 +412,65 @@ def test_privileges_are_gained_only_where_they_may_be(cri: Cri) -> None:
         said = partial(cri, "logs", one)
         until(said, "it has ended")
         assert said() == ("0\n" if may else "1000\n")
+
+
+def _forwarded(cri: Cri, pod: str, port: int, data: bytes = b"") -> bytes:
+    """What a guest's server says to `data` through ``crictl port-forward``."""
+    local = 20000 + os.getpid() % 10000
+    socket_path = f"unix://{cri.daemon.socket}"
+    command = ["crictl", "-r", socket_path, "-i", socket_path, "port-forward", pod, f"{local}:{port}"]
+    process = subprocess.Popen(
+        [*cri.daemon.around, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    try:
+        assert b"Forwarding from" in process.stdout.readline()
+        # Where crictl listens: in the daemon's network namespace.
+        client = (
+            "import socket, sys, threading\n"
+            f"s = socket.create_connection(('127.0.0.1', {local}), 60)\n"
+            "threading.Thread(target=s.sendall, args=(sys.stdin.buffer.read(),), daemon=True).start()\n"
+            "data = b''\n"
+            "while piece := s.recv(65536): data += piece\n"
+            "sys.stdout.buffer.write(data)"
+        )
+        done = subprocess.run(
+            [*cri.daemon.around, sys.executable, "-c", client],
+            input=data,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode() + cri.daemon.diagnosis()
+        return done.stdout
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stdout.close()
+
+
+def test_port_forward_reaches_the_guests_loopback(cri: Cri) -> None:
+    pod = cri.pod()
+    serve = "mkdir /w; echo served >/w/f; busybox httpd -p {}:{} -h /w; "
+    script = (
+        serve.format("127.0.0.1", 8080) + serve.format("[::1]", 8081) + "exec nc -ll -p 7 -e head -c 3000000"
+    )
+    one = cri.container(pod, "one", "sh", "-c", script)
+    until(
+        lambda: ":7 " in cri("exec", "-s", one, "netstat", "-ltn"),
+        "all servers listen",
+        cri.daemon.diagnosis,
+    )
+    request = b"GET /f HTTP/1.0\r\n\r\n"
+    for port in (8080, 8081):
+        answer = _forwarded(cri, pod[0], port, request)
+        assert answer.endswith(b"\r\n\r\nserved\n"), answer
+    # More than windows and buffers hold, both ways at once.
+    data = os.urandom(3_000_000)
+    assert _forwarded(cri, pod[0], 7, data) == data
+    # Nobody listens there: that ends, and harms nothing.
+    assert _forwarded(cri, pod[0], 81) == b""
+    assert _forwarded(cri, pod[0], 8080, request).endswith(b"served\n")

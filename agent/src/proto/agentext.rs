@@ -24,6 +24,11 @@ pub const STREAMS: &str = "kata.agent.v1.Streams";
 /// Its methods.
 pub const STREAMS_METHODS: &[&str] = &["Attach"];
 
+/// Connections to what listens on the guest's loopback.
+pub const DIAL: &str = "kata.agent.v1.Dial";
+/// Its methods.
+pub const DIAL_METHODS: &[&str] = &["Tcp"];
+
 /// For those who look into a guest.
 pub const DEBUG: &str = "kata.agent.v1.Debug";
 /// Its methods.
@@ -36,6 +41,8 @@ pub struct StreamPiece {
     pub credit: u32,
     /// In the first piece: whose stream.
     pub target: Option<Box<StreamTarget>>,
+    /// In the first piece of a Dial.
+    pub port: u32,
 }
 
 impl Message for StreamPiece {
@@ -43,6 +50,7 @@ impl Message for StreamPiece {
         codec::put_bytes(out, 1, &self.data);
         codec::put_uint32(out, 2, self.credit);
         codec::put_message(out, 3, &self.target);
+        codec::put_uint32(out, 4, self.port);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -50,6 +58,7 @@ impl Message for StreamPiece {
             1 => codec::get_bytes(field, &mut self.data)?,
             2 => codec::get_uint32(field, &mut self.credit)?,
             3 => codec::get_message(field, &mut self.target)?,
+            4 => codec::get_uint32(field, &mut self.port)?,
             _ => {}
         }
         Ok(())

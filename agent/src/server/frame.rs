@@ -107,6 +107,7 @@ pub struct StreamPiece<'a> {
     pub container_id: &'a str,
     pub exec_id: &'a str,
     pub stream: u32,
+    pub port: u32,
 }
 
 pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
@@ -115,6 +116,7 @@ pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
         match (number, field) {
             (1, Field::Bytes(value)) => piece.data = value,
             (2, Field::Varint(value)) => piece.credit = value as u32,
+            (4, Field::Varint(value)) => piece.port = value as u32,
             (3, Field::Bytes(mut target)) => {
                 while let Some((number, field)) = next_field(&mut target)? {
                     match (number, field) {
@@ -171,11 +173,6 @@ fn text(bytes: &[u8]) -> Result<&str> {
 }
 
 fn varint(buf: &mut &[u8]) -> Result<u64> {
-    // Nearly all tags and lengths are one byte.
-    if let [byte @ 0..0x80, rest @ ..] = *buf {
-        *buf = rest;
-        return Ok(u64::from(*byte));
-    }
     let mut value = 0u64;
     for (i, byte) in buf.iter().take(10).enumerate() {
         value |= u64::from(byte & 0x7f) << (7 * i);
@@ -192,8 +189,6 @@ fn varint(buf: &mut &[u8]) -> Result<u64> {
 pub struct Outgoing {
     pub bytes: Vec<u8>,
     pub start: usize,
-    /// So many bytes of the connection's pipe follow.
-    pub piped: usize,
 }
 
 /// Room that [`ok_frame_around`] needs before the data: header, two tags, two lengths of at most four bytes.
@@ -214,7 +209,7 @@ pub fn ok_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
     let total = buffer.len() - start;
     start -= HEADER;
     buffer[start..start + HEADER].copy_from_slice(&header(TYPE_RESPONSE, total, stream));
-    Outgoing { bytes: buffer, start, piped: 0 }
+    Outgoing { bytes: buffer, start }
 }
 
 /// A data frame of a streaming call with a StreamPiece; `buffer` as for [`ok_frame_around`], with data.
@@ -224,17 +219,7 @@ pub fn data_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
     let total = buffer.len() - body;
     let start = body - HEADER;
     buffer[start..body].copy_from_slice(&header(TYPE_DATA, total, stream));
-    Outgoing { bytes: buffer, start, piped: 0 }
-}
-
-/// The same for data of such a length that lies in the connection's pipe.
-pub fn data_frame_before(stream: u32, length: usize) -> Outgoing {
-    let mut bytes = vec![0u8; DATA_OFFSET];
-    let body = put_length_before(&mut bytes, DATA_OFFSET, 0x0a, length);
-    let total = bytes.len() - body + length;
-    let start = body - HEADER;
-    bytes[start..body].copy_from_slice(&header(TYPE_DATA, total, stream));
-    Outgoing { bytes, start, piped: length }
+    Outgoing { bytes: buffer, start }
 }
 
 /// A data frame that gives the other side credit.
@@ -411,10 +396,11 @@ mod tests {
             data: vec![1, 2],
             credit: 300,
             target: Some(Box::new(agentext::StreamTarget { container_id: "c".into(), exec_id: "e".into(), stream: 2 })),
+            port: 80,
         };
         let body = piece.to_vec();
         let got = parse_piece(&body).unwrap();
-        assert_eq!(got, StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2 });
+        assert_eq!(got, StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2, port: 80 });
         assert!(parse_piece(&body[..body.len() - 1]).is_err());
         let mut frame = header(TYPE_DATA, body.len(), 9).to_vec();
         frame.extend(&body);

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..journal import Journal
     from ..network.user import NetworkPlan
     from ..proto.codec import Message
+    from . import forward
     from .boot import Machine
     from .hostroot import HostRoot
     from .logger import Logger
@@ -112,6 +113,7 @@ class Sandbox:
         self._failed = failed
         self._agent: AgentClient | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
+        self._forwarder: forward.Forwarder | None = None
         self._ending: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loggers: set[Logger] = set()
@@ -156,7 +158,23 @@ class Sandbox:
             raise
         self.spawn(self._watch_agent(agent))
         self.spawn(self._watch_memory(agent))
+        self._forward(agent)
         return agent
+
+    def _forward(self, agent: AgentClient) -> None:
+        """Pass connections to the namespace's loopback on to the guest, where both can do that."""
+        from ..agent import dial
+
+        plan = self.machine.network
+        if plan is None or not plan.wired_by_others or dial.FEATURE not in agent.features:
+            return
+        from ..network import steer
+        from . import forward
+
+        try:
+            self._forwarder = forward.Forwarder(self, steer.Steering())
+        except KataError as error:
+            self.complain(f"{error.message}. {error.hint}")
 
     def _take_over(self) -> Hypervisor | None:
         """The machine that was started before the event loop was."""
@@ -463,6 +481,8 @@ class Sandbox:
                 await self.unless_lost_quietly(container.remove())
         if self._booted is not None and not self._booted.done():
             self._booted.cancel()
+        if self._forwarder is not None:
+            self._forwarder.close()
         self._lose(VMLostError(f"sandbox {self.id} has ended"))
         # Out of what is about to be removed. It takes as long as the machine takes to end.
         leaving = self.helper(self.machine.cgroup.leave) if self.machine.cgroup is not None else None

@@ -11,12 +11,15 @@ class StreamPiece(Message):
     """So many bytes more may be sent to me."""
     target: StreamTarget | None
     """In the first piece: whose stream."""
+    port: int
+    """In the first piece of a Dial."""
     def __init__(
         self,
         *,
         data: bytes = ...,
         credit: int = ...,
         target: StreamTarget | None = ...,
+        port: int = ...,
     ) -> None: ...
 
 class StreamTarget(Message):

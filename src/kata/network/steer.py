@@ -1,0 +1,177 @@
+"""Steers connections to the loopback of a network namespace, whatever their port, to a socket of ours.
+
+The processes of the guest listen on the guest's loopback. Who dials ``localhost`` in the sandbox's network namespace on
+the host (CRI's port-forward does) finds nobody there. A BPF program that the kernel asks before it looks for a
+listener gives such a connection to the one socket that we have; the accepted socket's own address tells the port. It
+changes nothing in the namespace, and goes with the last descriptor of its link, which only the engine holds.
+
+Source: the kernel's ``Documentation/bpf/prog_sk_lookup.rst`` and ``linux/bpf.h`` (struct bpf_sk_lookup); Linux 5.9.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from kata import sysio
+from kata.errors import HostError
+
+_BACKLOG = 64
+_IP_FREEBIND, _IPV6_FREEBIND = 15, 78
+_MAP_CREATE, _MAP_UPDATE, _LINK_CREATE = 0, 2, 28
+_SOCKMAP = 15
+_SK_LOOKUP = 30
+_ATTACH_SK_LOOKUP = 36
+_INET4, _INET6, _TCP = 2, 10, 6
+
+# Offsets in struct bpf_sk_lookup. Addresses are in network byte order, family and protocol are not.
+_FAMILY, _PROTOCOL, _LOCAL_IP4, _LOCAL_IP6 = 8, 12, 40, 44
+
+# Instruction codes.
+_LOAD, _STORE, _STORE_VALUE = 0x61, 0x7B, 0x62
+_MOV, _MOV_REGISTER, _ADD, _AND = 0xB7, 0xBF, 0x07, 0x57
+_JUMP, _JUMP_EQ, _JUMP_NE = 0x05, 0x15, 0x55
+_CALL, _EXIT = 0x85, 0x95
+_LOAD_MAP = 0x18
+_MAP_FD = 1
+_LOOKUP_ELEMENT, _RELEASE, _ASSIGN = 1, 86, 124
+
+
+def program(map_fd: int) -> bytes:
+    """The machine code: TCP to 127.0.0.0/8 gets the map's socket 0, to ::1 its socket 1; all else goes on.
+
+    Args:
+        map_fd: Of the map with the sockets.
+    """
+    # (code, destination register, source register, offset or label, constant), or a label.
+    lines: list[tuple[int, int, int, int | str, int] | str] = [
+        (_MOV_REGISTER, 6, 1, 0, 0),
+        (_LOAD, 2, 6, _PROTOCOL, 0),
+        (_JUMP_NE, 2, 0, "on", _TCP),
+        (_LOAD, 2, 6, _FAMILY, 0),
+        (_JUMP_EQ, 2, 0, "six", _INET6),
+        (_JUMP_NE, 2, 0, "on", _INET4),
+        (_LOAD, 2, 6, _LOCAL_IP4, 0),
+        (_AND, 2, 0, 0, 0xFF),
+        (_JUMP_NE, 2, 0, "on", 127),
+        (_STORE_VALUE, 10, 0, -4, 0),
+        (_JUMP, 0, 0, "found", 0),
+        "six",
+        *((_LOAD, 2, 6, _LOCAL_IP6, 0), (_JUMP_NE, 2, 0, "on", 0)),
+        *((_LOAD, 2, 6, _LOCAL_IP6 + 4, 0), (_JUMP_NE, 2, 0, "on", 0)),
+        *((_LOAD, 2, 6, _LOCAL_IP6 + 8, 0), (_JUMP_NE, 2, 0, "on", 0)),
+        *((_LOAD, 2, 6, _LOCAL_IP6 + 12, 0), (_JUMP_NE, 2, 0, "on", int.from_bytes(b"\0\0\0\1", "little"))),
+        (_STORE_VALUE, 10, 0, -4, 1),
+        "found",
+        (_LOAD_MAP, 1, _MAP_FD, 0, map_fd),
+        (0, 0, 0, 0, 0),  # the upper half of that constant
+        (_MOV_REGISTER, 2, 10, 0, 0),
+        (_ADD, 2, 0, 0, -4),
+        (_CALL, 0, 0, 0, _LOOKUP_ELEMENT),
+        (_JUMP_EQ, 0, 0, "on", 0),
+        (_MOV_REGISTER, 7, 0, 0, 0),
+        (_MOV_REGISTER, 1, 6, 0, 0),
+        (_MOV_REGISTER, 2, 7, 0, 0),
+        (_MOV, 3, 0, 0, 0),
+        (_CALL, 0, 0, 0, _ASSIGN),
+        (_MOV_REGISTER, 1, 7, 0, 0),
+        (_CALL, 0, 0, 0, _RELEASE),
+        "on",
+        (_MOV, 0, 0, 0, 1),
+        (_EXIT, 0, 0, 0, 0),
+    ]
+    labels: dict[str, int] = {}
+    code: list[tuple[int, int, int, int | str, int]] = []
+    for line in lines:
+        if isinstance(line, str):
+            labels[line] = len(code)
+        else:
+            code.append(line)
+    out = b""
+    for index, (number, target, source, where, value) in enumerate(code):
+        offset = labels[where] - index - 1 if isinstance(where, str) else where
+        out += bytes((number, target | source << 4)) + offset.to_bytes(2, "little", signed=True)
+        out += value.to_bytes(4, "little", signed=value < 0)
+    return out
+
+
+class Steering:
+    """In force from its making until `close`.
+
+    It is about the network namespace of the calling thread.
+
+    Raises:
+        HostError: This host's kernel cannot do that.
+
+    Attributes:
+        listeners: The sockets, non-blocking, that are to be accepted from.
+    """
+
+    def __init__(self) -> None:
+        self.listeners: list[socket.socket] = []
+        self._link = -1
+        try:
+            self._listen(socket.AF_INET, "127.0.0.1")
+            try:
+                self._listen(socket.AF_INET6, "::1")
+            except OSError:
+                pass  # a namespace without IPv6
+            self._link = _steer(self.listeners)
+        except OSError as error:
+            self.close()
+            raise HostError(
+                f"connections to the sandbox's loopback are not passed on to the guest: {error.strerror}",
+                "Port-forward needs Linux 5.9 or newer with CONFIG_BPF_SYSCALL and CONFIG_NET_SOCK_MSG.",
+            ) from error
+
+    def _listen(self, family: socket.AddressFamily, address: str) -> None:
+        one = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self.listeners.append(one)
+        try:
+            # The loopback may not be up yet, and then nobody has that address.
+            if family == socket.AF_INET:
+                one.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+            else:
+                one.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+            one.bind((address, 0))
+            one.listen(_BACKLOG)
+        except OSError:
+            self.listeners.remove(one)
+            one.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of it."""
+        for one in self.listeners:
+            one.close()
+        self.listeners.clear()
+        if self._link >= 0:
+            os.close(self._link)
+            self._link = -1
+
+
+def _steer(listeners: list[socket.socket]) -> int:
+    """Make the map, load the program, attach it; the link's descriptor."""
+    import ctypes
+
+    held: list[int] = []
+    try:
+        # type, key size, value size (8: a socket's cookie can be asked for), entries
+        sockets = sysio.bpf(_MAP_CREATE, b"".join(n.to_bytes(4, "little") for n in (_SOCKMAP, 4, 8, 2)))
+        held.append(sockets)
+        for index, listener in enumerate(listeners):
+            key, value = ctypes.c_uint32(index), ctypes.c_uint64(listener.fileno())
+            pointers = (ctypes.addressof(key), ctypes.addressof(value), 0)
+            fields = sockets.to_bytes(8, "little") + b"".join(n.to_bytes(8, "little") for n in pointers)
+            sysio.bpf(_MAP_UPDATE, fields)
+        loaded = sysio.bpf_prog_load(_SK_LOOKUP, _ATTACH_SK_LOOKUP, program(sockets), "kata_steer")
+        held.append(loaded)
+        namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        held.append(namespace)
+        wanted = (loaded, namespace, _ATTACH_SK_LOOKUP, 0)
+        link = sysio.bpf(_LINK_CREATE, b"".join(n.to_bytes(4, "little") for n in wanted))
+        os.set_inheritable(link, False)
+        return link
+    finally:
+        for fd in held:
+            os.close(fd)
