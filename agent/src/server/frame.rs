@@ -400,7 +400,10 @@ mod tests {
         };
         let body = piece.to_vec();
         let got = parse_piece(&body).unwrap();
-        assert_eq!(got, StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2, port: 80 });
+        assert_eq!(
+            got,
+            StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2, port: 80 }
+        );
         assert!(parse_piece(&body[..body.len() - 1]).is_err());
         let mut frame = header(TYPE_DATA, body.len(), 9).to_vec();
         frame.extend(&body);
