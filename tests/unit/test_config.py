@@ -136,7 +136,7 @@ def test_the_environment_overrules_files(tmp_path: Path, monkeypatch: pytest.Mon
         ("[hypervisor.qemu]\nenable_annotations = 'x'", "has to be a list of strings", ""),
         ("[hypervisor.qemu]\npath = 'qemu'", "has to be an absolute path", ""),
         ("[hypervisor.qemu]\nshared_fs = 'virtio-9'", "'virtio-9', which is not offered", "did you mean 'virtio-9p'"),
-        ("[runtime]\ninternetworking_model = 'macvtap'", "'macvtap', which is not offered", "tcfilter, none"),
+        ("[runtime]\ninternetworking_model = 'l3forwarding'", "which is not offered", "tcfilter, macvtap, none"),
         ("[hypervisor.qemu]\nconfidential_guest = true", "confidential_guest = true is refused: conf", ""),
         ("[hypervisor.qemu]\nrootless = true", "rootless = true is refused", ""),
         ("[hypervisor.qemu]\nimage = '/x.img'", "is refused: the guest is booted from an initrd", ""),

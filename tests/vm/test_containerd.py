@@ -159,6 +159,9 @@ def test_the_hosts_network_is_refused(daemon: Containerd) -> None:
     assert not daemon.sandboxes()
 
 
+MODEL = "io.katacontainers.config.runtime.internetworking_model"
+
+
 @pytest.fixture
 def wired() -> Iterator[str]:
     """A network namespace as a CNI plugin leaves it, and one at the other end of its cable."""
@@ -186,14 +189,15 @@ def wired() -> Iterator[str]:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
-def test_the_guest_has_the_network_of_its_namespace(daemon: Containerd, wired: str) -> None:
+@pytest.mark.parametrize("model", ["tcfilter", "macvtap"])
+def test_the_guest_has_the_network_of_its_namespace(daemon: Containerd, wired: str, model: str) -> None:
     done = daemon.run(
         "net",
         "sh",
         "-c",
         "ip address show eth0; ip route; cat /proc/net/arp; cat /sys/class/net/eth0/mtu;"
         " ping -c 1 -W 20 10.9.0.1 && ping -6 -c 1 -W 20 fd00:9::1",
-        options=("--with-ns", f"network:/run/netns/{wired}"),
+        options=("--with-ns", f"network:/run/netns/{wired}", "--annotation", f"{MODEL}={model}"),
     )
     said = done.stdout.decode()
     assert done.returncode == 0, said + done.stderr.decode() + daemon.diagnosis()
@@ -229,7 +233,36 @@ def test_a_killed_engine_leaves_no_redirection(daemon: Containerd, wired: str) -
     assert "ingress" not in qdiscs()
 
 
-def test_several_networks(daemon: Containerd, wired: str) -> None:
+def test_a_killed_engine_leaves_no_macvtap(daemon: Containerd, wired: str) -> None:
+    options = ("--with-ns", f"network:/run/netns/{wired}", "--annotation", f"{MODEL}=macvtap")
+    daemon.detached("cut", "sleep", "1000", options=options)
+
+    def links() -> str:
+        return subprocess.run(["ip", "-n", wired, "link"], capture_output=True, text=True, check=True).stdout
+
+    assert "mvtap0_kata@eth0" in links()
+    os.kill(daemon.engine_pid("default.cut"), signal.SIGKILL)
+    until(lambda: not daemon.sandboxes(), "containerd has had it cleared up", daemon.diagnosis)
+    assert "mvtap" not in links()
+
+
+def test_macvtap_does_not_sit_on_a_macvlan(daemon: Containerd, wired: str) -> None:
+    script = (
+        f"ip -n {wired} link add mac0 link eth0 type macvlan mode bridge && ip -n {wired} link set mac0 up"
+    )
+    subprocess.run(["sh", "-ec", script], check=True)
+    options = ("--with-ns", f"network:/run/netns/{wired}", "--annotation", f"{MODEL}=macvtap")
+    done = daemon.run("refused", "true", options=options)
+    assert done.returncode != 0
+    assert b"cannot make a macvtap on" in done.stderr
+    assert b"tcfilter" in done.stderr
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+    left = subprocess.run(["ip", "-n", wired, "link"], capture_output=True, text=True, check=True).stdout
+    assert "mvtap" not in left
+
+
+@pytest.mark.parametrize("model", ["tcfilter", "macvtap"])
+def test_several_networks(daemon: Containerd, wired: str, model: str) -> None:
     script = f"""
         ip -n {wired} link add eth1 type veth peer name v2 netns {wired[:-1]}o
         ip -n {wired} address add 10.9.1.2/24 dev eth1
@@ -244,7 +277,7 @@ def test_several_networks(daemon: Containerd, wired: str) -> None:
         "sh",
         "-c",
         "ip route; ping -c 1 -W 20 10.9.0.1 && ping -c 1 -W 20 10.9.1.1",
-        options=("--with-ns", f"network:/run/netns/{wired}"),
+        options=("--with-ns", f"network:/run/netns/{wired}", "--annotation", f"{MODEL}={model}"),
     )
     said = done.stdout.decode()
     assert done.returncode == 0, said + done.stderr.decode() + daemon.diagnosis()

@@ -376,9 +376,9 @@ _ALL = [
     Key(_A, "mem_agent", TABLE, "", "memory goes back by free page reporting", IDLE),
     # ---- [runtime] ----
     Key(_R, "internetworking_model", TEXT, "`tcfilter`", "how the guest is connected to the interfaces of its"
-        " namespace: `tcfilter` (redirection by tc) or `none` (not at all); `macvtap` and `l3forwarding` are not"
-        " offered",
-        choices=("tcfilter", "none")),
+        " namespace: `tcfilter` (redirection by tc), `macvtap` (a device on each; not for interfaces that come late)"
+        " or `none` (not at all); `l3forwarding` is not offered",
+        choices=("tcfilter", "macvtap", "none")),
     Key(_R, "disable_new_netns", BOOL, "false", "the hypervisor stays in the host's network namespace; only with"
         " `internetworking_model = \"none\"`"),
     Key(_R, "disable_guest_seccomp", BOOL, "false", "containers get no seccomp filter in the guest"),

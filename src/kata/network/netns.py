@@ -36,7 +36,7 @@ _TUNNELS = frozenset({"sit", "ipip", "gre", "gretap", "ip6tnl", "ip6gre", "vti",
 """Kinds that a kernel puts into every namespace by itself; down, they mean nothing."""
 
 
-class _Endpoint:
+class Endpoint:
     """One interface of the guest: its tap, and what is behind that.
 
     Attributes:
@@ -45,7 +45,7 @@ class _Endpoint:
         fd: The tap, until the hypervisor has it.
         mac: Hardware address that the guest's interface is started with.
         source: The interface that it stands for, once there is one.
-        entry: The journal's, of the redirection.
+        entry: The journal's, of what was made in the namespace.
     """
 
     __slots__ = ("entry", "fd", "index", "mac", "source", "tap")
@@ -55,6 +55,16 @@ class _Endpoint:
         self.mac = mac
         self.source: Link | None = None
         self.entry: Entry | None = None
+        self.fd = self.tap = -1
+
+
+class _Redirected(Endpoint):
+    """An endpoint whose traffic is redirected; the journal's entry is of that."""
+
+    __slots__ = ()
+
+    def __init__(self, index: int, mac: str) -> None:
+        super().__init__(index, mac)
         self.fd, self.tap = _make_tap(TAP.format(index))
 
     def connect(self, rtnl: rtnetlink.Rtnl, source: Link, journal: Journal | None, path: str) -> None:
@@ -101,9 +111,9 @@ class NetnsPlan(NetworkPlan):
 
     def __init__(self, mac: str, path: str, model: str = "tcfilter") -> None:
         super().__init__(mac)
-        self._path = path
+        self.path = path
         self._connects = model != "none"
-        self._endpoints: list[_Endpoint] = []
+        self.endpoints: list[Endpoint] = []
 
     def wire(self) -> Nic:
         """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other.
@@ -112,44 +122,49 @@ class NetnsPlan(NetworkPlan):
             HostError: The namespace cannot be entered, or the kernel lacks what is needed.
             UnsupportedError: An interface carries no Ethernet frames, or there are too many.
         """
-        self._enter()
+        self.enter()
         if not self._connects:
             return Nic(self.mac)
         try:
             with rtnetlink.Rtnl() as rtnl:
-                found = self._unclaimed(rtnl)
+                found = self.unclaimed(rtnl)
             for index in range(max(1, min(len(found), len(slots.NICS)))):
                 mac = found[index].mac if found else self.mac
-                self._endpoints.append(_Endpoint(index, mac))
+                self.endpoints.append(_Redirected(index, mac))
             self.look_again()
         except BaseException:
-            for endpoint in self._endpoints:
+            for endpoint in self.endpoints:
                 os.close(endpoint.fd)
             raise
-        first, *self.more_nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self._endpoints]
+        first, *self.more_nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
         return first
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Go to the namespace, or to a new one.
+
+        Raises:
+            HostError: Not possible.
+        """
         try:
-            if not self._path:
+            if not self.path:
                 sysio.unshare(sysio.CLONE_NEWNET)
                 return
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 sysio.setns(fd, sysio.CLONE_NEWNET)
             finally:
                 os.close(fd)
         except OSError as error:
-            where = f"the network namespace {self._path}" if self._path else "a network namespace"
+            where = f"the network namespace {self.path}" if self.path else "a network namespace"
             raise HostError(
                 f"cannot enter {where}: {error.strerror}",
-                "Has whoever made it taken it away again (ip netns)?" if self._path else "Run as root.",
+                "Has whoever made it taken it away again (ip netns)?" if self.path else "Run as root.",
             ) from error
 
-    def _unclaimed(self, rtnl: rtnetlink.Rtnl) -> list[Link]:
+    def unclaimed(self, rtnl: rtnetlink.Rtnl) -> list[Link]:
         """The interfaces that somebody has put there and that no endpoint stands for, in their order."""
-        ours = {endpoint.tap for endpoint in self._endpoints}
-        ours |= {endpoint.source.index for endpoint in self._endpoints if endpoint.source is not None}
+        ours = {endpoint.tap for endpoint in self.endpoints}
+        ours |= {endpoint.source.index for endpoint in self.endpoints if endpoint.source is not None}
         return [
             link
             for link in rtnl.links()
@@ -172,21 +187,22 @@ class NetnsPlan(NetworkPlan):
             return False
         before = (self.interfaces, self.routes, self.neighbors)
         with rtnetlink.Rtnl() as rtnl:
-            free = [endpoint for endpoint in self._endpoints if endpoint.source is None]
-            found = self._unclaimed(rtnl)
+            free = [one for one in self.endpoints if isinstance(one, _Redirected) and one.source is None]
+            found = self.unclaimed(rtnl)
             if len(found) > len(free):
                 names = ", ".join(link.name for link in found[len(free) :])
                 raise UnsupportedError(
-                    f"there is no plug for the network interface {names}: this machine has {len(self._endpoints)}",
+                    f"there is no plug for the network interface {names}: this machine has {len(self.endpoints)}",
                     f"At most {len(slots.NICS)} networks; more than one has to be attached before the sandbox starts.",
                 )
             for endpoint, source in zip(free, found, strict=False):
-                endpoint.connect(rtnl, source, self.journal if self._path else None, self._path)
-            self._describe(rtnl)
+                endpoint.connect(rtnl, source, self.journal if self.path else None, self.path)
+            self.describe(rtnl)
         return before != (self.interfaces, self.routes, self.neighbors)
 
-    def _describe(self, rtnl: rtnetlink.Rtnl) -> None:
-        named = {one.source.index: one for one in self._endpoints if one.source is not None}
+    def describe(self, rtnl: rtnetlink.Rtnl) -> None:
+        """Write down what the guest has to know of the interfaces."""
+        named = {one.source.index: one for one in self.endpoints if one.source is not None}
         addresses, routes, neighbors = rtnl.addresses(), rtnl.routes(), rtnl.neighbors()
         self.interfaces = [
             {
@@ -203,7 +219,7 @@ class NetnsPlan(NetworkPlan):
                 "devicePath": slots.nic_path(endpoint.index),
                 "raw_flags": source.flags & rtnetlink.NOARP,
             }
-            for endpoint in self._endpoints
+            for endpoint in self.endpoints
             if (source := endpoint.source) is not None
         ]
         names = {index: one.source.name for index, one in named.items() if one.source is not None}
@@ -232,7 +248,7 @@ class NetnsPlan(NetworkPlan):
 
     def stop(self) -> None:
         """Let the interfaces go. What they are part of may be gone already."""
-        for endpoint in self._endpoints:
+        for endpoint in self.endpoints:
             if endpoint.source is None:
                 continue
             try:

@@ -50,11 +50,14 @@ def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> u
             )
         return user.NetworkPlan(mac_address())
     if mode == "netns":
+        model, path = str(settings.get("model") or "tcfilter"), str(settings.get("path") or "")
+        if model == "macvtap":
+            from kata.network.macvtap import MacvtapPlan
+
+            return MacvtapPlan(mac_address(), path)
         from kata.network.netns import NetnsPlan
 
-        return NetnsPlan(
-            mac_address(), str(settings.get("path") or ""), str(settings.get("model") or "tcfilter")
-        )
+        return NetnsPlan(mac_address(), path, model)
     if mode != "user":
         raise UsageError(f"there is no network mode {mode!r}", "Use user or none.")
     program = children.find_program(user.PROGRAM)

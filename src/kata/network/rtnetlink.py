@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _REQUEST, _ACK, _DUMP, _CREATE, _EXCLUSIVE = 0x1, 0x4, 0x300, 0x400, 0x200
 _ERROR, _DONE = 2, 3
-_NEW_LINK, _GET_LINK = 16, 18
+_NEW_LINK, _DEL_LINK, _GET_LINK = 16, 17, 18
 _NEW_ADDRESS, _GET_ADDRESS = 20, 22
 _NEW_ROUTE, _GET_ROUTE = 24, 26
 _NEW_NEIGHBOR, _GET_NEIGHBOR = 28, 30
@@ -41,6 +41,7 @@ _ETH_P_ALL = 0x0003
 _U32_TERMINAL = 1
 _ACT_STOLEN = 4
 _EGRESS_REDIRECT = 1
+_MACVLAN_PASSTHRU = 8
 _TIMEOUT_S = 5.0
 
 
@@ -208,6 +209,29 @@ class Rtnl:
         """
         extra = attribute(4, struct.pack("=I", mtu)) if mtu else b""
         self._change(_NEW_LINK, 0, struct.pack("=BxHiII", 0, 0, index, UP, UP) + extra)
+
+    def add_macvtap(self, name: str, lower: int) -> None:
+        """Make a macvtap device that has all the traffic of another one (mode "passthru").
+
+        Raises:
+            OSError: The kernel refused, or has no macvtap.
+        """
+        data = attribute(1, struct.pack("=I", _MACVLAN_PASSTHRU))
+        info = attribute(1, b"macvtap\0") + attribute(2, data)
+        body = (
+            attribute(3, name.encode() + b"\0")
+            + attribute(5, struct.pack("=I", lower))
+            + attribute(18, info)
+        )
+        self._change(_NEW_LINK, _CREATE | _EXCLUSIVE, bytes(16) + body)
+
+    def delete_link(self, index: int) -> None:
+        """Remove an interface.
+
+        Raises:
+            OSError: There is none, or the kernel refused.
+        """
+        self._change(_DEL_LINK, 0, struct.pack("=BxHiII", 0, 0, index, 0, 0))
 
     def redirect(self, source: int, target: int) -> None:
         """Send whatever comes in at one interface out of another, before the namespace's own stack sees it.

@@ -1,0 +1,164 @@
+"""The other way to give a guest the network of a namespace: a macvtap device on each of its interfaces.
+
+In the mode "passthru" a macvtap has the whole interface: what comes in goes to the guest alone, under the interface's
+own hardware address, as with the redirection of `kata.network.netns`. Below is one device less. It cannot sit on an
+interface that is itself a macvlan or ipvlan, nor on one that comes after the machine's start.
+
+Source: ``drivers/net/macvlan.c`` and ``macvtap.c``; ``linux/if_link.h`` for the messages.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from kata import sysio
+from kata.errors import HostError, UnsupportedError
+from kata.hypervisor import slots
+from kata.hypervisor.settings import Nic
+from kata.network import rtnetlink
+from kata.network.netns import Endpoint, NetnsPlan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.journal import Journal
+    from kata.network.rtnetlink import Link
+
+NAME = "mvtap{}_kata"
+_HINT = 'internetworking_model = "tcfilter" does with any interface that carries Ethernet frames.'
+
+
+class _Macvtap(Endpoint):
+    """A macvtap on an interface; the journal's entry is of the device.
+
+    Args:
+        index: Which of the machine's interfaces it is, from 0.
+        rtnl: A socket in the namespace.
+        source: The interface below.
+        journal: The sandbox's; None for a namespace that ends with the engine.
+        path: Of the namespace.
+
+    Raises:
+        HostError: The kernel refused.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self, index: int, rtnl: rtnetlink.Rtnl, source: Link, journal: Journal | None, path: str
+    ) -> None:
+        super().__init__(index, source.mac)
+        name = NAME.format(index)
+        if journal is not None:
+            self.entry = journal.intend("tap", name=name, netns=path)
+        try:
+            rtnl.add_macvtap(name, source.index)
+            if journal is not None and self.entry is not None:
+                journal.made(self.entry)
+            self.tap = next(link.index for link in rtnl.links() if link.name == name)
+            rtnl.bring_up(self.tap)
+            self.fd = _open(name, self.tap)
+        except OSError as error:
+            # What was made by then is undone with the journal.
+            raise HostError(
+                f"cannot make a macvtap on {source.name} ({source.kind or 'hardware'}): {error.strerror}",
+                _HINT,
+            ) from error
+        self.source = source
+
+
+class MacvtapPlan(NetnsPlan):
+    """The network of a namespace by macvtap; arguments as of `NetnsPlan`."""
+
+    def wire(self) -> Nic:
+        """Enter the namespace and put a macvtap on each interface that is there. Main thread, before any other.
+
+        Raises:
+            HostError: The namespace cannot be entered, or the kernel refused.
+            UnsupportedError: There are more interfaces than a machine has plugs.
+        """
+        self.enter()
+        with rtnetlink.Rtnl() as rtnl:
+            found = self.unclaimed(rtnl)
+            if len(found) > len(slots.NICS):
+                raise UnsupportedError(
+                    f"the namespace has {len(found)} interfaces", f"A machine has {len(slots.NICS)} at most."
+                )
+            journal = self.journal if self.path else None
+            try:
+                for index, source in enumerate(found):
+                    self.endpoints.append(_Macvtap(index, rtnl, source, journal, self.path))
+                self.describe(rtnl)
+            except BaseException:
+                for endpoint in self.endpoints:
+                    os.close(endpoint.fd)
+                raise
+        nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
+        self.more_nics = nics[1:]
+        return nics[0] if nics else Nic(self.mac)
+
+    def look_again(self) -> bool:
+        """Take what has changed of the interfaces; see `NetnsPlan.look_again`.
+
+        Raises:
+            UnsupportedError: There is a new one.
+        """
+        before = (self.interfaces, self.routes, self.neighbors)
+        with rtnetlink.Rtnl() as rtnl:
+            for late in self.unclaimed(rtnl):
+                raise UnsupportedError(
+                    f"the interface {late.name} was attached after the machine's start, which macvtap cannot follow",
+                    _HINT,
+                )
+            self.describe(rtnl)
+        return before != (self.interfaces, self.routes, self.neighbors)
+
+    def stop(self) -> None:
+        """Remove the devices, after the hypervisor's end."""
+        for endpoint in self.endpoints:
+            if endpoint.source is None:
+                continue
+            try:
+                with rtnetlink.Rtnl() as rtnl:
+                    rtnl.delete_link(endpoint.tap)
+            except OSError:
+                continue  # with its namespace, or undoing the journal tries again
+            endpoint.source = None
+            if endpoint.entry is not None and self.journal is not None:
+                self.journal.forget(endpoint.entry)
+
+
+def _open(name: str, index: int) -> int:
+    """Open the character device of a macvtap in this namespace.
+
+    Its node in the host's /dev is no help: that is called after the interface's index, which is unique in a
+    namespace only. So a child looks its number up in a sysfs of this namespace, and makes a node of its own.
+
+    Raises:
+        OSError: Something of that failed.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if child == 0:
+        try:
+            sysio.unshare(sysio.CLONE_NEWNS)
+            sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
+            sysio.mount("sysfs", "/sys", "sysfs", sysio.MS_NOSUID | sysio.MS_NOEXEC)
+            with open(f"/sys/class/net/{name}/macvtap/tap{index}/dev", encoding="ascii") as file:
+                major, minor = map(int, file.read().split(":"))
+            sysio.mount("tmpfs", "/sys", "tmpfs")
+            os.mknod("/sys/tap", 0o600 | 0o020000, os.makedev(major, minor))
+            fd = os.open("/sys/tap", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            socket.send_fds(theirs, [b"\0"], [fd])
+        except OSError as error:
+            theirs.send(bytes([error.errno or 5]))
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        word, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    os.waitpid(child, 0)
+    if not fds:
+        number = word[0] if word else 5
+        raise OSError(number, os.strerror(number), name)
+    return fds[0]
