@@ -307,11 +307,11 @@ def _undo_netns(params: dict[str, Any], identity: dict[str, Any] | None, deadlin
 
 def _undo_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
     problem = _undo_one_cgroup(params, identity, deadline)
-    if not problem and params.get("parent"):
+    for parent in params.get("parents") or () if not problem else ():
         try:
-            os.rmdir(params["parent"])
+            os.rmdir(parent)
         except OSError:
-            pass  # others are in it, or it went with the last of them
+            break  # others are in it, or it went with the last of them
     return problem
 
 

@@ -38,7 +38,7 @@ class Made:
         self.name = f"t{os.getpid()}-{name}"
         self.journal = Journal.create_dir(str(base), self.name, {})
         self.cgroup = host_cgroup.HostCgroup()
-        self.cgroup.make(self.journal, self.name, limits)
+        self.cgroup.make(self.journal, host_cgroup.place_of("", self.name), limits)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ from kata.resources import host_cgroup
 before = open("/proc/self/cgroup").read()
 journal = Journal.create_dir({str(tmp_path)!r}, "t{os.getpid()}-self", {{}})
 cgroup = host_cgroup.HostCgroup()
-cgroup.make(journal, "t{os.getpid()}-self", host_cgroup.Limits(256 << 20, 1))
+cgroup.make(journal, "kata/t{os.getpid()}-self", host_cgroup.Limits(256 << 20, 1))
 cgroup.join([os.getpid()])
 inside = open("/proc/self/cgroup").read()
 assert inside.count("/kata/t{os.getpid()}-self\\n") == len(set(cgroup.paths.values())), inside
@@ -125,7 +125,7 @@ def test_the_parent_goes_with_the_last_and_not_before(tmp_path: Path) -> None:
     journals = []
     for name in ("first", "second"):
         journal = Journal.create_dir(str(tmp_path), name, {})
-        entry = journal.intend("cgroup", path=f"{parent}/{name}", parent=parent)
+        entry = journal.intend("cgroup", path=f"{parent}/{name}", parents=[parent])
         os.mkdir(f"{parent}/{name}")
         journal.made(entry)
         journals.append(journal)
@@ -198,3 +198,53 @@ def test_the_limit_is_the_machine_and_what_it_takes_to_run_it(accel: str) -> Non
     assert small > 64 * MIB + 200 * MIB
     assert 65536 * MIB * 1.03 < large < 65536 * MIB * 1.04
     assert sizing.host_cpus(2) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("", "kata/x"),
+        ("/", "kata/x"),
+        ("/kubepods/burstable/pod1/abc", "kubepods/burstable/pod1/abc"),
+        ("default/abc", "default/abc"),
+        ("/../../etc", "etc"),
+        ("system.slice:docker:abc", "system.slice/docker-abc.scope"),
+        (":cri-containerd:abc", "system.slice/cri-containerd-abc.scope"),
+        ("-.slice:p:abc", "p-abc.scope"),
+        (
+            "kubepods-besteffort-pod1_2.slice:cri-containerd:abc",
+            "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1_2.slice/cri-containerd-abc.scope",
+        ),
+    ],
+)
+def test_where_a_specification_wants_the_leaf(path: str, place: str) -> None:
+    assert host_cgroup.place_of(path, "x") == place
+
+
+def test_a_pods_place_has_every_controller_and_leaves_what_was_there(tmp_path: Path) -> None:
+    top = next(one.top for one in hierarchies() if "memory" in one.controllers)
+    pods = f"kata-test-{os.getpid()}"
+    os.mkdir(f"{top}/{pods}")  # as the kubelet has made it
+    try:
+        journal = Journal.create_dir(str(tmp_path), "pod", {})
+        cgroup = host_cgroup.HostCgroup()
+        cgroup.make(journal, f"{pods}/pod1/leaf", LIMITS, all_controllers=True)
+        assert cgroup.warnings == []
+        controllers = {name for _, names, _ in host_cgroup.others() for name in names}
+        assert set(cgroup.paths) == {"memory", "cpu"} | controllers
+        assert all(path.endswith(f"/{pods}/pod1/leaf") for path in cgroup.paths.values())
+        program = "import sys; sys.stdin.read(1); open('/dev/null'); open('/dev/urandom'); open(sys.argv[1])"
+        # A device that no machine needs: the kernel's log.
+        process = subprocess.Popen([sys.executable, "-c", program, "/dev/kmsg"], stdin=subprocess.PIPE)
+        cgroup.join([process.pid])
+        assert cgroup.warnings == []
+        for path in set(cgroup.paths.values()):
+            assert members(path) == [process.pid]
+        process.communicate(b"x", 60)
+        assert (process.returncode != 0) == ("devices" in controllers)
+        assert journal.undo() == []
+        assert not any(os.path.exists(os.path.dirname(path)) for path in cgroup.paths.values())
+        # Where nobody had made the pods' own cgroup it went with the leaf; where somebody had, it is still there.
+        assert os.path.isdir(f"{top}/{pods}")
+    finally:
+        os.rmdir(f"{top}/{pods}")

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from containerd_support import PATIENCE, USE_SECOND, Containerd, until, with_command
 
+from kata.resources import host_cgroup
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PLUGINS = Path("/usr/lib/cni")
@@ -412,6 +414,32 @@ def test_privileges_are_gained_only_where_they_may_be(cri: Cri) -> None:
         said = partial(cri, "logs", one)
         until(said, "it has ended")
         assert said() == ("0\n" if may else "1000\n")
+
+
+def test_a_pods_machine_is_in_the_pods_cgroup(cri: Cri) -> None:
+    parent = f"/ktpods{os.getpid()}/pod1"
+    pod = cri.pod(cgroup_parent=parent)
+    one = cri.container(pod, "one", "sleep", "1000", linux={"resources": {"oom_score_adj": 500}})
+    two = cri.container(pod, "two", "sleep", "1000", linux={"resources": {"oom_score_adj": 100}})
+    assert cri("exec", "-s", one, "cat", "/proc/self/oom_score_adj").strip() == "500"
+    assert cri("exec", "-s", two, "cat", "/proc/self/oom_score_adj").strip() == "100"
+    machine = int(json.loads(cri("inspectp", pod[0]))["info"]["pid"])
+    [sandbox] = cri.daemon.sandboxes()
+    engine = cri.daemon.engine_pid(sandbox)
+    named = {name for one in host_cgroup.hierarchies() for name in one.controllers}
+    named |= {name for _, names, _ in host_cgroup.others() for name in names}
+    for pid in (machine, engine):
+        lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+        places = {name: path for number, names, path in lines for name in names.split(",") if name in named}
+        unified = {path for number, _, path in lines if number == "0"}
+        assert set(places.values()) | (unified if len(places) < len(named) else set()) == {
+            f"{parent}/{pod[0]}"
+        }
+    assert int(Path(f"/proc/{machine}/oom_score_adj").read_text()) == 500
+    # Who may not lower it stays where the client was, which is below the machine all the same.
+    assert int(Path(f"/proc/{engine}/oom_score_adj").read_text()) in (-998, 0)
+    cri("rmp", "-f", pod[0])
+    until(lambda: not list(Path("/sys/fs/cgroup").glob(f"**{parent}")), "the cgroups are gone")
 
 
 def _forwarded(cri: Cri, pod: str, port: int, data: bytes = b"") -> bytes:

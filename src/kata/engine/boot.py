@@ -134,12 +134,17 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         vm.vsock = vsock.allocate()
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
-    machine.cgroup = limit(os.path.basename(run_dir), vm, journal, (machine.process.pid, os.getpid()))
+    place = settings.get("cgroups_path"), os.path.basename(run_dir)
+    machine.cgroup = limit(place, vm, journal, (machine.process.pid, os.getpid()))
     # Helpers are born into our cgroups.
     if machine.files is not None:
         machine.files.start()
     if machine.network is not None:
         machine.network.start(journal, settings["id"])
+    from ..resources import oom_score
+
+    oom_score.protect_engine()
+    oom_score.set_machine(settings.get("oom_score_adj") or 0)
 
 
 def file_server(
@@ -167,13 +172,24 @@ def file_server(
     return virtiofsd.FileServer(program, directory, run_dir, journal, cache)
 
 
-def limit(name: str, vm: VMSettings, journal: Journal, pids: tuple[int, ...]) -> HostCgroup:
-    """Put processes of a sandbox into cgroups with the limits that belong to its size."""
+def limit(
+    place: tuple[str | None, str], vm: VMSettings, journal: Journal, pids: tuple[int, ...]
+) -> HostCgroup:
+    """Put processes of a sandbox into cgroups with the limits that belong to its size.
+
+    Args:
+        place: The path that the specification names (None: a person's sandbox, which has none), and a name for
+            where it names none.
+        vm: How large the machine is.
+        journal: The sandbox's.
+        pids: The processes.
+    """
     from ..resources import host_cgroup, sizing
 
     limits = host_cgroup.Limits(sizing.host_memory(vm.memory_mib, vm.accel), sizing.host_cpus(vm.vcpus))
     cgroup = host_cgroup.HostCgroup()
-    cgroup.make(journal, name, limits)
+    path, name = place
+    cgroup.make(journal, host_cgroup.place_of(path or "", name), limits, all_controllers=path is not None)
     cgroup.join(pids)
     return cgroup
 

@@ -19,7 +19,7 @@ from ..errors import (
     VMLostError,
 )
 from ..ttrpc.client import Client
-from . import boot, watch
+from . import boot, spec, watch
 from .container import Container
 from .timings import Timings
 
@@ -305,7 +305,20 @@ class Sandbox:
             self.containers.pop(container_id, None)
             raise
         self.had_container = True
+        self._score()
         return container
+
+    def _score(self) -> None:
+        """A pod's machine is as expendable to the host as the most expendable of its containers."""
+        scores = [
+            spec.oom_score_adj(one.config)
+            for one in self.containers.values()
+            if spec.container_type(one.config) == "pod_container"
+        ]
+        if scores:
+            from ..resources import oom_score
+
+            oom_score.set_machine(max(scores))
 
     def container(self, container_id: str) -> Container:
         """The container with this id.

@@ -69,6 +69,12 @@ def pod_of(spec: Mapping[str, Any]) -> str:
     return _annotation(spec, _SANDBOX_ANNOTATIONS) if container_type(spec) == "pod_container" else ""
 
 
+def oom_score_adj(spec: Mapping[str, Any]) -> int:
+    """The out-of-memory score of the container's process, 0 if it says none."""
+    found = (spec.get("process") or {}).get("oomScoreAdj")
+    return found if isinstance(found, int) else 0
+
+
 def shares_pids(spec: Mapping[str, Any]) -> bool:
     """Whether a pod's container is to see the processes of the pod's others (``shareProcessNamespace``)."""
     if container_type(spec) != "pod_container":

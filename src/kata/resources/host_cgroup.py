@@ -1,9 +1,10 @@
 """A sandbox's place in the host's cgroups: a leaf of its own for engine, hypervisor and helpers, with limits.
 
-The leaf is ``kata/<id>`` below the top of each hierarchy that we see, and not below the cgroup of whoever called
-us: that one may end with a login session, and under version 2 it holds processes, so it cannot hand controllers
-down. Version 2 is used for every controller that it has, version 1 for the others: most hosts have either, some
-a mixture. The limits are those of `kata.resources.sizing`.
+The leaf is where the specification says (``cgroupsPath``: with Kubernetes, in the pod's cgroup), in the hierarchies of
+all controllers of version 1. Where it says nothing it is ``kata/<id>`` below the top of each hierarchy that we see, and
+not below the cgroup of whoever called us: that one may end with a login session, and under version 2 it holds
+processes, so it cannot hand controllers down. Version 2 is used for every controller that it has, version 1 for the
+others: most hosts have either, some a mixture. The limits are those of `kata.resources.sizing`.
 
 Moving a process waits for the kernel's other processors (10 to 20 ms), so it is done when the machine has been
 started and is booting: what a hypervisor touches before that, some megabytes, is charged to its caller.
@@ -25,6 +26,21 @@ if TYPE_CHECKING:
     from kata.journal import Journal
 
 PARENT = "kata"
+DEFAULT_SLICE = "system.slice"
+DEVICES = (
+    *("c *:* m", "b *:* m", "b *:* rw"),  # file systems of containers are on block devices
+    *("c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm"),  # null, zero, full, random, urandom
+    *("c 5:0 rwm", "c 5:2 rwm", "c 136:* rwm"),  # terminals
+    *(
+        "c 10:200 rw",
+        "c 10:229 rw",
+        "c 10:232 rw",
+        "c 10:238 rw",
+        "c 10:241 rw",
+    ),  # tun, fuse, kvm, vhost-net, -vsock
+    "c 10:237 rw",  # loop-control
+)
+"""What engine, hypervisor and helpers may use of the host's devices where a cgroup of version 1 says so."""
 CONTROLLERS = ("memory", "cpu")
 PERIOD_US = 100_000
 _ATTEMPTS = 20
@@ -98,6 +114,53 @@ def hierarchies() -> list[Hierarchy]:
     return found
 
 
+def others() -> list[tuple[str, list[str], str]]:
+    """Hierarchies of version 1 beside those of `hierarchies`: (mount point, controllers, our own place)."""
+    taken = {one.top for one in hierarchies()}
+    place: dict[str, str] = {}
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            _number, joined, path = line.rstrip("\n").split(":", 2)
+            place.update(dict.fromkeys(joined.split(","), path))
+    found = []
+    for mount in sysio.mounts():
+        names = [name for name in mount.super_options.split(",") if name in place and "=" not in name]
+        if mount.fstype != "cgroup" or mount.target in taken or not names:
+            continue
+        taken.add(mount.target)
+        found.append((mount.target, names, mount.target + _below(place[names[0]], mount.root)))
+    return found
+
+
+def place_of(cgroups_path: str, sandbox_id: str) -> str:
+    """Where a sandbox's leaf is, below the top of a hierarchy.
+
+    Args:
+        cgroups_path: Of the specification: a path, or systemd's ``slice:prefix:name``; empty if it names none.
+        sandbox_id: For that case.
+
+    Returns:
+        A path without slashes at its ends.
+    """
+    if not cgroups_path.strip("/"):
+        return f"{PARENT}/{sandbox_id}"
+    parts = cgroups_path.split(":")
+    if len(parts) == 3:
+        unit = f"{parts[1]}-{parts[2]}" if parts[1] else parts[2]
+        if not unit.endswith((".slice", ".scope")):
+            unit += ".scope"
+        cgroups_path = f"{_slice_path(parts[0] or DEFAULT_SLICE)}/{unit}"
+    return os.path.normpath("/" + cgroups_path).strip("/")
+
+
+def _slice_path(name: str) -> str:
+    """The path of a systemd slice: a-b.slice is in a.slice (systemd.slice(5)); "-.slice" is the top."""
+    words = name.removesuffix(".slice").split("-")
+    if not any(words):
+        return ""
+    return "/".join("-".join(words[: count + 1]) + ".slice" for count in range(len(words)))
+
+
 class HostCgroup:
     """The leaves of one sandbox.
 
@@ -113,19 +176,20 @@ class HostCgroup:
         self.warnings: list[str] = []
         self._origins: list[tuple[str, str]] = []
 
-    def make(self, journal: Journal, name: str, limits: Limits) -> None:
+    def make(self, journal: Journal, place: str, limits: Limits, *, all_controllers: bool = False) -> None:
         """Make the leaves. What a host does not allow is in `warnings`, and no error: the limits are for the
         host's sake, and the guest's own memory and processors are what they are without them.
 
         Args:
             journal: The sandbox's.
-            name: The sandbox's id.
+            place: As of `place_of`.
             limits: What is written into them.
+            all_controllers: Be in the hierarchies of the other controllers of version 1 as well.
         """
         found = hierarchies()
         for hierarchy in found:
             try:
-                path = self._make_leaf(journal, hierarchy, name)
+                path = self._make_leaf(journal, hierarchy, place)
             except OSError as error:
                 self.warnings += [_warning(controller, error) for controller in hierarchy.controllers]
                 continue
@@ -144,20 +208,58 @@ class HostCgroup:
             for controller in CONTROLLERS
             if controller not in present
         ]
+        for top, controllers, own in others() if all_controllers else ():
+            try:
+                path = self._make_leaf(journal, Hierarchy(1, top, own, controllers), place)
+                self._fill(path, top, controllers)
+            except OSError as error:
+                text = f"not in the host's cgroup of {', '.join(controllers)}: {error.strerror} ({error.filename})"
+                self.warnings.append(text)
+                continue
+            self._origins.append((own, top))
+            self.paths.update(dict.fromkeys(controllers, path))
 
     @staticmethod
-    def _make_leaf(journal: Journal, hierarchy: Hierarchy, name: str) -> str:
-        parent = f"{hierarchy.top}/{PARENT}"
+    def _fill(path: str, top: str, controllers: Sequence[str]) -> None:
+        """What a new leaf of version 1 has to be told before a process can be in it, or use a device."""
+        if "cpuset" in controllers:
+            # Empty ones take no process; those of the parents that we have made are empty as well.
+            levels = path[len(top) + 1 :].split("/")
+            for count in range(len(levels)):
+                above = "/".join((top, *levels[:count]))
+                for file in ("cpuset.cpus", "cpuset.mems"):
+                    here = f"{above}/{levels[count]}/{file}"
+                    if not _words(here):
+                        _write(here, " ".join(_words(f"{above}/{file}")))
+        if "devices" in controllers:
+            _write(f"{path}/devices.deny", "a")
+            for rule in DEVICES:
+                try:
+                    _write(f"{path}/devices.allow", rule)
+                except PermissionError:
+                    continue  # whoever we are in may not use it, and neither may we
+
+    @staticmethod
+    def _make_leaf(journal: Journal, hierarchy: Hierarchy, place: str) -> str:
+        *levels, name = place.split("/")
+        above = [hierarchy.top]
+        for level in levels:
+            above.append(f"{above[-1]}/{level}")
+        parent = above[-1]
         path = f"{parent}/{name}"
-        entry = journal.intend("cgroup", path=path, parent=parent)
+        # Those that are there are somebody's; ours are taken away again if nobody has come to use them.
+        made = [directory for directory in above[1:] if not os.path.isdir(directory)]
+        if levels == [PARENT]:
+            made = [parent]  # everybody's who needs it: the last one takes it away
+        entry = journal.intend("cgroup", path=path, parents=made[::-1])
         try:
             for attempt in range(_ATTEMPTS):
                 try:
-                    if hierarchy.version == 2:
-                        _hand_down(hierarchy.top, hierarchy.controllers)
-                    _make_parent(parent)
-                    if hierarchy.version == 2:
-                        _hand_down(parent, hierarchy.controllers)
+                    for directory in above:
+                        if directory != hierarchy.top:
+                            _make_parent(directory)
+                        if hierarchy.version == 2:
+                            _hand_down(directory, hierarchy.controllers)
                     os.mkdir(path, 0o755)
                     break
                 except FileNotFoundError:

@@ -136,6 +136,8 @@ def settings(
         "disks": [],
         "disk_slots": len(slots.DISKS),
         "network": machine.network(conf, network_namespace(config)),
+        "cgroups_path": str((config.get("linux") or {}).get("cgroupsPath") or ""),
+        "oom_score_adj": oom_score_adj(config),
         "door_started_ns": began,
     }
     address = os.environ.get("TTRPC_ADDRESS")
@@ -145,6 +147,13 @@ def settings(
     if os.path.exists(fifo):
         found["log_fifo"] = fifo
     return found
+
+
+def oom_score_adj(config: Mapping[str, Any]) -> int:
+    """The out-of-memory score of a container's process; 0 for a pod's own, whose containers say what it is."""
+    if spec.container_type(config) == "pod_sandbox":
+        return 0
+    return spec.oom_score_adj(config)
 
 
 def network_namespace(config: Mapping[str, Any]) -> str:
