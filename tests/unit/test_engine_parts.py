@@ -442,10 +442,15 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
 ) -> None:
     monkeypatch.setattr(virtiofsd, "find", lambda configured="": None)
     journal = Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
-    assert boot.file_server({}, "/share", str(tmp_path), journal) is None
-    assert boot.file_server({"shared_fs": "virtio-9p"}, "/share", str(tmp_path), journal) is None
+
+    def server(accel: str, **settings: str) -> object:
+        return boot.file_server({"accel": accel, **settings}, "/share", str(tmp_path), journal)
+
+    assert server("kvm") is None
+    assert server("kvm", shared_fs="virtio-9p") is None
+    assert server("tcg", shared_fs="virtio-fs") is None
     with pytest.raises(HostError, match="no virtiofsd"):
-        boot.file_server({"shared_fs": "virtio-fs"}, "/share", str(tmp_path), journal)
+        server("kvm", shared_fs="virtio-fs")
     assert journal.undo() == []
 
 

@@ -1,119 +1,35 @@
-"""Files of the host in the guest, by each of the two ways in which they get there."""
+"""Files of the host in the guest by 9p, the only way under software emulation; tests/kvm has the other."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import signal
-import subprocess
-from pathlib import Path
 
 import pytest
 from conftest import Kata
+from share_cases import (  # noqa: F401 - collected here
+    test_files_behave_as_files,
+    test_files_of_two_file_systems_stay_apart,
+    test_the_owner_of_a_guest_gains_nothing_by_it,
+    test_volumes,
+)
 
-from kata.hypervisor import virtiofsd
+from kata.hypervisor import accel
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-@pytest.fixture(params=["virtio-9p", "virtio-fs"])
-def kata(request: pytest.FixtureRequest, shared_kata: Kata) -> Kata:
-    if request.param == "virtio-fs" and virtiofsd.find() is None:
-        pytest.skip("needs virtiofsd (apt-get install virtiofsd)")
+@pytest.fixture
+def kata(shared_kata: Kata) -> Kata:
     one = copy.copy(shared_kata)
-    one.env = {**shared_kata.env, "KATA_SHARED_FS": request.param}
+    one.env = {**shared_kata.env, "KATA_SHARED_FS": "virtio-9p"}
     return one
 
 
-def test_volumes(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
-    data, fixed, single = tmp_path / "data", tmp_path / "fixed", tmp_path / "single"
-    data.mkdir()
-    fixed.mkdir()
-    single.write_text("one file\n")
-    (fixed / "there").write_text("from the host\n")
-    shown = kata.ok(
-        "run", "--rm", "-v", f"{data}:/data", "-v", f"{fixed}:/fixed:ro", "-v", f"{single}:/etc/single:ro",
-        busybox_image, "sh", "-c",
-        "cat /fixed/there /etc/single; touch /fixed/x 2>&1 | grep -c Read-only; echo from the guest > /data/made;"
-        "sed -n 's/.* \\/data \\([^ ]*\\) .*/\\1/p' /proc/mounts",
-    )  # fmt: skip
-    kind = kata.env["KATA_SHARED_FS"].replace("virtio-9p", "9p").replace("-", "")
-    assert shown == f"from the host\none file\n1\n{kind}\n"
-    assert (data / "made").read_text() == "from the guest\n"
-    assert not (fixed / "x").exists()
-
-
-def test_the_owner_of_a_guest_gains_nothing_by_it(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
-    """The host itself keeps a read-only volume read-only, and the rest of the share as well."""
-    fixed = tmp_path / "fixed"
-    fixed.mkdir()
-    shown = kata.ok(
-        "run", "--rm", "--privileged", "-v", f"{fixed}:/fixed:ro", busybox_image, "sh", "-c",
-        "mount -o remount,rw /fixed; touch /fixed/x 2>&1; mkdir /m;"
-        "mount -t virtiofs kataShared /m 2>/dev/null || mount -t 9p -o trans=virtio,version=9p2000.L kataShared /m"
-        " || mount --bind /fixed /m; touch /m/x 2>&1; ls -A /m",
-    )  # fmt: skip
-    assert shown.count("Read-only file system") == 2, shown
-    assert list(fixed.iterdir()) == []
-
-
-def test_files_behave_as_files(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
-    shown = kata.ok(
-        "run", "--rm", "-v", f"{tmp_path}:/d", busybox_image, "sh", "-c",
-        "cd /d; echo kept > open; exec 3<open; rm open; cat <&3;"  # removed and still open
-        "echo 1 > a; ln a b; echo 2 >> b; cat a; stat -c %h b;"
-        "ln -s /nowhere link; readlink link; mv a c; ls;"
-        "chown 12:34 c; chmod 4711 c; stat -c '%u %g %a' c; truncate -s 5000000 big; stat -c %s big",
-    )  # fmt: skip
-    expected = ["kept", "1", "2", "2", "/nowhere", "b", "c", "link", "12 34 4711", "5000000"]
-    assert shown.splitlines() == expected
-    # QEMU's 9p server makes a fifo, and then fails to set its mode.
-    if kata.env["KATA_SHARED_FS"] == "virtio-fs":
-        assert kata.ok("run", "--rm", "-v", f"{tmp_path}:/d", busybox_image, "mkfifo", "/d/fifo") == ""
-        assert (tmp_path / "fifo").is_fifo()
-    assert (tmp_path / "c").stat().st_uid == 12
-
-
-def test_files_of_two_file_systems_stay_apart(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    for directory in (one, two):
-        directory.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "none", directory], check=True)
-    try:
-        for directory in (one, two):
-            (directory / "file").write_text(directory.name)
-        assert (one / "file").stat().st_ino == (two / "file").stat().st_ino
-        shown = kata.ok(
-            "run", "--rm", "-v", f"{tmp_path}:/d", busybox_image,
-            *("sh", "-c", "cat /d/one/file /d/two/file; echo; stat -c '%d %i' /d/*/file"),
-        )  # fmt: skip
-        text, *identities = shown.splitlines()
-        assert text == "onetwo"
-        assert len(set(identities)) == 2, identities
-    finally:
-        for directory in (one, two):
-            subprocess.run(["umount", directory], check=True)
-
-
-def test_a_killed_file_server_is_told(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
-    if virtiofsd.find() is None:
-        pytest.skip("needs virtiofsd (apt-get install virtiofsd)")
-    kata = copy.copy(shared_kata)
-    kata.env = {**shared_kata.env, "KATA_SHARED_FS": "virtio-fs"}
-    running = kata.start(
-        *("run", "--rm", "--name", "served", "-v", f"{tmp_path}:/d", busybox_image),
-        *("sh", "-c", "echo up; while :; do ls /d; sleep 0.1; done"),
-    )
-    assert running.stdout is not None
-    assert running.stdout.readline() == b"up\n"
-    machine = int(json.loads(kata.ok("inspect", "served"))[0]["state"]["pid"])
-    engine = Path(f"/proc/{machine}/stat").read_text().rpartition(") ")[2].split()[1]
-    children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
-    (server,) = (pid for pid in children if "virtiofsd" in Path(f"/proc/{pid}/comm").read_text())
-    os.kill(int(server), signal.SIGKILL)
-    _, stderr = running.communicate(timeout=60)
-    assert running.returncode == 137
-    assert b"virtiofsd" in stderr
-    assert b"killed by signal 9" in stderr
-    assert kata.sandboxes() == [] or "served" not in kata.ok("ps", "-a")
+def test_an_emulated_machine_shares_by_9p_whatever_is_asked(kata_env: Kata, busybox_image: str) -> None:
+    if accel.choose().accel != "tcg":
+        pytest.skip("this machine has KVM")
+    kata_env.env["KATA_SHARED_FS"] = "virtio-fs"
+    done = kata_env.call("run", "--rm", "-v", "/etc:/e:ro", busybox_image, "grep", " /e ", "/proc/mounts")
+    assert done.stdout.split()[2] == b"9p", done.stderr
+    assert b"an emulated machine cannot have virtio-fs" in done.stderr

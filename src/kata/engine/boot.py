@@ -152,6 +152,9 @@ def file_server(
 ) -> virtiofsd.FileServer | None:
     """What serves the share by virtio-fs, not yet started; None where the hypervisor itself shall do so, by 9p.
 
+    Such a server writes into the guest's memory by itself. Software emulation does not notice: of a page that has held
+    code it executes what it has translated before, and programs crash. So an emulated machine has 9p.
+
     Raises:
         HostError: virtio-fs was asked for, and there is no virtiofsd.
         HypervisorError: The socket cannot be made.
@@ -159,7 +162,7 @@ def file_server(
     from ..hypervisor import virtiofsd  # most machines share nothing
 
     wanted = hypervisor.get("shared_fs") or ""
-    if wanted == "virtio-9p":
+    if wanted == "virtio-9p" or hypervisor["accel"] == "tcg":
         return None
     program = virtiofsd.find(hypervisor.get("virtio_fs_daemon") or "")
     if program is None:

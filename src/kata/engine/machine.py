@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
+EMULATED_SHARE = (
+    "virtio-fs was asked for; files are shared by 9p, since an emulated machine cannot have virtio-fs"
+)
 SHARED_FS = "KATA_SHARED_FS"
 """Variable that says how files of the host reach the guest: ``virtio-fs``, ``virtio-9p``, or whichever there is."""
 
@@ -70,6 +73,8 @@ def settings(
     if conf.values:
         found["configuration"] = {name: list(pair) for name, pair in conf.values.items()}
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
+    if choice.accel == "tcg" and hypervisor.get("shared_fs") == "virtio-fs":
+        notes.append(("shared-fs", EMULATED_SHARE))
     return found, notes + [("configuration", note) for note in conf.notes]
 
 
@@ -218,7 +223,7 @@ def _ready_s(conf: Configuration) -> float:
 
 
 def shared_fs() -> str:
-    """``virtio-fs``, ``virtio-9p``, or nothing: virtio-fs where the host has its program.
+    """``virtio-fs``, ``virtio-9p``, or nothing: virtio-fs where the host has KVM and its program.
 
     Raises:
         UsageError: The variable says something else.

@@ -1,0 +1,61 @@
+"""Files of the host in the guest by virtio-fs, with a real virtiofsd."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import Kata
+from share_cases import (  # noqa: F401 - collected here
+    test_files_behave_as_files,
+    test_files_of_two_file_systems_stay_apart,
+    test_the_owner_of_a_guest_gains_nothing_by_it,
+    test_volumes,
+)
+
+from kata.hypervisor import virtiofsd
+
+
+@pytest.fixture
+def kata(kvm_kata: Kata) -> Kata:
+    if virtiofsd.find() is None:
+        pytest.skip("needs virtiofsd (apt-get install virtiofsd)")
+    one = copy.copy(kvm_kata)
+    one.env = {**kvm_kata.env, "KATA_SHARED_FS": "virtio-fs"}
+    return one
+
+
+def test_a_root_of_the_hosts(kata: Kata, tmp_path: Path) -> None:
+    """What is executed from a share, twice and through an overlay, runs."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
+    (tmp_path / "bin/busybox").chmod(0o755)
+    (tmp_path / "bin/sh").symlink_to("busybox")
+    script = "/bin/busybox true; echo new > /made; /bin/busybox cat /made"
+    assert (
+        kata.ok("run", "--rm", "--network", "none", f"rootfs:{tmp_path}", "/bin/sh", "-c", script) == "new\n"
+    )
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_killed_file_server_is_told(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    running = kata.start(
+        *("run", "--rm", "--name", "served", "-v", f"{tmp_path}:/d", busybox_image),
+        *("sh", "-c", "echo up; while :; do ls /d; sleep 0.1; done"),
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"up\n"
+    machine = int(json.loads(kata.ok("inspect", "served"))[0]["state"]["pid"])
+    engine = Path(f"/proc/{machine}/stat").read_text().rpartition(") ")[2].split()[1]
+    children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
+    (server,) = (pid for pid in children if "virtiofsd" in Path(f"/proc/{pid}/comm").read_text())
+    os.kill(int(server), signal.SIGKILL)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 137
+    assert b"virtiofsd" in stderr
+    assert b"killed by signal 9" in stderr
+    assert kata.sandboxes() == [] or "served" not in kata.ok("ps", "-a")
