@@ -112,7 +112,7 @@ async def _serve(
         await publisher.close(EVENTS_S)
     # Its files are gone; connections that are open still get their answers.
     # A client that has lost the thread learns that there is nothing here when we hang up.
-    give_up = loop.time() + (0 if _never_used(sandbox) and sandbox.was_missed else CLIENTS_S)
+    give_up = loop.time() + (0 if sandbox.was_missed else CLIENTS_S)
     while server.connections and loop.time() < give_up:
         await asyncio.sleep(0.01)
     await sandbox.linger()
@@ -139,8 +139,9 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
     """End a sandbox that nobody can want any more: no living container, no client, and the door is gone.
 
     Where a client may restart (containerd), that takes long, and containers that have ended count as wanted. An
-    engine whose door died before it had let go of it was never told to anybody: it ends at once, and so does one
-    that was never given a container and is asked about it: its client has restarted and lost the thread.
+    engine whose door died before it had let go of it was never told to anybody: it ends at once. So does one that
+    has no container and is asked about one: its client was killed before Create, or in the midst of Delete, and
+    takes us for a task since it is back.
     """
     import asyncio
 
@@ -153,7 +154,8 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
             continue
         kept = not sandbox.is_human and sandbox.containers
         door = _door()
-        if _never_used(sandbox) and (sandbox.was_missed or (door == _DIED and not server.connections)):
+        unknown = door == _DIED and not sandbox.had_container and not server.connections
+        if not sandbox.containers and (unknown or sandbox.was_missed):
             sandbox.end()
         elif server.connections or kept or door == _HOLDS:
             idle_since = None
@@ -162,10 +164,6 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
         elif loop.time() - idle_since >= patience_s:
             sandbox.end()
         await asyncio.sleep(IDLE_POLL_S)
-
-
-def _never_used(sandbox: Sandbox) -> bool:
-    return not sandbox.had_container and not sandbox.containers
 
 
 def _door() -> str:

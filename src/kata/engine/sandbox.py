@@ -108,7 +108,7 @@ class Sandbox:
         self.paused = False
         self.was_lost = False
         self.had_container = False
-        self.was_missed = False  # somebody asked about a container that there is not
+        self.was_missed = False  # somebody has asked about a container since there is none (any more)
         self._vm_ended = False
         self._failed = failed
         self._agent: AgentClient | None = None
@@ -299,6 +299,7 @@ class Sandbox:
             raise self._lost_error()
         container = Container(self, container_id, bundle, config, stdio, root)
         self.containers[container_id] = container
+        self.was_missed = False
         try:
             await container.create()
         except BaseException:
@@ -328,7 +329,7 @@ class Sandbox:
         """
         found = self.containers.get(container_id)
         if found is None:
-            self.was_missed = not self.is_human
+            self.was_missed = not self.is_human and not self.containers
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 
