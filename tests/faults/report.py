@@ -30,6 +30,9 @@ The victims are the engine, the hypervisor, the file server of the share (virtio
 itself serves the share by 9p), containerd itself, and the shim's command where one runs. A network helper there is only
 with `kata run`: in containerd's networks tc carries the packets.
 
+When the shim's command that clears up is killed, containerd keeps its bundle until it is started the next time,
+whatever the runtime; so it is started anew there before anything is checked.
+
 Points lie outside the product (`tests/faults/stops.py`): a program that takes the place of the shim puts them around
 its steps. Who reaches an armed point stands still there, so the victim is hit exactly then.
 """

@@ -202,8 +202,11 @@ class Runner:
             script.join()
         if script.hangs:
             raise Failure(script.hangs)
-        if one.victim == "containerd" and pid:
+        clearing = one.victim == "shim" and one.point is not None and one.point.phase == "clear"
+        if pid and (one.victim == "containerd" or clearing):
+            # containerd has the clearing up done once; if that fails, again when it is started the next time.
             daemon.stop_listening()
+            daemon.stop()
             daemon.start()
             daemon.listen()
         return bool(pid)
