@@ -3,11 +3,15 @@
 Footprint: summed over *all* processes of the agent's binary (helpers count), from ``/proc/*/smaps_rollup``, read by a
 shell that runs beside the agent (`agentguest.py`), so that nothing that measures is on the agent's account.
 
-Latency: an empty call (Health.Check) from a blocking client, beside the same number of bytes sent to and fro over a
-second port of the same virtio-serial device behind which ``busybox cat`` reads and writes; by turns.
+Latency: an empty call (Health.Check), beside as many bytes sent to and fro over a second port of the same
+virtio-serial device behind which ``busybox cat`` reads and writes; by turns. The call is made twice: from a bare
+socket, its frame prepared beforehand, as the raw channel is used; and by the blocking client, whose share (encoding,
+decoding, locks, and waiting with a time limit; Python, with cold caches) is printed. Meanwhile the guest falls asleep
+and has to be woken, so the raw channel is also measured with pauses of that length ("raw, paced").
 
 Throughput: ``busybox dd`` in a container writing to its stdout or reading its stdin, as the engine's client moves it;
-beside the same ``dd`` on that second port.
+beside the same ``dd`` on that second port ("raw"), and beside two of them with a pipe between ("raw + pipe"), which is
+what anything between a process's standard streams and a port has to pay at least.
 
 Parallelism: Health.Check while 100 calls of WaitProcess and ReadStdout wait on the same connection.
 
@@ -21,6 +25,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import statistics
 import sys
 import time
@@ -40,6 +45,7 @@ from kata.guest import manifest  # noqa: E402
 from kata.hypervisor import accel, slots  # noqa: E402
 from kata.images import store  # noqa: E402
 from kata.proto import agent_pb, health_pb, oci_pb  # noqa: E402
+from kata.ttrpc import envelope, frame  # noqa: E402
 from kata.ttrpc.client import Client  # noqa: E402
 from kata.ttrpc.sync_client import Client as BlockingClient  # noqa: E402
 
@@ -47,6 +53,8 @@ STATE = "/run/kata-containers"
 PING = bytes(48)
 """As long as the frame of an empty call."""
 PIECE = 1 << 16
+BLOCK = 250
+SETTLE_S = 0.2
 
 Row = dict[str, Any]
 
@@ -63,12 +71,54 @@ def percentiles(seconds: list[float]) -> Row:
 # ---- latency ----
 
 
+class Watched:
+    """A socket that notes when something was sent and received; as much of one as the blocking client uses."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.setblocking, self.fileno, self.shutdown, self.close = (
+            sock.setblocking,
+            sock.fileno,
+            sock.shutdown,
+            sock.close,
+        )
+        self._sock = sock
+        self.sending = self.received = 0.0
+
+    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
+        """As a socket's."""
+        self.sending = time.perf_counter()
+        return self._sock.send(data, flags)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As a socket's."""
+        data = self._sock.recv(size, flags)
+        self.received = time.perf_counter()
+        return data
+
+
 def round_trips(guest: agentguest.Guest, calls: int) -> Row:
-    """Raw round trips and empty calls by turns, in blocks of 50."""
-    guest.sh("cat 1<>$raw 0<&1 & echo $! >/tmp/echo")
-    client = BlockingClient(guest.agent.dup())
-    raw: list[float] = []
-    empty: list[float] = []
+    """Raw round trips and empty calls by turns, in blocks.
+
+    The raw channel's other end lives only as long as its own blocks: all queues of the device share an interrupt, and
+    once ``cat`` has written it is woken by each one of the agent's as well, which changes address spaces twice.
+    """
+    watched = Watched(guest.agent.dup())
+    client = BlockingClient(watched)
+    # The client polls before it reads, and the mode belongs to both descriptors.
+    guest.agent.setblocking(True)
+    request = envelope.Request("grpc.Health", "Check", b"", 60 * 10**9).encode()
+    prepared = frame.encode(0xFFFF_FFFF, frame.REQUEST, request)
+    answer = envelope.Response(health_pb.HealthCheckResponse(status=1).encode()).encode()
+    names = ("raw", "raw, paced", "call from a bare socket", "call of the client")
+    took: dict[str, list[float]] = {name: [] for name in names}
+    share: list[float] = []
+    pause = 0.0
+
+    def bare() -> None:
+        guest.agent.sendall(prepared)
+        left = frame.HEADER_SIZE + len(answer)
+        while left:
+            left -= len(guest.agent.recv(left))
 
     def ping() -> None:
         guest.raw.sendall(PING)
@@ -81,17 +131,31 @@ def round_trips(guest: agentguest.Guest, calls: int) -> Row:
             "grpc.Health", "Check", health_pb.CheckRequest(), health_pb.HealthCheckResponse, timeout=60
         )
 
-    for number in range(calls // 50 + 1):
-        for one, into in ((ping, raw), (call, empty)):
-            for _ in range(50):
+    for number in range(calls // BLOCK + 1):
+        guest.sh("cat 1<>$raw 0<&1 & echo $! >/tmp/echo")
+        for name, one in zip(names, (ping, ping, bare, call), strict=True):
+            if one is bare:
+                guest.sh("kill $(cat /tmp/echo)")
+            time.sleep(SETTLE_S)
+            for turn in range(BLOCK):
+                if name == "raw, paced":
+                    until = time.perf_counter() + pause
+                    while time.perf_counter() < until:
+                        pass
                 began = time.perf_counter()
                 one()
-                if number:  # the first block warms up
-                    into.append(time.perf_counter() - began)
-    guest.sh("kill $(cat /tmp/echo)")
-    rows = {"raw": percentiles(raw), "empty call": percentiles(empty)}
-    for name in ("p50_us", "p99_us"):
-        rows["empty call"][f"{name[:3]}_to_raw"] = round(rows["empty call"][name] / rows["raw"][name], 2)
+                ended = time.perf_counter()
+                if one is call:
+                    share.append(watched.sending - began + ended - watched.received)
+                if number and turn >= BLOCK // 10:  # the first block, and the first ones of a block, warm up
+                    took[name].append(ended - began)
+        pause = statistics.median(share)
+    rows = {name: percentiles(found) for name, found in took.items()}
+    for name in names[2:]:
+        for key in ("p50_us", "p99_us"):
+            for beside in names[:2]:
+                rows[name][f"{key[:3]}_to_{beside}"] = round(rows[name][key] / rows[beside][key], 2)
+    rows["of that the client's own"] = percentiles(share)
     return rows
 
 
@@ -182,17 +246,24 @@ async def run_exec(agent: AgentClient, number: int) -> None:
 # ---- throughput ----
 
 
-def raw_throughput(guest: agentguest.Guest, size: int) -> dict[str, float]:
-    """MB/s from and to the guest over the raw port."""
+def raw_throughput(guest: agentguest.Guest, size: int, piped: bool) -> dict[str, float]:
+    """MB/s from and to the guest over the raw port; *piped*: with a pipe and a second process between."""
     count = size // PIECE
-    guest.begin(f"dd if=/dev/zero bs={PIECE} count={count} 1<>$raw 2>/dev/null")
+    through = f" | dd bs={PIECE} iflag=fullblock 2>/dev/null" if piped else ""
+    guest.begin(f"dd if=/dev/zero bs={PIECE} count={count} 2>/dev/null{through} 1<>$raw")
     began, left = 0.0, size
     while left:
         left -= len(guest.raw.recv(1 << 18))
         began = began or time.perf_counter()
     out = size / (time.perf_counter() - began) / 1e6
     guest.end("dd")
-    guest.begin(f"dd of=/dev/null bs={PIECE} count={count} iflag=fullblock 0<>$raw 2>/dev/null")
+    whole = f"bs={PIECE} iflag=fullblock"
+    last = f"dd of=/dev/null {whole} 2>/dev/null"
+    guest.begin(
+        f"dd {whole} count={count} 0<>$raw 2>/dev/null | {last}"
+        if piped
+        else f"{last} count={count} 0<>$raw"
+    )
     piece, began = bytes(PIECE), time.perf_counter()
     for _ in range(count):
         guest.raw.sendall(piece)
@@ -264,10 +335,11 @@ async def measure(guest: agentguest.Guest, options: argparse.Namespace) -> Row:
         return result
     result["parallel"] = await blocked(agent, options.calls // 3)
     size = options.megabytes << 20
-    speeds: dict[str, list[dict[str, float]]] = {"raw": [], "direct": [], "calls": []}
+    speeds: dict[str, list[dict[str, float]]] = {"raw": [], "raw + pipe": [], "direct": [], "calls": []}
     features = agent.features
     for number in range(options.rounds):
-        speeds["raw"].append(await loop.run_in_executor(None, raw_throughput, guest, size))
+        for name, piped in (("raw", False), ("raw + pipe", True)):
+            speeds[name].append(await loop.run_in_executor(None, raw_throughput, guest, size, piped))
         for name, has in (("direct", features), ("calls", features - {FEATURE})):
             agent.features = frozenset(has)
             speeds[name].append(await container_throughput(agent, size, f"{name}{number}"))
@@ -277,7 +349,8 @@ async def measure(guest: agentguest.Guest, options: argparse.Namespace) -> Row:
             way: round(statistics.median(one[way] for one in found), 1) for way in ("stdout", "stdin")
         }
     for way in ("stdout", "stdin"):
-        rows["direct"][f"{way}_to_raw"] = round(rows["direct"][way] / rows["raw"][way], 2)
+        for beside in ("raw", "raw + pipe"):
+            rows["direct"][f"{way}_to_{beside}"] = round(rows["direct"][way] / rows[beside][way], 2)
     result["throughput_mb_s"] = rows
     return result
 
@@ -303,7 +376,7 @@ def show(result: Row) -> None:
         if key in result:
             print(f"\n{title}, us")
             for name, row in result[key].items():
-                print(f"  {name:14}" + ", ".join(f"{what} {value}" for what, value in row.items()))
+                print(f"  {name:26}" + ", ".join(f"{what} {value}" for what, value in row.items()))
     if "throughput_mb_s" in result:
         print("\nthroughput, MB/s")
         for name, row in result["throughput_mb_s"].items():

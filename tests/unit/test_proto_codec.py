@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from kata.proto import agent_pb, agentext_pb, cgroups_v2_pb, health_pb, oci_pb, task_pb, types_pb
 from kata.proto.codec import MAX_DEPTH, MAX_ELEMENTS, DecodeError, EncodeError, Message
+from kata.proto.wire import put_varint
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -211,6 +213,42 @@ def test_a_million_empty_messages_are_refused() -> None:
     packed = b"\x01" * (MAX_ELEMENTS + 1)
     with pytest.raises(DecodeError, match="elements"):
         agent_pb.CpuUsage.decode(b"\x12\x81\x80\x08" + packed)
+
+
+def four_mebibytes(key: bytes, element: bytes, *, packed: bool = False) -> bytes:
+    """As long a message as a frame may hold, of one field again and again."""
+    size = (4 << 20) - 8
+    if not packed:
+        return (key + element) * (size // len(key + element))
+    content = element * (size // len(element))
+    length = bytearray()
+    put_varint(length, len(content))
+    return key + bytes(length) + content
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw"),
+    [
+        # What hostile guests can answer: lists of messages, of texts in messages, maps, numbers of 2 bytes.
+        (agent_pb.Interfaces, four_mebibytes(b"\x0a", b"\0")),
+        (agentext_pb.ListProcessesResponse, four_mebibytes(b"\x0a", b"\0")),
+        (agentext_pb.ListProcessesResponse, four_mebibytes(b"\x0a", b"\x08" + b"\x42\0" * 4)),
+        (agent_pb.MemoryStats, four_mebibytes(b"\x32", b"\0")),
+        (agent_pb.CgroupStats, four_mebibytes(b"\x2a", b"\0")),
+        (agent_pb.CpuUsage, four_mebibytes(b"\x12", b"\x80\x04", packed=True)),
+        (agent_pb.CpuUsage, four_mebibytes(b"\x10", b"\x80\x04")),
+    ],
+)
+def test_what_is_small_on_the_wire_stays_small_in_memory(kind: type[Message], raw: bytes) -> None:
+    kind.decode(b"")  # its plan is made once and stays
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(DecodeError):
+            kind.decode(raw)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 48 << 20
 
 
 @pytest.mark.parametrize(

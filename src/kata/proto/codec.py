@@ -47,7 +47,7 @@ __all__ = [
 
 MAX_ELEMENTS = 1 << 17
 """Most sub-messages and repeated elements in one decoded message: two bytes on the wire can become hundreds
-in memory."""
+in memory. With the biggest elements there are, and a message as long as a frame may be, that is 30 MB."""
 
 
 class Message:
@@ -458,13 +458,15 @@ def _add_decoders(plan: Plan, field: Field) -> None:
                 if stop > end:
                     raise DecodeError("truncated")
                 values = getattr(message, name)
-                before = len(values)
-                while pos < stop:
+                room = budget[0]
+                while pos < stop and room >= 0:
                     value, pos = get(buf, pos, stop)
                     values.append(value)
-                if pos != stop:
+                    room -= 1
+                budget[0] = room
+                # With too many the caller raises: not after millions of numbers have been made.
+                if pos != stop and room >= 0:
                     raise DecodeError("truncated")
-                budget[0] -= len(values) - before
                 return pos
 
             plan.decoders[number << 3 | 2] = decode_packed
