@@ -172,6 +172,11 @@ impl Agent {
         Ok(())
     }
 
+    /// Whether the host can open further connections, as it cannot on a port.
+    pub fn takes_connections(&self) -> bool {
+        self.listener.is_some()
+    }
+
     /// A number not used for anything else.
     pub fn fresh_id(&mut self) -> u32 {
         let id = self.next_id;

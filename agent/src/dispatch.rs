@@ -21,6 +21,9 @@ const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 const EXTRA_FEATURES: &[&str] =
     &["kata.boot", "kata.debug", "kata.dial", "kata.files", "kata.policy", "kata.processes", "kata.streams", "seccomp"];
 
+/// A streaming call may have a connection to itself.
+const CONNECTIONS: &str = "kata.streams.connections";
+
 /// `Ok(None)`: the answer comes later.
 type Outcome = Result<Option<Vec<u8>>>;
 
@@ -199,7 +202,7 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
             let r: pb::SetGuestDateTimeRequest = decode(request)?;
             guest::set_date_time(r.sec, r.usec).map(empty)
         }
-        "GetGuestDetails" => details(&decode(request)?),
+        "GetGuestDetails" => details(agent, &decode(request)?),
         "GetIPTables" => {
             let r: pb::GetIPTablesRequest = decode(request)?;
             answer_from(agent, call, || Ok(pb::GetIPTablesResponse { data: iptables::save(r.is_ipv6)? }))
@@ -275,7 +278,7 @@ fn files_service(agent: &mut Agent, call: CallId, request: &Request) -> Outcome 
     }
 }
 
-fn details(request: &pb::GuestDetailsRequest) -> Outcome {
+fn details(agent: &Agent, request: &pb::GuestDetailsRequest) -> Outcome {
     let list = |names: &[&str]| names.iter().map(ToString::to_string).collect();
     let mut response = pb::GuestDetailsResponse {
         agent_details: Some(Box::new(pb::AgentDetails {
@@ -284,7 +287,10 @@ fn details(request: &pb::GuestDetailsRequest) -> Outcome {
             device_handlers: list(runtime::attach::TYPES),
             storage_handlers: list(storage::DRIVERS),
             supports_seccomp: true,
-            extra_features: list(EXTRA_FEATURES),
+            extra_features: list(EXTRA_FEATURES)
+                .into_iter()
+                .chain(agent.takes_connections().then(|| CONNECTIONS.to_string()))
+                .collect(),
         })),
         ..Default::default()
     };

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +55,22 @@ def test_it_runs_under_kvm_and_is_reached_over_vsock(kvm_kata: Kata, box: str) -
     assert argv[argv.index("-accel") + 1] == "kvm"
     assert any(word.startswith("vhost-vsock-pci,") for word in argv)
     assert "agent.channel=vsock" in argv[argv.index("-append") + 1]
+
+
+def test_each_stream_has_a_vsock_connection_to_itself(kvm_kata: Kata, box: str) -> None:
+    argv = Path(f"/proc/{inspect(kvm_kata, box)['state']['pid']}/cmdline").read_bytes().decode()
+    cid = re.search(r"guest-cid=(\d+)", argv)
+    assert cid is not None
+
+    def connections() -> int:
+        listed = subprocess.run(["ss", "-H", "--vsock"], capture_output=True, text=True, check=True).stdout
+        return sum(f" {cid[1]}:1024" in line and "ESTAB" in line for line in listed.splitlines())
+
+    # The common one, and those of the first process's stdout and stderr.
+    assert connections() == 3
+    done = kvm_kata.call("exec", "-i", box, "cat", stdin=b"x" * 100_000)
+    assert done.stdout == b"x" * 100_000
+    until(lambda: connections() == 3, "the connections of an exec end with it")
 
 
 def test_exec(kvm_kata: Kata, box: str) -> None:

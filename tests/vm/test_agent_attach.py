@@ -15,7 +15,7 @@ from agent_host import HostAgent
 from agent_support import PATIENCE, process
 
 from kata.agent import streams
-from kata.agent.client import AgentClient
+from kata.agent.client import CONNECTIONS, AgentClient
 from kata.agent.streams import INPUT_WINDOW, Input, Output, Pieces, first_piece
 from kata.errors import AgentError
 from kata.proto.agentext_pb import StreamPiece
@@ -51,6 +51,33 @@ def play(host: HostAgent, scenario: Scenario) -> None:
     asyncio.run(run())
 
 
+def play_apart(host: HostAgent, scenario: Callable[[AgentClient, list[Client]], Awaitable[None]]) -> None:
+    """As `play`, with a connection for each stream; *scenario* is given a list of these as well."""
+    further: list[Client] = []
+
+    async def connect() -> Client:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, str(host.path))
+        return await Client.connect(sock)
+
+    async def dial() -> Client:
+        further.append(await connect())
+        return further[-1]
+
+    async def run() -> None:
+        agent = AgentClient(await connect(), dial=dial)
+        await agent.learn()
+        assert CONNECTIONS in agent.features
+        try:
+            await asyncio.wait_for(scenario(agent, further), PATIENCE)
+        finally:
+            agent.close()
+        assert all(client.closed for client in further)
+
+    asyncio.run(run())
+
+
 async def start(agent: AgentClient, exec_id: str, *argv: str, stdin: bool = False) -> None:
     await agent.exec_process("box", exec_id, process(*argv))
     if not stdin:
@@ -82,6 +109,48 @@ def test_every_byte_arrives_in_order_both_ways(host: HostAgent) -> None:
         assert hashlib.sha256(found).digest() == hashlib.sha256(data).digest()
         assert await read_all(Output(agent, "box", "cat", "stderr")) == b""
         assert await agent.wait("box", "cat") == 0
+
+    play(host, scenario)
+
+
+def test_each_stream_has_a_connection_to_itself_where_that_can_be(host: HostAgent) -> None:
+    """Bulk data both ways, and the end of a stream is the end of its connection; the common one goes on."""
+    data = os.urandom(1 << 20) * 8
+
+    async def scenario(agent: AgentClient, further: list[Client]) -> None:
+        await start(agent, "c", "sh", "-c", "cat; echo end >&2", stdin=True)
+        feed = Input(agent, "box", "c")
+        said = [Output(agent, "box", "c", name) for name in ("stdout", "stderr")]
+
+        async def send() -> None:
+            for at in range(0, len(data), 300_000):
+                await feed.write(data[at : at + 300_000])
+            await feed.close()
+
+        _, stdout, stderr = await asyncio.gather(send(), read_all(said[0]), read_all(said[1]))
+        assert (stdout == data, stderr) == (True, b"end\n")
+        assert await agent.wait("box", "c") == 0
+        assert len(further) == 3
+        while not all(client.closed for client in further):
+            await asyncio.sleep(0.01)
+        # One that stands still holds nothing up, and what is left of it ends with the agent's client.
+        await start(agent, "d", "dd", "if=/dev/zero", "bs=65536", "count=64")
+        slow = Output(agent, "box", "d", "stdout")
+        assert await slow.read()
+        assert not further[3].closed
+        await agent.check(PATIENCE)
+
+    play_apart(host, scenario)
+
+
+def test_a_stream_goes_over_the_common_connection_if_it_gets_none(host: HostAgent) -> None:
+    async def refused() -> Client:
+        raise ConnectionRefusedError
+
+    async def scenario(agent: AgentClient) -> None:
+        agent._dial = refused
+        await start(agent, "c", "echo", "hello")
+        assert await read_all(Output(agent, "box", "c", "stdout")) == b"hello\n"
 
     play(host, scenario)
 

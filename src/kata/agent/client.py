@@ -21,7 +21,7 @@ from .text import escape_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from typing import TypeVar
 
     from ..proto import oci_pb
@@ -29,12 +29,17 @@ if TYPE_CHECKING:
     from ..ttrpc.messages import Decodable, Encodable
 
     D = TypeVar("D", bound=Decodable)
+    Dial = Callable[[], Awaitable[Client]]
 
 AGENT = "grpc.AgentService"
 HEALTH = "grpc.Health"
 
 CALL_S = 60.0
 """Seconds for an ordinary call: emulated guests on a busy host are slow."""
+DIAL_S = 10.0
+"""Seconds for a further connection; without it a stream goes over the common one."""
+CONNECTIONS = "kata.streams.connections"
+"""How an agent announces that a stream may have a connection of its own."""
 CREATE_S = 120.0
 """Seconds for CreateContainer, which mounts file systems."""
 
@@ -95,6 +100,24 @@ class Watcher:
         """The guest sent something that the protocol does not allow."""
 
 
+class _Owner:
+    """The receiver of a stream that has its connection to itself, which ends with it."""
+
+    def __init__(self, receiver: Receiver, among: set[Client], client: Client) -> None:
+        self._receiver = receiver
+        self._among = among
+        self._client = client
+
+    def received(self, data: bytes) -> None:
+        self._receiver.received(data)
+
+    def ended(self, error: ConnectionLost | TtrpcError | None) -> None:
+        self._receiver.ended(error)
+        if self._client in self._among:
+            self._among.discard(self._client)
+            self._client.close()
+
+
 class AgentClient:
     """One connection to one agent.
 
@@ -104,14 +127,18 @@ class AgentClient:
     Args:
         client: The connected ttRPC client.
         watcher: Is told of the last two.
+        dial: Makes a further connection to the same agent, for a stream of its own; None where there is only one
+            channel.
 
     Attributes:
         features: What the agent can beyond the protocol, once `learn` has asked.
     """
 
-    def __init__(self, client: Client, watcher: Watcher | None = None) -> None:
+    def __init__(self, client: Client, watcher: Watcher | None = None, dial: Dial | None = None) -> None:
         self._client = client
         self._watcher = watcher or Watcher()
+        self._dial = dial
+        self._own: set[Client] = set()
         self.features: frozenset[str] = frozenset()
 
     async def call(
@@ -146,12 +173,32 @@ class AgentClient:
         return await self._watcher.lost(lost)
 
     async def open(self, service: str, method: str, first: bytes, receiver: Receiver) -> Stream:
-        """Begin a streaming call; its end comes to the receiver, for `explain` to put into words."""
+        """Begin a streaming call; its end comes to the receiver, for `explain` to put into words.
+
+        Where the agent takes further connections the call gets one, which ends with it: then neither answers nor
+        other streams stand behind its data.
+        """
+        client = await self._further() or self._client
+        if client is not self._client:
+            receiver = _Owner(receiver, self._own, client)
         try:
-            return self._client.open(service, method, first, receiver)
+            return client.open(service, method, first, receiver)
         except (TtrpcError, ConnectionLost) as error:
             failed = error
         raise await self.explain(failed)
+
+    async def _further(self) -> Client | None:
+        """A connection for one stream; None if it has to be the common one."""
+        if self._dial is None or CONNECTIONS not in self.features:
+            return None
+        from asyncio import wait_for
+
+        try:
+            client = await wait_for(self._dial(), DIAL_S)
+        except (OSError, KataError, TimeoutError):
+            return None
+        self._own.add(client)
+        return client
 
     async def learn(self) -> None:
         """Ask what the agent can beyond the protocol: `features` afterwards. An agent that does not say has
@@ -172,8 +219,10 @@ class AgentClient:
         await self.call(AGENT, method, request, google_pb.Empty, timeout_s)
 
     def close(self) -> None:
-        """End the connection; calls in flight fail."""
+        """End the connections; calls in flight fail."""
         self._client.close()
+        for client in tuple(self._own):
+            client.close()
 
     # ---- health ----
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from typing import Any, TypeVar
 
+    from ..agent.client import Dial
     from ..hypervisor.interface import Hypervisor
     from ..hypervisor.virtiofsd import FileServer
     from ..journal import Journal
@@ -195,13 +196,20 @@ class Sandbox:
         import socket
 
         assert self.vm is not None
+        dial: Dial | None = None
         if self.vm.agent_cid is None:
             sock: socket.socket = socket.socket(fileno=self.vm.take_agent_fd())
             sock.setblocking(False)
         else:
             from ..hypervisor import vsock
 
-            waiting = asyncio.wait_for(vsock.connect(self.vm.agent_cid), timeout_s)
+            cid = self.vm.agent_cid
+
+            async def further() -> Client:
+                return await Client.connect(await vsock.connect(cid))
+
+            dial = further
+            waiting = asyncio.wait_for(vsock.connect(cid), timeout_s)
             try:
                 sock = await self.unless_lost(waiting)
             except TimeoutError:
@@ -209,7 +217,7 @@ class Sandbox:
                     f"the agent did not listen on vsock {self.vm.agent_cid}:{vsock.AGENT_PORT}"
                     f" within {timeout_s:g} s"
                 ) from None
-        self._agent = AgentClient(await Client.connect(sock), _Watcher(self))
+        self._agent = AgentClient(await Client.connect(sock), _Watcher(self), dial)
         return self._agent
 
     async def ready(self) -> AgentClient:
