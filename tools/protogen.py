@@ -32,6 +32,7 @@ MODULES: dict[str, list[str]] = {
     "bootstrap": ["bootstrap.proto"],
     "cgroups_v1": ["cgroups_v1.proto"],
     "cgroups_v2": ["cgroups_v2.proto"],
+    "cri": ["cri.proto"],
     "csi": ["csi.proto"],
     "events": ["events.proto", "events_ttrpc.proto"],
     "google": [
@@ -43,6 +44,7 @@ MODULES: dict[str, list[str]] = {
     "health": ["health.proto"],
     "oci": ["oci.proto"],
     "runtimeoptions": ["runtimeoptions.proto"],
+    "podsandbox": ["podsandbox.proto"],
     "sandbox": ["sandbox.proto"],
     "task": ["task.proto", "containerd_types.proto", "containerd_task_types.proto"],
     "ttrpc": ["ttrpc.proto"],

@@ -212,7 +212,6 @@ def test_start_answers_as_it_is_asked(tmp_path: Path) -> None:
     options = Any_(type_url="runtimeoptions.v1.Options", value=b"\x0a\x01x").encode()
     assert _join(tmp_path, options) == plain
     assert _join(tmp_path, BootstrapParams(instance_id="y", namespace="n").encode()) == plain
-    assert _join(tmp_path, b"\xff\xff") == plain
     asked = BootstrapParams(instance_id="x", namespace="n", containerd_version="2.3.0").encode()
     told = BootstrapResult.decode(_join(tmp_path, asked))
     assert (told.version, told.address.encode(), told.protocol) == (3, plain, "ttrpc")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 import test_cri
 from containerd_support import RUNTIME, Containerd, Events, until
+
+from kata.proto import cgroups_v1_pb, podsandbox_pb
+from kata.ttrpc import sync_client
+from kata.ttrpc.status import TtrpcError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -35,7 +40,10 @@ def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Itera
 @pytest.fixture(scope="module")
 def cri(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[test_cri.Cri]:
     with test_cri.running(run_directory, guest_assets, busybox_image, second=True) as one:
-        yield one
+        try:
+            yield one
+        finally:
+            test_cri.clean(one)
 
 
 def bootstrap(daemon: Containerd, plugin: str, namespace: str, name: str) -> dict[str, object]:
@@ -88,3 +96,101 @@ def test_a_pod_and_its_containers(cri: test_cri.Cri) -> None:
     assert (cri.status(two)["exitCode"], cri("logs", two)) == (5, "said\n")
     assert cri.status(one)["state"] == "CONTAINER_RUNNING"
     test_cri.clean(cri)
+
+
+# ---- the Sandbox API: the runtime's configuration says `sandboxer = "shim"` ----
+
+
+@pytest.fixture(scope="module")
+def pods(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[test_cri.Cri]:
+    more = 'sandboxer = "shim"\ndisable_pause_image_pull = true'
+    with test_cri.running(run_directory, guest_assets, busybox_image, second=True, more=more) as one:
+        try:
+            yield one
+        finally:
+            test_cri.clean(one)
+
+
+def test_a_pod_without_a_container_of_its_own(pods: test_cri.Cri) -> None:
+    pod = pods.pod(sysctls={"net.ipv4.ip_forward": "1"})
+    status = json.loads(pods("inspectp", pod[0]))
+    assert status["status"]["state"] == "SANDBOX_READY"
+    one = pods.container(pod, "one", "sleep", "1000")
+    two = pods.container(pod, "two", "sh", "-c", "echo said; exit 5")
+    tasks = pods.daemon.ok("--namespace", "k8s.io", "task", "ls")
+    assert (one in tasks, pod[0] in tasks) == (True, False)
+    assert pods.daemon.ok("--namespace", "k8s.io", "sandboxes", "ls").count(pod[0]) == 1
+    assert len(pods.daemon.sandboxes()) == 1
+    told = bootstrap(pods.daemon, "io.containerd.runtime.v2.task", "k8s.io", one)
+    assert (told["version"], str(told["address"]).endswith("engine.sock")) == (3, True)
+    # What the files of a pod's own container would say.
+    about = "hostname; cat /etc/resolv.conf; cat /proc/sys/net/ipv4/ip_forward; grep p1 /etc/hosts"
+    seen = pods("exec", "-s", one, "sh", "-c", about)
+    assert seen.splitlines()[0] == "p1"
+    assert "nameserver 10.88.7.1" in seen
+    assert "search example.test" in seen
+    assert "\n1\n" in seen
+    address = status["status"]["network"]["ip"]
+    assert f"{address}\tp1" in seen
+    assert address in pods("exec", "-s", one, "ip", "address", "show", "eth0")
+    until(lambda: pods.status(two)["state"] == "CONTAINER_EXITED", "the container has ended")
+    assert (pods.status(two)["exitCode"], pods("logs", two)) == (5, "said\n")
+    asked = podsandbox_pb.SandboxMetricsRequest(sandbox_id=pod[0])
+    with sync_client.connect(str(told["address"]).removeprefix("unix://")) as engine:
+        service = "containerd.runtime.sandbox.v1.Sandbox"
+        engine.call(service, "PingSandbox", asked, podsandbox_pb.PingResponse)
+        runs = engine.call(service, "Platform", asked, podsandbox_pb.PlatformResponse).platform
+        assert runs is not None
+        assert runs.os == "linux"
+        found = engine.call(service, "SandboxMetrics", asked, podsandbox_pb.SandboxMetricsResponse).metrics
+        assert found is not None
+        assert found.id == pod[0]
+        assert found.data is not None
+        if found.data.type_url.endswith("v1.Metrics"):
+            figures = cgroups_v1_pb.Metrics.decode(found.data.value)
+            assert figures.memory is not None
+            assert figures.memory.usage is not None
+            assert figures.memory.usage.usage > 50 << 20  # a booted machine
+        other = podsandbox_pb.PingRequest(sandbox_id="other")
+        with pytest.raises(TtrpcError, match="not served here"):
+            engine.call(service, "PingSandbox", other, podsandbox_pb.PingResponse)
+    # It outlives its containers.
+    pods("stop", "--timeout", "0", one)
+    for container in (one, two):
+        pods("rm", container)
+    again = pods.container(pod, "again", "sleep", "1000")
+    assert pods("exec", "-s", again, "sh", "-c", "echo x >/dev/shm/x; cat /dev/shm/x").strip() == "x"
+    pods("stopp", pod[0])
+    assert pods.status(again)["exitCode"] == 137
+    assert json.loads(pods("inspectp", pod[0]))["status"]["state"] == "SANDBOX_NOTREADY"
+    test_cri.clean(pods)
+
+
+def test_such_a_pod_outlives_a_restart_of_containerd_and_says_when_it_dies(pods: test_cri.Cri) -> None:
+    pod = pods.pod()
+    one = pods.container(pod, "one", "sleep", "1000")
+    pods.daemon.stop()
+    pods.daemon.start()
+    assert json.loads(pods("inspectp", pod[0]))["status"]["state"] == "SANDBOX_READY"
+    assert pods("exec", "-s", one, "echo", "there").strip() == "there"
+    [sandbox] = pods.daemon.sandboxes()
+    machine = pods.daemon.victim(sandbox, "machine")
+    os.kill(machine, signal.SIGKILL)
+    until(lambda: pods.status(one)["state"] == "CONTAINER_EXITED", "the container is told to have ended")
+    assert pods.status(one)["exitCode"] == 137
+    until(
+        lambda: json.loads(pods("inspectp", pod[0]))["status"]["state"] == "SANDBOX_NOTREADY",
+        "the pod is told to have ended",
+    )
+    test_cri.clean(pods)
+
+
+def test_such_a_pods_host_namespaces_are_refused(pods: test_cri.Cri) -> None:
+    path = pods.daemon.directory / "host.json"
+    options = {"security_context": {"namespace_options": {"pid": 2}}}
+    path.write_text(
+        json.dumps({"metadata": {"name": "h", "uid": "h", "namespace": "test"}, "linux": options})
+    )
+    pods("runp", "--runtime", "kata", str(path), code=1)
+    assert "host's PID namespace" in pods.daemon.log.read_text()
+    test_cri.clean(pods)

@@ -38,7 +38,7 @@ class Cri:
 
     def __init__(self, directory: Path, guest: Path, *, second: bool = USE_SECOND, more: str = "") -> None:
         self.daemon = Containerd(directory, guest, second=second)
-        self.netns = f"kt{os.getpid()}c"
+        self.netns = f"kt{os.getpid()}{directory.name}"
         self.daemon.around = ["nsenter", f"--net=/run/netns/{self.netns}"]
         networks = directory / "net.d"
         networks.mkdir()

@@ -53,10 +53,11 @@ def main() -> int:
     journal.set_owner(os.getpid())
     machine = boot.Machine()
     failed: KataError | None = None
-    try:
-        boot.power_on(settings, run_dir, journal, machine)
-    except KataError as error:
-        failed = error  # the Create call reports it
+    if not settings.get("pod"):  # else CreateSandbox does it, which is the first to say how
+        try:
+            boot.power_on(settings, run_dir, journal, machine)
+        except KataError as error:
+            failed = error  # the Create call reports it
     # Nothing here speaks TLS, and asyncio does without: 4 MB and 10 ms less.
     sys.modules["ssl"] = None  # type: ignore[assignment]
     import asyncio
@@ -84,8 +85,9 @@ async def _serve(
 
     sandbox = Sandbox(settings, run_dir, journal, machine, failed)
     publisher = _publisher(settings, sandbox)
-    sandbox.timings.add("engine", sandbox.timings.origin_ns, machine.started_ns or booting_ns)
-    sandbox.start()
+    if not sandbox.is_pod:
+        sandbox.timings.add("engine", sandbox.timings.origin_ns, machine.started_ns or booting_ns)
+        sandbox.start()
     tasks = (task_pb.SERVICES[task_service.SERVICE], task_service.TaskService(sandbox))
     services = {
         task_service.SERVICE: tasks,
@@ -95,6 +97,13 @@ async def _serve(
             sandbox_service.SandboxService(sandbox),
         ),
     }
+
+    if sandbox.is_pod:
+        from ..proto import podsandbox_pb
+        from . import pod_service
+
+        methods = podsandbox_pb.SERVICES[pod_service.SERVICE]
+        services[pod_service.SERVICE] = (methods, pod_service.PodService(sandbox))
 
     def bug(context: object, error: BaseException) -> None:
         import traceback
@@ -152,7 +161,8 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
             idle_since = None
             await asyncio.wait([asyncio.ensure_future(one.init.ended.wait()) for one in living])
             continue
-        kept = not sandbox.is_human and sandbox.containers
+        made = sandbox.is_pod and sandbox.had_container
+        kept = not sandbox.is_human and (sandbox.containers or made)
         door = _door()
         unknown = door == _DIED and not sandbox.had_container and not server.connections
         if not sandbox.containers and (unknown or sandbox.was_missed):

@@ -140,6 +140,8 @@ class EtcFiles:
             self.mounts[f"/etc/{name}"] = f"{spec.GUEST_SHARE}/{container_id}-{name}"
         if sandbox.dns:
             self.mounts["/etc/resolv.conf"] = spec.GUEST_RESOLV
+        if sandbox.is_pod:
+            self.mounts["/dev/shm"] = "/dev/shm"  # the guest's own is the pod's
 
     async def write(self, agent: AgentClient) -> None:
         """Bring them into the guest; before the container is made, which mounts them.

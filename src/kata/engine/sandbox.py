@@ -16,6 +16,7 @@ from ..errors import (
     GuestProtocolError,
     KataError,
     NotFoundError,
+    StateError,
     VMLostError,
 )
 from ..ttrpc.client import Client
@@ -129,7 +130,33 @@ class Sandbox:
         self.ends_with_init = bool(settings.get("end_with_init", self.is_human))
         self.auto_remove = bool(settings.get("auto_remove"))
 
+        self.is_pod = bool(settings.get("pod"))
+        self.lost_at_ns = 0
+
     # ---- start ----
+
+    def power_on(self, wanted: dict[str, Any]) -> None:
+        """Start the machine of a pod, which is only now described. Blocks; before the first call of `helper`.
+
+        Args:
+            wanted: Settings, as of `kata.engine.pod`.
+
+        Raises:
+            KataError: Something is missing on this host.
+        """
+        self.settings.update(wanted)
+        self.makes_etc_files = True
+        self.had_container = True  # from now on somebody has to say when it is no longer wanted
+        began = time.monotonic_ns()
+        try:
+            boot.power_on(self.settings, self.run_dir, self.journal, self.machine)
+        except KataError as error:
+            self._failed = error
+        self.share = self.machine.share
+        self.timings.add("engine", began, self.machine.started_ns or None)
+        self.start()
+        if self._failed is not None:
+            raise self._failed
 
     def start(self) -> None:
         """Take the machine over and bring it up; `ready` tells how that went."""
@@ -233,7 +260,8 @@ class Sandbox:
             and self._booted.exception() is None
         ):
             raise self._lost_error()
-        assert self._booted is not None
+        if self._booted is None:
+            raise StateError(f"sandbox {self.id!r} has not been created")
         return await asyncio.shield(self._booted)
 
     async def network_up(self) -> None:
@@ -266,6 +294,8 @@ class Sandbox:
     @property
     def dns(self) -> list[str]:
         """Lines of the guest's resolv.conf; empty without a network."""
+        if "dns" in self.settings:
+            return list(self.settings["dns"])
         plan = self.machine.network
         return plan.resolv_conf().splitlines() if plan is not None else []
 
@@ -404,11 +434,22 @@ class Sandbox:
             self.fail(otherwise)
         return self._lost_error()
 
-    def _lose(self, error: KataError) -> None:
+    async def until_lost(self) -> None:
+        """Return when there is no machine any more."""
+        await asyncio.shield(self.lost)
+
+    async def stop_machine(self) -> None:
+        """End the machine as somebody wants it; the engine goes on answering."""
+        self._lose(VMLostError(f"sandbox {self.id} was stopped"), wanted=True)
+        if self.vm is not None:
+            await self.vm.stop()
+
+    def _lose(self, error: KataError, *, wanted: bool = False) -> None:
         if self.lost.done():
             return
         self.lost.set_result(error)
-        if self._ending is None:
+        self.lost_at_ns = time.time_ns()
+        if self._ending is None and not wanted:
             self.was_lost = True
             self.complain(error.message)
         if self._agent is not None:

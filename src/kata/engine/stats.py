@@ -102,6 +102,16 @@ def metrics(answer: agent_pb.StatsContainerResponse, *, shape_v2: bool) -> googl
     return google_pb.Any(type_url=V1_TYPE, value=_v1(answer).encode())
 
 
+def of_host(cpu_ns: int, memory: int, *, shape_v2: bool) -> google_pb.Any:
+    """What a sandbox uses on the host, as an Any of one of the two Metrics messages."""
+    if shape_v2:
+        new = v2.Metrics(cpu=v2.CPUStat(usage_usec=cpu_ns // 1000), memory=v2.MemoryStat(usage=memory))
+        return google_pb.Any(type_url=V2_TYPE, value=new.encode())
+    cpu = v1.CPUStat(usage=v1.CPUUsage(total=cpu_ns))
+    old = v1.Metrics(cpu=cpu, memory=v1.MemoryStat(usage=v1.MemoryEntry(usage=memory)))
+    return google_pb.Any(type_url=V1_TYPE, value=old.encode())
+
+
 def _v1(answer: agent_pb.StatsContainerResponse) -> v1.Metrics:
     out = v1.Metrics()
     group = answer.cgroup_stats

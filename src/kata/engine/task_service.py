@@ -81,6 +81,11 @@ class TaskService:
         root = None
         if not self._sandbox.is_human:
             refuse_foreign(config)
+            if self._sandbox.settings.get(
+                "sysctls"
+            ):  # of a pod that has no container of its own to set them
+                linux = config.setdefault("linux", {})
+                linux["sysctl"] = {**self._sandbox.settings["sysctls"], **(linux.get("sysctl") or {})}
             root = self._host_root(request, config)
         try:
             container = await self._sandbox.create(request.id, request.bundle, config, stdio, root)
@@ -247,8 +252,8 @@ class TaskService:
 
     async def Shutdown(self, request: task_pb.ShutdownRequest, context: Context) -> google_pb.Empty:
         sandbox = self._sandbox
-        if sandbox.containers and not request.now:
-            return google_pb.Empty()  # as runc's shim: it still serves containers
+        if sandbox.is_pod or (sandbox.containers and not request.now):
+            return google_pb.Empty()  # as runc's shim: it still serves containers; and a pod outlives them
         sandbox.end()
         await asyncio.wait_for(sandbox.ended.wait(), 60)
         return google_pb.Empty()

@@ -305,6 +305,18 @@ class HostCgroup:
                 return int(words[words.index("oom_kill") + 1])
         return 0
 
+    def usage(self) -> tuple[int, int]:
+        """What the sandbox has used and uses: nanoseconds of processors, bytes of memory; 0 where that is not known."""
+        cpu, memory = self.paths.get("cpu", ""), self.paths.get("memory", "")
+        words = _words(f"{cpu}/cpu.stat")
+        if "usage_usec" in words:
+            cpu_ns = int(words[words.index("usage_usec") + 1]) * 1000
+        else:
+            found = _words(f"{self.paths.get('cpuacct') or cpu}/cpuacct.usage")
+            cpu_ns = int(found[0]) if found else 0
+        found = _words(f"{memory}/memory.current") or _words(f"{memory}/memory.usage_in_bytes")
+        return cpu_ns, int(found[0]) if found else 0
+
 
 def _make_parent(path: str) -> None:
     try:

@@ -36,18 +36,15 @@ def params(raw: bytes, namespace: str, container_id: str) -> BootstrapParams | N
     return found if (found.namespace, found.instance_id) == (namespace, container_id) else None
 
 
-def answer(address: str, *, bootstrapped: bool, sandbox: bool) -> bytes:
+def answer(address: str, *, bootstrapped: bool) -> bytes:
     """What ``start`` prints.
 
     Args:
         address: Where the engine listens, ``unix://...``.
         bootstrapped: containerd gave a BootstrapParams.
-        sandbox: It is a sandbox of the Sandbox API, which only the later Task service knows.
     """
-    if bootstrapped:
-        from ..proto.bootstrap_pb import BootstrapResult
+    if not bootstrapped:
+        return address.encode()
+    from ..proto.bootstrap_pb import BootstrapResult
 
-        return BootstrapResult(version=TASK_VERSION, address=address, protocol="ttrpc").encode()
-    if sandbox:
-        return f'{{"version":{TASK_VERSION},"address":"{address}","protocol":"ttrpc"}}'.encode()
-    return address.encode()
+    return BootstrapResult(version=TASK_VERSION, address=address, protocol="ttrpc").encode()

@@ -38,6 +38,18 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
     bundle = os.getcwd()
     given = options.given()
     told = bootstrap.params(given, namespace, container_id)
+    configuration = options.config_path(given, told)
+    if told is not None and not os.path.exists("config.json"):
+        # The Sandbox API's pod: what it is to be is said to its engine.
+        empty = launch(
+            pod_settings(namespace, container_id, bundle, began, configuration),
+            name=directory_name(namespace, container_id),
+            patience_s=ENDING_S,
+        )
+        _write_address(bundle, f"unix://{empty.sock_path}")
+        answer(bootstrap.answer(f"unix://{empty.sock_path}", bootstrapped=True))
+        empty.release()
+        return
     config = _read_config(bundle)
     # The engine refuses it as well, whoever asks; here nothing has been started yet.
     spec.refuse_foreign(config)
@@ -47,13 +59,13 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
         address = _address_of_pod(bundle, pod)
     else:
         engine = launch(
-            settings(namespace, container_id, bundle, config, began, options.config_path(given, told)),
+            settings(namespace, container_id, bundle, config, began, configuration),
             name=directory_name(namespace, container_id),
             patience_s=ENDING_S,
         )
         address = f"unix://{engine.sock_path}"
     _write_address(bundle, address)
-    answer(bootstrap.answer(address, bootstrapped=told is not None, sandbox=False))
+    answer(bootstrap.answer(address, bootstrapped=told is not None))
     if engine is not None:
         engine.release()
 
@@ -140,6 +152,32 @@ def settings(
         "oom_score_adj": oom_score_adj(config),
         "door_started_ns": began,
     }
+    return {**found, **_client(namespace, bundle)}
+
+
+def pod_settings(
+    namespace: str, container_id: str, bundle: str, began: int, config_path: str
+) -> dict[str, Any]:
+    """The same for the Sandbox API's pod, which is described to its engine later (`kata.engine.pod`)."""
+    from ..hypervisor import slots
+
+    return {
+        "id": container_id,
+        "door": "containerd",
+        "namespace": namespace,
+        "pod": True,
+        "config_path": config_path,
+        "share": True,
+        "disks": [],
+        "disk_slots": len(slots.DISKS),
+        "door_started_ns": began,
+        **_client(namespace, bundle),
+    }
+
+
+def _client(namespace: str, bundle: str) -> dict[str, Any]:
+    """Where containerd wants to hear of what happens."""
+    found: dict[str, Any] = {}
     address = os.environ.get("TTRPC_ADDRESS")
     if address:
         found["events"] = {"address": address, "namespace": namespace}

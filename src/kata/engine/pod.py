@@ -1,0 +1,97 @@
+"""A sandbox that containerd makes as a pod (Sandbox API): what its CRI asks for, as settings of the engine."""
+
+from __future__ import annotations
+
+from ..config import annotations as pod_annotations
+from ..config import files
+from ..errors import ConfigError, UnsupportedError
+from ..proto.codec import DecodeError
+from ..proto.cri_pb import PodSandboxConfig
+from ..resources import sizing
+from . import machine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..proto.podsandbox_pb import CreateSandboxRequest
+
+_CONFIG_TYPE = "runtime.v1.PodSandboxConfig"
+_NODE = 2
+_CPU = "io.kubernetes.cri.sandbox-cpu-"
+_MEMORY = "io.kubernetes.cri.sandbox-memory"
+
+
+def settings(request: CreateSandboxRequest, config_path: str) -> dict[str, Any]:
+    """The keys of ``sandbox.json`` that are about the pod and its machine.
+
+    Args:
+        request: CreateSandbox's.
+        config_path: The configuration file that the runtime's options name, or empty.
+
+    Raises:
+        ConfigError: The pod's configuration cannot be read, or ours is wrong.
+        UnsupportedError: The pod asks for a namespace of the host.
+        KataError: As of `machine.settings`.
+    """
+    pod = _config(request)
+    linux = pod.linux
+    options = linux.security_context.namespace_options if linux and linux.security_context else None
+    given = (("network", options.network), ("PID", options.pid), ("IPC", options.ipc)) if options else ()
+    for name, mode in given:
+        if mode == _NODE:
+            raise UnsupportedError(
+                f"the pod asks for the host's {name} namespace, and it runs on a kernel of its own",
+                "Leave the host namespace out (hostNetwork, hostPID, hostIPC).",
+            )
+    said = {**pod.annotations, **request.annotations}
+    conf = files.load(config_path)
+    pod_annotations.apply(conf, said)
+    about_machine, notes = machine.settings(sizing.asked_of({"annotations": {**said, **_sizes(pod)}}), conf)
+    dns = pod.dns_config
+    return {
+        **about_machine,
+        "notes": [note for _, note in notes],
+        "network": machine.network(conf, request.netns_path),
+        "cgroups_path": _cgroups_path(linux.cgroup_parent if linux else "", request.sandbox_id),
+        "etc_files": {"hostname": pod.hostname},
+        "dns": _resolv_conf(dns.servers, dns.searches, dns.options) if dns else [],
+        "sysctls": dict(linux.sysctls) if linux else {},
+    }
+
+
+def _config(request: CreateSandboxRequest) -> PodSandboxConfig:
+    if request.options is None or not request.options.value:
+        return PodSandboxConfig()  # a client without a CRI
+    if request.options.type_url.rpartition("/")[2] != _CONFIG_TYPE:
+        raise ConfigError(f"the pod's configuration is of an unknown type: {request.options.type_url!r}")
+    try:
+        return PodSandboxConfig.decode(request.options.value)
+    except DecodeError as error:
+        raise ConfigError(f"the pod's configuration cannot be decoded: {error}") from None
+
+
+def _sizes(pod: PodSandboxConfig) -> dict[str, str]:
+    """What containerd puts into the annotations of a pod's own container, where there is one."""
+    wanted = pod.linux.resources if pod.linux else None
+    if wanted is None:
+        return {}
+    return {
+        f"{_CPU}quota": str(wanted.cpu_quota),
+        f"{_CPU}period": str(wanted.cpu_period),
+        _MEMORY: str(wanted.memory_limit_in_bytes),
+    }
+
+
+def _cgroups_path(parent: str, sandbox_id: str) -> str:
+    """As containerd's CRI makes it for a pod's own container, of systemd's slice or of a path."""
+    if not parent:
+        return ""
+    base = parent.rstrip("/").rpartition("/")[2]
+    return f"{base}:cri-containerd:{sandbox_id}" if base.endswith(".slice") else f"{parent}/{sandbox_id}"
+
+
+def _resolv_conf(servers: list[str], searches: list[str], options: list[str]) -> list[str]:
+    lines = [f"search {' '.join(searches)}"] if searches else []
+    lines += [f"nameserver {server}" for server in servers]
+    return lines + ([f"options {' '.join(options)}"] if options else [])
