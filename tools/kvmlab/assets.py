@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -78,8 +79,12 @@ class Assets:
 
 
 def directory() -> Path:
-    """Where the lab's files are kept."""
-    return Path(paths.cache_dir(), "kvm-lab")
+    """Where the lab's files are kept: those of this Debian, whose QEMU can run its kernel.
+
+    (Debian 13's QEMU 10 hangs in the boot of Debian 12's kernel 6.1.192; a cache may be several machines'.)
+    """
+    suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "debian")
+    return Path(paths.cache_dir(), "kvm-lab", suite)
 
 
 def available() -> bool:
