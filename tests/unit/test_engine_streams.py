@@ -372,3 +372,55 @@ def test_nothing_is_left_open() -> None:
         assert set(os.listdir("/proc/self/fd")) == before
 
     run(work)
+
+
+@pytest.mark.parametrize("output", [b"quick", b""])
+def test_a_reader_may_come_after_the_end(fifo: str, output: bytes) -> None:
+    async def work() -> None:
+        guest = Guest()
+        pump = OutputPump("stdout", guest.read, None)
+        held = open_stream(fifo, os.O_RDONLY)
+        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY), held_fd=held))
+        process = ProcessStreams(None, [pump])
+        process.start()
+        for piece in (output, b"") if output else (b"",):
+            guest.pieces.put_nowait(piece)
+        await process.finish()
+        # As containerd does: it blocks until somebody has the other end.
+        late = await asyncio.to_thread(os.open, fifo, os.O_RDONLY)
+        try:
+            assert await asyncio.to_thread(os.read, late, 100) == output
+            assert not output or await asyncio.to_thread(os.read, late, 100) == b""
+        finally:
+            os.close(late)
+
+    run(work)
+
+
+def test_a_reader_that_is_there_sees_the_end_at_once(fifo: str) -> None:
+    async def work() -> None:
+        held = open_stream(fifo, os.O_RDONLY)
+        sink = Sink(open_stream(fifo, os.O_WRONLY), held_fd=held)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            sink.close()
+            assert os.read(reader, 1) == b""  # an end, and no BlockingIOError
+        finally:
+            os.close(reader)
+
+    run(work)
+
+
+def test_a_fifo_that_nobody_reads_is_given_up(fifo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "READER_S", 0.1)
+
+    async def work() -> None:
+        held = open_stream(fifo, os.O_RDONLY)
+        sink = Sink(open_stream(fifo, os.O_WRONLY), held_fd=held)
+        sink.close()
+        assert streams._closing
+        await asyncio.gather(*streams._closing)
+        with pytest.raises(OSError, match="No such device or address"):
+            os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # nobody has it open any more
+
+    run(work)

@@ -61,10 +61,7 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
                 # As with runc's shim, the program that stdout names takes both.
                 pump.sinks.append(Sink(streams.logger.take(name)))
             elif path:
-                # containerd may restart: the engine holds the reading end as well, so that nothing is lost
-                # and nobody gets a SIGPIPE. The human door's reader is the person: gone means gone.
-                flags = os.O_RDWR if sandbox.holds_fifos else os.O_WRONLY
-                pump.sinks.append(Sink(open_stream(path, flags)))
+                pump.sinks.append(_sink(path, held=sandbox.holds_fifos))
         if streams.logger is not None:
             streams.logger.close()  # a terminal has one stream only
         if stdio.stdin or (sandbox.settings.get("open_stdin") and not process.exec_id):
@@ -73,6 +70,22 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
         streams.close()
         raise
     return streams
+
+
+def _sink(path: str, *, held: bool) -> Sink:
+    """Open where an output goes.
+
+    containerd may restart: the engine holds the reading end as well, so that nothing is lost and nobody gets a
+    SIGPIPE. The human door's reader is the person: gone means gone.
+    """
+    if not held or path.startswith("file://"):
+        return Sink(open_stream(path, os.O_WRONLY))
+    held_fd = open_stream(path, os.O_RDONLY)
+    try:
+        return Sink(open_stream(path, os.O_WRONLY), held_fd=held_fd)
+    except BaseException:
+        os.close(held_fd)
+        raise
 
 
 def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str) -> InputPump:

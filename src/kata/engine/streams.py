@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 from collections import deque
 
 from ..errors import KataError
@@ -31,6 +32,10 @@ STALL_S = 2.0
 ATTACHED_STALL_S = 30.0
 """After how long without progress an attached client is dropped; only the foreground one may stop a
 container."""
+READER_S = 30.0
+READER_POLL_S = 0.05
+"""How long an ended process's fifo waits for a reader. containerd's opens it at its leisure, on a busy host seconds
+after a short process has ended."""
 GUEST_EOF_S = 10.0
 """How long the agent may take between a process's exit and the end of its streams."""
 MAX_TAIL_BYTES = 16 << 20
@@ -47,13 +52,15 @@ class Sink:
     Args:
         fd: Non-blocking descriptor; the sink owns it.
         patience_s: Give up on a reader that takes nothing for so long; None waits for ever.
+        held_fd: The fifo's reading end, held so that readers may come and go; -1 when it is not. The sink owns it.
     """
 
-    __slots__ = ("_fd", "_patience", "moved")
+    __slots__ = ("_fd", "_held", "_patience", "moved")
 
-    def __init__(self, fd: int, patience_s: float | None = None) -> None:
+    def __init__(self, fd: int, patience_s: float | None = None, held_fd: int = -1) -> None:
         self._fd = fd
         self._patience = patience_s
+        self._held = held_fd
         self.moved = 0
 
     async def write(self, data: bytes) -> None:
@@ -86,9 +93,41 @@ class Sink:
             loop.remove_writer(self._fd)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Let go. A fifo that was held stays open until its reader has it: what is in it would be lost with our
+        end, and a reader that opens it only then would wait for ever."""
+        fd, held, self._fd, self._held = self._fd, self._held, -1, -1
+        if held >= 0:
+            os.close(held)
+            if _lacks_reader(fd):
+                task = asyncio.ensure_future(_close_for_reader(fd))
+                _closing.add(task)
+                task.add_done_callback(_closing.discard)
+                return
+        if fd >= 0:
+            os.close(fd)
+
+
+_closing: set[asyncio.Future[None]] = set()
+
+
+def _lacks_reader(fd: int) -> bool:
+    """Whether nobody has the reading end of a fifo open; false for a file."""
+    poller = select.poll()
+    poller.register(
+        fd, 0
+    )  # POLLERR is always reported: "no readers", see pipe_poll in the kernel's fs/pipe.c
+    return any(event & select.POLLERR for _, event in poller.poll(0))
+
+
+async def _close_for_reader(fd: int) -> None:
+    """Close a fifo once it has a reader, or none comes: it may have been there, or be restarting, or be busy."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + READER_S
+    try:
+        while _lacks_reader(fd) and loop.time() < give_up:
+            await asyncio.sleep(READER_POLL_S)
+    finally:
+        os.close(fd)
 
 
 def _wake(future: asyncio.Future[None]) -> None:
