@@ -83,9 +83,7 @@ def wanted(work: Path) -> dict[str, Image]:
         "etc/passwd": (0o644, _USERS.encode()),
         "etc/group": (0o644, _GROUPS.encode()),
     }
-    # Debian's busybox lacks ipcs and pgrep; and ls is a file of its own there, which can be masked by itself.
-    busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
-    tools = etc | _program("ipcs") | _program("pgrep") | {"bin/ls": (0o755, busybox)}
+    tools = etc | _program("ipcs") | _program("pgrep")  # which Debian's busybox lacks
     page: tuple[int, bytes | None] = (0o644, b"<h1>It works</h1>\n")
     found = {
         f"{KUBERNETES}/busybox:1.29-2": Image(shell, tools),
@@ -99,7 +97,7 @@ def wanted(work: Path) -> dict[str, Image]:
             },
             etc | {"srv/index.html": page},
         ),
-        PAUSE: Image({**path, "Cmd": ["sleep", "2147483647"]}),
+        PAUSE: Image({**path, "Cmd": ["tail", "-f", "/dev/null"]}),
         f"{STAGING}/test-image-predefined-group:latest": Image({**shell, "User": "1000"}, etc),
     }
     nginx = etc | tools | _program("nginx") | {"srv/index.html": page, "var/log/nginx": (0o755, None)}

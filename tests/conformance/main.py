@@ -1,4 +1,4 @@
-"""``make conformance``: run critest with runc and with kata, and write what came of it into docs/.
+"""``make conformance``: critest and the clients' operations, with runc and with kata; what came of it goes into docs/.
 
 Resumable: each result is a line of ``build/conformance/results.jsonl`` the moment it is there, and what is there is
 not run again. ``--again TEXT`` forgets the tests whose name contains that text, ``--fresh`` all of them.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import critest
+import matrix
 import page
 from rig import ROOT, Rig
 
@@ -74,10 +77,12 @@ def main() -> int:
     program = shutil.which("critest")
     if program is None:
         parser.error("there is no critest: tools/setup conformance builds it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons are ended on the way out
     STATE.mkdir(parents=True, exist_ok=True)
-    results = Results(STATE / "results.jsonl")
+    results, cells = Results(STATE / "results.jsonl"), matrix.Cells(STATE / "clients.jsonl")
     for text in [""] if options.fresh else options.again:
         results.forget(text)
+        cells.forget(text)
     tests = critest.tests(Path(program), STATE)
     todo = [
         (handler, test)
@@ -85,19 +90,20 @@ def main() -> int:
         for handler in ([options.handler] if options.handler else HANDLERS)
         if options.only in test and (handler, test) not in results.found
     ]
-    if todo:
-        _run(Path(program), todo, results)
+    if todo or matrix.is_wanting(cells, options.only):
+        _run(Path(program), todo, results, cells, options.only)
     current = {key: result for key, result in results.found.items() if key[1] in tests}
-    PAGE.write_text(page.page(current, _versions(program)))
+    section = matrix.section(cells.found, _client_versions())
+    PAGE.write_text(page.page(current, _versions(program), section))
     print(f"{PAGE.relative_to(ROOT)} is written")
     missing = [
         key for test in tests for key in ((handler, test) for handler in HANDLERS) if key not in current
     ]
     if missing:
         print(f"{len(missing)} results are missing: run it again without --only and --handler")
-    unexplained = page.unexplained(current)
-    for test in unexplained:
-        print(f"runc passes this, kata does not: {test}")
+    unexplained = page.unexplained(current) + matrix.unexplained(cells.found)
+    for what in unexplained:
+        print(f"runc can do this, kata cannot: {what}")
     return 1 if unexplained else 0
 
 
@@ -113,7 +119,19 @@ def _versions(program: str) -> page.Versions:
     )
 
 
-def _run(program: Path, todo: list[tuple[str, str]], results: Results) -> None:
+def _client_versions() -> dict[str, str]:
+    found = {}
+    for client, command in (("ctr", "ctr"), ("crictl", "crictl"), ("docker", "docker")):
+        if shutil.which(command):
+            said = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+            number = re.search(r"v?(\d+\.\d+[.\d]*)", said)
+            found[client] = number[1] if number else ""
+    return found
+
+
+def _run(
+    program: Path, todo: list[tuple[str, str]], results: Results, cells: matrix.Cells, only: str
+) -> None:
     directory = Path(tempfile.mkdtemp(prefix="kc", dir="/tmp"))
     rig = Rig(directory, Path(os.environ["KATA_GUEST_DIR"]), f"kc{os.getpid()}")
     try:
@@ -127,6 +145,7 @@ def _run(program: Path, todo: list[tuple[str, str]], results: Results) -> None:
             )
             if result.outcome == "failed":
                 print("    " + result.message[:300].replace("\n", "\n    "), flush=True)
+        matrix.run(rig, cells, only)
     finally:
         rig.stop()
         shutil.copy(rig.daemon.log, STATE / "containerd.log")

@@ -128,8 +128,19 @@ pod_annotations = ["io.katacontainers.*"]
             subprocess.run([*self.inside, *copy, f"docker://127.0.0.1:{PORT}/{path}"], check=True)
             shutil.rmtree(layout)
 
+    def pull(self, image: str) -> None:
+        """Have containerd fetch an image, as the CRI's clients would.
+
+        Raises:
+            subprocess.CalledProcessError: It could not.
+        """
+        crictl = ["crictl", "--timeout", "2m", "-r", self.endpoint, "-i", self.endpoint]
+        subprocess.run([*self.inside, *crictl, "pull", image], check=True, capture_output=True)
+
     def stop(self) -> None:
         """End everything; what cannot be ended is said on standard error."""
+        crictl = ["crictl", "--timeout", "2m", "-r", self.endpoint, "-i", self.endpoint]
+        subprocess.run([*self.inside, *crictl, "rmp", "-a", "-f"], capture_output=True, check=False)
         left = self.daemon.sandboxes()
         if left:
             sys.stderr.write(f"sandboxes are left: {', '.join(left)}\n")

@@ -1,0 +1,253 @@
+"""The client matrix: every operation of every client with both runtimes, what was seen, and why it may differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+from clients import IMAGE, OPERATIONS, Crictl, Ctr, Docker, operations
+from rig import ROOT, Rig
+from test_docker import Docker as Dockerd
+
+HOST_PROCESS = (
+    "Processes of the host are shown: the virtual machine is one. `exec NAME ps` shows the guest's."
+)
+REASONS = {"top": HOST_PROCESS}
+"""Operation -> why kata's may differ from runc's, for every client."""
+
+EXPECTED = {
+    "ctr": {
+        "run": "out; err; status 3",
+        "run -it": "yes; status 0",
+        "run -d": "RUNNING",
+        "exec": "in; err; status 4",
+        "exec -it": "yes; status 0",
+        "attach": "late; ; status 5",
+        "kill": "status 3",
+        "pause": "PAUSED RUNNING",
+        "top": "sleep",
+        "stats": r".*cpuacct.usage.*pids.current.*more than nothing: \['memory.usage_in_bytes', 'cpuacct.usage'\]",
+        "inspect": ".*Spec.process.args.*",
+        "events": "create start exit delete",
+        "volume": ".*Read-only file system; status 1",
+        "a missing command": ".*executable file not found.*; status 1",
+        "OOM": "status 137",
+    },
+    "crictl": {
+        "run -d": "CONTAINER_RUNNING",
+        "exec": "in; status 4; .*; status 5",
+        "exec -it": "yes; status 0",
+        "logs": r"Error 5; \['stderr F err', 'stdout F out'\]",
+        "stop": r"Error 3; \['up', 'bye'\]",
+        "stats": ".*memory.workingSetBytes.*cpu counted: True",
+        "update": "134217728; .*67108864; status 0",
+        "inspect": ".*exitCode.*network.ip.*",
+        "volume": "Error 1; .*Read-only.*",
+        "network": "its address: True; True",
+        "port": "served",
+        "a missing command": ".*executable file not found.*",
+        "OOM": "OOMKilled 137",
+    },
+    "docker": {
+        "run": "in; err; status 3",
+        "run -it": "yes; status 0",
+        "run -d": "running bb",
+        "exec": "in; err; status 4",
+        "exec -it": "yes; status 0",
+        "logs": "out; err; status 0",
+        "attach": "got hello; status 5",
+        "kill": "137",
+        "stop": r"3 \['up', 'bye'\]",
+        "pause": "paused running",
+        "restart": "running",
+        "wait": "9",
+        "cp": "content back",
+        "top": "sleep",
+        "stats": r"limit 128MiB; 1 processes; used memory, network: \[True, .*\]",
+        "update": "134217728 67108864",
+        "inspect": "running True 134217728 True",
+        "events": ".*start.*die.*",
+        "commit": "kept",
+        "volume": "file; .*Read-only file system; status 1",
+        "network": "True",
+        "port": "served",
+        "healthcheck": "unhealthy healthy",
+        "a missing command": ".*executable file not found.*status 127",
+        "OOM": "137 OOMKilled: true",
+    },
+}
+"""What is seen of each operation that works, with runc; anything else would make the comparison worthless."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was seen of one operation of one client."""
+
+    runc: str
+    kata: str
+
+    @property
+    def same(self) -> bool:
+        """Whether a person cannot tell the difference."""
+        return self.runc == self.kata
+
+
+class Cells:
+    """What has been seen so far: (client, operation) -> cell.
+
+    Args:
+        path: Its file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.found: dict[tuple[str, str], Cell] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                client, operation = entry.pop("client"), entry.pop("operation")
+                if operation in EXPECTED.get(client, {}):
+                    self.found[client, operation] = Cell(**entry)
+
+    def add(self, client: str, operation: str, cell: Cell) -> None:
+        """Note one, at once and for good."""
+        self.found[client, operation] = cell
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"client": client, "operation": operation, **asdict(cell)}) + "\n")
+
+    def forget(self, text: str) -> None:
+        """Drop those whose client and operation contain a text."""
+        kept = {key: cell for key, cell in self.found.items() if text not in " ".join(key)}
+        self._path.unlink(missing_ok=True)
+        self.found = {}
+        for (client, operation), cell in kept.items():
+            self.add(client, operation, cell)
+
+
+def run(rig: Rig, cells: Cells, only: str) -> None:
+    """Try out what has not been tried.
+
+    Args:
+        rig: Started; for ctr and crictl. Docker gets daemons of its own.
+        cells: Is filled in.
+        only: Only operations whose name, with their client's, contains this.
+    """
+    rig.pull(IMAGE)
+    for client in (Ctr(rig), Crictl(rig)):
+        _run(client.name, operations(client), cells, only)
+    if not is_wanting(cells, only):
+        return
+    try:
+        with _docker(rig) as docker:
+            _run(docker.name, operations(docker), cells, only)
+    except pytest.skip.Exception as reason:
+        print(f"no Docker: {reason}", flush=True)
+
+
+def is_wanting(cells: Cells, only: str) -> bool:
+    """Whether `run` would have something to do."""
+    known = {(client.name, name) for client in (Ctr, Crictl, Docker) for name in operations(client)}
+    return any(only in " ".join(key) for key in known - set(cells.found))
+
+
+def _run(client: str, known: Mapping[str, Callable[[str], str]], cells: Cells, only: str) -> None:
+    for name, operation in known.items():
+        if (client, name) in cells.found or only not in f"{client} {name}":
+            continue
+        cell = Cell(_seen(operation, "runc"), _seen(operation, "kata"))
+        cells.add(client, name, cell)
+        said = verdict(client, name, cell)
+        print(f"{client} {name}: {said}", flush=True)
+        if said != "works":
+            print(f"    runc: {cell.runc[:500]}\n    kata: {cell.kata[:500]}", flush=True)
+
+
+def _seen(operation: Callable[[str], str], runtime: str) -> str:
+    try:
+        return operation(runtime)
+    except (AssertionError, subprocess.SubprocessError, OSError, ValueError, LookupError) as error:
+        return f"failed: {type(error).__name__}: {str(error)[:300]}"
+
+
+@contextmanager
+def _docker(rig: Rig) -> Iterator[Docker]:
+    # A short path: there are sockets in it.
+    directory = Path(tempfile.mkdtemp(prefix="kd", dir="/tmp"))
+    daemon = Dockerd(directory, Path(os.environ["KATA_GUEST_DIR"]))
+    daemon.netns = daemon.containerd.around[1].rpartition("/")[2]
+    (directory / "daemon.json").write_text("{}")
+    subprocess.run(["ip", "netns", "add", daemon.netns], check=True)
+    try:
+        subprocess.run(["ip", "-n", daemon.netns, "link", "set", "lo", "up"], check=True)
+        daemon.start()
+        layers = ROOT / "build/images/busybox/blobs/sha256"
+        largest = max(layers.iterdir(), key=lambda path: path.stat().st_size)
+        daemon("import", "-", "bb", stdin=largest.read_bytes())
+        yield Docker(daemon)
+    finally:
+        daemon.stop()
+        subprocess.run(["ip", "netns", "delete", daemon.netns], check=False)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def verdict(client: str, operation: str, cell: Cell) -> str:
+    """What the table says of an operation."""
+    if not re.fullmatch(EXPECTED[client][operation], cell.runc, re.DOTALL):
+        return "not with runc"
+    return "works" if cell.same else "differs"
+
+
+def unexplained(found: Mapping[tuple[str, str], Cell]) -> list[str]:
+    """The operations that differ for no known reason, or could not be compared."""
+    return [
+        f"{client} {operation}"
+        for (client, operation), cell in sorted(found.items())
+        if verdict(client, operation, cell) != "works" and operation not in REASONS
+    ]
+
+
+def section(found: Mapping[tuple[str, str], Cell], versions: Mapping[str, str]) -> list[str]:
+    """The matrix's lines of the page.
+
+    Args:
+        found: What was seen.
+        versions: Client -> what it calls itself.
+    """
+    clients = [name for name in ("ctr", "crictl", "docker") if any(client == name for client, _ in found)]
+    lines = [
+        "## What clients can do",
+        "",
+        "Each operation was done with a runc container and with one of ours, and what a person would see was compared.",
+        "An empty cell: the client has no such operation, or it is not tried here (attach by CRI is one of critest's).",
+        "",
+        f"| | {' | '.join(f'{name} {versions.get(name, str())}'.strip() for name in clients)} |",
+        "|" + "---|" * (len(clients) + 1),
+    ]
+    for operation in OPERATIONS:
+        cells = [found.get((client, operation)) for client in clients]
+        if any(cells):
+            words = [
+                "" if cell is None else verdict(client, operation, cell)
+                for client, cell in zip(clients, cells, strict=True)
+            ]
+            lines.append(f"| {operation} | {' | '.join(words)} |")
+    differing = [(key, cell) for key, cell in sorted(found.items()) if verdict(*key, cell) != "works"]
+    if differing:
+        lines += ["", "| what differs | with runc | with kata | why |", "|---|---|---|---|"]
+    for (client, operation), cell in differing:
+        why = REASONS.get(operation, "not known")
+        lines.append(f"| {client} {operation} | {_short(cell.runc)} | {_short(cell.kata)} | {why} |")
+    return [*lines, ""]
+
+
+def _short(text: str) -> str:
+    return "`" + text.replace("\n", " ").replace("|", "/").replace("`", "'")[:160] + "`"
