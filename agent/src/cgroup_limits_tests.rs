@@ -12,7 +12,7 @@ fn planned(resources: &LinuxResources) -> Result<Vec<(String, String)>> {
 }
 
 fn pairs(expected: &[(&str, &str)]) -> Result<Vec<(String, String)>> {
-    Ok(expected.iter().map(|(file, value)| (file.to_string(), value.to_string())).collect())
+    Ok(expected.iter().map(|(file, value)| ((*file).to_string(), (*value).to_string())).collect())
 }
 
 fn memory(memory: LinuxMemory) -> LinuxResources {

@@ -101,7 +101,7 @@ mod tests {
 
     fn linux(kinds: &[(&str, &str)]) -> Linux {
         let namespaces =
-            kinds.iter().map(|(k, p)| LinuxNamespace { type_: k.to_string(), path: p.to_string() }).collect();
+            kinds.iter().map(|(k, p)| LinuxNamespace { type_: (*k).to_string(), path: (*p).to_string() }).collect();
         Linux { namespaces, ..Default::default() }
     }
 
