@@ -4,7 +4,7 @@ use crate::agent::Agent;
 use crate::jobs::Then;
 use crate::policy::Policy;
 use crate::prelude::*;
-use crate::proto::codec::Message;
+use crate::proto::codec::{DecodeError, Message};
 use crate::proto::health::{HealthCheckResponse, VersionCheckResponse, HEALTH_CHECK_RESPONSE_SERVING_STATUS_SERVING};
 use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
@@ -304,7 +304,10 @@ fn details(agent: &Agent, request: &pb::GuestDetailsRequest) -> Outcome {
 }
 
 fn decode<M: Message>(request: &Request) -> Result<M> {
-    M::decode(request.payload).map_err(|e| Error::invalid(format!("malformed {} request: {e}", request.method)))
+    M::decode(request.payload).map_err(|error| match error {
+        DecodeError::TooBig => Error::exhausted(format!("{} request: {error}", request.method)),
+        _ => Error::invalid(format!("malformed {} request: {error}", request.method)),
+    })
 }
 
 fn job(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<()>) -> Outcome {

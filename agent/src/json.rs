@@ -15,13 +15,15 @@ pub enum Value {
 
 /// Deeper documents are somebody's trick.
 const MAX_DEPTH: usize = 32;
+/// And so are those with more values: two bytes of text may be forty of memory.
+const MAX_VALUES: usize = 1 << 17;
 
 /// The document's value.
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` with the line where it is not JSON.
 pub fn parse(text: &str) -> Result<Value> {
-    let mut parser = Parser { text, at: 0 };
+    let mut parser = Parser { text, at: 0, values: 0 };
     let value = parser.value(0).and_then(|value| {
         parser.blanks();
         if parser.at == text.len() {
@@ -39,6 +41,7 @@ pub fn parse(text: &str) -> Result<Value> {
 struct Parser<'a> {
     text: &'a str,
     at: usize,
+    values: usize,
 }
 
 type Parsed<T> = core::result::Result<T, &'static str>;
@@ -65,6 +68,10 @@ impl Parser<'_> {
     fn value(&mut self, depth: usize) -> Parsed<Value> {
         if depth > MAX_DEPTH {
             return Err("it is nested too deeply");
+        }
+        self.values += 1;
+        if self.values > MAX_VALUES {
+            return Err("it has too many values");
         }
         self.blanks();
         match self.peek() {
@@ -256,5 +263,7 @@ mod tests {
         }
         assert!(parse("{\n\n x}").unwrap_err().message.contains("line 3"));
         assert!(parse(&"[".repeat(100)).unwrap_err().message.contains("deeply"));
+        assert!(parse(&format!("[{}0]", "0,".repeat(MAX_VALUES))).unwrap_err().message.contains("too many"));
+        assert!(parse(&format!("[{}0]", "0,".repeat(MAX_VALUES / 2))).is_ok());
     }
 }

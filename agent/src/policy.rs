@@ -202,6 +202,9 @@ fn check_value(kind: Kind, condition: &Value) -> Result<()> {
 // ---- judging a request ----
 
 /// Why it is refused.
+/// Fields with more elements than this do not fit a condition: to look at them all would take too much memory.
+const MAX_FOUND: usize = 1 << 16;
+
 type Verdict = core::result::Result<(), String>;
 
 /// What is found at the end of a path.
@@ -224,11 +227,15 @@ fn descend(message: &str, bytes: &[u8], path: &str, condition: &Value, whole: &s
     let malformed = || format!("{whole} is ambiguous in the request");
     let mut values = Vec::new();
     codec::fields(bytes, |number, content| {
-        if number == field.number {
+        if number == field.number && values.len() <= MAX_FOUND {
             values.push(content);
         }
     })
     .map_err(|_| malformed())?;
+    let too_many = || format!("{whole} has more than {MAX_FOUND} elements");
+    if values.len() > MAX_FOUND {
+        return Err(too_many());
+    }
     if values.len() > 1 && !field.repeated {
         return Err(malformed());
     }
@@ -245,6 +252,9 @@ fn descend(message: &str, bytes: &[u8], path: &str, condition: &Value, whole: &s
     let mut found = Vec::new();
     for content in values {
         found_in(field, content, &mut found).ok_or_else(malformed)?;
+        if found.len() > MAX_FOUND {
+            return Err(too_many());
+        }
     }
     let countable = matches!(field.kind, Kind::Message(_));
     if found.is_empty() && !field.repeated && !countable {
@@ -274,7 +284,12 @@ fn found_in<'a>(field: Field, content: Content<'a>, found: &mut Vec<Found<'a>>) 
         (Kind::Message(_), Content::Bytes(_)) => found.push(Found::Other),
         (Kind::Bool | Kind::Signed | Kind::Unsigned, Content::Varint(value)) => found.push(number(value)),
         (Kind::Bool | Kind::Signed | Kind::Unsigned, Content::Bytes(packed)) if field.repeated => {
-            codec::packed(packed, |value| found.push(number(value))).ok()?;
+            codec::packed(packed, |value| {
+                if found.len() <= MAX_FOUND {
+                    found.push(number(value));
+                }
+            })
+            .ok()?;
         }
         _ => return None,
     }

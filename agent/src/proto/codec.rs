@@ -4,10 +4,17 @@
 //! Lengths and nesting are checked; unknown fields, and known ones of another wire type, are skipped.
 
 use crate::prelude::standard::*;
+use core::cell::Cell;
 use core::fmt;
+use core::mem::size_of;
 
 /// Deepest nesting of messages that is decoded; what the official libraries allow by default.
 pub const MAX_DEPTH: u32 = 100;
+
+/// What a decoded message may take in memory, in bytes, beside its texts and other bytes (which are no longer than the
+/// encoding): two bytes on the wire can be an element of hundreds. The biggest real message is a container's
+/// specification, with some thousand elements.
+pub const MAX_ELEMENT_BYTES: usize = 8 << 20;
 
 /// Why bytes are not an encoding of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +24,7 @@ pub enum DecodeError {
     InvalidTag,
     InvalidUtf8,
     TooDeep,
+    TooBig,
 }
 
 impl fmt::Display for DecodeError {
@@ -27,6 +35,7 @@ impl fmt::Display for DecodeError {
             DecodeError::InvalidTag => "invalid field tag",
             DecodeError::InvalidUtf8 => "string is not UTF-8",
             DecodeError::TooDeep => "messages are nested too deeply",
+            DecodeError::TooBig => "message has too many elements",
         })
     }
 }
@@ -44,7 +53,7 @@ pub trait Message: Default {
     /// The message that `buf` is the encoding of.
     fn decode(buf: &[u8]) -> Result<Self, DecodeError> {
         let mut message = Self::default();
-        merge_all(&mut message, buf, 0)?;
+        merge_all(&mut message, Reader { buf, depth: 0, budget: Some(&Cell::new(MAX_ELEMENT_BYTES)) })?;
         Ok(message)
     }
 
@@ -62,6 +71,28 @@ pub struct Field<'a> {
     pub number: u32,
     value: Value<'a>,
     depth: u32,
+    /// None where nothing is kept.
+    budget: Option<&'a Cell<usize>>,
+}
+
+impl<'a> Field<'a> {
+    /// A reader of what the field holds.
+    fn inside(&self, buf: &'a [u8]) -> Reader<'a> {
+        Reader { buf, depth: self.depth + 1, budget: self.budget }
+    }
+
+    /// Takes what a further element of a type takes in memory off the budget.
+    fn charge<T>(&self) -> Result<(), DecodeError> {
+        self.charge_bytes(size_of::<T>())
+    }
+
+    /// Not inlined into each of the generated decoders.
+    #[inline(never)]
+    fn charge_bytes(&self, bytes: usize) -> Result<(), DecodeError> {
+        let Some(budget) = self.budget else { return Ok(()) };
+        budget.set(budget.get().checked_sub(bytes).ok_or(DecodeError::TooBig)?);
+        Ok(())
+    }
 }
 
 /// What a field holds on the wire.
@@ -73,8 +104,7 @@ pub enum Value<'a> {
     Other,
 }
 
-fn merge_all<M: Message>(message: &mut M, buf: &[u8], depth: u32) -> Result<(), DecodeError> {
-    let mut reader = Reader { buf, depth };
+fn merge_all<M: Message>(message: &mut M, mut reader: Reader<'_>) -> Result<(), DecodeError> {
     while let Some(field) = reader.next()? {
         message.merge(field)?;
     }
@@ -83,7 +113,7 @@ fn merge_all<M: Message>(message: &mut M, buf: &[u8], depth: u32) -> Result<(), 
 
 /// Calls `each` with the number and value of every field, without knowing the message.
 pub fn fields<'a>(buf: &'a [u8], mut each: impl FnMut(u32, Value<'a>)) -> Result<(), DecodeError> {
-    let mut reader = Reader { buf, depth: 0 };
+    let mut reader = Reader { buf, depth: 0, budget: None };
     while let Some(field) = reader.next()? {
         each(field.number, field.value);
     }
@@ -92,7 +122,7 @@ pub fn fields<'a>(buf: &'a [u8], mut each: impl FnMut(u32, Value<'a>)) -> Result
 
 /// The numbers of a packed repeated field.
 pub fn packed(buf: &[u8], mut each: impl FnMut(u64)) -> Result<(), DecodeError> {
-    let mut reader = Reader { buf, depth: 0 };
+    let mut reader = Reader { buf, depth: 0, budget: None };
     while !reader.buf.is_empty() {
         each(reader.varint()?);
     }
@@ -102,6 +132,8 @@ pub fn packed(buf: &[u8], mut each: impl FnMut(u64)) -> Result<(), DecodeError> 
 struct Reader<'a> {
     buf: &'a [u8],
     depth: u32,
+    /// None where nothing is kept.
+    budget: Option<&'a Cell<usize>>,
 }
 
 impl<'a> Reader<'a> {
@@ -114,8 +146,7 @@ impl<'a> Reader<'a> {
         }
         let tag = self.tag()?;
         let value = self.value(tag, self.depth)?;
-        let (number, depth) = (tag >> 3, self.depth);
-        Ok(Some(Field { number, value, depth }))
+        Ok(Some(Field { number: tag >> 3, value, depth: self.depth, budget: self.budget }))
     }
 
     fn tag(&mut self) -> Result<u32, DecodeError> {
@@ -260,6 +291,7 @@ pub fn get_bytes(field: Field<'_>, target: &mut Vec<u8>) -> Result<(), DecodeErr
 
 pub fn get_repeated_string(field: Field<'_>, target: &mut Vec<String>) -> Result<(), DecodeError> {
     if let Value::Bytes(bytes) = field.value {
+        field.charge::<String>()?;
         target.push(text(bytes)?);
     }
     Ok(())
@@ -267,6 +299,7 @@ pub fn get_repeated_string(field: Field<'_>, target: &mut Vec<String>) -> Result
 
 pub fn get_repeated_bytes(field: Field<'_>, target: &mut Vec<Vec<u8>>) -> Result<(), DecodeError> {
     if let Value::Bytes(bytes) = field.value {
+        field.charge::<Vec<u8>>()?;
         target.push(bytes.to_vec());
     }
     Ok(())
@@ -275,15 +308,19 @@ pub fn get_repeated_bytes(field: Field<'_>, target: &mut Vec<Vec<u8>>) -> Result
 /// A singular message that comes twice is merged, as the specification wants it.
 pub fn get_message<M: Message>(field: Field<'_>, target: &mut Option<Box<M>>) -> Result<(), DecodeError> {
     if let Value::Bytes(bytes) = field.value {
-        merge_all(&mut **target.get_or_insert_default(), bytes, field.depth + 1)?;
+        if target.is_none() {
+            field.charge::<M>()?;
+        }
+        merge_all(&mut **target.get_or_insert_default(), field.inside(bytes))?;
     }
     Ok(())
 }
 
 pub fn get_repeated_message<M: Message>(field: Field<'_>, target: &mut Vec<M>) -> Result<(), DecodeError> {
     if let Value::Bytes(bytes) = field.value {
+        field.charge::<M>()?;
         let mut message = M::default();
-        merge_all(&mut message, bytes, field.depth + 1)?;
+        merge_all(&mut message, field.inside(bytes))?;
         target.push(message);
     }
     Ok(())
@@ -331,11 +368,14 @@ macro_rules! varints {
 
         pub fn $get_repeated(field: Field<'_>, target: &mut Vec<$type>) -> Result<(), DecodeError> {
             match field.value {
-                Value::Varint(value) => target.push($read(value)),
+                Value::Varint(value) => {
+                    field.charge::<$type>()?;
+                    target.push($read(value));
+                }
                 Value::Bytes(buf) => {
-                    let depth = field.depth;
-                    let mut reader = Reader { buf, depth };
+                    let mut reader = field.inside(buf);
                     while !reader.buf.is_empty() {
+                        field.charge::<$type>()?;
                         target.push($read(reader.varint()?));
                     }
                 }
@@ -417,9 +457,9 @@ fn map_entry<V: Default>(
     read: impl Fn(Field<'_>, &mut V) -> Result<(), DecodeError>,
 ) -> Result<(), DecodeError> {
     if let Value::Bytes(buf) = field.value {
+        field.charge::<(String, V)>()?;
         let (mut key, mut value) = (String::new(), V::default());
-        let depth = field.depth + 1;
-        let mut reader = Reader { buf, depth };
+        let mut reader = field.inside(buf);
         while let Some(part) = reader.next()? {
             match part.number {
                 1 => get_string(part, &mut key)?,
@@ -472,7 +512,7 @@ pub fn get_map_string_message<M: Message>(
     target: &mut BTreeMap<String, M>,
 ) -> Result<(), DecodeError> {
     map_entry(field, target, |part, value| match part.value {
-        Value::Bytes(bytes) => merge_all(value, bytes, part.depth + 1),
+        Value::Bytes(bytes) => merge_all(value, part.inside(bytes)),
         _ => Ok(()),
     })
 }

@@ -142,3 +142,28 @@ fn packed_and_unpacked_numbers() {
     assert_eq!(User::decode(&hex("180118ac02")).unwrap().additional_gids, [1, 300]);
     assert_eq!(User::decode(&hex("1a0201ac")), Err(DecodeError::Truncated));
 }
+
+#[test]
+fn what_is_small_on_the_wire_stays_small_in_memory() {
+    // Two megabytes of empty elements, two bytes each: a quarter of a gigabyte, were there no limit.
+    let empty = |number: u8| [number << 3 | 2, 0].repeat(1 << 20);
+    let nested = |inner: &[u8], numbers: &[u8]| {
+        numbers.iter().fold(inner.to_vec(), |inside, number| {
+            let mut out = vec![];
+            put_bytes(&mut out, u32::from(*number), &inside);
+            out
+        })
+    };
+    // Messages, texts, maps, and numbers packed or not; at any depth.
+    assert_eq!(CreateContainerRequest::decode(&empty(5)).err(), Some(DecodeError::TooBig));
+    assert_eq!(ExecProcessRequest::decode(&nested(&empty(5), &[4])).err(), Some(DecodeError::TooBig));
+    assert_eq!(Spec::decode(&empty(7)).err(), Some(DecodeError::TooBig));
+    assert_eq!(CreateContainerRequest::decode(&nested(&empty(7), &[6])).err(), Some(DecodeError::TooBig));
+    let groups = vec![1; (MAX_ELEMENT_BYTES >> 2) + 1];
+    assert_eq!(Process::decode(&nested(&groups, &[3, 3])).err(), Some(DecodeError::TooBig));
+    assert_eq!(User::decode(&[0x18, 1].repeat(groups.len())).err(), Some(DecodeError::TooBig));
+    // A megabyte of environment is none of that, and neither is one message that comes again and again.
+    let process = Process { env: vec!["x".repeat(100); 10_000], ..Default::default() };
+    assert!(Process::decode(&process.to_vec()).is_ok());
+    assert!(Spec::decode(&empty(2)).is_ok());
+}
