@@ -34,6 +34,8 @@ pub enum Token {
     Debug(debug::Port),
     /// Time to look at what is watched.
     Copies,
+    /// Time to look whether anything has happened.
+    Quiet,
 }
 
 impl Token {
@@ -50,6 +52,7 @@ impl Token {
             Token::Debug(debug::Port::Console) => (DEBUG_TOKEN, 0),
             Token::Debug(debug::Port::Log) => (DEBUG_TOKEN, 1),
             Token::Copies => (20, 0),
+            Token::Quiet => (21, 0),
         };
         kind << 32 | u64::from(id)
     }
@@ -69,6 +72,7 @@ impl Token {
             DEBUG_TOKEN if id == 0 => Token::Debug(debug::Port::Console),
             DEBUG_TOKEN => Token::Debug(debug::Port::Log),
             20 => Token::Copies,
+            21 => Token::Quiet,
             _ => return None,
         })
     }
@@ -80,8 +84,8 @@ const DEBUG_TOKEN: u64 = 16;
 const CONN_IN: u32 = (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET) as u32;
 const CONN_IN_OUT: u32 = CONN_IN | libc::EPOLLOUT as u32;
 
-/// Idle for so long, the loop gives kept memory back.
-const TRIM_AFTER_MS: i32 = 200;
+/// Idle for so long (up to twice that), the loop gives kept memory back.
+const TRIM_AFTER_NS: u64 = 200_000_000;
 
 /// So often connections are looked at before other events have their turn.
 const PUMP_ROUNDS: u32 = 8;
@@ -107,8 +111,12 @@ pub struct Agent {
     listener: Option<(Fd, Kind)>,
     conns: BTreeMap<u32, Conn>,
     next_id: u32,
-    /// True when nothing has happened since the last trim.
-    trimmed: bool,
+    /// Runs from the first event after a trim to the next trim. A descriptor, because a time limit of the wait itself
+    /// would set and unset the machine's timer with every call.
+    quiet: Fd,
+    quiet_runs: bool,
+    /// Something has happened since the timer was set.
+    used: bool,
     /// The last round has left things to do: the next wait is none.
     busy: bool,
     stopping: bool,
@@ -122,6 +130,7 @@ impl Agent {
         let watched = sys::signal_set(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT]);
         sys::set_signal_mask(watched).context("block signals")?;
         let signals = sys::signalfd(watched).context("create a signalfd")?;
+        let quiet = sys::timer().context("make a timer")?;
         let agent = Agent {
             settings,
             calls: Calls::default(),
@@ -140,11 +149,14 @@ impl Agent {
             listener: None,
             conns: BTreeMap::new(),
             next_id: 1,
-            trimmed: false,
+            quiet,
+            quiet_runs: false,
+            used: false,
             busy: false,
             stopping: false,
         };
         agent.watch(agent.signals.raw(), Token::Signals, libc::EPOLLIN as u32)?;
+        agent.watch(agent.quiet.raw(), Token::Quiet, libc::EPOLLIN as u32)?;
         Ok(agent)
     }
 
@@ -218,16 +230,14 @@ impl Agent {
                     return;
                 }
             };
-            if n == 0 && !self.trimmed && !self.busy {
-                rt::trim();
-                self.trimmed = true;
-            } else if n > 0 {
-                self.trimmed = false;
-            }
             for event in &events[..n] {
                 if let Some(token) = Token::unpack(event.u64) {
+                    self.used |= token != Token::Quiet;
                     self.on_event(token, event.events);
                 }
+            }
+            if self.used && !self.quiet_runs {
+                self.run_quiet_timer();
             }
             self.expire();
         }
@@ -243,16 +253,24 @@ impl Agent {
         if self.busy {
             return 0;
         }
-        let deadline = self.deadline();
-        let idle = if self.trimmed { -1 } else { TRIM_AFTER_MS };
-        if deadline == u64::MAX {
-            return idle;
+        match self.deadline() {
+            u64::MAX => -1,
+            deadline => deadline.saturating_sub(sys::monotonic_ns()).div_ceil(1_000_000).min(1 << 30) as i32,
         }
-        let left = deadline.saturating_sub(sys::monotonic_ns()).div_ceil(1_000_000).min(1 << 30) as i32;
-        if idle < 0 {
-            left
+    }
+
+    fn run_quiet_timer(&mut self) {
+        self.used = false;
+        self.quiet_runs = sys::set_timer(self.quiet.raw(), TRIM_AFTER_NS, 0).is_ok();
+    }
+
+    fn on_quiet(&mut self) {
+        let _ = sys::read(self.quiet.raw(), &mut [0u8; 8]);
+        self.quiet_runs = false;
+        if self.used || self.busy {
+            self.run_quiet_timer();
         } else {
-            left.min(idle)
+            rt::trim();
         }
     }
 
@@ -276,6 +294,7 @@ impl Agent {
             Token::Job(id) => self.on_job(id),
             Token::Debug(port) => self.on_debug_port(port),
             Token::Copies => self.on_copies_timer(),
+            Token::Quiet => self.on_quiet(),
         }
     }
 
@@ -356,8 +375,8 @@ impl Agent {
         }
     }
 
-    pub fn connection(&self, id: u32) -> Option<&Conn> {
-        self.conns.get(&id)
+    pub fn connection(&mut self, id: u32) -> Option<&mut Conn> {
+        self.conns.get_mut(&id)
     }
 
     pub fn send_outgoing(&mut self, conn: u32, out: Outgoing) {
@@ -389,11 +408,8 @@ impl Agent {
             Ok(request) => request,
             Err(error) => return self.send(conn, stream, &Err(error)),
         };
-        let deadline = match u64::try_from(request.timeout_nano) {
-            Ok(0) | Err(_) => u64::MAX,
-            Ok(nanos) => sys::monotonic_ns().saturating_add(nanos),
-        };
-        let id = match self.calls.add(Reply { conn, stream, deadline }) {
+        let patience_ns = u64::try_from(request.timeout_nano).unwrap_or(0);
+        let id = match self.calls.add(Reply { conn, stream, deadline: u64::MAX }) {
             Ok(id) => id,
             Err(error) => return self.send(conn, stream, &Err(error)),
         };
@@ -411,6 +427,10 @@ impl Agent {
         };
         match outcome {
             Ok(Some(payload)) => self.answer(id, Ok(payload)),
+            // Only now: asking the clock costs a call that is answered at once more than its answer.
+            Ok(None) if patience_ns > 0 => {
+                self.calls.set_deadline(id, sys::monotonic_ns().saturating_add(patience_ns));
+            }
             Ok(None) => {}
             Err(error) => {
                 log::debug(&format!("call refused: {error:?}"));
@@ -488,6 +508,7 @@ mod tests {
             Token::Debug(debug::Port::Console),
             Token::Debug(debug::Port::Log),
             Token::Copies,
+            Token::Quiet,
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

@@ -9,6 +9,7 @@ use crate::proto::codec::Message;
 use crate::runtime::launch::Stdio;
 use crate::runtime::report;
 use crate::server::calls::CallId;
+use crate::server::conn::Conn;
 use crate::server::frame;
 use crate::streams::{Input, Output, Read, Written};
 use crate::sys::{self, Errno, Fd, Pid};
@@ -425,13 +426,21 @@ impl Agent {
             if process.phase == Phase::Building && output.raw().is_none() {
                 return;
             }
+            let plenty = taker.streaming && output.has_plenty();
             let conn = self.connection(reply.conn);
-            if conn.is_some_and(|c| if taker.streaming { !c.takes_bulk() } else { c.is_full() }) {
+            let is_full = |c: &&mut Conn| if taker.streaming { !c.takes_bulk() } else { c.is_full() };
+            if conn.as_ref().is_some_and(is_full) {
                 self.stalled.push((key, which as u8));
                 return;
             }
+            let pipe = conn.filter(|_| plenty).and_then(Conn::pipe);
             let Some(process) = self.processes.get_mut(&key) else { return };
             let output = &mut process.outputs[which];
+            if let Some(moved) = pipe.and_then(|pipe| output.move_into(taker.len, pipe)) {
+                output.served(taker, Some(moved));
+                self.send_outgoing(reply.conn, frame::data_frame_before(reply.stream, moved));
+                continue;
+            }
             match output.read(taker.len) {
                 Read::Wait => {
                     if let Some(fd) = output.raw() {

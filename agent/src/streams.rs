@@ -21,6 +21,8 @@ pub const INPUT_WINDOW: usize = 1 << 20;
 /// The most in one piece of a streaming call, which is what a pipe holds: few and long pieces cost least, but other
 /// answers have to wait for the end of one.
 const MAX_PIECE: usize = 256 << 10;
+/// Less than this is copied: moving pages costs two more system calls.
+const MIN_MOVED: usize = 16 << 10;
 const FIONREAD: u64 = 0x541b;
 
 /// An output stream: stdout, stderr, or the terminal.
@@ -29,6 +31,8 @@ pub struct Output {
     fd: Option<Fd>,
     terminal: bool,
     readable: bool,
+    /// The last read has brought much: it may be worth moving pages.
+    plenty: bool,
     /// After the process has been reaped: how much of what was in the pipe then is still to come.
     left: Option<usize>,
     readers: VecDeque<(CallId, usize)>,
@@ -148,6 +152,7 @@ impl Output {
             buffer.resize(DATA_OFFSET, 0);
             match sys::read_append(fd, &mut buffer, want) {
                 Ok(n) if n > 0 => {
+                    self.plenty = n >= MIN_MOVED && !self.terminal;
                     if let Some(left) = self.left.filter(|_| !self.terminal) {
                         self.left = Some(left - n.min(left));
                     }
@@ -165,6 +170,24 @@ impl Output {
         }
         self.fd = None;
         Read::Data(buffer)
+    }
+
+    /// Whether [`Output::move_into`] is worth calling.
+    pub fn has_plenty(&self) -> bool {
+        self.plenty
+    }
+
+    /// Moves what is there, up to `len` bytes, into the pipe `to` without copying it. None: it is little, or not a pipe;
+    /// nothing has happened then.
+    pub fn move_into(&mut self, len: usize, to: RawFd) -> Option<usize> {
+        let fd = self.raw()?;
+        let want = len.min(available(fd)).min(self.left.unwrap_or(usize::MAX));
+        let moved = if want < MIN_MOVED { 0 } else { sys::splice(fd, to, want).unwrap_or(0) };
+        self.plenty = moved > 0;
+        if let Some(left) = &mut self.left {
+            *left -= moved;
+        }
+        self.plenty.then_some(moved)
     }
 
     /// The process is gone: what is in the pipe now is all that will be delivered, whoever still holds the other end.
@@ -384,6 +407,30 @@ mod tests {
         assert_eq!(text(out.read(100)).as_deref(), Some("lo"));
         assert_eq!(text(out.read(100)).as_deref(), Some(""));
         assert_eq!(text(out.read(100)).as_deref(), Some(""));
+    }
+
+    #[test]
+    fn much_output_is_moved_and_little_is_not() {
+        let (mut out, writer) = output();
+        let (from, to) = sys::pipe(libc::O_NONBLOCK).unwrap();
+        sys::write_all(writer.raw(), &vec![b'x'; 40_000]).unwrap();
+        assert!(!out.has_plenty());
+        assert_eq!(text(out.read(20_000)).map(|t| t.len()), Some(20_000));
+        assert!(out.has_plenty());
+        assert_eq!(out.move_into(17_000, to.raw()), Some(17_000));
+        assert_eq!(out.move_into(17_000, to.raw()), None);
+        assert!(!out.has_plenty());
+        assert_eq!(text(out.read(9000)).map(|t| t.len()), Some(3000));
+        // Also of what is left after the process, and no more than that.
+        sys::write_all(writer.raw(), &vec![b'y'; 20_000]).unwrap();
+        out.drain();
+        sys::write_all(writer.raw(), &vec![b'z'; 20_000]).unwrap();
+        assert_eq!(out.move_into(1 << 20, to.raw()), Some(20_000));
+        assert!(out.at_end());
+        assert_eq!(text(out.read(9)).as_deref(), Some(""));
+        let mut moved = vec![0; 40_000];
+        assert_eq!(sys::read(from.raw(), &mut moved), Ok(37_000));
+        assert!(moved[..17_000].iter().all(|b| *b == b'x') && moved[17_000..37_000].iter().all(|b| *b == b'y'));
     }
 
     #[test]

@@ -11,14 +11,13 @@ use crate::jobs::Then;
 use crate::log;
 use crate::prelude::*;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult, AT_FDCWD};
-use crate::syscall;
 use core::fmt::Write;
 
 /// More than this is no configuration, and takes the guest's memory.
 const MAX_FILES: u32 = 16;
 const MAX_BYTES: u64 = 1 << 20;
 const MAX_DEPTH: u32 = 16;
-const PERIOD_S: i64 = 2;
+const PERIOD_S: u64 = 2;
 const NO_FOLLOW: i32 = libc::O_NOFOLLOW | libc::O_NONBLOCK;
 
 /// What is copied, by whoever it belongs to.
@@ -225,14 +224,8 @@ fn copy_link(from: RawFd, to: RawFd, name: &[u8]) -> SysResult<()> {
 
 /// A descriptor that can be read every [`PERIOD_S`] seconds.
 fn timer() -> SysResult<Fd> {
-    let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
-    // SAFETY: no memory is involved.
-    let fd = unsafe { syscall!(libc::SYS_timerfd_create, libc::CLOCK_MONOTONIC, flags) }?;
-    let timer = Fd::from_raw(fd as RawFd);
-    // struct itimerspec: interval and first time, seconds and nanoseconds.
-    let when = [PERIOD_S, 0, PERIOD_S, 0];
-    // SAFETY: the structure is complete; the old setting is not asked for.
-    unsafe { syscall!(libc::SYS_timerfd_settime, timer.raw(), 0, when.as_ptr(), 0) }?;
+    let timer = sys::timer()?;
+    sys::set_timer(timer.raw(), PERIOD_S * 1_000_000_000, PERIOD_S * 1_000_000_000)?;
     Ok(timer)
 }
 

@@ -41,6 +41,13 @@ impl Calls {
         Ok(id)
     }
 
+    /// The call has not been answered at once: until when its caller waits.
+    pub fn set_deadline(&mut self, id: CallId, deadline: u64) {
+        if let Some(reply) = self.waiting.get_mut(&id) {
+            reply.deadline = deadline;
+        }
+    }
+
     pub fn is_waiting(&self, id: CallId) -> bool {
         self.waiting.contains_key(&id)
     }
@@ -77,7 +84,9 @@ mod tests {
     fn calls_wait_expire_and_go_with_their_connection() {
         let mut calls = Calls::default();
         let a = calls.add(Reply { conn: 1, stream: 1, deadline: 50 }).unwrap();
-        let b = calls.add(Reply { conn: 2, stream: 1, deadline: u64::MAX }).unwrap();
+        let b = calls.add(Reply { conn: 2, stream: 1, deadline: 70 }).unwrap();
+        calls.set_deadline(b, u64::MAX);
+        calls.set_deadline(77, 1);
         assert_eq!(calls.next_deadline(), 50);
         assert_eq!(calls.expired(49), []);
         assert_eq!(calls.expired(50), [a]);

@@ -5,7 +5,7 @@
 
 use super::frame::{self, Head, Outgoing};
 use crate::prelude::*;
-use crate::sys::{self, Errno, Fd};
+use crate::sys::{self, Errno, Fd, RawFd};
 use alloc::collections::VecDeque;
 
 /// Bytes of answers waiting for the host above which no further request is read.
@@ -14,6 +14,8 @@ pub const OUT_BOUND: usize = 1 << 20;
 pub const BULK_BOUND: usize = 128 << 10;
 /// Small answers are gathered in buffers of about this size.
 const GATHER: usize = 8 << 10;
+/// Of the pipe before a port: 64 pages, fewer than the descriptors that the device's queue has.
+const PIPE_SIZE: usize = 256 << 10;
 /// How much is read at a time while the length of the next frame is unknown.
 const READ_CHUNK: usize = 16 << 10;
 
@@ -53,6 +55,11 @@ pub struct Conn {
     input: Vec<u8>,
     out: VecDeque<Outgoing>,
     out_bytes: usize,
+    /// Data on its way from a container to a port, which takes the pages as they are. One piece at a time: Linux
+    /// (6.12, `port_fops_splice_write`) describes all of a pipe to the device even if only a part is asked for.
+    pipe: Option<(Fd, Fd)>,
+    /// The kernel does not move pages into this descriptor.
+    copies: bool,
     /// The stream was out of step and has been reported as such.
     lost: bool,
 }
@@ -123,6 +130,8 @@ impl Conn {
             input: Vec::new(),
             out: VecDeque::new(),
             out_bytes: 0,
+            pipe: None,
+            copies: !port,
             lost: false,
         }
     }
@@ -154,6 +163,20 @@ impl Conn {
     /// False when what waits to be written is enough for now: no data of streaming calls.
     pub fn takes_bulk(&self) -> bool {
         self.out_bytes < BULK_BOUND
+    }
+
+    /// Where data can be put that is sent without a copy; to be followed by [`Conn::push_outgoing`] of what tells its
+    /// length. None: not now, or never.
+    pub fn pipe(&mut self) -> Option<RawFd> {
+        if self.copies || self.out.iter().any(|out| out.piped > 0) {
+            return None;
+        }
+        if self.pipe.is_none() {
+            let (from, to) = sys::pipe(libc::O_NONBLOCK).ok()?;
+            sys::fcntl(to.raw(), libc::F_SETPIPE_SZ, PIPE_SIZE).ok()?;
+            self.pipe = Some((from, to));
+        }
+        self.pipe.as_ref().map(|(_, to)| to.raw())
     }
 
     /// Whether [`Conn::flush`] would get something written.
@@ -255,6 +278,7 @@ impl Conn {
         self.input = Vec::new();
         self.out.clear();
         self.out_bytes = 0;
+        self.pipe = None;
         State::Gone
     }
 
@@ -278,16 +302,16 @@ impl Conn {
     pub fn push(&mut self, bytes: Vec<u8>) {
         self.out_bytes += bytes.len();
         if let Some(last) = self.out.back_mut() {
-            if last.bytes.len() + bytes.len() <= GATHER {
+            if last.piped == 0 && last.bytes.len() + bytes.len() <= GATHER {
                 last.bytes.extend_from_slice(&bytes);
                 return;
             }
         }
-        self.out.push_back(Outgoing { bytes, start: 0 });
+        self.out.push_back(Outgoing { bytes, start: 0, piped: 0 });
     }
 
     pub fn push_outgoing(&mut self, out: Outgoing) {
-        self.out_bytes += out.bytes.len() - out.start;
+        self.out_bytes += out.bytes.len() - out.start + out.piped;
         self.out.push_back(out);
     }
 
@@ -297,12 +321,22 @@ impl Conn {
             let Some(first) = self.out.front_mut() else {
                 return State::Open;
             };
-            match sys::write(self.fd.raw(), &first.bytes[first.start..]) {
+            let rest = &first.bytes[first.start..];
+            let moved = match &self.pipe {
+                Some((from, _)) if rest.is_empty() => sys::splice(from.raw(), self.fd.raw(), first.piped),
+                _ => sys::write(self.fd.raw(), rest),
+            };
+            match moved {
+                Ok(0) => return self.end(),
                 Ok(n) => {
                     self.link = Link::Open;
-                    first.start += n;
                     self.out_bytes -= n;
-                    if first.start == first.bytes.len() {
+                    if first.start < first.bytes.len() {
+                        first.start += n;
+                    } else {
+                        first.piped -= n;
+                    }
+                    if first.start == first.bytes.len() && first.piped == 0 {
                         self.out.pop_front();
                         if self.out.is_empty() {
                             self.out = VecDeque::new();
@@ -310,10 +344,30 @@ impl Conn {
                     }
                 }
                 Err(Errno(libc::EAGAIN)) => self.writable = false,
+                Err(_) if self.copy_piped() => {}
                 Err(_) => return self.end(),
             }
         }
         State::Open
+    }
+
+    /// After the kernel has refused to move pages (no memory to describe them): what is in the pipe is copied from now
+    /// on. False if it was not about that.
+    fn copy_piped(&mut self) -> bool {
+        let (Some((from, _)), Some(first)) = (&self.pipe, self.out.front_mut()) else { return false };
+        if first.start < first.bytes.len() || first.piped == 0 {
+            return false;
+        }
+        self.copies = true;
+        let mut bytes = Vec::new();
+        while bytes.len() < first.piped {
+            let missing = first.piped - bytes.len();
+            if !sys::read_append(from.raw(), &mut bytes, missing).is_ok_and(|n| n > 0) {
+                return false;
+            }
+        }
+        *first = Outgoing { bytes, start: 0, piped: 0 };
+        true
     }
 
     /// Whether events about writing are wanted, when that is different from the last time.

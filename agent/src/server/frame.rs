@@ -173,6 +173,11 @@ fn text(bytes: &[u8]) -> Result<&str> {
 }
 
 fn varint(buf: &mut &[u8]) -> Result<u64> {
+    // Nearly all tags and lengths are one byte.
+    if let [byte @ 0..0x80, rest @ ..] = *buf {
+        *buf = rest;
+        return Ok(u64::from(*byte));
+    }
     let mut value = 0u64;
     for (i, byte) in buf.iter().take(10).enumerate() {
         value |= u64::from(byte & 0x7f) << (7 * i);
@@ -189,6 +194,8 @@ fn varint(buf: &mut &[u8]) -> Result<u64> {
 pub struct Outgoing {
     pub bytes: Vec<u8>,
     pub start: usize,
+    /// So many bytes of the connection's pipe follow.
+    pub piped: usize,
 }
 
 /// Room that [`ok_frame_around`] needs before the data: header, two tags, two lengths of at most four bytes.
@@ -209,7 +216,7 @@ pub fn ok_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
     let total = buffer.len() - start;
     start -= HEADER;
     buffer[start..start + HEADER].copy_from_slice(&header(TYPE_RESPONSE, total, stream));
-    Outgoing { bytes: buffer, start }
+    Outgoing { bytes: buffer, start, piped: 0 }
 }
 
 /// A data frame of a streaming call with a StreamPiece; `buffer` as for [`ok_frame_around`], with data.
@@ -219,7 +226,17 @@ pub fn data_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
     let total = buffer.len() - body;
     let start = body - HEADER;
     buffer[start..body].copy_from_slice(&header(TYPE_DATA, total, stream));
-    Outgoing { bytes: buffer, start }
+    Outgoing { bytes: buffer, start, piped: 0 }
+}
+
+/// The same for data of such a length that lies in the connection's pipe.
+pub fn data_frame_before(stream: u32, length: usize) -> Outgoing {
+    let mut bytes = vec![0u8; DATA_OFFSET];
+    let body = put_length_before(&mut bytes, DATA_OFFSET, 0x0a, length);
+    let total = bytes.len() - body + length;
+    let start = body - HEADER;
+    bytes[start..body].copy_from_slice(&header(TYPE_DATA, total, stream));
+    Outgoing { bytes, start, piped: length }
 }
 
 /// A data frame that gives the other side credit.

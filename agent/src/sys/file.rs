@@ -153,6 +153,12 @@ pub fn pipe(flags: i32) -> SysResult<(Fd, Fd)> {
     Ok((Fd(ends[0]), Fd(ends[1])))
 }
 
+/// Moves up to `len` bytes from a pipe into another file without copying them where the kernel can; waits for neither.
+pub fn splice(from: RawFd, to: RawFd, len: usize) -> SysResult<usize> {
+    // SAFETY: no memory of ours is involved; null offsets are what pipes and ports want.
+    retry(|| unsafe { syscall!(libc::SYS_splice, from, 0, to, 0, len, libc::SPLICE_F_MOVE | libc::SPLICE_F_NONBLOCK) })
+}
+
 /// Closes (or, with CLOSE_RANGE_CLOEXEC, marks) every descriptor from `first` up.
 pub fn close_range(first: RawFd, flags: u32) -> SysResult<()> {
     // SAFETY: the caller says that nothing above `first` is needed any more.

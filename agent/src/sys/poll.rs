@@ -63,6 +63,22 @@ pub fn signalfd(mask: u64) -> SysResult<Fd> {
         .map(|fd| Fd::from_raw(fd as RawFd))
 }
 
+/// A timer that is not running; it can be read when its time has come.
+pub fn timer() -> SysResult<Fd> {
+    // SAFETY: no memory is involved.
+    unsafe { syscall!(libc::SYS_timerfd_create, libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC | libc::TFD_NONBLOCK) }
+        .map(|fd| Fd::from_raw(fd as RawFd))
+}
+
+/// Lets a timer run: for `first_ns`, and then again and again for `period_ns` (0 = only once).
+pub fn set_timer(timer: RawFd, first_ns: u64, period_ns: u64) -> SysResult<()> {
+    // struct itimerspec: interval and first time, seconds and nanoseconds.
+    let split = |ns: u64| [ns / 1_000_000_000, ns % 1_000_000_000];
+    let when = [split(period_ns), split(first_ns)];
+    // SAFETY: the structure is complete; the old setting is not asked for.
+    unsafe { syscall!(libc::SYS_timerfd_settime, timer, 0, when.as_ptr(), 0) }.map(drop)
+}
+
 /// Nanoseconds of a clock (`libc::CLOCK_*`).
 pub fn clock_ns(clock: i32) -> u64 {
     let mut now = MaybeUninit::<libc::timespec>::zeroed();
