@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 
 from ..proto import agentext_pb
+from ..proto.wire import get_varint, put_varint
 from ..ttrpc.status import ProtocolError
 
 TYPE_CHECKING = False
@@ -33,12 +34,36 @@ READ_BYTES = 1 << 20
 JOINED = 1 << 16
 SMALL = 1 << 12
 """Pieces below this are put together: a process that writes single bytes must not cost an object for each."""
+_DATA_KEY = b"\x0a"
+"""Key of field 1 of a StreamPiece, its data."""
 
 
 def first_piece(container_id: str, exec_id: str, name: str, credit: int = 0) -> bytes:
     """The message that begins a direct stream."""
     target = agentext_pb.StreamTarget(container_id=container_id, exec_id=exec_id, stream=NUMBERS[name])
     return agentext_pb.StreamPiece(target=target, credit=credit).encode()
+
+
+def decode_piece(data: bytes) -> tuple[bytes, int]:
+    """Data and credit of a StreamPiece.
+
+    Raises:
+        ValueError, IndexError: It is malformed.
+    """
+    if data[:1] == _DATA_KEY:
+        # The usual piece has data and nothing else: one copy, and no message object.
+        length, at = get_varint(data, 1)
+        if at + length == len(data):
+            return data[at:], 0
+    piece = agentext_pb.StreamPiece.decode(data)
+    return piece.data, piece.credit
+
+
+def data_head(length: int) -> bytes:
+    """What stands before the data of a StreamPiece that has nothing else."""
+    out = bytearray(_DATA_KEY)
+    put_varint(out, length)
+    return bytes(out)
 
 
 class Pieces:
@@ -62,21 +87,21 @@ class Pieces:
     def received(self, data: bytes) -> None:
         """`Receiver`'s."""
         try:
-            piece = agentext_pb.StreamPiece.decode(data)
-        except ValueError as error:
+            content, credit = decode_piece(data)
+        except (ValueError, IndexError) as error:
             raise ProtocolError(f"the server sent a malformed piece of a stream: {error}") from None
-        self.credit += piece.credit
+        self.credit += credit
         if self.credit > INPUT_WINDOW:
             raise ProtocolError("the server gave more credit than was used")
-        self._expected -= len(piece.data)
+        self._expected -= len(content)
         if self._expected < 0:
             raise ProtocolError("the server sent more of a stream than it was asked for")
-        if piece.data:
+        if content:
             last = self._pieces[-1] if self._pieces else None
-            if isinstance(last, bytearray) and len(last) + len(piece.data) <= JOINED:
-                last += piece.data
+            if isinstance(last, bytearray) and len(last) + len(content) <= JOINED:
+                last += content
             else:
-                self._pieces.append(bytearray(piece.data) if len(piece.data) < SMALL else piece.data)
+                self._pieces.append(bytearray(content) if len(content) < SMALL else content)
         self._news.set()
 
     def ended(self, error: ConnectionLost | TtrpcError | None) -> None:
@@ -159,16 +184,17 @@ class Input:
             return
         pieces = await self._open()
         at = 0
+        view = memoryview(data)
         while at < len(data):
             while pieces.credit <= 0 and not pieces.over:
                 await pieces.news()
             if pieces.over:
                 break
-            piece = data[at : at + min(pieces.credit, INPUT_PIECE)]
+            piece = view[at : at + min(pieces.credit, INPUT_PIECE)]
             pieces.credit -= len(piece)
             at += len(piece)
             assert pieces.stream is not None
-            pieces.stream.send(agentext_pb.StreamPiece(data=piece).encode())
+            pieces.stream.send(data_head(len(piece)), piece)
         if pieces.error is not None:
             raise await self._agent.explain(pieces.error)
 

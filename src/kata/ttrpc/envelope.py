@@ -18,6 +18,23 @@ MAX_METADATA = 1024
 """Most metadata entries, and most details of a status, that are taken."""
 
 
+_heads: dict[tuple[str, str], bytes] = {}
+"""Encoded names: a program calls few methods, and each again and again."""
+_MAX_HEADS = 256
+
+
+def _head(service: str, method: str) -> bytes:
+    found = _heads.get((service, method))
+    if found is None:
+        parts: list[bytes] = []
+        _put(parts, b"\x0a", service.encode())
+        _put(parts, b"\x12", method.encode())
+        found = b"".join(parts)
+        if len(_heads) < _MAX_HEADS:
+            _heads[service, method] = found
+    return found
+
+
 class Request:
     """A call on the wire."""
 
@@ -39,9 +56,7 @@ class Request:
 
     def encode(self) -> bytes:
         """Wire format."""
-        parts: list[bytes] = []
-        _put(parts, b"\x0a", self.service.encode())
-        _put(parts, b"\x12", self.method.encode())
+        parts = [_head(self.service, self.method)]
         _put(parts, b"\x1a", self.payload)
         if self.timeout_nano:
             parts += (b"\x20", _varint(self.timeout_nano & 0xFFFFFFFFFFFFFFFF))
@@ -105,6 +120,12 @@ class Response:
     def decode(cls, data: bytes) -> Response:
         """From wire format; ValueError when it is not one."""
         made = cls()
+        if data[:1] == b"\x12":
+            # A success has one field, the payload, up to the end.
+            length, at = _read_varint(data, 1)
+            if at + length == len(data):
+                made.payload = data[at:]
+                return made
         for number, value in _fields(data):
             if number == 1 and isinstance(value, bytes):
                 made._decode_status(value)

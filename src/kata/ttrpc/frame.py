@@ -20,6 +20,9 @@ NO_DATA = 4
 """Flag: the frame has no message."""
 
 
+_SMALL = 1 << 12
+
+
 class Frame:
     """One message as it is on the wire.
 
@@ -52,37 +55,38 @@ class Frame:
         )
 
 
-def encode(stream: int, kind: int, data: bytes, flags: int = 0) -> bytes:
-    """The frame in wire format.
+def encode(
+    stream: int, kind: int, data: bytes, flags: int = 0, tail: bytes | memoryview[int] = b""
+) -> bytes:
+    """The frame in wire format; *tail* is the rest of its data, which so need not be joined beforehand.
 
     Raises:
-        ValueError: `data` is longer than a frame may be, or a number does not fit.
+        ValueError: The data is longer than a frame may be, or a number does not fit.
     """
-    if len(data) > MAX_DATA:
-        raise ValueError(f"{len(data)} bytes do not fit into a frame of {MAX_DATA}")
+    length = len(data) + len(tail)
+    if length > MAX_DATA:
+        raise ValueError(f"{length} bytes do not fit into a frame of {MAX_DATA}")
     if not 0 <= stream <= 0xFFFFFFFF:
         raise ValueError(f"stream number {stream} does not fit into 32 bits")
-    head = len(data).to_bytes(4, "big") + stream.to_bytes(4, "big")
-    return b"".join((head, bytes((kind, flags)), data))
+    head = length << 48 | stream << 16 | kind << 8 | flags
+    return b"".join((head.to_bytes(HEADER_SIZE, "big"), data, tail))
 
 
 class Parser:
     """Cuts a byte stream into frames.
 
     It holds at most one incomplete frame, and a length that is not allowed is refused when its header is
-    there, so a peer cannot make it grow.
+    there, so a peer cannot make it grow. What arrives whole is copied once, out of what was received.
     """
 
-    __slots__ = ("_broken", "_buffer")
+    __slots__ = ("_broken", "_needed", "_pieces", "pending")
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._broken = ""
-
-    @property
-    def pending(self) -> int:
+        self.pending = 0
         """Bytes of an incomplete frame; not 0 at the end of the stream means that it was cut."""
-        return len(self._buffer)
+        self._pieces: list[bytes | bytearray] = []
+        self._needed = HEADER_SIZE
+        self._broken = ""
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that `data` completes.
@@ -93,29 +97,46 @@ class Parser:
         """
         if self._broken:
             raise ProtocolError(self._broken)
-        buffer = self._buffer
-        buffer += data
+        if self.pending:
+            self._keep(data)
+            if self.pending < self._needed:
+                return []
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            self.pending = 0
         frames = []
         at = 0
-        size = len(buffer)
+        size = len(data)
+        self._needed = HEADER_SIZE
         while size - at >= HEADER_SIZE:
-            length = int.from_bytes(buffer[at : at + 4], "big")
-            kind = buffer[at + 8]
+            length = int.from_bytes(data[at : at + 4], "big")
+            kind = data[at + 8]
             if length > MAX_DATA:
                 self._fail(f"a frame of {length} bytes; {MAX_DATA} are allowed")
             if not REQUEST <= kind <= DATA:
                 self._fail(f"a frame of the unknown type {kind}")
             end = at + HEADER_SIZE + length
             if end > size:
+                self._needed = end - at
                 break
-            stream = int.from_bytes(buffer[at + 4 : at + 8], "big")
-            frames.append(Frame(stream, kind, bytes(buffer[at + HEADER_SIZE : end]), buffer[at + 9]))
+            stream = int.from_bytes(data[at + 4 : at + 8], "big")
+            frames.append(Frame(stream, kind, data[at + HEADER_SIZE : end], data[at + 9]))
             at = end
-        if at:
-            del buffer[:at]
+        if at < size:
+            self._keep(data[at:] if at else data)
         return frames
+
+    def _keep(self, data: bytes) -> None:
+        self.pending += len(data)
+        last = self._pieces[-1] if self._pieces else None
+        if isinstance(last, bytearray) and len(last) < _SMALL:
+            last += data
+        else:
+            # Not an object for each byte of a peer that sends them one by one.
+            self._pieces.append(bytearray(data) if len(data) < _SMALL else data)
 
     def _fail(self, reason: str) -> None:
         self._broken = f"the peer sent {reason}"
-        self._buffer.clear()
+        self._pieces.clear()
+        self.pending = 0
         raise ProtocolError(self._broken)

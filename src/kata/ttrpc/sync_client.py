@@ -69,8 +69,10 @@ class Client:
         self._error: ConnectionLost | None = None
         # Protects everything above; held for moments only.
         self._state = allocate_lock()
-        # Whether a thread is reading for all.
+        # Whether a thread is reading for all; it alone uses the poll.
         self._reading = False
+        self._readable = select.poll()
+        self._readable.register(sock.fileno(), select.POLLIN)
         # Held while a frame is written.
         self._writing = allocate_lock()
 
@@ -171,7 +173,7 @@ class Client:
             try:
                 rest = rest[self._sock.send(rest) :]
             except BlockingIOError:
-                if not self._poll(select.POLLOUT, deadline):
+                if not self._is_writable(deadline):
                     self._fail(ConnectionLost("the server does not read what it is sent"))
                     raise _too_late(method) from None
             except OSError as error:
@@ -193,7 +195,7 @@ class Client:
                 continue
             try:
                 while call.response is None and self._error is None:
-                    if not self._poll(select.POLLIN, deadline):
+                    if not _ready(self._readable, deadline):
                         raise _too_late(method)
                     self._read()
             finally:
@@ -236,18 +238,14 @@ class Client:
             else:
                 raise ProtocolError(f"the server answered call {item.stream}, which nobody made")
 
-    def _poll(self, event: int, deadline: float | None) -> bool:
-        """Whether the socket became ready; also true at its end, which the next read or write tells."""
+    def _is_writable(self, deadline: float | None) -> bool:
         poll = select.poll()
         try:
-            poll.register(self._sock.fileno(), event)
+            poll.register(self._sock.fileno(), select.POLLOUT)
         except (ValueError, OSError):
             # Closed by another thread.
             return True
-        while not poll.poll(None if deadline is None else min(int(_left(deadline) * 1000) + 1, 1 << 30)):
-            if _left(deadline) == 0:
-                return False
-        return True
+        return _ready(poll, deadline)
 
     # ---- the end ----
 
@@ -276,6 +274,14 @@ def _wake(call: _Call) -> None:
     # Called with the state locked; only the call's own thread acquires.
     if call.wake.locked():
         call.wake.release()
+
+
+def _ready(poll: select.poll, deadline: float | None) -> bool:
+    """Whether the socket became ready; also true at its end, which the next read or write tells."""
+    while not poll.poll(None if deadline is None else min(int(_left(deadline) * 1000) + 1, 1 << 30)):
+        if _left(deadline) == 0:
+            return False
+    return True
 
 
 def _left(deadline: float | None) -> float:
