@@ -335,7 +335,9 @@ def test_a_terminal_of_the_containers_own(guest: Guest, box: Container) -> None:
 
 
 def test_a_terminal_is_resized_and_ended(guest: Guest, box: Container) -> None:
-    box.exec("win", "sh", "-c", 'trap "stty size" WINCH; echo go; read x; read y; echo end', Terminal=True)
+    # The read of busybox 1.37 ends with a signal; that of 1.35 goes on.
+    script = 'trap "stty size" WINCH; echo go; until read x; do :; done; read y; echo end'
+    box.exec("win", "sh", "-c", script, Terminal=True)
     output = b""
     while b"go" not in output:
         output += box.read_some("win")
