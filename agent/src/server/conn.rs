@@ -467,6 +467,66 @@ mod tests {
         assert_eq!(conn.next_call().err(), Some(State::Gone));
     }
 
+    fn next_frame(host: &Fd) -> Vec<u8> {
+        let mut frame = vec![0; frame::HEADER];
+        assert_eq!(sys::read(host.raw(), &mut frame), Ok(frame::HEADER));
+        let rest = u32::from_be_bytes([frame[0], frame[1], frame[2], frame[3]]) as usize;
+        while frame.len() < frame::HEADER + rest {
+            let missing = frame::HEADER + rest - frame.len();
+            assert!(sys::read_append(host.raw(), &mut frame, missing).is_ok_and(|n| n > 0));
+        }
+        frame
+    }
+
+    #[test]
+    fn data_goes_through_the_pipe_in_its_place() {
+        let (mut conn, host) = pair();
+        for round in 0..3u8 {
+            // The last time nothing can be written: the connection is gone.
+            if round == 2 {
+                conn.fd = sys::open("/dev/null", libc::O_RDONLY, 0).unwrap();
+            }
+            conn.push(frame::credit_frame(5, 7));
+            let pipe = conn.pipe().unwrap();
+            sys::write_all(pipe, &[round; 10_000]).unwrap();
+            conn.push_outgoing(frame::data_frame_before(3, 10_000));
+            assert!(conn.pipe().is_none() && conn.out_bytes > 10_000);
+            conn.push(frame::credit_frame(5, 9));
+            if round == 2 {
+                assert_eq!(conn.flush(), State::Gone);
+                assert!(!conn.has_output() && conn.out_bytes == 0);
+                return;
+            }
+            assert_eq!(conn.flush(), State::Open);
+            assert!(!conn.has_output() && conn.out_bytes == 0);
+            assert_eq!(next_frame(&host), frame::credit_frame(5, 7));
+            let data = next_frame(&host);
+            assert_eq!(frame::parse_piece(&data[frame::HEADER..]).unwrap().data, [round; 10_000]);
+            assert_eq!(next_frame(&host), frame::credit_frame(5, 9));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_moved_is_copied() {
+        let (mut conn, host) = pair();
+        let pipe = conn.pipe().unwrap();
+        sys::write_all(pipe, &[7; 10_000]).unwrap();
+        conn.push_outgoing(frame::data_frame_before(3, 10_000));
+        // As if the head were out and the kernel had refused.
+        let first = conn.out.front_mut().unwrap();
+        let head = first.bytes.split_off(first.start);
+        first.start = first.bytes.len();
+        conn.out_bytes -= head.len();
+        assert!(conn.copy_piped());
+        assert!(conn.pipe().is_none());
+        assert_eq!(conn.flush(), State::Open);
+        assert_eq!(conn.out_bytes, 0);
+        let mut got = vec![0; 20_000];
+        assert_eq!(sys::read(host.raw(), &mut got), Ok(10_000));
+        assert!(got[..10_000].iter().all(|byte| *byte == 7));
+        assert!(!conn.copy_piped());
+    }
+
     #[test]
     fn a_slow_reader_stops_the_reading_of_requests() {
         let (mut conn, host) = pair();
