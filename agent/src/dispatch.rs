@@ -18,8 +18,17 @@ const API_VERSION: &str = "0.0.1";
 const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What the agent can beyond the protocol.
-const EXTRA_FEATURES: &[&str] =
-    &["kata.boot", "kata.debug", "kata.dial", "kata.files", "kata.policy", "kata.processes", "kata.streams", "seccomp"];
+const EXTRA_FEATURES: &[&str] = &[
+    "kata.boot",
+    "kata.debug",
+    "kata.dial",
+    "kata.files",
+    "kata.machine",
+    "kata.policy",
+    "kata.processes",
+    "kata.streams",
+    "seccomp",
+];
 
 /// A streaming call may have a connection to itself.
 const CONNECTIONS: &str = "kata.streams.connections";
@@ -46,6 +55,13 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
         },
         agentext::BOOT => match request.method {
             "Times" => done(&agent.boot.clone()),
+            _ => unknown(request),
+        },
+        agentext::MACHINE => match request.method {
+            "SetProcessors" => {
+                let r: agentext::SetProcessorsRequest = decode(request)?;
+                job(agent, call, || guest::set_processors(r.count))
+            }
             _ => unknown(request),
         },
         agentext::STREAMS => match request.method {

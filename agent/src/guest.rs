@@ -121,6 +121,33 @@ pub fn online_cpu_mem(wait: bool, processors: u32, cpu_only: bool) -> Result<u32
     Ok(online)
 }
 
+/// Has `count` processors in use, of those that the machine was started with: the first of them by number. A machine
+/// may be started with more than the guest is to use at first (`maxcpus=` of the kernel command line).
+pub fn set_processors(count: u32) -> Result<()> {
+    set_processors_in(CPUS, count)
+}
+
+fn set_processors_in(directory: &str, count: u32) -> Result<()> {
+    let mut present: Vec<u32> = vec![];
+    for name in fs::names(directory).with_context(|| format!("list {directory}"))? {
+        let Some(number) = name.strip_prefix("cpu").and_then(|digits| digits.parse().ok()) else { continue };
+        present.push(number);
+    }
+    present.sort_unstable();
+    if count == 0 || count as usize > present.len() {
+        return Err(Error::invalid(format!("{count} processors: this machine has {}", present.len())));
+    }
+    for (position, number) in present.iter().enumerate() {
+        let path = format!("{directory}/cpu{number}/online");
+        let wanted = if position < count as usize { "1" } else { "0" };
+        // The first processor has no such file, and is always on.
+        if fs::read_to_string(&path).is_ok_and(|state| state.trim() != wanted) {
+            fs::write_existing(&path, wanted).with_context(|| format!("turn processor {number} on or off"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Writes 1 to every `<directory>/<prefix>N/online` that holds 0; how many there were.
 fn turn_on(directory: &str, prefix: &str) -> Result<u32> {
     let mut count = 0;
@@ -239,6 +266,27 @@ mod tests {
         let state = |name: &str| fs::read_to_string(format!("{}/{name}/online", dir.0)).unwrap();
         // A file in /sys would hold what was written; this one keeps the old newline behind it.
         assert_eq!((state("cpu1").as_str(), state("cpuidle").as_str()), ("1\n", "0"));
+    }
+
+    #[test]
+    fn processors_are_turned_on_and_off_from_the_end() {
+        let dir = TempDir::new("processors");
+        for (path, state) in [("cpu0/present", "1"), ("cpu1/online", "1"), ("cpu2/online", "0"), ("cpu10/online", "0")]
+        {
+            dir.file(path, state);
+        }
+        dir.file("cpuidle/online", "0");
+        let states =
+            || [1, 2, 10].map(|n| fs::read_to_string(format!("{}/cpu{n}/online", dir.0)).unwrap().trim().to_string());
+        assert_eq!(set_processors_in(&dir.0, 3), Ok(()));
+        assert_eq!(states(), ["1", "1", "0"]);
+        assert_eq!(set_processors_in(&dir.0, 1), Ok(()));
+        assert_eq!(states(), ["0", "0", "0"]);
+        assert_eq!(set_processors_in(&dir.0, 4), Ok(()));
+        assert_eq!(states(), ["1", "1", "1"]);
+        let refused = set_processors_in(&dir.0, 5).unwrap_err();
+        assert!(refused.message.contains("5 processors: this machine has 4"));
+        assert!(set_processors_in(&dir.0, 0).is_err());
     }
 
     #[test]

@@ -248,3 +248,19 @@ def test_a_pods_place_has_every_controller_and_leaves_what_was_there(tmp_path: P
         assert os.path.isdir(f"{top}/{pods}")
     finally:
         os.rmdir(f"{top}/{pods}")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_change_with_the_machine(tmp_path: Path, version: int) -> None:
+    cgroup = host_cgroup.HostCgroup()
+    cgroup.paths = {"memory": str(tmp_path), "cpu": str(tmp_path), "devices": str(tmp_path / "none")}
+    cgroup._versions = {"memory": version, "cpu": version}
+    for file in ("memory.max", "memory.limit_in_bytes", "cpu.max", "cpu.cfs_period_us", "cpu.cfs_quota_us"):
+        (tmp_path / file).touch()
+    assert cgroup.limit(host_cgroup.Limits(1 << 30, 2.5)) == []
+    memory = "memory.max" if version == 2 else "memory.limit_in_bytes"
+    assert (tmp_path / memory).read_text() == str(1 << 30)
+    cpu = (tmp_path / "cpu.max").read_text() if version == 2 else (tmp_path / "cpu.cfs_quota_us").read_text()
+    assert cpu.split()[0] == "250000"
+    cgroup.paths["memory"] = "/no/such/place"
+    assert "cannot change the limit on the host's memory" in cgroup.limit(host_cgroup.Limits(1, 1))[0]

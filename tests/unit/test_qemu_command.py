@@ -65,6 +65,51 @@ def test_every_plug_is_there_at_its_place() -> None:
     assert slots.nic_path() == "09"
 
 
+def test_a_machine_that_may_grow_has_its_room_from_the_start() -> None:
+    still = qemu_command.build(settings(vcpus=2, memory_mib=512), FDS)
+    assert (options(still, "-smp"), options(still, "-m")) == (["2"], ["size=512M"])
+    assert "maxcpus" not in options(still, "-append")[0]
+    grows = settings(vcpus=2, memory_mib=512, max_vcpus=8, max_memory_mib=2049)
+    argv = qemu_command.build(grows, FDS)
+    assert (options(argv, "-smp"), options(argv, "-m")) == (["8"], ["size=512M,maxmem=2048M"])
+    assert "maxcpus=2" in options(argv, "-append")[0].split()
+    assert "memory-backend-ram,id=plug-ram,size=1536M,reserve=off" in options(argv, "-object")
+    assert devices(argv)["13.0"] == {
+        **devices(argv)["13.0"],
+        "driver": "virtio-mem-pci",
+        "id": "plug",
+        "memdev": "plug-ram",
+    }
+    # A file server of its own has to see that memory, too.
+    shared = qemu_command.build(settings(memory_mib=512, max_memory_mib=1024, share_fd=9), FDS)
+    assert "memory-backend-memfd,share=on,id=plug-ram,size=512M,reserve=off" in options(shared, "-object")
+    assert "memory-backend-memfd,share=on,id=ram,size=512M" in options(shared, "-object")
+
+
+def test_what_the_configuration_adds() -> None:
+    argv = qemu_command.build(
+        settings(
+            machine="pc-q35-7.2",
+            machine_options="hpet=off",
+            cpu_features="pmu=off",
+            entropy="/dev/hw,rng",
+            prealloc=True,
+            reclaim=False,
+            sandbox="on",
+        ),
+        FDS,
+    )
+    [machine] = options(argv, "-machine")
+    assert machine.startswith("pc-q35-7.2,usb=off")
+    assert machine.endswith("memory-backend=ram,hpet=off")
+    assert options(argv, "-cpu")[0].endswith(",pmu=off")
+    objects = options(argv, "-object")
+    assert "memory-backend-ram,id=ram,size=2048M,prealloc=on" in objects
+    assert "rng-random,id=rng,filename=/dev/hw,,rng" in objects
+    assert devices(argv)["0b.0"]["free-page-reporting"] == "off"
+    assert options(argv, "-sandbox") == ["on"]
+
+
 def test_empty_slots_hold_typed_placeholders() -> None:
     nodes = blocks(qemu_command.build(settings(disk_slots=len(slots.DISKS)), FDS))
     for index, readonly in enumerate(slots.PLACEHOLDER_READONLY):

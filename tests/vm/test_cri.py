@@ -90,7 +90,7 @@ privileged_without_host_devices = true
         assert code is None or done.returncode == code, said
         return done.stdout.decode()
 
-    def pod(self, **linux: Any) -> tuple[str, Path]:
+    def pod(self, annotations: Any = None, **linux: Any) -> tuple[str, Path]:
         """Run a pod; its id, and its configuration's file."""
         self._count += 1
         name = f"p{self._count}"
@@ -101,6 +101,7 @@ privileged_without_host_devices = true
                 "hostname": name,
                 "log_directory": str(self.daemon.directory / name),
                 "dns_config": {"servers": ["10.88.7.1"], "searches": ["example.test"]},
+                "annotations": annotations or {},
                 "linux": linux,
             },
         )

@@ -19,6 +19,11 @@ pub const BOOT: &str = "kata.agent.v1.Boot";
 /// Its methods.
 pub const BOOT_METHODS: &[&str] = &["Times"];
 
+/// What a running machine can be told about its hardware.
+pub const MACHINE: &str = "kata.agent.v1.Machine";
+/// Its methods.
+pub const MACHINE_METHODS: &[&str] = &["SetProcessors"];
+
 /// Standard streams of a process without a call for each piece of them.
 pub const STREAMS: &str = "kata.agent.v1.Streams";
 /// Its methods.
@@ -423,6 +428,25 @@ impl Message for RemoveFileRequest {
             1 => codec::get_string(field, &mut self.container_id)?,
             2 => codec::get_bytes(field, &mut self.path)?,
             3 => codec::get_bool(field, &mut self.recursive)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct SetProcessorsRequest {
+    pub count: u32,
+}
+
+impl Message for SetProcessorsRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_uint32(out, 1, self.count);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_uint32(field, &mut self.count)?,
             _ => {}
         }
         Ok(())

@@ -57,6 +57,7 @@ pub const METHODS: &[(&str, &str)] = &[
     ("kata.agent.v1.Files/Stat", "StatFileRequest"),
     ("kata.agent.v1.Files/Symlink", "SymlinkRequest"),
     ("kata.agent.v1.Files/Write", "WriteFileRequest"),
+    ("kata.agent.v1.Machine/SetProcessors", "SetProcessorsRequest"),
     ("kata.agent.v1.Processes/List", "ListProcessesRequest"),
     ("kata.agent.v1.Streams/Attach", "StreamPiece"),
 ];
@@ -138,6 +139,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("SetIPTablesRequest", "is_ipv6:1b data:2y"),
     ("SetLogLevelRequest", "level:1s"),
     ("SetPolicyRequest", "policy:1s"),
+    ("SetProcessorsRequest", "count:1u"),
     ("SharedMount", "name:1s src_ctr:2s src_path:3s dst_ctr:4s dst_path:5s"),
     ("SignalProcessRequest", "container_id:1s exec_id:2s signal:3u"),
     ("Solaris", "dummy:1s"),

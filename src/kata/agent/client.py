@@ -344,6 +344,11 @@ class AgentClient:
                 raise self._lie(f"{answer.len} of {len(data)} bytes were written")
             data = data[answer.len :]
 
+    async def set_processors(self, count: int) -> None:
+        """Have the guest use so many of its processors (`kata.machine`)."""
+        request = agentext_pb.SetProcessorsRequest(count=count)
+        await self.call("kata.agent.v1.Machine", "SetProcessors", request, google_pb.Empty)
+
     async def close_stdin(self, container_id: str, exec_id: str) -> None:
         await self._empty(
             "CloseStdin", agent_pb.CloseStdinRequest(container_id=container_id, exec_id=exec_id)

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "images": ("image", "list images"),
     "pull": ("image", "fetch an image from a registry or an archive"),
     "rmi": ("image", "remove images"),
+    "explain": ("explain", "explain the size of a sandbox: the formula with its numbers"),
     "config": ("config", "show the configuration and where it comes from, or check a file"),
     "doctor": ("host", "check what this machine can do and how to mend what it cannot"),
     "gc": ("host", "clear away what ended without clearing up"),

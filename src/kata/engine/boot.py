@@ -252,6 +252,8 @@ def vm_settings(
         reclaim=hypervisor.get("reclaim", True),
         sandbox=hypervisor.get("sandbox", ""),
         vcpus=settings.get("vcpus", 1),
+        max_vcpus=settings.get("max_vcpus", 0),
+        max_memory_mib=settings.get("max_memory_mib", 0),
         memory_mib=settings.get("memory_mib", 2048),
         disks=disks,
         disk_slots=settings.get("disk_slots", slots.FEWEST_DISKS),

@@ -20,6 +20,7 @@ from ..errors import (
 )
 from ..proto import agent_pb, events_pb, google_pb
 from . import binds, disks, prepare, rootfs, spec
+from .fitting import merged
 from .logfile import LogFile
 from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
 from .records import StateFile, rfc3339
@@ -92,6 +93,7 @@ class Container:
         if root is not None:
             self._rootfs = {"kind": "share", "source": root.path}
         self._shared = binds.Shared(sandbox, container_id)
+        self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
         self._disks = disks.Disks(sandbox)
         self._removed = False
 
@@ -127,6 +129,7 @@ class Container:
                 create_request(self.id, message, storages, devices, shares_pids=shares_pids).encode()
             )
             agent = await sandbox.ready()
+            await sandbox.fitting.admit(self.id, self._resources)
             for kind in HOOKS_BEFORE:
                 await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
@@ -134,6 +137,7 @@ class Container:
             await agent.create_container(request, float(sandbox.settings.get("create_s") or 0))
             sandbox.timings.add("root file system", began)
         except BaseException:
+            sandbox.fitting.forget(self.id)
             self.init.streams.close()
             if self.log is not None:
                 self.log.close()
@@ -485,16 +489,29 @@ class Container:
             await agent.resize(self.id, exec_id or self.id, rows, columns)
 
     async def update(self, resources: dict[str, Any]) -> None:
-        """Change the limits of the container in the guest.
+        """Change the limits of the container in the guest, and the machine with them.
 
         Raises:
-            KataError: They are malformed, or the guest refused; nothing is changed then.
+            KataError: They are malformed, the machine cannot become so large, or the guest refused; nothing is changed
+                then.
         """
-        message = spec.resources_message(resources)
+        spec.resources_message(resources)  # what is malformed is said before anything is done
         if self.init.state not in (CREATED, RUNNING, PAUSED):
             raise StateError(f"cannot update a {self.init.state} container: {self.id!r}")
         agent = await self.sandbox.ready()
-        await agent.update(self.id, message)
+
+        async def apply(limits: dict[str, Any]) -> None:
+            await agent.update(self.id, spec.resources_message(limits))
+
+        after = merged(self._resources, resources)
+        changed, unchanged = resources, {key: self._resources.get(key) for key in resources}
+        await self.sandbox.fitting.update(
+            self.id,
+            self._resources,
+            after,
+            lambda limits: apply(changed if limits is after else unchanged),
+        )
+        self._resources = after
 
     async def delete_exec(self, exec_id: str) -> Process:
         """Forget an exec that has ended or was never started.
@@ -525,6 +542,7 @@ class Container:
         if self._removed:
             return
         self._removed = True
+        self.sandbox.fitting.forget(self.id)
         agent = self.sandbox.living_agent
         if agent is not None:
             try:

@@ -34,13 +34,14 @@ _ARGUMENT = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234
 
 
 def settings(
-    asked: sizing.Asked, configuration: Configuration | None = None
+    asked: sizing.Asked, configuration: Configuration | None = None, *, grows: bool = False
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The keys of ``sandbox.json`` that are about the machine.
 
     Args:
         asked: CPUs and memory that were asked for.
         configuration: What the host, and the pod, have configured; None reads the host's files.
+        grows: The machine may grow while it runs: containers may come, and limits change.
 
     Returns:
         The keys, and what the user should be told once: topic and sentence (that there is only software emulation).
@@ -70,6 +71,8 @@ def settings(
         "sizing": size.record(),
         **_sandbox(conf),
     }
+    if grows:
+        found |= {"max_vcpus": size.max_vcpus, "max_memory_mib": size.max_memory_mib}
     if conf.values:
         found["configuration"] = {name: list(pair) for name, pair in conf.values.items()}
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []

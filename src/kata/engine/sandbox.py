@@ -22,6 +22,7 @@ from ..errors import (
 from ..ttrpc.client import Client
 from . import boot, spec, watch
 from .container import Container
+from .fitting import Fitting
 from .timings import Timings
 
 TYPE_CHECKING = False
@@ -112,6 +113,7 @@ class Sandbox:
         self.had_container = False
         self.was_missed = False  # somebody has asked about a container since there is none (any more)
         self._vm_ended = False
+        self.fitting = Fitting(self)
         self._failed = failed
         self._agent: AgentClient | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
@@ -145,6 +147,7 @@ class Sandbox:
             KataError: Something is missing on this host.
         """
         self.settings.update(wanted)
+        self.fitting = Fitting(self)
         self.makes_etc_files = True
         self.had_container = True  # from now on somebody has to say when it is no longer wanted
         began = time.monotonic_ns()

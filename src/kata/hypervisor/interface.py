@@ -36,6 +36,10 @@ if TYPE_CHECKING:
         async def resume(self) -> None:
             """Let the virtual CPUs run again."""
 
+        async def set_memory(self, plugged_mib: int, slack_mib: int) -> int:
+            """Have so much memory in the guest beside what the machine was started with; when it shrinks, so much more
+            may stay. Returns how much there is."""
+
         async def insert_disk(self, disk: Disk) -> str:
             """Give the running machine a disk; returns its PCI path in the guest."""
 

@@ -109,8 +109,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *("-machine", _machine(settings)),
         *("-accel", "kvm" if kvm else f"tcg,thread=multi,tb-size={settings.tb_size_mib}"),
         *("-cpu", ",".join(filter(None, (cpu_model(settings.accel), settings.cpu_features)))),
-        *("-smp", str(settings.vcpus)),
-        *("-m", f"{settings.memory_mib}M"),
+        *("-smp", str(settings.max_vcpus)),
         *_memory(settings),
         *("-bios", settings.firmware),
         *("-kernel", settings.kernel),
@@ -159,6 +158,12 @@ def command_line(settings: VMSettings) -> str:
     # An end of the guest is an end of the machine: a triple fault is the way that takes no driver. No device
     # of ours has narrow DMA, so the 64 MiB of bounce buffers that larger guests set aside are spared.
     parts = [settings.cmdline, "reboot=t", "swiotlb=noforce", console, channel, *_emulation(settings)]
+    if settings.max_vcpus > settings.vcpus:
+        # All are present, and the guest uses so many until it is told otherwise; an unused one is a thread that
+        # sleeps. Hot-plug is no way: Linux believes in no processor to come in a machine that it does not take for a
+        # virtual one, which is how an emulated one looks to it; and QEMU's emulation ends when a processor is added
+        # after another was taken away (QEMU 7.2).
+        parts.append(f"maxcpus={settings.vcpus}")
     return " ".join(part for part in parts if part)
 
 
@@ -200,7 +205,7 @@ def _machine(settings: VMSettings) -> str:
     if "q35" not in settings.machine:
         options = [settings.machine, "usb=off", "vmport=off", "smm=off"]
     options += ["mem-merge=off", "dump-guest-core=off"]
-    if _memory(settings):
+    if settings.share_fd >= 0 or settings.prealloc:
         options.append("memory-backend=ram")
     if settings.machine_options:
         options.append(settings.machine_options)
@@ -216,12 +221,18 @@ def _entropy(settings: VMSettings) -> str:
 def _memory(settings: VMSettings) -> list[str]:
     """The object behind the guest's memory, where that is not QEMU's own."""
     prealloc = ",prealloc=on" if settings.prealloc else ""
-    if settings.share_fd >= 0:
-        # A vhost-user server reads and writes the guest's memory itself, so it has to be shareable.
-        return ["-object", f"memory-backend-memfd,id=ram,size={settings.memory_mib}M,share=on{prealloc}"]
-    if prealloc:
-        return ["-object", f"memory-backend-ram,id=ram,size={settings.memory_mib}M{prealloc}"]
-    return []
+    # A vhost-user server reads and writes the guest's memory itself, so it has to be shareable.
+    kind = "memory-backend-memfd,share=on" if settings.share_fd >= 0 else "memory-backend-ram"
+    more = settings.max_memory_mib - settings.memory_mib
+    argv = ["-m", f"size={settings.memory_mib}M" + (f",maxmem={settings.max_memory_mib}M" if more else "")]
+    if settings.share_fd >= 0 or prealloc:
+        argv += ["-object", f"{kind},id=ram,size={settings.memory_mib}M{prealloc}"]
+    if more:
+        argv += [
+            *("-object", f"{kind},id={slots.PLUG_ID}-ram,size={more}M,reserve=off"),
+            *_device("virtio-mem-pci", slots.PLUG, id=slots.PLUG_ID, memdev=f"{slots.PLUG_ID}-ram"),
+        ]
+    return argv
 
 
 def _value(value: object) -> str:

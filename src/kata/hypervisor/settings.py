@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+PLUG_MIB = 2
+"""What is plugged into a running machine is a multiple of this: virtio-mem's blocks on x86."""
+
+
 class Disk:
     """A disk image on the host.
 
@@ -82,7 +86,7 @@ class VMSettings:
         initrd: Path of its initial ramdisk.
         cmdline: Kernel command line; the console argument is added by the command builder.
         accel: ``"kvm"`` or ``"tcg"``.
-        vcpus: Number of virtual CPUs.
+        vcpus: Number of virtual CPUs that the guest uses when it starts.
         memory_mib: Memory of the machine (see `kata.resources.sizing`).
         binary: Path of QEMU; empty means looked up.
         machine: QEMU machine type.
@@ -97,6 +101,8 @@ class VMSettings:
         console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
         tsc_khz: Frequency of the host's time-stamp counter, told to an emulated guest; 0 is not known.
         tb_size_mib: Bound of the software emulation's translation buffer.
+        max_vcpus: Up to so many it may use later; all are there from the start. 0 is as many as at first.
+        max_memory_mib: Up to so much its memory may grow; 0 is not at all.
         machine_options: Further options of the machine, separated by commas.
         cpu_features: Further options of the processor, separated by commas.
         entropy: File that the guest's entropy device reads; empty is QEMU's own source.
@@ -118,6 +124,8 @@ class VMSettings:
         "kernel",
         "machine",
         "machine_options",
+        "max_memory_mib",
+        "max_vcpus",
         "memory_mib",
         "more_nics",
         "name",
@@ -162,6 +170,8 @@ class VMSettings:
         console: str = "serial",
         tsc_khz: int = 0,
         tb_size_mib: int = 128,
+        max_vcpus: int = 0,
+        max_memory_mib: int = 0,
         machine_options: str = "",
         cpu_features: str = "",
         entropy: str = "",
@@ -197,6 +207,9 @@ class VMSettings:
         self.console = console
         self.tsc_khz = tsc_khz
         self.tb_size_mib = tb_size_mib
+        self.max_vcpus = max(max_vcpus, vcpus)
+        # In whole blocks of what can be plugged.
+        self.max_memory_mib = memory_mib + max(max_memory_mib - memory_mib, 0) // PLUG_MIB * PLUG_MIB
         self.machine_options = machine_options
         self.cpu_features = cpu_features
         self.entropy = entropy

@@ -23,6 +23,9 @@ NICS = (NIC, 0x0C, 0x0D, 0x0E)
 """The plug that is always there, and where further interfaces sit that a machine is started with."""
 RNG = 0x0A
 BALLOON = 0x0B
+PLUG = 0x13
+"""virtio-mem: memory that a running machine is given."""
+PLUG_ID = "plug"
 
 PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
 """Whether an empty disk slot is typed read-only: a disk cannot change that while the machine runs."""

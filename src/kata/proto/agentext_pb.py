@@ -20,6 +20,7 @@ _MESSAGES = {
     "MkdirRequest": "container_id:1:string path:2:bytes parents:3:bool mode:4:?uint32 uid:5:?uint32 gid:6:?uint32 mtime_ns:7:?int64",
     "SymlinkRequest": "container_id:1:string path:2:bytes target:3:bytes uid:4:?uint32 gid:5:?uint32",
     "RemoveFileRequest": "container_id:1:string path:2:bytes recursive:3:bool",
+    "SetProcessorsRequest": "count:1:uint32",
     "ListProcessesRequest": "container_id:1:string",
     "ListProcessesResponse": "processes:1:*@agentext.ProcessInfo",
     "ProcessInfo": "pid:1:uint32 ppid:2:uint32 uid:3:uint32 start_time:4:uint64 cpu_ns:5:uint64 rss_bytes:6:uint64 tty:7:string command:8:*bytes",
@@ -47,6 +48,11 @@ SERVICES = {
     "kata.agent.v1.Boot": Methods(
         {
             "Times": "@agentext.BootTimesRequest @agentext.BootTimesResponse",
+        }
+    ),
+    "kata.agent.v1.Machine": Methods(
+        {
+            "SetProcessors": "@agentext.SetProcessorsRequest @google.Empty",
         }
     ),
     "kata.agent.v1.Debug": Methods(

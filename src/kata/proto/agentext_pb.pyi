@@ -216,6 +216,14 @@ class RemoveFileRequest(Message):
         recursive: bool = ...,
     ) -> None: ...
 
+class SetProcessorsRequest(Message):
+    count: int
+    def __init__(
+        self,
+        *,
+        count: int = ...,
+    ) -> None: ...
+
 class ListProcessesRequest(Message):
     container_id: str
     def __init__(

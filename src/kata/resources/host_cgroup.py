@@ -169,12 +169,13 @@ class HostCgroup:
         warnings: Why there is none.
     """
 
-    __slots__ = ("_origins", "paths", "warnings")
+    __slots__ = ("_origins", "_versions", "paths", "warnings")
 
     def __init__(self) -> None:
         self.paths: dict[str, str] = {}
         self.warnings: list[str] = []
         self._origins: list[tuple[str, str]] = []
+        self._versions: dict[str, int] = {}
 
     def make(self, journal: Journal, place: str, limits: Limits, *, all_controllers: bool = False) -> None:
         """Make the leaves. What a host does not allow is in `warnings`, and no error: the limits are for the
@@ -202,6 +203,7 @@ class HostCgroup:
                     self.warnings.append(_warning(controller, error))
                 else:
                     self.paths[controller] = path
+                    self._versions[controller] = hierarchy.version
         present = [controller for hierarchy in found for controller in hierarchy.controllers]
         self.warnings += [
             f"no limit on the host's {controller}: this host has no cgroup hierarchy with that controller"
@@ -283,6 +285,17 @@ class HostCgroup:
                     pass
                 except OSError as error:
                     self.warnings.append(f"cannot move process {pid} to {path}: {error.strerror}")
+
+    def limit(self, limits: Limits) -> list[str]:
+        """Change the limits; what the kernel refuses, in words."""
+        refused = []
+        for controller, version in self._versions.items():
+            try:
+                for file, content in limits.files(version, controller):
+                    _write(f"{self.paths[controller]}/{file}", content)
+            except OSError as error:
+                refused.append(f"cannot change the limit on the host's {controller}: {error.strerror}")
+        return refused
 
     def leave(self) -> None:
         """Move our own process back to where it came from, or to the top: who is in a cgroup cannot remove

@@ -32,8 +32,10 @@ KERNEL_MIB = {"small": 21, "distro": 50}
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
 LEAST_MIB = {"small": 64, "distro": 192}
 """With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
-PLUG_MIB = 2
-"""What is plugged into a running machine is a multiple of this: virtio-mem's blocks."""
+MOST_VCPUS = 16
+"""So many a machine may grow to where `default_maxvcpus` is not set: each is a thread of the host, used or not."""
+OF_SANDBOX = "the sandbox's annotations"
+"""How `Asked.source` begins when it is a CRI that asks for a pod as a whole."""
 
 
 HOST_FIXED_MIB = {"kvm": 256, "tcg": 384}
@@ -150,6 +152,7 @@ def plan(asked: Asked, kernel: str = "small", limits: Limits | None = None) -> S
     limits = limits or Limits()
     online, total = len(os.sched_getaffinity(0)), _total_mib()
     most_cpus = min(limits.max_vcpus or online, online)
+    grows_to = limits.max_vcpus or MOST_VCPUS
     most_memory = min(limits.max_memory_mib or total, total)
     if asked.cpus is None:
         default = online if limits.default_vcpus < 0 else limits.default_vcpus or DEFAULT_VCPUS
@@ -179,8 +182,7 @@ def plan(asked: Asked, kernel: str = "small", limits: Limits | None = None) -> S
         raise ResourceExhaustedError(
             f"{what}, and default_maxmemory is {most_memory} MiB", "kata config show says where it was set"
         )
-    if limits.fixed:
-        most_cpus = vcpus
+    most_cpus = vcpus if limits.fixed else max(vcpus, min(most_cpus, grows_to))
     if limits.fixed or limits.fixed_memory:
         most_memory = memory
     return Size(vcpus, memory, most_cpus, most_memory, kernel, asked)
@@ -224,7 +226,7 @@ def sandbox_asks(annotations: Mapping[str, Any]) -> Asked:
     as JSON).
     """
     quota, period, memory = (number(annotations.get(name)) for name in _CONTAINERD)
-    source = "the sandbox's annotations (containerd)"
+    source = f"{OF_SANDBOX} (containerd)"
     if not (quota or memory) and annotations.get(_CRIO):
         import json
 
@@ -235,7 +237,7 @@ def sandbox_asks(annotations: Mapping[str, Any]) -> Asked:
         if isinstance(found, dict):
             quota, period = number(found.get("cpu_quota")), number(found.get("cpu_period"))
             memory = number(found.get("memory_limit_in_bytes"))
-            source = "the sandbox's annotations (CRI-O)"
+            source = f"{OF_SANDBOX} (CRI-O)"
     return Asked(quota / (period or 100_000) if quota > 0 else None, memory if memory > 0 else None, source)
 
 

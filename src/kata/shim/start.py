@@ -137,7 +137,7 @@ def settings(
 
     conf = files.load(config_path)
     annotations.apply(conf, config.get("annotations") or {})
-    about_machine, notes = machine.settings(sizing.asked_of(config), conf)
+    about_machine, notes = machine.settings(sizing.asked_of(config), conf, grows=True)
     found: dict[str, Any] = {
         "id": container_id,
         "door": "containerd",

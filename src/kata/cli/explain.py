@@ -1,0 +1,197 @@
+"""`kata explain`: how large a sandbox's machine is, and why: the formula with its numbers."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from .. import paths
+from ..engine.client import EngineClient
+from ..engine.launch import SETTINGS_NAME, SOCKET_NAME
+from ..engine.records import read_json
+from ..errors import KataError, NotFoundError, UsageError
+from ..resources import sizing
+from . import records, table
+from .args import Command, Option
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .args import Arguments
+
+COMMANDS = {
+    "explain": Command(
+        "explain",
+        "ID",
+        "Explains the size of a running sandbox: what was asked for, the formula, and what it costs this host.",
+        [Option("--json", "", "print JSON")],
+        least=1,
+        most=1,
+        notes="ID is a container of 'kata', or a container or pod of containerd, Docker or Kubernetes;\n"
+        "the beginning of an id is enough where only one begins so.",
+    ),
+}
+
+
+def _sandboxes() -> dict[str, dict[str, Any]]:
+    """Directory -> settings of each sandbox that has a run directory."""
+    base = os.path.join(paths.run_dir(), "sandboxes")
+    try:
+        names = sorted(os.listdir(base))
+    except FileNotFoundError:
+        return {}
+    found = {os.path.join(base, name): read_json(os.path.join(base, name, SETTINGS_NAME)) for name in names}
+    return {directory: settings for directory, settings in found.items() if settings}
+
+
+def _describe(directory: str) -> dict[str, Any]:
+    with EngineClient(os.path.join(directory, SOCKET_NAME)) as engine:
+        return engine.describe()
+
+
+def find(reference: str) -> dict[str, Any]:
+    """The facts of the sandbox that a reference means.
+
+    Args:
+        reference: Name or id of a container or pod, or the beginning of an id.
+
+    Raises:
+        NotFoundError: None runs with that name.
+        UsageError: Several ids begin so.
+        KataError: Its engine does not answer.
+    """
+    own = records.find_or_none(reference)
+    wanted = own.id if own is not None else reference
+    sandboxes = _sandboxes()
+    exact = [directory for directory, settings in sandboxes.items() if settings.get("id") == wanted]
+    begins = [
+        directory for directory, settings in sandboxes.items() if str(settings.get("id")).startswith(wanted)
+    ]
+    found = exact or begins
+    if not found:
+        # A pod's other containers are known to its engine only.
+        for directory in sandboxes:
+            try:
+                names = list(_describe(directory)["containers"])
+            except (KataError, OSError):
+                continue
+            if any(name.startswith(wanted) for name in names):
+                found.append(directory)
+    if not found:
+        hint = "it does not run: kata start" if own is not None else "kata ps, ctr task ls, crictl pods"
+        raise NotFoundError(f"there is no running sandbox {reference!r}", hint)
+    if len(found) > 1:
+        raise UsageError(f"several sandboxes begin with {reference!r}", "give more of the id")
+    return _describe(found[0])
+
+
+def explain(facts: dict[str, Any]) -> dict[str, Any]:
+    """The formula with the numbers of one sandbox.
+
+    Args:
+        facts: What its engine describes.
+    """
+    size: dict[str, Any] = facts["sizing"]
+    accel = facts["accelerator"]
+    kernel = size["kernel"]
+    asked_mib = None if size["memory"] is None else -(-size["memory"] // sizing.MIB)
+    machine_mib = facts["memory_mib"]
+    fixed, share = sizing.HOST_FIXED_MIB[accel], int(machine_mib * sizing.HOST_GROWING_PART)
+    return {
+        "id": facts["id"],
+        "door": facts["door"],
+        "accelerator": accel,
+        "asked": {
+            "cpus": size["cpus"],
+            "memory_mib": asked_mib,
+            "source": size["source"] if size["cpus"] or size["memory"] else "",
+            "pod": size["pod"],
+            "containers": size["containers"],
+        },
+        "cpus": {"now": facts["vcpus"], "first": size["first_vcpus"], "most": size["max_vcpus"]},
+        "memory_mib": {
+            "now": machine_mib,
+            "first": size["first_memory_mib"],
+            "plugged": size["plugged_mib"],
+            "most": size["max_memory_mib"],
+            "kernel": kernel,
+            "kernel_fixed": sizing.KERNEL_MIB[kernel],
+            "kernel_growing": sizing.GROWING_PART,
+            "least": sizing.LEAST_MIB[kernel],
+        },
+        "host": {
+            "memory_mib": sizing.host_memory(machine_mib, accel) // sizing.MIB,
+            "cpus": sizing.host_cpus(facts["vcpus"]),
+            "overhead_memory_mib": fixed + share,
+            "overhead_cpus": sizing.HOST_CPUS,
+            "cgroups": facts["host_cgroups"],
+            "used_mib": (facts.get("hypervisor_usage") or {}).get("rss_bytes", 0) // sizing.MIB,
+        },
+    }
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    asked, cpus, memory, host = found["asked"], found["cpus"], found["memory_mib"], found["host"]
+    lines = [f"sandbox {found['id']} (door {found['door']}, {found['accelerator']})", "", "asked for"]
+    lines.append(f"  CPUs    {'nothing' if asked['cpus'] is None else format(asked['cpus'], 'g')}")
+    lines.append(
+        f"  memory  {'nothing' if asked['memory_mib'] is None else str(asked['memory_mib']) + ' MiB'}"
+    )
+    if asked["source"]:
+        lines.append(f"  by      {asked['source']}")
+    if any(asked["pod"].values()) or len(asked["containers"]) > 1:
+        lines.append(f"  the pod as a whole       {_asked(asked['pod'])}")
+        lines += [
+            f"  container {name[:12]:<12}   {_asked(one)}" for name, one in asked["containers"].items()
+        ]
+        lines.append("  The pod's figure counts, and at least the sum of its containers'.")
+    lines += ["", "CPUs = those asked for, rounded up; default_vcpus when none are"]
+    if asked["cpus"] is None:
+        lines.append(f"  {cpus['now']} (as it was started)")
+    else:
+        lines.append(f"  max(1, ceil({asked['cpus']:g})) = {sizing.cpus_of(asked['cpus'])}")
+    lines.append(f"  now {cpus['now']}, at most {cpus['most']}")
+    lines += [
+        "",
+        "memory = (asked + fixed part of the kernel) / (1 - part that grows), rounded up;"
+        " default_memory when none is asked",
+    ]
+    if asked["memory_mib"] is None:
+        lines.append(f"  {memory['first']} MiB (as it was started)")
+    else:
+        needed = sizing.memory_of(asked["memory_mib"] * sizing.MIB, memory["kernel"])
+        lines.append(
+            f"  max({memory['least']}, ({asked['memory_mib']} + {memory['kernel_fixed']})"
+            f" / (1 - {memory['kernel_growing']:.4f})) = {needed} MiB"
+        )
+    lines.append(
+        f"  now {memory['now']} MiB: {memory['first']} at the start, {memory['plugged']} plugged;"
+        f" at most {memory['most']} MiB"
+    )
+    lines += [
+        "",
+        "on the host = the machine and what running it takes (limits of its cgroup)",
+        f"  memory  {memory['now']} + {host['overhead_memory_mib']} = {host['memory_mib']} MiB"
+        f" (the hypervisor holds {host['used_mib']} MiB)",
+        f"  CPUs    {cpus['now']} + {host['overhead_cpus']:g} = {host['cpus']:g}",
+    ]
+    lines += [f"  {name:<7} {path}" for name, path in host["cgroups"].items()]
+    return lines
+
+
+def _asked(one: dict[str, Any]) -> str:
+    cpus = "no CPUs" if one["cpus"] is None else f"{one['cpus']:g} CPUs"
+    memory = "no memory" if one["memory"] is None else f"{one['memory'] / sizing.MIB:g} MiB"
+    return f"{cpus}, {memory}"
+
+
+def _explain(arguments: Arguments) -> int:
+    found = explain(find(arguments.rest[0]))
+    if arguments.flag("json"):
+        table.show_json([found])
+        return 0
+    print("\n".join(table.printable(line) for line in _lines(found)))
+    return 0
+
+
+HANDLERS = {"explain": _explain}

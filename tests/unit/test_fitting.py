@@ -1,0 +1,247 @@
+"""The size of a running machine: when it grows, when it shrinks, and what becomes of failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from kata.cli import explain
+from kata.engine.fitting import FEATURE, Fitting, merged
+from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
+from kata.hypervisor import resize
+from kata.resources import sizing
+
+MIB = 1 << 20
+
+
+class Machine:
+    """Agent, hypervisor and sandbox in one: records what it was told."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings: dict[str, Any] = {
+            "vcpus": 1,
+            "memory_mib": 512,
+            "max_vcpus": 4,
+            "max_memory_mib": 4096,
+            "sizing": {"kernel": "small", "source": "the container's limits", "cpus": None, "memory": None},
+            **settings,
+        }
+        self.features = {FEATURE}
+        self.vm = self
+        self.machine = self
+        self.cgroup = None
+        self.is_lost = False
+        self.told: list[tuple[str, Any]] = []
+        self.complaints: list[str] = []
+        self.fail: set[str] = set()
+        self.fitting = Fitting(self)  # type: ignore[arg-type]
+
+    async def ready(self) -> Machine:
+        return self
+
+    def complain(self, text: str) -> None:
+        self.complaints.append(text)
+
+    async def set_memory(self, mib: int, slack: int) -> int:
+        if "memory" in self.fail:
+            raise HypervisorError("no memory")
+        self.told.append(("memory", mib))
+        return mib
+
+    async def set_processors(self, count: int) -> None:
+        if "cpus" in self.fail:
+            raise HypervisorError("no processor")
+        self.told.append(("cpus", count))
+
+    async def apply(self, limits: dict[str, Any]) -> None:
+        if "apply" in self.fail:
+            raise KataError("the guest refused")
+        self.told.append(("limits", limits))
+
+    async def update(self, name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+        await self.fitting.update(name, before, after, self.apply)
+
+
+def limits(cpus: float | None = None, mib: int | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if cpus is not None:
+        found["cpu"] = {"quota": int(cpus * 100_000), "period": 100_000}
+    if mib is not None:
+        found["memory"] = {"limit": mib * MIB}
+    return found
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def plugged(mib: int, first: int = 512) -> int:
+    more = sizing.memory_of(mib * MIB, "small") - first
+    return more + more % 2
+
+
+def test_nothing_is_done_for_what_fits() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("c", limits(0.5, 64)))
+    run(machine.fitting.admit("d", {}))
+    assert machine.told == []
+
+
+def test_a_pods_containers_add_up_and_nothing_shrinks_when_they_come() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", limits(0.7, 600)))
+    run(machine.fitting.admit("b", limits(0.7, 600)))
+    assert machine.told == [("memory", plugged(600)), ("memory", plugged(1200)), ("cpus", 2)]
+    machine.fitting.forget("a")
+    run(machine.fitting.admit("c", limits(0.1, 10)))
+    assert machine.told[3:] == []
+    assert (machine.fitting.vcpus, machine.fitting.memory_mib) == (2, 512 + plugged(1200))
+
+
+def test_what_the_cri_said_of_the_pod_counts_and_follows_updates() -> None:
+    source = f"{sizing.OF_SANDBOX} (containerd)"
+    pod = {"kernel": "small", "source": source, "cpus": 2.0, "memory": 480 * MIB}
+    machine = Machine(vcpus=2, sizing=pod)
+    run(machine.fitting.admit("a", limits(1, 240)))
+    run(machine.fitting.admit("b", limits(1, 240)))
+    assert machine.told == []
+    run(machine.update("a", limits(1, 240), limits(2, 1000)))
+    assert machine.told == [("memory", plugged(1240)), ("cpus", 3), ("limits", limits(2, 1000))]
+    run(machine.update("a", limits(2, 1000), limits(1, 240)))
+    assert machine.told[3:] == [("limits", limits(1, 240)), ("memory", 0), ("cpus", 2)]
+
+
+def test_an_update_that_cannot_be_changes_nothing() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", limits(1, 400)))
+    with pytest.raises(UnsupportedError, match="5 CPUs are needed, and this virtual machine can have 4"):
+        run(machine.update("a", limits(1, 400), limits(5)))
+    with pytest.raises(ResourceExhaustedError, match="can have 4096 MiB"):
+        run(machine.update("a", limits(1, 400), limits(1, 8000)))
+    machine.features.clear()
+    with pytest.raises(UnsupportedError, match="agent in the guest cannot"):
+        run(machine.update("a", limits(1, 400), limits(2, 400)))
+    assert machine.told == []
+    assert machine.fitting.describe()["containers"]["a"] == {"cpus": 1.0, "memory": 400 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        ("memory", []),
+        ("cpus", [("memory", plugged(1000)), ("memory", 0)]),
+        ("apply", [("memory", plugged(1000)), ("cpus", 2), ("memory", 0), ("cpus", 1)]),
+    ],
+)
+def test_a_failure_on_the_way_up_is_taken_back(fails: str, told: list[tuple[str, Any]]) -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", limits(1, 400)))
+    machine.fail = {fails}
+    with pytest.raises(KataError):
+        run(machine.update("a", limits(1, 400), limits(2, 1000)))
+    assert machine.told == told
+    assert (machine.fitting.vcpus, machine.fitting.plugged_mib) == (1, 0)
+
+
+def test_what_the_guest_does_not_give_back_keeps_its_limit() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", limits(1, 1000)))
+    machine.told.clear()
+    machine.fail = {"memory"}
+    with pytest.raises(HypervisorError, match="no memory"):
+        run(machine.update("a", limits(1, 1000), limits(1, 400)))
+    assert machine.told == [("limits", limits(1, 400)), ("limits", limits(1, 1000))]
+    assert machine.fitting.plugged_mib == plugged(1000)
+    assert machine.fitting.describe()["memory"] == 1000 * MIB
+
+
+def test_a_machine_that_keeps_its_size() -> None:
+    machine = Machine(max_vcpus=0, max_memory_mib=0)
+    run(machine.fitting.admit("a", limits(2, 1000)))
+    assert "asks for more than its machine has" in machine.complaints[0]
+    with pytest.raises(UnsupportedError):
+        run(machine.update("a", limits(2, 1000), limits(3, 100)))
+    assert machine.told == []
+
+
+def test_a_change_is_laid_over_what_was() -> None:
+    before = {"cpu": {"quota": 1, "period": 2}, "memory": {"limit": 5}}
+    after = merged(before, {"cpu": {"quota": 7, "shares": None}, "pids": {"limit": 3}})
+    assert after == {"cpu": {"quota": 7, "period": 2}, "memory": {"limit": 5}, "pids": {"limit": 3}}
+    assert before["cpu"] == {"quota": 1, "period": 2}
+
+
+class Device:
+    """A virtio-mem whose guest does as it is told, as far as it can."""
+
+    def __init__(self, size: int, least: int = 0) -> None:
+        self.size = size * MIB
+        self.requested = self.size
+        self.least = least * MIB
+
+    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        assert arguments is not None
+        if name == "qom-set":
+            if arguments["value"] > 4096 * MIB:
+                raise HypervisorError("QEMU refused qom-set: exceeds the memory backend")
+            self.requested = arguments["value"]
+            return {}
+        step = max(-64 * MIB, min(64 * MIB, max(self.requested, self.least) - self.size))
+        self.size += step
+        return self.size
+
+
+def test_memory_comes_and_goes_in_steps() -> None:
+    device = Device(0)
+    run(_set(device, 512))
+    assert device.size == 512 * MIB
+    run(_set(device, 128))
+    assert device.size == 128 * MIB
+
+
+def test_memory_that_does_not_come_back_is_asked_for_again() -> None:
+    device = Device(512, least=300)
+    with pytest.raises(HypervisorError, match="did not give back 172 of 384 MiB"):
+        run(_set(device, 128))
+    assert device.requested == 512 * MIB
+    with pytest.raises(HypervisorError, match="cannot have 8192 MiB plugged"):
+        run(_set(device, 8192))
+
+
+def test_a_little_may_stay() -> None:
+    device = Device(512, least=150)
+    run(_set(device, 128, 30))
+    assert (device.size, device.requested) == (150 * MIB, 128 * MIB)
+    run(_set(device, 512))
+    assert device.size == 512 * MIB
+
+
+async def _set(device: Device, mib: int, slack: int = 0) -> None:
+    assert await resize.set_memory(device, mib, slack, patience_s=0.2) == device.size // MIB
+
+
+def test_the_explanation_has_the_numbers() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("abcdef", limits(1.5, 1000)))
+    facts = {
+        "id": "p",
+        "door": "containerd",
+        "accelerator": "kvm",
+        "vcpus": machine.fitting.vcpus,
+        "memory_mib": machine.fitting.memory_mib,
+        "sizing": machine.fitting.describe(),
+        "host_cgroups": {"memory": "/x/kata/p"},
+        "hypervisor_usage": {"rss_bytes": 100 * MIB},
+    }
+    found = explain.explain(facts)
+    now = machine.fitting.memory_mib
+    assert found["cpus"] == {"now": 2, "first": 1, "most": 4}
+    assert found["host"]["memory_mib"] == now + 256 + now // 32
+    text = "\n".join(explain._lines(found))
+    assert "max(1, ceil(1.5)) = 2" in text
+    assert f"max(64, (1000 + 21) / (1 - 0.0176)) = {sizing.memory_of(1000 * MIB, 'small')} MiB" in text
+    assert f"now {now} MiB: 512 at the start, {plugged(1000)} plugged; at most 4096 MiB" in text
+    assert "/x/kata/p" in text
