@@ -138,6 +138,11 @@ class Child:
             self.pidfd = -1
 
 
+def ending(status: int) -> str:
+    """What `Child.poll` gave, in words."""
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
 def spawn(
     argv: Sequence[str],
     journal: Journal,

@@ -319,7 +319,7 @@ def test_a_port_that_is_taken_behind_our_back(
 def test_the_helper_ends_with_the_machine(namespaces: tuple[str, str], tmp_path: Path) -> None:
     def with_machine(sandbox: Sandbox) -> bool:
         sandbox.start()
-        assert sandbox.plan.pids
+        assert sandbox.plan.pidfd >= 0
         os.close(sandbox.nic.fd or -1)  # all that passt sees of the machine
         return sysio.pidfd_wait(sandbox.plan.pidfd, minivm.PATIENCE_S)
 

@@ -163,8 +163,9 @@ class Logger:
         if not status:
             return ""
         said = self._words.text().strip()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return f"the logging program {self.program} {how}" + (f": {said}" if said else "")
+        return f"the logging program {self.program} {children.ending(status)}" + (
+            f": {said}" if said else ""
+        )
 
     async def leave(self) -> None:
         """Return when it has ended, by itself or else by a signal. Its input has been closed before."""

@@ -262,11 +262,10 @@ def explain(status: int, said: str, settings: VMSettings) -> KataError:
                 initrd=settings.initrd,
             )
             return kind(f"{text} (QEMU: {last})", hint)
-    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     hint = "Run `kata doctor` to check this host."
     if status == -9:
         hint = "If nobody killed it, the host was out of memory: see its kernel log (dmesg)."
-    return HypervisorError(f"QEMU {how}" + (f": {last}" if last else ""), hint)
+    return HypervisorError(f"QEMU {children.ending(status)}" + (f": {last}" if last else ""), hint)
 
 
 def _available() -> str:

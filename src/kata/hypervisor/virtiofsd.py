@@ -153,11 +153,6 @@ class FileServer:
         """Becomes readable when it ends; -1 when it was not started."""
         return self._child.pidfd if self._child is not None else -1
 
-    @property
-    def pids(self) -> list[int]:
-        """Its process, as long as that runs."""
-        return [self._child.pid] if self._child is not None and self._child.poll() is None else []
-
     def failure(self) -> KataError | None:
         """Why it is no longer there, or None while it is."""
         if self._child is None or self._words is None:
@@ -166,9 +161,9 @@ class FileServer:
         if status is None:
             return None
         said = self._words.text().strip()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return HypervisorError(
-            f"the file server of the share ({self.program}) {how}" + (f": {said}" if said else ""),
+            f"the file server of the share ({self.program}) {children.ending(status)}"
+            + (f": {said}" if said else ""),
             "Without it no file of the host can be reached. KATA_SHARED_FS=virtio-9p does without this program.",
         )
 

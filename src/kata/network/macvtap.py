@@ -66,6 +66,9 @@ class _Macvtap(Endpoint):
             ) from error
         self.source = source
 
+    def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
+        rtnl.delete_link(self.tap)
+
 
 class MacvtapPlan(NetnsPlan):
     """The network of a namespace by macvtap; arguments as of `NetnsPlan`."""
@@ -112,20 +115,6 @@ class MacvtapPlan(NetnsPlan):
                 )
             self.describe(rtnl)
         return before != (self.interfaces, self.routes, self.neighbors)
-
-    def stop(self) -> None:
-        """Remove the devices, after the hypervisor's end."""
-        for endpoint in self.endpoints:
-            if endpoint.source is None:
-                continue
-            try:
-                with rtnetlink.Rtnl() as rtnl:
-                    rtnl.delete_link(endpoint.tap)
-            except OSError:
-                continue  # with its namespace, or undoing the journal tries again
-            endpoint.source = None
-            if endpoint.entry is not None and self.journal is not None:
-                self.journal.forget(endpoint.entry)
 
 
 def _open(name: str, index: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
+from abc import ABC, abstractmethod
 
 from kata import sysio
 from kata.errors import HostError, UnsupportedError
@@ -36,7 +37,7 @@ _TUNNELS = frozenset({"sit", "ipip", "gre", "gretap", "ip6tnl", "ip6gre", "vti",
 """Kinds that a kernel puts into every namespace by itself; down, they mean nothing."""
 
 
-class Endpoint:
+class Endpoint(ABC):
     """One interface of the guest: its tap, and what is behind that.
 
     Attributes:
@@ -57,6 +58,14 @@ class Endpoint:
         self.entry: Entry | None = None
         self.fd = self.tap = -1
 
+    @abstractmethod
+    def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
+        """Take back what was made in the namespace.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+
 
 class _Redirected(Endpoint):
     """An endpoint whose traffic is redirected; the journal's entry is of that."""
@@ -66,6 +75,10 @@ class _Redirected(Endpoint):
     def __init__(self, index: int, mac: str) -> None:
         super().__init__(index, mac)
         self.fd, self.tap = _make_tap(TAP.format(index))
+
+    def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
+        assert self.source is not None
+        rtnl.stop_redirecting(self.source.index)
 
     def connect(self, rtnl: rtnetlink.Rtnl, source: Link, journal: Journal | None, path: str) -> None:
         """Stand for an interface from now on.
@@ -253,7 +266,7 @@ class NetnsPlan(NetworkPlan):
                 continue
             try:
                 with rtnetlink.Rtnl() as rtnl:
-                    rtnl.stop_redirecting(endpoint.source.index)
+                    endpoint.disconnect(rtnl)
             except OSError:
                 continue  # with its namespace, or undoing the journal tries again
             endpoint.source = None

@@ -182,11 +182,6 @@ class NetworkPlan:
         """Becomes readable when the network's helper ends; -1 without one."""
         return -1
 
-    @property
-    def pids(self) -> list[int]:
-        """Processes of the network on the host."""
-        return []
-
     def stop(self) -> None:
         """End it. Idempotent; blocks for milliseconds."""
 
@@ -355,11 +350,6 @@ class UserPlan(NetworkPlan):
     def pidfd(self) -> int:
         """Becomes readable when passt ends; -1 when it was not started."""
         return self._child.pidfd if self._child is not None else -1
-
-    @property
-    def pids(self) -> list[int]:
-        """passt's process id, while it runs."""
-        return [self._child.pid] if self._child is not None and self._child.poll() is None else []
 
     def stop(self) -> None:
         """End passt and remove its cgroup."""
