@@ -336,7 +336,7 @@ def test_the_helper_ends_with_the_engine(
         "import test_network\n"
         f"sandbox = test_network.Sandbox(Path({str(tmp_path)!r}), {{'mode': 'user'}})\n"
         "sandbox.start()\n"
-        "print(sandbox.journal.path, sandbox.plan.pids[0], flush=True)\n"
+        "print(sandbox.journal.path, sandbox.plan._child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
     # `ip netns exec` gives a mount namespace with another /sys, without the cgroups.
