@@ -151,3 +151,17 @@ fn an_overlay_makes_its_directories() {
         unmount(&upper).unwrap();
     });
 }
+
+#[test]
+fn what_is_mounted_is_seen() {
+    assert!(is_mounted("/proc").unwrap());
+    assert!(!is_mounted("/proc/self").unwrap());
+    assert!(!is_mounted("/nonexistent/place").unwrap());
+}
+
+#[test]
+fn storages_of_the_sandbox_are_told_by_their_place() {
+    assert!(is_of_sandbox("/run/kata-containers/sandbox/shm"));
+    assert!(!is_of_sandbox("/run/kata-containers/sandboxes/shm"));
+    assert!(!is_of_sandbox("/run/kata-containers/c1/rootfs"));
+}

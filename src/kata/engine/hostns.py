@@ -71,7 +71,9 @@ class Namespaces:
         theirs.close()
         with ours:
             # Nothing arrives when the child could not even enter.
-            numbers_seen, trees_seen, _, _ = socket.recv_fds(ours, len(paths), len(paths))
+            numbers_seen, trees_seen, _, _ = socket.recv_fds(
+                ours, len(paths), len(paths), socket.MSG_CMSG_CLOEXEC
+            )
         os.waitpid(child, 0)
         if len(numbers_seen) != len(paths):
             raise OSError(errno.EPERM, "the host's mount namespace cannot be entered")

@@ -3,7 +3,8 @@
 The share has two faces in the engine's own mount namespace: ``mounts`` is where the engine binds things,
 ``share`` is the read-only view of it that the hypervisor exports. So the guest can write into a volume that
 is meant to be written, and nowhere else: it cannot plant links among the names that the engine works with.
-Everything is nosuid and nodev, and vanishes with the namespace when the engine dies.
+Everything is nosuid and nodev, and vanishes with the namespace when the engine dies. (What the host mounts later below
+a volume that follows it has the flags that the host gives it; the file server opens no devices.)
 
 All of it blocks: called before the event loop runs, or in a helper thread.
 """
