@@ -83,7 +83,7 @@ def main() -> None:
         print(f"\n{place:36}{'':6}{'kata':>10}{'runc':>10}{'kata/runc':>11}")
         for test, values in tests.items():
             kata, runc = (statistics.median(values[name]) for name in RUNTIMES)
-            print(f"{test:36}{TESTS[test][2]:6}{kata:10.1f}{runc:10.1f}{kata / runc:11.2f}")
+            print(f"{test:36}{TESTS[test][2]:6}{kata:10.1f}{runc:10.1f}{kata / runc:11.3f}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main() -> None:
     print(f"{'':32}{'':6}{'kata':>10}{'runc':>10}{'kata/runc':>11}")
     for test, values in found.items():
         kata, runc = (statistics.median(values[name]) for name in RUNTIMES)
-        print(f"{test:32}{TESTS[test][1]:6}{kata:10.1f}{runc:10.1f}{kata / runc:11.2f}")
+        print(f"{test:32}{TESTS[test][1]:6}{kata:10.1f}{runc:10.1f}{kata / runc:11.3f}")
 
 
 if __name__ == "__main__":
