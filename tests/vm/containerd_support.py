@@ -83,6 +83,18 @@ address = "{self.socket}.ttrpc"
 """
         )
 
+    def kata(self, *arguments: str) -> str:
+        """Run a command of ours with this daemon's programs; what it says of what it has done."""
+        done = subprocess.run(
+            [str(ROOT / "src/kata/__main__.py"), *arguments],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"kata {' '.join(arguments)}: {done.stderr}"
+        return done.stderr
+
     def start(self) -> None:
         """Start the daemon, and return when it answers."""
         assert self.program is not None

@@ -67,12 +67,13 @@ bin_dir = "{PLUGINS}"
 conf_dir = "{networks}"
 [{section}.containerd]
 default_runtime_name = "kata"
-[{section}.containerd.runtimes.kata]
-runtime_type = "io.containerd.kata.v2"
-privileged_without_host_devices = true
-{more}
 """,
         )
+        self.daemon.kata("install", "containerd", "--config", str(directory / "config.toml"))
+        if more:
+            path = directory / "config.toml"
+            known = "privileged_without_host_devices = true\n"
+            path.write_text(path.read_text().replace(known, known + more + "\n", 1))
         self._count = 0
 
     def __call__(self, *arguments: str, stdin: bytes = b"", code: int | None = 0) -> str:

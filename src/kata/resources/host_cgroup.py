@@ -254,6 +254,7 @@ class HostCgroup:
         if levels == [PARENT]:
             made = [parent]  # everybody's who needs it: the last one takes it away
         entry = journal.intend("cgroup", path=path, parents=made[::-1])
+        created = False
         try:
             for attempt in range(_ATTEMPTS):
                 try:
@@ -262,13 +263,22 @@ class HostCgroup:
                             _make_parent(directory)
                         if hierarchy.version == 2:
                             _hand_down(directory, hierarchy.controllers)
-                    os.mkdir(path, 0o755)
+                    if not created:
+                        os.mkdir(path, 0o755)
+                        created = True
+                    if hierarchy.version == 2:
+                        # It may be a new one, that another sandbox has just made; now it stays.
+                        _hand_down(parent, hierarchy.controllers)
                     break
-                except FileNotFoundError:
-                    # The end of the last other sandbox took the parent away under our hands.
-                    if attempt == _ATTEMPTS - 1:
+                except OSError as error:
+                    # The end of the last other sandbox took the parent away under our hands (ENODEV: while we wrote
+                    # into a file of it).
+                    gone = error.errno in (errno.ENOENT, errno.ENODEV)
+                    if not gone or attempt == _ATTEMPTS - 1:
                         raise
         except OSError:
+            if created:
+                os.rmdir(path)
             journal.forget(entry)
             raise
         journal.made(entry)
