@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from kata.cli import main
 from kata.config import annotations as pod
 from kata.config import files, keys
 from kata.engine import machine
-from kata.errors import ConfigError, GuestAssetError, ResourceExhaustedError, UsageError
+from kata.errors import ConfigError, GuestAssetError, KataError, ResourceExhaustedError, UsageError
 from kata.resources import sizing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -435,3 +436,61 @@ def test_sizes_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert (fixed.max_vcpus, fixed.max_memory_mib) == (2, fixed.memory_mib)
     memory = size("[hypervisor.qemu]\nenable_virtio_mem = false\n")
     assert (memory.max_vcpus, memory.max_memory_mib) == (4, 2048)
+
+
+# ---- kata config ----
+
+
+def test_show_says_what_is_set_and_by_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(
+        tmp_path / "c.toml",
+        "[hypervisor.qemu]\ndefault_vcpus = 2\nenable_iommu = true\nenable_annotations = ['default_memory']\n",
+    )
+    words = [
+        "config",
+        "show",
+        "--origin",
+        "--config",
+        path,
+        "--annotation",
+        f"{HYPERVISOR}default_memory=512",
+    ]
+    assert main.dispatch(words) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"^default_vcpus = 2 +# {path}:2$", said, re.M)
+    assert re.search(rf"^default_memory = 512 +# annotation {HYPERVISOR}default_memory$", said, re.M)
+    assert re.search(rf"^enable_iommu = true +# {path}:3; no effect: there is no virtual IOMMU$", said, re.M)
+    assert re.search(r"^# machine_type: q35 +# default$", said, re.M)
+    assert main.dispatch([*words, "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)
+    assert found["files"] == [path]
+    rows = {f"{row['table']}.{row['key']}": row for row in found["settings"]}
+    assert rows["hypervisor.qemu.default_vcpus"]["value"] == 2
+    assert rows["hypervisor.qemu.enable_iommu"]["effect"] is False
+    assert rows["runtime.internetworking_model"]["value"] is None
+
+
+def test_check_lists_what_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "c.toml", "[runtime]\nenable_pprof = true\ncreate_container_timeout = 5\n")
+    assert main.dispatch(["config", "check", path]) == 0
+    idle, summary = capsys.readouterr().out.splitlines()
+    assert (
+        idle == f"{path}:2: [runtime] enable_pprof: accepted, has no effect: there is no profile to be had"
+    )
+    assert summary == f"{path}: 2 keys, 1 in effect"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chek"], "there is no 'kata config chek'"),
+        (["check"], "there is no configuration file to check"),
+        (["check", "/no/such"], "cannot read /no/such"),
+        (["check", "--origin", "/x"], "--origin belongs to"),
+        (["show", "/x"], "takes no argument"),
+        (["show", "--annotation", "x"], "is not NAME=VALUE"),
+    ],
+)
+def test_wrong_use_of_kata_config(words: list[str], message: str) -> None:
+    with pytest.raises(KataError, match=message):
+        main.dispatch(["config", *words])
