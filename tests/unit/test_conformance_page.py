@@ -35,10 +35,13 @@ def test_what_clients_see_is_compared() -> None:
         ("ctr", "run -d"): Cell("RUNNING", "RUNNING"),
         ("ctr", "top"): Cell("sleep", "qemu"),
         ("ctr", "kill"): Cell("status 3", "status 4"),
+        # A reason is one for what it names, and for nothing else.
+        ("crictl", "OOM"): Cell("Error 137", "OOMKilled 137"),
+        ("docker", "top"): Cell("sleep", "bash"),
         # Equal, and worthless: with runc it is not what it should be.
         ("ctr", "pause"): Cell("failed", "failed"),
     }
-    assert unexplained(found) == ["ctr kill", "ctr pause"]
+    assert unexplained(found) == ["ctr kill", "ctr pause", "docker top"]
     text = "\n".join(section(found, {"ctr": "1.6"}))
     for line in (
         "| run -d | works |",
