@@ -516,6 +516,30 @@ def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
     return report
 
 
+def reconcile_sandboxes(base: str, door: str, deadline_s: float = 4.0) -> Report:
+    """The same for the sandboxes of one door alone.
+
+    Args:
+        base: The directory of their directories.
+        door: As in their journals' ``meta``.
+        deadline_s: Seconds for each journal.
+
+    Returns:
+        The report; what lives is not in it.
+    """
+    report = Report()
+    for path in journals.find(base):
+        try:
+            journal = journals.Journal.open(path)
+        except KataError:
+            continue  # it has just gone
+        ours = journal.meta.get("door") == door and not journal.owner_alive()
+        journal.close()
+        if ours:
+            _reconcile_one(os.path.dirname(path), deadline_s, report)
+    return report
+
+
 def _reconcile_one(directory: str, deadline_s: float, report: Report) -> None:
     try:
         journal = journals.Journal.open(os.path.join(directory, journals.FILE_NAME))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from kata import children, sysio
 from kata.errors import AlreadyExistsError, JournalError
 from kata.journal import Journal, dumps, process_identity, reconcile
+from kata.journal_undo import reconcile_sandboxes
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -389,3 +390,18 @@ def test_undo_keeps_the_journal_while_something_is_left(tmp_path: Path) -> None:
     assert os.path.exists(journal.path)
     report = reconcile(str(tmp_path), str(tmp_path / "state"))
     assert report.undone == []
+
+
+def test_an_engine_clears_up_after_dead_ones_of_its_door_alone(tmp_path: Path) -> None:
+    dead, living, foreign = (new(tmp_path, name) for name in ("dead", "living", "foreign"))
+    orphan(dead)
+    orphan(foreign)
+    for journal in (dead, living, foreign):
+        journal.close()
+    base = tmp_path / "sandboxes"
+    assert reconcile_sandboxes(str(base), "other").undone == []
+    foreign_journal = base / "foreign/journal"
+    foreign_journal.write_text(foreign_journal.read_text().replace('"door":"test"', '"door":"kata"'))
+    report = reconcile_sandboxes(str(base), "test")
+    assert (report.undone, report.failures) == ([str(base / "dead")], [])
+    assert sorted(path.name for path in base.iterdir()) == ["foreign", "living"]

@@ -7,7 +7,8 @@ import time
 
 from ..engine import spec
 from ..engine.launch import check_id, launch
-from ..errors import ConfigError, NotFoundError, UsageError
+from ..errors import ConfigError, HostError, JournalError, NotFoundError, UsageError
+from ..journal import FILE_NAME, Journal
 from . import bootstrap, options
 from .names import ADDRESS_FILE, directory_name, required
 
@@ -15,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
+
+    from ..engine.launch import Engine
 
 LOG_FIFO = "log"
 ENDING_S = 5.0
@@ -65,9 +68,36 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
         )
         address = f"unix://{engine.sock_path}"
     _write_address(bundle, address)
+    if engine is not None:
+        _require_living(engine)
     answer(bootstrap.answer(address, bootstrapped=told is not None))
     if engine is not None:
         engine.release()
+
+
+def _require_living(engine: Engine) -> None:
+    """See that an engine has not ended already: nobody would clear up after it, since containerd has nothing
+    cleared up that it never reached.
+
+    Raises:
+        HostError: It has; nothing of it is left.
+    """
+    try:
+        journal = Journal.open(os.path.join(engine.run_dir, FILE_NAME))
+    except JournalError:
+        left = []  # it has taken everything back itself
+    else:
+        try:
+            if journal.owner_alive():
+                return
+            left = journal.undo()
+        finally:
+            journal.close()
+    raise HostError(
+        f"the engine (pid {engine.pid}) ended as soon as it was started"
+        + (f", and left something behind: {left[0]}" if left else ""),
+        "Was it killed? The host's kernel log (dmesg) has what the kernel kills.",
+    )
 
 
 def _read_config(bundle: str) -> dict[str, Any]:
