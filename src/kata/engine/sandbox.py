@@ -366,10 +366,11 @@ class Sandbox:
         """The container with this id.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is none, or it is still being made, as with runc: who deleted it now would wait for
+                the end of a process that nobody has told to end.
         """
         found = self.containers.get(container_id)
-        if found is None:
+        if found is None or not found.created_at_ns:
             self.was_missed = not self.is_human and not self.containers
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
