@@ -249,6 +249,17 @@ def test_exit_codes_and_repeated_waits(make: Callable[..., Engine]) -> None:
             client.kill("c1", 15)
 
 
+@pytest.mark.parametrize(("pod", "missed"), [(False, True), (True, False)])
+def test_an_engine_without_containers_that_is_asked_about_one(
+    make: Callable[..., Engine], pod: bool, missed: bool
+) -> None:
+    """It was forgotten by its client, and ends; but a pod of the Sandbox API is one without containers, too."""
+    engine = make(door="containerd", pod={"id": "p"} if pod else None)
+    with pytest.raises(KataError, match="does not exist"):
+        engine.sandbox.container("nobody")
+    assert engine.sandbox.was_missed is missed
+
+
 def test_human_sandbox_ends_with_its_init_and_leaves_its_state(engine: Engine) -> None:
     with engine.client() as client:
         client.create("c1", engine.bundle("exit", "3"))

@@ -371,7 +371,8 @@ class Sandbox:
         """
         found = self.containers.get(container_id)
         if found is None or not found.created_at_ns:
-            self.was_missed = not self.is_human and not self.containers
+            # A pod of the Sandbox API is one without a container as well.
+            self.was_missed = not (self.is_human or self.is_pod or self.containers)
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 
