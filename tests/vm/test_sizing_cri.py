@@ -123,7 +123,6 @@ def cri(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator
         "[hypervisor.qemu]\ndefault_memory = 256\nenable_annotations = ['default_vcpus', 'default_memory']\n"
     )
     options = f"""\
-pod_annotations = ["io.katacontainers.*"]
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata.options]
 ConfigPath = "{file}"
 """
