@@ -62,10 +62,10 @@ class Docker:
             self._daemon.terminate()
             self._daemon.wait(60)
         self.containerd.stop()
-        # dockerd keeps the namespace of its containers without a network mounted when it ends, for its next start.
-        subprocess.run(
-            ["umount", str(self.directory / "exec/netns/default")], capture_output=True, check=False
-        )
+        # For its next start dockerd keeps two mounts when it ends: the namespace of its containers without a network,
+        # and, where the host's mounts are private, its data.
+        for kept in ("exec/netns/default", "data"):
+            subprocess.run(["umount", str(self.directory / kept)], capture_output=True, check=False)
 
     def __call__(self, *arguments: str, stdin: bytes = b"", code: int | None = 0) -> str:
         """Run docker; its output and then its errors, after a look at its exit status."""
