@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ class Containerd:
     Args:
         directory: Made by the caller.
         guest: The guest's directory.
-
         second: Take containerd 2 instead of this machine's.
 
     Attributes:
@@ -246,6 +247,45 @@ address = "{self.socket}.ttrpc"
             tar.add(layout, arcname=".")
         base = name.rpartition(":")[0]
         self.ok("--namespace", namespace, "image", "import", "--base-name", base, str(archive))
+
+
+@contextlib.contextmanager
+def running(
+    run_directory: Path, guest: Path, busybox: str, *, second: bool = USE_SECOND, plugins: str = ""
+) -> Iterator[Containerd]:
+    """A daemon with busybox's image; with it go the tasks that it has in the end.
+
+    Args:
+        run_directory: Its directory is made below it, so that what is left behind can be traced to it.
+        guest: The guest's directory.
+        busybox: The image, as an OCI layout.
+        second: Take containerd 2 instead of this machine's.
+        plugins: More of its configuration; ``{directory}`` in it is its own.
+    """
+    # Sockets need a short path.
+    directory = Path(tempfile.mkdtemp(prefix="c", dir=run_directory))
+    one = Containerd(directory, guest, second=second)
+    if plugins:
+        one.configure(["io.containerd.grpc.v1.cri"], plugins.format(directory=directory))
+    one.start()
+    try:
+        one.import_image(Path(busybox.removeprefix("oci:")))
+        yield one
+    finally:
+        for namespace in ("default", "other"):
+            for name in one.tasks(namespace):
+                one.ctr("--namespace", namespace, "task", "rm", "-f", name)
+        one.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def clean(daemon: Containerd) -> None:
+    """Remove all tasks and containers; no sandbox may be left."""
+    for name in daemon.tasks():
+        daemon.ctr("task", "rm", "-f", name)
+    for name in daemon.ok("container", "ls", "-q").split():
+        daemon.ctr("container", "rm", name)
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
 
 
 def with_command(layout: Path, target: Path, *command: str) -> Path:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Kata
-from containerd_support import Containerd, until
+from containerd_support import Containerd, clean, running
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -20,27 +18,14 @@ PREFIX = "io.katacontainers.config"
 
 @pytest.fixture(scope="module")
 def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    directory = Path(tempfile.mkdtemp(prefix="f", dir=run_directory))
-    one = Containerd(directory, guest_assets)
-    one.start()
-    try:
-        one.import_image(Path(busybox_image.removeprefix("oci:")))
+    with running(run_directory, guest_assets, busybox_image) as one:
         yield one
-    finally:
-        for name in one.tasks():
-            one.ctr("task", "rm", "-f", name)
-        one.stop()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def _clean(daemon: Containerd) -> Iterator[None]:
     yield
-    for name in daemon.tasks():
-        daemon.ctr("task", "rm", "-f", name)
-    for name in daemon.ok("container", "ls", "-q").split():
-        daemon.ctr("container", "rm", name)
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
+    clean(daemon)
 
 
 def test_containerds_config_path_and_annotations(daemon: Containerd) -> None:

@@ -10,13 +10,12 @@ import random
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, Containerd, Events, until
+from containerd_support import IMAGE, RUNTIME, Containerd, Events, clean, running, until
 
 from kata.hypervisor import accel
 
@@ -27,29 +26,14 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 @pytest.fixture(scope="module")
 def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    # Below the run's directory, so that what is left behind can be traced to it; sockets need a short path.
-    directory = Path(tempfile.mkdtemp(prefix="c", dir=run_directory))
-    one = Containerd(directory, guest_assets)
-    one.start()
-    try:
-        one.import_image(Path(busybox_image.removeprefix("oci:")))
+    with running(run_directory, guest_assets, busybox_image) as one:
         yield one
-    finally:
-        for namespace in ("default", "other"):
-            for name in one.tasks(namespace):
-                one.ctr("--namespace", namespace, "task", "rm", "-f", name)
-        one.stop()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def _clean(daemon: Containerd) -> Iterator[None]:
     yield
-    for name in daemon.tasks():
-        daemon.ctr("task", "rm", "-f", name)
-    for name in daemon.ok("container", "ls", "-q").split():
-        daemon.ctr("container", "rm", name)
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
+    clean(daemon)
 
 
 def test_run_prints_and_passes_the_code_on(daemon: Containerd) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import test_cri
-from containerd_support import RUNTIME, Containerd, Events, until
+from containerd_support import RUNTIME, Containerd, Events, running, until
 
 from kata.proto import cgroups_v1_pb, podsandbox_pb
 from kata.ttrpc import sync_client
@@ -23,18 +21,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 @pytest.fixture
 def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    directory = Path(tempfile.mkdtemp(prefix="d", dir=run_directory))
-    one = Containerd(directory, guest_assets, second=True)
-    one.start()
-    try:
-        one.import_image(Path(busybox_image.removeprefix("oci:")))
+    with running(run_directory, guest_assets, busybox_image, second=True) as one:
         yield one
         until(lambda: not one.sandboxes(), "no sandbox is left", one.diagnosis, 15)
-    finally:
-        for name in one.tasks():
-            one.ctr("task", "rm", "-f", name)
-        one.stop()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, until
+from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, running, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -25,24 +23,18 @@ mount_options = []
 
 
 @pytest.fixture(scope="module")
-def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    directory = Path(tempfile.mkdtemp(prefix="d", dir=run_directory))
-    # Debian 12's containerd is older than the blockfile snapshotter.
-    one = Containerd(directory, guest_assets, second=(SECOND / "containerd").exists())
-    scratch = directory / "scratch"
+def daemon(
+    run_directory: Path, guest_assets: Path, busybox_image: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Containerd]:
+    scratch = tmp_path_factory.mktemp("blockfile") / "scratch"
     with scratch.open("wb") as file:
         file.truncate(32 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", scratch], check=True)
-    one.configure(["io.containerd.grpc.v1.cri"], BLOCKFILE.format(directory=directory, scratch=scratch))
-    one.start()
-    try:
-        one.import_image(Path(busybox_image.removeprefix("oci:")))
+    # Debian 12's containerd is older than the blockfile snapshotter.
+    second = (SECOND / "containerd").exists()
+    plugins = BLOCKFILE.replace("{scratch}", str(scratch))
+    with running(run_directory, guest_assets, busybox_image, second=second, plugins=plugins) as one:
         yield one
-    finally:
-        for name in one.tasks():
-            one.ctr("task", "rm", "-f", name)
-        one.stop()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import containerd_support
 import pytest
 from conftest import Kata
-from containerd_support import Containerd, until
+from containerd_support import Containerd
 from test_cri import Cri, clean, running
 
 from kata.engine.client import EngineClient
@@ -25,20 +24,9 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    directory = Path(tempfile.mkdtemp(prefix="z", dir=run_directory))
-    one = Containerd(directory, guest_assets)
-    one.start()
-    try:
-        one.import_image(Path(busybox_image.removeprefix("oci:")))
+    with containerd_support.running(run_directory, guest_assets, busybox_image) as one:
         yield one
-    finally:
-        for name in one.tasks():
-            one.ctr("task", "rm", "-f", name)
-        for name in one.ok("container", "ls", "-q").split():
-            one.ctr("container", "rm", name)
-        until(lambda: not one.sandboxes(), "no sandbox is left", one.diagnosis, 15)
-        one.stop()
-        shutil.rmtree(directory, ignore_errors=True)
+        containerd_support.clean(one)
 
 
 def kata_of(daemon: Containerd, guest: Path) -> Kata:
