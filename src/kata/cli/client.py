@@ -10,6 +10,8 @@ from . import client_containerd, client_docker
 from .args import Command, Option
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .args import Arguments
     from .client_edit import Edit
 
@@ -58,13 +60,7 @@ def _install(arguments: Arguments) -> int:
     if _shown(arguments, edits):
         return 0
     before = daemon.dump(path)
-    _apply(edits)
-    try:
-        client_containerd.check(daemon, path, before)
-    except BaseException:
-        for edit in reversed(edits):
-            edit.revert()
-        raise
+    _apply_checked(edits, lambda: client_containerd.check(daemon, path, before))
     _say_written(edits)
     _say("Then: systemctl restart containerd; and in a cluster a RuntimeClass with `handler: kata`.")
     return 0
@@ -79,16 +75,21 @@ def _install_docker(arguments: Arguments) -> int:
         return 0
     if _shown(arguments, edits):
         return 0
+    _apply_checked(edits, lambda: daemon.check(path))
+    _say_written(edits)
+    _say("Then: systemctl reload docker; docker run --runtime kata ...")
+    return 0
+
+
+def _apply_checked(edits: list[Edit], check: Callable[[], None]) -> None:
+    """Make the edits, and take them back when the client does not like what came of them."""
     _apply(edits)
     try:
-        daemon.check(path)
+        check()
     except BaseException:
         for edit in reversed(edits):
             edit.revert()
         raise
-    _say_written(edits)
-    _say("Then: systemctl reload docker; docker run --runtime kata ...")
-    return 0
 
 
 def _uninstall(arguments: Arguments) -> int:
