@@ -81,8 +81,9 @@ impl Cgroup {
         self.write("cgroup.procs", &pid.to_string())
     }
 
-    /// Sets the limits that `resources` names, leaves the others. Device rules are [`crate::devices_bpf`]'s.
-    pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
+    /// Sets the limits that `resources` names, leaves the others; on an error nothing is changed. Device rules are
+    /// [`crate::devices_bpf`]'s.
+    pub fn apply(&self, resources: &LinuxResources) -> Result<cgroup_limits::Undo> {
         cgroup_limits::apply(&self.path, resources)
     }
 

@@ -24,29 +24,93 @@ struct Setting {
 /// Reads a file of the group; `None` where it does not exist.
 type Reader<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Writes the limits of `resources` to the group at `path`. Its devices and network parts are not looked at, except
-/// that network classes and priorities, which v2 does not have, are refused.
-pub fn apply(path: &str, resources: &LinuxResources) -> Result<()> {
+/// What a change of limits has overwritten.
+#[derive(Debug, Default)]
+pub struct Undo {
+    /// Files and what to write into them, in the order in which they were changed.
+    written: Vec<(String, String)>,
+}
+
+impl Undo {
+    /// Puts back what was there; a file that does not take it is left alone.
+    pub fn restore(self) {
+        for (file, value) in self.written.into_iter().rev() {
+            let _ = fs::write_existing(file, &value);
+        }
+    }
+}
+
+/// Writes the limits of `resources` to the group at `path`: all of them, or on an error none. Its devices and network
+/// parts are not looked at, except that network classes and priorities, which v2 does not have, are refused.
+pub fn apply(path: &str, resources: &LinuxResources) -> Result<Undo> {
     let read = |file: &str| fs::read_to_string(format!("{path}/{file}")).ok();
+    let mut undo = Undo::default();
     for setting in plan(resources, &read)? {
-        match fs::write_existing(format!("{path}/{}", setting.file), &setting.value) {
-            Ok(()) => {}
-            Err(Errno(libc::ENOENT)) if setting.optional => {}
-            Err(Errno(libc::ENOENT)) if fs::is_dir(path) => {
-                return Err(missing_controller(
-                    setting.controller,
-                    &format!("linux.resources.{} = {}", setting.field, setting.value),
-                ));
-            }
+        let before = read(&setting.file).map(|text| undoing(&setting, &text));
+        match write(path, &setting) {
+            Ok(()) => undo.written.extend(before.map(|value| (format!("{path}/{}", setting.file), value))),
             Err(e) => {
-                return Err(Error::internal(format!(
-                    "linux.resources.{}: write {:?} to {path}/{}: {e}",
-                    setting.field, setting.value, setting.file
-                )));
+                undo.restore();
+                return Err(e);
             }
         }
     }
-    Ok(())
+    Ok(undo)
+}
+
+fn write(path: &str, setting: &Setting) -> Result<()> {
+    if setting.file == "memory.max" {
+        make_room(path, &setting.value)?;
+    }
+    match fs::write_existing(format!("{path}/{}", setting.file), &setting.value) {
+        Ok(()) => Ok(()),
+        Err(Errno(libc::ENOENT)) if setting.optional => Ok(()),
+        Err(Errno(libc::ENOENT)) if fs::is_dir(path) => Err(missing_controller(
+            setting.controller,
+            &format!("linux.resources.{} = {}", setting.field, setting.value),
+        )),
+        Err(e) => Err(Error::internal(format!(
+            "linux.resources.{}: write {:?} to {path}/{}: {e}",
+            setting.field, setting.value, setting.file
+        ))),
+    }
+}
+
+/// Has the kernel take back what the group can do without, so that a lower limit fits. One that does not fit is
+/// refused: cgroup v2 would take it, and kill processes until it is true.
+fn make_room(path: &str, limit: &str) -> Result<()> {
+    let used = || fs::read_to_string(format!("{path}/memory.current")).ok()?.trim().parse::<u64>().ok();
+    let fits = |limit| used().is_none_or(|used| used <= limit);
+    let Ok(limit) = limit.parse::<u64>() else { return Ok(()) };
+    let high = format!("{path}/memory.high");
+    let Some(before) = fs::read_to_string(&high).ok().filter(|_| !fits(limit)) else { return Ok(()) };
+    // Writing this limit takes back at once what can be taken, and kills nothing.
+    let _ = fs::write_existing(&high, &limit.to_string());
+    let fits = fits(limit);
+    let _ = fs::write_existing(&high, before.trim());
+    if fits {
+        return Ok(());
+    }
+    Err(Error::precondition(format!(
+        "linux.resources.memory.limit: the container uses {} MiB of memory and cannot be limited to {} MiB",
+        used().unwrap_or(0) >> 20,
+        limit >> 20
+    )))
+}
+
+/// What to write so that a file says again what it says now (`text`).
+fn undoing(setting: &Setting, text: &str) -> String {
+    let device = setting.value.split(' ').next().filter(|word| word.contains(':'));
+    let Some(device) = device else {
+        // Of those with a line for each device, the first is the one for all others.
+        return text.lines().next().unwrap_or_default().trim().to_string();
+    };
+    let line = text.lines().find(|line| line.split(' ').next() == Some(device));
+    match line {
+        Some(line) => line.trim().to_string(),
+        None if setting.file == "io.max" => format!("{device} rbps=max wbps=max riops=max wiops=max"),
+        None => format!("{device} default"),
+    }
 }
 
 /// What to write, in order.

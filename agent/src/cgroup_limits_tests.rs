@@ -1,6 +1,7 @@
 use super::*;
 use crate::errors::code;
 use crate::proto::oci::{LinuxNetwork, LinuxPids, LinuxThrottleDevice, LinuxWeightDevice};
+use crate::test_support::TempDir;
 
 fn planned(resources: &LinuxResources) -> Result<Vec<(String, String)>> {
     let read = |file: &str| match file {
@@ -114,4 +115,53 @@ fn processes_block_devices_and_huge_pages() {
     let seen: Vec<_> = settings.iter().map(|s| (s.file.as_str(), s.value.as_str(), s.optional)).collect();
     assert_eq!(seen[..2], [("hugetlb.2MB.max", "0", true), ("hugetlb.2MB.rsvd.max", "0", true)]);
     assert_eq!(seen[2..], [("hugetlb.2MB.max", "4194304", false), ("hugetlb.2MB.rsvd.max", "4194304", true)]);
+}
+
+fn says(group: &TempDir, file: &str) -> String {
+    fs::read_to_string(format!("{}/{file}", group.0)).unwrap().trim().to_string()
+}
+
+#[test]
+fn what_was_written_before_a_failure_is_put_back() {
+    let group = TempDir::new("limits");
+    group.file("memory.max", "1048576\n");
+    group.file("memory.low", "1000000\n");
+    let memory = Some(Box::new(LinuxMemory { limit: 2 << 20, reservation: 2_000_000, ..Default::default() }));
+    let pids = Some(Box::new(LinuxPids { limit: 7 }));
+    let error = apply(&group.0, &LinuxResources { memory: memory.clone(), pids, ..Default::default() }).unwrap_err();
+    assert!(error.message.contains("pids"), "{}", error.message);
+    assert_eq!([says(&group, "memory.max"), says(&group, "memory.low")], ["1048576", "1000000"]);
+    let undo = apply(&group.0, &LinuxResources { memory, ..Default::default() }).unwrap();
+    assert_eq!([says(&group, "memory.max"), says(&group, "memory.low")], ["2097152", "2000000"]);
+    undo.restore();
+    assert_eq!([says(&group, "memory.max"), says(&group, "memory.low")], ["1048576", "1000000"]);
+}
+
+#[test]
+fn a_limit_below_what_is_used_is_refused() {
+    let group = TempDir::new("room");
+    group.file("memory.max", "314572800\n");
+    group.file("memory.high", "314572800\n");
+    group.file("memory.current", "209715200\n");
+    let to = |limit| apply(&group.0, &memory(LinuxMemory { limit, ..Default::default() }));
+    let error = to(100 << 20).unwrap_err();
+    assert_eq!(error.code, code::FAILED_PRECONDITION);
+    assert!(error.message.ends_with("uses 200 MiB of memory and cannot be limited to 100 MiB"), "{}", error.message);
+    assert_eq!([says(&group, "memory.max"), says(&group, "memory.high")], ["314572800", "314572800"]);
+    to(200 << 20).unwrap();
+    assert_eq!(says(&group, "memory.max"), "209715200");
+}
+
+#[test]
+fn each_kind_of_file_is_undone_in_its_own_way() {
+    let undone = |file: &str, value: &str, text: &str| {
+        let (file, value) = (file.to_string(), value.to_string());
+        undoing(&Setting { controller: "", file, value, field: "", optional: false }, text)
+    };
+    assert_eq!(undone("cpu.max", "5 10", "max 100000\n"), "max 100000");
+    assert_eq!(undone("io.weight", "200", "default 100\n8:0 50\n"), "default 100");
+    assert_eq!(undone("io.weight", "8:0 200", "default 100\n8:0 50\n"), "8:0 50");
+    assert_eq!(undone("io.weight", "8:16 200", "default 100\n8:0 50\n"), "8:16 default");
+    assert_eq!(undone("io.max", "8:0 rbps=5", ""), "8:0 rbps=max wbps=max riops=max wiops=max");
+    assert_eq!(undone("io.max", "8:0 rbps=5", "8:0 rbps=9 wbps=max\n"), "8:0 rbps=9 wbps=max");
 }

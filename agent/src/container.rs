@@ -187,12 +187,13 @@ impl Agent {
     pub fn update_container(&self, request: &pb::UpdateContainerRequest) -> Result<()> {
         let cgroup = self.cgroup_of(&request.container_id)?;
         let Some(resources) = request.resources.as_deref() else { return Ok(()) };
-        cgroup.apply(resources)?;
         if resources.devices.is_empty() {
-            return Ok(());
+            return cgroup.apply(resources).map(drop);
         }
-        let rules = runtime::devices::cgroup_rules(&resources.devices, &[]);
-        devices_bpf::attach(cgroup.open()?.raw(), &devices_bpf::compile(&rules)?)
+        let rules = devices_bpf::compile(&runtime::devices::cgroup_rules(&resources.devices, &[]))?;
+        let directory = cgroup.open()?;
+        let limits = cgroup.apply(resources)?;
+        devices_bpf::attach(directory.raw(), &rules).inspect_err(|_| limits.restore())
     }
 
     /// GetDiagnosticData: the termination log is what there is.

@@ -37,6 +37,8 @@ class Machine:
         self.told: list[tuple[str, Any]] = []
         self.complaints: list[str] = []
         self.fail: set[str] = set()
+        self.plugged = self.returned = self.stuck = 0
+        self.spare = 1 << 20
         self.fitting = Fitting(self)  # type: ignore[arg-type]
 
     async def ready(self) -> Machine:
@@ -45,11 +47,23 @@ class Machine:
     def complain(self, text: str) -> None:
         self.complaints.append(text)
 
-    async def set_memory(self, mib: int, slack: int) -> int:
+    async def set_memory(self, mib: int) -> int:
         if "memory" in self.fail:
             raise HypervisorError("no memory")
         self.told.append(("memory", mib))
-        return mib
+        self.plugged = max(mib, self.stuck)
+        return self.plugged
+
+    async def set_balloon(self, mib: int) -> int:
+        if "balloon" in self.fail:
+            raise HypervisorError("no balloon")
+        self.told.append(("balloon", mib))
+        self.returned = min(mib, self.spare)
+        return self.returned
+
+    async def memory_total(self) -> int:
+        """The kernel keeps 60 MiB, of whatever the machine has."""
+        return (int(self.settings["memory_mib"]) + self.plugged - self.returned - 60) * MIB
 
     async def set_processors(self, count: int) -> None:
         if "cpus" in self.fail:
@@ -61,8 +75,8 @@ class Machine:
             raise KataError("the guest refused")
         self.told.append(("limits", limits))
 
-    async def update(self, name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
-        await self.fitting.update(name, before, after, self.apply)
+    async def update(self, name: str, after: dict[str, Any]) -> None:
+        await self.fitting.update(name, after, self.apply)
 
 
 def limits(cpus: float | None = None, mib: int | None = None) -> dict[str, Any]:
@@ -108,9 +122,9 @@ def test_what_the_cri_said_of_the_pod_counts_and_follows_updates() -> None:
     run(machine.fitting.admit("a", limits(1, 240)))
     run(machine.fitting.admit("b", limits(1, 240)))
     assert machine.told == []
-    run(machine.update("a", limits(1, 240), limits(2, 1000)))
+    run(machine.update("a", limits(2, 1000)))
     assert machine.told == [("memory", plugged(1240)), ("cpus", 3), ("limits", limits(2, 1000))]
-    run(machine.update("a", limits(2, 1000), limits(1, 240)))
+    run(machine.update("a", limits(1, 240)))
     assert machine.told[3:] == [("limits", limits(1, 240)), ("memory", 0), ("cpus", 2)]
 
 
@@ -118,12 +132,12 @@ def test_an_update_that_cannot_be_changes_nothing() -> None:
     machine = Machine()
     run(machine.fitting.admit("a", limits(1, 400)))
     with pytest.raises(UnsupportedError, match="5 CPUs are needed, and this virtual machine can have 4"):
-        run(machine.update("a", limits(1, 400), limits(5)))
+        run(machine.update("a", limits(5)))
     with pytest.raises(ResourceExhaustedError, match="can have 4096 MiB"):
-        run(machine.update("a", limits(1, 400), limits(1, 8000)))
+        run(machine.update("a", limits(1, 8000)))
     machine.features.clear()
     with pytest.raises(UnsupportedError, match="agent in the guest cannot"):
-        run(machine.update("a", limits(1, 400), limits(2, 400)))
+        run(machine.update("a", limits(2, 400)))
     assert machine.told == []
     assert machine.fitting.describe()["containers"]["a"] == {"cpus": 1.0, "memory": 400 * MIB}
 
@@ -141,21 +155,81 @@ def test_a_failure_on_the_way_up_is_taken_back(fails: str, told: list[tuple[str,
     run(machine.fitting.admit("a", limits(1, 400)))
     machine.fail = {fails}
     with pytest.raises(KataError):
-        run(machine.update("a", limits(1, 400), limits(2, 1000)))
+        run(machine.update("a", limits(2, 1000)))
     assert machine.told == told
     assert (machine.fitting.vcpus, machine.fitting.plugged_mib) == (1, 0)
 
 
-def test_what_the_guest_does_not_give_back_keeps_its_limit() -> None:
+def test_below_its_first_size_the_guest_gives_memory_back() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("pause", {}, is_sandbox=True))
+    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.update("a", limits(1, 200)))
+    assert machine.told == [("limits", limits(1, 200)), ("balloon", 512 - 60 - 200)]
+    assert machine.fitting.memory_mib == 260
+    machine.told.clear()
+    run(machine.update("a", limits(1, 250)))
+    assert machine.told == [("balloon", 512 - 60 - 250), ("limits", limits(1, 250))]
+    run(machine.update("a", limits(1, 1000)))
+    assert machine.told[2:] == [("balloon", 0), ("memory", plugged(1000)), ("limits", limits(1, 1000))]
+    run(machine.update("a", limits(1, 30)))
+    assert machine.told[5:] == [("limits", limits(1, 30)), ("memory", 0), ("balloon", 512 - 60 - 128)]
+    assert machine.complaints == []
+
+
+def test_who_has_no_limit_may_be_using_what_the_machine_has() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.fitting.admit("b", {}))
+    run(machine.update("a", limits(1, 200)))
+    assert machine.told == [("limits", limits(1, 200))]
+    machine.fitting.forget("b")
+    run(machine.update("a", limits(1, 200)))
+    assert machine.told[1:] == [("limits", limits(1, 200)), ("balloon", 512 - 60 - 200)]
+    run(machine.fitting.admit("b", {}))
+    assert machine.told[3:] == [("balloon", 0)]
+
+
+def test_what_the_guest_does_not_give_back_is_told() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", limits(1, 400)))
+    machine.spare = 100
+    run(machine.update("a", limits(1, 200)))
+    assert machine.complaints == ["the guest has not given back 152 MiB of memory; the limits hold in it"]
+    assert (machine.fitting.memory_mib, machine.fitting.returned_mib) == (412, 100)
+    machine.spare = 1000
+    run(machine.update("a", limits(1, 200)))
+    assert machine.fitting.memory_mib == 260
+    assert len(machine.complaints) == 1
+    machine.fail = {"balloon"}
+    run(machine.update("a", limits(1, 150)))
+    assert "stays larger than what is asked for: no balloon" in machine.complaints[1]
+    assert machine.fitting.describe()["memory"] == 150 * MIB
+
+
+def test_what_is_plugged_and_stuck_goes_into_the_balloon() -> None:
     machine = Machine()
     run(machine.fitting.admit("a", limits(1, 1000)))
+    machine.stuck = 300
     machine.told.clear()
-    machine.fail = {"memory"}
-    with pytest.raises(HypervisorError, match="no memory"):
-        run(machine.update("a", limits(1, 1000), limits(1, 400)))
-    assert machine.told == [("limits", limits(1, 400)), ("limits", limits(1, 1000))]
-    assert machine.fitting.plugged_mib == plugged(1000)
-    assert machine.fitting.describe()["memory"] == 1000 * MIB
+    run(machine.update("a", limits(1, 600)))
+    more = 512 + 300 - sizing.memory_of(600 * MIB, "small")
+    assert machine.told == [("limits", limits(1, 600)), ("memory", plugged(600)), ("balloon", more)]
+    run(machine.update("a", limits(1, 300)))
+    assert machine.told[3:] == [
+        ("limits", limits(1, 300)),
+        ("memory", 0),
+        ("balloon", 512 + 300 - 60 - 300),
+    ]
+    assert machine.complaints == []
+
+
+def test_a_guest_that_lies_about_its_memory_does_not_lose_all_of_it() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", limits(1, 400)))
+    machine.plugged = 1 << 20
+    run(machine.update("a", limits(1, 200)))
+    assert machine.told[1:] == [("balloon", 512 - 128)]
 
 
 def test_a_machine_that_keeps_its_size() -> None:
@@ -163,7 +237,7 @@ def test_a_machine_that_keeps_its_size() -> None:
     run(machine.fitting.admit("a", limits(2, 1000)))
     assert "asks for more than its machine has" in machine.complaints[0]
     with pytest.raises(UnsupportedError):
-        run(machine.update("a", limits(2, 1000), limits(3, 100)))
+        run(machine.update("a", limits(3, 100)))
     assert machine.told == []
 
 
@@ -175,52 +249,72 @@ def test_a_change_is_laid_over_what_was() -> None:
 
 
 class Device:
-    """A virtio-mem whose guest does as it is told, as far as it can."""
+    """A virtio-mem or a balloon whose guest does as it is told, as far as it can.
 
-    def __init__(self, size: int, least: int = 0) -> None:
-        self.size = size * MIB
-        self.requested = self.size
+    Args:
+        size: What is plugged, or returned.
+        least, most: As far as the guest goes.
+    """
+
+    FIRST = 1024
+
+    def __init__(self, size: int, least: int = 0, most: int = 1 << 20) -> None:
+        self.size = self.requested = size * MIB
         self.least = least * MIB
+        self.most = most * MIB
 
     async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        if name == "query-balloon":
+            return {"actual": self.FIRST * MIB - self._step()}
         assert arguments is not None
         if name == "qom-set":
             if arguments["value"] > 4096 * MIB:
                 raise HypervisorError("QEMU refused qom-set: exceeds the memory backend")
             self.requested = arguments["value"]
             return {}
-        step = max(-64 * MIB, min(64 * MIB, max(self.requested, self.least) - self.size))
-        self.size += step
+        if name == "balloon":
+            self.requested = self.FIRST * MIB - arguments["value"]
+            return {}
+        return self._step()
+
+    def _step(self) -> int:
+        wanted = min(max(self.requested, self.least), self.most)
+        self.size += max(-64 * MIB, min(64 * MIB, wanted - self.size))
         return self.size
 
 
 def test_memory_comes_and_goes_in_steps() -> None:
     device = Device(0)
-    run(_set(device, 512))
-    assert device.size == 512 * MIB
-    run(_set(device, 128))
+    assert asyncio.run(resize.set_memory(device, 512, 0.2)) == 512
+    assert asyncio.run(resize.set_memory(device, 128, 0.2)) == 128
     assert device.size == 128 * MIB
 
 
-def test_memory_that_does_not_come_back_is_asked_for_again() -> None:
-    device = Device(512, least=300)
-    with pytest.raises(HypervisorError, match="did not give back 172 of 384 MiB"):
-        run(_set(device, 128))
-    assert device.requested == 512 * MIB
+def test_memory_that_does_not_come_is_not_asked_for_any_more() -> None:
+    device = Device(128, most=300)
+    with pytest.raises(HypervisorError, match="did not take 212 of 384 MiB"):
+        asyncio.run(resize.set_memory(device, 512, 0.2))
+    assert device.requested == 128 * MIB
     with pytest.raises(HypervisorError, match="cannot have 8192 MiB plugged"):
-        run(_set(device, 8192))
+        asyncio.run(resize.set_memory(device, 8192, 0.2))
 
 
-def test_a_little_may_stay() -> None:
-    device = Device(512, least=150)
-    run(_set(device, 128, 30))
-    assert (device.size, device.requested) == (150 * MIB, 128 * MIB)
-    run(_set(device, 512))
-    assert device.size == 512 * MIB
+def test_what_does_not_come_back_stays() -> None:
+    device = Device(512, least=300)
+    assert asyncio.run(resize.set_memory(device, 128, 0.2)) == 300
+    assert device.requested == 300 * MIB
 
 
-async def _set(device: Device, mib: int, slack: int = 0) -> None:
-    assert await resize.set_memory(device, mib, slack, patience_s=0.2) == device.size // MIB
+def test_the_balloon_takes_and_returns() -> None:
+    device = Device(0, most=700)
+    assert asyncio.run(resize.set_balloon(device, Device.FIRST, 500, 0.2)) == 500
+    assert asyncio.run(resize.set_balloon(device, Device.FIRST, 900, 0.2)) == 700
+    assert device.requested == 700 * MIB
+    assert asyncio.run(resize.set_balloon(device, Device.FIRST, 0, 0.2)) == 0
+    stuck = Device(600, least=100)
+    with pytest.raises(HypervisorError, match="did not take back 100 MiB"):
+        asyncio.run(resize.set_balloon(stuck, Device.FIRST, 0, 0.2))
+    assert stuck.requested == 600 * MIB
 
 
 def test_the_explanation_has_the_numbers() -> None:
@@ -243,5 +337,6 @@ def test_the_explanation_has_the_numbers() -> None:
     text = "\n".join(explain._lines(found))
     assert "max(1, ceil(1.5)) = 2" in text
     assert f"max(64, (1000 + 21) / (1 - 0.0176)) = {sizing.memory_of(1000 * MIB, 'small')} MiB" in text
-    assert f"now {now} MiB: 512 at the start, {plugged(1000)} plugged; at most 4096 MiB" in text
+    assert f"now {now} MiB: 512 at the start, {plugged(1000)} plugged, 0 given back" in text
+    assert "until the next update" not in text
     assert "/x/kata/p" in text

@@ -349,6 +349,15 @@ class AgentClient:
         request = agentext_pb.SetProcessorsRequest(count=count)
         await self.call("kata.agent.v1.Machine", "SetProcessors", request, google_pb.Empty)
 
+    async def memory_total(self) -> int:
+        """``MemTotal`` of the guest, in bytes."""
+        found = await self.call(AGENT, "GetMetrics", agent_pb.GetMetricsRequest(), agent_pb.Metrics)
+        _before, _, after = found.metrics.partition('kata_guest_meminfo{item="mem_total"} ')
+        word = after.partition("\n")[0]
+        if not word.isdecimal():
+            raise self._lie(f"its memory is {word[:40]!r}")
+        return int(word)
+
     async def close_stdin(self, container_id: str, exec_id: str) -> None:
         await self._empty(
             "CloseStdin", agent_pb.CloseStdinRequest(container_id=container_id, exec_id=exec_id)

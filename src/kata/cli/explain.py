@@ -113,6 +113,7 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
             "now": machine_mib,
             "first": size["first_memory_mib"],
             "plugged": size["plugged_mib"],
+            "returned": size["returned_mib"],
             "most": size["max_memory_mib"],
             "kernel": kernel,
             "kernel_fixed": sizing.KERNEL_MIB[kernel],
@@ -156,8 +157,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         "memory = (asked + fixed part of the kernel) / (1 - part that grows), rounded up;"
         " default_memory when none is asked",
     ]
+    needed = memory["first"]
     if asked["memory_mib"] is None:
-        lines.append(f"  {memory['first']} MiB (as it was started)")
+        lines.append(f"  {needed} MiB (as it was started)")
     else:
         needed = sizing.memory_of(asked["memory_mib"] * sizing.MIB, memory["kernel"])
         lines.append(
@@ -165,9 +167,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
             f" / (1 - {memory['kernel_growing']:.4f})) = {needed} MiB"
         )
     lines.append(
-        f"  now {memory['now']} MiB: {memory['first']} at the start, {memory['plugged']} plugged;"
-        f" at most {memory['most']} MiB"
+        f"  now {memory['now']} MiB: {memory['first']} at the start, {memory['plugged']} plugged,"
+        f" {memory['returned']} given back by the guest; at most {memory['most']} MiB"
     )
+    lines += [f"  {line}" for line in _why_larger(memory, needed)]
     lines += [
         "",
         "on the host = the machine and what running it takes (limits of its cgroup)",
@@ -177,6 +180,23 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
     lines += [f"  {name:<7} {path}" for name, path in host["cgroups"].items()]
     return lines
+
+
+def _why_larger(memory: dict[str, Any], needed: int) -> list[str]:
+    """Why the machine has more memory than the formula says."""
+    if memory["now"] <= needed * (1 + sizing.SLACK):
+        return []
+    if memory["returned"]:
+        return [
+            "The rest is what the guest's kernel keeps for the memory that it was started with, and what it could not"
+            " give back."
+        ]
+    if memory["most"] == memory["first"]:
+        return ["It keeps the size that it was started with; the limits hold in the guest."]
+    return [
+        "It stays so until the next update: one that leaves every container with a limit lets it shrink. The limits"
+        " hold in the guest."
+    ]
 
 
 def _asked(one: dict[str, Any]) -> str:

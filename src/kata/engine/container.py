@@ -129,7 +129,8 @@ class Container:
                 create_request(self.id, message, storages, devices, shares_pids=shares_pids).encode()
             )
             agent = await sandbox.ready()
-            await sandbox.fitting.admit(self.id, self._resources)
+            stands_in = spec.container_type(self.config) == "pod_sandbox"
+            await sandbox.fitting.admit(self.id, self._resources, is_sandbox=stands_in)
             for kind in HOOKS_BEFORE:
                 await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
@@ -499,18 +500,9 @@ class Container:
         if self.init.state not in (CREATED, RUNNING, PAUSED):
             raise StateError(f"cannot update a {self.init.state} container: {self.id!r}")
         agent = await self.sandbox.ready()
-
-        async def apply(limits: dict[str, Any]) -> None:
-            await agent.update(self.id, spec.resources_message(limits))
-
+        change = spec.resources_message(resources)
         after = merged(self._resources, resources)
-        changed, unchanged = resources, {key: self._resources.get(key) for key in resources}
-        await self.sandbox.fitting.update(
-            self.id,
-            self._resources,
-            after,
-            lambda limits: apply(changed if limits is after else unchanged),
-        )
+        await self.sandbox.fitting.update(self.id, after, lambda _limits: agent.update(self.id, change))
         self._resources = after
 
     async def delete_exec(self, exec_id: str) -> Process:

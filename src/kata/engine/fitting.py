@@ -2,9 +2,12 @@
 
 What is asked for is what the CRI said of the pod, and at least the sum of its containers' limits; the machine for
 that follows from the formula in `kata.resources.sizing`. A container that comes may let the machine grow; an update
-grows it before the limit is raised, and shrinks it after the limit was lowered. Below the size that it was started with
-a machine keeps its memory: the limit in the guest holds all the same. What cannot be done is an error, and leaves
-everything as it was.
+grows it before the limit is raised, and shrinks it after the limit was lowered. Beyond what a machine was started with
+its memory comes and goes by virtio-mem; below that, the guest's balloon gives memory back, if every container has a
+limit: one without may be using it.
+
+A limit that a container cannot have is an error, and leaves everything as it was. Memory that a guest does not give
+back is none: the limit holds, and the engine's log and ``kata explain`` say how much is still the guest's.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from typing import Any
 
+    from ..agent.client import AgentClient
+    from ..hypervisor.interface import Hypervisor
     from .sandbox import Sandbox
+
+    Target = tuple[int, int, int]
+    """Processors, MiB of memory by the formula, and the ``MemTotal`` in bytes that a balloon leaves; 0 for none."""
 
 PLUG_MIB = 2
 """Memory is plugged in multiples of this: virtio-mem's blocks on x86."""
-SLACK = 0.04
-"""Part of the machine's memory that may stay plugged when it shrinks: so `MemTotal` is within 5 % of what was asked."""
 FEATURE = "kata.machine"
 
 
@@ -38,6 +44,7 @@ class Fitting:
     Attributes:
         vcpus: How many processors the guest uses.
         plugged_mib: Memory beside what the machine was started with.
+        returned_mib: Memory that the guest has given back, in its balloon.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -51,16 +58,19 @@ class Fitting:
         self._max_vcpus = max(int(settings.get("max_vcpus") or 0), self._first_vcpus)
         self._max_mib = max(int(settings.get("max_memory_mib") or 0), self._first_mib)
         self._containers: dict[str, Asked] = {}
+        self._stand_ins: set[str] = set()
         self._source = str(found.get("source") or "")
         of_pod = self._source.startswith(sizing.OF_SANDBOX)
         self._pod = Asked(found.get("cpus"), found.get("memory")) if of_pod else Asked()
         self.vcpus = self._first_vcpus
         self.plugged_mib = 0
+        self.returned_mib = 0
+        self._has: Target = (self._first_vcpus, self._first_mib, 0)
 
     @property
     def memory_mib(self) -> int:
         """The machine's memory as it is now."""
-        return self._first_mib + self.plugged_mib
+        return self._first_mib + self.plugged_mib - self.returned_mib
 
     def describe(self) -> dict[str, Any]:
         """What is asked for and by whom, as JSON values."""
@@ -79,12 +89,18 @@ class Fitting:
             "first_memory_mib": self._first_mib,
             "vcpus": self.vcpus,
             "plugged_mib": self.plugged_mib,
+            "returned_mib": self.returned_mib,
             "max_vcpus": self._max_vcpus,
             "max_memory_mib": self._max_mib,
         }
 
-    async def admit(self, container_id: str, resources: dict[str, Any]) -> None:
+    async def admit(self, container_id: str, resources: dict[str, Any], *, is_sandbox: bool = False) -> None:
         """Let the machine grow for a container that is about to be made.
+
+        Args:
+            container_id: The container.
+            resources: Its limits.
+            is_sandbox: It is the one that stands for its pod: what it uses is not worth a limit.
 
         Raises:
             KataError: The container asks for more than the machine can become; it is as it was.
@@ -92,27 +108,29 @@ class Fitting:
         asked = sizing.container_asks(resources)
         async with self._lock:
             self._containers[container_id] = asked
+            if is_sandbox:
+                self._stand_ins.add(container_id)
             try:
-                vcpus, plugged = self._target()
-                if self._keeps_size and (vcpus > self.vcpus or plugged > self.plugged_mib):
+                wanted, has = self._target(), self._has
+                if self._keeps_size and (wanted[0] > has[0] or wanted[1] > has[1]):
                     self._sandbox.complain(
                         f"container {container_id} asks for more than its machine has, which keeps its size:"
                         f" {self.vcpus} CPUs, {self.memory_mib} MiB"
                     )
                     return
-                await self._become(max(vcpus, self.vcpus), max(plugged, self.plugged_mib))
+                await self._become(_larger(wanted, has))
             except BaseException:
-                self._containers.pop(container_id, None)
+                self.forget(container_id)
                 raise
 
     def forget(self, container_id: str) -> None:
         """A container is gone. The machine stays as it is until the next update."""
         self._containers.pop(container_id, None)
+        self._stand_ins.discard(container_id)
 
     async def update(
         self,
         container_id: str,
-        before: dict[str, Any],
         after: dict[str, Any],
         apply: Callable[[dict[str, Any]], Awaitable[None]],
     ) -> None:
@@ -120,32 +138,27 @@ class Fitting:
 
         Args:
             container_id: The container.
-            before: Its resources so far.
-            after: What they shall be.
-            apply: Sets its limits in the guest.
+            after: What its resources shall be.
+            apply: Sets its limits in the guest, all or none of them.
 
         Raises:
             KataError: The machine cannot become what follows, or the guest refused; everything is as it was.
         """
         async with self._lock:
-            size = (self.vcpus, self.plugged_mib)
+            has = self._has
             pod, asked = self._pod, self._containers.get(container_id, Asked())
             wanted = sizing.container_asks(after)
             self._containers[container_id] = wanted
             self._pod = _changed(pod, asked, wanted)
-            applied = False
             try:
-                vcpus, plugged = self._target()
-                await self._become(max(vcpus, size[0]), max(plugged, size[1]))
+                target = self._target()
+                await self._become(_larger(target, has))
                 await apply(after)
-                applied = True
-                await self._become(vcpus, plugged)
             except BaseException:
                 self._containers[container_id], self._pod = asked, pod
-                await self._back(*size)
-                if applied:
-                    await apply(before)
+                await self._back(has)
                 raise
+            await self._shrink(target)
 
     @property
     def _keeps_size(self) -> bool:
@@ -158,77 +171,144 @@ class Fitting:
             max(sum(cpus), self._pod.cpus or 0) or None, max(sum(memory), self._pod.memory or 0) or None
         )
 
-    def _target(self) -> tuple[int, int]:
-        """Processors, and MiB to be plugged, for what is asked now."""
+    def _target(self) -> Target:
+        """The machine for what is asked now."""
         asked = self._total()
         vcpus = self._first_vcpus if asked.cpus is None else sizing.cpus_of(asked.cpus)
-        needed = self._first_mib if asked.memory is None else sizing.memory_of(asked.memory, self._kernel)
-        return vcpus, -(-max(needed - self._first_mib, 0) // PLUG_MIB) * PLUG_MIB
+        if asked.memory is None:
+            return vcpus, self._first_mib, 0
+        needed = sizing.memory_of(asked.memory, self._kernel)
+        if needed >= self._first_mib:
+            return vcpus, needed, 0
+        unlimited = [
+            name
+            for name, one in self._containers.items()
+            if one.memory is None and name not in self._stand_ins
+        ]
+        if unlimited or self._first_mib == self._max_mib:
+            return vcpus, self._first_mib, 0
+        return (
+            vcpus,
+            needed,
+            max(asked.memory, max(sizing.LEAST_MIB[self._kernel], sizing.SHRUNK_MIB) * sizing.MIB),
+        )
 
-    async def _become(self, vcpus: int, plugged: int) -> None:
+    async def _become(self, target: Target) -> None:
         """Have this size; on an error, the size before.
 
         Raises:
             KataError: The machine cannot have it.
         """
-        if (vcpus, plugged) == (self.vcpus, self.plugged_mib):
+        vcpus, mib, _total = target
+        if target == self._has:
             return
         if vcpus > self._max_vcpus:
             raise UnsupportedError(
                 f"{vcpus} CPUs are needed, and this virtual machine can have {self._max_vcpus}", _HINT
             )
-        if plugged and self._first_mib + plugged > self._max_mib:
+        if mib > self._first_mib and self._first_mib + self._plugs(mib) > self._max_mib:
             raise ResourceExhaustedError(
-                f"{self._first_mib + plugged} MiB of memory are needed, and this virtual machine can have"
+                f"{self._first_mib + self._plugs(mib)} MiB of memory are needed, and this virtual machine can have"
                 f" {self._max_mib} MiB",
                 _HINT,
             )
-        before = (self.vcpus, self.plugged_mib)
+        before = self._has
         try:
-            await self._change(vcpus, plugged)
+            await self._change(target)
         except BaseException:
-            await self._back(*before)
+            await self._back(before)
             raise
 
-    async def _change(self, vcpus: int, plugged: int) -> None:
+    def _plugs(self, mib: int) -> int:
+        """MiB to be plugged into a machine that is to have so much."""
+        return -(-max(mib - self._first_mib, 0) // PLUG_MIB) * PLUG_MIB
+
+    async def _shrink(self, target: Target) -> None:
+        """Have this size after limits were lowered, as far as the guest gives back what it has."""
+        if target == self._has:
+            return
+        try:
+            await self._change(target)
+        except (KataError, HypervisorError) as error:
+            self._sandbox.complain(f"the machine stays larger than what is asked for: {error.message}")
+            return
+        if self._has[1] > target[1]:
+            self._sandbox.complain(
+                f"the guest has not given back {self._has[1] - target[1]} MiB of memory; the limits hold in it"
+            )
+
+    async def _change(self, target: Target) -> None:
         sandbox = self._sandbox
+        vcpus, mib, _total = target
         agent, vm = await sandbox.ready(), sandbox.vm
         assert vm is not None
         if vcpus != self.vcpus and FEATURE not in agent.features:
             raise UnsupportedError("the agent in the guest cannot turn processors on and off")
         # What runs the machine is charged to its cgroup: room first, and taken back last.
-        await self._limit_host(max(vcpus, self.vcpus), max(plugged, self.plugged_mib))
-        if plugged != self.plugged_mib:
-            slack = int((self._first_mib + plugged) * SLACK)
-            plugged = self.plugged_mib = await vm.set_memory(plugged, slack)
+        most = self._first_mib + max(self._plugs(mib), self.plugged_mib)
+        await self._limit_host(max(vcpus, self.vcpus), most)
+        if mib != self._has[1]:
+            await self._change_memory(vm, agent, target)
         if vcpus != self.vcpus:
             await agent.set_processors(vcpus)
             self.vcpus = vcpus
-        await self._limit_host(vcpus, plugged)
+        self._has = (vcpus, *self._has[1:])
+        await self._limit_host(vcpus, self.memory_mib)
 
-    async def _back(self, vcpus: int, plugged: int) -> None:
+    async def _change_memory(self, vm: Hypervisor, agent: AgentClient, target: Target) -> None:
+        _vcpus, mib, total = target
+        plugs = self._plugs(mib)
+        if plugs and self.returned_mib:
+            await self._balloon(vm, 0)
+        if plugs != self.plugged_mib:
+            self.plugged_mib = await vm.set_memory(plugs)
+            self._has = (self._has[0], self.memory_mib, 0)
+        slack = int(mib * sizing.SLACK)
+        surplus = self._first_mib + self.plugged_mib - mib
+        spare = give = 0
+        if surplus > slack and (total or plugs):
+            spare = surplus
+            if total:
+                # Not by the formula: what the kernel keeps for itself depends on what it was started with.
+                spare = max(self.returned_mib + (await agent.memory_total() - total) // sizing.MIB, 0)
+            # Whatever the guest says; and what is in the balloon is of the memory that it was started with.
+            give = min(spare, self.memory_mib + self.returned_mib - sizing.SHRUNK_MIB, self._first_mib - 1)
+        if give != self.returned_mib:
+            await self._balloon(vm, give)
+        short = (spare or max(surplus, 0)) - self.returned_mib
+        self._has = (self._has[0], mib + (short if short > slack else 0), total)
+
+    async def _balloon(self, vm: Hypervisor, mib: int) -> None:
+        self.returned_mib = await vm.set_balloon(mib)
+        self._has = (self._has[0], self.memory_mib, 0)
+
+    async def _back(self, size: Target) -> None:
         """Have the size of before again, as far as that is possible."""
-        if (vcpus, plugged) == (self.vcpus, self.plugged_mib) or self._sandbox.is_lost:
+        if size == self._has or self._sandbox.is_lost:
             return
         try:
-            await self._change(vcpus, plugged)
+            await self._change(size)
         except (KataError, HypervisorError) as error:
             self._sandbox.complain(f"the machine keeps a size that nobody asked for: {error.message}")
 
-    async def _limit_host(self, vcpus: int, plugged: int) -> None:
+    async def _limit_host(self, vcpus: int, mib: int) -> None:
         cgroup, vm = self._sandbox.machine.cgroup, self._sandbox.vm
         if cgroup is None or vm is None:
             return
         from ..resources import host_cgroup
 
-        limits = host_cgroup.Limits(
-            sizing.host_memory(self._first_mib + plugged, vm.settings.accel), sizing.host_cpus(vcpus)
-        )
+        limits = host_cgroup.Limits(sizing.host_memory(mib, vm.settings.accel), sizing.host_cpus(vcpus))
         for warning in await self._sandbox.helper(cgroup.limit, limits):
             self._sandbox.complain(warning)
 
 
 _HINT = "kata explain ID shows how it was sized; default_maxvcpus and default_maxmemory bound it (docs/sizing.md)"
+
+
+def _larger(one: Target, other: Target) -> Target:
+    """The larger of each of two machines."""
+    memory = one if one[1] > other[1] else other
+    return (max(one[0], other[0]), *memory[1:])
 
 
 def _changed(pod: Asked, before: Asked, after: Asked) -> Asked:

@@ -36,9 +36,12 @@ if TYPE_CHECKING:
         async def resume(self) -> None:
             """Let the virtual CPUs run again."""
 
-        async def set_memory(self, plugged_mib: int, slack_mib: int) -> int:
-            """Have so much memory in the guest beside what the machine was started with; when it shrinks, so much more
-            may stay. Returns how much there is."""
+        async def set_memory(self, plugged_mib: int) -> int:
+            """Have so much memory in the guest beside what the machine was started with. Returns how much there is:
+            more, where the guest does not give it back."""
+
+        async def set_balloon(self, mib: int) -> int:
+            """Have the guest give so much of its memory back. Returns how much it did."""
 
         async def insert_disk(self, disk: Disk) -> str:
             """Give the running machine a disk; returns its PCI path in the guest."""

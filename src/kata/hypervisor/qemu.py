@@ -155,7 +155,7 @@ class Qemu:
         """Let the virtual CPUs run again."""
         await self.command("cont")
 
-    async def set_memory(self, plugged_mib: int, slack_mib: int) -> int:
+    async def set_memory(self, plugged_mib: int) -> int:
         """Have so much memory in the guest beside what the machine was started with.
 
         Raises:
@@ -165,7 +165,17 @@ class Qemu:
 
         if self.settings.max_memory_mib == self.settings.memory_mib:
             raise HypervisorError("the virtual machine was started with all the memory that it can have")
-        return await resize.set_memory(self, plugged_mib, slack_mib)
+        return await resize.set_memory(self, plugged_mib)
+
+    async def set_balloon(self, mib: int) -> int:
+        """Have the guest give so much of the memory back that the machine was started with.
+
+        Raises:
+            HypervisorError: As of `kata.hypervisor.resize.set_balloon`.
+        """
+        from kata.hypervisor import resize
+
+        return await resize.set_balloon(self, self.settings.memory_mib, mib)
 
     async def insert_disk(self, disk: Disk) -> str:
         """Fill an empty disk slot of the right type.

@@ -1,9 +1,12 @@
-"""Growing and shrinking the memory of a running machine, by virtio-mem.
+"""Growing and shrinking the memory of a running machine: by virtio-mem beyond what it was started with, by its balloon
+below that.
 
-The guest takes part in it: it takes blocks of memory, or gives them back, as the device asks. What it does not do
-within the patience is taken back, so that an error leaves the machine as it was.
+The guest takes part in it: it takes memory, or gives it back, as the device asks. What it does not take within the
+patience is taken back, so that an error leaves the machine as it was; what it does not give back it keeps, and is not
+asked for it any further.
 
-Sources: virtio 1.2, 5.15; QEMU's ``hw/virtio/virtio-mem.c`` for the properties.
+Sources: virtio 1.2, 5.5 and 5.15; QEMU's ``hw/virtio/virtio-mem.c`` for the properties, ``qapi/machine.json`` for
+``balloon`` and ``query-balloon``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from kata.hypervisor import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from typing import Any, Protocol
 
     class Monitor(Protocol):
@@ -25,61 +29,97 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 PATIENCE_S = 20.0
-SLACK_PATIENCE_S = 1.0
-"""How long the guest may take to give back the rest that may stay."""
+"""How long a guest may take to take memory, without anything moving."""
+LET_GO_S = 3.0
+"""How long it may take to give some back: what it holds in place it never does."""
 _POLL_S = 0.02
 _PLUG_PATH = f"/machine/peripheral/{slots.PLUG_ID}"
 
 
-async def set_memory(
-    vm: Monitor, plugged_mib: int, slack_mib: int = 0, patience_s: float = PATIENCE_S
-) -> int:
+async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE_S) -> int:
     """Have so much memory in the guest beside what it was started with.
 
     Args:
         vm: The machine.
         plugged_mib: How much; a multiple of `kata.hypervisor.settings.PLUG_MIB`.
-        slack_mib: So much more may stay when memory is taken away: some blocks hold what the guest cannot move. It is
-            asked for them all the same, and may give them back later.
-        patience_s: How long the guest may take without anything moving.
+        patience_s: How long the guest may take to take more without anything moving.
 
     Returns:
-        How much it has now.
+        How much it has now: more, where it does not give all of it back.
 
     Raises:
-        HypervisorError: The machine has no room for more, or the guest does not take it or let it go; nothing is
-            changed then.
+        HypervisorError: The machine has no room for more, or the guest does not take it; nothing is changed then.
     """
+
+    async def request(size: int) -> None:
+        await vm.command("qom-set", {"path": _PLUG_PATH, "property": "requested-size", "value": size})
+
+    async def plugged() -> int:
+        return int(await vm.command("qom-get", {"path": _PLUG_PATH, "property": "size"}))
+
     wanted = plugged_mib * MIB
-    before = await _plugged(vm)
+    before = await plugged()
     try:
-        await _request(vm, wanted)
+        await request(wanted)
     except HypervisorError as error:
         raise HypervisorError(
             f"the virtual machine cannot have {plugged_mib} MiB plugged into it: {error.message}"
         ) from None
-    last = before
-    quiet_s = 0.0
-    while last != wanted and quiet_s < patience_s:
-        if wanted < last <= wanted + slack_mib * MIB and quiet_s >= min(SLACK_PATIENCE_S, patience_s / 2):
-            return last // MIB
-        await asyncio.sleep(_POLL_S)
-        now = await _plugged(vm)
-        quiet_s = 0.0 if now != last else quiet_s + _POLL_S
-        last = now
-    if last != wanted:
-        await _request(vm, before)
-        verb = "take" if wanted > before else "give back"
+    last = await _settle(plugged, wanted, patience_s if wanted > before else min(patience_s, LET_GO_S))
+    if last < wanted:
+        await request(before)
         raise HypervisorError(
-            f"the guest did not {verb} {abs(wanted - last) // MIB} of {abs(wanted - before) // MIB} MiB of memory",
-            "What its kernel and processes use in place cannot be taken away." if wanted < before else "",
+            f"the guest did not take {(wanted - last) // MIB} of {(wanted - before) // MIB} MiB of memory"
         )
+    if last > wanted:
+        await request(last)
     return last // MIB
 
 
-async def _request(vm: Monitor, size: int) -> None:
-    await vm.command("qom-set", {"path": _PLUG_PATH, "property": "requested-size", "value": size})
+async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s: float = PATIENCE_S) -> int:
+    """Have the guest give back so much of the memory that it was started with: its ``MemTotal`` is smaller by that.
+
+    Args:
+        vm: The machine.
+        first_mib: What it was started with.
+        returned_mib: How much of it.
+        patience_s: How long the guest may take to take memory back without anything moving.
+
+    Returns:
+        How much it has given back: less, where it has not that much to spare.
+
+    Raises:
+        HypervisorError: QEMU refused, or the guest does not take back what it had given; nothing is changed then.
+    """
+
+    async def request(returned: int) -> None:
+        await vm.command("balloon", {"value": first_mib * MIB - returned})
+
+    async def returned() -> int:
+        return first_mib * MIB - int((await vm.command("query-balloon"))["actual"])
+
+    wanted = returned_mib * MIB
+    before = await returned()
+    await request(wanted)
+    last = await _settle(returned, wanted, patience_s if wanted < before else min(patience_s, LET_GO_S))
+    if last > wanted:
+        await request(before)
+        raise HypervisorError(
+            f"the guest did not take back {(last - wanted) // MIB} MiB of memory that it had given back"
+        )
+    if last < wanted:
+        last -= last % MIB
+        await request(last)
+    return last // MIB
 
 
-async def _plugged(vm: Monitor) -> int:
-    return int(await vm.command("qom-get", {"path": _PLUG_PATH, "property": "size"}))
+async def _settle(look: Callable[[], Awaitable[int]], wanted: int, patience_s: float) -> int:
+    """Wait until something has a size, or does not move any more; returns its size."""
+    last = await look()
+    quiet_s = 0.0
+    while last != wanted and quiet_s < patience_s:
+        await asyncio.sleep(_POLL_S)
+        now = await look()
+        quiet_s = 0.0 if now != last else quiet_s + _POLL_S
+        last = now
+    return last

@@ -32,6 +32,10 @@ KERNEL_MIB = {"small": 21, "distro": 50}
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
 LEAST_MIB = {"small": 64, "distro": 192}
 """With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
+SLACK = 0.04
+"""Part of the machine's memory that may stay when it shrinks: so `MemTotal` is within 5 % of what was asked."""
+SHRUNK_MIB = 128
+"""No balloon takes memory of a guest that would have less than this then: one that was started with more holds more."""
 MOST_VCPUS = 16
 """So many a machine may grow to where `default_maxvcpus` is not set: each is a thread of the host, used or not."""
 OF_SANDBOX = "the sandbox's annotations"
