@@ -139,6 +139,19 @@ def test_engine_and_hypervisor_are_limited_by_cgroup_version_2(kvm_kata: Kata, b
     assert "usage_usec 0\n" not in (leaf / "cpu.stat").read_text()
 
 
+def test_a_sandboxs_processes_may_open_the_devices_that_they_need_alone(kvm_kata: Kata, box: str) -> None:
+    leaf = inspect(kvm_kata, box)["sandbox"]["host_cgroups"]["memory"]
+    # From within the cgroup. A shell, since every start of a Python takes seconds in the lab.
+    script = (
+        'echo $$ >"$1/cgroup.procs" && for i in kvm zero null kmsg; do true <"/dev/$i" && echo "$i"; done'
+    )
+    kernels_log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)  # the test itself may
+    os.close(kernels_log)
+    done = subprocess.run(["sh", "-c", script, "sh", leaf], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["kvm", "zero", "null"], done.stderr
+    assert "/dev/kmsg" in done.stderr
+
+
 @pytest.mark.long
 def test_a_machine_that_reached_the_limit_on_memory_says_so(kvm_kata: Kata, busybox_image: str) -> None:
     kvm_kata.ok("run", "-d", "--name", "greedy", *ALONE, busybox_image, "sh", "-c", FOREVER)

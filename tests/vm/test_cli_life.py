@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Kata
@@ -234,6 +235,77 @@ def test_pause_and_resume(shared_kata: Kata, busybox_image: str) -> None:
         assert b"is not paused" in done.stderr
         shared_kata.ok("pause", "pausing")
         shared_kata.ok("stop", "pausing")
+
+
+LIMITS = (
+    "sh",
+    "-c",
+    "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max; nproc;"
+    " awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo",
+)
+
+
+def sized(kata: Kata, name: str) -> tuple[Any, ...]:
+    """What is recorded of a container's size, and what its engine says of it."""
+    record = json.loads(kata.ok("inspect", name))[0]
+    found = json.loads(kata.ok("explain", "--json", name))[0]
+    found["host"].pop("used_mib")
+    spec = kata.state_dir / "containers" / record["id"] / "config.json"
+    return record["cpus"], record["memory"], found, json.loads(spec.read_text())["linux"]["resources"]
+
+
+def test_update_changes_limits_and_machine_for_now_and_later(kata_env: Kata, busybox_image: str) -> None:
+    kata = kata_env
+    mib = 1 << 20
+    kata.ok(
+        "run", "-d", "--name", "up", "-m", "400m", "--network", "none", busybox_image, "sh", "-c", FOREVER
+    )
+
+    def limits() -> list[str]:
+        return kata.ok("exec", "up", *LIMITS).split()
+
+    try:
+        assert limits()[:4] == [str(400 * mib), "max", "100000", "max"]
+        assert kata.ok("update", "-m", "200m", "--cpus", "0.5", "--pids-limit", "55", "up") == "up\n"
+        *found, processors, memory = limits()
+        assert found == [str(200 * mib), "50000", "100000", "55"]
+        assert processors == "1"
+        assert 200 <= int(memory) <= 210, "the machine has given memory back"
+        kata.ok("update", "-m", "700m", "--pids-limit", "0", "up")
+        *found, memory = limits()
+        assert found == [str(700 * mib), "50000", "100000", "max", "1"]
+        assert 700 <= int(memory) <= 735
+        before = limits(), sized(kata, "up")
+        done = kata.call("update", "-m", "900g", "up")
+        assert done.returncode == 125
+        assert b"this virtual machine can have" in done.stderr
+        assert (limits(), sized(kata, "up")) == before
+        kata.ok("restart", "-t", "0", "up")
+        *found, memory = limits()
+        assert found == [str(700 * mib), "50000", "100000", "max", "1"]
+        assert 700 <= int(memory) <= 735
+        kata.ok("stop", "-t", "0", "up")
+        assert b"in all" in kata.call("update", "-m", "900g", "up").stderr
+        kata.ok("update", "-m", "300m", "up")
+        kata.ok("start", "up")
+        assert limits()[0] == str(300 * mib)
+        assert b"no limit to change" in kata.call("update", "up").stderr
+    finally:
+        kata.call("rm", "-f", "up")
+
+
+def test_a_limit_for_a_container_that_was_made_without_one(kata_env: Kata, busybox_image: str) -> None:
+    """Its machine has no room to grow; what it has it can give back."""
+    kata = kata_env
+    kata.ok("run", "-d", "--name", "free", "--network", "none", busybox_image, "sh", "-c", FOREVER)
+    try:
+        kata.ok("update", "-m", "256m", "free")
+        assert 256 <= int(kata.ok("exec", "free", *LIMITS).split()[-1]) <= 269
+        done = kata.call("update", "--cpus", "2", "free")
+        assert b"2 CPUs are needed, and this virtual machine can have 1" in done.stderr
+        assert kata.ok("exec", "free", *LIMITS).split()[1] == "max"
+    finally:
+        kata.call("rm", "-f", "free")
 
 
 def test_stop_is_graceful_and_start_keeps_the_files(shared_kata: Kata, busybox_image: str) -> None:

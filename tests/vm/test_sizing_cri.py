@@ -238,7 +238,7 @@ def test_a_cpu_limit_holds_from_the_first_process_on_and_not_for_the_boot(
         if name == "slow":
             assert counted["nr_throttled"] > 0
             # Its share of the time that it took, from its first instruction on; the kernel hands it out in slices.
-            assert counted["usage_usec"] / 1e6 <= elapsed * 0.12 + 0.05, said
+            assert counted["usage_usec"] / 1e6 <= elapsed * 0.2 + 0.05, said
             quota = one.host_limits()
             assert quota.get("cpu.max", quota.get("cpu.cfs_quota_us", "")).split()[0] == "200000"
         else:

@@ -114,6 +114,7 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
             "first": size["first_memory_mib"],
             "plugged": size["plugged_mib"],
             "returned": size["returned_mib"],
+            "fixed": size["fixed_memory"],
             "most": size["max_memory_mib"],
             "kernel": kernel,
             "kernel_fixed": sizing.KERNEL_MIB[kernel],
@@ -191,7 +192,7 @@ def _why_larger(memory: dict[str, Any], needed: int) -> list[str]:
             "The rest is what the guest's kernel keeps for the memory that it was started with, and what it could not"
             " give back."
         ]
-    if memory["most"] == memory["first"]:
+    if memory["fixed"]:
         return ["It keeps the size that it was started with; the limits hold in the guest."]
     return [
         "It stays so until the next update: one that leaves every container with a limit lets it shrink. The limits"

@@ -70,7 +70,7 @@ COMMANDS = {
 }
 
 
-def _each(references: list[str], act: Callable[[Container], str | None]) -> int:
+def each(references: list[str], act: Callable[[Container], str | None]) -> int:
     """Do the same for several containers, and go on after a failure; the first failure is raised at the end."""
     from .main import report
 
@@ -108,7 +108,7 @@ def _start(arguments: Arguments) -> int:
         if not container.running():
             session.start_detached(container, discard=False)
 
-    return _each(arguments.rest, act)
+    return each(arguments.rest, act)
 
 
 def _need_stopped(container: Container) -> None:
@@ -166,7 +166,7 @@ def _grace(arguments: Arguments) -> float:
 
 def _stop(arguments: Arguments) -> int:
     grace = _grace(arguments)
-    return _each(arguments.rest, lambda container: stop(container, grace))
+    return each(arguments.rest, lambda container: stop(container, grace))
 
 
 def _restart(arguments: Arguments) -> int:
@@ -180,7 +180,7 @@ def _restart(arguments: Arguments) -> int:
             )
         session.start_detached(container, discard=False)
 
-    return _each(arguments.rest, act)
+    return each(arguments.rest, act)
 
 
 # ---- kill, rm ----
@@ -199,7 +199,7 @@ def _kill(arguments: Arguments) -> int:
                 f"container {container.name} has just ended", f"kata ps -a | grep {container.name}"
             ) from None
 
-    return _each(arguments.rest, act)
+    return each(arguments.rest, act)
 
 
 def _rm(arguments: Arguments) -> int:
@@ -225,7 +225,7 @@ def _rm(arguments: Arguments) -> int:
     references = arguments.rest
     if force:
         references = [reference for reference in references if records.find_or_none(reference) is not None]
-    return _each(references, act)
+    return each(references, act)
 
 
 # ---- pause, resume, wait ----
@@ -240,7 +240,7 @@ def _pause(arguments: Arguments) -> int:
         with EngineClient(container.socket) as engine:
             engine.pause(container.id)
 
-    return _each(arguments.rest, act)
+    return each(arguments.rest, act)
 
 
 def _resume(arguments: Arguments) -> int:
@@ -250,7 +250,7 @@ def _resume(arguments: Arguments) -> int:
         with EngineClient(container.socket) as engine:
             engine.resume(container.id)
 
-    return _each(arguments.rest, act)
+    return each(arguments.rest, act)
 
 
 def wait(container: Container) -> int:
@@ -278,7 +278,7 @@ def wait(container: Container) -> int:
 
 
 def _wait(arguments: Arguments) -> int:
-    return _each(arguments.rest, lambda container: str(wait(container)))
+    return each(arguments.rest, lambda container: str(wait(container)))
 
 
 HANDLERS = {

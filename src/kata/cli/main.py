@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rm": ("lifecycle", "remove containers"),
     "pause": ("lifecycle", "freeze all processes of containers"),
     "resume": ("lifecycle", "let paused containers go on"),
+    "update": ("update", "change the limits of containers"),
     "wait": ("lifecycle", "wait until containers end and print their exit codes"),
     "exec": ("execute", "run a further command in a running container"),
     "attach": ("execute", "connect to a running container's standard streams"),

@@ -2,8 +2,8 @@
 
 A container is a directory, ``$KATA_STATE_DIR/containers/<id>``::
 
-    container.json   what was asked for; written once, at creation
-    config.json      the runtime specification
+    container.json   what was asked for: written at creation, and by `kata update`
+    config.json      the runtime specification: the same
     state.json       how it goes; written by the engine
     rw.img, log      its writable layer and its output
     journal          what has to be undone to remove it
@@ -110,6 +110,11 @@ def _read(path: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The content of a JSON file; empty where it is none, or not there."""
+    return _read(path) or {}
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

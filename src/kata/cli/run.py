@@ -176,9 +176,7 @@ class _Choice:
         self.name = None if name is None else values.container_name(name)
         self.hostname = None if hostname is None else values.hostname(hostname)
         self.cpus = None if cpus is None else values.cpus(cpus)
-        self.memory = None if memory is None else values.size(memory, "--memory")
-        if self.memory is not None and self.memory < 6 << 20:
-            raise UsageError(f"--memory {memory!r} is below the least that a container can have, 6m")
+        self.memory = None if memory is None else values.container_memory(memory)
         pids = a.value("pids_limit")
         self.pids = None if pids is None else values.whole(pids, "--pids-limit", least=-1)
         self.tty, self.interactive = a.flag("tty"), a.flag("interactive")

@@ -49,7 +49,10 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
     from ..resources.sizing import Asked
 
     record = container.record
-    about_machine, notes = machine.settings(Asked(record["cpus"], record["memory"], "--cpus and --memory"))
+    asked = Asked(record["cpus"], record["memory"], "--cpus and --memory")
+    # Room to grow has its price, a few MiB: for those that have limits, which may be changed.
+    limited = asked.cpus is not None or asked.memory is not None
+    about_machine, notes = machine.settings(asked, grows=limited)
     for topic, note in notes:
         _say_once(topic, f"note: {note}\n")
     disks: list[dict[str, Any]] = []

@@ -35,6 +35,14 @@ def size(text: str, option: str) -> int:
     return int(number * _UNITS[unit])
 
 
+def container_memory(text: str) -> int:
+    """Bytes of a limit on a container's memory."""
+    found = size(text, "--memory")
+    if found < 6 << 20:
+        raise UsageError(f"--memory {text!r} is below the least that a container can have, 6m")
+    return found
+
+
 def cpus(text: str) -> float:
     """A positive number of CPUs, at least a hundredth as the kernel's quota allows."""
     try:

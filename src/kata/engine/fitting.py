@@ -57,6 +57,7 @@ class Fitting:
         self._first_mib = int(settings.get("memory_mib", 2048))
         self._max_vcpus = max(int(settings.get("max_vcpus") or 0), self._first_vcpus)
         self._max_mib = max(int(settings.get("max_memory_mib") or 0), self._first_mib)
+        self._fixed_memory = bool(settings.get("fixed_memory"))
         self._containers: dict[str, Asked] = {}
         self._stand_ins: set[str] = set()
         self._source = str(found.get("source") or "")
@@ -90,6 +91,7 @@ class Fitting:
             "vcpus": self.vcpus,
             "plugged_mib": self.plugged_mib,
             "returned_mib": self.returned_mib,
+            "fixed_memory": self._fixed_memory,
             "max_vcpus": self._max_vcpus,
             "max_memory_mib": self._max_mib,
         }
@@ -185,7 +187,7 @@ class Fitting:
             for name, one in self._containers.items()
             if one.memory is None and name not in self._stand_ins
         ]
-        if unlimited or self._first_mib == self._max_mib:
+        if unlimited or self._fixed_memory:
             return vcpus, self._first_mib, 0
         return (
             vcpus,

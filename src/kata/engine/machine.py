@@ -54,7 +54,8 @@ def settings(
     """
     conf = files.load() if configuration is None else configuration
     kernel, initrd, kind, extensions = _guest(conf)
-    size = sizing.plan(asked, kind, limits(conf))
+    bounds = limits(conf)
+    size = sizing.plan(asked, kind, bounds)
     choice = accel.choose(str(conf.get("hypervisor.accelerator", "")))
     hypervisor = {
         "accel": choice.accel,
@@ -71,6 +72,8 @@ def settings(
         "sizing": size.record(),
         **_sandbox(conf),
     }
+    if bounds.fixed or bounds.fixed_memory:
+        found["fixed_memory"] = True
     if grows:
         found |= {"max_vcpus": size.max_vcpus, "max_memory_mib": size.max_memory_mib}
     if conf.values:

@@ -35,7 +35,7 @@ MASKED_PATHS = (
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
-_CPU_PERIOD = 100_000
+CPU_PERIOD = 100_000
 """Microseconds; the kernel's default and Docker's."""
 
 
@@ -160,7 +160,7 @@ def _resources(request: Request) -> dict[str, Any]:
         # Swap equal to memory means none, as there is no swap in the guest to give.
         resources["memory"] = {"limit": request.memory, "swap": request.memory}
     if request.cpus is not None:
-        resources["cpu"] = {"quota": round(request.cpus * _CPU_PERIOD), "period": _CPU_PERIOD}
+        resources["cpu"] = {"quota": round(request.cpus * CPU_PERIOD), "period": CPU_PERIOD}
     if request.pids_limit is not None and request.pids_limit > 0:
         resources["pids"] = {"limit": request.pids_limit}
     return resources

@@ -4,7 +4,8 @@ The leaf is where the specification says (``cgroupsPath``: with Kubernetes, in t
 all controllers of version 1. Where it says nothing it is ``kata/<id>`` below the top of each hierarchy that we see, and
 not below the cgroup of whoever called us: that one may end with a login session, and under version 2 it holds
 processes, so it cannot hand controllers down. Version 2 is used for every controller that it has, version 1 for the
-others: most hosts have either, some a mixture. The limits are those of `kata.resources.sizing`.
+others: most hosts have either, some a mixture. The limits are those of `kata.resources.sizing`. Which of the host's
+devices may be opened is said by the devices controller of version 1, or by a BPF program on the leaf of version 2.
 
 Moving a process waits for the kernel's other processors (10 to 20 ms), so it is done when the machine has been
 started and is booting: what a hypervisor touches before that, some megabytes, is charged to its caller.
@@ -40,7 +41,7 @@ DEVICES = (
     ),  # tun, fuse, kvm, vhost-net, -vsock
     "c 10:237 rw",  # loop-control
 )
-"""What engine, hypervisor and helpers may use of the host's devices where a cgroup of version 1 says so."""
+"""What engine, hypervisor and helpers may use of the host's devices."""
 CONTROLLERS = ("memory", "cpu")
 PERIOD_US = 100_000
 _ATTEMPTS = 20
@@ -195,6 +196,8 @@ class HostCgroup:
                 self.warnings += [_warning(controller, error) for controller in hierarchy.controllers]
                 continue
             self._origins.append((hierarchy.own, hierarchy.top))
+            if hierarchy.version == 2:
+                self._limit_devices(path)
             for controller in hierarchy.controllers:
                 try:
                     for file, content in limits.files(hierarchy.version, controller):
@@ -220,6 +223,17 @@ class HostCgroup:
                 continue
             self._origins.append((own, top))
             self.paths.update(dict.fromkeys(controllers, path))
+
+    def _limit_devices(self, path: str) -> None:
+        """Device rules on a leaf of version 2."""
+        from kata.resources import device_rules
+
+        try:
+            device_rules.attach(path, DEVICES)
+        except OSError as error:
+            self.warnings.append(
+                f"the host's devices are not closed to the sandbox's processes: {error.strerror}"
+            )
 
     @staticmethod
     def _fill(path: str, top: str, controllers: Sequence[str]) -> None:

@@ -1,0 +1,86 @@
+"""`kata update`: other limits for containers, at once where they run, and for their later starts."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ..engine.client import EngineClient
+from ..errors import UsageError
+from ..oci.spec import CPU_PERIOD
+from ..resources import sizing
+from . import records, values
+from .args import Command, Option
+from .lifecycle import each
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .args import Arguments
+    from .records import Container
+
+COMMANDS = {
+    "update": Command(
+        "update",
+        "CONTAINER...",
+        "Changes the limits of containers: at once where they run, and for their later starts.",
+        [
+            Option("--cpus", "N", "how many CPUs the container may use"),
+            Option("-m --memory", "SIZE", "how much memory the container may use (512m, 2g)"),
+            Option("--pids-limit", "N", "how many processes the container may have; 0 or -1 for no limit"),
+        ],
+        least=1,
+        notes="The virtual machine follows, up to default_maxvcpus and default_maxmemory where the container was made\n"
+        "with --cpus or -m, else up to what it was started with. A limit that cannot hold is an error, and\n"
+        "nothing is changed: 'kata explain CONTAINER' shows the machine's size and bounds.",
+    )
+}
+
+
+def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the options ask for: (resources of the specification, entries of the container's record)."""
+    cpus, memory, pids = (arguments.value(name) for name in ("cpus", "memory", "pids_limit"))
+    resources: dict[str, Any] = {}
+    record: dict[str, Any] = {}
+    if cpus is not None:
+        record["cpus"] = values.cpus(cpus)
+        resources["cpu"] = {"quota": round(record["cpus"] * CPU_PERIOD), "period": CPU_PERIOD}
+    if memory is not None:
+        record["memory"] = size = values.container_memory(memory)
+        # As when it is made: no swap.
+        resources["memory"] = {"limit": size, "swap": size}
+    if pids is not None:
+        resources["pids"] = {"limit": values.whole(pids, "--pids-limit", least=-1) or -1}
+    if not resources:
+        raise UsageError("no limit to change was given", "kata update -m 512m NAME")
+    return resources, record
+
+
+def _keep(container: Container, resources: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write the limits down for later starts."""
+    path = os.path.join(container.directory, "config.json")
+    spec = records.read_json(path)
+    kept = spec.setdefault("linux", {}).setdefault("resources", {})
+    kept |= resources
+    if (kept.get("pids") or {}).get("limit") == -1:
+        del kept["pids"]
+    records.write_json(path, spec)
+    records.write_json(os.path.join(container.directory, "container.json"), {**container.record, **record})
+
+
+def _update(arguments: Arguments) -> int:
+    resources, record = _wanted(arguments)
+
+    def act(container: Container) -> None:
+        if container.running():
+            with EngineClient(container.socket) as engine:
+                engine.update(container.id, resources)
+        else:
+            # No machine is there to refuse it.
+            sizing.plan(sizing.Asked(record.get("cpus"), record.get("memory"), "--cpus and --memory"))
+        _keep(container, resources, record)
+
+    return each(arguments.rest, act)
+
+
+HANDLERS = {"update": _update}
