@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +74,75 @@ def test_a_device_that_is_not_there(daemon: Containerd, device: str) -> None:
     done = daemon.ctr("run", "--rm", "--runtime", RUNTIME, "--config", str(path), "none")
     assert done.returncode != 0
     assert b"no block device 259:4000" in done.stderr
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+
+
+def test_a_device_as_a_volume(daemon: Containerd, device: str) -> None:
+    """Kubernetes' hostPath of the types BlockDevice and CharDevice, `docker -v /dev/null:...`."""
+    mounts = [
+        *("--mount", f"type=bind,src={device},dst=/dev/volume,options=rbind:rw"),
+        *("--mount", "type=bind,src=/dev/null,dst=/etc/hidden,options=rbind:ro"),
+        *("--mount", "type=bind,src=/dev/zero,dst=/dev/nothing,options=rbind:rw"),
+    ]
+    script = (
+        "echo as a volume | dd of=/dev/volume conv=fsync 2>/dev/null; wc -c </etc/hidden;"
+        " head -c 3 /dev/nothing | od -An -tx1; ls -l /etc/hidden /dev/nothing"
+    )
+    done = daemon.run("one", "sh", "-c", script, options=("--privileged", *mounts))
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode()
+    assert shown.split()[:4] == ["0", "00", "00", "00"]
+    assert [line.split()[4:6] for line in shown.splitlines()[2:]] == [["1,", "5"], ["1,", "3"]]
+    assert Path(device).read_bytes()[:12] == b"as a volume\n"
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+
+
+def test_devices_that_the_guest_has_itself(daemon: Containerd) -> None:
+    nodes = [word for node in ("fuse", "net/tun") for word in ("--device", f"/dev/{node}")]
+    script = "exec 3<>/dev/fuse 4<>/dev/net/tun && ls -l /dev/fuse /dev/net/tun"
+    done = daemon.run("one", "sh", "-c", script, options=tuple(nodes))
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[4:6] for line in done.stdout.decode().splitlines()] == [
+        ["10,", "229"],
+        ["10,", "200"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("volume", "said"),
+    [
+        (
+            "device",
+            "cannot give the container the device /dev/vcs9: the character device 7:9 is this host's",
+        ),
+        ("bind", "it is the character device 7:9 of this host, and the container runs on another kernel"),
+        ("socket", "it is a socket of this host, and the container runs on another kernel"),
+        ("fifo", "it is a fifo of this host"),
+    ],
+)
+def test_what_only_the_host_has_is_refused_by_name(
+    daemon: Containerd, tmp_path: Path, volume: str, said: str
+) -> None:
+    spec = daemon.spec({})
+    path = tmp_path / volume
+    if volume == "device":
+        spec["linux"]["devices"] = [{"path": "/dev/vcs9", "type": "c", "major": 7, "minor": 9}]
+    else:
+        mount = {"type": "bind", "source": str(path), "destination": "/dev/it", "options": ["rbind"]}
+        spec["mounts"].append(mount)
+    listener = socket.socket(socket.AF_UNIX)
+    if volume == "bind":
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(7, 9))
+    elif volume == "socket":
+        listener.bind(str(path))
+    elif volume == "fifo":
+        os.mkfifo(path)
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(spec))
+    done = daemon.ctr("run", "--rm", "--runtime", RUNTIME, "--config", str(file), "refused")
+    listener.close()
+    assert done.returncode != 0
+    assert said in done.stderr.decode()
     until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 

@@ -1,12 +1,13 @@
 """What a container sees of the host: the bind mounts of its spec, and what each becomes in the guest.
 
-Most are shown live through the sandbox's share. Three kinds are not, because a share cannot be what they are:
+Most are shown live through the sandbox's share. Some kinds are not, because a share cannot be what they are:
 
 * ``/dev/shm`` of a pod, and a Kubernetes volume in memory (``emptyDir`` with ``medium: Memory``), are memory that
   processes map together, which takes one kernel: they become a tmpfs of the guest, of the same size, which lives as
   long as the sandbox. Nothing is lost by that, since only the pod's containers use them.
 * Kubernetes' volumes whose content changes under a running container (ConfigMaps, secrets, projected tokens and the
   downward API) are copied by the agent whenever they do, so that whoever watches them there hears of it (inotify).
+* A device node is the guest's own, or refused (`kata.engine.nodes`); sockets and fifos are refused.
 
 Sources: a kubelet's directory (``pods/UID/volumes/kubernetes.io~KIND/NAME``, ``pods/UID/volume-subpaths``);
 runtime-spec config.md, "Mounts"; mount_namespaces(7).
@@ -21,7 +22,7 @@ import stat
 from .. import sysio
 from ..errors import ConfigError, HostError
 from ..proto.agent_pb import Storage
-from . import rootfs, spec
+from . import nodes, rootfs, spec
 from .volumes import absent
 
 TYPE_CHECKING = False
@@ -74,7 +75,7 @@ class Shared:
         """
         binds = spec.host_binds(config)
         here = sysio.mounts() if binds else []
-        found: list[spec.GuestBind | None] = [self._in_memory(mount, here) for mount in binds]
+        found = [self._of_guest(mount, here) for mount in binds]
         rest = [number for number, bind in enumerate(found) if bind is None]
         trees = self._trees([str(binds[number].get("source") or "") for number in rest], here)
         try:
@@ -157,7 +158,14 @@ class Shared:
             options = [option for option in options if option != "ro"]
         return spec.GuestBind(place, options)
 
-    # ---- memory of the guest's ----
+    # ---- what the guest has itself ----
+
+    def _of_guest(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
+        """What of the guest's own stands for a mount; None where the host's is shared."""
+        node = nodes.guest_path(str(mount.get("source") or ""))
+        if node:
+            return spec.GuestBind(node, list(mount.get("options") or ()))
+        return self._in_memory(mount, here)
 
     def _in_memory(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
         """The tmpfs that stands for one of the host's; None for any other mount."""

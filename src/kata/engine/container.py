@@ -19,7 +19,7 @@ from ..errors import (
     UsageError,
 )
 from ..proto import agent_pb, events_pb, google_pb
-from . import binds, disks, prepare, rootfs, spec
+from . import binds, disks, nodes, prepare, rootfs, spec
 from .fitting import merged
 from .logfile import LogFile
 from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
@@ -119,12 +119,13 @@ class Container:
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
+            self.config, volumes = await sandbox.helper(nodes.of_guest, self.config)
             shown = await sandbox.helper(self._shared.add_all, self.config, self._rootfs)
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
             storages = [*rootfs.storages(self.id, self._rootfs), *self._shared.storages]
-            message = spec.to_message(self._guest_spec(shown, files.mounts))
+            message = spec.to_message(self._guest_spec(shown, files.mounts, volumes))
             shares_pids = spec.shares_pids(self.config)
-            devices = await self._insert_devices()
+            devices = await self._insert_devices(volumes)
             request = Encoded(
                 create_request(self.id, message, storages, devices, shares_pids=shares_pids).encode()
             )
@@ -176,10 +177,10 @@ class Container:
             "options": root.disk.options,
         }
 
-    async def _insert_devices(self) -> list[agent_pb.Device]:
-        """Make the host's block devices that the specification lists disks of the machine."""
+    async def _insert_devices(self, volumes: list[disks.Device]) -> list[agent_pb.Device]:
+        """Make the host's block devices that the specification lists, or mounts, disks of the machine."""
         found = []
-        for device in disks.devices_of(self.config):
+        for device in (*disks.devices_of(self.config), *volumes):
             path = await self.sandbox.helper(device.host_path)
             address = await self._disks.insert(path, readonly=device.readonly)
             found.append(agent_pb.Device(type="blk", id=address, container_path=device.container_path))
@@ -212,11 +213,13 @@ class Container:
         if self._root is not None:
             self._root.unmount()
 
-    def _guest_spec(self, shown: list[spec.GuestBind], files: dict[str, str]) -> dict[str, Any]:
+    def _guest_spec(
+        self, shown: list[spec.GuestBind], files: dict[str, str], volumes: list[disks.Device]
+    ) -> dict[str, Any]:
         for what in sorted(set(spec.dropped(self.config))):
             self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
-            disks.without_hosts(self.config),
+            nodes.with_volumes(disks.without_hosts(self.config), volumes),
             rootfs=rootfs.path(self.id),
             bundle=self.bundle,
             container_type=spec.container_type(self.config),

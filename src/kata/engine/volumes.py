@@ -15,7 +15,7 @@ import os
 import stat
 
 from .. import sysio
-from ..errors import HostError, UnsupportedError, UsageError
+from ..errors import HostError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,15 +134,14 @@ class Share:
         """
         try:
             real = source if tree >= 0 else os.path.realpath(source, strict=True)
-            mode = (os.fstat(tree) if tree >= 0 else os.stat(real)).st_mode
+            about = os.fstat(tree) if tree >= 0 else os.stat(real)
         except OSError as error:
             raise absent(source, error) from None
+        mode = about.st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-            kind = "a socket" if stat.S_ISSOCK(mode) else "a fifo" if stat.S_ISFIFO(mode) else "a device"
-            raise UnsupportedError(
-                f"cannot use the volume {source}: it is {kind}, and the container runs on another kernel",
-                "share the directory or file behind it, or publish a port",
-            )
+            from . import nodes
+
+            raise nodes.refuse(source, about)
         name = name[:_MAX_NAME]
         target = os.path.join(self._mounts, name)
         try:
