@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Kata
+from conftest import PATIENCE, ROOT, Kata
 
 from kata import sysio
 from kata.resources import host_cgroup, sizing
@@ -119,3 +121,18 @@ def test_the_cgroups_of_an_engine_that_was_killed_are_collected(kata_env: Kata, 
     kata_env.ok("gc")
     assert [path for path in paths.values() if os.path.exists(path)] == []
     kata_env.ok("rm", "-f", "one")
+
+
+def test_the_declared_overhead_covers_what_is_measured(guest_assets: Path) -> None:
+    """`bench/overhead.py` on one idle machine: engine, hypervisor and helpers beside the guest's memory."""
+    program = [sys.executable, "-I", str(ROOT / "bench/overhead.py"), "--json", "--idle", "--mib", "192"]
+    environment = {**os.environ, "KATA_GUEST_DIR": str(guest_assets)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads(done.stdout)
+    idle = found["idle"]
+    assert 0 < idle["guest"] <= 192 * 1.2
+    assert idle["qemu"] > 20
+    assert 5 < idle["engine"] < 40
+    # What is left is for the translated code of a guest that works, and for page cache.
+    assert idle["in all"] < 0.6 * idle["allowed"], found
