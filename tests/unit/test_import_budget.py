@@ -25,6 +25,7 @@ OURS_BEFORE_THE_VM = {
     *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
     "kata.engine.volumes",
     *("kata.hypervisor", "kata.hypervisor.qemu_command", "kata.hypervisor.qemu_process"),
+    "kata.hypervisor.qemu_root",
     *("kata.hypervisor.settings", "kata.hypervisor.slots", "kata.hypervisor.tsc"),
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kata.errors import GuestAssetError, HypervisorError, KataError, ResourceExhaustedError
-from kata.hypervisor import qemu_command, slots
+from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
+from kata.hypervisor import qemu_command, qemu_root, slots
 from kata.hypervisor.qemu_process import explain
 from kata.hypervisor.settings import Disk, Nic, VMSettings, Vsock
 
@@ -220,3 +221,39 @@ def test_what_qemu_says_becomes_a_sentence(said: str, kind: type[KataError], wor
     assert type(error) is kind
     assert words in error.message
     assert error.hint
+
+
+def test_its_own_root_is_asked_for_as_this_qemu_wants_it() -> None:
+    old = qemu_command.build(settings(root="/r,oot", root_option="-chroot"), FDS)
+    new = qemu_command.build(settings(root="/r,oot", root_option="-run-with"), FDS)
+    assert (options(old, "-chroot"), options(new, "-run-with")) == (["/r,oot"], ["chroot=/r,,oot"])
+    # With no image of its own it has to open one file, lest it cannot lock those that come later.
+    assert blocks(old)["first"]["filename"] == "/guest/vmlinux"
+    assert "first" not in blocks(
+        qemu_command.build(settings(root="/r", root_option="-chroot", disks=[Disk("/d", True)]), FDS)
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("-chroot dir     chroot to dir just before starting the VM", "-chroot"),
+        ("-run-with [async-teardown=on|off][,chroot=dir][user=username|uid:gid]", "-run-with"),
+        # Both, and the older one warns.
+        ("-chroot dir     chroot to dir\n-run-with [async-teardown=on|off][,chroot=dir]", "-run-with"),
+        ("-run-with async-teardown[=on|off]\n-chroot dir   chroot to dir", "-chroot"),
+    ],
+)
+def test_how_it_is_told_its_root_is_found_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, found: str
+) -> None:
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "run"))
+    qemu = tmp_path / "qemu"
+    qemu.write_text(f"#!/bin/sh\necho x >>{tmp_path}/asked\ncat <<'EOF'\nusage:\n{said}\nEOF\n")
+    qemu.chmod(0o755)
+    assert [qemu_root.option(str(qemu)) for _ in range(3)] == [found] * 3
+    assert (tmp_path / "asked").read_text() == "x\n"
+    # Another program at that place is asked anew.
+    qemu.write_text(qemu.read_text().replace(said, "nothing of the kind"))
+    with pytest.raises(HostError, match="no option for its root directory"):
+        qemu_root.option(str(qemu))

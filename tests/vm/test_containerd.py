@@ -112,6 +112,26 @@ def test_the_root_is_the_snapshot_itself(daemon: Containerd) -> None:
     assert (made.parent / "bin/vi").is_char_device()  # overlayfs's mark of a removed file
 
 
+def test_nothing_of_the_host_is_below_a_tasks_root(daemon: Containerd) -> None:
+    # Where clients look for a container's files: /proc/PID/root of its task, which is the hypervisor's.
+    pid = daemon.detached("jail", "sleep", "1000")
+    root = Path(f"/proc/{pid}/root")
+    assert not root.samefile("/")
+    # By 9p QEMU shares files by the names of its own descriptors: one of the share, none of another directory.
+    found = {os.path.relpath(path, root): names for path, names, _ in os.walk(root) if "self/fd" not in path}
+    assert found in ({".": []}, {".": ["proc"], "proc": ["self"], "proc/self": ["fd"]})
+    opened = [os.readlink(entry) for entry in (root / "proc/self/fd").glob("*") if entry.is_dir()]
+    assert opened in ([], [str(daemon.run_dir / "sandboxes/default.jail/share")])
+    with pytest.raises(OSError, match="Read-only file system"):
+        (root / "new").touch()
+    with pytest.raises(OSError, match="Read-only file system"):
+        (root / "new").mkdir()
+    # What needs those names: a mode and, of a link's target only, an owner.
+    script = "echo x >/f; chmod 4751 /f; ln -s f /l; chown 5:6 /l; stat -c '%a %u' /f"
+    done = daemon.ctr("task", "exec", "--exec-id", "e", "jail", "sh", "-c", script)
+    assert done.stdout.decode().split() == ["751", "5"], done.stderr
+
+
 def test_a_killed_machine_is_told_as_137(daemon: Containerd) -> None:
     pid = daemon.detached("shot", "sleep", "1000")
     os.kill(pid, signal.SIGKILL)

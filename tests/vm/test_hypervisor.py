@@ -143,8 +143,13 @@ def test_empty_plugs_are_filled_while_it_runs(lab: Lab, tmp_path: Path) -> None:
     writable.touch()
     os.truncate(writable, 96 << 20)
 
+    # As its engine has it: none of the host's files can be reached by name any more.
+    root = tmp_path / "root"
+    root.mkdir()
+
     async def work() -> None:
-        async with lab.engine() as (vm, shell):
+        async with lab.engine(share_dir="", root=str(root)) as (vm, shell):
+            assert Path(f"/proc/{vm.pid}/root").samefile(root)
 
             async def run(command: str) -> str:
                 return await asyncio.to_thread(shell.ok, command)
@@ -166,6 +171,9 @@ def test_empty_plugs_are_filled_while_it_runs(lab: Lab, tmp_path: Path) -> None:
             assert await run(f"cat /sys/block/{block(address)}/size") == str((96 << 20) // 512)
             await run(f"echo hello >/dev/{block(address)}; sync")
             assert writable.read_bytes()[:6] == b"hello\n"
+            # Two machines cannot write to one image: it is locked, in the way that belongs to the open file.
+            locks = Path("/proc/locks").read_text().splitlines()
+            assert [line for line in locks if f":{writable.stat().st_ino} " in line and "OFDLCK" in line]
 
             # A slot that was emptied takes another image; what was there is nobody's any more.
             await vm.remove_disk(addresses[0])

@@ -10,7 +10,7 @@ import os
 import time
 
 from ..errors import GuestAssetError, HostError, KataError
-from ..hypervisor import qemu_process, slots
+from ..hypervisor import qemu_process, qemu_root, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
 from . import volumes
 
@@ -132,8 +132,12 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         from ..hypervisor import vsock
 
         vm.vsock = vsock.allocate()
+    serves_files = bool(vm.share_dir) and vm.share_fd < 0
+    vm.root = qemu_root.prepare(run_dir, journal, serves_files=serves_files)
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
+    if serves_files:
+        qemu_root.show_descriptors(vm.root, machine.process.pid)
     place = settings.get("cgroups_path"), os.path.basename(run_dir)
     machine.cgroup = limit(place, vm, journal, (machine.process.pid, os.getpid()))
     # Helpers are born into our cgroups.

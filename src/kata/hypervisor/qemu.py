@@ -59,6 +59,7 @@ class Qemu:
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
         self._nodes = [f"file{index}" for index in range(len(self.settings.disks))]
+        self._fdsets: dict[str, int] = {}
         self._nic_free = self.settings.nic is not None and self.settings.nic.is_empty
         if self._console_fd >= 0:
             os.set_blocking(self._console_fd, False)
@@ -188,9 +189,15 @@ class Qemu:
         """
         async with self._disk_lock:
             index = self._empty_slot(disk.readonly)
-            await self._exchange(
-                index, qemu_command.file_node(self._new_node(index), disk), disk.readonly, disk.path
-            )
+            name = self._new_node(index)
+            fdset = await self._show(disk)
+            try:
+                node = qemu_command.file_node(name, disk, f"/dev/fdset/{fdset}")
+                await self._exchange(index, node, disk.readonly, disk.path)
+            except BaseException:
+                await self.command("remove-fd", {"fdset-id": fdset})
+                raise
+            self._fdsets[name] = fdset
             if not disk.readonly:
                 # Resizing to the size it has already is how QEMU is told to tell the guest.
                 await self.command(
@@ -269,11 +276,11 @@ class Qemu:
             "threads": int(fields[17]),
         }
 
-    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a QMP command; if QEMU is gone, the error says why."""
+    async def command(self, name: str, arguments: dict[str, Any] | None = None, fd: int = -1) -> Any:
+        """Run a QMP command, with a descriptor if it takes one; if QEMU is gone, the error says why."""
         client = await self._qmp_client()
         try:
-            return await client.execute(name, arguments)
+            return await client.execute(name, arguments, fd=fd)
         except HypervisorError:
             if not client.connected:
                 await asyncio.wait([self._ended], timeout=1.0)  # its exit status explains more
@@ -401,6 +408,26 @@ class Qemu:
             raise HypervisorError(f"cannot give the virtual machine {what}: {error.message}") from error
         old, self._nodes[index] = self._nodes[index], name
         await self.command("blockdev-del", {"node-name": old})
+        if old in self._fdsets:
+            await self.command("remove-fd", {"fdset-id": self._fdsets.pop(old)})
+
+    async def _show(self, disk: Disk) -> int:
+        """Open an image for QEMU, which cannot reach the host's files by their names any more.
+
+        Returns:
+            The number of the set of descriptors that QEMU keeps it in.
+        """
+        flags = (os.O_RDONLY if disk.readonly else os.O_RDWR) | os.O_CLOEXEC
+        try:
+            fd = await asyncio.to_thread(os.open, disk.path, flags)
+        except OSError as error:
+            raise HypervisorError(
+                f"cannot give the virtual machine {disk.path}: {error.strerror}"
+            ) from error
+        try:
+            return int((await self.command("add-fd", fd=fd))["fdset-id"])
+        finally:
+            os.close(fd)
 
 
 async def _size(path: str) -> int:

@@ -7,13 +7,14 @@ Source of the options: qemu(1), and QEMU's QAPI schema (``qapi/block-core.json``
 from __future__ import annotations
 
 from kata.hypervisor import slots
+from kata.hypervisor.settings import Disk
 from kata.journal import dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from kata.hypervisor.settings import Disk, Nic, VMSettings
+    from kata.hypervisor.settings import Nic, VMSettings
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """QEMU's seccomp filter: no set*uid, no fork or exec, no scheduler changes after start."""
@@ -50,12 +51,12 @@ def cpu_model(accel: str) -> str:
     return "host" if accel == "kvm" else "max,-erms"
 
 
-def file_node(name: str, disk: Disk) -> dict[str, Any]:
-    """The protocol node of a disk image."""
+def file_node(name: str, disk: Disk, filename: str = "") -> dict[str, Any]:
+    """The protocol node of a disk image; *filename* is another name of it, by which QEMU can open it."""
     node: dict[str, Any] = {
         "driver": "host_device" if disk.path.startswith("/dev/") else "file",
         "node-name": name,
-        "filename": disk.path,
+        "filename": filename or disk.path,
         "read-only": disk.readonly,
         "auto-read-only": False,
         "aio": "threads",
@@ -116,6 +117,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *("-initrd", settings.initrd),
         *("-append", command_line(settings)),
         *("-sandbox", settings.sandbox or SANDBOX),
+        *_root(settings),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
         *_serial(settings, fds),
     ]
@@ -143,6 +145,22 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *_device("virtio-rng-pci", slots.RNG, rng="rng"),
         *_device("virtio-balloon-pci", slots.BALLOON, id="balloon", free_page_reporting=settings.reclaim),
     ]
+    return argv
+
+
+def _root(settings: VMSettings) -> list[str]:
+    """QEMU's root directory, and what it has to know of the one before."""
+    if not settings.root:
+        return []
+    if settings.root_option == "-run-with":
+        argv = ["-run-with", f"chroot={comma(settings.root)}"]
+    else:
+        argv = [settings.root_option, settings.root]
+    if not any(settings.disks):
+        # Whether the host has locks that belong to an open file is tried out on /dev/null at the first image. Without,
+        # an image that is inserted later would not be locked.
+        first = file_node("first", Disk(settings.kernel, True))
+        argv += ["-blockdev", dumps(first)]
     return argv
 
 

@@ -11,7 +11,7 @@ import os
 
 from kata import children
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
-from kata.hypervisor import qemu_command, tsc
+from kata.hypervisor import qemu_command, qemu_root, tsc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
         _check(settings)
         if settings.accel == "tcg" and not settings.tsc_khz:
             settings.tsc_khz = tsc.khz()
+        if settings.root and not settings.root_option:
+            settings.root_option = qemu_root.option(settings.binary)
         for name in ("agent", "qmp", "console"):
             if name != "console" or settings.console != "none":
                 ours[name], theirs[name] = children.socketpair()

@@ -65,6 +65,7 @@ class QmpClient(asyncio.Protocol):
         self._framer = Framer()
         self._on_event = on_event
         self._transport: asyncio.Transport | None = None
+        self._sock: socket.socket | None = None
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._next_id = 0
         self._lost: Exception | None = None
@@ -95,6 +96,7 @@ class QmpClient(asyncio.Protocol):
         client._greeting = loop.create_future()
         sock = socket.socket(fileno=fd)
         sock.setblocking(False)
+        client._sock = sock
         await loop.create_connection(lambda: client, sock=sock)
         try:
             greeting = await asyncio.wait_for(client._greeting, timeout_s)
@@ -114,7 +116,7 @@ class QmpClient(asyncio.Protocol):
         return client
 
     async def execute(
-        self, command: str, arguments: dict[str, Any] | None = None, timeout_s: float = 10.0
+        self, command: str, arguments: dict[str, Any] | None = None, timeout_s: float = 10.0, *, fd: int = -1
     ) -> Any:
         """Run a command.
 
@@ -122,6 +124,7 @@ class QmpClient(asyncio.Protocol):
             command: Its name.
             arguments: Its arguments.
             timeout_s: How long the answer may take.
+            fd: A descriptor that goes with it; it stays the caller's.
 
         Returns:
             The value of its answer.
@@ -139,7 +142,11 @@ class QmpClient(asyncio.Protocol):
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
         try:
-            self._transport.write(json.dumps(message).encode() + b"\n")
+            line = json.dumps(message).encode() + b"\n"
+            if fd >= 0:
+                await self._send_with(fd, line)
+            else:
+                self._transport.write(line)
             answer = await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise HypervisorError(f"QEMU did not answer {command} for {timeout_s:g} s") from None
@@ -148,6 +155,18 @@ class QmpClient(asyncio.Protocol):
         if "error" in answer:
             raise HypervisorError(f"QEMU refused {command}: {_words(answer['error'])}")
         return answer.get("return")
+
+    async def _send_with(self, fd: int, line: bytes) -> None:
+        """Send a message with a descriptor, which has to go in one piece, after what was said before."""
+        assert self._transport is not None
+        assert self._sock is not None
+        while self._transport.get_write_buffer_size():
+            await asyncio.sleep(0.005)
+        try:
+            sent = socket.send_fds(self._sock, [line], [fd])
+        except OSError as error:
+            raise HypervisorError(f"cannot send QEMU a descriptor: {error.strerror}") from error
+        self._transport.write(line[sent:])
 
     @property
     def connected(self) -> bool:

@@ -109,6 +109,8 @@ class VMSettings:
         prealloc: Allocate the guest's memory before it boots.
         reclaim: Give the host back what the guest frees.
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu_command.SANDBOX`.
+        root: Directory that becomes QEMU's root once its machine is built; empty leaves it the caller's.
+        root_option: How this QEMU is told so; empty means looked up.
     """
 
     __slots__ = (
@@ -132,6 +134,8 @@ class VMSettings:
         "nic",
         "prealloc",
         "reclaim",
+        "root",
+        "root_option",
         "run_dir",
         "sandbox",
         "share_dir",
@@ -178,6 +182,8 @@ class VMSettings:
         prealloc: bool = False,
         reclaim: bool = True,
         sandbox: str = "",
+        root: str = "",
+        root_option: str = "",
     ) -> None:
         if accel not in ("kvm", "tcg"):
             raise ValueError(f"no such accelerator: {accel}")
@@ -216,3 +222,5 @@ class VMSettings:
         self.prealloc = prealloc
         self.reclaim = reclaim
         self.sandbox = sandbox
+        self.root = root
+        self.root_option = root_option

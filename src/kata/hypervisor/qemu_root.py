@@ -1,0 +1,148 @@
+"""The root directory that QEMU is left with: an empty, read-only one of its own.
+
+QEMU opens what it needs while it builds its machine, and goes there before it serves anything. So a hypervisor that
+was taken over finds no file of the host by its name; and ``/proc/PID/root`` of a task, which clients take for the
+container's root directory, is not the host's. Usable before asyncio is imported.
+
+QEMU serves a share by 9p through the names of its own descriptors (chmod and extended attributes go by
+``/proc/self/fd/N``), so where it does, these are the one thing in that directory.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata import children, paths, sysio
+from kata.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.journal import Journal
+
+NAME = "root"
+DESCRIPTORS = "proc/self/fd"
+_FLAGS = sysio.MS_NOSUID | sysio.MS_NODEV | sysio.MS_NOEXEC
+_CACHE = "qemu-root"
+
+
+def prepare(run_dir: str, journal: Journal, *, serves_files: bool) -> str:
+    """Make the directory, in the engine's own mount namespace.
+
+    Root may write where no mode allows it, so what keeps it empty is a mount.
+
+    Args:
+        run_dir: The sandbox's directory.
+        journal: Its journal.
+        serves_files: QEMU serves a share by 9p; then `show_descriptors` is to follow.
+
+    Returns:
+        Its path.
+
+    Raises:
+        HostError: A mount failed.
+    """
+    path = os.path.join(run_dir, NAME)
+    try:
+        os.mkdir(path, 0o700)
+        flags = _FLAGS if serves_files else _FLAGS | sysio.MS_RDONLY
+        journal.make_mount("kata-root", path, "tmpfs", flags, "mode=0555,size=4k,nr_inodes=8")
+        if serves_files:
+            os.makedirs(os.path.join(path, DESCRIPTORS), 0o555)
+            sysio.mount(None, path, None, sysio.MS_REMOUNT | sysio.MS_RDONLY | _FLAGS)
+    except OSError as error:
+        raise HostError(f"cannot make the hypervisor's root directory {path}: {error.strerror}") from error
+    return path
+
+
+def show_descriptors(path: str, pid: int) -> None:
+    """Give QEMU the names of its descriptors, before the guest can ask for a file.
+
+    They go with the mount that `prepare` has noted in the journal.
+
+    Args:
+        path: What `prepare` returned.
+        pid: QEMU's.
+
+    Raises:
+        HostError: They cannot be mounted there.
+    """
+    try:
+        sysio.mount(f"/proc/{pid}/fd", os.path.join(path, DESCRIPTORS), None, sysio.MS_BIND)
+    except OSError as error:
+        raise HostError(f"cannot show the hypervisor its descriptors: {error.strerror}") from error
+
+
+def option(binary: str) -> str:
+    """How this QEMU is told its root directory: ``-chroot``, or ``-run-with`` from 8.2 on.
+
+    QEMU's own help tells; the answer is kept for as long as the program does not change.
+
+    Args:
+        binary: Its absolute path.
+
+    Raises:
+        HostError: It cannot be executed, or knows neither.
+    """
+    try:
+        status = os.stat(binary)
+        key = f"1 {binary} {status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+        cache = os.path.join(paths.run_dir(), _CACHE)
+        found = _read(cache, key)
+        if not found:
+            said = _help(binary)
+            found = "-run-with" if b"chroot=dir" in said else "-chroot" if b"\n-chroot dir" in said else ""
+            if not found:
+                raise HostError(
+                    f"the hypervisor {binary} has no option for its root directory (-chroot, -run-with)",
+                    "apt-get install qemu-system-x86",
+                )
+            _write(cache, key, found)
+    except OSError as error:
+        raise HostError(f"cannot execute the hypervisor {binary}: {error.strerror}") from error
+    return found
+
+
+def _read(path: str, key: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return lines[1] if len(lines) == 3 and lines[0] == key else ""
+
+
+def _write(path: str, key: str, found: str) -> None:
+    aside = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(f"{key}\n{found}\n")
+        os.replace(aside, path)
+    except OSError:
+        pass  # it will be asked again
+
+
+def _help(binary: str) -> bytes:
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = os.posix_spawn(
+            binary,
+            [binary, "--help"],
+            children.ENVIRONMENT,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, write_end, 1),
+                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+            ],
+        )
+        os.close(write_end)
+        write_end = -1
+        said = b""
+        while piece := os.read(read_end, 65536):
+            said += piece
+        os.waitpid(pid, 0)
+    finally:
+        for fd in (read_end, write_end):
+            if fd >= 0:
+                os.close(fd)
+    return said
