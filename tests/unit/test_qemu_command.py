@@ -146,7 +146,7 @@ def test_commas_in_paths_are_quoted() -> None:
 
 def test_accelerators() -> None:
     emulated = qemu_command.build(settings(tsc_khz=2000000, vcpus=1), FDS)
-    assert options(emulated, "-cpu") == ["max,-erms"]
+    assert options(emulated, "-cpu") == ["max,-erms,-arat"]
     assert options(emulated, "-accel") == ["tcg,thread=multi,tb-size=128"]
     line = options(emulated, "-append")[0].split()
     assert {
@@ -156,11 +156,28 @@ def test_accelerators() -> None:
         "agent.channel=serial",
         "console=ttyS0",
     } <= set(line)
-    assert "nolapic_timer" not in options(qemu_command.build(settings(vcpus=2), FDS), "-append")[0]
     real = qemu_command.build(settings(accel="kvm", tsc_khz=2000000), FDS)
     assert options(real, "-cpu") == ["host"]
     assert options(real, "-accel") == ["kvm"]
     assert options(real, "-append") == ["quiet reboot=t swiotlb=noforce console=ttyS0 agent.channel=serial"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "timers", "local"),
+    [
+        ({}, "3", False),
+        ({"vcpus": 1, "max_vcpus": 4}, "6", False),
+        ({"vcpus": 30}, "32", False),
+        ({"vcpus": 1, "max_vcpus": 31}, "", True),
+        ({"vcpus": 2, "machine_options": "hpet=off"}, "", True),
+        ({"machine_options": "hpet=off"}, "", False),
+        ({"vcpus": 2, "accel": "kvm"}, "", True),
+    ],
+)
+def test_what_emulated_processors_tick_by(changes: dict[str, Any], timers: str, local: bool) -> None:
+    argv = qemu_command.build(settings(**{"vcpus": 1, **changes}), FDS)
+    assert options(argv, "-global") == (["hpet.msi=on", f"hpet.timers={timers}"] if timers else [])
+    assert ("nolapic_timer" not in options(argv, "-append")[0].split()) is local
 
 
 def test_descriptors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -321,3 +322,27 @@ def test_a_pods_own_figures_and_its_annotations(cri: Cri, guest_assets: Path) ->
     clean(cri)
     with pytest.raises(AssertionError, match="machine_type is not allowed on this host: enable_annotations"):
         cri.pod({f"{prefix}.machine_type": "pc"})
+
+
+TICKS = (
+    "sh",
+    "-c",
+    "nproc; grep -c 'hres_active *: 1' /proc/timer_list; awk '/HPET|LOC|timer/ {print $2 + $3}' /proc/interrupts",
+)
+
+
+def test_every_processor_has_a_precise_timer_and_an_idle_one_rests(cri: Cri) -> None:
+    """A machine that may grow has more processors than it runs: that must not cost it its timers."""
+    container = cri.container(cri.pod(), "one", "sleep", "1000", linux=linux(70_000, 200))
+
+    def look() -> tuple[int, int, int]:
+        cpus, precise, *counts = map(int, cri("exec", "-s", container, *TICKS).split())
+        return cpus, precise, sum(counts)
+
+    cpus, precise, before = look()
+    assert (cpus, precise) == (1, 1)
+    time.sleep(4)
+    # At full rate it would have been 1000; what there is comes from the exec itself, mostly.
+    assert look()[2] - before < 500
+    cri("update", "--cpu-period", "100000", "--cpu-quota", "150000", container)
+    assert look()[:2] == (2, 2)

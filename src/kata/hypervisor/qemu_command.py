@@ -46,9 +46,27 @@ def cpu_model(accel: str) -> str:
     """The ``-cpu`` argument.
 
     Emulation runs ``rep stosb``/``rep movsb`` byte by byte: a guest that believes in "enhanced rep movsb"
-    clears memory fifteen times slower.
+    clears memory fifteen times slower. And a guest whose local APIC's timer never stops ("arat") does not look
+    at the HPET's timers (see `hpet_timers`).
     """
-    return "host" if accel == "kvm" else "max,-erms"
+    return "host" if accel == "kvm" else "max,-erms,-arat"
+
+
+def hpet_timers(settings: VMSettings) -> int:
+    """How many timers the HPET of an emulated machine is to have, each with an interrupt of its own; 0: leave it.
+
+    A guest finds out how fast a local APIC's timer runs by spinning for a tenth of a second. The HPET says how
+    fast it is; with message signalled interrupts, Linux gives each processor one of its timers as clock event
+    device. The first of them ticks for the machine, and the last Linux keeps for the emulation of a real-time
+    clock's interrupt (drivers/clocksource, arch/x86/kernel/hpet.c).
+    """
+    wanted = max(settings.max_vcpus + 2, 3)
+    has_one = "hpet=off" not in settings.machine_options
+    return wanted if settings.accel == "tcg" and has_one and wanted <= _HPET_MOST else 0
+
+
+_HPET_MOST = 32
+"""Timers of an HPET (IA-PC HPET Specification 1.0a, 2.3.4)."""
 
 
 def file_node(name: str, disk: Disk, filename: str = "") -> dict[str, Any]:
@@ -103,6 +121,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         The arguments, program first. The descriptors to pass are `inherited_fds`.
     """
     kvm = settings.accel == "kvm"
+    timers = hpet_timers(settings)
     argv = [
         settings.binary,
         *("-name", comma(settings.name)),
@@ -111,6 +130,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *("-accel", "kvm" if kvm else f"tcg,thread=multi,tb-size={settings.tb_size_mib}"),
         *("-cpu", ",".join(filter(None, (cpu_model(settings.accel), settings.cpu_features)))),
         *("-smp", str(settings.max_vcpus)),
+        *(("-global", "hpet.msi=on", "-global", f"hpet.timers={timers}") if timers else ()),
         *_memory(settings),
         *("-bios", settings.firmware),
         *("-kernel", settings.kernel),
@@ -192,9 +212,9 @@ def _emulation(settings: VMSettings) -> list[str]:
     parts = ["no_timer_check", "mitigations=off"]
     if settings.tsc_khz:
         parts.append(f"tsc_early_khz={settings.tsc_khz}")
-    if settings.vcpus == 1:
-        # Calibrating the local APIC's timer spins for a tenth of a second. With several processors each
-        # needs that timer; with one, the HPET ticks as well.
+    if hpet_timers(settings) or settings.max_vcpus == 1:
+        # A single processor does without, whatever else the machine has. More than one, and no timer for each:
+        # the guest would tick along at full rate for ever, idle or not.
         parts.append("nolapic_timer")
     return parts
 
