@@ -159,6 +159,7 @@ def spawn(
     gently: bool = False,
     cgroups: Sequence[str] = (),
     outlives: bool = False,
+    small_pages: bool = False,
 ) -> Child:
     """Start a program as a child that dies with us.
 
@@ -179,6 +180,7 @@ def spawn(
         gently: Undoing the journal sends TERM before KILL.
         cgroups: Directories of cgroups that it joins before it executes anything.
         outlives: It ends by itself after us: no death signal, and undoing the journal waits for it first.
+        small_pages: It gets no transparent huge pages, whatever it asks for (prctl(2), PR_SET_THP_DISABLE).
 
     Returns:
         The running child: the program has been executed when this returns.
@@ -227,6 +229,8 @@ def spawn(
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 if oom_score_adj is not None:
                     _set_oom_score(oom_score_adj)
+                if small_pages:
+                    sysio.prctl(sysio.PR_SET_THP_DISABLE, 1)
                 os.chdir(cwd)
                 os.umask(0o077)
                 sysio.reset_signals()

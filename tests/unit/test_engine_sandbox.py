@@ -99,7 +99,7 @@ class Engine:
         self.sandbox.agent_double = self.double
         if self.prepare is not None:
             self.prepare(self)
-        self.sandbox.start()
+        self.sandbox.start(0, 0)
         services = {
             task_service.SERVICE: (
                 task_pb.SERVICES[task_service.SERVICE],

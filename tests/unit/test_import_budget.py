@@ -15,7 +15,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 ENGINE_BEFORE_THE_VM = {
     *("_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat"),
-    *("_ctypes", "ctypes", "ctypes._endian", "_struct", "struct", "types", "errno"),
+    *("_ctypes", "ctypes", "ctypes._endian", "_struct", "struct", "types", "errno", "fcntl"),
     *("__future__", "warnings", "importlib", "importlib._bootstrap", "importlib._bootstrap_external"),
 }
 """Modules of the standard library that the engine may load before it has started the hypervisor."""
@@ -23,7 +23,7 @@ ENGINE_BEFORE_THE_VM = {
 OURS_BEFORE_THE_VM = {
     *("kata", "kata.children", "kata.errors", "kata.journal", "kata.launcher", "kata.paths", "kata.sysio"),
     *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
-    "kata.engine.volumes",
+    *("kata.engine.turns", "kata.engine.volumes"),
     *("kata.hypervisor", "kata.hypervisor.qemu_command", "kata.hypervisor.qemu_process"),
     "kata.hypervisor.qemu_root",
     *("kata.hypervisor.settings", "kata.hypervisor.slots", "kata.hypervisor.tsc"),

@@ -12,7 +12,7 @@ import time
 from ..errors import GuestAssetError, HostError, KataError
 from ..hypervisor import qemu_process, qemu_root, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
-from . import volumes
+from . import turns, volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,10 +66,22 @@ class Machine:
         network: The network, if the sandbox has one.
         process: The hypervisor's process.
         share: The share, if the sandbox has one.
+        ready_ns: When there was nothing more to do but wait for a turn.
         started_ns: When the hypervisor was started.
+        turn: The permission to boot, until the guest is up.
     """
 
-    __slots__ = ("cgroup", "files", "host", "network", "process", "share", "started_ns")
+    __slots__ = (
+        "cgroup",
+        "files",
+        "host",
+        "network",
+        "process",
+        "ready_ns",
+        "share",
+        "started_ns",
+        "turn",
+    )
 
     def __init__(self) -> None:
         self.cgroup: HostCgroup | None = None
@@ -78,7 +90,14 @@ class Machine:
         self.network: NetworkPlan | None = None
         self.process: qemu_process.QemuProcess | None = None
         self.share: volumes.Share | None = None
+        self.ready_ns = 0
         self.started_ns = 0
+        self.turn: turns.Turn | None = None
+
+    def end_turn(self) -> None:
+        """Let the next machine boot."""
+        if self.turn is not None:
+            self.turn.end()
 
 
 def needs_share(settings: dict[str, Any]) -> bool:
@@ -134,6 +153,8 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         vm.vsock = vsock.allocate()
     serves_files = bool(vm.share_dir) and vm.share_fd < 0
     vm.root = qemu_root.prepare(run_dir, journal, serves_files=serves_files)
+    machine.ready_ns = time.monotonic_ns()
+    machine.turn = turns.Turn(settings.setdefault("notes", []).append)
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
     if serves_files:
@@ -290,6 +311,8 @@ async def bring_up(sandbox: Sandbox) -> AgentClient:
         return await _bring_up(sandbox, step)
     except KataError as error:
         raise explain(sandbox, step.name, error) from error
+    finally:
+        sandbox.machine.end_turn()
 
 
 class _Step:
@@ -312,6 +335,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     agent = await sandbox.connect_agent(ready_s)
     await _healthy(agent, sandbox.lost, ready_s)
     answered_ns = time.monotonic_ns()
+    sandbox.machine.end_turn()
 
     step.name = "setting up the guest"
     storages = []

@@ -88,8 +88,7 @@ async def _serve(
     sandbox = Sandbox(settings, run_dir, journal, machine, failed)
     publisher = _publisher(settings, sandbox)
     if not sandbox.is_pod:
-        sandbox.timings.add("engine", sandbox.timings.origin_ns, machine.started_ns or booting_ns)
-        sandbox.start()
+        sandbox.start(sandbox.timings.origin_ns, booting_ns)
     tasks = (task_pb.SERVICES[task_service.SERVICE], task_service.TaskService(sandbox))
     services = {
         task_service.SERVICE: tasks,

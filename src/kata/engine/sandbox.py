@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+NOTABLE_NS = 1_000_000
+"""A shorter wait for a turn is none."""
 LOST_NOTICE_S = 2.0
 """How long a broken agent connection waits for the machine's own account of what happened."""
 
@@ -156,13 +158,21 @@ class Sandbox:
         except KataError as error:
             self._failed = error
         self.share = self.machine.share
-        self.timings.add("engine", began, self.machine.started_ns or None)
-        self.start()
+        self.start(began, time.monotonic_ns())
         if self._failed is not None:
             raise self._failed
 
-    def start(self) -> None:
-        """Take the machine over and bring it up; `ready` tells how that went."""
+    def start(self, began_ns: int, done_ns: int) -> None:
+        """Take the machine over and bring it up; `ready` tells how that went.
+
+        Args:
+            began_ns: When its start was begun, by CLOCK_MONOTONIC.
+            done_ns: When it was started, or had failed to.
+        """
+        machine = self.machine
+        self.timings.add("engine", began_ns, machine.ready_ns or done_ns)
+        if machine.started_ns - machine.ready_ns > NOTABLE_NS:
+            self.timings.add("turn", machine.ready_ns, machine.started_ns)
         self._booted = asyncio.create_task(self._boot())
         # Whoever asks gets the error; until then it is no surprise.
         self._booted.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -181,6 +191,7 @@ class Sandbox:
         if self.machine.files is not None:
             self._watch_files(self.machine.files)
         if self._failed is not None:
+            self.machine.end_turn()
             raise self._failed
         try:
             agent = await boot.bring_up(self)

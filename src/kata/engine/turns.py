@@ -1,0 +1,120 @@
+"""Booting in turns: of many machines that are asked for at once, a few boot and the others wait in line.
+
+A boot keeps a processor busy from its beginning to its end. Of thirty at once on two processors each takes as long
+as all of them, and a hundred run into the patience of those who wait for an answer. In turns the first are up as
+soon as they would be alone, and the last no later than before.
+
+A turn is an advisory lock (flock(2)) on one of a few files, so the kernel takes it back from whoever dies with it.
+Who finds none free waits in line: that is a lock as well, and only its holder looks for a free turn.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+
+from .. import paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DIRECTORY = "boots"
+"""Of the files, in `kata.paths.run_dir`; they stay, as it does."""
+PATIENCE_S = 300.0
+"""Then a machine boots without a turn: if somebody keeps theirs, rather slowly than never."""
+POLL_S = 0.01
+_LINE = "line"
+
+
+class Turn:
+    """The permission to boot; waiting for it blocks.
+
+    Args:
+        complain: Is told why there was none to be had; the machine boots all the same.
+        most: How many have a turn at a time. 0 is one more than there are processors, so that none of them idles
+            while a boot waits for a disk.
+        patience_s: How long to wait for one.
+    """
+
+    __slots__ = ("_fd",)
+
+    def __init__(
+        self, complain: Callable[[str], object], most: int = 0, patience_s: float = PATIENCE_S
+    ) -> None:
+        directory = os.path.join(paths.run_dir(), DIRECTORY)
+        most = most or (os.cpu_count() or 1) + 1
+        self._fd = -1
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            self._fd = _any(directory, most)
+            if self._fd < 0:
+                self._fd = _in_line(directory, most, time.monotonic() + patience_s)
+        except OSError as error:
+            complain(f"machines cannot boot in turns: {error.strerror}: {error.filename or directory}")
+            return
+        if self._fd < 0:
+            complain(f"no turn to boot came free in {patience_s:g} s: booting without one")
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is one."""
+        return self._fd >= 0
+
+    def end(self) -> None:
+        """The next, please. May be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _any(directory: str, most: int) -> int:
+    for number in range(most):
+        fd = _open(directory, str(number))
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        else:
+            return fd
+    return -1
+
+
+def _in_line(directory: str, most: int, until: float) -> int:
+    line = _open(directory, _LINE)
+    try:
+        if not _first(line, until):
+            return -1
+        while (fd := _any(directory, most)) < 0 and time.monotonic() < until:
+            time.sleep(POLL_S)
+        return fd
+    finally:
+        os.close(line)
+
+
+def _first(line: int, until: float) -> bool:
+    """Wait to be the first in line. The kernel keeps the order, so this sleeps in it rather than looking again."""
+    import signal
+
+    def enough(number: int, frame: object) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "waited long enough")
+
+    before = signal.signal(signal.SIGALRM, enough)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(until - time.monotonic(), POLL_S))
+        fcntl.flock(line, fcntl.LOCK_EX)
+    except TimeoutError:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return True
+
+
+def _open(directory: str, name: str) -> int:
+    return os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
