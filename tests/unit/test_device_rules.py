@@ -87,6 +87,29 @@ def test_the_rules_of_a_sandbox(leaf: str, tmp_path: Path) -> None:
     assert opens(leaf, str(node), os.O_RDONLY | os.O_NONBLOCK) == REFUSED
 
 
+def test_disks_come_and_go(leaf: str, tmp_path: Path) -> None:
+    """A block device that nothing is behind: what is asked first is the cgroup."""
+    node = tmp_path / "disk"
+    try:
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(7, 230))
+    except PermissionError:
+        pytest.skip("may not make device nodes")
+    attached(leaf, host_cgroup.DEVICES)
+    cgroup = host_cgroup.HostCgroup()
+    cgroup._leaf = leaf
+    before = opens(leaf, str(node))
+    assert before == REFUSED
+    cgroup.allow_disk((7, 230))
+    cgroup.allow_disk((7, 230))
+    assert opens(leaf, str(node)) != REFUSED
+    assert opens(leaf, "/dev/null", os.O_RDWR) == ""
+    cgroup.take_disk((7, 230))
+    assert opens(leaf, str(node)) != REFUSED
+    cgroup.take_disk((7, 230))
+    assert opens(leaf, str(node)) == REFUSED
+    assert cgroup.warnings == []
+
+
 def test_a_rule_that_is_none_is_not_taken() -> None:
     for wrong in ("x 1:3 r", "c 1:3 q", "c 1 r", "c 1:x r"):
         with pytest.raises(ValueError, match="is no device rule"):

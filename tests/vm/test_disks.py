@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, running, until
 
+from kata.engine.client import EngineClient
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 BLOCKFILE = """\
@@ -63,6 +65,29 @@ def test_a_device_of_the_host(daemon: Containerd, device: str) -> None:
     assert done.returncode == 0, done.stderr
     assert str((8 << 20) // 512) in done.stdout.decode().split()
     assert Path(device).read_bytes()[:15] == b"from the guest\n"
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+
+
+def test_of_the_hosts_disks_the_sandbox_may_open_its_own(daemon: Containerd, device: str) -> None:
+    daemon.detached("held", "sleep", "1000", options=("--device", device))
+    with EngineClient(str(daemon.run_dir / "sandboxes/default.held/engine.sock")) as engine:
+        groups = engine.describe()["host_cgroups"]
+    other = Path(device).stat().st_rdev
+    # From within the sandbox's cgroup. The other disk is a number without a driver: what is asked first are the rules.
+    node = daemon.directory / "other-disk"
+    os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(os.major(other), 250))
+    script = 'for i in $1; do echo $$ >"$i/cgroup.procs"; done; for i in $2; do true <"$i" && echo "$i"; done; true'
+    leaves = " ".join(sorted({groups[name] for name in ("memory", "devices") if name in groups}))
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", leaves, f"{device} /dev/null {node}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    node.unlink()
+    assert done.stdout.split() == [device, "/dev/null"], done.stderr
+    assert "Operation not permitted" in done.stderr
+    daemon.remove("held")
     until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 

@@ -8,6 +8,7 @@ devmapper and blockfile), which the guest mounts itself, and the block devices i
 from __future__ import annotations
 
 import os
+import stat
 
 from ..errors import HostError, KataError, UnsupportedError
 from ..hypervisor.settings import Disk
@@ -152,11 +153,12 @@ class Disks:
         sandbox: Whose virtual machine gets them.
     """
 
-    __slots__ = ("_addresses", "_sandbox")
+    __slots__ = ("_addresses", "_allowed", "_sandbox")
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self._addresses: list[str] = []
+        self._allowed: list[tuple[int, int]] = []
 
     async def insert(self, path: str, *, readonly: bool) -> str:
         """Give the machine a disk; its address in the guest. The guest need not have booted yet.
@@ -167,9 +169,27 @@ class Disks:
         if self._sandbox.vm is None:
             await self._sandbox.ready()
         assert self._sandbox.vm is not None
+        await self._sandbox.helper(self._allow, path)
         address = await self._sandbox.unless_lost(self._sandbox.vm.insert_disk(Disk(path, readonly)))
         self._addresses.append(address)
         return address
+
+    def _allow(self, path: str) -> None:
+        """Let hypervisor and engine open the device, if it is one. Blocks."""
+        cgroup = self._sandbox.machine.cgroup
+        try:
+            about = os.stat(path)
+        except OSError:
+            return  # the hypervisor says so
+        if cgroup is not None and stat.S_ISBLK(about.st_mode):
+            numbers = (os.major(about.st_rdev), os.minor(about.st_rdev))
+            cgroup.allow_disk(numbers)
+            self._allowed.append(numbers)
+
+    def _take_back(self) -> None:
+        cgroup = self._sandbox.machine.cgroup
+        while cgroup is not None and self._allowed:
+            cgroup.take_disk(self._allowed.pop())
 
     async def remove_all(self) -> None:
         """Take them out again, when the guest has let go of them. What cannot be taken is complained about."""
@@ -182,3 +202,5 @@ class Disks:
                 await vm.remove_disk(address)
             except KataError as error:
                 self._sandbox.complain(f"a disk stays in the virtual machine: {error.message}")
+        if self._allowed:
+            await self._sandbox.helper(self._take_back)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PARENT = "kata"
 DEFAULT_SLICE = "system.slice"
 DEVICES = (
-    *("c *:* m", "b *:* m", "b *:* rw"),  # file systems of containers are on block devices
+    *("c *:* m", "b *:* m"),  # a guest may make nodes in what it shares, which nobody can open there
     *("c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm"),  # null, zero, full, random, urandom
     *("c 5:0 rwm", "c 5:2 rwm", "c 136:* rwm"),  # terminals
     *(
@@ -39,9 +39,8 @@ DEVICES = (
         "c 10:238 rw",
         "c 10:241 rw",
     ),  # tun, fuse, kvm, vhost-net, -vsock
-    "c 10:237 rw",  # loop-control
 )
-"""What engine, hypervisor and helpers may use of the host's devices."""
+"""What engine, hypervisor and helpers may use of the host's devices, besides the disks of the sandbox's containers."""
 CONTROLLERS = ("memory", "cpu")
 PERIOD_US = 100_000
 _ATTEMPTS = 20
@@ -170,9 +169,11 @@ class HostCgroup:
         warnings: Why there is none.
     """
 
-    __slots__ = ("_origins", "_versions", "paths", "warnings")
+    __slots__ = ("_disks", "_leaf", "_origins", "_versions", "paths", "warnings")
 
     def __init__(self) -> None:
+        self._disks: list[str] = []
+        self._leaf = ""  # of version 2, if there is one
         self.paths: dict[str, str] = {}
         self.warnings: list[str] = []
         self._origins: list[tuple[str, str]] = []
@@ -229,11 +230,37 @@ class HostCgroup:
         from kata.resources import device_rules
 
         try:
-            device_rules.attach(path, DEVICES)
+            device_rules.attach(path, (*DEVICES, *self._disks))
         except OSError as error:
             self.warnings.append(
                 f"the host's devices are not closed to the sandbox's processes: {error.strerror}"
             )
+        else:
+            self._leaf = path
+
+    def allow_disk(self, numbers: tuple[int, int]) -> None:
+        """Let the sandbox's processes open one of the host's block devices; as often as it is taken back."""
+        rule = f"b {numbers[0]}:{numbers[1]} rw"
+        self._disks.append(rule)
+        self._change_disk("devices.allow", rule)
+
+    def take_disk(self, numbers: tuple[int, int]) -> None:
+        """Take back what `allow_disk` allowed. Who has the device open keeps it."""
+        rule = f"b {numbers[0]}:{numbers[1]} rw"
+        self._disks.remove(rule)
+        if rule not in self._disks:
+            self._change_disk("devices.deny", rule)
+
+    def _change_disk(self, file: str, rule: str) -> None:
+        if self._leaf:
+            self._limit_devices(self._leaf)
+        if "devices" in self.paths:
+            try:
+                _write(f"{self.paths['devices']}/{file}", rule)
+            except OSError as error:
+                self.warnings.append(
+                    f"cannot write {rule!r} to {file} of the sandbox's cgroup: {error.strerror}"
+                )
 
     @staticmethod
     def _fill(path: str, top: str, controllers: Sequence[str]) -> None:
