@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,9 +47,12 @@ class Lab:
         for program in ("crictl", "runc", "containerd", "ip"):
             if not shutil.which(program):
                 raise SystemExit(f"error: {program} is not installed\nhint: tools/setup test installs it")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then either
         self.directory = Path(tempfile.mkdtemp(prefix="kb-", dir="/tmp"))
         self._count = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._starting = 0
+        self._closed = False
         self._serving: list[subprocess.Popen[bytes]] = []
         try:
             guest = Path(os.environ.get("KATA_GUEST_DIR") or ROOT / "build/guest")
@@ -73,7 +77,10 @@ class Lab:
         self.close()
 
     def close(self) -> None:
-        """Take everything back."""
+        """Take everything back; what other threads are about to start, too."""
+        with self._lock:
+            self._closed = True
+            self._lock.wait_for(lambda: not self._starting)
         for server in self._serving:
             server.terminate()
             server.wait()
@@ -91,8 +98,19 @@ class Lab:
             RuntimeError: It did not start.
         """
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the lab is being closed")
             self._count += 1
             name = f"{runtime}{self._count}"
+            self._starting += 1
+        try:
+            return self._start(runtime, name, mounts)
+        finally:
+            with self._lock:
+                self._starting -= 1
+                self._lock.notify_all()
+
+    def _start(self, runtime: str, name: str, mounts: list[tuple[Path, str, bool]] | None) -> str:
         pod = {"metadata": {"name": name, "uid": name, "namespace": "bench"}, "linux": {}}
         one: dict[str, Any] = {
             "metadata": {"name": "one"},
