@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 PATIENCE_S = 20.0
 """How long a guest may take to take memory, without anything moving."""
+BEGIN_S = 10.0
 LET_GO_S = 3.0
-"""How long it may take to give some back: what it holds in place it never does."""
+"""How long it may take to begin to give some back, and to give more: what it holds in place it never gives."""
 _POLL_S = 0.02
 _PLUG_PATH = f"/machine/peripheral/{slots.PLUG_ID}"
 
@@ -65,7 +66,7 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
         raise HypervisorError(
             f"the virtual machine cannot have {plugged_mib} MiB plugged into it: {error.message}"
         ) from None
-    last = await _settle(plugged, wanted, patience_s if wanted > before else min(patience_s, LET_GO_S))
+    last = await _settle(plugged, wanted, patience_s, comes=wanted > before)
     if last < wanted:
         await request(before)
         raise HypervisorError(
@@ -101,7 +102,7 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
     wanted = returned_mib * MIB
     before = await returned()
     await request(wanted)
-    last = await _settle(returned, wanted, patience_s if wanted < before else min(patience_s, LET_GO_S))
+    last = await _settle(returned, wanted, patience_s, comes=wanted < before)
     if last > wanted:
         await request(before)
         raise HypervisorError(
@@ -113,11 +114,23 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
     return last // MIB
 
 
-async def _settle(look: Callable[[], Awaitable[int]], wanted: int, patience_s: float) -> int:
-    """Wait until something has a size, or does not move any more; returns its size."""
-    last = await look()
+async def _settle(look: Callable[[], Awaitable[int]], wanted: int, patience_s: float, *, comes: bool) -> int:
+    """Wait until something has a size, or does not move any more; returns its size.
+
+    Args:
+        look: Says its size.
+        wanted: The size.
+        patience_s: How long nothing may move.
+        comes: The guest takes memory; else it gives some back, and is waited for no longer than `LET_GO_S`.
+    """
+    first = last = await look()
     quiet_s = 0.0
-    while last != wanted and quiet_s < patience_s:
+    while last != wanted:
+        limit_s = patience_s
+        if not comes:
+            limit_s = min(limit_s, BEGIN_S if last == first else LET_GO_S)
+        if quiet_s >= limit_s:
+            break
         await asyncio.sleep(_POLL_S)
         now = await look()
         quiet_s = 0.0 if now != last else quiet_s + _POLL_S
