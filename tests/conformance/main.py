@@ -1,7 +1,8 @@
 """``make conformance``: critest and the clients' operations, with runc and with kata; what came of it goes into docs/.
 
 Resumable: each result is a line of ``build/conformance/results.jsonl`` the moment it is there, and what is there is
-not run again. ``--again TEXT`` forgets the tests whose name contains that text, ``--fresh`` all of them.
+not run again. ``--again TEXT`` forgets the tests whose name contains that text, ``--fresh`` all of them. critest runs
+with each containerd that there is: this machine's, and containerd 2 (tools/setup).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from pathlib import Path
 import critest
 import matrix
 import page
+from containerd_support import SECOND, USE_SECOND
 from rig import ROOT, Rig
 
 from kata import __version__
 
-HANDLERS = ("runc", "kata")
+HANDLERS = page.HANDLERS
+CONTAINERDS = ("1", "2")
 STATE = ROOT / "build/conformance"
 PAGE = ROOT / "docs/conformance.md"
 
@@ -39,27 +42,27 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.found: dict[tuple[str, str], critest.Result] = {}
+        self.found: dict[page.Key, critest.Result] = {}
         if path.exists():
             for line in path.read_text().splitlines():
                 entry = json.loads(line)
-                key = (entry.pop("handler"), entry.pop("test"))
+                key = page.Key(entry.pop("containerd"), entry.pop("handler"), entry.pop("test"))
                 self.found[key] = critest.Result(**entry)
 
-    def add(self, handler: str, test: str, result: critest.Result) -> None:
+    def add(self, key: page.Key, result: critest.Result) -> None:
         """Note a result, at once and for good."""
-        self.found[handler, test] = result
+        self.found[key] = result
         with open(self._path, "a") as file:
-            file.write(json.dumps({"handler": handler, "test": test, **asdict(result)}) + "\n")
+            file.write(self._line(key, result))
 
     def forget(self, text: str) -> None:
         """Drop the results of the tests whose name contains a text."""
-        self.found = {key: result for key, result in self.found.items() if text not in key[1]}
-        lines = [
-            json.dumps({"handler": handler, "test": test, **asdict(result)})
-            for (handler, test), result in self.found.items()
-        ]
-        self._path.write_text("".join(f"{line}\n" for line in lines))
+        self.found = {key: result for key, result in self.found.items() if text not in key.test}
+        self._path.write_text("".join(self._line(key, result) for key, result in self.found.items()))
+
+    @staticmethod
+    def _line(key: page.Key, result: critest.Result) -> str:
+        return json.dumps({**key._asdict(), **asdict(result)}) + "\n"
 
 
 def main() -> int:
@@ -73,6 +76,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="run everything once more")
     parser.add_argument("--only", metavar="TEXT", default="", help="run only tests whose name contains this")
     parser.add_argument("--handler", choices=HANDLERS, help="with this runtime alone")
+    parser.add_argument("--containerd", choices=CONTAINERDS, help="with this containerd alone")
     options = parser.parse_args()
     program = shutil.which("critest")
     if program is None:
@@ -84,20 +88,39 @@ def main() -> int:
         results.forget(text)
         cells.forget(text)
     tests = critest.tests(Path(program), STATE)
-    todo = [
-        (handler, test)
-        for test in tests
-        for handler in ([options.handler] if options.handler else HANDLERS)
-        if options.only in test and (handler, test) not in results.found
-    ]
-    if todo or matrix.is_wanting(cells, options.only):
-        _run(Path(program), todo, results, cells, options.only)
-    current = {key: result for key, result in results.found.items() if key[1] in tests}
-    section = matrix.section(cells.found, _client_versions())
-    PAGE.write_text(page.page(current, _versions(program), section))
+    wanted = options.containerd or ("2" if USE_SECOND else "")
+    daemons = {
+        which: version
+        for which in CONTAINERDS
+        if wanted in ("", which) and (version := _containerd_version(second=which == "2"))
+    }
+    for which, version in daemons.items():
+        todo = [
+            key
+            for test in tests
+            for handler in ([options.handler] if options.handler else HANDLERS)
+            if options.only in test and (key := page.Key(version, handler, test)) not in results.found
+        ]
+        # What clients do is looked at with the containerd of this machine.
+        clients = which == CONTAINERDS[0] and matrix.is_wanting(cells, options.only)
+        if todo or clients:
+            _run(Path(program), todo, results, cells if clients else None, options.only, second=which == "2")
+    current = {key: result for key, result in results.found.items() if key.test in tests}
+    known = page.sections(PAGE.read_text())
+    # What has not been run in this checkout stays on the page as it is.
+    if cells.found:
+        known[page.CLIENTS] = matrix.section(cells.found, _client_versions())
+    if current:
+        PAGE.write_text(page.page(current, _versions(program), known[page.CLIENTS]))
+    else:
+        PAGE.write_text("".join(f"{line}\n" for lines in known.values() for line in lines))
     print(f"{PAGE.relative_to(ROOT)} is written")
     missing = [
-        key for test in tests for key in ((handler, test) for handler in HANDLERS) if key not in current
+        key
+        for test in tests
+        for version in daemons.values()
+        for handler in HANDLERS
+        if (key := page.Key(version, handler, test)) not in current
     ]
     if missing:
         print(f"{len(missing)} results are missing: run it again without --only and --handler")
@@ -107,13 +130,22 @@ def main() -> int:
     return 1 if unexplained else 0
 
 
+def _containerd_version(*, second: bool) -> str:
+    """What a containerd calls itself; empty where there is none."""
+    program = SECOND / "containerd" if second else shutil.which("containerd")
+    if program is None or not os.path.exists(program):
+        print(f"no containerd {'2' if second else 'of this machine'}: its part is left out", flush=True)
+        return ""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.split()[2].split("~")[0].removeprefix("v")
+
+
 def _versions(program: str) -> page.Versions:
     def said(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     return page.Versions(
         critest=said(program, "-version").split("critest version: ")[-1].split()[0],
-        containerd=said("containerd", "--version").split()[2].split("~")[0],
         runc=said("runc", "--version").split()[2].split("+")[0],
         kata=f"kata {__version__}",
     )
@@ -130,22 +162,27 @@ def _client_versions() -> dict[str, str]:
 
 
 def _run(
-    program: Path, todo: list[tuple[str, str]], results: Results, cells: matrix.Cells, only: str
+    program: Path,
+    todo: list[page.Key],
+    results: Results,
+    cells: matrix.Cells | None,
+    only: str,
+    *,
+    second: bool,
 ) -> None:
     directory = Path(tempfile.mkdtemp(prefix="kc", dir="/tmp"))
-    rig = Rig(directory, Path(os.environ["KATA_GUEST_DIR"]), f"kc{os.getpid()}")
+    rig = Rig(directory, Path(os.environ["KATA_GUEST_DIR"]), f"kc{os.getpid()}", second=second)
     try:
         rig.start()
-        for number, (handler, test) in enumerate(todo):
-            result = critest.run(program, test, handler, rig.endpoint, rig.inside, STATE)
-            results.add(handler, test, result)
-            print(
-                f"{number + 1}/{len(todo)} {handler} {result.outcome} ({result.seconds:.0f} s): {test}",
-                flush=True,
-            )
+        for number, key in enumerate(todo):
+            result = critest.run(program, key.test, key.handler, rig.endpoint, rig.inside, STATE)
+            results.add(key, result)
+            about = f"containerd {key.containerd} {key.handler} {result.outcome} ({result.seconds:.0f} s)"
+            print(f"{number + 1}/{len(todo)} {about}: {key.test}", flush=True)
             if result.outcome == "failed":
                 print("    " + result.message[:300].replace("\n", "\n    "), flush=True)
-        matrix.run(rig, cells, only)
+        if cells is not None:
+            matrix.run(rig, cells, only)
     finally:
         rig.stop()
         shutil.copy(rig.daemon.log, STATE / "containerd.log")

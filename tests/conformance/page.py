@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from critest import Result
 
-Key = tuple[str, str]
-"""(runtime handler, test)."""
+HANDLERS = ("runc", "kata")
+CLIENTS = "What clients can do"
+"""The heading of the section that `matrix` writes."""
+
+
+class Key(NamedTuple):
+    """What a result is of.
+
+    Attributes:
+        containerd: Its version.
+        handler: The runtime handler.
+        test: The test's name.
+    """
+
+    containerd: str
+    handler: str
+    test: str
+
 
 OWN_KERNEL = (
     "A guest has a kernel of its own: the host's namespaces are refused by name before anything is made."
@@ -33,6 +51,7 @@ SKIPPED = {
     "runtime does not implement recursive readonly mounts": "containerd 2 offers them, this one does not",
     "No kubelet support for user namespaces": "containerd 2 offers them, this one does not",
 }
+"""Part of what a skipped test says -> the same for this page."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,6 @@ class Versions:
     """What the results are of."""
 
     critest: str
-    containerd: str
     runc: str
     kata: str
 
@@ -53,13 +71,24 @@ def reason(test: str) -> str:
 def unexplained(results: Mapping[Key, Result]) -> list[str]:
     """The tests that runc passes, and kata does not for no known reason."""
     return [
-        test
-        for (handler, test), result in sorted(results.items())
-        if handler == "kata"
+        f"{key.test} (containerd {key.containerd})"
+        for key, result in sorted(results.items())
+        if key.handler == "kata"
         and result.outcome == "failed"
-        and not reason(test)
-        and results.get(("runc", test), result).outcome != "failed"
+        and not reason(key.test)
+        and results.get(key._replace(handler="runc"), result).outcome != "failed"
     ]
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """The lines of each section of a page, by its heading, which is the first of them."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            heading = line.removeprefix("## ")
+        found.setdefault(heading, []).append(line)
+    return found
 
 
 def page(results: Mapping[Key, Result], versions: Versions, clients: list[str]) -> str:
@@ -70,56 +99,88 @@ def page(results: Mapping[Key, Result], versions: Versions, clients: list[str]) 
         versions: What they are of.
         clients: The lines about clients (`matrix.section`).
     """
-    tests = sorted({test for _, test in results})
+    tests = sorted({key.test for key in results})
+    daemons = sorted({key.containerd for key in results}, key=_numbers)
+    columns = [(daemon, handler) for daemon in daemons for handler in HANDLERS]
     counts = {
-        handler: Counter(result.outcome for (by, _), result in results.items() if by == handler)
-        for handler in ("runc", "kata")
+        column: Counter(result.outcome for key, result in results.items() if key[:2] == column)
+        for column in columns
     }
     lines = [
         "# Conformance",
         "",
         "Written by `make conformance`; do not edit. critest is the conformance suite of Kubernetes' CRI tools: it",
-        "speaks to containerd as a kubelet does. It was run twice against the same containerd, images and network,",
-        "once with runc as runtime handler and once with kata. The images are made of Debian's programs and served",
-        "under their original names (`tests/conformance/images.py`).",
+        "speaks to containerd as a kubelet does. With each containerd it was run twice, with the same images and",
+        "network, once with runc as runtime handler and once with kata. The images are made of Debian's programs and",
+        "served under their original names (`tests/conformance/images.py`).",
         "",
-        f"critest {versions.critest}, containerd {versions.containerd}, runc {versions.runc}, {versions.kata}",
+        f"critest {versions.critest}, runc {versions.runc}, {versions.kata}",
         "",
-        "| | runc | kata |",
-        "|---|---|---|",
+        f"| containerd | {' | '.join(f'{daemon}, {handler}' for daemon, handler in columns)} |",
+        "|" + "---|" * (len(columns) + 1),
         *(
-            f"| {outcome} | {counts['runc'][outcome]} | {counts['kata'][outcome]} |"
+            f"| {outcome} | {' | '.join(str(counts[column][outcome]) for column in columns)} |"
             for outcome in ("passed", "failed", "skipped")
         ),
         "",
         "## What of critest does not pass with kata",
         "",
-        "| test | runc | why |",
-        "|---|---|---|",
-    ]
-    for test in tests:
-        result = results.get(("kata", test))
-        if result is not None and result.outcome == "failed":
-            runc = results.get(("runc", test))
-            why = reason(test) or f"not known: {_short(result.message)}"
-            lines.append(f"| {_title(test)} | {runc.outcome if runc else ''} | {why} |")
-    lines += [
-        "",
-        *clients,
-        "## All tests of critest",
-        "",
-        "| test | runc | kata | note |",
+        "| test | containerd | runc | why |",
         "|---|---|---|---|",
     ]
     for test in tests:
-        both = [results.get((handler, test)) for handler in ("runc", "kata")]
-        outcomes = [result.outcome if result else "" for result in both]
-        skipped = next((result.message for result in both if result and result.outcome == "skipped"), "")
-        note = next((text for part, text in SKIPPED.items() if part in skipped), _short(skipped))
-        if "failed" in outcomes:
-            note = "see above" if outcomes[1] == "failed" else _short(both[0].message if both[0] else "")
-        lines.append(f"| {_title(test)} | {' | '.join(outcomes)} | {note} |")
+        failed = [
+            daemon
+            for daemon in daemons
+            if (result := results.get(Key(daemon, "kata", test))) and result.outcome == "failed"
+        ]
+        if failed:
+            first = Key(failed[0], "kata", test)
+            runc = [results.get(Key(daemon, "runc", test)) for daemon in failed]
+            outcomes = ", ".join(sorted({one.outcome for one in runc if one}))
+            known = "with runc as well" if outcomes == "failed" else "not known"
+            why = reason(test) or f"{known}: {_short(_words(results[first].message))}"
+            lines.append(f"| {_title(test)} | {', '.join(failed)} | {outcomes} | {why} |")
+    lines += [
+        "",
+        *clients,
+        *([] if not clients or clients[-1] == "" else [""]),
+        "## All tests of critest",
+        "",
+        "With runc and with kata, where the two differ.",
+        "",
+        f"| test | {' | '.join(daemons)} | note |",
+        "|" + "---|" * (len(daemons) + 2),
+    ]
+    for test in tests:
+        cells, notes = [], []
+        for daemon in daemons:
+            one, other = (results.get(Key(daemon, handler, test)) for handler in HANDLERS)
+            both = [result.outcome if result else "not run" for result in (one, other)]
+            cells.append(both[0] if both[0] == both[1] else f"{both[0]}, {both[1]}")
+            notes.append(_note(test, one, other))
+        lines.append(
+            f"| {_title(test)} | {' | '.join(cells)} | {'; '.join(dict.fromkeys(filter(None, notes)))} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _note(test: str, runc: Result | None, kata: Result | None) -> str:
+    """What there is to say of a test that was not passed by both."""
+    if kata and kata.outcome == "failed":
+        return "see above"
+    for result in (runc, kata):
+        if result and result.outcome == "skipped":
+            return next(
+                (text for part, text in SKIPPED.items() if part in result.message), _short(result.message)
+            )
+    if runc and runc.outcome == "failed":
+        return f"runc: {reason(test) or _short(runc.message)}"
+    return ""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _title(test: str) -> str:
@@ -130,6 +191,11 @@ def _title(test: str) -> str:
         .replace("|", "\\|")
         .strip()
     )
+
+
+def _words(message: str) -> str:
+    """What an error of gRPC's says in *message*; *message* where there is none."""
+    return message.partition("rpc error: ")[2] or message
 
 
 def _short(message: str) -> str:

@@ -26,13 +26,14 @@ class Rig:
         directory: With a short path, empty.
         guest: The guest's directory.
         name: Of the network namespace; unique on this machine.
+        second: Take containerd 2.
     """
 
-    def __init__(self, directory: Path, guest: Path, name: str) -> None:
+    def __init__(self, directory: Path, guest: Path, name: str, *, second: bool = False) -> None:
         self.directory = directory
         self.netns = name
         self.inside = ["nsenter", f"--net=/run/netns/{name}"]
-        self.daemon = Containerd(directory, guest)
+        self.daemon = Containerd(directory, guest, second=second)
         self.daemon.around = self.inside
         self.endpoint = f"unix://{self.daemon.socket}"
         self._registry: subprocess.Popen[bytes] | None = None
@@ -59,7 +60,7 @@ class Rig:
         (networks / "10-kc.conflist").write_text(
             json.dumps({"cniVersion": "0.4.0", "name": "kc", "plugins": [bridge, ports]})
         )
-        for registry in ("registry.k8s.io", "gcr.io"):
+        for registry in ("registry.k8s.io", "k8s.gcr.io", "gcr.io"):
             hosts = self.directory / "mirrors" / registry
             hosts.mkdir(parents=True)
             (hosts / "hosts.toml").write_text(

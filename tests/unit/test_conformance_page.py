@@ -11,23 +11,48 @@ from main import Results
 from matrix import Cell, Cells, section, unexplained
 
 PASSED, FAILED = Result("passed", "", 1.0), Result("failed", "first line\nsecond", 2.0)
-VERSIONS = page.Versions("v1", "2", "3", "kata 4")
+VERSIONS = page.Versions("v1", "3", "kata 4")
+
+
+def of(handler: str, test: str, containerd: str = "1.6") -> page.Key:
+    return page.Key(containerd, handler, test)
 
 
 def test_a_test_that_only_kata_fails_needs_a_reason() -> None:
     results = {
-        ("runc", "a"): PASSED,
-        ("kata", "a"): FAILED,
-        ("runc", "both"): FAILED,
-        ("kata", "both"): FAILED,
-        ("runc", "NamespaceOption runtime should support HostPID"): PASSED,
-        ("kata", "NamespaceOption runtime should support HostPID"): FAILED,
+        of("runc", "a"): PASSED,
+        of("kata", "a"): FAILED,
+        of("runc", "both"): FAILED,
+        of("kata", "both"): FAILED,
+        of("runc", "NamespaceOption runtime should support HostPID"): PASSED,
+        of("kata", "NamespaceOption runtime should support HostPID"): FAILED,
     }
-    assert page.unexplained(results) == ["a"]
+    assert page.unexplained(results) == ["a (containerd 1.6)"]
     text = page.page(results, VERSIONS, ["## Clients", ""])
-    assert "| a | passed | not known: first line |" in text
-    assert f"| NamespaceOption runtime should support HostPID | passed | {page.OWN_KERNEL} |" in text
+    assert "| a | 1.6 | passed | not known: first line |" in text
+    assert f"| NamespaceOption runtime should support HostPID | 1.6 | passed | {page.OWN_KERNEL} |" in text
+    assert "| both | 1.6 | failed | with runc as well: first line |" in text
     assert "| passed | 2 | 0 |" in text
+    assert page.sections(text)["Clients"] == ["## Clients", ""]
+    assert "".join(f"{line}\n" for lines in page.sections(text).values() for line in lines) == text
+
+
+def test_each_containerd_has_its_column() -> None:
+    results = {
+        of("runc", "a"): PASSED,
+        of("kata", "a"): PASSED,
+        of("runc", "a", "2.4"): PASSED,
+        of("kata", "a", "2.4"): FAILED,
+        of("runc", "new", "2.4"): Result("skipped", "AppArmor is off", 0.1),
+        of("kata", "new", "2.4"): Result("skipped", "AppArmor is off", 0.1),
+        of("kata", "old", "1.10"): PASSED,
+    }
+    text = page.page(results, VERSIONS, [])
+    assert "| containerd | 1.6, runc | 1.6, kata | 1.10, runc | 1.10, kata | 2.4, runc | 2.4, kata |" in text
+    assert "| a | 2.4 | passed | not known: first line |" in text
+    assert "| a | passed | not run | passed, failed | see above |" in text
+    assert "| new | not run | not run | skipped | AppArmor is off |" in text
+    assert "| old | not run | not run, passed | not run |  |" in text
 
 
 def test_what_clients_see_is_compared() -> None:
@@ -55,11 +80,11 @@ def test_what_clients_see_is_compared() -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     results = Results(tmp_path / "results")
-    results.add("runc", "one", PASSED)
-    results.add("kata", "two", FAILED)
-    assert Results(tmp_path / "results").found == {("runc", "one"): PASSED, ("kata", "two"): FAILED}
+    results.add(of("runc", "one"), PASSED)
+    results.add(of("kata", "two"), FAILED)
+    assert Results(tmp_path / "results").found == {of("runc", "one"): PASSED, of("kata", "two"): FAILED}
     results.forget("two")
-    assert Results(tmp_path / "results").found == {("runc", "one"): PASSED}
+    assert Results(tmp_path / "results").found == {of("runc", "one"): PASSED}
     cells = Cells(tmp_path / "cells")
     cells.add("ctr", "kill", Cell("a", "b"))
     cells.add("ctr", "run -d", Cell("c", "c"))
@@ -69,10 +94,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "x | y\nz"])
 def test_messages_stay_in_their_cells(text: str) -> None:
-    results = {("runc", "t"): PASSED, ("kata", "t"): Result("failed", text, 1.0)}
+    results = {of("runc", "t"): PASSED, of("kata", "t"): Result("failed", text, 1.0)}
     [line] = [
         line
         for line in page.page(results, VERSIONS, []).splitlines()
-        if line.startswith("| t | passed | not")
+        if line.startswith("| t | 1.6 | passed | not")
     ]
-    assert line.replace("\\|", "").count("|") == 4
+    assert line.replace("\\|", "").count("|") == 5

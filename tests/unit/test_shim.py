@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from kata.engine import spec
 from kata.errors import ConfigError, UnsupportedError, UsageError
+from kata.oci import features
 from kata.proto.bootstrap_pb import BootstrapParams, BootstrapResult, Extension
 from kata.proto.google_pb import Any as Any_
 from kata.proto.runtimeoptions_pb import Options
@@ -19,13 +21,8 @@ from kata.resources import sizing
 from kata.shim import bootstrap, names, options, start
 from kata.shim.main import Arguments
 
-SHIM = [
-    "/usr/bin/python3",
-    "-I",
-    "-S",
-    str(Path(__file__).resolve().parents[2] / "src/kata/__main__.py"),
-    "shim",
-]
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = ["/usr/bin/python3", "-I", "-S", str(ROOT / "src/kata/__main__.py"), "shim"]
 NAMESPACES = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
 
 
@@ -66,6 +63,18 @@ def test_info_for_containerd_2(tmp_path: Path) -> None:
     assert info.name == "io.containerd.kata.v2"
     assert info.version is not None
     assert info.version.version
+    assert info.features is not None
+    assert info.features.type_url == "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
+    found = json.loads(info.features.value)
+    assert "rro" in found["mountOptions"]
+    assert found["linux"]["mountExtensions"] == {"idmap": {"enabled": False}}
+
+
+def test_the_mount_options_that_are_told_are_those_that_the_agent_knows() -> None:
+    source = (ROOT / "agent/src/mountopts.rs").read_text()
+    tables = re.findall(r"^const (?:FLAGS|PROPAGATION|RECURSIVE):.*?^\];", source, re.M | re.S)
+    assert len(tables) == 3
+    assert sorted(re.findall(r'^    \("(\w+)"', "\n".join(tables), re.M)) == sorted(features.MOUNT_OPTIONS)
 
 
 def test_delete_of_what_is_not_there(tmp_path: Path) -> None:
@@ -190,6 +199,25 @@ def test_another_processs_namespace_is_refused_but_for_a_pods_own() -> None:
         spec.refuse_foreign({"linux": {"namespaces": namespaces}})
     pod = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"}
     spec.refuse_foreign({"linux": {"namespaces": namespaces}, "annotations": pod})
+
+
+def test_crio_makes_some_namespaces_for_a_pod_itself() -> None:
+    pod = {"io.kubernetes.cri-o.ContainerType": "sandbox"}
+    plain = {one["type"]: one for one in NAMESPACES}
+
+    def ask(annotations: dict[str, str], kind: str) -> None:
+        namespaces = [*{**plain, kind: {"type": kind, "path": f"/run/{kind}"}}.values()]
+        spec.refuse_foreign({"linux": {"namespaces": namespaces}, "annotations": annotations})
+
+    for kind in ("ipc", "uts", "network"):
+        ask(pod, kind)
+    for about, kind in (
+        (pod, "pid"),
+        (pod, "user"),
+        ({"io.kubernetes.cri.container-type": "sandbox"}, "ipc"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"/run/{kind}"):
+            ask(about, kind)
 
 
 def _join(tmp_path: Path, stdin: bytes) -> bytes:

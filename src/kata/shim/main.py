@@ -35,6 +35,8 @@ containerd gives these as well, and nothing depends on them: -address and -publi
 $TTRPC_ADDRESS), -bundle (what a sandbox has made is in its own journal), -debug (there is one level of log).
 """
 _WITH_VALUE = frozenset({"namespace", "id", "address", "publish-binary", "bundle"})
+_FEATURES = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
+"""What containerd's typeurl package calls that structure; its value is JSON."""
 _FLAGS = frozenset({"debug", "info", "v", "h", "help"})
 
 
@@ -122,9 +124,17 @@ def _print(answer: bytes) -> None:
 
 
 def _info() -> int:
+    import json
+
     from .. import __version__
+    from ..oci.features import features
+    from ..proto.google_pb import Any
     from ..proto.task_pb import RuntimeInfo, RuntimeVersion
 
-    info = RuntimeInfo(name="io.containerd.kata.v2", version=RuntimeVersion(version=__version__))
+    info = RuntimeInfo(
+        name="io.containerd.kata.v2",
+        version=RuntimeVersion(version=__version__),
+        features=Any(type_url=_FEATURES, value=json.dumps(features()).encode()),
+    )
     os.write(1, info.encode())
     return 0
