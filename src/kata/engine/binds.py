@@ -93,7 +93,15 @@ class Shared:
                 )
             layered = "upper_slot" in root or "upper" in root
             name = rootfs.share_name(self._container_id)
-            self._names.append(share.add(root["source"], name, readonly=layered))
+            # CRI-O mounts the roots of its containers itself, where no other mount namespace gets to see it.
+            [tree] = self._trees([root["source"]], sysio.mounts()) if root.get("hosts") else [-1]
+            if isinstance(tree, OSError):
+                raise absent(root["source"], tree)
+            try:
+                self._names.append(share.add(root["source"], name, readonly=layered, tree=tree))
+            finally:
+                if tree >= 0:
+                    os.close(tree)
         return [bind for bind in found if bind is not None]
 
     def add_file(self, name: str, content: bytes) -> None:

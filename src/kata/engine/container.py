@@ -91,7 +91,7 @@ class Container:
         self._root = root
         self._rootfs: dict[str, Any] = sandbox.settings.get("rootfs") or {}
         if root is not None:
-            self._rootfs = {"kind": "share", "source": root.path}
+            self._rootfs = {"kind": "share", "source": root.path, "hosts": root.is_hosts}
         self._shared = binds.Shared(sandbox, container_id)
         self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
         self._disks = disks.Disks(sandbox)

@@ -62,6 +62,11 @@ class HostRoot:
         self._journal = journal
         self._entries: list[Entry] = []
 
+    @property
+    def is_hosts(self) -> bool:
+        """Whether the host has made it already (CRI-O, ``ctr run --rootfs``): nothing is to be mounted there."""
+        return not self._mounts
+
     def mount(self) -> None:
         """Mount it.
 

@@ -87,7 +87,8 @@ def refuse_foreign(spec: Mapping[str, Any]) -> None:
     """Refuse what would need the host's kernel: its namespaces, or those of a process there.
 
     A path is fine for the network namespace, into which the machine is put; and for a pod's IPC, UTS and PID
-    namespaces, which are those of its own sandbox: the guest is the pod.
+    namespaces, which are those of its own sandbox: the guest is the pod. CRI-O makes IPC and UTS namespaces for each
+    pod before there is a runtime; nobody is in them but, with other runtimes, the pod.
 
     Raises:
         UnsupportedError: With the namespace's name.
@@ -101,8 +102,9 @@ def refuse_foreign(spec: Mapping[str, Any]) -> None:
             )
     if container_type(spec) == "pod_container":
         return
+    made_for_it = ("ipc", "uts") if _annotation(spec, _KIND_ANNOTATIONS[1:]) == "sandbox" else ()
     for kind in ("pid", "ipc", "uts", "mount", "user", "cgroup"):
-        if given.get(kind, {}).get("path"):
+        if kind not in made_for_it and given.get(kind, {}).get("path"):
             raise UnsupportedError(
                 f"the container asks for the {kind} namespace {given[kind]['path']} of another process on this host",
                 "A virtual machine cannot join it.",

@@ -122,7 +122,7 @@ def _v1(answer: agent_pb.StatsContainerResponse) -> v1.Metrics:
         )
         out.network.append(v1.NetworkStat(**{name: getattr(card, name) for name in fields}))
     if group is None:
-        return out
+        return _complete(out)
     if group.pids_stats is not None:
         out.pids = v1.PidsStat(current=group.pids_stats.current, limit=group.pids_stats.limit)
     cpu = group.cpu_stats
@@ -180,6 +180,19 @@ def _v1(answer: agent_pb.StatsContainerResponse) -> v1.Metrics:
         out.hugetlb.append(
             v1.HugetlbStat(usage=huge.usage, max=huge.max_usage, failcnt=huge.failcnt, pagesize=size)
         )
+    return _complete(out)
+
+
+def _complete(out: v1.Metrics) -> v1.Metrics:
+    """*out* with every part that runc's shim always gives: CRI-O ends with a nil pointer where one is missing."""
+    out.pids = out.pids or v1.PidsStat()
+    out.cpu = out.cpu or v1.CPUStat()
+    out.cpu.usage = out.cpu.usage or v1.CPUUsage()
+    out.cpu.throttling = out.cpu.throttling or v1.Throttle()
+    out.memory = out.memory or v1.MemoryStat()
+    for name in ("usage", "swap", "kernel", "kernel_tcp"):
+        if getattr(out.memory, name) is None:
+            setattr(out.memory, name, v1.MemoryEntry())
     return out
 
 

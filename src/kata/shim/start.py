@@ -59,7 +59,7 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
     pod = spec.pod_of(config)
     engine = None
     if pod:
-        address = _address_of_pod(bundle, pod)
+        address = _address_of_pod(bundle, container_id, pod)
     else:
         engine = launch(
             settings(namespace, container_id, bundle, config, began, configuration),
@@ -118,9 +118,17 @@ def _read_config(bundle: str) -> dict[str, Any]:
     return config
 
 
-def _address_of_pod(bundle: str, pod: str) -> str:
-    """What the pod's own bundle, beside this one, says."""
-    path = os.path.join(os.path.dirname(bundle), check_id(pod), ADDRESS_FILE)
+def _address_of_pod(bundle: str, container_id: str, pod: str) -> str:
+    """What the pod's own bundle, beside this one, says.
+
+    containerd's bundles are named after their containers. CRI-O's are a directory, ``userdata``, in one of that name.
+    """
+    above, name = os.path.split(bundle)
+    own = check_id(pod)
+    place = (
+        os.path.join(above, own) if name == container_id else os.path.join(os.path.dirname(above), own, name)
+    )
+    path = os.path.join(place, ADDRESS_FILE)
     try:
         with open(path, encoding="ascii") as file:
             return file.read().strip()
