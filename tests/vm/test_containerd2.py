@@ -87,6 +87,26 @@ def test_a_pod_and_its_containers(cri: test_cri.Cri) -> None:
     test_cri.clean(cri)
 
 
+def test_a_pods_roots_of_erofs_layers(run_directory: Path, guest_assets: Path, busybox_image: str) -> None:
+    more = 'snapshotter = "erofs"'
+    with test_cri.running(run_directory, guest_assets, busybox_image, second=True, more=more) as one:
+        plugins = one.daemon.ok("plugins", "ls")
+        if not any(
+            {"erofs", "ok"} <= set(line.split()) for line in plugins.splitlines() if "snapshotter" in line
+        ):
+            pytest.skip("needs erofs in the host's kernel")
+        try:
+            pod = one.pod()
+            names = [one.container(pod, name, "sleep", "1000") for name in ("one", "two")]
+            for name in names:
+                assert one("exec", "-s", name, "sh", "-c", "echo kept > /made; cat /made").strip() == "kept"
+            blobs = one.daemon.directory.glob("root/io.containerd.snapshotter.v1.erofs/snapshots/*")
+            # Of the pod and of its containers, each above the layer of an image.
+            assert sum((path / "fs/made").exists() for path in blobs) == len(names)
+        finally:
+            test_cri.clean(one)
+
+
 # ---- the Sandbox API: the runtime's configuration says `sandboxer = "shim"` ----
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,4 +184,35 @@ def test_a_root_file_system_on_a_disk(daemon: Containerd) -> None:
     assert kept == "kept"
     assert " ext4 rw" in mount
     assert "/dev/vd" in mount
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+
+
+def test_a_root_of_erofs_layers(daemon: Containerd) -> None:
+    """containerd mounts the layers when it has started the shim, where the engine cannot see them."""
+    plugins = daemon.ok("plugins", "ls")
+    if not any(
+        line.split()[1:4:2] == ["erofs", "ok"] and "snapshotter" in line for line in plugins.splitlines()
+    ):
+        pytest.skip(
+            "needs a containerd with the erofs snapshotter (2.1 or newer) and erofs in the host's kernel"
+        )
+    options = ("--runtime", RUNTIME, "--snapshotter", "erofs")
+    script = "rm /bin/wget; echo kept > /made; exec sleep 1000"
+    daemon.ok("run", "-d", *options, IMAGE, "one", "sh", "-c", script)
+
+    def seen() -> str:
+        exec_id = f"e{time.monotonic_ns()}"
+        look = ("sh", "-c", "cat /made; ls /bin/wget /bin/sh")
+        return daemon.ctr("task", "exec", "--exec-id", exec_id, "one", *look).stdout.decode()
+
+    until(lambda: seen() == "kept\n/bin/sh\n", "the container has written", daemon.diagnosis)
+    # What it writes is in the snapshot, on the host.
+    uppers = daemon.directory.glob("root/io.containerd.snapshotter.v1.erofs/snapshots/*/fs/made")
+    assert [path.read_text() for path in uppers] == ["kept\n"]
+    assert [
+        line for line in Path("/proc/self/mounts").read_text().splitlines() if "/task/default/one/" in line
+    ] == []
+    daemon.ok("task", "kill", "-s", "KILL", "one")
+    until(lambda: daemon.tasks()["one"][1] == "STOPPED", "the task has ended")
+    daemon.remove("one")
     until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)

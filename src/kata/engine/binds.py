@@ -123,7 +123,7 @@ class Shared:
         host = self._sandbox.machine.host
         found: list[int | OSError] = [-1] * len(sources)
         # One that a person started this very moment has the same mounts.
-        wanted = [n for n, source in enumerate(sources) if host is not None and not _is_live(source, here)]
+        wanted = [n for n, source in enumerate(sources) if host is not None and not is_live(source, here)]
         if host is None or not wanted:
             return found
         try:
@@ -234,7 +234,7 @@ def _mount_of(path: str, here: list[sysio.MountInfo]) -> sysio.MountInfo | None:
     return best
 
 
-def _is_live(source: str, here: list[sysio.MountInfo]) -> bool:
+def is_live(source: str, here: list[sysio.MountInfo]) -> bool:
     """Whether what the host mounts at or above a path, or has mounted there, appears in our mount namespace."""
     at = _mount_of(os.path.realpath(source), here)
     return at is not None and "master:" in at.propagation

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 
 from .. import sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _AT_ONCE = 200
 """Descriptors in one message: the kernel takes 253 (SCM_MAX_FD)."""
@@ -50,7 +51,38 @@ class Namespaces:
             found += self._open_trees(paths[start : start + _AT_ONCE])
         return found
 
+    def mounted(self, work: Callable[[], None], path: str) -> int:
+        """What *work* mounts at a path, with the host's mounts in sight, and nowhere on the host.
+
+        Blocks, and forks.
+
+        Args:
+            work: Is called in a child, in a copy of the host's mount namespace that goes with it.
+            path: On the host; without symbolic links.
+
+        Returns:
+            A descriptor for `kata.sysio.move_mount`, which the caller closes.
+
+        Raises:
+            OSError: Of *work*; or the host's namespaces cannot be entered.
+        """
+
+        def opened() -> int:
+            sysio.unshare(sysio.CLONE_NEWNS)
+            sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
+            work()
+            return sysio.open_tree(path)
+
+        [tree] = self._sent([opened], [path])
+        if isinstance(tree, OSError):
+            raise tree
+        return tree
+
     def _open_trees(self, paths: Sequence[str]) -> list[int | OSError]:
+        return self._sent([partial(sysio.open_tree, path) for path in paths], paths)
+
+    def _sent(self, opens: Sequence[Callable[[], int]], paths: Sequence[str]) -> list[int | OSError]:
+        """What a child in the host's namespaces opens: for each a descriptor, or why there is none."""
         import socket
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -59,9 +91,9 @@ class Namespaces:
             try:
                 self.enter()
                 numbers, trees = [], []
-                for path in paths:
+                for one in opens:
                     try:
-                        trees.append(sysio.open_tree(path))
+                        trees.append(one())
                         numbers.append(0)
                     except OSError as error:
                         numbers.append(error.errno or errno.EIO)

@@ -2,7 +2,9 @@
 
 One that is on a disk (of its devmapper or blockfile snapshotter) the guest mounts itself, see `disks`. Others are
 mounted where the bundle expects it, but in the engine's own mount namespace: the host never sees them, and they are
-gone with the engine. From there the root is shared with the guest live, so that commit and diff keep working.
+gone with the engine. From there the root is shared with the guest live, so that commit and diff keep working. The
+directories that they name may themselves be mounts (of containerd 2's erofs snapshotter) which the host has made since
+the engine has a namespace of its own: then they are mounted where the host's are seen, and taken from there.
 
 Blocks: for the helper thread.
 """
@@ -14,6 +16,7 @@ import os
 
 from .. import sysio
 from ..errors import HostError, UnsupportedError
+from .binds import is_live
 from .disks import root_of
 from .volumes import OPTION_FLAGS
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..journal import Entry, Journal
     from ..proto.task_pb import Mount
+    from .hostns import Namespaces
 
 _FLAGS = {
     **OPTION_FLAGS,
@@ -38,6 +42,40 @@ _PAGE = 4096
 """mount(2) takes one page of options, final zero included; a dozen layers of an overlay are more."""
 
 
+class _Step:
+    """One mount(2).
+
+    Args:
+        source: As mount(2) has it.
+        kind: The file system's type.
+        flags: MS_*.
+        data: The file system's options.
+        base: The directory that paths in them are relative to, or empty.
+        made_of: The paths in them.
+    """
+
+    __slots__ = ("_base", "_data", "_flags", "kind", "made_of", "source")
+
+    def __init__(self, source: str, kind: str, flags: int, data: str, base: str, made_of: list[str]) -> None:
+        self.source = source
+        self.kind = kind
+        self.made_of = made_of
+        self._flags = flags
+        self._data = data
+        self._base = base
+
+    def mount(self, target: str) -> None:
+        """Carry it out.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        _mount_from(self._base, self.source, target, self.kind, self._flags, self._data)
+        if self._flags & sysio.MS_BIND and self._flags & sysio.MS_RDONLY:
+            # A bind mount takes its flags only from a second call.
+            sysio.mount(None, target, None, sysio.MS_REMOUNT | sysio.MS_BIND | sysio.MS_RDONLY)
+
+
 class HostRoot:
     """The root directory of one container on the host.
 
@@ -45,6 +83,7 @@ class HostRoot:
         path: The directory; it exists.
         mounts: What is to be mounted on it, lowest first; may be empty.
         journal: The sandbox's.
+        host: The host's namespaces, where this process has left them.
 
     Attributes:
         disk: The disk that it is on, if it is; then nothing is mounted here.
@@ -53,13 +92,16 @@ class HostRoot:
         UnsupportedError: It is on a disk in a way that cannot be carried into the guest.
     """
 
-    __slots__ = ("_entries", "_journal", "_mounts", "disk", "path")
+    __slots__ = ("_entries", "_host", "_journal", "_mounts", "disk", "path")
 
-    def __init__(self, path: str, mounts: Sequence[Mount], journal: Journal) -> None:
+    def __init__(
+        self, path: str, mounts: Sequence[Mount], journal: Journal, host: Namespaces | None = None
+    ) -> None:
         self.path = path
         self._mounts = list(mounts)
         self.disk = root_of(self._mounts)
         self._journal = journal
+        self._host = host
         self._entries: list[Entry] = []
 
     @property
@@ -76,8 +118,8 @@ class HostRoot:
         """
         try:
             os.makedirs(self.path, mode=0o711, exist_ok=True)
-            for one in self._mounts:
-                self._mount(one)
+            if self._mounts:
+                self._mount_all([self._step(one) for one in self._mounts])
         except OSError as error:
             self.unmount()
             raise HostError(
@@ -88,7 +130,13 @@ class HostRoot:
             self.unmount()
             raise
 
-    def _mount(self, one: Mount) -> None:
+    def _step(self, one: Mount) -> _Step:
+        """What is to be done for one mount.
+
+        Raises:
+            UnsupportedError: A mount below the root.
+            HostError: Its options do not fit.
+        """
         if one.target:
             raise UnsupportedError(
                 f"a root file system with a mount of its own at {one.target!r} is not supported",
@@ -112,18 +160,46 @@ class HostRoot:
                 f"the mount options of the root file system {self.path} are {len(text)} bytes long, and {_PAGE} fit",
                 "The image has too many layers: have it built with fewer.",
             )
+        made_of = [one.source] if kind == "bind" else _paths(data)
+        return _Step(one.source or "none", kind, flags, text, base, made_of)
+
+    def _mount_all(self, steps: list[_Step]) -> None:
         target = os.path.realpath(self.path)
-        entry = self._journal.intend("mount", target=target, source=one.source or "none", fstype=kind)
-        try:
-            _mount_from(base, one.source or "none", target, kind, flags, text)
-        except OSError:
-            self._journal.forget(entry)
-            raise
-        self._journal.made(entry)
-        self._entries.append(entry)
-        if flags & sysio.MS_BIND and flags & sysio.MS_RDONLY:
-            # A bind mount takes its flags only from a second call.
-            sysio.mount(None, target, None, sysio.MS_REMOUNT | sysio.MS_BIND | sysio.MS_RDONLY)
+        last = steps[-1]
+        if self._host is not None and self._hidden(steps):
+            entry = self._journal.intend("mount", target=target, source=last.source, fstype=last.kind)
+            try:
+
+                def work() -> None:
+                    for step in steps:
+                        step.mount(target)
+
+                tree = self._host.mounted(work, target)
+                try:
+                    sysio.move_mount(tree, target)
+                finally:
+                    os.close(tree)
+            except OSError:
+                self._journal.forget(entry)
+                raise
+            self._journal.made(entry)
+            self._entries.append(entry)
+            return
+        for step in steps:
+            entry = self._journal.intend("mount", target=target, source=step.source, fstype=step.kind)
+            try:
+                step.mount(target)
+            except OSError:
+                self._journal.forget(entry)
+                raise
+            self._journal.made(entry)
+            self._entries.append(entry)
+
+    def _hidden(self, steps: list[_Step]) -> bool:
+        """Whether something that it is made of may be another thing here than on the host."""
+        here = sysio.mounts()
+        above = {os.path.dirname(path) for step in steps for path in step.made_of}
+        return not all(is_live(path, here) for path in above)
 
     def unmount(self) -> None:
         """Take the mounts off again.
@@ -141,13 +217,19 @@ class HostRoot:
             self._entries.pop()
 
 
-def _shortened(options: list[str]) -> tuple[str, str]:
-    """Overlay options relative to the directory that their paths have in common: (that directory, options)."""
-    paths: list[str] = []
+def _paths(options: list[str]) -> list[str]:
+    """The directories that an overlay's options name."""
+    found = []
     for option in options:
         key, _, value = option.partition("=")
         if key in ("lowerdir", "upperdir", "workdir"):
-            paths += value.split(":")
+            found += value.split(":")
+    return found
+
+
+def _shortened(options: list[str]) -> tuple[str, str]:
+    """Overlay options relative to the directory that their paths have in common: (that directory, options)."""
+    paths = _paths(options)
     if not paths or not all(path.startswith("/") for path in paths):
         return "", ",".join(options)
     base = os.path.commonpath(paths)

@@ -100,7 +100,12 @@ class TaskService:
         from .hostroot import HostRoot
 
         path = str((config.get("root") or {}).get("path") or "rootfs")
-        return HostRoot(os.path.join(request.bundle, path), request.rootfs, self._sandbox.journal)
+        return HostRoot(
+            os.path.join(request.bundle, path),
+            request.rootfs,
+            self._sandbox.journal,
+            self._sandbox.machine.host,
+        )
 
     async def _give_up(self) -> None:
         """A person's sandbox is of no use without its container: nothing of it is left when they read why."""
