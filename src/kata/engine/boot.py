@@ -46,6 +46,8 @@ KERNEL_PARAMETERS = (
     "i8042.noaux",
     "i8042.nopnp",
 )
+TURN_S = 1.0
+"""How long a machine that is up keeps its turn for a first container."""
 CONSOLE_NAME = "console.log"
 # Not nosuid: an image's sudo and ping work as they do elsewhere. (What the host exports is nosuid for the host itself.)
 SHARE_MOUNT_OPTIONS = {
@@ -68,7 +70,7 @@ class Machine:
         share: The share, if the sandbox has one.
         ready_ns: When there was nothing more to do but wait for a turn.
         started_ns: When the hypervisor was started.
-        turn: The permission to boot, until the guest is up.
+        turn: The permission to boot, until the first container runs.
     """
 
     __slots__ = (
@@ -306,13 +308,16 @@ async def bring_up(sandbox: Sandbox) -> AgentClient:
     Raises:
         KataError: With the last step that was reached, whether the machine lives, and what its console said.
     """
+    import asyncio
+
     step = _Step()
     try:
         return await _bring_up(sandbox, step)
     except KataError as error:
         raise explain(sandbox, step.name, error) from error
     finally:
-        sandbox.machine.end_turn()
+        # Its first container's start ends the turn, for which a client may take its time.
+        asyncio.get_running_loop().call_later(TURN_S, sandbox.machine.end_turn)
 
 
 class _Step:
@@ -335,7 +340,6 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     agent = await sandbox.connect_agent(ready_s)
     await _healthy(agent, sandbox.lost, ready_s)
     answered_ns = time.monotonic_ns()
-    sandbox.machine.end_turn()
 
     step.name = "setting up the guest"
     storages = []

@@ -311,6 +311,7 @@ class Container:
             process.streams.start()  # right behind the start, not a round trip later
         await starting
         self.sandbox.timings.add("process", began)
+        self.sandbox.machine.end_turn()
         process.start(self.sandbox.host_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         # Before the answer: whoever asks about the container next looks there.
