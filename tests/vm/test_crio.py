@@ -1,4 +1,4 @@
-"""CRI-O, with our shim as a runtime of type "vm": one pod's life through crictl."""
+"""CRI-O, with our shim as a runtime of type "vm": pods through crictl."""
 
 from __future__ import annotations
 
@@ -165,6 +165,35 @@ enable_nri = false
         except FileNotFoundError:
             return []
 
+    def pod(self, **linux: object) -> tuple[str, str]:
+        """Run a pod; its id, and its configuration's file."""
+        about = {
+            "metadata": {"name": "p", "uid": "u", "namespace": "test"},
+            "hostname": "pod-of-crio",
+            "log_directory": str(self.directory / "logs"),
+            "linux": linux,
+        }
+        path = self.write("pod", about)
+        return self("runp", "--runtime", "kata", path).strip(), path
+
+    def container(self, pod: tuple[str, str], name: str, *command: str, **more: object) -> str:
+        """Make and start a container in a pod; its id."""
+        about = {
+            "metadata": {"name": name},
+            "image": {"image": BUSYBOX},
+            "command": command,
+            "log_path": f"{name}.log",
+            "linux": {},
+            **more,
+        }
+        made = self("create", pod[0], self.write(name, about), pod[1]).strip()
+        self("start", made)
+        return made
+
+    def status(self, container: str) -> dict[str, object]:
+        """What ``crictl inspect`` says of a container's status."""
+        return dict(json.loads(self("inspect", container))["status"])
+
     def write(self, name: str, content: Mapping[str, object]) -> str:
         """A file for crictl; its path."""
         path = self.directory / f"{name}.json"
@@ -172,8 +201,8 @@ enable_nri = false
         return str(path)
 
 
-@pytest.fixture
-def crio(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Crio]:
+@pytest.fixture(scope="module")
+def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Crio]:
     for program in (PROGRAMS / "crio", PROGRAMS / "pinns"):
         if not program.exists():
             pytest.skip("needs CRI-O (tools/setup test builds it)")
@@ -186,8 +215,6 @@ def crio(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterato
         subprocess.run(["ip", "-n", one.netns, "link", "set", "lo", "up"], check=True)
         one.start()
         yield one
-        one("rmp", "-a", "-f")
-        until(lambda: not one.sandboxes(), "no sandbox is left", one.diagnosis, 15)
     finally:
         one.stop()
         # CRI-O's own: it keeps the directory of its storage a mount.
@@ -198,60 +225,67 @@ def crio(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterato
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture
+def crio(daemon: Crio) -> Iterator[Crio]:
+    try:
+        yield daemon
+    finally:
+        daemon("rmp", "-a", "-f")
+        until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
+
+
 def test_a_pod_and_its_containers(crio: Crio) -> None:
-    pod_file = crio.write(
-        "pod",
-        {
-            "metadata": {"name": "p", "uid": "u", "namespace": "test"},
-            "hostname": "pod-of-crio",
-            "log_directory": str(crio.directory / "logs"),
-            "linux": {},
-        },
-    )
-
-    def container(name: str, *command: str) -> str:
-        about = {
-            "metadata": {"name": name},
-            "image": {"image": BUSYBOX},
-            "command": command,
-            "log_path": f"{name}.log",
-            "linux": {},
-        }
-        made = crio("create", pod, crio.write(name, about), pod_file).strip()
-        crio("start", made)
-        return made
-
-    pod = crio("runp", "--runtime", "kata", pod_file).strip()
-    one = container("one", "sleep", "1000")
-    two = container("two", "sh", "-c", "echo said; echo wrong >&2; exit 5")
+    pod = crio.pod(sysctls={"net.ipv4.ip_forward": "1"})
+    one = crio.container(pod, "one", "sleep", "1000")
+    two = crio.container(pod, "two", "sh", "-c", "echo said; echo wrong >&2; exit 5")
     assert len(crio.sandboxes()) == 1
     release = crio("exec", "-s", one, "uname", "-r").strip()
     assert release not in ("", os.uname().release)
     assert crio("exec", "-s", one, "hostname").strip() == "pod-of-crio"
-    address = json.loads(crio("inspectp", pod))["status"]["network"]["ip"]
+    address = json.loads(crio("inspectp", pod[0]))["status"]["network"]["ip"]
     assert f"inet {address}/" in crio("exec", "-s", one, "ip", "address", "show", "eth0")
+    assert crio("exec", "-s", one, "cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"
     assert crio("exec", "-i", one, "cat", stdin=b"through") == "through"
     crio("exec", "-s", one, "sh", "-c", "exit 4", code=1)
 
-    def status(which: str) -> dict[str, object]:
-        return dict(json.loads(crio("inspect", which))["status"])
-
-    until(lambda: status(two)["state"] == "CONTAINER_EXITED", "the container has ended", crio.diagnosis)
-    assert status(two)["exitCode"] == 5
+    until(lambda: crio.status(two)["state"] == "CONTAINER_EXITED", "the container has ended", crio.diagnosis)
+    assert crio.status(two)["exitCode"] == 5
     lines = (crio.directory / "logs/two.log").read_text().splitlines()
     assert sorted(line.split(" ", 1)[1] for line in lines) == ["stderr F wrong", "stdout F said"]
     assert json.loads(crio("stats", "-o", "json", one))["stats"]
     crio("stop", "--timeout", "1", one)
     # The pod's processes see each other unless it says otherwise, so this is not process 1, which ignores TERM.
-    assert status(one)["exitCode"] == 143
+    assert crio.status(one)["exitCode"] == 143
     for which in (one, two):
         crio("rm", which)
-    again = container("again", "sleep", "1000")
+    again = crio.container(pod, "again", "sleep", "1000")
     # It goes on without its daemon, and is known again.
     crio.stop()
     crio.start()
-    assert status(again)["state"] == "CONTAINER_RUNNING"
+    assert crio.status(again)["state"] == "CONTAINER_RUNNING"
     assert crio("exec", "-s", again, "echo", "there").strip() == "there"
-    crio("stopp", pod)
-    crio("rmp", pod)
+    crio("stopp", pod[0])
+    crio("rmp", pod[0])
     until(lambda: not crio.sandboxes(), "no sandbox is left", crio.diagnosis, 15)
+
+
+def test_out_of_memory_is_the_reason(crio: Crio) -> None:
+    pod = crio.pod()
+    limits = {"resources": {"memory_limit_in_bytes": 32 << 20}}
+    one = crio.container(pod, "one", "sh", "-c", "x=a; while :; do x=$x$x; done", linux=limits)
+    until(lambda: crio.status(one)["state"] == "CONTAINER_EXITED", "it has been killed", crio.diagnosis)
+    status = crio.status(one)
+    assert (status["exitCode"], status["reason"]) == (137, "OOMKilled")
+
+
+def test_volumes_of_the_host(crio: Crio, tmp_path: Path) -> None:
+    (tmp_path / "from-host").write_text("hello")
+    mounts = [
+        {"container_path": "/data", "host_path": str(tmp_path)},
+        {"container_path": "/ro", "host_path": str(tmp_path), "readonly": True},
+    ]
+    one = crio.container(crio.pod(), "one", "sleep", "1000", mounts=mounts)
+    script = "cat /data/from-host; echo; echo back >/data/from-guest; touch /ro/x 2>/dev/null || echo not"
+    assert crio("exec", "-s", one, "sh", "-c", script).split() == ["hello", "not"]
+    assert (tmp_path / "from-guest").read_text() == "back\n"
+    assert not (tmp_path / "x").exists()

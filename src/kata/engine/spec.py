@@ -64,6 +64,11 @@ def container_type(spec: Mapping[str, Any]) -> str:
     return {"sandbox": "pod_sandbox", "container": "pod_container"}.get(kind, "single_container")
 
 
+def is_crios(spec: Mapping[str, Any]) -> bool:
+    """Whether CRI-O has made it."""
+    return bool(_annotation(spec, _KIND_ANNOTATIONS[1:]))
+
+
 def pod_of(spec: Mapping[str, Any]) -> str:
     """The id of the sandbox that a pod's container belongs in; empty for any other container."""
     return _annotation(spec, _SANDBOX_ANNOTATIONS) if container_type(spec) == "pod_container" else ""
