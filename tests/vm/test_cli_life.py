@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from conftest import Kata
 
+from kata.engine.turns import Turn
+
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.2; done"
 
 
@@ -468,6 +470,28 @@ def test_a_machine_killed_under_an_attached_run(kata_env: Kata, busybox_image: s
     assert b"virtual machine" in stderr
     assert kata_env.sandboxes() == []
     assert names(kata_env) == []
+
+
+def test_a_start_that_waits_for_its_turn_and_is_given_up(
+    kata_env: Kata, busybox_image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KATA_RUN_DIR", str(kata_env.run_dir))
+    others = [Turn(print) for _ in range((os.cpu_count() or 1) + 1)]
+    assert all(turn.is_held for turn in others)
+    process = kata_env.start("run", "--rm", "--name", "patient", busybox_image, "true")
+    until(kata_env.sandboxes, "a sandbox")
+    time.sleep(1)
+    assert not _hypervisor_of(kata_env)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert kata_env.sandboxes() == []
+    assert names(kata_env) == []
+    process = kata_env.start("run", "--rm", busybox_image, "echo", "at last")
+    others.pop().end()
+    assert process.communicate(timeout=30)[0] == b"at last\n"
+    for turn in others:
+        turn.end()
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.2, 0.5, 0.9, 1.3])

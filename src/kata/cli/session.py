@@ -141,7 +141,7 @@ class _undone_on_failure:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
-        wait_for_engine(self._container)
+        wait_for_engine(self._container, tell=True)
         if self._discard:
             with contextlib.suppress(KataError, OSError):
                 records.remove(self._container)
