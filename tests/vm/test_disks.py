@@ -197,12 +197,12 @@ def test_a_root_of_erofs_layers(daemon: Containerd) -> None:
             "needs a containerd with the erofs snapshotter (2.1 or newer) and erofs in the host's kernel"
         )
     options = ("--runtime", RUNTIME, "--snapshotter", "erofs")
-    script = "rm /bin/wget; echo kept > /made; exec sleep 1000"
+    script = "rm /bin/arch && echo kept > /made; exec sleep 1000"
     daemon.ok("run", "-d", *options, IMAGE, "one", "sh", "-c", script)
 
     def seen() -> str:
         exec_id = f"e{time.monotonic_ns()}"
-        look = ("sh", "-c", "cat /made; ls /bin/wget /bin/sh")
+        look = ("sh", "-c", "cat /made; ls /bin/arch /bin/sh")
         return daemon.ctr("task", "exec", "--exec-id", exec_id, "one", *look).stdout.decode()
 
     until(lambda: seen() == "kept\n/bin/sh\n", "the container has written", daemon.diagnosis)
