@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,9 +56,13 @@ class Results:
         with open(self._path, "a") as file:
             file.write(self._line(key, result))
 
-    def forget(self, text: str) -> None:
-        """Drop the results of the tests whose name contains a text."""
-        self.found = {key: result for key, result in self.found.items() if text not in key.test}
+    def forget(self, text: str, containerds: Collection[str]) -> None:
+        """Drop the results of the tests whose name contains a text, with these containerds."""
+        self.found = {
+            key: result
+            for key, result in self.found.items()
+            if text not in key.test or key.containerd not in containerds
+        }
         self._path.write_text("".join(self._line(key, result) for key, result in self.found.items()))
 
     @staticmethod
@@ -84,9 +89,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons are ended on the way out
     STATE.mkdir(parents=True, exist_ok=True)
     results, cells = Results(STATE / "results.jsonl"), matrix.Cells(STATE / "clients.jsonl")
-    for text in [""] if options.fresh else options.again:
-        results.forget(text)
-        cells.forget(text)
     tests = critest.tests(Path(program), STATE)
     wanted = options.containerd or ("2" if USE_SECOND else "")
     daemons = {
@@ -94,6 +96,10 @@ def main() -> int:
         for which in CONTAINERDS
         if wanted in ("", which) and (version := _containerd_version(second=which == "2"))
     }
+    for text in [""] if options.fresh else options.again:
+        results.forget(text, daemons.values())
+        if CONTAINERDS[0] in daemons:
+            cells.forget(text)
     for which, version in daemons.items():
         todo = [
             key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import IO
 
 import images
+from cni_support import PLUGINS, write_network
 from containerd_support import Containerd, until
 
 ROOT = Path(__file__).resolve().parents[2]
-PLUGINS = Path("/usr/lib/cni")
 PORT = 5000
 CRI = 'plugins."io.containerd.grpc.v1.cri"'
 
@@ -41,25 +40,8 @@ class Rig:
         self._configure()
 
     def _configure(self) -> None:
-        bridge = {
-            "type": "bridge",
-            "bridge": "kc0",
-            "isGateway": True,
-            "hairpinMode": True,
-            "ipMasq": True,
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{"subnet": "10.89.7.0/24"}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-                "dataDir": str(self.directory / "ipam"),
-            },
-        }
         ports = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
-        networks = self.directory / "net.d"
-        networks.mkdir()
-        (networks / "10-kc.conflist").write_text(
-            json.dumps({"cniVersion": "0.4.0", "name": "kc", "plugins": [bridge, ports]})
-        )
+        networks = write_network(self.directory, "kc", "10.89.7.0/24", ports, hairpinMode=True, ipMasq=True)
         for registry in ("registry.k8s.io", "k8s.gcr.io", "gcr.io"):
             hosts = self.directory / "mirrors" / registry
             hosts.mkdir(parents=True)

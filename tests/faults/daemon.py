@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cni_support import PLUGINS, write_network
 from containerd_support import RUNTIME, Containerd, with_command
 
 from faults import stops
@@ -22,7 +23,6 @@ from kata.errors import KataError
 from kata.journal import Journal, find
 
 HERE = Path(__file__).resolve().parent
-PLUGINS = Path("/usr/lib/cni")
 BUSYBOX = "docker.io/local/busybox:latest"
 PAUSE = "docker.io/local/pause:latest"
 PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
@@ -68,21 +68,7 @@ class Daemon(Containerd):
     # ---- its surroundings ----
 
     def _write_configuration(self) -> None:
-        networks = self.directory / "net.d"
-        networks.mkdir()
-        bridge = {
-            "type": "bridge",
-            "bridge": "kf0",
-            "isGateway": True,
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{"subnet": "10.88.8.0/24"}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-                "dataDir": str(self.directory / "ipam"),
-            },
-        }
-        network = {"cniVersion": "0.4.0", "name": self.token, "plugins": [bridge]}
-        (networks / "10-kf.conflist").write_text(json.dumps(network))
+        networks = write_network(self.directory, self.token, "10.88.8.0/24")
         section = 'plugins."io.containerd.grpc.v1.cri"'
         self.configure(
             [] if self.has_pods else ["io.containerd.grpc.v1.cri"],

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cni_support import PLUGINS, write_network
 from containerd_support import PATIENCE, USE_SECOND, Containerd, until, with_command
 
 from kata.resources import host_cgroup
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-PLUGINS = Path("/usr/lib/cni")
 BUSYBOX = "docker.io/local/busybox:latest"
 PAUSE = "docker.io/local/pause:latest"
 
@@ -40,22 +40,7 @@ class Cri:
         self.daemon = Containerd(directory, guest, second=second)
         self.netns = f"kt{os.getpid()}{directory.name}"
         self.daemon.around = ["nsenter", f"--net=/run/netns/{self.netns}"]
-        networks = directory / "net.d"
-        networks.mkdir()
-        plugin = {
-            "type": "bridge",
-            "bridge": "kt0",
-            "isGateway": True,
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{"subnet": "10.88.7.0/24"}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-                "dataDir": str(directory / "ipam"),
-            },
-        }
-        (networks / "10-kt.conflist").write_text(
-            json.dumps({"cniVersion": "0.4.0", "name": "kt", "plugins": [plugin]})
-        )
+        networks = write_network(directory, "kt", "10.88.7.0/24")
         section = 'plugins."io.containerd.grpc.v1.cri"'
         self.daemon.configure(
             [],

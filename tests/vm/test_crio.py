@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from cni_support import PLUGINS, write_network
 from containerd_support import PATIENCE, ROOT, until, with_command
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PROGRAMS = ROOT / "build/programs/crio"
-PLUGINS = Path("/usr/lib/cni")
 BUSYBOX = "localhost/busybox:latest"
 PAUSE = "localhost/pause:latest"
 
@@ -56,22 +56,7 @@ class Crio:
     def _configure(self) -> None:
         directory = self.directory
         (directory / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        networks = directory / "net.d"
-        networks.mkdir()
-        plugin = {
-            "type": "bridge",
-            "bridge": "ko0",
-            "isGateway": True,
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{"subnet": "10.87.7.0/24"}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-                "dataDir": str(directory / "ipam"),
-            },
-        }
-        (networks / "10-ko.conflist").write_text(
-            json.dumps({"cniVersion": "0.4.0", "name": "ko", "plugins": [plugin]})
-        )
+        networks = write_network(directory, "ko", "10.87.7.0/24")
         shim = directory / "bin/containerd-shim-kata-v2"
         shim.parent.mkdir()
         shim.symlink_to(ROOT / "src/kata/__main__.py")
