@@ -40,7 +40,12 @@ KINDS = {"runc": "io.containerd.runc.v2", "kata": "io.containerd.kata.v2"}
 def operations(client: object) -> dict[str, Callable[[str], str]]:
     """What a client knows of `OPERATIONS`."""
     named = {name: re.sub("[ -]+", "_", name.lower()) for name in OPERATIONS}
-    return {name: getattr(client, method) for name, method in named.items() if hasattr(client, method)}
+    lacks = getattr(client, "lacks", ())
+    return {
+        name: getattr(client, method)
+        for name, method in named.items()
+        if hasattr(client, method) and name not in lacks
+    }
 
 
 def _terminal(command: list[str], env: dict[str, str]) -> str:
@@ -405,14 +410,16 @@ class Docker:
     """Docker 23 or newer."""
 
     name = "docker"
+    gateway = "10.77.0.1"
 
     def __init__(self, docker: Dockerd) -> None:
         self._docker = docker
+        self._command = ["docker"]
         self._count = 0
 
     def _said(self, *arguments: str, stdin: bytes = b"") -> str:
         done = subprocess.run(
-            ["docker", *arguments],
+            [*self._command, *arguments],
             input=stdin,
             capture_output=True,
             timeout=120,
@@ -444,7 +451,7 @@ class Docker:
 
     def run_it(self, runtime: str) -> str:
         command = [*self._run(runtime, "--rm", "-it"), "bb", "sh", "-c", "test -t 0 && sleep 1 && echo yes"]
-        return _terminal(["docker", *command], self._docker.env)
+        return _terminal([*self._command, *command], self._docker.env)
 
     def run_d(self, runtime: str) -> str:
         with self._running(runtime, "sleep", "1000") as name:
@@ -458,8 +465,8 @@ class Docker:
 
     def exec_it(self, runtime: str) -> str:
         with self._running(runtime, "sleep", "1000") as name:
-            command = ["docker", "exec", "-it", name, "sh", "-c", "test -t 0 && sleep 1 && echo yes"]
-            return _terminal(command, self._docker.env)
+            command = ["exec", "-it", name, "sh", "-c", "test -t 0 && sleep 1 && echo yes"]
+            return _terminal([*self._command, *command], self._docker.env)
 
     def logs(self, runtime: str) -> str:
         with self._running(runtime, "sh", "-c", "echo out; echo err >&2") as name:
@@ -468,7 +475,7 @@ class Docker:
 
     def attach(self, runtime: str) -> str:
         with self._running(runtime, "sh", "-c", READS, options=("-i",)) as name:
-            said = _attached(["docker", "attach", name], self._docker.env)
+            said = _attached([*self._command, "attach", name], self._docker.env)
             return f"{said}; status {self._docker('wait', name).strip()}"
 
     def kill(self, runtime: str) -> str:
@@ -566,7 +573,7 @@ class Docker:
             self._docker("volume", "rm", f"named-{runtime}", code=None)
 
     def network(self, runtime: str) -> str:
-        said = self._said(*self._run(runtime, "--rm"), "bb", "ping", "-c", "1", "-W", "20", "10.77.0.1")
+        said = self._said(*self._run(runtime, "--rm"), "bb", "ping", "-c", "1", "-W", "20", self.gateway)
         return str("1 packets received" in said)
 
     def port(self, runtime: str) -> str:

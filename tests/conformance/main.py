@@ -159,9 +159,9 @@ def _versions(program: str) -> page.Versions:
 
 def _client_versions() -> dict[str, str]:
     found = {}
-    for client, command in (("ctr", "ctr"), ("crictl", "crictl"), ("docker", "docker")):
-        if shutil.which(command):
-            said = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+    for client in ("ctr", "crictl", "nerdctl", "docker"):
+        if shutil.which(client):
+            said = subprocess.run([client, "--version"], capture_output=True, text=True, check=False).stdout
             number = re.search(r"v?(\d+\.\d+[.\d]*)", said)
             found[client] = number[1] if number else ""
     return found

@@ -15,14 +15,24 @@ from pathlib import Path
 
 import pytest
 from clients import IMAGE, OPERATIONS, Crictl, Ctr, Docker, operations
+from nerdctl import Nerdctl
 from rig import ROOT, Rig
 from test_docker import Docker as Dockerd
+from test_nerdctl import running as nerdctl_running
 
 HOST_PROCESS = (
     "Processes of the host are shown: the virtual machine is one. `exec NAME ps` shows the guest's."
 )
 REASONS = {
     "top": ("qemu.*", HOST_PROCESS),
+    "cp": (
+        "(?s)failed: .*read-only file system.*",
+        "It goes through /proc/PID/root of the task: the hypervisor's, an empty directory (docs/nerdctl.md).",
+    ),
+    "inspect": (
+        "running True 134217728 False",
+        "It shows the address of the namespace's first interface, and that is the machine's; eth0's is under Networks.",
+    ),
     "OOM": (
         "OOMKilled 137",
         "runc's shim tells of the kill beside the exit, and now and then too late to be the reason.",
@@ -62,6 +72,31 @@ EXPECTED = {
         "port": "served",
         "a missing command": ".*executable file not found.*",
         "OOM": "(OOMKilled|Error) 137",
+    },
+    "nerdctl": {
+        "run": "out; err.*; status 3",
+        "run -it": "yes; status 0",
+        "run -d": "Up docker.io/library/bb:latest",
+        "exec": "in; err.*exit code 4.*; status 1",
+        "exec -it": "yes; status 0",
+        "logs": "out; err; status 0",
+        "kill": "137",
+        "stop": r"3 \['up', 'bye'\]",
+        "pause": "paused running",
+        "restart": "running",
+        "wait": "9",
+        "cp": "content back",
+        "top": "sleep",
+        "stats": r"limit 128MiB; 1 processes; used memory, network: \[True, .*\]",
+        "update": "134217728 67108864",
+        "inspect": "running True 134217728 True",
+        "events": "create start exit delete",
+        "commit": "kept",
+        "volume": "file; .*Read-only file system.*; status 1",
+        "network": "True",
+        "port": "served",
+        "a missing command": ".*executable file not found.*status 1",
+        "OOM": "status 137",
     },
     "docker": {
         "run": "in; err; status 3",
@@ -157,11 +192,20 @@ def run(rig: Rig, cells: Cells, only: str) -> None:
             _run(docker.name, operations(docker), cells, only)
     except pytest.skip.Exception as reason:
         print(f"no Docker: {reason}", flush=True)
+    try:
+        # A short path: there are sockets in it.
+        directory = Path(tempfile.mkdtemp(prefix="kn", dir="/tmp"))
+        busybox = f"oci:{ROOT}/build/images/busybox"
+        with nerdctl_running(directory, Path(os.environ["KATA_GUEST_DIR"]), busybox) as program:
+            nerdctl = Nerdctl(program)
+            _run(nerdctl.name, operations(nerdctl), cells, only)
+    except pytest.skip.Exception as reason:
+        print(f"no nerdctl: {reason}", flush=True)
 
 
 def is_wanting(cells: Cells, only: str) -> bool:
     """Whether `run` would have something to do."""
-    known = {(client.name, name) for client in (Ctr, Crictl, Docker) for name in operations(client)}
+    known = {(client.name, name) for client in (Ctr, Crictl, Nerdctl, Docker) for name in operations(client)}
     return any(only in " ".join(key) for key in known - set(cells.found))
 
 
@@ -234,12 +278,15 @@ def section(found: Mapping[tuple[str, str], Cell], versions: Mapping[str, str]) 
         found: What was seen.
         versions: Client -> what it calls itself.
     """
-    clients = [name for name in ("ctr", "crictl", "docker") if any(client == name for client, _ in found)]
+    clients = [
+        name for name in ("ctr", "crictl", "nerdctl", "docker") if any(client == name for client, _ in found)
+    ]
     lines = [
         "## What clients can do",
         "",
         "Each operation was done with a runc container and with one of ours, and what a person would see was compared.",
         "An empty cell: the client has no such operation, or it is not tried here (attach by CRI is one of critest's).",
+        "nerdctl's containers were containerd 2's.",
         "",
         f"| | {' | '.join(f'{name} {versions.get(name, str())}'.strip() for name in clients)} |",
         "|" + "---|" * (len(clients) + 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -59,7 +60,7 @@ class Nerdctl:
             env=self.env,
             check=False,
         )
-        said = done.stdout.decode() + done.stderr.decode()
+        said = done.stdout.decode() + complaints(done.stderr)
         assert code is None or done.returncode == code, (
             f"nerdctl {' '.join(arguments)}: {done.returncode}: {said}\n{self.containerd.diagnosis()}"
         )
@@ -81,6 +82,16 @@ class Nerdctl:
         network["name"] = "bridge"
         path.with_name("nerdctl-bridge.conflist").write_text(json.dumps(network))
         path.unlink()
+
+
+def complaints(stderr: bytes) -> str:
+    """What nerdctl says on standard error of the operation itself, without the times and without its own warnings (and
+    that a signal came too late for a container that had ended).
+    """
+    lines = [re.sub(r'^time="[^"]*" ', "", line) for line in stderr.decode().splitlines(keepends=True)]
+    return "".join(
+        line for line in lines if not line.startswith("level=warning") and "forward signal" not in line
+    )
 
 
 @contextmanager
@@ -108,10 +119,12 @@ def running(directory: Path, guest: Path, busybox: str) -> Iterator[Nerdctl]:
         one("tag", IMAGE, "bb")
         yield one
     finally:
-        clean(one)
-        one.containerd.stop()
-        subprocess.run(["ip", "netns", "delete", one.netns], check=False)
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            clean(one)
+        finally:
+            one.containerd.stop()
+            subprocess.run(["ip", "netns", "delete", one.netns], check=False)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def clean(nerdctl: Nerdctl) -> None:

@@ -1,0 +1,97 @@
+"""nerdctl's operations: Docker's, where it has the same words for them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+
+from clients import EAT, KINDS, TRAP, Docker
+from containerd_support import until
+from test_nerdctl import GATEWAY, complaints
+from test_nerdctl import Nerdctl as Program
+
+
+class Nerdctl(Docker):
+    """nerdctl, with a containerd 2 of its own."""
+
+    name = "nerdctl"
+    gateway = GATEWAY
+    lacks = frozenset({"attach", "healthcheck"})
+    """What Docker has and nerdctl 2.1 has not, or only with a terminal at both ends."""
+
+    def __init__(self, nerdctl: Program) -> None:
+        super().__init__(nerdctl)  # type: ignore[arg-type]  # is called in the same way
+        self._command = nerdctl.command
+
+    def _run(self, runtime: str, *options: str) -> list[str]:
+        return ["run", "--runtime", KINDS[runtime], *options]
+
+    def _said(self, *arguments: str, stdin: bytes = b"") -> str:
+        done = subprocess.run(
+            [*self._command, *arguments],
+            input=stdin,
+            capture_output=True,
+            timeout=120,
+            env=self._docker.env,
+            check=False,
+        )
+        return f"{done.stdout.decode().strip()}; {complaints(done.stderr).strip()}; status {done.returncode}"
+
+    def run(self, runtime: str) -> str:
+        # Without input: nerdctl with runc hangs now and then when that ends before the task is known.
+        return self._said(*self._run(runtime, "--rm"), "bb", "sh", "-c", "echo out; echo err >&2; exit 3")
+
+    def stop(self, runtime: str) -> str:
+        with self._running(runtime, "sh", "-c", TRAP) as name:
+            until(lambda: "up" in self._docker("logs", name), "the trap is set")
+            self._docker("stop", "-t", "60", name)
+            # A program of nerdctl's own writes the log, and may be behind.
+            until(lambda: "bye" in self._docker("logs", name), "all is in the log")
+            return f"{self._format(name, '{{.State.ExitCode}}')} {self._docker('logs', name).split()}"
+
+    def run_d(self, runtime: str) -> str:
+        with self._running(runtime, "sleep", "1000") as name:
+            return self._docker(
+                "ps", "--filter", f"name={name}", "--format", "{{.Status}} {{.Image}}"
+            ).strip()
+
+    def events(self, runtime: str) -> str:
+        # It shows what happens from now on, of this namespace, and does not say when it has begun to.
+        path = self._docker.directory / "events"
+        with open(path, "wb") as file:
+            listener = subprocess.Popen(
+                [*self._command, "events", "--format", "{{json .}}"], stdout=file, env=self._docker.env
+            )
+        try:
+
+            def listens() -> bool:
+                self._docker("tag", "bb", "probe")
+                return path.stat().st_size > 0
+
+            until(listens, "nerdctl events listens")
+            with self._running(runtime, "true") as name:
+                self._docker("wait", name)
+                identity = self._format(name, "{{.ID}}")
+                time.sleep(0.5)
+        finally:
+            listener.terminate()
+            listener.wait(10)
+            self._docker("rmi", "probe", code=None)
+        seen = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return " ".join(
+            event["Topic"].removeprefix("/tasks/")
+            for event in seen
+            if event["ID"] == identity and event["Topic"].startswith("/tasks/")
+        )
+
+    def a_missing_command(self, runtime: str) -> str:
+        said = self._said(*self._run(runtime, "--rm"), "bb", "nosuch").replace("\\", "")
+        found = re.search(r'exec: "nosuch": executable file not found in \$PATH', said)
+        return f"{found[0] if found else said}; {said.rpartition('; ')[2]}"
+
+    def oom(self, runtime: str) -> str:
+        options = ("-m", "32m", "--memory-swap", "32m")
+        with self._running(runtime, "sh", "-c", EAT, options=options) as name:
+            return f"status {self._docker('wait', name).strip()}"
