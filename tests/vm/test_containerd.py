@@ -132,6 +132,18 @@ def test_nothing_of_the_host_is_below_a_tasks_root(daemon: Containerd) -> None:
     assert done.stdout.decode().split() == ["751", "5"], done.stderr
 
 
+def test_a_profile_of_the_hosts_apparmor_is_no_obstacle(daemon: Containerd) -> None:
+    # What Docker and nerdctl put into a specification where the host has AppArmor; the guest's kernel has none.
+    spec = daemon.spec({})
+    spec["process"] |= {
+        "apparmorProfile": "docker-default",
+        "selinuxLabel": "system_u:system_r:container_t:s0",
+    }
+    daemon.run_spec("armed", spec)
+    done = daemon.ctr("task", "exec", "--exec-id", "e", "armed", "/bin/busybox", "echo", "runs")
+    assert (done.returncode, done.stdout) == (0, b"runs\n"), done.stderr
+
+
 def test_a_killed_machine_is_told_as_137(daemon: Containerd) -> None:
     pid = daemon.detached("shot", "sleep", "1000")
     os.kill(pid, signal.SIGKILL)
