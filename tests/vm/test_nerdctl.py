@@ -153,6 +153,9 @@ def test_a_container_with_nerdctls_network(nerdctl: Nerdctl) -> None:
     assert os.uname().release not in said
     assert "inet 10.77.1." in said
     assert "1 packets received" in said
+    # Input that ends before the machine is there; several times, since it is a matter of moments.
+    for _ in range(3):
+        assert nerdctl("run", "--runtime", RUNTIME, "--rm", "-i", "bb", "cat", stdin=b"early") == "early"
 
 
 def test_the_life_of_a_container(nerdctl: Nerdctl) -> None:
