@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,24 @@ def test_a_killed_engine_is_cleared_up_by_containerd(daemon: Containerd) -> None
     until(lambda: not Path(f"/proc/{pid}").exists(), "the machine is gone with its engine")
     until(lambda: not daemon.sandboxes(), "containerd has had it cleared up", daemon.diagnosis)
     until(lambda: daemon.tasks().get("orphan", (0, "STOPPED"))[1] == "STOPPED", "the task is not running")
+
+
+DIES_AT_ONCE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from kata.journal import Journal
+Journal.create_dir(sys.argv[2], "default.dead", {"door": "containerd", "id": "dead"})
+"""
+
+
+def test_a_short_task_clears_up_what_a_dead_engine_left(daemon: Containerd) -> None:
+    """containerd does not always have it done: not of an engine that died before its first call."""
+    sandboxes = daemon.run_dir / "sandboxes"
+    source = str(Path(__file__).resolve().parents[2] / "src")
+    subprocess.run([sys.executable, "-c", DIES_AT_ONCE, source, str(sandboxes)], check=True)
+    assert (sandboxes / "default.dead").exists()
+    assert daemon.run("brief", "true").returncode == 0
+    until(lambda: not (sandboxes / "default.dead").exists(), "the end of the dead one's directory")
 
 
 def test_containerd_restarts_while_a_task_runs(daemon: Containerd) -> None:

@@ -34,7 +34,7 @@ IDLE_S = 2.0
 ORPHAN_S = 60.0
 """The same for an engine whose client may be restarting: one that was started and never given a container."""
 SWEEP_S = 2.0
-"""When an engine looks for what dead ones have left: not while its own machine boots."""
+"""When an engine looks for what dead ones have left, if it has not ended before: not while its own machine boots."""
 _HOLDS, _LET_GO, _DIED = "holds", "let go", "died"
 EVENTS_S = 5.0
 """How long an engine waits at its end for containerd to take the last events."""
@@ -120,8 +120,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _told_to_end, sandbox, number)
     sandbox.spawn(_end_when_idle(sandbox, server, loop, IDLE_S if sandbox.is_human else ORPHAN_S))
-    if not sandbox.is_human:
-        sandbox.spawn(_sweep(sandbox))
+    sweeping = None if sandbox.is_human else sandbox.spawn(_sweep(sandbox))
     await sandbox.ended.wait()
     if publisher is not None:
         await publisher.close(EVENTS_S)
@@ -132,6 +131,8 @@ async def _serve(
         await asyncio.sleep(0.01)
     await sandbox.linger()
     await server.shutdown(1.0)
+    if sweeping is not None:
+        await asyncio.wait([sweeping])
 
 
 async def _sweep(sandbox: Sandbox) -> None:
@@ -141,15 +142,16 @@ async def _sweep(sandbox: Sandbox) -> None:
     may remove the bundle before it starts the shim's delete in it, which then does not run.
     """
     import asyncio
+    import contextlib
 
     from ..journal_undo import reconcile_sandboxes
 
-    await asyncio.sleep(SWEEP_S)
-    if not sandbox.is_ending:
-        door = str(sandbox.settings.get("door", ""))
-        report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), door)
-        for line in (*(f"cleared up after {directory}" for directory in report.undone), *report.failures):
-            sandbox.complain(line)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(sandbox.ended.wait(), SWEEP_S)
+    door = str(sandbox.settings.get("door", ""))
+    report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), door)
+    for line in (*(f"cleared up after {directory}" for directory in report.undone), *report.failures):
+        sandbox.complain(line)
 
 
 def _publisher(settings: dict[str, Any], sandbox: Sandbox) -> Publisher | None:

@@ -636,11 +636,12 @@ class Sandbox:
         """Run something that blocks, in the one helper thread: in the order of the calls."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Let *work* run on its own; what it raises is written to the engine's log."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
