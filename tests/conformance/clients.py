@@ -20,6 +20,7 @@ import images
 from containerd_support import until
 from rig import Rig
 from test_docker import Docker as Dockerd
+from test_nerdctl import Nerdctl
 
 OPERATIONS = (
     *("run", "run -it", "run -d", "exec", "exec -it", "logs", "attach", "kill", "stop", "pause", "restart"),
@@ -412,7 +413,7 @@ class Docker:
     name = "docker"
     gateway = "10.77.0.1"
 
-    def __init__(self, docker: Dockerd) -> None:
+    def __init__(self, docker: Dockerd | Nerdctl) -> None:
         self._docker = docker
         self._command = ["docker"]
         self._count = 0
@@ -426,7 +427,11 @@ class Docker:
             env=self._docker.env,
             check=False,
         )
-        return f"{done.stdout.decode().strip()}; {done.stderr.decode().strip()}; status {done.returncode}"
+        return f"{done.stdout.decode().strip()}; {self._complaints(done.stderr)}; status {done.returncode}"
+
+    def _complaints(self, said: bytes) -> str:
+        """What a person would see on standard error."""
+        return said.decode().strip()
 
     def _run(self, runtime: str, *options: str) -> list[str]:
         return ["run", "--runtime", "runc" if runtime == "runc" else KINDS[runtime], *options]

@@ -22,22 +22,14 @@ class Nerdctl(Docker):
     """What Docker has and nerdctl 2.1 has not, or only with a terminal at both ends."""
 
     def __init__(self, nerdctl: Program) -> None:
-        super().__init__(nerdctl)  # type: ignore[arg-type]  # is called in the same way
+        super().__init__(nerdctl)
         self._command = nerdctl.command
 
     def _run(self, runtime: str, *options: str) -> list[str]:
         return ["run", "--runtime", KINDS[runtime], *options]
 
-    def _said(self, *arguments: str, stdin: bytes = b"") -> str:
-        done = subprocess.run(
-            [*self._command, *arguments],
-            input=stdin,
-            capture_output=True,
-            timeout=120,
-            env=self._docker.env,
-            check=False,
-        )
-        return f"{done.stdout.decode().strip()}; {complaints(done.stderr).strip()}; status {done.returncode}"
+    def _complaints(self, said: bytes) -> str:
+        return complaints(said).strip()
 
     def run(self, runtime: str) -> str:
         # Without input: nerdctl with runc hangs now and then when that ends before the task is known.

@@ -11,6 +11,7 @@ Blocks: for the helper thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
@@ -22,7 +23,7 @@ from .volumes import OPTION_FLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ..journal import Entry, Journal
     from ..proto.task_pb import Mount
@@ -167,33 +168,33 @@ class HostRoot:
         target = os.path.realpath(self.path)
         last = steps[-1]
         if self._host is not None and self._hidden(steps):
-            entry = self._journal.intend("mount", target=target, source=last.source, fstype=last.kind)
-            try:
 
-                def work() -> None:
-                    for step in steps:
-                        step.mount(target)
+            def work() -> None:
+                for step in steps:
+                    step.mount(target)
 
+            with self._noted(last, target):
                 tree = self._host.mounted(work, target)
                 try:
                     sysio.move_mount(tree, target)
                 finally:
                     os.close(tree)
-            except OSError:
-                self._journal.forget(entry)
-                raise
-            self._journal.made(entry)
-            self._entries.append(entry)
             return
         for step in steps:
-            entry = self._journal.intend("mount", target=target, source=step.source, fstype=step.kind)
-            try:
+            with self._noted(step, target):
                 step.mount(target)
-            except OSError:
-                self._journal.forget(entry)
-                raise
-            self._journal.made(entry)
-            self._entries.append(entry)
+
+    @contextlib.contextmanager
+    def _noted(self, step: _Step, target: str) -> Iterator[None]:
+        """Have the journal know of a mount before it is made."""
+        entry = self._journal.intend("mount", target=target, source=step.source, fstype=step.kind)
+        try:
+            yield
+        except OSError:
+            self._journal.forget(entry)
+            raise
+        self._journal.made(entry)
+        self._entries.append(entry)
 
     def _hidden(self, steps: list[_Step]) -> bool:
         """Whether something that it is made of may be another thing here than on the host."""
