@@ -196,7 +196,7 @@ fn disk_traffic_is_limited_and_counted() {
         ..Default::default()
     };
     match group.0.apply(&weight) {
-        Ok(()) => assert!(["io.weight", "io.bfq.weight"].iter().any(|file| {
+        Ok(_) => assert!(["io.weight", "io.bfq.weight"].iter().any(|file| {
             fs::read_to_string(format!("{}/{file}", group.0.path())).is_ok_and(|text| text.starts_with("default "))
         })),
         // Neither the scheduler nor the cost model is in this kernel.

@@ -478,7 +478,12 @@ def test_a_start_that_waits_for_its_turn_and_is_given_up(
     monkeypatch.setenv("KATA_RUN_DIR", str(kata_env.run_dir))
     others = [Turn(print) for _ in range((os.cpu_count() or 1) + 1)]
     assert all(turn.is_held for turn in others)
-    process = kata_env.start("run", "--rm", "--name", "patient", busybox_image, "true")
+    # Whoever runs the tests in the background may have Ctrl-C ignored.
+    process = kata_env.start(
+        "run",
+        *("--rm", "--name", "patient", busybox_image, "true"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until(kata_env.sandboxes, "a sandbox")
     time.sleep(1)
     assert not _hypervisor_of(kata_env)

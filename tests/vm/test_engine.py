@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -471,8 +472,23 @@ def test_guest_cannot_plant_anything_beside_its_volumes(make: Maker, tmp_path: P
     assert b"BAD" not in streams.stdout
 
 
-@pytest.mark.parametrize("source", ["/nonexistent/volume", "/dev/null"])
-def test_volume_that_cannot_be_shared(make: Maker, source: str) -> None:
+@pytest.fixture
+def foreign_device(tmp_path: Path) -> str:
+    """A character device that is not one of those that every guest has: what /dev/mem is."""
+    path = tmp_path / "mem"
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 1))
+    return str(path)
+
+
+def test_a_volume_that_is_not_there(make: Maker) -> None:
+    refused(make, "/nonexistent/volume")
+
+
+def test_a_volume_that_is_a_device_of_the_host(make: Maker, foreign_device: str) -> None:
+    refused(make, foreign_device)
+
+
+def refused(make: Maker, source: str) -> None:
     box = make(volumes=[{"source": source, "destination": "/x"}])
     with pytest.raises(KataError, match=source) as caught:
         box.create("true", volumes=[(source, "/x", ["rbind"])])
