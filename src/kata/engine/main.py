@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 CLIENTS_S = 10.0
 """How long an engine that has nothing left to do waits for its clients to hang up."""
 IDLE_POLL_S = 0.25
-MISSED_S = 2.0
-"""How long a container that is asked about may be missing: the end of a client's input (CloseIO) can be told before
-Create arrives, and that client has not lost the thread."""
 IDLE_S = 2.0
 """How long the human door's engine stays without a living container and without a client."""
 ORPHAN_S = 60.0
@@ -180,23 +177,18 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
     """
     import asyncio
 
-    idle_since = missed_since = None
+    idle_since = None
     while not sandbox.is_ending:
         living = [one for one in sandbox.containers.values() if one.init.alive]
         if living:
-            idle_since = missed_since = None
+            idle_since = None
             await asyncio.wait([asyncio.ensure_future(one.init.ended.wait()) for one in living])
             continue
         made = sandbox.is_pod and sandbox.had_container
         kept = not sandbox.is_human and (sandbox.containers or made)
         door = _door()
         unknown = door == _DIED and not sandbox.had_container and not server.connections
-        if sandbox.containers or not sandbox.was_missed:
-            missed_since = None
-        elif missed_since is None:
-            missed_since = loop.time()
-        missed = missed_since is not None and loop.time() - missed_since >= MISSED_S
-        if not sandbox.containers and (unknown or missed):
+        if not sandbox.containers and (unknown or sandbox.was_missed):
             sandbox.end()
         elif server.connections or kept or door == _HOLDS:
             idle_since = None

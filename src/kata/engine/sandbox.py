@@ -373,8 +373,13 @@ class Sandbox:
 
             oom_score.set_machine(max(scores))
 
-    def container(self, container_id: str) -> Container:
+    def container(self, container_id: str, *, may_come: bool = False) -> Container:
         """The container with this id.
+
+        Args:
+            container_id: Its id.
+            may_come: Whether a client may ask before its Create has arrived (for one whose input ends at once);
+                else who asks for what there is not has lost the thread.
 
         Raises:
             NotFoundError: There is none, or it is still being made, as with runc: who deleted it now would wait for
@@ -383,7 +388,7 @@ class Sandbox:
         found = self.containers.get(container_id)
         if found is None or not found.created_at_ns:
             # A pod of the Sandbox API is one without a container as well.
-            self.was_missed = not (self.is_human or self.is_pod or self.containers)
+            self.was_missed |= not (may_come or self.is_human or self.is_pod or self.containers)
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 

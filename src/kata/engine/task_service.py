@@ -222,13 +222,13 @@ class TaskService:
         raise UnsupportedError("a container in a virtual machine cannot be checkpointed by its processes")
 
     async def ResizePty(self, request: task_pb.ResizePtyRequest, context: Context) -> google_pb.Empty:
-        container = self._sandbox.container(request.id)
+        container = self._sandbox.container(request.id, may_come=True)
         await container.resize(request.exec_id, request.height, request.width)
         return google_pb.Empty()
 
     @finish
     async def CloseIO(self, request: task_pb.CloseIORequest, context: Context) -> google_pb.Empty:
-        process = self._sandbox.container(request.id).process(request.exec_id)
+        process = self._sandbox.container(request.id, may_come=True).process(request.exec_id)
         if request.stdin and process.streams is not None and process.streams.input is not None:
             process.streams.input.end_of_input()
         return google_pb.Empty()
