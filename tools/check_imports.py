@@ -11,7 +11,7 @@ others or a higher one::
     children config
     ttrpc oci journal
     proto
-    errors paths launcher sysio
+    errors paths launcher remembered sysio
 
 Imports inside functions count, imports under ``if TYPE_CHECKING`` too: a type of a higher part in a
 signature is a dependency like any other. Runs on the standard library alone.
@@ -35,7 +35,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("children", "config"),
     ("ttrpc", "oci", "journal"),
     ("proto",),
-    ("sysio", "paths", "launcher", "errors"),
+    ("sysio", "paths", "launcher", "remembered", "errors"),
     ("__init__",),
 )
 """Parts (sub-packages or modules of ``kata``) by height."""

@@ -332,10 +332,27 @@ def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
     return fd
 
 
-def bpf_prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
-    """Attach a program to a cgroup (BPF_PROG_ATTACH); it is released with the cgroup."""
-    values = (cgroup_fd, prog_fd, attach_type, 0)
-    bpf(8, b"".join(value.to_bytes(4, "little") for value in values))
+def bpf_on_cgroup(directory: str, kind: int, attach_type: int, code: bytes, name: str) -> None:
+    """Load a program and attach it to a cgroup (BPF_PROG_ATTACH), in the place of one that was attached there so
+    before; it is released with the cgroup.
+
+    Args:
+        directory: The cgroup's.
+        kind: As of `bpf_prog_load`, like what follows.
+        attach_type: BPF_*.
+        code: The program.
+        name: Its name.
+    """
+    program = bpf_prog_load(kind, attach_type, code, name)
+    try:
+        cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            values = (cgroup, program, attach_type, 0)
+            bpf(8, b"".join(value.to_bytes(4, "little") for value in values))
+        finally:
+            os.close(cgroup)
+    finally:
+        os.close(program)
 
 
 # ---- mounts ----

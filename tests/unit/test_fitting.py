@@ -76,7 +76,7 @@ class Machine:
         self.told.append(("limits", limits))
 
     async def update(self, name: str, after: dict[str, Any]) -> None:
-        await self.fitting.update(name, after, self.apply)
+        await self.fitting.update(name, after, lambda: self.apply(after))
 
 
 def limits(cpus: float | None = None, mib: int | None = None) -> dict[str, Any]:

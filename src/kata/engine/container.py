@@ -519,7 +519,7 @@ class Container:
         agent = await self.sandbox.ready()
         change = spec.resources_message(resources)
         after = merged(self._resources, resources)
-        await self.sandbox.fitting.update(self.id, after, lambda _limits: agent.update(self.id, change))
+        await self.sandbox.fitting.update(self.id, after, lambda: agent.update(self.id, change))
         self._resources = after
 
     async def delete_exec(self, exec_id: str) -> Process:

@@ -134,7 +134,7 @@ class Fitting:
         self,
         container_id: str,
         after: dict[str, Any],
-        apply: Callable[[dict[str, Any]], Awaitable[None]],
+        apply: Callable[[], Awaitable[None]],
     ) -> None:
         """Change the limits of a container, and the machine with them.
 
@@ -155,7 +155,7 @@ class Fitting:
             try:
                 target = self._target()
                 await self._become(_larger(target, has))
-                await apply(after)
+                await apply()
             except BaseException:
                 self._containers[container_id], self._pod = asked, pod
                 await self._back(has)

@@ -45,7 +45,7 @@ class Turn:
         self, complain: Callable[[str], object], most: int = 0, patience_s: float = PATIENCE_S
     ) -> None:
         directory = os.path.join(paths.run_dir(), DIRECTORY)
-        most = most or (os.cpu_count() or 1) + 1
+        most = most or len(os.sched_getaffinity(0)) + 1
         self._fd = -1
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)

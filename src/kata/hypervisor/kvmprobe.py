@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 
-from kata import paths, sysio
+from kata import paths, remembered, sysio
 
 DEVICE = "/dev/kvm"
 WORKS = "works"
@@ -109,34 +109,12 @@ def probe(use_cache: bool = True) -> Verdict:
         return Verdict(OPENS_ONLY, f"only x86-64 hosts are supported, this is {os.uname().machine}")
     key = f"1 {sysio.boot_id()} {os.uname().release} {status.st_rdev} {status.st_ino}"
     path = os.path.join(paths.run_dir(), "kvm-probe")
-    cached = _read_cache(path, key) if use_cache else None
-    if cached is not None:
-        return cached
+    cached = remembered.read(path, key) if use_cache else []
+    if len(cached) == 3 and cached[0] in (WORKS, OPENS_ONLY):
+        return Verdict(*cached)
     verdict = _run_probe(DEADLINE_S)
-    _write_cache(path, key, verdict)
+    remembered.write(path, key, verdict.state, verdict.reason, verdict.hint)
     return verdict
-
-
-def _read_cache(path: str, key: str) -> Verdict | None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError):
-        return None
-    if len(lines) < 4 or lines[0] != key or lines[1] not in (WORKS, OPENS_ONLY):
-        return None
-    return Verdict(lines[1], lines[2], lines[3])
-
-
-def _write_cache(path: str, key: str, verdict: Verdict) -> None:
-    aside = f"{path}.{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(f"{key}\n{verdict.state}\n{verdict.reason}\n{verdict.hint}\n")
-        os.replace(aside, path)
-    except OSError:
-        pass  # it will be probed again
 
 
 _NESTED_HINT = (

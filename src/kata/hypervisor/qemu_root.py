@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children, paths, sysio
+from kata import children, paths, remembered, sysio
 from kata.errors import HostError
 
 TYPE_CHECKING = False
@@ -23,6 +23,7 @@ NAME = "root"
 DESCRIPTORS = "proc/self/fd"
 _FLAGS = sysio.MS_NOSUID | sysio.MS_NODEV | sysio.MS_NOEXEC
 _CACHE = "qemu-root"
+_HINT = "It takes mounts, as root: `kata doctor` checks the host."
 
 
 def prepare(run_dir: str, journal: Journal, *, serves_files: bool) -> str:
@@ -50,7 +51,9 @@ def prepare(run_dir: str, journal: Journal, *, serves_files: bool) -> str:
             os.makedirs(os.path.join(path, DESCRIPTORS), 0o555)
             sysio.mount(None, path, None, sysio.MS_REMOUNT | sysio.MS_RDONLY | _FLAGS)
     except OSError as error:
-        raise HostError(f"cannot make the hypervisor's root directory {path}: {error.strerror}") from error
+        raise HostError(
+            f"cannot make the hypervisor's root directory {path}: {error.strerror}", _HINT
+        ) from error
     return path
 
 
@@ -69,7 +72,9 @@ def show_descriptors(path: str, pid: int) -> None:
     try:
         sysio.mount(f"/proc/{pid}/fd", os.path.join(path, DESCRIPTORS), None, sysio.MS_BIND)
     except OSError as error:
-        raise HostError(f"cannot show the hypervisor its descriptors: {error.strerror}") from error
+        raise HostError(
+            f"cannot show the hypervisor its descriptors in {path}: {error.strerror}", _HINT
+        ) from error
 
 
 def option(binary: str) -> str:
@@ -87,7 +92,8 @@ def option(binary: str) -> str:
         status = os.stat(binary)
         key = f"1 {binary} {status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
         cache = os.path.join(paths.run_dir(), _CACHE)
-        found = _read(cache, key)
+        known = remembered.read(cache, key)
+        found = known[0] if known else ""
         if not found:
             said = _help(binary)
             found = "-run-with" if b"chroot=dir" in said else "-chroot" if b"\n-chroot dir" in said else ""
@@ -96,30 +102,12 @@ def option(binary: str) -> str:
                     f"the hypervisor {binary} has no option for its root directory (-chroot, -run-with)",
                     "apt-get install qemu-system-x86",
                 )
-            _write(cache, key, found)
+            remembered.write(cache, key, found)
     except OSError as error:
-        raise HostError(f"cannot execute the hypervisor {binary}: {error.strerror}") from error
+        raise HostError(
+            f"cannot execute the hypervisor {binary}: {error.strerror}", "apt-get install qemu-system-x86"
+        ) from error
     return found
-
-
-def _read(path: str, key: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return lines[1] if len(lines) == 3 and lines[0] == key else ""
-
-
-def _write(path: str, key: str, found: str) -> None:
-    aside = f"{path}.{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(f"{key}\n{found}\n")
-        os.replace(aside, path)
-    except OSError:
-        pass  # it will be asked again
 
 
 def _help(binary: str) -> bytes:

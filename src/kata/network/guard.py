@@ -150,22 +150,14 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
             journal.forget(entry)
             raise
         journal.made(entry)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            code4, code6 = program4(resolver4), program6(resolver6)
-            for attach_type, code in (
-                (_INET4_CONNECT, code4),
-                (_UDP4_SENDMSG, code4),
-                (_INET6_CONNECT, code6),
-                (_UDP6_SENDMSG, code6),
-            ):
-                program = sysio.bpf_prog_load(_CGROUP_SOCK_ADDR, attach_type, code, "kata_guard")
-                try:
-                    sysio.bpf_prog_attach(fd, program, attach_type)
-                finally:
-                    os.close(program)
-        finally:
-            os.close(fd)
+        code4, code6 = program4(resolver4), program6(resolver6)
+        for attach_type, code in (
+            (_INET4_CONNECT, code4),
+            (_UDP4_SENDMSG, code4),
+            (_INET6_CONNECT, code6),
+            (_UDP6_SENDMSG, code6),
+        ):
+            sysio.bpf_on_cgroup(path, _CGROUP_SOCK_ADDR, attach_type, code, "kata_guard")
     except OSError as error:
         raise HostError(
             "cannot keep the user network away from this host's loopback services: "

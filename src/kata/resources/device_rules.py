@@ -9,7 +9,6 @@ controller", and ``cgroup-v1/devices.rst``; Linux 4.15.
 
 from __future__ import annotations
 
-import os
 import struct
 
 from kata import sysio
@@ -108,12 +107,4 @@ def attach(directory: str, rules: Iterable[str]) -> None:
     Raises:
         OSError: Not permitted, or the kernel has no CONFIG_CGROUP_BPF.
     """
-    loaded = sysio.bpf_prog_load(_PROGRAM_TYPE, _ATTACH_TYPE, program(rules), "kata_devices")
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sysio.bpf_prog_attach(fd, loaded, _ATTACH_TYPE)
-        finally:
-            os.close(fd)
-    finally:
-        os.close(loaded)
+    sysio.bpf_on_cgroup(directory, _PROGRAM_TYPE, _ATTACH_TYPE, program(rules), "kata_devices")

@@ -1,0 +1,39 @@
+"""What was found out about this host once, kept for as long as it is about the same thing.
+
+A small file: a key, which says what the answer is about (a boot, a program's inode), then the answer. Not to have it is
+no error, only slower. Plain strings: these are read on every container start.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def read(path: str, key: str) -> list[str]:
+    """The lines of the answer.
+
+    Args:
+        path: The file.
+        key: What the answer has to be about; without newlines.
+
+    Returns:
+        The lines; none where there is no answer, or one about something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            first, *lines = file.read().split("\n")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return lines[:-1] if first == key else []
+
+
+def write(path: str, key: str, *lines: str) -> None:
+    """Keep an answer; whoever reads meanwhile finds this one or the last."""
+    aside = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in (key, *lines)))
+        os.replace(aside, path)
+    except OSError:
+        pass  # it will be found out again
