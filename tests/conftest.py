@@ -104,6 +104,9 @@ class Kata:
 
 # ---- the run as a whole ----
 
+_RETRY_LINES = 30
+"""How much of a failure is shown that a later try did not have."""
+
 _run_directory = pytest.StashKey[Path]()
 _before = pytest.StashKey[dict[leftovers.Thing, str]]()
 _left = pytest.StashKey[list[str]]()
@@ -157,6 +160,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("left behind by the tests", red=True)
         for line in left:
             terminalreporter.line(line)
+    retried = terminalreporter.stats.get("rerun", [])
+    if retried:
+        # A race that a second try hides is still a race: its first failure is what explains it.
+        terminalreporter.section("tried again, because of", yellow=True)
+        for report in retried:
+            terminalreporter.line(f"{report.nodeid} ({report.when})")
+            for line in report.longreprtext.splitlines()[-_RETRY_LINES:]:
+                terminalreporter.line(f"    {line}")
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", [])

@@ -34,11 +34,18 @@ pytestmark = pytest.mark.skipif(
 class Made:
     """A sandbox's leaves and its journal."""
 
-    def __init__(self, base: Path, name: str, limits: host_cgroup.Limits = LIMITS) -> None:
+    def __init__(
+        self, base: Path, name: str, limits: host_cgroup.Limits = LIMITS, directory: str = ""
+    ) -> None:
         self.name = f"t{os.getpid()}-{name}"
-        self.journal = Journal.create_dir(str(base), self.name, {})
+        self.journal = Journal.create_dir(str(base), self.name + directory, {})
         self.cgroup = host_cgroup.HostCgroup()
         self.cgroup.make(self.journal, host_cgroup.place_of("", self.name), limits)
+
+    def again(self, base: Path, limits: host_cgroup.Limits = LIMITS) -> Made:
+        """Another sandbox that is told to use the same place."""
+        count = len(list(base.iterdir()))
+        return Made(base, self.name.partition("-")[2], limits, f"-{count}")
 
 
 @pytest.fixture
@@ -248,6 +255,35 @@ def test_a_pods_place_has_every_controller_and_leaves_what_was_there(tmp_path: P
         assert os.path.isdir(f"{top}/{pods}")
     finally:
         os.rmdir(f"{top}/{pods}")
+
+
+def test_a_leaf_that_nobody_uses_is_replaced_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Made(tmp_path, "same")
+    try:
+        for path in first.cgroup.paths.values():
+            assert members(path) == []
+        second = first.again(tmp_path)
+        assert (second.cgroup.paths, len(second.cgroup.warnings)) == ({}, 2)
+        assert second.journal.undo() == []
+        monkeypatch.setattr(host_cgroup, "_NOBODYS_S", 0)
+        process = sleeper()
+        first.cgroup.join([process.pid])
+        third = first.again(tmp_path)
+        assert third.cgroup.paths == {}
+        assert "with 1 process in it" in third.cgroup.warnings[0]
+        assert third.journal.undo() == []
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        fourth = first.again(tmp_path, host_cgroup.Limits(32 * MIB, 1))
+        assert fourth.cgroup.warnings == []
+        assert set(fourth.cgroup.paths) == {"memory", "cpu"}
+        assert fourth.journal.undo() == []
+        assert not any(os.path.exists(path) for path in first.cgroup.paths.values())
+    finally:
+        first.journal.undo()
 
 
 @pytest.mark.parametrize("version", [1, 2])

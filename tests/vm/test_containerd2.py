@@ -29,10 +29,16 @@ def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Itera
 @pytest.fixture(scope="module")
 def cri(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[test_cri.Cri]:
     with test_cri.running(run_directory, guest_assets, busybox_image, second=True) as one:
-        try:
-            yield one
-        finally:
-            test_cri.clean(one)
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def _clean(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that failed leaves nothing to its next try, or to the tests after it."""
+    used = [request.getfixturevalue(name) for name in ("cri", "pods") if name in request.fixturenames]
+    yield
+    for one in used:
+        test_cri.clean(one)
 
 
 def bootstrap(daemon: Containerd, plugin: str, namespace: str, name: str) -> dict[str, object]:
@@ -84,7 +90,6 @@ def test_a_pod_and_its_containers(cri: test_cri.Cri) -> None:
     until(lambda: cri.status(two)["state"] == "CONTAINER_EXITED", "the container has ended")
     assert (cri.status(two)["exitCode"], cri("logs", two)) == (5, "said\n")
     assert cri.status(one)["state"] == "CONTAINER_RUNNING"
-    test_cri.clean(cri)
 
 
 def test_a_pods_roots_of_erofs_layers(run_directory: Path, guest_assets: Path, busybox_image: str) -> None:
@@ -114,10 +119,7 @@ def test_a_pods_roots_of_erofs_layers(run_directory: Path, guest_assets: Path, b
 def pods(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[test_cri.Cri]:
     more = 'sandboxer = "shim"\ndisable_pause_image_pull = true'
     with test_cri.running(run_directory, guest_assets, busybox_image, second=True, more=more) as one:
-        try:
-            yield one
-        finally:
-            test_cri.clean(one)
+        yield one
 
 
 def test_a_pod_without_a_container_of_its_own(pods: test_cri.Cri) -> None:
@@ -172,7 +174,6 @@ def test_a_pod_without_a_container_of_its_own(pods: test_cri.Cri) -> None:
     pods("stopp", pod[0])
     assert pods.status(again)["exitCode"] == 137
     assert json.loads(pods("inspectp", pod[0]))["status"]["state"] == "SANDBOX_NOTREADY"
-    test_cri.clean(pods)
 
 
 def test_such_a_pod_outlives_a_restart_of_containerd_and_says_when_it_dies(pods: test_cri.Cri) -> None:
@@ -191,7 +192,6 @@ def test_such_a_pod_outlives_a_restart_of_containerd_and_says_when_it_dies(pods:
         lambda: json.loads(pods("inspectp", pod[0]))["status"]["state"] == "SANDBOX_NOTREADY",
         "the pod is told to have ended",
     )
-    test_cri.clean(pods)
 
 
 def test_such_a_pods_host_namespaces_are_refused(pods: test_cri.Cri) -> None:
@@ -202,4 +202,3 @@ def test_such_a_pods_host_namespaces_are_refused(pods: test_cri.Cri) -> None:
     )
     pods("runp", "--runtime", "kata", str(path), code=1)
     assert "host's PID namespace" in pods.daemon.log.read_text()
-    test_cri.clean(pods)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, running, until
+from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, clean, running, until
 
 from kata.engine.client import EngineClient
 
@@ -42,6 +42,13 @@ def daemon(
         yield one
 
 
+@pytest.fixture(autouse=True)
+def _clean(daemon: Containerd) -> Iterator[None]:
+    """A test that failed leaves nothing to its next try, or to the tests after it."""
+    yield
+    clean(daemon)
+
+
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[str]:
     """A block device of 8 MiB."""
@@ -66,7 +73,6 @@ def test_a_device_of_the_host(daemon: Containerd, device: str) -> None:
     assert done.returncode == 0, done.stderr
     assert str((8 << 20) // 512) in done.stdout.decode().split()
     assert Path(device).read_bytes()[:15] == b"from the guest\n"
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 
 def test_of_the_hosts_disks_the_sandbox_may_open_its_own(daemon: Containerd, device: str) -> None:
@@ -89,7 +95,6 @@ def test_of_the_hosts_disks_the_sandbox_may_open_its_own(daemon: Containerd, dev
     assert done.stdout.split() == [device, "/dev/null"], done.stderr
     assert "Operation not permitted" in done.stderr
     daemon.remove("held")
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 
 def test_a_device_that_is_not_there(daemon: Containerd, device: str) -> None:
@@ -100,7 +105,6 @@ def test_a_device_that_is_not_there(daemon: Containerd, device: str) -> None:
     done = daemon.ctr("run", "--rm", "--runtime", RUNTIME, "--config", str(path), "none")
     assert done.returncode != 0
     assert b"no block device 259:4000" in done.stderr
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 
 def test_a_device_as_a_volume(daemon: Containerd, device: str) -> None:
@@ -120,7 +124,6 @@ def test_a_device_as_a_volume(daemon: Containerd, device: str) -> None:
     assert shown.split()[:4] == ["0", "00", "00", "00"]
     assert [line.split()[4:6] for line in shown.splitlines()[2:]] == [["1,", "5"], ["1,", "3"]]
     assert Path(device).read_bytes()[:12] == b"as a volume\n"
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 
 def test_devices_that_the_guest_has_itself(daemon: Containerd) -> None:
@@ -169,7 +172,6 @@ def test_what_only_the_host_has_is_refused_by_name(
     listener.close()
     assert done.returncode != 0
     assert said in done.stderr.decode()
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 
 def test_a_root_file_system_on_a_disk(daemon: Containerd) -> None:
@@ -184,7 +186,6 @@ def test_a_root_file_system_on_a_disk(daemon: Containerd) -> None:
     assert kept == "kept"
     assert " ext4 rw" in mount
     assert "/dev/vd" in mount
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
 
 
 def test_a_root_of_erofs_layers(daemon: Containerd) -> None:
@@ -215,4 +216,3 @@ def test_a_root_of_erofs_layers(daemon: Containerd) -> None:
     daemon.ok("task", "kill", "-s", "KILL", "one")
     until(lambda: daemon.tasks()["one"][1] == "STOPPED", "the task has ended")
     daemon.remove("one")
-    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)

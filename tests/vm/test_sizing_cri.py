@@ -28,7 +28,18 @@ MIB = 1 << 20
 def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
     with containerd_support.running(run_directory, guest_assets, busybox_image) as one:
         yield one
-        containerd_support.clean(one)
+
+
+@pytest.fixture(autouse=True)
+def _clean(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that failed leaves nothing to its next try, or to the tests after it."""
+    daemon = request.getfixturevalue("daemon") if "daemon" in request.fixturenames else None
+    cri = request.getfixturevalue("cri") if "cri" in request.fixturenames else None
+    yield
+    if daemon is not None:
+        containerd_support.clean(daemon)
+    if cri is not None:
+        clean(cri)
 
 
 def kata_of(daemon: Containerd, guest: Path) -> Kata:
@@ -266,7 +277,6 @@ ConfigPath = "{file}"
 """
     with running(run_directory, guest_assets, busybox_image, second=False, more=options) as one:
         yield one
-        clean(one)
 
 
 def in_container(cri: Cri, container: str) -> tuple[int, float]:
@@ -299,7 +309,6 @@ def test_a_pod_grows_with_its_containers_and_with_updates(cri: Cri, guest_assets
     cpus, memory = in_container(cri, two)
     assert cpus == 1
     assert 300 <= memory <= 330
-    clean(cri)
 
 
 def test_a_pods_own_figures_and_its_annotations(cri: Cri, guest_assets: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from kata import sysio
 
@@ -44,6 +45,8 @@ DEVICES = (
 CONTROLLERS = ("memory", "cpu")
 PERIOD_US = 100_000
 _ATTEMPTS = 20
+_NOBODYS_S = 60
+"""A leaf that has no process at this age is nobody's: its processes come when the machine is booting."""
 
 
 class Limits:
@@ -305,7 +308,7 @@ class HostCgroup:
                         if hierarchy.version == 2:
                             _hand_down(directory, hierarchy.controllers)
                     if not created:
-                        os.mkdir(path, 0o755)
+                        _make_new(path)
                         created = True
                     if hierarchy.version == 2:
                         # It may be a new one, that another sandbox has just made; now it stays.
@@ -380,6 +383,32 @@ class HostCgroup:
             cpu_ns = int(found[0]) if found else 0
         found = _words(f"{memory}/memory.current") or _words(f"{memory}/memory.usage_in_bytes")
         return cpu_ns, int(found[0]) if found else 0
+
+
+def _make_new(path: str) -> None:
+    """Make a leaf; one that nobody uses goes first, with all that was set on it.
+
+    Such a one is what is left of an engine that was killed and whose directory somebody has removed. A young one may be
+    another sandbox's whose processes are yet to come, and at the end of each sandbox all processes in its leaf are
+    killed: two never share one.
+
+    Raises:
+        FileExistsError: It is in use, or was made a moment ago.
+    """
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError as error:
+        members = len(_words(f"{path}/cgroup.procs"))
+        if members:
+            text = f"it is there already, with {members} process{'es' if members > 1 else ''} in it"
+            raise FileExistsError(errno.EEXIST, text, path) from error
+        try:
+            if time.time() - os.stat(path).st_mtime < _NOBODYS_S:
+                raise
+            os.rmdir(path)
+        except FileNotFoundError:
+            pass  # its owner has just removed it
+        os.mkdir(path, 0o755)
 
 
 def _make_parent(path: str) -> None:
