@@ -69,6 +69,7 @@ impl Agent {
 
     fn take_piece(&mut self, to: Attachment, call: Call, last: bool) -> Result<()> {
         let piece = frame::parse_piece(call.body())?;
+        let end = last || piece.end;
         let Some(process) = self.processes.get_mut(&to.process) else { return Ok(()) };
         if let Some(which) = to.output {
             process.outputs[usize::from(which)].grant(piece.credit as usize);
@@ -80,7 +81,7 @@ impl Agent {
             let place = call.place_of(piece.data);
             process.input.feed(call.into_part(place))?;
         }
-        if last && to.input {
+        if end && to.input {
             process.input.close();
         }
         if to.input {

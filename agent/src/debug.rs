@@ -90,10 +90,13 @@ impl Agent {
 
     /// The other side of a console, a log or a connection is gone. With `flush`, what it has still said is delivered.
     pub fn end_internal(&mut self, key: Key, flush: bool) {
-        let Some(process) = self.processes.get(&key).filter(|p| p.is_internal()) else { return };
+        let Some(process) = self.processes.get_mut(&key).filter(|p| p.is_internal()) else { return };
         if process.pid == 0 {
             if !flush || process.input.raw().is_none() {
                 self.drop_process(key);
+            } else {
+                // What the other side still says is for nobody; it goes with the last of what it is told.
+                process.outputs[0].close();
             }
         } else {
             // Its end comes as any other's.

@@ -22,8 +22,7 @@ impl Agent {
         let socket = connect4(port)
             .or_else(|e| connect6(port).map_err(|_| e))
             .map_err(|e| Error::unavailable(format!("dial localhost:{port} in the guest: {e}")))?;
-        let input = socket.try_clone().context("prepare the connection")?;
-        let key = self.add_process(Process::internal("dial", 0, Some(input), socket))?;
+        let key = self.add_process(Process::connection(socket).context("prepare the connection")?)?;
         self.begin_stream(call, key, true, Some(0), first.credit)
     }
 }

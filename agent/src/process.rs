@@ -12,7 +12,7 @@ use crate::server::calls::CallId;
 use crate::server::conn::Conn;
 use crate::server::frame;
 use crate::streams::{Input, Output, Read, Written};
-use crate::sys::{self, Errno, Fd, Pid};
+use crate::sys::{self, Errno, Fd, Pid, SysResult};
 
 /// Names a process record; also the number in its epoll tokens.
 pub type Key = u32;
@@ -131,9 +131,14 @@ impl Process {
         self.container.is_empty()
     }
 
-    /// A stream in both directions with no process behind it.
+    /// A connected socket of the agent's own, with no process behind it.
+    pub fn connection(socket: Fd) -> SysResult<Process> {
+        let input = Input::of_connection(socket.try_clone()?);
+        Ok(Process { input, ..Process::internal(CONNECTION, 0, None, socket) })
+    }
+
     pub fn is_connection(&self) -> bool {
-        self.is_internal() && self.pid == 0 && self.exec_id == "dial"
+        self.is_internal() && self.exec_id == CONNECTION
     }
 
     pub fn is_alive(&self) -> bool {
@@ -177,6 +182,9 @@ impl Process {
         }
     }
 }
+
+/// The name of what is no process.
+const CONNECTION: &str = "connection";
 
 /// Nothing until it is asked for: a container that writes without a reader on the host must not keep the agent awake.
 const STREAM_EVENTS: u32 = libc::EPOLLONESHOT as u32;
@@ -395,8 +403,16 @@ impl Agent {
         if let Some((call, credit)) = credit {
             self.give_credit(call, credit);
         }
-        // A connection without its sending direction is over.
-        if self.processes.get(&key).is_some_and(|p| p.is_connection() && p.input.raw().is_none()) {
+        self.end_connection(key);
+    }
+
+    /// Forgets a connection both of whose directions have ended.
+    fn end_connection(&mut self, key: Key) {
+        let Some(process) = self.processes.get(&key).filter(|p| p.is_connection()) else { return };
+        if process.input.raw().is_none() && process.outputs[0].at_end() {
+            if let Some(call) = process.input.attached() {
+                self.answer(call, Ok(vec![]));
+            }
             self.drop_process(key);
         }
     }
@@ -455,6 +471,12 @@ impl Agent {
                     let over = output.is_over();
                     if stays {
                         self.send_outgoing(reply.conn, frame::data_frame_around(reply.stream, buffer));
+                    } else if process.is_connection() {
+                        if process.outputs[which].has_failed() {
+                            process.input.fail("the connection has been reset");
+                        }
+                        self.send_bytes(reply.conn, frame::end_frame(reply.stream));
+                        return self.end_connection(key);
                     } else if taker.streaming {
                         self.answer(taker.call, Ok(vec![]));
                     } else {

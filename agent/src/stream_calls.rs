@@ -40,9 +40,6 @@ impl Agent {
     /// Keeps only the exit code of a process (not of a container's first one) that has nothing else to give.
     pub fn forget_if_finished(&mut self, key: Key) {
         let Some(process) = self.processes.get(&key) else { return };
-        if process.is_connection() {
-            return self.drop_process(key);
-        }
         let (Some(code), true) = (process.exit, process.is_drained()) else { return };
         if self.is_init(key) {
             return;

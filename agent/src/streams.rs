@@ -35,6 +35,8 @@ pub struct Output {
     plenty: bool,
     /// After the process has been reaped: how much of what was in the pipe then is still to come.
     left: Option<usize>,
+    /// The last read has failed: of a connection, the other side has torn it down.
+    failed: bool,
     readers: VecDeque<(CallId, usize)>,
     /// The streaming call that takes what no read call asks for, and how much more it takes.
     attached: Option<(CallId, usize)>,
@@ -129,6 +131,11 @@ impl Output {
         self.at_end() && self.readers.is_empty() && self.attached.is_none()
     }
 
+    /// Whether the end came as an error.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
     /// Whether [`Output::read`] is worth calling.
     pub fn has_news(&self) -> bool {
         self.fd.is_none() || self.readable || self.left.is_some()
@@ -162,8 +169,9 @@ impl Output {
                     self.readable = false;
                     return Read::Wait;
                 }
-                // End of file; EIO is how a terminal says it.
-                _ => {}
+                Ok(_) => {}
+                // EIO is how a terminal says that it is at its end.
+                Err(_) => self.failed = true,
             }
         } else {
             buffer.resize(DATA_OFFSET, 0);
@@ -230,11 +238,13 @@ struct Feeder {
     queued: usize,
 }
 
-/// Standard input: a pipe or the terminal.
+/// Standard input: a pipe or the terminal; or the sending direction of a connection.
 #[derive(Default)]
 pub struct Input {
     fd: Option<Fd>,
     terminal: bool,
+    /// A connection, whose other direction goes on when this one has ended: its streaming call does, too.
+    connection: bool,
     queue: VecDeque<Write>,
     closing: bool,
     /// Why nothing more is taken.
@@ -249,6 +259,11 @@ pub type Written = (CallId, Result<u32>);
 impl Input {
     pub fn new(fd: Fd, terminal: bool) -> Input {
         Input { fd: Some(fd), terminal, ..Default::default() }
+    }
+
+    /// The sending direction of a connection.
+    pub fn of_connection(fd: Fd) -> Input {
+        Input { fd: Some(fd), connection: true, ..Default::default() }
     }
 
     pub fn raw(&self) -> Option<RawFd> {
@@ -290,8 +305,13 @@ impl Input {
 
     /// Takes in data of the streaming call.
     pub fn feed(&mut self, data: Piece) -> Result<()> {
-        self.check_open()?;
         let len = data.data().len();
+        if let (true, Some(_), Some(feeder)) = (self.connection, self.broken, &mut self.feeder) {
+            // Nobody takes it any more; the host hears of the end in the other direction, behind what comes from there.
+            feeder.owed += len;
+            return Ok(());
+        }
+        self.check_open()?;
         match &mut self.feeder {
             Some(feeder) if feeder.queued + feeder.owed + len <= INPUT_WINDOW => feeder.queued += len,
             _ => return Err(Error::exhausted("more standard input than there was credit for")),
@@ -340,7 +360,9 @@ impl Input {
         }
         if self.closing && self.queue.is_empty() && self.fd.is_some() {
             self.finish();
-            over.extend(self.feeder.take().map(|feeder| (feeder.call, Ok(0))));
+            if !self.connection {
+                over.extend(self.feeder.take().map(|feeder| (feeder.call, Ok(0))));
+            }
         }
         over
     }
@@ -360,6 +382,11 @@ impl Input {
                 }
                 self.broken = Some("closed");
             }
+            Some(fd) if self.connection => {
+                // The other direction has a descriptor of its own. It fails where the other side has gone: all the same.
+                let _ = sys::shutdown(fd, libc::SHUT_WR);
+                self.fd = None;
+            }
             _ => self.fd = None,
         }
     }
@@ -368,7 +395,12 @@ impl Input {
     pub fn fail(&mut self, why: &'static str) -> Vec<Written> {
         self.broken = Some(why);
         self.fd = None;
-        core::mem::take(&mut self.queue)
+        let queue = core::mem::take(&mut self.queue);
+        if let (true, Some(feeder)) = (self.connection, &mut self.feeder) {
+            feeder.owed += core::mem::take(&mut feeder.queued);
+            return vec![];
+        }
+        queue
             .into_iter()
             .filter_map(|w| w.call)
             .chain(self.feeder.take().map(|feeder| feeder.call))
@@ -480,6 +512,49 @@ mod tests {
         input.write(1, vec![7].into()).unwrap();
         assert!(matches!(&input.pump()[..], [(1, Err(e))] if e.message.contains("broken pipe")));
         assert!(input.write(2, vec![7].into()).is_err());
+    }
+
+    fn connection() -> (Input, Output, Fd) {
+        sys::ignore_signal(libc::SIGPIPE);
+        let (ours, theirs) = sys::socketpair(libc::SOCK_STREAM).unwrap();
+        sys::set_nonblocking(ours.raw(), true).unwrap();
+        let mut input = Input::of_connection(ours.try_clone().unwrap());
+        input.attach(5).unwrap();
+        (input, Output::new(ours, false), theirs)
+    }
+
+    #[test]
+    fn a_connection_has_two_ends() {
+        let (mut input, mut output, theirs) = connection();
+        input.feed(vec![b'?'].into()).unwrap();
+        input.close();
+        assert_eq!(input.pump(), [], "its call goes on");
+        assert_eq!((input.raw(), input.attached()), (None, Some(5)));
+        let mut buf = [0; 8];
+        assert_eq!(sys::read(theirs.raw(), &mut buf), Ok(1));
+        assert_eq!(sys::read(theirs.raw(), &mut buf), Ok(0));
+        sys::write_all(theirs.raw(), b"late").unwrap();
+        assert_eq!(text(output.read(100)).as_deref(), Some("late"));
+        drop(theirs);
+        assert_eq!(text(output.read(100)).as_deref(), Some(""));
+        assert!(output.at_end() && !output.has_failed());
+    }
+
+    #[test]
+    fn what_a_connection_does_not_take_is_credited_and_its_output_still_comes() {
+        let (mut input, mut output, theirs) = connection();
+        sys::write_all(theirs.raw(), b"no").unwrap();
+        let piece = || Piece::from(vec![7; 300 << 10]);
+        input.feed(piece()).unwrap();
+        assert_eq!(input.pump(), []);
+        assert!(input.blocked().is_some());
+        drop(theirs);
+        assert_eq!(input.pump(), []);
+        input.feed(piece()).unwrap();
+        assert_eq!((input.pump(), input.take_credit(), input.blocked()), (vec![], Some((5, 600 << 10)), None));
+        assert_eq!(text(output.read(100)).as_deref(), Some("no"));
+        assert_eq!(text(output.read(100)).as_deref(), Some(""));
+        assert!(output.has_failed(), "it has thrown away what it had not read");
     }
 
     #[test]

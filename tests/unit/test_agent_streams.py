@@ -10,11 +10,12 @@ import pytest
 
 from kata.agent import streams
 from kata.agent.client import AgentClient, Watcher
-from kata.agent.streams import INPUT_WINDOW, OUTPUT_WINDOW, Input, Output
+from kata.agent.streams import INPUT_WINDOW, OUTPUT_WINDOW, Input, Output, Pieces
 from kata.errors import AgentError, GuestProtocolError, VMLostError
 from kata.proto.agentext_pb import StreamPiece
 from kata.ttrpc import envelope, frame
 from kata.ttrpc.client import Client
+from kata.ttrpc.status import ProtocolError
 
 
 class Server:
@@ -269,3 +270,15 @@ def test_credit_for_what_was_not_sent_ends_the_connection() -> None:
             await feed.write(b"x")
 
     assert "credit" in run(scenario).lies[0].message
+
+
+def test_credit_and_no_data_come_behind_the_end_of_a_direction() -> None:
+    pieces = Pieces(10)
+    pieces.received(StreamPiece(data=b"last").encode())
+    pieces.received(StreamPiece(end=True).encode())
+    pieces.received(StreamPiece(credit=7).encode())
+    assert asyncio.run(pieces.take()) == b"last"
+    assert asyncio.run(pieces.take()) == b""
+    assert (pieces.credit, pieces.over) == (7, False)
+    with pytest.raises(ProtocolError):
+        pieces.received(StreamPiece(data=b"more").encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -471,11 +472,13 @@ def test_port_forward_reaches_the_guests_loopback(cri: Cri) -> None:
     pod = cri.pod()
     serve = "mkdir /w; echo served >/w/f; busybox httpd -p {}:{} -h /w; "
     script = (
-        serve.format("127.0.0.1", 8080) + serve.format("[::1]", 8081) + "exec nc -ll -p 7 -e head -c 3000000"
+        serve.format("127.0.0.1", 8080)
+        + serve.format("[::1]", 8081)
+        + "nc -ll -p 9 -e wc -c & exec nc -ll -p 7 -e head -c 3000000"
     )
     one = cri.container(pod, "one", "sh", "-c", script)
     until(
-        lambda: ":7 " in cri("exec", "-s", one, "netstat", "-ltn"),
+        lambda: {":7 ", ":9 "} <= set(re.findall(":[79] ", cri("exec", "-s", one, "netstat", "-ltn"))),
         "all servers listen",
         cri.daemon.diagnosis,
     )
@@ -486,6 +489,23 @@ def test_port_forward_reaches_the_guests_loopback(cri: Cri) -> None:
     # More than windows and buffers hold, both ways at once.
     data = os.urandom(3_000_000)
     assert _forwarded(cri, pod[0], 7, data) == data
+    # Each direction has its own end: `wc` answers when it has seen that of its input.
+    process = json.loads(cri("inspectp", pod[0]))["info"]["pid"]
+    half_closed = (
+        "import socket, sys\n"
+        "s = socket.create_connection(('127.0.0.1', 9), 60)\n"
+        "s.sendall(sys.stdin.buffer.read())\n"
+        "s.shutdown(socket.SHUT_WR)\n"
+        "while piece := s.recv(65536): sys.stdout.buffer.write(piece)"
+    )
+    counted = subprocess.run(
+        ["nsenter", "--net", "-t", str(process), sys.executable, "-c", half_closed],
+        input=data,
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert counted.stdout.split() == [b"3000000"], counted.stderr
     # Nobody listens there: that ends, and harms nothing.
     assert _forwarded(cri, pod[0], 81) == b""
     assert _forwarded(cri, pod[0], 8080, request).endswith(b"served\n")

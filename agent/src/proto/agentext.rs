@@ -48,6 +48,9 @@ pub struct StreamPiece {
     pub target: Option<Box<StreamTarget>>,
     /// In the first piece of a Dial.
     pub port: u32,
+    /// Of a connection: no data follow this piece, which has none itself; the sender still takes data, and gives
+    /// credit.
+    pub end: bool,
 }
 
 impl Message for StreamPiece {
@@ -56,6 +59,7 @@ impl Message for StreamPiece {
         codec::put_uint32(out, 2, self.credit);
         codec::put_message(out, 3, &self.target);
         codec::put_uint32(out, 4, self.port);
+        codec::put_bool(out, 5, self.end);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -64,6 +68,7 @@ impl Message for StreamPiece {
             2 => codec::get_uint32(field, &mut self.credit)?,
             3 => codec::get_message(field, &mut self.target)?,
             4 => codec::get_uint32(field, &mut self.port)?,
+            5 => codec::get_bool(field, &mut self.end)?,
             _ => {}
         }
         Ok(())

@@ -148,7 +148,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("StatFileRequest", "container_id:1s path:2y follow:3b"),
     ("StatsContainerRequest", "container_id:1s"),
     ("Storage", "driver:1s driver_options:2*s source:3s fstype:4s options:5*s mount_point:6s fs_group:7mFSGroup shared:8b"),
-    ("StreamPiece", "data:1y credit:2u target:3mStreamTarget port:4u"),
+    ("StreamPiece", "data:1y credit:2u target:3mStreamTarget port:4u end:5b"),
     ("StreamTarget", "container_id:1s exec_id:2s stream:3u"),
     ("StringUser", "uid:1s gid:2s additionalGids:3*s"),
     ("SymlinkRequest", "container_id:1s path:2y target:3y uid:4u gid:5u"),

@@ -108,6 +108,7 @@ pub struct StreamPiece<'a> {
     pub exec_id: &'a str,
     pub stream: u32,
     pub port: u32,
+    pub end: bool,
 }
 
 pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
@@ -117,6 +118,7 @@ pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
             (1, Field::Bytes(value)) => piece.data = value,
             (2, Field::Varint(value)) => piece.credit = value as u32,
             (4, Field::Varint(value)) => piece.port = value as u32,
+            (5, Field::Varint(value)) => piece.end = value != 0,
             (3, Field::Bytes(mut target)) => {
                 while let Some((number, field)) = next_field(&mut target)? {
                     match (number, field) {
@@ -246,6 +248,14 @@ pub fn credit_frame(stream: u32, credit: usize) -> Vec<u8> {
     put_varint(&mut out, credit);
     let length = out.len() - HEADER;
     out[..HEADER].copy_from_slice(&header(TYPE_DATA, length, stream));
+    out
+}
+
+/// A data frame that ends the agent's direction of a connection.
+pub fn end_frame(stream: u32) -> Vec<u8> {
+    let mut out = vec![0u8; HEADER];
+    out.extend([0x28, 1]);
+    out[..HEADER].copy_from_slice(&header(TYPE_DATA, 2, stream));
     out
 }
 
@@ -414,12 +424,13 @@ mod tests {
             credit: 300,
             target: Some(Box::new(agentext::StreamTarget { container_id: "c".into(), exec_id: "e".into(), stream: 2 })),
             port: 80,
+            end: true,
         };
         let body = piece.to_vec();
         let got = parse_piece(&body).unwrap();
         assert_eq!(
             got,
-            StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2, port: 80 }
+            StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2, port: 80, end: true }
         );
         assert!(parse_piece(&body[..body.len() - 1]).is_err());
         let mut frame = header(TYPE_DATA, body.len(), 9).to_vec();
@@ -439,5 +450,8 @@ mod tests {
         let sent = credit_frame(13, 1 << 20);
         assert_eq!(head(&sent), Head::Data { stream: 13, total: sent.len(), last: false });
         assert_eq!(parse_piece(&sent[HEADER..]).unwrap().credit, 1 << 20);
+        let sent = end_frame(13);
+        assert_eq!(head(&sent), Head::Data { stream: 13, total: sent.len(), last: false });
+        assert_eq!(parse_piece(&sent[HEADER..]).unwrap(), StreamPiece { end: true, ..Default::default() });
     }
 }

@@ -51,6 +51,12 @@ pub fn accept<A>(fd: RawFd, address: &mut A) -> SysResult<Fd> {
     .map(|fd| Fd::from_raw(fd as RawFd))
 }
 
+/// `how`: SHUT_*.
+pub fn shutdown(fd: RawFd, how: i32) -> SysResult<()> {
+    // SAFETY: no memory is involved.
+    unsafe { syscall!(libc::SYS_shutdown, fd, how) }.map(drop)
+}
+
 /// `flags`: MSG_*.
 pub fn send(fd: RawFd, buf: &[u8], flags: i32) -> SysResult<usize> {
     // SAFETY: the buffer is valid for its length.

@@ -22,7 +22,7 @@ class Connection:
         self._pieces = pieces
 
     async def read(self) -> bytes:
-        """The next piece; empty at the end.
+        """The next piece; empty when the other side sends no more. It may still be written to.
 
         Raises:
             KataError: Nobody listens there, or as of `AgentClient`.
@@ -46,8 +46,13 @@ class Connection:
             pieces.stream.send(agentext_pb.StreamPiece(data=piece).encode())
         return True
 
+    def end(self) -> None:
+        """Send no more; what has been written goes before that. The other side may go on."""
+        if not self._pieces.over and self._pieces.stream is not None:
+            self._pieces.stream.send(agentext_pb.StreamPiece(end=True).encode())
+
     def close(self) -> None:
-        """Close it, behind what has been written."""
+        """Close it in both directions, behind what has been written."""
         if not self._pieces.over and self._pieces.stream is not None:
             self._pieces.stream.send(b"", last=True)
 

@@ -44,8 +44,8 @@ def first_piece(container_id: str, exec_id: str, name: str, credit: int = 0) -> 
     return agentext_pb.StreamPiece(target=target, credit=credit).encode()
 
 
-def decode_piece(data: bytes) -> tuple[bytes, int]:
-    """Data and credit of a StreamPiece.
+def decode_piece(data: bytes) -> tuple[bytes, int, bool]:
+    """Data and credit of a StreamPiece, and whether it ends the data.
 
     Raises:
         ValueError, IndexError: It is malformed.
@@ -54,9 +54,9 @@ def decode_piece(data: bytes) -> tuple[bytes, int]:
         # The usual piece has data and nothing else: one copy, and no message object.
         length, at = get_varint(data, 1)
         if at + length == len(data):
-            return data[at:], 0
+            return data[at:], 0, False
     piece = agentext_pb.StreamPiece.decode(data)
-    return piece.data, piece.credit
+    return piece.data, piece.credit, piece.end
 
 
 def data_head(length: int) -> bytes:
@@ -71,12 +71,18 @@ class Pieces:
 
     Args:
         window: Bytes that the server may send before more is asked for.
+
+    Attributes:
+        finished: No more data come. Of a connection, whose other direction may go on.
+        over: The call has ended, as *error* says.
+        credit: How much more the server takes.
     """
 
     def __init__(self, window: int) -> None:
         self.stream: Stream | None = None
         self.error: ConnectionLost | TtrpcError | None = None
         self.over = False
+        self.finished = False
         self.credit = 0
         self._window = window
         self._expected = window
@@ -87,15 +93,16 @@ class Pieces:
     def received(self, data: bytes) -> None:
         """`Receiver`'s."""
         try:
-            content, credit = decode_piece(data)
+            content, credit, end = decode_piece(data)
         except (ValueError, IndexError) as error:
             raise ProtocolError(f"the server sent a malformed piece of a stream: {error}") from None
         self.credit += credit
         if self.credit > INPUT_WINDOW:
             raise ProtocolError("the server gave more credit than was used")
         self._expected -= len(content)
-        if self._expected < 0:
+        if self._expected < 0 or (content and self.finished):
             raise ProtocolError("the server sent more of a stream than it was asked for")
+        self.finished |= end
         if content:
             last = self._pieces[-1] if self._pieces else None
             if isinstance(last, bytearray) and len(last) + len(content) <= JOINED:
@@ -116,7 +123,7 @@ class Pieces:
 
     async def take(self) -> bytes:
         """The next piece; empty at the end."""
-        while not self._pieces and not self.over:
+        while not self._pieces and not self.finished and not self.over:
             await self.news()
         if not self._pieces:
             return b""

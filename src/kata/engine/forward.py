@@ -63,39 +63,79 @@ class Forwarder:
         self._room.release()
 
     async def _carry(self, connection: socket.socket) -> None:
-        """One connection, to the end of either side."""
-        connection.setblocking(False)
         port = connection.getsockname()[1]
         try:
             guest = await dial.dial(await self._sandbox.ready(), port)
-            out = asyncio.create_task(self._send(connection, guest))
-            try:
-                await self._receive(connection, guest)
-            finally:
-                out.cancel()
-                await asyncio.wait([out])
-                guest.close()
         except KataError:
-            # Nobody listens there: a reset says that better than an end without a word.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        except OSError:
-            pass  # the host's side has gone
-        finally:
+            reset(connection)
+        except BaseException:
             connection.close()
+            raise
+        else:
+            await carry(connection, guest)
 
-    async def _receive(self, connection: socket.socket, guest: dial.Connection) -> None:
-        """What comes from the guest, until its end or the host's."""
-        loop = asyncio.get_running_loop()
-        while data := await guest.read():
-            await loop.sock_sendall(connection, data)
 
-    async def _send(self, connection: socket.socket, guest: dial.Connection) -> None:
-        """What comes from the host. Its end closes the connection, behind all that it has sent."""
-        loop = asyncio.get_running_loop()
-        try:
-            while data := await loop.sock_recv(connection, _RECEIVE):
-                if not await guest.write(data):
-                    return
-        except OSError:
-            pass
+def reset(connection: socket.socket) -> None:
+    """Close a connection so that the other side sees an error: it says better than an end without a word that nobody
+    listens there. (A unix socket has no such thing, and merely ends.)"""
+    with connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def carry(connection: socket.socket, guest: dial.Connection) -> None:
+    """Pass on what each side of a connection says to the other, until both have ended; closes both. Never raises.
+
+    An end goes as far as it was meant: the other direction flows until its own. Neither direction reads more than the
+    other side takes. Once one side is gone altogether, what is for it is thrown away; what it had said before still
+    arrives.
+
+    Args:
+        connection: On the host: a connected stream socket.
+        guest: The guest's end.
+    """
+    connection.setblocking(False)
+    sending = asyncio.create_task(_send(connection, guest))
+    try:
+        await _receive(connection, guest, sending)
+        await sending
+    except KataError:
+        reset(connection)
+    finally:
+        sending.cancel()
+        await asyncio.wait([sending])
         guest.close()
+        connection.close()
+
+
+async def _receive(connection: socket.socket, guest: dial.Connection, sending: asyncio.Task[None]) -> None:
+    """What comes from the guest, until its end; to where nobody takes it only while the other direction flows."""
+    loop = asyncio.get_running_loop()
+    gone = False
+    while data := await guest.read():
+        if not gone:
+            try:
+                await loop.sock_sendall(connection, data)
+            except OSError:
+                gone = True
+                # It may be in the middle of a wait for data that will never come.
+                sending.add_done_callback(lambda _: guest.close())
+        if gone and sending.done():
+            return
+    try:
+        connection.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # it has gone
+
+
+async def _send(connection: socket.socket, guest: dial.Connection) -> None:
+    """What comes from the host, and its end behind it."""
+    loop = asyncio.get_running_loop()
+    try:
+        while data := await loop.sock_recv(connection, _RECEIVE):
+            if not await guest.write(data):
+                return
+    except OSError:
+        # Torn down: there is nobody for what the guest still says.
+        guest.close()
+        return
+    guest.end()

@@ -7,7 +7,7 @@ _PACKAGE = {
     "": "kata.agent.v1",
 }
 _MESSAGES = {
-    "StreamPiece": "data:1:bytes credit:2:uint32 target:3:@agentext.StreamTarget port:4:uint32",
+    "StreamPiece": "data:1:bytes credit:2:uint32 target:3:@agentext.StreamTarget port:4:uint32 end:5:bool",
     "StreamTarget": "container_id:1:string exec_id:2:string stream:3:uint32",
     "SetLogLevelRequest": "level:1:string",
     "FileInfo": "name:1:bytes mode:2:uint32 uid:3:uint32 gid:4:uint32 size:5:uint64 mtime_ns:6:int64 rdev:7:uint64 link_target:8:bytes",

@@ -13,6 +13,9 @@ class StreamPiece(Message):
     """In the first piece: whose stream."""
     port: int
     """In the first piece of a Dial."""
+    end: bool
+    """Of a connection: no data follow this piece, which has none itself; the sender still takes data,
+    and gives credit."""
     def __init__(
         self,
         *,
@@ -20,6 +23,7 @@ class StreamPiece(Message):
         credit: int = ...,
         target: StreamTarget | None = ...,
         port: int = ...,
+        end: bool = ...,
     ) -> None: ...
 
 class StreamTarget(Message):
