@@ -89,6 +89,10 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
                 })?;
                 Ok(None)
             }
+            "Signal" => {
+                let r: agentext::SignalProcessesRequest = decode(request)?;
+                agent.signal_all(&r.container_id, r.signal).map(empty)
+            }
             _ => unknown(request),
         },
         _ => Err(Error::unimplemented(format!("unknown service {:?}", request.service))),

@@ -248,10 +248,27 @@ impl Agent {
         }
     }
 
+    /// A signal to every process of the container, whoever started it.
+    pub fn signal_all(&mut self, id: &str, signal: u32) -> Result<()> {
+        let signal = signal_number(signal)?;
+        let pids = self.pids_of(id)?;
+        if pids.is_empty() {
+            return Err(Error::not_found("process already finished"));
+        }
+        for pid in pids {
+            match sys::kill(pid, signal) {
+                Err(e) if e.0 != libc::ESRCH => {
+                    return Err(e).with_context(|| format!("signal {signal} to process {pid} of {id}"));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// SIGKILL to the first process means the whole container.
     pub fn signal(&mut self, id: &str, exec_id: &str, signal: u32) -> Result<()> {
-        let signal = i32::try_from(signal).ok().filter(|s| (0..=64).contains(s));
-        let signal = signal.ok_or_else(|| Error::invalid("the signal is not between 0 and 64"))?;
+        let signal = signal_number(signal)?;
         let key = self.find_process(id, exec_id)?;
         let whole = signal == libc::SIGKILL && self.is_init(key);
         if whole {
@@ -337,6 +354,11 @@ impl Agent {
 fn container_name(spec: &Spec) -> Option<&str> {
     let known = ["io.kubernetes.cri.container-name", "io.kubernetes.container.name"];
     known.iter().find_map(|name| spec.annotations.get(*name)).map(String::as_str)
+}
+
+fn signal_number(signal: u32) -> Result<i32> {
+    let signal = i32::try_from(signal).ok().filter(|s| (0..=64).contains(s));
+    signal.ok_or_else(|| Error::invalid("the signal is not between 0 and 64"))
 }
 
 fn is_frozen(cgroup: &Cgroup) -> bool {

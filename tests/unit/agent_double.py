@@ -126,6 +126,7 @@ class AgentDouble:
                 "grpc.AgentService": (agent_pb.SERVICES["grpc.AgentService"], self),
                 "grpc.Health": (health_pb.SERVICES["grpc.Health"], self),
                 "kata.agent.v1.Boot": (agentext_pb.SERVICES["kata.agent.v1.Boot"], self),
+                "kata.agent.v1.Processes": (agentext_pb.SERVICES["kata.agent.v1.Processes"], self),
             },
             max_calls=4096,
         )
@@ -208,6 +209,13 @@ class AgentDouble:
             for (container_id, _), process in self.processes.items():
                 if container_id == request.container_id:
                     process.signal(signal.SIGKILL)
+        return google_pb.Empty()
+
+    async def Signal(self, request: agentext_pb.SignalProcessesRequest, context: Any) -> google_pb.Empty:
+        await self._enter(request, context)
+        for (container_id, _), process in self.processes.items():
+            if container_id == request.container_id:
+                process.signal(request.signal)
         return google_pb.Empty()
 
     async def WaitProcess(self, request: Any, context: Any) -> agent_pb.WaitProcessResponse:

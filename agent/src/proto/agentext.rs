@@ -12,7 +12,7 @@ pub const FILES_METHODS: &[&str] = &["Stat", "List", "Read", "Write", "Mkdir", "
 /// Processes of a container, as ps(1) would see them.
 pub const PROCESSES: &str = "kata.agent.v1.Processes";
 /// Its methods.
-pub const PROCESSES_METHODS: &[&str] = &["List"];
+pub const PROCESSES_METHODS: &[&str] = &["List", "Signal"];
 
 /// How long the guest took to come up.
 pub const BOOT: &str = "kata.agent.v1.Boot";
@@ -471,6 +471,28 @@ impl Message for ListProcessesRequest {
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
         match field.number {
             1 => codec::get_string(field, &mut self.container_id)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct SignalProcessesRequest {
+    pub container_id: String,
+    pub signal: u32,
+}
+
+impl Message for SignalProcessesRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.container_id);
+        codec::put_uint32(out, 2, self.signal);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.container_id)?,
+            2 => codec::get_uint32(field, &mut self.signal)?,
             _ => {}
         }
         Ok(())

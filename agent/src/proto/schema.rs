@@ -59,6 +59,7 @@ pub const METHODS: &[(&str, &str)] = &[
     ("kata.agent.v1.Files/Write", "WriteFileRequest"),
     ("kata.agent.v1.Machine/SetProcessors", "SetProcessorsRequest"),
     ("kata.agent.v1.Processes/List", "ListProcessesRequest"),
+    ("kata.agent.v1.Processes/Signal", "SignalProcessesRequest"),
     ("kata.agent.v1.Streams/Attach", "StreamPiece"),
 ];
 
@@ -142,6 +143,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("SetProcessorsRequest", "count:1u"),
     ("SharedMount", "name:1s src_ctr:2s src_path:3s dst_ctr:4s dst_path:5s"),
     ("SignalProcessRequest", "container_id:1s exec_id:2s signal:3u"),
+    ("SignalProcessesRequest", "container_id:1s signal:2u"),
     ("Solaris", "dummy:1s"),
     ("Spec", "Version:1s Process:2mProcess Root:3mRoot Hostname:4s Mounts:5*mMount Hooks:6mHooks Annotations:7*mmap-string-s Linux:8mLinux Solaris:9mSolaris Windows:10mWindows"),
     ("StartContainerRequest", "container_id:1s"),

@@ -296,6 +296,11 @@ class AgentClient:
         request = agent_pb.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
         await self._empty("SignalProcess", request)
 
+    async def signal_all(self, container_id: str, number: int) -> None:
+        """To every process of a container, also to those that its processes have started (`kata.processes`)."""
+        request = agentext_pb.SignalProcessesRequest(container_id=container_id, signal=number)
+        await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty)
+
     async def wait(self, container_id: str, exec_id: str) -> int:
         """The process's exit status, 0 to 255; waits for ever."""
         request = agent_pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id)

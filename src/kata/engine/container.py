@@ -16,6 +16,7 @@ from ..errors import (
     KataError,
     NotFoundError,
     StateError,
+    UnsupportedError,
     UsageError,
 )
 from ..proto import agent_pb, events_pb, google_pb
@@ -452,17 +453,29 @@ class Container:
         process.require_killable()
         agent = await self.sandbox.ready()
         self._told_to_die |= signal == _SIGKILL and not exec_id
-        targets = [exec_id]
-        if everything and not exec_id and signal != _SIGKILL:
-            targets += [one.exec_id for one in self.execs.values() if one.alive]
-        for target in targets:
-            try:
-                await agent.signal(self.id, target, signal)
-            except KataError as error:
-                if error.grpc_code == NotFoundError.grpc_code and target == exec_id:
-                    raise NotFoundError(f"process already finished: {process.label}") from None
-                if target == exec_id:
-                    raise
+        try:
+            if everything and not exec_id and signal != _SIGKILL:
+                await self._signal_all(agent, signal)
+            else:
+                await agent.signal(self.id, exec_id, signal)
+        except KataError as error:
+            if error.grpc_code == NotFoundError.grpc_code:
+                raise NotFoundError(f"process already finished: {process.label}") from None
+            raise
+
+    async def _signal_all(self, agent: AgentClient, signal: int) -> None:
+        try:
+            await agent.signal_all(self.id, signal)
+        except KataError as error:
+            if error.grpc_code != UnsupportedError.grpc_code:
+                raise
+            # Another agent than ours: it knows the processes by their ids only.
+            for one in [one.exec_id for one in self.execs.values() if one.alive]:
+                try:
+                    await agent.signal(self.id, one, signal)
+                except KataError:
+                    pass  # it has just ended
+            await agent.signal(self.id, "", signal)
 
     async def pause(self) -> None:
         """Freeze every process.

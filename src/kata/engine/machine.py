@@ -10,7 +10,7 @@ import os
 
 from .. import paths
 from ..config import files
-from ..errors import ConfigError, GuestAssetError, UsageError
+from ..errors import ConfigError, GuestAssetError, UnsupportedError, UsageError
 from ..guest import manifest
 from ..hypervisor import accel
 from ..resources import sizing
@@ -206,7 +206,14 @@ def network(conf: Configuration, path: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: The settings contradict each other.
+        UnsupportedError: The namespace is the host's own.
     """
+    if path and _is_hosts_network(path):
+        # Its interfaces would be redirected to the guest, and the host be cut off.
+        raise UnsupportedError(
+            f"the container asks for the host's network namespace ({path}), and it runs on a kernel of its own",
+            "Give it a network namespace of its own.",
+        )
     model = conf.get("runtime.internetworking_model", "tcfilter")
     if conf.get("runtime.disable_new_netns"):
         if model != "none":
@@ -219,6 +226,18 @@ def network(conf: Configuration, path: str) -> dict[str, Any]:
     if model != "tcfilter":
         found["model"] = model
     return found
+
+
+def _is_hosts_network(path: str) -> bool:
+    """Whether a network namespace is that of the machine, or of whoever started us. One that cannot be looked at is
+    not: to enter it fails as well."""
+    for own in ("/proc/self/ns/net", "/proc/1/ns/net"):
+        try:
+            if os.path.samefile(path, own):
+                return True
+        except OSError:
+            continue
+    return False
 
 
 def _ready_s(conf: Configuration) -> float:

@@ -169,10 +169,11 @@ class TaskService:
         answer = task_pb.DeleteResponse(
             pid=process.pid, exit_status=process.exit_status, exited_at=timestamp(process.exited_at_ns)
         )
-        self._publish_delete(container.id, request.exec_id, answer)
+        if not request.exec_id:  # of an exec that is deleted, clients of runc's shim are not told either
+            self._publish_delete(container.id, answer)
         return answer
 
-    def _publish_delete(self, container_id: str, exec_id: str, answer: task_pb.DeleteResponse) -> None:
+    def _publish_delete(self, container_id: str, answer: task_pb.DeleteResponse) -> None:
         from ..proto import events_pb
 
         event = events_pb.TaskDelete(
@@ -180,7 +181,7 @@ class TaskService:
             pid=answer.pid,
             exit_status=answer.exit_status,
             exited_at=answer.exited_at,
-            id=exec_id or container_id,
+            id=container_id,
         )
         self._sandbox.publish("/tasks/delete", event)
 

@@ -22,6 +22,7 @@ _MESSAGES = {
     "RemoveFileRequest": "container_id:1:string path:2:bytes recursive:3:bool",
     "SetProcessorsRequest": "count:1:uint32",
     "ListProcessesRequest": "container_id:1:string",
+    "SignalProcessesRequest": "container_id:1:string signal:2:uint32",
     "ListProcessesResponse": "processes:1:*@agentext.ProcessInfo",
     "ProcessInfo": "pid:1:uint32 ppid:2:uint32 uid:3:uint32 start_time:4:uint64 cpu_ns:5:uint64 rss_bytes:6:uint64 tty:7:string command:8:*bytes",
     "BootTimesRequest": "",
@@ -43,6 +44,7 @@ SERVICES = {
     "kata.agent.v1.Processes": Methods(
         {
             "List": "@agentext.ListProcessesRequest @agentext.ListProcessesResponse",
+            "Signal": "@agentext.SignalProcessesRequest @google.Empty",
         }
     ),
     "kata.agent.v1.Boot": Methods(

@@ -236,6 +236,16 @@ class ListProcessesRequest(Message):
         container_id: str = ...,
     ) -> None: ...
 
+class SignalProcessesRequest(Message):
+    container_id: str
+    signal: int
+    def __init__(
+        self,
+        *,
+        container_id: str = ...,
+        signal: int = ...,
+    ) -> None: ...
+
 class ListProcessesResponse(Message):
     processes: list[ProcessInfo]
     def __init__(
