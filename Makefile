@@ -64,7 +64,7 @@ bench-files: ## file I/O in a pod's root file system and volume, beside runc's; 
 	@tools/setup test
 	@bench/files $(A)
 
-faults: ## kill everybody at every point and 200 times at random, write docs/faults.md; A='--resume', A='--seed N ...'
+faults: ## kill everybody at every point and 200 times at random, write docs/faults.md; A='--resume', A='--containerd 2'
 	@tools/setup test
 	@tools/faults --report docs/faults.md $(A)
 

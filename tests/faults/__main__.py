@@ -12,10 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/vm"), str(ROOT / "tests")]
 
+from containerd_support import SECOND, USE_SECOND  # noqa: E402
+
 from faults import report, rounds, stops  # noqa: E402
 from kata.hypervisor import accel, virtiofsd  # noqa: E402
 
-STATE = ROOT / "build/faults/state.json"
+STATE = ROOT / "build/faults"
 
 
 def main() -> int:
@@ -42,10 +44,24 @@ def main() -> int:
         "--resume", action="store_true", help="go on with an interrupted run, its seed included"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write the results as a page (docs/faults.md)"
+        "--containerd",
+        choices=("1", "2"),
+        default="2" if USE_SECOND else "1",
+        help="1: the one on the PATH, 2: containerd 2, which tools/setup builds (default: what"
+        " KATA_TEST_CONTAINERD says, else 1)",
     )
     parser.add_argument(
-        "--state", type=Path, default=STATE, help="where results are kept (default %(default)s)"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write the results into a page (docs/faults.md); what it has of other containerds stays",
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=STATE,
+        metavar="DIRECTORY",
+        help="where results are kept (default %(default)s)",
     )
     options = parser.parse_args()
     if options.list:
@@ -63,6 +79,8 @@ def main() -> int:
         parser.error(
             f"there is no {unknown[0]!r}; --list shows the points, victims are {', '.join(rounds.VICTIMS)}"
         )
+    if options.containerd == "2" and not (SECOND / "containerd").exists():
+        parser.error("there is no containerd 2: `tools/setup test` builds it")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then either
     return carry_out(options, names)
 
@@ -75,13 +93,14 @@ def has_file_server() -> bool:
 def carry_out(options: argparse.Namespace, names: list[str]) -> int:
     """Carry out what the options ask for; the exit status."""
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
-    record = rounds.Record(options.state, seed, resume=options.resume)
-    print(f"seed {record.seed}", flush=True)
     guest = Path(os.environ.get("KATA_GUEST_DIR") or ROOT / "build/guest")
-    runner = rounds.Runner(guest, ROOT / "build/images/busybox", lambda text: print(text, flush=True))
+    runner = rounds.Runner(guest, ROOT / "build/images/busybox", second=options.containerd == "2")
     began = time.monotonic()
     try:
         runner.open()
+        state = options.state / f"containerd-{runner.containerd}.json"
+        record = rounds.Record(state, runner.containerd, seed, resume=options.resume)
+        print(f"containerd {record.containerd}, seed {record.seed}", flush=True)
         there_are = ["engine", "hypervisor", "containerd", *(["virtiofsd"] if has_file_server() else [])]
         numbers = range(options.first, options.first + options.rounds)
         victims = {*options.victims.split(",")} & {*there_are, "shim"}
@@ -94,11 +113,14 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
     finally:
         runner.close()
     if options.report:
-        options.report.write_text(report.page(record, runner.takes))
+        there_was = options.report.read_text() if options.report.exists() else ""
+        options.report.write_text(report.page(record, runner.takes, there_was))
     there = [key for key in (one.key for one in wanted) if record.results[key]["ok"] is not None]
+    again = f"tools/faults --containerd {options.containerd} --seed {record.seed}"
     print(
-        f"seed {record.seed}: {len(there)} faults, {len(failed)} failed, {time.monotonic() - began:.0f} s"
-        + ("" if not failed else f"; tools/faults --seed {record.seed} repeats them: {', '.join(failed)}")
+        f"containerd {record.containerd}, seed {record.seed}: {len(there)} faults, {len(failed)} failed,"
+        f" {time.monotonic() - began:.0f} s"
+        + ("" if not failed else f"; {again} repeats them: {', '.join(failed)}")
     )
     return 1 if failed else 0
 

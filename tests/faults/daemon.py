@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cni_support import PLUGINS, write_network
-from containerd_support import RUNTIME, Containerd, with_command
+from containerd_support import RUNTIME, USE_SECOND, Containerd, with_command
 
 from faults import stops
 from faults.host import Place
@@ -40,11 +40,14 @@ class Daemon(Containerd):
     Args:
         directory: A short path, made by the caller.
         guest: The guest's directory.
+        second: Take containerd 2 instead of this machine's.
         stop_points: Whether the shim has them; without, it is the product's own program.
     """
 
-    def __init__(self, directory: Path, guest: Path, *, stop_points: bool = True) -> None:
-        super().__init__(directory, guest)
+    def __init__(
+        self, directory: Path, guest: Path, *, second: bool = USE_SECOND, stop_points: bool = True
+    ) -> None:
+        super().__init__(directory, guest, second=second)
         self.token = f"kf{os.getpid()}"
         self.points = directory / "points"
         self.points.mkdir()
@@ -142,6 +145,13 @@ runtime_type = "io.containerd.runc.v2"
                 time.sleep(0.1)
 
     @property
+    def version(self) -> str:
+        """What the daemon calls itself, as in ``1.6.20``."""
+        assert self.program is not None
+        said = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=True).stdout
+        return said.split()[2].partition("~")[0].removeprefix("v")
+
+    @property
     def pid(self) -> int:
         """Of the daemon, which has taken the place of the program around it."""
         assert self._daemon is not None
@@ -190,7 +200,7 @@ runtime_type = "io.containerd.runc.v2"
         Raises:
             Failure: It ended otherwise than with 0, and *check*.
         """
-        done = self.client("ctr", "--address", str(self.socket), "-n", self.token, *arguments)
+        done = self.client(self.ctr_program, "--address", str(self.socket), "-n", self.token, *arguments)
         if check and done.returncode:
             raise Failure(f"ctr {' '.join(arguments)}: {done.stderr.strip()}")
         return done
@@ -225,7 +235,7 @@ runtime_type = "io.containerd.runc.v2"
         """Have the events of these runs written down from now on."""
         with open(self.directory / "events", "ab") as file:
             self._events = subprocess.Popen(
-                ["ctr", "--address", str(self.socket), "-n", self.token, "events"],
+                [self.ctr_program, "--address", str(self.socket), "-n", self.token, "events"],
                 env=self.env,
                 stdout=file,
                 stderr=subprocess.DEVNULL,  # it complains when the daemon is killed
@@ -238,7 +248,7 @@ runtime_type = "io.containerd.runc.v2"
             if time.monotonic() > deadline:
                 raise Failure("containerd delivers no events")
             self.client(
-                "ctr",
+                self.ctr_program,
                 "--address",
                 str(self.socket),
                 "namespaces",

@@ -92,7 +92,7 @@ class Place:
                 yield f"{path.parts[3]} of {backing}"
 
     def _namespaces(self) -> Iterator[str]:
-        for directory in ("/run/netns", f"{self.directory}/state/netns"):
+        for directory in ("/run/netns", f"{self.directory}/state/io.containerd.grpc.v1.cri/netns"):
             for name in _names(directory):
                 if directory != "/run/netns" or name in self.networks or self._is_named(name):
                     yield f"{directory}/{name}"

@@ -1,7 +1,8 @@
-"""The page that a run writes: what was killed where, and what came of it."""
+"""The page that a run writes: what was killed where, and what came of it, with each containerd."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 HEAD = """\
 # Faults
 
-Written by `make faults`; do not edit. Processes are killed (SIGKILL) at named points of a container's life and at
-random moments, with real virtual machines, containerd, ctr and crictl. After every single fault this has to hold, or
-the round fails:
+Written by `make faults`, which replaces what is said of the containerd that it was run with; do not edit. Processes
+are killed (SIGKILL) at named points of a container's life and at random moments, with real virtual machines,
+containerd, ctr and crictl. After every single fault this has to hold, or the round fails:
 
 * containerd's view is right: without engine or hypervisor the task is stopped or absent, with its exit event if a start
   had been told; with both alive, after containerd was killed and started again, the task answers an exec;
@@ -33,19 +34,41 @@ network helper there is only with `kata run`: in containerd's networks tc carrie
 When the shim's command that clears up is killed, containerd keeps its bundle until it is started the next time,
 whatever the runtime; so it is started anew there before anything is checked.
 
+An engine that is killed after the shim's command has answered and before containerd has dialled it, a few milliseconds,
+is cleared up by no containerd (1.6 and 2.4 alike): it runs the shim's `delete` for engines that it was connected to.
+The next sandbox does it, or `kata gc`.
+
 Points lie outside the product (`tests/faults/stops.py`): a program that takes the place of the shim puts them around
-its steps. Who reaches an armed point stands still there, so the victim is hit exactly then.
+its steps. Who reaches an armed point stands still there, so the victim is hit exactly then. The tables of points say
+what the task was said to be afterwards. `-`: there is no such process at that point.
 """
+SECTION = "## containerd "
 
 
-def page(record: Record, takes: dict[str, float]) -> str:
-    """The page, in Markdown."""
-    lines = [HEAD]
+def page(record: Record, takes: dict[str, float], before: str) -> str:
+    """The page, in Markdown.
+
+    Args:
+        record: The results with one containerd.
+        takes: Seconds of an undisturbed life, by client.
+        before: The page so far: what it says of other containerds is kept.
+    """
     took = " and ".join(f"{seconds:.1f} s with {name}" for name, seconds in takes.items())
-    lines.append(f"Run of {record.began} (UTC), seed {record.seed}. An undisturbed life took {took}.\n")
-    lines += _points(record.results)
-    lines += _random(record)
-    return "\n".join(lines).rstrip("\n") + "\n"
+    lines = [
+        f"{SECTION}{record.containerd}\n",
+        f"Run of {record.began} (UTC), seed {record.seed}. An undisturbed life took {took}.\n",
+        *_points(record.results),
+        *_random(record),
+    ]
+    sections = {**_sections(before), record.containerd: "\n".join(lines).rstrip("\n") + "\n"}
+    ordered = sorted(sections, key=lambda version: [int(number) for number in re.findall(r"\d+", version)])
+    return "\n".join([HEAD, *(sections[version] for version in ordered)])
+
+
+def _sections(text: str) -> dict[str, str]:
+    """What a page says of each containerd: its version -> the section, heading included."""
+    found = re.split(rf"^(?={SECTION})", text, flags=re.MULTILINE)[1:]
+    return {one.partition("\n")[0].removeprefix(SECTION): one.rstrip("\n") + "\n" for one in found}
 
 
 def _cell(result: dict[str, Any] | None) -> str:
@@ -68,9 +91,7 @@ def _points(results: dict[str, dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     return [
-        "## At named points\n",
-        "What the task was said to be afterwards, when victim and point are as named. `-`: there is no such process"
-        " at that point.\n",
+        "### At named points\n",
         f"| point | when | {' | '.join(victims)} |",
         f"|---|---|{'---|' * len(victims)}",
         *rows,
@@ -86,12 +107,13 @@ def _random(record: Record) -> list[str]:
     counts = Counter((one["scenario"], one["victim"]) for one in chosen.values() if one["ok"] is not None)
     late = sum(one["ok"] is None for one in chosen.values())
     seconds = [one["seconds"] for one in chosen.values()]
+    choice = " --containerd 2" if record.containerd.startswith("2.") else ""
     lines = [
-        "## At random moments\n",
+        "### At random moments\n",
         f"{len(chosen)} rounds, {sum(counts.values())} with a victim ({late} found none: the client was done before"
         f" there was one), {sum(one['ok'] is False for one in chosen.values())} failed;"
         f" median {statistics.median(seconds):.1f} s a round, with all checks."
-        f" `tools/faults --points none --seed {record.seed} --first N --rounds 1` repeats round N.\n",
+        f" `tools/faults{choice} --points none --seed {record.seed} --first N --rounds 1` repeats round N.\n",
         "| client | victim | rounds | during |",
         "|---|---|---|---|",
     ]

@@ -72,13 +72,13 @@ class Runner:
     Args:
         guest: The guest's directory.
         layout: An OCI layout of busybox.
-        say: Is given a line for each round.
+        second: Whether that is containerd 2 and not this machine's.
     """
 
-    def __init__(self, guest: Path, layout: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, guest: Path, layout: Path, *, second: bool) -> None:
         self._guest = guest
+        self._second = second
         self._layout = layout
-        self._say = say
         self._daemon: Daemon | None = None
         self._before: Snapshot = {}
         self._takes: dict[str, float] = {}
@@ -91,7 +91,7 @@ class Runner:
         stays (a bridge)."""
         parent = os.environ.get("KATA_FAULTS_DIR") or "/tmp"
         directory = Path(tempfile.mkdtemp(prefix="kf-", dir=parent))
-        self._daemon = Daemon(directory, self._guest)
+        self._daemon = Daemon(directory, self._guest, second=self._second)
         self._daemon.up(self._layout)
         self._daemon.listen()
         for scenario in ("ctr", "crictl") if self._daemon.has_pods else ("ctr",):
@@ -119,6 +119,12 @@ class Runner:
         """Whether rounds by crictl are possible here."""
         assert self._daemon is not None
         return self._daemon.has_pods
+
+    @property
+    def containerd(self) -> str:
+        """What the daemon calls itself."""
+        assert self._daemon is not None
+        return self._daemon.version
 
     @property
     def takes(self) -> dict[str, float]:
@@ -290,16 +296,18 @@ class Runner:
 
 
 class Record:
-    """The results so far, in a file, so that a run can be resumed.
+    """The results so far with one containerd, in a file, so that a run can be resumed.
 
     Args:
         path: The file.
+        containerd: Its version.
         seed: Of a new run.
         resume: Whether to go on with the run in the file.
     """
 
-    def __init__(self, path: Path, seed: int, *, resume: bool) -> None:
+    def __init__(self, path: Path, containerd: str, seed: int, *, resume: bool) -> None:
         self._path = path
+        self.containerd = containerd
         self.seed = seed
         self.began = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
         self.results: dict[str, dict[str, Any]] = {}

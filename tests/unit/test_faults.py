@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import stops
+from faults import report, stops
 from faults.daemon import Armed
 from faults.host import difference
-from faults.rounds import point_rounds, random_rounds
+from faults.rounds import Record, point_rounds, random_rounds
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -90,3 +90,24 @@ def test_difference_of_two_hosts() -> None:
         "left: link tap0",
     ]
     assert difference(before, {"mount": ["a", "a", "a", "b"], "link": []}) == ["left: mount a"]
+
+
+def test_a_page_keeps_what_it_says_of_other_containerds(tmp_path: Path) -> None:
+    def record(version: str) -> Record:
+        made = Record(tmp_path / version, version, 7, resume=False)
+        made.add("start.guest engine", {"ok": True, "victim": "engine", "became": f"with {version}"})
+        made.add(
+            "random 1", {"ok": True, "victim": "engine", "scenario": "ctr", "at": "exec", "seconds": 1.0}
+        )
+        return made
+
+    text = ""
+    for version in ("1.10.2", "2.4.2", "1.6.20"):
+        text = report.page(record(version), {"ctr": 1.5}, text)
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == [f"## containerd {version}" for version in ("1.6.20", "1.10.2", "2.4.2")]
+    assert report.page(record("1.10.2"), {"ctr": 1.5}, text) == text
+    assert text.startswith(report.HEAD)
+    for version in ("1.6.20", "1.10.2", "2.4.2"):
+        assert text.count(f"with {version}") == 1
+    assert text.count("`tools/faults --containerd 2 --points") == 1
