@@ -174,6 +174,8 @@ def test_the_life_of_a_container(nerdctl: Nerdctl) -> None:
         "the port answers",
     )
     assert nerdctl("exec", "-i", "life", "cat", stdin=b"through") == "through"
+    # It takes the first interface in the namespace for the container's.
+    assert nerdctl("inspect", "--format", "{{.NetworkSettings.IPAddress}}", "life").startswith("10.77.1.")
     assert "80/tcp -> 0.0.0.0:8098" in nerdctl("port", "life")
     assert "qemu" in nerdctl("top", "life")
     assert "128MiB" in nerdctl("stats", "--no-stream", "life")

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from kata.network.rtnetlink import Link
 
 TAP = "tap{}_kata"
-_TUNSETIFF = 0x400454CA
+_TUNSETIFF, _TUNSETIFINDEX = 0x400454CA, 0x400454DA
+_FIRST_INDEX = 0x3FFFFFFC
+"""Index of the first tap. Clients take the first interface that is up for a container's own (nerdctl does), and the one
+that they make later has a higher index than a tap that takes the next. Kernels list interfaces by index, older ones
+(before 6.8) by its lowest byte."""
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _FAMILIES = {2: 0, 10: 1}  # AF_INET, AF_INET6 -> types.IPFamily
 _LINK_SCOPE = 253
@@ -74,7 +78,8 @@ class _Redirected(Endpoint):
 
     def __init__(self, index: int, mac: str) -> None:
         super().__init__(index, mac)
-        self.fd, self.tap = _make_tap(TAP.format(index))
+        self.tap = _FIRST_INDEX + index
+        self.fd = _make_tap(TAP.format(index), self.tap)
 
     def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
         assert self.source is not None
@@ -274,21 +279,21 @@ class NetnsPlan(NetworkPlan):
                 self.journal.forget(endpoint.entry)
 
 
-def _make_tap(name: str) -> tuple[int, int]:
-    """Make a tap device in this namespace and bring it up: (its descriptor, its index)."""
+def _make_tap(name: str, index: int) -> int:
+    """Make a tap device in this namespace and bring it up; its descriptor."""
     import fcntl
 
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+            fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("I", index))
             fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
             with rtnetlink.Rtnl() as rtnl:
-                index = next(link.index for link in rtnl.links() if link.name == name)
                 rtnl.bring_up(index)
         except BaseException:
             os.close(fd)
             raise
     except OSError as error:
         raise rtnetlink.refused(f"cannot make the tap device {name}", error) from error
-    return fd, index
+    return fd
