@@ -407,6 +407,25 @@ def test_a_logging_program_that_fails(daemon: Containerd, logger: Path) -> None:
         daemon.ctr("container", "rm", "logged")
 
 
+def test_a_logging_program_is_told_that_there_will_be_no_container(
+    daemon: Containerd, tmp_path: Path
+) -> None:
+    program = tmp_path / "waits"
+    # As nerdctl's: the end of its input is not what it waits for.
+    program.write_text(
+        f"#!/bin/sh\ntrap 'echo >{tmp_path}/told; exit 1' TERM\nexec 5>&-\nwhile :; do sleep 0.1; done\n"
+    )
+    program.chmod(0o755)
+    done = daemon.ctr(
+        "run", "-d", "--runtime", RUNTIME, "--log-uri", f"binary://{program}", IMAGE, "logged", "nosuch"
+    )
+    assert done.returncode != 0
+    assert b"executable file not found" in done.stderr
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+    assert (tmp_path / "told").exists()
+    daemon.ok("container", "rm", "logged")
+
+
 def test_a_logging_program_outlives_a_killed_engine(daemon: Containerd, logger: Path) -> None:
     uri = f"binary://{str(logger).replace(' ', '%20')}"
     script = "echo before; while :; do sleep 1; done"

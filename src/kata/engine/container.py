@@ -141,7 +141,7 @@ class Container:
             sandbox.timings.add("root file system", began)
         except BaseException:
             sandbox.fitting.forget(self.id)
-            self.init.streams.close()
+            self.init.streams.abandon()
             if self.log is not None:
                 self.log.close()
             await self._disks.remove_all()
@@ -334,7 +334,7 @@ class Container:
             process.stop(getattr(error, "exit_code", 255), time.time_ns(), str(error))
             process.ended.set()
             if process.streams is not None:
-                process.streams.close()
+                process.streams.abandon()
             raise
         process.start(self.sandbox.host_pid)
         if process.streams is not None:

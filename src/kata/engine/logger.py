@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from .. import children
+from .. import children, sysio
 from ..errors import HostError, UsageError
 
 TYPE_CHECKING = False
@@ -100,6 +100,7 @@ class Logger:
         self.program = argv[0]
         self._inputs = {"stdout": ours[0], "stderr": ours[1]}
         self._ready = ours[2]
+        self._dismissed = False
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._child.pidfd, self._reap)
@@ -158,14 +159,24 @@ class Logger:
             raise HostError(failure, "Its arguments come from the query of its URI.")
 
     def failure(self) -> str:
-        """A sentence if it has ended, and not well."""
+        """A sentence if it has ended by itself, and not well."""
         status = self._child.poll()
-        if not status:
+        if not status or self._dismissed:
             return ""
         said = self._words.text().strip()
         return f"the logging program {self.program} {children.ending(status)}" + (
             f": {said}" if said else ""
         )
+
+    def dismiss(self) -> None:
+        """Close its input and ask it to end (SIGTERM), as runc's shim does: there will be no container.
+
+        nerdctl's waits for the container's task, and not for the end of its input.
+        """
+        self.close()
+        if not self.ended.is_set():
+            self._dismissed = True
+            self._child.send_signal(sysio.SIGTERM)
 
     async def leave(self) -> None:
         """Return when it has ended, by itself or else by a signal. Its input has been closed before."""

@@ -67,7 +67,7 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
         if stdio.stdin or (sandbox.settings.get("open_stdin") and not process.exec_id):
             streams.input = _open_stdin(sandbox, stdio, container_id, guest_id)
     except BaseException:
-        streams.close()
+        streams.abandon()
         raise
     return streams
 

@@ -492,6 +492,12 @@ class ProcessStreams:
             if pump.delivered is not None and not pump.delivered.done()
         ]
 
+    def abandon(self) -> None:
+        """Let go of everything: there will be no process."""
+        self.close()
+        if self.logger is not None:
+            self.logger.dismiss()
+
     def close(self) -> None:
         """Let go of everything at once, delivered or not."""
         if self.input is not None:
