@@ -265,6 +265,7 @@ def test_pause_and_resume(lab: Lab) -> None:
 def test_every_end_is_told_apart(lab: Lab) -> None:
     async def end_by(command: str) -> tuple[str, str]:
         async with lab.engine() as (vm, shell):
+            await vm.command("query-status")  # from now on it tells what happens
             sock = shell._sock
             sock.sendall(command.encode() + b"\n")
             ended = await asyncio.wait_for(vm.wait(), minivm.PATIENCE_S)
@@ -273,8 +274,9 @@ def test_every_end_is_told_apart(lab: Lab) -> None:
                 await vm.pause()
             return ended.reason, ended.error.message
 
-    assert asyncio.run(end_by("poweroff -f"))[0] == "poweroff"
-    assert asyncio.run(end_by("reboot -f"))[0] == "reboot"
+    inside = "the virtual machine was switched off from inside"
+    assert asyncio.run(end_by("poweroff -f")) == ("poweroff", f"{inside} (poweroff)")
+    assert asyncio.run(end_by("reboot -f")) == ("reboot", f"{inside} (reboot)")
     reason, words = asyncio.run(end_by("echo c >/proc/sysrq-trigger"))
     assert reason == "panic"
     assert "sysrq" in words
@@ -298,6 +300,18 @@ def test_a_killed_hypervisor_is_noticed_at_once(lab: Lab, number: signal.Signals
                 await vm.insert_disk(Disk("/dev/null", True))
             assert (await vm.stop()).reason == "crashed"
             assert await vm.metrics() == {}
+
+    asyncio.run(work())
+
+
+def test_a_hypervisor_that_somebody_ends_is_no_guest_that_switched_itself_off(lab: Lab) -> None:
+    async def work() -> None:
+        async with lab.engine() as (vm, _):
+            await vm.command("query-status")  # from now on it tells what happens
+            os.kill(vm.pid, signal.SIGTERM)
+            ended = await asyncio.wait_for(vm.wait(), minivm.PATIENCE_S)
+            assert (ended.reason, ended.status) == ("ended", 0)
+            assert "by a signal to QEMU" in str(ended.error)
 
     asyncio.run(work())
 

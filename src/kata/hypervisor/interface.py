@@ -118,7 +118,7 @@ class Ended:
     Args:
         status: Exit status of the monitor; minus the signal when one ended it.
         reason: One word: ``"stopped"`` (we did it), ``"poweroff"``, ``"reboot"``, ``"panic"`` (the guest did
-            it), ``"crashed"`` (the monitor died).
+            it), ``"crashed"`` (the monitor died), ``"ended"`` (in order, but not by us or the guest).
         error: A sentence with a hint, when it was not meant to end; else None.
     """
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from kata.hypervisor.settings import Disk, VMSettings
     from kata.journal import Journal
 
+_GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
+"""What the guest did, by the reason in QEMU's last event (``ShutdownCause`` in QEMU's ``qapi/run-state.json``)."""
 _PANIC = "Kernel panic - not syncing"
 
 
@@ -371,10 +373,14 @@ class Qemu:
                     "Is the memory (-m) enough, and the guest whole (kata guest info)?",
                 ),
             )
-        reason = "reboot" if self._shutdown_reason == "guest-reset" else "poweroff"
-        return Ended(
-            status, reason, VMLostError("the virtual machine was switched off from inside (" + reason + ")")
+        reason = _GUEST_DID.get(self._shutdown_reason)
+        if reason is not None:
+            return Ended(status, reason, VMLostError(f"the virtual machine was switched off from inside ({reason})"))
+        # SIGTERM is an order to it, which it carries out without an error.
+        by = {"host-signal": "by a signal to QEMU", "": "and QEMU did not say why"}.get(
+            self._shutdown_reason, f"and QEMU says: {self._shutdown_reason}"
         )
+        return Ended(status, "ended", VMLostError(f"the virtual machine was ended {by}"))
 
     def _new_node(self, index: int) -> str:
         self._disk_generation += 1
