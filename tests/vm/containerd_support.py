@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,13 @@ address = "{self.socket}.ttrpc"
 
 @contextlib.contextmanager
 def running(
-    run_directory: Path, guest: Path, busybox: str, *, second: bool = USE_SECOND, plugins: str = ""
+    run_directory: Path,
+    guest: Path,
+    busybox: str,
+    *,
+    second: bool = USE_SECOND,
+    plugins: str = "",
+    around: Sequence[str] = (),
 ) -> Iterator[Containerd]:
     """A daemon with busybox's image; with it go the tasks that it has in the end.
 
@@ -261,10 +267,12 @@ def running(
         busybox: The image, as an OCI layout.
         second: Take containerd 2 instead of this machine's.
         plugins: More of its configuration; ``{directory}`` in it is its own.
+        around: A program that executes it, and the program's arguments.
     """
     # Sockets need a short path.
     directory = Path(tempfile.mkdtemp(prefix="c", dir=run_directory))
     one = Containerd(directory, guest, second=second)
+    one.around = list(around)
     if plugins:
         one.configure(["io.containerd.grpc.v1.cri"], plugins.format(directory=directory))
     one.start()

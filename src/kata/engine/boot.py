@@ -214,12 +214,18 @@ def limit(
         journal: The sandbox's.
         pids: The processes.
     """
-    from ..resources import host_cgroup, sizing
+    from ..resources import host_cgroup, sizing, systemd_scope
 
     limits = host_cgroup.Limits(sizing.host_memory(vm.memory_mib, vm.accel), sizing.host_cpus(vm.vcpus))
     cgroup = host_cgroup.HostCgroup()
     path, name = place
-    cgroup.make(journal, host_cgroup.place_of(path or "", name), limits, all_controllers=path is not None)
+    cgroup.make(
+        journal,
+        host_cgroup.place_of(path or "", name),
+        limits,
+        all_controllers=path is not None,
+        unit=systemd_scope.unit_of(path or ""),
+    )
     cgroup.join(pids)
     return cgroup
 

@@ -375,7 +375,9 @@ class Qemu:
             )
         reason = _GUEST_DID.get(self._shutdown_reason)
         if reason is not None:
-            return Ended(status, reason, VMLostError(f"the virtual machine was switched off from inside ({reason})"))
+            return Ended(
+                status, reason, VMLostError(f"the virtual machine was switched off from inside ({reason})")
+            )
         # SIGTERM is an order to it, which it carries out without an error.
         by = {"host-signal": "by a signal to QEMU", "": "and QEMU did not say why"}.get(
             self._shutdown_reason, f"and QEMU says: {self._shutdown_reason}"

@@ -1,11 +1,12 @@
 """A sandbox's place in the host's cgroups: a leaf of its own for engine, hypervisor and helpers, with limits.
 
 The leaf is where the specification says (``cgroupsPath``: with Kubernetes, in the pod's cgroup), in the hierarchies of
-all controllers of version 1. Where it says nothing it is ``kata/<id>`` below the top of each hierarchy that we see, and
-not below the cgroup of whoever called us: that one may end with a login session, and under version 2 it holds
-processes, so it cannot hand controllers down. Version 2 is used for every controller that it has, version 1 for the
-others: most hosts have either, some a mixture. The limits are those of `kata.resources.sizing`. Which of the host's
-devices may be opened is said by the devices controller of version 1, or by a BPF program on the leaf of version 2.
+all controllers of version 1; what it says in systemd's manner, systemd is asked for. Where it says nothing it is
+``kata/<id>`` below the top of each hierarchy that we see, and not below the cgroup of whoever called us: that one may
+end with a login session, and under version 2 it holds processes, so it cannot hand controllers down. Version 2 is used
+for every controller that it has, version 1 for the others: most hosts have either, some a mixture. The limits are
+those of `kata.resources.sizing`. Which of the host's devices may be opened is said by the devices controller of
+version 1, or by a BPF program on the leaf of version 2.
 
 Moving a process waits for the kernel's other processors (10 to 20 ms), so it is done when the machine has been
 started and is booting: what a hypervisor touches before that, some megabytes, is charged to its caller.
@@ -20,6 +21,7 @@ import os
 import time
 
 from kata import sysio
+from kata.resources import systemd_scope
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from kata.journal import Journal
 
 PARENT = "kata"
-DEFAULT_SLICE = "system.slice"
 DEVICES = (
     *("c *:* m", "b *:* m"),  # a guest may make nodes in what it shares, which nobody can open there
     *("c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm"),  # null, zero, full, random, urandom
@@ -72,6 +73,10 @@ class Limits:
             return [("cpu.max", f"{quota} {PERIOD_US}")]
         return [("cpu.cfs_period_us", str(PERIOD_US)), ("cpu.cfs_quota_us", quota)]
 
+    def properties(self) -> list[str]:
+        """The same for systemd."""
+        return [f"MemoryMax={self.memory}", f"CPUQuota={self.cpus * 100:.10g}%"]
+
 
 class Hierarchy:
     """A mounted hierarchy.
@@ -92,13 +97,19 @@ class Hierarchy:
         self.controllers = list(controllers)
 
 
-def hierarchies() -> list[Hierarchy]:
-    """The hierarchies that have our controllers, each controller in one of them only."""
+def _places(pid: str) -> dict[str, str]:
+    """The cgroups of a process by controller, as its own /proc/pid/cgroup has them; that of version 2 by ``""``."""
     place: dict[str, str] = {}
-    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             _number, names, path = line.rstrip("\n").split(":", 2)
             place.update(dict.fromkeys(names.split(","), path))
+    return place
+
+
+def hierarchies() -> list[Hierarchy]:
+    """The hierarchies that have our controllers, each controller in one of them only."""
+    place = _places("self")
     mounted = sysio.mounts()
     found: list[Hierarchy] = []
     missing = list(CONTROLLERS)
@@ -120,11 +131,7 @@ def hierarchies() -> list[Hierarchy]:
 def others() -> list[tuple[str, list[str], str]]:
     """Hierarchies of version 1 beside those of `hierarchies`: (mount point, controllers, our own place)."""
     taken = {one.top for one in hierarchies()}
-    place: dict[str, str] = {}
-    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            _number, joined, path = line.rstrip("\n").split(":", 2)
-            place.update(dict.fromkeys(joined.split(","), path))
+    place = _places("self")
     found = []
     for mount in sysio.mounts():
         names = [name for name in mount.super_options.split(",") if name in place and "=" not in name]
@@ -147,12 +154,9 @@ def place_of(cgroups_path: str, sandbox_id: str) -> str:
     """
     if not cgroups_path.strip("/"):
         return f"{PARENT}/{sandbox_id}"
-    parts = cgroups_path.split(":")
-    if len(parts) == 3:
-        unit = f"{parts[1]}-{parts[2]}" if parts[1] else parts[2]
-        if not unit.endswith((".slice", ".scope")):
-            unit += ".scope"
-        cgroups_path = f"{_slice_path(parts[0] or DEFAULT_SLICE)}/{unit}"
+    named = systemd_scope.unit_of(cgroups_path)
+    if named is not None:
+        cgroups_path = f"{_slice_path(named[0])}/{named[1]}"
     return os.path.normpath("/" + cgroups_path).strip("/")
 
 
@@ -172,7 +176,17 @@ class HostCgroup:
         warnings: Why there is none.
     """
 
-    __slots__ = ("_disks", "_leaf", "_origins", "_versions", "paths", "warnings")
+    __slots__ = (
+        "_disks",
+        "_leaf",
+        "_origins",
+        "_scope",
+        "_unit",
+        "_units",
+        "_versions",
+        "paths",
+        "warnings",
+    )
 
     def __init__(self) -> None:
         self._disks: list[str] = []
@@ -180,9 +194,20 @@ class HostCgroup:
         self.paths: dict[str, str] = {}
         self.warnings: list[str] = []
         self._origins: list[tuple[str, str]] = []
+        self._scope: systemd_scope.Scope | None = None  # until our processes keep it
+        self._unit = ""  # its name
+        self._units: list[str] = []  # its directories, also in hierarchies without controllers
         self._versions: dict[str, int] = {}
 
-    def make(self, journal: Journal, place: str, limits: Limits, *, all_controllers: bool = False) -> None:
+    def make(
+        self,
+        journal: Journal,
+        place: str,
+        limits: Limits,
+        *,
+        all_controllers: bool = False,
+        unit: tuple[str, str] | None = None,
+    ) -> None:
         """Make the leaves. What a host does not allow is in `warnings`, and no error: the limits are for the
         host's sake, and the guest's own memory and processors are what they are without them.
 
@@ -191,7 +216,18 @@ class HostCgroup:
             place: As of `place_of`.
             limits: What is written into them.
             all_controllers: Be in the hierarchies of the other controllers of version 1 as well.
+            unit: What *place* is to systemd, a slice and a scope, if it is something to it. Only for the main thread.
         """
+        if unit is not None and systemd_scope.is_systemds(unit[1]):
+            try:
+                self._scope = systemd_scope.Scope(journal, *unit, limits.properties())
+            except OSError as error:
+                self.warnings.append(
+                    f"systemd does not know the sandbox's cgroup {unit[1]}: {error.strerror}"
+                )
+            else:
+                self._unit = unit[1]
+                self._units = _directories_of(self._scope.pid, unit[1])
         found = hierarchies()
         for hierarchy in found:
             try:
@@ -285,8 +321,7 @@ class HostCgroup:
                 except PermissionError:
                     continue  # whoever we are in may not use it, and neither may we
 
-    @staticmethod
-    def _make_leaf(journal: Journal, hierarchy: Hierarchy, place: str) -> str:
+    def _make_leaf(self, journal: Journal, hierarchy: Hierarchy, place: str) -> str:
         *levels, name = place.split("/")
         above = [hierarchy.top]
         for level in levels:
@@ -297,6 +332,10 @@ class HostCgroup:
         made = [directory for directory in above[1:] if not os.path.isdir(directory)]
         if levels == [PARENT]:
             made = [parent]  # everybody's who needs it: the last one takes it away
+        # In a hierarchy that systemd looks after it has just made this one, and those above.
+        is_scope = bool(self._unit) and os.path.isdir(path)
+        if is_scope:
+            made = []
         entry = journal.intend("cgroup", path=path, parents=made[::-1])
         created = False
         try:
@@ -307,7 +346,7 @@ class HostCgroup:
                             _make_parent(directory)
                         if hierarchy.version == 2:
                             _hand_down(directory, hierarchy.controllers)
-                    if not created:
+                    if not created and not is_scope:
                         _make_new(path)
                         created = True
                     if hierarchy.version == 2:
@@ -331,7 +370,7 @@ class HostCgroup:
     def join(self, pids: Iterable[int]) -> None:
         """Move processes into the leaves; one that has ended meanwhile is no error."""
         members = list(pids)
-        for path in dict.fromkeys(self.paths.values()):
+        for path in dict.fromkeys([*self.paths.values(), *self._units]):
             for pid in members:
                 try:
                     _write(f"{path}/cgroup.procs", str(pid))
@@ -339,10 +378,16 @@ class HostCgroup:
                     pass
                 except OSError as error:
                     self.warnings.append(f"cannot move process {pid} to {path}: {error.strerror}")
+        if self._scope is not None:
+            self._scope.release()
+            self._scope = None
 
     def limit(self, limits: Limits) -> list[str]:
-        """Change the limits; what the kernel refuses, in words."""
+        """Change the limits; what the kernel or systemd refuses, in words."""
         refused = []
+        # systemd first: it writes the same files, and keeps in mind what it has written.
+        if self._unit and (why := systemd_scope.change(self._unit, limits.properties())):
+            refused.append(f"systemd does not change the limits of {self._unit}: {why}")
         for controller, version in self._versions.items():
             try:
                 for file, content in limits.files(version, controller):
@@ -383,6 +428,20 @@ class HostCgroup:
             cpu_ns = int(found[0]) if found else 0
         found = _words(f"{memory}/memory.current") or _words(f"{memory}/memory.usage_in_bytes")
         return cpu_ns, int(found[0]) if found else 0
+
+
+def _directories_of(pid: int, unit: str) -> list[str]:
+    """The directories of a unit of systemd that a process is in, one for each hierarchy where it has one."""
+    place = _places(str(pid))
+    found = {}
+    for mount in sysio.mounts():
+        if mount.fstype not in ("cgroup", "cgroup2"):
+            continue
+        names = [""] if mount.fstype == "cgroup2" else mount.super_options.split(",")
+        path = next((place[name] for name in names if name in place), "")
+        if path.endswith(f"/{unit}"):
+            found[path, *names] = mount.target + _below(path, mount.root)
+    return list(found.values())
 
 
 def _make_new(path: str) -> None:
