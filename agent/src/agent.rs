@@ -14,6 +14,7 @@ use crate::server::calls::{CallId, Calls, Reply};
 use crate::server::conn::{self, Call, Conn, State};
 use crate::server::frame::{self, Outgoing};
 use crate::server::listen::{self, Address, Channel, Kind};
+use crate::sockets::Socket;
 use crate::sys::{self, Fd, RawFd};
 use crate::{dispatch, fs, log, rt};
 
@@ -30,6 +31,8 @@ pub enum Token {
     /// 0 stdout or the terminal, 1 stderr.
     Output(Key, u8),
     Job(u32),
+    /// A socket that stands for one of the host's.
+    Socket(u32),
     /// A listener for a console or the log.
     Debug(debug::Port),
     /// Time to look at what is watched.
@@ -53,6 +56,7 @@ impl Token {
             Token::Debug(debug::Port::Log) => (DEBUG_TOKEN, 1),
             Token::Copies => (20, 0),
             Token::Quiet => (21, 0),
+            Token::Socket(number) => (22, number),
         };
         kind << 32 | u64::from(id)
     }
@@ -73,6 +77,7 @@ impl Token {
             DEBUG_TOKEN => Token::Debug(debug::Port::Log),
             20 => Token::Copies,
             21 => Token::Quiet,
+            22 => Token::Socket(id),
             _ => return None,
         })
     }
@@ -105,6 +110,8 @@ pub struct Agent {
     pub stalled: Vec<(Key, u8)>,
     /// Streaming calls, by connection and number.
     pub debug_ports: Vec<(debug::Port, Fd, Kind)>,
+    /// By the host's numbers.
+    pub sockets: BTreeMap<u32, Socket>,
     pub attachments: BTreeMap<(u32, u32), Attachment>,
     epoll: Fd,
     signals: Fd,
@@ -144,6 +151,7 @@ impl Agent {
             stalled: Vec::new(),
             attachments: BTreeMap::new(),
             debug_ports: Vec::new(),
+            sockets: BTreeMap::new(),
             epoll,
             signals,
             listener: None,
@@ -295,6 +303,7 @@ impl Agent {
             Token::Debug(port) => self.on_debug_port(port),
             Token::Copies => self.on_copies_timer(),
             Token::Quiet => self.on_quiet(),
+            Token::Socket(number) => self.on_socket(number),
         }
     }
 
@@ -509,6 +518,7 @@ mod tests {
             Token::Debug(debug::Port::Log),
             Token::Copies,
             Token::Quiet,
+            Token::Socket(8),
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

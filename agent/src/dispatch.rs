@@ -26,6 +26,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.machine",
     "kata.policy",
     "kata.processes",
+    "kata.sockets",
     "kata.streams",
     "seccomp",
 ];
@@ -70,6 +71,12 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
         },
         agentext::DIAL => match request.method {
             "Tcp" => agent.dial(call, &parse_piece(request.payload)?).map(|()| None),
+            _ => unknown(request),
+        },
+        agentext::SOCKETS => match request.method {
+            "Listen" => agent.listen_socket(&decode(request)?).map(empty),
+            "Close" => agent.close_socket(&decode(request)?).map(empty),
+            "Accept" => agent.accept_socket(call, &parse_piece(request.payload)?).map(|()| None),
             _ => unknown(request),
         },
         agentext::DEBUG => match request.method {

@@ -52,6 +52,7 @@ pub mod runtime;
 pub mod sandbox;
 pub mod seccomp;
 pub mod server;
+pub mod sockets;
 pub mod sort;
 pub mod storage;
 mod stream_calls;

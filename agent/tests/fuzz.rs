@@ -111,6 +111,7 @@ fn corpus(random: &mut Random) -> Vec<Vec<u8>> {
         target: Some(Box::new(agentext::StreamTarget { container_id: "c".into(), exec_id: text(random), stream: 1 })),
         port: random.next() as u32,
         end: random.below(2) == 1,
+        socket: random.below(4) as u32,
     };
     let payload = random.length();
     let payloads = [create.to_vec(), piece.to_vec(), random.bytes(payload), vec![]];

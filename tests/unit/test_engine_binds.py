@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +14,8 @@ from test_engine_volumes import in_child, share_of
 
 from kata import sysio
 from kata.engine.binds import Shared
+from kata.engine.hostns import Namespaces
+from kata.engine.sockets import connected, descriptor
 from kata.engine.spec import GUEST_RUN, GUEST_SHARE
 from kata.journal import Journal
 
@@ -24,7 +28,8 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def shared(journal: Journal) -> Shared:
-    sandbox = SimpleNamespace(share=share_of(journal), machine=SimpleNamespace(host=None), is_human=False)
+    machine = SimpleNamespace(host=None)
+    sandbox = SimpleNamespace(share=share_of(journal), machine=machine, is_human=False, doors=None)
     return Shared(cast(Any, sandbox), "c1")
 
 
@@ -136,3 +141,52 @@ def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_pa
 
     in_child(work)
     assert not journal.undo()
+
+
+def test_a_socket_becomes_one_of_the_guests(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "x.sock"))
+    (tmp_path / "link").symlink_to("x.sock")
+
+    def work() -> None:
+        one = shared(journal)
+        mounts = [
+            bind(tmp_path / "x.sock", "/x.sock", "ro"),
+            bind(tmp_path / "data", "/data"),
+            bind(tmp_path / "link", "/y.sock"),
+        ]
+        first, data, second = one.add_all({"mounts": mounts}, {})
+        assert (first.source, first.options) == (f"{GUEST_RUN}/sandbox/sockets/1", ["rbind", "ro"])
+        assert data.source.startswith(GUEST_SHARE)
+        assert second.source == f"{GUEST_RUN}/sandbox/sockets/2"
+        assert one.relay is not None
+        one.remove_all()
+
+    in_child(work)
+    assert not journal.undo()
+
+
+def test_a_socket_that_only_the_host_sees(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+
+    def work() -> None:
+        sysio.unshare(sysio.CLONE_NEWNS)
+        sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
+        sysio.mount("tmpfs", str(hidden), "tmpfs", 0, "")
+        path = str(hidden / "x.sock")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            host = Namespaces()
+            sysio.unshare(sysio.CLONE_NEWNS)
+            sysio.umount2(str(hidden), 0)
+            with pytest.raises(FileNotFoundError):
+                connected(path)
+            with socket.socket(fileno=host.opened(partial(descriptor, path), path)) as one:
+                assert one.getpeername() == path
+        with pytest.raises(ConnectionRefusedError):
+            host.opened(partial(descriptor, path), path)
+
+    in_child(work)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from cni_support import PLUGINS, write_network
 from containerd_support import PATIENCE, USE_SECOND, Containerd, until, with_command
+from socket_support import Service, answer, client
 
 from kata.resources import host_cgroup
 
@@ -250,6 +251,22 @@ def test_volumes_of_the_host(cri: Cri) -> None:
     cri("exec", "-s", one, "sh", "-c", "echo back >/data/from-guest")
     assert (shared / "from-guest").read_text() == "back\n"
     assert "Read-only" in cri("exec", "-s", one, "sh", "-c", "touch /ro/x 2>&1; true")
+
+
+def test_a_socket_of_the_host(cri: Cri, tmp_path: Path) -> None:
+    programs = client(tmp_path).parent
+    mounts = [
+        {"container_path": "/run/x.sock", "host_path": str(tmp_path / "x.sock"), "readonly": True},
+        {"container_path": "/programs", "host_path": str(programs), "readonly": True},
+    ]
+    with Service(tmp_path / "x.sock"):
+        pod = cri.pod()
+        for name in ("one", "two"):
+            one = cri.container(pod, name, "sleep", "1000", mounts=mounts)
+            said = cri("exec", "-s", one, "/programs/unix-client", "/run/x.sock")
+            assert said.split() == [answer(b"").decode().strip()], cri.daemon.diagnosis()
+            cri("stop", "-t", "0", one)
+            cri("rm", one)
 
 
 @pytest.mark.parametrize(("option", "name"), [("network", "network"), ("pid", "PID"), ("ipc", "IPC")])

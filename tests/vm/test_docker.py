@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from containerd_support import PATIENCE, ROOT, RUNTIME, Containerd, until
+from socket_support import client
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -195,6 +196,17 @@ def test_the_life_of_a_container(docker: Docker) -> None:
     assert docker("inspect", "--format", "{{.State.ExitCode}}", "life").strip() == "3"
     docker("commit", "life", "made")
     assert docker.run("--rm", "made", "cat", "/copied") == "content"
+
+
+def test_docker_in_a_container_by_its_socket(docker: Docker, tmp_path: Path) -> None:
+    programs = client(tmp_path).parent
+    mounts = ("-v", f"{docker.directory}/docker.sock:/var/run/docker.sock", "-v", f"{programs}:/programs:ro")
+    # The end of the question would be taken for a client that has lost interest.
+    script = (
+        "(printf 'GET /version HTTP/1.0\\r\\n\\r\\n'; sleep 5) | /programs/unix-client /var/run/docker.sock"
+    )
+    said = docker.run("--rm", *mounts, "bb", "sh", "-c", script)
+    assert '"ApiVersion"' in said, said
 
 
 def test_kill_and_wait(docker: Docker) -> None:

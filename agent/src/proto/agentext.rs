@@ -34,6 +34,12 @@ pub const DIAL: &str = "kata.agent.v1.Dial";
 /// Its methods.
 pub const DIAL_METHODS: &[&str] = &["Tcp"];
 
+/// Unix sockets of the guest that stand for ones of the host. The host gives each a number, and that is all that
+/// a connection is known by: the guest names nothing of the host's.
+pub const SOCKETS: &str = "kata.agent.v1.Sockets";
+/// Its methods.
+pub const SOCKETS_METHODS: &[&str] = &["Listen", "Close", "Accept"];
+
 /// For those who look into a guest.
 pub const DEBUG: &str = "kata.agent.v1.Debug";
 /// Its methods.
@@ -51,6 +57,8 @@ pub struct StreamPiece {
     /// Of a connection: no data follow this piece, which has none itself; the sender still takes data, and gives
     /// credit.
     pub end: bool,
+    /// In the first piece of an Accept.
+    pub socket: u32,
 }
 
 impl Message for StreamPiece {
@@ -60,6 +68,7 @@ impl Message for StreamPiece {
         codec::put_message(out, 3, &self.target);
         codec::put_uint32(out, 4, self.port);
         codec::put_bool(out, 5, self.end);
+        codec::put_uint32(out, 6, self.socket);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -69,6 +78,7 @@ impl Message for StreamPiece {
             3 => codec::get_message(field, &mut self.target)?,
             4 => codec::get_uint32(field, &mut self.port)?,
             5 => codec::get_bool(field, &mut self.end)?,
+            6 => codec::get_uint32(field, &mut self.socket)?,
             _ => {}
         }
         Ok(())
@@ -433,6 +443,58 @@ impl Message for RemoveFileRequest {
             1 => codec::get_string(field, &mut self.container_id)?,
             2 => codec::get_bytes(field, &mut self.path)?,
             3 => codec::get_bool(field, &mut self.recursive)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct ListenSocketRequest {
+    pub number: u32,
+    /// In the guest.
+    pub path: String,
+    /// Permission bits and owner of its file.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+impl Message for ListenSocketRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_uint32(out, 1, self.number);
+        codec::put_string(out, 2, &self.path);
+        codec::put_uint32(out, 3, self.mode);
+        codec::put_uint32(out, 4, self.uid);
+        codec::put_uint32(out, 5, self.gid);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_uint32(field, &mut self.number)?,
+            2 => codec::get_string(field, &mut self.path)?,
+            3 => codec::get_uint32(field, &mut self.mode)?,
+            4 => codec::get_uint32(field, &mut self.uid)?,
+            5 => codec::get_uint32(field, &mut self.gid)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct CloseSocketRequest {
+    pub number: u32,
+}
+
+impl Message for CloseSocketRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_uint32(out, 1, self.number);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_uint32(field, &mut self.number)?,
             _ => {}
         }
         Ok(())

@@ -109,6 +109,7 @@ pub struct StreamPiece<'a> {
     pub stream: u32,
     pub port: u32,
     pub end: bool,
+    pub socket: u32,
 }
 
 pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
@@ -119,6 +120,7 @@ pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
             (2, Field::Varint(value)) => piece.credit = value as u32,
             (4, Field::Varint(value)) => piece.port = value as u32,
             (5, Field::Varint(value)) => piece.end = value != 0,
+            (6, Field::Varint(value)) => piece.socket = value as u32,
             (3, Field::Bytes(mut target)) => {
                 while let Some((number, field)) = next_field(&mut target)? {
                     match (number, field) {
@@ -425,12 +427,22 @@ mod tests {
             target: Some(Box::new(agentext::StreamTarget { container_id: "c".into(), exec_id: "e".into(), stream: 2 })),
             port: 80,
             end: true,
+            socket: 3,
         };
         let body = piece.to_vec();
         let got = parse_piece(&body).unwrap();
         assert_eq!(
             got,
-            StreamPiece { data: &[1, 2], credit: 300, container_id: "c", exec_id: "e", stream: 2, port: 80, end: true }
+            StreamPiece {
+                data: &[1, 2],
+                credit: 300,
+                container_id: "c",
+                exec_id: "e",
+                stream: 2,
+                port: 80,
+                end: true,
+                socket: 3
+            }
         );
         assert!(parse_piece(&body[..body.len() - 1]).is_err());
         let mut frame = header(TYPE_DATA, body.len(), 9).to_vec();

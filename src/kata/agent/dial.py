@@ -1,8 +1,9 @@
-"""Connections to what listens on the guest's loopback (``kata.agent.v1.Dial``, see ``agentext.proto``)."""
+"""Connections to what listens on the guest's loopback, and from the guest to sockets that stand for the host's
+(``kata.agent.v1.Dial`` and ``Sockets``, see ``agentext.proto``)."""
 
 from __future__ import annotations
 
-from ..proto import agentext_pb
+from ..proto import agentext_pb, google_pb
 from .streams import INPUT_PIECE, INPUT_WINDOW, OUTPUT_WINDOW, Pieces
 
 TYPE_CHECKING = False
@@ -12,10 +13,14 @@ if TYPE_CHECKING:
 FEATURE = "kata.dial"
 """How an agent announces it (``AgentDetails.extra_features``)."""
 SERVICE = "kata.agent.v1.Dial"
+SOCKETS_FEATURE = "kata.sockets"
+SOCKETS = "kata.agent.v1.Sockets"
+SOCKET_WINDOW = 1 << 18
+"""Of one connection to a socket: the guest makes as many as are let in."""
 
 
 class Connection:
-    """A TCP connection in the guest; made by `dial`."""
+    """A connection in the guest; made by `dial` or `accept`."""
 
     def __init__(self, agent: AgentClient, pieces: Pieces) -> None:
         self._agent = agent
@@ -68,3 +73,46 @@ async def dial(agent: AgentClient, port: int) -> Connection:
     first = agentext_pb.StreamPiece(port=port, credit=OUTPUT_WINDOW).encode()
     pieces.stream = await agent.open(SERVICE, "Tcp", first, pieces)
     return Connection(agent, pieces)
+
+
+async def listen(agent: AgentClient, number: int, path: str, mode: int, uid: int, gid: int) -> None:
+    """Make a listening unix socket in the guest.
+
+    Raises:
+        KataError: As of `AgentClient`.
+    """
+    request = agentext_pb.ListenSocketRequest(number=number, path=path, mode=mode, uid=uid, gid=gid)
+    await agent.call(SOCKETS, "Listen", request, google_pb.Empty)
+
+
+async def close_socket(agent: AgentClient, number: int) -> None:
+    """Take such a socket away; connections that have been let in go on.
+
+    Raises:
+        KataError: As of `AgentClient`.
+    """
+    await agent.call(SOCKETS, "Close", agentext_pb.CloseSocketRequest(number=number), google_pb.Empty)
+
+
+async def accept(agent: AgentClient, number: int) -> Connection | None:
+    """Wait for the next connection to such a socket; None when it has been taken away.
+
+    Raises:
+        KataError: As of `AgentClient`.
+    """
+    pieces = Pieces(SOCKET_WINDOW)
+    pieces.credit = INPUT_WINDOW
+    first = agentext_pb.StreamPiece(socket=number, credit=SOCKET_WINDOW).encode()
+    pieces.stream = await agent.open(SOCKETS, "Accept", first, pieces)
+    connection = Connection(agent, pieces)
+    try:
+        while not pieces.begun and not pieces.over:
+            await pieces.news()
+    except BaseException:
+        connection.close()  # one may have come at this very moment
+        raise
+    if pieces.begun:
+        return connection
+    if pieces.error is not None:
+        raise await agent.explain(pieces.error)
+    return None

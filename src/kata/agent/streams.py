@@ -73,6 +73,7 @@ class Pieces:
         window: Bytes that the server may send before more is asked for.
 
     Attributes:
+        begun: Something has come.
         finished: No more data come. Of a connection, whose other direction may go on.
         over: The call has ended, as *error* says.
         credit: How much more the server takes.
@@ -82,6 +83,7 @@ class Pieces:
         self.stream: Stream | None = None
         self.error: ConnectionLost | TtrpcError | None = None
         self.over = False
+        self.begun = False
         self.finished = False
         self.credit = 0
         self._window = window
@@ -96,6 +98,7 @@ class Pieces:
             content, credit, end = decode_piece(data)
         except (ValueError, IndexError) as error:
             raise ProtocolError(f"the server sent a malformed piece of a stream: {error}") from None
+        self.begun = True
         self.credit += credit
         if self.credit > INPUT_WINDOW:
             raise ProtocolError("the server gave more credit than was used")

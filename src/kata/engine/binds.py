@@ -7,7 +7,8 @@ Most are shown live through the sandbox's share. Some kinds are not, because a s
   long as the sandbox. Nothing is lost by that, since only the pod's containers use them.
 * Kubernetes' volumes whose content changes under a running container (ConfigMaps, secrets, projected tokens and the
   downward API) are copied by the agent whenever they do, so that whoever watches them there hears of it (inotify).
-* A device node is the guest's own, or refused (`kata.engine.nodes`); sockets and fifos are refused.
+* A device node is the guest's own, or refused (`kata.engine.nodes`), and so is a fifo. A unix socket is one of the
+  guest whose connections are carried to the host's (`kata.engine.sockets`).
 
 Sources: a kubelet's directory (``pods/UID/volumes/kubernetes.io~KIND/NAME``, ``pods/UID/volume-subpaths``);
 runtime-spec config.md, "Mounts"; mount_namespaces(7).
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from . import sockets
     from .sandbox import Sandbox
 
 _SANDBOX = f"{spec.GUEST_RUN}/sandbox"
@@ -50,15 +52,17 @@ class Shared:
 
     Attributes:
         storages: What the agent is to mount for the container's binds, in this order.
+        relay: Carries connections to the sockets among them; None without one.
     """
 
-    __slots__ = ("_container_id", "_names", "_sandbox", "storages")
+    __slots__ = ("_container_id", "_names", "_sandbox", "relay", "storages")
 
     def __init__(self, sandbox: Sandbox, container_id: str) -> None:
         self._sandbox = sandbox
         self._container_id = container_id
         self._names: list[str] = []
         self.storages: list[Storage] = []
+        self.relay: sockets.Relay | None = None
 
     def add_all(self, config: dict[str, Any], root: dict[str, Any]) -> list[spec.GuestBind]:
         """Bind the sources of the spec's bind mounts, and a root directory of the host, below the share.
@@ -136,6 +140,10 @@ class Shared:
 
     def _shown(self, mount: dict[str, Any], tree: int | OSError) -> spec.GuestBind:
         source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
+        if not isinstance(tree, OSError) and tree >= 0:
+            about = os.fstat(tree)
+            if stat.S_ISSOCK(about.st_mode):
+                return self._socket(source, options, about, is_hidden=True)
         share = self._sandbox.share
         if share is None:
             raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
@@ -170,10 +178,29 @@ class Shared:
 
     def _of_guest(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
         """What of the guest's own stands for a mount; None where the host's is shared."""
-        node = nodes.guest_path(str(mount.get("source") or ""))
+        source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
+        try:
+            about = os.stat(source)
+        except OSError:
+            return self._in_memory(mount, here)  # told when it is shared
+        node = nodes.guest_path(about)
         if node:
-            return spec.GuestBind(node, list(mount.get("options") or ()))
+            return spec.GuestBind(node, options)
+        if stat.S_ISSOCK(about.st_mode) and (self._sandbox.machine.host is None or is_live(source, here)):
+            return self._socket(source, options, about, is_hidden=False)
         return self._in_memory(mount, here)
+
+    def _socket(
+        self, source: str, options: list[str], about: os.stat_result, *, is_hidden: bool
+    ) -> spec.GuestBind:
+        """The guest's socket that stands for one of the host's."""
+        from . import sockets
+
+        if self.relay is None:
+            if self._sandbox.doors is None:
+                self._sandbox.doors = sockets.Doors()
+            self.relay = sockets.Relay(self._sandbox, self._sandbox.doors)
+        return spec.GuestBind(self.relay.add(source, about, is_hidden=is_hidden), options)
 
     def _in_memory(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
         """The tmpfs that stands for one of the host's; None for any other mount."""

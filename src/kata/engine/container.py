@@ -137,6 +137,8 @@ class Container:
                 await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
             await files.write(agent)
+            if self._shared.relay is not None:
+                await self._shared.relay.listen(agent)
             await agent.create_container(request, float(sandbox.settings.get("create_s") or 0))
             sandbox.timings.add("root file system", began)
         except BaseException:
@@ -144,6 +146,7 @@ class Container:
             self.init.streams.abandon()
             if self.log is not None:
                 self.log.close()
+            self._close_relay()
             await self._disks.remove_all()
             await sandbox.helper(self._remove_shared)
             raise
@@ -208,6 +211,11 @@ class Container:
             await self._run_hooks(kind, status)
         except KataError as error:
             self.sandbox.complain(f"container {self.id}: {error.message}")
+
+    def _close_relay(self) -> None:
+        """Nobody of the container is left to reach the host's sockets."""
+        if self._shared.relay is not None:
+            self._shared.relay.close()
 
     def _remove_shared(self) -> None:
         self._shared.remove_all()
@@ -376,6 +384,7 @@ class Container:
             else:
                 await streams.finish()
         if not process.exec_id:
+            self._close_relay()
             await self._init_ending(status)
         if not process.stop(status, at_ns, error):
             return
@@ -565,6 +574,7 @@ class Container:
             return
         self._removed = True
         self.sandbox.fitting.forget(self.id)
+        self._close_relay()
         agent = self.sandbox.living_agent
         if agent is not None:
             try:
@@ -582,6 +592,7 @@ class Container:
 
     def close(self) -> None:
         """Let go of every stream, delivered or not."""
+        self._close_relay()
         for process in (self.init, *self.execs.values()):
             if process.streams is not None:
                 process.streams.close()

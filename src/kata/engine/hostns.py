@@ -51,6 +51,24 @@ class Namespaces:
             found += self._open_trees(paths[start : start + _AT_ONCE])
         return found
 
+    def opened(self, work: Callable[[], int], path: str) -> int:
+        """What *work* opens in the host's namespaces. Blocks, and forks.
+
+        Args:
+            work: Is called in a child there; a descriptor.
+            path: What its failure is about.
+
+        Returns:
+            The descriptor, which the caller closes.
+
+        Raises:
+            OSError: Of *work*; or the host's namespaces cannot be entered.
+        """
+        [found] = self._sent([work], [path])
+        if isinstance(found, OSError):
+            raise found
+        return found
+
     def mounted(self, work: Callable[[], None], path: str) -> int:
         """What *work* mounts at a path, with the host's mounts in sight, and nowhere on the host.
 

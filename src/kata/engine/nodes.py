@@ -106,12 +106,8 @@ def _block_device(mount: Mapping[str, Any]) -> disks.Device | None:
     return disks.Device(str(mount.get("destination") or ""), numbers, readonly)
 
 
-def guest_path(source: str) -> str:
-    """Where the guest has the character device that is a bind mount's source; empty for anything else."""
-    try:
-        about = os.stat(source)
-    except OSError:
-        return ""
+def guest_path(about: os.stat_result) -> str:
+    """Where the guest has the character device that a bind mount's source is; empty for anything else."""
     numbers = (os.major(about.st_rdev), os.minor(about.st_rdev))
     if not stat.S_ISCHR(about.st_mode) or numbers not in GUEST_NODES:
         return ""

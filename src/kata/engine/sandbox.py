@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..journal import Journal
     from ..network.user import NetworkPlan
     from ..proto.codec import Message
-    from . import forward
+    from . import forward, sockets
     from .boot import Machine
     from .hostroot import HostRoot
     from .logger import Logger
@@ -120,6 +120,7 @@ class Sandbox:
         self._agent: AgentClient | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
         self._forwarder: forward.Forwarder | None = None
+        self.doors: sockets.Doors | None = None  # once a container has a socket of the host's
         self._ending: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loggers: set[Logger] = set()

@@ -16,6 +16,8 @@ class StreamPiece(Message):
     end: bool
     """Of a connection: no data follow this piece, which has none itself; the sender still takes data,
     and gives credit."""
+    socket: int
+    """In the first piece of an Accept."""
     def __init__(
         self,
         *,
@@ -24,6 +26,7 @@ class StreamPiece(Message):
         target: StreamTarget | None = ...,
         port: int = ...,
         end: bool = ...,
+        socket: int = ...,
     ) -> None: ...
 
 class StreamTarget(Message):
@@ -218,6 +221,32 @@ class RemoveFileRequest(Message):
         container_id: str = ...,
         path: bytes = ...,
         recursive: bool = ...,
+    ) -> None: ...
+
+class ListenSocketRequest(Message):
+    number: int
+    path: str
+    """In the guest."""
+    mode: int
+    """Permission bits and owner of its file."""
+    uid: int
+    gid: int
+    def __init__(
+        self,
+        *,
+        number: int = ...,
+        path: str = ...,
+        mode: int = ...,
+        uid: int = ...,
+        gid: int = ...,
+    ) -> None: ...
+
+class CloseSocketRequest(Message):
+    number: int
+    def __init__(
+        self,
+        *,
+        number: int = ...,
     ) -> None: ...
 
 class SetProcessorsRequest(Message):

@@ -1,0 +1,245 @@
+"""Unix sockets of the host that a container has as volumes (``-v /run/docker.sock:/run/docker.sock``).
+
+Who listens on one is on the host's kernel, so the file alone would be of no use. The agent makes a socket of the same
+mode and owner in the guest, which the container gets in its place, and each connection to it is carried to the host's
+(`kata.agent.v1.Sockets`).
+
+* The path is followed anew for each connection: a service that has been restarted is reached again. One that is not
+  there means that the container's connection is closed.
+* The guest says nothing about where a connection goes: it is taken by a call which the engine has made for that socket.
+* At most `LIMIT` connections of a sandbox at a time. Who comes above that waits, as with a listener that is busy.
+* Bytes of stream sockets cross, and the ends of both directions; descriptors and credentials do not. The service on
+  the host sees the engine, which is root there.
+
+Source: unix(7).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from functools import partial
+
+from ..agent import dial
+from ..errors import KataError, UnsupportedError
+from . import spec
+from .forward import carry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any
+
+    from ..agent.client import AgentClient
+    from .sandbox import Sandbox
+
+LIMIT = 128
+"""Connections of one sandbox at a time. Each may hold what `kata.agent.dial` lets be on the way, whatever the guest
+does; all together stay below what the sandbox's cgroup has beyond its machine."""
+BUSY_S = 30.0
+"""How long a service whose queue is full is asked again."""
+RETRY_S = 0.1
+AGAIN_S = 1.0
+_DIRECTORY = f"{spec.GUEST_RUN}/sandbox/sockets"
+_MAX_PATH = 107
+"""sun_path, without the NUL."""
+
+
+class Doors:
+    """What all sockets of one sandbox have in common.
+
+    Attributes:
+        room: For connections.
+    """
+
+    def __init__(self) -> None:
+        self.room = asyncio.Semaphore(LIMIT)
+        self._last = 0
+
+    def number(self) -> int:
+        """One that no other socket of the sandbox has had."""
+        self._last += 1
+        return self._last
+
+
+class Socket:
+    """One socket.
+
+    Args:
+        source: Its path on the host.
+        about: What it is there.
+        number: The engine's number for it.
+        is_hidden: Whether the host sees something else at that path than the engine.
+    """
+
+    __slots__ = ("gid", "is_hidden", "mode", "number", "source", "uid")
+
+    def __init__(self, source: str, about: os.stat_result, number: int, *, is_hidden: bool) -> None:
+        self.source = source
+        self.number = number
+        self.mode = stat.S_IMODE(about.st_mode)
+        self.uid, self.gid = about.st_uid, about.st_gid
+        self.is_hidden = is_hidden
+
+    @property
+    def place(self) -> str:
+        """Where it is in the guest."""
+        return f"{_DIRECTORY}/{self.number}"
+
+
+class Relay:
+    """The sockets of one container.
+
+    Args:
+        sandbox: Whose guest it is in.
+        doors: That sandbox's.
+    """
+
+    def __init__(self, sandbox: Sandbox, doors: Doors) -> None:
+        self._sandbox = sandbox
+        self._doors = doors
+        self._sockets: list[Socket] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._complained: set[int] = set()
+        self._agent: AgentClient | None = None
+
+    def add(self, source: str, about: os.stat_result, *, is_hidden: bool) -> str:
+        """Take a socket down; where it will be in the guest. May be called from the helper thread."""
+        one = Socket(source, about, self._doors.number(), is_hidden=is_hidden)
+        self._sockets.append(one)
+        return one.place
+
+    async def listen(self, agent: AgentClient) -> None:
+        """Make the sockets in the guest, and let connections come.
+
+        Raises:
+            UnsupportedError: The guest's agent has no such thing.
+            KataError: As of `AgentClient`.
+        """
+        if dial.SOCKETS_FEATURE not in agent.features:
+            raise UnsupportedError(
+                f"cannot use the volume {self._sockets[0].source}: it is a socket of this host, and the guest's agent"
+                " does not carry connections to it",
+                "use the guest that this program builds (kata guest build)",
+            )
+        self._agent = agent
+        for one in self._sockets:
+            await dial.listen(agent, one.number, one.place, one.mode, one.uid, one.gid)
+            self._run(self._accept(agent, one))
+
+    def close(self) -> None:
+        """Take no more, and end what there is; once."""
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
+            task.cancel()
+        agent, self._agent = self._agent, None
+        if agent is not None and self._sandbox.living_agent is not None:
+            for one in self._sockets:
+                self._sandbox.spawn(self._take_away(agent, one))
+
+    async def _take_away(self, agent: AgentClient, one: Socket) -> None:
+        try:
+            await dial.close_socket(agent, one.number)
+        except KataError:
+            pass  # the machine is going, and the socket with it
+
+    def _carried(self, guest: dial.Connection, task: asyncio.Task[None]) -> None:
+        guest.close()
+        self._doors.room.release()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _accept(self, agent: AgentClient, one: Socket) -> None:
+        """Let connections to one socket come, each when there is room for it."""
+        while True:
+            try:
+                guest = await dial.accept(agent, one.number)
+            except KataError as error:
+                if self._sandbox.living_agent is None:
+                    return
+                self._complain(one, error.message)
+                await asyncio.sleep(AGAIN_S)  # out of descriptors in the guest, most likely
+                continue
+            if guest is None:
+                return
+            try:
+                await self._doors.room.acquire()
+            except BaseException:
+                guest.close()
+                raise
+            task = self._run(self._carry(one, guest))
+            # Not in there: a task that is cancelled before its first turn never runs.
+            task.add_done_callback(partial(self._carried, guest))
+
+    async def _carry(self, one: Socket, guest: dial.Connection) -> None:
+        try:
+            connection = await self._connect(one)
+        except OSError as error:
+            self._complain(one, error.strerror or str(error))
+        else:
+            await carry(connection, guest)
+
+    async def _connect(self, one: Socket) -> socket.socket:
+        """A connection to the host's socket.
+
+        Raises:
+            OSError: Nobody listens there, or not on a stream socket; or its queue stays full.
+        """
+        host = self._sandbox.machine.host if one.is_hidden else None
+        deadline = asyncio.get_running_loop().time() + BUSY_S
+        while True:
+            try:
+                if host is None:
+                    connection = connected(one.source)
+                else:
+                    fd = await self._sandbox.helper(host.opened, partial(descriptor, one.source), one.source)
+                    connection = socket.socket(fileno=fd)
+            except BlockingIOError:
+                # Its queue is full; the kernel has no event for room in it.
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._complained.discard(one.number)
+            return connection
+
+    def _complain(self, one: Socket, why: str) -> None:
+        """Once, until it has worked again: the guest decides how often there is cause."""
+        if one.number not in self._complained:
+            self._complained.add(one.number)
+            self._sandbox.complain(f"volume {one.source}: cannot connect to the host's socket: {why}")
+
+
+def descriptor(path: str) -> int:
+    """The same as `connected`, as a descriptor."""
+    return connected(path).detach()
+
+
+def connected(path: str) -> socket.socket:
+    """A stream socket that is connected to the one at a path; it does not block.
+
+    Raises:
+        BlockingIOError: Too many wait there already.
+        OSError: Nobody listens there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if len(os.fsencode(path)) <= _MAX_PATH:
+            sock.connect(path)
+            return sock
+        directory, name = os.path.split(path)
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.connect(f"/proc/self/fd/{fd}/{name}")
+        finally:
+            os.close(fd)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
