@@ -347,6 +347,79 @@ def test_several_networks(daemon: Containerd, wired: str, model: str) -> None:
     assert "10.99.0.0/16 via 10.9.1.1 dev eth1" in said
 
 
+def _only(wired: str, *commands: str) -> None:
+    """Make commands of ip in a namespace whose own interface is not wanted; skips where the kernel lacks a kind."""
+    for command in (f"-n {wired} link delete eth0", *commands):
+        done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+        if "Unknown device type" in done.stderr:
+            pytest.skip(f"this kernel has no such interfaces: ip {command}")
+        assert done.returncode == 0, f"ip {command}: {done.stderr}"
+
+
+@pytest.mark.parametrize("kind", ["macvlan mode bridge", "ipvlan mode l2"])
+def test_interfaces_that_share_one_of_the_host(daemon: Containerd, wired: str, kind: str) -> None:
+    outer = f"{wired[:-1]}o"
+    _only(
+        wired,
+        f"-n {outer} link add v1 type veth peer name v2",
+        *(f"-n {outer} link set {name} up" for name in ("v1", "v2")),
+        f"-n {outer} address add 10.9.0.1/24 dev v1",
+        f"-n {outer} link add x0 link v2 type {kind}",
+        f"-n {outer} link set x0 netns {wired} name eth0",
+        f"-n {wired} link set eth0 up",
+        f"-n {wired} address add 10.9.0.3/24 dev eth0",
+        f"-n {wired} route add default via 10.9.0.1",
+    )
+    mac = json.loads(subprocess.check_output(["ip", "-j", "-n", wired, "link", "show", "eth0"]))[0][
+        "address"
+    ]
+    script = "cat /sys/class/net/eth0/address; ip route; ping -c 1 -W 20 10.9.0.1"
+    done = daemon.run("kind", "sh", "-c", script, options=("--with-ns", f"network:/run/netns/{wired}"))
+    said = done.stdout.decode()
+    assert done.returncode == 0, said + done.stderr.decode() + daemon.diagnosis()
+    assert said.startswith(mac)
+    assert "default via 10.9.0.1" in said
+
+
+def test_a_tap_of_somebody_elses(daemon: Containerd, wired: str) -> None:
+    _only(
+        wired,
+        f"-n {wired} tuntap add dev eth0 mode tap",
+        f"-n {wired} address add 10.9.0.4/24 dev eth0",
+        f"-n {wired} link set eth0 mtu 1300 up",
+    )
+    script = "ip address show eth0; cat /sys/class/net/eth0/mtu"
+    done = daemon.run("tap", "sh", "-c", script, options=("--with-ns", f"network:/run/netns/{wired}"))
+    said = done.stdout.decode()
+    assert "inet 10.9.0.4/24" in said, said + done.stderr.decode() + daemon.diagnosis()
+    assert said.endswith("\n1300\n")
+
+
+def test_an_interface_without_ethernet_frames_is_refused(daemon: Containerd, wired: str) -> None:
+    _only(wired, f"-n {wired} tuntap add dev eth0 mode tun", f"-n {wired} link set eth0 up")
+    done = daemon.run("tun", "true", options=("--with-ns", f"network:/run/netns/{wired}"))
+    assert done.returncode != 0
+    assert b"the interface eth0 (tun) carries no Ethernet frames" in done.stderr
+    until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)
+    left = subprocess.run(["ip", "-n", wired, "link"], capture_output=True, text=True, check=True).stdout
+    assert "kata" not in left
+
+
+def test_a_namespace_that_somebody_is_in_is_refused(daemon: Containerd, wired: str) -> None:
+    network = f"network:/run/netns/{wired}"
+    daemon.detached("first", "sleep", "1000", options=("--with-ns", network))
+    second = daemon.run("second", "true", options=("--with-ns", network))
+    assert second.returncode != 0
+    assert b"another virtual machine is in this network namespace" in second.stderr
+    pid = daemon.tasks()["first"][0]
+    third = daemon.run("third", "true", options=("--with-ns", f"network:/proc/{pid}/ns/net"))
+    assert third.returncode != 0
+    assert b"of another process on this host" in third.stderr
+    # The first one has kept its network.
+    ping = ("ping", "-c", "1", "-W", "20", "10.9.0.1")
+    daemon.ok("task", "exec", "--exec-id", "ping", "first", *ping)
+
+
 def test_a_namespace_is_made_where_none_is_given(daemon: Containerd) -> None:
     pid = daemon.detached("own", "sleep", "1000")
     assert os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino

@@ -206,13 +206,19 @@ def network(conf: Configuration, path: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: The settings contradict each other.
-        UnsupportedError: The namespace is the host's own.
+        UnsupportedError: The namespace is the host's own, or named as some process's.
     """
     if path and _is_hosts_network(path):
         # Its interfaces would be redirected to the guest, and the host be cut off.
         raise UnsupportedError(
             f"the container asks for the host's network namespace ({path}), and it runs on a kernel of its own",
             "Give it a network namespace of its own.",
+        )
+    if path.startswith("/proc/") and path.split("/")[2].isdecimal():
+        # As of Docker's `--network container:NAME`: the machine would take all that process's traffic.
+        raise UnsupportedError(
+            f"the container asks for the network namespace {path} of another process on this host",
+            "A virtual machine cannot share it: what arrives there would reach the machine alone.",
         )
     model = conf.get("runtime.internetworking_model", "tcfilter")
     if conf.get("runtime.disable_new_netns"):

@@ -12,6 +12,7 @@ An interface that appears only after the machine was started (Docker 26 and newe
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from abc import ABC, abstractmethod
@@ -295,5 +296,10 @@ def _make_tap(name: str, index: int) -> int:
             os.close(fd)
             raise
     except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EEXIST):
+            raise UnsupportedError(
+                f"another virtual machine is in this network namespace: it has the device {name} already",
+                "Each sandbox needs a network namespace of its own; the containers of a pod share their pod's.",
+            ) from error
         raise rtnetlink.refused(f"cannot make the tap device {name}", error) from error
     return fd
