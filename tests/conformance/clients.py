@@ -19,6 +19,7 @@ from typing import Any
 import images
 from containerd_support import until
 from rig import Rig
+from terminal import Terminal
 from test_docker import Docker as Dockerd
 from test_nerdctl import Nerdctl
 
@@ -32,6 +33,8 @@ OPERATIONS = (
 IMAGE = f"{images.KUBERNETES}/busybox:1.29-2"
 TRAP = "trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.1; done"
 READS = "read a; echo got $a; exit 5"
+READS_SAYING_SO = "while ! read -t 1 a; do echo up; done; echo got $a; exit 5"
+"""The same for who is attached to a terminal: what is typed before the client has prepared its own is echoed there."""
 LIMIT = "cat /sys/fs/cgroup/memory.max 2>/dev/null || cat /sys/fs/cgroup/memory/memory.limit_in_bytes"
 EAT = "x=a; while :; do x=$x$x; done"
 MIB = 1 << 20
@@ -88,6 +91,15 @@ def _attached(command: list[str], env: dict[str, str]) -> str:
         except subprocess.TimeoutExpired:
             client.kill()
         return client.stdout.read().decode().strip()
+
+
+def attached_to_terminal(command: list[str], env: dict[str, str] | None = None) -> str:
+    """What a client shows that is attached to a container with a terminal, which runs `READS_SAYING_SO`."""
+    with Terminal(command, env) as client:
+        client.expect("up")
+        client.typed("hello\r")
+        client.ended()
+        return " ".join(word for word in client.said.split() if word != "up")
 
 
 def _names(found: object, prefix: str = "") -> Iterator[str]:
@@ -258,10 +270,14 @@ class Crictl:
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
         self._count = 0
+        # Without one it complains, on a terminal into the midst of what is compared.
+        self._config = rig.directory / "crictl.yaml"
+        self._config.write_text(
+            f"runtime-endpoint: {rig.endpoint}\nimage-endpoint: {rig.endpoint}\ntimeout: 120\n"
+        )
 
     def _command(self, *arguments: str) -> list[str]:
-        endpoint = self._rig.endpoint
-        return [*self._rig.inside, "crictl", "--timeout", "2m", "-r", endpoint, "-i", endpoint, *arguments]
+        return [*self._rig.inside, "crictl", "--config", str(self._config), *arguments]
 
     def _crictl(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
@@ -338,6 +354,12 @@ class Crictl:
             ended = self._ended(container)
             lines = Path(self._status(container)["logPath"]).read_text().splitlines()
             return f"{ended}; {sorted(' '.join(line.split()[1:]) for line in lines)}"
+
+    def attach(self, runtime: str) -> str:
+        # Without a terminal it is one of critest's.
+        with self._running(runtime, "sh", "-c", READS_SAYING_SO, tty=True, stdin=True) as (container, _):
+            said = attached_to_terminal(self._command("attach", "-it", container))
+            return f"{said}; {self._ended(container)}"
 
     def stop(self, runtime: str) -> str:
         with self._running(runtime, "sh", "-c", TRAP) as (container, _):

@@ -82,22 +82,24 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", default="", help="run only tests whose name contains this")
     parser.add_argument("--handler", choices=HANDLERS, help="with this runtime alone")
     parser.add_argument("--containerd", choices=CONTAINERDS, help="with this containerd alone")
+    parser.add_argument("--clients", action="store_true", help="only what clients do, without critest")
     options = parser.parse_args()
     program = shutil.which("critest")
-    if program is None:
+    if program is None and not options.clients:
         parser.error("there is no critest: tools/setup conformance builds it")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons are ended on the way out
     STATE.mkdir(parents=True, exist_ok=True)
     results, cells = Results(STATE / "results.jsonl"), matrix.Cells(STATE / "clients.jsonl")
-    tests = critest.tests(Path(program), STATE)
-    wanted = options.containerd or ("2" if USE_SECOND else "")
+    tests = critest.tests(Path(program), STATE) if program and not options.clients else []
+    wanted = CONTAINERDS[0] if options.clients else options.containerd or ("2" if USE_SECOND else "")
     daemons = {
         which: version
         for which in CONTAINERDS
         if wanted in ("", which) and (version := _containerd_version(second=which == "2"))
     }
     for text in [""] if options.fresh else options.again:
-        results.forget(text, daemons.values())
+        if not options.clients:
+            results.forget(text, daemons.values())
         if CONTAINERDS[0] in daemons:
             cells.forget(text)
     for which, version in daemons.items():
@@ -110,13 +112,13 @@ def main() -> int:
         # What clients do is looked at with the containerd of this machine.
         clients = which == CONTAINERDS[0] and matrix.is_wanting(cells, options.only)
         if todo or clients:
-            _run(Path(program), todo, results, cells if clients else None, options.only, second=which == "2")
+            _run(program or "", todo, results, cells if clients else None, options.only, second=which == "2")
     current = {key: result for key, result in results.found.items() if key.test in tests}
     known = page.sections(PAGE.read_text())
     # What has not been run in this checkout stays on the page as it is.
     if cells.found:
         known[page.CLIENTS] = matrix.section(cells.found, _client_versions())
-    if current:
+    if current and program:
         PAGE.write_text(page.page(current, _versions(program), known[page.CLIENTS]))
     else:
         PAGE.write_text("".join(f"{line}\n" for lines in known.values() for line in lines))
@@ -168,7 +170,7 @@ def _client_versions() -> dict[str, str]:
 
 
 def _run(
-    program: Path,
+    program: str,
     todo: list[page.Key],
     results: Results,
     cells: matrix.Cells | None,
@@ -181,7 +183,7 @@ def _run(
     try:
         rig.start()
         for number, key in enumerate(todo):
-            result = critest.run(program, key.test, key.handler, rig.endpoint, rig.inside, STATE)
+            result = critest.run(Path(program), key.test, key.handler, rig.endpoint, rig.inside, STATE)
             results.add(key, result)
             about = f"containerd {key.containerd} {key.handler} {result.outcome} ({result.seconds:.0f} s)"
             print(f"{number + 1}/{len(todo)} {about}: {key.test}", flush=True)
@@ -191,7 +193,8 @@ def _run(
             matrix.run(rig, cells, only)
     finally:
         rig.stop()
-        shutil.copy(rig.daemon.log, STATE / "containerd.log")
+        if rig.daemon.log.exists():
+            shutil.copy(rig.daemon.log, STATE / "containerd.log")
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -7,8 +7,9 @@ import re
 import subprocess
 import time
 
-from clients import EAT, KINDS, TRAP, Docker
+from clients import EAT, KINDS, READS_SAYING_SO, TRAP, Docker, attached_to_terminal
 from containerd_support import until
+from terminal import Terminal
 from test_nerdctl import GATEWAY, complaints
 from test_nerdctl import Nerdctl as Program
 
@@ -18,8 +19,8 @@ class Nerdctl(Docker):
 
     name = "nerdctl"
     gateway = GATEWAY
-    lacks = frozenset({"attach", "healthcheck"})
-    """What Docker has and nerdctl 2.1 has not, or only with a terminal at both ends."""
+    lacks = frozenset({"healthcheck"})
+    """What Docker has and nerdctl 2.1 has not."""
 
     def __init__(self, nerdctl: Program) -> None:
         super().__init__(nerdctl)
@@ -34,6 +35,21 @@ class Nerdctl(Docker):
     def run(self, runtime: str) -> str:
         # Without input: nerdctl with runc hangs now and then when that ends before the task is known.
         return self._said(*self._run(runtime, "--rm"), "bb", "sh", "-c", "echo out; echo err >&2; exit 3")
+
+    def attach(self, runtime: str) -> str:
+        # It attaches to what was run in the foreground of a terminal, and was left there by its keys.
+        self._count += 1
+        name = f"m{self._count}"
+        command = [*self._command, *self._run(runtime, "-it", "--name", name), "bb"]
+        try:
+            with Terminal([*command, "sh", "-c", READS_SAYING_SO], self._docker.env) as first:
+                first.expect("up")
+                first.typed("\x10\x11")  # Ctrl-P, Ctrl-Q
+                first.ended()
+            said = attached_to_terminal([*self._command, "attach", name], self._docker.env)
+            return f"{said}; status {self._format(name, '{{.State.ExitCode}}')}"
+        finally:
+            self._docker("rm", "-f", name, code=None)
 
     def stop(self, runtime: str) -> str:
         with self._running(runtime, "sh", "-c", TRAP) as name:

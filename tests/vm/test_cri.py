@@ -460,7 +460,7 @@ def _forwarded(cri: Cri, pod: str, port: int, data: bytes = b"") -> bytes:
     )
     assert process.stdout is not None
     try:
-        assert b"Forwarding from" in process.stdout.readline()
+        assert any(b"Forwarding from" in line for line in process.stdout), "it forwards nothing"
         # Where crictl listens: in the daemon's network namespace.
         client = (
             "import socket, sys, threading\n"
