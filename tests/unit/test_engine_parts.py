@@ -348,6 +348,7 @@ def test_statistics_in_the_shape_of_v2() -> None:
     assert (found.memory.anon, found.memory.usage_limit) == (7, 8192)
     assert found.io is not None
     assert [(one.rbytes, one.wbytes) for one in found.io.usage] == [(11, 12)]
+    assert [(card.name, card.rx_bytes, card.tx_bytes) for card in found.network] == [("eth0", 1, 2)]
 
 
 # ---- health ----

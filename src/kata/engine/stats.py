@@ -1,8 +1,8 @@
 """What a container uses: the agent's figures in the shape that containerd's clients read.
 
-containerd does not say which of the two shapes it wants. v1 is understood by all and has room for the
-network, which v2 has not; v2 is given only where ``/sys/fs/cgroup`` itself is cgroup2 and the door asks for
-the host's shape."""
+containerd does not say which of the two shapes it wants. v1 is understood by all; v2 is given only where
+``/sys/fs/cgroup`` itself is cgroup2 and the door asks for the host's shape. Clients that were made before v2 had room
+for the network skip that part."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from ..proto import google_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ..proto import agent_pb
 
 V1_TYPE = "io.containerd.cgroups.v1.Metrics"
 V2_TYPE = "io.containerd.cgroups.v2.Metrics"
 
+_OF_CARD = (
+    "name",
+    *(f"{way}_{what}" for way in ("rx", "tx") for what in ("bytes", "packets", "errors", "dropped")),
+)
 _V1_MEMORY = (
     "cache",
     "rss",
@@ -112,15 +118,15 @@ def of_host(cpu_ns: int, memory: int, *, shape_v2: bool) -> google_pb.Any:
     return google_pb.Any(type_url=V1_TYPE, value=old.encode())
 
 
+def _of_card(card: agent_pb.NetworkStats) -> dict[str, Any]:
+    """The fields of an interface, which both shapes have by the same names."""
+    return {name: getattr(card, name) for name in _OF_CARD}
+
+
 def _v1(answer: agent_pb.StatsContainerResponse) -> v1.Metrics:
     out = v1.Metrics()
     group = answer.cgroup_stats
-    for card in answer.network_stats:
-        fields = (
-            "name",
-            *(f"{way}_{what}" for way in ("rx", "tx") for what in ("bytes", "packets", "errors", "dropped")),
-        )
-        out.network.append(v1.NetworkStat(**{name: getattr(card, name) for name in fields}))
+    out.network = [v1.NetworkStat(**_of_card(card)) for card in answer.network_stats]
     if group is None:
         return _complete(out)
     if group.pids_stats is not None:
@@ -199,6 +205,7 @@ def _complete(out: v1.Metrics) -> v1.Metrics:
 def _v2(answer: agent_pb.StatsContainerResponse) -> v2.Metrics:
     out = v2.Metrics()
     group = answer.cgroup_stats
+    out.network = [v2.NetworkStat(**_of_card(card)) for card in answer.network_stats]
     if group is None:
         return out
     if group.pids_stats is not None:

@@ -7,7 +7,8 @@ _PACKAGE = {
     "": "io.containerd.cgroups.v2",
 }
 _MESSAGES = {
-    "Metrics": "pids:1:@cgroups_v2.PidsStat cpu:2:@cgroups_v2.CPUStat memory:4:@cgroups_v2.MemoryStat rdma:5:@cgroups_v2.RdmaStat io:6:@cgroups_v2.IOStat hugetlb:7:*@cgroups_v2.HugeTlbStat memory_events:8:@cgroups_v2.MemoryEvents",
+    "Metrics": "pids:1:@cgroups_v2.PidsStat cpu:2:@cgroups_v2.CPUStat memory:4:@cgroups_v2.MemoryStat rdma:5:@cgroups_v2.RdmaStat io:6:@cgroups_v2.IOStat hugetlb:7:*@cgroups_v2.HugeTlbStat memory_events:8:@cgroups_v2.MemoryEvents network:9:*@cgroups_v2.NetworkStat",
+    "NetworkStat": "name:1:string rx_bytes:2:uint64 rx_packets:3:uint64 rx_errors:4:uint64 rx_dropped:5:uint64 tx_bytes:6:uint64 tx_packets:7:uint64 tx_errors:8:uint64 tx_dropped:9:uint64",
     "PSIData": "avg10:1:double avg60:2:double avg300:3:double total:4:uint64",
     "PSIStats": "some:1:@cgroups_v2.PSIData full:2:@cgroups_v2.PSIData",
     "PidsStat": "current:1:uint64 limit:2:uint64",

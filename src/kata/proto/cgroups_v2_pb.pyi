@@ -9,6 +9,8 @@ class Metrics(Message):
     io: IOStat | None
     hugetlb: list[HugeTlbStat]
     memory_events: MemoryEvents | None
+    network: list[NetworkStat]
+    """Newer than the rest: clients that do not know it skip it."""
     def __init__(
         self,
         *,
@@ -19,6 +21,32 @@ class Metrics(Message):
         io: IOStat | None = ...,
         hugetlb: list[HugeTlbStat] = ...,
         memory_events: MemoryEvents | None = ...,
+        network: list[NetworkStat] = ...,
+    ) -> None: ...
+
+class NetworkStat(Message):
+    """One interface, seen from the container."""
+    name: str
+    rx_bytes: int
+    rx_packets: int
+    rx_errors: int
+    rx_dropped: int
+    tx_bytes: int
+    tx_packets: int
+    tx_errors: int
+    tx_dropped: int
+    def __init__(
+        self,
+        *,
+        name: str = ...,
+        rx_bytes: int = ...,
+        rx_packets: int = ...,
+        rx_errors: int = ...,
+        rx_dropped: int = ...,
+        tx_bytes: int = ...,
+        tx_packets: int = ...,
+        tx_errors: int = ...,
+        tx_dropped: int = ...,
     ) -> None: ...
 
 class PSIData(Message):
