@@ -434,6 +434,14 @@ def test_software_emulation_is_said_in_the_log(daemon: Containerd) -> None:
     assert ("/dev/kvm" in said) == (accel.choose().accel == "tcg")
 
 
+def test_a_file_gets_both_streams(daemon: Containerd, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = ("--log-uri", f"file://{log}")
+    daemon.detached("filed", "sh", "-c", "echo out; echo err >&2", options=options)
+    until(lambda: daemon.tasks()["filed"][1] == "STOPPED", "the task is stopped")
+    assert sorted(log.read_text().split()) == ["err", "out"]
+
+
 LOGGER = """\
 #!/bin/sh
 echo "$CONTAINER_NAMESPACE/$CONTAINER_ID $*" >{directory}/called

@@ -216,6 +216,27 @@ def test_stop_sends_one_term_and_the_pod_goes_on(cri: Cri) -> None:
     assert cri.status(two)["exitCode"] in (137, 143)
 
 
+def test_a_termination_message_sysctls_and_groups(cri: Cri) -> None:
+    pod = cri.pod(sysctls={"net.ipv4.ip_unprivileged_port_start": "80", "kernel.shm_rmid_forced": "1"})
+    message = cri.daemon.directory / "termination-message"
+    message.touch()
+    message.chmod(0o666)
+    # As a kubelet has it: a file of the host's, which it reads when the container has ended.
+    mounts = [{"container_path": "/dev/termination-log", "host_path": str(message)}]
+    context = {"run_as_user": {"value": 1000}, "run_as_group": {"value": 50}, "supplemental_groups": [77]}
+    names = ("net/ipv4/ip_unprivileged_port_start", "kernel/shm_rmid_forced")
+    script = (
+        f"echo the reason >/dev/termination-log; id; cat {' '.join('/proc/sys/' + one for one in names)}"
+    )
+    one = cri.container(pod, "one", "sh", "-c", script, mounts=mounts, linux={"security_context": context})
+    until(lambda: cri.status(one)["state"] == "CONTAINER_EXITED", "the container has ended")
+    assert message.read_text() == "the reason\n"
+    user, *values = cri("logs", one).splitlines()
+    assert user.startswith("uid=1000 gid=50")
+    assert "77" in user.partition("groups=")[2]
+    assert values == ["80", "1"]
+
+
 def test_out_of_memory_is_the_reason(cri: Cri) -> None:
     pod = cri.pod()
     eat = "x=a; while :; do x=$x$x; done"
