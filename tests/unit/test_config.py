@@ -478,6 +478,11 @@ def test_check_lists_what_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFi
         idle == f"{path}:2: [runtime] enable_pprof: accepted, has no effect: there is no profile to be had"
     )
     assert summary == f"{path}: 2 keys, 1 in effect"
+    path = write(
+        tmp_path / "d.toml", "[hypervisor.qemu]\ndefault_vcpus = 2\n[hypervisor.clh]\npath = '/x'\n"
+    )
+    assert main.dispatch(["config", "check", path]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{path}: [hypervisor.clh] is not used: QEMU is"
 
 
 @pytest.mark.parametrize(

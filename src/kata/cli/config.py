@@ -125,6 +125,9 @@ def _check(arguments: Arguments) -> int:
         return 0
     for row in idle:
         print(f"{row['origin']}: [{row['table']}] {row['key']}: accepted, has no effect: {row['reason']}")
+    for note in conf.notes:
+        if " is not used: " in note:  # a table of another hypervisor's; what is said of keys is above
+            print(note)
     print(f"{', '.join(conf.files)}: {len(rows)} keys, {len(rows) - len(idle)} in effect")
     return 0
 
