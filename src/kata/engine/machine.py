@@ -218,7 +218,8 @@ def network(conf: Configuration, path: str) -> dict[str, Any]:
         # As of Docker's `--network container:NAME`: the machine would take all that process's traffic.
         raise UnsupportedError(
             f"the container asks for the network namespace {path} of another process on this host",
-            "A virtual machine cannot share it: what arrives there would reach the machine alone.",
+            "A virtual machine cannot share it: what arrives there would reach the machine alone. If that process only"
+            " keeps the namespace, give it a path of its own (ip netns attach).",
         )
     model = conf.get("runtime.internetworking_model", "tcfilter")
     if conf.get("runtime.disable_new_netns"):
