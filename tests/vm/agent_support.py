@@ -212,6 +212,16 @@ class Guest(Peer):
             self.console += data
         return self.console.decode(errors="replace")
 
+    def health(self, timeout: float = PATIENCE) -> None:
+        """The agent answers; else what the machine has said is in the error."""
+        try:
+            super().health(timeout)
+        except TtrpcError as error:
+            error.add_note(
+                f"the machine (status {self.qemu.child.poll()}) has said: {self.read_console()[-3000:]}"
+            )
+            raise
+
     def wait_end(self) -> int:
         """Wait for the end of the machine; QEMU's exit status."""
         deadline = time.monotonic() + PATIENCE

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,8 +89,8 @@ class Machine(Guest):
     """A guest with more devices, and QEMU's control channel in our hands."""
 
     def __init__(self, base: Path, guest_dir: Path, image: str) -> None:
-        directory = base / "agent-methods"
-        directory.mkdir()
+        # A fixture may be set up once more, after a test that failed.
+        directory = Path(tempfile.mkdtemp(prefix="methods", dir=base))
         self.ext4 = make(directory / "ext4.img", 32 * MIB, "mkfs.ext4", "-q")
         self.xfs = make(directory / "xfs.img", 320 * MIB, "mkfs.xfs", "-q")
         self.hot = make(directory / "hot.img", MIB)
@@ -484,6 +485,7 @@ def test_changes_on_the_host_are_announced_in_the_container(guest: Machine) -> N
 
 def test_a_large_directory_is_mounted_itself_and_that_is_said(guest: Machine) -> None:
     large = guest.share / "large"
+    shutil.rmtree(large, ignore_errors=True)  # of a try that failed
     large.mkdir()
     for number in range(17):
         (large / str(number)).write_text("x")

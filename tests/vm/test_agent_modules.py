@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,7 @@ def _qemu(directory: Path, kernel: Path, initrd: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def output(run_directory: Path, guest_assets: Path) -> str:
     """All that the machine has said."""
-    directory = run_directory / "agent-modules"
-    directory.mkdir()
+    directory = Path(tempfile.mkdtemp(prefix="modules", dir=run_directory))
     manifest = json.loads((guest_assets / "guest.json").read_text())
     initrd = directory / "initrd"
     initrd.write_bytes(_initrd(guest_assets / manifest["initrd"]["path"], _build(directory)))

@@ -35,7 +35,7 @@ def test_containerds_config_path_and_annotations(daemon: Containerd) -> None:
         "kernel_params = 'of.host=1'\nshared_fs = 'virtio-9p'\nmsize_9p = 65536\n"
         "cpu_features = '-rdrand'\nentropy_source = '/dev/urandom'\n"
     )
-    (daemon.directory / "config.d").mkdir()
+    (daemon.directory / "config.d").mkdir(exist_ok=True)
     (daemon.directory / "config.d" / "1.toml").write_text("[hypervisor.qemu]\ndefault_memory = 192\n")
     options = (
         *("--runtime-config-path", str(file)),

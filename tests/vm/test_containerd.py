@@ -518,6 +518,7 @@ def test_a_logging_program_outlives_a_killed_engine(daemon: Containerd, logger: 
 
 def test_hooks_run_on_the_host_with_the_state(daemon: Containerd) -> None:
     work = daemon.directory / "hooks"
+    shutil.rmtree(work, ignore_errors=True)  # of a try that failed
     work.mkdir()
     script = (
         f"cat >{work}/$1.json; readlink /proc/self/ns/net >{work}/$1.net;"

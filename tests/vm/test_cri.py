@@ -261,6 +261,7 @@ def test_whose_processes_are_seen(cri: Cri, mode: int) -> None:
 def test_volumes_of_the_host(cri: Cri) -> None:
     pod = cri.pod()
     shared = cri.daemon.directory / "volume"
+    shutil.rmtree(shared, ignore_errors=True)  # of a try that failed
     shared.mkdir()
     (shared / "from-host").write_text("hello")
     mounts = [
@@ -333,6 +334,7 @@ def _program(cri: Cri, name: str, source: str) -> Path:
 def _volume(cri: Cri, kind: str, name: str) -> Path:
     """A directory where a kubelet would have a volume of this kind."""
     path = cri.daemon.directory / f"pods/uid/volumes/kubernetes.io~{kind}/{name}"
+    shutil.rmtree(path, ignore_errors=True)  # of a try that failed
     path.mkdir(parents=True)
     return path
 

@@ -160,6 +160,32 @@ def test_a_container_with_dockers_network(docker: Docker) -> None:
     assert "1 packets received" in said
 
 
+def test_several_networks(docker: Docker) -> None:
+    """Docker wires them when the machine runs already."""
+    for name, subnet in (("front", "10.78.1.0/24"), ("back", "10.78.2.0/24")):
+        docker("network", "create", "--subnet", subnet, name)
+    try:
+        serve = "while :; do nc -l -p 80 -e echo reached; done"
+        docker.run(
+            "-d", "--name", "server", "--network", "back", "--ip", "10.78.2.9", "bb", "sh", "-c", serve
+        )
+        look = "nc -w 20 10.78.2.9 80; exec sleep 1000"
+        docker.run("-d", "--name", "both", "--network", "front", "--network", "back", "bb", "sh", "-c", look)
+        until(lambda: "reached" in docker("logs", "both"), "the second network is used")
+        shown = docker("exec", "both", "ip", "-4", "address")
+        assert ("inet 10.78.1." in shown, "inet 10.78.2." in shown) == (True, True)
+        names = [line.split()[1] for line in docker("exec", "both", "ip", "-o", "link").splitlines() if line]
+        assert sorted(names) == ["eth0:", "eth1:", "lo:"], "and no other"
+        # What is attached to a running container is there from its next start on.
+        docker("network", "connect", "bridge", "both")
+        docker("restart", "-t", "1", "both")
+        shown = docker("exec", "both", "ip", "-4", "address")
+        assert all(f"inet 10.{subnet}." in shown for subnet in ("78.1", "78.2", "77.0"))
+    finally:
+        docker("rm", "-f", "both", "server", code=None)
+        docker("network", "rm", "front", "back")
+
+
 def test_a_published_port(docker: Docker) -> None:
     serve = "while :; do echo -e 'HTTP/1.0 200 OK\\r\\n\\r\\nserved' | nc -l -p 80 >/dev/null; done"
     docker.run("-d", "--name", "web", "-p", "8099:80", "bb", "sh", "-c", serve)

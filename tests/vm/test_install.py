@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class Installation:
 
 @pytest.fixture
 def installation(run_directory: Path) -> Iterator[Installation]:
-    directory = run_directory / "install"
-    directory.mkdir()
-    yield Installation(directory)
-    shutil.rmtree(directory)
+    directory = Path(tempfile.mkdtemp(prefix="install", dir=run_directory))
+    try:
+        yield Installation(directory)
+    finally:
+        shutil.rmtree(directory)
 
 
 @pytest.mark.timeout(900)

@@ -290,7 +290,20 @@ class Sandbox:
         plan = self.machine.network
         # Some clients wire a container's network namespace only between create and start.
         if plan is not None and plan.wired_by_others and await self.helper(plan.look_again):
-            await self.unless_lost(boot.configure_network(self, await self.ready()))
+            agent = await self.ready()
+            await self._plug_in(plan)
+            await self.unless_lost(boot.configure_network(self, agent))
+
+    async def _plug_in(self, plan: NetworkPlan) -> None:
+        """Give the machine the interfaces that have come."""
+        assert self.vm is not None
+        late = plan.unplugged()
+        try:
+            for index, mac, tap_fd in late:
+                await self.unless_lost(self.vm.plug_nic(index, mac, tap_fd))
+        finally:
+            for _, _, tap_fd in late:
+                os.close(tap_fd)
 
     async def unless_lost(self, work: Awaitable[T]) -> T:
         """Await *work*; the end of the machine ends it.

@@ -57,6 +57,11 @@ if TYPE_CHECKING:
                 it), and the interface's PCI path in the guest.
             """
 
+        async def plug_nic(self, index: int, mac: str, tap_fd: int) -> None:
+            """Give the running machine one of its late network interfaces, which counts from 0 with all others; the
+            descriptor stays the caller's. The guest sees it a moment later, at `kata.hypervisor.slots.late_nic_path`.
+            """
+
         @property
         def agent_cid(self) -> int | None:
             """Context id under which the agent listens on vsock; None when it is on its serial channel."""

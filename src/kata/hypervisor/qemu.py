@@ -254,6 +254,22 @@ class Qemu:
         await self.command("set_link", {"name": "nic0", "up": True})
         return sock.detach(), slots.nic_path()
 
+    async def plug_nic(self, index: int, mac: str, tap_fd: int) -> None:
+        """Give the running machine a network interface in one of its ports.
+
+        Raises:
+            HypervisorError: QEMU refused.
+        """
+        name = f"tap{index}"
+        backend, device = qemu_command.late_nic(index, mac, name)
+        await self.command("getfd", {"fdname": name}, fd=tap_fd)
+        await self.command("netdev_add", backend)  # the descriptor is the backend's now
+        try:
+            await self.command("device_add", device)
+        except BaseException:
+            await self.command("netdev_del", {"id": backend["id"]})
+            raise
+
     # ---- what can be learnt ----
 
     def console_tail(self, limit: int = 4096) -> str:

@@ -160,6 +160,10 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         argv += _disk(index, disk)
     for index, nic in enumerate(settings.nics()):
         argv += _nic(index, nic, settings.run_dir)
+    first = len(settings.nics())
+    for index in range(first, first + settings.late_nics):
+        port = f"pcie-root-port,id={slots.late_port(index)},addr={slots.NICS[index]:#04x},chassis={index},slot={index}"
+        argv += ["-device", port]
     argv += [
         *("-object", _entropy(settings)),
         *_device("virtio-rng-pci", slots.RNG, rng="rng"),
@@ -327,6 +331,21 @@ def _disk(index: int, disk: Disk | None) -> list[str]:
             **properties,
         ),
     ]
+
+
+def late_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of ``netdev_add`` and ``device_add`` for a network interface in a port; QEMU knows its tap by name."""
+    backend = {"type": "tap", "id": f"net{index}", "fd": fd_name}
+    device = {
+        "driver": "virtio-net-pci",
+        "id": f"nic{index}",
+        "bus": slots.late_port(index),
+        "netdev": f"net{index}",
+        "mac": mac,
+        "romfile": "",
+        "disable-legacy": "on",
+    }
+    return backend, device
 
 
 def _nic(index: int, nic: Nic, run_dir: str) -> list[str]:

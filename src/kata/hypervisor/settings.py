@@ -97,6 +97,8 @@ class VMSettings:
         share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers; -1 is none.
         nic: The network interface; None is no such device.
         more_nics: Further ones, none of them empty.
+        late_nics: How many more it may be given while it runs. Each has a port from the start, which costs the boot
+            of an emulated machine some 15 ms.
         vsock: vhost-vsock device, or None: then the agent uses the virtio-serial port.
         console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
         tsc_khz: Frequency of the host's time-stamp counter, told to an emulated guest; 0 is not known.
@@ -124,6 +126,7 @@ class VMSettings:
         "firmware",
         "initrd",
         "kernel",
+        "late_nics",
         "machine",
         "machine_options",
         "max_memory_mib",
@@ -170,6 +173,7 @@ class VMSettings:
         share_fd: int = -1,
         nic: Nic | None = None,
         more_nics: Sequence[Nic] = (),
+        late_nics: int = 0,
         vsock: Vsock | None = None,
         console: str = "serial",
         tsc_khz: int = 0,
@@ -189,7 +193,7 @@ class VMSettings:
             raise ValueError(f"no such accelerator: {accel}")
         if console not in ("serial", "virtio", "none"):
             raise ValueError(f"no such console: {console}")
-        if len(more_nics) >= len(slots.NICS):
+        if len(more_nics) + late_nics >= len(slots.NICS):
             raise ValueError(f"a machine has {len(slots.NICS)} network interfaces at most")
         if not max(len(disks), slots.FEWEST_DISKS) <= disk_slots <= len(slots.DISKS):
             raise ValueError(f"a machine has {slots.FEWEST_DISKS} to {len(slots.DISKS)} disk slots")
@@ -209,6 +213,7 @@ class VMSettings:
         self.share_fd = share_fd
         self.nic = nic
         self.more_nics = list(more_nics)
+        self.late_nics = late_nics
         self.vsock = vsock
         self.console = console
         self.tsc_khz = tsc_khz

@@ -20,7 +20,8 @@ DISKS = (0x05, 0x06, 0x07, 0x08, *range(0x0F, 0x13))
 FEWEST_DISKS = 4
 NIC = 0x09
 NICS = (NIC, 0x0C, 0x0D, 0x0E)
-"""The plug that is always there, and where further interfaces sit that a machine is started with."""
+"""The plug that is always there, and where further interfaces sit that a machine is started with; or, in their places,
+ports for interfaces that come later (`late_port`)."""
 RNG = 0x0A
 BALLOON = 0x0B
 PLUG = 0x13
@@ -51,3 +52,13 @@ def disk_path(index: int) -> str:
 def nic_path(index: int = 0) -> str:
     """PCI path of a network interface."""
     return pci_path(NICS[index])
+
+
+def late_port(index: int) -> str:
+    """QEMU's name of the PCI Express port for a network interface that comes later; the one place on its bus is 0."""
+    return f"late{index}"
+
+
+def late_nic_path(index: int) -> str:
+    """PCI path of a network interface in such a port."""
+    return f"{nic_path(index)}/00"

@@ -7,7 +7,8 @@ guest has the interface's hardware address, addresses, MTU, routes and permanent
 interface does not matter. A tap is not persistent: it ends with the hypervisor, however that ends.
 
 An interface that appears only after the machine was started (Docker 26 and newer, `ctr run --cni`) is taken by
-`look_again`, as far as there are taps.
+`look_again`: the first by the plug that every machine has, further ones are plugged into ports that a machine has whose
+namespace was empty.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ class Endpoint(ABC):
         tap: Index of the tap device.
         fd: The tap, until the hypervisor has it.
         mac: Hardware address that the guest's interface is started with.
+        path: PCI path of the guest's interface.
         source: The interface that it stands for, once there is one.
         entry: The journal's, of what was made in the namespace.
     """
 
-    __slots__ = ("entry", "fd", "index", "mac", "source", "tap")
+    __slots__ = ("entry", "fd", "index", "mac", "path", "source", "tap")
 
     def __init__(self, index: int, mac: str) -> None:
         self.index = index
+        self.path = slots.nic_path(index)
         self.mac = mac
         self.source: Link | None = None
         self.entry: Entry | None = None
@@ -133,6 +136,7 @@ class NetnsPlan(NetworkPlan):
         self.path = path
         self._connects = model != "none"
         self.endpoints: list[Endpoint] = []
+        self._unplugged: list[Endpoint] = []
 
     def wire(self) -> Nic:
         """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other.
@@ -155,8 +159,16 @@ class NetnsPlan(NetworkPlan):
             for endpoint in self.endpoints:
                 os.close(endpoint.fd)
             raise
+        if not found:
+            # Whoever wires it now may have several networks for it.
+            self.late_nics = len(slots.NICS) - 1
         first, *self.more_nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
         return first
+
+    def unplugged(self) -> list[tuple[int, str, int]]:
+        """See `NetworkPlan.unplugged`."""
+        found, self._unplugged = self._unplugged, []
+        return [(one.index, one.mac, one.fd) for one in found]
 
     def enter(self) -> None:
         """Go to the namespace, or to a new one.
@@ -196,7 +208,8 @@ class NetnsPlan(NetworkPlan):
         """Take the interfaces that have been put into the namespace, and what has changed of them. Blocks briefly.
 
         Returns:
-            Whether there is something new: `interfaces`, `routes` and `neighbors` tell the guest of it.
+            Whether there is something new: `unplugged` is to be plugged in, then `interfaces`, `routes` and `neighbors`
+            tell the guest of it.
 
         Raises:
             UnsupportedError: An interface carries no Ethernet frames, or there are more than the machine has plugs.
@@ -208,16 +221,28 @@ class NetnsPlan(NetworkPlan):
         with rtnetlink.Rtnl() as rtnl:
             free = [one for one in self.endpoints if isinstance(one, _Redirected) and one.source is None]
             found = self.unclaimed(rtnl)
-            if len(found) > len(free):
-                names = ", ".join(link.name for link in found[len(free) :])
+            if len(found) > len(free) + self.late_nics:
+                names = ", ".join(link.name for link in found[len(free) + self.late_nics :])
                 raise UnsupportedError(
-                    f"there is no plug for the network interface {names}: this machine has {len(self.endpoints)}",
-                    f"At most {len(slots.NICS)} networks; more than one has to be attached before the sandbox starts.",
+                    f"there is no plug for the network interface {names}: this machine has"
+                    f" {len(self.endpoints) + self.late_nics}",
+                    f"At most {len(slots.NICS)} networks. A machine that starts with one cannot be given more.",
                 )
+            for source in found[len(free) :]:
+                free.append(self._late(source.mac))
             for endpoint, source in zip(free, found, strict=False):
                 endpoint.connect(rtnl, source, self.journal if self.path else None, self.path)
             self.describe(rtnl)
         return before != (self.interfaces, self.routes, self.neighbors)
+
+    def _late(self, mac: str) -> _Redirected:
+        """One more endpoint, for a port of the machine's."""
+        endpoint = _Redirected(len(self.endpoints), mac)
+        endpoint.path = slots.late_nic_path(endpoint.index)
+        self.late_nics -= 1
+        self.endpoints.append(endpoint)
+        self._unplugged.append(endpoint)
+        return endpoint
 
     def describe(self, rtnl: rtnetlink.Rtnl) -> None:
         """Write down what the guest has to know of the interfaces."""
@@ -235,7 +260,7 @@ class NetnsPlan(NetworkPlan):
                 ],
                 "mtu": source.mtu,
                 "hwAddr": source.mac,
-                "devicePath": slots.nic_path(endpoint.index),
+                "devicePath": endpoint.path,
                 "raw_flags": source.flags & rtnetlink.NOARP,
             }
             for endpoint in self.endpoints

@@ -135,6 +135,8 @@ class NetworkPlan:
         """types.Interface values for UpdateInterface, as dicts; empty when the guest gets no network."""
         self.more_nics: list[Nic] = []
         """After `wire`: further interfaces of the machine, behind the one that it returns."""
+        self.late_nics = 0
+        """After `wire`: how many interfaces may come while the machine runs, beside those."""
         self.journal: Journal | None = None
         """The sandbox's; set before `wire`."""
         self.routes: list[dict[str, Any]] = []
@@ -172,6 +174,11 @@ class NetworkPlan:
     def look_again(self) -> bool:
         """Whether what the guest has to know has changed since it was last told. Blocks briefly."""
         return False
+
+    def unplugged(self) -> list[tuple[int, str, int]]:
+        """What `look_again` has found for the machine's ports: for each which interface of the machine it is, its
+        hardware address, and its tap. They are told once, and the taps are the caller's."""
+        return []
 
     def failure(self) -> KataError | None:
         """Why the network has ended, or None while it has not."""
