@@ -167,7 +167,8 @@ def test_accelerators() -> None:
     [
         ({}, "3", False),
         ({"vcpus": 1, "max_vcpus": 4}, "6", False),
-        ({"vcpus": 30}, "32", False),
+        ({"vcpus": 2}, "4", True),
+        ({"vcpus": 30}, "32", True),
         ({"vcpus": 1, "max_vcpus": 31}, "", True),
         ({"vcpus": 2, "machine_options": "hpet=off"}, "", True),
         ({"machine_options": "hpet=off"}, "", False),

@@ -216,9 +216,12 @@ def _emulation(settings: VMSettings) -> list[str]:
     parts = ["no_timer_check", "mitigations=off"]
     if settings.tsc_khz:
         parts.append(f"tsc_early_khz={settings.tsc_khz}")
-    if hpet_timers(settings) or settings.max_vcpus == 1:
+    if settings.vcpus == 1 and (hpet_timers(settings) or settings.max_vcpus == 1):
         # A single processor does without, whatever else the machine has. More than one, and no timer for each:
-        # the guest would tick along at full rate for ever, idle or not.
+        # the guest would tick along at full rate for ever, idle or not. And a second processor that boots without has
+        # its ticks passed on by the first until it has its HPET timer; Linux calls through a null pointer if one comes
+        # in the instant of the change (tick_do_broadcast in kernel/time/tick-broadcast.c), once in hundreds of boots
+        # on a busy host. So such a machine spends the tenth of a second.
         parts.append("nolapic_timer")
     return parts
 
