@@ -4,7 +4,7 @@ use crate::devices::find_interface_by_pci;
 use crate::prelude::*;
 use crate::proto::agent::{ARPNeighbors, Interfaces, NetworkStats};
 use crate::proto::types::{ARPNeighbor, IPAddress, Interface};
-use crate::rtnl::{attributes, text_of, u32_at, u64_at, Message, Rtnl};
+use crate::rtnl::{attributes, text_of, u32_at, u64_at, Message, Refusal, Rtnl};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub use crate::routes::{list_routes, update_routes};
@@ -37,6 +37,8 @@ const IFF_LOOPBACK: u32 = 8;
 const IFF_NOARP: u32 = 0x80;
 /// Longest name of an interface.
 const NAME_MAX: usize = 15;
+/// How often a name is tried for that somebody else takes meanwhile.
+const NAME_ATTEMPTS: usize = 8;
 
 /// IPFamily
 pub const FAMILY_V4: i32 = 0;
@@ -86,8 +88,7 @@ pub fn update_interface(wanted: &Interface) -> Result<Interface> {
             return Err(Error::invalid("an interface is found by devicePath or hwAddr, and neither is given"));
         }
     };
-    configure(&mut rtnl, &links, link, wanted, mac.as_deref())
-        .with_context(|| format!("configure interface {}", link.name))?;
+    configure(&mut rtnl, link, wanted, mac.as_deref()).with_context(|| format!("configure interface {}", link.name))?;
     replace_addresses(&mut rtnl, link.index, &addresses)?;
     let after = self::links(&mut rtnl)?.into_iter().find(|candidate| candidate.index == link.index);
     let after = after.ok_or_else(|| Error::not_found(format!("Link not found: {} has disappeared", link.name)))?;
@@ -184,18 +185,14 @@ pub fn wire_family(ip: IpAddr) -> i32 {
     }
 }
 
-fn configure(rtnl: &mut Rtnl, links: &[Link], link: &Link, wanted: &Interface, mac: Option<&[u8]>) -> Result<()> {
+fn configure(rtnl: &mut Rtnl, link: &Link, wanted: &Interface, mac: Option<&[u8]>) -> Result<()> {
     let new_mac = mac.filter(|mac| *mac != link.mac);
     let rename = !wanted.name.is_empty() && wanted.name != link.name;
     if (new_mac.is_some() || rename) && link.flags & IFF_UP != 0 {
         rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(link.index, 0, IFF_UP))).context("take it down")?;
     }
     if rename {
-        if let Some(other) = links.iter().find(|other| other.name == wanted.name && other.index != link.index) {
-            swap_names(rtnl, link, other)?;
-        } else {
-            set_name(rtnl, link.index, &wanted.name)?;
-        }
+        give_name(rtnl, link.index, &wanted.name)?;
     }
     let flags = IFF_UP | wanted.raw_flags & IFF_NOARP;
     let mut message = Message::new(RTM_NEWLINK, 0, &link_body(link.index, flags, IFF_UP | IFF_NOARP));
@@ -209,23 +206,40 @@ fn configure(rtnl: &mut Rtnl, links: &[Link], link: &Link, wanted: &Interface, m
     rtnl.change(message).context("set MAC, MTU and flags")
 }
 
-fn set_name(rtnl: &mut Rtnl, index: u32, name: &str) -> Result<()> {
-    rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(index, 0, 0)).text(IFLA_IFNAME, name))
-        .with_context(|| format!("rename it to {name}"))
+/// Gives an interface a name; who has it takes that of the interface. One that is plugged in meanwhile gets the first
+/// name of the kernel's that is free, which may be this one: then that is who has it.
+fn give_name(rtnl: &mut Rtnl, index: u32, name: &str) -> Result<()> {
+    let mut attempts = NAME_ATTEMPTS;
+    loop {
+        let links = links(rtnl)?;
+        let link = links.iter().find(|link| link.index == index);
+        let link = link.ok_or_else(|| Error::not_found(format!("Link not found: number {index} has disappeared")))?;
+        let outcome = match links.iter().find(|other| other.name == name && other.index != index) {
+            Some(other) => swap_names(rtnl, link, other),
+            None => set_name(rtnl, index, name),
+        };
+        match outcome {
+            Err(refusal) if refusal.errno.0 == libc::EEXIST && attempts > 0 => attempts -= 1,
+            outcome => return outcome.with_context(|| format!("rename it to {name}")),
+        }
+    }
 }
 
-/// Another interface has the name: it takes ours. Its own configuration follows, or it stays down as it was found.
-fn swap_names(rtnl: &mut Rtnl, link: &Link, other: &Link) -> Result<()> {
-    if other.flags & IFF_UP != 0 {
-        rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(other.index, 0, IFF_UP)))
-            .with_context(|| format!("take {} down", other.name))?;
+fn set_name(rtnl: &mut Rtnl, index: u32, name: &str) -> core::result::Result<(), Refusal> {
+    rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(index, 0, 0)).text(IFLA_IFNAME, name))
+}
+
+/// The configuration of the other one follows, or it stays down as it was found.
+fn swap_names(rtnl: &mut Rtnl, link: &Link, other: &Link) -> core::result::Result<(), Refusal> {
+    let was_up = other.flags & IFF_UP != 0;
+    if was_up {
+        rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(other.index, 0, IFF_UP)))?;
     }
     set_name(rtnl, other.index, &format!("kata-{}", other.index))?;
     set_name(rtnl, link.index, &other.name)?;
     set_name(rtnl, other.index, &link.name)?;
-    if other.flags & IFF_UP != 0 {
-        rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(other.index, IFF_UP, IFF_UP)))
-            .with_context(|| format!("bring {} up again", link.name))?;
+    if was_up {
+        rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(other.index, IFF_UP, IFF_UP)))?;
     }
     Ok(())
 }
