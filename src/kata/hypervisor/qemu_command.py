@@ -221,7 +221,7 @@ def _emulation(settings: VMSettings) -> list[str]:
         # the guest would tick along at full rate for ever, idle or not. And a second processor that boots without has
         # its ticks passed on by the first until it has its HPET timer; Linux calls through a null pointer if one comes
         # in the instant of the change (tick_do_broadcast in kernel/time/tick-broadcast.c), once in hundreds of boots
-        # on a busy host. So such a machine spends the tenth of a second.
+        # on a busy host. So such a machine spends the time: about 0.2 s.
         parts.append("nolapic_timer")
     return parts
 
