@@ -68,10 +68,15 @@ async def dial(agent: AgentClient, port: int) -> Connection:
     Raises:
         KataError: As of `AgentClient`.
     """
-    pieces = Pieces(OUTPUT_WINDOW)
+    first = agentext_pb.StreamPiece(port=port, credit=OUTPUT_WINDOW)
+    return await _opened(agent, SERVICE, "Tcp", first, Pieces(OUTPUT_WINDOW))
+
+
+async def _opened(
+    agent: AgentClient, service: str, method: str, first: agentext_pb.StreamPiece, pieces: Pieces
+) -> Connection:
     pieces.credit = INPUT_WINDOW
-    first = agentext_pb.StreamPiece(port=port, credit=OUTPUT_WINDOW).encode()
-    pieces.stream = await agent.open(SERVICE, "Tcp", first, pieces)
+    pieces.stream = await agent.open(service, method, first.encode(), pieces)
     return Connection(agent, pieces)
 
 
@@ -101,10 +106,8 @@ async def accept(agent: AgentClient, number: int) -> Connection | None:
         KataError: As of `AgentClient`.
     """
     pieces = Pieces(SOCKET_WINDOW)
-    pieces.credit = INPUT_WINDOW
-    first = agentext_pb.StreamPiece(socket=number, credit=SOCKET_WINDOW).encode()
-    pieces.stream = await agent.open(SOCKETS, "Accept", first, pieces)
-    connection = Connection(agent, pieces)
+    first = agentext_pb.StreamPiece(socket=number, credit=SOCKET_WINDOW)
+    connection = await _opened(agent, SOCKETS, "Accept", first, pieces)
     try:
         while not pieces.begun and not pieces.over:
             await pieces.news()

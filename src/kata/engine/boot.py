@@ -145,8 +145,8 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         nics = [machine.network.wire(), *machine.network.more_nics]
     vm = vm_settings(settings, share.path, run_dir, *nics)
     if machine.network is not None:
-        # Of QEMU's machines, q35 has PCI Express.
-        machine.network.late_nics *= "q35" in vm.machine
+        if "q35" not in vm.machine:
+            machine.network.late_nics = 0  # the ports are PCI Express', which QEMU's other machines have not
         vm.late_nics = machine.network.late_nics
     if machine.share is not None:
         machine.files = file_server(settings["hypervisor"], share.path, run_dir, journal)
