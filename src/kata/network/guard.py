@@ -1,10 +1,10 @@
 """Keeps a network helper away from the host's loopback.
 
-A user-mode network helper opens host sockets to whatever address the guest's packets name. A guest's kernel
-sends nothing to 127.0.0.1 over a wire, but root in the guest can, and passt up to 2024 then connects to the
-host's own loopback services. So the helper runs in a cgroup whose BPF programs refuse it connections and
-datagrams to loopback and unspecified addresses: checked by the host's kernel, at no cost per byte, released
-with the cgroup. Its one exception is the host's own resolver, when DNS is forwarded to it.
+A user-mode network helper opens host sockets to addresses that the guest chooses, and runs on the host: its own
+checks are all that keeps the guest from services on the host's loopback, and they differ between versions. So the
+helper runs in a cgroup whose BPF programs refuse it connections and datagrams to loopback and unspecified
+addresses: checked by the host's kernel, at no cost per byte, released with the cgroup. Its one
+exception is the host's own resolver, when DNS is forwarded to it.
 
 Source: ``linux/bpf.h`` (struct bpf_sock_addr); the kernel's ``Documentation/bpf/libbpf/program_types.rst``.
 """

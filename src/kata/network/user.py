@@ -3,7 +3,7 @@ ordinary sockets of the host.
 
 The guest's addresses are ours to choose, because nobody outside ever sees them. Outgoing connections appear to
 come from the host; incoming ones reach only published ports. The host's loopback is out of the guest's reach:
-passt's mapping of the gateway to it is switched off, and `kata.network.guard` holds against forged packets.
+passt's mapping of the gateway to it is switched off, and `kata.network.guard` holds where passt does not.
 """
 
 from __future__ import annotations
