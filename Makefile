@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead faults fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead faults hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,14 @@ bench-files: ## file I/O in a pod's root file system and volume, beside runc's; 
 faults: ## kill everybody at every point and 200 times at random, write docs/faults.md; A='--resume', A='--containerd 2'
 	@tools/setup test
 	@tools/faults --report docs/faults.md $(A)
+
+hostile: ## hostile archives, registries, agents and command lines; A='--short --seed 7 --only archives'
+	@tools/setup test
+	@tools/hostile $(A)
+
+work: ## people's real work with Docker, runc beside kata, for docs/clients.md; A=--lab for the column with KVM
+	@tools/setup test
+	@tools/conformance --work $(A)
 
 fuzz-agent: ## the agent's parsers against malformed input for MINUTES=10; SEED=... repeats a run
 	@tools/setup test

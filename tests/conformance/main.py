@@ -23,15 +23,20 @@ from pathlib import Path
 import critest
 import matrix
 import page
+import work
 from containerd_support import SECOND, USE_SECOND
 from rig import ROOT, Rig
 
 from kata import __version__
+from kata.hypervisor import kvmprobe
 
 HANDLERS = page.HANDLERS
 CONTAINERDS = ("1", "2")
 STATE = ROOT / "build/conformance"
 PAGE = ROOT / "docs/conformance.md"
+WORK_PAGE = ROOT / "docs/clients.md"
+WORK_RECORD = "work.jsonl"
+LAB_TIMEOUT_S = 7200
 
 
 class Results:
@@ -83,7 +88,14 @@ def main() -> int:
     parser.add_argument("--handler", choices=HANDLERS, help="with this runtime alone")
     parser.add_argument("--containerd", choices=CONTAINERDS, help="with this containerd alone")
     parser.add_argument("--clients", action="store_true", help="only what clients do, without critest")
+    parser.add_argument(
+        "--work", action="store_true", help="only the table of docs/clients.md: people's real work"
+    )
+    parser.add_argument("--lab", action="store_true", help="with --work: its column for KVM, in the KVM lab")
     options = parser.parse_args()
+    if options.work:
+        again = [""] if options.fresh else options.again
+        return _work(options.only, again, options.handler or "", lab=options.lab)
     program = shutil.which("critest")
     if program is None and not options.clients:
         parser.error("there is no critest: tools/setup conformance builds it")
@@ -136,6 +148,45 @@ def main() -> int:
     for what in unexplained:
         print(f"runc can do this, kata cannot: {what}")
     return 1 if unexplained else 0
+
+
+def _work(only: str, again: list[str], handler: str, *, lab: bool) -> int:
+    """Fill in the table of people's real work as far as this machine can, or have the KVM lab fill in its column.
+
+    Returns:
+        1 when a case with kata is neither right nor known to differ.
+    """
+    STATE.mkdir(parents=True, exist_ok=True)
+    record = work.Record(STATE / WORK_RECORD)
+    kvm = work.COLUMNS[-1]
+    columns: tuple[str, ...] = (kvm,) if kvmprobe.probe().works else work.COLUMNS[:2]
+    columns = tuple(column for column in columns if column.startswith(handler))
+    for text in again:
+        record.forget(text, (kvm,) if lab else columns)
+    if lab:
+        # /run is a tmpfs there, on which overlays can lie; /tmp is not.
+        words = [
+            str(ROOT / "tools/kvm-lab"),
+            "--timeout",
+            str(LAB_TIMEOUT_S),
+            "--get",
+            f"{record.path}:{record.path}",
+        ]
+        for name, value in (("KATA_WORK_DIR", "/run"), ("KATA_TEST_PATIENCE", "900")):
+            words += ["-e", f"{name}={value}"]
+        subprocess.run(
+            [*words, "--", str(ROOT / "tools/conformance"), "--work", "--only", only], check=False
+        )
+        record = work.Record(record.path)
+    else:
+        work.run(Path(os.environ["KATA_GUEST_DIR"]), record, columns, only)
+    if "KVM_LAB" not in os.environ:
+        work.write(WORK_PAGE, record.found)
+        print(f"{WORK_PAGE.relative_to(ROOT)} is written")
+    wrong = work.wrong(record.found)
+    for what in wrong:
+        print(f"not right: {what}")
+    return 1 if wrong else 0
 
 
 def _containerd_version(*, second: bool) -> str:
