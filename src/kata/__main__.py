@@ -29,6 +29,9 @@ def main() -> int:
     Returns:
         The exit status.
     """
+    from kata import launcher
+
+    launcher.settle()
     if sys.argv[1:2] == ["engine"]:
         from kata.engine.main import main as engine
 

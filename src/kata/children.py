@@ -16,7 +16,7 @@ from kata import sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from kata.journal import Entry, Journal
 
@@ -25,8 +25,6 @@ _STAGES = ("set up", "execute")
 
 
 _F_SETPIPE_SZ = 1031
-_ASIDE = 64
-"""Where descriptors are put that a child sorts."""
 
 
 class Words:
@@ -160,6 +158,8 @@ def spawn(
     cgroups: Sequence[str] = (),
     outlives: bool = False,
     small_pages: bool = False,
+    capabilities: Iterable[int] | None = None,
+    namespaces: int = 0,
 ) -> Child:
     """Start a program as a child that dies with us.
 
@@ -181,6 +181,9 @@ def spawn(
         cgroups: Directories of cgroups that it joins before it executes anything.
         outlives: It ends by itself after us: no death signal, and undoing the journal waits for it first.
         small_pages: It gets no transparent huge pages, whatever it asks for (prctl(2), PR_SET_THP_DISABLE).
+        capabilities: The only ones that it keeps, and it never gets more; None leaves it all of ours.
+        namespaces: CLONE_NEW* flags of namespaces of its own. In a PID namespace it is process 1: signals without
+            a handler do not reach it, but for SIGKILL and SIGSTOP. What we mount later appears in its mount namespace.
 
     Returns:
         The running child: the program has been executed when this returns.
@@ -193,9 +196,9 @@ def spawn(
         raise RuntimeError("children are started by the main thread only: their death signal follows it")
     import fcntl
     import resource
+    import select  # noqa: F401  # what the child uses after its fork
 
     sysio.preload()
-    parent = os.getpid()
     environment = dict(ENVIRONMENT if env is None else env)
     entry = journal.intend("process", role=role, signal="WAIT" if outlives else "TERM" if gently else "KILL")
     gate_read, gate_write = os.pipe()
@@ -203,7 +206,7 @@ def spawn(
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     pid = -1
     try:
-        pid = os.fork()
+        pid = _fork(namespaces & sysio.CLONE_NEWPID)
         if pid == 0:
             stage = 0
             try:
@@ -214,12 +217,15 @@ def spawn(
                 os.dup2(null, 0)
                 os.dup2(null if stdout is None else stdout, 1)
                 os.dup2(null if stderr is None else stderr, 2)
+                sysio.close_on_exec_from(3)  # whatever we have ourselves inherited, and from whom
                 for fd in pass_fds:
                     os.set_inheritable(fd, True)
                 if first_fds:
                     # Out of the way first: one may be another's number, or that of a pipe of ours.
-                    word_write = fcntl.fcntl(word_write, fcntl.F_DUPFD_CLOEXEC, _ASIDE)
-                    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ASIDE) for fd in first_fds]
+                    above = 3 + len(first_fds)
+                    word_write = fcntl.fcntl(word_write, fcntl.F_DUPFD_CLOEXEC, above)
+                    gate_read = fcntl.fcntl(gate_read, fcntl.F_DUPFD_CLOEXEC, above)
+                    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in first_fds]
                     for number, fd in enumerate(aside, 3):
                         os.dup2(fd, number)
                 for cgroup in cgroups:
@@ -231,11 +237,18 @@ def spawn(
                     _set_oom_score(oom_score_adj)
                 if small_pages:
                     sysio.prctl(sysio.PR_SET_THP_DISABLE, 1)
+                if namespaces & ~sysio.CLONE_NEWPID:
+                    _unshare(namespaces & ~sysio.CLONE_NEWPID)
                 os.chdir(cwd)
                 os.umask(0o077)
                 sysio.reset_signals()
+                if capabilities is not None:
+                    sysio.keep_capabilities(capabilities)
                 if not outlives:
-                    sysio.die_with_parent(parent)
+                    sysio.prctl(sysio.PR_SET_PDEATHSIG, sysio.SIGKILL)
+                    # A parent in another PID namespace has no number here that could tell whether it has ended.
+                    if sysio.pidfd_wait(gate_read, 0):
+                        os._exit(1)
                 stage = 1
                 os.execve(argv[0], list(argv), environment)
             except OSError as error:
@@ -267,6 +280,45 @@ def spawn(
             if fd >= 0:
                 os.close(fd)
     return Child(pid, pidfd, role, journal, entry)
+
+
+def _fork(new_pid_namespace: int) -> int:
+    if not new_pid_namespace:
+        return os.fork()
+    ours = os.open("/proc/thread-self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sysio.unshare(sysio.CLONE_NEWPID)
+        pid = -1
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                sysio.setns(ours, sysio.CLONE_NEWPID)  # for our next children
+    finally:
+        os.close(ours)
+    return pid
+
+
+def _unshare(namespaces: int) -> None:
+    sysio.unshare(namespaces)
+    if namespaces & sysio.CLONE_NEWNS:
+        sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_SLAVE)
+        if not _root_is_replaceable():
+            sysio.mount("/", "/", None, sysio.MS_BIND | sysio.MS_REC)
+            os.chroot("/..")  # what is mounted there now
+
+
+def _root_is_replaceable() -> bool:
+    """Whether pivot_root(2) can replace the root directory: not an initramfs, nor a directory that is no mount."""
+    fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = b""
+        while piece := os.read(fd, 1 << 16):
+            text += piece
+    finally:
+        os.close(fd)
+    roots = [line for line in text.splitlines() if b" / " in line and line.split(b" ", 5)[4] == b"/"]
+    return bool(roots) and b" - rootfs " not in roots[-1]
 
 
 def _set_oom_score(value: int) -> None:

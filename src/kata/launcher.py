@@ -9,6 +9,31 @@ import os
 import sys
 
 
+def settle() -> None:
+    """Bring this process into the state that all of its code takes for granted; before anything else.
+
+    Descriptors 0 to 2 are open: one that the caller has closed becomes /dev/null. Otherwise the next file or
+    connection would get its number, and what is printed would go there, or what is read would come from there.
+
+    Nobody but the owner may write what is made, whatever the caller's umask: it can only take more away.
+    """
+    os.umask(os.umask(0o077) | 0o022)
+    closed = [fd for fd in range(3) if not _is_open(fd)]
+    if closed:
+        for _ in closed:  # an open takes the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), True)
+        # Python has made sys.stdin, sys.stdout and sys.stderr from what there was: once more from the start.
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
 def command() -> list[str]:
     """The argv that starts a new kata process; the caller appends its arguments.
 

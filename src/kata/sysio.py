@@ -13,11 +13,36 @@ import ctypes
 import errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_THP_DISABLE = 41
+PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+CAP_CHOWN = 0
+CAP_DAC_OVERRIDE = 1
+CAP_FOWNER = 3
+CAP_FSETID = 4
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SETPCAP = 8
+CAP_NET_BIND_SERVICE = 10
+CAP_SYS_CHROOT = 18
+CAP_SYS_ADMIN = 21
+CAP_SYS_RESOURCE = 24
+CAP_MKNOD = 27
+CAP_SETFCAP = 31
+_CAPABILITY_VERSION_3 = 0x2008_0522
+
+CLONE_FS = 0x0000_0200
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWCGROUP = 0x0200_0000
@@ -63,7 +88,9 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _NR_PIDFD_SEND_SIGNAL = 424
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
+_NR_CLOSE_RANGE = 436
 _NR_OPENAT2 = 437
+_CLOSE_RANGE_CLOEXEC = 4
 
 _libc: ctypes.CDLL | None = None
 
@@ -111,6 +138,37 @@ def die_with_parent(parent_pid: int, signal_number: int = SIGKILL) -> None:
         raise ProcessLookupError(errno.ESRCH, "the parent process has ended")
 
 
+def keep_capabilities(kept: Iterable[int]) -> None:
+    """Give up all capabilities but these, for this process and for what it executes (capabilities(7)).
+
+    No exec gives one back: they leave the bounding set (where that is permitted), the ambient and the inheritable
+    set, and no_new_privs is set, without which root gets all of the bounding set when it executes something.
+
+    Args:
+        kept: CAP_* numbers; one that this process does not have is not kept either.
+    """
+    mask = sum(1 << number for number in set(kept))
+    for number in range(64):
+        try:
+            if prctl(PR_CAPBSET_READ, number) and not mask >> number & 1:
+                prctl(PR_CAPBSET_DROP, number)
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                break  # without CAP_SETPCAP; no_new_privs suffices
+            if error.errno != errno.EINVAL:  # the kernel knows no further ones
+                raise
+            break
+    prctl(PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: of the lower 32, then of the higher
+    _check(_c().capget(header, sets))
+    for half in range(2):
+        permitted = sets[3 * half + 1] & mask >> 32 * half & 0xFFFF_FFFF
+        sets[3 * half], sets[3 * half + 1], sets[3 * half + 2] = permitted, permitted, 0
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    _check(_c().capset(header, sets))
+
+
 def become_subreaper() -> None:
     """Make this process the one that orphaned descendants are handed to (PR_SET_CHILD_SUBREAPER)."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -120,6 +178,22 @@ def reset_signals() -> None:
     """Give a child the default dispositions that Python changed and exec would pass on (signal(7))."""
     for number in (13, 25):  # SIGPIPE, SIGXFSZ
         _c().signal(number, None)
+
+
+def close_on_exec_from(first: int) -> None:
+    """Have exec close all descriptors from this number on (close_range(2); before Linux 5.11 one by one)."""
+    try:
+        most = ctypes.c_uint(0xFFFF_FFFF)
+        _check(
+            _c().syscall(ctypes.c_long(_NR_CLOSE_RANGE), ctypes.c_uint(first), most, _CLOSE_RANGE_CLOEXEC)
+        )
+    except OSError:
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd >= first:
+                try:
+                    os.set_inheritable(fd, False)
+                except OSError:
+                    pass  # that of the listing itself
 
 
 def setns(fd: int, kind: int = 0) -> None:
@@ -146,6 +220,19 @@ def mount(
         ),
         target,
     )
+
+
+def pivot_root(new_root: str) -> None:
+    """Make a mount the root of this thread's mount namespace and detach what was: ``pivot_root(".", ".")`` of pivot_root(2).
+
+    Every process of the namespace whose root or working directory was the old root has the new one.
+    """
+    os.chdir(new_root)
+    here = ctypes.c_char_p(b".")
+    numbers = {"x86_64": 155, "aarch64": 41}
+    number = numbers.get(os.uname().machine, 41)
+    _check(_c().syscall(ctypes.c_long(number), here, here), new_root)
+    umount2(".", MNT_DETACH)
 
 
 def umount2(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:

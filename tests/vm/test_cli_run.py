@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import select
+import shutil
+import stat
 import subprocess
 import threading
 import time
@@ -56,6 +59,64 @@ def test_output_is_complete_when_the_command_ends_at_once(shared_kata: Kata, bus
     done = run(shared_kata, busybox_image, "yes 0123456789abcde | head -c 1048576")
     assert done.returncode == 0
     assert done.stdout == b"0123456789abcde\n" * 65536
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-"])
+def test_closed_standard_descriptors_are_null_devices(
+    shared_kata: Kata, busybox_image: str, closed: str
+) -> None:
+    """No connection takes their numbers: neither is the output sent to the engine, nor are answers of its read."""
+    script = "cat; echo out; echo err >&2; exit 7"
+    command = shared_kata.command("run", "--rm", "-i", busybox_image, "sh", "-c", script)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
+        input=b"in\n",
+        env=shared_kata.env,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == (b"in\nout\n" if closed == "2>&-" else b"")
+    assert done.stderr.endswith(b"err\n") == (closed != "2>&-")
+    assert shared_kata.sandboxes() == []
+    assert json.loads(shared_kata.ok("ps", "-a", "--json")) == []
+
+
+def _modes(directory: Path) -> dict[str, int]:
+    """Modes of what lies below a directory, by path; the random parts of the names left out."""
+    found = {}
+    for path in (directory, *directory.rglob("*")):
+        if not path.is_symlink():
+            name = re.sub(r"[0-9a-f]{12,}|(?<=names/)\w+", "X", str(path.relative_to(directory)))
+            found[name] = stat.S_IMODE(path.stat().st_mode)
+    return found
+
+
+def test_the_callers_umask_and_limits_leave_no_trace(
+    run_directory: Path, guest_assets: Path, busybox_image: str
+) -> None:
+    found = []
+    for umask in ("000", "077"):
+        kata = Kata(run_directory / f"umask{umask}", guest_assets)
+        command = kata.command("run", "-d", busybox_image, "sleep", "600")
+        try:
+            # Too few descriptors are refused before anything is made.
+            few = ["sh", "-c", 'ulimit -n 40; exec "$@"', "sh", *command]
+            done = subprocess.run(few, env=kata.env, capture_output=True, check=False)
+            assert (done.returncode, kata.directory.exists()) == (125, False), done.stderr
+            assert b"hint: raise it in the shell ('ulimit -n" in done.stderr
+            limited = ["sh", "-c", f'umask {umask}; ulimit -Sn 100; exec "$@"', "sh", *command]
+            name = subprocess.run(limited, env=kata.env, capture_output=True, check=True).stdout.decode()
+            limits = Path(f"/proc/{kata.engine_pid(name.strip())}/limits").read_text()
+            assert int(re.findall(r"Max open files\s+(\d+)", limits)[0]) >= 256
+            modes = {**_modes(kata.state_dir), **{f"run/{k}": v for k, v in _modes(kata.run_dir).items()}}
+            assert [name for name, mode in modes.items() if mode & 0o022] == []
+            found.append(modes)
+        finally:
+            kata.clear()
+            shutil.rmtree(kata.directory, ignore_errors=True)
+    assert found[0] == found[1]
 
 
 def test_a_slow_reader_loses_nothing(shared_kata: Kata, busybox_image: str) -> None:

@@ -11,6 +11,9 @@ if _root not in sys.path:
 
 def main() -> int:
     """Run the command line; the exit status."""
+    from kata import launcher
+
+    launcher.settle()
     from kata.agent_ctl.main import main as command
 
     return command()

@@ -106,11 +106,13 @@ def make_container(arguments: Arguments, *, auto_remove: bool, detach: bool = Fa
     Raises:
         KataError: An option, the image or the disk is at fault.
     """
+    from ..engine.launch import raise_file_limit
     from ..images import store
     from ..oci import spec as oci
 
     reference, *command = arguments.rest
     choice = _Choice(arguments)
+    raise_file_limit()  # with too few it would fail half-way, and clearing up as well
     image = store.resolve(reference, pull=choice.pull, progress=None)
     draft = Draft(choice.name)
     try:

@@ -34,7 +34,9 @@ SETTINGS_NAME = "sandbox.json"
 
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 _BACKLOG = 64
-_HIGH = 64
+LEAST_FILES = 256
+"""Open descriptors that an engine is allowed at least: a start takes about forty, each process some more."""
+_MOST_FILES = 1 << 16
 _MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path without its final zero, unix(7)
 
 
@@ -85,6 +87,27 @@ def check_id(sandbox_id: str) -> str:
     return sandbox_id
 
 
+def raise_file_limit() -> None:
+    """Have this process, and the engines that it starts, open as many descriptors as they may (65536 at most).
+
+    Called before anything is made.
+
+    Raises:
+        HostError: They may not open enough.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if most < LEAST_FILES:
+        raise HostError(
+            f"the limit of open files is {most} here, and a sandbox needs {LEAST_FILES}",
+            "raise it in the shell ('ulimit -n 1024') or in the service that starts this (LimitNOFILE=1024)",
+        )
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def launch(
     settings: dict[str, Any], run_dir: str | None = None, name: str = "", patience_s: float = 0.0
 ) -> Engine:
@@ -105,8 +128,9 @@ def launch(
     Raises:
         AlreadyExistsError: The sandbox has an engine already.
         UsageError: The id, or the length of the socket's path.
-        HostError: The engine could not be started.
+        HostError: The engine could not be started, or may open too few files.
     """
+    raise_file_limit()
     sandbox_id = check_id(str(settings.get("id", "")))
     base = os.path.join(run_dir or paths.run_dir(), "sandboxes")
     name = check_id(name or sandbox_id)
@@ -171,8 +195,11 @@ def _listen(path: str, journal: Journal) -> int:
 
     entry = journal.intend("socket", path=path)
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    sock.bind(path)
-    os.chmod(path, 0o600)
+    before = os.umask(0o177)
+    try:
+        sock.bind(path)  # with its mode from the first instant on
+    finally:
+        os.umask(before)
     sock.listen(_BACKLOG)
     journal.made(entry)
     return sock.detach()
@@ -246,8 +273,8 @@ def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
             os._exit(0)
         os.write(word, str(os.getpid()).encode())
         # Out of the way of the numbers they are to get; the copies are closed on exec.
-        report = _dup_above(word, _HIGH)
-        for number, fd in enumerate([_dup_above(fd, _HIGH) for fd in fds]):
+        report = _dup_above(word, len(fds))
+        for number, fd in enumerate([_dup_above(fd, len(fds)) for fd in fds]):
             os.dup2(fd, number)
         # Descriptors that a shell left open for our caller would be held as long as the sandbox lives.
         for fd in map(int, os.listdir("/proc/self/fd")):

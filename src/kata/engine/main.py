@@ -46,6 +46,8 @@ def main() -> int:
     import marshal
 
     run_dir = sys.argv[2]
+    for fd in (LISTEN_FD, LIFETIME_FD, SETTINGS_FD):  # ours alone, not our children's
+        os.set_inheritable(fd, False)
     if _door() == _DIED:
         # Whoever comes next for this sandbox undoes what our door has made, maybe just now.
         return 0
@@ -111,7 +113,8 @@ async def _serve(
 
         sandbox.complain("".join(traceback.format_exception(error)))
 
-    server = Server(services, on_error=bug)
+    # Whoever may call may have any path of the host mounted: nobody but our own user, and root.
+    server = Server(services, on_error=bug, users={0, os.geteuid()})
     await server.start(socket.socket(fileno=LISTEN_FD))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,6 +12,8 @@ it is marked with `finish` because stopping half-way would do harm.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 
 from . import envelope, frame
 from .status import (
@@ -28,14 +30,15 @@ from .status import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Collection, Coroutine, Mapping
     from typing import Any, TypeVar
 
     from .messages import Encodable, MethodTable
 
     Handler = TypeVar("Handler", bound=Callable[..., Any])
 
+_UCRED = struct.Struct("=iII")
+"""``struct ucred`` of unix(7): pid, uid, gid; the latter -1 for a socket without credentials."""
 MAX_CALLS = 1024
 """Most calls in flight per connection; further ones are refused with RESOURCE_EXHAUSTED."""
 
@@ -83,6 +86,8 @@ class Server:
             status of its own (a bug, most likely), and with None and a ProtocolError when a client breaks
             the protocol, whose connection is then closed.
         max_calls: Most calls in flight per connection.
+        users: The user ids whose processes may connect (SO_PEERCRED, so for unix sockets alone); others are
+            disconnected before a byte of theirs is read. None admits everybody.
     """
 
     def __init__(
@@ -90,10 +95,12 @@ class Server:
         services: Mapping[str, tuple[MethodTable, object]],
         on_error: Callable[[Context | None, Exception], None] | None = None,
         max_calls: int = MAX_CALLS,
+        users: Collection[int] | None = None,
     ) -> None:
         self.services = dict(services)
         self.on_error = on_error
         self.max_calls = max_calls
+        self.users = None if users is None else frozenset(users)
         self._listeners: list[asyncio.Server] = []
         self._connections: set[_Connection] = set()
         self._draining = False
@@ -166,6 +173,16 @@ class _Call:
         self.timer: asyncio.TimerHandle | None = None
 
 
+def _peer_user(transport: asyncio.BaseTransport) -> int:
+    """User id of the process at the other end of a unix socket, when it connected; -1 for any other socket."""
+    sock = transport.get_extra_info("socket")
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return int(_UCRED.unpack(data)[1])
+    except (OSError, AttributeError):
+        return -1
+
+
 class _Connection(asyncio.Protocol):
     """One client."""
 
@@ -180,10 +197,19 @@ class _Connection(asyncio.Protocol):
     # ---- the transport's side ----
 
     def connection_made(self, transport: Any) -> None:
+        users = self._server.users
+        if users is not None:
+            user = _peer_user(transport)
+            if user not in users:
+                self._report(None, ProtocolError(f"a process of user {user} has connected, and may not"))
+                transport.abort()
+                return
         self._transport = transport
         self._server._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._transport is None:
+            return
         try:
             for item in self._parser.feed(data):
                 self._take(item)
