@@ -44,6 +44,7 @@ ALLOWED_SIDEWAYS: frozenset[tuple[str, str]] = frozenset(
     {
         ("sysio", "errors"),
         ("paths", "errors"),
+        ("remembered", "paths"),
         ("images", "storage"),  # an image's layers become root file systems
         ("network", "hypervisor"),  # a network's end is a NIC in the machine's settings
     }

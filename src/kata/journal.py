@@ -24,7 +24,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kata import sysio
+from kata import paths, sysio
 from kata.errors import AlreadyExistsError, JournalError
 
 FILE_NAME = "journal"
@@ -149,7 +149,7 @@ class Journal:
         making = os.path.join(parent, NEW_PREFIX + unique)
         target = os.path.join(parent, name)
         try:
-            os.makedirs(parent, mode=0o711, exist_ok=True)
+            paths.make_dirs(parent, 0o711)
             os.mkdir(making, 0o700)
             status = os.stat(making)
             journal = cls._create(

@@ -43,6 +43,34 @@ def cache_dir() -> str:
     return _place("KATA_CACHE_DIR", "/var/cache/kata")
 
 
+def make_dirs(path: str, mode: int) -> None:
+    """Make a directory of ours, and what is missing above it (mode 0711), with modes that no umask changes.
+
+    Args:
+        path: An absolute path; nothing happens where it is a directory already.
+        mode: Of the last component.
+
+    Raises:
+        OSError: One could not be made.
+    """
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path)
+    if above != path:
+        try:
+            make_dirs(above, 0o711)
+        except FileExistsError:
+            pass  # a file: what follows says so
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+        return  # somebody else has been faster
+    if mode != 0o700:
+        os.chmod(path, mode)
+
+
 def sandbox_dir(sandbox_id: str) -> str:
     """Run directory of one sandbox."""
     return os.path.join(run_dir(), "sandboxes", sandbox_id)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from kata import paths
+
 
 def read(path: str, key: str) -> list[str]:
     """The lines of the answer.
@@ -31,8 +33,9 @@ def write(path: str, key: str, *lines: str) -> None:
     """Keep an answer; whoever reads meanwhile finds this one or the last."""
     aside = f"{path}.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as file:
+        paths.make_dirs(os.path.dirname(path), 0o711)
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in (key, *lines)))
         os.replace(aside, path)
     except OSError:

@@ -223,7 +223,7 @@ def mount(
 
 
 def pivot_root(new_root: str) -> None:
-    """Make a mount the root of this thread's mount namespace and detach what was: ``pivot_root(".", ".")`` of pivot_root(2).
+    """Make a mount the root of this thread's mount namespace and detach what was there (pivot_root(2), NOTES).
 
     Every process of the namespace whose root or working directory was the old root has the new one.
     """

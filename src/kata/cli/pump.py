@@ -17,6 +17,8 @@ import select
 import signal
 import sys
 
+from .. import paths
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +42,7 @@ class Fifos:
     def __init__(self, directory: str, prefix: str, *, stdin: bool, terminal: bool) -> None:
         self.stdin = self.stdout = self.stderr = ""
         self.stdin_fd = self.stdout_fd = self.stderr_fd = -1
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        paths.make_dirs(directory, 0o700)
         if stdin:
             self.stdin = self._make(directory, prefix, "stdin")
         self.stdout = self._make(directory, prefix, "stdout")

@@ -121,7 +121,8 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     """Replace a JSON file at once: a reader sees the old content or the new."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
             json.dump(content, file, separators=(",", ":"))
         os.replace(temporary, path)
     except BaseException:
@@ -165,7 +166,7 @@ def _random_name() -> str:
 def _claim(name: str, identity: str) -> bool:
     try:
         fd = os.open(
-            os.path.join(_names_dir(), name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
+            os.path.join(_names_dir(), name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
         )
     except FileExistsError:
         return False
@@ -184,7 +185,7 @@ class Draft:
     def __init__(self, name: str | None) -> None:
         self.id = new_id()
         self.directory = paths.container_dir(self.id)
-        os.makedirs(_names_dir(), mode=0o711, exist_ok=True)
+        paths.make_dirs(_names_dir(), 0o711)
         self._journal = Journal.create_dir(
             _containers_dir(), self.id, {"door": "kata", "kind": "container", "id": self.id}
         )

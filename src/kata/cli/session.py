@@ -89,7 +89,7 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
 
 def _say_once(topic: str, text: str) -> None:
     """Write *text* to stderr the first time since the host was booted (the run directory is on a tmpfs)."""
-    os.makedirs(paths.run_dir(), mode=0o711, exist_ok=True)
+    paths.make_dirs(paths.run_dir(), 0o711)
     try:
         os.close(
             os.open(

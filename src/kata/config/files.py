@@ -199,7 +199,7 @@ def _to_cache(cache: str, signature: list[tuple[str, int, int, int, int]], found
     content = (_CACHE_FORMAT, __version__, signature, found.values, found.files, found.notes)
     aside = f"{cache}.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(cache), mode=0o711, exist_ok=True)
+        paths.make_dirs(os.path.dirname(cache), 0o711)
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
             file.write(marshal.dumps(content))

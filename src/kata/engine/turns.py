@@ -48,7 +48,7 @@ class Turn:
         most = most or len(os.sched_getaffinity(0)) + 1
         self._fd = -1
         try:
-            os.makedirs(directory, mode=0o700, exist_ok=True)
+            paths.make_dirs(directory, 0o700)
             self._fd = _any(directory, most)
             if self._fd < 0:
                 self._fd = _in_line(directory, most, time.monotonic() + patience_s)

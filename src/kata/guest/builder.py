@@ -62,7 +62,7 @@ def build(
     made = [extension.build(name, progress) for name in extensions]
     directory = paths.guest_dir()
     try:
-        os.makedirs(directory, exist_ok=True)
+        paths.make_dirs(directory, 0o755)
         with _locked(directory, progress):
             return _install(directory, obtained, agent, agent_path, made, force, progress)
     except OSError as error:

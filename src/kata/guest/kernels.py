@@ -88,7 +88,7 @@ def obtain(key: str, progress: Progress, force: bool, make: Callable[[str], dict
         GuestAssetError: It could not be made; nothing is left of the attempt.
         ResourceExhaustedError: No room in the cache.
     """
-    os.makedirs(directory(), exist_ok=True)
+    paths.make_dirs(directory(), 0o755)
     with _locked(key, progress):
         kernel = None if force else find(key)
         if kernel is not None:

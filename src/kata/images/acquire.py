@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from kata import paths
 from kata.errors import ImageError, RegistryError
 from kata.images import archive, changes, layout, manifest, store
 from kata.images.convert import Source, make_rootfs
@@ -66,7 +67,7 @@ def _title(what: Reference | LocalImage) -> str:
 def _open_archive(path: str, report: store.Progress) -> Source:
     spool = os.path.join(store.directory(), "rootfs")
     try:
-        os.makedirs(spool, mode=0o700, exist_ok=True)
+        paths.make_dirs(spool, 0o700)
         limit = limits_from_environment().size
         return archive.Archive(path, spool, limit, lambda done, total: report("open", done, total))
     except OSError as error:

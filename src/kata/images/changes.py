@@ -27,7 +27,7 @@ def locked(name: str = "lock", *, shared: bool = False) -> Iterator[None]:
         HostError: The store's directory cannot be made or written.
     """
     try:
-        os.makedirs(store.directory(), mode=0o700, exist_ok=True)
+        paths.make_dirs(store.directory(), 0o700)
         fd = os.open(os.path.join(store.directory(), name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise storage_error(error) from error
@@ -66,8 +66,9 @@ def write_file(path: str, data: bytes) -> None:
     """As `write_json`, for bytes."""
     temporary = f"{path}.{os.getpid()}-{_thread.get_ident()}.tmp"
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(temporary, "wb") as file:
+        paths.make_dirs(os.path.dirname(path), 0o700)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

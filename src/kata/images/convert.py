@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
+from kata import paths
 from kata.errors import ImageError
 from kata.images import changes, store
 from kata.storage import erofs_format
@@ -76,7 +77,7 @@ def make_rootfs(
     """
     path = store.rootfs_path(chain)
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        paths.make_dirs(os.path.dirname(path), 0o700)
         with _alone(path + ".lock", progress):
             if not _whole(path):
                 source.prepare(layers)
@@ -180,10 +181,10 @@ def _nameless(path: str) -> Iterator[int]:
     directory = os.path.dirname(path)
     temporary = ""
     try:
-        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o444)
+        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o400)
     except OSError:  # NFS, FUSE, old overlayfs: then a name that `gc` knows as unfinished
         temporary = f"{path}.{os.getpid()}.tmp"
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
     try:
         yield fd
         at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, BinaryIO
 
+from kata import paths
 from kata.errors import ImageError, KataError, RegistryError, ResourceExhaustedError
 from kata.images import changes, manifest, store
 from kata.images.manifest import Descriptor
@@ -75,7 +76,7 @@ class RegistrySource:
                 f"{self.name} has {self._total} bytes of layers, which is too much",
                 "raise KATA_IMAGE_MAX_SIZE if you trust it",
             )
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        paths.make_dirs(self._directory, 0o700)
         free = os.statvfs(self._directory)
         if free.f_bavail * free.f_frsize < self._total:
             raise ResourceExhaustedError(

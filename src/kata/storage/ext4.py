@@ -85,7 +85,7 @@ def _make_template(path: str, size: int) -> None:
     import subprocess
     import tempfile
 
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    paths.make_dirs(os.path.dirname(path), 0o700)
     temporary = f"{path}.{os.getpid()}.tmp"
     content = tempfile.mkdtemp(prefix="ext4-", dir=os.path.dirname(path))
     command = [
