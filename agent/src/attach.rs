@@ -11,6 +11,19 @@ use crate::server::frame::{self, StreamPiece};
 #[derive(Debug, Clone, Copy)]
 pub struct Attachment {
     call: CallId,
+    to: Target,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Target {
+    /// Streams of a process.
+    Streams(Streams),
+    /// Answers for a socket of datagrams.
+    Datagrams(u32),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Streams {
     process: Key,
     input: bool,
     /// 0 stdout or the terminal, 1 stderr.
@@ -52,22 +65,34 @@ impl Agent {
         if let Some(which) = output {
             process.outputs[usize::from(which)].attach(call, credit as usize);
         }
-        self.attachments.insert((reply.conn, reply.stream), Attachment { call, process: key, input, output });
+        let to = Target::Streams(Streams { process: key, input, output });
+        self.attachments.insert((reply.conn, reply.stream), Attachment { call, to });
         if let Some(which) = output {
             self.serve_readers(key, usize::from(which));
         }
         Ok(())
     }
 
-    /// A data frame of the host's. One for a call that is over has crossed its end on the way.
-    pub fn on_piece(&mut self, conn: u32, call: Call, last: bool) {
-        let Some(to) = self.attachments.get(&(conn, call.stream)).copied() else { return };
-        if let Err(error) = self.take_piece(to, call, last) {
-            self.answer(to.call, Err(error));
+    /// Ties a call to a socket of datagrams.
+    pub fn attach_datagrams(&mut self, call: CallId, socket: u32) {
+        if let Some(reply) = self.calls.get(call) {
+            self.attachments.insert((reply.conn, reply.stream), Attachment { call, to: Target::Datagrams(socket) });
         }
     }
 
-    fn take_piece(&mut self, to: Attachment, call: Call, last: bool) -> Result<()> {
+    /// A data frame of the host's. One for a call that is over has crossed its end on the way.
+    pub fn on_piece(&mut self, conn: u32, call: Call, last: bool) {
+        let Some(attachment) = self.attachments.get(&(conn, call.stream)).copied() else { return };
+        let taken = match attachment.to {
+            Target::Streams(to) => self.take_piece(attachment.call, to, call, last),
+            Target::Datagrams(socket) => self.answer_datagram(socket, &call, last),
+        };
+        if let Err(error) = taken {
+            self.answer(attachment.call, Err(error));
+        }
+    }
+
+    fn take_piece(&mut self, id: CallId, to: Streams, call: Call, last: bool) -> Result<()> {
         let piece = frame::parse_piece(call.body())?;
         let end = last || piece.end;
         let Some(process) = self.processes.get_mut(&to.process) else { return Ok(()) };
@@ -90,7 +115,7 @@ impl Agent {
         if let Some(which) = to.output {
             if last {
                 // The reader has seen enough; the stream stays for others.
-                self.answer(to.call, Ok(vec![]));
+                self.answer(id, Ok(vec![]));
             }
             self.serve_readers(to.process, usize::from(which));
         }
@@ -102,7 +127,12 @@ impl Agent {
 
     /// A connection is gone, and with it its streaming calls.
     pub fn forget_attachments(&mut self, conn: u32) {
-        let gone: Vec<Key> = self.attachments.range((conn, 0)..=(conn, u32::MAX)).map(|(_, a)| a.process).collect();
+        let process = |attachment: &Attachment| match attachment.to {
+            Target::Streams(to) => Some(to.process),
+            Target::Datagrams(_) => None,
+        };
+        let gone: Vec<Key> =
+            self.attachments.range((conn, 0)..=(conn, u32::MAX)).filter_map(|(_, a)| process(a)).collect();
         self.attachments.retain(|(of, _), _| *of != conn);
         for key in gone {
             self.end_internal(key, false);

@@ -7,10 +7,8 @@
 
 use crate::prelude::*;
 use crate::proto::oci::LinuxDeviceCgroup;
-use crate::sys::{Errno, Fd, RawFd, SysResult};
-use crate::syscall;
+use crate::sys::{bpf, bpf_fd, bpf_load, instruction, Errno, Fd, RawFd, SysResult};
 
-const BPF_PROG_LOAD: i32 = 5;
 const BPF_PROG_ATTACH: i32 = 8;
 const BPF_PROG_DETACH: i32 = 9;
 const BPF_PROG_GET_FD_BY_ID: i32 = 13;
@@ -163,39 +161,8 @@ fn answer(value: i32) -> [u64; 2] {
     [instruction(MOV_K, 0, 0, 0, value), instruction(EXIT, 0, 0, 0, 0)]
 }
 
-/// struct bpf_insn as one little-endian word.
-fn instruction(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> u64 {
-    u64::from(code)
-        | u64::from(dst) << 8
-        | u64::from(src) << 12
-        | u64::from(offset as u16) << 16
-        | u64::from(immediate as u32) << 32
-}
-
-/// bpf(2); `attr` is the command's part of union bpf_attr, in words.
-fn bpf(command: i32, attr: &mut [u64]) -> SysResult<usize> {
-    // SAFETY: the attribute is valid for its length; addresses in it point to live buffers of the callers.
-    unsafe { syscall!(libc::SYS_bpf, command, attr.as_mut_ptr(), core::mem::size_of_val(attr)) }
-}
-
 fn load(program: &[u64]) -> Result<Fd> {
-    let license = c"Apache-2.0";
-    let mut name = [0u8; 16];
-    name[..12].copy_from_slice(b"kata_devices");
-    let [name_low, name_high] =
-        [&name[..8], &name[8..]].map(|half| u64::from_le_bytes(half.try_into().unwrap_or([0; 8])));
-    let mut attr = [
-        PROG_TYPE_CGROUP_DEVICE | (program.len() as u64) << 32,
-        program.as_ptr() as u64,
-        license.as_ptr() as u64,
-        0,
-        0,
-        0,
-        name_low,
-        name_high,
-    ];
-    bpf(BPF_PROG_LOAD, &mut attr)
-        .map(|fd| Fd::from_raw(fd as RawFd))
+    bpf_load(PROG_TYPE_CGROUP_DEVICE, 0, *b"kata_devices\0\0\0\0", program)
         .map_err(|e| unsupported("load the device program", e))
 }
 
@@ -210,7 +177,7 @@ fn attached(cgroup: RawFd) -> SysResult<Vec<u32>> {
 }
 
 fn program_by_id(id: u32) -> SysResult<Fd> {
-    bpf(BPF_PROG_GET_FD_BY_ID, &mut [u64::from(id), 0]).map(|fd| Fd::from_raw(fd as RawFd))
+    bpf_fd(BPF_PROG_GET_FD_BY_ID, &mut [u64::from(id), 0])
 }
 
 fn change(command: i32, cgroup: RawFd, program: RawFd, flags: u64, replaced: RawFd) -> SysResult<()> {

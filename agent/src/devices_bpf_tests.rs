@@ -1,6 +1,7 @@
 //! Compiled device programs, run by a little interpreter, against a plain reading of the rules; and in the kernel.
 
 use super::*;
+use crate::syscall;
 
 /// One question of the kernel.
 #[derive(Clone, Copy, Debug)]

@@ -23,6 +23,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.debug",
     "kata.dial",
     "kata.files",
+    "kata.internet",
     "kata.machine",
     "kata.policy",
     "kata.processes",
@@ -77,6 +78,7 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
             "Listen" => agent.listen_socket(&decode(request)?).map(empty),
             "Close" => agent.close_socket(&decode(request)?).map(empty),
             "Accept" => agent.accept_socket(call, &parse_piece(request.payload)?).map(|()| None),
+            "Exchange" => agent.exchange_datagrams(call, &parse_piece(request.payload)?).map(|()| None),
             _ => unknown(request),
         },
         agentext::DEBUG => match request.method {

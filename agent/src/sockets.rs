@@ -1,28 +1,52 @@
-//! Unix sockets of the guest that stand for ones of the host.
+//! Sockets of the guest that stand for ones of the host.
 //!
 //! Who connects to one is carried to the host by a streaming call that the host has made beforehand. A connection is
 //! only taken from the kernel's queue when there is such a call: how many there may be at a time is the host's choice,
 //! and who comes above that waits as with any listener that is busy.
 
 use crate::agent::{Agent, Token};
+use crate::datagrams::Datagrams;
 use crate::prelude::*;
 use crate::process::Process;
 use crate::proto::agentext::{CloseSocketRequest, ListenSocketRequest};
 use crate::server::calls::CallId;
 use crate::server::frame::{self, StreamPiece};
 use crate::sys::{self, Errno, Fd, RawFd, SysResult};
-use crate::{fs, log};
+use crate::{fs, internet, log};
 use alloc::collections::VecDeque;
 
 /// Connections that wait in the kernel; connect(2) waits above that.
 const BACKLOG: i32 = 128;
 
-/// A listening socket.
+/// A listening socket, or one of datagrams.
 pub struct Socket {
-    path: String,
-    fd: Fd,
+    /// Of a unix socket.
+    path: Option<String>,
+    pub fd: Fd,
+    /// Of one of the loopback: what keeps its port.
+    _link: Option<Fd>,
+    pub datagrams: Option<Datagrams>,
     /// Streaming calls, each with its first credit, that wait for a connection.
     waiting: VecDeque<(CallId, u32)>,
+}
+
+impl Socket {
+    fn unix(request: &ListenSocketRequest) -> Result<Socket> {
+        let fd = listen(&request.path, request.mode, request.uid, request.gid)?;
+        Ok(Socket { path: Some(request.path.clone()), fd, _link: None, datagrams: None, waiting: VecDeque::new() })
+    }
+
+    fn loopback(request: &ListenSocketRequest) -> Result<Socket> {
+        let made = internet::loopback(&request.address, internet::port(request.port)?, request.datagrams)?;
+        let datagrams = request.datagrams.then(|| Datagrams::new(&made)).transpose()?;
+        Ok(Socket { path: None, fd: made.fd, _link: made.link, datagrams, waiting: VecDeque::new() })
+    }
+
+    fn remove_name(&self) {
+        if let Some(path) = &self.path {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 impl Agent {
@@ -31,13 +55,13 @@ impl Agent {
         if self.sockets.contains_key(&request.number) {
             return Err(Error::exists(format!("socket {} exists", request.number)));
         }
-        let fd = listen(&request.path, request.mode, request.uid, request.gid)?;
-        let watched = self.watch(fd.raw(), Token::Socket(request.number), libc::EPOLLONESHOT as u32);
+        let socket = if request.address.is_empty() { Socket::unix(request)? } else { Socket::loopback(request)? };
+        let watched = self.watch(socket.fd.raw(), Token::Socket(request.number), libc::EPOLLONESHOT as u32);
         if let Err(e) = watched {
-            let _ = fs::remove_file(&request.path);
+            socket.remove_name();
             return Err(e);
         }
-        self.sockets.insert(request.number, Socket { path: request.path.clone(), fd, waiting: VecDeque::new() });
+        self.sockets.insert(request.number, socket);
         Ok(())
     }
 
@@ -45,10 +69,11 @@ impl Agent {
     /// what the caller wants.
     pub fn close_socket(&mut self, request: &CloseSocketRequest) -> Result<()> {
         let Some(socket) = self.sockets.remove(&request.number) else { return Ok(()) };
-        for (call, _) in socket.waiting {
+        socket.remove_name();
+        let datagrams = socket.datagrams.as_ref().and_then(Datagrams::call);
+        for call in socket.waiting.iter().map(|(call, _)| *call).chain(datagrams) {
             self.answer(call, Ok(vec![]));
         }
-        let _ = fs::remove_file(&socket.path);
         Ok(())
     }
 
@@ -64,6 +89,9 @@ impl Agent {
 
     /// Gives the calls that wait what has come.
     pub fn on_socket(&mut self, number: u32) {
+        if self.sockets.get(&number).is_some_and(|socket| socket.datagrams.is_some()) {
+            return self.on_datagrams(number);
+        }
         loop {
             let Some(socket) = self.sockets.get_mut(&number) else { return };
             // Those whose caller has gone meanwhile.

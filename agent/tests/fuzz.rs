@@ -112,6 +112,8 @@ fn corpus(random: &mut Random) -> Vec<Vec<u8>> {
         port: random.next() as u32,
         end: random.below(2) == 1,
         socket: random.below(4) as u32,
+        address: random.bytes(4),
+        datagram: random.below(4) as u32,
     };
     let payload = random.length();
     let payloads = [create.to_vec(), piece.to_vec(), random.bytes(payload), vec![]];

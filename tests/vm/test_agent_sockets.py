@@ -42,8 +42,10 @@ class Bench:
             complain=self.complaints.append,
             spawn=asyncio.ensure_future,
         )
-        self.relay = sockets.Relay(cast(Any, sandbox), sockets.Doors())
-        self.place = self.relay.add(str(source), os.stat(source), is_hidden=False)
+        self.relay = sockets.Relay(cast(Any, sandbox), sockets.Doors().room)
+        one = sockets.UnixSocket(str(source), os.stat(source), 1, is_hidden=False)
+        self.relay.add(one)
+        self.place = one.place
 
     async def connect(self) -> socket.socket:
         """A client's connection, as a container's process makes it."""

@@ -39,8 +39,12 @@ class Docker:
     def start(self) -> None:
         """Start both daemons."""
         self.containerd.start()
+        self.start_daemon()
+
+    def start_daemon(self) -> None:
+        """Start dockerd; containers that run already go on."""
         log = self.directory / "dockerd.log"
-        with open(log, "wb") as file:
+        with open(log, "ab") as file:
             self._daemon = subprocess.Popen(
                 [
                     *self.containerd.around,
@@ -57,11 +61,15 @@ class Docker:
         until(lambda: self("version", code=None).startswith("Client"), "dockerd answers", log.read_text)
         until(lambda: "Server" in self("version", code=None), "dockerd answers", log.read_text)
 
-    def stop(self) -> None:
-        """End both."""
+    def stop_daemon(self) -> None:
+        """End dockerd, and no container."""
         if self._daemon is not None:
             self._daemon.terminate()
             self._daemon.wait(60)
+
+    def stop(self) -> None:
+        """End both."""
+        self.stop_daemon()
         self.containerd.stop()
         # For its next start dockerd keeps two mounts when it ends: the namespace of its containers without a network,
         # and, where the host's mounts are private, its data.
@@ -102,7 +110,7 @@ def docker(run_directory: Path, guest_assets: Path, busybox_image: str) -> Itera
         pytest.skip("needs iptables, for dockerd (apt-get install iptables)")
     directory = Path(tempfile.mkdtemp(prefix="d", dir=run_directory))
     one = Docker(directory, guest_assets)
-    (directory / "daemon.json").write_text("{}")
+    (directory / "daemon.json").write_text('{"live-restore": true}')
     done = subprocess.run(
         [
             str(ROOT / "src/kata/__main__.py"),
@@ -136,7 +144,22 @@ def _busybox() -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         tar.add("/bin/busybox", arcname="bin/busybox")
-        for name in ("sh", "sleep", "ls", "cat", "ip", "ping", "uname", "true", "echo", "nc", "rm"):
+        for name in (
+            "sh",
+            "sleep",
+            "ls",
+            "cat",
+            "ip",
+            "ping",
+            "uname",
+            "true",
+            "echo",
+            "nc",
+            "rm",
+            "nslookup",
+            "od",
+            "tr",
+        ):
             link = tarfile.TarInfo(f"bin/{name}")
             link.type, link.linkname = tarfile.SYMTYPE, "busybox"
             tar.addfile(link)
@@ -160,14 +183,34 @@ def test_a_container_with_dockers_network(docker: Docker) -> None:
     assert "1 packets received" in said
 
 
+def by_tcp(docker: Docker, container: str, name: str) -> str:
+    """What a container is told by TCP of a name's address: the answer's bytes, in hexadecimal."""
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    question = b"\x12\x34\1\0\0\1\0\0\0\0\0\0" + labels + b"\0\0\1\0\1"
+    octal = "".join(f"\\{byte:03o}" for byte in len(question).to_bytes(2, "big") + question)
+    ask = f"printf '{octal}' | nc -w 20 127.0.0.11 53 | od -An -v -tx1 | tr -d ' \\n'"
+    return docker("exec", container, "sh", "-c", ask)
+
+
+def check_names(docker: Docker, container: str, known: dict[str, str]) -> None:
+    """Docker's resolver answers a container by UDP and by TCP."""
+    for name, address in known.items():
+        found = docker("exec", container, "nslookup", "-type=a", name)
+        assert f"Address: {address}" in found, (container, name, found)
+        packed = "".join(f"{int(part):02x}" for part in address.split("."))
+        assert by_tcp(docker, container, name).endswith(packed), (container, name)
+
+
 def test_several_networks(docker: Docker) -> None:
     """Docker wires them when the machine runs already."""
     for name, subnet in (("front", "10.78.1.0/24"), ("back", "10.78.2.0/24")):
         docker("network", "create", "--subnet", subnet, name)
     try:
         serve = "while :; do nc -l -p 80 -e echo reached; done"
-        docker.run(
-            "-d", "--name", "server", "--network", "back", "--ip", "10.78.2.9", "bb", "sh", "-c", serve
+        on_back = ("-d", "--network", "back", "--ip")
+        docker.run(*on_back, "10.78.2.9", "--name", "server", "bb", "sh", "-c", serve)
+        docker(
+            "run", *on_back, "10.78.2.8", "--network-alias", "db", "--name", "other", "bb", "sleep", "1000"
         )
         look = "nc -w 20 10.78.2.9 80; exec sleep 1000"
         docker.run("-d", "--name", "both", "--network", "front", "--network", "back", "bb", "sh", "-c", look)
@@ -176,13 +219,25 @@ def test_several_networks(docker: Docker) -> None:
         assert ("inet 10.78.1." in shown, "inet 10.78.2." in shown) == (True, True)
         names = [line.split()[1] for line in docker("exec", "both", "ip", "-o", "link").splitlines() if line]
         assert sorted(names) == ["eth0:", "eth1:", "lo:"], "and no other"
+        # Names, whatever the others run by; of a server of names in a container the port is free.
+        for container in ("server", "both", "other"):
+            check_names(docker, container, {"server": "10.78.2.9", "db": "10.78.2.8", "other": "10.78.2.8"})
+        assert "nameserver 127.0.0.11\n" in docker("exec", "both", "cat", "/etc/resolv.conf")
+        docker("exec", "-d", "both", "nc", "-l", "-p", "53", "-e", "echo", "mine")
+        until(
+            lambda: "mine" in docker("exec", "both", "nc", "-w", "5", "127.0.0.1", "53", code=None),
+            "it serves",
+        )
+        docker.stop_daemon()
+        docker.start_daemon()
+        check_names(docker, "both", {"db": "10.78.2.8"})
         # What is attached to a running container is there from its next start on.
         docker("network", "connect", "bridge", "both")
         docker("restart", "-t", "1", "both")
         shown = docker("exec", "both", "ip", "-4", "address")
         assert all(f"inet 10.{subnet}." in shown for subnet in ("78.1", "78.2", "77.0"))
     finally:
-        docker("rm", "-f", "both", "server", code=None)
+        docker("rm", "-f", "both", "server", "other", code=None)
         docker("network", "rm", "front", "back")
 
 

@@ -29,16 +29,16 @@ pub const STREAMS: &str = "kata.agent.v1.Streams";
 /// Its methods.
 pub const STREAMS_METHODS: &[&str] = &["Attach"];
 
-/// Connections to what listens on the guest's loopback.
+/// Connections to what listens in the guest.
 pub const DIAL: &str = "kata.agent.v1.Dial";
 /// Its methods.
 pub const DIAL_METHODS: &[&str] = &["Tcp"];
 
-/// Unix sockets of the guest that stand for ones of the host. The host gives each a number, and that is all that
-/// a connection is known by: the guest names nothing of the host's.
+/// Sockets of the guest that stand for ones of the host. The host gives each a number, and that is all that a
+/// connection is known by: the guest names nothing of the host's.
 pub const SOCKETS: &str = "kata.agent.v1.Sockets";
 /// Its methods.
-pub const SOCKETS_METHODS: &[&str] = &["Listen", "Close", "Accept"];
+pub const SOCKETS_METHODS: &[&str] = &["Listen", "Close", "Accept", "Exchange"];
 
 /// For those who look into a guest.
 pub const DEBUG: &str = "kata.agent.v1.Debug";
@@ -57,8 +57,12 @@ pub struct StreamPiece {
     /// Of a connection: no data follow this piece, which has none itself; the sender still takes data, and gives
     /// credit.
     pub end: bool,
-    /// In the first piece of an Accept.
+    /// In the first piece of an Accept or Exchange.
     pub socket: u32,
+    /// In the first piece of a Dial: 4 or 16 bytes.
+    pub address: Vec<u8>,
+    /// Of an Exchange.
+    pub datagram: u32,
 }
 
 impl Message for StreamPiece {
@@ -69,6 +73,8 @@ impl Message for StreamPiece {
         codec::put_uint32(out, 4, self.port);
         codec::put_bool(out, 5, self.end);
         codec::put_uint32(out, 6, self.socket);
+        codec::put_bytes(out, 7, &self.address);
+        codec::put_uint32(out, 8, self.datagram);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -79,6 +85,8 @@ impl Message for StreamPiece {
             4 => codec::get_uint32(field, &mut self.port)?,
             5 => codec::get_bool(field, &mut self.end)?,
             6 => codec::get_uint32(field, &mut self.socket)?,
+            7 => codec::get_bytes(field, &mut self.address)?,
+            8 => codec::get_uint32(field, &mut self.datagram)?,
             _ => {}
         }
         Ok(())
@@ -458,6 +466,11 @@ pub struct ListenSocketRequest {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
+    /// In place of a path: four bytes of 127.0.0.0/8, and a port.
+    pub address: Vec<u8>,
+    pub port: u32,
+    /// UDP, in place of TCP.
+    pub datagrams: bool,
 }
 
 impl Message for ListenSocketRequest {
@@ -467,6 +480,9 @@ impl Message for ListenSocketRequest {
         codec::put_uint32(out, 3, self.mode);
         codec::put_uint32(out, 4, self.uid);
         codec::put_uint32(out, 5, self.gid);
+        codec::put_bytes(out, 6, &self.address);
+        codec::put_uint32(out, 7, self.port);
+        codec::put_bool(out, 8, self.datagrams);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -476,6 +492,9 @@ impl Message for ListenSocketRequest {
             3 => codec::get_uint32(field, &mut self.mode)?,
             4 => codec::get_uint32(field, &mut self.uid)?,
             5 => codec::get_uint32(field, &mut self.gid)?,
+            6 => codec::get_bytes(field, &mut self.address)?,
+            7 => codec::get_uint32(field, &mut self.port)?,
+            8 => codec::get_bool(field, &mut self.datagrams)?,
             _ => {}
         }
         Ok(())

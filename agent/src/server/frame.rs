@@ -110,6 +110,8 @@ pub struct StreamPiece<'a> {
     pub port: u32,
     pub end: bool,
     pub socket: u32,
+    pub address: &'a [u8],
+    pub datagram: u32,
 }
 
 pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
@@ -121,6 +123,8 @@ pub fn parse_piece(mut buf: &[u8]) -> Result<StreamPiece<'_>> {
             (4, Field::Varint(value)) => piece.port = value as u32,
             (5, Field::Varint(value)) => piece.end = value != 0,
             (6, Field::Varint(value)) => piece.socket = value as u32,
+            (7, Field::Bytes(value)) => piece.address = value,
+            (8, Field::Varint(value)) => piece.datagram = value as u32,
             (3, Field::Bytes(mut target)) => {
                 while let Some((number, field)) = next_field(&mut target)? {
                     match (number, field) {
@@ -258,6 +262,17 @@ pub fn end_frame(stream: u32) -> Vec<u8> {
     let mut out = vec![0u8; HEADER];
     out.extend([0x28, 1]);
     out[..HEADER].copy_from_slice(&header(TYPE_DATA, 2, stream));
+    out
+}
+
+/// A data frame with a datagram and its number.
+pub fn datagram_frame(stream: u32, data: &[u8], number: u32) -> Vec<u8> {
+    let mut out = vec![0u8; HEADER];
+    put_bytes(&mut out, 0x0a, data);
+    out.push(0x40);
+    put_varint(&mut out, number as usize);
+    let length = out.len() - HEADER;
+    out[..HEADER].copy_from_slice(&header(TYPE_DATA, length, stream));
     out
 }
 
@@ -428,6 +443,8 @@ mod tests {
             port: 80,
             end: true,
             socket: 3,
+            address: vec![4, 5, 6, 7],
+            datagram: 400,
         };
         let body = piece.to_vec();
         let got = parse_piece(&body).unwrap();
@@ -441,7 +458,9 @@ mod tests {
                 stream: 2,
                 port: 80,
                 end: true,
-                socket: 3
+                socket: 3,
+                address: &[4, 5, 6, 7],
+                datagram: 400
             }
         );
         assert!(parse_piece(&body[..body.len() - 1]).is_err());
@@ -462,6 +481,12 @@ mod tests {
         let sent = credit_frame(13, 1 << 20);
         assert_eq!(head(&sent), Head::Data { stream: 13, total: sent.len(), last: false });
         assert_eq!(parse_piece(&sent[HEADER..]).unwrap().credit, 1 << 20);
+        let sent = datagram_frame(13, b"?", 200);
+        assert_eq!(head(&sent), Head::Data { stream: 13, total: sent.len(), last: false });
+        assert_eq!(
+            parse_piece(&sent[HEADER..]).unwrap(),
+            StreamPiece { data: b"?", datagram: 200, ..Default::default() }
+        );
         let sent = end_frame(13);
         assert_eq!(head(&sent), Head::Data { stream: 13, total: sent.len(), last: false });
         assert_eq!(parse_piece(&sent[HEADER..]).unwrap(), StreamPiece { end: true, ..Default::default() });

@@ -3,6 +3,7 @@
 //! Anything not wrapped here is one [`syscall!`](crate::syscall) away. Every descriptor made here is CLOEXEC.
 
 mod arch;
+mod bpf;
 mod errno;
 mod file;
 mod kernel;
@@ -11,6 +12,7 @@ mod process;
 mod socket;
 
 pub use arch::{syscall0, syscall1, syscall2, syscall3, syscall4, syscall5, syscall6};
+pub use bpf::{bpf, bpf_fd, bpf_load, instruction};
 pub use errno::Errno;
 pub use file::*;
 pub use kernel::*;

@@ -68,6 +68,23 @@ pub fn recv(fd: RawFd, buf: &mut [u8], flags: i32) -> SysResult<usize> {
     retry(|| unsafe { syscall!(libc::SYS_recvfrom, fd, buf.as_mut_ptr(), buf.len(), flags, 0, 0) })
 }
 
+/// A datagram; the sender's address goes to `address` (a `sockaddr_*`). With MSG_TRUNC the whole length of one that is
+/// longer than the buffer.
+pub fn recv_from<A>(fd: RawFd, buf: &mut [u8], flags: i32, address: &mut A) -> SysResult<usize> {
+    let mut len = core::mem::size_of::<A>() as u32;
+    // SAFETY: buffer and address are valid for their lengths, which the kernel never exceeds.
+    retry(|| unsafe {
+        syscall!(libc::SYS_recvfrom, fd, buf.as_mut_ptr(), buf.len(), flags, core::ptr::from_mut(address), &raw mut len)
+    })
+}
+
+/// `address` is a `sockaddr_*` structure.
+pub fn send_to<A>(fd: RawFd, buf: &[u8], address: &A) -> SysResult<usize> {
+    let len = core::mem::size_of::<A>();
+    // SAFETY: buffer and address are valid for their lengths.
+    retry(|| unsafe { syscall!(libc::SYS_sendto, fd, buf.as_ptr(), buf.len(), 0, core::ptr::from_ref(address), len) })
+}
+
 /// An integer socket option.
 pub fn setsockopt_int(fd: RawFd, level: i32, name: i32, value: i32) -> SysResult<()> {
     // SAFETY: the value is four bytes, as said.

@@ -1,13 +1,18 @@
-"""Connections to what listens on the guest's loopback, and from the guest to sockets that stand for the host's
+"""Connections to what listens in the guest, and from the guest to sockets that stand for the host's
 (``kata.agent.v1.Dial`` and ``Sockets``, see ``agentext.proto``)."""
 
 from __future__ import annotations
 
 from ..proto import agentext_pb, google_pb
+from ..ttrpc.status import ProtocolError
 from .streams import INPUT_PIECE, INPUT_WINDOW, OUTPUT_WINDOW, Pieces
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..ttrpc.client import Stream
+    from ..ttrpc.status import ConnectionLost, TtrpcError
     from .client import AgentClient
 
 FEATURE = "kata.dial"
@@ -15,8 +20,13 @@ FEATURE = "kata.dial"
 SERVICE = "kata.agent.v1.Dial"
 SOCKETS_FEATURE = "kata.sockets"
 SOCKETS = "kata.agent.v1.Sockets"
+INTERNET_FEATURE = "kata.internet"
+"""Both services know Internet addresses."""
 SOCKET_WINDOW = 1 << 18
 """Of one connection to a socket: the guest makes as many as are let in."""
+
+MAX_DATAGRAM = 4096
+"""The longest that the agent hands on; the protocol says so."""
 
 
 class Connection:
@@ -62,13 +72,18 @@ class Connection:
             self._pieces.stream.send(b"", last=True)
 
 
-async def dial(agent: AgentClient, port: int) -> Connection:
-    """Begin to connect to a port of the guest's loopback; the first `Connection.read` says how that went.
+async def dial(agent: AgentClient, port: int, address: bytes = b"") -> Connection:
+    """Begin to connect to a TCP port in the guest; the first `Connection.read` says how that went.
+
+    Args:
+        agent: The agent.
+        port: The port.
+        address: Four or sixteen bytes; empty is the guest's loopback. Others need `INTERNET_FEATURE`.
 
     Raises:
         KataError: As of `AgentClient`.
     """
-    first = agentext_pb.StreamPiece(port=port, credit=OUTPUT_WINDOW)
+    first = agentext_pb.StreamPiece(port=port, credit=OUTPUT_WINDOW, address=address)
     return await _opened(agent, SERVICE, "Tcp", first, Pieces(OUTPUT_WINDOW))
 
 
@@ -88,6 +103,76 @@ async def listen(agent: AgentClient, number: int, path: str, mode: int, uid: int
     """
     request = agentext_pb.ListenSocketRequest(number=number, path=path, mode=mode, uid=uid, gid=gid)
     await agent.call(SOCKETS, "Listen", request, google_pb.Empty)
+
+
+async def listen_loopback(
+    agent: AgentClient, number: int, address: bytes, port: int, *, datagrams: bool = False
+) -> None:
+    """Have a port of the guest's loopback, without taking it from programs that bind it on every address.
+
+    Args:
+        agent: The agent, which has `INTERNET_FEATURE`.
+        number: The socket's, for `accept` and `exchange`.
+        address: Four bytes.
+        port: The port.
+        datagrams: UDP, in place of TCP.
+
+    Raises:
+        KataError: As of `AgentClient`.
+    """
+    request = agentext_pb.ListenSocketRequest(number=number, address=address, port=port, datagrams=datagrams)
+    await agent.call(SOCKETS, "Listen", request, google_pb.Empty)
+
+
+class Datagrams:
+    """Datagrams that come to a socket in the guest. Never more at a time than was asked for, and none that is too long.
+
+    Args:
+        limit: How many may wait for `answer` at a time.
+        take: Is given each and its number; must not block.
+        over: Is called when no more come.
+    """
+
+    def __init__(self, limit: int, take: Callable[[int, bytes], None], over: Callable[[], None]) -> None:
+        self.stream: Stream | None = None
+        self.limit = limit
+        self._take = take
+        self._over = over
+        self._waiting: set[int] = set()
+
+    def received(self, data: bytes) -> None:
+        """`Receiver`'s."""
+        try:
+            piece = agentext_pb.StreamPiece.decode(data)
+        except (ValueError, IndexError) as error:
+            raise ProtocolError(f"the server sent a malformed datagram: {error}") from None
+        number = piece.datagram
+        if number in self._waiting or len(self._waiting) >= self.limit:
+            raise ProtocolError("the server sent more datagrams than it was asked for")
+        if not 0 < len(piece.data) <= MAX_DATAGRAM:
+            raise ProtocolError(f"the server sent a datagram of {len(piece.data)} bytes")
+        self._waiting.add(number)
+        self._take(number, piece.data)
+
+    def ended(self, error: ConnectionLost | TtrpcError | None) -> None:
+        """`Receiver`'s."""
+        self._over()
+
+    def answer(self, number: int, data: bytes) -> None:
+        """Send the answer to a datagram; without data there is none."""
+        self._waiting.discard(number)
+        if self.stream is not None:
+            self.stream.send(agentext_pb.StreamPiece(datagram=number, data=data).encode())
+
+
+async def exchange(agent: AgentClient, number: int, datagrams: Datagrams) -> None:
+    """Let a socket's datagrams come.
+
+    Raises:
+        KataError: As of `AgentClient`.
+    """
+    first = agentext_pb.StreamPiece(socket=number, credit=datagrams.limit)
+    datagrams.stream = await agent.open(SOCKETS, "Exchange", first.encode(), datagrams)
 
 
 async def close_socket(agent: AgentClient, number: int) -> None:

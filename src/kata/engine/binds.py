@@ -196,11 +196,14 @@ class Shared:
         """The guest's socket that stands for one of the host's."""
         from . import sockets
 
+        if self._sandbox.doors is None:
+            self._sandbox.doors = sockets.Doors()
+        doors = self._sandbox.doors
         if self.relay is None:
-            if self._sandbox.doors is None:
-                self._sandbox.doors = sockets.Doors()
-            self.relay = sockets.Relay(self._sandbox, self._sandbox.doors)
-        return spec.GuestBind(self.relay.add(source, about, is_hidden=is_hidden), options)
+            self.relay = sockets.Relay(self._sandbox, doors.room)
+        one = sockets.UnixSocket(source, about, doors.number(), is_hidden=is_hidden)
+        self.relay.add(one)
+        return spec.GuestBind(one.place, options)
 
     def _in_memory(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
         """The tmpfs that stands for one of the host's; None for any other mount."""

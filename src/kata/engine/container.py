@@ -314,6 +314,7 @@ class Container:
         if not self.has_process:
             raise StateError(f"container {self.id!r} has no process to start")
         await self.sandbox.network_up()
+        await self.sandbox.names_up(self.config)
         began = time.monotonic_ns()
         starting = asyncio.ensure_future(agent.start_container(self.id))
         if process.streams is not None:

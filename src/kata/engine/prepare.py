@@ -121,6 +121,22 @@ def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str
     return pump
 
 
+def name_servers(config: dict[str, Any], lines: list[str]) -> list[str]:
+    """Whom a container asks for names. Blocks.
+
+    Args:
+        config: Its specification.
+        lines: Of the resolv.conf that it has where it brings none of its own.
+    """
+    from ..network import resolver
+
+    for mount in config.get("mounts") or ():
+        if os.path.normpath(str(mount.get("destination"))) == resolver.RESOLV_CONF:
+            # What the guest writes there counts as what its client has written.
+            return resolver.read((str(mount.get("source") or ""),)).servers
+    return resolver.parse("\n".join(lines)).servers
+
+
 class EtcFiles:
     """The files in /etc that a container without an outer runtime gets, as with Docker.
 

@@ -17,10 +17,11 @@ from ..errors import (
     KataError,
     NotFoundError,
     StateError,
+    UnsupportedError,
     VMLostError,
 )
 from ..ttrpc.client import Client
-from . import boot, spec, watch
+from . import boot, prepare, spec, watch
 from .container import Container
 from .fitting import Fitting
 from .timings import Timings
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ..journal import Journal
     from ..network.user import NetworkPlan
     from ..proto.codec import Message
-    from . import forward, sockets
+    from . import forward, names, sockets
     from .boot import Machine
     from .hostroot import HostRoot
     from .logger import Logger
@@ -120,6 +121,7 @@ class Sandbox:
         self._agent: AgentClient | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
         self._forwarder: forward.Forwarder | None = None
+        self._names: names.Names | None = None  # once a container asks Docker's resolver
         self.doors: sockets.Doors | None = None  # once a container has a socket of the host's
         self._ending: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -293,6 +295,31 @@ class Sandbox:
             agent = await self.ready()
             await self._plug_in(plan)
             await self.unless_lost(boot.configure_network(self, agent))
+
+    async def names_up(self, config: dict[str, Any]) -> None:
+        """Return when a container can ask for names, of whom its ``resolv.conf`` says. What fails is told in the log.
+
+        Args:
+            config: Its specification.
+        """
+        from ..agent import dial
+        from ..network import resolver
+
+        plan = self.machine.network
+        if self._names is not None or plan is None or not plan.wired_by_others:
+            return
+        if resolver.DOCKER not in await self.helper(prepare.name_servers, config, self.dns):
+            return
+        agent = await self.ready()
+        try:
+            if dial.INTERNET_FEATURE not in agent.features:
+                raise UnsupportedError("the guest's agent cannot do that", "kata guest build")
+            from . import names
+
+            self._names = self._names or names.Names(self)
+            await self.unless_lost(self._names.start(agent))
+        except KataError as error:
+            self.complain(f"names of other containers are not found ({resolver.DOCKER}): {error.message}")
 
     async def _plug_in(self, plan: NetworkPlan) -> None:
         """Give the machine the interfaces that have come."""
@@ -581,6 +608,8 @@ class Sandbox:
             self._booted.cancel()
         if self._forwarder is not None:
             self._forwarder.close()
+        if self._names is not None:
+            self._names.close()
         self._lose(VMLostError(f"sandbox {self.id} has ended"))
         # Out of what is about to be removed. It takes as long as the machine takes to end.
         leaving = self.helper(self.machine.cgroup.leave) if self.machine.cgroup is not None else None

@@ -65,7 +65,39 @@ class Doors:
 
 
 class Socket:
-    """One socket.
+    """One of the guest's sockets, and what it stands for.
+
+    Args:
+        number: The engine's number for it.
+        name: What it is called in a message.
+    """
+
+    __slots__ = ("name", "number")
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number = number
+        self.name = name
+
+    async def listen(self, agent: AgentClient) -> None:
+        """Make it in the guest.
+
+        Raises:
+            KataError: As of `AgentClient`.
+        """
+        raise NotImplementedError
+
+    async def connect(self, sandbox: Sandbox) -> socket.socket:
+        """A connection to what it stands for on the host.
+
+        Raises:
+            BlockingIOError: Too many wait there already.
+            OSError: Nobody listens there.
+        """
+        raise NotImplementedError
+
+
+class UnixSocket(Socket):
+    """A unix socket that a container has as a volume.
 
     Args:
         source: Its path on the host.
@@ -74,11 +106,11 @@ class Socket:
         is_hidden: Whether the host sees something else at that path than the engine.
     """
 
-    __slots__ = ("gid", "is_hidden", "mode", "number", "source", "uid")
+    __slots__ = ("gid", "is_hidden", "mode", "source", "uid")
 
     def __init__(self, source: str, about: os.stat_result, number: int, *, is_hidden: bool) -> None:
+        super().__init__(number, f"volume {source}")
         self.source = source
-        self.number = number
         self.mode = stat.S_IMODE(about.st_mode)
         self.uid, self.gid = about.st_uid, about.st_gid
         self.is_hidden = is_hidden
@@ -88,28 +120,38 @@ class Socket:
         """Where it is in the guest."""
         return f"{_DIRECTORY}/{self.number}"
 
+    async def listen(self, agent: AgentClient) -> None:
+        """See `Socket`."""
+        await dial.listen(agent, self.number, self.place, self.mode, self.uid, self.gid)
+
+    async def connect(self, sandbox: Sandbox) -> socket.socket:
+        """See `Socket`."""
+        host = sandbox.machine.host if self.is_hidden else None
+        if host is None:
+            return connected(self.source)
+        fd = await sandbox.helper(host.opened, partial(descriptor, self.source), self.source)
+        return socket.socket(fileno=fd)
+
 
 class Relay:
-    """The sockets of one container.
+    """Sockets in the guest whose connections are carried to the host: those of one container.
 
     Args:
         sandbox: Whose guest it is in.
-        doors: That sandbox's.
+        room: For connections at a time.
     """
 
-    def __init__(self, sandbox: Sandbox, doors: Doors) -> None:
+    def __init__(self, sandbox: Sandbox, room: asyncio.Semaphore) -> None:
         self._sandbox = sandbox
-        self._doors = doors
+        self._room = room
         self._sockets: list[Socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._complained: set[int] = set()
         self._agent: AgentClient | None = None
 
-    def add(self, source: str, about: os.stat_result, *, is_hidden: bool) -> str:
-        """Take a socket down; where it will be in the guest. May be called from the helper thread."""
-        one = Socket(source, about, self._doors.number(), is_hidden=is_hidden)
+    def add(self, one: Socket) -> None:
+        """Take a socket down. May be called from the helper thread."""
         self._sockets.append(one)
-        return one.place
 
     async def listen(self, agent: AgentClient) -> None:
         """Make the sockets in the guest, and let connections come.
@@ -120,13 +162,13 @@ class Relay:
         """
         if dial.SOCKETS_FEATURE not in agent.features:
             raise UnsupportedError(
-                f"cannot use the volume {self._sockets[0].source}: it is a socket of this host, and the guest's agent"
-                " does not carry connections to it",
+                f"cannot use the {self._sockets[0].name}: it is a socket of this host, and the guest's agent does not"
+                " carry connections to it",
                 "use the guest that this program builds (kata guest build)",
             )
         self._agent = agent
         for one in self._sockets:
-            await dial.listen(agent, one.number, one.place, one.mode, one.uid, one.gid)
+            await one.listen(agent)
             self._run(self._accept(agent, one))
 
     def close(self) -> None:
@@ -147,7 +189,7 @@ class Relay:
 
     def _carried(self, guest: dial.Connection, task: asyncio.Task[None]) -> None:
         guest.close()
-        self._doors.room.release()
+        self._room.release()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -169,7 +211,7 @@ class Relay:
             if guest is None:
                 return
             try:
-                await self._doors.room.acquire()
+                await self._room.acquire()
             except BaseException:
                 guest.close()
                 raise
@@ -191,15 +233,10 @@ class Relay:
         Raises:
             OSError: Nobody listens there, or not on a stream socket; or its queue stays full.
         """
-        host = self._sandbox.machine.host if one.is_hidden else None
         deadline = asyncio.get_running_loop().time() + BUSY_S
         while True:
             try:
-                if host is None:
-                    connection = connected(one.source)
-                else:
-                    fd = await self._sandbox.helper(host.opened, partial(descriptor, one.source), one.source)
-                    connection = socket.socket(fileno=fd)
+                connection = await one.connect(self._sandbox)
             except BlockingIOError:
                 # Its queue is full; the kernel has no event for room in it.
                 if asyncio.get_running_loop().time() > deadline:
@@ -213,7 +250,7 @@ class Relay:
         """Once, until it has worked again: the guest decides how often there is cause."""
         if one.number not in self._complained:
             self._complained.add(one.number)
-            self._sandbox.complain(f"volume {one.source}: cannot connect to the host's socket: {why}")
+            self._sandbox.complain(f"{one.name}: cannot connect to the host's socket: {why}")
 
 
 def descriptor(path: str) -> int:

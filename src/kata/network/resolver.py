@@ -11,6 +11,10 @@ SYSTEMD_RESOLV_CONF = "/run/systemd/resolve/resolv.conf"
 """Where systemd-resolved names the servers behind its own loopback address."""
 
 
+DOCKER = "127.0.0.11"
+"""Where dockerd answers in the namespaces of containers on networks that users have made."""
+
+
 class Resolver:
     """What a ``resolv.conf`` says (resolv.conf(5)).
 

@@ -15,6 +15,7 @@ import socket
 
 from kata import sysio
 from kata.errors import HostError
+from kata.network import resolver
 
 _BACKLOG = 64
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78
@@ -40,9 +41,12 @@ _LOOKUP_ELEMENT, _RELEASE, _ASSIGN = 1, 86, 124
 def program(map_fd: int) -> bytes:
     """The machine code: TCP to 127.0.0.0/8 gets the map's socket 0, to ::1 its socket 1; all else goes on.
 
+    So does what is for Docker's resolver: dockerd listens there, in the namespace itself.
+
     Args:
         map_fd: Of the map with the sockets.
     """
+    names = int.from_bytes(resolver.pack(resolver.DOCKER), "little")
     # (code, destination register, source register, offset or label, constant), or a label.
     lines: list[tuple[int, int, int, int | str, int] | str] = [
         (_MOV_REGISTER, 6, 1, 0, 0),
@@ -52,6 +56,7 @@ def program(map_fd: int) -> bytes:
         (_JUMP_EQ, 2, 0, "six", _INET6),
         (_JUMP_NE, 2, 0, "on", _INET4),
         (_LOAD, 2, 6, _LOCAL_IP4, 0),
+        (_JUMP_EQ, 2, 0, "on", names),
         (_AND, 2, 0, 0, 0xFF),
         (_JUMP_NE, 2, 0, "on", 127),
         (_STORE_VALUE, 10, 0, -4, 0),

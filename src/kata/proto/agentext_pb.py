@@ -7,7 +7,7 @@ _PACKAGE = {
     "": "kata.agent.v1",
 }
 _MESSAGES = {
-    "StreamPiece": "data:1:bytes credit:2:uint32 target:3:@agentext.StreamTarget port:4:uint32 end:5:bool socket:6:uint32",
+    "StreamPiece": "data:1:bytes credit:2:uint32 target:3:@agentext.StreamTarget port:4:uint32 end:5:bool socket:6:uint32 address:7:bytes datagram:8:uint32",
     "StreamTarget": "container_id:1:string exec_id:2:string stream:3:uint32",
     "SetLogLevelRequest": "level:1:string",
     "FileInfo": "name:1:bytes mode:2:uint32 uid:3:uint32 gid:4:uint32 size:5:uint64 mtime_ns:6:int64 rdev:7:uint64 link_target:8:bytes",
@@ -20,7 +20,7 @@ _MESSAGES = {
     "MkdirRequest": "container_id:1:string path:2:bytes parents:3:bool mode:4:?uint32 uid:5:?uint32 gid:6:?uint32 mtime_ns:7:?int64",
     "SymlinkRequest": "container_id:1:string path:2:bytes target:3:bytes uid:4:?uint32 gid:5:?uint32",
     "RemoveFileRequest": "container_id:1:string path:2:bytes recursive:3:bool",
-    "ListenSocketRequest": "number:1:uint32 path:2:string mode:3:uint32 uid:4:uint32 gid:5:uint32",
+    "ListenSocketRequest": "number:1:uint32 path:2:string mode:3:uint32 uid:4:uint32 gid:5:uint32 address:6:bytes port:7:uint32 datagrams:8:bool",
     "CloseSocketRequest": "number:1:uint32",
     "SetProcessorsRequest": "count:1:uint32",
     "ListProcessesRequest": "container_id:1:string",

@@ -17,7 +17,11 @@ class StreamPiece(Message):
     """Of a connection: no data follow this piece, which has none itself; the sender still takes data,
     and gives credit."""
     socket: int
-    """In the first piece of an Accept."""
+    """In the first piece of an Accept or Exchange."""
+    address: bytes
+    """In the first piece of a Dial: 4 or 16 bytes."""
+    datagram: int
+    """Of an Exchange."""
     def __init__(
         self,
         *,
@@ -27,6 +31,8 @@ class StreamPiece(Message):
         port: int = ...,
         end: bool = ...,
         socket: int = ...,
+        address: bytes = ...,
+        datagram: int = ...,
     ) -> None: ...
 
 class StreamTarget(Message):
@@ -231,6 +237,11 @@ class ListenSocketRequest(Message):
     """Permission bits and owner of its file."""
     uid: int
     gid: int
+    address: bytes
+    """In place of a path: four bytes of 127.0.0.0/8, and a port."""
+    port: int
+    datagrams: bool
+    """UDP, in place of TCP."""
     def __init__(
         self,
         *,
@@ -239,6 +250,9 @@ class ListenSocketRequest(Message):
         mode: int = ...,
         uid: int = ...,
         gid: int = ...,
+        address: bytes = ...,
+        port: int = ...,
+        datagrams: bool = ...,
     ) -> None: ...
 
 class CloseSocketRequest(Message):
