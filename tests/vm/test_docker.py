@@ -6,15 +6,19 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import netlab
 import pytest
 from containerd_support import PATIENCE, ROOT, RUNTIME, Containerd, until
 from socket_support import client
+from test_network import answer_a
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -213,7 +217,8 @@ def test_several_networks(docker: Docker) -> None:
             "run", *on_back, "10.78.2.8", "--network-alias", "db", "--name", "other", "bb", "sleep", "1000"
         )
         look = "nc -w 20 10.78.2.9 80; exec sleep 1000"
-        docker.run("-d", "--name", "both", "--network", "front", "--network", "back", "bb", "sh", "-c", look)
+        on_both = ("--network", "front", "--network", "back", "--dns", "10.78.1.1")
+        docker.run("-d", "--name", "both", *on_both, "bb", "sh", "-c", look)
         until(lambda: "reached" in docker("logs", "both"), "the second network is used")
         shown = docker("exec", "both", "ip", "-4", "address")
         assert ("inet 10.78.1." in shown, "inet 10.78.2." in shown) == (True, True)
@@ -228,6 +233,15 @@ def test_several_networks(docker: Docker) -> None:
             lambda: "mine" in docker("exec", "both", "nc", "-w", "5", "127.0.0.1", "53", code=None),
             "it serves",
         )
+        # Names from outside, which dockerd asks for in the container's namespace. Nobody serves them at first.
+        began = time.monotonic()
+        assert by_tcp(docker, "both", "far.example")[8:12] == "8102", "server failure"
+        assert time.monotonic() - began < 1.9, "dockerd has not waited in vain"
+        netlab.serve_in(docker.netns, ("10.78.1.1", 53), answer_a, socket.SOCK_DGRAM)
+        for server in ((), ("10.78.1.1",)):  # by dockerd, and by the guest itself
+            assert "Address: 192.0.2.77" in docker(
+                "exec", "both", "nslookup", "-type=a", "far.example", *server
+            )
         docker.stop_daemon()
         docker.start_daemon()
         check_names(docker, "both", {"db": "10.78.2.8"})

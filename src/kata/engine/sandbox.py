@@ -306,20 +306,24 @@ class Sandbox:
         from ..network import resolver
 
         plan = self.machine.network
-        if self._names is not None or plan is None or not plan.wired_by_others:
+        if plan is None or not plan.wired_by_others:
             return
-        if resolver.DOCKER not in await self.helper(prepare.name_servers, config, self.dns):
+        if self._names is None and resolver.DOCKER not in await self.helper(
+            prepare.name_servers, config, self.dns
+        ):
             return
-        agent = await self.ready()
         try:
-            if dial.INTERNET_FEATURE not in agent.features:
-                raise UnsupportedError("the guest's agent cannot do that", "kata guest build")
-            from . import names
+            if self._names is None:
+                agent = await self.ready()
+                if dial.INTERNET_FEATURE not in agent.features:
+                    raise UnsupportedError("the guest's agent cannot do that", "kata guest build")
+                from . import names
 
-            self._names = self._names or names.Names(self)
-            await self.unless_lost(self._names.start(agent))
+                self._names = names.Names(self)
+                await self.unless_lost(self._names.start(agent))
+            await self.helper(plan.let_replies_in)
         except KataError as error:
-            self.complain(f"names of other containers are not found ({resolver.DOCKER}): {error.message}")
+            self.complain(f"not all names are found ({resolver.DOCKER}): {error.message}")
 
     async def _plug_in(self, plan: NetworkPlan) -> None:
         """Give the machine the interfaces that have come."""

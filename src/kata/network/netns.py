@@ -235,6 +235,20 @@ class NetnsPlan(NetworkPlan):
             self.describe(rtnl)
         return before != (self.interfaces, self.routes, self.neighbors)
 
+    def let_replies_in(self) -> None:
+        """See `NetworkPlan.let_replies_in`."""
+        from kata.network import replies
+
+        try:
+            for endpoint in self.endpoints:
+                if isinstance(endpoint, _Redirected) and endpoint.source is not None:
+                    replies.let_in(endpoint.source.index, endpoint.tap)
+        except OSError as error:
+            raise HostError(
+                f"cannot let answers into the sandbox's network namespace: {error.strerror}",
+                "Check that the kernel has cls_bpf (CONFIG_NET_CLS_BPF).",
+            ) from error
+
     def _late(self, mac: str) -> _Redirected:
         """One more endpoint, for a port of the machine's."""
         endpoint = _Redirected(len(self.endpoints), mac)

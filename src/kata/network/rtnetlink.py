@@ -41,6 +41,9 @@ _ETH_P_ALL = 0x0003
 _U32_TERMINAL = 1
 _ACT_STOLEN = 4
 _EGRESS_REDIRECT = 1
+_DIRECT_ACTION = 1
+_REDIRECTION = 2
+"""Priority of its filter; of those with lower numbers, which come first, one may let frames in."""
 _MACVLAN_PASSTHRU = 8
 _TIMEOUT_S = 5.0
 
@@ -249,11 +252,32 @@ class Rtnl:
         parameters = struct.pack("=IIiiiiI", 0, 0, _ACT_STOLEN, 0, 0, _EGRESS_REDIRECT, target)
         action = attribute(1, b"mirred\0") + attribute(2, attribute(2, parameters))
         options = attribute(5, selector) + attribute(7, attribute(1, action))
-        priority = 1 << 16 | socket.htons(_ETH_P_ALL)
+        priority = _REDIRECTION << 16 | socket.htons(_ETH_P_ALL)
         head = struct.pack("=BxHiIII", 0, 0, source, 0, _INGRESS, priority)
         self._change(
             _NEW_FILTER, _CREATE | _EXCLUSIVE, head + attribute(1, b"u32\0") + attribute(2, options)
         )
+
+    def filter_before_redirection(self, source: int, program: int) -> None:
+        """Let a BPF program say first what becomes of what comes in at an interface (see `redirect`).
+
+        Args:
+            source: Index of the interface; one program at a time, and a further one changes nothing.
+            program: Descriptor of a program of the kind SCHED_CLS; "go on" is what redirects.
+
+        Raises:
+            OSError: The kernel refused, or has no cls_bpf.
+        """
+        options = attribute(6, struct.pack("=I", program)) + attribute(7, b"kata\0")
+        options += attribute(8, struct.pack("=I", _DIRECT_ACTION))
+        priority = (_REDIRECTION - 1) << 16 | socket.htons(_ETH_P_ALL)
+        head = struct.pack("=BxHiIII", 0, 0, source, 1, _INGRESS, priority)
+        try:
+            self._change(
+                _NEW_FILTER, _CREATE | _EXCLUSIVE, head + attribute(1, b"bpf\0") + attribute(2, options)
+            )
+        except FileExistsError:
+            pass
 
     def stop_redirecting(self, source: int) -> None:
         """Take `redirect` back; nothing there is fine.

@@ -15,7 +15,21 @@ import socket
 
 from kata import sysio
 from kata.errors import HostError
-from kata.network import resolver
+from kata.network import bpf_code, resolver
+from kata.network.bpf_code import (
+    ADD,
+    AND,
+    CALL,
+    EXIT,
+    JUMP,
+    JUMP_EQ,
+    JUMP_NE,
+    LOAD,
+    LOAD_MAP,
+    MOV,
+    MOV_REGISTER,
+    STORE_VALUE,
+)
 
 _BACKLOG = 64
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78
@@ -28,12 +42,6 @@ _INET4, _INET6, _TCP = 2, 10, 6
 # Offsets in struct bpf_sk_lookup. Addresses are in network byte order, family and protocol are not.
 _FAMILY, _PROTOCOL, _LOCAL_IP4, _LOCAL_IP6 = 8, 12, 40, 44
 
-# Instruction codes.
-_LOAD, _STORE, _STORE_VALUE = 0x61, 0x7B, 0x62
-_MOV, _MOV_REGISTER, _ADD, _AND = 0xB7, 0xBF, 0x07, 0x57
-_JUMP, _JUMP_EQ, _JUMP_NE = 0x05, 0x15, 0x55
-_CALL, _EXIT = 0x85, 0x95
-_LOAD_MAP = 0x18
 _MAP_FD = 1
 _LOOKUP_ELEMENT, _RELEASE, _ASSIGN = 1, 86, 124
 
@@ -47,57 +55,48 @@ def program(map_fd: int) -> bytes:
         map_fd: Of the map with the sockets.
     """
     names = int.from_bytes(resolver.pack(resolver.DOCKER), "little")
-    # (code, destination register, source register, offset or label, constant), or a label.
-    lines: list[tuple[int, int, int, int | str, int] | str] = [
-        (_MOV_REGISTER, 6, 1, 0, 0),
-        (_LOAD, 2, 6, _PROTOCOL, 0),
-        (_JUMP_NE, 2, 0, "on", _TCP),
-        (_LOAD, 2, 6, _FAMILY, 0),
-        (_JUMP_EQ, 2, 0, "six", _INET6),
-        (_JUMP_NE, 2, 0, "on", _INET4),
-        (_LOAD, 2, 6, _LOCAL_IP4, 0),
-        (_JUMP_EQ, 2, 0, "on", names),
-        (_AND, 2, 0, 0, 0xFF),
-        (_JUMP_NE, 2, 0, "on", 127),
-        (_STORE_VALUE, 10, 0, -4, 0),
-        (_JUMP, 0, 0, "found", 0),
-        "six",
-        *((_LOAD, 2, 6, _LOCAL_IP6, 0), (_JUMP_NE, 2, 0, "on", 0)),
-        *((_LOAD, 2, 6, _LOCAL_IP6 + 4, 0), (_JUMP_NE, 2, 0, "on", 0)),
-        *((_LOAD, 2, 6, _LOCAL_IP6 + 8, 0), (_JUMP_NE, 2, 0, "on", 0)),
-        *((_LOAD, 2, 6, _LOCAL_IP6 + 12, 0), (_JUMP_NE, 2, 0, "on", int.from_bytes(b"\0\0\0\1", "little"))),
-        (_STORE_VALUE, 10, 0, -4, 1),
-        "found",
-        (_LOAD_MAP, 1, _MAP_FD, 0, map_fd),
-        (0, 0, 0, 0, 0),  # the upper half of that constant
-        (_MOV_REGISTER, 2, 10, 0, 0),
-        (_ADD, 2, 0, 0, -4),
-        (_CALL, 0, 0, 0, _LOOKUP_ELEMENT),
-        (_JUMP_EQ, 0, 0, "on", 0),
-        (_MOV_REGISTER, 7, 0, 0, 0),
-        (_MOV_REGISTER, 1, 6, 0, 0),
-        (_MOV_REGISTER, 2, 7, 0, 0),
-        (_MOV, 3, 0, 0, 0),
-        (_CALL, 0, 0, 0, _ASSIGN),
-        (_MOV_REGISTER, 1, 7, 0, 0),
-        (_CALL, 0, 0, 0, _RELEASE),
-        "on",
-        (_MOV, 0, 0, 0, 1),
-        (_EXIT, 0, 0, 0, 0),
-    ]
-    labels: dict[str, int] = {}
-    code: list[tuple[int, int, int, int | str, int]] = []
-    for line in lines:
-        if isinstance(line, str):
-            labels[line] = len(code)
-        else:
-            code.append(line)
-    out = b""
-    for index, (number, target, source, where, value) in enumerate(code):
-        offset = labels[where] - index - 1 if isinstance(where, str) else where
-        out += bytes((number, target | source << 4)) + offset.to_bytes(2, "little", signed=True)
-        out += value.to_bytes(4, "little", signed=value < 0)
-    return out
+    return bpf_code.assemble(
+        [
+            (MOV_REGISTER, 6, 1, 0, 0),
+            (LOAD, 2, 6, _PROTOCOL, 0),
+            (JUMP_NE, 2, 0, "on", _TCP),
+            (LOAD, 2, 6, _FAMILY, 0),
+            (JUMP_EQ, 2, 0, "six", _INET6),
+            (JUMP_NE, 2, 0, "on", _INET4),
+            (LOAD, 2, 6, _LOCAL_IP4, 0),
+            (JUMP_EQ, 2, 0, "on", names),
+            (AND, 2, 0, 0, 0xFF),
+            (JUMP_NE, 2, 0, "on", 127),
+            (STORE_VALUE, 10, 0, -4, 0),
+            (JUMP, 0, 0, "found", 0),
+            "six",
+            *((LOAD, 2, 6, _LOCAL_IP6, 0), (JUMP_NE, 2, 0, "on", 0)),
+            *((LOAD, 2, 6, _LOCAL_IP6 + 4, 0), (JUMP_NE, 2, 0, "on", 0)),
+            *((LOAD, 2, 6, _LOCAL_IP6 + 8, 0), (JUMP_NE, 2, 0, "on", 0)),
+            *(
+                (LOAD, 2, 6, _LOCAL_IP6 + 12, 0),
+                (JUMP_NE, 2, 0, "on", int.from_bytes(b"\0\0\0\1", "little")),
+            ),
+            (STORE_VALUE, 10, 0, -4, 1),
+            "found",
+            (LOAD_MAP, 1, _MAP_FD, 0, map_fd),
+            (0, 0, 0, 0, 0),  # the upper half of that constant
+            (MOV_REGISTER, 2, 10, 0, 0),
+            (ADD, 2, 0, 0, -4),
+            (CALL, 0, 0, 0, _LOOKUP_ELEMENT),
+            (JUMP_EQ, 0, 0, "on", 0),
+            (MOV_REGISTER, 7, 0, 0, 0),
+            (MOV_REGISTER, 1, 6, 0, 0),
+            (MOV_REGISTER, 2, 7, 0, 0),
+            (MOV, 3, 0, 0, 0),
+            (CALL, 0, 0, 0, _ASSIGN),
+            (MOV_REGISTER, 1, 7, 0, 0),
+            (CALL, 0, 0, 0, _RELEASE),
+            "on",
+            (MOV, 0, 0, 0, 1),
+            (EXIT, 0, 0, 0, 0),
+        ]
+    )
 
 
 class Steering:

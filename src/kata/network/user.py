@@ -180,6 +180,14 @@ class NetworkPlan:
         hardware address, and its tap. They are told once, and the taps are the caller's."""
         return []
 
+    def let_replies_in(self) -> None:
+        """Let programs of the host that have sockets in the sandbox's network namespace ask servers of names outside.
+        Blocks briefly.
+
+        Raises:
+            HostError: This kernel cannot do that.
+        """
+
     def failure(self) -> KataError | None:
         """Why the network has ended, or None while it has not."""
         return None
