@@ -351,3 +351,34 @@ def find_program(name: str, extra: Sequence[str] = ()) -> str | None:
         if os.access(path, os.X_OK) and not os.path.isdir(path):
             return path
     return None
+
+
+def said_by(argv: Sequence[str]) -> bytes:
+    """What a program that ends by itself writes to its standard output and error, as ``--help``. Blocks.
+
+    Raises:
+        OSError: It cannot be executed.
+    """
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = os.posix_spawn(
+            argv[0],
+            list(argv),
+            ENVIRONMENT,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, write_end, 1),
+                (os.POSIX_SPAWN_DUP2, write_end, 2),
+            ],
+        )
+        os.close(write_end)
+        write_end = -1
+        said = b""
+        while piece := os.read(read_end, 65536):
+            said += piece
+        os.waitpid(pid, 0)
+    finally:
+        for fd in (read_end, write_end):
+            if fd >= 0:
+                os.close(fd)
+    return said

@@ -40,3 +40,16 @@ def write(path: str, key: str, *lines: str) -> None:
         os.replace(aside, path)
     except OSError:
         pass  # it will be found out again
+
+
+def program_key(binary: str) -> str:
+    """A key for what was found out about a program; another one after each change of it.
+
+    Args:
+        binary: Its absolute path.
+
+    Raises:
+        OSError: There is none.
+    """
+    status = os.stat(binary)
+    return f"1 {binary} {status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"

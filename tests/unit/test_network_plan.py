@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kata import children
 from kata.errors import HostError, KataError, UsageError
-from kata.network import guard, resolver, user
+from kata.network import guard, passt, resolver, user
 from kata.network.plan import mac_address, plan
 
 
@@ -23,6 +24,7 @@ def host(
 @pytest.fixture(autouse=True)
 def _passt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "find_program", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(passt, "waits_for_clients", lambda program: False)
 
 
 def user_plan(seen: user.HostNetwork, **settings: Any) -> user.UserPlan:
@@ -90,6 +92,65 @@ def test_published_ports() -> None:
     assert pairs(argv, "-t") == ["8080:80", "443:443"]
     assert pairs(argv, "-u") == ["192.0.2.1/53:5353"]
     assert "loopback" in made.warnings[0]
+
+
+def test_ports_that_the_engine_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passt, "waits_for_clients", lambda program: True)
+    ports = [
+        {"host_port": 8080, "guest_port": 80, "proto": "tcp"},
+        {"host_port": 53, "guest_port": 5353, "proto": "udp"},
+    ]
+    made = user_plan(host(), ports=ports)
+    argv = made.command(7)
+    assert (pairs(argv, "-t"), pairs(argv, "-u")) == (["none"], ["53:5353"])
+    four, six = resolver.pack(user.ADDRESS4), resolver.pack(user.ADDRESS6)
+    clients = ("192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1", "fe80::1%eth0")
+    assert [made.guest_address(one) for one in clients] == [four, four, six, six]
+    assert {user_plan(host(True, False), ports=ports).guest_address(one) for one in clients} == {four}
+    assert {user_plan(host(False, True), ports=ports).guest_address(one) for one in clients} == {six}
+
+
+def test_listening_on_published_ports() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        for address in ("", "127.0.0.1"):
+            with pytest.raises(HostError, match=f"{number}->80/tcp: Address already in use"):
+                user.listen([user.Port(address, number, 80, "tcp")])
+    # One of every address has the others with it.
+    ports = [user.Port(address, number, 80, "tcp") for address in ("127.0.0.1", "")]
+    [(listener, port)] = user.listen(ports)
+    with listener:
+        assert port is ports[1]
+        assert not listener.getblocking()
+        socket.create_connection(("127.0.0.1", number), 10).close()
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "waits"),
+    [
+        ("passt unknown version", "--no-map-gw", True),  # Debian 12
+        ("passt unknown version", "--map-host-loopback ADDR", False),
+        ("passt 2023_09_08.05627dc", "", True),
+        ("passt 2023_11_10.5ec3634", "", False),
+        ("passt 0.0~git20230309.7c7625d-1", "--map-host-loopback ADDR", True),
+        ("passt 0.0~git20240220.1e6f92b-1", "", False),
+        ("passt 0.0~git20250503.587980c-2", "--map-host-loopback ADDR", False),
+    ],
+)
+def test_what_passt_can_is_found_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, options: str, waits: bool
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "run"))
+    program = tmp_path / "passt"
+    program.write_text(
+        f"#!/bin/sh\necho $1 >>{tmp_path}/asked\n"
+        f"[ $1 = --version ] && echo '{version}\nCopyright 2026' || {{ echo 'usage {options}' >&2; exit 1; }}\n"
+    )
+    program.chmod(0o755)
+    assert [passt.waits_for_clients(str(program)) for _ in range(3)] == [waits] * 3
+    assert (tmp_path / "asked").read_text().split().count("--version") == 1
+    assert passt.waits_for_clients(str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-"""Passes connections to the loopback of the sandbox's network namespace on to the guest's loopback.
+"""Passes connections to sockets of the host on to the guest.
 
-CRI's port-forward enters that namespace and dials ``localhost`` there; so does whoever looks at a container from its
-host with ``nsenter``. What they are after listens in the guest.
+To the guest's loopback goes what is for the loopback of the sandbox's network namespace: CRI's port-forward enters that
+namespace and dials ``localhost`` there; so does whoever looks at a container from its host with ``nsenter``. What they
+are after listens in the guest. To the guest's own address, from that address, goes what is for a published port where
+the network's helper cannot do it (`kata.network.passt`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from ..errors import KataError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..network.steer import Steering
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from ..network.user import NetworkPlan
     from .sandbox import Sandbox
 
 _RECEIVE = 1 << 16
@@ -27,21 +31,26 @@ class Forwarder:
     """Accepts and carries connections until it is closed.
 
     Args:
-        sandbox: Whose guest they go to; its event loop runs in the namespace.
-        steering: What brings them.
+        sandbox: Whose guest they go to.
+        listeners: Where they come in; non-blocking.
+        dialled: The guest's end of one, once there is a machine.
     """
 
-    def __init__(self, sandbox: Sandbox, steering: Steering) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        listeners: Iterable[socket.socket],
+        dialled: Callable[[socket.socket], Awaitable[dial.Connection]],
+    ) -> None:
         self._sandbox = sandbox
-        self._steering = steering
+        self._dialled = dialled
         self._room = asyncio.Semaphore(_LIMIT)
-        self._tasks = {asyncio.create_task(self._accept(one)) for one in steering.listeners}
+        self._tasks = {asyncio.create_task(self._accept(one)) for one in listeners}
 
     def close(self) -> None:
-        """Take no more, and end what there is."""
+        """Take no more, and end what there is. The listeners are the caller's."""
         for task in self._tasks:
             task.cancel()
-        self._steering.close()
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -51,7 +60,7 @@ class Forwarder:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:
                 self._room.release()
-                self._sandbox.complain(f"port-forward: cannot accept: {error.strerror}")
+                self._sandbox.complain(f"cannot accept a connection for the guest: {error.strerror}")
                 await asyncio.sleep(1)  # out of descriptors, most likely
                 continue
             task = asyncio.create_task(self._carry(connection))
@@ -63,16 +72,41 @@ class Forwarder:
         self._room.release()
 
     async def _carry(self, connection: socket.socket) -> None:
-        port = connection.getsockname()[1]
         try:
-            guest = await dial.dial(await self._sandbox.ready(), port)
-        except KataError:
+            guest = await self._dialled(connection)
+        except (KataError, OSError):
             reset(connection)
         except BaseException:
             connection.close()
             raise
         else:
             await carry(connection, guest)
+
+
+def to_loopback(sandbox: Sandbox, listeners: Iterable[socket.socket]) -> Forwarder:
+    """Carry connections to the same port of the guest's loopback."""
+
+    async def dialled(connection: socket.socket) -> dial.Connection:
+        return await dial.dial(await sandbox.ready(), connection.getsockname()[1])
+
+    return Forwarder(sandbox, listeners, dialled)
+
+
+def published(sandbox: Sandbox, plan: NetworkPlan) -> Forwarder:
+    """Carry connections to published ports to the guest's own address: what listens on its loopback alone is not
+    published, and takes nobody for a local user."""
+    # Of one port of the host there is one port of the guest (`check_ports`).
+    ports = {port.host_port: port.guest_port for _, port in plan.listeners}
+
+    async def dialled(connection: socket.socket) -> dial.Connection:
+        port = ports[connection.getsockname()[1]]
+        address = plan.guest_address(connection.getpeername()[0])
+        agent = await sandbox.ready()
+        if sandbox.network is not None:
+            await asyncio.shield(sandbox.network)
+        return await dial.dial(agent, port, address)
+
+    return Forwarder(sandbox, [one for one, _ in plan.listeners], dialled)
 
 
 def reset(connection: socket.socket) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..hypervisor.interface import Hypervisor
     from ..hypervisor.virtiofsd import FileServer
     from ..journal import Journal
+    from ..network import steer
     from ..network.user import NetworkPlan
     from ..proto.codec import Message
     from . import forward, names, sockets
@@ -121,6 +122,7 @@ class Sandbox:
         self._agent: AgentClient | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
         self._forwarder: forward.Forwarder | None = None
+        self._steering: steer.Steering | None = None
         self._names: names.Names | None = None  # once a container asks Docker's resolver
         self.doors: sockets.Doors | None = None  # once a container has a socket of the host's
         self._ending: asyncio.Task[None] | None = None
@@ -198,28 +200,44 @@ class Sandbox:
             raise self._failed
         try:
             agent = await boot.bring_up(self)
+            self._forward(agent)
         except KataError as error:
             self._lose(error)
             raise
         self.spawn(self._watch_agent(agent))
         self.spawn(self._watch_memory(agent))
-        self._forward(agent)
         return agent
 
     def _forward(self, agent: AgentClient) -> None:
-        """Pass connections to the namespace's loopback on to the guest, where both can do that."""
+        """Pass connections to published ports and to the namespace's loopback on to the guest, where both can do that.
+
+        Raises:
+            UnsupportedError: The guest's agent cannot, and a published port needs it.
+        """
         from ..agent import dial
 
         plan = self.machine.network
-        if plan is None or not plan.wired_by_others or dial.FEATURE not in agent.features:
+        if plan is None or not (plan.listeners or plan.wired_by_others):
             return
-        from ..network import steer
         from . import forward
 
+        if plan.listeners:
+            if dial.INTERNET_FEATURE not in agent.features:
+                raise UnsupportedError(
+                    "neither this host's passt nor the guest's agent can publish TCP ports as it should be",
+                    "use the guest that this program builds (kata guest build), or a newer passt",
+                )
+            self._forwarder = forward.published(self, plan)
+        if not plan.wired_by_others or dial.FEATURE not in agent.features:
+            return
+        from ..network import steer
+
         try:
-            self._forwarder = forward.Forwarder(self, steer.Steering())
+            self._steering = steer.Steering()
         except KataError as error:
             self.complain(f"{error.message}. {error.hint}")
+        else:
+            self._forwarder = forward.to_loopback(self, self._steering.listeners)
 
     def _take_over(self) -> Hypervisor | None:
         """The machine that was started before the event loop was."""
@@ -612,6 +630,8 @@ class Sandbox:
             self._booted.cancel()
         if self._forwarder is not None:
             self._forwarder.close()
+        if self._steering is not None:
+            self._steering.close()
         if self._names is not None:
             self._names.close()
         self._lose(VMLostError(f"sandbox {self.id} has ended"))

@@ -89,13 +89,12 @@ def option(binary: str) -> str:
         HostError: It cannot be executed, or knows neither.
     """
     try:
-        status = os.stat(binary)
-        key = f"1 {binary} {status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+        key = remembered.program_key(binary)
         cache = os.path.join(paths.run_dir(), _CACHE)
         known = remembered.read(cache, key)
         found = known[0] if known else ""
         if not found:
-            said = _help(binary)
+            said = children.said_by([binary, "--help"])
             found = "-run-with" if b"chroot=dir" in said else "-chroot" if b"\n-chroot dir" in said else ""
             if not found:
                 raise HostError(
@@ -108,29 +107,3 @@ def option(binary: str) -> str:
             f"cannot execute the hypervisor {binary}: {error.strerror}", "apt-get install qemu-system-x86"
         ) from error
     return found
-
-
-def _help(binary: str) -> bytes:
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = os.posix_spawn(
-            binary,
-            [binary, "--help"],
-            children.ENVIRONMENT,
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, write_end, 1),
-                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-            ],
-        )
-        os.close(write_end)
-        write_end = -1
-        said = b""
-        while piece := os.read(read_end, 65536):
-            said += piece
-        os.waitpid(pid, 0)
-    finally:
-        for fd in (read_end, write_end):
-            if fd >= 0:
-                os.close(fd)
-    return said

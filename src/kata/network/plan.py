@@ -65,7 +65,13 @@ def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> u
         raise HostError(
             "the user network needs passt, which is not installed", f"{user.INSTALL} (or use --network none)"
         )
-    return user.UserPlan(mac_address(), ports, host or user.HostNetwork.look(), dns, program)
+    carries_tcp = False
+    if any(port.proto == "tcp" for port in ports):
+        from kata.network import passt
+
+        carries_tcp = passt.waits_for_clients(program)
+    host = host or user.HostNetwork.look()
+    return user.UserPlan(mac_address(), ports, host, dns, program, carries_tcp=carries_tcp)
 
 
 def _check_port(port: user.Port) -> None:

@@ -18,6 +18,7 @@ from kata.network import guard, resolver
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
     from typing import Any
 
@@ -31,6 +32,7 @@ MTU = 65520
 INTERFACE = "eth0"
 PROGRAM = "passt"
 INSTALL = "apt-get install passt"
+_BACKLOG = 128
 
 
 class Port:
@@ -149,6 +151,8 @@ class NetworkPlan:
         self.options: list[str] = []
         self.warnings: list[str] = []
         """Sentences that the user should see once."""
+        self.listeners: list[tuple[socket.socket, Port]] = []
+        """After `start`: published ports whose connections the engine itself carries into the guest."""
 
     @property
     def interface(self) -> dict[str, Any] | None:
@@ -180,6 +184,14 @@ class NetworkPlan:
         hardware address, and its tap. They are told once, and the taps are the caller's."""
         return []
 
+    def guest_address(self, client: str) -> bytes:
+        """Where in the guest a connection to a published port goes: four or sixteen bytes.
+
+        Args:
+            client: The address that it comes from.
+        """
+        raise NotImplementedError
+
     def let_replies_in(self) -> None:
         """Let programs of the host that have sockets in the sandbox's network namespace ask servers of names outside.
         Blocks briefly.
@@ -210,6 +222,7 @@ class UserPlan(NetworkPlan):
         host: The host's network.
         dns: Name servers that were asked for; empty is the host's.
         program: Path of passt.
+        carries_tcp: Published TCP ports are the engine's (see `kata.network.passt`).
     """
 
     def __init__(
@@ -219,9 +232,12 @@ class UserPlan(NetworkPlan):
         host: HostNetwork,
         dns: Sequence[str] = (),
         program: str = "",
+        *,
+        carries_tcp: bool = False,
     ) -> None:
         super().__init__(mac, ports)
         self._program = program
+        self._carries_tcp = carries_tcp
         self._host = host
         self._fd = -1
         self._child: children.Child | None = None
@@ -297,11 +313,17 @@ class UserPlan(NetworkPlan):
             if address:
                 argv += ["--dns-forward", address]
         for proto, option in (("tcp", "-t"), ("udp", "-u")):
-            specs = [port.spec for port in self.ports if port.proto == proto]
+            carried = proto == "tcp" and self._carries_tcp
+            specs = [port.spec for port in self.ports if port.proto == proto and not carried]
             # Without an explicit "none", passt publishes the UDP port beside each TCP port as well.
             for spec in specs or ["none"]:
                 argv += [option, spec]
         return argv
+
+    def guest_address(self, client: str) -> bytes:
+        """See `NetworkPlan.guest_address`: of the client's family where the guest has both, as with passt."""
+        is_ipv6 = ":" in client and not client.startswith("::ffff:")
+        return resolver.pack(ADDRESS6 if self._ipv6 and (is_ipv6 or not self._ipv4) else ADDRESS4)
 
     def wire(self) -> Nic:
         """The virtual machine's network interface, connected to where passt will be."""
@@ -320,6 +342,8 @@ class UserPlan(NetworkPlan):
             HostError: A port is taken, passt cannot be started, or the loopback cannot be guarded.
         """
         check_ports(self.ports)
+        if self._carries_tcp:
+            self.listeners = listen([port for port in self.ports if port.proto == "tcp"])
         self.journal = journal
         names = [s for s in map(resolver.pack, self._host.resolver.servers) if s]
         cgroup = guard.make_cgroup(
@@ -368,6 +392,8 @@ class UserPlan(NetworkPlan):
 
     def stop(self) -> None:
         """End passt and remove its cgroup."""
+        while self.listeners:
+            self.listeners.pop()[0].close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -403,9 +429,6 @@ def check_ports(ports: Sequence[Port]) -> None:
     """
     if not ports:
         return
-    import errno
-    import socket
-
     seen: dict[tuple[str, int, str], Port] = {}
     for port in ports:
         other = seen.setdefault((port.proto, port.host_port, ""), port)
@@ -414,19 +437,66 @@ def check_ports(ports: Sequence[Port]) -> None:
                 f"host port {port.host_port}/{port.proto} is published as both {other} and {port}",
                 "Publish one guest port at each host port.",
             )
-        ipv6 = ":" in port.host_ip
-        kind = socket.SOCK_STREAM if port.proto == "tcp" else socket.SOCK_DGRAM
-        with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, kind) as sock:
-            if port.proto == "tcp":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("" if port.everywhere else port.host_ip, port.host_port))
-                if port.proto == "tcp":
-                    sock.listen(1)
-            except OSError as error:
-                hint = {
-                    errno.EADDRINUSE: f"See who has it: ss -lntup 'sport = :{port.host_port}'",
-                    errno.EADDRNOTAVAIL: "Use an address that this host has (ip address).",
-                    errno.EACCES: "Run as root, or publish a port from 1024 on.",
-                }.get(error.errno or 0, "")
-                raise HostError(f"cannot publish port {port}: {error.strerror}", hint) from error
+        _bound(port, ipv6=":" in port.host_ip).close()
+
+
+def listen(ports: Sequence[Port]) -> list[tuple[socket.socket, Port]]:
+    """Listen on TCP ports of this host: on every address of both families where none is named.
+
+    Raises:
+        HostError: One is in use, or may not be taken.
+    """
+    made: list[tuple[socket.socket, Port]] = []
+    try:
+        for port in sorted(ports, key=lambda port: not port.everywhere):
+            # Another address of a port that is published on every one, for the same port of the guest.
+            if not any(other.everywhere and other.host_port == port.host_port for _, other in made):
+                made.append((_listening(port), port))
+    except BaseException:
+        for one, _ in made:
+            one.close()
+        raise
+    return made
+
+
+def _listening(port: Port) -> socket.socket:
+    import socket
+
+    if port.everywhere:
+        try:
+            socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+            return _bound(port, ipv6=True)
+        except OSError:
+            pass  # a host without IPv6
+    return _bound(port, ipv6=":" in port.host_ip)
+
+
+def _bound(port: Port, *, ipv6: bool) -> socket.socket:
+    """A socket that has a port, and listens there where that is its kind; it does not block.
+
+    Raises:
+        HostError: It is in use, or may not be taken, or is at an address that this host does not have.
+    """
+    import errno
+    import socket
+
+    is_tcp = port.proto == "tcp"
+    kind = socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM
+    sock = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+    try:
+        if is_tcp:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if ipv6 and port.everywhere:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(("" if port.everywhere else port.host_ip, port.host_port))
+        if is_tcp:
+            sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        hint = {
+            errno.EADDRINUSE: f"See who has it: ss -lntup 'sport = :{port.host_port}'",
+            errno.EADDRNOTAVAIL: "Use an address that this host has (ip address).",
+            errno.EACCES: "Run as root, or publish a port from 1024 on.",
+        }.get(error.errno or 0, "")
+        raise HostError(f"cannot publish port {port}: {error.strerror}", hint) from error
+    return sock
