@@ -13,6 +13,7 @@ from conftest import Kata
 from share_cases import (  # noqa: F401 - collected here
     test_files_behave_as_files,
     test_files_of_two_file_systems_stay_apart,
+    test_several_sides_see_one_file_system,
     test_the_owner_of_a_guest_gains_nothing_by_it,
     test_volumes,
 )

@@ -444,15 +444,38 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
     monkeypatch.setattr(virtiofsd, "find", lambda configured="": None)
     journal = Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
 
-    def server(accel: str, **settings: str) -> object:
-        return boot.file_server({"accel": accel, **settings}, "/share", str(tmp_path), journal)
+    noted: list[str] = []
 
-    assert server("kvm") is None
+    def server(accel: str, **hypervisor: object) -> object:
+        settings = {"hypervisor": {"accel": accel, **hypervisor}, "notes": noted}
+        return boot.file_server(settings, "/share", str(tmp_path), journal)
+
     assert server("kvm", shared_fs="virtio-9p") is None
+    assert noted == []  # it was asked for
+    assert server("kvm") is None
+    assert "no virtiofsd" in noted.pop()
     assert server("tcg", shared_fs="virtio-fs") is None
+    assert "kernel cannot have virtio-fs" in noted.pop()
+    with pytest.raises(HostError, match="no virtiofsd"):
+        server("tcg", shared_fs="virtio-fs", bounces=True)
     with pytest.raises(HostError, match="no virtiofsd"):
         server("kvm", shared_fs="virtio-fs")
     assert journal.undo() == []
+
+
+@pytest.mark.parametrize(
+    ("version", "cache"),
+    [
+        ("6.1.192", "mmap"),
+        ("6.3", "mmap"),
+        ("6.4.0", "none"),
+        ("6.12.117", "none"),
+        ("7.0", "none"),
+        ("", "none"),
+    ],
+)
+def test_9p_keeps_only_what_the_kernel_keeps_right(version: str, cache: str) -> None:
+    assert boot._9p_cache({"hypervisor": {"kernel_version": version}}) == cache
 
 
 def test_a_shared_fs_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,17 @@ def test_every_plug_is_there_at_its_place() -> None:
     assert slots.nic_path() == "09"
 
 
+def test_a_file_server_of_an_emulated_machine_writes_into_bounce_pages() -> None:
+    def swiotlb(**changes: Any) -> str:
+        [line] = options(qemu_command.build(settings(**changes), FDS), "-append")
+        [word] = [word for word in line.split() if word.startswith("swiotlb=")]
+        return word
+
+    assert swiotlb(accel="tcg", share_fd=9) == "swiotlb=1024,force"
+    assert swiotlb(accel="tcg", share_dir="/s") == "swiotlb=noforce"
+    assert swiotlb(accel="kvm", share_fd=9) == "swiotlb=noforce"
+
+
 def test_a_machine_that_may_grow_has_its_room_from_the_start() -> None:
     still = qemu_command.build(settings(vcpus=2, memory_mib=512), FDS)
     assert (options(still, "-smp"), options(still, "-m")) == (["2"], ["size=512M"])

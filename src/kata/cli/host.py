@@ -225,13 +225,22 @@ def _cri(text: str) -> Check:
 
 
 def _file_server() -> Check:
-    from ..hypervisor import virtiofsd
+    """How files of the host reach the guest."""
+    from ..guest import manifest
+    from ..hypervisor import accel, virtiofsd
 
+    by_9p = "volumes and containerd's root file systems are shared by 9p, slowly and incompletely"
     program = virtiofsd.find()
     if program is None:
-        return Check(
-            "virtiofsd", WARN, "not found: files of the host are shared over 9p", "apt-get install virtiofsd"
-        )
+        return Check("virtiofsd", WARN, f"not found: {by_9p}", "apt-get install virtiofsd")
+    try:
+        guest = manifest.load(paths.guest_dir())
+        emulated = accel.choose().accel == "tcg"
+    except KataError:  # there are rows for both
+        return Check("virtiofsd", OK, program)
+    if emulated and not guest.bounces:
+        text = f"the {guest.kernel_kind} kernel cannot use {program} in an emulated machine: {by_9p}"
+        return Check("virtiofsd", WARN, text, "kata guest build --kernel small")
     return Check("virtiofsd", OK, program)
 
 

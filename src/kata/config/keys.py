@@ -227,9 +227,9 @@ _ALL = [
     Key(_H, "enable_virtio_mem", BOOL, "true", "memory grows and shrinks with the pod; without it a machine keeps the"
         " memory it was started with"),
     Key(_H, "enable_mem_prealloc", BOOL, "false", "the guest's memory is allocated before it boots"),
-    Key(_H, "shared_fs", TEXT, "`virtio-fs` with KVM and a virtiofsd, else `virtio-9p`", "how files of the host"
+    Key(_H, "shared_fs", TEXT, "`virtio-fs` with a virtiofsd, else `virtio-9p`", "how files of the host"
         " reach the guest: `virtio-fs`, `virtio-9p`, or `none` (then only images that are disks can be run);"
-        " without KVM `virtio-fs` becomes `virtio-9p`;"
+        " an emulated machine whose kernel cannot has `virtio-9p` all the same;"
         " `virtio-fs-nydus` is not offered", choices=("virtio-fs", "virtio-9p", "none")),
     Key(_H, "virtio_fs_daemon", PATH, "where distributions have it", "the virtiofsd program"),
     Key(_H, "virtio_fs_cache", TEXT, "`auto`", "what the guest keeps of shared files: `never`, `auto`, `always`",

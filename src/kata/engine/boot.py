@@ -10,7 +10,7 @@ import os
 import time
 
 from ..errors import GuestAssetError, HostError, KataError
-from ..hypervisor import qemu_process, qemu_root, slots
+from ..hypervisor import qemu_command, qemu_process, qemu_root, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
 from . import turns, volumes
 
@@ -51,7 +51,7 @@ TURN_S = 1.0
 CONSOLE_NAME = "console.log"
 # Not nosuid: an image's sudo and ping work as they do elsewhere. (What the host exports is nosuid for the host itself.)
 SHARE_MOUNT_OPTIONS = {
-    "9p": ["trans=virtio", "version=9p2000.L", "cache=mmap", "nodev"],
+    "9p": ["trans=virtio", "version=9p2000.L", "nodev"],
     "virtio-fs": ["nodev"],
 }
 SHARE_MSIZE = 512000
@@ -143,15 +143,13 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         machine.network = plan(network)
         machine.network.journal = journal
         nics = [machine.network.wire(), *machine.network.more_nics]
-    vm = vm_settings(settings, share.path, run_dir, *nics)
+    if machine.share is not None:
+        machine.files = file_server(settings, share.path, run_dir, journal)
+    vm = vm_settings(settings, share.path, run_dir, *nics, files=machine.files)
     if machine.network is not None:
         if "q35" not in vm.machine:
             machine.network.late_nics = 0  # the ports are PCI Express', which QEMU's other machines have not
         vm.late_nics = machine.network.late_nics
-    if machine.share is not None:
-        machine.files = file_server(settings["hypervisor"], share.path, run_dir, journal)
-        if machine.files is not None:
-            vm.share_fd = machine.files.fd
     if vm.accel == "kvm":
         # Under emulation the serial port is the faster of the two.
         from ..hypervisor import vsock
@@ -178,13 +176,17 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     oom_score.set_machine(settings.get("oom_score_adj") or 0)
 
 
+BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
+
+
 def file_server(
-    hypervisor: dict[str, Any], directory: str, run_dir: str, journal: Journal
+    settings: dict[str, Any], directory: str, run_dir: str, journal: Journal
 ) -> virtiofsd.FileServer | None:
     """What serves the share by virtio-fs, not yet started; None where the hypervisor itself shall do so, by 9p.
 
-    Such a server writes into the guest's memory by itself. Software emulation does not notice: of a page that has held
-    code it executes what it has translated before, and programs crash. So an emulated machine has 9p.
+    That is noted for the log, unless it was asked for.
+
+    An emulated machine can have one if its guest's kernel is ready for it (`kata.hypervisor.qemu_command.bounces`).
 
     Raises:
         HostError: virtio-fs was asked for, and there is no virtiofsd.
@@ -192,8 +194,13 @@ def file_server(
     """
     from ..hypervisor import virtiofsd  # most machines share nothing
 
+    hypervisor = settings["hypervisor"]
+    notes = settings.setdefault("notes", [])
     wanted = hypervisor.get("shared_fs") or ""
-    if wanted == "virtio-9p" or hypervisor["accel"] == "tcg":
+    if wanted == "virtio-9p":
+        return None
+    if hypervisor["accel"] == "tcg" and not hypervisor.get("bounces"):
+        notes.append(f"{BY_9P}: the guest's kernel cannot have virtio-fs in an emulated machine")
         return None
     program = virtiofsd.find(hypervisor.get("virtio_fs_daemon") or "")
     if program is None:
@@ -201,6 +208,7 @@ def file_server(
             raise HostError(
                 f"there is no virtiofsd on this host, and {wanted} needs it", "apt-get install virtiofsd"
             )
+        notes.append(f"{BY_9P}: this host has no virtiofsd")
         return None
     cache = hypervisor.get("virtio_fs_cache") or "auto"
     return virtiofsd.FileServer(program, directory, run_dir, journal, cache)
@@ -261,10 +269,18 @@ def _initrd(hypervisor: dict[str, Any], run_dir: str) -> str:
 
 
 def vm_settings(
-    settings: dict[str, Any], share_dir: str, run_dir: str, nic: Nic, *more_nics: Nic
+    settings: dict[str, Any],
+    share_dir: str,
+    run_dir: str,
+    nic: Nic,
+    *more_nics: Nic,
+    files: virtiofsd.FileServer | None = None,
 ) -> VMSettings:
-    """The virtual machine that *settings* describe."""
+    """The virtual machine that *settings* describe, with a file server for its share if there is one."""
     hypervisor = settings["hypervisor"]
+    # What the bounce pages take is the machine's, and not its containers'.
+    more_mib = qemu_command.BOUNCE_MIB if files is not None and hypervisor["accel"] == "tcg" else 0
+    most_mib = settings.get("max_memory_mib", 0)
     disks: list[Disk | None] = [
         Disk(disk["path"], bool(disk["readonly"]), disk.get("serial", ""), bool(disk.get("ephemeral")))
         if disk
@@ -290,11 +306,12 @@ def vm_settings(
         sandbox=hypervisor.get("sandbox", ""),
         vcpus=settings.get("vcpus", 1),
         max_vcpus=settings.get("max_vcpus", 0),
-        max_memory_mib=settings.get("max_memory_mib", 0),
-        memory_mib=settings.get("memory_mib", 2048),
+        max_memory_mib=most_mib + more_mib if most_mib else 0,
+        memory_mib=settings.get("memory_mib", 2048) + more_mib,
         disks=disks,
         disk_slots=settings.get("disk_slots", slots.FEWEST_DISKS),
         share_dir=share_dir,
+        share_fd=-1 if files is None else files.fd,
         nic=nic,
         more_nics=more_nics,
     )
@@ -357,13 +374,15 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
         from .spec import GUEST_SHARE
 
         kind = "9p" if sandbox.machine.files is None else "virtio-fs"
-        msize = [f"msize={settings.get('share_msize') or SHARE_MSIZE}"] if kind == "9p" else []
+        more = []
+        if kind == "9p":
+            more = [f"msize={settings.get('share_msize') or SHARE_MSIZE}", f"cache={_9p_cache(settings)}"]
         storages.append(
             agent_pb.Storage(
                 driver=kind,
                 source=slots.SHARE_TAG,
                 fstype=kind.replace("-", ""),
-                options=[*SHARE_MOUNT_OPTIONS[kind], *msize],
+                options=[*SHARE_MOUNT_OPTIONS[kind], *more],
                 mount_point=GUEST_SHARE,
             )
         )
@@ -391,6 +410,18 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     sandbox.spawn(_guest_times(sandbox, agent, answered_ns))
     timings.add("agent", answered_ns)
     return agent
+
+
+def _9p_cache(settings: dict[str, Any]) -> str:
+    """What a guest keeps of files that it has by 9p (the kernel's Documentation/filesystems/9p.rst).
+
+    Until Linux 6.4 ``mmap`` keeps what is mapped and nothing else. From then on it is a cache with write-back that
+    nothing invalidates: what others change is not seen, and what is written arrives late or, when the machine is
+    killed, never. Without a cache all that is right, and shared writable mappings are refused.
+    """
+    version = str(settings["hypervisor"].get("kernel_version") or "")
+    numbers = [int(part) for part in version.split(".")[:2] if part.isdecimal()]
+    return "mmap" if len(numbers) == 2 and numbers < [6, 4] else "none"
 
 
 async def _healthy(agent: AgentClient, lost: asyncio.Future[KataError], timeout_s: float) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
 EMULATED_SHARE = (
-    "virtio-fs was asked for; files are shared by 9p, since an emulated machine cannot have virtio-fs"
+    "virtio-fs was asked for; files are shared by 9p, since the guest's kernel cannot have virtio-fs in an emulated"
+    " machine (kata guest build --kernel small makes one that can)"
 )
 SHARED_FS = "KATA_SHARED_FS"
 """Variable that says how files of the host reach the guest: ``virtio-fs``, ``virtio-9p``, or whichever there is."""
@@ -53,7 +54,7 @@ def settings(
         ResourceExhaustedError: More memory than the host has.
     """
     conf = files.load() if configuration is None else configuration
-    kernel, initrd, kind, extensions = _guest(conf)
+    kernel, initrd, kind, extensions, about_kernel = _guest(conf)
     bounds = limits(conf)
     size = sizing.plan(asked, kind, bounds)
     choice = accel.choose(str(conf.get("hypervisor.accelerator", "")))
@@ -62,6 +63,7 @@ def settings(
         "kernel": kernel,
         "initrd": initrd,
         "extensions": extensions,
+        **about_kernel,
         "ready_s": boot_timeout() or _ready_s(conf),
         **_hypervisor(conf),
     }
@@ -79,7 +81,11 @@ def settings(
     if conf.values:
         found["configuration"] = {name: list(pair) for name, pair in conf.values.items()}
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
-    if choice.accel == "tcg" and hypervisor.get("shared_fs") == "virtio-fs":
+    if (
+        choice.accel == "tcg"
+        and hypervisor.get("shared_fs") == "virtio-fs"
+        and not hypervisor.get("bounces")
+    ):
         notes.append(("shared-fs", EMULATED_SHARE))
     return found, notes + [("configuration", note) for note in conf.notes]
 
@@ -96,8 +102,8 @@ def limits(conf: Configuration) -> sizing.Limits:
     )
 
 
-def _guest(conf: Configuration) -> tuple[str, str, str, list[str]]:
-    """Kernel, initrd, kind of kernel, archives behind the initrd."""
+def _guest(conf: Configuration) -> tuple[str, str, str, list[str], dict[str, Any]]:
+    """Kernel, initrd, kind of kernel, archives behind the initrd, and what else the engine has to know of them."""
     kernel, initrd = conf.get("hypervisor.kernel", ""), conf.get("hypervisor.initrd", "")
     names = [str(name) for name in conf.get("agent.guest_extensions", ())]
     if kernel or initrd:
@@ -115,9 +121,10 @@ def _guest(conf: Configuration) -> tuple[str, str, str, list[str]]:
                 "guest extensions need the guest of `kata guest build`", "leave out kernel and initrd"
             )
         # What a kernel keeps for itself is not known of somebody else's: the larger of ours is assumed.
-        return kernel, initrd, "distro", []
+        return kernel, initrd, "distro", [], {}
     guest = manifest.load(paths.guest_dir())
-    return guest.kernel, guest.initrd, guest.kernel_kind, [guest.extension(name) for name in names]
+    about = {"kernel_version": guest.kernel_version, "bounces": guest.bounces}
+    return guest.kernel, guest.initrd, guest.kernel_kind, [guest.extension(name) for name in names], about
 
 
 def _hypervisor(conf: Configuration) -> dict[str, Any]:
@@ -255,7 +262,7 @@ def _ready_s(conf: Configuration) -> float:
 
 
 def shared_fs() -> str:
-    """``virtio-fs``, ``virtio-9p``, or nothing: virtio-fs where the host has KVM and its program.
+    """``virtio-fs``, ``virtio-9p``, or nothing: virtio-fs where the host has its program, and the guest can.
 
     Raises:
         UsageError: The variable says something else.

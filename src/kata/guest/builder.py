@@ -149,6 +149,7 @@ def _install(
             "sha256": record["sha256"],
             "config_hash": record["config_hash"],
             "source_package": record["source_package"],
+            "patches": record.get("patches", []),
         },
         "initrd": {
             "path": f"initrd-{image_digest[:16]}",

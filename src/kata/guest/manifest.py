@@ -12,6 +12,7 @@ from kata.errors import GuestAssetError
 
 NAME = "guest.json"
 FORMAT = 1
+BOUNCE_PATCH = "virtio-fs-by-bounce-pages.patch"
 _BUILD = "kata guest build"
 
 TYPE_CHECKING = False
@@ -28,10 +29,12 @@ class Guest:
         kernel_kind: ``"small"`` (built here) or ``"distro"`` (a distribution's).
         kernel_version: For example ``6.12.117``.
         agent_version: What the agent calls itself.
+        bounces: Whether the kernel lets a virtio-fs device use bounce pages, without which an emulated machine cannot
+            have one (``guest/virtio-fs-by-bounce-pages.patch``).
         content: The whole manifest.
     """
 
-    __slots__ = ("agent_version", "content", "initrd", "kernel", "kernel_kind", "kernel_version")
+    __slots__ = ("agent_version", "bounces", "content", "initrd", "kernel", "kernel_kind", "kernel_version")
 
     def __init__(self, directory: str, content: dict[str, Any]) -> None:
         kernel, initrd = content["kernel"], content["initrd"]
@@ -41,6 +44,7 @@ class Guest:
         self.kernel_kind: str = kernel["kind"]
         self.kernel_version: str = kernel["version"]
         self.agent_version: str = initrd["agent_version"]
+        self.bounces = BOUNCE_PATCH in kernel.get("patches", ())
 
     def extension(self, name: str) -> str:
         """Path of an extension (see `kata.guest.extension`) that was built with the guest.

@@ -197,9 +197,8 @@ def command_line(settings: VMSettings) -> str:
     """The kernel's command line: the caller's, and what follows from the machine."""
     console = {"serial": "console=ttyS0", "virtio": "console=hvc0", "none": ""}[settings.console]
     channel = "agent.channel=vsock" if settings.vsock is not None else "agent.channel=serial"
-    # An end of the guest is an end of the machine: a triple fault is the way that takes no driver. No device
-    # of ours has narrow DMA, so the 64 MiB of bounce buffers that larger guests set aside are spared.
-    parts = [settings.cmdline, "reboot=t", "swiotlb=noforce", console, channel, *_emulation(settings)]
+    # An end of the guest is an end of the machine: a triple fault is the way that takes no driver.
+    parts = [settings.cmdline, "reboot=t", _bounce_pages(settings), console, channel, *_emulation(settings)]
     if settings.max_vcpus > settings.vcpus:
         # All are present, and the guest uses so many until it is told otherwise; an unused one is a thread that
         # sleeps. Hot-plug is no way: Linux believes in no processor to come in a machine that it does not take for a
@@ -207,6 +206,32 @@ def command_line(settings: VMSettings) -> str:
         # after another was taken away (QEMU 7.2).
         parts.append(f"maxcpus={settings.vcpus}")
     return " ".join(part for part in parts if part)
+
+
+BOUNCE_SLOTS = 1024
+"""Bounce pages of an emulated machine with a file server, in slots of 2 KiB (IO_TLB_SIZE in linux/swiotlb.h). A quarter
+of it is as fast, and more is no faster: requests wait for free ones."""
+BOUNCE_MIB = BOUNCE_SLOTS * 2 // 1024
+"""What that takes of the guest's memory."""
+
+
+def bounces(settings: VMSettings) -> bool:
+    """Whether the guest's file server must not reach the guest's own pages.
+
+    virtiofsd writes into the guest's memory by itself. Software emulation is not told, and goes on executing what it
+    has translated of a page before. It never translates bounce pages, since they hold no code; what the guest's
+    processor copies out of them, it sees.
+    """
+    return settings.accel == "tcg" and settings.share_fd >= 0
+
+
+def _bounce_pages(settings: VMSettings) -> str:
+    """The guest's pool of bounce pages.
+
+    No device of ours has narrow DMA, so otherwise the 64 MiB that larger guests set aside are spared. Only a virtio-fs
+    device is subject to ``force``, by ``guest/virtio-fs-by-bounce-pages.patch``.
+    """
+    return f"swiotlb={BOUNCE_SLOTS},force" if bounces(settings) else "swiotlb=noforce"
 
 
 def _emulation(settings: VMSettings) -> list[str]:

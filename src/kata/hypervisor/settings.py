@@ -94,7 +94,8 @@ class VMSettings:
         disks: What is in the slots, from the first on; None is a placeholder.
         disk_slots: How many slots there are, 4 at least.
         share_dir: Directory offered to the guest over 9p; empty is no such device.
-        share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers; -1 is none.
+        share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers; -1 is none. An
+            emulated machine needs a kernel for it that lets the device use bounce pages.
         nic: The network interface; None is no such device.
         more_nics: Further ones, none of them empty.
         late_nics: How many more it may be given while it runs. Each has a port from the start, which costs the boot
