@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from kata.agent import streams
+from kata.agent import dial, streams
 from kata.agent.client import AgentClient, Watcher
 from kata.agent.streams import INPUT_WINDOW, OUTPUT_WINDOW, Input, Output, Pieces
 from kata.errors import AgentError, GuestProtocolError, VMLostError
@@ -282,3 +282,28 @@ def test_credit_and_no_data_come_behind_the_end_of_a_direction() -> None:
     assert (pieces.credit, pieces.over) == (7, False)
     with pytest.raises(ProtocolError):
         pieces.received(StreamPiece(data=b"more").encode())
+
+
+def test_datagrams_are_bounded_in_number_and_length() -> None:
+    taken: list[tuple[int, bytes]] = []
+    ends: list[object] = []
+    datagrams = dial.Datagrams(2, lambda number, data: taken.append((number, data)), ends.append)
+
+    def comes(number: int, data: bytes) -> None:
+        datagrams.received(StreamPiece(datagram=number, data=data).encode())
+
+    comes(1, b"a")
+    comes(2, b"b" * dial.MAX_DATAGRAM)
+    for number in (2, 3):  # that one waits already, and there is no room for another
+        with pytest.raises(ProtocolError, match="more datagrams"):
+            comes(number, b"c")
+    datagrams.answer(1, b"")
+    for data in (b"", b"d" * (dial.MAX_DATAGRAM + 1)):
+        with pytest.raises(ProtocolError, match=f"datagram of {len(data)} bytes"):
+            comes(3, data)
+    with pytest.raises(ProtocolError, match="malformed"):
+        datagrams.received(b"\x0a\x7f")
+    comes(1, b"e")
+    assert [number for number, _ in taken] == [1, 2, 1]
+    datagrams.ended(None)
+    assert ends == [None]

@@ -51,6 +51,8 @@ def play(
     host: HostAgent,
     guest: Callable[[], dict[str, Any]],
     resolver: Callable[[bytes], bytes] | None = None,
+    *,
+    further: bool = False,
 ) -> dict[str, Any]:
     """What a program finds in the guest, while the engine is in a namespace with a resolver (or without one)."""
 
@@ -61,11 +63,14 @@ def play(
         steering = steer.Steering()  # as in a real sandbox's
         complaints: list[str] = []
 
-        async def run() -> dict[str, Any]:
+        async def connect() -> Client:
             sock = socket.socket(socket.AF_UNIX)
             sock.connect(str(host.path))
             sock.setblocking(False)
-            agent = AgentClient(await Client.connect(sock))
+            return await Client.connect(sock)
+
+        async def run() -> dict[str, Any]:
+            agent = AgentClient(await connect(), dial=connect if further else None)
             await agent.learn()
             sandbox = SimpleNamespace(
                 living_agent=agent, complain=complaints.append, spawn=asyncio.ensure_future
@@ -101,7 +106,10 @@ def client() -> socket.socket:
     return sock
 
 
-def test_a_resolver_in_the_engines_namespace_answers_the_guest(host: HostAgent) -> None:
+@pytest.mark.parametrize("further", [False, True], ids=["serial", "vsock"])
+def test_a_resolver_in_the_engines_namespace_answers_the_guest(host: HostAgent, further: bool) -> None:
+    """By the one channel to the agent that there is, and by connections of their own."""
+
     def guest() -> dict[str, Any]:
         found: dict[str, Any] = {}
         with client() as one, client() as other, socket.socket() as stream:
@@ -118,7 +126,7 @@ def test_a_resolver_in_the_engines_namespace_answers_the_guest(host: HostAgent) 
             found["stream"] = stream.recv(100)
         return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
 
-    found = play(host, guest, lambda question: question * 60000)
+    found = play(host, guest, lambda question: question * 60000, further=further)
     assert found == {
         "one": "1" * 60000,
         "from": list(PLACE),

@@ -130,10 +130,15 @@ class Datagrams:
     Args:
         limit: How many may wait for `answer` at a time.
         take: Is given each and its number; must not block.
-        over: Is called when no more come.
+        over: Is called when no more come, with the reason for `AgentClient.explain`; None where it is a good one.
     """
 
-    def __init__(self, limit: int, take: Callable[[int, bytes], None], over: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        take: Callable[[int, bytes], None],
+        over: Callable[[ConnectionLost | TtrpcError | None], None],
+    ) -> None:
         self.stream: Stream | None = None
         self.limit = limit
         self._take = take
@@ -156,7 +161,7 @@ class Datagrams:
 
     def ended(self, error: ConnectionLost | TtrpcError | None) -> None:
         """`Receiver`'s."""
-        self._over()
+        self._over(error)
 
     def answer(self, number: int, data: bytes) -> None:
         """Send the answer to a datagram; without data there is none."""

@@ -28,6 +28,7 @@ from . import sockets
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..agent.client import AgentClient
+    from ..ttrpc.status import ConnectionLost, TtrpcError
     from .sandbox import Sandbox
 
 ADDRESS = resolver.DOCKER
@@ -58,6 +59,7 @@ class Names:
         self._relay.add(_Resolver())
         self._tasks: set[asyncio.Task[None]] = set()
         self._complained = False
+        self._closed = False
 
     async def start(self, agent: AgentClient) -> None:
         """Have the port in the guest.
@@ -72,12 +74,21 @@ class Names:
 
     def close(self) -> None:
         """Answer no more. The guest is about to go."""
-        self._ended()
+        self._closed = True
+        self._ended(None)
         self._relay.close()
 
-    def _ended(self) -> None:
+    def _ended(self, error: ConnectionLost | TtrpcError | None) -> None:
         for task in self._tasks:
             task.cancel()
+        agent = None if self._closed else self._sandbox.living_agent
+        if error is not None and agent is not None:
+            self._sandbox.spawn(self._explain(agent, error))
+
+    async def _explain(self, agent: AgentClient, error: ConnectionLost | TtrpcError) -> None:
+        """Tell why there are no more questions; where the guest has broken the protocol, that is its end."""
+        reason = await agent.explain(error)
+        self._sandbox.complain(f"the guest asks for no more names: {reason.message}")
 
     def _asked(self, number: int, question: bytes) -> None:
         task = asyncio.create_task(self._answer(number, question))
