@@ -391,8 +391,8 @@ def uninstall(place: Place, force: bool, purge: bool, dry_run: bool, clients: Se
 
 def refuse_mounts(directories: list[Path]) -> None:
     """Raise a Refusal if something is mounted below a directory that is to be removed."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = line.split()[4]
+    for line in Path("/proc/self/mountinfo").read_bytes().rstrip(b"\n").split(b"\n"):
+        point = os.fsdecode(line.split(b" ")[4])
         for directory in directories:
             if point == str(directory) or point.startswith(f"{directory}/"):
                 raise Refusal(

@@ -74,7 +74,7 @@ class Words:
     def text(self) -> str:
         """What was said, at most twenty lines, with control characters escaped."""
         self.read()
-        lines = (self._head + self._tail).decode("utf-8", "replace").splitlines()[-20:]
+        lines = (self._head + self._tail).decode("utf-8", "replace").removesuffix("\n").split("\n")[-20:]
         return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
     def close(self) -> None:
@@ -317,7 +317,7 @@ def _root_is_replaceable() -> bool:
             text += piece
     finally:
         os.close(fd)
-    roots = [line for line in text.splitlines() if b" / " in line and line.split(b" ", 5)[4] == b"/"]
+    roots = [line for line in text.split(b"\n") if b" / " in line and line.split(b" ", 5)[4] == b"/"]
     return bool(roots) and b" - rootfs " not in roots[-1]
 
 

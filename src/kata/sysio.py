@@ -488,10 +488,11 @@ def _unescape(field: str) -> str:
 
 def mounts(pid: int | str = "self") -> list[MountInfo]:
     """The mounts that a process sees, in the order of the kernel's list."""
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    # The kernel escapes spaces, tabs, newlines and backslashes of names; other white space in them separates nothing.
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         found = []
         for line in lines:
-            fields = line.split()
+            fields = line.rstrip("\n").split(" ")
             dash = fields.index("-", 6)
             found.append(
                 MountInfo(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kata.cli import signals, values
@@ -120,8 +122,8 @@ def test_wrong_ports(text: str) -> None:
 
 
 def test_volumes(tmp_path: object) -> None:
-    assert values.volume(f"{tmp_path}:/data:ro") == (str(tmp_path), "/data", True)
-    assert values.volume(f"{tmp_path}:/data/") == (str(tmp_path), "/data", False)
+    assert values.volume(f"{tmp_path}:/data:ro") == (str(tmp_path), "/data", ["rbind", "rprivate", "ro"])
+    assert values.volume(f"{tmp_path}:/data/") == (str(tmp_path), "/data", ["rbind", "rprivate", "rw"])
     for wrong in (
         "a",
         "name:/data",
@@ -133,6 +135,39 @@ def test_volumes(tmp_path: object) -> None:
         with pytest.raises(UsageError, match="-v ") as caught:
             values.volume(wrong)
         assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(
+            (word, ["rbind", "rprivate", "rw"])
+            for word in ("cached", "delegated", "consistent", "nocopy", "z", "Z", "rw,z", "bind")
+        ),
+        *((word, ["rbind", word, "rw"]) for word in ("slave", "rslave", "shared", "rshared", "rprivate")),
+        ("ro,Z,noexec", ["rbind", "rprivate", "ro", "noexec"]),
+    ],
+)
+def test_options_of_volumes(tmp_path: object, text: str, expected: list[str]) -> None:
+    assert values.volume(f"{tmp_path}:/d:{text}")[2] == expected
+
+
+@pytest.mark.parametrize("text", ["U", "O", "idmap=x", "suid", "ro,rw", "slave,shared"])
+def test_options_of_volumes_that_are_not_offered(tmp_path: object, text: str) -> None:
+    with pytest.raises(UsageError, match=r"not offered|contradict"):
+        values.volume(f"{tmp_path}:/d:{text}")
+
+
+def test_environment_files_are_read_as_docker_reads_them(tmp_path: Path) -> None:
+    """A byte order mark is no part of a name, and a line ends at a newline only."""
+    file = tmp_path / "env"
+    text = "\ufeffFIRST=1\r\nSECOND=two\u2028words\n  THIRD=a\x0cb \n\tFOURTH=\x85\x1c\n#X=1\nLAST=\r"
+    file.write_bytes(text.encode())
+    expected = ["FIRST=1", "SECOND=two\u2028words", "THIRD=a\x0cb ", "FOURTH=\x85\x1c", "LAST="]
+    assert values.environment([], [str(file)]) == expected
+    file.write_bytes(b"two words=x\n")
+    with pytest.raises(UsageError, match="is not KEY=VALUE"):
+        values.environment([], [str(file)])
 
 
 def test_environment(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,20 @@ def test_a_foreign_mount_is_neither_undone_nor_crossed(tmp_path: Path) -> None:
 
 
 @needs_root
+def test_a_mount_point_with_an_odd_name_is_found_and_undone(tmp_path: Path) -> None:
+    """In the kernel's list only spaces separate, and only newlines end a line."""
+    target = tmp_path / "a\r b\x0bc\x85\td\n\\e\udcff"
+    target.mkdir()
+    journal = Journal.create(str(tmp_path / "journal"), {})
+    journal.make_mount("", str(target), "tmpfs", sysio.MS_NOSUID | sysio.MS_NODEV)
+    found = sysio.mount_at(str(target))
+    assert found is not None
+    assert found.fstype == "tmpfs"
+    assert journal.undo() == []
+    assert sysio.mount_at(str(target)) is None
+
+
+@needs_root
 def test_a_mount_without_identity(tmp_path: Path) -> None:
     journal = new(tmp_path)
     target = tmp_path / "mnt"

@@ -25,7 +25,7 @@ _OPTIONS = [
     Option("--name", "NAME", "the container's name; a random one if not given"),
     Option("-e --env", "KEY[=VALUE]", "set an environment variable; without a value, take ours", many=True),
     Option("--env-file", "FILE", "read environment variables from a file, one KEY=VALUE a line", many=True),
-    Option("-v --volume", "SRC:DST[:ro]", "share a directory or file of the host", many=True),
+    Option("-v --volume", "SRC:DST[:OPTIONS]", "share a directory or file of the host (ro)", many=True),
     Option("--tmpfs", "DST[:OPTIONS]", "mount an empty file system in memory", many=True),
     Option("-w --workdir", "DIR", "the command's working directory"),
     Option("-u --user", "USER[:GROUP]", "run as this user, by name or number"),
@@ -63,6 +63,9 @@ IMAGE is one of
   oci-archive:FILE                 the same in a tar file
   docker-archive:FILE              what 'docker save' writes
   rootfs:DIR                       a directory with a root file system; it is never written to
+
+-v takes Docker's and Podman's options: ro and rw; noexec, nosuid, nodev; slave, rslave, shared and rshared, with which
+what the host mounts below SRC later appears inside; without effect z, Z, cached, delegated, consistent, nocopy.
 
 exit status: the command's own; 125 kata itself failed, 126 the command cannot be executed, 127 it was not
 found, 128+N signal N ended it, 137 also when the virtual machine died."""
@@ -227,10 +230,7 @@ class _Choice:
         request.cap_add, request.cap_drop = a.many("cap_add"), a.many("cap_drop")
         request.cpus, request.memory, request.pids_limit = self.cpus, self.memory, self.pids
         request.tmpfs = self._tmpfs
-        request.volumes = [
-            (source, destination, ["rbind", "rprivate", "ro" if readonly else "rw"])
-            for source, destination, readonly in self._volumes
-        ]
+        request.volumes = self._volumes
 
 
 def _signal_name(text: str) -> str:

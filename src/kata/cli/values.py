@@ -122,24 +122,33 @@ def _check_address(address: str, text: str) -> None:
     )
 
 
-_VOLUME_OPTIONS = frozenset({"ro", "rw", "z", "Z"})
+_PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable")
+_MOUNT_FLAGS = ("noexec", "nodev", "nosuid")
+_NO_EFFECT = ("z", "Z", "cached", "delegated", "consistent", "nocopy", "copy", "bind", "rbind", "exec")
+"""Docker's and Podman's words for what a share with a machine of its own has no need of, or always does: labels of
+SELinux, how late a copy may be, copying into an empty named volume, binding with the mounts below."""
+_ELSEWHERE = {
+    "U": "kata changes nothing of what it shares: chown -R UID:GID SRC",
+    "O": "kata has no overlay over a volume: share SRC with ro, and write elsewhere",
+    "dev": "devices of the host mean nothing in another kernel",
+    "suid": "what is shared with a virtual machine is nosuid",
+    "idmap": "kata maps no users: inside, owners are those of the host",
+}
 
 
-def volume(text: str) -> tuple[str, str, bool]:
-    """``SRC:DST[:ro]``; a relative SRC is relative to the working directory.
+def volume(text: str) -> tuple[str, str, list[str]]:
+    """``SRC:DST[:OPTION,...]``; a relative SRC is relative to the working directory.
 
     Returns:
-        Source (absolute), destination, whether it is read-only.
+        Source (absolute), destination, mount options as in the runtime specification.
     """
     parts = text.split(":")
-    hint = "the form is SRC:DST[:ro], both paths absolute or SRC starting with ./"
+    hint = "the form is SRC:DST[:OPTION,...], both paths absolute or SRC starting with ./"
     if len(parts) not in (2, 3) or not parts[0] or not parts[1]:
         raise UsageError(f"-v {text!r} is not a volume", hint)
     source, destination = parts[0], parts[1]
     options = parts[2].split(",") if len(parts) == 3 else []
-    unknown = [option for option in options if option not in _VOLUME_OPTIONS]
-    if unknown:
-        raise UsageError(f"-v {text!r}: unknown option {unknown[0]!r}", "the options are ro and rw")
+    chosen = _volume_options(text, options)
     if "/" not in source and source not in (".", ".."):
         raise UsageError(
             f"-v {text!r}: named volumes do not exist here", f"give a directory: -v ./{source}:{destination}"
@@ -153,7 +162,30 @@ def volume(text: str) -> tuple[str, str, bool]:
         raise UsageError(f"-v {text!r}: {source} does not exist on the host", f"mkdir -p {source}")
     if not os.access(source, os.R_OK):
         raise UsageError(f"-v {text!r}: {source} cannot be read", "check its permissions")
-    return source, os.path.normpath(destination), "ro" in options
+    return source, os.path.normpath(destination), chosen
+
+
+def _volume_options(text: str, options: list[str]) -> list[str]:
+    access, propagation, flags = "rw", "rprivate", []
+    for option in options:
+        if option in ("ro", "rw"):
+            access = option
+        elif option in _PROPAGATIONS:
+            propagation = option
+        elif option in _MOUNT_FLAGS:
+            flags.append(option)
+        elif option.partition("=")[0] in _ELSEWHERE:
+            raise UsageError(
+                f"-v {text!r}: the option {option!r} is not offered", _ELSEWHERE[option.partition("=")[0]]
+            )
+        elif option not in _NO_EFFECT:
+            raise UsageError(
+                f"-v {text!r}: unknown option {option!r}",
+                "the options are " + ", ".join(("ro", "rw", *_PROPAGATIONS, *_MOUNT_FLAGS, *_NO_EFFECT)),
+            )
+    if len({"ro", "rw"} & set(options)) > 1 or len(set(_PROPAGATIONS) & set(options)) > 1:
+        raise UsageError(f"-v {text!r}: the options {','.join(options)} contradict each other")
+    return ["rbind", propagation, access, *flags]
 
 
 def tmpfs(text: str) -> tuple[str, list[str]]:
@@ -170,27 +202,28 @@ def environment(assignments: list[str], files: list[str]) -> list[str]:
     """``KEY=VALUE`` strings from ``-e`` and ``--env-file``; ``-e`` wins, being later.
 
     ``-e KEY`` takes the value from our own environment and is dropped where there is none. Files hold one
-    assignment a line; empty lines and lines that start with ``#`` are skipped.
+    assignment a line, as Docker reads them: a line ends at a newline (and one carriage return before it) and at nothing
+    else, a byte order mark at the beginning is left out; empty lines and lines that start with ``#`` are skipped.
     """
     lines: list[tuple[str, str]] = []
     for path in files:
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig", newline="\n") as file:
                 content = file.read()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UsageError(
                 f"--env-file {path} cannot be read: {reason}", "give a text file of KEY=VALUE lines"
             ) from None
-        for number, line in enumerate(content.splitlines(), 1):
-            stripped = line.lstrip()
+        for number, line in enumerate(content.split("\n"), 1):
+            stripped = line.removesuffix("\r").lstrip()
             if stripped and not stripped.startswith("#"):
                 lines.append((stripped, f"{path}:{number}"))
     lines += [(text, "-e") for text in assignments]
     out = []
     for text, where in lines:
         key, equals, value = text.partition("=")
-        if not key or any(character.isspace() for character in key) or "\0" in text:
+        if not key or any(character in " \t\n" for character in key) or "\0" in text:
             raise UsageError(
                 f"{where}: {text!r} is not KEY=VALUE", "a name without spaces, '=', and the value"
             )

@@ -40,7 +40,7 @@ class Resolver:
 def parse(text: str) -> Resolver:
     """Read the text of a ``resolv.conf``; lines that make no sense are passed over, as the C library does."""
     resolver = Resolver([], [], [])
-    for line in text.splitlines():
+    for line in text.split("\n"):
         words = line.split()
         if len(words) < 2 or words[0][0] in "#;":
             continue
