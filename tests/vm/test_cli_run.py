@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Kata
+from containerd_support import until
 
 
 def run(kata: Kata, image: str, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -164,6 +165,50 @@ def test_a_quarter_gigabyte_passes_through_unharmed(shared_kata: Kata, busybox_i
 def test_without_i_the_commands_stdin_is_empty(shared_kata: Kata, busybox_image: str) -> None:
     done = run(shared_kata, busybox_image, "cat; echo end", stdin=b"not for you")
     assert done.stdout == b"end\n"
+
+
+def test_what_a_process_finds_that_nobody_has_set(shared_kata: Kata, busybox_image: str) -> None:
+    """Nothing to read where nobody writes; limits and sizes as on a host, in a machine as small as its container."""
+    asked = (
+        "vm/overcommit_memory",
+        "vm/max_map_count",
+        "kernel/pid_max",
+        "fs/nr_open",
+        "kernel/threads-max",
+    )
+    look = (
+        "readlink /proc/self/fd/0; stat -c %u /dev/null; ulimit -n; ulimit -Hn; ulimit -n 200000 && ulimit -n;"
+        f" ulimit -u; cd /proc/sys; cat {' '.join(asked)}"
+    )
+    expected = ["/dev/null", "0", "1024", "1048576", "200000", "unlimited"]
+    expected += ["1", "1048576", "4194304", "1073741816", "1048576"]
+    options = ("-m", "64m", "-u", "1000", "--name", "finds")
+    assert shared_kata.ok("run", "-d", *options, busybox_image, "sh", "-c", f"{look}; sleep 1000")
+    try:
+        assert shared_kata.ok("exec", "finds", "sh", "-c", look).splitlines() == expected
+        assert shared_kata.ok("logs", "finds").splitlines() == expected
+        # A link or a pipe in its place is not followed, and holds nobody up.
+        replace = "rm /dev/null && mkfifo /dev/null; exit 0"
+        shared_kata.ok("exec", "-u", "0", "finds", "sh", "-c", replace)
+        assert shared_kata.ok("exec", "finds", "cat", timeout=60) == ""
+    finally:
+        shared_kata.ok("rm", "-f", "finds")
+
+
+def test_a_process_beside_groups_of_the_containers_own(shared_kata: Kata, busybox_image: str) -> None:
+    """systemd as PID 1 and nested engines make groups with controllers: their parent takes no process any more."""
+    groups = (
+        "cd /sys/fs/cgroup; mkdir init; echo 1 > init/cgroup.procs; echo +memory +pids > cgroup.subtree_control;"
+        " echo made; sleep 1000"
+    )
+    options = ("--privileged", "--name", "grouped", "--pids-limit", "50")
+    shared_kata.ok("run", "-d", *options, busybox_image, "sh", "-c", groups)
+    try:
+        until(lambda: "made" in shared_kata.ok("logs", "grouped"), "the groups are made")
+        assert shared_kata.ok("exec", "grouped", "cat", "/proc/self/cgroup") == "0::/init\n"
+        assert shared_kata.ok("exec", "grouped", "cat", "/sys/fs/cgroup/pids.max") == "50\n"
+    finally:
+        shared_kata.ok("rm", "-f", "grouped")
 
 
 def test_a_closed_stdin_of_the_command_does_not_hang_us(shared_kata: Kata, busybox_image: str) -> None:

@@ -40,6 +40,8 @@ DIAL_S = 10.0
 """Seconds for a further connection; without it a stream goes over the common one."""
 CONNECTIONS = "kata.streams.connections"
 """How an agent announces that a stream may have a connection of its own."""
+NULL_STDIN = "kata.stdin.null"
+"""How an agent announces that a process can have /dev/null as its standard input."""
 CREATE_S = 120.0
 """Seconds for CreateContainer, which mounts file systems."""
 
@@ -288,8 +290,13 @@ class AgentClient:
         request = agent_pb.RemoveContainerRequest(container_id=container_id, timeout=timeout_s)
         await self._empty("RemoveContainer", request, timeout_s + 5.0)
 
-    async def exec_process(self, container_id: str, exec_id: str, process: oci_pb.Process) -> None:
-        request = agent_pb.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
+    async def exec_process(
+        self, container_id: str, exec_id: str, process: oci_pb.Process, *, no_stdin: bool = False
+    ) -> None:
+        """Make and start a further process; *no_stdin* gives it /dev/null, if the agent can (`NULL_STDIN`)."""
+        request = agent_pb.ExecProcessRequest(
+            container_id=container_id, exec_id=exec_id, process=process, no_stdin=no_stdin
+        )
         await self._empty("ExecProcess", request)
 
     async def signal(self, container_id: str, exec_id: str, number: int) -> None:
@@ -376,8 +383,18 @@ def create_request(
     devices: list[agent_pb.Device],
     *,
     shares_pids: bool = False,
+    no_stdin: bool = False,
 ) -> agent_pb.CreateContainerRequest:
-    """The request for a container whose init is named after it, as the original's hosts do."""
+    """The request for a container whose init is named after it, as the original's hosts do.
+
+    Args:
+        container_id: Its id.
+        spec: The specification as the guest is to see it.
+        storages: What has to be mounted before.
+        devices: Disks of the machine that it gets as devices.
+        shares_pids: It joins the sandbox's PID namespace.
+        no_stdin: Its standard input is /dev/null, if the agent can (`NULL_STDIN`).
+    """
     return agent_pb.CreateContainerRequest(
         container_id=container_id,
         exec_id=container_id,
@@ -385,6 +402,7 @@ def create_request(
         storages=storages,
         OCI=spec,
         sandbox_pidns=shares_pids,
+        no_stdin=no_stdin,
     )
 
 

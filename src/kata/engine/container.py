@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 
-from ..agent.client import Encoded, create_request
+from ..agent.client import NULL_STDIN, Encoded, create_request
 from ..agent.text import escape_line
 from ..errors import (
     AlreadyExistsError,
@@ -51,6 +51,11 @@ _SIGKILL = 9
 def timestamp(ns: int) -> google_pb.Timestamp | None:
     """The protocol's form of nanoseconds of the epoch; absent for 0."""
     return google_pb.Timestamp(seconds=ns // 10**9, nanos=ns % 10**9) if ns else None
+
+
+def _has_no_input(process: Process) -> bool:
+    """Whether nobody will ever write to a process: neither a client nor, with a terminal, whoever attaches."""
+    return process.streams is not None and process.streams.input is None and not process.stdio.terminal
 
 
 class Container:
@@ -128,7 +133,14 @@ class Container:
             shares_pids = spec.shares_pids(self.config)
             devices = await self._insert_devices(volumes)
             request = Encoded(
-                create_request(self.id, message, storages, devices, shares_pids=shares_pids).encode()
+                create_request(
+                    self.id,
+                    message,
+                    storages,
+                    devices,
+                    shares_pids=shares_pids,
+                    no_stdin=_has_no_input(self.init),
+                ).encode()
             )
             agent = await sandbox.ready()
             stands_in = spec.container_type(self.config) == "pod_sandbox"
@@ -247,8 +259,8 @@ class Container:
         return bool(self.config.get("process"))
 
     async def _close_unused_stdin(self, process: Process, agent: AgentClient) -> None:
-        """No stdin means /dev/null: the process sees its end at once. A terminal stays open."""
-        if process.streams is not None and process.streams.input is None and not process.stdio.terminal:
+        """An agent that cannot give /dev/null to a process without input has given it a pipe: its end comes at once."""
+        if _has_no_input(process) and NULL_STDIN not in agent.features:
             try:
                 await agent.close_stdin(self.id, process.exec_id or self.id)
             except KataError:
@@ -337,7 +349,8 @@ class Container:
                 # the end of fifos that we hold, and nobody would ever start or delete the exec.
                 process.streams = prepare.open_streams(self.sandbox, process, None)
             await process.streams.ready()
-            await agent.exec_process(self.id, process.exec_id, spec.process_message(config))
+            message = spec.process_message(config)
+            await agent.exec_process(self.id, process.exec_id, message, no_stdin=_has_no_input(process))
         except BaseException as error:
             # As with runc: it can be deleted, and never ran.
             process.stop(getattr(error, "exit_code", 255), time.time_ns(), str(error))
