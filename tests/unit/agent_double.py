@@ -218,6 +218,10 @@ class AgentDouble:
                 process.signal(request.signal)
         return google_pb.Empty()
 
+    async def List(self, request: Any, context: Any) -> agentext_pb.ListProcessesResponse:
+        await self._enter(request, context)
+        return agentext_pb.ListProcessesResponse()
+
     async def WaitProcess(self, request: Any, context: Any) -> agent_pb.WaitProcessResponse:
         await self._enter(request, context)
         status = await self._process(request.container_id, request.exec_id).status

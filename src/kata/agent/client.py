@@ -36,6 +36,8 @@ HEALTH = "grpc.Health"
 
 CALL_S = 60.0
 """Seconds for an ordinary call: emulated guests on a busy host are slow."""
+ASK_S = 15.0
+"""Seconds for what only informs somebody (statistics, a terminal's size, a list of processes): nobody hangs for it."""
 DIAL_S = 10.0
 """Seconds for a further connection; without it a stream goes over the common one."""
 CONNECTIONS = "kata.streams.connections"
@@ -268,9 +270,9 @@ class AgentClient:
         )
         await self._empty("CopyFile", request)
 
-    async def details(self) -> agent_pb.GuestDetailsResponse:
+    async def details(self, timeout_s: float = CALL_S) -> agent_pb.GuestDetailsResponse:
         request = agent_pb.GuestDetailsRequest()
-        return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse)
+        return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse, timeout_s)
 
     async def oom_event(self) -> str:
         """Wait for the next out-of-memory kill; the container's id."""
@@ -299,14 +301,16 @@ class AgentClient:
         )
         await self._empty("ExecProcess", request)
 
-    async def signal(self, container_id: str, exec_id: str, number: int) -> None:
+    async def signal(
+        self, container_id: str, exec_id: str, number: int, timeout_s: float | None = CALL_S
+    ) -> None:
         request = agent_pb.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
-        await self._empty("SignalProcess", request)
+        await self._empty("SignalProcess", request, timeout_s)
 
-    async def signal_all(self, container_id: str, number: int) -> None:
+    async def signal_all(self, container_id: str, number: int, timeout_s: float | None = CALL_S) -> None:
         """To every process of a container, also to those that its processes have started (`kata.processes`)."""
         request = agentext_pb.SignalProcessesRequest(container_id=container_id, signal=number)
-        await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty)
+        await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty, timeout_s)
 
     async def wait(self, container_id: str, exec_id: str) -> int:
         """The process's exit status, 0 to 255; waits for ever."""
@@ -328,13 +332,13 @@ class AgentClient:
 
     async def stats(self, container_id: str) -> agent_pb.StatsContainerResponse:
         request = agent_pb.StatsContainerRequest(container_id=container_id)
-        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse)
+        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse, ASK_S)
 
     async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
         request = agent_pb.TtyWinResizeRequest(
             container_id=container_id, exec_id=exec_id, row=rows, column=columns
         )
-        await self._empty("TtyWinResize", request)
+        await self._empty("TtyWinResize", request, ASK_S)
 
     # ---- streams: as slow as the process and the reader want, so no deadline ----
 

@@ -185,10 +185,18 @@ class EngineClient:
         request = task_pb.WaitRequest(id=container_id, exec_id=exec_id)
         return self._task("Wait", request, task_pb.WaitResponse, timeout).exit_status
 
-    def kill(self, container_id: str, signal: int, exec_id: str = "", *, everything: bool = False) -> None:
-        """Send a signal."""
+    def kill(
+        self,
+        container_id: str,
+        signal: int,
+        exec_id: str = "",
+        *,
+        everything: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Send a signal; one that is not answered in time is on its way all the same."""
         request = task_pb.KillRequest(id=container_id, exec_id=exec_id, signal=signal, all=everything)
-        self._task("Kill", request, Empty)
+        self._task("Kill", request, Empty, timeout)
 
     def delete(self, container_id: str, exec_id: str = "") -> int:
         """Forget an exec, or take the container down; its exit status. For the human door nothing of the
@@ -208,8 +216,8 @@ class EngineClient:
     def pause(self, container_id: str) -> None:
         self._task("Pause", task_pb.PauseRequest(id=container_id), Empty)
 
-    def resume(self, container_id: str) -> None:
-        self._task("Resume", task_pb.ResumeRequest(id=container_id), Empty)
+    def resume(self, container_id: str, timeout: float | None = None) -> None:
+        self._task("Resume", task_pb.ResumeRequest(id=container_id), Empty, timeout)
 
     def close_stdin(self, container_id: str, exec_id: str = "") -> None:
         """End of file for the process, after what is in its stdin fifo."""

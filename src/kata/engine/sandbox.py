@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..ttrpc.client import Client
 from . import boot, prepare, spec, watch
-from .container import Container
+from .container import REMOVE_S, Container
 from .fitting import Fitting
 from .timings import Timings
 
@@ -455,6 +455,15 @@ class Sandbox:
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 
+    def has_others(self, container: Container) -> bool:
+        """Whether a container shares the machine with others that run, and is not the one that stands for the pod."""
+        if spec.container_type(container.config) == "pod_sandbox":
+            return False
+        return any(
+            one is not container and one.init.alive and spec.container_type(one.config) != "pod_sandbox"
+            for one in self.containers.values()
+        )
+
     def process_ended(self, container: Container, process: Process) -> None:
         """A process's end has been told; the human door's sandbox ends with its container's init."""
         if self.ends_with_init and not process.exec_id and container.id == self.id:
@@ -604,28 +613,35 @@ class Sandbox:
 
     # ---- the end ----
 
-    def end(self) -> None:
-        """End the sandbox: `ended` is set when nothing of it is left but this process."""
+    def end(self, grace_s: float = REMOVE_S) -> None:
+        """End the sandbox: `ended` is set when nothing of it is left but this process.
+
+        Args:
+            grace_s: How long the guest has to write back what its containers have written.
+        """
         if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
+            self._ending = asyncio.create_task(self._end(grace_s))
 
     @property
     def is_ending(self) -> bool:
         return self._ending is not None
 
-    async def _end(self) -> None:
+    async def _end(self, grace_s: float) -> None:
         try:
-            await self._take_down()
+            await self._take_down(grace_s)
         except Exception as error:  # whatever happens here, the engine must not stay for ever
             self.complain(f"the sandbox was not taken down whole: {error!r}")
         finally:
             self.ended.set()
 
-    async def _take_down(self) -> None:
+    async def _take_down(self, grace_s: float) -> None:
         if not self.auto_remove and not self.lost.done():
             # What the container wrote has to reach its disk; of one that is removed nobody will read it.
-            for container in self.containers.values():
-                await self.unless_lost_quietly(container.remove())
+            removing = asyncio.gather(*(container.remove() for container in self.containers.values()))
+            try:
+                await self.unless_lost_quietly(asyncio.wait_for(removing, grace_s))
+            except TimeoutError:
+                self.complain(f"the guest did not write back its containers' files within {grace_s:g} s")
         if self._booted is not None and not self._booted.done():
             self._booted.cancel()
         if self._forwarder is not None:
@@ -662,7 +678,7 @@ class Sandbox:
         await asyncio.gather(*(logger.leave() for logger in self._loggers))
         await self.helper(self._undo)
 
-    async def unless_lost_quietly(self, work: Coroutine[Any, Any, None]) -> None:
+    async def unless_lost_quietly(self, work: Awaitable[object]) -> None:
         """As `unless_lost`, for work whose failure has been told already."""
         try:
             await self.unless_lost(work)
