@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import tarfile
 import time
 import urllib.request
@@ -485,6 +486,99 @@ def test_a_killed_machine_is_told_and_leaves_nothing(shared_kata: Kata, busybox_
         assert status(shared_kata, "lost") == "running"
     finally:
         shared_kata.ok("rm", "-f", "lost")
+
+
+def test_a_silent_guest_has_no_say_in_its_end(kata_env: Kata, busybox_image: str) -> None:
+    """QEMU is stopped, as a guest is that answers nothing (tests/unit/test_silent_guest.py has every call)."""
+
+    def timed(*arguments: str) -> float:
+        began = time.monotonic()
+        kata_env.ok(*arguments)
+        return time.monotonic() - began
+
+    kata_env.ok("run", "-d", "--name", "mute", busybox_image, "sleep", "1000")
+    try:
+        impatient = kata_env.start("exec", "mute", "sh", "-c", "echo up; sleep 1000")
+        asked = kata_env.start("exec", "mute", "sh", "-c", "echo up; sleep 1000")
+        for process in (impatient, asked):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+        os.kill(vm_pid(kata_env, "mute"), signal.SIGSTOP)
+        asked.terminate()
+        for _ in range(3):
+            impatient.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        _, said = impatient.communicate(timeout=5)
+        assert impatient.returncode == 125
+        assert b"was not sent SIGINT and goes on" in said
+        assert b"rm -f mute" in said
+        late = kata_env.call("kill", "-s", "TERM", "mute")
+        assert late.returncode == 125
+        assert b"has not taken signal 15" in late.stderr
+        _, said = asked.communicate(timeout=10)
+        assert asked.returncode == 125
+        assert b"was not sent SIGTERM and goes on" in said
+        assert status(kata_env, "mute") == "running"
+        assert timed("kill", "mute") < 8
+        state = json.loads(kata_env.ok("inspect", "mute"))[0]["state"]
+        assert (state["status"], state["exit_code"]) == ("exited", 137)
+        assert "its guest did not answer within 4 s" in state["error"]
+        kata_env.ok("start", "mute")
+        os.kill(vm_pid(kata_env, "mute"), signal.SIGSTOP)
+        assert timed("rm", "-f", "mute") < 8
+    finally:
+        kata_env.ok("rm", "-f", "mute")
+    assert kata_env.sandboxes() == []
+
+
+def test_nobody_reads_the_output(kata_env: Kata, busybox_image: str) -> None:
+    def head(*arguments: str) -> tuple[int, str]:
+        process = kata_env.start(*arguments)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"y\n"
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+        return process.wait(60), said
+
+    code, said = head("run", "--rm", "--name", "brief", busybox_image, "yes")
+    assert (code, "brief was made with --rm and is ended" in said) == (141, True), said
+    assert names(kata_env) == []
+    assert kata_env.sandboxes() == []
+    # Slow enough to be seen, and not to fill the log.
+    code, said = head(
+        "run", "--name", "stays", busybox_image, "sh", "-c", "while :; do echo y; sleep 0.1; done"
+    )
+    try:
+        assert (code, "stays goes on" in said) == (141, True), said
+        assert status(kata_env, "stays") == "running"
+        for script in ("yes", "trap '' PIPE; while :; do echo y; sleep 0.1; done"):
+            code, said = head("exec", "stays", "sh", "-c", script)
+            assert (code, "the command is ended" in said) == (141, True), said
+        shown = kata_env.ok("top", "stays")
+        assert "yes" not in shown
+        assert "PIPE" not in shown
+        code, said = head("attach", "stays")
+        assert (code, "stays goes on" in said) == (141, True), said
+        with open("/dev/full", "wb") as full:
+            for arguments in (("ps",), ("exec", "stays", "echo", "y"), ("inspect", "stays")):
+                done = subprocess.run(
+                    kata_env.command(*arguments),
+                    env=kata_env.env,
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                    check=False,
+                )
+                assert done.returncode == 125
+                assert done.stderr.startswith(
+                    b"error: standard output cannot be written: No space left on device"
+                ) or (
+                    b"standard output cannot be written: No space left on device: the command is ended"
+                    in done.stderr
+                )
+                assert done.stderr.count(b"\n") == 1
+    finally:
+        kata_env.ok("rm", "-f", "stays")
 
 
 def test_a_machine_killed_under_an_attached_run(kata_env: Kata, busybox_image: str) -> None:

@@ -74,6 +74,10 @@ what the host mounts below SRC later appears inside; without effect z, Z, cached
 
 exit status: the command's own; 125 kata itself failed, 126 the command cannot be executed, 127 it was not
 found, 128+N signal N ended it, 137 also when the virtual machine died."""
+_OUTPUT = (
+    "\nWhen nobody reads the output any more (`kata run ... | head -1`), a container with --rm is ended (its stop\n"
+    "signal, SIGKILL after 3 seconds), another goes on; either is said, and the exit status is 141."
+)
 
 COMMANDS = {
     "run": Command(
@@ -88,7 +92,7 @@ COMMANDS = {
         ],
         least=1,
         interspersed=False,
-        notes=_IMAGES,
+        notes=_IMAGES + _OUTPUT,
     ),
     "create": Command(
         "create",
