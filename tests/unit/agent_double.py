@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kata.errors import KataError, VMLostError
-from kata.hypervisor.interface import Ended
+from kata.hypervisor.interface import DiskError, Ended
 from kata.proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
 from kata.ttrpc.server import Server
 from kata.ttrpc.status import INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE, TtrpcError
@@ -328,6 +328,9 @@ class MachineDouble:
 
     def close(self) -> None:
         self.closed = True
+
+    def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
+        self.disk_fails = callback
 
     def console_tail(self, limit: int = 4096) -> str:
         return "console says hello"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -558,4 +559,56 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     assert "space" in shown.lower()
     assert "hint:" in shown
     assert "Traceback" not in shown
+    assert shared_kata.sandboxes() == []
+
+
+def test_a_disk_that_becomes_full_under_containers(
+    shared_kata: Kata, busybox_image: str, tmp_path: Path
+) -> None:
+    state = tmp_path / "small"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", state], check=True)
+    env = {**shared_kata.env, "KATA_STATE_DIR": str(state)}
+
+    def kata(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run(shared_kata.command(*arguments), env=env, capture_output=True, check=False)
+        said = (done.stdout + done.stderr).decode()
+        assert done.returncode == code, f"{arguments}: {said}"
+        return said
+
+    def states() -> dict[str, str]:
+        return {one["name"]: one["status"] for one in json.loads(kata("ps", "-a", "--json"))}
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(state / "fill", "ab", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+
+    try:
+        # What is not synced is lost for the guest; it is told here, though its exit code is its own.
+        script = "dd if=/dev/zero of=/big bs=1M count=40 2>/dev/null; sync; cat /big > /dev/null"
+        said = kata("run", "--name", "big", busybox_image, "sh", "-c", script, code=1)
+        assert "warning: the host's disk is full: " in said
+        assert "rw.img could not be written" in said
+        found = json.loads(kata("inspect", "big"))[0]["state"]
+        assert (found["status"], found["exit_code"]) == ("exited", 1)
+        assert "disk is full" in found["disk_error"]
+        kata("rm", "big")
+        kata("create", "--name", "new", busybox_image, "sleep", "1000")
+        kata("run", "-d", "--name", "old", busybox_image, "sleep", "1000")
+        fill()
+        said = kata("start", "new", code=125)
+        assert "cannot be recorded: No space left on device" in said
+        assert states() == {"old": "running", "new": "created"}
+        kata("pause", "old")
+        assert states()["old"] == "paused"
+        kata("kill", "old")
+        assert states()["old"] == "exited"
+        kata("rm", "old", "new")
+        fill()
+        kata("rmi", busybox_image)
+    finally:
+        for name in states():
+            kata("rm", "-f", name)
+        subprocess.run(["umount", state], check=True)
     assert shared_kata.sandboxes() == []

@@ -483,12 +483,16 @@ def end_of(client: EngineClient, container: Container) -> str:
         Why its virtual machine was lost, or "" when its end was its own.
     """
     try:
-        cause = str(client.describe().get("error") or "")
         client.delete(container.id)
+        # Only now: what the container wrote reaches the host's disk in its end at the latest.
+        facts = client.describe()
     except KataError:
         # Somebody else took it down first (`kata rm -f`); what is on disk is the record.
-        return str(container.raw_state().get("error") or "")
-    return cause
+        facts = container.raw_state()
+    if facts.get("disk_error"):
+        sys.stderr.write(f"warning: {facts['disk_error']}\n")
+        sys.stderr.flush()
+    return str(facts.get("error") or "")
 
 
 def lost(container: Container, cause: str) -> VMLostError:

@@ -204,10 +204,11 @@ class EngineClient:
         request = task_pb.DeleteRequest(id=container_id, exec_id=exec_id)
         return self._task("Delete", request, task_pb.DeleteResponse).exit_status
 
-    def state(self, container_id: str, exec_id: str = "") -> task_pb.StateResponse:
-        return self._task(
-            "State", task_pb.StateRequest(id=container_id, exec_id=exec_id), task_pb.StateResponse
-        )
+    def state(
+        self, container_id: str, exec_id: str = "", timeout: float | None = None
+    ) -> task_pb.StateResponse:
+        request = task_pb.StateRequest(id=container_id, exec_id=exec_id)
+        return self._task("State", request, task_pb.StateResponse, timeout)
 
     def pids(self, container_id: str) -> list[int]:
         answer = self._task("Pids", task_pb.PidsRequest(id=container_id), task_pb.PidsResponse)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import time
 
@@ -15,6 +16,7 @@ from ..agent.text import escape_line
 from ..errors import (
     AgentTimeoutError,
     AlreadyExistsError,
+    HostError,
     KataError,
     NotFoundError,
     StateError,
@@ -62,6 +64,11 @@ def timestamp(ns: int) -> google_pb.Timestamp | None:
 def _has_no_input(process: Process) -> bool:
     """Whether nobody will ever write to a process: neither a client nor, with a terminal, whoever attaches."""
     return process.streams is not None and process.streams.input is None and not process.stdio.terminal
+
+
+def _unrecorded(container_id: str, error: OSError) -> HostError:
+    hint = "free some space ('kata gc', 'kata rmi')" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return HostError(f"the state of container {container_id} cannot be recorded: {error.strerror}", hint)
 
 
 async def _quietly(work: asyncio.Future[None]) -> None:
@@ -135,6 +142,7 @@ class Container:
         self.init.streams = prepare.open_streams(sandbox, self.init, self.log)
         try:
             await self.init.streams.ready()
+            await self._reserve_record()
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
@@ -350,7 +358,12 @@ class Container:
         process.start(self.sandbox.host_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         # Before the answer: whoever asks about the container next looks there.
-        await self.record_now(status=RUNNING, pid=process.pid, started_at=rfc3339(process.started_at_ns))
+        started_at = rfc3339(process.started_at_ns)
+        failure = await self.record_now(status=RUNNING, pid=process.pid, started_at=started_at)
+        if failure is not None:
+            # It would be taken for one that does not run, by `kata ps` as by `kata gc`.
+            await self._kill_init(agent)
+            raise _unrecorded(self.id, failure)
         await self._run_late_hooks("poststart", "running")
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
@@ -425,6 +438,7 @@ class Container:
                 finished_at=rfc3339(at_ns),
                 error=error,
                 oom_killed=process.oom_killed,
+                disk_error=self.sandbox.disk_error,
             )
         self.sandbox.publish(
             "/tasks/exit",
@@ -684,9 +698,17 @@ class Container:
         """Write ``state.json`` without waiting for the disk; the order of writes is kept."""
         self.sandbox.spawn(self.record_now(**changed))
 
-    async def record_now(self, **changed: Any) -> None:
-        """Write ``state.json``. What cannot be written is complained about and hurts nobody."""
+    async def record_now(self, **changed: Any) -> OSError | None:
+        """Write ``state.json``. What cannot be written is complained about, and returned."""
         try:
             await self.sandbox.helper(lambda: self.state_file.write(**changed))
         except OSError as error:
             self.sandbox.complain(f"cannot write the state of container {self.id}: {error}")
+            return error
+        return None
+
+    async def _reserve_record(self) -> None:
+        try:
+            await self.sandbox.helper(self.state_file.reserve)
+        except OSError as error:
+            raise _unrecorded(self.id, error) from error

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ..agent.client import Dial
-    from ..hypervisor.interface import Hypervisor
+    from ..hypervisor.interface import DiskError, Hypervisor
     from ..hypervisor.virtiofsd import FileServer
     from ..journal import Journal
     from ..network import steer
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 NOTABLE_NS = 1_000_000
 """A shorter wait for a turn is none."""
+_FULL_DISK = "the host's disk is full"
 LOST_NOTICE_S = 2.0
 """How long a broken agent connection waits for the machine's own account of what happened."""
 
@@ -117,6 +118,8 @@ class Sandbox:
         self.had_container = False
         self.was_missed = False  # somebody has asked about a container since there is none (any more)
         self._vm_ended = False
+        self.disk_error = ""  # what of the host's disks failed first, for those who look
+        self.disk_errors = 0
         self.fitting = Fitting(self)
         self._failed = failed
         self._agent: AgentClient | None = None
@@ -187,6 +190,7 @@ class Sandbox:
             self.complain(note)
         self.vm = self._take_over()
         if self.vm is not None:
+            self.vm.on_disk_error(self._disk_failed)
             self.spawn(self._watch_machine(self.vm))
         if self.machine.cgroup is not None:
             for warning in self.machine.cgroup.warnings:
@@ -610,6 +614,25 @@ class Sandbox:
                 return  # without it an exit of 137 is not explained; no reason to end anything
             if container_id in self.containers:
                 self.containers[container_id].out_of_memory()
+
+    def _disk_failed(self, error: DiskError) -> None:
+        """Tell of the first, and count: the guest decides how many there are.
+
+        A full disk stands for all others, because then what the guest has written is not there.
+        """
+        self.disk_errors += 1
+        was = self.disk_error
+        if was and (not error.full or _FULL_DISK in was):
+            return
+        if error.full:
+            lost = "files that the container wrote may be incomplete"
+            self.disk_error = f"{_FULL_DISK}: {error.path} could not be written, so {lost}"
+        else:
+            what = "written" if error.writes else "read"
+            self.disk_error = f"{error.path} could not be {what} on the host: {error.reason}"
+        self.complain(self.disk_error)
+        for container in self.containers.values():
+            container.record(disk_error=self.disk_error)
 
     # ---- the end ----
 

@@ -152,6 +152,8 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "network": settings.get("network") or {},
         "state": "ending" if sandbox.is_ending else "lost" if sandbox.is_lost else "running",
         "error": sandbox.lost_reason if sandbox.was_lost else "",
+        "disk_error": sandbox.disk_error,
+        "disk_errors": sandbox.disk_errors,
         "containers": {
             container.id: {
                 "state": container.init.state,
