@@ -106,8 +106,13 @@ def _start(arguments: Arguments) -> int:
 
     def act(container: Container) -> None:
         # Docker's `start` of a running container is a success that does nothing.
-        if not container.running():
+        if container.running():
+            return
+        try:
             session.start_detached(container, discard=False)
+        except session.Occupied:
+            if not container.running():  # else somebody was faster
+                raise
 
     return each(arguments.rest, act)
 
@@ -230,10 +235,7 @@ def _rm(arguments: Arguments) -> int:
                 )
             stop(container, 0, force=True)
         if not session.wait_for_engine(container, tell=force):
-            raise StateError(
-                f"container {container.name} is being started or ended by its engine",
-                f"try again, or kata rm -f {container.name}",
-            )
+            raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
         if records.load(container.id) is not None:
             records.remove(container)
 

@@ -12,7 +12,7 @@ import time
 from .. import paths
 from ..engine.client import EngineClient
 from ..engine.launch import launch
-from ..errors import AgentError, AgentTimeoutError, KataError, VMLostError
+from ..errors import AgentError, AgentTimeoutError, AlreadyExistsError, KataError, StateError, VMLostError
 from . import records
 from .pump import Detached, Fifos, OutputGone, Pump, RawTerminal
 
@@ -106,8 +106,43 @@ def _say_once(topic: str, text: str) -> None:
     sys.stderr.flush()
 
 
+OCCUPIED_S = 10.0
+"""How long a start waits for another engine of the same container to end, which is mostly about to."""
+
+
+class Occupied(StateError):
+    """Another command's engine has the container, and is to go on."""
+
+
+def _launch(container: Container, chosen: dict[str, Any]) -> Engine:
+    """Start an engine, if need be after the end of another one.
+
+    Raises:
+        Occupied: That goes on: the container runs, or a copy takes its time.
+    """
+    give_up = time.monotonic() + OCCUPIED_S
+    while True:
+        try:
+            return launch(chosen)
+        except AlreadyExistsError:
+            if container.running():
+                hint = f"kata stop {container.name}, or kata attach {container.name}"
+                raise Occupied(f"container {container.name} is running already", hint) from None
+            if time.monotonic() > give_up:
+                raise Occupied(occupied(container), "try again when that has ended") from None
+        time.sleep(0.05)
+
+
+def occupied(container: Container) -> str:
+    """What the engine does that a container has although it does not run, as a sentence."""
+    path = os.path.join(paths.sandbox_dir(container.id), "sandbox.json")
+    if records.read_json(path).get("record_state") is False:
+        return f"container {container.name} is open for a copy (kata cp)"
+    return f"container {container.name} is being started or ended by its engine"
+
+
 def _open(container: Container, started_ns: int) -> tuple[Engine, EngineClient]:
-    engine = launch(settings(container, started_ns))
+    engine = _launch(container, settings(container, started_ns))
     try:
         return engine, EngineClient(engine.sock_path)
     except BaseException:
@@ -133,7 +168,10 @@ def start_detached(container: Container, started_ns: int | None = None, *, disca
 
 
 class _undone_on_failure:
-    """Waits for the sandbox's end after a failed start, and removes the container if it was made for this start."""
+    """Waits for the sandbox's end after a failed start, and removes the container if it was made for this start.
+
+    The engine of another command is left alone, and so is what it works on.
+    """
 
     def __init__(self, container: Container, discard: bool) -> None:
         self._container = container
@@ -143,7 +181,7 @@ class _undone_on_failure:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, Occupied):
             return
         wait_for_engine(self._container, tell=True)
         if self._discard:
@@ -203,7 +241,7 @@ def opened_for_files(container: Container) -> Iterator[EngineClient]:
     chosen = settings(container, time.monotonic_ns())
     chosen.update(network={"mode": "none", "ports": []}, auto_remove=False, record_state=False)
     chosen.pop("log")
-    engine = launch(chosen)
+    engine = _launch(container, chosen)
     try:
         with EngineClient(engine.sock_path) as client:
             bundle = os.path.join(paths.sandbox_dir(container.id), "bundle")
@@ -215,6 +253,9 @@ def opened_for_files(container: Container) -> Iterator[EngineClient]:
             client.create(container.id, bundle)
             yield client
             client.delete(container.id)
+    except VMLostError as error:
+        # Most likely `kata rm -f`.
+        raise VMLostError(f"the copy was cut short: {error.message}", "kata ps -a") from None
     finally:
         engine.release()
         wait_for_engine(container)

@@ -25,7 +25,7 @@ from ..errors import (
 from ..proto import sandbox_pb, task_pb
 from ..proto.google_pb import Any as AnyMessage
 from ..proto.google_pb import Empty
-from ..ttrpc.status import ConnectionLost, TtrpcError
+from ..ttrpc.status import CANCELLED, ConnectionLost, TtrpcError
 from ..ttrpc.sync_client import Client, connect
 
 TYPE_CHECKING = False
@@ -63,6 +63,8 @@ def to_error(error: TtrpcError) -> KataError:
             return CommandNotFoundError(message, hint)
         if any(words in message for words in _NOT_EXECUTABLE):
             return CommandNotExecutableError(message, hint)
+    if error.code == CANCELLED:  # by a server that ends
+        return VMLostError("the container's engine ended while it was being asked", hint)
     kind = _BY_CODE.get(error.code)
     if kind is not None:
         return kind(message, hint)
