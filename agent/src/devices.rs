@@ -11,6 +11,7 @@ use crate::sort::sort;
 use crate::sys::{self, Errno};
 use crate::uevent::await_device;
 
+const NET_DRIVER: &str = "/sys/bus/virtio/drivers/virtio_net";
 const DEVICES: &str = "/sys/devices";
 const BLOCK: &str = "/sys/block";
 const SCSI_HOSTS: &str = "/sys/class/scsi_host";
@@ -73,6 +74,38 @@ pub fn find_interface_by_pci(path: &str) -> Result<String> {
         Ok(path.directory(DEVICES)?.and_then(|directory| find_class(&directory, "net", MAX_DEPTH)))
     })?;
     name.ok_or_else(|| absent(&format!("no network interface at PCI path {path}")))
+}
+
+/// Gives the device at a PCI path its driver back, if it has none (see [`unbind_interface`]).
+pub fn bind_interface(path: &str) -> Result<()> {
+    let Some((directory, device)) = virtio_device(path)? else { return Ok(()) };
+    if fs::exists(format!("{directory}/driver")) {
+        return Ok(());
+    }
+    match fs::write_existing(format!("{NET_DRIVER}/bind"), &device) {
+        // It has just come, and the kernel is about it.
+        Err(Errno(libc::ENODEV | libc::EBUSY)) => Ok(()),
+        other => other.with_context(|| format!("give {device} its driver")),
+    }
+}
+
+/// Takes the network interface at a PCI path from its driver; none there is no error.
+pub fn unbind_interface(path: &str) -> Result<()> {
+    let Some((directory, device)) = virtio_device(path)? else { return Ok(()) };
+    if !fs::is_dir(format!("{directory}/net")) {
+        return Ok(());
+    }
+    match fs::write_existing(format!("{directory}/driver/unbind"), &device) {
+        Err(Errno(libc::ENODEV | libc::ENOENT)) => Ok(()),
+        other => other.with_context(|| format!("take {device} from its driver")),
+    }
+}
+
+/// Directory and name of the virtio device at a PCI path.
+fn virtio_device(path: &str) -> Result<Option<(String, String)>> {
+    let Some(directory) = PciPath::parse(path)?.directory(DEVICES)? else { return Ok(None) };
+    let device = names(&directory)?.into_iter().find(|name| name.starts_with("virtio"));
+    Ok(device.map(|device| (format!("{directory}/{device}"), device)))
 }
 
 /// The node of the virtio disk with this serial; waits for it to appear.

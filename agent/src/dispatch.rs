@@ -10,7 +10,8 @@ use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
 use crate::server::frame::{parse_piece, Request};
 use crate::{
-    copyfile, debug, files, guest, iptables, metrics, netlink, processes, routes, runtime, storage, swap, sys, volumes,
+    copyfile, debug, files, guest, iptables, metrics, netlink, network, processes, routes, runtime, storage, swap, sys,
+    volumes,
 };
 
 /// The version of the protocol, as the original counts it.
@@ -25,10 +26,10 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.files",
     "kata.internet",
     "kata.machine",
+    "kata.network",
     "kata.policy",
     "kata.processes",
     "kata.sockets",
-    "kata.stdin.null",
     "kata.streams",
     "seccomp",
 ];
@@ -64,6 +65,21 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
             "SetProcessors" => {
                 let r: agentext::SetProcessorsRequest = decode(request)?;
                 job(agent, call, || guest::set_processors(r.count))
+            }
+            _ => unknown(request),
+        },
+        agentext::NETWORK => match request.method {
+            "Prepare" => {
+                let r: agentext::PrepareNetworkRequest = decode(request)?;
+                answer_from(agent, call, || network::prepare(&r))
+            }
+            "Hide" => {
+                let r: agentext::HideInterfaceRequest = decode(request)?;
+                job(agent, call, || network::hide(&r.device_path))
+            }
+            "Route" => {
+                let r: agentext::RouteRequest = decode(request)?;
+                answer_from(agent, call, || network::route(&r))
             }
             _ => unknown(request),
         },

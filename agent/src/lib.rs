@@ -40,6 +40,7 @@ pub mod log;
 pub mod metrics;
 pub mod mountopts;
 pub mod netlink;
+pub mod network;
 mod oom;
 mod ownership;
 mod policy;

@@ -70,9 +70,7 @@ pub fn update_interface(wanted: &Interface) -> Result<Interface> {
     let mut rtnl = Rtnl::open()?;
     let addresses = wanted.ip_addresses.iter().map(parse_address).collect::<Result<Vec<_>>>()?;
     let mac = if wanted.hw_addr.is_empty() { None } else { Some(parse_mac(&wanted.hw_addr)?) };
-    if wanted.name.len() > NAME_MAX || wanted.name.contains(['/', ':', ' ']) {
-        return Err(Error::invalid(format!("{:?} cannot be the name of an interface", wanted.name)));
-    }
+    check_name(&wanted.name)?;
     // The list of interfaces is made after the wait for the device.
     let name = match wanted.device_path.as_str() {
         "" => None,
@@ -93,6 +91,27 @@ pub fn update_interface(wanted: &Interface) -> Result<Interface> {
     let after = self::links(&mut rtnl)?.into_iter().find(|candidate| candidate.index == link.index);
     let after = after.ok_or_else(|| Error::not_found(format!("Link not found: {} has disappeared", link.name)))?;
     Ok(describe(&after, &self::addresses(&mut rtnl)?))
+}
+
+fn check_name(name: &str) -> Result<()> {
+    if name.len() > NAME_MAX || name.contains(['/', ':', ' ']) {
+        return Err(Error::invalid(format!("{name:?} cannot be the name of an interface")));
+    }
+    Ok(())
+}
+
+/// Gives an interface another name, for which it goes down.
+pub fn rename_interface(device: &str, name: &str) -> Result<()> {
+    check_name(name)?;
+    if device == name || name.is_empty() {
+        return Ok(());
+    }
+    let mut rtnl = Rtnl::open()?;
+    let link = link_by_name(&links(&mut rtnl)?, device)?.clone();
+    if link.flags & IFF_UP != 0 {
+        rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(link.index, 0, IFF_UP))).context("take it down")?;
+    }
+    give_name(&mut rtnl, link.index, name)
 }
 
 /// Every interface with its addresses, the loopback included.

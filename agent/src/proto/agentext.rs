@@ -24,6 +24,11 @@ pub const MACHINE: &str = "kata.agent.v1.Machine";
 /// Its methods.
 pub const MACHINE_METHODS: &[&str] = &["SetProcessors"];
 
+/// What the stock protocol does not say of a network.
+pub const NETWORK: &str = "kata.agent.v1.Network";
+/// Its methods.
+pub const NETWORK_METHODS: &[&str] = &["Prepare", "Hide", "Route"];
+
 /// Standard streams of a process without a call for each piece of them.
 pub const STREAMS: &str = "kata.agent.v1.Streams";
 /// Its methods.
@@ -514,6 +519,177 @@ impl Message for CloseSocketRequest {
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
         match field.number {
             1 => codec::get_uint32(field, &mut self.number)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// A kernel parameter of the network.
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct NetworkSysctl {
+    /// Its path below /proc/sys/net.
+    pub name: String,
+    pub value: String,
+}
+
+impl Message for NetworkSysctl {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.name);
+        codec::put_string(out, 2, &self.value);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.name)?,
+            2 => codec::get_string(field, &mut self.value)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct PrepareNetworkRequest {
+    /// PCI path of the interface's device; empty for the guest as a whole.
+    pub device_path: String,
+    /// Of the interface.
+    pub name: String,
+    /// In the order in which they are set.
+    pub sysctls: Vec<NetworkSysctl>,
+}
+
+impl Message for PrepareNetworkRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.device_path);
+        codec::put_string(out, 2, &self.name);
+        codec::put_repeated_message(out, 3, &self.sysctls);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.device_path)?,
+            2 => codec::get_string(field, &mut self.name)?,
+            3 => codec::get_repeated_message(field, &mut self.sysctls)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// What the kernel has not taken of a request; the rest of it holds.
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct NetworkRefusals {
+    pub refused: Vec<NetworkRefusal>,
+}
+
+impl Message for NetworkRefusals {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_repeated_message(out, 1, &self.refused);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_repeated_message(field, &mut self.refused)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct NetworkRefusal {
+    /// Position in the request's list: of sysctls, or of the routes to be added and behind them the rules.
+    pub position: u32,
+    pub reason: String,
+}
+
+impl Message for NetworkRefusal {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_uint32(out, 1, self.position);
+        codec::put_string(out, 2, &self.reason);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_uint32(field, &mut self.position)?,
+            2 => codec::get_string(field, &mut self.reason)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct HideInterfaceRequest {
+    /// PCI path.
+    pub device_path: String,
+}
+
+impl Message for HideInterfaceRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.device_path);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.device_path)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Routes and rules are the kernel's own messages without their header: struct rtmsg or fib_rule_hdr and
+/// attributes.
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct RouteRequest {
+    pub remove_routes: Vec<Vec<u8>>,
+    pub routes: Vec<Vec<u8>>,
+    pub remove_rules: Vec<Vec<u8>>,
+    pub rules: Vec<Vec<u8>>,
+    /// Which interfaces the numbers in them mean.
+    pub interfaces: Vec<NumberedInterface>,
+}
+
+impl Message for RouteRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_repeated_bytes(out, 1, &self.remove_routes);
+        codec::put_repeated_bytes(out, 2, &self.routes);
+        codec::put_repeated_bytes(out, 3, &self.remove_rules);
+        codec::put_repeated_bytes(out, 4, &self.rules);
+        codec::put_repeated_message(out, 5, &self.interfaces);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_repeated_bytes(field, &mut self.remove_routes)?,
+            2 => codec::get_repeated_bytes(field, &mut self.routes)?,
+            3 => codec::get_repeated_bytes(field, &mut self.remove_rules)?,
+            4 => codec::get_repeated_bytes(field, &mut self.rules)?,
+            5 => codec::get_repeated_message(field, &mut self.interfaces)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct NumberedInterface {
+    pub number: u32,
+    pub name: String,
+}
+
+impl Message for NumberedInterface {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_uint32(out, 1, self.number);
+        codec::put_string(out, 2, &self.name);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_uint32(field, &mut self.number)?,
+            2 => codec::get_string(field, &mut self.name)?,
             _ => {}
         }
         Ok(())

@@ -22,6 +22,13 @@ _MESSAGES = {
     "RemoveFileRequest": "container_id:1:string path:2:bytes recursive:3:bool",
     "ListenSocketRequest": "number:1:uint32 path:2:string mode:3:uint32 uid:4:uint32 gid:5:uint32 address:6:bytes port:7:uint32 datagrams:8:bool",
     "CloseSocketRequest": "number:1:uint32",
+    "NetworkSysctl": "name:1:string value:2:string",
+    "PrepareNetworkRequest": "device_path:1:string name:2:string sysctls:3:*@agentext.NetworkSysctl",
+    "NetworkRefusals": "refused:1:*@agentext.NetworkRefusal",
+    "NetworkRefusal": "position:1:uint32 reason:2:string",
+    "HideInterfaceRequest": "device_path:1:string",
+    "RouteRequest": "remove_routes:1:*bytes routes:2:*bytes remove_rules:3:*bytes rules:4:*bytes interfaces:5:*@agentext.NumberedInterface",
+    "NumberedInterface": "number:1:uint32 name:2:string",
     "SetProcessorsRequest": "count:1:uint32",
     "ListProcessesRequest": "container_id:1:string",
     "SignalProcessesRequest": "container_id:1:string signal:2:uint32",
@@ -57,6 +64,13 @@ SERVICES = {
     "kata.agent.v1.Machine": Methods(
         {
             "SetProcessors": "@agentext.SetProcessorsRequest @google.Empty",
+        }
+    ),
+    "kata.agent.v1.Network": Methods(
+        {
+            "Prepare": "@agentext.PrepareNetworkRequest @agentext.NetworkRefusals",
+            "Hide": "@agentext.HideInterfaceRequest @google.Empty",
+            "Route": "@agentext.RouteRequest @agentext.NetworkRefusals",
         }
     ),
     "kata.agent.v1.Sockets": Methods(

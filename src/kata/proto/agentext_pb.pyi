@@ -263,6 +263,92 @@ class CloseSocketRequest(Message):
         number: int = ...,
     ) -> None: ...
 
+class NetworkSysctl(Message):
+    """A kernel parameter of the network."""
+    name: str
+    """Its path below /proc/sys/net."""
+    value: str
+    def __init__(
+        self,
+        *,
+        name: str = ...,
+        value: str = ...,
+    ) -> None: ...
+
+class PrepareNetworkRequest(Message):
+    device_path: str
+    """PCI path of the interface's device; empty for the guest as a whole."""
+    name: str
+    """Of the interface."""
+    sysctls: list[NetworkSysctl]
+    """In the order in which they are set."""
+    def __init__(
+        self,
+        *,
+        device_path: str = ...,
+        name: str = ...,
+        sysctls: list[NetworkSysctl] = ...,
+    ) -> None: ...
+
+class NetworkRefusals(Message):
+    """What the kernel has not taken of a request; the rest of it holds."""
+    refused: list[NetworkRefusal]
+    def __init__(
+        self,
+        *,
+        refused: list[NetworkRefusal] = ...,
+    ) -> None: ...
+
+class NetworkRefusal(Message):
+    position: int
+    """Position in the request's list: of sysctls, or of the routes to be added and behind them the
+    rules."""
+    reason: str
+    def __init__(
+        self,
+        *,
+        position: int = ...,
+        reason: str = ...,
+    ) -> None: ...
+
+class HideInterfaceRequest(Message):
+    device_path: str
+    """PCI path."""
+    def __init__(
+        self,
+        *,
+        device_path: str = ...,
+    ) -> None: ...
+
+class RouteRequest(Message):
+    """Routes and rules are the kernel's own messages without their header: struct rtmsg or fib_rule_hdr
+    and attributes."""
+    remove_routes: list[bytes]
+    routes: list[bytes]
+    remove_rules: list[bytes]
+    rules: list[bytes]
+    interfaces: list[NumberedInterface]
+    """Which interfaces the numbers in them mean."""
+    def __init__(
+        self,
+        *,
+        remove_routes: list[bytes] = ...,
+        routes: list[bytes] = ...,
+        remove_rules: list[bytes] = ...,
+        rules: list[bytes] = ...,
+        interfaces: list[NumberedInterface] = ...,
+    ) -> None: ...
+
+class NumberedInterface(Message):
+    number: int
+    name: str
+    def __init__(
+        self,
+        *,
+        number: int = ...,
+        name: str = ...,
+    ) -> None: ...
+
 class SetProcessorsRequest(Message):
     count: int
     def __init__(
