@@ -36,14 +36,10 @@ HEALTH = "grpc.Health"
 
 CALL_S = 60.0
 """Seconds for an ordinary call: emulated guests on a busy host are slow."""
-ASK_S = 15.0
-"""Seconds for what only informs somebody (statistics, a terminal's size, a list of processes): nobody hangs for it."""
 DIAL_S = 10.0
 """Seconds for a further connection; without it a stream goes over the common one."""
 CONNECTIONS = "kata.streams.connections"
 """How an agent announces that a stream may have a connection of its own."""
-NULL_STDIN = "kata.stdin.null"
-"""How an agent announces that a process can have /dev/null as its standard input."""
 CREATE_S = 120.0
 """Seconds for CreateContainer, which mounts file systems."""
 
@@ -270,9 +266,9 @@ class AgentClient:
         )
         await self._empty("CopyFile", request)
 
-    async def details(self, timeout_s: float = CALL_S) -> agent_pb.GuestDetailsResponse:
+    async def details(self) -> agent_pb.GuestDetailsResponse:
         request = agent_pb.GuestDetailsRequest()
-        return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse, timeout_s)
+        return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse)
 
     async def oom_event(self) -> str:
         """Wait for the next out-of-memory kill; the container's id."""
@@ -292,25 +288,18 @@ class AgentClient:
         request = agent_pb.RemoveContainerRequest(container_id=container_id, timeout=timeout_s)
         await self._empty("RemoveContainer", request, timeout_s + 5.0)
 
-    async def exec_process(
-        self, container_id: str, exec_id: str, process: oci_pb.Process, *, no_stdin: bool = False
-    ) -> None:
-        """Make and start a further process; *no_stdin* gives it /dev/null, if the agent can (`NULL_STDIN`)."""
-        request = agent_pb.ExecProcessRequest(
-            container_id=container_id, exec_id=exec_id, process=process, no_stdin=no_stdin
-        )
+    async def exec_process(self, container_id: str, exec_id: str, process: oci_pb.Process) -> None:
+        request = agent_pb.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
         await self._empty("ExecProcess", request)
 
-    async def signal(
-        self, container_id: str, exec_id: str, number: int, timeout_s: float | None = CALL_S
-    ) -> None:
+    async def signal(self, container_id: str, exec_id: str, number: int) -> None:
         request = agent_pb.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
-        await self._empty("SignalProcess", request, timeout_s)
+        await self._empty("SignalProcess", request)
 
-    async def signal_all(self, container_id: str, number: int, timeout_s: float | None = CALL_S) -> None:
+    async def signal_all(self, container_id: str, number: int) -> None:
         """To every process of a container, also to those that its processes have started (`kata.processes`)."""
         request = agentext_pb.SignalProcessesRequest(container_id=container_id, signal=number)
-        await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty, timeout_s)
+        await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty)
 
     async def wait(self, container_id: str, exec_id: str) -> int:
         """The process's exit status, 0 to 255; waits for ever."""
@@ -332,13 +321,13 @@ class AgentClient:
 
     async def stats(self, container_id: str) -> agent_pb.StatsContainerResponse:
         request = agent_pb.StatsContainerRequest(container_id=container_id)
-        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse, ASK_S)
+        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse)
 
     async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
         request = agent_pb.TtyWinResizeRequest(
             container_id=container_id, exec_id=exec_id, row=rows, column=columns
         )
-        await self._empty("TtyWinResize", request, ASK_S)
+        await self._empty("TtyWinResize", request)
 
     # ---- streams: as slow as the process and the reader want, so no deadline ----
 
@@ -365,6 +354,29 @@ class AgentClient:
         request = agentext_pb.SetProcessorsRequest(count=count)
         await self.call("kata.agent.v1.Machine", "SetProcessors", request, google_pb.Empty)
 
+    async def prepare_network(self, request: agentext_pb.PrepareNetworkRequest) -> list[tuple[int, str]]:
+        """Set kernel parameters, with a device before its interface comes up (`kata.network`).
+
+        Returns:
+            Of what the guest's kernel has refused: position in the request, and why.
+        """
+        return await self._refusals("Prepare", request)
+
+    async def route(self, request: agentext_pb.RouteRequest) -> list[tuple[int, str]]:
+        """Remove and add routes and rules (`kata.network`); as `prepare_network`, the rules behind the routes."""
+        return await self._refusals("Route", request)
+
+    async def hide_interface(self, device_path: str) -> None:
+        """Take an interface away whose device stays (`kata.network`)."""
+        request = agentext_pb.HideInterfaceRequest(device_path=device_path)
+        await self.call("kata.agent.v1.Network", "Hide", request, google_pb.Empty)
+
+    async def _refusals(self, method: str, request: Encodable) -> list[tuple[int, str]]:
+        from .text import escape_line
+
+        answer = await self.call("kata.agent.v1.Network", method, request, agentext_pb.NetworkRefusals)
+        return [(one.position, escape_line(one.reason, 200)) for one in answer.refused]
+
     async def memory_total(self) -> int:
         """``MemTotal`` of the guest, in bytes."""
         found = await self.call(AGENT, "GetMetrics", agent_pb.GetMetricsRequest(), agent_pb.Metrics)
@@ -387,18 +399,8 @@ def create_request(
     devices: list[agent_pb.Device],
     *,
     shares_pids: bool = False,
-    no_stdin: bool = False,
 ) -> agent_pb.CreateContainerRequest:
-    """The request for a container whose init is named after it, as the original's hosts do.
-
-    Args:
-        container_id: Its id.
-        spec: The specification as the guest is to see it.
-        storages: What has to be mounted before.
-        devices: Disks of the machine that it gets as devices.
-        shares_pids: It joins the sandbox's PID namespace.
-        no_stdin: Its standard input is /dev/null, if the agent can (`NULL_STDIN`).
-    """
+    """The request for a container whose init is named after it, as the original's hosts do."""
     return agent_pb.CreateContainerRequest(
         container_id=container_id,
         exec_id=container_id,
@@ -406,7 +408,6 @@ def create_request(
         storages=storages,
         OCI=spec,
         sandbox_pidns=shares_pids,
-        no_stdin=no_stdin,
     )
 
 

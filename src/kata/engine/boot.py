@@ -396,13 +396,14 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
             for name, *parameters in settings.get("kernel_modules") or ()
         ],
     )
-    sandbox.network = asyncio.ensure_future(configure_network(sandbox, agent))
+    learned = asyncio.ensure_future(agent.learn())
+    sandbox.network = asyncio.ensure_future(_configure_network(sandbox, agent, learned))
     # A start that never comes does not ask how it went.
     sandbox.network.add_done_callback(lambda task: task.cancelled() or task.exception())
     await sandbox.unless_lost(
         asyncio.gather(
             agent.create_sandbox(request),
-            agent.learn(),
+            learned,
             agent.set_time(time.time_ns()),
             agent.reseed(os.urandom(SEED_BYTES)),
         )
@@ -443,27 +444,10 @@ async def _healthy(agent: AgentClient, lost: asyncio.Future[KataError], timeout_
         check.cancel()
 
 
-async def configure_network(sandbox: Sandbox, agent: AgentClient) -> None:
-    """Give the guest's interface its addresses, routes and neighbours, if it has a network (yet).
-
-    Raises:
-        KataError: The guest refused, or the network's helper is gone.
-    """
-    from ..proto import types_pb
-
-    plan = sandbox.machine.network
-    if plan is None or not plan.interfaces:
-        return
-    began = time.monotonic_ns()
-    for interface in plan.interfaces:
-        await agent.update_interface(types_pb.Interface.from_dict(interface))
-    await agent.update_routes([types_pb.Route.from_dict(route) for route in plan.routes])
-    if plan.neighbors:
-        await agent.add_neighbors([types_pb.ARPNeighbor.from_dict(one) for one in plan.neighbors])
-    failure = plan.failure()
-    if failure is not None:
-        raise failure
-    sandbox.timings.add("network", began)
+async def _configure_network(sandbox: Sandbox, agent: AgentClient, learned: asyncio.Future[None]) -> None:
+    """Give the guest its network; what its agent can is to be known first."""
+    await learned
+    await sandbox.guest_network.configure(agent)
 
 
 async def _guest_times(sandbox: Sandbox, agent: AgentClient, answered_ns: int) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 
-from ..agent.client import ASK_S, Encoded
-from ..agent.text import escape_line
-from ..errors import KataError, StateError
+from ..agent.client import Encoded
+from ..errors import StateError
 from ..proto import agentext_pb, google_pb, sandbox_pb
 from ..ttrpc.server import finish
 from .process import CREATED
@@ -26,8 +25,6 @@ SERVICE = "kata.sandbox.v1.Sandbox"
 _FILES = "kata.agent.v1.Files"
 _PROCESSES = "kata.agent.v1.Processes"
 _FILE_CALL_S = 120.0
-_DETAILS_S = 5.0
-"""How long a description waits for what the agent says of itself; without it, it is complete but for that."""
 
 
 class SandboxService:
@@ -51,17 +48,11 @@ class SandboxService:
     # ---- files: passed on to the agent, which resolves every path inside the container's root ----
 
     async def _forward(
-        self,
-        container_id: str,
-        service: str,
-        method: str,
-        request: Message,
-        answer: type[M],
-        timeout_s: float = _FILE_CALL_S,
+        self, container_id: str, service: str, method: str, request: Message, answer: type[M]
     ) -> M:
         self._sandbox.container(container_id)
         agent = await self._sandbox.ready()
-        return await agent.call(service, method, request, answer, timeout_s)
+        return await agent.call(service, method, request, answer, _FILE_CALL_S)
 
     async def Stat(self, request: agentext_pb.StatFileRequest, context: Context) -> agentext_pb.FileInfo:
         return await self._forward(request.container_id, _FILES, "Stat", request, agentext_pb.FileInfo)
@@ -102,7 +93,7 @@ class SandboxService:
         self, request: agentext_pb.ListProcessesRequest, context: Context
     ) -> agentext_pb.ListProcessesResponse:
         answer = agentext_pb.ListProcessesResponse
-        return await self._forward(request.container_id, _PROCESSES, "List", request, answer, ASK_S)
+        return await self._forward(request.container_id, _PROCESSES, "List", request, answer)
 
     async def Timings(
         self, request: sandbox_pb.TimingsRequest, context: Context
@@ -152,8 +143,6 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "network": settings.get("network") or {},
         "state": "ending" if sandbox.is_ending else "lost" if sandbox.is_lost else "running",
         "error": sandbox.lost_reason if sandbox.was_lost else "",
-        "disk_error": sandbox.disk_error,
-        "disk_errors": sandbox.disk_errors,
         "containers": {
             container.id: {
                 "state": container.init.state,
@@ -168,11 +157,7 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         facts["hypervisor_usage"] = await sandbox.vm.metrics()
     agent = sandbox.living_agent
     if agent is not None and not sandbox.is_ending:
-        try:
-            details = (await agent.details(_DETAILS_S)).agent_details
-        except KataError as error:
-            facts["agent"] = {"error": escape_line(error.message)}
-            return facts
+        details = (await agent.details()).agent_details
         if details is not None:
             facts["agent"] = {
                 "version": details.version,

@@ -100,21 +100,23 @@ class MacvtapPlan(NetnsPlan):
         self.more_nics = nics[1:]
         return nics[0] if nics else Nic(self.mac)
 
-    def look_again(self) -> bool:
+    def look_again(self, *, is_running: bool = False) -> bool:
         """Take what has changed of the interfaces; see `NetnsPlan.look_again`.
 
         Raises:
             UnsupportedError: There is a new one.
         """
-        before = (self.interfaces, self.routes, self.neighbors)
+        before = self._described()
         with rtnetlink.Rtnl() as rtnl:
-            for late in self.unclaimed(rtnl):
-                raise UnsupportedError(
-                    f"the interface {late.name} was attached after the machine's start, which macvtap cannot follow",
-                    _HINT,
-                )
+            self._refresh(rtnl)
+            late = self.unclaimed(rtnl)
             self.describe(rtnl)
-        return before != (self.interfaces, self.routes, self.neighbors)
+        for link in late:
+            error = f"the interface {link.name} was attached after the machine's start, which macvtap cannot follow"
+            if not is_running:
+                raise UnsupportedError(error, _HINT)
+            self.left_out.append(error)
+        return before != self._described()
 
 
 def _open(name: str, index: int) -> int:

@@ -8,13 +8,14 @@ interface does not matter. A tap is not persistent: it ends with the hypervisor,
 
 An interface that appears only after the machine was started (Docker 26 and newer, `ctr run --cni`) is taken by
 `look_again`: the first by the plug that every machine has, further ones are plugged into ports that a machine has whose
-namespace was empty.
+namespace was empty. One that is taken out of the namespace frees its plug.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import socket
 import struct
 from abc import ABC, abstractmethod
 
@@ -22,7 +23,7 @@ from kata import sysio
 from kata.errors import HostError, UnsupportedError
 from kata.hypervisor import slots
 from kata.hypervisor.settings import Nic
-from kata.network import rtnetlink
+from kata.network import routing, rtnetlink, sysctls
 from kata.network.user import NetworkPlan
 
 TYPE_CHECKING = False
@@ -37,8 +38,6 @@ _FIRST_INDEX = 0x3FFFFFFC
 that they make later has a higher index than a tap that takes the next. Kernels list interfaces by index, older ones
 (before 6.8) by its lowest byte."""
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-_FAMILIES = {2: 0, 10: 1}  # AF_INET, AF_INET6 -> types.IPFamily
-_LINK_SCOPE = 253
 _TUNNELS = frozenset({"sit", "ipip", "gre", "gretap", "ip6tnl", "ip6gre", "vti", "vti6", "erspan", "dummy"})
 """Kinds that a kernel puts into every namespace by itself; down, they mean nothing."""
 
@@ -102,7 +101,7 @@ class _Redirected(Endpoint):
             UnsupportedError: It carries no Ethernet frames.
             HostError: The kernel refused to redirect.
         """
-        if len(source.mac) != 17:
+        if not is_ethernet(source):
             raise UnsupportedError(
                 f"the interface {source.name} ({source.kind or 'hardware'}) carries no Ethernet frames",
                 "Attach a network with Ethernet interfaces: veth, macvlan, ipvlan in L2 mode, tap.",
@@ -118,6 +117,18 @@ class _Redirected(Endpoint):
             raise rtnetlink.refused(f"cannot redirect the traffic of {source.name}", error) from error
         self.source = source
         self.mac = source.mac
+
+
+def is_ethernet(link: Link) -> bool:
+    """Whether an interface carries Ethernet frames."""
+    return len(link.mac) == 17
+
+
+def link_local(mac: str) -> str:
+    """The IPv6 address that the kernel makes of a hardware address unless it is told otherwise."""
+    raw = bytearray.fromhex(mac.replace(":", ""))
+    raw[0] ^= 2
+    return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + raw[:3] + b"\xff\xfe" + raw[3:])
 
 
 class NetnsPlan(NetworkPlan):
@@ -137,6 +148,8 @@ class NetnsPlan(NetworkPlan):
         self._connects = model != "none"
         self.endpoints: list[Endpoint] = []
         self._unplugged: list[Endpoint] = []
+        self.routing = []
+        self.rules = []
 
     def wire(self) -> Nic:
         """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other.
@@ -204,11 +217,15 @@ class NetnsPlan(NetworkPlan):
             and (link.flags & rtnetlink.UP or link.kind not in _TUNNELS)
         ]
 
-    def look_again(self) -> bool:
+    def look_again(self, *, is_running: bool = False) -> bool:
         """Take the interfaces that have been put into the namespace, and what has changed of them. Blocks briefly.
 
+        Args:
+            is_running: Containers run: an interface that is not up yet is left to be wired, and one that cannot be
+                taken is told in `left_out`.
+
         Returns:
-            Whether there is something new: `unplugged` is to be plugged in, then `interfaces`, `routes` and `neighbors`
+            Whether there is something new: `unplugged` is to be plugged in, then `interfaces` and what else there is
             tell the guest of it.
 
         Raises:
@@ -217,23 +234,81 @@ class NetnsPlan(NetworkPlan):
         """
         if not self._connects:
             return False
-        before = (self.interfaces, self.routes, self.neighbors)
+        before = self._described()
         with rtnetlink.Rtnl() as rtnl:
+            self._refresh(rtnl)
             free = [one for one in self.endpoints if isinstance(one, _Redirected) and one.source is None]
             found = self.unclaimed(rtnl)
+            refused: list[str] = []
+            if is_running:
+                found = [link for link in found if link.flags & rtnetlink.UP]
+                refused = [
+                    f"the interface {link.name} carries no Ethernet frames"
+                    for link in found
+                    if not is_ethernet(link)
+                ]
+                found = [link for link in found if is_ethernet(link)]
             if len(found) > len(free) + self.late_nics:
-                names = ", ".join(link.name for link in found[len(free) + self.late_nics :])
-                raise UnsupportedError(
-                    f"there is no plug for the network interface {names}: this machine has"
-                    f" {len(self.endpoints) + self.late_nics}",
-                    f"At most {len(slots.NICS)} networks. A machine that starts with one cannot be given more.",
-                )
+                late = found[len(free) + self.late_nics :]
+                error = self._no_plug(", ".join(link.name for link in late))
+                if not is_running:
+                    raise error
+                refused.append(f"{error.message}; it is there from the container's next start on")
+                found = found[: len(free) + self.late_nics]
             for source in found[len(free) :]:
                 free.append(self._late(source.mac))
             for endpoint, source in zip(free, found, strict=False):
                 endpoint.connect(rtnl, source, self.journal if self.path else None, self.path)
             self.describe(rtnl)
-        return before != (self.interfaces, self.routes, self.neighbors)
+            self.left_out += refused
+        return before != self._described()
+
+    def _described(self) -> tuple[object, ...]:
+        return self.interfaces, self.routing, self.rules, self.neighbors, self.left_out
+
+    def _no_plug(self, names: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"there is no plug for the network interface {names}: this machine has"
+            f" {len(self.endpoints) + self.late_nics}",
+            f"At most {len(slots.NICS)} networks. A machine that starts with one cannot be given more.",
+        )
+
+    def _refresh(self, rtnl: rtnetlink.Rtnl) -> None:
+        """Look at the interfaces that there were: one may have been changed, or be gone."""
+        links = {link.index: link for link in rtnl.links()}
+        for endpoint in self.endpoints:
+            if endpoint.source is None:
+                continue
+            link = links.get(endpoint.source.index)
+            if link is None:
+                self._release(rtnl, endpoint)
+                continue
+            if isinstance(endpoint, _Redirected) and link.mtu != endpoint.source.mtu:
+                rtnl.bring_up(endpoint.tap, link.mtu)
+            endpoint.source = link
+
+    def _release(self, rtnl: rtnetlink.Rtnl, endpoint: Endpoint) -> None:
+        if not isinstance(endpoint, _Redirected):
+            return  # it ended with what it was made on
+        rtnl.stop_redirecting(endpoint.tap)
+        endpoint.source = None
+        if endpoint.entry is not None and self.journal is not None:
+            self.journal.forget(endpoint.entry)
+            endpoint.entry = None
+
+    def idle(self) -> list[str]:
+        """See `NetworkPlan.idle`."""
+        if not self.endpoints:
+            return super().idle()
+        return [endpoint.path for endpoint in self.endpoints if endpoint.source is None]
+
+    def sysctls(self) -> list[dict[str, str]]:
+        """See `NetworkPlan.sysctls`."""
+        of_all = sysctls.of_namespace()
+        found = [sysctls.of_interface(interface["name"]) for interface in self.interfaces]
+        if found:
+            found[0] = {**of_all, **found[0]}
+        return found
 
     def let_replies_in(self) -> None:
         """See `NetworkPlan.let_replies_in`."""
@@ -261,7 +336,7 @@ class NetnsPlan(NetworkPlan):
     def describe(self, rtnl: rtnetlink.Rtnl) -> None:
         """Write down what the guest has to know of the interfaces."""
         named = {one.source.index: one for one in self.endpoints if one.source is not None}
-        addresses, routes, neighbors = rtnl.addresses(), rtnl.routes(), rtnl.neighbors()
+        addresses, neighbors = rtnl.addresses(), rtnl.neighbors()
         self.interfaces = [
             {
                 "device": source.name,
@@ -270,7 +345,7 @@ class NetnsPlan(NetworkPlan):
                     {"family": int(":" in one.ip), "address": one.ip, "mask": str(one.prefix)}
                     for one in addresses
                     # The guest makes its own link-local address, from the same hardware address.
-                    if one.index == source.index and not (":" in one.ip and one.scope == _LINK_SCOPE)
+                    if one.index == source.index and one.ip != link_local(source.mac)
                 ],
                 "mtu": source.mtu,
                 "hwAddr": source.mac,
@@ -281,18 +356,12 @@ class NetnsPlan(NetworkPlan):
             if (source := endpoint.source) is not None
         ]
         names = {index: one.source.name for index, one in named.items() if one.source is not None}
-        self.routes = [
-            {
-                "dest": route.destination,
-                "gateway": route.gateway,
-                "device": names[route.index],
-                "source": route.source,
-                "scope": route.scope,
-                "family": _FAMILIES[route.family],
-            }
-            for route in routes
-            if route.index in names
-        ]
+        self.names = {
+            link.index: link.name for link in rtnl.links() if link.flags & rtnetlink.LOOPBACK
+        } | names
+        self.left_out = []
+        self.routing = routing.routes(rtnl, self.names, self.left_out)
+        self.rules = routing.rules(rtnl, self.left_out)
         self.neighbors = [
             {
                 "toIPAddress": {"family": int(":" in one.ip), "address": one.ip},

@@ -24,17 +24,12 @@ _REQUEST, _ACK, _DUMP, _CREATE, _EXCLUSIVE = 0x1, 0x4, 0x300, 0x400, 0x200
 _ERROR, _DONE = 2, 3
 _NEW_LINK, _DEL_LINK, _GET_LINK = 16, 17, 18
 _NEW_ADDRESS, _GET_ADDRESS = 20, 22
-_NEW_ROUTE, _GET_ROUTE = 24, 26
 _NEW_NEIGHBOR, _GET_NEIGHBOR = 28, 30
 _NEW_QDISC, _DEL_QDISC = 36, 37
 _NEW_FILTER = 44
 
 UP, LOOPBACK, NOARP = 0x1, 0x8, 0x80
 PERMANENT = 0x80
-_MAIN_TABLE = 254
-_PROTO_KERNEL = 2
-_UNICAST = 1
-_SCOPE_LINK = 253
 _INGRESS = 0xFFFF0000
 _INGRESS_PARENT = 0xFFFFFFF1
 _ETH_P_ALL = 0x0003
@@ -81,18 +76,6 @@ class Address:
         self.scope = scope
 
 
-class Route:
-    """A unicast route of the main table; `destination` is empty for the default route."""
-
-    __slots__ = ("destination", "family", "gateway", "index", "scope", "source")
-
-    def __init__(self, family: int, scope: int) -> None:
-        self.family = family
-        self.scope = scope
-        self.destination = self.gateway = self.source = ""
-        self.index = 0
-
-
 class Neighbor:
     """A permanent entry of the neighbour table."""
 
@@ -127,7 +110,7 @@ class Rtnl:
     def links(self) -> list[Link]:
         """All interfaces of the namespace."""
         found = []
-        for kind, body in self._dump(_GET_LINK, bytes(16)):
+        for kind, body in self.dump(_GET_LINK, bytes(16)):
             if kind != _NEW_LINK:
                 continue
             link = Link(*struct.unpack_from("=iI", body, 4))
@@ -146,7 +129,7 @@ class Rtnl:
     def addresses(self) -> list[Address]:
         """All addresses of the namespace, IPv4 and IPv6."""
         found = []
-        for kind, body in self._dump(_GET_ADDRESS, bytes(8)):
+        for kind, body in self.dump(_GET_ADDRESS, bytes(8)):
             if kind != _NEW_ADDRESS:
                 continue
             family, prefix, _flags, scope, index = struct.unpack_from("=BBBBI", body)
@@ -156,37 +139,10 @@ class Rtnl:
                 found.append(Address(index, _ip(raw), prefix, scope))
         return found
 
-    def routes(self) -> list[Route]:
-        """Routes of the main table that somebody has set: those that follow from addresses are not among them."""
-        found = []
-        for kind, body in self._dump(_GET_ROUTE, bytes(12)):
-            if kind != _NEW_ROUTE:
-                continue
-            family, length, _, _, table, protocol, scope, sort = struct.unpack_from("=8B", body)
-            if (
-                family not in (socket.AF_INET, socket.AF_INET6)
-                or table != _MAIN_TABLE
-                or sort != _UNICAST
-                or protocol == _PROTO_KERNEL
-            ):
-                continue
-            route = Route(family, scope)
-            for name, value in attributes(body[12:]):
-                if name == 1:
-                    route.destination = f"{_ip(value)}/{length}"
-                elif name == 4:
-                    route.index = int.from_bytes(value, "little")
-                elif name == 5:
-                    route.gateway = _ip(value)
-                elif name == 7:
-                    route.source = _ip(value)
-            found.append(route)
-        return found
-
     def neighbors(self) -> list[Neighbor]:
         """The permanent entries of the neighbour tables."""
         found = []
-        for kind, body in self._dump(_GET_NEIGHBOR, bytes(12)):
+        for kind, body in self.dump(_GET_NEIGHBOR, bytes(12)):
             if kind != _NEW_NEIGHBOR or body[0] not in (socket.AF_INET, socket.AF_INET6):
                 continue
             index, state = struct.unpack_from("=iH", body, 4)
@@ -315,7 +271,8 @@ class Rtnl:
                     return
                 yield kind, body
 
-    def _dump(self, kind: int, body: bytes) -> Iterator[tuple[int, bytes]]:
+    def dump(self, kind: int, body: bytes) -> Iterator[tuple[int, bytes]]:
+        """(type, body) of each message of a list."""
         self._send(kind, _DUMP, body)
         yield from self._messages()
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.journal import Entry, Journal
+    from kata.network import routing
 
 ADDRESS4, PREFIX4, GATEWAY4, DNS4 = "10.0.2.15", 24, "10.0.2.2", "10.0.2.3"
 ADDRESS6, PREFIX6, GATEWAY6, DNS6 = "fd6b:6174:6100::15", 64, "fd6b:6174:6100::2", "fd6b:6174:6100::3"
@@ -145,6 +146,13 @@ class NetworkPlan:
         """types.Route values for UpdateRoutes, as dicts."""
         self.neighbors: list[dict[str, Any]] = []
         """types.ARPNeighbor values for AddARPNeighbors, as dicts."""
+        self.routing: list[routing.Entry] | None = None
+        """In place of `routes`: all of a namespace's, and its rules."""
+        self.rules: list[routing.Entry] = []
+        self.names: dict[int, str] = {}
+        """The interfaces that `routing` means, by their number in the namespace."""
+        self.left_out: list[str] = []
+        """Sentences about what the guest does not get of its network."""
         self.dns: list[str] = []
         """Name servers for the guest's ``/etc/resolv.conf``."""
         self.search: list[str] = []
@@ -175,9 +183,18 @@ class NetworkPlan:
     def start(self, journal: Journal, name: str) -> None:
         """Start what the network needs on the host. Main thread."""
 
-    def look_again(self) -> bool:
+    def look_again(self, *, is_running: bool = False) -> bool:
         """Whether what the guest has to know has changed since it was last told. Blocks briefly."""
         return False
+
+    def idle(self) -> list[str]:
+        """PCI paths of the machine's interfaces that stand for nothing."""
+        return [] if self.interfaces else [slots.nic_path()]
+
+    def sysctls(self) -> list[dict[str, str]]:
+        """For each of `interfaces` the kernel parameters, by their path below ``/proc/sys/net``, that are to be set
+        before it comes up; with the first those of the guest as a whole. Blocks briefly."""
+        return []
 
     def unplugged(self) -> list[tuple[int, str, int]]:
         """What `look_again` has found for the machine's ports: for each which interface of the machine it is, its
@@ -319,6 +336,11 @@ class UserPlan(NetworkPlan):
             for spec in specs or ["none"]:
                 argv += [option, spec]
         return argv
+
+    def sysctls(self) -> list[dict[str, str]]:
+        """See `NetworkPlan.sysctls`: nobody on this network may say who the router is."""
+        one = {f"ipv6/conf/{interface}/accept_ra": "0" for interface in ("all", "default", INTERFACE)}
+        return [one]
 
     def guest_address(self, client: str) -> bytes:
         """See `NetworkPlan.guest_address`: of the client's family where the guest has both, as with passt."""

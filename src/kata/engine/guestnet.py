@@ -1,0 +1,299 @@
+"""The guest's network as its owner has it, from the machine's start to its end.
+
+What the guest is told is compared with what it was told before. While containers run, the network namespace is
+watched: interfaces that come and go (``docker network connect``), addresses, routes and rules that change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+
+from ..errors import KataError
+from ..hypervisor import slots
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..agent.client import AgentClient
+    from ..network.routing import Entry
+    from ..network.user import NetworkPlan
+    from .sandbox import Sandbox
+
+FEATURE = "kata.network"
+"""How an agent announces it (``AgentDetails.extra_features``)."""
+_QUIET_S = 0.1
+"""Whoever wires a namespace does it in several steps: so long nothing has happened before the guest is told."""
+_AT_LATEST_S = 1.0
+_GROUPS = (1, 5, 7, 8, 9, 11, 12, 19, 24, 25)
+"""Of rtnetlink: links, addresses, routes, rules and parameters of both families (``linux/rtnetlink.h``)."""
+_SOL_NETLINK, _MEMBERSHIP = 270, 1
+_READ = 1 << 16
+
+
+class GuestNetwork:
+    """Tells the guest of its network.
+
+    Args:
+        sandbox: Whose.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self._turn = asyncio.Lock()
+        self._sysctls: dict[str, dict[str, str]] = {}
+        self._routes: list[Entry] = []
+        self._rules: list[Entry] = []
+        self._hidden: set[str] = set()
+        self._names: dict[str, str] = {}
+        self._said: set[str] = set()
+        self._socket: socket.socket | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._first_event_s = 0.0
+
+    @property
+    def _plan(self) -> NetworkPlan | None:
+        return self._sandbox.machine.network
+
+    async def configure(self, agent: AgentClient) -> None:
+        """Give the guest's interfaces what they have outside, if there are any (yet).
+
+        Raises:
+            KataError: The guest refused, or the network's helper is gone.
+        """
+        async with self._turn:
+            await self._configure(agent)
+
+    async def come_up(self) -> None:
+        """Return when the guest has the network that a container is to find. From then on it follows what happens.
+
+        Raises:
+            KataError: It could not be set up.
+        """
+        plan = self._plan
+        async with self._turn:
+            # Some clients wire a container's network namespace only between create and start.
+            if plan is not None and plan.wired_by_others:
+                is_new = await self._sandbox.helper(
+                    lambda: plan.look_again(is_running=self._socket is not None)
+                )
+                if is_new:
+                    agent = await self._sandbox.ready()
+                    await self._plug_in(plan)
+                    await self._sandbox.unless_lost(self._configure(agent))
+            await self._hide_idle()
+        if plan is not None and plan.wired_by_others and self._socket is None:
+            self._watch()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+
+    # ---- telling ----
+
+    async def _configure(self, agent: AgentClient) -> None:
+        from ..proto import types_pb
+
+        plan = self._plan
+        if plan is None or not (plan.interfaces or self._names):
+            return
+        began = time.monotonic_ns()
+        is_able = FEATURE in agent.features
+        if is_able:
+            parameters = await self._sandbox.helper(plan.sysctls)
+        elif plan.wired_by_others:
+            self._say("the guest has no kernel parameters of its network: its agent cannot set them")
+        self._forget_gone(plan)
+        for number, interface in enumerate(plan.interfaces):
+            if is_able:
+                await self._prepare(agent, interface["devicePath"], interface["name"], parameters[number])
+            await agent.update_interface(types_pb.Interface.from_dict(interface))
+        await self._tell_routes(agent, plan, is_able=is_able)
+        if plan.neighbors:
+            await agent.add_neighbors([types_pb.ARPNeighbor.from_dict(one) for one in plan.neighbors])
+        for sentence in plan.left_out:
+            self._say(sentence)
+        failure = plan.failure()
+        if failure is not None:
+            raise failure
+        self._sandbox.timings.add("network", began)
+
+    def _forget_gone(self, plan: NetworkPlan) -> None:
+        """What an interface was told is gone with it, and with its name."""
+        now = {interface["devicePath"]: interface["name"] for interface in plan.interfaces}
+        for path, name in self._names.items():
+            if now.get(path) != name:
+                self._sysctls.pop(path, None)
+        self._names = now
+
+    async def _prepare(self, agent: AgentClient, path: str, name: str, wanted: Mapping[str, str]) -> None:
+        from ..network import sysctls
+        from ..proto import agentext_pb
+
+        before = self._sysctls.get(path)
+        told = sysctls.changes(wanted, before or {})
+        if before is not None and any(sysctls.reaches_all(parameter) for parameter in told):
+            # Which may have changed those of each interface in the guest.
+            told = {**told, **wanted}
+            self._sysctls.clear()
+        for parameter in self._of_containers():
+            told.pop(parameter, None)
+        if before is not None and not told:
+            return
+        request = agentext_pb.PrepareNetworkRequest(
+            device_path=path,
+            name=name,
+            sysctls=[agentext_pb.NetworkSysctl(name=key, value=value) for key, value in told.items()],
+        )
+        refused = await agent.prepare_network(request)
+        self._hidden.discard(path)
+        self._sysctls[path] = {**(before or {}), **told}
+        names = list(told)
+        for position, reason in refused[: len(names)]:
+            if position < len(names):
+                parameter = f"net/{names[position]}".translate({ord("."): "/", ord("/"): "."})
+                self._say(f"{parameter}={told[names[position]]} is not set in the guest: {reason}")
+
+    def _of_containers(self) -> set[str]:
+        """The kernel parameters that containers set themselves, which the namespace's stand behind."""
+        from ..network import sysctls
+
+        named = set(self._sandbox.settings.get("sysctls") or {})
+        for container in self._sandbox.containers.values():
+            named |= set((container.config.get("linux") or {}).get("sysctl") or {})
+        return {sysctls.path(name) for name in named}
+
+    async def _tell_routes(self, agent: AgentClient, plan: NetworkPlan, *, is_able: bool) -> None:
+        from ..network import routing
+        from ..proto import agentext_pb, types_pb
+
+        if plan.routing is None or not is_able:
+            routes = plan.routes
+            if plan.routing is not None:
+                left_out: list[str] = []
+                routes = routing.in_stock_protocol(plan.routing, plan.names, left_out)
+                left_out += [
+                    f"the rule {rule.text} is not in the guest: its agent cannot say it"
+                    for rule in plan.rules
+                    if rule not in routing.DEFAULT_RULES
+                ]
+                for sentence in left_out:
+                    self._say(sentence)
+            await agent.update_routes([types_pb.Route.from_dict(route) for route in routes])
+            return
+        old_rules = self._rules or list(routing.DEFAULT_RULES)
+        rules = [rule for rule in plan.rules if rule not in old_rules]
+        request = agentext_pb.RouteRequest(
+            remove_routes=[route.body for route in self._routes if route not in plan.routing],
+            # All of them: with an address, or with an interface that was down, the guest's kernel has dropped some.
+            routes=[route.body for route in plan.routing],
+            remove_rules=[rule.body for rule in old_rules if rule not in plan.rules],
+            rules=[rule.body for rule in rules],
+            interfaces=[
+                agentext_pb.NumberedInterface(number=number, name=name)
+                for number, name in plan.names.items()
+            ],
+        )
+        refused = await agent.route(request)
+        told = [*plan.routing, *rules]
+        for position, reason in refused[: len(told)]:
+            if position < len(told):
+                kind = "route" if position < len(plan.routing) else "rule"
+                self._say(f"the {kind} {told[position].text} is not in the guest as it should be: {reason}")
+        self._routes, self._rules = list(plan.routing), list(plan.rules)
+
+    def _say(self, sentence: str) -> None:
+        """Into the log, once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self._sandbox.complain(sentence)
+
+    async def _plug_in(self, plan: NetworkPlan) -> None:
+        """Give the machine the interfaces that have come."""
+        vm = self._sandbox.vm
+        assert vm is not None
+        late = plan.unplugged()
+        try:
+            for index, mac, tap_fd in late:
+                await self._sandbox.unless_lost(vm.plug_nic(index, mac, tap_fd))
+        finally:
+            for _, _, tap_fd in late:
+                os.close(tap_fd)
+
+    async def _hide_idle(self) -> None:
+        """What stands for nothing is not seen: a container without a network has no interface."""
+        plan = self._plan
+        paths = plan.idle() if plan is not None else [slots.nic_path()]
+        if self._hidden.issuperset(paths):
+            return
+        agent = await self._sandbox.ready()
+        if FEATURE not in agent.features:
+            return
+        for path in paths:
+            if path not in self._hidden:
+                await self._sandbox.unless_lost(agent.hide_interface(path))
+                self._hidden.add(path)
+                self._sysctls.pop(path, None)
+
+    # ---- watching ----
+
+    def _watch(self) -> None:
+        # The engine is in the namespace.
+        self._socket = socket.socket(
+            socket.AF_NETLINK,
+            socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+            socket.NETLINK_ROUTE,
+        )
+        self._socket.bind((0, 0))
+        for group in _GROUPS:
+            self._socket.setsockopt(_SOL_NETLINK, _MEMBERSHIP, group)
+        asyncio.get_running_loop().add_reader(self._socket, self._something_happened)
+
+    def _something_happened(self) -> None:
+        assert self._socket is not None
+        try:
+            while self._socket.recv(_READ):
+                pass
+        except OSError:
+            pass  # all is read; or there was more than fits, and something has happened for certain
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._timer is None:
+            self._first_event_s = now
+        else:
+            self._timer.cancel()
+        at = min(now + _QUIET_S, max(now, self._first_event_s + _AT_LATEST_S))
+        self._timer = loop.call_at(at, self._begin_to_follow)
+
+    def _begin_to_follow(self) -> None:
+        self._timer = None
+        if self._sandbox.lost.done() or self._sandbox.vm is None:
+            return
+        if self._sandbox.paused:
+            # A guest that stands still takes nothing.
+            self._timer = asyncio.get_running_loop().call_later(_AT_LATEST_S, self._begin_to_follow)
+            return
+        self._sandbox.spawn(self._follow())
+
+    async def _follow(self) -> None:
+        """Do in the guest what has happened in the namespace. What fails is told in the log."""
+        plan = self._plan
+        assert plan is not None
+        try:
+            async with self._turn:
+                await self._sandbox.helper(lambda: plan.look_again(is_running=True))
+                agent = await self._sandbox.ready()
+                await self._plug_in(plan)
+                await self._sandbox.unless_lost(self._configure(agent))
+                await self._hide_idle()
+            for container in list(self._sandbox.containers.values()):
+                await self._sandbox.names_up(container.config)
+        except (KataError, OSError) as error:
+            self._say(f"the guest does not follow a change of its network: {error}")

@@ -1,0 +1,162 @@
+"""Kernel parameters, routes and rules of a namespace, as they are told to a guest."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import Any
+
+import pytest
+
+from kata import sysio
+from kata.network import routing, rtnetlink, sysctls
+from kata.network.netns import link_local
+from kata.network.rtnetlink import attribute
+
+LO = {1: "lo", 7: "eth0"}
+
+
+class _Kernel:
+    """Says what it is told to say."""
+
+    def __init__(self, *messages: tuple[int, bytes]) -> None:
+        self._messages = messages
+
+    def dump(self, kind: int, body: bytes) -> list[tuple[int, bytes]]:
+        return [one for one in self._messages if one[0] == kind - 2 and body[0] in (0, one[1][0])]
+
+
+def number(kind: int, value: int) -> bytes:
+    return attribute(kind, struct.pack("=I", value))
+
+
+def route(
+    *more: bytes, family: int = 2, length: int = 0, protocol: int = 3, sort: int = 1, flags: int = 0
+) -> Any:
+    header = struct.pack("=8BI", family, length, 0, 0, 254, protocol, 0, sort, flags)
+    return 24, header + b"".join(more)
+
+
+def test_what_is_told_of_parameters() -> None:
+    assert sysctls.path("net.ipv4.conf.eth0/1.rp_filter") == "ipv4/conf/eth0.1/rp_filter"
+    assert sysctls.path("kernel.shmmax") == ""
+    for name, value in (
+        ("ipv4/ip_local_port_range", "32768 60999"),
+        ("ipv6/conf/eth0/accept_ra", "1"),
+        ("ipv4/conf/all/accept_source_route", "0"),
+        ("ipv4/conf/eth0/accept_source_route", "1"),
+        ("ipv6/neigh/eth0/locktime", "0"),
+        ("ipv4/neigh/eth0/locktime", "100"),
+        ("ipv4/tcp_mtu_probing", "0"),
+    ):
+        assert sysctls.default(name) == value, name
+    told = {"ipv4/ip_forward": "1", "ipv4/tcp_ecn": "1"}
+    assert sysctls.changes({"ipv4/ip_forward": "1"}, told) == {"ipv4/tcp_ecn": "2"}, "its default again"
+    assert sysctls.changes(told, told) == {}
+    assert [
+        name
+        for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/eth0/mtu")
+        if sysctls.reaches_all(name)
+    ] == ["ipv4/ip_forward", "ipv6/conf/all/forwarding"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_parameters_of_a_namespace() -> None:
+    """Without anybody's doing there is little to tell; and in the order in which it can be set."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sysio.unshare(sysio.CLONE_NEWNET)
+            for path in ("ipv4/tcp_retries2", "ipv6/conf/lo/accept_ra", "ipv4/ip_forward"):
+                with open(f"/proc/sys/net/{path}", "w", encoding="ascii") as file:
+                    file.write("0" if "ra" in path else "7" if "retries" in path else "1")
+            found = sysctls.of_namespace()
+            ours = [
+                found[name] for name in ("ipv4/tcp_retries2", "ipv6/conf/lo/accept_ra", "ipv4/ip_forward")
+            ]
+            is_right = ours == ["7", "0", "1"] and next(iter(found)) == "ipv4/ip_forward" and len(found) < 60
+            os._exit(0 if is_right and all("\t" not in value for value in found.values()) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_routes_are_carried_whole_but_for_their_state() -> None:
+    left: list[str] = []
+    metrics = attribute(8, number(2, 1300) + number(16, 0) + attribute(1, b"x"))
+    ways = struct.pack("=HBBi", 8, 4 | 16, 2, 7) + struct.pack("=HBBi", 8, 0, 0, 7)
+    cache = attribute(12, struct.pack("=IIiIIIII", 0, 0, 12345, 0, 0, 0, 0, 0))
+    kernel: Any = _Kernel(
+        route(number(4, 7), attribute(5, bytes([10, 0, 0, 1])), metrics, number(30, 9), flags=16 | 4),
+        route(number(4, 7), protocol=2),
+        route(number(4, 7), flags=0x200),
+        route(number(4, 9), attribute(1, bytes([10, 9, 0, 0])), length=16),
+        route(attribute(1, bytes([172, 31, 0, 0])), number(15, 1000), length=16, sort=6),
+        route(attribute(9, ways)),
+        route(number(4, 7), number(6, 1024), cache, family=10),
+    )
+    entries = routing.routes(kernel, LO, left)
+    assert [entry.text for entry in entries] == [
+        "default via 10.0.0.1 dev eth0",
+        "blackhole 172.31.0.0/16 table 1000",
+        "default with several ways",
+        "default dev eth0 metric 1024",
+    ]
+    assert left == ["the route 10.9.0.0/16 dev number 9 is not in the guest: it has not this interface"]
+    first, _, several, expiring = (entry.body for entry in entries)
+    assert metrics in first
+    assert number(30, 9) not in first
+    assert struct.unpack_from("=I", first, 8) == (4,)
+    assert struct.pack("=HBBi", 8, 4, 2, 7) in several
+    assert number(23, 123) in expiring
+    assert cache not in expiring
+    # An agent of somebody else's is told what it can be told, and the log the rest.
+    said = routing.in_stock_protocol(entries, LO, left)
+    assert [(one["gateway"], one["mtu"], one["family"]) for one in said] == [
+        ("10.0.0.1", 1300, 0),
+        ("", 0, 1),
+    ]
+    assert [" ".join(one.split()[:4]) for one in left[1:]] == [
+        "the route default via",
+        "the route blackhole 172.31.0.0/16",
+        "the route default with",
+    ]
+
+
+def test_the_kernels_own_rules_are_known() -> None:
+    def rule(family: int, priority: int, table: int, *more: bytes) -> tuple[int, bytes]:
+        head = struct.pack("=8BI", family, 0, 0, 0, table, 0, 0, 1, 1)
+        first = number(6, priority) if priority else b""
+        return 32, head + first + number(15, table) + number(14, 0xFFFFFFFF) + attribute(
+            21, b"\2"
+        ) + b"".join(more)
+
+    known = ((2, 0, 255), (2, 32766, 254), (2, 32767, 253), (10, 0, 255), (10, 32766, 254))
+    kernel: Any = _Kernel(*(rule(*one) for one in known), rule(2, 5, 77, number(10, 16)), rule(129, 0, 1))
+    found = routing.rules(kernel, [])
+    assert set(routing.DEFAULT_RULES) <= set(found)
+    assert [one.text for one in found if one not in routing.DEFAULT_RULES] == [
+        "5: from all fwmark 10000000 table 77"
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_new_namespace_has_the_kernels_own_rules_and_no_routes() -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sysio.unshare(sysio.CLONE_NEWNET)
+            with rtnetlink.Rtnl() as rtnl:
+                rtnl.bring_up(1)
+                left: list[str] = []
+                found = routing.routes(rtnl, LO, left), routing.rules(rtnl, left), left
+            os._exit(0 if found == ([], list(routing.DEFAULT_RULES), []) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_link_local_address_is_made_of_the_hardware_address() -> None:
+    assert link_local("02:11:22:33:44:55") == "fe80::11:22ff:fe33:4455"
+    assert socket.inet_pton(socket.AF_INET6, link_local("52:54:00:00:00:01"))[8] == 0x50
