@@ -28,6 +28,30 @@ const LINKS: &[(&str, &str)] = &[
     ("/run", "/var/run"),
 ];
 
+/// What a host's init system would raise, for PID 1 and so for every process that is not given its own: (resource, soft,
+/// hard). The files are systemd's soft and the kernel's hard limit; the kernel sizes the others by the guest's memory, which
+/// is no larger than its containers need.
+const LIMITS: &[(u32, u64, u64)] = &[
+    (libc::RLIMIT_NOFILE, 1024, 1 << 20),
+    (libc::RLIMIT_NPROC, libc::RLIM_INFINITY, libc::RLIM_INFINITY),
+    (libc::RLIMIT_SIGPENDING, 1 << 17, 1 << 17),
+];
+
+/// What a host has by its size, or by its administrator's or init system's hand. A machine is as small as its
+/// containers' limits, which bound them anyway.
+const SYSCTLS: &[(&str, &str)] = &[
+    // A mapping larger than the machine is refused otherwise; what is touched counts, by the container's limit. The
+    // kubelet sets it on its nodes, too.
+    ("vm/overcommit_memory", "1"),
+    ("vm/max_map_count", "1048576"), // Elasticsearch asks for 262144; distributions' default since 2024
+    ("kernel/pid_max", "4194304"),   // systemd: the kernel's largest
+    ("kernel/threads-max", "1048576"),
+    ("fs/file-max", "9223372036854775807"), // systemd
+    ("fs/nr_open", "1073741816"),           // systemd
+    ("fs/inotify/max_user_watches", "524288"),
+    ("fs/inotify/max_user_instances", "8192"),
+];
+
 /// Module list of the initrd: one path of a `.ko` a line, in the order of loading, parameters behind it.
 const MODULES: &str = "/etc/modules";
 
@@ -55,12 +79,26 @@ pub fn init() -> Settings {
             Err(e) => log::warn(&format!("symlink {path}: {e}")),
         }
     }
+    raise_limits();
     let (settings, complaints) = cmdline::parse_kernel(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     log::set_level(settings.level);
     for complaint in complaints {
         log::warn(&complaint);
     }
     settings
+}
+
+fn raise_limits() {
+    for (name, value) in SYSCTLS {
+        if let Err(e) = fs::write_existing(format!("/proc/sys/{name}"), value) {
+            log::warn(&format!("set {name} to {value}: {e}"));
+        }
+    }
+    for (resource, soft, hard) in LIMITS {
+        if let Err(e) = sys::set_rlimit(0, *resource, *soft, *hard) {
+            log::warn(&format!("set resource limit {resource} to {soft}:{hard}: {e}"));
+        }
+    }
 }
 
 /// Modules first (their files are in the initial root), then a tmpfs over `/`, because pivot_root refuses to work on

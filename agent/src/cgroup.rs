@@ -16,6 +16,13 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 /// The parent of all containers' groups.
 const CONTAINERS: &str = "/sys/fs/cgroup/kata";
 
+/// The group that a process is in, open; nothing if it has ended, or its group has.
+pub fn of_process(pid: Pid) -> Option<Fd> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    sys::open(format!("{ROOT}{path}"), libc::O_RDONLY | libc::O_DIRECTORY, 0).ok()
+}
+
 /// Until all processes of a group have stopped, or are gone: far more than the kernel needs.
 const PATIENCE_MS: u64 = 10_000;
 

@@ -30,6 +30,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.policy",
     "kata.processes",
     "kata.sockets",
+    "kata.stdin.null",
     "kata.streams",
     "seccomp",
 ];

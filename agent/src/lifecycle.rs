@@ -31,10 +31,11 @@ impl Agent {
         let spec = request.oci.as_deref().ok_or_else(|| missing("OCI spec"))?;
         let linux = spec.linux.as_deref().ok_or_else(|| missing("linux section"))?;
         // The specification needs a process only for a start: without one, the files can be worked on.
-        let program = match spec.process.as_deref() {
+        let mut program = match spec.process.as_deref() {
             Some(process) => runtime::program(process, request.string_user.as_deref())?,
             None => runtime::no_program()?,
         };
+        program.no_stdin = request.no_stdin;
         let namespaces = namespaces::parse(linux)?;
         let filter = compile_filter(linux)?;
         let root = spec.root.as_deref().map_or("", |r| &r.path).to_string();
@@ -73,7 +74,7 @@ impl Agent {
             // Root of a user namespace is nobody here, and still has to get through.
             fs::create_dir_all(&format!("{STATE_DIR}/{id}"), 0o711).context("make the container's directory")?;
             let directory = container.cgroup.as_ref().map(Cgroup::open).transpose()?;
-            let pipes = Pipes::new(program.terminal, self.settings.pipe_size)?;
+            let pipes = Pipes::new(&program, self.settings.pipe_size)?;
             let (ours, theirs) = sys::socketpair(libc::SOCK_SEQPACKET).context("make a report socket")?;
             let plan = ContainerPlan {
                 id,
@@ -178,13 +179,15 @@ impl Agent {
             return Err(Error::unimplemented("streams by passed descriptors are not supported"));
         }
         let process = request.process.as_deref().ok_or_else(|| Error::invalid("the request has no process"))?;
-        let program = runtime::program(process, request.string_user.as_deref())?;
+        let mut program = runtime::program(process, request.string_user.as_deref())?;
+        program.no_stdin = request.no_stdin;
         let pidfd = sys::pidfd_open(init.pid).context("open the container's process")?;
         let directory = container.cgroup.as_ref().map(Cgroup::open).transpose()?;
-        let pipes = Pipes::new(program.terminal, self.settings.pipe_size)?;
+        let pipes = Pipes::new(&program, self.settings.pipe_size)?;
         let (ours, theirs) = sys::socketpair(libc::SOCK_SEQPACKET).context("make a report socket")?;
         let plan = ExecPlan {
             container: id,
+            init: init.pid,
             pidfd: pidfd.raw(),
             cgroup: directory.as_ref().map(Fd::raw),
             namespaces: container.namespaces,

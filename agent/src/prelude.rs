@@ -7,7 +7,7 @@ pub use standard::*;
 pub mod standard {
     pub use alloc::borrow::ToOwned;
     pub use alloc::boxed::Box;
-    pub use alloc::collections::BTreeMap;
+    pub use alloc::collections::{BTreeMap, BTreeSet};
     pub use alloc::format;
     pub use alloc::string::{String, ToString};
     pub use alloc::vec;

@@ -6,7 +6,7 @@ use crate::log;
 use crate::prelude::*;
 use crate::proto::agent::{WaitProcessResponse, WriteStreamResponse};
 use crate::proto::codec::Message;
-use crate::runtime::launch::Stdio;
+use crate::runtime::launch::{Program, Stdio};
 use crate::runtime::report;
 use crate::server::calls::CallId;
 use crate::server::conn::Conn;
@@ -58,25 +58,31 @@ const PIPE_SIZE: usize = 256 << 10;
 /// The pipes of a process without a terminal, both sides.
 pub struct Pipes {
     pub child: Stdio,
-    ours: Option<[Fd; 3]>,
+    /// stdin, unless that is /dev/null; stdout and stderr.
+    ours: Option<(Option<Fd>, [Fd; 2])>,
 }
 
 impl Pipes {
-    pub fn new(terminal: bool, size: u32) -> Result<Pipes> {
-        if terminal {
+    pub fn new(program: &Program, size: u32) -> Result<Pipes> {
+        if program.terminal {
             return Ok(Pipes { child: None, ours: None });
         }
         let make = || -> sys::SysResult<_> {
-            let (stdin_read, stdin_write) = sys::pipe(0)?;
+            let (stdin_read, stdin_write) = if program.no_stdin {
+                (sys::open("/dev/null", libc::O_RDWR, 0)?, None)
+            } else {
+                let (read, write) = sys::pipe(0)?;
+                (read, Some(write))
+            };
             let (stdout_read, stdout_write) = sys::pipe(0)?;
             let (stderr_read, stderr_write) = sys::pipe(0)?;
-            for fd in [&stdin_write, &stdout_read, &stderr_read] {
+            for fd in stdin_write.iter().chain([&stdout_read, &stderr_read]) {
                 sys::set_nonblocking(fd.raw(), true)?;
                 // The limit for unprivileged users does not bind root; a kernel short of memory may still refuse.
                 let size = if size == 0 { PIPE_SIZE } else { size as usize };
                 let _ = sys::fcntl(fd.raw(), libc::F_SETPIPE_SZ, size);
             }
-            Ok(([stdin_read, stdout_write, stderr_write], [stdin_write, stdout_read, stderr_read]))
+            Ok(([stdin_read, stdout_write, stderr_write], (stdin_write, [stdout_read, stderr_read])))
         };
         let (child, ours) = make().context("make the pipes of the process")?;
         Ok(Pipes { child: Some(child), ours: Some(ours) })
@@ -86,9 +92,10 @@ impl Pipes {
 impl Process {
     pub fn new(container: &str, exec_id: &str, builder: Pid, report: Fd, pipes: Pipes, starter: CallId) -> Process {
         let (input, outputs) = match pipes.ours {
-            Some([stdin, stdout, stderr]) => {
-                (Input::new(stdin, false), [Output::new(stdout, false), Output::new(stderr, false)])
-            }
+            Some((stdin, [stdout, stderr])) => (
+                stdin.map_or_else(Input::default, |fd| Input::new(fd, false)),
+                [Output::new(stdout, false), Output::new(stderr, false)],
+            ),
             None => Default::default(),
         };
         Process {

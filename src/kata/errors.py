@@ -133,7 +133,10 @@ class AgentError(KataError):
 class AgentTimeoutError(AgentError):
     """The agent did not answer in time although its virtual machine is alive."""
 
-    grpc_code = 4
+    grpc_code = 4  # DEADLINE_EXCEEDED
+
+    def __init__(self, message: str, hint: str = "", code: int = 4) -> None:
+        super().__init__(message, hint, code)
 
 
 class GuestProtocolError(KataError):

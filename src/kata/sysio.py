@@ -169,6 +169,13 @@ def keep_capabilities(kept: Iterable[int]) -> None:
     _check(_c().capset(header, sets))
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of *data*: a disk that becomes full takes a part first, and says so only the next time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 def become_subreaper() -> None:
     """Make this process the one that orphaned descendants are handed to (PR_SET_CHILD_SUBREAPER)."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)

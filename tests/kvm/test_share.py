@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import signal
@@ -11,23 +10,21 @@ from pathlib import Path
 import pytest
 from conftest import Kata
 from share_cases import (  # noqa: F401 - collected here
+    SHARES,
+    sharing,
+    test_a_program_that_was_replaced_is_not_run,
     test_files_behave_as_files,
     test_files_of_two_file_systems_stay_apart,
     test_several_sides_see_one_file_system,
     test_the_owner_of_a_guest_gains_nothing_by_it,
     test_volumes,
+    test_what_files_can_do,
 )
 
-from kata.hypervisor import virtiofsd
 
-
-@pytest.fixture
-def kata(kvm_kata: Kata) -> Kata:
-    if virtiofsd.find() is None:
-        pytest.skip("needs virtiofsd (apt-get install virtiofsd)")
-    one = copy.copy(kvm_kata)
-    one.env = {**kvm_kata.env, "KATA_SHARED_FS": "virtio-fs"}
-    return one
+@pytest.fixture(params=SHARES[1:])
+def kata(kvm_kata: Kata, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kata:
+    return sharing(kvm_kata, request.param, tmp_path_factory.mktemp("configuration"))
 
 
 def test_a_root_of_the_hosts(kata: Kata, tmp_path: Path) -> None:

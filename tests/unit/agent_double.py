@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kata.errors import KataError, VMLostError
-from kata.hypervisor.interface import Ended
+from kata.hypervisor.interface import DiskError, Ended
 from kata.proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
 from kata.ttrpc.server import Server
 from kata.ttrpc.status import INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE, TtrpcError
@@ -218,6 +218,10 @@ class AgentDouble:
                 process.signal(request.signal)
         return google_pb.Empty()
 
+    async def List(self, request: Any, context: Any) -> agentext_pb.ListProcessesResponse:
+        await self._enter(request, context)
+        return agentext_pb.ListProcessesResponse()
+
     async def WaitProcess(self, request: Any, context: Any) -> agent_pb.WaitProcessResponse:
         await self._enter(request, context)
         status = await self._process(request.container_id, request.exec_id).status
@@ -324,6 +328,9 @@ class MachineDouble:
 
     def close(self) -> None:
         self.closed = True
+
+    def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
+        self.disk_fails = callback
 
     def console_tail(self, limit: int = 4096) -> str:
         return "console says hello"

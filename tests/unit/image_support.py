@@ -98,12 +98,13 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 
 def image(
     blobs: Blobs, layers: Iterable[bytes], *, how: str = "plain", config: dict[str, Any] | None = None,
-    arch: str = "amd64", **more: Any,
+    arch: str = "amd64", variant: str = "", **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Put an image's blobs together; returns the descriptor of its manifest."""
     layers = list(layers)
     content = {
         "architecture": arch,
+        **({"variant": variant} if variant else {}),
         "os": "linux",
         "created": "2024-01-02T03:04:05Z",
         "config": config if config is not None else {"Cmd": ["sh"]},

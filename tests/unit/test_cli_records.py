@@ -10,7 +10,9 @@ import pytest
 
 from kata import journal, sysio
 from kata.cli import listing, records, table
+from kata.engine import client
 from kata.errors import AlreadyExistsError, NotFoundError, UsageError
+from kata.proto import task_pb
 
 
 @pytest.fixture
@@ -55,6 +57,46 @@ def test_a_name_is_unique_and_free_again_after_removal(state: Path) -> None:
     assert os.listdir(state / "containers") == []
     assert os.listdir(state / "names") == []
     make("one")
+
+
+def test_an_engine_is_believed_more_than_the_file(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk may have been full, or the file is older than what happens now."""
+    one = make("one")
+    said: list[object] = []
+
+    class Engine:
+        def __init__(self, path: str) -> None:
+            assert path == one.socket
+
+        def __enter__(self) -> Engine:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def state(self, _: str, timeout: float) -> object:
+            answer = said[-1]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(client, "EngineClient", Engine)
+    os.makedirs(os.path.dirname(one.socket))
+    Path(one.socket).touch()
+    path = os.path.join(one.directory, "state.json")
+    for answer, status in (
+        (task_pb.StateResponse(status=2, pid=7), "running"),
+        (task_pb.StateResponse(status=4, pid=7), "paused"),
+        (task_pb.StateResponse(status=1), "exited"),  # it is opened for a copy, or about to start
+        (task_pb.StateResponse(status=3), "exited"),
+        (NotFoundError("not yet"), "exited"),
+    ):
+        said.append(answer)
+        records.write_json(path, {"status": "stopped", "exit_code": 3})
+        assert one.state()["status"] == status
+    os.unlink(one.socket)
+    said.append(AssertionError("nobody is to be asked"))
+    assert one.state()["status"] == "exited"
 
 
 def test_a_discarded_draft_leaves_nothing(state: Path) -> None:

@@ -7,6 +7,7 @@ real guest does is in tests/vm.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from agent_double import AgentDouble, MachineDouble
 
-from kata.engine import boot, sandbox_service, streams, task_service
+from kata.engine import boot, records, sandbox_service, streams, task_service
 from kata.engine.client import EngineClient
 from kata.engine.records import read_json
 from kata.engine.sandbox import Sandbox
@@ -34,6 +35,7 @@ from kata.errors import (
     UsageError,
     VMLostError,
 )
+from kata.hypervisor.interface import DiskError
 from kata.journal import Journal
 from kata.oci import spec as oci
 from kata.proto import agent_pb, sandbox_pb, task_pb
@@ -668,6 +670,52 @@ def test_exit_is_told_though_the_state_cannot_be_written(
         )
         client.kill("c1", 9)
         assert client.wait("c1") == 137
+
+
+@pytest.mark.parametrize("when", ["create", "start"])
+def test_no_container_runs_whose_state_cannot_be_recorded(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    engine = make()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with engine.client() as client:
+        bundle = engine.bundle("sleep")
+        if when == "create":
+            monkeypatch.setattr(records, "write_json", full)
+            with pytest.raises(KataError, match="cannot be recorded: No space left on device"):
+                client.create("c1", bundle)
+        else:
+            client.create("c1", bundle)
+            monkeypatch.setattr(records, "write_json", full)
+            with pytest.raises(KataError, match="cannot be recorded: No space left on device") as caught:
+                client.start("c1")
+            assert "kata rmi" in caught.value.hint
+            assert engine.double.processes["c1", ""].signals[0] == 9
+    assert ("StartContainer" in engine.double.calls) == (when == "start")
+
+
+def test_a_disk_of_the_hosts_that_fails_is_told(make: Callable[..., Engine], capfd: Any) -> None:
+    engine = make(end_with_init=False)
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        fails = engine.sandbox.machine_double.disk_fails
+        for _ in range(100):
+            engine.do(lambda: fails(DiskError("/rw.img", writes=False, full=False, reason="I/O error")))
+        assert client.describe()["disk_error"] == "/rw.img could not be read on the host: I/O error"
+        for _ in range(100):
+            engine.do(lambda: fails(DiskError("/rw.img", writes=True, full=True, reason="No space left")))
+        engine.do(lambda: fails(DiskError("/rw.img", writes=True, full=False, reason="I/O error")))
+        told = client.describe()
+        assert told["disk_errors"] == 201
+        assert told["disk_error"].startswith("the host's disk is full: /rw.img could not be written")
+        client.kill("c1", 9)
+        assert client.wait("c1") == 137
+        assert engine.state["disk_error"] == told["disk_error"]
+    assert capfd.readouterr().err.count("/rw.img") == 2
 
 
 def test_a_stuck_reader_does_not_hold_the_exit(

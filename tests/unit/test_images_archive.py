@@ -29,6 +29,7 @@ from image_support import (
 )
 
 from kata.errors import ImageError
+from kata.images import archive as archives
 from kata.images import platform, store
 
 ONE = layer(member("one", content=b"1"))
@@ -153,6 +154,14 @@ def test_choosing_among_several(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no image with the tag 9") as caught:
         store.resolve(f"docker-archive:{archive}:9")
     assert "x.io/b:2" in caught.value.hint
+    assert content(store.resolve(f"docker-archive:{archive}:@0")) == {"one"}
+    with pytest.raises(ImageError, match="no image at the place @3"):
+        store.resolve(f"docker-archive:{archive}:@3")
+    unnamed = docker_save(tmp_path / "b.tar", [{"layers": [ONE]}, {"layers": [TWO]}])
+    with pytest.raises(ImageError, match="2 images and none is tagged latest") as caught:
+        store.resolve(f"docker-archive:{unnamed}")
+    assert ":@0 to :@1" in caught.value.hint
+    assert content(store.resolve(f"docker-archive:{unnamed}:@1")) == {"two"}
 
 
 def test_repeated_layers_are_links_before_docker_25(tmp_path: Path) -> None:
@@ -230,6 +239,57 @@ def test_broken_archives(tmp_path: Path, state: Path, words: str) -> None:
         store.resolve(f"docker-archive:{path}")
     assert caught.value.hint
     assert not list((state / "rootfs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (_tar(manifest_json=b'[{"Config":"c","Layers":5}]'), "names no configuration or layers"),
+        (_tar(manifest_json=b'[{"Config":"c","Layers":true}]'), "names no configuration or layers"),
+        (_tar(manifest_json=b'[{"Config":"c","Layers":{"l.tar":1}}]'), "names no configuration or layers"),
+        (_tar(manifest_json=b'[{"Config":"\\ud800","Layers":[]}]'), r"\\xed\\xa0\\x80 is missing"),
+        (
+            _tar(
+                manifest_json=b'[{"Config":"c","Layers":["\\udc00"]}]',
+                c=json.dumps({"rootfs": {"diff_ids": [sha256(ONE)]}}).encode(),
+            ),
+            r"\\xed\\xb0\\x80 is missing",
+        ),
+        (
+            layer(
+                member("manifest.json", content=b'[{"Config":"c","Layers":[]}]'),
+                member("c", "symlink", link="nowhere\udcff"),
+            ),
+            r"nowhere\\xed\\xb3\\xbf is missing",
+        ),
+        (_tar(manifest_json=b'[{"Config":"\\u001b","Layers":[]}]', **{"\x1b": b"{"}), r"\\x1b is not JSON"),
+    ],
+)
+def test_odd_shapes_of_docker_archives(tmp_path: Path, data: bytes, words: str) -> None:
+    """What JSON or a tar header may hold and an image may not is told in one printable sentence."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=words) as caught:
+        store.resolve(f"docker-archive:{path}")
+    assert caught.value.message.isprintable()
+    assert caught.value.hint
+
+
+def test_names_of_members_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long names, and long targets of links, are counted before anything is kept of them."""
+    monkeypatch.setattr(archives, "_MAX_NAMES", 1 << 20)
+    path = tmp_path / "a.tar"
+    for kind in ("file", "symlink", "link"):
+        for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+            long = "n" * (400 << 10)
+            name, link = (long, "") if kind == "file" else ("n", long)
+            path.write_bytes(
+                layer(*(member(f"{number}{name}", kind, link=link) for number in range(3)), form=form)
+            )
+            for prefix in ("oci-archive", "docker-archive"):
+                with pytest.raises(ImageError, match="names of more than 1048576 bytes") as caught:
+                    store.resolve(f"{prefix}:{path}")
+                assert len(caught.value.message) < 1000
 
 
 def test_a_link_in_a_circle(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,49 @@ def test_short_names() -> None:
     ]  # fmt: skip
 
 
+def test_paths_without_a_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint names the prefix that is meant, by a look at what is there."""
+    monkeypatch.chdir(tmp_path)
+    for directory in ("layout", "tree"):
+        (tmp_path / directory).mkdir()
+    (tmp_path / "layout" / "oci-layout").touch()
+    for name, member in (
+        ("Oci.tar", "./index.json"),
+        ("Docker.tar", "manifest.json"),
+        ("Root.tar", "etc/passwd"),
+    ):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.addfile(tarfile.TarInfo(member))
+    with tarfile.open(tmp_path / "Packed.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("manifest.json"))
+    (tmp_path / "Text").write_text("no archive" * 100)
+    for text, words in [
+        ("./layout", "write oci:./layout"),
+        ("./tree", "write rootfs:./tree"),
+        (str(tmp_path), f"write rootfs:{tmp_path}"),
+        (".", "write rootfs:."),
+        ("./Oci.tar", "write oci-archive:./Oci.tar"),
+        ("Oci.tar", "write oci-archive:Oci.tar"),
+        ("./Docker.tar", "write docker-archive:./Docker.tar"),
+        ("./Packed.tar.gz", "write docker-archive:./Packed.tar.gz or"),
+        ("./Root.tar", "tar -xf ./Root.tar"),
+        ("./Text", "it is no image archive"),
+        ("./none", "nothing is there"),
+        ("docker-daemon:app:1", "docker save app:1 -o image.tar"),
+        (
+            "containers-storage:[overlay@/x]localhost/app",
+            "podman save --format oci-archive localhost/app -o",
+        ),
+        ("docker://alpine:3", "leave the prefix out: alpine:3"),
+        ("dir:/x", "skopeo copy dir:/x oci:DIR"),
+    ]:
+        with pytest.raises(UsageError) as caught:
+            reference.parse(text)
+        assert words in caught.value.hint, text
+    assert str(reference.parse("docker:dind")) == "docker.io/library/docker:dind"
+    assert str(reference.parse("dir:5000/x")) == "dir:5000/x:latest"
+
+
 def test_local_references(tmp_path: Path) -> None:
     (tmp_path / "dir:with:colons").mkdir()
     (tmp_path / "file").touch()
@@ -86,7 +130,11 @@ def test_platforms() -> None:
     assert amd64.rank(amd64) == 0
     assert platform.parse("linux/386").rank(amd64) > 0
     assert platform.parse("linux/amd64/v1").rank(amd64) == 0
-    assert platform.parse("linux/amd64/v3").rank(amd64) == -1
+    v2, v3 = platform.parse("linux/amd64/v2"), platform.parse("linux/amd64/v3")
+    assert 0 < v2.rank(amd64) < v3.rank(amd64) < platform.parse("linux/386").rank(amd64)
+    assert v3.rank(v3) == 0 < v2.rank(v3) < amd64.rank(v3)
+    assert platform.parse("linux/amd64/weird").rank(amd64) == -1
+    assert platform.parse("linux/arm/v7").rank(platform.parse("linux/arm/v6")) == -1
     assert platform.parse("windows/amd64").rank(amd64) == -1
     assert 0 < platform.parse("linux/arm/v6").rank(v7) < platform.parse("linux/arm/v5").rank(v7)
     assert platform.parse("linux/arm64").rank(platform.parse("aarch64")) == 0

@@ -173,6 +173,47 @@ def test_tags(tmp_path: Path) -> None:
     assert store.resolve(f"oci:{layout}").config == {"Cmd": ["l"]}
 
 
+def test_images_without_names(tmp_path: Path) -> None:
+    """Two of them are not one; several names of one are."""
+    blobs = Blobs()
+    one, two = (image(blobs, [HELLO], config={"Cmd": [text]}) for text in "12")
+    layout = write_layout(tmp_path / "l", blobs, [one, two])
+    with pytest.raises(ImageError, match="several images with no name") as caught:
+        store.resolve(f"oci:{layout}")
+    assert f"oci:{layout}:@0 to :@1" in caught.value.hint
+    assert [store.resolve(f"oci:{layout}:@{n}").config for n in (0, 1)] == [{"Cmd": ["1"]}, {"Cmd": ["2"]}]
+    with pytest.raises(ImageError, match="no image at the place @2"):
+        store.resolve(f"oci:{layout}:@2")
+    for entries in ([one, one], [{**one, **tagged(name)} for name in "abc"], [{**one, **tagged("a")}, one]):
+        write_layout(layout, blobs, entries)
+        assert store.resolve(f"oci:{layout}").config == {"Cmd": ["1"]}
+    write_layout(layout, blobs, [{**one, **tagged("a")}, {**two, **tagged("a")}])
+    with pytest.raises(ImageError, match="several images with the tag a"):
+        store.resolve(f"oci:{layout}:a")
+
+
+def test_an_image_of_a_later_level_of_the_processor(tmp_path: Path) -> None:
+    blobs = Blobs()
+    v2, v3 = (
+        image(
+            blobs,
+            [HELLO],
+            config={"Cmd": [level]},
+            variant=level,
+            platform={"os": "linux", "architecture": "amd64", "variant": level},
+        )
+        for level in ("v2", "v3")
+    )
+    layout = write_layout(tmp_path / "l", blobs, [v3, v2])
+    assert store.resolve(f"oci:{layout}").platform == "linux/amd64/v2"
+    assert store.resolve(f"oci:{layout}", platform="linux/amd64/v3").platform == "linux/amd64/v3"
+    assert store.resolve(f"oci:{layout}", platform="linux/amd64/v4").platform == "linux/amd64/v3"
+    v4 = platform.parse("linux/amd64/v4")
+    assert platform.lacking(v4, emulated=True) == ["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
+    assert platform.lacking(platform.parse("linux/amd64/v3"), emulated=True) == []
+    assert platform.lacking(platform.parse("linux/386"), emulated=False) == []
+
+
 def _multi(tmp_path: Path) -> Path:
     blobs = Blobs()
     manifests = [
@@ -225,6 +266,10 @@ MALFORMED: dict[str, Any] = {
     "schema 1": lambda m, c: m.update(schemaVersion=1),
     "is not an image manifest": lambda m, c: m.update(layers="x"),
     "not a sha256": lambda m, c: m["layers"][0].update(digest="sha256:../../../etc/passwd"),
+    "names 1001 layers; at most 1000": lambda m, c: m.update(layers=m["layers"] * 1001),
+    "config.Env that is not text": lambda m, c: c["config"].update(Env=["A=\ud800"]),
+    "config.Labels that is not text": lambda m, c: c["config"].update(Labels={"a": "\0"}),
+    "config.Volumes that is not text": lambda m, c: c["config"].update(Volumes={"/\udfff": {}}),
     "no proper size": lambda m, c: m["layers"][0].update(size=-1),
     "layer 1 is encrypted": lambda m, c: m["layers"][0].update(
         mediaType="application/vnd.oci.image.layer.v1.tar+gzip+encrypted"

@@ -110,6 +110,20 @@ def test_ports_that_the_engine_carries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {user_plan(host(False, True), ports=ports).guest_address(one) for one in clients} == {six}
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_doctor_names_a_passt_whose_ports_the_engine_carries(
+    monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    from kata.cli import host as doctor
+
+    monkeypatch.setattr(passt, "waits_for_clients", lambda program: waits)
+    check = doctor._network_helper()
+    assert check.result == doctor.OK
+    assert ("published TCP ports go through the engine" in check.text) == waits
+    monkeypatch.setattr(children, "find_program", lambda name: None)
+    assert doctor._network_helper().text == "passt is not installed"
+
+
 def test_listening_on_published_ports() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import tarfile
 import time
 import urllib.request
@@ -436,6 +437,52 @@ def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str
         assert shared_kata.ok("exec", "copies", "stat", "-c", "%a", "/in-stopped/script") == "755\n"
 
 
+def test_a_copy_is_not_disturbed(shared_kata: Kata, busybox_image: str) -> None:
+    def copying() -> Any:
+        process = shared_kata.start("cp", "-", "open:/", stdin=subprocess.PIPE)
+        until(lambda: identity in shared_kata.sandboxes(), "the copy's sandbox")
+        return process
+
+    identity = shared_kata.ok("create", "--name", "open", busybox_image, "sh", "-c", FOREVER).strip()
+    try:
+        copy = copying()
+        with ThreadPoolExecutor(2) as threads:
+            start = threads.submit(shared_kata.call, "start", "open")
+            removal = threads.submit(shared_kata.call, "rm", "open").result()
+        for done in (start.result(), removal):
+            assert done.returncode == 125
+            assert b"container open is open for a copy (kata cp)" in done.stderr
+        _, said = copy.communicate(_tar({"one": b"1"}), timeout=60)
+        assert copy.returncode == 0, said
+        # A shorter one is waited for, and of several starts at once one is the start.
+        copy = copying()
+        with ThreadPoolExecutor(3) as threads:
+            starts = [threads.submit(shared_kata.call, "start", "open") for _ in range(2)]
+            time.sleep(1)
+            assert copy.communicate(_tar({"two": b"2"}), timeout=60) == (b"", b"")
+            for one in starts:
+                assert one.result().returncode == 0, one.result().stderr
+        assert shared_kata.ok("exec", "open", "cat", "/one", "/two") == "12"
+        shared_kata.ok("stop", "open")
+        copy = copying()
+        shared_kata.ok("rm", "-f", "open")
+        _, said = copy.communicate(_tar({"three": b"3"}), timeout=60)
+        assert b"the copy was cut short" in said
+        assert copy.returncode == 137
+    finally:
+        shared_kata.ok("rm", "-f", "open")
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
 def test_cp_does_not_follow_a_containers_links_out(
     shared_kata: Kata, busybox_image: str, tmp_path: Path
 ) -> None:
@@ -485,6 +532,99 @@ def test_a_killed_machine_is_told_and_leaves_nothing(shared_kata: Kata, busybox_
         assert status(shared_kata, "lost") == "running"
     finally:
         shared_kata.ok("rm", "-f", "lost")
+
+
+def test_a_silent_guest_has_no_say_in_its_end(kata_env: Kata, busybox_image: str) -> None:
+    """QEMU is stopped, as a guest is that answers nothing (tests/unit/test_silent_guest.py has every call)."""
+
+    def timed(*arguments: str) -> float:
+        began = time.monotonic()
+        kata_env.ok(*arguments)
+        return time.monotonic() - began
+
+    kata_env.ok("run", "-d", "--name", "mute", busybox_image, "sleep", "1000")
+    try:
+        impatient = kata_env.start("exec", "mute", "sh", "-c", "echo up; sleep 1000")
+        asked = kata_env.start("exec", "mute", "sh", "-c", "echo up; sleep 1000")
+        for process in (impatient, asked):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+        os.kill(vm_pid(kata_env, "mute"), signal.SIGSTOP)
+        asked.terminate()
+        for _ in range(3):
+            impatient.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        _, said = impatient.communicate(timeout=5)
+        assert impatient.returncode == 125
+        assert b"was not sent SIGINT and goes on" in said
+        assert b"rm -f mute" in said
+        late = kata_env.call("kill", "-s", "TERM", "mute")
+        assert late.returncode == 125
+        assert b"has not taken signal 15" in late.stderr
+        _, said = asked.communicate(timeout=10)
+        assert asked.returncode == 125
+        assert b"was not sent SIGTERM and goes on" in said
+        assert status(kata_env, "mute") == "running"
+        assert timed("kill", "mute") < 8
+        state = json.loads(kata_env.ok("inspect", "mute"))[0]["state"]
+        assert (state["status"], state["exit_code"]) == ("exited", 137)
+        assert "its guest did not answer within 4 s" in state["error"]
+        kata_env.ok("start", "mute")
+        os.kill(vm_pid(kata_env, "mute"), signal.SIGSTOP)
+        assert timed("rm", "-f", "mute") < 8
+    finally:
+        kata_env.ok("rm", "-f", "mute")
+    assert kata_env.sandboxes() == []
+
+
+def test_nobody_reads_the_output(kata_env: Kata, busybox_image: str) -> None:
+    def head(*arguments: str) -> tuple[int, str]:
+        process = kata_env.start(*arguments)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"y\n"
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+        return process.wait(60), said
+
+    code, said = head("run", "--rm", "--name", "brief", busybox_image, "yes")
+    assert (code, "brief was made with --rm and is ended" in said) == (141, True), said
+    assert names(kata_env) == []
+    assert kata_env.sandboxes() == []
+    # Slow enough to be seen, and not to fill the log.
+    code, said = head(
+        "run", "--name", "stays", busybox_image, "sh", "-c", "while :; do echo y; sleep 0.1; done"
+    )
+    try:
+        assert (code, "stays goes on" in said) == (141, True), said
+        assert status(kata_env, "stays") == "running"
+        for script in ("yes", "trap '' PIPE; while :; do echo y; sleep 0.1; done"):
+            code, said = head("exec", "stays", "sh", "-c", script)
+            assert (code, "the command is ended" in said) == (141, True), said
+        shown = kata_env.ok("top", "stays")
+        assert "yes" not in shown
+        assert "PIPE" not in shown
+        code, said = head("attach", "stays")
+        assert (code, "stays goes on" in said) == (141, True), said
+        with open("/dev/full", "wb") as full:
+            for arguments in (("ps",), ("exec", "stays", "echo", "y"), ("inspect", "stays")):
+                done = subprocess.run(
+                    kata_env.command(*arguments),
+                    env=kata_env.env,
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                    check=False,
+                )
+                assert done.returncode == 125
+                assert done.stderr.startswith(
+                    b"error: standard output cannot be written: No space left on device"
+                ) or (
+                    b"standard output cannot be written: No space left on device: the command is ended"
+                    in done.stderr
+                )
+                assert done.stderr.count(b"\n") == 1
+    finally:
+        kata_env.ok("rm", "-f", "stays")
 
 
 def test_a_machine_killed_under_an_attached_run(kata_env: Kata, busybox_image: str) -> None:
@@ -586,16 +726,15 @@ def test_images_and_rmi(kata_env: Kata, busybox_image: str) -> None:
     assert json.loads(kata_env.ok("images", "--json")) == []
 
 
-def test_a_container_that_is_only_being_started_is_removed_with_its_engine(
-    kata_env: Kata, busybox_image: str
-) -> None:
+def test_a_file_that_is_not_true_hides_no_running_container(kata_env: Kata, busybox_image: str) -> None:
     kata_env.ok("run", "-d", "--name", "early", busybox_image, "sleep", "1000")
     path = kata_env.container_dir("early") / "state.json"
     state = json.loads(path.read_text())
-    path.write_text(json.dumps({**state, "status": "created"}))  # as a reader sees it a moment before
+    path.write_text(json.dumps({**state, "status": "created"}))
+    assert status(kata_env, "early") == "running"
     plain = kata_env.call("rm", "early")
     assert plain.returncode != 0
-    assert b"by its engine" in plain.stderr
+    assert b"early is running" in plain.stderr
     kata_env.ok("rm", "-f", "early")
     assert kata_env.sandboxes() == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Kata
+from containerd_support import until
 
 
 def run(kata: Kata, image: str, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -164,6 +166,50 @@ def test_a_quarter_gigabyte_passes_through_unharmed(shared_kata: Kata, busybox_i
 def test_without_i_the_commands_stdin_is_empty(shared_kata: Kata, busybox_image: str) -> None:
     done = run(shared_kata, busybox_image, "cat; echo end", stdin=b"not for you")
     assert done.stdout == b"end\n"
+
+
+def test_what_a_process_finds_that_nobody_has_set(shared_kata: Kata, busybox_image: str) -> None:
+    """Nothing to read where nobody writes; limits and sizes as on a host, in a machine as small as its container."""
+    asked = (
+        "vm/overcommit_memory",
+        "vm/max_map_count",
+        "kernel/pid_max",
+        "fs/nr_open",
+        "kernel/threads-max",
+    )
+    look = (
+        "readlink /proc/self/fd/0; stat -c %u /dev/null; ulimit -n; ulimit -Hn; ulimit -n 200000 && ulimit -n;"
+        f" ulimit -u; cd /proc/sys; cat {' '.join(asked)}"
+    )
+    expected = ["/dev/null", "0", "1024", "1048576", "200000", "unlimited"]
+    expected += ["1", "1048576", "4194304", "1073741816", "1048576"]
+    options = ("-m", "64m", "-u", "1000", "--name", "finds")
+    assert shared_kata.ok("run", "-d", *options, busybox_image, "sh", "-c", f"{look}; sleep 1000")
+    try:
+        assert shared_kata.ok("exec", "finds", "sh", "-c", look).splitlines() == expected
+        assert shared_kata.ok("logs", "finds").splitlines() == expected
+        # A link or a pipe in its place is not followed, and holds nobody up.
+        replace = "rm /dev/null && mkfifo /dev/null; exit 0"
+        shared_kata.ok("exec", "-u", "0", "finds", "sh", "-c", replace)
+        assert shared_kata.ok("exec", "finds", "cat", timeout=60) == ""
+    finally:
+        shared_kata.ok("rm", "-f", "finds")
+
+
+def test_a_process_beside_groups_of_the_containers_own(shared_kata: Kata, busybox_image: str) -> None:
+    """systemd as PID 1 and nested engines make groups with controllers: their parent takes no process any more."""
+    groups = (
+        "cd /sys/fs/cgroup; mkdir init; echo 1 > init/cgroup.procs; echo +memory +pids > cgroup.subtree_control;"
+        " echo made; sleep 1000"
+    )
+    options = ("--privileged", "--name", "grouped", "--pids-limit", "50")
+    shared_kata.ok("run", "-d", *options, busybox_image, "sh", "-c", groups)
+    try:
+        until(lambda: "made" in shared_kata.ok("logs", "grouped"), "the groups are made")
+        assert shared_kata.ok("exec", "grouped", "cat", "/proc/self/cgroup") == "0::/init\n"
+        assert shared_kata.ok("exec", "grouped", "cat", "/sys/fs/cgroup/pids.max") == "50\n"
+    finally:
+        shared_kata.ok("rm", "-f", "grouped")
 
 
 def test_a_closed_stdin_of_the_command_does_not_hang_us(shared_kata: Kata, busybox_image: str) -> None:
@@ -513,4 +559,56 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     assert "space" in shown.lower()
     assert "hint:" in shown
     assert "Traceback" not in shown
+    assert shared_kata.sandboxes() == []
+
+
+def test_a_disk_that_becomes_full_under_containers(
+    shared_kata: Kata, busybox_image: str, tmp_path: Path
+) -> None:
+    state = tmp_path / "small"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", state], check=True)
+    env = {**shared_kata.env, "KATA_STATE_DIR": str(state)}
+
+    def kata(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run(shared_kata.command(*arguments), env=env, capture_output=True, check=False)
+        said = (done.stdout + done.stderr).decode()
+        assert done.returncode == code, f"{arguments}: {said}"
+        return said
+
+    def states() -> dict[str, str]:
+        return {one["name"]: one["status"] for one in json.loads(kata("ps", "-a", "--json"))}
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(state / "fill", "ab", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+
+    try:
+        # What is not synced is lost for the guest; it is told here, though its exit code is its own.
+        script = "dd if=/dev/zero of=/big bs=1M count=40 2>/dev/null; sync; cat /big > /dev/null"
+        said = kata("run", "--name", "big", busybox_image, "sh", "-c", script, code=1)
+        assert "warning: the host's disk is full: " in said
+        assert "rw.img could not be written" in said
+        found = json.loads(kata("inspect", "big"))[0]["state"]
+        assert (found["status"], found["exit_code"]) == ("exited", 1)
+        assert "disk is full" in found["disk_error"]
+        kata("rm", "big")
+        kata("create", "--name", "new", busybox_image, "sleep", "1000")
+        kata("run", "-d", "--name", "old", busybox_image, "sleep", "1000")
+        fill()
+        said = kata("start", "new", code=125)
+        assert "cannot be recorded: No space left on device" in said
+        assert states() == {"old": "running", "new": "created"}
+        kata("pause", "old")
+        assert states()["old"] == "paused"
+        kata("kill", "old")
+        assert states()["old"] == "exited"
+        kata("rm", "old", "new")
+        fill()
+        kata("rmi", busybox_image)
+    finally:
+        for name in states():
+            kata("rm", "-f", name)
+        subprocess.run(["umount", state], check=True)
     assert shared_kata.sandboxes() == []

@@ -170,6 +170,20 @@ def test_a_killed_machine_is_told_as_137(daemon: Containerd) -> None:
     assert done.returncode == 0 or b"137" in done.stderr, done.stderr.decode()
 
 
+@pytest.mark.parametrize("state", ["running", "paused"])
+def test_a_silent_machine_is_killed_all_the_same(daemon: Containerd, state: str) -> None:
+    pid = daemon.detached("mute", "sleep", "1000")
+    if state == "paused":
+        daemon.ok("task", "pause", "mute")
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    daemon.ok("task", "kill", "-s", "KILL", "mute")
+    until(lambda: daemon.tasks()["mute"][1] == "STOPPED", "the task is stopped", daemon.diagnosis)
+    done = daemon.ctr("task", "rm", "mute")
+    assert done.returncode == 0 or b"137" in done.stderr, done.stderr.decode()
+    assert time.monotonic() - began < 10
+
+
 def test_a_killed_engine_is_cleared_up_by_containerd(daemon: Containerd) -> None:
     pid = daemon.detached("orphan", "sleep", "1000")
     os.kill(daemon.engine_pid("default.orphan"), signal.SIGKILL)

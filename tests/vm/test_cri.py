@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -214,6 +216,16 @@ def test_stop_sends_one_term_and_the_pod_goes_on(cri: Cri) -> None:
     assert cri.status(again)["state"] == cri.status(two)["state"] == "CONTAINER_RUNNING"
     cri("stopp", pod[0])
     assert cri.status(two)["exitCode"] in (137, 143)
+
+
+def test_a_silent_pod_is_stopped_and_removed(cri: Cri) -> None:
+    pod = cri.pod()
+    cri.container(pod, "one", "sleep", "1000")
+    os.kill(int(json.loads(cri("inspectp", pod[0]))["info"]["pid"]), signal.SIGSTOP)
+    began = time.monotonic()
+    cri("stopp", pod[0])
+    cri("rmp", pod[0])
+    assert time.monotonic() - began < 20
 
 
 def test_a_termination_message_sysctls_and_groups(cri: Cri) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tarfile
@@ -330,6 +331,17 @@ def test_kill_and_wait(docker: Docker) -> None:
     docker.run("-d", "--name", "shot", "bb", "sleep", "1000")
     docker("kill", "shot")
     assert docker("wait", "shot").strip() == "137"
+    # What does not answer, and what is frozen.
+    for name, end in (("gone", ("rm", "-f")), ("cold", ("kill",))):
+        docker.run("-d", "--name", name, "bb", "sleep", "1000")
+        if name == "cold":
+            docker("pause", name)
+        else:
+            os.kill(int(docker("inspect", "--format", "{{.State.Pid}}", name)), signal.SIGSTOP)
+        began = time.monotonic()
+        docker(*end, name)
+        assert time.monotonic() - began < 30, name
+    assert docker("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "cold") == "exited 137\n"
 
 
 def test_a_terminal(docker: Docker) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -10,25 +9,27 @@ from pathlib import Path
 import pytest
 from conftest import Kata
 from share_cases import (  # noqa: F401 - collected here
+    SHARES,
+    sharing,
+    test_a_program_that_was_replaced_is_not_run,
     test_files_behave_as_files,
     test_files_of_two_file_systems_stay_apart,
     test_several_sides_see_one_file_system,
     test_the_owner_of_a_guest_gains_nothing_by_it,
     test_volumes,
+    test_what_files_can_do,
 )
 
-from kata.hypervisor import accel, virtiofsd
+from kata.hypervisor import accel
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-@pytest.fixture(params=["virtio-9p", "virtio-fs"])
-def kata(shared_kata: Kata, request: pytest.FixtureRequest) -> Kata:
-    if request.param == "virtio-fs" and virtiofsd.find() is None:
-        pytest.skip("needs virtiofsd (apt-get install virtiofsd)")
-    one = copy.copy(shared_kata)
-    one.env = {**shared_kata.env, "KATA_SHARED_FS": request.param}
-    return one
+@pytest.fixture(params=SHARES)
+def kata(
+    shared_kata: Kata, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Kata:
+    return sharing(shared_kata, request.param, tmp_path_factory.mktemp("configuration"))
 
 
 def test_a_kernel_without_bounce_pages_shares_by_9p_whatever_is_asked(

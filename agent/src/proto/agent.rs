@@ -70,6 +70,8 @@ pub struct CreateContainerRequest {
     pub stdin_port: u32,
     pub stdout_port: u32,
     pub stderr_port: u32,
+    /// Ours (feature "kata.stdin.null"): standard input is /dev/null, and not a pipe.
+    pub no_stdin: bool,
 }
 
 impl Message for CreateContainerRequest {
@@ -85,6 +87,7 @@ impl Message for CreateContainerRequest {
         codec::put_uint32(out, 9, self.stdin_port);
         codec::put_uint32(out, 10, self.stdout_port);
         codec::put_uint32(out, 11, self.stderr_port);
+        codec::put_bool(out, 1000, self.no_stdin);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -100,6 +103,7 @@ impl Message for CreateContainerRequest {
             9 => codec::get_uint32(field, &mut self.stdin_port)?,
             10 => codec::get_uint32(field, &mut self.stdout_port)?,
             11 => codec::get_uint32(field, &mut self.stderr_port)?,
+            1000 => codec::get_bool(field, &mut self.no_stdin)?,
             _ => {}
         }
         Ok(())
@@ -160,6 +164,8 @@ pub struct ExecProcessRequest {
     pub stdin_port: u32,
     pub stdout_port: u32,
     pub stderr_port: u32,
+    /// Ours, as in CreateContainerRequest.
+    pub no_stdin: bool,
 }
 
 impl Message for ExecProcessRequest {
@@ -171,6 +177,7 @@ impl Message for ExecProcessRequest {
         codec::put_uint32(out, 5, self.stdin_port);
         codec::put_uint32(out, 6, self.stdout_port);
         codec::put_uint32(out, 7, self.stderr_port);
+        codec::put_bool(out, 1000, self.no_stdin);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -182,6 +189,7 @@ impl Message for ExecProcessRequest {
             5 => codec::get_uint32(field, &mut self.stdin_port)?,
             6 => codec::get_uint32(field, &mut self.stdout_port)?,
             7 => codec::get_uint32(field, &mut self.stderr_port)?,
+            1000 => codec::get_bool(field, &mut self.no_stdin)?,
             _ => {}
         }
         Ok(())

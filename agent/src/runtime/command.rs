@@ -63,16 +63,20 @@ fn may_execute(path: &str) -> SysResult<()> {
 
 /// The environment with a HOME and without doubles (the last one counts, as in runc).
 pub fn environment(env: &[String], home: &str) -> Vec<String> {
-    let key = |e: &str| e.split_once('=').map_or(e, |(k, _)| k).to_string();
-    let mut out: Vec<String> = vec![];
-    for variable in env.iter().filter(|e| e.contains('=')) {
-        match out.iter_mut().find(|known| key(known) == key(variable)) {
-            Some(known) => known.clone_from(variable),
-            None => out.push(variable.clone()),
+    let mut places: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut kept: Vec<&String> = Vec::with_capacity(env.len() + 1);
+    for variable in env {
+        let Some((name, _)) = variable.split_once('=') else { continue };
+        if let Some(place) = places.get(name) {
+            kept[*place] = variable;
+        } else {
+            places.insert(name, kept.len());
+            kept.push(variable);
         }
     }
-    if !out.iter().any(|e| e.starts_with("HOME=") && e.len() > 5) {
-        out.retain(|e| e != "HOME=");
+    let has_home = places.get("HOME").is_some_and(|place| kept[*place].len() > "HOME=".len());
+    let mut out: Vec<String> = kept.into_iter().filter(|e| has_home || *e != "HOME=").cloned().collect();
+    if !has_home {
         out.push(format!("HOME={home}"));
     }
     out
@@ -113,5 +117,13 @@ mod tests {
         let env: Vec<String> = ["A=1", "B=2", "A=3", "junk", "HOME="].iter().map(ToString::to_string).collect();
         assert_eq!(environment(&env, "/root"), ["A=3", "B=2", "HOME=/root"]);
         assert_eq!(environment(&["HOME=/h".to_string()], "/root"), ["HOME=/h"]);
+    }
+
+    /// Service links make thousands of variables: each is looked up once, and not compared with all before it.
+    #[test]
+    fn a_large_environment_takes_no_more_than_its_share() {
+        let large: Vec<String> = (0..200_000).map(|n| format!("SERVICE_{n}_PORT=tcp://10.0.0.1:{n}")).collect();
+        let out = environment(&large, "/root");
+        assert_eq!((out.len(), &out[199_999], &out[200_000]), (200_001, &large[199_999], &"HOME=/root".to_string()));
     }
 }

@@ -21,6 +21,8 @@ pub struct Program {
     pub no_new_privileges: bool,
     pub oom_score_adj: i64,
     pub terminal: bool,
+    /// Standard input is /dev/null.
+    pub no_stdin: bool,
     pub console_size: Option<ConsoleBox>,
 }
 
@@ -52,7 +54,7 @@ pub fn launch(
     }
     let identity = program.user.resolve()?;
     let env = command::environment(&program.env, &identity.home);
-    connect_streams(terminal, stdio, identity.uid)?;
+    connect_streams(terminal, stdio, program.no_stdin, identity.uid)?;
     sys::umask(0o022);
     sys::default_signals();
     sys::set_signal_mask(0).context("unblock signals")?;
@@ -113,8 +115,17 @@ fn hold(report: Reporter) -> Result<core::convert::Infallible> {
     Err(Error::internal("the agent has given the container up"))
 }
 
+/// The container's /dev/null, if it is one; what else may be there must not hold us up.
+fn own_null() -> Option<Fd> {
+    const NULL: (u32, u32) = (1, 3); // Documentation/admin-guide/devices.txt
+    let fd = sys::open("/dev/null", libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY, 0).ok()?;
+    let stat = sys::fstat(fd.raw()).ok()?;
+    let is_null = stat.st_mode & libc::S_IFMT == libc::S_IFCHR && stat.st_rdev == libc::makedev(NULL.0, NULL.1);
+    (is_null && sys::set_nonblocking(fd.raw(), false).is_ok()).then_some(fd)
+}
+
 /// Standard streams at 0, 1, 2, owned by the user, so that /dev/stdout can be opened again.
-fn connect_streams(terminal: Option<&Fd>, stdio: &Stdio, uid: u32) -> Result<()> {
+fn connect_streams(terminal: Option<&Fd>, stdio: &Stdio, no_stdin: bool, uid: u32) -> Result<()> {
     let streams: [RawFd; 3] = match (terminal, stdio) {
         (Some(slave), _) => {
             console::control(slave.raw())?;
@@ -124,6 +135,12 @@ fn connect_streams(terminal: Option<&Fd>, stdio: &Stdio, uid: u32) -> Result<()>
         (None, None) => return Err(Error::internal("the process has no streams")),
     };
     for (number, fd) in streams.iter().enumerate() {
+        if no_stdin && number == 0 && terminal.is_none() {
+            // The container's own, where it has one: programs find out what they read by its path. It is nobody's.
+            let null = own_null();
+            sys::dup_to(null.as_ref().map_or(*fd, Fd::raw), 0).context("connect the streams")?;
+            continue;
+        }
         // In a user namespace the pipe's owner may have no name; then it stays as it is.
         match sys::fchownat(*fd, "", uid, u32::MAX, libc::AT_EMPTY_PATH) {
             Ok(()) => {}

@@ -52,7 +52,8 @@ pub struct ContainerPlan<'a> {
 /// A further process in a container.
 pub struct ExecPlan<'a> {
     pub container: &'a str,
-    /// Of the container's init.
+    /// The container's first process, and a pidfd of it.
+    pub init: Pid,
     pub pidfd: RawFd,
     pub cgroup: Option<RawFd>,
     pub namespaces: Namespaces,
@@ -84,6 +85,7 @@ pub fn program(process: &Process, string_user: Option<&StringUser>) -> Result<Pr
         no_new_privileges: process.no_new_privileges,
         oom_score_adj: process.oom_score_adj,
         terminal: process.terminal,
+        no_stdin: false,
         console_size: process.console_size.as_deref().cloned(),
     })
 }
@@ -100,6 +102,7 @@ pub fn no_program() -> Result<Program> {
         no_new_privileges: true,
         oom_score_adj: 0,
         terminal: false,
+        no_stdin: false,
         console_size: None,
     })
 }
@@ -265,6 +268,7 @@ fn init_container(
 
 fn build_exec(plan: &ExecPlan) -> Result<()> {
     set_oom_score(plan.program.oom_score_adj)?;
+    let inits = plan.cgroup.and_then(|_| crate::cgroup::of_process(plan.init));
     // The cgroup namespace comes later: from inside it, the agent's own group cannot be left.
     let mut kinds = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     if plan.namespaces.user {
@@ -272,7 +276,13 @@ fn build_exec(plan: &ExecPlan) -> Result<()> {
     }
     sys::setns(plan.pidfd, kinds).context("join the container's namespaces")?;
     let (wait, go) = sys::pipe(0).context("make a pipe")?;
-    match sys::fork(libc::CLONE_PARENT as u64, plan.cgroup).context("make the process")? {
+    let forked = sys::fork(libc::CLONE_PARENT as u64, plan.cgroup).or_else(|e| match (e.0, &inits) {
+        // A group whose processes have made groups below it for its controllers takes no process any more, nor does one
+        // of a threaded tree. Like runc: where the first process is, which is below, and so within the same limits.
+        (libc::EBUSY | libc::EOPNOTSUPP, Some(group)) => sys::fork(libc::CLONE_PARENT as u64, Some(group.raw())),
+        _ => Err(e),
+    });
+    match forked.context("make the process")? {
         Fork::Child => {
             drop(go);
             let Err(e) = init_exec(plan, &wait);

@@ -59,11 +59,12 @@ impl Wanted {
     /// asked for; a number without an entry is taken as it is.
     fn resolve_in(&self, passwd: &str, group: &str) -> Result<Identity> {
         let mut found = Identity { uid: self.uid, gid: self.gid, groups: self.groups.clone(), home: "/".to_string() };
+        let mut known: BTreeSet<u32> = found.groups.iter().copied().collect();
         if self.user.is_empty() && self.group.is_empty() {
             if let Some(entry) = entries(passwd, 7).find(|e| e[2].parse() == Ok(self.uid)) {
                 set_home(&mut found, entry[5]);
             }
-            return self.add_more_groups(found, group);
+            return self.add_more_groups(found, group, known);
         }
         let user = if self.user.is_empty() { "0" } else { &self.user };
         let number: Option<u32> = user.parse().ok();
@@ -76,7 +77,7 @@ impl Wanted {
                 set_home(&mut found, entry[5]);
                 if self.group.is_empty() {
                     for line in entries(group, 4).filter(|e| e[3].split(',').any(|member| member == entry[0])) {
-                        push_new(&mut found.groups, id(line[2], "/etc/group")?);
+                        push_new(&mut found.groups, &mut known, id(line[2], "/etc/group")?);
                     }
                 }
             }
@@ -91,12 +92,12 @@ impl Wanted {
         if !self.group.is_empty() {
             found.gid = group_id(&self.group, group)?;
         }
-        self.add_more_groups(found, group)
+        self.add_more_groups(found, group, known)
     }
 
-    fn add_more_groups(&self, mut found: Identity, group: &str) -> Result<Identity> {
+    fn add_more_groups(&self, mut found: Identity, group: &str, mut known: BTreeSet<u32>) -> Result<Identity> {
         for name in &self.more_groups {
-            push_new(&mut found.groups, group_id(name, group)?);
+            push_new(&mut found.groups, &mut known, group_id(name, group)?);
         }
         Ok(found)
     }
@@ -108,8 +109,8 @@ fn set_home(found: &mut Identity, home: &str) {
     }
 }
 
-fn push_new(groups: &mut Vec<u32>, gid: u32) {
-    if !groups.contains(&gid) {
+fn push_new(groups: &mut Vec<u32>, known: &mut BTreeSet<u32>, gid: u32) {
+    if known.insert(gid) {
         groups.push(gid);
     }
 }

@@ -36,10 +36,14 @@ HEALTH = "grpc.Health"
 
 CALL_S = 60.0
 """Seconds for an ordinary call: emulated guests on a busy host are slow."""
+ASK_S = 15.0
+"""Seconds for what only informs somebody (statistics, a terminal's size, a list of processes): nobody hangs for it."""
 DIAL_S = 10.0
 """Seconds for a further connection; without it a stream goes over the common one."""
 CONNECTIONS = "kata.streams.connections"
 """How an agent announces that a stream may have a connection of its own."""
+NULL_STDIN = "kata.stdin.null"
+"""How an agent announces that a process can have /dev/null as its standard input."""
 CREATE_S = 120.0
 """Seconds for CreateContainer, which mounts file systems."""
 
@@ -266,9 +270,9 @@ class AgentClient:
         )
         await self._empty("CopyFile", request)
 
-    async def details(self) -> agent_pb.GuestDetailsResponse:
+    async def details(self, timeout_s: float = CALL_S) -> agent_pb.GuestDetailsResponse:
         request = agent_pb.GuestDetailsRequest()
-        return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse)
+        return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse, timeout_s)
 
     async def oom_event(self) -> str:
         """Wait for the next out-of-memory kill; the container's id."""
@@ -288,18 +292,25 @@ class AgentClient:
         request = agent_pb.RemoveContainerRequest(container_id=container_id, timeout=timeout_s)
         await self._empty("RemoveContainer", request, timeout_s + 5.0)
 
-    async def exec_process(self, container_id: str, exec_id: str, process: oci_pb.Process) -> None:
-        request = agent_pb.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
+    async def exec_process(
+        self, container_id: str, exec_id: str, process: oci_pb.Process, *, no_stdin: bool = False
+    ) -> None:
+        """Make and start a further process; *no_stdin* gives it /dev/null, if the agent can (`NULL_STDIN`)."""
+        request = agent_pb.ExecProcessRequest(
+            container_id=container_id, exec_id=exec_id, process=process, no_stdin=no_stdin
+        )
         await self._empty("ExecProcess", request)
 
-    async def signal(self, container_id: str, exec_id: str, number: int) -> None:
+    async def signal(
+        self, container_id: str, exec_id: str, number: int, timeout_s: float | None = CALL_S
+    ) -> None:
         request = agent_pb.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
-        await self._empty("SignalProcess", request)
+        await self._empty("SignalProcess", request, timeout_s)
 
-    async def signal_all(self, container_id: str, number: int) -> None:
+    async def signal_all(self, container_id: str, number: int, timeout_s: float | None = CALL_S) -> None:
         """To every process of a container, also to those that its processes have started (`kata.processes`)."""
         request = agentext_pb.SignalProcessesRequest(container_id=container_id, signal=number)
-        await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty)
+        await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty, timeout_s)
 
     async def wait(self, container_id: str, exec_id: str) -> int:
         """The process's exit status, 0 to 255; waits for ever."""
@@ -321,13 +332,13 @@ class AgentClient:
 
     async def stats(self, container_id: str) -> agent_pb.StatsContainerResponse:
         request = agent_pb.StatsContainerRequest(container_id=container_id)
-        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse)
+        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse, ASK_S)
 
     async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
         request = agent_pb.TtyWinResizeRequest(
             container_id=container_id, exec_id=exec_id, row=rows, column=columns
         )
-        await self._empty("TtyWinResize", request)
+        await self._empty("TtyWinResize", request, ASK_S)
 
     # ---- streams: as slow as the process and the reader want, so no deadline ----
 
@@ -399,8 +410,18 @@ def create_request(
     devices: list[agent_pb.Device],
     *,
     shares_pids: bool = False,
+    no_stdin: bool = False,
 ) -> agent_pb.CreateContainerRequest:
-    """The request for a container whose init is named after it, as the original's hosts do."""
+    """The request for a container whose init is named after it, as the original's hosts do.
+
+    Args:
+        container_id: Its id.
+        spec: The specification as the guest is to see it.
+        storages: What has to be mounted before.
+        devices: Disks of the machine that it gets as devices.
+        shares_pids: It joins the sandbox's PID namespace.
+        no_stdin: Its standard input is /dev/null, if the agent can (`NULL_STDIN`).
+    """
     return agent_pb.CreateContainerRequest(
         container_id=container_id,
         exec_id=container_id,
@@ -408,6 +429,7 @@ def create_request(
         storages=storages,
         OCI=spec,
         sandbox_pidns=shares_pids,
+        no_stdin=no_stdin,
     )
 
 

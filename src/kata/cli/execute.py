@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
-from ..errors import StateError, UsageError, VMLostError
+from ..errors import KataError, StateError, UsageError, VMLostError
 from . import records, session, values
 from .args import Command, Option
 from .listing import need_running
-from .pump import Detached
+from .pump import Detached, OutputGone
 from .run import detach_keys
 
 if TYPE_CHECKING:
     from typing import Any
 
+    from ..engine.client import EngineClient
     from .args import Arguments
     from .records import Container
 
@@ -48,7 +51,8 @@ COMMANDS = {
         ],
         least=2,
         interspersed=False,
-        notes="exit status: the command's own; 126 it cannot be executed, 127 it was not found, 128+N signal N.",
+        notes="exit status: the command's own; 126 it cannot be executed, 127 it was not found, 128+N signal N.\n"
+        "When nobody reads the output any more, the command is ended (SIGPIPE, then SIGKILL); exit status 141.",
     ),
     "attach": Command(
         "attach",
@@ -138,7 +142,10 @@ def _exec(arguments: Arguments) -> int:
             except BaseException:
                 streams.fifos.close()
                 raise
-            status = streams.copy(detach_keys=keys)
+            try:
+                status = streams.copy(detach_keys=keys)
+            except OutputGone as gone:
+                return _end_without_output(client, container, exec_id, gone)
             if status == 137 and (cause := client.describe().get("error")):
                 raise session.lost(container, cause)
             client.delete(container.id, exec_id)
@@ -149,6 +156,19 @@ def _exec(arguments: Arguments) -> int:
     except VMLostError as error:
         cause = container.raw_state().get("error") or error.message
         raise VMLostError(f"container {container.name} ended under the command: {cause}") from None
+
+
+def _end_without_output(client: EngineClient, container: Container, exec_id: str, gone: OutputGone) -> int:
+    """End a command that nobody could find any more, as the kernel does with one that writes to a closed pipe."""
+    session.say_gone(gone, "the command is ended")
+    for number in (signal.SIGPIPE, signal.SIGKILL):
+        with contextlib.suppress(KataError):
+            client.kill(container.id, number, exec_id, timeout=session.OUTPUT_GONE_S)
+            client.wait(container.id, exec_id, timeout=session.OUTPUT_GONE_S)
+            break
+    with contextlib.suppress(KataError):
+        client.delete(container.id, exec_id)
+    return session.gone_code(gone)
 
 
 def _attach(arguments: Arguments) -> int:
@@ -184,6 +204,8 @@ def _attach(arguments: Arguments) -> int:
         except Detached:
             sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
             return 0
+        except OutputGone as gone:
+            return session.without_output(container, gone, ends=False)
         cause = client.describe().get("error")
     session.wait_for_engine(container)
     if cause:

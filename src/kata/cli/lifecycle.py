@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 from ..engine.client import EngineClient
-from ..errors import HostError, KataError, NotFoundError, StateError, UsageError, VMLostError
+from ..errors import AgentError, HostError, KataError, NotFoundError, StateError, UsageError, VMLostError
 from . import records, session, signals
 from .args import Command, Option
 from .listing import need_running
@@ -105,8 +106,13 @@ def _start(arguments: Arguments) -> int:
 
     def act(container: Container) -> None:
         # Docker's `start` of a running container is a success that does nothing.
-        if not container.running():
+        if container.running():
+            return
+        try:
             session.start_detached(container, discard=False)
+        except session.Occupied:
+            if not container.running():  # else somebody was faster
+                raise
 
     return each(arguments.rest, act)
 
@@ -120,27 +126,41 @@ def _need_stopped(container: Container) -> None:
 # ---- stop ----
 
 
-def stop(container: Container, grace_s: float) -> None:
-    """End a container: its stop signal, SIGKILL after *grace_s* seconds, and its sandbox gone at the end."""
+def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
+    """End a container: its stop signal, SIGKILL after *grace_s* seconds, and its sandbox gone at the end.
+
+    Args:
+        container: Which.
+        grace_s: How long it may take after its stop signal; 0 is SIGKILL at once.
+        force: Nothing of it is needed any more: its sandbox does not get the time to write anything back.
+    """
     state = container.state()
     if state["status"] not in (records.RUNNING, records.PAUSED):
         return
+    kill = signals.number("KILL")
+    first = signals.number(container.record["stop_signal"]) if grace_s > 0 else kill
     try:
         with EngineClient(container.socket) as engine:
-            if state["status"] == records.PAUSED:
-                # A frozen process cannot act on a signal.
-                engine.resume(container.id)
-            first = signals.number(container.record["stop_signal"])
-            if grace_s > 0 and first != signals.number("KILL"):
-                engine.kill(container.id, first)
-                if _ends_within(engine, container, grace_s):
-                    return
-            engine.kill(container.id, signals.number("KILL"), everything=True)
+            if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
+                return
+            # Whatever the guest answers to it, the engine sees to it that it ends.
+            with contextlib.suppress(AgentError, NotFoundError):
+                engine.kill(container.id, kill, everything=True)
             _ends_within(engine, container, _AFTER_KILL_S)
     except _ENDED:
         pass
     finally:
-        session.wait_for_engine(container)
+        session.wait_for_engine(container, tell=force)
+
+
+def _ends_by(engine: EngineClient, container: Container, number: int, status: str, seconds: float) -> bool:
+    """Send a signal, and say whether it has ended the container in time. What the guest answers does not count."""
+    until = time.monotonic() + seconds
+    with contextlib.suppress(AgentError, NotFoundError):
+        if status == records.PAUSED:  # a frozen process cannot act on a signal
+            engine.resume(container.id, seconds)
+        engine.kill(container.id, number, timeout=max(0.1, until - time.monotonic()))
+    return _ends_within(engine, container, max(0.1, until - time.monotonic()))
 
 
 def _ends_within(engine: EngineClient, container: Container, seconds: float) -> bool:
@@ -213,12 +233,9 @@ def _rm(arguments: Arguments) -> int:
                     f"container {container.name} is {status}",
                     f"kata stop {container.name}, or kata rm -f {container.name}",
                 )
-            stop(container, 0)
+            stop(container, 0, force=True)
         if not session.wait_for_engine(container, tell=force):
-            raise StateError(
-                f"container {container.name} is being started or ended by its engine",
-                f"try again, or kata rm -f {container.name}",
-            )
+            raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
         if records.load(container.id) is not None:
             records.remove(container)
 

@@ -5,6 +5,7 @@ Sub-commands are modules that are imported only when asked for, so that `kata ru
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -13,6 +14,7 @@ from ..errors import KataError, UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "run a command in a new container, in a virtual machine of its own"),
@@ -110,12 +112,42 @@ def report(error: KataError) -> None:
     lines = f"{red}error:{off} {error.message}\n"
     if error.hint:
         lines += f"{cyan}hint:{off} {error.hint}\n"
-    sys.stderr.write(lines)
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(lines)
+        sys.stderr.flush()
+    except OSError:
+        pass  # the exit status has to do
+
+
+class _Output(io.FileIO):
+    """Standard output, whose failures say that they are its own."""
+
+    def write(self, data: Any, /) -> int:
+        """As `io.FileIO.write`."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = _STDOUT
+            raise
+
+
+_STDOUT = "standard output"
+
+
+def _name_output() -> None:
+    """Have `sys.stdout` write by way of `_Output`."""
+    old = sys.stdout
+    # What is there for a test, or closed, stays.
+    if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", None), io.FileIO):
+        buffer = io.BufferedWriter(_Output(old.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            buffer, encoding=old.encoding, errors=old.errors, line_buffering=old.line_buffering
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status (125 for a failure of ours)."""
+    _name_output()
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -130,7 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:
-        report(_explain(error))
+        if error.filename == _STDOUT:
+            # Python would complain once more while exiting.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            report(KataError(f"{_STDOUT} cannot be written: {error.strerror}"))
+        else:
+            report(_explain(error))
         return 125
     except RecursionError:
         report(KataError("the input is nested too deeply to be read"))

@@ -118,6 +118,27 @@ def parse_detach_keys(text: str) -> bytes:
     return bytes(out)
 
 
+class OutputGone(Exception):
+    """Our standard output or error takes nothing any more.
+
+    Args:
+        fd: 1 or 2.
+        error: What writing to it said; `BrokenPipeError` when its reader has gone.
+    """
+
+    def __init__(self, fd: int, error: OSError) -> None:
+        super().__init__(fd, error)
+        self.error = error
+        self.name = "standard output" if fd == 1 else "standard error"
+
+    @property
+    def sentence(self) -> str:
+        """What has happened, for a message."""
+        if isinstance(self.error, BrokenPipeError):
+            return f"nobody reads {self.name} any more"
+        return f"{self.name} cannot be written: {self.error.strerror}"
+
+
 class Pump:
     """Copies until the end.
 
@@ -155,6 +176,7 @@ class Pump:
 
         Raises:
             Detached: The detach keys were typed.
+            OutputGone: What the process says can be passed on to nobody.
         """
         poller = select.poll()
         poller.register(self._wait_fd, select.POLLIN)
@@ -198,8 +220,11 @@ class Pump:
             return False
         view = memoryview(data)
         target = self._outputs[fd]
-        while view:
-            view = view[os.write(target, view) :]
+        try:
+            while view:
+                view = view[os.write(target, view) :]
+        except OSError as error:
+            raise OutputGone(target, error) from None
         return True
 
     def _copy_input(self) -> None:

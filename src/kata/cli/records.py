@@ -86,7 +86,23 @@ class Container:
                 state.update(status=EXITED, exit_code=137, error=state.get("error") or _LOST)
         else:
             state["status"] = CREATED
+        if state["status"] in (CREATED, EXITED) and os.path.exists(self.socket):
+            # Mostly it is about to start, or ends; but the disk of the record may be full.
+            state.update(self._told())
         return state
+
+    def _told(self) -> dict[str, Any]:
+        """What a living engine says of the container, if it says that it runs."""
+        from ..engine.client import EngineClient
+        from ..errors import KataError
+
+        try:
+            with EngineClient(self.socket) as engine:
+                answer = engine.state(self.id, timeout=1.0)
+        except (KataError, OSError):
+            return {}
+        status = {2: RUNNING, 4: PAUSED}.get(answer.status)
+        return {"status": status, "pid": answer.pid} if status else {}
 
     def running(self) -> bool:
         return self.state()["status"] in (RUNNING, PAUSED)

@@ -51,6 +51,11 @@ _OPTIONS = [
     Option(
         "--storage", "disk|tmpfs", "where the writable layer lies: a file on the host, or the guest's memory"
     ),
+    Option(
+        "--platform",
+        "OS/ARCH[/VARIANT]",
+        "which of an image's platforms to take; this machine's if not given",
+    ),
     Option("--pull", "missing|always|never", "when to fetch the image (missing)"),
     Option("--stop-signal", "SIGNAL", "what 'kata stop' sends first; the image's choice, else SIGTERM"),
     Option("--rm", "", "remove the container when it has ended"),
@@ -59,7 +64,7 @@ _OPTIONS = [
 _IMAGES = """\
 IMAGE is one of
   NAME[:TAG], HOST:PORT/NAME:TAG   in the local store, else fetched from its registry
-  oci:DIR[:TAG]                    an OCI image layout
+  oci:DIR[:TAG]                    an OCI image layout; :@0 is its first image, :@1 the next
   oci-archive:FILE                 the same in a tar file
   docker-archive:FILE              what 'docker save' writes
   rootfs:DIR                       a directory with a root file system; it is never written to
@@ -69,6 +74,10 @@ what the host mounts below SRC later appears inside; without effect z, Z, cached
 
 exit status: the command's own; 125 kata itself failed, 126 the command cannot be executed, 127 it was not
 found, 128+N signal N ended it, 137 also when the virtual machine died."""
+_OUTPUT = (
+    "\nWhen nobody reads the output any more (`kata run ... | head -1`), a container with --rm is ended (its stop\n"
+    "signal, SIGKILL after 3 seconds), another goes on; either is said, and the exit status is 141."
+)
 
 COMMANDS = {
     "run": Command(
@@ -83,7 +92,7 @@ COMMANDS = {
         ],
         least=1,
         interspersed=False,
-        notes=_IMAGES,
+        notes=_IMAGES + _OUTPUT,
     ),
     "create": Command(
         "create",
@@ -116,7 +125,8 @@ def make_container(arguments: Arguments, *, auto_remove: bool, detach: bool = Fa
     reference, *command = arguments.rest
     choice = _Choice(arguments)
     raise_file_limit()  # with too few it would fail half-way, and clearing up as well
-    image = store.resolve(reference, pull=choice.pull, progress=None)
+    image = store.resolve(reference, pull=choice.pull, platform=choice.platform, progress=None)
+    _warn_of_level(image.platform)
     draft = Draft(choice.name)
     try:
         hostname = choice.hostname or draft.id[:12]
@@ -161,6 +171,36 @@ def make_container(arguments: Arguments, *, auto_remove: bool, detach: bool = Fa
         raise
 
 
+def _runnable(platform: str | None) -> str | None:
+    """A --platform whose programs a machine of this host can execute."""
+    if platform is not None:
+        from ..images import platform as platforms
+
+        asked, here = platforms.parse(platform), platforms.host()
+        if asked.rank(here) < 0:
+            raise UsageError(
+                f"--platform {platform!r}: a machine of this host ({here}) cannot run that",
+                f"leave it out, or fetch the image only: kata pull --platform {platform} IMAGE",
+            )
+    return platform
+
+
+def _warn_of_level(platform: str) -> None:
+    """Say what an image of a later level of amd64 asks of the processor and will not find."""
+    if platform.count("/") < 2:
+        return
+    from ..hypervisor import accel
+    from ..images import platform as platforms
+
+    emulated = accel.choose().accel == "tcg"
+    lacking = platforms.lacking(platforms.parse(platform), emulated=emulated)
+    if lacking:
+        sys.stderr.write(
+            f"warning: the image is built for {platform}, and the processor lacks {' '.join(lacking)}: "
+            "its programs may end with an illegal instruction\n"
+        )
+
+
 def _rootfs(image: Any) -> dict[str, str]:
     if image.rootfs_dir:
         return {"kind": "share", "source": image.rootfs_dir}
@@ -188,6 +228,7 @@ class _Choice:
         self.network = self._one_of(a, "network", ("user", "none"))
         self.storage = self._one_of(a, "storage", ("disk", "tmpfs"))
         self.pull = self._one_of(a, "pull", ("missing", "always", "never"))
+        self.platform = _runnable(a.value("platform"))
         self.ports = [entry for text in a.many("publish") for entry in values.port(text)]
         if self.ports and self.network == "none":
             raise UsageError("-p needs a network, and --network none has none", "leave out one of the two")

@@ -12,9 +12,9 @@ import time
 from .. import paths
 from ..engine.client import EngineClient
 from ..engine.launch import launch
-from ..errors import KataError, VMLostError
+from ..errors import AgentError, AgentTimeoutError, AlreadyExistsError, KataError, StateError, VMLostError
 from . import records
-from .pump import Detached, Fifos, Pump, RawTerminal
+from .pump import Detached, Fifos, OutputGone, Pump, RawTerminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ..engine.launch import Engine
     from .records import Container
 
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+"""Of those, what somebody sends who wants an end."""
+_LET_GO_AFTER = 3
+"""How many of those, unanswered by the guest, have the command leave without it. Docker's number."""
 _PROXIED = (
     signal.SIGHUP,
     signal.SIGINT,
@@ -102,8 +106,43 @@ def _say_once(topic: str, text: str) -> None:
     sys.stderr.flush()
 
 
+OCCUPIED_S = 10.0
+"""How long a start waits for another engine of the same container to end, which is mostly about to."""
+
+
+class Occupied(StateError):
+    """Another command's engine has the container, and is to go on."""
+
+
+def _launch(container: Container, chosen: dict[str, Any]) -> Engine:
+    """Start an engine, if need be after the end of another one.
+
+    Raises:
+        Occupied: That goes on: the container runs, or a copy takes its time.
+    """
+    give_up = time.monotonic() + OCCUPIED_S
+    while True:
+        try:
+            return launch(chosen)
+        except AlreadyExistsError:
+            if container.running():
+                hint = f"kata stop {container.name}, or kata attach {container.name}"
+                raise Occupied(f"container {container.name} is running already", hint) from None
+            if time.monotonic() > give_up:
+                raise Occupied(occupied(container), "try again when that has ended") from None
+        time.sleep(0.05)
+
+
+def occupied(container: Container) -> str:
+    """What the engine does that a container has although it does not run, as a sentence."""
+    path = os.path.join(paths.sandbox_dir(container.id), "sandbox.json")
+    if records.read_json(path).get("record_state") is False:
+        return f"container {container.name} is open for a copy (kata cp)"
+    return f"container {container.name} is being started or ended by its engine"
+
+
 def _open(container: Container, started_ns: int) -> tuple[Engine, EngineClient]:
-    engine = launch(settings(container, started_ns))
+    engine = _launch(container, settings(container, started_ns))
     try:
         return engine, EngineClient(engine.sock_path)
     except BaseException:
@@ -129,7 +168,10 @@ def start_detached(container: Container, started_ns: int | None = None, *, disca
 
 
 class _undone_on_failure:
-    """Waits for the sandbox's end after a failed start, and removes the container if it was made for this start."""
+    """Waits for the sandbox's end after a failed start, and removes the container if it was made for this start.
+
+    The engine of another command is left alone, and so is what it works on.
+    """
 
     def __init__(self, container: Container, discard: bool) -> None:
         self._container = container
@@ -139,7 +181,7 @@ class _undone_on_failure:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, Occupied):
             return
         wait_for_engine(self._container, tell=True)
         if self._discard:
@@ -199,7 +241,7 @@ def opened_for_files(container: Container) -> Iterator[EngineClient]:
     chosen = settings(container, time.monotonic_ns())
     chosen.update(network={"mode": "none", "ports": []}, auto_remove=False, record_state=False)
     chosen.pop("log")
-    engine = launch(chosen)
+    engine = _launch(container, chosen)
     try:
         with EngineClient(engine.sock_path) as client:
             bundle = os.path.join(paths.sandbox_dir(container.id), "bundle")
@@ -211,6 +253,9 @@ def opened_for_files(container: Container) -> Iterator[EngineClient]:
             client.create(container.id, bundle)
             yield client
             client.delete(container.id)
+    except VMLostError as error:
+        # Most likely `kata rm -f`.
+        raise VMLostError(f"the copy was cut short: {error.message}", "kata ps -a") from None
     finally:
         engine.release()
         wait_for_engine(container)
@@ -248,6 +293,9 @@ class Attachment:
         directory = os.path.join(paths.sandbox_dir(container.id), "io")
         self.fifos = Fifos(directory, prefix, stdin=stdin, terminal=terminal)
         self._outcome: list[int | BaseException] = []
+        self._signals_writer = -1
+        self._let_go: KataError | None = None
+        self._unanswered = 0  # signals that want an end and have not reached the guest
 
     def copy(self, *, detach_keys: bytes = b"", proxy_signals: bool = True) -> int:
         """Pass the streams on until the process has ended.
@@ -257,7 +305,8 @@ class Attachment:
 
         Raises:
             Detached: The person left; the process goes on.
-            KataError: The engine or the virtual machine was lost.
+            OutputGone: Nobody takes the output; the process goes on.
+            KataError: The engine or the virtual machine was lost, or the guest takes no signals.
         """
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
@@ -265,20 +314,26 @@ class Attachment:
         pump = Pump(
             self.fifos,
             wait_fd=reader,
-            ended=lambda: bool(self._outcome),
+            ended=self._is_over,
             close_stdin=self._close_stdin,
             detach_keys=detach_keys if self._terminal else b"",
         )
         try:
-            with self._signals(proxy_signals), self._raw_terminal():
+            with self._signals(proxy_signals, writer), self._raw_terminal():
                 pump.run()
         finally:
             self.fifos.close()
+            # Not the writer: a thread may be about to use it, and the command is as good as over.
             os.close(reader)
         outcome = self._outcome[0]
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
+
+    def _is_over(self) -> bool:
+        if self._let_go is not None:
+            raise self._let_go
+        return bool(self._outcome)
 
     def _wait(self, writer: int) -> None:
         try:
@@ -288,7 +343,6 @@ class Attachment:
         finally:
             with contextlib.suppress(OSError):
                 os.write(writer, b"x")
-            os.close(writer)
 
     def _lost(self, error: BaseException) -> BaseException:
         if not isinstance(error, VMLostError):
@@ -308,19 +362,51 @@ class Attachment:
         self._aside(lambda other: other.resize(self._container.id, rows, columns, self._exec_id))
 
     @contextlib.contextmanager
-    def _signals(self, proxied: bool) -> Any:
+    def _signals(self, proxied: bool, over: int) -> Any:
         if not proxied:
             yield
             return
+        reader, self._signals_writer = os.pipe()
+        _thread.start_new_thread(self._pass_on, (reader, over))
         before = {number: signal.signal(number, self._forward) for number in _PROXIED}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            os.close(self._signals_writer)
 
     def _forward(self, number: int, _frame: object) -> None:
-        self._aside(lambda other: other.kill(self._container.id, number, self._exec_id))
+        if number in _ENDING:
+            self._unanswered += 1
+            if self._unanswered >= _LET_GO_AFTER:
+                raise self._silent(number)
+        os.write(self._signals_writer, bytes((number,)))
+
+    def _pass_on(self, reader: int, over: int) -> None:
+        """In a thread of its own, since a guest may not answer: send signals on, one after the other."""
+        while number := os.read(reader, 1):
+            try:
+                with EngineClient(self._container.socket) as other:
+                    other.kill(self._container.id, number[0], self._exec_id)
+            except AgentError as error:
+                if error.grpc_code == AgentTimeoutError.grpc_code and number[0] in _ENDING:
+                    self._let_go = self._silent(number[0])
+                    with contextlib.suppress(OSError):
+                        os.write(over, b"x")
+            except (KataError, OSError):
+                self._unanswered = 0  # it has ended, or cannot be signalled yet
+            else:
+                self._unanswered = 0
+        os.close(reader)
+
+    def _silent(self, number: int) -> KataError:
+        what = f"its command in {self._container.name}" if self._exec_id else self._container.name
+        return KataError(
+            f"the guest of container {self._container.name} does not answer, so {what} was not sent"
+            f" {signal.Signals(number).name} and goes on",
+            f"kata kill {self._container.name}, or kata rm -f {self._container.name}, ends it whatever its guest does",
+        )
 
     def _aside(self, what: Callable[[EngineClient], object]) -> None:
         """Make a call on a connection of its own: a signal handler may have interrupted a call on the other."""
@@ -378,6 +464,8 @@ def run_attached(
     except Detached:
         sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
         return 0
+    except OutputGone as gone:
+        return without_output(container, gone, ends=bool(container.record["auto_remove"]))
     finally:
         client.close()
         if not container.running():
@@ -387,6 +475,48 @@ def run_attached(
     return status
 
 
+OUTPUT_GONE_S = 3.0
+"""Between the stop signal and SIGKILL for a process that has lost its reader: in a pipeline it would be dead by now."""
+
+
+def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int:
+    """Do what follows when nobody takes a container's output any more.
+
+    Args:
+        container: Whose.
+        gone: What is gone.
+        ends: The container was for this command alone (``--rm``): end it, as a pipeline ends whoever writes to
+            nobody.
+
+    Returns:
+        The exit code: that of a program which SIGPIPE ends, 125 for another failure to write.
+    """
+    from .lifecycle import stop
+
+    if ends:
+        what = f"container {container.name} was made with --rm and is ended"
+        hint = ""
+    else:
+        what = f"container {container.name} goes on"
+        hint = f"kata attach {container.name}, or kata stop {container.name}"
+    say_gone(gone, what, hint)
+    if ends:
+        stop(container, OUTPUT_GONE_S)
+    return gone_code(gone)
+
+
+def say_gone(gone: OutputGone, what: str, hint: str = "") -> None:
+    """Tell on stderr, if that is still there, what becomes of a process whose output is gone."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{gone.sentence}: {what}\n" + (f"hint: {hint}\n" if hint else ""))
+        sys.stderr.flush()
+
+
+def gone_code(gone: OutputGone) -> int:
+    """The exit code of a command whose output is gone."""
+    return 128 + signal.SIGPIPE if isinstance(gone.error, BrokenPipeError) else KataError.exit_code
+
+
 def end_of(client: EngineClient, container: Container) -> str:
     """Have a container that has ended taken down; nothing of its sandbox is left when this returns.
 
@@ -394,12 +524,16 @@ def end_of(client: EngineClient, container: Container) -> str:
         Why its virtual machine was lost, or "" when its end was its own.
     """
     try:
-        cause = str(client.describe().get("error") or "")
         client.delete(container.id)
+        # Only now: what the container wrote reaches the host's disk in its end at the latest.
+        facts = client.describe()
     except KataError:
         # Somebody else took it down first (`kata rm -f`); what is on disk is the record.
-        return str(container.raw_state().get("error") or "")
-    return cause
+        facts = container.raw_state()
+    if facts.get("disk_error"):
+        sys.stderr.write(f"warning: {facts['disk_error']}\n")
+        sys.stderr.flush()
+    return str(facts.get("error") or "")
 
 
 def lost(container: Container, cause: str) -> VMLostError:

@@ -25,7 +25,7 @@ from ..errors import (
 from ..proto import sandbox_pb, task_pb
 from ..proto.google_pb import Any as AnyMessage
 from ..proto.google_pb import Empty
-from ..ttrpc.status import ConnectionLost, TtrpcError
+from ..ttrpc.status import CANCELLED, ConnectionLost, TtrpcError
 from ..ttrpc.sync_client import Client, connect
 
 TYPE_CHECKING = False
@@ -63,6 +63,8 @@ def to_error(error: TtrpcError) -> KataError:
             return CommandNotFoundError(message, hint)
         if any(words in message for words in _NOT_EXECUTABLE):
             return CommandNotExecutableError(message, hint)
+    if error.code == CANCELLED:  # by a server that ends
+        return VMLostError("the container's engine ended while it was being asked", hint)
     kind = _BY_CODE.get(error.code)
     if kind is not None:
         return kind(message, hint)
@@ -185,10 +187,18 @@ class EngineClient:
         request = task_pb.WaitRequest(id=container_id, exec_id=exec_id)
         return self._task("Wait", request, task_pb.WaitResponse, timeout).exit_status
 
-    def kill(self, container_id: str, signal: int, exec_id: str = "", *, everything: bool = False) -> None:
-        """Send a signal."""
+    def kill(
+        self,
+        container_id: str,
+        signal: int,
+        exec_id: str = "",
+        *,
+        everything: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Send a signal; one that is not answered in time is on its way all the same."""
         request = task_pb.KillRequest(id=container_id, exec_id=exec_id, signal=signal, all=everything)
-        self._task("Kill", request, Empty)
+        self._task("Kill", request, Empty, timeout)
 
     def delete(self, container_id: str, exec_id: str = "") -> int:
         """Forget an exec, or take the container down; its exit status. For the human door nothing of the
@@ -196,10 +206,11 @@ class EngineClient:
         request = task_pb.DeleteRequest(id=container_id, exec_id=exec_id)
         return self._task("Delete", request, task_pb.DeleteResponse).exit_status
 
-    def state(self, container_id: str, exec_id: str = "") -> task_pb.StateResponse:
-        return self._task(
-            "State", task_pb.StateRequest(id=container_id, exec_id=exec_id), task_pb.StateResponse
-        )
+    def state(
+        self, container_id: str, exec_id: str = "", timeout: float | None = None
+    ) -> task_pb.StateResponse:
+        request = task_pb.StateRequest(id=container_id, exec_id=exec_id)
+        return self._task("State", request, task_pb.StateResponse, timeout)
 
     def pids(self, container_id: str) -> list[int]:
         answer = self._task("Pids", task_pb.PidsRequest(id=container_id), task_pb.PidsResponse)
@@ -208,8 +219,8 @@ class EngineClient:
     def pause(self, container_id: str) -> None:
         self._task("Pause", task_pb.PauseRequest(id=container_id), Empty)
 
-    def resume(self, container_id: str) -> None:
-        self._task("Resume", task_pb.ResumeRequest(id=container_id), Empty)
+    def resume(self, container_id: str, timeout: float | None = None) -> None:
+        self._task("Resume", task_pb.ResumeRequest(id=container_id), Empty, timeout)
 
     def close_stdin(self, container_id: str, exec_id: str = "") -> None:
         """End of file for the process, after what is in its stdin fifo."""

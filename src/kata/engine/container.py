@@ -6,13 +6,17 @@ The one place where create, start, exec, kill and delete happen; every door ends
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import time
 
-from ..agent.client import Encoded, create_request
+from ..agent.client import NULL_STDIN, Encoded, create_request
 from ..agent.text import escape_line
 from ..errors import (
+    AgentTimeoutError,
     AlreadyExistsError,
+    HostError,
     KataError,
     NotFoundError,
     StateError,
@@ -38,6 +42,10 @@ if TYPE_CHECKING:
 EXECS_END_S = 2.0
 """How long an ended init waits for the ends of its container's execs: they die with it, at the same
 moment."""
+KILL_S = 4.0
+"""How long the guest has to obey a SIGKILL of a container's init. Then its machine is ended: the guest has no say."""
+SIGNAL_S = 10.0
+"""How long any other signal waits for the guest's answer. It stays on its way: a guest on a busy host is slow."""
 OOM_NOTICE_S = 0.1
 REMOVE_S = 20
 STAND_IN = {"args": ["/proc/self/exe"], "cwd": "/"}
@@ -51,6 +59,23 @@ _SIGKILL = 9
 def timestamp(ns: int) -> google_pb.Timestamp | None:
     """The protocol's form of nanoseconds of the epoch; absent for 0."""
     return google_pb.Timestamp(seconds=ns // 10**9, nanos=ns % 10**9) if ns else None
+
+
+def _has_no_input(process: Process) -> bool:
+    """Whether nobody will ever write to a process: neither a client nor, with a terminal, whoever attaches."""
+    return process.streams is not None and process.streams.input is None and not process.stdio.terminal
+
+
+def _unrecorded(container_id: str, error: OSError) -> HostError:
+    hint = "free some space ('kata gc', 'kata rmi')" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return HostError(f"the state of container {container_id} cannot be recorded: {error.strerror}", hint)
+
+
+async def _quietly(work: asyncio.Future[None]) -> None:
+    try:
+        await work
+    except KataError:
+        pass  # whoever asked has been told that it is late
 
 
 class Container:
@@ -117,6 +142,7 @@ class Container:
         self.init.streams = prepare.open_streams(sandbox, self.init, self.log)
         try:
             await self.init.streams.ready()
+            await self._reserve_record()
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
@@ -128,7 +154,14 @@ class Container:
             shares_pids = spec.shares_pids(self.config)
             devices = await self._insert_devices(volumes)
             request = Encoded(
-                create_request(self.id, message, storages, devices, shares_pids=shares_pids).encode()
+                create_request(
+                    self.id,
+                    message,
+                    storages,
+                    devices,
+                    shares_pids=shares_pids,
+                    no_stdin=_has_no_input(self.init),
+                ).encode()
             )
             agent = await sandbox.ready()
             stands_in = spec.container_type(self.config) == "pod_sandbox"
@@ -247,8 +280,8 @@ class Container:
         return bool(self.config.get("process"))
 
     async def _close_unused_stdin(self, process: Process, agent: AgentClient) -> None:
-        """No stdin means /dev/null: the process sees its end at once. A terminal stays open."""
-        if process.streams is not None and process.streams.input is None and not process.stdio.terminal:
+        """An agent that cannot give /dev/null to a process without input has given it a pipe: its end comes at once."""
+        if _has_no_input(process) and NULL_STDIN not in agent.features:
             try:
                 await agent.close_stdin(self.id, process.exec_id or self.id)
             except KataError:
@@ -325,7 +358,12 @@ class Container:
         process.start(self.sandbox.host_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         # Before the answer: whoever asks about the container next looks there.
-        await self.record_now(status=RUNNING, pid=process.pid, started_at=rfc3339(process.started_at_ns))
+        started_at = rfc3339(process.started_at_ns)
+        failure = await self.record_now(status=RUNNING, pid=process.pid, started_at=started_at)
+        if failure is not None:
+            # It would be taken for one that does not run, by `kata ps` as by `kata gc`.
+            await self._kill_init(agent)
+            raise _unrecorded(self.id, failure)
         await self._run_late_hooks("poststart", "running")
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
@@ -337,7 +375,8 @@ class Container:
                 # the end of fifos that we hold, and nobody would ever start or delete the exec.
                 process.streams = prepare.open_streams(self.sandbox, process, None)
             await process.streams.ready()
-            await agent.exec_process(self.id, process.exec_id, spec.process_message(config))
+            message = spec.process_message(config)
+            await agent.exec_process(self.id, process.exec_id, message, no_stdin=_has_no_input(process))
         except BaseException as error:
             # As with runc: it can be deleted, and never ran.
             process.stop(getattr(error, "exit_code", 255), time.time_ns(), str(error))
@@ -366,6 +405,7 @@ class Container:
             if not self.sandbox.is_lost:
                 await self.sandbox.lost_soon(f"the agent lost {process.label}: {problem.message}")
             status, error = KILLED, self.sandbox.lost_reason or problem.message
+        process.reaped.set()
         at_ns = time.time_ns()
         async with process.lock:
             try:
@@ -398,6 +438,7 @@ class Container:
                 finished_at=rfc3339(at_ns),
                 error=error,
                 oom_killed=process.oom_killed,
+                disk_error=self.sandbox.disk_error,
             )
         self.sandbox.publish(
             "/tasks/exit",
@@ -455,6 +496,8 @@ class Container:
 
         Raises:
             NotFoundError: ``process already finished``, or no such process.
+            AgentTimeoutError: The guest has not answered, which is never said of SIGKILL to the init. Clients of
+                other doors are not told: theirs would give up what they wait for, and the signal may yet arrive.
             KataError: The guest refused.
         """
         if not 1 <= signal <= 64:
@@ -462,30 +505,81 @@ class Container:
         process = self.process(exec_id)
         process.require_killable()
         agent = await self.sandbox.ready()
-        self._told_to_die |= signal == _SIGKILL and not exec_id
         try:
-            if everything and not exec_id and signal != _SIGKILL:
-                await self._signal_all(agent, signal)
+            if signal == _SIGKILL and not exec_id:
+                await self._kill_init(agent)
             else:
-                await agent.signal(self.id, exec_id, signal)
+                await self._signal(agent, process, signal, everything=everything and not exec_id)
         except KataError as error:
             if error.grpc_code == NotFoundError.grpc_code:
                 raise NotFoundError(f"process already finished: {process.label}") from None
             raise
 
+    async def _kill_init(self, agent: AgentClient) -> None:
+        self._told_to_die = True
+        deadline = asyncio.get_running_loop().time() + KILL_S
+        try:
+            await agent.signal(self.id, "", _SIGKILL, KILL_S)
+        except AgentTimeoutError:
+            self._end_machine("its guest did not answer")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.init.ended.wait(), KILL_S)
+        finally:
+            # Whatever the guest has said: what counts is that it ends.
+            if not self.init.reaped.is_set():
+                self.sandbox.spawn(self._see_it_end(deadline))
+
+    async def _see_it_end(self, deadline: float) -> None:
+        try:
+            await asyncio.wait_for(
+                self.init.reaped.wait(), max(0.0, deadline - asyncio.get_running_loop().time())
+            )
+        except TimeoutError:
+            if self.sandbox.has_others(self):
+                # The guest answers, and others of its pod run: they are not ended for one that is stuck in the kernel.
+                self.sandbox.complain(
+                    f"container {self.id} has not ended {KILL_S:g} s after SIGKILL; its sandbox can be ended"
+                )
+            else:
+                self._end_machine("its guest did not end it")
+
+    def _end_machine(self, why: str) -> None:
+        if not self.sandbox.is_lost:
+            self.sandbox.fail(
+                f"container {self.id} was to be killed, and {why} within {KILL_S:g} s: its virtual machine was ended"
+            )
+
+    async def _signal(self, agent: AgentClient, process: Process, signal: int, *, everything: bool) -> None:
+        """Have the guest send a signal; once it is late, the signal is left on its way."""
+        if everything:
+            sending = asyncio.ensure_future(self._signal_all(agent, signal))
+        else:
+            sending = asyncio.ensure_future(agent.signal(self.id, process.exec_id, signal, None))
+        done, _ = await asyncio.wait([sending], timeout=SIGNAL_S)
+        if done:
+            sending.result()
+            return
+        self.sandbox.spawn(_quietly(sending))
+        late = f"the guest has not taken signal {signal} for {process.label} within {SIGNAL_S:g} s"
+        if self.sandbox.is_human:
+            raise AgentTimeoutError(
+                late, "SIGKILL ends a container whatever its guest does: kata kill, or kata rm -f"
+            )
+        self.sandbox.complain(late)
+
     async def _signal_all(self, agent: AgentClient, signal: int) -> None:
         try:
-            await agent.signal_all(self.id, signal)
+            await agent.signal_all(self.id, signal, None)
         except KataError as error:
             if error.grpc_code != UnsupportedError.grpc_code:
                 raise
             # Another agent than ours: it knows the processes by their ids only.
             for one in [one.exec_id for one in self.execs.values() if one.alive]:
                 try:
-                    await agent.signal(self.id, one, signal)
+                    await agent.signal(self.id, one, signal, None)
                 except KataError:
                     pass  # it has just ended
-            await agent.signal(self.id, "", signal)
+            await agent.signal(self.id, "", signal, None)
 
     async def pause(self) -> None:
         """Freeze every process.
@@ -604,9 +698,17 @@ class Container:
         """Write ``state.json`` without waiting for the disk; the order of writes is kept."""
         self.sandbox.spawn(self.record_now(**changed))
 
-    async def record_now(self, **changed: Any) -> None:
-        """Write ``state.json``. What cannot be written is complained about and hurts nobody."""
+    async def record_now(self, **changed: Any) -> OSError | None:
+        """Write ``state.json``. What cannot be written is complained about, and returned."""
         try:
             await self.sandbox.helper(lambda: self.state_file.write(**changed))
         except OSError as error:
             self.sandbox.complain(f"cannot write the state of container {self.id}: {error}")
+            return error
+        return None
+
+    async def _reserve_record(self) -> None:
+        try:
+            await self.sandbox.helper(self.state_file.reserve)
+        except OSError as error:
+            raise _unrecorded(self.id, error) from error

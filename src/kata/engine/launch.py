@@ -209,7 +209,7 @@ def _write_settings(directory: str, settings: dict[str, Any]) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(os.path.join(directory, SETTINGS_NAME), flags, 0o600)
     try:
-        os.write(fd, dumps(settings).encode())
+        sysio.write_all(fd, dumps(settings).encode())
     finally:
         os.close(fd)
 
@@ -220,7 +220,7 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
     )
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     handed = os.memfd_create("kata-settings")
-    os.write(handed, marshal.dumps(settings))
+    sysio.write_all(handed, marshal.dumps(settings))
     os.lseek(handed, 0, os.SEEK_SET)
     lifetime_read, lifetime_write = os.pipe()
     word_read, word_write = os.pipe()

@@ -71,6 +71,7 @@ class Process:
         "lock",
         "oom_killed",
         "pid",
+        "reaped",
         "spec",
         "started_at_ns",
         "state",
@@ -93,6 +94,7 @@ class Process:
         self.started_at_ns = 0
         self.oom_killed = False
         self.error = ""
+        self.reaped = asyncio.Event()  # set when the guest has said how it ended, or nobody will any more
         self.ended = asyncio.Event()  # set when the end is on record and may be told
         self.lock = asyncio.Lock()  # an end is not told while a start is being answered
         self.streams: ProcessStreams | None = None

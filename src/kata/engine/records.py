@@ -6,9 +6,12 @@ a reader never sees half of it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
+
+from .. import sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,23 +26,47 @@ def rfc3339(ns: int) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
 
 
+_ROOM = 4096
+"""What a record takes on its disk at least. So there is room for its next state when that disk is full."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Replace *path* by *content*, in one step.
+    """Replace *path* by *content*, in one step; on a full disk within the room that it has, if that is enough.
 
     Raises:
         OSError: The directory is gone, or the disk is full; the old content is still there then.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
-    raw = json.dumps(content, indent=1).encode()
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    raw = json.dumps(content, indent=1).encode().ljust(_ROOM)
     try:
-        os.write(fd, raw)
-    except OSError:
-        os.unlink(temporary)
-        raise
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            sysio.write_all(fd, raw)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except OSError as error:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+        if error.errno not in _FULL or not _write_in_place(path, raw):
+            raise
+
+
+def _write_in_place(path: str, raw: bytes) -> bool:
+    """Write over a file that has room for it; whether it has."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        room = os.fstat(fd).st_size
+        if room < len(raw):
+            return False
+        sysio.write_all(fd, raw.ljust(room))
     finally:
         os.close(fd)
-    os.rename(temporary, path)
+    return True
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -80,7 +107,17 @@ class StateFile:
             "exit_code": None,
             "oom_killed": False,
             "error": "",
+            "disk_error": "",
         }
+
+    def reserve(self) -> None:
+        """See to it that there is a file with room for what comes; what a former engine wrote stays in it.
+
+        Raises:
+            OSError: There is no room.
+        """
+        if self._path:
+            write_json(self._path, read_json(self._path) or self._content)
 
     def write(self, **changed: Any) -> None:
         """Change fields and write the file.

@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..ttrpc.client import Client
 from . import boot, prepare, spec, watch
-from .container import Container
+from .container import REMOVE_S, Container
 from .fitting import Fitting
 from .guestnet import GuestNetwork
 from .timings import Timings
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ..agent.client import Dial
-    from ..hypervisor.interface import Hypervisor
+    from ..hypervisor.interface import DiskError, Hypervisor
     from ..hypervisor.virtiofsd import FileServer
     from ..journal import Journal
     from ..network import steer
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 NOTABLE_NS = 1_000_000
 """A shorter wait for a turn is none."""
+_FULL_DISK = "the host's disk is full"
 LOST_NOTICE_S = 2.0
 """How long a broken agent connection waits for the machine's own account of what happened."""
 
@@ -118,6 +119,8 @@ class Sandbox:
         self.had_container = False
         self.was_missed = False  # somebody has asked about a container since there is none (any more)
         self._vm_ended = False
+        self.disk_error = ""  # what of the host's disks failed first, for those who look
+        self.disk_errors = 0
         self.fitting = Fitting(self)
         self.guest_network = GuestNetwork(self)
         self._failed = failed
@@ -190,6 +193,7 @@ class Sandbox:
             self.complain(note)
         self.vm = self._take_over()
         if self.vm is not None:
+            self.vm.on_disk_error(self._disk_failed)
             self.spawn(self._watch_machine(self.vm))
         if self.machine.cgroup is not None:
             for warning in self.machine.cgroup.warnings:
@@ -442,6 +446,15 @@ class Sandbox:
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 
+    def has_others(self, container: Container) -> bool:
+        """Whether a container shares the machine with others that run, and is not the one that stands for the pod."""
+        if spec.container_type(container.config) == "pod_sandbox":
+            return False
+        return any(
+            one is not container and one.init.alive and spec.container_type(one.config) != "pod_sandbox"
+            for one in self.containers.values()
+        )
+
     def process_ended(self, container: Container, process: Process) -> None:
         """A process's end has been told; the human door's sandbox ends with its container's init."""
         if self.ends_with_init and not process.exec_id and container.id == self.id:
@@ -589,30 +602,56 @@ class Sandbox:
             if container_id in self.containers:
                 self.containers[container_id].out_of_memory()
 
+    def _disk_failed(self, error: DiskError) -> None:
+        """Tell of the first, and count: the guest decides how many there are.
+
+        A full disk stands for all others, because then what the guest has written is not there.
+        """
+        self.disk_errors += 1
+        was = self.disk_error
+        if was and (not error.full or _FULL_DISK in was):
+            return
+        if error.full:
+            lost = "files that the container wrote may be incomplete"
+            self.disk_error = f"{_FULL_DISK}: {error.path} could not be written, so {lost}"
+        else:
+            what = "written" if error.writes else "read"
+            self.disk_error = f"{error.path} could not be {what} on the host: {error.reason}"
+        self.complain(self.disk_error)
+        for container in self.containers.values():
+            container.record(disk_error=self.disk_error)
+
     # ---- the end ----
 
-    def end(self) -> None:
-        """End the sandbox: `ended` is set when nothing of it is left but this process."""
+    def end(self, grace_s: float = REMOVE_S) -> None:
+        """End the sandbox: `ended` is set when nothing of it is left but this process.
+
+        Args:
+            grace_s: How long the guest has to write back what its containers have written.
+        """
         if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
+            self._ending = asyncio.create_task(self._end(grace_s))
 
     @property
     def is_ending(self) -> bool:
         return self._ending is not None
 
-    async def _end(self) -> None:
+    async def _end(self, grace_s: float) -> None:
         try:
-            await self._take_down()
+            await self._take_down(grace_s)
         except Exception as error:  # whatever happens here, the engine must not stay for ever
             self.complain(f"the sandbox was not taken down whole: {error!r}")
         finally:
             self.ended.set()
 
-    async def _take_down(self) -> None:
+    async def _take_down(self, grace_s: float) -> None:
         if not self.auto_remove and not self.lost.done():
             # What the container wrote has to reach its disk; of one that is removed nobody will read it.
-            for container in self.containers.values():
-                await self.unless_lost_quietly(container.remove())
+            removing = asyncio.gather(*(container.remove() for container in self.containers.values()))
+            try:
+                await self.unless_lost_quietly(asyncio.wait_for(removing, grace_s))
+            except TimeoutError:
+                self.complain(f"the guest did not write back its containers' files within {grace_s:g} s")
         if self._booted is not None and not self._booted.done():
             self._booted.cancel()
         if self._forwarder is not None:
@@ -650,7 +689,7 @@ class Sandbox:
         await asyncio.gather(*(logger.leave() for logger in self._loggers))
         await self.helper(self._undo)
 
-    async def unless_lost_quietly(self, work: Coroutine[Any, Any, None]) -> None:
+    async def unless_lost_quietly(self, work: Awaitable[object]) -> None:
         """As `unless_lost`, for work whose failure has been told already."""
         try:
             await self.unless_lost(work)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 
-from ..agent.client import Encoded
-from ..errors import StateError
+from ..agent.client import ASK_S, Encoded
+from ..agent.text import escape_line
+from ..errors import KataError, StateError
 from ..proto import agentext_pb, google_pb, sandbox_pb
 from ..ttrpc.server import finish
 from .process import CREATED
@@ -25,6 +26,8 @@ SERVICE = "kata.sandbox.v1.Sandbox"
 _FILES = "kata.agent.v1.Files"
 _PROCESSES = "kata.agent.v1.Processes"
 _FILE_CALL_S = 120.0
+_DETAILS_S = 5.0
+"""How long a description waits for what the agent says of itself; without it, it is complete but for that."""
 
 
 class SandboxService:
@@ -48,11 +51,17 @@ class SandboxService:
     # ---- files: passed on to the agent, which resolves every path inside the container's root ----
 
     async def _forward(
-        self, container_id: str, service: str, method: str, request: Message, answer: type[M]
+        self,
+        container_id: str,
+        service: str,
+        method: str,
+        request: Message,
+        answer: type[M],
+        timeout_s: float = _FILE_CALL_S,
     ) -> M:
         self._sandbox.container(container_id)
         agent = await self._sandbox.ready()
-        return await agent.call(service, method, request, answer, _FILE_CALL_S)
+        return await agent.call(service, method, request, answer, timeout_s)
 
     async def Stat(self, request: agentext_pb.StatFileRequest, context: Context) -> agentext_pb.FileInfo:
         return await self._forward(request.container_id, _FILES, "Stat", request, agentext_pb.FileInfo)
@@ -93,7 +102,7 @@ class SandboxService:
         self, request: agentext_pb.ListProcessesRequest, context: Context
     ) -> agentext_pb.ListProcessesResponse:
         answer = agentext_pb.ListProcessesResponse
-        return await self._forward(request.container_id, _PROCESSES, "List", request, answer)
+        return await self._forward(request.container_id, _PROCESSES, "List", request, answer, ASK_S)
 
     async def Timings(
         self, request: sandbox_pb.TimingsRequest, context: Context
@@ -143,6 +152,8 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "network": settings.get("network") or {},
         "state": "ending" if sandbox.is_ending else "lost" if sandbox.is_lost else "running",
         "error": sandbox.lost_reason if sandbox.was_lost else "",
+        "disk_error": sandbox.disk_error,
+        "disk_errors": sandbox.disk_errors,
         "containers": {
             container.id: {
                 "state": container.init.state,
@@ -157,7 +168,11 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         facts["hypervisor_usage"] = await sandbox.vm.metrics()
     agent = sandbox.living_agent
     if agent is not None and not sandbox.is_ending:
-        details = (await agent.details()).agent_details
+        try:
+            details = (await agent.details(_DETAILS_S)).agent_details
+        except KataError as error:
+            facts["agent"] = {"error": escape_line(error.message)}
+            return facts
         if details is not None:
             facts["agent"] = {
                 "version": details.version,

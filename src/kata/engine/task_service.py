@@ -16,7 +16,7 @@ from ..errors import ConfigError, NotFoundError, UnsupportedError
 from ..proto import google_pb, task_pb
 from ..ttrpc.server import finish
 from . import stats
-from .container import timestamp
+from .container import KILL_S, timestamp
 from .launch import check_id
 from .process import CREATED, DELETED, TASK_STATUS, Stdio
 from .spec import refuse_foreign
@@ -260,6 +260,7 @@ class TaskService:
         sandbox = self._sandbox
         if sandbox.is_pod or (sandbox.containers and not request.now):
             return google_pb.Empty()  # as runc's shim: it still serves containers; and a pod outlives them
-        sandbox.end()
+        # *now* is an order, which does not wait for the guest.
+        sandbox.end(KILL_S) if request.now else sandbox.end()
         await asyncio.wait_for(sandbox.ended.wait(), 60)
         return google_pb.Empty()

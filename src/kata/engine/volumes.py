@@ -187,7 +187,7 @@ class Share:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             try:
                 os.fchmod(fd, mode)
-                os.write(fd, content)
+                sysio.write_all(fd, content)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -78,6 +78,11 @@ if TYPE_CHECKING:
         async def metrics(self) -> dict[str, int]:
             """Figures of the monitor's process: see `kata.hypervisor.qemu.Qemu.metrics`."""
 
+        def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
+            """Be told when the host fails to read or write what is behind one of the guest's disks. The guest is told
+            that its request failed, and not why.
+            """
+
         def on_event(self, callback: Callable[[str, dict[str, Any]], None]) -> None:
             """Have events of the monitor (in its own words) delivered from now on."""
 
@@ -115,6 +120,25 @@ class Capabilities:
         self.vsock = vsock
         self.pause = pause
         self.hardware = hardware
+
+
+class DiskError:
+    """A request of the guest's that the host could not carry out.
+
+    Args:
+        path: The file or device behind the disk; empty if that is not known.
+        writes: Whether the guest was writing.
+        full: Whether the host's file system has no room.
+        reason: The host's words.
+    """
+
+    __slots__ = ("full", "path", "reason", "writes")
+
+    def __init__(self, path: str, *, writes: bool, full: bool, reason: str) -> None:
+        self.path = path
+        self.writes = writes
+        self.full = full
+        self.reason = reason
 
 
 class Ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 
@@ -10,7 +11,7 @@ from kata import sysio
 from kata.errors import HypervisorError, KataError, VMLostError
 from kata.hypervisor import qemu_command, slots
 from kata.hypervisor.console import ConsoleRing
-from kata.hypervisor.interface import Capabilities, Ended
+from kata.hypervisor.interface import Capabilities, DiskError, Ended
 from kata.hypervisor.qemu_process import explain
 from kata.hypervisor.qmp import QmpClient
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
 """What the guest did, by the reason in QEMU's last event (``ShutdownCause`` in QEMU's ``qapi/run-state.json``)."""
+_NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 _PANIC = "Kernel panic - not syncing"
 
 
@@ -55,6 +57,7 @@ class Qemu:
         self._ended: asyncio.Future[Ended] = self._loop.create_future()
         self._stopping = False
         self._callbacks: list[Callable[[str, dict[str, Any]], None]] = []
+        self._disk_callbacks: list[Callable[[DiskError], None]] = []
         self._shutdown_reason = ""
         self._console_fd = process.take("console")
         self._disk_generation = 0
@@ -91,6 +94,10 @@ class Qemu:
     def on_event(self, callback: Callable[[str, dict[str, Any]], None]) -> None:
         """Have QMP events delivered from now on."""
         self._callbacks.append(callback)
+
+    def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
+        """Be told when the host fails to read or write what is behind one of the guest's disks."""
+        self._disk_callbacks.append(callback)
 
     # ---- life and death ----
 
@@ -327,8 +334,25 @@ class Qemu:
     def _event(self, name: str, data: dict[str, Any]) -> None:
         if name == "SHUTDOWN":
             self._shutdown_reason = str(data.get("reason", ""))
+        elif name == "BLOCK_IO_ERROR":
+            self._disk_failed(data)
         for callback in self._callbacks:
             callback(name, data)
+
+    def _disk_failed(self, data: dict[str, Any]) -> None:
+        # The device holds on to the node of its slot, whatever file is behind that.
+        number = str(data.get("node-name", "")).removeprefix("slot")
+        disk = self._disks[int(number)] if number.isdecimal() and int(number) < len(self._disks) else None
+        reason = str(data.get("reason", ""))[:200]
+        error = DiskError(
+            disk.path if disk is not None else "",
+            writes=data.get("operation") == "write",
+            # QEMU says `nospace` only of a machine that it stops for that.
+            full=bool(data.get("nospace")) or reason in _NO_SPACE,
+            reason=reason,
+        )
+        for callback in self._disk_callbacks:
+            callback(error)
 
     def _read_console(self) -> None:
         try:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kata.images.platform import Platform
 
 _MAX_MEMBERS = 100_000
+_MAX_NAMES = 16 << 20
+"""Bytes of all members' names and link targets together; an image's are a hundred each."""
 _HINT = "export the image again"
 
 
@@ -165,12 +167,18 @@ class Archive:
         ):
             raise ImageError(f"{self.path}: manifest.json lists no images", _HINT)
         chosen = self._choose_named(images, tag)
-        config_name, layer_names = chosen.get("Config"), chosen.get("Layers") or []
-        if not isinstance(config_name, str) or not all(isinstance(name, str) for name in layer_names):
+        config_name, layer_names = chosen.get("Config"), chosen.get("Layers")
+        if layer_names is None:
+            layer_names = []
+        if (
+            not isinstance(config_name, str)
+            or not isinstance(layer_names, list)
+            or not all(isinstance(name, str) for name in layer_names)
+        ):
             raise ImageError(f"{self.path}: manifest.json names no configuration or layers", _HINT)
         self.names = [name for text in _repo_tags(chosen) if (name := _full_name(text))]
         data = self._read(config_name)
-        config = manifest.configuration(data, f"{self.path}: {config_name}")
+        config = manifest.configuration(data, f"{self.path}: {_shown(config_name)}")
         if len(config.diff_ids) != len(layer_names):
             raise ImageError(f"{self.path}: the image has {len(layer_names)} layers, its configuration "
                              f"{len(config.diff_ids)}", _HINT)  # fmt: skip
@@ -199,7 +207,10 @@ class Archive:
         return Descriptor(made_digest, len(made), manifest.MANIFEST_TYPES[0])
 
     def _choose_named(self, images: list[dict[str, Any]], tag: str) -> dict[str, Any]:
-        if not tag and len(images) == 1:
+        place = layout.place_of(tag)
+        if place is not None and place < len(images):
+            return images[place]
+        if not tag and all(_same_image(image, images[0]) for image in images):
             return images[0]
         wanted = tag or "latest"
         for image in images:
@@ -207,11 +218,8 @@ class Archive:
                 if wanted in (text, text.rpartition(":")[2]) or _full_name(text) == _full_name(wanted):
                     return image
         known = [text for image in images for text in _repo_tags(image)]
-        what = f"no image with the tag {tag}" if tag else f"{len(images)} images and none is tagged latest"
-        raise ImageError(
-            f"{self.path} holds {what}",
-            "name one of: " + ", ".join(map(manifest.shown, known[:20])) if known else _HINT,
-        )
+        what = f"no image {layout.called(tag)}" if tag else f"{len(images)} images and none is tagged latest"
+        raise ImageError(f"{self.path} holds {what}", layout.which(known, len(images), self.path))
 
     # ---- members ----
 
@@ -222,7 +230,7 @@ class Archive:
 
     def _read(self, name: str) -> bytes:
         with self._open(name) as file:
-            return layout.read_limited(file, f"{self.path}: {name}")
+            return layout.read_limited(file, f"{self.path}: {_shown(name)}")
 
     def _open(self, name: str) -> BinaryIO:
         offset, size = self._find(name)
@@ -234,7 +242,7 @@ class Archive:
         while True:
             member = self._members.get(name)
             if member is None or name in seen:
-                raise ImageError(f"{self.path}: {layers_tar.text(name.encode())} is missing", _HINT)
+                raise ImageError(f"{self.path}: {_shown(name)} is missing", _HINT)
             if not isinstance(member, str):
                 return member
             seen.add(name)  # Docker before 25 made a layer that occurs twice a symbolic link
@@ -286,8 +294,12 @@ def _members(file: BinaryIO, path: str) -> dict[str, tuple[int, int] | str]:
     file.seek(0)
     reader = layers_tar.Reader(_Seekable(file))
     found: dict[str, tuple[int, int] | str] = {}
+    room = _MAX_NAMES
     try:
         while (entry := reader.next()) is not None:
+            room -= len(entry.name) + len(entry.link)
+            if room < 0:
+                raise ImageError(f"its members have names of more than {_MAX_NAMES} bytes", _HINT)
             name = _clean(entry.name.decode("utf-8", "surrogateescape"))
             if len(found) >= _MAX_MEMBERS:
                 raise ImageError(f"it has more than {_MAX_MEMBERS} members", _HINT)
@@ -302,9 +314,18 @@ def _members(file: BinaryIO, path: str) -> dict[str, tuple[int, int] | str]:
     return found
 
 
+def _shown(name: str) -> str:
+    """A member's name for a message; JSON and tar headers may hold what is no text."""
+    return layers_tar.text(name.encode("utf-8", "surrogatepass"))
+
+
 def _clean(name: str) -> str:
     """A member's name without ``./``, ``..`` and a leading slash."""
     return posixpath.normpath("/" + name).lstrip("/")
+
+
+def _same_image(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("Config", "Layers"))
 
 
 def _repo_tags(image: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kata import paths
+from kata import paths, sysio
 from kata.errors import HostError, NotFoundError, ResourceExhaustedError, StateError
 from kata.images import store
 
@@ -75,7 +75,30 @@ def write_file(path: str, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         _unlink(temporary)
-        raise storage_error(error) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _fits_in_place(path, data):
+            raise storage_error(error) from error
+
+
+def _fits_in_place(path: str, data: bytes) -> bool:
+    """Write over a file that is at least as long, where there is no room for a second one; whether it is.
+
+    Taking a name away makes an index shorter, and has to work on a full disk: it is the way out of it.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if os.fstat(fd).st_size < len(data):
+            return False
+        sysio.write_all(fd, data)
+        os.ftruncate(fd, len(data))
+        os.fsync(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _unlink(path: str) -> None:

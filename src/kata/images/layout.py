@@ -107,24 +107,58 @@ def read_limited(file: BinaryIO, what: str) -> bytes:
 
 def choose_tagged(listed: list[Descriptor], tag: str, wanted: Platform, name: str) -> Descriptor:
     """The entry of a layout's index for a tag; see `Layout.choose`."""
-    tagged = [item for item in listed if tag in _tags(item)] if tag else []
-    if not tag:
-        groups = {min(_tags(item), default="") for item in listed}
-        tagged = listed if len(groups) == 1 else [item for item in listed if "latest" in _tags(item)]
-    if not tagged:
-        known = sorted({item.annotations.get(_REF_NAME, "") for item in listed} - {""})
-        if not listed:
-            raise ImageError(f"{name} holds no image", "export the image again")
-        what = f"no image with the tag {tag}" if tag else "several images and none is tagged latest"
-        hint = (
-            "name one of: " + ", ".join(map(manifest.shown, known[:20]))
-            if known
-            else "its images have no tags: leave the tag out"
-        )
-        raise ImageError(f"{name} holds {what}", hint)
-    if len(tagged) == 1:
+    if not listed:
+        raise ImageError(f"{name} holds no image", "export the image again")
+    place = place_of(tag)
+    if place is not None and place < len(listed):
+        return listed[place]
+    images = [item for item in listed if not manifest.is_attestation(item)] or listed
+    if tag:
+        tagged = [item for item in images if tag in _tags(item)]
+    else:
+        groups = {min(_tags(item), default="") for item in images}
+        single = len(groups) == 1 or len({item.digest for item in images}) == 1
+        tagged = images if single else [item for item in images if "latest" in _tags(item)]
+    if len({item.digest for item in tagged}) == 1:
         return tagged[0]
-    return manifest.choose(tagged, wanted, name)
+    known = sorted({item.annotations.get(_REF_NAME, "") for item in images} - {""})
+    hint = which(known, len(listed), name)
+    if not tagged:
+        what = f"no image {called(tag)}" if tag else "several images and none is tagged latest"
+        raise ImageError(f"{name} holds {what}", hint)
+    chosen = manifest.choose(tagged, wanted, name)
+    if any(
+        item.digest != chosen.digest and manifest.fitness(item, wanted) == manifest.fitness(chosen, wanted)
+        for item in tagged
+    ):
+        what = f"the tag {tag}" if tag else "the same name" if known else "no name"
+        raise ImageError(f"{name} holds several images with {what}", hint)
+    return chosen
+
+
+def place_of(tag: str) -> int | None:
+    """The place that ``@0`` and so on stand for, as in skopeo's ``oci:DIR:@0``; None for a tag."""
+    digits = tag[1:]
+    return int(digits) if tag.startswith("@") and digits.isdecimal() and len(digits) < 6 else None
+
+
+def called(tag: str) -> str:
+    """How an image that is not there was asked for."""
+    return f"at the place {tag}" if place_of(tag) is not None else f"with the tag {tag}"
+
+
+def which(known: list[str], count: int, name: str) -> str:
+    """The hint for a choice between several images.
+
+    Args:
+        known: Their tags.
+        count: How many there are.
+        name: Of the archive or layout.
+    """
+    places = f"by its place: {name}:@0" + (f" to :@{count - 1}" if count > 1 else "")
+    if not known:
+        return f"choose one {places}"
+    return "name one of: " + ", ".join(map(manifest.shown, known[:20])) + f"; or {places}"
 
 
 def _tags(item: Descriptor) -> set[str]:

@@ -178,12 +178,29 @@ def listed(content: dict[str, Any], what: str) -> list[Descriptor]:
         ImageError: It is malformed.
     """
     manifests = content.get("manifests")
-    if not isinstance(manifests, list) or len(manifests) > _MAX_LAYERS:
+    if not isinstance(manifests, list):
         raise ImageError(f"{what} lists no manifests", _HINT)
+    if len(manifests) > _MAX_LAYERS:
+        raise ImageError(
+            f"{what} lists {len(manifests)} manifests; at most {_MAX_LAYERS} are taken",
+            "use an index of fewer images",
+        )
     found = [descriptor(item, f"{what}, manifest {number}") for number, item in enumerate(manifests)]
     for item in found:
         item.media_type = item.media_type or MANIFEST_TYPES[0]
     return found
+
+
+def is_attestation(item: Descriptor) -> bool:
+    """Whether an entry of an index is about an image rather than one."""
+    return "vnd.docker.reference.type" in item.annotations
+
+
+def fitness(item: Descriptor, wanted: Platform) -> int:
+    """How well an entry of an index serves a platform, as `Platform.rank`."""
+    if item.platform is None:
+        return 50  # not said; the configuration will tell
+    return -1 if is_attestation(item) else item.platform.rank(wanted)
 
 
 def choose(candidates: list[Descriptor], wanted: Platform, what: str) -> Descriptor:
@@ -194,12 +211,7 @@ def choose(candidates: list[Descriptor], wanted: Platform, what: str) -> Descrip
     """
     best: tuple[int, Descriptor] | None = None
     for item in candidates:
-        if item.platform is None:
-            rank = 50  # not said; the configuration will tell
-        elif "vnd.docker.reference.type" in item.annotations:
-            continue  # an attestation, not an image
-        else:
-            rank = item.platform.rank(wanted)
+        rank = fitness(item, wanted)
         if rank >= 0 and (best is None or rank < best[0]):
             best = (rank, item)
     if best is None:
@@ -225,8 +237,13 @@ def layers(content: dict[str, Any], what: str) -> tuple[Descriptor, list[Descrip
             "have the image pushed again by a newer tool",
         )
     given = content.get("layers")
-    if content.get("schemaVersion") != 2 or not isinstance(given, list) or len(given) > _MAX_LAYERS:
+    if content.get("schemaVersion") != 2 or not isinstance(given, list):
         raise ImageError(f"{what} is not an image manifest", _HINT)
+    if len(given) > _MAX_LAYERS:
+        raise ImageError(
+            f"{what} names {len(given)} layers; at most {_MAX_LAYERS} are taken",
+            "have the image built with fewer layers",
+        )
     config = descriptor(content.get("config"), f"{what}, configuration")
     if config.media_type and config.media_type not in CONFIG_TYPES:
         raise ImageError(
@@ -277,6 +294,8 @@ def configuration(data: bytes, what: str) -> Config:
         if wrong:
             raise ImageError(f"{what} has a config.{key} of the wrong type", _HINT)
         if key in _STRINGS + _LISTS + _OBJECTS:
+            if not _is_text(value):
+                raise ImageError(f"{what} has a config.{key} that is not text", _HINT)
             kept[key] = value
     if not all(isinstance(value, str) for value in kept.get("Labels", {}).values()):
         raise ImageError(f"{what} has a label that is not a string", _HINT)
@@ -284,6 +303,18 @@ def configuration(data: bytes, what: str) -> Config:
     if not isinstance(created, str) or not _TIME.fullmatch(created):
         created = ""
     return Config(_platform(content), created, kept, diff_ids)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a string, or those of a list or object, can be handed on: half a surrogate pair or a NUL cannot."""
+    if isinstance(value, dict):
+        value = [*value, *(item for item in value.values() if isinstance(item, str))]
+    whole = value if isinstance(value, str) else "".join(value)
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in whole
 
 
 def chain_id(diff_ids: list[str]) -> str:

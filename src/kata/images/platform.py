@@ -52,11 +52,55 @@ class Platform:
         if self.arch == wanted.arch:
             if self.variant == wanted.variant:
                 return 0
-            if self.variant and self.variant < wanted.variant:
-                return 1 + ord("9") - ord(self.variant[-1])  # an older variant runs on a newer machine
-            return -1
+            mine, theirs = _level(self), _level(wanted)
+            if mine < theirs:
+                return 1 + min(theirs - mine, 40)  # an older variant runs on a newer machine
+            # A later level of amd64 is nothing that a machine's name tells: it is the last choice (see `lacking`).
+            return 60 + min(mine - theirs, 30) if self.arch == "amd64" and mine < _NO_LEVEL else -1
         also = _ALSO_RUNS.get(wanted.arch, ())
         return 100 + also.index(self.arch) if self.arch in also else -1
+
+
+_NO_LEVEL = 1000
+_LEVELS = {
+    2: "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",
+    3: "abm avx avx2 bmi1 bmi2 f16c fma movbe xsave",
+    4: "avx512f avx512bw avx512cd avx512dq avx512vl",
+}
+"""Features of amd64's levels (x86-64 psABI, "Micro-Architecture Levels") as Linux names them in /proc/cpuinfo."""
+_EMULATED_LEVEL = 3
+"""What QEMU's software emulation offers since 7.2: all of level 3, nothing of 4."""
+
+
+def _level(platform: Platform) -> int:
+    digits = platform.variant.removeprefix("v")
+    if not digits:
+        return 1
+    return int(digits) if digits.isdecimal() and len(digits) < 3 else _NO_LEVEL
+
+
+def lacking(image: Platform, *, emulated: bool) -> list[str]:
+    """The features of the processor that an image of a later level of amd64 asks for and a machine here lacks.
+
+    Args:
+        image: The image's platform.
+        emulated: Whether the processor is one of software emulation.
+    """
+    level = _level(image) if image.arch == "amd64" else 1
+    if emulated:
+        have = " ".join(_LEVELS[number] for number in range(2, _EMULATED_LEVEL + 1)).split()
+    else:
+        try:
+            with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+                have = next((line for line in lines if line.startswith("flags")), "").split()
+        except OSError:
+            have = []
+    return [
+        name
+        for number in range(2, min(level, 4) + 1)
+        for name in _LEVELS[number].split()
+        if name not in have
+    ]
 
 
 def host() -> Platform:

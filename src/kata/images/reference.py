@@ -1,7 +1,7 @@
 """What a user may write for IMAGE, taken apart and normalised as Docker does.
 
 =========================  ============================================================
-``oci:DIR[:TAG]``          an OCI image layout in a directory
+``oci:DIR[:TAG]``          an OCI image layout in a directory; ``:@0`` is its first image, ``:@1`` the next
 ``oci-archive:FILE[:TAG]`` the same in a tar file
 ``docker-archive:FILE[:TAG]``  what ``docker save`` writes
 ``rootfs:DIR``             a directory that is the root file system
@@ -95,7 +95,68 @@ def parse(text: str) -> Reference | LocalImage:
     kind, colon, rest = text.partition(":")
     if colon and kind in LOCAL_KINDS:
         return _local(kind, rest)
-    return parse_reference(text)
+    if kind in _OTHER_TRANSPORTS and ("-" in kind or rest.startswith(("/", "."))):
+        name = rest.removeprefix("//").rpartition("]")[2] or "IMAGE"
+        raise UsageError(
+            f"{kind}: is a word of skopeo's and Podman's that kata does not know",
+            _OTHER_TRANSPORTS[kind].format(name=name[:200]),
+        )
+    if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
+        raise UsageError(f"{text!r} is a path, and its kind is not said", _which_kind(text))
+    try:
+        return parse_reference(text)
+    except UsageError as error:
+        if os.path.exists(text):
+            raise UsageError(error.message, _which_kind(text)) from None
+        raise
+
+
+_OTHER_TRANSPORTS = {
+    "docker-daemon": "docker save {name} -o image.tar, and then docker-archive:image.tar",
+    "containers-storage": "podman save --format oci-archive {name} -o image.tar, and then oci-archive:image.tar",
+    "docker": "leave the prefix out: {name}",
+    "dir": "skopeo copy dir:{name} oci:DIR, and then oci:DIR",
+    "ostree": "skopeo copy ostree:{name} oci:DIR, and then oci:DIR",
+    "sif": "skopeo copy sif:{name} oci:DIR, and then oci:DIR",
+}
+"""Other prefixes of containers-transports(5), and what to do instead. ``docker:dind`` and ``dir:5000/x`` are names."""
+
+
+def _which_kind(path: str) -> str:
+    """The hint for a path without a prefix, by a look at what is there."""
+    shown = path if len(path) <= 200 else "FILE"
+    if os.path.isdir(path):
+        kind = "oci" if os.path.exists(os.path.join(path, "oci-layout")) else "rootfs"
+        return f"write {kind}:{shown}"
+    if not os.path.exists(path):
+        return (
+            f"nothing is there (the path is relative to {os.getcwd()}); "
+            "images in files have a prefix, such as oci-archive:FILE"
+        )
+    import tarfile
+
+    from kata.storage import layers_codec
+
+    try:
+        with open(path, "rb") as file:
+            packed = layers_codec.kind_of(file.read(6)) != "plain"
+        if packed:  # not undone for a hint; either prefix takes both kinds
+            return f"write docker-archive:{shown} or oci-archive:{shown}, if it is an image"
+        with tarfile.open(path, "r:") as tar:
+            for _ in range(1000):
+                member = tar.next()
+                if member is None:
+                    break
+                name = member.name.removeprefix("./")
+                if name in ("oci-layout", "index.json"):
+                    return f"write oci-archive:{shown}"
+                if name in ("manifest.json", "repositories"):
+                    return f"write docker-archive:{shown}"
+    except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError):
+        return "it is no image archive; images in files are oci-archive:FILE and docker-archive:FILE"
+    return (
+        f"is it a root file system? unpack it: mkdir root && tar -xf {shown} -C root, and then rootfs:root"
+    )
 
 
 def _local(kind: str, rest: str) -> LocalImage:

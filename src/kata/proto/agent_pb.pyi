@@ -24,6 +24,8 @@ class CreateContainerRequest(Message):
     """Ports of streams handed over beforehand; 0 = none."""
     stdout_port: int
     stderr_port: int
+    no_stdin: bool
+    """Ours (feature "kata.stdin.null"): standard input is /dev/null, and not a pipe."""
     def __init__(
         self,
         *,
@@ -38,6 +40,7 @@ class CreateContainerRequest(Message):
         stdin_port: int = ...,
         stdout_port: int = ...,
         stderr_port: int = ...,
+        no_stdin: bool = ...,
     ) -> None: ...
 
 class StartContainerRequest(Message):
@@ -70,6 +73,8 @@ class ExecProcessRequest(Message):
     stdin_port: int
     stdout_port: int
     stderr_port: int
+    no_stdin: bool
+    """Ours, as in CreateContainerRequest."""
     def __init__(
         self,
         *,
@@ -80,6 +85,7 @@ class ExecProcessRequest(Message):
         stdin_port: int = ...,
         stdout_port: int = ...,
         stderr_port: int = ...,
+        no_stdin: bool = ...,
     ) -> None: ...
 
 class SignalProcessRequest(Message):
