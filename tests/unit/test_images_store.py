@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -428,6 +429,27 @@ def test_a_full_disk(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatc
         store.resolve(f"oci:{layout}")
     assert "kata gc" in caught.value.hint
     assert files(state) == {"adding"}
+
+
+def test_names_and_images_are_removed_on_a_full_disk(tmp_path: Path, state: Path) -> None:
+    small = state.parent
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=True)
+    try:
+        for name in ("one", "two"):
+            store.resolve(f"oci:{simple_layout(tmp_path / name, HELLO)}")
+        assert len(store.Index().names) == 2
+        with contextlib.suppress(OSError), open(small / "fill", "wb", buffering=0) as file:
+            while file.write(bytes(100)):
+                pass
+        # The first takes a name away and so frees nothing.
+        assert changes.remove(f"oci:{tmp_path}/one") == [f"Untagged: oci:{tmp_path}/one"]
+        assert list(store.Index().names) == [f"oci:{tmp_path}/two"]
+        assert changes.remove(f"oci:{tmp_path}/two")[0] == f"Untagged: oci:{tmp_path}/two"
+        assert store.Index().names == {}
+        assert not [name for name in files(state) if name.startswith(("rootfs", "records", "blobs"))]
+    finally:
+        subprocess.run(["umount", small], check=True)
 
 
 def test_a_state_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

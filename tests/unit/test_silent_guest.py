@@ -37,6 +37,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (containers, "KILL_S"),
         (containers, "SIGNAL_S"),
+        (containers, "CLIENT_SIGNAL_S"),
         (task_service, "KILL_S"),
         (agent_client, "ASK_S"),
         (sandbox_service, "ASK_S"),
@@ -247,4 +248,4 @@ def test_how_long_each_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(ask())
     assert waited == {method: seconds for method, (_, seconds) in asked.items()}
-    assert (containers.KILL_S, containers.SIGNAL_S) == (4, 10)
+    assert (containers.KILL_S, containers.SIGNAL_S, containers.CLIENT_SIGNAL_S) == (4, 10, 2)

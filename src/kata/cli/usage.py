@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..engine.client import EngineClient
-from ..errors import KataError
+from ..errors import AgentError, KataError
 from ..proto import cgroups_v1_pb
 from . import records, table
 
@@ -54,6 +54,9 @@ def _look(container: Container) -> _Look | None:
         with EngineClient(container.socket) as engine:
             answer = engine.stats(container.id)
             return _Look(cgroups_v1_pb.Metrics.decode(answer.value if answer else b""))
+    except AgentError as error:
+        sys.stderr.write(f"warning: no statistics of {container.name}: {error.message}\n")
+        return None
     except (KataError, OSError):
         return None  # it ended
 

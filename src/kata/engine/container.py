@@ -46,6 +46,8 @@ KILL_S = 4.0
 """How long the guest has to obey a SIGKILL of a container's init. Then its machine is ended: the guest has no say."""
 SIGNAL_S = 10.0
 """How long any other signal waits for the guest's answer. It stays on its way: a guest on a busy host is slow."""
+CLIENT_SIGNAL_S = 2.0
+"""The same for clients that wait for an end by themselves, and begin to count when they have their answer."""
 OOM_NOTICE_S = 0.1
 REMOVE_S = 20
 STAND_IN = {"args": ["/proc/self/exe"], "cwd": "/"}
@@ -555,12 +557,13 @@ class Container:
             sending = asyncio.ensure_future(self._signal_all(agent, signal))
         else:
             sending = asyncio.ensure_future(agent.signal(self.id, process.exec_id, signal, None))
-        done, _ = await asyncio.wait([sending], timeout=SIGNAL_S)
+        patience_s = SIGNAL_S if self.sandbox.is_human else CLIENT_SIGNAL_S
+        done, _ = await asyncio.wait([sending], timeout=patience_s)
         if done:
             sending.result()
             return
         self.sandbox.spawn(_quietly(sending))
-        late = f"the guest has not taken signal {signal} for {process.label} within {SIGNAL_S:g} s"
+        late = f"the guest has not taken signal {signal} for {process.label} within {patience_s:g} s"
         if self.sandbox.is_human:
             raise AgentTimeoutError(
                 late, "SIGKILL ends a container whatever its guest does: kata kill, or kata rm -f"
