@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from image_support import sha256, simple_layout
 from registry_support import BIG, HELLO, Fake, Handler, basic, content, login, set_up
 
 from kata.errors import ImageError, KataError, RegistryError, ResourceExhaustedError
-from kata.images import registry, store
+from kata.images import credentials, registry, store
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +169,83 @@ def test_bad_redirects(fake: Fake, location: str, words: str) -> None:
     fake.hook = answer
     with pytest.raises(RegistryError, match=words):
         store.resolve(f"{fake.host}/app:1")
+
+
+@pytest.mark.parametrize("what", ["head", "manifest", "layer", "token"])
+def test_a_registry_that_sends_a_byte_now_and_then(
+    fake: Fake, state: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Each read is in time; the pull is given up all the same, and what has arrived is kept."""
+    monkeypatch.setattr(registry, "_ANSWER_S", 0.6)
+    monkeypatch.setattr(registry, "_WINDOW_S", 0.6)
+    fake.add("1", BIG)
+    parts = {"manifest": "/manifests/", "layer": sha256(BIG), "token": "/token"}
+
+    def answer(handler: Handler) -> bool:
+        if what == "token" and "/manifests/" in handler.path:
+            handler.answer(401, WWW_Authenticate=f'Bearer realm="http://{fake.host}/token"')
+            return True
+        if what != "head" and parts[what] not in handler.path:
+            return False
+        if what != "head":
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(BIG)))
+            handler.end_headers()
+            handler.wfile.write(b" " if what != "layer" else BIG[:5000])
+        pause = threading.Event()
+        with contextlib.suppress(OSError):
+            for byte in b"HTTP/1.1 200 OK\r\n" * 1000 if what == "head" else b" " * 1000:
+                handler.wfile.write(bytes([byte]))
+                handler.wfile.flush()
+                pause.wait(0.05)
+        handler.close_connection = True
+        return True
+
+    fake.hook = answer
+    began = time.monotonic()
+    with pytest.raises(RegistryError, match=r"too slow to wait for|did not answer in") as caught:
+        store.resolve(f"{fake.host}/app:1")
+    assert time.monotonic() - began < 10
+    assert caught.value.hint
+    assert (what == "layer") == any((state / "pulls").rglob("*/*"))
+
+
+def test_a_layer_of_a_byte_at_each_attempt(fake: Fake) -> None:
+    fake.add("1", BIG)
+    _cut(fake, sha256(BIG), 1, 1 << 30)
+    with pytest.raises(RegistryError):
+        store.resolve(f"{fake.host}/app:1")
+    assert len(fake.requests) < 20
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "127.0.0.1",
+        "127.1",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "0.0.0.0",
+        "[::]",
+        "x.localhost.",
+        "2130706433",
+    ],
+)
+def test_a_registry_elsewhere_cannot_send_us_to_our_own_services(host: str) -> None:
+    far, near = registry.Registry("registry.example", "app"), registry.Registry("127.0.0.1:5000", "app")
+    for scheme in ("http", "https"):
+        url = f"{scheme}://{host}:5001/x"
+        with pytest.raises(RegistryError, match="is this machine"):
+            far._redirected("https://registry.example/v2/app/blobs/x", url)
+        far._credentials = credentials.Credentials()
+        with pytest.raises(RegistryError, match="is this machine"):
+            far._token({"realm": url})
+    assert (
+        near._redirected("http://127.0.0.1:5000/x", "http://localhost:5001/y") == "http://localhost:5001/y"
+    )
+    assert not registry.leads_here("localhost.example")
+    assert not registry.leads_here("192.0.2.1")
 
 
 def _cut(fake: Fake, digest: str, after: int, times: int) -> None:

@@ -9,12 +9,15 @@ Specification", "OAuth2 token"); RFC 9110 (ranges, retries), RFC 7235 (challenge
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import json
 import os
 import re
+import socket
 import ssl
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
@@ -26,11 +29,20 @@ from kata.errors import ImageError, RegistryError
 from kata.images import credentials, manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from kata.images.manifest import Descriptor
 
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
+_ANSWER_S = 60.0
+"""For a connection and the head of an answer together."""
+_WINDOW_S = 60.0
+_LEAST_RATE = 1024
+"""Bytes a second that a body has to bring in each window: a byte now and then would hold a pull for ever."""
+_LEAST_PROGRESS = 16 << 10
+"""Bytes of a layer that an attempt has to bring to be no failure."""
+_WORDS_S = 5.0
+"""For what a registry says about a refusal."""
 _ATTEMPTS = 5
 _REDIRECTS = 5
 _LONGEST_WAIT_S = 30.0
@@ -56,6 +68,49 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def leads_here(host: str) -> bool:
+    """Whether a host (without port) may be this machine in any of the ways to write that; names are not resolved."""
+    name = host.strip("[]").rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(name))  # 127.1, 0x7f000001
+        except (OSError, ValueError):
+            return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any(each.is_loopback or each.is_unspecified for each in (address, mapped) if each is not None)
+
+
+class _Pace:
+    """Whether what arrives does so fast enough. Tell it at once: httpx fills pieces of a given size first."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._since = time.monotonic()
+        self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """Count what has arrived.
+
+        Raises:
+            RegistryError: Too little has, for a whole window.
+        """
+        self._bytes += size
+        passed = time.monotonic() - self._since
+        if passed < _WINDOW_S:
+            return
+        if self._bytes < passed * _LEAST_RATE:
+            raise RegistryError(
+                f"{self._host} sent {self._bytes} bytes in {passed:.0f} s, which is too slow to wait for",
+                "check the network, and pull again: what has arrived of a layer is kept",
+            )
+        self._since += passed
+        self._bytes = 0
+
+
 class Registry:
     """A connection to one repository of a registry; may be used by several threads.
 
@@ -74,6 +129,9 @@ class Registry:
         self._authorization = ""
         self._credentials: credentials.Credentials | None = None
         self.closed = False
+        self._slow = False
+        self._connections: list[socket.socket] = []
+        self._lock = threading.Lock()
         # A proxy cannot reach our loopback addresses; Go's tools except them likewise.
         self._http = httpx.Client(
             timeout=_TIMEOUT, trust_env=not self._local, verify=_tls(host), follow_redirects=False,
@@ -84,6 +142,10 @@ class Registry:
         """Close all connections; calls that are under way fail."""
         self.closed = True
         self._http.close()
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
 
     # ---- what is there ----
 
@@ -123,8 +185,10 @@ class Registry:
 
         def collect(response: httpx.Response) -> httpx.Headers:
             data.clear()
-            for piece in response.iter_raw(_STEP):
+            pace = _Pace(self.host)
+            for piece in response.iter_raw():
                 data.extend(piece)
+                pace.add(len(piece))
                 if len(data) > manifest.MAX_DOCUMENT:
                     raise ImageError(
                         f"{self.host}/{self.repository}: {path} is larger than {manifest.MAX_DOCUMENT} bytes",
@@ -176,10 +240,12 @@ class Registry:
     def _receive(self, response: httpx.Response, state: _Download) -> None:
         if state.at and response.status_code != 206:
             state.restart()
-        for piece in response.iter_raw(_STEP):
+        pace = _Pace(self.host)
+        for piece in response.iter_raw():
             if self.closed:
                 raise RegistryError("the pull was stopped", "pull again")
             state.add(piece)
+            pace.add(len(piece))
 
     # ---- requests ----
 
@@ -192,7 +258,7 @@ class Registry:
             used = self._authorization
             if used and httpx.URL(url).netloc == httpx.URL(self._base).netloc:
                 sent["Authorization"] = used
-            with self._http.stream("GET", url, headers=sent) as response:
+            with self._answer(self._http.build_request("GET", url, headers=sent)) as response:
                 status = response.status_code
                 if status == 416 and "Range" in headers:
                     headers = {key: value for key, value in headers.items() if key != "Range"}
@@ -214,14 +280,55 @@ class Registry:
                 raise _Failed(status, _said(response), response.headers.get("retry-after", ""))
         raise RegistryError(f"{self.host} redirects in a circle", "try another registry, or later")
 
+    @contextlib.contextmanager
+    def _answer(self, request: httpx.Request) -> Iterator[httpx.Response]:
+        """Send a request and wait for the head of its answer, for so long in all."""
+        request.extensions = {**request.extensions, "trace": self._note_connection}
+        watch = threading.Timer(_ANSWER_S, self._give_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            response = self._http.send(request, stream=True)
+        finally:
+            watch.cancel()
+        with contextlib.closing(response):
+            yield response
+
+    def _note_connection(self, event: str, info: dict[str, Any]) -> None:
+        """Keep a second descriptor of each connection: with it, another thread can end what waits for it."""
+        if event == "connection.connect_tcp.complete":
+            connection = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                if connection is not None and not self.closed:
+                    self._connections.append(connection.dup())
+
+    def _give_up(self) -> None:
+        """End all connections: an answer has not begun in time, though its bytes trickle."""
+        self._slow = True
+        with self._lock:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
     def _redirected(self, url: str, location: str) -> str:
         target = httpx.URL(urljoin(url, location))
-        if target.scheme == "https" or (target.scheme == "http" and is_loopback(target.netloc.decode())):
-            return str(target)
-        raise RegistryError(
-            f"{self.host} redirects to {str(target)[:200]!r}, which is not https",
-            "use a registry that is set up well",
-        )
+        self._check_target(target, "redirects to")
+        return str(target)
+
+    def _check_target(self, target: httpx.URL, what: str) -> None:
+        """Refuse to go where a registry may not send us: over plain HTTP, or to this machine's own services."""
+        if not self._local and leads_here(target.host):
+            raise RegistryError(
+                f"{self.host} {what} {str(target)[:200]!r}, which is this machine",
+                "a registry elsewhere has no business here: do not use it",
+            )
+        if target.scheme != "https" and not (
+            target.scheme == "http" and is_loopback(target.netloc.decode())
+        ):
+            raise RegistryError(
+                f"{self.host} {what} {str(target)[:200]!r}, which is not https",
+                "use a registry that is set up well",
+            )
 
     def _retry(self, path: str, call: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
         """Repeat what failed for reasons that pass; as long as there is progress, without end."""
@@ -235,6 +342,11 @@ class Registry:
                 if attempt + 1 >= _ATTEMPTS or error.status not in (408, 429, 500, 502, 503, 504):
                     raise self._explain(error, path) from None
             except httpx.HTTPError as error:
+                if self._slow:
+                    raise RegistryError(
+                        f"{self.host} did not answer in {_ANSWER_S:.0f} s",
+                        "check the network, and try again",
+                    ) from None
                 wait = _wait(attempt, "")
                 if attempt + 1 >= _ATTEMPTS or self.closed or _hopeless(error):
                     raise self._unreachable(error) from error
@@ -242,7 +354,7 @@ class Registry:
                 raise RegistryError(
                     f"{self.host} sent an address that is none: {error}", "try later"
                 ) from error
-            attempt = 1 if progress() > before else attempt + 1
+            attempt = 1 if progress() - before >= _LEAST_PROGRESS else attempt + 1
             time.sleep(wait)
 
     # ---- authorisation ----
@@ -267,11 +379,7 @@ class Registry:
     def _token(self, fields: dict[str, str]) -> str:
         realm = fields.get("realm", "")
         url = httpx.URL(realm)
-        if url.scheme != "https" and not (url.scheme == "http" and is_loopback(url.netloc.decode())):
-            raise RegistryError(
-                f"{self.host} wants a token from {realm[:200]!r}, which is not https",
-                "use a registry that is set up well",
-            )
+        self._check_target(url, "wants a token from")
         assert self._credentials is not None
         query = {"scope": fields.get("scope") or f"repository:{self.repository}:pull"}
         if fields.get("service"):
@@ -285,17 +393,16 @@ class Registry:
         else:
             headers = {"Authorization": self._credentials.basic()} if self._credentials.user else {}
             request = self._http.build_request("GET", url.copy_merge_params(query), headers=headers)
-        response = self._http.send(request, stream=True)
-        try:
+        with self._answer(request) as response:
             if response.status_code != 200:
                 raise _Failed(response.status_code, _said(response), response.headers.get("retry-after", ""))
             data = b""
-            for piece in response.iter_raw(_STEP):
+            pace = _Pace(self.host)
+            for piece in response.iter_raw():
                 data += piece
+                pace.add(len(piece))
                 if len(data) > _LARGEST_TOKEN:
                     break
-        finally:
-            response.close()
         content = manifest.document(data[:_LARGEST_TOKEN], f"the token of {url.host}")
         token = content.get("token") or content.get("access_token")
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
@@ -463,12 +570,16 @@ def _hopeless(error: httpx.HTTPError) -> bool:
 
 def _beginning(response: httpx.Response) -> bytes:
     """The first bytes of an answer."""
+    data = b""
+    until = time.monotonic() + _WORDS_S
     try:
-        for piece in response.iter_raw(4096):
-            return piece
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) >= 4096 or time.monotonic() > until:
+                break
     except (httpx.HTTPError, httpx.StreamError):
         pass
-    return b""
+    return data[:4096]
 
 
 def _said(response: httpx.Response) -> str:
