@@ -28,6 +28,18 @@ class KataError(Exception):
         self.hint = hint
 
 
+class ToldToEnd(BaseException):
+    """A signal asks this command to end: what it has made so far is undone on the way out, as with Ctrl-C.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 # ---- what the caller gave us ----
 
 

@@ -11,7 +11,8 @@ Lines::
     {"n": "1a-3", "intend": "mount", "p": {...}}
     {"n": "1a-3", "made": {...}}
     {"n": "1a-3", "gone": true}                          forgotten or undone
-    {"keep": true}                                       it stays although its owner ends
+    {"keep": true, "while": "file"}                      it stays although its owner ends, as long as that is there
+    {"keep": false}                                      its removal has begun; whoever comes by finishes it
 
 Appends of one line are atomic (O_APPEND), so starter and engine may write to one journal. A torn last line
 is an intent that was never followed by its deed, or a deed whose intent is there: both are handled.
@@ -72,6 +73,12 @@ def _u_escape(char: str) -> str:
     return f"\\u{code:04x}"
 
 
+def unfinished_name() -> str:
+    """A directory's name that says which process is making it, or taking it away, for `reconcile`."""
+    me = process_identity(os.getpid())
+    return f"{NEW_PREFIX}{me['pid']}-{me['start']}-{me['boot'][:8]}-{os.urandom(4).hex()}"
+
+
 def process_identity(pid: int) -> dict[str, Any]:
     """Pid, start time and boot id of a living process (or an unreaped child).
 
@@ -109,6 +116,7 @@ class Journal:
         self.meta: dict[str, Any] = {}
         self.owner: dict[str, Any] | None = None
         self.kept = False
+        self.witness = ""
         self.entries: list[Entry] = []
         self._fd = fd
         self._own_dir: tuple[int, int] | None = None
@@ -144,9 +152,7 @@ class Journal:
             AlreadyExistsError: ``parent/name`` exists.
             JournalError: It cannot be made.
         """
-        me = process_identity(os.getpid())
-        unique = f"{me['pid']}-{me['start']}-{me['boot'][:8]}-{os.urandom(4).hex()}"
-        making = os.path.join(parent, NEW_PREFIX + unique)
+        making = os.path.join(parent, unfinished_name())
         target = os.path.join(parent, name)
         try:
             paths.make_dirs(parent, 0o711)
@@ -299,11 +305,35 @@ class Journal:
         self.owner = process_identity(pid)
         self._append({"owner": self.owner})
 
-    def keep(self) -> None:
-        """Say that what is in this journal shall outlive its owner (a container that was created)."""
+    def keep(self, witness: str) -> None:
+        """Say that what is in this journal shall outlive its owner (a container that was created).
+
+        Args:
+            witness: Name of a file in the journal's directory without which it is of no use any more: gone, or empty
+                after a power failure, it stands for a removal, or a making, that was cut off.
+        """
         if not self.kept:
-            self.kept = True
-            self._append({"keep": True})
+            self.kept, self.witness = True, witness
+            self._append({"keep": True, "while": witness})
+
+    def begin_removal(self) -> None:
+        """Take back `keep`: from now on this process, or whoever finds it dead, undoes what is in this journal."""
+        if self.kept:
+            self.kept = False
+            try:
+                self._append({"keep": False})
+                self.set_owner(os.getpid())
+            except JournalError:
+                pass  # a full disk: what is about to be removed makes room
+
+    def outlives_owner(self) -> bool:
+        """Whether it is kept, and still whole."""
+        if not self.kept or not self.witness:
+            return self.kept
+        try:
+            return os.stat(os.path.join(os.path.dirname(self.path), self.witness)).st_size > 0
+        except FileNotFoundError:
+            return False
 
     def make_directory(self, path: str, mode: int = 0o700) -> Entry:
         """Make a directory as an entry of this journal: intent, mkdir, identity.
@@ -429,7 +459,7 @@ class Journal:
             elif "owner" in record:
                 self.owner = record["owner"]
             elif "keep" in record:
-                self.kept = True
+                self.kept, self.witness = bool(record["keep"]), str(record.get("while") or "")
             else:
                 _read_entry(entries, record)
         if header is None or header["journal"] != 1:

@@ -52,6 +52,7 @@ def undo_journal(journal: journals.Journal, deadline_s: float) -> list[str]:
         if _vanished(journal):
             return []
         journal.reload()
+        journal.begin_removal()
         failures = []
         for entry in reversed(journal.entries):
             if entry.gone:
@@ -65,13 +66,20 @@ def undo_journal(journal: journals.Journal, deadline_s: float) -> list[str]:
             if problem:
                 failures.append(f"cannot undo {_describe(entry)}: {problem}")
             else:
-                journal.forget(entry)
+                _forget(journal, entry)
         if not failures:
             _remove_journal(journal, deadline, failures)
         return failures
     finally:
         if journal.fileno() >= 0:
             fcntl.flock(journal.fileno(), fcntl.LOCK_UN)
+
+
+def _forget(journal: journals.Journal, entry: journals.Entry) -> None:
+    try:
+        journal.forget(entry)
+    except JournalError:
+        pass  # a full disk, which the rest of this may free; undone once more, it is found gone
 
 
 def _lock(journal: journals.Journal, deadline: float) -> bool:
@@ -105,7 +113,11 @@ def _remove_journal(journal: journals.Journal, deadline: float, failures: list[s
         if problem:
             failures.append(f"cannot remove {directory}: {problem}")
             return
-    os.unlink(journal.path)
+        # Without its journal, the directory says by its name that it is to go.
+        aside = os.path.join(os.path.dirname(directory), journals.unfinished_name())
+        os.rename(directory, aside)
+        directory = aside
+    os.unlink(os.path.join(directory, name))
     journal.close()
     if own is not None:
         try:
@@ -548,7 +560,7 @@ def _reconcile_one(directory: str, deadline_s: float, report: Report) -> None:
             report.failures.append(error.message)
         return
     try:
-        if journal.kept:
+        if journal.outlives_owner():
             report.left.append((directory, "it is kept"))
         elif journal.owner_alive():
             report.left.append((directory, "its owner is alive"))

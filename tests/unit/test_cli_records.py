@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -197,3 +200,44 @@ def test_tables_cannot_be_made_to_move_the_cursor(capsys: pytest.CaptureFixture[
 )
 def test_sizes_for_people(count: int, text: str) -> None:
     assert table.human_size(count) == text
+
+
+def test_a_container_whose_run_died_before_its_start_is_cleared(state: Path) -> None:
+    """One that `kata create --rm` made, or whose maker lives, stays."""
+    make("alive", auto_remove=True, made_to_run=True)
+    pid = os.fork()
+    if pid == 0:
+        make("dead", auto_remove=True, made_to_run=True)
+        make("created", auto_remove=True, made_to_run=False)
+        make("kept", auto_remove=False, made_to_run=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert records.clear_stale() == ["container dead, made with --rm"]
+    assert sorted(os.listdir(state / "names")) == ["alive", "created", "kept"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("place", ["kata.storage.ext4.make_writable", "kata.cli.session.settings"])
+def test_a_run_that_is_told_to_end_before_the_start_leaves_nothing(
+    state: Path, tmp_path: Path, number: signal.Signals, place: str
+) -> None:
+    (tmp_path / "root").mkdir()
+    module, _, function = place.rpartition(".")
+    program = f"""
+import importlib, os, sys, time
+from kata.cli.main import main
+def told(*arguments, **more):
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(10)
+setattr(importlib.import_module({module!r}), {function!r}, told)
+if os.geteuid() != 0:
+    os.geteuid = lambda: 0
+sys.exit(main(["run", "--rm", "--name", "xx", "rootfs:{tmp_path}/root", "true"]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(records.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (-number, b"")
+    assert os.listdir(state / "containers") == []
+    assert os.listdir(state / "names") == []

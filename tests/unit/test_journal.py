@@ -72,7 +72,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     journal.made(entry)
     gone = journal.intend("socket", path=str(tmp_path / "s"))
     journal.forget(gone)
-    journal.keep()
+    journal.keep("")
     again = Journal.open(journal.path)
     assert again.meta == {"door": "test", "id": "a"}
     assert again.kept
@@ -263,7 +263,8 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
 
 def test_reconcile_leaves_the_living_and_the_kept(tmp_path: Path) -> None:
     alive, dead, kept = new(tmp_path, "alive"), new(tmp_path, "dead"), new(tmp_path, "kept")
-    kept.keep()
+    kept.keep("witness")
+    (tmp_path / "sandboxes" / "kept" / "witness").write_text("x")
     for journal in (dead, kept):
         orphan(journal)
     (tmp_path / "sandboxes" / "stranger").mkdir()
@@ -278,6 +279,64 @@ def test_reconcile_leaves_the_living_and_the_kept(tmp_path: Path) -> None:
     assert report.failures == []
     assert {os.path.basename(path) for path, _ in report.left} == {"alive", "kept", "stranger", living.name}
     assert alive.undo() == []
+
+
+def _undone_but_for(path: str, calls: int) -> bool:
+    """Undo in a child that dies of SIGKILL when it is about to change the disk once more; whether it got through."""
+    pid = os.fork()
+    if pid == 0:
+        journal = Journal.open(path)
+        left = calls
+
+        def counted(real: Any) -> Any:
+            def call(*arguments: Any, **more: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return real(*arguments, **more)
+
+            return call
+
+        for name in ("unlink", "rmdir", "rename", "write"):
+            setattr(os, name, counted(getattr(os, name)))
+        os._exit(bool(journal.undo()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_removal_that_is_cut_off_anywhere_is_finished(tmp_path: Path) -> None:
+    calls, through = 0, False
+    while not through:
+        directory = tmp_path / "containers" / "c"
+        journal = Journal.create_dir(str(tmp_path / "containers"), "c", {"kind": "container"})
+        name = journal.intend("file", path=str(tmp_path / "name"))
+        (tmp_path / "name").touch()
+        journal.made(name)
+        for file in ("container.json", "rw.img", "log"):
+            (directory / file).write_text("x")
+        journal.keep("container.json")
+        orphan(journal)
+        through = _undone_but_for(journal.path, calls)
+        report = reconcile(str(tmp_path / "run"), str(tmp_path))
+        assert report.failures == []
+        if calls == 0:  # killed before anything: it stays, and can be removed
+            assert [reason for _, reason in report.left] == ["it is kept"]
+            assert Journal.open(journal.path).undo() == []
+        assert os.listdir(tmp_path / "containers") == []
+        assert not (tmp_path / "name").exists()
+        calls += 1
+    assert calls > 8
+
+
+def test_what_a_power_failure_has_emptied_is_cleared(tmp_path: Path) -> None:
+    for name, content in (("gone", None), ("empty", ""), ("whole", "{}")):
+        journal = Journal.create_dir(str(tmp_path / "containers"), name, {"kind": "container"})
+        journal.keep("container.json")
+        orphan(journal)
+        if content is not None:
+            (tmp_path / "containers" / name / "container.json").write_text(content)
+    reconcile(str(tmp_path / "run"), str(tmp_path))
+    assert os.listdir(tmp_path / "containers") == ["whole"]
 
 
 @needs_root

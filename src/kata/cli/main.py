@@ -9,7 +9,7 @@ import io
 import os
 import sys
 
-from ..errors import KataError, UsageError
+from ..errors import KataError, ToldToEnd, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -157,6 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except ToldToEnd as told:
+        import signal
+
+        signal.signal(told.number, signal.SIG_DFL)  # so that whoever waits for us learns of it
+        os.kill(os.getpid(), told.number)
+        return 128 + told.number
     except BrokenPipeError:
         # Whoever read our output has gone (`kata ps | head`); Python would complain once more while exiting.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -20,7 +20,7 @@ import os
 import time
 
 from .. import paths, sysio
-from ..errors import AlreadyExistsError, NotFoundError, UsageError
+from ..errors import AlreadyExistsError, JournalError, NotFoundError, UsageError
 from ..journal import Journal
 
 TYPE_CHECKING = False
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 CREATED, RUNNING, PAUSED, EXITED = "created", "running", "paused", "exited"
+_RECORD = "container.json"
 _LOST = "its engine ended without a word: killed, or the host went down"
 
 
@@ -231,8 +232,8 @@ class Draft:
     def keep(self, record: dict[str, Any], spec: dict[str, Any]) -> Container:
         """Write what describes the container; from now on only `remove` takes it away."""
         write_json(self.path("config.json"), spec)
-        write_json(self.path("container.json"), record)
-        self._journal.keep()
+        write_json(self.path(_RECORD), record)
+        self._journal.keep(_RECORD)
         self._journal.close()
         return Container(self.id, record)
 
@@ -246,8 +247,6 @@ def remove(container: Container) -> None:
     Raises:
         JournalError: Something of it could not be removed.
     """
-    from ..errors import JournalError
-
     failures = Journal.open(os.path.join(container.directory, "journal")).undo()
     if failures:
         raise JournalError(
@@ -257,7 +256,7 @@ def remove(container: Container) -> None:
 
 def load(identity: str) -> Container | None:
     """The container with exactly this id, or None while it is not (or no longer) whole."""
-    record = _read(os.path.join(paths.container_dir(identity), "container.json"))
+    record = _read(os.path.join(paths.container_dir(identity), _RECORD))
     return Container(identity, record) if record else None
 
 
@@ -319,19 +318,35 @@ def now() -> str:
     return f"{seconds}.{nanoseconds % 10**9:09d}Z"
 
 
+def _is_over(container: Container) -> bool:
+    """Whether a ``--rm`` container has ended, or will never start because the `kata run` that made it is dead."""
+    status = container.state()["status"]
+    if status == EXITED:
+        return bool(container.raw_state())
+    if status != CREATED or not container.record.get("made_to_run"):
+        return False
+    if engine_alive(container.raw_state()) or os.path.isdir(paths.sandbox_dir(container.id)):
+        return False  # an engine is about to start it, or to end
+    try:
+        journal = Journal.open(os.path.join(container.directory, "journal"))
+    except JournalError:
+        return False
+    try:
+        return not journal.owner_alive()
+    finally:
+        journal.close()
+
+
 def clear_stale() -> list[str]:
-    """Remove what outlived its purpose: ``--rm`` containers whose engine died, names of containers that are gone.
+    """Remove what outlived its purpose: ``--rm`` containers whose engine died, or whose `kata run` died before it had
+    started them; names of containers that are gone.
 
     Returns:
         A line about each.
     """
     cleared = []
     for container in all_containers():
-        if (
-            container.record["auto_remove"]
-            and container.raw_state()
-            and container.state()["status"] == EXITED
-        ):
+        if container.record["auto_remove"] and _is_over(container):
             remove(container)
             cleared.append(f"container {container.name}, made with --rm")
     try:

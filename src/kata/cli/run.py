@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from ..errors import UsageError
+from ..errors import ToldToEnd, UsageError
 from . import values
 from .args import Command, Option
 from .records import CREATED, Draft, now
@@ -110,7 +110,9 @@ _LOG_BYTES = 10 << 20
 _LOG_FILES = 3
 
 
-def make_container(arguments: Arguments, *, auto_remove: bool, detach: bool = False) -> Container:
+def make_container(
+    arguments: Arguments, *, auto_remove: bool, detach: bool = False, made_to_run: bool = False
+) -> Container:
     """Make a container's directory from the command line: resolve the image, write the spec and the disk.
 
     Nothing is left of it when this fails.
@@ -157,6 +159,7 @@ def make_container(arguments: Arguments, *, auto_remove: bool, detach: bool = Fa
             "cpus": choice.cpus,
             "memory": choice.memory,
             "auto_remove": auto_remove,
+            "made_to_run": made_to_run,
             "stop_signal": choice.stop_signal or image.config.get("StopSignal") or "SIGTERM",
             "labels": image.config.get("Labels") or {},
             "log": {"max_bytes": _LOG_BYTES, "files": _LOG_FILES},
@@ -293,10 +296,16 @@ def _run(arguments: Arguments) -> int:
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
     keys = detach_keys(arguments.value("detach_keys"))
     auto_remove = arguments.flag("rm")
-    container = make_container(arguments, auto_remove=auto_remove, detach=detach)
-    # Imported here, after bad input has had its say, and while nothing waits.
-    from . import session
+    _undo_when_told_to_end()
+    container = make_container(arguments, auto_remove=auto_remove, detach=detach, made_to_run=True)
+    try:
+        # Imported here, after bad input has had its say, and while nothing waits.
+        from . import session
+    except BaseException:
+        from .records import remove
 
+        remove(container)
+        raise
     if detach:
         session.start_detached(container, started_ns)
         print(container.id)
@@ -305,6 +314,26 @@ def _run(arguments: Arguments) -> int:
     return session.run_attached(
         container, started_ns=started_ns, stdin=interactive, detach_keys=keys, timings=report, discard=True
     )
+
+
+def _undo_when_told_to_end() -> None:
+    """Let a signal that ends this command undo what has been made so far, as an interrupt does.
+
+    From its start on the container gets them instead; a second one waits for the end of the undoing.
+    """
+    import signal
+
+    numbers = [
+        n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(n) == signal.SIG_DFL
+    ]
+
+    def end(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise ToldToEnd(number)
+
+    for number in numbers:
+        signal.signal(number, end)
 
 
 def detach_keys(text: str | None) -> bytes:
