@@ -61,6 +61,16 @@ def test_the_image_gives_what_was_not_asked() -> None:
     assert build(asked, image)["process"]["args"] == ["/other"]
 
 
+def test_an_entry_point_of_one_empty_word_is_none() -> None:
+    asked = Request("box")
+    image = {"Entrypoint": [""], "Cmd": ["c"]}
+    assert build(asked, image)["process"]["args"] == ["c"]
+    asked.command = ["x"]
+    assert build(asked, image)["process"]["args"] == ["x"]
+    with pytest.raises(UsageError, match="no command"):
+        build(Request("box"), {"Entrypoint": [""]})
+
+
 def test_no_command_at_all_is_an_error() -> None:
     with pytest.raises(UsageError, match="no command"):
         build(Request("box"), {})

@@ -86,7 +86,8 @@ class Request:
 def command_line(entrypoint: list[str] | None, command: list[str], image: dict[str, Any]) -> list[str]:
     """The argument vector: what was asked for over what the image says.
 
-    An entry point given by hand drops the image's own arguments, as in Docker; an empty one clears it.
+    An entry point given by hand drops the image's own arguments, as in Docker; an empty one clears it. An image's entry
+    point of one empty word is none, too: some builders write that to clear their base's.
 
     Raises:
         UsageError: Neither the request nor the image names a command.
@@ -94,7 +95,8 @@ def command_line(entrypoint: list[str] | None, command: list[str], image: dict[s
     if entrypoint is not None:
         argv = [*entrypoint, *command]
     else:
-        argv = [*(image.get("Entrypoint") or []), *(command or image.get("Cmd") or [])]
+        own = image.get("Entrypoint") or []
+        argv = [*([] if own == [""] else own), *(command or image.get("Cmd") or [])]
     if not argv:
         raise UsageError(
             "no command: neither the image nor the command line names one", "add a command after IMAGE"
