@@ -27,9 +27,11 @@ def journal(tmp_path: Path) -> Journal:
     return Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
 
 
-def shared(journal: Journal) -> Shared:
-    machine = SimpleNamespace(host=None)
-    sandbox = SimpleNamespace(share=share_of(journal), machine=machine, is_human=False, doors=None)
+def shared(journal: Journal, namespace: str = "") -> Shared:
+    machine, settings = SimpleNamespace(host=None), {"namespace": namespace}
+    sandbox = SimpleNamespace(
+        share=share_of(journal), machine=machine, is_human=False, doors=None, settings=settings
+    )
     return Shared(cast(Any, sandbox), "c1")
 
 
@@ -138,6 +140,18 @@ def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_pa
         for path in (root / os.path.basename(plain.source), root / os.path.basename(whole.source) / "below"):
             with pytest.raises(OSError, match="Read-only"):
                 (path / "y").touch()
+        # Docker means it recursively; a bind that takes no mounts along has none below.
+        mounts = [bind(tmp_path / "data", "/a", "ro"), bind(tmp_path / "data", "/b")]
+        mounts.append({**mounts[0], "options": ["bind", "ro"]})
+        other = Journal.create_dir(str(tmp_path / "m"), "sandbox", {})
+        dockers, writable, flat = shared(other, "moby").add_all({"mounts": mounts}, {})
+        root = Path(os.path.dirname(other.path), "share")
+        assert dockers.options == ["rbind", "ro"]
+        with pytest.raises(OSError, match="Read-only"):
+            (root / os.path.basename(dockers.source) / "below/z").touch()
+        (root / os.path.basename(writable.source) / "below/z").touch()
+        with pytest.raises(OSError, match="Read-only"):
+            (root / os.path.basename(flat.source) / "z").touch()
 
     in_child(work)
     assert not journal.undo()

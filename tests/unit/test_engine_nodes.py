@@ -47,6 +47,23 @@ def test_of_a_privileged_containers_list_the_guests_are_left() -> None:
     assert config["linux"]["devices"] == [FUSE, CARD, DISK], "the given one is as it was"
 
 
+def test_a_privileged_container_has_what_an_ordinary_host_has() -> None:
+    config: dict[str, Any] = {
+        "linux": {"devices": [FUSE], "resources": EVERYTHING},
+        "mounts": [{"destination": "/dev/net/tun"}],
+    }
+    made = nodes.with_guests(config)["linux"]["devices"]
+    paths = [one["path"] for one in made]
+    assert paths.count("/dev/fuse") == 1
+    assert "/dev/net/tun" not in paths
+    assert {"/dev/loop-control", "/dev/loop0", "/dev/loop7", "/dev/kmsg"} <= set(paths)
+    assert {**listed("/dev/loop7", "b", 7, 7), "fileMode": 0o660} in made
+    plain = {"linux": {"devices": [FUSE]}}
+    mapped = {"linux": {**config["linux"], "namespaces": [{"type": "user"}]}}
+    assert nodes.with_guests(plain) == plain
+    assert nodes.with_guests(mapped) == mapped
+
+
 def test_a_block_device_that_is_mounted_becomes_a_device(tmp_path: Path) -> None:
     node = tmp_path / "disk"
     try:

@@ -323,6 +323,39 @@ def test_privileged_owns_its_guest_only(shared_kata: Kata, busybox_image: str) -
     assert shown.split() == ["mounted", "Seccomp:", "0"]
 
 
+_TRIED = {
+    "loop device": "mke2fs -F /i && mount -o loop /i /m && ls -d /m/lost+found && umount /m",
+    "nine loop devices": "mknod /dev/loop8 b 7 8 && for n in 0 1 2 3 4 5 6 7 8; do losetup -f /i || exit; done;"
+    " losetup /dev/loop8 && for n in 0 1 2 3 4 5 6 7 8; do losetup -d /dev/loop$n || exit; done",
+    "overlay": "mount -t tmpfs t /t && mkdir /t/u /t/w"
+    " && mount -t overlay -o lowerdir=/bin,upperdir=/t/u,workdir=/t/w o /m && ls /m/sh",
+    "tun": "exec 3<>/dev/net/tun",
+    "fuse": "exec 3<>/dev/fuse",
+    "kernel log": "echo here > /dev/kmsg && dmesg | grep here",
+    "bridge": "ip link add kt0 type bridge",
+    "veth": "ip link add kt1 type veth peer name kt2",
+    "vxlan": "ip link add kt3 type vxlan id 1 dstport 4789",
+    "dummy": "ip link add kt4 type dummy",
+    "macvlan": "ip link add kt5 link kt4 type macvlan",
+    "vlan": "ip link add kt6 link kt4 type vlan id 5",
+    "namespaces": "unshare -m -u -i -n -p -f --mount-proc sh -c 'ps | grep -c .'",
+    "user namespace": "unshare -U -r true",
+    "cgroup": "mkdir /sys/fs/cgroup/kt && echo $$ > /sys/fs/cgroup/kt/cgroup.procs",
+    "sysctl": "echo 1 > /proc/sys/net/ipv4/ip_forward",
+}
+"""What docs/clients.md promises a privileged container."""
+
+
+def test_what_a_privileged_container_can_do(shared_kata: Kata, busybox_image: str) -> None:
+    script = "mkdir /m /t; dd if=/dev/zero of=/i bs=1M count=4 2>/dev/null\n" + "\n".join(
+        f'({command}) >/out 2>&1 || echo "{what}: $(cat /out)"' for what, command in _TRIED.items()
+    )
+    assert (
+        out(shared_kata, busybox_image, "--privileged", "--network", "user", script + "\necho tried")
+        == "tried\n"
+    )
+
+
 def test_the_default_profile_confines(shared_kata: Kata, busybox_image: str) -> None:
     shown = out(
         shared_kata, busybox_image,

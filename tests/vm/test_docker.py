@@ -316,6 +316,23 @@ def test_the_life_of_a_container(docker: Docker) -> None:
     assert docker.run("--rm", "made", "cat", "/copied") == "content"
 
 
+def test_what_a_privileged_container_finds(docker: Docker, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    mounted = ["mount", "-t", "tmpfs", "none", str(tmp_path / "sub")]
+    script = (
+        "hostname; touch /v/x /v/sub/x 2>/dev/null || echo read-only; dd if=/dev/zero of=/i bs=1M count=4 2>/dev/null;"
+        " mke2fs -F /i >/dev/null 2>&1; mkdir /m; mount -o loop /i /m && ls /m"
+    )
+    subprocess.run(mounted, check=True)
+    try:
+        options = ("--rm", "--privileged", "--uts", "host", "-v", f"{tmp_path}:/v:ro")
+        found = docker.run(*options, "bb", "sh", "-c", script)
+        assert not list((tmp_path / "sub").iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path / "sub")], check=True)
+    assert found.split() == [os.uname().nodename, "read-only", "lost+found"]
+
+
 def test_docker_in_a_container_by_its_socket(docker: Docker, tmp_path: Path) -> None:
     programs = client(tmp_path).parent
     mounts = ("-v", f"{docker.directory}/docker.sock:/var/run/docker.sock", "-v", f"{programs}:/programs:ro")

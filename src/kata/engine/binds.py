@@ -40,6 +40,8 @@ _CHANGING = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-ap
 _IN_MEMORY = "/kubernetes.io~empty-dir/"
 _FOLLOWS = frozenset({"slave", "rslave", "shared", "rshared"})
 _RECURSIVELY_READONLY = "rro"
+_DOCKERS = "moby"
+"""containerd's namespace for Docker's containers."""
 _NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
 
 
@@ -149,8 +151,11 @@ class Shared:
             raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
         if isinstance(tree, OSError):
             raise absent(source, tree)
-        recursive = _RECURSIVELY_READONLY in options
-        readonly = recursive or "ro" in options
+        readonly = _RECURSIVELY_READONLY in options or "ro" in options
+        # Docker 25 and newer mean all that is mounted below, too; but they say so only to a runtime that has told them
+        # that it can do that, for which they ask no shim.
+        dockers = self._sandbox.settings.get("namespace") == _DOCKERS and "rbind" in options
+        recursive = readonly and (_RECURSIVELY_READONLY in options or dockers or self._sandbox.is_human)
         base = os.path.basename(source.rstrip("/")) or "root"
         name = share.add(
             source,
@@ -158,7 +163,7 @@ class Shared:
             readonly=readonly,
             tree=tree,
             follows=not _FOLLOWS.isdisjoint(options),
-            whole=recursive or self._sandbox.is_human,
+            whole=recursive,
         )
         self._names.append(name)
         place = f"{spec.GUEST_SHARE}/{name}"
@@ -168,7 +173,7 @@ class Shared:
                 Storage(driver="watchable-bind", source=place, fstype="bind", mount_point=copy)
             )
             return spec.GuestBind(copy, options)
-        if readonly and not recursive and not self._sandbox.is_human and share.has_mounts_below(name):
+        if readonly and not recursive and share.has_mounts_below(name):
             # In the guest it is one mount: read-only there would be the mounts below it, too. The host keeps
             # the guest from writing where it must not.
             options = [option for option in options if option != "ro"]

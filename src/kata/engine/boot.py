@@ -387,7 +387,8 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
             )
         )
     request = agent_pb.CreateSandboxRequest(
-        hostname=sandbox.hostname,
+        # A container without a name of its own has the host's, as with a runtime that shares the host's kernel.
+        hostname=sandbox.hostname or os.uname().nodename,
         dns=sandbox.dns,
         storages=storages,
         sandbox_id=sandbox.id,

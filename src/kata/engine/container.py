@@ -263,7 +263,7 @@ class Container:
         for what in sorted(set(spec.dropped(self.config))):
             self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
-            nodes.with_volumes(disks.without_hosts(self.config), volumes),
+            nodes.with_volumes(nodes.with_guests(disks.without_hosts(self.config)), volumes),
             rootfs=rootfs.path(self.id),
             bundle=self.bundle,
             container_type=spec.container_type(self.config),

@@ -38,6 +38,16 @@ GUEST_NODES = {
     (10, 237): "loop-control",
 }
 """Character devices whose numbers are the same on every kernel, and which the guest's has: name in its /dev."""
+OF_PRIVILEGED = (
+    *(
+        (f"/dev/{name}", "c", number)
+        for number, name in GUEST_NODES.items()
+        if name in ("kmsg", "net/tun", "fuse", "loop-control")
+    ),
+    *((f"/dev/loop{number}", "b", (7, number)) for number in range(8)),
+)
+"""What a privileged container has besides: path, kind, numbers. An ordinary host has these nodes, too; the kernel makes
+a loop device when it is first asked for one."""
 _HINT = "Of a host's character devices the guest has these itself: " + ", ".join(
     f"/dev/{name}" for name in GUEST_NODES.values()
 )
@@ -92,6 +102,26 @@ def with_volumes(config: Mapping[str, Any], volumes: list[disks.Device]) -> dict
         for one in volumes
     ]
     return {**config, "linux": {**linux, "devices": [*(linux.get("devices") or []), *more]}}
+
+
+def with_guests(config: Mapping[str, Any]) -> dict[str, Any]:
+    """*config* with the nodes that a privileged container finds in its guest; others as they are.
+
+    Not with a user namespace: no nodes can be made there.
+    """
+    linux = config.get("linux") or {}
+    own = any(one.get("type") == "user" for one in linux.get("namespaces") or ())
+    if own or not disks.is_privileged(config):
+        return dict(config)
+    listed = linux.get("devices") or []
+    there = {os.path.normpath(str(one.get("path"))) for one in listed}
+    there |= {os.path.normpath(str(one.get("destination"))) for one in config.get("mounts") or ()}
+    more = [
+        {"path": path, "type": kind, "major": major, "minor": minor, "fileMode": 0o660}
+        for path, kind, (major, minor) in OF_PRIVILEGED
+        if path not in there
+    ]
+    return {**config, "linux": {**linux, "devices": [*listed, *more]}}
 
 
 def _block_device(mount: Mapping[str, Any]) -> disks.Device | None:
