@@ -27,6 +27,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.internet",
     "kata.machine",
     "kata.network",
+    "kata.pids.of",
     "kata.policy",
     "kata.processes",
     "kata.sockets",

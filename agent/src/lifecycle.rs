@@ -47,6 +47,7 @@ impl Agent {
         if shares_pids {
             self.sandbox.make_pid_namespace()?;
         }
+        let others_pids = self.pid_namespace_of(&request.pids_of)?;
         let cgroup = self.make_cgroup(id, linux)?;
         let mut container = Container {
             status: Status::Creating,
@@ -69,6 +70,9 @@ impl Agent {
         let mut shared = self.sandbox.shared().usable_by(&namespaces);
         if !shares_pids {
             shared.pid = None;
+        }
+        if let Some(namespace) = &others_pids {
+            shared.pid = Some(namespace.raw());
         }
         let forked = (|| {
             // Root of a user namespace is nobody here, and still has to get through.
@@ -157,6 +161,21 @@ impl Agent {
         process.starter = Some(call);
         container.status = Status::Running;
         Ok(())
+    }
+
+    /// The PID namespace of a running container's first process; none for an empty id.
+    fn pid_namespace_of(&self, id: &str) -> Result<Option<Fd>> {
+        if id.is_empty() {
+            return Ok(None);
+        }
+        let container = self.container(id)?;
+        let Some(init) = self.processes.get(&container.init).filter(|p| p.is_alive() && p.pid != 0) else {
+            return Err(Error::precondition(format!(
+                "container {id:?} is not running: nobody is in its PID namespace"
+            )));
+        };
+        let namespace = sys::open(format!("/proc/{}/ns/pid", init.pid), libc::O_RDONLY, 0);
+        namespace.with_context(|| format!("open the PID namespace of container {id:?}")).map(Some)
     }
 
     pub fn exec_process(&mut self, call: CallId, request: &pb::ExecProcessRequest) -> Result<()> {

@@ -268,6 +268,23 @@ def test_whose_processes_are_seen(cri: Cri, mode: int) -> None:
     seen = cri("exec", "-s", two, "ps")
     assert ("sleep 1234" in seen) == (mode == 0)
     assert "sleep 4321" in seen
+    # As `kubectl debug --target` does: a container that sees those of another one, whose end is its own.
+    options = {"pid": 3, "target_id": two}
+    debugger = cri.container(
+        pod, "debugger", "sleep", "9999", linux={"security_context": {"namespace_options": options}}
+    )
+    seen = cri("exec", "-s", debugger, "ps")
+    assert "sleep 4321" in seen
+    assert "sleep 9999" in seen
+    assert ("sleep 1234" in seen) == (mode == 0)
+    if mode == 1:
+        number = int(json.loads(cri("inspect", two))["info"]["pid"])
+        machine = int(json.loads(cri("inspectp", pod[0]))["info"]["pid"])
+        assert os.readlink(f"/proc/{number}/ns/net") == os.readlink(f"/proc/{machine}/ns/net")
+        cri("stop", "--timeout", "0", two)
+        until(lambda: cri.status(debugger)["state"] == "CONTAINER_EXITED", "the end of all in its namespace")
+        cri("rm", two)
+        assert not Path(f"/proc/{number}").exists()
 
 
 def test_volumes_of_the_host(cri: Cri) -> None:

@@ -72,6 +72,8 @@ pub struct CreateContainerRequest {
     pub stderr_port: u32,
     /// Ours (feature "kata.stdin.null"): standard input is /dev/null, and not a pipe.
     pub no_stdin: bool,
+    /// Ours (feature "kata.pids.of"): the container whose first process's PID namespace it joins; empty for none.
+    pub pids_of: String,
 }
 
 impl Message for CreateContainerRequest {
@@ -88,6 +90,7 @@ impl Message for CreateContainerRequest {
         codec::put_uint32(out, 10, self.stdout_port);
         codec::put_uint32(out, 11, self.stderr_port);
         codec::put_bool(out, 1000, self.no_stdin);
+        codec::put_string(out, 1001, &self.pids_of);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -104,6 +107,7 @@ impl Message for CreateContainerRequest {
             10 => codec::get_uint32(field, &mut self.stdout_port)?,
             11 => codec::get_uint32(field, &mut self.stderr_port)?,
             1000 => codec::get_bool(field, &mut self.no_stdin)?,
+            1001 => codec::get_string(field, &mut self.pids_of)?,
             _ => {}
         }
         Ok(())

@@ -84,7 +84,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("CloseSocketRequest", "number:1u"),
     ("CloseStdinRequest", "container_id:1s exec_id:2s"),
     ("CopyFileRequest", "path:1s file_size:2i file_mode:3u dir_mode:4u uid:5i gid:6i offset:7i data:8y"),
-    ("CreateContainerRequest", "container_id:1s exec_id:2s string_user:3mStringUser devices:4*mDevice storages:5*mStorage OCI:6mSpec sandbox_pidns:7b shared_mounts:8*mSharedMount stdin_port:9u stdout_port:10u stderr_port:11u no_stdin:1000b"),
+    ("CreateContainerRequest", "container_id:1s exec_id:2s string_user:3mStringUser devices:4*mDevice storages:5*mStorage OCI:6mSpec sandbox_pidns:7b shared_mounts:8*mSharedMount stdin_port:9u stdout_port:10u stderr_port:11u no_stdin:1000b pids_of:1001s"),
     ("CreateSandboxRequest", "hostname:1s dns:2*s storages:3*mStorage sandbox_pidns:4b sandbox_id:5s guest_hook_path:6s kernel_modules:7*mKernelModule"),
     ("DestroySandboxRequest", ""),
     ("Device", "id:1s type:2s vm_path:3s container_path:4s options:5*s"),

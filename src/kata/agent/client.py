@@ -44,6 +44,8 @@ CONNECTIONS = "kata.streams.connections"
 """How an agent announces that a stream may have a connection of its own."""
 NULL_STDIN = "kata.stdin.null"
 """How an agent announces that a process can have /dev/null as its standard input."""
+PIDS_OF = "kata.pids.of"
+"""How an agent announces that a container can join another one's PID namespace."""
 CREATE_S = 120.0
 """Seconds for CreateContainer, which mounts file systems."""
 
@@ -411,6 +413,7 @@ def create_request(
     *,
     shares_pids: bool = False,
     no_stdin: bool = False,
+    pids_of: str = "",
 ) -> agent_pb.CreateContainerRequest:
     """The request for a container whose init is named after it, as the original's hosts do.
 
@@ -421,6 +424,7 @@ def create_request(
         devices: Disks of the machine that it gets as devices.
         shares_pids: It joins the sandbox's PID namespace.
         no_stdin: Its standard input is /dev/null, if the agent can (`NULL_STDIN`).
+        pids_of: The container whose PID namespace it joins (only with `PIDS_OF`); empty for none.
     """
     return agent_pb.CreateContainerRequest(
         container_id=container_id,
@@ -430,6 +434,7 @@ def create_request(
         OCI=spec,
         sandbox_pidns=shares_pids,
         no_stdin=no_stdin,
+        pids_of=pids_of,
     )
 
 

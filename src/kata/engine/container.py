@@ -11,7 +11,7 @@ import errno
 import os
 import time
 
-from ..agent.client import NULL_STDIN, Encoded, create_request
+from ..agent.client import NULL_STDIN, PIDS_OF, Encoded, create_request
 from ..agent.text import escape_line
 from ..errors import (
     AgentTimeoutError,
@@ -30,6 +30,7 @@ from .logfile import LogFile
 from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
 from .records import StateFile, rfc3339
 from .streams import Log
+from .taskpid import TaskPid, of_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ class Container:
         self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
         self._disks = disks.Disks(sandbox)
         self._removed = False
+        self._task_pid: TaskPid | None = None
+
+    @property
+    def task_pid(self) -> int:
+        """The number on the host that stands for its processes, and for their namespaces."""
+        return self._task_pid.pid if self._task_pid is not None else self.sandbox.host_pid
 
     def _open_log(self) -> Log | None:
         wanted = self.sandbox.settings.get("log") or {}
@@ -153,7 +160,8 @@ class Container:
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
             storages = [*rootfs.storages(self.id, self._rootfs), *self._shared.storages]
             message = spec.to_message(self._guest_spec(shown, files.mounts, volumes))
-            shares_pids = spec.shares_pids(self.config)
+            pids_path = spec.pids_path(self.config)
+            pids_of = self._whose_pids(pids_path)
             devices = await self._insert_devices(volumes)
             request = Encoded(
                 create_request(
@@ -161,11 +169,18 @@ class Container:
                     message,
                     storages,
                     devices,
-                    shares_pids=shares_pids,
+                    shares_pids=bool(pids_path) and not pids_of,
                     no_stdin=_has_no_input(self.init),
+                    pids_of=pids_of,
                 ).encode()
             )
             agent = await sandbox.ready()
+            if pids_of and PIDS_OF not in agent.features:
+                raise UnsupportedError(
+                    f"cannot show the container the processes of container {pids_of!r}:"
+                    " the guest's agent has no call for that",
+                    "Use a guest of this version of kata, or share the whole pod's processes (shareProcessNamespace).",
+                )
             stands_in = spec.container_type(self.config) == "pod_sandbox"
             await sandbox.fitting.admit(self.id, self._resources, is_sandbox=stands_in)
             for kind in HOOKS_BEFORE:
@@ -186,7 +201,9 @@ class Container:
             await sandbox.helper(self._remove_shared)
             raise
         self.created_at_ns = time.time_ns()
-        self.init.pid = sandbox.host_pid
+        if spec.container_type(self.config) == "pod_container":
+            self._task_pid = TaskPid()
+        self.init.pid = self.task_pid
         if self.has_process:
             self.init.watcher = asyncio.create_task(self._watch(self.init, agent))
             sandbox.spawn(self._close_unused_stdin(self.init, agent))
@@ -202,6 +219,23 @@ class Container:
                 ),
                 pid=self.init.pid,
             ),
+        )
+
+    def _whose_pids(self, path: str) -> str:
+        """The container whose PID namespace a path means; empty where it is the pod's own, or none.
+
+        Raises:
+            UnsupportedError: It is no process of this sandbox.
+        """
+        pid = of_path(path)
+        if not path or pid == self.sandbox.host_pid or spec.is_crios(self.config):
+            return ""  # CRI-O names the pod's by a path of its own making
+        for one in self.sandbox.containers.values():
+            if one is not self and one.task_pid == pid:
+                return one.id
+        raise UnsupportedError(
+            f"the container asks for the PID namespace {path}, and no container of its pod has that one",
+            "The container whose processes are wanted has to be running, and in the same pod.",
         )
 
     async def _mount_root(self, root: HostRoot) -> None:
@@ -357,7 +391,7 @@ class Container:
         await starting
         self.sandbox.timings.add("process", began)
         self.sandbox.machine.end_turn()
-        process.start(self.sandbox.host_pid)
+        process.start(self.task_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         # Before the answer: whoever asks about the container next looks there.
         started_at = rfc3339(process.started_at_ns)
@@ -687,6 +721,8 @@ class Container:
         except OSError as error:
             self.sandbox.complain(f"a volume of container {self.id} is still mounted: {error}")
         await self._run_late_hooks("poststop", "stopped")
+        if self._task_pid is not None:
+            self._task_pid.end()
 
     def close(self) -> None:
         """Let go of every stream, delivered or not."""

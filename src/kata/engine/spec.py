@@ -80,12 +80,15 @@ def oom_score_adj(spec: Mapping[str, Any]) -> int:
     return found if isinstance(found, int) else 0
 
 
-def shares_pids(spec: Mapping[str, Any]) -> bool:
-    """Whether a pod's container is to see the processes of the pod's others (``shareProcessNamespace``)."""
+def pids_path(spec: Mapping[str, Any]) -> str:
+    """The PID namespace that a pod's container joins, as its client names it; empty for one of its own.
+
+    It is the pod's (``shareProcessNamespace``) or that of another of its containers (``kubectl debug --target``).
+    """
     if container_type(spec) != "pod_container":
-        return False
+        return ""
     namespaces = (spec.get("linux") or {}).get("namespaces") or ()
-    return any(one.get("type") == "pid" and one.get("path") for one in namespaces)
+    return next((str(one["path"]) for one in namespaces if one.get("type") == "pid" and one.get("path")), "")
 
 
 def refuse_foreign(spec: Mapping[str, Any]) -> None:

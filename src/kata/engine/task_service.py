@@ -252,9 +252,9 @@ class TaskService:
         return task_pb.StatsResponse(stats=stats.metrics(answer, shape_v2=shape_v2))
 
     async def Connect(self, request: task_pb.ConnectRequest, context: Context) -> task_pb.ConnectResponse:
-        return task_pb.ConnectResponse(
-            shim_pid=os.getpid(), task_pid=self._sandbox.host_pid, version=__version__
-        )
+        container = self._sandbox.containers.get(request.id)
+        pid = self._sandbox.host_pid if container is None else container.task_pid
+        return task_pb.ConnectResponse(shim_pid=os.getpid(), task_pid=pid, version=__version__)
 
     async def Shutdown(self, request: task_pb.ShutdownRequest, context: Context) -> google_pb.Empty:
         sandbox = self._sandbox

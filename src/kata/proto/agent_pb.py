@@ -7,7 +7,7 @@ _PACKAGE = {
     "": "grpc",
 }
 _MESSAGES = {
-    "CreateContainerRequest": "container_id:1:string exec_id:2:string string_user:3:@agent.StringUser devices:4:*@agent.Device storages:5:*@agent.Storage OCI:6:@oci.Spec sandbox_pidns:7:bool shared_mounts:8:*@agent.SharedMount stdin_port:9:uint32 stdout_port:10:uint32 stderr_port:11:uint32 no_stdin:1000:bool",
+    "CreateContainerRequest": "container_id:1:string exec_id:2:string string_user:3:@agent.StringUser devices:4:*@agent.Device storages:5:*@agent.Storage OCI:6:@oci.Spec sandbox_pidns:7:bool shared_mounts:8:*@agent.SharedMount stdin_port:9:uint32 stdout_port:10:uint32 stderr_port:11:uint32 no_stdin:1000:bool pids_of:1001:string",
     "StartContainerRequest": "container_id:1:string",
     "RemoveContainerRequest": "container_id:1:string timeout:2:uint32",
     "ExecProcessRequest": "container_id:1:string exec_id:2:string string_user:3:@agent.StringUser process:4:@oci.Process stdin_port:5:uint32 stdout_port:6:uint32 stderr_port:7:uint32 no_stdin:1000:bool",

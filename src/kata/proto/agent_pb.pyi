@@ -26,6 +26,9 @@ class CreateContainerRequest(Message):
     stderr_port: int
     no_stdin: bool
     """Ours (feature "kata.stdin.null"): standard input is /dev/null, and not a pipe."""
+    pids_of: str
+    """Ours (feature "kata.pids.of"): the container whose first process's PID namespace it joins; empty
+    for none."""
     def __init__(
         self,
         *,
@@ -41,6 +44,7 @@ class CreateContainerRequest(Message):
         stdout_port: int = ...,
         stderr_port: int = ...,
         no_stdin: bool = ...,
+        pids_of: str = ...,
     ) -> None: ...
 
 class StartContainerRequest(Message):
