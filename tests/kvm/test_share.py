@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ from share_cases import (  # noqa: F401 - collected here
     test_volumes,
     test_what_files_can_do,
 )
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs. Elsewhere in the lab is an overlay, and its kernel's overlays (6.1) do not know RWF_APPEND, which is how
+    virtiofsd in Rust appends.
+    """
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 @pytest.fixture(params=SHARES[1:])
