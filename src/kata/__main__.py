@@ -23,6 +23,25 @@ SHIM = "containerd-shim-kata-v2"
 
 
 def main() -> int:
+    """Run what was asked for, and tell of what nobody expected in one sentence.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        return _run()
+    except Exception as error:
+        from kata import crash
+
+        kind = next((word for word in ("engine", "shim") if sys.argv[1:2] == [word]), "")
+        if os.path.basename(sys.argv[0]) == SHIM:
+            kind = "shim"
+        return crash.last_resort(
+            error, SHIM if kind == "shim" else crash.name_of(sys.argv), 1 if kind else 125
+        )
+
+
+def _run() -> int:
     """Run what `sys.argv` names: ``engine`` is the process of one sandbox; under containerd's name for it, or as
     ``shim``, a command of containerd's; all else the human command line.
 

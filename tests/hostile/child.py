@@ -39,8 +39,9 @@ class Outcome:
 
     def wrong(self, allowed: Callable[[int], bool]) -> str:
         """Why that is no proper end; empty if it is one."""
-        if "Traceback (most recent call last)" in self.said:
-            return "a traceback: " + self.said.strip().splitlines()[-1]
+        for words in ("Traceback (most recent call last)", "met a fault of its own"):
+            if words in self.said:
+                return f"{words}: " + self.said.strip().splitlines()[-1]
         if self.status < 0:
             return f"ended by signal {-self.status}"
         if not allowed(self.status):

@@ -217,4 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.report(KataError(f"{error.strerror or error}{where}"))
     except RecursionError:
         output.report(UsageError("the input is nested too deeply to be read"))
+    except Exception as error:
+        from .. import crash
+
+        output.report(crash.explain(error, "kata-agent-ctl"))
     return 1

@@ -178,6 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecursionError:
         report(KataError("the input is nested too deeply to be read"))
         return 125
+    except Exception as error:
+        from .. import crash
+
+        report(crash.explain(error, crash.name_of(["kata", *(sys.argv[1:] if argv is None else argv)])))
+        return 125
 
 
 def _explain(error: OSError) -> KataError:

@@ -1,0 +1,92 @@
+"""The last resort of every program: an exception that nobody expected becomes one sentence and a file to attach.
+
+The files are ``$KATA_STATE_DIR/crashes/*.txt`` (or the system's directory for temporary files, where that cannot be
+written): the newest eight, at most 64 KiB each, for root alone. They hold where in the program it happened and its
+versions; no values of variables, and of the command line only the command's name, since the rest may be secret.
+
+Imported when it has happened, and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from . import paths
+from .errors import KataError
+
+_MOST_FILES = 8
+_MOST_BYTES = 64 << 10
+
+
+def explain(error: BaseException, program: str) -> KataError:
+    """Write down an unexpected exception.
+
+    Args:
+        error: The exception.
+        program: What was being run, for the sentence: ``kata run``.
+
+    Returns:
+        What to tell the user.
+    """
+    said = " ".join(str(error).split())
+    shown = "".join(char if char.isprintable() else "?" for char in said)[:300]
+    what = type(error).__name__ + (f": {shown}" if shown else "")
+    try:
+        path = _write(error, program)
+    except OSError as failure:
+        hint = f"please report it; its details could not be written down: {failure.strerror}"
+    else:
+        hint = f"please report it, and attach {path}"
+    return KataError(f"{program} met a fault of its own: {what}", hint)
+
+
+def last_resort(error: BaseException, program: str, status: int) -> int:
+    """Tell of an unexpected exception on stderr.
+
+    Returns:
+        *status*, to exit with.
+    """
+    told = explain(error, program)
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {told.message}\nhint: {told.hint}\n".encode(errors="backslashreplace"))
+    return status
+
+
+def _write(error: BaseException, program: str) -> str:
+    import platform
+    import tempfile
+    import traceback
+
+    from . import __version__
+
+    trace = "".join(traceback.format_exception(error))
+    if len(trace) > _MOST_BYTES:
+        trace = f"{trace[: _MOST_BYTES // 2]}\n...\n{trace[-_MOST_BYTES // 2 :]}"
+    text = (
+        f"{program}, kata {__version__}, {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n"
+        f"Python {platform.python_version()}, {platform.platform()}\n\n{trace}"
+    )
+    name = f"{time.time_ns()}-{os.getpid()}.txt"
+    directory = os.path.join(paths.state_dir(), "crashes")
+    try:
+        paths.make_dirs(directory, 0o700)
+        path = os.path.join(directory, name)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError:
+        directory = ""
+        fd, path = tempfile.mkstemp(".txt", "kata-crash-")
+    with os.fdopen(fd, "wb") as file:
+        file.write(text.encode(errors="backslashreplace"))
+    if directory:
+        for old in sorted(os.listdir(directory))[:-_MOST_FILES]:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, old))
+    return path
+
+
+def name_of(argv: list[str]) -> str:
+    """How a program is called in the sentence: ``kata`` and its command, without arguments."""
+    word = next((word for word in argv[1:] if not word.startswith("-")), "")
+    return f"kata {word[:20]}" if word.isascii() and word.isalpha() else "kata"
