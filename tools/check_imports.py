@@ -9,7 +9,7 @@ others or a higher one::
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
     children config
-    ttrpc oci journal
+    ttrpc oci journal crash
     proto
     errors paths launcher remembered sysio
 
@@ -33,7 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
     ("children", "config"),
-    ("ttrpc", "oci", "journal"),
+    ("ttrpc", "oci", "journal", "crash"),
     ("proto",),
     ("sysio", "paths", "launcher", "remembered", "errors"),
     ("__init__",),

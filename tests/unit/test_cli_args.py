@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kata.cli import signals, values
+from kata.cli import run, signals, values, words
 from kata.cli.args import Command, Option
 from kata.cli.main import COMMANDS, main
 from kata.cli.pump import parse_detach_keys
@@ -200,3 +200,38 @@ def test_detach_keys() -> None:
     assert parse_detach_keys("a,ctrl-[") == b"a\x1b"
     with pytest.raises(ValueError, match="ctrl-"):
         parse_detach_keys("ctrl-")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["push", "x"], "kata has no command 'push'\nhint: build, tag and push with docker"),
+        (["container", "rename", "a", "b"], "the name is given with kata run --name"),
+        (["run", "--label", "a=b", "x"], "kata run has no option --label\nhint: keep notes elsewhere"),
+        (["run", "--net", "none", "x"], "it is called --network"),
+        (["run", "--health-interval", "5s", "x"], "kata exec NAME PROGRAM"),
+        (["run", "--device-read-bps", "/dev/vda:1mb", "x"], "limits are --cpus"),
+        (["ps", "--format", "{{.ID}}"], "--json, and jq"),
+        (["run", "--nmae", "x", "y"], "did you mean --name?"),
+        (["unpuase", "x"], "unknown command 'unpuase'"),
+    ],
+)
+def test_words_of_docker_and_podman(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert main(argv) == 125
+    assert said in capsys.readouterr().err.replace("error: ", "")
+
+
+def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["unpause", "--help"], ["container", "unpause", "--help"]):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert "usage: kata resume" in capsys.readouterr().out
+    assert not set(words.COMMANDS) & set(COMMANDS)
+    assert not set(words.ALIASES) & set(COMMANDS)
+    names = {
+        name for command in run.COMMANDS.values() for option in command.options for name in option.names
+    }
+    assert not names & set(words.OPTIONS)

@@ -161,6 +161,10 @@ class Command:
             return option
         import difflib
 
+        from . import words
+
+        if instead := words.about_option(name):
+            raise UsageError(f"kata {self.name} has no option {name}", instead)
         near = difflib.get_close_matches(name, by_name, 1)
         hint = f"did you mean {near[0]}?" if near else f"'kata {self.name} --help' lists the options"
         raise UsageError(f"kata {self.name}: unknown option {name}", hint)

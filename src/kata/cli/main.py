@@ -88,6 +88,13 @@ def dispatch(argv: Sequence[str]) -> int:
     if entry is None:
         import difflib
 
+        from . import words
+
+        meant = words.command(list(argv))
+        if meant[0] in COMMANDS:
+            return dispatch(meant)
+        if instead := words.about_command(meant[0]):
+            raise UsageError(f"kata has no command {name!r}", instead)
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean 'kata {near[0]}'?" if near else "'kata --help' lists the commands"
         raise UsageError(f"unknown command {name!r}", hint)
