@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kata import journal, sysio
-from kata.cli import listing, records, table
+from kata import journal, paths, sysio
+from kata.cli import listing, records, session, table
 from kata.engine import client
 from kata.errors import AlreadyExistsError, NotFoundError, UsageError
 from kata.proto import task_pb
@@ -100,6 +100,27 @@ def test_an_engine_is_believed_more_than_the_file(state: Path, monkeypatch: pyte
     os.unlink(one.socket)
     said.append(AssertionError("nobody is to be asked"))
     assert one.state()["status"] == "exited"
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_an_engine_that_hangs_is_ended_where_it_is_to_be(
+    state: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    monkeypatch.setattr(session, "TELL_AFTER_S", 0.1)
+    monkeypatch.setattr(session, "KILL_AFTER_S", 0.3)
+    one = make("one")
+    directory = Path(paths.sandbox_dir(one.id))
+    engine = subprocess.Popen(["sleep", "1000"])
+    made = journal.Journal.create_dir(str(directory.parent), one.id, {})
+    made.set_owner(engine.pid)
+    made.close()
+    os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        assert session.wait_for_engine(one, 1.0, tell=force) is force
+        assert directory.exists() is not force
+    finally:
+        engine.kill()
+    assert engine.wait() == -signal.SIGKILL
 
 
 def test_a_discarded_draft_leaves_nothing(state: Path) -> None:

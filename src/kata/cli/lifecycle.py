@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .records import Container
 
 _GRACE = "10"
-_AFTER_KILL_S = 15.0
+_AFTER_KILL_S = 10.0
+"""How long an engine may take to see a container end: it gives the guest a part of that."""
 _ENDED = (VMLostError, NotFoundError, HostError)
 """What a call answers when the container, or its engine, ended before it."""
 _DEADLINE_EXCEEDED = 4
@@ -145,12 +146,17 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
                 return
             # Whatever the guest answers to it, the engine sees to it that it ends.
             with contextlib.suppress(AgentError, NotFoundError):
-                engine.kill(container.id, kill, everything=True)
-            _ends_within(engine, container, _AFTER_KILL_S)
+                engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
+            _ends_within(engine, container, 1.0 if force else _AFTER_KILL_S)
     except _ENDED:
         pass
     finally:
         session.wait_for_engine(container, tell=force)
+    if container.running():
+        raise StateError(
+            f"container {container.name} has not ended: its engine does not answer",
+            f"kata rm -f {container.name}",
+        )
 
 
 def _ends_by(engine: EngineClient, container: Container, number: int, status: str, seconds: float) -> bool:

@@ -191,6 +191,8 @@ class _undone_on_failure:
 
 TELL_AFTER_S = 2.0
 """An engine that is ending anyway needs no telling."""
+KILL_AFTER_S = 8.0
+"""An engine that has been told, and still is there then, hangs: its journal says what there is to undo."""
 
 
 def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool = False) -> bool:
@@ -199,7 +201,8 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
     Args:
         container: Whose sandbox.
         timeout_s: How long to wait.
-        tell: Tell a living engine to end (it may be starting a container that nobody wants any more).
+        tell: Tell a living engine to end (it may be starting a container that nobody wants any more), and end it if
+            it does not.
 
     Returns:
         Whether it is gone.
@@ -209,6 +212,7 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
     directory = paths.sandbox_dir(container.id)
     began = time.monotonic()
     delay = 0.002
+    orders = [(TELL_AFTER_S, signal.SIGTERM), (KILL_AFTER_S, signal.SIGKILL)] if tell else []
     while os.path.isdir(directory):
         waited = time.monotonic() - began
         with contextlib.suppress(KataError):  # the journal goes a moment before its directory
@@ -217,9 +221,8 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
                 if not journal.owner_alive():
                     journal.undo()
                     return True
-                if tell and waited > TELL_AFTER_S:
-                    tell = False
-                    journal.signal_owner(signal.SIGTERM, 0.0)
+                if orders and waited > orders[0][0]:
+                    journal.signal_owner(orders.pop(0)[1], 0.0)
             finally:
                 journal.close()
         if waited > timeout_s:
