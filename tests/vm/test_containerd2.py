@@ -76,7 +76,7 @@ def test_a_task_outlives_a_restart_of_containerd(daemon: Containerd) -> None:
 
 
 def test_a_pod_and_its_containers(cri: test_cri.Cri) -> None:
-    pod = cri.pod()
+    pod = cri.pod(security_context={"privileged": True})
     one = cri.container(pod, "one", "sleep", "1000")
     two = cri.container(pod, "two", "sh", "-c", "echo said; exit 5")
     assert len(cri.daemon.sandboxes()) == 1
@@ -90,6 +90,17 @@ def test_a_pod_and_its_containers(cri: test_cri.Cri) -> None:
     until(lambda: cri.status(two)["state"] == "CONTAINER_EXITED", "the container has ended")
     assert (cri.status(two)["exitCode"], cri("logs", two)) == (5, "said\n")
     assert cri.status(one)["state"] == "CONTAINER_RUNNING"
+    # The handler that was installed gives a privileged one the devices of its guest. It is a debugger, too.
+    options = {"privileged": True, "namespace_options": {"pid": 3, "target_id": one}}
+    three = cri.container(pod, "three", "sleep", "9999", linux={"security_context": options})
+    script = (
+        "ps | grep -c 'sleep 1000$'; dd if=/dev/zero of=/dev/shm/i bs=1M count=4 2>/dev/null;"
+        " mke2fs -F /dev/shm/i >/dev/null && mkdir /m && mount -o loop /dev/shm/i /m && ls /m; exec 3<>/dev/net/tun"
+    )
+    assert cri("exec", "-s", three, "sh", "-c", script).split() == ["1", "lost+found"]
+    assert "No such file or directory" in cri("exec", "-s", one, "sh", "-c", "ls /dev/loop0 2>&1; true")
+    stdin = "for n in self 1; do readlink /proc/$n/fd/0; done"
+    assert cri("exec", "-s", one, "sh", "-c", stdin).split() == ["/dev/null", "/dev/null"]
 
 
 def test_a_pods_roots_of_erofs_layers(run_directory: Path, guest_assets: Path, busybox_image: str) -> None:

@@ -267,6 +267,7 @@ def _table(version: int) -> str:
         f'  runtime_type = "{RUNTIME_TYPE}"\n'
         '  pod_annotations = ["io.katacontainers.*"]\n'
         "  privileged_without_host_devices = true\n"
+        "  privileged_without_host_devices_all_devices_allowed = true\n"  # the guest's; 1.6 takes no notice
     )
 
 
