@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kata import sysio
+from kata.engine.guestnet import GuestNetwork
+from kata.errors import AgentError
 from kata.network import routing, rtnetlink, sysctls
-from kata.network.netns import link_local
+from kata.network.netns import NetnsPlan, link_local
 from kata.network.rtnetlink import attribute
 
 LO = {1: "lo", 7: "eth0"}
@@ -160,3 +165,103 @@ def test_a_new_namespace_has_the_kernels_own_rules_and_no_routes() -> None:
 def test_a_link_local_address_is_made_of_the_hardware_address() -> None:
     assert link_local("02:11:22:33:44:55") == "fe80::11:22ff:fe33:4455"
     assert socket.inet_pton(socket.AF_INET6, link_local("52:54:00:00:00:01"))[8] == 0x50
+
+
+class _Agent:
+    """Notes what it is asked for."""
+
+    def __init__(self, *features: str, denies: bool = False) -> None:
+        self.features = frozenset(features)
+        self.denies = denies
+        self.calls: list[tuple[str, Any]] = []
+
+    async def prepare_network(self, request: Any) -> list[tuple[int, str]]:
+        if self.denies:
+            raise AgentError("a policy", code=7)
+        self.calls.append(("prepare", {one.name: one.value for one in request.sysctls}))
+        return [(0, "no such file"), (99, "a lie")]
+
+    async def update_interface(self, interface: Any) -> None:
+        self.calls.append(("interface", interface.name))
+
+    async def update_routes(self, routes: Any) -> None:
+        self.calls.append(("stock routes", len(routes)))
+
+    async def route(self, request: Any) -> list[tuple[int, str]]:
+        self.calls.append(("routes", (len(request.remove_routes), len(request.routes), len(request.rules))))
+        return [(1, "no way")]
+
+    async def hide_interface(self, path: str) -> None:
+        self.calls.append(("hide", path))
+
+
+class _Sandbox:
+    """As much of a sandbox as there has to be."""
+
+    def __init__(self, plan: Any) -> None:
+        self.machine = SimpleNamespace(network=plan)
+        self.settings = {"sysctls": {"net.ipv4.tcp_ecn": "1"}}
+        self.containers = {
+            "c": SimpleNamespace(config={"linux": {"sysctl": {"net.ipv4.conf.eth0.tag": "3"}}})
+        }
+        self.timings = SimpleNamespace(add=lambda name, began: None)
+        self.log: list[str] = []
+        self.complain = self.log.append
+
+    async def helper(self, work: Any, *arguments: Any) -> Any:
+        return work(*arguments)
+
+
+def told(agent: Any, *changes: dict[str, str]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """What an agent is asked for, and what is written to the log, when a namespace is as in *changes*."""
+    plan = NetnsPlan("02:00:00:00:00:01", "")
+    plan.interfaces = [{"devicePath": "09", "name": "eth0", "hwAddr": plan.mac}]
+    blackhole = route(attribute(1, bytes([172, 31, 0, 0])), length=16, sort=6)[1]
+    plan.routing = [
+        routing.Entry(route(number(4, 7))[1], "default dev eth0"),
+        routing.Entry(blackhole, "blackhole 172.31.0.0/16"),
+    ]
+    plan.rules = [*routing.DEFAULT_RULES, routing.Entry(b"\2" + bytes(15), "5: from all table 77")]
+    plan.names = LO
+    sandbox: Any = _Sandbox(plan)
+
+    async def tell() -> None:
+        network = GuestNetwork(sandbox)
+        for parameters in changes:
+            plan.sysctls = partial(list, [parameters])  # type: ignore[method-assign]
+            await network.configure(agent)
+
+    asyncio.run(tell())
+    return agent.calls, sandbox.log
+
+
+def test_what_a_guest_is_told_and_when() -> None:
+    first = {"ipv4/conf/eth0/tag": "1", "ipv6/conf/eth0/accept_ra": "0", "ipv4/tcp_ecn": "0"}
+    second = {"ipv6/conf/all/forwarding": "1", "ipv6/conf/eth0/accept_ra": "0"}
+    calls, log = told(_Agent("kata.network"), first, first, second)
+    rest = [("interface", "eth0"), ("routes", (0, 2, 1))]
+    again = [("interface", "eth0"), ("routes", (0, 2, 0))]
+    assert calls == [
+        # What a container or its pod sets is theirs.
+        ("prepare", {"ipv6/conf/eth0/accept_ra": "0"}),
+        *rest,
+        *again,
+        ("prepare", second),
+        *again,
+    ]
+    assert log == [
+        "net.ipv6.conf.eth0.accept_ra=0 is not set in the guest: no such file",
+        "the route blackhole 172.31.0.0/16 is not in the guest as it should be: no way",
+        "net.ipv6.conf.all.forwarding=1 is not set in the guest: no such file",
+    ]
+
+
+@pytest.mark.parametrize("agent", [_Agent(), _Agent("kata.network", denies=True)])
+def test_an_agent_that_cannot_be_told_is_named_in_the_log(agent: _Agent) -> None:
+    calls, log = told(agent, {"ipv6/conf/eth0/accept_ra": "0"})
+    assert calls == [("interface", "eth0"), ("stock routes", 1)]
+    assert [line.split(":")[0] for line in log] == [
+        "the guest has no kernel parameters of its network",
+        "the route blackhole 172.31.0.0/16 is not in the guest",
+        "the rule 5",
+    ]

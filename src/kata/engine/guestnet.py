@@ -11,7 +11,7 @@ import os
 import socket
 import time
 
-from ..errors import KataError
+from ..errors import AgentError, KataError
 from ..hypervisor import slots
 
 TYPE_CHECKING = False
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FEATURE = "kata.network"
 """How an agent announces it (``AgentDetails.extra_features``)."""
+_PERMISSION_DENIED = 7
 _QUIET_S = 0.1
 """Whoever wires a namespace does it in several steps: so long nothing has happened before the guest is told."""
 _AT_LATEST_S = 1.0
@@ -50,6 +51,7 @@ class GuestNetwork:
         self._hidden: set[str] = set()
         self._names: dict[str, str] = {}
         self._said: set[str] = set()
+        self._is_denied = False
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._first_event_s = 0.0
@@ -105,17 +107,22 @@ class GuestNetwork:
         if plan is None or not (plan.interfaces or self._names):
             return
         began = time.monotonic_ns()
-        is_able = FEATURE in agent.features
-        if is_able:
-            parameters = await self._sandbox.helper(plan.sysctls)
-        elif plan.wired_by_others:
-            self._say("the guest has no kernel parameters of its network: its agent cannot set them")
         self._forget_gone(plan)
+        parameters = await self._sandbox.helper(plan.sysctls) if self._is_able(agent) else []
         for number, interface in enumerate(plan.interfaces):
-            if is_able:
-                await self._prepare(agent, interface["devicePath"], interface["name"], parameters[number])
+            if self._is_able(agent):
+                try:
+                    await self._prepare(
+                        agent, interface["devicePath"], interface["name"], parameters[number]
+                    )
+                except AgentError as error:
+                    if error.code != _PERMISSION_DENIED:
+                        raise
+                    self._is_denied = True  # by a policy in the guest that does not know of it
             await agent.update_interface(types_pb.Interface.from_dict(interface))
-        await self._tell_routes(agent, plan, is_able=is_able)
+        if plan.wired_by_others and not self._is_able(agent):
+            self._say("the guest has no kernel parameters of its network: its agent cannot set them")
+        await self._tell_routes(agent, plan, is_able=self._is_able(agent))
         if plan.neighbors:
             await agent.add_neighbors([types_pb.ARPNeighbor.from_dict(one) for one in plan.neighbors])
         for sentence in plan.left_out:
@@ -124,6 +131,9 @@ class GuestNetwork:
         if failure is not None:
             raise failure
         self._sandbox.timings.add("network", began)
+
+    def _is_able(self, agent: AgentClient) -> bool:
+        return FEATURE in agent.features and not self._is_denied
 
     def _forget_gone(self, plan: NetworkPlan) -> None:
         """What an interface was told is gone with it, and with its name."""
@@ -234,11 +244,17 @@ class GuestNetwork:
         if self._hidden.issuperset(paths):
             return
         agent = await self._sandbox.ready()
-        if FEATURE not in agent.features:
+        if not self._is_able(agent):
             return
         for path in paths:
             if path not in self._hidden:
-                await self._sandbox.unless_lost(agent.hide_interface(path))
+                try:
+                    await self._sandbox.unless_lost(agent.hide_interface(path))
+                except AgentError as error:
+                    # A container has an interface too many then, which is down.
+                    self._say(
+                        f"the interface at {path} that stands for nothing is not hidden: {error.message}"
+                    )
                 self._hidden.add(path)
                 self._sysctls.pop(path, None)
 
