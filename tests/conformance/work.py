@@ -695,7 +695,17 @@ EXPECTED: dict[Callable[[Box], str], str] = {
     hard_links_copied: "/d/a 2, out again linked: True, kinds kept: True",
 }
 """What is right, as a regular expression."""
-LIMITS: dict[Callable[[Box], str], tuple[str, str]] = {}
+LIMITS: dict[Callable[[Box], str], tuple[str, str]] = {
+    watched_volume: (
+        "not told, file system (fuse.*|UNKNOWN)",
+        "no file server tells of the host's changes; programs that see a file system of FUSE's poll",
+    ),
+    locked: ("got it; status 0", "each machine keeps its own locks (Shared files, above)"),
+    modern_files: (
+        "fallocate no tmpfile exchange nanoseconds; status 0",
+        "O_TMPFILE is refused by the file servers; programs fall back",
+    ),
+}
 """Where kata does otherwise: what is seen then, as a regular expression, and why."""
 
 
