@@ -47,6 +47,9 @@ NAMES = (
 """Names by number."""
 
 _HINT = "\nhint: "
+_HINT_TYPE = b"type.googleapis.com/kata.Hint"
+"""The type of the detail that carries a hint: other clients wrap a message in sentences of their own, and it would
+stand in the middle of them."""
 
 
 class TtrpcError(Exception):
@@ -70,6 +73,10 @@ class TtrpcError(Exception):
 
     def split_hint(self) -> tuple[str, str]:
         """The message and its hint, which is empty when there is none."""
+        for detail in self.details:
+            head = _any(_HINT_TYPE, b"")
+            if detail.startswith(head):
+                return self.message, _value_behind(detail[len(head) :])
         message, _, hint = self.message.partition(_HINT)
         return message, hint
 
@@ -93,6 +100,23 @@ def describe(error: BaseException) -> TtrpcError:
     code = getattr(error, "grpc_code", None)
     if isinstance(code, int) and code != OK:
         hint = getattr(error, "hint", "")
-        return TtrpcError(code, f"{error}{_HINT}{hint}" if hint else str(error))
+        details = [_any(_HINT_TYPE, str(hint).encode(errors="replace")[:_LONGEST_HINT])] if hint else []
+        return TtrpcError(code, str(error), details)
     text = " ".join(str(error).split())
     return TtrpcError(INTERNAL, f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+_LONGEST_HINT = 16_000
+
+
+def _any(type_url: bytes, value: bytes) -> bytes:
+    """A `google.protobuf.Any` of a short type and at most `_LONGEST_HINT` bytes."""
+    size = len(value)
+    behind = b"\x12" + (bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])) + value
+    return bytes([0x0A, len(type_url)]) + type_url + (behind if value else b"")
+
+
+def _value_behind(field: bytes) -> str:
+    """The value of an Any whose type has been read."""
+    skip = 3 if len(field) > 1 and field[1] & 128 else 2
+    return field[skip:].decode("utf-8", "replace")
