@@ -321,6 +321,8 @@ fn files_service(agent: &mut Agent, call: CallId, request: &Request) -> Outcome 
         "Write" => change!(agentext::WriteFileRequest, files::write),
         "Mkdir" => change!(agentext::MkdirRequest, files::mkdir),
         "Symlink" => change!(agentext::SymlinkRequest, files::symlink),
+        "Link" => change!(agentext::LinkRequest, files::link),
+        "Node" => change!(agentext::NodeRequest, files::node),
         "Remove" => change!(agentext::RemoveFileRequest, files::remove),
         _ => unknown(request),
     }

@@ -12,8 +12,8 @@ use crate::errors::code;
 use crate::fs;
 use crate::prelude::*;
 use crate::proto::agentext::{
-    FileInfo, ListFilesRequest, ListFilesResponse, MkdirRequest, ReadFileRequest, ReadFileResponse, RemoveFileRequest,
-    StatFileRequest, SymlinkRequest, WriteFileRequest,
+    FileInfo, LinkRequest, ListFilesRequest, ListFilesResponse, MkdirRequest, NodeRequest, ReadFileRequest,
+    ReadFileResponse, RemoveFileRequest, StatFileRequest, SymlinkRequest, WriteFileRequest,
 };
 use crate::sort::sort;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult};
@@ -107,18 +107,44 @@ pub fn symlink(root: RawFd, request: &SymlinkRequest) -> Result<()> {
     let make = || {
         let (parent, name) = open_parent(root, &request.path)?;
         sys::symlinkat(&request.target, parent.raw(), name)?;
-        match (request.uid, request.gid) {
-            (None, None) => Ok(()),
-            (uid, gid) => sys::fchownat(
-                parent.raw(),
-                name,
-                uid.unwrap_or(u32::MAX),
-                gid.unwrap_or(u32::MAX),
-                libc::AT_SYMLINK_NOFOLLOW,
-            ),
-        }
+        own(parent.raw(), name, request.uid, request.gid)
     };
     make().map_err(|e| failed(&request.path, e))
+}
+
+/// A further name of a file.
+pub fn link(root: RawFd, request: &LinkRequest) -> Result<()> {
+    let (from, target) = open_parent(root, &request.target).map_err(|e| failed(&request.target, e))?;
+    let make = || {
+        let (parent, name) = open_parent(root, &request.path)?;
+        sys::linkat(from.raw(), target, parent.raw(), name)
+    };
+    make().map_err(|e| failed(&request.path, e))
+}
+
+/// A fifo or device.
+pub fn node(root: RawFd, request: &NodeRequest) -> Result<()> {
+    let make = || {
+        if !matches!(request.mode & libc::S_IFMT, libc::S_IFIFO | libc::S_IFCHR | libc::S_IFBLK) {
+            return Err(Errno(libc::EINVAL));
+        }
+        let (parent, name) = open_parent(root, &request.path)?;
+        // Not chmod(2) afterwards, which would follow a link that the container puts there. A child runs this alone.
+        let before = sys::umask(0);
+        let made = sys::mknodat(parent.raw(), name, request.mode & (libc::S_IFMT | 0o777), request.rdev);
+        sys::umask(before);
+        made?;
+        own(parent.raw(), name, request.uid, request.gid)
+    };
+    make().map_err(|e| failed(&request.path, e))
+}
+
+/// Sets the owner of a name, not of what it leads to.
+fn own(parent: RawFd, name: &[u8], uid: Option<u32>, gid: Option<u32>) -> SysResult<()> {
+    if uid.is_none() && gid.is_none() {
+        return Ok(());
+    }
+    sys::fchownat(parent, name, uid.unwrap_or(u32::MAX), gid.unwrap_or(u32::MAX), libc::AT_SYMLINK_NOFOLLOW)
 }
 
 /// Removes a file, a link itself or a directory; with `recursive` all that is in it.
@@ -299,6 +325,9 @@ fn info(status: &libc::stat, name: Vec<u8>, target: impl FnOnce() -> SysResult<V
         mtime_ns: status.st_mtime.saturating_mul(1_000_000_000).saturating_add(status.st_mtime_nsec),
         rdev: status.st_rdev,
         link_target,
+        device: status.st_dev,
+        number: status.st_ino,
+        links: u32::try_from(status.st_nlink).unwrap_or(u32::MAX),
     })
 }
 

@@ -109,6 +109,32 @@ fn errors_have_fitting_codes() {
 }
 
 #[test]
+fn further_names_and_nodes() {
+    let root = Root::new();
+    root.mkdir("/d", true).unwrap();
+    root.write("/d/a", 0, b"x", false).unwrap();
+    let request = |path: &str, target: &str| LinkRequest {
+        path: path.as_bytes().to_vec(),
+        target: target.as_bytes().to_vec(),
+        ..Default::default()
+    };
+    link(root.fd.raw(), &request("/b", "/d/../d/a")).unwrap();
+    let (a, b) = (root.stat("/d/a", false).unwrap(), root.stat("/b", false).unwrap());
+    assert_eq!((a.device, a.number, a.links), (b.device, b.number, 2));
+    assert_eq!(status(link(root.fd.raw(), &request("/b", "/d/a"))), code::ALREADY_EXISTS);
+    assert_eq!(status(link(root.fd.raw(), &request("/c", "/none"))), code::NOT_FOUND);
+    assert_ne!(status(link(root.fd.raw(), &request("/c", "/d"))), code::OK);
+    let mut node_at = NodeRequest { path: b"/f".to_vec(), mode: libc::S_IFIFO | 0o640, ..Default::default() };
+    node(root.fd.raw(), &node_at).unwrap();
+    assert_eq!(root.stat("/f", false).unwrap().mode & libc::S_IFMT, libc::S_IFIFO);
+    assert_eq!(status(node(root.fd.raw(), &node_at)), code::ALREADY_EXISTS);
+    for kind in [libc::S_IFREG, libc::S_IFSOCK, libc::S_IFDIR, 0] {
+        node_at.mode = kind | 0o600;
+        assert_eq!(status(node(root.fd.raw(), &node_at)), code::INVALID_ARGUMENT);
+    }
+}
+
+#[test]
 fn directories_links_and_removal() {
     let root = Root::new();
     root.mkdir("/a/b/../c", true).unwrap();

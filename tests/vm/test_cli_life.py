@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tarfile
 import time
@@ -406,6 +408,57 @@ def test_a_detached_container_with_rm_leaves_nothing(shared_kata: Kata, busybox_
     assert not (shared_kata.state_dir / "names" / "brief").exists()
 
 
+def _copy_every_kind(kata: Kata, here: Path, there: str) -> None:
+    """Into the container and out again, as files and as a tar stream: nothing is lost in silence."""
+    source = here / "source"
+    source.mkdir(parents=True)
+    (source / "a").write_text("data")
+    os.link(source / "a", source / "b")
+    os.symlink("a", source / "c")
+    os.mkfifo(source / "fifo", 0o640)
+    os.mknod(source / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    (source / "null").chmod(0o666)
+    kata.ok("cp", "-a", str(source), f"copies:{there}")
+    script = f"cd {there}; stat -c '%n %F %h %a' *; stat -c %t:%T null; ls -i a b | awk '{{print $1}}' | uniq | wc -l"
+    lines = kata.ok("exec", "copies", "sh", "-c", script).splitlines()
+    assert "a regular file 2 644" in lines
+    assert "fifo fifo 1 640" in lines
+    assert "null character special file 1 666" in lines
+    assert lines[-2:] == ["1:3", "1"]
+    out = kata.call("cp", f"copies:{there}", str(here / "out"))
+    assert out.returncode == 1
+    assert b"null is not copied: it is a device" in out.stderr
+    assert (here / "out" / "a").stat().st_ino == (here / "out" / "b").stat().st_ino
+    assert stat.S_ISFIFO((here / "out" / "fifo").stat().st_mode)
+    assert not (here / "out" / "null").exists()
+    stream = kata.call("cp", f"copies:{there}", "-").stdout
+    with tarfile.open(fileobj=io.BytesIO(stream)) as tar:
+        members = {member.name.rpartition("/")[2]: member for member in tar}
+    assert [members[name].type for name in ("a", "b", "c", "fifo", "null")] == [
+        tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE,
+    ]  # fmt: skip
+    # Back in: the archive names no directory for the last of its files, and ends with what nobody knows.
+    extra = io.BytesIO()
+    with tarfile.open(fileobj=extra, mode="w") as tar:
+        for name, kind, target in (("n/x", tarfile.REGTYPE, ""), ("n/y", tarfile.LNKTYPE, "n/x")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    kata.ok("cp", "-", f"copies:{there}", stdin=extra.getvalue())
+    again = kata.call("cp", "-", f"copies:{there}", stdin=stream)
+    assert (again.returncode, again.stderr) == (0, b"")
+    shutil.rmtree(here / "out")
+    assert kata.call("cp", f"copies:{there}", str(here / "out")).returncode == 1
+    names = here / "out"
+    for one, other in (("n/x", "n/y"), ("a", "b"), (f"{there[5:]}/a", f"{there[5:]}/b")):
+        assert (names / one).stat().st_ino == (names / other).stat().st_ino
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(here / "socket"))
+        left = kata.call("cp", str(here / "socket"), f"copies:{there}/socket")
+    assert left.returncode == 1
+    assert b"socket is not copied" in left.stderr
+
+
 def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "below").mkdir(parents=True)
@@ -429,6 +482,8 @@ def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str
             archive = shared_kata.call("cp", f"copies:/in-{run}/below", "-").stdout
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
                 assert tar.getnames() == ["below", "below/big"]
+            if run == "running":
+                _copy_every_kind(shared_kata, tmp_path / "kinds", "/tmp/kinds")
             missing = shared_kata.call("cp", "copies:/nothing", str(tmp_path))
             assert missing.returncode == 125
             assert b"/nothing does not exist" in missing.stderr

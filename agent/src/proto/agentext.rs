@@ -7,7 +7,7 @@ use crate::prelude::standard::*;
 /// link leads out of it. A missing path is NOT_FOUND, a refused one PERMISSION_DENIED.
 pub const FILES: &str = "kata.agent.v1.Files";
 /// Its methods.
-pub const FILES_METHODS: &[&str] = &["Stat", "List", "Read", "Write", "Mkdir", "Symlink", "Remove"];
+pub const FILES_METHODS: &[&str] = &["Stat", "List", "Read", "Write", "Mkdir", "Symlink", "Link", "Node", "Remove"];
 
 /// Processes of a container, as ps(1) would see them.
 pub const PROCESSES: &str = "kata.agent.v1.Processes";
@@ -158,6 +158,10 @@ pub struct FileInfo {
     pub rdev: u64,
     /// Where a symbolic link points to, unresolved; empty for anything else.
     pub link_target: Vec<u8>,
+    /// Names with the same device and number are one file.
+    pub device: u64,
+    pub number: u64,
+    pub links: u32,
 }
 
 impl Message for FileInfo {
@@ -170,6 +174,9 @@ impl Message for FileInfo {
         codec::put_int64(out, 6, self.mtime_ns);
         codec::put_uint64(out, 7, self.rdev);
         codec::put_bytes(out, 8, &self.link_target);
+        codec::put_uint64(out, 9, self.device);
+        codec::put_uint64(out, 10, self.number);
+        codec::put_uint32(out, 11, self.links);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -182,6 +189,9 @@ impl Message for FileInfo {
             6 => codec::get_int64(field, &mut self.mtime_ns)?,
             7 => codec::get_uint64(field, &mut self.rdev)?,
             8 => codec::get_bytes(field, &mut self.link_target)?,
+            9 => codec::get_uint64(field, &mut self.device)?,
+            10 => codec::get_uint64(field, &mut self.number)?,
+            11 => codec::get_uint32(field, &mut self.links)?,
             _ => {}
         }
         Ok(())
@@ -430,6 +440,69 @@ impl Message for SymlinkRequest {
             3 => codec::get_bytes(field, &mut self.target)?,
             4 => codec::get_optional_uint32(field, &mut self.uid)?,
             5 => codec::get_optional_uint32(field, &mut self.gid)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct LinkRequest {
+    pub container_id: String,
+    /// Where the name is made.
+    pub path: Vec<u8>,
+    /// A path of the file; a symbolic link is not followed but gets the name itself.
+    pub target: Vec<u8>,
+}
+
+impl Message for LinkRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.container_id);
+        codec::put_bytes(out, 2, &self.path);
+        codec::put_bytes(out, 3, &self.target);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.container_id)?,
+            2 => codec::get_bytes(field, &mut self.path)?,
+            3 => codec::get_bytes(field, &mut self.target)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct NodeRequest {
+    pub container_id: String,
+    pub path: Vec<u8>,
+    /// Type and permission bits as in mknod(2).
+    pub mode: u32,
+    /// As in stat(2).
+    pub rdev: u64,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+}
+
+impl Message for NodeRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.container_id);
+        codec::put_bytes(out, 2, &self.path);
+        codec::put_uint32(out, 3, self.mode);
+        codec::put_uint64(out, 4, self.rdev);
+        codec::put_optional_uint32(out, 5, &self.uid);
+        codec::put_optional_uint32(out, 6, &self.gid);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.container_id)?,
+            2 => codec::get_bytes(field, &mut self.path)?,
+            3 => codec::get_uint32(field, &mut self.mode)?,
+            4 => codec::get_uint64(field, &mut self.rdev)?,
+            5 => codec::get_optional_uint32(field, &mut self.uid)?,
+            6 => codec::get_optional_uint32(field, &mut self.gid)?,
             _ => {}
         }
         Ok(())

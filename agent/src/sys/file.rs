@@ -236,6 +236,13 @@ pub fn unlinkat(dir: RawFd, path: impl AsRef<[u8]>, flags: i32) -> SysResult<()>
     unsafe { syscall!(libc::SYS_unlinkat, dir, path.as_ptr(), flags) }.map(drop)
 }
 
+/// A further name of a file; a symbolic link is not followed.
+pub fn linkat(from: RawFd, target: impl AsRef<[u8]>, dir: RawFd, path: impl AsRef<[u8]>) -> SysResult<()> {
+    let (target, path) = (cstr(target)?, cstr(path)?);
+    // SAFETY: NUL-terminated paths.
+    unsafe { syscall!(libc::SYS_linkat, from, target.as_ptr(), dir, path.as_ptr(), 0) }.map(drop)
+}
+
 pub fn symlinkat(target: impl AsRef<[u8]>, dir: RawFd, path: impl AsRef<[u8]>) -> SysResult<()> {
     let (target, path) = (cstr(target)?, cstr(path)?);
     // SAFETY: NUL-terminated paths.

@@ -9,12 +9,14 @@ its command.
 from __future__ import annotations
 
 import contextlib
+import lzma
 import os
 import posixpath
 import stat
 import sys
 import tarfile
 import time
+import zlib
 from typing import TYPE_CHECKING
 
 from ..engine.client import SANDBOX, EngineClient
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from .records import Container
 
 _PIECE = 1 << 20
+_WARNINGS = 20
+_SOCKET = "it is a socket, which is nothing without its process"
 
 COMMANDS = {
     "cp": Command(
@@ -45,7 +49,9 @@ COMMANDS = {
         least=2,
         most=2,
         notes="As in 'docker cp': a directory is copied into an existing DEST directory, or becomes DEST; with\n"
-        "SRC/. its content is. DEST or SRC '-' is a tar stream. Works on a running or a stopped container.",
+        "SRC/. its content is. DEST or SRC '-' is a tar stream. Works on a running or a stopped container.\n"
+        "Hard links, fifos and devices are copied as such; not sockets, and no device onto the host: the exit\n"
+        "status is then 1.",
     )
 }
 
@@ -81,6 +87,9 @@ def _cp(arguments: Arguments) -> int:
             _from_tar(guest, sys.stdin.buffer, inner_path)
         else:
             _in(guest, source, inner_path, owners=archive, follow=follow)
+    if guest.left_out:
+        sys.stderr.write(f"error: {guest.left_out} of what was to be copied was not\n")
+        return 1
     return 0
 
 
@@ -104,6 +113,16 @@ class _Guest:
         self._engine = engine
         self._id = container.id
         self._name = container.name
+        self.left_out = 0
+        self.outside: dict[tuple[int, int], str] = {}
+        """Device and number of what has further names -> where the first of them is now."""
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Say that something cannot be copied; the exit status says so, too."""
+        self.left_out += 1
+        if self.left_out <= _WARNINGS:
+            shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what[:300])
+            sys.stderr.write(f"warning: {shown} is not copied: {why}\n")
 
     def stat(self, path: str, *, follow: bool) -> agentext_pb.FileInfo | None:
         """What is at *path*, or None if there is nothing."""
@@ -202,6 +221,24 @@ class _Guest:
         )
         self._engine.call(SANDBOX, "Symlink", request, Empty)
 
+    def link(self, path: str, target: str) -> None:
+        """Make a further name of a file that has been copied."""
+        if self.stat(path, follow=False) is not None:
+            self._remove(path)
+        request = agentext_pb.LinkRequest(
+            container_id=self._id, path=os.fsencode(path), target=os.fsencode(target)
+        )
+        self._engine.call(SANDBOX, "Link", request, Empty)
+
+    def node(self, path: str, mode: int, rdev: int, **attributes: int | None) -> None:
+        """Make a fifo or device."""
+        if self.stat(path, follow=False) is not None:
+            self._remove(path)
+        request = agentext_pb.NodeRequest(
+            container_id=self._id, path=os.fsencode(path), mode=mode, rdev=rdev, **attributes
+        )
+        self._engine.call(SANDBOX, "Node", request, Empty)
+
     def _remove(self, path: str) -> None:
         request = agentext_pb.RemoveFileRequest(container_id=self._id, path=os.fsencode(path))
         self._engine.call(SANDBOX, "Remove", request, Empty)
@@ -237,6 +274,13 @@ def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bo
         for entry in guest.entries(path):
             name = os.fsdecode(entry.name)
             _out_entry(guest, posixpath.join(path, name), entry, os.path.join(destination, name), owners)
+    elif (
+        info.links > 1 and (first := guest.outside.get((info.device, info.number))) and first != destination
+    ):
+        if os.path.lexists(destination):
+            os.unlink(destination)
+        os.link(first, destination, follow_symlinks=False)
+        return
     elif kind == stat.S_IFLNK:
         os.symlink(info.link_target, os.fsencode(destination))
     elif kind == stat.S_IFREG:
@@ -244,9 +288,21 @@ def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bo
         with os.fdopen(os.open(destination, flags, 0o600), "wb") as file:
             for data in guest.read(path, info.size):
                 file.write(data)
-    else:
-        sys.stderr.write(f"warning: {path} is neither a file, a directory nor a symbolic link: not copied\n")
+    elif kind == stat.S_IFIFO:
+        if os.path.lexists(destination):
+            os.unlink(destination)
+        os.mkfifo(destination, 0o600)
+    elif kind == stat.S_IFSOCK:
+        guest.leave_out(path, _SOCKET)
         return
+    else:
+        # The host's kernel would open another device by that number.
+        guest.leave_out(
+            path, "it is a device of the container's machine; in a tar stream (DEST -) it is kept"
+        )
+        return
+    if info.links > 1 and kind != stat.S_IFDIR:
+        guest.outside[info.device, info.number] = destination
     if owners:
         os.chown(destination, info.uid, info.gid, follow_symlinks=False)
     if kind != stat.S_IFLNK:
@@ -272,14 +328,32 @@ def _tar_entry(guest: _Guest, path: str, info: Any, name: str, tar: tarfile.TarF
         for entry in guest.entries(path):
             below = os.fsdecode(entry.name)
             _tar_entry(guest, posixpath.join(path, below), entry, f"{name}/{below}", tar)
+    elif info.links > 1 and (first := guest.outside.get((info.device, info.number))):
+        member.type, member.linkname = tarfile.LNKTYPE, first
+        tar.addfile(member)
     elif kind == stat.S_IFLNK:
         member.type, member.linkname = tarfile.SYMTYPE, os.fsdecode(info.link_target)
         tar.addfile(member)
     elif kind == stat.S_IFREG:
         member.size = info.size
         tar.addfile(member, _Reader(guest.read(path, info.size), info.size))
+    elif kind in _NODES:
+        member.type = _NODES[kind]
+        if kind != stat.S_IFIFO:
+            member.devmajor, member.devminor = os.major(info.rdev), os.minor(info.rdev)
+        tar.addfile(member)
     else:
-        sys.stderr.write(f"warning: {path} is neither a file, a directory nor a symbolic link: not copied\n")
+        guest.leave_out(path, _SOCKET)
+        return
+    if info.links > 1 and kind != stat.S_IFDIR:
+        guest.outside.setdefault((info.device, info.number), name)
+
+
+_NODES = {
+    stat.S_IFIFO: tarfile.FIFOTYPE,
+    stat.S_IFCHR: tarfile.CHRTYPE,
+    stat.S_IFBLK: tarfile.BLKTYPE,
+}
 
 
 class _Reader:
@@ -344,6 +418,10 @@ def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owner
                     posixpath.join(path, entry.name),
                     owners,
                 )
+        return
+    key = status.st_dev, status.st_ino
+    if status.st_nlink > 1 and (first := guest.outside.get(key)):
+        guest.link(path, first)
     elif stat.S_ISLNK(status.st_mode):
         guest.symlink(path, os.fsencode(os.readlink(host)), uid=uid, gid=gid)
     elif stat.S_ISREG(status.st_mode):
@@ -351,8 +429,13 @@ def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owner
             guest.write(
                 path, file, mode=stat.S_IMODE(status.st_mode), uid=uid, gid=gid, mtime_ns=status.st_mtime_ns
             )
+    elif stat.S_IFMT(status.st_mode) in _NODES:
+        guest.node(path, status.st_mode, status.st_rdev, uid=uid, gid=gid)
     else:
-        sys.stderr.write(f"warning: {host} is neither a file, a directory nor a symbolic link: not copied\n")
+        guest.leave_out(host, _SOCKET)
+        return
+    if status.st_nlink > 1:
+        guest.outside.setdefault(key, path)
 
 
 def _from_tar(guest: _Guest, stream: BinaryIO, destination: str) -> None:
@@ -366,29 +449,47 @@ def _from_tar(guest: _Guest, stream: BinaryIO, destination: str) -> None:
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             for member in tar:
                 _from_tar_member(guest, tar, member, base)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError, zlib.error, lzma.LZMAError) as error:
         raise UsageError(f"standard input is not a whole tar stream: {error}") from None
 
 
 def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInfo, base: str) -> None:
     # The agent resolves inside the container's root, so even ".." cannot lead out of it.
-    path = posixpath.join(base, posixpath.normpath(member.name.lstrip("/")))
+    path = _below(base, member.name)
+    if not 0 <= member.uid < _NOBODY or not 0 <= member.gid < _NOBODY:
+        raise ValueError(f"{member.name!r} has the owner {member.uid}:{member.gid}")
+    owner = {"uid": member.uid, "gid": member.gid}
+    mode = member.mode & 0o7777
     if member.isdir():
-        guest.mkdir(path, mode=member.mode & 0o7777, uid=member.uid, gid=member.gid)
-    elif member.issym():
-        guest.symlink(path, os.fsencode(member.linkname), uid=member.uid, gid=member.gid)
+        guest.mkdir(path, mode=mode, **owner)
+        return
+    if not (member.issym() or member.isfile() or member.islnk() or member.type in _NODE_TYPES):
+        guest.leave_out(member.name, f"its type {member.type!r} is unknown")
+        return
+    parent = posixpath.dirname(path)
+    if guest.stat(parent, follow=True) is None:  # an archive need not name the directories of its files
+        guest.mkdir(parent)
+    if member.issym():
+        guest.symlink(path, os.fsencode(member.linkname), **owner)
+    elif member.islnk():
+        guest.link(path, _below(base, member.linkname))
     elif member.isfile():
         content: Any = tar.extractfile(member)
-        guest.write(
-            path,
-            content,
-            mode=member.mode & 0o7777,
-            uid=member.uid,
-            gid=member.gid,
-            mtime_ns=int(member.mtime * 10**9),
-        )
+        limit = (1 << 63) - 1
+        mtime_ns = max(-limit, min(limit, int(member.mtime * 10**9)))
+        guest.write(path, content, mode=mode, mtime_ns=mtime_ns, **owner)
     else:
-        sys.stderr.write(f"warning: {member.name} of the tar stream is of a kind that is not copied\n")
+        rdev = 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor)
+        guest.node(path, _NODE_TYPES[member.type] | mode, rdev, **owner)
+
+
+_NODE_TYPES = {kind: mode for mode, kind in _NODES.items()}
+_NOBODY = (1 << 32) - 1
+"""The number that chown(2) takes for "leave it"; numbers of users and groups are below it."""
+
+
+def _below(base: str, name: str) -> str:
+    return posixpath.join(base, posixpath.normpath(name.lstrip("/")))
 
 
 HANDLERS = {"cp": _cp}

@@ -93,6 +93,14 @@ class SandboxService:
         return await self._forward(request.container_id, _FILES, "Symlink", request, google_pb.Empty)
 
     @finish
+    async def Link(self, request: agentext_pb.LinkRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Link", request, google_pb.Empty)
+
+    @finish
+    async def Node(self, request: agentext_pb.NodeRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Node", request, google_pb.Empty)
+
+    @finish
     async def Remove(self, request: agentext_pb.RemoveFileRequest, context: Context) -> google_pb.Empty:
         return await self._forward(request.container_id, _FILES, "Remove", request, google_pb.Empty)
 

@@ -70,6 +70,10 @@ class FileInfo(Message):
     rdev: int
     link_target: bytes
     """Where a symbolic link points to, unresolved; empty for anything else."""
+    device: int
+    """Names with the same device and number are one file."""
+    number: int
+    links: int
     def __init__(
         self,
         *,
@@ -81,6 +85,9 @@ class FileInfo(Message):
         mtime_ns: int = ...,
         rdev: int = ...,
         link_target: bytes = ...,
+        device: int = ...,
+        number: int = ...,
+        links: int = ...,
     ) -> None: ...
 
 class StatFileRequest(Message):
@@ -212,6 +219,40 @@ class SymlinkRequest(Message):
         container_id: str = ...,
         path: bytes = ...,
         target: bytes = ...,
+        uid: int | None = ...,
+        gid: int | None = ...,
+    ) -> None: ...
+
+class LinkRequest(Message):
+    container_id: str
+    path: bytes
+    """Where the name is made."""
+    target: bytes
+    """A path of the file; a symbolic link is not followed but gets the name itself."""
+    def __init__(
+        self,
+        *,
+        container_id: str = ...,
+        path: bytes = ...,
+        target: bytes = ...,
+    ) -> None: ...
+
+class NodeRequest(Message):
+    container_id: str
+    path: bytes
+    mode: int
+    """Type and permission bits as in mknod(2)."""
+    rdev: int
+    """As in stat(2)."""
+    uid: int | None
+    gid: int | None
+    def __init__(
+        self,
+        *,
+        container_id: str = ...,
+        path: bytes = ...,
+        mode: int = ...,
+        rdev: int = ...,
         uid: int | None = ...,
         gid: int | None = ...,
     ) -> None: ...

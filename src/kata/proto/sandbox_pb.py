@@ -27,6 +27,8 @@ SERVICES = {
             "Write": "@agentext.WriteFileRequest @google.Empty",
             "Mkdir": "@agentext.MkdirRequest @google.Empty",
             "Symlink": "@agentext.SymlinkRequest @google.Empty",
+            "Link": "@agentext.LinkRequest @google.Empty",
+            "Node": "@agentext.NodeRequest @google.Empty",
             "Remove": "@agentext.RemoveFileRequest @google.Empty",
             "Processes": "@agentext.ListProcessesRequest @agentext.ListProcessesResponse",
             "Timings": "@sandbox.TimingsRequest @sandbox.TimingsResponse",
