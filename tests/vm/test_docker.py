@@ -19,6 +19,7 @@ import netlab
 import pytest
 from containerd_support import PATIENCE, ROOT, RUNTIME, Containerd, until
 from socket_support import client
+from test_namespace import advertise
 from test_network import answer_a
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -246,6 +247,22 @@ def test_several_networks(docker: Docker) -> None:
         docker.stop_daemon()
         docker.start_daemon()
         check_names(docker, "both", {"db": "10.78.2.8"})
+        # These networks have no IPv6, and a neighbour who says that it is a router is not believed.
+        bridge = "br-" + docker("network", "inspect", "-f", "{{.Id}}", "back")[:12]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            docker.netns,
+            "sysctl",
+            "-qw",
+            f"net.ipv6.conf.{bridge}.disable_ipv6=0",
+        ]
+        subprocess.run(command, check=True)
+        advertise(docker.netns, bridge)
+        time.sleep(1)
+        assert "inet6" not in docker("exec", "server", "ip", "address", "show", "eth0")
+        assert docker("exec", "server", "cat", "/proc/sys/net/ipv6/conf/eth0/disable_ipv6") == "1\n"
         # A container follows its networks while it runs, as its names do.
         docker("network", "connect", "bridge", "both")
         until(lambda: "inet 10.77.0." in docker("exec", "both", "ip", "-4", "address"), "it is connected")
