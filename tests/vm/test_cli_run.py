@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Kata
@@ -644,3 +645,36 @@ def test_a_disk_that_becomes_full_under_containers(
             kata("rm", "-f", name)
         subprocess.run(["umount", state], check=True)
     assert shared_kata.sandboxes() == []
+
+
+def _with_config(source: Path, target: Path, **config: Any) -> str:
+    """A copy of an image layout whose configuration says more."""
+    shutil.copytree(source, target)
+    blobs = target / "blobs" / "sha256"
+
+    def put(content: Any) -> dict[str, Any]:
+        data = json.dumps(content).encode()
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"digest": f"sha256:{digest}", "size": len(data)}
+
+    index = json.loads((target / "index.json").read_text())
+    manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_text())
+    content = json.loads((blobs / manifest["config"]["digest"][7:]).read_text())
+    content["config"] = {**content.get("config", {}), **config}
+    manifest["config"] |= put(content)
+    index["manifests"] = [{**index["manifests"][0], **put(manifest)}]
+    (target / "index.json").write_text(json.dumps(index))
+    return f"oci:{target}"
+
+
+def test_volumes_of_an_image(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    """Their directories are there, and what the image has at such a path, with owner and mode."""
+    volumes: dict[str, Any] = {"/data/deep": {}, "/etc": {}, "/given/": {}}
+    image = _with_config(Path(busybox_image.partition(":")[2]), tmp_path / "layout", Volumes=volumes)
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "file").write_text("mine\n")
+    script = "test -f /etc/passwd; cat /given/file; stat -c '%U %a' /data/deep; echo x > /data/deep/file"
+    mount = f"{tmp_path}/given:/given:cached,rslave"
+    said = shared_kata.ok("run", "--rm", "-v", mount, image, "sh", "-ec", script)
+    assert said.splitlines() == ["mine", "root 755"]

@@ -160,6 +160,8 @@ def make_container(
             "memory": choice.memory,
             "auto_remove": auto_remove,
             "made_to_run": made_to_run,
+            # A read-only root cannot have what it lacks.
+            "image_volumes": [] if request.read_only else _image_volumes(image.config, spec),
             "stop_signal": choice.stop_signal or image.config.get("StopSignal") or "SIGTERM",
             "labels": image.config.get("Labels") or {},
             "log": {"max_bytes": _LOG_BYTES, "files": _LOG_FILES},
@@ -172,6 +174,21 @@ def make_container(
     except BaseException:
         draft.discard()
         raise
+
+
+def _image_volumes(config: dict[str, Any], spec: dict[str, Any]) -> list[str]:
+    """The image's ``Volumes`` that nothing is mounted on."""
+    mounted = {mount["destination"] for mount in spec["mounts"]}
+    found = {os.path.normpath("/" + path) for path in config.get("Volumes") or {}}
+    if len(found) > _MOST_IMAGE_VOLUMES:
+        raise UsageError(
+            f"the image has {len(found)} volumes; at most {_MOST_IMAGE_VOLUMES} are made",
+            "use another image",
+        )
+    return sorted(found - mounted - {"/"})
+
+
+_MOST_IMAGE_VOLUMES = 100
 
 
 def _runnable(platform: str | None) -> str | None:

@@ -163,8 +163,30 @@ def start_detached(container: Container, started_ns: int | None = None, *, disca
         engine, client = _open(container, time.monotonic_ns() if started_ns is None else started_ns)
         with client:
             client.create(container.id, container.directory, terminal=container.record["tty"])
+            make_image_volumes(client, container)
             client.start(container.id)
             engine.release()
+
+
+def make_image_volumes(client: EngineClient, container: Container) -> None:
+    """Make the directories that the image has as ``Volumes`` and not among its files.
+
+    They need no place of their own: the writable layer is the container's alone, stays as long as it does and goes
+    with it, as an anonymous volume would; and what the image has at such a path, with owner and mode, is in it already.
+
+    Raises:
+        KataError: One cannot be made.
+    """
+    paths_wanted = container.record.get("image_volumes")
+    if not paths_wanted:
+        return
+    from ..engine.client import SANDBOX
+    from ..proto import agentext_pb
+    from ..proto.google_pb import Empty
+
+    for path in paths_wanted:
+        request = agentext_pb.MkdirRequest(container_id=container.id, path=os.fsencode(path), parents=True)
+        client.call(SANDBOX, "Mkdir", request, Empty)
 
 
 class _undone_on_failure:
@@ -452,6 +474,7 @@ def run_attached(
                 stderr=streams.fifos.stderr,
             )
             streams.fifos.connected()
+            make_image_volumes(client, container)
             client.start(container.id)
             engine.release()
         except BaseException:
