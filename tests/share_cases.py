@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import time
@@ -320,6 +322,27 @@ def _allow(path: Path, user: int) -> None:
     entries = ((1, 6, nobody), (2, 4, user), (4, 0, nobody), (16, 4, nobody), (32, 0, nobody))
     value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
     os.setxattr(path, "system.posix_acl_access", value)
+
+
+def test_a_killed_file_server_is_told(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    if kata.env["KATA_SHARED_FS"] != "virtio-fs":
+        return  # the hypervisor serves the files
+    running = kata.start(
+        *("run", "--rm", "--name", "served", "-v", f"{tmp_path}:/d", busybox_image),
+        *("sh", "-c", "echo up; while :; do ls /d; sleep 0.1; done"),
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"up\n"
+    machine = int(json.loads(kata.ok("inspect", "served"))[0]["state"]["pid"])
+    engine = Path(f"/proc/{machine}/stat").read_text().rpartition(") ")[2].split()[1]
+    children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
+    (server,) = (pid for pid in children if "virtiofsd" in Path(f"/proc/{pid}/comm").read_text())
+    os.kill(int(server), signal.SIGKILL)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 137
+    assert b"virtiofsd" in stderr
+    assert b"killed by signal 9" in stderr
+    assert kata.sandboxes() == [] or "served" not in kata.ok("ps", "-a")
 
 
 # ---- programs that change ----

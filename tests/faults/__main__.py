@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/vm"), str(ROOT / "tests")]
 from containerd_support import SECOND, USE_SECOND  # noqa: E402
 
 from faults import report, rounds, stops  # noqa: E402
+from kata.guest import manifest  # noqa: E402
 from kata.hypervisor import accel, virtiofsd  # noqa: E402
 
 STATE = ROOT / "build/faults"
@@ -85,9 +86,10 @@ def main() -> int:
     return carry_out(options, names)
 
 
-def has_file_server() -> bool:
-    """Whether shares are served by a process of their own here: under software emulation they never are."""
-    return accel.choose().accel == "kvm" and virtiofsd.find() is not None
+def has_file_server(guest: Path) -> bool:
+    """Whether shares are served by a process of their own here; an emulated machine's kernel has to be ready for it."""
+    emulated = accel.choose().accel == "tcg"
+    return virtiofsd.find() is not None and (not emulated or manifest.load(str(guest)).bounces)
 
 
 def carry_out(options: argparse.Namespace, names: list[str]) -> int:
@@ -101,7 +103,12 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
         state = options.state / f"containerd-{runner.containerd}.json"
         record = rounds.Record(state, runner.containerd, seed, resume=options.resume)
         print(f"containerd {record.containerd}, seed {record.seed}", flush=True)
-        there_are = ["engine", "hypervisor", "containerd", *(["virtiofsd"] if has_file_server() else [])]
+        there_are = [
+            "engine",
+            "hypervisor",
+            "containerd",
+            *(["virtiofsd"] if has_file_server(guest) else []),
+        ]
         numbers = range(options.first, options.first + options.rounds)
         victims = {*options.victims.split(",")} & {*there_are, "shim"}
         if "virtiofsd" not in there_are:

@@ -27,9 +27,8 @@ containerd, ctr and crictl. After every single fault this has to hold, or the ro
 * the host is as before the first round: processes, mounts, links and addresses, tc, network namespaces, cgroups, run
   and state directories, bundles, addresses of pods, loop devices.
 
-The victims are the engine, the hypervisor, the file server of the share (virtiofsd, with KVM; under software emulation
-the hypervisor's own process serves the share, by 9p), containerd itself, and the shim's command where one runs. A
-network helper there is only with `kata run`: in containerd's networks tc carries the packets.
+The victims are the engine, the hypervisor, the file server of the share (virtiofsd), containerd itself, and the shim's
+command where one runs. A network helper there is only with `kata run`: in containerd's networks tc carries the packets.
 
 When the shim's command that clears up is killed, containerd keeps its bundle until it is started the next time,
 whatever the runtime; so it is started anew there before anything is checked.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +11,7 @@ from conftest import Kata
 from share_cases import (  # noqa: F401 - collected here
     SHARES,
     sharing,
+    test_a_killed_file_server_is_told,
     test_a_program_that_was_replaced_is_not_run,
     test_files_behave_as_files,
     test_files_of_two_file_systems_stay_apart,
@@ -50,22 +48,3 @@ def test_a_root_of_the_hosts(kata: Kata, tmp_path: Path) -> None:
         kata.ok("run", "--rm", "--network", "none", f"rootfs:{tmp_path}", "/bin/sh", "-c", script) == "new\n"
     )
     assert not (tmp_path / "made").exists()
-
-
-def test_a_killed_file_server_is_told(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
-    running = kata.start(
-        *("run", "--rm", "--name", "served", "-v", f"{tmp_path}:/d", busybox_image),
-        *("sh", "-c", "echo up; while :; do ls /d; sleep 0.1; done"),
-    )
-    assert running.stdout is not None
-    assert running.stdout.readline() == b"up\n"
-    machine = int(json.loads(kata.ok("inspect", "served"))[0]["state"]["pid"])
-    engine = Path(f"/proc/{machine}/stat").read_text().rpartition(") ")[2].split()[1]
-    children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
-    (server,) = (pid for pid in children if "virtiofsd" in Path(f"/proc/{pid}/comm").read_text())
-    os.kill(int(server), signal.SIGKILL)
-    _, stderr = running.communicate(timeout=60)
-    assert running.returncode == 137
-    assert b"virtiofsd" in stderr
-    assert b"killed by signal 9" in stderr
-    assert kata.sandboxes() == [] or "served" not in kata.ok("ps", "-a")

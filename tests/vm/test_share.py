@@ -11,6 +11,7 @@ from conftest import Kata
 from share_cases import (  # noqa: F401 - collected here
     SHARES,
     sharing,
+    test_a_killed_file_server_is_told,
     test_a_program_that_was_replaced_is_not_run,
     test_files_behave_as_files,
     test_files_of_two_file_systems_stay_apart,
