@@ -106,6 +106,8 @@ pub struct Agent {
     /// False on a host, whose control groups are not ours.
     pub has_cgroups: bool,
     pub oom_watch: Option<Fd>,
+    /// When containers were last looked at for being stuck at their memory limits (CLOCK_MONOTONIC).
+    pub thrash_looked_ns: u64,
     /// Output streams whose readers wait for their connection to take more.
     pub stalled: Vec<(Key, u8)>,
     /// Streaming calls, by connection and number.
@@ -148,6 +150,7 @@ impl Agent {
             sandbox: Sandbox::default(),
             has_cgroups: false,
             oom_watch: None,
+            thrash_looked_ns: 0,
             stalled: Vec::new(),
             attachments: BTreeMap::new(),
             debug_ports: Vec::new(),

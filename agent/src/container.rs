@@ -57,6 +57,8 @@ pub struct Container {
     pub failure: Option<Error>,
     /// OOM kills that have been reported.
     pub oom_kills: u64,
+    /// While it is at its memory limit with nothing to reclaim.
+    pub squeeze: Option<crate::thrash::Squeeze>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -66,6 +66,7 @@ pub mod sys;
 pub mod syscalls;
 #[cfg(test)]
 mod test_support;
+pub mod thrash;
 pub mod uevent;
 pub mod volumes;
 mod watchable;

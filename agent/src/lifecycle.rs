@@ -66,6 +66,7 @@ impl Agent {
             remover: None,
             failure: None,
             oom_kills: 0,
+            squeeze: None,
         };
         let mut shared = self.sandbox.shared().usable_by(&namespaces);
         if !shares_pids {

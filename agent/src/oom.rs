@@ -24,6 +24,7 @@ impl Agent {
         let mut buf = [0u8; 1024];
         while sys::read(fd, &mut buf).is_ok_and(|n| n > 0) {}
         self.look_for_oom();
+        self.look_for_thrashing();
     }
 
     pub fn look_for_oom(&mut self) {
@@ -38,11 +39,16 @@ impl Agent {
         }
         for id in hit {
             log::warn(&format!("container {id}: the kernel has killed a process for lack of memory"));
-            if self.sandbox.oom_events.len() < MAX_EVENTS {
-                self.sandbox.oom_events.push_back(id);
-            }
+            self.report_oom(id);
         }
         self.answer_oom();
+    }
+
+    /// Keeps the news of a kill for whoever asks next.
+    pub fn report_oom(&mut self, id: String) {
+        if self.sandbox.oom_events.len() < MAX_EVENTS {
+            self.sandbox.oom_events.push_back(id);
+        }
     }
 
     pub fn answer_oom(&mut self) {

@@ -1,0 +1,177 @@
+//! Containers that are stuck at their memory limit without the kernel's ending it.
+//!
+//! As long as reclaim frees a single page the kernel does not call it out of memory. A container whose memory is all
+//! anonymous but for the pages of its program lives on these: each page fault evicts one that is needed next and is read
+//! again from the image or the share. On a host such pages are mostly charged to somebody else; in a guest they are the
+//! container's own, and where each read takes a while the kernel gives up after minutes, or never. So what the kernel would do
+//! in the end is done here: the process that it would choose is killed, and reported as its kill.
+
+use crate::agent::Agent;
+use crate::cgroup::Cgroup;
+use crate::cgroup_stats::value_of;
+use crate::fs;
+use crate::log;
+use crate::prelude::*;
+use crate::sys::{self, Pid};
+
+/// Containers are looked at no more often: the kernel announces a hundred times a second that a limit was hit.
+const LOOK_NS: u64 = 200_000_000;
+/// For so long a container is watched.
+const WINDOW_NS: u64 = 3_000_000_000;
+/// It is stuck if all its processes waited for memory during so much of that time (of a program that only reads its own
+/// pages again and again it is 40 to 60: the reading itself is not counted as waiting),
+const STALLED_PERCENT: u64 = 25;
+/// and if what it has of files was evicted and read again so often in that time.
+const TURNOVERS: u64 = 16;
+const PAGE: u64 = 4096;
+/// What reclaim could take is "nothing" up to this part of the limit.
+const RECLAIMABLE_PART: u64 = 64;
+
+/// What was seen of a container that is at its limit with nothing to reclaim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Squeeze {
+    /// When (CLOCK_MONOTONIC).
+    at_ns: u64,
+    /// For how long all its processes have waited for memory so far (Documentation/accounting/psi.rst).
+    stalled_us: u64,
+    /// Pages of files that it has had to read again so far.
+    refaults: u64,
+    /// Bytes of files that it has.
+    file: u64,
+}
+
+/// One look at a container: what to remember, and whether it is stuck.
+fn step(before: Option<Squeeze>, now: Option<Squeeze>) -> (Option<Squeeze>, bool) {
+    let (Some(before), Some(now)) = (before, now) else { return (now, false) };
+    let elapsed_ns = now.at_ns.saturating_sub(before.at_ns);
+    if elapsed_ns < WINDOW_NS {
+        return (Some(before), false);
+    }
+    let waited_ns = now.stalled_us.saturating_sub(before.stalled_us).saturating_mul(1000);
+    let read_again = now.refaults.saturating_sub(before.refaults).saturating_mul(PAGE);
+    let is_stuck = waited_ns >= elapsed_ns / 100 * STALLED_PERCENT && read_again >= now.file.max(PAGE) * TURNOVERS;
+    (Some(now), is_stuck)
+}
+
+/// Looks at a group at `at_ns`; nothing if it is not at its limit, or has something to reclaim. `read` gives a file of it.
+fn look(at_ns: u64, read: &dyn Fn(&str) -> Option<String>) -> Option<Squeeze> {
+    let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
+    let limit = number("memory.max")?; // "max" is no number
+    if number("memory.current")?.saturating_add(limit / RECLAIMABLE_PART) < limit {
+        return None;
+    }
+    let stat = read("memory.stat")?;
+    let value = |key| value_of(&stat, key).unwrap_or(0);
+    let file = value("file").saturating_sub(value("shmem"));
+    if file > limit / RECLAIMABLE_PART {
+        return None;
+    }
+    let pressure = read("memory.pressure")?;
+    let full = pressure.lines().find_map(|line| line.strip_prefix("full "))?;
+    let stalled_us = full.split(' ').find_map(|word| word.strip_prefix("total="))?.parse().ok()?;
+    Some(Squeeze { at_ns, stalled_us, refaults: value("workingset_refault_file"), file })
+}
+
+/// The process that the kernel would kill: the one with the highest score, if it may be killed at all.
+fn victim(pids: &[Pid]) -> Option<Pid> {
+    let read = |pid: Pid, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).ok();
+    let number = |text: Option<String>| text.and_then(|text| text.trim().parse::<i64>().ok());
+    let may = |pid: &Pid| number(read(*pid, "oom_score_adj")).is_some_and(|adjustment| adjustment > -1000);
+    pids.iter().copied().filter(may).max_by_key(|pid| number(read(*pid, "oom_score")).unwrap_or(0))
+}
+
+/// Kills what the kernel would; whether there was something.
+fn kill(cgroup: &Cgroup) -> Result<bool> {
+    let whole = fs::read_to_string(format!("{}/memory.oom.group", cgroup.path())).is_ok_and(|text| text.trim() == "1");
+    if whole {
+        return cgroup.kill_all().map(|()| true);
+    }
+    match victim(&cgroup.pids()?) {
+        Some(pid) => sys::kill(pid, libc::SIGKILL).context("kill a process").map(|()| true),
+        None => Ok(false),
+    }
+}
+
+impl Agent {
+    /// Ends what is stuck. Called when the kernel announces that some container has hit its limit.
+    pub fn look_for_thrashing(&mut self) {
+        let now_ns = sys::monotonic_ns();
+        if now_ns.saturating_sub(self.thrash_looked_ns) < LOOK_NS {
+            return;
+        }
+        self.thrash_looked_ns = now_ns;
+        let mut killed = vec![];
+        for (id, container) in &mut self.containers {
+            let Some(cgroup) = &container.cgroup else { continue };
+            let read = |file: &str| fs::read_to_string(format!("{}/{file}", cgroup.path())).ok();
+            let (squeeze, stuck) = step(container.squeeze, look(now_ns, &read));
+            container.squeeze = squeeze;
+            if stuck {
+                match kill(cgroup) {
+                    Ok(true) => killed.push(id.clone()),
+                    Ok(false) => {}
+                    Err(e) => log::error(&format!("container {id} is stuck at its memory limit: {}", e.message)),
+                }
+            }
+        }
+        for id in killed {
+            log::warn(&format!("container {id} was stuck at its memory limit: a process was killed, as by the kernel"));
+            self.report_oom(id);
+        }
+        self.answer_oom();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(seconds: u64, stalled_ms: u64, refaults: u64) -> Option<Squeeze> {
+        Some(Squeeze { at_ns: seconds * 1_000_000_000, stalled_us: stalled_ms * 1000, refaults, file: 2 * PAGE })
+    }
+
+    #[test]
+    fn only_a_container_that_waits_and_reads_the_same_again_is_stuck() {
+        assert_eq!(step(None, None), (None, false));
+        let first = seen(10, 1000, 500);
+        assert_eq!(step(None, first), (first, false));
+        assert_eq!(step(first, seen(12, 3000, 9000)), (first, false)); // not long enough yet
+        assert_eq!(step(first, seen(13, 2000, 532)), (seen(13, 2000, 532), true));
+        assert!(!step(first, seen(13, 1700, 9000)).1); // it gets on
+        assert!(!step(first, seen(13, 4000, 531)).1); // what it reads is new
+        assert_eq!(step(first, None), (None, false)); // it has room again
+    }
+
+    fn group(max: &str, current: &str, file: u64, shmem: u64) -> Option<Squeeze> {
+        let read = |name: &str| match name {
+            "memory.max" => Some(format!("{max}\n")),
+            "memory.current" => Some(format!("{current}\n")),
+            "memory.stat" => Some(format!("anon 1\nfile {file}\nshmem {shmem}\nworkingset_refault_file 5\n")),
+            "memory.pressure" => {
+                Some("some avg10=0.00 total=9\nfull avg10=1.00 avg60=0.0 avg300=0.0 total=77\n".into())
+            }
+            _ => None,
+        };
+        look(3, &read)
+    }
+
+    #[test]
+    fn a_container_with_room_or_with_pages_to_give_up_is_not_looked_at() {
+        let squeezed = |file| Some(Squeeze { at_ns: 3, stalled_us: 77, refaults: 5, file });
+        assert_eq!(group("6400", "6400", 90, 0), squeezed(90));
+        assert_eq!(group("6400", "6310", 90, 0), squeezed(90));
+        assert_eq!(group("6400", "6200", 90, 0), None);
+        assert_eq!(group("6400", "6400", 200, 0), None);
+        assert_eq!(group("6400", "6400", 200, 150), squeezed(50)); // shared memory cannot be reclaimed
+        assert_eq!(group("max", "6400", 0, 0), None);
+        assert_eq!(look(3, &|_| None), None);
+    }
+
+    #[test]
+    fn the_victim_is_one_that_may_be_killed() {
+        let own = sys::getpid();
+        assert_eq!(victim(&[own]), Some(own));
+        assert_eq!(victim(&[i32::MAX]), None);
+        assert_eq!(victim(&[]), None);
+    }
+}
