@@ -16,7 +16,7 @@ pub fn read(path: &str) -> Result<CgroupStats> {
     let hugetlb_stats = huge_pages(path, &read)?;
     Ok(CgroupStats {
         cpu_stats: read("cpu.stat").map(|text| Box::new(cpu(&text))),
-        memory_stats: memory(&read).map(Box::new),
+        memory_stats: memory(&read, total_memory()).map(Box::new),
         pids_stats: pids(&read).map(Box::new),
         blkio_stats: read("io.stat").map(|text| Box::new(block_io(&text))),
         hugetlb_stats,
@@ -66,7 +66,16 @@ fn cpu(text: &str) -> CpuStats {
     }
 }
 
-fn memory(read: Reader) -> Option<MemoryStats> {
+/// `MemTotal` in bytes.
+fn total_memory() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
+}
+
+/// A group without a limit has that of the machine: clients write this number beside the usage.
+fn memory(read: Reader, total: u64) -> Option<MemoryStats> {
     let usage = number(&read("memory.current")?);
     let stat = read("memory.stat").unwrap_or_default();
     let value = |file: &str| read(file).map_or(0, |text| number(&text));
@@ -78,7 +87,7 @@ fn memory(read: Reader) -> Option<MemoryStats> {
             // Linux 5.19; without it the present usage is the best that is known.
             max_usage: value("memory.peak").max(usage),
             failcnt: event("memory.events", "max"),
-            limit: value("memory.max"),
+            limit: value("memory.max").min(total),
         })),
         swap_usage: read("memory.swap.current").map(|text| {
             let usage = number(&text);
@@ -168,13 +177,13 @@ mod tests {
                 _ => return None,
             })
         };
-        let stats = memory(&read).unwrap();
+        let stats = memory(&read, 8192).unwrap();
         let usage = stats.usage.unwrap();
-        assert_eq!((usage.usage, usage.max_usage, usage.failcnt, usage.limit), (4096, 4096, 3, u64::MAX));
+        assert_eq!((usage.usage, usage.max_usage, usage.failcnt, usage.limit), (4096, 4096, 3, 8192));
         let swap = stats.swap_usage.unwrap();
         assert_eq!((swap.usage, swap.limit), (5, 100));
         assert_eq!((stats.cache, stats.kernel_usage.unwrap().usage, stats.stats["inactive_file"]), (2048, 77, 12));
-        assert!(memory(&|_| None).is_none());
+        assert!(memory(&|_| None, 8192).is_none());
     }
 
     #[test]

@@ -300,7 +300,13 @@ def test_what_cannot_be_carried_is_told() -> None:
     config["mounts"].append(
         {"destination": "/v", "type": "bind", "source": "/v", "options": ["rbind", "rshared"]}
     )
-    told = {"the I/O priority", "raw cgroup v2 settings"}
+    throttle = [{"major": 254, "minor": 0, "rate": 1 << 20}]
+    config["linux"]["resources"]["blockIO"] = {"weight": 300, "throttleReadBpsDevice": throttle}
+    config["linux"]["resources"]["cpu"] = {"shares": 512, "cpus": "0,1", "mems": "0"}
+    config["linux"]["resources"]["network"] = {"classID": 5}
+    told = {"the I/O priority", "raw cgroup v2 settings", *spec.OF_HOST_SETS.values()}
+    told.add(spec.OF_HOST_NETWORK["classID"])
+    told.add("limits of bytes read from the host's devices")
     backwards = "mount propagation from the container to the host (the other direction works)"
     assert set(spec.dropped(config)) == told | {backwards}
     binds = [spec.GuestBind(str(mount["source"]), mount["options"]) for mount in spec.host_binds(config)]

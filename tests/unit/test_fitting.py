@@ -97,6 +97,11 @@ def plugged(mib: int, first: int = 512) -> int:
     return more + more % 2
 
 
+def given(mib: int) -> int:
+    """What a guest with 512 MiB gives back for containers with such limits: its kernel keeps 60."""
+    return ((512 - 60) * MIB - sizing.total_of(mib * MIB, "small")) // MIB
+
+
 def test_nothing_is_done_for_what_fits() -> None:
     machine = Machine()
     run(machine.fitting.admit("c", limits(0.5, 64)))
@@ -117,15 +122,15 @@ def test_a_pods_containers_add_up_and_nothing_shrinks_when_they_come() -> None:
 
 def test_what_the_cri_said_of_the_pod_counts_and_follows_updates() -> None:
     source = f"{sizing.OF_SANDBOX} (containerd)"
-    pod = {"kernel": "small", "source": source, "cpus": 2.0, "memory": 480 * MIB}
+    pod = {"kernel": "small", "source": source, "cpus": 2.0, "memory": 450 * MIB}
     machine = Machine(vcpus=2, sizing=pod)
-    run(machine.fitting.admit("a", limits(1, 240)))
-    run(machine.fitting.admit("b", limits(1, 240)))
+    run(machine.fitting.admit("a", limits(1, 220)))
+    run(machine.fitting.admit("b", limits(1, 220)))
     assert machine.told == []
     run(machine.update("a", limits(2, 1000)))
-    assert machine.told == [("memory", plugged(1240)), ("cpus", 3), ("limits", limits(2, 1000))]
-    run(machine.update("a", limits(1, 240)))
-    assert machine.told[3:] == [("limits", limits(1, 240)), ("memory", 0), ("cpus", 2)]
+    assert machine.told == [("memory", plugged(1230)), ("cpus", 3), ("limits", limits(2, 1000))]
+    run(machine.update("a", limits(1, 220)))
+    assert machine.told[3:] == [("limits", limits(1, 220)), ("memory", 0), ("cpus", 2)]
 
 
 def test_an_update_that_cannot_be_changes_nothing() -> None:
@@ -165,11 +170,11 @@ def test_below_its_first_size_the_guest_gives_memory_back() -> None:
     run(machine.fitting.admit("pause", {}, is_sandbox=True))
     run(machine.fitting.admit("a", limits(1, 400)))
     run(machine.update("a", limits(1, 200)))
-    assert machine.told == [("limits", limits(1, 200)), ("balloon", 512 - 60 - 200)]
-    assert machine.fitting.memory_mib == 260
+    assert machine.told == [("limits", limits(1, 200)), ("balloon", given(200))]
+    assert machine.fitting.memory_mib == 512 - given(200)
     machine.told.clear()
     run(machine.update("a", limits(1, 250)))
-    assert machine.told == [("balloon", 512 - 60 - 250), ("limits", limits(1, 250))]
+    assert machine.told == [("balloon", given(250)), ("limits", limits(1, 250))]
     run(machine.update("a", limits(1, 1000)))
     assert machine.told[2:] == [("balloon", 0), ("memory", plugged(1000)), ("limits", limits(1, 1000))]
     run(machine.update("a", limits(1, 30)))
@@ -185,9 +190,36 @@ def test_who_has_no_limit_may_be_using_what_the_machine_has() -> None:
     assert machine.told == [("limits", limits(1, 200))]
     machine.fitting.forget("b")
     run(machine.update("a", limits(1, 200)))
-    assert machine.told[1:] == [("limits", limits(1, 200)), ("balloon", 512 - 60 - 200)]
+    assert machine.told[1:] == [("limits", limits(1, 200)), ("balloon", given(200))]
     run(machine.fitting.admit("b", {}))
     assert machine.told[3:] == [("balloon", 0)]
+
+
+def test_who_has_no_limit_counts_beside_those_who_have() -> None:
+    pod = {"kernel": "small", "source": f"{sizing.OF_SANDBOX} (containerd)", "memory": 64 * MIB}
+    machine = Machine(memory_mib=101, sizing={**pod, "default_memory_mib": 2048})
+    run(machine.fitting.admit("pause", {}, is_sandbox=True))
+    run(machine.fitting.admit("proxy", limits(mib=64)))
+    assert machine.told == [], "one that stands for its pod is not worth a limit"
+    run(machine.fitting.admit("main", {}))
+    assert machine.fitting.memory_mib >= sizing.memory_of(64 * MIB, "small") + 2048
+    assert machine.fitting.describe()["unlimited"] == ["main"]
+    run(machine.fitting.admit("other", {}))
+    assert len(machine.told) == 1, "those without share it"
+
+    machine = Machine(memory_mib=102, max_memory_mib=1000, sizing={**pod, "default_memory_mib": 2048})
+    run(machine.fitting.admit("proxy", limits(mib=64)))
+    run(machine.fitting.admit("main", {}))
+    assert machine.fitting.memory_mib == 1000, "as far as there is room, which is no error"
+
+
+def test_sets_of_processors_are_one_and_never_more_than_there_may_be() -> None:
+    machine = Machine()
+    run(machine.fitting.admit("a", {"cpu": {"cpus": "0,1"}}))
+    run(machine.fitting.admit("b", {"cpu": {"cpus": "1-2"}}))
+    assert machine.fitting.vcpus == 3
+    run(machine.fitting.admit("c", {"cpu": {"cpus": "0-63"}}))
+    assert machine.fitting.vcpus == 4
 
 
 def test_what_the_guest_does_not_give_back_is_told() -> None:
@@ -195,11 +227,13 @@ def test_what_the_guest_does_not_give_back_is_told() -> None:
     run(machine.fitting.admit("a", limits(1, 400)))
     machine.spare = 100
     run(machine.update("a", limits(1, 200)))
-    assert machine.complaints == ["the guest has not given back 152 MiB of memory; the limits hold in it"]
+    assert machine.complaints == [
+        f"the guest has not given back {given(200) - 100} MiB of memory; the limits hold in it"
+    ]
     assert (machine.fitting.memory_mib, machine.fitting.returned_mib) == (412, 100)
     machine.spare = 1000
     run(machine.update("a", limits(1, 200)))
-    assert machine.fitting.memory_mib == 260
+    assert machine.fitting.memory_mib == 512 - given(200)
     assert len(machine.complaints) == 1
     machine.fail = {"balloon"}
     run(machine.update("a", limits(1, 150)))
@@ -219,7 +253,7 @@ def test_what_is_plugged_and_stuck_goes_into_the_balloon() -> None:
     assert machine.told[3:] == [
         ("limits", limits(1, 300)),
         ("memory", 0),
-        ("balloon", 512 + 300 - 60 - 300),
+        ("balloon", given(300) + 300),
     ]
     assert machine.complaints == []
 
@@ -336,7 +370,7 @@ def test_the_explanation_has_the_numbers() -> None:
     assert found["host"]["memory_mib"] == now + 256 + now // 32
     text = "\n".join(explain._lines(found))
     assert "max(1, ceil(1.5)) = 2" in text
-    assert f"max(64, (1000 + 21) / (1 - 0.0176)) = {sizing.memory_of(1000 * MIB, 'small')} MiB" in text
+    assert f"max(64, (1000 + 39 + 21) / (1 - 0.0176)) = {sizing.memory_of(1000 * MIB, 'small')} MiB" in text
     assert f"now {now} MiB: 512 at the start, {plugged(1000)} plugged, 0 given back" in text
     assert "until the next update" not in text
     assert "/x/kata/p" in text

@@ -55,9 +55,35 @@ def test_the_guest_gets_what_was_asked(asked: int, kernel: str) -> None:
     kept = {"small": 19.5, "distro": 47.5}[kernel]
     size = sizing.plan(sizing.Asked(None, asked), kernel)
     total = size.memory_mib * (1 - 1 / 64 - 1 / 1024) - kept
-    assert total * MIB >= asked * 0.999
+    least = sizing.total_of(asked, kernel)
+    assert total * MIB >= least * 0.999
     if size.memory_mib > sizing.LEAST_MIB[kernel]:
-        assert total * MIB <= asked * 1.05 + 4 * MIB
+        assert total * MIB <= least * 1.05 + 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0,1", 2),
+        ("0-2", 3),
+        ("0-1,1-2,5", 4),
+        ("7", 1),
+        ("", 0),
+        (None, 0),
+        ("0-9999999999", 0),
+        ("a-b", 0),
+    ],
+)
+def test_without_a_quota_the_set_of_processors_counts(text: object, count: int) -> None:
+    asked = sizing.container_asks({"cpu": {"cpus": text}})
+    assert len(asked.cpuset) == count
+    assert sizing.plan(asked).vcpus == max(min(count, 4), 1)
+    asked = sizing.container_asks({"cpu": {"cpus": text, "quota": 50_000, "period": 100_000}})
+    assert sizing.plan(asked).vcpus == 1
+
+
+def test_more_processors_in_a_set_than_there_are_are_no_error() -> None:
+    assert sizing.plan(sizing.container_asks({"cpu": {"cpus": "0-63"}})).vcpus == 4
 
 
 def test_a_least_size() -> None:

@@ -432,9 +432,8 @@ def test_the_guest_has_the_memory_that_was_asked_for(lab: Lab, mib: int) -> None
     size = sizing.plan(sizing.Asked(None, mib << 20), lab.guest.kernel_kind)
     with lab.machine(memory_mib=size.memory_mib) as (_, shell, _):
         total = int(re.findall(r"\d+", shell.ok("grep MemTotal /proc/meminfo"))[0])
-    assert total >= mib << 10
-    if size.memory_mib > sizing.LEAST_MIB[lab.guest.kernel_kind]:
-        assert total <= (mib << 10) * 1.05
+    least = sizing.total_of(mib << 20, lab.guest.kernel_kind) >> 10
+    assert least <= total <= least * 1.05
 
 
 def test_processors(lab: Lab) -> None:

@@ -117,6 +117,9 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
             "fixed": size["fixed_memory"],
             "most": size["max_memory_mib"],
             "kernel": kernel,
+            "beside": 0 if size["memory"] is None else _beside(size["memory"], kernel),
+            "unlimited": size["unlimited"],
+            "default": size["default_memory_mib"],
             "kernel_fixed": sizing.KERNEL_MIB[kernel],
             "kernel_growing": sizing.GROWING_PART,
             "least": sizing.LEAST_MIB[kernel],
@@ -130,6 +133,11 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
             "used_mib": (facts.get("hypervisor_usage") or {}).get("rss_bytes", 0) // sizing.MIB,
         },
     }
+
+
+def _beside(asked: int, kernel: str) -> int:
+    """MiB that a guest uses beside its containers, if those ask for so many bytes."""
+    return -(-(sizing.total_of(asked, kernel) - asked) // sizing.MIB)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -155,8 +163,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines.append(f"  now {cpus['now']}, at most {cpus['most']}")
     lines += [
         "",
-        "memory = (asked + fixed part of the kernel) / (1 - part that grows), rounded up;"
-        " default_memory when none is asked",
+        "memory = (asked + what the guest uses beside containers + fixed part of the kernel) / (1 - part that grows),"
+        " rounded up; default_memory when none is asked",
     ]
     needed = memory["first"]
     if asked["memory_mib"] is None:
@@ -164,9 +172,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
     else:
         needed = sizing.memory_of(asked["memory_mib"] * sizing.MIB, memory["kernel"])
         lines.append(
-            f"  max({memory['least']}, ({asked['memory_mib']} + {memory['kernel_fixed']})"
+            f"  max({memory['least']}, ({asked['memory_mib']} + {memory['beside']} + {memory['kernel_fixed']})"
             f" / (1 - {memory['kernel_growing']:.4f})) = {needed} MiB"
         )
+        if memory["unlimited"]:
+            lines.append(
+                f"  and as far as there is room {memory['default']} MiB (default_memory) for containers without"
+                f" a limit: {', '.join(name[:12] for name in memory['unlimited'])}"
+            )
+            needed += memory["default"]
     lines.append(
         f"  now {memory['now']} MiB: {memory['first']} at the start, {memory['plugged']} plugged,"
         f" {memory['returned']} given back by the guest; at most {memory['most']} MiB"

@@ -1,10 +1,10 @@
 """Keeping a running machine as large as what is asked of it: when containers come, and when limits change.
 
 What is asked for is what the CRI said of the pod, and at least the sum of its containers' limits; the machine for
-that follows from the formula in `kata.resources.sizing`. A container that comes may let the machine grow; an update
-grows it before the limit is raised, and shrinks it after the limit was lowered. Beyond what a machine was started with
-its memory comes and goes by virtio-mem; below that, the guest's balloon gives memory back, if every container has a
-limit: one without may be using it.
+that follows from the formula in `kata.resources.sizing`, with `default_memory` on top for containers without a limit.
+A container that comes may let the machine grow; an update grows it before the limit is raised, and shrinks it after the
+limit was lowered. Beyond what a machine was started with its memory comes and goes by virtio-mem; below that, the
+guest's balloon gives memory back, if every container has a limit: one without may be using it.
 
 A limit that a container cannot have is an error, and leaves everything as it was. Memory that a guest does not give
 back is none: the limit holds, and the engine's log and ``kata explain`` say how much is still the guest's.
@@ -58,6 +58,7 @@ class Fitting:
         self._max_vcpus = max(int(settings.get("max_vcpus") or 0), self._first_vcpus)
         self._max_mib = max(int(settings.get("max_memory_mib") or 0), self._first_mib)
         self._fixed_memory = bool(settings.get("fixed_memory"))
+        self._default_mib = int(found.get("default_memory_mib") or 0)
         self._containers: dict[str, Asked] = {}
         self._stand_ins: set[str] = set()
         self._source = str(found.get("source") or "")
@@ -81,11 +82,13 @@ class Fitting:
             "source": self._source,
             "pod": {"cpus": self._pod.cpus, "memory": self._pod.memory},
             "containers": {
-                name: {"cpus": asked.cpus, "memory": asked.memory}
+                name: {"cpus": asked.cpus or len(asked.cpuset) or None, "memory": asked.memory}
                 for name, asked in self._containers.items()
             },
             "cpus": total.cpus,
             "memory": total.memory,
+            "unlimited": self._unlimited(),
+            "default_memory_mib": self._default_mib,
             "first_vcpus": self._first_vcpus,
             "first_memory_mib": self._first_mib,
             "vcpus": self.vcpus,
@@ -167,11 +170,22 @@ class Fitting:
         return (self._max_vcpus, self._max_mib) == (self._first_vcpus, self._first_mib)
 
     def _total(self) -> Asked:
-        cpus = [one.cpus for one in self._containers.values() if one.cpus is not None]
-        memory = [one.memory for one in self._containers.values() if one.memory is not None]
+        asked = self._containers.values()
+        cpus = sum(one.cpus for one in asked if one.cpus is not None)
+        memory = sum(one.memory for one in asked if one.memory is not None)
+        # Sets overlap, and the kubelet gives every container without a quota all that is left of a large node.
+        allowed = min(len(frozenset().union(*(one.cpuset for one in asked))), self._max_vcpus)
         return Asked(
-            max(sum(cpus), self._pod.cpus or 0) or None, max(sum(memory), self._pod.memory or 0) or None
+            max(cpus, allowed, self._pod.cpus or 0) or None, max(memory, self._pod.memory or 0) or None
         )
+
+    def _unlimited(self) -> list[str]:
+        """The containers that may use all the memory there is; one that stands for its pod uses next to none."""
+        return [
+            name
+            for name, one in self._containers.items()
+            if one.memory is None and name not in self._stand_ins
+        ]
 
     def _target(self) -> Target:
         """The machine for what is asked now."""
@@ -180,19 +194,21 @@ class Fitting:
         if asked.memory is None:
             return vcpus, self._first_mib, 0
         needed = sizing.memory_of(asked.memory, self._kernel)
+        if self._unlimited():
+            # As much as a machine has for which nobody asks, as far as there is room: it is no limit of theirs.
+            room = self._first_mib + (self._max_mib - self._first_mib) // PLUG_MIB * PLUG_MIB
+            needed = max(needed, min(needed + self._default_mib, room), self._first_mib)
         if needed >= self._first_mib:
             return vcpus, needed, 0
-        unlimited = [
-            name
-            for name, one in self._containers.items()
-            if one.memory is None and name not in self._stand_ins
-        ]
-        if unlimited or self._fixed_memory:
+        if self._fixed_memory:
             return vcpus, self._first_mib, 0
         return (
             vcpus,
             needed,
-            max(asked.memory, max(sizing.LEAST_MIB[self._kernel], sizing.SHRUNK_MIB) * sizing.MIB),
+            max(
+                sizing.total_of(asked.memory, self._kernel),
+                max(sizing.LEAST_MIB[self._kernel], sizing.SHRUNK_MIB) * sizing.MIB,
+            ),
         )
 
     async def _become(self, target: Target) -> None:
@@ -299,6 +315,8 @@ class Fitting:
             return
         from ..resources import host_cgroup
 
+        # With what the machine has besides, for bounce pages (`kata.engine.boot`).
+        mib += max(vm.settings.memory_mib - self._first_mib, 0)
         limits = host_cgroup.Limits(sizing.host_memory(mib, vm.settings.accel), sizing.host_cpus(vcpus))
         for warning in await self._sandbox.helper(cgroup.limit, limits):
             self._sandbox.complain(warning)

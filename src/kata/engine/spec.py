@@ -151,6 +151,26 @@ NOT_CARRIED = {
 }
 """Keys that the agent protocol has no field for, and what a person calls them."""
 
+OF_HOST_DEVICES = {
+    "weightDevice": "weights of block I/O for the host's devices",
+    "throttleReadBpsDevice": "limits of bytes read from the host's devices",
+    "throttleWriteBpsDevice": "limits of bytes written to the host's devices",
+    "throttleReadIOPSDevice": "limits of reads from the host's devices",
+    "throttleWriteIOPSDevice": "limits of writes to the host's devices",
+}
+"""Keys of ``blockIO`` that name the host's devices by number: in the guest it is nobody's number, or another disk's."""
+OF_HOST_SETS = {
+    "cpus": "the numbers of the host's processors (how many they are is the size of the machine)",
+    "mems": "the numbers of the host's memory nodes",
+}
+"""The same of ``cpu``."""
+OF_HOST_NETWORK = {
+    "classID": "the class of the host's network traffic control",
+    "priorities": "priorities of the host's network interfaces",
+}
+"""The same of ``network``."""
+LEFT_OUT = {**OF_HOST_DEVICES, **OF_HOST_SETS, **OF_HOST_NETWORK}
+
 
 class GuestBind:
     """What a bind mount of the spec is in the guest.
@@ -254,12 +274,13 @@ def for_guest(
 
 
 def guest_resources(resources: Mapping[str, Any]) -> dict[str, Any]:
-    """Resource limits as the guest is to see them: the host's CPU and memory node numbers mean nothing
-    there."""
+    """Resource limits as the guest is to see them: the host's numbers of processors, memory nodes and block devices
+    mean nothing there."""
     out = dict(resources)
     out.pop("network", None)
-    if out.get("cpu"):
-        out["cpu"] = {key: value for key, value in out["cpu"].items() if key not in ("cpus", "mems")}
+    for part, of_host in (("cpu", OF_HOST_SETS), ("blockIO", OF_HOST_DEVICES)):
+        if out.get(part):
+            out[part] = {key: value for key, value in out[part].items() if key not in of_host}
     if out.get("devices"):
         # Absent numbers mean "any"; 0 is a number, so the message carries -1.
         out["devices"] = [
@@ -278,6 +299,8 @@ def dropped(spec: object) -> Iterator[str]:
             if key in NOT_CARRIED:
                 if (key, value) not in (("umask", 0o22), ("defaultErrnoRet", 1)):
                     yield NOT_CARRIED[key]
+            elif key in LEFT_OUT:
+                yield LEFT_OUT[key]
             elif key == "options" and isinstance(value, list):
                 if "rshared" in value or "shared" in value:
                     yield "mount propagation from the container to the host (the other direction works)"

@@ -1,16 +1,18 @@
 """How large a virtual machine is: one formula. docs/sizing.md has it for readers, `kata explain` with numbers.
 
-* **CPUs**: those asked for, rounded up; `default_vcpus` when none are asked. The fraction is a cgroup limit in the
-  guest, which holds from a container's first process on, and not for the boot.
-* **Memory**: what was asked for, plus what the guest's kernel keeps for itself, so that ``MemTotal`` in the guest
-  is at least what was asked for and at most 5 % more; with a least size below which no guest comes up. `default_memory`
-  when nothing is asked (half of the host's memory where that is less): only what is touched costs.
+* **CPUs**: those asked for, rounded up; without a quota the processors of the cpuset; `default_vcpus` when none are
+  asked. The fraction is a cgroup limit in the guest, which holds from a container's first process on, and not for the
+  boot.
+* **Memory**: what was asked for, plus what the guest's kernel keeps for itself, plus what the guest uses beside its
+  containers, so that a container's own limit is what ends it; with a least size below which no guest comes up.
+  `default_memory` when nothing is asked (half of the host's memory where that is less): only what is touched costs.
 
 What the kernel keeps is a fixed part (its code and data, its first tables) and one that grows with the memory:
 ``struct page`` is 64 bytes for every 4096, and hash tables add an eighth to that. Measured as the difference between
 QEMU's ``-m`` and ``MemTotal``, from 64 MiB to 12 GiB; `tests/vm/test_hypervisor.py` holds the guest to it.
 
-What a pod asks for is what its CRI says of the sandbox, and at least the sum of its containers' limits.
+What a pod asks for is what its CRI says of the sandbox, and at least the sum of its containers' limits; and
+`default_memory` on top for those of its containers that have no limit while others have one.
 """
 
 from __future__ import annotations
@@ -30,12 +32,31 @@ DEFAULT_MEMORY_MIB = 2048
 KERNEL_MIB = {"small": 21, "distro": 50}
 """The fixed part, by kind of kernel."""
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
+BESIDE_MIB = 9
+"""What the guest uses beside its containers, and what no limit of theirs counts: the agent, buffers of the devices,
+and the free pages that the kernel keeps in reserve. (Bounce pages come on top: `hypervisor.qemu_command.BOUNCE_MIB`.)
+About 2 MiB less than that, so that it is the guest that is out of memory just before the container is at its limit:
+Linux ends a process at once then, while a group at its limit goes on giving up and reading back its program's pages,
+for minutes under emulation."""
+BESIDE_PART = 0.01
+"""The same, for each byte that is asked for: page tables, and what the kernel keeps of files."""
+RESERVE_MIB = 20
+"""Reserve for each zone of memory (ZONE_DMA32, ZONE_NORMAL, and ZONE_DMA in distributions' kernels) in a guest with
+transparent huge pages, which those of less than `HUGE_PAGES_MIB` have not (khugepaged's recommended_min_free_kbytes in
+mm/khugepaged.c: 22 MiB, in place of 2)."""
+RESERVE_PART = 0.05
+"""All zones' reserve is no larger part of the memory than this."""
+HUGE_PAGES_MIB = 504
+NORMAL_MIB = 2816
+"""Beyond this a machine has memory above 4 GiB: QEMU's ``pc_q35_init``."""
 LEAST_MIB = {"small": 64, "distro": 192}
 """With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
 SLACK = 0.04
 """Part of the machine's memory that may stay when it shrinks: so `MemTotal` is within 5 % of what was asked."""
 SHRUNK_MIB = 128
 """No balloon takes memory of a guest that would have less than this then: one that was started with more holds more."""
+MOST_CPUSET = 1 << 13
+"""More processors than this no kernel has (CONFIG_NR_CPUS)."""
 MOST_VCPUS = 16
 """So many a machine may grow to where `default_maxvcpus` is not set: each is a thread of the host, used or not."""
 OF_SANDBOX = "the sandbox's annotations"
@@ -58,14 +79,22 @@ class Asked:
         cpus: Number of CPUs, or None.
         memory: Bytes, or None.
         source: Who asks, in words.
+        cpuset: The host's processors that a container without a quota may run on; empty for all.
     """
 
-    __slots__ = ("cpus", "memory", "source")
+    __slots__ = ("cpus", "cpuset", "memory", "source")
 
-    def __init__(self, cpus: float | None = None, memory: int | None = None, source: str = "") -> None:
+    def __init__(
+        self,
+        cpus: float | None = None,
+        memory: int | None = None,
+        source: str = "",
+        cpuset: frozenset[int] = frozenset(),
+    ) -> None:
         self.cpus = cpus
         self.memory = memory
         self.source = source
+        self.cpuset = cpuset
 
 
 class Limits:
@@ -115,12 +144,20 @@ class Size:
         max_vcpus, max_memory_mib: Up to where it may grow while it runs.
         kernel: Kind of the guest's kernel.
         asked: What it was planned for.
+        default_mib: Memory of a machine for which none is asked.
     """
 
-    __slots__ = ("asked", "kernel", "max_memory_mib", "max_vcpus", "memory_mib", "vcpus")
+    __slots__ = ("asked", "default_mib", "kernel", "max_memory_mib", "max_vcpus", "memory_mib", "vcpus")
 
     def __init__(
-        self, vcpus: int, memory_mib: int, max_vcpus: int, max_memory_mib: int, kernel: str, asked: Asked
+        self,
+        vcpus: int,
+        memory_mib: int,
+        max_vcpus: int,
+        max_memory_mib: int,
+        kernel: str,
+        asked: Asked,
+        default_mib: int,
     ) -> None:
         self.vcpus = vcpus
         self.memory_mib = memory_mib
@@ -128,6 +165,7 @@ class Size:
         self.max_memory_mib = max_memory_mib
         self.kernel = kernel
         self.asked = asked
+        self.default_mib = default_mib
 
     def record(self) -> dict[str, Any]:
         """As JSON: ``sizing`` in ``sandbox.json``."""
@@ -138,6 +176,7 @@ class Size:
             "kernel": self.kernel,
             "max_vcpus": self.max_vcpus,
             "max_memory_mib": self.max_memory_mib,
+            "default_memory_mib": self.default_mib,
         }
 
 
@@ -158,7 +197,9 @@ def plan(asked: Asked, kernel: str = "small", limits: Limits | None = None) -> S
     most_cpus = min(limits.max_vcpus or online, online)
     grows_to = limits.max_vcpus or MOST_VCPUS
     most_memory = min(limits.max_memory_mib or total, total)
-    if asked.cpus is None:
+    if asked.cpus is None and asked.cpuset:
+        vcpus = min(len(asked.cpuset), most_cpus, grows_to)
+    elif asked.cpus is None:
         default = online if limits.default_vcpus < 0 else limits.default_vcpus or DEFAULT_VCPUS
         vcpus = min(cpus_of(default), most_cpus)
     else:
@@ -172,11 +213,9 @@ def plan(asked: Asked, kernel: str = "small", limits: Limits | None = None) -> S
                 f"{asked.cpus:g} CPUs were asked for, and default_maxvcpus is {most_cpus}",
                 "kata config show says where it was set",
             )
-    if asked.memory is None:
-        memory = limits.default_memory_mib or min(DEFAULT_MEMORY_MIB, max(total // 2, 256))
-        memory = max(min(memory, most_memory), LEAST_MIB[kernel])
-    else:
-        memory = memory_of(asked.memory, kernel)
+    default_mib = limits.default_memory_mib or min(DEFAULT_MEMORY_MIB, max(total // 2, 256))
+    default_mib = max(min(default_mib, most_memory), LEAST_MIB[kernel])
+    memory = default_mib if asked.memory is None else memory_of(asked.memory, kernel)
     if memory > most_memory:
         what = f"{(asked.memory or 0) / MIB:.0f} MiB of memory were asked for"
         if memory > total:
@@ -189,7 +228,7 @@ def plan(asked: Asked, kernel: str = "small", limits: Limits | None = None) -> S
     most_cpus = vcpus if limits.fixed else max(vcpus, min(most_cpus, grows_to))
     if limits.fixed or limits.fixed_memory:
         most_memory = memory
-    return Size(vcpus, memory, most_cpus, most_memory, kernel, asked)
+    return Size(vcpus, memory, most_cpus, most_memory, kernel, asked, default_mib)
 
 
 def cpus_of(asked: float) -> int:
@@ -197,10 +236,19 @@ def cpus_of(asked: float) -> int:
     return max(1, -int(-asked // 1))
 
 
+def total_of(asked: int, kernel: str) -> int:
+    """``MemTotal`` in bytes of a guest in which a container with this limit, in bytes, can use it."""
+    total = int(asked * (1 + BESIDE_PART)) + BESIDE_MIB * MIB
+    if total < HUGE_PAGES_MIB * MIB:
+        return total
+    zones = 1 + (kernel == "distro") + (total >= NORMAL_MIB * MIB)
+    return total + min(zones * RESERVE_MIB * MIB, int(total * RESERVE_PART))
+
+
 def memory_of(asked: int, kernel: str) -> int:
-    """MiB of a machine in whose guest ``MemTotal`` is to be at least *asked* bytes."""
-    asked_mib = -(-asked // MIB)
-    return max(int((asked_mib + KERNEL_MIB[kernel]) / (1 - GROWING_PART)) + 1, LEAST_MIB[kernel])
+    """MiB of a machine in whose guest a container with this limit, in bytes, can use it."""
+    total_mib = -(-total_of(-(-asked // MIB) * MIB, kernel) // MIB)
+    return max(int((total_mib + KERNEL_MIB[kernel]) / (1 - GROWING_PART)) + 1, LEAST_MIB[kernel])
 
 
 def container_asks(resources: Mapping[str, Any]) -> Asked:
@@ -212,7 +260,19 @@ def container_asks(resources: Mapping[str, Any]) -> Asked:
         # "No limit" is also written as the largest number that fits.
         limit if 0 < limit < 1 << 60 else None,
         "the container's limits",
+        frozenset() if quota > 0 else cpuset(cpu.get("cpus")),
     )
+
+
+def cpuset(text: object) -> frozenset[int]:
+    """The processors of a list as the kernel writes them, ``0-3,8``; none of a malformed one."""
+    found: set[int] = set()
+    for part in str(text or "").split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) >= MOST_CPUSET:
+            return frozenset()
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
 
 
 _CONTAINERD = (
@@ -263,6 +323,7 @@ def asked_of(spec: Mapping[str, Any]) -> Asked:
         own.cpus if pod.cpus is None else pod.cpus,
         own.memory if pod.memory is None else pod.memory,
         pod.source,
+        own.cpuset if pod.cpus is None else frozenset(),
     )
 
 
