@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kata.cli import client_containerd, client_docker
+from kata.cli import client, client_containerd, client_docker
 from kata.cli.main import main
 from kata.errors import ConfigError
 
@@ -131,6 +131,26 @@ def test_where_files_are_imported_it_is_a_file_of_its_own(
     assert main(["uninstall", "containerd", "--config", str(path)]) == 0
     assert snapshot(place) == before
     assert not client_containerd.is_installed(str(path))
+
+
+def test_a_shim_that_services_do_not_find_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    services, mine = tmp_path / "services", tmp_path / "mine"
+    for directory in (services, mine):
+        directory.mkdir()
+    monkeypatch.setattr(client, "_WHERE_SERVICES_LOOK", str(services))
+    monkeypatch.setenv("PATH", str(mine))
+    client._look_for_shim()
+    assert "hint: make install" in capsys.readouterr().err
+    (mine / client.SHIM).touch(0o755)
+    client._look_for_shim()
+    said = capsys.readouterr().err
+    assert f"{client.SHIM} is in none of {services}" in said
+    assert f"hint: ln -s {mine / client.SHIM}" in said
+    (services / client.SHIM).touch(0o755)
+    client._look_for_shim()
+    assert capsys.readouterr().err == ""
 
 
 def test_what_others_add_later_stays(

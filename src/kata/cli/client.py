@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,22 @@ COMMANDS = {
 }
 
 
+SHIM = "containerd-shim-kata-v2"
+_WHERE_SERVICES_LOOK = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+"""systemd's PATH of services (DEFAULT_PATH in src/basic/path-util.h)."""
+
+
+def _look_for_shim() -> None:
+    """Warn where the client would not find the shim: containerd and dockerd say nothing of it when they start."""
+    if shutil.which(SHIM, path=_WHERE_SERVICES_LOOK) is None:
+        other = shutil.which(SHIM, path=os.environ.get("PATH"))
+        _say(
+            f"warning: {SHIM} is in none of {_WHERE_SERVICES_LOOK.replace(':', ', ')}, where a service of"
+            " systemd's looks for it: containers would fail when they start\n"
+            + (f"hint: ln -s {other} /usr/local/bin/" if other else "hint: make install")
+        )
+
+
 def _client(arguments: Arguments) -> str:
     name = arguments.rest[0]
     if name not in ("containerd", "docker"):
@@ -62,6 +80,7 @@ def _install(arguments: Arguments) -> int:
     before = daemon.dump(path)
     _apply_checked(edits, lambda: client_containerd.check(daemon, path, before))
     _say_written(edits)
+    _look_for_shim()
     _say("Then: systemctl restart containerd; and in a cluster a RuntimeClass with `handler: kata`.")
     return 0
 
@@ -77,6 +96,7 @@ def _install_docker(arguments: Arguments) -> int:
         return 0
     _apply_checked(edits, lambda: daemon.check(path))
     _say_written(edits)
+    _look_for_shim()
     _say("Then: systemctl reload docker; docker run --runtime kata ...")
     return 0
 
