@@ -17,18 +17,35 @@ from kata.resources import sizing
 MIB = 1 << 20
 
 
+class Settings(dict[str, Any]):
+    """Of the sandbox and of the hypervisor."""
+
+    besides = 0
+
+    @property
+    def memory_mib(self) -> int:
+        return int(self["memory_mib"]) + self.besides
+
+
 class Machine:
     """Agent, hypervisor and sandbox in one: records what it was told."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings: dict[str, Any] = {
-            "vcpus": 1,
-            "memory_mib": 512,
-            "max_vcpus": 4,
-            "max_memory_mib": 4096,
-            "sizing": {"kernel": "small", "source": "the container's limits", "cpus": None, "memory": None},
-            **settings,
-        }
+        self.settings = Settings(
+            {
+                "vcpus": 1,
+                "memory_mib": 512,
+                "max_vcpus": 4,
+                "max_memory_mib": 4096,
+                "sizing": {
+                    "kernel": "small",
+                    "source": "the container's limits",
+                    "cpus": None,
+                    "memory": None,
+                },
+                **settings,
+            }
+        )
         self.features = {FEATURE}
         self.vm = self
         self.machine = self
@@ -180,6 +197,14 @@ def test_below_its_first_size_the_guest_gives_memory_back() -> None:
     run(machine.update("a", limits(1, 30)))
     assert machine.told[5:] == [("limits", limits(1, 30)), ("memory", 0), ("balloon", 512 - 60 - 128)]
     assert machine.complaints == []
+
+
+def test_what_the_machine_has_besides_is_not_given_back() -> None:
+    machine = Machine()
+    machine.settings.besides = 14
+    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.update("a", limits(1, 200)))
+    assert machine.told == [("limits", limits(1, 200)), ("balloon", given(200) - 14)]
 
 
 def test_who_has_no_limit_may_be_using_what_the_machine_has() -> None:

@@ -278,11 +278,18 @@ def test_how_it_is_told_its_root_is_found_out_once(
 ) -> None:
     monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "run"))
     qemu = tmp_path / "qemu"
-    qemu.write_text(f"#!/bin/sh\necho x >>{tmp_path}/asked\ncat <<'EOF'\nusage:\n{said}\nEOF\n")
+    qemu.write_text(
+        f"#!/bin/sh\necho x >>{tmp_path}/asked\ncat <<'EOF'\nQEMU emulator version 10.0.13 (x)\n{said}\nEOF\n"
+    )
     qemu.chmod(0o755)
     assert [qemu_root.option(str(qemu)) for _ in range(3)] == [found] * 3
+    assert qemu_root.queues_mib(str(qemu)) == qemu_root.LONG_QUEUES_MIB
     assert (tmp_path / "asked").read_text() == "x\n"
     # Another program at that place is asked anew.
     qemu.write_text(qemu.read_text().replace(said, "nothing of the kind"))
     with pytest.raises(HostError, match="no option for its root directory"):
         qemu_root.option(str(qemu))
+    assert qemu_root.queues_mib(str(qemu)) == 0
+    qemu.write_text(f"#!/bin/sh\ncat <<'EOF'\nQEMU emulator version 7.2.22 (Debian 1:7.2)\n{said}\nEOF\n")
+    assert qemu_root.queues_mib(str(qemu)) == 0
+    assert qemu_root.queues_mib(str(tmp_path / "missing")) == 0

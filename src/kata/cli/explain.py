@@ -96,7 +96,7 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
     kernel = size["kernel"]
     asked_mib = None if size["memory"] is None else -(-size["memory"] // sizing.MIB)
     machine_mib = facts["memory_mib"]
-    fixed, share = sizing.HOST_FIXED_MIB[accel], int(machine_mib * sizing.HOST_GROWING_PART)
+    whole_mib = machine_mib + size["besides_mib"]
     return {
         "id": facts["id"],
         "door": facts["door"],
@@ -125,9 +125,9 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
             "least": sizing.LEAST_MIB[kernel],
         },
         "host": {
-            "memory_mib": sizing.host_memory(machine_mib, accel) // sizing.MIB,
+            "memory_mib": sizing.host_memory(whole_mib, accel) // sizing.MIB,
             "cpus": sizing.host_cpus(facts["vcpus"]),
-            "overhead_memory_mib": fixed + share,
+            "overhead_memory_mib": sizing.host_memory(whole_mib, accel) // sizing.MIB - machine_mib,
             "overhead_cpus": sizing.HOST_CPUS,
             "cgroups": facts["host_cgroups"],
             "used_mib": (facts.get("hypervisor_usage") or {}).get("rss_bytes", 0) // sizing.MIB,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 
+from .. import children
 from ..errors import GuestAssetError, HostError, KataError
 from ..hypervisor import qemu_command, qemu_process, qemu_root, slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
@@ -278,8 +279,10 @@ def vm_settings(
 ) -> VMSettings:
     """The virtual machine that *settings* describe, with a file server for its share if there is one."""
     hypervisor = settings["hypervisor"]
-    # What the bounce pages take is the machine's, and not its containers'.
+    # What bounce pages and long queues take is the machine's, and not its containers'.
     more_mib = qemu_command.BOUNCE_MIB if files is not None and hypervisor["accel"] == "tcg" else 0
+    binary = hypervisor.get("path", "") or children.find_program(qemu_process.PROGRAM) or ""
+    more_mib += qemu_root.queues_mib(binary)
     most_mib = settings.get("max_memory_mib", 0)
     disks: list[Disk | None] = [
         Disk(disk["path"], bool(disk["readonly"]), disk.get("serial", ""), bool(disk.get("ephemeral")))
@@ -294,7 +297,7 @@ def vm_settings(
         initrd=_initrd(hypervisor, run_dir),
         cmdline=_cmdline(hypervisor),
         accel=hypervisor["accel"],
-        binary=hypervisor.get("path", ""),
+        binary=binary,
         machine=hypervisor.get("machine") or "q35",
         firmware=hypervisor.get("firmware") or "qboot.rom",
         console=hypervisor.get("console") or "serial",

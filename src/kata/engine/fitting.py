@@ -94,6 +94,7 @@ class Fitting:
             "vcpus": self.vcpus,
             "plugged_mib": self.plugged_mib,
             "returned_mib": self.returned_mib,
+            "besides_mib": 0 if self._sandbox.vm is None else self._besides(self._sandbox.vm),
             "fixed_memory": self._fixed_memory,
             "max_vcpus": self._max_vcpus,
             "max_memory_mib": self._max_mib,
@@ -288,13 +289,18 @@ class Fitting:
             spare = surplus
             if total:
                 # Not by the formula: what the kernel keeps for itself depends on what it was started with.
-                spare = max(self.returned_mib + (await agent.memory_total() - total) // sizing.MIB, 0)
+                keeps = total + self._besides(vm) * sizing.MIB
+                spare = max(self.returned_mib + (await agent.memory_total() - keeps) // sizing.MIB, 0)
             # Whatever the guest says; and what is in the balloon is of the memory that it was started with.
             give = min(spare, self.memory_mib + self.returned_mib - sizing.SHRUNK_MIB, self._first_mib - 1)
         if give != self.returned_mib:
             await self._balloon(vm, give)
         short = (spare or max(surplus, 0)) - self.returned_mib
         self._has = (self._has[0], mib + (short if short > slack else 0), total)
+
+    def _besides(self, vm: Hypervisor) -> int:
+        """MiB that the machine was given on top, for bounce pages and long queues (`kata.engine.boot.vm_settings`)."""
+        return max(vm.settings.memory_mib - self._first_mib, 0)
 
     async def _balloon(self, vm: Hypervisor, mib: int) -> None:
         self.returned_mib = await vm.set_balloon(mib)
@@ -315,8 +321,7 @@ class Fitting:
             return
         from ..resources import host_cgroup
 
-        # With what the machine has besides, for bounce pages (`kata.engine.boot`).
-        mib += max(vm.settings.memory_mib - self._first_mib, 0)
+        mib += self._besides(vm)
         limits = host_cgroup.Limits(sizing.host_memory(mib, vm.settings.accel), sizing.host_cpus(vcpus))
         for warning in await self._sandbox.helper(cgroup.limit, limits):
             self._sandbox.complain(warning)
