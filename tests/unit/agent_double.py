@@ -10,6 +10,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 from kata.errors import KataError, VMLostError
@@ -295,6 +296,7 @@ class MachineDouble:
 
     def __init__(self, agent: AgentDouble) -> None:
         self.agent = agent
+        self.settings = SimpleNamespace(accel="tcg", memory_mib=0)
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.server = agent.server()
         self.closed = False
