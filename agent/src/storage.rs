@@ -5,6 +5,7 @@
 
 use crate::devices::{find_block, find_block_by_scsi};
 use crate::fs;
+use crate::log;
 use crate::mountopts::{parse_options, MountOptions, MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT};
 use crate::ownership;
 use crate::prelude::*;
@@ -47,7 +48,7 @@ pub fn mount_storage(storage: &Storage) -> Result<String> {
     let outcome = match storage.driver.as_str() {
         "blk" | "mmioblk" | "nvdimm" | "pmem" | "scsi" => block(storage),
         "9p" => share(storage, "9p", &["trans=virtio", "version=9p2000.L"]),
-        "virtio-fs" => share(storage, "virtiofs", &[]),
+        "virtio-fs" => share(storage, "virtiofs", &[]).inspect(|()| read_ahead(&storage.mount_point)),
         "ephemeral" => ephemeral(storage),
         "local" => local(storage),
         "bind" => bind(storage),
@@ -191,6 +192,20 @@ fn share(storage: &Storage, fstype: &str, defaults: &[&str]) -> Result<()> {
         }
     }
     mount_and_own(storage, &storage.source, fstype, &parse_options(&options)?)
+}
+
+/// How far a share reads ahead. The kernel's 128 KiB are for disks: here each request is a round trip to another process.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// Has the mounts of a share, of which the host's further file systems have the same backing device, read further ahead.
+/// Without it they are slower, and nothing else.
+fn read_ahead(mount_point: &str) {
+    let Ok(stat) = sys::stat(mount_point) else { return };
+    let device = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
+    let file = format!("/sys/class/bdi/{}:{}/read_ahead_kb", device.0, device.1);
+    if let Err(e) = fs::write_existing(&file, &READ_AHEAD_KIB.to_string()) {
+        log::warn(&format!("{file}: {e}"));
+    }
 }
 
 /// Takes `fsgid=N` out of the options, which is for us.
