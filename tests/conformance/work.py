@@ -180,10 +180,10 @@ def one_database(box: Box) -> str:
     """host and container write one SQLite file"""
     place = box.fresh()
     code = (
-        "import sqlite3,sys\n"
+        "import sqlite3,sys,time\n"
         "d=sqlite3.connect(sys.argv[1]+'/db',timeout=60,isolation_level=None)\n"
         "d.execute('create table if not exists t(who)')\n"
-        "for n in range(20): d.execute('insert into t values(?)',(sys.argv[2],))\n"
+        "for n in range(20): d.execute('insert into t values(?)',(sys.argv[2],)); time.sleep(.05)\n"
         "print(d.execute('pragma integrity_check').fetchone()[0])\n"
     )
     with box.running(options=("-v", f"{place}:/v")) as name:
@@ -268,7 +268,8 @@ def appended_by_two(box: Box) -> str:
     """two containers append to one file"""
     place = box.fresh()
     code = (
-        "import os,time\nf=os.open('/v/log',os.O_WRONLY|os.O_CREAT|os.O_APPEND)\n"
+        "import os,time\nf=os.open('/v/log',os.O_WRONLY|os.O_CREAT|os.O_APPEND)\nopen('/v/'+os.uname()[1],'w')\n"
+        "while len(os.listdir('/v'))<3: time.sleep(.05)\n"  # both are there
         "for n in range(50): os.write(f,b'line\\n'); time.sleep(.02)"
     )
     options = ("-v", f"{place}:/v")

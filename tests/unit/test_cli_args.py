@@ -235,3 +235,10 @@ def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
         name for command in run.COMMANDS.values() for option in command.options for name in option.names
     }
     assert not names & set(words.OPTIONS)
+
+
+def test_what_an_error_quotes_does_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "\x1b[2Jnonsense\udcff"]) == 125
+    said = capsys.readouterr().err
+    assert "\\x1b[2Jnonsense" in said
+    assert "\x1b" not in said
