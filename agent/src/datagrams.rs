@@ -14,6 +14,8 @@ use crate::sys::{self, Errno, Fd, SysResult};
 
 /// The longest that is carried.
 const MAX_LENGTH: usize = 4096;
+/// So many are taken from the kernel before the agent looks after others.
+const MOST_AT_ONCE: u32 = 64;
 /// Headers of IPv4 and UDP.
 const HEADERS: usize = 28;
 
@@ -103,7 +105,8 @@ impl Agent {
     /// Hands on what has come, as long as more may wait.
     pub fn on_datagrams(&mut self, number: u32) {
         let mut buffer = [0u8; MAX_LENGTH];
-        loop {
+        // A container that sends without end does not keep the agent from everything else.
+        for _ in 0..MOST_AT_ONCE {
             let Some(socket) = self.sockets.get_mut(&number) else { return };
             let (fd, Some(datagrams)) = (socket.fd.raw(), &mut socket.datagrams) else { return };
             let Some((call, most)) = datagrams.call else { return };
@@ -122,6 +125,9 @@ impl Agent {
                 // An error of the socket's own, which this has cleared.
                 Err(_) => {}
             }
+        }
+        if let Some(socket) = self.sockets.get(&number) {
+            self.arm(socket.fd.raw(), Token::Socket(number), libc::EPOLLIN);
         }
     }
 

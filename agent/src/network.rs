@@ -14,6 +14,8 @@ const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_APPEND: u16 = 0x800;
+/// Routes wait for others that lead to their gateways; so often those that were refused are tried again.
+const MOST_ROUNDS: u32 = 8;
 const RTA_IIF: u16 = 3;
 const RTA_OIF: u16 = 4;
 const RTA_MULTIPATH: u16 = 9;
@@ -97,7 +99,7 @@ fn set_parameter(top: &Fd, parameter: &NetworkSysctl) -> Result<()> {
 /// were refused are tried again.
 fn add_routes(rtnl: &mut Rtnl, wanted: &[Vec<u8>], numbers: &[(u32, u32)], refusals: &mut NetworkRefusals) {
     let mut left: Vec<usize> = (0..wanted.len()).collect();
-    loop {
+    for round in 1.. {
         let mut refused: Vec<(usize, Error)> = Vec::new();
         for position in &left {
             let outcome = translated(&wanted[*position], numbers).and_then(|body| add_route(rtnl, &body));
@@ -105,7 +107,7 @@ fn add_routes(rtnl: &mut Rtnl, wanted: &[Vec<u8>], numbers: &[(u32, u32)], refus
                 refused.push((*position, error));
             }
         }
-        if refused.is_empty() || refused.len() == left.len() {
+        if refused.is_empty() || refused.len() == left.len() || round == MOST_ROUNDS {
             for (position, error) in refused {
                 let ways = translated(&wanted[position], numbers).map(|body| single_ways(&body)).unwrap_or_default();
                 let taken = ways.iter().filter(|way| add_route(rtnl, way).is_ok()).count();

@@ -398,7 +398,8 @@ class Container:
         failure = await self.record_now(status=RUNNING, pid=process.pid, started_at=started_at)
         if failure is not None:
             # It would be taken for one that does not run, by `kata ps` as by `kata gc`.
-            await self._kill_init(agent)
+            with contextlib.suppress(KataError):  # it may have ended already
+                await self._kill_init(agent)
             raise _unrecorded(self.id, failure)
         await self._run_late_hooks("poststart", "running")
 
@@ -562,7 +563,7 @@ class Container:
                 await asyncio.wait_for(self.init.ended.wait(), KILL_S)
         finally:
             # Whatever the guest has said: what counts is that it ends.
-            if not self.init.reaped.is_set():
+            if self.init.watcher is not None and not self.init.reaped.is_set():
                 self.sandbox.spawn(self._see_it_end(deadline))
 
     async def _see_it_end(self, deadline: float) -> None:

@@ -53,6 +53,7 @@ class GuestNetwork:
         self._said: set[str] = set()
         self._is_denied = False
         self._socket: socket.socket | None = None
+        self._is_watching = False
         self._timer: asyncio.TimerHandle | None = None
         self._first_event_s = 0.0
 
@@ -79,16 +80,17 @@ class GuestNetwork:
         async with self._turn:
             # Some clients wire a container's network namespace only between create and start.
             if plan is not None and plan.wired_by_others:
-                is_new = await self._sandbox.helper(
-                    lambda: plan.look_again(is_running=self._socket is not None)
-                )
+                if self._socket is None:
+                    self._listen()  # before the look: what happens meanwhile is followed afterwards
+                is_new = await self._sandbox.helper(lambda: plan.look_again(is_running=self._is_watching))
                 if is_new:
                     agent = await self._sandbox.ready()
                     await self._plug_in(plan)
                     await self._sandbox.unless_lost(self._configure(agent))
             await self._hide_idle()
-        if plan is not None and plan.wired_by_others and self._socket is None:
-            self._watch()
+        if self._socket is not None and not self._is_watching:
+            self._is_watching = True
+            asyncio.get_running_loop().add_reader(self._socket, self._something_happened)
 
     def close(self) -> None:
         """Watch no longer."""
@@ -260,7 +262,7 @@ class GuestNetwork:
 
     # ---- watching ----
 
-    def _watch(self) -> None:
+    def _listen(self) -> None:
         # The engine is in the namespace.
         self._socket = socket.socket(
             socket.AF_NETLINK,
@@ -270,7 +272,6 @@ class GuestNetwork:
         self._socket.bind((0, 0))
         for group in _GROUPS:
             self._socket.setsockopt(_SOL_NETLINK, _MEMBERSHIP, group)
-        asyncio.get_running_loop().add_reader(self._socket, self._something_happened)
 
     def _something_happened(self) -> None:
         assert self._socket is not None

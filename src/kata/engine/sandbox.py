@@ -340,7 +340,13 @@ class Sandbox:
                 from . import names
 
                 self._names = names.Names(self)
-                await self.unless_lost(self._names.start(agent))
+                try:
+                    await self.unless_lost(self._names.start(agent))
+                except BaseException:
+                    # The next container that asks there has it tried again.
+                    self._names.close()
+                    self._names = None
+                    raise
             await self.helper(plan.let_replies_in)
         except KataError as error:
             self.complain(f"not all names are found ({resolver.DOCKER}): {error.message}")

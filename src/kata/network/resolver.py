@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,11 +57,18 @@ def parse(text: str) -> Resolver:
 
 
 def read(paths: Sequence[str] = (RESOLV_CONF,)) -> Resolver:
-    """Read the first of these files that there is; an empty answer if there is none."""
+    """Read the first of these files that there is; an empty answer if there is none.
+
+    What a guest may have put there (a pipe, a device) holds nobody up: only a regular file is read.
+    """
     for path in paths:
         try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                return parse(file.read(65536))
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            try:
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    return parse(os.read(fd, 65536).decode(errors="replace"))
+            finally:
+                os.close(fd)
         except OSError:
             continue
     return Resolver([], [], [])
