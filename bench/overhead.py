@@ -61,8 +61,12 @@ def field(text: str, name: str) -> int:
     return int(found[1]) << 10 if found else 0
 
 
+MORE_MIB = 24
+
+
 def guest_memory(pid: int, memory_mib: int) -> int:
-    """Bytes that the hypervisor holds of the guest's memory: the mapping that is as large as that.
+    """Bytes that the hypervisor holds of the guest's memory: the mapping that is as large as that, or by a few MiB
+    larger, for bounce pages and the queues of devices.
 
     Raises:
         SystemExit: There is no such mapping, or several.
@@ -74,7 +78,7 @@ def guest_memory(pid: int, memory_mib: int) -> int:
             sizes.append((int(head[2], 16) - int(head[1], 16), 0))
         elif line.startswith("Pss:"):
             sizes[-1] = (sizes[-1][0], int(line.split()[1]) << 10)
-    found = [held for size, held in sizes if size == memory_mib * MIB]
+    found = [held for size, held in sizes if 0 <= size - memory_mib * MIB <= MORE_MIB * MIB]
     if len(found) != 1:
         raise SystemExit(
             f"error: process {pid} has {len(found)} mappings of {memory_mib} MiB, and one was expected"
