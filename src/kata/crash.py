@@ -48,6 +48,8 @@ def last_resort(error: BaseException, program: str, status: int) -> int:
     Returns:
         *status*, to exit with.
     """
+    if isinstance(error, BrokenPipeError):
+        return status  # whoever read from us has gone: there is nobody to tell, and no fault of ours
     told = explain(error, program)
     with contextlib.suppress(OSError):
         os.write(2, f"error: {told.message}\nhint: {told.hint}\n".encode(errors="backslashreplace"))
