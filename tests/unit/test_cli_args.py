@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -242,3 +243,9 @@ def test_what_an_error_quotes_does_nothing_to_the_terminal(capsys: pytest.Captur
     said = capsys.readouterr().err
     assert "\\x1b[2Jnonsense" in said
     assert "\x1b" not in said
+
+
+def test_an_image_has_the_volumes_on_which_nothing_is_mounted() -> None:
+    spec = {"mounts": [{"destination": "/conf"}, {"destination": "/proc"}]}
+    volumes: dict[str, Any] = {"Volumes": {"/conf": {}, "//data/": {}, "/": {}, "logs": {}}}
+    assert run._image_volumes(volumes, spec) == ["/data", "/logs"]

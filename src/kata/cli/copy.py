@@ -222,8 +222,12 @@ class _Guest:
         self._engine.call(SANDBOX, "Symlink", request, Empty)
 
     def link(self, path: str, target: str) -> None:
-        """Make a further name of a file that has been copied."""
-        if self.stat(path, follow=False) is not None:
+        """Make a further name of a file that has been copied; one that it has already stays."""
+        there, source = self.stat(path, follow=False), self.stat(target, follow=False)
+        if there is not None:
+            # tar(1) writes a link of a file to itself when it is told one name twice.
+            if source is not None and (there.device, there.number) == (source.device, source.number):
+                return
             self._remove(path)
         request = agentext_pb.LinkRequest(
             container_id=self._id, path=os.fsencode(path), target=os.fsencode(target)

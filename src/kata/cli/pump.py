@@ -222,7 +222,11 @@ class Pump:
         target = self._outputs[fd]
         try:
             while view:
-                view = view[os.write(target, view) :]
+                try:
+                    view = view[os.write(target, view) :]
+                except BlockingIOError:
+                    # Whoever shares the pipe or terminal has made it non-blocking: it is full, not gone.
+                    select.select([], [target], [])
         except OSError as error:
             raise OutputGone(target, error) from None
         return True

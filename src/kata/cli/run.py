@@ -179,7 +179,7 @@ def make_container(
 def _image_volumes(config: dict[str, Any], spec: dict[str, Any]) -> list[str]:
     """The image's ``Volumes`` that nothing is mounted on."""
     mounted = {mount["destination"] for mount in spec["mounts"]}
-    found = {os.path.normpath("/" + path) for path in config.get("Volumes") or {}}
+    found = {os.path.normpath("/" + path.lstrip("/")) for path in config.get("Volumes") or {}}
     if len(found) > _MOST_IMAGE_VOLUMES:
         raise UsageError(
             f"the image has {len(found)} volumes; at most {_MOST_IMAGE_VOLUMES} are made",

@@ -11,7 +11,7 @@ import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kata import paths, sysio
+from kata import paths
 from kata.errors import HostError, NotFoundError, ResourceExhaustedError, StateError
 from kata.images import store
 
@@ -58,12 +58,20 @@ def write_index(index: store.Index) -> None:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Replace a file as a whole, so that a reader, or a crash, sees the old or the new one."""
-    write_file(path, json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    """Replace a file as a whole, so that a reader, or a crash, sees the old or the new one.
+
+    On a full disk what has become shorter is written over the old one at once, in the same length.
+    """
+    data = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    try:
+        write_file(path, data)
+    except ResourceExhaustedError:
+        if not _fits_in_place(path, data):
+            raise
 
 
 def write_file(path: str, data: bytes) -> None:
-    """As `write_json`, for bytes."""
+    """As `write_json`, for bytes; a full disk is an error."""
     temporary = f"{path}.{os.getpid()}-{_thread.get_ident()}.tmp"
     try:
         paths.make_dirs(os.path.dirname(path), 0o700)
@@ -75,24 +83,24 @@ def write_file(path: str, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         _unlink(temporary)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _fits_in_place(path, data):
-            raise storage_error(error) from error
+        raise storage_error(error) from error
 
 
 def _fits_in_place(path: str, data: bytes) -> bool:
-    """Write over a file that is at least as long, where there is no room for a second one; whether it is.
+    """Write JSON over a file that is at least as long, where there is no room for a second one; whether it is.
+
+    In one piece, with spaces behind it: there is no moment at which the old one's end stands behind the new one.
 
     Taking a name away makes an index shorter, and has to work on a full disk: it is the way out of it.
     """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:
         return False
     try:
-        if os.fstat(fd).st_size < len(data):
+        size = os.fstat(fd).st_size
+        if size < len(data) or os.pwrite(fd, data.ljust(size), 0) != size:
             return False
-        sysio.write_all(fd, data)
-        os.ftruncate(fd, len(data))
         os.fsync(fd)
     except OSError:
         return False
