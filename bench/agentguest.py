@@ -22,7 +22,7 @@ from pathlib import Path
 from kata.engine.boot import KERNEL_PARAMETERS, spare_mac
 from kata.guest import manifest
 from kata.guest.cpio import Archive
-from kata.hypervisor import qemu_command, tsc
+from kata.hypervisor import qemu_command, qemu_process, tsc
 from kata.hypervisor.settings import Disk, Nic, VMSettings
 
 BUSYBOX = Path("/usr/bin/busybox")
@@ -101,12 +101,22 @@ class Guest:
         if accelerator == "tcg":
             settings.tsc_khz = tsc.khz()
         pairs = {name: socket.socketpair() for name in ("agent", "qmp", "console", "shell", "raw")}
-        fds = qemu_command.Fds(*(pairs[name][1].fileno() for name in ("agent", "qmp", "console")))
+        opened = qemu_process.open_files(settings)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")
+        opened["nic"] = listener.detach()
+        fds = qemu_command.Fds(
+            *(pairs[name][1].fileno() for name in ("agent", "qmp", "console")),
+            kernel=opened["kernel"],
+            initrd=opened["initrd"],
+            disks={0: opened["disk0"]},
+            nic=opened["nic"],
+        )
         argv = [word.replace("max_ports=2", "max_ports=4") for word in qemu_command.build(settings, fds)]
         for number, name, port in ((2, "shell", SHELL_PORT), (3, "raw", RAW_PORT)):
             argv += ["-chardev", f"socket,id={name},fd={pairs[name][1].fileno()}"]
             argv += ["-device", f"virtserialport,bus=serial.0,nr={number},chardev={name},name={port}"]
-        passed = [pair[1].fileno() for pair in pairs.values()]
+        passed = [*(pair[1].fileno() for pair in pairs.values()), *opened.values()]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -116,6 +126,8 @@ class Guest:
         )
         for pair in pairs.values():
             pair[1].close()
+        for fd in opened.values():
+            os.close(fd)
         self.agent, self.raw = pairs["agent"][0], pairs["raw"][0]
         self._console, self._qmp = pairs["console"][0], pairs["qmp"][0]
         self._shell = pairs["shell"][0]

@@ -95,7 +95,9 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     settings = vm_settings(machine, "", str(work), Nic(spare_mac()))
     if settings.accel == "tcg":
         settings.tsc_khz = tsc.khz()
-    full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1))
+    full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1, kernel=-1, initrd=-1, disks={}, nic=-1))
+    for option, path in (("-kernel", settings.kernel), ("-initrd", settings.initrd)):
+        full[full.index(option) + 1] = path  # there is nobody to hand it over
     bare, position = [full[0]], 1
     while position < len(full):
         if full[position] in KEPT:

@@ -29,6 +29,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
+CAP_DAC_READ_SEARCH = 2
 CAP_FOWNER = 3
 CAP_FSETID = 4
 CAP_SETGID = 6
@@ -323,6 +324,38 @@ def proc_starttime(pid: int) -> int | None:
         os.close(fd)
     # The command name is in parentheses and may itself hold spaces and parentheses.
     return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def set_command_line(pid: int, text: str) -> bytes:
+    """Have a process shown with other words than its arguments (``/proc/PID/cmdline``, so ps(1) and top(1)).
+
+    Its memory is written to, so it must be done with its arguments, and we must be allowed to trace it.
+
+    Args:
+        pid: The process.
+        text: What is shown; at most as long as the arguments are.
+
+    Returns:
+        What was shown before: its arguments, each with a final zero.
+
+    Raises:
+        OSError: The process has ended, or its memory may not be written.
+    """
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        before = file.read()
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b") ")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end: 48 and 49 in proc(5)
+    room = end - start - 2
+    if room > 0:
+        # Where the last byte is no zero, the kernel shows one string from the beginning (fs/proc/base.c).
+        shown = text.encode()[:room]
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.pwrite(memory, shown + bytes(end - start - 1 - len(shown)) + b"\1", start)
+        finally:
+            os.close(memory)
+    return before
 
 
 _boot_id = ""

@@ -72,7 +72,8 @@ class Place:
                 continue
             command = _read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
             environment = _read(f"/proc/{pid}/environ")
-            if command and (directory in command or self.mark in environment.split("\0")):
+            named = directory in command or self._is_named(command)
+            if command and (named or self.mark in environment.split("\0")):
                 yield command
 
     def _mounts(self) -> Iterator[str]:

@@ -38,6 +38,11 @@ def gone(pid: int) -> bool:
     return sysio.proc_starttime(pid) is None
 
 
+def arguments(kata: Kata, found: dict[str, Any]) -> str:
+    """QEMU's, each with a final zero."""
+    return (kata.run_dir / "sandboxes" / str(found["id"]) / "qemu.args").read_text()
+
+
 @pytest.fixture(scope="module")
 def box(kvm_kata: Kata, busybox_image: str) -> Iterator[str]:
     """A running container that several tests use."""
@@ -51,14 +56,14 @@ def test_it_runs_under_kvm_and_is_reached_over_vsock(kvm_kata: Kata, box: str) -
     assert found["state"]["status"] == "running"
     assert found["sandbox"]["accelerator"] == "kvm"
     assert found["sandbox"]["agent_channel"] == "vsock"
-    argv = Path(f"/proc/{found['state']['pid']}/cmdline").read_bytes().decode().split("\0")
+    argv = arguments(kvm_kata, found).split("\0")
     assert argv[argv.index("-accel") + 1] == "kvm"
     assert any(word.startswith("vhost-vsock-pci,") for word in argv)
     assert "agent.channel=vsock" in argv[argv.index("-append") + 1]
 
 
 def test_each_stream_has_a_vsock_connection_to_itself(kvm_kata: Kata, box: str) -> None:
-    argv = Path(f"/proc/{inspect(kvm_kata, box)['state']['pid']}/cmdline").read_bytes().decode()
+    argv = arguments(kvm_kata, inspect(kvm_kata, box))
     cid = re.search(r"guest-cid=(\d+)", argv)
     assert cid is not None
 

@@ -337,5 +337,8 @@ class MachineDouble:
     def console_tail(self, limit: int = 4096) -> str:
         return "console says hello"
 
+    async def confined(self) -> None:
+        pass
+
     async def metrics(self) -> dict[str, int]:
         return {"rss_bytes": 1}

@@ -156,14 +156,13 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         from ..hypervisor import vsock
 
         vm.vsock = vsock.allocate()
-    serves_files = bool(vm.share_dir) and vm.share_fd < 0
-    vm.root = qemu_root.prepare(run_dir, journal, serves_files=serves_files)
+    # (There is a device for a share even where nothing is ever shown through it.)
+    vm.serves_files = machine.share is not None and vm.share_fd < 0
+    vm.root = qemu_root.prepare(run_dir, journal, serves_files=vm.serves_files)
     machine.ready_ns = time.monotonic_ns()
     machine.turn = turns.Turn(settings.setdefault("notes", []).append)
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
-    if serves_files:
-        qemu_root.show_descriptors(vm.root, machine.process.pid)
     place = settings.get("cgroups_path"), os.path.basename(run_dir)
     machine.cgroup = limit(place, vm, journal, (machine.process.pid, os.getpid()))
     # Helpers are born into our cgroups.
@@ -315,6 +314,7 @@ def vm_settings(
         disk_slots=settings.get("disk_slots", slots.FEWEST_DISKS),
         share_dir=share_dir,
         share_fd=-1 if files is None else files.fd,
+        title=f"kata: machine of {settings['id']}",
         nic=nic,
         more_nics=more_nics,
     )
@@ -404,8 +404,10 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     sandbox.network = asyncio.ensure_future(_configure_network(sandbox, agent, learned))
     # A start that never comes does not ask how it went.
     sandbox.network.add_done_callback(lambda task: task.cancelled() or task.exception())
+    assert sandbox.vm is not None
     await sandbox.unless_lost(
         asyncio.gather(
+            sandbox.vm.confined(),
             agent.create_sandbox(request),
             learned,
             agent.set_time(time.time_ns()),

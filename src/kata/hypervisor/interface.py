@@ -83,6 +83,9 @@ if TYPE_CHECKING:
             that its request failed, and not why.
             """
 
+        async def confined(self) -> None:
+            """Return when the monitor has lost what only its start needed; no container before."""
+
         def on_event(self, callback: Callable[[str, dict[str, Any]], None]) -> None:
             """Have events of the monitor (in its own words) delivered from now on."""
 

@@ -8,8 +8,8 @@ import os
 import socket
 
 from kata import sysio
-from kata.errors import HypervisorError, KataError, VMLostError
-from kata.hypervisor import qemu_command, slots
+from kata.errors import HostError, HypervisorError, KataError, VMLostError
+from kata.hypervisor import qemu_command, qemu_root, slots
 from kata.hypervisor.console import ConsoleRing
 from kata.hypervisor.interface import Capabilities, DiskError, Ended
 from kata.hypervisor.qemu_process import explain
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
 """What the guest did, by the reason in QEMU's last event (``ShutdownCause`` in QEMU's ``qapi/run-state.json``)."""
 _NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+ARGUMENTS_NAME = "qemu.args"
+"""File in the sandbox's directory with QEMU's arguments, each with a final zero."""
 _PANIC = "Kernel panic - not syncing"
 
 
@@ -64,7 +66,9 @@ class Qemu:
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
         self._nodes = [f"file{index}" for index in range(len(self.settings.disks))]
-        self._fdsets: dict[str, int] = {}
+        self._fdsets: dict[str, int] = {
+            f"file{index}": index for index, disk in enumerate(self.settings.disks) if disk
+        }
         self._nic_free = self.settings.nic is not None and self.settings.nic.is_empty
         if self._console_fd >= 0:
             os.set_blocking(self._console_fd, False)
@@ -90,6 +94,14 @@ class Qemu:
     def take_agent_fd(self) -> int:
         """Our end of the agent's virtio-serial port; the caller owns it. -1 when it was taken before."""
         return self._process.take("agent")
+
+    async def confined(self) -> None:
+        """Return when QEMU has lost what only its start needed: the host's files. Then the guest may become hostile.
+
+        Raises:
+            KataError: QEMU is gone, or it could not be taken away.
+        """
+        await self._qmp_client()
 
     def on_event(self, callback: Callable[[str, dict[str, Any]], None]) -> None:
         """Have QMP events delivered from now on."""
@@ -317,15 +329,38 @@ class Qemu:
 
     async def _connect(self, fd: int) -> QmpClient:
         client = await QmpClient.connect(fd, self._event)
-        if self._nic_free:
-            # An empty plug has its cable out; QEMU has no option for that.
-            await client.execute("set_link", {"name": "nic0", "up": False})
+        try:
+            await asyncio.to_thread(self._settle)
+            if self._nic_free:
+                # An empty plug has its cable out; QEMU has no option for that.
+                await client.execute("set_link", {"name": "nic0", "up": False})
+        except BaseException:
+            client.close()
+            raise
         return client
+
+    def _settle(self) -> None:
+        """Take the host's files away from QEMU, and put its arguments aside, which are long and name some.
+
+        It answers, so it has built its machine: it has opened all that it opens by name, and read its arguments.
+        """
+        settings = self.settings
+        if settings.root:
+            qemu_root.enter(settings.root, self.pid, settings.share_dir)
+        if settings.title:
+            # The program first: ps cuts lines off where COLUMNS is set, as in a daemon that was started by hand.
+            title = f"{os.path.basename(settings.binary)} ({settings.title})"
+            try:
+                arguments = sysio.set_command_line(self.pid, title)
+                with open(os.path.join(settings.run_dir, ARGUMENTS_NAME), "wb") as file:
+                    file.write(arguments)
+            except OSError:
+                pass  # where no process may trace another they stay as they are
 
     async def _qmp_client(self) -> QmpClient:
         try:
             return await asyncio.shield(self._qmp)
-        except HypervisorError:
+        except (HypervisorError, HostError):
             await asyncio.wait([self._ended], timeout=1.0)
             if self._ended.done():
                 raise self.failure("connecting to QEMU") from None

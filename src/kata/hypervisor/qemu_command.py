@@ -12,6 +12,7 @@ from kata.journal import dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from kata.hypervisor.settings import Nic, VMSettings
@@ -27,14 +28,47 @@ class Fds:
         agent: Its end of the agent channel.
         qmp: Its end of the control channel.
         console: Its end of the console, or None.
+        kernel: The guest's kernel, opened.
+        initrd: Its initial ramdisk.
+        disks: Disk images by slot.
+        nic: The socket on which an empty network interface listens, or None.
+
+    QEMU is not privileged, and these lie in directories of anybody's: it opens nothing of that by its path.
     """
 
-    __slots__ = ("agent", "console", "qmp")
+    __slots__ = ("agent", "console", "disks", "initrd", "kernel", "nic", "qmp")
 
-    def __init__(self, agent: int, qmp: int, console: int | None) -> None:
+    def __init__(
+        self,
+        agent: int,
+        qmp: int,
+        console: int | None,
+        *,
+        kernel: int,
+        initrd: int,
+        disks: Mapping[int, int],
+        nic: int | None = None,
+    ) -> None:
         self.agent = agent
         self.qmp = qmp
         self.console = console
+        self.kernel = kernel
+        self.initrd = initrd
+        self.disks = dict(disks)
+        self.nic = nic
+
+    def all(self) -> list[int]:
+        """All of them."""
+        found = [
+            self.agent,
+            self.qmp,
+            self.console,
+            self.kernel,
+            self.initrd,
+            *self.disks.values(),
+            self.nic,
+        ]
+        return [fd for fd in found if fd is not None]
 
 
 def comma(value: str) -> str:
@@ -133,11 +167,11 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *(("-global", "hpet.msi=on", "-global", f"hpet.timers={timers}") if timers else ()),
         *_memory(settings),
         *("-bios", settings.firmware),
-        *("-kernel", settings.kernel),
-        *("-initrd", settings.initrd),
+        *("-kernel", opened(fds.kernel)),
+        *("-initrd", opened(fds.initrd)),
         *("-append", command_line(settings)),
         *("-sandbox", settings.sandbox or SANDBOX),
-        *_root(settings),
+        *_first_file(settings, fds),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
         *_serial(settings, fds),
     ]
@@ -157,9 +191,11 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
             *_device("virtio-9p-pci", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
         ]
     for index, disk in enumerate(settings.disks):
+        if disk is not None:
+            argv += ["-add-fd", f"fd={fds.disks[index]},set={index}"]
         argv += _disk(index, disk)
     for index, nic in enumerate(settings.nics()):
-        argv += _nic(index, nic, settings.run_dir)
+        argv += _nic(index, nic, fds)
     first = len(settings.nics())
     for index in range(first, first + settings.late_nics):
         port = f"pcie-root-port,id={slots.late_port(index)},addr={slots.NICS[index]:#04x},chassis={index},slot={index}"
@@ -172,20 +208,18 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     return argv
 
 
-def _root(settings: VMSettings) -> list[str]:
-    """QEMU's root directory, and what it has to know of the one before."""
-    if not settings.root:
+def opened(fd: int) -> str:
+    """The name by which QEMU opens once more what it has inherited."""
+    return f"/proc/self/fd/{fd}"
+
+
+def _first_file(settings: VMSettings, fds: Fds) -> list[str]:
+    """What QEMU has to try out while it has its first root directory."""
+    if not settings.root or any(settings.disks):
         return []
-    if settings.root_option == "-run-with":
-        argv = ["-run-with", f"chroot={comma(settings.root)}"]
-    else:
-        argv = [settings.root_option, settings.root]
-    if not any(settings.disks):
-        # Whether the host has locks that belong to an open file is tried out on /dev/null at the first image. Without,
-        # an image that is inserted later would not be locked.
-        first = file_node("first", Disk(settings.kernel, True))
-        argv += ["-blockdev", dumps(first)]
-    return argv
+    # Whether the host has locks that belong to an open file is tried out on /dev/null at the first image. Without,
+    # an image that is inserted later would not be locked.
+    return ["-blockdev", dumps(file_node("first", Disk(settings.kernel, True), opened(fds.kernel)))]
 
 
 # The guest's owner and mode changes are the host's; devices made through it are refused by the mount
@@ -253,9 +287,7 @@ def _emulation(settings: VMSettings) -> list[str]:
 
 def inherited_fds(settings: VMSettings, fds: Fds) -> list[int]:
     """All descriptors that the command line of `build` refers to."""
-    found = [fds.agent, fds.qmp]
-    if fds.console is not None:
-        found.append(fds.console)
+    found = fds.all()
     if settings.vsock is not None:
         found.append(settings.vsock.fd)
     if settings.share_fd >= 0:
@@ -342,7 +374,7 @@ def _disk(index: int, disk: Disk | None) -> list[str]:
         node, serial = placeholder_node(f"file{index}", readonly), ""
     else:
         readonly = disk.readonly
-        node, serial = file_node(f"file{index}", disk), disk.serial
+        node, serial = file_node(f"file{index}", disk, f"/dev/fdset/{index}"), disk.serial
     properties: dict[str, object] = {"id": f"disk{index}", "drive": f"slot{index}"}
     if serial:
         properties["serial"] = serial
@@ -376,14 +408,13 @@ def late_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dict[s
     return backend, device
 
 
-def _nic(index: int, nic: Nic, run_dir: str) -> list[str]:
+def _nic(index: int, nic: Nic, fds: Fds) -> list[str]:
     if nic.tap_fd is not None:
         backend = f"tap,id=net{index},fd={nic.tap_fd}"
     elif nic.fd is not None:
         backend = f"stream,id=net{index},server=off,addr.type=fd,addr.str={nic.fd}"
     else:
-        path = comma(nic_socket(run_dir))
-        backend = f"stream,id=net{index},server=on,addr.type=unix,addr.path={path}"
+        backend = f"stream,id=net{index},server=on,addr.type=fd,addr.str={fds.nic}"
     return [
         *("-netdev", backend),
         *_device("virtio-net-pci", slots.NICS[index], id=f"nic{index}", netdev=f"net{index}", mac=nic.mac),

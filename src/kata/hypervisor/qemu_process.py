@@ -6,12 +6,11 @@ socket pairs made here, so there is no socket file that anybody else could open,
 
 from __future__ import annotations
 
-import errno
 import os
 
-from kata import children
+from kata import children, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
-from kata.hypervisor import qemu_command, qemu_root, tsc
+from kata.hypervisor import qemu_command, tsc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +19,15 @@ if TYPE_CHECKING:
 
 PROGRAM = "qemu-system-x86_64"
 FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
+
+
+NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
+"""Those of QEMU's own: it sees no process of the host, and `kata.hypervisor.qemu_root` takes the files away."""
+SHARE_CAPABILITIES = (
+    *(sysio.CAP_CHOWN, sysio.CAP_DAC_OVERRIDE, sysio.CAP_FOWNER, sysio.CAP_FSETID),
+    *(sysio.CAP_MKNOD, sysio.CAP_SETFCAP),
+)
+"""What QEMU needs to serve a share by 9p, where files have the guest's owners. Without one it has no capability."""
 
 
 class QemuProcess:
@@ -109,20 +117,29 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
     """
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
+    opened: dict[str, int] = {}
     words = children.Words()
     entries: list[Entry] = []
     try:
         _check(settings)
         if settings.accel == "tcg" and not settings.tsc_khz:
             settings.tsc_khz = tsc.khz()
-        if settings.root and not settings.root_option:
-            settings.root_option = qemu_root.option(settings.binary)
+        opened = open_files(settings)
         for name in ("agent", "qmp", "console"):
             if name != "console" or settings.console != "none":
                 ours[name], theirs[name] = children.socketpair()
         if settings.nic is not None and settings.nic.is_empty:
             entries.append(journal.intend("socket", path=qemu_command.nic_socket(settings.run_dir)))
-        fds = qemu_command.Fds(theirs["agent"], theirs["qmp"], theirs.get("console"))
+            theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
+        fds = qemu_command.Fds(
+            theirs["agent"],
+            theirs["qmp"],
+            theirs.get("console"),
+            kernel=opened["kernel"],
+            initrd=opened["initrd"],
+            disks={index: opened[f"disk{index}"] for index, disk in enumerate(settings.disks) if disk},
+            nic=theirs.get("nic"),
+        )
         try:
             child = children.spawn(
                 qemu_command.build(settings, fds),
@@ -137,6 +154,8 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
                 # memory (thirteen microseconds for each 4 KiB, measured, beside four in small pages). What translated
                 # code gains from them is hardly measurable.
                 small_pages=settings.accel == "tcg",
+                capabilities=SHARE_CAPABILITIES if settings.serves_files else (),
+                namespaces=NAMESPACES,
             )
         except OSError as error:
             raise HypervisorError(
@@ -151,7 +170,7 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
         raise
     finally:
         words.started()
-        for fd in (*theirs.values(), *_passed(settings)):
+        for fd in (*theirs.values(), *opened.values(), *_passed(settings)):
             os.close(fd)
     return QemuProcess(child, settings, ours, words, entries)
 
@@ -180,15 +199,6 @@ def _check(settings: VMSettings) -> None:
         raise HostError(
             f"the hypervisor {settings.binary} does not exist", "apt-get install qemu-system-x86"
         )
-    for what, path in (("kernel", settings.kernel), ("initrd", settings.initrd)):
-        try:
-            with open(path, "rb") as file:
-                if not file.read(1):
-                    raise GuestAssetError(f"the guest's {what} {path} is empty", "kata guest build")
-        except OSError as error:
-            raise GuestAssetError(
-                f"cannot read the guest's {what} {path}: {error.strerror}", "kata guest build"
-            ) from error
     if os.path.isabs(settings.firmware):
         found = os.path.exists(settings.firmware)
     else:
@@ -199,10 +209,54 @@ def _check(settings: VMSettings) -> None:
         raise HostError(
             f"QEMU's firmware {settings.firmware} is missing", "apt-get install qemu-system-data"
         )
-    for disk in settings.disks:
-        if disk is not None and not os.access(disk.path, os.R_OK if disk.readonly else os.R_OK | os.W_OK):
-            reason = os.strerror(errno.EACCES if os.path.exists(disk.path) else errno.ENOENT)
-            raise HypervisorError(f"cannot use the disk image {disk.path}: {reason}")
+
+
+def open_files(settings: VMSettings) -> dict[str, int]:
+    """Open for QEMU what is the sandbox's: ``kernel``, ``initrd``, ``disk0`` ... It may lie where only we may go."""
+    found: dict[str, int] = {}
+    try:
+        for what, path in (("kernel", settings.kernel), ("initrd", settings.initrd)):
+            try:
+                found[what] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                empty = not os.pread(found[what], 1, 0)
+            except OSError as error:
+                raise GuestAssetError(
+                    f"cannot read the guest's {what} {path}: {error.strerror}", "kata guest build"
+                ) from error
+            if empty:
+                raise GuestAssetError(f"the guest's {what} {path} is empty", "kata guest build")
+        for index, disk in enumerate(settings.disks):
+            if disk is not None:
+                flags = os.O_RDONLY if disk.readonly else os.O_RDWR
+                try:
+                    found[f"disk{index}"] = os.open(disk.path, flags | os.O_CLOEXEC)
+                except OSError as error:
+                    raise HypervisorError(
+                        f"cannot use the disk image {disk.path}: {error.strerror}"
+                    ) from error
+    except BaseException:
+        for fd in found.values():
+            os.close(fd)
+        raise
+    return found
+
+
+def _listen(path: str) -> int:
+    import _socket
+
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+    try:
+        # By way of the directory's descriptor: a socket's name has room for 107 bytes only.
+        directory = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
+        try:
+            listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+        finally:
+            os.close(directory)
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        raise HypervisorError(f"cannot make the socket {path}: {error.strerror}") from error
+    return listener.detach()
 
 
 # What QEMU says (lower case), and what to say instead: (pattern, error class, sentence, hint).

@@ -1,11 +1,13 @@
-"""The root directory that QEMU is left with: an empty, read-only one of its own.
+"""The root directory that QEMU is left with: an empty, read-only one, in a mount namespace where nothing else is.
 
-QEMU opens what it needs while it builds its machine, and goes there before it serves anything. So a hypervisor that
-was taken over finds no file of the host by its name; and ``/proc/PID/root`` of a task, which clients take for the
-container's root directory, is not the host's. Usable before asyncio is imported.
+QEMU is executed in a mount namespace of its own and opens what it needs while it builds its machine. Then, before a
+container is made, `enter` replaces the root directory of that namespace by an empty one from outside and detaches the
+host's file systems (pivot_root(2)), for which QEMU needs no capability. A hypervisor that was taken over finds no file
+of the host by its name; and ``/proc/PID/root`` of a task, which clients take for the container's root directory, is
+not the host's. `prepare` is usable before asyncio is imported.
 
-QEMU serves a share by 9p through the names of its own descriptors (chmod and extended attributes go by
-``/proc/self/fd/N``), so where it does, these are the one thing in that directory.
+Where QEMU serves a share by 9p, that share and the names of QEMU's own descriptors (chmod and extended attributes go
+by ``/proc/self/fd/N``) are the two things in that directory.
 """
 
 from __future__ import annotations
@@ -20,24 +22,25 @@ if TYPE_CHECKING:
     from kata.journal import Journal
 
 NAME = "root"
+_CACHE = "qemu-version"
 DESCRIPTORS = "proc/self/fd"
+SHARE = "share"
 _FLAGS = sysio.MS_NOSUID | sysio.MS_NODEV | sysio.MS_NOEXEC
-_CACHE = "qemu-root"
 _HINT = "It takes mounts, as root: `kata doctor` checks the host."
 
 
 def prepare(run_dir: str, journal: Journal, *, serves_files: bool) -> str:
-    """Make the directory, in the engine's own mount namespace.
+    """Make the directory, in the engine's own mount namespace, before QEMU is started.
 
     Root may write where no mode allows it, so what keeps it empty is a mount.
 
     Args:
         run_dir: The sandbox's directory.
         journal: Its journal.
-        serves_files: QEMU serves a share by 9p; then `show_descriptors` is to follow.
+        serves_files: QEMU serves a share by 9p.
 
     Returns:
-        Its path.
+        Its path, for `enter`.
 
     Raises:
         HostError: A mount failed.
@@ -49,6 +52,7 @@ def prepare(run_dir: str, journal: Journal, *, serves_files: bool) -> str:
         journal.make_mount("kata-root", path, "tmpfs", flags, "mode=0555,size=4k,nr_inodes=8")
         if serves_files:
             os.makedirs(os.path.join(path, DESCRIPTORS), 0o555)
+            os.mkdir(os.path.join(path, SHARE), 0o555)
             sysio.mount(None, path, None, sysio.MS_REMOUNT | sysio.MS_RDONLY | _FLAGS)
     except OSError as error:
         raise HostError(
@@ -57,24 +61,58 @@ def prepare(run_dir: str, journal: Journal, *, serves_files: bool) -> str:
     return path
 
 
-def show_descriptors(path: str, pid: int) -> None:
-    """Give QEMU the names of its descriptors, before the guest can ask for a file.
+def enter(path: str, pid: int, share: str) -> None:
+    """Make the directory QEMU's root. QEMU has built its machine: it finds no other file from now on.
 
-    They go with the mount that `prepare` has noted in the journal.
+    Blocks for a millisecond.
 
     Args:
         path: What `prepare` returned.
-        pid: QEMU's.
+        pid: QEMU's; it is in a mount namespace of its own.
+        share: The directory that it serves by 9p, if `prepare` was told so; a mount. What is mounted below it later
+            appears.
 
     Raises:
-        HostError: They cannot be mounted there.
+        HostError: A mount failed.
     """
-    try:
-        sysio.mount(f"/proc/{pid}/fd", os.path.join(path, DESCRIPTORS), None, sysio.MS_BIND)
-    except OSError as error:
+    import threading
+
+    failed: list[OSError] = []
+
+    def work() -> None:
+        try:
+            _enter(path, pid, share)
+        except OSError as error:
+            failed.append(error)
+
+    # Namespace, root and working directory of this thread alone, which ends with them.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if failed:
         raise HostError(
-            f"cannot show the hypervisor its descriptors in {path}: {error.strerror}", _HINT
-        ) from error
+            f"cannot give the hypervisor its root directory {path}: {failed[0].strerror}", _HINT
+        ) from failed[0]
+
+
+def _enter(path: str, pid: int, share: str) -> None:
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    sysio.unshare(sysio.CLONE_FS)
+    namespace = os.open(f"/proc/{pid}/ns/mnt", flags)
+    try:
+        root = os.open(f"/proc/{pid}/root", flags | os.O_DIRECTORY)
+        try:
+            sysio.setns(namespace, sysio.CLONE_NEWNS)
+            os.fchdir(root)
+            os.chroot(".")
+        finally:
+            os.close(root)
+    finally:
+        os.close(namespace)
+    if os.path.isdir(os.path.join(path, SHARE)):
+        sysio.mount(share, os.path.join(path, SHARE), None, sysio.MS_MOVE)
+        sysio.mount(f"/proc/{pid}/fd", os.path.join(path, DESCRIPTORS), None, sysio.MS_BIND)
+    sysio.pivot_root(path)
 
 
 LONG_QUEUES_MIB = 12
@@ -91,50 +129,24 @@ def queues_mib(binary: str) -> int:
         binary: Its absolute path; one that cannot be used takes nothing.
     """
     try:
-        return LONG_QUEUES_MIB if _about(binary)[1].startswith("10.") else 0
-    except HostError:
+        return LONG_QUEUES_MIB if _version(binary).startswith("10.") else 0
+    except OSError:
         return 0
 
 
-def option(binary: str) -> str:
-    """How this QEMU is told its root directory: ``-chroot``, or ``-run-with`` from 8.2 on.
-
-    Args:
-        binary: Its absolute path.
+def _version(binary: str) -> str:
+    """What QEMU says of itself, remembered for as long as the program does not change.
 
     Raises:
-        HostError: It cannot be executed, or knows neither.
+        OSError: It cannot be executed.
     """
-    return _about(binary)[0]
-
-
-def _about(binary: str) -> tuple[str, str]:
-    """`option`, and the version.
-
-    QEMU's own help tells; the answer is kept for as long as the program does not change.
-
-    Raises:
-        HostError: As `option`.
-    """
-    try:
-        key = remembered.program_key(binary)
-        cache = os.path.join(paths.run_dir(), _CACHE)
-        known = remembered.read(cache, key)
-        if len(known) == 2:
-            return known[0], known[1]
-        said = children.said_by([binary, "--help"])
-        found = "-run-with" if b"chroot=dir" in said else "-chroot" if b"\n-chroot dir" in said else ""
-        if not found:
-            raise HostError(
-                f"the hypervisor {binary} has no option for its root directory (-chroot, -run-with)",
-                "apt-get install qemu-system-x86",
-            )
-        # "QEMU emulator version 10.0.13 (Debian ...)"
-        version = said[:200].partition(b" version ")[2].split(maxsplit=1)[:1]
-        words = found, version[0].decode("ascii", "replace") if version else ""
-        remembered.write(cache, key, *words)
-    except OSError as error:
-        raise HostError(
-            f"cannot execute the hypervisor {binary}: {error.strerror}", "apt-get install qemu-system-x86"
-        ) from error
-    return words
+    key = remembered.program_key(binary)
+    cache = os.path.join(paths.run_dir(), _CACHE)
+    known = remembered.read(cache, key)
+    if known:
+        return known[0]
+    # "QEMU emulator version 10.0.13 (Debian ...)"
+    words = children.said_by([binary, "--version"])[:200].partition(b" version ")[2].split(maxsplit=1)[:1]
+    version = words[0].decode("ascii", "replace") if words else "unknown"
+    remembered.write(cache, key, version)
+    return version

@@ -80,7 +80,8 @@ class VMSettings:
     """One virtual machine.
 
     Args:
-        name: Shown in the process list.
+        name: QEMU's name for it.
+        title: What the process list shows once the machine is built, instead of QEMU's arguments; empty leaves these.
         run_dir: The sandbox's directory: placeholders and sockets go there.
         kernel: Path of the guest's kernel (an uncompressed ELF with a PVH entry, or a bzImage).
         initrd: Path of its initial ramdisk.
@@ -94,6 +95,7 @@ class VMSettings:
         disks: What is in the slots, from the first on; None is a placeholder.
         disk_slots: How many slots there are, 4 at least.
         share_dir: Directory offered to the guest over 9p; empty is no such device.
+        serves_files: QEMU is to serve that directory, with files of any owner: it keeps the capabilities for that.
         share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers; -1 is none. An
             emulated machine needs a kernel for it that lets the device use bounce pages.
         nic: The network interface; None is no such device.
@@ -112,8 +114,8 @@ class VMSettings:
         prealloc: Allocate the guest's memory before it boots.
         reclaim: Give the host back what the guest frees.
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu_command.SANDBOX`.
-        root: Directory that becomes QEMU's root once its machine is built; empty leaves it the caller's.
-        root_option: How this QEMU is told so; empty means looked up.
+        root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.qemu_root`); empty
+            leaves it the caller's.
     """
 
     __slots__ = (
@@ -139,12 +141,13 @@ class VMSettings:
         "prealloc",
         "reclaim",
         "root",
-        "root_option",
         "run_dir",
         "sandbox",
+        "serves_files",
         "share_dir",
         "share_fd",
         "tb_size_mib",
+        "title",
         "tsc_khz",
         "vcpus",
         "vsock",
@@ -171,6 +174,7 @@ class VMSettings:
         disks: Sequence[Disk | None] = (),
         disk_slots: int = slots.FEWEST_DISKS,
         share_dir: str = "",
+        serves_files: bool = True,
         share_fd: int = -1,
         nic: Nic | None = None,
         more_nics: Sequence[Nic] = (),
@@ -188,7 +192,7 @@ class VMSettings:
         reclaim: bool = True,
         sandbox: str = "",
         root: str = "",
-        root_option: str = "",
+        title: str = "",
     ) -> None:
         if accel not in ("kvm", "tcg"):
             raise ValueError(f"no such accelerator: {accel}")
@@ -211,6 +215,7 @@ class VMSettings:
         self.firmware = firmware
         self.disks: list[Disk | None] = [*disks, *([None] * (disk_slots - len(disks)))]
         self.share_dir = share_dir
+        self.serves_files = serves_files and bool(share_dir) and share_fd < 0
         self.share_fd = share_fd
         self.nic = nic
         self.more_nics = list(more_nics)
@@ -229,4 +234,4 @@ class VMSettings:
         self.reclaim = reclaim
         self.sandbox = sandbox
         self.root = root
-        self.root_option = root_option
+        self.title = title

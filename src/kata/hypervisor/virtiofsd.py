@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children
+from kata import children, sysio
 from kata.errors import HostError, HypervisorError
 
 TYPE_CHECKING = False
@@ -26,8 +26,23 @@ RUST_PROGRAMS = (
 """Where distributions put it."""
 C_PROGRAM = "/usr/lib/qemu/virtiofsd"
 SOCKET_NAME = "share.sock"
+CAPABILITIES = (
+    *(sysio.CAP_CHOWN, sysio.CAP_DAC_OVERRIDE, sysio.CAP_FOWNER, sysio.CAP_FSETID, sysio.CAP_SETUID),
+    *(sysio.CAP_SETGID, sysio.CAP_MKNOD, sysio.CAP_SETFCAP),
+    *(sysio.CAP_SETPCAP, sysio.CAP_SYS_ADMIN, sysio.CAP_SYS_RESOURCE),
+)
+"""What both start with. Those of the last line are for confining itself, and for many open files: it drops them."""
 LEAVES_S = 1.0
 """How long it may take to end by itself."""
+
+
+def capabilities(program: str) -> tuple[int, ...]:
+    """What it starts with. The one in Rust keeps CAP_DAC_READ_SEARCH for file handles, and ends where it cannot.
+
+    Args:
+        program: Its path; tells the kind.
+    """
+    return CAPABILITIES if program == C_PROGRAM else (*CAPABILITIES, sysio.CAP_DAC_READ_SEARCH)
 
 
 def find(configured: str = "") -> str | None:
@@ -135,6 +150,7 @@ class FileServer:
                 pass_fds=[self._listener],
                 stdout=self._words.write_fd,
                 stderr=self._words.write_fd,
+                capabilities=capabilities(self.program),
             )
         except OSError as error:
             raise HypervisorError(f"cannot start the file server: {error.strerror}") from error

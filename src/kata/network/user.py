@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children
+from kata import children, sysio
 from kata.errors import HostError, KataError, UsageError
 from kata.hypervisor import slots
 from kata.hypervisor.settings import Nic
@@ -34,6 +34,10 @@ INTERFACE = "eth0"
 PROGRAM = "passt"
 INSTALL = "apt-get install passt"
 _BACKLOG = 128
+
+
+CAPABILITIES = (sysio.CAP_SETUID, sysio.CAP_SETGID, sysio.CAP_NET_BIND_SERVICE)
+"""What passt starts with: to publish ports below 1024, and to become nobody, after which it has none."""
 
 
 class Port:
@@ -385,6 +389,8 @@ class UserPlan(NetworkPlan):
                 stdout=self._words.write_fd,
                 stderr=self._words.write_fd,
                 cgroups=[cgroup],
+                capabilities=CAPABILITIES,
+                namespaces=sysio.CLONE_NEWPID,
             )
         except OSError as error:
             raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
