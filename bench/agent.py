@@ -42,7 +42,8 @@ from kata import paths  # noqa: E402
 from kata.agent.client import AgentClient, create_request  # noqa: E402
 from kata.agent.streams import FEATURE, Input, Output  # noqa: E402
 from kata.guest import manifest  # noqa: E402
-from kata.hypervisor import accel, slots  # noqa: E402
+from kata.hypervisor import accel  # noqa: E402
+from kata.hypervisor.qemu import slots  # noqa: E402
 from kata.images import store  # noqa: E402
 from kata.proto import agent_pb, health_pb, oci_pb  # noqa: E402
 from kata.ttrpc import envelope, frame  # noqa: E402

@@ -22,7 +22,9 @@ from pathlib import Path
 from kata.engine.boot import KERNEL_PARAMETERS, spare_mac
 from kata.guest import manifest
 from kata.guest.cpio import Archive
-from kata.hypervisor import qemu_command, qemu_process, tsc
+from kata.hypervisor import tsc
+from kata.hypervisor.qemu import command as qemu_command
+from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.settings import Disk, Nic, VMSettings
 
 BUSYBOX = Path("/usr/bin/busybox")

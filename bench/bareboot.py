@@ -28,7 +28,8 @@ from kata.children import find_program  # noqa: E402
 from kata.engine.boot import spare_mac, vm_settings  # noqa: E402
 from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
-from kata.hypervisor import accel, qemu_command, tsc  # noqa: E402
+from kata.hypervisor import accel, tsc  # noqa: E402
+from kata.hypervisor.qemu import command as qemu_command  # noqa: E402
 from kata.hypervisor.settings import Nic  # noqa: E402
 from kata.resources import sizing  # noqa: E402
 

@@ -32,7 +32,7 @@ EARLY = _PREFIX + "import kata.engine.main\nimport kata.engine.boot\n"
 WHOLE = EARLY + (
     "sys.modules['ssl'] = None\nimport asyncio\n"
     "import kata.engine.sandbox, kata.engine.task_service, kata.engine.sandbox_service, kata.ttrpc.server\n"
-    "import kata.hypervisor.qemu\n"
+    "import kata.hypervisor.qemu.machine\n"
 )
 VARIANTS = {
     "bare": "pass\n",

@@ -200,7 +200,7 @@ def _install_shim() -> None:
 def _install_engine() -> None:
     from kata import journal
     from kata.engine import boot, volumes
-    from kata.hypervisor import qemu_process
+    from kata.hypervisor.qemu import process as qemu_process
     from kata.resources import host_cgroup
 
     _around(journal.Journal, "set_owner", after="create.owner")
@@ -265,7 +265,7 @@ def _install_serving_engine() -> None:
     from kata.engine.container import Container
     from kata.engine.sandbox import Sandbox
     from kata.engine.task_service import TaskService
-    from kata.hypervisor.qemu import Qemu
+    from kata.hypervisor.qemu.machine import Qemu
 
     _around(boot, "_healthy", after="create.agent")
     _around(hostroot.HostRoot, "mount", after="create.root")

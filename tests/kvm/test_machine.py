@@ -13,7 +13,7 @@ import pytest
 
 from kata.errors import HypervisorError
 from kata.guest import manifest
-from kata.hypervisor.qemu_process import QemuProcess
+from kata.hypervisor.qemu.process import QemuProcess
 
 
 class Machine:

@@ -13,7 +13,8 @@ from conftest import Kata
 
 from kata.errors import HostError
 from kata.guest import manifest
-from kata.hypervisor import accel, kvmprobe, qemu_process
+from kata.hypervisor import accel, kvmprobe
+from kata.hypervisor.qemu import process as qemu_process
 
 TRUTH_S = 30.0
 """How long a guest gets on a KVM of which the probe says that it does not work."""

@@ -9,7 +9,7 @@ from typing import Any
 from conftest import Kata
 
 from kata.engine.client import EngineClient
-from kata.hypervisor import qemu_root
+from kata.hypervisor.qemu import root as qemu_root
 from kata.resources import sizing
 
 MIB = 1 << 20

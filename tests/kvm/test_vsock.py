@@ -22,7 +22,7 @@ from kata.errors import HostError, KataError, VMLostError
 from kata.guest import manifest
 from kata.guest.cpio import Archive
 from kata.hypervisor import vsock
-from kata.hypervisor.qemu_process import QemuProcess
+from kata.hypervisor.qemu.process import QemuProcess
 from kata.hypervisor.settings import Vsock
 from kata.ttrpc.client import Client
 

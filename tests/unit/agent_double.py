@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kata.errors import KataError, VMLostError
-from kata.hypervisor.interface import DiskError, Ended
+from kata.hypervisor.base import DiskError, Ended
 from kata.proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
 from kata.ttrpc.server import Server
 from kata.ttrpc.status import INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE, TtrpcError

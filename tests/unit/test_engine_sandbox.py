@@ -35,7 +35,7 @@ from kata.errors import (
     UsageError,
     VMLostError,
 )
-from kata.hypervisor.interface import DiskError
+from kata.hypervisor.base import DiskError
 from kata.journal import Journal
 from kata.oci import spec as oci
 from kata.proto import agent_pb, sandbox_pb, task_pb

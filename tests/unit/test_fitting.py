@@ -11,7 +11,7 @@ import pytest
 from kata.cli import explain
 from kata.engine.fitting import FEATURE, Fitting, merged
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
-from kata.hypervisor import resize
+from kata.hypervisor.qemu import resize
 from kata.resources import sizing
 
 MIB = 1 << 20

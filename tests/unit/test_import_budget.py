@@ -25,9 +25,14 @@ OURS_BEFORE_THE_VM = {
     "kata.remembered",
     *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
     *("kata.engine.turns", "kata.engine.volumes"),
-    *("kata.hypervisor", "kata.hypervisor.qemu_command", "kata.hypervisor.qemu_process"),
-    "kata.hypervisor.qemu_root",
-    *("kata.hypervisor.settings", "kata.hypervisor.slots", "kata.hypervisor.tsc"),
+    *(
+        "kata.hypervisor",
+        "kata.hypervisor.qemu",
+        "kata.hypervisor.qemu.command",
+        "kata.hypervisor.qemu.process",
+    ),
+    "kata.hypervisor.qemu.root",
+    *("kata.hypervisor.settings", "kata.hypervisor.qemu.slots", "kata.hypervisor.tsc"),
 }
 
 TOO_DEAR_FOR_A_COMMAND = {

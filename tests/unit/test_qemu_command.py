@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from kata.errors import GuestAssetError, HypervisorError, KataError, ResourceExhaustedError
-from kata.hypervisor import qemu_command, qemu_root, slots
-from kata.hypervisor.qemu_process import explain
+from kata.hypervisor.qemu import command as qemu_command
+from kata.hypervisor.qemu import root as qemu_root
+from kata.hypervisor.qemu import slots
+from kata.hypervisor.qemu.process import explain
 from kata.hypervisor.settings import Disk, Nic, VMSettings, Vsock
 
 DISK_FDS = {slot: 20 + slot for slot in range(len(slots.DISKS))}

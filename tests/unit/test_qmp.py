@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kata.errors import HypervisorError
-from kata.hypervisor.qmp import MAX_MESSAGE, Framer, QmpClient
+from kata.hypervisor.qemu.qmp import MAX_MESSAGE, Framer, QmpClient
 
 GREETING = {
     "QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": []}

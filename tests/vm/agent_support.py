@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kata.guest import manifest
-from kata.hypervisor import accel, qemu_process, slots
+from kata.hypervisor import accel
+from kata.hypervisor.qemu import process as qemu_process
+from kata.hypervisor.qemu import slots
 from kata.hypervisor.settings import Disk, VMSettings
 from kata.images import store
 from kata.journal import Journal

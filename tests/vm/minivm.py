@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 
 from kata.guest.cpio import Archive
-from kata.hypervisor import qemu_process
+from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.settings import VMSettings
 from kata.journal import Journal
 

@@ -20,7 +20,7 @@ from agent_support import MIB, PATIENCE, Background, Container, Peer, error, mou
 
 from kata import paths
 from kata.guest import manifest
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 from kata.proto import agent_pb as agent
 from kata.proto import oci_pb as oci
 from kata.proto.google_pb import Empty

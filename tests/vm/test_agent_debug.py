@@ -23,7 +23,7 @@ from kata.agent.client import AgentClient
 from kata.agent.streams import OUTPUT_WINDOW, Pieces
 from kata.guest import manifest
 from kata.guest.cpio import Archive
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 from kata.proto.agentext_pb import SetLogLevelRequest, StreamPiece
 from kata.proto.google_pb import Empty
 from kata.ttrpc.client import Client

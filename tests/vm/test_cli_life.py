@@ -24,7 +24,7 @@ import pytest
 from conftest import Kata
 
 from kata.engine.turns import Turn
-from kata.hypervisor import qemu_root
+from kata.hypervisor.qemu import root as qemu_root
 from kata.resources import sizing
 
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.2; done"

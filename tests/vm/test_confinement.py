@@ -12,7 +12,7 @@ from conftest import Kata
 from share_cases import SHARES, sharing
 
 from kata import sysio
-from kata.hypervisor.qemu_process import SHARE_CAPABILITIES
+from kata.hypervisor.qemu.process import SHARE_CAPABILITIES
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

@@ -25,8 +25,11 @@ from kata.errors import (
     VMLostError,
 )
 from kata.guest import manifest
-from kata.hypervisor import accel, qemu_process, qemu_root, slots
-from kata.hypervisor.qemu import Qemu
+from kata.hypervisor import accel
+from kata.hypervisor.qemu import process as qemu_process
+from kata.hypervisor.qemu import root as qemu_root
+from kata.hypervisor.qemu import slots
+from kata.hypervisor.qemu.machine import Qemu
 from kata.hypervisor.settings import Disk, Nic, VMSettings
 from kata.journal import Journal
 from kata.resources import sizing

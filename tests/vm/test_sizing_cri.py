@@ -18,7 +18,7 @@ from test_cri import Cri, clean, running
 
 from kata.engine.client import EngineClient
 from kata.errors import KataError
-from kata.hypervisor import qemu_root
+from kata.hypervisor.qemu import root as qemu_root
 from kata.resources import sizing
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

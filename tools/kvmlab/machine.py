@@ -12,8 +12,8 @@ from kata import sysio
 from kata.errors import HostError
 from kata.hypervisor import tsc
 from kata.hypervisor.console import ConsoleRing
-from kata.hypervisor.qemu_command import comma
-from kata.hypervisor.qemu_process import FIRMWARE_DIRS
+from kata.hypervisor.qemu.command import comma
+from kata.hypervisor.qemu.process import FIRMWARE_DIRS
 
 from .assets import Assets
 from .inside import PORT

@@ -13,7 +13,8 @@ from ..agent.text import last_lines
 from ..engine.boot import KERNEL_PARAMETERS
 from ..errors import HostError, HypervisorError, KataError, VMLostError
 from ..guest import manifest
-from ..hypervisor import accel, qemu_process, vsock
+from ..hypervisor import accel, vsock
+from ..hypervisor.qemu import process as qemu_process
 from ..hypervisor.settings import VMSettings
 from ..journal import Journal
 from ..ttrpc.status import ConnectionLost, TtrpcError

@@ -11,7 +11,10 @@ import time
 
 from .. import children
 from ..errors import GuestAssetError, HostError, KataError
-from ..hypervisor import qemu_command, qemu_process, qemu_root, slots
+from ..hypervisor.qemu import command as qemu_command
+from ..hypervisor.qemu import process as qemu_process
+from ..hypervisor.qemu import root as qemu_root
+from ..hypervisor.qemu import slots
 from ..hypervisor.settings import Disk, Nic, VMSettings
 from . import turns, volumes
 
@@ -186,7 +189,7 @@ def file_server(
 
     That is noted for the log, unless it was asked for.
 
-    An emulated machine can have one if its guest's kernel is ready for it (`kata.hypervisor.qemu_command.bounces`).
+    An emulated machine can have one if its guest's kernel is ready for it (`kata.hypervisor.qemu.command.bounces`).
 
     Raises:
         HostError: virtio-fs was asked for, and there is no virtiofsd.

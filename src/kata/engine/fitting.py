@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..agent.client import AgentClient
-    from ..hypervisor.interface import Hypervisor
+    from ..hypervisor.base import Hypervisor
     from .sandbox import Sandbox
 
     Target = tuple[int, int, int]

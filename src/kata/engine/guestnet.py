@@ -12,7 +12,7 @@ import socket
 import time
 
 from ..errors import AgentError, KataError
-from ..hypervisor import slots
+from ..hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

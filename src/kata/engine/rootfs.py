@@ -7,7 +7,7 @@ writable layer over it, a directory of the host used as it is, or a disk used as
 from __future__ import annotations
 
 from ..errors import ConfigError
-from ..hypervisor import slots
+from ..hypervisor.qemu import slots
 from ..proto.agent_pb import Storage
 from .spec import GUEST_RUN, GUEST_SHARE
 

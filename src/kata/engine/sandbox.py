@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ..agent.client import Dial
-    from ..hypervisor.interface import DiskError, Hypervisor
+    from ..hypervisor.base import DiskError, Hypervisor
     from ..hypervisor.virtiofsd import FileServer
     from ..journal import Journal
     from ..network import steer
@@ -248,7 +248,7 @@ class Sandbox:
 
     def _take_over(self) -> Hypervisor | None:
         """The machine that was started before the event loop was."""
-        from ..hypervisor.qemu import Qemu
+        from ..hypervisor.qemu.machine import Qemu
 
         process = self.machine.process
         if process is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ class VMSettings:
         entropy: File that the guest's entropy device reads; empty is QEMU's own source.
         prealloc: Allocate the guest's memory before it boots.
         reclaim: Give the host back what the guest frees.
-        sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu_command.SANDBOX`.
-        root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.qemu_root`); empty
+        sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu.command.SANDBOX`.
+        root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.qemu.root`); empty
             leaves it the caller's.
     """
 

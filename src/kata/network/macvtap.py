@@ -14,7 +14,7 @@ import socket
 
 from kata import sysio
 from kata.errors import HostError, UnsupportedError
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 from kata.hypervisor.settings import Nic
 from kata.network import rtnetlink
 from kata.network.netns import Endpoint, NetnsPlan

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 
 from kata import sysio
 from kata.errors import HostError, UnsupportedError
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 from kata.hypervisor.settings import Nic
 from kata.network import routing, rtnetlink, sysctls
 from kata.network.user import NetworkPlan

@@ -12,7 +12,7 @@ import os
 
 from kata import children, sysio
 from kata.errors import HostError, KataError, UsageError
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 from kata.hypervisor.settings import Nic
 from kata.network import guard, resolver
 

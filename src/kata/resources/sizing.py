@@ -34,7 +34,7 @@ KERNEL_MIB = {"small": 21, "distro": 50}
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
 BESIDE_MIB = 9
 """What the guest uses beside its containers, and what no limit of theirs counts: the agent, buffers of the devices,
-and the free pages that the kernel keeps in reserve. (Bounce pages come on top: `hypervisor.qemu_command.BOUNCE_MIB`.)
+and the free pages that the kernel keeps in reserve. (Bounce pages come on top: `hypervisor.qemu.command.BOUNCE_MIB`.)
 About 2 MiB less than that, so that it is the guest that is out of memory just before the container is at its limit:
 Linux ends a process at once then, while a group at its limit goes on giving up and reading back its program's pages,
 for minutes under emulation."""

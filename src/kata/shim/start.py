@@ -170,7 +170,7 @@ def settings(
     """
     from ..config import annotations, files
     from ..engine import machine
-    from ..hypervisor import slots
+    from ..hypervisor.qemu import slots
     from ..resources import sizing
 
     conf = files.load(config_path)
@@ -197,7 +197,7 @@ def pod_settings(
     namespace: str, container_id: str, bundle: str, began: int, config_path: str
 ) -> dict[str, Any]:
     """The same for the Sandbox API's pod, which is described to its engine later (`kata.engine.pod`)."""
-    from ..hypervisor import slots
+    from ..hypervisor.qemu import slots
 
     return {
         "id": container_id,

@@ -6,7 +6,7 @@ Source of the options: qemu(1), and QEMU's QAPI schema (``qapi/block-core.json``
 
 from __future__ import annotations
 
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 from kata.hypervisor.settings import Disk
 from kata.journal import dumps
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
         async def plug_nic(self, index: int, mac: str, tap_fd: int) -> None:
             """Give the running machine one of its late network interfaces, which counts from 0 with all others; the
-            descriptor stays the caller's. The guest sees it a moment later, at `kata.hypervisor.slots.late_nic_path`.
+            descriptor stays the caller's. The guest sees it soon after (`kata.hypervisor.qemu.slots.late_nic_path`).
             """
 
         @property
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
             """The last of what the guest's console said, escaped and bounded."""
 
         async def metrics(self) -> dict[str, int]:
-            """Figures of the monitor's process: see `kata.hypervisor.qemu.Qemu.metrics`."""
+            """Figures of the monitor's process: see `kata.hypervisor.qemu.machine.Qemu.metrics`."""
 
         def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
             """Be told when the host fails to read or write what is behind one of the guest's disks. The guest is told

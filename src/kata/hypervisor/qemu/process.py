@@ -10,7 +10,8 @@ import os
 
 from kata import children, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
-from kata.hypervisor import qemu_command, tsc
+from kata.hypervisor import tsc
+from kata.hypervisor.qemu import command as qemu_command
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios
 
 
 NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
-"""Those of QEMU's own: it sees no process of the host, and `kata.hypervisor.qemu_root` takes the files away."""
+"""Those of QEMU's own: it sees no process of the host, and `kata.hypervisor.qemu.root` takes the files away."""
 SHARE_CAPABILITIES = (
     *(sysio.CAP_CHOWN, sysio.CAP_DAC_OVERRIDE, sysio.CAP_FOWNER, sysio.CAP_FSETID),
     *(sysio.CAP_MKNOD, sysio.CAP_SETFCAP),

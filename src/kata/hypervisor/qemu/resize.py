@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 
 from kata.errors import HypervisorError
-from kata.hypervisor import slots
+from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

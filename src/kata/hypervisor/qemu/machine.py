@@ -1,4 +1,4 @@
-"""A running QEMU, as the engine sees it (`kata.hypervisor.interface.Hypervisor`)."""
+"""A running QEMU, as the engine sees it (`kata.hypervisor.base.Hypervisor`)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import socket
 
 from kata import sysio
 from kata.errors import HostError, HypervisorError, KataError, VMLostError
-from kata.hypervisor import qemu_command, qemu_root, slots
+from kata.hypervisor.base import Capabilities, DiskError, Ended
 from kata.hypervisor.console import ConsoleRing
-from kata.hypervisor.interface import Capabilities, DiskError, Ended
-from kata.hypervisor.qemu_process import explain
-from kata.hypervisor.qmp import QmpClient
+from kata.hypervisor.qemu import command as qemu_command
+from kata.hypervisor.qemu import root as qemu_root
+from kata.hypervisor.qemu import slots
+from kata.hypervisor.qemu.process import explain
+from kata.hypervisor.qemu.qmp import QmpClient
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from kata.hypervisor.qemu_process import QemuProcess
+    from kata.hypervisor.qemu.process import QemuProcess
     from kata.hypervisor.settings import Disk, VMSettings
     from kata.journal import Journal
 
@@ -33,7 +35,7 @@ _PANIC = "Kernel panic - not syncing"
 
 
 class Qemu:
-    """Takes over a QEMU that `kata.hypervisor.qemu_process.spawn` started. Make it inside the event loop.
+    """Takes over a QEMU that `kata.hypervisor.qemu.process.spawn` started. Make it inside the event loop.
 
     Args:
         process: The process; its descriptors are this object's from here on.
@@ -181,9 +183,9 @@ class Qemu:
         """Have so much memory in the guest beside what the machine was started with.
 
         Raises:
-            HypervisorError: As of `kata.hypervisor.resize.set_memory`.
+            HypervisorError: As of `kata.hypervisor.qemu.resize.set_memory`.
         """
-        from kata.hypervisor import resize
+        from kata.hypervisor.qemu import resize
 
         if self.settings.max_memory_mib == self.settings.memory_mib:
             raise HypervisorError("the virtual machine was started with all the memory that it can have")
@@ -193,9 +195,9 @@ class Qemu:
         """Have the guest give so much of the memory back that the machine was started with.
 
         Raises:
-            HypervisorError: As of `kata.hypervisor.resize.set_balloon`.
+            HypervisorError: As of `kata.hypervisor.qemu.resize.set_balloon`.
         """
-        from kata.hypervisor import resize
+        from kata.hypervisor.qemu import resize
 
         return await resize.set_balloon(self, self.settings.memory_mib, mib)
 
