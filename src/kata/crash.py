@@ -13,8 +13,8 @@ import contextlib
 import os
 import time
 
-from . import paths
-from .errors import KataError
+from kata import paths
+from kata.errors import KataError
 
 _MOST_FILES = 8
 _MOST_BYTES = 64 << 10
@@ -61,7 +61,7 @@ def _write(error: BaseException, program: str) -> str:
     import tempfile
     import traceback
 
-    from . import __version__
+    from kata import __version__
 
     trace = "".join(traceback.format_exception(error))
     if len(trace) > _MOST_BYTES:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from faults import stops
 from faults.rounds import VICTIMS
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from faults.rounds import Record
 

@@ -14,9 +14,8 @@ from kata.hypervisor import tsc
 from kata.hypervisor.console import ConsoleRing
 from kata.hypervisor.qemu.command import comma
 from kata.hypervisor.qemu.process import FIRMWARE_DIRS
-
-from .assets import Assets
-from .inside import PORT
+from kvmlab.assets import Assets
+from kvmlab.inside import PORT
 
 PROGRAM = "qemu-system-x86_64"
 FIRMWARE = "qboot.rom"

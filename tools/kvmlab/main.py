@@ -9,8 +9,7 @@ import sys
 from kata import paths
 from kata.errors import KataError
 from kata.guest import packages
-
-from . import assets, machine, session
+from kvmlab import assets, machine, session
 
 MARK = "KVM_LAB"
 """Set in the environment of what runs in the lab."""

@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 from kata.errors import KataError
-
-from . import frames
-from .machine import Machine
+from kvmlab import frames
+from kvmlab.machine import Machine
 
 GRACE_S = 20.0
 """How long a command may take to end after the deadline's TERM, or after a TERM from outside."""

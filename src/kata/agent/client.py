@@ -6,7 +6,8 @@ is escaped and bounded before it becomes part of a message.
 
 from __future__ import annotations
 
-from ..errors import (
+from kata.agent.text import escape_line
+from kata.errors import (
     AgentError,
     AgentTimeoutError,
     CommandNotExecutableError,
@@ -15,18 +16,17 @@ from ..errors import (
     KataError,
     VMLostError,
 )
-from ..proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
-from ..ttrpc.status import DEADLINE_EXCEEDED, ConnectionLost, ProtocolError, TtrpcError
-from .text import escape_line
+from kata.proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
+from kata.ttrpc.status import DEADLINE_EXCEEDED, ConnectionLost, ProtocolError, TtrpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from typing import TypeVar
 
-    from ..proto import oci_pb
-    from ..ttrpc.client import Client, Receiver, Stream
-    from ..ttrpc.messages import Decodable, Encodable
+    from kata.proto import oci_pb
+    from kata.ttrpc.client import Client, Receiver, Stream
+    from kata.ttrpc.messages import Decodable, Encodable
 
     D = TypeVar("D", bound=Decodable)
     Dial = Callable[[], Awaitable[Client]]
@@ -385,7 +385,7 @@ class AgentClient:
         await self.call("kata.agent.v1.Network", "Hide", request, google_pb.Empty)
 
     async def _refusals(self, method: str, request: Encodable) -> list[tuple[int, str]]:
-        from .text import escape_line
+        from kata.agent.text import escape_line
 
         answer = await self.call("kata.agent.v1.Network", method, request, agentext_pb.NetworkRefusals)
         return [(one.position, escape_line(one.reason, 200)) for one in answer.refused]

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from ..proto import agentext_pb, google_pb
-from ..ttrpc.status import ProtocolError
-from .streams import INPUT_PIECE, INPUT_WINDOW, OUTPUT_WINDOW, Pieces
+from kata.agent.streams import INPUT_PIECE, INPUT_WINDOW, OUTPUT_WINDOW, Pieces
+from kata.proto import agentext_pb, google_pb
+from kata.ttrpc.status import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..ttrpc.client import Stream
-    from ..ttrpc.status import ConnectionLost, TtrpcError
-    from .client import AgentClient
+    from kata.agent.client import AgentClient
+    from kata.ttrpc.client import Stream
+    from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 FEATURE = "kata.dial"
 """How an agent announces it (``AgentDetails.extra_features``)."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from ..proto import agentext_pb
-from ..proto.wire import get_varint, put_varint
-from ..ttrpc.status import ProtocolError
+from kata.proto import agentext_pb
+from kata.proto.wire import get_varint, put_varint
+from kata.ttrpc.status import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..ttrpc.client import Stream
-    from ..ttrpc.status import ConnectionLost, TtrpcError
-    from .client import AgentClient
+    from kata.agent.client import AgentClient
+    from kata.ttrpc.client import Stream
+    from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 FEATURE = "kata.streams"
 """How an agent announces direct streams (``AgentDetails.extra_features``)."""

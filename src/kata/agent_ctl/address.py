@@ -13,9 +13,9 @@ from __future__ import annotations
 import socket
 import time
 
-from ..errors import HostError, UsageError
-from ..hypervisor import vsock
-from .methods import nearest
+from kata.agent_ctl.methods import nearest
+from kata.errors import HostError, UsageError
+from kata.hypervisor import vsock
 
 AGENT_PORT = 1024
 _SCHEMES = ("vsock", "unix", "hvsock")

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import time
 
-from ..errors import KataError, UsageError
-from ..proto import agent_pb, health_pb, oci_pb
-from ..ttrpc import frame
-from .methods import AGENT, HEALTH
-from .options import Option, parse, table
-from .output import JSON, Style, duration, show_json
+from kata.agent_ctl.methods import AGENT, HEALTH
+from kata.agent_ctl.options import Option, parse, table
+from kata.agent_ctl.output import JSON, Style, duration, show_json
+from kata.errors import KataError, UsageError
+from kata.proto import agent_pb, health_pb, oci_pb
+from kata.ttrpc import frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from ..proto.codec import Message
-    from .links import Link
+    from kata.agent_ctl.links import Link
+    from kata.proto.codec import Message
 
 OPTIONS = (
     Option("--calls", "N", "empty calls to time, one after the other (1000)"),

@@ -11,21 +11,21 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 
-from ..errors import KataError, UsageError
-from ..ttrpc import envelope, frame
-from ..ttrpc.status import ProtocolError, TtrpcError
-from . import fuzz_cases, methods
-from .links import healthy
-from .options import Option, parse, table
-from .output import JSON, Style, code_name, show_json
+from kata.agent_ctl import fuzz_cases, methods
+from kata.agent_ctl.links import healthy
+from kata.agent_ctl.options import Option, parse, table
+from kata.agent_ctl.output import JSON, Style, code_name, show_json
+from kata.errors import KataError, UsageError
+from kata.ttrpc import envelope, frame
+from kata.ttrpc.status import ProtocolError, TtrpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from .fuzz_cases import Case
-    from .links import Link
+    from kata.agent_ctl.fuzz_cases import Case
+    from kata.agent_ctl.links import Link
 
 OPTIONS = (
     Option("--cases", "N", "how many (500, or no limit with --seconds)"),

@@ -5,9 +5,9 @@ Everything comes from a `random.Random`, so that a seed and a number name a case
 
 from __future__ import annotations
 
-from ..proto import health_pb
-from ..ttrpc import envelope, frame
-from .methods import HEALTH
+from kata.agent_ctl.methods import HEALTH
+from kata.proto import health_pb
+from kata.ttrpc import envelope, frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from random import Random
     from typing import Any
 
-    from ..proto.codec import Field, Message
-    from .methods import Method
+    from kata.agent_ctl.methods import Method
+    from kata.proto.codec import Field, Message
 
 _NUMBERS = (
     0,

@@ -14,17 +14,17 @@ from __future__ import annotations
 import base64
 import binascii
 
-from ..errors import UsageError
-from ..proto import csi_pb, health_pb, types_pb
-from ..proto.codec import MAX_DEPTH, EncodeError
-from ..proto.wire import scalar_writer
-from .methods import nearest
+from kata.agent_ctl.methods import nearest
+from kata.errors import UsageError
+from kata.proto import csi_pb, health_pb, types_pb
+from kata.proto.codec import MAX_DEPTH, EncodeError
+from kata.proto.wire import scalar_writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 
-    from ..proto.codec import Field, Message
+    from kata.proto.codec import Field, Message
 
     M = TypeVar("M", bound=Message)
 

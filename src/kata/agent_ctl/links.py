@@ -6,14 +6,14 @@ import os
 import socket
 from abc import ABC, abstractmethod
 
-from .. import paths
-from ..agent.client import Encoded
-from ..errors import HostError, NotFoundError, UsageError, VMLostError
-from ..proto import sandbox_pb
-from ..ttrpc.status import ConnectionLost, ProtocolError
-from ..ttrpc.sync_client import Client
-from . import address
-from .methods import HEALTH, nearest
+from kata import paths
+from kata.agent.client import Encoded
+from kata.agent_ctl import address
+from kata.agent_ctl.methods import HEALTH, nearest
+from kata.errors import HostError, NotFoundError, UsageError, VMLostError
+from kata.proto import sandbox_pb
+from kata.ttrpc.status import ConnectionLost, ProtocolError
+from kata.ttrpc.sync_client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def to_sandbox(name: str) -> Link:
         UsageError: The beginning of an id fits several.
         HostError: Its engine cannot be reached.
     """
-    from ..cli import records
+    from kata.cli import records
 
     if not name or "/" in name or name.startswith("."):
         raise UsageError(f"{name!r} is not the name of a sandbox", "'kata ps' lists them")

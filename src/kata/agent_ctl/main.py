@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import sys
 
-from .. import __version__
-from ..errors import KataError, UsageError
-from ..ttrpc.status import TtrpcError
-from . import address, links, methods, output
-from .options import Option, Values, parse, table
-from .session import COMMANDS, Session, listing, listing_text, split
+from kata import __version__
+from kata.agent_ctl import address, links, methods, output
+from kata.agent_ctl.options import Option, Values, parse, table
+from kata.agent_ctl.session import COMMANDS, Session, listing, listing_text, split
+from kata.errors import KataError, UsageError
+from kata.ttrpc.status import TtrpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .links import Link
+    from kata.agent_ctl.links import Link
 
 CONNECT_S = 10.0
 
@@ -121,7 +121,7 @@ def dispatch(argv: Sequence[str]) -> int:
     session = Session(open_link, style, timeout, names, values.flag("vm"))
     try:
         if not commands:
-            from . import shell
+            from kata.agent_ctl import shell
 
             return shell.run(session)
         for command in commands:
@@ -188,7 +188,7 @@ def _target(values: Values, needed: bool) -> Callable[[], Link]:
         memory = values.integer("vm-memory", 256, 64, 1 << 20)
 
         def boot() -> Link:
-            from .vm import VMLink
+            from kata.agent_ctl.vm import VMLink
 
             return VMLink(memory)
 
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecursionError:
         output.report(UsageError("the input is nested too deeply to be read"))
     except Exception as error:
-        from .. import crash
+        from kata import crash
 
         output.report(crash.explain(error, "kata-agent-ctl"))
     return 1

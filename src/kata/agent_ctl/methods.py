@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 
-from ..errors import UsageError
-from ..proto import agent_pb, agentext_pb, health_pb
+from kata.errors import UsageError
+from kata.proto import agent_pb, agentext_pb, health_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ..proto.codec import Message, Methods
+    from kata.proto.codec import Message, Methods
 
 AGENT = "grpc.AgentService"
 HEALTH = "grpc.Health"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..errors import UsageError
-from .methods import nearest
+from kata.agent_ctl.methods import nearest
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,17 +6,17 @@ import json
 import os
 import sys
 
-from ..agent.text import escape_line
-from ..errors import KataError
-from ..ttrpc.status import NAMES, TtrpcError
-from .jsonmap import to_json
+from kata.agent.text import escape_line
+from kata.agent_ctl.jsonmap import to_json
+from kata.errors import KataError
+from kata.ttrpc.status import NAMES, TtrpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..proto.codec import Message
-    from .methods import Method
+    from kata.agent_ctl.methods import Method
+    from kata.proto.codec import Message
 
 JSON, TEXT = "json", "text"
 

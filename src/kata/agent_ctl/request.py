@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 
-from ..errors import UsageError
-from .jsonmap import check, enum_values, find_field, from_json, read_base64, read_enum
+from kata.agent_ctl.jsonmap import check, enum_values, find_field, from_json, read_base64, read_enum
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from ..proto.codec import Field, Message
-    from .methods import Method
+    from kata.agent_ctl.methods import Method
+    from kata.proto.codec import Field, Message
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 

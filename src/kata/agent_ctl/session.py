@@ -5,21 +5,21 @@ from __future__ import annotations
 import shlex
 import time
 
-from ..errors import GuestProtocolError, UsageError
-from ..proto.codec import DecodeError, EncodeError
-from . import bench, fuzz, methods, output
-from .jsonmap import enum_values
-from .options import table
-from .request import build
+from kata.agent_ctl import bench, fuzz, methods, output
+from kata.agent_ctl.jsonmap import enum_values
+from kata.agent_ctl.options import table
+from kata.agent_ctl.request import build
+from kata.errors import GuestProtocolError, UsageError
+from kata.proto.codec import DecodeError, EncodeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..proto.codec import Field, Message
-    from .links import Link
-    from .methods import Method
-    from .output import Style
+    from kata.agent_ctl.links import Link
+    from kata.agent_ctl.methods import Method
+    from kata.agent_ctl.output import Style
+    from kata.proto.codec import Field, Message
 
 CALL_S = 60.0
 """Seconds for a call, unless it is one that waits or the user says otherwise."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from ..errors import KataError, UsageError
-from ..ttrpc.status import TtrpcError
-from . import methods, output
-from .session import COMMANDS, Session, split
+from kata.agent_ctl import methods, output
+from kata.agent_ctl.session import COMMANDS, Session, split
+from kata.errors import KataError, UsageError
+from kata.ttrpc.status import TtrpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _set(session: Session, name: str, rest: list[str]) -> None:
 
 
 def _help() -> None:
-    from .options import table
+    from kata.agent_ctl.options import table
 
     rows = [*COMMANDS.items(), *_OWN.items()]
     print(

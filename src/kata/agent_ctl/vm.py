@@ -7,20 +7,20 @@ import socket
 import sys
 import threading
 
-from .. import paths
-from ..agent.client import Encoded
-from ..agent.text import last_lines
-from ..engine.boot import KERNEL_PARAMETERS
-from ..errors import HostError, HypervisorError, KataError, VMLostError
-from ..guest import manifest
-from ..hypervisor import accel, vsock
-from ..hypervisor.qemu import process as qemu_process
-from ..hypervisor.settings import VMSettings
-from ..journal import Journal
-from ..ttrpc.status import ConnectionLost, TtrpcError
-from ..ttrpc.sync_client import Client
-from . import address
-from .links import Link, SocketLink, healthy, lost_error
+from kata import paths
+from kata.agent.client import Encoded
+from kata.agent.text import last_lines
+from kata.agent_ctl import address
+from kata.agent_ctl.links import Link, SocketLink, healthy, lost_error
+from kata.engine.boot import KERNEL_PARAMETERS
+from kata.errors import HostError, HypervisorError, KataError, VMLostError
+from kata.guest import manifest
+from kata.hypervisor import accel, vsock
+from kata.hypervisor.qemu import process as qemu_process
+from kata.hypervisor.settings import VMSettings
+from kata.journal import Journal
+from kata.ttrpc.status import ConnectionLost, TtrpcError
+from kata.ttrpc.sync_client import Client
 
 MEMORY_MIB = 256
 READY_S = 60.0

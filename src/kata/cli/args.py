@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ..errors import UsageError
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Command:
             return option
         import difflib
 
-        from . import words
+        from kata.cli import words
 
         if instead := words.about_option(name):
             raise UsageError(f"kata {self.name} has no option {name}", instead)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import TYPE_CHECKING
 
-from ..errors import UsageError
-from . import client_containerd, client_docker
-from .args import Command, Option
+from kata.cli import client_containerd, client_docker
+from kata.cli.args import Command, Option
+from kata.errors import UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .args import Arguments
-    from .client_edit import Edit
+    from kata.cli.args import Arguments
+    from kata.cli.client_edit import Edit
 
 _OPTIONS = [
     Option("--config", "PATH", "its configuration file (/etc/containerd/config.toml, /etc/docker/daemon.json)"),

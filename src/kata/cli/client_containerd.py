@@ -17,11 +17,11 @@ import re
 import shutil
 import subprocess
 import tomllib
-from typing import TYPE_CHECKING
 
-from ..errors import AlreadyExistsError, ConfigError, HostError
-from .client_edit import Edit, forget_backup, read, text_of
+from kata.cli.client_edit import Edit, forget_backup, read, text_of
+from kata.errors import AlreadyExistsError, ConfigError, HostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

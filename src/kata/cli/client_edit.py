@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 
-from ..errors import ConfigError, HostError
+from kata.errors import ConfigError, HostError
 
 BACKUP = ".before-kata"
 """Appended to a file's name: the file as it was before it was changed for the first time."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from kata.cli import table
+from kata.cli.args import Command, Option
+from kata.config import annotations as pod
+from kata.config import files, keys
+from kata.errors import UsageError
 
-from ..config import annotations as pod
-from ..config import files, keys
-from ..errors import UsageError
-from . import table
-from .args import Command, Option
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..config.files import Configuration
-    from ..config.keys import Key
-    from .args import Arguments
+    from kata.cli.args import Arguments
+    from kata.config.files import Configuration
+    from kata.config.keys import Key
 
 COMMANDS = {
     "config": Command(

@@ -17,21 +17,21 @@ import sys
 import tarfile
 import time
 import zlib
-from typing import TYPE_CHECKING
 
-from ..engine.client import SANDBOX, EngineClient
-from ..errors import GuestProtocolError, KataError, NotFoundError, UsageError
-from ..proto import agentext_pb
-from ..proto.google_pb import Empty
-from . import records
-from .args import Command, Option
+from kata.cli import records
+from kata.cli.args import Command, Option
+from kata.engine.client import SANDBOX, EngineClient
+from kata.errors import GuestProtocolError, KataError, NotFoundError, UsageError
+from kata.proto import agentext_pb
+from kata.proto.google_pb import Empty
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any, BinaryIO
 
-    from .args import Arguments
-    from .records import Container
+    from kata.cli.args import Arguments
+    from kata.cli.records import Container
 
 _PIECE = 1 << 20
 _WARNINGS = 20
@@ -100,7 +100,7 @@ def _files(container: Container) -> Iterator[EngineClient]:
         with EngineClient(container.socket) as engine:
             yield engine
         return
-    from . import session
+    from kata.cli import session
 
     with session.opened_for_files(container) as engine:
         yield engine

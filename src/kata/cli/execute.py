@@ -7,21 +7,21 @@ import json
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
 
-from ..errors import KataError, StateError, UsageError, VMLostError
-from . import records, session, values
-from .args import Command, Option
-from .listing import need_running
-from .pump import Detached, OutputGone
-from .run import detach_keys
+from kata.cli import records, session, values
+from kata.cli.args import Command, Option
+from kata.cli.listing import need_running
+from kata.cli.pump import Detached, OutputGone
+from kata.cli.run import detach_keys
+from kata.errors import KataError, StateError, UsageError, VMLostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..engine.client import EngineClient
-    from .args import Arguments
-    from .records import Container
+    from kata.cli.args import Arguments
+    from kata.cli.records import Container
+    from kata.engine.client import EngineClient
 
 COMMANDS = {
     "exec": Command(
@@ -91,8 +91,8 @@ def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
     if user is not None:
         process["user"] = {"uid": 0, "gid": 0, "username": user}
     if user is not None or arguments.flag("privileged"):
-        from ..oci import capabilities
-        from ..oci.spec import capability_sets
+        from kata.oci import capabilities
+        from kata.oci.spec import capability_sets
 
         granted = (
             sorted(capabilities.ALL)
@@ -104,7 +104,7 @@ def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
 
 
 def _exec(arguments: Arguments) -> int:
-    from ..engine.client import EngineClient
+    from kata.engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
     keys = detach_keys(arguments.value("detach_keys"))
@@ -172,7 +172,7 @@ def _end_without_output(client: EngineClient, container: Container, exec_id: str
 
 
 def _attach(arguments: Arguments) -> int:
-    from ..engine.client import EngineClient
+    from kata.engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
     keys = detach_keys(arguments.value("detach_keys"))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-from .. import paths
-from ..engine.client import EngineClient
-from ..engine.launch import SETTINGS_NAME, SOCKET_NAME
-from ..engine.records import read_json
-from ..errors import KataError, NotFoundError, UsageError
-from ..resources import sizing
-from . import records, table
-from .args import Command, Option
+from kata import paths
+from kata.cli import records, table
+from kata.cli.args import Command, Option
+from kata.engine.client import EngineClient
+from kata.engine.launch import SETTINGS_NAME, SOCKET_NAME
+from kata.engine.records import read_json
+from kata.errors import KataError, NotFoundError, UsageError
+from kata.resources import sizing
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .args import Arguments
+    from kata.cli.args import Arguments
 
 COMMANDS = {
     "explain": Command(

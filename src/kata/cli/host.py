@@ -7,19 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
-from .. import __version__, children, journal, paths
-from ..errors import KataError, UsageError
-from ..hypervisor import kvmprobe
-from . import table
-from .args import Command, Option
+from kata import __version__, children, journal, paths
+from kata.cli import table
+from kata.cli.args import Command, Option
+from kata.errors import KataError, UsageError
+from kata.hypervisor import kvmprobe
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from .args import Arguments
+    from kata.cli.args import Arguments
 
 _JSON = Option("--json", "", "print JSON")
 
@@ -138,7 +138,7 @@ def _program(name: str, what: str, package: str, result: str, *, blocking: bool 
 
 
 def _network_helper() -> Check:
-    from ..network import passt
+    from kata.network import passt
 
     check = _program("passt", "passt", "passt", WARN)
     found = children.find_program("passt")
@@ -151,7 +151,7 @@ def _network_helper() -> Check:
 
 
 def _cgroups() -> Check:
-    from ..resources import host_cgroup
+    from kata.resources import host_cgroup
 
     found = host_cgroup.hierarchies()
     if not found:
@@ -169,7 +169,7 @@ def _cgroups() -> Check:
 
 
 def _guest() -> Check:
-    from ..guest import manifest
+    from kata.guest import manifest
 
     try:
         guest = manifest.load(paths.guest_dir())
@@ -215,7 +215,7 @@ def _clients() -> list[Check]:
 
 def _cri(text: str) -> Check:
     """containerd can use kata; is its CRI told so? `ctr` and Docker do without."""
-    from . import client_containerd
+    from kata.cli import client_containerd
 
     path = client_containerd.DEFAULT_PATH
     if client_containerd.is_installed(path):
@@ -226,8 +226,8 @@ def _cri(text: str) -> Check:
 
 def _file_server() -> Check:
     """How files of the host reach the guest."""
-    from ..guest import manifest
-    from ..hypervisor import accel, virtiofsd
+    from kata.guest import manifest
+    from kata.hypervisor import accel, virtiofsd
 
     by_9p = "volumes and containerd's root file systems are shared by 9p, slowly and incompletely"
     program = virtiofsd.find()
@@ -245,7 +245,7 @@ def _file_server() -> Check:
 
 
 def _memory() -> Check:
-    from ..resources import sizing
+    from kata.resources import sizing
 
     available = sizing.host_available_mib()
     if available < 512:
@@ -312,8 +312,8 @@ def _doctor(arguments: Arguments) -> int:
 
 
 def _gc(arguments: Arguments) -> int:
-    from ..images import store
-    from . import image, records
+    from kata.cli import image, records
+    from kata.images import store
 
     report = journal.reconcile(paths.run_dir(), paths.state_dir())
     stale = records.clear_stale()
@@ -343,7 +343,7 @@ def _gc(arguments: Arguments) -> int:
 
 def _guest_command(arguments: Arguments) -> int:
     verb = arguments.rest[0]
-    from ..guest import builder
+    from kata.guest import builder
 
     if verb == "info":
         found = builder.info()
@@ -382,7 +382,7 @@ def _show_tree(content: dict[str, Any], indent: str) -> None:
 
 
 def _version(arguments: Arguments) -> int:
-    from ..guest import manifest
+    from kata.guest import manifest
 
     qemu = children.find_program("qemu-system-x86_64")
     found = {

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-from ..errors import KataError
-from ..images import store
-from . import records, table
-from .args import Command, Option
+from kata.cli import records, table
+from kata.cli.args import Command, Option
+from kata.errors import KataError
+from kata.images import store
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .args import Arguments
+    from kata.cli.args import Arguments
 
 _JSON = Option("--json", "", "print JSON")
 
@@ -100,7 +100,7 @@ def _pull(arguments: Arguments) -> int:
 
 
 def _rmi(arguments: Arguments) -> int:
-    from .main import report
+    from kata.cli.main import report
 
     force = arguments.flag("force")
     failures: list[KataError] = []

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
 
-from ..engine.client import EngineClient
-from ..errors import AgentError, HostError, KataError, NotFoundError, StateError, UsageError, VMLostError
-from . import records, session, signals
-from .args import Command, Option
-from .listing import need_running
+from kata.cli import records, session, signals
+from kata.cli.args import Command, Option
+from kata.cli.listing import need_running
+from kata.engine.client import EngineClient
+from kata.errors import AgentError, HostError, KataError, NotFoundError, StateError, UsageError, VMLostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .args import Arguments
-    from .records import Container
+    from kata.cli.args import Arguments
+    from kata.cli.records import Container
 
 _GRACE = "10"
 _AFTER_KILL_S = 10.0
@@ -74,7 +74,7 @@ COMMANDS = {
 
 def each(references: list[str], act: Callable[[Container], str | None]) -> int:
     """Do the same for several containers, and go on after a failure; the first failure is raised at the end."""
-    from .main import report
+    from kata.cli.main import report
 
     failures: list[KataError] = []
     for reference in references:

@@ -6,18 +6,18 @@ import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
 
-from ..errors import NotFoundError, StateError, UsageError
-from . import records, table
-from .args import Command, Option
+from kata.cli import records, table
+from kata.cli.args import Command, Option
+from kata.errors import NotFoundError, StateError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from .args import Arguments
-    from .records import Container
+    from kata.cli.args import Arguments
+    from kata.cli.records import Container
 
 _JSON = Option("--json", "", "print JSON")
 
@@ -172,7 +172,7 @@ def need_running(container: Container) -> dict[str, Any]:
 
 
 def _top(arguments: Arguments) -> int:
-    from ..engine.client import EngineClient
+    from kata.engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
     need_running(container)
@@ -235,7 +235,7 @@ def _logs(arguments: Arguments) -> int:
 def _tail_count(text: str | None) -> int | None:
     if text is None or text == "all":
         return None
-    from .values import whole
+    from kata.cli.values import whole
 
     return whole(text, "--tail", least=0)
 
@@ -405,8 +405,8 @@ def _inspect(arguments: Arguments) -> int:
 
 
 def _describe(container: Container) -> dict[str, Any] | None:
-    from ..engine.client import EngineClient
-    from ..errors import KataError
+    from kata.engine.client import EngineClient
+    from kata.errors import KataError
 
     try:
         with EngineClient(container.socket) as engine:
@@ -419,7 +419,7 @@ def _describe(container: Container) -> dict[str, Any] | None:
 
 
 def _stats(arguments: Arguments) -> int:
-    from . import usage
+    from kata.cli import usage
 
     chosen = [records.find(reference) for reference in arguments.rest]
     for container in chosen:

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 
-from ..errors import KataError, ToldToEnd, UsageError
+from kata.errors import KataError, ToldToEnd, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def dispatch(argv: Sequence[str]) -> int:
     if entry is None:
         import difflib
 
-        from . import words
+        from kata.cli import words
 
         meant = words.command(list(argv))
         if meant[0] in COMMANDS:
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(KataError("the input is nested too deeply to be read"))
         return 125
     except Exception as error:
-        from .. import crash
+        from kata import crash
 
         report(crash.explain(error, crash.name_of(["kata", *(sys.argv[1:] if argv is None else argv)])))
         return 125

@@ -17,7 +17,7 @@ import select
 import signal
 import sys
 
-from .. import paths
+from kata import paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import json
 import os
 import time
 
-from .. import paths, sysio
-from ..errors import AlreadyExistsError, JournalError, NotFoundError, UsageError
-from ..journal import Journal
+from kata import paths, sysio
+from kata.errors import AlreadyExistsError, JournalError, NotFoundError, UsageError
+from kata.journal import Journal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Container:
 
     def _told(self) -> dict[str, Any]:
         """What a living engine says of the container, if it says that it runs."""
-        from ..engine.client import EngineClient
-        from ..errors import KataError
+        from kata.engine.client import EngineClient
+        from kata.errors import KataError
 
         try:
             with EngineClient(self.socket) as engine:

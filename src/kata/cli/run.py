@@ -6,18 +6,18 @@ import os
 import sys
 import time
 
-from ..errors import ToldToEnd, UsageError
-from . import values
-from .args import Command, Option
-from .records import CREATED, Draft, now
+from kata.cli import values
+from kata.cli.args import Command, Option
+from kata.cli.records import CREATED, Draft, now
+from kata.errors import ToldToEnd, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from .args import Arguments
-    from .records import Container
+    from kata.cli.args import Arguments
+    from kata.cli.records import Container
 
 _OPTIONS = [
     Option("-i --interactive", "", "keep standard input open, and connect it"),
@@ -120,9 +120,9 @@ def make_container(
     Raises:
         KataError: An option, the image or the disk is at fault.
     """
-    from ..engine.launch import raise_file_limit
-    from ..images import store
-    from ..oci import spec as oci
+    from kata.engine.launch import raise_file_limit
+    from kata.images import store
+    from kata.oci import spec as oci
 
     reference, *command = arguments.rest
     choice = _Choice(arguments)
@@ -167,7 +167,7 @@ def make_container(
             "log": {"max_bytes": _LOG_BYTES, "files": _LOG_FILES},
         }
         if choice.storage == "disk":
-            from ..storage import ext4
+            from kata.storage import ext4
 
             ext4.make_writable(draft.path("rw.img"), choice.storage_size)
         return draft.keep(record, spec)
@@ -194,7 +194,7 @@ _MOST_IMAGE_VOLUMES = 100
 def _runnable(platform: str | None) -> str | None:
     """A --platform whose programs a machine of this host can execute."""
     if platform is not None:
-        from ..images import platform as platforms
+        from kata.images import platform as platforms
 
         asked, here = platforms.parse(platform), platforms.host()
         if asked.rank(here) < 0:
@@ -209,8 +209,8 @@ def _warn_of_level(platform: str) -> None:
     """Say what an image of a later level of amd64 asks of the processor and will not find."""
     if platform.count("/") < 2:
         return
-    from ..hypervisor import accel
-    from ..images import platform as platforms
+    from kata.hypervisor import accel
+    from kata.images import platform as platforms
 
     emulated = accel.choose().accel == "tcg"
     lacking = platforms.lacking(platforms.parse(platform), emulated=emulated)
@@ -295,7 +295,7 @@ class _Choice:
 
 
 def _signal_name(text: str) -> str:
-    from .signals import number
+    from kata.cli.signals import number
 
     number(text)
     return text
@@ -317,9 +317,9 @@ def _run(arguments: Arguments) -> int:
     container = make_container(arguments, auto_remove=auto_remove, detach=detach, made_to_run=True)
     try:
         # Imported here, after bad input has had its say, and while nothing waits.
-        from . import session
+        from kata.cli import session
     except BaseException:
-        from .records import remove
+        from kata.cli.records import remove
 
         remove(container)
         raise
@@ -354,7 +354,7 @@ def _undo_when_told_to_end() -> None:
 
 
 def detach_keys(text: str | None) -> bytes:
-    from .pump import parse_detach_keys
+    from kata.cli.pump import parse_detach_keys
 
     try:
         return parse_detach_keys("ctrl-p,ctrl-q" if text is None else text)

@@ -9,20 +9,20 @@ import signal
 import sys
 import time
 
-from .. import paths
-from ..engine.client import EngineClient
-from ..engine.launch import launch
-from ..errors import AgentError, AgentTimeoutError, AlreadyExistsError, KataError, StateError, VMLostError
-from . import records
-from .pump import Detached, Fifos, OutputGone, Pump, RawTerminal
+from kata import paths
+from kata.cli import records
+from kata.cli.pump import Detached, Fifos, OutputGone, Pump, RawTerminal
+from kata.engine.client import EngineClient
+from kata.engine.launch import launch
+from kata.errors import AgentError, AgentTimeoutError, AlreadyExistsError, KataError, StateError, VMLostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from ..engine.launch import Engine
-    from .records import Container
+    from kata.cli.records import Container
+    from kata.engine.launch import Engine
 
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 """Of those, what somebody sends who wants an end."""
@@ -49,8 +49,8 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
     Raises:
         KataError: As of `kata.engine.machine.settings`.
     """
-    from ..engine import machine
-    from ..resources.sizing import Asked
+    from kata.engine import machine
+    from kata.resources.sizing import Asked
 
     record = container.record
     asked = Asked(record["cpus"], record["memory"], "--cpus and --memory")
@@ -180,9 +180,9 @@ def make_image_volumes(client: EngineClient, container: Container) -> None:
     paths_wanted = container.record.get("image_volumes")
     if not paths_wanted:
         return
-    from ..engine.client import SANDBOX
-    from ..proto import agentext_pb
-    from ..proto.google_pb import Empty
+    from kata.engine.client import SANDBOX
+    from kata.proto import agentext_pb
+    from kata.proto.google_pb import Empty
 
     for path in paths_wanted:
         request = agentext_pb.MkdirRequest(container_id=container.id, path=os.fsencode(path), parents=True)
@@ -229,7 +229,7 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
     Returns:
         Whether it is gone.
     """
-    from ..journal import Journal
+    from kata.journal import Journal
 
     directory = paths.sandbox_dir(container.id)
     began = time.monotonic()
@@ -517,7 +517,7 @@ def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int
     Returns:
         The exit code: that of a program which SIGPIPE ends, 125 for another failure to write.
     """
-    from .lifecycle import stop
+    from kata.cli.lifecycle import stop
 
     if ends:
         what = f"container {container.name} was made with --rm and is ended"

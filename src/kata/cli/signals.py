@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from ..errors import UsageError
+from kata.errors import UsageError
 
 
 def number(text: str) -> int:

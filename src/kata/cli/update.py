@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-from ..engine.client import EngineClient
-from ..errors import UsageError
-from ..oci.spec import CPU_PERIOD
-from ..resources import sizing
-from . import records, values
-from .args import Command, Option
-from .lifecycle import each
+from kata.cli import records, values
+from kata.cli.args import Command, Option
+from kata.cli.lifecycle import each
+from kata.engine.client import EngineClient
+from kata.errors import UsageError
+from kata.oci.spec import CPU_PERIOD
+from kata.resources import sizing
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .args import Arguments
-    from .records import Container
+    from kata.cli.args import Arguments
+    from kata.cli.records import Container
 
 COMMANDS = {
     "update": Command(

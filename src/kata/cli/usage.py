@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
-from ..engine.client import EngineClient
-from ..errors import AgentError, KataError
-from ..proto import cgroups_v1_pb
-from . import records, table
+from kata.cli import records, table
+from kata.engine.client import EngineClient
+from kata.errors import AgentError, KataError
+from kata.proto import cgroups_v1_pb
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .records import Container
+    from kata.cli.records import Container
 
 
 class _Look:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 
-from ..errors import UsageError
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ its author believes.
 
 from __future__ import annotations
 
-from ..errors import ConfigError
+from kata.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from .files import Configuration
+    from kata.config.files import Configuration
 
 PREFIX = "io.katacontainers."
 _CONFIG = f"{PREFIX}config."
@@ -113,8 +113,8 @@ def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
     found = ours(annotations)
     if not found:
         return
-    from . import keys
-    from .files import without_effect
+    from kata.config import keys
+    from kata.config.files import without_effect
 
     changed: dict[str, Any] = {}
     for annotation, text in sorted(found.items()):
@@ -165,7 +165,7 @@ def _unknown(annotation: str, known: list[str]) -> ConfigError:
 def _require_permission(configuration: Configuration, annotation: str, name: str) -> None:
     import re
 
-    from . import keys
+    from kata.config import keys
 
     allowed = configuration.get("hypervisor.enable_annotations", list(keys.DEFAULT_ANNOTATIONS))
     spellings = {
@@ -208,7 +208,7 @@ def _require_pattern(configuration: Configuration, annotation: str, path: str, p
 
 def _value(key: Any, text: str, where: str) -> Any:
     """An annotation's text as a value of the key's kind; what cannot be one is left for `Key.check` to word."""
-    from . import keys
+    from kata.config import keys
 
     if key.kind == keys.BOOL:
         return True if text in _TRUE else False if text in _FALSE else text

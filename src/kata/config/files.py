@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import os
 
-from .. import __version__, paths
-from ..errors import ConfigError
+from kata import __version__, paths
+from kata.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def read(files: list[str]) -> Configuration:
 
 def without_effect(values: dict[str, Any]) -> list[str]:
     """A sentence about the keys among these that have no effect here, if any asks for something."""
-    from . import keys
+    from kata.config import keys
 
     named = [
         name
@@ -212,7 +212,7 @@ def _read_one(path: str, notes: list[str]) -> Iterator[tuple[str, Any, int]]:
     """Name, value and line of each key of a file."""
     import tomllib
 
-    from . import keys
+    from kata.config import keys
 
     try:
         with open(path, "rb") as file:
@@ -241,7 +241,7 @@ def _tables(
     path: str, content: dict[str, Any], lines: dict[tuple[str, str], int], notes: list[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tables that hold keys, by their dotted names."""
-    from . import keys
+    from kata.config import keys
 
     for name, value in content.items():
         if not isinstance(value, dict):

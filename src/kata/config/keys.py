@@ -12,7 +12,7 @@ Sources: Kata's ``configuration-qemu.toml.in`` (Go) and ``kata-types`` (Rust) fo
 
 from __future__ import annotations
 
-from ..errors import ConfigError
+from kata.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -20,19 +20,19 @@ import os
 import re
 import stat
 
-from .. import sysio
-from ..errors import ConfigError, HostError
-from ..proto.agent_pb import Storage
-from . import nodes, rootfs, spec
-from .volumes import absent
+from kata import sysio
+from kata.engine import nodes, rootfs, spec
+from kata.engine.volumes import absent
+from kata.errors import ConfigError, HostError
+from kata.proto.agent_pb import Storage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from . import sockets
-    from .sandbox import Sandbox
+    from kata.engine import sockets
+    from kata.engine.sandbox import Sandbox
 
 _SANDBOX = f"{spec.GUEST_RUN}/sandbox"
 """Storages below it are made once and last as long as the sandbox; the agent knows this path, too."""
@@ -199,7 +199,7 @@ class Shared:
         self, source: str, options: list[str], about: os.stat_result, *, is_hidden: bool
     ) -> spec.GuestBind:
         """The guest's socket that stands for one of the host's."""
-        from . import sockets
+        from kata.engine import sockets
 
         if self._sandbox.doors is None:
             self._sandbox.doors = sockets.Doors()

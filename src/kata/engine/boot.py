@@ -9,27 +9,27 @@ from __future__ import annotations
 import os
 import time
 
-from .. import children
-from ..errors import GuestAssetError, HostError, KataError
-from ..hypervisor.qemu import command as qemu_command
-from ..hypervisor.qemu import process as qemu_process
-from ..hypervisor.qemu import root as qemu_root
-from ..hypervisor.qemu import slots
-from ..hypervisor.settings import Disk, Nic, VMSettings
-from . import turns, volumes
+from kata import children
+from kata.engine import turns, volumes
+from kata.errors import GuestAssetError, HostError, KataError
+from kata.hypervisor.qemu import command as qemu_command
+from kata.hypervisor.qemu import process as qemu_process
+from kata.hypervisor.qemu import root as qemu_root
+from kata.hypervisor.qemu import slots
+from kata.hypervisor.settings import Disk, Nic, VMSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from typing import Any
 
-    from ..agent.client import AgentClient
-    from ..hypervisor import virtiofsd
-    from ..journal import Journal
-    from ..network.user import NetworkPlan
-    from ..resources.host_cgroup import HostCgroup
-    from . import hostns
-    from .sandbox import Sandbox
+    from kata.agent.client import AgentClient
+    from kata.engine import hostns
+    from kata.engine.sandbox import Sandbox
+    from kata.hypervisor import virtiofsd
+    from kata.journal import Journal
+    from kata.network.user import NetworkPlan
+    from kata.resources.host_cgroup import HostCgroup
 
 READY_S = 60.0
 """How long a guest may take to answer; it takes a second, but a host may be busy, or itself an emulated machine.
@@ -131,7 +131,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     """
     # Every machine has all its plugs, used or not: one shape for all starts, and for what comes later.
     if settings.get("door") != "kata":
-        from . import hostns
+        from kata.engine import hostns
 
         machine.host = hostns.Namespaces()
     volumes.own_namespace()
@@ -142,7 +142,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     network = settings.get("network") or {}
     nics = [Nic(spare_mac())]
     if network.get("mode", "none") != "none":
-        from ..network.plan import plan
+        from kata.network.plan import plan
 
         machine.network = plan(network)
         machine.network.journal = journal
@@ -156,7 +156,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         vm.late_nics = machine.network.late_nics
     if vm.accel == "kvm":
         # Under emulation the serial port is the faster of the two.
-        from ..hypervisor import vsock
+        from kata.hypervisor import vsock
 
         vm.vsock = vsock.allocate()
     # (There is a device for a share even where nothing is ever shown through it.)
@@ -173,7 +173,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         machine.files.start()
     if machine.network is not None:
         machine.network.start(journal, settings["id"])
-    from ..resources import oom_score
+    from kata.resources import oom_score
 
     oom_score.protect_engine()
     oom_score.set_machine(settings.get("oom_score_adj") or 0)
@@ -195,7 +195,7 @@ def file_server(
         HostError: virtio-fs was asked for, and there is no virtiofsd.
         HypervisorError: The socket cannot be made.
     """
-    from ..hypervisor import virtiofsd  # most machines share nothing
+    from kata.hypervisor import virtiofsd  # most machines share nothing
 
     hypervisor = settings["hypervisor"]
     notes = settings.setdefault("notes", [])
@@ -229,7 +229,7 @@ def limit(
         journal: The sandbox's.
         pids: The processes.
     """
-    from ..resources import host_cgroup, sizing, systemd_scope
+    from kata.resources import host_cgroup, sizing, systemd_scope
 
     limits = host_cgroup.Limits(sizing.host_memory(vm.memory_mib, vm.accel), sizing.host_cpus(vm.vcpus))
     cgroup = host_cgroup.HostCgroup()
@@ -364,8 +364,8 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     import asyncio
 
     # What only the end needs is loaded now, while there is nothing to do but wait.
-    from .. import journal_undo  # noqa: F401
-    from ..proto import agent_pb, types_pb  # noqa: F401
+    from kata import journal_undo  # noqa: F401
+    from kata.proto import agent_pb, types_pb  # noqa: F401
 
     settings, timings = sandbox.settings, sandbox.timings
     step.name = "waiting for the agent in the guest"
@@ -377,7 +377,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     step.name = "setting up the guest"
     storages = []
     if sandbox.share is not None:
-        from .spec import GUEST_SHARE
+        from kata.engine.spec import GUEST_SHARE
 
         kind = "9p" if sandbox.machine.files is None else "virtio-fs"
         more = []
@@ -461,7 +461,7 @@ async def _configure_network(sandbox: Sandbox, agent: AgentClient, learned: asyn
 
 async def _guest_times(sandbox: Sandbox, agent: AgentClient, answered_ns: int) -> None:
     """Split the time until the agent's first answer by what the guest's own clock says."""
-    from ..agent.client import boot_times
+    from kata.agent.client import boot_times
 
     times = await boot_times(agent)
     if times is None:
@@ -477,7 +477,7 @@ async def _guest_times(sandbox: Sandbox, agent: AgentClient, answered_ns: int) -
 
 def explain(sandbox: Sandbox, step: str, error: KataError) -> KataError:
     """*error* with what helps to find out why a guest did not come up; the class stays."""
-    from ..agent.text import last_lines
+    from kata.agent.text import last_lines
 
     hypervisor = sandbox.settings["hypervisor"]
     vm = sandbox.vm

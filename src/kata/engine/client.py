@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from ..errors import (
+from kata.errors import (
     AgentError,
     AlreadyExistsError,
     CommandNotExecutableError,
@@ -22,18 +22,18 @@ from ..errors import (
     UsageError,
     VMLostError,
 )
-from ..proto import sandbox_pb, task_pb
-from ..proto.google_pb import Any as AnyMessage
-from ..proto.google_pb import Empty
-from ..ttrpc.status import CANCELLED, ConnectionLost, TtrpcError
-from ..ttrpc.sync_client import Client, connect
+from kata.proto import sandbox_pb, task_pb
+from kata.proto.google_pb import Any as AnyMessage
+from kata.proto.google_pb import Empty
+from kata.ttrpc.status import CANCELLED, ConnectionLost, TtrpcError
+from kata.ttrpc.sync_client import Client, connect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 
-    from ..proto import agentext_pb
-    from ..proto.codec import Message
+    from kata.proto import agentext_pb
+    from kata.proto.codec import Message
 
     M = TypeVar("M", bound=Message)
 
@@ -261,7 +261,7 @@ class EngineClient:
 
     def processes(self, container_id: str) -> list[agentext_pb.ProcessInfo]:
         """The processes in the guest, by the guest's numbers."""
-        from ..proto import agentext_pb
+        from kata.proto import agentext_pb
 
         request = agentext_pb.ListProcessesRequest(container_id=container_id)
         return self.call(SANDBOX, "Processes", request, agentext_pb.ListProcessesResponse).processes

@@ -11,9 +11,16 @@ import errno
 import os
 import time
 
-from ..agent.client import NULL_STDIN, PIDS_OF, Encoded, create_request
-from ..agent.text import escape_line
-from ..errors import (
+from kata.agent.client import NULL_STDIN, PIDS_OF, Encoded, create_request
+from kata.agent.text import escape_line
+from kata.engine import binds, disks, nodes, prepare, rootfs, spec
+from kata.engine.fitting import merged
+from kata.engine.logfile import LogFile
+from kata.engine.process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
+from kata.engine.records import StateFile, rfc3339
+from kata.engine.streams import Log
+from kata.engine.taskpid import TaskPid, of_path
+from kata.errors import (
     AgentTimeoutError,
     AlreadyExistsError,
     HostError,
@@ -23,22 +30,15 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..proto import agent_pb, events_pb, google_pb
-from . import binds, disks, nodes, prepare, rootfs, spec
-from .fitting import merged
-from .logfile import LogFile
-from .process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
-from .records import StateFile, rfc3339
-from .streams import Log
-from .taskpid import TaskPid, of_path
+from kata.proto import agent_pb, events_pb, google_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..agent.client import AgentClient
-    from .hostroot import HostRoot
-    from .sandbox import Sandbox
+    from kata.agent.client import AgentClient
+    from kata.engine.hostroot import HostRoot
+    from kata.engine.sandbox import Sandbox
 
 EXECS_END_S = 2.0
 """How long an ended init waits for the ends of its container's execs: they die with it, at the same
@@ -269,7 +269,7 @@ class Container:
         host = self.sandbox.machine.host
         if not wanted or host is None:
             return
-        from . import hooks
+        from kata.engine import hooks
 
         state = hooks.state(self.id, self.bundle, self.sandbox.host_pid, status, self.config)
         await self.sandbox.helper(hooks.run, kind, wanted, state, host)

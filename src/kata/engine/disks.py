@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 import stat
 
-from ..errors import HostError, KataError, UnsupportedError
-from ..hypervisor.settings import Disk
+from kata.errors import HostError, KataError, UnsupportedError
+from kata.hypervisor.settings import Disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from ..proto.task_pb import Mount
-    from .sandbox import Sandbox
+    from kata.engine.sandbox import Sandbox
+    from kata.proto.task_pb import Mount
 
 FILE_SYSTEMS = ("ext4", "xfs", "erofs")
 """Those that the guest's kernels can mount from a disk."""

@@ -11,16 +11,16 @@ import socket
 import time
 from collections import deque
 
-from ..proto import events_pb, google_pb
-from ..proto.task_pb import Envelope
-from ..ttrpc.client import Client
-from ..ttrpc.status import ConnectionLost, TtrpcError
+from kata.proto import events_pb, google_pb
+from kata.proto.task_pb import Envelope
+from kata.ttrpc.client import Client
+from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..proto.codec import Message
+    from kata.proto.codec import Message
 
 SERVICE = "containerd.services.events.ttrpc.v1.Events"
 LIMIT = 2048

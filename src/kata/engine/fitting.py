@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import asyncio
 
-from ..errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
-from ..resources import sizing
-from ..resources.sizing import Asked
+from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
+from kata.resources import sizing
+from kata.resources.sizing import Asked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from typing import Any
 
-    from ..agent.client import AgentClient
-    from ..hypervisor.base import Hypervisor
-    from .sandbox import Sandbox
+    from kata.agent.client import AgentClient
+    from kata.engine.sandbox import Sandbox
+    from kata.hypervisor.base import Hypervisor
 
     Target = tuple[int, int, int]
     """Processors, MiB of memory by the formula, and the ``MemTotal`` in bytes that a balloon leaves; 0 for none."""
@@ -319,7 +319,7 @@ class Fitting:
         cgroup, vm = self._sandbox.machine.cgroup, self._sandbox.vm
         if cgroup is None or vm is None:
             return
-        from ..resources import host_cgroup
+        from kata.resources import host_cgroup
 
         mib += self._besides(vm)
         limits = host_cgroup.Limits(sizing.host_memory(mib, vm.settings.accel), sizing.host_cpus(vcpus))

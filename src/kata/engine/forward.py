@@ -12,15 +12,15 @@ import asyncio
 import socket
 import struct
 
-from ..agent import dial
-from ..errors import KataError
+from kata.agent import dial
+from kata.errors import KataError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from ..network.user import NetworkPlan
-    from .sandbox import Sandbox
+    from kata.engine.sandbox import Sandbox
+    from kata.network.user import NetworkPlan
 
 _RECEIVE = 1 << 16
 _LIMIT = 256

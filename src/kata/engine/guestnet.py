@@ -11,17 +11,17 @@ import os
 import socket
 import time
 
-from ..errors import AgentError, KataError
-from ..hypervisor.qemu import slots
+from kata.errors import AgentError, KataError
+from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..agent.client import AgentClient
-    from ..network.routing import Entry
-    from ..network.user import NetworkPlan
-    from .sandbox import Sandbox
+    from kata.agent.client import AgentClient
+    from kata.engine.sandbox import Sandbox
+    from kata.network.routing import Entry
+    from kata.network.user import NetworkPlan
 
 FEATURE = "kata.network"
 """How an agent announces it (``AgentDetails.extra_features``)."""
@@ -103,7 +103,7 @@ class GuestNetwork:
     # ---- telling ----
 
     async def _configure(self, agent: AgentClient) -> None:
-        from ..proto import types_pb
+        from kata.proto import types_pb
 
         plan = self._plan
         if plan is None or not (plan.interfaces or self._names):
@@ -146,8 +146,8 @@ class GuestNetwork:
         self._names = now
 
     async def _prepare(self, agent: AgentClient, path: str, name: str, wanted: Mapping[str, str]) -> None:
-        from ..network import sysctls
-        from ..proto import agentext_pb
+        from kata.network import sysctls
+        from kata.proto import agentext_pb
 
         before = self._sysctls.get(path)
         told = sysctls.changes(wanted, before or {})
@@ -175,7 +175,7 @@ class GuestNetwork:
 
     def _of_containers(self) -> set[str]:
         """The kernel parameters that containers set themselves, which the namespace's stand behind."""
-        from ..network import sysctls
+        from kata.network import sysctls
 
         named = set(self._sandbox.settings.get("sysctls") or {})
         for container in self._sandbox.containers.values():
@@ -183,8 +183,8 @@ class GuestNetwork:
         return {sysctls.path(name) for name in named}
 
     async def _tell_routes(self, agent: AgentClient, plan: NetworkPlan, *, is_able: bool) -> None:
-        from ..network import routing
-        from ..proto import agentext_pb, types_pb
+        from kata.network import routing
+        from kata.proto import agentext_pb, types_pb
 
         if plan.routing is None or not is_able:
             routes = plan.routes

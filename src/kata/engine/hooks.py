@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import subprocess
 
-from ..errors import HostError
+from kata.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from .hostns import Namespaces
+    from kata.engine.hostns import Namespaces
 
 SAID_BYTES = 2000
 HINT = "It is in hooks of the bundle's config.json, put there by the client that made the container."
@@ -86,7 +86,7 @@ def run(
         except (OSError, subprocess.SubprocessError) as error:
             raise HostError(f"the {kind} hook {path} cannot be executed: {error}", HINT) from None
         if done.returncode:
-            from ..agent.text import escape_line
+            from kata.agent.text import escape_line
 
             said = escape_line(done.stderr[-SAID_BYTES:].decode(errors="replace").strip())
             raise HostError(

@@ -6,7 +6,7 @@ import errno
 import os
 from functools import partial
 
-from .. import sysio
+from kata import sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

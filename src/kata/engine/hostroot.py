@@ -15,19 +15,19 @@ import contextlib
 import errno
 import os
 
-from .. import sysio
-from ..errors import HostError, UnsupportedError
-from .binds import is_live
-from .disks import root_of
-from .volumes import OPTION_FLAGS
+from kata import sysio
+from kata.engine.binds import is_live
+from kata.engine.disks import root_of
+from kata.engine.volumes import OPTION_FLAGS
+from kata.errors import HostError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ..journal import Entry, Journal
-    from ..proto.task_pb import Mount
-    from .hostns import Namespaces
+    from kata.engine.hostns import Namespaces
+    from kata.journal import Entry, Journal
+    from kata.proto.task_pb import Mount
 
 _FLAGS = {
     **OPTION_FLAGS,

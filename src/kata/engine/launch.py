@@ -10,9 +10,9 @@ import marshal
 import os
 import time
 
-from .. import launcher, paths, sysio
-from ..errors import AlreadyExistsError, HostError, JournalError, UsageError
-from ..journal import FILE_NAME, Journal, dumps
+from kata import launcher, paths, sysio
+from kata.errors import AlreadyExistsError, HostError, JournalError, UsageError
+from kata.journal import FILE_NAME, Journal, dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import time
 from binascii import b2a_base64
 from json.encoder import encode_basestring
 
-from .records import rfc3339
+from kata.engine.records import rfc3339
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

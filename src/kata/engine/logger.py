@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 
-from .. import children, sysio
-from ..errors import HostError, UsageError
+from kata import children, sysio
+from kata.errors import HostError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..journal import Journal
+    from kata.journal import Journal
 
 READY_S = 10.0
 """How long a program may take to say that it is ready."""

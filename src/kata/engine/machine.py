@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 
-from .. import paths
-from ..config import files
-from ..errors import ConfigError, GuestAssetError, UnsupportedError, UsageError
-from ..guest import manifest
-from ..hypervisor import accel
-from ..resources import sizing
+from kata import paths
+from kata.config import files
+from kata.errors import ConfigError, GuestAssetError, UnsupportedError, UsageError
+from kata.guest import manifest
+from kata.hypervisor import accel
+from kata.resources import sizing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..config.files import Configuration
+    from kata.config.files import Configuration
 
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""

@@ -10,18 +10,18 @@ import os
 import sys
 import time
 
-from ..errors import KataError
-from ..journal import FILE_NAME, Journal
-from . import boot
-from .launch import LIFETIME_FD, LISTEN_FD, RELEASED, SETTINGS_FD
+from kata.engine import boot
+from kata.engine.launch import LIFETIME_FD, LISTEN_FD, RELEASED, SETTINGS_FD
+from kata.errors import KataError
+from kata.journal import FILE_NAME, Journal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .boot import Machine
-    from .events import Publisher
-    from .sandbox import Sandbox
+    from kata.engine.boot import Machine
+    from kata.engine.events import Publisher
+    from kata.engine.sandbox import Sandbox
 
 CLIENTS_S = 10.0
 """How long an engine that has nothing left to do waits for its clients to hang up."""
@@ -82,10 +82,10 @@ async def _serve(
     import signal
     import socket
 
-    from ..proto import sandbox_pb, task_pb
-    from ..ttrpc.server import Server
-    from . import sandbox_service, task_service
-    from .sandbox import Sandbox
+    from kata.engine import sandbox_service, task_service
+    from kata.engine.sandbox import Sandbox
+    from kata.proto import sandbox_pb, task_pb
+    from kata.ttrpc.server import Server
 
     sandbox = Sandbox(settings, run_dir, journal, machine, failed)
     publisher = _publisher(settings, sandbox)
@@ -102,8 +102,8 @@ async def _serve(
     }
 
     if sandbox.is_pod:
-        from ..proto import podsandbox_pb
-        from . import pod_service
+        from kata.engine import pod_service
+        from kata.proto import podsandbox_pb
 
         methods = podsandbox_pb.SERVICES[pod_service.SERVICE]
         services[pod_service.SERVICE] = (methods, pod_service.PodService(sandbox))
@@ -144,7 +144,7 @@ async def _sweep(sandbox: Sandbox) -> None:
     import asyncio
     import contextlib
 
-    from ..journal_undo import reconcile_sandboxes
+    from kata.journal_undo import reconcile_sandboxes
 
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(sandbox.ended.wait(), SWEEP_S)
@@ -158,7 +158,7 @@ def _publisher(settings: dict[str, Any], sandbox: Sandbox) -> Publisher | None:
     wanted = settings.get("events")
     if not wanted:
         return None
-    from .events import Publisher
+    from kata.engine.events import Publisher
 
     publisher = Publisher(wanted["address"], wanted["namespace"], sandbox.complain)
     sandbox.publish = publisher.publish

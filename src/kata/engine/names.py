@@ -21,15 +21,15 @@ import errno
 import os
 import socket
 
-from ..agent import dial
-from ..network import resolver
-from . import sockets
+from kata.agent import dial
+from kata.engine import sockets
+from kata.network import resolver
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..agent.client import AgentClient
-    from ..ttrpc.status import ConnectionLost, TtrpcError
-    from .sandbox import Sandbox
+    from kata.agent.client import AgentClient
+    from kata.engine.sandbox import Sandbox
+    from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 ADDRESS = resolver.DOCKER
 PORT = 53

@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import stat
 
-from ..errors import UnsupportedError
-from . import disks, spec
+from kata.engine import disks, spec
+from kata.errors import UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

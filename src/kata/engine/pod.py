@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from ..config import annotations as pod_annotations
-from ..config import files
-from ..errors import ConfigError, UnsupportedError
-from ..proto.codec import DecodeError
-from ..proto.cri_pb import PodSandboxConfig
-from ..resources import sizing
-from . import machine
+from kata.config import annotations as pod_annotations
+from kata.config import files
+from kata.engine import machine
+from kata.errors import ConfigError, UnsupportedError
+from kata.proto.codec import DecodeError
+from kata.proto.cri_pb import PodSandboxConfig
+from kata.resources import sizing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..proto.podsandbox_pb import CreateSandboxRequest
+    from kata.proto.podsandbox_pb import CreateSandboxRequest
 
 _CONFIG_TYPE = "runtime.v1.PodSandboxConfig"
 _NODE = 2

@@ -10,19 +10,19 @@ import json
 import platform
 import time
 
-from ..errors import NotFoundError, StateError
-from ..proto import google_pb
-from ..proto import podsandbox_pb as pb
-from ..ttrpc.server import finish
-from . import pod, stats
-from .container import timestamp
-from .process import KILLED
-from .sandbox_service import describe
+from kata.engine import pod, stats
+from kata.engine.container import timestamp
+from kata.engine.process import KILLED
+from kata.engine.sandbox_service import describe
+from kata.errors import NotFoundError, StateError
+from kata.proto import google_pb
+from kata.proto import podsandbox_pb as pb
+from kata.ttrpc.server import finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..ttrpc.server import Context
-    from .sandbox import Sandbox
+    from kata.engine.sandbox import Sandbox
+    from kata.ttrpc.server import Context
 
 SERVICE = "containerd.runtime.sandbox.v1.Sandbox"
 _READY, _NOT_READY = "SANDBOX_READY", "SANDBOX_NOTREADY"

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 
-from ..agent.streams import Input, Output
-from . import spec
-from .stdio import open_stream
-from .streams import InputPump, OutputPump, ProcessStreams, Sink
+from kata.agent.streams import Input, Output
+from kata.engine import spec
+from kata.engine.stdio import open_stream
+from kata.engine.streams import InputPump, OutputPump, ProcessStreams, Sink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..agent.client import AgentClient
-    from .binds import Shared
-    from .process import Process, Stdio
-    from .sandbox import Sandbox
-    from .streams import Log
+    from kata.agent.client import AgentClient
+    from kata.engine.binds import Shared
+    from kata.engine.process import Process, Stdio
+    from kata.engine.sandbox import Sandbox
+    from kata.engine.streams import Log
 
 
 def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> ProcessStreams:
@@ -128,7 +128,7 @@ def name_servers(config: dict[str, Any], lines: list[str]) -> list[str]:
         config: Its specification.
         lines: Of the resolv.conf that it has where it brings none of its own.
     """
-    from ..network import resolver
+    from kata.network import resolver
 
     for mount in config.get("mounts") or ():
         if os.path.normpath(str(mount.get("destination"))) == resolver.RESOLV_CONF:

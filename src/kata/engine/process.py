@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 
-from ..errors import NotFoundError, StateError
+from kata.errors import NotFoundError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .streams import ProcessStreams
+    from kata.engine.streams import ProcessStreams
 
 CREATED = "created"
 RUNNING = "running"

@@ -11,7 +11,7 @@ import json
 import os
 import time
 
-from .. import sysio
+from kata import sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

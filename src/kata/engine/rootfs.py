@@ -6,10 +6,10 @@ writable layer over it, a directory of the host used as it is, or a disk used as
 
 from __future__ import annotations
 
-from ..errors import ConfigError
-from ..hypervisor.qemu import slots
-from ..proto.agent_pb import Storage
-from .spec import GUEST_RUN, GUEST_SHARE
+from kata.engine.spec import GUEST_RUN, GUEST_SHARE
+from kata.errors import ConfigError
+from kata.hypervisor.qemu import slots
+from kata.proto.agent_pb import Storage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

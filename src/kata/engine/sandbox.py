@@ -8,9 +8,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from ..agent.client import AgentClient, Watcher
-from ..agent.text import escape_line
-from ..errors import (
+from kata.agent.client import AgentClient, Watcher
+from kata.agent.text import escape_line
+from kata.engine import boot, prepare, spec, watch
+from kata.engine.container import REMOVE_S, Container
+from kata.engine.fitting import Fitting
+from kata.engine.guestnet import GuestNetwork
+from kata.engine.timings import Timings
+from kata.errors import (
     AgentTimeoutError,
     AlreadyExistsError,
     GuestProtocolError,
@@ -20,12 +25,7 @@ from ..errors import (
     UnsupportedError,
     VMLostError,
 )
-from ..ttrpc.client import Client
-from . import boot, prepare, spec, watch
-from .container import REMOVE_S, Container
-from .fitting import Fitting
-from .guestnet import GuestNetwork
-from .timings import Timings
+from kata.ttrpc.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from typing import Any, TypeVar
 
-    from ..agent.client import Dial
-    from ..hypervisor.base import DiskError, Hypervisor
-    from ..hypervisor.virtiofsd import FileServer
-    from ..journal import Journal
-    from ..network import steer
-    from ..network.user import NetworkPlan
-    from ..proto.codec import Message
-    from . import forward, names, sockets
-    from .boot import Machine
-    from .hostroot import HostRoot
-    from .logger import Logger
-    from .process import Process, Stdio
+    from kata.agent.client import Dial
+    from kata.engine import forward, names, sockets
+    from kata.engine.boot import Machine
+    from kata.engine.hostroot import HostRoot
+    from kata.engine.logger import Logger
+    from kata.engine.process import Process, Stdio
+    from kata.hypervisor.base import DiskError, Hypervisor
+    from kata.hypervisor.virtiofsd import FileServer
+    from kata.journal import Journal
+    from kata.network import steer
+    from kata.network.user import NetworkPlan
+    from kata.proto.codec import Message
 
     T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class Sandbox:
         failed: KataError | None,
         publish: Callable[[str, Message], None] | None = None,
     ) -> None:
-        from ..journal import process_identity
+        from kata.journal import process_identity
 
         self.settings = settings
         self.id: str = settings["id"]
@@ -221,12 +221,12 @@ class Sandbox:
         Raises:
             UnsupportedError: The guest's agent cannot, and a published port needs it.
         """
-        from ..agent import dial
+        from kata.agent import dial
 
         plan = self.machine.network
         if plan is None or not (plan.listeners or plan.wired_by_others):
             return
-        from . import forward
+        from kata.engine import forward
 
         if plan.listeners:
             if dial.INTERNET_FEATURE not in agent.features:
@@ -237,7 +237,7 @@ class Sandbox:
             self._forwarder = forward.published(self, plan)
         if not plan.wired_by_others or dial.FEATURE not in agent.features:
             return
-        from ..network import steer
+        from kata.network import steer
 
         try:
             self._steering = steer.Steering()
@@ -248,7 +248,7 @@ class Sandbox:
 
     def _take_over(self) -> Hypervisor | None:
         """The machine that was started before the event loop was."""
-        from ..hypervisor.qemu.machine import Qemu
+        from kata.hypervisor.qemu.machine import Qemu
 
         process = self.machine.process
         if process is None:
@@ -270,7 +270,7 @@ class Sandbox:
             sock: socket.socket = socket.socket(fileno=self.vm.take_agent_fd())
             sock.setblocking(False)
         else:
-            from ..hypervisor import vsock
+            from kata.hypervisor import vsock
 
             cid = self.vm.agent_cid
 
@@ -322,8 +322,8 @@ class Sandbox:
         Args:
             config: Its specification.
         """
-        from ..agent import dial
-        from ..network import resolver
+        from kata.agent import dial
+        from kata.network import resolver
 
         plan = self.machine.network
         if plan is None or not plan.wired_by_others:
@@ -337,7 +337,7 @@ class Sandbox:
                 agent = await self.ready()
                 if dial.INTERNET_FEATURE not in agent.features:
                     raise UnsupportedError("the guest's agent cannot do that", "kata guest build")
-                from . import names
+                from kata.engine import names
 
                 self._names = names.Names(self)
                 try:
@@ -429,7 +429,7 @@ class Sandbox:
             if spec.container_type(one.config) == "pod_container"
         ]
         if scores:
-            from ..resources import oom_score
+            from kata.resources import oom_score
 
             oom_score.set_machine(max(scores))
 
@@ -477,7 +477,7 @@ class Sandbox:
         Raises:
             KataError: It cannot be started.
         """
-        from .logger import Logger
+        from kata.engine.logger import Logger
 
         logger = Logger(uri, container_id, self.settings.get("namespace") or "", self.journal)
         self._loggers.add(logger)
@@ -705,8 +705,8 @@ class Sandbox:
     def _undo(self) -> None:
         """Undo what the journals name: the container's lasting one if it is not to be kept, then the
         sandbox's."""
-        from ..errors import JournalError
-        from ..journal import FILE_NAME, Journal
+        from kata.errors import JournalError
+        from kata.journal import FILE_NAME, Journal
 
         problems: list[str] = []
         directory = self.settings.get("container_dir") or ""

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import os
 
-from ..agent.client import ASK_S, Encoded
-from ..agent.text import escape_line
-from ..errors import KataError, StateError
-from ..proto import agentext_pb, google_pb, sandbox_pb
-from ..ttrpc.server import finish
-from .process import CREATED
+from kata.agent.client import ASK_S, Encoded
+from kata.agent.text import escape_line
+from kata.engine.process import CREATED
+from kata.errors import KataError, StateError
+from kata.proto import agentext_pb, google_pb, sandbox_pb
+from kata.ttrpc.server import finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 
-    from ..proto.codec import Message
-    from ..ttrpc.server import Context
-    from .sandbox import Sandbox
+    from kata.engine.sandbox import Sandbox
+    from kata.proto.codec import Message
+    from kata.ttrpc.server import Context
 
     M = TypeVar("M", bound=Message)
 

@@ -22,18 +22,18 @@ import socket
 import stat
 from functools import partial
 
-from ..agent import dial
-from ..errors import KataError, UnsupportedError
-from . import spec
-from .forward import carry
+from kata.agent import dial
+from kata.engine import spec
+from kata.engine.forward import carry
+from kata.errors import KataError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from typing import Any
 
-    from ..agent.client import AgentClient
-    from .sandbox import Sandbox
+    from kata.agent.client import AgentClient
+    from kata.engine.sandbox import Sandbox
 
 LIMIT = 128
 """Connections of one sandbox at a time. Each may hold what `kata.agent.dial` lets be on the way, whatever the guest

@@ -10,16 +10,16 @@ Unlike the original, limits for pids and block I/O and the seccomp profile are k
 
 from __future__ import annotations
 
-from ..errors import ConfigError, UnsupportedError
-from ..proto.codec import DecodeError
+from kata.errors import ConfigError, UnsupportedError
+from kata.proto.codec import DecodeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any, TypeVar
 
-    from ..proto import oci_pb
-    from ..proto.codec import Message
+    from kata.proto import oci_pb
+    from kata.proto.codec import Message
 
     M = TypeVar("M", bound=Message)
 
@@ -337,7 +337,7 @@ def to_message(spec: Mapping[str, Any]) -> oci_pb.Spec:
     Raises:
         ConfigError: A key is unknown or a value has the wrong type; the message names it.
     """
-    from ..proto import oci_pb
+    from kata.proto import oci_pb
 
     return _convert(oci_pb.Spec, spec, "the container's specification")
 
@@ -348,7 +348,7 @@ def process_message(process: Mapping[str, Any]) -> oci_pb.Process:
     Raises:
         ConfigError: As `to_message`.
     """
-    from ..proto import oci_pb
+    from kata.proto import oci_pb
 
     kept = {key: value for key, value in process.items() if key not in ("apparmorProfile", "selinuxLabel")}
     return _convert(oci_pb.Process, kept, "the process's specification")
@@ -360,7 +360,7 @@ def resources_message(resources: Mapping[str, Any]) -> oci_pb.LinuxResources:
     Raises:
         ConfigError: As `to_message`.
     """
-    from ..proto import oci_pb
+    from kata.proto import oci_pb
 
     return _convert(oci_pb.LinuxResources, guest_resources(resources), "the resource limits")
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 
-from ..proto import cgroups_v1_pb as v1
-from ..proto import cgroups_v2_pb as v2
-from ..proto import google_pb
+from kata.proto import cgroups_v1_pb as v1
+from kata.proto import cgroups_v2_pb as v2
+from kata.proto import google_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..proto import agent_pb
+    from kata.proto import agent_pb
 
 V1_TYPE = "io.containerd.cgroups.v1.Metrics"
 V2_TYPE = "io.containerd.cgroups.v2.Metrics"

@@ -6,7 +6,7 @@ import fcntl
 import os
 import stat
 
-from ..errors import UnsupportedError, UsageError
+from kata.errors import UnsupportedError, UsageError
 
 PIPE_BYTES = 1 << 20
 

@@ -16,15 +16,15 @@ import os
 import select
 from collections import deque
 
-from ..errors import KataError
-from .stdio import open_stream
+from kata.engine.stdio import open_stream
+from kata.errors import KataError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .logfile import LogFile
-    from .logger import Logger
+    from kata.engine.logfile import LogFile
+    from kata.engine.logger import Logger
 
 STDIN_BYTES = 1 << 18
 STALL_S = 2.0

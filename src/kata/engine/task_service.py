@@ -11,23 +11,23 @@ import asyncio
 import json
 import os
 
-from .. import __version__
-from ..errors import ConfigError, NotFoundError, UnsupportedError
-from ..proto import google_pb, task_pb
-from ..ttrpc.server import finish
-from . import stats
-from .container import KILL_S, timestamp
-from .launch import check_id
-from .process import CREATED, DELETED, TASK_STATUS, Stdio
-from .spec import refuse_foreign
+from kata import __version__
+from kata.engine import stats
+from kata.engine.container import KILL_S, timestamp
+from kata.engine.launch import check_id
+from kata.engine.process import CREATED, DELETED, TASK_STATUS, Stdio
+from kata.engine.spec import refuse_foreign
+from kata.errors import ConfigError, NotFoundError, UnsupportedError
+from kata.proto import google_pb, task_pb
+from kata.ttrpc.server import finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..ttrpc.server import Context
-    from .hostroot import HostRoot
-    from .sandbox import Sandbox
+    from kata.engine.hostroot import HostRoot
+    from kata.engine.sandbox import Sandbox
+    from kata.ttrpc.server import Context
 
 SERVICE = "containerd.task.v2.Task"
 SERVICE_3 = "containerd.task.v3.Task"
@@ -97,7 +97,7 @@ class TaskService:
 
     def _host_root(self, request: task_pb.CreateTaskRequest, config: dict[str, Any]) -> HostRoot:
         """The root directory in the bundle, with what the client wants mounted there."""
-        from .hostroot import HostRoot
+        from kata.engine.hostroot import HostRoot
 
         path = str((config.get("root") or {}).get("path") or "rootfs")
         return HostRoot(
@@ -174,7 +174,7 @@ class TaskService:
         return answer
 
     def _publish_delete(self, container_id: str, answer: task_pb.DeleteResponse) -> None:
-        from ..proto import events_pb
+        from kata.proto import events_pb
 
         event = events_pb.TaskDelete(
             container_id=container_id,

@@ -15,7 +15,7 @@ import fcntl
 import os
 import time
 
-from .. import paths
+from kata import paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import stat
 
-from .. import sysio
-from ..errors import HostError, UsageError
+from kata import sysio
+from kata.errors import HostError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..journal import Journal
+    from kata.journal import Journal
 
 SHARE_NAME = "share"
 MOUNTS_NAME = "mounts"
@@ -139,7 +139,7 @@ class Share:
             raise absent(source, error) from None
         mode = about.st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-            from . import nodes
+            from kata.engine import nodes
 
             raise nodes.refuse(source, about)
         name = name[:_MAX_NAME]

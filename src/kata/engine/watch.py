@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 
-from ..errors import AgentTimeoutError, KataError
+from kata.errors import AgentTimeoutError, KataError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..agent.client import AgentClient
+    from kata.agent.client import AgentClient
 
 INTERVAL_S = 10.0
 PATIENCE_S = 10.0

@@ -6,7 +6,6 @@ Imported when an image is missing or to be refreshed; `kata.images.store` finds 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from kata import paths
 from kata.errors import ImageError, RegistryError
@@ -16,6 +15,7 @@ from kata.images.progress import Terminal
 from kata.images.reference import LocalImage, Reference
 from kata.storage.layers import limits_from_environment
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.images.manifest import Descriptor
     from kata.images.platform import Platform

@@ -14,13 +14,14 @@ import json
 import os
 import posixpath
 import tempfile
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from kata.errors import ImageError, UsageError
 from kata.images import layout, manifest, reference
 from kata.images.manifest import Descriptor
 from kata.storage import layers_codec, layers_tar
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 

@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kata import paths
 from kata.errors import HostError, NotFoundError, ResourceExhaustedError, StateError
 from kata.images import store
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from kata import paths
 from kata.errors import ImageError
@@ -20,6 +20,7 @@ from kata.storage import erofs_format
 from kata.storage.erofs import BLOCK, Writer
 from kata.storage.layers import LayerTree, limits_from_environment
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 

@@ -8,7 +8,7 @@ import queue
 import shutil
 import threading
 import time
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from kata import paths
 from kata.errors import ImageError, KataError, RegistryError, ResourceExhaustedError
@@ -17,6 +17,7 @@ from kata.images.manifest import Descriptor
 from kata.images.registry import Registry
 from kata.storage.layers import limits_from_environment
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.images.platform import Platform
     from kata.images.reference import Reference

@@ -19,7 +19,7 @@ import socket
 import ssl
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urljoin
 
 import httpx
@@ -28,6 +28,7 @@ from kata import __version__
 from kata.errors import ImageError, RegistryError
 from kata.images import credentials, manifest
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 

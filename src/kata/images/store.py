@@ -33,7 +33,7 @@ from kata.errors import HostError, ImageError, NotFoundError, UsageError
 from kata.images import platform as platforms
 from kata.images import reference as references
 
-TYPE_CHECKING = False  # `typing` would cost 3 ms
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from typing import Any

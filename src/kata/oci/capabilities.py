@@ -6,7 +6,7 @@ and in any case, as Docker and Podman do.
 
 from __future__ import annotations
 
-from ..errors import UsageError
+from kata.errors import UsageError
 
 DEFAULT = (
     "CAP_AUDIT_WRITE",

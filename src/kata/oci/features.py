@@ -8,7 +8,7 @@ Source: runtime-spec ``features.md`` and ``features-linux.md``.
 
 from __future__ import annotations
 
-from .capabilities import ALL
+from kata.oci.capabilities import ALL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

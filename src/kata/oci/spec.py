@@ -9,9 +9,9 @@ Source: runtime-spec 1.1, config.md and config-linux.md.
 
 from __future__ import annotations
 
-from ..errors import UsageError
-from . import capabilities as caps
-from .seccomp import default_profile
+from kata.errors import UsageError
+from kata.oci import capabilities as caps
+from kata.oci.seccomp import default_profile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from sys import intern
 
-from .wire import (
+from kata.proto.wire import (
     MAX_DEPTH,
     ZERO,
     DecodeError,

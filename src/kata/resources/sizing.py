@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 
-from ..errors import ResourceExhaustedError, UsageError
+from kata.errors import ResourceExhaustedError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

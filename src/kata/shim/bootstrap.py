@@ -9,7 +9,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..proto.bootstrap_pb import BootstrapParams
+    from kata.proto.bootstrap_pb import BootstrapParams
 
 TASK_VERSION = 3
 """Of the Task service, for a containerd that knows it: the containers of a pod are then made without asking us for
@@ -26,8 +26,8 @@ def params(raw: bytes, namespace: str, container_id: str) -> BootstrapParams | N
     """
     if not raw:
         return None
-    from ..proto.bootstrap_pb import BootstrapParams
-    from ..proto.wire import DecodeError
+    from kata.proto.bootstrap_pb import BootstrapParams
+    from kata.proto.wire import DecodeError
 
     try:
         found = BootstrapParams.decode(raw)
@@ -45,6 +45,6 @@ def answer(address: str, *, bootstrapped: bool) -> bytes:
     """
     if not bootstrapped:
         return address.encode()
-    from ..proto.bootstrap_pb import BootstrapResult
+    from kata.proto.bootstrap_pb import BootstrapResult
 
     return BootstrapResult(version=TASK_VERSION, address=address, protocol="ttrpc").encode()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import time
 
-from .. import sysio
-from ..engine.launch import check_id
-from ..errors import HostError, JournalError
-from ..paths import sandbox_dir
-from .names import directory_name, required
+from kata import sysio
+from kata.engine.launch import check_id
+from kata.errors import HostError, JournalError
+from kata.paths import sandbox_dir
+from kata.shim.names import directory_name, required
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..journal import Journal
+    from kata.journal import Journal
 
 KILLED = 137
 GRACE_S, KILL_S, UNDO_S = 1.0, 0.5, 2.5
@@ -46,8 +46,8 @@ def delete(values: Mapping[str, str]) -> bytes:
             journal.close()
         if left:
             raise HostError(f"sandbox {container_id} left something behind: {left[0]}", "kata gc")
-    from ..proto.google_pb import Timestamp
-    from ..proto.task_pb import DeleteResponse
+    from kata.proto.google_pb import Timestamp
+    from kata.proto.task_pb import DeleteResponse
 
     now = time.time_ns()
     return DeleteResponse(
@@ -56,7 +56,7 @@ def delete(values: Mapping[str, str]) -> bytes:
 
 
 def _journal(directory: str) -> Journal | None:
-    from ..journal import FILE_NAME, Journal
+    from kata.journal import FILE_NAME, Journal
 
     try:
         return Journal.open(os.path.join(directory, FILE_NAME))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ..errors import KataError, UsageError
+from kata.errors import KataError, UsageError
 
 USAGE = """\
 containerd-shim-kata-v2: containers in virtual machines of their own, for containerd.
@@ -93,19 +93,19 @@ def main(argv: list[str]) -> int:
             sys.stdout.write(USAGE)
             return 0
         if "v" in arguments.flags:
-            from .. import __version__
+            from kata import __version__
 
             print(f"containerd-shim-kata-v2 (kata {__version__})")
             return 0
         if "info" in arguments.flags:
             return _info()
         if arguments.action == "start":
-            from . import start
+            from kata.shim import start
 
             start.start(arguments.values, _print)
             return 0
         if arguments.action == "delete":
-            from . import delete
+            from kata.shim import delete
 
             os.write(1, delete.delete(arguments.values))
             return 0
@@ -130,10 +130,10 @@ def _print(answer: bytes) -> None:
 def _info() -> int:
     import json
 
-    from .. import __version__
-    from ..oci.features import features
-    from ..proto.google_pb import Any
-    from ..proto.task_pb import RuntimeInfo, RuntimeVersion
+    from kata import __version__
+    from kata.oci.features import features
+    from kata.proto.google_pb import Any
+    from kata.proto.task_pb import RuntimeInfo, RuntimeVersion
 
     info = RuntimeInfo(
         name="io.containerd.kata.v2",

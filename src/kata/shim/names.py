@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from .. import paths
-from ..engine.launch import SOCKET_NAME
-from ..errors import UsageError
+from kata import paths
+from kata.engine.launch import SOCKET_NAME
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import stat
 
-from ..errors import ConfigError
+from kata.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..proto.bootstrap_pb import BootstrapParams
+    from kata.proto.bootstrap_pb import BootstrapParams
 
 _MOST = 4 << 20
 _TYPE = "runtimeoptions.v1.Options"
@@ -46,9 +46,9 @@ def config_path(raw: bytes, told: BootstrapParams | None = None) -> str:
     """
     if not raw:
         return ""
-    from ..proto.codec import DecodeError
-    from ..proto.google_pb import Any as AnyMessage
-    from ..proto.runtimeoptions_pb import Options
+    from kata.proto.codec import DecodeError
+    from kata.proto.google_pb import Any as AnyMessage
+    from kata.proto.runtimeoptions_pb import Options
 
     try:
         if told is None:

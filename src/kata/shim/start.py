@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import time
 
-from ..engine import spec
-from ..engine.launch import check_id, launch
-from ..errors import ConfigError, HostError, JournalError, NotFoundError, UsageError
-from ..journal import FILE_NAME, Journal
-from . import bootstrap, options
-from .names import ADDRESS_FILE, directory_name, required
+from kata.engine import spec
+from kata.engine.launch import check_id, launch
+from kata.errors import ConfigError, HostError, JournalError, NotFoundError, UsageError
+from kata.journal import FILE_NAME, Journal
+from kata.shim import bootstrap, options
+from kata.shim.names import ADDRESS_FILE, directory_name, required
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from ..engine.launch import Engine
+    from kata.engine.launch import Engine
 
 LOG_FIFO = "log"
 ENDING_S = 5.0
@@ -168,10 +168,10 @@ def settings(
     Raises:
         KataError: As of `kata.engine.machine.settings`, and about annotations.
     """
-    from ..config import annotations, files
-    from ..engine import machine
-    from ..hypervisor.qemu import slots
-    from ..resources import sizing
+    from kata.config import annotations, files
+    from kata.engine import machine
+    from kata.hypervisor.qemu import slots
+    from kata.resources import sizing
 
     conf = files.load(config_path)
     annotations.apply(conf, config.get("annotations") or {})
@@ -197,7 +197,7 @@ def pod_settings(
     namespace: str, container_id: str, bundle: str, began: int, config_path: str
 ) -> dict[str, Any]:
     """The same for the Sandbox API's pod, which is described to its engine later (`kata.engine.pod`)."""
-    from ..hypervisor.qemu import slots
+    from kata.hypervisor.qemu import slots
 
     return {
         "id": container_id,

@@ -19,10 +19,10 @@ import errno
 import os
 import stat
 from bisect import bisect_left, insort
-from typing import TYPE_CHECKING
 
 from kata.storage import erofs_format as fmt
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 

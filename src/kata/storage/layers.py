@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from kata.errors import ImageError
 from kata.storage import erofs_format, layers_tar
 from kata.storage.erofs import Node
 from kata.storage.layers_codec import STEP, Stream
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import BinaryIO

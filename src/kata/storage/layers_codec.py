@@ -12,10 +12,11 @@ import lzma
 import queue
 import threading
 import zlib
-from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol, cast
 
 from kata.errors import HostError, ImageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 

@@ -11,11 +11,12 @@ Sources: POSIX.1-2017 ``pax``, GNU tar manual "Standard Format", "Storing Sparse
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from zlib import adler32
 
 from kata.errors import ImageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 

@@ -10,8 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from . import envelope, frame
-from .status import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ConnectionLost, ProtocolError, TtrpcError
+from kata.ttrpc import envelope, frame
+from kata.ttrpc.status import (
+    DEADLINE_EXCEEDED,
+    RESOURCE_EXHAUSTED,
+    ConnectionLost,
+    ProtocolError,
+    TtrpcError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, Protocol
 
-    from .messages import Encodable, R
+    from kata.ttrpc.messages import Encodable, R
 
     class Receiver(Protocol):
         """Whoever takes what a streaming call brings; called from the event loop, must not block."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .status import ProtocolError
+from kata.ttrpc.status import ProtocolError
 
 HEADER_SIZE = 10
 MAX_DATA = 4 << 20

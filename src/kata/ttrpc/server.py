@@ -15,8 +15,8 @@ import asyncio
 import socket
 import struct
 
-from . import envelope, frame
-from .status import (
+from kata.ttrpc import envelope, frame
+from kata.ttrpc.status import (
     CANCELLED,
     DEADLINE_EXCEEDED,
     INVALID_ARGUMENT,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Mapping
     from typing import Any, TypeVar
 
-    from .messages import Encodable, MethodTable
+    from kata.ttrpc.messages import Encodable, MethodTable
 
     Handler = TypeVar("Handler", bound=Callable[..., Any])
 

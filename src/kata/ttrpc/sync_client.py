@@ -11,12 +11,18 @@ import select
 from _thread import allocate_lock
 from time import monotonic
 
-from . import envelope, frame
-from .status import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ConnectionLost, ProtocolError, TtrpcError
+from kata.ttrpc import envelope, frame
+from kata.ttrpc.status import (
+    DEADLINE_EXCEEDED,
+    RESOURCE_EXHAUSTED,
+    ConnectionLost,
+    ProtocolError,
+    TtrpcError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .messages import Encodable, R, Socket
+    from kata.ttrpc.messages import Encodable, R, Socket
 
 __all__ = ["Client", "ConnectionLost", "ProtocolError", "TtrpcError", "connect"]
 
