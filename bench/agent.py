@@ -312,7 +312,7 @@ async def measure(guest: agentguest.Guest, options: argparse.Namespace) -> Row:
         # A blocking client on the event loop's thread: nothing else runs.
         result["latency"] = round_trips(guest, options.calls)
     agent = AgentClient(await Client.connect(guest.agent))
-    await agent.learn()
+    await agent.negotiate_features()
     await run(agent, "one", "sleep", "100000")
     await asyncio.sleep(options.idle)
     foot["1 container"] = guest.footprint()

@@ -71,7 +71,7 @@ async def _one(random_: random.Random, stray: list[str], name: str) -> None:
     to_client = asyncio.create_task(_carry(between_far, between_near, random_))
     calls: list[Any] = [
         client.check(_CALL_S),
-        client.learn(),
+        client.negotiate_features(),
         client.details(),
         client.stats("c"),
         client.wait("c", ""),

@@ -69,7 +69,7 @@ class Told(Watcher):
     def __init__(self) -> None:
         self.lies: list[GuestProtocolError] = []
 
-    def lied(self, error: GuestProtocolError) -> None:
+    def on_protocol_violation(self, error: GuestProtocolError) -> None:
         self.lies.append(error)
 
 

@@ -30,7 +30,7 @@ def journal(tmp_path: Path) -> Journal:
 def shared(journal: Journal, namespace: str = "") -> Shared:
     machine, settings = SimpleNamespace(host=None), {"namespace": namespace}
     sandbox = SimpleNamespace(
-        share=share_of(journal), machine=machine, is_human=False, doors=None, settings=settings
+        share=share_of(journal), machine=machine, is_human=False, socket_forwarding=None, settings=settings
     )
     return Shared(cast(Any, sandbox), "c1")
 

@@ -91,7 +91,7 @@ def test_log_is_rotated_and_bounded(tmp_path: Path) -> None:
 
 def test_log_on_a_full_disk_hurts_nobody_and_says_so() -> None:
     complaints: list[str] = []
-    log = LogFile("/dev/full", complain=complaints.append)
+    log = LogFile("/dev/full", log=complaints.append)
     log.write("stdout", b"lost")
     log.write("stdout", b"lost too")
     log.close()
@@ -114,11 +114,11 @@ def test_every_transition_that_the_table_lacks_is_refused() -> None:
                 one = a_process()
                 one.state = start
                 if end in process._NEXT[start]:
-                    one.to(end)
+                    one.transition(end)
                     assert one.state == end
                 else:
                     with pytest.raises(StateError):
-                        one.to(end)
+                        one.transition(end)
 
     asyncio.run(work())
 

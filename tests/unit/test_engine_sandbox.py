@@ -259,7 +259,7 @@ def test_an_engine_without_containers_that_is_asked_about_one(
     engine = make(door="containerd", pod={"id": "p"} if pod else None)
     with pytest.raises(KataError, match="does not exist"):
         engine.sandbox.container("nobody")
-    assert engine.sandbox.was_missed is missed
+    assert engine.sandbox.saw_stale_client is missed
 
 
 def test_human_sandbox_ends_with_its_init_and_leaves_its_state(engine: Engine) -> None:

@@ -61,7 +61,7 @@ class Machine:
     async def ready(self) -> Machine:
         return self
 
-    def complain(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.complaints.append(text)
 
     async def set_memory(self, mib: int) -> int:

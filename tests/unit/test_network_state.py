@@ -205,10 +205,10 @@ class _Sandbox:
             "c": SimpleNamespace(config={"linux": {"sysctl": {"net.ipv4.conf.eth0.tag": "3"}}})
         }
         self.timings = SimpleNamespace(add=lambda name, began: None)
-        self.log: list[str] = []
-        self.complain = self.log.append
+        self.messages: list[str] = []
+        self.log = self.messages.append
 
-    async def helper(self, work: Any, *arguments: Any) -> Any:
+    async def run_blocking(self, work: Any, *arguments: Any) -> Any:
         return work(*arguments)
 
 
@@ -232,7 +232,7 @@ def told(agent: Any, *changes: dict[str, str]) -> tuple[list[tuple[str, Any]], l
             await network.configure(agent)
 
     asyncio.run(tell())
-    return agent.calls, sandbox.log
+    return agent.calls, sandbox.messages
 
 
 def test_what_a_guest_is_told_and_when() -> None:

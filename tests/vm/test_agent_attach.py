@@ -41,7 +41,7 @@ def play(host: HostAgent, scenario: Scenario) -> None:
         sock.connect(str(host.path))
         sock.setblocking(False)
         agent = AgentClient(await Client.connect(sock))
-        await agent.learn()
+        await agent.negotiate_features()
         assert streams.FEATURE in agent.features
         try:
             await asyncio.wait_for(scenario(agent), PATIENCE)
@@ -67,7 +67,7 @@ def play_apart(host: HostAgent, scenario: Callable[[AgentClient, list[Client]], 
 
     async def run() -> None:
         agent = AgentClient(await connect(), dial=dial)
-        await agent.learn()
+        await agent.negotiate_features()
         assert CONNECTIONS in agent.features
         try:
             await asyncio.wait_for(scenario(agent, further), PATIENCE)

@@ -82,7 +82,7 @@ async def until(pieces: Pieces, wanted: bytes) -> bytes:
 
 async def talk(agent: AgentClient) -> None:
     """A dialogue with the console's shell, to its end."""
-    await agent.learn()
+    await agent.negotiate_features()
     assert "kata.debug" in agent.features
     console = await opened(agent, "Console")
     assert console.stream is not None

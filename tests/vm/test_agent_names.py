@@ -71,9 +71,9 @@ def play(
 
         async def run() -> dict[str, Any]:
             agent = AgentClient(await connect(), dial=connect if further else None)
-            await agent.learn()
+            await agent.negotiate_features()
             sandbox = SimpleNamespace(
-                living_agent=agent, complain=complaints.append, spawn=asyncio.ensure_future
+                living_agent=agent, log=complaints.append, create_task=asyncio.ensure_future
             )
             carried = names.Names(cast(Any, sandbox))
             await carried.start(agent)

@@ -39,10 +39,10 @@ class Bench:
         sandbox = SimpleNamespace(
             machine=SimpleNamespace(host=None),
             living_agent=agent,
-            complain=self.complaints.append,
-            spawn=asyncio.ensure_future,
+            log=self.complaints.append,
+            create_task=asyncio.ensure_future,
         )
-        self.relay = sockets.Relay(cast(Any, sandbox), sockets.Doors().room)
+        self.relay = sockets.Relay(cast(Any, sandbox), sockets.SocketForwardingState().room)
         one = sockets.UnixSocket(str(source), os.stat(source), 1, is_hidden=False)
         self.relay.add(one)
         self.place = one.place
@@ -81,7 +81,7 @@ def play(
 
         async def main() -> None:
             agent = AgentClient(await connect(), dial=connect)
-            await agent.learn()
+            await agent.negotiate_features()
             bench = Bench(agent, source)
             try:
                 await bench.relay.listen(agent)

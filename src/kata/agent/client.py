@@ -98,11 +98,11 @@ class Encoded:
 class Watcher:
     """Who is told when the guest is lost or lies; this one does nothing about it."""
 
-    async def lost(self, error: VMLostError) -> KataError:
+    async def on_connection_lost(self, error: VMLostError) -> KataError:
         """The connection ended; the better account of it, if there is one."""
         return error
 
-    def lied(self, error: GuestProtocolError) -> None:
+    def on_protocol_violation(self, error: GuestProtocolError) -> None:
         """The guest sent something that the protocol does not allow."""
 
 
@@ -137,7 +137,7 @@ class AgentClient:
             channel.
 
     Attributes:
-        features: What the agent can beyond the protocol, once `learn` has asked.
+        features: What the agent can beyond the protocol, once `negotiate_features` has asked.
     """
 
     def __init__(self, client: Client, watcher: Watcher | None = None, dial: Dial | None = None) -> None:
@@ -174,9 +174,9 @@ class AgentClient:
             text = escape_line(error.message)
             return command_error(text) or AgentError(text, hint_for(text), code=error.code)
         if isinstance(error, ProtocolError):
-            return self._lie(escape_line(str(error)))
+            return self._protocol_violation(escape_line(str(error)))
         lost = VMLostError(f"the connection to the agent ended: {escape_line(str(error))}")
-        return await self._watcher.lost(lost)
+        return await self._watcher.on_connection_lost(lost)
 
     async def open(self, service: str, method: str, first: bytes, receiver: Receiver) -> Stream:
         """Begin a streaming call; its end comes to the receiver, for `explain` to put into words.
@@ -206,7 +206,7 @@ class AgentClient:
         self._own.add(client)
         return client
 
-    async def learn(self) -> None:
+    async def negotiate_features(self) -> None:
         """Ask what the agent can beyond the protocol: `features` afterwards. An agent that does not say has
         none."""
         try:
@@ -216,9 +216,9 @@ class AgentClient:
         if details is not None:
             self.features = frozenset(details.extra_features)
 
-    def _lie(self, what: str) -> GuestProtocolError:
+    def _protocol_violation(self, what: str) -> GuestProtocolError:
         error = GuestProtocolError(f"the agent broke the protocol: {what}")
-        self._watcher.lied(error)
+        self._watcher.on_protocol_violation(error)
         return error
 
     async def _empty(self, method: str, request: Encodable, timeout_s: float | None = CALL_S) -> None:
@@ -319,7 +319,7 @@ class AgentClient:
         request = agent_pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
         status = (await self.call(AGENT, "WaitProcess", request, agent_pb.WaitProcessResponse, None)).status
         if not 0 <= status <= 255:
-            raise self._lie(f"a process ended with status {status}")
+            raise self._protocol_violation(f"a process ended with status {status}")
         return status
 
     async def pause(self, container_id: str) -> None:
@@ -350,7 +350,7 @@ class AgentClient:
         method = "ReadStdout" if name == "stdout" else "ReadStderr"
         data = (await self.call(AGENT, method, request, agent_pb.ReadStreamResponse, None)).data
         if len(data) > size:
-            raise self._lie(f"{method} gave {len(data)} bytes instead of at most {size}")
+            raise self._protocol_violation(f"{method} gave {len(data)} bytes instead of at most {size}")
         return data
 
     async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> None:
@@ -359,7 +359,7 @@ class AgentClient:
             request = agent_pb.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
             answer = await self.call(AGENT, "WriteStdin", request, agent_pb.WriteStreamResponse, None)
             if not 0 < answer.len <= len(data):
-                raise self._lie(f"{answer.len} of {len(data)} bytes were written")
+                raise self._protocol_violation(f"{answer.len} of {len(data)} bytes were written")
             data = data[answer.len :]
 
     async def set_processors(self, count: int) -> None:
@@ -396,7 +396,7 @@ class AgentClient:
         _before, _, after = found.metrics.partition('kata_guest_meminfo{item="mem_total"} ')
         word = after.partition("\n")[0]
         if not word.isdecimal():
-            raise self._lie(f"its memory is {word[:40]!r}")
+            raise self._protocol_violation(f"its memory is {word[:40]!r}")
         return int(word)
 
     async def close_stdin(self, container_id: str, exec_id: str) -> None:

@@ -144,7 +144,7 @@ class Output:
     """One output stream of a process.
 
     Args:
-        agent: The agent, which has been asked for its features (`AgentClient.learn`).
+        agent: The agent, which has been asked for its features (`AgentClient.negotiate_features`).
         container_id, exec_id: The process.
         name: ``stdout`` or ``stderr``.
     """

@@ -201,12 +201,12 @@ class Shared:
         """The guest's socket that stands for one of the host's."""
         from kata.engine import sockets
 
-        if self._sandbox.doors is None:
-            self._sandbox.doors = sockets.Doors()
-        doors = self._sandbox.doors
+        if self._sandbox.socket_forwarding is None:
+            self._sandbox.socket_forwarding = sockets.SocketForwardingState()
+        forwarding = self._sandbox.socket_forwarding
         if self.relay is None:
-            self.relay = sockets.Relay(self._sandbox, doors.room)
-        one = sockets.UnixSocket(source, about, doors.number(), is_hidden=is_hidden)
+            self.relay = sockets.Relay(self._sandbox, forwarding.room)
+        one = sockets.UnixSocket(source, about, forwarding.number(), is_hidden=is_hidden)
         self.relay.add(one)
         return spec.GuestBind(one.place, options)
 

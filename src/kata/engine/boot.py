@@ -403,12 +403,12 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
             for name, *parameters in settings.get("kernel_modules") or ()
         ],
     )
-    learned = asyncio.ensure_future(agent.learn())
+    learned = asyncio.ensure_future(agent.negotiate_features())
     sandbox.network = asyncio.ensure_future(_configure_network(sandbox, agent, learned))
     # A start that never comes does not ask how it went.
     sandbox.network.add_done_callback(lambda task: task.cancelled() or task.exception())
     assert sandbox.vm is not None
-    await sandbox.unless_lost(
+    await sandbox.race_vm_exit(
         asyncio.gather(
             sandbox.vm.confined(),
             agent.create_sandbox(request),
@@ -417,7 +417,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
             agent.reseed(os.urandom(SEED_BYTES)),
         )
     )
-    sandbox.spawn(_guest_times(sandbox, agent, answered_ns))
+    sandbox.create_task(_guest_times(sandbox, agent, answered_ns))
     timings.add("agent", answered_ns)
     return agent
 

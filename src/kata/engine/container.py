@@ -51,7 +51,7 @@ CLIENT_SIGNAL_S = 2.0
 """The same for clients that wait for an end by themselves, and begin to count when they have their answer."""
 OOM_NOTICE_S = 0.1
 REMOVE_S = 20
-STAND_IN = {"args": ["/proc/self/exe"], "cwd": "/"}
+PLACEHOLDER_PROCESS = {"args": ["/proc/self/exe"], "cwd": "/"}
 """The process of a container without one: the protocol wants a command, it is never started, and this one is found
 in any root file system (it is the agent's own child that looks)."""
 HOOKS_BEFORE = ("prestart", "createRuntime", "createContainer")
@@ -116,7 +116,7 @@ class Container:
         self.state_file = StateFile(state_path, sandbox.identity)
         self.log = self._open_log() if own else None
         self._oom = asyncio.Event()
-        self._told_to_die = False
+        self._kill_requested = False
         self._root = root
         self._rootfs: dict[str, Any] = sandbox.settings.get("rootfs") or {}
         if root is not None:
@@ -136,7 +136,7 @@ class Container:
         wanted = self.sandbox.settings.get("log") or {}
         if not wanted.get("path"):
             return None
-        file = LogFile(wanted["path"], wanted["max_bytes"], wanted["files"], self.sandbox.complain)
+        file = LogFile(wanted["path"], wanted["max_bytes"], wanted["files"], self.sandbox.log)
         return Log(file)
 
     # ---- create ----
@@ -155,8 +155,8 @@ class Container:
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
-            self.config, volumes = await sandbox.helper(nodes.of_guest, self.config)
-            shown = await sandbox.helper(self._shared.add_all, self.config, self._rootfs)
+            self.config, volumes = await sandbox.run_blocking(nodes.of_guest, self.config)
+            shown = await sandbox.run_blocking(self._shared.add_all, self.config, self._rootfs)
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
             storages = [*rootfs.storages(self.id, self._rootfs), *self._shared.storages]
             message = spec.to_message(self._guest_spec(shown, files.mounts, volumes))
@@ -181,8 +181,8 @@ class Container:
                     " the guest's agent has no call for that",
                     "Use a guest of this version of kata, or share the whole pod's processes (shareProcessNamespace).",
                 )
-            stands_in = spec.container_type(self.config) == "pod_sandbox"
-            await sandbox.fitting.admit(self.id, self._resources, is_sandbox=stands_in)
+            is_pause_container = spec.container_type(self.config) == "pod_sandbox"
+            await sandbox.fitting.admit(self.id, self._resources, is_sandbox=is_pause_container)
             for kind in HOOKS_BEFORE:
                 await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
@@ -198,7 +198,7 @@ class Container:
                 self.log.close()
             self._close_relay()
             await self._disks.remove_all()
-            await sandbox.helper(self._remove_shared)
+            await sandbox.run_blocking(self._remove_shared)
             raise
         self.created_at_ns = time.time_ns()
         if spec.container_type(self.config) == "pod_container":
@@ -206,7 +206,7 @@ class Container:
         self.init.pid = self.task_pid
         if self.has_process:
             self.init.watcher = asyncio.create_task(self._watch(self.init, agent))
-            sandbox.spawn(self._close_unused_stdin(self.init, agent))
+            sandbox.create_task(self._close_unused_stdin(self.init, agent))
         self.record(status=CREATED, pid=self.init.pid, created_at=rfc3339(self.created_at_ns))
         stdio = self.init.stdio
         sandbox.publish(
@@ -240,7 +240,7 @@ class Container:
 
     async def _mount_root(self, root: HostRoot) -> None:
         if root.disk is None:
-            await self.sandbox.helper(root.mount)
+            await self.sandbox.run_blocking(root.mount)
             return
         address = await self._disks.insert(root.disk.path, readonly=root.disk.readonly)
         self._rootfs = {
@@ -254,7 +254,7 @@ class Container:
         """Make the host's block devices that the specification lists, or mounts, disks of the machine."""
         found = []
         for device in (*disks.devices_of(self.config), *volumes):
-            path = await self.sandbox.helper(device.host_path)
+            path = await self.sandbox.run_blocking(device.host_path)
             address = await self._disks.insert(path, readonly=device.readonly)
             found.append(agent_pb.Device(type="blk", id=address, container_path=device.container_path))
         return found
@@ -272,14 +272,14 @@ class Container:
         from kata.engine import hooks
 
         state = hooks.state(self.id, self.bundle, self.sandbox.host_pid, status, self.config)
-        await self.sandbox.helper(hooks.run, kind, wanted, state, host)
+        await self.sandbox.run_blocking(hooks.run, kind, wanted, state, host)
 
     async def _run_late_hooks(self, kind: str, status: str) -> None:
         """The same when the container is there: a failure changes nothing any more, and is told in the log."""
         try:
             await self._run_hooks(kind, status)
         except KataError as error:
-            self.sandbox.complain(f"container {self.id}: {error.message}")
+            self.sandbox.log(f"container {self.id}: {error.message}")
 
     def _close_relay(self) -> None:
         """Nobody of the container is left to reach the host's sockets."""
@@ -295,7 +295,7 @@ class Container:
         self, shown: list[spec.GuestBind], files: dict[str, str], volumes: list[disks.Device]
     ) -> dict[str, Any]:
         for what in sorted(set(spec.dropped(self.config))):
-            self.sandbox.complain(f"container {self.id}: {what} cannot be carried into the guest")
+            self.sandbox.log(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
             nodes.with_volumes(nodes.with_guests(disks.without_hosts(self.config)), volumes),
             rootfs=rootfs.path(self.id),
@@ -307,7 +307,10 @@ class Container:
         )
         if self.sandbox.settings.get("no_seccomp"):
             config["linux"].pop("seccomp", None)
-        config["process"] = {**(config.get("process") or STAND_IN), "terminal": self.init.stdio.terminal}
+        config["process"] = {
+            **(config.get("process") or PLACEHOLDER_PROCESS),
+            "terminal": self.init.stdio.terminal,
+        }
         return config
 
     @property
@@ -429,7 +432,7 @@ class Container:
             "/tasks/exec-started",
             events_pb.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=process.pid),
         )
-        self.sandbox.spawn(self._close_unused_stdin(process, agent))
+        self.sandbox.create_task(self._close_unused_stdin(process, agent))
 
     # ---- the end of a process ----
 
@@ -440,7 +443,7 @@ class Container:
         except KataError as problem:
             # The guest did not say how it ended, so it did not end well.
             if not self.sandbox.is_lost:
-                await self.sandbox.lost_soon(f"the agent lost {process.label}: {problem.message}")
+                await self.sandbox.await_exit_reason(f"the agent lost {process.label}: {problem.message}")
             status, error = KILLED, self.sandbox.lost_reason or problem.message
         process.reaped.set()
         at_ns = time.time_ns()
@@ -448,7 +451,7 @@ class Container:
             try:
                 await self._ended(process, status, at_ns, error)
             except Exception as problem:  # a process whose end is never told would hang every client
-                self.sandbox.complain(f"the end of {process.label} was not recorded whole: {problem!r}")
+                self.sandbox.log(f"the end of {process.label} was not recorded whole: {problem!r}")
                 process.stop(status, at_ns, error)
             finally:
                 process.ended.set()
@@ -495,7 +498,7 @@ class Container:
             await asyncio.wait(ends, timeout=EXECS_END_S)
             for end in ends:
                 end.cancel()
-        if status == KILLED and not (self._oom.is_set() or self._told_to_die or self.sandbox.is_lost):
+        if status == KILLED and not (self._oom.is_set() or self._kill_requested or self.sandbox.is_lost):
             # The notice and the exit travel side by side; give the notice a moment.
             try:
                 await asyncio.wait_for(self._oom.wait(), OOM_NOTICE_S)
@@ -507,19 +510,17 @@ class Container:
         """The guest's kernel killed something of this container for want of memory."""
         self._oom.set()
         if spec.is_crios(self.config):
-            self._tell_crio()
+            self._write_crio_oom_file()
         self.sandbox.publish("/tasks/oom", events_pb.TaskOOM(container_id=self.id))
 
-    def _tell_crio(self) -> None:
+    def _write_crio_oom_file(self) -> None:
         """CRI-O hears no events: it looks for an empty file of this name when the container has ended."""
         try:
             os.close(
                 os.open(os.path.join(self.bundle, "oom"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             )
         except OSError as error:
-            self.sandbox.complain(
-                f"container {self.id}: CRI-O is not told of the OOM kill: {error.strerror}"
-            )
+            self.sandbox.log(f"container {self.id}: CRI-O is not told of the OOM kill: {error.strerror}")
 
     # ---- what else one can do to it ----
 
@@ -553,7 +554,7 @@ class Container:
             raise
 
     async def _kill_init(self, agent: AgentClient) -> None:
-        self._told_to_die = True
+        self._kill_requested = True
         deadline = asyncio.get_running_loop().time() + KILL_S
         try:
             await agent.signal(self.id, "", _SIGKILL, KILL_S)
@@ -564,7 +565,7 @@ class Container:
         finally:
             # Whatever the guest has said: what counts is that it ends.
             if self.init.watcher is not None and not self.init.reaped.is_set():
-                self.sandbox.spawn(self._see_it_end(deadline))
+                self.sandbox.create_task(self._see_it_end(deadline))
 
     async def _see_it_end(self, deadline: float) -> None:
         try:
@@ -574,7 +575,7 @@ class Container:
         except TimeoutError:
             if self.sandbox.has_others(self):
                 # The guest answers, and others of its pod run: they are not ended for one that is stuck in the kernel.
-                self.sandbox.complain(
+                self.sandbox.log(
                     f"container {self.id} has not ended {KILL_S:g} s after SIGKILL; its sandbox can be ended"
                 )
             else:
@@ -597,13 +598,13 @@ class Container:
         if done:
             sending.result()
             return
-        self.sandbox.spawn(_quietly(sending))
+        self.sandbox.create_task(_quietly(sending))
         late = f"the guest has not taken signal {signal} for {process.label} within {patience_s:g} s"
         if self.sandbox.is_human:
             raise AgentTimeoutError(
                 late, "SIGKILL ends a container whatever its guest does: kata kill, or kata rm -f"
             )
-        self.sandbox.complain(late)
+        self.sandbox.log(late)
 
     async def _signal_all(self, agent: AgentClient, signal: int) -> None:
         try:
@@ -630,7 +631,7 @@ class Container:
             self.init.require_pausable()
             agent = await self.sandbox.ready()
             await agent.pause(self.id)
-            self.init.to(PAUSED)
+            self.init.transition(PAUSED)
         self.record(status=PAUSED)
         self.sandbox.publish("/tasks/paused", events_pb.TaskPaused(container_id=self.id))
 
@@ -645,7 +646,7 @@ class Container:
             self.init.require_resumable()
             agent = await self.sandbox.ready()
             await agent.resume(self.id)
-            self.init.to(RUNNING)
+            self.init.transition(RUNNING)
         self.record(status=RUNNING)
         self.sandbox.publish("/tasks/resumed", events_pb.TaskResumed(container_id=self.id))
 
@@ -686,7 +687,7 @@ class Container:
         process = self.process(exec_id)
         async with process.lock:
             process.require_deletable()
-            process.to("deleted")
+            process.transition("deleted")
             if process.streams is not None:
                 process.streams.close()
             self.execs.pop(exec_id, None)
@@ -713,14 +714,14 @@ class Container:
             try:
                 await agent.remove_container(self.id, REMOVE_S)
             except KataError as error:
-                self.sandbox.complain(
+                self.sandbox.log(
                     f"container {self.id} was not removed in the guest: {escape_line(error.message)}"
                 )
         await self._disks.remove_all()
         try:
-            await self.sandbox.helper(self._remove_shared)
+            await self.sandbox.run_blocking(self._remove_shared)
         except OSError as error:
-            self.sandbox.complain(f"a volume of container {self.id} is still mounted: {error}")
+            self.sandbox.log(f"a volume of container {self.id} is still mounted: {error}")
         await self._run_late_hooks("poststop", "stopped")
         if self._task_pid is not None:
             self._task_pid.end()
@@ -736,19 +737,19 @@ class Container:
 
     def record(self, **changed: Any) -> None:
         """Write ``state.json`` without waiting for the disk; the order of writes is kept."""
-        self.sandbox.spawn(self.record_now(**changed))
+        self.sandbox.create_task(self.record_now(**changed))
 
     async def record_now(self, **changed: Any) -> OSError | None:
-        """Write ``state.json``. What cannot be written is complained about, and returned."""
+        """Write ``state.json``. What cannot be written is logged, and returned."""
         try:
-            await self.sandbox.helper(lambda: self.state_file.write(**changed))
+            await self.sandbox.run_blocking(lambda: self.state_file.write(**changed))
         except OSError as error:
-            self.sandbox.complain(f"cannot write the state of container {self.id}: {error}")
+            self.sandbox.log(f"cannot write the state of container {self.id}: {error}")
             return error
         return None
 
     async def _reserve_record(self) -> None:
         try:
-            await self.sandbox.helper(self.state_file.reserve)
+            await self.sandbox.run_blocking(self.state_file.reserve)
         except OSError as error:
             raise _unrecorded(self.id, error) from error

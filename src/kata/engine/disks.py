@@ -169,8 +169,8 @@ class Disks:
         if self._sandbox.vm is None:
             await self._sandbox.ready()
         assert self._sandbox.vm is not None
-        await self._sandbox.helper(self._allow, path)
-        address = await self._sandbox.unless_lost(self._sandbox.vm.insert_disk(Disk(path, readonly)))
+        await self._sandbox.run_blocking(self._allow, path)
+        address = await self._sandbox.race_vm_exit(self._sandbox.vm.insert_disk(Disk(path, readonly)))
         self._addresses.append(address)
         return address
 
@@ -192,7 +192,7 @@ class Disks:
             cgroup.take_disk(self._allowed.pop())
 
     async def remove_all(self) -> None:
-        """Take them out again, when the guest has let go of them. What cannot be taken is complained about."""
+        """Take them out again, when the guest has let go of them. What cannot be taken is logged."""
         vm = self._sandbox.vm
         while self._addresses:
             address = self._addresses.pop()
@@ -201,6 +201,6 @@ class Disks:
             try:
                 await vm.remove_disk(address)
             except KataError as error:
-                self._sandbox.complain(f"a disk stays in the virtual machine: {error.message}")
+                self._sandbox.log(f"a disk stays in the virtual machine: {error.message}")
         if self._allowed:
-            await self._sandbox.helper(self._take_back)
+            await self._sandbox.run_blocking(self._take_back)

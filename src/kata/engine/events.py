@@ -34,13 +34,13 @@ class Publisher:
     Args:
         address: Path of the socket (``TTRPC_ADDRESS``).
         namespace: containerd's namespace of the sandbox.
-        complain: Is given a sentence about what was lost.
+        log: Is given a sentence about what was lost.
     """
 
-    def __init__(self, address: str, namespace: str, complain: Callable[[str], None]) -> None:
+    def __init__(self, address: str, namespace: str, log: Callable[[str], None]) -> None:
         self._address = address
         self._namespace = namespace
-        self._complain = complain
+        self._log = log
         self._waiting: deque[Envelope] = deque()
         self._news = asyncio.Event()
         self._empty = asyncio.Event()
@@ -52,7 +52,7 @@ class Publisher:
         """Queue an event; never blocks."""
         if len(self._waiting) >= LIMIT:
             lost = self._waiting.popleft()
-            self._complain(f"containerd has not taken an event for long: {lost.topic} is dropped")
+            self._log(f"containerd has not taken an event for long: {lost.topic} is dropped")
         now = time.time_ns()
         self._waiting.append(
             Envelope(
@@ -70,7 +70,7 @@ class Publisher:
         try:
             await asyncio.wait_for(self._empty.wait(), patience_s)
         except TimeoutError:
-            self._complain(f"containerd did not take the last {len(self._waiting)} events")
+            self._log(f"containerd did not take the last {len(self._waiting)} events")
         self._worker.cancel()
         self._hang_up()
 
@@ -94,7 +94,7 @@ class Publisher:
                 continue
             except TtrpcError as error:
                 # It was taken and refused: the same again would be refused again.
-                self._complain(f"containerd refused the event {envelope.topic}: {error}")
+                self._log(f"containerd refused the event {envelope.topic}: {error}")
             attempt = 0
             if self._waiting and self._waiting[0] is envelope:
                 self._waiting.popleft()

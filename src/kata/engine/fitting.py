@@ -60,7 +60,7 @@ class Fitting:
         self._fixed_memory = bool(settings.get("fixed_memory"))
         self._default_mib = int(found.get("default_memory_mib") or 0)
         self._containers: dict[str, Asked] = {}
-        self._stand_ins: set[str] = set()
+        self._pause_containers: set[str] = set()
         self._source = str(found.get("source") or "")
         of_pod = self._source.startswith(sizing.OF_SANDBOX)
         self._pod = Asked(found.get("cpus"), found.get("memory")) if of_pod else Asked()
@@ -115,11 +115,11 @@ class Fitting:
         async with self._lock:
             self._containers[container_id] = asked
             if is_sandbox:
-                self._stand_ins.add(container_id)
+                self._pause_containers.add(container_id)
             try:
                 wanted, has = self._target(), self._has
                 if self._keeps_size and (wanted[0] > has[0] or wanted[1] > has[1]):
-                    self._sandbox.complain(
+                    self._sandbox.log(
                         f"container {container_id} asks for more than its machine has, which keeps its size:"
                         f" {self.vcpus} CPUs, {self.memory_mib} MiB"
                     )
@@ -132,7 +132,7 @@ class Fitting:
     def forget(self, container_id: str) -> None:
         """A container is gone. The machine stays as it is until the next update."""
         self._containers.pop(container_id, None)
-        self._stand_ins.discard(container_id)
+        self._pause_containers.discard(container_id)
 
     async def update(
         self,
@@ -185,7 +185,7 @@ class Fitting:
         return [
             name
             for name, one in self._containers.items()
-            if one.memory is None and name not in self._stand_ins
+            if one.memory is None and name not in self._pause_containers
         ]
 
     def _target(self) -> Target:
@@ -249,10 +249,10 @@ class Fitting:
         try:
             await self._change(target)
         except (KataError, HypervisorError) as error:
-            self._sandbox.complain(f"the machine stays larger than what is asked for: {error.message}")
+            self._sandbox.log(f"the machine stays larger than what is asked for: {error.message}")
             return
         if self._has[1] > target[1]:
-            self._sandbox.complain(
+            self._sandbox.log(
                 f"the guest has not given back {self._has[1] - target[1]} MiB of memory; the limits hold in it"
             )
 
@@ -313,7 +313,7 @@ class Fitting:
         try:
             await self._change(size)
         except (KataError, HypervisorError) as error:
-            self._sandbox.complain(f"the machine keeps a size that nobody asked for: {error.message}")
+            self._sandbox.log(f"the machine keeps a size that nobody asked for: {error.message}")
 
     async def _limit_host(self, vcpus: int, mib: int) -> None:
         cgroup, vm = self._sandbox.machine.cgroup, self._sandbox.vm
@@ -323,8 +323,8 @@ class Fitting:
 
         mib += self._besides(vm)
         limits = host_cgroup.Limits(sizing.host_memory(mib, vm.settings.accel), sizing.host_cpus(vcpus))
-        for warning in await self._sandbox.helper(cgroup.limit, limits):
-            self._sandbox.complain(warning)
+        for warning in await self._sandbox.run_blocking(cgroup.limit, limits):
+            self._sandbox.log(warning)
 
 
 _HINT = "kata explain ID shows how it was sized; default_maxvcpus and default_maxmemory bound it (docs/sizing.md)"

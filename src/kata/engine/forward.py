@@ -60,7 +60,7 @@ class Forwarder:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:
                 self._room.release()
-                self._sandbox.complain(f"cannot accept a connection for the guest: {error.strerror}")
+                self._sandbox.log(f"cannot accept a connection for the guest: {error.strerror}")
                 await asyncio.sleep(1)  # out of descriptors, most likely
                 continue
             task = asyncio.create_task(self._carry(connection))

@@ -82,11 +82,13 @@ class GuestNetwork:
             if plan is not None and plan.wired_by_others:
                 if self._socket is None:
                     self._listen()  # before the look: what happens meanwhile is followed afterwards
-                is_new = await self._sandbox.helper(lambda: plan.look_again(is_running=self._is_watching))
+                is_new = await self._sandbox.run_blocking(
+                    lambda: plan.look_again(is_running=self._is_watching)
+                )
                 if is_new:
                     agent = await self._sandbox.ready()
                     await self._plug_in(plan)
-                    await self._sandbox.unless_lost(self._configure(agent))
+                    await self._sandbox.race_vm_exit(self._configure(agent))
             await self._hide_idle()
         if self._socket is not None and not self._is_watching:
             self._is_watching = True
@@ -110,7 +112,7 @@ class GuestNetwork:
             return
         began = time.monotonic_ns()
         self._forget_gone(plan)
-        parameters = await self._sandbox.helper(plan.sysctls) if self._is_able(agent) else []
+        parameters = await self._sandbox.run_blocking(plan.sysctls) if self._is_able(agent) else []
         for number, interface in enumerate(plan.interfaces):
             if self._is_able(agent):
                 try:
@@ -225,7 +227,7 @@ class GuestNetwork:
         """Into the log, once."""
         if sentence not in self._said:
             self._said.add(sentence)
-            self._sandbox.complain(sentence)
+            self._sandbox.log(sentence)
 
     async def _plug_in(self, plan: NetworkPlan) -> None:
         """Give the machine the interfaces that have come."""
@@ -234,7 +236,7 @@ class GuestNetwork:
         late = plan.unplugged()
         try:
             for index, mac, tap_fd in late:
-                await self._sandbox.unless_lost(vm.plug_nic(index, mac, tap_fd))
+                await self._sandbox.race_vm_exit(vm.plug_nic(index, mac, tap_fd))
         finally:
             for _, _, tap_fd in late:
                 os.close(tap_fd)
@@ -251,7 +253,7 @@ class GuestNetwork:
         for path in paths:
             if path not in self._hidden:
                 try:
-                    await self._sandbox.unless_lost(agent.hide_interface(path))
+                    await self._sandbox.race_vm_exit(agent.hide_interface(path))
                 except AgentError as error:
                     # A container has an interface too many then, which is down.
                     self._say(
@@ -297,7 +299,7 @@ class GuestNetwork:
             # A guest that stands still takes nothing.
             self._timer = asyncio.get_running_loop().call_later(_AT_LATEST_S, self._begin_to_follow)
             return
-        self._sandbox.spawn(self._follow())
+        self._sandbox.create_task(self._follow())
 
     async def _follow(self) -> None:
         """Do in the guest what has happened in the namespace. What fails is told in the log."""
@@ -305,10 +307,10 @@ class GuestNetwork:
         assert plan is not None
         try:
             async with self._turn:
-                await self._sandbox.helper(lambda: plan.look_again(is_running=True))
+                await self._sandbox.run_blocking(lambda: plan.look_again(is_running=True))
                 agent = await self._sandbox.ready()
                 await self._plug_in(plan)
-                await self._sandbox.unless_lost(self._configure(agent))
+                await self._sandbox.race_vm_exit(self._configure(agent))
                 await self._hide_idle()
             for container in list(self._sandbox.containers.values()):
                 await self._sandbox.names_up(container.config)

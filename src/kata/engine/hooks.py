@@ -2,7 +2,7 @@
 
 They run in the host's own mount and network namespace, where the client that wrote them lives, not in the
 sandbox's; with the container's state on standard input. Before the container exists a failing hook fails its
-creation; afterwards it is complained about.
+creation; afterwards it is logged.
 
 Blocks: for the helper thread.
 """

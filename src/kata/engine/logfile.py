@@ -41,28 +41,28 @@ class LogFile:
     """Writes a container's log. Not thread safe: one call at a time, on whatever thread.
 
     A log that cannot be written (disk full) never hurts the container: records are dropped until writing
-    works again, and the gap is told in the log itself and once to *complain*.
+    works again, and the gap is told in the log itself and once to *log*.
 
     Args:
         path: The newest file.
         max_bytes: Size at which a file is rotated.
         files: How many files are kept, the newest included.
-        complain: Is given a sentence when writing starts to fail.
+        log: Is given a sentence when writing starts to fail.
     """
 
-    __slots__ = ("_complain", "_fd", "_files", "_held", "_lost", "_max", "_path", "_size")
+    __slots__ = ("_fd", "_files", "_held", "_log", "_lost", "_max", "_path", "_size")
 
     def __init__(
         self,
         path: str,
         max_bytes: int = DEFAULT_MAX_BYTES,
         files: int = DEFAULT_FILES,
-        complain: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self._path = path
         self._max = max(max_bytes, 1)
         self._files = max(files, 1)
-        self._complain = complain
+        self._log = log
         self._fd = -1
         self._size = 0
         self._lost = 0
@@ -113,8 +113,8 @@ class LogFile:
                 self._lost = 0
             self._put(line)
         except OSError as error:
-            if not self._lost and self._complain:
-                self._complain(f"cannot write the log {self._path}: {error.strerror}")
+            if not self._lost and self._log:
+                self._log(f"cannot write the log {self._path}: {error.strerror}")
             self._lost += len(line)
 
     def _put(self, line: bytes) -> None:

@@ -111,25 +111,25 @@ async def _serve(
     def bug(context: object, error: BaseException) -> None:
         import traceback
 
-        sandbox.complain("".join(traceback.format_exception(error)))
+        sandbox.log("".join(traceback.format_exception(error)))
 
     # Whoever may call may have any path of the host mounted: nobody but our own user, and root.
     server = Server(services, on_error=bug, users={0, os.geteuid()})
     await server.start(socket.socket(fileno=LISTEN_FD))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _told_to_end, sandbox, number)
-    sandbox.spawn(_end_when_idle(sandbox, server, loop, IDLE_S if sandbox.is_human else ORPHAN_S))
-    sweeping = None if sandbox.is_human else sandbox.spawn(_sweep(sandbox))
+        loop.add_signal_handler(number, _on_terminate, sandbox, number)
+    sandbox.create_task(_end_when_idle(sandbox, server, loop, IDLE_S if sandbox.is_human else ORPHAN_S))
+    sweeping = None if sandbox.is_human else sandbox.create_task(_sweep(sandbox))
     await sandbox.ended.wait()
     if publisher is not None:
         await publisher.close(EVENTS_S)
     # Its files are gone; connections that are open still get their answers.
     # A client that has lost the thread learns that there is nothing here when we hang up.
-    give_up = loop.time() + (0 if sandbox.was_missed else CLIENTS_S)
+    give_up = loop.time() + (0 if sandbox.saw_stale_client else CLIENTS_S)
     while server.connections and loop.time() < give_up:
         await asyncio.sleep(0.01)
-    await sandbox.linger()
+    await sandbox.drain_output()
     await server.shutdown(1.0)
     if sweeping is not None:
         await asyncio.wait([sweeping])
@@ -151,7 +151,7 @@ async def _sweep(sandbox: Sandbox) -> None:
     door = str(sandbox.settings.get("door", ""))
     report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), door)
     for line in (*(f"cleared up after {directory}" for directory in report.undone), *report.failures):
-        sandbox.complain(line)
+        sandbox.log(line)
 
 
 def _publisher(settings: dict[str, Any], sandbox: Sandbox) -> Publisher | None:
@@ -160,12 +160,12 @@ def _publisher(settings: dict[str, Any], sandbox: Sandbox) -> Publisher | None:
         return None
     from kata.engine.events import Publisher
 
-    publisher = Publisher(wanted["address"], wanted["namespace"], sandbox.complain)
+    publisher = Publisher(wanted["address"], wanted["namespace"], sandbox.log)
     sandbox.publish = publisher.publish
     return publisher
 
 
-def _told_to_end(sandbox: Sandbox, number: int) -> None:
+def _on_terminate(sandbox: Sandbox, number: int) -> None:
     sandbox.fail(f"the engine was told to end by signal {number}")
     sandbox.end()
 
@@ -191,7 +191,7 @@ async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: f
         kept = not sandbox.is_human and (sandbox.containers or made)
         door = _door()
         unknown = door == _DIED and not sandbox.had_container and not server.connections
-        if not sandbox.containers and (unknown or sandbox.was_missed):
+        if not sandbox.containers and (unknown or sandbox.saw_stale_client):
             sandbox.end()
         elif server.connections or kept or door == _HOLDS:
             idle_since = None

@@ -58,7 +58,7 @@ class Names:
         self._relay = sockets.Relay(sandbox, asyncio.Semaphore(CONNECTIONS))
         self._relay.add(_Resolver())
         self._tasks: set[asyncio.Task[None]] = set()
-        self._complained = False
+        self._reported = False
         self._closed = False
 
     async def start(self, agent: AgentClient) -> None:
@@ -83,12 +83,12 @@ class Names:
             task.cancel()
         agent = None if self._closed else self._sandbox.living_agent
         if error is not None and agent is not None:
-            self._sandbox.spawn(self._explain(agent, error))
+            self._sandbox.create_task(self._explain(agent, error))
 
     async def _explain(self, agent: AgentClient, error: ConnectionLost | TtrpcError) -> None:
         """Tell why there are no more questions; where the guest has broken the protocol, that is its end."""
         reason = await agent.explain(error)
-        self._sandbox.complain(f"the guest asks for no more names: {reason.message}")
+        self._sandbox.log(f"the guest asks for no more names: {reason.message}")
 
     def _asked(self, number: int, question: bytes) -> None:
         task = asyncio.create_task(self._answer(number, question))
@@ -99,15 +99,15 @@ class Names:
         answer = b""
         try:
             answer = await asyncio.wait_for(ask(question), ANSWER_S)
-            self._complained = False
+            self._reported = False
         except TimeoutError:
             pass  # as with a datagram that has got lost
         except OSError as error:
             # Who has asked hears of it, and need not wait; with dockerd away there are nothing but refusals.
             answer = failure(question)
-            if not self._complained:
-                self._complained = True
-                self._sandbox.complain(f"the resolver at {ADDRESS} does not answer: {error.strerror}")
+            if not self._reported:
+                self._reported = True
+                self._sandbox.log(f"the resolver at {ADDRESS} does not answer: {error.strerror}")
         self._datagrams.answer(number, answer)
 
 

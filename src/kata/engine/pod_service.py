@@ -89,7 +89,7 @@ class PodService:
 
     async def WaitSandbox(self, request: pb.WaitSandboxRequest, context: Context) -> pb.WaitSandboxResponse:
         sandbox = self._running(request.sandbox_id)
-        await sandbox.until_lost()
+        await sandbox.wait_terminated()
         status = 0 if self._stopped else KILLED
         return pb.WaitSandboxResponse(exit_status=status, exited_at=timestamp(sandbox.lost_at_ns))
 

@@ -180,7 +180,7 @@ class EtcFiles:
         """
         if self._sandbox.share is not None:
             for name, content in self._contents.items():
-                await self._sandbox.helper(self._shared.add_file, name, content)
+                await self._sandbox.run_blocking(self._shared.add_file, name, content)
             return
         await asyncio.gather(
             *(

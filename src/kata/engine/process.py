@@ -112,7 +112,7 @@ class Process:
         """Started and not ended."""
         return self.state in (RUNNING, PAUSED)
 
-    def to(self, state: str) -> None:
+    def transition(self, state: str) -> None:
         """Go to *state*.
 
         Raises:
@@ -163,7 +163,7 @@ class Process:
 
     def start(self, pid: int) -> None:
         """Record that it runs; *pid* is a host process of this sandbox, never a guest's number."""
-        self.to(RUNNING)
+        self.transition(RUNNING)
         self.pid = pid
         self.started_at_ns = time.time_ns()
 
@@ -178,7 +178,7 @@ class Process:
         """
         if self.state in (STOPPED, DELETED):
             return False
-        self.to(STOPPED)
+        self.transition(STOPPED)
         self.exit_status = status
         self.exited_at_ns = at_ns
         self.error = error

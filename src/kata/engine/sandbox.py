@@ -61,10 +61,10 @@ class _Watcher(Watcher):
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
 
-    async def lost(self, error: VMLostError) -> KataError:
-        return await self._sandbox.lost_soon(error.message)
+    async def on_connection_lost(self, error: VMLostError) -> KataError:
+        return await self._sandbox.await_exit_reason(error.message)
 
-    def lied(self, error: GuestProtocolError) -> None:
+    def on_protocol_violation(self, error: GuestProtocolError) -> None:
         self._sandbox.fail(error.message)
 
 
@@ -115,9 +115,9 @@ class Sandbox:
         self.lost: asyncio.Future[KataError] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         self.paused = False
-        self.was_lost = False
+        self.failed = False
         self.had_container = False
-        self.was_missed = False  # somebody has asked about a container since there is none (any more)
+        self.saw_stale_client = False  # somebody has asked about a container since there is none (any more)
         self._vm_ended = False
         self.disk_error = ""  # what of the host's disks failed first, for those who look
         self.disk_errors = 0
@@ -129,7 +129,9 @@ class Sandbox:
         self._forwarder: forward.Forwarder | None = None
         self._steering: steer.Steering | None = None
         self._names: names.Names | None = None  # once a container asks Docker's resolver
-        self.doors: sockets.Doors | None = None  # once a container has a socket of the host's
+        self.socket_forwarding: sockets.SocketForwardingState | None = (
+            None  # once a container has a socket of the host's
+        )
         self._ending: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loggers: set[Logger] = set()
@@ -150,7 +152,7 @@ class Sandbox:
     # ---- start ----
 
     def power_on(self, wanted: dict[str, Any]) -> None:
-        """Start the machine of a pod, which is only now described. Blocks; before the first call of `helper`.
+        """Start the machine of a pod, which is only now described. Blocks; before the first call of `run_blocking`.
 
         Args:
             wanted: Settings, as of `kata.engine.pod`.
@@ -190,14 +192,14 @@ class Sandbox:
 
     async def _boot(self) -> AgentClient:
         for note in self.settings.get("notes") or ():
-            self.complain(note)
+            self.log(note)
         self.vm = self._take_over()
         if self.vm is not None:
             self.vm.on_disk_error(self._disk_failed)
-            self.spawn(self._watch_machine(self.vm))
+            self.create_task(self._watch_machine(self.vm))
         if self.machine.cgroup is not None:
             for warning in self.machine.cgroup.warnings:
-                self.complain(warning)
+                self.log(warning)
         if self.machine.network is not None:
             self._watch_network(self.machine.network)
         if self.machine.files is not None:
@@ -209,10 +211,10 @@ class Sandbox:
             agent = await boot.bring_up(self)
             self._forward(agent)
         except KataError as error:
-            self._lose(error)
+            self._terminate(error)
             raise
-        self.spawn(self._watch_agent(agent))
-        self.spawn(self._watch_memory(agent))
+        self.create_task(self._watch_agent(agent))
+        self.create_task(self._watch_memory(agent))
         return agent
 
     def _forward(self, agent: AgentClient) -> None:
@@ -242,7 +244,7 @@ class Sandbox:
         try:
             self._steering = steer.Steering()
         except KataError as error:
-            self.complain(f"{error.message}. {error.hint}")
+            self.log(f"{error.message}. {error.hint}")
         else:
             self._forwarder = forward.to_loopback(self, self._steering.listeners)
 
@@ -280,7 +282,7 @@ class Sandbox:
             dial = further
             waiting = asyncio.wait_for(vsock.connect(cid), timeout_s)
             try:
-                sock = await self.unless_lost(waiting)
+                sock = await self.race_vm_exit(waiting)
             except TimeoutError:
                 raise AgentTimeoutError(
                     f"the agent did not listen on vsock {self.vm.agent_cid}:{vsock.AGENT_PORT}"
@@ -313,7 +315,7 @@ class Sandbox:
             KataError: It could not be set up.
         """
         if self.network is not None:
-            await self.unless_lost(self.network)
+            await self.race_vm_exit(self.network)
         await self.guest_network.come_up()
 
     async def names_up(self, config: dict[str, Any]) -> None:
@@ -328,7 +330,7 @@ class Sandbox:
         plan = self.machine.network
         if plan is None or not plan.wired_by_others:
             return
-        if self._names is None and resolver.DOCKER not in await self.helper(
+        if self._names is None and resolver.DOCKER not in await self.run_blocking(
             prepare.name_servers, config, self.dns
         ):
             return
@@ -341,17 +343,17 @@ class Sandbox:
 
                 self._names = names.Names(self)
                 try:
-                    await self.unless_lost(self._names.start(agent))
+                    await self.race_vm_exit(self._names.start(agent))
                 except BaseException:
                     # The next container that asks there has it tried again.
                     self._names.close()
                     self._names = None
                     raise
-            await self.helper(plan.let_replies_in)
+            await self.run_blocking(plan.let_replies_in)
         except KataError as error:
-            self.complain(f"not all names are found ({resolver.DOCKER}): {error.message}")
+            self.log(f"not all names are found ({resolver.DOCKER}): {error.message}")
 
-    async def unless_lost(self, work: Awaitable[T]) -> T:
+    async def race_vm_exit(self, work: Awaitable[T]) -> T:
         """Await *work*; the end of the machine ends it.
 
         Raises:
@@ -411,17 +413,17 @@ class Sandbox:
             raise self._lost_error()
         container = Container(self, container_id, bundle, config, stdio, root)
         self.containers[container_id] = container
-        self.was_missed = False
+        self.saw_stale_client = False
         try:
             await container.create()
         except BaseException:
             self.containers.pop(container_id, None)
             raise
         self.had_container = True
-        self._score()
+        self._update_oom_score()
         return container
 
-    def _score(self) -> None:
+    def _update_oom_score(self) -> None:
         """A pod's machine is as expendable to the host as the most expendable of its containers."""
         scores = [
             spec.oom_score_adj(one.config)
@@ -448,7 +450,7 @@ class Sandbox:
         found = self.containers.get(container_id)
         if found is None or not found.created_at_ns:
             # A pod of the Sandbox API is one without a container as well.
-            self.was_missed |= not (may_come or self.is_human or self.is_pod or self.containers)
+            self.saw_stale_client |= not (may_come or self.is_human or self.is_pod or self.containers)
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 
@@ -481,7 +483,7 @@ class Sandbox:
 
         logger = Logger(uri, container_id, self.settings.get("namespace") or "", self.journal)
         self._loggers.add(logger)
-        self.spawn(self._watch_logger(logger))
+        self.create_task(self._watch_logger(logger))
         return logger
 
     async def _watch_logger(self, logger: Logger) -> None:
@@ -489,7 +491,7 @@ class Sandbox:
         self._loggers.discard(logger)
         failure = logger.failure()
         if failure:
-            self.complain(failure)
+            self.log(failure)
 
     # ---- losing the machine ----
 
@@ -514,9 +516,9 @@ class Sandbox:
 
     def fail(self, reason: str) -> None:
         """Give the machine up for *reason*: every live process ends as 137."""
-        self._lose(VMLostError(reason, "kata logs shows the container's output"))
+        self._terminate(VMLostError(reason, "kata logs shows the container's output"))
 
-    async def lost_soon(self, otherwise: str) -> KataError:
+    async def await_exit_reason(self, otherwise: str) -> KataError:
         """The agent is gone: wait a moment for the machine's own account, else give it up; the reason."""
         try:
             await asyncio.wait_for(asyncio.shield(self.lost), LOST_NOTICE_S)
@@ -524,28 +526,28 @@ class Sandbox:
             self.fail(otherwise)
         return self._lost_error()
 
-    async def until_lost(self) -> None:
+    async def wait_terminated(self) -> None:
         """Return when there is no machine any more."""
         await asyncio.shield(self.lost)
 
     async def stop_machine(self) -> None:
         """End the machine as somebody wants it; the engine goes on answering."""
-        self._lose(VMLostError(f"sandbox {self.id} was stopped"), wanted=True)
+        self._terminate(VMLostError(f"sandbox {self.id} was stopped"), wanted=True)
         if self.vm is not None:
             await self.vm.stop()
 
-    def _lose(self, error: KataError, *, wanted: bool = False) -> None:
+    def _terminate(self, error: KataError, *, wanted: bool = False) -> None:
         if self.lost.done():
             return
         self.lost.set_result(error)
         self.lost_at_ns = time.time_ns()
         if self._ending is None and not wanted:
-            self.was_lost = True
-            self.complain(error.message)
+            self.failed = True
+            self.log(error.message)
         if self._agent is not None:
             self._agent.close()
         if self.vm is not None:
-            self.spawn(self.vm.stop())
+            self.create_task(self.vm.stop())
 
     def _lost_error(self) -> KataError:
         if self.lost.done():
@@ -562,12 +564,12 @@ class Sandbox:
                 f" of its cgroup {self.machine.cgroup.paths['memory']}",
                 "The limit is the machine's memory and what running it takes: docs/architecture.md.",
             )
-        self._lose(ended.error or VMLostError("the virtual machine was stopped"))
+        self._terminate(ended.error or VMLostError("the virtual machine was stopped"))
 
     def _watch_network(self, plan: NetworkPlan) -> None:
         """The network helper's death is told, not fatal: the container may not need it any more."""
         for warning in plan.warnings:
-            self.complain(warning)
+            self.log(warning)
         loop = asyncio.get_running_loop()
         fd = plan.pidfd
 
@@ -575,7 +577,7 @@ class Sandbox:
             loop.remove_reader(fd)
             failure = plan.failure()
             if failure is not None and self._ending is None and not self.lost.done():
-                self.complain(f"{failure.message}: the guest has no network now")
+                self.log(f"{failure.message}: the guest has no network now")
 
         if fd >= 0:
             loop.add_reader(fd, ended)
@@ -589,7 +591,7 @@ class Sandbox:
             loop.remove_reader(fd)
             failure = server.failure()
             if failure is not None and self._ending is None and not self.lost.done():
-                self._lose(VMLostError(failure.message, failure.hint))
+                self._terminate(VMLostError(failure.message, failure.hint))
 
         if fd >= 0:
             loop.add_reader(fd, ended)
@@ -623,7 +625,7 @@ class Sandbox:
         else:
             what = "written" if error.writes else "read"
             self.disk_error = f"{error.path} could not be {what} on the host: {error.reason}"
-        self.complain(self.disk_error)
+        self.log(self.disk_error)
         for container in self.containers.values():
             container.record(disk_error=self.disk_error)
 
@@ -646,7 +648,7 @@ class Sandbox:
         try:
             await self._take_down(grace_s)
         except Exception as error:  # whatever happens here, the engine must not stay for ever
-            self.complain(f"the sandbox was not taken down whole: {error!r}")
+            self.log(f"the sandbox was not taken down whole: {error!r}")
         finally:
             self.ended.set()
 
@@ -655,9 +657,9 @@ class Sandbox:
             # What the container wrote has to reach its disk; of one that is removed nobody will read it.
             removing = asyncio.gather(*(container.remove() for container in self.containers.values()))
             try:
-                await self.unless_lost_quietly(asyncio.wait_for(removing, grace_s))
+                await self.race_vm_exit_quietly(asyncio.wait_for(removing, grace_s))
             except TimeoutError:
-                self.complain(f"the guest did not write back its containers' files within {grace_s:g} s")
+                self.log(f"the guest did not write back its containers' files within {grace_s:g} s")
         if self._booted is not None and not self._booted.done():
             self._booted.cancel()
         if self._forwarder is not None:
@@ -667,9 +669,9 @@ class Sandbox:
         if self._names is not None:
             self._names.close()
         self.guest_network.close()
-        self._lose(VMLostError(f"sandbox {self.id} has ended"))
+        self._terminate(VMLostError(f"sandbox {self.id} has ended"))
         # Out of what is about to be removed. It takes as long as the machine takes to end.
-        leaving = self.helper(self.machine.cgroup.leave) if self.machine.cgroup is not None else None
+        leaving = self.run_blocking(self.machine.cgroup.leave) if self.machine.cgroup is not None else None
         if self.vm is not None:
             await self.vm.stop()
             self.vm.close()
@@ -677,14 +679,14 @@ class Sandbox:
         if files is not None:
             if files.pidfd >= 0:
                 asyncio.get_running_loop().remove_reader(files.pidfd)
-            await self.helper(files.stop)
+            await self.run_blocking(files.stop)
         if leaving is not None:
             await leaving
         plan = self.machine.network
         if plan is not None:
             if plan.pidfd >= 0:
                 asyncio.get_running_loop().remove_reader(plan.pidfd)
-            await self.helper(plan.stop)
+            await self.run_blocking(plan.stop)
         for container in self.containers.values():
             # Whoever was not told by the guest is told now: no client waits for ever.
             for process in (container.init, *container.execs.values()):
@@ -693,12 +695,12 @@ class Sandbox:
                 elif process.streams is not None:
                     process.streams.close()
         await asyncio.gather(*(logger.leave() for logger in self._loggers))
-        await self.helper(self._undo)
+        await self.run_blocking(self._undo)
 
-    async def unless_lost_quietly(self, work: Awaitable[object]) -> None:
-        """As `unless_lost`, for work whose failure has been told already."""
+    async def race_vm_exit_quietly(self, work: Awaitable[object]) -> None:
+        """As `race_vm_exit`, for work whose failure has been told already."""
         try:
-            await self.unless_lost(work)
+            await self.race_vm_exit(work)
         except KataError:
             pass
 
@@ -717,9 +719,9 @@ class Sandbox:
                 problems.append(f"cannot remove {directory}: {error}")
         problems += self.journal.undo()
         for problem in problems:
-            self.complain(problem)
+            self.log(problem)
 
-    async def linger(self, limit_s: float | None = None) -> None:
+    async def drain_output(self, limit_s: float | None = None) -> None:
         """Wait for readers that take their time with what ended processes wrote.
 
         Args:
@@ -737,11 +739,11 @@ class Sandbox:
 
     # ---- small services ----
 
-    async def helper(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def run_blocking(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run something that blocks, in the one helper thread: in the order of the calls."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def create_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Let *work* run on its own; what it raises is written to the engine's log."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -751,9 +753,9 @@ class Sandbox:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.complain(f"{type(error).__name__}: {escape_line(str(error))}")
+            self.log(f"{type(error).__name__}: {escape_line(str(error))}")
 
-    def complain(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Write a line to the engine's log."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         sys.stderr.write(f"{stamp} {text}\n")

@@ -159,7 +159,7 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "volumes": settings.get("volumes") or [],
         "network": settings.get("network") or {},
         "state": "ending" if sandbox.is_ending else "lost" if sandbox.is_lost else "running",
-        "error": sandbox.lost_reason if sandbox.was_lost else "",
+        "error": sandbox.lost_reason if sandbox.failed else "",
         "disk_error": sandbox.disk_error,
         "disk_errors": sandbox.disk_errors,
         "containers": {

@@ -47,7 +47,7 @@ _MAX_PATH = 107
 """sun_path, without the NUL."""
 
 
-class Doors:
+class SocketForwardingState:
     """What all sockets of one sandbox have in common.
 
     Attributes:
@@ -129,7 +129,7 @@ class UnixSocket(Socket):
         host = sandbox.machine.host if self.is_hidden else None
         if host is None:
             return connected(self.source)
-        fd = await sandbox.helper(host.opened, partial(descriptor, self.source), self.source)
+        fd = await sandbox.run_blocking(host.opened, partial(descriptor, self.source), self.source)
         return socket.socket(fileno=fd)
 
 
@@ -146,7 +146,7 @@ class Relay:
         self._room = room
         self._sockets: list[Socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._complained: set[int] = set()
+        self._reported: set[int] = set()
         self._agent: AgentClient | None = None
 
     def add(self, one: Socket) -> None:
@@ -179,7 +179,7 @@ class Relay:
         agent, self._agent = self._agent, None
         if agent is not None and self._sandbox.living_agent is not None:
             for one in self._sockets:
-                self._sandbox.spawn(self._take_away(agent, one))
+                self._sandbox.create_task(self._take_away(agent, one))
 
     async def _take_away(self, agent: AgentClient, one: Socket) -> None:
         try:
@@ -205,7 +205,7 @@ class Relay:
             except KataError as error:
                 if self._sandbox.living_agent is None:
                     return
-                self._complain(one, error.message)
+                self._log(one, error.message)
                 await asyncio.sleep(AGAIN_S)  # out of descriptors in the guest, most likely
                 continue
             if guest is None:
@@ -223,7 +223,7 @@ class Relay:
         try:
             connection = await self._connect(one)
         except OSError as error:
-            self._complain(one, error.strerror or str(error))
+            self._log(one, error.strerror or str(error))
         else:
             await carry(connection, guest)
 
@@ -243,14 +243,14 @@ class Relay:
                     raise
                 await asyncio.sleep(RETRY_S)
                 continue
-            self._complained.discard(one.number)
+            self._reported.discard(one.number)
             return connection
 
-    def _complain(self, one: Socket, why: str) -> None:
+    def _log(self, one: Socket, why: str) -> None:
         """Once, until it has worked again: the guest decides how often there is cause."""
-        if one.number not in self._complained:
-            self._complained.add(one.number)
-            self._sandbox.complain(f"{one.name}: cannot connect to the host's socket: {why}")
+        if one.number not in self._reported:
+            self._reported.add(one.number)
+            self._sandbox.log(f"{one.name}: cannot connect to the host's socket: {why}")
 
 
 def descriptor(path: str) -> int:

@@ -76,7 +76,7 @@ class TaskService:
             raise UnsupportedError(
                 "a container cannot be restored from a checkpoint: its virtual machine has none"
             )
-        config = await self._sandbox.helper(_read_config, request.bundle)
+        config = await self._sandbox.run_blocking(_read_config, request.bundle)
         stdio = Stdio(request.terminal, request.stdin, request.stdout, request.stderr)
         root = None
         if not self._sandbox.is_human:
@@ -157,7 +157,7 @@ class TaskService:
             await container.stop_unstarted()
             async with process.lock:
                 process.require_deletable()
-                process.to(DELETED)
+                process.transition(DELETED)
             if sandbox.ends_with_init and container.id == sandbox.id:
                 # Deleted means for a person: nothing of it is left on this host.
                 sandbox.end()

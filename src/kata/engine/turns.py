@@ -33,7 +33,7 @@ class Turn:
     """The permission to boot; waiting for it blocks.
 
     Args:
-        complain: Is told why there was none to be had; the machine boots all the same.
+        log: Is told why there was none to be had; the machine boots all the same.
         most: How many have a turn at a time. 0 is one more than there are processors, so that none of them idles
             while a boot waits for a disk.
         patience_s: How long to wait for one.
@@ -41,9 +41,7 @@ class Turn:
 
     __slots__ = ("_fd",)
 
-    def __init__(
-        self, complain: Callable[[str], object], most: int = 0, patience_s: float = PATIENCE_S
-    ) -> None:
+    def __init__(self, log: Callable[[str], object], most: int = 0, patience_s: float = PATIENCE_S) -> None:
         directory = os.path.join(paths.run_dir(), DIRECTORY)
         most = most or len(os.sched_getaffinity(0)) + 1
         self._fd = -1
@@ -53,10 +51,10 @@ class Turn:
             if self._fd < 0:
                 self._fd = _in_line(directory, most, time.monotonic() + patience_s)
         except OSError as error:
-            complain(f"machines cannot boot in turns: {error.strerror}: {error.filename or directory}")
+            log(f"machines cannot boot in turns: {error.strerror}: {error.filename or directory}")
             return
         if self._fd < 0:
-            complain(f"no turn to boot came free in {patience_s:g} s: booting without one")
+            log(f"no turn to boot came free in {patience_s:g} s: booting without one")
 
     @property
     def is_held(self) -> bool:
