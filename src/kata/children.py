@@ -108,7 +108,7 @@ class Child:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self._status = os.waitstatus_to_exitcode(status)
-                self._journal.forget(self.entry)
+                self._journal.mark_gone(self.entry)
         return self._status
 
     def wait(self, timeout_s: float) -> int | None:
@@ -189,7 +189,7 @@ def spawn(
         The running child: the program has been executed when this returns.
 
     Raises:
-        OSError: It could not be executed; `strerror` says why. The journal has forgotten it.
+        OSError: It could not be executed; `strerror` says why. Its entry in the journal is marked as gone.
         RuntimeError: Not called from the main thread.
     """
     if _thread.get_native_id() != os.getpid():
@@ -200,7 +200,7 @@ def spawn(
 
     sysio.preload()
     environment = dict(ENVIRONMENT if env is None else env)
-    entry = journal.intend("process", role=role, signal="WAIT" if outlives else "TERM" if gently else "KILL")
+    entry = journal.begin("process", role=role, signal="WAIT" if outlives else "TERM" if gently else "KILL")
     gate_read, gate_write = os.pipe()
     word_read, word_write = os.pipe()  # closed by a successful exec; else says what failed
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -257,7 +257,7 @@ def spawn(
                 os._exit(127)
         pidfd = sysio.pidfd_open(pid)
         try:
-            journal.made(entry, pid=pid)
+            journal.commit(entry, pid=pid)
             os.write(gate_write, b"x")
             os.close(word_write)
             word_write = -1
@@ -273,7 +273,7 @@ def spawn(
             os.close(gate_write)  # a child still behind the gate ends
             gate_write = -1
             os.waitpid(pid, 0)
-        journal.forget(entry)
+        journal.mark_gone(entry)
         raise
     finally:
         for fd in (gate_read, gate_write, word_read, word_write, null):

@@ -1,8 +1,9 @@
 """The journal: what one sandbox (or one container's state) has made on the host, on disk before it is made.
 
-A journal is a file of JSON lines. First the intent to make a thing is written, then the thing is made, then
-an identity that only that very thing can match (see `kata.journal_undo`). From the file alone, without a
-living guest or engine, everything can be undone in reverse order, as often as one likes.
+A journal is a write-ahead intent log in JSON lines. `Journal.begin` writes the intent to make a thing; the caller
+makes it; `Journal.commit` writes an identity that only that very thing can match (see `kata.journal_undo`), and
+`Journal.mark_gone` that it is no more. From the file alone, without a living guest or engine, everything can be
+undone in reverse order, as often as one likes. The keys on disk never change: a journal may be older than its reader.
 
 Lines::
 
@@ -10,7 +11,7 @@ Lines::
     {"owner": {"pid": 1, "start": 2, "boot": "..."}}     who answers for it; the last one counts
     {"n": "1a-3", "intend": "mount", "p": {...}}
     {"n": "1a-3", "made": {...}}
-    {"n": "1a-3", "gone": true}                          forgotten or undone
+    {"n": "1a-3", "gone": true}                          never made, or undone
     {"keep": true, "while": "file"}                      it stays although its owner ends, as long as that is there
     {"keep": false}                                      its removal has begun; whoever comes by finishes it
 
@@ -115,7 +116,7 @@ class Journal:
         self.path = path
         self.meta: dict[str, Any] = {}
         self.owner: dict[str, Any] | None = None
-        self.kept = False
+        self.retained = False
         self.witness = ""
         self.entries: list[Entry] = []
         self._fd = fd
@@ -251,7 +252,7 @@ class Journal:
 
     # ---- what callers write ----
 
-    def intend(self, kind: str, **params: Any) -> Entry:
+    def begin(self, kind: str, **params: Any) -> Entry:
         """Write down that a thing is about to be made. It may be made when this returns.
 
         Kinds and their parameters (all may carry more, as notes):
@@ -262,8 +263,8 @@ class Journal:
         ``file``, ``socket``, ``directory``
             ``path``, absolute.
         ``cgroup``
-            ``path``, absolute; for version 2 also ``inside``, the path within the hierarchy. ``parent``: a
-            directory that is removed with the last one below it.
+            ``path``, absolute; for version 2 also ``inside``, the path within the hierarchy. ``parents``: directories,
+            the innermost first, that are removed with the last one below them.
         ``mount``
             ``target``, ``source``, ``fstype``.
         ``netns``
@@ -282,7 +283,7 @@ class Journal:
         self.entries.append(entry)
         return entry
 
-    def made(self, entry: Entry, **identity: Any) -> None:
+    def commit(self, entry: Entry, **identity: Any) -> None:
         """Write down the identity of the thing that was made.
 
         For ``process`` give ``pid``; for the other kinds the identity is read from the thing itself.
@@ -293,7 +294,7 @@ class Journal:
         entry.identity = {**self._identify(entry, identity), **identity}
         self._append({"n": entry.id, "made": entry.identity})
 
-    def forget(self, entry: Entry) -> None:
+    def mark_gone(self, entry: Entry) -> None:
         """Write down that the thing is gone, or was never made. After `undo` there is nothing to write to."""
         if not entry.gone:
             entry.gone = True
@@ -305,21 +306,21 @@ class Journal:
         self.owner = process_identity(pid)
         self._append({"owner": self.owner})
 
-    def keep(self, witness: str) -> None:
+    def retain(self, witness: str) -> None:
         """Say that what is in this journal shall outlive its owner (a container that was created).
 
         Args:
             witness: Name of a file in the journal's directory without which it is of no use any more: gone, or empty
                 after a power failure, it stands for a removal, or a making, that was cut off.
         """
-        if not self.kept:
-            self.kept, self.witness = True, witness
+        if not self.retained:
+            self.retained, self.witness = True, witness
             self._append({"keep": True, "while": witness})
 
     def begin_removal(self) -> None:
-        """Take back `keep`: from now on this process, or whoever finds it dead, undoes what is in this journal."""
-        if self.kept:
-            self.kept = False
+        """Take back `retain`: from now on this process, or whoever finds it dead, undoes what is in this journal."""
+        if self.retained:
+            self.retained = False
             try:
                 self._append({"keep": False})
                 self.set_owner(os.getpid())
@@ -328,8 +329,8 @@ class Journal:
 
     def outlives_owner(self) -> bool:
         """Whether it is kept, and still whole."""
-        if not self.kept or not self.witness:
-            return self.kept
+        if not self.retained or not self.witness:
+            return self.retained
         try:
             return os.stat(os.path.join(os.path.dirname(self.path), self.witness)).st_size > 0
         except FileNotFoundError:
@@ -339,15 +340,15 @@ class Journal:
         """Make a directory as an entry of this journal: intent, mkdir, identity.
 
         Raises:
-            OSError: From mkdir; the entry is then forgotten.
+            OSError: From mkdir; the entry is then marked as gone.
         """
-        entry = self.intend("directory", path=path)
+        entry = self.begin("directory", path=path)
         try:
             os.mkdir(path, mode)
         except OSError:
-            self.forget(entry)
+            self.mark_gone(entry)
             raise
-        self.made(entry)
+        self.commit(entry)
         return entry
 
     def make_mount(
@@ -356,16 +357,16 @@ class Journal:
         """Mount as an entry of this journal; arguments as `kata.sysio.mount`. The target exists.
 
         Raises:
-            OSError: From mount; the entry is then forgotten.
+            OSError: From mount; the entry is then marked as gone.
         """
         target = os.path.realpath(target)
-        entry = self.intend("mount", target=target, source=source, fstype=fstype or "none")
+        entry = self.begin("mount", target=target, source=source, fstype=fstype or "none")
         try:
             sysio.mount(source, target, fstype, flags, data)
         except OSError:
-            self.forget(entry)
+            self.mark_gone(entry)
             raise
-        self.made(entry)
+        self.commit(entry)
         return entry
 
     # ---- undoing ----
@@ -445,7 +446,7 @@ class Journal:
             raise JournalError(f"cannot read the journal {self.path}: {error.strerror}") from error
         entries: dict[str, Entry] = {}
         header = None
-        self.owner, self.kept = None, False
+        self.owner, self.retained = None, False
         lines = data.split(b"\n")
         for line in lines:
             try:
@@ -459,7 +460,7 @@ class Journal:
             elif "owner" in record:
                 self.owner = record["owner"]
             elif "keep" in record:
-                self.kept, self.witness = bool(record["keep"]), str(record.get("while") or "")
+                self.retained, self.witness = bool(record["keep"]), str(record.get("while") or "")
             else:
                 _read_entry(entries, record)
         if header is None or header["journal"] != 1:

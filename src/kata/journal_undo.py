@@ -77,7 +77,7 @@ def undo_journal(journal: journals.Journal, deadline_s: float) -> list[str]:
 
 def _forget(journal: journals.Journal, entry: journals.Entry) -> None:
     try:
-        journal.forget(entry)
+        journal.mark_gone(entry)
     except JournalError:
         pass  # a full disk, which the rest of this may free; undone once more, it is found gone
 

@@ -132,9 +132,9 @@ def test_the_parent_goes_with_the_last_and_not_before(tmp_path: Path) -> None:
     journals = []
     for name in ("first", "second"):
         journal = Journal.create_dir(str(tmp_path), name, {})
-        entry = journal.intend("cgroup", path=f"{parent}/{name}", parents=[parent])
+        entry = journal.begin("cgroup", path=f"{parent}/{name}", parents=[parent])
         os.mkdir(f"{parent}/{name}")
-        journal.made(entry)
+        journal.commit(entry)
         journals.append(journal)
     assert journals[0].undo() == []
     assert os.path.isdir(f"{parent}/second")

@@ -64,18 +64,18 @@ def test_import_is_light() -> None:
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     journal = new(tmp_path)
     path = tmp_path / "thing"
-    entry = journal.intend("file", path=str(path), note="é\n")
+    entry = journal.begin("file", path=str(path), note="é\n")
     assert [line for line in Path(journal.path).read_text().splitlines() if "thing" in line], (
         "not on disk yet"
     )
     path.write_text("x")
-    journal.made(entry)
-    gone = journal.intend("socket", path=str(tmp_path / "s"))
-    journal.forget(gone)
-    journal.keep("")
+    journal.commit(entry)
+    gone = journal.begin("socket", path=str(tmp_path / "s"))
+    journal.mark_gone(gone)
+    journal.retain("")
     again = Journal.open(journal.path)
     assert again.meta == {"door": "test", "id": "a"}
-    assert again.kept
+    assert again.retained
     assert again.owner_alive()
     assert [(e.kind, e.params.get("note"), e.gone) for e in again.entries] == [
         ("file", "é\n", False),
@@ -105,10 +105,10 @@ def test_files_sockets_and_trees_are_undone_in_reverse(tmp_path: Path) -> None:
         deep = deep / "d"
         deep.mkdir()
     (deep / "link").symlink_to("/etc/passwd")
-    entry = journal.intend("socket", path=str(tmp_path / "sock"))
+    entry = journal.begin("socket", path=str(tmp_path / "sock"))
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "sock"))
-        journal.made(entry)
+        journal.commit(entry)
     assert journal.undo() == []
     assert not list(tmp_path.rglob("*/*"))
     assert Path("/etc/passwd").exists()
@@ -125,9 +125,9 @@ def test_undo_is_idempotent_and_for_anybody(tmp_path: Path) -> None:
 def test_what_replaced_ours_is_left_alone(tmp_path: Path) -> None:
     journal = new(tmp_path)
     file, directory = tmp_path / "file", tmp_path / "dir"
-    entry = journal.intend("file", path=str(file))
+    entry = journal.begin("file", path=str(file))
     file.write_text("ours")
-    journal.made(entry)
+    journal.commit(entry)
     journal.make_directory(str(directory))
     file.rename(tmp_path / "moved")
     file.write_text("somebody else's")
@@ -143,8 +143,8 @@ def test_without_identity_only_what_was_absent_is_ours(tmp_path: Path) -> None:
     journal = new(tmp_path)
     before, after = tmp_path / "before", tmp_path / "after"
     before.write_text("was there")
-    journal.intend("file", path=str(before))
-    journal.intend("file", path=str(after))
+    journal.begin("file", path=str(before))
+    journal.begin("file", path=str(after))
     after.write_text("made, and then the maker died")
     orphan(journal)
     journal.close()
@@ -175,7 +175,7 @@ def test_a_symlink_in_a_tree_is_not_followed(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_tolerated(tmp_path: Path, cut: int) -> None:
     journal = new(tmp_path)
     kept = journal.make_directory(str(tmp_path / "kept"))
-    journal.intend("directory", path=str(tmp_path / "never"))
+    journal.begin("directory", path=str(tmp_path / "never"))
     journal.close()
     path = Path(journal.path)
     path.write_bytes(path.read_bytes()[:-cut])
@@ -209,8 +209,8 @@ def test_processes_are_ended_by_identity(tmp_path: Path) -> None:
     os.close(read)
     os.close(write)
     stranger = subprocess.Popen(["sleep", "600"])
-    entry = journal.intend("process", role="stranger")
-    journal.made(entry, pid=stranger.pid, start=1)  # another start time: not the process we mean
+    entry = journal.begin("process", role="stranger")
+    journal.commit(entry, pid=stranger.pid, start=1)  # another start time: not the process we mean
     try:
         assert journal.undo() == []
         assert first.poll() == -signal.SIGTERM
@@ -223,8 +223,8 @@ def test_processes_are_ended_by_identity(tmp_path: Path) -> None:
 
 def test_a_process_from_before_a_reboot_is_not_looked_for(tmp_path: Path) -> None:
     journal = new(tmp_path)
-    entry = journal.intend("process", role="me, were it not for the boot")
-    journal.made(entry, pid=os.getppid(), boot="00000000-0000-0000-0000-000000000000")
+    entry = journal.begin("process", role="me, were it not for the boot")
+    journal.commit(entry, pid=os.getppid(), boot="00000000-0000-0000-0000-000000000000")
     assert journal.undo() == []
 
 
@@ -263,7 +263,7 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
 
 def test_reconcile_leaves_the_living_and_the_kept(tmp_path: Path) -> None:
     alive, dead, kept = new(tmp_path, "alive"), new(tmp_path, "dead"), new(tmp_path, "kept")
-    kept.keep("witness")
+    kept.retain("witness")
     (tmp_path / "sandboxes" / "kept" / "witness").write_text("x")
     for journal in (dead, kept):
         orphan(journal)
@@ -309,12 +309,12 @@ def test_a_removal_that_is_cut_off_anywhere_is_finished(tmp_path: Path) -> None:
     while not through:
         directory = tmp_path / "containers" / "c"
         journal = Journal.create_dir(str(tmp_path / "containers"), "c", {"kind": "container"})
-        name = journal.intend("file", path=str(tmp_path / "name"))
+        name = journal.begin("file", path=str(tmp_path / "name"))
         (tmp_path / "name").touch()
-        journal.made(name)
+        journal.commit(name)
         for file in ("container.json", "rw.img", "log"):
             (directory / file).write_text("x")
-        journal.keep("container.json")
+        journal.retain("container.json")
         orphan(journal)
         through = _undone_but_for(journal.path, calls)
         report = reconcile(str(tmp_path / "run"), str(tmp_path))
@@ -331,7 +331,7 @@ def test_a_removal_that_is_cut_off_anywhere_is_finished(tmp_path: Path) -> None:
 def test_what_a_power_failure_has_emptied_is_cleared(tmp_path: Path) -> None:
     for name, content in (("gone", None), ("empty", ""), ("whole", "{}")):
         journal = Journal.create_dir(str(tmp_path / "containers"), name, {"kind": "container"})
-        journal.keep("container.json")
+        journal.retain("container.json")
         orphan(journal)
         if content is not None:
             (tmp_path / "containers" / name / "container.json").write_text(content)
@@ -393,7 +393,7 @@ def test_a_mount_without_identity(tmp_path: Path) -> None:
     journal = new(tmp_path)
     target = tmp_path / "mnt"
     target.mkdir()
-    journal.intend("mount", target=str(target), source="kata-test-x", fstype="tmpfs")
+    journal.begin("mount", target=str(target), source="kata-test-x", fstype="tmpfs")
     sysio.mount("kata-test-x", str(target), "tmpfs")
     assert journal.undo() == []
     assert sysio.mount_at(str(target)) is None
@@ -403,29 +403,29 @@ def test_a_mount_without_identity(tmp_path: Path) -> None:
 def test_network_namespaces_and_taps(tmp_path: Path) -> None:
     name = f"ktest{os.urandom(3).hex()}"
     journal = new(tmp_path)
-    entry = journal.intend("netns", path=f"/run/netns/{name}")
+    entry = journal.begin("netns", path=f"/run/netns/{name}")
     subprocess.run(["ip", "netns", "add", name], check=True)
-    journal.made(entry)
+    journal.commit(entry)
     ip = ["ip", "-n", name]
-    tap = journal.intend("tap", name="tap0", netns=f"/run/netns/{name}")
+    tap = journal.begin("tap", name="tap0", netns=f"/run/netns/{name}")
     if subprocess.run(
         [*ip, "tuntap", "add", "tap0", "mode", "tap"], capture_output=True, check=False
     ).returncode:
-        journal.forget(tap)  # no tun in this kernel
+        journal.mark_gone(tap)  # no tun in this kernel
     else:
         shown = subprocess.run([*ip, "-j", "link", "show", "tap0"], capture_output=True, check=True)
-        journal.made(tap, ifindex=json.loads(shown.stdout)[0]["ifindex"])
+        journal.commit(tap, ifindex=json.loads(shown.stdout)[0]["ifindex"])
         held = os.open(f"/run/netns/{name}", os.O_RDONLY)
         reverse = Journal.open(journal.path)
         for gone in reverse.entries[:1]:
-            reverse.forget(gone)  # only the tap, first
+            reverse.mark_gone(gone)  # only the tap, first
         assert [e.kind for e in reverse.entries if not e.gone] == ["tap"]
         os.close(held)
         assert reverse.undo() == []
         assert subprocess.run([*ip, "link", "show", "tap0"], capture_output=True, check=False).returncode
     journal = new(tmp_path, "b")
-    entry = journal.intend("netns", path=f"/run/netns/{name}")
-    journal.made(entry)
+    entry = journal.begin("netns", path=f"/run/netns/{name}")
+    journal.commit(entry)
     assert journal.undo() == []
     assert not os.path.exists(f"/run/netns/{name}")
 
@@ -439,9 +439,9 @@ def test_cgroups_and_what_is_in_them(tmp_path: Path, hidden: bool, monkeypatch: 
     name = f"ktest-{os.urandom(3).hex()}"
     path = f"{base}/{name}"
     journal = new(tmp_path)
-    entry = journal.intend("cgroup", path=path, inside=f"/{name}")
+    entry = journal.begin("cgroup", path=path, inside=f"/{name}")
     os.mkdir(path)
-    journal.made(entry)
+    journal.commit(entry)
     if hidden:
         # As after an engine that had the hierarchy mounted for itself, on a host that has it nowhere.
         Path(journal.path).write_text(Path(journal.path).read_text().replace(f'"{path}"', f'"/gone/{name}"'))

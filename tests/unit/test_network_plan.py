@@ -11,7 +11,7 @@ import pytest
 
 from kata import children
 from kata.errors import HostError, KataError, UsageError
-from kata.network import guard, passt, resolver, user
+from kata.network import egress_filter, passt, resolver, user
 from kata.network.plan import mac_address, plan
 
 
@@ -254,10 +254,10 @@ def test_other_addresses(address: str) -> None:
 
 def test_guard_programs_are_whole() -> None:
     for code in (
-        guard.program4(),
-        guard.program4(b"\x7f\0\0\x35"),
-        guard.program6(),
-        guard.program6(bytes(16)),
+        egress_filter.program4(),
+        egress_filter.program4(b"\x7f\0\0\x35"),
+        egress_filter.program6(),
+        egress_filter.program6(bytes(16)),
     ):
         count = len(code) // 8
         assert len(code) % 8 == 0

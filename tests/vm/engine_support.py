@@ -93,7 +93,7 @@ class Box:
         self.id = f"t{os.urandom(6).hex()}"
         containers = self.directory / "s" / "containers"
         journal = Journal.create_dir(str(containers), self.id, {"door": "test"})
-        journal.keep("")
+        journal.retain("")
         journal.close()
         self.container_dir = containers / self.id
         guest = manifest.load(str(guest_dir))

@@ -22,7 +22,7 @@ from agent_support import PATIENCE
 from kata import sysio
 from kata.agent.client import AgentClient
 from kata.engine import names
-from kata.network import steer
+from kata.network import sk_lookup
 from kata.ttrpc.client import Client
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
@@ -60,7 +60,7 @@ def play(
         if resolver is not None:
             threading.Thread(target=_serve, args=(resolver,), daemon=True).start()
             netlab.Server(PLACE, b"by TCP")
-        steering = steer.Steering()  # as in a real sandbox's
+        redirect = sk_lookup.LoopbackRedirect()  # as in a real sandbox's
         complaints: list[str] = []
 
         async def connect() -> Client:
@@ -87,7 +87,7 @@ def play(
         try:
             return {**asyncio.run(run()), "complaints": complaints}
         finally:
-            steering.close()
+            redirect.close()
 
     def in_the_guest(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         fd = os.open(f"/proc/{host.process.pid}/ns/net", os.O_RDONLY)

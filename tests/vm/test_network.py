@@ -22,7 +22,7 @@ from kata import sysio
 from kata.errors import HostError
 from kata.guest import manifest
 from kata.journal import Journal
-from kata.network import guard, passt, resolver, user
+from kata.network import egress_filter, passt, resolver, user
 from kata.network.plan import plan
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -399,7 +399,7 @@ def test_the_guard_refuses_what_it_should() -> None:
 
     journal = Journal.create_dir("/tmp", f"kt-guard-{os.urandom(4).hex()}", {})
     try:
-        path = guard.make_cgroup(
+        path = egress_filter.make_cgroup(
             journal,
             f"kt-guard-{os.urandom(4).hex()}",
             socket.inet_aton("127.0.0.200"),

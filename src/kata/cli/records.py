@@ -211,11 +211,11 @@ class Draft:
     def _take_name(self, name: str | None) -> str:
         for attempt in range(50):
             wanted = name or _random_name() + (f"_{attempt}" if attempt > 10 else "")
-            entry = self._journal.intend("file", path=os.path.join(_names_dir(), wanted))
+            entry = self._journal.begin("file", path=os.path.join(_names_dir(), wanted))
             if _claim(wanted, self.id):
-                self._journal.made(entry)
+                self._journal.commit(entry)
                 return wanted
-            self._journal.forget(entry)
+            self._journal.mark_gone(entry)
             if name:
                 break
         self.discard()
@@ -233,7 +233,7 @@ class Draft:
         """Write what describes the container; from now on only `remove` takes it away."""
         write_json(self.path("config.json"), spec)
         write_json(self.path(_RECORD), record)
-        self._journal.keep(_RECORD)
+        self._journal.retain(_RECORD)
         self._journal.close()
         return Container(self.id, record)
 

@@ -187,13 +187,13 @@ class HostRoot:
     @contextlib.contextmanager
     def _noted(self, step: _Step, target: str) -> Iterator[None]:
         """Have the journal know of a mount before it is made."""
-        entry = self._journal.intend("mount", target=target, source=step.source, fstype=step.kind)
+        entry = self._journal.begin("mount", target=target, source=step.source, fstype=step.kind)
         try:
             yield
         except OSError:
-            self._journal.forget(entry)
+            self._journal.mark_gone(entry)
             raise
-        self._journal.made(entry)
+        self._journal.commit(entry)
         self._entries.append(entry)
 
     def _hidden(self, steps: list[_Step]) -> bool:
@@ -214,7 +214,7 @@ class HostRoot:
                 sysio.umount2(entry.params["target"], sysio.UMOUNT_NOFOLLOW | sysio.MNT_DETACH)
             except FileNotFoundError:
                 pass
-            self._journal.forget(entry)
+            self._journal.mark_gone(entry)
             self._entries.pop()
 
 

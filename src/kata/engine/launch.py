@@ -193,7 +193,7 @@ def _listen(path: str, journal: Journal) -> int:
     # `socket` costs 10 ms of imports around these three calls; `_socket` is what it wraps.
     import _socket
 
-    entry = journal.intend("socket", path=path)
+    entry = journal.begin("socket", path=path)
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
     try:
@@ -201,7 +201,7 @@ def _listen(path: str, journal: Journal) -> int:
     finally:
         os.umask(before)
     sock.listen(_BACKLOG)
-    journal.made(entry)
+    journal.commit(entry)
     return sock.detach()
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from kata.hypervisor.base import DiskError, Hypervisor
     from kata.hypervisor.virtiofsd import FileServer
     from kata.journal import Journal
-    from kata.network import steer
+    from kata.network import sk_lookup
     from kata.network.user import NetworkPlan
     from kata.proto.codec import Message
 
@@ -127,7 +127,7 @@ class Sandbox:
         self._agent: AgentClient | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
         self._forwarder: forward.Forwarder | None = None
-        self._steering: steer.Steering | None = None
+        self._loopback_redirect: sk_lookup.LoopbackRedirect | None = None
         self._names: names.Names | None = None  # once a container asks Docker's resolver
         self.socket_forwarding: sockets.SocketForwardingState | None = (
             None  # once a container has a socket of the host's
@@ -239,14 +239,14 @@ class Sandbox:
             self._forwarder = forward.published(self, plan)
         if not plan.wired_by_others or dial.FEATURE not in agent.features:
             return
-        from kata.network import steer
+        from kata.network import sk_lookup
 
         try:
-            self._steering = steer.Steering()
+            self._loopback_redirect = sk_lookup.LoopbackRedirect()
         except KataError as error:
             self.log(f"{error.message}. {error.hint}")
         else:
-            self._forwarder = forward.to_loopback(self, self._steering.listeners)
+            self._forwarder = forward.to_loopback(self, self._loopback_redirect.listeners)
 
     def _take_over(self) -> Hypervisor | None:
         """The machine that was started before the event loop was."""
@@ -664,8 +664,8 @@ class Sandbox:
             self._booted.cancel()
         if self._forwarder is not None:
             self._forwarder.close()
-        if self._steering is not None:
-            self._steering.close()
+        if self._loopback_redirect is not None:
+            self._loopback_redirect.close()
         if self._names is not None:
             self._names.close()
         self.guest_network.close()

@@ -203,7 +203,7 @@ class Share:
                     sysio.umount2(target, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
                 except OSError:
                     continue  # the journal keeps it: the end of the sandbox tries again
-                self._journal.forget(entry)
+                self._journal.mark_gone(entry)
                 try:
                     os.rmdir(target) if os.path.isdir(target) else os.unlink(target)
                 except OSError:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 
-from kata import paths, remembered, sysio
+from kata import host_cache, paths, sysio
 
 DEVICE = "/dev/kvm"
 WORKS = "works"
@@ -109,11 +109,11 @@ def probe(use_cache: bool = True) -> Verdict:
         return Verdict(OPENS_ONLY, f"only x86-64 hosts are supported, this is {os.uname().machine}")
     key = f"1 {sysio.boot_id()} {os.uname().release} {status.st_rdev} {status.st_ino}"
     path = os.path.join(paths.run_dir(), "kvm-probe")
-    cached = remembered.read(path, key) if use_cache else []
+    cached = host_cache.read(path, key) if use_cache else []
     if len(cached) == 3 and cached[0] in (WORKS, OPENS_ONLY):
         return Verdict(*cached)
     verdict = _run_probe(DEADLINE_S)
-    remembered.write(path, key, verdict.state, verdict.reason, verdict.hint)
+    host_cache.write(path, key, verdict.state, verdict.reason, verdict.hint)
     return verdict
 
 

@@ -111,7 +111,7 @@ class FileServer:
         self._child: children.Child | None = None
         self._words: children.Words | None = None
         path = os.path.join(run_dir, SOCKET_NAME)
-        entry: Entry = journal.intend("socket", path=path)
+        entry: Entry = journal.begin("socket", path=path)
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
         client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
         try:
@@ -130,7 +130,7 @@ class FileServer:
             client.close()
             raise HypervisorError(f"cannot make the socket of the file server: {error.strerror}") from error
         finally:
-            journal.forget(entry)
+            journal.mark_gone(entry)
         self._listener = listener.detach()
         self.fd = client.detach()
         """The hypervisor's end of the connection; it is the hypervisor's to close."""

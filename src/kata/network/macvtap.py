@@ -50,11 +50,11 @@ class _Macvtap(Endpoint):
         super().__init__(index, source.mac)
         name = NAME.format(index)
         if journal is not None:
-            self.entry = journal.intend("tap", name=name, netns=path)
+            self.entry = journal.begin("tap", name=name, netns=path)
         try:
             rtnl.add_macvtap(name, source.index)
             if journal is not None and self.entry is not None:
-                journal.made(self.entry)
+                journal.commit(self.entry)
             self.tap = next(link.index for link in rtnl.links() if link.name == name)
             rtnl.bring_up(self.tap)
             self.fd = _open(name, self.tap)

@@ -109,8 +109,8 @@ class _Redirected(Endpoint):
         try:
             rtnl.bring_up(self.tap, source.mtu)
             if journal is not None:
-                self.entry = journal.intend("redirect", name=source.name, netns=path)
-                journal.made(self.entry)
+                self.entry = journal.begin("redirect", name=source.name, netns=path)
+                journal.commit(self.entry)
             rtnl.redirect(source.index, self.tap)
             rtnl.redirect(self.tap, source.index)
         except OSError as error:
@@ -293,7 +293,7 @@ class NetnsPlan(NetworkPlan):
         rtnl.stop_redirecting(endpoint.tap)
         endpoint.source = None
         if endpoint.entry is not None and self.journal is not None:
-            self.journal.forget(endpoint.entry)
+            self.journal.mark_gone(endpoint.entry)
             endpoint.entry = None
 
     def idle(self) -> list[str]:
@@ -385,7 +385,7 @@ class NetnsPlan(NetworkPlan):
                 continue  # with its namespace, or undoing the journal tries again
             endpoint.source = None
             if endpoint.entry is not None and self.journal is not None:
-                self.journal.forget(endpoint.entry)
+                self.journal.mark_gone(endpoint.entry)
 
 
 def _make_tap(name: str, index: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from kata import children, paths, remembered
+from kata import children, host_cache, paths
 
 _FIRST = 2023_09_27
 """From this day on passt completes the handshake of a published port's connection by itself (its commit 9178a9e, "tcp:
@@ -25,12 +25,12 @@ def waits_for_clients(program: str) -> bool:
         program: passt's absolute path. Of one that cannot be executed it is the cautious answer.
     """
     try:
-        key = remembered.program_key(program)
+        key = host_cache.program_key(program)
         cache = os.path.join(paths.run_dir(), _CACHE)
-        known = remembered.read(cache, key)
+        known = host_cache.read(cache, key)
         if not known:
             known = ["waits" if _waits(program) else "goes on"]
-            remembered.write(cache, key, *known)
+            host_cache.write(cache, key, *known)
     except OSError:
         return True
     return known[0] == "waits"

@@ -3,7 +3,7 @@ ordinary sockets of the host.
 
 The guest's addresses are ours to choose, because nobody outside ever sees them. Outgoing connections appear to
 come from the host; incoming ones reach only published ports. The host's loopback is out of the guest's reach:
-passt's mapping of the gateway to it is switched off, and `kata.network.guard` holds where passt does not.
+passt's mapping of the gateway to it is switched off, and `kata.network.egress_filter` holds where passt does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kata import children, sysio
 from kata.errors import HostError, KataError, UsageError
 from kata.hypervisor.qemu import slots
 from kata.hypervisor.settings import Nic
-from kata.network import guard, resolver
+from kata.network import egress_filter, resolver
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ class UserPlan(NetworkPlan):
             self.listeners = listen([port for port in self.ports if port.proto == "tcp"])
         self.journal = journal
         names = [s for s in map(resolver.pack, self._host.resolver.servers) if s]
-        cgroup = guard.make_cgroup(
+        cgroup = egress_filter.make_cgroup(
             journal,
             f"kata-{name}-net",
             next((s for s in names if len(s) == 4), b"") if self._forward4 else b"",
@@ -438,7 +438,7 @@ class UserPlan(NetworkPlan):
                 pass
             except OSError:
                 return  # undoing the journal tries harder
-            self.journal.forget(self._cgroup)
+            self.journal.mark_gone(self._cgroup)
             self._cgroup = None
 
 

@@ -336,7 +336,7 @@ class HostCgroup:
         is_scope = bool(self._unit) and os.path.isdir(path)
         if is_scope:
             made = []
-        entry = journal.intend("cgroup", path=path, parents=made[::-1])
+        entry = journal.begin("cgroup", path=path, parents=made[::-1])
         created = False
         try:
             for attempt in range(_ATTEMPTS):
@@ -362,9 +362,9 @@ class HostCgroup:
         except OSError:
             if created:
                 os.rmdir(path)
-            journal.forget(entry)
+            journal.mark_gone(entry)
             raise
-        journal.made(entry)
+        journal.commit(entry)
         return path
 
     def join(self, pids: Iterable[int]) -> None:

@@ -155,7 +155,7 @@ class Qemu:
                 os.unlink(entry.params["path"])
             except FileNotFoundError:
                 pass
-            self._journal.forget(entry)
+            self._journal.mark_gone(entry)
         self._process.entries.clear()
 
     def failure(self, doing: str) -> KataError:

@@ -130,7 +130,7 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
             if name != "console" or settings.console != "none":
                 ours[name], theirs[name] = children.socketpair()
         if settings.nic is not None and settings.nic.is_empty:
-            entries.append(journal.intend("socket", path=qemu_command.nic_socket(settings.run_dir)))
+            entries.append(journal.begin("socket", path=qemu_command.nic_socket(settings.run_dir)))
             theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
         fds = qemu_command.Fds(
             theirs["agent"],
@@ -167,7 +167,7 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
         for fd in ours.values():
             os.close(fd)
         for entry in entries:
-            journal.forget(entry)
+            journal.mark_gone(entry)
         raise
     finally:
         words.started()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children, paths, remembered, sysio
+from kata import children, host_cache, paths, sysio
 from kata.errors import HostError
 
 TYPE_CHECKING = False
@@ -140,13 +140,13 @@ def _version(binary: str) -> str:
     Raises:
         OSError: It cannot be executed.
     """
-    key = remembered.program_key(binary)
+    key = host_cache.program_key(binary)
     cache = os.path.join(paths.run_dir(), _CACHE)
-    known = remembered.read(cache, key)
+    known = host_cache.read(cache, key)
     if known:
         return known[0]
     # "QEMU emulator version 10.0.13 (Debian ...)"
     words = children.said_by([binary, "--version"])[:200].partition(b" version ")[2].split(maxsplit=1)[:1]
     version = words[0].decode("ascii", "replace") if words else "unknown"
-    remembered.write(cache, key, version)
+    host_cache.write(cache, key, version)
     return version

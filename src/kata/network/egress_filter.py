@@ -143,13 +143,13 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
         mounted, own = _hierarchy(journal)
         inside = f"{own}/{name}"
         path = mounted + inside
-        entry = journal.intend("cgroup", path=path, inside=inside)
+        entry = journal.begin("cgroup", path=path, inside=inside)
         try:
             os.mkdir(path, 0o755)
         except OSError:
-            journal.forget(entry)
+            journal.mark_gone(entry)
             raise
-        journal.made(entry)
+        journal.commit(entry)
         code4, code6 = program4(resolver4), program6(resolver6)
         for attach_type, code in (
             (_INET4_CONNECT, code4),
@@ -157,7 +157,7 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
             (_INET6_CONNECT, code6),
             (_UDP6_SENDMSG, code6),
         ):
-            sysio.bpf_on_cgroup(path, _CGROUP_SOCK_ADDR, attach_type, code, "kata_guard")
+            sysio.bpf_on_cgroup(path, _CGROUP_SOCK_ADDR, attach_type, code, "kata_egress")
     except OSError as error:
         raise HostError(
             "cannot keep the user network away from this host's loopback services: "

@@ -1,4 +1,4 @@
-"""Steers connections to the loopback of a network namespace, whatever their port, to a socket of ours.
+"""Redirects connections to the loopback of a network namespace, whatever their port, to a socket of ours.
 
 The processes of the guest listen on the guest's loopback. Who dials ``localhost`` in the sandbox's network namespace on
 the host (CRI's port-forward does) finds nobody there. A BPF program that the kernel asks before it looks for a
@@ -99,7 +99,7 @@ def program(map_fd: int) -> bytes:
     )
 
 
-class Steering:
+class LoopbackRedirect:
     """In force from its making until `close`.
 
     It is about the network namespace of the calling thread.
@@ -120,7 +120,7 @@ class Steering:
                 self._listen(socket.AF_INET6, "::1")
             except OSError:
                 pass  # a namespace without IPv6
-            self._link = _steer(self.listeners)
+            self._link = _attach(self.listeners)
         except OSError as error:
             self.close()
             raise HostError(
@@ -154,7 +154,7 @@ class Steering:
             self._link = -1
 
 
-def _steer(listeners: list[socket.socket]) -> int:
+def _attach(listeners: list[socket.socket]) -> int:
     """Make the map, load the program, attach it; the link's descriptor."""
     import ctypes
 
@@ -168,7 +168,7 @@ def _steer(listeners: list[socket.socket]) -> int:
             pointers = (ctypes.addressof(key), ctypes.addressof(value), 0)
             fields = sockets.to_bytes(8, "little") + b"".join(n.to_bytes(8, "little") for n in pointers)
             sysio.bpf(_MAP_UPDATE, fields)
-        loaded = sysio.bpf_prog_load(_SK_LOOKUP, _ATTACH_SK_LOOKUP, program(sockets), "kata_steer")
+        loaded = sysio.bpf_prog_load(_SK_LOOKUP, _ATTACH_SK_LOOKUP, program(sockets), "kata_sk_lookup")
         held.append(loaded)
         namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         held.append(namespace)
