@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from kata.journal_undo import Report
-
 
 def dumps(value: Any) -> str:
     """JSON text of None, bool, int, finite float, str, list, tuple and dict; small enough to spare `import json`."""
@@ -75,7 +73,7 @@ def _u_escape(char: str) -> str:
 
 
 def unfinished_name() -> str:
-    """A directory's name that says which process is making it, or taking it away, for `reconcile`."""
+    """A directory's name that says which process is making it, or taking it away: for `reconcile`."""
     me = process_identity(os.getpid())
     return f"{NEW_PREFIX}{me['pid']}-{me['start']}-{me['boot'][:8]}-{os.urandom(4).hex()}"
 
@@ -231,7 +229,7 @@ class Journal:
 
     @classmethod
     def attach(cls, path: str) -> Journal:
-        """Open a journal to write to it, without reading what others wrote: `undo` does that.
+        """Open a journal to write to it, without reading what others wrote: `kata.journal_undo.undo` does that.
 
         For an engine in its first milliseconds; reading needs `json`.
 
@@ -295,7 +293,7 @@ class Journal:
         self._append({"n": entry.id, "made": entry.identity})
 
     def mark_gone(self, entry: Entry) -> None:
-        """Write down that the thing is gone, or was never made. After `undo` there is nothing to write to."""
+        """Write down that the thing is gone, or was never made. After it was undone there is nothing to write to."""
         if not entry.gone:
             entry.gone = True
             if self._fd >= 0:
@@ -369,24 +367,7 @@ class Journal:
         self.commit(entry)
         return entry
 
-    # ---- undoing ----
-
-    def undo(self, deadline_s: float = 4.0) -> list[str]:
-        """Undo everything in reverse order, then remove the journal and the directory that belongs to it.
-
-        Each thing's identity is checked first; what is not ours any more, or not there, counts as done.
-        May be called again, by any process, after a crash at any point. Blocks for at most about the
-        deadline; call it in a helper thread where something else must go on.
-
-        Args:
-            deadline_s: Seconds for all of it together.
-
-        Returns:
-            A sentence for each thing that could not be undone; the journal then stays.
-        """
-        from kata.journal_undo import undo_journal
-
-        return undo_journal(self, deadline_s)
+    # ---- its owner ----
 
     def owner_alive(self) -> bool:
         """Whether the process that answers for this journal still runs."""
@@ -551,10 +532,3 @@ def find(base: str) -> Iterator[str]:
         path = os.path.join(base, name, FILE_NAME)
         if not name.startswith(NEW_PREFIX) and os.path.lexists(path):
             yield path
-
-
-def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
-    """Undo the journals of dead owners; see `kata.journal_undo.reconcile`."""
-    from kata.journal_undo import reconcile as work
-
-    return work(run_dir, state_dir, deadline_s)

@@ -43,8 +43,20 @@ _TERM_GRACE_S = 1.0
 _POLL_S = 0.01
 
 
-def undo_journal(journal: journals.Journal, deadline_s: float) -> list[str]:
-    """See `kata.journal.Journal.undo`."""
+def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
+    """Undo everything in reverse order, then remove the journal and the directory that belongs to it.
+
+    Each thing's identity is checked first; what is not ours any more, or not there, counts as done.
+    May be called again, by any process, after a crash at any point. Blocks for at most about the
+    deadline; call it in a helper thread where something else must go on.
+
+    Args:
+        journal: Open; read again before anything is undone.
+        deadline_s: Seconds for all of it together.
+
+    Returns:
+        A sentence for each thing that could not be undone; the journal then stays.
+    """
     deadline = time.monotonic() + deadline_s
     if not _lock(journal, deadline):
         return [f"another process has been undoing {journal.path} for {deadline_s:g} s"]
@@ -565,7 +577,7 @@ def _reconcile_one(directory: str, deadline_s: float, report: Report) -> None:
         elif journal.owner_alive():
             report.left.append((directory, "its owner is alive"))
         else:
-            failures = journal.undo(deadline_s)
+            failures = undo(journal, deadline_s)
             report.failures.extend(failures)
             if not failures:
                 report.undone.append(directory)

@@ -18,7 +18,7 @@ from containerd_support import RUNTIME, USE_SECOND, Containerd, with_command
 
 from faults import stops
 from faults.host import Place
-from kata import sysio
+from kata import journal_undo, sysio
 from kata.errors import KataError
 from kata.journal import Journal, find
 
@@ -122,7 +122,7 @@ runtime_type = "io.containerd.runc.v2"
             with contextlib.suppress(KataError):  # it has just ended by itself
                 journal = Journal.open(path)
                 journal.signal_owner(signal.SIGKILL, 5.0)
-                journal.undo()
+                journal_undo.undo(journal)
                 journal.close()
         self.stop()
         for name in (self.outer, self.inner):

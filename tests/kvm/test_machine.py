@@ -11,6 +11,7 @@ from pathlib import Path
 import minivm
 import pytest
 
+from kata import journal_undo
 from kata.errors import HypervisorError
 from kata.guest import manifest
 from kata.hypervisor.qemu.process import QemuProcess
@@ -36,7 +37,7 @@ def machine(base: Path, guest_assets: Path, **changes: object) -> Iterator[Machi
         yield Machine(process, shell)
     finally:
         shell.close()
-        assert journal.undo(30) == []
+        assert journal_undo.undo(journal, 30) == []
         assert process.child.wait(30) is not None
         process.close()
 

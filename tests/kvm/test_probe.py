@@ -11,6 +11,7 @@ import minivm
 import pytest
 from conftest import Kata
 
+from kata import journal_undo
 from kata.errors import HostError
 from kata.guest import manifest
 from kata.hypervisor import accel, kvmprobe
@@ -36,7 +37,7 @@ def boots(base: Path, guest_assets: Path, patience_s: float) -> bool:
         return process.pidfd not in ready and port in ready and os.read(port, 16) == b"ready\n"
     finally:
         os.close(port)
-        assert journal.undo(30) == []
+        assert journal_undo.undo(journal, 30) == []
         assert process.child.wait(30) is not None
         process.close()
 

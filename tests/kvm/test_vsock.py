@@ -16,6 +16,7 @@ import minivm
 import pytest
 from conftest import ROOT, Kata
 
+from kata import journal_undo
 from kata.agent.client import AgentClient
 from kata.engine.boot import KERNEL_PARAMETERS
 from kata.errors import HostError, KataError, VMLostError
@@ -119,7 +120,7 @@ class Guests:
             yield process, given.cid
         finally:
             shell.close()
-            assert journal.undo(30) == []
+            assert journal_undo.undo(journal, 30) == []
             assert process.child.wait(30) is not None
             console = os.read(process.take("console"), 65536).decode(errors="replace")
             print(f"console of {name}:\n{console}")  # pytest shows it when the test fails

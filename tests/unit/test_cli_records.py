@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import journal, paths, sysio
+from kata import journal, journal_undo, paths, sysio
 from kata.cli import listing, records, session, table
 from kata.engine import client
 from kata.errors import AlreadyExistsError, NotFoundError, UsageError
@@ -138,7 +138,7 @@ def test_a_draft_of_a_dead_process_is_cleared(state: Path, tmp_path: Path) -> No
         os._exit(0)
     os.waitpid(child, 0)
     kept = make("kept")
-    report = journal.reconcile(str(tmp_path / "r"), str(state))
+    report = journal_undo.reconcile(str(tmp_path / "r"), str(state))
     assert len(report.undone) == 1
     assert not report.failures
     assert os.listdir(state / "names") == ["kept"]

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from test_engine_volumes import in_child, share_of
 
-from kata import sysio
+from kata import journal_undo, sysio
 from kata.engine.binds import Shared
 from kata.engine.hostns import Namespaces
 from kata.engine.sockets import connected, descriptor
@@ -60,7 +60,7 @@ def test_one_source_read_only_and_writable(journal: Journal, tmp_path: Path) -> 
         assert os.listdir(root) == []
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_memory_becomes_the_guests(journal: Journal, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_memory_becomes_the_guests(journal: Journal, tmp_path: Path) -> None:
         assert one.storages[2].options == ["mode=750"]
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_what_changes_is_followed(journal: Journal, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_changes_is_followed(journal: Journal, tmp_path: Path) -> None:
         assert found[4].source.startswith(GUEST_SHARE)
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_pa
             (root / os.path.basename(flat.source) / "z").touch()
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_a_socket_becomes_one_of_the_guests(journal: Journal, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_socket_becomes_one_of_the_guests(journal: Journal, tmp_path: Path) ->
         one.remove_all()
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_a_socket_that_only_the_host_sees(tmp_path: Path) -> None:

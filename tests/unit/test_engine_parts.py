@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kata import journal_undo
 from kata.agent.text import escape_line, last_lines
 from kata.engine import boot, machine, process, rootfs, spec, stats, watch
 from kata.engine.logfile import LogFile
@@ -495,7 +496,7 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
         server("tcg", shared_fs="virtio-fs", bounces=True)
     with pytest.raises(HostError, match="no virtiofsd"):
         server("kvm", shared_fs="virtio-fs")
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import sysio
+from kata import journal_undo, sysio
 from kata.engine import volumes
 from kata.engine.hostns import Namespaces
 from kata.engine.volumes import Share
@@ -82,7 +82,7 @@ def test_what_the_guest_sees(journal: Journal, tmp_path: Path) -> None:
 
     in_child(work)
     assert Path("/proc/self/mountinfo").read_text() == host_view
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
     assert os.listdir(tmp_path / "r") == []
     assert (data / "file").exists()
 
@@ -102,7 +102,7 @@ def test_mounts_below_a_volume_are_as_restricted(journal: Journal, tmp_path: Pat
         assert sysio.mount_at(os.path.join(share.path, name, "late")) is None
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_undo_by_the_engine_itself_unmounts_and_keeps_the_data(journal: Journal, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_undo_by_the_engine_itself_unmounts_and_keeps_the_data(journal: Journal,
     def work() -> None:
         share = share_of(journal)
         share.add(str(tmp_path / "data"), "c-v", readonly=False)
-        assert journal.undo() == []
+        assert journal_undo.undo(journal) == []
 
     in_child(work)
     assert (tmp_path / "data" / "precious").exists()
@@ -133,7 +133,7 @@ def test_remove_takes_one_back(journal: Journal, tmp_path: Path) -> None:
         assert os.listdir(share.path) == []
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_what_cannot_be_shared_is_named(journal: Journal, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_what_cannot_be_shared_is_named(journal: Journal, tmp_path: Path) -> Non
 
     in_child(work)
     listener.close()
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)
 
 
 def test_the_hosts_later_mounts_appear_where_they_are_wanted(journal: Journal, tmp_path: Path) -> None:
@@ -215,4 +215,4 @@ def test_the_hosts_later_mounts_appear_where_they_are_wanted(journal: Journal, t
             os._exit(1)
 
     in_child(work)
-    assert not journal.undo()
+    assert not journal_undo.undo(journal)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import sysio
+from kata import journal_undo, sysio
 from kata.errors import JournalError
 from kata.journal import FILE_NAME, Journal
 from kata.resources import host_cgroup, sizing
@@ -52,7 +52,7 @@ class Made:
 def made(tmp_path: Path) -> Iterator[Made]:
     one = Made(tmp_path, "one")
     yield one
-    assert one.journal.undo() == []
+    assert journal_undo.undo(one.journal) == []
 
 
 def sleeper() -> subprocess.Popen[bytes]:
@@ -85,7 +85,7 @@ def test_processes_are_moved_and_end_with_the_leaf(made: Made) -> None:
     for path in made.cgroup.paths.values():
         assert members(path) == [process.pid]
     # As it is after the engine's death: somebody else undoes, from the file alone.
-    Journal.open(made.journal.path).undo()
+    journal_undo.undo(Journal.open(made.journal.path))
     assert process.wait(10) == -9
     assert not any(os.path.exists(path) for path in made.cgroup.paths.values())
 
@@ -107,6 +107,7 @@ def test_who_leaves_can_remove_what_it_was_in(tmp_path: Path) -> None:
     program = f"""
 import os, sys
 sys.path.insert(0, {SOURCE!r})
+from kata import journal_undo
 from kata.journal import Journal
 from kata.resources import host_cgroup
 before = open("/proc/self/cgroup").read()
@@ -118,7 +119,7 @@ inside = open("/proc/self/cgroup").read()
 assert inside.count("/kata/t{os.getpid()}-self\\n") == len(set(cgroup.paths.values())), inside
 cgroup.leave()
 assert open("/proc/self/cgroup").read() == before
-assert journal.undo() == []
+assert journal_undo.undo(journal) == []
 assert not any(os.path.exists(path) for path in cgroup.paths.values())
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -136,9 +137,9 @@ def test_the_parent_goes_with_the_last_and_not_before(tmp_path: Path) -> None:
         os.mkdir(f"{parent}/{name}")
         journal.commit(entry)
         journals.append(journal)
-    assert journals[0].undo() == []
+    assert journal_undo.undo(journals[0]) == []
     assert os.path.isdir(f"{parent}/second")
-    assert journals[1].undo() == []
+    assert journal_undo.undo(journals[1]) == []
     assert not os.path.exists(parent)
 
 
@@ -149,7 +150,7 @@ def test_many_come_and_go_at_once(tmp_path: Path) -> None:
         for turn in range(40):
             one = Made(tmp_path, f"{number}-{turn}")
             wrong.extend(one.cgroup.warnings)
-            wrong.extend(one.journal.undo())
+            wrong.extend(journal_undo.undo(one.journal))
 
     threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -173,7 +174,7 @@ def test_a_host_that_allows_nothing_is_a_warning(tmp_path: Path, monkeypatch: py
     one.cgroup.join([os.getpid()])
     one.cgroup.leave()
     assert one.cgroup.oom_kills() == 0
-    assert one.journal.undo() == []
+    assert journal_undo.undo(one.journal) == []
     with pytest.raises(JournalError):
         Journal.open(str(tmp_path / one.name / FILE_NAME))
 
@@ -249,7 +250,7 @@ def test_a_pods_place_has_every_controller_and_leaves_what_was_there(tmp_path: P
             assert members(path) == [process.pid]
         process.communicate(b"x", 60)
         assert (process.returncode != 0) == ("devices" in controllers)
-        assert journal.undo() == []
+        assert journal_undo.undo(journal) == []
         assert not any(os.path.exists(os.path.dirname(path)) for path in cgroup.paths.values())
         # Where nobody had made the pods' own cgroup it went with the leaf; where somebody had, it is still there.
         assert os.path.isdir(f"{top}/{pods}")
@@ -266,24 +267,24 @@ def test_a_leaf_that_nobody_uses_is_replaced_and_no_other(
             assert members(path) == []
         second = first.again(tmp_path)
         assert (second.cgroup.paths, len(second.cgroup.warnings)) == ({}, 2)
-        assert second.journal.undo() == []
+        assert journal_undo.undo(second.journal) == []
         monkeypatch.setattr(host_cgroup, "_NOBODYS_S", 0)
         process = sleeper()
         first.cgroup.join([process.pid])
         third = first.again(tmp_path)
         assert third.cgroup.paths == {}
         assert "with 1 process in it" in third.cgroup.warnings[0]
-        assert third.journal.undo() == []
+        assert journal_undo.undo(third.journal) == []
         assert process.poll() is None
         process.kill()
         process.wait()
         fourth = first.again(tmp_path, host_cgroup.Limits(32 * MIB, 1))
         assert fourth.cgroup.warnings == []
         assert set(fourth.cgroup.paths) == {"memory", "cpu"}
-        assert fourth.journal.undo() == []
+        assert journal_undo.undo(fourth.journal) == []
         assert not any(os.path.exists(path) for path in first.cgroup.paths.values())
     finally:
-        first.journal.undo()
+        journal_undo.undo(first.journal)
 
 
 @pytest.mark.parametrize("version", [1, 2])

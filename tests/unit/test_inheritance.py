@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import children, paths
+from kata import children, journal_undo, paths
 from kata.engine import hooks, launch
 from kata.engine.hostns import Namespaces
 from kata.errors import HostError
@@ -156,7 +156,7 @@ def test_a_child_inherits_what_was_named_and_nothing_else(leaking: list[int], jo
         assert set(map(int, found)) == numbers, found
     for fd in (named, *leaking):
         os.close(fd)
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
 
 
 @needs_root

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kata import children, sysio
+from kata import children, journal_undo, sysio
 from kata.errors import AlreadyExistsError, JournalError
-from kata.journal import Journal, dumps, process_identity, reconcile
-from kata.journal_undo import reconcile_sandboxes
+from kata.journal import Journal, dumps, process_identity
+from kata.journal_undo import reconcile, reconcile_sandboxes
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -109,7 +109,7 @@ def test_files_sockets_and_trees_are_undone_in_reverse(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "sock"))
         journal.commit(entry)
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert not list(tmp_path.rglob("*/*"))
     assert Path("/etc/passwd").exists()
     assert journal.fileno() < 0, "still open"
@@ -118,8 +118,8 @@ def test_files_sockets_and_trees_are_undone_in_reverse(tmp_path: Path) -> None:
 def test_undo_is_idempotent_and_for_anybody(tmp_path: Path) -> None:
     journal = new(tmp_path)
     other = Journal.open(journal.path)
-    assert journal.undo() == []
-    assert other.undo() == []
+    assert journal_undo.undo(journal) == []
+    assert journal_undo.undo(other) == []
 
 
 def test_what_replaced_ours_is_left_alone(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_what_replaced_ours_is_left_alone(tmp_path: Path) -> None:
     directory.rename(tmp_path / "moved-dir")
     directory.mkdir()
     (directory / "theirs").write_text("x")
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert file.read_text() == "somebody else's"
     assert (directory / "theirs").exists()
 
@@ -161,13 +161,13 @@ def test_a_symlink_in_a_tree_is_not_followed(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     journal.make_directory(str(tree))
     (tree / "link").symlink_to(victim)
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert (victim / "precious").exists()
     journal = new(tmp_path)
     journal.make_directory(str(tree))
     tree.rmdir()
     tree.symlink_to(victim)
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert (victim / "precious").exists()
 
 
@@ -183,7 +183,7 @@ def test_a_torn_last_line_is_tolerated(tmp_path: Path, cut: int) -> None:
     assert [e.id for e in again.entries if e.identity] == [kept.id]
     again.make_directory(str(tmp_path / "later"))
     assert Journal.open(str(path)).entries[-1].params["path"] == str(tmp_path / "later")
-    assert again.undo() == []
+    assert journal_undo.undo(again) == []
     assert not (tmp_path / "kept").exists()
     assert not (tmp_path / "later").exists()
 
@@ -212,7 +212,7 @@ def test_processes_are_ended_by_identity(tmp_path: Path) -> None:
     entry = journal.begin("process", role="stranger")
     journal.commit(entry, pid=stranger.pid, start=1)  # another start time: not the process we mean
     try:
-        assert journal.undo() == []
+        assert journal_undo.undo(journal) == []
         assert first.poll() == -signal.SIGTERM
         assert second.poll() == -signal.SIGKILL
         assert stranger.poll() is None
@@ -225,7 +225,7 @@ def test_a_process_from_before_a_reboot_is_not_looked_for(tmp_path: Path) -> Non
     journal = new(tmp_path)
     entry = journal.begin("process", role="me, were it not for the boot")
     journal.commit(entry, pid=os.getppid(), boot="00000000-0000-0000-0000-000000000000")
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
 
 
 def test_a_child_dies_with_its_parent_and_before_it_is_known(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_reconcile_leaves_the_living_and_the_kept(tmp_path: Path) -> None:
     assert sorted(report.undone) == [str(unfinished), str(tmp_path / "sandboxes" / "dead")]
     assert report.failures == []
     assert {os.path.basename(path) for path, _ in report.left} == {"alive", "kept", "stranger", living.name}
-    assert alive.undo() == []
+    assert journal_undo.undo(alive) == []
 
 
 def _undone_but_for(path: str, calls: int) -> bool:
@@ -300,7 +300,7 @@ def _undone_but_for(path: str, calls: int) -> bool:
 
         for name in ("unlink", "rmdir", "rename", "write"):
             setattr(os, name, counted(getattr(os, name)))
-        os._exit(bool(journal.undo()))
+        os._exit(bool(journal_undo.undo(journal)))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
@@ -321,7 +321,7 @@ def test_a_removal_that_is_cut_off_anywhere_is_finished(tmp_path: Path) -> None:
         assert report.failures == []
         if calls == 0:  # killed before anything: it stays, and can be removed
             assert [reason for _, reason in report.left] == ["it is kept"]
-            assert Journal.open(journal.path).undo() == []
+            assert journal_undo.undo(Journal.open(journal.path)) == []
         assert os.listdir(tmp_path / "containers") == []
         assert not (tmp_path / "name").exists()
         calls += 1
@@ -347,7 +347,7 @@ def test_mounts_are_undone_by_identity(tmp_path: Path) -> None:
     journal.make_mount("kata-test", str(target), "tmpfs", sysio.MS_NOSUID | sysio.MS_NODEV)
     (target / "file").write_text("x")
     busy = os.open(target / "file", os.O_RDONLY)
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     os.close(busy)
     assert sysio.mount_at(str(target)) is None
     assert not target.exists()
@@ -363,13 +363,13 @@ def test_a_foreign_mount_is_neither_undone_nor_crossed(tmp_path: Path) -> None:
     (tree / "mnt").mkdir()
     sysio.mount(str(source), str(tree / "mnt"), None, sysio.MS_BIND)
     try:
-        failures = journal.undo()
+        failures = journal_undo.undo(journal)
         assert len(failures) == 1
         assert "something is mounted" in failures[0]
         assert (source / "precious").exists()
     finally:
         sysio.umount2(str(tree / "mnt"))
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert not tree.exists()
     assert (source / "precious").exists()
 
@@ -384,7 +384,7 @@ def test_a_mount_point_with_an_odd_name_is_found_and_undone(tmp_path: Path) -> N
     found = sysio.mount_at(str(target))
     assert found is not None
     assert found.fstype == "tmpfs"
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert sysio.mount_at(str(target)) is None
 
 
@@ -395,7 +395,7 @@ def test_a_mount_without_identity(tmp_path: Path) -> None:
     target.mkdir()
     journal.begin("mount", target=str(target), source="kata-test-x", fstype="tmpfs")
     sysio.mount("kata-test-x", str(target), "tmpfs")
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert sysio.mount_at(str(target)) is None
 
 
@@ -421,12 +421,12 @@ def test_network_namespaces_and_taps(tmp_path: Path) -> None:
             reverse.mark_gone(gone)  # only the tap, first
         assert [e.kind for e in reverse.entries if not e.gone] == ["tap"]
         os.close(held)
-        assert reverse.undo() == []
+        assert journal_undo.undo(reverse) == []
         assert subprocess.run([*ip, "link", "show", "tap0"], capture_output=True, check=False).returncode
     journal = new(tmp_path, "b")
     entry = journal.begin("netns", path=f"/run/netns/{name}")
     journal.commit(entry)
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert not os.path.exists(f"/run/netns/{name}")
 
 
@@ -449,7 +449,7 @@ def test_cgroups_and_what_is_in_them(tmp_path: Path, hidden: bool, monkeypatch: 
     os.mkdir(f"{path}/below")
     process = subprocess.Popen(["sleep", "600"])
     Path(f"{path}/below/cgroup.procs").write_text(str(process.pid))
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert process.wait() == -signal.SIGKILL
     assert not os.path.exists(path)
 
@@ -458,7 +458,7 @@ def test_undo_keeps_the_journal_while_something_is_left(tmp_path: Path) -> None:
     journal = new(tmp_path)
     with open(journal.path, "a", encoding="ascii") as file:
         file.write('{"n":"x-1","intend":"spaceship","p":{"name":"Enterprise"}}\n')
-    failures = journal.undo()
+    failures = journal_undo.undo(journal)
     assert failures == ["cannot undo spaceship Enterprise: this version does not know that kind"]
     assert os.path.exists(journal.path)
     report = reconcile(str(tmp_path), str(tmp_path / "state"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kata import journal_undo
 from kata.guest import manifest
 from kata.hypervisor import accel
 from kata.hypervisor.qemu import process as qemu_process
@@ -238,7 +239,7 @@ class Guest(Peer):
         self.client.close()
         self.read_console()
         os.close(self._console_fd)
-        assert self._journal.undo(PATIENCE) == []
+        assert journal_undo.undo(self._journal, PATIENCE) == []
         assert self.qemu.child.wait(PATIENCE) is not None
         self.qemu.close()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import minivm
 import pytest
 
-from kata import sysio
+from kata import journal_undo, sysio
 from kata.errors import (
     GuestAssetError,
     HostError,
@@ -70,7 +70,7 @@ class Lab:
             yield process, shell, journal
         finally:
             shell.close()
-            assert journal.undo(30) == []
+            assert journal_undo.undo(journal, 30) == []
             assert process.child.wait(30) is not None
             process.close()
             assert not os.path.exists(os.path.dirname(journal.path))
@@ -357,7 +357,7 @@ def test_the_hypervisor_dies_with_its_engine(lab: Lab, tmp_path: Path) -> None:
     os.close(pidfd)
     left = Journal.open(journal.path)
     assert not left.owner_alive()
-    assert left.undo() == []
+    assert journal_undo.undo(left) == []
 
 
 def _failure(lab: Lab, journal: Journal, **changes: object) -> Exception | None:
@@ -395,7 +395,7 @@ def test_failures_are_sentences_and_leave_nothing(lab: Lab, tmp_path: Path) -> N
         assert words in str(error)
         assert getattr(error, "hint", "") or kind is HypervisorError, changes
     assert [entry for entry in journal.entries if not entry.gone] == []
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
 
 
 def test_a_disk_is_used_by_one_machine(lab: Lab, tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_a_disk_is_used_by_one_machine(lab: Lab, tmp_path: Path) -> None:
         error = _failure(lab, journal, disks=[None, Disk(str(image), False)])
         assert type(error) is HypervisorError
         assert "in use by another" in str(error)
-        assert journal.undo() == []
+        assert journal_undo.undo(journal) == []
 
 
 def test_the_console_is_kept_and_bounded(lab: Lab, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import netlab
 import pytest
 from netlab import HOST4, HOST6, INTERNET4, INTERNET6, Server
 
-from kata import sysio
+from kata import journal_undo, sysio
 from kata.errors import HostError
 from kata.guest import manifest
 from kata.journal import Journal
@@ -98,7 +98,7 @@ class Sandbox:
 
     def end(self) -> None:
         self.plan.stop()
-        assert self.journal.undo(30) == []
+        assert journal_undo.undo(self.journal, 30) == []
         assert not os.path.exists(os.path.dirname(self.journal.path))
 
 
@@ -378,7 +378,7 @@ def test_the_helper_ends_with_the_engine(
     assert below
     if base:
         assert all(os.path.isdir(base + inside) for inside in below)
-    assert journal.undo() == []
+    assert journal_undo.undo(journal) == []
     assert not any(os.path.exists(base + inside) for inside in below)
 
 
@@ -407,7 +407,7 @@ def test_the_guard_refuses_what_it_should() -> None:
         )
         verdicts = attempts(path, refused + allowed)
     finally:
-        assert journal.undo() == []
+        assert journal_undo.undo(journal) == []
     assert verdicts[: len(refused)] == [[False, False]] * len(refused)
     assert verdicts[len(refused) :] == [[True, True]] * len(allowed)
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 
-from kata import paths
+from kata import journal_undo, paths
 from kata.agent.client import Encoded
 from kata.agent.text import last_lines
 from kata.agent_ctl import address
@@ -65,7 +65,7 @@ class VMLink(Link):
         try:
             self._qemu = qemu_process.spawn(settings, self._journal)
         except BaseException:
-            self._journal.undo()
+            journal_undo.undo(self._journal)
             raise
         self._link: Link | None = None
         try:
@@ -137,7 +137,7 @@ class VMLink(Link):
     def close(self) -> None:
         if self._link is not None:
             self._link.close()
-        problems = self._journal.undo(10.0)  # the machine, then its directory
+        problems = journal_undo.undo(self._journal, 10.0)  # the machine, then its directory
         self._qemu.child.wait(10.0)
         self._console.join(5.0)
         self._qemu.close()

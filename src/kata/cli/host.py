@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-from kata import __version__, children, journal, paths
+from kata import __version__, children, paths
 from kata.cli import table
 from kata.cli.args import Command, Option
 from kata.errors import KataError, UsageError
@@ -312,10 +312,11 @@ def _doctor(arguments: Arguments) -> int:
 
 
 def _gc(arguments: Arguments) -> int:
+    from kata import journal_undo
     from kata.cli import image, records
     from kata.images import store
 
-    report = journal.reconcile(paths.run_dir(), paths.state_dir())
+    report = journal_undo.reconcile(paths.run_dir(), paths.state_dir())
     stale = records.clear_stale()
     removed = store.gc(list(image.users()))
     if arguments.flag("json"):

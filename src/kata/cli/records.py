@@ -238,7 +238,9 @@ class Draft:
         return Container(self.id, record)
 
     def discard(self) -> None:
-        self._journal.undo()
+        from kata import journal_undo
+
+        journal_undo.undo(self._journal)
 
 
 def remove(container: Container) -> None:
@@ -247,7 +249,9 @@ def remove(container: Container) -> None:
     Raises:
         JournalError: Something of it could not be removed.
     """
-    failures = Journal.open(os.path.join(container.directory, "journal")).undo()
+    from kata import journal_undo
+
+    failures = journal_undo.undo(Journal.open(os.path.join(container.directory, "journal")))
     if failures:
         raise JournalError(
             f"container {container.name} could not be removed whole: {failures[0]}", "kata gc"

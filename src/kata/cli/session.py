@@ -241,7 +241,9 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
             journal = Journal.open(os.path.join(directory, "journal"))
             try:
                 if not journal.owner_alive():
-                    journal.undo()
+                    from kata import journal_undo
+
+                    journal_undo.undo(journal)
                     return True
                 if orders and waited > orders[0][0]:
                     journal.signal_owner(orders.pop(0)[1], 0.0)

@@ -149,13 +149,14 @@ def launch(
             engine = _spawn(directory, listener, settings, journal)
         finally:
             os.close(listener)
-    except OSError as error:
-        journal.undo()
-        raise HostError(
-            f"cannot start the engine of {sandbox_id}: {error.strerror}: {error.filename or directory}"
-        ) from error
-    except BaseException:
-        journal.undo()
+    except BaseException as error:
+        from kata import journal_undo
+
+        journal_undo.undo(journal)
+        if isinstance(error, OSError):
+            raise HostError(
+                f"cannot start the engine of {sandbox_id}: {error.strerror}: {error.filename or directory}"
+            ) from error
         raise
     journal.close()
     return engine
@@ -182,7 +183,9 @@ def _clear(path: str, sandbox_id: str, patience_s: float) -> None:
     try:
         if not old.signal_owner(0, patience_s):
             raise AlreadyExistsError(f"sandbox {sandbox_id} is running already") from None
-        left = old.undo()
+        from kata import journal_undo
+
+        left = journal_undo.undo(old)
     finally:
         old.close()
     if left:

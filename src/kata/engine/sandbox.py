@@ -707,6 +707,7 @@ class Sandbox:
     def _undo(self) -> None:
         """Undo what the journals name: the container's lasting one if it is not to be kept, then the
         sandbox's."""
+        from kata import journal_undo
         from kata.errors import JournalError
         from kata.journal import FILE_NAME, Journal
 
@@ -714,10 +715,10 @@ class Sandbox:
         directory = self.settings.get("container_dir") or ""
         if self.auto_remove and directory:
             try:
-                problems += Journal.open(os.path.join(directory, FILE_NAME)).undo()
+                problems += journal_undo.undo(Journal.open(os.path.join(directory, FILE_NAME)))
             except (JournalError, OSError) as error:
                 problems.append(f"cannot remove {directory}: {error}")
-        problems += self.journal.undo()
+        problems += journal_undo.undo(self.journal)
         for problem in problems:
             self.log(problem)
 

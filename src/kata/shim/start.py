@@ -90,7 +90,9 @@ def _require_living(engine: Engine) -> None:
         try:
             if journal.owner_alive():
                 return
-            left = journal.undo()
+            from kata import journal_undo
+
+            left = journal_undo.undo(journal)
         finally:
             journal.close()
     raise HostError(
