@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from agent_double import AgentDouble, MachineDouble
 
-from kata.engine import boot, records, sandbox_service, streams, task_service
+from kata.engine import boot, records, sandbox_service, spec, streams, task_service
 from kata.engine.client import EngineClient
 from kata.engine.records import read_json
 from kata.engine.sandbox import Sandbox
@@ -295,6 +295,24 @@ def test_command_that_cannot_run_fails_the_create(
     with engine.client() as client, pytest.raises(error, match=f'exec: "{command}"'):
         client.create("c1", engine.bundle(command))
     assert not os.path.exists(engine.run_dir)
+
+
+def test_a_specification_that_is_too_large_for_a_request_says_which_part(engine: Engine) -> None:
+    bundle = engine.bundle("sleep")
+    path = engine.container_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["process"]["env"] = ["BIG=" + "x" * (5 << 20)]
+    path.write_text(json.dumps(config))
+    with engine.client() as client, pytest.raises(KataError) as caught:
+        client.create("c1", bundle)
+    assert "container 'c1'" in str(caught.value)
+    assert "environment 5242884 bytes" in str(caught.value)
+    assert "--env-file" in caught.value.hint
+    assert caught.value.grpc_code == 8
+    assert "CreateContainer" not in engine.double.calls
+    # Another shortage of the guest's is not blamed on it.
+    other = AgentError("no huge pages", code=8)
+    assert spec.explain_size(other, "x", {"process": {"env": ["A=1"]}}) is other
 
 
 def test_errors_of_the_caller_are_named(engine: Engine, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from kata.engine.records import StateFile, rfc3339
 from kata.engine.streams import Log
 from kata.engine.taskpid import TaskPid, of_path
 from kata.errors import (
+    AgentError,
     AgentTimeoutError,
     AlreadyExistsError,
     HostError,
@@ -189,7 +190,10 @@ class Container:
             await files.write(agent)
             if self._shared.relay is not None:
                 await self._shared.relay.listen(agent)
-            await agent.create_container(request, float(sandbox.settings.get("create_s") or 0))
+            try:
+                await agent.create_container(request, float(sandbox.settings.get("create_s") or 0))
+            except AgentError as error:
+                raise spec.explain_size(error, f"container {self.id!r}", self.config) from None
             sandbox.timings.add("root file system", began)
         except BaseException:
             sandbox.fitting.forget(self.id)
@@ -416,7 +420,11 @@ class Container:
                 process.streams = prepare.open_streams(self.sandbox, process, None)
             await process.streams.ready()
             message = spec.process_message(config)
-            await agent.exec_process(self.id, process.exec_id, message, no_stdin=_has_no_input(process))
+            try:
+                await agent.exec_process(self.id, process.exec_id, message, no_stdin=_has_no_input(process))
+            except AgentError as error:
+                what = f"process {process.exec_id!r} of container {self.id!r}"
+                raise spec.explain_size(error, what, {"process": config}) from None
         except BaseException as error:
             # As with runc: it can be deleted, and never ran.
             process.stop(getattr(error, "exit_code", 255), time.time_ns(), str(error))

@@ -10,7 +10,7 @@ Unlike the original, limits for pids and block I/O and the seccomp profile are k
 
 from __future__ import annotations
 
-from kata.errors import ConfigError, UnsupportedError
+from kata.errors import ConfigError, ResourceExhaustedError, UnsupportedError
 from kata.proto.codec import DecodeError
 
 TYPE_CHECKING = False
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any, TypeVar
 
+    from kata.errors import AgentError, KataError
     from kata.proto import oci_pb
     from kata.proto.codec import Message
 
@@ -29,6 +30,9 @@ GUEST_RESOLV = f"{GUEST_RUN}/sandbox/resolv.conf"
 
 BUNDLE_ANNOTATION = "io.katacontainers.pkg.oci.bundle_path"
 TYPE_ANNOTATION = "io.katacontainers.pkg.oci.container_type"
+
+_LARGE_BYTES = 1 << 20
+"""From here on the texts of a specification may be why a request was refused as too large."""
 
 _GUEST_NAMESPACES = ("mount", "ipc", "uts", "pid", "cgroup", "user")
 """The virtual machine is the network and time namespace; the rest is made in it."""
@@ -372,3 +376,36 @@ def _convert(kind: type[M], value: Mapping[str, Any], what: str) -> M:
         raise ConfigError(
             f"{what} cannot be used: {error}", "compare it with the OCI runtime specification"
         ) from None
+
+
+def explain_size(error: AgentError, what: str, config: Mapping[str, Any]) -> KataError:
+    """The error to raise for one of a create or exec call: which part of the specification was too large.
+
+    Args:
+        error: As it came from the call.
+        what: The container or process, for the sentence.
+        config: The runtime specification; of an exec, one with nothing but ``process``.
+
+    Returns:
+        A `ResourceExhaustedError` with the largest parts and their sizes, or *error* itself where it is not
+        about the size: a request is one frame of at most 4 MiB (ttRPC), and bounded in the number of its
+        elements by the agent.
+    """
+    process = config.get("process") or {}
+    annotations = config.get("annotations") or {}
+    parts = {
+        "environment": process.get("env") or (),
+        "command line": process.get("args") or (),
+        "annotations": [text for pair in annotations.items() for text in pair],
+    }
+    sizes = {name: sum(len(str(text).encode(errors="replace")) for text in parts[name]) for name in parts}
+    if error.code != ResourceExhaustedError.grpc_code or sum(sizes.values()) < _LARGE_BYTES:
+        return error
+    named = ", ".join(
+        f"{name} {size} bytes" for name, size in sorted(sizes.items(), key=lambda one: -one[1]) if size
+    )
+    return ResourceExhaustedError(
+        f"{what} is described by more than a request to the guest may hold ({named}): {error.message}",
+        "All of it together has to stay below 4 MiB. Look at the image's Env and Cmd (docker image inspect),"
+        " at --env-file and at -e; hand large values over as a file or a volume.",
+    )
