@@ -18,6 +18,8 @@ from kata.errors import AgentError
 from kata.network import routing, rtnetlink, sysctls
 from kata.network.netns import NetnsPlan, link_local
 from kata.network.rtnetlink import attribute
+from kata.proto import agentext_pb
+from kata.ttrpc import frame
 
 LO = {1: "lo", 7: "eth0"}
 
@@ -127,6 +129,29 @@ def test_routes_are_carried_whole_but_for_their_state() -> None:
         "the route blackhole 172.31.0.0/16",
         "the route default with",
     ]
+
+
+@pytest.mark.parametrize(("ways", "expected"), [(1, routing.MOST), (200, routing.MOST_BYTES // 1616)])
+def test_more_routes_than_a_request_holds_are_left_out_by_name(ways: int, expected: int) -> None:
+    """The agent takes 65536 messages and a frame 4 MiB: neither may fail a start."""
+    hops = struct.pack("=HBBi", 8, 0, 0, 7) * ways
+    found = [
+        route(attribute(1, struct.pack("!I", 10 << 24 | one)), attribute(9, hops), length=32)
+        for one in range(9000)
+    ]
+    left: list[str] = []
+    kernel: Any = _Kernel(*found)
+    entries = routing.routes(kernel, LO, left)
+    bodies = [entry.body for entry in entries]
+    assert abs(len(entries) - expected) < 20
+    assert len(left) == 1
+    assert left[0].startswith(
+        f"{9000 - len(entries)} of 9000 routes are not in the guest, beginning with 10."
+    )
+    request = agentext_pb.RouteRequest(
+        routes=bodies, remove_routes=bodies, rules=bodies, remove_rules=bodies
+    )
+    assert len(request.encode()) < frame.MAX_DATA - (1 << 16)
 
 
 def test_the_kernels_own_rules_are_known() -> None:

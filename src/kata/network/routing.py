@@ -47,7 +47,9 @@ _INVERT = 2
 _TO_TABLE = 1
 _NONE = b"\xff" * 4
 MOST = 8192
-"""How many routes and rules are carried at most."""
+"""How many routes are carried at most, and how many rules."""
+MOST_BYTES = 960 << 10
+"""The same in bytes: routes and rules, those to add and those to remove, go to the agent in one frame of 4 MiB."""
 
 
 class Entry:
@@ -113,11 +115,7 @@ def routes(rtnl: Rtnl, names: Mapping[int, str], left_out: list[str]) -> list[En
             left_out.append(f"the route {entry.text} is not in the guest: it has not this interface")
         else:
             found.append(entry)
-    if len(found) > MOST:
-        left_out.append(
-            f"{len(found) - MOST} of {len(found)} routes are not in the guest, beginning with {found[MOST].text}"
-        )
-    return found[:MOST]
+    return _bounded(found, "routes", left_out)
 
 
 def rules(rtnl: Rtnl, left_out: list[str]) -> list[Entry]:
@@ -131,9 +129,23 @@ def rules(rtnl: Rtnl, left_out: list[str]) -> list[Entry]:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:  # a kernel without rules, or without IPv6
                 raise
-    if len(found) > MOST:
-        left_out.append(f"{len(found) - MOST} of {len(found)} rules are not in the guest")
-    return found[:MOST]
+    return _bounded(found, "rules", left_out)
+
+
+def _bounded(found: list[Entry], what: str, left_out: list[str]) -> list[Entry]:
+    """As many of *found*, from the first on, as a guest is told."""
+    count = size = 0
+    for entry in found[:MOST]:
+        size += len(entry.body)
+        if size > MOST_BYTES:
+            break
+        count += 1
+    if count < len(found):
+        left_out.append(
+            f"{len(found) - count} of {len(found)} {what} are not in the guest, beginning with"
+            f" {found[count].text}: at most {MOST} {what} of {MOST_BYTES >> 10} KiB are carried"
+        )
+    return found[:count]
 
 
 def _rule(body: bytes) -> Entry:
