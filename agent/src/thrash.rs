@@ -53,8 +53,25 @@ fn step(before: Option<Squeeze>, now: Option<Squeeze>) -> (Option<Squeeze>, bool
     (Some(now), is_stuck)
 }
 
-/// Looks at a group at `at_ns`; nothing if it is not at its limit, or has something to reclaim. `read` gives a file of it.
-fn look(at_ns: u64, read: &dyn Fn(&str) -> Option<String>) -> Option<Squeeze> {
+/// Bytes of swap that a group may still fill, of `free` in the guest. With some, its anonymous memory can be reclaimed:
+/// it is slow, not stuck. `read` gives a file of the group.
+fn swap_room(free: u64, read: &dyn Fn(&str) -> Option<String>) -> u64 {
+    let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
+    let Some(limit) = number("memory.swap.max") else { return free }; // "max", or a kernel that keeps no count
+    limit.saturating_sub(number("memory.swap.current").unwrap_or(0)).min(free)
+}
+
+/// Bytes of swap in the guest that are not in use.
+fn free_swap() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("SwapFree:"));
+    let kilobytes = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kilobytes.unwrap_or(0).saturating_mul(1024)
+}
+
+/// Looks at a group at `at_ns`; nothing if it is not at its limit, or has something to reclaim. `read` gives a file of
+/// the group, `free_swap` what is free of the guest's.
+fn look(at_ns: u64, read: &dyn Fn(&str) -> Option<String>, free_swap: &dyn Fn() -> u64) -> Option<Squeeze> {
     let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
     let limit = number("memory.max")?; // "max" is no number
     if number("memory.current")?.saturating_add(limit / RECLAIMABLE_PART) < limit {
@@ -63,7 +80,7 @@ fn look(at_ns: u64, read: &dyn Fn(&str) -> Option<String>) -> Option<Squeeze> {
     let stat = read("memory.stat")?;
     let value = |key| value_of(&stat, key).unwrap_or(0);
     let file = value("file").saturating_sub(value("shmem"));
-    if file > limit / RECLAIMABLE_PART {
+    if file > limit / RECLAIMABLE_PART || swap_room(free_swap(), read) > limit / RECLAIMABLE_PART {
         return None;
     }
     let pressure = read("memory.pressure")?;
@@ -104,7 +121,7 @@ impl Agent {
         for (id, container) in &mut self.containers {
             let Some(cgroup) = &container.cgroup else { continue };
             let read = |file: &str| fs::read_to_string(format!("{}/{file}", cgroup.path())).ok();
-            let (squeeze, stuck) = step(container.squeeze, look(now_ns, &read));
+            let (squeeze, stuck) = step(container.squeeze, look(now_ns, &read, &free_swap));
             container.squeeze = squeeze;
             if stuck {
                 match kill(cgroup) {
@@ -152,7 +169,7 @@ mod tests {
             }
             _ => None,
         };
-        look(3, &read)
+        look(3, &read, &|| 0)
     }
 
     #[test]
@@ -164,7 +181,31 @@ mod tests {
         assert_eq!(group("6400", "6400", 200, 0), None);
         assert_eq!(group("6400", "6400", 200, 150), squeezed(50)); // shared memory cannot be reclaimed
         assert_eq!(group("max", "6400", 0, 0), None);
-        assert_eq!(look(3, &|_| None), None);
+        assert_eq!(look(3, &|_| None, &|| 0), None);
+    }
+
+    #[test]
+    fn a_container_that_can_still_swap_is_not_looked_at() {
+        let with = |swap_max: &'static str, used: &'static str, free: u64| {
+            let read = move |name: &str| {
+                let text = match name {
+                    "memory.max" | "memory.current" => "6400\n",
+                    "memory.stat" => "file 10\nshmem 0\nworkingset_refault_file 5\n",
+                    "memory.pressure" => "full avg10=1.00 avg60=0.0 avg300=0.0 total=77\n",
+                    "memory.swap.max" if !swap_max.is_empty() => swap_max,
+                    "memory.swap.current" if !used.is_empty() => used,
+                    _ => return None,
+                };
+                Some(text.to_string())
+            };
+            look(3, &read, &|| free).is_some()
+        };
+        assert!(!with("max\n", "0\n", 5000), "no limit but the guest's swap");
+        assert!(!with("", "", 5000), "a kernel that keeps no count of swap");
+        assert!(!with("900\n", "700\n", 5000));
+        assert!(with("900\n", "850\n", 5000), "its share is full");
+        assert!(with("0\n", "0\n", 5000), "it may have none");
+        assert!(with("max\n", "0\n", 0), "the guest has none");
     }
 
     #[test]
