@@ -284,7 +284,8 @@ class Journal:
     def commit(self, entry: Entry, **identity: Any) -> None:
         """Write down the identity of the thing that was made.
 
-        For ``process`` give ``pid``; for the other kinds the identity is read from the thing itself.
+        For ``process`` give ``pid``; for the other kinds the identity is read from the thing itself. For ``mount`` it
+        may be given, by who has read the list of mounts: ``id`` and ``dev``.
 
         Raises:
             OSError: The thing is not there.
@@ -489,6 +490,8 @@ class Journal:
         if kind == "netns":
             status = os.stat(params["path"])  # through the bind mount: the namespace's own inode
             return {"dev": status.st_dev, "ino": status.st_ino}
+        if kind == "mount" and "id" in given:
+            return {"ns": sysio.namespace_inode("mnt")}
         if kind == "mount":
             found = sysio.mount_at(params["target"])
             if found is None:

@@ -63,6 +63,46 @@ def test_one_source_read_only_and_writable(journal: Journal, tmp_path: Path) -> 
     assert not journal_undo.undo(journal)
 
 
+def test_many_volumes_take_few_looks_at_the_list_of_mounts(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [tmp_path / f"v{number}" for number in range(60)]
+    for source in sources:
+        (source / "below").mkdir(parents=True)
+
+    def work() -> None:
+        sysio.mount("tmpfs", str(sources[7] / "below"), "tmpfs", 0, "")
+        one = shared(journal)
+        looks: list[str] = []
+        look, look_at = sysio.mounts, sysio.mount_at
+
+        def noted(target: str) -> sysio.MountInfo | None:
+            looks.append(target)
+            return look_at(target)
+
+        def noted_all() -> list[sysio.MountInfo]:
+            looks.append("all")
+            return look()
+
+        monkeypatch.setattr(sysio, "mounts", noted_all)
+        monkeypatch.setattr(sysio, "mount_at", noted)
+        found = one.add_all({"mounts": [bind(source, "/x", "ro") for source in sources]}, {})
+        assert looks == ["all", "all"]
+        # Read-only in the guest, too, but for the one that has a mount below, which is the host's to keep.
+        assert [number for number, each in enumerate(found) if "ro" not in each.options] == [7]
+        assert len({each.source for each in found}) == len(sources)
+        # The journal has the identity of each.
+        mine = {(entry.mount_id, entry.device) for entry in look()}
+        made = [entry for entry in journal.entries if entry.kind == "mount"]
+        assert all(
+            entry.identity and (entry.identity["id"], entry.identity["dev"]) in mine for entry in made
+        )
+        one.remove_all()
+
+    in_child(work)
+    assert not journal_undo.undo(journal)
+
+
 def test_memory_becomes_the_guests(journal: Journal, tmp_path: Path) -> None:
     volume = tmp_path / "pods/u/volumes/kubernetes.io~empty-dir/cache"
     part = tmp_path / "pods/u/volume-subpaths/cache/c/0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import traceback
@@ -87,14 +88,26 @@ def test_what_the_guest_sees(journal: Journal, tmp_path: Path) -> None:
     assert (data / "file").exists()
 
 
-def test_mounts_below_a_volume_are_as_restricted(journal: Journal, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_mount_setattr", [True, False], ids=["now", "before Linux 5.12"])
+def test_mounts_below_a_volume_are_as_restricted(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_mount_setattr: bool
+) -> None:
+    def missing(target: str, attributes: int, *, recursive: bool) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented", target)
+
+    if not has_mount_setattr:
+        monkeypatch.setattr(sysio, "mount_setattr", missing)
+
     def work() -> None:
         below = tmp_path / "data" / "below"
         below.mkdir(parents=True)
-        sysio.mount("tmpfs", str(below), "tmpfs", 0, "")
+        sysio.mount("tmpfs", str(below), "tmpfs", volumes.OPTION_FLAGS["noatime"], "")
         share = share_of(journal)
         name = share.add(str(tmp_path / "data"), "c-v", readonly=True)
-        assert {"ro", "nosuid", "nodev"} <= options(os.path.join(share.path, name, "below"))
+        assert {"ro", "nosuid", "nodev", "noatime"} <= options(os.path.join(share.path, name, "below"))
+        top = share.add(str(tmp_path / "data"), "c-top", readonly=True, whole=False)
+        assert {"ro", "nosuid", "nodev"} <= options(os.path.join(share.path, top))
+        assert {"rw", "nosuid", "nodev", "noatime"} <= options(os.path.join(share.path, top, "below"))
         # What is mounted later on the host's side does not appear.
         late = tmp_path / "data" / "late"
         late.mkdir()
@@ -196,7 +209,7 @@ def test_the_hosts_later_mounts_appear_where_they_are_wanted(journal: Journal, t
             assert isinstance(missing, FileNotFoundError)
             follows = share.add(str(data), "follows", readonly=False, tree=first, follows=True)
             apart = share.add(str(data), "apart", readonly=True, tree=second, whole=False)
-            assert share.has_mounts_below(apart)
+            assert share.identify([follows, apart, "neither"]) == {follows, apart}
             os.write(ready[1], b"2")
             os.read(go[0], 1)
             for name in (follows, apart):

@@ -281,6 +281,41 @@ def test_what_a_guest_is_told_and_when() -> None:
     ]
 
 
+def test_thousands_of_routes_and_rules_are_compared_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+    equal = routing.Entry.__eq__
+
+    def count(one: routing.Entry, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return equal(one, other)
+
+    monkeypatch.setattr(routing.Entry, "__eq__", count)
+
+    def entries(first: int) -> list[routing.Entry]:
+        # Made anew each time, as a look into the namespace does.
+        return [
+            routing.Entry(b"\2" + number.to_bytes(15, "big"), str(number)) for number in range(first, 3000)
+        ]
+
+    plan = NetnsPlan("02:00:00:00:00:01", "")
+    plan.interfaces = [{"devicePath": "09", "name": "eth0", "hwAddr": plan.mac}]
+    plan.names = LO
+    plan.sysctls = partial(list, [{}])  # type: ignore[method-assign]
+    agent: Any = _Agent("kata.network")
+    sandbox: Any = _Sandbox(plan)
+
+    async def tell() -> None:
+        network = GuestNetwork(sandbox)
+        for first in (0, 1000):
+            plan.routing, plan.rules = entries(first), [*routing.DEFAULT_RULES, *entries(first)]
+            await network.configure(agent)
+
+    asyncio.run(tell())
+    assert [what for kind, what in agent.calls if kind == "routes"] == [(0, 3000, 3000), (1000, 2000, 0)]
+    assert compared < 50_000
+
+
 @pytest.mark.parametrize("agent", [_Agent(), _Agent("kata.network", denies=True)])
 def test_an_agent_that_cannot_be_told_is_named_in_the_log(agent: _Agent) -> None:
     calls, log = told(agent, {"ipv6/conf/eth0/accept_ra": "0"})

@@ -57,12 +57,13 @@ class Shared:
         relay: Carries connections to the sockets among them; None without one.
     """
 
-    __slots__ = ("_container_id", "_names", "_sandbox", "relay", "storages")
+    __slots__ = ("_container_id", "_names", "_sandbox", "_shallow", "relay", "storages")
 
     def __init__(self, sandbox: Sandbox, container_id: str) -> None:
         self._sandbox = sandbox
         self._container_id = container_id
         self._names: list[str] = []
+        self._shallow: dict[str, spec.GuestBind] = {}  # read-only, but maybe not what is mounted below them
         self.storages: list[Storage] = []
         self.relay: sockets.Relay | None = None
 
@@ -80,7 +81,7 @@ class Shared:
             KataError: A source cannot be shared.
         """
         binds = spec.host_binds(config)
-        here = sysio.mounts() if binds else []
+        here = MountTable() if binds else MountTable([])
         found = [self._of_guest(mount, here) for mount in binds]
         rest = [number for number, bind in enumerate(found) if bind is None]
         trees = self._trees([str(binds[number].get("source") or "") for number in rest], here)
@@ -100,7 +101,7 @@ class Shared:
             layered = "upper_slot" in root or "upper" in root
             name = rootfs.share_name(self._container_id)
             # CRI-O mounts the roots of its containers itself, where no other mount namespace gets to see it.
-            [tree] = self._trees([root["source"]], sysio.mounts()) if root.get("hosts") else [-1]
+            [tree] = self._trees([root["source"]], MountTable()) if root.get("hosts") else [-1]
             if isinstance(tree, OSError):
                 raise absent(root["source"], tree)
             try:
@@ -108,6 +109,7 @@ class Shared:
             finally:
                 if tree >= 0:
                     os.close(tree)
+        self._identify()
         return [bind for bind in found if bind is not None]
 
     def add_file(self, name: str, content: bytes) -> None:
@@ -124,12 +126,12 @@ class Shared:
 
     # ---- shown live ----
 
-    def _trees(self, sources: Sequence[str], here: list[sysio.MountInfo]) -> list[int | OSError]:
+    def _trees(self, sources: Sequence[str], here: MountTable) -> list[int | OSError]:
         """For each source whose mounts we may not see as the host does a copy of what the host sees, else -1."""
         host = self._sandbox.machine.host
         found: list[int | OSError] = [-1] * len(sources)
         # One that a person started this very moment has the same mounts.
-        wanted = [n for n, source in enumerate(sources) if host is not None and not is_live(source, here)]
+        wanted = [n for n, source in enumerate(sources) if host is not None and not here.is_live(source)]
         if host is None or not wanted:
             return found
         try:
@@ -173,15 +175,23 @@ class Shared:
                 Storage(driver="watchable-bind", source=place, fstype="bind", mount_point=copy)
             )
             return spec.GuestBind(copy, options)
-        if readonly and not recursive and share.has_mounts_below(name):
-            # In the guest it is one mount: read-only there would be the mounts below it, too. The host keeps
-            # the guest from writing where it must not.
-            options = [option for option in options if option != "ro"]
-        return spec.GuestBind(place, options)
+        bind = spec.GuestBind(place, options)
+        if readonly and not recursive:
+            self._shallow[name] = bind
+        return bind
+
+    def _identify(self) -> None:
+        if self._sandbox.share is not None:
+            for name in self._sandbox.share.identify(self._shallow):
+                # In the guest a bind is one mount: read-only there would be the mounts below it, too. The host keeps
+                # the guest from writing where it must not.
+                bind = self._shallow[name]
+                bind.options = [option for option in bind.options if option != "ro"]
+        self._shallow.clear()
 
     # ---- what the guest has itself ----
 
-    def _of_guest(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
+    def _of_guest(self, mount: dict[str, Any], here: MountTable) -> spec.GuestBind | None:
         """What of the guest's own stands for a mount; None where the host's is shared."""
         source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
         try:
@@ -191,7 +201,7 @@ class Shared:
         node = nodes.guest_path(about)
         if node:
             return spec.GuestBind(node, options)
-        if stat.S_ISSOCK(about.st_mode) and (self._sandbox.machine.host is None or is_live(source, here)):
+        if stat.S_ISSOCK(about.st_mode) and (self._sandbox.machine.host is None or here.is_live(source)):
             return self._socket(source, options, about, is_hidden=False)
         return self._in_memory(mount, here)
 
@@ -210,24 +220,17 @@ class Shared:
         self.relay.add(one)
         return spec.GuestBind(one.place, options)
 
-    def _in_memory(self, mount: dict[str, Any], here: list[sysio.MountInfo]) -> spec.GuestBind | None:
+    def _in_memory(self, mount: dict[str, Any], here: MountTable) -> spec.GuestBind | None:
         """The tmpfs that stands for one of the host's; None for any other mount."""
         source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
         is_shm = os.path.normpath(str(mount.get("destination"))) == "/dev/shm"
         if not (is_shm or "/volume-subpaths/" in source or _IN_MEMORY in source):
             return None
         real = os.path.realpath(source)
-        at = _mount_of(real, here)
+        at = here.holding(real)
         if at is None or at.fstype != "tmpfs":
             return None
-        volume = next(
-            (
-                one
-                for one in here
-                if one.device == at.device and _IN_MEMORY in one.target and one.root == "/"
-            ),
-            None,
-        )
+        volume = here.volumes_in_memory.get(at.device)
         if volume is not None:
             inner = os.path.normpath(f"{at.root}/{os.path.relpath(real, at.target)}").lstrip("/")
             place = f"{_SANDBOX}/ephemeral/{at.device.replace(':', '-')}"
@@ -258,18 +261,34 @@ def _tmpfs(like: str, mount_point: str) -> Storage:
     )
 
 
-def _mount_of(path: str, here: list[sysio.MountInfo]) -> sysio.MountInfo | None:
-    """The mount that a path without symbolic links is on."""
-    best = None
-    for entry in here:
-        holds = path == entry.target or path.startswith(entry.target.rstrip("/") + "/")
+class MountTable:
+    """The mounts of our namespace, for many questions.
+
+    Args:
+        mounts: The kernel's list; without it as it is now.
+
+    Attributes:
+        volumes_in_memory: The whole volumes of Kubernetes that are in memory, by their device.
+    """
+
+    __slots__ = ("_by_target", "volumes_in_memory")
+
+    def __init__(self, mounts: list[sysio.MountInfo] | None = None) -> None:
+        mounts = sysio.mounts() if mounts is None else mounts
         # Of two at one place the later one is uppermost.
-        if holds and (best is None or len(entry.target) >= len(best.target)):
-            best = entry
-    return best
+        self._by_target = {entry.target: entry for entry in mounts}
+        self.volumes_in_memory: dict[str, sysio.MountInfo] = {}
+        for entry in mounts:
+            if _IN_MEMORY in entry.target and entry.root == "/":
+                self.volumes_in_memory.setdefault(entry.device, entry)
 
+    def holding(self, path: str) -> sysio.MountInfo | None:
+        """The mount that an absolute path without symbolic links is on."""
+        while (found := self._by_target.get(path)) is None and path != "/":
+            path = os.path.dirname(path)
+        return found
 
-def is_live(source: str, here: list[sysio.MountInfo]) -> bool:
-    """Whether what the host mounts at or above a path, or has mounted there, appears in our mount namespace."""
-    at = _mount_of(os.path.realpath(source), here)
-    return at is not None and "master:" in at.propagation
+    def is_live(self, source: str) -> bool:
+        """Whether what the host mounts at or above a path, or has mounted there, appears in our mount namespace."""
+        at = self.holding(os.path.realpath(source))
+        return at is not None and "master:" in at.propagation

@@ -202,13 +202,15 @@ class GuestNetwork:
                     self._say(sentence)
             await agent.update_routes([types_pb.Route.from_dict(route) for route in routes])
             return
-        old_rules = self._rules or list(routing.DEFAULT_RULES)
+        # There may be thousands of each.
+        old_rules = dict.fromkeys(self._rules or routing.DEFAULT_RULES)
+        new_routes, new_rules = set(plan.routing), set(plan.rules)
         rules = [rule for rule in plan.rules if rule not in old_rules]
         request = agentext_pb.RouteRequest(
-            remove_routes=[route.body for route in self._routes if route not in plan.routing],
+            remove_routes=[route.body for route in self._routes if route not in new_routes],
             # All of them: with an address, or with an interface that was down, the guest's kernel has dropped some.
             routes=[route.body for route in plan.routing],
-            remove_rules=[rule.body for rule in old_rules if rule not in plan.rules],
+            remove_rules=[rule.body for rule in old_rules if rule not in new_rules],
             rules=[rule.body for rule in rules],
             interfaces=[
                 agentext_pb.NumberedInterface(number=number, name=name)

@@ -16,7 +16,7 @@ import errno
 import os
 
 from kata import sysio
-from kata.engine.binds import is_live
+from kata.engine.binds import MountTable
 from kata.engine.disks import root_of
 from kata.engine.volumes import OPTION_FLAGS
 from kata.errors import HostError, UnsupportedError
@@ -198,9 +198,9 @@ class HostRoot:
 
     def _hidden(self, steps: list[_Step]) -> bool:
         """Whether something that it is made of may be another thing here than on the host."""
-        here = sysio.mounts()
+        here = MountTable()
         above = {os.path.dirname(path) for step in steps for path in step.made_of}
-        return not all(is_live(path, here) for path in above)
+        return not all(here.is_live(path) for path in above)
 
     def unmount(self) -> None:
         """Take the mounts off again.

@@ -11,6 +11,7 @@ All of it blocks: called before the event loop runs, or in a helper thread.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -19,7 +20,9 @@ from kata.errors import HostError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kata.journal import Journal
+    from collections.abc import Iterable
+
+    from kata.journal import Entry, Journal
 
 SHARE_NAME = "share"
 MOUNTS_NAME = "mounts"
@@ -71,7 +74,7 @@ class Share:
         journal: Its journal.
     """
 
-    __slots__ = ("_files", "_journal", "_mounts", "_staged", "path")
+    __slots__ = ("_files", "_fresh", "_journal", "_mounts", "_staged", "path")
 
     def __init__(self, run_dir: str, journal: Journal) -> None:
         self.path = os.path.join(run_dir, SHARE_NAME)
@@ -79,6 +82,7 @@ class Share:
         self._files = os.path.join(run_dir, FILES_NAME)
         self._staged = os.path.join(run_dir, STAGED_NAME)
         self._journal = journal
+        self._fresh: list[Entry] = []  # mounts whose identity is not in the journal yet
 
     def prepare(self) -> None:
         """Make both faces; before the hypervisor starts, which opens the exported directory once.
@@ -125,7 +129,7 @@ class Share:
             whole: Whether *readonly* is meant for the mounts below it, too.
 
         Returns:
-            *name*, shortened if need be.
+            *name*, shortened if need be. `identify` is to be called when all are there.
 
         Raises:
             UsageError: There is no such path.
@@ -163,7 +167,15 @@ class Share:
                 sysio.mount(None, staged, None, sysio.MS_REC | kind_of)
                 self._restrict(staged, readonly=readonly, whole=whole)
                 # There it is shared anew, with the other faces alone, so that it also goes from all of them.
-                self._journal.make_mount(staged, target, None, sysio.MS_MOVE)
+                entry = self._journal.begin(
+                    "mount", target=os.path.realpath(target), source=real, fstype="none"
+                )
+                try:
+                    sysio.mount(staged, target, None, sysio.MS_MOVE)
+                except OSError:
+                    self._journal.mark_gone(entry)
+                    raise
+                self._fresh.append(entry)
             except BaseException:
                 sysio.umount2(staged, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
                 raise
@@ -171,10 +183,35 @@ class Share:
             raise HostError(f"cannot share {source} with the guest: {error.strerror}") from error
         return name
 
-    def has_mounts_below(self, name: str) -> bool:
-        """Whether what `add` showed under a name consists of several mounts."""
-        base = os.path.join(os.path.realpath(self.path), name) + "/"
-        return any(entry.target.startswith(base) for entry in sysio.mounts())
+    def identify(self, names: Iterable[str] = ()) -> set[str]:
+        """Write down in the journal which mounts `add` has made since the last time: one look at the list for all.
+
+        Args:
+            names: What `add` returned.
+
+        Returns:
+            Those of the names under which there are several mounts.
+
+        Raises:
+            HostError: One of them is gone, or the journal cannot be written.
+        """
+        fresh = {entry.params["target"]: entry for entry in self._fresh}
+        self._fresh.clear()
+        base = os.path.realpath(self.path) + "/"
+        wanted = set(names)
+        found = set()
+        at: dict[str, sysio.MountInfo] = {}
+        for mount in sysio.mounts() if fresh or wanted else ():
+            if mount.target in fresh:
+                at[mount.target] = mount
+            elif mount.target.startswith(base):
+                parts = mount.target[len(base) :].split("/")
+                found |= wanted & {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+        for target, entry in fresh.items():
+            if target not in at:
+                raise HostError(f"what was shared with the guest at {target} is not mounted any more")
+            self._journal.commit(entry, id=at[target].mount_id, dev=at[target].device)
+        return found
 
     def add_file(self, name: str, content: bytes, mode: int = 0o644) -> str:
         """Show the guest a small file of the engine's own, writable there; returns *name*.
@@ -192,7 +229,9 @@ class Share:
                 os.close(fd)
         except OSError as error:
             raise HostError(f"cannot write {path}: {error.strerror}") from error
-        return self.add(path, name, readonly=False)
+        name = self.add(path, name, readonly=False)
+        self.identify()
+        return name
 
     def remove(self, name: str) -> None:
         """Take back what `add` showed. What is not there is no error."""
@@ -204,6 +243,8 @@ class Share:
                 except OSError:
                     continue  # the journal keeps it: the end of the sandbox tries again
                 self._journal.mark_gone(entry)
+                if entry in self._fresh:
+                    self._fresh.remove(entry)
                 try:
                     os.rmdir(target) if os.path.isdir(target) else os.unlink(target)
                 except OSError:
@@ -214,9 +255,20 @@ class Share:
         """nosuid, nodev and maybe read-only, on the mount at *path* and every one below it; read-only on those below
         only if the *whole* is to be.
 
-        Flags of a bind mount belong to each mount and are all given anew at a remount (mount(2),
-        MS_REMOUNT)."""
+        Before Linux 5.12 the list of mounts has to be read for that, and the flags of a bind mount, which belong to
+        each mount, are all given anew at a remount (mount(2), MS_REMOUNT)."""
+        attributes = sysio.MOUNT_ATTR_NOSUID | sysio.MOUNT_ATTR_NODEV
         base = os.path.realpath(path)
+        try:
+            if readonly and whole:
+                attributes |= sysio.MOUNT_ATTR_RDONLY
+            sysio.mount_setattr(base, attributes, recursive=True)
+            if readonly and not whole:
+                sysio.mount_setattr(base, sysio.MOUNT_ATTR_RDONLY, recursive=False)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
         for entry in sysio.mounts():
             if entry.target == base or entry.target.startswith(base + "/"):
                 flags = sysio.MS_NOSUID | sysio.MS_NODEV
