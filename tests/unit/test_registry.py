@@ -13,7 +13,7 @@ import pytest
 from image_support import INDEX, Blobs, image
 from registry_support import BIG, HELLO, DockerRegistry, basic, content, login, set_up
 
-from kata.errors import ImageError, RegistryError
+from kata.errors import ImageError, NotFoundError, RegistryError
 from kata.images import store
 
 
@@ -68,6 +68,41 @@ def test_pull_by_platform_and_digest(docker_registry: DockerRegistry) -> None:
     assert store.resolve(name).platform == "linux/amd64"
     with pytest.raises(ImageError, match="not offered for linux/riscv64"):
         store.resolve(name, platform="riscv64")
+
+
+def test_a_platform_that_was_asked_for_is_the_one_that_runs(docker_registry: DockerRegistry) -> None:
+    """Whatever of that name is stored, and would run here as well."""
+    blobs = Blobs()
+    inner = [
+        image(blobs, [HELLO], arch=arch, config={"Cmd": [arch, variant]},
+              platform={"os": "linux", "architecture": arch, **({"variant": variant} if variant else {})})
+        for arch, variant in (("386", ""), ("amd64", ""), ("amd64", "v2"))
+    ]  # fmt: skip
+    index = blobs.put_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": inner}, INDEX)
+    docker_registry.push("levels", "latest", blobs, index, inner)
+    docker_registry.push("old", "latest", blobs, inner[0], [])
+    name, old = f"{docker_registry.host}/levels", f"{docker_registry.host}/old"
+    x86, amd64, v2 = (
+        store.resolve(name, platform=wanted) for wanted in ("linux/386", "linux/amd64", "linux/amd64/v2")
+    )
+    commands = [["386", ""], ["amd64", ""], ["amd64", "v2"]]
+    assert [each.config["Cmd"] for each in (x86, amd64, v2)] == commands
+    # All are there: none is fetched again, whichever the name stands for.
+    for wanted, command in zip(("linux/386", "linux/amd64", "linux/amd64/v2"), commands, strict=True):
+        for asked in (name, f"{name}@{index['digest']}"):
+            assert store.resolve(asked, platform=wanted, pull="never").config["Cmd"] == command
+    # Without one asked for, what is stored and runs here is good.
+    assert store.resolve(name, pull="never").id == v2.id
+    with pytest.raises(NotFoundError, match="not in the local store for linux/arm64") as caught:
+        store.resolve(name, platform="linux/arm64", pull="never")
+    assert caught.value.hint == f"kata pull --platform linux/arm64 {name}:latest"
+    # The best that a registry has for a platform is asked for once.
+    assert store.resolve(old, platform="linux/amd64").id == x86.id
+    assert store.resolve(old, platform="linux/amd64", pull="never").id == x86.id
+    # An id is one image.
+    assert store.resolve(v2.id, platform="linux/amd64").id == v2.id
+    with pytest.raises(ImageError, match="is built for linux/386, not for linux/arm64"):
+        store.resolve(x86.id[:20], platform="linux/arm64")
 
 
 def test_pull_policies(docker_registry: DockerRegistry) -> None:

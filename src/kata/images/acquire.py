@@ -143,11 +143,11 @@ def _record(
         for digest in digests:
             index.digests[store.digest_key(digest, wanted)] = image_id
         origin = "registry" if isinstance(what, Reference) else "local"
-        index.names[str(what)] = {"id": image_id, "origin": origin}
+        index.names[str(what)] = {"id": image_id, "origin": origin, "digest": digests[0]}
         for name in source.names:
             # A name that an archive brings does not silently replace what was pulled under it.
             if index.names.get(name, {}).get("origin", "local") == "local":
-                index.names[name] = {"id": image_id, "origin": "local"}
+                index.names[name] = {"id": image_id, "origin": "local", "digest": digests[0]}
         if isinstance(what, LocalImage) and what.kind != "oci":
             index.files[f"{what} {wanted}"] = {"id": image_id, "stamp": stamp}
         changes.write_index(index)

@@ -3,9 +3,9 @@
 Below ``$KATA_STATE_DIR/images``:
 
 ``index.json``
-    ``names`` (full name -> image id and where it came from), ``digests`` (manifest or index digest and
-    platform -> image id) and ``files`` (archive -> image id, with size, time and inode of the file when it
-    was read).
+    ``names`` (full name -> image id, where it came from, and the digest that the name stood for), ``digests``
+    (manifest or index digest and platform -> image id) and ``files`` (archive -> image id, with size, time and
+    inode of the file when it was read).
 ``records/<hex>.json``
     One image: its id (the digest of its configuration), platform, configuration, layers, root file system.
 ``blobs/sha256/<hex>``
@@ -175,7 +175,8 @@ def resolve(
         image: What the user wrote; see `kata.images.reference`. The beginning of an image id also counts.
         pull: ``missing``, ``always`` (ask the registry whether there is a newer one) or ``never``. Local
             directories and archives are always looked at: unchanged ones are not read again.
-        platform: ``linux/amd64`` or the like; this machine's by default.
+        platform: ``linux/amd64`` or the like. By default this machine's; then one that is stored under the name and
+            runs here is taken as it is.
         progress: Called while something is fetched or converted. By default a bar is drawn on stderr, if
             that is a terminal and the work takes over a second.
 
@@ -193,15 +194,16 @@ def resolve(
             return _plain_directory(parsed)
         found = _stored_local(parsed, index, wanted)
     else:
-        found = None if pull == "always" else _stored(image, parsed, index, wanted)
+        found = None if pull == "always" else _stored(image, parsed, index, wanted, is_asked=bool(platform))
     if found is not None:
         return found
     if parsed is None:
         raise NotFoundError(f"there is no image with the id {image}", "see `kata images`")
     if pull == "never" and isinstance(parsed, references.Reference):
-        hint = f"kata pull {parsed.familiar()}"
+        asked, option = (f" for {wanted}", f"--platform {wanted} ") if platform else ("", "")
         raise NotFoundError(
-            f"the image {parsed.familiar()} is not in the local store, and --pull is never", hint
+            f"the image {parsed.familiar()} is not in the local store{asked}, and --pull is never",
+            f"kata pull {option}{parsed.familiar()}",
         )
     from kata.images import acquire
 
@@ -227,19 +229,40 @@ def _plain_directory(local: LocalImage) -> Image:
     return Image(record, [str(local)])
 
 
-def _stored(image: str, parsed: Reference | None, index: Index, wanted: Platform) -> Image | None:
+def _stored(
+    image: str, parsed: Reference | None, index: Index, wanted: Platform, *, is_asked: bool
+) -> Image | None:
+    """The image of a name, digest reference or beginning of an id; None if it has to be fetched.
+
+    Args:
+        image: What the user wrote.
+        parsed: The same, taken apart; None for what can only be an id.
+        index: The store's.
+        wanted: The platform.
+        is_asked: Whether the user has named it: then another one that runs here as well does not stand for it, unless
+            it is what the registry has for it.
+
+    Raises:
+        ImageError: An image that was named by its id is of another platform.
+    """
     if parsed is not None:
         entry = index.names.get(str(parsed))
-        image_id = entry["id"] if entry else None
-        if image_id is None and parsed.digest:
-            image_id = index.digests.get(digest_key(parsed.digest, wanted))
-        if image_id is not None:
-            found = load(image_id, index)
-            if found is not None and (found.platform == str(wanted) or runs_on(found.platform, wanted)):
+        digest = parsed.digest or (entry or {}).get("digest", "")
+        of_digest = index.digests.get(digest_key(digest, wanted))
+        image_id = entry["id"] if entry and not (is_asked and digest) else of_digest
+        if entry or image_id:
+            found = load(image_id, index) if image_id else None
+            if found is None or image_id == of_digest or found.platform == str(wanted):
                 return found
-            return None
+            return found if not is_asked and runs_on(found.platform, wanted) else None
     image_id = by_id(image)
-    return load(image_id, index) if image_id else None
+    found = load(image_id, index) if image_id else None
+    if found is not None and is_asked and not runs_on(found.platform, wanted):
+        raise ImageError(
+            f"the image {image} is built for {found.platform}, not for {wanted}",
+            "name the image rather than its id, or leave --platform out",
+        )
+    return found
 
 
 def runs_on(platform: str, wanted: Platform) -> bool:
