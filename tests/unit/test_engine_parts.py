@@ -416,15 +416,14 @@ def test_three_misses_in_a_row_are_a_lost_agent(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(watch, "cpu_time", busy)
     miss = AgentTimeoutError("silence")
     agent = DeafAgent([miss, miss, None, miss, miss, miss])
-    reason = asyncio.run(watch.watch(agent, 1, lambda: False, 0.0, 0.0))  # type: ignore[arg-type]
+    reason = asyncio.run(watch.watch(agent, 1, 0.0, 0.0))  # type: ignore[arg-type]
     assert "3 health checks" in reason
     assert agent.asked == 6
 
 
-@pytest.mark.parametrize("why", ["paused", "stopped", "starved", "idle"])
+@pytest.mark.parametrize("why", ["stopped", "starved", "idle"])
 def test_a_machine_that_could_not_run_is_not_blamed(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {
-        "paused": busy,
         "stopped": lambda pid: watch.CpuTime(busy(pid).ran_ns, 0, True),
         "starved": lambda pid: watch.CpuTime(busy(pid).ran_ns, busy(pid).ran_ns * 100, False),
         "idle": lambda pid: watch.CpuTime(5, 0, False),
@@ -434,7 +433,7 @@ def test_a_machine_that_could_not_run_is_not_blamed(why: str, monkeypatch: pytes
 
     async def work() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(watch.watch(agent, 1, lambda: why == "paused", 0.0, 0.0), 0.05)  # type: ignore[arg-type]
+            await asyncio.wait_for(watch.watch(agent, 1, 0.0, 0.0), 0.05)  # type: ignore[arg-type]
 
     asyncio.run(work())
     assert agent.asked > 3

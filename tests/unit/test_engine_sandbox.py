@@ -23,6 +23,7 @@ from kata.engine import boot, records, sandbox_service, spec, streams, task_serv
 from kata.engine.client import EngineClient
 from kata.engine.records import read_json
 from kata.engine.sandbox import Sandbox
+from kata.engine.sandbox_state import SandboxState
 from kata.errors import (
     AgentError,
     AlreadyExistsError,
@@ -260,6 +261,19 @@ def test_an_engine_without_containers_that_is_asked_about_one(
     with pytest.raises(KataError, match="does not exist"):
         engine.sandbox.container("nobody")
     assert engine.sandbox.saw_stale_client is missed
+
+
+def test_a_machine_that_did_not_start_is_lost_from_the_beginning(make: Callable[..., Engine]) -> None:
+    def refuse(engine: Engine) -> None:
+        engine.sandbox._start_error = KataError("no hypervisor here")
+
+    engine = make(prepare=refuse, end_with_init=False)
+    with engine.client() as client:
+        with pytest.raises(KataError, match="no hypervisor here"):
+            client.create("c1", engine.bundle("exit", "0"))
+        facts = client.describe()
+        assert (facts["state"], facts["error"]) == ("lost", "no hypervisor here")
+        assert engine.sandbox.life.state is SandboxState.FAILED
 
 
 def test_human_sandbox_ends_with_its_init_and_leaves_its_state(engine: Engine) -> None:

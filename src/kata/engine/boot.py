@@ -371,7 +371,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     step.name = "waiting for the agent in the guest"
     ready_s = float(settings["hypervisor"].get("ready_s") or READY_S)
     agent = await sandbox.connect_agent(ready_s)
-    await _healthy(agent, sandbox.lost, ready_s)
+    await _healthy(agent, sandbox.life.exit_reason, ready_s)
     answered_ns = time.monotonic_ns()
 
     step.name = "setting up the guest"

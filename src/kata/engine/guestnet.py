@@ -295,11 +295,7 @@ class GuestNetwork:
 
     def _begin_to_follow(self) -> None:
         self._timer = None
-        if self._sandbox.lost.done() or self._sandbox.vm is None:
-            return
-        if self._sandbox.paused:
-            # A guest that stands still takes nothing.
-            self._timer = asyncio.get_running_loop().call_later(_AT_LATEST_S, self._begin_to_follow)
+        if self._sandbox.is_lost or self._sandbox.vm is None:
             return
         self._sandbox.create_task(self._follow())
 

@@ -69,6 +69,41 @@ class Engine:
             self._lifetime = -1
 
 
+class Lease:
+    """What the lifetime pipe says of the client that started this engine: the reading end of `Engine.release`.
+
+    Args:
+        fd: The pipe's reading end.
+
+    Attributes:
+        HELD: The client still answers for the engine.
+        LET_GO: It has let go of it on purpose: the engine lives on its own.
+        BROKEN: It died before that, so nobody was ever told of this engine.
+        state: Which of these it was at the last look.
+    """
+
+    HELD = "held"
+    LET_GO = "let go"
+    BROKEN = "broken"
+
+    __slots__ = ("_fd", "state")
+
+    def __init__(self, fd: int = LIFETIME_FD) -> None:
+        self._fd = fd
+        self.state = self.HELD
+
+    def look(self) -> str:
+        """Look again, without waiting. Once the client has gone, the answer no longer changes."""
+        import select
+
+        if self.state == self.HELD:
+            poller = select.poll()
+            poller.register(self._fd, select.POLLIN)  # POLLHUP is always reported
+            if poller.poll(0):
+                self.state = self.LET_GO if os.read(self._fd, 1) == RELEASED else self.BROKEN
+        return self.state
+
+
 def check_id(sandbox_id: str) -> str:
     """*sandbox_id* itself, if it can be the name of a directory and of things in the guest.
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 from kata.engine import boot
-from kata.engine.launch import LIFETIME_FD, LISTEN_FD, RELEASED, SETTINGS_FD
+from kata.engine.launch import LIFETIME_FD, LISTEN_FD, SETTINGS_FD, Lease
 from kata.errors import KataError
 from kata.journal import FILE_NAME, Journal
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kata.engine.boot import Machine
     from kata.engine.events import Publisher
     from kata.engine.sandbox import Sandbox
+    from kata.ttrpc.server import Server
 
 CLIENTS_S = 10.0
 """How long an engine that has nothing left to do waits for its clients to hang up."""
@@ -32,7 +33,6 @@ ORPHAN_S = 60.0
 """The same for an engine whose client may be restarting: one that was started and never given a container."""
 SWEEP_S = 2.0
 """When an engine looks for what dead ones have left, if it has not ended before: not while its own machine boots."""
-_HOLDS, _LET_GO, _DIED = "holds", "let go", "died"
 EVENTS_S = 5.0
 """How long an engine waits at its end for containerd to take the last events."""
 
@@ -48,7 +48,8 @@ def main() -> int:
     run_dir = sys.argv[2]
     for fd in (LISTEN_FD, LIFETIME_FD, SETTINGS_FD):  # ours alone, not our children's
         os.set_inheritable(fd, False)
-    if _door() == _DIED:
+    lease = Lease()
+    if lease.look() == Lease.BROKEN:
         # Whoever comes next for this sandbox undoes what our door has made, maybe just now.
         return 0
     with open(SETTINGS_FD, "rb") as file:
@@ -66,7 +67,7 @@ def main() -> int:
     sys.modules["ssl"] = None  # type: ignore[assignment]
     import asyncio
 
-    asyncio.run(_serve(settings, run_dir, journal, machine, failed, time.monotonic_ns()))
+    asyncio.run(_serve(settings, run_dir, journal, machine, failed, lease, time.monotonic_ns()))
     return 0
 
 
@@ -76,6 +77,7 @@ async def _serve(
     journal: Journal,
     machine: Machine,
     failed: KataError | None,
+    lease: Lease,
     booting_ns: int,
 ) -> None:
     import asyncio
@@ -119,7 +121,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_terminate, sandbox, number)
-    sandbox.create_task(_end_when_idle(sandbox, server, loop, IDLE_S if sandbox.is_human else ORPHAN_S))
+    sandbox.create_task(_end_when_idle(sandbox, server, lease, IDLE_S if sandbox.is_human else ORPHAN_S))
     sweeping = None if sandbox.is_human else sandbox.create_task(_sweep(sandbox))
     await sandbox.ended.wait()
     if publisher is not None:
@@ -170,49 +172,40 @@ def _on_terminate(sandbox: Sandbox, number: int) -> None:
     sandbox.end()
 
 
-async def _end_when_idle(sandbox: Sandbox, server: Any, loop: Any, patience_s: float) -> None:
-    """End a sandbox that nobody can want any more: no living container, no client, and the door is gone.
+async def _end_when_idle(sandbox: Sandbox, server: Server, lease: Lease, patience_s: float) -> None:
+    """End a sandbox that nobody can want any more, as `kata.engine.idle` decides.
 
-    Where a client may restart (containerd), that takes long, and containers that have ended count as wanted. An
-    engine whose door died before it had let go of it was never told to anybody: it ends at once. So does one that
-    has no container and is asked about one: its client was killed before Create, or in the midst of Delete, and
-    takes us for a task since it is back.
+    Args:
+        sandbox: The engine's.
+        server: Knows whether a client is connected.
+        lease: Of the client that started the engine.
+        patience_s: How long it stays when nobody seems to want it, in seconds.
     """
     import asyncio
 
-    idle_since = None
+    from kata.engine import idle
+
+    loop = asyncio.get_running_loop()
+    idle_since_s: float | None = None
     while not sandbox.is_ending:
         living = [one for one in sandbox.containers.values() if one.init.alive]
         if living:
-            idle_since = None
+            idle_since_s = None
             await asyncio.wait([asyncio.ensure_future(one.init.ended.wait()) for one in living])
             continue
-        made = sandbox.is_pod and sandbox.had_container
-        kept = not sandbox.is_human and (sandbox.containers or made)
-        door = _door()
-        unknown = door == _DIED and not sandbox.had_container and not server.connections
-        if not sandbox.containers and (unknown or sandbox.saw_stale_client):
-            sandbox.end()
-        elif server.connections or kept or door == _HOLDS:
-            idle_since = None
-        elif idle_since is None:
-            idle_since = loop.time()
-        elif loop.time() - idle_since >= patience_s:
+        action = idle.next_action(
+            lease.look(),
+            has_clients=bool(server.connections),
+            has_containers=bool(sandbox.containers),
+            had_container=sandbox.had_container,
+            saw_stale_client=sandbox.saw_stale_client,
+            survives_clients=not sandbox.is_human,
+            is_pod=sandbox.is_pod,
+        )
+        if action == idle.KEEP:
+            idle_since_s = None
+        elif action == idle.WAIT and idle_since_s is None:
+            idle_since_s = loop.time()
+        elif action == idle.END or loop.time() - (idle_since_s or 0.0) >= patience_s:
             sandbox.end()
         await asyncio.sleep(IDLE_POLL_S)
-
-
-def _door() -> str:
-    """What the other end of the lifetime pipe says of the door: it holds the engine, has let go of it, or died."""
-    import select
-
-    global _door_said
-    if _door_said == _HOLDS:
-        poller = select.poll()
-        poller.register(LIFETIME_FD, select.POLLIN)  # POLLHUP is always reported
-        if poller.poll(0):
-            _door_said = _LET_GO if os.read(LIFETIME_FD, 1) == RELEASED else _DIED
-    return _door_said
-
-
-_door_said = _HOLDS

@@ -14,6 +14,7 @@ from kata.engine import pod, stats
 from kata.engine.container import timestamp
 from kata.engine.process import KILLED
 from kata.engine.sandbox_service import describe
+from kata.engine.sandbox_state import SandboxState
 from kata.errors import NotFoundError, StateError
 from kata.proto import google_pb
 from kata.proto import podsandbox_pb as pb
@@ -38,8 +39,6 @@ class PodService:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._created_ns = 0
-        self._stopped = False
 
     def _check(self, sandbox_id: str) -> Sandbox:
         if sandbox_id != self._sandbox.id:
@@ -51,10 +50,9 @@ class PodService:
         self, request: pb.CreateSandboxRequest, context: Context
     ) -> pb.CreateSandboxResponse:
         sandbox = self._check(request.sandbox_id)
-        if self._created_ns:
-            raise StateError(f"sandbox {sandbox.id!r} has been created already")
+        if sandbox.life.state is not SandboxState.NEW:
+            raise StateError(f"sandbox {sandbox.id!r} has been created already, or is ending")
         wanted = pod.settings(request, str(sandbox.settings.get("config_path") or ""))
-        self._created_ns = time.time_ns()
         # Blocks, and has to: hypervisor and namespaces are the main thread's, before there is any other.
         sandbox.power_on(wanted)
         return pb.CreateSandboxResponse()
@@ -65,11 +63,11 @@ class PodService:
         sandbox = self._running(request.sandbox_id)
         await sandbox.ready()
         await sandbox.network_up()
-        return pb.StartSandboxResponse(pid=sandbox.host_pid, created_at=timestamp(self._created_ns))
+        return pb.StartSandboxResponse(pid=sandbox.host_pid, created_at=timestamp(sandbox.life.created_ns))
 
     def _running(self, sandbox_id: str) -> Sandbox:
         sandbox = self._check(sandbox_id)
-        if not self._created_ns:
+        if not sandbox.life.created_ns:
             raise StateError(f"sandbox {sandbox_id!r} has not been created")
         return sandbox
 
@@ -82,30 +80,29 @@ class PodService:
     @finish
     async def StopSandbox(self, request: pb.StopSandboxRequest, context: Context) -> pb.StopSandboxResponse:
         sandbox = self._check(request.sandbox_id)
-        if self._created_ns and not sandbox.is_lost:
-            self._stopped = True
+        if sandbox.life.created_ns and not sandbox.is_lost:
             await sandbox.stop_machine()
         return pb.StopSandboxResponse()
 
     async def WaitSandbox(self, request: pb.WaitSandboxRequest, context: Context) -> pb.WaitSandboxResponse:
         sandbox = self._running(request.sandbox_id)
         await sandbox.wait_terminated()
-        status = 0 if self._stopped else KILLED
-        return pb.WaitSandboxResponse(exit_status=status, exited_at=timestamp(sandbox.lost_at_ns))
+        status = 0 if sandbox.life.exit_state is SandboxState.STOPPED else KILLED
+        return pb.WaitSandboxResponse(exit_status=status, exited_at=timestamp(sandbox.life.exited_ns))
 
     async def SandboxStatus(
         self, request: pb.SandboxStatusRequest, context: Context
     ) -> pb.SandboxStatusResponse:
         sandbox = self._check(request.sandbox_id)
-        lives = bool(self._created_ns) and not sandbox.is_lost
+        lives = bool(sandbox.life.created_ns) and not sandbox.is_lost
         info = {"info": json.dumps(await describe(sandbox))} if request.verbose else {}
         return pb.SandboxStatusResponse(
             sandbox_id=sandbox.id,
             pid=sandbox.host_pid,
             state=_READY if lives else _NOT_READY,
             info=info,
-            created_at=timestamp(self._created_ns),
-            exited_at=timestamp(sandbox.lost_at_ns),
+            created_at=timestamp(sandbox.life.created_ns),
+            exited_at=timestamp(sandbox.life.exited_ns),
         )
 
     async def PingSandbox(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:

@@ -14,6 +14,7 @@ from kata.engine import boot, prepare, spec, watch
 from kata.engine.container import REMOVE_S, Container
 from kata.engine.fitting import Fitting
 from kata.engine.guestnet import GuestNetwork
+from kata.engine.sandbox_state import Lifecycle, SandboxState
 from kata.engine.timings import Timings
 from kata.errors import (
     AgentTimeoutError,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from kata.engine.hostroot import HostRoot
     from kata.engine.logger import Logger
     from kata.engine.process import Process, Stdio
-    from kata.hypervisor.base import DiskError, Hypervisor
+    from kata.hypervisor.base import DiskError, Ended, Hypervisor
     from kata.hypervisor.virtiofsd import FileServer
     from kata.journal import Journal
     from kata.network import sk_lookup
@@ -112,19 +113,17 @@ class Sandbox:
         self.containers: dict[str, Container] = {}
         self.vm: Hypervisor | None = None
         self.network: asyncio.Future[None] | None = None
-        self.lost: asyncio.Future[KataError] = asyncio.get_running_loop().create_future()
-        self.ended = asyncio.Event()
-        self.paused = False
-        self.failed = False
+        self.life = Lifecycle(self.id)
         self.had_container = False
-        self.saw_stale_client = False  # somebody has asked about a container since there is none (any more)
-        self._vm_ended = False
+        self.saw_stale_client = False  # a client has asked about a container since there is none (any more)
         self.disk_error = ""  # what of the host's disks failed first, for those who look
         self.disk_errors = 0
         self.fitting = Fitting(self)
         self.guest_network = GuestNetwork(self)
-        self._failed = failed
+        self._start_error = failed
         self._agent: AgentClient | None = None
+        self._guest: AgentClient | None = None  # the same, from READY on
+        self._exit: Ended | None = None
         self._booted: asyncio.Task[AgentClient] | None = None
         self._forwarder: forward.Forwarder | None = None
         self._loopback_redirect: sk_lookup.LoopbackRedirect | None = None
@@ -132,7 +131,7 @@ class Sandbox:
         self.socket_forwarding: sockets.SocketForwardingState | None = (
             None  # once a container has a socket of the host's
         )
-        self._ending: asyncio.Task[None] | None = None
+        self._end_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loggers: set[Logger] = set()
         self._log_fifo = _open_log_fifo(settings.get("log_fifo") or "")
@@ -147,7 +146,6 @@ class Sandbox:
         self.auto_remove = bool(settings.get("auto_remove"))
 
         self.is_pod = bool(settings.get("pod"))
-        self.lost_at_ns = 0
 
     # ---- start ----
 
@@ -169,11 +167,11 @@ class Sandbox:
         try:
             boot.power_on(self.settings, self.run_dir, self.journal, self.machine)
         except KataError as error:
-            self._failed = error
+            self._start_error = error
         self.share = self.machine.share
         self.start(began, time.monotonic_ns())
-        if self._failed is not None:
-            raise self._failed
+        if self._start_error is not None:
+            raise self._start_error
 
     def start(self, began_ns: int, done_ns: int) -> None:
         """Take the machine over and bring it up; `ready` tells how that went.
@@ -182,6 +180,7 @@ class Sandbox:
             began_ns: When its start was begun, by CLOCK_MONOTONIC.
             done_ns: When it was started, or had failed to.
         """
+        self._enter(SandboxState.BOOTING)
         machine = self.machine
         self.timings.add("engine", began_ns, machine.ready_ns or done_ns)
         if machine.started_ns - machine.ready_ns > NOTABLE_NS:
@@ -204,15 +203,19 @@ class Sandbox:
             self._watch_network(self.machine.network)
         if self.machine.files is not None:
             self._watch_files(self.machine.files)
-        if self._failed is not None:
+        if self._start_error is not None:
             self.machine.end_turn()
-            raise self._failed
+            self._terminate(self._start_error)
+            raise self._start_error
         try:
             agent = await boot.bring_up(self)
             self._forward(agent)
         except KataError as error:
             self._terminate(error)
             raise
+        if self.life.may(SandboxState.READY):  # it may have been stopped, or be closing, meanwhile
+            self._enter(SandboxState.READY)
+        self._guest = agent
         self.create_task(self._watch_agent(agent))
         self.create_task(self._watch_memory(agent))
         return agent
@@ -297,16 +300,13 @@ class Sandbox:
         Raises:
             KataError: It did not come up, or is gone.
         """
-        if (
-            self.lost.done()
-            and self._booted is not None
-            and self._booted.done()
-            and self._booted.exception() is None
-        ):
-            raise self._lost_error()
         if self._booted is None:
             raise StateError(f"sandbox {self.id!r} has not been created")
-        return await asyncio.shield(self._booted)
+        if self._guest is None:
+            return await asyncio.shield(self._booted)  # whose error says more than that there is no machine
+        if self.life.is_lost:
+            raise self.life.lost_error()
+        return self._guest
 
     async def network_up(self) -> None:
         """Return when the guest's network is as it should be.
@@ -354,18 +354,8 @@ class Sandbox:
             self.log(f"not all names are found ({resolver.DOCKER}): {error.message}")
 
     async def race_vm_exit(self, work: Awaitable[T]) -> T:
-        """Await *work*; the end of the machine ends it.
-
-        Raises:
-            KataError: The machine's end, or what *work* raises.
-        """
-        task = asyncio.ensure_future(work)
-        both: set[asyncio.Future[Any]] = {task, self.lost}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        task.cancel()
-        raise self._lost_error()
+        """See `Lifecycle.race_vm_exit`."""
+        return await self.life.race_vm_exit(work)
 
     @property
     def dns(self) -> list[str]:
@@ -409,8 +399,8 @@ class Sandbox:
         """
         if container_id in self.containers:
             raise AlreadyExistsError(f"container {container_id!r} exists already")
-        if self._ending is not None:
-            raise self._lost_error()
+        if self.life.is_ending:
+            raise self.life.lost_error()
         container = Container(self, container_id, bundle, config, stdio, root)
         self.containers[container_id] = container
         self.saw_stale_client = False
@@ -497,22 +487,23 @@ class Sandbox:
 
     @property
     def is_lost(self) -> bool:
-        return self.lost.done()
+        """Whether there is no machine any more."""
+        return self.life.is_lost
 
     @property
     def lost_reason(self) -> str:
         """Why there is no machine any more; empty while there is."""
-        return self.lost.result().message if self.lost.done() else ""
+        return self.life.lost_reason
 
     @property
     def vm_runs(self) -> bool:
-        """Whether the hypervisor's process is there."""
-        return self.vm is not None and not self._vm_ended
+        """Whether the hypervisor's process is there, which ends a moment after a machine was given up."""
+        return self.vm is not None and self._exit is None
 
     @property
     def living_agent(self) -> AgentClient | None:
         """The agent, if it can still be asked."""
-        return None if self.lost.done() else self._agent
+        return None if self.life.is_lost else self._agent
 
     def fail(self, reason: str) -> None:
         """Give the machine up for *reason*: every live process ends as 137."""
@@ -521,43 +512,43 @@ class Sandbox:
     async def await_exit_reason(self, otherwise: str) -> KataError:
         """The agent is gone: wait a moment for the machine's own account, else give it up; the reason."""
         try:
-            await asyncio.wait_for(asyncio.shield(self.lost), LOST_NOTICE_S)
+            await asyncio.wait_for(asyncio.shield(self.life.exit_reason), LOST_NOTICE_S)
         except TimeoutError:
             self.fail(otherwise)
-        return self._lost_error()
+        return self.life.lost_error()
 
     async def wait_terminated(self) -> None:
         """Return when there is no machine any more."""
-        await asyncio.shield(self.lost)
+        await asyncio.shield(self.life.exit_reason)
 
     async def stop_machine(self) -> None:
-        """End the machine as somebody wants it; the engine goes on answering."""
-        self._terminate(VMLostError(f"sandbox {self.id} was stopped"), wanted=True)
+        """End the machine on request; the engine goes on answering."""
+        self._terminate(VMLostError(f"sandbox {self.id} was stopped"), SandboxState.STOPPED)
         if self.vm is not None:
             await self.vm.stop()
 
-    def _terminate(self, error: KataError, *, wanted: bool = False) -> None:
-        if self.lost.done():
+    def _terminate(self, error: KataError, state: SandboxState = SandboxState.FAILED) -> None:
+        """There is no machine any more, or there is to be none. The first reason stands.
+
+        Args:
+            error: Why.
+            state: What the sandbox is then, unless its end has begun.
+        """
+        if self.life.is_lost:
             return
-        self.lost.set_result(error)
-        self.lost_at_ns = time.time_ns()
-        if self._ending is None and not wanted:
-            self.failed = True
-            self.log(error.message)
+        self._enter(SandboxState.ENDING if self.life.is_ending else state, error)
         if self._agent is not None:
             self._agent.close()
         if self.vm is not None:
             self.create_task(self.vm.stop())
 
-    def _lost_error(self) -> KataError:
-        if self.lost.done():
-            error = self.lost.result()
-            return VMLostError(error.message, error.hint)
-        return VMLostError(f"sandbox {self.id} is ending")
+    def _enter(self, state: SandboxState, reason: KataError | None = None) -> None:
+        self.life.enter(state, reason)
+        if state is SandboxState.FAILED and reason is not None:
+            self.log(reason.message)
 
     async def _watch_machine(self, vm: Hypervisor) -> None:
-        ended = await vm.wait()
-        self._vm_ended = True
+        ended = self._exit = await vm.wait()
         if ended.status < 0 and self.machine.cgroup is not None and self.machine.cgroup.oom_kills():
             ended.error = VMLostError(
                 "the host's kernel killed the virtual machine: with its helpers it reached the limit on memory"
@@ -576,7 +567,7 @@ class Sandbox:
         def ended() -> None:
             loop.remove_reader(fd)
             failure = plan.failure()
-            if failure is not None and self._ending is None and not self.lost.done():
+            if failure is not None and not (self.life.is_ending or self.life.is_lost):
                 self.log(f"{failure.message}: the guest has no network now")
 
         if fd >= 0:
@@ -590,7 +581,7 @@ class Sandbox:
         def ended() -> None:
             loop.remove_reader(fd)
             failure = server.failure()
-            if failure is not None and self._ending is None and not self.lost.done():
+            if failure is not None and not (self.life.is_ending or self.life.is_lost):
                 self._terminate(VMLostError(failure.message, failure.hint))
 
         if fd >= 0:
@@ -598,7 +589,7 @@ class Sandbox:
 
     async def _watch_agent(self, agent: AgentClient) -> None:
         assert self.vm is not None
-        self.fail(await watch.watch(agent, self.vm.pid, lambda: self.paused))
+        self.fail(await watch.watch(agent, self.vm.pid))
 
     async def _watch_memory(self, agent: AgentClient) -> None:
         """Out-of-memory kills in the guest."""
@@ -632,17 +623,25 @@ class Sandbox:
     # ---- the end ----
 
     def end(self, grace_s: float = REMOVE_S) -> None:
-        """End the sandbox: `ended` is set when nothing of it is left but this process.
+        """End the sandbox: its state is ENDED when nothing of it is left but this process.
 
         Args:
-            grace_s: How long the guest has to write back what its containers have written.
+            grace_s: How long the guest has to write back what its containers have written, in seconds.
         """
-        if self._ending is None:
-            self._ending = asyncio.create_task(self._end(grace_s))
+        if self._end_task is None:
+            has_machine = self.life.may(SandboxState.CLOSING)
+            self._enter(SandboxState.CLOSING if has_machine else SandboxState.ENDING)
+            self._end_task = asyncio.create_task(self._end(grace_s))
 
     @property
     def is_ending(self) -> bool:
-        return self._ending is not None
+        """Whether the end has begun."""
+        return self.life.is_ending
+
+    @property
+    def ended(self) -> asyncio.Event:
+        """Is set when nothing of the sandbox is left but this process."""
+        return self.life.ended
 
     async def _end(self, grace_s: float) -> None:
         try:
@@ -650,10 +649,11 @@ class Sandbox:
         except Exception as error:  # whatever happens here, the engine must not stay for ever
             self.log(f"the sandbox was not taken down whole: {error!r}")
         finally:
-            self.ended.set()
+            self._terminate(VMLostError(f"sandbox {self.id} has ended"))
+            self._enter(SandboxState.ENDED)
 
     async def _take_down(self, grace_s: float) -> None:
-        if not self.auto_remove and not self.lost.done():
+        if not self.auto_remove and not self.life.is_lost:
             # What the container wrote has to reach its disk; of one that is removed nobody will read it.
             removing = asyncio.gather(*(container.remove() for container in self.containers.values()))
             try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from kata.engine.sandbox import Sandbox
+    from kata.engine.sandbox_state import Lifecycle
     from kata.proto.codec import Message
     from kata.ttrpc.server import Context
 
@@ -137,6 +138,11 @@ class SandboxService:
         return sandbox_pb.AgentCallResponse(payload=answer.payload)
 
 
+def _described(life: Lifecycle) -> str:
+    """The state in the words of ``kata.sandbox.v1``."""
+    return "ending" if life.is_ending else "lost" if life.is_lost else "running"
+
+
 async def describe(sandbox: Sandbox) -> dict[str, Any]:
     """The sandbox's facts, as JSON values."""
     settings = sandbox.settings
@@ -158,8 +164,8 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "disks": settings.get("disks") or [],
         "volumes": settings.get("volumes") or [],
         "network": settings.get("network") or {},
-        "state": "ending" if sandbox.is_ending else "lost" if sandbox.is_lost else "running",
-        "error": sandbox.lost_reason if sandbox.failed else "",
+        "state": _described(sandbox.life),
+        "error": sandbox.lost_reason if sandbox.life.failed else "",
         "disk_error": sandbox.disk_error,
         "disk_errors": sandbox.disk_errors,
         "containers": {
