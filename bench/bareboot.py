@@ -81,7 +81,7 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     flags = ["-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-s"]
     subprocess.run(["gcc", *flags, "-o", program, source], check=True)
     image.write_bytes(initrd.build(program.read_bytes(), []))
-    size = sizing.plan(sizing.Asked())
+    size = sizing.plan(sizing.ResourceRequest())
     machine = {
         "id": "bare",
         "hypervisor": {

@@ -27,7 +27,7 @@ _STAGES = ("set up", "execute")
 _F_SETPIPE_SZ = 1031
 
 
-class Words:
+class StderrTail:
     """What a program says on its standard error, bounded, and never in its way.
 
     The pipe does not block the program, whether anybody reads or not: what does not fit is dropped. What is
@@ -147,17 +147,14 @@ def spawn(
     role: str,
     *,
     pass_fds: Sequence[int] = (),
-    first_fds: Sequence[int] = (),
+    fds_from_3: Sequence[int] = (),
     stdout: int | None = None,
     stderr: int | None = None,
     env: Mapping[str, str] | None = None,
-    netns_fd: int | None = None,
-    cwd: str = "/",
-    oom_score_adj: int | None = None,
-    gently: bool = False,
+    terminate_first: bool = False,
     cgroups: Sequence[str] = (),
-    outlives: bool = False,
-    small_pages: bool = False,
+    survives_parent: bool = False,
+    disable_thp: bool = False,
     capabilities: Iterable[int] | None = None,
     namespaces: int = 0,
 ) -> Child:
@@ -170,17 +167,14 @@ def spawn(
         journal: Where it is written down, as a ``process``.
         role: A word for messages: "qemu", "passt".
         pass_fds: Descriptors it inherits, under the same numbers.
-        first_fds: Descriptors it inherits as 3, 4 and so on; without any in `pass_fds`.
+        fds_from_3: Descriptors it inherits as 3, 4 and so on; without any in `pass_fds`.
         stdout: Descriptor for its standard output; None is /dev/null.
         stderr: The same for standard error.
         env: Its whole environment; None is a minimal one.
-        netns_fd: Network namespace it runs in; None is ours.
-        cwd: Its working directory.
-        oom_score_adj: The kernel's out-of-memory preference (proc(5)); set if permitted.
-        gently: Undoing the journal sends TERM before KILL.
+        terminate_first: Undoing the journal sends TERM before KILL.
         cgroups: Directories of cgroups that it joins before it executes anything.
-        outlives: It ends by itself after us: no death signal, and undoing the journal waits for it first.
-        small_pages: It gets no transparent huge pages, whatever it asks for (prctl(2), PR_SET_THP_DISABLE).
+        survives_parent: It ends by itself after us: no death signal, and undoing the journal waits for it first.
+        disable_thp: It gets no transparent huge pages, whatever it asks for (prctl(2), PR_SET_THP_DISABLE).
         capabilities: The only ones that it keeps, and it never gets more; None leaves it all of ours.
         namespaces: CLONE_NEW* flags of namespaces of its own. In a PID namespace it is process 1: signals without
             a handler do not reach it, but for SIGKILL and SIGSTOP. What we mount later appears in its mount namespace.
@@ -200,9 +194,11 @@ def spawn(
 
     sysio.preload()
     environment = dict(ENVIRONMENT if env is None else env)
-    entry = journal.begin("process", role=role, signal="WAIT" if outlives else "TERM" if gently else "KILL")
+    entry = journal.begin(
+        "process", role=role, signal="WAIT" if survives_parent else "TERM" if terminate_first else "KILL"
+    )
     gate_read, gate_write = os.pipe()
-    word_read, word_write = os.pipe()  # closed by a successful exec; else says what failed
+    exec_status_read, exec_status_write = os.pipe()  # closed by a successful exec; else says what failed
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     pid = -1
     try:
@@ -220,31 +216,27 @@ def spawn(
                 sysio.close_on_exec_from(3)  # whatever we have ourselves inherited, and from whom
                 for fd in pass_fds:
                     os.set_inheritable(fd, True)
-                if first_fds:
+                if fds_from_3:
                     # Out of the way first: one may be another's number, or that of a pipe of ours.
-                    above = 3 + len(first_fds)
-                    word_write = fcntl.fcntl(word_write, fcntl.F_DUPFD_CLOEXEC, above)
+                    above = 3 + len(fds_from_3)
+                    exec_status_write = fcntl.fcntl(exec_status_write, fcntl.F_DUPFD_CLOEXEC, above)
                     gate_read = fcntl.fcntl(gate_read, fcntl.F_DUPFD_CLOEXEC, above)
-                    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in first_fds]
+                    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in fds_from_3]
                     for number, fd in enumerate(aside, 3):
                         os.dup2(fd, number)
                 for cgroup in cgroups:
                     _write(f"{cgroup}/cgroup.procs", "0")
-                if netns_fd is not None:
-                    sysio.setns(netns_fd, sysio.CLONE_NEWNET)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                if oom_score_adj is not None:
-                    _set_oom_score(oom_score_adj)
-                if small_pages:
+                if disable_thp:
                     sysio.prctl(sysio.PR_SET_THP_DISABLE, 1)
                 if namespaces & ~sysio.CLONE_NEWPID:
                     _unshare(namespaces & ~sysio.CLONE_NEWPID)
-                os.chdir(cwd)
+                os.chdir("/")
                 os.umask(0o077)
                 sysio.reset_signals()
                 if capabilities is not None:
                     sysio.keep_capabilities(capabilities)
-                if not outlives:
+                if not survives_parent:
                     sysio.prctl(sysio.PR_SET_PDEATHSIG, sysio.SIGKILL)
                     # A parent in another PID namespace has no number here that could tell whether it has ended.
                     if sysio.pidfd_wait(gate_read, 0):
@@ -252,16 +244,16 @@ def spawn(
                 stage = 1
                 os.execve(argv[0], list(argv), environment)
             except OSError as error:
-                os.write(word_write, bytes((stage,)) + str(error.errno or errno.EIO).encode())
+                os.write(exec_status_write, bytes((stage,)) + str(error.errno or errno.EIO).encode())
             finally:
                 os._exit(127)
         pidfd = sysio.pidfd_open(pid)
         try:
             journal.commit(entry, pid=pid)
             os.write(gate_write, b"x")
-            os.close(word_write)
-            word_write = -1
-            word = os.read(word_read, 64)
+            os.close(exec_status_write)
+            exec_status_write = -1
+            word = os.read(exec_status_read, 64)
             if word:
                 number = int(word[1:])
                 raise OSError(number, f"cannot {_STAGES[word[0]]} {argv[0]}: {os.strerror(number)}", argv[0])
@@ -276,7 +268,7 @@ def spawn(
         journal.mark_gone(entry)
         raise
     finally:
-        for fd in (gate_read, gate_write, word_read, word_write, null):
+        for fd in (gate_read, gate_write, exec_status_read, exec_status_write, null):
             if fd >= 0:
                 os.close(fd)
     return Child(pid, pidfd, role, journal, entry)
@@ -321,13 +313,6 @@ def _root_is_replaceable() -> bool:
     return bool(roots) and b" - rootfs " not in roots[-1]
 
 
-def _set_oom_score(value: int) -> None:
-    try:
-        _write("/proc/self/oom_score_adj", str(value))
-    except OSError:
-        pass  # lowering it needs CAP_SYS_RESOURCE, which a container host may not have
-
-
 def _write(path: str, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -353,7 +338,7 @@ def find_program(name: str, extra: Sequence[str] = ()) -> str | None:
     return None
 
 
-def said_by(argv: Sequence[str]) -> bytes:
+def output_of(argv: Sequence[str]) -> bytes:
     """What a program that ends by itself writes to its standard output and error, as ``--help``. Blocks.
 
     Raises:

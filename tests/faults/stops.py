@@ -220,7 +220,7 @@ def _install_engine() -> None:
         if (settings.get("network") or {}).get("mode") == "netns":
             from kata.network import netns
 
-            _around(netns.NetnsPlan, "wire", after="create.network")
+            _around(netns.NetnsPlan, "setup_nic", after="create.network")
         try:
             power_on(settings, run_dir, *more)
         finally:
@@ -232,11 +232,11 @@ def _install_engine() -> None:
 
 def _journal_points(journal: Any) -> None:
     """Points that only the journal's parameters tell from each other."""
-    intend, made = journal.intend, journal.made
+    begin, commit = journal.begin, journal.commit
 
-    @functools.wraps(intend)
+    @functools.wraps(begin)
     def intended(self: Any, kind: str, **params: Any) -> Any:
-        entry = intend(self, kind, **params)
+        entry = begin(self, kind, **params)
         if kind == "redirect":
             stop("create.redirect-intended")
         elif kind == "mount" and params["fstype"] != "none":
@@ -245,15 +245,15 @@ def _journal_points(journal: Any) -> None:
             stop("create.machine-intended")
         return entry
 
-    @functools.wraps(made)
+    @functools.wraps(commit)
     def was_made(self: Any, entry: Any, **identity: Any) -> None:
         if entry.kind == "cgroup":
             stop("create.cgroup-made")
-        made(self, entry, **identity)
+        commit(self, entry, **identity)
         if entry.kind == "process" and entry.params.get("role") == "qemu":
             stop("create.machine-gate")
 
-    journal.intend, journal.made = intended, was_made
+    journal.begin, journal.commit = intended, was_made
 
 
 def _install_serving_engine() -> None:

@@ -26,9 +26,15 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make(name: str | None = None, **more: object) -> records.Container:
-    draft = records.Draft(name)
-    record = {"id": draft.id, "name": draft.name, "created_at": records.now(), "auto_remove": False, **more}
-    return draft.keep(record, {"process": {}})
+    pending = records.PendingContainer(name)
+    record = {
+        "id": pending.id,
+        "name": pending.name,
+        "created_at": records.now(),
+        "auto_remove": False,
+        **more,
+    }
+    return pending.commit(record, {"process": {}})
 
 
 def test_a_container_is_found_by_name_id_and_beginning(state: Path) -> None:
@@ -54,7 +60,7 @@ def test_an_ambiguous_beginning_is_refused(state: Path, monkeypatch: pytest.Monk
 def test_a_name_is_unique_and_free_again_after_removal(state: Path) -> None:
     one = make("one")
     with pytest.raises(AlreadyExistsError, match="taken by container"):
-        records.Draft("one")
+        records.PendingContainer("one")
     assert len(os.listdir(state / "containers")) == 1
     records.remove(one)
     assert os.listdir(state / "containers") == []
@@ -124,9 +130,9 @@ def test_an_engine_that_hangs_is_ended_where_it_is_to_be(
 
 
 def test_a_discarded_draft_leaves_nothing(state: Path) -> None:
-    draft = records.Draft("draft")
-    Path(draft.path("rw.img")).write_bytes(b"x")
-    draft.discard()
+    pending = records.PendingContainer("draft")
+    Path(pending.path("rw.img")).write_bytes(b"x")
+    pending.discard()
     assert os.listdir(state / "containers") == []
     assert os.listdir(state / "names") == []
 
@@ -134,7 +140,7 @@ def test_a_discarded_draft_leaves_nothing(state: Path) -> None:
 def test_a_draft_of_a_dead_process_is_cleared(state: Path, tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        records.Draft("dying")
+        records.PendingContainer("dying")
         os._exit(0)
     os.waitpid(child, 0)
     kept = make("kept")

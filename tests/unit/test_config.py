@@ -305,7 +305,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def settings(conf: files.Configuration) -> dict[str, object]:
-    return machine.settings(sizing.Asked(), conf)[0]
+    return machine.settings(sizing.ResourceRequest(), conf)[0]
 
 
 def test_keys_reach_the_engine(tmp_path: Path, guest: str) -> None:
@@ -410,8 +410,8 @@ def test_sizes_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     monkeypatch.setattr(sizing, "_meminfo", lambda: {"MemTotal": 16 << 20, "MemAvailable": 8 << 20})
 
-    def size(text: str, asked: sizing.Asked | None = None) -> sizing.Size:
-        return sizing.plan(asked or sizing.Asked(), limits=machine.limits(loaded(tmp_path, text)))
+    def size(text: str, asked: sizing.ResourceRequest | None = None) -> sizing.Size:
+        return sizing.plan(asked or sizing.ResourceRequest(), limits=machine.limits(loaded(tmp_path, text)))
 
     nothing = size("")
     assert (nothing.vcpus, nothing.memory_mib, nothing.max_vcpus, nothing.max_memory_mib) == (
@@ -427,12 +427,12 @@ def test_sizes_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     bounded = "[hypervisor.qemu]\ndefault_maxvcpus = 2\ndefault_maxmemory = 4096\n"
     assert (size(bounded).max_vcpus, size(bounded).max_memory_mib) == (2, 4096)
     with pytest.raises(UsageError, match="3 CPUs were asked for, and default_maxvcpus is 2"):
-        size(bounded, sizing.Asked(3))
+        size(bounded, sizing.ResourceRequest(3))
     with pytest.raises(
         ResourceExhaustedError, match="5000 MiB of memory were asked for, and default_maxmemory is 4096"
     ):
-        size(bounded, sizing.Asked(None, 5000 << 20))
-    fixed = size("[runtime]\nstatic_sandbox_resource_mgmt = true\n", sizing.Asked(2, 1 << 30))
+        size(bounded, sizing.ResourceRequest(None, 5000 << 20))
+    fixed = size("[runtime]\nstatic_sandbox_resource_mgmt = true\n", sizing.ResourceRequest(2, 1 << 30))
     assert (fixed.max_vcpus, fixed.max_memory_mib) == (2, fixed.memory_mib)
     memory = size("[hypervisor.qemu]\nenable_virtio_mem = false\n")
     assert (memory.max_vcpus, memory.max_memory_mib) == (4, 2048)

@@ -145,7 +145,7 @@ def test_a_child_inherits_what_was_named_and_nothing_else(leaking: list[int], jo
     named = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
     for numbers, keywords in (
         ({0, 1, 2, named}, {"pass_fds": [named]}),
-        ({0, 1, 2, 3, 4}, {"first_fds": [named, named]}),
+        ({0, 1, 2, 3, 4}, {"fds_from_3": [named, named]}),
     ):
         read, write = os.pipe()
         child = children.spawn([sys.executable, "-c", LIST], journal, "lister", stdout=write, **keywords)  # type: ignore[arg-type]

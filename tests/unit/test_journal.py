@@ -203,7 +203,7 @@ def test_processes_are_ended_by_identity(tmp_path: Path) -> None:
     journal = new(tmp_path)
     stubborn = "import signal, time; signal.signal(15, 1); print(flush=True); time.sleep(600)"
     read, write = os.pipe()
-    first = children.spawn(["/bin/sleep", "600"], journal, "sleeper", gently=True)
+    first = children.spawn(["/bin/sleep", "600"], journal, "sleeper", terminate_first=True)
     second = children.spawn([sys.executable, "-c", stubborn], journal, "stubborn", stdout=write)
     assert os.read(read, 1) == b"\n"
     os.close(read)

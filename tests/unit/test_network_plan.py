@@ -41,7 +41,7 @@ def test_no_network_still_has_a_plug() -> None:
     made = plan({"mode": "none"}, host())
     assert made.interface is None
     assert made.routes == []
-    nic = made.wire()
+    nic = made.setup_nic()
     assert nic.fd is None
     assert made.failure() is None
     assert made.pidfd == -1
@@ -271,7 +271,7 @@ def test_guard_programs_are_whole() -> None:
 
 
 def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
-    words = children.Words()
+    words = children.StderrTail()
     for _ in range(20):
         try:
             os.write(words.write_fd, b"first\n" + b"x" * 4000 + b"\n")
@@ -285,7 +285,7 @@ def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
     said = words.text()
     assert said.startswith("first\n")
     assert said.endswith("\\x1b[31mlast words")
-    assert len(said) < 3 * children.Words.KEEP
+    assert len(said) < 3 * children.StderrTail.KEEP
     assert words.fd == -1
     words.close()
 

@@ -163,7 +163,7 @@ def test_the_configuration_file_that_a_client_names() -> None:
     ],
 )
 def test_what_was_asked_for(config: dict[str, Any], expected: tuple[float | None, int | None]) -> None:
-    found = sizing.asked_of(config)
+    found = sizing.request_of(config)
     assert (found.cpus, found.memory) == expected
 
 

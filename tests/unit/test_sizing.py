@@ -30,30 +30,30 @@ def _pretend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("asked", "vcpus"), [(None, 1), (0.1, 1), (1.0, 1), (1.01, 2), (2.5, 3), (4.0, 4)])
 def test_cpus(asked: float | None, vcpus: int) -> None:
-    assert sizing.plan(sizing.Asked(asked)).vcpus == vcpus
+    assert sizing.plan(sizing.ResourceRequest(asked)).vcpus == vcpus
 
 
 def test_more_cpus_than_there_are() -> None:
     with pytest.raises(UsageError, match=r"4\.5 CPUs were asked for, and this host has 4"):
-        sizing.plan(sizing.Asked(4.5))
+        sizing.plan(sizing.ResourceRequest(4.5))
 
 
 def test_nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sizing.plan(sizing.Asked()).memory_mib == 2048
+    assert sizing.plan(sizing.ResourceRequest()).memory_mib == 2048
     monkeypatch.setattr(sizing, "_meminfo", lambda: {"MemTotal": 1 << 20, "MemAvailable": 1 << 20})
-    assert sizing.plan(sizing.Asked()).memory_mib == 512, "half of a small host"
+    assert sizing.plan(sizing.ResourceRequest()).memory_mib == 512, "half of a small host"
 
 
 def test_more_memory_than_there_is() -> None:
     with pytest.raises(ResourceExhaustedError, match=r"20480 MiB of memory were asked for.*16384 MiB"):
-        sizing.plan(sizing.Asked(None, 20 * GIB))
+        sizing.plan(sizing.ResourceRequest(None, 20 * GIB))
 
 
 @given(st.integers(64 * MIB, 15 * GIB), st.sampled_from(["small", "distro"]))
 def test_the_guest_gets_what_was_asked(asked: int, kernel: str) -> None:
     # What the kernel was measured to keep: see the module.
     kept = {"small": 19.5, "distro": 47.5}[kernel]
-    size = sizing.plan(sizing.Asked(None, asked), kernel)
+    size = sizing.plan(sizing.ResourceRequest(None, asked), kernel)
     total = size.memory_mib * (1 - 1 / 64 - 1 / 1024) - kept
     least = sizing.total_of(asked, kernel)
     assert total * MIB >= least * 0.999
@@ -75,20 +75,22 @@ def test_the_guest_gets_what_was_asked(asked: int, kernel: str) -> None:
     ],
 )
 def test_without_a_quota_the_set_of_processors_counts(text: object, count: int) -> None:
-    asked = sizing.container_asks({"cpu": {"cpus": text}})
+    asked = sizing.container_request({"cpu": {"cpus": text}})
     assert len(asked.cpuset) == count
     assert sizing.plan(asked).vcpus == max(min(count, 4), 1)
-    asked = sizing.container_asks({"cpu": {"cpus": text, "quota": 50_000, "period": 100_000}})
+    asked = sizing.container_request({"cpu": {"cpus": text, "quota": 50_000, "period": 100_000}})
     assert sizing.plan(asked).vcpus == 1
 
 
 def test_more_processors_in_a_set_than_there_are_are_no_error() -> None:
-    assert sizing.plan(sizing.container_asks({"cpu": {"cpus": "0-63"}})).vcpus == 4
+    assert sizing.plan(sizing.container_request({"cpu": {"cpus": "0-63"}})).vcpus == 4
 
 
 def test_a_least_size() -> None:
-    assert sizing.plan(sizing.Asked(None, 6 * MIB)).memory_mib == sizing.LEAST_MIB["small"]
-    assert sizing.plan(sizing.Asked(None, 6 * MIB), "distro").memory_mib == sizing.LEAST_MIB["distro"]
+    assert sizing.plan(sizing.ResourceRequest(None, 6 * MIB)).memory_mib == sizing.LEAST_MIB["small"]
+    assert (
+        sizing.plan(sizing.ResourceRequest(None, 6 * MIB), "distro").memory_mib == sizing.LEAST_MIB["distro"]
+    )
 
 
 def test_this_host() -> None:

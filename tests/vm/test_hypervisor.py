@@ -435,7 +435,7 @@ def test_the_console_is_kept_and_bounded(lab: Lab, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mib", [64, 512, 3000])
 def test_the_guest_has_the_memory_that_was_asked_for(lab: Lab, mib: int) -> None:
-    size = sizing.plan(sizing.Asked(None, mib << 20), lab.guest.kernel_kind)
+    size = sizing.plan(sizing.ResourceRequest(None, mib << 20), lab.guest.kernel_kind)
     with lab.machine(memory_mib=size.memory_mib) as (_, shell, _):
         total = int(re.findall(r"\d+", shell.ok("grep MemTotal /proc/meminfo"))[0])
     least = sizing.total_of(mib << 20, lab.guest.kernel_kind) >> 10

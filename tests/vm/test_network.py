@@ -61,7 +61,7 @@ class Sandbox:
         self.journal = minivm.sandbox_dir(base, f"n{os.getpid()}")
         self.name = f"ktest{os.getpid()}"
         self.plan = plan(settings)
-        self.nic = self.plan.wire()
+        self.nic = self.plan.setup_nic()
 
     def start(self) -> None:
         self.plan.start(self.journal, self.name)

@@ -65,7 +65,7 @@ def usage() -> str:
     )
 
 
-class Trouble(Exception):
+class Finding(Exception):
     """The agent did what it must not. The words say what."""
 
 
@@ -110,8 +110,8 @@ def run(link: Link, words: Sequence[str], style: Style, own_vm: bool) -> int:
             if time.monotonic() >= deadline:
                 break
             _one(carrier, report, sorts, chosen, seed, number)
-    except Trouble as trouble:
-        report.verdict = str(trouble)
+    except Finding as finding:
+        report.verdict = str(finding)
     finally:
         carrier.close()
     report.lost = link.lost()
@@ -257,17 +257,17 @@ class _Carrier(ABC):
         """Ask whether the agent is healthy; the seconds it took to say so.
 
         Raises:
-            Trouble: It is not.
+            Finding: It is not.
         """
         began = time.monotonic()
         try:
             self._ask()
         except TtrpcError as error:
-            raise Trouble(f"hung: {error.message}") from None
+            raise Finding(f"hung: {error.message}") from None
         except TimeoutError:
-            raise Trouble(f"hung: Health.Check was not answered within {self.patience_s:g} s") from None
+            raise Finding(f"hung: Health.Check was not answered within {self.patience_s:g} s") from None
         except (KataError, OSError) as error:
-            raise Trouble(f"gone: {error}") from None
+            raise Finding(f"gone: {error}") from None
         return time.monotonic() - began
 
     def _ask(self) -> None:
@@ -294,7 +294,7 @@ class _Calls(_Carrier):
         except TtrpcError as error:
             return [_code(error.code)]
         except KataError as error:
-            raise Trouble(f"gone: {error.message}") from None
+            raise Finding(f"gone: {error.message}") from None
         return ["OK"]
 
 
@@ -312,7 +312,7 @@ class _Stream:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.closed = False
-        self.lied = False
+        self.sent_garbage = False
         self.answers: list[tuple[int, str]] = []
         self._parser = frame.Parser()
 
@@ -329,7 +329,7 @@ class _Stream:
             except TimeoutError:
                 self.receive(0.0)
                 if time.monotonic() > deadline:
-                    raise Trouble("hung: it does not read what it is sent") from None
+                    raise Finding("hung: it does not read what it is sent") from None
             except OSError:
                 self.closed = True
 
@@ -359,13 +359,13 @@ class _Stream:
                 )
                 self.answers.append((item.stream, what))
         except (ProtocolError, ValueError):
-            self.lied = True
+            self.sent_garbage = True
         return True
 
     def collect(self, streams: set[int], timeout_s: float) -> None:
         """Wait until these streams have been answered, the connection has ended, or the time is up."""
         deadline = time.monotonic() + timeout_s
-        while not self.closed and not self.lied:
+        while not self.closed and not self.sent_garbage:
             if streams and streams <= {stream for stream, _ in self.answers}:
                 return
             left = deadline - time.monotonic()
@@ -389,7 +389,7 @@ class _Sockets(_FrameCarrier):
         try:
             stream = self._new()
         except (KataError, OSError) as error:
-            raise Trouble(f"gone: {error}") from None
+            raise Finding(f"gone: {error}") from None
         try:
             stream.send(data, pieces, self.patience_s)
             stream.collect(due, wait_s)
@@ -473,35 +473,35 @@ def _check_health(stream: _Stream, number: int, timeout_s: float) -> None:
     Raises:
         TimeoutError: No answer.
         ConnectionError: It ended.
-        Trouble: The answer is none, or not the right one.
+        Finding: The answer is none, or not the right one.
     """
     stream.answers.clear()
     stream.send(fuzz_cases.check(number), 1, timeout_s)
     stream.collect({number}, timeout_s)
     found = [what for at, what in stream.answers if at == number]
-    if stream.lied:
-        raise Trouble("it sent something that is no frame")
+    if stream.sent_garbage:
+        raise Finding("it sent something that is no frame")
     if stream.closed and not found:
         raise ConnectionError("it hung up on a right call")
     if not found:
         raise TimeoutError
     if found[0] != "OK":
-        raise Trouble(f"Health.Check was answered {found[0]}")
+        raise Finding(f"Health.Check was answered {found[0]}")
 
 
 def _outcomes(stream: _Stream, due: set[int], waited_s: float) -> list[str]:
     """What came back, one word for each answer.
 
     Raises:
-        Trouble: A right call was not answered, or an answer is none.
+        Finding: A right call was not answered, or an answer is none.
     """
-    if stream.lied:
-        raise Trouble("it sent something that is no frame")
+    if stream.sent_garbage:
+        raise Finding("it sent something that is no frame")
     answered = {number for number, _ in stream.answers}
     if due - answered and stream.closed:
-        raise Trouble(f"it hung up before {len(due - answered)} of {len(due)} right calls were answered")
+        raise Finding(f"it hung up before {len(due - answered)} of {len(due)} right calls were answered")
     if due - answered:
-        raise Trouble(
+        raise Finding(
             f"hung: {len(due - answered)} of {len(due)} right calls were not answered in {waited_s:g} s"
         )
     found = [what for _, what in stream.answers]

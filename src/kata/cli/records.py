@@ -192,8 +192,8 @@ def _claim(name: str, identity: str) -> bool:
     return True
 
 
-class Draft:
-    """A container in the making: a name and a directory that vanish again unless `keep` is called.
+class PendingContainer:
+    """A container in the making: a name and a directory that vanish again unless `commit` is called.
 
     Raises:
         AlreadyExistsError: The name is taken.
@@ -229,7 +229,7 @@ class Draft:
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
-    def keep(self, record: dict[str, Any], spec: dict[str, Any]) -> Container:
+    def commit(self, record: dict[str, Any], spec: dict[str, Any]) -> Container:
         """Write what describes the container; from now on only `remove` takes it away."""
         write_json(self.path("config.json"), spec)
         write_json(self.path(_RECORD), record)

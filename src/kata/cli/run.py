@@ -8,7 +8,7 @@ import time
 
 from kata.cli import values
 from kata.cli.args import Command, Option
-from kata.cli.records import CREATED, Draft, now
+from kata.cli.records import CREATED, PendingContainer, now
 from kata.errors import ToldToEnd, UsageError
 
 TYPE_CHECKING = False
@@ -129,16 +129,16 @@ def make_container(
     raise_file_limit()  # with too few it would fail half-way, and clearing up as well
     image = store.resolve(reference, pull=choice.pull, platform=choice.platform, progress=None)
     _warn_of_level(image.platform)
-    draft = Draft(choice.name)
+    pending = PendingContainer(choice.name)
     try:
-        hostname = choice.hostname or draft.id[:12]
+        hostname = choice.hostname or pending.id[:12]
         request = oci.Request(hostname)
         choice.fill(request)
         request.command = command
         spec = oci.build(request, image.config)
         record: dict[str, Any] = {
-            "id": draft.id,
-            "name": draft.name,
+            "id": pending.id,
+            "name": pending.name,
             "created_at": now(),
             "image": {"reference": reference, "id": image.id},
             "rootfs": _rootfs(image),
@@ -169,10 +169,10 @@ def make_container(
         if choice.storage == "disk":
             from kata.storage import ext4
 
-            ext4.make_writable(draft.path("rw.img"), choice.storage_size)
-        return draft.keep(record, spec)
+            ext4.make_writable(pending.path("rw.img"), choice.storage_size)
+        return pending.commit(record, spec)
     except BaseException:
-        draft.discard()
+        pending.discard()
         raise
 
 

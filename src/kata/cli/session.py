@@ -50,10 +50,10 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
         KataError: As of `kata.engine.machine.settings`.
     """
     from kata.engine import machine
-    from kata.resources.sizing import Asked
+    from kata.resources.sizing import ResourceRequest
 
     record = container.record
-    asked = Asked(record["cpus"], record["memory"], "--cpus and --memory")
+    asked = ResourceRequest(record["cpus"], record["memory"], "--cpus and --memory")
     # Room to grow has its price, a few MiB: for those that have limits, which may be changed.
     limited = asked.cpus is not None or asked.memory is not None
     about_machine, notes = machine.settings(asked, grows=limited)

@@ -77,7 +77,9 @@ def _update(arguments: Arguments) -> int:
                 engine.update(container.id, resources)
         else:
             # No machine is there to refuse it.
-            sizing.plan(sizing.Asked(record.get("cpus"), record.get("memory"), "--cpus and --memory"))
+            sizing.plan(
+                sizing.ResourceRequest(record.get("cpus"), record.get("memory"), "--cpus and --memory")
+            )
         _keep(container, resources, record)
 
     return each(arguments.rest, act)

@@ -146,7 +146,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
 
         machine.network = plan(network)
         machine.network.journal = journal
-        nics = [machine.network.wire(), *machine.network.more_nics]
+        nics = [machine.network.setup_nic(), *machine.network.more_nics]
     if machine.share is not None:
         machine.files = file_server(settings, share.path, run_dir, journal)
     vm = vm_settings(settings, share.path, run_dir, *nics, files=machine.files)

@@ -16,7 +16,7 @@ import asyncio
 
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
 from kata.resources import sizing
-from kata.resources.sizing import Asked
+from kata.resources.sizing import ResourceRequest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class Fitting:
         self._max_mib = max(int(settings.get("max_memory_mib") or 0), self._first_mib)
         self._fixed_memory = bool(settings.get("fixed_memory"))
         self._default_mib = int(found.get("default_memory_mib") or 0)
-        self._containers: dict[str, Asked] = {}
+        self._containers: dict[str, ResourceRequest] = {}
         self._pause_containers: set[str] = set()
         self._source = str(found.get("source") or "")
         of_pod = self._source.startswith(sizing.OF_SANDBOX)
-        self._pod = Asked(found.get("cpus"), found.get("memory")) if of_pod else Asked()
+        self._pod = ResourceRequest(found.get("cpus"), found.get("memory")) if of_pod else ResourceRequest()
         self.vcpus = self._first_vcpus
         self.plugged_mib = 0
         self.returned_mib = 0
@@ -111,7 +111,7 @@ class Fitting:
         Raises:
             KataError: The container asks for more than the machine can become; it is as it was.
         """
-        asked = sizing.container_asks(resources)
+        asked = sizing.container_request(resources)
         async with self._lock:
             self._containers[container_id] = asked
             if is_sandbox:
@@ -152,8 +152,8 @@ class Fitting:
         """
         async with self._lock:
             has = self._has
-            pod, asked = self._pod, self._containers.get(container_id, Asked())
-            wanted = sizing.container_asks(after)
+            pod, asked = self._pod, self._containers.get(container_id, ResourceRequest())
+            wanted = sizing.container_request(after)
             self._containers[container_id] = wanted
             self._pod = _changed(pod, asked, wanted)
             try:
@@ -170,13 +170,13 @@ class Fitting:
     def _keeps_size(self) -> bool:
         return (self._max_vcpus, self._max_mib) == (self._first_vcpus, self._first_mib)
 
-    def _total(self) -> Asked:
+    def _total(self) -> ResourceRequest:
         asked = self._containers.values()
         cpus = sum(one.cpus for one in asked if one.cpus is not None)
         memory = sum(one.memory for one in asked if one.memory is not None)
         # Sets overlap, and the kubelet gives every container without a quota all that is left of a large node.
         allowed = min(len(frozenset().union(*(one.cpuset for one in asked))), self._max_vcpus)
-        return Asked(
+        return ResourceRequest(
             max(cpus, allowed, self._pod.cpus or 0) or None, max(memory, self._pod.memory or 0) or None
         )
 
@@ -336,14 +336,14 @@ def _larger(one: Target, other: Target) -> Target:
     return (max(one[0], other[0]), *memory[1:])
 
 
-def _changed(pod: Asked, before: Asked, after: Asked) -> Asked:
+def _changed(pod: ResourceRequest, before: ResourceRequest, after: ResourceRequest) -> ResourceRequest:
     """What a pod asks for as a whole when a limit of one of its containers changes."""
     cpus, memory = pod.cpus, pod.memory
     if cpus is not None:
         cpus = max(cpus + (after.cpus or 0) - (before.cpus or 0), 0)
     if memory is not None:
         memory = max(memory + (after.memory or 0) - (before.memory or 0), 0)
-    return Asked(cpus, memory)
+    return ResourceRequest(cpus, memory)
 
 
 def merged(before: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -79,12 +79,10 @@ class GuestNetwork:
         plan = self._plan
         async with self._turn:
             # Some clients wire a container's network namespace only between create and start.
-            if plan is not None and plan.wired_by_others:
+            if plan is not None and plan.external_netns:
                 if self._socket is None:
                     self._listen()  # before the look: what happens meanwhile is followed afterwards
-                is_new = await self._sandbox.run_blocking(
-                    lambda: plan.look_again(is_running=self._is_watching)
-                )
+                is_new = await self._sandbox.run_blocking(lambda: plan.rescan(is_running=self._is_watching))
                 if is_new:
                     agent = await self._sandbox.ready()
                     await self._plug_in(plan)
@@ -124,7 +122,7 @@ class GuestNetwork:
                         raise
                     self._is_denied = True  # by a policy in the guest that does not know of it
             await agent.update_interface(types_pb.Interface.from_dict(interface))
-        if plan.wired_by_others and not self._is_able(agent):
+        if plan.external_netns and not self._is_able(agent):
             self._say("the guest has no kernel parameters of its network: its agent cannot set them")
         await self._tell_routes(agent, plan, is_able=self._is_able(agent))
         if plan.neighbors:
@@ -235,7 +233,7 @@ class GuestNetwork:
         """Give the machine the interfaces that have come."""
         vm = self._sandbox.vm
         assert vm is not None
-        late = plan.unplugged()
+        late = plan.take_pending_hotplugs()
         try:
             for index, mac, tap_fd in late:
                 await self._sandbox.race_vm_exit(vm.plug_nic(index, mac, tap_fd))
@@ -305,7 +303,7 @@ class GuestNetwork:
         assert plan is not None
         try:
             async with self._turn:
-                await self._sandbox.run_blocking(lambda: plan.look_again(is_running=True))
+                await self._sandbox.run_blocking(lambda: plan.rescan(is_running=True))
                 agent = await self._sandbox.ready()
                 await self._plug_in(plan)
                 await self._sandbox.race_vm_exit(self._configure(agent))

@@ -261,17 +261,17 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
     sysio.write_all(handed, marshal.dumps(settings))
     os.lseek(handed, 0, os.SEEK_SET)
     lifetime_read, lifetime_write = os.pipe()
-    word_read, word_write = os.pipe()
+    exec_status_read, exec_status_write = os.pipe()
     argv = [*launcher.command(), "engine", directory]
     try:
         child = os.fork()
         if child == 0:
-            _become_engine(argv, (null, log, log, listener, lifetime_read, handed), word_write)
-        os.close(word_write)
-        word_write = -1
+            _become_engine(argv, (null, log, log, listener, lifetime_read, handed), exec_status_write)
+        os.close(exec_status_write)
+        exec_status_write = -1
         os.waitpid(child, 0)
         word = b""
-        while piece := os.read(word_read, 64):
+        while piece := os.read(exec_status_read, 64):
             if not word:
                 _hand_over(journal, int(piece.split()[0]))
             word += piece
@@ -279,7 +279,7 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
         os.close(lifetime_write)
         raise
     finally:
-        for fd in (log, null, handed, lifetime_read, word_read, word_write):
+        for fd in (log, null, handed, lifetime_read, exec_status_read, exec_status_write):
             if fd >= 0:
                 os.close(fd)
     pid, _, failure = word.decode().partition(" ")

@@ -64,7 +64,7 @@ class Logger:
         argv = command(uri)
         theirs: list[int] = []
         ours: list[int] = []
-        self._words = children.Words()
+        self._stderr = children.StderrTail()
         try:
             for _ in range(2):
                 reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -79,14 +79,14 @@ class Logger:
                 argv,
                 journal,
                 "logger",
-                first_fds=theirs,
-                stderr=self._words.write_fd,
+                fds_from_3=theirs,
+                stderr=self._stderr.write_fd,
                 env={**children.ENVIRONMENT, "CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace},
                 # It has to read to the end what was written before the engine's: its input ends with the engine.
-                outlives=True,
+                survives_parent=True,
             )
         except OSError as error:
-            self._words.close()
+            self._stderr.close()
             for fd in ours:
                 os.close(fd)
             raise HostError(
@@ -94,7 +94,7 @@ class Logger:
                 "It has to be executable by root.",
             ) from None
         finally:
-            self._words.started()
+            self._stderr.started()
             for fd in theirs:
                 os.close(fd)
         self.program = argv[0]
@@ -118,8 +118,8 @@ class Logger:
         if self._child.poll() is not None:
             self._loop.remove_reader(self._child.pidfd)
             self._child.close()
-            self._words.read()
-            self._words.close()
+            self._stderr.read()
+            self._stderr.close()
             self.ended.set()
 
     async def ready(self) -> None:
@@ -163,7 +163,7 @@ class Logger:
         status = self._child.poll()
         if not status or self._dismissed:
             return ""
-        said = self._words.text().strip()
+        said = self._stderr.text().strip()
         return f"the logging program {self.program} {children.ending(status)}" + (
             f": {said}" if said else ""
         )

@@ -35,7 +35,7 @@ _ARGUMENT = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234
 
 
 def settings(
-    asked: sizing.Asked, configuration: Configuration | None = None, *, grows: bool = False
+    asked: sizing.ResourceRequest, configuration: Configuration | None = None, *, grows: bool = False
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The keys of ``sandbox.json`` that are about the machine.
 

@@ -47,7 +47,7 @@ def settings(request: CreateSandboxRequest, config_path: str) -> dict[str, Any]:
     said = {**pod.annotations, **request.annotations}
     conf = files.load(config_path)
     pod_annotations.apply(conf, said)
-    asked = sizing.asked_of({"annotations": {**said, **_sizes(pod)}})
+    asked = sizing.request_of({"annotations": {**said, **_sizes(pod)}})
     about_machine, notes = machine.settings(asked, conf, grows=True)
     dns = pod.dns_config
     return {

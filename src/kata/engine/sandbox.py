@@ -229,7 +229,7 @@ class Sandbox:
         from kata.agent import dial
 
         plan = self.machine.network
-        if plan is None or not (plan.listeners or plan.wired_by_others):
+        if plan is None or not (plan.listeners or plan.external_netns):
             return
         from kata.engine import forward
 
@@ -240,7 +240,7 @@ class Sandbox:
                     "use the guest that this program builds (kata guest build), or a newer passt",
                 )
             self._forwarder = forward.published(self, plan)
-        if not plan.wired_by_others or dial.FEATURE not in agent.features:
+        if not plan.external_netns or dial.FEATURE not in agent.features:
             return
         from kata.network import sk_lookup
 
@@ -328,7 +328,7 @@ class Sandbox:
         from kata.network import resolver
 
         plan = self.machine.network
-        if plan is None or not plan.wired_by_others:
+        if plan is None or not plan.external_netns:
             return
         if self._names is None and resolver.DOCKER not in await self.run_blocking(
             prepare.name_servers, config, self.dns

@@ -109,7 +109,7 @@ class FileServer:
         self._directory = directory
         self._journal = journal
         self._child: children.Child | None = None
-        self._words: children.Words | None = None
+        self._stderr: children.StderrTail | None = None
         path = os.path.join(run_dir, SOCKET_NAME)
         entry: Entry = journal.begin("socket", path=path)
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
@@ -141,21 +141,21 @@ class FileServer:
         Raises:
             HypervisorError: It cannot be executed.
         """
-        self._words = children.Words()
+        self._stderr = children.StderrTail()
         try:
             self._child = children.spawn(
                 command(self.program, self._directory, self._listener, self._cache),
                 self._journal,
                 "virtiofsd",
                 pass_fds=[self._listener],
-                stdout=self._words.write_fd,
-                stderr=self._words.write_fd,
+                stdout=self._stderr.write_fd,
+                stderr=self._stderr.write_fd,
                 capabilities=capabilities(self.program),
             )
         except OSError as error:
             raise HypervisorError(f"cannot start the file server: {error.strerror}") from error
         finally:
-            self._words.started()
+            self._stderr.started()
             self.close_socket()
 
     def close_socket(self) -> None:
@@ -171,12 +171,12 @@ class FileServer:
 
     def failure(self) -> KataError | None:
         """Why it is no longer there, or None while it is."""
-        if self._child is None or self._words is None:
+        if self._child is None or self._stderr is None:
             return None
         status = self._child.poll()
         if status is None:
             return None
-        said = self._words.text().strip()
+        said = self._stderr.text().strip()
         return HypervisorError(
             f"the file server of the share ({self.program}) {children.ending(status)}"
             + (f": {said}" if said else ""),
@@ -196,5 +196,5 @@ class FileServer:
                 self._child.wait(LEAVES_S)
             if self._child.poll() is not None:
                 self._child.close()
-        if self._words is not None:
-            self._words.close()
+        if self._stderr is not None:
+            self._stderr.close()

@@ -73,7 +73,7 @@ class _Macvtap(Endpoint):
 class MacvtapPlan(NetnsPlan):
     """The network of a namespace by macvtap; arguments as of `NetnsPlan`."""
 
-    def wire(self) -> Nic:
+    def setup_nic(self) -> Nic:
         """Enter the namespace and put a macvtap on each interface that is there. Main thread, before any other.
 
         Raises:
@@ -82,7 +82,7 @@ class MacvtapPlan(NetnsPlan):
         """
         self.enter()
         with rtnetlink.Rtnl() as rtnl:
-            found = self.unclaimed(rtnl)
+            found = self.new_links(rtnl)
             if len(found) > len(slots.NICS):
                 raise UnsupportedError(
                     f"the namespace has {len(found)} interfaces", f"A machine has {len(slots.NICS)} at most."
@@ -100,8 +100,8 @@ class MacvtapPlan(NetnsPlan):
         self.more_nics = nics[1:]
         return nics[0] if nics else Nic(self.mac)
 
-    def look_again(self, *, is_running: bool = False) -> bool:
-        """Take what has changed of the interfaces; see `NetnsPlan.look_again`.
+    def rescan(self, *, is_running: bool = False) -> bool:
+        """Take what has changed of the interfaces; see `NetnsPlan.rescan`.
 
         Raises:
             UnsupportedError: There is a new one.
@@ -109,7 +109,7 @@ class MacvtapPlan(NetnsPlan):
         before = self._described()
         with rtnetlink.Rtnl() as rtnl:
             self._refresh(rtnl)
-            late = self.unclaimed(rtnl)
+            late = self.new_links(rtnl)
             self.describe(rtnl)
         for link in late:
             error = f"the interface {link.name} was attached after the machine's start, which macvtap cannot follow"

@@ -7,7 +7,7 @@ guest has the interface's hardware address, addresses, MTU, routes and permanent
 interface does not matter. A tap is not persistent: it ends with the hypervisor, however that ends.
 
 An interface that appears only after the machine was started (Docker 26 and newer, `ctr run --cni`) is taken by
-`look_again`: the first by the plug that every machine has, further ones are plugged into ports that a machine has whose
+`rescan`: the first by the plug that every machine has, further ones are plugged into ports that a machine has whose
 namespace was empty. One that is taken out of the namespace frees its plug.
 """
 
@@ -140,18 +140,18 @@ class NetnsPlan(NetworkPlan):
         model: ``tcfilter``, or ``none``: the hypervisor is in the namespace, and the guest not connected to it.
     """
 
-    wired_by_others = True
+    external_netns = True
 
     def __init__(self, mac: str, path: str, model: str = "tcfilter") -> None:
         super().__init__(mac)
         self.path = path
         self._connects = model != "none"
         self.endpoints: list[Endpoint] = []
-        self._unplugged: list[Endpoint] = []
+        self._pending_hotplugs: list[Endpoint] = []
         self.routing = []
         self.rules = []
 
-    def wire(self) -> Nic:
+    def setup_nic(self) -> Nic:
         """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other.
 
         Raises:
@@ -163,11 +163,11 @@ class NetnsPlan(NetworkPlan):
             return Nic(self.mac)
         try:
             with rtnetlink.Rtnl() as rtnl:
-                found = self.unclaimed(rtnl)
+                found = self.new_links(rtnl)
             for index in range(max(1, min(len(found), len(slots.NICS)))):
                 mac = found[index].mac if found else self.mac
                 self.endpoints.append(_Redirected(index, mac))
-            self.look_again()
+            self.rescan()
         except BaseException:
             for endpoint in self.endpoints:
                 os.close(endpoint.fd)
@@ -178,9 +178,9 @@ class NetnsPlan(NetworkPlan):
         first, *self.more_nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
         return first
 
-    def unplugged(self) -> list[tuple[int, str, int]]:
-        """See `NetworkPlan.unplugged`."""
-        found, self._unplugged = self._unplugged, []
+    def take_pending_hotplugs(self) -> list[tuple[int, str, int]]:
+        """See `NetworkPlan.take_pending_hotplugs`."""
+        found, self._pending_hotplugs = self._pending_hotplugs, []
         return [(one.index, one.mac, one.fd) for one in found]
 
     def enter(self) -> None:
@@ -205,7 +205,7 @@ class NetnsPlan(NetworkPlan):
                 "Has whoever made it taken it away again (ip netns)?" if self.path else "Run as root.",
             ) from error
 
-    def unclaimed(self, rtnl: rtnetlink.Rtnl) -> list[Link]:
+    def new_links(self, rtnl: rtnetlink.Rtnl) -> list[Link]:
         """The interfaces that somebody has put there and that no endpoint stands for, in their order."""
         ours = {endpoint.tap for endpoint in self.endpoints}
         ours |= {endpoint.source.index for endpoint in self.endpoints if endpoint.source is not None}
@@ -217,7 +217,7 @@ class NetnsPlan(NetworkPlan):
             and (link.flags & rtnetlink.UP or link.kind not in _TUNNELS)
         ]
 
-    def look_again(self, *, is_running: bool = False) -> bool:
+    def rescan(self, *, is_running: bool = False) -> bool:
         """Take the interfaces that have been put into the namespace, and what has changed of them. Blocks briefly.
 
         Args:
@@ -225,8 +225,8 @@ class NetnsPlan(NetworkPlan):
                 taken is told in `left_out`.
 
         Returns:
-            Whether there is something new: `unplugged` is to be plugged in, then `interfaces` and what else there is
-            tell the guest of it.
+            Whether there is something new: then what `take_pending_hotplugs` gives is to be plugged in, and the
+            guest is told `interfaces` and the rest.
 
         Raises:
             UnsupportedError: An interface carries no Ethernet frames, or there are more than the machine has plugs.
@@ -238,7 +238,7 @@ class NetnsPlan(NetworkPlan):
         with rtnetlink.Rtnl() as rtnl:
             self._refresh(rtnl)
             free = [one for one in self.endpoints if isinstance(one, _Redirected) and one.source is None]
-            found = self.unclaimed(rtnl)
+            found = self.new_links(rtnl)
             refused: list[str] = []
             if is_running:
                 found = [link for link in found if link.flags & rtnetlink.UP]
@@ -330,7 +330,7 @@ class NetnsPlan(NetworkPlan):
         endpoint.path = slots.late_nic_path(endpoint.index)
         self.late_nics -= 1
         self.endpoints.append(endpoint)
-        self._unplugged.append(endpoint)
+        self._pending_hotplugs.append(endpoint)
         return endpoint
 
     def describe(self, rtnl: rtnetlink.Rtnl) -> None:

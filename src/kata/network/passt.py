@@ -37,7 +37,7 @@ def waits_for_clients(program: str) -> bool:
 
 
 def _waits(program: str) -> bool:
-    found = _DATE.search(children.said_by([program, "--version"]))
+    found = _DATE.search(children.output_of([program, "--version"]))
     if found is not None:
         return int(b"".join(found.groups())) < _FIRST
-    return _LATER_OPTION not in children.said_by([program, "--help"])
+    return _LATER_OPTION not in children.output_of([program, "--help"])

@@ -127,13 +127,13 @@ def _default_route6() -> bool:
 class NetworkPlan:
     """The network of one sandbox, before and while it runs. Made by `kata.network.plan.plan`.
 
-    In this order: `wire` (the hypervisor's end goes into its settings), start the hypervisor, `start` (the
+    In this order: `setup_nic` (the hypervisor's end goes into its settings), start the hypervisor, `start` (the
     helper, while the machine boots), then tell the guest `interface` and `routes`, and check `failure` before
     saying that all is well.
     """
 
-    wired_by_others = False
-    """Whether interfaces may appear while the sandbox runs: then `look_again` before a container starts."""
+    external_netns = False
+    """Whether interfaces may appear while the sandbox runs: then `rescan` before a container starts."""
 
     def __init__(self, mac: str, ports: Sequence[Port] = ()) -> None:
         self.mac = mac
@@ -141,11 +141,11 @@ class NetworkPlan:
         self.interfaces: list[dict[str, Any]] = []
         """types.Interface values for UpdateInterface, as dicts; empty when the guest gets no network."""
         self.more_nics: list[Nic] = []
-        """After `wire`: further interfaces of the machine, behind the one that it returns."""
+        """After `setup_nic`: further interfaces of the machine, behind the one that it returns."""
         self.late_nics = 0
-        """After `wire`: how many interfaces may come while the machine runs, beside those."""
+        """After `setup_nic`: how many interfaces may come while the machine runs, beside those."""
         self.journal: Journal | None = None
-        """The sandbox's; set before `wire`."""
+        """The sandbox's; set before `setup_nic`."""
         self.routes: list[dict[str, Any]] = []
         """types.Route values for UpdateRoutes, as dicts."""
         self.neighbors: list[dict[str, Any]] = []
@@ -180,14 +180,14 @@ class NetworkPlan:
             lines.append("options " + " ".join(self.options))
         return "".join(line + "\n" for line in lines)
 
-    def wire(self) -> Nic:
+    def setup_nic(self) -> Nic:
         """The virtual machine's network interface; its descriptor is the hypervisor's to close."""
         return Nic(self.mac)
 
     def start(self, journal: Journal, name: str) -> None:
         """Start what the network needs on the host. Main thread."""
 
-    def look_again(self, *, is_running: bool = False) -> bool:
+    def rescan(self, *, is_running: bool = False) -> bool:
         """Whether what the guest has to know has changed since it was last told. Blocks briefly."""
         return False
 
@@ -200,8 +200,8 @@ class NetworkPlan:
         before it comes up; with the first those of the guest as a whole. Blocks briefly."""
         return []
 
-    def unplugged(self) -> list[tuple[int, str, int]]:
-        """What `look_again` has found for the machine's ports: for each which interface of the machine it is, its
+    def take_pending_hotplugs(self) -> list[tuple[int, str, int]]:
+        """What `rescan` has found for the machine's ports: for each which interface of the machine it is, its
         hardware address, and its tap. They are told once, and the taps are the caller's."""
         return []
 
@@ -262,7 +262,7 @@ class UserPlan(NetworkPlan):
         self._host = host
         self._fd = -1
         self._child: children.Child | None = None
-        self._words: children.Words | None = None
+        self._stderr: children.StderrTail | None = None
         self._cgroup: Entry | None = None
         # Without any route out there is still what is published, and the host's own subnets.
         self._ipv4 = host.ipv4 or not host.ipv6
@@ -351,7 +351,7 @@ class UserPlan(NetworkPlan):
         is_ipv6 = ":" in client and not client.startswith("::ffff:")
         return resolver.pack(ADDRESS6 if self._ipv6 and (is_ipv6 or not self._ipv4) else ADDRESS4)
 
-    def wire(self) -> Nic:
+    def setup_nic(self) -> Nic:
         """The virtual machine's network interface, connected to where passt will be."""
         ours, theirs = children.socketpair()
         self._fd = ours
@@ -379,15 +379,15 @@ class UserPlan(NetworkPlan):
             next((s for s in names if len(s) == 16), b"") if self._forward6 else b"",
         )
         self._cgroup = journal.entries[-1]
-        self._words = children.Words()
+        self._stderr = children.StderrTail()
         try:
             self._child = children.spawn(
                 self.command(self._fd),
                 journal,
                 "passt",
                 pass_fds=[self._fd],
-                stdout=self._words.write_fd,
-                stderr=self._words.write_fd,
+                stdout=self._stderr.write_fd,
+                stderr=self._stderr.write_fd,
                 cgroups=[cgroup],
                 capabilities=CAPABILITIES,
                 namespaces=sysio.CLONE_NEWPID,
@@ -395,18 +395,18 @@ class UserPlan(NetworkPlan):
         except OSError as error:
             raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
         finally:
-            self._words.started()
+            self._stderr.started()
             os.close(self._fd)  # so that passt sees the end of the machine, and the machine that of passt
             self._fd = -1
 
     def failure(self) -> KataError | None:
         """Why passt has ended, or None while it runs."""
-        if self._child is None or self._words is None:
+        if self._child is None or self._stderr is None:
             return None
         status = self._child.poll()
         if status is None:
             return None
-        said = [line for line in self._words.text().splitlines() if "syslog" not in line]
+        said = [line for line in self._stderr.text().splitlines() if "syslog" not in line]
         words = f": {said[-1]}" if said else ""
         if self.ports and "bind" in words:
             published = ", ".join(str(port) for port in self.ports)
@@ -429,8 +429,8 @@ class UserPlan(NetworkPlan):
             self._child.kill()
             if self._child.wait(1.0) is not None:
                 self._child.close()
-        if self._words is not None:
-            self._words.close()
+        if self._stderr is not None:
+            self._stderr.close()
         if self._cgroup is not None and self.journal is not None:
             try:
                 os.rmdir(self._cgroup.params["path"])

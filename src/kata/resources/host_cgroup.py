@@ -119,7 +119,7 @@ def hierarchies() -> list[Hierarchy]:
             continue
         version = 2 if mount.fstype == "cgroup2" else 1
         listed = f"{mount.target}/cgroup.controllers"
-        offered = _words(listed) if version == 2 else mount.super_options.split(",")
+        offered = _read_fields(listed) if version == 2 else mount.super_options.split(",")
         here = [name for name in missing if name in offered]
         if here:
             own = place.get("" if version == 2 else here[0], "/")
@@ -311,8 +311,8 @@ class HostCgroup:
                 above = "/".join((top, *levels[:count]))
                 for file in ("cpuset.cpus", "cpuset.mems"):
                     here = f"{above}/{levels[count]}/{file}"
-                    if not _words(here):
-                        _write(here, " ".join(_words(f"{above}/{file}")))
+                    if not _read_fields(here):
+                        _write(here, " ".join(_read_fields(f"{above}/{file}")))
         if "devices" in controllers:
             _write(f"{path}/devices.deny", "a")
             for rule in DEVICES:
@@ -412,7 +412,7 @@ class HostCgroup:
         """How many processes the kernel has killed because the limit on memory was reached."""
         path = self.paths.get("memory", "")
         for file in ("memory.events", "memory.oom_control"):
-            words = _words(f"{path}/{file}") if path else []
+            words = _read_fields(f"{path}/{file}") if path else []
             if "oom_kill" in words:
                 return int(words[words.index("oom_kill") + 1])
         return 0
@@ -420,13 +420,13 @@ class HostCgroup:
     def usage(self) -> tuple[int, int]:
         """What the sandbox has used and uses: nanoseconds of processors, bytes of memory; 0 where that is not known."""
         cpu, memory = self.paths.get("cpu", ""), self.paths.get("memory", "")
-        words = _words(f"{cpu}/cpu.stat")
+        words = _read_fields(f"{cpu}/cpu.stat")
         if "usage_usec" in words:
             cpu_ns = int(words[words.index("usage_usec") + 1]) * 1000
         else:
-            found = _words(f"{self.paths.get('cpuacct') or cpu}/cpuacct.usage")
+            found = _read_fields(f"{self.paths.get('cpuacct') or cpu}/cpuacct.usage")
             cpu_ns = int(found[0]) if found else 0
-        found = _words(f"{memory}/memory.current") or _words(f"{memory}/memory.usage_in_bytes")
+        found = _read_fields(f"{memory}/memory.current") or _read_fields(f"{memory}/memory.usage_in_bytes")
         return cpu_ns, int(found[0]) if found else 0
 
 
@@ -457,7 +457,7 @@ def _make_new(path: str) -> None:
     try:
         os.mkdir(path, 0o755)
     except FileExistsError as error:
-        members = len(_words(f"{path}/cgroup.procs"))
+        members = len(_read_fields(f"{path}/cgroup.procs"))
         if members:
             text = f"it is there already, with {members} process{'es' if members > 1 else ''} in it"
             raise FileExistsError(errno.EEXIST, text, path) from error
@@ -483,7 +483,7 @@ def _hand_down(directory: str, wanted: Sequence[str]) -> None:
     Raises:
         OSError: It holds processes itself (EBUSY), and so it cannot.
     """
-    enabled = _words(f"{directory}/cgroup.subtree_control")
+    enabled = _read_fields(f"{directory}/cgroup.subtree_control")
     for controller in wanted:
         if controller not in enabled:
             _write(f"{directory}/cgroup.subtree_control", f"+{controller}")
@@ -505,7 +505,7 @@ def _warning(controller: str, error: OSError) -> str:
     return f"no limit on the host's {controller}: {why}" + (f" ({error.filename})" if error.filename else "")
 
 
-def _words(path: str) -> list[str]:
+def _read_fields(path: str) -> list[str]:
     try:
         with open(path, encoding="ascii") as file:
             return file.read().split()

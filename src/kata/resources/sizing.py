@@ -60,7 +60,7 @@ MOST_CPUSET = 1 << 13
 MOST_VCPUS = 16
 """So many a machine may grow to where `default_maxvcpus` is not set: each is a thread of the host, used or not."""
 OF_SANDBOX = "the sandbox's annotations"
-"""How `Asked.source` begins when it is a CRI that asks for a pod as a whole."""
+"""How `ResourceRequest.source` begins when it is a CRI that asks for a pod as a whole."""
 
 
 HOST_FIXED_MIB = {"kvm": 256, "tcg": 384}
@@ -72,7 +72,7 @@ HOST_CPUS = 1.0
 """Processors for engine, devices and network helper besides the virtual ones."""
 
 
-class Asked:
+class ResourceRequest:
     """What somebody asks for.
 
     Attributes:
@@ -156,7 +156,7 @@ class Size:
         max_vcpus: int,
         max_memory_mib: int,
         kernel: str,
-        asked: Asked,
+        asked: ResourceRequest,
         default_mib: int,
     ) -> None:
         self.vcpus = vcpus
@@ -180,7 +180,7 @@ class Size:
         }
 
 
-def plan(asked: Asked, kernel: str = "small", limits: Limits | None = None) -> Size:
+def plan(asked: ResourceRequest, kernel: str = "small", limits: Limits | None = None) -> Size:
     """The machine for what is asked.
 
     Args:
@@ -251,11 +251,11 @@ def memory_of(asked: int, kernel: str) -> int:
     return max(int((total_mib + KERNEL_MIB[kernel]) / (1 - GROWING_PART)) + 1, LEAST_MIB[kernel])
 
 
-def container_asks(resources: Mapping[str, Any]) -> Asked:
+def container_request(resources: Mapping[str, Any]) -> ResourceRequest:
     """What the limits of a container (``linux.resources`` of the runtime specification) ask for."""
     cpu, memory = resources.get("cpu") or {}, resources.get("memory") or {}
     quota, limit = number(cpu.get("quota")), number(memory.get("limit"))
-    return Asked(
+    return ResourceRequest(
         quota / (number(cpu.get("period")) or 100_000) if quota > 0 else None,
         # "No limit" is also written as the largest number that fits.
         limit if 0 < limit < 1 << 60 else None,
@@ -283,7 +283,7 @@ _CONTAINERD = (
 _CRIO = "io.kubernetes.cri-o.LinuxResources"
 
 
-def sandbox_asks(annotations: Mapping[str, Any]) -> Asked:
+def sandbox_request(annotations: Mapping[str, Any]) -> ResourceRequest:
     """What a CRI says of a pod as a whole, by the annotations of its sandbox.
 
     Sources: containerd's ``pkg/cri/annotations``; CRI-O's ``LinuxResources`` (CRI's ``LinuxContainerResources``
@@ -302,7 +302,9 @@ def sandbox_asks(annotations: Mapping[str, Any]) -> Asked:
             quota, period = number(found.get("cpu_quota")), number(found.get("cpu_period"))
             memory = number(found.get("memory_limit_in_bytes"))
             source = f"{OF_SANDBOX} (CRI-O)"
-    return Asked(quota / (period or 100_000) if quota > 0 else None, memory if memory > 0 else None, source)
+    return ResourceRequest(
+        quota / (period or 100_000) if quota > 0 else None, memory if memory > 0 else None, source
+    )
 
 
 def number(value: object) -> int:
@@ -313,13 +315,13 @@ def number(value: object) -> int:
         return 0
 
 
-def asked_of(spec: Mapping[str, Any]) -> Asked:
+def request_of(spec: Mapping[str, Any]) -> ResourceRequest:
     """What the first container of a sandbox asks for: for its pod, where a CRI says so, else for itself."""
-    pod = sandbox_asks(spec.get("annotations") or {})
-    own = container_asks((spec.get("linux") or {}).get("resources") or {})
+    pod = sandbox_request(spec.get("annotations") or {})
+    own = container_request((spec.get("linux") or {}).get("resources") or {})
     if pod.cpus is None and pod.memory is None:
         return own
-    return Asked(
+    return ResourceRequest(
         own.cpus if pod.cpus is None else pod.cpus,
         own.memory if pod.memory is None else pod.memory,
         pod.source,

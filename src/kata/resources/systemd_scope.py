@@ -70,7 +70,7 @@ class Scope:
             raise OSError(0, "there is no systemd-run")
         told = [f"--property={one}" for one in ("Delegate=yes", *properties)]
         argv = [program, "--scope", "--quiet", "--collect", f"--slice={slice_name}", f"--unit={unit}", *told]
-        said = children.Words()
+        said = children.StderrTail()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
             self._child = children.spawn(

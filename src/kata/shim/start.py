@@ -177,7 +177,7 @@ def settings(
 
     conf = files.load(config_path)
     annotations.apply(conf, config.get("annotations") or {})
-    about_machine, notes = machine.settings(sizing.asked_of(config), conf, grows=True)
+    about_machine, notes = machine.settings(sizing.request_of(config), conf, grows=True)
     found: dict[str, Any] = {
         "id": container_id,
         "door": "containerd",

@@ -129,7 +129,7 @@ class Writer:
             self._flush_spool()
         self.written += size
 
-    def forget(self, node: Node) -> None:
+    def free(self, node: Node) -> None:
         """Give back the space of a node that no name refers to any more."""
         if node.blocks:
             self._end = self._free.give(node.start, node.blocks, self._end)

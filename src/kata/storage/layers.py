@@ -284,7 +284,7 @@ class LayerTree:
         above: list[Node] = []
         todo = parts[::-1]
         links = 0
-        self._toil(len(todo))
+        self._charge(len(todo))
         while todo:
             part = todo.pop()
             if part == b"..":
@@ -306,7 +306,7 @@ class LayerTree:
                     node = self.root
                     above = []
                 steps = [step for step in child.target.split(b"/")[::-1] if step not in (b"", b".")]
-                self._toil(len(steps))
+                self._charge(len(steps))
                 todo += steps
                 continue
             elif child.children is None:
@@ -317,7 +317,7 @@ class LayerTree:
             node = child
         return node
 
-    def _toil(self, steps: int) -> None:
+    def _charge(self, steps: int) -> None:
         self._work += steps
         if self._work > self._limits.work:
             raise ImageError("its paths, links and whiteouts are made to be slow", _MALFORMED)
@@ -353,7 +353,7 @@ class LayerTree:
                 continue
             node.nlink -= 1
             if node.nlink == 0:
-                self._writer.forget(node)
+                self._writer.free(node)
 
     # ---- whiteouts ----
 
@@ -392,7 +392,7 @@ class LayerTree:
         order = [top]
         for node in order:  # grows while it is walked: parents first
             assert node.children is not None
-            self._toil(1 + len(node.fresh or ()))
+            self._charge(1 + len(node.fresh or ()))
             order += [child for child in node.children.values() if child.children is not None]
         kept: set[int] = set()
         for node in reversed(order):

@@ -37,21 +37,21 @@ class QemuProcess:
     The descriptors are this object's until somebody takes them (`take`); `close` closes the rest.
     """
 
-    __slots__ = ("_words", "child", "entries", "fds", "settings")
+    __slots__ = ("_stderr", "child", "entries", "fds", "settings")
 
     def __init__(
         self,
         child: children.Child,
         settings: VMSettings,
         fds: dict[str, int],
-        words: children.Words,
+        stderr_tail: children.StderrTail,
         entries: list[Entry],
     ) -> None:
         self.child = child
         self.settings = settings
         self.fds = fds
         self.entries = entries
-        self._words = words
+        self._stderr = stderr_tail
 
     @property
     def pid(self) -> int:
@@ -66,19 +66,19 @@ class QemuProcess:
     @property
     def stderr_fd(self) -> int:
         """Readable when QEMU has said something (`read_stderr`); -1 after its end was read."""
-        return self._words.fd
+        return self._stderr.fd
 
     def take(self, name: str) -> int:
         """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``. -1 when there is none."""
         return self.fds.pop(name, -1)
 
     def read_stderr(self) -> bytes:
-        """Take in what QEMU has written to standard error; see `kata.children.Words`."""
-        return self._words.read()
+        """Take in what QEMU has written to standard error; see `kata.children.StderrTail`."""
+        return self._stderr.read()
 
     def stderr_text(self) -> str:
         """What QEMU said, bounded, with control characters escaped."""
-        return self._words.text()
+        return self._stderr.text()
 
     def failure(self) -> KataError | None:
         """Why QEMU is no longer there, or None while it is (or after an orderly end)."""
@@ -92,12 +92,12 @@ class QemuProcess:
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
-        self._words.close()
+        self._stderr.close()
         if self.child.poll() is not None:
             self.child.close()
 
 
-def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -> QemuProcess:
+def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
     """Start QEMU. The machine is booting when this returns.
 
     The descriptors in `settings` (NIC, vsock) are QEMU's from here on: ours are closed, also on failure.
@@ -105,7 +105,6 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
     Args:
         settings: The machine; an empty `binary` is filled in.
         journal: The sandbox's.
-        netns_fd: Network namespace QEMU shall run in; None is ours.
 
     Returns:
         The process. That QEMU accepts the command line shows in the next tens of milliseconds: watch its
@@ -119,7 +118,7 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
     opened: dict[str, int] = {}
-    words = children.Words()
+    stderr_tail = children.StderrTail()
     entries: list[Entry] = []
     try:
         _check(settings)
@@ -147,14 +146,13 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
                 journal,
                 "qemu",
                 pass_fds=qemu_command.inherited_fds(settings, fds),
-                stdout=words.write_fd,
-                stderr=words.write_fd,
-                netns_fd=netns_fd,
+                stdout=stderr_tail.write_fd,
+                stderr=stderr_tail.write_fd,
                 # A start touches a little of many huge pages, and clearing those is most of what the kernel does for
                 # an emulated machine: the more so where this host is a guest itself, whose own host has to find the
                 # memory (thirteen microseconds for each 4 KiB, measured, beside four in small pages). What translated
                 # code gains from them is hardly measurable.
-                small_pages=settings.accel == "tcg",
+                disable_thp=settings.accel == "tcg",
                 capabilities=SHARE_CAPABILITIES if settings.serves_files else (),
                 namespaces=NAMESPACES,
             )
@@ -163,17 +161,17 @@ def spawn(settings: VMSettings, journal: Journal, netns_fd: int | None = None) -
                 f"cannot start QEMU: {error.strerror}", "Run `kata doctor` to check this host."
             ) from error
     except BaseException:
-        words.close()
+        stderr_tail.close()
         for fd in ours.values():
             os.close(fd)
         for entry in entries:
             journal.mark_gone(entry)
         raise
     finally:
-        words.started()
+        stderr_tail.started()
         for fd in (*theirs.values(), *opened.values(), *_passed(settings)):
             os.close(fd)
-    return QemuProcess(child, settings, ours, words, entries)
+    return QemuProcess(child, settings, ours, stderr_tail, entries)
 
 
 def _passed(settings: VMSettings) -> list[int]:
@@ -312,7 +310,7 @@ _KNOWN: tuple[tuple[str, type[KataError], str, str], ...] = (
 
 
 def explain(status: int, said: str, settings: VMSettings) -> KataError:
-    """The error for a QEMU that ended with this exit status and these words (already escaped)."""
+    """The error for a QEMU that ended with this exit status and this end of its standard error (already escaped)."""
     last = said.strip().splitlines()[-1] if said.strip() else ""
     low = said.lower()
     for pattern, kind, sentence, hint in _KNOWN:

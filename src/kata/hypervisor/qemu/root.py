@@ -146,7 +146,7 @@ def _version(binary: str) -> str:
     if known:
         return known[0]
     # "QEMU emulator version 10.0.13 (Debian ...)"
-    words = children.said_by([binary, "--version"])[:200].partition(b" version ")[2].split(maxsplit=1)[:1]
+    words = children.output_of([binary, "--version"])[:200].partition(b" version ")[2].split(maxsplit=1)[:1]
     version = words[0].decode("ascii", "replace") if words else "unknown"
     host_cache.write(cache, key, version)
     return version
