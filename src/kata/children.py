@@ -16,7 +16,9 @@ from kata import sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    import asyncio
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import Any
 
     from kata.journal import Entry, Journal
 
@@ -134,6 +136,135 @@ class Child:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+class SupervisedChild:
+    """A helper program of a sandbox (file server, network, logging program): started, watched, explained and ended.
+
+    Everything but `on_exit` and `unwatch` works without an event loop, so a helper can be started before there is one.
+
+    Args:
+        label: What it is, for messages: ``"the user network (passt)"``.
+
+    Attributes:
+        label: The same.
+    """
+
+    __slots__ = ("_child", "_ended_by_us", "_loop", "_tail", "label")
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._child: Child | None = None
+        self._tail: StderrTail | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended_by_us = False
+
+    def start(
+        self, argv: Sequence[str], journal: Journal, role: str, *, with_stdout: bool = True, **how: Any
+    ) -> None:
+        """Start it; what it writes to its standard error is kept for `failure`. Main thread.
+
+        Args:
+            argv: Its absolute path, and its arguments.
+            journal: The sandbox's.
+            role: A word for the journal.
+            with_stdout: Keep its standard output as well.
+            how: What else `spawn` takes.
+
+        Raises:
+            OSError: It could not be executed.
+        """
+        tail = StderrTail()
+        if with_stdout:
+            how["stdout"] = tail.write_fd
+        try:
+            self._child = spawn(argv, journal, role, stderr=tail.write_fd, **how)
+        except BaseException:
+            tail.close()
+            raise
+        tail.started()
+        self._tail = tail
+
+    @property
+    def pid(self) -> int:
+        """Its process id; 0 when it was not started."""
+        return self._child.pid if self._child is not None else 0
+
+    def poll(self) -> int | None:
+        """Its status as by `Child.poll`, if it was started and has ended."""
+        return self._child.poll() if self._child is not None else None
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its end, at most so many seconds. Returns as `poll`. Blocks."""
+        return self._child.wait(timeout_s) if self._child is not None else None
+
+    def said(self) -> str:
+        """The end of what it has written, at most twenty lines, escaped."""
+        return self._tail.text().strip() if self._tail is not None else ""
+
+    def failure(self) -> str:
+        """A sentence if it has ended by itself; empty while it runs, before its start, and when it was to end."""
+        status = self.poll()
+        if status is None or self._ended_by_us:
+            return ""
+        said = self.said()
+        return f"{self.label} {ending(status)}" + (f": {said}" if said else "")
+
+    def on_exit(self, callback: Callable[[], object]) -> None:
+        """Have the running event loop call *callback* once when it has ended, for whatever reason.
+
+        Args:
+            callback: Not called any more after `unwatch`.
+        """
+        import asyncio
+
+        if self._child is None or self._child.pidfd < 0:
+            return
+        self._loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            if self.poll() is not None:
+                self.unwatch()
+                callback()
+
+        self._loop.add_reader(self._child.pidfd, ended)
+
+    def unwatch(self) -> None:
+        """Watch for its end no longer. In the event loop, before `stop` or `close`."""
+        if self._loop is not None and self._child is not None and self._child.pidfd >= 0:
+            self._loop.remove_reader(self._child.pidfd)
+        self._loop = None
+
+    def dismiss(self) -> None:
+        """Ask it to end (SIGTERM): its end is no failure from then on."""
+        self._ended_by_us = True
+        if self._child is not None:
+            self._child.send_signal(sysio.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL, without waiting."""
+        if self._child is not None:
+            self._child.kill()
+
+    def stop(self, patience_s: float = 0.0, killed_s: float = 1.0) -> None:
+        """End it, and give back what belongs to it. Idempotent; blocks.
+
+        Args:
+            patience_s: How long it may take to end by itself before it is killed, in seconds.
+            killed_s: How long to wait for the end of a killed one, in seconds.
+        """
+        if self._child is not None and self._child.wait(patience_s) is None:
+            self._child.kill()
+            self._child.wait(killed_s)
+        self.close()
+
+    def close(self) -> None:
+        """Give descriptors back; that of a program that still runs stays, so that it can be killed."""
+        if self._child is not None and self._child.poll() is not None:
+            self._child.close()
+        if self._tail is not None:
+            self._tail.read()  # `failure` may still be asked for
+            self._tail.close()
 
 
 def ending(status: int) -> str:

@@ -44,7 +44,7 @@ def test_no_network_still_has_a_plug() -> None:
     nic = made.setup_nic()
     assert nic.fd is None
     assert made.failure() is None
-    assert made.pidfd == -1
+    assert made.child is None
     made.stop()
 
 

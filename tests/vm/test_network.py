@@ -324,7 +324,8 @@ def test_a_port_that_is_taken_behind_our_back(
     def work(sandbox: Sandbox) -> str:
         taken = Server(("::", 8080), b"")
         sandbox.start()
-        assert sysio.pidfd_wait(sandbox.plan.pidfd, minivm.PATIENCE_S)
+        assert sandbox.plan.child is not None
+        assert sandbox.plan.child.wait(minivm.PATIENCE_S) is not None
         failure = sandbox.plan.failure()
         os.close(sandbox.nic.fd or -1)
         taken.sock.close()
@@ -338,9 +339,10 @@ def test_a_port_that_is_taken_behind_our_back(
 def test_the_helper_ends_with_the_machine(namespaces: tuple[str, str], tmp_path: Path) -> None:
     def with_machine(sandbox: Sandbox) -> bool:
         sandbox.start()
-        assert sandbox.plan.pidfd >= 0
+        assert sandbox.plan.child is not None
+        assert sandbox.plan.child.pid
         os.close(sandbox.nic.fd or -1)  # all that passt sees of the machine
-        return sysio.pidfd_wait(sandbox.plan.pidfd, minivm.PATIENCE_S)
+        return sandbox.plan.child.wait(minivm.PATIENCE_S) is not None
 
     assert inside(namespaces, tmp_path, {"mode": "user"}, with_machine)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from kata import children, sysio
+from kata import children
 from kata.errors import HostError, UsageError
 
 TYPE_CHECKING = False
@@ -64,7 +64,7 @@ class Logger:
         argv = command(uri)
         theirs: list[int] = []
         ours: list[int] = []
-        self._stderr = children.StderrTail()
+        self._child = children.SupervisedChild(f"the logging program {argv[0]}")
         try:
             for _ in range(2):
                 reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -75,18 +75,17 @@ class Logger:
             ours.append(reading)
             theirs.append(writing)
             os.set_blocking(reading, False)
-            self._child = children.spawn(
+            self._child.start(
                 argv,
                 journal,
                 "logger",
+                with_stdout=False,
                 fds_from_3=theirs,
-                stderr=self._stderr.write_fd,
                 env={**children.ENVIRONMENT, "CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace},
                 # It has to read to the end what was written before the engine's: its input ends with the engine.
                 survives_parent=True,
             )
         except OSError as error:
-            self._stderr.close()
             for fd in ours:
                 os.close(fd)
             raise HostError(
@@ -94,16 +93,14 @@ class Logger:
                 "It has to be executable by root.",
             ) from None
         finally:
-            self._stderr.started()
             for fd in theirs:
                 os.close(fd)
         self.program = argv[0]
         self._inputs = {"stdout": ours[0], "stderr": ours[1]}
         self._ready = ours[2]
-        self._dismissed = False
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._child.pidfd, self._reap)
+        self._child.on_exit(self._on_exit)
 
     def take(self, name: str) -> int:
         """Where its input ``stdout`` or ``stderr`` is written, without blocking; the caller's to close."""
@@ -114,13 +111,9 @@ class Logger:
         while self._inputs:
             os.close(self._inputs.popitem()[1])
 
-    def _reap(self) -> None:
-        if self._child.poll() is not None:
-            self._loop.remove_reader(self._child.pidfd)
-            self._child.close()
-            self._stderr.read()
-            self._stderr.close()
-            self.ended.set()
+    def _on_exit(self) -> None:
+        self._child.close()
+        self.ended.set()
 
     async def ready(self) -> None:
         """Return when it takes its input.
@@ -160,13 +153,7 @@ class Logger:
 
     def failure(self) -> str:
         """A sentence if it has ended by itself, and not well."""
-        status = self._child.poll()
-        if not status or self._dismissed:
-            return ""
-        said = self._stderr.text().strip()
-        return f"the logging program {self.program} {children.ending(status)}" + (
-            f": {said}" if said else ""
-        )
+        return self._child.failure() if self._child.poll() else ""
 
     def dismiss(self) -> None:
         """Close its input and ask it to end (SIGTERM), as runc's shim does: there will be no container.
@@ -175,8 +162,7 @@ class Logger:
         """
         self.close()
         if not self.ended.is_set():
-            self._dismissed = True
-            self._child.send_signal(sysio.SIGTERM)
+            self._child.dismiss()
 
     async def leave(self) -> None:
         """Return when it has ended, by itself or else by a signal. Its input has been closed before."""

@@ -561,31 +561,24 @@ class Sandbox:
         """The network helper's death is told, not fatal: the container may not need it any more."""
         for warning in plan.warnings:
             self.log(warning)
-        loop = asyncio.get_running_loop()
-        fd = plan.pidfd
 
         def ended() -> None:
-            loop.remove_reader(fd)
             failure = plan.failure()
             if failure is not None and not (self.life.is_ending or self.life.is_lost):
                 self.log(f"{failure.message}: the guest has no network now")
 
-        if fd >= 0:
-            loop.add_reader(fd, ended)
+        if plan.child is not None:
+            plan.child.on_exit(ended)
 
     def _watch_files(self, server: FileServer) -> None:
         """Without its file server a guest would hang at its next look at a file of the host: end it instead."""
-        loop = asyncio.get_running_loop()
-        fd = server.pidfd
 
         def ended() -> None:
-            loop.remove_reader(fd)
             failure = server.failure()
             if failure is not None and not (self.life.is_ending or self.life.is_lost):
                 self._terminate(VMLostError(failure.message, failure.hint))
 
-        if fd >= 0:
-            loop.add_reader(fd, ended)
+        server.child.on_exit(ended)
 
     async def _watch_agent(self, agent: AgentClient) -> None:
         assert self.vm is not None
@@ -677,15 +670,14 @@ class Sandbox:
             self.vm.close()
         files = self.machine.files
         if files is not None:
-            if files.pidfd >= 0:
-                asyncio.get_running_loop().remove_reader(files.pidfd)
+            files.child.unwatch()
             await self.run_blocking(files.stop)
         if leaving is not None:
             await leaving
         plan = self.machine.network
         if plan is not None:
-            if plan.pidfd >= 0:
-                asyncio.get_running_loop().remove_reader(plan.pidfd)
+            if plan.child is not None:
+                plan.child.unwatch()
             await self.run_blocking(plan.stop)
         for container in self.containers.values():
             # Whoever was not told by the guest is told now: no client waits for ever.

@@ -108,8 +108,7 @@ class FileServer:
         self.program = program
         self._directory = directory
         self._journal = journal
-        self._child: children.Child | None = None
-        self._stderr: children.StderrTail | None = None
+        self.child = children.SupervisedChild(f"the file server of the share ({program})")
         path = os.path.join(run_dir, SOCKET_NAME)
         entry: Entry = journal.begin("socket", path=path)
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
@@ -141,21 +140,17 @@ class FileServer:
         Raises:
             HypervisorError: It cannot be executed.
         """
-        self._stderr = children.StderrTail()
         try:
-            self._child = children.spawn(
+            self.child.start(
                 command(self.program, self._directory, self._listener, self._cache),
                 self._journal,
                 "virtiofsd",
                 pass_fds=[self._listener],
-                stdout=self._stderr.write_fd,
-                stderr=self._stderr.write_fd,
                 capabilities=capabilities(self.program),
             )
         except OSError as error:
             raise HypervisorError(f"cannot start the file server: {error.strerror}") from error
         finally:
-            self._stderr.started()
             self.close_socket()
 
     def close_socket(self) -> None:
@@ -164,22 +159,13 @@ class FileServer:
             os.close(self._listener)
             self._listener = -1
 
-    @property
-    def pidfd(self) -> int:
-        """Becomes readable when it ends; -1 when it was not started."""
-        return self._child.pidfd if self._child is not None else -1
-
     def failure(self) -> KataError | None:
         """Why it is no longer there, or None while it is."""
-        if self._child is None or self._stderr is None:
+        sentence = self.child.failure()
+        if not sentence:
             return None
-        status = self._child.poll()
-        if status is None:
-            return None
-        said = self._stderr.text().strip()
         return HypervisorError(
-            f"the file server of the share ({self.program}) {children.ending(status)}"
-            + (f": {said}" if said else ""),
+            sentence,
             "Without it no file of the host can be reached. KATA_SHARED_FS=virtio-9p does without this program.",
         )
 
@@ -190,11 +176,4 @@ class FileServer:
         and then the outer one reaps the inner one, which nobody may do when it is killed.
         """
         self.close_socket()
-        if self._child is not None:
-            if self._child.wait(LEAVES_S) is None:
-                self._child.kill()
-                self._child.wait(LEAVES_S)
-            if self._child.poll() is not None:
-                self._child.close()
-        if self._stderr is not None:
-            self._stderr.close()
+        self.child.stop(LEAVES_S, LEAVES_S)

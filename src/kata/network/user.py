@@ -226,9 +226,9 @@ class NetworkPlan:
         return None
 
     @property
-    def pidfd(self) -> int:
-        """Becomes readable when the network's helper ends; -1 without one."""
-        return -1
+    def child(self) -> children.SupervisedChild | None:
+        """The network's helper, if it has one."""
+        return None
 
     def stop(self) -> None:
         """End it. Idempotent; blocks for milliseconds."""
@@ -261,8 +261,7 @@ class UserPlan(NetworkPlan):
         self._carries_tcp = carries_tcp
         self._host = host
         self._fd = -1
-        self._child: children.Child | None = None
-        self._stderr: children.StderrTail | None = None
+        self._child = children.SupervisedChild("the user network (passt)")
         self._cgroup: Entry | None = None
         # Without any route out there is still what is published, and the host's own subnets.
         self._ipv4 = host.ipv4 or not host.ipv6
@@ -379,15 +378,12 @@ class UserPlan(NetworkPlan):
             next((s for s in names if len(s) == 16), b"") if self._forward6 else b"",
         )
         self._cgroup = journal.entries[-1]
-        self._stderr = children.StderrTail()
         try:
-            self._child = children.spawn(
+            self._child.start(
                 self.command(self._fd),
                 journal,
                 "passt",
                 pass_fds=[self._fd],
-                stdout=self._stderr.write_fd,
-                stderr=self._stderr.write_fd,
                 cgroups=[cgroup],
                 capabilities=CAPABILITIES,
                 namespaces=sysio.CLONE_NEWPID,
@@ -395,28 +391,25 @@ class UserPlan(NetworkPlan):
         except OSError as error:
             raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
         finally:
-            self._stderr.started()
             os.close(self._fd)  # so that passt sees the end of the machine, and the machine that of passt
             self._fd = -1
 
     def failure(self) -> KataError | None:
         """Why passt has ended, or None while it runs."""
-        if self._child is None or self._stderr is None:
-            return None
         status = self._child.poll()
         if status is None:
             return None
-        said = [line for line in self._stderr.text().splitlines() if "syslog" not in line]
+        said = [line for line in self._child.said().splitlines() if "syslog" not in line]
         words = f": {said[-1]}" if said else ""
         if self.ports and "bind" in words:
             published = ", ".join(str(port) for port in self.ports)
             return HostError(f"cannot publish {published}{words}", "Is one of the ports in use (ss -lntup)?")
-        return HostError(f"the user network (passt) ended with status {status}{words}", "kata doctor")
+        return HostError(f"{self._child.label} {children.ending(status)}{words}", "kata doctor")
 
     @property
-    def pidfd(self) -> int:
-        """Becomes readable when passt ends; -1 when it was not started."""
-        return self._child.pidfd if self._child is not None else -1
+    def child(self) -> children.SupervisedChild:
+        """passt."""
+        return self._child
 
     def stop(self) -> None:
         """End passt and remove its cgroup."""
@@ -425,12 +418,7 @@ class UserPlan(NetworkPlan):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._child is not None:
-            self._child.kill()
-            if self._child.wait(1.0) is not None:
-                self._child.close()
-        if self._stderr is not None:
-            self._stderr.close()
+        self._child.stop()
         if self._cgroup is not None and self.journal is not None:
             try:
                 os.rmdir(self._cgroup.params["path"])

@@ -1,0 +1,106 @@
+"""Helper programs of a sandbox: how they are watched, explained and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from kata import children
+from kata.journal import Journal
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal.create_dir(str(tmp_path), "s", {})
+
+
+def helper(journal: Journal, script: str, **how: object) -> children.SupervisedChild:
+    child = children.SupervisedChild("the helper")
+    child.start(["/bin/sh", "-c", script], journal, "helper", **how)  # type: ignore[arg-type]
+    return child
+
+
+def gone(child: children.SupervisedChild) -> None:
+    deadline = time.monotonic() + 10
+    while child.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("echo the reason >&2; exit 3", "the helper ended with status 3: the reason"),
+        ("echo out; exit 0", "the helper ended with status 0: out"),
+        ("kill -9 $$", "the helper was killed by signal 9"),
+    ],
+)
+def test_a_helper_that_ends_by_itself_is_explained(journal: Journal, script: str, sentence: str) -> None:
+    child = helper(journal, script)
+    gone(child)
+    assert child.failure() == sentence
+    child.stop()
+    child.stop()
+    assert child.failure() == sentence  # also once everything has been given back
+    assert not [entry for entry in journal.entries if entry.kind == "process" and not entry.gone]
+
+
+def test_a_helper_that_was_asked_to_end_has_not_failed(journal: Journal) -> None:
+    child = helper(journal, "exec sleep 60")
+    assert child.failure() == ""
+    child.dismiss()
+    gone(child)
+    assert child.failure() == ""
+    child.stop()
+
+
+def test_a_helper_gets_its_time_and_is_killed_then(journal: Journal) -> None:
+    child = helper(journal, "sleep 0.3; exit 5")
+    child.stop(patience_s=10)
+    assert child.poll() == 5
+
+    child = helper(journal, "exec sleep 60")
+    began = time.monotonic()
+    child.stop(patience_s=0.2)
+    assert 0.2 <= time.monotonic() - began < 5
+    assert child.poll() == -9
+    assert not [entry for entry in journal.entries if entry.kind == "process" and not entry.gone]
+
+
+def test_the_end_of_a_helper_is_told_once_unless_nobody_watches(journal: Journal) -> None:
+    async def work() -> None:
+        told: list[str] = []
+        ended = asyncio.Event()
+        one, other = helper(journal, "echo oh >&2; exit 1"), helper(journal, "exit 2")
+        other.on_exit(lambda: told.append("other"))
+        other.unwatch()
+
+        def on_exit() -> None:
+            told.append(one.failure())
+            ended.set()
+
+        one.on_exit(on_exit)
+        await asyncio.wait_for(ended.wait(), 10)
+        gone(other)
+        await asyncio.sleep(0.05)
+        assert told == ["the helper ended with status 1: oh"]
+        one.stop()
+        other.stop()
+
+    asyncio.run(work())
+
+
+def test_a_helper_that_cannot_be_executed_leaves_nothing(journal: Journal) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    child = children.SupervisedChild("the helper")
+    with pytest.raises(OSError, match="no/such"):
+        child.start(["/no/such"], journal, "helper")
+    assert child.failure() == ""
+    child.on_exit(lambda: None)
+    child.stop()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not [entry for entry in journal.entries if entry.kind == "process" and not entry.gone]
