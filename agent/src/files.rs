@@ -106,8 +106,10 @@ pub fn mkdir(root: RawFd, request: &MkdirRequest) -> Result<()> {
 pub fn symlink(root: RawFd, request: &SymlinkRequest) -> Result<()> {
     let make = || {
         let (parent, name) = open_parent(root, &request.path)?;
-        sys::symlinkat(&request.target, parent.raw(), name)?;
-        own(parent.raw(), name, request.uid, request.gid)
+        place(parent.raw(), name, request.replace, |name| {
+            sys::symlinkat(&request.target, parent.raw(), name)?;
+            own(parent.raw(), name, request.uid, request.gid)
+        })
     };
     make().map_err(|e| failed(&request.path, e))
 }
@@ -117,7 +119,7 @@ pub fn link(root: RawFd, request: &LinkRequest) -> Result<()> {
     let (from, target) = open_parent(root, &request.target).map_err(|e| failed(&request.target, e))?;
     let make = || {
         let (parent, name) = open_parent(root, &request.path)?;
-        sys::linkat(from.raw(), target, parent.raw(), name)
+        place(parent.raw(), name, request.replace, |name| sys::linkat(from.raw(), target, parent.raw(), name))
     };
     make().map_err(|e| failed(&request.path, e))
 }
@@ -129,14 +131,38 @@ pub fn node(root: RawFd, request: &NodeRequest) -> Result<()> {
             return Err(Errno(libc::EINVAL));
         }
         let (parent, name) = open_parent(root, &request.path)?;
-        // Not chmod(2) afterwards, which would follow a link that the container puts there. A child runs this alone.
-        let before = sys::umask(0);
-        let made = sys::mknodat(parent.raw(), name, request.mode & (libc::S_IFMT | 0o777), request.rdev);
-        sys::umask(before);
-        made?;
-        own(parent.raw(), name, request.uid, request.gid)
+        place(parent.raw(), name, request.replace, |name| {
+            // Not chmod(2) afterwards, which would follow a link that the container puts there. A child runs this alone.
+            let before = sys::umask(0);
+            let made = sys::mknodat(parent.raw(), name, request.mode & (libc::S_IFMT | 0o777), request.rdev);
+            sys::umask(before);
+            made?;
+            own(parent.raw(), name, request.uid, request.gid)
+        })
     };
     make().map_err(|e| failed(&request.path, e))
+}
+
+/// Makes a name by `make`. With `replace` one that is there gives way once the new one is whole, and stays if that
+/// fails.
+fn place(parent: RawFd, name: &[u8], replace: bool, make: impl Fn(&[u8]) -> SysResult<()>) -> SysResult<()> {
+    match make(name) {
+        Err(Errno(libc::EEXIST)) if replace => {}
+        other => return other,
+    }
+    let aside = format!(".kata-{}-{:x}", sys::getpid(), sys::monotonic_ns());
+    let moved = make(aside.as_bytes()).and_then(|()| match sys::renameat(parent, &aside, parent, name) {
+        Err(Errno(libc::EISDIR)) => {
+            sys::unlinkat(parent, name, libc::AT_REMOVEDIR)?;
+            sys::renameat(parent, &aside, parent, name)
+        }
+        other => other,
+    });
+    // Between two names of one file rename(2) does nothing, and says so to nobody.
+    match sys::unlinkat(parent, &aside, 0) {
+        Ok(()) | Err(Errno(libc::ENOENT)) => moved,
+        Err(e) => moved.and(Err(e)),
+    }
 }
 
 /// Sets the owner of a name, not of what it leads to.

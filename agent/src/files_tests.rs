@@ -135,6 +135,52 @@ fn further_names_and_nodes() {
 }
 
 #[test]
+fn what_is_there_gives_way_only_to_what_could_be_made() {
+    let root = Root::new();
+    let fd = root.fd.raw();
+    let link_at = |path: &str, target: &str| {
+        let (path, target) = (path.as_bytes().to_vec(), target.as_bytes().to_vec());
+        link(fd, &LinkRequest { path, target, replace: true, ..Default::default() })
+    };
+    let symlink_at = |path: &str| {
+        let (path, target) = (path.as_bytes().to_vec(), b"x".to_vec());
+        symlink(fd, &SymlinkRequest { path, target, replace: true, ..Default::default() })
+    };
+    let node_at = |path: &str| {
+        let request = NodeRequest { path: path.as_bytes().to_vec(), mode: libc::S_IFIFO | 0o600, ..Default::default() };
+        node(fd, &NodeRequest { replace: true, ..request })
+    };
+    let kind = |path: &str| root.stat(path, false).unwrap().mode & libc::S_IFMT;
+    for path in ["a", "b", "old", "full/file"] {
+        root.mkdir("full", true).unwrap();
+        root.write(path, 0, path.as_bytes(), false).unwrap();
+    }
+    // A link that cannot be made, here to a directory, as well as one to another mount, costs nothing.
+    assert_ne!(status(link_at("old", "full")), code::OK);
+    assert_eq!(status(link_at("old", "none")), code::NOT_FOUND);
+    assert_eq!(root.read("old", 0, 0).unwrap(), b"old");
+    link_at("b", "a").unwrap();
+    assert_eq!(root.read("b", 0, 0).unwrap(), b"a");
+    // A name that it has already, be it the very same.
+    link_at("b", "a").unwrap();
+    link_at("a", "a").unwrap();
+    assert_eq!(root.stat("a", false).unwrap().links, 2);
+    symlink_at("b").unwrap();
+    assert_eq!(kind("b"), libc::S_IFLNK);
+    node_at("b").unwrap();
+    assert_eq!(kind("b"), libc::S_IFIFO);
+    // A directory does only if it is empty.
+    root.mkdir("empty", true).unwrap();
+    link_at("empty", "a").unwrap();
+    assert_eq!(kind("empty"), libc::S_IFREG);
+    for failed in [link_at("full", "a"), symlink_at("full"), node_at("full")] {
+        assert_eq!(status(failed), code::FAILED_PRECONDITION);
+    }
+    assert_eq!(root.read("full/file", 0, 0).unwrap(), b"full/file");
+    assert_eq!(root.list("/", "", 0).unwrap().0, ["a", "b", "empty", "full", "old"], "nothing is left beside them");
+}
+
+#[test]
 fn directories_links_and_removal() {
     let root = Root::new();
     root.mkdir("/a/b/../c", true).unwrap();

@@ -471,6 +471,33 @@ def _copy_every_kind(kata: Kata, here: Path, there: str) -> None:
     assert b"socket is not copied" in left.stderr
 
 
+def _copy_links_across_mounts(kata: Kata, here: Path) -> None:
+    """A name that a file cannot have costs nothing that was there; what has the content is copied."""
+    kata.ok("exec", "copies", "sh", "-c", "echo precious > /dev/shm/kept")
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, kind, target in (
+            ("tmp/first", tarfile.REGTYPE, ""),
+            ("dev/shm/kept", tarfile.LNKTYPE, "tmp/first"),
+            ("tmp/last", tarfile.LNKTYPE, "tmp/first"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    done = kata.call("cp", "-", "copies:/", stdin=archive.getvalue())
+    assert done.returncode == 1
+    assert b"dev/shm/kept is not copied: it cannot be a link to tmp/first" in done.stderr
+    script = "cat /dev/shm/kept; stat -c %h /tmp/last; ls -A /dev/shm"
+    assert kata.ok("exec", "copies", "sh", "-c", script).split() == ["precious", "2", "kept"]
+    tree = here / "tree"
+    for directory in ("tmp", "dev/shm"):
+        (tree / directory).mkdir(parents=True)
+    (tree / "dev/shm/kept").write_text("new")
+    os.link(tree / "dev/shm/kept", tree / "tmp/same")
+    kata.ok("cp", f"{tree}/.", "copies:/")
+    assert kata.ok("exec", "copies", "cat", "/dev/shm/kept", "/tmp/same") == "newnew"
+
+
 def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "below").mkdir(parents=True)
@@ -496,6 +523,7 @@ def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str
                 assert tar.getnames() == ["below", "below/big"]
             if run == "running":
                 _copy_every_kind(shared_kata, tmp_path / "kinds", "/tmp/kinds")
+                _copy_links_across_mounts(shared_kata, tmp_path / "links")
             missing = shared_kata.call("cp", "copies:/nothing", str(tmp_path))
             assert missing.returncode == 125
             assert b"/nothing does not exist" in missing.stderr

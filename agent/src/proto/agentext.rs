@@ -422,6 +422,8 @@ pub struct SymlinkRequest {
     pub target: Vec<u8>,
     pub uid: Option<u32>,
     pub gid: Option<u32>,
+    /// What is there already, a directory only if it is empty, is replaced in one step.
+    pub replace: bool,
 }
 
 impl Message for SymlinkRequest {
@@ -431,6 +433,7 @@ impl Message for SymlinkRequest {
         codec::put_bytes(out, 3, &self.target);
         codec::put_optional_uint32(out, 4, &self.uid);
         codec::put_optional_uint32(out, 5, &self.gid);
+        codec::put_bool(out, 6, self.replace);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -440,6 +443,7 @@ impl Message for SymlinkRequest {
             3 => codec::get_bytes(field, &mut self.target)?,
             4 => codec::get_optional_uint32(field, &mut self.uid)?,
             5 => codec::get_optional_uint32(field, &mut self.gid)?,
+            6 => codec::get_bool(field, &mut self.replace)?,
             _ => {}
         }
         Ok(())
@@ -453,6 +457,8 @@ pub struct LinkRequest {
     pub path: Vec<u8>,
     /// A path of the file; a symbolic link is not followed but gets the name itself.
     pub target: Vec<u8>,
+    /// As in SymlinkRequest. A name that the file has already stays.
+    pub replace: bool,
 }
 
 impl Message for LinkRequest {
@@ -460,6 +466,7 @@ impl Message for LinkRequest {
         codec::put_string(out, 1, &self.container_id);
         codec::put_bytes(out, 2, &self.path);
         codec::put_bytes(out, 3, &self.target);
+        codec::put_bool(out, 4, self.replace);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -467,6 +474,7 @@ impl Message for LinkRequest {
             1 => codec::get_string(field, &mut self.container_id)?,
             2 => codec::get_bytes(field, &mut self.path)?,
             3 => codec::get_bytes(field, &mut self.target)?,
+            4 => codec::get_bool(field, &mut self.replace)?,
             _ => {}
         }
         Ok(())
@@ -483,6 +491,8 @@ pub struct NodeRequest {
     pub rdev: u64,
     pub uid: Option<u32>,
     pub gid: Option<u32>,
+    /// As in SymlinkRequest.
+    pub replace: bool,
 }
 
 impl Message for NodeRequest {
@@ -493,6 +503,7 @@ impl Message for NodeRequest {
         codec::put_uint64(out, 4, self.rdev);
         codec::put_optional_uint32(out, 5, &self.uid);
         codec::put_optional_uint32(out, 6, &self.gid);
+        codec::put_bool(out, 7, self.replace);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -503,6 +514,7 @@ impl Message for NodeRequest {
             4 => codec::get_uint64(field, &mut self.rdev)?,
             5 => codec::get_optional_uint32(field, &mut self.uid)?,
             6 => codec::get_optional_uint32(field, &mut self.gid)?,
+            7 => codec::get_bool(field, &mut self.replace)?,
             _ => {}
         }
         Ok(())

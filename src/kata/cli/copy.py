@@ -9,6 +9,7 @@ its command.
 from __future__ import annotations
 
 import contextlib
+import errno
 import lzma
 import os
 import posixpath
@@ -27,7 +28,7 @@ from kata.proto.google_pb import Empty
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any, BinaryIO
 
     from kata.cli.args import Arguments
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 20
 _WARNINGS = 20
+_PERMISSION_DENIED = 7
 _SOCKET = "it is a socket, which is nothing without its process"
 
 COMMANDS = {
@@ -214,32 +216,38 @@ class _Guest:
         self._engine.call(SANDBOX, "Mkdir", request, Empty)
 
     def symlink(self, path: str, target: bytes, **attributes: int | None) -> None:
-        if self.stat(path, follow=False) is not None:
-            self._remove(path)
+        """Make a symbolic link; as with `link` and `node`, what is there goes only when that can be made."""
         request = agentext_pb.SymlinkRequest(
-            container_id=self._id, path=os.fsencode(path), target=target, **attributes
+            container_id=self._id, path=os.fsencode(path), target=target, replace=True, **attributes
         )
         self._engine.call(SANDBOX, "Symlink", request, Empty)
 
-    def link(self, path: str, target: str) -> None:
-        """Make a further name of a file that has been copied; one that it has already stays."""
-        there, source = self.stat(path, follow=False), self.stat(target, follow=False)
-        if there is not None:
-            # tar(1) writes a link of a file to itself when it is told one name twice.
-            if source is not None and (there.device, there.number) == (source.device, source.number):
-                return
-            self._remove(path)
+    def link(self, path: str, target: str) -> str:
+        """Make a further name of a file that has been copied; one that it has already stays.
+
+        Returns:
+            Why it cannot have that name, for example since that is on another file system; or nothing.
+        """
         request = agentext_pb.LinkRequest(
-            container_id=self._id, path=os.fsencode(path), target=os.fsencode(target)
+            container_id=self._id, path=os.fsencode(path), target=os.fsencode(target), replace=True
         )
-        self._engine.call(SANDBOX, "Link", request, Empty)
+        try:
+            self._engine.call(SANDBOX, "Link", request, Empty)
+        except KataError as error:
+            if error.grpc_code != _PERMISSION_DENIED:
+                raise
+            return error.message
+        return ""
 
     def node(self, path: str, mode: int, rdev: int, **attributes: int | None) -> None:
         """Make a fifo or device."""
-        if self.stat(path, follow=False) is not None:
-            self._remove(path)
         request = agentext_pb.NodeRequest(
-            container_id=self._id, path=os.fsencode(path), mode=mode, rdev=rdev, **attributes
+            container_id=self._id,
+            path=os.fsencode(path),
+            mode=mode,
+            rdev=rdev,
+            replace=True,
+            **attributes,
         )
         self._engine.call(SANDBOX, "Node", request, Empty)
 
@@ -270,32 +278,25 @@ def _out(guest: _Guest, source: str, destination: str, *, owners: bool, follow: 
 
 def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bool) -> None:
     kind = stat.S_IFMT(info.mode)
-    # A symbolic link that is there already would lead the writing elsewhere.
-    if os.path.islink(destination) or (os.path.lexists(destination) and kind == stat.S_IFLNK):
-        os.unlink(destination)
+    first = guest.outside.get((info.device, info.number)) if info.links > 1 else None
+    if first and first != destination and kind != stat.S_IFDIR and _linked(first, destination):
+        return
+    if kind in (stat.S_IFDIR, stat.S_IFREG) and os.path.islink(destination):
+        os.unlink(destination)  # it would lead the writing elsewhere
     if kind == stat.S_IFDIR:
         os.makedirs(destination, exist_ok=True)
         for entry in guest.entries(path):
             name = os.fsdecode(entry.name)
             _out_entry(guest, posixpath.join(path, name), entry, os.path.join(destination, name), owners)
-    elif (
-        info.links > 1 and (first := guest.outside.get((info.device, info.number))) and first != destination
-    ):
-        if os.path.lexists(destination):
-            os.unlink(destination)
-        os.link(first, destination, follow_symlinks=False)
-        return
     elif kind == stat.S_IFLNK:
-        os.symlink(info.link_target, os.fsencode(destination))
+        _replace(destination, lambda aside: os.symlink(info.link_target, os.fsencode(aside)))
     elif kind == stat.S_IFREG:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(destination, flags, 0o600), "wb") as file:
             for data in guest.read(path, info.size):
                 file.write(data)
     elif kind == stat.S_IFIFO:
-        if os.path.lexists(destination):
-            os.unlink(destination)
-        os.mkfifo(destination, 0o600)
+        _replace(destination, lambda aside: os.mkfifo(aside, 0o600))
     elif kind == stat.S_IFSOCK:
         guest.leave_out(path, _SOCKET)
         return
@@ -312,6 +313,28 @@ def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bo
     if kind != stat.S_IFLNK:
         os.chmod(destination, stat.S_IMODE(info.mode) & 0o1777)
         os.utime(destination, ns=(time.time_ns(), info.mtime_ns))
+
+
+def _linked(first: str, destination: str) -> bool:
+    """Make a further name of a file that has been copied; whether the host's file systems allow it."""
+    try:
+        _replace(destination, lambda aside: os.link(first, aside, follow_symlinks=False))
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM):
+            raise
+        return False
+    return True
+
+
+def _replace(destination: str, make: Callable[[str], None]) -> None:
+    """Make something, and only then take away what was in its place."""
+    aside = os.path.join(os.path.dirname(destination), f".kata-{os.urandom(6).hex()}")
+    make(aside)
+    try:
+        os.replace(aside, destination)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)  # between two names of one file rename(2) does nothing
 
 
 def _to_tar(guest: _Guest, source: str, out: BinaryIO, follow: bool) -> None:
@@ -424,9 +447,9 @@ def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owner
                 )
         return
     key = status.st_dev, status.st_ino
-    if status.st_nlink > 1 and (first := guest.outside.get(key)):
-        guest.link(path, first)
-    elif stat.S_ISLNK(status.st_mode):
+    if status.st_nlink > 1 and (first := guest.outside.get(key)) and not guest.link(path, first):
+        return
+    if stat.S_ISLNK(status.st_mode):
         guest.symlink(path, os.fsencode(os.readlink(host)), uid=uid, gid=gid)
     elif stat.S_ISREG(status.st_mode):
         with open(host, "rb") as file:
@@ -476,7 +499,9 @@ def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInf
     if member.issym():
         guest.symlink(path, os.fsencode(member.linkname), **owner)
     elif member.islnk():
-        guest.link(path, _below(base, member.linkname))
+        refusal = guest.link(path, _below(base, member.linkname))
+        if refusal:
+            guest.leave_out(member.name, f"it cannot be a link to {member.linkname}: {refusal}")
     elif member.isfile():
         content: Any = tar.extractfile(member)
         limit = (1 << 63) - 1

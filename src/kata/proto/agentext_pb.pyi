@@ -213,6 +213,8 @@ class SymlinkRequest(Message):
     """What it holds."""
     uid: int | None
     gid: int | None
+    replace: bool
+    """What is there already, a directory only if it is empty, is replaced in one step."""
     def __init__(
         self,
         *,
@@ -221,6 +223,7 @@ class SymlinkRequest(Message):
         target: bytes = ...,
         uid: int | None = ...,
         gid: int | None = ...,
+        replace: bool = ...,
     ) -> None: ...
 
 class LinkRequest(Message):
@@ -229,12 +232,15 @@ class LinkRequest(Message):
     """Where the name is made."""
     target: bytes
     """A path of the file; a symbolic link is not followed but gets the name itself."""
+    replace: bool
+    """As in SymlinkRequest. A name that the file has already stays."""
     def __init__(
         self,
         *,
         container_id: str = ...,
         path: bytes = ...,
         target: bytes = ...,
+        replace: bool = ...,
     ) -> None: ...
 
 class NodeRequest(Message):
@@ -246,6 +252,8 @@ class NodeRequest(Message):
     """As in stat(2)."""
     uid: int | None
     gid: int | None
+    replace: bool
+    """As in SymlinkRequest."""
     def __init__(
         self,
         *,
@@ -255,6 +263,7 @@ class NodeRequest(Message):
         rdev: int = ...,
         uid: int | None = ...,
         gid: int | None = ...,
+        replace: bool = ...,
     ) -> None: ...
 
 class RemoveFileRequest(Message):
