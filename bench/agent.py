@@ -44,7 +44,7 @@ from kata.agent.streams import FEATURE, Input, Output  # noqa: E402
 from kata.guest import manifest  # noqa: E402
 from kata.hypervisor import accel  # noqa: E402
 from kata.hypervisor.qemu import slots  # noqa: E402
-from kata.images import store  # noqa: E402
+from kata.images.resolve import resolve  # noqa: E402
 from kata.proto import agent_pb, health_pb, oci_pb  # noqa: E402
 from kata.ttrpc import envelope, frame  # noqa: E402
 from kata.ttrpc.client import Client  # noqa: E402
@@ -405,7 +405,7 @@ def main() -> None:
     guest_dir = Path(paths.guest_dir())
     chosen = accel.choose(os.environ.get(accel.VARIABLE, "")).accel
     assets = manifest.load(str(guest_dir))
-    rootfs = store.resolve(f"oci:{ROOT / 'build/images/busybox'}").rootfs_path
+    rootfs = resolve(f"oci:{ROOT / 'build/images/busybox'}").rootfs_path
     result: Row = {
         "accelerator": chosen,
         "idle_s": options.idle,

@@ -31,6 +31,7 @@ from image_support import (
 from kata.errors import ImageError
 from kata.images import archive as archives
 from kata.images import platform, store
+from kata.images.resolve import resolve
 
 ONE = layer(member("one", content=b"1"))
 TWO = layer(member("two", content=b"2"))
@@ -90,7 +91,7 @@ def docker_save(
 
 def test_oci_archive(tmp_path: Path) -> None:
     archive = pack(simple_layout(tmp_path / "l", ONE, TWO, how="gzip"), tmp_path / "a.tar")
-    made = store.resolve(f"oci-archive:{archive}")
+    made = resolve(f"oci-archive:{archive}")
     assert content(made) == {"one", "two"}
     assert made.names == [f"oci-archive:{archive}"]
 
@@ -100,17 +101,17 @@ def test_docker_archive(tmp_path: Path) -> None:
         tmp_path / "a.tar",
         [{"layers": [ONE, TWO], "tags": ["team/app:1"], "config": {"Cmd": ["x"], "Env": None}}],
     )
-    made = store.resolve(f"docker-archive:{archive}")
+    made = resolve(f"docker-archive:{archive}")
     assert content(made) == {"one", "two"}
     assert made.config == {"Cmd": ["x"]}
     assert made.names == [f"docker-archive:{archive}", "docker.io/team/app:1"]
-    assert store.resolve("team/app:1", pull="never").id == made.id
+    assert resolve("team/app:1", pull="never").id == made.id
 
 
 def test_an_archive_is_the_same_image_as_the_layout(tmp_path: Path) -> None:
     layout = simple_layout(tmp_path / "l", ONE, TWO)
-    one = store.resolve(f"oci-archive:{pack(layout, tmp_path / 'a.tar', './')}")
-    assert store.resolve(f"oci:{layout}").id == one.id
+    one = resolve(f"oci-archive:{pack(layout, tmp_path / 'a.tar', './')}")
+    assert resolve(f"oci:{layout}").id == one.id
 
 
 def test_docker_25_writes_both_forms(tmp_path: Path) -> None:
@@ -130,10 +131,10 @@ def test_docker_25_writes_both_forms(tmp_path: Path) -> None:
     (layout / "index.json").unlink()
     docker_only = pack(layout, tmp_path / "docker.tar")
     ids = {
-        store.resolve(f"docker-archive:{both}").id,
-        store.resolve(f"docker-archive:{both}:app:1").id,
-        store.resolve(f"oci-archive:{both}:1").id,
-        store.resolve(f"docker-archive:{docker_only}:1").id,
+        resolve(f"docker-archive:{both}").id,
+        resolve(f"docker-archive:{both}:app:1").id,
+        resolve(f"oci-archive:{both}:1").id,
+        resolve(f"docker-archive:{docker_only}:1").id,
     }
     assert ids == {inner["config"]["digest"]}
     assert store.find("app:1").id in ids
@@ -148,20 +149,20 @@ def test_choosing_among_several(tmp_path: Path) -> None:
             {"layers": []},
         ],
     )
-    assert content(store.resolve(f"docker-archive:{archive}")) == {"two"}
-    assert content(store.resolve(f"docker-archive:{archive}:a:1")) == {"one"}
-    assert content(store.resolve(f"docker-archive:{archive}:2")) == {"one"}
+    assert content(resolve(f"docker-archive:{archive}")) == {"two"}
+    assert content(resolve(f"docker-archive:{archive}:a:1")) == {"one"}
+    assert content(resolve(f"docker-archive:{archive}:2")) == {"one"}
     with pytest.raises(ImageError, match="no image with the tag 9") as caught:
-        store.resolve(f"docker-archive:{archive}:9")
+        resolve(f"docker-archive:{archive}:9")
     assert "x.io/b:2" in caught.value.hint
-    assert content(store.resolve(f"docker-archive:{archive}:@0")) == {"one"}
+    assert content(resolve(f"docker-archive:{archive}:@0")) == {"one"}
     with pytest.raises(ImageError, match="no image at the place @3"):
-        store.resolve(f"docker-archive:{archive}:@3")
+        resolve(f"docker-archive:{archive}:@3")
     unnamed = docker_save(tmp_path / "b.tar", [{"layers": [ONE]}, {"layers": [TWO]}])
     with pytest.raises(ImageError, match="2 images and none is tagged latest") as caught:
-        store.resolve(f"docker-archive:{unnamed}")
+        resolve(f"docker-archive:{unnamed}")
     assert ":@0 to :@1" in caught.value.hint
-    assert content(store.resolve(f"docker-archive:{unnamed}:@1")) == {"two"}
+    assert content(resolve(f"docker-archive:{unnamed}:@1")) == {"two"}
 
 
 def test_repeated_layers_are_links_before_docker_25(tmp_path: Path) -> None:
@@ -174,40 +175,40 @@ def test_repeated_layers_are_links_before_docker_25(tmp_path: Path) -> None:
     archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE, ONE], "linked": True}], extra=[again, hard])
     with tarfile.open(archive, "a") as tar:
         tar.addfile(data, io.BytesIO(ONE))
-    assert content(store.resolve(f"docker-archive:{archive}")) == {"one"}
+    assert content(resolve(f"docker-archive:{archive}")) == {"one"}
 
 
 @pytest.mark.parametrize("pressed", [gzip.compress, bz2.compress, zstandard.compress])
 def test_compressed_archives(tmp_path: Path, state: Path, pressed: Any) -> None:
     archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE]}])
     archive.write_bytes(pressed(archive.read_bytes()))
-    assert content(store.resolve(f"docker-archive:{archive}")) == {"one"}
+    assert content(resolve(f"docker-archive:{archive}")) == {"one"}
     assert len(list((state / "rootfs").iterdir())) == 1
 
 
 def test_an_unchanged_archive_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE]}])
-    made = store.resolve(f"docker-archive:{archive}")
+    made = resolve(f"docker-archive:{archive}")
     monkeypatch.setitem(__import__("sys").modules, "kata.images.acquire", None)
-    assert store.resolve(f"docker-archive:{archive}").id == made.id
+    assert resolve(f"docker-archive:{archive}").id == made.id
     monkeypatch.undo()
     monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "state"))
     docker_save(archive, [{"layers": [TWO]}])
-    assert content(store.resolve(f"docker-archive:{archive}")) == {"two"}
+    assert content(resolve(f"docker-archive:{archive}")) == {"two"}
 
 
 def test_names_in_archives_do_not_replace_what_was_pulled(tmp_path: Path) -> None:
     first = docker_save(tmp_path / "a.tar", [{"layers": [ONE], "tags": ["app:1"]}])
     second = docker_save(tmp_path / "b.tar", [{"layers": [TWO], "tags": ["app:1"]}])
-    store.resolve(f"docker-archive:{first}")
-    newer = store.resolve(f"docker-archive:{second}")
+    resolve(f"docker-archive:{first}")
+    newer = resolve(f"docker-archive:{second}")
     assert store.find("app:1").id == newer.id
     path = os.path.join(store.directory(), "index.json")
     index = json.loads(Path(path).read_text())
     index["names"]["docker.io/library/app:1"]["origin"] = "registry"
     Path(path).write_text(json.dumps(index))
     docker_save(tmp_path / "a.tar", [{"layers": [ONE, TWO], "tags": ["app:1"]}])
-    store.resolve(f"docker-archive:{first}")
+    resolve(f"docker-archive:{first}")
     assert store.find("app:1").id == newer.id
 
 
@@ -236,7 +237,7 @@ def test_broken_archives(tmp_path: Path, state: Path, words: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(BROKEN[words])
     with pytest.raises(ImageError, match=words) as caught:
-        store.resolve(f"docker-archive:{path}")
+        resolve(f"docker-archive:{path}")
     assert caught.value.hint
     assert not list((state / "rootfs").iterdir())
 
@@ -270,7 +271,7 @@ def test_odd_shapes_of_docker_archives(tmp_path: Path, data: bytes, words: str) 
     path = tmp_path / "a.tar"
     path.write_bytes(data)
     with pytest.raises(ImageError, match=words) as caught:
-        store.resolve(f"docker-archive:{path}")
+        resolve(f"docker-archive:{path}")
     assert caught.value.message.isprintable()
     assert caught.value.hint
 
@@ -288,7 +289,7 @@ def test_names_of_members_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
             )
             for prefix in ("oci-archive", "docker-archive"):
                 with pytest.raises(ImageError, match="names of more than 1048576 bytes") as caught:
-                    store.resolve(f"{prefix}:{path}")
+                    resolve(f"{prefix}:{path}")
                 assert len(caught.value.message) < 1000
 
 
@@ -300,7 +301,7 @@ def test_a_link_in_a_circle(tmp_path: Path) -> None:
         links.append(info)
     archive = docker_save(tmp_path / "a.tar", [{"layers": [ONE], "linked": True}], extra=links)
     with pytest.raises(ImageError, match="is missing"):
-        store.resolve(f"docker-archive:{archive}")
+        resolve(f"docker-archive:{archive}")
 
 
 def test_a_layer_that_is_not_the_configuration_s(tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def test_a_layer_that_is_not_the_configuration_s(tmp_path: Path) -> None:
     data = archive.read_bytes()
     archive.write_bytes(data.replace(b"one" + bytes(97), b"two" + bytes(97)))
     with pytest.raises(ImageError, match=r"checksum|unpacks to"):
-        store.resolve(f"docker-archive:{archive}")
+        resolve(f"docker-archive:{archive}")
 
 
 def test_a_compressed_bomb_is_refused(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +317,7 @@ def test_a_compressed_bomb_is_refused(tmp_path: Path, state: Path, monkeypatch: 
     path = tmp_path / "a.tar"
     path.write_bytes(gzip.compress(bytes(50 << 20)))
     with pytest.raises(ImageError, match="unpacks to more than 1000000 bytes"):
-        store.resolve(f"docker-archive:{path}")
+        resolve(f"docker-archive:{path}")
     assert not list((state / "rootfs").iterdir())
 
 
@@ -338,6 +339,6 @@ def test_what_skopeo_writes(tmp_path: Path, form: str) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    made = store.resolve(f"{form}:{target}")
+    made = resolve(f"{form}:{target}")
     assert content(made) == {"one", "two"}
-    assert store.resolve(f"{form}:{target}:team/app:7").id == made.id
+    assert resolve(f"{form}:{target}:team/app:7").id == made.id

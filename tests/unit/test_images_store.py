@@ -32,6 +32,7 @@ from image_support import (
 
 from kata.errors import HostError, ImageError, NotFoundError, ResourceExhaustedError, StateError
 from kata.images import changes, manifest, platform, store
+from kata.images.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = layer(member("hello", content=b"hello\n"))
@@ -61,7 +62,7 @@ def test_a_layout_becomes_an_image(tmp_path: Path, state: Path) -> None:
         "ExposedPorts": {"80/tcp": {}},
     }
     layout = simple_layout(tmp_path / "l", HELLO, config={**config, "OnBuild": None, "Unknown": 1})
-    made = store.resolve(f"oci:{layout}")
+    made = resolve(f"oci:{layout}")
     assert made.config == config
     assert made.created == "2024-01-02T03:04:05Z"
     assert made.platform == "linux/amd64"
@@ -76,16 +77,16 @@ def test_a_layout_becomes_an_image(tmp_path: Path, state: Path) -> None:
 
 def test_the_same_layout_again_reads_no_layer(tmp_path: Path) -> None:
     layout = simple_layout(tmp_path / "l", HELLO)
-    first = store.resolve(f"oci:{layout}")
+    first = resolve(f"oci:{layout}")
     for blob in (layout / "blobs" / "sha256").iterdir():
         blob.unlink()
-    again = store.resolve(f"oci:{layout}", pull="never")
+    again = resolve(f"oci:{layout}", pull="never")
     assert (again.id, again.rootfs_path) == (first.id, first.rootfs_path)
 
 
 def test_a_changed_layout_is_another_image(tmp_path: Path) -> None:
-    first = store.resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
-    second = store.resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO, layer(member('more')))}")
+    first = resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
+    second = resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO, layer(member('more')))}")
     assert second.id != first.id
     assert store.find(f"oci:{tmp_path}/l").id == second.id
     assert store.find(first.id).names == []
@@ -93,11 +94,11 @@ def test_a_changed_layout_is_another_image(tmp_path: Path) -> None:
 
 def test_finding_a_stored_image_imports_nothing_dear(tmp_path: Path) -> None:
     layout = simple_layout(tmp_path / "l", HELLO)
-    store.resolve(f"oci:{layout}")
+    resolve(f"oci:{layout}")
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-        "from kata.images import store\n"
-        f"store.resolve('oci:{layout}')\n"
+        "from kata.images.resolve import resolve\n"
+        f"resolve('oci:{layout}')\n"
         "print(' '.join(sys.modules))"
     )
     done = subprocess.run(
@@ -120,39 +121,39 @@ def test_finding_a_stored_image_imports_nothing_dear(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["plain", "gzip", "zstd"])
 def test_all_compressions_give_the_same_root_file_system(tmp_path: Path, how: str) -> None:
     layers = [layer(member(f"f{n}", content=os.urandom(1) * 5000)) for n in range(3)]
-    one = store.resolve(f"oci:{simple_layout(tmp_path / 'a', *layers, how=how)}")
-    two = store.resolve(f"oci:{simple_layout(tmp_path / 'b', *layers, how='plain')}")
+    one = resolve(f"oci:{simple_layout(tmp_path / 'a', *layers, how=how)}")
+    two = resolve(f"oci:{simple_layout(tmp_path / 'b', *layers, how='plain')}")
     assert one.rootfs_path == two.rootfs_path
     assert one.id == two.id
 
 
 def test_images_share_the_root_file_system_of_equal_layers(tmp_path: Path, state: Path) -> None:
-    one = store.resolve(f"oci:{simple_layout(tmp_path / 'a', HELLO, config={'Cmd': ['1']})}")
-    two = store.resolve(f"oci:{simple_layout(tmp_path / 'b', HELLO, config={'Cmd': ['2']})}")
+    one = resolve(f"oci:{simple_layout(tmp_path / 'a', HELLO, config={'Cmd': ['1']})}")
+    two = resolve(f"oci:{simple_layout(tmp_path / 'b', HELLO, config={'Cmd': ['2']})}")
     assert one.id != two.id
     assert one.rootfs_path == two.rootfs_path
-    store.remove(one.id)
+    changes.remove(one.id)
     assert os.path.exists(two.rootfs_path)
-    store.remove(two.id)
+    changes.remove(two.id)
     assert not os.path.exists(two.rootfs_path)
     assert files(state) == {"index.json", "lock", "adding"}
 
 
 def test_an_image_without_layers(tmp_path: Path) -> None:
-    made = store.resolve(f"oci:{simple_layout(tmp_path / 'l')}")
+    made = resolve(f"oci:{simple_layout(tmp_path / 'l')}")
     assert set(Erofs(Path(made.rootfs_path)).tree()) == {"", *MOUNT_POINTS}
 
 
 def test_a_lost_or_damaged_root_file_system_is_made_again(tmp_path: Path) -> None:
     layout = simple_layout(tmp_path / "l", HELLO)
-    made = store.resolve(f"oci:{layout}")
+    made = resolve(f"oci:{layout}")
     os.unlink(made.rootfs_path)
     assert store.list_images() == []
-    again = store.resolve(f"oci:{layout}")
+    again = resolve(f"oci:{layout}")
     assert os.stat(again.rootfs_path).st_size == made.size
     os.chmod(made.rootfs_path, 0o644)
     os.truncate(made.rootfs_path, 4096)
-    again = store.resolve(f"oci:{layout}")
+    again = resolve(f"oci:{layout}")
     assert os.stat(again.rootfs_path).st_size == made.size
 
 
@@ -162,16 +163,16 @@ def test_tags(tmp_path: Path) -> None:
         image(blobs, [HELLO], config={"Cmd": [tag]}, **tagged(tag)) for tag in ("1", "registry.io/app:2")
     )
     layout = write_layout(tmp_path / "l", blobs, [one, two])
-    assert store.resolve(f"oci:{layout}:1").config == {"Cmd": ["1"]}
-    assert store.resolve(f"oci:{layout}:2").config == store.resolve(f"oci:{layout}:registry.io/app:2").config
+    assert resolve(f"oci:{layout}:1").config == {"Cmd": ["1"]}
+    assert resolve(f"oci:{layout}:2").config == resolve(f"oci:{layout}:registry.io/app:2").config
     with pytest.raises(ImageError, match="no image with the tag 3") as caught:
-        store.resolve(f"oci:{layout}:3")
+        resolve(f"oci:{layout}:3")
     assert "registry.io/app:2" in caught.value.hint
     with pytest.raises(ImageError, match="none is tagged latest"):
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     latest = image(blobs, [HELLO], config={"Cmd": ["l"]}, **tagged("latest"))
     write_layout(layout, blobs, [one, two, latest])
-    assert store.resolve(f"oci:{layout}").config == {"Cmd": ["l"]}
+    assert resolve(f"oci:{layout}").config == {"Cmd": ["l"]}
 
 
 def test_images_without_names(tmp_path: Path) -> None:
@@ -180,17 +181,17 @@ def test_images_without_names(tmp_path: Path) -> None:
     one, two = (image(blobs, [HELLO], config={"Cmd": [text]}) for text in "12")
     layout = write_layout(tmp_path / "l", blobs, [one, two])
     with pytest.raises(ImageError, match="several images with no name") as caught:
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     assert f"oci:{layout}:@0 to :@1" in caught.value.hint
-    assert [store.resolve(f"oci:{layout}:@{n}").config for n in (0, 1)] == [{"Cmd": ["1"]}, {"Cmd": ["2"]}]
+    assert [resolve(f"oci:{layout}:@{n}").config for n in (0, 1)] == [{"Cmd": ["1"]}, {"Cmd": ["2"]}]
     with pytest.raises(ImageError, match="no image at the place @2"):
-        store.resolve(f"oci:{layout}:@2")
+        resolve(f"oci:{layout}:@2")
     for entries in ([one, one], [{**one, **tagged(name)} for name in "abc"], [{**one, **tagged("a")}, one]):
         write_layout(layout, blobs, entries)
-        assert store.resolve(f"oci:{layout}").config == {"Cmd": ["1"]}
+        assert resolve(f"oci:{layout}").config == {"Cmd": ["1"]}
     write_layout(layout, blobs, [{**one, **tagged("a")}, {**two, **tagged("a")}])
     with pytest.raises(ImageError, match="several images with the tag a"):
-        store.resolve(f"oci:{layout}:a")
+        resolve(f"oci:{layout}:a")
 
 
 def test_an_image_of_a_later_level_of_the_processor(tmp_path: Path) -> None:
@@ -206,9 +207,9 @@ def test_an_image_of_a_later_level_of_the_processor(tmp_path: Path) -> None:
         for level in ("v2", "v3")
     )
     layout = write_layout(tmp_path / "l", blobs, [v3, v2])
-    assert store.resolve(f"oci:{layout}").platform == "linux/amd64/v2"
-    assert store.resolve(f"oci:{layout}", platform="linux/amd64/v3").platform == "linux/amd64/v3"
-    assert store.resolve(f"oci:{layout}", platform="linux/amd64/v4").platform == "linux/amd64/v3"
+    assert resolve(f"oci:{layout}").platform == "linux/amd64/v2"
+    assert resolve(f"oci:{layout}", platform="linux/amd64/v3").platform == "linux/amd64/v3"
+    assert resolve(f"oci:{layout}", platform="linux/amd64/v4").platform == "linux/amd64/v3"
     v4 = platform.parse("linux/amd64/v4")
     assert platform.lacking(v4, emulated=True) == ["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
     assert platform.lacking(platform.parse("linux/amd64/v3"), emulated=True) == []
@@ -233,17 +234,17 @@ def _multi(tmp_path: Path) -> Path:
 
 def test_multi_platform_indexes(tmp_path: Path) -> None:
     layout = _multi(tmp_path)
-    assert store.resolve(f"oci:{layout}").config == {"Cmd": ["amd64"]}
-    assert store.resolve(f"oci:{layout}", platform="linux/arm64").platform == "linux/arm64"
-    assert store.resolve(f"oci:{layout}").config == {"Cmd": ["amd64"]}
+    assert resolve(f"oci:{layout}").config == {"Cmd": ["amd64"]}
+    assert resolve(f"oci:{layout}", platform="linux/arm64").platform == "linux/arm64"
+    assert resolve(f"oci:{layout}").config == {"Cmd": ["amd64"]}
     with pytest.raises(ImageError, match="only for: linux/386, linux/amd64, linux/arm64"):
-        store.resolve(f"oci:{layout}", platform="linux/s390x")
+        resolve(f"oci:{layout}", platform="linux/s390x")
 
 
 def test_an_image_for_another_machine_is_refused(tmp_path: Path) -> None:
     layout = simple_layout(tmp_path / "l", HELLO, arch="arm64")
     with pytest.raises(ImageError, match="is built for linux/arm64, not for linux/amd64"):
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
 
 
 def _spoil(layout: Path, change: Any) -> None:
@@ -291,7 +292,7 @@ def test_malformed_images(tmp_path: Path, state: Path, words: str) -> None:
     layout = simple_layout(tmp_path / "l", HELLO)
     _spoil(layout, MALFORMED[words])
     with pytest.raises(ImageError, match=words) as caught:
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     assert caught.value.hint
     assert files(state) <= {"lock", "adding", "index.json"}
 
@@ -302,20 +303,20 @@ def test_damaged_layouts(tmp_path: Path) -> None:
     blob = layout / "blobs" / "sha256" / digest[7:]
     blob.write_bytes(blob.read_bytes() + b" ")
     with pytest.raises(ImageError, match="does not have the digest"):
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     blob.write_bytes(b" " * (9 << 20))
     with pytest.raises(ImageError, match="is larger than"):
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     for content, words in [(b"{", "not JSON"), (b"[]", "not a JSON object"), (b"[" * 100_000, "not JSON")]:
         (layout / "index.json").write_bytes(content)
         with pytest.raises(ImageError, match=words):
-            store.resolve(f"oci:{layout}")
+            resolve(f"oci:{layout}")
     (layout / "index.json").write_text('{"manifests": []}')
     with pytest.raises(ImageError, match="holds no image"):
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     (layout / "index.json").unlink()
     with pytest.raises(ImageError, match="has no index"):
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
 
 
 def test_indexes_within_indexes_end(tmp_path: Path) -> None:
@@ -324,11 +325,11 @@ def test_indexes_within_indexes_end(tmp_path: Path) -> None:
     for _ in range(6):
         inner = blobs.put_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": [inner]}, INDEX)
     with pytest.raises(ImageError, match="indexes within indexes"):
-        store.resolve(f"oci:{write_layout(tmp_path / 'l', blobs, [inner])}")
+        resolve(f"oci:{write_layout(tmp_path / 'l', blobs, [inner])}")
 
 
 def test_plain_directories_are_used_as_they_are(tmp_path: Path, state: Path) -> None:
-    made = store.resolve(f"rootfs:{tmp_path}")
+    made = resolve(f"rootfs:{tmp_path}")
     assert (made.rootfs_dir, made.rootfs_path, made.config, made.id) == (str(tmp_path), "", {}, "")
     assert not state.exists()
 
@@ -338,20 +339,20 @@ def test_plain_directories_are_used_as_they_are(tmp_path: Path, state: Path) -> 
 
 def test_missing_images(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFoundError, match="not in the local store") as caught:
-        store.resolve("alpine", pull="never")
+        resolve("alpine", pull="never")
     assert caught.value.hint == "kata pull alpine:latest"
-    for call in (store.find, store.remove):
+    for call in (store.find, changes.remove):
         with pytest.raises(NotFoundError):
             call("alpine")
     with pytest.raises(NotFoundError, match="no image with the id"):
-        store.resolve("sha256:abcdef")
+        resolve("sha256:abcdef")
     assert store.list_images() == []
 
 
 def test_finding_by_id(tmp_path: Path) -> None:
-    made = store.resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
+    made = resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
     for text in (made.id, made.id[7:], made.id[7:15], made.id[:20]):
-        assert store.find(text).id == store.resolve(text, pull="never").id == made.id
+        assert store.find(text).id == resolve(text, pull="never").id == made.id
     with pytest.raises(NotFoundError):
         store.find(made.id[7:10])
     assert [each.id for each in store.list_images()] == [made.id]
@@ -360,34 +361,34 @@ def test_finding_by_id(tmp_path: Path) -> None:
 def test_removal(tmp_path: Path, state: Path) -> None:
     blobs = Blobs()
     layout = write_layout(tmp_path / "l", blobs, [image(blobs, [HELLO], **tagged("latest"))])
-    made = store.resolve(f"oci:{layout}")
-    store.resolve(f"oci:{layout}:latest")
+    made = resolve(f"oci:{layout}")
+    resolve(f"oci:{layout}:latest")
     with pytest.raises(StateError, match="has 2 names"):
-        store.remove(made.id)
-    assert store.remove(f"oci:{layout}:latest") == [f"Untagged: oci:{layout}:latest"]
+        changes.remove(made.id)
+    assert changes.remove(f"oci:{layout}:latest") == [f"Untagged: oci:{layout}:latest"]
     with pytest.raises(StateError, match="used by the container web and 1 more"):
-        store.remove(f"oci:{layout}", in_use={made.id: ["web", "db"]})
-    assert store.remove(f"oci:{layout}", force=True, in_use={made.id: ["web"]}) == [
+        changes.remove(f"oci:{layout}", in_use={made.id: ["web", "db"]})
+    assert changes.remove(f"oci:{layout}", force=True, in_use={made.id: ["web"]}) == [
         f"Untagged: oci:{layout}"
     ]
     assert os.path.exists(made.rootfs_path)
-    assert store.gc(in_use=[made.id]) == []
+    assert changes.gc(in_use=[made.id]) == []
     assert store.find(made.id).names == []
-    assert store.gc() == [made.id]
+    assert changes.gc() == [made.id]
     assert files(state) == {"index.json", "lock", "adding"}
 
 
 def test_removal_by_id_with_force(tmp_path: Path) -> None:
     blobs = Blobs()
     layout = write_layout(tmp_path / "l", blobs, [image(blobs, [HELLO], **tagged("latest"))])
-    made = store.resolve(f"oci:{layout}")
-    store.resolve(f"oci:{layout}:latest")
-    assert store.remove(made.id[7:20], force=True)[-1] == f"Deleted: {made.id}"
+    made = resolve(f"oci:{layout}")
+    resolve(f"oci:{layout}:latest")
+    assert changes.remove(made.id[7:20], force=True)[-1] == f"Deleted: {made.id}"
     assert store.list_images() == []
 
 
 def test_gc_clears_what_a_crash_left(tmp_path: Path, state: Path) -> None:
-    made = store.resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
+    made = resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
     kept = files(state)
     for name in (
         "rootfs/x.erofs.1.tmp",
@@ -399,17 +400,17 @@ def test_gc_clears_what_a_crash_left(tmp_path: Path, state: Path) -> None:
     (state / "pulls" / "ff").mkdir(parents=True)
     (state / "pulls" / "ff" / "layer").write_text("left")
     with changes.locked("adding", shared=True):
-        assert store.gc() == []
-    assert len(store.gc()) == 5
+        assert changes.gc() == []
+    assert len(changes.gc()) == 5
     assert files(state) == kept
     assert store.find(made.id).id == made.id
 
 
 def test_a_damaged_store_is_told(tmp_path: Path, state: Path) -> None:
-    store.resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
+    resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
     (state / "index.json").write_text("{")
     with pytest.raises(ImageError, match=r"index\.json is damaged"):
-        store.resolve("alpine")
+        resolve("alpine")
 
 
 # ---- failures while converting ----
@@ -426,7 +427,7 @@ def test_a_full_disk(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "pwrite", full)
     layout = simple_layout(tmp_path / "l", layer(member("big", content=os.urandom(3 << 20))))
     with pytest.raises(ResourceExhaustedError, match="no space left") as caught:
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     assert "kata gc" in caught.value.hint
     assert files(state) == {"adding"}
 
@@ -437,7 +438,7 @@ def test_names_and_images_are_removed_on_a_full_disk(tmp_path: Path, state: Path
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=True)
     try:
         for name in ("one", "two"):
-            store.resolve(f"oci:{simple_layout(tmp_path / name, HELLO)}")
+            resolve(f"oci:{simple_layout(tmp_path / name, HELLO)}")
         assert len(store.Index().names) == 2
         with contextlib.suppress(OSError), open(small / "fill", "wb", buffering=0) as file:
             while file.write(bytes(100)):
@@ -456,7 +457,7 @@ def test_a_state_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").touch()
     monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "file"))
     with pytest.raises(HostError, match="cannot be read"):
-        store.resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
+        resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
 
 
 def test_without_nameless_files(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,12 +471,12 @@ def test_without_nameless_files(tmp_path: Path, state: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "open", open_without)
     layout = simple_layout(tmp_path / "l", HELLO)
-    made = store.resolve(f"oci:{layout}")
+    made = resolve(f"oci:{layout}")
     assert Erofs(Path(made.rootfs_path)).tree()["hello"].content == b"hello\n"
     _spoil(layout, MALFORMED["its configuration says sha256:1"])
     before = files(state)
     with pytest.raises(ImageError):
-        store.resolve(f"oci:{layout}")
+        resolve(f"oci:{layout}")
     assert files(state) == before
 
 
@@ -491,7 +492,7 @@ def test_many_at_once_convert_once(tmp_path: Path, state: Path, monkeypatch: pyt
 
     def one(number: int) -> None:
         try:
-            made.append(store.resolve(f"oci:{layouts[number % 2]}"))
+            made.append(resolve(f"oci:{layouts[number % 2]}"))
         except BaseException as error:
             failed.append(error)
 
@@ -508,7 +509,7 @@ def test_many_at_once_convert_once(tmp_path: Path, state: Path, monkeypatch: pyt
 def test_progress_is_told(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     layout = simple_layout(tmp_path / "l", layer(member("big", content=os.urandom(3 << 20))), how="gzip")
-    store.resolve(f"oci:{layout}", progress=lambda *step: told.append(step))
+    resolve(f"oci:{layout}", progress=lambda *step: told.append(step))
     assert told[0][0] == "unpack"
     assert all(0 <= done <= total for _, done, total in told)
     assert told[-1][1] == told[-1][2] or told[-1][0] == "write"
@@ -521,10 +522,10 @@ def test_strings_of_an_image_cannot_reach_the_terminal(tmp_path: Path) -> None:
     blobs = Blobs()
     layout = write_layout(tmp_path / "l", blobs, [image(blobs, [HELLO], **tagged("\x1b[31m"))])
     with pytest.raises(ImageError) as caught:
-        store.resolve(f"oci:{layout}:x")
+        resolve(f"oci:{layout}:x")
     assert caught.value.hint.isprintable()
     _spoil(layout, lambda m, c: c.update(created="\x1b[31m", variant="\x1b[31m"))
-    made = store.resolve(f"oci:{layout}")
+    made = resolve(f"oci:{layout}")
     assert (made.created, made.platform) == ("", "linux/amd64")
 
 
@@ -537,7 +538,7 @@ def test_chain_ids() -> None:
 
 
 def test_the_uuid_follows_from_the_layers(tmp_path: Path) -> None:
-    made = store.resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
+    made = resolve(f"oci:{simple_layout(tmp_path / 'l', HELLO)}")
     raw = Path(made.rootfs_path).read_bytes()[1024 + 48 : 1024 + 64]
     digest = bytes.fromhex(sha256(HELLO)[7:])
     assert (raw[:6], raw[6] >> 4, raw[8] >> 6) == (digest[:6], 8, 2)
@@ -557,7 +558,7 @@ def test_busybox_image(tmp_path: Path) -> None:
             pytest.skip("needs busybox-static")
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
-    made = store.resolve(f"oci:{tmp_path}/a:latest", platform=None)
+    made = resolve(f"oci:{tmp_path}/a:latest", platform=None)
     assert made.config["Cmd"] == ["sh"]
     tree = Erofs(Path(made.rootfs_path)).tree()
     assert tree["bin/busybox"].content == Path("/bin/busybox").read_bytes()

@@ -81,7 +81,7 @@ def test_commands_that_start_containers_do_without_dear_modules() -> None:
         "kata.engine.launch",
         "kata.guest.manifest",
         "kata.hypervisor.accel",
-        "kata.images.store",
+        "kata.images.resolve",
         "kata.oci.spec",
         "kata.resources.sizing",
         "kata.storage.ext4",

@@ -15,6 +15,7 @@ from registry_support import BIG, HELLO, DockerRegistry, basic, content, login, 
 
 from kata.errors import ImageError, NotFoundError, RegistryError
 from kata.images import store
+from kata.images.resolve import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_pull(docker_registry: DockerRegistry, state: Path, how: str) -> None:
     )
     told: list[tuple[str, int, int]] = []
     name = f"{docker_registry.host}/team/app:{how}"
-    made = store.resolve(name, progress=lambda *step: told.append(step))
+    made = resolve(name, progress=lambda *step: told.append(step))
     assert content(made) == {"hello", "big"}
     assert (made.names, made.config) == ([name], {"Cmd": [how]})
     pulled = [step for step in told if step[0] == "pull"]
@@ -57,17 +58,17 @@ def test_pull_by_platform_and_digest(docker_registry: DockerRegistry) -> None:
     index = blobs.put_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": inner}, INDEX)
     docker_registry.push("multi", "latest", blobs, index, inner)
     name = f"{docker_registry.host}/multi"
-    made = store.resolve(name)
+    made = resolve(name)
     assert made.config == {"Cmd": ["amd64"]}
-    assert store.resolve(f"{name}@{index['digest']}", pull="never").id == made.id
+    assert resolve(f"{name}@{index['digest']}", pull="never").id == made.id
     assert store.find(f"{name}@{inner[1]['digest']}").id == made.id
-    by_digest = store.resolve(f"{name}@{inner[1]['digest']}", pull="always")
+    by_digest = resolve(f"{name}@{inner[1]['digest']}", pull="always")
     assert by_digest.id == made.id
-    other = store.resolve(name, platform="linux/arm64")
+    other = resolve(name, platform="linux/arm64")
     assert other.platform == "linux/arm64"
-    assert store.resolve(name).platform == "linux/amd64"
+    assert resolve(name).platform == "linux/amd64"
     with pytest.raises(ImageError, match="not offered for linux/riscv64"):
-        store.resolve(name, platform="riscv64")
+        resolve(name, platform="riscv64")
 
 
 def test_a_platform_that_was_asked_for_is_the_one_that_runs(docker_registry: DockerRegistry) -> None:
@@ -83,38 +84,38 @@ def test_a_platform_that_was_asked_for_is_the_one_that_runs(docker_registry: Doc
     docker_registry.push("old", "latest", blobs, inner[0], [])
     name, old = f"{docker_registry.host}/levels", f"{docker_registry.host}/old"
     x86, amd64, v2 = (
-        store.resolve(name, platform=wanted) for wanted in ("linux/386", "linux/amd64", "linux/amd64/v2")
+        resolve(name, platform=wanted) for wanted in ("linux/386", "linux/amd64", "linux/amd64/v2")
     )
     commands = [["386", ""], ["amd64", ""], ["amd64", "v2"]]
     assert [each.config["Cmd"] for each in (x86, amd64, v2)] == commands
     # All are there: none is fetched again, whichever the name stands for.
     for wanted, command in zip(("linux/386", "linux/amd64", "linux/amd64/v2"), commands, strict=True):
         for asked in (name, f"{name}@{index['digest']}"):
-            assert store.resolve(asked, platform=wanted, pull="never").config["Cmd"] == command
+            assert resolve(asked, platform=wanted, pull="never").config["Cmd"] == command
     # Without one asked for, what is stored and runs here is good.
-    assert store.resolve(name, pull="never").id == v2.id
+    assert resolve(name, pull="never").id == v2.id
     with pytest.raises(NotFoundError, match="not in the local store for linux/arm64") as caught:
-        store.resolve(name, platform="linux/arm64", pull="never")
+        resolve(name, platform="linux/arm64", pull="never")
     assert caught.value.hint == f"kata pull --platform linux/arm64 {name}:latest"
     # The best that a registry has for a platform is asked for once.
-    assert store.resolve(old, platform="linux/amd64").id == x86.id
-    assert store.resolve(old, platform="linux/amd64", pull="never").id == x86.id
+    assert resolve(old, platform="linux/amd64").id == x86.id
+    assert resolve(old, platform="linux/amd64", pull="never").id == x86.id
     # An id is one image.
-    assert store.resolve(v2.id, platform="linux/amd64").id == v2.id
+    assert resolve(v2.id, platform="linux/amd64").id == v2.id
     with pytest.raises(ImageError, match="is built for linux/386, not for linux/arm64"):
-        store.resolve(x86.id[:20], platform="linux/arm64")
+        resolve(x86.id[:20], platform="linux/arm64")
 
 
 def test_pull_policies(docker_registry: DockerRegistry) -> None:
     blobs = Blobs()
     docker_registry.push("moving", "1", blobs, image(blobs, [HELLO], config={"Cmd": ["old"]}), [])
     name = f"{docker_registry.host}/moving:1"
-    old = store.resolve(name)
+    old = resolve(name)
     docker_registry.push("moving", "1", blobs, image(blobs, [HELLO], config={"Cmd": ["new"]}), [])
-    assert store.resolve(name).id == old.id
-    assert store.resolve(name, pull="never").id == old.id
+    assert resolve(name).id == old.id
+    assert resolve(name, pull="never").id == old.id
     told: list[Any] = []
-    new = store.resolve(name, pull="always", progress=lambda *step: told.append(step))
+    new = resolve(name, pull="always", progress=lambda *step: told.append(step))
     assert new.config == {"Cmd": ["new"]}
     assert not told  # the layers are there already
     assert store.find(old.id).names == []
@@ -122,10 +123,10 @@ def test_pull_policies(docker_registry: DockerRegistry) -> None:
 
 def test_missing_names(docker_registry: DockerRegistry) -> None:
     with pytest.raises(RegistryError, match=rf"no image {docker_registry.host}/team/gone:latest") as caught:
-        store.resolve(f"{docker_registry.host}/team/gone")
+        resolve(f"{docker_registry.host}/team/gone")
     assert caught.value.hint
     with pytest.raises(RegistryError, match=r"no image .*@sha256:0"):
-        store.resolve(f"{docker_registry.host}/team/gone@sha256:{'0' * 64}")
+        resolve(f"{docker_registry.host}/team/gone@sha256:{'0' * 64}")
 
 
 # The password is "secret".
@@ -150,13 +151,13 @@ def private_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docke
 def test_credentials_of_docker_login(private_registry: DockerRegistry, tmp_path: Path) -> None:
     name = f"{private_registry.host}/team/app:1"
     with pytest.raises(RegistryError, match="is not public") as caught:
-        store.resolve(name)
+        resolve(name)
     assert f"docker login {private_registry.host}" in caught.value.hint
     login(tmp_path, {"auths": {private_registry.host: {"auth": basic("user", "wrong")}}})
     with pytest.raises(RegistryError, match="does not let this account"):
-        store.resolve(name)
+        resolve(name)
     login(tmp_path, {"auths": {f"http://{private_registry.host}/v2/": {"auth": basic("user", "secret")}}})
-    assert content(store.resolve(name)) == {"hello"}
+    assert content(resolve(name)) == {"hello"}
 
 
 def _helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -174,19 +175,19 @@ def test_credential_helpers(
     name = f"{private_registry.host}/team/app:1"
     login(tmp_path, {key: {private_registry.host: "test"} if key == "credHelpers" else "test"})
     with pytest.raises(RegistryError, match="docker-credential-test is not installed"):
-        store.resolve(name)
+        resolve(name)
     _helper(tmp_path, monkeypatch, "echo 'vault sealed' >&2; exit 3")
     with pytest.raises(RegistryError, match="failed: vault sealed"):
-        store.resolve(name)
+        resolve(name)
     _helper(tmp_path, monkeypatch, "echo 'credentials not found in native keychain'; exit 1")
     with pytest.raises(RegistryError, match="is not public"):
-        store.resolve(name)
+        resolve(name)
     _helper(tmp_path, monkeypatch, "echo nonsense")
     with pytest.raises(RegistryError, match="no proper answer"):
-        store.resolve(name)
+        resolve(name)
     answer = '{"ServerURL":"x","Username":"user","Secret":"secret"}'
     _helper(tmp_path, monkeypatch, f"""[ "$1 $(cat)" = "get {private_registry.host}" ] && echo '{answer}'""")
-    assert content(store.resolve(name)) == {"hello"}
+    assert content(resolve(name)) == {"hello"}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"auths":{"HOST":{"auth":"%%%"}}}'])
@@ -196,7 +197,7 @@ def test_a_broken_docker_configuration_is_told(
     login(tmp_path, {})
     (tmp_path / "docker" / "config.json").write_text(text.replace("HOST", private_registry.host))
     with pytest.raises(RegistryError, match=r"is not public, and .*(cannot be used|not base64)"):
-        store.resolve(f"{private_registry.host}/team/app:1")
+        resolve(f"{private_registry.host}/team/app:1")
 
 
 def test_tls_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,9 +216,9 @@ def test_tls_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     running = DockerRegistry(tmp_path / "r", tls=(certificate, key))
     try:
         with pytest.raises(RegistryError, match="is not trusted") as caught:
-            store.resolve(f"{running.host}/app:1")
+            resolve(f"{running.host}/app:1")
         assert "certs.d" in caught.value.hint
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert content(store.resolve(f"{running.host}/app:1")) == {"hello"}
+        assert content(resolve(f"{running.host}/app:1")) == {"hello"}
     finally:
         running.stop()

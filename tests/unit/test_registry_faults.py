@@ -20,6 +20,7 @@ from registry_support import BIG, HELLO, Fake, Handler, basic, content, login, s
 
 from kata.errors import ImageError, KataError, RegistryError, ResourceExhaustedError
 from kata.images import credentials, registry, store
+from kata.images.resolve import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def test_anonymous_tokens(fake: Fake, other: Fake) -> None:
         return True
 
     fake.hook, other.hook = registry_asks, token_server
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"hello"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"hello"}
     [(path, _)] = other.requests
     assert urllib.parse.parse_qs(path.partition("?")[2]) == {
         "a": ["b"], "scope": ["repository:app:pull"], "service": ["the service"],
@@ -90,7 +91,7 @@ def test_tokens_for_credentials(fake: Fake, tmp_path: Path, kind: str) -> None:
         return True
 
     fake.hook = answer
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"hello"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"hello"}
     if kind == "basic":
         assert seen == [("GET", f"Basic {basic('user', 'pass:word')}", b"")]
     else:
@@ -125,7 +126,7 @@ def test_bad_challenges(fake: Fake, challenge: str, words: str) -> None:
 
     fake.hook = answer
     with pytest.raises(ImageError, match=words) as caught:
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     assert caught.value.hint
 
 
@@ -144,7 +145,7 @@ def test_redirected_blobs_do_not_carry_the_authorisation(fake: Fake, other: Fake
         return False
 
     fake.hook = answer
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"hello"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"hello"}
     assert len(other.requests) == 2
     assert not any("authorization" in headers for _, headers in other.requests)
 
@@ -168,7 +169,7 @@ def test_bad_redirects(fake: Fake, location: str, words: str) -> None:
 
     fake.hook = answer
     with pytest.raises(RegistryError, match=words):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
 
 
 @pytest.mark.parametrize("what", ["head", "manifest", "layer", "token"])
@@ -204,7 +205,7 @@ def test_a_registry_that_sends_a_byte_now_and_then(
     fake.hook = answer
     began = time.monotonic()
     with pytest.raises(RegistryError, match=r"too slow to wait for|did not answer in") as caught:
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     assert time.monotonic() - began < 10
     assert caught.value.hint
     assert (what == "layer") == any((state / "pulls").rglob("*/*"))
@@ -214,7 +215,7 @@ def test_a_layer_of_a_byte_at_each_attempt(fake: Fake) -> None:
     fake.add("1", BIG)
     _cut(fake, sha256(BIG), 1, 1 << 30)
     with pytest.raises(RegistryError):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     assert len(fake.requests) < 20
 
 
@@ -276,7 +277,7 @@ def test_a_broken_download_goes_on_where_it_broke(fake: Fake, ranges: bool) -> N
     fake.add("1", BIG)
     fake.ranges = ranges
     _cut(fake, sha256(BIG), 1 << 20, 1)
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"big"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"big"}
     asked = [headers.get("range") for path, headers in fake.requests if path.endswith(sha256(BIG))]
     assert len(asked) == 2
     assert asked[0] is None
@@ -305,12 +306,12 @@ def test_an_interrupted_pull_goes_on_the_next_time(fake: Fake, state: Path) -> N
 
     fake.hook = answer
     with pytest.raises(RegistryError, match="cannot be reached"):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     kept = [path.stat().st_size for path in (state / "pulls").rglob("*") if path.is_file()]
     assert max(kept) > 100_000
     fake.hook = lambda handler: False
     fake.requests.clear()
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"hello", "big"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"hello", "big"}
     ranges = [headers.get("range") for path, headers in fake.requests if path.endswith(sha256(BIG))]
     assert ranges == [f"bytes={max(kept)}-"]
     assert not (state / "pulls").exists()
@@ -321,7 +322,7 @@ def test_a_wrong_remainder_of_an_interrupted_pull_is_fetched_again(fake: Fake, s
     place = state / "pulls" / described["digest"][7:]
     place.mkdir(parents=True)
     (place / sha256(BIG)[7:]).write_bytes(b"nonsense" * 1000)
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"big"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"big"}
     (place.parent).mkdir(exist_ok=True)
 
 
@@ -336,7 +337,7 @@ def test_wrong_layers(fake: Fake, state: Path, spoil: Callable[[bytes], bytes], 
     fake.add("1", BIG)
     fake.blobs[sha256(BIG)] = spoil(BIG)
     with pytest.raises(ImageError, match=words):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     assert store.list_images() == []
     assert not list((state / "rootfs").iterdir())
 
@@ -347,17 +348,17 @@ def test_wrong_documents(fake: Fake) -> None:
     good = fake.blobs[config]
     fake.blobs[config] = good + b" "
     with pytest.raises(ImageError, match="does not have the digest"):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     fake.blobs[config] = good
     fake.blobs[described["digest"]] += b" "
     with pytest.raises(ImageError, match="does not have the digest"):
-        store.resolve(f"{fake.host}/app@{described['digest']}")
+        resolve(f"{fake.host}/app@{described['digest']}")
     fake.blobs["1"] = b" " * (9 << 20)
     with pytest.raises(ImageError, match="is larger than"):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     fake.blobs["1"] = b"<html>a login page</html>"
     with pytest.raises(ImageError, match="is not JSON"):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
 
 
 def test_passing_failures_are_tried_again(fake: Fake) -> None:
@@ -372,7 +373,7 @@ def test_passing_failures_are_tried_again(fake: Fake) -> None:
         return True
 
     fake.hook = answer
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"hello"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"hello"}
 
 
 @pytest.mark.parametrize(
@@ -386,7 +387,7 @@ def test_lasting_failures(fake: Fake, status: int, words: str) -> None:
 
     fake.hook = answer
     with pytest.raises(RegistryError, match=words) as caught:
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     assert caught.value.hint
     assert "because?[31m of that" in caught.value.message
 
@@ -397,10 +398,10 @@ def test_no_space_for_the_layers(fake: Fake, state: Path, monkeypatch: pytest.Mo
     content_["layers"][0]["size"] = 1 << 55
     fake.blobs["1"] = json.dumps(content_).encode()
     with pytest.raises(ImageError, match="which is too much"):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     monkeypatch.setenv("KATA_IMAGE_MAX_SIZE", str(1 << 60))
     with pytest.raises(ResourceExhaustedError, match="MiB free"):
-        store.resolve(f"{fake.host}/app:1")
+        resolve(f"{fake.host}/app:1")
     assert described
     assert not (state / "pulls").exists()
 
@@ -428,7 +429,7 @@ def test_nobody_listens() -> None:
         probe.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{probe.getsockname()[1]}"
         with pytest.raises(RegistryError, match=r"cannot be reached: .*refused") as caught:
-            store.resolve(f"{host}/app")
+            resolve(f"{host}/app")
     assert caught.value.hint
 
 
@@ -437,10 +438,10 @@ def test_proxies(fake: Fake, other: Fake, monkeypatch: pytest.MonkeyPatch) -> No
     fake.add()
     monkeypatch.setenv("HTTP_PROXY", f"http://{other.host}")
     monkeypatch.setenv("HTTPS_PROXY", f"http://{other.host}")
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"hello"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"hello"}
     assert not other.requests
     with pytest.raises(RegistryError, match=r"proxy does not reach registry\.example"):
-        store.resolve("registry.example/app:1")
+        resolve("registry.example/app:1")
 
 
 def test_ctrl_c_stops_and_keeps_what_has_arrived(fake: Fake, state: Path) -> None:
@@ -465,20 +466,20 @@ def test_ctrl_c_stops_and_keeps_what_has_arrived(fake: Fake, state: Path) -> Non
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            store.resolve(f"{fake.host}/app:1")
+            resolve(f"{fake.host}/app:1")
     finally:
         signal.signal(signal.SIGINT, before)
     assert store.list_images() == []
     assert list((state / "pulls").iterdir())
     fake.hook = lambda handler: False
-    assert content(store.resolve(f"{fake.host}/app:1")) == {"big"}
+    assert content(resolve(f"{fake.host}/app:1")) == {"big"}
 
 
 def test_a_pulled_image_and_a_layout_of_it_are_one(fake: Fake, tmp_path: Path) -> None:
     fake.add("1", HELLO, BIG)
-    pulled = store.resolve(f"{fake.host}/app:1")
+    pulled = resolve(f"{fake.host}/app:1")
     layout = simple_layout(tmp_path / "l", HELLO, BIG)
-    assert store.resolve(f"oci:{layout}").id == pulled.id
+    assert resolve(f"oci:{layout}").id == pulled.id
     assert len(store.find(pulled.id).names) == 2
 
 
@@ -495,4 +496,4 @@ def test_errors_are_all_ours(fake: Fake) -> None:
     ):
         fake.blobs["1"] = data
         with pytest.raises(KataError):
-            store.resolve(f"{fake.host}/app:1")
+            resolve(f"{fake.host}/app:1")

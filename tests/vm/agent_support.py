@@ -17,7 +17,7 @@ from kata.hypervisor import accel
 from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.qemu import slots
 from kata.hypervisor.settings import Disk, VMSettings
-from kata.images import store
+from kata.images.resolve import resolve
 from kata.journal import Journal
 from kata.oci import capabilities
 from kata.proto import agent_pb as agent
@@ -194,7 +194,7 @@ class Guest(Peer):
             accel=accel.choose().accel,
             vcpus=vcpus,
             memory_mib=256,
-            disks=[Disk(store.resolve(image).rootfs_path, readonly=True), *disks],
+            disks=[Disk(resolve(image).rootfs_path, readonly=True), *disks],
             **more,
         )
         self.qemu = qemu_process.spawn(self.settings, self._journal)

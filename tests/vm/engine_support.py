@@ -18,7 +18,7 @@ from kata.engine.launch import Engine, launch
 from kata.engine.records import read_json
 from kata.guest import manifest
 from kata.hypervisor import accel
-from kata.images import store
+from kata.images.resolve import resolve
 from kata.journal import Journal
 from kata.journal_undo import reconcile
 from kata.oci import spec as oci
@@ -89,7 +89,7 @@ class Box:
     def __init__(self, directory: Path, guest_dir: Path, image: str, **changes: Any) -> None:
         self.directory = Path(tempfile.mkdtemp(dir=directory, prefix="b"))
         self.run_dir = self.directory / "r"
-        self.image = store.resolve(image)
+        self.image = resolve(image)
         self.id = f"t{os.urandom(6).hex()}"
         containers = self.directory / "s" / "containers"
         journal = Journal.create_dir(str(containers), self.id, {"door": "test"})

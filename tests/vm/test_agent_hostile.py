@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from agent_support import STATE, Container, Guest, caps, error, mount, namespaces, spec
 
-from kata.images import store
+from kata.images.resolve import resolve
 from kata.oci import capabilities
 from kata.proto import agent_pb as agent
 from kata.proto import oci_pb as oci
@@ -73,7 +73,7 @@ def test_an_unprivileged_container_cannot_reach_the_agent(guest: Guest) -> None:
 def test_a_privileged_container_owns_its_guest_and_gains_nothing_on_the_host(
     guest: Guest, busybox_image: str
 ) -> None:
-    image = Path(store.resolve(busybox_image).rootfs_path)
+    image = Path(resolve(busybox_image).rootfs_path)
     before = hashlib.sha256(image.read_bytes()).digest()
     every = caps(list(capabilities.ALL))
     config = spec(

@@ -314,11 +314,11 @@ def _doctor(arguments: Arguments) -> int:
 def _gc(arguments: Arguments) -> int:
     from kata import journal_undo
     from kata.cli import image, records
-    from kata.images import store
+    from kata.images import changes
 
     report = journal_undo.reconcile(paths.run_dir(), paths.state_dir())
     stale = records.clear_stale()
-    removed = store.gc(list(image.users()))
+    removed = changes.gc(list(image.users()))
     if arguments.flag("json"):
         table.show_json(
             {

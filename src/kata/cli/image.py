@@ -7,7 +7,8 @@ import sys
 from kata.cli import records, table
 from kata.cli.args import Command, Option
 from kata.errors import KataError
-from kata.images import store
+from kata.images import changes, store
+from kata.images.resolve import resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ def _pull(arguments: Arguments) -> int:
     quiet = arguments.flag("quiet")
     for reference in arguments.rest:
         progress = (lambda *_: None) if quiet else None
-        image = store.resolve(
-            reference, pull="always", platform=arguments.value("platform"), progress=progress
-        )
+        image = resolve(reference, pull="always", platform=arguments.value("platform"), progress=progress)
         print(image.id or reference, flush=True)
     return 0
 
@@ -106,7 +105,7 @@ def _rmi(arguments: Arguments) -> int:
     failures: list[KataError] = []
     for reference in arguments.rest:
         try:
-            for line in store.remove(reference, force, users()):
+            for line in changes.remove(reference, force, users()):
                 sys.stdout.write(f"{line}\n")
         except KataError as error:
             if not (force and error.grpc_code == 5):

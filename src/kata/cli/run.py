@@ -121,13 +121,13 @@ def make_container(
         KataError: An option, the image or the disk is at fault.
     """
     from kata.engine.launch import raise_file_limit
-    from kata.images import store
+    from kata.images.resolve import resolve
     from kata.oci import spec as oci
 
     reference, *command = arguments.rest
     choice = _Choice(arguments)
     raise_file_limit()  # with too few it would fail half-way, and clearing up as well
-    image = store.resolve(reference, pull=choice.pull, platform=choice.platform, progress=None)
+    image = resolve(reference, pull=choice.pull, platform=choice.platform, progress=None)
     _warn_of_level(image.platform)
     pending = PendingContainer(choice.name)
     try:

@@ -1,6 +1,6 @@
 """Bring an image into the store: read its manifest, convert its layers, write down its names.
 
-Imported when an image is missing or to be refreshed; `kata.images.store` finds what is there.
+Imported when an image is missing or to be refreshed; `kata.images.resolve` finds what is there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def acquire(
     Args:
         what: Not of the kind ``rootfs``, which needs nothing of this.
         wanted: The platform to choose.
-        progress: As for `kata.images.store.resolve`.
+        progress: As for `kata.images.resolve.resolve`.
 
     Raises:
         ImageError: The image, archive or registry is at fault.

@@ -157,13 +157,13 @@ def remove(name_or_id: str, force: bool = False, in_use: Mapping[str, list[str]]
             del index.names[each]
             done.append(f"Untagged: {each}")
         if last and not users:
-            _forget(image_id, index)
+            _delete(image_id, index)
             done.append(f"Deleted: {image_id}")
         write_index(index)
         return done
 
 
-def _forget(image_id: str, index: store.Index) -> None:
+def _delete(image_id: str, index: store.Index) -> None:
     """Remove an image's record and what no other shares. The caller holds the lock, writes the index."""
     index.digests = {key: value for key, value in index.digests.items() if value != image_id}
     index.files = {key: value for key, value in index.files.items() if value["id"] != image_id}
@@ -206,7 +206,7 @@ def gc(in_use: Collection[str] = ()) -> list[str]:
         used = set(in_use) | {entry["id"] for entry in index.names.values()}
         for image_id in store.ids():
             if image_id not in used:
-                _forget(image_id, index)
+                _delete(image_id, index)
                 done.append(image_id)
         if done:
             write_index(index)

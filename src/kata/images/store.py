@@ -20,7 +20,7 @@ Readers take no lock: every file is replaced as a whole. Whoever changes `index.
 whoever is adding an image holds ``adding`` shared, so that `gc` does not take away what is not yet referred
 to.
 
-This module is on the hot path of `kata run`: what pulls and converts is imported when an image is missing.
+Here it is read; `kata.images.changes` changes it, `kata.images.resolve` finds what a user means, and has it fetched.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ import os
 
 from kata import paths
 from kata.errors import HostError, ImageError, NotFoundError, UsageError
-from kata.images import platform as platforms
 from kata.images import reference as references
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from kata.images.platform import Platform
-    from kata.images.reference import LocalImage, Reference
 
     Progress = Callable[[str, int, int], None]
     """Called with (what, bytes done, bytes in all or 0)."""
@@ -166,128 +164,6 @@ def load(image_id: str, index: Index) -> Image | None:
     return image if whole else None
 
 
-def resolve(
-    image: str, *, pull: str = "missing", platform: str | None = None, progress: Progress | None = None
-) -> Image:
-    """Find an image, and fetch and convert it if it is not there.
-
-    Args:
-        image: What the user wrote; see `kata.images.reference`. The beginning of an image id also counts.
-        pull: ``missing``, ``always`` (ask the registry whether there is a newer one) or ``never``. Local
-            directories and archives are always looked at: unchanged ones are not read again.
-        platform: ``linux/amd64`` or the like. By default this machine's; then one that is stored under the name and
-            runs here is taken as it is.
-        progress: Called while something is fetched or converted. By default a bar is drawn on stderr, if
-            that is a terminal and the work takes over a second.
-
-    Raises:
-        UsageError: `image` or `platform` is malformed.
-        NotFoundError: `pull` is ``never`` and there is no such image.
-        ImageError: The image, archive or registry is at fault.
-        ResourceExhaustedError: No space.
-    """
-    wanted = platforms.parse(platform) if platform else platforms.host()
-    parsed = _parse_or_id(image)
-    index = Index()
-    if isinstance(parsed, references.LocalImage):
-        if parsed.kind == "rootfs":
-            return _plain_directory(parsed)
-        found = _stored_local(parsed, index, wanted)
-    else:
-        found = None if pull == "always" else _stored(image, parsed, index, wanted, is_asked=bool(platform))
-    if found is not None:
-        return found
-    if parsed is None:
-        raise NotFoundError(f"there is no image with the id {image}", "see `kata images`")
-    if pull == "never" and isinstance(parsed, references.Reference):
-        asked, option = (f" for {wanted}", f"--platform {wanted} ") if platform else ("", "")
-        raise NotFoundError(
-            f"the image {parsed.familiar()} is not in the local store{asked}, and --pull is never",
-            f"kata pull {option}{parsed.familiar()}",
-        )
-    from kata.images import acquire
-
-    return acquire.acquire(parsed, wanted, progress)
-
-
-def _parse_or_id(image: str) -> Reference | LocalImage | None:
-    """The reference, or None for what can only be an image id."""
-    if image.startswith("sha256:") and len(image) >= 11 and not image[7:].strip("0123456789abcdef"):
-        return None
-    return references.parse(image)
-
-
-def _plain_directory(local: LocalImage) -> Image:
-    if not os.access(local.path, os.R_OK | os.X_OK):
-        raise ImageError(
-            f"the directory {local.path} cannot be read", "check its permissions, or run as root"
-        )
-    record = {
-        "id": "", "digest": "", "platform": str(platforms.host()), "config": {}, "created": "", "size": 0,
-        "chain": "", "rootfs_dir": local.path,
-    }  # fmt: skip
-    return Image(record, [str(local)])
-
-
-def _stored(
-    image: str, parsed: Reference | None, index: Index, wanted: Platform, *, is_asked: bool
-) -> Image | None:
-    """The image of a name, digest reference or beginning of an id; None if it has to be fetched.
-
-    Args:
-        image: What the user wrote.
-        parsed: The same, taken apart; None for what can only be an id.
-        index: The store's.
-        wanted: The platform.
-        is_asked: Whether the user has named it: then another one that runs here as well does not stand for it, unless
-            it is what the registry has for it.
-
-    Raises:
-        ImageError: An image that was named by its id is of another platform.
-    """
-    if parsed is not None:
-        entry = index.names.get(str(parsed))
-        digest = parsed.digest or (entry or {}).get("digest", "")
-        of_digest = index.digests.get(digest_key(digest, wanted))
-        image_id = entry["id"] if entry and not (is_asked and digest) else of_digest
-        if entry or image_id:
-            found = load(image_id, index) if image_id else None
-            if found is None or image_id == of_digest or found.platform == str(wanted):
-                return found
-            return found if not is_asked and runs_on(found.platform, wanted) else None
-    image_id = by_id(image)
-    found = load(image_id, index) if image_id else None
-    if found is not None and is_asked and not runs_on(found.platform, wanted):
-        raise ImageError(
-            f"the image {image} is built for {found.platform}, not for {wanted}",
-            "name the image rather than its id, or leave --platform out",
-        )
-    return found
-
-
-def runs_on(platform: str, wanted: Platform) -> bool:
-    """Whether an image of this platform serves the wanted one."""
-    return platforms.parse(platform).rank(wanted) >= 0
-
-
-def _stored_local(local: LocalImage, index: Index, wanted: Platform) -> Image | None:
-    """The image that was made of a directory or archive, if that has not changed since."""
-    key = f"{local} {wanted}"
-    if local.kind == "oci":
-        from kata.images import layout
-
-        digest = layout.Layout(local.path).choose(local.tag, wanted).digest
-        image_id = index.digests.get(digest_key(digest, wanted))
-        entry = index.names.get(str(local))
-        if image_id is None or entry is None or entry["id"] != image_id:
-            return None
-        return load(image_id, index)
-    seen = index.files.get(key)
-    if seen is None or seen["stamp"] != file_stamp(local.path):
-        return None
-    return load(seen["id"], index)
-
-
 def digest_key(digest: str, wanted: Platform) -> str:
     """The key in `Index.digests`; an index of several platforms gives each platform another image."""
     return f"{digest} {wanted}"
@@ -362,20 +238,3 @@ def list_images() -> list[Image]:
     images = [image for image_id in ids() if (image := load(image_id, index)) is not None]
     images.sort(key=lambda image: (image.created, image.id), reverse=True)
     return images
-
-
-# ---- changing ----
-
-
-def remove(name_or_id: str, force: bool = False, in_use: Mapping[str, list[str]] | None = None) -> list[str]:
-    """Remove a name, and the image with its last one; see `kata.images.changes.remove`."""
-    from kata.images import changes
-
-    return changes.remove(name_or_id, force, in_use)
-
-
-def gc(in_use: Collection[str] = ()) -> list[str]:
-    """Clear away what no image and no container needs; see `kata.images.changes.gc`."""
-    from kata.images import changes
-
-    return changes.gc(in_use)
