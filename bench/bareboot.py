@@ -25,6 +25,7 @@ sys.path.append(str(ROOT / "src"))
 
 from kata import paths  # noqa: E402
 from kata.children import find_program  # noqa: E402
+from kata.cli.session import client_policy  # noqa: E402
 from kata.engine.boot import spare_mac, vm_settings  # noqa: E402
 from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
@@ -32,6 +33,13 @@ from kata.hypervisor import accel, tsc  # noqa: E402
 from kata.hypervisor.qemu import command as qemu_command  # noqa: E402
 from kata.hypervisor.settings import Nic  # noqa: E402
 from kata.resources import sizing  # noqa: E402
+from kata.settings import (  # noqa: E402
+    GuestSettings,
+    HypervisorSettings,
+    MachineSettings,
+    SandboxSettings,
+    SizeSettings,
+)
 
 POWER_OFF = """
 static long call(long number, long a, long b, long c)
@@ -82,18 +90,19 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     subprocess.run(["gcc", *flags, "-o", program, source], check=True)
     image.write_bytes(initrd.build(program.read_bytes(), []))
     size = sizing.plan(sizing.ResourceRequest())
-    machine = {
-        "id": "bare",
-        "hypervisor": {
-            "accel": accel.choose(environment.get(accel.VARIABLE, "")).accel,
-            "kernel": manifest.load(str(guest)).kernel,
-            "initrd": str(image),
-            "path": find_program("qemu-system-x86_64") or "qemu-system-x86_64",
-        },
-        "vcpus": size.vcpus,
-        "memory_mib": size.memory_mib,
-    }
-    settings = vm_settings(machine, "", str(work), Nic(spare_mac()))
+    sandbox = SandboxSettings(
+        id="bare",
+        client=client_policy(),
+        machine=MachineSettings(
+            hypervisor=HypervisorSettings(
+                accel=accel.choose(environment.get(accel.VARIABLE, "")).accel,
+                path=find_program("qemu-system-x86_64") or "qemu-system-x86_64",
+            ),
+            guest=GuestSettings(kernel=manifest.load(str(guest)).kernel, initrd=str(image)),
+            size=SizeSettings(vcpus=size.vcpus, memory_mib=size.memory_mib),
+        ),
+    )
+    settings = vm_settings(sandbox, "", str(work), Nic(spare_mac()))
     if settings.accel == "tcg":
         settings.tsc_khz = tsc.khz()
     full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1, kernel=-1, initrd=-1, disks={}, nic=-1))

@@ -11,7 +11,7 @@ others or a higher one::
     children config
     ttrpc oci journal crash
     proto
-    errors paths launcher host_cache sysio
+    errors paths launcher host_cache settings sysio
 
 Imports inside functions count, imports under ``if TYPE_CHECKING`` too: a type of a higher part in a
 signature is a dependency like any other. Runs on the standard library alone.
@@ -35,7 +35,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("children", "config"),
     ("ttrpc", "oci", "journal", "crash"),
     ("proto",),
-    ("sysio", "paths", "launcher", "host_cache", "errors"),
+    ("sysio", "paths", "launcher", "host_cache", "settings", "errors"),
     ("__init__",),
 )
 """Parts (sub-packages or modules of ``kata``) by height."""
@@ -45,6 +45,7 @@ ALLOWED_SIDEWAYS: frozenset[tuple[str, str]] = frozenset(
         ("sysio", "errors"),
         ("paths", "errors"),
         ("host_cache", "paths"),
+        ("settings", "errors"),
         ("images", "storage"),  # an image's layers become root file systems
         ("network", "hypervisor"),  # a network's end is a NIC in the machine's settings
     }

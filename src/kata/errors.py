@@ -1,7 +1,7 @@
 """The one error tree.
 
 Every error that a user can see is a `KataError`: it says what failed, on which object and why, and carries
-a `hint` with the next thing to try. Doors print ``error: <message>`` and ``hint: <hint>`` and end with
+a `hint` with the next thing to try. Clients print ``error: <message>`` and ``hint: <hint>`` and end with
 `exit_code`; the ttRPC servers map `grpc_code` to a status. This module is imported on every start, so it
 imports nothing.
 """

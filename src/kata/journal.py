@@ -130,7 +130,7 @@ class Journal:
 
         Args:
             path: The file.
-            meta: Anything that helps a human or a door (door, namespace, id). JSON values.
+            meta: Anything that helps a person or a client (client, id). JSON values.
             durable: Sync every line to the disk: for journals whose things outlive a power failure.
 
         Raises:

@@ -540,12 +540,12 @@ def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
     return report
 
 
-def reconcile_sandboxes(base: str, door: str, deadline_s: float = 4.0) -> Report:
-    """The same for the sandboxes of one door alone.
+def reconcile_sandboxes(base: str, client: str, deadline_s: float = 4.0) -> Report:
+    """The same for the sandboxes of one client alone.
 
     Args:
         base: The directory of their directories.
-        door: As in their journals' ``meta``.
+        client: Its name, as in their journals' ``meta``.
         deadline_s: Seconds for each journal.
 
     Returns:
@@ -557,7 +557,7 @@ def reconcile_sandboxes(base: str, door: str, deadline_s: float = 4.0) -> Report
             journal = journals.Journal.open(path)
         except KataError:
             continue  # it has just gone
-        ours = journal.meta.get("door") == door and not journal.owner_alive()
+        ours = journal.meta.get("client") == client and not journal.owner_alive()
         journal.close()
         if ours:
             _reconcile_one(os.path.dirname(path), deadline_s, report)

@@ -77,7 +77,7 @@ def sandbox_dir(sandbox_id: str) -> str:
 
 
 def container_dir(container_id: str) -> str:
-    """State directory of one container of the human door: bundle, record, writable disk, log."""
+    """State directory of one container of the `kata` command: bundle, record, writable disk, log."""
     return os.path.join(state_dir(), "containers", container_id)
 
 

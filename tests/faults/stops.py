@@ -217,7 +217,7 @@ def _install_engine() -> None:
         from kata.hypervisor import virtiofsd
 
         _around(virtiofsd.FileServer, "start", after="create.files")
-        if (settings.get("network") or {}).get("mode") == "netns":
+        if settings.network.mode == "netns":
             from kata.network import netns
 
             _around(netns.NetnsPlan, "setup_nic", after="create.network")

@@ -244,7 +244,7 @@ def test_a_container_whose_run_died_before_its_start_is_cleared(state: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-@pytest.mark.parametrize("place", ["kata.storage.ext4.make_writable", "kata.cli.session.settings"])
+@pytest.mark.parametrize("place", ["kata.storage.ext4.make_writable", "kata.cli.session.sandbox_settings"])
 def test_a_run_that_is_told_to_end_before_the_start_leaves_nothing(
     state: Path, tmp_path: Path, number: signal.Signals, place: str
 ) -> None:

@@ -15,6 +15,7 @@ from kata.config import files, keys
 from kata.engine import machine
 from kata.errors import ConfigError, GuestAssetError, KataError, ResourceExhaustedError, UsageError
 from kata.resources import sizing
+from kata.settings import GuestSettings, HypervisorSettings, MachineSettings, NetworkSettings, ShareSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 HYPERVISOR = "io.katacontainers.config.hypervisor."
@@ -304,8 +305,8 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"kernel = '{tmp_path}/kernel'\ninitrd = '{tmp_path}/initrd'\n"
 
 
-def settings(conf: files.Configuration) -> dict[str, object]:
-    return machine.settings(sizing.ResourceRequest(), conf)[0]
+def settings(conf: files.Configuration) -> MachineSettings:
+    return machine.machine_settings(sizing.ResourceRequest(), conf)[0]
 
 
 def test_keys_reach_the_engine(tmp_path: Path, guest: str) -> None:
@@ -343,38 +344,33 @@ create_container_timeout = 44
 """,
     )
     found = settings(conf)
-    assert found["hypervisor"] == {
-        "accel": "tcg",
-        "kernel": f"{tmp_path}/kernel",
-        "initrd": f"{tmp_path}/initrd",
-        "extensions": [],
-        "ready_s": 33.0,
-        "path": f"{tmp_path}/qemu",
-        "firmware": f"{tmp_path}/bios",
-        "machine": "pc-q35-7.2",
-        "machine_options": "hpet=off",
-        "cpu_features": "pmu=off",
-        "entropy": "/dev/urandom",
-        "sandbox": "on",
-        "virtio_fs_daemon": "/bin/true",
-        "virtio_fs_cache": "never",
-        "verbose": True,
-        "prealloc": True,
-        "reclaim": False,
-        "console": "virtio",
-        "cmdline": "a=1 agent.log=debug agent.debug_console agent.debug_console_vport=1026"
+    assert found.hypervisor == HypervisorSettings(
+        accel="tcg",
+        path=f"{tmp_path}/qemu",
+        firmware=f"{tmp_path}/bios",
+        machine="pc-q35-7.2",
+        machine_options="hpet=off",
+        cpu_features="pmu=off",
+        entropy="/dev/urandom",
+        seccomp="on",
+        prealloc=True,
+        reclaim=False,
+        console="virtio",
+    )
+    assert found.guest == GuestSettings(
+        kernel=f"{tmp_path}/kernel",
+        initrd=f"{tmp_path}/initrd",
+        ready_s=33.0,
+        create_s=44,
+        verbose=True,
+        cmdline="a=1 agent.log=debug agent.debug_console agent.debug_console_vport=1026"
         " agent.container_pipe_size=4096",
-    }
-    about_sandbox = ("share", "share_msize", "no_seccomp", "kernel_modules", "create_s", "memory_mib")
-    assert [found[name] for name in about_sandbox] == [
-        False,
-        8192,
-        True,
-        [["dummy", "numdummies=1"]],
-        44,
-        300,
-    ]
-    assert json.loads(json.dumps(found["configuration"]))["hypervisor.default_memory"][0] == 300
+        modules=[["dummy", "numdummies=1"]],
+        no_seccomp=True,
+    )
+    assert found.share == ShareSettings(disabled=True, daemon="/bin/true", cache="never", msize=8192)
+    assert found.size.memory_mib == 300
+    assert json.loads(json.dumps(found.to_plain()["configuration"]))["hypervisor.default_memory"][0] == 300
 
 
 @pytest.mark.parametrize(
@@ -398,12 +394,17 @@ def test_a_kernel_needs_its_initrd(tmp_path: Path, guest: str) -> None:
 
 
 def test_networks(tmp_path: Path) -> None:
-    assert machine.network(files.Configuration(), "/n") == {"mode": "netns", "path": "/n"}
+    assert machine.network_settings(files.Configuration(), "/n") == NetworkSettings(mode="netns", path="/n")
     none = "[runtime]\ninternetworking_model = 'none'\n"
-    assert machine.network(loaded(tmp_path, none), "/n") == {"mode": "netns", "path": "/n", "model": "none"}
-    assert machine.network(loaded(tmp_path, f"{none}disable_new_netns = true\n"), "/n") == {"mode": "none"}
+    assert machine.network_settings(loaded(tmp_path, none), "/n") == NetworkSettings(
+        mode="netns", path="/n", model="none"
+    )
+    assert (
+        machine.network_settings(loaded(tmp_path, f"{none}disable_new_netns = true\n"), "/n")
+        == NetworkSettings()
+    )
     with pytest.raises(ConfigError, match=r"toml:2: disable_new_netns needs internetworking_model 'none'"):
-        machine.network(loaded(tmp_path, "[runtime]\ndisable_new_netns = true\n"), "/n")
+        machine.network_settings(loaded(tmp_path, "[runtime]\ndisable_new_netns = true\n"), "/n")
 
 
 def test_sizes_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

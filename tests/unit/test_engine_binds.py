@@ -18,6 +18,7 @@ from kata.engine.hostns import Namespaces
 from kata.engine.sockets import connected, descriptor
 from kata.engine.spec import GUEST_RUN, GUEST_SHARE
 from kata.journal import Journal
+from kata.shim import start
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -28,10 +29,9 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def shared(journal: Journal, namespace: str = "") -> Shared:
-    machine, settings = SimpleNamespace(host=None), {"namespace": namespace}
-    sandbox = SimpleNamespace(
-        share=share_of(journal), machine=machine, is_human=False, socket_forwarding=None, settings=settings
-    )
+    policy = start.client_policy(namespace, "/bundle")
+    machine = SimpleNamespace(host=None)
+    sandbox = SimpleNamespace(share=share_of(journal), machine=machine, client=policy, doors=None)
     return Shared(cast(Any, sandbox), "c1")
 
 
@@ -50,7 +50,7 @@ def test_one_source_read_only_and_writable(journal: Journal, tmp_path: Path) -> 
     def work() -> None:
         one = shared(journal)
         mounts = [bind(tmp_path / "data", "/a", "ro"), bind(tmp_path / "data", "/b", "rw")]
-        places = [found.source for found in one.add_all({"mounts": mounts}, {})]
+        places = [found.source for found in one.add_all({"mounts": mounts}, None)]
         names = [place.removeprefix(f"{GUEST_SHARE}/") for place in places]
         root = Path(os.path.dirname(journal.path), "share")
         with pytest.raises(OSError, match="Read-only"):
@@ -86,7 +86,7 @@ def test_many_volumes_take_few_looks_at_the_list_of_mounts(
 
         monkeypatch.setattr(sysio, "mounts", noted_all)
         monkeypatch.setattr(sysio, "mount_at", noted)
-        found = one.add_all({"mounts": [bind(source, "/x", "ro") for source in sources]}, {})
+        found = one.add_all({"mounts": [bind(source, "/x", "ro") for source in sources]}, None)
         assert looks == ["all", "all"]
         # Read-only in the guest, too, but for the one that has a mount below, which is the host's to keep.
         assert [number for number, each in enumerate(found) if "ro" not in each.options] == [7]
@@ -125,7 +125,7 @@ def test_memory_becomes_the_guests(journal: Journal, tmp_path: Path) -> None:
             # A tmpfs of the host's that is neither stays the host's.
             bind(shm, "/elsewhere"),
         ]
-        found = one.add_all({"mounts": mounts}, {})
+        found = one.add_all({"mounts": mounts}, None)
         memory = f"{GUEST_RUN}/sandbox/ephemeral/{device}"
         assert [each.source for each in found[:3]] == [memory, f"{memory}/.sub", f"{GUEST_RUN}/sandbox/shm"]
         assert all(each.source.startswith(GUEST_SHARE) for each in found[3:])
@@ -152,7 +152,7 @@ def test_what_changes_is_followed(journal: Journal, tmp_path: Path) -> None:
 
     def work() -> None:
         one = shared(journal)
-        found = one.add_all({"mounts": [bind(path, f"/{path.parent.name}") for path in paths]}, {})
+        found = one.add_all({"mounts": [bind(path, f"/{path.parent.name}") for path in paths]}, None)
         copies = [storage.mount_point for storage in one.storages]
         assert [each.source for each in found[:4]] == copies
         assert len(set(copies)) == 4
@@ -171,7 +171,7 @@ def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_pa
         sysio.mount("tmpfs", str(tmp_path / "data/below"), "tmpfs", 0, "")
         one = shared(journal)
         mounts = [bind(tmp_path / "data", "/a", "ro"), bind(tmp_path / "data", "/b", "ro", "rro")]
-        plain, whole = one.add_all({"mounts": mounts}, {})
+        plain, whole = one.add_all({"mounts": mounts}, None)
         # The guest sees one mount where there are two: the host itself keeps it from writing to the upper one.
         assert plain.options == ["rbind"]
         assert whole.options == ["rbind", "ro", "rro"]
@@ -184,7 +184,7 @@ def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_pa
         mounts = [bind(tmp_path / "data", "/a", "ro"), bind(tmp_path / "data", "/b")]
         mounts.append({**mounts[0], "options": ["bind", "ro"]})
         other = Journal.create_dir(str(tmp_path / "m"), "sandbox", {})
-        dockers, writable, flat = shared(other, "moby").add_all({"mounts": mounts}, {})
+        dockers, writable, flat = shared(other, "moby").add_all({"mounts": mounts}, None)
         root = Path(os.path.dirname(other.path), "share")
         assert dockers.options == ["rbind", "ro"]
         with pytest.raises(OSError, match="Read-only"):
@@ -210,7 +210,7 @@ def test_a_socket_becomes_one_of_the_guests(journal: Journal, tmp_path: Path) ->
             bind(tmp_path / "data", "/data"),
             bind(tmp_path / "link", "/y.sock"),
         ]
-        first, data, second = one.add_all({"mounts": mounts}, {})
+        first, data, second = one.add_all({"mounts": mounts}, None)
         assert (first.source, first.options) == (f"{GUEST_RUN}/sandbox/sockets/1", ["rbind", "ro"])
         assert data.source.startswith(GUEST_SHARE)
         assert second.source == f"{GUEST_RUN}/sandbox/sockets/2"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sandbox_support
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +35,7 @@ from kata.hypervisor import virtiofsd
 from kata.journal import Journal
 from kata.oci import spec as oci
 from kata.proto import agent_pb, cgroups_v1_pb, cgroups_v2_pb
+from kata.settings import RootfsSettings
 
 # ---- log ----
 
@@ -318,7 +320,7 @@ def test_what_cannot_be_carried_is_told() -> None:
 
 
 def test_erofs_root_has_a_lower_an_upper_and_an_overlay() -> None:
-    found = rootfs.storages("c", {"kind": "erofs", "lower_slot": 0, "upper_slot": 1})
+    found = rootfs.storages("c", RootfsSettings(kind="erofs", lower_slot=0, upper_slot=1))
     assert [(one.driver, one.source, one.fstype) for one in found] == [
         ("blk", "05", "erofs"),
         ("blk", "06", "ext4"),
@@ -328,8 +330,10 @@ def test_erofs_root_has_a_lower_an_upper_and_an_overlay() -> None:
     assert f"lowerdir={found[0].mount_point}" in found[2].options
 
 
-@pytest.mark.parametrize("bad", [{}, {"kind": "zip"}, {"kind": "erofs", "lower_slot": 0}])
-def test_unknown_root_is_refused(bad: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "bad", [None, RootfsSettings(kind="zip"), RootfsSettings(kind="erofs", lower_slot=0)]
+)
+def test_unknown_root_is_refused(bad: RootfsSettings | None) -> None:
     with pytest.raises(ConfigError):
         rootfs.storages("c", bad)
 
@@ -481,8 +485,12 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
 
     noted: list[str] = []
 
-    def server(accel: str, **hypervisor: object) -> object:
-        settings = {"hypervisor": {"accel": accel, **hypervisor}, "notes": noted}
+    def server(accel: str, shared_fs: str = "", *, bounces: bool = False) -> object:
+        settings = sandbox_support.sandbox("x", "/c", accel=accel, kernel="/k", initrd="/i")
+        settings.notes = noted
+        assert settings.machine is not None
+        settings.machine.share.protocol = shared_fs
+        settings.machine.guest.bounces = bounces
         return boot.file_server(settings, "/share", str(tmp_path), journal)
 
     assert server("kvm", shared_fs="virtio-9p") is None
@@ -510,7 +518,7 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
     ],
 )
 def test_9p_keeps_only_what_the_kernel_keeps_right(version: str, cache: str) -> None:
-    assert boot._9p_cache({"hypervisor": {"kernel_version": version}}) == cache
+    assert boot._9p_cache(version) == cache
 
 
 def test_a_shared_fs_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from kata.engine import pod
 from kata.errors import ConfigError, UnsupportedError
 from kata.proto import cri_pb, google_pb
 from kata.proto.podsandbox_pb import CreateSandboxRequest
+from kata.settings import NetworkSettings, SandboxSettings
+from kata.shim import start
 
 TYPE = "runtime.v1.PodSandboxConfig"
 
@@ -30,6 +32,12 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(path)
 
 
+def described(asked: CreateSandboxRequest, config_path: str) -> SandboxSettings:
+    settings = start.pod_settings("k8s.io", "p", "/bundle", 1, config_path)
+    pod.describe(settings, asked)
+    return settings
+
+
 def test_all_that_a_pod_says(guest: str) -> None:
     linux = cri_pb.LinuxPodSandboxConfig(
         cgroup_parent="/kubepods/pod1",
@@ -39,23 +47,28 @@ def test_all_that_a_pod_says(guest: str) -> None:
         ),
     )
     dns = cri_pb.DNSConfig(servers=["10.0.0.1", "10.0.0.2"], searches=["a", "b"], options=["ndots:5"])
-    found = pod.settings(request(cri_pb.PodSandboxConfig(hostname="h", dns_config=dns, linux=linux)), guest)
-    assert found["network"] == {"mode": "netns", "path": "/run/netns/x"}
-    assert found["cgroups_path"] == "/kubepods/pod1/p"
-    assert found["etc_files"] == {"hostname": "h"}
-    assert found["dns"] == ["search a b", "nameserver 10.0.0.1", "nameserver 10.0.0.2", "options ndots:5"]
-    assert found["sysctls"] == {"net.core.somaxconn": "9"}
-    assert found["vcpus"] == 1
-    assert 256 < found["memory_mib"] < 400
+    found = described(request(cri_pb.PodSandboxConfig(hostname="h", dns_config=dns, linux=linux)), guest)
+    assert found.network == NetworkSettings(mode="netns", path="/run/netns/x")
+    assert found.cgroups_path == "/kubepods/pod1/p"
+    assert (found.hostname, found.client.makes_etc_files) == ("h", True)
+    assert found.resolv_conf == [
+        "search a b",
+        "nameserver 10.0.0.1",
+        "nameserver 10.0.0.2",
+        "options ndots:5",
+    ]
+    assert found.sysctls == {"net.core.somaxconn": "9"}
+    assert found.described().size.vcpus == 1
+    assert 256 < found.described().size.memory_mib < 400
 
 
 def test_a_pod_that_says_nothing(guest: str) -> None:
-    found = pod.settings(CreateSandboxRequest(sandbox_id="p"), guest)
-    assert (found["cgroups_path"], found["dns"], found["sysctls"]) == ("", [], {})
-    assert found["network"]["path"] == ""
+    found = described(CreateSandboxRequest(sandbox_id="p"), guest)
+    assert (found.cgroups_path, found.resolv_conf, found.sysctls) == ("", [], {})
+    assert found.network.path == ""
     slice_of = cri_pb.LinuxPodSandboxConfig(cgroup_parent="/kubepods.slice/kubepods-pod1.slice")
-    found = pod.settings(request(cri_pb.PodSandboxConfig(linux=slice_of)), guest)
-    assert found["cgroups_path"] == "kubepods-pod1.slice:cri-containerd:p"
+    found = described(request(cri_pb.PodSandboxConfig(linux=slice_of)), guest)
+    assert found.cgroups_path == "kubepods-pod1.slice:cri-containerd:p"
 
 
 @pytest.mark.parametrize(("field", "name"), [("network", "network"), ("pid", "PID"), ("ipc", "IPC")])
@@ -64,12 +77,12 @@ def test_namespaces_of_the_host_are_refused(field: str, name: str) -> None:
     context = cri_pb.LinuxSandboxSecurityContext(namespace_options=options)
     config = cri_pb.PodSandboxConfig(linux=cri_pb.LinuxPodSandboxConfig(security_context=context))
     with pytest.raises(UnsupportedError, match=f"host's {name} namespace"):
-        pod.settings(request(config), "")
+        described(request(config), "")
 
 
 def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown type"):
-        pod.settings(request(cri_pb.PodSandboxConfig(hostname="h"), "other.Type"), "")
+        described(request(cri_pb.PodSandboxConfig(hostname="h"), "other.Type"), "")
     broken = google_pb.Any(type_url=TYPE, value=b"\xff")
     with pytest.raises(ConfigError, match="cannot be decoded"):
-        pod.settings(CreateSandboxRequest(sandbox_id="p", options=broken), "")
+        described(CreateSandboxRequest(sandbox_id="p", options=broken), "")

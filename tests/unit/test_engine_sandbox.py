@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sandbox_support
 from agent_double import AgentDouble, MachineDouble
 
 from kata.engine import boot, records, sandbox_service, spec, streams, task_service
@@ -40,6 +41,7 @@ from kata.hypervisor.base import DiskError
 from kata.journal import Journal
 from kata.oci import spec as oci
 from kata.proto import agent_pb, sandbox_pb, task_pb
+from kata.settings import PodSettings
 from kata.ttrpc.server import Server
 from kata.ttrpc.status import DEADLINE_EXCEEDED, NOT_FOUND, UNIMPLEMENTED, TtrpcError
 from kata.ttrpc.sync_client import connect
@@ -70,16 +72,11 @@ class Engine:
         self.run_dir = os.path.dirname(self.journal.path)
         self.container_dir = directory / "c"
         Journal.create_dir(str(directory), "c", {}).close()
-        self.settings = {
-            "id": self.id,
-            "door": "kata",
-            "container_dir": str(self.container_dir),
-            "hypervisor": {"accel": "tcg", "kernel": "/k", "initrd": "/i"},
-            "rootfs": {"kind": "erofs", "lower_slot": 0, "upper_slot": 1},
-            "log": {"path": str(self.container_dir / "log"), "max_bytes": 1 << 20, "files": 2},
-            "timings": True,
-            **settings,
-        }
+        self.settings = sandbox_support.sandbox(
+            self.id, str(self.container_dir), accel="tcg", kernel="/k", initrd="/i"
+        )
+        sandbox_support.change(self.settings, machine={"size": {"memory_mib": 2048}})
+        sandbox_support.change(self.settings, **settings)
         self.sock_path = str(directory / "sock")
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
@@ -204,7 +201,7 @@ def drain(fd: int) -> bytes:
 
 
 def test_a_container_runs_and_everything_is_told(make: Callable[..., Engine], tmp_path: Path) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     pipes = fifos(tmp_path, "stdout", "stderr")
     with engine.client() as client:
         pid = client.create(
@@ -243,7 +240,7 @@ def test_the_guest_is_told_what_it_has_to_know(engine: Engine) -> None:
 
 
 def test_exit_codes_and_repeated_waits(make: Callable[..., Engine]) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("exit", "42"))
         client.start("c1")
@@ -257,7 +254,7 @@ def test_an_engine_without_containers_that_is_asked_about_one(
     make: Callable[..., Engine], pod: bool, missed: bool
 ) -> None:
     """It was forgotten by its client, and ends; but a pod of the Sandbox API is one without containers, too."""
-    engine = make(door="containerd", pod={"id": "p"} if pod else None)
+    engine = make(client={"ends_when_stale": True}, pod=PodSettings(config_path="") if pod else None)
     with pytest.raises(KataError, match="does not exist"):
         engine.sandbox.container("nobody")
     assert engine.sandbox.saw_stale_client is missed
@@ -267,7 +264,7 @@ def test_a_machine_that_did_not_start_is_lost_from_the_beginning(make: Callable[
     def refuse(engine: Engine) -> None:
         engine.sandbox._start_error = KataError("no hypervisor here")
 
-    engine = make(prepare=refuse, end_with_init=False)
+    engine = make(prepare=refuse, client={"ends_with_init": False})
     with engine.client() as client:
         with pytest.raises(KataError, match="no hypervisor here"):
             client.create("c1", engine.bundle("exit", "0"))
@@ -289,7 +286,7 @@ def test_human_sandbox_ends_with_its_init_and_leaves_its_state(engine: Engine) -
 
 
 def test_auto_remove_leaves_nothing_and_asks_the_guest_nothing(make: Callable[..., Engine]) -> None:
-    engine = make(auto_remove=True)
+    engine = make(container={"auto_remove": True})
     with engine.client() as client:
         client.create("c1", engine.bundle("exit", "0"))
         client.start("c1")
@@ -364,7 +361,7 @@ def test_broken_bundle_is_a_sentence(engine: Engine, broken: str) -> None:
 
 
 def test_created_container_can_be_deleted_unstarted(make: Callable[..., Engine]) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("exit", "0"))
         client.delete("c1")
@@ -380,7 +377,7 @@ def process(*argv: str) -> dict[str, Any]:
 
 
 def test_execs_run_beside_the_init(make: Callable[..., Engine], tmp_path: Path) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")
@@ -416,7 +413,7 @@ def test_execs_run_beside_the_init(make: Callable[..., Engine], tmp_path: Path) 
 
 
 def test_the_end_of_the_init_is_told_after_the_ends_of_its_execs(make: Callable[..., Engine]) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")
@@ -433,7 +430,7 @@ def test_the_end_of_the_init_is_told_after_the_ends_of_its_execs(make: Callable[
 
 @pytest.mark.parametrize("ours", [True, False], ids=["our agent", "another agent"])
 def test_kill_all_reaches_execs_and_kill_of_one_does_not(make: Callable[..., Engine], ours: bool) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
 
     async def unknown(method: str) -> None:
         if method == "Signal":
@@ -565,9 +562,9 @@ def test_calls_of_the_agents_protocol_are_passed_on(engine: Engine) -> None:
         answer = sandbox_pb.AgentCallResponse
         return client.call("kata.sandbox.v1.Sandbox", "AgentCall", wrapped, answer, timeout=timeout).payload
 
-    with engine.client() as door:
-        door.create("c1", engine.bundle("sleep"))
-        door.start("c1")
+    with engine.client() as other:
+        other.create("c1", engine.bundle("sleep"))
+        other.start("c1")
         with connect(engine.sock_path) as client:
             details = agent_pb.GuestDetailsResponse.decode(
                 call("GetGuestDetails", agent_pb.GuestDetailsRequest())
@@ -584,7 +581,7 @@ def test_calls_of_the_agents_protocol_are_passed_on(engine: Engine) -> None:
             with pytest.raises(TtrpcError) as caught:
                 call("NoSuchMethod", agent_pb.WaitProcessRequest())
             assert caught.value.code == UNIMPLEMENTED
-        assert door.state("c1").status == 2
+        assert other.state("c1").status == 2
 
 
 def test_out_of_memory_is_on_record(engine: Engine) -> None:
@@ -604,7 +601,7 @@ def test_out_of_memory_is_on_record(engine: Engine) -> None:
 
 
 def test_machine_that_dies_ends_everything_as_137_with_its_reason(make: Callable[..., Engine]) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")
@@ -668,7 +665,7 @@ def test_agent_that_hangs_up_while_its_machine_lives(engine: Engine) -> None:
 
 @pytest.mark.parametrize("lie", ["status", "length"])
 def test_lying_agent_ends_the_sandbox(make: Callable[..., Engine], lie: str, tmp_path: Path) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     pipes = fifos(tmp_path, "stdin")
     with engine.client() as client:
         client.create("c1", engine.bundle("cat"), stdin=pipes["stdin"])
@@ -683,7 +680,7 @@ def test_lying_agent_ends_the_sandbox(make: Callable[..., Engine], lie: str, tmp
 
 
 def test_exit_is_told_though_the_log_cannot_be_written(make: Callable[..., Engine]) -> None:
-    engine = make(log={"path": "/dev/full", "max_bytes": 100, "files": 1})
+    engine = make(container={"log": {"path": "/dev/full", "max_bytes": 100, "files": 1}})
     with engine.client() as client:
         client.create("c1", engine.bundle("say", "out", "err"))
         client.start("c1")
@@ -693,7 +690,7 @@ def test_exit_is_told_though_the_log_cannot_be_written(make: Callable[..., Engin
 def test_exit_is_told_though_the_state_cannot_be_written(
     make: Callable[..., Engine], tmp_path: Path
 ) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")
@@ -730,7 +727,7 @@ def test_no_container_runs_whose_state_cannot_be_recorded(
 
 
 def test_a_disk_of_the_hosts_that_fails_is_told(make: Callable[..., Engine], capfd: Any) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")
@@ -754,7 +751,7 @@ def test_a_stuck_reader_does_not_hold_the_exit(
     make: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams, "STALL_S", 0.3)
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     pipes = fifos(tmp_path, "stdout")
     with engine.client() as client:
         client.create("c1", engine.bundle("flood", "3000000"), stdout=pipes["stdout"])
@@ -773,7 +770,7 @@ def test_a_stuck_reader_does_not_hold_the_exit(
 
 
 def test_many_waits_and_reads_do_not_delay_a_call(make: Callable[..., Engine]) -> None:
-    engine = make(end_with_init=False)
+    engine = make(client={"ends_with_init": False})
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")

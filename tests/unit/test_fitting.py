@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,38 +14,28 @@ from kata.engine.fitting import FEATURE, Fitting, merged
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
 from kata.hypervisor.qemu import resize
 from kata.resources import sizing
+from kata.settings import SizeSettings
 
 MIB = 1 << 20
-
-
-class Settings(dict[str, Any]):
-    """Of the sandbox and of the hypervisor."""
-
-    besides = 0
-
-    @property
-    def memory_mib(self) -> int:
-        return int(self["memory_mib"]) + self.besides
 
 
 class Machine:
     """Agent, hypervisor and sandbox in one: records what it was told."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = Settings(
-            {
+    def __init__(self, **size: Any) -> None:
+        self.first = SizeSettings(
+            **{
                 "vcpus": 1,
                 "memory_mib": 512,
                 "max_vcpus": 4,
                 "max_memory_mib": 4096,
-                "sizing": {
-                    "kernel": "small",
-                    "source": "the container's limits",
-                    "cpus": None,
-                    "memory": None,
-                },
-                **settings,
+                "asked_by": "the container's limits",
+                **size,
             }
+        )
+        # Of the sandbox (`machine`) and of the hypervisor (`memory_mib`) in one.
+        self.settings = SimpleNamespace(
+            machine=SimpleNamespace(size=self.first), memory_mib=self.first.memory_mib
         )
         self.features = {FEATURE}
         self.vm = self
@@ -80,7 +71,7 @@ class Machine:
 
     async def memory_total(self) -> int:
         """The kernel keeps 60 MiB, of whatever the machine has."""
-        return (int(self.settings["memory_mib"]) + self.plugged - self.returned - 60) * MIB
+        return (int(self.first.memory_mib) + self.plugged - self.returned - 60) * MIB
 
     async def set_processors(self, count: int) -> None:
         if "cpus" in self.fail:
@@ -139,8 +130,7 @@ def test_a_pods_containers_add_up_and_nothing_shrinks_when_they_come() -> None:
 
 def test_what_the_cri_said_of_the_pod_counts_and_follows_updates() -> None:
     source = f"{sizing.OF_SANDBOX} (containerd)"
-    pod = {"kernel": "small", "source": source, "cpus": 2.0, "memory": 450 * MIB}
-    machine = Machine(vcpus=2, sizing=pod)
+    machine = Machine(vcpus=2, asked_by=source, asked_cpus=2.0, asked_memory=450 * MIB)
     run(machine.fitting.admit("a", limits(1, 220)))
     run(machine.fitting.admit("b", limits(1, 220)))
     assert machine.told == []
@@ -201,7 +191,7 @@ def test_below_its_first_size_the_guest_gives_memory_back() -> None:
 
 def test_what_the_machine_has_besides_is_not_given_back() -> None:
     machine = Machine()
-    machine.settings.besides = 14
+    machine.settings.memory_mib += 14
     run(machine.fitting.admit("a", limits(1, 400)))
     run(machine.update("a", limits(1, 200)))
     assert machine.told == [("limits", limits(1, 200)), ("balloon", given(200) - 14)]
@@ -221,8 +211,8 @@ def test_who_has_no_limit_may_be_using_what_the_machine_has() -> None:
 
 
 def test_who_has_no_limit_counts_beside_those_who_have() -> None:
-    pod = {"kernel": "small", "source": f"{sizing.OF_SANDBOX} (containerd)", "memory": 64 * MIB}
-    machine = Machine(memory_mib=101, sizing={**pod, "default_memory_mib": 2048})
+    pod: dict[str, Any] = {"asked_by": f"{sizing.OF_SANDBOX} (containerd)", "asked_memory": 64 * MIB}
+    machine = Machine(memory_mib=101, default_memory_mib=2048, **pod)
     run(machine.fitting.admit("pause", {}, is_sandbox=True))
     run(machine.fitting.admit("proxy", limits(mib=64)))
     assert machine.told == [], "one that stands for its pod is not worth a limit"
@@ -232,7 +222,7 @@ def test_who_has_no_limit_counts_beside_those_who_have() -> None:
     run(machine.fitting.admit("other", {}))
     assert len(machine.told) == 1, "those without share it"
 
-    machine = Machine(memory_mib=102, max_memory_mib=1000, sizing={**pod, "default_memory_mib": 2048})
+    machine = Machine(memory_mib=102, max_memory_mib=1000, default_memory_mib=2048, **pod)
     run(machine.fitting.admit("proxy", limits(mib=64)))
     run(machine.fitting.admit("main", {}))
     assert machine.fitting.memory_mib == 1000, "as far as there is room, which is no error"
@@ -381,7 +371,7 @@ def test_the_explanation_has_the_numbers() -> None:
     run(machine.fitting.admit("abcdef", limits(1.5, 1000)))
     facts = {
         "id": "p",
-        "door": "containerd",
+        "client": "containerd",
         "accelerator": "kvm",
         "vcpus": machine.fitting.vcpus,
         "memory_mib": machine.fitting.memory_mib,

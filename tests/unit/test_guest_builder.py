@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sandbox_support
 
 from kata.engine import boot
 from kata.errors import GuestAssetError, HostError, UsageError
@@ -312,12 +313,9 @@ def test_an_extension_stays_with_the_guest(place: Path, monkeypatch: pytest.Monk
     with pytest.raises(GuestAssetError, match="without the extension 'other'"):
         guest.extension("other")
     # The engine puts it behind the initrd.
-    settings = {
-        "id": "x",
-        "hypervisor": {"accel": "tcg", "kernel": guest.kernel, "initrd": guest.initrd, "extensions": []},
-    }
+    settings = sandbox_support.sandbox("x", "/c", accel="tcg", kernel=guest.kernel, initrd=guest.initrd)
     assert boot.vm_settings(settings, "", str(place), Nic("02:00:00:00:00:01")).initrd == guest.initrd
-    settings["hypervisor"]["extensions"] = [guest.extension("iptables")]  # type: ignore[index]
+    settings.described().guest.extensions = [guest.extension("iptables")]
     whole = boot.vm_settings(settings, "", str(place), Nic("02:00:00:00:00:01")).initrd
     assert Path(whole).read_bytes() == Path(guest.initrd).read_bytes() + made.image
     Path(guest.extension("iptables")).write_bytes(b"damaged")

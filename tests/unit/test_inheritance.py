@@ -126,7 +126,7 @@ def leaking() -> list[int]:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
-    return Journal.create_dir(str(tmp_path / "sandboxes"), "a", {"door": "test", "id": "a"})
+    return Journal.create_dir(str(tmp_path / "sandboxes"), "a", {"client": "test", "id": "a"})
 
 
 def _said(fd: int) -> str:
@@ -186,8 +186,10 @@ def test_too_few_descriptors_are_said_before_anything_is_made(tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     program = (
         f"import sys; sys.path.insert(0, {str(SOURCE)!r})\n"
+        "from kata.cli.session import client_policy\n"
         "from kata.engine import launch\n"
-        f"launch.launch({{'id': 'few'}}, {str(tmp_path / 'run')!r})\n"
+        "from kata.settings import SandboxSettings\n"
+        f"launch.launch(SandboxSettings(id='few', client=client_policy()), {str(tmp_path / 'run')!r})\n"
     )
     for number in (40, 255):
         command = f'ulimit -n {number}; exec "$@"'

@@ -24,7 +24,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 def new(base: Path, name: str = "a") -> Journal:
-    return Journal.create_dir(str(base / "sandboxes"), name, {"door": "test", "id": name})
+    return Journal.create_dir(str(base / "sandboxes"), name, {"client": "test", "id": name})
 
 
 def orphan(journal: Journal) -> None:
@@ -74,7 +74,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     journal.mark_gone(gone)
     journal.retain("")
     again = Journal.open(journal.path)
-    assert again.meta == {"door": "test", "id": "a"}
+    assert again.meta == {"client": "test", "id": "a"}
     assert again.retained
     assert again.owner_alive()
     assert [(e.kind, e.params.get("note"), e.gone) for e in again.entries] == [
@@ -474,7 +474,7 @@ def test_an_engine_clears_up_after_dead_ones_of_its_door_alone(tmp_path: Path) -
     base = tmp_path / "sandboxes"
     assert reconcile_sandboxes(str(base), "other").undone == []
     foreign_journal = base / "foreign/journal"
-    foreign_journal.write_text(foreign_journal.read_text().replace('"door":"test"', '"door":"kata"'))
+    foreign_journal.write_text(foreign_journal.read_text().replace('"client":"test"', '"client":"kata"'))
     report = reconcile_sandboxes(str(base), "test")
     assert (report.undone, report.failures) == ([str(base / "dead")], [])
     assert sorted(path.name for path in base.iterdir()) == ["foreign", "living"]

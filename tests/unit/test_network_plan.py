@@ -13,6 +13,7 @@ from kata import children
 from kata.errors import HostError, KataError, UsageError
 from kata.network import egress_filter, passt, resolver, user
 from kata.network.plan import mac_address, plan
+from kata.settings import NetworkSettings
 
 
 def host(
@@ -27,8 +28,12 @@ def _passt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passt, "waits_for_clients", lambda program: False)
 
 
+def network(mode: str = "user", **settings: Any) -> NetworkSettings:
+    return NetworkSettings.from_plain({"mode": mode, **settings})
+
+
 def user_plan(seen: user.HostNetwork, **settings: Any) -> user.UserPlan:
-    made = plan({"mode": "user", **settings}, seen)
+    made = plan(network(**settings), seen)
     assert isinstance(made, user.UserPlan)
     return made
 
@@ -38,7 +43,7 @@ def pairs(argv: list[str], option: str) -> list[str]:
 
 
 def test_no_network_still_has_a_plug() -> None:
-    made = plan({"mode": "none"}, host())
+    made = plan(network("none"), host())
     assert made.interface is None
     assert made.routes == []
     nic = made.setup_nic()
@@ -208,16 +213,16 @@ def test_names_that_were_asked_for() -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        plan(settings, host())
+        plan(network(**settings), host())
 
 
 def test_passt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "find_program", lambda name: None)
     with pytest.raises(HostError) as caught:
-        plan({"mode": "user"}, host())
+        plan(network(), host())
     assert "passt" in caught.value.message
     assert "apt-get install passt" in caught.value.hint
-    assert plan({"mode": "none"}, host()).interface is None
+    assert plan(network("none"), host()).interface is None
 
 
 def test_taken_and_contradictory_ports() -> None:
@@ -293,5 +298,5 @@ def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
 def test_errors_have_hints() -> None:
     for mode in ("none", "user"):
         with pytest.raises(KataError) as caught:
-            plan({"mode": mode, "ports": [{"host_port": 1, "guest_port": 1, "proto": "x"}]}, host())
+            plan(network(mode, ports=[{"host_port": 1, "guest_port": 1, "proto": "x"}]), host())
         assert caught.value.hint

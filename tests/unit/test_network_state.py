@@ -225,7 +225,7 @@ class _Sandbox:
 
     def __init__(self, plan: Any) -> None:
         self.machine = SimpleNamespace(network=plan)
-        self.settings = {"sysctls": {"net.ipv4.tcp_ecn": "1"}}
+        self.settings = SimpleNamespace(sysctls={"net.ipv4.tcp_ecn": "1"})
         self.containers = {
             "c": SimpleNamespace(config={"linux": {"sysctl": {"net.ipv4.conf.eth0.tag": "3"}}})
         }

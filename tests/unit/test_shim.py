@@ -1,4 +1,4 @@
-"""containerd's door without a machine: command line, names, sizes, refusals."""
+"""What containerd executes, without a machine: command line, names, sizes, refusals."""
 
 from __future__ import annotations
 

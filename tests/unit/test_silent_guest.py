@@ -18,11 +18,13 @@ from test_engine_sandbox import Engine, make, process
 
 from kata.agent import client as agent_client
 from kata.agent.client import AgentClient
+from kata.cli import session
 from kata.engine import container as containers
 from kata.engine import sandbox_service, task_service
 from kata.engine.client import EngineClient
 from kata.errors import AgentError, AgentTimeoutError, KataError, VMLostError
 from kata.proto import agent_pb
+from kata.shim import start
 
 __all__ = ["make"]
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
@@ -36,8 +38,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert containers.KILL_S <= 4
     for module, name in (
         (containers, "KILL_S"),
-        (containers, "SIGNAL_S"),
-        (containers, "CLIENT_SIGNAL_S"),
         (task_service, "KILL_S"),
         (agent_client, "ASK_S"),
         (sandbox_service, "ASK_S"),
@@ -75,12 +75,11 @@ def started(engine: Engine, client: EngineClient, name: str = "c1") -> None:
 
 @pytest.mark.parametrize("human", [True, False])
 def test_sigkill_ends_a_container_whatever_its_guest_does(build: Callable[..., Engine], human: bool) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S, "late_signals_fail": human})
     with engine.client() as client, engine.client() as other:
         started(engine, client)
         client.exec("c1", "e", process("sleep"))
         client.start("c1", "e")
-        engine.do(lambda: setattr(engine.sandbox, "is_human", human))
         silence(engine)
         began = time.monotonic()
         client.kill("c1", KILL)
@@ -98,7 +97,7 @@ def test_sigkill_ends_a_container_whatever_its_guest_does(build: Callable[..., E
 def test_sigkill_ends_what_the_guest_only_says_to_have_ended(
     build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
 
     async def lie(self: Any, request: Any, context: Any) -> Any:
         from kata.proto import google_pb
@@ -120,7 +119,7 @@ def test_sigkill_ends_what_the_guest_only_says_to_have_ended(
 
 
 def test_a_pod_is_not_ended_for_one_container_that_is_stuck(build: Callable[..., Engine]) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
     with engine.client() as client:
         started(engine, client)
         started(engine, client, "c2")
@@ -136,7 +135,7 @@ def test_a_pod_is_not_ended_for_one_container_that_is_stuck(build: Callable[...,
 
 
 def test_a_late_guest_is_not_ended_for_a_plain_signal(build: Callable[..., Engine]) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
     with engine.client() as client:
         started(engine, client)
         awake = silence(engine)
@@ -147,7 +146,7 @@ def test_a_late_guest_is_not_ended_for_a_plain_signal(build: Callable[..., Engin
         with pytest.raises(AgentError, match="has not taken signal 10"):
             client.kill("c1", 10, everything=True)
         # containerd's clients would not go on to wait for the end that they have asked for.
-        engine.do(lambda: setattr(engine.sandbox, "is_human", False))
+        engine.do(lambda: setattr(engine.sandbox.client, "late_signals_fail", False))
         client.kill("c1", 12)
         assert client.state("c1").status == 2
         engine.do(awake.set)
@@ -156,7 +155,7 @@ def test_a_late_guest_is_not_ended_for_a_plain_signal(build: Callable[..., Engin
 
 
 def test_an_unstarted_container_can_be_deleted(build: Callable[..., Engine]) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         silence(engine)
@@ -164,7 +163,7 @@ def test_an_unstarted_container_can_be_deleted(build: Callable[..., Engine]) -> 
 
 
 def test_shutdown_does_not_wait_for_the_guest(build: Callable[..., Engine]) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
     with engine.client() as client:
         started(engine, client)
         silence(engine)
@@ -174,7 +173,7 @@ def test_shutdown_does_not_wait_for_the_guest(build: Callable[..., Engine]) -> N
 
 
 def test_what_needs_no_guest_is_answered_without_it(build: Callable[..., Engine], tmp_path: Path) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
     with engine.client() as client:
         started(engine, client)
         silence(engine)
@@ -196,7 +195,7 @@ def test_what_needs_no_guest_is_answered_without_it(build: Callable[..., Engine]
 
 
 def test_calls_that_wait_for_the_guest_end_with_its_machine(build: Callable[..., Engine]) -> None:
-    engine = build(end_with_init=False)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
     with engine.client() as client, ThreadPoolExecutor(8) as threads:
         started(engine, client)
         client.exec("c1", "e", process("sleep"))
@@ -248,4 +247,6 @@ def test_how_long_each_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(ask())
     assert waited == {method: seconds for method, (_, seconds) in asked.items()}
-    assert (containers.KILL_S, containers.SIGNAL_S, containers.CLIENT_SIGNAL_S) == (4, 10, 2)
+    assert containers.KILL_S == 4
+    policies = session.client_policy(), start.client_policy("default", "/bundle")
+    assert [(policy.signal_s, policy.late_signals_fail) for policy in policies] == [(10, True), (2, False)]

@@ -1,4 +1,4 @@
-"""Engines with real virtual machines, driven through the two services as a door would."""
+"""Engines with real virtual machines, driven through the two services as a client would."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import sandbox_support
+
 from kata import sysio
 from kata.engine.client import EngineClient
 from kata.engine.launch import Engine, launch
@@ -22,6 +24,7 @@ from kata.images.resolve import resolve
 from kata.journal import Journal
 from kata.journal_undo import reconcile
 from kata.oci import spec as oci
+from kata.settings import DiskSettings
 from kata.storage import ext4
 
 PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
@@ -92,38 +95,25 @@ class Box:
         self.image = resolve(image)
         self.id = f"t{os.urandom(6).hex()}"
         containers = self.directory / "s" / "containers"
-        journal = Journal.create_dir(str(containers), self.id, {"door": "test"})
+        journal = Journal.create_dir(str(containers), self.id, {"client": "test"})
         journal.retain("")
         journal.close()
         self.container_dir = containers / self.id
         guest = manifest.load(str(guest_dir))
         disk = self.container_dir / "rw.img"
         ext4.make_writable(str(disk), 256 << 20)
-        self.settings: dict[str, Any] = {
-            "id": self.id,
-            "door": "kata",
-            "container_dir": str(self.container_dir),
-            "hypervisor": {
-                "accel": accel.choose().accel,
-                "kernel": guest.kernel,
-                "initrd": guest.initrd,
-            },
-            "vcpus": 1,
-            "memory_mib": 256,
-            "disks": [
-                {"path": self.image.rootfs_path, "readonly": True, "serial": "lower"},
-                {"path": str(disk), "readonly": False, "serial": "upper"},
-            ],
-            "rootfs": {"kind": "erofs", "lower_slot": 0, "upper_slot": 1},
-            "network": {"mode": "none"},
-            "log": {"path": str(self.container_dir / "log"), "max_bytes": 1 << 20, "files": 2},
-            "timings": True,
-        }
-        for key, value in changes.items():
-            if isinstance(value, dict) and isinstance(self.settings.get(key), dict):
-                self.settings[key] = {**self.settings[key], **value}
-            else:
-                self.settings[key] = value
+        self.settings = sandbox_support.sandbox(
+            self.id,
+            str(self.container_dir),
+            accel=accel.choose().accel,
+            kernel=guest.kernel,
+            initrd=guest.initrd,
+        )
+        self.settings.disks = [
+            DiskSettings(path=self.image.rootfs_path, readonly=True, serial="lower"),
+            DiskSettings(path=str(disk), readonly=False, serial="upper"),
+        ]
+        sandbox_support.change(self.settings, **changes)
         self.engine: Engine = launch(self.settings, str(self.run_dir))
         self.client = EngineClient(self.engine.sock_path)
 

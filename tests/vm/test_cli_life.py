@@ -1,4 +1,4 @@
-"""The life of a container through the human door: detached, looked at, stopped, started again, removed, lost."""
+"""The life of a container through the `kata` command: detached, looked at, stopped, started again, removed, lost."""
 
 from __future__ import annotations
 

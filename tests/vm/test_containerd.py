@@ -1,4 +1,4 @@
-"""containerd's door, through the real containerd and ctr."""
+"""What containerd executes, through the real containerd and ctr."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ DIES_AT_ONCE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from kata.journal import Journal
-Journal.create_dir(sys.argv[2], "default.dead", {"door": "containerd", "id": "dead"})
+Journal.create_dir(sys.argv[2], "default.dead", {"client": "containerd", "id": "dead"})
 """
 
 

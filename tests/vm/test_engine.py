@@ -27,6 +27,7 @@ from kata.errors import (
     VMLostError,
 )
 from kata.oci import spec as oci
+from kata.settings import DiskSettings, VolumeSettings
 from kata.storage import ext4
 
 Maker = Callable[..., Box]
@@ -105,7 +106,7 @@ def test_output_after_the_end_of_the_init_is_not_waited_for(make: Maker) -> None
 
 
 def test_environment_is_what_a_person_expects(make: Maker) -> None:
-    box = make(network={"hostname": "box"})
+    box = make(hostname="box")
     script = "hostname; cat /etc/hostname; id -u; pwd; grep box /etc/hosts; test -w / && echo writable"
     status, streams = box.run("sh", "-c", script)
     lines = streams.stdout.decode().splitlines()
@@ -140,14 +141,14 @@ def test_writable_layer_keeps_what_was_written(make: Maker) -> None:
     """Over two sandboxes on the same disk; the first one is ended the hard way right after the write."""
     first = make()
     assert first.run("sh", "-c", "echo kept > /srv/file; rm /etc/group; mkdir /new")[0] == 0
-    disks = first.settings["disks"]
+    disks = first.settings.disks
     second = make(disks=disks)
     status, streams = second.run("sh", "-c", "cat /srv/file; ls -d /new; test ! -e /etc/group")
     assert (status, streams.stdout) == (0, b"kept\n/new\n")
 
 
 def test_auto_remove_leaves_nothing_at_all(make: Maker) -> None:
-    box = make(auto_remove=True)
+    box = make(container={"auto_remove": True})
     assert box.run("true")[0] == 0
     assert not box.container_dir.exists()
     gone(box)
@@ -155,9 +156,9 @@ def test_auto_remove_leaves_nothing_at_all(make: Maker) -> None:
 
 def test_tmpfs_as_writable_layer(make: Maker) -> None:
     box = make()
-    lower = box.settings["disks"][0]
+    lower = box.settings.disks[0]
     box.close()
-    box = make(disks=[lower], rootfs={"upper_slot": None, "upper": "tmpfs"})
+    box = make(disks=[lower], container={"rootfs": {"upper_slot": None, "upper": "tmpfs"}})
     assert box.run("sh", "-c", "echo x > /file && grep -q tmpfs /proc/mounts")[0] == 0
 
 
@@ -184,7 +185,7 @@ def test_command_that_cannot_run(
 
 
 def test_missing_kernel(make: Maker) -> None:
-    box = make(hypervisor={"kernel": "/nonexistent/vmlinux"})
+    box = make(machine={"guest": {"kernel": "/nonexistent/vmlinux"}})
     with pytest.raises((GuestAssetError, StateError), match="/nonexistent/vmlinux") as caught:
         box.create("true")
     assert caught.value.hint
@@ -193,7 +194,7 @@ def test_missing_kernel(make: Maker) -> None:
 
 def test_kernel_that_is_none(make: Maker, tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(os.urandom(100_000))
-    box = make(hypervisor={"kernel": str(tmp_path / "kernel")})
+    box = make(machine={"guest": {"kernel": str(tmp_path / "kernel")}})
     with pytest.raises(KataError, match="kernel") as caught:
         box.create("true")
     assert caught.value.hint
@@ -204,8 +205,8 @@ def test_disk_that_is_broken(make: Maker, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(os.urandom(1 << 20))
     ext4.make_writable(str(tmp_path / "upper"), 64 << 20)
     disks = [
-        {"path": str(tmp_path / "disk"), "readonly": True},
-        {"path": str(tmp_path / "upper"), "readonly": False},
+        DiskSettings(path=str(tmp_path / "disk"), readonly=True),
+        DiskSettings(path=str(tmp_path / "upper"), readonly=False),
     ]
     box = make(disks=disks)
     with pytest.raises(KataError, match=r"erofs|lower"):
@@ -214,14 +215,14 @@ def test_disk_that_is_broken(make: Maker, tmp_path: Path) -> None:
 
 
 def test_disk_that_is_missing(make: Maker) -> None:
-    box = make(disks=[{"path": "/nonexistent/disk", "readonly": True}])
+    box = make(disks=[DiskSettings(path="/nonexistent/disk", readonly=True)])
     with pytest.raises(KataError, match="/nonexistent/disk"):
         box.create("true")
     gone(box)
 
 
 def test_more_memory_than_there_is(make: Maker) -> None:
-    box = make(memory_mib=1 << 30)
+    box = make(machine={"size": {"memory_mib": 1 << 30}})
     with pytest.raises(KataError, match="memory"):
         box.create("true")
     gone(box)
@@ -331,7 +332,7 @@ def test_vanished_reader_does_not_hurt(running: Box) -> None:
 
 
 def test_attach_to_a_running_container(make: Maker) -> None:
-    box = make(open_stdin=True)
+    box = make(container={"open_stdin": True})
     box.create("sh", "-c", "while read line; do echo heard $line; done")
     box.client.start(box.id)
     streams = box.streams(stdin=True)
@@ -412,7 +413,7 @@ def test_files_of_a_container_without_a_process(make: Maker) -> None:
 
     from kata.proto import agentext_pb
 
-    box = make(record_state=False)
+    box = make(container={"record_state": False})
     config = oci.build(_request("true"), box.image.config)
     del config["process"]
     (box.container_dir / "config.json").write_text(json.dumps(config))
@@ -445,7 +446,9 @@ def test_volumes_read_only_and_writable_and_a_single_file(make: Maker, tmp_path:
         (str(tmp_path / "rw"), "/rw", ["rbind", "rprivate", "rw"]),
         (str(tmp_path / "single"), "/etc/single", ["rbind", "rprivate", "rw"]),
     ]
-    box = make(volumes=[{"source": source, "destination": to} for source, to, _ in volumes])
+    box = make(
+        container={"volumes": [VolumeSettings(source=path, destination=to) for path, to, _ in volumes]}
+    )
     script = (
         "cat /ro/file /rw/file /etc/single; echo new > /rw/new; echo more >> /etc/single;"
         " touch /ro/no 2>/dev/null && echo BAD; rm /rw/file; exit 0"
@@ -462,7 +465,7 @@ def test_volumes_read_only_and_writable_and_a_single_file(make: Maker, tmp_path:
 def test_guest_cannot_plant_anything_beside_its_volumes(make: Maker, tmp_path: Path) -> None:
     """Not even with every capability: the share's root is read-only, its volumes nodev."""
     volumes = [(str(tmp_path), "/data", ["rbind", "rw"])]
-    box = make(volumes=[{"source": str(tmp_path), "destination": "/data"}])
+    box = make(container={"volumes": [VolumeSettings(source=str(tmp_path), destination="/data")]})
     script = (
         "mkdir /s && mount -t 9p -o trans=virtio kataShared /s || exit 3;"
         "touch /s/evil && echo BAD; ln -s / /s/link && echo BAD;"
@@ -489,7 +492,7 @@ def test_a_volume_that_is_a_device_of_the_host(make: Maker, foreign_device: str)
 
 
 def refused(make: Maker, source: str) -> None:
-    box = make(volumes=[{"source": source, "destination": "/x"}])
+    box = make(container={"volumes": [VolumeSettings(source=source, destination="/x")]})
     with pytest.raises(KataError, match=source) as caught:
         box.create("true", volumes=[(source, "/x", ["rbind"])])
     assert caught.value.hint
@@ -597,7 +600,7 @@ def test_door_that_dies_before_it_creates_takes_the_engine_along(make: Maker) ->
     gone(box)
 
 
-def test_container_goes_on_without_its_door(make: Maker) -> None:
+def test_container_goes_on_without_its_client(make: Maker) -> None:
     from kata.engine.client import EngineClient
 
     box = make()

@@ -24,6 +24,7 @@ from kata.guest import manifest
 from kata.journal import Journal
 from kata.network import egress_filter, passt, resolver, user
 from kata.network.plan import plan
+from kata.settings import NetworkSettings
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -60,7 +61,7 @@ class Sandbox:
     def __init__(self, base: Path, settings: dict[str, Any]) -> None:
         self.journal = minivm.sandbox_dir(base, f"n{os.getpid()}")
         self.name = f"ktest{os.getpid()}"
-        self.plan = plan(settings)
+        self.plan = plan(NetworkSettings.from_plain(settings))
         self.nic = self.plan.setup_nic()
 
     def start(self) -> None:

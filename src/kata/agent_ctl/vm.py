@@ -49,7 +49,7 @@ class VMLink(Link):
         self._tail = bytearray()
         name = f"agent-ctl-{os.getpid()}-{os.urandom(3).hex()}"
         self._journal = Journal.create_dir(
-            os.path.join(paths.run_dir(), "sandboxes"), name, {"door": "agent-ctl", "id": name}
+            os.path.join(paths.run_dir(), "sandboxes"), name, {"client": "agent-ctl", "id": name}
         )
         settings = VMSettings(
             name=name,

@@ -1,1 +1,1 @@
-"""The human door: `kata run`, `ps`, `exec` and the rest. Needs no daemon."""
+"""The command for people: `kata run`, `ps`, `exec` and the rest. Needs no daemon."""

@@ -99,7 +99,7 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
     whole_mib = machine_mib + size["besides_mib"]
     return {
         "id": facts["id"],
-        "door": facts["door"],
+        "client": facts["client"],
         "accelerator": accel,
         "asked": {
             "cpus": size["cpus"],
@@ -142,7 +142,7 @@ def _beside(asked: int, kernel: str) -> int:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     asked, cpus, memory, host = found["asked"], found["cpus"], found["memory_mib"], found["host"]
-    lines = [f"sandbox {found['id']} (door {found['door']}, {found['accelerator']})", "", "asked for"]
+    lines = [f"sandbox {found['id']} (client {found['client']}, {found['accelerator']})", "", "asked for"]
     lines.append(f"  CPUs    {'nothing' if asked['cpus'] is None else format(asked['cpus'], 'g')}")
     lines.append(
         f"  memory  {'nothing' if asked['memory_mib'] is None else str(asked['memory_mib']) + ' MiB'}"

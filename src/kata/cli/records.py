@@ -1,4 +1,4 @@
-"""The containers of the human door, as files.
+"""The containers of the `kata` command, as files.
 
 A container is a directory, ``$KATA_STATE_DIR/containers/<id>``::
 
@@ -204,7 +204,7 @@ class PendingContainer:
         self.directory = paths.container_dir(self.id)
         paths.make_dirs(_names_dir(), 0o711)
         self._journal = Journal.create_dir(
-            _containers_dir(), self.id, {"door": "kata", "kind": "container", "id": self.id}
+            _containers_dir(), self.id, {"client": "kata", "kind": "container", "id": self.id}
         )
         self.name = self._take_name(name)
 

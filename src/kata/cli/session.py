@@ -15,6 +15,17 @@ from kata.cli.pump import Detached, Fifos, OutputGone, Pump, RawTerminal
 from kata.engine.client import EngineClient
 from kata.engine.launch import launch
 from kata.errors import AgentError, AgentTimeoutError, AlreadyExistsError, KataError, StateError, VMLostError
+from kata.settings import (
+    ClientPolicy,
+    ContainerSettings,
+    DiskSettings,
+    LogSettings,
+    NetworkSettings,
+    PortSettings,
+    RootfsSettings,
+    SandboxSettings,
+    VolumeSettings,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +37,10 @@ if TYPE_CHECKING:
 
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 """Of those, what somebody sends who wants an end."""
+IDLE_S = 2.0
+"""How long an engine stays without a living container and without a connection."""
+SIGNAL_S = 10.0
+"""How long a guest may take for a signal; it stays on its way: a guest on a busy host is slow."""
 _LET_GO_AFTER = 3
 """How many of those, unanswered by the guest, have the command leave without it. Docker's number."""
 _PROXIED = (
@@ -43,11 +58,15 @@ _PROXIED = (
 # ---- starting ----
 
 
-def settings(container: Container, started_ns: int) -> dict[str, Any]:
-    """What the engine has to know of a container's sandbox; see docs/architecture.md, "sandbox.json".
+def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
+    """What the engine has to know of a container's sandbox.
+
+    Args:
+        container: Whose.
+        started_ns: When the command began, by CLOCK_MONOTONIC.
 
     Raises:
-        KataError: As of `kata.engine.machine.settings`.
+        KataError: What `kata.engine.machine.machine_settings` raises.
     """
     from kata.engine import machine
     from kata.resources.sizing import ResourceRequest
@@ -56,39 +75,62 @@ def settings(container: Container, started_ns: int) -> dict[str, Any]:
     asked = ResourceRequest(record["cpus"], record["memory"], "--cpus and --memory")
     # Room to grow has its price, a few MiB: for those that have limits, which may be changed.
     limited = asked.cpus is not None or asked.memory is not None
-    about_machine, notes = machine.settings(asked, grows=limited)
+    described, notes = machine.machine_settings(asked, grows=limited)
     for topic, note in notes:
         _say_once(topic, f"note: {note}\n")
-    disks: list[dict[str, Any]] = []
-    rootfs: dict[str, Any] = {"kind": record["rootfs"]["kind"], "upper": record["upper"]}
-    if record["rootfs"]["kind"] == "erofs":
-        rootfs["lower_slot"] = len(disks)
-        disks.append({"path": record["rootfs"]["path"], "readonly": True, "serial": "lower"})
+    disks: list[DiskSettings] = []
+    rootfs = RootfsSettings(kind=record["rootfs"]["kind"], upper=record["upper"])
+    if rootfs.kind == "erofs":
+        rootfs.lower_slot = len(disks)
+        disks.append(DiskSettings(path=record["rootfs"]["path"], readonly=True, serial="lower"))
     else:
-        rootfs["source"] = record["rootfs"]["source"]
-    if record["upper"] == "disk":
-        rootfs["upper_slot"] = len(disks)
-        disks.append(
-            {"path": os.path.join(container.directory, "rw.img"), "readonly": False, "serial": "upper"}
-        )
-    return {
-        "id": container.id,
-        "door": "kata",
-        "name": container.name,
-        "container_dir": container.directory,
-        "state_dir": paths.state_dir(),
-        **about_machine,
-        "disks": disks,
-        "rootfs": rootfs,
-        "network": {"mode": record["network"], "ports": record["ports"]},
-        "etc_files": {"hostname": record["hostname"]},
-        "volumes": record["volumes"],
-        "open_stdin": record["open_stdin"],
-        "stdin_once": record["stdin_once"],
-        "log": {"path": container.log, **record["log"]},
-        "auto_remove": record["auto_remove"],
-        "door_started_ns": started_ns,
-    }
+        rootfs.source = record["rootfs"]["source"]
+    if rootfs.upper == "disk":
+        rootfs.upper_slot = len(disks)
+        path = os.path.join(container.directory, "rw.img")
+        disks.append(DiskSettings(path=path, readonly=False, serial="upper"))
+    return SandboxSettings(
+        id=container.id,
+        client=client_policy(),
+        machine=described,
+        container=ContainerSettings(
+            directory=container.directory,
+            rootfs=rootfs,
+            volumes=[VolumeSettings.from_plain(one, "volume") for one in record["volumes"]],
+            log=LogSettings.from_plain({"path": container.log, **record["log"]}, "log"),
+            open_stdin=record["open_stdin"],
+            stdin_once=record["stdin_once"],
+            auto_remove=record["auto_remove"],
+        ),
+        disks=disks,
+        network=NetworkSettings(
+            mode=record["network"], ports=[PortSettings.from_plain(one, "port") for one in record["ports"]]
+        ),
+        hostname=record["hostname"],
+        request_started_ns=started_ns,
+    )
+
+
+def client_policy() -> ClientPolicy:
+    """What these commands expect of an engine: it is one person's, for one container, and ends with it."""
+    return ClientPolicy(
+        name="kata",
+        idle_s=IDLE_S,
+        keeps_ended_containers=False,
+        ends_when_stale=False,
+        sweeps_dead_engines=False,  # kata gc does
+        ends_with_init=True,
+        holds_fifos=False,  # the reader is the person: gone means gone
+        makes_etc_files=True,
+        foreign_specs=False,
+        keeps_host_mounts=False,
+        shares_from_start=False,
+        recursive_readonly="always",
+        signal_s=SIGNAL_S,
+        late_signals_fail=True,
+        host_shaped_stats=False,
+        all_controllers=False,
+    )
 
 
 def _say_once(topic: str, text: str) -> None:
@@ -114,7 +156,7 @@ class Occupied(StateError):
     """Another command's engine has the container, and is to go on."""
 
 
-def _launch(container: Container, chosen: dict[str, Any]) -> Engine:
+def _launch(container: Container, chosen: SandboxSettings) -> Engine:
     """Start an engine, if need be after the end of another one.
 
     Raises:
@@ -136,13 +178,14 @@ def _launch(container: Container, chosen: dict[str, Any]) -> Engine:
 def occupied(container: Container) -> str:
     """What the engine does that a container has although it does not run, as a sentence."""
     path = os.path.join(paths.sandbox_dir(container.id), "sandbox.json")
-    if records.read_json(path).get("record_state") is False:
+    own = records.read_json(path).get("container")  # of an engine that may be of another version
+    if isinstance(own, dict) and own.get("record_state") is False:
         return f"container {container.name} is open for a copy (kata cp)"
     return f"container {container.name} is being started or ended by its engine"
 
 
 def _open(container: Container, started_ns: int) -> tuple[Engine, EngineClient]:
-    engine = _launch(container, settings(container, started_ns))
+    engine = _launch(container, sandbox_settings(container, started_ns))
     try:
         return engine, EngineClient(engine.sock_path)
     except BaseException:
@@ -265,9 +308,11 @@ def opened_for_files(container: Container) -> Iterator[EngineClient]:
     import json
 
     # Nothing of the outside is needed to copy files, and no port must be taken for it.
-    chosen = settings(container, time.monotonic_ns())
-    chosen.update(network={"mode": "none", "ports": []}, auto_remove=False, record_state=False)
-    chosen.pop("log")
+    chosen = sandbox_settings(container, time.monotonic_ns())
+    chosen.network = NetworkSettings()
+    assert chosen.container is not None
+    chosen.container.auto_remove = chosen.container.record_state = False
+    chosen.container.log = None
     engine = _launch(container, chosen)
     try:
         with EngineClient(engine.sock_path) as client:

@@ -25,6 +25,7 @@ from kata.engine import nodes, rootfs, spec
 from kata.engine.volumes import absent
 from kata.errors import ConfigError, HostError
 from kata.proto.agent_pb import Storage
+from kata.settings import RootfsSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _CHANGING = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-ap
 _IN_MEMORY = "/kubernetes.io~empty-dir/"
 _FOLLOWS = frozenset({"slave", "rslave", "shared", "rshared"})
 _RECURSIVELY_READONLY = "rro"
-_DOCKERS = "moby"
 """containerd's namespace for Docker's containers."""
 _NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
 
@@ -67,12 +67,12 @@ class Shared:
         self.storages: list[Storage] = []
         self.relay: sockets.Relay | None = None
 
-    def add_all(self, config: dict[str, Any], root: dict[str, Any]) -> list[spec.GuestBind]:
+    def add_all(self, config: dict[str, Any], root: rootfs.Rootfs | None) -> list[spec.GuestBind]:
         """Bind the sources of the spec's bind mounts, and a root directory of the host, below the share.
 
         Args:
             config: The spec.
-            root: The container's ``rootfs`` object, see `rootfs.storages`.
+            root: What the container's root file system is made of.
 
         Returns:
             What each of `spec.host_binds` is in the guest.
@@ -92,20 +92,28 @@ class Shared:
             for tree in trees:
                 if isinstance(tree, int) and tree >= 0:
                     os.close(tree)
-        if root.get("kind") == "share":
+        directory = rootfs.shared_directory(root)
+        if directory:
             share = self._sandbox.share
             if share is None:
                 raise ConfigError(
-                    f"cannot share {root.get('source')}: the sandbox was started without a share", _NO_SHARE
+                    f"cannot share {directory}: the sandbox was started without a share", _NO_SHARE
                 )
-            layered = "upper_slot" in root or "upper" in root
             name = rootfs.share_name(self._container_id)
-            # CRI-O mounts the roots of its containers itself, where no other mount namespace gets to see it.
-            [tree] = self._trees([root["source"]], MountTable()) if root.get("hosts") else [-1]
+            tree = -1
+            if isinstance(root, rootfs.HostDirectory):
+                layered = False
+                # CRI-O mounts the roots of its containers itself, where no other mount namespace gets to see it.
+                if root.mounted_by_host:
+                    [tree] = self._trees([directory], MountTable())
+            else:
+                layered = isinstance(root, RootfsSettings) and (
+                    root.upper_slot is not None or bool(root.upper)
+                )
             if isinstance(tree, OSError):
-                raise absent(root["source"], tree)
+                raise absent(directory, tree)
             try:
-                self._names.append(share.add(root["source"], name, readonly=layered, tree=tree))
+                self._names.append(share.add(directory, name, readonly=layered, tree=tree))
             finally:
                 if tree >= 0:
                     os.close(tree)
@@ -154,10 +162,12 @@ class Shared:
         if isinstance(tree, OSError):
             raise absent(source, tree)
         readonly = _RECURSIVELY_READONLY in options or "ro" in options
-        # Docker 25 and newer mean all that is mounted below, too; but they say so only to a runtime that has told them
-        # that it can do that, for which they ask no shim.
-        dockers = self._sandbox.settings.get("namespace") == _DOCKERS and "rbind" in options
-        recursive = readonly and (_RECURSIVELY_READONLY in options or dockers or self._sandbox.is_human)
+        policy = self._sandbox.client.recursive_readonly
+        recursive = readonly and (
+            _RECURSIVELY_READONLY in options
+            or policy == "always"
+            or (policy == "rbind" and "rbind" in options)
+        )
         base = os.path.basename(source.rstrip("/")) or "root"
         name = share.add(
             source,

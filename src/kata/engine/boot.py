@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from kata.journal import Journal
     from kata.network.user import NetworkPlan
     from kata.resources.host_cgroup import HostCgroup
+    from kata.settings import GuestSettings, SandboxSettings
 
 READY_S = 60.0
 """How long a guest may take to answer; it takes a second, but a host may be busy, or itself an emulated machine.
-The sandbox's settings may say otherwise (``hypervisor.ready_s``)."""
+The sandbox's settings may say otherwise (`kata.settings.GuestSettings`)."""
 KERNEL_PARAMETERS = (
     "quiet",  # a console line costs an emulated guest a third of a millisecond
     "panic=-1",  # a guest that panics ends its machine at once, with its reason on the console
@@ -106,18 +107,17 @@ class Machine:
             self.turn.end()
 
 
-def needs_share(settings: dict[str, Any]) -> bool:
+def needs_share(settings: SandboxSettings) -> bool:
     """Whether anything of the host is to be seen in the guest."""
-    if settings.get("share") is False:  # by configuration; who needs it is told so
+    if settings.described().share.disabled:  # who needs it is told so
         return False
-    return (
-        bool(settings.get("volumes"))
-        or settings.get("rootfs", {}).get("kind") == "share"
-        or settings.get("share") is True
+    own = settings.container
+    return settings.client.shares_from_start or (
+        own is not None and (bool(own.volumes) or (own.rootfs is not None and own.rootfs.kind == "share"))
     )
 
 
-def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: Machine) -> None:
+def power_on(settings: SandboxSettings, run_dir: str, journal: Journal, machine: Machine) -> None:
     """Start the hypervisor and its helpers.
 
     Args:
@@ -130,7 +130,7 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
         KataError: Something is missing on this host.
     """
     # Every machine has all its plugs, used or not: one shape for all starts, and for what comes later.
-    if settings.get("door") != "kata":
+    if settings.client.keeps_host_mounts:
         from kata.engine import hostns
 
         machine.host = hostns.Namespaces()
@@ -139,12 +139,11 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     share.prepare()
     if needs_share(settings):
         machine.share = share
-    network = settings.get("network") or {}
     nics = [Nic(spare_mac())]
-    if network.get("mode", "none") != "none":
+    if settings.network.mode != "none":
         from kata.network.plan import plan
 
-        machine.network = plan(network)
+        machine.network = plan(settings.network)
         machine.network.journal = journal
         nics = [machine.network.setup_nic(), *machine.network.more_nics]
     if machine.share is not None:
@@ -163,27 +162,27 @@ def power_on(settings: dict[str, Any], run_dir: str, journal: Journal, machine: 
     vm.serves_files = machine.share is not None and vm.share_fd < 0
     vm.root = qemu_root.prepare(run_dir, journal, serves_files=vm.serves_files)
     machine.ready_ns = time.monotonic_ns()
-    machine.turn = turns.Turn(settings.setdefault("notes", []).append)
+    machine.turn = turns.Turn(settings.notes.append)
     machine.started_ns = time.monotonic_ns()
     machine.process = qemu_process.spawn(vm, journal)
-    place = settings.get("cgroups_path"), os.path.basename(run_dir)
-    machine.cgroup = limit(place, vm, journal, (machine.process.pid, os.getpid()))
+    pids = (machine.process.pid, os.getpid())
+    machine.cgroup = limit(settings, os.path.basename(run_dir), vm, journal, pids)
     # Helpers are born into our cgroups.
     if machine.files is not None:
         machine.files.start()
     if machine.network is not None:
-        machine.network.start(journal, settings["id"])
+        machine.network.start(journal, settings.id)
     from kata.resources import oom_score
 
     oom_score.protect_engine()
-    oom_score.set_machine(settings.get("oom_score_adj") or 0)
+    oom_score.set_machine(settings.oom_score_adj)
 
 
 BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
 
 
 def file_server(
-    settings: dict[str, Any], directory: str, run_dir: str, journal: Journal
+    settings: SandboxSettings, directory: str, run_dir: str, journal: Journal
 ) -> virtiofsd.FileServer | None:
     """What serves the share by virtio-fs, not yet started; None where the hypervisor itself shall do so, by 9p.
 
@@ -197,34 +196,33 @@ def file_server(
     """
     from kata.hypervisor import virtiofsd  # most machines share nothing
 
-    hypervisor = settings["hypervisor"]
-    notes = settings.setdefault("notes", [])
-    wanted = hypervisor.get("shared_fs") or ""
-    if wanted == "virtio-9p":
+    described, notes = settings.described(), settings.notes
+    share = described.share
+    if share.protocol == "virtio-9p":
         return None
-    if hypervisor["accel"] == "tcg" and not hypervisor.get("bounces"):
+    if described.hypervisor.accel == "tcg" and not described.guest.bounces:
         notes.append(f"{BY_9P}: the guest's kernel cannot have virtio-fs in an emulated machine")
         return None
-    program = virtiofsd.find(hypervisor.get("virtio_fs_daemon") or "")
+    program = virtiofsd.find(share.daemon)
     if program is None:
-        if wanted:
+        if share.protocol:
             raise HostError(
-                f"there is no virtiofsd on this host, and {wanted} needs it", "apt-get install virtiofsd"
+                f"there is no virtiofsd on this host, and {share.protocol} needs it",
+                "apt-get install virtiofsd",
             )
         notes.append(f"{BY_9P}: this host has no virtiofsd")
         return None
-    cache = hypervisor.get("virtio_fs_cache") or "auto"
-    return virtiofsd.FileServer(program, directory, run_dir, journal, cache)
+    return virtiofsd.FileServer(program, directory, run_dir, journal, share.cache or "auto")
 
 
 def limit(
-    place: tuple[str | None, str], vm: VMSettings, journal: Journal, pids: tuple[int, ...]
+    settings: SandboxSettings, name: str, vm: VMSettings, journal: Journal, pids: tuple[int, ...]
 ) -> HostCgroup:
     """Put processes of a sandbox into cgroups with the limits that belong to its size.
 
     Args:
-        place: The path that the specification names (None: a person's sandbox, which has none), and a name for
-            where it names none.
+        settings: The sandbox's.
+        name: Of its cgroup where its specification names none.
         vm: How large the machine is.
         journal: The sandbox's.
         pids: The processes.
@@ -233,13 +231,12 @@ def limit(
 
     limits = host_cgroup.Limits(sizing.host_memory(vm.memory_mib, vm.accel), sizing.host_cpus(vm.vcpus))
     cgroup = host_cgroup.HostCgroup()
-    path, name = place
     cgroup.make(
         journal,
-        host_cgroup.place_of(path or "", name),
+        host_cgroup.place_of(settings.cgroups_path, name),
         limits,
-        all_controllers=path is not None,
-        unit=systemd_scope.unit_of(path or ""),
+        all_controllers=settings.client.all_controllers,
+        unit=systemd_scope.unit_of(settings.cgroups_path),
     )
     cgroup.join(pids)
     return cgroup
@@ -250,16 +247,15 @@ def spare_mac() -> str:
     return "02:6b:" + ":".join(f"{byte:02x}" for byte in os.urandom(4))
 
 
-def _initrd(hypervisor: dict[str, Any], run_dir: str) -> str:
+def _initrd(guest: GuestSettings, run_dir: str) -> str:
     """The initrd, with the archives behind it that are asked for: Linux unpacks one after the other."""
-    extensions = hypervisor.get("extensions")
-    if not extensions:
-        return str(hypervisor["initrd"])
+    if not guest.extensions:
+        return guest.initrd
     # In the sandbox's own directory, which goes with it.
     whole = os.path.join(run_dir, "initrd")
     try:
         with open(whole, "wb") as target:
-            for part in (hypervisor["initrd"], *extensions):
+            for part in (guest.initrd, *guest.extensions):
                 with open(part, "rb") as source:
                     data = source.read()
                 target.write(data + bytes(-len(data) % 512))
@@ -272,7 +268,7 @@ def _initrd(hypervisor: dict[str, Any], run_dir: str) -> str:
 
 
 def vm_settings(
-    settings: dict[str, Any],
+    settings: SandboxSettings,
     share_dir: str,
     run_dir: str,
     nic: Nic,
@@ -280,53 +276,51 @@ def vm_settings(
     files: virtiofsd.FileServer | None = None,
 ) -> VMSettings:
     """The virtual machine that *settings* describe, with a file server for its share if there is one."""
-    hypervisor = settings["hypervisor"]
+    described = settings.described()
+    hypervisor, guest, size = described.hypervisor, described.guest, described.size
     # What bounce pages and long queues take is the machine's, and not its containers'.
-    more_mib = qemu_command.BOUNCE_MIB if files is not None and hypervisor["accel"] == "tcg" else 0
-    binary = hypervisor.get("path", "") or children.find_program(qemu_process.PROGRAM) or ""
+    more_mib = qemu_command.BOUNCE_MIB if files is not None and hypervisor.accel == "tcg" else 0
+    binary = hypervisor.path or children.find_program(qemu_process.PROGRAM) or ""
     more_mib += qemu_root.queues_mib(binary)
-    most_mib = settings.get("max_memory_mib", 0)
     disks: list[Disk | None] = [
-        Disk(disk["path"], bool(disk["readonly"]), disk.get("serial", ""), bool(disk.get("ephemeral")))
-        if disk
-        else None
-        for disk in settings.get("disks", ())
+        None if disk is None else Disk(disk.path, disk.readonly, disk.serial, disk.ephemeral)
+        for disk in settings.disks
     ]
     return VMSettings(
-        name=f"kata-{settings['id'][:40]}",
+        name=f"kata-{settings.id[:40]}",
         run_dir=run_dir,
-        kernel=hypervisor["kernel"],
-        initrd=_initrd(hypervisor, run_dir),
-        cmdline=_cmdline(hypervisor),
-        accel=hypervisor["accel"],
+        kernel=guest.kernel,
+        initrd=_initrd(guest, run_dir),
+        cmdline=_cmdline(guest),
+        accel=hypervisor.accel,
         binary=binary,
-        machine=hypervisor.get("machine") or "q35",
-        firmware=hypervisor.get("firmware") or "qboot.rom",
-        console=hypervisor.get("console") or "serial",
-        machine_options=hypervisor.get("machine_options", ""),
-        cpu_features=hypervisor.get("cpu_features", ""),
-        entropy=hypervisor.get("entropy", ""),
-        prealloc=hypervisor.get("prealloc", False),
-        reclaim=hypervisor.get("reclaim", True),
-        sandbox=hypervisor.get("sandbox", ""),
-        vcpus=settings.get("vcpus", 1),
-        max_vcpus=settings.get("max_vcpus", 0),
-        max_memory_mib=most_mib + more_mib if most_mib else 0,
-        memory_mib=settings.get("memory_mib", 2048) + more_mib,
+        machine=hypervisor.machine or "q35",
+        firmware=hypervisor.firmware or "qboot.rom",
+        console=hypervisor.console or "serial",
+        machine_options=hypervisor.machine_options,
+        cpu_features=hypervisor.cpu_features,
+        entropy=hypervisor.entropy,
+        prealloc=hypervisor.prealloc,
+        reclaim=hypervisor.reclaim,
+        sandbox=hypervisor.seccomp,
+        vcpus=size.vcpus,
+        max_vcpus=size.max_vcpus,
+        max_memory_mib=size.max_memory_mib + more_mib if size.max_memory_mib else 0,
+        memory_mib=size.memory_mib + more_mib,
         disks=disks,
-        disk_slots=settings.get("disk_slots", slots.FEWEST_DISKS),
+        disk_slots=max(settings.disk_slots, slots.FEWEST_DISKS),
         share_dir=share_dir,
         share_fd=-1 if files is None else files.fd,
-        title=f"kata: machine of {settings['id']}",
+        title=f"kata: machine of {settings.id}",
         nic=nic,
         more_nics=more_nics,
     )
 
 
-def _cmdline(hypervisor: dict[str, Any]) -> str:
+def _cmdline(guest: GuestSettings) -> str:
     """The kernel's parameters: ours, and behind them, so that they prevail, those of the configuration."""
-    words = KERNEL_PARAMETERS[1:] if hypervisor.get("verbose") else KERNEL_PARAMETERS
-    return " ".join((*words, hypervisor.get("cmdline") or "")).strip()
+    words = KERNEL_PARAMETERS[1:] if guest.verbose else KERNEL_PARAMETERS
+    return " ".join((*words, guest.cmdline)).strip()
 
 
 # ---- from here on the event loop runs ----
@@ -369,7 +363,8 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
 
     settings, timings = sandbox.settings, sandbox.timings
     step.name = "waiting for the agent in the guest"
-    ready_s = float(settings["hypervisor"].get("ready_s") or READY_S)
+    described = settings.described()
+    ready_s = described.guest.ready_s or READY_S
     agent = await sandbox.connect_agent(ready_s)
     await _healthy(agent, sandbox.life.exit_reason, ready_s)
     answered_ns = time.monotonic_ns()
@@ -382,7 +377,10 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
         kind = "9p" if sandbox.machine.files is None else "virtio-fs"
         more = []
         if kind == "9p":
-            more = [f"msize={settings.get('share_msize') or SHARE_MSIZE}", f"cache={_9p_cache(settings)}"]
+            more = [
+                f"msize={described.share.msize or SHARE_MSIZE}",
+                f"cache={_9p_cache(described.guest.kernel_version)}",
+            ]
         storages.append(
             agent_pb.Storage(
                 driver=kind,
@@ -394,13 +392,13 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
         )
     request = agent_pb.CreateSandboxRequest(
         # A container without a name of its own has the host's, as with a runtime that shares the host's kernel.
-        hostname=sandbox.hostname or os.uname().nodename,
+        hostname=settings.hostname or os.uname().nodename,
         dns=sandbox.dns,
         storages=storages,
         sandbox_id=sandbox.id,
         kernel_modules=[
             agent_pb.KernelModule(name=name, parameters=parameters)
-            for name, *parameters in settings.get("kernel_modules") or ()
+            for name, *parameters in described.guest.modules
         ],
     )
     learned = asyncio.ensure_future(agent.negotiate_features())
@@ -422,15 +420,14 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
     return agent
 
 
-def _9p_cache(settings: dict[str, Any]) -> str:
+def _9p_cache(kernel_version: str) -> str:
     """What a guest keeps of files that it has by 9p (the kernel's Documentation/filesystems/9p.rst).
 
     Until Linux 6.4 ``mmap`` keeps what is mapped and nothing else. From then on it is a cache with write-back that
     nothing invalidates: what others change is not seen, and what is written arrives late or, when the machine is
     killed, never. Without a cache all that is right, and shared writable mappings are refused.
     """
-    version = str(settings["hypervisor"].get("kernel_version") or "")
-    numbers = [int(part) for part in version.split(".")[:2] if part.isdecimal()]
+    numbers = [int(part) for part in kernel_version.split(".")[:2] if part.isdecimal()]
     return "mmap" if len(numbers) == 2 and numbers < [6, 4] else "none"
 
 
@@ -479,14 +476,14 @@ def explain(sandbox: Sandbox, step: str, error: KataError) -> KataError:
     """*error* with what helps to find out why a guest did not come up; the class stays."""
     from kata.agent.text import last_lines
 
-    hypervisor = sandbox.settings["hypervisor"]
+    guest = sandbox.settings.described().guest
     vm = sandbox.vm
     if vm is None:
         return error
     state = "still running" if sandbox.vm_runs else "gone"
     text = (
         f"{error.message} (while {step}; the virtual machine is {state};"
-        f" kernel {hypervisor['kernel']}, initrd {hypervisor['initrd']})"
+        f" kernel {guest.kernel}, initrd {guest.initrd})"
     )
     lines = last_lines(vm.console_tail().encode())
     if lines:

@@ -1,6 +1,6 @@
-"""A door's way to an engine that runs: blocking calls, no event loop, light to import.
+"""A client's way to an engine that runs: blocking calls, no event loop, light to import.
 
-Errors come back as the classes they were raised as on the other side, so that a door can tell "no such
+Errors come back as the classes they were raised as on the other side, so that a client can tell "no such
 command" from "no such container".
 """
 
@@ -201,7 +201,7 @@ class EngineClient:
         self._task("Kill", request, Empty, timeout)
 
     def delete(self, container_id: str, exec_id: str = "") -> int:
-        """Forget an exec, or take the container down; its exit status. For the human door nothing of the
+        """Forget an exec, or take the container down; its exit status. For the `kata` command nothing of the
         sandbox is left on the host when this returns."""
         request = task_pb.DeleteRequest(id=container_id, exec_id=exec_id)
         return self._task("Delete", request, task_pb.DeleteResponse).exit_status
@@ -267,7 +267,7 @@ class EngineClient:
         return self.call(SANDBOX, "Processes", request, agentext_pb.ListProcessesResponse).processes
 
     def timings(self) -> list[sandbox_pb.Timing]:
-        """Where the time of the start went, relative to ``door_started_ns``."""
+        """Where the time of the start went, relative to ``request_started_ns``."""
         return self.call(SANDBOX, "Timings", sandbox_pb.TimingsRequest(), sandbox_pb.TimingsResponse).timings
 
     def describe(self) -> dict[str, Any]:

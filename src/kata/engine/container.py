@@ -1,6 +1,6 @@
 """One container of a sandbox: from the bundle to the last of its processes.
 
-The one place where create, start, exec, kill and delete happen; every door ends up here.
+The one place where create, start, exec, kill and delete happen; every client ends up here.
 """
 
 from __future__ import annotations
@@ -40,16 +40,13 @@ if TYPE_CHECKING:
     from kata.agent.client import AgentClient
     from kata.engine.hostroot import HostRoot
     from kata.engine.sandbox import Sandbox
+    from kata.settings import LogSettings
 
 EXECS_END_S = 2.0
 """How long an ended init waits for the ends of its container's execs: they die with it, at the same
 moment."""
 KILL_S = 4.0
 """How long the guest has to obey a SIGKILL of a container's init. Then its machine is ended: the guest has no say."""
-SIGNAL_S = 10.0
-"""How long any other signal waits for the guest's answer. It stays on its way: a guest on a busy host is slow."""
-CLIENT_SIGNAL_S = 2.0
-"""The same for clients that wait for an end by themselves, and begin to count when they have their answer."""
 OOM_NOTICE_S = 0.1
 REMOVE_S = 20
 PLACEHOLDER_PROCESS = {"args": ["/proc/self/exe"], "cwd": "/"}
@@ -111,17 +108,22 @@ class Container:
         self.execs: dict[str, Process] = {}
         self.created_at_ns = 0
         own = container_id == sandbox.id
-        directory = sandbox.settings.get("container_dir") or ""
-        recorded = own and directory and sandbox.settings.get("record_state", True)
-        state_path = os.path.join(directory, "state.json") if recorded else ""
+        described = sandbox.settings.container if own else None
+        state_path = ""
+        if described is not None and described.record_state:
+            state_path = os.path.join(described.directory, "state.json")
         self.state_file = StateFile(state_path, sandbox.identity)
-        self.log = self._open_log() if own else None
+        self.log = (
+            self._open_log(described.log) if described is not None and described.log is not None else None
+        )
         self._oom = asyncio.Event()
         self._kill_requested = False
         self._root = root
-        self._rootfs: dict[str, Any] = sandbox.settings.get("rootfs") or {}
+        self._rootfs: rootfs.Rootfs | None = None
         if root is not None:
-            self._rootfs = {"kind": "share", "source": root.path, "hosts": root.is_hosts}
+            self._rootfs = rootfs.HostDirectory(root.path, mounted_by_host=root.is_hosts)
+        elif sandbox.settings.container is not None:
+            self._rootfs = sandbox.settings.container.rootfs
         self._shared = binds.Shared(sandbox, container_id)
         self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
         self._disks = disks.Disks(sandbox)
@@ -133,12 +135,8 @@ class Container:
         """The number on the host that stands for its processes, and for their namespaces."""
         return self._task_pid.pid if self._task_pid is not None else self.sandbox.host_pid
 
-    def _open_log(self) -> Log | None:
-        wanted = self.sandbox.settings.get("log") or {}
-        if not wanted.get("path"):
-            return None
-        file = LogFile(wanted["path"], wanted["max_bytes"], wanted["files"], self.sandbox.log)
-        return Log(file)
+    def _open_log(self, wanted: LogSettings) -> Log:
+        return Log(LogFile(wanted.path, wanted.max_bytes, wanted.files, self.sandbox.log))
 
     # ---- create ----
 
@@ -191,7 +189,7 @@ class Container:
             if self._shared.relay is not None:
                 await self._shared.relay.listen(agent)
             try:
-                await agent.create_container(request, float(sandbox.settings.get("create_s") or 0))
+                await agent.create_container(request, sandbox.settings.described().guest.create_s)
             except AgentError as error:
                 raise spec.explain_size(error, f"container {self.id!r}", self.config) from None
             sandbox.timings.add("root file system", began)
@@ -247,12 +245,7 @@ class Container:
             await self.sandbox.run_blocking(root.mount)
             return
         address = await self._disks.insert(root.disk.path, readonly=root.disk.readonly)
-        self._rootfs = {
-            "kind": "disk",
-            "address": address,
-            "fstype": root.disk.fstype,
-            "options": root.disk.options,
-        }
+        self._rootfs = rootfs.DiskRoot(address, root.disk.fstype, root.disk.options)
 
     async def _insert_devices(self, volumes: list[disks.Device]) -> list[agent_pb.Device]:
         """Make the host's block devices that the specification lists, or mounts, disks of the machine."""
@@ -309,7 +302,7 @@ class Container:
             files=files,
             cgroups_path=f"/{self.id}",
         )
-        if self.sandbox.settings.get("no_seccomp"):
+        if self.sandbox.settings.described().guest.no_seccomp:
             config["linux"].pop("seccomp", None)
         config["process"] = {
             **(config.get("process") or PLACEHOLDER_PROCESS),
@@ -360,7 +353,7 @@ class Container:
             raise StateError(f"cannot exec in a {self.init.state} container: {self.id!r}")
         spec.process_message(process_spec)  # what is malformed is said now, not at the start
         process = Process(self.id, exec_id, stdio, process_spec)
-        if not self.sandbox.holds_fifos:
+        if not self.sandbox.client.holds_fifos:
             process.streams = prepare.open_streams(self.sandbox, process, None)
         self.execs[exec_id] = process
         self.sandbox.publish(
@@ -601,14 +594,15 @@ class Container:
             sending = asyncio.ensure_future(self._signal_all(agent, signal))
         else:
             sending = asyncio.ensure_future(agent.signal(self.id, process.exec_id, signal, None))
-        patience_s = SIGNAL_S if self.sandbox.is_human else CLIENT_SIGNAL_S
+        client = self.sandbox.client
+        patience_s = client.signal_s
         done, _ = await asyncio.wait([sending], timeout=patience_s)
         if done:
             sending.result()
             return
         self.sandbox.create_task(_quietly(sending))
         late = f"the guest has not taken signal {signal} for {process.label} within {patience_s:g} s"
-        if self.sandbox.is_human:
+        if client.late_signals_fail:
             raise AgentTimeoutError(
                 late, "SIGKILL ends a container whatever its guest does: kata kill, or kata rm -f"
             )

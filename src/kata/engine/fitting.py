@@ -17,6 +17,7 @@ import asyncio
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
 from kata.resources import sizing
 from kata.resources.sizing import ResourceRequest
+from kata.settings import SizeSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,21 +50,22 @@ class Fitting:
 
     def __init__(self, sandbox: Sandbox) -> None:
         settings = sandbox.settings
-        found: dict[str, Any] = settings.get("sizing") or {}
+        # A pod that is not described yet has no machine that anybody could ask about.
+        size = settings.machine.size if settings.machine else SizeSettings(vcpus=1, memory_mib=0)
         self._sandbox = sandbox
         self._lock = asyncio.Lock()
-        self._kernel = str(found.get("kernel") or "small")
-        self._first_vcpus = int(settings.get("vcpus", 1))
-        self._first_mib = int(settings.get("memory_mib", 2048))
-        self._max_vcpus = max(int(settings.get("max_vcpus") or 0), self._first_vcpus)
-        self._max_mib = max(int(settings.get("max_memory_mib") or 0), self._first_mib)
-        self._fixed_memory = bool(settings.get("fixed_memory"))
-        self._default_mib = int(found.get("default_memory_mib") or 0)
+        self._kernel = size.kernel
+        self._first_vcpus = size.vcpus
+        self._first_mib = size.memory_mib
+        self._max_vcpus = max(size.max_vcpus, size.vcpus)
+        self._max_mib = max(size.max_memory_mib, size.memory_mib)
+        self._fixed_memory = size.fixed_memory
+        self._default_mib = size.default_memory_mib
         self._containers: dict[str, ResourceRequest] = {}
         self._pause_containers: set[str] = set()
-        self._source = str(found.get("source") or "")
+        self._source = size.asked_by
         of_pod = self._source.startswith(sizing.OF_SANDBOX)
-        self._pod = ResourceRequest(found.get("cpus"), found.get("memory")) if of_pod else ResourceRequest()
+        self._pod = ResourceRequest(size.asked_cpus, size.asked_memory) if of_pod else ResourceRequest()
         self.vcpus = self._first_vcpus
         self.plugged_mib = 0
         self.returned_mib = 0

@@ -177,7 +177,7 @@ class GuestNetwork:
         """The kernel parameters that containers set themselves, which the namespace's stand behind."""
         from kata.network import sysctls
 
-        named = set(self._sandbox.settings.get("sysctls") or {})
+        named = set(self._sandbox.settings.sysctls)
         for container in self._sandbox.containers.values():
             named |= set((container.config.get("linux") or {}).get("sysctl") or {})
         return {sysctls.path(name) for name in named}

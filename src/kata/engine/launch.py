@@ -1,4 +1,4 @@
-"""Starting an engine: the way in for every door.
+"""Starting an engine: the way in for every client.
 
 Imported on every `run` and `start`: no asyncio, no subprocess, nothing that is not needed to get the engine
 going."""
@@ -18,15 +18,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from kata.settings import SandboxSettings
+
 LISTEN_FD = 3
 LIFETIME_FD = 4
 SETTINGS_FD = 5
 """What an engine finds on its first descriptors: its listening socket, the reading end of a pipe whose other
-end the door holds, its settings (marshal; reading JSON first would hold the start of the hypervisor up by 6
+end its launcher holds, its settings (marshal; reading JSON first would hold the start of the hypervisor up by 6
 ms)."""
 
 RELEASED = b"r"
-"""What the door writes to the pipe before it closes it on purpose: without it, the door has died."""
+"""What the launcher writes to the pipe before it closes it on purpose: without it, the launcher has died."""
 
 SOCKET_NAME = "engine.sock"
 LOG_NAME = "engine.log"
@@ -144,18 +146,16 @@ def raise_file_limit() -> None:
 
 
 def launch(
-    settings: dict[str, Any], run_dir: str | None = None, name: str = "", patience_s: float = 0.0
+    settings: SandboxSettings, run_dir: str | None = None, name: str = "", patience_s: float = 0.0
 ) -> Engine:
     """Start the engine of a new sandbox and return at once; what goes wrong later, its Create call reports.
 
     Args:
-        settings: The content of ``sandbox.json`` (docs/architecture.md lists the keys); ``id`` is needed.
-            JSON
-            values only.
+        settings: The sandbox's.
         run_dir: Directory for run-time things, `kata.paths.run_dir` if None.
         name: Of the sandbox's directory there; empty is its id, which another client may have, too.
-        patience_s: How long to wait for the end of an engine that the sandbox has already, for a door that knows
-            that it must be ending.
+        patience_s: How long to wait for the end of an engine that the sandbox has already, for a client that
+            knows that it must be ending.
 
     Returns:
         The engine. Its directory, socket and journal exist.
@@ -166,7 +166,7 @@ def launch(
         HostError: The engine could not be started, or may open too few files.
     """
     raise_file_limit()
-    sandbox_id = check_id(str(settings.get("id", "")))
+    sandbox_id = check_id(settings.id)
     base = os.path.join(run_dir or paths.run_dir(), "sandboxes")
     name = check_id(name or sandbox_id)
     directory = os.path.join(base, name)
@@ -175,13 +175,14 @@ def launch(
         raise UsageError(
             f"the path of the engine's socket is too long: {sock_path}", "set KATA_RUN_DIR to a shorter path"
         )
-    settings.setdefault("door_started_ns", time.monotonic_ns())
+    settings.request_started_ns = settings.request_started_ns or time.monotonic_ns()
     journal = _make_directory(base, name, settings, patience_s)
+    plain = settings.to_plain()
     try:
         listener = _listen(sock_path, journal)
         try:
-            _write_settings(directory, settings)
-            engine = _spawn(directory, listener, settings, journal)
+            _write_settings(directory, plain)
+            engine = _spawn(directory, listener, plain, journal)
         finally:
             os.close(listener)
     except BaseException as error:
@@ -197,9 +198,9 @@ def launch(
     return engine
 
 
-def _make_directory(base: str, name: str, settings: dict[str, Any], patience_s: float) -> Journal:
-    sandbox_id = settings["id"]
-    meta = {"door": str(settings.get("door", "")), "id": sandbox_id}
+def _make_directory(base: str, name: str, settings: SandboxSettings, patience_s: float) -> Journal:
+    sandbox_id = settings.id
+    meta = {"client": settings.client.name, "id": sandbox_id}
     try:
         return Journal.create_dir(base, name, meta)
     except AlreadyExistsError:
@@ -299,9 +300,9 @@ def _hand_over(journal: Journal, pid: int) -> None:
 
 
 def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
-    """In the child: detach from the door and execute. Never returns.
+    """In the child: detach from the launcher and execute. Never returns.
 
-    Forked twice, so that the engine belongs to init and no door has to reap it; in a session of its own, so
+    Forked twice, so that the engine belongs to init and no client has to reap it; in a session of its own, so
     that neither Ctrl-C nor the end of a terminal reaches it.
     """
     report = word
@@ -342,7 +343,7 @@ def _close(fd: int) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Only what says where things live: a door's environment may hold secrets and strange settings."""
+    """Only what says where things live: a client's environment may hold secrets and strange settings."""
     kept = {key: value for key, value in os.environ.items() if key.startswith("KATA_")}
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

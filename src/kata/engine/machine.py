@@ -1,7 +1,6 @@
-"""What every door tells an engine of the machine to start: its size, its accelerator, and the guest in it.
+"""What every client tells an engine of the machine to start: its size, its accelerator, and the guest in it.
 
-Here the configuration (`kata.config.files`) becomes settings of an engine. What is not configured is left out, so
-that the engine's own default holds.
+Here the configuration (`kata.config.files`) becomes settings of an engine (`kata.settings`).
 """
 
 from __future__ import annotations
@@ -14,11 +13,17 @@ from kata.errors import ConfigError, GuestAssetError, UnsupportedError, UsageErr
 from kata.guest import manifest
 from kata.hypervisor import accel
 from kata.resources import sizing
+from kata.settings import (
+    GuestSettings,
+    HypervisorSettings,
+    MachineSettings,
+    NetworkSettings,
+    ShareSettings,
+    SizeSettings,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from kata.config.files import Configuration
 
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
@@ -34,10 +39,10 @@ _ARGUMENT = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234
 """Characters of options that are handed to QEMU: none that could name a file."""
 
 
-def settings(
+def machine_settings(
     asked: sizing.ResourceRequest, configuration: Configuration | None = None, *, grows: bool = False
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The keys of ``sandbox.json`` that are about the machine.
+) -> tuple[MachineSettings, list[tuple[str, str]]]:
+    """The machine of a sandbox, from what was asked for and what is configured.
 
     Args:
         asked: CPUs and memory that were asked for.
@@ -45,7 +50,7 @@ def settings(
         grows: The machine may grow while it runs: containers may come, and limits change.
 
     Returns:
-        The keys, and what the user should be told once: topic and sentence (that there is only software emulation).
+        The machine, and what the user should be told once: topic and sentence (that there is only software emulation).
 
     Raises:
         GuestAssetError: There is no guest to boot, or it lacks an extension.
@@ -54,40 +59,32 @@ def settings(
         ResourceExhaustedError: More memory than the host has.
     """
     conf = files.load() if configuration is None else configuration
-    kernel, initrd, kind, extensions, about_kernel = _guest(conf)
+    guest, kind = _guest(conf)
     bounds = limits(conf)
     size = sizing.plan(asked, kind, bounds)
     choice = accel.choose(str(conf.get("hypervisor.accelerator", "")))
-    hypervisor = {
-        "accel": choice.accel,
-        "kernel": kernel,
-        "initrd": initrd,
-        "extensions": extensions,
-        **about_kernel,
-        "ready_s": boot_timeout() or _ready_s(conf),
-        **_hypervisor(conf),
-    }
-    found: dict[str, Any] = {
-        "hypervisor": hypervisor,
-        "vcpus": size.vcpus,
-        "memory_mib": size.memory_mib,
-        "sizing": size.record(),
-        **_sandbox(conf),
-    }
-    if bounds.fixed or bounds.fixed_memory:
-        found["fixed_memory"] = True
-    if grows:
-        found |= {"max_vcpus": size.max_vcpus, "max_memory_mib": size.max_memory_mib}
-    if conf.values:
-        found["configuration"] = {name: list(pair) for name, pair in conf.values.items()}
+    made = MachineSettings(
+        hypervisor=_hypervisor(conf, choice.accel),
+        guest=guest,
+        size=SizeSettings(
+            vcpus=size.vcpus,
+            memory_mib=size.memory_mib,
+            max_vcpus=size.max_vcpus if grows else 0,
+            max_memory_mib=size.max_memory_mib if grows else 0,
+            fixed_memory=bounds.fixed or bounds.fixed_memory,
+            default_memory_mib=size.default_mib,
+            kernel=size.kernel,
+            asked_cpus=asked.cpus,
+            asked_memory=asked.memory,
+            asked_by=asked.source,
+        ),
+        share=_share(conf),
+        configuration={name: list(pair) for name, pair in conf.values.items()},
+    )
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
-    if (
-        choice.accel == "tcg"
-        and hypervisor.get("shared_fs") == "virtio-fs"
-        and not hypervisor.get("bounces")
-    ):
+    if choice.accel == "tcg" and made.share.protocol == "virtio-fs" and not guest.bounces:
         notes.append(("shared-fs", EMULATED_SHARE))
-    return found, notes + [("configuration", note) for note in conf.notes]
+    return made, notes + [("configuration", note) for note in conf.notes]
 
 
 def limits(conf: Configuration) -> sizing.Limits:
@@ -102,8 +99,8 @@ def limits(conf: Configuration) -> sizing.Limits:
     )
 
 
-def _guest(conf: Configuration) -> tuple[str, str, str, list[str], dict[str, Any]]:
-    """Kernel, initrd, kind of kernel, archives behind the initrd, and what else the engine has to know of them."""
+def _guest(conf: Configuration) -> tuple[GuestSettings, str]:
+    """What boots, and the kind of its kernel."""
     kernel, initrd = conf.get("hypervisor.kernel", ""), conf.get("hypervisor.initrd", "")
     names = [str(name) for name in conf.get("agent.guest_extensions", ())]
     if kernel or initrd:
@@ -121,41 +118,23 @@ def _guest(conf: Configuration) -> tuple[str, str, str, list[str], dict[str, Any
                 "guest extensions need the guest of `kata guest build`", "leave out kernel and initrd"
             )
         # What a kernel keeps for itself is not known of somebody else's: the larger of ours is assumed.
-        return kernel, initrd, "distro", [], {}
-    guest = manifest.load(paths.guest_dir())
-    about = {"kernel_version": guest.kernel_version, "bounces": guest.bounces}
-    return guest.kernel, guest.initrd, guest.kernel_kind, [guest.extension(name) for name in names], about
+        guest, kind = GuestSettings(kernel=kernel, initrd=initrd), "distro"
+    else:
+        built = manifest.load(paths.guest_dir())
+        guest, kind = GuestSettings(kernel=built.kernel, initrd=built.initrd), built.kernel_kind
+        guest.extensions = [built.extension(name) for name in names]
+        guest.kernel_version = built.kernel_version
+        guest.bounces = built.bounces
+    guest.cmdline = _kernel_parameters(conf)
+    guest.verbose = bool(conf.get("hypervisor.enable_debug", False))
+    guest.modules = [text.split() for text in conf.get("agent.kernel_modules", ()) if text.strip()]
+    guest.no_seccomp = bool(conf.get("runtime.disable_guest_seccomp"))
+    guest.ready_s = boot_timeout() or _ready_s(conf)
+    guest.create_s = conf.get("runtime.create_container_timeout", 0)
+    return guest, kind
 
 
-def _hypervisor(conf: Configuration) -> dict[str, Any]:
-    """What the configuration changes of the machine itself."""
-    found: dict[str, Any] = {}
-    for key, name in (("path", "path"), ("firmware", "firmware"), ("sandbox", "seccompsandbox")):
-        if conf.get(f"hypervisor.{name}"):
-            found[key] = conf.get(f"hypervisor.{name}")
-    shared = shared_fs() or conf.get("hypervisor.shared_fs", "")
-    if shared not in ("", "none"):
-        found["shared_fs"] = shared
-    for name in ("virtio_fs_daemon", "virtio_fs_cache"):
-        if conf.get(f"hypervisor.{name}"):
-            found[name] = conf.get(f"hypervisor.{name}")
-    for name in ("path", "firmware", "entropy_source"):
-        path = conf.get(f"hypervisor.{name}", "")
-        if path and not os.path.exists(path):
-            raise ConfigError(f"{conf.origin(f'hypervisor.{name}')}: {name} {path} does not exist")
-    if conf.get("hypervisor.entropy_source"):
-        found["entropy"] = conf.get("hypervisor.entropy_source")
-    for key, name in (("machine_options", "machine_accelerators"), ("cpu_features", "cpu_features")):
-        text = str(conf.get(f"hypervisor.{name}", "")).strip(",")
-        if not _ARGUMENT.issuperset(text):
-            raise ConfigError(
-                f"{conf.origin(f'hypervisor.{name}')}: {name} {text!r} has characters that no option has"
-            )
-        if text:
-            found[key] = text
-    machine = str(conf.get("hypervisor.machine_type", ""))
-    if machine:
-        found["machine"] = _machine_type(machine, conf.origin("hypervisor.machine_type"))
+def _kernel_parameters(conf: Configuration) -> str:
     parameters = [str(conf.get("hypervisor.kernel_params", "")).strip()]
     if conf.get("agent.enable_debug"):
         parameters.append("agent.log=debug")
@@ -163,18 +142,43 @@ def _hypervisor(conf: Configuration) -> dict[str, Any]:
         parameters.append("agent.debug_console agent.debug_console_vport=1026")
     if conf.get("agent.container_pipe_size"):
         parameters.append(f"agent.container_pipe_size={conf.get('agent.container_pipe_size')}")
-    if any(parameters):
-        found["cmdline"] = " ".join(filter(None, parameters))
-    for key, name, default in (
-        ("verbose", "enable_debug", False),
-        ("prealloc", "enable_mem_prealloc", False),
-        ("reclaim", "reclaim_guest_freed_memory", True),
-    ):
-        if conf.get(f"hypervisor.{name}", default) != default:
-            found[key] = not default
-    if not conf.get("hypervisor.use_legacy_serial", True):
-        found["console"] = "virtio"
-    return found
+    return " ".join(filter(None, parameters))
+
+
+def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
+    """What the configuration changes of the machine itself; *chosen* is its accelerator."""
+    for name in ("path", "firmware", "entropy_source"):
+        path = conf.get(f"hypervisor.{name}", "")
+        if path and not os.path.exists(path):
+            raise ConfigError(f"{conf.origin(f'hypervisor.{name}')}: {name} {path} does not exist")
+    machine = str(conf.get("hypervisor.machine_type", ""))
+    return HypervisorSettings(
+        accel=chosen,
+        path=conf.get("hypervisor.path", ""),
+        machine=_machine_type(machine, conf.origin("hypervisor.machine_type")) if machine else "",
+        machine_options=_options(conf, "machine_accelerators"),
+        cpu_features=_options(conf, "cpu_features"),
+        firmware=conf.get("hypervisor.firmware", ""),
+        console="" if conf.get("hypervisor.use_legacy_serial", True) else "virtio",
+        entropy=conf.get("hypervisor.entropy_source", ""),
+        seccomp=conf.get("hypervisor.seccompsandbox", ""),
+        prealloc=conf.get("hypervisor.enable_mem_prealloc", False),
+        reclaim=conf.get("hypervisor.reclaim_guest_freed_memory", True),
+    )
+
+
+def _options(conf: Configuration, name: str) -> str:
+    """Options that are handed to the hypervisor as they are.
+
+    Raises:
+        ConfigError: They have characters that no option has.
+    """
+    text = str(conf.get(f"hypervisor.{name}", "")).strip(",")
+    if not _ARGUMENT.issuperset(text):
+        raise ConfigError(
+            f"{conf.origin(f'hypervisor.{name}')}: {name} {text!r} has characters that no option has"
+        )
+    return text
 
 
 def _machine_type(text: str, origin: str) -> str:
@@ -189,22 +193,20 @@ def _machine_type(text: str, origin: str) -> str:
     raise ConfigError(f"{origin}: there is no machine type {text!r} here", "q35 or pc")
 
 
-def _sandbox(conf: Configuration) -> dict[str, Any]:
-    """What the configuration changes of the sandbox around the machine."""
-    found: dict[str, Any] = {"create_s": conf.get("runtime.create_container_timeout", 0)}
-    if conf.get("hypervisor.shared_fs") == "none":
-        found["share"] = False
-    if "hypervisor.msize_9p" in conf.values:
-        found["share_msize"] = conf.get("hypervisor.msize_9p")
-    if conf.get("runtime.disable_guest_seccomp"):
-        found["no_seccomp"] = True
-    modules = [text.split() for text in conf.get("agent.kernel_modules", ()) if text.strip()]
-    if modules:
-        found["kernel_modules"] = modules
-    return found
+def _share(conf: Configuration) -> ShareSettings:
+    """What the configuration says about the share."""
+    configured = conf.get("hypervisor.shared_fs", "")
+    protocol = shared_fs() or configured
+    return ShareSettings(
+        disabled=configured == "none",
+        protocol="" if protocol == "none" else protocol,
+        daemon=conf.get("hypervisor.virtio_fs_daemon", ""),
+        cache=conf.get("hypervisor.virtio_fs_cache", ""),
+        msize=conf.get("hypervisor.msize_9p") if "hypervisor.msize_9p" in conf.values else 0,
+    )
 
 
-def network(conf: Configuration, path: str) -> dict[str, Any]:
+def network_settings(conf: Configuration, path: str) -> NetworkSettings:
     """The network settings of a client that has a network namespace.
 
     Args:
@@ -235,11 +237,8 @@ def network(conf: Configuration, path: str) -> dict[str, Any]:
                 f"{conf.origin('runtime.disable_new_netns')}: disable_new_netns needs internetworking_model"
                 f" 'none', and that is {model!r} ({conf.origin('runtime.internetworking_model')})"
             )
-        return {"mode": "none"}
-    found = {"mode": "netns", "path": path}
-    if model != "tcfilter":
-        found["model"] = model
-    return found
+        return NetworkSettings()
+    return NetworkSettings(mode="netns", path=path, model=model)
 
 
 def _is_hosts_network(path: str) -> bool:

@@ -14,11 +14,10 @@ from kata.engine import boot
 from kata.engine.launch import LIFETIME_FD, LISTEN_FD, SETTINGS_FD, Lease
 from kata.errors import KataError
 from kata.journal import FILE_NAME, Journal
+from kata.settings import SandboxSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from kata.engine.boot import Machine
     from kata.engine.events import Publisher
     from kata.engine.sandbox import Sandbox
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 CLIENTS_S = 10.0
 """How long an engine that has nothing left to do waits for its clients to hang up."""
 IDLE_POLL_S = 0.25
-IDLE_S = 2.0
-"""How long the human door's engine stays without a living container and without a client."""
-ORPHAN_S = 60.0
-"""The same for an engine whose client may be restarting: one that was started and never given a container."""
 SWEEP_S = 2.0
 """When an engine looks for what dead ones have left, if it has not ended before: not while its own machine boots."""
 EVENTS_S = 5.0
@@ -50,15 +45,15 @@ def main() -> int:
         os.set_inheritable(fd, False)
     lease = Lease()
     if lease.look() == Lease.BROKEN:
-        # Whoever comes next for this sandbox undoes what our door has made, maybe just now.
+        # Whoever comes next for this sandbox undoes what our client has made, maybe just now.
         return 0
     with open(SETTINGS_FD, "rb") as file:
-        settings: dict[str, Any] = marshal.loads(file.read())
+        settings = SandboxSettings.from_plain(marshal.loads(file.read()))
     journal = Journal.attach(os.path.join(run_dir, FILE_NAME))
     journal.set_owner(os.getpid())
     machine = boot.Machine()
     failed: KataError | None = None
-    if not settings.get("pod"):  # else CreateSandbox does it, which is the first to say how
+    if settings.machine is not None:  # otherwise CreateSandbox describes it, and starts it
         try:
             boot.power_on(settings, run_dir, journal, machine)
         except KataError as error:
@@ -72,7 +67,7 @@ def main() -> int:
 
 
 async def _serve(
-    settings: dict[str, Any],
+    settings: SandboxSettings,
     run_dir: str,
     journal: Journal,
     machine: Machine,
@@ -121,8 +116,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_terminate, sandbox, number)
-    sandbox.create_task(_end_when_idle(sandbox, server, lease, IDLE_S if sandbox.is_human else ORPHAN_S))
-    sweeping = None if sandbox.is_human else sandbox.create_task(_sweep(sandbox))
+    sandbox.create_task(_end_when_idle(sandbox, server, lease, settings.client.idle_s))
+    sweeping = sandbox.create_task(_sweep(sandbox)) if settings.client.sweeps_dead_engines else None
     await sandbox.ended.wait()
     if publisher is not None:
         await publisher.close(EVENTS_S)
@@ -138,7 +133,7 @@ async def _serve(
 
 
 async def _sweep(sandbox: Sandbox) -> None:
-    """Undo what killed engines of the same door have left, as `kata gc` does.
+    """Undo what killed engines of the same client have left, as `kata gc` does.
 
     containerd does not always have it done: where an engine dies while its first Create is under way, containerd 1.6
     may remove the bundle before it starts the shim's delete in it, which then does not run.
@@ -150,19 +145,19 @@ async def _sweep(sandbox: Sandbox) -> None:
 
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(sandbox.ended.wait(), SWEEP_S)
-    door = str(sandbox.settings.get("door", ""))
-    report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), door)
+    client = sandbox.settings.client.name
+    report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), client)
     for line in (*(f"cleared up after {directory}" for directory in report.undone), *report.failures):
         sandbox.log(line)
 
 
-def _publisher(settings: dict[str, Any], sandbox: Sandbox) -> Publisher | None:
-    wanted = settings.get("events")
-    if not wanted:
+def _publisher(settings: SandboxSettings, sandbox: Sandbox) -> Publisher | None:
+    client = settings.client
+    if not client.events_address:
         return None
     from kata.engine.events import Publisher
 
-    publisher = Publisher(wanted["address"], wanted["namespace"], sandbox.log)
+    publisher = Publisher(client.events_address, client.namespace, sandbox.log)
     sandbox.publish = publisher.publish
     return publisher
 
@@ -199,7 +194,7 @@ async def _end_when_idle(sandbox: Sandbox, server: Server, lease: Lease, patienc
             has_containers=bool(sandbox.containers),
             had_container=sandbox.had_container,
             saw_stale_client=sandbox.saw_stale_client,
-            survives_clients=not sandbox.is_human,
+            survives_clients=sandbox.client.keeps_ended_containers,
             is_pod=sandbox.is_pod,
         )
         if action == idle.KEEP:

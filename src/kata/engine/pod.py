@@ -12,9 +12,8 @@ from kata.resources import sizing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from kata.proto.podsandbox_pb import CreateSandboxRequest
+    from kata.settings import SandboxSettings
 
 _CONFIG_TYPE = "runtime.v1.PodSandboxConfig"
 _NODE = 2
@@ -22,17 +21,17 @@ _CPU = "io.kubernetes.cri.sandbox-cpu-"
 _MEMORY = "io.kubernetes.cri.sandbox-memory"
 
 
-def settings(request: CreateSandboxRequest, config_path: str) -> dict[str, Any]:
-    """The keys of ``sandbox.json`` that are about the pod and its machine.
+def describe(settings: SandboxSettings, request: CreateSandboxRequest) -> None:
+    """Complete the settings of a pod that has been started empty, with what its CreateSandbox says.
 
     Args:
+        settings: The pod's; unchanged where this fails.
         request: CreateSandbox's.
-        config_path: The configuration file that the runtime's options name, or empty.
 
     Raises:
         ConfigError: The pod's configuration cannot be read, or ours is wrong.
         UnsupportedError: The pod asks for a namespace of the host.
-        KataError: As of `machine.settings`.
+        KataError: What `machine.machine_settings` raises.
     """
     pod = _config(request)
     linux = pod.linux
@@ -45,20 +44,19 @@ def settings(request: CreateSandboxRequest, config_path: str) -> dict[str, Any]:
                 "Leave the host namespace out (hostNetwork, hostPID, hostIPC).",
             )
     said = {**pod.annotations, **request.annotations}
-    conf = files.load(config_path)
+    conf = files.load(settings.pod.config_path if settings.pod is not None else "")
     pod_annotations.apply(conf, said)
     asked = sizing.request_of({"annotations": {**said, **_sizes(pod)}})
-    about_machine, notes = machine.settings(asked, conf, grows=True)
+    described, notes = machine.machine_settings(asked, conf, grows=True)
+    network = machine.network_settings(conf, request.netns_path)
+    settings.machine = described
+    settings.notes += [note for _, note in notes]
+    settings.network = network
+    settings.cgroups_path = _cgroups_path(linux.cgroup_parent if linux else "", request.sandbox_id)
+    settings.hostname = pod.hostname
     dns = pod.dns_config
-    return {
-        **about_machine,
-        "notes": [note for _, note in notes],
-        "network": machine.network(conf, request.netns_path),
-        "cgroups_path": _cgroups_path(linux.cgroup_parent if linux else "", request.sandbox_id),
-        "etc_files": {"hostname": pod.hostname},
-        "dns": _resolv_conf(dns.servers, dns.searches, dns.options) if dns else [],
-        "sysctls": dict(linux.sysctls) if linux else {},
-    }
+    settings.resolv_conf = _resolv_conf(dns.servers, dns.searches, dns.options) if dns else []
+    settings.sysctls = dict(linux.sysctls) if linux else {}
 
 
 def _config(request: CreateSandboxRequest) -> PodSandboxConfig:

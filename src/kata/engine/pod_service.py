@@ -52,9 +52,9 @@ class PodService:
         sandbox = self._check(request.sandbox_id)
         if sandbox.life.state is not SandboxState.NEW:
             raise StateError(f"sandbox {sandbox.id!r} has been created already, or is ending")
-        wanted = pod.settings(request, str(sandbox.settings.get("config_path") or ""))
+        pod.describe(sandbox.settings, request)
         # Blocks, and has to: hypervisor and namespaces are the main thread's, before there is any other.
-        sandbox.power_on(wanted)
+        sandbox.power_on()
         return pb.CreateSandboxResponse()
 
     async def StartSandbox(

@@ -25,7 +25,7 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
     """Open the paths that the caller named for a process.
 
     Args:
-        sandbox: Knows how this door's fifos are to be held.
+        sandbox: Knows how its client's fifos are to be held.
         process: Whose streams they are.
         log: Where its output goes besides.
 
@@ -61,10 +61,10 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
                 # As with runc's shim, the program that stdout names takes both.
                 pump.sinks.append(Sink(streams.logger.take(name)))
             elif path:
-                pump.sinks.append(_sink(path, held=sandbox.holds_fifos))
+                pump.sinks.append(_sink(path, held=sandbox.client.holds_fifos))
         if streams.logger is not None:
             streams.logger.close()  # a terminal has one stream only
-        if stdio.stdin or (sandbox.settings.get("open_stdin") and not process.exec_id):
+        if stdio.stdin or (_keeps_stdin_open(sandbox) and not process.exec_id):
             streams.input = _open_stdin(sandbox, stdio, container_id, guest_id)
     except BaseException:
         streams.abandon()
@@ -72,11 +72,15 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
     return streams
 
 
+def _keeps_stdin_open(sandbox: Sandbox) -> bool:
+    return sandbox.settings.container is not None and sandbox.settings.container.open_stdin
+
+
 def _sink(path: str, *, held: bool) -> Sink:
     """Open where an output goes.
 
-    containerd may restart: the engine holds the reading end as well, so that nothing is lost and nobody gets a
-    SIGPIPE. The human door's reader is the person: gone means gone.
+    Where the reader may restart (containerd), the reading end is held as well: nothing is lost, and no process gets a
+    SIGPIPE.
     """
     if not held or path.startswith("file://"):
         return Sink(open_stream(path, os.O_WRONLY))
@@ -112,7 +116,7 @@ def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str
     try:
         # The end of the last writer ends the stream, as with runc: ctr says CloseIO only if it is quick enough
         # to know its process before its own input ends. Behind a terminal, writers come and go.
-        if stdio.terminal and not sandbox.is_human:
+        if stdio.terminal and sandbox.client.holds_fifos:
             held = open_stream(path, os.O_WRONLY)
     except BaseException:
         os.close(fd)
@@ -157,9 +161,9 @@ class EtcFiles:
         self._shared = shared
         self._contents: dict[str, bytes] = {}
         self.mounts: dict[str, str] = {}
-        if not sandbox.makes_etc_files:
+        if not sandbox.client.makes_etc_files:
             return
-        hostname = config.get("hostname") or sandbox.hostname or container_id[:12]
+        hostname = config.get("hostname") or sandbox.settings.hostname or container_id[:12]
         hosts = (
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
             f"{sandbox.address or '127.0.1.1'}\t{hostname}\n"

@@ -89,7 +89,7 @@ class StateFile:
     """A container's ``state.json``.
 
     Args:
-        path: Where; empty for a door that keeps no such file.
+        path: Where; empty for a client that keeps no such file.
         engine: Identity of the engine: ``{"pid", "starttime", "boot_id"}``.
     """
 

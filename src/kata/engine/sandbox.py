@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kata.network import sk_lookup
     from kata.network.user import NetworkPlan
     from kata.proto.codec import Message
+    from kata.settings import SandboxSettings
 
     T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class Sandbox:
     """Everything of one engine.
 
     Args:
-        settings: ``sandbox.json``.
+        settings: What its client wants.
         run_dir: The sandbox's directory.
         journal: Its journal.
         machine: What was started before the event loop.
@@ -91,7 +92,7 @@ class Sandbox:
 
     def __init__(
         self,
-        settings: dict[str, Any],
+        settings: SandboxSettings,
         run_dir: str,
         journal: Journal,
         machine: Machine,
@@ -101,7 +102,7 @@ class Sandbox:
         from kata.journal import process_identity
 
         self.settings = settings
-        self.id: str = settings["id"]
+        self.id = settings.id
         self.run_dir = run_dir
         self.journal = journal
         self.machine = machine
@@ -109,7 +110,7 @@ class Sandbox:
         self.publish = publish or (lambda topic, event: None)
         me = process_identity(os.getpid())
         self.identity = {"pid": me["pid"], "starttime": me["start"], "boot_id": me["boot"]}
-        self.timings = Timings(int(settings.get("door_started_ns") or time.monotonic_ns()))
+        self.timings = Timings(settings.request_started_ns or time.monotonic_ns())
         self.containers: dict[str, Container] = {}
         self.vm: Hypervisor | None = None
         self.network: asyncio.Future[None] | None = None
@@ -134,34 +135,27 @@ class Sandbox:
         self._end_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loggers: set[Logger] = set()
-        self._log_fifo = _open_log_fifo(settings.get("log_fifo") or "")
+        self._log_fifo = _open_log_fifo(settings.client.log_fifo)
         self._thread = ThreadPoolExecutor(1, "helper")
-        door = settings.get("door", "")
-        # What the human door wants differs in few things, so they are settings of their own with its
-        # defaults.
-        self.is_human = door == "kata"
-        self.holds_fifos = bool(settings.get("hold_fifos", not self.is_human))
-        self.makes_etc_files = bool(settings.get("etc_files", self.is_human))
-        self.ends_with_init = bool(settings.get("end_with_init", self.is_human))
-        self.auto_remove = bool(settings.get("auto_remove"))
+        self.client = settings.client
+        self.is_pod = settings.pod is not None
 
-        self.is_pod = bool(settings.get("pod"))
+    @property
+    def auto_remove(self) -> bool:
+        """Whether the container's directory goes with the sandbox."""
+        return self.settings.container is not None and self.settings.container.auto_remove
 
     # ---- start ----
 
-    def power_on(self, wanted: dict[str, Any]) -> None:
-        """Start the machine of a pod, which is only now described. Blocks; before the first call of `run_blocking`.
-
-        Args:
-            wanted: Settings, as of `kata.engine.pod`.
+    def power_on(self) -> None:
+        """Start the machine of a pod, which has only now been described. Blocks; before the first call of
+        `run_blocking`.
 
         Raises:
             KataError: Something is missing on this host.
         """
-        self.settings.update(wanted)
         self.fitting = Fitting(self)
         self.guest_network = GuestNetwork(self)
-        self.makes_etc_files = True
         self.had_container = True  # from now on somebody has to say when it is no longer wanted
         began = time.monotonic_ns()
         try:
@@ -190,7 +184,7 @@ class Sandbox:
         self._booted.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _boot(self) -> AgentClient:
-        for note in self.settings.get("notes") or ():
+        for note in self.settings.notes:
             self.log(note)
         self.vm = self._take_over()
         if self.vm is not None:
@@ -360,17 +354,10 @@ class Sandbox:
     @property
     def dns(self) -> list[str]:
         """Lines of the guest's resolv.conf; empty without a network."""
-        if "dns" in self.settings:
-            return list(self.settings["dns"])
+        if self.settings.resolv_conf is not None:
+            return self.settings.resolv_conf
         plan = self.machine.network
         return plan.resolv_conf().splitlines() if plan is not None else []
-
-    @property
-    def hostname(self) -> str:
-        """The host name that the door chose for /etc/hostname and the guest; empty if it did not."""
-        wanted = self.settings.get("etc_files")
-        named = wanted.get("hostname") if isinstance(wanted, dict) else ""
-        return str(named or (self.settings.get("network") or {}).get("hostname") or "")
 
     @property
     def address(self) -> str:
@@ -440,7 +427,9 @@ class Sandbox:
         found = self.containers.get(container_id)
         if found is None or not found.created_at_ns:
             # A pod of the Sandbox API is one without a container as well.
-            self.saw_stale_client |= not (may_come or self.is_human or self.is_pod or self.containers)
+            self.saw_stale_client |= self.client.ends_when_stale and not (
+                may_come or self.is_pod or self.containers
+            )
             raise NotFoundError(f"container {container_id!r} does not exist in sandbox {self.id!r}")
         return found
 
@@ -454,8 +443,8 @@ class Sandbox:
         )
 
     def process_ended(self, container: Container, process: Process) -> None:
-        """A process's end has been told; the human door's sandbox ends with its container's init."""
-        if self.ends_with_init and not process.exec_id and container.id == self.id:
+        """A process's end has been reported; the sandbox may have to end with its container's init."""
+        if self.client.ends_with_init and not process.exec_id and container.id == self.id:
             self.end()
 
     @property
@@ -471,7 +460,7 @@ class Sandbox:
         """
         from kata.engine.logger import Logger
 
-        logger = Logger(uri, container_id, self.settings.get("namespace") or "", self.journal)
+        logger = Logger(uri, container_id, self.client.namespace, self.journal)
         self._loggers.add(logger)
         self.create_task(self._watch_logger(logger))
         return logger
@@ -704,8 +693,9 @@ class Sandbox:
         from kata.journal import FILE_NAME, Journal
 
         problems: list[str] = []
-        directory = self.settings.get("container_dir") or ""
-        if self.auto_remove and directory:
+        own = self.settings.container
+        directory = own.directory if own is not None and own.auto_remove else ""
+        if directory:
             try:
                 problems += journal_undo.undo(Journal.open(os.path.join(directory, FILE_NAME)))
             except (JournalError, OSError) as error:

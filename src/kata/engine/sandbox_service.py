@@ -45,7 +45,8 @@ class SandboxService:
         process = self._sandbox.container(request.id).process(request.exec_id)
         if process.streams is None or not (process.alive or process.state == CREATED):
             raise StateError(f"cannot attach to a {process.state} process: {process.label}")
-        closes = bool(self._sandbox.settings.get("stdin_once"))
+        own = self._sandbox.settings.container
+        closes = own is not None and own.stdin_once
         process.streams.attach(request.stdin, request.stdout, request.stderr, closes=closes)
         return google_pb.Empty()
 
@@ -146,24 +147,26 @@ def _described(life: Lifecycle) -> str:
 async def describe(sandbox: Sandbox) -> dict[str, Any]:
     """The sandbox's facts, as JSON values."""
     settings = sandbox.settings
-    hypervisor = settings.get("hypervisor") or {}
+    described = settings.machine
     facts: dict[str, Any] = {
         "id": sandbox.id,
-        "door": settings.get("door", ""),
+        "client": settings.client.name,
         "engine_pid": os.getpid(),
         "hypervisor_pid": sandbox.vm.pid if sandbox.vm is not None else 0,
-        "accelerator": hypervisor.get("accel", ""),
+        "accelerator": described.hypervisor.accel if described else "",
         "agent_channel": "serial" if sandbox.vm is None or sandbox.vm.agent_cid is None else "vsock",
-        "kernel": hypervisor.get("kernel", ""),
-        "initrd": hypervisor.get("initrd", ""),
+        "kernel": described.guest.kernel if described else "",
+        "initrd": described.guest.initrd if described else "",
         "host_cgroups": sandbox.machine.cgroup.paths if sandbox.machine.cgroup is not None else {},
         "vcpus": sandbox.fitting.vcpus,
         "memory_mib": sandbox.fitting.memory_mib,
         "sizing": sandbox.fitting.describe(),
-        "configuration": settings.get("configuration") or {},
-        "disks": settings.get("disks") or [],
-        "volumes": settings.get("volumes") or [],
-        "network": settings.get("network") or {},
+        "configuration": described.configuration if described else {},
+        "disks": [disk.to_plain() if disk else None for disk in settings.disks],
+        "volumes": [volume.to_plain() for volume in settings.container.volumes]
+        if settings.container
+        else [],
+        "network": settings.network.to_plain(),
         "state": _described(sandbox.life),
         "error": sandbox.lost_reason if sandbox.life.failed else "",
         "disk_error": sandbox.disk_error,

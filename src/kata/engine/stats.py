@@ -1,7 +1,7 @@
 """What a container uses: the agent's figures in the shape that containerd's clients read.
 
 containerd does not say which of the two shapes it wants. v1 is understood by all; v2 is given only where
-``/sys/fs/cgroup`` itself is cgroup2 and the door asks for the host's shape. Clients that were made before v2 had room
+``/sys/fs/cgroup`` itself is cgroup2 and the client asks for the host's shape. Clients that were made before v2 had room
 for the network skip that part."""
 
 from __future__ import annotations

@@ -79,13 +79,12 @@ class TaskService:
         config = await self._sandbox.run_blocking(_read_config, request.bundle)
         stdio = Stdio(request.terminal, request.stdin, request.stdout, request.stderr)
         root = None
-        if not self._sandbox.is_human:
+        if self._sandbox.client.foreign_specs:
             refuse_foreign(config)
-            if self._sandbox.settings.get(
-                "sysctls"
-            ):  # of a pod that has no container of its own to set them
+            sysctls = self._sandbox.settings.sysctls
+            if sysctls:  # of a pod that has no container of its own to set them
                 linux = config.setdefault("linux", {})
-                linux["sysctl"] = {**self._sandbox.settings["sysctls"], **(linux.get("sysctl") or {})}
+                linux["sysctl"] = {**sysctls, **(linux.get("sysctl") or {})}
             root = self._host_root(request, config)
         try:
             container = await self._sandbox.create(request.id, request.bundle, config, stdio, root)
@@ -109,7 +108,7 @@ class TaskService:
 
     async def _give_up(self) -> None:
         """A person's sandbox is of no use without its container: nothing of it is left when they read why."""
-        if self._sandbox.ends_with_init:
+        if self._sandbox.client.ends_with_init:
             self._sandbox.end()
             await self._sandbox.ended.wait()
 
@@ -158,7 +157,7 @@ class TaskService:
             async with process.lock:
                 process.require_deletable()
                 process.transition(DELETED)
-            if sandbox.ends_with_init and container.id == sandbox.id:
+            if sandbox.client.ends_with_init and container.id == sandbox.id:
                 # Deleted means for a person: nothing of it is left on this host.
                 sandbox.end()
                 await sandbox.ended.wait()
@@ -248,7 +247,7 @@ class TaskService:
             raise NotFoundError(f"no statistics: {container.init.label} has ended")
         agent = await self._sandbox.ready()
         answer = await agent.stats(container.id)
-        shape_v2 = not self._sandbox.is_human and stats.host_has_v2()
+        shape_v2 = self._sandbox.client.host_shaped_stats and stats.host_has_v2()
         return task_pb.StatsResponse(stats=stats.metrics(answer, shape_v2=shape_v2))
 
     async def Connect(self, request: task_pb.ConnectRequest, context: Context) -> task_pb.ConnectResponse:

@@ -13,7 +13,7 @@ class Timings:
     """Steps, each with its start and duration in nanoseconds of CLOCK_MONOTONIC.
 
     Args:
-        origin_ns: When the door's command began.
+        origin_ns: When the client's command began.
     """
 
     __slots__ = ("_steps", "origin_ns")

@@ -10,34 +10,22 @@ from kata.network import resolver, user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
+    from kata.settings import NetworkSettings
 
 
-def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> user.NetworkPlan:
+def plan(settings: NetworkSettings, host: user.HostNetwork | None = None) -> user.NetworkPlan:
     """Plan the network of a sandbox. Nothing is made yet.
 
     Args:
-        settings: ``sandbox.json``'s ``network``: ``mode`` (``"user"``, ``"netns"`` or ``"none"``), ``ports`` (each
-            with ``host_ip``, ``host_port``, ``guest_port``, ``proto``), ``dns`` (addresses; empty is the host's),
-            ``path`` of a network namespace (empty makes one), ``model`` of its connection.
+        settings: The sandbox's.
         host: The host's network; None looks at it.
 
     Raises:
         UsageError: The settings contradict each other.
         HostError: passt is missing.
     """
-    mode = settings.get("mode") or "user"
-    ports = [
-        user.Port(
-            str(port.get("host_ip") or ""),
-            int(port["host_port"]),
-            int(port["guest_port"]),
-            str(port.get("proto") or "tcp"),
-        )
-        for port in settings.get("ports") or ()
-    ]
-    dns = [str(server) for server in settings.get("dns") or ()]
+    mode, dns = settings.mode, settings.dns
+    ports = [user.Port(port.host_ip, port.host_port, port.guest_port, port.proto) for port in settings.ports]
     for server in dns:
         if not resolver.is_address(server):
             raise UsageError(f"{server!r} is not the address of a DNS server")
@@ -50,14 +38,13 @@ def plan(settings: Mapping[str, Any], host: user.HostNetwork | None = None) -> u
             )
         return user.NetworkPlan(mac_address())
     if mode == "netns":
-        model, path = str(settings.get("model") or "tcfilter"), str(settings.get("path") or "")
-        if model == "macvtap":
+        if settings.model == "macvtap":
             from kata.network.macvtap import MacvtapPlan
 
-            return MacvtapPlan(mac_address(), path)
+            return MacvtapPlan(mac_address(), settings.path)
         from kata.network.netns import NetnsPlan
 
-        return NetnsPlan(mac_address(), path, model)
+        return NetnsPlan(mac_address(), settings.path, settings.model)
     if mode != "user":
         raise UsageError(f"there is no network mode {mode!r}", "Use user or none.")
     program = children.find_program(user.PROGRAM)

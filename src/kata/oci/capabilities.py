@@ -1,4 +1,4 @@
-"""Linux capabilities as the human door grants them.
+"""Linux capabilities as the `kata` command grants them.
 
 Names are those of capabilities(7), with the ``CAP_`` prefix; what users type is accepted without the prefix
 and in any case, as Docker and Podman do.

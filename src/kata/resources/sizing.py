@@ -167,18 +167,6 @@ class Size:
         self.asked = asked
         self.default_mib = default_mib
 
-    def record(self) -> dict[str, Any]:
-        """As JSON: ``sizing`` in ``sandbox.json``."""
-        return {
-            "cpus": self.asked.cpus,
-            "memory": self.asked.memory,
-            "source": self.asked.source,
-            "kernel": self.kernel,
-            "max_vcpus": self.max_vcpus,
-            "max_memory_mib": self.max_memory_mib,
-            "default_memory_mib": self.default_mib,
-        }
-
 
 def plan(asked: ResourceRequest, kernel: str = "small", limits: Limits | None = None) -> Size:
     """The machine for what is asked.

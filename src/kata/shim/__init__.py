@@ -1,1 +1,1 @@
-"""containerd's door: the commands of ``containerd-shim-kata-v2``."""
+"""What containerd executes: the commands of ``containerd-shim-kata-v2``."""

@@ -9,6 +9,7 @@ from kata.engine import spec
 from kata.engine.launch import check_id, launch
 from kata.errors import ConfigError, HostError, JournalError, NotFoundError, UsageError
 from kata.journal import FILE_NAME, Journal
+from kata.settings import ClientPolicy, PodSettings, SandboxSettings
 from kata.shim import bootstrap, options
 from kata.shim.names import ADDRESS_FILE, directory_name, required
 
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
     from kata.engine.launch import Engine
 
+_DOCKER = "moby"
+"""Docker's namespace in containerd."""
+IDLE_S = 60.0
+"""How long an engine stays that was started and never given a container: its client may be restarting."""
+SIGNAL_S = 2.0
+"""How long a guest may take for a signal: these clients wait for an end by themselves, and begin to count when they
+have their answer."""
 LOG_FIFO = "log"
 ENDING_S = 5.0
 """How long an engine of the same name may take to end: containerd asks for a sandbox again only when it has given
@@ -62,7 +70,7 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
         address = _address_of_pod(bundle, container_id, pod)
     else:
         engine = launch(
-            settings(namespace, container_id, bundle, config, began, configuration),
+            sandbox_settings(namespace, container_id, bundle, config, began, configuration),
             name=directory_name(namespace, container_id),
             patience_s=ENDING_S,
         )
@@ -149,82 +157,100 @@ def _write_address(bundle: str, address: str) -> None:
     os.replace(aside, path)
 
 
-def settings(
+def sandbox_settings(
     namespace: str,
     container_id: str,
     bundle: str,
     config: Mapping[str, Any],
     began: int,
     config_path: str = "",
-) -> dict[str, Any]:
-    """What the engine has to know; see docs/architecture.md, "sandbox.json".
+) -> SandboxSettings:
+    """What the engine has to know.
 
     Args:
         namespace: containerd's.
         container_id: The sandbox's first container.
         bundle: Its bundle.
         config: The specification in it.
-        began: When the door began, by CLOCK_MONOTONIC.
+        began: When the command began, by CLOCK_MONOTONIC.
         config_path: The configuration file that the client names, or empty.
 
     Raises:
-        KataError: As of `kata.engine.machine.settings`, and about annotations.
+        KataError: What `machine.machine_settings` raises, and about annotations.
     """
     from kata.config import annotations, files
     from kata.engine import machine
-    from kata.hypervisor.qemu import slots
     from kata.resources import sizing
 
     conf = files.load(config_path)
     annotations.apply(conf, config.get("annotations") or {})
-    about_machine, notes = machine.settings(sizing.request_of(config), conf, grows=True)
-    found: dict[str, Any] = {
-        "id": container_id,
-        "door": "containerd",
-        "namespace": namespace,
-        "share": True,
-        **about_machine,
-        "notes": [note for _, note in notes],
-        "disks": [],
-        "disk_slots": len(slots.DISKS),
-        "network": machine.network(conf, network_namespace(config)),
-        "cgroups_path": str((config.get("linux") or {}).get("cgroupsPath") or ""),
-        "oom_score_adj": oom_score_adj(config),
-        "door_started_ns": began,
-    }
-    return {**found, **_client(namespace, bundle)}
+    described, notes = machine.machine_settings(sizing.request_of(config), conf, grows=True)
+    return SandboxSettings(
+        id=container_id,
+        client=client_policy(namespace, bundle),
+        machine=described,
+        notes=[note for _, note in notes],
+        disk_slots=_disk_slots(),
+        network=machine.network_settings(conf, network_namespace(config)),
+        cgroups_path=str((config.get("linux") or {}).get("cgroupsPath") or ""),
+        oom_score_adj=oom_score_adj(config),
+        request_started_ns=began,
+    )
 
 
 def pod_settings(
     namespace: str, container_id: str, bundle: str, began: int, config_path: str
-) -> dict[str, Any]:
+) -> SandboxSettings:
     """The same for the Sandbox API's pod, which is described to its engine later (`kata.engine.pod`)."""
+    policy = client_policy(namespace, bundle)
+    policy.makes_etc_files = True  # a pod has no container of its own for which containerd would
+    return SandboxSettings(
+        id=container_id,
+        client=policy,
+        pod=PodSettings(config_path=config_path),
+        disk_slots=_disk_slots(),
+        request_started_ns=began,
+    )
+
+
+def _disk_slots() -> int:
+    """All that there can be: containers come later."""
     from kata.hypervisor.qemu import slots
 
-    return {
-        "id": container_id,
-        "door": "containerd",
-        "namespace": namespace,
-        "pod": True,
-        "config_path": config_path,
-        "share": True,
-        "disks": [],
-        "disk_slots": len(slots.DISKS),
-        "door_started_ns": began,
-        **_client(namespace, bundle),
-    }
+    return len(slots.DISKS)
 
 
-def _client(namespace: str, bundle: str) -> dict[str, Any]:
-    """Where containerd wants to hear of what happens."""
-    found: dict[str, Any] = {}
-    address = os.environ.get("TTRPC_ADDRESS")
-    if address:
-        found["events"] = {"address": address, "namespace": namespace}
+def client_policy(namespace: str, bundle: str) -> ClientPolicy:
+    """What containerd, CRI-O and Docker expect of an engine.
+
+    Args:
+        namespace: containerd's.
+        bundle: The sandbox's.
+    """
     fifo = os.path.join(bundle, LOG_FIFO)
-    if os.path.exists(fifo):
-        found["log_fifo"] = fifo
-    return found
+    return ClientPolicy(
+        name="containerd",
+        idle_s=IDLE_S,
+        keeps_ended_containers=True,
+        ends_when_stale=True,
+        sweeps_dead_engines=True,
+        ends_with_init=False,
+        holds_fifos=True,
+        makes_etc_files=False,
+        foreign_specs=True,
+        keeps_host_mounts=True,
+        shares_from_start=True,
+        # Docker 25 and newer mean all that is mounted below, too; but they say so only to a runtime that has announced
+        # that it can do that, which they ask no shim.
+        recursive_readonly="rbind" if namespace == _DOCKER else "never",
+        signal_s=SIGNAL_S,
+        late_signals_fail=False,
+        host_shaped_stats=True,
+        all_controllers=True,
+        namespace=namespace,
+        events_address=os.environ.get("TTRPC_ADDRESS") or "",
+        log_fifo=fifo if os.path.exists(fifo) else "",
+    )
 
 
 def oom_score_adj(config: Mapping[str, Any]) -> int:

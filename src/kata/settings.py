@@ -1,0 +1,761 @@
+"""What an engine is told of its sandbox: ``sandbox.json``, as classes.
+
+A client (`kata.cli.session`, `kata.shim.start`) makes a `SandboxSettings`; `kata.engine.launch` hands it to the engine
+as plain values (`Part.to_plain`), and the engine makes the same object of them (`Part.from_plain`).
+
+The parameters of a class's ``__init__`` are its keys: their annotations are checked at run time, a key without a
+default has to be there, and what is as by default is left out. Their descriptions below ``Args`` make the table in
+docs/settings.md (`tools/settings_table.py`). Imported before the hypervisor is started: no dataclasses, no typing.
+"""
+
+from __future__ import annotations
+
+from kata.errors import ConfigError, StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, Self
+
+    Reader = Callable[[Any, str], Any]
+    """Checks a plain value and converts it; the second argument is its place, for the error."""
+
+_HINT = "docs/settings.md has all keys and what they may be"
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+}
+_readers: dict[type, dict[str, Reader]] = {}
+
+
+class Part:
+    """A group of settings: what its subclasses have in common."""
+
+    __slots__ = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """Its keys with values of JSON; those that are as by default are left out."""
+        defaults: dict[str, Any] = vars(type(self))["__init__"].__kwdefaults__ or {}
+        plain: dict[str, Any] = {}
+        for name in vars(type(self))["__init__"].__annotations__:
+            if name == "return":
+                continue
+            value = _plain(getattr(self, name))
+            if name not in defaults or (value != _plain(defaults[name]) and value != {}):
+                plain[name] = value
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: object, place: str = "") -> Self:
+        """The opposite of `to_plain`.
+
+        Args:
+            plain: Values of JSON.
+            place: Where they were found, for errors: ``machine.guest``.
+
+        Raises:
+            ConfigError: A key is missing or unknown, or a value is of the wrong type.
+        """
+        if not isinstance(plain, dict):
+            raise _wrong(place, "an object", plain)
+        readers = _readers.get(cls) or _readers_of(cls)
+        values = {}
+        for name, value in plain.items():
+            inside = f"{place}.{name}" if place else name
+            if name not in readers:
+                raise ConfigError(f"the sandbox's settings: there is no key {inside!r}", _HINT)
+            values[name] = readers[name](value, inside)
+        defaults = vars(cls)["__init__"].__kwdefaults__ or ()
+        for name in readers:
+            if name not in values and name not in defaults:
+                inside = f"{place}.{name}" if place else name
+                raise ConfigError(f"the sandbox's settings: the key {inside!r} is missing", _HINT)
+        return cls(**values)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.to_plain() == self.to_plain()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_plain()})"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.to_plain()
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value
+
+
+def _readers_of(cls: type) -> dict[str, Reader]:
+    annotations: dict[str, str] = vars(cls)["__init__"].__annotations__
+    found = {name: _reader(kind) for name, kind in annotations.items() if name != "return"}
+    _readers[cls] = found
+    return found
+
+
+def _reader(kind: str) -> Reader:
+    """What reads a value of the type that an annotation names."""
+    if kind.endswith(" | None"):
+        inner = _reader(kind.removesuffix(" | None"))
+        return lambda value, place: None if value is None else inner(value, place)
+    if kind.startswith("Sequence["):
+        one = _reader(kind[len("Sequence[") : -1])
+
+        def read_list(value: Any, place: str) -> Any:
+            if not isinstance(value, list):
+                raise _wrong(place, "a list", value)
+            return [one(item, f"{place}[{number}]") for number, item in enumerate(value)]
+
+        return read_list
+    if kind.startswith("Mapping[str, "):
+        each = _reader(kind[len("Mapping[str, ") : -1])
+
+        def read_mapping(value: Any, place: str) -> Any:
+            if not isinstance(value, dict):
+                raise _wrong(place, "an object", value)
+            return {str(name): each(item, f"{place}.{name}") for name, item in value.items()}
+
+        return read_mapping
+    if kind in _SCALARS:
+        types = _SCALARS[kind]
+
+        def read_scalar(value: Any, place: str) -> Any:
+            if type(value) not in types:  # not isinstance: a bool is no int here
+                raise _wrong(place, kind, value)
+            return value
+
+        return read_scalar
+    if kind == "Any":
+        return lambda value, place: value
+    part: type[Part] = globals()[kind]
+    return part.from_plain
+
+
+def _wrong(place: str, expected: str, value: object) -> ConfigError:
+    return ConfigError(
+        f"the sandbox's settings: {place or 'all of them'} should be {expected}, and is {type(value).__name__}",
+        _HINT,
+    )
+
+
+# ---- the machine ----
+
+
+class HypervisorSettings(Part):
+    """The hypervisor, and what the configuration changes of the machine that it emulates.
+
+    Args:
+        accel: `kvm` or `tcg` (software emulation).
+        path: The hypervisor's program; empty looks for it.
+        machine: Machine type; empty is the default of the hypervisor's driver.
+        machine_options: Further options of the machine, separated by commas.
+        cpu_features: Further options of the processor, separated by commas.
+        firmware: Name or path of the firmware; empty is the default of the hypervisor's driver.
+        console: `serial` or `virtio`: the device that the guest's console is; empty is `serial`.
+        entropy: File that the guest's entropy device reads; empty is the hypervisor's own source.
+        seccomp: The hypervisor's own seccomp filter; empty is the default of its driver.
+        prealloc: Allocate the guest's memory before it boots.
+        reclaim: Give the host back what the guest frees.
+    """
+
+    __slots__ = (
+        "accel",
+        "console",
+        "cpu_features",
+        "entropy",
+        "firmware",
+        "machine",
+        "machine_options",
+        "path",
+        "prealloc",
+        "reclaim",
+        "seccomp",
+    )
+
+    def __init__(
+        self,
+        *,
+        accel: str,
+        path: str = "",
+        machine: str = "",
+        machine_options: str = "",
+        cpu_features: str = "",
+        firmware: str = "",
+        console: str = "",
+        entropy: str = "",
+        seccomp: str = "",
+        prealloc: bool = False,
+        reclaim: bool = True,
+    ) -> None:
+        self.accel = accel
+        self.path = path
+        self.machine = machine
+        self.machine_options = machine_options
+        self.cpu_features = cpu_features
+        self.firmware = firmware
+        self.console = console
+        self.entropy = entropy
+        self.seccomp = seccomp
+        self.prealloc = prealloc
+        self.reclaim = reclaim
+
+
+class GuestSettings(Part):
+    """What boots in the machine.
+
+    Args:
+        kernel: Path of the kernel.
+        initrd: Path of the initrd.
+        extensions: Paths of archives that are put behind the initrd.
+        kernel_version: Of the kernel, such as `6.1.192`; empty where it is not known.
+        bounces: The kernel can use virtio-fs in an emulated machine (bounce pages).
+        cmdline: Parameters of the kernel behind the engine's own.
+        verbose: The kernel writes all its messages to the console (no `quiet`).
+        modules: Kernel modules to load, each with its parameters behind its name.
+        no_seccomp: No seccomp filters for containers.
+        ready_s: Seconds that the guest may take to come up; 0 is the engine's default.
+        create_s: Seconds that making a container may take; 0 is the engine's default.
+    """
+
+    __slots__ = (
+        "bounces",
+        "cmdline",
+        "create_s",
+        "extensions",
+        "initrd",
+        "kernel",
+        "kernel_version",
+        "modules",
+        "no_seccomp",
+        "ready_s",
+        "verbose",
+    )
+
+    def __init__(
+        self,
+        *,
+        kernel: str,
+        initrd: str,
+        extensions: Sequence[str] = (),
+        kernel_version: str = "",
+        bounces: bool = False,
+        cmdline: str = "",
+        verbose: bool = False,
+        modules: Sequence[Sequence[str]] = (),
+        no_seccomp: bool = False,
+        ready_s: float = 0,
+        create_s: float = 0,
+    ) -> None:
+        self.kernel = kernel
+        self.initrd = initrd
+        self.extensions = list(extensions)
+        self.kernel_version = kernel_version
+        self.bounces = bounces
+        self.cmdline = cmdline
+        self.verbose = verbose
+        self.modules = [list(module) for module in modules]
+        self.no_seccomp = no_seccomp
+        self.ready_s = ready_s
+        self.create_s = create_s
+
+
+class SizeSettings(Part):
+    """How large the machine is, and what was asked for (`kata.resources.sizing`).
+
+    Args:
+        vcpus: Processors at the start.
+        memory_mib: Memory at the start, in MiB.
+        max_vcpus: Processors up to which it may grow while it runs; 0 is not at all.
+        max_memory_mib: Memory in MiB up to which it may grow while it runs; 0 is not at all.
+        fixed_memory: Memory neither grows nor shrinks, whatever is asked for later.
+        default_memory_mib: Memory in MiB for containers without a limit.
+        kernel: Kind of the guest's kernel, `small` or `distro`: how much it keeps for itself.
+        asked_cpus: Processors that were asked for, which may be a fraction.
+        asked_memory: Bytes of memory that were asked for.
+        asked_by: Who asked, in words.
+    """
+
+    __slots__ = (
+        "asked_by",
+        "asked_cpus",
+        "asked_memory",
+        "default_memory_mib",
+        "fixed_memory",
+        "kernel",
+        "max_memory_mib",
+        "max_vcpus",
+        "memory_mib",
+        "vcpus",
+    )
+
+    def __init__(
+        self,
+        *,
+        vcpus: int,
+        memory_mib: int,
+        max_vcpus: int = 0,
+        max_memory_mib: int = 0,
+        fixed_memory: bool = False,
+        default_memory_mib: int = 0,
+        kernel: str = "small",
+        asked_cpus: float | None = None,
+        asked_memory: int | None = None,
+        asked_by: str = "",
+    ) -> None:
+        self.vcpus = vcpus
+        self.memory_mib = memory_mib
+        self.max_vcpus = max_vcpus
+        self.max_memory_mib = max_memory_mib
+        self.fixed_memory = fixed_memory
+        self.default_memory_mib = default_memory_mib
+        self.kernel = kernel
+        self.asked_cpus = asked_cpus
+        self.asked_memory = asked_memory
+        self.asked_by = asked_by
+
+
+class ShareSettings(Part):
+    """How files of the host reach the guest.
+
+    Args:
+        disabled: Not at all: a container that needs it is refused.
+        protocol: `virtio-fs` or `virtio-9p`; empty is virtio-fs where host and guest can do that, otherwise 9p.
+        daemon: The program that serves virtio-fs; empty looks for it.
+        cache: What a guest may keep with virtio-fs: `auto`, `always`, `never`; empty is `auto`.
+        msize: Largest message of 9p in bytes; 0 is the engine's default.
+    """
+
+    __slots__ = ("cache", "daemon", "disabled", "msize", "protocol")
+
+    def __init__(
+        self,
+        *,
+        disabled: bool = False,
+        protocol: str = "",
+        daemon: str = "",
+        cache: str = "",
+        msize: int = 0,
+    ) -> None:
+        self.disabled = disabled
+        self.protocol = protocol
+        self.daemon = daemon
+        self.cache = cache
+        self.msize = msize
+
+
+class MachineSettings(Part):
+    """The virtual machine (`kata.engine.machine` makes this of the configuration).
+
+    Args:
+        hypervisor: The hypervisor.
+        guest: What boots.
+        size: How large it is.
+        share: How files of the host reach it.
+        configuration: What is not as by default: name of the key -> its value and where it was found. Only shown.
+    """
+
+    __slots__ = ("configuration", "guest", "hypervisor", "share", "size")
+
+    def __init__(
+        self,
+        *,
+        hypervisor: HypervisorSettings,
+        guest: GuestSettings,
+        size: SizeSettings,
+        share: ShareSettings | None = None,
+        configuration: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        self.hypervisor = hypervisor
+        self.guest = guest
+        self.size = size
+        self.share = share or ShareSettings()
+        self.configuration = dict(configuration or {})
+
+
+class DiskSettings(Part):
+    """A disk that the machine has from the start.
+
+    Args:
+        path: A raw image or block device.
+        readonly: The guest cannot write.
+        serial: Serial number that the guest sees, at most 20 characters.
+        ephemeral: It does not outlive the machine, so nothing has to reach the host's disk.
+    """
+
+    __slots__ = ("ephemeral", "path", "readonly", "serial")
+
+    def __init__(self, *, path: str, readonly: bool, serial: str = "", ephemeral: bool = False) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.serial = serial
+        self.ephemeral = ephemeral
+
+
+# ---- the network ----
+
+
+class PortSettings(Part):
+    """A published port.
+
+    Args:
+        host_port: On the host.
+        guest_port: In the guest.
+        host_ip: Address of the host; empty is all.
+        proto: `tcp` or `udp`.
+    """
+
+    __slots__ = ("guest_port", "host_ip", "host_port", "proto")
+
+    def __init__(self, *, host_port: int, guest_port: int, host_ip: str = "", proto: str = "tcp") -> None:
+        self.host_port = host_port
+        self.guest_port = guest_port
+        self.host_ip = host_ip
+        self.proto = proto
+
+
+class NetworkSettings(Part):
+    """The sandbox's network.
+
+    Args:
+        mode: `none`, `user` (passt) or `netns` (what a network namespace has).
+        ports: Published ports; with `user`.
+        dns: Addresses of name servers with `user`; none are the host's.
+        path: The network namespace with `netns`; empty makes one.
+        model: How interfaces of that are connected: `tcfilter`, `macvtap` or `none`.
+    """
+
+    __slots__ = ("dns", "mode", "model", "path", "ports")
+
+    def __init__(
+        self,
+        *,
+        mode: str = "none",
+        ports: Sequence[PortSettings] = (),
+        dns: Sequence[str] = (),
+        path: str = "",
+        model: str = "tcfilter",
+    ) -> None:
+        self.mode = mode
+        self.ports = list(ports)
+        self.dns = list(dns)
+        self.path = path
+        self.model = model
+
+
+# ---- the container that a sandbox is made for ----
+
+
+class RootfsSettings(Part):
+    """A container's root file system: a layer that is read only, and a writable one over it.
+
+    Args:
+        kind: `erofs` (a disk) or `share` (a directory of the host).
+        lower_slot: Number of the disk with the erofs image.
+        source: The directory, with `share`.
+        upper: The writable layer: `tmpfs`, or `disk`; empty with `share` is none, and what is written reaches the host.
+        upper_slot: Number of the disk with the writable layer.
+    """
+
+    __slots__ = ("kind", "lower_slot", "source", "upper", "upper_slot")
+
+    def __init__(
+        self,
+        *,
+        kind: str,
+        lower_slot: int | None = None,
+        source: str = "",
+        upper: str = "",
+        upper_slot: int | None = None,
+    ) -> None:
+        self.kind = kind
+        self.lower_slot = lower_slot
+        self.source = source
+        self.upper = upper
+        self.upper_slot = upper_slot
+
+
+class VolumeSettings(Part):
+    """A directory or file of the host that the container sees; its specification has the mount.
+
+    Args:
+        source: On the host.
+        destination: In the container.
+        readonly: The container cannot write.
+    """
+
+    __slots__ = ("destination", "readonly", "source")
+
+    def __init__(self, *, source: str, destination: str, readonly: bool = False) -> None:
+        self.source = source
+        self.destination = destination
+        self.readonly = readonly
+
+
+class LogSettings(Part):
+    """Where the container's output is kept.
+
+    Args:
+        path: The file.
+        max_bytes: How large it may become before the next one is begun.
+        files: How many are kept.
+    """
+
+    __slots__ = ("files", "max_bytes", "path")
+
+    def __init__(self, *, path: str, max_bytes: int, files: int) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+        self.files = files
+
+
+class ContainerSettings(Part):
+    """The container with the sandbox's own id, where the client has no other place to describe it.
+
+    Args:
+        directory: Its directory: bundle, state, writable layer, log.
+        rootfs: Its root file system; none where the client hands one over with Create.
+        volumes: What it sees of the host.
+        log: Where its output is kept; none keeps none.
+        open_stdin: Keep its standard input open for a later `attach`.
+        stdin_once: The end of an attached client's input ends the container's.
+        record_state: Write `state.json`; not for a stopped container that is opened to copy files.
+        auto_remove: Remove the directory at the end.
+    """
+
+    __slots__ = (
+        "auto_remove",
+        "directory",
+        "log",
+        "open_stdin",
+        "record_state",
+        "rootfs",
+        "stdin_once",
+        "volumes",
+    )
+
+    def __init__(
+        self,
+        *,
+        directory: str,
+        rootfs: RootfsSettings | None = None,
+        volumes: Sequence[VolumeSettings] = (),
+        log: LogSettings | None = None,
+        open_stdin: bool = False,
+        stdin_once: bool = False,
+        record_state: bool = True,
+        auto_remove: bool = False,
+    ) -> None:
+        self.directory = directory
+        self.rootfs = rootfs
+        self.volumes = list(volumes)
+        self.log = log
+        self.open_stdin = open_stdin
+        self.stdin_once = stdin_once
+        self.record_state = record_state
+        self.auto_remove = auto_remove
+
+
+# ---- the client ----
+
+
+class ClientPolicy(Part):
+    """What a client expects of an engine. Each client decides each of them; none follows from another, or from a name.
+
+    Args:
+        name: What descriptions and journals call the client: `kata`, `containerd`. Nothing depends on it.
+        idle_s: Seconds that the engine stays without a living container and without a connection.
+        keeps_ended_containers: A container that has ended keeps the engine, until the client deletes it.
+        ends_when_stale: A question about a container ends an engine that has none: its client has restarted since, and
+            takes it for a task.
+        sweeps_dead_engines: Undo what engines of this client (by `name`) that were killed have left.
+        ends_with_init: The sandbox ends with the init of the container that has its id.
+        holds_fifos: Hold both ends of fifos, so that a reader, or a terminal's writer, may go and come again.
+        makes_etc_files: Write `/etc/hosts`, `/etc/hostname` and `/etc/resolv.conf` for containers.
+        foreign_specs: Specification and root directory come from another program with Create: they are checked, and the
+            root directory is the bundle's.
+        keeps_host_mounts: Containers may come at any time: look their sources and hooks up in the host's namespaces as
+            they are then, not as they were at the start.
+        shares_from_start: Have a share from the start, since containers that come may need one.
+        recursive_readonly: Which read-only bind mounts mean all mounts below as well: `never`, `rbind` (those with that
+            option) or `always`. (An explicit `rro` always does.)
+        signal_s: Seconds that the guest may take for a signal other than SIGKILL.
+        late_signals_fail: A signal that is late is an error; otherwise a line in the log.
+        host_shaped_stats: Statistics have the shape of the host's cgroup version; otherwise of version 1.
+        all_controllers: Have a cgroup in the hierarchy of every controller; otherwise of those with limits.
+        namespace: containerd's namespace of the sandbox, for events and logging programs.
+        events_address: The socket that takes events (`TTRPC_ADDRESS`); empty sends none.
+        log_fifo: Where containerd reads a shim's log; empty writes the engine's own alone.
+    """
+
+    __slots__ = (
+        "all_controllers",
+        "ends_when_stale",
+        "ends_with_init",
+        "events_address",
+        "foreign_specs",
+        "holds_fifos",
+        "host_shaped_stats",
+        "idle_s",
+        "keeps_ended_containers",
+        "keeps_host_mounts",
+        "late_signals_fail",
+        "log_fifo",
+        "makes_etc_files",
+        "name",
+        "namespace",
+        "recursive_readonly",
+        "shares_from_start",
+        "signal_s",
+        "sweeps_dead_engines",
+    )
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        idle_s: float,
+        keeps_ended_containers: bool,
+        ends_when_stale: bool,
+        sweeps_dead_engines: bool,
+        ends_with_init: bool,
+        holds_fifos: bool,
+        makes_etc_files: bool,
+        foreign_specs: bool,
+        keeps_host_mounts: bool,
+        shares_from_start: bool,
+        recursive_readonly: str,
+        signal_s: float,
+        late_signals_fail: bool,
+        host_shaped_stats: bool,
+        all_controllers: bool,
+        namespace: str = "",
+        events_address: str = "",
+        log_fifo: str = "",
+    ) -> None:
+        self.name = name
+        self.idle_s = idle_s
+        self.keeps_ended_containers = keeps_ended_containers
+        self.ends_when_stale = ends_when_stale
+        self.sweeps_dead_engines = sweeps_dead_engines
+        self.ends_with_init = ends_with_init
+        self.holds_fifos = holds_fifos
+        self.makes_etc_files = makes_etc_files
+        self.foreign_specs = foreign_specs
+        self.keeps_host_mounts = keeps_host_mounts
+        self.shares_from_start = shares_from_start
+        self.recursive_readonly = recursive_readonly
+        self.signal_s = signal_s
+        self.late_signals_fail = late_signals_fail
+        self.host_shaped_stats = host_shaped_stats
+        self.all_controllers = all_controllers
+        self.namespace = namespace
+        self.events_address = events_address
+        self.log_fifo = log_fifo
+
+
+# ---- all of it ----
+
+
+class PodSettings(Part):
+    """A pod of containerd's Sandbox API.
+
+    Args:
+        config_path: The configuration file that the client names; empty names none.
+    """
+
+    __slots__ = ("config_path",)
+
+    def __init__(self, *, config_path: str) -> None:
+        self.config_path = config_path
+
+
+class SandboxSettings(Part):
+    """A sandbox. Paths are absolute.
+
+    Args:
+        id: Its id.
+        client: What its client expects.
+        machine: Its machine; absent for a pod that CreateSandbox has yet to describe.
+        pod: It is a pod of containerd's Sandbox API.
+        container: The container with the sandbox's own id; absent where Create describes all containers.
+        network: Its network.
+        disks: What is in the disk slots of the machine, from the first on; null leaves one empty.
+        disk_slots: How many disk slots there are; 0 is as few as the machine can have.
+        hostname: The guest's; empty is the host's.
+        resolv_conf: Lines of the guest's; absent is what belongs to the network.
+        sysctls: Kernel parameters of a pod, for its containers.
+        cgroups_path: The `cgroupsPath` of the specification; empty is a place of our own.
+        oom_score_adj: How readily the host's kernel kills the machine when memory is short.
+        notes: Sentences for the engine's log.
+        request_started_ns: CLOCK_MONOTONIC when the user's command began, from which timings count; 0 is the launch.
+    """
+
+    __slots__ = (
+        "cgroups_path",
+        "client",
+        "container",
+        "disk_slots",
+        "disks",
+        "hostname",
+        "id",
+        "machine",
+        "network",
+        "notes",
+        "oom_score_adj",
+        "pod",
+        "request_started_ns",
+        "resolv_conf",
+        "sysctls",
+    )
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        client: ClientPolicy,
+        machine: MachineSettings | None = None,
+        pod: PodSettings | None = None,
+        container: ContainerSettings | None = None,
+        network: NetworkSettings | None = None,
+        disks: Sequence[DiskSettings | None] = (),
+        disk_slots: int = 0,
+        hostname: str = "",
+        resolv_conf: Sequence[str] | None = None,
+        sysctls: Mapping[str, str] | None = None,
+        cgroups_path: str = "",
+        oom_score_adj: int = 0,
+        notes: Sequence[str] = (),
+        request_started_ns: int = 0,
+    ) -> None:
+        self.id = id
+        self.client = client
+        self.machine = machine
+        self.pod = pod
+        self.container = container
+        self.network = network or NetworkSettings()
+        self.disks = list(disks)
+        self.disk_slots = disk_slots
+        self.hostname = hostname
+        self.resolv_conf = None if resolv_conf is None else list(resolv_conf)
+        self.sysctls = dict(sysctls or {})
+        self.cgroups_path = cgroups_path
+        self.oom_score_adj = oom_score_adj
+        self.notes = list(notes)
+        self.request_started_ns = request_started_ns
+
+    def described(self) -> MachineSettings:
+        """The machine of a sandbox that has been described.
+
+        Raises:
+            StateError: It is a pod that CreateSandbox has not described yet.
+        """
+        if self.machine is None:
+            raise StateError(f"sandbox {self.id!r} has not been created")
+        return self.machine
