@@ -8,6 +8,8 @@ What is installed, below PREFIX (``/usr/local``)::
     lib/kata/manifest.json                       every path that was made
     bin/kata                                     a link to site-packages/kata/__main__.py
     bin/kata-agent-ctl                           a link to site-packages/kata/agent_ctl/__main__.py
+    lib/kata/<version>-<digest>/share/           manual pages, completion for shells (tools/manpages.py)
+    share/man/man1/kata.1, ...                   links to these
 
 A new version goes beside the old one and the links change over at once, so that a running sandbox never
 loads modules of two versions. The old one is removed unless a process still runs from it; then the next call
@@ -43,6 +45,10 @@ COMMANDS = {
 """Program on the PATH -> file in site-packages that it is a link to."""
 OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-monitor", "kata-ctl")
 """Programs of that name which are not ours belong to another Kata."""
+
+
+SORTS = ("trees", "links", "directories", "guest")
+"""What a manifest lists: versions, links, directories that were made for links, files of the guest."""
 
 
 class Refusal(Exception):
@@ -91,6 +97,17 @@ class Place:
     def link(self, command: str) -> str:
         return f"{self.prefix}/bin/{command}"
 
+    def shared_links(self, name: str) -> dict[str, str]:
+        """The links to what the version *name* shares: link -> its target, as far as that version is there."""
+        share = self.on_disk(f"{self.library}/{name}/share")
+        found = {}
+        for path in sorted(share.rglob("*")):
+            if path.is_file():
+                below = path.relative_to(share)
+                up = "../" * len(below.parts)
+                found[f"{self.prefix}/share/{below}"] = f"{up}lib/kata/{name}/share/{below}"
+        return found
+
 
 def load_manifest(place: Place) -> dict[str, list[str]]:
     """The paths that were made, by sort; empty when nothing is installed.
@@ -100,10 +117,11 @@ def load_manifest(place: Place) -> dict[str, list[str]]:
     """
     try:
         found = json.loads(place.manifest.read_text())
-        return {sort: [str(path) for path in found[sort]] for sort in ("trees", "links", "guest")}
+        found.setdefault("directories", [])  # an installation from before there were any
+        return {sort: [str(path) for path in found[sort]] for sort in SORTS}
     except FileNotFoundError:
-        return {"trees": [], "links": [], "guest": []}
-    except (ValueError, KeyError, TypeError) as error:
+        return {sort: [] for sort in SORTS}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(
             f"{place.manifest} cannot be read: {error}", f"remove {place.on_disk(place.library)} by hand"
         ) from error
@@ -194,6 +212,7 @@ def digest() -> str:
     """Version and a hash of all that an installation is made from."""
     total = hashlib.sha256(sys.version.encode())
     pinned = [ROOT / "pyproject.toml", ROOT / "tools/constraints.txt", Path(__file__).resolve()]
+    pinned += [ROOT / "tools/manpages.py", *sorted((ROOT / "tools/completion").iterdir())]
     for path in [*_sources(), *_recipes(), AGENT, *pinned]:
         if path.exists():  # the agent is built by now, but before a dry run
             total.update(f"{path.relative_to(ROOT)}\0{path.stat().st_mode}\0".encode())
@@ -228,6 +247,7 @@ def fill(tree: Path) -> None:
     (tree / "guest").mkdir()
     for path in _recipes():
         shutil.copyfile(path, tree / "guest" / path.name)
+    subprocess.run(["/usr/bin/python3", "-I", ROOT / "tools/manpages.py", tree / "share"], check=True)
 
 
 CLIENTS = {"containerd": "containerd", "docker": "dockerd"}
@@ -274,6 +294,7 @@ def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = (
         say("would install:" if not present else "is installed already:")
         for line in [tree, *(f"{link} -> {target}" for link, target in links.items())]:
             print(f"  {line}")
+        print(f"  {place.prefix}/share: manual pages, and completion for bash, zsh and fish")
         for old in manifest["trees"]:
             if old != tree:
                 print(f"  {old}: would be removed")
@@ -291,18 +312,22 @@ def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = (
             shutil.rmtree(working, ignore_errors=True)
         manifest["trees"].append(tree)
         save_manifest(place, manifest)
+    programs = sorted(links)
+    links |= place.shared_links(name)
     for link, target in links.items():
         path = place.on_disk(link)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(place, manifest, os.path.dirname(link))
         if not path.is_symlink() or os.readlink(path) != target:
             temporary = path.with_name(f".{path.name}.new")
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(target)
             temporary.replace(path)
+    for old in set(manifest["links"]) - set(links):  # a page of a command that this version has not
+        remove(place, place.on_disk(old), dry_run=False)
     manifest["links"] = sorted(links)
     remove_old_trees(place, manifest, tree)
     save_manifest(place, manifest)
-    say(f"  ok  {'is already there' if present else 'installed'}: {', '.join(sorted(links))} ({name})")
+    say(f"  ok  {'is already there' if present else 'installed'}: {', '.join(programs)} ({name})")
     if place.destdir:
         say("  the guest is not part of it: run `kata guest build` on the machine where this is installed")
         return
@@ -321,6 +346,17 @@ def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = (
     if f"{place.prefix}/bin" not in os.get_exec_path():
         say(f"warning: {place.prefix}/bin is not on your PATH")
     say("Try: kata doctor, then: kata run --rm -it alpine sh")
+
+
+def make_directories(place: Place, manifest: dict[str, list[str]], path: str) -> None:
+    """Make a directory for links, and take down in *manifest* which ones were not there."""
+    missing = []
+    while not place.on_disk(path).is_dir():
+        missing.append(path)
+        path = os.path.dirname(path)
+    for directory in reversed(missing):
+        place.on_disk(directory).mkdir(mode=0o755)
+        manifest["directories"].append(directory)
 
 
 def remove_old_trees(place: Place, manifest: dict[str, list[str]], keep: str) -> None:
@@ -373,7 +409,7 @@ def uninstall(place: Place, force: bool, purge: bool, dry_run: bool, clients: Se
         return
     place.manifest.unlink()
     run = Path(os.environ.get("KATA_RUN_DIR") or "/run/kata")
-    emptied = [place.on_disk(place.library)]
+    emptied = [place.on_disk(path) for path in (*reversed(manifest["directories"]), place.library)]
     if not place.destdir:
         for path in run.glob("*"):
             if path.is_file():  # results of probes and the like; a sandbox's things are in its directory

@@ -25,6 +25,10 @@ def installer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     def fill(tree: Path) -> None:  # the real one asks pip; tests/vm/test_install.py runs it
         (tree / "site-packages" / "kata").mkdir(parents=True)
         (tree / "site-packages" / "kata" / "__main__.py").write_text("#!/usr/bin/python3 -IS\n")
+        (tree / "share/man/man1").mkdir(parents=True)
+        (tree / "share/man/man1/kata.1").write_text(f".TH of {tree.name}\n")
+        if "1-a" in tree.name:
+            (tree / "share/man/man1/kata-old.1").touch()
 
     monkeypatch.setattr(module, "fill", fill)
     return module
@@ -77,6 +81,9 @@ def test_install_twice_then_uninstall_leaves_nothing(
     link = tmp_path / "stage/usr/bin/kata"
     assert link.resolve().name == "__main__.py"
     assert os.access(link.resolve().parent, os.X_OK)
+    page = tmp_path / "stage/usr/share/man/man1/kata.1"
+    assert page.is_symlink()
+    assert ".TH" in page.read_text()
     installer.install(place, "auto", dry_run=False)
     assert everything(tmp_path) == first
     assert "already there" in capsys.readouterr().err
@@ -94,6 +101,34 @@ def test_a_new_version_replaces_the_old_one(
     installer.install(place, "auto", dry_run=False)
     assert sorted(path.name for path in (tmp_path / "usr/lib/kata").iterdir()) == ["2-b", "manifest.json"]
     assert "/2-b/" in os.readlink(tmp_path / "usr/bin/kata")
+    # Its pages as well, and those that it has not are gone.
+    pages = tmp_path / "usr/share/man/man1"
+    assert [path.name for path in pages.iterdir()] == ["kata.1"]
+    assert "2-b" in (pages / "kata.1").read_text()
+
+
+def test_removal_leaves_directories_that_were_there(installer: ModuleType, tmp_path: Path) -> None:
+    place = installer.Place("/usr", str(tmp_path))
+    (tmp_path / "usr/share/man").mkdir(parents=True)
+    installer.install(place, "auto", dry_run=False)
+    assert (tmp_path / "usr/share/man/man1/kata.1").exists()
+    others = tmp_path / "usr/bin/other"
+    program(others)
+    installer.uninstall(place, force=False, purge=False, dry_run=False)
+    assert (tmp_path / "usr/share/man").is_dir()
+    assert not (tmp_path / "usr/share/man/man1").exists()
+    assert others.exists()
+
+
+def test_an_installation_from_before_there_were_pages(installer: ModuleType, tmp_path: Path) -> None:
+    place = installer.Place("/usr", str(tmp_path))
+    installer.install(place, "auto", dry_run=False)
+    manifest = json.loads(place.manifest.read_text())
+    del manifest["directories"]
+    place.manifest.write_text(json.dumps(manifest))
+    installer.install(place, "auto", dry_run=False)
+    installer.uninstall(place, force=False, purge=False, dry_run=False)
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
 
 
 def test_an_old_version_that_still_runs_stays(

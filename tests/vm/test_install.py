@@ -64,6 +64,9 @@ def test_install_run_uninstall(installation: Installation, busybox_image: str) -
     assert done.returncode == 0, done.stderr
     done = installation.kata("run", "--rm", busybox_image, "echo", "installed")
     assert (done.returncode, done.stdout) == (0, "installed\n"), done.stderr
+    share = installation.prefix / "share"
+    assert ".TH" in (share / "man/man1/kata-run.1").read_text()
+    assert "__complete" in (share / "bash-completion/completions/kata").read_text()
     again = installation.make("install", "FORCE=1")
     assert again.returncode == 0, again.stderr
     assert "already there" in again.stderr

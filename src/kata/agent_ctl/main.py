@@ -24,7 +24,7 @@ OPTIONS = (
     Option("-s --server", "ADDRESS", "vsock://CID[:PORT], unix://PATH or hvsock://PATH[:PORT] (hybrid vsock)"),
     Option("--hybrid-vsock", "", "the unix://PATH of --server is a hybrid vsock's socket"),
     Option("--hybrid-vsock-port", "PORT", "the guest's port there (1024)"),
-    Option("--sandbox", "NAME", "the agent of a running sandbox, through its engine"),
+    Option("--sandbox", "CONTAINER", "the agent of a running sandbox, through its engine"),
     Option("--vm", "", "the agent of a virtual machine that is made for this and thrown away"),
     Option("--vm-memory", "MIB", "memory of that machine (256)"),
     Option("-c --cmd", "'COMMAND ...'", "a command; several go in order, up to the first that fails", many=True),
@@ -80,6 +80,11 @@ def dispatch(argv: Sequence[str]) -> int:
     Raises:
         KataError, TtrpcError: It failed.
     """
+    if argv[:1] == ["__complete"]:  # for the shells' completion, which shows what is printed
+        from kata.agent_ctl.complete import complete
+        from kata.cli.complete import main as answer
+
+        return answer(argv[1:], complete)
     values, words = parse(OPTIONS, argv)
     if words[:1] == ["--"]:
         words = words[1:]

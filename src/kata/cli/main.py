@@ -86,6 +86,10 @@ def dispatch(argv: Sequence[str]) -> int:
     name = "version" if argv[0] in ("-v", "--version") else argv[0]
     entry = COMMANDS.get(name)
     if entry is None:
+        if name == "__complete":  # for the shells' completion, which shows what is printed
+            from kata.cli import complete
+
+            return complete.main(argv[1:], complete.kata)
         import difflib
 
         from kata.cli import words

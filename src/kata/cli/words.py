@@ -48,7 +48,7 @@ COMMANDS = {
     "mount": "kata cp NAME:PATH DEST copies files out",
     "umount": "kata cp NAME:PATH DEST copies files out",
     "checkpoint": "kata pause NAME freezes a container while the machine is up",
-    "completion": "kata --help lists the commands",
+    "completion": "make install puts it in place for bash, zsh and fish",
 }
 """Command of Docker or Podman -> what to do instead."""
 

@@ -1,0 +1,203 @@
+"""What may stand at a place of a command line: the answer that the shells' completion scripts print.
+
+``kata __complete line LINE`` gets the line up to the cursor, ``kata __complete words WORD...`` its words without the
+program, the last one being typed (``tools/completion/`` has the scripts). The answer is one candidate a line, a tab
+and a description; ``:files`` and ``:directories`` ask the shell for names of files as well. Everything comes from the
+commands' own tables, so nothing has to be kept in step with them. Whatever goes wrong, there are no candidates: an
+error message in the middle of somebody's typing helps nobody.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from kata.cli.args import FLAG, Option
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from kata.cli.args import Command
+
+    Candidates = list[tuple[str, str]]
+
+FILES = (":files", "")
+DIRECTORIES = (":directories", "")
+_FILES = frozenset({"FILE", "PATH", "SRC", "DEST", "SRC:DST"})
+_HELP = Option("-h --help", "", "describe the command")
+
+
+def main(argv: Sequence[str], complete: Callable[[list[str], str], Candidates]) -> int:
+    """Print the candidates.
+
+    Args:
+        argv: ``line LINE`` or ``words WORD...``.
+        complete: Of a program: the words before the one that is being typed, and that one, to candidates.
+
+    Returns:
+        0, whatever happened.
+    """
+    try:
+        form, *given = argv
+        words = split(given[0])[1:] if form == "line" else given
+        for text, description in complete(words[:-1], words[-1]):
+            sys.stdout.write(f"{text}\t{description}\n" if description else f"{text}\n")
+        sys.stdout.flush()
+    except Exception:  # see above
+        pass
+    return 0
+
+
+def split(line: str) -> list[str]:
+    """The words of the beginning of a command line; the last one is empty after a space.
+
+    A quotation that is still open ends where the line does.
+    """
+    import shlex
+
+    for end in ("", "'", '"'):
+        try:
+            words = shlex.split(line + end)
+        except ValueError:
+            continue
+        return [*words, ""] if not end and line[-1:].isspace() else words
+    return line.split(" ")
+
+
+def kata(before: Sequence[str], word: str) -> Candidates:
+    """Candidates for ``kata``.
+
+    Args:
+        before: The words before this one, without the program.
+        word: What has been typed of it.
+    """
+    from importlib import import_module
+
+    from kata.cli import words
+    from kata.cli.main import COMMANDS
+
+    if not before or (before[0] == "help" and len(before) == 1):
+        found = [(name, summary) for name, (_, summary) in COMMANDS.items()]
+        if not before:
+            found += [("--help", "list the commands"), ("--version", COMMANDS["version"][1])]
+        return beginning(found, word)
+    name, *rest = before if before[0] in COMMANDS else words.command(list(before))
+    if name not in COMMANDS:
+        return []
+    command = import_module(f"kata.cli.{COMMANDS[name][0]}").COMMANDS[name]
+    return _of_command(command, rest, word)
+
+
+def _of_command(command: Command, before: Sequence[str], word: str) -> Candidates:
+    options = [*command.options]
+    if not any("--help" in option.names for option in options):
+        options.append(_HELP)
+    by_name = {name: option for option in options for name in option.names}
+    given: list[str] = []
+    queue = list(before)
+    only_arguments = False
+    while queue:
+        item = queue.pop(0)
+        if only_arguments or not item.startswith("-") or item == "-":
+            given.append(item)
+            if not command.interspersed:
+                given += queue
+                return _argument(command, given, word)
+        elif item == "--":
+            only_arguments = True
+        else:
+            pending = waiting_for_value(item, by_name)
+            if pending is None:
+                continue
+            if not queue:
+                return beginning(values(pending.metavar), word)
+            queue.pop(0)
+    if not only_arguments and word.startswith("-"):
+        return option_words(options, word)
+    return _argument(command, given, word)
+
+
+def waiting_for_value(item: str, by_name: dict[str, Option]) -> Option | None:
+    """The option in the word *item* whose value the next word is; None if there is none."""
+    if item.startswith("--"):
+        option = by_name.get(item)
+        return option if option is not None and option.kind != FLAG else None
+    for position in range(1, len(item)):
+        option = by_name.get(f"-{item[position]}")
+        if option is not None and option.kind != FLAG:
+            return option if position == len(item) - 1 else None
+    return None
+
+
+def option_words(options: Iterable[Option], word: str) -> Candidates:
+    """Options that begin with *word*, or the values of the one that ``--option=`` names."""
+    name, attached, value = word.partition("=")
+    if attached and name.startswith("--"):
+        for option in options:
+            if name in option.names and option.metavar:
+                found = beginning(values(option.metavar), value)
+                # What the shell finds itself has no description, and no option in front.
+                return [(text if text[0] == ":" else f"{name}={text}", about) for text, about in found]
+        return []
+    return beginning([(name, option.text) for option in options for name in option.names], word)
+
+
+def _argument(command: Command, given: Sequence[str], word: str) -> Candidates:
+    """Candidates for the positional argument after those that are *given*, by the command's usage line."""
+    if command.most is not None and len(given) >= command.most:
+        return []
+    found: Candidates = []
+    for form in command.usage.split(" | "):
+        if not command.interspersed:
+            form = form.split(" [")[0]  # from there on it is another program's command line
+        kinds = [kind.strip("[]") for kind in form.split()]
+        if not kinds:
+            continue
+        if len(given) < len(kinds):
+            kind = kinds[len(given)]
+        elif kinds[-1].endswith("..."):
+            kind = kinds[-1]
+        else:
+            continue
+        found += values(kind.removesuffix("..."))
+    return [pair for pair in dict.fromkeys(beginning(found, word)) if pair[0] not in given]
+
+
+def values(kind: str) -> Candidates:
+    """What may be given where a help has *kind*: ``CONTAINER``, ``none|user``, ``FILE``, ...; empty if anything."""
+    plain = kind.removesuffix("[:OPTIONS]")
+    if plain in _FILES:
+        return [FILES]
+    if plain == "DIR":
+        return [DIRECTORIES]
+    if kind in ("CONTAINER", "ID"):
+        return [(name, state) for name, state in _containers()]
+    if kind == "CONTAINER:PATH":
+        return [(f"{name}:", state) for name, state in _containers()]
+    if kind == "IMAGE":
+        return [*((name, "") for name in _images()), FILES]
+    if kind == "SIGNAL":
+        import signal
+
+        return [(one.name.removeprefix("SIG"), signal.strsignal(one) or "") for one in signal.Signals]
+    # In choices the words to be typed are small, and what stands for a value is not.
+    return [(choice, "") for choice in kind.split("|") if re.fullmatch(r"[a-z][a-z0-9,.-]*", choice)]
+
+
+def beginning(found: Iterable[tuple[str, str]], word: str) -> Candidates:
+    """Those of *found* that begin with *word*, and what the shell is asked to find."""
+    return [pair for pair in found if pair[0].startswith(word) or pair in (FILES, DIRECTORIES)]
+
+
+def _containers() -> list[tuple[str, str]]:
+    """Names of containers and the state of each."""
+    from kata.cli import records
+
+    return [(one.name, str(one.raw_state().get("status", ""))) for one in records.all_containers()]
+
+
+def _images() -> list[str]:
+    from kata.images import store
+
+    return sorted({name for image in store.list_images() for name in image.names})
