@@ -31,7 +31,9 @@ def journal(tmp_path: Path) -> Journal:
 def shared(journal: Journal, namespace: str = "") -> Shared:
     policy = start.client_policy(namespace, "/bundle")
     machine = SimpleNamespace(host=None)
-    sandbox = SimpleNamespace(share=share_of(journal), machine=machine, client=policy, doors=None)
+    sandbox = SimpleNamespace(
+        share=share_of(journal), machine=machine, client=policy, socket_forwarding=None
+    )
     return Shared(cast(Any, sandbox), "c1")
 
 
