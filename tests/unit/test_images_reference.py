@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,34 @@ def test_paths_without_a_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert words in caught.value.hint, text
     assert str(reference.parse("docker:dind")) == "docker.io/library/docker:dind"
     assert str(reference.parse("dir:5000/x")) == "dir:5000/x:latest"
+
+
+def test_a_hint_is_not_worth_waiting_or_much_memory(tmp_path: Path) -> None:
+    """A fifo without a writer is not opened, and of headers as large as the file says only so much is read."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    archives: dict[Path, int] = {}
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+        header = tarfile.TarInfo("x")
+        header.type, header.size = kind, 1 << 40
+        one = tmp_path / f"one-{kind.decode()}"
+        one.write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+        os.truncate(one, 1 << 41)  # a hole
+        # As well as many that are no larger than they may be.
+        header.size = 1 << 20
+        many = tmp_path / f"many-{kind.decode()}"
+        many.write_bytes((header.tobuf(tarfile.GNU_FORMAT) + b"\n" * (1 << 20)) * 20)
+        archives |= {one: 1 << 20, many: 8 << 20}
+    tracemalloc.start()
+    try:
+        for path, most in {fifo: 1 << 20, Path("/dev/tty"): 1 << 20, **archives}.items():
+            tracemalloc.reset_peak()
+            with pytest.raises(UsageError) as caught:
+                reference.parse(str(path))
+            assert "it is no image archive" in caught.value.hint
+            assert tracemalloc.get_traced_memory()[1] < most, path
+    finally:
+        tracemalloc.stop()
 
 
 def test_local_references(tmp_path: Path) -> None:

@@ -133,30 +133,16 @@ def _which_kind(path: str) -> str:
             f"nothing is there (the path is relative to {os.getcwd()}); "
             "images in files have a prefix, such as oci-archive:FILE"
         )
-    import tarfile
+    from kata.images import peek
 
-    from kata.storage import layers_codec
-
-    try:
-        with open(path, "rb") as file:
-            packed = layers_codec.kind_of(file.read(6)) != "plain"
-        if packed:  # not undone for a hint; either prefix takes both kinds
-            return f"write docker-archive:{shown} or oci-archive:{shown}, if it is an image"
-        with tarfile.open(path, "r:") as tar:
-            for _ in range(1000):
-                member = tar.next()
-                if member is None:
-                    break
-                name = member.name.removeprefix("./")
-                if name in ("oci-layout", "index.json"):
-                    return f"write oci-archive:{shown}"
-                if name in ("manifest.json", "repositories"):
-                    return f"write docker-archive:{shown}"
-    except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError):
-        return "it is no image archive; images in files are oci-archive:FILE and docker-archive:FILE"
-    return (
-        f"is it a root file system? unpack it: mkdir root && tar -xf {shown} -C root, and then rootfs:root"
-    )
+    kind = peek.kind_of(path)
+    if kind == peek.PACKED:  # either prefix takes both kinds
+        return f"write docker-archive:{shown} or oci-archive:{shown}, if it is an image"
+    if kind in (peek.OCI, peek.DOCKER):
+        return f"write {kind}:{shown}"
+    if kind == peek.TAR:
+        return f"is it a root file system? unpack it: mkdir root && tar -xf {shown} -C root, and then rootfs:root"
+    return "it is no image archive; images in files are oci-archive:FILE and docker-archive:FILE"
 
 
 def _local(kind: str, rest: str) -> LocalImage:
