@@ -55,6 +55,19 @@ def basic(user: str, secret: str) -> str:
     return base64.b64encode(f"{user}:{secret}".encode()).decode()
 
 
+def certificate_of(directory: Path) -> tuple[Path, Path]:
+    """Make a key and a certificate for 127.0.0.1, and skip the test where nothing can."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl, for a certificate")
+    key, certificate = directory / "key.pem", directory / "cert.pem"
+    command = [
+        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate),
+        "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return key, certificate
+
+
 class DockerRegistry:
     """A running docker-registry.
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from image_support import INDEX, Blobs, image
-from registry_support import BIG, HELLO, DockerRegistry, basic, content, login, set_up
+from registry_support import BIG, HELLO, DockerRegistry, basic, certificate_of, content, login, set_up
 
 from kata.errors import ImageError, NotFoundError, RegistryError
 from kata.images import store
@@ -201,14 +199,7 @@ def test_a_broken_docker_configuration_is_told(
 
 
 def test_tls_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl, for a certificate")
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = [
-        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate),
-        "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1",
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    key, certificate = certificate_of(tmp_path)
     plain = DockerRegistry(tmp_path / "r")
     blobs = Blobs()
     plain.push("app", "1", blobs, image(blobs, [HELLO]), [])

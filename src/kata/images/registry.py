@@ -19,6 +19,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from typing import Any
 from urllib.parse import urljoin
 
@@ -131,7 +132,7 @@ class Registry:
         self._credentials: credentials.Credentials | None = None
         self.closed = False
         self._slow = False
-        self._connections: list[socket.socket] = []
+        self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
         # A proxy cannot reach our loopback addresses; Go's tools except them likewise.
         self._http = httpx.Client(
@@ -143,10 +144,6 @@ class Registry:
         """Close all connections; calls that are under way fail."""
         self.closed = True
         self._http.close()
-        with self._lock:
-            for connection in self._connections:
-                connection.close()
-            self._connections.clear()
 
     # ---- what is there ----
 
@@ -296,12 +293,13 @@ class Registry:
             yield response
 
     def _note_connection(self, event: str, info: dict[str, Any]) -> None:
-        """Keep a second descriptor of each connection: with it, another thread can end what waits for it."""
-        if event == "connection.connect_tcp.complete":
+        """Know of each connection, as long as it is open: another thread may have to end what waits for it."""
+        # With TLS the first socket gives its descriptor to another.
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             connection = info["return_value"].get_extra_info("socket")
-            with self._lock:
-                if connection is not None and not self.closed:
-                    self._connections.append(connection.dup())
+            if connection is not None:
+                with self._lock:
+                    self._connections.add(connection)
 
     def _give_up(self) -> None:
         """End all connections: an answer has not begun in time, though its bytes trickle."""
@@ -309,7 +307,8 @@ class Registry:
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                    # Not SSLSocket's own, which takes away what another thread reads from.
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def _redirected(self, url: str, location: str) -> str:
         target = httpx.URL(urljoin(url, location))
