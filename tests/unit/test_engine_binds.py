@@ -30,9 +30,13 @@ def journal(tmp_path: Path) -> Journal:
 
 def shared(journal: Journal, namespace: str = "") -> Shared:
     policy = start.client_policy(namespace, "/bundle")
-    machine = SimpleNamespace(host=None)
     sandbox = SimpleNamespace(
-        share=share_of(journal), machine=machine, client=policy, socket_forwarding=None
+        share=share_of(journal),
+        machine=SimpleNamespace(host=None),
+        client=policy,
+        socket_forwarding=None,
+        runtime=None,
+        tasks=None,
     )
     return Shared(cast(Any, sandbox), "c1")
 

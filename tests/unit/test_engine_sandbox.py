@@ -22,6 +22,7 @@ from agent_double import AgentDouble, MachineDouble
 
 from kata.engine import boot, records, sandbox_service, spec, streams, task_service
 from kata.engine.client import EngineClient
+from kata.engine.machine_runtime import MachineRuntime
 from kata.engine.records import read_json
 from kata.engine.sandbox import Sandbox
 from kata.engine.sandbox_state import SandboxState
@@ -47,14 +48,31 @@ from kata.ttrpc.status import DEADLINE_EXCEEDED, NOT_FOUND, UNIMPLEMENTED, Ttrpc
 from kata.ttrpc.sync_client import connect
 
 
-class DoubledSandbox(Sandbox):
-    """A sandbox whose machine is a double."""
+class DoubledRuntime(MachineRuntime):
+    """A machine that is a double."""
 
     agent_double: AgentDouble
 
     def _take_over(self) -> Any:
         self.machine_double = MachineDouble(self.agent_double)
         return self.machine_double
+
+
+class DoubledSandbox(Sandbox):
+    """A sandbox whose machine is a double."""
+
+    runtime: DoubledRuntime
+
+    def _make_runtime(self, machine: boot.Machine) -> MachineRuntime:
+        return DoubledRuntime(
+            *(self.id, self.run_dir, self.journal, machine, self.tasks),
+            on_oom=self._out_of_memory,
+            on_disk_error=self._disk_failed,
+        )
+
+    @property
+    def machine_double(self) -> MachineDouble:
+        return self.runtime.machine_double
 
 
 class Engine:
@@ -96,7 +114,7 @@ class Engine:
             None,
             lambda topic, e: self.events.append((topic, e)),
         )
-        self.sandbox.agent_double = self.double
+        self.sandbox.runtime.agent_double = self.double
         if self.prepare is not None:
             self.prepare(self)
         self.sandbox.start(0, 0)
@@ -271,6 +289,22 @@ def test_a_machine_that_did_not_start_is_lost_from_the_beginning(make: Callable[
         facts = client.describe()
         assert (facts["state"], facts["error"]) == ("lost", "no hypervisor here")
         assert engine.sandbox.life.state is SandboxState.FAILED
+
+
+def test_a_step_of_the_end_that_fails_does_not_keep_the_others_from_running(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise OSError("broken")
+
+    with engine.client() as client:
+        client.create("c1", engine.bundle("exit", "3"))
+        engine.do(lambda: setattr(engine.sandbox.machine_double, "close", broken))
+        client.start("c1")
+        assert client.wait("c1") == 3
+        assert client.delete("c1") == 3
+    assert not os.path.exists(engine.run_dir)
+    assert "the end of the sandbox: stop_machine failed" in capsys.readouterr().err
 
 
 def test_human_sandbox_ends_with_its_init_and_leaves_its_state(engine: Engine) -> None:

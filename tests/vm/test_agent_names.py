@@ -75,7 +75,7 @@ def play(
             sandbox = SimpleNamespace(
                 living_agent=agent, log=complaints.append, create_task=asyncio.ensure_future
             )
-            carried = names.Names(cast(Any, sandbox))
+            carried = names.Names(cast(Any, sandbox), cast(Any, sandbox))
             await carried.start(agent)
             try:
                 return await asyncio.to_thread(in_the_guest, guest)

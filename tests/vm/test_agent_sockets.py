@@ -37,13 +37,14 @@ class Bench:
     def __init__(self, agent: AgentClient, source: Path) -> None:
         self.complaints: list[str] = []
         sandbox = SimpleNamespace(
-            machine=SimpleNamespace(host=None),
             living_agent=agent,
             log=self.complaints.append,
             create_task=asyncio.ensure_future,
         )
-        self.relay = sockets.Relay(cast(Any, sandbox), sockets.SocketForwardingState().room)
-        one = sockets.UnixSocket(str(source), os.stat(source), 1, is_hidden=False)
+        self.relay = sockets.Relay(
+            cast(Any, sandbox), cast(Any, sandbox), sockets.SocketForwardingState().room
+        )
+        one = sockets.UnixSocket(str(source), os.stat(source), 1, None)
         self.relay.add(one)
         self.place = one.place
 

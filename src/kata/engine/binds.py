@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.engine import sockets
+    from kata.engine.hostns import Namespaces
     from kata.engine.sandbox import Sandbox
 
 _SANDBOX = f"{spec.GUEST_RUN}/sandbox"
@@ -155,7 +156,7 @@ class Shared:
         if not isinstance(tree, OSError) and tree >= 0:
             about = os.fstat(tree)
             if stat.S_ISSOCK(about.st_mode):
-                return self._socket(source, options, about, is_hidden=True)
+                return self._socket(source, options, about, self._sandbox.machine.host)
         share = self._sandbox.share
         if share is None:
             raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
@@ -212,11 +213,11 @@ class Shared:
         if node:
             return spec.GuestBind(node, options)
         if stat.S_ISSOCK(about.st_mode) and (self._sandbox.machine.host is None or here.is_live(source)):
-            return self._socket(source, options, about, is_hidden=False)
+            return self._socket(source, options, about, None)
         return self._in_memory(mount, here)
 
     def _socket(
-        self, source: str, options: list[str], about: os.stat_result, *, is_hidden: bool
+        self, source: str, options: list[str], about: os.stat_result, host: Namespaces | None
     ) -> spec.GuestBind:
         """The guest's socket that stands for one of the host's."""
         from kata.engine import sockets
@@ -225,8 +226,8 @@ class Shared:
             self._sandbox.socket_forwarding = sockets.SocketForwardingState()
         forwarding = self._sandbox.socket_forwarding
         if self.relay is None:
-            self.relay = sockets.Relay(self._sandbox, forwarding.room)
-        one = sockets.UnixSocket(source, about, forwarding.number(), is_hidden=is_hidden)
+            self.relay = sockets.Relay(self._sandbox.runtime, self._sandbox.tasks, forwarding.room)
+        one = sockets.UnixSocket(source, about, forwarding.number(), host)
         self.relay.add(one)
         return spec.GuestBind(one.place, options)
 

@@ -402,9 +402,9 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
         ],
     )
     learned = asyncio.ensure_future(agent.negotiate_features())
-    sandbox.network = asyncio.ensure_future(_configure_network(sandbox, agent, learned))
+    sandbox.network_services.configured = asyncio.ensure_future(_configure_network(sandbox, agent, learned))
     # A start that never comes does not ask how it went.
-    sandbox.network.add_done_callback(lambda task: task.cancelled() or task.exception())
+    sandbox.network_services.configured.add_done_callback(lambda task: task.cancelled() or task.exception())
     assert sandbox.vm is not None
     await sandbox.race_vm_exit(
         asyncio.gather(

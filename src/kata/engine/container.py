@@ -444,8 +444,10 @@ class Container:
         except KataError as problem:
             # The guest did not say how it ended, so it did not end well.
             if not self.sandbox.is_lost:
-                await self.sandbox.await_exit_reason(f"the agent lost {process.label}: {problem.message}")
-            status, error = KILLED, self.sandbox.lost_reason or problem.message
+                await self.sandbox.runtime.await_exit_reason(
+                    f"the agent lost {process.label}: {problem.message}"
+                )
+            status, error = KILLED, self.sandbox.life.lost_reason or problem.message
         process.reaped.set()
         at_ns = time.time_ns()
         async with process.lock:
@@ -479,7 +481,7 @@ class Container:
                 finished_at=rfc3339(at_ns),
                 error=error,
                 oom_killed=process.oom_killed,
-                disk_error=self.sandbox.disk_error,
+                disk_error=self.sandbox.runtime.disk_error,
             )
         self.sandbox.publish(
             "/tasks/exit",
@@ -584,7 +586,7 @@ class Container:
 
     def _end_machine(self, why: str) -> None:
         if not self.sandbox.is_lost:
-            self.sandbox.fail(
+            self.sandbox.runtime.fail(
                 f"container {self.id} was to be killed, and {why} within {KILL_S:g} s: its virtual machine was ended"
             )
 

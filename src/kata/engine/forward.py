@@ -19,7 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.access import MachineAccess
+    from kata.engine.tasks import Tasks
     from kata.network.user import NetworkPlan
 
 _RECEIVE = 1 << 16
@@ -31,18 +32,18 @@ class Forwarder:
     """Accepts and carries connections until it is closed.
 
     Args:
-        sandbox: Whose guest they go to.
+        log: Is given a sentence when no connection can be taken.
         listeners: Where they come in; non-blocking.
         dialled: The guest's end of one, once there is a machine.
     """
 
     def __init__(
         self,
-        sandbox: Sandbox,
+        log: Callable[[str], None],
         listeners: Iterable[socket.socket],
         dialled: Callable[[socket.socket], Awaitable[dial.Connection]],
     ) -> None:
-        self._sandbox = sandbox
+        self._log = log
         self._dialled = dialled
         self._room = asyncio.Semaphore(_LIMIT)
         self._tasks = {asyncio.create_task(self._accept(one)) for one in listeners}
@@ -60,7 +61,7 @@ class Forwarder:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:
                 self._room.release()
-                self._sandbox.log(f"cannot accept a connection for the guest: {error.strerror}")
+                self._log(f"cannot accept a connection for the guest: {error.strerror}")
                 await asyncio.sleep(1)  # out of descriptors, most likely
                 continue
             task = asyncio.create_task(self._carry(connection))
@@ -83,30 +84,47 @@ class Forwarder:
             await carry(connection, guest)
 
 
-def to_loopback(sandbox: Sandbox, listeners: Iterable[socket.socket]) -> Forwarder:
-    """Carry connections to the same port of the guest's loopback."""
+def to_loopback(machine: MachineAccess, tasks: Tasks, listeners: Iterable[socket.socket]) -> Forwarder:
+    """Carry connections to the same port of the guest's loopback.
+
+    Args:
+        machine: Its guest is meant.
+        tasks: The engine's.
+        listeners: Where they come in; non-blocking.
+    """
 
     async def dialled(connection: socket.socket) -> dial.Connection:
-        return await dial.dial(await sandbox.ready(), connection.getsockname()[1])
+        return await dial.dial(await machine.ready(), connection.getsockname()[1])
 
-    return Forwarder(sandbox, listeners, dialled)
+    return Forwarder(tasks.log, listeners, dialled)
 
 
-def published(sandbox: Sandbox, plan: NetworkPlan) -> Forwarder:
+def published(
+    machine: MachineAccess,
+    tasks: Tasks,
+    plan: NetworkPlan,
+    configured: Callable[[], Awaitable[object]],
+) -> Forwarder:
     """Carry connections to published ports to the guest's own address: what listens on its loopback alone is not
-    published, and takes nobody for a local user."""
+    published, and takes nobody for a local user.
+
+    Args:
+        machine: Its guest is meant.
+        tasks: The engine's.
+        plan: The network; it has the listeners.
+        configured: Returns when the guest has its addresses.
+    """
     # Of one port of the host there is one port of the guest (`check_ports`).
     ports = {port.host_port: port.guest_port for _, port in plan.listeners}
 
     async def dialled(connection: socket.socket) -> dial.Connection:
         port = ports[connection.getsockname()[1]]
         address = plan.guest_address(connection.getpeername()[0])
-        agent = await sandbox.ready()
-        if sandbox.network is not None:
-            await asyncio.shield(sandbox.network)
+        agent = await machine.ready()
+        await configured()
         return await dial.dial(agent, port, address)
 
-    return Forwarder(sandbox, [one for one, _ in plan.listeners], dialled)
+    return Forwarder(tasks.log, [one for one, _ in plan.listeners], dialled)
 
 
 def reset(connection: socket.socket) -> None:

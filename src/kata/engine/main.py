@@ -163,7 +163,7 @@ def _publisher(settings: SandboxSettings, sandbox: Sandbox) -> Publisher | None:
 
 
 def _on_terminate(sandbox: Sandbox, number: int) -> None:
-    sandbox.fail(f"the engine was told to end by signal {number}")
+    sandbox.runtime.fail(f"the engine was told to end by signal {number}")
     sandbox.end()
 
 

@@ -28,7 +28,8 @@ from kata.network import resolver
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.agent.client import AgentClient
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.access import MachineAccess
+    from kata.engine.tasks import Tasks
     from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 ADDRESS = resolver.DOCKER
@@ -49,13 +50,15 @@ class Names:
     """The resolver, for a guest.
 
     Args:
-        sandbox: Whose guest it is; its event loop runs in the network namespace.
+        machine: Its guest asks.
+        tasks: The engine's; its event loop runs in the network namespace.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+    def __init__(self, machine: MachineAccess, tasks: Tasks) -> None:
+        self._machine = machine
+        self._engine_tasks = tasks
         self._datagrams = dial.Datagrams(QUESTIONS, self._asked, self._ended)
-        self._relay = sockets.Relay(sandbox, asyncio.Semaphore(CONNECTIONS))
+        self._relay = sockets.Relay(machine, tasks, asyncio.Semaphore(CONNECTIONS))
         self._relay.add(_Resolver())
         self._tasks: set[asyncio.Task[None]] = set()
         self._reported = False
@@ -81,14 +84,14 @@ class Names:
     def _ended(self, error: ConnectionLost | TtrpcError | None) -> None:
         for task in self._tasks:
             task.cancel()
-        agent = None if self._closed else self._sandbox.living_agent
+        agent = None if self._closed else self._machine.living_agent
         if error is not None and agent is not None:
-            self._sandbox.create_task(self._explain(agent, error))
+            self._engine_tasks.create_task(self._explain(agent, error))
 
     async def _explain(self, agent: AgentClient, error: ConnectionLost | TtrpcError) -> None:
         """Tell why there are no more questions; where the guest has broken the protocol, that is its end."""
         reason = await agent.explain(error)
-        self._sandbox.log(f"the guest asks for no more names: {reason.message}")
+        self._engine_tasks.log(f"the guest asks for no more names: {reason.message}")
 
     def _asked(self, number: int, question: bytes) -> None:
         task = asyncio.create_task(self._answer(number, question))
@@ -107,7 +110,7 @@ class Names:
             answer = failure(question)
             if not self._reported:
                 self._reported = True
-                self._sandbox.log(f"the resolver at {ADDRESS} does not answer: {error.strerror}")
+                self._engine_tasks.log(f"the resolver at {ADDRESS} does not answer: {error.strerror}")
         self._datagrams.answer(number, answer)
 
 
@@ -123,7 +126,7 @@ class _Resolver(sockets.Socket):
         """See `sockets.Socket`."""
         await dial.listen_loopback(agent, self.number, resolver.pack(ADDRESS), PORT)
 
-    async def connect(self, sandbox: Sandbox) -> socket.socket:
+    async def connect(self, tasks: Tasks) -> socket.socket:
         """See `sockets.Socket`."""
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:

@@ -81,12 +81,12 @@ class PodService:
     async def StopSandbox(self, request: pb.StopSandboxRequest, context: Context) -> pb.StopSandboxResponse:
         sandbox = self._check(request.sandbox_id)
         if sandbox.life.created_ns and not sandbox.is_lost:
-            await sandbox.stop_machine()
+            await sandbox.runtime.stop()
         return pb.StopSandboxResponse()
 
     async def WaitSandbox(self, request: pb.WaitSandboxRequest, context: Context) -> pb.WaitSandboxResponse:
         sandbox = self._running(request.sandbox_id)
-        await sandbox.wait_terminated()
+        await sandbox.runtime.wait_terminated()
         status = 0 if sandbox.life.exit_state is SandboxState.STOPPED else KILLED
         return pb.WaitSandboxResponse(exit_status=status, exited_at=timestamp(sandbox.life.exited_ns))
 
@@ -108,7 +108,7 @@ class PodService:
     async def PingSandbox(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:
         sandbox = self._running(request.sandbox_id)
         if sandbox.is_lost:
-            raise StateError(f"sandbox {sandbox.id!r} has ended: {sandbox.lost_reason}")
+            raise StateError(f"sandbox {sandbox.id!r} has ended: {sandbox.life.lost_reason}")
         return pb.PingResponse()
 
     @finish

@@ -168,9 +168,9 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         else [],
         "network": settings.network.to_plain(),
         "state": _described(sandbox.life),
-        "error": sandbox.lost_reason if sandbox.life.failed else "",
-        "disk_error": sandbox.disk_error,
-        "disk_errors": sandbox.disk_errors,
+        "error": sandbox.life.lost_reason if sandbox.life.failed else "",
+        "disk_error": sandbox.runtime.disk_error,
+        "disk_errors": sandbox.runtime.disk_errors,
         "containers": {
             container.id: {
                 "state": container.init.state,

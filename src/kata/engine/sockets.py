@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.agent.client import AgentClient
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.access import MachineAccess
+    from kata.engine.hostns import Namespaces
+    from kata.engine.tasks import Tasks
 
 LIMIT = 128
 """Connections of one sandbox at a time. Each may hold what `kata.agent.dial` lets be on the way, whatever the guest
@@ -86,7 +88,7 @@ class Socket:
         """
         raise NotImplementedError
 
-    async def connect(self, sandbox: Sandbox) -> socket.socket:
+    async def connect(self, tasks: Tasks) -> socket.socket:
         """A connection to what it stands for on the host.
 
         Raises:
@@ -103,17 +105,17 @@ class UnixSocket(Socket):
         source: Its path on the host.
         about: What it is there.
         number: The engine's number for it.
-        is_hidden: Whether the host sees something else at that path than the engine.
+        host: The host's namespaces, if the host sees something else at that path than the engine.
     """
 
-    __slots__ = ("gid", "is_hidden", "mode", "source", "uid")
+    __slots__ = ("gid", "host", "mode", "source", "uid")
 
-    def __init__(self, source: str, about: os.stat_result, number: int, *, is_hidden: bool) -> None:
+    def __init__(self, source: str, about: os.stat_result, number: int, host: Namespaces | None) -> None:
         super().__init__(number, f"volume {source}")
         self.source = source
         self.mode = stat.S_IMODE(about.st_mode)
         self.uid, self.gid = about.st_uid, about.st_gid
-        self.is_hidden = is_hidden
+        self.host = host
 
     @property
     def place(self) -> str:
@@ -124,12 +126,11 @@ class UnixSocket(Socket):
         """See `Socket`."""
         await dial.listen(agent, self.number, self.place, self.mode, self.uid, self.gid)
 
-    async def connect(self, sandbox: Sandbox) -> socket.socket:
+    async def connect(self, tasks: Tasks) -> socket.socket:
         """See `Socket`."""
-        host = sandbox.machine.host if self.is_hidden else None
-        if host is None:
+        if self.host is None:
             return connected(self.source)
-        fd = await sandbox.run_blocking(host.opened, partial(descriptor, self.source), self.source)
+        fd = await tasks.run_blocking(self.host.opened, partial(descriptor, self.source), self.source)
         return socket.socket(fileno=fd)
 
 
@@ -137,12 +138,14 @@ class Relay:
     """Sockets in the guest whose connections are carried to the host: those of one container.
 
     Args:
-        sandbox: Whose guest it is in.
+        machine: Its guest has them.
+        tasks: The engine's.
         room: For connections at a time.
     """
 
-    def __init__(self, sandbox: Sandbox, room: asyncio.Semaphore) -> None:
-        self._sandbox = sandbox
+    def __init__(self, machine: MachineAccess, tasks: Tasks, room: asyncio.Semaphore) -> None:
+        self._machine = machine
+        self._engine_tasks = tasks
         self._room = room
         self._sockets: list[Socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -177,9 +180,9 @@ class Relay:
         for task in tasks:
             task.cancel()
         agent, self._agent = self._agent, None
-        if agent is not None and self._sandbox.living_agent is not None:
+        if agent is not None and self._machine.living_agent is not None:
             for one in self._sockets:
-                self._sandbox.create_task(self._take_away(agent, one))
+                self._engine_tasks.create_task(self._take_away(agent, one))
 
     async def _take_away(self, agent: AgentClient, one: Socket) -> None:
         try:
@@ -203,7 +206,7 @@ class Relay:
             try:
                 guest = await dial.accept(agent, one.number)
             except KataError as error:
-                if self._sandbox.living_agent is None:
+                if self._machine.living_agent is None:
                     return
                 self._log(one, error.message)
                 await asyncio.sleep(AGAIN_S)  # out of descriptors in the guest, most likely
@@ -236,7 +239,7 @@ class Relay:
         deadline = asyncio.get_running_loop().time() + BUSY_S
         while True:
             try:
-                connection = await one.connect(self._sandbox)
+                connection = await one.connect(self._engine_tasks)
             except BlockingIOError:
                 # Its queue is full; the kernel has no event for room in it.
                 if asyncio.get_running_loop().time() > deadline:
@@ -250,7 +253,7 @@ class Relay:
         """Once, until it has worked again: the guest decides how often there is cause."""
         if one.number not in self._reported:
             self._reported.add(one.number)
-            self._sandbox.log(f"{one.name}: cannot connect to the host's socket: {why}")
+            self._engine_tasks.log(f"{one.name}: cannot connect to the host's socket: {why}")
 
 
 def descriptor(path: str) -> int:

@@ -1,0 +1,44 @@
+"""What parts of the engine need of a sandbox, and no more: the type that they take in place of the sandbox itself."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+    from typing import Protocol, TypeVar
+
+    from kata.agent.client import AgentClient
+    from kata.engine.hostns import Namespaces
+    from kata.hypervisor.base import Hypervisor
+    from kata.resources.host_cgroup import HostCgroup
+
+    T = TypeVar("T")
+
+    class MachineAccess(Protocol):
+        """The virtual machine of a sandbox, which may not be there yet, or no longer (`MachineRuntime`)."""
+
+        @property
+        def vm(self) -> Hypervisor | None:
+            """The hypervisor, once there is one."""
+
+        @property
+        def cgroup(self) -> HostCgroup | None:
+            """The sandbox's cgroups on the host."""
+
+        @property
+        def host(self) -> Namespaces | None:
+            """The host's namespaces, where the engine may have to look at what the host sees."""
+
+        @property
+        def is_lost(self) -> bool:
+            """Whether there is no machine any more."""
+
+        @property
+        def living_agent(self) -> AgentClient | None:
+            """The agent, if it can still be asked."""
+
+        async def ready(self) -> AgentClient:
+            """The agent, once the guest is up. Raises what kept it from that."""
+
+        async def race_vm_exit(self, work: Awaitable[T]) -> T:
+            """Await *work*; the end of the machine ends it, with its reason."""
