@@ -46,6 +46,7 @@ ALLOWED_SIDEWAYS: frozenset[tuple[str, str]] = frozenset(
         ("paths", "errors"),
         ("host_cache", "paths"),
         ("settings", "errors"),
+        ("host_cache", "sysio"),
         ("images", "storage"),  # an image's layers become root file systems
         ("network", "hypervisor"),  # a network's end is a NIC in the machine's settings
     }

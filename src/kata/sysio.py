@@ -182,6 +182,70 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def replace_file(
+    path: str, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None, fsync: bool = False
+) -> None:
+    """Put *data* in a file's place at once: a reader, or a crash at any point, sees the old content or the new.
+
+    Written beside it, as a name that ends in ``.tmp``, then renamed. On failure the old file is as it was.
+
+    Args:
+        path: The file; it need not be there.
+        data: Its whole content.
+        mode: Its permissions, whatever the umask is.
+        owner: User and group id; None leaves them to the kernel.
+        fsync: Whether the content is on the disk when this returns, so that it survives a power failure.
+
+    Raises:
+        OSError: It cannot be written, or the disk is full.
+    """
+    aside = f"{path}.{os.urandom(6).hex()}.tmp"
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            if owner is not None:
+                os.fchown(fd, *owner)
+            if mode != 0o600:
+                os.fchmod(fd, mode)
+            write_all(fd, data)
+            if fsync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(aside, path)
+    except BaseException:
+        try:
+            os.unlink(aside)
+        except OSError:
+            pass
+        raise
+
+
+def overwrite_file(path: str, data: bytes) -> bool:
+    """Write over a file, padded with spaces to its length, where a full disk has no room for a second one.
+
+    In one piece and in the room that it has: there is no moment at which the old end stands behind the new beginning.
+    For JSON, which spaces do not change.
+
+    Returns:
+        Whether the file is there, is at least as long as *data*, and took it.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        size = os.fstat(fd).st_size
+        if size < len(data) or os.pwrite(fd, data.ljust(size), 0) != size:
+            return False
+        os.fsync(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def become_subreaper() -> None:
     """Make this process the one that orphaned descendants are handed to (PR_SET_CHILD_SUBREAPER)."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 
+from kata import sysio
 from kata.errors import ConfigError, HostError
 
 BACKUP = ".before-kata"
@@ -123,23 +124,10 @@ def _lines(data: bytes | None) -> list[str]:
 
 def _replace(path: str, data: bytes, like: str) -> None:
     """Put *data* in a file's place at once, with the mode and owner of *like* where that exists."""
-    aside = f"{path}.kata-{os.getpid()}"
     try:
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            try:
-                status = os.stat(like)
-                os.fchown(fd, status.st_uid, status.st_gid)
-                os.fchmod(fd, status.st_mode & 0o7777)
-            except FileNotFoundError:
-                os.fchmod(fd, 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        os.replace(aside, path)
-    except BaseException:
-        try:
-            os.unlink(aside)
-        except OSError:
-            pass
-        raise
+        status = os.stat(like)
+    except FileNotFoundError:
+        sysio.replace_file(path, data, mode=0o644, fsync=True)
+    else:
+        owner = (status.st_uid, status.st_gid)
+        sysio.replace_file(path, data, mode=status.st_mode & 0o7777, owner=owner, fsync=True)

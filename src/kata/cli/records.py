@@ -14,7 +14,6 @@ makes names unique. A container whose engine has died without saying so is shown
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -136,16 +135,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Replace a JSON file at once: a reader sees the old content or the new."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="utf-8") as file:
-            json.dump(content, file, separators=(",", ":"))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    sysio.replace_file(path, json.dumps(content, separators=(",", ":")).encode())
 
 
 def _containers_dir() -> str:

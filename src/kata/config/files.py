@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 
-from kata import __version__, paths
+from kata import __version__, paths, sysio
 from kata.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -197,13 +197,9 @@ def _to_cache(cache: str, signature: list[tuple[str, int, int, int, int]], found
     import marshal
 
     content = (_CACHE_FORMAT, __version__, signature, found.values, found.files, found.notes)
-    aside = f"{cache}.{os.getpid()}"
     try:
         paths.make_dirs(os.path.dirname(cache), 0o711)
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(marshal.dumps(content))
-        os.replace(aside, cache)
+        sysio.replace_file(cache, marshal.dumps(content))
     except (OSError, ValueError):
         pass  # it is parsed again next time
 

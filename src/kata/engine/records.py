@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import time
 
 from kata import sysio
@@ -37,36 +36,12 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     Raises:
         OSError: The directory is gone, or the disk is full; the old content is still there then.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
     raw = json.dumps(content, indent=1).encode().ljust(_ROOM)
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            sysio.write_all(fd, raw)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
+        sysio.replace_file(path, raw)
     except OSError as error:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-        if error.errno not in _FULL or not _write_in_place(path, raw):
+        if error.errno not in _FULL or not sysio.overwrite_file(path, raw):
             raise
-
-
-def _write_in_place(path: str, raw: bytes) -> bool:
-    """Write over a file that has room for it; whether it has."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        room = os.fstat(fd).st_size
-        if room < len(raw):
-            return False
-        sysio.write_all(fd, raw.ljust(room))
-    finally:
-        os.close(fd)
-    return True
 
 
 def read_json(path: str) -> dict[str, Any]:

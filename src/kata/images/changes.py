@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import errno
 import fcntl
 import json
@@ -11,7 +10,7 @@ import shutil
 from contextlib import contextmanager
 from typing import Any
 
-from kata import paths
+from kata import paths, sysio
 from kata.errors import HostError, NotFoundError, ResourceExhaustedError, StateError
 from kata.images import store
 
@@ -61,53 +60,27 @@ def write_index(index: store.Index) -> None:
 def write_json(path: str, content: Any) -> None:
     """Replace a file as a whole, so that a reader, or a crash, sees the old or the new one.
 
-    On a full disk what has become shorter is written over the old one at once, in the same length.
+    On a full disk what has become shorter is written over the old one at once, in the same length: taking a name away
+    makes an index shorter, and has to work on a full disk, for it is the way out of it.
+
+    Raises:
+        HostError: It cannot be written.
     """
     data = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     try:
         write_file(path, data)
     except ResourceExhaustedError:
-        if not _fits_in_place(path, data):
+        if not sysio.overwrite_file(path, data):
             raise
 
 
 def write_file(path: str, data: bytes) -> None:
     """As `write_json`, for bytes; a full disk is an error."""
-    temporary = f"{path}.{os.getpid()}-{_thread.get_ident()}.tmp"
     try:
         paths.make_dirs(os.path.dirname(path), 0o700)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        sysio.replace_file(path, data, fsync=True)
     except OSError as error:
-        _unlink(temporary)
         raise storage_error(error) from error
-
-
-def _fits_in_place(path: str, data: bytes) -> bool:
-    """Write JSON over a file that is at least as long, where there is no room for a second one; whether it is.
-
-    In one piece, with spaces behind it: there is no moment at which the old one's end stands behind the new one.
-
-    Taking a name away makes an index shorter, and has to work on a full disk: it is the way out of it.
-    """
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        size = os.fstat(fd).st_size
-        if size < len(data) or os.pwrite(fd, data.ljust(size), 0) != size:
-            return False
-        os.fsync(fd)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 def _unlink(path: str) -> None:

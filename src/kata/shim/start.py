@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from kata import sysio
 from kata.engine import spec
 from kata.engine.launch import check_id, launch
 from kata.errors import ConfigError, HostError, JournalError, NotFoundError, UsageError
@@ -151,10 +152,7 @@ def _address_of_pod(bundle: str, container_id: str, pod: str) -> str:
 
 def _write_address(bundle: str, address: str) -> None:
     path = os.path.join(bundle, ADDRESS_FILE)
-    aside = f"{path}.{os.getpid()}"
-    with open(aside, "x", encoding="ascii") as file:
-        file.write(address)
-    os.replace(aside, path)
+    sysio.replace_file(path, address.encode("ascii"), mode=0o644)
 
 
 def sandbox_settings(

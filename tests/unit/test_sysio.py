@@ -1,0 +1,88 @@
+"""Files that are replaced as a whole, whatever the disk does meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kata import sysio
+
+
+@pytest.fixture
+def small_files() -> Iterator[int]:
+    """No file of this process grows beyond so many bytes: a write takes a part, and only the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        yield 5000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_beside_it(
+    tmp_path: Path, small_files: int
+) -> None:
+    path = tmp_path / "record"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+        sysio.replace_file(str(path), bytes(small_files + 1))
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["record"]
+    sysio.replace_file(str(path), bytes(small_files))
+    assert path.stat().st_size == small_files
+
+
+def test_a_file_that_cannot_take_the_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(IsADirectoryError):
+        sysio.replace_file(str(tmp_path / "directory"), b"x")
+    with pytest.raises(FileNotFoundError):
+        sysio.replace_file(str(tmp_path / "none/record"), b"x")
+    assert os.listdir(tmp_path) == ["directory"]
+
+
+def test_mode_and_owner_are_those_asked_for_whatever_the_umask_is(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    before = os.umask(0o077)
+    try:
+        sysio.replace_file(str(path), b"x")
+        assert path.stat().st_mode & 0o7777 == 0o600
+        sysio.replace_file(str(path), b"y", mode=0o2754, owner=(12, 34), fsync=True)
+    finally:
+        os.umask(before)
+    status = path.stat()
+    assert (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o2754, 12, 34)
+    assert path.read_bytes() == b"y"
+
+
+def test_readers_see_one_content_or_another_and_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    contents = {bytes((letter,)) * 9000 for letter in b"abcd"}
+    sysio.replace_file(str(path), min(contents))
+
+    def write(content: bytes) -> None:
+        for _ in range(50):
+            sysio.replace_file(str(path), content)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert path.read_bytes() in contents
+    assert os.listdir(tmp_path) == ["record"]
+
+
+def test_what_fits_is_written_over_a_file_and_what_does_not_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    assert not sysio.overwrite_file(str(path), b"{}"), "there is none"
+    path.write_bytes(b'{"a": "long"}')
+    assert sysio.overwrite_file(str(path), b'{"b": 1}')
+    assert path.read_bytes() == b'{"b": 1}     '
+    assert not sysio.overwrite_file(str(path), bytes(14))
+    assert path.read_bytes() == b'{"b": 1}     '
