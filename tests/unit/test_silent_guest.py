@@ -1,6 +1,6 @@
 """A guest that answers nothing, too little, or late: what it can hold up, and what not.
 
-The table is in docs/architecture.md, "A guest that does not answer".
+The table is in docs/reference.md.
 """
 
 from __future__ import annotations

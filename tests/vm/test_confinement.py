@@ -1,4 +1,4 @@
-"""What a process of a sandbox could do if its guest took it over: the table in docs/architecture.md, from /proc."""
+"""What a process of a sandbox could do if its guest took it over: the table in docs/reference.md, from /proc."""
 
 from __future__ import annotations
 

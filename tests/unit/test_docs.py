@@ -1,0 +1,162 @@
+"""The documents: what they link to is there, and so is what they name of the source."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def documents() -> list[str]:
+    """Every Markdown file of the project, those that are about to be added included."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    done = subprocess.run(listed, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return [name for name in done.stdout.splitlines() if (ROOT / name).exists()]
+    # An unpacked archive of the sources.
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "findings").rglob("*.md")]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+DOCUMENTS = documents()
+NAMING = [name for name in DOCUMENTS if name != "CHANGELOG.md"]
+"""Those that name files as they are now."""
+
+
+def prose(text: str) -> str:
+    """A document without its blocks of code."""
+    text = re.sub(r"^(```+).*?^\1`*\s*$", "", text, flags=re.M | re.S)
+    return re.sub(r"^ {4}.*$", "", text, flags=re.M)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", prose(text))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them, and those that it sets itself."""
+    found: set[str] = set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+    counts: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.*?)#*\s*$", prose(text), flags=re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-")
+        count = counts.get(anchor, 0)
+        counts[anchor] = count + 1
+        found.add(f"{anchor}-{count}" if count else anchor)
+    return found
+
+
+def links(text: str) -> list[str]:
+    """The targets of links and pictures."""
+    plain = without_code(text)
+    return re.findall(r"\]\(([^)\s]+)\)", plain) + re.findall(r'(?:href|src|srcset)="([^"]+)"', plain)
+
+
+def broken(name: str, text: str) -> list[str]:
+    """Links of the document *name* that lead nowhere, each with its reason."""
+    wrong = []
+    for link in links(text):
+        if re.match(r"[a-z][a-z+.-]*:", link):
+            continue  # somebody else's
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if not target.exists():
+            wrong.append(f"{link}: there is no {path}")
+        elif anchor and target.suffix == ".md":
+            there = text if not path else target.read_text()
+            if anchor not in anchors(there):
+                wrong.append(f"{link}: {path or name} has no such heading")
+    return wrong
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    assert broken(name, (ROOT / name).read_text()) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    text = "# One\n\n## A `b`, c\n\n[x](#a-b-c) [y](#nothing) [z](nowhere.md) `[no](link.md)`\n\n    [no](code.md)\n"
+    assert broken("README.md", text) == [
+        "#nothing: README.md has no such heading",
+        "nowhere.md: there is no nowhere.md",
+    ]
+    assert broken("docs/x.md", "[up](../README.md#nothing)") == [
+        "../README.md#nothing: ../README.md has no such heading"
+    ]
+    assert links('![p](i.svg) <a href="b.md">') == ["i.svg", "b.md"]
+
+
+# ---- what they name of the source ----
+
+_PATH = re.compile(
+    r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|rs|md|proto|patch|svg|sh|toml)|(?:tools|bench|\.ci)/[\w.-]+)`"
+)
+_TEST = re.compile(r"`((?:tests/)?(?:[\w-]+/)*test_\w+\.py)(?:::(\w+))?`")
+_TEST_FUNCTION = re.compile(r"`(test_\w+)`")
+_PLACES = ("", "src/kata/", "tests/", "tests/unit/", "tests/vm/", "tests/kvm/", "tests/hostile/", "docs/")
+
+
+def source_paths(text: str) -> set[str]:
+    """Files of the project that a document names in code style, with at least one directory."""
+    return set(_PATH.findall(prose(text)))
+
+
+# What runs write into build/, and what is in an image or on a machine, is no file of the project.
+_FOREIGN = re.compile(r"^(build|etc|conf|images|x)/|^\.venv/")
+
+
+def missing_paths(text: str) -> list[str]:
+    """Those of `source_paths` that are not there."""
+    return [
+        path
+        for path in sorted(source_paths(text))
+        if not _FOREIGN.match(path) and not any((ROOT / place / path).exists() for place in _PLACES)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_named_files_of_the_source_are_there(name: str) -> None:
+    assert missing_paths((ROOT / name).read_text()) == []
+
+
+def missing_tests(text: str) -> list[str]:
+    """Tests that a document names, by file or by file and function, and that are not there."""
+    missing = []
+    for path, function in _TEST.findall(prose(text)):
+        found = next((ROOT / place / path for place in _PLACES if (ROOT / place / path).exists()), None)
+        if found is None or (function and f"def {function}(" not in found.read_text()):
+            missing.append(f"{path}::{function}" if function else path)
+    return missing + sorted(set(_TEST_FUNCTION.findall(prose(text))) - functions())
+
+
+@functools.cache
+def functions() -> frozenset[str]:
+    """Names of all functions in the tests."""
+    found: set[str] = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        found.update(re.findall(r"^ *(?:async )?def (test_\w+)\(", path.read_text(), flags=re.M))
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_named_tests_are_there(name: str) -> None:
+    assert missing_tests((ROOT / name).read_text()) == []
+
+
+def test_what_is_named_and_not_there_is_found() -> None:
+    assert missing_paths("`engine/main.py` `engine/nowhere.py` `tools/lint` `tools/nothing` `a/b`") == [
+        "engine/nowhere.py",
+        "tools/nothing",
+    ]
+    own = "test_what_is_named_and_not_there_is_found"
+    assert missing_tests(
+        f"`tests/unit/test_docs.py` `test_docs.py::{own}` `test_docs.py::test_no`, `test_no.py`"
+    ) == [
+        "test_docs.py::test_no",
+        "test_no.py",
+    ]
