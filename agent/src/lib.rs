@@ -68,6 +68,7 @@ pub mod syscalls;
 mod test_support;
 pub mod thrash;
 pub mod uevent;
+pub mod volume_disk;
 pub mod volumes;
 mod watchable;
 

@@ -11,6 +11,7 @@ use crate::ownership;
 use crate::prelude::*;
 use crate::proto::agent::Storage;
 use crate::sys::{self, Errno, Fd};
+use crate::volume_disk;
 use crate::watchable::{self, Watched};
 
 /// The drivers, for AgentDetails.storage_handlers.
@@ -150,9 +151,13 @@ fn make_mount_point(path: &str) -> Result<()> {
 
 fn refuse_driver_options(storage: &Storage, known: &[&str]) -> Result<()> {
     match storage.driver_options.iter().find(|option| !known.contains(&option.as_str())) {
-        Some(option) => Err(Error::unimplemented(format!("driver option {option:?} is not supported"))),
+        Some(option) => Err(unknown_driver_option(option)),
         None => Ok(()),
     }
+}
+
+fn unknown_driver_option(option: &str) -> Error {
+    Error::unimplemented(format!("driver option {option:?} is not supported"))
 }
 
 /// Mounts, then hands the files to the group. Unmounts again when that fails.
@@ -172,13 +177,20 @@ fn mount_and_own(storage: &Storage, source: &str, fstype: &str, options: &MountO
 }
 
 fn block(storage: &Storage) -> Result<()> {
+    let (volume, others) = volume_disk::split_options(&storage.driver_options);
     // "rw" is what a mount is anyway; read-only ones say "ro" in their options.
-    refuse_driver_options(storage, &["rw"])?;
+    if let Some(option) = others.iter().find(|option| **option != "rw") {
+        return Err(unknown_driver_option(option));
+    }
     let device = match storage.driver.as_str() {
         "scsi" => find_block_by_scsi(&storage.source)?,
         _ => find_block(&storage.source)?,
     };
-    mount_and_own(storage, &device, &storage.fstype, &parse_options(&storage.options)?)
+    mount_and_own(storage, &device, &storage.fstype, &parse_options(&storage.options)?)?;
+    let Some(volume) = volume else { return Ok(()) };
+    volume_disk::prepare(&storage.mount_point, &volume).inspect_err(|_| {
+        let _ = unmount(&storage.mount_point);
+    })
 }
 
 /// A directory of the host's, by its tag. `defaults` are added where the options do not set the same name.

@@ -498,6 +498,23 @@ class VolumeSettings(Part):
         self.readonly = readonly
 
 
+class DiskVolumeSettings(Part):
+    """A volume of the container that is one of the machine's disks, with an ext4 file system.
+
+    Args:
+        name: Its file in the container's directory, which is the source of its bind mount in the specification.
+        slot: Number of the disk.
+        copy: It is filled with what the image has at its place when it is first mounted.
+    """
+
+    __slots__ = ("copy", "name", "slot")
+
+    def __init__(self, *, name: str, slot: int, copy: bool = True) -> None:
+        self.name = name
+        self.slot = slot
+        self.copy = copy
+
+
 class LogSettings(Part):
     """Where the container's output is kept.
 
@@ -522,6 +539,7 @@ class ContainerSettings(Part):
         directory: Its directory: bundle, state, writable layer, log.
         rootfs: Its root file system; none where the client hands one over with Create.
         volumes: What it sees of the host.
+        disk_volumes: Its volumes on disks of their own.
         log: Where its output is kept; none keeps none.
         open_stdin: Keep its standard input open for a later `attach`.
         stdin_once: The end of an attached client's input ends the container's.
@@ -532,6 +550,7 @@ class ContainerSettings(Part):
     __slots__ = (
         "auto_remove",
         "directory",
+        "disk_volumes",
         "log",
         "open_stdin",
         "record_state",
@@ -546,6 +565,7 @@ class ContainerSettings(Part):
         directory: str,
         rootfs: RootfsSettings | None = None,
         volumes: Sequence[VolumeSettings] = (),
+        disk_volumes: Sequence[DiskVolumeSettings] = (),
         log: LogSettings | None = None,
         open_stdin: bool = False,
         stdin_once: bool = False,
@@ -555,6 +575,7 @@ class ContainerSettings(Part):
         self.directory = directory
         self.rootfs = rootfs
         self.volumes = list(volumes)
+        self.disk_volumes = list(disk_volumes)
         self.log = log
         self.open_stdin = open_stdin
         self.stdin_once = stdin_once

@@ -18,6 +18,7 @@ from kata.engine.hostns import Namespaces
 from kata.engine.sockets import connected, descriptor
 from kata.engine.spec import GUEST_RUN, GUEST_SHARE
 from kata.journal import Journal
+from kata.settings import ContainerSettings, DiskVolumeSettings
 from kata.shim import start
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -37,6 +38,7 @@ def shared(journal: Journal, namespace: str = "") -> Shared:
         socket_forwarding=None,
         runtime=None,
         tasks=None,
+        settings=SimpleNamespace(container=None),
     )
     return Shared(cast(Any, sandbox), "c1")
 
@@ -48,6 +50,34 @@ def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
         "destination": destination,
         "options": ["rbind", *options],
     }
+
+
+def test_a_volume_on_a_disk_is_a_directory_of_that_disk(journal: Journal) -> None:
+    def work() -> None:
+        one = shared(journal)
+        volumes = [
+            DiskVolumeSettings(name="volume-0.img", slot=2),
+            DiskVolumeSettings(name="volume-1.img", slot=4, copy=False),
+        ]
+        settings = cast(Any, one)._sandbox.settings
+        settings.container = ContainerSettings(directory="/", disk_volumes=volumes)
+        mounts = [
+            {"type": "bind", "source": "volume-1.img", "destination": "/b", "options": ["rbind", "ro"]},
+            {"type": "bind", "source": "volume-0.img", "destination": "/a", "options": ["rbind", "rw"]},
+        ]
+        found = one.add_all({"mounts": mounts}, None)
+        assert [(bind.source, bind.options) for bind in found] == [
+            (f"{GUEST_RUN}/c1/volumes/4/data", ["rbind", "ro"]),
+            (f"{GUEST_RUN}/c1/volumes/2/data", ["rbind", "rw"]),
+        ]
+        root = f"kata.volume.root={GUEST_RUN}/c1/rootfs"
+        assert [(one.source, one.driver_options) for one in one.storages] == [
+            ("0f", [root, "kata.volume.path=/b", "kata.volume.empty"]),
+            ("07", [root, "kata.volume.path=/a"]),
+        ]
+
+    in_child(work)
+    assert not journal_undo.undo(journal)
 
 
 def test_one_source_read_only_and_writable(journal: Journal, tmp_path: Path) -> None:

@@ -678,3 +678,10 @@ def test_volumes_of_an_image(shared_kata: Kata, busybox_image: str, tmp_path: Pa
     mount = f"{tmp_path}/given:/given:cached,rslave"
     said = shared_kata.ok("run", "--rm", "-v", mount, image, "sh", "-ec", script)
     assert said.splitlines() == ["mine", "root 755"]
+    # In a read-only container they can be written to all the same, as disks of their own.
+    mount = f"{tmp_path}/given:/given:ro"
+    said = shared_kata.ok(
+        "run", "--name", "locked", "--read-only", "-v", mount, image, "sh", "-ec", f"{script}; echo >/etc/x"
+    )
+    assert said.splitlines() == ["mine", "root 755"]
+    shared_kata.ok("rm", "-v", "locked")

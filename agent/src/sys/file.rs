@@ -304,6 +304,38 @@ pub fn utimensat(dir: RawFd, path: impl AsRef<[u8]>, atime_ns: i64, mtime_ns: i6
     .map(drop)
 }
 
+/// The largest extended attribute, and the largest list of their names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+const XATTR_MAX: usize = 64 << 10;
+
+/// The names of the extended attributes of an open file, each with a NUL behind it; none where the file system has none.
+pub fn flistxattr(fd: RawFd) -> SysResult<Vec<u8>> {
+    let mut buf = vec![0u8; XATTR_MAX];
+    // SAFETY: the buffer is valid for its length.
+    match unsafe { syscall!(libc::SYS_flistxattr, fd, buf.as_mut_ptr(), buf.len()) } {
+        Ok(n) => buf.truncate(n),
+        Err(Errno(libc::EOPNOTSUPP)) => buf.clear(),
+        Err(e) => return Err(e),
+    }
+    Ok(buf)
+}
+
+/// One of them, by its name.
+pub fn fgetxattr(fd: RawFd, name: &[u8]) -> SysResult<Vec<u8>> {
+    let name = cstr(name)?;
+    let mut buf = vec![0u8; XATTR_MAX];
+    // SAFETY: a NUL-terminated name, and a buffer that is valid for its length.
+    let n = unsafe { syscall!(libc::SYS_fgetxattr, fd, name.as_ptr(), buf.as_mut_ptr(), buf.len()) }?;
+    buf.truncate(n);
+    Ok(buf)
+}
+
+/// Sets one, whether it is there or not.
+pub fn fsetxattr(fd: RawFd, name: &[u8], value: &[u8]) -> SysResult<()> {
+    let name = cstr(name)?;
+    // SAFETY: a NUL-terminated name, and a value that is valid for its length.
+    unsafe { syscall!(libc::SYS_fsetxattr, fd, name.as_ptr(), value.as_ptr(), value.len(), 0) }.map(drop)
+}
+
 /// Waits until the file system that holds `fd` is on its disk.
 pub fn syncfs(fd: RawFd) -> SysResult<()> {
     // SAFETY: no memory is involved.

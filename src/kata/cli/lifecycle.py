@@ -60,8 +60,11 @@ COMMANDS = {
     "rm": Command(
         "rm",
         "CONTAINER...",
-        "Removes containers: their writable layer, log and name.",
-        [Option("-f --force", "", "kill them first if they run; no error if there is none")],
+        "Removes containers: their writable layer, volumes, log and name.",
+        [
+            Option("-f --force", "", "kill them first if they run; no error if there is none"),
+            Option("-v --volumes", "", "their volumes, too: they always go with their container"),
+        ],
         least=1,
     ),
     "pause": Command("pause", "CONTAINER...", "Freezes all processes of containers.", least=1),

@@ -6,6 +6,7 @@ A container is a directory, ``$KATA_STATE_DIR/containers/<id>``::
     config.json      the runtime specification: the same
     state.json       how it goes; written by the engine
     rw.img, log      its writable layer and its output
+    volume-N.img     its volumes on disks of their own
     journal          what has to be undone to remove it
 
 and its name is the file ``$KATA_STATE_DIR/names/<name>``, which holds the id: creating it exclusively is what

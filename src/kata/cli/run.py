@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.cli.args import Arguments
+    from kata.cli.mounts import Volume
     from kata.cli.records import Container
 
 _OPTIONS = [
@@ -25,7 +26,18 @@ _OPTIONS = [
     Option("--name", "NAME", "the container's name; a random one if not given"),
     Option("-e --env", "KEY[=VALUE]", "set an environment variable; without a value, take ours", many=True),
     Option("--env-file", "FILE", "read environment variables from a file, one KEY=VALUE a line", many=True),
-    Option("-v --volume", "SRC:DST[:OPTIONS]", "share a directory or file of the host (ro)", many=True),
+    Option(
+        "-v --volume",
+        "[SRC:]DST[:OPTIONS]",
+        "share a directory or file of the host (ro); without SRC a volume on a disk of its own",
+        many=True,
+    ),
+    Option(
+        "--mount",
+        "type=volume,dst=DST[,...]",
+        "a volume on a disk of its own (volume-opt=size=10g); type=bind and type=tmpfs are -v and --tmpfs",
+        many=True,
+    ),
     Option("--tmpfs", "DST[:OPTIONS]", "mount an empty file system in memory", many=True),
     Option("-w --workdir", "DIR", "the command's working directory"),
     Option("-u --user", "USER[:GROUP]", "run as this user, by name or number"),
@@ -71,6 +83,10 @@ IMAGE is one of
 
 -v takes Docker's and Podman's options: ro and rw; noexec, nosuid, nodev; slave, rslave, shared and rshared, with which
 what the host mounts below SRC later appears inside; without effect z, Z, cached, delegated, consistent, nocopy.
+
+--mount type=volume,dst=DST[,volume-opt=size=SIZE][,volume-nocopy][,ro] makes a volume, as -v DST does: an ext4 file
+system in a sparse file (of 10g) that is a disk of the machine, filled with what the image has at DST. It stays over
+stop and start, and is removed with its container. On it a dockerd in the container (--privileged) has overlay2.
 
 exit status: the command's own; 125 kata itself failed, 126 the command cannot be executed, 127 it was not
 found, 128+N signal N ended it, 137 also when the virtual machine died."""
@@ -136,6 +152,14 @@ def make_container(
         choice.fill(request)
         request.command = command
         spec = oci.build(request, image.config)
+        image_volumes = _image_volumes(image.config, spec)
+        if image_volumes and request.read_only:
+            # Without a directory of the root's that could be written to, they are file systems of their own.
+            choice.add_volumes(image_volumes)
+            image_volumes = []
+            choice.fill(request)
+            spec = oci.build(request, image.config)
+        volumes = [(volume_file(number), volume) for number, volume in enumerate(choice.disk_volumes)]
         record: dict[str, Any] = {
             "id": pending.id,
             "name": pending.name,
@@ -154,14 +178,14 @@ def make_container(
             "ports": choice.ports,
             "volumes": [
                 {"source": source, "destination": destination, "readonly": "ro" in options}
-                for source, destination, options in request.volumes
+                for source, destination, options in choice.binds
             ],
+            "disk_volumes": [volume.record(name) for name, volume in volumes],
             "cpus": choice.cpus,
             "memory": choice.memory,
             "auto_remove": auto_remove,
             "made_to_run": made_to_run,
-            # A read-only root cannot have what it lacks.
-            "image_volumes": [] if request.read_only else _image_volumes(image.config, spec),
+            "image_volumes": image_volumes,
             "stop_signal": choice.stop_signal or image.config.get("StopSignal") or "SIGTERM",
             "labels": image.config.get("Labels") or {},
             "log": {"max_bytes": _LOG_BYTES, "files": _LOG_FILES},
@@ -170,6 +194,10 @@ def make_container(
             from kata.storage import ext4
 
             ext4.make_writable(pending.path("rw.img"), choice.storage_size)
+        for name, volume in volumes:
+            from kata.storage import ext4
+
+            ext4.make_writable(pending.path(name), volume.size, "volume", "volume-opt=size")
         return pending.commit(record, spec)
     except BaseException:
         pending.discard()
@@ -263,9 +291,28 @@ class _Choice:
         stop_signal = a.value("stop_signal")
         self.stop_signal = None if stop_signal is None else _signal_name(stop_signal)
         self._env = values.environment(a.many("env"), a.many("env_file"))
-        self._volumes = [values.volume(text) for text in a.many("volume")]
+        self.binds: list[tuple[str, str, list[str]]] = []
+        self.disk_volumes: list[Volume] = []
         self._tmpfs = [values.tmpfs(text) for text in a.many("tmpfs")]
+        self._read_volumes(a.many("volume"), a.many("mount"))
         self._arguments = a
+
+    def _read_volumes(self, short: list[str], long: list[str]) -> None:
+        """``-v`` and ``--mount``; both have binds first, as they are what most have only."""
+        anonymous = [text for text in short if ":" not in text and text.startswith("/")]
+        self.binds = [values.volume(text) for text in short if text not in anonymous]
+        if anonymous or long:
+            from kata.cli import mounts
+
+            found = mounts.Mounts()
+            for text in anonymous:
+                found.add_short(text)
+            for text in long:
+                found.add(text)
+            self.binds += found.binds
+            self._tmpfs += found.tmpfs
+            self.disk_volumes = found.volumes
+            mounts.check(found, self.binds, self._tmpfs)
 
     @staticmethod
     def _one_of(arguments: Arguments, key: str, allowed: tuple[str, ...]) -> str:
@@ -291,7 +338,26 @@ class _Choice:
         request.cap_add, request.cap_drop = a.many("cap_add"), a.many("cap_drop")
         request.cpus, request.memory, request.pids_limit = self.cpus, self.memory, self.pids
         request.tmpfs = self._tmpfs
-        request.volumes = self._volumes
+        # A source that is not absolute is relative to the bundle, which is the container's directory.
+        request.volumes = [
+            *self.binds,
+            *(
+                (volume_file(number), volume.destination, ["rbind", "rprivate", volume.access])
+                for number, volume in enumerate(self.disk_volumes)
+            ),
+        ]
+
+    def add_volumes(self, destinations: list[str]) -> None:
+        """Volumes on disks of their own, besides those that were asked for."""
+        from kata.cli import mounts
+
+        self.disk_volumes += [mounts.Volume(destination) for destination in destinations]
+        mounts.check_number(len(self.disk_volumes))
+
+
+def volume_file(number: int) -> str:
+    """The name of a volume's file in the container's directory."""
+    return f"volume-{number}.img"
 
 
 def _signal_name(text: str) -> str:

@@ -19,6 +19,7 @@ from kata.settings import (
     ClientPolicy,
     ContainerSettings,
     DiskSettings,
+    DiskVolumeSettings,
     LogSettings,
     NetworkSettings,
     PortSettings,
@@ -89,6 +90,11 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
         rootfs.upper_slot = len(disks)
         path = os.path.join(container.directory, "rw.img")
         disks.append(DiskSettings(path=path, readonly=False, serial="upper"))
+    disk_volumes = []
+    for volume in record.get("disk_volumes") or ():
+        name = volume["name"]
+        disk_volumes.append(DiskVolumeSettings(name=name, slot=len(disks), copy=volume["copy"]))
+        disks.append(DiskSettings(path=os.path.join(container.directory, name), readonly=False))
     return SandboxSettings(
         id=container.id,
         client=client_policy(),
@@ -97,6 +103,7 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
             directory=container.directory,
             rootfs=rootfs,
             volumes=[VolumeSettings.from_plain(one, "volume") for one in record["volumes"]],
+            disk_volumes=disk_volumes,
             log=LogSettings.from_plain({"path": container.log, **record["log"]}, "log"),
             open_stdin=record["open_stdin"],
             stdin_once=record["stdin_once"],

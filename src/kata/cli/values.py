@@ -148,24 +148,44 @@ def volume(text: str) -> tuple[str, str, list[str]]:
         raise UsageError(f"-v {text!r} is not a volume", hint)
     source, destination = parts[0], parts[1]
     options = parts[2].split(",") if len(parts) == 3 else []
-    chosen = _volume_options(text, options)
     if "/" not in source and source not in (".", ".."):
         raise UsageError(
-            f"-v {text!r}: named volumes do not exist here", f"give a directory: -v ./{source}:{destination}"
+            f"-v {text!r}: named volumes do not exist here",
+            f"give a directory: -v ./{source}:{destination}; -v {destination} alone is a volume that goes with"
+            " the container",
         )
+    return bind(source, destination, options, f"-v {text!r}")
+
+
+def bind(source: str, destination: str, options: list[str], given: str) -> tuple[str, str, list[str]]:
+    """A directory or file of the host, and where it is to be in the container.
+
+    Args:
+        source: Its path; a relative one is relative to the working directory.
+        destination: Where.
+        options: Docker's and Podman's words.
+        given: How all that was written, for errors.
+
+    Returns:
+        As `volume`.
+    """
+    chosen = _volume_options(given, options)
     if not destination.startswith("/"):
-        raise UsageError(f"-v {text!r}: the destination {destination!r} is not absolute", hint)
+        raise UsageError(
+            f"{given}: the destination {destination!r} is not absolute",
+            f"the container's path: /{destination}",
+        )
     if os.path.normpath(destination) == "/":
-        raise UsageError(f"-v {text!r}: the destination cannot be the root", "use rootfs:DIR as the image")
+        raise UsageError(f"{given}: the destination cannot be the root", "use rootfs:DIR as the image")
     source = os.path.abspath(source)
     if not os.path.exists(source):
-        raise UsageError(f"-v {text!r}: {source} does not exist on the host", f"mkdir -p {source}")
+        raise UsageError(f"{given}: {source} does not exist on the host", f"mkdir -p {source}")
     if not os.access(source, os.R_OK):
-        raise UsageError(f"-v {text!r}: {source} cannot be read", "check its permissions")
+        raise UsageError(f"{given}: {source} cannot be read", "check its permissions")
     return source, os.path.normpath(destination), chosen
 
 
-def _volume_options(text: str, options: list[str]) -> list[str]:
+def _volume_options(given: str, options: list[str]) -> list[str]:
     access, propagation, flags = "rw", "rprivate", []
     for option in options:
         if option in ("ro", "rw"):
@@ -176,15 +196,15 @@ def _volume_options(text: str, options: list[str]) -> list[str]:
             flags.append(option)
         elif option.partition("=")[0] in _ELSEWHERE:
             raise UsageError(
-                f"-v {text!r}: the option {option!r} is not offered", _ELSEWHERE[option.partition("=")[0]]
+                f"{given}: the option {option!r} is not offered", _ELSEWHERE[option.partition("=")[0]]
             )
         elif option not in _NO_EFFECT:
             raise UsageError(
-                f"-v {text!r}: unknown option {option!r}",
+                f"{given}: unknown option {option!r}",
                 "the options are " + ", ".join(("ro", "rw", *_PROPAGATIONS, *_MOUNT_FLAGS, *_NO_EFFECT)),
             )
     if len({"ro", "rw"} & set(options)) > 1 or len(set(_PROPAGATIONS) & set(options)) > 1:
-        raise UsageError(f"-v {text!r}: the options {','.join(options)} contradict each other")
+        raise UsageError(f"{given}: the options {','.join(options)} contradict each other")
     return ["rbind", propagation, access, *flags]
 
 

@@ -9,6 +9,7 @@ ALIASES = {"unpause": "resume", "ls": "ps", "list": "ps", "remove": "rm", "delet
 """Other names of commands; ``container X`` is ``X``, too."""
 
 _IMAGES_ELSEWHERE = "build, tag and push with docker, podman, buildah or skopeo; kata runs what they make"
+_VOLUMES = "kata run -v DIR:/path shares a directory, -v /path is a volume of one container; none has a name"
 COMMANDS = {
     "build": "docker build or podman build, and then kata run docker-archive:FILE",
     "buildx": _IMAGES_ELSEWHERE,
@@ -26,8 +27,8 @@ COMMANDS = {
     "login": "docker login or podman login; kata reads ~/.docker/config.json",
     "logout": "docker logout or podman logout; kata reads ~/.docker/config.json",
     "network": "kata run --network user|none; networks between containers are Docker's or CNI's",
-    "volume": "kata run -v DIR:/path shares a directory; there are no named volumes (yet)",
-    "volumes": "kata run -v DIR:/path shares a directory; there are no named volumes (yet)",
+    "volume": _VOLUMES,
+    "volumes": _VOLUMES,
     "events": "kata wait NAME waits for an end, kata ps -a shows them all",
     "rename": "the name is given with kata run --name, and stays",
     "healthcheck": "kata exec NAME PROGRAM",
@@ -56,7 +57,6 @@ OPTIONS = {
     "--label": "keep notes elsewhere: the name (--name) is what kata ps shows",
     "--label-file": "keep notes elsewhere: the name (--name) is what kata ps shows",
     "--restart": "restart it by a systemd unit around kata run",
-    "--mount": "-v SRC:DST[:ro] for a bind, --tmpfs DST for a tmpfs",
     "--volumes-from": "give both containers the same -v SRC:DST",
     "--add-host": "kata cp FILE NAME:/etc/hosts when it runs",
     "--dns": "kata cp FILE NAME:/etc/resolv.conf when it runs",

@@ -7,6 +7,7 @@ Most are shown live through the sandbox's share. Some kinds are not, because a s
   long as the sandbox. Nothing is lost by that, since only the pod's containers use them.
 * Kubernetes' volumes whose content changes under a running container (ConfigMaps, secrets, projected tokens and the
   downward API) are copied by the agent whenever they do, so that whoever watches them there hears of it (inotify).
+* A file system image among the container's disks (``kata run --mount type=volume``) is a directory of that disk.
 * A device node is the guest's own, or refused (`kata.engine.nodes`), and so is a fifo. A unix socket is one of the
   guest whose connections are carried to the host's (`kata.engine.sockets`).
 
@@ -24,6 +25,7 @@ from kata import sysio
 from kata.engine import nodes, rootfs, spec
 from kata.engine.volumes import absent
 from kata.errors import ConfigError, HostError
+from kata.hypervisor.qemu import slots
 from kata.proto.agent_pb import Storage
 from kata.settings import RootfsSettings
 
@@ -35,12 +37,15 @@ if TYPE_CHECKING:
     from kata.engine import sockets
     from kata.engine.hostns import Namespaces
     from kata.engine.sandbox import Sandbox
+    from kata.settings import DiskVolumeSettings
 
 _SANDBOX = f"{spec.GUEST_RUN}/sandbox"
 """Storages below it are made once and last as long as the sandbox; the agent knows this path, too."""
 _CHANGING = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?$")
 _IN_MEMORY = "/kubernetes.io~empty-dir/"
 _FOLLOWS = frozenset({"slave", "rslave", "shared", "rshared"})
+_VOLUME = "kata.volume."
+"""Beginning of the driver options that tell our agent what belongs into a volume (``agent/src/volume_disk.rs``)."""
 _RECURSIVELY_READONLY = "rro"
 """containerd's namespace for Docker's containers."""
 _NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
@@ -205,6 +210,10 @@ class Shared:
     def _of_guest(self, mount: dict[str, Any], here: MountTable) -> spec.GuestBind | None:
         """What of the guest's own stands for a mount; None where the host's is shared."""
         source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
+        container = self._sandbox.settings.container
+        for volume in container.disk_volumes if container is not None else ():
+            if source == volume.name:
+                return self._on_disk(volume, str(mount.get("destination")), options)
         try:
             about = os.stat(source)
         except OSError:
@@ -215,6 +224,25 @@ class Shared:
         if stat.S_ISSOCK(about.st_mode) and (self._sandbox.machine.host is None or here.is_live(source)):
             return self._socket(source, options, about, None)
         return self._in_memory(mount, here)
+
+    def _on_disk(self, volume: DiskVolumeSettings, destination: str, options: list[str]) -> spec.GuestBind:
+        """The directory of a disk that is one of the container's volumes; the agent makes it at the first mount."""
+        place = f"{spec.GUEST_RUN}/{self._container_id}/volumes/{volume.slot}"
+        about = [f"{_VOLUME}root={rootfs.path(self._container_id)}", f"{_VOLUME}path={destination}"]
+        if not volume.copy:
+            about.append(f"{_VOLUME}empty")
+        self.storages.append(
+            Storage(
+                driver="blk",
+                source=slots.disk_path(volume.slot),
+                fstype="ext4",
+                # What is deleted there frees space on the host, too.
+                options=["discard"],
+                driver_options=about,
+                mount_point=place,
+            )
+        )
+        return spec.GuestBind(f"{place}/data", options)
 
     def _socket(
         self, source: str, options: list[str], about: os.stat_result, host: Namespaces | None

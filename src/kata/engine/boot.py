@@ -308,7 +308,7 @@ def vm_settings(
         max_memory_mib=size.max_memory_mib + more_mib if size.max_memory_mib else 0,
         memory_mib=size.memory_mib + more_mib,
         disks=disks,
-        disk_slots=max(settings.disk_slots, slots.FEWEST_DISKS),
+        disk_slots=max(settings.disk_slots, slots.FEWEST_DISKS, len(disks)),
         share_dir=share_dir,
         share_fd=-1 if files is None else files.fd,
         title=f"kata: machine of {settings.id}",

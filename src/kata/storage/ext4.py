@@ -1,4 +1,4 @@
-"""The writable layer of a container: a sparse file with an ext4 file system in it.
+"""The writable layer of a container, and its volumes on disks: a sparse file with an ext4 file system in it.
 
 mkfs.ext4 runs once per size; its result is kept as a template of some 60 KB of data (in
 ``$KATA_CACHE_DIR/ext4``), and a new layer is made by copying just these data into a file of the right size.
@@ -12,7 +12,8 @@ The choices, for a disk that lives as long as its container and must survive the
   kernel would begin by writing zeros, which take real space, for seconds.
 * No blocks reserved for root, no room for growing, one superblock: metadata stay together at the front.
 * The two directories that an overlay needs (`OVERLAY_DIRECTORIES`) are there: making them is the guest's first
-  transaction otherwise, ten milliseconds for an emulated one.
+  transaction otherwise, ten milliseconds for an emulated one. (A volume has them, too, and no use for them: so the
+  template serves both.)
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ _FEATURES = (
 """Named one by one, the host's mke2fs.conf ignored: a guest's kernel may be older than the host's tools."""
 
 
-def make_writable(path: str, size_bytes: int) -> None:
-    """Make a writable layer.
+def make_writable(
+    path: str, size_bytes: int, what: str = "writable layer", option: str = "--storage-size"
+) -> None:
+    """Make a writable layer, or a volume.
 
     Args:
         path: The file to make; it must not exist.
         size_bytes: Size of the file system, rounded down to 4 KiB. Space is taken as it is written to.
+        what: What it is called in errors.
+        option: What chooses its size.
 
     Raises:
         UsageError: The size is out of range.
@@ -51,17 +56,17 @@ def make_writable(path: str, size_bytes: int) -> None:
     size = size_bytes & ~4095
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UsageError(
-            f"a writable layer of {size_bytes} bytes cannot be made",
+            f"a {what} of {size_bytes} bytes cannot be made",
             f"choose between {MIN_SIZE >> 20}m and 16t",
         )
     try:
         template = _open_template(size)
     except OSError as error:
-        raise _host_error(error, paths.cache_dir()) from error
+        raise _host_error(error, f"{what} {paths.cache_dir()}", option) from error
     try:
         _copy(template, path, size)
     except OSError as error:
-        raise _host_error(error, path) from error
+        raise _host_error(error, f"{what} {path}", option) from error
     finally:
         os.close(template)
 
@@ -163,17 +168,13 @@ def _next_data(fd: int, at: int) -> int:
         raise
 
 
-def _host_error(error: OSError, path: str) -> HostError:
+def _host_error(error: OSError, what: str, option: str) -> HostError:
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceExhaustedError(
-            f"the writable layer {path} cannot be made: {reason}",
+            f"the {what} cannot be made: {reason}",
             f"free some space (`kata rm`, `kata rmi`, `kata gc`); KATA_STATE_DIR moves {paths.state_dir()}",
         )
     if error.errno == errno.EFBIG:
-        return ResourceExhaustedError(
-            f"the writable layer {path} cannot be made: {reason}", "choose a smaller --storage-size"
-        )
-    return HostError(
-        f"the writable layer {path} cannot be made: {reason}", "check the directory and its permissions"
-    )
+        return ResourceExhaustedError(f"the {what} cannot be made: {reason}", f"choose a smaller {option}")
+    return HostError(f"the {what} cannot be made: {reason}", "check the directory and its permissions")

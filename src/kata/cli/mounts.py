@@ -1,0 +1,240 @@
+"""Reads ``--mount``, and ``-v DST``: volumes on disks of their own, and Docker's long form of ``-v`` and ``--tmpfs``.
+
+A volume is a file system in a file of the container's directory, and a disk of its machine (`kata.storage.ext4`).
+Unlike the writable layer and the host's files it can be the upper layer of an overlay, which is what a dockerd in a
+container needs.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata.cli import values
+from kata.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+DEFAULT_SIZE = 10 << 30
+"""That of the writable layer, too; it is what a volume may take, not what it takes."""
+MOST_VOLUMES = 6
+"""A machine has eight disks at most, of which the image and the writable layer are two."""
+_FORM = "--mount type=volume,dst=PATH[,volume-opt=size=SIZE][,volume-nocopy][,ro]"
+_BIND_FORM = "--mount type=bind,src=PATH,dst=PATH[,ro][,bind-propagation=rslave]"
+_TMPFS_FORM = "--mount type=tmpfs,dst=PATH[,tmpfs-size=SIZE][,tmpfs-mode=1777]"
+_DESTINATIONS = ("dst", "destination", "target")
+_READONLY = ("ro", "readonly")
+_SWITCHES = (*_READONLY, "rw", "volume-nocopy")
+_OF_KIND = {
+    "volume": ("volume-opt", "volume-nocopy"),
+    "bind": ("bind-propagation", "consistency", "relabel"),
+    "tmpfs": ("tmpfs-size", "tmpfs-mode"),
+}
+_FORMS = {"volume": _FORM, "bind": _BIND_FORM, "tmpfs": _TMPFS_FORM}
+
+
+class Volume:
+    """A volume on a disk of its own.
+
+    Args:
+        destination: Where it is in the container.
+        size: Of its file system, in bytes.
+        readonly: The container may only read it.
+        copy: What the image has at the destination is copied into it when it is first used.
+    """
+
+    __slots__ = ("copy", "destination", "readonly", "size")
+
+    def __init__(
+        self, destination: str, size: int = DEFAULT_SIZE, *, readonly: bool = False, copy: bool = True
+    ) -> None:
+        self.destination = destination
+        self.size = size
+        self.readonly = readonly
+        self.copy = copy
+
+    @property
+    def access(self) -> str:
+        """The mount's option: ``ro`` or ``rw``."""
+        return "ro" if self.readonly else "rw"
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What container.json says of it.
+
+        Args:
+            name: Its file in the container's directory.
+        """
+        return {
+            "name": name,
+            "destination": self.destination,
+            "size": self.size,
+            "readonly": self.readonly,
+            "copy": self.copy,
+        }
+
+
+class Mounts:
+    """What was asked for with ``--mount`` and ``-v``, by kind.
+
+    Attributes:
+        volumes: Volumes on disks.
+        binds: Source, destination, options: as `values.volume`.
+        tmpfs: Destination, options: as `values.tmpfs`.
+    """
+
+    __slots__ = ("binds", "tmpfs", "volumes")
+
+    def __init__(self) -> None:
+        self.volumes: list[Volume] = []
+        self.binds: list[tuple[str, str, list[str]]] = []
+        self.tmpfs: list[tuple[str, list[str]]] = []
+
+    def add(self, text: str) -> None:
+        """Take one ``--mount``.
+
+        Raises:
+            UsageError: It is malformed, or asks for what there is not.
+        """
+        given = _pairs(text)
+        kind = given.pop("type", "volume")
+        if kind not in _OF_KIND:
+            raise UsageError(
+                f"--mount {text!r}: there is no type {kind!r}", "type is one of volume, bind, tmpfs"
+            )
+        destination = _one(given, _DESTINATIONS, text)
+        source = _one(given, ("src", "source"), text)
+        wanted = [_switch(given.pop(key), text) for key in _READONLY if key in given]
+        readonly = any(wanted) or not _switch(given.pop("rw", "true"), text)
+        strange = [key for key in given if key not in _OF_KIND[kind]]
+        if strange:
+            raise UsageError(f"--mount {text!r}: {kind} has no option {strange[0]!r}", _FORMS[kind])
+        if not destination:
+            raise UsageError(f"--mount {text!r} does not say where to mount", _FORMS[kind])
+        access = "ro" if readonly else "rw"
+        if kind == "bind":
+            if not source:
+                raise UsageError(f"--mount {text!r} does not say what to mount", _BIND_FORM)
+            option = f"--mount {text!r}"
+            options = [access, given.get("bind-propagation", "rprivate")]
+            if given.get("consistency", "default") != "default":
+                options.append(given["consistency"])
+            if "relabel" in given:
+                options.append({"shared": "z", "private": "Z"}.get(given["relabel"], given["relabel"]))
+            self.binds.append(values.bind(source, destination, options, option))
+        elif kind == "tmpfs":
+            if source:
+                raise UsageError(f"--mount {text!r}: a tmpfs has no source", _TMPFS_FORM)
+            self.tmpfs.append((_absolute(destination, text), [access, *_tmpfs_options(given)]))
+        else:
+            if source:
+                raise UsageError(
+                    f"--mount {text!r}: there are no named volumes; a volume lives as long as its container",
+                    f"leave out the source, or share a directory: -v ./{os.path.basename(source)}:{destination}",
+                )
+            self._add_volume(given, _absolute(destination, text), text, readonly=readonly)
+
+    def _add_volume(self, given: dict[str, str], destination: str, text: str, *, readonly: bool) -> None:
+        keep_empty = _switch(given.get("volume-nocopy", "false"), text)
+        size = DEFAULT_SIZE
+        for option in given["volume-opt"].split("\n") if "volume-opt" in given else ():
+            key, _, value = option.partition("=")
+            if key != "size":
+                raise UsageError(
+                    f"--mount {text!r}: a volume has no option {key!r}",
+                    "its one option is volume-opt=size=10g",
+                )
+            size = values.size(value, "--mount volume-opt=size")
+        self.volumes.append(Volume(destination, size, readonly=readonly, copy=not keep_empty))
+
+    def add_short(self, text: str) -> None:
+        """Take ``-v DST[:OPTIONS]`` without a source: a volume of the default size.
+
+        Raises:
+            UsageError: The destination is not one.
+        """
+        self.volumes.append(Volume(_absolute(text, text, "-v")))
+
+
+def check(
+    found: Mounts, binds: list[tuple[str, str, list[str]]], tmpfs: list[tuple[str, list[str]]]
+) -> None:
+    """Refuse two mounts at one place where a volume or a ``--mount`` is among them, and more disks than there can be.
+
+    Args:
+        found: Those of ``--mount``, and volumes.
+        binds: All binds.
+        tmpfs: All mounts of a tmpfs.
+
+    Raises:
+        UsageError: There is one at fault.
+    """
+    destinations = [
+        *(volume.destination for volume in found.volumes),
+        *(destination for _, destination, _ in binds),
+        *(destination for destination, _ in tmpfs),
+    ]
+    twice = next((one for one in destinations if destinations.count(one) > 1), "")
+    if twice:
+        raise UsageError(f"there are two mounts at {twice}", "leave out one of the two")
+    check_number(len(found.volumes))
+
+
+def check_number(volumes: int) -> None:
+    """Refuse more volumes than a machine has room for.
+
+    Raises:
+        UsageError: They are.
+    """
+    if volumes > MOST_VOLUMES:
+        raise UsageError(
+            f"{volumes} volumes on disks are more than a machine has room for: {MOST_VOLUMES}",
+            "-v DIR:PATH shares a directory of the host instead, --tmpfs PATH is in memory",
+        )
+
+
+def _pairs(text: str) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for item in text.split(","):
+        key, equals, value = item.partition("=")
+        if not equals and key not in _SWITCHES:
+            raise UsageError(f"--mount {text!r}: {item!r} is not KEY=VALUE", _FORM)
+        if key == "volume-opt" and key in given:
+            value = f"{given[key]}\n{value}"
+        elif key in given:
+            raise UsageError(f"--mount {text!r}: {key} is given twice", "leave out one of the two")
+        given[key] = value if equals else "true"
+    return given
+
+
+def _one(given: dict[str, str], keys: tuple[str, ...], text: str) -> str:
+    found = [given.pop(key) for key in keys if key in given]
+    if len(found) > 1:
+        raise UsageError(f"--mount {text!r}: {keys[0]} is given twice", "leave out one of the two")
+    return found[0] if found else ""
+
+
+def _switch(value: str, text: str) -> bool:
+    if value.lower() not in ("true", "1", "false", "0"):
+        raise UsageError(f"--mount {text!r}: {value!r} is neither true nor false")
+    return value.lower() in ("true", "1")
+
+
+def _absolute(destination: str, text: str, option: str = "--mount") -> str:
+    normal = os.path.normpath(destination)
+    if not destination.startswith("/") or normal in ("/", "//"):
+        raise UsageError(
+            f"{option} {text!r}: the destination has to be absolute and not the root",
+            f"{option} /data" if option == "-v" else _FORM,
+        )
+    return normal
+
+
+def _tmpfs_options(given: dict[str, str]) -> list[str]:
+    options = []
+    if "tmpfs-size" in given:
+        options.append(f"size={values.size(given['tmpfs-size'], '--mount tmpfs-size')}")
+    mode = given.get("tmpfs-mode", "1777")
+    if not mode or not set(mode) <= set("01234567") or len(mode) > 5:
+        raise UsageError(f"--mount tmpfs-mode={mode!r} is not an octal mode", "for example 1777")
+    return [*options, f"mode={mode}"]
