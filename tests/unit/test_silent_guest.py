@@ -20,7 +20,7 @@ from kata.agent import client as agent_client
 from kata.agent.client import AgentClient
 from kata.cli import session
 from kata.engine import container as containers
-from kata.engine import sandbox_service, task_service
+from kata.engine import sandbox_service, task_service, watch
 from kata.engine.client import EngineClient
 from kata.errors import AgentError, AgentTimeoutError, KataError, VMLostError
 from kata.proto import agent_pb
@@ -38,6 +38,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert containers.KILL_S <= 4
     for module, name in (
         (containers, "KILL_S"),
+        (containers, "REAP_S"),
         (task_service, "KILL_S"),
         (agent_client, "ASK_S"),
         (sandbox_service, "ASK_S"),
@@ -115,6 +116,53 @@ def test_sigkill_ends_what_the_guest_only_says_to_have_ended(
         except KataError:
             assert answer != "yes"
         assert client.wait("c1", timeout=3) == 137
+        assert "its guest did not end it" in client.describe()["error"]
+
+
+def reaps_late(engine: Engine, seconds: float) -> None:
+    """Have the guest take SIGKILL at once, and tell of the end later."""
+    doomed = engine.double.processes["c1", ""]
+    kill = doomed.signal
+
+    def later(number: int) -> None:
+        engine.loop.call_later(seconds, kill, number)
+
+    doomed.signal = later  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("load", ["none", "starved"])
+def test_a_guest_that_is_at_it_may_take_longer_to_end_a_killed_container(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    """It answers and frees a large process; or the host leaves its hypervisor no processor time meanwhile."""
+    if load == "none":
+        monkeypatch.setattr(containers, "REAP_S", 20 * SHORT_S)
+    else:
+        ticks = iter(range(1_000_000))
+        monkeypatch.setattr(watch, "cpu_time", lambda pid: watch.CpuTime(0, next(ticks), False))
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
+    with engine.client() as client:
+        started(engine, client)
+        reaps_late(engine, 4 * SHORT_S)
+        client.kill("c1", KILL)
+        assert client.wait("c1", timeout=10) == 137
+        assert client.describe()["error"] == ""
+
+
+def test_an_overloaded_host_does_not_put_an_end_off_for_ever(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(1_000_000))
+    monkeypatch.setattr(watch, "cpu_time", lambda pid: watch.CpuTime(0, next(ticks), False))
+    monkeypatch.setattr(containers, "STARVED_S", 4 * SHORT_S)
+    engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
+    with engine.client() as client:
+        started(engine, client)
+        reaps_late(engine, 60)
+        began = time.monotonic()
+        client.kill("c1", KILL)
+        assert client.wait("c1", timeout=10) == 137
+        assert time.monotonic() - began >= 4 * SHORT_S
         assert "its guest did not end it" in client.describe()["error"]
 
 
@@ -247,6 +295,6 @@ def test_how_long_each_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(ask())
     assert waited == {method: seconds for method, (_, seconds) in asked.items()}
-    assert containers.KILL_S == 4
+    assert (containers.KILL_S, containers.REAP_S, containers.STARVED_S) == (4, 8, 30)
     policies = session.client_policy(), start.client_policy("default", "/bundle")
     assert [(policy.signal_s, policy.late_signals_fail) for policy in policies] == [(10, True), (2, False)]

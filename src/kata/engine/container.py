@@ -13,7 +13,7 @@ import time
 
 from kata.agent.client import NULL_STDIN, PIDS_OF, Encoded, create_request
 from kata.agent.text import escape_line
-from kata.engine import binds, disks, nodes, prepare, rootfs, spec
+from kata.engine import binds, disks, nodes, prepare, rootfs, spec, watch
 from kata.engine.fitting import merged
 from kata.engine.logfile import LogFile
 from kata.engine.process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
@@ -46,7 +46,12 @@ EXECS_END_S = 2.0
 """How long an ended init waits for the ends of its container's execs: they die with it, at the same
 moment."""
 KILL_S = 4.0
-"""How long the guest has to obey a SIGKILL of a container's init. Then its machine is ended: the guest has no say."""
+"""How long the guest has to obey a SIGKILL of a container's init, in seconds. Then its machine is ended: the guest has
+no say."""
+REAP_S = 8.0
+"""The same for a guest that has taken the signal and still answers: a large process is not gone at once."""
+STARVED_S = 30.0
+"""At most, however little processor time the host's load leaves the hypervisor: such time is not the guest's fault."""
 OOM_NOTICE_S = 0.1
 REMOVE_S = 20
 PLACEHOLDER_PROCESS = {"args": ["/proc/self/exe"], "cwd": "/"}
@@ -558,36 +563,72 @@ class Container:
 
     async def _kill_init(self, agent: AgentClient) -> None:
         self._kill_requested = True
-        deadline = asyncio.get_running_loop().time() + KILL_S
+        began = asyncio.get_running_loop().time()
         try:
             await agent.signal(self.id, "", _SIGKILL, KILL_S)
         except AgentTimeoutError:
-            self._end_machine("its guest did not answer")
+            self._end_machine("its guest did not answer", KILL_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.init.ended.wait(), KILL_S)
         finally:
             # Whatever the guest has said: what counts is that it ends.
             if self.init.watcher is not None and not self.init.reaped.is_set():
-                self.sandbox.create_task(self._see_it_end(deadline))
+                self.sandbox.create_task(self._see_it_end(agent, began))
 
-    async def _see_it_end(self, deadline: float) -> None:
-        try:
-            await asyncio.wait_for(
-                self.init.reaped.wait(), max(0.0, deadline - asyncio.get_running_loop().time())
+    async def _see_it_end(self, agent: AgentClient, began: float) -> None:
+        """See to it that a killed init ends.
+
+        Args:
+            agent: The agent, which has answered to the signal.
+            began: When it was sent, by the loop's clock.
+        """
+        took_s = await self._outlasts(agent, began)
+        if not took_s:
+            return
+        if self.sandbox.has_others(self):
+            # The guest answers, and others of its pod run: they are not ended for one that is stuck in the kernel.
+            self.sandbox.log(
+                f"container {self.id} has not ended {took_s:.0f} s after SIGKILL; its sandbox can be ended"
             )
-        except TimeoutError:
-            if self.sandbox.has_others(self):
-                # The guest answers, and others of its pod run: they are not ended for one that is stuck in the kernel.
-                self.sandbox.log(
-                    f"container {self.id} has not ended {KILL_S:g} s after SIGKILL; its sandbox can be ended"
-                )
-            else:
-                self._end_machine("its guest did not end it")
+        else:
+            self._end_machine("its guest did not end it", took_s)
 
-    def _end_machine(self, why: str) -> None:
+    async def _outlasts(self, agent: AgentClient, began: float) -> float:
+        """Whether a killed init outlasts the time that its guest is given.
+
+        Returns:
+            0 if it has ended; otherwise how long it was waited for, in seconds.
+        """
+        loop = asyncio.get_running_loop()
+        counted_s = loop.time() - began
+        pause_s = KILL_S / 8
+        reaped = asyncio.ensure_future(self.init.reaped.wait())
+        try:
+            while True:
+                before, at = watch.cpu_time(self.sandbox.host_pid), loop.time()
+                await asyncio.wait([reaped], timeout=pause_s)
+                answers = not reaped.done() and await self._answers(agent, pause_s)
+                if reaped.done() or self.sandbox.is_lost:
+                    return 0.0
+                if not watch.was_starved(before, watch.cpu_time(self.sandbox.host_pid)):
+                    counted_s += loop.time() - at
+                if counted_s >= (REAP_S if answers else KILL_S) or loop.time() - began >= STARVED_S:
+                    return loop.time() - began
+        finally:
+            reaped.cancel()
+
+    async def _answers(self, agent: AgentClient, timeout_s: float) -> bool:
+        try:
+            await agent.check(timeout_s)
+        except KataError:
+            return False
+        return True
+
+    def _end_machine(self, why: str, waited_s: float) -> None:
         if not self.sandbox.is_lost:
             self.sandbox.runtime.fail(
-                f"container {self.id} was to be killed, and {why} within {KILL_S:g} s: its virtual machine was ended"
+                f"container {self.id} was to be killed, and {why} within {waited_s:.0f} s:"
+                " its virtual machine was ended"
             )
 
     async def _signal(self, agent: AgentClient, process: Process, signal: int, *, everything: bool) -> None:

@@ -55,6 +55,11 @@ def cpu_time(pid: int) -> CpuTime:
     return CpuTime(ran, waited, stopped)
 
 
+def was_starved(before: CpuTime, after: CpuTime) -> bool:
+    """Whether the hypervisor spent more of the time between the two waiting for a processor than on one."""
+    return after.waited_ns - before.waited_ns > after.ran_ns - before.ran_ns
+
+
 def counts_as_missed(before: CpuTime, after: CpuTime) -> bool:
     """Whether an unanswered check between the two is the guest's fault.
 
@@ -63,8 +68,7 @@ def counts_as_missed(before: CpuTime, after: CpuTime) -> bool:
     """
     if before.stopped or after.stopped:
         return False
-    ran, waited = after.ran_ns - before.ran_ns, after.waited_ns - before.waited_ns
-    return ran > 0 and waited <= ran
+    return after.ran_ns > before.ran_ns and not was_starved(before, after)
 
 
 async def watch(
