@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kata import journal, journal_undo, paths, sysio
-from kata.cli import listing, records, session, table
+from kata.cli import ending, listing, records, table
 from kata.engine import client
 from kata.errors import AlreadyExistsError, NotFoundError, UsageError
 from kata.proto import task_pb
@@ -112,8 +112,8 @@ def test_an_engine_is_believed_more_than_the_file(state: Path, monkeypatch: pyte
 def test_an_engine_that_hangs_is_ended_where_it_is_to_be(
     state: Path, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
-    monkeypatch.setattr(session, "TELL_AFTER_S", 0.1)
-    monkeypatch.setattr(session, "KILL_AFTER_S", 0.3)
+    monkeypatch.setattr(ending, "TELL_AFTER_S", 0.1)
+    monkeypatch.setattr(ending, "KILL_AFTER_S", 0.3)
     one = make("one")
     directory = Path(paths.sandbox_dir(one.id))
     engine = subprocess.Popen(["sleep", "1000"])
@@ -122,7 +122,7 @@ def test_an_engine_that_hangs_is_ended_where_it_is_to_be(
     made.close()
     os.kill(engine.pid, signal.SIGSTOP)
     try:
-        assert session.wait_for_engine(one, 1.0, tell=force) is force
+        assert ending.wait_for_engine(one, 1.0, tell=force) is force
         assert directory.exists() is not force
     finally:
         engine.kill()

@@ -16,6 +16,7 @@ import pytest
 
 from kata.agent_ctl import complete as agent_ctl
 from kata.agent_ctl import methods
+from kata.agent_ctl.main import OPTIONS
 from kata.cli import complete, records
 from kata.cli.main import COMMANDS
 
@@ -26,12 +27,12 @@ PATIENCE_S = 60.0
 def offered(line: str) -> list[str]:
     """The candidates of ``kata`` at the end of *line*, which begins with the program's name."""
     words = complete.split(line)[1:]
-    return [text for text, _ in complete.kata(words[:-1], words[-1])]
+    return [text for text, _ in complete.kata(COMMANDS, words[:-1], words[-1])]
 
 
 def offered_by_agent_ctl(line: str) -> list[str]:
     words = complete.split(line)[1:]
-    return [text for text, _ in agent_ctl.complete(words[:-1], words[-1])]
+    return [text for text, _ in agent_ctl.complete(OPTIONS, words[:-1], words[-1])]
 
 
 @pytest.fixture

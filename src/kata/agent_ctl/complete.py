@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kata.agent_ctl import bench, fuzz, methods, shell
-from kata.agent_ctl.main import OPTIONS
 from kata.agent_ctl.session import COMMANDS
 from kata.cli.complete import beginning, values
 
@@ -15,26 +14,27 @@ if TYPE_CHECKING:
     from kata.cli.complete import Candidates
 
 
-def complete(before: Sequence[str], word: str) -> Candidates:
+def complete(options: Sequence[Option], before: Sequence[str], word: str) -> Candidates:
     """Candidates.
 
     Args:
+        options: The program's own.
         before: The words before this one, without the program.
         word: What has been typed of it.
     """
-    rest, pending = _skip_options(OPTIONS, before)
+    rest, pending = _skip_options(options, before)
     if pending is not None:
         return beginning(values(pending.metavar), word)
     if not rest:
         if word.startswith("-"):
-            return _options(OPTIONS, word)
+            return _options(options, word)
         return beginning([*COMMANDS.items(), *((name, "") for name in methods.names())], word)
-    for name, options in (("bench", bench.OPTIONS), ("fuzz", fuzz.OPTIONS)):
+    for name, own in (("bench", bench.OPTIONS), ("fuzz", fuzz.OPTIONS)):
         if rest[0] == name:
-            more, pending = _skip_options(options, rest[1:])
+            more, pending = _skip_options(own, rest[1:])
             if pending is not None:
                 return beginning(values(pending.metavar), word)
-            return [] if more else _options(options, word)
+            return [] if more else _options(own, word)
     if rest[0] == "list":
         return [] if len(rest) > 1 else beginning([(name, "") for name in methods.names()], word)
     return [(text.rstrip(), "") for text in shell.complete(list(rest), word)]

@@ -84,7 +84,7 @@ def dispatch(argv: Sequence[str]) -> int:
         from kata.agent_ctl.complete import complete
         from kata.cli.complete import main as answer
 
-        return answer(argv[1:], complete)
+        return answer(argv[1:], lambda before, word: complete(OPTIONS, before, word))
     values, words = parse(OPTIONS, argv)
     if words[:1] == ["--"]:
         words = words[1:]

@@ -16,7 +16,7 @@ from kata.cli.args import FLAG, Option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from kata.cli.args import Command
 
@@ -65,27 +65,27 @@ def split(line: str) -> list[str]:
     return line.split(" ")
 
 
-def kata(before: Sequence[str], word: str) -> Candidates:
+def kata(commands: Mapping[str, tuple[str, str]], before: Sequence[str], word: str) -> Candidates:
     """Candidates for ``kata``.
 
     Args:
+        commands: Command -> (module in `kata.cli`, summary).
         before: The words before this one, without the program.
         word: What has been typed of it.
     """
     from importlib import import_module
 
     from kata.cli import words
-    from kata.cli.main import COMMANDS
 
     if not before or (before[0] == "help" and len(before) == 1):
-        found = [(name, summary) for name, (_, summary) in COMMANDS.items()]
+        found = [(name, summary) for name, (_, summary) in commands.items()]
         if not before:
-            found += [("--help", "list the commands"), ("--version", COMMANDS["version"][1])]
+            found += [("--help", "list the commands"), ("--version", commands["version"][1])]
         return beginning(found, word)
-    name, *rest = before if before[0] in COMMANDS else words.command(list(before))
-    if name not in COMMANDS:
+    name, *rest = before if before[0] in commands else words.command(list(before))
+    if name not in commands:
         return []
-    command = import_module(f"kata.cli.{COMMANDS[name][0]}").COMMANDS[name]
+    command = import_module(f"kata.cli.{commands[name][0]}").COMMANDS[name]
     return _of_command(command, rest, word)
 
 

@@ -172,6 +172,7 @@ def _end_without_output(client: EngineClient, container: Container, exec_id: str
 
 
 def _attach(arguments: Arguments) -> int:
+    from kata.cli.ending import wait_for_engine
     from kata.engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
@@ -207,7 +208,7 @@ def _attach(arguments: Arguments) -> int:
         except OutputGone as gone:
             return session.without_output(container, gone, ends=False)
         cause = client.describe().get("error")
-    session.wait_for_engine(container)
+    wait_for_engine(container)
     if cause:
         raise session.lost(container, cause)
     return status

@@ -99,7 +99,7 @@ def _pull(arguments: Arguments) -> int:
 
 
 def _rmi(arguments: Arguments) -> int:
-    from kata.cli.main import report
+    from kata.cli.report import report
 
     force = arguments.flag("force")
     failures: list[KataError] = []

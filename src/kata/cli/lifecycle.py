@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from kata.cli import records, session, signals
 from kata.cli.args import Command, Option
+from kata.cli.ending import ENDED, stop, wait_for_engine
 from kata.cli.listing import need_running
 from kata.engine.client import EngineClient
-from kata.errors import AgentError, HostError, KataError, NotFoundError, StateError, UsageError, VMLostError
+from kata.errors import KataError, StateError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from kata.cli.records import Container
 
 _GRACE = "10"
-_AFTER_KILL_S = 10.0
-"""How long an engine may take to see a container end: it gives the guest a part of that."""
-_ENDED = (VMLostError, NotFoundError, HostError)
-"""What a call answers when the container, or its engine, ended before it."""
-_DEADLINE_EXCEEDED = 4
 
 COMMANDS = {
     "start": Command(
@@ -77,7 +72,7 @@ COMMANDS = {
 
 def each(references: list[str], act: Callable[[Container], str | None]) -> int:
     """Do the same for several containers, and go on after a failure; the first failure is raised at the end."""
-    from kata.cli.main import report
+    from kata.cli.report import report
 
     failures: list[KataError] = []
     for reference in references:
@@ -130,58 +125,6 @@ def _need_stopped(container: Container) -> None:
 # ---- stop ----
 
 
-def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
-    """End a container: its stop signal, SIGKILL after *grace_s* seconds, and its sandbox gone at the end.
-
-    Args:
-        container: Which.
-        grace_s: How long it may take after its stop signal; 0 is SIGKILL at once.
-        force: Nothing of it is needed any more: its sandbox does not get the time to write anything back.
-    """
-    state = container.state()
-    if state["status"] not in (records.RUNNING, records.PAUSED):
-        return
-    kill = signals.number("KILL")
-    first = signals.number(container.record["stop_signal"]) if grace_s > 0 else kill
-    try:
-        with EngineClient(container.socket) as engine:
-            if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
-                return
-            # Whatever the guest answers to it, the engine sees to it that it ends.
-            with contextlib.suppress(AgentError, NotFoundError):
-                engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
-            _ends_within(engine, container, 1.0 if force else _AFTER_KILL_S)
-    except _ENDED:
-        pass
-    finally:
-        session.wait_for_engine(container, tell=force)
-    if container.running():
-        raise StateError(
-            f"container {container.name} has not ended: its engine does not answer",
-            f"kata rm -f {container.name}",
-        )
-
-
-def _ends_by(engine: EngineClient, container: Container, number: int, status: str, seconds: float) -> bool:
-    """Send a signal, and say whether it has ended the container in time. What the guest answers does not count."""
-    until = time.monotonic() + seconds
-    with contextlib.suppress(AgentError, NotFoundError):
-        if status == records.PAUSED:  # a frozen process cannot act on a signal
-            engine.resume(container.id, seconds)
-        engine.kill(container.id, number, timeout=max(0.1, until - time.monotonic()))
-    return _ends_within(engine, container, max(0.1, until - time.monotonic()))
-
-
-def _ends_within(engine: EngineClient, container: Container, seconds: float) -> bool:
-    try:
-        engine.wait(container.id, timeout=seconds)
-    except KataError as error:
-        if error.grpc_code == _DEADLINE_EXCEEDED:
-            return False
-        raise
-    return True
-
-
 def _grace(arguments: Arguments) -> float:
     text = arguments.value("time") or _GRACE
     try:
@@ -223,7 +166,7 @@ def _kill(arguments: Arguments) -> int:
         try:
             with EngineClient(container.socket) as engine:
                 engine.kill(container.id, number, everything=number == signals.number("KILL"))
-        except _ENDED:
+        except ENDED:
             raise StateError(
                 f"container {container.name} has just ended", f"kata ps -a | grep {container.name}"
             ) from None
@@ -243,7 +186,7 @@ def _rm(arguments: Arguments) -> int:
                     f"kata stop {container.name}, or kata rm -f {container.name}",
                 )
             stop(container, 0, force=True)
-        if not session.wait_for_engine(container, tell=force):
+        if not wait_for_engine(container, tell=force):
             raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
         if records.load(container.id) is not None:
             records.remove(container)

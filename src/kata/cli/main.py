@@ -89,7 +89,7 @@ def dispatch(argv: Sequence[str]) -> int:
         if name == "__complete":  # for the shells' completion, which shows what is printed
             from kata.cli import complete
 
-            return complete.main(argv[1:], complete.kata)
+            return complete.main(argv[1:], lambda before, word: complete.kata(COMMANDS, before, word))
         import difflib
 
         from kata.cli import words
@@ -114,30 +114,6 @@ def dispatch(argv: Sequence[str]) -> int:
     arguments = module.COMMANDS[name].parse(argv[1:])
     status: int = module.HANDLERS[name](arguments)
     return status
-
-
-def report(error: KataError) -> None:
-    """Print an error and its hint to stderr, coloured on a terminal unless NO_COLOR is set.
-
-    What is quoted in them (a name that was typed, a line of a file) does nothing to the terminal.
-    """
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    red, cyan, off = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if colour else ("", "", "")
-    lines = f"{red}error:{off} {_printable(error.message)}\n"
-    if error.hint:
-        lines += f"{cyan}hint:{off} {_printable(error.hint)}\n"
-    try:
-        sys.stderr.write(lines)
-        sys.stderr.flush()
-    except OSError:
-        pass  # the exit status has to do
-
-
-def _printable(text: str) -> str:
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 class _Output(io.FileIO):
@@ -174,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KataError as error:
-        report(error)
+        _report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -192,18 +168,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename == _STDOUT:
             # Python would complain once more while exiting.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            report(KataError(f"{_STDOUT} cannot be written: {error.strerror}"))
+            _report(KataError(f"{_STDOUT} cannot be written: {error.strerror}"))
         else:
-            report(_explain(error))
+            _report(_explain(error))
         return 125
     except RecursionError:
-        report(KataError("the input is nested too deeply to be read"))
+        _report(KataError("the input is nested too deeply to be read"))
         return 125
     except Exception as error:
         from kata import crash
 
-        report(crash.explain(error, crash.name_of(["kata", *(sys.argv[1:] if argv is None else argv)])))
+        _report(crash.explain(error, crash.name_of(["kata", *(sys.argv[1:] if argv is None else argv)])))
         return 125
+
+
+def _report(error: KataError) -> None:
+    from kata.cli.report import report
+
+    report(error)
 
 
 def _explain(error: OSError) -> KataError:

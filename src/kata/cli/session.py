@@ -255,55 +255,10 @@ class _undone_on_failure:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, Occupied):
             return
-        wait_for_engine(self._container, tell=True)
+        _wait_for_engine(self._container, tell=True)
         if self._discard:
             with contextlib.suppress(KataError, OSError):
                 records.remove(self._container)
-
-
-TELL_AFTER_S = 2.0
-"""An engine that is ending anyway needs no telling."""
-KILL_AFTER_S = 8.0
-"""An engine that has been told, and still is there then, hangs: its journal says what there is to undo."""
-
-
-def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool = False) -> bool:
-    """Return when the sandbox's run directory is gone, undoing it ourselves if its engine is dead.
-
-    Args:
-        container: Whose sandbox.
-        timeout_s: How long to wait.
-        tell: Tell a living engine to end (it may be starting a container that nobody wants any more), and end it if
-            it does not.
-
-    Returns:
-        Whether it is gone.
-    """
-    from kata.journal import Journal
-
-    directory = paths.sandbox_dir(container.id)
-    began = time.monotonic()
-    delay = 0.002
-    orders = [(TELL_AFTER_S, signal.SIGTERM), (KILL_AFTER_S, signal.SIGKILL)] if tell else []
-    while os.path.isdir(directory):
-        waited = time.monotonic() - began
-        with contextlib.suppress(KataError):  # the journal goes a moment before its directory
-            journal = Journal.open(os.path.join(directory, "journal"))
-            try:
-                if not journal.owner_alive():
-                    from kata import journal_undo
-
-                    journal_undo.undo(journal)
-                    return True
-                if orders and waited > orders[0][0]:
-                    journal.signal_owner(orders.pop(0)[1], 0.0)
-            finally:
-                journal.close()
-        if waited > timeout_s:
-            return False
-        time.sleep(delay)
-        delay = min(delay * 1.5, 0.05)
-    return True
 
 
 @contextlib.contextmanager
@@ -337,7 +292,7 @@ def opened_for_files(container: Container) -> Iterator[EngineClient]:
         raise VMLostError(f"the copy was cut short: {error.message}", "kata ps -a") from None
     finally:
         engine.release()
-        wait_for_engine(container)
+        _wait_for_engine(container)
 
 
 # ---- attached ----
@@ -549,7 +504,7 @@ def run_attached(
     finally:
         client.close()
         if not container.running():
-            wait_for_engine(container)
+            _wait_for_engine(container)
     if cause:
         raise lost(container, cause)
     return status
@@ -557,6 +512,12 @@ def run_attached(
 
 OUTPUT_GONE_S = 3.0
 """Between the stop signal and SIGKILL for a process that has lost its reader: in a pipeline it would be dead by now."""
+
+
+def _wait_for_engine(container: Container, *, tell: bool = False) -> None:
+    from kata.cli.ending import wait_for_engine
+
+    wait_for_engine(container, tell=tell)
 
 
 def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int:
@@ -571,7 +532,7 @@ def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int
     Returns:
         The exit code: that of a program which SIGPIPE ends, 125 for another failure to write.
     """
-    from kata.cli.lifecycle import stop
+    from kata.cli.ending import stop
 
     if ends:
         what = f"container {container.name} was made with --rm and is ended"

@@ -1,0 +1,119 @@
+"""Ending a container from a command, and waiting until its sandbox is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+from kata import paths
+from kata.cli import records, signals
+from kata.engine.client import EngineClient
+from kata.errors import AgentError, HostError, KataError, NotFoundError, StateError, VMLostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.cli.records import Container
+
+_AFTER_KILL_S = 10.0
+"""How long an engine may take to see a container end: it gives the guest a part of that."""
+ENDED = (VMLostError, NotFoundError, HostError)
+"""What a call answers when the container, or its engine, ended before it."""
+_DEADLINE_EXCEEDED = 4
+
+TELL_AFTER_S = 2.0
+"""An engine that is ending anyway needs no telling."""
+KILL_AFTER_S = 8.0
+"""An engine that has been told, and still is there then, hangs: its journal says what there is to undo."""
+
+
+def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool = False) -> bool:
+    """Return when the sandbox's run directory is gone, undoing it ourselves if its engine is dead.
+
+    Args:
+        container: Whose sandbox.
+        timeout_s: How long to wait.
+        tell: Tell a living engine to end (it may be starting a container that nobody wants any more), and end it if
+            it does not.
+
+    Returns:
+        Whether it is gone.
+    """
+    from kata.journal import Journal
+
+    directory = paths.sandbox_dir(container.id)
+    began = time.monotonic()
+    delay = 0.002
+    orders = [(TELL_AFTER_S, signal.SIGTERM), (KILL_AFTER_S, signal.SIGKILL)] if tell else []
+    while os.path.isdir(directory):
+        waited = time.monotonic() - began
+        with contextlib.suppress(KataError):  # the journal goes a moment before its directory
+            journal = Journal.open(os.path.join(directory, "journal"))
+            try:
+                if not journal.owner_alive():
+                    from kata import journal_undo
+
+                    journal_undo.undo(journal)
+                    return True
+                if orders and waited > orders[0][0]:
+                    journal.signal_owner(orders.pop(0)[1], 0.0)
+            finally:
+                journal.close()
+        if waited > timeout_s:
+            return False
+        time.sleep(delay)
+        delay = min(delay * 1.5, 0.05)
+    return True
+
+
+def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
+    """End a container: its stop signal, SIGKILL after *grace_s* seconds, and its sandbox gone at the end.
+
+    Args:
+        container: Which.
+        grace_s: How long it may take after its stop signal; 0 is SIGKILL at once.
+        force: Nothing of it is needed any more: its sandbox does not get the time to write anything back.
+    """
+    state = container.state()
+    if state["status"] not in (records.RUNNING, records.PAUSED):
+        return
+    kill = signals.number("KILL")
+    first = signals.number(container.record["stop_signal"]) if grace_s > 0 else kill
+    try:
+        with EngineClient(container.socket) as engine:
+            if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
+                return
+            # Whatever the guest answers to it, the engine sees to it that it ends.
+            with contextlib.suppress(AgentError, NotFoundError):
+                engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
+            _ends_within(engine, container, 1.0 if force else _AFTER_KILL_S)
+    except ENDED:
+        pass
+    finally:
+        wait_for_engine(container, tell=force)
+    if container.running():
+        raise StateError(
+            f"container {container.name} has not ended: its engine does not answer",
+            f"kata rm -f {container.name}",
+        )
+
+
+def _ends_by(engine: EngineClient, container: Container, number: int, status: str, seconds: float) -> bool:
+    """Send a signal, and say whether it has ended the container in time. What the guest answers does not count."""
+    until = time.monotonic() + seconds
+    with contextlib.suppress(AgentError, NotFoundError):
+        if status == records.PAUSED:  # a frozen process cannot act on a signal
+            engine.resume(container.id, seconds)
+        engine.kill(container.id, number, timeout=max(0.1, until - time.monotonic()))
+    return _ends_within(engine, container, max(0.1, until - time.monotonic()))
+
+
+def _ends_within(engine: EngineClient, container: Container, seconds: float) -> bool:
+    try:
+        engine.wait(container.id, timeout=seconds)
+    except KataError as error:
+        if error.grpc_code == _DEADLINE_EXCEEDED:
+            return False
+        raise
+    return True
