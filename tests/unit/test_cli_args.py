@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from kata.cli.main import COMMANDS, main
 from kata.cli.pump import parse_detach_keys
 from kata.errors import UsageError
 
+ROOT = Path(__file__).resolve().parents[2]
 RUN = Command(
     "run",
     "IMAGE [COMMAND...]",
@@ -212,7 +217,14 @@ def test_detach_keys() -> None:
         (["run", "--net", "none", "x"], "it is called --network"),
         (["run", "--health-interval", "5s", "x"], "kata exec NAME PROGRAM"),
         (["run", "--device-read-bps", "/dev/vda:1mb", "x"], "limits are --cpus"),
+        (["run", "--device-cgroup-rule", "c 1:1 r", "x"], "mean nothing in another kernel"),
         (["ps", "--format", "{{.ID}}"], "--json, and jq"),
+        (["inspect", "-f", "{{.ID}}", "x"], "--json, and jq"),
+        (["run", "-a", "stdout", "x"], "without -d its output is attached"),
+        (["stop", "-a"], "name them: $(kata ps -aq)"),
+        (["images", "-a"], "they are all there"),
+        (["stop", "-f", "x"], "kata stop: unknown option -f"),
+        (["container", "prune"], "kata rm $(kata ps -aq)"),
         (["run", "--nmae", "x", "y"], "did you mean --name?"),
         (["unpuase", "x"], "unknown command 'unpuase'"),
     ],
@@ -232,10 +244,102 @@ def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert "usage: kata resume" in capsys.readouterr().out
     assert not set(words.COMMANDS) & set(COMMANDS)
     assert not set(words.ALIASES) & set(COMMANDS)
-    names = {
-        name for command in run.COMMANDS.values() for option in command.options for name in option.names
-    }
-    assert not names & set(words.OPTIONS)
+
+
+def _options() -> dict[str, set[str]]:
+    """Every command -> the options that it has."""
+    found = {}
+    for name, (module, *_) in COMMANDS.items():
+        command = import_module(f"kata.cli.{module}").COMMANDS[name]
+        found[name] = {spelling for option in command.options for spelling in option.names}
+    return found
+
+
+def _named(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The command lines of kata in a text: the command, and the options that follow it before anything else."""
+    for found in re.finditer(r"\bkata ([a-z][a-z-]*)((?: -[^ ;,|>()']*)*)", text):
+        yield found[1], [option for option in found[2].split() if option != "-"]
+
+
+def _has(options: set[str], option: str) -> bool:
+    """Whether an option, or several that are joined (``-aq``), are among these."""
+    name = option.partition("=")[0]
+    return (
+        name in options
+        or name == "--help"
+        or (name[1:2] != "-" and all(f"-{x}" in options for x in name[1:]))
+    )
+
+
+VERBS = {
+    "agent",
+    "again",
+    "and",
+    "as",
+    "changes",
+    "does",
+    "has",
+    "is",
+    "itself",
+    "knows",
+    "maps",
+    "reads",
+    "runs",
+}
+"""What follows the name in sentences that are about kata."""
+
+
+def test_an_answer_names_only_what_there_is() -> None:
+    """For each word of Docker's and Podman's, the command or option that is named instead."""
+    options = _options()
+    for word, text in words.COMMANDS.items():
+        named = list(_named(text))
+        assert all(command in options or command in VERBS for command, _ in named), (word, text)
+    keys = [
+        (commands, names, text) for commands, table in words.OPTIONS.items() for names, text in table.items()
+    ]
+    for commands, names, text in keys:
+        for command in commands.split():
+            assert command in options, commands
+            for name in names.split():
+                assert name.startswith("-")
+                assert not name.endswith("*") or name.startswith("--")
+                assert name not in options[command], f"kata {command} has {name}"
+                assert words.about_option(command, name.replace("*", "x"))
+            for other, _ in _named(text):
+                assert other in options or other in VERBS, text
+            # What is left without the command lines of kata and of others are options of this very command.
+            own = re.sub(r"\bkata [a-z]+[^;,|>()]*|\bjq\b.*|\bhead -1", "", text)
+            for option in re.findall(r"(?:^|[ (])(-{1,2}[A-Za-z][a-z-]*)", own):
+                assert _has(options[command], option), f"{text!r} for kata {command} {names}"
+    for text in [*words.COMMANDS.values(), *(text for _, _, text in keys)]:
+        for page in re.findall(r"docs/\S+\.md", text):
+            assert (ROOT / page).exists(), text
+
+
+def test_every_hint_of_ours_can_be_typed() -> None:
+    """In all the texts of the sources: a command that kata is said to have, with the options that follow it."""
+    options = _options()
+    for path in sorted((ROOT / "src/kata").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        prose |= {
+            id(node.value) for node in ast.walk(tree) if isinstance(node, ast.FormattedValue | ast.Attribute)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+                text = node.value
+            else:
+                continue
+            for command, given in _named(text):
+                if command not in options:
+                    assert command in VERBS, f"{path}: {text!r}"
+                for option in given if command in options else ():
+                    assert _has(options[command], option), f"{path}: {text!r}"
 
 
 def test_what_an_error_quotes_does_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,7 +163,7 @@ class Command:
 
         from kata.cli import words
 
-        if instead := words.about_option(name):
+        if instead := words.about_option(self.name, name):
             raise UsageError(f"kata {self.name} has no option {name}", instead)
         near = difflib.get_close_matches(name, by_name, 1)
         hint = f"did you mean {near[0]}?" if near else f"'kata {self.name} --help' lists the options"

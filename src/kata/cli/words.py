@@ -33,8 +33,8 @@ COMMANDS = {
     "rename": "the name is given with kata run --name, and stays",
     "healthcheck": "kata exec NAME PROGRAM",
     "info": "kata version, kata doctor",
-    "system": "kata gc clears away what ended, kata doctor checks the host",
-    "prune": "kata gc",
+    "system": "kata gc clears away what crashes left and images without a name, kata doctor checks the host",
+    "prune": "kata rm $(kata ps -aq) removes all that do not run; kata gc images without a name",
     "pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",
     "kube": "pods come from Kubernetes (CRI): docs/kubernetes.md",
     "play": "pods come from Kubernetes (CRI): docs/kubernetes.md",
@@ -53,64 +53,86 @@ COMMANDS = {
 }
 """Command of Docker or Podman -> what to do instead."""
 
-OPTIONS = {
-    "--label": "keep notes elsewhere: the name (--name) is what kata ps shows",
-    "--label-file": "keep notes elsewhere: the name (--name) is what kata ps shows",
-    "--restart": "restart it by a systemd unit around kata run",
-    "--volumes-from": "give both containers the same -v SRC:DST",
-    "--add-host": "kata cp FILE NAME:/etc/hosts when it runs",
-    "--dns": "kata cp FILE NAME:/etc/resolv.conf when it runs",
-    "--dns-search": "kata cp FILE NAME:/etc/resolv.conf when it runs",
-    "--dns-option": "kata cp FILE NAME:/etc/resolv.conf when it runs",
-    "--init": "the machine's own init takes up orphans; add tini to the image where PID 1 has to",
-    "--shm-size": "--tmpfs /dev/shm:size=SIZE",
-    "--ulimit": "the command 'ulimit' in a shell of the container",
-    "--sysctl": "--privileged, and sysctl inside: it is the machine's own kernel",
-    "--device": "devices of the host mean nothing in another kernel; --privileged has the machine's own",
-    "--gpus": "devices of the host cannot be handed in by kata run",
-    "--group-add": "-u USER:GROUP",
-    "--publish-all": "name the ports: -p HOST:GUEST",
-    "-P": "name the ports: -p HOST:GUEST",
-    "--expose": "-p HOST:GUEST; nothing has to be exposed first",
-    "--ip": "the machine's address is its own; -p [IP:]HOST:GUEST chooses the host's side",
-    "--mac-address": "the machine's address is its own",
-    "--net": "it is called --network, with none or user",
-    "--network-alias": "names between containers are Docker's: docs/docker.md",
-    "--link": "names between containers are Docker's: docs/docker.md",
-    "--pid": "containers share no namespaces across machines",
-    "--ipc": "containers share no namespaces across machines",
-    "--uts": "containers share no namespaces across machines; -h sets the host name",
-    "--userns": "the machine keeps its users apart from the host's",
-    "--cgroupns": "the machine has cgroups of its own",
-    "--cgroup-parent": "leave it out; kata config shows what is set for the sandbox's cgroup",
-    "--security-opt": "--privileged, --cap-add and --cap-drop",
-    "--domainname": "-h NAME.DOMAIN",
-    "--cidfile": "kata run -d prints the id: kata run -d ... > FILE",
-    "--runtime": "it is kata; its configuration: kata config",
-    "--log-driver": "kata logs; the log is rotated, 3 files of 10 MiB",
-    "--log-opt": "kata logs; the log is rotated, 3 files of 10 MiB",
-    "--stop-timeout": "kata stop -t SECONDS",
-    "--replace": "kata rm -f NAME first",
-    "--secret": "-v FILE:/run/secrets/NAME:ro",
-    "--env-host": "-e NAME for each, without a value",
-    "--health-cmd": "kata exec NAME PROGRAM",
-    "--no-healthcheck": "kata runs no health checks: leave it out",
-    "--memory-swap": "the machine has no swap: leave it out",
-    "--memory-swappiness": "the machine has no swap: leave it out",
-    "--memory-reservation": "-m SIZE",
-    "--cpu-shares": "--cpus N",
-    "--cpu-quota": "--cpus N",
-    "--cpu-period": "--cpus N",
-    "--cpuset-cpus": "--cpus N",
-    "--sig-proxy": "signals are always passed on: leave it out",
-    "--pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",
-    "--format": "--json, and jq",
-    "--filter": "--json, and jq",
-    "--since": "-t shows the times; -n N the last lines",
-    "--until": "-t shows the times; -n N the last lines",
-    "--all": "name them: $(kata ps -aq)",
+_RUN = "run create"
+_MANY = "start restart stop kill rm pause resume wait"
+OPTIONS: dict[str, dict[str, str]] = {
+    _RUN: {
+        "--label -l --label-file": "keep notes elsewhere: the name (--name) is what kata ps shows",
+        "--restart": "restart it by a systemd unit around kata run",
+        "--volumes-from": "give both containers the same -v SRC:DST",
+        "--add-host": "kata cp FILE NAME:/etc/hosts when it runs",
+        "--dns --dns-search --dns-option": "kata cp FILE NAME:/etc/resolv.conf when it runs",
+        "--init": "its program is PID 1 of the container: put tini or dumb-init into the image where that has to reap",
+        "--shm-size": "--tmpfs /dev/shm:size=SIZE",
+        "--ulimit": "the command 'ulimit' in a shell of the container",
+        "--sysctl": "--privileged, and sysctl inside: it is the machine's own kernel",
+        "--device --device-cgroup-rule": "devices of the host mean nothing in another kernel;"
+        " --privileged has the machine's own",
+        "--gpus": "devices of the host cannot be handed in by kata run",
+        "--group-add": "-u USER:GROUP",
+        "--publish-all -P": "name the ports: -p HOST:GUEST",
+        "--expose": "-p HOST:GUEST; nothing has to be exposed first",
+        "--ip": "the machine's address is its own; -p [IP:]HOST:GUEST chooses the host's side",
+        "--mac-address": "the machine's address is its own",
+        "--net": "it is called --network, with none or user",
+        "--network-alias": "names between containers are Docker's: docs/docker.md",
+        "--link": "names between containers are Docker's: docs/docker.md",
+        "--pid --ipc": "containers share no namespaces across machines",
+        "--uts": "containers share no namespaces across machines; -h sets the host name",
+        "--userns": "the machine keeps its users apart from the host's",
+        "--cgroupns": "the machine has cgroups of its own",
+        "--cgroup-parent": "leave it out; kata config show has what is set for the sandbox's cgroup",
+        "--security-opt": "--privileged, --cap-add and --cap-drop",
+        "--domainname": "-h NAME.DOMAIN",
+        "--cidfile": "kata run -d prints the id: kata run -d ... > FILE",
+        "--runtime": "it is kata; its configuration: kata config show",
+        "--log-driver --log-opt": "kata logs; the log is rotated, 3 files of 10 MiB",
+        "--stop-timeout": "kata stop -t SECONDS",
+        "--replace": "kata rm -f NAME first",
+        "--secret": "-v FILE:/run/secrets/NAME:ro",
+        "--env-host": "-e NAME for each, without a value",
+        "--no-healthcheck": "kata runs no health checks: leave it out",
+        "--sig-proxy": "signals are always passed on: leave it out",
+        "--pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",
+        "--health-*": "kata exec NAME PROGRAM",
+        "--device-* --blkio-*": "leave it out; limits are --cpus, -m, --pids-limit",
+    },
+    f"{_RUN} update": {
+        "--memory-swap --memory-swappiness": "the machine has no swap: leave it out",
+        "--memory-reservation": "-m SIZE",
+        "--cpu-shares -c --cpu-quota --cpu-period --cpuset-cpus": "--cpus N",
+    },
+    "run": {"--attach -a": "without -d its output is attached, with -i its input"},
+    "create": {"--attach -a": "kata start -a NAME attaches its output"},
+    "update": {
+        "--restart": "restart it by a systemd unit around kata run",
+        "--blkio-*": "leave it out; limits are --cpus, -m, --pids-limit",
+    },
+    "exec attach logs top": {"--latest -l": "name it: $(kata ps -aq | head -1)"},
+    _MANY: {
+        "--all": "name them: $(kata ps -aq)",
+        "--latest -l": "name it: $(kata ps -aq | head -1)",
+        "--filter": "choose from kata ps -a --json with jq, and name them",
+    },
+    "restart stop kill rm pause resume wait": {"-a": "name them: $(kata ps -aq)"},
+    "rm": {
+        "--link": "names between containers are Docker's: docs/docker.md",
+    },
+    "stop restart": {"--signal -s": "kata kill -s SIGNAL NAME, or kata run --stop-signal SIGNAL"},
+    "ps images stats top port inspect logs version": {"--format": "--json, and jq"},
+    "inspect": {"-f": "--json, and jq", "--type --size -s": "leave it out"},
+    "ps images": {"--filter -f": "--json, and jq"},
+    "ps": {"--latest -l": "kata ps -a has the newest first", "--size -s --last -n": "--json, and jq"},
+    "images": {"--all -a": "they are all there: leave it out", "--digests": "--json has the digests"},
+    "stats": {"--all -a": "those that run have figures: leave it out"},
+    "logs": {"--since --until": "-t shows the times; -n N the last lines", "--details": "leave it out"},
+    "rmi": {"--all -a": "name them: $(kata images -q)"},
+    "pull": {"--all-tags -a": "name each: kata pull NAME:TAG"},
 }
-"""Option of Docker or Podman -> what to write instead."""
+"""Commands -> options that they have in Docker or Podman -> what to write instead.
+
+What ends in ``*`` is a prefix. An option in an answer that names no command is one of the command that was typed.
+"""
 
 
 def command(argv: list[str]) -> list[str]:
@@ -125,13 +147,20 @@ def about_command(name: str) -> str:
     return COMMANDS.get(name, "")
 
 
-def about_option(name: str) -> str:
-    """What to write instead of an option that kata has not; empty for a word that nobody has."""
-    for prefix in ("--health-", "--blkio-", "--device-"):
-        if name.startswith(prefix):
-            return {"--health-": OPTIONS["--health-cmd"]}.get(
-                prefix, "leave it out; limits are --cpus, -m, --pids-limit"
-            )
-    return OPTIONS.get(name, "") or OPTIONS.get(
-        {"-l": "--label", "-a": "--all", "-f": "--filter"}.get(name, ""), ""
-    )
+def about_option(command: str, name: str) -> str:
+    """What to write instead of an option that a command of kata has not; empty for one that nobody has.
+
+    Args:
+        command: The command's name.
+        name: The option, with its dashes.
+    """
+    prefixed = ""
+    for commands, table in OPTIONS.items():
+        if command in commands.split():
+            for names, text in table.items():
+                for one in names.split():
+                    if name == one:
+                        return text
+                    if one.endswith("*") and name.startswith(one[:-1]):
+                        prefixed = text
+    return prefixed
