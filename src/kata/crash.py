@@ -1,8 +1,9 @@
 """The last resort of every program: an exception that nobody expected becomes one sentence and a file to attach.
 
 The files are ``$KATA_STATE_DIR/crashes/*.txt`` (or the system's directory for temporary files, where that cannot be
-written): the newest eight, at most 64 KiB each, for root alone. They hold where in the program it happened and its
-versions; no values of variables, and of the command line only the command's name, since the rest may be secret.
+written): the newest eight, at most 64 KiB each, for root alone. They hold the exception's type, where in the program it
+happened, and versions. Nothing else, since it may be secret: not the exception's words, no values of variables, and of
+the command line the command's name.
 
 Imported when it has happened, and not before.
 """
@@ -16,8 +17,13 @@ import time
 from kata import paths
 from kata.errors import KataError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _MOST_FILES = 8
 _MOST_BYTES = 64 << 10
+_MOST_EXCEPTIONS = 16
 
 
 def explain(error: BaseException, program: str) -> KataError:
@@ -59,11 +65,10 @@ def last_resort(error: BaseException, program: str, status: int) -> int:
 def _write(error: BaseException, program: str) -> str:
     import platform
     import tempfile
-    import traceback
 
     from kata import __version__
 
-    trace = "".join(traceback.format_exception(error))
+    trace = "".join(_trace(error))
     if len(trace) > _MOST_BYTES:
         trace = f"{trace[: _MOST_BYTES // 2]}\n...\n{trace[-_MOST_BYTES // 2 :]}"
     text = (
@@ -86,6 +91,43 @@ def _write(error: BaseException, program: str) -> str:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(directory, old))
     return path
+
+
+def _trace(error: BaseException, told: set[int] | None = None) -> Iterator[str]:
+    """As `traceback.format_exception`, without what the exceptions say.
+
+    Args:
+        error: The exception.
+        told: Ids of those that have been told already.
+    """
+    import errno
+    import traceback
+
+    told = set() if told is None else told
+    chain: list[tuple[BaseException, str]] = []
+    link = ""
+    one: BaseException | None = error
+    while one is not None and id(one) not in told and len(told) < _MOST_EXCEPTIONS:
+        told.add(id(one))
+        chain.append((one, link))
+        if one.__cause__ is not None:
+            one, link = one.__cause__, "The above was the cause of:"
+        else:
+            one, link = None if one.__suppress_context__ else one.__context__, "While that was handled:"
+    chain.reverse()
+    for position, (each, _) in enumerate(chain):
+        if position:
+            yield f"\n{chain[position - 1][1]}\n\n"
+        yield from traceback.format_tb(each.__traceback__)
+        kind = type(each)
+        number = (
+            f" [{errno.errorcode.get(each.errno or 0, each.errno)}]" if isinstance(each, OSError) else ""
+        )
+        yield f"{kind.__module__}.{kind.__qualname__}{number}\n"
+        for inner in each.exceptions if isinstance(each, BaseExceptionGroup) else ():
+            if id(inner) not in told and len(told) < _MOST_EXCEPTIONS:
+                yield "\nAmong them:\n\n"
+                yield from _trace(inner, told)
 
 
 def name_of(argv: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -56,18 +57,56 @@ def test_every_program_has_a_last_resort(
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     text = file.read_text()
     assert "in broken" in text
+    assert text.endswith("builtins.ValueError\n")
     assert "password" not in text
+    assert "of it" not in text
+
+
+def test_the_file_says_what_and_where_and_no_values(state: Path) -> None:
+    """Exceptions quote what they stumbled over: a password, a line of a file, a path."""
+    value = "".join(["pass", "word"])
+    try:
+        try:
+            try:
+                os.environ.copy()[value]
+            except KeyError as error:
+                error.add_note(value)
+                raise OSError(errno.ENOSPC, value, value) from error
+        except OSError:
+            raise ExceptionGroup(value, [ValueError(value), SyntaxError(value, (value, 1, 1, value))])  # noqa: B904
+    except ExceptionGroup as error:
+        error.exceptions[0].__context__ = error.exceptions[0].__cause__ = error  # in a circle
+        crash.explain(error, "kata run")
+    (file,) = (state / "crashes").iterdir()
+    text = file.read_text()
+    assert value not in text
+    words = [
+        *(
+            "builtins.KeyError\n",
+            "was the cause of:",
+            "builtins.OSError [ENOSPC]\n",
+            "While that was handled:",
+        ),
+        *("builtins.ExceptionGroup\n", "Among them:", "builtins.ValueError\n", "builtins.SyntaxError\n"),
+    ]
+    places = [text.index(word) for word in words]
+    assert places == sorted(places)
+    assert text.count("in test_the_file_says_what_and_where_and_no_values") >= 3
 
 
 def test_the_files_are_bounded(state: Path) -> None:
     def deep(left: int) -> None:
         if not left:
             raise RuntimeError("x" * 200_000)
+        (deep, shallow)[left % 2](left - 1)
+
+    def shallow(left: int) -> None:
+        # Two that call each other: lines of theirs are not summed up as repeated.
         deep(left - 1)
 
     for _ in range(12):
         try:
-            deep(100)
+            deep(900)
         except RuntimeError as error:
             told = crash.explain(error, "kata run")
     assert len(told.message) < 400
