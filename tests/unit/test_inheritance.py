@@ -10,17 +10,20 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from kata import children, journal_undo, paths
+from kata import children, journal_undo, launcher, paths
+from kata.cli.session import client_policy
 from kata.engine import hooks, launch
 from kata.engine.hostns import Namespaces
-from kata.errors import HostError
+from kata.errors import HostError, UsageError
 from kata.journal import Journal
 from kata.proto import health_pb
 from kata.proto.codec import Methods
+from kata.settings import SandboxSettings
 from kata.ttrpc import sync_client
 from kata.ttrpc.server import Context, Server
 from kata.ttrpc.status import ConnectionLost
@@ -172,6 +175,49 @@ def test_a_hook_inherits_its_standard_descriptors_alone(tmp_path: Path, leaking:
 
 
 # ---- limits ----
+
+
+def test_a_launch_leaves_the_limits_and_umask_of_its_caller_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = tmp_path / "found"
+    engine = f"ulimit -Sn > {found}.new; mv {found}.new {found}"
+    monkeypatch.setattr(launcher, "command", lambda: ["/bin/sh", "-c", engine])
+    ours, set_umask = os.getpid(), os.umask
+
+    def umask(mask: int) -> int:
+        assert os.getpid() != ours
+        return set_umask(mask)
+
+    monkeypatch.setattr(os, "umask", umask)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+        settings = SandboxSettings(id="s", client=client_policy())
+        started = launch.launch(settings, str(tmp_path / "run"))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, before[1])
+        with pytest.raises(UsageError):
+            launch.launch(SandboxSettings(id="no/id", client=client_policy()), str(tmp_path / "run"))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    started.release()
+    deadline = time.monotonic() + 10
+    while not found.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert int(found.read_text()) == min(before[1], 1 << 16)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o277])
+def test_an_engines_socket_is_its_users_alone(tmp_path: Path, umask: int) -> None:
+    journal = Journal.create_dir(str(tmp_path), "s", {})
+    before = os.umask(umask)
+    try:
+        os.close(launch._listen(str(tmp_path / "sock"), journal))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(tmp_path / "sock").st_mode) == 0o600
 
 
 def test_too_few_descriptors_are_said_before_anything_is_made(tmp_path: Path) -> None:

@@ -124,10 +124,13 @@ def check_id(sandbox_id: str) -> str:
     return sandbox_id
 
 
-def raise_file_limit() -> None:
+def raise_file_limit() -> int:
     """Have this process, and the engines that it starts, open as many descriptors as they may (65536 at most).
 
     Called before anything is made.
+
+    Returns:
+        The soft limit before, for `restore_file_limit`.
 
     Raises:
         HostError: They may not open enough.
@@ -143,6 +146,14 @@ def raise_file_limit() -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return soft
+
+
+def restore_file_limit(soft: int) -> None:
+    """Give this process the soft limit of open files that it had. What it has started meanwhile keeps its own."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def launch(
@@ -165,7 +176,15 @@ def launch(
         UsageError: The id, or the length of the socket's path.
         HostError: The engine could not be started, or may open too few files.
     """
-    raise_file_limit()
+    # The engine inherits the limit; a program that calls us keeps its own (select(2) ends at 1024).
+    soft = raise_file_limit()
+    try:
+        return _launch(settings, run_dir, name, patience_s)
+    finally:
+        restore_file_limit(soft)
+
+
+def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_s: float) -> Engine:
     sandbox_id = check_id(settings.id)
     base = os.path.join(run_dir or paths.run_dir(), "sandboxes")
     name = check_id(name or sandbox_id)
@@ -234,11 +253,11 @@ def _listen(path: str, journal: Journal) -> int:
 
     entry = journal.begin("socket", path=path)
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    before = os.umask(0o177)
-    try:
-        sock.bind(path)  # with its mode from the first instant on
-    finally:
-        os.umask(before)
+    # It is made with this mode but for the umask (net/unix/af_unix.c, unix_bind_bsd), so it is never open to others.
+    # Changing the umask instead would change it for all threads of the caller.
+    os.fchmod(sock.fileno(), 0o600)
+    sock.bind(path)
+    os.chmod(path, 0o600)
     sock.listen(_BACKLOG)
     journal.commit(entry)
     return sock.detach()
