@@ -424,7 +424,9 @@ class Attachment:
                 with EngineClient(self._container.socket) as other:
                     other.kill(self._container.id, number[0], self._exec_id)
             except AgentError as error:
-                if error.grpc_code == AgentTimeoutError.grpc_code and number[0] in _ENDING:
+                if error.grpc_code != AgentTimeoutError.grpc_code:
+                    self._unanswered = 0  # a refusal is an answer
+                elif number[0] in _ENDING:
                     self._let_go = self._silent(number[0])
                     with contextlib.suppress(OSError):
                         os.write(over, b"x")
