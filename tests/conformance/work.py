@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tarfile
 import tempfile
@@ -148,6 +149,21 @@ class Box:
         return int(self.docker("inspect", "--format", "{{.State.Pid}}", name))
 
 
+def settled(look: Callable[[], str], wanted: str) -> str:
+    """What is seen once it is as wanted, or as long as it has time to become so."""
+    deadline = time.monotonic() + _PATIENCE / 8
+    while (seen := look()) != wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return seen
+
+
+def free_port() -> int:
+    """A port that nobody has at this host's loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _python(code: str) -> tuple[str, str, str]:
     return ("python3", "-c", code)
 
@@ -162,8 +178,8 @@ def changed_file(box: Box) -> str:
     with box.running(options=("-v", f"{place}/conf:/conf:ro", "-v", f"{place}:/v")) as name:
         first = box.exec(name, "cat", "/conf")
         (place / "conf").write_text("level=debug\n")
-        time.sleep(1.5)
-        return f"{first}, {box.exec(name, 'cat', '/conf')}, {box.exec(name, 'cat', '/v/conf')}"
+        alone = settled(lambda: box.exec(name, "cat", "/conf"), "level=debug; status 0")
+        return f"{first}, {alone}, {box.exec(name, 'cat', '/v/conf')}"
 
 
 def appended_log(box: Box) -> str:
@@ -174,8 +190,8 @@ def appended_log(box: Box) -> str:
         until(lambda: "one" in box.docker("logs", name), "the first line")
         with open(place / "log", "a") as log:
             log.write("two\n")
-        time.sleep(5)
-        return box.docker("logs", name).replace("\0", "NUL").strip().replace("\n", " ")
+        said = lambda: box.docker("logs", name).replace("\0", "NUL").strip().replace("\n", " ")  # noqa: E731
+        return settled(said, "one two")
 
 
 def one_database(box: Box) -> str:
@@ -319,12 +335,10 @@ def top_mode(box: Box) -> str:
     (place / "file").write_text("x")
     with box.running(options=("-v", f"{place}:/v", "-u", "1000")) as name:
         seen = []
-        for mode in (0o777, 0o700):
+        command = "touch /v/new 2>/dev/null && cat /v/file >/dev/null"
+        for mode, wanted in ((0o777, "0"), (0o700, "1")):
             place.chmod(mode)
-            time.sleep(1.5)
-            seen.append(
-                box.exec(name, "sh", "-c", "touch /v/new 2>/dev/null && cat /v/file >/dev/null").split()[-1]
-            )
+            seen.append(settled(lambda: box.exec(name, "sh", "-c", command).split()[-1], wanted))
         return f"granted: status {seen[0]}, revoked: status {seen[1]}"
 
 
@@ -500,8 +514,8 @@ def connected_later(box: Box) -> str:
     try:
         with box.running(image="bb") as name:
             box.docker("network", "connect", network, name)
-            time.sleep(5)
-            return box.exec(name, "sh", "-c", "ls /sys/class/net | grep -c eth")
+            count = "ls /sys/class/net | grep -c eth"
+            return settled(lambda: box.exec(name, "sh", "-c", count), "2; status 0")
     finally:
         box.docker("network", "rm", network, code=None)
 
@@ -629,10 +643,11 @@ def reader_gone(box: Box) -> str:
 def speaks_first(box: Box) -> str:
     """a server behind `run -p` that speaks before its client does (SSH, SMTP, MySQL)"""
     serve = ("sh", "-c", "while :; do nc -l -p 25 -e echo hello; done")
-    with box.person_running(*serve, options=("-p", "127.0.0.1:12525:25")):
+    port = free_port()
+    with box.person_running(*serve, options=("-p", f"127.0.0.1:{port}:25")):
         talk = (
             "import socket,time\nfor n in range(60):\n"
-            " try:\n  s=socket.create_connection(('127.0.0.1',12525),5); s.settimeout(5)\n"
+            f" try:\n  s=socket.create_connection(('127.0.0.1',{port}),5); s.settimeout(5)\n"
             "  print(s.recv(9).decode().strip())\n"
             " except OSError: time.sleep(.5); continue\n"
             " break\n"

@@ -604,12 +604,15 @@ def vm_pid(kata: Kata, name: str) -> int:
 
 
 def test_a_killed_machine_is_told_and_leaves_nothing(shared_kata: Kata, busybox_image: str) -> None:
-    shared_kata.ok("run", "-d", "--name", "lost", busybox_image, "sleep", "1000")
+    ticks = "while :; do echo tick; sleep 0.2; done"
+    shared_kata.ok("run", "-d", "--name", "lost", busybox_image, "sh", "-c", ticks)
     try:
         waiting = shared_kata.start("wait", "lost")
-        executing = shared_kata.start("exec", "lost", "sleep", "1000")
+        executing = shared_kata.start("exec", "lost", "sh", "-c", "echo up; sleep 1000")
         attached = shared_kata.start("attach", "lost")
-        time.sleep(1)
+        for process, word in ((executing, b"up\n"), (attached, b"tick\n")):
+            assert process.stdout is not None
+            assert process.stdout.readline() == word
         os.kill(vm_pid(shared_kata, "lost"), signal.SIGKILL)
         stdout, stderr = waiting.communicate(timeout=30)
         assert stdout == b"137\n", stderr
@@ -629,6 +632,21 @@ def test_a_killed_machine_is_told_and_leaves_nothing(shared_kata: Kata, busybox_
         shared_kata.ok("rm", "-f", "lost")
 
 
+def _has_taken_signals(pid: int) -> bool:
+    """Whether a process has none before it, and its main thread, which handles them, waits for something else again."""
+    for _ in range(2):
+        text = Path(f"/proc/{pid}/status").read_text()
+        fields = dict(line.split(":", 1) for line in text.splitlines())
+        if (
+            int(fields["ShdPnd"], 16)
+            or int(fields["SigPnd"], 16)
+            or not fields["State"].strip().startswith("S")
+        ):
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def test_a_silent_guest_has_no_say_in_its_end(kata_env: Kata, busybox_image: str) -> None:
     """QEMU is stopped, as a guest is that answers nothing (tests/unit/test_silent_guest.py has every call)."""
 
@@ -646,17 +664,18 @@ def test_a_silent_guest_has_no_say_in_its_end(kata_env: Kata, busybox_image: str
             assert process.stdout.readline() == b"up\n"
         os.kill(vm_pid(kata_env, "mute"), signal.SIGSTOP)
         asked.terminate()
-        for _ in range(3):
+        for _ in range(2):
             impatient.send_signal(signal.SIGINT)
-            time.sleep(0.2)
-        _, said = impatient.communicate(timeout=5)
+            until(lambda: _has_taken_signals(impatient.pid), "the signal was taken")
+        impatient.send_signal(signal.SIGINT)
+        _, said = impatient.communicate(timeout=30)
         assert impatient.returncode == 125
         assert b"was not sent SIGINT and goes on" in said
         assert b"rm -f mute" in said
         late = kata_env.call("kill", "-s", "TERM", "mute")
         assert late.returncode == 125
         assert b"has not taken signal 15" in late.stderr
-        _, said = asked.communicate(timeout=10)
+        _, said = asked.communicate(timeout=30)
         assert asked.returncode == 125
         assert b"was not sent SIGTERM and goes on" in said
         assert status(kata_env, "mute") == "running"
