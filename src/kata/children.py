@@ -416,7 +416,16 @@ def _fork(new_pid_namespace: int) -> int:
             pid = os.fork()
         finally:
             if pid:
-                sysio.setns(ours, sysio.CLONE_NEWPID)  # for our next children
+                try:
+                    sysio.setns(ours, sysio.CLONE_NEWPID)  # for our next children
+                except OSError as error:
+                    if pid > 0:
+                        # It is behind its gate. Nobody would learn of it, and all children after it would be in its
+                        # namespace, whose end is that of its first process.
+                        os.kill(pid, sysio.SIGKILL)
+                        os.waitpid(pid, 0)
+                    why = f"cannot go back to its own PID namespace: {error.strerror}"
+                    raise OSError(error.errno, why) from error
     finally:
         os.close(ours)
     return pid

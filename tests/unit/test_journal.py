@@ -261,6 +261,33 @@ def test_a_program_that_cannot_be_executed(tmp_path: Path) -> None:
     assert journal.entries[-1].gone
 
 
+@needs_root
+def test_a_way_back_from_a_childs_pid_namespace_that_is_barred(tmp_path: Path) -> None:
+    """Nobody can cause that from outside; all further children would be in the first one's namespace."""
+    (tmp_path / "go.py").write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
+        "import os\n"
+        "from kata import children, sysio\n"
+        "from kata.journal import Journal\n"
+        f"journal = Journal.create_dir({str(tmp_path / 'sandboxes')!r}, 'p', {{}})\n"
+        "def barred(fd, kind=0): raise PermissionError(1, 'Operation not permitted')\n"
+        "sysio.setns = barred\n"
+        "try: children.spawn(['/bin/sleep', '600'], journal, 'sleeper', namespaces=sysio.CLONE_NEWPID)\n"
+        "except OSError as error: print(error.strerror)\n"
+        "print(journal.entries[-1].gone)\n"
+        "try: os.waitpid(-1, 0)\n"
+        "except ChildProcessError: print('no child')\n"
+    )
+    said = subprocess.run(
+        [sys.executable, str(tmp_path / "go.py")], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert said.stdout.splitlines() == [
+        "cannot go back to its own PID namespace: Operation not permitted",
+        "True",
+        "no child",
+    ]
+
+
 def test_reconcile_leaves_the_living_and_the_kept(tmp_path: Path) -> None:
     alive, dead, kept = new(tmp_path, "alive"), new(tmp_path, "dead"), new(tmp_path, "kept")
     kept.retain("witness")
