@@ -23,9 +23,10 @@ from kata.engine.boot import KERNEL_PARAMETERS, spare_mac
 from kata.guest import manifest
 from kata.guest.cpio import Archive
 from kata.hypervisor import tsc
+from kata.hypervisor.base import Disk, Nic
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import process as qemu_process
-from kata.hypervisor.settings import Disk, Nic, VMSettings
+from kata.hypervisor.qemu.settings import VMSettings
 
 BUSYBOX = Path("/usr/bin/busybox")
 PATIENCE_S = float(os.environ.get("KATA_TEST_PATIENCE", "120"))

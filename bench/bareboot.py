@@ -24,14 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "src"))
 
 from kata import paths  # noqa: E402
-from kata.children import find_program  # noqa: E402
 from kata.cli.session import client_policy  # noqa: E402
-from kata.engine.boot import spare_mac, vm_settings  # noqa: E402
+from kata.engine.boot import shape_of, spare_mac  # noqa: E402
 from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
 from kata.hypervisor import accel, tsc  # noqa: E402
+from kata.hypervisor.base import Attachments, Nic  # noqa: E402
 from kata.hypervisor.qemu import command as qemu_command  # noqa: E402
-from kata.hypervisor.settings import Nic  # noqa: E402
+from kata.hypervisor.qemu.monitor import MONITOR  # noqa: E402
+from kata.hypervisor.qemu.monitor import settings as qemu_settings  # noqa: E402
 from kata.resources import sizing  # noqa: E402
 from kata.settings import (  # noqa: E402
     GuestSettings,
@@ -94,15 +95,15 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
         id="bare",
         client=client_policy(),
         machine=MachineSettings(
-            hypervisor=HypervisorSettings(
-                accel=accel.choose(environment.get(accel.VARIABLE, "")).accel,
-                path=find_program("qemu-system-x86_64") or "qemu-system-x86_64",
-            ),
+            hypervisor=HypervisorSettings(accel=accel.choose(environment.get(accel.VARIABLE, "")).accel),
             guest=GuestSettings(kernel=manifest.load(str(guest)).kernel, initrd=str(image)),
             size=SizeSettings(vcpus=size.vcpus, memory_mib=size.memory_mib),
         ),
     )
-    settings = vm_settings(sandbox, "", str(work), Nic(spare_mac()))
+    shape = shape_of(sandbox, MONITOR.capabilities("tcg", {}), nics=1)
+    settings = qemu_settings(
+        shape, Attachments(sandbox_id="bare", run_dir=str(work), nics=[Nic(spare_mac())])
+    )
     if settings.accel == "tcg":
         settings.tsc_khz = tsc.khz()
     full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1, kernel=-1, initrd=-1, disks={}, nic=-1))

@@ -153,58 +153,31 @@ class HypervisorSettings(Part):
 
     Args:
         accel: `kvm` or `tcg` (software emulation).
-        path: The hypervisor's program; empty looks for it.
-        machine: Machine type; empty is the default of the hypervisor's driver.
-        machine_options: Further options of the machine, separated by commas.
-        cpu_features: Further options of the processor, separated by commas.
-        firmware: Name or path of the firmware; empty is the default of the hypervisor's driver.
+        name: Which hypervisor, as in `[hypervisor.NAME]`; empty is the default one.
         console: `serial` or `virtio`: the device that the guest's console is; empty is `serial`.
-        entropy: File that the guest's entropy device reads; empty is the hypervisor's own source.
-        seccomp: The hypervisor's own seccomp filter; empty is the default of its driver.
         prealloc: Allocate the guest's memory before it boots.
         reclaim: Give the host back what the guest frees.
+        options: The hypervisor's own, such as the path of its program: name and value.
     """
 
-    __slots__ = (
-        "accel",
-        "console",
-        "cpu_features",
-        "entropy",
-        "firmware",
-        "machine",
-        "machine_options",
-        "path",
-        "prealloc",
-        "reclaim",
-        "seccomp",
-    )
+    __slots__ = ("accel", "console", "name", "options", "prealloc", "reclaim")
 
     def __init__(
         self,
         *,
         accel: str,
-        path: str = "",
-        machine: str = "",
-        machine_options: str = "",
-        cpu_features: str = "",
-        firmware: str = "",
+        name: str = "",
         console: str = "",
-        entropy: str = "",
-        seccomp: str = "",
         prealloc: bool = False,
         reclaim: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.accel = accel
-        self.path = path
-        self.machine = machine
-        self.machine_options = machine_options
-        self.cpu_features = cpu_features
-        self.firmware = firmware
+        self.name = name
         self.console = console
-        self.entropy = entropy
-        self.seccomp = seccomp
         self.prealloc = prealloc
         self.reclaim = reclaim
+        self.options = dict(options or {})
 
 
 class GuestSettings(Part):
@@ -708,7 +681,7 @@ class SandboxSettings(Part):
         container: The container with the sandbox's own id; absent where Create describes all containers.
         network: Its network.
         disks: What is in the disk slots of the machine, from the first on; null leaves one empty.
-        disk_slots: How many disk slots there are; 0 is as few as the machine can have.
+        all_disk_slots: Have as many disk slots as a machine can have, for containers that come; otherwise a few.
         hostname: The guest's; empty is the host's.
         resolv_conf: Lines of the guest's; absent is what belongs to the network.
         sysctls: Kernel parameters of a pod, for its containers.
@@ -719,10 +692,10 @@ class SandboxSettings(Part):
     """
 
     __slots__ = (
+        "all_disk_slots",
         "cgroups_path",
         "client",
         "container",
-        "disk_slots",
         "disks",
         "hostname",
         "id",
@@ -746,7 +719,7 @@ class SandboxSettings(Part):
         container: ContainerSettings | None = None,
         network: NetworkSettings | None = None,
         disks: Sequence[DiskSettings | None] = (),
-        disk_slots: int = 0,
+        all_disk_slots: bool = False,
         hostname: str = "",
         resolv_conf: Sequence[str] | None = None,
         sysctls: Mapping[str, str] | None = None,
@@ -762,7 +735,7 @@ class SandboxSettings(Part):
         self.container = container
         self.network = network or NetworkSettings()
         self.disks = list(disks)
-        self.disk_slots = disk_slots
+        self.all_disk_slots = all_disk_slots
         self.hostname = hostname
         self.resolv_conf = None if resolv_conf is None else list(resolv_conf)
         self.sysctls = dict(sysctls or {})

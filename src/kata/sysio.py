@@ -98,6 +98,62 @@ _NR_OPENAT2 = 437
 _NR_MOUNT_SETATTR = 442
 _CLOSE_RANGE_CLOEXEC = 4
 
+
+class Fd:
+    """A file descriptor and the duty to close it. A context manager closes it, unless it was given away.
+
+    Args:
+        number: The descriptor, which nobody else may close from here on.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    @property
+    def raw(self) -> int:
+        """The descriptor, which stays this object's.
+
+        Raises:
+            ValueError: It was closed or given away.
+        """
+        if self._number < 0:
+            raise ValueError("the descriptor was closed or given away")
+        return self._number
+
+    def fileno(self) -> int:
+        """The descriptor, for what takes objects that have one."""
+        return self.raw
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was neither closed nor given away."""
+        return self._number >= 0
+
+    def detach(self) -> int:
+        """Give the descriptor away: closing it is the caller's duty now.
+
+        Raises:
+            ValueError: It was closed or given away before.
+        """
+        number = self.raw
+        self._number = -1
+        return number
+
+    def close(self) -> None:
+        """Close it, if it is still this object's. Idempotent."""
+        if self._number >= 0:
+            number, self._number = self._number, -1
+            os.close(number)
+
+    def __enter__(self) -> Fd:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
 _libc: ctypes.CDLL | None = None
 
 

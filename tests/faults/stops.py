@@ -213,16 +213,16 @@ def _install_engine() -> None:
     power_on = boot.power_on
 
     @functools.wraps(power_on)
-    def powered_on(settings: Any, run_dir: str, *more: Any) -> None:
+    def powered_on(settings: Any, run_dir: str, *more: Any) -> Any:
         from kata.hypervisor import virtiofsd
 
         _around(virtiofsd.FileServer, "start", after="create.files")
         if settings.network.mode == "netns":
             from kata.network import netns
 
-            _around(netns.NetnsPlan, "setup_nic", after="create.network")
+            _around(netns.NetnsPlan, "setup_nics", after="create.network")
         try:
-            power_on(settings, run_dir, *more)
+            return power_on(settings, run_dir, *more)
         finally:
             # What these need is imported while the machine boots, with and without them.
             _install_serving_engine()

@@ -23,8 +23,9 @@ from kata.errors import HostError, KataError, VMLostError
 from kata.guest import manifest
 from kata.guest.cpio import Archive
 from kata.hypervisor import vsock
+from kata.hypervisor.channel import AGENT_PORT
 from kata.hypervisor.qemu.process import QemuProcess
-from kata.hypervisor.settings import Vsock
+from kata.hypervisor.vsock import Vsock
 from kata.ttrpc.client import Client
 
 SET_GUEST_CID = 0x4008AF60
@@ -53,7 +54,7 @@ def allocated() -> Iterator[Vsock]:
     try:
         yield given
     finally:
-        os.close(given.fd)
+        given.fd.close()
 
 
 def test_every_guest_gets_a_cid_of_its_own() -> None:
@@ -134,7 +135,7 @@ def guests(tmp_path: Path, guest_assets: Path) -> Guests:
 
 async def agent(cid: int) -> AgentClient:
     """A connection to the agent in a guest that may still be booting."""
-    sock = await asyncio.wait_for(vsock.connect(cid), minivm.PATIENCE_S)
+    sock = await asyncio.wait_for(vsock.connect(cid, AGENT_PORT), minivm.PATIENCE_S)
     return AgentClient(await Client.connect(sock))
 
 
@@ -222,7 +223,7 @@ def test_log_and_debug_console_have_ports_of_their_own(guests: Guests) -> None:
 
 def test_a_connection_that_nobody_answers_ends_with_its_caller() -> None:
     with allocated() as given, pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(vsock.connect(given.cid), 5))
+        asyncio.run(asyncio.wait_for(vsock.connect(given.cid, AGENT_PORT), 5))
 
 
 def test_the_control_tool_over_vsock(guests: Guests, kata_env: Kata) -> None:

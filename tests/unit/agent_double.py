@@ -10,11 +10,11 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Coroutine
-from types import SimpleNamespace
 from typing import Any
 
 from kata.errors import KataError, VMLostError
 from kata.hypervisor.base import DiskError, Ended
+from kata.hypervisor.channel import SerialChannel
 from kata.proto import agent_pb, agentext_pb, google_pb, health_pb, types_pb
 from kata.ttrpc.server import Server
 from kata.ttrpc.status import INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE, TtrpcError
@@ -292,20 +292,16 @@ class MachineDouble:
     """A hypervisor that is only a socket pair and a fate."""
 
     pid = 2**22  # above pid_max: no process of this host has it
-    agent_cid = None
 
     def __init__(self, agent: AgentDouble) -> None:
         self.agent = agent
-        self.settings = SimpleNamespace(accel="tcg", memory_mib=0)
+        self.extra_memory_mib = 0
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.server = agent.server()
         self.closed = False
         ours, theirs = socket.socketpair()
-        self._agent_fd = ours.detach()
+        self.channel = SerialChannel(ours.detach)
         self._served = asyncio.create_task(self.server.attach(theirs))
-
-    def take_agent_fd(self) -> int:
-        return self._agent_fd
 
     async def wait(self) -> Ended:
         return await asyncio.shield(self.ended)

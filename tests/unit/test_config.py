@@ -346,13 +346,15 @@ create_container_timeout = 44
     found = settings(conf)
     assert found.hypervisor == HypervisorSettings(
         accel="tcg",
-        path=f"{tmp_path}/qemu",
-        firmware=f"{tmp_path}/bios",
-        machine="pc-q35-7.2",
-        machine_options="hpet=off",
-        cpu_features="pmu=off",
-        entropy="/dev/urandom",
-        seccomp="on",
+        options={
+            "path": f"{tmp_path}/qemu",
+            "firmware": f"{tmp_path}/bios",
+            "machine": "pc-q35-7.2",
+            "machine_options": "hpet=off",
+            "cpu_features": "pmu=off",
+            "entropy": "/dev/urandom",
+            "sandbox": "on",
+        },
         prealloc=True,
         reclaim=False,
         console="virtio",

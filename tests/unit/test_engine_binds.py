@@ -33,7 +33,7 @@ def shared(journal: Journal, namespace: str = "") -> Shared:
     policy = start.client_policy(namespace, "/bundle")
     sandbox = SimpleNamespace(
         share=share_of(journal),
-        machine=SimpleNamespace(host=None),
+        machine=SimpleNamespace(host=None, disk_addresses=["05", "06", "07", "08", "0f"]),
         client=policy,
         socket_forwarding=None,
         runtime=None,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kata import journal_undo
 from kata.agent.text import escape_line, last_lines
-from kata.engine import boot, machine, process, rootfs, spec, stats, watch
+from kata.engine import boot, machine, process, rootfs, spec, stats, volumes, watch
 from kata.engine.logfile import LogFile
 from kata.engine.records import StateFile, read_json, rfc3339
 from kata.engine.timings import Timings
@@ -320,7 +320,7 @@ def test_what_cannot_be_carried_is_told() -> None:
 
 
 def test_erofs_root_has_a_lower_an_upper_and_an_overlay() -> None:
-    found = rootfs.storages("c", RootfsSettings(kind="erofs", lower_slot=0, upper_slot=1))
+    found = rootfs.storages("c", RootfsSettings(kind="erofs", lower_slot=0, upper_slot=1), ["05", "06"])
     assert [(one.driver, one.source, one.fstype) for one in found] == [
         ("blk", "05", "erofs"),
         ("blk", "06", "ext4"),
@@ -335,7 +335,7 @@ def test_erofs_root_has_a_lower_an_upper_and_an_overlay() -> None:
 )
 def test_unknown_root_is_refused(bad: RootfsSettings | None) -> None:
     with pytest.raises(ConfigError):
-        rootfs.storages("c", bad)
+        rootfs.storages("c", bad, ["05", "06"])
 
 
 # ---- statistics ----
@@ -491,7 +491,11 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
         assert settings.machine is not None
         settings.machine.share.protocol = shared_fs
         settings.machine.guest.bounces = bounces
-        return boot.file_server(settings, "/share", str(tmp_path), journal)
+        start = boot.Boot(settings, str(tmp_path), journal)
+        start.choose_monitor()
+        start.machine.share = volumes.Share(str(tmp_path), journal)
+        start.prepare_file_server()
+        return start.machine.files
 
     assert server("kvm", shared_fs="virtio-9p") is None
     assert noted == []  # it was asked for

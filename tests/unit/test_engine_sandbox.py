@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,9 @@ class Engine:
         self.double = AgentDouble()
         machine = boot.Machine()
         machine.started_ns = 1
+        machine.started = SimpleNamespace(
+            disk_addresses=["05", "06"], nic_addresses=["09"], share_tag="", extra_memory_mib=0
+        )
         self.sandbox = DoubledSandbox(
             self.settings,
             self.run_dir,

@@ -12,6 +12,7 @@ import pytest
 from kata.cli import explain
 from kata.engine.fitting import FEATURE, Fitting, merged
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
+from kata.hypervisor import registry
 from kata.hypervisor.qemu import resize
 from kata.resources import sizing
 from kata.settings import SizeSettings
@@ -33,14 +34,14 @@ class Machine:
                 **size,
             }
         )
-        # Of the sandbox (`machine`) and of the hypervisor (`memory_mib`) in one.
-        self.settings = SimpleNamespace(
-            machine=SimpleNamespace(size=self.first), memory_mib=self.first.memory_mib
-        )
+        self.settings = SimpleNamespace(machine=SimpleNamespace(size=self.first))
         self.features = {FEATURE}
         self.vm = self
         self.machine = self
         self.cgroup = None
+        self.extra_memory_mib = 0
+        self.capabilities = registry.find().capabilities("tcg", {})
+        self.host_overhead_mib = registry.find().host_overhead_mib("kvm")
         self.is_lost = False
         self.told: list[tuple[str, Any]] = []
         self.complaints: list[str] = []
@@ -191,7 +192,7 @@ def test_below_its_first_size_the_guest_gives_memory_back() -> None:
 
 def test_what_the_machine_has_besides_is_not_given_back() -> None:
     machine = Machine()
-    machine.settings.memory_mib += 14
+    machine.extra_memory_mib = 14
     run(machine.fitting.admit("a", limits(1, 400)))
     run(machine.update("a", limits(1, 200)))
     assert machine.told == [("limits", limits(1, 200)), ("balloon", given(200) - 14)]

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sandbox_support
 
-from kata.engine import boot
 from kata.errors import GuestAssetError, HostError, UsageError
 from kata.guest import builder, distro_kernel, extension, kernels, manifest, packages, small_kernel
 from kata.guest.progress import Lines, Silent
-from kata.hypervisor.settings import Nic
+from kata.hypervisor import initrd
+from kata.hypervisor.base import MachineShape
 
 
 class Notes(Silent):
@@ -312,11 +311,14 @@ def test_an_extension_stays_with_the_guest(place: Path, monkeypatch: pytest.Monk
     assert Path(guest.extension("iptables")).read_bytes() == made.image
     with pytest.raises(GuestAssetError, match="without the extension 'other'"):
         guest.extension("other")
-    # The engine puts it behind the initrd.
-    settings = sandbox_support.sandbox("x", "/c", accel="tcg", kernel=guest.kernel, initrd=guest.initrd)
-    assert boot.vm_settings(settings, "", str(place), Nic("02:00:00:00:00:01")).initrd == guest.initrd
-    settings.described().guest.extensions = [guest.extension("iptables")]
-    whole = boot.vm_settings(settings, "", str(place), Nic("02:00:00:00:00:01")).initrd
+    # The hypervisor has it behind the initrd.
+    plain = MachineShape(kernel=guest.kernel, initrd=guest.initrd)
+    assert initrd.whole(plain, str(place)) == guest.initrd
+    extended = MachineShape(
+        kernel=guest.kernel, initrd=guest.initrd, extensions=[guest.extension("iptables")]
+    )
+    assert extended != plain
+    whole = initrd.whole(extended, str(place))
     assert Path(whole).read_bytes() == Path(guest.initrd).read_bytes() + made.image
     Path(guest.extension("iptables")).write_bytes(b"damaged")
     with pytest.raises(GuestAssetError, match="not there as it was built"):

@@ -13,6 +13,7 @@ import pytest
 
 from kata import journal_undo, sysio
 from kata.errors import JournalError
+from kata.hypervisor import registry
 from kata.journal import FILE_NAME, Journal
 from kata.resources import host_cgroup, sizing
 
@@ -202,7 +203,8 @@ def test_the_mounts_that_were_found_are_cgroups() -> None:
 
 @pytest.mark.parametrize("accel", ["kvm", "tcg"])
 def test_the_limit_is_the_machine_and_what_it_takes_to_run_it(accel: str) -> None:
-    small, large = sizing.host_memory(64, accel), sizing.host_memory(65536, accel)
+    overhead = registry.find().host_overhead_mib(accel)
+    small, large = sizing.host_memory(64, overhead), sizing.host_memory(65536, overhead)
     assert small > 64 * MIB + 200 * MIB
     assert 65536 * MIB * 1.03 < large < 65536 * MIB * 1.04
     assert sizing.host_cpus(2) == 3

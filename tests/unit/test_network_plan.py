@@ -46,8 +46,11 @@ def test_no_network_still_has_a_plug() -> None:
     made = plan(network("none"), host())
     assert made.interface is None
     assert made.routes == []
-    nic = made.setup_nic()
-    assert nic.fd is None
+    [nic] = made.setup_nics(1)
+    assert nic.backend == made.backend == ""
+    made.place(0, "09")
+    assert made.idle() == ["09"]
+    assert made.setup_nics(0) == []
     assert made.failure() is None
     assert made.child is None
     made.stop()
@@ -58,7 +61,9 @@ def test_both_families() -> None:
     assert made.interface is not None
     assert [a["address"] for a in made.interface["IPAddresses"]] == [user.ADDRESS4, user.ADDRESS6]
     assert made.interface["hwAddr"] == made.mac
+    made.place(0, "09")
     assert made.interface["devicePath"] == "09"
+    assert made.idle() == []
     assert [r["gateway"] for r in made.routes] == [user.GATEWAY4, user.GATEWAY6]
     argv = made.command(7)
     assert argv[0] == "/usr/bin/passt"

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from kata.errors import GuestAssetError, HypervisorError, KataError, ResourceExhaustedError
+from kata.hypervisor.base import Disk, Nic
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import root as qemu_root
 from kata.hypervisor.qemu import slots
 from kata.hypervisor.qemu.process import explain
-from kata.hypervisor.settings import Disk, Nic, VMSettings, Vsock
+from kata.hypervisor.qemu.settings import VMSettings
+from kata.hypervisor.vsock import Vsock
+from kata.sysio import Fd
 
 DISK_FDS = {slot: 20 + slot for slot in range(len(slots.DISKS))}
 FDS = qemu_command.Fds(agent=10, qmp=11, console=12, kernel=13, initrd=14, disks=DISK_FDS, nic=30)
@@ -75,9 +78,9 @@ def test_a_file_server_of_an_emulated_machine_writes_into_bounce_pages() -> None
         [word] = [word for word in line.split() if word.startswith("swiotlb=")]
         return word
 
-    assert swiotlb(accel="tcg", share_fd=9) == "swiotlb=1024,force"
+    assert swiotlb(accel="tcg", share_fd=Fd(9)) == "swiotlb=1024,force"
     assert swiotlb(accel="tcg", share_dir="/s") == "swiotlb=noforce"
-    assert swiotlb(accel="kvm", share_fd=9) == "swiotlb=noforce"
+    assert swiotlb(accel="kvm", share_fd=Fd(9)) == "swiotlb=noforce"
 
 
 def test_a_machine_that_may_grow_has_its_room_from_the_start() -> None:
@@ -96,7 +99,7 @@ def test_a_machine_that_may_grow_has_its_room_from_the_start() -> None:
         "memdev": "plug-ram",
     }
     # A file server of its own has to see that memory, too.
-    shared = qemu_command.build(settings(memory_mib=512, max_memory_mib=1024, share_fd=9), FDS)
+    shared = qemu_command.build(settings(memory_mib=512, max_memory_mib=1024, share_fd=Fd(9)), FDS)
     assert "memory-backend-memfd,share=on,id=plug-ram,size=512M,reserve=off" in options(shared, "-object")
     assert "memory-backend-memfd,share=on,id=ram,size=512M" in options(shared, "-object")
 
@@ -171,7 +174,9 @@ def test_accelerators() -> None:
     real = qemu_command.build(settings(accel="kvm", tsc_khz=2000000), FDS)
     assert options(real, "-cpu") == ["host"]
     assert options(real, "-accel") == ["kvm"]
-    assert options(real, "-append") == ["quiet reboot=t swiotlb=noforce console=ttyS0 agent.channel=serial"]
+    own = " ".join(qemu_command.PARAMETERS)
+    said = f"{own} quiet reboot=t swiotlb=noforce console=ttyS0 agent.channel=serial"
+    assert options(real, "-append") == [said]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def test_what_emulated_processors_tick_by(changes: dict[str, Any], timers: str, 
 
 
 def test_descriptors() -> None:
-    vm = settings(nic=Nic("02:00:00:00:00:01", 40), vsock=Vsock(77, 41))
+    vm = settings(nic=Nic("02:00:00:00:00:01", Fd(40)), vsock=Vsock(77, Fd(41)))
     fds = qemu_command.Fds(10, 11, None, kernel=13, initrd=14, disks={1: 21})
     assert qemu_command.inherited_fds(vm, fds) == [10, 11, 13, 14, 21, 41, 40]
     argv = qemu_command.build(vm, FDS)
@@ -206,7 +211,7 @@ def test_descriptors() -> None:
 
 
 def test_nothing_is_opened_to_others() -> None:
-    argv = qemu_command.build(settings(nic=Nic("02:00:00:00:00:01", 20), share_dir="/s"), FDS)
+    argv = qemu_command.build(settings(nic=Nic("02:00:00:00:00:01", Fd(20)), share_dir="/s"), FDS)
     text = " ".join(argv)
     assert "-nodefaults" in argv
     assert "-no-user-config" in argv

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from kata import journal_undo
 from kata.guest import manifest
 from kata.hypervisor import accel
+from kata.hypervisor.base import Disk
 from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.qemu import slots
-from kata.hypervisor.settings import Disk, VMSettings
+from kata.hypervisor.qemu.settings import VMSettings
 from kata.images.resolve import resolve
 from kata.journal import Journal
 from kata.oci import capabilities

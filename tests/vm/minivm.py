@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kata.guest.cpio import Archive
 from kata.hypervisor.qemu import process as qemu_process
-from kata.hypervisor.settings import VMSettings
+from kata.hypervisor.qemu.settings import VMSettings
 from kata.journal import Journal
 
 PATIENCE_S = float(os.environ.get("KATA_TEST_PATIENCE", "120"))

@@ -31,7 +31,7 @@ from agent_support import (
 
 from kata.guest import extension, manifest
 from kata.guest.progress import Silent
-from kata.hypervisor.settings import Disk
+from kata.hypervisor.base import Disk
 from kata.proto import agent_pb as agent
 from kata.proto import csi_pb as csi
 from kata.proto import oci_pb as oci

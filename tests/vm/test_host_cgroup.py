@@ -16,6 +16,7 @@ import pytest
 from conftest import PATIENCE, ROOT, Kata
 
 from kata import sysio
+from kata.hypervisor import registry
 from kata.resources import host_cgroup, sizing
 
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
@@ -58,7 +59,8 @@ def test_all_of_a_sandbox_is_in_its_limits(shared_kata: Kata, box: str) -> None:
     paths = found["host_cgroups"]
     assert set(paths) == ALL
     limits = host_cgroup.Limits(
-        sizing.host_memory(found["memory_mib"], found["accelerator"]), sizing.host_cpus(found["vcpus"])
+        sizing.host_memory(found["memory_mib"], registry.find().host_overhead_mib(found["accelerator"])),
+        sizing.host_cpus(found["vcpus"]),
     )
     engine, hypervisor = found["engine_pid"], found["hypervisor_pid"]
     children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()

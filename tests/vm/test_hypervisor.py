@@ -26,11 +26,12 @@ from kata.errors import (
 )
 from kata.guest import manifest
 from kata.hypervisor import accel
+from kata.hypervisor.base import Disk, Nic
 from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.qemu import root as qemu_root
 from kata.hypervisor.qemu import slots
 from kata.hypervisor.qemu.machine import Qemu
-from kata.hypervisor.settings import Disk, Nic, VMSettings
+from kata.hypervisor.qemu.settings import VMSettings
 from kata.journal import Journal
 from kata.resources import sizing
 
@@ -161,16 +162,16 @@ def test_empty_plugs_are_filled_while_it_runs(lab: Lab, tmp_path: Path) -> None:
             def block(address: str) -> str:
                 return f"$(ls /sys/bus/pci/devices/0000:00:{address}.0/virtio*/block)"
 
-            addresses = [await vm.insert_disk(Disk(str(image), True)) for image in (first, second)]
+            addresses = [await vm.attach_disk(Disk(str(image), True)) for image in (first, second)]
             assert addresses == [slots.disk_path(0), slots.disk_path(2)]
             for address, text in zip(addresses, ("one", "two"), strict=True):
                 await run(f"mount -t erofs /dev/{block(address)} /mnt")
                 assert await run("cat /mnt/file") == text
                 await run("umount /mnt")
             with pytest.raises(HypervisorError, match="no free slot for another read-only disk"):
-                await vm.insert_disk(Disk(str(first), True))
+                await vm.attach_disk(Disk(str(first), True))
 
-            address = await vm.insert_disk(Disk(str(writable), False))
+            address = await vm.attach_disk(Disk(str(writable), False))
             assert address == slots.disk_path(1)
             assert await run(f"cat /sys/block/{block(address)}/size") == str((96 << 20) // 512)
             await run(f"echo hello >/dev/{block(address)}; sync")
@@ -180,11 +181,11 @@ def test_empty_plugs_are_filled_while_it_runs(lab: Lab, tmp_path: Path) -> None:
             assert [line for line in locks if f":{writable.stat().st_ino} " in line and "OFDLCK" in line]
 
             # A slot that was emptied takes another image; what was there is nobody's any more.
-            await vm.remove_disk(addresses[0])
+            await vm.detach_disk(addresses[0])
             with pytest.raises(HypervisorError, match="no disk at PCI path 05"):
-                await vm.remove_disk(addresses[0])
+                await vm.detach_disk(addresses[0])
             await run("echo 3 >/proc/sys/vm/drop_caches")
-            assert await vm.insert_disk(Disk(str(second), True)) == addresses[0]
+            assert await vm.attach_disk(Disk(str(second), True)) == addresses[0]
             await run(f"mount -t erofs /dev/{block(addresses[0])} /mnt")
             assert await run("cat /mnt/file") == "two"
 
@@ -198,8 +199,8 @@ def test_a_disk_that_cannot_be_inserted_leaves_its_slot_free(lab: Lab, tmp_path:
         async with lab.engine() as (vm, _):
             for _ in range(3):
                 with pytest.raises(HypervisorError, match="No such file"):
-                    await vm.insert_disk(Disk(str(tmp_path / "missing"), True))
-            assert await vm.insert_disk(Disk(str(image), True)) == slots.disk_path(0)
+                    await vm.attach_disk(Disk(str(tmp_path / "missing"), True))
+            assert await vm.attach_disk(Disk(str(image), True)) == slots.disk_path(0)
 
     asyncio.run(work())
 
@@ -303,7 +304,7 @@ def test_a_killed_hypervisor_is_noticed_at_once(lab: Lab) -> None:
             assert isinstance(ended.error, VMLostError)
             assert "signal 9" in ended.error.message
             with pytest.raises(VMLostError):
-                await vm.insert_disk(Disk("/dev/null", True))
+                await vm.attach_disk(Disk("/dev/null", True))
             assert (await vm.stop()).reason == "crashed"
             assert await vm.metrics() == {}
 

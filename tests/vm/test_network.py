@@ -21,6 +21,7 @@ from netlab import HOST4, HOST6, INTERNET4, INTERNET6, Server
 from kata import journal_undo, sysio
 from kata.errors import HostError
 from kata.guest import manifest
+from kata.hypervisor.qemu import slots
 from kata.journal import Journal
 from kata.network import egress_filter, passt, resolver, user
 from kata.network.plan import plan
@@ -62,7 +63,8 @@ class Sandbox:
         self.journal = minivm.sandbox_dir(base, f"n{os.getpid()}")
         self.name = f"ktest{os.getpid()}"
         self.plan = plan(NetworkSettings.from_plain(settings))
-        self.nic = self.plan.setup_nic()
+        [self.nic] = self.plan.setup_nics(1)
+        self.plan.place(0, slots.nic_path())
 
     def start(self) -> None:
         self.plan.start(self.journal, self.name)
@@ -235,7 +237,7 @@ def test_the_helper_is_kept_from_the_loopback(namespaces: tuple[str, str], tmp_p
         deadline = time.monotonic() + minivm.PATIENCE_S
         while not all(server.peers for server in for_all) and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.close(sandbox.nic.fd or -1)
+        sandbox.nic.close()
         found["heard"] = [[bool(server.peers) for server in servers] for servers in (local, for_all)]
         return found
 
@@ -282,7 +284,7 @@ def test_published_udp_ports(namespaces: tuple[str, str], tmp_path: Path) -> Non
 
     def work(sandbox: Sandbox) -> str:
         sandbox.start()
-        wire = socket.socket(fileno=sandbox.nic.fd)
+        wire = socket.socket(fileno=sandbox.nic.descriptors()[0].detach())
         for frame in frames.neighbour_claims():
             frames.send(wire, frame)
             assert frames.receive(wire, 20)
@@ -303,7 +305,7 @@ def test_published_udp_ports(namespaces: tuple[str, str], tmp_path: Path) -> Non
 def test_ports_that_are_taken(namespaces: tuple[str, str], tmp_path: Path) -> None:
     def work(sandbox: Sandbox) -> list[str]:
         taken = Server(("0.0.0.0", 8080), b"")
-        os.close(sandbox.nic.fd or -1)
+        sandbox.nic.close()
         try:
             sandbox.start()
         except HostError as error:
@@ -328,7 +330,7 @@ def test_a_port_that_is_taken_behind_our_back(
         assert sandbox.plan.child is not None
         assert sandbox.plan.child.wait(minivm.PATIENCE_S) is not None
         failure = sandbox.plan.failure()
-        os.close(sandbox.nic.fd or -1)
+        sandbox.nic.close()
         taken.sock.close()
         return str(failure)
 
@@ -342,7 +344,7 @@ def test_the_helper_ends_with_the_machine(namespaces: tuple[str, str], tmp_path:
         sandbox.start()
         assert sandbox.plan.child is not None
         assert sandbox.plan.child.pid
-        os.close(sandbox.nic.fd or -1)  # all that passt sees of the machine
+        sandbox.nic.close()  # all that passt sees of the machine
         return sandbox.plan.child.wait(minivm.PATIENCE_S) is not None
 
     assert inside(namespaces, tmp_path, {"mode": "user"}, with_machine)

@@ -16,8 +16,8 @@ import time
 from kata.agent_ctl.methods import nearest
 from kata.errors import HostError, UsageError
 from kata.hypervisor import vsock
+from kata.hypervisor.channel import AGENT_PORT
 
-AGENT_PORT = 1024
 _SCHEMES = ("vsock", "unix", "hvsock")
 _RETRY_S = 0.05
 _LONGEST_REPLY = 64

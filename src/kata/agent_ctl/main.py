@@ -10,6 +10,7 @@ from kata.agent_ctl import address, links, methods, output
 from kata.agent_ctl.options import Option, Values, parse, table
 from kata.agent_ctl.session import COMMANDS, Session, listing, listing_text, split
 from kata.errors import KataError, UsageError
+from kata.hypervisor.channel import AGENT_PORT
 from kata.ttrpc.status import TtrpcError
 
 TYPE_CHECKING = False
@@ -183,7 +184,7 @@ def _target(values: Values, needed: bool) -> Callable[[], Link]:
             raise UsageError(f"--{name} goes with --{other}")
     patience = values.number("connect-timeout", CONNECT_S)
     if values.flag("server"):
-        port = values.integer("hybrid-vsock-port", address.AGENT_PORT, 0, 0xFFFFFFFE)
+        port = values.integer("hybrid-vsock-port", AGENT_PORT, 0, 0xFFFFFFFE)
         where = address.parse(values.value("server") or "", values.flag("hybrid-vsock"), port)
         return lambda: links.to_server(where, patience)
     if values.flag("sandbox"):

@@ -15,10 +15,11 @@ from kata.agent_ctl.links import Link, SocketLink, healthy, lost_error
 from kata.engine.boot import KERNEL_PARAMETERS
 from kata.errors import HostError, HypervisorError, KataError, VMLostError
 from kata.guest import manifest
-from kata.hypervisor import accel, vsock
-from kata.hypervisor.qemu import process as qemu_process
-from kata.hypervisor.settings import VMSettings
+from kata.hypervisor import accel, registry
+from kata.hypervisor.base import Attachments, MachineShape
+from kata.hypervisor.channel import Channel, SerialChannel
 from kata.journal import Journal
+from kata.sysio import Fd
 from kata.ttrpc.status import ConnectionLost, TtrpcError
 from kata.ttrpc.sync_client import Client
 
@@ -31,7 +32,7 @@ class VMLink(Link):
     """Boots the machine; returns when its agent answers.
 
     Its directory lies among the sandboxes' with a journal of its own, so that ``kata gc`` takes away what is left
-    if this process is killed; QEMU itself ends with this process.
+    if this process is killed; the hypervisor itself ends with this process.
 
     Args:
         memory_mib: Memory of the machine.
@@ -51,29 +52,28 @@ class VMLink(Link):
         self._journal = Journal.create_dir(
             os.path.join(paths.run_dir(), "sandboxes"), name, {"client": "agent-ctl", "id": name}
         )
-        settings = VMSettings(
-            name=name,
-            run_dir=os.path.dirname(self._journal.path),
+        shape = MachineShape(
             kernel=guest.kernel,
             initrd=guest.initrd,
-            cmdline=" ".join(KERNEL_PARAMETERS),
+            parameters=" ".join(KERNEL_PARAMETERS),
             accel=choice.accel,
             memory_mib=memory_mib,
-            vsock=vsock.allocate() if choice.accel == "kvm" else None,
         )
-        cid = settings.vsock.cid if settings.vsock is not None else None
+        attachments = Attachments(
+            sandbox_id=name, run_dir=os.path.dirname(self._journal.path), confines=False
+        )
         try:
-            self._qemu = qemu_process.spawn(settings, self._journal)
+            self._machine = registry.find().start(shape, attachments, self._journal)
         except BaseException:
             journal_undo.undo(self._journal)
             raise
         self._link: Link | None = None
         try:
             self._console = threading.Thread(
-                target=self._read_console, args=(self._qemu.take("console"),), daemon=True
+                target=self._read_console, args=(self._machine.take_console(),), daemon=True
             )
             self._console.start()
-            self._link = self._reach(cid)
+            self._link = self._reach(self._machine.channel)
             healthy(self._link, READY_S)
         except (KataError, TtrpcError) as error:
             raise self._failed(str(error)) from None
@@ -81,14 +81,14 @@ class VMLink(Link):
             self.close()
             raise
 
-    def _reach(self, cid: int | None) -> Link:
-        if cid is None:
-            return _PortLink(self.label, socket.socket(fileno=self._qemu.take("agent")))
-        where = address.Address("vsock", cid=cid)
+    def _reach(self, channel: Channel) -> Link:
+        if isinstance(channel, SerialChannel):
+            return _PortLink(self.label, channel.take())
+        where = address.parse(channel.url)
         return SocketLink(self.label, lambda: address.connect(where, READY_S))
 
     def _failed(self, words: str) -> KataError:
-        ended = self._qemu.failure()
+        ended = self._machine.failure()
         lines = last_lines(bytes(self._tail))
         self.close()
         text = f"the throw-away virtual machine did not come up: {ended.message if ended else words}"
@@ -96,18 +96,18 @@ class VMLink(Link):
             text += "\nits console ends with:\n" + "\n".join(f"  {line}" for line in lines)
         return HypervisorError(text, ended.hint if ended else "kata doctor checks this host")
 
-    def _read_console(self, fd: int) -> None:
+    def _read_console(self, console: Fd | None) -> None:
         """Take in what the guest says: one that nobody reads stops the machine when its buffer is full."""
-        if fd < 0:
+        if console is None:
             return
         try:
-            while data := os.read(fd, 1 << 14):
+            while data := os.read(console.raw, 1 << 14):
                 self._tail += data
                 del self._tail[:-_TAIL]
         except OSError:
             pass
         finally:
-            os.close(fd)
+            console.close()
 
     # ---- what a link does ----
 
@@ -116,7 +116,7 @@ class VMLink(Link):
         try:
             return self._link.call(service, method, payload, timeout_s)
         except VMLostError as error:
-            self._qemu.child.wait(2.0)
+            self._machine.status(2.0)
             raise VMLostError(self.lost() or error.message) from None
 
     def raw(self) -> socket.socket | None:
@@ -127,20 +127,20 @@ class VMLink(Link):
         return self._link is not None and self._link.shared
 
     def lost(self) -> str:
-        status = self._qemu.child.poll()
+        status = self._machine.status()
         if status is None:
             return ""
         lines = last_lines(bytes(self._tail), 1)
         said = f"; its console ends with: {lines[-1]}" if lines else ""
-        return f"the virtual machine has ended (QEMU's status {status}){said}"
+        return f"the virtual machine has ended (the hypervisor's status is {status}){said}"
 
     def close(self) -> None:
         if self._link is not None:
             self._link.close()
         problems = journal_undo.undo(self._journal, 10.0)  # the machine, then its directory
-        self._qemu.child.wait(10.0)
+        self._machine.status(10.0)
         self._console.join(5.0)
-        self._qemu.close()
+        self._machine.close()
         for problem in problems:
             sys.stderr.write(f"warning: {problem}\n")
 

@@ -96,7 +96,7 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
     kernel = size["kernel"]
     asked_mib = None if size["memory"] is None else -(-size["memory"] // sizing.MIB)
     machine_mib = facts["memory_mib"]
-    whole_mib = machine_mib + size["besides_mib"]
+    host_mib = sizing.host_memory(machine_mib + size["besides_mib"], size["host_overhead_mib"]) // sizing.MIB
     return {
         "id": facts["id"],
         "client": facts["client"],
@@ -125,9 +125,9 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
             "least": sizing.LEAST_MIB[kernel],
         },
         "host": {
-            "memory_mib": sizing.host_memory(whole_mib, accel) // sizing.MIB,
+            "memory_mib": host_mib,
             "cpus": sizing.host_cpus(facts["vcpus"]),
-            "overhead_memory_mib": sizing.host_memory(whole_mib, accel) // sizing.MIB - machine_mib,
+            "overhead_memory_mib": host_mib - machine_mib,
             "overhead_cpus": sizing.HOST_CPUS,
             "cgroups": facts["host_cgroups"],
             "used_mib": (facts.get("hypervisor_usage") or {}).get("rss_bytes", 0) // sizing.MIB,

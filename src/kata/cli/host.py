@@ -271,11 +271,26 @@ def _space() -> Check:
     return Check("disk space", OK, f"{table.human_size(free)} free for {paths.state_dir()}")
 
 
-_CHECKS: tuple[Callable[[], Check], ...] = (
+def _hypervisor() -> list[Check]:
+    """What the hypervisor itself has to say."""
+    from kata.config import files
+    from kata.hypervisor import registry
+
+    try:
+        monitor = registry.find(str(files.load().get("runtime.hypervisor_name", "")))
+    except KataError as error:
+        return [Check("hypervisor", FAIL, error.message, error.hint, blocking=True)]
+    return [
+        Check(one.name, OK if one.ok else FAIL, one.text, one.hint, blocking=True)
+        for one in monitor.checks()
+    ]
+
+
+_CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
     _permissions,
     _kvm,
     _vsock,
-    lambda: _program("qemu-system-x86_64", "qemu", "qemu-system-x86", FAIL, blocking=True),
+    _hypervisor,
     _network_helper,
     _file_server,
     lambda: _program("mkfs.ext4", "e2fsprogs", "e2fsprogs", FAIL, blocking=True),
@@ -287,7 +302,11 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
 
 
 def _doctor(arguments: Arguments) -> int:
-    checks = [*(check() for check in _CHECKS), *_clients()]
+    checks: list[Check] = []
+    for look in _CHECKS:
+        verdict = look()
+        checks += verdict if isinstance(verdict, list) else [verdict]
+    checks += _clients()
     blocked = any(check.blocking and check.result == FAIL for check in checks)
     if arguments.flag("json"):
         entries = [
@@ -384,12 +403,13 @@ def _show_tree(content: dict[str, Any], indent: str) -> None:
 
 def _version(arguments: Arguments) -> int:
     from kata.guest import manifest
+    from kata.hypervisor import registry
 
-    qemu = children.find_program("qemu-system-x86_64")
+    monitor = registry.find()
     found = {
         "kata": __version__,
         "python": sys.version.partition(" ")[0],
-        "qemu": _version_of(qemu) if qemu else "not installed",
+        monitor.name: monitor.version() or "not installed",
     }
     try:
         guest = manifest.load(paths.guest_dir())

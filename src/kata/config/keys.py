@@ -386,7 +386,7 @@ _ALL = [
     Key(_R, "create_container_timeout", INT, "120", "seconds that the guest may take to make a container", least=1,
         most=86400),
     Key(_R, "static_sandbox_resource_mgmt", BOOL, "false", "a machine keeps the size that it was started with"),
-    Key(_R, "hypervisor_name", TEXT, "qemu", "there is no other", choices=("", "qemu")),
+    Key(_R, "hypervisor_name", TEXT, "qemu", "the hypervisor; there is no other yet"),
     Key(_R, "agent_name", TEXT, "kata", "there is no other", choices=("", "kata")),
     Key(_R, "name", TEXT, "", "one program serves every kind of container", IDLE, silent=("virt_container",)),
     Key(_R, "enable_debug", BOOL, "false", _ONE_LOG, IDLE),

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.hostns import Namespaces
-    from kata.hypervisor.base import Hypervisor
+    from kata.hypervisor.base import Machine
     from kata.resources.host_cgroup import HostCgroup
 
     T = TypeVar("T")
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         """The virtual machine of a sandbox, which may not be there yet, or no longer (`MachineRuntime`)."""
 
         @property
-        def vm(self) -> Hypervisor | None:
+        def vm(self) -> Machine | None:
             """The hypervisor, once there is one."""
 
         @property

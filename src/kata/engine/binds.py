@@ -25,7 +25,6 @@ from kata import sysio
 from kata.engine import nodes, rootfs, spec
 from kata.engine.volumes import absent
 from kata.errors import ConfigError, HostError
-from kata.hypervisor.qemu import slots
 from kata.proto.agent_pb import Storage
 from kata.settings import RootfsSettings
 
@@ -234,7 +233,7 @@ class Shared:
         self.storages.append(
             Storage(
                 driver="blk",
-                source=slots.disk_path(volume.slot),
+                source=self._sandbox.machine.disk_addresses[volume.slot],
                 fstype="ext4",
                 # What is deleted there frees space on the host, too.
                 options=["discard"],

@@ -9,28 +9,27 @@ from __future__ import annotations
 import os
 import time
 
-from kata import children
 from kata.engine import turns, volumes
-from kata.errors import GuestAssetError, HostError, KataError
-from kata.hypervisor.qemu import command as qemu_command
-from kata.hypervisor.qemu import process as qemu_process
-from kata.hypervisor.qemu import root as qemu_root
-from kata.hypervisor.qemu import slots
-from kata.hypervisor.settings import Disk, Nic, VMSettings
+from kata.errors import HostError, KataError, UnsupportedError
+from kata.hypervisor import registry
+from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from kata.agent.client import AgentClient
     from kata.engine import hostns
     from kata.engine.sandbox import Sandbox
     from kata.hypervisor import virtiofsd
+    from kata.hypervisor.base import Capabilities, Monitor, Started
     from kata.journal import Journal
     from kata.network.user import NetworkPlan
+    from kata.resources import host_cgroup
     from kata.resources.host_cgroup import HostCgroup
-    from kata.settings import GuestSettings, SandboxSettings
+    from kata.settings import SandboxSettings
 
 READY_S = 60.0
 """How long a guest may take to answer; it takes a second, but a host may be busy, or itself an emulated machine.
@@ -41,16 +40,11 @@ KERNEL_PARAMETERS = (
     "net.ifnames=0",
     "dummy.numdummies=0",  # the driver would put an interface into every guest
     "cgroup_no_v1=all",
-    "pci=lastbus=0",  # there is one bus: look for no others
-    "tsc=reliable",
-    "no_timer_check",
-    "noreplace-smp",
     "rcupdate.rcu_expedited=1",
     "cryptomgr.notests",
     "random.trust_cpu=on",
-    "i8042.noaux",
-    "i8042.nopnp",
 )
+"""Parameters of every guest's kernel; a monitor adds those that its machines need."""
 TURN_S = 1.0
 """How long a machine that is up keeps its turn for a first container."""
 CONSOLE_NAME = "console.log"
@@ -61,17 +55,23 @@ SHARE_MOUNT_OPTIONS = {
 }
 SHARE_MSIZE = 512000
 SEED_BYTES = 512
+BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
+DISK_SLOTS = 4
+"""Disk slots of a sandbox that does not want all."""
 
 
 class Machine:
-    """What `power_on` made.
+    """What `power_on` made. All of it is None or empty where that failed.
 
     Attributes:
-        cgroup: Its leaves in the host's cgroups, once there is a process to be put into them.
+        monitor: The hypervisor.
+        capabilities: What it can do on this host.
+        shape: What the machine is.
+        started: The machine, until the sandbox takes it over.
+        cgroup: Its leaves in the host's cgroups.
         files: The file server of the share, if the share is served by one.
         host: The host's namespaces, for hooks that a client's specification may have.
         network: The network, if the sandbox has one.
-        process: The hypervisor's process.
         share: The share, if the sandbox has one.
         ready_ns: When there was nothing more to do but wait for a turn.
         started_ns: When the hypervisor was started.
@@ -79,23 +79,29 @@ class Machine:
     """
 
     __slots__ = (
+        "capabilities",
         "cgroup",
         "files",
         "host",
+        "monitor",
         "network",
-        "process",
         "ready_ns",
+        "shape",
         "share",
+        "started",
         "started_ns",
         "turn",
     )
 
     def __init__(self) -> None:
+        self.monitor: Monitor | None = None
+        self.capabilities: Capabilities | None = None
+        self.shape: MachineShape | None = None
+        self.started: Started | None = None
         self.cgroup: HostCgroup | None = None
         self.files: virtiofsd.FileServer | None = None
         self.host: hostns.Namespaces | None = None
         self.network: NetworkPlan | None = None
-        self.process: qemu_process.QemuProcess | None = None
         self.share: volumes.Share | None = None
         self.ready_ns = 0
         self.started_ns = 0
@@ -105,6 +111,40 @@ class Machine:
         """Let the next machine boot."""
         if self.turn is not None:
             self.turn.end()
+
+    @property
+    def disk_addresses(self) -> Sequence[str]:
+        """Where its disks are in the guest, by slot."""
+        return self.started.disk_addresses if self.started is not None else ()
+
+    @property
+    def nic_addresses(self) -> Sequence[str]:
+        """Where its network interfaces are in the guest."""
+        return self.started.nic_addresses if self.started is not None else ()
+
+    @property
+    def host_overhead_mib(self) -> int:
+        """What running the machine takes on the host beside the guest's memory; 0 where there is none."""
+        if self.monitor is None or self.shape is None:
+            return 0
+        return self.monitor.host_overhead_mib(self.shape.accel)
+
+    def host_limits(self, vcpus: int, memory_mib: int) -> host_cgroup.Limits:
+        """What the machine may take of the host at some size.
+
+        Args:
+            vcpus: How many processors it uses.
+            memory_mib: Its memory, without what its devices take.
+        """
+        from kata.resources import host_cgroup, sizing
+
+        memory = sizing.host_memory(memory_mib + self.extra_memory_mib, self.host_overhead_mib)
+        return host_cgroup.Limits(memory, sizing.host_cpus(vcpus))
+
+    @property
+    def extra_memory_mib(self) -> int:
+        """Memory of the guest that its devices take, beside what was asked for."""
+        return self.started.extra_memory_mib if self.started is not None else 0
 
 
 def needs_share(settings: SandboxSettings) -> bool:
@@ -117,119 +157,306 @@ def needs_share(settings: SandboxSettings) -> bool:
     )
 
 
-def power_on(settings: SandboxSettings, run_dir: str, journal: Journal, machine: Machine) -> None:
-    """Start the hypervisor and its helpers.
+def power_on(settings: SandboxSettings, run_dir: str, journal: Journal) -> Machine:
+    """Start the hypervisor and its helpers. This is the recipe.
+
+    Args:
+        settings: The sandbox's; what its log is to say is added to its ``notes``.
+        run_dir: Its directory.
+        journal: Its journal.
+
+    Raises:
+        KataError: Something is missing on this host. Nothing is left open then; what is in the journal is undone
+            with it.
+    """
+    boot = Boot(settings, run_dir, journal)
+    try:
+        boot.choose_monitor()
+        boot.keep_host_namespaces()
+        boot.enter_namespace()
+        boot.prepare_share()
+        boot.plan_network()
+        boot.prepare_file_server()
+        boot.describe_machine()
+        boot.take_turn()
+        boot.start_monitor()
+        boot.join_cgroup()
+        boot.start_file_server()
+        boot.start_network()
+        boot.set_oom_scores()
+    except BaseException:
+        boot.undo()
+        raise
+    return boot.machine
+
+
+class Boot:
+    """The steps of `power_on`, in their order. Each leaves in `undo` what takes back what it has made.
 
     Args:
         settings: The sandbox's.
         run_dir: Its directory.
         journal: Its journal.
-        machine: Is filled in, as far as it gets.
-
-    Raises:
-        KataError: Something is missing on this host.
     """
-    # Every machine has all its plugs, used or not: one shape for all starts, and for what comes later.
-    if settings.client.keeps_host_mounts:
+
+    __slots__ = (
+        "_attachments",
+        "_described",
+        "_journal",
+        "_nics",
+        "_run_dir",
+        "_settings",
+        "_share",
+        "_undo",
+        "capabilities",
+        "machine",
+        "monitor",
+    )
+
+    def __init__(self, settings: SandboxSettings, run_dir: str, journal: Journal) -> None:
+        self.machine = Machine()
+        self.monitor: Monitor
+        self.capabilities: Capabilities
+        self._settings = settings
+        self._described = settings.described()
+        self._run_dir = run_dir
+        self._journal = journal
+        self._share = volumes.Share(run_dir, journal)
+        self._nics: list[Nic] = []
+        self._attachments: Attachments
+        self._undo: list[Callable[[], object]] = []
+
+    def note(self, sentence: str) -> None:
+        """Have the sandbox's log say something."""
+        self._settings.notes.append(sentence)
+
+    def undo(self) -> None:
+        """Take back what the steps have made so far, the last first."""
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except (OSError, KataError) as error:
+                self.note(f"a start that failed was not taken back whole: {error}")
+
+    def choose_monitor(self) -> None:
+        """Ask the hypervisor what it can do here, before anything is made.
+
+        Raises:
+            ConfigError: There is no such hypervisor.
+            HostError: It cannot do without KVM.
+            UnsupportedError: It cannot do what the sandbox needs.
+        """
+        hypervisor, disks = self._described.hypervisor, self._settings.disks
+        monitor = registry.find(hypervisor.name)
+        capabilities = monitor.capabilities(
+            hypervisor.accel, hypervisor.options, bounces=self._described.guest.bounces
+        )
+        if hypervisor.accel not in monitor.accelerators:
+            raise HostError(f"{monitor.title} needs KVM, which does not work on this host", "kata doctor")
+        if len(disks) > capabilities.disk_slots:
+            raise UnsupportedError(
+                f"{monitor.title} gives a machine {capabilities.disk_slots} disks, and"
+                f" {len(disks)} are needed",
+                "Give the container fewer volumes that are disks.",
+            )
+        if needs_share(self._settings) and not capabilities.shares:
+            raise UnsupportedError(
+                f"{monitor.title} cannot share files of the host with a machine",
+                "Leave the volumes out, and use an image of the image store.",
+            )
+        self.monitor = self.machine.monitor = monitor
+        self.capabilities = self.machine.capabilities = capabilities
+
+    def keep_host_namespaces(self) -> None:
+        """Hold the host's namespaces open, for what a client's specification may have done there."""
+        if not self._settings.client.keeps_host_mounts:
+            return
         from kata.engine import hostns
 
-        machine.host = hostns.Namespaces()
-    volumes.own_namespace()
-    share = volumes.Share(run_dir, journal)
-    share.prepare()
-    if needs_share(settings):
-        machine.share = share
-    nics = [Nic(spare_mac())]
-    if settings.network.mode != "none":
+        self.machine.host = hostns.Namespaces()
+        self._undo.append(self.machine.host.close)
+
+    def enter_namespace(self) -> None:
+        """Go into a mount namespace of our own."""
+        volumes.own_namespace()
+
+    def prepare_share(self) -> None:
+        """Make the directory that is shared with the guest. Its device is there also where nothing is shared: one
+        shape for all starts, and for what comes later."""
+        self._share.prepare()
+        if needs_share(self._settings):
+            self.machine.share = self._share
+
+    def plan_network(self) -> None:
+        """Work out the network, and make the host's ends of the guest's interfaces.
+
+        Raises:
+            KataError: As of `kata.network.plan.plan` and `NetworkPlan.setup_nics`.
+            UnsupportedError: The hypervisor cannot connect a machine so.
+        """
+        network = self._settings.network
+        if network.mode == "none":
+            self._nics = [Nic(spare_mac())] if self.capabilities.nics else []
+            return
         from kata.network.plan import plan
 
-        machine.network = plan(settings.network)
-        machine.network.journal = journal
-        nics = [machine.network.setup_nic(), *machine.network.more_nics]
-    if machine.share is not None:
-        machine.files = file_server(settings, share.path, run_dir, journal)
-    vm = vm_settings(settings, share.path, run_dir, *nics, files=machine.files)
-    if machine.network is not None:
-        if "q35" not in vm.machine:
-            machine.network.late_nics = 0  # the ports are PCI Express', which QEMU's other machines have not
-        vm.late_nics = machine.network.late_nics
-    if vm.accel == "kvm":
-        # Under emulation the serial port is the faster of the two.
-        from kata.hypervisor import vsock
-
-        vm.vsock = vsock.allocate()
-    # (There is a device for a share even where nothing is ever shown through it.)
-    vm.serves_files = machine.share is not None and vm.share_fd < 0
-    vm.root = qemu_root.prepare(run_dir, journal, serves_files=vm.serves_files)
-    machine.ready_ns = time.monotonic_ns()
-    machine.turn = turns.Turn(settings.notes.append)
-    machine.started_ns = time.monotonic_ns()
-    machine.process = qemu_process.spawn(vm, journal)
-    pids = (machine.process.pid, os.getpid())
-    machine.cgroup = limit(settings, os.path.basename(run_dir), vm, journal, pids)
-    # Helpers are born into our cgroups.
-    if machine.files is not None:
-        machine.files.start()
-    if machine.network is not None:
-        machine.network.start(journal, settings.id)
-    from kata.resources import oom_score
-
-    oom_score.protect_engine()
-    oom_score.set_machine(settings.oom_score_adj)
-
-
-BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
-
-
-def file_server(
-    settings: SandboxSettings, directory: str, run_dir: str, journal: Journal
-) -> virtiofsd.FileServer | None:
-    """What serves the share by virtio-fs, not yet started; None where the hypervisor itself shall do so, by 9p.
-
-    That is noted for the log, unless it was asked for.
-
-    An emulated machine can have one if its guest's kernel is ready for it (`kata.hypervisor.qemu.command.bounces`).
-
-    Raises:
-        HostError: virtio-fs was asked for, and there is no virtiofsd.
-        HypervisorError: The socket cannot be made.
-    """
-    from kata.hypervisor import virtiofsd  # most machines share nothing
-
-    described, notes = settings.described(), settings.notes
-    share = described.share
-    if share.protocol == "virtio-9p":
-        return None
-    if described.hypervisor.accel == "tcg" and not described.guest.bounces:
-        notes.append(f"{BY_9P}: the guest's kernel cannot have virtio-fs in an emulated machine")
-        return None
-    program = virtiofsd.find(share.daemon)
-    if program is None:
-        if share.protocol:
-            raise HostError(
-                f"there is no virtiofsd on this host, and {share.protocol} needs it",
-                "apt-get install virtiofsd",
+        made = plan(network)
+        if made.backend and made.backend not in self.capabilities.nic_backends:
+            raise UnsupportedError(
+                f"{self.monitor.title} cannot connect a machine to a network of the mode {network.mode!r}",
+                "Use another network, or none.",
             )
-        notes.append(f"{BY_9P}: this host has no virtiofsd")
-        return None
-    return virtiofsd.FileServer(program, directory, run_dir, journal, share.cache or "auto")
+        made.journal = self._journal
+        self._undo.append(made.stop)
+        self._nics = made.setup_nics(self.capabilities.nics, hotplug=self.capabilities.hotplug_nics)
+        self._undo += [nic.close for nic in self._nics]
+        self.machine.network = made
+
+    def prepare_file_server(self) -> None:
+        """Choose how files are shared. (A file server listens at once, and is started when the machine boots.)
+
+        Raises:
+            HostError: virtio-fs was asked for, and there is no virtiofsd.
+            HypervisorError: Its socket cannot be made.
+        """
+        if self.machine.share is None:
+            return
+        program = self._file_server()
+        if not program:
+            return
+        from kata.hypervisor import virtiofsd
+
+        cache = self._described.share.cache or "auto"
+        files = virtiofsd.FileServer(program, self._share.path, self._run_dir, self._journal, cache)
+        self._undo.append(files.stop)
+        self._undo.append(files.connection.close)
+        self.machine.files = files
+
+    def _file_server(self) -> str:
+        """The program that serves the share by virtio-fs; empty where the hypervisor itself shall do so, by 9p. That
+        is noted for the log, unless it was asked for."""
+        from kata.hypervisor import virtiofsd
+
+        wanted = self._described.share.protocol
+        by_9p = "9p" in self.capabilities.shares
+        if wanted == "virtio-9p" and by_9p:
+            return ""
+        if "virtio-fs" not in self.capabilities.shares:
+            self.note(f"{BY_9P}: {self.capabilities.share_note}")
+            return ""
+        program = virtiofsd.find(self._described.share.daemon)
+        if program is None:
+            if wanted or not by_9p:
+                raise HostError(
+                    f"there is no virtiofsd on this host, and {wanted or self.monitor.title} needs it",
+                    "apt-get install virtiofsd",
+                )
+            self.note(f"{BY_9P}: this host has no virtiofsd")
+            return ""
+        return program
+
+    def describe_machine(self) -> None:
+        """Say what the machine is, and what it is connected to."""
+        files, network = self.machine.files, self.machine.network
+        share = ""
+        if self.capabilities.shares:
+            share = "virtio-fs" if files is not None else self.capabilities.shares[-1]
+        self.machine.shape = shape_of(
+            self._settings,
+            self.capabilities,
+            nics=len(self._nics),
+            hotplug_nics=network.late_nics if network is not None else 0,
+            share=share,
+        )
+        self._attachments = Attachments(
+            sandbox_id=self._settings.id,
+            run_dir=self._run_dir,
+            disks=disks_of(self._settings),
+            nics=self._nics,
+            share_dir=self._share.path,
+            share_server=files.connection if files is not None else None,
+            serves_files=self.machine.share is not None and files is None,
+        )
+
+    def take_turn(self) -> None:
+        """Wait until this machine may boot."""
+        self.machine.ready_ns = time.monotonic_ns()
+        self.machine.turn = turns.Turn(self.note)
+        self._undo.append(self.machine.end_turn)
+
+    def start_monitor(self) -> None:
+        """Start the machine: it boots from here on.
+
+        Raises:
+            KataError: As of `kata.hypervisor.base.Monitor.start`.
+        """
+        assert self.machine.shape is not None
+        self.machine.started_ns = time.monotonic_ns()
+        started = self.monitor.start(self.machine.shape, self._attachments, self._journal)
+        self._undo.append(started.close)
+        self._undo.append(lambda: started.status(END_S))
+        self._undo.append(started.kill)
+        self.machine.started = started
+        if self.machine.network is not None:
+            for index, address in enumerate(started.nic_addresses):
+                self.machine.network.place(index, address)
+
+    def join_cgroup(self) -> None:
+        """Put machine and engine into cgroups of their own: after the start, since it takes the host a while, and
+        before the helpers are started, which are born into them."""
+        started, shape = self.machine.started, self.machine.shape
+        assert started is not None
+        assert shape is not None
+        limits = self.machine.host_limits(shape.vcpus, shape.memory_mib)
+        name, pids = os.path.basename(self._run_dir), (started.pid, os.getpid())
+        cgroup = limit(self._settings, name, limits, self._journal, pids)
+        self._undo.append(cgroup.leave)
+        self.machine.cgroup = cgroup
+
+    def start_file_server(self) -> None:
+        """Start what serves the share, if it is not the hypervisor.
+
+        Raises:
+            HypervisorError: It cannot be executed.
+        """
+        if self.machine.files is not None:
+            self.machine.files.start()
+
+    def start_network(self) -> None:
+        """Start what the network needs on the host.
+
+        Raises:
+            KataError: As of `NetworkPlan.start`.
+        """
+        if self.machine.network is not None:
+            self.machine.network.start(self._journal, self._settings.id)
+
+    def set_oom_scores(self) -> None:
+        """When the host has no memory left, the machine is to go before the engine."""
+        from kata.resources import oom_score
+
+        oom_score.protect_engine()
+        oom_score.set_machine(self._settings.oom_score_adj)
+
+
+END_S = 5.0
+"""How long a machine that was killed is waited for."""
 
 
 def limit(
-    settings: SandboxSettings, name: str, vm: VMSettings, journal: Journal, pids: tuple[int, ...]
+    settings: SandboxSettings, name: str, limits: host_cgroup.Limits, journal: Journal, pids: tuple[int, ...]
 ) -> HostCgroup:
     """Put processes of a sandbox into cgroups with the limits that belong to its size.
 
     Args:
         settings: The sandbox's.
         name: Of its cgroup where its specification names none.
-        vm: How large the machine is.
+        limits: What they may take of the host.
         journal: The sandbox's.
         pids: The processes.
     """
-    from kata.resources import host_cgroup, sizing, systemd_scope
+    from kata.resources import host_cgroup, systemd_scope
 
-    limits = host_cgroup.Limits(sizing.host_memory(vm.memory_mib, vm.accel), sizing.host_cpus(vm.vcpus))
     cgroup = host_cgroup.HostCgroup()
     cgroup.make(
         journal,
@@ -247,80 +474,57 @@ def spare_mac() -> str:
     return "02:6b:" + ":".join(f"{byte:02x}" for byte in os.urandom(4))
 
 
-def _initrd(guest: GuestSettings, run_dir: str) -> str:
-    """The initrd, with the archives behind it that are asked for: Linux unpacks one after the other."""
-    if not guest.extensions:
-        return guest.initrd
-    # In the sandbox's own directory, which goes with it.
-    whole = os.path.join(run_dir, "initrd")
-    try:
-        with open(whole, "wb") as target:
-            for part in (guest.initrd, *guest.extensions):
-                with open(part, "rb") as source:
-                    data = source.read()
-                target.write(data + bytes(-len(data) % 512))
-    except OSError as error:
-        raise GuestAssetError(
-            f"cannot put the guest's initrd together: {error.filename or whole}: {error.strerror}",
-            "kata guest build; the sandbox's directory needs room for it (KATA_RUN_DIR)",
-        ) from None
-    return whole
-
-
-def vm_settings(
-    settings: SandboxSettings,
-    share_dir: str,
-    run_dir: str,
-    nic: Nic,
-    *more_nics: Nic,
-    files: virtiofsd.FileServer | None = None,
-) -> VMSettings:
-    """The virtual machine that *settings* describe, with a file server for its share if there is one."""
-    described = settings.described()
-    hypervisor, guest, size = described.hypervisor, described.guest, described.size
-    # What bounce pages and long queues take is the machine's, and not its containers'.
-    more_mib = qemu_command.BOUNCE_MIB if files is not None and hypervisor.accel == "tcg" else 0
-    binary = hypervisor.path or children.find_program(qemu_process.PROGRAM) or ""
-    more_mib += qemu_root.queues_mib(binary)
-    disks: list[Disk | None] = [
+def disks_of(settings: SandboxSettings) -> list[Disk | None]:
+    """The disks that a sandbox starts with, by slot."""
+    return [
         None if disk is None else Disk(disk.path, disk.readonly, disk.serial, disk.ephemeral)
         for disk in settings.disks
     ]
-    return VMSettings(
-        name=f"kata-{settings.id[:40]}",
-        run_dir=run_dir,
+
+
+def shape_of(
+    settings: SandboxSettings,
+    capabilities: Capabilities,
+    *,
+    nics: int = 0,
+    hotplug_nics: int = 0,
+    share: str = "",
+) -> MachineShape:
+    """The machine that a sandbox's settings describe.
+
+    Args:
+        settings: The sandbox's.
+        capabilities: What the hypervisor can do: the machine has no room to grow where it cannot.
+        nics, hotplug_nics, share: As of `MachineShape`.
+    """
+    described = settings.described()
+    hypervisor, guest, size = described.hypervisor, described.guest, described.size
+    kinds = [
+        "spare" if disk is None else "readonly" if disk.readonly else "writable" for disk in settings.disks
+    ]
+    most = capabilities.disk_slots
+    room = (most if settings.all_disk_slots else min(DISK_SLOTS, most)) - len(kinds)
+    parameters = KERNEL_PARAMETERS[1:] if guest.verbose else KERNEL_PARAMETERS
+    return MachineShape(
         kernel=guest.kernel,
-        initrd=_initrd(guest, run_dir),
-        cmdline=_cmdline(guest),
+        initrd=guest.initrd,
+        extensions=guest.extensions,
+        # Those of the configuration last, so that they prevail.
+        parameters=" ".join((*parameters, guest.cmdline)).strip(),
         accel=hypervisor.accel,
-        binary=binary,
-        machine=hypervisor.machine or "q35",
-        firmware=hypervisor.firmware or "qboot.rom",
+        vcpus=size.vcpus,
+        max_vcpus=size.max_vcpus if capabilities.spare_vcpus else 0,
+        memory_mib=size.memory_mib,
+        max_memory_mib=size.max_memory_mib if capabilities.grow_memory else 0,
+        disks=[*kinds, *["spare"] * room],
+        nics=nics,
+        hotplug_nics=hotplug_nics,
+        share=share,
         console=hypervisor.console or "serial",
-        machine_options=hypervisor.machine_options,
-        cpu_features=hypervisor.cpu_features,
-        entropy=hypervisor.entropy,
         prealloc=hypervisor.prealloc,
         reclaim=hypervisor.reclaim,
-        sandbox=hypervisor.seccomp,
-        vcpus=size.vcpus,
-        max_vcpus=size.max_vcpus,
-        max_memory_mib=size.max_memory_mib + more_mib if size.max_memory_mib else 0,
-        memory_mib=size.memory_mib + more_mib,
-        disks=disks,
-        disk_slots=max(settings.disk_slots, slots.FEWEST_DISKS, len(disks)),
-        share_dir=share_dir,
-        share_fd=-1 if files is None else files.fd,
-        title=f"kata: machine of {settings.id}",
-        nic=nic,
-        more_nics=more_nics,
+        options=hypervisor.options,
     )
-
-
-def _cmdline(guest: GuestSettings) -> str:
-    """The kernel's parameters: ours, and behind them, so that they prevail, those of the configuration."""
-    words = KERNEL_PARAMETERS[1:] if guest.verbose else KERNEL_PARAMETERS
-    return " ".join((*words, guest.cmdline)).strip()
 
 
 # ---- from here on the event loop runs ----
@@ -384,7 +588,7 @@ async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
         storages.append(
             agent_pb.Storage(
                 driver=kind,
-                source=slots.SHARE_TAG,
+                source=sandbox.machine.started.share_tag if sandbox.machine.started is not None else "",
                 fstype=kind.replace("-", ""),
                 options=[*SHARE_MOUNT_OPTIONS[kind], *more],
                 mount_point=GUEST_SHARE,

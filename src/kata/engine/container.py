@@ -156,13 +156,18 @@ class Container:
         try:
             await self.init.streams.ready()
             await self._reserve_record()
+            if sandbox.machine.started is None:
+                await sandbox.ready()  # which says why there is no machine
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
             self.config, volumes = await sandbox.run_blocking(nodes.of_guest, self.config)
             shown = await sandbox.run_blocking(self._shared.add_all, self.config, self._rootfs)
             files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
-            storages = [*rootfs.storages(self.id, self._rootfs), *self._shared.storages]
+            storages = [
+                *rootfs.storages(self.id, self._rootfs, sandbox.machine.disk_addresses),
+                *self._shared.storages,
+            ]
             message = spec.to_message(self._guest_spec(shown, files.mounts, volumes))
             pids_path = spec.pids_path(self.config)
             pids_of = self._whose_pids(pids_path)

@@ -11,7 +11,7 @@ import os
 import stat
 
 from kata.errors import HostError, KataError, UnsupportedError
-from kata.hypervisor.settings import Disk
+from kata.hypervisor.base import Disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -169,8 +169,14 @@ class Disks:
         if self._sandbox.vm is None:
             await self._sandbox.ready()
         assert self._sandbox.vm is not None
+        capabilities = self._sandbox.machine.capabilities
+        if capabilities is not None and not capabilities.attach_disk:
+            raise UnsupportedError(
+                f"a machine that runs cannot be given the disk {path} by this sandbox's hypervisor",
+                "Use a snapshotter that makes directories (overlayfs), and no block devices.",
+            )
         await self._sandbox.run_blocking(self._allow, path)
-        address = await self._sandbox.race_vm_exit(self._sandbox.vm.insert_disk(Disk(path, readonly)))
+        address = await self._sandbox.race_vm_exit(self._sandbox.vm.attach_disk(Disk(path, readonly)))
         self._addresses.append(address)
         return address
 
@@ -199,7 +205,7 @@ class Disks:
             if vm is None or not self._sandbox.vm_runs or self._sandbox.is_lost:
                 continue
             try:
-                await vm.remove_disk(address)
+                await vm.detach_disk(address)
             except KataError as error:
                 self._sandbox.log(f"a disk stays in the virtual machine: {error.message}")
         if self._allowed:

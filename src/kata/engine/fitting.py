@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
+from kata.hypervisor.base import MEMORY_STEP_MIB
 from kata.resources import sizing
 from kata.resources.sizing import ResourceRequest
 from kata.settings import SizeSettings
@@ -26,13 +27,11 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.sandbox import Sandbox
-    from kata.hypervisor.base import Hypervisor
+    from kata.hypervisor.base import Machine
 
     Target = tuple[int, int, int]
     """Processors, MiB of memory by the formula, and the ``MemTotal`` in bytes that a balloon leaves; 0 for none."""
 
-PLUG_MIB = 2
-"""Memory is plugged in multiples of this: virtio-mem's blocks on x86."""
 FEATURE = "kata.machine"
 
 
@@ -96,7 +95,8 @@ class Fitting:
             "vcpus": self.vcpus,
             "plugged_mib": self.plugged_mib,
             "returned_mib": self.returned_mib,
-            "besides_mib": 0 if self._sandbox.vm is None else self._besides(self._sandbox.vm),
+            "besides_mib": self._sandbox.machine.extra_memory_mib,
+            "host_overhead_mib": self._sandbox.machine.host_overhead_mib,
             "fixed_memory": self._fixed_memory,
             "max_vcpus": self._max_vcpus,
             "max_memory_mib": self._max_mib,
@@ -199,7 +199,7 @@ class Fitting:
         needed = sizing.memory_of(asked.memory, self._kernel)
         if self._unlimited():
             # As much as a machine has for which nobody asks, as far as there is room: it is no limit of theirs.
-            room = self._first_mib + (self._max_mib - self._first_mib) // PLUG_MIB * PLUG_MIB
+            room = self._first_mib + (self._max_mib - self._first_mib) // MEMORY_STEP_MIB * MEMORY_STEP_MIB
             needed = max(needed, min(needed + self._default_mib, room), self._first_mib)
         if needed >= self._first_mib:
             return vcpus, needed, 0
@@ -242,7 +242,7 @@ class Fitting:
 
     def _plugs(self, mib: int) -> int:
         """MiB to be plugged into a machine that is to have so much."""
-        return -(-max(mib - self._first_mib, 0) // PLUG_MIB) * PLUG_MIB
+        return -(-max(mib - self._first_mib, 0) // MEMORY_STEP_MIB) * MEMORY_STEP_MIB
 
     async def _shrink(self, target: Target) -> None:
         """Have this size after limits were lowered, as far as the guest gives back what it has."""
@@ -276,7 +276,7 @@ class Fitting:
         self._has = (vcpus, *self._has[1:])
         await self._limit_host(vcpus, self.memory_mib)
 
-    async def _change_memory(self, vm: Hypervisor, agent: AgentClient, target: Target) -> None:
+    async def _change_memory(self, vm: Machine, agent: AgentClient, target: Target) -> None:
         _vcpus, mib, total = target
         plugs = self._plugs(mib)
         if plugs and self.returned_mib:
@@ -287,11 +287,11 @@ class Fitting:
         slack = int(mib * sizing.SLACK)
         surplus = self._first_mib + self.plugged_mib - mib
         spare = give = 0
-        if surplus > slack and (total or plugs):
+        if surplus > slack and (total or plugs) and self._can_balloon:
             spare = surplus
             if total:
                 # Not by the formula: what the kernel keeps for itself depends on what it was started with.
-                keeps = total + self._besides(vm) * sizing.MIB
+                keeps = total + vm.extra_memory_mib * sizing.MIB
                 spare = max(self.returned_mib + (await agent.memory_total() - keeps) // sizing.MIB, 0)
             # Whatever the guest says; and what is in the balloon is of the memory that it was started with.
             give = min(spare, self.memory_mib + self.returned_mib - sizing.SHRUNK_MIB, self._first_mib - 1)
@@ -300,11 +300,13 @@ class Fitting:
         short = (spare or max(surplus, 0)) - self.returned_mib
         self._has = (self._has[0], mib + (short if short > slack else 0), total)
 
-    def _besides(self, vm: Hypervisor) -> int:
-        """MiB that the machine was given on top, for bounce pages and long queues (`kata.engine.boot.vm_settings`)."""
-        return max(vm.settings.memory_mib - self._first_mib, 0)
+    @property
+    def _can_balloon(self) -> bool:
+        """Whether the guest can give memory back that the machine was started with."""
+        capabilities = self._sandbox.machine.capabilities
+        return capabilities is not None and capabilities.balloon
 
-    async def _balloon(self, vm: Hypervisor, mib: int) -> None:
+    async def _balloon(self, vm: Machine, mib: int) -> None:
         self.returned_mib = await vm.set_balloon(mib)
         self._has = (self._has[0], self.memory_mib, 0)
 
@@ -321,10 +323,7 @@ class Fitting:
         cgroup, vm = self._sandbox.machine.cgroup, self._sandbox.vm
         if cgroup is None or vm is None:
             return
-        from kata.resources import host_cgroup
-
-        mib += self._besides(vm)
-        limits = host_cgroup.Limits(sizing.host_memory(mib, vm.settings.accel), sizing.host_cpus(vcpus))
+        limits = self._sandbox.machine.host_limits(vcpus, mib)
         for warning in await self._sandbox.run_blocking(cgroup.limit, limits):
             self._sandbox.log(warning)
 

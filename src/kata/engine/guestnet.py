@@ -7,12 +7,10 @@ watched: interfaces that come and go (``docker network connect``), addresses, ro
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import time
 
 from kata.errors import AgentError, KataError
-from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -235,16 +233,16 @@ class GuestNetwork:
         assert vm is not None
         late = plan.take_pending_hotplugs()
         try:
-            for index, mac, tap_fd in late:
-                await self._sandbox.race_vm_exit(vm.plug_nic(index, mac, tap_fd))
+            for index, nic in late:
+                plan.place(index, await self._sandbox.race_vm_exit(vm.attach_nic(index, nic)))
         finally:
-            for _, _, tap_fd in late:
-                os.close(tap_fd)
+            for _, nic in late:
+                nic.close()
 
     async def _hide_idle(self) -> None:
         """What stands for nothing is not seen: a container without a network has no interface."""
         plan = self._plan
-        paths = plan.idle() if plan is not None else [slots.nic_path()]
+        paths = plan.idle() if plan is not None else self._sandbox.machine.nic_addresses
         if self._hidden.issuperset(paths):
             return
         agent = await self._sandbox.ready()

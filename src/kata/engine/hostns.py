@@ -26,6 +26,11 @@ class Namespaces:
         self._mount = os.open("/proc/self/ns/mnt", flags)
         self._network = os.open("/proc/self/ns/net", flags)
 
+    def close(self) -> None:
+        """Let go of them."""
+        os.close(self._mount)
+        os.close(self._network)
+
     def enter(self) -> None:
         """Go there; for a child that has just been forked."""
         sysio.setns(self._network, sysio.CLONE_NEWNET)

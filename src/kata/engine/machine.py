@@ -25,18 +25,12 @@ from kata.settings import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.config.files import Configuration
+    from kata.hypervisor.base import Capabilities
 
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
-EMULATED_SHARE = (
-    "virtio-fs was asked for; files are shared by 9p, since the guest's kernel cannot have virtio-fs in an emulated"
-    " machine (kata guest build --kernel small makes one that can)"
-)
 SHARED_FS = "KATA_SHARED_FS"
 """Variable that says how files of the host reach the guest: ``virtio-fs``, ``virtio-9p``, or whichever there is."""
-
-_ARGUMENT = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,=+-")
-"""Characters of options that are handed to QEMU: none that could name a file."""
 
 
 def machine_settings(
@@ -82,8 +76,11 @@ def machine_settings(
         configuration={name: list(pair) for name, pair in conf.values.items()},
     )
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
-    if choice.accel == "tcg" and made.share.protocol == "virtio-fs" and not guest.bounces:
-        notes.append(("shared-fs", EMULATED_SHARE))
+    if conf.values:  # otherwise the defaults hold, and the engine asks
+        capabilities = _ask_monitor(conf, made)
+        if made.share.protocol == "virtio-fs" and "virtio-fs" not in capabilities.shares:
+            instead = f"virtio-fs was asked for; files are shared by 9p: {capabilities.share_note}"
+            notes.append(("shared-fs", f"{instead} (kata guest build --kernel small makes one that can)"))
     return made, notes + [("configuration", note) for note in conf.notes]
 
 
@@ -147,50 +144,31 @@ def _kernel_parameters(conf: Configuration) -> str:
 
 def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
     """What the configuration changes of the machine itself; *chosen* is its accelerator."""
-    for name in ("path", "firmware", "entropy_source"):
-        path = conf.get(f"hypervisor.{name}", "")
-        if path and not os.path.exists(path):
-            raise ConfigError(f"{conf.origin(f'hypervisor.{name}')}: {name} {path} does not exist")
-    machine = str(conf.get("hypervisor.machine_type", ""))
     return HypervisorSettings(
         accel=chosen,
-        path=conf.get("hypervisor.path", ""),
-        machine=_machine_type(machine, conf.origin("hypervisor.machine_type")) if machine else "",
-        machine_options=_options(conf, "machine_accelerators"),
-        cpu_features=_options(conf, "cpu_features"),
-        firmware=conf.get("hypervisor.firmware", ""),
+        name=str(conf.get("runtime.hypervisor_name", "")),
         console="" if conf.get("hypervisor.use_legacy_serial", True) else "virtio",
-        entropy=conf.get("hypervisor.entropy_source", ""),
-        seccomp=conf.get("hypervisor.seccompsandbox", ""),
         prealloc=conf.get("hypervisor.enable_mem_prealloc", False),
         reclaim=conf.get("hypervisor.reclaim_guest_freed_memory", True),
     )
 
 
-def _options(conf: Configuration, name: str) -> str:
-    """Options that are handed to the hypervisor as they are.
+def _ask_monitor(conf: Configuration, made: MachineSettings) -> Capabilities:
+    """What the hypervisor can do here; its own options are added to the settings.
 
     Raises:
-        ConfigError: They have characters that no option has.
+        ConfigError: There is no such hypervisor, or one of its options makes no sense.
     """
-    text = str(conf.get(f"hypervisor.{name}", "")).strip(",")
-    if not _ARGUMENT.issuperset(text):
-        raise ConfigError(
-            f"{conf.origin(f'hypervisor.{name}')}: {name} {text!r} has characters that no option has"
-        )
-    return text
+    from kata.hypervisor import registry
 
-
-def _machine_type(text: str, origin: str) -> str:
-    """*text*, if it is a machine on which our devices have their places.
-
-    Raises:
-        ConfigError: It is another.
-    """
-    base = text.removeprefix("pc-")
-    if text in ("q35", "pc") or base.startswith(("q35-", "i440fx-")):
-        return text
-    raise ConfigError(f"{origin}: there is no machine type {text!r} here", "q35 or pc")
+    hypervisor = made.hypervisor
+    monitor = registry.find(hypervisor.name)
+    table = "hypervisor."
+    own = {
+        key.removeprefix(table): value for key, (value, _) in conf.values.items() if key.startswith(table)
+    }
+    hypervisor.options = monitor.options(own, lambda key: conf.origin(table + key))
+    return monitor.capabilities(hypervisor.accel, hypervisor.options, bounces=made.guest.bounces)
 
 
 def _share(conf: Configuration) -> ShareSettings:

@@ -13,7 +13,6 @@ from kata.ttrpc.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable
     from typing import TypeVar
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from kata.engine.hostns import Namespaces
     from kata.engine.tasks import Tasks
     from kata.errors import GuestProtocolError
-    from kata.hypervisor.base import DiskError, Ended, Hypervisor
+    from kata.hypervisor import base
+    from kata.hypervisor.base import DiskError, Ended
     from kata.hypervisor.virtiofsd import FileServer
     from kata.journal import Journal
     from kata.network.user import NetworkPlan
@@ -81,7 +81,7 @@ class MachineRuntime:
     ) -> None:
         self.machine = machine
         self.life = Lifecycle(sandbox_id)
-        self.vm: Hypervisor | None = None
+        self.vm: base.Machine | None = None
         self.disk_error = ""
         self.disk_errors = 0
         self._id = sandbox_id
@@ -142,46 +142,36 @@ class MachineRuntime:
         self._tasks.create_task(self._watch_memory(agent))
         return agent
 
-    def _take_over(self) -> Hypervisor | None:
+    def _take_over(self) -> base.Machine | None:
         """The machine that was started before the event loop was."""
-        from kata.hypervisor.qemu.machine import Qemu
-
-        process = self.machine.process
-        if process is None:
+        machine = self.machine
+        if machine.started is None or machine.monitor is None:
             return None
-        return Qemu(process, self._journal, os.path.join(self._run_dir, boot.CONSOLE_NAME))
+        console = os.path.join(self._run_dir, boot.CONSOLE_NAME)
+        return machine.monitor.adopt(machine.started, self._journal, console)
 
     async def connect_agent(self, timeout_s: float) -> AgentClient:
         """The connection to the agent; on a serial channel it is there before the guest is.
 
         Raises:
-            AgentTimeoutError: It did not listen on its vsock in time.
+            AgentTimeoutError: It did not listen in time.
             KataError: The machine's end.
         """
-        import socket
-
         assert self.vm is not None
+        channel = self.vm.channel
         dial: Dial | None = None
-        if self.vm.agent_cid is None:
-            sock: socket.socket = socket.socket(fileno=self.vm.take_agent_fd())
-            sock.setblocking(False)
-        else:
-            from kata.hypervisor import vsock
-
-            cid = self.vm.agent_cid
+        if not channel.is_single:
 
             async def further() -> Client:
-                return await Client.connect(await vsock.connect(cid))
+                return await Client.connect(await channel.connect())
 
             dial = further
-            waiting = asyncio.wait_for(vsock.connect(cid), timeout_s)
-            try:
-                sock = await self.race_vm_exit(waiting)
-            except TimeoutError:
-                raise AgentTimeoutError(
-                    f"the agent did not listen on vsock {self.vm.agent_cid}:{vsock.AGENT_PORT}"
-                    f" within {timeout_s:g} s"
-                ) from None
+        try:
+            sock = await self.race_vm_exit(asyncio.wait_for(channel.connect(), timeout_s))
+        except TimeoutError:
+            raise AgentTimeoutError(
+                f"the agent did not listen on {channel.url} within {timeout_s:g} s"
+            ) from None
         self._agent = AgentClient(await Client.connect(sock), _Watcher(self), dial)
         return self._agent
 
@@ -295,7 +285,7 @@ class MachineRuntime:
 
     # ---- watching ----
 
-    async def _watch_machine(self, vm: Hypervisor) -> None:
+    async def _watch_machine(self, vm: base.Machine) -> None:
         ended = self._exit = await vm.wait()
         cgroup = self.machine.cgroup
         if ended.status < 0 and cgroup is not None and cgroup.oom_kills():

@@ -55,7 +55,7 @@ def main() -> int:
     failed: KataError | None = None
     if settings.machine is not None:  # otherwise CreateSandbox describes it, and starts it
         try:
-            boot.power_on(settings, run_dir, journal, machine)
+            machine = boot.power_on(settings, run_dir, journal)
         except KataError as error:
             failed = error  # the Create call reports it
     # Nothing here speaks TLS, and asyncio does without: 4 MB and 10 ms less.

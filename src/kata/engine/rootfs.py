@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from kata.engine.spec import GUEST_RUN, GUEST_SHARE
 from kata.errors import ConfigError
-from kata.hypervisor.qemu import slots
 from kata.proto.agent_pb import Storage
 from kata.settings import RootfsSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import TypeAlias
 
 CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
@@ -73,12 +73,13 @@ def shared_directory(root: Rootfs | None) -> str:
     return root.source if isinstance(root, RootfsSettings) and root.kind == "share" else ""
 
 
-def storages(container_id: str, root: Rootfs | None) -> list[Storage]:
+def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = ()) -> list[Storage]:
     """What the agent is to mount, in this order.
 
     Args:
         container_id: The container.
         root: What its root file system is made of.
+        addresses: Where the machine's disks are in the guest, by slot.
 
     Raises:
         ConfigError: Nothing is known of it, or it is of a kind that there is not.
@@ -105,14 +106,14 @@ def storages(container_id: str, root: Rootfs | None) -> list[Storage]:
     mounts: list[Storage] = []
     if root.kind == "erofs":
         lower = f"{base}/lower"
-        mounts.append(_disk(root.lower_slot or 0, "erofs", ["ro"], lower))
+        mounts.append(_disk(addresses[root.lower_slot or 0], "erofs", ["ro"], lower))
     elif root.kind == "share":
         lower = shared
     else:
         raise ConfigError(f"unknown kind of root file system: {root.kind!r}")
     upper = f"{base}/upper"
     if root.upper_slot is not None:
-        mounts.append(_disk(root.upper_slot, "ext4", ["rw", "nodev"], upper))
+        mounts.append(_disk(addresses[root.upper_slot], "ext4", ["rw", "nodev"], upper))
     elif root.upper == "tmpfs":
         mounts.append(
             Storage(
@@ -136,7 +137,5 @@ def storages(container_id: str, root: Rootfs | None) -> list[Storage]:
     return mounts
 
 
-def _disk(slot: int, fstype: str, options: list[str], mount_point: str) -> Storage:
-    return Storage(
-        driver="blk", source=slots.disk_path(slot), fstype=fstype, options=options, mount_point=mount_point
-    )
+def _disk(address: str, fstype: str, options: list[str], mount_point: str) -> Storage:
+    return Storage(driver="blk", source=address, fstype=fstype, options=options, mount_point=mount_point)

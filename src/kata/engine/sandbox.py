@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kata.engine.sandbox_state import Lifecycle
     from kata.engine.sockets import SocketForwardingState
     from kata.engine.volumes import Share
-    from kata.hypervisor.base import Hypervisor
+    from kata.hypervisor import base
     from kata.journal import Journal
     from kata.proto.codec import Message
     from kata.settings import SandboxSettings
@@ -120,7 +120,7 @@ class Sandbox:
         self.had_container = True  # from now on somebody has to say when it is no longer wanted
         began = time.monotonic_ns()
         try:
-            boot.power_on(self.settings, self.run_dir, self.journal, self.machine)
+            self.runtime.machine = boot.power_on(self.settings, self.run_dir, self.journal)
         except KataError as error:
             self._start_error = error
         self.start(began, time.monotonic_ns())
@@ -355,7 +355,7 @@ class Sandbox:
         return self.runtime.machine.share
 
     @property
-    def vm(self) -> Hypervisor | None:
+    def vm(self) -> base.Machine | None:
         """The hypervisor, once it has been taken over."""
         return self.runtime.vm
 

@@ -154,7 +154,7 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "engine_pid": os.getpid(),
         "hypervisor_pid": sandbox.vm.pid if sandbox.vm is not None else 0,
         "accelerator": described.hypervisor.accel if described else "",
-        "agent_channel": "serial" if sandbox.vm is None or sandbox.vm.agent_cid is None else "vsock",
+        "agent_channel": sandbox.vm.channel.kind if sandbox.vm is not None else "",
         "kernel": described.guest.kernel if described else "",
         "initrd": described.guest.initrd if described else "",
         "host_cgroups": sandbox.machine.cgroup.paths if sandbox.machine.cgroup is not None else {},

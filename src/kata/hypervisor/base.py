@@ -1,34 +1,90 @@
-"""The interface between the engine and a hypervisor.
+"""The seam between the engine and a hypervisor.
 
-The engine asks for capabilities, never for a name. `Hypervisor` is the type it uses; `kata.hypervisor.qemu`
-implements it.
+`MachineShape` and `Attachments` describe a machine without the words of any hypervisor: what it is, and what it is
+connected to for this one sandbox. A `Monitor` starts it, before asyncio is loaded (`Monitor.start`), and takes it over
+afterwards (`Monitor.adopt`). The engine asks for `Capabilities`, before anything is made, and never for a name;
+monitors are found by name in `kata.hypervisor.registry`.
+
+Addresses: where a device is in the guest is said by the monitor, as the agent protocol writes it. For a PCI device
+that is its PCI path: slot numbers as two hexadecimal digits, from the root bus down, joined by ``/``.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Protocol
 
     from kata.errors import KataError
-    from kata.hypervisor.settings import Disk, VMSettings
+    from kata.hypervisor.channel import Channel
+    from kata.journal import Journal
+    from kata.sysio import Fd
 
-    class Hypervisor(Protocol):
-        """One virtual machine that was started. Methods raise `HypervisorError` unless they say else."""
+    class Started(Protocol):
+        """A machine that boots, as far as it can be known without an event loop.
 
-        settings: VMSettings
-        capabilities: Capabilities
+        Attributes:
+            disk_addresses: Guest addresses of the shape's disk slots, in their order.
+            nic_addresses: Guest addresses of its network interfaces, in their order.
+            share_tag: Mount tag of the share in the guest; empty without one.
+            extra_memory_mib: Memory that the monitor gave the guest beside the shape's, since its devices take it.
+        """
+
+        disk_addresses: Sequence[str]
+        nic_addresses: Sequence[str]
+        share_tag: str
+        extra_memory_mib: int
 
         @property
         def pid(self) -> int:
             """Process id of the monitor on the host."""
 
+        @property
+        def channel(self) -> Channel:
+            """How its agent is reached."""
+
+        def take_console(self) -> Fd | None:
+            """The host's end of the guest's console, which is the caller's; None when there is none, or it was taken.
+            One that nobody reads stops the guest when it is full."""
+
+        def failure(self) -> KataError | None:
+            """Why the monitor is no longer there; None while it is, and after an orderly end."""
+
+        def status(self, wait_s: float = 0.0) -> int | None:
+            """Exit status of the monitor, which is waited for so many seconds; None while it runs."""
+
+        def kill(self) -> None:
+            """End the monitor by force. Idempotent."""
+
+        def close(self) -> None:
+            """Give back the descriptors and files that nobody took. The monitor itself is not touched."""
+
+    class Machine(Protocol):
+        """A machine inside the event loop. Methods raise `HypervisorError` unless they say else.
+
+        Attributes:
+            extra_memory_mib: See `Started`.
+        """
+
+        extra_memory_mib: int
+
+        @property
+        def pid(self) -> int:
+            """Process id of the monitor on the host."""
+
+        @property
+        def channel(self) -> Channel:
+            """How its agent is reached."""
+
         async def wait(self) -> Ended:
             """Wait for the end of the machine. May be awaited by several, and again."""
 
         async def stop(self, grace_s: float = 0.0) -> Ended:
-            """End the machine: orderly within the grace period, else by force. Idempotent."""
+            """End the machine: orderly within the grace period (seconds), else by force. Idempotent."""
+
+        async def confined(self) -> None:
+            """Return when the monitor has lost what only its start needed; no container before."""
 
         async def pause(self) -> None:
             """Stop the virtual CPUs."""
@@ -36,93 +92,406 @@ if TYPE_CHECKING:
         async def resume(self) -> None:
             """Let the virtual CPUs run again."""
 
+        async def save(self, directory: str) -> None:
+            """Write the paused machine down, so that it can be restored.
+
+            Raises:
+                UnsupportedError: `Capabilities.snapshot` is not there.
+            """
+
         async def set_memory(self, plugged_mib: int) -> int:
-            """Have so much memory in the guest beside what the machine was started with. Returns how much there is:
-            more, where the guest does not give it back."""
+            """Have so much memory in the guest beside what the machine was started with (a multiple of
+            `MEMORY_STEP_MIB`). Returns how much there is: more, where the guest does not give it back."""
 
         async def set_balloon(self, mib: int) -> int:
             """Have the guest give so much of its memory back. Returns how much it did."""
 
-        async def insert_disk(self, disk: Disk) -> str:
-            """Give the running machine a disk; returns its PCI path in the guest."""
+        async def attach_disk(self, disk: Disk) -> str:
+            """Give the running machine a disk; returns its address in the guest."""
 
-        async def remove_disk(self, address: str) -> None:
-            """Take the disk at this PCI path away; the guest must have let go of it."""
+        async def detach_disk(self, address: str) -> None:
+            """Take the disk at this address away; the guest must have let go of it."""
 
-        async def insert_nic(self) -> tuple[int, str]:
-            """Bring the spare network interface to life.
+        async def attach_nic(self, index: int, nic: Nic) -> str:
+            """Give the running machine a network interface; returns its address in the guest, which sees it a moment
+            later.
 
-            Returns:
-                The network helper's end of its wire (a stream of length-prefixed frames; the caller owns
-                it), and the interface's PCI path in the guest.
+            Args:
+                index: Which of the machine's interfaces it is, from 0, with those that it was started with.
+                nic: The interface; its descriptor stays the caller's.
             """
-
-        async def plug_nic(self, index: int, mac: str, tap_fd: int) -> None:
-            """Give the running machine one of its late network interfaces, which counts from 0 with all others; the
-            descriptor stays the caller's. The guest sees it soon after (`kata.hypervisor.qemu.slots.late_nic_path`).
-            """
-
-        @property
-        def agent_cid(self) -> int | None:
-            """Context id under which the agent listens on vsock; None when it is on its serial channel."""
-
-        def take_agent_fd(self) -> int:
-            """Descriptor of the host's end of the agent's serial channel; the caller owns it."""
-
-        def close(self) -> None:
-            """Give back what is left of descriptors and files once the machine has ended."""
 
         def console_tail(self, limit: int = 4096) -> str:
-            """The last of what the guest's console said, escaped and bounded."""
+            """The last of what the guest's console said, at most so many bytes, escaped and bounded."""
 
         async def metrics(self) -> dict[str, int]:
-            """Figures of the monitor's process: see `kata.hypervisor.qemu.machine.Qemu.metrics`."""
+            """Figures of the monitor's process: ``rss_bytes``, ``cpu_ns`` (user and system), ``threads``; empty after
+            its end."""
 
         def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
             """Be told when the host fails to read or write what is behind one of the guest's disks. The guest is told
             that its request failed, and not why.
             """
 
-        async def confined(self) -> None:
-            """Return when the monitor has lost what only its start needed; no container before."""
+        def close(self) -> None:
+            """Give back what is left of descriptors and files once the machine has ended."""
 
-        def on_event(self, callback: Callable[[str, dict[str, Any]], None]) -> None:
-            """Have events of the monitor (in its own words) delivered from now on."""
+    class Monitor(Protocol):
+        """A hypervisor, as this host has it. One object for all machines; it holds nothing of any.
+
+        Attributes:
+            name: Its name in settings and in the configuration (``[hypervisor.NAME]``).
+            title: Its name in sentences.
+            accelerators: Those that it can use: ``kvm``, ``tcg`` (software emulation).
+        """
+
+        name: str
+        title: str
+        accelerators: tuple[str, ...]
+
+        def capabilities(
+            self, accel: str, options: Mapping[str, Any], *, bounces: bool = True
+        ) -> Capabilities:
+            """What its machines can do on this host.
+
+            Args:
+                accel: The accelerator.
+                options: Its own options, as of `options`.
+                bounces: The guest's kernel lets a file server's device use bounce pages.
+            """
+
+        def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
+            """Read what is its own in the configuration.
+
+            Args:
+                configuration: Value by key of its table (those that a user has set).
+                origin: Says where a key was set, for errors.
+
+            Returns:
+                Options for `capabilities` and `MachineShape.options`: JSON values; empty without any.
+
+            Raises:
+                ConfigError: A value makes no sense.
+            """
+
+        def host_overhead_mib(self, accel: str) -> int:
+            """What running a machine takes on the host beside the guest's memory, in MiB: the monitor, the engine, the
+            network helper, and some page cache of its disks to work with."""
+
+        def start(self, shape: MachineShape, attachments: Attachments, journal: Journal) -> Started:
+            """Start a machine. It is booting when this returns. Usable before asyncio is imported.
+
+            Args:
+                shape: What it is.
+                attachments: What it is connected to. The descriptors in it are the monitor's from here on, also on
+                    failure.
+                journal: The sandbox's.
+
+            Raises:
+                HostError: The monitor, or something that it needs of the host, is missing.
+                GuestAssetError: The kernel or initrd is missing.
+                HypervisorError: A disk image is missing, or the process could not be started.
+            """
+
+        def adopt(self, started: Any, journal: Journal, console_path: str = "") -> Machine:
+            """Take over what `start` returned. Inside the event loop.
+
+            Args:
+                started: The machine, which is the result's from here on.
+                journal: The one it was started with.
+                console_path: File for what the guest says on its console; empty keeps it in memory only.
+            """
+
+        def version(self) -> str:
+            """The version of the program on this host, in its own words; empty when it is not installed."""
+
+        def checks(self) -> list[Check]:
+            """What `kata doctor` has to say of it."""
+
+
+MEMORY_STEP_MIB = 2
+"""Memory of a running machine grows in multiples of this: virtio-mem's blocks on x86."""
+
+
+class Disk:
+    """A disk image on the host.
+
+    Args:
+        path: Absolute path of a raw image or block device.
+        readonly: The guest cannot write; such an image may be used by many machines at once.
+        serial: Serial number the guest sees (at most 20 characters), or empty.
+        ephemeral: The image does not outlive the machine, so the guest's flushes are not passed on.
+    """
+
+    __slots__ = ("ephemeral", "path", "readonly", "serial")
+
+    def __init__(self, path: str, readonly: bool, serial: str = "", ephemeral: bool = False) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.serial = serial
+        self.ephemeral = ephemeral
+
+
+class Nic:
+    """A network interface.
+
+    Args:
+        mac: Hardware address, ``52:54:00:12:34:56``.
+        fd: The machine's end of a connected stream socket on which a network helper speaks length-prefixed Ethernet
+            frames (as passt does). With neither this nor a tap, the interface leads nowhere.
+        tap_fd: Instead of that, an open tap device, with offload headers (``IFF_VNET_HDR``).
+    """
+
+    __slots__ = ("fd", "mac", "tap_fd")
+
+    def __init__(self, mac: str, fd: Fd | None = None, tap_fd: Fd | None = None) -> None:
+        self.mac = mac
+        self.fd = fd
+        self.tap_fd = tap_fd
+
+    @property
+    def backend(self) -> str:
+        """What it is connected to: ``stream``, ``tap``, or nothing."""
+        return "stream" if self.fd is not None else "tap" if self.tap_fd is not None else ""
+
+    def descriptors(self) -> list[Fd]:
+        """Its descriptors, as far as it has some."""
+        return [fd for fd in (self.fd, self.tap_fd) if fd is not None]
+
+    def close(self) -> None:
+        """Close its descriptors, unless they were given away. Idempotent."""
+        for fd in self.descriptors():
+            fd.close()
+
+
+class MachineShape:
+    """What a machine is, whatever it is used for: two with equal shapes can stand for each other. Hashable.
+
+    Args:
+        kernel: Path of the guest's kernel (an uncompressed ELF with a PVH entry, or a bzImage).
+        initrd: Path of its initial ramdisk.
+        extensions: Paths of archives that are unpacked behind it.
+        parameters: The kernel's parameters, without those that the monitor itself needs.
+        accel: ``kvm`` or ``tcg``.
+        vcpus: Number of processors that the guest uses when it starts.
+        max_vcpus: Up to so many it may use later; 0 is as many as at first.
+        memory_mib: Memory of the guest, in MiB.
+        max_memory_mib: Up to so much it may grow; 0 is not at all.
+        disks: For each disk slot what it is for: ``readonly``, ``writable``, or ``spare`` for one that is filled
+            later.
+        nics: Number of network interfaces.
+        hotplug_nics: How many more it may be given while it runs.
+        share: How files of the host are shared: ``virtio-fs``, ``9p``, or empty for not at all.
+        console: ``serial`` (from the first message on), ``virtio`` or ``none``.
+        prealloc: Allocate the guest's memory before it boots.
+        reclaim: Give the host back what the guest frees.
+        options: The monitor's own (`Monitor.options`): name and value.
+    """
+
+    __slots__ = (
+        "accel",
+        "console",
+        "disks",
+        "extensions",
+        "hotplug_nics",
+        "initrd",
+        "kernel",
+        "max_memory_mib",
+        "max_vcpus",
+        "memory_mib",
+        "nics",
+        "options",
+        "parameters",
+        "prealloc",
+        "reclaim",
+        "share",
+        "vcpus",
+    )
+
+    def __init__(
+        self,
+        *,
+        kernel: str,
+        initrd: str,
+        extensions: Sequence[str] = (),
+        parameters: str = "",
+        accel: str = "tcg",
+        vcpus: int = 1,
+        max_vcpus: int = 0,
+        memory_mib: int = 2048,
+        max_memory_mib: int = 0,
+        disks: Sequence[str] = (),
+        nics: int = 0,
+        hotplug_nics: int = 0,
+        share: str = "",
+        console: str = "serial",
+        prealloc: bool = False,
+        reclaim: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.kernel = kernel
+        self.initrd = initrd
+        self.extensions = tuple(extensions)
+        self.parameters = parameters
+        self.accel = accel
+        self.vcpus = vcpus
+        self.max_vcpus = max_vcpus
+        self.memory_mib = memory_mib
+        self.max_memory_mib = max_memory_mib
+        self.disks = tuple(disks)
+        self.nics = nics
+        self.hotplug_nics = hotplug_nics
+        self.share = share
+        self.console = console
+        self.prealloc = prealloc
+        self.reclaim = reclaim
+        self.options = tuple(sorted((options or {}).items()))
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MachineShape) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+
+class Attachments:
+    """What a machine is connected to for one sandbox.
+
+    Args:
+        sandbox_id: Whose machine it is.
+        run_dir: The sandbox's directory: sockets and the like go there, and go with it.
+        disks: What is in the shape's disk slots, from the first on; None leaves one empty.
+        nics: The network interfaces.
+        share_dir: Directory that is shared with the guest.
+        share_server: A connection to the file server of a share by virtio-fs.
+        serves_files: The monitor itself is to serve that directory, with files of any owner.
+        confines: The monitor is to lose the host's files once it has started (`Machine.confined`). It takes a mount
+            namespace of our own.
+    """
+
+    __slots__ = (
+        "confines",
+        "disks",
+        "nics",
+        "run_dir",
+        "sandbox_id",
+        "serves_files",
+        "share_dir",
+        "share_server",
+    )
+
+    def __init__(
+        self,
+        *,
+        sandbox_id: str,
+        run_dir: str,
+        disks: Sequence[Disk | None] = (),
+        nics: Sequence[Nic] = (),
+        share_dir: str = "",
+        share_server: Fd | None = None,
+        serves_files: bool = False,
+        confines: bool = True,
+    ) -> None:
+        self.sandbox_id = sandbox_id
+        self.run_dir = run_dir
+        self.disks = list(disks)
+        self.nics = list(nics)
+        self.share_dir = share_dir
+        self.share_server = share_server
+        self.serves_files = serves_files
+        self.confines = confines
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took. Idempotent."""
+        for nic in self.nics:
+            nic.close()
+        if self.share_server is not None:
+            self.share_server.close()
 
 
 class Capabilities:
-    """What a hypervisor, as set up on this host, can do.
+    """What machines of a monitor can do on this host.
 
     Args:
         disk_slots: Number of disks that can be present at once.
-        insert_disk: A disk can be given to a running machine.
-        insert_nic: A network interface can be connected in a running machine.
-        share: A host directory can be offered to the guest.
-        vsock: The agent can be reached over AF_VSOCK.
-        pause: The machine can be paused.
-        hardware: The guest's code runs on the processor itself, not in software emulation.
+        attach_disk: A disk can be given to a running machine.
+        nics: Number of network interfaces that can be present at once.
+        nic_backends: What they can be connected to: ``stream``, ``tap``.
+        hotplug_nics: A network interface can be given to a running machine.
+        shares: How files of the host can be shared, the best first: ``virtio-fs``, ``9p``.
+        share_note: Why that is not all that this monitor can do elsewhere; empty if it is.
+        grow_memory: Memory of a running machine can grow beyond what it was started with, and shrink back to it.
+        balloon: A running machine can give memory back that it was started with.
+        spare_vcpus: A machine can have processors that it does not use at first.
+        pause: A machine can be paused.
+        snapshot: A machine can be saved and restored.
     """
 
-    __slots__ = ("disk_slots", "hardware", "insert_disk", "insert_nic", "pause", "share", "vsock")
+    __slots__ = (
+        "attach_disk",
+        "balloon",
+        "disk_slots",
+        "grow_memory",
+        "hotplug_nics",
+        "nic_backends",
+        "nics",
+        "pause",
+        "share_note",
+        "shares",
+        "snapshot",
+        "spare_vcpus",
+    )
 
     def __init__(
         self,
         *,
         disk_slots: int,
-        insert_disk: bool,
-        insert_nic: bool,
-        share: bool,
-        vsock: bool,
-        pause: bool,
-        hardware: bool,
+        attach_disk: bool = False,
+        nics: int = 0,
+        nic_backends: tuple[str, ...] = (),
+        hotplug_nics: bool = False,
+        shares: tuple[str, ...] = (),
+        share_note: str = "",
+        grow_memory: bool = False,
+        balloon: bool = False,
+        spare_vcpus: bool = False,
+        pause: bool = False,
+        snapshot: bool = False,
     ) -> None:
         self.disk_slots = disk_slots
-        self.insert_disk = insert_disk
-        self.insert_nic = insert_nic
-        self.share = share
-        self.vsock = vsock
+        self.attach_disk = attach_disk
+        self.nics = nics
+        self.nic_backends = nic_backends
+        self.hotplug_nics = hotplug_nics
+        self.shares = shares
+        self.share_note = share_note
+        self.grow_memory = grow_memory
+        self.balloon = balloon
+        self.spare_vcpus = spare_vcpus
         self.pause = pause
-        self.hardware = hardware
+        self.snapshot = snapshot
+
+
+class Check:
+    """One thing that a monitor needs of this host.
+
+    Args:
+        name: What was looked at.
+        ok: Whether it is as it should be.
+        text: What was found.
+        hint: What to do about it.
+    """
+
+    __slots__ = ("hint", "name", "ok", "text")
+
+    def __init__(self, name: str, ok: bool, text: str, hint: str = "") -> None:
+        self.name = name
+        self.ok = ok
+        self.text = text
+        self.hint = hint
 
 
 class DiskError:

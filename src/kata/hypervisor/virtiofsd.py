@@ -131,7 +131,7 @@ class FileServer:
         finally:
             journal.mark_gone(entry)
         self._listener = listener.detach()
-        self.fd = client.detach()
+        self.connection = sysio.Fd(client.detach())
         """The hypervisor's end of the connection; it is the hypervisor's to close."""
 
     def start(self) -> None:

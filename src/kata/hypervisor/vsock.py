@@ -1,8 +1,9 @@
 """vhost-vsock: a context id (CID) for a guest, which no other guest has.
 
 The kernel keeps CIDs apart: setting one that is in use fails, so an id is drawn at random and the kernel
-asked until it agrees. The id is taken for as long as the descriptor is open, which is then QEMU's to
-inherit; so nothing is left over when it ends. Source: ``linux/vhost.h``, the kernel's ``drivers/vhost/vsock.c``.
+asked until it agrees. The id is taken for as long as the descriptor is open, which is then the
+monitor's to inherit; so nothing is left over when it ends. Source: ``linux/vhost.h``, the kernel's
+``drivers/vhost/vsock.c``.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ import errno
 import os
 
 from kata.errors import HostError
-from kata.hypervisor.settings import Vsock
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
 DEVICE = "/dev/vhost-vsock"
-AGENT_PORT = 1024
-"""Where the agent listens."""
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 _FIRST_CID = 3  # 0 to 2 mean hypervisor, local and host
 _LAST_CID = 0x7FFFFFFF
@@ -37,6 +36,16 @@ NOT_YET = (
     errno.ENOTCONN,
     errno.EPIPE,
 )
+
+
+class Vsock:
+    """A vhost-vsock device: an open ``/dev/vhost-vsock`` on which the CID is already ours."""
+
+    __slots__ = ("cid", "fd")
+
+    def __init__(self, cid: int, fd: Fd) -> None:
+        self.cid = cid
+        self.fd = fd
 
 
 def usable() -> str:
@@ -74,14 +83,14 @@ def allocate() -> Vsock | None:
                 if error.errno == errno.EADDRINUSE:
                     continue
                 raise HostError(f"{DEVICE} gives no context id: {error.strerror}") from error
-            return Vsock(cid, fd)
+            return Vsock(cid, Fd(fd))
         raise HostError(f"{DEVICE} gives no context id: {_TRIES} random ones were all in use")
     except BaseException:
         os.close(fd)
         raise
 
 
-async def connect(cid: int, port: int = AGENT_PORT) -> socket.socket:
+async def connect(cid: int, port: int) -> socket.socket:
     """A connection to a guest that may still be booting: tries until somebody listens there.
 
     The caller bounds the time, and ends this when the machine ends.

@@ -14,8 +14,7 @@ import socket
 
 from kata import sysio
 from kata.errors import HostError, UnsupportedError
-from kata.hypervisor.qemu import slots
-from kata.hypervisor.settings import Nic
+from kata.hypervisor.base import Nic
 from kata.network import rtnetlink
 from kata.network.netns import Endpoint, NetnsPlan
 
@@ -57,7 +56,7 @@ class _Macvtap(Endpoint):
                 journal.commit(self.entry)
             self.tap = next(link.index for link in rtnl.links() if link.name == name)
             rtnl.bring_up(self.tap)
-            self.fd = _open(name, self.tap)
+            self.fd = sysio.Fd(_open(name, self.tap))
         except OSError as error:
             # What was made by then is undone with the journal.
             raise HostError(
@@ -73,7 +72,7 @@ class _Macvtap(Endpoint):
 class MacvtapPlan(NetnsPlan):
     """The network of a namespace by macvtap; arguments as of `NetnsPlan`."""
 
-    def setup_nic(self) -> Nic:
+    def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
         """Enter the namespace and put a macvtap on each interface that is there. Main thread, before any other.
 
         Raises:
@@ -83,9 +82,9 @@ class MacvtapPlan(NetnsPlan):
         self.enter()
         with rtnetlink.Rtnl() as rtnl:
             found = self.new_links(rtnl)
-            if len(found) > len(slots.NICS):
+            if len(found) > most:
                 raise UnsupportedError(
-                    f"the namespace has {len(found)} interfaces", f"A machine has {len(slots.NICS)} at most."
+                    f"the namespace has {len(found)} interfaces", f"A machine has {most} at most."
                 )
             journal = self.journal if self.path else None
             try:
@@ -93,12 +92,10 @@ class MacvtapPlan(NetnsPlan):
                     self.endpoints.append(_Macvtap(index, rtnl, source, journal, self.path))
                 self.describe(rtnl)
             except BaseException:
-                for endpoint in self.endpoints:
-                    os.close(endpoint.fd)
+                self.close_taps()
                 raise
         nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
-        self.more_nics = nics[1:]
-        return nics[0] if nics else Nic(self.mac)
+        return nics or [Nic(self.mac)][:most]
 
     def rescan(self, *, is_running: bool = False) -> bool:
         """Take what has changed of the interfaces; see `NetnsPlan.rescan`.

@@ -21,8 +21,7 @@ from abc import ABC, abstractmethod
 
 from kata import sysio
 from kata.errors import HostError, UnsupportedError
-from kata.hypervisor.qemu import slots
-from kata.hypervisor.settings import Nic
+from kata.hypervisor.base import Nic
 from kata.network import routing, rtnetlink, sysctls
 from kata.network.user import NetworkPlan
 
@@ -48,9 +47,9 @@ class Endpoint(ABC):
     Attributes:
         index: Which of the machine's interfaces it is, from 0.
         tap: Index of the tap device.
-        fd: The tap, until the hypervisor has it.
+        fd: The tap, until the hypervisor or a caller has it.
         mac: Hardware address that the guest's interface is started with.
-        path: PCI path of the guest's interface.
+        path: Where the guest's interface is, once `NetnsPlan.place` was told.
         source: The interface that it stands for, once there is one.
         entry: The journal's, of what was made in the namespace.
     """
@@ -59,11 +58,12 @@ class Endpoint(ABC):
 
     def __init__(self, index: int, mac: str) -> None:
         self.index = index
-        self.path = slots.nic_path(index)
+        self.path = ""
         self.mac = mac
         self.source: Link | None = None
         self.entry: Entry | None = None
-        self.fd = self.tap = -1
+        self.fd: sysio.Fd | None = None
+        self.tap = -1
 
     @abstractmethod
     def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
@@ -82,7 +82,7 @@ class _Redirected(Endpoint):
     def __init__(self, index: int, mac: str) -> None:
         super().__init__(index, mac)
         self.tap = _FIRST_INDEX + index
-        self.fd = _make_tap(TAP.format(index), self.tap)
+        self.fd = sysio.Fd(_make_tap(TAP.format(index), self.tap))
 
     def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
         assert self.source is not None
@@ -146,42 +146,61 @@ class NetnsPlan(NetworkPlan):
         super().__init__(mac)
         self.path = path
         self._connects = model != "none"
+        self.backend = "tap" if self._connects else ""
+        self._most_nics = 0
         self.endpoints: list[Endpoint] = []
         self._pending_hotplugs: list[Endpoint] = []
         self.routing = []
         self.rules = []
 
-    def setup_nic(self) -> Nic:
-        """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other.
+    def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
+        """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other. See
+        `NetworkPlan.setup_nics`.
 
         Raises:
             HostError: The namespace cannot be entered, or the kernel lacks what is needed.
             UnsupportedError: An interface carries no Ethernet frames, or there are too many.
         """
         self.enter()
+        self._most_nics = most
         if not self._connects:
-            return Nic(self.mac)
+            return super().setup_nics(most)
         try:
             with rtnetlink.Rtnl() as rtnl:
                 found = self.new_links(rtnl)
-            for index in range(max(1, min(len(found), len(slots.NICS)))):
+            for index in range(max(1, min(len(found), most))):
                 mac = found[index].mac if found else self.mac
                 self.endpoints.append(_Redirected(index, mac))
             self.rescan()
         except BaseException:
-            for endpoint in self.endpoints:
-                os.close(endpoint.fd)
+            self.close_taps()
             raise
-        if not found:
+        if not found and hotplug:
             # Whoever wires it now may have several networks for it.
-            self.late_nics = len(slots.NICS) - 1
-        first, *self.more_nics = [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
-        return first
+            self.late_nics = most - 1
+        return [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
 
-    def take_pending_hotplugs(self) -> list[tuple[int, str, int]]:
+    def close_taps(self) -> None:
+        """Close the taps that nobody has taken."""
+        for endpoint in self.endpoints:
+            if endpoint.fd is not None:
+                endpoint.fd.close()
+
+    def take_pending_hotplugs(self) -> list[tuple[int, Nic]]:
         """See `NetworkPlan.take_pending_hotplugs`."""
         found, self._pending_hotplugs = self._pending_hotplugs, []
-        return [(one.index, one.mac, one.fd) for one in found]
+        return [(one.index, Nic(one.mac, tap_fd=one.fd)) for one in found]
+
+    def place(self, index: int, address: str) -> None:
+        """See `NetworkPlan.place`."""
+        self.addresses[index:] = [address]
+        if index >= len(self.endpoints):
+            return
+        endpoint = self.endpoints[index]
+        endpoint.path = address
+        for interface in self.interfaces:
+            if endpoint.source is not None and interface["name"] == endpoint.source.name:
+                interface["devicePath"] = address
 
     def enter(self) -> None:
         """Go to the namespace, or to a new one.
@@ -270,7 +289,7 @@ class NetnsPlan(NetworkPlan):
         return UnsupportedError(
             f"there is no plug for the network interface {names}: this machine has"
             f" {len(self.endpoints) + self.late_nics}",
-            f"At most {len(slots.NICS)} networks. A machine that starts with one cannot be given more.",
+            f"At most {self._most_nics} networks. A machine that starts with one cannot be given more.",
         )
 
     def _refresh(self, rtnl: rtnetlink.Rtnl) -> None:
@@ -327,7 +346,6 @@ class NetnsPlan(NetworkPlan):
     def _late(self, mac: str) -> _Redirected:
         """One more endpoint, for a port of the machine's."""
         endpoint = _Redirected(len(self.endpoints), mac)
-        endpoint.path = slots.late_nic_path(endpoint.index)
         self.late_nics -= 1
         self.endpoints.append(endpoint)
         self._pending_hotplugs.append(endpoint)

@@ -12,8 +12,7 @@ import os
 
 from kata import children, sysio
 from kata.errors import HostError, KataError, UsageError
-from kata.hypervisor.qemu import slots
-from kata.hypervisor.settings import Nic
+from kata.hypervisor.base import Nic
 from kata.network import egress_filter, resolver
 
 TYPE_CHECKING = False
@@ -127,11 +126,13 @@ def _default_route6() -> bool:
 class NetworkPlan:
     """The network of one sandbox, before and while it runs. Made by `kata.network.plan.plan`.
 
-    In this order: `setup_nic` (the hypervisor's end goes into its settings), start the hypervisor, `start` (the
-    helper, while the machine boots), then tell the guest `interface` and `routes`, and check `failure` before
-    saying that all is well.
+    In this order: `setup_nics` (which the machine is connected to), start the hypervisor, `place` for each of them,
+    `start` (the helper, while the machine boots), then tell the guest `interface` and `routes`, and check `failure`
+    before saying that all is well.
     """
 
+    backend = ""
+    """What the machine's interfaces have to be connected to (`kata.hypervisor.base.Nic.backend`); empty for nothing."""
     external_netns = False
     """Whether interfaces may appear while the sandbox runs: then `rescan` before a container starts."""
 
@@ -140,12 +141,12 @@ class NetworkPlan:
         self.ports = list(ports)
         self.interfaces: list[dict[str, Any]] = []
         """types.Interface values for UpdateInterface, as dicts; empty when the guest gets no network."""
-        self.more_nics: list[Nic] = []
-        """After `setup_nic`: further interfaces of the machine, behind the one that it returns."""
+        self.addresses: list[str] = []
+        """The guest's addresses of the machine's interfaces, as `place` was told."""
         self.late_nics = 0
-        """After `setup_nic`: how many interfaces may come while the machine runs, beside those."""
+        """After `setup_nics`: how many interfaces may come while the machine runs, beside those."""
         self.journal: Journal | None = None
-        """The sandbox's; set before `setup_nic`."""
+        """The sandbox's; set before `setup_nics`."""
         self.routes: list[dict[str, Any]] = []
         """types.Route values for UpdateRoutes, as dicts."""
         self.neighbors: list[dict[str, Any]] = []
@@ -180,9 +181,28 @@ class NetworkPlan:
             lines.append("options " + " ".join(self.options))
         return "".join(line + "\n" for line in lines)
 
-    def setup_nic(self) -> Nic:
-        """The virtual machine's network interface; its descriptor is the hypervisor's to close."""
-        return Nic(self.mac)
+    def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
+        """Make the host's ends of the virtual machine's network interfaces.
+
+        Args:
+            most: How many interfaces a machine may have.
+            hotplug: Further ones can be given to it while it runs.
+
+        Returns:
+            The interfaces that it is to be started with; their descriptors are the caller's.
+        """
+        return [Nic(self.mac)][:most]
+
+    def place(self, index: int, address: str) -> None:
+        """Learn where an interface of the machine is in the guest.
+
+        Args:
+            index: Which of the machine's interfaces, from 0.
+            address: The guest's address of it, from the hypervisor.
+        """
+        self.addresses[index:] = [address]
+        if index < len(self.interfaces):
+            self.interfaces[index]["devicePath"] = address
 
     def start(self, journal: Journal, name: str) -> None:
         """Start what the network needs on the host. Main thread."""
@@ -192,17 +212,18 @@ class NetworkPlan:
         return False
 
     def idle(self) -> list[str]:
-        """PCI paths of the machine's interfaces that stand for nothing."""
-        return [] if self.interfaces else [slots.nic_path()]
+        """Addresses of the machine's interfaces that stand for nothing."""
+        return [] if self.interfaces else self.addresses[:1]
 
     def sysctls(self) -> list[dict[str, str]]:
         """For each of `interfaces` the kernel parameters, by their path below ``/proc/sys/net``, that are to be set
         before it comes up; with the first those of the guest as a whole. Blocks briefly."""
         return []
 
-    def take_pending_hotplugs(self) -> list[tuple[int, str, int]]:
-        """What `rescan` has found for the machine's ports: for each which interface of the machine it is, its
-        hardware address, and its tap. They are told once, and the taps are the caller's."""
+    def take_pending_hotplugs(self) -> list[tuple[int, Nic]]:
+        """What `rescan` has found for the machine's ports: for each which interface of the machine it is, and the
+        interface, which is to be attached and then to be given a `place`. They are told once, and their taps are the
+        caller's."""
         return []
 
     def guest_address(self, client: str) -> bytes:
@@ -246,6 +267,8 @@ class UserPlan(NetworkPlan):
         carries_tcp: Published TCP ports are the engine's (see `kata.network.passt`).
     """
 
+    backend = "stream"
+
     def __init__(
         self,
         mac: str,
@@ -260,7 +283,7 @@ class UserPlan(NetworkPlan):
         self._program = program
         self._carries_tcp = carries_tcp
         self._host = host
-        self._fd = -1
+        self._fd: sysio.Fd | None = None
         self._child = children.SupervisedChild("the user network (passt)")
         self._cgroup: Entry | None = None
         # Without any route out there is still what is published, and the host's own subnets.
@@ -288,7 +311,7 @@ class UserPlan(NetworkPlan):
             "IPAddresses": addresses,
             "mtu": MTU,
             "hwAddr": mac,
-            "devicePath": slots.nic_path(),
+            "devicePath": "",
             "type": "",
             "raw_flags": 0,
         }
@@ -350,11 +373,11 @@ class UserPlan(NetworkPlan):
         is_ipv6 = ":" in client and not client.startswith("::ffff:")
         return resolver.pack(ADDRESS6 if self._ipv6 and (is_ipv6 or not self._ipv4) else ADDRESS4)
 
-    def setup_nic(self) -> Nic:
-        """The virtual machine's network interface, connected to where passt will be."""
+    def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
+        """One interface, connected to where passt will be; see `NetworkPlan.setup_nics`."""
         ours, theirs = children.socketpair()
-        self._fd = ours
-        return Nic(self.mac, theirs)
+        self._fd = sysio.Fd(ours)
+        return [Nic(self.mac, sysio.Fd(theirs))]
 
     def start(self, journal: Journal, name: str) -> None:
         """Start passt.
@@ -366,6 +389,8 @@ class UserPlan(NetworkPlan):
         Raises:
             HostError: A port is taken, passt cannot be started, or the loopback cannot be guarded.
         """
+        if self._fd is None:
+            raise HostError("the user network has no interface to serve")
         check_ports(self.ports)
         if self._carries_tcp:
             self.listeners = listen([port for port in self.ports if port.proto == "tcp"])
@@ -380,10 +405,10 @@ class UserPlan(NetworkPlan):
         self._cgroup = journal.entries[-1]
         try:
             self._child.start(
-                self.command(self._fd),
+                self.command(self._fd.raw),
                 journal,
                 "passt",
-                pass_fds=[self._fd],
+                pass_fds=[self._fd.raw],
                 cgroups=[cgroup],
                 capabilities=CAPABILITIES,
                 namespaces=sysio.CLONE_NEWPID,
@@ -391,8 +416,7 @@ class UserPlan(NetworkPlan):
         except OSError as error:
             raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
         finally:
-            os.close(self._fd)  # so that passt sees the end of the machine, and the machine that of passt
-            self._fd = -1
+            self._fd.close()  # so that passt sees the end of the machine, and the machine that of passt
 
     def failure(self) -> KataError | None:
         """Why passt has ended, or None while it runs."""
@@ -415,9 +439,8 @@ class UserPlan(NetworkPlan):
         """End passt and remove its cgroup."""
         while self.listeners:
             self.listeners.pop()[0].close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._fd is not None:
+            self._fd.close()
         self._child.stop()
         if self._cgroup is not None and self.journal is not None:
             try:

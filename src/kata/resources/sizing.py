@@ -9,7 +9,7 @@
 
 What the kernel keeps is a fixed part (its code and data, its first tables) and one that grows with the memory:
 ``struct page`` is 64 bytes for every 4096, and hash tables add an eighth to that. Measured as the difference between
-QEMU's ``-m`` and ``MemTotal``, from 64 MiB to 12 GiB; `tests/vm/test_hypervisor.py` holds the guest to it.
+the machine's memory and ``MemTotal``, from 64 MiB to 12 GiB; `tests/vm/test_hypervisor.py` holds the guest to it.
 
 What a pod asks for is what its CRI says of the sandbox, and at least the sum of its containers' limits; and
 `default_memory` on top for those of its containers that have no limit while others have one.
@@ -34,7 +34,7 @@ KERNEL_MIB = {"small": 21, "distro": 50}
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
 BESIDE_MIB = 9
 """What the guest uses beside its containers, and what no limit of theirs counts: the agent, buffers of the devices,
-and the free pages that the kernel keeps in reserve. (Bounce pages come on top: `hypervisor.qemu.command.BOUNCE_MIB`.)
+and the free pages that the kernel keeps in reserve. (What its devices take comes on top: `hypervisor.base.Started`.)
 About 2 MiB less than that, so that it is the guest that is out of memory just before the container is at its limit:
 Linux ends a process at once then, while a group at its limit goes on giving up and reading back its program's pages,
 for minutes under emulation."""
@@ -48,7 +48,7 @@ RESERVE_PART = 0.05
 """All zones' reserve is no larger part of the memory than this."""
 HUGE_PAGES_MIB = 504
 NORMAL_MIB = 2816
-"""Beyond this a machine has memory above 4 GiB: QEMU's ``pc_q35_init``."""
+"""Beyond this a PC has memory above 4 GiB."""
 LEAST_MIB = {"small": 64, "distro": 192}
 """With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
 SLACK = 0.04
@@ -63,11 +63,9 @@ OF_SANDBOX = "the sandbox's annotations"
 """How `ResourceRequest.source` begins when it is a CRI that asks for a pod as a whole."""
 
 
-HOST_FIXED_MIB = {"kvm": 256, "tcg": 384}
-"""What running a machine takes on the host besides the guest's memory, by accelerator: hypervisor (under emulation
-with its translated code), engine, network helper, and some page cache of its disks to work with."""
 HOST_GROWING_PART = 1 / 32
-"""The same, for each byte of the guest's: page tables, the emulator's table of pages."""
+"""What running a machine takes on the host for each byte of the guest's memory: page tables, the emulator's table of
+pages. (The fixed part is the hypervisor's to say: `kata.hypervisor.base.Monitor.host_overhead_mib`.)"""
 HOST_CPUS = 1.0
 """Processors for engine, devices and network helper besides the virtual ones."""
 
@@ -317,14 +315,14 @@ def request_of(spec: Mapping[str, Any]) -> ResourceRequest:
     )
 
 
-def host_memory(memory_mib: int, accel: str) -> int:
+def host_memory(memory_mib: int, overhead_mib: int) -> int:
     """Bytes that a machine of this size and its helpers may use on the host.
 
     Args:
         memory_mib: The machine's memory.
-        accel: ``kvm`` or ``tcg``.
+        overhead_mib: What running it takes besides (`kata.hypervisor.base.Monitor.host_overhead_mib`).
     """
-    return (memory_mib + HOST_FIXED_MIB[accel] + int(memory_mib * HOST_GROWING_PART)) * MIB
+    return (memory_mib + overhead_mib + int(memory_mib * HOST_GROWING_PART)) * MIB
 
 
 def host_cpus(vcpus: int) -> float:

@@ -188,7 +188,7 @@ def sandbox_settings(
         client=client_policy(namespace, bundle),
         machine=described,
         notes=[note for _, note in notes],
-        disk_slots=_disk_slots(),
+        all_disk_slots=True,
         network=machine.network_settings(conf, network_namespace(config)),
         cgroups_path=str((config.get("linux") or {}).get("cgroupsPath") or ""),
         oom_score_adj=oom_score_adj(config),
@@ -206,16 +206,9 @@ def pod_settings(
         id=container_id,
         client=policy,
         pod=PodSettings(config_path=config_path),
-        disk_slots=_disk_slots(),
+        all_disk_slots=True,
         request_started_ns=began,
     )
-
-
-def _disk_slots() -> int:
-    """All that there can be: containers come later."""
-    from kata.hypervisor.qemu import slots
-
-    return len(slots.DISKS)
 
 
 def client_policy(namespace: str, bundle: str) -> ClientPolicy:

@@ -6,8 +6,8 @@ Source of the options: qemu(1), and QEMU's QAPI schema (``qapi/block-core.json``
 
 from __future__ import annotations
 
+from kata.hypervisor.base import Disk
 from kata.hypervisor.qemu import slots
-from kata.hypervisor.settings import Disk
 from kata.journal import dumps
 
 TYPE_CHECKING = False
@@ -15,10 +15,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from kata.hypervisor.settings import Nic, VMSettings
+    from kata.hypervisor.base import Nic
+    from kata.hypervisor.qemu.settings import VMSettings
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """QEMU's seccomp filter: no set*uid, no fork or exec, no scheduler changes after start."""
+
+
+PARAMETERS = (
+    "pci=lastbus=0",  # there is one bus: look for no others
+    "tsc=reliable",
+    "no_timer_check",
+    "noreplace-smp",
+    "i8042.noaux",
+    "i8042.nopnp",
+)
+"""Parameters of a kernel in any of QEMU's PCs."""
 
 
 class Fds:
@@ -178,11 +190,11 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     if settings.vsock is not None:
         vsock = settings.vsock
         argv += _device(
-            "vhost-vsock-pci", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd), guest_cid=vsock.cid
+            "vhost-vsock-pci", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd.raw), guest_cid=vsock.cid
         )
-    if settings.share_fd >= 0:
+    if settings.share_fd is not None:
         argv += [
-            *("-chardev", f"socket,id=share,fd={settings.share_fd}"),
+            *("-chardev", f"socket,id=share,fd={settings.share_fd.raw}"),
             *_device("vhost-user-fs-pci", slots.SHARE, chardev="share", tag=slots.SHARE_TAG),
         ]
     elif settings.share_dir:
@@ -232,7 +244,15 @@ def command_line(settings: VMSettings) -> str:
     console = {"serial": "console=ttyS0", "virtio": "console=hvc0", "none": ""}[settings.console]
     channel = "agent.channel=vsock" if settings.vsock is not None else "agent.channel=serial"
     # An end of the guest is an end of the machine: a triple fault is the way that takes no driver.
-    parts = [settings.cmdline, "reboot=t", _bounce_pages(settings), console, channel, *_emulation(settings)]
+    parts = [
+        *PARAMETERS,
+        settings.cmdline,
+        "reboot=t",
+        _bounce_pages(settings),
+        console,
+        channel,
+        *_emulation(settings),
+    ]
     if settings.max_vcpus > settings.vcpus:
         # All are present, and the guest uses so many until it is told otherwise; an unused one is a thread that
         # sleeps. Hot-plug is no way: Linux believes in no processor to come in a machine that it does not take for a
@@ -256,7 +276,7 @@ def bounces(settings: VMSettings) -> bool:
     has translated of a page before. It never translates bounce pages, since they hold no code; what the guest's
     processor copies out of them, it sees.
     """
-    return settings.accel == "tcg" and settings.share_fd >= 0
+    return settings.accel == "tcg" and settings.share_fd is not None
 
 
 def _bounce_pages(settings: VMSettings) -> str:
@@ -287,14 +307,7 @@ def _emulation(settings: VMSettings) -> list[str]:
 
 def inherited_fds(settings: VMSettings, fds: Fds) -> list[int]:
     """All descriptors that the command line of `build` refers to."""
-    found = fds.all()
-    if settings.vsock is not None:
-        found.append(settings.vsock.fd)
-    if settings.share_fd >= 0:
-        found.append(settings.share_fd)
-    for nic in settings.nics():
-        found += nic.fds()
-    return found
+    return fds.all() + [fd.raw for fd in settings.descriptors()]
 
 
 def nic_socket(run_dir: str) -> str:
@@ -307,7 +320,7 @@ def _machine(settings: VMSettings) -> str:
     if "q35" not in settings.machine:
         options = [settings.machine, "usb=off", "vmport=off", "smm=off"]
     options += ["mem-merge=off", "dump-guest-core=off"]
-    if settings.share_fd >= 0 or settings.prealloc:
+    if settings.share_fd is not None or settings.prealloc:
         options.append("memory-backend=ram")
     if settings.machine_options:
         options.append(settings.machine_options)
@@ -324,10 +337,10 @@ def _memory(settings: VMSettings) -> list[str]:
     """The object behind the guest's memory, where that is not QEMU's own."""
     prealloc = ",prealloc=on" if settings.prealloc else ""
     # A vhost-user server reads and writes the guest's memory itself, so it has to be shareable.
-    kind = "memory-backend-memfd,share=on" if settings.share_fd >= 0 else "memory-backend-ram"
+    kind = "memory-backend-memfd,share=on" if settings.share_fd is not None else "memory-backend-ram"
     more = settings.max_memory_mib - settings.memory_mib
     argv = ["-m", f"size={settings.memory_mib}M" + (f",maxmem={settings.max_memory_mib}M" if more else "")]
-    if settings.share_fd >= 0 or prealloc:
+    if settings.share_fd is not None or prealloc:
         argv += ["-object", f"{kind},id=ram,size={settings.memory_mib}M{prealloc}"]
     if more:
         argv += [
@@ -410,9 +423,9 @@ def late_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dict[s
 
 def _nic(index: int, nic: Nic, fds: Fds) -> list[str]:
     if nic.tap_fd is not None:
-        backend = f"tap,id=net{index},fd={nic.tap_fd}"
+        backend = f"tap,id=net{index},fd={nic.tap_fd.raw}"
     elif nic.fd is not None:
-        backend = f"stream,id=net{index},server=off,addr.type=fd,addr.str={nic.fd}"
+        backend = f"stream,id=net{index},server=off,addr.type=fd,addr.str={nic.fd.raw}"
     else:
         backend = f"stream,id=net{index},server=on,addr.type=fd,addr.str={fds.nic}"
     return [

@@ -1,4 +1,4 @@
-"""A running QEMU, as the engine sees it (`kata.hypervisor.base.Hypervisor`)."""
+"""A running QEMU, as the engine sees it (`kata.hypervisor.base.Machine`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import socket
 
 from kata import sysio
-from kata.errors import HostError, HypervisorError, KataError, VMLostError
-from kata.hypervisor.base import Capabilities, DiskError, Ended
+from kata.errors import HostError, HypervisorError, KataError, UnsupportedError, VMLostError
+from kata.hypervisor.base import DiskError, Ended
 from kata.hypervisor.console import ConsoleRing
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import root as qemu_root
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kata.hypervisor.base import Disk, Nic
+    from kata.hypervisor.channel import Channel
     from kata.hypervisor.qemu.process import QemuProcess
-    from kata.hypervisor.settings import Disk, VMSettings
+    from kata.hypervisor.qemu.settings import VMSettings
     from kata.journal import Journal
 
 _GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
@@ -45,15 +47,7 @@ class Qemu:
 
     def __init__(self, process: QemuProcess, journal: Journal, console_path: str = "") -> None:
         self.settings: VMSettings = process.settings
-        self.capabilities = Capabilities(
-            disk_slots=len(self.settings.disks),
-            insert_disk=True,
-            insert_nic=self.settings.nic is not None,
-            share=bool(self.settings.share_dir),
-            vsock=self.settings.vsock is not None,
-            pause=True,
-            hardware=self.settings.accel == "kvm",
-        )
+        self.extra_memory_mib = process.extra_memory_mib
         self.console = ConsoleRing(console_path)
         self._process = process
         self._journal = journal
@@ -71,7 +65,7 @@ class Qemu:
         self._fdsets: dict[str, int] = {
             f"file{index}": index for index, disk in enumerate(self.settings.disks) if disk
         }
-        self._nic_free = self.settings.nic is not None and self.settings.nic.is_empty
+        self._nic_free = self.settings.nic is not None and not self.settings.nic.backend
         if self._console_fd >= 0:
             os.set_blocking(self._console_fd, False)
             self._loop.add_reader(self._console_fd, self._read_console)
@@ -89,13 +83,9 @@ class Qemu:
         return self._process.pid
 
     @property
-    def agent_cid(self) -> int | None:
-        """CID of the guest; None when it has no vsock, so that the agent is on its serial port."""
-        return self.settings.vsock.cid if self.settings.vsock is not None else None
-
-    def take_agent_fd(self) -> int:
-        """Our end of the agent's virtio-serial port; the caller owns it. -1 when it was taken before."""
-        return self._process.take("agent")
+    def channel(self) -> Channel:
+        """How the agent is reached."""
+        return self._process.channel
 
     async def confined(self) -> None:
         """Return when QEMU has lost what only its start needed: the host's files. Then the guest may become hostile.
@@ -179,6 +169,14 @@ class Qemu:
         """Let the virtual CPUs run again."""
         await self.command("cont")
 
+    async def save(self, directory: str) -> None:
+        """Not offered.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError("QEMU's machines cannot be saved here")
+
     async def set_memory(self, plugged_mib: int) -> int:
         """Have so much memory in the guest beside what the machine was started with.
 
@@ -201,8 +199,8 @@ class Qemu:
 
         return await resize.set_balloon(self, self.settings.memory_mib, mib)
 
-    async def insert_disk(self, disk: Disk) -> str:
-        """Fill an empty disk slot of the right type.
+    async def attach_disk(self, disk: Disk) -> str:
+        """Fill an empty disk slot of the right type; returns its PCI path.
 
         The guest sees a writable disk's size change to the image's; a read-only one keeps the placeholder's
         size, and reads beyond the image fail.
@@ -229,7 +227,7 @@ class Qemu:
             self._disks[index] = disk
             return slots.disk_path(index)
 
-    async def remove_disk(self, address: str) -> None:
+    async def detach_disk(self, address: str) -> None:
         """Put the placeholder back; the image can then be used elsewhere.
 
         Raises:
@@ -275,21 +273,24 @@ class Qemu:
         await self.command("set_link", {"name": "nic0", "up": True})
         return sock.detach(), slots.nic_path()
 
-    async def plug_nic(self, index: int, mac: str, tap_fd: int) -> None:
-        """Give the running machine a network interface in one of its ports.
+    async def attach_nic(self, index: int, nic: Nic) -> str:
+        """Give the running machine a network interface in one of its ports; returns its PCI path.
 
         Raises:
-            HypervisorError: QEMU refused.
+            HypervisorError: It is not connected to a tap, or QEMU refused.
         """
+        if nic.tap_fd is None:
+            raise HypervisorError("a network interface of a running machine has to be connected to a tap")
         name = f"tap{index}"
-        backend, device = qemu_command.late_nic(index, mac, name)
-        await self.command("getfd", {"fdname": name}, fd=tap_fd)
+        backend, device = qemu_command.late_nic(index, nic.mac, name)
+        await self.command("getfd", {"fdname": name}, fd=nic.tap_fd.raw)
         await self.command("netdev_add", backend)  # the descriptor is the backend's now
         try:
             await self.command("device_add", device)
         except BaseException:
             await self.command("netdev_del", {"id": backend["id"]})
             raise
+        return slots.late_nic_path(index)
 
     # ---- what can be learnt ----
 

@@ -12,13 +12,18 @@ from kata import children, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor import tsc
 from kata.hypervisor.qemu import command as qemu_command
+from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kata.hypervisor.settings import VMSettings
+    from collections.abc import Sequence
+
+    from kata.hypervisor.channel import Channel
+    from kata.hypervisor.qemu.settings import VMSettings
     from kata.journal import Entry, Journal
 
 PROGRAM = "qemu-system-x86_64"
+INSTALL = "apt-get install qemu-system-x86"
 FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
 
 
@@ -32,12 +37,23 @@ SHARE_CAPABILITIES = (
 
 
 class QemuProcess:
-    """A QEMU that was started, and our ends of its channels.
+    """A QEMU that was started, and our ends of its channels (`kata.hypervisor.base.Started`).
 
     The descriptors are this object's until somebody takes them (`take`); `close` closes the rest.
     """
 
-    __slots__ = ("_stderr", "child", "entries", "fds", "settings")
+    __slots__ = (
+        "_channel",
+        "_stderr",
+        "child",
+        "disk_addresses",
+        "entries",
+        "extra_memory_mib",
+        "fds",
+        "nic_addresses",
+        "settings",
+        "share_tag",
+    )
 
     def __init__(
         self,
@@ -51,7 +67,24 @@ class QemuProcess:
         self.settings = settings
         self.fds = fds
         self.entries = entries
+        self.disk_addresses: Sequence[str] = [slots.disk_path(index) for index in range(len(settings.disks))]
+        self.nic_addresses: Sequence[str] = [slots.nic_path(index) for index in range(len(settings.nics()))]
+        self.share_tag = slots.SHARE_TAG if settings.share_dir or settings.share_fd is not None else ""
+        self.extra_memory_mib = settings.extra_memory_mib
         self._stderr = stderr_tail
+        self._channel: Channel | None = None
+
+    @property
+    def channel(self) -> Channel:
+        """How the agent is reached: by vsock where the machine has it, else by its virtio-serial port."""
+        from kata.hypervisor.channel import SerialChannel, VsockChannel
+
+        if self._channel is None:
+            vsock = self.settings.vsock
+            self._channel = (
+                VsockChannel(vsock.cid) if vsock is not None else SerialChannel(lambda: self.take("agent"))
+            )
+        return self._channel
 
     @property
     def pid(self) -> int:
@@ -71,6 +104,19 @@ class QemuProcess:
     def take(self, name: str) -> int:
         """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``. -1 when there is none."""
         return self.fds.pop(name, -1)
+
+    def take_console(self) -> sysio.Fd | None:
+        """Our end of the console; see `kata.hypervisor.base.Started.take_console`."""
+        fd = self.take("console")
+        return sysio.Fd(fd) if fd >= 0 else None
+
+    def status(self, wait_s: float = 0.0) -> int | None:
+        """QEMU's exit status, which is waited for so many seconds; None while it runs."""
+        return self.child.wait(wait_s) if wait_s > 0 else self.child.poll()
+
+    def kill(self) -> None:
+        """End QEMU by force. Idempotent."""
+        self.child.kill()
 
     def read_stderr(self) -> bytes:
         """Take in what QEMU has written to standard error; see `kata.children.StderrTail`."""
@@ -100,7 +146,7 @@ class QemuProcess:
 def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
     """Start QEMU. The machine is booting when this returns.
 
-    The descriptors in `settings` (NIC, vsock) are QEMU's from here on: ours are closed, also on failure.
+    The descriptors in `settings` (share, NIC, vsock) are QEMU's from here on: ours are closed, also on failure.
 
     Args:
         settings: The machine; an empty `binary` is filled in.
@@ -128,7 +174,7 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
         for name in ("agent", "qmp", "console"):
             if name != "console" or settings.console != "none":
                 ours[name], theirs[name] = children.socketpair()
-        if settings.nic is not None and settings.nic.is_empty:
+        if settings.nic is not None and not settings.nic.backend:
             entries.append(journal.begin("socket", path=qemu_command.nic_socket(settings.run_dir)))
             theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
         fds = qemu_command.Fds(
@@ -169,23 +215,11 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
         raise
     finally:
         stderr_tail.started()
-        for fd in (*theirs.values(), *opened.values(), *_passed(settings)):
+        for fd in (*theirs.values(), *opened.values()):
             os.close(fd)
+        for passed in settings.descriptors():
+            passed.close()
     return QemuProcess(child, settings, ours, stderr_tail, entries)
-
-
-def _passed(settings: VMSettings) -> list[int]:
-    """Take the descriptors out of the settings: they are closed once, here."""
-    found = []
-    if settings.vsock is not None:
-        found.append(settings.vsock.fd)
-        settings.vsock.fd = -1
-    if settings.share_fd >= 0:
-        found.append(settings.share_fd)
-        settings.share_fd = -1
-    for nic in settings.nics():
-        found += nic.give_away()
-    return found
 
 
 def _check(settings: VMSettings) -> None:
@@ -195,9 +229,7 @@ def _check(settings: VMSettings) -> None:
         if not settings.binary:
             raise HostError(f"{PROGRAM} is not installed", "apt-get install qemu-system-x86")
     elif not os.path.exists(settings.binary):
-        raise HostError(
-            f"the hypervisor {settings.binary} does not exist", "apt-get install qemu-system-x86"
-        )
+        raise HostError(f"the hypervisor {settings.binary} does not exist", INSTALL)
     if os.path.isabs(settings.firmware):
         found = os.path.exists(settings.firmware)
     else:

@@ -42,7 +42,7 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
 
     Args:
         vm: The machine.
-        plugged_mib: How much; a multiple of `kata.hypervisor.settings.PLUG_MIB`.
+        plugged_mib: How much; a multiple of `kata.hypervisor.base.MEMORY_STEP_MIB`.
         patience_s: How long the guest may take to take more without anything moving.
 
     Returns:

@@ -1,79 +1,17 @@
-"""What a virtual machine shall be: plain values for the command builder."""
+"""What a QEMU shall be: plain values for the command builder."""
 
 from __future__ import annotations
 
+from kata.hypervisor.base import MEMORY_STEP_MIB
 from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
-PLUG_MIB = 2
-"""What is plugged into a running machine is a multiple of this: virtio-mem's blocks on x86."""
-
-
-class Disk:
-    """A disk image on the host.
-
-    Args:
-        path: Absolute path of a raw image or block device.
-        readonly: The guest cannot write; such an image may be used by many machines at once.
-        serial: Serial number the guest sees (at most 20 characters), or empty.
-        ephemeral: The image does not outlive the machine, so the guest's flushes are not passed on.
-    """
-
-    __slots__ = ("ephemeral", "path", "readonly", "serial")
-
-    def __init__(self, path: str, readonly: bool, serial: str = "", ephemeral: bool = False) -> None:
-        self.path = path
-        self.readonly = readonly
-        self.serial = serial
-        self.ephemeral = ephemeral
-
-
-class Nic:
-    """The network interface.
-
-    Args:
-        mac: Hardware address, ``52:54:00:12:34:56``.
-        fd: The hypervisor's end of a connected stream socket on which a network helper speaks
-            length-prefixed Ethernet frames (QEMU's ``-netdev stream``); None leaves the plug empty.
-        tap_fd: Instead of that, an open tap device, with offload headers (``IFF_VNET_HDR``).
-    """
-
-    __slots__ = ("fd", "mac", "tap_fd")
-
-    def __init__(self, mac: str, fd: int | None = None, tap_fd: int | None = None) -> None:
-        self.mac = mac
-        self.fd = fd
-        self.tap_fd = tap_fd
-
-    def fds(self) -> list[int]:
-        """Its descriptors, as far as it has some."""
-        return [fd for fd in (self.fd, self.tap_fd) if fd is not None]
-
-    def give_away(self) -> list[int]:
-        """Its descriptors, which are somebody else's from here on."""
-        found = self.fds()
-        self.fd = None if self.fd is None else -1
-        self.tap_fd = None if self.tap_fd is None else -1
-        return found
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it is a plug with nothing in it."""
-        return self.fd is None and self.tap_fd is None
-
-
-class Vsock:
-    """A vhost-vsock device: an open ``/dev/vhost-vsock`` on which the CID is already ours."""
-
-    __slots__ = ("cid", "fd")
-
-    def __init__(self, cid: int, fd: int) -> None:
-        self.cid = cid
-        self.fd = fd
+    from kata.hypervisor.base import Disk, Nic
+    from kata.hypervisor.vsock import Vsock
+    from kata.sysio import Fd
 
 
 class VMSettings:
@@ -81,6 +19,7 @@ class VMSettings:
 
     Args:
         name: QEMU's name for it.
+        extra_memory_mib: How much of that is for its devices, beside what was asked for.
         title: What the process list shows once the machine is built, instead of QEMU's arguments; empty leaves these.
         run_dir: The sandbox's directory: placeholders and sockets go there.
         kernel: Path of the guest's kernel (an uncompressed ELF with a PVH entry, or a bzImage).
@@ -96,8 +35,8 @@ class VMSettings:
         disk_slots: How many slots there are, 4 at least.
         share_dir: Directory offered to the guest over 9p; empty is no such device.
         serves_files: QEMU is to serve that directory, with files of any owner: it keeps the capabilities for that.
-        share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers; -1 is none. An
-            emulated machine needs a kernel for it that lets the device use bounce pages.
+        share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers. An emulated machine
+            needs a kernel for it that lets the device use bounce pages.
         nic: The network interface; None is no such device.
         more_nics: Further ones, none of them empty.
         late_nics: How many more it may be given while it runs. Each has a port from the start, which costs the boot
@@ -126,6 +65,7 @@ class VMSettings:
         "cpu_features",
         "disks",
         "entropy",
+        "extra_memory_mib",
         "firmware",
         "initrd",
         "kernel",
@@ -153,10 +93,6 @@ class VMSettings:
         "vsock",
     )
 
-    def nics(self) -> list[Nic]:
-        """All network interfaces."""
-        return [*([self.nic] if self.nic is not None else []), *self.more_nics]
-
     def __init__(
         self,
         *,
@@ -175,7 +111,7 @@ class VMSettings:
         disk_slots: int = slots.FEWEST_DISKS,
         share_dir: str = "",
         serves_files: bool = True,
-        share_fd: int = -1,
+        share_fd: Fd | None = None,
         nic: Nic | None = None,
         more_nics: Sequence[Nic] = (),
         late_nics: int = 0,
@@ -193,6 +129,7 @@ class VMSettings:
         sandbox: str = "",
         root: str = "",
         title: str = "",
+        extra_memory_mib: int = 0,
     ) -> None:
         if accel not in ("kvm", "tcg"):
             raise ValueError(f"no such accelerator: {accel}")
@@ -215,7 +152,7 @@ class VMSettings:
         self.firmware = firmware
         self.disks: list[Disk | None] = [*disks, *([None] * (disk_slots - len(disks)))]
         self.share_dir = share_dir
-        self.serves_files = serves_files and bool(share_dir) and share_fd < 0
+        self.serves_files = serves_files and bool(share_dir) and share_fd is None
         self.share_fd = share_fd
         self.nic = nic
         self.more_nics = list(more_nics)
@@ -226,7 +163,9 @@ class VMSettings:
         self.tb_size_mib = tb_size_mib
         self.max_vcpus = max(max_vcpus, vcpus)
         # In whole blocks of what can be plugged.
-        self.max_memory_mib = memory_mib + max(max_memory_mib - memory_mib, 0) // PLUG_MIB * PLUG_MIB
+        self.max_memory_mib = (
+            memory_mib + max(max_memory_mib - memory_mib, 0) // MEMORY_STEP_MIB * MEMORY_STEP_MIB
+        )
         self.machine_options = machine_options
         self.cpu_features = cpu_features
         self.entropy = entropy
@@ -235,3 +174,17 @@ class VMSettings:
         self.sandbox = sandbox
         self.root = root
         self.title = title
+        self.extra_memory_mib = extra_memory_mib
+
+    def nics(self) -> list[Nic]:
+        """All network interfaces."""
+        return [*([self.nic] if self.nic is not None else []), *self.more_nics]
+
+    def descriptors(self) -> list[Fd]:
+        """All descriptors in here; each of them is in one place only."""
+        found = [fd for nic in self.nics() for fd in nic.descriptors()]
+        if self.share_fd is not None:
+            found.insert(0, self.share_fd)
+        if self.vsock is not None:
+            found.insert(0, self.vsock.fd)
+        return found

@@ -1,0 +1,172 @@
+"""QEMU as a monitor (`kata.hypervisor.base.Monitor`). Usable before asyncio is imported."""
+
+from __future__ import annotations
+
+from kata.hypervisor.base import Capabilities
+from kata.hypervisor.qemu import slots
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from kata.hypervisor.base import Attachments, Check, MachineShape
+    from kata.hypervisor.qemu.machine import Qemu
+    from kata.hypervisor.qemu.process import QemuProcess
+    from kata.hypervisor.qemu.settings import VMSettings
+    from kata.journal import Journal
+
+MACHINE = "q35"
+FIRMWARE = "qboot.rom"
+HOST_OVERHEAD_MIB = {"kvm": 256, "tcg": 384}
+"""By accelerator; under emulation there is the translated code as well."""
+NO_BOUNCE = "the guest's kernel cannot have virtio-fs in an emulated machine"
+
+
+class QemuMonitor:
+    """QEMU."""
+
+    name = "qemu"
+    title = "QEMU"
+    accelerators: tuple[str, ...] = ("kvm", "tcg")
+
+    def capabilities(self, accel: str, options: Mapping[str, Any], *, bounces: bool = True) -> Capabilities:
+        """See `kata.hypervisor.base.Monitor.capabilities`."""
+        # virtiofsd writes into the guest's memory by itself, of which an emulated processor is not told
+        # (`kata.hypervisor.qemu.command.bounces`).
+        serves = accel != "tcg" or bounces
+        return Capabilities(
+            disk_slots=len(slots.DISKS),
+            attach_disk=True,
+            nics=len(slots.NICS),
+            nic_backends=("stream", "tap"),
+            # Their ports are PCI Express', which QEMU's other machines have not.
+            hotplug_nics=MACHINE in options.get("machine", MACHINE),
+            shares=("virtio-fs", "9p") if serves else ("9p",),
+            share_note="" if serves else NO_BOUNCE,
+            grow_memory=True,
+            balloon=True,
+            spare_vcpus=True,
+            pause=True,
+        )
+
+    def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
+        """See `kata.hypervisor.base.Monitor.options`."""
+        from kata.hypervisor.qemu import options
+
+        return options.read(configuration, origin)
+
+    def host_overhead_mib(self, accel: str) -> int:
+        """See `kata.hypervisor.base.Monitor.host_overhead_mib`."""
+        return HOST_OVERHEAD_MIB[accel]
+
+    def start(self, shape: MachineShape, attachments: Attachments, journal: Journal) -> QemuProcess:
+        """See `kata.hypervisor.base.Monitor.start`."""
+        from kata.hypervisor.qemu import process, root
+
+        try:
+            vm = settings(shape, attachments)
+            if shape.accel == "kvm":
+                # Under emulation the serial port is the faster of the two.
+                from kata.hypervisor import vsock
+
+                vm.vsock = vsock.allocate()
+            try:
+                if attachments.confines:
+                    vm.root = root.prepare(attachments.run_dir, journal, serves_files=vm.serves_files)
+                return process.spawn(vm, journal)
+            finally:
+                if vm.vsock is not None:
+                    vm.vsock.fd.close()
+        finally:
+            attachments.close()
+
+    def adopt(self, started: QemuProcess, journal: Journal, console_path: str = "") -> Qemu:
+        """See `kata.hypervisor.base.Monitor.adopt`."""
+        from kata.hypervisor.qemu.machine import Qemu
+
+        return Qemu(started, journal, console_path)
+
+    def version(self) -> str:
+        """See `kata.hypervisor.base.Monitor.version`."""
+        from kata import children
+        from kata.hypervisor.qemu import process
+
+        binary = children.find_program(process.PROGRAM)
+        if binary is None:
+            return ""
+        try:
+            first = children.output_of([binary, "--version"])[:200].decode(errors="replace").splitlines()[:1]
+        except OSError:
+            first = []
+        return first[0] if first else "unknown"
+
+    def checks(self) -> list[Check]:
+        """See `kata.hypervisor.base.Monitor.checks`."""
+        from kata import children
+        from kata.hypervisor.base import Check
+        from kata.hypervisor.qemu import process
+
+        found = children.find_program(process.PROGRAM)
+        if found is None:
+            return [Check(self.name, False, f"{process.PROGRAM} is not installed", process.INSTALL)]
+        return [Check(self.name, True, f"{self.version()} ({found})")]
+
+
+def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
+    """The QEMU for a machine.
+
+    Raises:
+        GuestAssetError: The guest's initrd cannot be put together.
+    """
+    from kata import children
+    from kata.hypervisor.qemu import command, process, root
+    from kata.hypervisor.qemu.settings import VMSettings
+
+    options = dict(shape.options)
+    initrd = shape.initrd
+    if shape.extensions:
+        from kata.hypervisor import initrd as archives
+
+        initrd = archives.whole(shape, attachments.run_dir)
+    binary = options.get("path", "") or children.find_program(process.PROGRAM) or ""
+    # What bounce pages and long queues take is the machine's, and not its containers'.
+    extra_mib = root.queues_mib(binary)
+    if attachments.share_server is not None and shape.accel == "tcg":
+        extra_mib += command.BOUNCE_MIB
+    return VMSettings(
+        name=f"kata-{attachments.sandbox_id[:40]}",
+        title=f"kata: machine of {attachments.sandbox_id}",
+        run_dir=attachments.run_dir,
+        kernel=shape.kernel,
+        initrd=initrd,
+        cmdline=shape.parameters,
+        accel=shape.accel,
+        vcpus=shape.vcpus,
+        max_vcpus=shape.max_vcpus,
+        memory_mib=shape.memory_mib + extra_mib,
+        max_memory_mib=shape.max_memory_mib + extra_mib if shape.max_memory_mib else 0,
+        extra_memory_mib=extra_mib,
+        console=shape.console,
+        prealloc=shape.prealloc,
+        reclaim=shape.reclaim,
+        disks=attachments.disks,
+        disk_slots=max(len(shape.disks), slots.FEWEST_DISKS),
+        nic=attachments.nics[0] if attachments.nics else None,
+        more_nics=attachments.nics[1:],
+        late_nics=shape.hotplug_nics,
+        # There is a device for a share even where nothing is ever shown through it.
+        share_dir=attachments.share_dir,
+        share_fd=attachments.share_server,
+        serves_files=attachments.serves_files,
+        binary=binary,
+        machine=options.get("machine", MACHINE),
+        firmware=options.get("firmware", FIRMWARE),
+        machine_options=options.get("machine_options", ""),
+        cpu_features=options.get("cpu_features", ""),
+        entropy=options.get("entropy", ""),
+        sandbox=options.get("sandbox", ""),
+    )
+
+
+MONITOR = QemuMonitor()
