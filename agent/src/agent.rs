@@ -36,9 +36,9 @@ pub enum Token {
     /// A listener for a console or the log.
     Debug(debug::Port),
     /// Time to look at what is watched.
-    Copies,
+    WatchTimer,
     /// Time to look whether anything has happened.
-    Quiet,
+    IdleTimer,
 }
 
 impl Token {
@@ -54,8 +54,8 @@ impl Token {
             Token::Job(id) => (9, id),
             Token::Debug(debug::Port::Console) => (DEBUG_TOKEN, 0),
             Token::Debug(debug::Port::Log) => (DEBUG_TOKEN, 1),
-            Token::Copies => (20, 0),
-            Token::Quiet => (21, 0),
+            Token::WatchTimer => (20, 0),
+            Token::IdleTimer => (21, 0),
             Token::Socket(number) => (22, number),
         };
         kind << 32 | u64::from(id)
@@ -75,8 +75,8 @@ impl Token {
             9 => Token::Job(id),
             DEBUG_TOKEN if id == 0 => Token::Debug(debug::Port::Console),
             DEBUG_TOKEN => Token::Debug(debug::Port::Log),
-            20 => Token::Copies,
-            21 => Token::Quiet,
+            20 => Token::WatchTimer,
+            21 => Token::IdleTimer,
             22 => Token::Socket(id),
             _ => return None,
         })
@@ -122,12 +122,12 @@ pub struct Agent {
     next_id: u32,
     /// Runs from the first event after a trim to the next trim. A descriptor, because a time limit of the wait itself
     /// would set and unset the machine's timer with every call.
-    quiet: Fd,
-    quiet_runs: bool,
+    idle_timer: Fd,
+    idle_timer_runs: bool,
     /// Something has happened since the timer was set.
-    used: bool,
+    active: bool,
     /// The last round has left things to do: the next wait is none.
-    busy: bool,
+    backlog: bool,
     stopping: bool,
 }
 
@@ -139,7 +139,7 @@ impl Agent {
         let watched = sys::signal_set(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT]);
         sys::set_signal_mask(watched).context("block signals")?;
         let signals = sys::signalfd(watched).context("create a signalfd")?;
-        let quiet = sys::timer().context("make a timer")?;
+        let idle_timer = sys::timer().context("make a timer")?;
         let agent = Agent {
             settings,
             calls: Calls::default(),
@@ -160,14 +160,14 @@ impl Agent {
             listener: None,
             conns: BTreeMap::new(),
             next_id: 1,
-            quiet,
-            quiet_runs: false,
-            used: false,
-            busy: false,
+            idle_timer,
+            idle_timer_runs: false,
+            active: false,
+            backlog: false,
             stopping: false,
         };
         agent.watch(agent.signals.raw(), Token::Signals, libc::EPOLLIN as u32)?;
-        agent.watch(agent.quiet.raw(), Token::Quiet, libc::EPOLLIN as u32)?;
+        agent.watch(agent.idle_timer.raw(), Token::IdleTimer, libc::EPOLLIN as u32)?;
         Ok(agent)
     }
 
@@ -243,12 +243,12 @@ impl Agent {
             };
             for event in &events[..n] {
                 if let Some(token) = Token::unpack(event.u64) {
-                    self.used |= token != Token::Quiet;
+                    self.active |= token != Token::IdleTimer;
                     self.on_event(token, event.events);
                 }
             }
-            if self.used && !self.quiet_runs {
-                self.run_quiet_timer();
+            if self.active && !self.idle_timer_runs {
+                self.start_idle_timer();
             }
             self.expire();
         }
@@ -261,7 +261,7 @@ impl Agent {
     }
 
     fn timeout_ms(&self) -> i32 {
-        if self.busy {
+        if self.backlog {
             return 0;
         }
         match self.deadline() {
@@ -270,16 +270,16 @@ impl Agent {
         }
     }
 
-    fn run_quiet_timer(&mut self) {
-        self.used = false;
-        self.quiet_runs = sys::set_timer(self.quiet.raw(), TRIM_AFTER_NS, 0).is_ok();
+    fn start_idle_timer(&mut self) {
+        self.active = false;
+        self.idle_timer_runs = sys::set_timer(self.idle_timer.raw(), TRIM_AFTER_NS, 0).is_ok();
     }
 
-    fn on_quiet(&mut self) {
-        let _ = sys::read(self.quiet.raw(), &mut [0u8; 8]);
-        self.quiet_runs = false;
-        if self.used || self.busy {
-            self.run_quiet_timer();
+    fn on_idle_timer(&mut self) {
+        let _ = sys::read(self.idle_timer.raw(), &mut [0u8; 8]);
+        self.idle_timer_runs = false;
+        if self.active || self.backlog {
+            self.start_idle_timer();
         } else {
             rt::trim();
         }
@@ -304,8 +304,8 @@ impl Agent {
             Token::Output(key, which) => self.on_output(key, which),
             Token::Job(id) => self.on_job(id),
             Token::Debug(port) => self.on_debug_port(port),
-            Token::Copies => self.on_copies_timer(),
-            Token::Quiet => self.on_quiet(),
+            Token::WatchTimer => self.on_watch_timer(),
+            Token::IdleTimer => self.on_idle_timer(),
             Token::Socket(number) => self.on_socket(number),
         }
     }
@@ -350,11 +350,11 @@ impl Agent {
             let stalled = self.stalled.len();
             self.serve_stalled();
             if self.stalled.len() >= stalled && !self.conns.values().any(Conn::can_write) {
-                self.busy = false;
+                self.backlog = false;
                 return;
             }
         }
-        self.busy = true;
+        self.backlog = true;
     }
 
     fn pump_conn(&mut self, id: u32) {
@@ -374,7 +374,7 @@ impl Agent {
             match conn.next_call() {
                 Ok(Some(call)) => self.on_call(id, call),
                 // What is no request was answered on the way.
-                Ok(None) if self.conns.get(&id).is_some_and(Conn::can_flush) => {}
+                Ok(None) if self.conns.get(&id).is_some_and(Conn::can_write) => {}
                 Ok(None) => return,
                 Err(_) => return self.connection_gone(id),
             }
@@ -470,7 +470,7 @@ impl Agent {
             return;
         }
         let now = sys::monotonic_ns();
-        self.conns.values_mut().filter(|c| c.deadline() <= now).for_each(Conn::look_again);
+        self.conns.values_mut().filter(|c| c.deadline() <= now).for_each(Conn::retry_read);
         for id in self.calls.expired(now) {
             let error = Error::deadline("the caller's time limit is over");
             // A process that is still being made for nobody is given up; its failure is the answer.
@@ -519,8 +519,8 @@ mod tests {
             Token::Job(7),
             Token::Debug(debug::Port::Console),
             Token::Debug(debug::Port::Log),
-            Token::Copies,
-            Token::Quiet,
+            Token::WatchTimer,
+            Token::IdleTimer,
             Token::Socket(8),
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));

@@ -3,7 +3,7 @@
 use crate::agent::Agent;
 use crate::cgroup::Cgroup;
 use crate::devices_bpf;
-use crate::jobs::Then;
+use crate::jobs::Completion;
 use crate::prelude::*;
 use crate::process::{Key, Process};
 use crate::proto::agent as pb;
@@ -210,7 +210,7 @@ impl Agent {
             .clone()
             .ok_or_else(|| Error::not_found(format!("container {id:?} has no annotation {TERMINATION_LOG}")))?;
         let root = self.open_root(id)?;
-        self.spawn_job(Then::Answer(call), &[root.raw()], || {
+        self.spawn_job(Completion::Answer(call), &[root.raw()], || {
             Ok(pb::GetDiagnosticDataResponse { data: log.read(root.raw())? }.to_vec())
         })?;
         Ok(None)

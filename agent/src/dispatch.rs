@@ -1,7 +1,7 @@
 //! From a method's name to the code that does it.
 
 use crate::agent::Agent;
-use crate::jobs::Then;
+use crate::jobs::Completion;
 use crate::policy::Policy;
 use crate::prelude::*;
 use crate::proto::codec::{DecodeError, Message};
@@ -112,7 +112,7 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
                 let r: agentext::ListProcessesRequest = decode(request)?;
                 let pids = agent.pids_of(&r.container_id)?;
                 // In a child: what a process has mapped can make the reading of its arguments wait.
-                agent.spawn_job(Then::Answer(call), &[], || {
+                agent.spawn_job(Completion::Answer(call), &[], || {
                     Ok(agentext::ListProcessesResponse { processes: processes::list(&pids)? }.to_vec())
                 })?;
                 Ok(None)
@@ -219,7 +219,8 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
             let r: pb::UpdateInterfaceRequest = decode(request)?;
             let wanted = r.interface.ok_or_else(|| Error::invalid("the request has no interface"))?;
             // It may have to wait for the device.
-            agent.spawn_job(Then::Answer(call), &[], || netlink::update_interface(&wanted).map(|i| i.to_vec()))?;
+            agent
+                .spawn_job(Completion::Answer(call), &[], || netlink::update_interface(&wanted).map(|i| i.to_vec()))?;
             Ok(None)
         }
         "UpdateRoutes" => {
@@ -304,7 +305,7 @@ fn files_service(agent: &mut Agent, call: CallId, request: &Request) -> Outcome 
         ($kind:ty, $work:expr) => {{
             let wanted: $kind = decode(request)?;
             let root = agent.open_root(&wanted.container_id)?;
-            agent.spawn_job(Then::Answer(call), &[root.raw()], || $work(root.raw(), &wanted))?;
+            agent.spawn_job(Completion::Answer(call), &[root.raw()], || $work(root.raw(), &wanted))?;
             Ok(None)
         }};
     }
@@ -361,13 +362,13 @@ fn decode<M: Message>(request: &Request) -> Result<M> {
 }
 
 fn job(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<()>) -> Outcome {
-    agent.spawn_job(Then::Answer(call), &[], || work().map(|()| vec![]))?;
+    agent.spawn_job(Completion::Answer(call), &[], || work().map(|()| vec![]))?;
     Ok(None)
 }
 
 /// Work in a child whose outcome is the answer.
 fn answer_from<M: Message>(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<M>) -> Outcome {
-    agent.spawn_job(Then::Answer(call), &[], || work().map(|message| message.to_vec()))?;
+    agent.spawn_job(Completion::Answer(call), &[], || work().map(|message| message.to_vec()))?;
     Ok(None)
 }
 

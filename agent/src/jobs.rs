@@ -7,26 +7,31 @@ use crate::server::calls::CallId;
 use crate::sys::{self, Errno, Fd, Fork, RawFd};
 
 /// What happens with a job's outcome.
-pub enum Then {
+pub enum Completion {
     /// It is the answer to a call.
     Answer(CallId),
     /// A container's things are gone.
     Removed(String),
     /// Copies of what is watched are as new as they can be.
     Copied,
-    /// The last job: the answer, then the end.
+    /// The last job: the answer, completion the end.
     PowerOff(CallId),
 }
 
 pub struct Job {
     pipe: Fd,
     data: Vec<u8>,
-    then: Then,
+    completion: Completion,
 }
 
 impl Agent {
     /// Runs `work` in a child, which has no descriptors of the agent's but `keep`; its outcome arrives through the loop.
-    pub fn spawn_job(&mut self, then: Then, keep: &[RawFd], work: impl FnOnce() -> Result<Vec<u8>>) -> Result<()> {
+    pub fn spawn_job(
+        &mut self,
+        completion: Completion,
+        keep: &[RawFd],
+        work: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<()> {
         let (read_end, write_end) = sys::pipe(0).context("make a pipe")?;
         match sys::fork(0, None).context("fork")? {
             Fork::Child => {
@@ -43,7 +48,7 @@ impl Agent {
         sys::set_nonblocking(read_end.raw(), true).context("prepare the job's pipe")?;
         let id = self.fresh_id();
         self.watch(read_end.raw(), Token::Job(id), libc::EPOLLIN as u32)?;
-        self.jobs.insert(id, Job { pipe: read_end, data: Vec::new(), then });
+        self.jobs.insert(id, Job { pipe: read_end, data: Vec::new(), completion });
         Ok(())
     }
 
@@ -59,11 +64,11 @@ impl Agent {
         }
         let Some(job) = self.jobs.remove(&id) else { return };
         let outcome = unpack(job.data);
-        match job.then {
-            Then::Answer(call) => self.answer(call, outcome),
-            Then::Removed(container) => self.on_removed(&container, outcome),
-            Then::Copied => self.on_copied(outcome),
-            Then::PowerOff(call) => {
+        match job.completion {
+            Completion::Answer(call) => self.answer(call, outcome),
+            Completion::Removed(container) => self.on_removed(&container, outcome),
+            Completion::Copied => self.on_copied(outcome),
+            Completion::PowerOff(call) => {
                 self.answer(call, outcome);
                 self.stop();
             }

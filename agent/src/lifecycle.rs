@@ -3,7 +3,7 @@
 use crate::agent::Agent;
 use crate::cgroup::Cgroup;
 use crate::container::{check_id, unknown, Container, Status, TerminationLog, STATE_DIR};
-use crate::jobs::Then;
+use crate::jobs::Completion;
 use crate::prelude::*;
 use crate::process::{Key, Phase, Pipes, Process};
 use crate::proto::agent as pb;
@@ -105,7 +105,7 @@ impl Agent {
                 self.containers.insert(id.to_string(), container);
                 if watches {
                     // Without the clock the container is as it was made: it is not lost for that.
-                    self.watch_copies().unwrap_or_else(|e| log::error(&e.message));
+                    self.start_watch_timer().unwrap_or_else(|e| log::error(&e.message));
                 }
                 Ok(())
             }
@@ -158,7 +158,7 @@ impl Agent {
             return Err(Error::precondition(format!("container {id:?} is not created but {:?}", container.status)));
         }
         let process = self.processes.get_mut(&container.init).ok_or_else(|| unknown(id))?;
-        process.go()?;
+        process.release()?;
         process.starter = Some(call);
         container.status = Status::Running;
         Ok(())
@@ -351,7 +351,8 @@ impl Agent {
         let mounts: Vec<String> = mounted.filter(|mount| !storage::is_of_sandbox(mount)).rev().collect();
         let cgroup = container.cgroup.take();
         let directory = format!("{STATE_DIR}/{id}");
-        let spawned = self.spawn_job(Then::Removed(id.to_string()), &[], || undo(&mounts, cgroup.as_ref(), &directory));
+        let spawned =
+            self.spawn_job(Completion::Removed(id.to_string()), &[], || undo(&mounts, cgroup.as_ref(), &directory));
         if let Err(e) = spawned {
             self.on_removed(id, Err(e));
         }

@@ -181,7 +181,7 @@ impl Process {
     }
 
     /// Lets a prepared process become its program.
-    pub fn go(&mut self) -> Result<()> {
+    pub fn release(&mut self) -> Result<()> {
         self.phase = Phase::Starting;
         match &self.report {
             Some(fd) => report::start(fd.raw()).context("start the process"),
@@ -302,7 +302,7 @@ impl Agent {
             if let Some(call) = starter {
                 self.answer(call, Ok(vec![]));
             }
-        } else if let Err(e) = process.go() {
+        } else if let Err(e) = process.release() {
             process.failure.get_or_insert(e);
         }
         // Whoever has asked for a stream that there is none of (a terminal's stderr) has waited for this.
@@ -436,35 +436,35 @@ impl Agent {
         loop {
             let Some(process) = self.processes.get_mut(&key) else { return };
             let output = &mut process.outputs[which];
-            let Some(taker) = output.taker() else { return };
-            let Some(reply) = self.calls.get(taker.call) else {
+            let Some(reader) = output.next_reader() else { return };
+            let Some(reply) = self.calls.get(reader.call) else {
                 // Over meanwhile: its data stays for the next one.
-                output.served(taker, None);
+                output.finish_turn(reader, None);
                 continue;
             };
-            if !output.has_news() || taker.streaming && taker.len == 0 && !output.at_end() {
+            if !output.has_news() || reader.streaming && reader.len == 0 && !output.at_end() {
                 return;
             }
             // Before there is a process there is no end of file either.
             if process.phase == Phase::Building && output.raw().is_none() {
                 return;
             }
-            let plenty = taker.streaming && output.has_plenty();
+            let splice = reader.streaming && output.is_splice_worthwhile();
             let conn = self.connection(reply.conn);
-            let is_full = |c: &&mut Conn| if taker.streaming { !c.takes_bulk() } else { c.is_full() };
+            let is_full = |c: &&mut Conn| if reader.streaming { !c.takes_bulk() } else { c.is_full() };
             if conn.as_ref().is_some_and(is_full) {
                 self.stalled.push((key, which as u8));
                 return;
             }
-            let pipe = conn.filter(|_| plenty).and_then(Conn::pipe);
+            let pipe = conn.filter(|_| splice).and_then(Conn::pipe);
             let Some(process) = self.processes.get_mut(&key) else { return };
             let output = &mut process.outputs[which];
-            if let Some(moved) = pipe.and_then(|pipe| output.move_into(taker.len, pipe)) {
-                output.served(taker, Some(moved));
+            if let Some(moved) = pipe.and_then(|pipe| output.move_into(reader.len, pipe)) {
+                output.finish_turn(reader, Some(moved));
                 self.send_outgoing(reply.conn, frame::data_frame_before(reply.stream, moved));
                 continue;
             }
-            match output.read(taker.len) {
+            match output.read(reader.len) {
                 Read::Wait => {
                     if let Some(fd) = output.raw() {
                         self.arm(fd, Token::Output(key, which as u8), libc::EPOLLIN);
@@ -473,8 +473,8 @@ impl Agent {
                 }
                 Read::Data(buffer) => {
                     let taken = buffer.len() - frame::DATA_OFFSET;
-                    let stays = taker.streaming && taken > 0;
-                    output.served(taker, stays.then_some(taken));
+                    let stays = reader.streaming && taken > 0;
+                    output.finish_turn(reader, stays.then_some(taken));
                     let over = output.is_over();
                     if stays {
                         self.send_outgoing(reply.conn, frame::data_frame_around(reply.stream, buffer));
@@ -484,10 +484,10 @@ impl Agent {
                         }
                         self.send_bytes(reply.conn, frame::end_frame(reply.stream));
                         return self.end_connection(key);
-                    } else if taker.streaming {
-                        self.answer(taker.call, Ok(vec![]));
+                    } else if reader.streaming {
+                        self.answer(reader.call, Ok(vec![]));
                     } else {
-                        self.calls.take(taker.call);
+                        self.calls.take(reader.call);
                         self.send_outgoing(reply.conn, frame::ok_frame_around(reply.stream, buffer));
                     }
                     if over {

@@ -2,7 +2,7 @@
 
 use crate::agent::Agent;
 use crate::container::{self, STATE_DIR};
-use crate::jobs::Then;
+use crate::jobs::Completion;
 use crate::policy::Policy;
 use crate::prelude::*;
 use crate::proto::agent as pb;
@@ -30,11 +30,11 @@ pub struct Sandbox {
     destroyer: Option<CallId>,
     /// Copied for the sandbox, not for one container.
     pub watched: Vec<Watched>,
-    pub copies_timer: Option<Fd>,
+    pub watch_timer: Option<Fd>,
     /// A job is making copies.
-    pub copying: bool,
+    pub watch_job_runs: bool,
     /// What was last said about them.
-    pub copies_trouble: String,
+    pub last_watch_error: String,
     /// Which requests are answered; `None`: all.
     pub policy: Option<Policy>,
     /// How often the metrics were asked for.
@@ -157,14 +157,14 @@ impl Agent {
         self.sandbox.created = true;
         self.sandbox.watched = storage::watched(&request.storages);
         if !self.sandbox.watched.is_empty() {
-            self.watch_copies()?;
+            self.start_watch_timer()?;
         }
         self.sandbox.storages = request.storages.iter().map(|s| s.mount_point.clone()).collect();
         if request.storages.is_empty() && request.kernel_modules.is_empty() {
             self.answer(call, Ok(vec![]));
             return Ok(());
         }
-        self.spawn_job(Then::Answer(call), &[], || {
+        self.spawn_job(Completion::Answer(call), &[], || {
             for module in &request.kernel_modules {
                 guest::load_module(&module.name, &module.parameters)?;
             }
@@ -200,7 +200,7 @@ impl Agent {
             let _ = sys::kill(pid, libc::SIGKILL);
         }
         let storages = core::mem::take(&mut self.sandbox.storages);
-        let spawned = self.spawn_job(Then::PowerOff(call), &[], || {
+        let spawned = self.spawn_job(Completion::PowerOff(call), &[], || {
             let mut outcome = Ok(vec![]);
             for mount in storages.iter().rev() {
                 if let (Err(e), Ok(_)) = (storage::unmount(mount), &outcome) {

@@ -6,7 +6,7 @@
 use crate::prelude::*;
 use crate::runtime::console;
 use crate::server::calls::CallId;
-use crate::server::conn::Piece;
+use crate::server::conn::Chunk;
 use crate::server::frame::DATA_OFFSET;
 use crate::sys::{self, Errno, Fd, RawFd};
 use alloc::collections::VecDeque;
@@ -32,7 +32,7 @@ pub struct Output {
     terminal: bool,
     readable: bool,
     /// The last read has brought much: it may be worth moving pages.
-    plenty: bool,
+    splice_worthwhile: bool,
     /// After the process has been reaped: how much of what was in the pipe then is still to come.
     left: Option<usize>,
     /// The last read has failed: of a connection, the other side has torn it down.
@@ -44,7 +44,7 @@ pub struct Output {
 
 /// Whose turn it is to be given output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Taker {
+pub struct NextReader {
     pub call: CallId,
     /// How many bytes it takes; 0 = only the end.
     pub len: usize,
@@ -100,15 +100,16 @@ impl Output {
     }
 
     /// The call whose turn it is.
-    pub fn taker(&self) -> Option<Taker> {
-        let reader = self.readers.front().map(|(call, len)| Taker { call: *call, len: *len, streaming: false });
-        let attached = self.attached.map(|(call, credit)| Taker { call, len: credit.min(MAX_PIECE), streaming: true });
+    pub fn next_reader(&self) -> Option<NextReader> {
+        let reader = self.readers.front().map(|(call, len)| NextReader { call: *call, len: *len, streaming: false });
+        let attached =
+            self.attached.map(|(call, credit)| NextReader { call, len: credit.min(MAX_PIECE), streaming: true });
         reader.or(attached)
     }
 
     /// Its turn is over: it has been given `taken` bytes, or is no longer there.
-    pub fn served(&mut self, taker: Taker, taken: Option<usize>) {
-        if !taker.streaming {
+    pub fn finish_turn(&mut self, next_reader: NextReader, taken: Option<usize>) {
+        if !next_reader.streaming {
             self.readers.pop_front();
             if self.readers.is_empty() {
                 self.readers = VecDeque::new();
@@ -159,7 +160,7 @@ impl Output {
             buffer.resize(DATA_OFFSET, 0);
             match sys::read_append(fd, &mut buffer, want) {
                 Ok(n) if n > 0 => {
-                    self.plenty = n >= MIN_MOVED && !self.terminal;
+                    self.splice_worthwhile = n >= MIN_MOVED && !self.terminal;
                     if let Some(left) = self.left.filter(|_| !self.terminal) {
                         self.left = Some(left - n.min(left));
                     }
@@ -181,8 +182,8 @@ impl Output {
     }
 
     /// Whether [`Output::move_into`] is worth calling.
-    pub fn has_plenty(&self) -> bool {
-        self.plenty
+    pub fn is_splice_worthwhile(&self) -> bool {
+        self.splice_worthwhile
     }
 
     /// Moves what is there, up to `len` bytes, into the pipe `to` without copying it. None: it is little, or not a pipe;
@@ -191,11 +192,11 @@ impl Output {
         let fd = self.raw()?;
         let want = len.min(available(fd)).min(self.left.unwrap_or(usize::MAX));
         let moved = if want < MIN_MOVED { 0 } else { sys::splice(fd, to, want).unwrap_or(0) };
-        self.plenty = moved > 0;
+        self.splice_worthwhile = moved > 0;
         if let Some(left) = &mut self.left {
             *left -= moved;
         }
-        self.plenty.then_some(moved)
+        self.splice_worthwhile.then_some(moved)
     }
 
     /// The process is gone: what is in the pipe now is all that will be delivered, whoever still holds the other end.
@@ -225,15 +226,15 @@ fn available(fd: RawFd) -> usize {
 struct Write {
     /// None: the streaming call's.
     call: Option<CallId>,
-    data: Piece,
+    data: Chunk,
     done: usize,
 }
 
 /// A streaming call that feeds an input.
-struct Feeder {
+struct InputStream {
     call: CallId,
     /// Taken by the process and not yet told to the host.
-    owed: usize,
+    unacked: usize,
     /// In the queue.
     queued: usize,
 }
@@ -249,7 +250,7 @@ pub struct Input {
     closing: bool,
     /// Why nothing more is taken.
     broken: Option<&'static str>,
-    feeder: Option<Feeder>,
+    stream: Option<InputStream>,
 }
 
 /// A write that is over: the call, and how many bytes were taken or why not. Of a streaming call it is the end (0 bytes:
@@ -271,7 +272,7 @@ impl Input {
     }
 
     /// Takes data in; it is answered by [`Input::pump`] when all of it is in the pipe.
-    pub fn write(&mut self, call: CallId, data: Piece) -> Result<()> {
+    pub fn write(&mut self, call: CallId, data: Chunk) -> Result<()> {
         self.check_open()?;
         let waiting: usize = self.queue.iter().map(|w| w.data.data().len()).sum();
         if waiting > 0 && waiting + data.data().len() > MAX_WAITING_INPUT {
@@ -293,27 +294,27 @@ impl Input {
 
     /// The streaming call that feeds it, if any.
     pub fn attached(&self) -> Option<CallId> {
-        self.feeder.as_ref().map(|feeder| feeder.call)
+        self.stream.as_ref().map(|stream| stream.call)
     }
 
     /// Lets a streaming call feed it; the former one's data stays in the queue.
     pub fn attach(&mut self, call: CallId) -> Result<()> {
         self.check_open()?;
-        self.feeder = Some(Feeder { call, owed: 0, queued: 0 });
+        self.stream = Some(InputStream { call, unacked: 0, queued: 0 });
         Ok(())
     }
 
     /// Takes in data of the streaming call.
-    pub fn feed(&mut self, data: Piece) -> Result<()> {
+    pub fn feed(&mut self, data: Chunk) -> Result<()> {
         let len = data.data().len();
-        if let (true, Some(_), Some(feeder)) = (self.connection, self.broken, &mut self.feeder) {
+        if let (true, Some(_), Some(stream)) = (self.connection, self.broken, &mut self.stream) {
             // Nobody takes it any more; the host hears of the end in the other direction, behind what comes from there.
-            feeder.owed += len;
+            stream.unacked += len;
             return Ok(());
         }
         self.check_open()?;
-        match &mut self.feeder {
-            Some(feeder) if feeder.queued + feeder.owed + len <= INPUT_WINDOW => feeder.queued += len,
+        match &mut self.stream {
+            Some(stream) if stream.queued + stream.unacked + len <= INPUT_WINDOW => stream.queued += len,
             _ => return Err(Error::exhausted("more standard input than there was credit for")),
         }
         self.queue.push_back(Write { call: None, data, done: 0 });
@@ -322,8 +323,8 @@ impl Input {
 
     /// Credit that the streaming call is to be given back now: not in small coin.
     pub fn take_credit(&mut self) -> Option<(CallId, usize)> {
-        let feeder = self.feeder.as_mut().filter(|feeder| feeder.owed >= INPUT_WINDOW / 2)?;
-        Some((feeder.call, core::mem::take(&mut feeder.owed)))
+        let stream = self.stream.as_mut().filter(|stream| stream.unacked >= INPUT_WINDOW / 2)?;
+        Some((stream.call, core::mem::take(&mut stream.unacked)))
     }
 
     /// Closes behind what is queued.
@@ -340,11 +341,11 @@ impl Input {
                 Ok(n) => {
                     first.done += n;
                     let (call, done, whole) = (first.call, first.done, first.done == first.data.data().len());
-                    if let (None, Some(feeder)) = (call, &mut self.feeder) {
-                        // What a former feeder has left in the queue is not counted.
-                        let n = n.min(feeder.queued);
-                        feeder.queued -= n;
-                        feeder.owed += n;
+                    if let (None, Some(stream)) = (call, &mut self.stream) {
+                        // What a former stream has left in the queue is not counted.
+                        let n = n.min(stream.queued);
+                        stream.queued -= n;
+                        stream.unacked += n;
                     }
                     if whole {
                         over.extend(call.map(|call| (call, Ok(done as u32))));
@@ -361,7 +362,7 @@ impl Input {
         if self.closing && self.queue.is_empty() && self.fd.is_some() {
             self.finish();
             if !self.connection {
-                over.extend(self.feeder.take().map(|feeder| (feeder.call, Ok(0))));
+                over.extend(self.stream.take().map(|stream| (stream.call, Ok(0))));
             }
         }
         over
@@ -396,14 +397,14 @@ impl Input {
         self.broken = Some(why);
         self.fd = None;
         let queue = core::mem::take(&mut self.queue);
-        if let (true, Some(feeder)) = (self.connection, &mut self.feeder) {
-            feeder.owed += core::mem::take(&mut feeder.queued);
+        if let (true, Some(stream)) = (self.connection, &mut self.stream) {
+            stream.unacked += core::mem::take(&mut stream.queued);
             return vec![];
         }
         queue
             .into_iter()
             .filter_map(|w| w.call)
-            .chain(self.feeder.take().map(|feeder| feeder.call))
+            .chain(self.stream.take().map(|stream| stream.call))
             .map(|call| (call, Err(Error::precondition(format!("standard input: {why}")))))
             .collect()
     }
@@ -446,12 +447,12 @@ mod tests {
         let (mut out, writer) = output();
         let (from, to) = sys::pipe(libc::O_NONBLOCK).unwrap();
         sys::write_all(writer.raw(), &vec![b'x'; 40_000]).unwrap();
-        assert!(!out.has_plenty());
+        assert!(!out.is_splice_worthwhile());
         assert_eq!(text(out.read(20_000)).map(|t| t.len()), Some(20_000));
-        assert!(out.has_plenty());
+        assert!(out.is_splice_worthwhile());
         assert_eq!(out.move_into(17_000, to.raw()), Some(17_000));
         assert_eq!(out.move_into(17_000, to.raw()), None);
-        assert!(!out.has_plenty());
+        assert!(!out.is_splice_worthwhile());
         assert_eq!(text(out.read(9000)).map(|t| t.len()), Some(3000));
         // Also of what is left after the process, and no more than that.
         sys::write_all(writer.raw(), &vec![b'y'; 20_000]).unwrap();
@@ -544,7 +545,7 @@ mod tests {
     fn what_a_connection_does_not_take_is_credited_and_its_output_still_comes() {
         let (mut input, mut output, theirs) = connection();
         sys::write_all(theirs.raw(), b"no").unwrap();
-        let piece = || Piece::from(vec![7; 300 << 10]);
+        let piece = || Chunk::from(vec![7; 300 << 10]);
         input.feed(piece()).unwrap();
         assert_eq!(input.pump(), []);
         assert!(input.blocked().is_some());
@@ -562,18 +563,18 @@ mod tests {
         let (mut out, writer) = output();
         out.attach(7, 3);
         sys::write_all(writer.raw(), b"hello").unwrap();
-        let taker = out.taker().unwrap();
-        assert_eq!((taker.call, taker.len, taker.streaming), (7, 3, true));
-        assert_eq!(text(out.read(taker.len)).as_deref(), Some("hel"));
-        out.served(taker, Some(3));
-        assert_eq!(out.taker().map(|t| t.len), Some(0));
+        let next_reader = out.next_reader().unwrap();
+        assert_eq!((next_reader.call, next_reader.len, next_reader.streaming), (7, 3, true));
+        assert_eq!(text(out.read(next_reader.len)).as_deref(), Some("hel"));
+        out.finish_turn(next_reader, Some(3));
+        assert_eq!(out.next_reader().map(|t| t.len), Some(0));
         // A read call comes first, and does not stay.
         out.add_reader(8, 1);
-        let reader = out.taker().unwrap();
+        let reader = out.next_reader().unwrap();
         assert_eq!((reader.call, reader.len, reader.streaming), (8, 1, false));
-        out.served(reader, Some(1));
+        out.finish_turn(reader, Some(1));
         out.grant(10);
-        assert_eq!(out.taker().map(|t| (t.call, t.len)), Some((7, 10)));
+        assert_eq!(out.next_reader().map(|t| (t.call, t.len)), Some((7, 10)));
         assert_eq!(out.attached(), Some(7));
         assert_eq!(out.close(), [7]);
     }
@@ -585,7 +586,7 @@ mod tests {
         let mut input = Input::new(write_end, false);
         assert!(input.feed(vec![1].into()).is_err());
         input.attach(5).unwrap();
-        let piece = || Piece::from(vec![7; 64 << 10]);
+        let piece = || Chunk::from(vec![7; 64 << 10]);
         for _ in 0..16 {
             input.feed(piece()).unwrap();
         }

@@ -7,7 +7,7 @@
 use crate::agent::{Agent, Token};
 use crate::container::{Status, STATE_DIR};
 use crate::fs;
-use crate::jobs::Then;
+use crate::jobs::Completion;
 use crate::log;
 use crate::prelude::*;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult, AT_FDCWD};
@@ -231,50 +231,50 @@ fn timer() -> SysResult<Fd> {
 
 impl Agent {
     /// Starts the clock, when something is to be watched.
-    pub fn watch_copies(&mut self) -> Result<()> {
-        if self.sandbox.copies_timer.is_none() {
+    pub fn start_watch_timer(&mut self) -> Result<()> {
+        if self.sandbox.watch_timer.is_none() {
             let timer = timer().context("make a timer")?;
-            self.watch(timer.raw(), Token::Copies, libc::EPOLLIN as u32)?;
-            self.sandbox.copies_timer = Some(timer);
+            self.watch(timer.raw(), Token::WatchTimer, libc::EPOLLIN as u32)?;
+            self.sandbox.watch_timer = Some(timer);
         }
         Ok(())
     }
 
     /// Time to look at the sources again: in a child, because a share may hang.
-    pub fn on_copies_timer(&mut self) {
-        let Some(timer) = &self.sandbox.copies_timer else { return };
+    pub fn on_watch_timer(&mut self) {
+        let Some(timer) = &self.sandbox.watch_timer else { return };
         let _ = sys::read(timer.raw(), &mut [0u8; 8]);
-        if self.sandbox.copying {
+        if self.sandbox.watch_job_runs {
             return;
         }
         let living = |status| matches!(status, Status::Creating | Status::Created | Status::Running);
         let of_containers = self.containers.values().filter(|c| living(c.status)).flat_map(|c| &c.watched);
         let watched: Vec<Watched> = self.sandbox.watched.iter().chain(of_containers).cloned().collect();
         if watched.is_empty() {
-            self.sandbox.copies_timer = None;
+            self.sandbox.watch_timer = None;
             return;
         }
-        let started = self.spawn_job(Then::Copied, &[], || Ok(update(&watched).into_bytes()));
-        self.sandbox.copying = started.is_ok();
+        let started = self.spawn_job(Completion::Copied, &[], || Ok(update(&watched).into_bytes()));
+        self.sandbox.watch_job_runs = started.is_ok();
     }
 
     /// Says what is wrong, once.
     pub fn on_copied(&mut self, outcome: Result<Vec<u8>>) {
-        self.sandbox.copying = false;
-        let trouble = match outcome {
+        self.sandbox.watch_job_runs = false;
+        let errors = match outcome {
             Ok(text) => String::from_utf8_lossy(&text).into_owned(),
             Err(e) => e.message,
         };
-        if trouble != self.sandbox.copies_trouble {
-            trouble.lines().for_each(log::warn);
-            self.sandbox.copies_trouble = trouble;
+        if errors != self.sandbox.last_watch_error {
+            errors.lines().for_each(log::warn);
+            self.sandbox.last_watch_error = errors;
         }
     }
 }
 
 /// One line for each that is not up to date.
 fn update(watched: &[Watched]) -> String {
-    let mut trouble = String::new();
+    let mut errors = String::new();
     for one in watched {
         let copy = copy_of(&one.mount_point);
         let why = match sys::lstat(&copy).and_then(|_| synchronise(&one.source, &copy)) {
@@ -285,9 +285,9 @@ fn update(watched: &[Watched]) -> String {
             Err(Errno(libc::EFBIG)) => format!("more than {MAX_FILES} files or {MAX_BYTES} bytes: no longer copied"),
             Err(e) => e.to_string(),
         };
-        let _ = writeln!(trouble, "watched directory {}: {why}", one.source);
+        let _ = writeln!(errors, "watched directory {}: {why}", one.source);
     }
-    trouble
+    errors
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ pub fn launch(
     report: Reporter,
 ) -> Result<core::convert::Infallible> {
     if program.args.is_empty() {
-        return hold(report);
+        return pause(report);
     }
     let identity = program.user.resolve()?;
     let env = command::environment(&program.env, &identity.home);
@@ -107,7 +107,7 @@ pub fn launch(
 }
 
 /// Keeps the namespaces of a container without a process, until it is removed.
-fn hold(report: Reporter) -> Result<core::convert::Infallible> {
+fn pause(report: Reporter) -> Result<core::convert::Infallible> {
     report.ready();
     if report.wait_for_start() {
         return Err(Error::precondition("the container was made without a process: there is nothing to start"));

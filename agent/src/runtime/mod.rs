@@ -185,8 +185,8 @@ fn build_container(plan: &ContainerPlan) -> Result<()> {
             plan.report.pid(pid);
             if plan.namespaces.user {
                 let linux = plan.spec.linux.as_deref();
-                let map = write_map(pid, "uid_map", linux.map_or(&[], |l| &l.uid_mappings))
-                    .and_then(|()| write_map(pid, "gid_map", linux.map_or(&[], |l| &l.gid_mappings)));
+                let map = write_map(pid, "uid_map", "uidMappings", linux.map_or(&[], |l| &l.uid_mappings))
+                    .and_then(|()| write_map(pid, "gid_map", "gidMappings", linux.map_or(&[], |l| &l.gid_mappings)));
                 if let Err(e) = map {
                     let _ = sys::kill(pid, libc::SIGKILL);
                     return Err(e);
@@ -197,9 +197,9 @@ fn build_container(plan: &ContainerPlan) -> Result<()> {
     }
 }
 
-fn write_map(pid: Pid, file: &str, mappings: &[LinuxIDMapping]) -> Result<()> {
+fn write_map(pid: Pid, file: &str, name: &str, mappings: &[LinuxIDMapping]) -> Result<()> {
     if mappings.is_empty() {
-        return Err(Error::invalid(format!("a user namespace needs a {file}ping")));
+        return Err(Error::invalid(format!("a user namespace needs {name}")));
     }
     let text: String = mappings.iter().map(|m| format!("{} {} {}\n", m.container_id, m.host_id, m.size)).collect();
     fs::write_existing(format!("/proc/{pid}/{file}"), &text).with_context(|| format!("write {file}"))
@@ -243,12 +243,12 @@ fn init_container(
     let null = sys::open("/dev/null", libc::O_PATH, 0).context("open /dev/null")?;
 
     let rootfs = Rootfs::new(root, linux)?;
-    let around = mounts::Surroundings {
+    let context = mounts::MountContext {
         cgroup: plan.cgroup.map(|c| c.1),
         own_cgroup_namespace: plan.namespaces.cgroup,
         user_namespace: plan.namespaces.user,
     };
-    rootfs.fill(spec, devices, &around)?;
+    rootfs.fill(spec, devices, &context)?;
     shared_mounts::attach(rootfs.fd(), shared)?;
     let terminal = if plan.program.terminal {
         let (master, slave) = console::open(rootfs.fd(), plan.program.console_size.as_ref())?;

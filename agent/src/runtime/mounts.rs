@@ -33,7 +33,7 @@ const PROC_FILES: &[&str] = &[
 const PROC_SUPER_MAGIC: i64 = 0x9fa0;
 
 /// What the mounts need to know about their container.
-pub struct Surroundings<'a> {
+pub struct MountContext<'a> {
     /// The container's cgroup directory as the agent sees it, if there is one.
     pub cgroup: Option<&'a str>,
     pub own_cgroup_namespace: bool,
@@ -41,7 +41,7 @@ pub struct Surroundings<'a> {
 }
 
 /// Makes one mount. `root` is the container's root directory (O_PATH).
-pub fn mount(root: RawFd, mount: &Mount, around: &Surroundings) -> Result<()> {
+pub fn mount(root: RawFd, mount: &Mount, context: &MountContext) -> Result<()> {
     let destination = clean(&mount.destination)?;
     let options = parse_options(&mount.options).with_context(|| format!("mount on {destination}"))?;
     check_proc(&destination, mount)?;
@@ -50,8 +50,8 @@ pub fn mount(root: RawFd, mount: &Mount, around: &Surroundings) -> Result<()> {
         bind_mount(root, &mount.source, &destination, &options)
     } else {
         match mount.type_.as_str() {
-            "cgroup" | "cgroup2" => cgroup_mount(root, &destination, &options, around),
-            "proc" | "sysfs" => kernel_mount(root, mount, &destination, &options, around),
+            "cgroup" | "cgroup2" => cgroup_mount(root, &destination, &options, context),
+            "proc" | "sysfs" => kernel_mount(root, mount, &destination, &options, context),
             "tmpfs" => tmpfs_mount(root, mount, &destination, &options),
             "" => Err(Error::invalid("the mount has no type")),
             kind => plain_mount(root, kind, &mount.source, &destination, &options),
@@ -193,7 +193,7 @@ fn kernel_mount(
     mount: &Mount,
     destination: &str,
     options: &MountOptions,
-    around: &Surroundings,
+    context: &MountContext,
 ) -> Result<()> {
     let target = directory(root, destination)?;
     let flags = libc::O_PATH | libc::O_NOFOLLOW;
@@ -205,7 +205,7 @@ fn kernel_mount(
     }
     match mount_on(root, &target, &mount.type_, &mount.source, destination, options) {
         // sysfs belongs to the network namespace, which the container shares: its own user namespace may not mount it.
-        Err(_) if mount.type_ == "sysfs" && around.user_namespace => {
+        Err(_) if mount.type_ == "sysfs" && context.user_namespace => {
             let options = MountOptions { flags: options.flags | MS_BIND | MS_REC, ..options.clone() };
             bind_mount(root, "/sys", destination, &options)
         }
@@ -214,17 +214,17 @@ fn kernel_mount(
 }
 
 /// The container sees its own group only: as the root of its namespace, or as a bind mount of its directory.
-fn cgroup_mount(root: RawFd, destination: &str, options: &MountOptions, around: &Surroundings) -> Result<()> {
+fn cgroup_mount(root: RawFd, destination: &str, options: &MountOptions, context: &MountContext) -> Result<()> {
     // Options of cgroup v1 (controller names) mean nothing to v2.
     let options = MountOptions { data: String::new(), ..options.clone() };
-    if around.own_cgroup_namespace {
+    if context.own_cgroup_namespace {
         match plain_mount(root, "cgroup2", "cgroup", destination, &options) {
             // In a user namespace /sys is the guest's, cgroup2 with it, and one does not go on top of the other.
-            Err(_) if around.user_namespace && around.cgroup.is_some() => {}
+            Err(_) if context.user_namespace && context.cgroup.is_some() => {}
             other => return other,
         }
     }
-    match around.cgroup {
+    match context.cgroup {
         Some(directory) => bind_mount(root, directory, destination, &options),
         None => Err(Error::precondition("there is no cgroup v2 hierarchy to mount")),
     }

@@ -46,17 +46,17 @@ impl Rootfs {
     }
 
     /// All mounts of the spec, then the nodes of /dev, unless /dev is somebody else's.
-    pub fn fill(&self, spec: &Spec, devices: &[LinuxDevice], around: &mounts::Surroundings) -> Result<()> {
+    pub fn fill(&self, spec: &Spec, devices: &[LinuxDevice], context: &mounts::MountContext) -> Result<()> {
         let root = self.root.raw();
         for mount in &spec.mounts {
-            mounts::mount(root, mount, around)?;
+            mounts::mount(root, mount, context)?;
         }
         let foreign_dev = spec.mounts.iter().any(|m| {
             m.destination.trim_end_matches('/') == "/dev"
                 && (m.type_ == "bind" || m.options.iter().any(|o| o == "bind" || o == "rbind"))
         });
         if !foreign_dev {
-            devices::make_all(root, devices, around.user_namespace)?;
+            devices::make_all(root, devices, context.user_namespace)?;
         }
         Ok(())
     }

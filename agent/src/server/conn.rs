@@ -61,7 +61,7 @@ pub struct Conn {
     /// The kernel does not move pages into this descriptor.
     copies: bool,
     /// The stream was out of step and has been reported as such.
-    lost: bool,
+    desynced: bool,
 }
 
 /// What a frame of the host's is.
@@ -87,8 +87,8 @@ impl Call {
     }
 
     /// The frame's bytes behind `part`'s start, `part` being a slice of [`Call::body`] by its place and length.
-    pub fn into_part(self, part: core::ops::Range<usize>) -> Piece {
-        Piece { bytes: self.frame, range: part.start + frame::HEADER..part.end + frame::HEADER }
+    pub fn into_part(self, part: core::ops::Range<usize>) -> Chunk {
+        Chunk { bytes: self.frame, range: part.start + frame::HEADER..part.end + frame::HEADER }
     }
 
     /// Where `part`, a slice of [`Call::body`], lies in it.
@@ -99,21 +99,21 @@ impl Call {
 }
 
 /// Some of the bytes of a buffer that is kept whole, to save a copy.
-pub struct Piece {
+pub struct Chunk {
     bytes: Vec<u8>,
     range: core::ops::Range<usize>,
 }
 
-impl Piece {
+impl Chunk {
     pub fn data(&self) -> &[u8] {
         &self.bytes[self.range.clone()]
     }
 }
 
-impl From<Vec<u8>> for Piece {
-    fn from(bytes: Vec<u8>) -> Piece {
+impl From<Vec<u8>> for Chunk {
+    fn from(bytes: Vec<u8>) -> Chunk {
         let range = 0..bytes.len();
-        Piece { bytes, range }
+        Chunk { bytes, range }
     }
 }
 
@@ -132,7 +132,7 @@ impl Conn {
             out_bytes: 0,
             pipe: None,
             copies: !port,
-            lost: false,
+            desynced: false,
         }
     }
 
@@ -189,11 +189,11 @@ impl Conn {
         loop {
             match frame::head(&self.input) {
                 Head::Request { stream, total } => {
-                    self.lost = false;
+                    self.desynced = false;
                     return Ok(Some(Call { stream, kind: Kind::Request, frame: self.take_frame(total) }));
                 }
                 Head::Data { stream, total, last } => {
-                    self.lost = false;
+                    self.desynced = false;
                     return Ok(Some(Call { stream, kind: Kind::Data { last }, frame: self.take_frame(total) }));
                 }
                 Head::Other { stream, total } => {
@@ -201,7 +201,7 @@ impl Conn {
                     let error = Error::unimplemented("only requests and their streams are understood");
                     self.push(frame::answer(stream, &Err(error)));
                 }
-                Head::Garbage(why) => self.out_of_step(why)?,
+                Head::Garbage(why) => self.resync(why)?,
                 Head::Partial(wanted) => {
                     if !self.readable || self.is_full() {
                         return Ok(None);
@@ -228,7 +228,7 @@ impl Conn {
         // Exactly to the end of a known frame, so that it can be handed on whole; else a bit ahead.
         let room = if wanted > frame::HEADER { missing } else { READ_CHUNK };
         match sys::read_append(self.fd.raw(), &mut self.input, room) {
-            Ok(0) => return self.nobody_there(),
+            Ok(0) => return self.on_eof(),
             Ok(_) => {
                 if self.link != Link::Open {
                     self.link = Link::Opening(sys::monotonic_ns() + OPENING_NS);
@@ -247,7 +247,7 @@ impl Conn {
     }
 
     /// End of file: of a connection that was open it is the end.
-    fn nobody_there(&mut self) -> core::result::Result<(), State> {
+    fn on_eof(&mut self) -> core::result::Result<(), State> {
         match self.link {
             Link::Open => Err(self.end()),
             Link::Opening(until) if sys::monotonic_ns() >= until => Err(self.end()),
@@ -267,7 +267,7 @@ impl Conn {
     }
 
     /// The deadline has passed.
-    pub fn look_again(&mut self) {
+    pub fn retry_read(&mut self) {
         self.readable = true;
     }
 
@@ -282,10 +282,10 @@ impl Conn {
         State::Gone
     }
 
-    fn out_of_step(&mut self, why: &'static str) -> core::result::Result<(), State> {
-        if !self.lost {
+    fn resync(&mut self, why: &'static str) -> core::result::Result<(), State> {
+        if !self.desynced {
             crate::log::error(&format!("channel: {why}"));
-            self.lost = true;
+            self.desynced = true;
         }
         if !self.port {
             return Err(self.end());
@@ -382,11 +382,6 @@ impl Conn {
     pub fn has_output(&self) -> bool {
         !self.out.is_empty()
     }
-
-    /// Whether [`Conn::flush`] has something to do.
-    pub fn can_flush(&self) -> bool {
-        self.writable && self.has_output()
-    }
 }
 
 #[cfg(test)]
@@ -454,7 +449,7 @@ mod tests {
         assert!(conn.next_call().is_ok_and(|c| c.is_none()));
         assert!(conn.has_output() && conn.deadline() < u64::MAX);
         conn.link = Link::Opening(0);
-        conn.look_again();
+        conn.retry_read();
         assert_eq!(conn.next_call().err(), Some(State::Gone));
         assert!(!conn.has_output() && conn.deadline() == u64::MAX);
     }
