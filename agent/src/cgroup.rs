@@ -3,7 +3,7 @@
 //! This file makes, fills, freezes, kills and removes them; limits are in `cgroup_limits`, numbers in `cgroup_stats`.
 //! The agent itself stays in the root, which alone may hold processes beside sub-groups with controllers.
 
-use crate::cgroup_limits;
+use crate::cgroup_limits::{self, missing_controller};
 use crate::cgroup_stats;
 use crate::fs;
 use crate::prelude::*;
@@ -262,11 +262,6 @@ impl Cgroup {
         fs::write_existing(format!("{}/{file}", self.path), value)
             .with_context(|| format!("write {value} to {}/{file}", self.path))
     }
-}
-
-/// The error for a limit that this kernel cannot keep.
-pub fn missing_controller(controller: &str, what: &str) -> Error {
-    Error::unimplemented(format!("{what}: the guest kernel has no \"{controller}\" cgroup controller"))
 }
 
 /// Makes every controller of a group available to its children.

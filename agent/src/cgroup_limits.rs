@@ -3,11 +3,15 @@
 //! The messages cannot say "absent" for a number, so 0 is that; -1 is "no limit". What v2 has no equivalent for is
 //! refused by name instead of being dropped.
 
-use crate::cgroup::missing_controller;
 use crate::fs;
 use crate::prelude::*;
 use crate::proto::oci::{LinuxBlockIO, LinuxCPU, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 use crate::sys::Errno;
+
+/// The error for a limit that this kernel cannot keep.
+pub fn missing_controller(controller: &str, what: &str) -> Error {
+    Error::unimplemented(format!("{what}: the guest kernel has no \"{controller}\" cgroup controller"))
+}
 
 /// One write to one file of the group.
 #[derive(Debug, PartialEq, Eq)]

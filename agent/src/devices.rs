@@ -5,11 +5,11 @@
 //! its own (NUMA expander).
 
 use crate::fs;
-use crate::guest::hotplug_timeout_ms;
 use crate::prelude::*;
 use crate::sort::sort;
 use crate::sys::{self, Errno};
 use crate::uevent::await_device;
+use crate::uevent::hotplug_timeout_ms;
 
 const NET_DRIVER: &str = "/sys/bus/virtio/drivers/virtio_net";
 const DEVICES: &str = "/sys/devices";

@@ -1,7 +1,8 @@
 //! One error type for the whole agent: a gRPC status code and a sentence for the person at the other end.
 
-use crate::prelude::*;
-use crate::sys::Errno;
+use crate::sys::errno::Errno;
+use alloc::format;
+use alloc::string::{String, ToString};
 use core::fmt;
 
 /// gRPC status codes (numbers of google.rpc.Code) that the agent answers with.

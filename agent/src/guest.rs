@@ -4,29 +4,12 @@ use crate::fs;
 use crate::prelude::*;
 use crate::sys::{self, Errno, RawFd};
 use crate::syscall;
-use crate::uevent::await_device;
+use crate::uevent::{await_device, hotplug_timeout_ms};
 
 const CPUS: &str = "/sys/devices/system/cpu";
 const MEMORY: &str = "/sys/devices/system/memory";
-/// How long a device that the host has plugged in may take to appear, unless `agent.hotplug_timeout` says otherwise.
-const HOTPLUG_TIMEOUT_S: u64 = 3;
 /// More random bytes than this in one request help nobody.
 const MAX_SEED: usize = 1 << 16;
-
-/// How long to wait for a device, in milliseconds: `agent.hotplug_timeout` (seconds) of the kernel command line. Read
-/// anew each time, because nobody waits often and the children that do have no settings.
-pub fn hotplug_timeout_ms() -> u64 {
-    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    parse_timeout(&line).unwrap_or(HOTPLUG_TIMEOUT_S).saturating_mul(1000)
-}
-
-fn parse_timeout(line: &str) -> Option<u64> {
-    line.split_ascii_whitespace()
-        .filter_map(|word| word.strip_prefix("agent.hotplug_timeout="))
-        .next_back()?
-        .parse()
-        .ok()
-}
 
 /// Tries until there is an answer or the time is over. Waiting is by looking again: what uevents announce is in sysfs
 /// before they are sent, and a look costs microseconds.
@@ -227,13 +210,6 @@ fn insert(path: &str, parameters: &str) -> Result<()> {
 mod tests {
     use super::*;
     use crate::test_support::TempDir;
-
-    #[test]
-    fn the_time_to_wait_comes_from_the_command_line() {
-        assert_eq!(parse_timeout("quiet agent.hotplug_timeout=5 agent.hotplug_timeout=9\n"), Some(9));
-        assert_eq!(parse_timeout("quiet agent.hotplug_timeout=soon"), None);
-        assert_eq!(parse_timeout(""), None);
-    }
 
     #[test]
     fn modules_are_found_with_what_they_need() {

@@ -48,7 +48,7 @@ pub mod prelude;
 pub mod process;
 pub mod processes;
 pub mod proto;
-mod routes;
+pub mod routes;
 pub mod rt;
 mod rtnl;
 pub mod runtime;

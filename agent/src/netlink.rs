@@ -7,8 +7,6 @@ use crate::proto::types::{ARPNeighbor, IPAddress, Interface};
 use crate::rtnl::{attributes, text_of, u32_at, u64_at, Message, Refusal, Rtnl};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-pub use crate::routes::{list_routes, update_routes};
-
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;

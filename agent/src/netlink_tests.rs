@@ -4,6 +4,7 @@ use super::*;
 use crate::errors::code;
 use crate::proto::agent::Routes;
 use crate::proto::types::Route;
+use crate::routes::{list_routes, update_routes};
 use crate::test_support::in_namespaces;
 
 const VETH_INFO_PEER: u16 = 1;

@@ -1,6 +1,6 @@
 //! The kernel's announcements of devices (netlink, NETLINK_KOBJECT_UEVENT).
 
-use crate::guest::hotplug_timeout_ms;
+use crate::fs;
 use crate::prelude::*;
 use crate::sys::{self, Errno, Fd, SysResult};
 
@@ -10,6 +10,24 @@ const KERNEL_GROUP: u32 = 1;
 const MAX_MESSAGE: usize = 4096;
 /// Looks between announcements: should one be lost, the device is found all the same.
 const LOOK_AGAIN_MS: u64 = 500;
+
+/// How long a device that the host has plugged in may take to appear, unless `agent.hotplug_timeout` says otherwise.
+const HOTPLUG_TIMEOUT_S: u64 = 3;
+
+/// How long to wait for a device, in milliseconds: `agent.hotplug_timeout` (seconds) of the kernel command line. Read
+/// anew each time, because nobody waits often and the children that do have no settings.
+pub fn hotplug_timeout_ms() -> u64 {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    parse_timeout(&line).unwrap_or(HOTPLUG_TIMEOUT_S).saturating_mul(1000)
+}
+
+fn parse_timeout(line: &str) -> Option<u64> {
+    line.split_ascii_whitespace()
+        .filter_map(|word| word.strip_prefix("agent.hotplug_timeout="))
+        .next_back()?
+        .parse()
+        .ok()
+}
 
 /// Looks for a device until it is there or `agent.hotplug_timeout` is over, woken by the announcements of its subsystem.
 /// Everything that belongs to a device, its node in /dev included, is there before it is announced.
@@ -73,6 +91,13 @@ fn concerns(message: &[u8], subsystem: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_to_wait_comes_from_the_command_line() {
+        assert_eq!(parse_timeout("quiet agent.hotplug_timeout=5 agent.hotplug_timeout=9\n"), Some(9));
+        assert_eq!(parse_timeout("quiet agent.hotplug_timeout=soon"), None);
+        assert_eq!(parse_timeout(""), None);
+    }
 
     #[test]
     fn announcements_are_told_apart() {

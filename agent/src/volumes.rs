@@ -1,12 +1,13 @@
 //! Volumes that are mounted in the guest: how full they are, and making them larger.
 
 use crate::fs;
-use crate::guest::{hotplug_timeout_ms, wait_for};
+use crate::guest::wait_for;
 use crate::prelude::*;
 use crate::proto::csi::{
     VolumeCondition, VolumeStatsResponse, VolumeUsage, VOLUME_USAGE_UNIT_BYTES, VOLUME_USAGE_UNIT_INODES,
 };
 use crate::sys::{self, Errno, Fd};
+use crate::uevent::hotplug_timeout_ms;
 
 const EXT4_MAGIC: i64 = 0xef53;
 const XFS_MAGIC: i64 = 0x5846_5342;

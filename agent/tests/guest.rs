@@ -12,7 +12,7 @@ use kata_agent::proto::oci::{
 };
 use kata_agent::proto::types::{IPAddress, Interface, Route};
 use kata_agent::sys::{self, Errno};
-use kata_agent::{devices, devices_bpf, fs, guest, netlink, processes, storage};
+use kata_agent::{devices, devices_bpf, fs, guest, netlink, processes, routes, storage};
 
 const MIB: i64 = 1 << 20;
 
@@ -319,7 +319,7 @@ fn an_interface_is_found_by_address_and_gets_its_mac() {
         assert!(after.ip_addresses.iter().any(|ip| ip.address == "10.9.8.7" && ip.mask == "24"));
     }
     let default = Route { gateway: "10.9.8.1".into(), device: "net0".into(), ..Default::default() };
-    let routes = netlink::update_routes(&Routes { routes: vec![default] }).unwrap();
+    let routes = routes::update_routes(&Routes { routes: vec![default] }).unwrap();
     assert!(routes.routes.iter().any(|route| route.dest.is_empty() && route.gateway == "10.9.8.1"));
     assert!(netlink::network_stats().unwrap().iter().any(|stats| stats.name == "net0"));
     let mut absent = wanted;

@@ -1,6 +1,7 @@
 //! bpf(2): programs as words, and what loads them.
 
-use super::{Fd, RawFd, SysResult};
+use super::call::SysResult;
+use super::file::{Fd, RawFd};
 use crate::syscall;
 
 const BPF_PROG_LOAD: i32 = 5;

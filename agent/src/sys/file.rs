@@ -1,6 +1,7 @@
 //! Descriptors, files, directories.
 
-use super::{check, cstr, retry, Errno, SysResult};
+use super::call::{check, cstr, retry, SysResult};
+use super::errno::Errno;
 use crate::prelude::*;
 use crate::syscall;
 use core::mem::MaybeUninit;
@@ -361,7 +362,7 @@ pub fn read_dir_fd<E: From<Errno>>(
     loop {
         // SAFETY: the buffer is valid for its length in bytes.
         let n = check(unsafe {
-            super::syscall3(libc::SYS_getdents64, fd as usize, buf.as_mut_ptr() as usize, buf.len() * 8)
+            super::arch::syscall3(libc::SYS_getdents64, fd as usize, buf.as_mut_ptr() as usize, buf.len() * 8)
         })?;
         if n == 0 {
             return Ok(());

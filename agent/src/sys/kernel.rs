@@ -1,6 +1,7 @@
 //! Mounts, namespaces, modules, the machine.
 
-use super::{cstr, Fd, RawFd, SysResult};
+use super::call::{cstr, SysResult};
+use super::file::{Fd, RawFd};
 use crate::syscall;
 
 /// mount(2); empty strings become null pointers where the kernel allows that (source, type, data).

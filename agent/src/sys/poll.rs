@@ -1,6 +1,7 @@
 //! epoll, signalfd, timers, clocks.
 
-use super::{retry, Fd, RawFd, SysResult};
+use super::call::{retry, SysResult};
+use super::file::{Fd, RawFd};
 use crate::syscall;
 use core::mem::MaybeUninit;
 
@@ -120,7 +121,7 @@ pub fn inotify() -> SysResult<Fd> {
 }
 
 pub fn inotify_add_watch(inotify: RawFd, path: impl AsRef<[u8]>, mask: u32) -> SysResult<i32> {
-    let path = super::cstr(path)?;
+    let path = super::call::cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_inotify_add_watch, inotify, path.as_ptr(), mask) }.map(|wd| wd as i32)
 }

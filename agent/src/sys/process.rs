@@ -1,6 +1,8 @@
 //! Processes: fork, exec, wait, signals, credentials, limits.
 
-use super::{retry, CStringArray, Errno, Fd, RawFd, SysResult};
+use super::call::{retry, CStringArray, SysResult};
+use super::errno::Errno;
+use super::file::{Fd, RawFd};
 use crate::prelude::*;
 use crate::syscall;
 
@@ -39,7 +41,7 @@ pub fn exit(code: i32) -> ! {
 
 /// Only returns when it fails.
 pub fn execve(path: impl AsRef<[u8]>, argv: &CStringArray, envp: &CStringArray) -> Errno {
-    let path = match super::cstr(path) {
+    let path = match super::call::cstr(path) {
         Ok(path) => path,
         Err(e) => return e,
     };
@@ -89,17 +91,17 @@ pub fn pidfd_open(pid: Pid) -> SysResult<Fd> {
 
 pub fn getpid() -> Pid {
     // SAFETY: cannot fail.
-    unsafe { super::syscall0(libc::SYS_getpid) as Pid }
+    unsafe { super::arch::syscall0(libc::SYS_getpid) as Pid }
 }
 
 pub fn getppid() -> Pid {
     // SAFETY: cannot fail.
-    unsafe { super::syscall0(libc::SYS_getppid) as Pid }
+    unsafe { super::arch::syscall0(libc::SYS_getppid) as Pid }
 }
 
 pub fn geteuid() -> u32 {
     // SAFETY: cannot fail.
-    unsafe { super::syscall0(libc::SYS_geteuid) as u32 }
+    unsafe { super::arch::syscall0(libc::SYS_geteuid) as u32 }
 }
 
 pub fn setsid() -> SysResult<()> {
@@ -109,11 +111,11 @@ pub fn setsid() -> SysResult<()> {
 
 pub fn umask(mask: u32) -> u32 {
     // SAFETY: cannot fail.
-    unsafe { super::syscall1(libc::SYS_umask, mask as usize) as u32 }
+    unsafe { super::arch::syscall1(libc::SYS_umask, mask as usize) as u32 }
 }
 
 pub fn chdir(path: impl AsRef<[u8]>) -> SysResult<()> {
-    let path = super::cstr(path)?;
+    let path = super::call::cstr(path)?;
     // SAFETY: NUL-terminated path.
     unsafe { syscall!(libc::SYS_chdir, path.as_ptr()) }.map(drop)
 }

@@ -1,6 +1,7 @@
 //! Sockets: unix, vsock, netlink.
 
-use super::{retry, Fd, RawFd, SysResult};
+use super::call::{retry, SysResult};
+use super::file::{Fd, RawFd};
 use crate::prelude::*;
 use crate::syscall;
 
