@@ -1,24 +1,18 @@
-//! Containers: their records, and the calls about their resources.
+//! Containers: their records.
 
-use crate::agent::Agent;
 use crate::cgroup::Cgroup;
-use crate::devices_bpf;
-use crate::jobs::Completion;
+use crate::log;
 use crate::prelude::*;
-use crate::process::{Key, Process};
-use crate::proto::agent as pb;
-use crate::proto::codec::Message;
+use crate::process::Key;
 use crate::proto::oci::Spec;
 use crate::runtime;
 use crate::runtime::launch::Filter;
 use crate::runtime::namespaces::Namespaces;
 use crate::server::calls::CallId;
-use crate::sys::{self, Fd, RawFd};
+use crate::sys::{self, RawFd};
+use crate::thrash::Squeeze;
 use crate::watchable::Watched;
 use alloc::collections::VecDeque;
-
-/// Where the agent keeps what belongs to containers.
-pub const STATE_DIR: &str = "/run/kata-containers";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
@@ -30,9 +24,40 @@ pub enum Status {
     Removing,
 }
 
+/// The states that may follow each.
+const NEXT_STATES: &[(Status, &[Status])] = &[
+    (Status::Creating, &[Status::Created, Status::Removing]),
+    (Status::Created, &[Status::Running, Status::Stopped, Status::Removing]),
+    (Status::Running, &[Status::Stopped, Status::Removing]),
+    (Status::Stopped, &[Status::Removing]),
+    (Status::Removing, &[]),
+];
+
+impl Status {
+    fn may_become(self, next: Status) -> bool {
+        NEXT_STATES.iter().any(|(status, followers)| *status == self && followers.contains(&next))
+    }
+}
+
+/// What a new container is made of.
+pub struct NewContainer {
+    /// The exec id by which the host names its first process.
+    pub init_exec_id: String,
+    pub cgroup: Option<Cgroup>,
+    pub namespaces: Namespaces,
+    pub filter: Option<Filter>,
+    pub root: String,
+    pub storages: Vec<String>,
+    pub watched: Vec<Watched>,
+    pub name: Option<Box<str>>,
+    pub termination_log: Option<TerminationLog>,
+}
+
 pub struct Container {
-    pub status: Status,
+    /// Changed by [`Container::enter`] alone.
+    status: Status,
     pub init: Key,
+    init_exec_id: Box<str>,
     /// Further processes by their exec id.
     pub execs: BTreeMap<String, Key>,
     /// Those that are over with all their output read: what is left to tell is the exit code.
@@ -58,7 +83,7 @@ pub struct Container {
     /// OOM kills that have been reported.
     pub oom_kills: u64,
     /// While it is at its memory limit with nothing to reclaim.
-    pub squeeze: Option<crate::thrash::Squeeze>,
+    pub squeeze: Option<Squeeze>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +94,7 @@ pub enum TerminationLog {
 }
 
 /// Annotation with the path of the file in which a container may leave its last words (Kubernetes).
-const TERMINATION_LOG: &str = "io.kubernetes.container.terminationMessagePath";
+pub const TERMINATION_LOG: &str = "io.kubernetes.container.terminationMessagePath";
 /// What the kubelet reads of it.
 const MAX_TERMINATION_LOG: usize = 4096;
 
@@ -86,7 +111,7 @@ impl TerminationLog {
     }
 
     /// Up to 4096 bytes of it, `root` being the container's root directory.
-    fn read(&self, root: RawFd) -> Result<String> {
+    pub fn read(&self, root: RawFd) -> Result<String> {
         let file = match self {
             TerminationLog::Guest(path) => sys::open(path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOFOLLOW, 0),
             TerminationLog::Inside(path) => runtime::path::open(root, path, libc::O_RDONLY | libc::O_NONBLOCK),
@@ -107,6 +132,56 @@ impl TerminationLog {
 }
 
 impl Container {
+    /// One that is being created; its first process is `init`.
+    pub fn new(new: NewContainer, init: Key) -> Container {
+        Container {
+            status: Status::Creating,
+            init,
+            init_exec_id: new.init_exec_id.into_boxed_str(),
+            execs: BTreeMap::new(),
+            finished: VecDeque::new(),
+            cgroup: new.cgroup,
+            namespaces: new.namespaces,
+            filter: new.filter,
+            root: new.root,
+            storages: new.storages,
+            mounted: 0,
+            watched: new.watched,
+            name: new.name,
+            termination_log: new.termination_log,
+            remover: None,
+            failure: None,
+            oom_kills: 0,
+            squeeze: None,
+        }
+    }
+
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Changes the status; false, and nothing is changed, where [`NEXT_STATES`] does not have it.
+    pub fn enter(&mut self, next: Status) -> bool {
+        let allowed = self.status.may_become(next);
+        if allowed {
+            self.status = next;
+        } else {
+            log::debug(&format!("a container cannot become {next:?}: it is {:?}", self.status));
+        }
+        allowed
+    }
+
+    /// Whether it has not ended, nor is being removed.
+    pub fn is_living(&self) -> bool {
+        self.status == Status::Creating || self.has_processes()
+    }
+
+    /// Whether its first process exists: it has been created, and has not ended.
+    pub fn has_processes(&self) -> bool {
+        matches!(self.status, Status::Created | Status::Running)
+    }
+
+    /// The exit code of a process that is over, if it is still known.
     pub fn finished_code(&self, exec_id: &str) -> Option<u8> {
         self.finished.iter().rev().find(|(known, _)| &**known == exec_id).map(|(_, code)| *code)
     }
@@ -138,15 +213,54 @@ pub fn unknown(id: &str) -> Error {
     Error::invalid(format!("container {id:?} is not known to the agent"))
 }
 
-impl Agent {
-    pub fn container(&self, id: &str) -> Result<&Container> {
-        self.containers.get(id).ok_or_else(|| unknown(id))
+/// The containers of the guest, by their ids.
+#[derive(Default)]
+pub struct Containers {
+    records: BTreeMap<String, Container>,
+}
+
+impl Containers {
+    /// The container that a call names.
+    pub fn get(&self, id: &str) -> Result<&Container> {
+        self.records.get(id).ok_or_else(|| unknown(id))
+    }
+
+    pub fn get_mut(&mut self, id: &str) -> Option<&mut Container> {
+        self.records.get_mut(id)
+    }
+
+    pub fn contains(&self, id: &str) -> bool {
+        self.records.contains_key(id)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    pub fn ids(&self) -> Vec<String> {
+        self.records.keys().cloned().collect()
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Container> {
+        self.records.values()
+    }
+
+    pub fn all_mut(&mut self) -> impl Iterator<Item = (&String, &mut Container)> {
+        self.records.iter_mut()
+    }
+
+    pub fn insert(&mut self, id: &str, container: Container) {
+        self.records.insert(id.to_string(), container);
+    }
+
+    pub fn remove(&mut self, id: &str) -> Option<Container> {
+        self.records.remove(id)
     }
 
     /// The process that a call names; an empty exec id is the container's first one.
-    pub fn find_process(&self, container: &str, exec_id: &str) -> Result<Key> {
-        let record = self.container(container)?;
-        if exec_id.is_empty() || self.processes.get(&record.init).is_some_and(|p| p.exec_id == exec_id) {
+    pub fn find_process(&self, id: &str, exec_id: &str) -> Result<Key> {
+        let record = self.get(id)?;
+        if exec_id.is_empty() || *record.init_exec_id == *exec_id {
             return Ok(record.init);
         }
         if record.finished_code(exec_id).is_some() {
@@ -156,83 +270,82 @@ impl Agent {
             .execs
             .get(exec_id)
             .copied()
-            .ok_or_else(|| Error::not_found(format!("process {exec_id:?} of container {container:?} is not known")))
+            .ok_or_else(|| Error::not_found(format!("process {exec_id:?} of container {id:?} is not known")))
     }
 
-    pub fn process(&mut self, container: &str, exec_id: &str) -> Result<&mut Process> {
-        let key = self.find_process(container, exec_id)?;
-        self.processes.get_mut(&key).ok_or_else(|| Error::not_found(format!("process {exec_id:?} is gone")))
+    /// Whether a process is the first one of the container.
+    pub fn is_init(&self, id: &str, process: Key) -> bool {
+        self.records.get(id).is_some_and(|container| container.init == process)
     }
 
     /// The container's group, for the calls about resources.
     pub fn cgroup_of(&self, id: &str) -> Result<&Cgroup> {
-        self.container(id)?
+        self.get(id)?
             .cgroup
             .as_ref()
             .ok_or_else(|| Error::precondition(format!("container {id:?} has no control group")))
-    }
-
-    /// Every process of the container, as the guest numbers them; of one without a control group, those that the agent
-    /// has started.
-    pub fn pids_of(&self, id: &str) -> Result<Vec<sys::Pid>> {
-        match &self.container(id)?.cgroup {
-            Some(cgroup) => cgroup.pids(),
-            None => Ok(self
-                .processes
-                .values()
-                .filter(|p| p.container == id && p.pid != 0 && p.is_alive())
-                .map(|p| p.pid)
-                .collect()),
-        }
-    }
-
-    pub fn update_container(&self, request: &pb::UpdateContainerRequest) -> Result<()> {
-        let cgroup = self.cgroup_of(&request.container_id)?;
-        let Some(resources) = request.resources.as_deref() else { return Ok(()) };
-        if resources.devices.is_empty() {
-            return cgroup.apply(resources).map(drop);
-        }
-        let rules = devices_bpf::compile(&runtime::devices::cgroup_rules(&resources.devices, &[]))?;
-        let directory = cgroup.open()?;
-        let limits = cgroup.apply(resources)?;
-        devices_bpf::attach(directory.raw(), &rules).inspect_err(|_| limits.restore())
-    }
-
-    /// GetDiagnosticData: the termination log is what there is.
-    pub fn diagnostic_data(&mut self, call: CallId, request: &pb::GetDiagnosticDataRequest) -> Result<Option<Vec<u8>>> {
-        if request.log_type != "termination_log" {
-            return Err(Error::invalid(format!("log type {:?} is not termination_log", request.log_type)));
-        }
-        let id = &request.container_id;
-        let log = self
-            .container(id)?
-            .termination_log
-            .clone()
-            .ok_or_else(|| Error::not_found(format!("container {id:?} has no annotation {TERMINATION_LOG}")))?;
-        let root = self.open_root(id)?;
-        self.spawn_job(Completion::Answer(call), &[root.raw()], || {
-            Ok(pb::GetDiagnosticDataResponse { data: log.read(root.raw())? }.to_vec())
-        })?;
-        Ok(None)
-    }
-
-    /// The container's root directory as its processes see it; of one that has none, as the agent does.
-    pub fn open_root(&self, id: &str) -> Result<Fd> {
-        let container = self.container(id)?;
-        let flags = libc::O_PATH | libc::O_DIRECTORY;
-        let pid = self.processes.get(&container.init).filter(|p| p.is_alive()).map_or(0, |p| p.pid);
-        if pid != 0 && matches!(container.status, Status::Created | Status::Running) {
-            if let Ok(fd) = sys::open(format!("/proc/{pid}/root"), flags, 0) {
-                return Ok(fd);
-            }
-        }
-        sys::open(&container.root, flags, 0).with_context(|| format!("open the root of container {id}"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ALL: [Status; 5] = [Status::Creating, Status::Created, Status::Running, Status::Stopped, Status::Removing];
+
+    fn container() -> Container {
+        let new = NewContainer {
+            init_exec_id: "first".into(),
+            cgroup: None,
+            namespaces: Namespaces::default(),
+            filter: None,
+            root: String::new(),
+            storages: vec![],
+            watched: vec![],
+            name: None,
+            termination_log: None,
+        };
+        Container::new(new, 7)
+    }
+
+    #[test]
+    fn a_container_goes_through_its_states_in_order() {
+        let allowed = [
+            (Status::Creating, Status::Created),
+            (Status::Created, Status::Running),
+            (Status::Created, Status::Stopped),
+            (Status::Running, Status::Stopped),
+            (Status::Creating, Status::Removing),
+            (Status::Created, Status::Removing),
+            (Status::Running, Status::Removing),
+            (Status::Stopped, Status::Removing),
+        ];
+        let mut container = container();
+        for from in ALL {
+            for to in ALL {
+                container.status = from;
+                let is_allowed = allowed.contains(&(from, to));
+                assert_eq!(container.enter(to), is_allowed, "{from:?} -> {to:?}");
+                assert_eq!(container.status(), if is_allowed { to } else { from });
+            }
+        }
+    }
+
+    #[test]
+    fn processes_are_found_by_what_calls_name_them() {
+        let mut containers = Containers::default();
+        let mut record = container();
+        record.execs.insert("shell".into(), 9);
+        record.remember("over".into(), 3);
+        containers.insert("c", record);
+        assert_eq!(containers.find_process("c", ""), Ok(7));
+        assert_eq!(containers.find_process("c", "first"), Ok(7));
+        assert_eq!(containers.find_process("c", "shell"), Ok(9));
+        assert_eq!(containers.find_process("c", "over").unwrap_err().message, "process already finished");
+        assert!(containers.find_process("c", "other").unwrap_err().message.contains("is not known"));
+        assert!(containers.find_process("d", "").unwrap_err().message.contains("is not known to the agent"));
+        assert!(containers.is_init("c", 7) && !containers.is_init("c", 9) && !containers.is_init("d", 7));
+    }
 
     #[test]
     fn ids_are_plain_names() {

@@ -4,13 +4,13 @@
 //! the answer goes, and counts no time. The host says how many may wait; meanwhile further ones stay in the kernel's
 //! queue, which is as long as any program's.
 
-use crate::agent::{Agent, Token};
+use crate::connections::Connections;
 use crate::internet::{Address4, Loopback};
+use crate::poller::Token;
 use crate::prelude::*;
 use crate::server::calls::CallId;
-use crate::server::conn::Call;
-use crate::server::frame::{self, StreamPiece};
-use crate::sys::{self, Errno, Fd, SysResult};
+use crate::server::frame;
+use crate::sys::{self, Errno, Fd, RawFd, SysResult};
 
 /// The longest that is carried.
 const MAX_LENGTH: usize = 4096;
@@ -44,6 +44,45 @@ impl Datagrams {
         self.call.map(|(call, _)| call)
     }
 
+    /// Has a streaming call take the datagrams from now on, `most` of which may wait for their answers. A former call
+    /// goes on: nobody answers it.
+    pub fn exchange(&mut self, _io: &mut Connections, call: CallId, most: usize) {
+        self.call = Some((call, most));
+        self.askers.clear();
+    }
+
+    /// Ends the streaming call.
+    pub fn end(&mut self, io: &mut Connections) {
+        if let Some((call, _)) = self.call.take() {
+            io.answer(call, Ok(vec![]));
+        }
+    }
+
+    /// Hands on what has come, as long as more may wait. `fd` is the socket, known to the host as `number`.
+    pub fn forward(&mut self, io: &mut Connections, fd: RawFd, number: u32) {
+        let mut buffer = [0u8; MAX_LENGTH];
+        // A container that sends without end does not keep the agent from everything else.
+        for _ in 0..MOST_AT_ONCE {
+            let Some((call, most)) = self.call else { return };
+            let Some(reply) = io.calls.get(call) else { return };
+            if self.askers.len() >= most {
+                return;
+            }
+            let mut asker = Address4::default();
+            match sys::recv_from(fd, &mut buffer, libc::MSG_TRUNC, &mut asker) {
+                Ok(length) if length == 0 || length > MAX_LENGTH => {}
+                Ok(length) => {
+                    let id = self.number(asker);
+                    io.send_bytes(reply.conn, frame::datagram_frame(reply.stream, &buffer[..length], id));
+                }
+                Err(Errno(libc::EAGAIN)) => return io.poller.arm(fd, Token::Socket(number), libc::EPOLLIN),
+                // An error of the socket's own, which this has cleared.
+                Err(_) => {}
+            }
+        }
+        io.poller.arm(fd, Token::Socket(number), libc::EPOLLIN);
+    }
+
     fn number(&mut self, asker: Address4) -> u32 {
         self.last = self.last.wrapping_add(1).max(1);
         self.askers.push((self.last, asker));
@@ -51,7 +90,7 @@ impl Datagrams {
     }
 
     /// Sends an answer. One that gets lost is one that gets lost.
-    fn answer(&mut self, socket: &Fd, number: u32, data: &[u8]) {
+    pub fn answer(&mut self, socket: RawFd, number: u32, data: &[u8]) {
         let Some(place) = self.askers.iter().position(|(of, _)| *of == number) else { return };
         let (_, asker) = self.askers.swap_remove(place);
         if data.is_empty() {
@@ -61,7 +100,7 @@ impl Datagrams {
             Some(raw) => {
                 packet(self.address, self.port, &asker, data).and_then(|p| sys::send_to(raw.raw(), &p, &asker))
             }
-            None => sys::send_to(socket.raw(), data, &asker),
+            None => sys::send_to(socket, data, &asker),
         };
     }
 }
@@ -83,69 +122,6 @@ fn packet(from: [u8; 4], port: u16, to: &Address4, data: &[u8]) -> SysResult<Vec
     out.extend([0, 0]);
     out.extend(data);
     Ok(out)
-}
-
-impl Agent {
-    /// A streaming call that takes a socket's datagrams from now on. Those who wait for answers of a former one wait in
-    /// vain.
-    pub fn exchange_datagrams(&mut self, call: CallId, first: &StreamPiece) -> Result<()> {
-        let number = first.socket;
-        let datagrams = self
-            .sockets
-            .get_mut(&number)
-            .and_then(|socket| socket.datagrams.as_mut())
-            .ok_or_else(|| Error::not_found(format!("there is no socket of datagrams {number}")))?;
-        datagrams.call = Some((call, first.credit as usize));
-        datagrams.askers.clear();
-        self.attach_datagrams(call, number);
-        self.on_datagrams(number);
-        Ok(())
-    }
-
-    /// Hands on what has come, as long as more may wait.
-    pub fn on_datagrams(&mut self, number: u32) {
-        let mut buffer = [0u8; MAX_LENGTH];
-        // A container that sends without end does not keep the agent from everything else.
-        for _ in 0..MOST_AT_ONCE {
-            let Some(socket) = self.sockets.get_mut(&number) else { return };
-            let (fd, Some(datagrams)) = (socket.fd.raw(), &mut socket.datagrams) else { return };
-            let Some((call, most)) = datagrams.call else { return };
-            let Some(reply) = self.calls.get(call) else { return };
-            if datagrams.askers.len() >= most {
-                return;
-            }
-            let mut asker = Address4::default();
-            match sys::recv_from(fd, &mut buffer, libc::MSG_TRUNC, &mut asker) {
-                Ok(length) if length == 0 || length > MAX_LENGTH => {}
-                Ok(length) => {
-                    let id = datagrams.number(asker);
-                    self.send_bytes(reply.conn, frame::datagram_frame(reply.stream, &buffer[..length], id));
-                }
-                Err(Errno(libc::EAGAIN)) => return self.arm(fd, Token::Socket(number), libc::EPOLLIN),
-                // An error of the socket's own, which this has cleared.
-                Err(_) => {}
-            }
-        }
-        if let Some(socket) = self.sockets.get(&number) {
-            self.arm(socket.fd.raw(), Token::Socket(number), libc::EPOLLIN);
-        }
-    }
-
-    /// A piece of the host's: an answer.
-    pub fn answer_datagram(&mut self, number: u32, call: &Call, last: bool) -> Result<()> {
-        let piece = frame::parse_piece(call.body())?;
-        let Some(socket) = self.sockets.get_mut(&number) else { return Ok(()) };
-        let Some(datagrams) = &mut socket.datagrams else { return Ok(()) };
-        datagrams.answer(&socket.fd, piece.datagram, piece.data);
-        if last {
-            if let Some((call, _)) = datagrams.call.take() {
-                self.answer(call, Ok(vec![]));
-            }
-            return Ok(());
-        }
-        self.on_datagrams(number);
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -173,9 +149,9 @@ mod tests {
         assert_eq!(sys::recv_from(bound.fd.raw(), &mut buffer, 0, &mut asker), Ok(1));
         let mut datagrams = Datagrams::new(&bound).unwrap();
         let id = datagrams.number(asker);
-        datagrams.answer(&bound.fd, id + 1, b"not this");
-        datagrams.answer(&bound.fd, id, b"yes");
-        datagrams.answer(&bound.fd, id, b"no");
+        datagrams.answer(bound.fd.raw(), id + 1, b"not this");
+        datagrams.answer(bound.fd.raw(), id, b"yes");
+        datagrams.answer(bound.fd.raw(), id, b"no");
         let mut from = Address4::default();
         assert_eq!(sys::recv_from(client.raw(), &mut buffer, 0, &mut from), Ok(3));
         assert_eq!((&buffer[..3], from), (&b"yes"[..], address4([127, 0, 0, 11], 4242)));

@@ -1,6 +1,5 @@
 //! From a method's name to the code that does it.
 
-use crate::agent::Agent;
 use crate::jobs::Completion;
 use crate::policy::Policy;
 use crate::prelude::*;
@@ -9,9 +8,10 @@ use crate::proto::health::{HealthCheckResponse, VersionCheckResponse, HEALTH_CHE
 use crate::proto::{agent as pb, agentext, health};
 use crate::server::calls::CallId;
 use crate::server::frame::{parse_piece, Request};
+use crate::state::State;
 use crate::{
-    copyfile, debug, files, guest, iptables, metrics, netlink, network, processes, routes, runtime, storage, swap, sys,
-    volumes,
+    container_calls, copyfile, debug, dial, files, guest, iptables, lifecycle, metrics, netlink, network, process_list,
+    routes, runtime, storage, swap, sys, volumes,
 };
 
 /// The version of the protocol, as the original counts it.
@@ -42,15 +42,10 @@ const CONNECTIONS: &str = "kata.streams.connections";
 /// `Ok(None)`: the answer comes later.
 type Outcome = Result<Option<Vec<u8>>>;
 
-pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
+/// Does what a request asks for.
+pub fn handle(state: &mut State, call: CallId, request: &Request) -> Outcome {
     match request.service {
-        pb::AGENT_SERVICE => {
-            let outcome = containers(agent, call, request)?;
-            if matches!(outcome, Handled::NotMine) {
-                return rest_of_agent_service(agent, call, request);
-            }
-            outcome.into()
-        }
+        pb::AGENT_SERVICE => agent_service(state, call, request),
         health::HEALTH => match request.method {
             "Check" => done(&HealthCheckResponse { status: HEALTH_CHECK_RESPONSE_SERVING_STATUS_SERVING }),
             "Version" => done(&VersionCheckResponse {
@@ -60,66 +55,57 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
             _ => unknown(request),
         },
         agentext::BOOT => match request.method {
-            "Times" => done(&agent.boot.clone()),
+            "Times" => done(&state.boot.clone()),
             _ => unknown(request),
         },
         agentext::MACHINE => match request.method {
             "SetProcessors" => {
                 let r: agentext::SetProcessorsRequest = decode(request)?;
-                job(agent, call, || guest::set_processors(r.count))
+                job(state, call, || guest::set_processors(r.count))
             }
             _ => unknown(request),
         },
         agentext::NETWORK => match request.method {
             "Prepare" => {
                 let r: agentext::PrepareNetworkRequest = decode(request)?;
-                answer_from(agent, call, || network::prepare(&r))
+                answer_from(state, call, || network::prepare(&r))
             }
             "Hide" => {
                 let r: agentext::HideInterfaceRequest = decode(request)?;
-                job(agent, call, || network::hide(&r.device_path))
+                job(state, call, || network::hide(&r.device_path))
             }
             "Route" => {
                 let r: agentext::RouteRequest = decode(request)?;
-                answer_from(agent, call, || network::route(&r))
+                answer_from(state, call, || network::route(&r))
             }
-            _ => unknown(request),
-        },
-        agentext::STREAMS => match request.method {
-            "Attach" => agent.attach(call, &parse_piece(request.payload)?).map(|()| None),
-            _ => unknown(request),
-        },
-        agentext::DIAL => match request.method {
-            "Tcp" => agent.dial(call, &parse_piece(request.payload)?).map(|()| None),
             _ => unknown(request),
         },
         agentext::SOCKETS => match request.method {
-            "Listen" => agent.listen_socket(&decode(request)?).map(empty),
-            "Close" => agent.close_socket(&decode(request)?).map(empty),
-            "Accept" => agent.accept_socket(call, &parse_piece(request.payload)?).map(|()| None),
-            "Exchange" => agent.exchange_datagrams(call, &parse_piece(request.payload)?).map(|()| None),
-            _ => unknown(request),
+            "Listen" => state.sockets.listen(&state.io.poller, &decode(request)?).map(empty),
+            "Close" => {
+                state.sockets.close(&mut state.io, &decode(request)?);
+                Ok(empty(()))
+            }
+            _ => streaming(state, call, request),
         },
         agentext::DEBUG => match request.method {
-            "Console" => agent.debug_console(call, &parse_piece(request.payload)?).map(|()| None),
-            "Log" => agent.log_stream(call, &parse_piece(request.payload)?).map(|()| None),
             "SetLogLevel" => debug::set_log_level(&decode(request)?).map(empty),
-            _ => unknown(request),
+            _ => streaming(state, call, request),
         },
-        agentext::FILES => files_service(agent, call, request),
+        agentext::STREAMS | agentext::DIAL => streaming(state, call, request),
+        agentext::FILES => files_service(state, call, request),
         agentext::PROCESSES => match request.method {
             "List" => {
                 let r: agentext::ListProcessesRequest = decode(request)?;
-                let pids = agent.pids_of(&r.container_id)?;
+                let pids = container_calls::pids_of(&state.containers, &state.processes, &r.container_id)?;
                 // In a child: what a process has mapped can make the reading of its arguments wait.
-                agent.spawn_job(Completion::Answer(call), &[], || {
-                    Ok(agentext::ListProcessesResponse { processes: processes::list(&pids)? }.to_vec())
-                })?;
-                Ok(None)
+                answer_from(state, call, || {
+                    Ok(agentext::ListProcessesResponse { processes: process_list::list(&pids)? })
+                })
             }
             "Signal" => {
                 let r: agentext::SignalProcessesRequest = decode(request)?;
-                agent.signal_all(&r.container_id, r.signal).map(empty)
+                container_calls::signal_all(&state.containers, &state.processes, &r.container_id, r.signal).map(empty)
             }
             _ => unknown(request),
         },
@@ -127,89 +113,80 @@ pub fn handle(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
     }
 }
 
-/// What became of a call in one of the tables.
-enum Handled {
-    Now(Vec<u8>),
-    Later,
-    NotMine,
-}
-
-impl From<Handled> for Outcome {
-    fn from(handled: Handled) -> Outcome {
-        match handled {
-            Handled::Now(payload) => Ok(Some(payload)),
-            Handled::Later | Handled::NotMine => Ok(None),
-        }
+/// Streaming calls, by what their first piece names.
+fn streaming(state: &mut State, call: CallId, request: &Request) -> Outcome {
+    let first = || parse_piece(request.payload);
+    let State { settings, io, processes, containers, sockets, .. } = state;
+    match (request.service, request.method) {
+        (agentext::STREAMS, "Attach") => later(processes.attach(io, containers, call, &first()?)),
+        (agentext::DIAL, "Tcp") => later(dial::dial(io, processes, containers, call, &first()?)),
+        (agentext::SOCKETS, "Accept") => later(sockets.accept(io, processes, containers, call, &first()?)),
+        (agentext::SOCKETS, "Exchange") => later(sockets.exchange(io, call, &first()?)),
+        (agentext::DEBUG, "Console") => later(debug::console(settings, io, processes, containers, call, &first()?)),
+        (agentext::DEBUG, "Log") => later(debug::log_stream(io, processes, containers, call, &first()?)),
+        _ => unknown(request),
     }
 }
 
-/// The life of containers and processes.
-fn containers(agent: &mut Agent, call: CallId, request: &Request) -> Result<Handled> {
+/// The agent protocol's own service (WriteStdin excepted, which takes the whole frame: see `agent`).
+fn agent_service(state: &mut State, call: CallId, request: &Request) -> Outcome {
     match request.method {
-        "CreateContainer" => agent.create_container(call, decode(request)?)?,
+        // Sandbox and containers.
+        "CreateSandbox" => {
+            let State { io, jobs, watcher, sandbox, .. } = state;
+            later(sandbox.create(io, jobs, watcher, call, &decode(request)?))
+        }
+        "DestroySandbox" => later(lifecycle::destroy_sandbox(state, call)),
+        "CreateContainer" => later(lifecycle::create_container(state, call, &decode(request)?)),
         "StartContainer" => {
             let r: pb::StartContainerRequest = decode(request)?;
-            agent.start_container(call, &r.container_id)?;
+            later(lifecycle::start_container(state, call, &r.container_id))
         }
         "RemoveContainer" => {
             let r: pb::RemoveContainerRequest = decode(request)?;
-            agent.remove_container(call, &r.container_id)?;
+            later(lifecycle::remove_container(state, call, &r.container_id))
         }
-        "ExecProcess" => agent.exec_process(call, &decode(request)?)?,
-        "ReadStdout" => agent.read_stream(call, &decode(request)?, 0)?,
-        "ReadStderr" => agent.read_stream(call, &decode(request)?, 1)?,
-        "CreateSandbox" => agent.create_sandbox(call, &decode(request)?)?,
-        "DestroySandbox" => agent.destroy_sandbox(call)?,
-        "GetOOMEvent" => {
-            agent.sandbox.oom_waiters.push_back(call);
-            agent.answer_oom();
-        }
-        "WaitProcess" => {
-            let r: pb::WaitProcessRequest = decode(request)?;
-            return Ok(match agent.wait_process(call, &r.container_id, &r.exec_id)? {
-                Some(payload) => Handled::Now(payload),
-                None => Handled::Later,
-            });
-        }
-        "SignalProcess" => {
-            let r: pb::SignalProcessRequest = decode(request)?;
-            agent.signal(&r.container_id, &r.exec_id, r.signal)?;
-            return Ok(Handled::Now(vec![]));
-        }
-        "CloseStdin" => {
-            let r: pb::CloseStdinRequest = decode(request)?;
-            agent.close_stdin(&r.container_id, &r.exec_id)?;
-            return Ok(Handled::Now(vec![]));
-        }
-        "TtyWinResize" => {
-            agent.resize_terminal(&decode(request)?)?;
-            return Ok(Handled::Now(vec![]));
-        }
-        _ => return Ok(Handled::NotMine),
-    }
-    Ok(Handled::Later)
-}
-
-/// Resources of containers, and the guest as a whole.
-fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
-    match request.method {
-        "UpdateContainer" => agent.update_container(&decode(request)?).map(empty),
+        "UpdateContainer" => container_calls::update(&state.containers, &decode(request)?).map(empty),
         "StatsContainer" => {
             let r: pb::StatsContainerRequest = decode(request)?;
             done(&pb::StatsContainerResponse {
-                cgroup_stats: Some(Box::new(agent.cgroup_of(&r.container_id)?.stats()?)),
+                cgroup_stats: Some(Box::new(state.containers.cgroup_of(&r.container_id)?.stats()?)),
                 network_stats: netlink::network_stats()?,
             })
         }
         "PauseContainer" => {
             let r: pb::PauseContainerRequest = decode(request)?;
-            let cgroup = agent.cgroup_of(&r.container_id)?.clone();
-            job(agent, call, || cgroup.freeze())
+            let cgroup = state.containers.cgroup_of(&r.container_id)?.clone();
+            job(state, call, || cgroup.freeze())
         }
         "ResumeContainer" => {
             let r: pb::ResumeContainerRequest = decode(request)?;
-            agent.cgroup_of(&r.container_id)?.thaw().map(empty)
+            state.containers.cgroup_of(&r.container_id)?.thaw().map(empty)
         }
+        "GetDiagnosticData" => {
+            let State { io, jobs, containers, processes, .. } = state;
+            later(container_calls::diagnostic_data(io, jobs, containers, processes, call, &decode(request)?))
+        }
+        "GetOOMEvent" => {
+            state.oom.wait(&mut state.io, call);
+            Ok(None)
+        }
+        // Processes.
+        "ExecProcess" => later(lifecycle::exec_process(state, call, &decode(request)?)),
+        "ReadStdout" => {
+            later(state.processes.read_stream(&mut state.io, &mut state.containers, call, &decode(request)?, 0))
+        }
+        "ReadStderr" => {
+            later(state.processes.read_stream(&mut state.io, &mut state.containers, call, &decode(request)?, 1))
+        }
+        "WaitProcess" => {
+            let r: pb::WaitProcessRequest = decode(request)?;
+            state.processes.wait(&state.containers, call, &r.container_id, &r.exec_id)
+        }
+        "SignalProcess" => container_calls::signal(&state.containers, &state.processes, &decode(request)?).map(empty),
+        "CloseStdin" => state.processes.close_stdin(&mut state.io, &state.containers, &decode(request)?).map(empty),
+        "TtyWinResize" => state.processes.resize_terminal(&state.containers, &decode(request)?).map(empty),
+        // The guest as a whole.
         "UpdateEphemeralMounts" => {
             let r: pb::UpdateEphemeralMountsRequest = decode(request)?;
             r.storages.iter().try_for_each(storage::remount_ephemeral).map(empty)
@@ -219,9 +196,7 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
             let r: pb::UpdateInterfaceRequest = decode(request)?;
             let wanted = r.interface.ok_or_else(|| Error::invalid("the request has no interface"))?;
             // It may have to wait for the device.
-            agent
-                .spawn_job(Completion::Answer(call), &[], || netlink::update_interface(&wanted).map(|i| i.to_vec()))?;
-            Ok(None)
+            answer_from(state, call, || netlink::update_interface(&wanted))
         }
         "UpdateRoutes" => {
             let r: pb::UpdateRoutesRequest = decode(request)?;
@@ -237,7 +212,7 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
         }
         "OnlineCPUMem" => {
             let r: pb::OnlineCPUMemRequest = decode(request)?;
-            job(agent, call, || guest::online_cpu_mem(r.wait, r.nb_cpus, r.cpu_only).map(drop))
+            job(state, call, || guest::online_cpu_mem(r.wait, r.nb_cpus, r.cpu_only).map(drop))
         }
         "MemHotplugByProbe" => {
             let r: pb::MemHotplugByProbeRequest = decode(request)?;
@@ -251,45 +226,44 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
             let r: pb::SetGuestDateTimeRequest = decode(request)?;
             guest::set_date_time(r.sec, r.usec).map(empty)
         }
-        "GetGuestDetails" => details(agent, &decode(request)?),
+        "GetGuestDetails" => details(state, &decode(request)?),
         "GetIPTables" => {
             let r: pb::GetIPTablesRequest = decode(request)?;
-            answer_from(agent, call, || Ok(pb::GetIPTablesResponse { data: iptables::save(r.is_ipv6)? }))
+            answer_from(state, call, || Ok(pb::GetIPTablesResponse { data: iptables::save(r.is_ipv6)? }))
         }
         "SetIPTables" => {
             let r: pb::SetIPTablesRequest = decode(request)?;
-            answer_from(agent, call, || Ok(pb::SetIPTablesResponse { data: iptables::restore(r.is_ipv6, &r.data)? }))
+            answer_from(state, call, || Ok(pb::SetIPTablesResponse { data: iptables::restore(r.is_ipv6, &r.data)? }))
         }
         "GetMetrics" => {
-            agent.sandbox.scrapes += 1;
-            let scrapes = agent.sandbox.scrapes;
+            state.sandbox.scrapes += 1;
+            let scrapes = state.sandbox.scrapes;
             // In a child: the text is long, and what it takes goes with it.
             let me = sys::getpid();
-            answer_from(agent, call, || Ok(pb::Metrics { metrics: metrics::collect(me, scrapes) }))
+            answer_from(state, call, || Ok(pb::Metrics { metrics: metrics::collect(me, scrapes) }))
         }
         "SetPolicy" => {
             let r: pb::SetPolicyRequest = decode(request)?;
-            agent.sandbox.policy = Some(Policy::parse(&r.policy)?);
+            state.sandbox.policy = Some(Policy::parse(&r.policy)?);
             Ok(empty(()))
         }
-        "GetDiagnosticData" => agent.diagnostic_data(call, &decode(request)?),
         "AddSwap" => {
             let r: pb::AddSwapRequest = decode(request)?;
-            job(agent, call, || swap::add_by_pci(&r.pci_path))
+            job(state, call, || swap::add_by_pci(&r.pci_path))
         }
         "AddSwapPath" => {
             let r: pb::AddSwapPathRequest = decode(request)?;
-            job(agent, call, || swap::add_by_path(&r.path))
+            job(state, call, || swap::add_by_path(&r.path))
         }
         "GetVolumeStats" => {
             let r: pb::VolumeStatsRequest = decode(request)?;
-            answer_from(agent, call, || volumes::stats(&r.volume_guest_path))
+            answer_from(state, call, || volumes::stats(&r.volume_guest_path))
         }
         "ResizeVolume" => {
             let r: pb::ResizeVolumeRequest = decode(request)?;
-            job(agent, call, || volumes::resize(&r.volume_guest_path, r.size))
+            job(state, call, || volumes::resize(&r.volume_guest_path, r.size))
         }
-        "RemoveStaleVirtiofsShareMounts" => job(agent, call, storage::touch_shares),
+        "RemoveStaleVirtiofsShareMounts" => job(state, call, storage::touch_shares),
         "MemAgentMemcgSet" | "MemAgentCompactSet" => Err(Error::unimplemented(format!(
             "{}: this agent has no memory agent (it leaves reclaim and compaction to the guest kernel)",
             request.method
@@ -299,13 +273,15 @@ fn rest_of_agent_service(agent: &mut Agent, call: CallId, request: &Request) -> 
 }
 
 /// Files of a container. In a child: a file system of the container's may hang.
-fn files_service(agent: &mut Agent, call: CallId, request: &Request) -> Outcome {
+fn files_service(state: &mut State, call: CallId, request: &Request) -> Outcome {
     /// One method: decode, open the container's root, run in a child.
     macro_rules! in_root {
         ($kind:ty, $work:expr) => {{
             let wanted: $kind = decode(request)?;
-            let root = agent.open_root(&wanted.container_id)?;
-            agent.spawn_job(Completion::Answer(call), &[root.raw()], || $work(root.raw(), &wanted))?;
+            let root = container_calls::open_root(&state.containers, &state.processes, &wanted.container_id)?;
+            state
+                .jobs
+                .spawn(&mut state.io.poller, Completion::Answer(call), &[root.raw()], || $work(root.raw(), &wanted))?;
             Ok(None)
         }};
     }
@@ -329,7 +305,7 @@ fn files_service(agent: &mut Agent, call: CallId, request: &Request) -> Outcome 
     }
 }
 
-fn details(agent: &Agent, request: &pb::GuestDetailsRequest) -> Outcome {
+fn details(state: &State, request: &pb::GuestDetailsRequest) -> Outcome {
     let list = |names: &[&str]| names.iter().map(ToString::to_string).collect();
     let mut response = pb::GuestDetailsResponse {
         agent_details: Some(Box::new(pb::AgentDetails {
@@ -340,7 +316,7 @@ fn details(agent: &Agent, request: &pb::GuestDetailsRequest) -> Outcome {
             supports_seccomp: true,
             extra_features: list(EXTRA_FEATURES)
                 .into_iter()
-                .chain(agent.takes_connections().then(|| CONNECTIONS.to_string()))
+                .chain(state.io.takes_connections().then(|| CONNECTIONS.to_string()))
                 .collect(),
         })),
         ..Default::default()
@@ -361,15 +337,20 @@ fn decode<M: Message>(request: &Request) -> Result<M> {
     })
 }
 
-fn job(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<()>) -> Outcome {
-    agent.spawn_job(Completion::Answer(call), &[], || work().map(|()| vec![]))?;
+fn job(state: &mut State, call: CallId, work: impl FnOnce() -> Result<()>) -> Outcome {
+    state.jobs.spawn(&mut state.io.poller, Completion::Answer(call), &[], || work().map(|()| vec![]))?;
     Ok(None)
 }
 
 /// Work in a child whose outcome is the answer.
-fn answer_from<M: Message>(agent: &mut Agent, call: CallId, work: impl FnOnce() -> Result<M>) -> Outcome {
-    agent.spawn_job(Completion::Answer(call), &[], || work().map(|message| message.to_vec()))?;
+fn answer_from<M: Message>(state: &mut State, call: CallId, work: impl FnOnce() -> Result<M>) -> Outcome {
+    state.jobs.spawn(&mut state.io.poller, Completion::Answer(call), &[], || work().map(|message| message.to_vec()))?;
     Ok(None)
+}
+
+/// The answer comes later, unless the call has failed.
+fn later(outcome: Result<()>) -> Outcome {
+    outcome.map(|()| None)
 }
 
 fn done<M: Message>(message: &M) -> Outcome {

@@ -1,7 +1,7 @@
 //! Slow work in a forked child: the loop goes on meanwhile, and a file system that hangs hangs only the child.
 
-use crate::agent::{Agent, Token};
 use crate::log;
+use crate::poller::{Poller, Token};
 use crate::prelude::*;
 use crate::server::calls::CallId;
 use crate::sys::{self, Errno, Fd, Fork, RawFd};
@@ -18,16 +18,23 @@ pub enum Completion {
     PowerOff(CallId),
 }
 
-pub struct Job {
+struct Job {
     pipe: Fd,
     data: Vec<u8>,
     completion: Completion,
 }
 
-impl Agent {
+/// The jobs that run.
+#[derive(Default)]
+pub struct Jobs {
+    running: BTreeMap<u32, Job>,
+}
+
+impl Jobs {
     /// Runs `work` in a child, which has no descriptors of the agent's but `keep`; its outcome arrives through the loop.
-    pub fn spawn_job(
+    pub fn spawn(
         &mut self,
+        poller: &mut Poller,
         completion: Completion,
         keep: &[RawFd],
         work: impl FnOnce() -> Result<Vec<u8>>,
@@ -46,33 +53,25 @@ impl Agent {
             Fork::Parent(_) => drop(write_end),
         }
         sys::set_nonblocking(read_end.raw(), true).context("prepare the job's pipe")?;
-        let id = self.fresh_id();
-        self.watch(read_end.raw(), Token::Job(id), libc::EPOLLIN as u32)?;
-        self.jobs.insert(id, Job { pipe: read_end, data: Vec::new(), completion });
+        let id = poller.fresh_id();
+        poller.watch(read_end.raw(), Token::Job(id), libc::EPOLLIN as u32)?;
+        self.running.insert(id, Job { pipe: read_end, data: Vec::new(), completion });
         Ok(())
     }
 
-    pub fn on_job(&mut self, id: u32) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
+    /// Reads what a job has written. When that is all, what is to happen with its outcome, and the outcome.
+    pub fn read(&mut self, id: u32) -> Option<(Completion, Result<Vec<u8>>)> {
+        let job = self.running.get_mut(&id)?;
         loop {
             match sys::read_append(job.pipe.raw(), &mut job.data, 64 << 10) {
                 Ok(0) => break,
                 Ok(_) => {}
-                Err(Errno(libc::EAGAIN)) => return,
+                Err(Errno(libc::EAGAIN)) => return None,
                 Err(_) => break,
             }
         }
-        let Some(job) = self.jobs.remove(&id) else { return };
-        let outcome = unpack(job.data);
-        match job.completion {
-            Completion::Answer(call) => self.answer(call, outcome),
-            Completion::Removed(container) => self.on_removed(&container, outcome),
-            Completion::Copied => self.on_copied(outcome),
-            Completion::PowerOff(call) => {
-                self.answer(call, outcome);
-                self.stop();
-            }
-        }
+        let job = self.running.remove(&id)?;
+        Some((job.completion, unpack(job.data)))
     }
 }
 

@@ -13,13 +13,14 @@
 extern crate alloc;
 
 pub mod agent;
-mod attach;
 pub mod boot;
 pub mod cgroup;
 mod cgroup_limits;
 mod cgroup_stats;
 pub mod cmdline;
+pub mod connections;
 pub mod container;
+mod container_calls;
 pub mod copyfile;
 pub mod datagrams;
 pub mod debug;
@@ -43,9 +44,13 @@ pub mod netlink;
 pub mod network;
 mod oom;
 mod ownership;
+mod paths;
 mod policy;
+pub mod poller;
 pub mod prelude;
 pub mod process;
+mod process_events;
+pub mod process_list;
 pub mod processes;
 pub mod proto;
 pub mod routes;
@@ -58,8 +63,8 @@ pub mod server;
 mod sk_lookup;
 pub mod sockets;
 pub mod sort;
+pub mod state;
 pub mod storage;
-mod stream_calls;
 pub mod streams;
 pub mod swap;
 pub mod sys;
@@ -71,6 +76,7 @@ pub mod uevent;
 pub mod volume_disk;
 pub mod volumes;
 mod watchable;
+mod watcher;
 
 /// The program after its entry point; the exit code.
 ///
@@ -114,10 +120,10 @@ fn say(fd: sys::RawFd, text: &str, code: i32) -> i32 {
 fn serve(settings: cmdline::Settings, started_ns: u64) -> errors::Result<()> {
     use errors::Context;
     let mut agent = agent::Agent::new(settings)?;
-    agent.boot.kernel_ns = started_ns;
+    agent.state.boot.kernel_ns = started_ns;
     if sys::getpid() == 1 {
         for (what, done) in [
-            ("control groups", cgroup::setup_root().and_then(|()| agent.use_cgroups())),
+            ("control groups", cgroup::setup_root().and_then(|()| agent.state.oom.use_cgroups(&agent.state.io.poller))),
             ("loopback", netlink::bring_up_loopback()),
         ] {
             if let Err(e) = done {
@@ -128,13 +134,14 @@ fn serve(settings: cmdline::Settings, started_ns: u64) -> errors::Result<()> {
         leave_host_alone().context("be a guest on somebody's machine (needs root)")?;
     }
     agent.listen()?;
-    agent.open_debug_ports();
+    let state = &mut agent.state;
+    state.debug_ports.open(&state.io.poller, &state.settings);
     log::info(concat!("kata-agent ", env!("CARGO_PKG_VERSION"), " is serving"));
     agent.run();
     if sys::getpid() != 1 {
         agent.end_as_process();
-        let _ = sys::umount(container::STATE_DIR, libc::MNT_DETACH);
-        let _ = fs::remove_dir(container::STATE_DIR);
+        let _ = sys::umount(paths::STATE_DIR, libc::MNT_DETACH);
+        let _ = fs::remove_dir(paths::STATE_DIR);
     }
     Ok(())
 }
@@ -145,7 +152,7 @@ fn leave_host_alone() -> errors::Result<()> {
     use errors::Context;
     sys::unshare(libc::CLONE_NEWNS).context("make a mount namespace")?;
     sys::mount("", "/", "", libc::MS_REC | libc::MS_SLAVE, "").context("make / a slave")?;
-    fs::create_dir_all(container::STATE_DIR, 0o755).context("make the state directory")?;
-    sys::mount("tmpfs", container::STATE_DIR, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=0755")
+    fs::create_dir_all(paths::STATE_DIR, 0o755).context("make the state directory")?;
+    sys::mount("tmpfs", paths::STATE_DIR, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=0755")
         .context("mount the state directory")
 }

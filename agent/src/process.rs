@@ -1,18 +1,12 @@
 //! The agent's record of one process of a container.
 
-use crate::agent::Agent;
-use crate::agent::Token;
 use crate::log;
 use crate::prelude::*;
-use crate::proto::agent::{WaitProcessResponse, WriteStreamResponse};
-use crate::proto::codec::Message;
 use crate::runtime::launch::{Program, Stdio};
 use crate::runtime::report;
 use crate::server::calls::CallId;
-use crate::server::conn::Conn;
-use crate::server::frame;
-use crate::streams::{Input, Output, Read, Written};
-use crate::sys::{self, Errno, Fd, Pid, SysResult};
+use crate::streams::{Input, Output};
+use crate::sys::{self, Fd, Pid, SysResult};
 
 /// Names a process record; also the number in its epoll tokens.
 pub type Key = u32;
@@ -30,10 +24,26 @@ pub enum Phase {
     Exited,
 }
 
+/// The phases that may follow each; a process may end in any of them.
+const NEXT_PHASES: &[(Phase, &[Phase])] = &[
+    (Phase::Building, &[Phase::Ready, Phase::Exited]),
+    (Phase::Ready, &[Phase::Starting, Phase::Exited]),
+    (Phase::Starting, &[Phase::Running, Phase::Exited]),
+    (Phase::Running, &[Phase::Exited]),
+    (Phase::Exited, &[]),
+];
+
+impl Phase {
+    fn may_become(self, next: Phase) -> bool {
+        NEXT_PHASES.iter().any(|(phase, followers)| *phase == self && followers.contains(&next))
+    }
+}
+
 pub struct Process {
     pub container: String,
     pub exec_id: String,
-    pub phase: Phase,
+    /// Changed by [`Process::enter`] alone.
+    phase: Phase,
     /// 0 until the builder has said.
     pub pid: Pid,
     /// The child that makes the process; 0 once it has ended.
@@ -148,6 +158,21 @@ impl Process {
         self.is_internal() && self.exec_id == CONNECTION
     }
 
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Changes the phase; false, and nothing is changed, where [`NEXT_PHASES`] does not have it.
+    pub fn enter(&mut self, next: Phase) -> bool {
+        let allowed = self.phase.may_become(next);
+        if allowed {
+            self.phase = next;
+        } else {
+            log::error(&format!("process {:?} cannot become {next:?}: it is {:?}", self.exec_id, self.phase));
+        }
+        allowed
+    }
+
     pub fn is_alive(&self) -> bool {
         self.exit.is_none()
     }
@@ -182,7 +207,9 @@ impl Process {
 
     /// Lets a prepared process become its program.
     pub fn release(&mut self) -> Result<()> {
-        self.phase = Phase::Starting;
+        if !self.enter(Phase::Starting) {
+            return Err(Error::precondition(format!("the process is not ready to be started but {:?}", self.phase)));
+        }
         match &self.report {
             Some(fd) => report::start(fd.raw()).context("start the process"),
             None => Err(Error::precondition("the process has ended before its start")),
@@ -193,308 +220,44 @@ impl Process {
 /// The name of what is no process.
 const CONNECTION: &str = "connection";
 
-/// Nothing until it is asked for: a container that writes without a reader on the host must not keep the agent awake.
-const STREAM_EVENTS: u32 = libc::EPOLLONESHOT as u32;
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Agent {
-    /// Takes a process in whose builder is on its way.
-    pub fn add_process(&mut self, process: Process) -> Result<Key> {
-        let key = self.fresh_id();
-        if let Some(fd) = process.report_fd() {
-            sys::set_nonblocking(fd, true).context("prepare the report socket")?;
-            self.watch(fd, Token::Report(key), libc::EPOLLIN as u32)?;
-        }
-        self.processes.insert(key, process);
-        self.watch_streams(key)?;
-        Ok(key)
-    }
+    const ALL: [Phase; 5] = [Phase::Building, Phase::Ready, Phase::Starting, Phase::Running, Phase::Exited];
 
-    fn watch_streams(&self, key: Key) -> Result<()> {
-        let Some(process) = self.processes.get(&key) else { return Ok(()) };
-        if let Some(fd) = process.input.raw() {
-            self.watch(fd, Token::Stdin(key), STREAM_EVENTS)?;
-        }
-        for (which, output) in process.outputs.iter().enumerate() {
-            if let Some(fd) = output.raw() {
-                self.watch(fd, Token::Output(key, which as u8), STREAM_EVENTS)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Forgets a process whose record nobody needs any more; whoever still waits is told so.
-    pub fn drop_process(&mut self, key: Key) {
-        let Some(mut process) = self.processes.remove(&key) else { return };
-        let gone = || Error::not_found(format!("process {:?} has been removed", process.exec_id));
-        for call in process.waiters.drain(..).chain(process.starter.take()) {
-            self.answer(call, Err(gone()));
-        }
-        self.answer_writes(process.input.fail("the process has been removed"));
-        for output in &mut process.outputs {
-            for call in output.close() {
-                self.answer(call, Ok(vec![]));
+    #[test]
+    fn a_process_goes_through_its_phases_in_order() {
+        let allowed = [
+            (Phase::Building, Phase::Ready),
+            (Phase::Ready, Phase::Starting),
+            (Phase::Starting, Phase::Running),
+            (Phase::Building, Phase::Exited),
+            (Phase::Ready, Phase::Exited),
+            (Phase::Starting, Phase::Exited),
+            (Phase::Running, Phase::Exited),
+        ];
+        let (output, _writer) = sys::pipe(0).unwrap();
+        let mut process = Process::internal("test", 0, None, output);
+        for from in ALL {
+            for to in ALL {
+                process.phase = from;
+                let is_allowed = allowed.contains(&(from, to));
+                assert_eq!(process.enter(to), is_allowed, "{from:?} -> {to:?}");
+                assert_eq!(process.phase(), if is_allowed { to } else { from });
             }
         }
     }
 
-    /// The child's end of the report socket has said something.
-    pub fn on_report(&mut self, key: Key) {
-        loop {
-            let Some(process) = self.processes.get_mut(&key) else { return };
-            let Some(fd) = process.report_fd() else { return };
-            match report::receive(fd) {
-                Ok(Some(message)) => self.on_message(key, message),
-                Err(Errno(libc::EAGAIN)) => return,
-                Ok(None) => return self.on_report_end(key),
-                Err(e) => {
-                    process.failure.get_or_insert(Error::internal(format!("report of a process: {e}")));
-                    return self.on_report_end(key);
-                }
-            }
-        }
-    }
-
-    fn on_message(&mut self, key: Key, message: report::Message) {
-        let Some(process) = self.processes.get_mut(&key) else { return };
-        match message {
-            report::Message::Pid(pid) => process.pid = pid,
-            report::Message::Mounted(count) => {
-                let container = process.container.clone();
-                if let Some(container) = self.containers.get_mut(&container) {
-                    container.mounted = count as usize;
-                }
-            }
-            report::Message::Terminal(master) => {
-                if let Err(e) = self.take_terminal(key, master) {
-                    log::error(&e.message);
-                }
-            }
-            report::Message::Ready => self.on_ready(key),
-            report::Message::Failed(error) => {
-                process.failure.get_or_insert(error);
-            }
-        }
-    }
-
-    fn take_terminal(&mut self, key: Key, master: Fd) -> Result<()> {
-        let Some(process) = self.processes.get_mut(&key) else { return Ok(()) };
-        sys::set_nonblocking(master.raw(), true).context("prepare the terminal")?;
-        let (input, output) =
-            (master.try_clone().context("copy the terminal")?, master.try_clone().context("copy the terminal")?);
-        process.input = Input::new(input, true);
-        let waiting = core::mem::take(&mut process.outputs[0]);
-        process.outputs[0] = Output::new(output, true);
-        process.outputs[0].take_readers_of(waiting);
-        process.terminal = Some(master);
-        self.watch_streams(key)
-    }
-
-    fn on_ready(&mut self, key: Key) {
-        let Some(process) = self.processes.get_mut(&key) else { return };
-        if process.phase != Phase::Building {
-            return;
-        }
-        process.phase = Phase::Ready;
-        let is_init = self.containers.get(&process.container).is_some_and(|c| c.init == key);
-        if is_init {
-            let (container, starter) = (process.container.clone(), process.starter.take());
-            self.on_created(&container);
-            if let Some(call) = starter {
-                self.answer(call, Ok(vec![]));
-            }
-        } else if let Err(e) = process.release() {
-            process.failure.get_or_insert(e);
-        }
-        // Whoever has asked for a stream that there is none of (a terminal's stderr) has waited for this.
-        self.serve_readers(key, 0);
-        self.serve_readers(key, 1);
-    }
-
-    /// End of file: the exec has worked, or the process (or its builder) has ended.
-    fn on_report_end(&mut self, key: Key) {
-        let Some(process) = self.processes.get_mut(&key).filter(|p| p.report_fd().is_some()) else { return };
-        process.close_report();
-        let failure = process.failure.clone();
-        match (process.phase, failure) {
-            (Phase::Starting, None) => {
-                process.phase = Phase::Running;
-                if let Some(call) = process.starter.take() {
-                    self.answer(call, Ok(vec![]));
-                }
-            }
-            // One that somebody has killed between create and start has an exit like any other.
-            (Phase::Ready, None) | (Phase::Running | Phase::Exited, _) => {}
-            (Phase::Building | Phase::Ready | Phase::Starting, failure) => {
-                let error = failure.unwrap_or_else(|| {
-                    Error::internal("the process was killed while it was being set up (out of memory?)")
-                });
-                self.on_failed_start(key, error);
-            }
-        }
-    }
-
-    /// A child has been reaped.
-    pub fn on_child_exit(&mut self, pid: Pid, code: i32) {
-        let Some(key) = self.processes.iter().find(|(_, p)| p.pid == pid && p.is_alive()).map(|(k, _)| *k) else {
-            return self.on_builder_exit(pid);
-        };
-        // What it has said before its end comes first. Its builder may still hold the socket open: there is no end of
-        // file to wait for.
-        self.on_report(key);
-        self.on_report_end(key);
-        let Some(process) = self.processes.get_mut(&key) else { return };
-        process.exit = Some(code);
-        process.phase = Phase::Exited;
-        for output in &mut process.outputs {
-            output.drain();
-        }
-        let (container, is_init) = (process.container.clone(), self.is_init(key));
-        log::debug(&format!("container {container}: pid {pid} has ended with {code}"));
-        if is_init {
-            self.on_init_exit(&container);
-        }
-        self.settle_exit(key);
-        self.continue_removal(&container);
-    }
-
-    fn on_builder_exit(&mut self, pid: Pid) {
-        let Some((key, process)) = self.processes.iter_mut().find(|(_, p)| p.builder == pid) else { return };
-        process.builder = 0;
-        let (key, container) = (*key, process.container.clone());
-        // What it has said may name the process that it has made.
-        self.on_report(key);
-        self.continue_removal(&container);
-    }
-
-    /// Tells those who wait for the end, once it may be told.
-    pub fn settle_exit(&mut self, key: Key) {
-        let Some(process) = self.processes.get_mut(&key) else { return };
-        let Some(code) = process.exit else { return };
-        let waiters = core::mem::take(&mut process.waiters);
-        let writes = process.input.fail("the process has ended");
-        let starter = process.starter.take();
-        for call in waiters {
-            self.answer(call, Ok(WaitProcessResponse { status: code }.to_vec()));
-        }
-        if let Some(call) = starter {
-            self.answer(call, Err(Error::precondition("the process has ended before its start")));
-        }
-        self.answer_writes(writes);
-        self.serve_readers(key, 0);
-        self.serve_readers(key, 1);
-        self.forget_if_finished(key);
-    }
-
-    pub fn is_init(&self, key: Key) -> bool {
-        self.processes
-            .get(&key)
-            .and_then(|p| self.containers.get(&p.container))
-            .is_some_and(|container| container.init == key)
-    }
-
-    pub fn answer_writes(&mut self, over: Vec<Written>) {
-        for (call, outcome) in over {
-            self.answer(call, outcome.map(|len| WriteStreamResponse { len }.to_vec()));
-        }
-    }
-
-    /// Moves standard input on: into the process, answers to their callers.
-    pub fn on_stdin(&mut self, key: Key) {
-        let Some(process) = self.processes.get_mut(&key) else { return };
-        let over = process.input.pump();
-        let (blocked, credit) = (process.input.blocked(), process.input.take_credit());
-        if let Some(fd) = blocked {
-            self.arm(fd, Token::Stdin(key), libc::EPOLLOUT);
-        }
-        self.answer_writes(over);
-        if let Some((call, credit)) = credit {
-            self.give_credit(call, credit);
-        }
-        self.end_connection(key);
-    }
-
-    /// Forgets a connection both of whose directions have ended.
-    fn end_connection(&mut self, key: Key) {
-        let Some(process) = self.processes.get(&key).filter(|p| p.is_connection()) else { return };
-        if process.input.raw().is_none() && process.outputs[0].at_end() {
-            if let Some(call) = process.input.attached() {
-                self.answer(call, Ok(vec![]));
-            }
-            self.drop_process(key);
-        }
-    }
-
-    pub fn on_output(&mut self, key: Key, which: u8) {
-        if let Some(process) = self.processes.get_mut(&key) {
-            process.outputs[usize::from(which)].notice();
-            self.serve_readers(key, usize::from(which));
-        }
-    }
-
-    /// Gives waiting calls what is there, as long as their connection takes it.
-    pub fn serve_readers(&mut self, key: Key, which: usize) {
-        loop {
-            let Some(process) = self.processes.get_mut(&key) else { return };
-            let output = &mut process.outputs[which];
-            let Some(reader) = output.next_reader() else { return };
-            let Some(reply) = self.calls.get(reader.call) else {
-                // Over meanwhile: its data stays for the next one.
-                output.finish_turn(reader, None);
-                continue;
-            };
-            if !output.has_news() || reader.streaming && reader.len == 0 && !output.at_end() {
-                return;
-            }
-            // Before there is a process there is no end of file either.
-            if process.phase == Phase::Building && output.raw().is_none() {
-                return;
-            }
-            let splice = reader.streaming && output.is_splice_worthwhile();
-            let conn = self.connection(reply.conn);
-            let is_full = |c: &&mut Conn| if reader.streaming { !c.takes_bulk() } else { c.is_full() };
-            if conn.as_ref().is_some_and(is_full) {
-                self.stalled.push((key, which as u8));
-                return;
-            }
-            let pipe = conn.filter(|_| splice).and_then(Conn::pipe);
-            let Some(process) = self.processes.get_mut(&key) else { return };
-            let output = &mut process.outputs[which];
-            if let Some(moved) = pipe.and_then(|pipe| output.move_into(reader.len, pipe)) {
-                output.finish_turn(reader, Some(moved));
-                self.send_outgoing(reply.conn, frame::data_frame_before(reply.stream, moved));
-                continue;
-            }
-            match output.read(reader.len) {
-                Read::Wait => {
-                    if let Some(fd) = output.raw() {
-                        self.arm(fd, Token::Output(key, which as u8), libc::EPOLLIN);
-                    }
-                    return;
-                }
-                Read::Data(buffer) => {
-                    let taken = buffer.len() - frame::DATA_OFFSET;
-                    let stays = reader.streaming && taken > 0;
-                    output.finish_turn(reader, stays.then_some(taken));
-                    let over = output.is_over();
-                    if stays {
-                        self.send_outgoing(reply.conn, frame::data_frame_around(reply.stream, buffer));
-                    } else if process.is_connection() {
-                        if process.outputs[which].has_failed() {
-                            process.input.fail("the connection has been reset");
-                        }
-                        self.send_bytes(reply.conn, frame::end_frame(reply.stream));
-                        return self.end_connection(key);
-                    } else if reader.streaming {
-                        self.answer(reader.call, Ok(vec![]));
-                    } else {
-                        self.calls.take(reader.call);
-                        self.send_outgoing(reply.conn, frame::ok_frame_around(reply.stream, buffer));
-                    }
-                    if over {
-                        self.forget_if_finished(key);
-                    }
-                }
-            }
-        }
+    #[test]
+    fn only_a_prepared_process_is_released() {
+        let (report, builder) = sys::socketpair(libc::SOCK_SEQPACKET).unwrap();
+        let mut process = Process::new("c", "e", 0, report, Pipes { child: None, ours: None }, 1);
+        assert!(process.release().is_err(), "it is still being built");
+        assert_eq!(process.phase(), Phase::Building);
+        assert!(process.enter(Phase::Ready) && process.release().is_ok());
+        let mut told = [0; 8];
+        assert!(sys::read(builder.raw(), &mut told).is_ok_and(|n| n > 0));
+        assert!(process.release().is_err(), "it has been told already");
     }
 }

@@ -1,17 +1,17 @@
 //! What the containers of one guest have in common: host name, namespaces, storages, name servers.
 
-use crate::agent::Agent;
-use crate::container::{self, STATE_DIR};
-use crate::jobs::Completion;
+use crate::connections::Connections;
+use crate::container;
+use crate::jobs::{Completion, Jobs};
+use crate::paths::STATE_DIR;
 use crate::policy::Policy;
 use crate::prelude::*;
 use crate::proto::agent as pb;
 use crate::runtime::namespaces::Shared;
 use crate::server::calls::CallId;
 use crate::sys::{self, Fd, Fork, Pid};
-use crate::watchable::Watched;
+use crate::watcher::Watcher;
 use crate::{boot, fs, guest, log, storage};
-use alloc::collections::VecDeque;
 
 #[derive(Default)]
 pub struct Sandbox {
@@ -24,17 +24,8 @@ pub struct Sandbox {
     pub all_share_pids: bool,
     /// Mount points, in the order of mounting.
     storages: Vec<String>,
-    pub oom_events: VecDeque<String>,
-    pub oom_waiters: VecDeque<CallId>,
     /// DestroySandbox has been called; this call is answered when all is down.
     destroyer: Option<CallId>,
-    /// Copied for the sandbox, not for one container.
-    pub watched: Vec<Watched>,
-    pub watch_timer: Option<Fd>,
-    /// A job is making copies.
-    pub watch_job_runs: bool,
-    /// What was last said about them.
-    pub last_watch_error: String,
     /// Which requests are answered; `None`: all.
     pub policy: Option<Policy>,
     /// How often the metrics were asked for.
@@ -91,6 +82,100 @@ impl Sandbox {
             }
         }
     }
+
+    /// CreateSandbox. Modules are loaded and storages mounted by a job.
+    pub fn create(
+        &mut self,
+        io: &mut Connections,
+        jobs: &mut Jobs,
+        watcher: &mut Watcher,
+        call: CallId,
+        request: &pb::CreateSandboxRequest,
+    ) -> Result<()> {
+        if self.created {
+            return Err(Error::exists("the sandbox exists"));
+        }
+        if !request.sandbox_id.is_empty() {
+            container::check_id(&request.sandbox_id)?;
+        }
+        if !request.guest_hook_path.is_empty() {
+            return Err(Error::unimplemented(format!(
+                "guest_hook_path {:?}: hooks that lie in the guest are not supported",
+                request.guest_hook_path
+            )));
+        }
+        fs::create_dir_all(&format!("{STATE_DIR}/sandbox"), 0o755).context("make the state directory")?;
+        fs::create_dir_all(&format!("{STATE_DIR}/shared/containers"), 0o755).context("make the share's directory")?;
+        if self.ipc.is_none() {
+            self.make_namespaces(&request.hostname)?;
+        }
+        if request.sandbox_pidns {
+            self.make_pid_namespace()?;
+            self.all_share_pids = true;
+        }
+        // Also for the agent's own: containers without a UTS namespace of their own see it. Not on somebody's host.
+        if !request.hostname.is_empty() && sys::getpid() == 1 {
+            sys::sethostname(&request.hostname).with_context(|| format!("set the host name {:?}", request.hostname))?;
+        }
+        write_resolv_conf(&request.dns)?;
+        self.created = true;
+        watcher.of_sandbox = storage::watched(&request.storages);
+        if !watcher.of_sandbox.is_empty() {
+            watcher.start(&io.poller)?;
+        }
+        self.storages = request.storages.iter().map(|s| s.mount_point.clone()).collect();
+        if request.storages.is_empty() && request.kernel_modules.is_empty() {
+            io.answer(call, Ok(vec![]));
+            return Ok(());
+        }
+        jobs.spawn(&mut io.poller, Completion::Answer(call), &[], || {
+            for module in &request.kernel_modules {
+                guest::load_module(&module.name, &module.parameters)?;
+            }
+            for (count, wanted) in request.storages.iter().enumerate() {
+                if let Err(e) = storage::mount_storage(wanted) {
+                    for done in request.storages[..count].iter().rev() {
+                        let _ = storage::unmount(&done.mount_point);
+                    }
+                    return Err(e);
+                }
+            }
+            Ok(vec![])
+        })
+    }
+
+    /// DestroySandbox: keeps the call until [`Sandbox::finish`].
+    pub fn begin_destroy(&mut self, call: CallId) -> Result<()> {
+        if self.destroyer.is_some() {
+            return Err(Error::precondition("the sandbox is being destroyed already"));
+        }
+        self.destroyer = Some(call);
+        Ok(())
+    }
+
+    /// Called when the last container is gone: if the sandbox is to be destroyed, what remains of it is taken down by a
+    /// job (storages unmounted, data written back), whose end is the agent's.
+    pub fn finish(&mut self, io: &mut Connections, jobs: &mut Jobs) {
+        let Some(call) = self.destroyer else { return };
+        if let Some((_, pid)) = self.pid.take() {
+            let _ = sys::kill(pid, libc::SIGKILL);
+        }
+        let storages = core::mem::take(&mut self.storages);
+        let spawned = jobs.spawn(&mut io.poller, Completion::PowerOff(call), &[], || {
+            let mut outcome = Ok(vec![]);
+            for mount in storages.iter().rev() {
+                if let (Err(e), Ok(_)) = (storage::unmount(mount), &outcome) {
+                    outcome = Err(e);
+                }
+            }
+            sys::sync();
+            outcome
+        });
+        if let Err(e) = spawned {
+            log::error(&e.message);
+            boot::power_off();
+        }
+    }
 }
 
 /// Process 1 of a shared PID namespace: orphans end here, and nothing else ever happens.
@@ -124,95 +209,4 @@ fn write_resolv_conf(dns: &[String]) -> Result<()> {
         fs::write("/etc/resolv.conf", text.as_bytes()).context("write /etc/resolv.conf")?;
     }
     Ok(())
-}
-
-impl Agent {
-    pub fn create_sandbox(&mut self, call: CallId, request: &pb::CreateSandboxRequest) -> Result<()> {
-        if self.sandbox.created {
-            return Err(Error::exists("the sandbox exists"));
-        }
-        if !request.sandbox_id.is_empty() {
-            container::check_id(&request.sandbox_id)?;
-        }
-        if !request.guest_hook_path.is_empty() {
-            return Err(Error::unimplemented(format!(
-                "guest_hook_path {:?}: hooks that lie in the guest are not supported",
-                request.guest_hook_path
-            )));
-        }
-        fs::create_dir_all(&format!("{STATE_DIR}/sandbox"), 0o755).context("make the state directory")?;
-        fs::create_dir_all(&format!("{STATE_DIR}/shared/containers"), 0o755).context("make the share's directory")?;
-        if self.sandbox.ipc.is_none() {
-            self.sandbox.make_namespaces(&request.hostname)?;
-        }
-        if request.sandbox_pidns {
-            self.sandbox.make_pid_namespace()?;
-            self.sandbox.all_share_pids = true;
-        }
-        // Also for the agent's own: containers without a UTS namespace of their own see it. Not on somebody's host.
-        if !request.hostname.is_empty() && sys::getpid() == 1 {
-            sys::sethostname(&request.hostname).with_context(|| format!("set the host name {:?}", request.hostname))?;
-        }
-        write_resolv_conf(&request.dns)?;
-        self.sandbox.created = true;
-        self.sandbox.watched = storage::watched(&request.storages);
-        if !self.sandbox.watched.is_empty() {
-            self.start_watch_timer()?;
-        }
-        self.sandbox.storages = request.storages.iter().map(|s| s.mount_point.clone()).collect();
-        if request.storages.is_empty() && request.kernel_modules.is_empty() {
-            self.answer(call, Ok(vec![]));
-            return Ok(());
-        }
-        self.spawn_job(Completion::Answer(call), &[], || {
-            for module in &request.kernel_modules {
-                guest::load_module(&module.name, &module.parameters)?;
-            }
-            for (count, wanted) in request.storages.iter().enumerate() {
-                if let Err(e) = storage::mount_storage(wanted) {
-                    for done in request.storages[..count].iter().rev() {
-                        let _ = storage::unmount(&done.mount_point);
-                    }
-                    return Err(e);
-                }
-            }
-            Ok(vec![])
-        })
-    }
-
-    pub fn destroy_sandbox(&mut self, call: CallId) -> Result<()> {
-        if self.sandbox.destroyer.is_some() {
-            return Err(Error::precondition("the sandbox is being destroyed already"));
-        }
-        self.sandbox.destroyer = Some(call);
-        let ids: Vec<String> = self.containers.keys().cloned().collect();
-        for id in ids {
-            self.begin_removal(&id);
-        }
-        self.continue_destroy();
-        Ok(())
-    }
-
-    /// When the last container is gone: storages, sync, and the end.
-    pub fn continue_destroy(&mut self) {
-        let Some(call) = self.sandbox.destroyer.filter(|_| self.containers.is_empty()) else { return };
-        if let Some((_, pid)) = self.sandbox.pid.take() {
-            let _ = sys::kill(pid, libc::SIGKILL);
-        }
-        let storages = core::mem::take(&mut self.sandbox.storages);
-        let spawned = self.spawn_job(Completion::PowerOff(call), &[], || {
-            let mut outcome = Ok(vec![]);
-            for mount in storages.iter().rev() {
-                if let (Err(e), Ok(_)) = (storage::unmount(mount), &outcome) {
-                    outcome = Err(e);
-                }
-            }
-            sys::sync();
-            outcome
-        });
-        if let Err(e) = spawned {
-            log::error(&e.message);
-            boot::power_off();
-        }
-    }
 }

@@ -4,12 +4,16 @@
 //! only taken from the kernel's queue when there is such a call: how many there may be at a time is the host's choice,
 //! and who comes above that waits as with any listener that is busy.
 
-use crate::agent::{Agent, Token};
+use crate::connections::{Connections, StreamTarget, Target};
+use crate::container::Containers;
 use crate::datagrams::Datagrams;
+use crate::poller::{Poller, Token};
 use crate::prelude::*;
 use crate::process::Process;
+use crate::processes::Processes;
 use crate::proto::agentext::{CloseSocketRequest, ListenSocketRequest};
 use crate::server::calls::CallId;
+use crate::server::conn::Call;
 use crate::server::frame::{self, StreamPiece};
 use crate::sys::{self, Errno, Fd, RawFd, SysResult};
 use crate::{fs, internet, log};
@@ -19,13 +23,13 @@ use alloc::collections::VecDeque;
 const BACKLOG: i32 = 128;
 
 /// A listening socket, or one of datagrams.
-pub struct Socket {
+struct Socket {
     /// Of a unix socket.
     path: Option<String>,
-    pub fd: Fd,
+    fd: Fd,
     /// Of one of the loopback: what keeps its port.
     _link: Option<Fd>,
-    pub datagrams: Option<Datagrams>,
+    datagrams: Option<Datagrams>,
     /// Streaming calls, each with its first credit, that wait for a connection.
     waiting: VecDeque<(CallId, u32)>,
 }
@@ -42,6 +46,12 @@ impl Socket {
         Ok(Socket { path: None, fd: made.fd, _link: made.link, datagrams, waiting: VecDeque::new() })
     }
 
+    /// The descriptor and the datagrams' part of a socket of datagrams.
+    fn parts(&mut self) -> Option<(RawFd, &mut Datagrams)> {
+        let fd = self.fd.raw();
+        self.datagrams.as_mut().map(|datagrams| (fd, datagrams))
+    }
+
     fn remove_name(&self) {
         if let Some(path) = &self.path {
             let _ = fs::remove_file(path);
@@ -49,82 +59,131 @@ impl Socket {
     }
 }
 
-impl Agent {
-    /// Makes a socket that the host will take connections of.
-    pub fn listen_socket(&mut self, request: &ListenSocketRequest) -> Result<()> {
-        if self.sockets.contains_key(&request.number) {
+/// By the host's numbers.
+#[derive(Default)]
+pub struct Sockets {
+    records: BTreeMap<u32, Socket>,
+}
+
+impl Sockets {
+    /// Makes a socket whose connections, or datagrams, the host will take.
+    pub fn listen(&mut self, poller: &Poller, request: &ListenSocketRequest) -> Result<()> {
+        if self.records.contains_key(&request.number) {
             return Err(Error::exists(format!("socket {} exists", request.number)));
         }
         let socket = if request.address.is_empty() { Socket::unix(request)? } else { Socket::loopback(request)? };
-        let watched = self.watch(socket.fd.raw(), Token::Socket(request.number), libc::EPOLLONESHOT as u32);
+        let watched = poller.watch(socket.fd.raw(), Token::Socket(request.number), libc::EPOLLONESHOT as u32);
         if let Err(e) = watched {
             socket.remove_name();
             return Err(e);
         }
-        self.sockets.insert(request.number, socket);
+        self.records.insert(request.number, socket);
         Ok(())
     }
 
-    /// Takes it away, and ends the calls that wait for a connection; those that have one go on. One that is not there is
-    /// what the caller wants.
-    pub fn close_socket(&mut self, request: &CloseSocketRequest) -> Result<()> {
-        let Some(socket) = self.sockets.remove(&request.number) else { return Ok(()) };
+    /// Closes a socket and ends the calls that wait for a connection; those that have one go on. It is no error if there
+    /// is no such socket.
+    pub fn close(&mut self, io: &mut Connections, request: &CloseSocketRequest) {
+        let Some(socket) = self.records.remove(&request.number) else { return };
         socket.remove_name();
         let datagrams = socket.datagrams.as_ref().and_then(Datagrams::call);
         for call in socket.waiting.iter().map(|(call, _)| *call).chain(datagrams) {
-            self.answer(call, Ok(vec![]));
+            io.answer(call, Ok(vec![]));
         }
-        Ok(())
     }
 
     /// A streaming call for the next connection.
-    pub fn accept_socket(&mut self, call: CallId, first: &StreamPiece) -> Result<()> {
+    pub fn accept(
+        &mut self,
+        io: &mut Connections,
+        processes: &mut Processes,
+        containers: &mut Containers,
+        call: CallId,
+        first: &StreamPiece,
+    ) -> Result<()> {
         let number = first.socket;
         let socket =
-            self.sockets.get_mut(&number).ok_or_else(|| Error::not_found(format!("there is no socket {number}")))?;
+            self.records.get_mut(&number).ok_or_else(|| Error::not_found(format!("there is no socket {number}")))?;
         socket.waiting.push_back((call, first.credit));
-        self.on_socket(number);
+        self.on_readable(io, processes, containers, number);
+        Ok(())
+    }
+
+    /// A streaming call for datagrams; see [`Datagrams::exchange`].
+    pub fn exchange(&mut self, io: &mut Connections, call: CallId, first: &StreamPiece) -> Result<()> {
+        let number = first.socket;
+        let socket = self.records.get_mut(&number);
+        let Some((fd, datagrams)) = socket.and_then(Socket::parts) else {
+            return Err(Error::not_found(format!("there is no socket of datagrams {number}")));
+        };
+        datagrams.exchange(io, call, first.credit as usize);
+        io.attach(call, Target::Datagrams(number));
+        datagrams.forward(io, fd, number);
+        Ok(())
+    }
+
+    /// A data frame of the streaming call for datagrams: an answer. The `last` ends the call.
+    pub fn take_datagram(&mut self, io: &mut Connections, number: u32, frame: &Call, last: bool) -> Result<()> {
+        let piece = frame::parse_piece(frame.body())?;
+        let Some((fd, datagrams)) = self.records.get_mut(&number).and_then(Socket::parts) else { return Ok(()) };
+        datagrams.answer(fd, piece.datagram, piece.data);
+        if last {
+            datagrams.end(io);
+        } else {
+            datagrams.forward(io, fd, number);
+        }
         Ok(())
     }
 
     /// Gives the calls that wait what has come.
-    pub fn on_socket(&mut self, number: u32) {
-        if self.sockets.get(&number).is_some_and(|socket| socket.datagrams.is_some()) {
-            return self.on_datagrams(number);
-        }
+    pub fn on_readable(
+        &mut self,
+        io: &mut Connections,
+        processes: &mut Processes,
+        containers: &mut Containers,
+        number: u32,
+    ) {
         loop {
-            let Some(socket) = self.sockets.get_mut(&number) else { return };
+            let Some(socket) = self.records.get_mut(&number) else { return };
+            let fd = socket.fd.raw();
+            if let Some(datagrams) = &mut socket.datagrams {
+                return datagrams.forward(io, fd, number);
+            }
             // Those whose caller has gone meanwhile.
-            while socket.waiting.front().is_some_and(|(call, _)| !self.calls.is_waiting(*call)) {
+            while socket.waiting.front().is_some_and(|(call, _)| !io.calls.is_waiting(*call)) {
                 socket.waiting.pop_front();
             }
             let Some((call, credit)) = socket.waiting.front().copied() else { return };
-            let fd = socket.fd.raw();
             match accept(fd) {
                 Ok(connection) => {
                     socket.waiting.pop_front();
-                    if let Err(e) = self.begin_connection(call, credit, connection) {
-                        self.answer(call, Err(e));
+                    if let Err(e) = begin_connection(io, processes, containers, (call, credit), connection) {
+                        io.answer(call, Err(e));
                     }
                 }
-                Err(Errno(libc::EAGAIN)) => return self.arm(fd, Token::Socket(number), libc::EPOLLIN),
+                Err(Errno(libc::EAGAIN)) => return io.poller.arm(fd, Token::Socket(number), libc::EPOLLIN),
                 Err(e) => {
                     // Out of descriptors, most likely: the host tries again.
                     log::error(&format!("socket {number}: accept: {e}"));
                     socket.waiting.pop_front();
-                    self.answer(call, Err(Error::exhausted(format!("accept: {e}"))));
+                    io.answer(call, Err(Error::exhausted(format!("accept: {e}"))));
                 }
             }
         }
     }
+}
 
-    fn begin_connection(&mut self, call: CallId, credit: u32, connection: Fd) -> Result<()> {
-        let key = self.add_process(Process::connection(connection).context("prepare the connection")?)?;
-        if let Some(reply) = self.calls.get(call) {
-            self.send_bytes(reply.conn, frame::credit_frame(reply.stream, 0));
-        }
-        self.begin_stream(call, key, true, Some(0), credit)
-    }
+fn begin_connection(
+    io: &mut Connections,
+    processes: &mut Processes,
+    containers: &mut Containers,
+    (call, credit): (CallId, u32),
+    connection: Fd,
+) -> Result<()> {
+    let key = processes.add(io, Process::connection(connection).context("prepare the connection")?)?;
+    // So that the host knows that there is one.
+    io.give_credit(call, 0);
+    processes.begin_stream(io, containers, call, StreamTarget { process: key, input: true, output: Some(0) }, credit)
 }
 
 fn accept(listener: RawFd) -> SysResult<Fd> {

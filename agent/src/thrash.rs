@@ -6,7 +6,6 @@
 //! container's own, and where each read takes a while the kernel gives up after minutes, or never. So what the kernel would do
 //! in the end is done here: the process that it would choose is killed, and reported as its kill.
 
-use crate::agent::Agent;
 use crate::cgroup::Cgroup;
 use crate::cgroup_stats::value_of;
 use crate::fs;
@@ -15,7 +14,7 @@ use crate::prelude::*;
 use crate::sys::{self, Pid};
 
 /// Containers are looked at no more often: the kernel announces a hundred times a second that a limit was hit.
-const LOOK_NS: u64 = 200_000_000;
+pub const LOOK_NS: u64 = 200_000_000;
 /// For so long a container is watched.
 const WINDOW_NS: u64 = 3_000_000_000;
 /// It is stuck if all its processes waited for memory during so much of that time (of a program that only reads its own
@@ -109,34 +108,17 @@ fn kill(cgroup: &Cgroup) -> Result<bool> {
     }
 }
 
-impl Agent {
-    /// Ends what is stuck. Called when the kernel announces that some container has hit its limit.
-    pub fn look_for_thrashing(&mut self) {
-        let now_ns = sys::monotonic_ns();
-        if now_ns.saturating_sub(self.thrash_looked_ns) < LOOK_NS {
-            return;
-        }
-        self.thrash_looked_ns = now_ns;
-        let mut killed = vec![];
-        for (id, container) in &mut self.containers {
-            let Some(cgroup) = &container.cgroup else { continue };
-            let read = |file: &str| fs::read_to_string(format!("{}/{file}", cgroup.path())).ok();
-            let (squeeze, stuck) = step(container.squeeze, look(now_ns, &read, &free_swap));
-            container.squeeze = squeeze;
-            if stuck {
-                match kill(cgroup) {
-                    Ok(true) => killed.push(id.clone()),
-                    Ok(false) => {}
-                    Err(e) => log::error(&format!("container {id} is stuck at its memory limit: {}", e.message)),
-                }
-            }
-        }
-        for id in killed {
-            log::warn(&format!("container {id} was stuck at its memory limit: a process was killed, as by the kernel"));
-            self.report_oom(id);
-        }
-        self.answer_oom();
-    }
+/// Looks at a container at `now_ns` (CLOCK_MONOTONIC) and ends what is stuck in it; whether a process was killed.
+/// `squeeze` is what was seen of it before, and becomes what is seen now.
+pub fn check(id: &str, cgroup: &Cgroup, squeeze: &mut Option<Squeeze>, now_ns: u64) -> bool {
+    let read = |file: &str| fs::read_to_string(format!("{}/{file}", cgroup.path())).ok();
+    let (seen, is_stuck) = step(*squeeze, look(now_ns, &read, &free_swap));
+    *squeeze = seen;
+    is_stuck
+        && kill(cgroup).unwrap_or_else(|e| {
+            log::error(&format!("container {id} is stuck at its memory limit: {}", e.message));
+            false
+        })
 }
 
 #[cfg(test)]

@@ -4,11 +4,8 @@
 //! memory, the container gets the copy, and every two seconds what has changed is copied again: in place, so that who
 //! watches the file hears of it, and symbolic links (with which Kubernetes switches versions) by renaming.
 
-use crate::agent::{Agent, Token};
-use crate::container::{Status, STATE_DIR};
 use crate::fs;
-use crate::jobs::Completion;
-use crate::log;
+use crate::paths::STATE_DIR;
 use crate::prelude::*;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult, AT_FDCWD};
 use core::fmt::Write;
@@ -17,7 +14,6 @@ use core::fmt::Write;
 const MAX_FILES: u32 = 16;
 const MAX_BYTES: u64 = 1 << 20;
 const MAX_DEPTH: u32 = 16;
-const PERIOD_S: u64 = 2;
 const NO_FOLLOW: i32 = libc::O_NOFOLLOW | libc::O_NONBLOCK;
 
 /// What is copied, by whoever it belongs to.
@@ -220,60 +216,8 @@ fn copy_link(from: RawFd, to: RawFd, name: &[u8]) -> SysResult<()> {
     sys::renameat(to, NEW, to, name)
 }
 
-// ---- in the loop ----
-
-/// A descriptor that can be read every [`PERIOD_S`] seconds.
-fn timer() -> SysResult<Fd> {
-    let timer = sys::timer()?;
-    sys::set_timer(timer.raw(), PERIOD_S * 1_000_000_000, PERIOD_S * 1_000_000_000)?;
-    Ok(timer)
-}
-
-impl Agent {
-    /// Starts the clock, when something is to be watched.
-    pub fn start_watch_timer(&mut self) -> Result<()> {
-        if self.sandbox.watch_timer.is_none() {
-            let timer = timer().context("make a timer")?;
-            self.watch(timer.raw(), Token::WatchTimer, libc::EPOLLIN as u32)?;
-            self.sandbox.watch_timer = Some(timer);
-        }
-        Ok(())
-    }
-
-    /// Time to look at the sources again: in a child, because a share may hang.
-    pub fn on_watch_timer(&mut self) {
-        let Some(timer) = &self.sandbox.watch_timer else { return };
-        let _ = sys::read(timer.raw(), &mut [0u8; 8]);
-        if self.sandbox.watch_job_runs {
-            return;
-        }
-        let living = |status| matches!(status, Status::Creating | Status::Created | Status::Running);
-        let of_containers = self.containers.values().filter(|c| living(c.status)).flat_map(|c| &c.watched);
-        let watched: Vec<Watched> = self.sandbox.watched.iter().chain(of_containers).cloned().collect();
-        if watched.is_empty() {
-            self.sandbox.watch_timer = None;
-            return;
-        }
-        let started = self.spawn_job(Completion::Copied, &[], || Ok(update(&watched).into_bytes()));
-        self.sandbox.watch_job_runs = started.is_ok();
-    }
-
-    /// Says what is wrong, once.
-    pub fn on_copied(&mut self, outcome: Result<Vec<u8>>) {
-        self.sandbox.watch_job_runs = false;
-        let errors = match outcome {
-            Ok(text) => String::from_utf8_lossy(&text).into_owned(),
-            Err(e) => e.message,
-        };
-        if errors != self.sandbox.last_watch_error {
-            errors.lines().for_each(log::warn);
-            self.sandbox.last_watch_error = errors;
-        }
-    }
-}
-
-/// One line for each that is not up to date.
-fn update(watched: &[Watched]) -> String {
+/// Copies what has changed; one line for each source whose copy is not up to date.
+pub fn update(watched: &[Watched]) -> String {
     let mut errors = String::new();
     for one in watched {
         let copy = copy_of(&one.mount_point);

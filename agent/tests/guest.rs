@@ -12,7 +12,7 @@ use kata_agent::proto::oci::{
 };
 use kata_agent::proto::types::{IPAddress, Interface, Route};
 use kata_agent::sys::{self, Errno};
-use kata_agent::{devices, devices_bpf, fs, guest, netlink, processes, routes, storage};
+use kata_agent::{devices, devices_bpf, fs, guest, netlink, process_list, routes, storage};
 
 const MIB: i64 = 1 << 20;
 
@@ -154,7 +154,7 @@ fn processes_are_counted_and_listed() {
     });
     assert_eq!(code, 41);
     let pids = group.0.pids().unwrap();
-    let listed = processes::list(&pids).unwrap();
+    let listed = process_list::list(&pids).unwrap();
     assert_eq!(listed.len(), 1);
     assert!(listed[0].pid as i32 == pids[0] && listed[0].uid == 0 && !listed[0].command[0].is_empty());
     group.0.freeze().unwrap();

@@ -38,7 +38,7 @@ pub struct ContainerPlan<'a> {
     pub storages: &'a [Storage],
     pub devices: &'a [Device],
     pub shared_mounts: &'a [shared_mounts::Source],
-    pub program: Program,
+    pub program: &'a Program,
     pub filter: Option<&'a Filter>,
     pub namespaces: Namespaces,
     /// The sandbox's namespaces, where it has some.
@@ -57,7 +57,7 @@ pub struct ExecPlan<'a> {
     pub pidfd: RawFd,
     pub cgroup: Option<RawFd>,
     pub namespaces: Namespaces,
-    pub program: Program,
+    pub program: &'a Program,
     pub filter: Option<&'a Filter>,
     pub stdio: &'a Stdio,
     pub report: Reporter,
@@ -263,7 +263,7 @@ fn init_container(
     rootfs.pivot(spec)?;
     drop((proc, null));
     let hooks = spec.hooks.as_deref().map_or(&[][..], |h| &h.start_container);
-    launch::launch(&plan.program, plan.filter, terminal.as_ref(), plan.stdio, hooks, plan.id, plan.report)
+    launch::launch(plan.program, plan.filter, terminal.as_ref(), plan.stdio, hooks, plan.id, plan.report)
 }
 
 fn build_exec(plan: &ExecPlan) -> Result<()> {
@@ -316,5 +316,5 @@ fn init_exec(plan: &ExecPlan, wait: &Fd) -> Result<Infallible> {
     } else {
         None
     };
-    launch::launch(&plan.program, plan.filter, terminal.as_ref(), plan.stdio, &[], plan.container, plan.report)
+    launch::launch(plan.program, plan.filter, terminal.as_ref(), plan.stdio, &[], plan.container, plan.report)
 }
