@@ -44,9 +44,10 @@ impl Datagrams {
         self.call.map(|(call, _)| call)
     }
 
-    /// Has a streaming call take the datagrams from now on, `most` of which may wait for their answers. A former call
-    /// goes on: nobody answers it.
-    pub fn exchange(&mut self, _io: &mut Connections, call: CallId, most: usize) {
+    /// Has a streaming call take the datagrams from now on, `most` of which may wait for their answers. It replaces a
+    /// former call, which ends; who waits for an answer by that one gets none.
+    pub fn exchange(&mut self, io: &mut Connections, call: CallId, most: usize) {
+        self.end(io);
         self.call = Some((call, most));
         self.askers.clear();
     }

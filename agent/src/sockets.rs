@@ -219,7 +219,52 @@ fn listen(path: &str, mode: u32, uid: u32, gid: u32) -> Result<Fd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::internet::address4;
+    use crate::proto::{agentext, codec::Message};
+    use crate::server::calls::Reply;
+    use crate::server::conn::Conn;
     use crate::test_support::TempDir;
+
+    /// A waiting call with this stream number on a connection.
+    fn call(io: &mut Connections, conn: u32, stream: u32) -> CallId {
+        io.calls.add(Reply { conn, stream, deadline: u64::MAX }).unwrap()
+    }
+
+    #[test]
+    fn a_further_exchange_ends_the_former_one() {
+        let mut io = Connections::new().unwrap();
+        let (ours, host) = sys::socketpair(libc::SOCK_STREAM | libc::SOCK_NONBLOCK).unwrap();
+        let conn = io.add(Conn::new(ours, false)).unwrap();
+        let mut sockets = Sockets::default();
+        let request = ListenSocketRequest {
+            number: 5,
+            address: vec![127, 0, 0, 11],
+            port: 4244,
+            datagrams: true,
+            ..Default::default()
+        };
+        sockets.listen(&io.poller, &request).unwrap();
+        let calls = [call(&mut io, conn, 1), call(&mut io, conn, 3)];
+        let piece = agentext::StreamPiece { socket: 5, credit: 8, ..Default::default() }.to_vec();
+        for call in calls {
+            sockets.exchange(&mut io, call, &frame::parse_piece(&piece).unwrap()).unwrap();
+        }
+        assert!(!io.calls.is_waiting(calls[0]) && io.calls.is_waiting(calls[1]));
+        assert!(io.attachment(conn, 1).is_none() && io.attachment(conn, 3).is_some());
+        io.get_mut(conn).unwrap().flush();
+        let mut answer = [0u8; 64];
+        let length = sys::read(host.raw(), &mut answer).unwrap();
+        assert_eq!(answer[..length], frame::answer(1, &Ok(vec![])), "the former call has ended, without an error");
+        // What comes now is the second one's.
+        let client = sys::socket(libc::AF_INET, libc::SOCK_DGRAM, 0).unwrap();
+        sys::send_to(client.raw(), b"?", &address4([127, 0, 0, 11], 4244)).unwrap();
+        sockets.on_readable(&mut io, &mut Processes::default(), &mut Containers::default(), 5);
+        io.get_mut(conn).unwrap().flush();
+        let length = sys::read(host.raw(), &mut answer).unwrap();
+        assert_eq!(answer[..length], frame::datagram_frame(3, b"?", 1));
+        sockets.close(&mut io, &CloseSocketRequest { number: 5 });
+        assert!(!io.calls.is_waiting(calls[1]));
+    }
 
     #[test]
     fn a_socket_has_the_mode_and_the_owner_that_it_is_given() {
