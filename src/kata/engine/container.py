@@ -548,7 +548,7 @@ class Container:
         Raises:
             NotFoundError: ``process already finished``, or no such process.
             AgentTimeoutError: The guest has not answered, which is never said of SIGKILL to the init. Clients of
-                other doors are not told: theirs would give up what they wait for, and the signal may yet arrive.
+                other clients are not: they would give up what they wait for, and the signal may yet arrive.
             KataError: The guest refused.
         """
         if not 1 <= signal <= 64:
