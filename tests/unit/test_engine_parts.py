@@ -21,6 +21,7 @@ from kata.agent.text import escape_line, last_lines
 from kata.engine import boot, machine, process, rootfs, spec, stats, volumes, watch
 from kata.engine.logfile import LogFile
 from kata.engine.records import StateFile, read_json, rfc3339
+from kata.engine.stdio import parse_stdio
 from kata.engine.timings import Timings
 from kata.errors import (
     AgentTimeoutError,
@@ -106,7 +107,7 @@ def test_log_on_a_full_disk_hurts_nobody_and_says_so() -> None:
 
 
 def a_process(exec_id: str = "") -> process.Process:
-    return process.Process("c", exec_id, process.Stdio(False, "", "", ""))
+    return process.Process("c", exec_id, parse_stdio(False, "", "", ""))
 
 
 def test_every_transition_that_the_table_lacks_is_refused() -> None:

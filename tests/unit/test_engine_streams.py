@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kata.engine import streams
-from kata.engine.stdio import open_stream
+from kata.engine.stdio import parse, parse_stdio
 from kata.engine.streams import InputPump, OutputPump, ProcessStreams, Sink
 from kata.errors import AgentError, KataError, UnsupportedError, UsageError, VMLostError
 
@@ -75,7 +75,7 @@ def test_output_arrives_whole_and_in_order(fifo: str) -> None:
     async def work() -> None:
         guest, fd = Guest(), reader_of(fifo)
         pump = OutputPump("stdout", guest.read, None)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(fifo).open_sink()[0]))
         pump.start()
         sent = [os.urandom(300_000) for _ in range(20)]
         for piece in [*sent, b""]:
@@ -90,7 +90,7 @@ def test_slow_reader_holds_the_guest_up(fifo: str) -> None:
     async def work() -> None:
         guest, fd = Guest(), reader_of(fifo)
         pump = OutputPump("stdout", guest.read, None)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(fifo).open_sink()[0]))
         pump.start()
         for _ in range(50):
             guest.pieces.put_nowait(bytes(1 << 20))
@@ -112,7 +112,7 @@ def test_vanished_reader_is_dropped_and_the_log_goes_on(fifo: str, tmp_path: Pat
         guest, fd = Guest(), reader_of(fifo)
         log = Log(LogFile(str(tmp_path / "log")))
         pump = OutputPump("stdout", guest.read, log)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(fifo).open_sink()[0]))
         pump.start()
         os.close(fd)
         for piece in (b"one\n", b"two\n", b""):
@@ -132,7 +132,7 @@ def test_exit_waits_for_a_reader_that_reads(fifo: str) -> None:
     async def work() -> None:
         guest, fd = Guest(), reader_of(fifo)
         pump = OutputPump("stdout", guest.read, None)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(fifo).open_sink()[0]))
         together = ProcessStreams(None, [pump])
         together.start()
         for _ in range(8):
@@ -155,7 +155,7 @@ def test_exit_does_not_wait_for_a_reader_that_does_not(fifo: str, monkeypatch: p
     async def work() -> None:
         guest, fd = Guest(), reader_of(fifo)
         pump = OutputPump("stdout", guest.read, None)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(fifo).open_sink()[0]))
         together = ProcessStreams(None, [pump])
         together.start()
         for _ in range(3):
@@ -208,7 +208,7 @@ def test_lost_guest_ends_the_output(fifo: str) -> None:
     async def work() -> None:
         guest, fd = Guest(), reader_of(fifo)
         pump = OutputPump("stdout", guest.read, None)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(fifo).open_sink()[0]))
         guest.pieces.put_nowait(b"before")
         pump.start()
         await asyncio.sleep(0.05)
@@ -224,7 +224,7 @@ def test_stdin_arrives_and_its_end_closes(fifo: str) -> None:
     async def work() -> None:
         guest = Guest()
         pump = InputPump(guest.write, guest.close)
-        pump.add(open_stream(fifo, os.O_RDONLY), closes=True)
+        pump.add(parse(fifo).open_source()[0], closes=True)
         pump.start()
         await asyncio.sleep(0.05)
         assert not guest.closed.is_set()  # no writer yet is not the end
@@ -241,7 +241,8 @@ def test_held_stdin_stays_open_until_told(fifo: str) -> None:
     async def work() -> None:
         guest = Guest()
         pump = InputPump(guest.write, guest.close)
-        pump.add(open_stream(fifo, os.O_RDONLY), held_fd=open_stream(fifo, os.O_WRONLY), closes=True)
+        fd, held_fd = parse(fifo).open_source(held=True)
+        pump.add(fd, held_fd=held_fd, closes=True)
         pump.start()
         for word in (b"one", b"two"):
             await asyncio.to_thread(Path(fifo).write_bytes, word)  # opens and closes
@@ -261,7 +262,7 @@ def test_process_that_closed_its_stdin_breaks_the_pipe(fifo: str) -> None:
         guest = Guest()
         guest.error = AgentError("broken pipe")
         pump = InputPump(guest.write, guest.close)
-        pump.add(open_stream(fifo, os.O_RDONLY), closes=True)
+        pump.add(parse(fifo).open_source()[0], closes=True)
         pump.start()
         writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
         os.write(writer, b"x")
@@ -277,13 +278,13 @@ def test_attached_client_sees_what_comes_and_may_vanish(fifo: str, tmp_path: Pat
     async def work() -> None:
         guest, first = Guest(), reader_of(fifo)
         pump = OutputPump("stdout", guest.read, None)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(fifo).open_sink()[0]))
         together = ProcessStreams(None, [pump])
         together.start()
         second_path = str(tmp_path / "second")
         os.mkfifo(second_path)
         second = reader_of(second_path)
-        together.attach("", second_path, "")
+        together.attach(parse_stdio(False, "", second_path, ""))
         guest.pieces.put_nowait(b"both")
         await asyncio.sleep(0.05)
         assert os.read(second, 100) == b"both"
@@ -305,7 +306,7 @@ def test_attach_to_a_path_without_reader_fails_and_changes_nothing(tmp_path: Pat
         path = str(tmp_path / "nobody")
         os.mkfifo(path)
         with pytest.raises(UsageError):
-            together.attach("", path, "")
+            together.attach(parse_stdio(False, "", path, ""))
         assert not pump.sinks
         together.close()
 
@@ -320,7 +321,7 @@ def test_attach_after_the_end_closes_at_once(fifo: str) -> None:
         together.start()
         guest.pieces.put_nowait(b"")
         await together.finish()
-        together.attach("", fifo, "")
+        together.attach(parse_stdio(False, "", fifo, ""))
         assert await read_all(fd) == b""
         os.close(fd)
 
@@ -333,14 +334,14 @@ def test_attach_after_the_end_closes_at_once(fifo: str) -> None:
 )
 def test_paths_that_cannot_be_streams(path: str, error: type[Exception]) -> None:
     with pytest.raises(error):
-        open_stream(path, os.O_WRONLY)
+        parse(path).open_sink()[0]
 
 
 def test_file_uri_is_appended_to(tmp_path: Path) -> None:
     async def work() -> None:
         guest = Guest()
         pump = OutputPump("stdout", guest.read, None)
-        pump.sinks.append(Sink(open_stream(f"file://{tmp_path}/out", os.O_WRONLY)))
+        pump.sinks.append(Sink(parse(f"file://{tmp_path}/out").open_sink()[0]))
         pump.start()
         for piece in (b"a", b"b", b""):
             guest.pieces.put_nowait(piece)
@@ -379,8 +380,8 @@ def test_a_reader_may_come_after_the_end(fifo: str, output: bytes) -> None:
     async def work() -> None:
         guest = Guest()
         pump = OutputPump("stdout", guest.read, None)
-        held = open_stream(fifo, os.O_RDONLY)
-        pump.sinks.append(Sink(open_stream(fifo, os.O_WRONLY), held_fd=held))
+        fd, held_fd = parse(fifo).open_sink(held=True)
+        pump.sinks.append(Sink(fd, held_fd=held_fd))
         process = ProcessStreams(None, [pump])
         process.start()
         for piece in (output, b"") if output else (b"",):
@@ -399,8 +400,8 @@ def test_a_reader_may_come_after_the_end(fifo: str, output: bytes) -> None:
 
 def test_a_reader_that_is_there_sees_the_end_at_once(fifo: str) -> None:
     async def work() -> None:
-        held = open_stream(fifo, os.O_RDONLY)
-        sink = Sink(open_stream(fifo, os.O_WRONLY), held_fd=held)
+        fd, held_fd = parse(fifo).open_sink(held=True)
+        sink = Sink(fd, held_fd=held_fd)
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         try:
             sink.close()
@@ -415,8 +416,8 @@ def test_a_fifo_that_nobody_reads_is_given_up(fifo: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(streams, "READER_S", 0.1)
 
     async def work() -> None:
-        held = open_stream(fifo, os.O_RDONLY)
-        sink = Sink(open_stream(fifo, os.O_WRONLY), held_fd=held)
+        fd, held_fd = parse(fifo).open_sink(held=True)
+        sink = Sink(fd, held_fd=held_fd)
         sink.close()
         assert streams._closing
         await asyncio.gather(*streams._closing)

@@ -16,7 +16,7 @@ from kata.agent.text import escape_line
 from kata.engine import binds, disks, nodes, prepare, rootfs, spec, watch
 from kata.engine.fitting import merged
 from kata.engine.logfile import LogFile
-from kata.engine.process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process, Stdio
+from kata.engine.process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process
 from kata.engine.records import StateFile, rfc3339
 from kata.engine.streams import Log
 from kata.engine.taskpid import TaskPid, of_path
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kata.agent.client import AgentClient
     from kata.engine.hostroot import HostRoot
     from kata.engine.sandbox import Sandbox
+    from kata.engine.stdio import Stdio
     from kata.settings import LogSettings
 
 EXECS_END_S = 2.0
@@ -227,7 +228,10 @@ class Container:
                 container_id=self.id,
                 bundle=self.bundle,
                 io=events_pb.TaskIO(
-                    stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr, terminal=stdio.terminal
+                    stdin=stdio.stdin.text,
+                    stdout=stdio.stdout.text,
+                    stderr=stdio.stderr.text,
+                    terminal=stdio.terminal,
                 ),
                 pid=self.init.pid,
             ),
@@ -741,6 +745,7 @@ class Container:
             if process.streams is not None:
                 process.streams.close()
             self.execs.pop(exec_id, None)
+            process.stdio.close()
         return process
 
     async def stop_unstarted(self) -> None:

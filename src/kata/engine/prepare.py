@@ -7,7 +7,7 @@ import os
 
 from kata.agent.streams import Input, Output
 from kata.engine import spec
-from kata.engine.stdio import open_stream
+from kata.engine.stdio import Program
 from kata.engine.streams import InputPump, OutputPump, ProcessStreams, Sink
 
 TYPE_CHECKING = False
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.binds import Shared
-    from kata.engine.process import Process, Stdio
+    from kata.engine.process import Process
     from kata.engine.sandbox import Sandbox
+    from kata.engine.stdio import Stdio
     from kata.engine.streams import Log
 
 
 def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> ProcessStreams:
-    """Open the paths that the caller named for a process.
+    """Open what the client named for the streams of a process.
 
     Args:
         sandbox: Knows how its client's fifos are to be held.
@@ -50,46 +51,35 @@ def open_streams(sandbox: Sandbox, process: Process, log: Log | None) -> Process
         return pump
 
     try:
-        if stdio.stdout.startswith("binary://"):
-            streams.logger = sandbox.start_logger(stdio.stdout, container_id)
+        if isinstance(stdio.stdout, Program):
+            streams.logger = sandbox.start_logger(stdio.stdout.text, container_id)
         # Without a reader the output is still read, and thrown away: /dev/null never fills up.
-        for name, path in (("stdout", stdio.stdout), ("stderr", stdio.stderr)):
+        for name, endpoint in (("stdout", stdio.stdout), ("stderr", stdio.stderr)):
             if name == "stderr" and stdio.terminal:
                 continue
             pump = output(name)
             if streams.logger is not None:
                 # As with runc's shim, the program that stdout names takes both.
                 pump.sinks.append(Sink(streams.logger.take(name)))
-            elif path:
-                pump.sinks.append(_sink(path, held=sandbox.client.holds_fifos))
+            elif not endpoint.is_null:
+                # Where the reader may restart (containerd), the reading end is held as well: nothing is lost, and no
+                # process gets a SIGPIPE.
+                fd, held_fd = endpoint.open_sink(held=sandbox.client.holds_fifos)
+                pump.sinks.append(Sink(fd, held_fd=held_fd))
         if streams.logger is not None:
             streams.logger.close()  # a terminal has one stream only
-        if stdio.stdin or (_keeps_stdin_open(sandbox) and not process.exec_id):
+        if not stdio.stdin.is_null or (_keeps_stdin_open(sandbox) and not process.exec_id):
             streams.input = _open_stdin(sandbox, stdio, container_id, guest_id)
     except BaseException:
         streams.abandon()
         raise
+    finally:
+        stdio.close()
     return streams
 
 
 def _keeps_stdin_open(sandbox: Sandbox) -> bool:
     return sandbox.settings.container is not None and sandbox.settings.container.open_stdin
-
-
-def _sink(path: str, *, held: bool) -> Sink:
-    """Open where an output goes.
-
-    Where the reader may restart (containerd), the reading end is held as well: nothing is lost, and no process gets a
-    SIGPIPE.
-    """
-    if not held or path.startswith("file://"):
-        return Sink(open_stream(path, os.O_WRONLY))
-    held_fd = open_stream(path, os.O_RDONLY)
-    try:
-        return Sink(open_stream(path, os.O_WRONLY), held_fd=held_fd)
-    except BaseException:
-        os.close(held_fd)
-        raise
 
 
 def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str) -> InputPump:
@@ -108,20 +98,12 @@ def _open_stdin(sandbox: Sandbox, stdio: Stdio, container_id: str, guest_id: str
         await (await opened()).close()
 
     pump = InputPump(write, close)
-    path = stdio.stdin
-    if not path:
+    if stdio.stdin.is_null:
         return pump  # open, and silent until somebody attaches
-    fd = open_stream(path, os.O_RDONLY)
-    held = -1
-    try:
-        # The end of the last writer ends the stream, as with runc: ctr says CloseIO only if it is quick enough
-        # to know its process before its own input ends. Behind a terminal, writers come and go.
-        if stdio.terminal and sandbox.client.holds_fifos:
-            held = open_stream(path, os.O_WRONLY)
-    except BaseException:
-        os.close(fd)
-        raise
-    pump.add(fd, held_fd=held, closes=True)
+    # The end of the last writer ends the stream, as with runc: ctr says CloseIO only if it is quick enough
+    # to know its process before its own input ends. Behind a terminal, writers come and go.
+    fd, held_fd = stdio.stdin.open_source(held=stdio.terminal and sandbox.client.holds_fifos)
+    pump.add(fd, held_fd=held_fd, closes=True)
     return pump
 
 

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from kata.engine.stdio import Stdio
     from kata.engine.streams import ProcessStreams
 
 CREATED = "created"
@@ -37,18 +38,6 @@ TASK_STATUS = {CREATED: 1, RUNNING: 2, STOPPED: 3, PAUSED: 4, DELETED: 3}
 
 KILLED = 137
 """What a process ends as whose virtual machine went away: 128 + SIGKILL."""
-
-
-class Stdio:
-    """Where a process's streams go, as the Task API names them; an empty path is /dev/null."""
-
-    __slots__ = ("stderr", "stdin", "stdout", "terminal")
-
-    def __init__(self, terminal: bool, stdin: str, stdout: str, stderr: str) -> None:
-        self.terminal = terminal
-        self.stdin = stdin
-        self.stdout = stdout
-        self.stderr = "" if terminal else stderr  # a terminal has one stream
 
 
 class Process:

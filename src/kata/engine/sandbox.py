@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from kata.engine.boot import Machine
     from kata.engine.hostroot import HostRoot
     from kata.engine.logger import Logger
-    from kata.engine.process import Process, Stdio
+    from kata.engine.process import Process
     from kata.engine.sandbox_state import Lifecycle
     from kata.engine.sockets import SocketForwardingState
+    from kata.engine.stdio import Stdio
     from kata.engine.volumes import Share
     from kata.hypervisor import base
     from kata.journal import Journal

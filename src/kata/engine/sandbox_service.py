@@ -8,6 +8,7 @@ import os
 from kata.agent.client import ASK_S, Encoded
 from kata.agent.text import escape_line
 from kata.engine.process import CREATED
+from kata.engine.stdio import parse_stdio
 from kata.errors import KataError, StateError
 from kata.proto import agentext_pb, google_pb, sandbox_pb
 from kata.ttrpc.server import finish
@@ -47,7 +48,9 @@ class SandboxService:
             raise StateError(f"cannot attach to a {process.state} process: {process.label}")
         own = self._sandbox.settings.container
         closes = own is not None and own.stdin_once
-        process.streams.attach(request.stdin, request.stdout, request.stderr, closes=closes)
+        process.streams.attach(
+            parse_stdio(False, request.stdin, request.stdout, request.stderr), closes=closes
+        )
         return google_pb.Empty()
 
     # ---- files: passed on to the agent, which resolves every path inside the container's root ----

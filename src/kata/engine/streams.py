@@ -16,7 +16,6 @@ import os
 import select
 from collections import deque
 
-from kata.engine.stdio import open_stream
 from kata.errors import KataError
 
 TYPE_CHECKING = False
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from kata.engine.logfile import LogFile
     from kata.engine.logger import Logger
+    from kata.engine.stdio import Stdio
 
 STDIN_BYTES = 1 << 18
 STALL_S = 2.0
@@ -429,11 +429,11 @@ class ProcessStreams:
         if self.input is not None:
             self.input.start()
 
-    def attach(self, stdin: str, stdout: str, stderr: str, *, closes: bool = False) -> None:
+    def attach(self, stdio: Stdio, *, closes: bool = False) -> None:
         """Let a client take part in the streams; it may vanish at any time.
 
         Args:
-            stdin, stdout, stderr: Paths of fifos; empty ones are not attached.
+            stdio: The client's ends; what is null is not attached.
             closes: Whether the end of this client's input ends the process's.
 
         Raises:
@@ -443,12 +443,12 @@ class ProcessStreams:
         source = -1
         by_name = {pump.name: pump for pump in self.outputs}
         try:
-            for name, path in (("stdout", stdout), ("stderr", stderr)):
-                if path and name in by_name:
-                    sink = Sink(open_stream(path, os.O_WRONLY), ATTACHED_STALL_S)
+            for name, endpoint in (("stdout", stdio.stdout), ("stderr", stdio.stderr)):
+                if not endpoint.is_null and name in by_name:
+                    sink = Sink(endpoint.open_sink()[0], ATTACHED_STALL_S)
                     opened.append((by_name[name], sink))
-            if stdin and self.input is not None:
-                source = open_stream(stdin, os.O_RDONLY)
+            if not stdio.stdin.is_null and self.input is not None:
+                source, _ = stdio.stdin.open_source()
         except KataError:
             for _, sink in opened:
                 sink.close()

@@ -15,8 +15,9 @@ from kata import __version__
 from kata.engine import stats
 from kata.engine.container import KILL_S, timestamp
 from kata.engine.launch import check_id
-from kata.engine.process import CREATED, DELETED, TASK_STATUS, Stdio
+from kata.engine.process import CREATED, DELETED, TASK_STATUS
 from kata.engine.spec import refuse_foreign
+from kata.engine.stdio import parse_stdio
 from kata.errors import ConfigError, NotFoundError, UnsupportedError
 from kata.proto import google_pb, task_pb
 from kata.ttrpc.server import finish
@@ -77,7 +78,7 @@ class TaskService:
                 "a container cannot be restored from a checkpoint: its virtual machine has none"
             )
         config = await self._sandbox.run_blocking(_read_config, request.bundle)
-        stdio = Stdio(request.terminal, request.stdin, request.stdout, request.stderr)
+        stdio = parse_stdio(request.terminal, request.stdin, request.stdout, request.stderr)
         root = None
         if self._sandbox.client.foreign_specs:
             refuse_foreign(config)
@@ -128,7 +129,7 @@ class TaskService:
         if request.spec is None:
             raise ConfigError("an exec needs a process specification")
         config = _json_object(request.spec.value, "the process specification")
-        stdio = Stdio(request.terminal, request.stdin, request.stdout, request.stderr)
+        stdio = parse_stdio(request.terminal, request.stdin, request.stdout, request.stderr)
         self._sandbox.container(request.id).add_exec(request.exec_id, stdio, config)
         return google_pb.Empty()
 
@@ -193,9 +194,9 @@ class TaskService:
             bundle=container.bundle,
             pid=process.pid,
             status=TASK_STATUS[process.state],
-            stdin=stdio.stdin,
-            stdout=stdio.stdout,
-            stderr=stdio.stderr,
+            stdin=stdio.stdin.text,
+            stdout=stdio.stdout.text,
+            stderr=stdio.stderr.text,
             terminal=stdio.terminal,
             exit_status=process.exit_status,
             exited_at=timestamp(process.exited_at_ns),
