@@ -280,8 +280,8 @@ def replace_file(
 def overwrite_file(path: str, data: bytes) -> bool:
     """Write over a file, padded with spaces to its length, where a full disk has no room for a second one.
 
-    In one piece and in the room that it has: there is no moment at which the old end stands behind the new beginning.
-    For JSON, which spaces do not change.
+    In one piece and in the room that it has. For JSON, which spaces do not change. Who reads it by `read_file` never
+    sees the old end behind the new beginning; a host that dies meanwhile may leave that.
 
     Returns:
         Whether the file is there, is at least as long as *data*, and took it.
@@ -292,7 +292,10 @@ def overwrite_file(path: str, data: bytes) -> bool:
         return False
     try:
         size = os.fstat(fd).st_size
-        if size < len(data) or os.pwrite(fd, data.ljust(size), 0) != size:
+        if size < len(data):
+            return False
+        _lock(fd, exclusive=True)
+        if os.pwrite(fd, data.ljust(size), 0) != size:
             return False
         os.fsync(fd)
     except OSError:
@@ -300,6 +303,39 @@ def overwrite_file(path: str, data: bytes) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def read_file(path: str) -> bytes:
+    """The content of a file that is written by `replace_file` and `overwrite_file`: the old or the new, as a whole.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _lock(fd, exclusive=False)
+        pieces = []
+        while piece := os.read(fd, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, *, exclusive: bool) -> None:
+    """flock(2) as long as the file is open. Not at any price: whoever holds it for long has been stopped."""
+    import fcntl
+    import time
+
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    for _ in range(500):
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                return  # a file system without locks
+            time.sleep(0.002)
 
 
 def become_subreaper() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import os
 import resource
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +90,37 @@ def test_what_fits_is_written_over_a_file_and_what_does_not_is_not(tmp_path: Pat
     assert path.read_bytes() == b'{"b": 1}     '
     assert not sysio.overwrite_file(str(path), bytes(14))
     assert path.read_bytes() == b'{"b": 1}     '
+
+
+def test_a_reader_sees_no_half_of_what_is_written_over(tmp_path: Path) -> None:
+    path, size = str(tmp_path / "file"), 1 << 18
+    sysio.replace_file(path, b"a" * size)
+    child = os.fork()
+    if child == 0:
+        try:
+            for letter in itertools.cycle(b"ab"):
+                sysio.overwrite_file(path, bytes([letter]) * size)
+        finally:
+            os._exit(0)
+    try:
+        seen = set()
+        for _ in range(200):
+            content = sysio.read_file(path)
+            assert len(content) == size
+            assert content in (b"a" * size, b"b" * size), "a mixture"
+            seen.add(content[:1])
+            time.sleep(0.001)
+        assert seen == {b"a", b"b"}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_whoever_was_stopped_with_the_lock_holds_nobody_up(tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    sysio.replace_file(path, b"12")
+    with open(path, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert sysio.read_file(path) == b"12"
+        assert sysio.overwrite_file(path, b"34")
+    assert sysio.read_file(path) == b"34"

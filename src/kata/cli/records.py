@@ -120,8 +120,7 @@ def engine_alive(state: dict[str, Any]) -> bool:
 
 def _read(path: str) -> dict[str, Any] | None:
     try:
-        with open(path, "rb") as file:
-            content = json.loads(file.read())
+        content = json.loads(sysio.read_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:

@@ -1,7 +1,8 @@
 """What the engine leaves on disk for those who look without it: ``state.json``.
 
-``ps``, ``wait``, ``inspect`` read it, during the container's life and after. It is replaced in one step, so
-a reader never sees half of it.
+``ps``, ``wait``, ``inspect`` read it, during the container's life and after. A reader never sees half of it: it is
+replaced in one step, or, when the disk is full, written over in the room that it has, behind a lock that readers
+take (`sysio.read_file`). It outlives its engine; it is not written for a power failure, of which the boot id tells.
 """
 
 from __future__ import annotations
@@ -51,8 +52,7 @@ def read_json(path: str) -> dict[str, Any]:
         OSError: It cannot be read for another reason than not being there.
     """
     try:
-        with open(path, "rb") as file:
-            found = json.loads(file.read())
+        found = json.loads(sysio.read_file(path))
     except FileNotFoundError:
         return {}
     except ValueError:
