@@ -28,6 +28,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
 }
 _readers: dict[type, dict[str, Reader]] = {}
+_by_kind: dict[str, Reader] = {}
 
 
 class Part:
@@ -102,6 +103,22 @@ def _readers_of(cls: type) -> dict[str, Reader]:
 
 def _reader(kind: str) -> Reader:
     """What reads a value of the type that an annotation names."""
+    found = _by_kind.get(kind)
+    if found is None:
+        found = _by_kind[kind] = _new_reader(kind)
+    return found
+
+
+def _new_reader(kind: str) -> Reader:
+    if kind in _SCALARS:
+        types = _SCALARS[kind]
+
+        def read_scalar(value: Any, place: str) -> Any:
+            if type(value) not in types:  # not isinstance: a bool is no int here
+                raise _wrong(place, kind, value)
+            return value
+
+        return read_scalar
     if kind.endswith(" | None"):
         inner = _reader(kind.removesuffix(" | None"))
         return lambda value, place: None if value is None else inner(value, place)
@@ -123,15 +140,6 @@ def _reader(kind: str) -> Reader:
             return {str(name): each(item, f"{place}.{name}") for name, item in value.items()}
 
         return read_mapping
-    if kind in _SCALARS:
-        types = _SCALARS[kind]
-
-        def read_scalar(value: Any, place: str) -> Any:
-            if type(value) not in types:  # not isinstance: a bool is no int here
-                raise _wrong(place, kind, value)
-            return value
-
-        return read_scalar
     if kind == "Any":
         return lambda value, place: value
     part: type[Part] = globals()[kind]
