@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-beside faults hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-beside faults hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,10 @@ setup: ## the same without running anything
 test: ## run the tests; T='tests/vm/test_x.py -k word' runs only those
 	@tools/setup test
 	@tools/run-tests $(T)
+
+coverage: ## the unit tests, and how much of the source they reach; T='tests/unit/test_x.py'
+	@tools/setup test
+	@tools/coverage $(T)
 
 test-kvm: ## the tests with KVM and vsock, in the KVM lab where this machine has none; SHORT=1, T='...'
 	@tools/setup test
