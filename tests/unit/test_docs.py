@@ -6,6 +6,7 @@ import functools
 import re
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -160,3 +161,20 @@ def test_what_is_named_and_not_there_is_found() -> None:
         "test_docs.py::test_no",
         "test_no.py",
     ]
+
+
+# ---- pictures ----
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/images").glob("*.svg")), ids=lambda path: path.name)
+def test_a_picture_is_whole_and_reads_in_light_and_dark(path: Path) -> None:
+    picture = ElementTree.parse(path).getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    text = path.read_text()
+    assert "prefers-color-scheme: dark" in text
+    # For those who hear it, and nothing that is fetched from elsewhere.
+    assert {"title", "desc"} <= {child.tag.partition("}")[2] for child in picture}
+    assert not re.findall(r'(?:href|url\()="?https?:', text)
+    # Every class that is drawn has a colour.
+    used = {name for element in picture.iter() for name in element.get("class", "").split()}
+    assert used <= set(re.findall(r"\.([a-z]+) \{", text))
