@@ -733,7 +733,7 @@ def test_exit_is_told_though_the_state_cannot_be_written(
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")
         engine.do(
-            lambda: setattr(engine.sandbox.containers["c1"].state_file, "_path", "/nonexistent/state.json")
+            lambda: setattr(engine.sandbox.containers["c1"].record._file, "_path", "/nonexistent/state.json")
         )
         client.kill("c1", 9)
         assert client.wait("c1") == 137

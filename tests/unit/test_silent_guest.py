@@ -19,8 +19,7 @@ from test_engine_sandbox import Engine, make, process
 from kata.agent import client as agent_client
 from kata.agent.client import AgentClient
 from kata.cli import session
-from kata.engine import container as containers
-from kata.engine import sandbox_service, task_service, watch
+from kata.engine import container, container_kill, sandbox_service, task_service, watch
 from kata.engine.client import EngineClient
 from kata.errors import AgentError, AgentTimeoutError, KataError, VMLostError
 from kata.proto import agent_pb
@@ -35,10 +34,10 @@ _silenced: list[tuple[Engine, asyncio.Event]] = []
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less patience than in earnest."""
-    assert containers.KILL_S <= 4
+    assert container_kill.KILL_S <= 4
     for module, name in (
-        (containers, "KILL_S"),
-        (containers, "REAP_S"),
+        (container_kill, "KILL_S"),
+        (container_kill, "REAP_S"),
         (task_service, "KILL_S"),
         (agent_client, "ASK_S"),
         (sandbox_service, "ASK_S"),
@@ -136,7 +135,7 @@ def test_a_guest_that_is_at_it_may_take_longer_to_end_a_killed_container(
 ) -> None:
     """It answers and frees a large process; or the host leaves its hypervisor no processor time meanwhile."""
     if load == "none":
-        monkeypatch.setattr(containers, "REAP_S", 20 * SHORT_S)
+        monkeypatch.setattr(container_kill, "REAP_S", 20 * SHORT_S)
     else:
         ticks = iter(range(1_000_000))
         monkeypatch.setattr(watch, "cpu_time", lambda pid: watch.CpuTime(0, next(ticks), False))
@@ -154,7 +153,7 @@ def test_an_overloaded_host_does_not_put_an_end_off_for_ever(
 ) -> None:
     ticks = iter(range(1_000_000))
     monkeypatch.setattr(watch, "cpu_time", lambda pid: watch.CpuTime(0, next(ticks), False))
-    monkeypatch.setattr(containers, "STARVED_S", 4 * SHORT_S)
+    monkeypatch.setattr(container_kill, "STARVED_S", 4 * SHORT_S)
     engine = build(client={"ends_with_init": False, "signal_s": SHORT_S})
     with engine.client() as client:
         started(engine, client)
@@ -277,7 +276,7 @@ def test_how_long_each_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         "StartContainer": (agent.start_container("c"), 60),
         "ExecProcess": (agent.exec_process("c", "e", agent_pb.ExecProcessRequest().process), 60),  # type: ignore[arg-type]
         "CreateContainer": (agent.create_container(agent_pb.CreateContainerRequest()), 120),
-        "RemoveContainer": (agent.remove_container("c", containers.REMOVE_S), 25),
+        "RemoveContainer": (agent.remove_container("c", container.REMOVE_S), 25),
         "PauseContainer": (agent.pause("c"), 60),
         "ResumeContainer": (agent.resume("c"), 60),
         "UpdateContainer": (agent.update("c", resources), 60),  # type: ignore[arg-type]
@@ -295,6 +294,6 @@ def test_how_long_each_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(ask())
     assert waited == {method: seconds for method, (_, seconds) in asked.items()}
-    assert (containers.KILL_S, containers.REAP_S, containers.STARVED_S) == (4, 8, 30)
+    assert (container_kill.KILL_S, container_kill.REAP_S, container_kill.STARVED_S) == (4, 8, 30)
     policies = session.client_policy(), start.client_policy("default", "/bundle")
     assert [(policy.signal_s, policy.late_signals_fail) for policy in policies] == [(10, True), (2, False)]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.hostns import Namespaces
+    from kata.errors import KataError
     from kata.hypervisor.base import Machine
     from kata.resources.host_cgroup import HostCgroup
 
@@ -42,3 +43,22 @@ if TYPE_CHECKING:
 
         async def race_vm_exit(self, work: Awaitable[T]) -> T:
             """Await *work*; the end of the machine ends it, with its reason."""
+
+    class MachineControl(MachineAccess, Protocol):
+        """The same for those who may have to end it, and report how it ended."""
+
+        disk_error: str
+
+        @property
+        def host_pid(self) -> int:
+            """The host process that stands for the processes in the guest."""
+
+        @property
+        def lost_reason(self) -> str:
+            """Why there is no machine any more; empty while there is."""
+
+        def fail(self, reason: str) -> None:
+            """Give the machine up: every live process ends as 137."""
+
+        async def await_exit_reason(self, otherwise: str) -> KataError:
+            """The agent is gone: why, or *otherwise*, for which the machine is given up then."""

@@ -7,31 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import time
 
 from kata.agent.client import NULL_STDIN, PIDS_OF, Encoded, create_request
 from kata.agent.text import escape_line
-from kata.engine import binds, disks, nodes, prepare, rootfs, spec, watch
+from kata.engine import binds, disks, nodes, prepare, rootfs, spec
+from kata.engine.container_kill import SIGKILL, Killer
+from kata.engine.container_record import ContainerRecord
 from kata.engine.fitting import merged
-from kata.engine.logfile import LogFile
-from kata.engine.process import CREATED, KILLED, PAUSED, RUNNING, STOPPED, Process
-from kata.engine.records import StateFile, rfc3339
-from kata.engine.streams import Log
+from kata.engine.process import CREATED, DELETED, PAUSED, RUNNING, Process
+from kata.engine.process_end import EndOfProcesses
+from kata.engine.records import rfc3339
 from kata.engine.taskpid import TaskPid, of_path
 from kata.errors import (
     AgentError,
-    AgentTimeoutError,
     AlreadyExistsError,
-    HostError,
     KataError,
     NotFoundError,
     StateError,
     UnsupportedError,
-    UsageError,
 )
-from kata.proto import agent_pb, events_pb, google_pb
+from kata.proto import agent_pb, events_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,48 +37,19 @@ if TYPE_CHECKING:
     from kata.engine.hostroot import HostRoot
     from kata.engine.sandbox import Sandbox
     from kata.engine.stdio import Stdio
-    from kata.settings import LogSettings
 
-EXECS_END_S = 2.0
-"""How long an ended init waits for the ends of its container's execs: they die with it, at the same
-moment."""
-KILL_S = 4.0
-"""How long the guest has to obey a SIGKILL of a container's init, in seconds. Then its machine is ended: the guest has
-no say."""
-REAP_S = 8.0
-"""The same for a guest that has taken the signal and still answers: a large process is not gone at once."""
-STARVED_S = 30.0
-"""At most, however little processor time the host's load leaves the hypervisor: such time is not the guest's fault."""
-OOM_NOTICE_S = 0.1
 REMOVE_S = 20
+"""How long the guest may take to write back what a container has written, in seconds."""
 PLACEHOLDER_PROCESS = {"args": ["/proc/self/exe"], "cwd": "/"}
 """The process of a container without one: the protocol wants a command, it is never started, and this one is found
 in any root file system (it is the agent's own child that looks)."""
 HOOKS_BEFORE = ("prestart", "createRuntime", "createContainer")
 """Hooks on the host when a container is made, in this order; ``startContainer`` runs in the guest."""
-_SIGKILL = 9
-
-
-def timestamp(ns: int) -> google_pb.Timestamp | None:
-    """The protocol's form of nanoseconds of the epoch; absent for 0."""
-    return google_pb.Timestamp(seconds=ns // 10**9, nanos=ns % 10**9) if ns else None
 
 
 def _has_no_input(process: Process) -> bool:
     """Whether nobody will ever write to a process: neither a client nor, with a terminal, whoever attaches."""
     return process.streams is not None and process.streams.input is None and not process.stdio.terminal
-
-
-def _unrecorded(container_id: str, error: OSError) -> HostError:
-    hint = "free some space ('kata gc', 'kata rmi')" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return HostError(f"the state of container {container_id} cannot be recorded: {error.strerror}", hint)
-
-
-async def _quietly(work: asyncio.Future[None]) -> None:
-    try:
-        await work
-    except KataError:
-        pass  # whoever asked has been told that it is late
 
 
 class Container:
@@ -113,17 +80,27 @@ class Container:
         self.init = Process(container_id, "", stdio)
         self.execs: dict[str, Process] = {}
         self.created_at_ns = 0
-        own = container_id == sandbox.id
-        described = sandbox.settings.container if own else None
-        state_path = ""
-        if described is not None and described.record_state:
-            state_path = os.path.join(described.directory, "state.json")
-        self.state_file = StateFile(state_path, sandbox.identity)
-        self.log = (
-            self._open_log(described.log) if described is not None and described.log is not None else None
+        described = sandbox.settings.container if container_id == sandbox.id else None
+        self.record = ContainerRecord(container_id, described, sandbox.identity, sandbox.tasks)
+        self._killer = Killer(
+            self.init,
+            self.execs,
+            sandbox.runtime,
+            sandbox.tasks,
+            sandbox.client,
+            lambda: sandbox.has_others(self),
         )
-        self._oom = asyncio.Event()
-        self._kill_requested = False
+        self._ends = EndOfProcesses(
+            self.init,
+            self.execs,
+            sandbox.runtime,
+            sandbox.tasks,
+            self.record,
+            self._killer,
+            lambda topic, event: sandbox.publish(topic, event),
+            on_init_gone=self._close_relay,
+            on_reported=lambda process: sandbox.process_ended(self, process),
+        )
         self._root = root
         self._rootfs: rootfs.Rootfs | None = None
         if root is not None:
@@ -141,9 +118,6 @@ class Container:
         """The number on the host that stands for its processes, and for their namespaces."""
         return self._task_pid.pid if self._task_pid is not None else self.sandbox.host_pid
 
-    def _open_log(self, wanted: LogSettings) -> Log:
-        return Log(LogFile(wanted.path, wanted.max_bytes, wanted.files, self.sandbox.log))
-
     # ---- create ----
 
     async def create(self) -> None:
@@ -153,10 +127,10 @@ class Container:
             KataError: Whatever went wrong; nothing of the container is left then.
         """
         sandbox = self.sandbox
-        self.init.streams = prepare.open_streams(sandbox, self.init, self.log)
+        self.init.streams = prepare.open_streams(sandbox, self.init, self.record.log)
         try:
             await self.init.streams.ready()
-            await self._reserve_record()
+            await self.record.reserve()
             if sandbox.machine.started is None:
                 await sandbox.ready()  # which says why there is no machine
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
@@ -207,8 +181,7 @@ class Container:
         except BaseException:
             sandbox.fitting.forget(self.id)
             self.init.streams.abandon()
-            if self.log is not None:
-                self.log.close()
+            self.record.close_log()
             self._close_relay()
             await self._disks.remove_all()
             await sandbox.run_blocking(self._remove_shared)
@@ -218,9 +191,9 @@ class Container:
             self._task_pid = TaskPid()
         self.init.pid = self.task_pid
         if self.has_process:
-            self.init.watcher = asyncio.create_task(self._watch(self.init, agent))
+            self.init.watcher = asyncio.create_task(self._ends.watch(self.init, agent))
             sandbox.create_task(self._close_unused_stdin(self.init, agent))
-        self.record(status=CREATED, pid=self.init.pid, created_at=rfc3339(self.created_at_ns))
+        self.record.write_later(status=CREATED, pid=self.init.pid, created_at=rfc3339(self.created_at_ns))
         stdio = self.init.stdio
         sandbox.publish(
             "/tasks/create",
@@ -409,12 +382,12 @@ class Container:
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         # Before the answer: whoever asks about the container next looks there.
         started_at = rfc3339(process.started_at_ns)
-        failure = await self.record_now(status=RUNNING, pid=process.pid, started_at=started_at)
+        failure = await self.record.write(status=RUNNING, pid=process.pid, started_at=started_at)
         if failure is not None:
             # It would be taken for one that does not run, by `kata ps` as by `kata gc`.
             with contextlib.suppress(KataError):  # it may have ended already
-                await self._kill_init(agent)
-            raise _unrecorded(self.id, failure)
+                await self._killer.kill_init()
+            raise self.record.unwritable(failure)
         await self._run_late_hooks("poststart", "running")
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
@@ -442,237 +415,27 @@ class Container:
         process.start(self.sandbox.host_pid)
         if process.streams is not None:
             process.streams.start()
-        process.watcher = asyncio.create_task(self._watch(process, agent))
+        process.watcher = asyncio.create_task(self._ends.watch(process, agent))
         self.sandbox.publish(
             "/tasks/exec-started",
             events_pb.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=process.pid),
         )
         self.sandbox.create_task(self._close_unused_stdin(process, agent))
 
-    # ---- the end of a process ----
-
-    async def _watch(self, process: Process, agent: AgentClient) -> None:
-        """Wait for a process's end and carry out what follows from it."""
-        try:
-            status, error = await agent.wait(self.id, process.exec_id or self.id), ""
-        except KataError as problem:
-            # The guest did not say how it ended, so it did not end well.
-            if not self.sandbox.is_lost:
-                await self.sandbox.runtime.await_exit_reason(
-                    f"the agent lost {process.label}: {problem.message}"
-                )
-            status, error = KILLED, self.sandbox.life.lost_reason or problem.message
-        process.reaped.set()
-        at_ns = time.time_ns()
-        async with process.lock:
-            try:
-                await self._ended(process, status, at_ns, error)
-            except Exception as problem:  # a process whose end is never told would hang every client
-                self.sandbox.log(f"the end of {process.label} was not recorded whole: {problem!r}")
-                process.stop(status, at_ns, error)
-            finally:
-                process.ended.set()
-        self.sandbox.process_ended(self, process)
-
-    async def _ended(self, process: Process, status: int, at_ns: int, error: str) -> None:
-        streams = process.streams
-        if streams is not None:
-            if process.state == CREATED:
-                streams.close()
-            else:
-                await streams.finish()
-        if not process.exec_id:
-            self._close_relay()
-            await self._init_ending(status)
-        if not process.stop(status, at_ns, error):
-            return
-        if not process.exec_id:
-            if self.log is not None:
-                self.log.close()
-            await self.record_now(
-                status=STOPPED,
-                exit_code=status,
-                finished_at=rfc3339(at_ns),
-                error=error,
-                oom_killed=process.oom_killed,
-                disk_error=self.sandbox.runtime.disk_error,
-            )
-        self.sandbox.publish(
-            "/tasks/exit",
-            events_pb.TaskExit(
-                container_id=self.id,
-                id=process.exec_id or self.id,
-                pid=process.pid,
-                exit_status=status,
-                exited_at=timestamp(at_ns),
-            ),
-        )
-
-    async def _init_ending(self, status: int) -> None:
-        """The init is gone, and with it its PID namespace: its execs' ends are told before its own."""
-        ends = [asyncio.ensure_future(one.ended.wait()) for one in self.execs.values() if one.alive]
-        if ends:
-            await asyncio.wait(ends, timeout=EXECS_END_S)
-            for end in ends:
-                end.cancel()
-        if status == KILLED and not (self._oom.is_set() or self._kill_requested or self.sandbox.is_lost):
-            # The notice and the exit travel side by side; give the notice a moment.
-            try:
-                await asyncio.wait_for(self._oom.wait(), OOM_NOTICE_S)
-            except TimeoutError:
-                pass
-        self.init.oom_killed = self._oom.is_set()
+    # ---- what else one can do to it ----
 
     def out_of_memory(self) -> None:
         """The guest's kernel killed something of this container for want of memory."""
-        self._oom.set()
-        if spec.is_crios(self.config):
-            self._write_crio_oom_file()
-        self.sandbox.publish("/tasks/oom", events_pb.TaskOOM(container_id=self.id))
-
-    def _write_crio_oom_file(self) -> None:
-        """CRI-O hears no events: it looks for an empty file of this name when the container has ended."""
-        try:
-            os.close(
-                os.open(os.path.join(self.bundle, "oom"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            )
-        except OSError as error:
-            self.sandbox.log(f"container {self.id}: CRI-O is not told of the OOM kill: {error.strerror}")
-
-    # ---- what else one can do to it ----
+        self._ends.out_of_memory(self.bundle if spec.is_crios(self.config) else "")
 
     async def kill(self, exec_id: str, signal: int, everything: bool) -> None:
-        """Send a signal.
-
-        Args:
-            exec_id: Empty for the init.
-            signal: 1 to 64.
-            everything: To every process of the container; SIGKILL to the init is that anyway.
+        """Send a signal to the init (empty *exec_id*) or an exec; see `Killer.kill`.
 
         Raises:
-            NotFoundError: ``process already finished``, or no such process.
-            AgentTimeoutError: The guest has not answered, which is never said of SIGKILL to the init. Clients of
-                other clients are not: they would give up what they wait for, and the signal may yet arrive.
-            KataError: The guest refused.
+            NotFoundError: No such process, or ``process already finished``.
+            KataError: As by `Killer.kill`.
         """
-        if not 1 <= signal <= 64:
-            raise UsageError(f"{signal} is not a signal", "1 to 64; see signal(7)")
-        process = self.process(exec_id)
-        process.require_killable()
-        agent = await self.sandbox.ready()
-        try:
-            if signal == _SIGKILL and not exec_id:
-                await self._kill_init(agent)
-            else:
-                await self._signal(agent, process, signal, everything=everything and not exec_id)
-        except KataError as error:
-            if error.grpc_code == NotFoundError.grpc_code:
-                raise NotFoundError(f"process already finished: {process.label}") from None
-            raise
-
-    async def _kill_init(self, agent: AgentClient) -> None:
-        self._kill_requested = True
-        began = asyncio.get_running_loop().time()
-        try:
-            await agent.signal(self.id, "", _SIGKILL, KILL_S)
-        except AgentTimeoutError:
-            self._end_machine("its guest did not answer", KILL_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.init.ended.wait(), KILL_S)
-        finally:
-            # Whatever the guest has said: what counts is that it ends.
-            if self.init.watcher is not None and not self.init.reaped.is_set():
-                self.sandbox.create_task(self._see_it_end(agent, began))
-
-    async def _see_it_end(self, agent: AgentClient, began: float) -> None:
-        """See to it that a killed init ends.
-
-        Args:
-            agent: The agent, which has answered to the signal.
-            began: When it was sent, by the loop's clock.
-        """
-        took_s = await self._outlasts(agent, began)
-        if not took_s:
-            return
-        if self.sandbox.has_others(self):
-            # The guest answers, and others of its pod run: they are not ended for one that is stuck in the kernel.
-            self.sandbox.log(
-                f"container {self.id} has not ended {took_s:.0f} s after SIGKILL; its sandbox can be ended"
-            )
-        else:
-            self._end_machine("its guest did not end it", took_s)
-
-    async def _outlasts(self, agent: AgentClient, began: float) -> float:
-        """Whether a killed init outlasts the time that its guest is given.
-
-        Returns:
-            0 if it has ended; otherwise how long it was waited for, in seconds.
-        """
-        loop = asyncio.get_running_loop()
-        counted_s = loop.time() - began
-        pause_s = KILL_S / 8
-        reaped = asyncio.ensure_future(self.init.reaped.wait())
-        try:
-            while True:
-                before, at = watch.cpu_time(self.sandbox.host_pid), loop.time()
-                await asyncio.wait([reaped], timeout=pause_s)
-                answers = not reaped.done() and await self._answers(agent, pause_s)
-                if reaped.done() or self.sandbox.is_lost:
-                    return 0.0
-                if not watch.was_starved(before, watch.cpu_time(self.sandbox.host_pid)):
-                    counted_s += loop.time() - at
-                if counted_s >= (REAP_S if answers else KILL_S) or loop.time() - began >= STARVED_S:
-                    return loop.time() - began
-        finally:
-            reaped.cancel()
-
-    async def _answers(self, agent: AgentClient, timeout_s: float) -> bool:
-        try:
-            await agent.check(timeout_s)
-        except KataError:
-            return False
-        return True
-
-    def _end_machine(self, why: str, waited_s: float) -> None:
-        if not self.sandbox.is_lost:
-            self.sandbox.runtime.fail(
-                f"container {self.id} was to be killed, and {why} within {waited_s:.0f} s:"
-                " its virtual machine was ended"
-            )
-
-    async def _signal(self, agent: AgentClient, process: Process, signal: int, *, everything: bool) -> None:
-        """Have the guest send a signal; once it is late, the signal is left on its way."""
-        if everything:
-            sending = asyncio.ensure_future(self._signal_all(agent, signal))
-        else:
-            sending = asyncio.ensure_future(agent.signal(self.id, process.exec_id, signal, None))
-        client = self.sandbox.client
-        patience_s = client.signal_s
-        done, _ = await asyncio.wait([sending], timeout=patience_s)
-        if done:
-            sending.result()
-            return
-        self.sandbox.create_task(_quietly(sending))
-        late = f"the guest has not taken signal {signal} for {process.label} within {patience_s:g} s"
-        if client.late_signals_fail:
-            raise AgentTimeoutError(
-                late, "SIGKILL ends a container whatever its guest does: kata kill, or kata rm -f"
-            )
-        self.sandbox.log(late)
-
-    async def _signal_all(self, agent: AgentClient, signal: int) -> None:
-        try:
-            await agent.signal_all(self.id, signal, None)
-        except KataError as error:
-            if error.grpc_code != UnsupportedError.grpc_code:
-                raise
-            # Another agent than ours: it knows the processes by their ids only.
-            for one in [one.exec_id for one in self.execs.values() if one.alive]:
-                try:
-                    await agent.signal(self.id, one, signal, None)
-                except KataError:
-                    pass  # it has just ended
-            await agent.signal(self.id, "", signal, None)
+        await self._killer.kill(self.process(exec_id), signal, everything=everything)
 
     async def pause(self) -> None:
         """Freeze every process.
@@ -686,7 +449,7 @@ class Container:
             agent = await self.sandbox.ready()
             await agent.pause(self.id)
             self.init.transition(PAUSED)
-        self.record(status=PAUSED)
+        self.record.write_later(status=PAUSED)
         self.sandbox.publish("/tasks/paused", events_pb.TaskPaused(container_id=self.id))
 
     async def resume(self) -> None:
@@ -701,7 +464,7 @@ class Container:
             agent = await self.sandbox.ready()
             await agent.resume(self.id)
             self.init.transition(RUNNING)
-        self.record(status=RUNNING)
+        self.record.write_later(status=RUNNING)
         self.sandbox.publish("/tasks/resumed", events_pb.TaskResumed(container_id=self.id))
 
     async def resize(self, exec_id: str, rows: int, columns: int) -> None:
@@ -741,7 +504,7 @@ class Container:
         process = self.process(exec_id)
         async with process.lock:
             process.require_deletable()
-            process.transition("deleted")
+            process.transition(DELETED)
             if process.streams is not None:
                 process.streams.close()
             self.execs.pop(exec_id, None)
@@ -752,7 +515,7 @@ class Container:
         """End an init that was created and never started, so that the container can be deleted."""
         if self.has_process and self.init.state == CREATED and not self.init.ended.is_set():
             try:
-                await self.kill("", _SIGKILL, everything=True)
+                await self.kill("", SIGKILL, everything=True)
             except KataError:
                 pass  # it has ended meanwhile, or the machine has
             await self.init.ended.wait()
@@ -787,24 +550,3 @@ class Container:
         for process in (self.init, *self.execs.values()):
             if process.streams is not None:
                 process.streams.close()
-
-    # ---- records ----
-
-    def record(self, **changed: Any) -> None:
-        """Write ``state.json`` without waiting for the disk; the order of writes is kept."""
-        self.sandbox.create_task(self.record_now(**changed))
-
-    async def record_now(self, **changed: Any) -> OSError | None:
-        """Write ``state.json``. What cannot be written is logged, and returned."""
-        try:
-            await self.sandbox.run_blocking(lambda: self.state_file.write(**changed))
-        except OSError as error:
-            self.sandbox.log(f"cannot write the state of container {self.id}: {error}")
-            return error
-        return None
-
-    async def _reserve_record(self) -> None:
-        try:
-            await self.sandbox.run_blocking(self.state_file.reserve)
-        except OSError as error:
-            raise _unrecorded(self.id, error) from error

@@ -217,6 +217,11 @@ class MachineRuntime:
         return self.life.is_lost
 
     @property
+    def lost_reason(self) -> str:
+        """Why there is no machine any more; empty while there is."""
+        return self.life.lost_reason
+
+    @property
     def vm_runs(self) -> bool:
         """Whether the hypervisor's process is there, which ends a moment after a machine was given up."""
         return self.vm is not None and self._exit is None

@@ -11,8 +11,8 @@ import platform
 import time
 
 from kata.engine import pod, stats
-from kata.engine.container import timestamp
 from kata.engine.process import KILLED
+from kata.engine.process_end import timestamp
 from kata.engine.sandbox_service import describe
 from kata.engine.sandbox_state import SandboxState
 from kata.errors import NotFoundError, StateError

@@ -284,7 +284,7 @@ class Sandbox:
 
     def _disk_failed(self, sentence: str) -> None:
         for container in self.containers.values():
-            container.record(disk_error=sentence)
+            container.record.write_later(disk_error=sentence)
 
     # ---- the end ----
 

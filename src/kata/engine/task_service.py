@@ -13,9 +13,10 @@ import os
 
 from kata import __version__
 from kata.engine import stats
-from kata.engine.container import KILL_S, timestamp
+from kata.engine.container_kill import KILL_S
 from kata.engine.launch import check_id
 from kata.engine.process import CREATED, DELETED, TASK_STATUS
+from kata.engine.process_end import timestamp
 from kata.engine.spec import refuse_foreign
 from kata.engine.stdio import parse_stdio
 from kata.errors import ConfigError, NotFoundError, UnsupportedError
