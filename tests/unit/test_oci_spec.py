@@ -103,6 +103,34 @@ def test_a_deeper_mount_comes_later_and_a_given_one_replaces_the_default() -> No
     assert destinations.count("/dev/shm") == 1
 
 
+@pytest.mark.parametrize(
+    ("systemd", "command", "ready"),
+    [
+        ("true", "/sbin/init", True),
+        ("true", "/usr/lib/systemd/systemd", True),
+        ("true", "/opt/init", False),
+        ("true", "/bin/sh", False),
+        ("false", "/sbin/init", False),
+        ("always", "/bin/sh", True),
+    ],
+)
+def test_what_systemd_needs(systemd: str, command: str, ready: bool) -> None:
+    asked = request()
+    asked.command, asked.systemd = [command], systemd
+    asked.tmpfs = [("/run/lock", ["size=1m"])]
+    made = build(asked, {})
+    mounts = {mount["destination"]: mount["options"] for mount in made["mounts"]}
+    assert ("rw" in mounts["/sys/fs/cgroup"]) is ready
+    assert "ro" in mounts["/sys"]
+    assert {"/run", "/tmp"} <= set(mounts) or not ready
+    assert "size=1m" in mounts["/run/lock"]
+    assert ("container=kata" in made["process"]["env"]) is ready
+    asked.env = ["container=mine"]
+    assert [
+        item for item in build(asked, {})["process"]["env"] if item.startswith("container=")
+    ] == asked.env
+
+
 def test_capabilities_add_and_drop() -> None:
     assert "CAP_NET_ADMIN" in capabilities.resolve(["net_admin"], [])
     assert capabilities.resolve(["CAP_CHOWN"], ["ALL"]) == ["CAP_CHOWN"]

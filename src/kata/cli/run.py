@@ -70,6 +70,9 @@ _OPTIONS = [
     ),
     Option("--pull", "missing|always|never", "when to fetch the image (missing)"),
     Option("--stop-signal", "SIGNAL", "what 'kata stop' sends first; the image's choice, else SIGTERM"),
+    Option(
+        "--systemd", "true|false|always", "make it ready for systemd: if that is its command (true), or not"
+    ),
     Option("--rm", "", "remove the container when it has ended"),
 ]
 
@@ -159,6 +162,7 @@ def make_container(
             image_volumes = []
             choice.fill(request)
             spec = oci.build(request, image.config)
+        default_stop = oci.SYSTEMD_STOP if oci.runs_systemd(request, spec["process"]["args"]) else "SIGTERM"
         volumes = [(volume_file(number), volume) for number, volume in enumerate(choice.disk_volumes)]
         record: dict[str, Any] = {
             "id": pending.id,
@@ -186,7 +190,7 @@ def make_container(
             "auto_remove": auto_remove,
             "made_to_run": made_to_run,
             "image_volumes": image_volumes,
-            "stop_signal": choice.stop_signal or image.config.get("StopSignal") or "SIGTERM",
+            "stop_signal": choice.stop_signal or image.config.get("StopSignal") or default_stop,
             "labels": image.config.get("Labels") or {},
             "log": {"max_bytes": _LOG_BYTES, "files": _LOG_FILES},
         }
@@ -288,6 +292,7 @@ class _Choice:
             raise UsageError(
                 f"--storage-size {storage_size!r} is too small for a file system", "at least 16m"
             )
+        self._systemd = self._one_of(a, "systemd", ("true", "false", "always"))
         stop_signal = a.value("stop_signal")
         self.stop_signal = None if stop_signal is None else _signal_name(stop_signal)
         self._env = values.environment(a.many("env"), a.many("env_file"))
@@ -335,6 +340,7 @@ class _Choice:
         request.user = a.value("user") or ""
         request.terminal = self.tty
         request.read_only, request.privileged = a.flag("read_only"), a.flag("privileged")
+        request.systemd = self._systemd
         request.cap_add, request.cap_drop = a.many("cap_add"), a.many("cap_drop")
         request.cpus, request.memory, request.pids_limit = self.cpus, self.memory, self.pids
         request.tmpfs = self._tmpfs

@@ -35,6 +35,17 @@ MASKED_PATHS = (
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
+SYSTEMD = ("/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init")
+"""Names of an init, besides any program called ``systemd``: what Podman takes for systemd as well."""
+SYSTEMD_MOUNTS = (
+    ("/run", ["nosuid", "nodev", "mode=755"]),
+    ("/run/lock", ["nosuid", "nodev", "noexec", "mode=1777"]),
+    ("/tmp", ["nosuid", "nodev", "mode=1777"]),
+)
+"""File systems in memory that systemd wants to find, since it may not mount them itself."""
+SYSTEMD_STOP = "SIGRTMIN+3"
+"""The signal that has systemd shut down; SIGTERM has it execute itself anew."""
+
 CPU_PERIOD = 100_000
 """Microseconds; the kernel's default and Docker's."""
 
@@ -42,7 +53,8 @@ CPU_PERIOD = 100_000
 class Request:
     """What a person asked of a container, beyond its image.
 
-    Every field is optional but `hostname`; sizes are bytes, `cpus` is a number of CPUs.
+    Every field is optional but `hostname`; sizes are bytes, `cpus` is a number of CPUs, `systemd` is ``always``,
+    ``false`` or ``true`` (if that is what the command is, see `runs_systemd`).
     """
 
     __slots__ = (
@@ -57,6 +69,7 @@ class Request:
         "pids_limit",
         "privileged",
         "read_only",
+        "systemd",
         "terminal",
         "tmpfs",
         "user",
@@ -73,6 +86,7 @@ class Request:
         self.user = ""
         self.terminal = False
         self.read_only = False
+        self.systemd = "false"
         self.privileged = False
         self.cap_add: list[str] = []
         self.cap_drop: list[str] = []
@@ -104,6 +118,18 @@ def command_line(entrypoint: list[str] | None, command: list[str], image: dict[s
     return argv
 
 
+def runs_systemd(request: Request, argv: list[str]) -> bool:
+    """Whether a container is made ready for systemd as its first process.
+
+    Args:
+        request: What was asked for.
+        argv: Its command.
+    """
+    if request.systemd == "true":
+        return argv[0] in SYSTEMD or argv[0].rpartition("/")[2] == "systemd"
+    return request.systemd == "always"
+
+
 def environment(asked: list[str], image: dict[str, Any], *, hostname: str, terminal: bool) -> list[str]:
     """Merge the environment: defaults, then the image's, then *asked*; the last of a name wins.
 
@@ -119,8 +145,10 @@ def environment(asked: list[str], image: dict[str, Any], *, hostname: str, termi
     return [f"{key}={value}" for key, value in merged.items()]
 
 
-def _mounts(request: Request) -> list[dict[str, Any]]:
+def _mounts(request: Request, systemd: bool) -> list[dict[str, Any]]:
     kernel_access = "rw" if request.privileged else "ro"
+    # Its own part of the guest's cgroups, of which it cannot change the limits (nsdelegate).
+    cgroup_access = "rw" if request.privileged or systemd else "ro"
     strict = ["nosuid", "noexec", "nodev"]
     table: list[tuple[str, str, str, list[str]]] = [
         ("/proc", "proc", "proc", strict),
@@ -132,7 +160,7 @@ def _mounts(request: Request) -> list[dict[str, Any]]:
             ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         ),
         ("/sys", "sysfs", "sysfs", [*strict, kernel_access]),
-        ("/sys/fs/cgroup", "cgroup", "cgroup", [*strict, "relatime", kernel_access]),
+        ("/sys/fs/cgroup", "cgroup", "cgroup", [*strict, "relatime", cgroup_access]),
         ("/dev/mqueue", "mqueue", "mqueue", strict),
         ("/dev/shm", "tmpfs", "shm", [*strict, "mode=1777", "size=67108864"]),
     ]
@@ -145,6 +173,12 @@ def _mounts(request: Request) -> list[dict[str, Any]]:
         mounts.append({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": chosen})
     for source, destination, options in request.volumes:
         mounts.append({"destination": destination, "type": "bind", "source": source, "options": options})
+    given = {mount["destination"] for mount in mounts}
+    for destination, options in SYSTEMD_MOUNTS if systemd else ():
+        if destination not in given:
+            mounts.append(
+                {"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": list(options)}
+            )
     # A deeper mount must come after the one it lies in, whatever order the person gave them in.
     fixed, asked = mounts[: len(table)], mounts[len(table) :]
     asked.sort(key=lambda mount: mount["destination"].rstrip("/").count("/"))
@@ -195,6 +229,11 @@ def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: No command, or an unknown capability.
     """
+    argv = command_line(request.entrypoint, request.command, image)
+    systemd = runs_systemd(request, argv)
+    env = environment(request.env, image, hostname=request.hostname, terminal=request.terminal)
+    if systemd and not any(item.startswith("container=") for item in env):
+        env.append("container=kata")  # by which it knows that it is in one
     granted = caps.resolve(request.cap_add, request.cap_drop, privileged=request.privileged)
     user = request.user or image.get("User") or ""
     linux: dict[str, Any] = {
@@ -209,8 +248,8 @@ def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
     process: dict[str, Any] = {
         "terminal": request.terminal,
         "user": {"uid": 0, "gid": 0, **({"username": user} if user else {})},
-        "args": command_line(request.entrypoint, request.command, image),
-        "env": environment(request.env, image, hostname=request.hostname, terminal=request.terminal),
+        "args": argv,
+        "env": env,
         "cwd": request.workdir or image.get("WorkingDir") or "/",
         "capabilities": capability_sets(granted, user),
         "oomScoreAdj": 0,
@@ -220,6 +259,6 @@ def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
         "process": process,
         "root": {"path": "rootfs", "readonly": request.read_only},
         "hostname": request.hostname,
-        "mounts": _mounts(request),
+        "mounts": _mounts(request, systemd),
         "linux": linux,
     }
