@@ -1,4 +1,4 @@
-//! The agent's one loop: events of the kernel's and requests of the host's, each handed to what it is about.
+//! The agent's one loop: takes the kernel's events and the host's requests and hands each to the part that it concerns.
 
 use crate::cmdline::Settings;
 use crate::connections::{Attachment, Target};
@@ -15,22 +15,22 @@ use crate::state::State;
 use crate::sys::{self, Fd};
 use crate::{dispatch, fs, lifecycle, log, process_events, rt};
 
-/// Idle for so long (up to twice that), the loop gives kept memory back.
+/// After this much idle time (up to twice as much) the loop returns spare memory to the kernel.
 const TRIM_AFTER_NS: u64 = 200_000_000;
 
-/// So often connections are looked at before other events have their turn.
+/// How many rounds over the connections are made before other events are handled.
 const PUMP_ROUNDS: u32 = 8;
 
 pub struct Agent {
     pub state: State,
     signals: Fd,
-    /// Runs from the first event after a trim to the next trim. A descriptor, because a time limit of the wait itself
-    /// would set and unset the machine's timer with every call.
+    /// Runs from the first event after a trim until the next trim. It is a timer descriptor because a timeout of
+    /// epoll_wait would program the machine's timer with every call.
     idle_timer: Fd,
     idle_timer_runs: bool,
     /// Something has happened since the timer was set.
     active: bool,
-    /// The last round has left things to do: the next wait is none.
+    /// The last round has left work to do: the next wait returns at once.
     backlog: bool,
     stopping: bool,
 }
@@ -38,7 +38,7 @@ pub struct Agent {
 impl Agent {
     pub fn new(settings: Settings) -> Result<Agent> {
         let state = State::new(settings)?;
-        // Writing to a pipe whose reader is gone is an error, not an end.
+        // Writing to a pipe without a reader returns an error instead of killing the agent.
         sys::ignore_signal(libc::SIGPIPE);
         let watched = sys::signal_set(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT]);
         sys::set_signal_mask(watched).context("block signals")?;
@@ -160,14 +160,14 @@ impl Agent {
         }
     }
 
-    /// Handles the requests that are there and writes the answers that are taken.
+    /// Handles the requests that have arrived and writes as many answers as the connections accept.
     fn pump(&mut self) {
-        // A container that writes without end to a host that reads as fast must not keep the loop here.
+        // Bounded: a container that writes without end, to a host that reads as fast, must not hold up other events.
         for _ in 0..PUMP_ROUNDS {
             for id in self.state.io.ids() {
                 self.pump_conn(id);
             }
-            // Room on a connection lets the output of containers flow again, which then has to be written.
+            // Once a connection has room, output that was held back flows again and has to be written.
             let flows = self.state.processes.serve_stalled(&mut self.state.io, &mut self.state.containers);
             if !flows && !self.state.io.can_write() {
                 self.backlog = false;
@@ -190,7 +190,7 @@ impl Agent {
             }
             match conn.next_call() {
                 Ok(Some(call)) => self.on_call(id, call),
-                // A frame that is no request was answered on the way.
+                // A frame that was not a request has been answered by next_call.
                 Ok(None) if conn.can_write() => {}
                 Ok(None) => return,
                 Err(_) => return self.on_connection_end(id),
@@ -230,7 +230,7 @@ impl Agent {
         };
         match outcome {
             Ok(Some(payload)) => state.io.answer(id, Ok(payload)),
-            // Only now: asking the clock costs a call that is answered at once more than its answer.
+            // Set only now: for a call that is answered at once, reading the clock would cost more than the answer.
             Ok(None) if patience_ns > 0 => {
                 state.io.calls.set_deadline(id, sys::monotonic_ns().saturating_add(patience_ns));
             }
@@ -242,7 +242,7 @@ impl Agent {
         }
     }
 
-    /// A data frame of the host's. One whose call is over has crossed its end on the way.
+    /// A data frame from the host. If its call is over, the frame was sent before the host saw the end; it is dropped.
     fn on_data(&mut self, conn: u32, frame: Call, last: bool) {
         let State { io, processes, containers, sockets, .. } = &mut self.state;
         let Some(Attachment { call, to }) = io.attachment(conn, frame.stream) else { return };
@@ -270,7 +270,8 @@ impl Agent {
         }
     }
 
-    /// The end of an agent that is no machine's init: its containers and its socket's name would stay behind.
+    /// Cleans up after an agent that runs as an ordinary process: its containers and its socket's file would stay
+    /// behind.
     pub fn end_as_process(&mut self) {
         self.state.processes.all().for_each(Process::kill);
         if let Address::Unix(path) = &self.state.settings.address {

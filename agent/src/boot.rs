@@ -28,20 +28,20 @@ const LINKS: &[(&str, &str)] = &[
     ("/run", "/var/run"),
 ];
 
-/// What a host's init system would raise, for PID 1 and so for every process that is not given its own: (resource, soft,
-/// hard). The files are systemd's soft and the kernel's hard limit; the kernel sizes the others by the guest's memory, which
-/// is no larger than its containers need.
+/// Limits that an init system raises on a host. PID 1 sets them, and every process without limits of its own inherits
+/// them: (resource, soft, hard). The number of files is systemd's soft and the kernel's hard limit. The kernel derives
+/// the others from the guest's memory, which is only as large as its containers need.
 const LIMITS: &[(u32, u64, u64)] = &[
     (libc::RLIMIT_NOFILE, 1024, 1 << 20),
     (libc::RLIMIT_NPROC, libc::RLIM_INFINITY, libc::RLIM_INFINITY),
     (libc::RLIMIT_SIGPENDING, 1 << 17, 1 << 17),
 ];
 
-/// What a host has by its size, or by its administrator's or init system's hand. A machine is as small as its
-/// containers' limits, which bound them anyway.
+/// Kernel parameters that are higher on a host because it is larger, or because its init system sets them. In a guest
+/// they need not bound anything: the containers' limits do.
 const SYSCTLS: &[(&str, &str)] = &[
-    // A mapping larger than the machine is refused otherwise; what is touched counts, by the container's limit. The
-    // kubelet sets it on its nodes, too.
+    // Without it a mapping larger than the machine is refused; only touched pages count against the container's limit.
+    // The kubelet sets it on its nodes, too.
     ("vm/overcommit_memory", "1"),
     ("vm/max_map_count", "1048576"), // Elasticsearch asks for 262144; distributions' default since 2024
     ("kernel/pid_max", "4194304"),   // systemd: the kernel's largest
@@ -55,10 +55,11 @@ const SYSCTLS: &[(&str, &str)] = &[
 /// Module list of the initrd: one path of a `.ko` a line, in the order of loading, parameters behind it.
 const MODULES: &str = "/etc/modules";
 
-/// What archives behind the initrd have brought: it stays where it is, as a bind mount in the new root.
+/// Where archives appended to the initrd are unpacked (extensions). They stay in place and are bind-mounted into the
+/// new root.
 const EXTENSIONS: &str = "/ext";
 
-/// Sets the guest up; what is wrong in a way that leaves a usable guest is logged.
+/// Sets the guest up. A failure that leaves the guest usable is only logged.
 pub fn init() -> Settings {
     let left = leave_rootfs();
     for (kind, target, flags, data) in MOUNTS {
@@ -133,7 +134,7 @@ fn leave_rootfs() -> Result<()> {
     sys::chdir("/").context("chdir /")
 }
 
-/// What an initrd for debugging has in /debug (a static shell as `sh`) stays, in /bin.
+/// Copies what an initrd for debugging has in /debug (a static shell as `sh`) to /bin of the new root.
 fn keep_debug_tools() {
     let Ok(names) = fs::names("/debug") else { return };
     let _ = fs::mkdir("/newroot/bin", 0o755);
@@ -176,7 +177,8 @@ fn load_modules() {
     }
 }
 
-/// The console becomes the log; the standard descriptors must exist, else the next file opened would be one of them.
+/// The console becomes the log. The standard descriptors must exist; otherwise the next file to be opened would become
+/// one of them.
 fn open_console() {
     let null = loop {
         match sys::open("/dev/null", libc::O_RDWR, 0) {
@@ -198,7 +200,7 @@ fn open_console() {
     }
 }
 
-/// The end of the machine, or of the process that only plays one.
+/// Powers the machine off, or ends the process where the agent is not PID 1.
 pub fn power_off() -> ! {
     sys::sync();
     if sys::getpid() == 1 {

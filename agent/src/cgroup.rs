@@ -16,14 +16,14 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 /// The parent of all containers' groups.
 const CONTAINERS: &str = "/sys/fs/cgroup/kata";
 
-/// The group that a process is in, open; nothing if it has ended, or its group has.
+/// The control group of a process, opened; `None` if the process or its group no longer exists.
 pub fn of_process(pid: Pid) -> Option<Fd> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
     sys::open(format!("{ROOT}{path}"), libc::O_RDONLY | libc::O_DIRECTORY, 0).ok()
 }
 
-/// Until all processes of a group have stopped, or are gone: far more than the kernel needs.
+/// How long to wait until all processes of a group have stopped or ended; far more than the kernel needs.
 const PATIENCE_MS: u64 = 10_000;
 
 /// Mounts the hierarchy if it is not there yet and gives every controller to the groups below the root.
@@ -273,8 +273,8 @@ fn delegate(path: &str) -> Result<()> {
     if all.is_empty() || fs::write_existing(&control, &all.join(" ")).is_ok() {
         return Ok(());
     }
-    // All or nothing in one write: one controller that cannot be had (cpu, while a real-time process runs) must not
-    // take the others along. What is missing in the end is named when a limit asks for it.
+    // All or nothing in one write: so they are enabled one by one. A controller that is not available (cpu, while a
+    // real-time process runs) must not cost the others; a limit that needs a missing one fails by name.
     for controller in &all {
         let _ = fs::write_existing(&control, controller);
     }

@@ -1,7 +1,7 @@
 //! Resource limits of the OCI runtime spec, which speaks cgroup v1, written to cgroup v2 files as runc does it.
 //!
-//! The messages cannot say "absent" for a number, so 0 is that; -1 is "no limit". What v2 has no equivalent for is
-//! refused by name instead of being dropped.
+//! The messages cannot tell an absent number from 0, so 0 means absent; -1 means no limit. Settings without an
+//! equivalent in v2 are refused by name instead of being dropped.
 
 use crate::fs;
 use crate::prelude::*;
@@ -21,14 +21,14 @@ struct Setting {
     value: String,
     /// The field of the spec, for error texts.
     field: &'static str,
-    /// The file may be missing: then the limit holds anyway.
+    /// The file may be missing: then the limit is in force without it.
     optional: bool,
 }
 
 /// Reads a file of the group; `None` where it does not exist.
 type Reader<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// What a change of limits has overwritten.
+/// What a change of limits has overwritten, to restore it when a later step fails.
 #[derive(Debug, Default)]
 pub struct Undo {
     /// Files and what to write into them, in the order in which they were changed.
@@ -36,7 +36,7 @@ pub struct Undo {
 }
 
 impl Undo {
-    /// Puts back what was there; a file that does not take it is left alone.
+    /// Restores the former values; errors are ignored.
     pub fn restore(self) {
         for (file, value) in self.written.into_iter().rev() {
             let _ = fs::write_existing(file, &value);
@@ -44,8 +44,8 @@ impl Undo {
     }
 }
 
-/// Writes the limits of `resources` to the group at `path`: all of them, or on an error none. Its devices and network
-/// parts are not looked at, except that network classes and priorities, which v2 does not have, are refused.
+/// Writes the limits of `resources` to the group at `path`: all of them, or none on an error. The devices are not its
+/// business; network classes and priorities, which v2 lacks, are refused.
 pub fn apply(path: &str, resources: &LinuxResources) -> Result<Undo> {
     let read = |file: &str| fs::read_to_string(format!("{path}/{file}")).ok();
     let mut undo = Undo::default();
@@ -80,15 +80,15 @@ fn write(path: &str, setting: &Setting) -> Result<()> {
     }
 }
 
-/// Has the kernel take back what the group can do without, so that a lower limit fits. One that does not fit is
-/// refused: cgroup v2 would take it, and kill processes until it is true.
+/// Has the kernel reclaim memory of the group so that a lower limit fits. A limit that still does not fit is refused:
+/// cgroup v2 would accept it and kill processes until they fit.
 fn make_room(path: &str, limit: &str) -> Result<()> {
     let used = || fs::read_to_string(format!("{path}/memory.current")).ok()?.trim().parse::<u64>().ok();
     let fits = |limit| used().is_none_or(|used| used <= limit);
     let Ok(limit) = limit.parse::<u64>() else { return Ok(()) };
     let high = format!("{path}/memory.high");
     let Some(before) = fs::read_to_string(&high).ok().filter(|_| !fits(limit)) else { return Ok(()) };
-    // Writing this limit takes back at once what can be taken, and kills nothing.
+    // Writing memory.high reclaims at once what can be reclaimed, and kills nothing.
     let _ = fs::write_existing(&high, &limit.to_string());
     let fits = fits(limit);
     let _ = fs::write_existing(&high, before.trim());
@@ -102,11 +102,11 @@ fn make_room(path: &str, limit: &str) -> Result<()> {
     )))
 }
 
-/// What to write so that a file says again what it says now (`text`).
+/// The value to write to restore a file's present content (`text`).
 fn undoing(setting: &Setting, text: &str) -> String {
     let device = setting.value.split(' ').next().filter(|word| word.contains(':'));
     let Some(device) = device else {
-        // Of those with a line for each device, the first is the one for all others.
+        // In files with one line per device, the first line is the default.
         return text.lines().next().unwrap_or_default().trim().to_string();
     };
     let line = text.lines().find(|line| line.split(' ').next() == Some(device));
@@ -219,7 +219,7 @@ impl Plan<'_> {
         if io.leaf_weight != 0 || io.weight_device.iter().any(|device| device.leaf_weight != 0) {
             return Err(unsupported("blockIO.leafWeight"));
         }
-        // The BFQ scheduler takes the spec's scale of 10 to 1000, the cost model has one of 1 to 10000.
+        // The BFQ scheduler has the spec's scale, 10 to 1000; the cost model's is 1 to 10000.
         let bfq = self.has("io.bfq.weight");
         let (file, scale): (_, fn(u32) -> u32) =
             if bfq { ("io.bfq.weight", |weight| weight) } else { ("io.weight", io_weight) };
@@ -253,7 +253,7 @@ impl Plan<'_> {
             if limit.pagesize.is_empty() || limit.pagesize.contains(['/', '.']) {
                 return Err(Error::invalid(format!("linux.resources.hugepageLimits: page size {:?}", limit.pagesize)));
             }
-            // Nothing may be used, and without the controller (or that size) nothing can be.
+            // A limit of 0 holds by itself: without the controller (or that page size) no huge page can be used.
             let optional = limit.limit == 0;
             for (suffix, optional) in [("max", optional), ("rsvd.max", true)] {
                 let file = format!("hugetlb.{}.{suffix}", limit.pagesize);
@@ -308,12 +308,12 @@ fn cpu_weight(shares: u64) -> u64 {
     }
     let l = log2(shares);
     let exponent = (l * l + 125.0 * l) / 612.0 - 7.0 / 34.0;
-    // Rounding up must not turn a whole number that is missed by the last bit into the next one.
+    // Rounding up must not go to the next number when the result is a whole number but for the last bit.
     let weight = power_of_ten(exponent) - 1e-9;
     weight as u64 + 1
 }
 
-/// The binary logarithm, digit by digit: there is no mathematics library in this program.
+/// The binary logarithm, digit by digit: the program has no mathematics library.
 fn log2(value: u64) -> f64 {
     let whole = value.ilog2();
     let mut mantissa = value as f64 / (1u64 << whole) as f64;

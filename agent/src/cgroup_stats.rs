@@ -74,7 +74,7 @@ fn total_memory() -> u64 {
     kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
 }
 
-/// A group without a limit has that of the machine: clients write this number beside the usage.
+/// The limit of a group without one is the machine's memory: clients print this number beside the usage.
 fn memory(read: Reader, total: u64) -> Option<MemoryStats> {
     let usage = number(&read("memory.current")?);
     let stat = read("memory.stat").unwrap_or_default();
@@ -84,7 +84,7 @@ fn memory(read: Reader, total: u64) -> Option<MemoryStats> {
         cache: value_of(&stat, "file").unwrap_or(0),
         usage: Some(Box::new(MemoryData {
             usage,
-            // Linux 5.19; without it the present usage is the best that is known.
+            // Since Linux 5.19; without it the present usage is the closest value.
             max_usage: value("memory.peak").max(usage),
             failcnt: event("memory.events", "max"),
             limit: value("memory.max").min(total),

@@ -10,9 +10,9 @@ pub struct Settings {
     pub level: Level,
     /// Size of the pipes of a container's streams in bytes; 0 = the agent's default.
     pub pipe_size: u32,
-    /// Whether whoever speaks to the agent may have a shell of the guest.
+    /// Whether clients of the agent may open a shell in the guest.
     pub debug_console: bool,
-    /// Where such a shell can be had besides, and the log.
+    /// Further listeners for that shell, and for the log.
     pub console_address: Option<Address>,
     pub log_address: Option<Address>,
 }
@@ -30,7 +30,7 @@ impl Default for Settings {
     }
 }
 
-/// Parameters of the original's agent for what this one does not have: pulling images in the guest, confidential
+/// Parameters of the original agent for features that this one lacks: pulling images in the guest, confidential
 /// computing, tracing, streams by passed descriptors, a configuration file.
 const UNSUPPORTED: &[&str] = &[
     "cdh_api_timeout",
@@ -54,8 +54,8 @@ const UNSUPPORTED: &[&str] = &[
     "visible_cdi_devices",
 ];
 
-/// Reads `agent.*` parameters; what is unknown or wrong is returned as sentences for the log, never fatal: a guest
-/// that does not boot for a typing error helps nobody.
+/// Reads `agent.*` parameters; unknown and invalid ones are returned as sentences for the log. They are not fatal: a
+/// typing error must not keep a guest from booting.
 pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
     let mut settings = Settings::default();
     let mut complaints = vec![];
@@ -98,7 +98,7 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
                 }
                 Err(_) => Err("is not a number of bytes".to_string()),
             },
-            // Read by whoever waits for a device (`guest::hotplug_timeout_ms`).
+            // Read where a device is waited for (`uevent::hotplug_timeout_ms`).
             "hotplug_timeout" => value.parse::<u64>().map(drop).map_err(|_| "is not a number of seconds".to_string()),
             _ if UNSUPPORTED.contains(&name) || name.starts_with("mem_agent_") => {
                 Err("is not supported by this agent".to_string())

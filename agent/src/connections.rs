@@ -101,7 +101,7 @@ impl Connections {
     }
 
     /// A connection has ended: its calls are over. Returns the processes whose streams had a streaming call on it. A
-    /// port stays, for the next one who opens it.
+    /// port stays for the next client that opens it.
     pub fn end(&mut self, id: u32) -> Vec<Key> {
         self.calls.forget_connection(id);
         let process = |attachment: &Attachment| match attachment.to {
@@ -155,7 +155,8 @@ impl Connections {
         self.conns.get_mut(&id).and_then(Conn::pipe)
     }
 
-    /// When something has to be done although nothing happens (CLOCK_MONOTONIC nanoseconds); `u64::MAX` = never.
+    /// The earliest time (CLOCK_MONOTONIC nanoseconds) at which a call expires or a port has to be read again;
+    /// `u64::MAX` = never.
     pub fn deadline(&self) -> u64 {
         let opening = self.conns.values().map(Conn::deadline).min().unwrap_or(u64::MAX);
         self.calls.next_deadline().min(opening)

@@ -60,11 +60,11 @@ pub struct Container {
     init_exec_id: Box<str>,
     /// Further processes by their exec id.
     pub execs: BTreeMap<String, Key>,
-    /// Those that are over with all their output read: what is left to tell is the exit code.
+    /// Exit codes of processes that have ended and whose output has been read, by exec id.
     pub finished: VecDeque<(Box<str>, u8)>,
     pub cgroup: Option<Cgroup>,
     pub namespaces: Namespaces,
-    /// For processes that come later.
+    /// The seccomp filter for further processes.
     pub filter: Option<Filter>,
     /// The root directory in the agent's view.
     pub root: String,
@@ -73,11 +73,11 @@ pub struct Container {
     pub mounted: usize,
     /// Storages that are copies, which have to be kept up to date.
     pub watched: Vec<Watched>,
-    /// What Kubernetes calls it, for others that share its mounts.
+    /// Its name in Kubernetes, by which other containers that share its mounts refer to it.
     pub name: Option<Box<str>>,
-    /// Where it writes why it has ended: a path of the agent's, or one inside its root.
+    /// Kubernetes' termination log: a path in the guest, or one inside the container's root.
     pub termination_log: Option<TerminationLog>,
-    /// The call that waits for the removal, and what to tell it instead of success.
+    /// The call that waits for the removal, and the error to answer it with instead of success.
     pub remover: Option<CallId>,
     pub failure: Option<Error>,
     /// OOM kills that have been reported.
@@ -93,9 +93,9 @@ pub enum TerminationLog {
     Inside(String),
 }
 
-/// Annotation with the path of the file in which a container may leave its last words (Kubernetes).
+/// Annotation of Kubernetes: the path of the container's termination log.
 pub const TERMINATION_LOG: &str = "io.kubernetes.container.terminationMessagePath";
-/// What the kubelet reads of it.
+/// How much of it the kubelet reads.
 const MAX_TERMINATION_LOG: usize = 4096;
 
 impl TerminationLog {
@@ -194,7 +194,7 @@ impl Container {
     }
 }
 
-/// Exit codes that are remembered per container: a probe every few seconds must not fill the guest in a year.
+/// The most exit codes kept per container: a probe every few seconds must not fill the guest's memory within a year.
 const MAX_FINISHED: usize = 1024;
 
 /// Names of containers become directory and cgroup names.

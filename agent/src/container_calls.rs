@@ -12,8 +12,8 @@ use crate::runtime;
 use crate::server::calls::CallId;
 use crate::sys::{self, Fd, Pid};
 
-/// Every process of the container, as the guest numbers them; of one without a control group, those that the agent
-/// has started.
+/// The pids (in the guest) of all processes of a container. Without a control group, only those that the agent has
+/// started are known.
 pub fn pids_of(containers: &Containers, processes: &Processes, id: &str) -> Result<Vec<Pid>> {
     match &containers.get(id)?.cgroup {
         Some(cgroup) => cgroup.pids(),
@@ -21,7 +21,7 @@ pub fn pids_of(containers: &Containers, processes: &Processes, id: &str) -> Resu
     }
 }
 
-/// The container's root directory as its processes see it; of one that has none, as the agent does.
+/// The container's root directory as its processes see it; if it has no process, as the agent sees it.
 pub fn open_root(containers: &Containers, processes: &Processes, id: &str) -> Result<Fd> {
     let container = containers.get(id)?;
     let flags = libc::O_PATH | libc::O_DIRECTORY;
@@ -33,7 +33,7 @@ pub fn open_root(containers: &Containers, processes: &Processes, id: &str) -> Re
     sys::open(&container.root, flags, 0).with_context(|| format!("open the root of container {id}"))
 }
 
-/// A signal to every process of the container, whoever started it.
+/// Signals every process of the container, including those started by its own processes.
 pub fn signal_all(containers: &Containers, processes: &Processes, id: &str, signal: u32) -> Result<()> {
     let signal = signal_number(signal)?;
     let pids = pids_of(containers, processes, id)?;

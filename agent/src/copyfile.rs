@@ -1,7 +1,7 @@
 //! CopyFile: the host hands files over in pieces, for volumes of sandboxes without a shared directory.
 //!
-//! They land below one directory only. Paths are walked step by step without following any symbolic link: what an
-//! earlier copy has put there must not lead a later one astray.
+//! They land below one directory only. Paths are walked step by step without following any symbolic link: a link made
+//! by an earlier copy must not redirect a later one.
 
 use crate::files::{failed, pwrite_all};
 use crate::fs;
@@ -102,7 +102,7 @@ fn link(parent: RawFd, name: &str, request: &CopyFileRequest) -> SysResult<()> {
 fn piece(parent: RawFd, name: &str, request: &CopyFileRequest) -> SysResult<()> {
     let temporary = temporary(name);
     let first = if request.offset == 0 { libc::O_TRUNC } else { 0 };
-    // O_NONBLOCK: somebody else's fifo of that name must not hold us.
+    // O_NONBLOCK: opening a fifo of that name must not block.
     let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_NONBLOCK | first;
     let file = sys::openat2(parent, &temporary, flags, 0o600, RESOLVE)?;
     if sys::fstat(file.raw())?.st_mode & libc::S_IFMT != libc::S_IFREG {

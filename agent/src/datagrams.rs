@@ -1,8 +1,8 @@
 //! Datagrams that are carried to the host, and their answers.
 //!
-//! Each is known by a number until the host has answered it, or has said that there is no answer: the agent keeps where
-//! the answer goes, and counts no time. The host says how many may wait; meanwhile further ones stay in the kernel's
-//! queue, which is as long as any program's.
+//! The agent numbers each datagram and keeps its sender until the host has answered it or reported that there is no
+//! answer; it has no timeout of its own. The host limits how many may wait for an answer. Further ones stay in the
+//! kernel's receive queue.
 
 use crate::connections::Connections;
 use crate::internet::{Address4, Loopback};
@@ -12,9 +12,9 @@ use crate::server::calls::CallId;
 use crate::server::frame;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult};
 
-/// The longest that is carried.
+/// The longest datagram that is forwarded; longer ones are dropped.
 const MAX_LENGTH: usize = 4096;
-/// So many are taken from the kernel before the agent looks after others.
+/// How many datagrams are forwarded before other events are handled.
 const MOST_AT_ONCE: u32 = 64;
 /// Headers of IPv4 and UDP.
 const HEADERS: usize = 28;
@@ -23,10 +23,10 @@ const HEADERS: usize = 28;
 pub struct Datagrams {
     /// The streaming call that takes them, and how many may wait at a time.
     call: Option<(CallId, usize)>,
-    /// Who waits for an answer.
+    /// Number and address of each sender that waits for an answer.
     askers: Vec<(u32, Address4)>,
     last: u32,
-    /// Sends answers from the port that the socket itself is not bound to.
+    /// Raw socket for answers, where the socket itself is not bound to the port that it serves.
     raw: Option<Fd>,
     address: [u8; 4],
     port: u16,
@@ -45,7 +45,7 @@ impl Datagrams {
     }
 
     /// Has a streaming call take the datagrams from now on, `most` of which may wait for their answers. It replaces a
-    /// former call, which ends; who waits for an answer by that one gets none.
+    /// former call, which ends; senders that wait for an answer by that call get none.
     pub fn exchange(&mut self, io: &mut Connections, call: CallId, most: usize) {
         self.end(io);
         self.call = Some((call, most));
@@ -59,10 +59,11 @@ impl Datagrams {
         }
     }
 
-    /// Hands on what has come, as long as more may wait. `fd` is the socket, known to the host as `number`.
+    /// Forwards the datagrams that have arrived, up to the limit of those that may wait for an answer. `fd` is the
+    /// socket, known to the host as `number`.
     pub fn forward(&mut self, io: &mut Connections, fd: RawFd, number: u32) {
         let mut buffer = [0u8; MAX_LENGTH];
-        // A container that sends without end does not keep the agent from everything else.
+        // Bounded: a container that sends without end must not hold up other events.
         for _ in 0..MOST_AT_ONCE {
             let Some((call, most)) = self.call else { return };
             let Some(reply) = io.calls.get(call) else { return };
@@ -77,7 +78,7 @@ impl Datagrams {
                     io.send_bytes(reply.conn, frame::datagram_frame(reply.stream, &buffer[..length], id));
                 }
                 Err(Errno(libc::EAGAIN)) => return io.poller.arm(fd, Token::Socket(number), libc::EPOLLIN),
-                // An error of the socket's own, which this has cleared.
+                // A pending error of the socket (an ICMP message); receiving has cleared it.
                 Err(_) => {}
             }
         }
@@ -90,7 +91,8 @@ impl Datagrams {
         self.last
     }
 
-    /// Sends an answer. One that gets lost is one that gets lost.
+    /// Sends an answer to the sender of datagram `number`; no data means that there is none. Send errors are ignored:
+    /// datagrams may get lost.
     pub fn answer(&mut self, socket: RawFd, number: u32, data: &[u8]) {
         let Some(place) = self.askers.iter().position(|(of, _)| *of == number) else { return };
         let (_, asker) = self.askers.swap_remove(place);

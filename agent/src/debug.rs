@@ -1,7 +1,7 @@
-//! For those who look into a guest: a shell on a terminal, the log as a stream, the log's level.
+//! For debugging a guest: a shell on a terminal, the log as a stream, the log's level.
 //!
-//! Shell and log come over streaming calls of the one channel, whatever that is; and, as with the original, over vsock
-//! ports of their own when the kernel command line names them (over unix sockets for an ordinary process).
+//! Shell and log are streaming calls on the agent's channel. As with the original agent, they are also offered on vsock
+//! ports of their own if the kernel command line names them (on unix sockets if the agent is an ordinary process).
 
 use crate::cmdline::Settings;
 use crate::connections::{Connections, StreamTarget};
@@ -28,7 +28,7 @@ pub struct DebugPorts {
 }
 
 impl DebugPorts {
-    /// Opens the ports that the settings name; a guest without them is still of use.
+    /// Opens the ports that the settings name. A failure is only logged.
     pub fn open(&mut self, poller: &Poller, settings: &Settings) {
         for (port, address) in
             [(DebugPort::Console, &settings.console_address), (DebugPort::Log, &settings.log_address)]
@@ -92,7 +92,7 @@ pub fn console(
     processes.begin_stream(io, containers, call, target, first.credit)
 }
 
-/// The log from now on.
+/// A streaming call that gets the log from now on.
 pub fn log_stream(
     io: &mut Connections,
     processes: &mut Processes,
@@ -102,7 +102,7 @@ pub fn log_stream(
 ) -> Result<()> {
     let (read_end, write_end) = sys::pipe(libc::O_NONBLOCK).context("make a pipe")?;
     let key = processes.add(io, Process::internal("log", 0, None, read_end))?;
-    // The former reader, if there is one, sees its end.
+    // A former reader sees end of file.
     log::set_stream(Some(write_end));
     let target = StreamTarget { process: key, input: false, output: Some(0) };
     processes.begin_stream(io, containers, call, target, first.credit)
@@ -155,7 +155,7 @@ fn serve_console(peer: RawFd) -> Result<()> {
             if entry.revents == 0 {
                 continue;
             }
-            // End of file, or EIO of a terminal that nobody has open any more.
+            // End of file, or EIO from a terminal whose last process has closed it.
             match sys::read(entry.fd, &mut buffer) {
                 Ok(n) if n > 0 && sys::write_all(to, &buffer[..n]).is_ok() => {}
                 _ => return Ok(()),

@@ -1,4 +1,4 @@
-//! Finds the guest's device nodes by where the host has plugged them in: by PCI path or serial, never by name order.
+//! Finds the guest's device nodes by their PCI path or serial, never by the order of their names.
 //!
 //! A PCI path (`02/03`, `05`, `20/01`) lists slots from the root bus downwards, one bridge per step, each `slot` or
 //! `slot.function` in hexadecimal. A first number above 1f is no slot: it is the root bus itself, of a host bridge of
@@ -40,7 +40,7 @@ pub fn find_block_by_scsi(address: &str) -> Result<String> {
     if hosts.is_empty() {
         return Err(Error::precondition("the guest has no SCSI host adapter (or its kernel no driver for it)"));
     }
-    // Adapters do not announce what was plugged in while nobody looked.
+    // Adapters do not announce a disk that was plugged in before they were scanned.
     for host in &hosts {
         fs::write_existing(format!("{SCSI_HOSTS}/{host}/scan"), &format!("0 {id} {lun}"))
             .with_context(|| format!("make {host} look for SCSI device {address}"))?;
@@ -83,13 +83,13 @@ pub fn bind_interface(path: &str) -> Result<()> {
         return Ok(());
     }
     match fs::write_existing(format!("{NET_DRIVER}/bind"), &device) {
-        // It has just come, and the kernel is about it.
+        // The kernel is binding it at this moment.
         Err(Errno(libc::ENODEV | libc::EBUSY)) => Ok(()),
         other => other.with_context(|| format!("give {device} its driver")),
     }
 }
 
-/// Takes the network interface at a PCI path from its driver; none there is no error.
+/// Unbinds the network interface at a PCI path from its driver. It is no error if there is none.
 pub fn unbind_interface(path: &str) -> Result<()> {
     let Some((directory, device)) = virtio_device(path)? else { return Ok(()) };
     if !fs::is_dir(format!("{directory}/net")) {

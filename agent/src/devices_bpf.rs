@@ -2,8 +2,8 @@
 //! devices controller, the kernel asks a BPF_PROG_TYPE_CGROUP_DEVICE program instead.
 //!
 //! The rules are read like cgroup v1's: each one changes what the earlier ones said, permission by permission. So the
-//! program walks them from the last to the first; a permission is decided by the first rule met that speaks of it, and
-//! a permission that no rule speaks of is refused.
+//! program walks them from the last to the first; each permission is decided by the first rule met that mentions it,
+//! and refused if none does.
 
 use crate::prelude::*;
 use crate::proto::oci::LinuxDeviceCgroup;
@@ -40,7 +40,7 @@ const EXIT: u8 = 0x95;
 
 // What the registers hold: r0 the answer, r1 the context (at entry), then:
 const TYPE: u8 = 2;
-/// The permissions asked for and not yet granted.
+/// The permissions that were requested and are not granted yet.
 const WANTED: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
@@ -75,7 +75,7 @@ pub fn compile(rules: &[LinuxDeviceCgroup]) -> Result<Vec<u64>> {
         }
         code.extend(&body);
         if tests.is_empty() && rule.access == EVERYTHING {
-            // Nothing gets past this rule, and the verifier refuses instructions that are never reached.
+            // This rule decides everything; the verifier refuses instructions that can never be reached.
             return Ok(code);
         }
     }
@@ -87,7 +87,7 @@ pub fn compile(rules: &[LinuxDeviceCgroup]) -> Result<Vec<u64>> {
 pub fn attach(cgroup: RawFd, program: &[u64]) -> Result<()> {
     let program = load(program)?;
     let before = attached(cgroup).map_err(|e| unsupported("query the device programs of the cgroup", e))?;
-    // One program is replaced in one step, so that at no time the container is without rules.
+    // A single program is replaced atomically, so that the container is never without rules.
     if let [only] = before.as_slice() {
         let old = program_by_id(*only).map_err(|e| unsupported("open the cgroup's device program", e))?;
         return change(BPF_PROG_ATTACH, cgroup, program.raw(), F_ALLOW_MULTI | F_REPLACE, old.raw())
@@ -95,7 +95,7 @@ pub fn attach(cgroup: RawFd, program: &[u64]) -> Result<()> {
     }
     change(BPF_PROG_ATTACH, cgroup, program.raw(), F_ALLOW_MULTI, 0)
         .map_err(|e| unsupported("attach the device program to the cgroup", e))?;
-    // Several programs only let through what each of them allows: the old ones would keep refusing.
+    // With several programs attached, access needs the consent of each: the old ones would keep refusing.
     for id in before {
         program_by_id(id)
             .and_then(|old| change(BPF_PROG_DETACH, cgroup, old.raw(), 0, 0))

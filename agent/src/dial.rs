@@ -1,4 +1,4 @@
-//! Connections of the host to what listens in the guest.
+//! Connections of the host to servers in the guest.
 
 use crate::connections::{Connections, StreamTarget};
 use crate::container::Containers;

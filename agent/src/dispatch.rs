@@ -14,11 +14,11 @@ use crate::{
     routes, runtime, storage, swap, sys, volumes,
 };
 
-/// The version of the protocol, as the original counts it.
+/// The protocol version that the original agent reports.
 const API_VERSION: &str = "0.0.1";
 const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What the agent can beyond the protocol.
+/// Extensions of the protocol that this agent has.
 const EXTRA_FEATURES: &[&str] = &[
     "kata.boot",
     "kata.debug",
@@ -36,7 +36,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "seccomp",
 ];
 
-/// A streaming call may have a connection to itself.
+/// Further connections are accepted, so that a streaming call may have one to itself.
 const CONNECTIONS: &str = "kata.streams.connections";
 
 /// `Ok(None)`: the answer comes later.
@@ -98,7 +98,7 @@ pub fn handle(state: &mut State, call: CallId, request: &Request) -> Outcome {
             "List" => {
                 let r: agentext::ListProcessesRequest = decode(request)?;
                 let pids = container_calls::pids_of(&state.containers, &state.processes, &r.container_id)?;
-                // In a child: what a process has mapped can make the reading of its arguments wait.
+                // In a child: reading a process's arguments can block on what it has mapped.
                 answer_from(state, call, || {
                     Ok(agentext::ListProcessesResponse { processes: process_list::list(&pids)? })
                 })
@@ -238,7 +238,7 @@ fn agent_service(state: &mut State, call: CallId, request: &Request) -> Outcome 
         "GetMetrics" => {
             state.sandbox.scrapes += 1;
             let scrapes = state.sandbox.scrapes;
-            // In a child: the text is long, and what it takes goes with it.
+            // In a child: the text is long, and its memory goes with the child.
             let me = sys::getpid();
             answer_from(state, call, || Ok(pb::Metrics { metrics: metrics::collect(me, scrapes) }))
         }

@@ -1,12 +1,12 @@
 //! Files of a container (service `kata.agent.v1.Files`).
 //!
 //! The container is hostile: paths are resolved by openat2(2) inside its root (`root`, an open directory: best
-//! `/proc/<pid>/root`, which has the container's mounts), so that neither `..` nor a symbolic link leads out, and
-//! magic links are refused. A file is looked at through an O_PATH descriptor before it is opened, because opening a
-//! device or a fifo does something.
+//! `/proc/<pid>/root`, which has the container's mounts), so that neither `..` nor a symbolic link leads out, and magic
+//! links are refused. A file's type is checked through an O_PATH descriptor before it is opened, because opening a
+//! device or a fifo has side effects.
 //!
 //! A file system that the container serves itself (FUSE) can still make any of these calls wait as long as it likes:
-//! callers run them where that hurts nobody else.
+//! callers run them in a child, so that only that call waits.
 
 use crate::errors::code;
 use crate::fs;
@@ -158,7 +158,7 @@ fn place(parent: RawFd, name: &[u8], replace: bool, make: impl Fn(&[u8]) -> SysR
         }
         other => other,
     });
-    // Between two names of one file rename(2) does nothing, and says so to nobody.
+    // rename(2) between two names of the same file does nothing and reports success.
     match sys::unlinkat(parent, &aside, 0) {
         Ok(()) | Err(Errno(libc::ENOENT)) => moved,
         Err(e) => moved.and(Err(e)),
@@ -305,7 +305,7 @@ fn list_page(root: RawFd, request: &ListFilesRequest, limit: usize) -> SysResult
     let directory = sys::openat2(root, path, libc::O_RDONLY | libc::O_DIRECTORY, 0, RESOLVE)?;
     let mut names: Vec<Vec<u8>> = Vec::new();
     let mut dropped = false;
-    // However large the directory is, no more than twice a page is kept.
+    // At most two pages of entries are kept, however large the directory is.
     let mut shrink = |names: &mut Vec<Vec<u8>>| {
         sort(names);
         dropped |= names.len() > limit;

@@ -4,7 +4,7 @@ use crate::prelude::*;
 use crate::sort::sort;
 use crate::sys::{self, Errno, SysResult, AT_FDCWD};
 
-/// The longest file that [`read`] takes: everything the agent reads whole is small, a hostile file is not.
+/// The longest file that [`read`] takes: files that the agent reads whole are small; a hostile file may be endless.
 const MAX_FILE: usize = 16 << 20;
 
 /// A whole file (also of /proc and /sys, whose size is unknown).
@@ -13,7 +13,7 @@ pub fn read(path: impl AsRef<[u8]>) -> SysResult<Vec<u8>> {
     read_fd(fd.raw())
 }
 
-/// What is left to read of a descriptor.
+/// The rest of a file, from the descriptor's position.
 pub fn read_fd(fd: sys::RawFd) -> SysResult<Vec<u8>> {
     let mut out = Vec::new();
     while sys::read_append(fd, &mut out, 4096)? > 0 {
@@ -91,7 +91,7 @@ pub fn remove_dir_all(path: impl AsRef<[u8]>) -> SysResult<()> {
     }
 }
 
-/// Deeper trees than this are somebody's trick.
+/// Deeper trees are refused: only an attack has them.
 const MAX_DEPTH: usize = 256;
 
 /// Like [`remove_dir_all`], below an open directory.

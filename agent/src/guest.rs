@@ -8,11 +8,11 @@ use crate::uevent::{await_device, hotplug_timeout_ms};
 
 const CPUS: &str = "/sys/devices/system/cpu";
 const MEMORY: &str = "/sys/devices/system/memory";
-/// More random bytes than this in one request help nobody.
+/// The most random bytes taken from one request.
 const MAX_SEED: usize = 1 << 16;
 
-/// Tries until there is an answer or the time is over. Waiting is by looking again: what uevents announce is in sysfs
-/// before they are sent, and a look costs microseconds.
+/// Tries until there is an answer or the time is over. It polls: changes are visible in sysfs before their uevents are
+/// sent, and one look costs microseconds.
 pub fn wait_for<T>(timeout_ms: u64, mut look: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
     let deadline = sys::monotonic_ns().saturating_add(timeout_ms.saturating_mul(1_000_000));
     let mut pause = 1;
@@ -240,7 +240,7 @@ mod tests {
         }
         assert_eq!(turn_on(&dir.0, "cpu"), Ok(1));
         let state = |name: &str| fs::read_to_string(format!("{}/{name}/online", dir.0)).unwrap();
-        // A file in /sys would hold what was written; this one keeps the old newline behind it.
+        // A file in /sys would hold just what was written; in this one the old newline remains behind it.
         assert_eq!((state("cpu1").as_str(), state("cpuidle").as_str()), ("1\n", "0"));
     }
 

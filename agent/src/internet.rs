@@ -41,12 +41,12 @@ pub struct Loopback {
     pub address: [u8; 4],
     pub port: u16,
     pub fd: Fd,
-    /// What gives it the port; None: it is bound to that itself.
+    /// The BPF link that gives it the port; `None` if the socket itself is bound to the port.
     pub link: Option<Fd>,
 }
 
-/// Makes one, of UDP or (listening) of TCP. A program of a container that binds the port on every address finds it free;
-/// where the kernel cannot do that, the port is taken.
+/// Makes one, of UDP or (listening) of TCP. The port stays free for a container's program that binds it on every
+/// address. Where the kernel has no sk_lookup, the port is bound and so taken.
 pub fn loopback(address: &[u8], port: u16, datagrams: bool) -> Result<Loopback> {
     let address: [u8; 4] = address
         .try_into()
@@ -58,7 +58,7 @@ pub fn loopback(address: &[u8], port: u16, datagrams: bool) -> Result<Loopback> 
     let bound = |to: u16| -> SysResult<Fd> {
         let socket = sys::socket(libc::AF_INET, kind | libc::SOCK_NONBLOCK, 0)?;
         if !datagrams {
-            // Its connections have the port, also for a while after their end.
+            // Connections keep the port in use, for a while even after their end.
             sys::setsockopt_int(socket.raw(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
         }
         sys::bind(socket.raw(), &address4(address, to), 16)?;

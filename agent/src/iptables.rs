@@ -8,7 +8,7 @@ use crate::syscall;
 
 /// A root directory of its own, with the libraries that the programs need.
 const ROOT: &str = "/ext/iptables";
-/// Of what a program complains about, so much is told.
+/// How much of a program's error output is passed on.
 const MAX_WORDS: usize = 1000;
 
 /// All rules, as `iptables-save` writes them.
@@ -29,7 +29,7 @@ fn run(name: &str, input: &[u8]) -> Result<Vec<u8>> {
             "the guest has no {name}: it was started without the extension \"iptables\" (kata guest build --extension)"
         )));
     }
-    // Files, not pipes: nobody has to read and write at the same time.
+    // Files, not pipes: so that reading and writing need not be interleaved.
     let files = [memory_file(), memory_file(), memory_file()];
     let [Ok(stdin), Ok(stdout), Ok(stderr)] = &files else {
         return Err(Error::exhausted(format!("no memory for the streams of {name}")));

@@ -10,11 +10,11 @@ use crate::sys::{self, Errno, Fd, Fork, RawFd};
 pub enum Completion {
     /// It is the answer to a call.
     Answer(CallId),
-    /// A container's things are gone.
+    /// What belonged to a container has been removed.
     Removed(String),
-    /// Copies of what is watched are as new as they can be.
+    /// Watched directories have been copied.
     Copied,
-    /// The last job: the answer, completion the end.
+    /// The last job: answer the call, then end.
     PowerOff(CallId),
 }
 

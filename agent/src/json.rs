@@ -13,9 +13,9 @@ pub enum Value {
     Object(Vec<(String, Value)>),
 }
 
-/// Deeper documents are somebody's trick.
+/// The deepest nesting that is read; deeper documents are attacks.
 const MAX_DEPTH: usize = 32;
-/// And so are those with more values: two bytes of text may be forty of memory.
+/// The most values in one document: two bytes of text may take forty of memory.
 const MAX_VALUES: usize = 1 << 17;
 
 /// The document's value.

@@ -100,7 +100,7 @@ pub unsafe fn start(argc: usize, argv: *const *const core::ffi::c_char) -> i32 {
         Ok(()) => boot::power_off(),
         Err(e) => {
             log::error(&e.message);
-            // A guest that cannot be reached is of no use: its end tells the host at once.
+            // A guest that cannot be reached is useless; powering it off tells the host at once.
             if sys::getpid() == 1 {
                 boot::power_off();
             }
@@ -146,8 +146,8 @@ fn serve(settings: cmdline::Settings, started_ns: u64) -> errors::Result<()> {
     Ok(())
 }
 
-/// As an ordinary process: what is mounted and written for containers is nobody else's to see, control groups are not
-/// ours.
+/// As an ordinary process: mounts and files for containers are hidden in a mount namespace, and control groups are left
+/// alone.
 fn leave_host_alone() -> errors::Result<()> {
     use errors::Context;
     sys::unshare(libc::CLONE_NEWNS).context("make a mount namespace")?;

@@ -154,7 +154,7 @@ fn start_builder(
     cgroup: Option<&Cgroup>,
 ) -> Result<Key> {
     let (id, request) = (checked.id, checked.request);
-    // Root of a user namespace is nobody here, and still has to get through.
+    // 0711: the root of a user namespace is an unprivileged user out here and still has to traverse it.
     fs::create_dir_all(&format!("{STATE_DIR}/{id}"), 0o711).context("make the container's directory")?;
     let directory = cgroup.map(Cgroup::open).transpose()?;
     let pipes = Pipes::new(&checked.program, state.settings.pipe_size)?;
@@ -243,7 +243,7 @@ pub fn exec_process(state: &mut State, call: CallId, request: &pb::ExecProcessRe
     let Some(init) = state.processes.running_init(container).filter(|_| container.has_processes()) else {
         return Err(Error::precondition(format!("container {id:?} is not running")));
     };
-    // It would freeze at its birth, and the call with it.
+    // A process born into a frozen group freezes, and the call would wait for it.
     if container.cgroup.as_ref().is_some_and(is_frozen) {
         return Err(Error::precondition(format!("container {id:?} is paused")));
     }
@@ -290,7 +290,7 @@ pub fn on_failed_start(state: &mut State, key: Key, error: Error) {
         container.execs.remove(&exec_id);
         state.processes.remove(&mut state.io, key);
     } else if building {
-        // Nothing stays of a container that could not be made; the call is answered when that is so.
+        // A container that could not be made is removed completely; the call is answered after that.
         container.remover = starter;
         container.failure = Some(error);
         begin_removal(state, &id);
@@ -331,7 +331,7 @@ pub fn on_init_exit(state: &mut State, id: &str) {
 /// RemoveContainer: answered when nothing is left of it.
 pub fn remove_container(state: &mut State, call: CallId, id: &str) -> Result<()> {
     let Some(container) = state.containers.get_mut(id) else {
-        // Already gone is what the caller wants.
+        // It is already gone: that is what the caller wants.
         state.io.answer(call, Ok(vec![]));
         return Ok(());
     };

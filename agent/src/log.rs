@@ -39,9 +39,9 @@ impl Level {
 struct Sink {
     level: Cell<Level>,
     fd: Cell<RawFd>,
-    /// Where lines go instead while somebody reads there; -1 = nobody.
+    /// Where lines go instead of the console while a reader is attached; -1 = none.
     stream: Cell<RawFd>,
-    /// The last line has gone out in part.
+    /// The last line was written only in part.
     cut: Cell<bool>,
 }
 
@@ -58,13 +58,14 @@ pub fn set_level(level: Level) {
     SINK.level.set(level);
 }
 
-/// Where lines go; the descriptor stays open for ever. A stream is no longer used: in a child it is not ours.
+/// Sets where lines go; the descriptor stays open for ever. Ends the use of a stream, which in a forked child is the
+/// parent's.
 pub fn set_output(fd: RawFd) {
     SINK.fd.set(fd);
     SINK.stream.set(-1);
 }
 
-/// Sends lines to a non-blocking pipe or socket instead, as long as somebody reads there; a former one is closed.
+/// Sends lines to a non-blocking pipe or socket until its reader is gone; a former stream is closed.
 pub fn set_stream(stream: Option<Fd>) {
     let former = SINK.stream.replace(stream.map_or(-1, Fd::into_raw));
     if former >= 0 {
@@ -81,7 +82,7 @@ fn to_stream(text: &str) -> bool {
     }
     let mut whole = String::new();
     let text = if SINK.cut.get() {
-        // What is left of a line that did not fit is a line of its own.
+        // The rest of a line that did not fit becomes a line of its own.
         whole.push('\n');
         whole.push_str(text);
         &whole
@@ -126,7 +127,7 @@ fn line(level: Level, message: &str) {
     if enabled(level) {
         let text = format_line(level, sys::clock_ns(libc::CLOCK_REALTIME), message);
         if !to_stream(&text) {
-            // A full console is no reason to stop.
+            // A full console loses lines; it must not stop the agent.
             let _ = sys::write_all(SINK.fd.get(), text.as_bytes());
         }
     }

@@ -1,4 +1,4 @@
-//! The program: start-up without a C library, then [`kata_agent::main`].
+//! The program: start-up without a C library, then [`kata_agent::start`].
 // (`clippy --all-targets` also looks at it as a test, which needs std.)
 #![cfg_attr(not(test), no_std, no_main)]
 

@@ -1,6 +1,7 @@
 //! The guest's and the agent's own numbers as Prometheus text (GetMetrics).
 //!
-//! Names and labels are the original's. Everything is read from /proc in a child of the agent: `agent` is its process.
+//! Names and labels are the original's. Everything is read from /proc in a child of the agent: `agent` is the agent's
+//! pid.
 
 use crate::fs;
 use crate::prelude::*;

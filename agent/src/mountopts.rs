@@ -108,7 +108,7 @@ const RECURSIVE: &[(&str, bool, u64)] = &[
     ("rsymfollow", true, ATTR_NOSYMFOLLOW),
 ];
 
-/// For fstab and its readers, not for the kernel.
+/// Options that concern fstab and its tools, not the kernel.
 const USER_SPACE: &[&str] = &["_netdev", "auto", "group", "noauto", "nofail", "nouser", "owner", "user", "users"];
 
 /// mount(2) copies this much of the data, the NUL at the end included.
@@ -156,7 +156,7 @@ pub fn parse_options<S: AsRef<str>>(options: &[S]) -> Result<MountOptions> {
         } else if matches!(option, "idmap" | "ridmap") {
             return Err(Error::unimplemented(format!("mount option {option}: idmapped mounts are not supported")));
         } else if USER_SPACE.contains(&option) || ["x-", "X-", "comment="].iter().any(|p| option.starts_with(p)) {
-            // Not an instruction for whoever mounts.
+            // No option of the mount itself.
         } else {
             if !parsed.data.is_empty() {
                 parsed.data.push(',');

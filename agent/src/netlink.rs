@@ -35,7 +35,7 @@ const IFF_LOOPBACK: u32 = 8;
 const IFF_NOARP: u32 = 0x80;
 /// Longest name of an interface.
 const NAME_MAX: usize = 15;
-/// How often a name is tried for that somebody else takes meanwhile.
+/// How often a rename is tried again if the name was taken in the meantime.
 const NAME_ATTEMPTS: usize = 8;
 
 /// IPFamily
@@ -98,7 +98,7 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Gives an interface another name, for which it goes down.
+/// Renames an interface. It is taken down for that, and stays down.
 pub fn rename_interface(device: &str, name: &str) -> Result<()> {
     check_name(name)?;
     if device == name || name.is_empty() {
@@ -137,7 +137,7 @@ pub fn bring_up_loopback() -> Result<()> {
     rtnl.change(message).context("bring up the loopback interface")
 }
 
-/// Traffic of every interface but the loopback, and but those that were never used (the kernel's own tunnels).
+/// Traffic of every interface except the loopback and those that were never used (the kernel's own tunnels).
 pub fn network_stats() -> Result<Vec<NetworkStats>> {
     let links = links(&mut Rtnl::open()?)?;
     let used = |link: &Link| link.flags & IFF_UP != 0 || link.stats.rx_packets | link.stats.tx_packets != 0;
@@ -223,8 +223,8 @@ fn configure(rtnl: &mut Rtnl, link: &Link, wanted: &Interface, mac: Option<&[u8]
     rtnl.change(message).context("set MAC, MTU and flags")
 }
 
-/// Gives an interface a name; who has it takes that of the interface. One that is plugged in meanwhile gets the first
-/// name of the kernel's that is free, which may be this one: then that is who has it.
+/// Gives an interface a name. If another interface has that name, the two swap names. An interface that is plugged in
+/// at the same moment may get the name from the kernel; then it takes part in the swap.
 fn give_name(rtnl: &mut Rtnl, index: u32, name: &str) -> Result<()> {
     let mut attempts = NAME_ATTEMPTS;
     loop {
@@ -246,7 +246,7 @@ fn set_name(rtnl: &mut Rtnl, index: u32, name: &str) -> core::result::Result<(),
     rtnl.change(Message::new(RTM_NEWLINK, 0, &link_body(index, 0, 0)).text(IFLA_IFNAME, name))
 }
 
-/// The configuration of the other one follows, or it stays down as it was found.
+/// The other interface is configured later, unless it was down and stays so.
 fn swap_names(rtnl: &mut Rtnl, link: &Link, other: &Link) -> core::result::Result<(), Refusal> {
     let was_up = other.flags & IFF_UP != 0;
     if was_up {
@@ -276,7 +276,8 @@ fn replace_addresses(rtnl: &mut Rtnl, index: u32, wanted: &[(IpAddr, u8)]) -> Re
         }
     }
     for (ip, prefix) in wanted {
-        // The host's side has made sure that nobody else has the address: it can be used at once.
+        // The host's network has assigned the address, so duplicate address detection is skipped and it can be used at
+        // once.
         let flags = if ip.is_ipv6() { IFA_F_NODAD } else { 0 };
         let mut message = address_message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, *ip, *prefix, flags);
         if let (IpAddr::V4(ip), 0..=30) = (ip, prefix) {

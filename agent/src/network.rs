@@ -1,5 +1,5 @@
-//! What the stock protocol does not say of a network: kernel parameters, routes and rules as messages of the kernel's
-//! own, and interfaces that are taken away while their device stays.
+//! Extensions of the protocol for networks: kernel parameters, routes and rules as netlink messages, and interfaces
+//! that are hidden while their device stays.
 
 use crate::devices::{bind_interface, find_interface_by_pci, unbind_interface};
 use crate::netlink::{link_by_name, links, rename_interface, Link, NLM_F_CREATE};
@@ -14,7 +14,7 @@ const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_APPEND: u16 = 0x800;
-/// Routes wait for others that lead to their gateways; so often those that were refused are tried again.
+/// A route may need another one to reach its gateway: how often refused routes are tried again.
 const MOST_ROUNDS: u32 = 8;
 const RTA_IIF: u16 = 3;
 const RTA_OIF: u16 = 4;
@@ -30,7 +30,8 @@ const MAX_VALUE: usize = 4096;
 const MAX_MESSAGES: usize = 1 << 16;
 const MAX_MESSAGE: usize = 16 << 10;
 
-/// Sets kernel parameters, of an interface when there is a device: that then has its driver and the interface its name.
+/// Sets kernel parameters. If a device is given, its driver is bound and its interface renamed first. Returns the
+/// refused parameters by position.
 pub fn prepare(wanted: &PrepareNetworkRequest) -> Result<NetworkRefusals> {
     bounded("kernel parameters", wanted.sysctls.len(), MAX_SYSCTLS)?;
     if !wanted.device_path.is_empty() {
@@ -49,12 +50,12 @@ pub fn prepare(wanted: &PrepareNetworkRequest) -> Result<NetworkRefusals> {
     Ok(refusals)
 }
 
-/// Takes the interface of a device away; one that is not there is no error.
+/// Hides the interface of a device by unbinding its driver. It is no error if there is none.
 pub fn hide(device_path: &str) -> Result<()> {
     unbind_interface(device_path)
 }
 
-/// Removes and adds routes and rules.
+/// Removes and adds routes and rules. Returns those that were refused by their position in routes, then rules.
 pub fn route(request: &RouteRequest) -> Result<NetworkRefusals> {
     let lists = [&request.remove_routes, &request.routes, &request.remove_rules, &request.rules];
     bounded("routes and rules", lists.iter().map(|list| list.len()).sum(), MAX_MESSAGES)?;
@@ -64,7 +65,7 @@ pub fn route(request: &RouteRequest) -> Result<NetworkRefusals> {
     let mut refusals = NetworkRefusals::default();
 
     for body in &request.remove_routes {
-        // Of an interface that is gone, or gone with an address: nothing is left of it.
+        // Errors are ignored: the route may have gone with its interface or an address.
         if let Ok(body) = translated(body, &numbers) {
             let _ = rtnl.change(Message::new(RTM_DELROUTE, 0, &body));
         }
@@ -79,7 +80,7 @@ pub fn route(request: &RouteRequest) -> Result<NetworkRefusals> {
             refuse(&mut refusals, request.routes.len() + position, error.message);
         }
     }
-    // The kernel's own rules go only when others are there in their place.
+    // Removed last, so that the kernel's own rules go only after their replacements exist.
     for body in request.remove_rules.iter().filter(|body| checked(body).is_ok()) {
         let _ = rtnl.change(Message::new(RTM_DELRULE, 0, body));
     }
@@ -95,8 +96,8 @@ fn set_parameter(top: &Fd, parameter: &NetworkSysctl) -> Result<()> {
     Ok(sys::write_all(file.raw(), parameter.value.as_bytes())?)
 }
 
-/// A route may need another one to be there, by which its gateway is reached: as long as one more is taken, those that
-/// were refused are tried again.
+/// A route may need another one to reach its gateway: as long as a round adds at least one, refused routes are tried
+/// again.
 fn add_routes(rtnl: &mut Rtnl, wanted: &[Vec<u8>], numbers: &[(u32, u32)], refusals: &mut NetworkRefusals) {
     let mut left: Vec<usize> = (0..wanted.len()).collect();
     for round in 1.. {
@@ -188,7 +189,7 @@ fn translated(body: &[u8], numbers: &[(u32, u32)]) -> Result<Vec<u8>> {
     Ok(message)
 }
 
-/// A route of several ways as one route for each, for kernels that share traffic out among none; else nothing.
+/// Splits a multipath route into one route for each next hop, for kernels without multipath; empty for other routes.
 fn single_ways(body: &[u8]) -> Vec<Vec<u8>> {
     let all: Vec<(u16, &[u8])> = attributes(&body[HEADER..]).collect();
     let Some((_, mut ways)) = all.iter().find(|(kind, _)| *kind == RTA_MULTIPATH) else { return Vec::new() };

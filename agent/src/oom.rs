@@ -13,14 +13,14 @@ use crate::sys::{self, Fd};
 use crate::thrash;
 use alloc::collections::VecDeque;
 
-/// News that nobody asks for do not pile up.
+/// The most events kept while no call waits for them.
 const MAX_EVENTS: usize = 64;
 
 /// Watches the memory limits of containers. Without control groups of our own (on a host) it watches nothing.
 #[derive(Default)]
 pub struct OomWatch {
     inotify: Option<Fd>,
-    /// Kills that no call has been told of yet: ids of containers.
+    /// Container ids of kills that have not been reported to a call yet.
     events: VecDeque<String>,
     /// GetOOMEvent calls.
     waiters: VecDeque<CallId>,

@@ -1,7 +1,7 @@
 //! Hands a volume to a group, as Kubernetes' fsGroup wants it.
 //!
-//! The volume may be shared with a container that is running, so that nothing here goes by path twice: every step is
-//! relative to a descriptor, and symbolic links are handed over themselves, never followed.
+//! The volume may be shared with a container that is running, so no path is resolved twice: every step is relative to a
+//! descriptor, and symbolic links are changed themselves, never followed.
 
 use crate::fs;
 use crate::prelude::*;
@@ -40,7 +40,7 @@ fn open_directory(path: &str) -> Result<sys::Fd> {
 fn own(fd: RawFd, group: u32, add_mode: u32) -> SysResult<()> {
     sys::fchownat(fd, "", u32::MAX, group, libc::AT_EMPTY_PATH)?;
     let mode = sys::fstat(fd)?.st_mode & 0o7777;
-    // fchmod refuses O_PATH descriptors, the path of one it takes.
+    // fchmod refuses an O_PATH descriptor but accepts its path below /proc.
     sys::fchmodat(libc::AT_FDCWD, sys::proc_fd(fd), mode | add_mode)
 }
 
@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(of(&link).0, 1234);
         assert_eq!(of(&outside), (0, 0o644));
 
-        // With OnRootMismatch a root that is right is believed.
+        // With OnRootMismatch, a root with the right owner ends the work.
         let new = dir.file("volume/new", "");
         sys::fchownat(libc::AT_FDCWD, &new, 0, 0, 0).unwrap();
         give_to_group(&volume, &FSGroup { group_id: 1234, group_change_policy: ON_ROOT_MISMATCH }).unwrap();

@@ -13,7 +13,7 @@ use core::fmt::Write;
 
 /// A policy larger than this is not kept in the guest.
 const MAX_POLICY: usize = 64 << 10;
-/// Of a value that is not allowed, so much is told.
+/// How much of a refused value the error shows.
 const MAX_SHOWN: usize = 64;
 
 /// A checked policy: the object `allow`.

@@ -5,7 +5,7 @@ use crate::prelude::*;
 use crate::process::Key;
 use crate::sys::{self, Fd, RawFd, SysResult};
 
-/// A listener beside the agent's own.
+/// A debug listener beside the agent's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DebugPort {
     Console,

@@ -18,7 +18,7 @@ pub enum Phase {
     Building,
     /// A container's init, prepared, before its start.
     Ready,
-    /// Told to go; the start (or exec) call waits for the exec.
+    /// It has been released; the start (or exec) call waits for its execve.
     Starting,
     Running,
     Exited,
@@ -44,7 +44,7 @@ pub struct Process {
     pub exec_id: String,
     /// Changed by [`Process::enter`] alone.
     phase: Phase,
-    /// 0 until the builder has said.
+    /// 0 until the builder has reported it.
     pub pid: Pid,
     /// The child that makes the process; 0 once it has ended.
     pub builder: Pid,
@@ -125,7 +125,7 @@ impl Process {
         }
     }
 
-    /// One of the agent's own, of no container: a child with streams, or (pid 0) a stream alone.
+    /// A process of the agent's own, of no container: a child with streams, or (pid 0) a stream alone.
     pub fn internal(name: &str, pid: Pid, input: Option<Fd>, output: Fd) -> Process {
         Process {
             container: String::new(),
@@ -192,7 +192,7 @@ impl Process {
         }
     }
 
-    /// Neither output nor anybody who waits for some is left.
+    /// Whether no output is left, nor a call that waits for some.
     pub fn is_drained(&self) -> bool {
         self.outputs.iter().all(Output::is_over)
     }
@@ -217,7 +217,7 @@ impl Process {
     }
 }
 
-/// The name of what is no process.
+/// The exec id of records of connections, which have no process.
 const CONNECTION: &str = "connection";
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Processes of a container (service `kata.agent.v1.Processes`), from /proc.
 //!
 //! To read the arguments of a process the kernel reads its memory, which a process can make slow (a mapped file of a
-//! file system that it serves itself): callers run this where waiting hurts nobody else.
+//! file system that it serves itself): callers run this in a child, so that only that call waits.
 
 use crate::fs;
 use crate::prelude::*;

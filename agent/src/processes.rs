@@ -16,14 +16,15 @@ use crate::server::frame::{self, StreamPiece};
 use crate::streams::{NextReader, Read, Written};
 use crate::sys;
 
-/// Nothing until it is asked for: a container that writes without a reader on the host must not keep the agent awake.
+/// No events until a stream is armed: a container that writes without a reader on the host must not keep the agent
+/// awake.
 const STREAM_EVENTS: u32 = libc::EPOLLONESHOT as u32;
 
 /// What has become of the reader whose turn it was.
 enum Turn {
     /// It has been given something, or is gone: the next one, which may be the same.
     Next,
-    /// The same, and the stream is over, with nobody waiting for it any more.
+    /// It has been served, and the stream is over with no reader left.
     Over,
     /// There is nothing to give now, or nobody to give it to.
     Wait,
@@ -277,7 +278,7 @@ impl Processes {
     /// WriteStdin. Takes the whole request, so that its data need not be copied.
     pub fn write_stdin(&mut self, io: &mut Connections, containers: &Containers, id: CallId, call: Call) -> Result<()> {
         let request = frame::parse_write(frame::parse_request(call.body())?.payload)?;
-        // The original's way of closing.
+        // An empty write closes standard input, as with the original agent.
         let close = request.data.is_empty();
         let place = call.place_of(request.data);
         let key = containers.find_process(request.container_id, request.exec_id)?;
@@ -412,7 +413,7 @@ impl Processes {
     pub fn end_internal(&mut self, io: &mut Connections, key: Key, flush: bool) {
         let Some(process) = self.records.get_mut(&key).filter(|p| p.is_internal()) else { return };
         if process.pid != 0 {
-            // Its end comes as any other's.
+            // It is reaped like any other child.
             process.kill();
         } else if !flush || process.input.raw().is_none() {
             self.remove(io, key);

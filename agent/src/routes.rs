@@ -33,7 +33,7 @@ const RTM_F_CLONED: u32 = 0x200;
 /// Flags of a next hop that a host may set: pervasive and on-link.
 const SETTABLE_FLAGS: u32 = 2 | 4;
 
-/// One route of the main table; one of several ways is a route of its own here.
+/// One route of the main table; each next hop of a multipath route is an entry of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     dest: (IpAddr, u8),
@@ -47,14 +47,14 @@ struct Entry {
 }
 
 impl Entry {
-    /// Routes that the kernel has made (for an address, from a router's advertisement) are the kernel's business.
+    /// Whether the kernel has made it (for an address, from a router's advertisement); such routes are left alone.
     fn is_kernels(&self) -> bool {
         matches!(self.protocol, RTPROT_REDIRECT | RTPROT_KERNEL | RTPROT_RA)
     }
 }
 
-/// Replaces all routes but the kernel's own by these; the table afterwards. Nothing is touched when one of them does
-/// not make sense.
+/// Replaces all routes but the kernel's own by these; the table afterwards. Nothing is changed if one of them is
+/// invalid.
 pub fn update_routes(wanted: &Routes) -> Result<Routes> {
     let mut rtnl = Rtnl::open()?;
     let links = links(&mut rtnl)?;
@@ -71,7 +71,7 @@ pub fn update_routes(wanted: &Routes) -> Result<Routes> {
         }
     })?;
     for body in old {
-        // The kernel takes its own description of a route as the name of the one to delete.
+        // The kernel accepts its own description of a route as the key of the route to delete.
         match rtnl.change(Message::new(RTM_DELROUTE, 0, &body)) {
             Err(refusal) if refusal.errno.0 == libc::ESRCH => {}
             other => other.context("remove an old route")?,
@@ -85,7 +85,7 @@ pub fn update_routes(wanted: &Routes) -> Result<Routes> {
             continue;
         }
         match rtnl.change(new_route(&entry)) {
-            // Twice the same in the request.
+            // The request has the same route twice.
             Err(refusal) if refusal.errno.0 == libc::EEXIST => {}
             other => other.with_context(|| {
                 let via = entry.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();

@@ -20,7 +20,7 @@ const NETLINK_EXT_ACK: i32 = 11;
 const HEADER: usize = 16;
 /// The kernel's dumps come in pieces of at most 32 KiB.
 const RECEIVE_BUFFER: usize = 32 << 10;
-/// How often a dump that was disturbed by a change is begun anew.
+/// How often a dump is repeated if a change disturbed it.
 const DUMP_ATTEMPTS: usize = 16;
 
 /// A request under construction.
@@ -114,7 +114,7 @@ pub fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
-/// Why the kernel refused, with its own words where it has some.
+/// Why the kernel refused, with its message if there is one.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub errno: Errno,
@@ -146,7 +146,7 @@ impl Rtnl {
     pub fn open() -> Result<Rtnl> {
         let open = || {
             let socket = sys::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)?;
-            // The kernel's words in errors, and not the request again. Older kernels do without.
+            // Have errors carry the kernel's message, and not repeat the request. Older kernels lack these options.
             for option in [NETLINK_CAP_ACK, NETLINK_EXT_ACK] {
                 let _ = sys::setsockopt_int(socket.raw(), libc::SOL_NETLINK, option, 1);
             }

@@ -113,7 +113,8 @@ impl Sandbox {
             self.make_pid_namespace()?;
             self.all_share_pids = true;
         }
-        // Also for the agent's own: containers without a UTS namespace of their own see it. Not on somebody's host.
+        // Also for the agent's own: containers without a UTS namespace of their own see it. Not on a host, where the
+        // agent is not PID 1.
         if !request.hostname.is_empty() && sys::getpid() == 1 {
             sys::sethostname(&request.hostname).with_context(|| format!("set the host name {:?}", request.hostname))?;
         }
@@ -181,7 +182,7 @@ impl Sandbox {
 /// Process 1 of a shared PID namespace: orphans end here, and nothing else ever happens.
 fn reap_for_ever() -> ! {
     let _ = sys::close_range(0, 0);
-    // Containers see this process and shall not look into it.
+    // Containers see this process; they must not be able to inspect it.
     let _ = sys::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
     // All signals blocked; as process 1 it is immune to those of its own namespace anyway.
     let _ = sys::set_signal_mask(u64::MAX);
@@ -204,7 +205,7 @@ fn write_resolv_conf(dns: &[String]) -> Result<()> {
     let mut text = dns.join("\n");
     text.push('\n');
     fs::write(&path, text.as_bytes()).with_context(|| format!("write {path}"))?;
-    // The guest's own, for what runs there beside containers.
+    // The guest's own file, for programs outside of containers.
     if sys::getpid() == 1 {
         fs::write("/etc/resolv.conf", text.as_bytes()).context("write /etc/resolv.conf")?;
     }

@@ -1,10 +1,10 @@
 //! Compiles a container's seccomp profile (OCI runtime spec, `linux.seccomp`) to classic BPF and installs it.
 //!
-//! What libseccomp and runc do with the same profile is the measure:
+//! The result is what libseccomp and runc make of the same profile:
 //!
 //! * Names that an ABI does not have are skipped, so one profile serves many kernels.
-//! * Several rules for one call: an unconditional one beats those with arguments, else the first that matches counts.
-//!   A rule whose action is the default action anyway is left out first, as runc does.
+//! * Several rules for one call: an unconditional one beats those with arguments; otherwise the first that matches
+//!   counts. A rule whose action is the default action anyway is left out first, as runc does.
 //! * All arguments of one rule must match.
 //! * An ABI whose architecture is not listed is killed; the native one counts as listed.
 //! * When the default is not permissive, calls numbered above everything that the profile names fail with ENOSYS
@@ -434,8 +434,8 @@ impl<'a> Compiler<'a> {
 /// Stands for "this condition does not hold" until the rule's length is known.
 const FAIL: u8 = u8::MAX;
 
-/// Falls through when the condition holds, else jumps to FAIL. Compares 64 bits as two words, the high one first; of
-/// 32-bit calls (not `wide`) only the low one: the other is whatever the caller left in its registers.
+/// Falls through when the condition holds, otherwise jumps to FAIL. Compares 64 bits as two words, the high one first;
+/// of 32-bit calls (not `wide`) only the low one: the high one holds leftovers of the caller's registers.
 fn condition_code(code: &mut Vec<sock_filter>, condition: &Condition, wide: bool) {
     let low_at = DATA_ARGS + 8 * condition.index;
     let (low, high) = (condition.value as u32, (condition.value >> 32) as u32);

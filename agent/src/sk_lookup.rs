@@ -1,8 +1,8 @@
-//! Gives what comes for one address and port to a socket that is bound to another port.
+//! Directs packets for one address and port to a socket that is bound to another port.
 //!
-//! A program of the kind `sk_lookup` is asked before the kernel looks for a socket. So the agent can serve a port that a
-//! program in a container may take as well, on every address, as a server of names does. It counts in the network
-//! namespace where it was attached, and goes with its link's last descriptor.
+//! A program of the kind `sk_lookup` is asked before the kernel looks for a socket. So the agent can serve a port while
+//! a program in a container may bind the same port on every address, as a DNS server does. The program applies to the
+//! network namespace where it was attached, until the last descriptor of its link is closed.
 //!
 //! Source: the kernel's `Documentation/bpf/prog_sk_lookup.rst` and `linux/bpf.h` (struct bpf_sk_lookup); Linux 5.9.
 
@@ -38,10 +38,10 @@ const SK_RELEASE: i32 = 86;
 const SK_ASSIGN: i32 = 124;
 
 const LENGTH: usize = 25;
-/// Where it says that the kernel shall go on.
+/// The offset of the exit that lets the kernel go on with its own lookup.
 const PASS: usize = 23;
 
-/// The program: what is for the port of the address, by this protocol, gets the first socket of the map.
+/// The program: packets of this protocol for the address and port go to the first socket of the map.
 fn program(map: RawFd, protocol: i32, address: [u8; 4], port: u16) -> [u64; LENGTH] {
     let unless = |at: usize, value: i32| instruction(JNE32_K, 2, 0, (PASS - at - 1) as i16, value);
     [

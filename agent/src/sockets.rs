@@ -1,8 +1,8 @@
 //! Sockets of the guest that stand for ones of the host.
 //!
-//! Who connects to one is carried to the host by a streaming call that the host has made beforehand. A connection is
-//! only taken from the kernel's queue when there is such a call: how many there may be at a time is the host's choice,
-//! and who comes above that waits as with any listener that is busy.
+//! Each connection is carried to the host by a streaming call that the host has opened beforehand. It is accepted from
+//! the kernel's queue only when such a call waits, so the host chooses how many there may be at a time; further clients
+//! wait as with any busy listener.
 
 use crate::connections::{Connections, StreamTarget, Target};
 use crate::container::Containers;
@@ -27,7 +27,7 @@ struct Socket {
     /// Of a unix socket.
     path: Option<String>,
     fd: Fd,
-    /// Of one of the loopback: what keeps its port.
+    /// Of a loopback socket: the BPF link that keeps its port.
     _link: Option<Fd>,
     datagrams: Option<Datagrams>,
     /// Streaming calls, each with its first credit, that wait for a connection.
@@ -135,7 +135,7 @@ impl Sockets {
         Ok(())
     }
 
-    /// Gives the calls that wait what has come.
+    /// Hands connections or datagrams that have arrived to the calls that wait for them.
     pub fn on_readable(
         &mut self,
         io: &mut Connections,
@@ -187,7 +187,7 @@ fn begin_connection(
 }
 
 fn accept(listener: RawFd) -> SysResult<Fd> {
-    // Nobody's name is asked for; the structure is as large as any.
+    // The peer's address is not needed; the buffer is large enough for any.
     let mut peer = [0u8; 128];
     sys::accept(listener, &mut peer)
 }

@@ -1,5 +1,5 @@
-//! What the agent knows, in its parts. Code that needs one or two of them takes those; the whole is for what concerns
-//! most of them: dispatching a call, and making, starting and removing a container.
+//! The agent's state, in its parts. Code that needs some parts takes those as arguments. The whole is for code that
+//! needs most of them: dispatching a call, and creating, starting and removing a container.
 
 use crate::cmdline::Settings;
 use crate::connections::Connections;

@@ -32,12 +32,12 @@ pub const DRIVERS: &[&str] = &[
 
 /// A directory to make before an overlay is mounted, as an option or a driver option.
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
-/// "Give this overlay a writable layer beside its mount point."
+/// Option: give this overlay a writable layer beside its mount point.
 const OVERLAY_RW: &str = "io.katacontainers.fs-opt.overlay-rw";
-/// Ephemeral storages below it are the sandbox's: whoever names one first has it mounted, others find it, and it stays
-/// when they go (a volume in memory outlives the restarts of a pod's containers).
+/// Ephemeral storages below it belong to the sandbox: the first container that names one mounts it, later ones find it,
+/// and it stays when they end (a volume in memory outlives restarts of a pod's containers).
 const OF_SANDBOX: &str = "/run/kata-containers/sandbox/";
-/// What huge pages leave of the guest's memory: small pages are needed as well.
+/// Memory that huge pages must leave free: small pages are needed as well.
 const HEADROOM: u64 = 32 << 20;
 /// Where the host's share is mounted.
 const SHARES: &str = "/run/kata-containers/shared/containers";
@@ -75,7 +75,7 @@ pub fn is_of_sandbox(mount_point: &str) -> bool {
 /// detached and disappears with its last user, its data written back before.
 pub fn unmount(mount_point: &str) -> Result<()> {
     let outcome = unmount_only(mount_point);
-    // What was copied for it; most have no copy.
+    // The copy of a watched source; most storages have none.
     let _ = fs::remove_dir_all(watchable::copy_of(mount_point));
     outcome
 }
@@ -107,8 +107,8 @@ pub fn remount_ephemeral(storage: &Storage) -> Result<()> {
     parsed.mount(&storage.source, &storage.mount_point, &storage.fstype)
 }
 
-/// Looks at every mount below the share's directory, so that the host's virtiofsd lets go of inodes that are gone
-/// (RemoveStaleVirtiofsShareMounts). What cannot be looked at any more is what this is for, and no error.
+/// Looks at every mount below the share's directory, so that the host's virtiofsd releases deleted inodes
+/// (RemoveStaleVirtiofsShareMounts). A mount that cannot be looked at any more is stale: no error.
 pub fn touch_shares() -> Result<()> {
     let table = fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?;
     for point in table.lines().filter_map(|line| line.split(' ').nth(4)) {
@@ -178,7 +178,7 @@ fn mount_and_own(storage: &Storage, source: &str, fstype: &str, options: &MountO
 
 fn block(storage: &Storage) -> Result<()> {
     let (volume, others) = volume_disk::split_options(&storage.driver_options);
-    // "rw" is what a mount is anyway; read-only ones say "ro" in their options.
+    // "rw" is the default of a mount; read-only ones have "ro" among their options.
     if let Some(option) = others.iter().find(|option| **option != "rw") {
         return Err(unknown_driver_option(option));
     }
@@ -193,7 +193,7 @@ fn block(storage: &Storage) -> Result<()> {
     })
 }
 
-/// A directory of the host's, by its tag. `defaults` are added where the options do not set the same name.
+/// Mounts a shared directory of the host, by its tag. `defaults` are added where the options do not set the same name.
 fn share(storage: &Storage, fstype: &str, defaults: &[&str]) -> Result<()> {
     refuse_driver_options(storage, &[])?;
     let mut options = storage.options.clone();
@@ -209,8 +209,8 @@ fn share(storage: &Storage, fstype: &str, defaults: &[&str]) -> Result<()> {
 /// How far a share reads ahead. The kernel's 128 KiB are for disks: here each request is a round trip to another process.
 const READ_AHEAD_KIB: u32 = 1024;
 
-/// Has the mounts of a share, of which the host's further file systems have the same backing device, read further ahead.
-/// Without it they are slower, and nothing else.
+/// Raises the read-ahead of a share's mounts; submounts of the host's other file systems use the same backing device. A
+/// failure only makes them slower.
 fn read_ahead(mount_point: &str) {
     let Ok(stat) = sys::stat(mount_point) else { return };
     let device = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
@@ -220,7 +220,7 @@ fn read_ahead(mount_point: &str) {
     }
 }
 
-/// Takes `fsgid=N` out of the options, which is for us.
+/// Splits off `fsgid=N`, which is for the agent and not for the kernel.
 fn split_group(options: &[String]) -> Result<(Vec<&String>, Option<u32>)> {
     let (mut rest, mut group) = (Vec::new(), None);
     for option in options {
@@ -261,8 +261,7 @@ fn ephemeral(storage: &Storage) -> Result<()> {
     mounted
 }
 
-/// Containers are made in processes of their own, maybe at the same time: one of them at a time gets past this, until
-/// it drops what this returns.
+/// A lock between builders, which may run at the same time: it is held until the returned descriptor is dropped.
 fn take_turn() -> Result<Fd> {
     make_mount_point(OF_SANDBOX)?;
     let lock = sys::open(OF_SANDBOX, libc::O_RDONLY | libc::O_DIRECTORY, 0).context("open the sandbox's directory")?;
@@ -377,7 +376,8 @@ fn overlay(storage: &Storage) -> Result<()> {
     let top_layer = of("lowerdir").and_then(|layers| layers.split(':').next());
     for layer in of("lowerdir").iter().flat_map(|layers| layers.split(':')) {
         // A mount of the host's below a virtio-fs share is mounted here when it is first opened. An overlay takes the
-        // directory without opening it, and refuses one that waits to be mounted upon. What is missing, it will name.
+        // directory without opening it, and refuses one that waits to be mounted upon. A missing layer is reported by
+        // the mount itself.
         let _ = sys::open(layer, libc::O_RDONLY | libc::O_DIRECTORY, 0);
     }
     for directory in &directories {
@@ -422,7 +422,7 @@ fn reserve_huge_pages(pools: &str, options: &[&String]) -> Result<(String, u64)>
             bytes / page_bytes
         ))
     };
-    // The kernel would try, and kill for lack of memory whoever comes next.
+    // The kernel would try, and then kill some process for lack of memory.
     let room = available_memory()?.saturating_sub(HEADROOM);
     if bytes > room {
         return Err(exhausted(room / page_bytes));
@@ -436,7 +436,7 @@ fn reserve_huge_pages(pools: &str, options: &[&String]) -> Result<(String, u64)>
     Ok((file, before))
 }
 
-/// Bytes that can be had without swapping.
+/// Bytes of memory available without swapping.
 fn available_memory() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));

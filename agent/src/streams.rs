@@ -1,7 +1,7 @@
 //! The agent's ends of a process's standard streams, and the calls that wait on them.
 //!
-//! Nothing here knows connections or epoll: descriptors are non-blocking, readiness is remembered from edges, answers
-//! come back as values.
+//! This module knows neither connections nor epoll: descriptors are non-blocking, edge-triggered readiness is
+//! remembered in flags, and answers are returned as values.
 
 use crate::prelude::*;
 use crate::runtime::console;
@@ -16,12 +16,12 @@ pub const MAX_READ: usize = 1 << 20;
 /// Standard input that may wait in the agent, per process. The host keeps one write in flight per process; more than
 /// this is a host that does not wait for its answers.
 const MAX_WAITING_INPUT: usize = 16 << 20;
-/// The input that the host of a streaming call may have on the way.
+/// How many bytes of input a streaming call may have in flight.
 pub const INPUT_WINDOW: usize = 1 << 20;
-/// The most in one piece of a streaming call, which is what a pipe holds: few and long pieces cost least, but other
-/// answers have to wait for the end of one.
+/// The most bytes in one data frame of a streaming call; as many as a pipe holds. Long frames cost the least, but other
+/// answers wait behind them.
 const MAX_PIECE: usize = 256 << 10;
-/// Less than this is copied: moving pages costs two more system calls.
+/// Fewer bytes are copied instead of spliced: splicing takes two more system calls.
 const MIN_MOVED: usize = 16 << 10;
 const FIONREAD: u64 = 0x541b;
 
@@ -31,28 +31,28 @@ pub struct Output {
     fd: Option<Fd>,
     terminal: bool,
     readable: bool,
-    /// The last read has brought much: it may be worth moving pages.
+    /// The last read returned much data: splicing may pay off.
     splice_worthwhile: bool,
-    /// After the process has been reaped: how much of what was in the pipe then is still to come.
+    /// Once the process has been reaped: bytes left of what the pipe held when the process exited.
     left: Option<usize>,
-    /// The last read has failed: of a connection, the other side has torn it down.
+    /// The last read has failed; on a connection: the peer has reset it.
     failed: bool,
     readers: VecDeque<(CallId, usize)>,
-    /// The streaming call that takes what no read call asks for, and how much more it takes.
+    /// The streaming call that gets the output that no read call asks for, and its remaining credit in bytes.
     attached: Option<(CallId, usize)>,
 }
 
-/// Whose turn it is to be given output.
+/// The call that gets the next output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NextReader {
     pub call: CallId,
-    /// How many bytes it takes; 0 = only the end.
+    /// How many bytes it may get; 0 = only the end of the stream.
     pub len: usize,
     /// A streaming call, which stays.
     pub streaming: bool,
 }
 
-/// What a look at an output stream gives its first reader.
+/// The result of reading an output stream.
 pub enum Read {
     /// Data behind [`DATA_OFFSET`] bytes of room; none behind it = end of file.
     Data(Vec<u8>),
@@ -77,7 +77,7 @@ impl Output {
         self.readers.push_back((call, len));
     }
 
-    /// Those who were there before the stream was.
+    /// Takes over the calls that have waited since before the stream existed.
     pub fn take_readers_of(&mut self, other: Output) {
         self.readers = other.readers;
         self.attached = other.attached;
@@ -92,14 +92,14 @@ impl Output {
         self.attached = Some((call, credit));
     }
 
-    /// The streaming call takes so many bytes more.
+    /// Gives the streaming call `more` bytes of credit.
     pub fn grant(&mut self, more: usize) {
         if let Some((_, credit)) = &mut self.attached {
             *credit = credit.saturating_add(more);
         }
     }
 
-    /// The call whose turn it is.
+    /// The call whose turn it is: read calls come before the streaming call.
     pub fn next_reader(&self) -> Option<NextReader> {
         let reader = self.readers.front().map(|(call, len)| NextReader { call: *call, len: *len, streaming: false });
         let attached =
@@ -127,7 +127,7 @@ impl Output {
         self.fd.is_none() || self.left == Some(0)
     }
 
-    /// Nothing will come any more, and nobody waits for it.
+    /// Whether no more output can come and no call waits.
     pub fn is_over(&self) -> bool {
         self.at_end() && self.readers.is_empty() && self.attached.is_none()
     }
@@ -154,7 +154,7 @@ impl Output {
             want = want.min(left);
         }
         if want > 0 {
-            // As much memory as there are bytes, not as much as the caller would take.
+            // Allocate as much as is there to read, not as much as the caller would accept.
             want = want.min(available(fd).max(512));
             buffer.reserve(DATA_OFFSET + want);
             buffer.resize(DATA_OFFSET, 0);
@@ -171,7 +171,7 @@ impl Output {
                     return Read::Wait;
                 }
                 Ok(_) => {}
-                // EIO is how a terminal says that it is at its end.
+                // A terminal reports its end by EIO.
                 Err(_) => self.failed = true,
             }
         } else {
@@ -186,8 +186,8 @@ impl Output {
         self.splice_worthwhile
     }
 
-    /// Moves what is there, up to `len` bytes, into the pipe `to` without copying it. None: it is little, or not a pipe;
-    /// nothing has happened then.
+    /// Moves what is there, up to `len` bytes, into the pipe `to` without copying it. `None`, and nothing is moved, if
+    /// there is too little or it is not a pipe.
     pub fn move_into(&mut self, len: usize, to: RawFd) -> Option<usize> {
         let fd = self.raw()?;
         let want = len.min(available(fd)).min(self.left.unwrap_or(usize::MAX));
@@ -199,15 +199,16 @@ impl Output {
         self.splice_worthwhile.then_some(moved)
     }
 
-    /// The process is gone: what is in the pipe now is all that will be delivered, whoever still holds the other end.
+    /// The process is gone: only what the pipe holds now will be delivered, even if other processes still hold its
+    /// write end.
     pub fn drain(&mut self) {
         if let Some(fd) = self.raw() {
-            // A terminal delivers what its other end has written before it says EAGAIN or EIO.
+            // A terminal returns all that was written to it before it reports EAGAIN or EIO.
             self.left = Some(if self.terminal { usize::MAX } else { available(fd) });
         }
     }
 
-    /// Everybody who waits; the stream is over.
+    /// Closes the stream; returns the calls that waited for it.
     pub fn close(&mut self) -> Vec<CallId> {
         self.fd = None;
         let attached = self.attached.take().map(|(call, _)| call);
@@ -224,7 +225,7 @@ fn available(fd: RawFd) -> usize {
 }
 
 struct Write {
-    /// None: the streaming call's.
+    /// `None` for data of the streaming call.
     call: Option<CallId>,
     data: Chunk,
     done: usize,
@@ -233,9 +234,9 @@ struct Write {
 /// A streaming call that feeds an input.
 struct InputStream {
     call: CallId,
-    /// Taken by the process and not yet told to the host.
+    /// Bytes taken by the process, for which the host has not got new credit yet.
     unacked: usize,
-    /// In the queue.
+    /// Bytes in the queue.
     queued: usize,
 }
 
@@ -244,7 +245,7 @@ struct InputStream {
 pub struct Input {
     fd: Option<Fd>,
     terminal: bool,
-    /// A connection, whose other direction goes on when this one has ended: its streaming call does, too.
+    /// A connection: its streaming call goes on after this direction has ended, for the other one.
     connection: bool,
     queue: VecDeque<Write>,
     closing: bool,
@@ -253,8 +254,8 @@ pub struct Input {
     stream: Option<InputStream>,
 }
 
-/// A write that is over: the call, and how many bytes were taken or why not. Of a streaming call it is the end (0 bytes:
-/// standard input has been closed as asked for).
+/// A finished write: the call, and how many bytes were taken or why not. For a streaming call it is its end (0 bytes:
+/// standard input was closed as requested).
 pub type Written = (CallId, Result<u32>);
 
 impl Input {
@@ -308,7 +309,8 @@ impl Input {
     pub fn feed(&mut self, data: Chunk) -> Result<()> {
         let len = data.data().len();
         if let (true, Some(_), Some(stream)) = (self.connection, self.broken, &mut self.stream) {
-            // Nobody takes it any more; the host hears of the end in the other direction, behind what comes from there.
+            // Discarded: nothing reads it any more. The host learns of the end in the other direction, after the data
+            // from there.
             stream.unacked += len;
             return Ok(());
         }
@@ -321,18 +323,18 @@ impl Input {
         Ok(())
     }
 
-    /// Credit that the streaming call is to be given back now: not in small coin.
+    /// Returns credit for the streaming call once half the window has been consumed, to batch updates.
     pub fn take_credit(&mut self) -> Option<(CallId, usize)> {
         let stream = self.stream.as_mut().filter(|stream| stream.unacked >= INPUT_WINDOW / 2)?;
         Some((stream.call, core::mem::take(&mut stream.unacked)))
     }
 
-    /// Closes behind what is queued.
+    /// Closes the input once the queued data has been written.
     pub fn close(&mut self) {
         self.closing = true;
     }
 
-    /// Writes what goes; the writes that are over.
+    /// Writes as much as the descriptor takes; returns the writes that are finished.
     pub fn pump(&mut self) -> Vec<Written> {
         let mut over = vec![];
         while let (Some(fd), Some(first)) = (self.raw(), self.queue.front_mut()) {
@@ -384,7 +386,8 @@ impl Input {
                 self.broken = Some("closed");
             }
             Some(fd) if self.connection => {
-                // The other direction has a descriptor of its own. It fails where the other side has gone: all the same.
+                // The other direction has a descriptor of its own. Failure means that the peer has gone, and is
+                // ignored.
                 let _ = sys::shutdown(fd, libc::SHUT_WR);
                 self.fd = None;
             }
@@ -392,7 +395,7 @@ impl Input {
         }
     }
 
-    /// Gives up: nobody will read any more.
+    /// Discards the queue because nothing will read it any more; returns the calls that fail with `why`.
     pub fn fail(&mut self, why: &'static str) -> Vec<Written> {
         self.broken = Some(why);
         self.fd = None;
@@ -454,7 +457,7 @@ mod tests {
         assert_eq!(out.move_into(17_000, to.raw()), None);
         assert!(!out.is_splice_worthwhile());
         assert_eq!(text(out.read(9000)).map(|t| t.len()), Some(3000));
-        // Also of what is left after the process, and no more than that.
+        // This also holds for output that is left after the process's end, and no more than that.
         sys::write_all(writer.raw(), &vec![b'y'; 20_000]).unwrap();
         out.drain();
         sys::write_all(writer.raw(), &vec![b'z'; 20_000]).unwrap();

@@ -1,4 +1,4 @@
-//! Swap devices (AddSwap, AddSwapPath). Their header was written by the host: there is no mkswap in here.
+//! Swap devices (AddSwap, AddSwapPath). Their header was written by the host: the agent has no mkswap.
 
 use crate::devices::{find_block_by_pci, wait_for_block};
 use crate::prelude::*;

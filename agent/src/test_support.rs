@@ -1,4 +1,4 @@
-//! For unit tests that need a piece of the kernel to themselves.
+//! For unit tests that need namespaces or directories of their own.
 
 use crate::fs;
 use crate::sys;

@@ -1,10 +1,11 @@
-//! Containers that are stuck at their memory limit without the kernel's ending it.
+//! Ends containers that thrash at their memory limit without being killed by the kernel.
 //!
-//! As long as reclaim frees a single page the kernel does not call it out of memory. A container whose memory is all
-//! anonymous but for the pages of its program lives on these: each page fault evicts one that is needed next and is read
-//! again from the image or the share. On a host such pages are mostly charged to somebody else; in a guest they are the
-//! container's own, and where each read takes a while the kernel gives up after minutes, or never. So what the kernel would do
-//! in the end is done here: the process that it would choose is killed, and reported as its kill.
+//! As long as reclaim frees a single page the kernel does not call it out of memory. If all of a container's memory is
+//! anonymous except its program's pages, those are reclaimed over and over: each page fault evicts a page that is
+//! needed next and has to be read again from the image or the share. On a host such pages are mostly charged to other
+//! groups; in a guest they are the container's own, and where each read takes a while the kernel declares the group out
+//! of memory after minutes, or never. So the agent does what the kernel would do in the end: it kills the process that
+//! the kernel would choose, and reports that as an OOM kill.
 
 use crate::cgroup::Cgroup;
 use crate::cgroup_stats::value_of;
@@ -13,17 +14,17 @@ use crate::log;
 use crate::prelude::*;
 use crate::sys::{self, Pid};
 
-/// Containers are looked at no more often: the kernel announces a hundred times a second that a limit was hit.
+/// The shortest time between two looks: the kernel announces up to a hundred times a second that a limit was hit.
 pub const LOOK_NS: u64 = 200_000_000;
-/// For so long a container is watched.
+/// How long a container is observed before it can count as stuck.
 const WINDOW_NS: u64 = 3_000_000_000;
-/// It is stuck if all its processes waited for memory during so much of that time (of a program that only reads its own
-/// pages again and again it is 40 to 60: the reading itself is not counted as waiting),
+/// It is stuck if all its processes waited for memory during this part of the time (a program that only reads its own
+/// pages again and again reaches 40 to 60: the reading itself is not counted as waiting),
 const STALLED_PERCENT: u64 = 25;
-/// and if what it has of files was evicted and read again so often in that time.
+/// and if its pages of files were, on average, evicted and read again this many times.
 const TURNOVERS: u64 = 16;
 const PAGE: u64 = 4096;
-/// What reclaim could take is "nothing" up to this part of the limit.
+/// Reclaimable memory up to this part of the limit (1/64) counts as none.
 const RECLAIMABLE_PART: u64 = 64;
 
 /// What was seen of a container that is at its limit with nothing to reclaim.
@@ -33,13 +34,13 @@ pub struct Squeeze {
     at_ns: u64,
     /// For how long all its processes have waited for memory so far (Documentation/accounting/psi.rst).
     stalled_us: u64,
-    /// Pages of files that it has had to read again so far.
+    /// Pages of files that were read again after eviction, so far.
     refaults: u64,
     /// Bytes of files that it has.
     file: u64,
 }
 
-/// One look at a container: what to remember, and whether it is stuck.
+/// Compares two observations of a container: the one to keep, and whether it is stuck.
 fn step(before: Option<Squeeze>, now: Option<Squeeze>) -> (Option<Squeeze>, bool) {
     let (Some(before), Some(now)) = (before, now) else { return (now, false) };
     let elapsed_ns = now.at_ns.saturating_sub(before.at_ns);
@@ -96,7 +97,7 @@ fn victim(pids: &[Pid]) -> Option<Pid> {
     pids.iter().copied().filter(may).max_by_key(|pid| number(read(*pid, "oom_score")).unwrap_or(0))
 }
 
-/// Kills what the kernel would; whether there was something.
+/// Kills what the kernel would kill; false if there is nothing to kill.
 fn kill(cgroup: &Cgroup) -> Result<bool> {
     let whole = fs::read_to_string(format!("{}/memory.oom.group", cgroup.path())).is_ok_and(|text| text.trim() == "1");
     if whole {
@@ -136,7 +137,7 @@ mod tests {
         assert_eq!(step(None, first), (first, false));
         assert_eq!(step(first, seen(12, 3000, 9000)), (first, false)); // not long enough yet
         assert_eq!(step(first, seen(13, 2000, 532)), (seen(13, 2000, 532), true));
-        assert!(!step(first, seen(13, 1700, 9000)).1); // it gets on
+        assert!(!step(first, seen(13, 1700, 9000)).1); // it makes progress
         assert!(!step(first, seen(13, 4000, 531)).1); // what it reads is new
         assert_eq!(step(first, None), (None, false)); // it has room again
     }

@@ -8,14 +8,14 @@ use crate::sys::{self, Errno, Fd, SysResult};
 const KERNEL_GROUP: u32 = 1;
 /// One message: the kernel's buffer for it is 2 KiB.
 const MAX_MESSAGE: usize = 4096;
-/// Looks between announcements: should one be lost, the device is found all the same.
+/// The longest pause between two looks: should an announcement be lost, the device is found all the same.
 const LOOK_AGAIN_MS: u64 = 500;
 
 /// How long a device that the host has plugged in may take to appear, unless `agent.hotplug_timeout` says otherwise.
 const HOTPLUG_TIMEOUT_S: u64 = 3;
 
 /// How long to wait for a device, in milliseconds: `agent.hotplug_timeout` (seconds) of the kernel command line. Read
-/// anew each time, because nobody waits often and the children that do have no settings.
+/// each time, because waiting is rare and the children that wait do not have the settings.
 pub fn hotplug_timeout_ms() -> u64 {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     parse_timeout(&line).unwrap_or(HOTPLUG_TIMEOUT_S).saturating_mul(1000)
@@ -32,14 +32,14 @@ fn parse_timeout(line: &str) -> Option<u64> {
 /// Looks for a device until it is there or `agent.hotplug_timeout` is over, woken by the announcements of its subsystem.
 /// Everything that belongs to a device, its node in /dev included, is there before it is announced.
 pub fn await_device<T>(subsystem: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
-    // Most are there already, and nothing needs to be opened for them.
+    // Most devices are there already: then no socket is needed.
     if let Some(found) = look()? {
         return Ok(Some(found));
     }
     let deadline = sys::monotonic_ns().saturating_add(hotplug_timeout_ms().saturating_mul(1_000_000));
     let socket = open().context("listen for devices")?;
     loop {
-        // After the socket was opened, so that nothing falls in between.
+        // Only after the socket was opened, so that no announcement is missed in between.
         if let Some(found) = look()? {
             return Ok(Some(found));
         }
@@ -57,7 +57,7 @@ fn open() -> SysResult<Fd> {
     Ok(socket)
 }
 
-/// Waits until it is worth another look; false at the deadline.
+/// Waits until another look may find the device; false at the deadline.
 fn wait(socket: &Fd, subsystem: &str, deadline: u64) -> bool {
     let again = sys::monotonic_ns() + LOOK_AGAIN_MS * 1_000_000;
     let mut message = vec![0u8; MAX_MESSAGE];

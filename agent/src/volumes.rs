@@ -1,4 +1,4 @@
-//! Volumes that are mounted in the guest: how full they are, and making them larger.
+//! Volumes that are mounted in the guest: their usage, and growing them.
 
 use crate::fs;
 use crate::guest::wait_for;
@@ -17,7 +17,7 @@ const EXT4_IOC_RESIZE_FS: u64 = 0x4008_6610;
 const XFS_IOC_FSGEOMETRY_V1: u64 = 0x8070_5864;
 const XFS_IOC_FSGROWFSDATA: u64 = 0x4010_586e;
 const SECTOR: u64 = 512;
-/// A new size is in a register of the device before its interrupt comes: there is little to wait for.
+/// How long to wait for a new size. It is in a register of the device before its interrupt comes.
 const RESIZE_MS: u64 = 2000;
 
 /// The volume at a path of the guest's (GetVolumeStats).
@@ -41,8 +41,8 @@ pub fn stats(path: &str) -> Result<VolumeStatsResponse> {
     })
 }
 
-/// Grows the file system of the volume at `path` to `size` bytes (ResizeVolume); 0 means as large as its disk. The
-/// host has made the disk larger before; the guest may be told a moment later.
+/// Grows the file system of the volume at `path` to `size` bytes (ResizeVolume); 0 means as large as its disk. The host
+/// has made the disk larger before; the guest may learn of that a moment later.
 ///
 /// # Errors
 /// The file system is neither ext4 nor XFS, the disk is too small, or it would have to shrink.

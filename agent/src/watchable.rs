@@ -1,8 +1,8 @@
 //! Copies of small trees of the host's, kept up to date (storage driver `watchable-bind`).
 //!
-//! A share tells nobody in the guest when the host changes a file. So what is to be watched is copied into the guest's
-//! memory, the container gets the copy, and every two seconds what has changed is copied again: in place, so that who
-//! watches the file hears of it, and symbolic links (with which Kubernetes switches versions) by renaming.
+//! inotify in the guest does not see changes that the host makes in a share. So a watched source is copied into the
+//! guest's memory and the container gets the copy. Every two seconds changed files are copied again: files in place, so
+//! that inotify reports them, symbolic links (by which Kubernetes switches versions) by renaming.
 
 use crate::fs;
 use crate::paths::STATE_DIR;
@@ -10,13 +10,13 @@ use crate::prelude::*;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult, AT_FDCWD};
 use core::fmt::Write;
 
-/// More than this is no configuration, and takes the guest's memory.
+/// Limits of a copy, which takes the guest's memory: a larger tree is not a configuration, and is mounted itself.
 const MAX_FILES: u32 = 16;
 const MAX_BYTES: u64 = 1 << 20;
 const MAX_DEPTH: u32 = 16;
 const NO_FOLLOW: i32 = libc::O_NOFOLLOW | libc::O_NONBLOCK;
 
-/// What is copied, by whoever it belongs to.
+/// A source whose copy is kept up to date.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Watched {
     pub source: String,
@@ -64,7 +64,7 @@ fn synchronise(source: &str, copy: &str) -> SysResult<()> {
         return copy_file(AT_FDCWD, sys::proc_fd(found.raw()).as_bytes(), 0, AT_FDCWD, copy.as_bytes(), &mut room);
     }
     let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-    // Looked at as a whole first: half of a new version is worse than the old one.
+    // Measured as a whole first: half of a new version is worse than the old one.
     measure(sys::open(source, flags, 0)?.raw(), &mut Room { files: MAX_FILES, bytes: MAX_BYTES }, 0)?;
     // Opened anew: a directory is read once through.
     let (from, to) = (sys::open(source, flags, 0)?, sys::open(copy, flags | libc::O_NOFOLLOW, 0)?);
@@ -137,11 +137,11 @@ fn copy_directory(from: RawFd, to: RawFd, room: &mut Room, depth: u32) -> SysRes
             }
             libc::S_IFREG => copy_file(from, name, libc::O_NOFOLLOW, to, name, room)?,
             libc::S_IFLNK => links.push(name),
-            // Sockets, pipes, devices: not a configuration's.
+            // Sockets, pipes and devices are not copied: they are no configuration.
             _ => {}
         }
     }
-    // What links point to is complete by now.
+    // Links last, so that their targets are complete.
     for name in links {
         copy_link(from, to, name)?;
     }
@@ -174,7 +174,7 @@ fn own(fd: RawFd, status: &libc::stat) -> SysResult<()> {
 
 fn copy_file(from: RawFd, name: &[u8], follow: i32, to: RawFd, target: &[u8], room: &mut Room) -> SysResult<()> {
     let source = sys::openat(from, name, libc::O_RDONLY | libc::O_NONBLOCK | follow, 0)?;
-    // Before the content: what changes meanwhile is seen the next time.
+    // Read before the content, so that a change in between is noticed the next time.
     let status = sys::fstat(source.raw())?;
     if !is(status.st_mode, libc::S_IFREG) {
         return Ok(());
@@ -194,7 +194,7 @@ fn copy_file(from: RawFd, name: &[u8], follow: i32, to: RawFd, target: &[u8], ro
         }
     }
     let file = sys::openat(to, target, libc::O_WRONLY | libc::O_CREAT | NO_FOLLOW, 0o600)?;
-    // Over the old content, never through an empty file: somebody may be reading.
+    // Over the old content, never through an empty file: a program may be reading it.
     sys::write_all(file.raw(), &content)?;
     sys::ftruncate(file.raw(), content.len() as u64)?;
     own(file.raw(), &status)?;

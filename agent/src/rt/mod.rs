@@ -17,8 +17,8 @@ pub unsafe fn arguments(argc: usize, argv: *const *const c_char) -> Vec<String> 
     (0..argc).map(|i| unsafe { CStr::from_ptr(*argv.add(i)) }.to_string_lossy().into_owned()).collect()
 }
 
-/// Where the program ends when it is wrong about itself: says so on the console, then takes the machine down if it
-/// is PID 1 (the host notices a VM that is gone, not one that hangs).
+/// The panic handler: logs to the console, then powers the machine off if the agent is PID 1 (the host notices a VM
+/// that is gone, not one that hangs).
 pub fn panicked(info: &core::panic::PanicInfo) -> ! {
     use crate::sys;
     let text = format!("{info}");

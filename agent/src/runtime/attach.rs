@@ -1,5 +1,5 @@
-//! Devices that the host hands to a container (CreateContainer.devices): found where they were plugged in, and put under
-//! the guest's numbers into the spec, which knows those of the host.
+//! Devices that the host hands to a container (CreateContainer.devices): found by their address in the guest; the
+//! spec's device numbers, which are the host's, are replaced by the guest's.
 
 use super::devices::cgroup_rules;
 use crate::devices::{find_block, find_block_by_scsi};
@@ -12,14 +12,14 @@ use crate::sys::{self, RawFd};
 /// The types, for AgentDetails.device_handlers.
 pub const TYPES: &[&str] = &["blk", "mmioblk", "nvdimm", "scsi"];
 
-/// A device under the host's numbers, and what it is here.
+/// A device's number on the host, and its number and node in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Numbers {
     host: (i64, i64),
     guest: (i64, i64),
 }
 
-/// The spec's devices and rules for them, under the guest's numbers.
+/// The spec's devices and their rules, with the guest's numbers.
 pub struct Attached {
     pub devices: Vec<LinuxDevice>,
     rules: Vec<LinuxDeviceCgroup>,
@@ -35,7 +35,7 @@ pub fn resolve(wanted: &[Device], spec: &Spec) -> Result<Attached> {
         let what = || format!("device {:?} of type {:?}", device.container_path, device.type_);
         found.push(number(device, &mut attached.devices).with_context(what)?);
     }
-    // All at once: a guest's number may be another device's on the host.
+    // All in one step: a device's number in the guest may be another device's number on the host.
     renumber(&mut attached.rules, &found);
     Ok(attached)
 }
@@ -73,8 +73,8 @@ fn renumber(rules: &mut [LinuxDeviceCgroup], found: &[Numbers]) {
     }
 }
 
-/// Device rules of the spec. Hosts of the original protocol send none, whatever the user has asked for: then a
-/// container without CAP_SYS_ADMIN gets what every container gets, and one with it (a privileged one) everything.
+/// Device rules of the spec. Hosts of the original system send none. Then a container without CAP_SYS_ADMIN may use the
+/// default devices, and one with it (a privileged one) all of them.
 pub fn restrict(cgroup: RawFd, spec: &Spec, attached: &Attached) -> Result<()> {
     let bounding = spec.process.as_deref().and_then(|p| p.capabilities.as_deref()).map_or(&[][..], |c| &c.bounding);
     if attached.rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {

@@ -109,7 +109,7 @@ impl Caps {
         }
     }
 
-    /// First step, while still root: what can never come back.
+    /// First step, while still root: drops what can never be regained.
     pub fn drop_bounding(&self, known: u64) -> Result<()> {
         for number in (0..64).filter(|n| known & !self.bounding & (1 << n) != 0) {
             sys::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0)
@@ -136,7 +136,7 @@ impl Caps {
         Ok(())
     }
 
-    /// Gives up what [`Caps::apply`] has kept as `extra`.
+    /// Drops what [`Caps::apply`] has kept as `extra`.
     pub fn finish(&self) -> Result<()> {
         sys::capset(self.sets).context("set capabilities")
     }

@@ -1,4 +1,4 @@
-//! Which file a command is, in runc's words when it is none, and the environment it gets.
+//! Which file a command is, with runc's error messages when there is none, and the environment it gets.
 
 use crate::errors::code;
 use crate::prelude::*;
@@ -30,7 +30,7 @@ pub fn find(args: &[String], env: &[String]) -> Result<String> {
     Err(Error::not_found(format!("exec: {name:?}: executable file not found in $PATH")))
 }
 
-/// Execution that fails after all: a missing interpreter, a file that is no program.
+/// The error of an execve that failed: a missing interpreter, a file that is no program.
 pub fn exec_error(path: &str, e: Errno) -> Error {
     Error::new(code_of(e), format!("exec {path}: {e}"))
 }
@@ -119,7 +119,7 @@ mod tests {
         assert_eq!(environment(&["HOME=/h".to_string()], "/root"), ["HOME=/h"]);
     }
 
-    /// Service links make thousands of variables: each is looked up once, and not compared with all before it.
+    /// Service links make thousands of variables: each is looked up in a map, not compared with all before it.
     #[test]
     fn a_large_environment_takes_no_more_than_its_share() {
         let large: Vec<String> = (0..200_000).map(|n| format!("SERVICE_{n}_PORT=tcp://10.0.0.1:{n}")).collect();

@@ -13,7 +13,7 @@ pub fn open(root: RawFd, size: Option<&ConsoleBox>) -> Result<(Fd, Fd)> {
     let flags = libc::O_RDWR | libc::O_NOCTTY;
     let ptmx = path::open(root, "/dev/pts/ptmx", libc::O_PATH | libc::O_NOFOLLOW)
         .context("open the container's /dev/pts/ptmx (a terminal needs a devpts mount)")?;
-    // The image could have put anything there: only the multiplexer is opened for real.
+    // The image may have any file there: it is opened only if it is the multiplexer.
     check_multiplexer(&ptmx)?;
     let master = path::open(root, "/dev/pts/ptmx", flags).context("open a pseudo-terminal")?;
     check_multiplexer(&master)?;

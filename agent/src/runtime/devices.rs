@@ -89,14 +89,14 @@ fn make(root: RawFd, device: &LinuxDevice, user_namespace: bool) -> Result<()> {
         Err(Errno(libc::EEXIST)) => {
             let there = sys::fstatat(parent.raw(), name, libc::AT_SYMLINK_NOFOLLOW).with_context(what)?;
             if there.st_mode & libc::S_IFMT != kind || there.st_rdev != number {
-                // The image's idea of the node, when /dev is no file system of its own.
+                // The image's own file of that name, where /dev is not a mount.
                 sys::unlinkat(parent.raw(), name, 0).with_context(what)?;
                 sys::mknodat(parent.raw(), name, kind | mode, number).with_context(what)?;
             }
         }
         Err(e) => return Err(e).with_context(what),
     }
-    // The umask has cut the mode; the node is ours and in a directory that nobody else changes yet.
+    // The umask has cut the mode; the node is ours, in a directory that no other process changes yet.
     let node = sys::openat(parent.raw(), name, libc::O_PATH | libc::O_NOFOLLOW, 0).with_context(what)?;
     sys::fchmodat(sys::AT_FDCWD, sys::proc_fd(node.raw()), mode).with_context(what)?;
     sys::fchownat(node.raw(), "", device.uid, device.gid, libc::AT_EMPTY_PATH).with_context(what)

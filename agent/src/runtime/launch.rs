@@ -115,7 +115,7 @@ fn pause(report: Reporter) -> Result<core::convert::Infallible> {
     Err(Error::internal("the agent has given the container up"))
 }
 
-/// The container's /dev/null, if it is one; what else may be there must not hold us up.
+/// The container's /dev/null, if it is one; opening another kind of file must not block.
 fn own_null() -> Option<Fd> {
     const NULL: (u32, u32) = (1, 3); // Documentation/admin-guide/devices.txt
     let fd = sys::open("/dev/null", libc::O_RDWR | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY, 0).ok()?;
@@ -136,7 +136,8 @@ fn connect_streams(terminal: Option<&Fd>, stdio: &Stdio, no_stdin: bool, uid: u3
     };
     for (number, fd) in streams.iter().enumerate() {
         if no_stdin && number == 0 && terminal.is_none() {
-            // The container's own, where it has one: programs find out what they read by its path. It is nobody's.
+            // The container's own /dev/null if it has one, because programs identify it by its path. Its owner is not
+            // changed.
             let null = own_null();
             sys::dup_to(null.as_ref().map_or(*fd, Fd::raw), 0).context("connect the streams")?;
             continue;

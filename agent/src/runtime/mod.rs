@@ -1,8 +1,8 @@
 //! The container runtime: what happens in the children that the agent forks.
 //!
-//! Two steps for each process. A *builder*, still in the agent's namespaces, does what may take its time (storages,
-//! waiting for devices) and makes the process itself with CLONE_PARENT, so that the agent is its parent; then the
-//! process sets itself up from inside. Both report over one socket ([`report`]). The agent never waits for either.
+//! Two steps for each process. A *builder*, still in the agent's namespaces, does what may take long (storages, waiting
+//! for devices) and makes the process itself with CLONE_PARENT, so that the agent is its parent; then the process sets
+//! itself up from inside. Both report over one socket ([`report`]). The agent never waits for either.
 
 pub mod attach;
 pub mod caps;
@@ -90,7 +90,7 @@ pub fn program(process: &Process, string_user: Option<&StringUser>) -> Result<Pr
     })
 }
 
-/// What stands for the program in a container that is only made to work on its files.
+/// A placeholder for the program of a container without a process, which is only made to work on its files.
 pub fn no_program() -> Result<Program> {
     Ok(Program {
         args: vec![],
@@ -142,7 +142,7 @@ fn finish(report: Reporter, outcome: Result<()>) -> ! {
     }
 }
 
-/// Lets go of what is the agent's, and becomes invisible to the container.
+/// Closes the agent's descriptors and makes this process unreadable to the container.
 fn become_child(stdio: &Stdio, report: Reporter, others: &[Option<RawFd>]) {
     let mut keep: Vec<RawFd> = vec![report.0];
     keep.extend(others.iter().flatten());
@@ -152,7 +152,7 @@ fn become_child(stdio: &Stdio, report: Reporter, others: &[Option<RawFd>]) {
     sys::close_all_but(keep);
     // The console is closed with the rest.
     log::set_output(2);
-    // Nobody in the container may look into this process, or through its /proc/PID/exe, before it is the program.
+    // No process of the container may inspect this one, or open its /proc/PID/exe, before it has become the program.
     let _ = sys::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
 }
 
@@ -238,7 +238,7 @@ fn init_container(
     if !spec.hostname.is_empty() {
         sys::sethostname(&spec.hostname).with_context(|| format!("set the host name {:?}", spec.hostname))?;
     }
-    // What the agent's own view is needed for, before it is left behind.
+    // Opened while the agent's own file system is still visible.
     let proc = sys::open("/proc", libc::O_PATH | libc::O_DIRECTORY, 0).context("open /proc")?;
     let null = sys::open("/dev/null", libc::O_PATH, 0).context("open /dev/null")?;
 
@@ -278,7 +278,8 @@ fn build_exec(plan: &ExecPlan) -> Result<()> {
     let (wait, go) = sys::pipe(0).context("make a pipe")?;
     let forked = sys::fork(libc::CLONE_PARENT as u64, plan.cgroup).or_else(|e| match (e.0, &inits) {
         // A group whose processes have made groups below it for its controllers takes no process any more, nor does one
-        // of a threaded tree. Like runc: where the first process is, which is below, and so within the same limits.
+        // of a threaded tree. Like runc, it is then put where the first process is, which is below and so within the
+        // same limits.
         (libc::EBUSY | libc::EOPNOTSUPP, Some(group)) => sys::fork(libc::CLONE_PARENT as u64, Some(group.raw())),
         _ => Err(e),
     });

@@ -159,7 +159,7 @@ fn bind_mount(root: RawFd, source: &str, destination: &str, options: &MountOptio
     let recursive = if options.flags & MS_REC != 0 { RECURSIVE } else { 0 };
     let tree = sys::open_tree(AT_FDCWD, source, OPEN_TREE_CLONE | recursive)
         .with_context(|| format!("bind source {source:?}"))?;
-    // Attributes before anybody can see the mount.
+    // Attributes are set before the mount becomes visible.
     let attr = options.attributes();
     if attr.set | attr.clear != 0 {
         sys::mount_setattr(tree.raw(), "", EMPTY_PATH, &attr).context("set the attributes")?;
@@ -186,8 +186,8 @@ fn bind_mount(root: RawFd, source: &str, destination: &str, options: &MountOptio
     Ok(())
 }
 
-/// procfs and sysfs only go on plain directories: behind a symlink they would be somewhere else than where everything
-/// that protects them looks.
+/// procfs and sysfs are only mounted on plain directories: behind a symlink they would not be where masked paths and
+/// other protections expect them.
 fn kernel_mount(
     root: RawFd,
     mount: &Mount,
@@ -301,7 +301,7 @@ fn copy_tree(from: RawFd, to: RawFd, depth: u32) -> Result<()> {
     Ok(())
 }
 
-/// After the devices: what was left writable for them.
+/// After the devices were made: protects what was left writable for them.
 pub fn finish_dev(root: RawFd, mounts: &[Mount]) -> Result<()> {
     for mount in mounts.iter().filter(|m| m.destination.trim_end_matches('/') == "/dev" && m.type_ != "bind") {
         if parse_options(&mount.options)?.flags & MS_RDONLY != 0 {
@@ -313,7 +313,7 @@ pub fn finish_dev(root: RawFd, mounts: &[Mount]) -> Result<()> {
     Ok(())
 }
 
-/// Puts something that is open (a device of the agent's, a terminal) on a file of the container.
+/// Bind-mounts an open file (a device of the agent's, a terminal) on a file of the container.
 pub fn bind_fd(from: RawFd, target: RawFd) -> Result<()> {
     let tree = sys::open_tree(from, "", OPEN_TREE_CLONE | EMPTY_PATH).context("copy the mount")?;
     sys::move_mount(tree.raw(), target).context("attach it")

@@ -23,7 +23,7 @@ pub struct Shared {
 }
 
 pub fn parse(linux: &Linux) -> Result<Namespaces> {
-    // Processes of one container never see those of another without being asked to: that is `sandbox_pidns`.
+    // PID namespaces are not shared by default: `sandbox_pidns` asks for that.
     let mut found = Namespaces { pid: true, ..Default::default() };
     for namespace in &linux.namespaces {
         if !namespace.path.is_empty() {

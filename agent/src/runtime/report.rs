@@ -1,4 +1,4 @@
-//! What a container's process says to the agent before it becomes the user's program, and the one word back.
+//! The messages from a process to the agent before it becomes the user's program, and the agent's one answer.
 //!
 //! One SOCK_SEQPACKET pair per process. The child's end is CLOEXEC: end of file after [`Message::Ready`] and the
 //! start means that the exec has worked.
@@ -12,7 +12,7 @@ const MAX_TEXT: usize = 3000;
 pub enum Message {
     /// The process exists, under this number.
     Pid(Pid),
-    /// So many of the request's storages are mounted.
+    /// How many of the request's storages are mounted.
     Mounted(u32),
     /// The master end of its terminal.
     Terminal(Fd),
@@ -29,7 +29,7 @@ impl Reporter {
     fn send(self, kind: u8, data: &[u8], fd: Option<RawFd>) {
         let mut message = vec![kind];
         message.extend_from_slice(data);
-        // An agent that has lost interest has closed its end; it also has the process killed.
+        // If the agent has closed its end, it has also killed the process.
         let _ = sys::send_with_fd(self.0, &message, fd);
     }
 
@@ -59,7 +59,7 @@ impl Reporter {
         self.send(b'E', &data, None);
     }
 
-    /// Blocks until the agent says so; false when it has gone away instead.
+    /// Blocks until the agent gives the start; false if it has closed the socket instead.
     pub fn wait_for_start(self) -> bool {
         let mut word = [0u8; 1];
         matches!(sys::recv(self.0, &mut word, 0), Ok(1))

@@ -30,7 +30,7 @@ impl Rootfs {
     /// Cuts the namespace off from the agent's and makes `path` a mount.
     pub fn new(path: &str, linux: &Linux) -> Result<Rootfs> {
         let propagation = propagation(linux)?;
-        // Whatever is asked for in the end: nothing that happens in here may come out.
+        // Whatever propagation is requested later: no mount made here may reach the agent's namespace.
         sys::mount("", "/", "", libc::MS_SLAVE | libc::MS_REC, "").context("make / a slave")?;
         sys::mount(path, path, "", libc::MS_BIND | libc::MS_REC, "")
             .with_context(|| format!("bind the root {path}"))?;
@@ -45,7 +45,7 @@ impl Rootfs {
         self.root.raw()
     }
 
-    /// All mounts of the spec, then the nodes of /dev, unless /dev is somebody else's.
+    /// All mounts of the spec, then the nodes of /dev, unless /dev is a bind mount.
     pub fn fill(&self, spec: &Spec, devices: &[LinuxDevice], context: &mounts::MountContext) -> Result<()> {
         let root = self.root.raw();
         for mount in &spec.mounts {

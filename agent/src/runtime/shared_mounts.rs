@@ -29,7 +29,7 @@ pub fn take(sources: &[Source]) -> Result<Vec<Tree>> {
     let own = sys::open("/proc/self/ns/mnt", libc::O_RDONLY, 0).context("open the agent's mount namespace")?;
     let mut trees = Vec::new();
     for source in sources {
-        // Mounts can be copied from the namespace that one is in, only. Its root is then the container's.
+        // Mounts can only be copied from the caller's own mount namespace. Its root is then the container's.
         sys::setns(source.process.raw(), libc::CLONE_NEWNS).context("enter the other container")?;
         let mounts = copy(&source.path);
         sys::setns(own.raw(), libc::CLONE_NEWNS).context("come back from the other container")?;

@@ -5,7 +5,7 @@ use crate::proto::agent::StringUser;
 use crate::proto::oci::User;
 use crate::sys;
 
-/// A file of the image is read up to here; nobody's passwd is bigger, a hostile one may be endless.
+/// A file of the image is read up to here; a real passwd file is smaller, a hostile one may be endless.
 const MAX_FILE: usize = 1 << 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -131,7 +131,8 @@ fn entries(text: &str, fields: usize) -> impl Iterator<Item = Vec<&str>> {
     text.lines().map(|line| line.split(':').collect::<Vec<_>>()).filter(move |line| line.len() >= fields)
 }
 
-/// A file of the image: a regular one, not a pipe or a device that would hold us up, and bounded. Missing = empty.
+/// A file of the image: a regular one, not a pipe or a device, on which reading could block; and bounded. Missing =
+/// empty.
 fn read(path: &str) -> String {
     let read = || -> sys::SysResult<Vec<u8>> {
         let fd = sys::open(path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY, 0)?;

@@ -17,8 +17,8 @@ pub struct Reply {
     pub deadline: u64,
 }
 
-/// All calls that wait. Those who will answer hold the id only: a call that is over (deadline, connection gone) is
-/// simply not here any more.
+/// All calls that wait. Code that answers later holds the id only: a call that is over (deadline, connection gone) is
+/// no longer in here.
 #[derive(Default)]
 pub struct Calls {
     waiting: BTreeMap<CallId, Reply>,
@@ -41,7 +41,7 @@ impl Calls {
         Ok(id)
     }
 
-    /// The call has not been answered at once: until when its caller waits.
+    /// Sets until when the caller waits, for a call that was not answered at once.
     pub fn set_deadline(&mut self, id: CallId, deadline: u64) {
         if let Some(reply) = self.waiting.get_mut(&id) {
             reply.deadline = deadline;
@@ -61,7 +61,7 @@ impl Calls {
         self.waiting.remove(&id)
     }
 
-    /// The connection is gone, and with it everybody who waits there.
+    /// Drops all calls of a connection that has ended.
     pub fn forget_connection(&mut self, conn: u32) {
         self.waiting.retain(|_, w| w.conn != conn);
     }

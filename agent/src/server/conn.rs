@@ -10,27 +10,27 @@ use alloc::collections::VecDeque;
 
 /// Bytes of answers waiting for the host above which no further request is read.
 pub const OUT_BOUND: usize = 1 << 20;
-/// The same for the data of streaming calls: answers of other calls have to wait behind it.
+/// The same bound for data of streaming calls, which is lower because answers of other calls wait behind it.
 pub const BULK_BOUND: usize = 128 << 10;
 /// Small answers are gathered in buffers of about this size.
 const GATHER: usize = 8 << 10;
-/// Of the pipe before a port: 64 pages, fewer than the descriptors that the device's queue has.
+/// Size of the pipe before a port: 64 pages, fewer than the device's queue has descriptors.
 const PIPE_SIZE: usize = 256 << 10;
 /// How much is read at a time while the length of the next frame is unknown.
 const READ_CHUNK: usize = 16 << 10;
 
-/// How long a port may look closed although data has come through it.
+/// How long a port may report that it is closed after data has come through it.
 const OPENING_NS: u64 = 100_000_000;
 /// The same once it has hung up again without data.
 const CLOSING_NS: u64 = 10_000_000;
 
-/// What a port's other end is doing. Its data and the news that it has opened or closed come to the driver on different
-/// ways: the first request after a connect may be here before the connect is.
+/// What a port's other end is doing. The driver gets data and the notice of opening or closing by different queues: the
+/// first request may arrive before the notice that the host has connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Link {
     Open,
     Closed,
-    /// Data has come, the port still says that nobody is there; believed when it says so after this time.
+    /// Data has come, but the port still reports no peer; that counts as closed after this time.
     Opening(u64),
 }
 
@@ -39,7 +39,7 @@ enum Link {
 pub enum State {
     /// Goes on; wait for the next event.
     Open,
-    /// The other end is gone. A port stays open, with everything about the old connection forgotten.
+    /// The other end is gone. A port stays open; all state of the old connection is dropped.
     Gone,
 }
 
@@ -60,7 +60,7 @@ pub struct Conn {
     pipe: Option<(Fd, Fd)>,
     /// The kernel does not move pages into this descriptor.
     copies: bool,
-    /// The stream was out of step and has been reported as such.
+    /// The byte stream had no frame where one was expected, and that has been logged.
     desynced: bool,
 }
 
@@ -160,13 +160,13 @@ impl Conn {
         self.out_bytes >= OUT_BOUND
     }
 
-    /// False when what waits to be written is enough for now: no data of streaming calls.
+    /// Whether more data of streaming calls may be queued now.
     pub fn takes_bulk(&self) -> bool {
         self.out_bytes < BULK_BOUND
     }
 
     /// Where data can be put that is sent without a copy; to be followed by [`Conn::push_outgoing`] of what tells its
-    /// length. None: not now, or never.
+    /// length. `None` if that is not possible now, or never.
     pub fn pipe(&mut self) -> Option<RawFd> {
         if self.copies || self.out.iter().any(|out| out.piped > 0) {
             return None;
@@ -179,7 +179,7 @@ impl Conn {
         self.pipe.as_ref().map(|(_, to)| to.raw())
     }
 
-    /// Whether [`Conn::flush`] would get something written.
+    /// Whether [`Conn::flush`] has something to write and the descriptor takes it.
     pub fn can_write(&self) -> bool {
         self.writable && self.has_output()
     }
@@ -225,7 +225,7 @@ impl Conn {
 
     fn fill(&mut self, wanted: usize) -> core::result::Result<(), State> {
         let missing = wanted - self.input.len();
-        // Exactly to the end of a known frame, so that it can be handed on whole; else a bit ahead.
+        // Exactly to the end of a known frame, so that it can be handed on whole; otherwise a bit ahead.
         let room = if wanted > frame::HEADER { missing } else { READ_CHUNK };
         match sys::read_append(self.fd.raw(), &mut self.input, room) {
             Ok(0) => return self.on_eof(),
@@ -290,7 +290,8 @@ impl Conn {
         if !self.port {
             return Err(self.end());
         }
-        // After a reconnect, bytes of the former connection may come first: look on for something like a header.
+        // After a reconnect, bytes of the former connection may come first: search for the next bytes that can be a
+        // header.
         let next = (1..self.input.len())
             .find(|at| !matches!(frame::head(&self.input[*at..]), Head::Garbage(_)))
             .unwrap_or(self.input.len());
@@ -352,7 +353,7 @@ impl Conn {
     }
 
     /// After the kernel has refused to move pages (no memory to describe them): what is in the pipe is copied from now
-    /// on. False if it was not about that.
+    /// on. False if the failed write was not about the pipe.
     fn copy_piped(&mut self) -> bool {
         let (Some((from, _)), Some(first)) = (&self.pipe, self.out.front_mut()) else { return false };
         if first.start < first.bytes.len() || first.piped == 0 {
@@ -372,7 +373,7 @@ impl Conn {
 
     /// Whether events about writing are wanted, when that is different from the last time.
     pub fn blocked_changed(&mut self) -> Option<bool> {
-        // That a port has opened shows by its taking data.
+        // A port shows that it has opened by becoming writable.
         let blocked = !self.writable && self.has_output() || matches!(self.link, Link::Opening(_));
         let changed = blocked != self.waits_to_write;
         self.waits_to_write = blocked;

@@ -26,15 +26,15 @@ pub struct Request<'a> {
 /// What the head of the input is.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Head {
-    /// Fewer bytes than a frame; so many are needed in all (an estimate until the header is there).
+    /// An incomplete frame, and its total length (an estimate until the header is complete).
     Partial(usize),
-    /// A whole request frame of so many bytes, payload behind the header.
+    /// A complete request frame of `total` bytes, header included.
     Request { stream: u32, total: usize },
     /// A whole frame of a streaming call's data; the sender's last one or not.
     Data { stream: u32, total: usize, last: bool },
     /// A whole frame of another kind; to be stepped over.
     Other { stream: u32, total: usize },
-    /// No header of this protocol: the stream is out of step.
+    /// Bytes that are not a header of this protocol.
     Garbage(&'static str),
 }
 
@@ -202,7 +202,7 @@ fn varint(buf: &mut &[u8]) -> Result<u64> {
 pub struct Outgoing {
     pub bytes: Vec<u8>,
     pub start: usize,
-    /// So many bytes of the connection's pipe follow.
+    /// How many bytes of the connection's pipe follow.
     pub piped: usize,
 }
 
@@ -237,7 +237,7 @@ pub fn data_frame_around(stream: u32, mut buffer: Vec<u8>) -> Outgoing {
     Outgoing { bytes: buffer, start, piped: 0 }
 }
 
-/// The same for data of such a length that lies in the connection's pipe.
+/// The same for `length` bytes of data that lie in the connection's pipe.
 pub fn data_frame_before(stream: u32, length: usize) -> Outgoing {
     let mut bytes = vec![0u8; DATA_OFFSET];
     let body = put_length_before(&mut bytes, DATA_OFFSET, 0x0a, length);

@@ -12,7 +12,7 @@ pub const PORT_NAME: &str = "agent.channel.0";
 /// A channel that the agent can be reached on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
-    /// Chosen by what the machine has: vsock if its device is there, else the port.
+    /// Chosen by what the machine has: vsock if its device is there, otherwise the port.
     Any,
     Vsock(u32),
     /// The virtio-serial port [`PORT_NAME`].
@@ -115,7 +115,7 @@ fn open_port() -> Result<Channel> {
     Err(Error::unavailable(format!("neither a vsock device nor a virtio-serial port named {PORT_NAME}")))
 }
 
-/// Takes one connection from a listener. `Ok(None)`: nobody is waiting, or one who must not.
+/// Takes one connection from a listener. `Ok(None)`: no client is waiting, or one that is not allowed.
 pub fn accept(listener: &Fd, kind: Kind) -> Result<Option<Fd>> {
     // SAFETY: zero is a valid sockaddr_vm, and its room is enough for the family of any peer.
     let mut peer: libc::sockaddr_vm = unsafe { core::mem::zeroed() };

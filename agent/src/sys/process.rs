@@ -52,7 +52,7 @@ pub fn execve(path: impl AsRef<[u8]>, argv: &CStringArray, envp: &CStringArray) 
     }
 }
 
-/// How a child ended, in the words of a shell: the code, or 128 + signal.
+/// How a child ended, as a shell reports it: the code, or 128 + signal.
 pub fn exit_code(wait_status: i32) -> i32 {
     let signal = wait_status & 0x7f;
     if signal == 0 {

@@ -88,7 +88,7 @@ pub fn send_to<A>(fd: RawFd, buf: &[u8], address: &A) -> SysResult<usize> {
 
 /// An integer socket option.
 pub fn setsockopt_int(fd: RawFd, level: i32, name: i32, value: i32) -> SysResult<()> {
-    // SAFETY: the value is four bytes, as said.
+    // SAFETY: the value is four bytes, as passed.
     unsafe { syscall!(libc::SYS_setsockopt, fd, level, name, &raw const value, 4) }.map(drop)
 }
 
