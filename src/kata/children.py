@@ -296,7 +296,7 @@ def spawn(
     Args:
         argv: The program's absolute path, and its arguments.
         journal: Where it is written down, as a ``process``.
-        role: A word for messages: "qemu", "passt".
+        role: A word for messages: "virtiofsd", "passt".
         pass_fds: Descriptors it inherits, under the same numbers.
         fds_from_3: Descriptors it inherits as 3, 4 and so on; without any in `pass_fds`.
         stdout: Descriptor for its standard output; None is /dev/null.

@@ -182,7 +182,7 @@ def test_what_has_no_effect_is_said_and_defaults_of_the_original_are_not(tmp_pat
         '[hypervisor.qemu]\nenable_hugepages = true\n[hypervisor.clh]\npath = "/x"\n'
         "[factory]\nenable_template = true\n",
     )
-    assert "[hypervisor.clh] is not used: QEMU is" in found.notes[0]
+    assert "[hypervisor.clh] is not used: qemu is" in found.notes[0]
     assert "enable_template, enable_hugepages" in found.notes[1]
     assert len(found.notes) == 2
 
@@ -395,6 +395,19 @@ def test_a_kernel_needs_its_initrd(tmp_path: Path, guest: str) -> None:
         settings(loaded(tmp_path, "[hypervisor.qemu]\nkernel = '/none'\ninitrd = '/none'\n"))
 
 
+def test_the_table_of_the_hypervisor_that_is_named_counts(tmp_path: Path) -> None:
+    both = "[hypervisor.qemu]\ndefault_vcpus = 2\n[hypervisor.other]\ndefault_vcpus = 3\n"
+    with pytest.raises(ConfigError, match=r"no table \[hypervisor.other\]|hypervisor.other"):
+        loaded(tmp_path, both)
+    chosen = loaded(tmp_path, f"{both}[runtime]\nhypervisor_name = 'other'\n")
+    assert chosen.get("hypervisor.default_vcpus") == 3
+    assert "[hypervisor.qemu] is not used: other is" in chosen.notes[0]
+    # Whether there is one of that name is another question.
+    with pytest.raises(ConfigError, match="no hypervisor 'other' here") as raised:
+        settings(chosen)
+    assert raised.value.hint == "one of: qemu"
+
+
 def test_networks(tmp_path: Path) -> None:
     assert machine.network_settings(files.Configuration(), "/n") == NetworkSettings(mode="netns", path="/n")
     none = "[runtime]\ninternetworking_model = 'none'\n"
@@ -485,7 +498,7 @@ def test_check_lists_what_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFi
         tmp_path / "d.toml", "[hypervisor.qemu]\ndefault_vcpus = 2\n[hypervisor.clh]\npath = '/x'\n"
     )
     assert main.dispatch(["config", "check", path]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"{path}: [hypervisor.clh] is not used: QEMU is"
+    assert capsys.readouterr().out.splitlines()[0] == f"{path}: [hypervisor.clh] is not used: qemu is"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Where an agent listens, and how a connection to it is made.
 
 =========================  ============================================================================
-``vsock://CID:PORT``       a guest's vsock (QEMU); the port may be left out
+``vsock://CID:PORT``       a guest's vsock; the port may be left out
 ``unix://PATH``            a unix socket; ``unix://@NAME`` is an abstract one
 ``hvsock://PATH:PORT``     hybrid vsock: the unix socket of Cloud Hypervisor or Firecracker, where
                            ``CONNECT PORT`` asks for a port of the guest; the port may be left out

@@ -1,9 +1,10 @@
 """Pod annotations that change a machine's configuration, in the spellings of Kata's two runtimes.
 
-``io.katacontainers.config.hypervisor.NAME`` changes ``[hypervisor.qemu] NAME`` where the host's `enable_annotations`
-lets it: each member is a regular expression, and has to match the whole of NAME. (The original matches anywhere, so
-that its ``kernel`` lets ``kernel_params`` through as well.) What names a file of the host is held to the host's list
-of patterns besides. ``config.runtime.`` and ``config.agent.`` need no permission, as in the original.
+``io.katacontainers.config.hypervisor.NAME`` changes that key of the hypervisor's table where the host's
+`enable_annotations` lets it: each member is a regular expression, and has to match the whole of NAME. (The original
+matches anywhere, so that its ``kernel`` lets ``kernel_params`` through as well.) What names a file of the host is held
+to the host's list of patterns besides. ``config.runtime.`` and ``config.agent.`` need no permission, as in the
+original.
 
 Anything else under our prefix is an error: a typing error would otherwise run a pod with another configuration than
 its author believes.
@@ -185,7 +186,8 @@ def _require_permission(configuration: Configuration, annotation: str, name: str
     raise ConfigError(
         f"annotation {annotation} is not allowed on this host: enable_annotations is {list(allowed)!r}"
         f" ({configuration.origin('hypervisor.enable_annotations')})",
-        f'Its owner may add "{name}" to enable_annotations in [hypervisor.qemu] of the configuration file.',
+        f'Its owner may add "{name}" to enable_annotations in [{keys.SECTIONS["hypervisor"]}] of the configuration'
+        " file.",
     )
 
 
@@ -193,6 +195,8 @@ def _require_pattern(configuration: Configuration, annotation: str, path: str, p
     """Hold a path of the host to the host's list of patterns, as of glob(3): ``*`` does not cross a ``/``."""
     import os
     from fnmatch import fnmatchcase
+
+    from kata.config import keys
 
     parts = os.path.normpath(path).split("/")
     for pattern in configuration.get(patterns, []):
@@ -202,7 +206,7 @@ def _require_pattern(configuration: Configuration, annotation: str, path: str, p
     short = patterns.partition(".")[2]
     raise ConfigError(
         f"annotation {annotation}: {path!r} matches no pattern of {short} ({configuration.origin(patterns)})",
-        f"The host's owner may add a pattern to {short} in [hypervisor.qemu].",
+        f"The host's owner may add a pattern to {short} in [{keys.SECTIONS['hypervisor']}].",
     )
 
 

@@ -138,8 +138,15 @@ def read(files: list[str]) -> Configuration:
     found = Configuration()
     found.files = list(files)
     idle: dict[str, Any] = {}
-    for path in files:
-        for name, value, line in _read_one(path, found.notes):
+    parsed = [(path, *_parse(path)) for path in files]
+    named = [
+        str(runtime.get("hypervisor_name") or "")
+        for _, _, content in parsed
+        if isinstance(runtime := content.get("runtime"), dict)
+    ]
+    hypervisor = next((name for name in reversed(named) if name), "")
+    for path, text, content in parsed:
+        for name, value, line in _rows(path, text, content, hypervisor, found.notes):
             found.set(name, value, f"{path}:{line}")
             idle[name] = value
     found.notes += without_effect(idle)
@@ -204,11 +211,9 @@ def _to_cache(cache: str, signature: list[tuple[str, int, int, int, int]], found
         pass  # it is parsed again next time
 
 
-def _read_one(path: str, notes: list[str]) -> Iterator[tuple[str, Any, int]]:
-    """Name, value and line of each key of a file."""
+def _parse(path: str) -> tuple[str, dict[str, Any]]:
+    """Text and content of a file."""
     import tomllib
-
-    from kata.config import keys
 
     try:
         with open(path, "rb") as file:
@@ -218,9 +223,21 @@ def _read_one(path: str, notes: list[str]) -> Iterator[tuple[str, Any, int]]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}", "kata config check FILE") from None
+    return text, content
+
+
+def _rows(
+    path: str, text: str, content: dict[str, Any], hypervisor: str, notes: list[str]
+) -> Iterator[tuple[str, Any, int]]:
+    """Name, value and line of each key of a file, with the table of the hypervisor of that name."""
+    from kata.config import keys
+
+    hypervisor = hypervisor or keys.HYPERVISOR
+    sections = {f"hypervisor.{hypervisor}": "hypervisor"}
+    sections |= {spelt: key for key, spelt in keys.SECTIONS.items() if key != "hypervisor"}
     lines = _lines(text)
-    for table, pairs in _tables(path, content, lines, notes):
-        section = next((key for key, spelt in keys.SECTIONS.items() if spelt == table), "")
+    for table, pairs in _tables(path, content, lines, hypervisor, notes):
+        section = sections.get(table, "")
         if not section:
             raise keys.unknown_table(f"{path}:{lines.get((table, ''), 1)}", table)
         for name, value in pairs.items():
@@ -234,7 +251,11 @@ def _read_one(path: str, notes: list[str]) -> Iterator[tuple[str, Any, int]]:
 
 
 def _tables(
-    path: str, content: dict[str, Any], lines: dict[tuple[str, str], int], notes: list[str]
+    path: str,
+    content: dict[str, Any],
+    lines: dict[tuple[str, str], int],
+    hypervisor: str,
+    notes: list[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tables that hold keys, by their dotted names."""
     from kata.config import keys
@@ -246,15 +267,15 @@ def _tables(
             yield name, value
             continue
         if name == "hypervisor":
-            others = sorted(set(value) & keys.OTHER_HYPERVISORS)
-            if others and "qemu" not in value:
+            others = sorted(set(value) & (keys.OTHER_HYPERVISORS | {keys.HYPERVISOR}) - {hypervisor})
+            if others and hypervisor not in value:
                 line = lines.get((f"hypervisor.{others[0]}", ""), 1)
                 raise ConfigError(
                     f"{path}:{line}: the hypervisor of [hypervisor.{others[0]}] is not offered",
-                    "QEMU is: [hypervisor.qemu]",
+                    f"The table that is used is [hypervisor.{hypervisor}].",
                 )
-            notes += [f"{path}: [hypervisor.{other}] is not used: QEMU is" for other in others]
-            value = {key: inner for key, inner in value.items() if key not in keys.OTHER_HYPERVISORS}
+            notes += [f"{path}: [hypervisor.{other}] is not used: {hypervisor} is" for other in others]
+            value = {key: inner for key, inner in value.items() if key not in others}
         for key, inner in value.items():
             if not isinstance(inner, dict):
                 raise keys.unknown(f"{path}:{lines.get((name, key), 1)}", name, key)

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 BOOL, INT, NUMBER, TEXT, PATH, LIST, TABLE = "bool", "integer", "number", "string", "path", "list", "table"
 ACTS, IDLE, REFUSED = "acts", "idle", "refused"
 
+HYPERVISOR = "qemu"
+"""The hypervisor whose table is read where ``[runtime] hypervisor_name`` names no other."""
 SECTIONS = {
-    "hypervisor": "hypervisor.qemu",
+    "hypervisor": f"hypervisor.{HYPERVISOR}",
     "agent": "agent.kata",
     "runtime": "runtime",
     "factory": "factory",
 }
-"""Our name of a section, and its table in a file."""
+"""Our name of a section, and its table in a file. That of another hypervisor that is named has the same keys."""
 OTHER_HYPERVISORS = frozenset(
     {"acrn", "clh", "cloud-hypervisor", "dragonball", "firecracker", "openvmm", "remote", "stratovirt"}
 )

@@ -1,1 +1,1 @@
-"""Virtual machines: what the engine asks of a hypervisor (`base`), and QEMU behind it (`qemu`)."""
+"""Virtual machines: what the engine asks of a hypervisor (`base`), and those that there are (`registry`)."""

@@ -14,7 +14,7 @@ class Choice:
     """The accelerator, and why.
 
     Args:
-        accel: ``"kvm"`` or ``"tcg"`` (QEMU's software emulation).
+        accel: ``"kvm"`` or ``"tcg"`` (software emulation).
         reason: One sentence, for the log and the one line that human commands print under emulation.
         verdict: What the KVM probe said; None when it was not asked.
     """

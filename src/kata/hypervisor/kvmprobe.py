@@ -80,7 +80,7 @@ class Verdict:
 
     @property
     def works(self) -> bool:
-        """Whether QEMU may be started with KVM."""
+        """Whether a machine may be started with KVM."""
         return self.state == WORKS
 
     def __repr__(self) -> str:

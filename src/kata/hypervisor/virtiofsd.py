@@ -1,7 +1,7 @@
 """virtiofsd: the separate, confined process that serves a sandbox's share to the guest as virtio-fs.
 
 It speaks vhost-user with the hypervisor over a socket that exists under a name for an instant only. There are two
-programs of this name with options of their own: the one in C that came with QEMU before 8.0, and the present one
+programs of this name with options of their own: the one in C that distributions had until 2023, and the present one
 in Rust (https://gitlab.com/virtio-fs/virtiofsd).
 """
 

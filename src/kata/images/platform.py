@@ -69,7 +69,7 @@ _LEVELS = {
 }
 """Features of amd64's levels (x86-64 psABI, "Micro-Architecture Levels") as Linux names them in /proc/cpuinfo."""
 _EMULATED_LEVEL = 3
-"""What QEMU's software emulation offers since 7.2: all of level 3, nothing of 4."""
+"""What the software emulation offers: all of level 3, nothing of 4."""
 
 
 def _level(platform: Platform) -> int:
