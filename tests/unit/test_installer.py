@@ -235,7 +235,7 @@ def test_uninstall_keeps_images_unless_told(
     installer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = real_prefix(installer, tmp_path, monkeypatch)
-    (tmp_path / "run/said-software-emulation").touch()
+    (tmp_path / "run/noted-software-emulation").touch()
     installer.uninstall(place, force=False, purge=False, dry_run=False)
     assert (tmp_path / "state/images").is_dir()
     assert not (tmp_path / "state/guest").exists()

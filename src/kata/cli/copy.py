@@ -104,7 +104,7 @@ def _files(container: Container) -> Iterator[EngineClient]:
         return
     from kata.cli import session
 
-    with session.opened_for_files(container) as engine:
+    with session.booted_for_copy(container) as engine:
         yield engine
 
 

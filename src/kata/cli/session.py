@@ -78,7 +78,7 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
     limited = asked.cpus is not None or asked.memory is not None
     described, notes = machine.machine_settings(asked, grows=limited)
     for topic, note in notes:
-        _say_once(topic, f"note: {note}\n")
+        _print_once(topic, f"note: {note}\n")
     disks: list[DiskSettings] = []
     rootfs = RootfsSettings(kind=record["rootfs"]["kind"], upper=record["upper"])
     if rootfs.kind == "erofs":
@@ -140,13 +140,13 @@ def client_policy() -> ClientPolicy:
     )
 
 
-def _say_once(topic: str, text: str) -> None:
+def _print_once(topic: str, text: str) -> None:
     """Write *text* to stderr the first time since the host was booted (the run directory is on a tmpfs)."""
     paths.make_dirs(paths.run_dir(), 0o711)
     try:
         os.close(
             os.open(
-                os.path.join(paths.run_dir(), f"said-{topic}"), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+                os.path.join(paths.run_dir(), f"noted-{topic}"), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
             )
         )
     except FileExistsError:
@@ -163,7 +163,7 @@ class Occupied(StateError):
     """Another command's engine has the container, and is to go on."""
 
 
-def _launch(container: Container, chosen: SandboxSettings) -> Engine:
+def _launch(container: Container, settings: SandboxSettings) -> Engine:
     """Start an engine, if need be after the end of another one.
 
     Raises:
@@ -172,7 +172,7 @@ def _launch(container: Container, chosen: SandboxSettings) -> Engine:
     give_up = time.monotonic() + OCCUPIED_S
     while True:
         try:
-            return launch(chosen)
+            return launch(settings)
         except AlreadyExistsError:
             if container.running():
                 hint = f"kata stop {container.name}, or kata attach {container.name}"
@@ -209,7 +209,7 @@ def start_detached(container: Container, started_ns: int | None = None, *, disca
     Raises:
         KataError: It could not be started; nothing of its sandbox is left.
     """
-    with _undone_on_failure(container, discard):
+    with _rollback_on_failure(container, discard):
         engine, client = _open(container, time.monotonic_ns() if started_ns is None else started_ns)
         with client:
             client.create(container.id, container.directory, terminal=container.record["tty"])
@@ -239,7 +239,7 @@ def make_image_volumes(client: EngineClient, container: Container) -> None:
         client.call(SANDBOX, "Mkdir", request, Empty)
 
 
-class _undone_on_failure:
+class _rollback_on_failure:
     """Waits for the sandbox's end after a failed start, and removes the container if it was made for this start.
 
     The engine of another command is left alone, and so is what it works on.
@@ -262,7 +262,7 @@ class _undone_on_failure:
 
 
 @contextlib.contextmanager
-def opened_for_files(container: Container) -> Iterator[EngineClient]:
+def booted_for_copy(container: Container) -> Iterator[EngineClient]:
     """Boot a stopped container's sandbox with its root file system mounted and none of its processes.
 
     The specification the engine gets has no process, which the runtime specification allows until a start.
@@ -270,12 +270,12 @@ def opened_for_files(container: Container) -> Iterator[EngineClient]:
     import json
 
     # Nothing of the outside is needed to copy files, and no port must be taken for it.
-    chosen = sandbox_settings(container, time.monotonic_ns())
-    chosen.network = NetworkSettings()
-    assert chosen.container is not None
-    chosen.container.auto_remove = chosen.container.record_state = False
-    chosen.container.log = None
-    engine = _launch(container, chosen)
+    settings = sandbox_settings(container, time.monotonic_ns())
+    settings.network = NetworkSettings()
+    assert settings.container is not None
+    settings.container.auto_remove = settings.container.record_state = False
+    settings.container.log = None
+    engine = _launch(container, settings)
     try:
         with EngineClient(engine.sock_path) as client:
             bundle = os.path.join(paths.sandbox_dir(container.id), "bundle")
@@ -393,7 +393,7 @@ class Attachment:
         return RawTerminal(self._resize)
 
     def _resize(self, rows: int, columns: int) -> None:
-        self._aside(lambda other: other.resize(self._container.id, rows, columns, self._exec_id))
+        self._on_new_connection(lambda other: other.resize(self._container.id, rows, columns, self._exec_id))
 
     @contextlib.contextmanager
     def _signals(self, proxied: bool, over: int) -> Any:
@@ -444,7 +444,7 @@ class Attachment:
             f"kata kill {self._container.name}, or kata rm -f {self._container.name}, ends it whatever its guest does",
         )
 
-    def _aside(self, what: Callable[[EngineClient], object]) -> None:
+    def _on_new_connection(self, what: Callable[[EngineClient], object]) -> None:
         """Make a call on a connection of its own: a signal handler may have interrupted a call on the other."""
         with contextlib.suppress(KataError, OSError), EngineClient(self._container.socket) as other:
             what(other)
@@ -472,7 +472,7 @@ def run_attached(
         The container's exit code.
     """
     terminal = bool(container.record["tty"])
-    with _undone_on_failure(container, discard):
+    with _rollback_on_failure(container, discard):
         engine, client = _open(container, time.monotonic_ns() if started_ns is None else started_ns)
         streams = Attachment(client, container, exec_id="", terminal=terminal, stdin=stdin, prefix="main")
         try:

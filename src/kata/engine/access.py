@@ -4,14 +4,17 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
     from typing import Protocol, TypeVar
 
     from kata.agent.client import AgentClient
     from kata.engine.hostns import Namespaces
+    from kata.engine.logger import Logger
+    from kata.engine.volumes import Share
     from kata.errors import KataError
     from kata.hypervisor.base import Machine
     from kata.resources.host_cgroup import HostCgroup
+    from kata.settings import SandboxSettings
 
     T = TypeVar("T")
 
@@ -62,3 +65,39 @@ if TYPE_CHECKING:
 
         async def await_exit_reason(self, otherwise: str) -> KataError:
             """The agent is gone: why, or *otherwise*, for which the machine is given up then."""
+
+    class StreamAccess(Protocol):
+        """What opening a process's streams takes."""
+
+        @property
+        def settings(self) -> SandboxSettings:
+            """What the client wants."""
+
+        async def ready(self) -> AgentClient:
+            """The agent, once the guest is up. Raises what kept it from that."""
+
+        def start_logger(self, uri: str, container_id: str) -> Logger:
+            """Start the logging program that a client wants a container's output to go to."""
+
+    class EtcAccess(Protocol):
+        """What the files in a container's /etc are made of, and how they get there."""
+
+        @property
+        def settings(self) -> SandboxSettings:
+            """What the client wants."""
+
+        @property
+        def share(self) -> Share | None:
+            """The directory that the guest sees, if there is one."""
+
+        @property
+        def address(self) -> str:
+            """The guest's address; empty if it has none."""
+
+        @property
+        def dns(self) -> list[str]:
+            """Lines of the guest's resolv.conf; empty without a network."""
+
+        @property
+        def run_blocking(self) -> Callable[..., Awaitable[None]]:
+            """Runs something that blocks in the helper thread."""

@@ -11,7 +11,7 @@ import time
 
 from kata.agent.client import NULL_STDIN, PIDS_OF, Encoded, create_request
 from kata.agent.text import escape_line
-from kata.engine import binds, disks, nodes, prepare, rootfs, spec
+from kata.engine import binds, disks, etc_files, nodes, rootfs, spec, stream_setup
 from kata.engine.container_kill import SIGKILL, Killer
 from kata.engine.container_record import ContainerRecord
 from kata.engine.fitting import merged
@@ -127,7 +127,7 @@ class Container:
             KataError: Whatever went wrong; nothing of the container is left then.
         """
         sandbox = self.sandbox
-        self.init.streams = prepare.open_streams(sandbox, self.init, self.record.log)
+        self.init.streams = stream_setup.open_streams(sandbox, self.init, self.record.log)
         try:
             await self.init.streams.ready()
             await self.record.reserve()
@@ -138,7 +138,7 @@ class Container:
                 await self._mount_root(self._root)
             self.config, volumes = await sandbox.run_blocking(nodes.of_guest, self.config)
             shown = await sandbox.run_blocking(self._shared.add_all, self.config, self._rootfs)
-            files = prepare.EtcFiles(sandbox, self.config, self.id, self._shared)
+            files = etc_files.EtcFiles(sandbox, self.config, self.id, self._shared)
             storages = [
                 *rootfs.storages(self.id, self._rootfs, sandbox.machine.disk_addresses),
                 *self._shared.storages,
@@ -341,7 +341,7 @@ class Container:
         spec.process_message(process_spec)  # what is malformed is said now, not at the start
         process = Process(self.id, exec_id, stdio, process_spec)
         if not self.sandbox.client.holds_fifos:
-            process.streams = prepare.open_streams(self.sandbox, process, None)
+            process.streams = stream_setup.open_streams(self.sandbox, process, None)
         self.execs[exec_id] = process
         self.sandbox.publish(
             "/tasks/exec-added", events_pb.TaskExecAdded(container_id=self.id, exec_id=exec_id)
@@ -397,7 +397,7 @@ class Container:
             if process.streams is None:
                 # Not before, as with runc: a client whose containerd dies between the two calls would wait for
                 # the end of fifos that we hold, and nobody would ever start or delete the exec.
-                process.streams = prepare.open_streams(self.sandbox, process, None)
+                process.streams = stream_setup.open_streams(self.sandbox, process, None)
             await process.streams.ready()
             message = spec.process_message(config)
             try:

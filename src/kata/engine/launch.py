@@ -36,9 +36,9 @@ SETTINGS_NAME = "sandbox.json"
 
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 _BACKLOG = 64
-LEAST_FILES = 256
-"""Open descriptors that an engine is allowed at least: a start takes about forty, each process some more."""
-_MOST_FILES = 1 << 16
+MIN_FILES = 256
+"""Descriptors that an engine has to be able to open: a start takes about forty, each process some more."""
+_MAX_FILES = 1 << 16
 _MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path without its final zero, unix(7)
 
 
@@ -138,14 +138,14 @@ def raise_file_limit() -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if most < LEAST_FILES:
+    limit = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if limit < MIN_FILES:
         raise HostError(
-            f"the limit of open files is {most} here, and a sandbox needs {LEAST_FILES}",
+            f"the limit of open files is {limit} here, and a sandbox needs {MIN_FILES}",
             "raise it in the shell ('ulimit -n 1024') or in the service that starts this (LimitNOFILE=1024)",
         )
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return soft
 
 
@@ -224,11 +224,11 @@ def _make_directory(base: str, name: str, settings: SandboxSettings, patience_s:
         return Journal.create_dir(base, name, meta)
     except AlreadyExistsError:
         # An engine that was killed leaves its directory; what it left is undone before the next one starts.
-        _clear(os.path.join(base, name, FILE_NAME), sandbox_id, patience_s)
+        _undo_dead_engine(os.path.join(base, name, FILE_NAME), sandbox_id, patience_s)
         return Journal.create_dir(base, name, meta)
 
 
-def _clear(path: str, sandbox_id: str, patience_s: float) -> None:
+def _undo_dead_engine(path: str, sandbox_id: str, patience_s: float) -> None:
     try:
         old = Journal.open(path)
     except JournalError:
@@ -277,29 +277,29 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
         os.path.join(directory, LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
     )
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    handed = os.memfd_create("kata-settings")
-    sysio.write_all(handed, marshal.dumps(settings))
-    os.lseek(handed, 0, os.SEEK_SET)
+    settings_fd = os.memfd_create("kata-settings")
+    sysio.write_all(settings_fd, marshal.dumps(settings))
+    os.lseek(settings_fd, 0, os.SEEK_SET)
     lifetime_read, lifetime_write = os.pipe()
     exec_status_read, exec_status_write = os.pipe()
     argv = [*launcher.command(), "engine", directory]
     try:
         child = os.fork()
         if child == 0:
-            _become_engine(argv, (null, log, log, listener, lifetime_read, handed), exec_status_write)
+            _become_engine(argv, (null, log, log, listener, lifetime_read, settings_fd), exec_status_write)
         os.close(exec_status_write)
         exec_status_write = -1
         os.waitpid(child, 0)
         word = b""
         while piece := os.read(exec_status_read, 64):
             if not word:
-                _hand_over(journal, int(piece.split()[0]))
+                _transfer_ownership(journal, int(piece.split()[0]))
             word += piece
     except BaseException:
         os.close(lifetime_write)
         raise
     finally:
-        for fd in (log, null, handed, lifetime_read, exec_status_read, exec_status_write):
+        for fd in (log, null, settings_fd, lifetime_read, exec_status_read, exec_status_write):
             if fd >= 0:
                 os.close(fd)
     pid, _, failure = word.decode().partition(" ")
@@ -310,8 +310,8 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
     return Engine(int(pid), directory, lifetime_write)
 
 
-def _hand_over(journal: Journal, pid: int) -> None:
-    """From here on the engine answers for the sandbox: our death or its own would else leave it to nobody."""
+def _transfer_ownership(journal: Journal, pid: int) -> None:
+    """Name the engine as the owner in the sandbox's journal, for those who look whether it still lives."""
     try:
         journal.set_owner(pid)
     except ProcessLookupError:
@@ -348,10 +348,10 @@ def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
         os._exit(1)
 
 
-def _dup_above(fd: int, least: int) -> int:
+def _dup_above(fd: int, minimum: int) -> int:
     import fcntl
 
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, minimum)
 
 
 def _close(fd: int) -> None:

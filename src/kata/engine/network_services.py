@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
-from kata.engine import prepare
+from kata.engine import etc_files
 from kata.errors import KataError, UnsupportedError
 
 TYPE_CHECKING = False
@@ -97,7 +97,7 @@ class NetworkServices:
         if plan is None or not plan.external_netns:
             return
         if self._names is None and resolver.DOCKER not in await self._tasks.run_blocking(
-            prepare.name_servers, config, dns
+            etc_files.name_servers, config, dns
         ):
             return
         try:
