@@ -263,8 +263,8 @@ def _install_serving_engine() -> None:
     from kata.agent.client import AgentClient
     from kata.engine import binds, boot, hostroot
     from kata.engine.container import Container
-    from kata.engine.sandbox import Sandbox
     from kata.engine.task_service import TaskService
+    from kata.engine.teardown import Teardown
     from kata.hypervisor.qemu.machine import Qemu
 
     _around(boot, "_healthy", after="create.agent")
@@ -281,7 +281,7 @@ def _install_serving_engine() -> None:
     _around(TaskService, "Delete", "delete.request", "delete.answer")
     _around(TaskService, "Shutdown", "delete.shutdown")
     _around(Qemu, "stop", after="delete.machine")
-    _around(Sandbox, "_undo", "delete.undo", "delete.undone")
+    _around(Teardown, "_undo", "delete.undo", "delete.undone")
     _ends(Container)
     _starts(TaskService)
 
