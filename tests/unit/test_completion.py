@@ -81,7 +81,7 @@ def test_every_option_of_every_command_is_offered(name: str) -> None:
         ("kata run --rm=", []),
         ("kata run image ls -", []),  # another program's command line
         ("kata rm -- -", []),
-        ("kata 'rm' \"-", ["-f", "--force", "-v", "--volumes", "-h", "--help"]),
+        ("kata 'logs' \"--tim", ["--timestamps"]),
     ],
 )
 def test_values_and_arguments(line: str, candidates: list[str]) -> None:
