@@ -120,7 +120,13 @@ def test_a_hybrid_vsock_is_asked_for_a_port_until_somebody_listens(tmp_path: Pat
 def test_a_hybrid_vsock_that_talks_nonsense_is_told(tmp_path: Path) -> None:
     for number, nonsense in enumerate((b"NO\n", b"OK " + b"9" * 100)):
         path = tmp_path / str(number)
-        thread = serve(path, lambda peer, said=nonsense: peer.sendall(said))  # type: ignore[misc]
+
+        def answer(peer: socket.socket, said: bytes = nonsense) -> None:
+            peer.recv(64)
+            peer.sendall(said)
+            peer.recv(1)  # until it is hung up
+
+        thread = serve(path, answer)
         with pytest.raises(HostError, match="where a hybrid vsock says OK"):
             asyncio.run(asyncio.wait_for(HybridVsockChannel(str(path)).connect(), 10))
         thread.join()
