@@ -263,6 +263,7 @@ def _install_serving_engine() -> None:
     from kata.agent.client import AgentClient
     from kata.engine import binds, boot, hostroot
     from kata.engine.container import Container
+    from kata.engine.process_end import EndOfProcesses
     from kata.engine.task_service import TaskService
     from kata.engine.teardown import Teardown
     from kata.hypervisor.qemu.machine import Qemu
@@ -282,19 +283,19 @@ def _install_serving_engine() -> None:
     _around(TaskService, "Shutdown", "delete.shutdown")
     _around(Qemu, "stop", after="delete.machine")
     _around(Teardown, "_undo", "delete.undo", "delete.undone")
-    _ends(Container)
+    _ends(EndOfProcesses)
     _starts(TaskService)
 
 
-def _ends(container: Any) -> None:
-    ended = container._ended
+def _ends(ends: Any) -> None:
+    ended = ends._ended
 
     @functools.wraps(ended)
     async def has_ended(self: Any, process: Any, *more: Any) -> None:
         stop("exec.ended" if process.exec_id else "delete.ended")
         await ended(self, process, *more)
 
-    container._ended = has_ended
+    ends._ended = has_ended
 
 
 def _starts(service: Any) -> None:
