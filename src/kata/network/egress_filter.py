@@ -14,10 +14,12 @@ from __future__ import annotations
 import os
 
 from kata import sysio
+from kata.bpf import AND, EXIT, JUMP, JUMP_EQ32, JUMP_NE32, LOAD, MOV, assemble
 from kata.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from kata.bpf import Line
     from kata.journal import Journal
 
 _CGROUP_SOCK_ADDR = 18
@@ -26,49 +28,24 @@ _INET4_CONNECT, _INET6_CONNECT, _UDP4_SENDMSG, _UDP6_SENDMSG = 10, 11, 14, 15
 # Offsets in struct bpf_sock_addr; addresses and port are in network byte order.
 _IP4, _IP6, _PORT = 4, 8, 24
 
-# Instruction codes: loads of 32 bits, and 32-bit comparisons (Linux 5.1) with a constant.
-_LOAD = 0x61
-_MOV = 0xB7
-_AND = 0x57
-_JUMP = 0x05
-_JUMP_EQ = 0x16
-_JUMP_NE = 0x56
-_EXIT = 0x95
 
-# One line of a program: (code, register, offset in the context, label to jump to, constant), or a label.
-_Line = tuple[int, int, int, str, int] | str
+def _load(register: int, offset: int) -> Line:
+    return (LOAD, register, 1, offset, 0)
 
 
-def _load(register: int, offset: int) -> _Line:
-    return (_LOAD, register, offset, "", 0)
+def _mask(register: int, mask: int) -> Line:
+    return (AND, register, 0, 0, mask)
 
 
-def _mask(register: int, mask: int) -> _Line:
-    return (_AND, register, 0, "", mask)
-
-
-def _jump(code: int, register: int, value: int, label: str) -> _Line:
+def _jump(code: int, register: int, value: int, label: str) -> Line:
     return (code, register, 0, label, value)
 
 
-def _assemble(lines: list[_Line]) -> bytes:
-    """Machine code; falling off the end allows. Register 1 holds the context, as the kernel passes it."""
-    labels: dict[str, int] = {}
-    code: list[tuple[int, int, int, str, int]] = []
-    verdicts: list[_Line] = ["allow", (_MOV, 0, 0, "", 1), (_EXIT, 0, 0, "", 0)]
-    verdicts += ["deny", (_MOV, 0, 0, "", 0), (_EXIT, 0, 0, "", 0)]
-    for line in [*lines, *verdicts]:
-        if isinstance(line, str):
-            labels[line] = len(code)
-        else:
-            code.append(line)
-    out = b""
-    for index, (number, register, offset, label, value) in enumerate(code):
-        source = 1 if number == _LOAD else 0
-        distance = labels[label] - index - 1 if label else offset
-        out += bytes((number, register | source << 4)) + distance.to_bytes(2, "little", signed=True)
-        out += value.to_bytes(4, "little")
-    return out
+_VERDICTS: list[Line] = [
+    *("allow", (MOV, 0, 0, 0, 1), (EXIT, 0, 0, 0, 0)),
+    *("deny", (MOV, 0, 0, 0, 0), (EXIT, 0, 0, 0, 0)),
+]
+"""The end of each program: falling off the end allows. Register 1 holds the context, as the kernel passes it."""
 
 
 def _word(data: bytes) -> int:
@@ -85,18 +62,23 @@ def program4(resolver: bytes = b"") -> bytes:
     Args:
         resolver: Four bytes of a loopback address whose port 53 is allowed, or empty.
     """
-    lines: list[_Line] = []
+    lines: list[Line] = []
     if resolver:
         lines += [
             _load(3, _PORT),
             _mask(3, 0xFFFF),
-            _jump(_JUMP_NE, 3, _DNS_PORT, "other"),
+            _jump(JUMP_NE32, 3, _DNS_PORT, "other"),
             _load(2, _IP4),
-            _jump(_JUMP_EQ, 2, _word(resolver), "allow"),
+            _jump(JUMP_EQ32, 2, _word(resolver), "allow"),
             "other",
         ]
-    lines += [_load(2, _IP4), _mask(2, 0xFF), _jump(_JUMP_EQ, 2, 127, "deny"), _jump(_JUMP_EQ, 2, 0, "deny")]
-    return _assemble(lines)
+    lines += [
+        _load(2, _IP4),
+        _mask(2, 0xFF),
+        _jump(JUMP_EQ32, 2, 127, "deny"),
+        _jump(JUMP_EQ32, 2, 0, "deny"),
+    ]
+    return assemble([*lines, *_VERDICTS])
 
 
 def program6(resolver: bytes = b"") -> bytes:
@@ -105,23 +87,23 @@ def program6(resolver: bytes = b"") -> bytes:
     Args:
         resolver: The sixteen bytes of ::1 if its port 53 is allowed, or empty.
     """
-    lines: list[_Line] = [
-        *(_load(2, _IP6), _jump(_JUMP_NE, 2, 0, "allow")),
-        *(_load(2, _IP6 + 4), _jump(_JUMP_NE, 2, 0, "allow")),
+    lines: list[Line] = [
+        *(_load(2, _IP6), _jump(JUMP_NE32, 2, 0, "allow")),
+        *(_load(2, _IP6 + 4), _jump(JUMP_NE32, 2, 0, "allow")),
         *(_load(3, _IP6 + 8), _load(2, _IP6 + 12)),
-        _jump(_JUMP_EQ, 3, _word(b"\x00\x00\xff\xff"), "mapped"),
-        _jump(_JUMP_NE, 3, 0, "allow"),
-        _jump(_JUMP_EQ, 2, 0, "deny"),
-        _jump(_JUMP_NE, 2, _word(b"\x00\x00\x00\x01"), "allow"),
+        _jump(JUMP_EQ32, 3, _word(b"\x00\x00\xff\xff"), "mapped"),
+        _jump(JUMP_NE32, 3, 0, "allow"),
+        _jump(JUMP_EQ32, 2, 0, "deny"),
+        _jump(JUMP_NE32, 2, _word(b"\x00\x00\x00\x01"), "allow"),
     ]
     if resolver:
-        lines += [_load(3, _PORT), _mask(3, 0xFFFF), _jump(_JUMP_EQ, 3, _DNS_PORT, "allow")]
+        lines += [_load(3, _PORT), _mask(3, 0xFFFF), _jump(JUMP_EQ32, 3, _DNS_PORT, "allow")]
     lines += [
-        _jump(_JUMP, 0, 0, "deny"),
+        _jump(JUMP, 0, 0, "deny"),
         "mapped",
-        *(_mask(2, 0xFF), _jump(_JUMP_EQ, 2, 127, "deny"), _jump(_JUMP_EQ, 2, 0, "deny")),
+        *(_mask(2, 0xFF), _jump(JUMP_EQ32, 2, 127, "deny"), _jump(JUMP_EQ32, 2, 0, "deny")),
     ]
-    return _assemble(lines)
+    return assemble([*lines, *_VERDICTS])
 
 
 def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: bytes = b"") -> str:

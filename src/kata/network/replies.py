@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 
-from kata import sysio
-from kata.network import bpf_code, rtnetlink
-from kata.network.bpf_code import (
+from kata import bpf, sysio
+from kata.bpf import (
     ADD,
     AND,
     CALL,
@@ -33,10 +32,11 @@ from kata.network.bpf_code import (
     STORE,
     STORE_HALF,
 )
+from kata.network import rtnetlink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kata.network.bpf_code import Line
+    from kata.bpf import Line
 
 _SCHED_CLS = 3
 _CLONE_REDIRECT, _LOAD_BYTES, _LOOKUP_TCP, _LOOKUP_UDP, _RELEASE = 13, 26, 84, 85, 86
@@ -149,7 +149,7 @@ def program(tap: int) -> bytes:
         (MOV, 0, 0, 0, _GO_ON),
         (EXIT, 0, 0, 0, 0),
     ]
-    return bpf_code.assemble(lines)
+    return bpf.assemble(lines)
 
 
 def let_in(source: int, tap: int) -> None:

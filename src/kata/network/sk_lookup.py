@@ -13,10 +13,8 @@ from __future__ import annotations
 import os
 import socket
 
-from kata import sysio
-from kata.errors import HostError
-from kata.network import bpf_code, resolver
-from kata.network.bpf_code import (
+from kata import bpf, sysio
+from kata.bpf import (
     ADD,
     AND,
     CALL,
@@ -30,6 +28,8 @@ from kata.network.bpf_code import (
     MOV_REGISTER,
     STORE_VALUE,
 )
+from kata.errors import HostError
+from kata.network import resolver
 
 _BACKLOG = 64
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78
@@ -55,7 +55,7 @@ def program(map_fd: int) -> bytes:
         map_fd: Of the map with the sockets.
     """
     names = int.from_bytes(resolver.pack(resolver.DOCKER), "little")
-    return bpf_code.assemble(
+    return bpf.assemble(
         [
             (MOV_REGISTER, 6, 1, 0, 0),
             (LOAD, 2, 6, _PROTOCOL, 0),

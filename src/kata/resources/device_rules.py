@@ -9,13 +9,14 @@ controller", and ``cgroup-v1/devices.rst``; Linux 4.15.
 
 from __future__ import annotations
 
-import struct
-
 from kata import sysio
+from kata.bpf import AND, EXIT, JUMP_NE, JUMP_SET, LOAD, MOV, MOV_REGISTER, SHIFT_RIGHT, assemble
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from kata.bpf import Line
 
 _PROGRAM_TYPE = 15
 _ATTACH_TYPE = 6
@@ -26,21 +27,8 @@ _ALL = 7
 # Offsets in struct bpf_cgroup_dev_ctx: the kind in the lower half of the first, what is asked for in the upper.
 _ASKED, _MAJOR, _MINOR = 0, 4, 8
 
-# Instruction codes.
-_LOAD, _MOV, _MOV_REGISTER, _AND, _SHIFT_RIGHT = 0x61, 0xB7, 0xBF, 0x57, 0x77
-_JUMP_NE, _JUMP_SET, _EXIT = 0x55, 0x45, 0x95
-
 # What registers hold: 0 the answer, 1 the context, then these.
 _KIND_IN, _ASKED_IN, _MAJOR_IN, _MINOR_IN = 2, 3, 4, 5
-
-
-def _instruction(code: int, target: int, source: int, offset: int, value: int) -> bytes:
-    return struct.pack("<BBhi", code, target | source << 4, offset, value)
-
-
-_YES = _instruction(_MOV, 0, 0, 0, 1) + _instruction(_EXIT, 0, 0, 0, 0)
-_NO = _instruction(_MOV, 0, 0, 0, 0) + _instruction(_EXIT, 0, 0, 0, 0)
-_LENGTH = 8
 
 
 def _parse(rule: str) -> tuple[tuple[int, str, str], int]:
@@ -73,28 +61,25 @@ def program(rules: Iterable[str]) -> bytes:
     for rule in rules:
         key, permissions = _parse(rule)
         allowed[key] = allowed.get(key, 0) | permissions
-    code = b"".join(
-        (
-            _instruction(_LOAD, _KIND_IN, 1, _ASKED, 0),
-            _instruction(_MOV_REGISTER, _ASKED_IN, _KIND_IN, 0, 0),
-            _instruction(_SHIFT_RIGHT, _ASKED_IN, 0, 0, 16),
-            _instruction(_AND, _KIND_IN, 0, 0, 0xFFFF),
-            _instruction(_LOAD, _MAJOR_IN, 1, _MAJOR, 0),
-            _instruction(_LOAD, _MINOR_IN, 1, _MINOR, 0),
-        )
-    )
-    for (number, major, minor), permissions in allowed.items():
-        tests = [(_JUMP_NE, _KIND_IN, number)]
-        tests += [(_JUMP_NE, _MAJOR_IN, int(major))] if major != "*" else []
-        tests += [(_JUMP_NE, _MINOR_IN, int(minor))] if minor != "*" else []
-        tests.append((_JUMP_SET, _ASKED_IN, _ALL & ~permissions))
-        if permissions == _ALL:
-            tests.pop()  # nothing is left that it could not allow
-        for done, (jump, register, value) in enumerate(tests):
-            # Over the tests that are left, and the answer.
-            code += _instruction(jump, register, 0, len(tests) - done - 1 + len(_YES) // _LENGTH, value)
-        code += _YES
-    return code + _NO
+    lines: list[Line] = [
+        (LOAD, _KIND_IN, 1, _ASKED, 0),
+        (MOV_REGISTER, _ASKED_IN, _KIND_IN, 0, 0),
+        (SHIFT_RIGHT, _ASKED_IN, 0, 0, 16),
+        (AND, _KIND_IN, 0, 0, 0xFFFF),
+        (LOAD, _MAJOR_IN, 1, _MAJOR, 0),
+        (LOAD, _MINOR_IN, 1, _MINOR, 0),
+    ]
+    for index, ((number, major, minor), permissions) in enumerate(allowed.items()):
+        following = f"after {index}"
+        lines.append((JUMP_NE, _KIND_IN, 0, following, number))
+        if major != "*":
+            lines.append((JUMP_NE, _MAJOR_IN, 0, following, int(major)))
+        if minor != "*":
+            lines.append((JUMP_NE, _MINOR_IN, 0, following, int(minor)))
+        if permissions != _ALL:
+            lines.append((JUMP_SET, _ASKED_IN, 0, following, _ALL & ~permissions))
+        lines += [(MOV, 0, 0, 0, 1), (EXIT, 0, 0, 0, 0), following]
+    return assemble([*lines, (MOV, 0, 0, 0, 0), (EXIT, 0, 0, 0, 0)])
 
 
 def attach(directory: str, rules: Iterable[str]) -> None:

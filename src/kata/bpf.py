@@ -1,4 +1,4 @@
-"""BPF programs written down line by line.
+"""BPF programs written down line by line, and assembled: `kata.sysio` loads them.
 
 Source: the kernel's ``Documentation/bpf/standardization/instruction-set.rst``.
 """
@@ -12,12 +12,19 @@ LOAD, LOAD_HALF, LOAD_BYTE = 0x61, 0x69, 0x71
 STORE, STORE_HALF, STORE_VALUE = 0x63, 0x6B, 0x62
 LOAD_MAP = 0x18
 MOV, MOV_REGISTER, ADD, AND = 0xB7, 0xBF, 0x07, 0x57
-JUMP, JUMP_EQ, JUMP_NE = 0x05, 0x15, 0x55
+SHIFT_RIGHT = 0x77
+JUMP, JUMP_EQ, JUMP_NE, JUMP_SET = 0x05, 0x15, 0x55, 0x45
+JUMP_EQ32, JUMP_NE32 = 0x16, 0x56
+"""These compare 32 bits (Linux 5.1); the others extend the constant's sign to 64."""
 CALL, EXIT = 0x85, 0x95
 
 
 def assemble(lines: list[Line]) -> bytes:
-    """Machine code."""
+    """Machine code.
+
+    Args:
+        lines: Instructions and labels, in order. A label that an instruction jumps to stands after it.
+    """
     labels: dict[str, int] = {}
     code: list[tuple[int, int, int, int | str, int]] = []
     for line in lines:
