@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import os
 
+MAX_SOCKET_PATH = 107
+"""Bytes that the path of a unix socket may have: sun_path without its final NUL, unix(7)."""
+
 
 def _place(variable: str, default: str) -> str:
     value = os.environ.get(variable) or default

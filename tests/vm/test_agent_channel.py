@@ -231,7 +231,7 @@ def port(run_directory: Path, guest_assets: Path) -> Iterator[tuple[Path, subpro
             *("-append", "quiet panic=-1 agent.log=error agent.channel=serial"),
             *("-device", f"virtio-serial-pci,addr={slots.SERIAL}"),
             *("-chardev", f"socket,id=agent,path={path},server=on,wait=off"),
-            *("-device", f"virtserialport,chardev=agent,name={slots.AGENT_PORT}"),
+            *("-device", f"virtserialport,chardev=agent,name={slots.AGENT_CHANNEL}"),
         ]
     )
     yield path, process

@@ -218,7 +218,7 @@ def test_console_of_a_guest_over_its_serial_port(run_directory: Path, guest_asse
             *("-append", "quiet panic=-1 agent.log=error agent.channel=serial agent.debug_console"),
             *("-device", f"virtio-serial-pci,addr={slots.SERIAL}"),
             *("-chardev", f"socket,id=agent,path={path},server=on,wait=off"),
-            *("-device", f"virtserialport,chardev=agent,name={slots.AGENT_PORT}"),
+            *("-device", f"virtserialport,chardev=agent,name={slots.AGENT_CHANNEL}"),
         ]
     )
     try:

@@ -15,7 +15,7 @@ from agent_support import PATIENCE
 
 from kata.agent import dial
 from kata.agent.client import AgentClient
-from kata.engine import forward
+from kata.engine.relay import carry
 from kata.ttrpc.client import Client
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
@@ -60,7 +60,7 @@ def play(host: HostAgent, server: Side | None, client: Side) -> None:
 
     async def relay(door: socket.socket, agent: AgentClient, port: int) -> None:
         connection, _ = await asyncio.get_running_loop().sock_accept(door)
-        await forward.carry(connection, await dial.dial(agent, port))
+        await carry(connection, await dial.dial(agent, port))
 
     async def run() -> None:
         sock = socket.socket(socket.AF_UNIX)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import socket
 import time
 
+from kata import paths
 from kata.agent_ctl.methods import nearest
 from kata.errors import HostError, UsageError
 from kata.hypervisor import vsock
@@ -84,8 +85,8 @@ def parse(text: str, hybrid: bool = False, hybrid_port: int = AGENT_PORT) -> Add
 def _path(path: str, text: str) -> str:
     if not path or path == "@":
         raise UsageError(f"{text!r} has no path", "for example unix:///run/agent.sock")
-    if len(path.encode("utf-8", "surrogateescape")) > 107 or "\0" in path:
-        raise UsageError(f"{text!r}: the path of a unix socket has at most 107 bytes")
+    if len(path.encode("utf-8", "surrogateescape")) > paths.MAX_SOCKET_PATH or "\0" in path:
+        raise UsageError(f"{text!r}: the path of a unix socket has at most {paths.MAX_SOCKET_PATH} bytes")
     return path
 
 

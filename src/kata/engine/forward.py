@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 
 from kata.agent import dial
+from kata.engine import relay
 from kata.errors import KataError
 
 TYPE_CHECKING = False
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kata.engine.tasks import Tasks
     from kata.network.user import NetworkPlan
 
-_RECEIVE = 1 << 16
 _LIMIT = 256
 """Connections at a time; more wait in the listening sockets."""
 
@@ -45,43 +44,36 @@ class Forwarder:
     ) -> None:
         self._log = log
         self._dialled = dialled
-        self._room = asyncio.Semaphore(_LIMIT)
-        self._tasks = {asyncio.create_task(self._accept(one)) for one in listeners}
+        self._connections = relay.Connections(asyncio.Semaphore(_LIMIT))
+        for one in listeners:
+            self._connections.create_task(self._accept(one))
 
     def close(self) -> None:
         """Take no more, and end what there is. The listeners are the caller's."""
-        for task in self._tasks:
-            task.cancel()
+        self._connections.close()
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._room.acquire()
+            await self._connections.acquire()
             try:
                 connection, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                self._room.release()
+            except BaseException as error:
+                self._connections.release()
+                if not isinstance(error, OSError):
+                    raise
                 self._log(f"cannot accept a connection for the guest: {error.strerror}")
                 await asyncio.sleep(1)  # out of descriptors, most likely
                 continue
-            task = asyncio.create_task(self._carry(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._carried)
-
-    def _carried(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._room.release()
+            self._connections.carry(self._carry(connection), connection.close)
 
     async def _carry(self, connection: socket.socket) -> None:
         try:
             guest = await self._dialled(connection)
         except (KataError, OSError):
-            reset(connection)
-        except BaseException:
-            connection.close()
-            raise
+            relay.reset(connection)
         else:
-            await carry(connection, guest)
+            await relay.carry(connection, guest)
 
 
 def to_loopback(machine: MachineAccess, tasks: Tasks, listeners: Iterable[socket.socket]) -> Forwarder:
@@ -125,69 +117,3 @@ def published(
         return await dial.dial(agent, port, address)
 
     return Forwarder(tasks.log, [one for one, _ in plan.listeners], dialled)
-
-
-def reset(connection: socket.socket) -> None:
-    """Close a connection so that the other side sees an error: it says better than an end without a word that nobody
-    listens there. (A unix socket has no such thing, and merely ends.)"""
-    with connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-async def carry(connection: socket.socket, guest: dial.Connection) -> None:
-    """Pass on what each side of a connection says to the other, until both have ended; closes both. Never raises.
-
-    An end goes as far as it was meant: the other direction flows until its own. Neither direction reads more than the
-    other side takes. Once one side is gone altogether, what is for it is thrown away; what it had said before still
-    arrives.
-
-    Args:
-        connection: On the host: a connected stream socket.
-        guest: The guest's end.
-    """
-    connection.setblocking(False)
-    sending = asyncio.create_task(_send(connection, guest))
-    try:
-        await _receive(connection, guest, sending)
-        await sending
-    except KataError:
-        reset(connection)
-    finally:
-        sending.cancel()
-        await asyncio.wait([sending])
-        guest.close()
-        connection.close()
-
-
-async def _receive(connection: socket.socket, guest: dial.Connection, sending: asyncio.Task[None]) -> None:
-    """What comes from the guest, until its end; to where nobody takes it only while the other direction flows."""
-    loop = asyncio.get_running_loop()
-    gone = False
-    while data := await guest.read():
-        if not gone:
-            try:
-                await loop.sock_sendall(connection, data)
-            except OSError:
-                gone = True
-                # It may be in the middle of a wait for data that will never come.
-                sending.add_done_callback(lambda _: guest.close())
-        if gone and sending.done():
-            return
-    try:
-        connection.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # it has gone
-
-
-async def _send(connection: socket.socket, guest: dial.Connection) -> None:
-    """What comes from the host, and its end behind it."""
-    loop = asyncio.get_running_loop()
-    try:
-        while data := await loop.sock_recv(connection, _RECEIVE):
-            if not await guest.write(data):
-                return
-    except OSError:
-        # Torn down: there is nobody for what the guest still says.
-        guest.close()
-        return
-    guest.end()

@@ -39,7 +39,6 @@ _BACKLOG = 64
 MIN_FILES = 256
 """Descriptors that an engine has to be able to open: a start takes about forty, each process some more."""
 _MAX_FILES = 1 << 16
-_MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path without its final zero, unix(7)
 
 
 class Engine:
@@ -190,7 +189,7 @@ def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_
     name = check_id(name or sandbox_id)
     directory = os.path.join(base, name)
     sock_path = os.path.join(directory, SOCKET_NAME)
-    if len(os.fsencode(sock_path)) > _MAX_SOCKET_PATH:
+    if len(os.fsencode(sock_path)) > paths.MAX_SOCKET_PATH:
         raise UsageError(
             f"the path of the engine's socket is too long: {sock_path}", "set KATA_RUN_DIR to a shorter path"
         )

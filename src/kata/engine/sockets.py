@@ -22,16 +22,13 @@ import socket
 import stat
 from functools import partial
 
+from kata import paths
 from kata.agent import dial
-from kata.engine import spec
-from kata.engine.forward import carry
+from kata.engine import relay, spec
 from kata.errors import KataError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-    from typing import Any
-
     from kata.agent.client import AgentClient
     from kata.engine.access import MachineAccess
     from kata.engine.hostns import Namespaces
@@ -45,8 +42,6 @@ BUSY_S = 30.0
 RETRY_S = 0.1
 AGAIN_S = 1.0
 _DIRECTORY = f"{spec.GUEST_RUN}/sandbox/sockets"
-_MAX_PATH = 107
-"""sun_path, without the NUL."""
 
 
 class SocketForwardingState:
@@ -146,9 +141,8 @@ class Relay:
     def __init__(self, machine: MachineAccess, tasks: Tasks, room: asyncio.Semaphore) -> None:
         self._machine = machine
         self._engine_tasks = tasks
-        self._room = room
+        self._connections = relay.Connections(room)
         self._sockets: list[Socket] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._reported: set[int] = set()
         self._agent: AgentClient | None = None
 
@@ -172,13 +166,11 @@ class Relay:
         self._agent = agent
         for one in self._sockets:
             await one.listen(agent)
-            self._run(self._accept(agent, one))
+            self._connections.create_task(self._accept(agent, one))
 
     def close(self) -> None:
         """Take no more, and end what there is; once."""
-        tasks, self._tasks = self._tasks, set()
-        for task in tasks:
-            task.cancel()
+        self._connections.close()
         agent, self._agent = self._agent, None
         if agent is not None and self._machine.living_agent is not None:
             for one in self._sockets:
@@ -189,16 +181,6 @@ class Relay:
             await dial.close_socket(agent, one.number)
         except KataError:
             pass  # the machine is going, and the socket with it
-
-    def _carried(self, guest: dial.Connection, task: asyncio.Task[None]) -> None:
-        guest.close()
-        self._room.release()
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _accept(self, agent: AgentClient, one: Socket) -> None:
         """Let connections to one socket come, each when there is room for it."""
@@ -214,13 +196,11 @@ class Relay:
             if guest is None:
                 return
             try:
-                await self._room.acquire()
+                await self._connections.acquire()
             except BaseException:
                 guest.close()
                 raise
-            task = self._run(self._carry(one, guest))
-            # Not in there: a task that is cancelled before its first turn never runs.
-            task.add_done_callback(partial(self._carried, guest))
+            self._connections.carry(self._carry(one, guest), guest.close)
 
     async def _carry(self, one: Socket, guest: dial.Connection) -> None:
         try:
@@ -228,7 +208,7 @@ class Relay:
         except OSError as error:
             self._log(one, error.strerror or str(error))
         else:
-            await carry(connection, guest)
+            await relay.carry(connection, guest)
 
     async def _connect(self, one: Socket) -> socket.socket:
         """A connection to the host's socket.
@@ -270,7 +250,7 @@ def connected(path: str) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        if len(os.fsencode(path)) <= _MAX_PATH:
+        if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH:
             sock.connect(path)
             return sock
         directory, name = os.path.split(path)

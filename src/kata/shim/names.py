@@ -12,7 +12,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_MAX_SOCKET_PATH = 107
 ADDRESS_FILE = "address"
 """In every bundle: the address of the engine that serves it. containerd reads it when it restarts."""
 
@@ -36,7 +35,7 @@ def directory_name(namespace: str, container_id: str) -> str:
     """
     name = f"{namespace}.{container_id}"
     path = os.path.join(paths.run_dir(), "sandboxes", name, SOCKET_NAME)
-    if len(os.fsencode(path)) <= _MAX_SOCKET_PATH and name[0] not in "._-":
+    if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH and name[0] not in "._-":
         return name
     import hashlib
 

@@ -370,7 +370,7 @@ def _serial(settings: VMSettings, fds: Fds) -> list[str]:
     argv = [
         *_device("virtio-serial-pci", slots.SERIAL, id="serial", max_ports=2),
         *("-chardev", f"socket,id=agent,fd={fds.agent}"),
-        *("-device", f"virtserialport,bus=serial.0,nr=1,chardev=agent,name={slots.AGENT_PORT}"),
+        *("-device", f"virtserialport,bus=serial.0,nr=1,chardev=agent,name={slots.AGENT_CHANNEL}"),
     ]
     if fds.console is not None and settings.console != "none":
         argv += ["-chardev", f"socket,id=console,fd={fds.console}"]

@@ -33,7 +33,7 @@ PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
 PLACEHOLDER_BYTES = 64 << 30
 """Size of an empty disk. The image that fills it may be smaller."""
 
-AGENT_PORT = "agent.channel.0"
+AGENT_CHANNEL = "agent.channel.0"
 """Name of the virtio-serial port of the agent (``/sys/class/virtio-ports/*/name`` in the guest)."""
 SHARE_TAG = "kataShared"
 """Mount tag of the share."""
