@@ -13,12 +13,13 @@ import pytest
 from test_engine_volumes import in_child, share_of
 
 from kata import journal_undo, sysio
+from kata.cli import session
 from kata.engine.binds import Shared
 from kata.engine.hostns import Namespaces
 from kata.engine.sockets import connected, descriptor
 from kata.engine.spec import GUEST_RUN, GUEST_SHARE
 from kata.journal import Journal
-from kata.settings import ContainerSettings, DiskVolumeSettings
+from kata.settings import ClientPolicy, ContainerSettings, DiskVolumeSettings
 from kata.shim import start
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -29,8 +30,8 @@ def journal(tmp_path: Path) -> Journal:
     return Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
 
 
-def shared(journal: Journal, namespace: str = "") -> Shared:
-    policy = start.client_policy(namespace, "/bundle")
+def shared(journal: Journal, policy: ClientPolicy | None = None) -> Shared:
+    policy = policy or start.client_policy("default", "/bundle")
     sandbox = SimpleNamespace(
         share=share_of(journal),
         machine=SimpleNamespace(host=None, disk_addresses=["05", "06", "07", "08", "0f"]),
@@ -220,7 +221,8 @@ def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_pa
         mounts = [bind(tmp_path / "data", "/a", "ro"), bind(tmp_path / "data", "/b")]
         mounts.append({**mounts[0], "options": ["bind", "ro"]})
         other = Journal.create_dir(str(tmp_path / "m"), "sandbox", {})
-        dockers, writable, flat = shared(other, "moby").add_all({"mounts": mounts}, None)
+        docker = start.client_policy("moby", "/bundle")
+        dockers, writable, flat = shared(other, docker).add_all({"mounts": mounts}, None)
         root = Path(os.path.dirname(other.path), "share")
         assert dockers.options == ["rbind", "ro"]
         with pytest.raises(OSError, match="Read-only"):
@@ -228,6 +230,14 @@ def test_read_only_does_not_reach_below_unless_it_is_to(journal: Journal, tmp_pa
         (root / os.path.basename(writable.source) / "below/z").touch()
         with pytest.raises(OSError, match="Read-only"):
             (root / os.path.basename(flat.source) / "z").touch()
+        # A person means it in any case.
+        third = Journal.create_dir(str(tmp_path / "p"), "sandbox", {})
+        persons = shared(third, session.client_policy()).add_all({"mounts": mounts[:1]}, None)[0]
+        assert persons.options == ["rbind", "ro"]
+        with pytest.raises(OSError, match="Read-only"):
+            (
+                Path(os.path.dirname(third.path), "share", os.path.basename(persons.source)) / "below/z"
+            ).touch()
 
     in_child(work)
     assert not journal_undo.undo(journal)

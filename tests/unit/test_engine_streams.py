@@ -162,10 +162,10 @@ def test_exit_does_not_wait_for_a_reader_that_does_not(fifo: str, monkeypatch: p
             guest.pieces.put_nowait(bytes(1 << 20))
         guest.pieces.put_nowait(b"")
         await together.finish()
-        assert len(together.lingering) == 1
+        assert len(together.undelivered) == 1
         # The reader comes back, and nothing was lost meanwhile.
         assert len(await read_all(fd)) == 3 << 20
-        assert not together.lingering
+        assert not together.undelivered
         os.close(fd)
 
     run(work)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import marshal
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sandbox_support
 
-from kata import settings
+from kata import journal_undo, settings
 from kata.cli import session
+from kata.engine.launch import launch
 from kata.errors import ConfigError, StateError
-from kata.journal import dumps
+from kata.journal import FILE_NAME, Journal, dumps
 from kata.settings import (
     DiskSettings,
     NetworkSettings,
@@ -144,6 +147,23 @@ def test_clients_decide_differently() -> None:
     differ = {name for name in person if person[name] != containerd.get(name)}
     assert differ == set(person), "each of these exists because the two clients differ in it"
     assert start.client_policy("moby", "/bundle").recursive_readonly == "rbind"
+
+
+def test_an_engine_says_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log has the error; nothing was begun, and what its launcher made is undone as after any dead engine."""
+    plain = SandboxSettings.to_plain
+    monkeypatch.setattr(SandboxSettings, "to_plain", lambda self: {**plain(self), "colour": 1})
+    engine = launch(sandbox_support.sandbox("a", "/c", accel="tcg", kernel="/k", initrd="/i"), str(tmp_path))
+    journal = Journal.open(os.path.join(engine.run_dir, FILE_NAME))
+    give_up = time.monotonic() + 30
+    while journal.owner_alive():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+    log = Path(engine.run_dir, "engine.log").read_text()
+    assert log == "error: the sandbox's settings: there is no key 'colour'\nhint: " + settings._HINT + "\n"
+    assert journal_undo.undo(journal) == []
+    assert not os.path.exists(engine.run_dir)
+    engine.release()
 
 
 def test_the_page_about_them_is_as_they_are() -> None:

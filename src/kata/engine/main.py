@@ -36,7 +36,7 @@ def main() -> int:
     """Run the engine of one sandbox to its end.
 
     Returns:
-        The exit status: 0, whatever became of the container.
+        The exit status: 0, whatever became of the container; 1 if the settings make no sense.
     """
     import marshal
 
@@ -48,7 +48,12 @@ def main() -> int:
         # Whoever comes next for this sandbox undoes what our client has made, maybe just now.
         return 0
     with open(SETTINGS_FD, "rb") as file:
-        settings = SandboxSettings.from_plain(marshal.loads(file.read()))
+        plain = marshal.loads(file.read())
+    try:
+        settings = SandboxSettings.from_plain(plain)
+    except KataError as error:
+        sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")  # into the engine's log
+        return 1
     journal = Journal.attach(os.path.join(run_dir, FILE_NAME))
     journal.set_owner(os.getpid())
     machine = boot.Machine()

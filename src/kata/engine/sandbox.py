@@ -323,7 +323,7 @@ class Sandbox:
             for container in self.containers.values()
             for process in (container.init, *container.execs.values())
             if process.streams is not None
-            for delivery in process.streams.lingering
+            for delivery in process.streams.undelivered
         ]
         if waiting:
             await asyncio.wait(waiting, timeout=limit_s)

@@ -308,7 +308,7 @@ class InputPump:
         if self._waiting is not None:
             self._waiting.append((fd, closes))
         elif self._closed:
-            self._forget(fd)
+            self._close_fd(fd)
         else:
             self._begin(fd, closes)
 
@@ -350,7 +350,7 @@ class InputPump:
             # The process closed its stdin or is gone: whoever writes to the fifo gets EPIPE, as from a pipe.
             closes = False
         finally:
-            self._forget(fd)
+            self._close_fd(fd)
         if closes:
             await self.close_process_stdin()
 
@@ -366,7 +366,7 @@ class InputPump:
         except (KataError, ConnectionError):
             pass
 
-    def _forget(self, fd: int) -> None:
+    def _close_fd(self, fd: int) -> None:
         if fd in self._fds:
             self._fds.discard(fd)
             os.close(fd)
@@ -377,7 +377,7 @@ class InputPump:
         for copy in list(self._copies):
             copy.cancel()
         for fd, _ in self._waiting or []:
-            self._forget(fd)
+            self._close_fd(fd)
         self._waiting = None
         self.end_of_input()
 
@@ -481,10 +481,10 @@ class ProcessStreams:
             _, pending = await asyncio.wait(waiting, timeout=STALL_S)
             waiting = list(pending)
             if waiting and sum(pump.moved for pump in running) == before:
-                return  # the pumps go on without us; see `lingering`
+                return  # the pumps go on without us; see `undelivered`
 
     @property
-    def lingering(self) -> list[asyncio.Task[None]]:
+    def undelivered(self) -> list[asyncio.Task[None]]:
         """Deliveries that are not complete: a reader is there but takes its time."""
         return [
             pump.delivered
