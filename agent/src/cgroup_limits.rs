@@ -62,6 +62,15 @@ pub fn apply(path: &str, resources: &LinuxResources) -> Result<Undo> {
     Ok(undo)
 }
 
+/// `resources` but for the limits and weights of single block devices.
+pub fn without_devices(resources: &LinuxResources) -> LinuxResources {
+    let block_io = resources.block_io.as_ref().map(|io| {
+        let (weight, leaf_weight) = (io.weight, io.leaf_weight);
+        Box::new(LinuxBlockIO { weight, leaf_weight, ..Default::default() })
+    });
+    LinuxResources { block_io, ..resources.clone() }
+}
+
 fn write(path: &str, setting: &Setting) -> Result<()> {
     if setting.file == "memory.max" {
         make_room(path, &setting.value)?;

@@ -22,6 +22,7 @@ const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 const EXTRA_FEATURES: &[&str] = &[
     "kata.boot",
     "kata.debug",
+    "kata.device.limits",
     "kata.dial",
     "kata.files",
     "kata.internet",

@@ -1,6 +1,7 @@
 //! From create to remove: containers and the processes in them.
 
 use crate::cgroup::Cgroup;
+use crate::cgroup_limits;
 use crate::container::{check_id, unknown, Container, Containers, NewContainer, Status, TerminationLog};
 use crate::jobs::Completion;
 use crate::oom::OomWatch;
@@ -138,7 +139,9 @@ fn make_cgroup(oom: &OomWatch, id: &str, linux: &Linux) -> Result<Option<Cgroup>
     if !oom.has_cgroups() {
         return Ok(None);
     }
-    let cgroup = Cgroup::create(id, linux.resources.as_deref())?;
+    // Limits of single devices are the builder's to set, who learns of their numbers.
+    let resources = linux.resources.as_deref().map(cgroup_limits::without_devices);
+    let cgroup = Cgroup::create(id, resources.as_ref())?;
     oom.watch(&cgroup).inspect_err(|_| {
         let _ = cgroup.remove();
     })?;

@@ -313,6 +313,16 @@ def test_what_cannot_be_carried_is_told() -> None:
     told.add("limits of bytes read from the host's devices")
     backwards = "mount propagation from the container to the host (the other direction works)"
     assert set(spec.dropped(config)) == told | {backwards}
+    # Those of a disk that the container has are carried, by the host's number, and not told.
+    of_host = spec.OF_HOST_DEVICES["throttleReadBpsDevice"]
+    assert set(spec.dropped(config, {(254, 0)})) == (told | {backwards}) - {of_host}
+    assert of_host in set(spec.dropped(config, {(254, 1)}))
+    resources = config["linux"]["resources"]
+    assert spec.guest_resources(resources)["blockIO"] == {"weight": 300}
+    throttle.append({"major": 8, "minor": 0, "rate": 7})
+    kept = spec.guest_resources(resources, {(254, 0)})["blockIO"]
+    assert kept == {"weight": 300, "throttleReadBpsDevice": throttle[:1]}
+    assert of_host in set(spec.dropped(config, {(254, 0)})), "one of two"
     binds = [spec.GuestBind(str(mount["source"]), mount["options"]) for mount in spec.host_binds(config)]
     spec.to_message(guest_view(config, binds=binds))
 

@@ -96,6 +96,39 @@ def test_of_the_hosts_disks_the_sandbox_may_open_its_own(daemon: Containerd, dev
     daemon.remove("held")
 
 
+def test_limits_of_a_device_hold_in_the_guest(daemon: Containerd, device: str) -> None:
+    """By its number there; those of a disk that the container has not are named in the log."""
+    about = os.stat(device).st_rdev
+    numbers = {"major": os.major(about), "minor": os.minor(about)}
+    spec = daemon.spec({})
+    spec["linux"]["namespaces"].append({"type": "cgroup"})
+    spec["mounts"].append({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"})
+    spec["linux"]["devices"] = [{"path": "/dev/disk", "type": "b", **numbers}]
+    spec["linux"]["resources"] = {
+        "devices": [
+            {"allow": False, "access": "rwm"},
+            {"allow": True, "type": "b", **numbers, "access": "rwm"},
+        ],
+        "blockIO": {
+            "throttleReadBpsDevice": [{**numbers, "rate": 2 << 20}],
+            "throttleWriteIOPSDevice": [{**numbers, "rate": 100}, {"major": 8, "minor": 250, "rate": 5}],
+        },
+    }
+    daemon.run_spec("limited", spec)
+    script = "b=/bin/busybox; $b ls -l /dev/disk; $b cat /sys/fs/cgroup/io.max"
+    inside = ("task", "exec", "--exec-id", "e", "limited", "/bin/busybox")
+    shown = daemon.ok(*inside, "sh", "-c", script).split()
+    there = f"{shown[4].rstrip(',')}:{shown[5]}"
+    assert shown[10:] == [there, "rbps=2097152", "wbps=max", "riops=max", "wiops=100"]
+    began = time.monotonic()
+    daemon.ok(*inside, "dd", "if=/dev/disk", "of=/dev/null", "bs=1M")
+    assert time.monotonic() - began > 2  # 8 MiB
+    log = (daemon.run_dir / "sandboxes/default.limited/engine.log").read_text()
+    assert "limits of writes to the host's devices cannot be carried into the guest" in log
+    assert "limits of bytes read from the host's devices" not in log
+    daemon.remove("limited")
+
+
 def test_a_device_that_is_not_there(daemon: Containerd, device: str) -> None:
     spec = daemon.spec({})
     spec["linux"]["devices"] = [{"path": "/dev/none", "type": "b", "major": 259, "minor": 4000}]

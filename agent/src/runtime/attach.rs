@@ -6,7 +6,7 @@ use crate::devices::{find_block, find_block_by_scsi};
 use crate::devices_bpf;
 use crate::prelude::*;
 use crate::proto::agent::Device;
-use crate::proto::oci::{LinuxDevice, LinuxDeviceCgroup, Spec};
+use crate::proto::oci::{LinuxBlockIO, LinuxDevice, LinuxDeviceCgroup, LinuxResources, Spec};
 use crate::sys::{self, RawFd};
 
 /// The types, for AgentDetails.device_handlers.
@@ -23,13 +23,25 @@ struct Numbers {
 pub struct Attached {
     pub devices: Vec<LinuxDevice>,
     rules: Vec<LinuxDeviceCgroup>,
+    /// Limits and weights of single block devices, and nothing else.
+    pub limits: LinuxResources,
 }
 
 /// Waits for the devices and finds out their numbers.
 pub fn resolve(wanted: &[Device], spec: &Spec) -> Result<Attached> {
     let linux = spec.linux.as_deref().ok_or_else(|| Error::invalid("the spec has no linux section"))?;
-    let rules = linux.resources.as_deref().map_or(&[][..], |r| &r.devices);
-    let mut attached = Attached { devices: linux.devices.clone(), rules: rules.to_vec() };
+    let resources = linux.resources.as_deref();
+    let rules = resources.map_or(&[][..], |r| &r.devices);
+    let mut attached = Attached {
+        devices: linux.devices.clone(),
+        rules: rules.to_vec(),
+        limits: LinuxResources {
+            block_io: resources
+                .and_then(|r| r.block_io.clone())
+                .map(|io| Box::new(LinuxBlockIO { weight: 0, leaf_weight: 0, ..*io })),
+            ..Default::default()
+        },
+    };
     let mut found = Vec::new();
     for device in wanted {
         let what = || format!("device {:?} of type {:?}", device.container_path, device.type_);
@@ -37,6 +49,9 @@ pub fn resolve(wanted: &[Device], spec: &Spec) -> Result<Attached> {
     }
     // All in one step: a device's number in the guest may be another device's number on the host.
     renumber(&mut attached.rules, &found);
+    if let Some(io) = attached.limits.block_io.as_deref_mut() {
+        renumber_limits(io, &found);
+    }
     Ok(attached)
 }
 
@@ -67,10 +82,30 @@ fn number(device: &Device, listed: &mut [LinuxDevice]) -> Result<Numbers> {
 
 fn renumber(rules: &mut [LinuxDeviceCgroup], found: &[Numbers]) {
     for rule in rules.iter_mut().filter(|rule| rule.type_ == "b") {
-        if let Some(numbers) = found.iter().find(|numbers| numbers.host == (rule.major, rule.minor)) {
-            (rule.major, rule.minor) = numbers.guest;
-        }
+        (rule.major, rule.minor) = here((rule.major, rule.minor), found);
     }
+}
+
+fn renumber_limits(io: &mut LinuxBlockIO, found: &[Numbers]) {
+    for weight in &mut io.weight_device {
+        (weight.major, weight.minor) = here((weight.major, weight.minor), found);
+    }
+    for rate in [
+        &mut io.throttle_read_bps_device,
+        &mut io.throttle_write_bps_device,
+        &mut io.throttle_read_iops_device,
+        &mut io.throttle_write_iops_device,
+    ]
+    .into_iter()
+    .flatten()
+    {
+        (rate.major, rate.minor) = here((rate.major, rate.minor), found);
+    }
+}
+
+/// What a host's device is here; one that is not among these stays what it was.
+fn here(numbers: (i64, i64), found: &[Numbers]) -> (i64, i64) {
+    found.iter().find(|one| one.host == numbers).map_or(numbers, |one| one.guest)
 }
 
 /// Device rules of the spec. Hosts of the original system send none. Then a container without CAP_SYS_ADMIN may use the
@@ -87,7 +122,7 @@ pub fn restrict(cgroup: RawFd, spec: &Spec, attached: &Attached) -> Result<()> {
 mod tests {
     use super::*;
     use crate::errors::code;
-    use crate::proto::oci::Linux;
+    use crate::proto::oci::{Linux, LinuxThrottleDevice, LinuxWeightDevice};
 
     fn spec() -> Spec {
         let devices = vec![LinuxDevice { path: "/dev/data".into(), type_: "b".into(), ..Default::default() }];
@@ -118,10 +153,18 @@ mod tests {
             access: "rw".into(),
         };
         let mut rules = [rule("b", 8, 0), rule("c", 8, 0), rule("b", 8, 16), rule("b", 254, 0)];
-        renumber(
-            &mut rules,
-            &[Numbers { host: (8, 0), guest: (254, 0) }, Numbers { host: (254, 0), guest: (254, 16) }],
-        );
+        let found = [Numbers { host: (8, 0), guest: (254, 0) }, Numbers { host: (254, 0), guest: (254, 16) }];
+        renumber(&mut rules, &found);
+        let rate = |major, minor| LinuxThrottleDevice { major, minor, rate: 1 };
+        let weight = |major, minor| LinuxWeightDevice { major, minor, weight: 10, leaf_weight: 0 };
+        let mut io = LinuxBlockIO {
+            weight_device: vec![weight(8, 0)],
+            throttle_write_bps_device: vec![rate(254, 0), rate(8, 0), rate(7, 7)],
+            ..Default::default()
+        };
+        renumber_limits(&mut io, &found);
+        assert_eq!(io.weight_device, [weight(254, 0)]);
+        assert_eq!(io.throttle_write_bps_device, [rate(254, 16), rate(254, 0), rate(7, 7)]);
         assert_eq!(rules, [rule("b", 254, 0), rule("c", 8, 0), rule("b", 8, 16), rule("b", 254, 16)]);
     }
 }

@@ -24,7 +24,7 @@ use crate::prelude::*;
 use crate::proto::agent::{Device, Storage, StringUser};
 use crate::proto::oci::{LinuxDevice, LinuxIDMapping, Process, Spec};
 use crate::sys::{self, Fd, Fork, Pid, RawFd};
-use crate::{fs, log, storage};
+use crate::{cgroup_limits, fs, log, storage};
 use core::convert::Infallible;
 use launch::{Filter, Program, Stdio};
 use namespaces::{Namespaces, Shared};
@@ -163,8 +163,9 @@ fn build_container(plan: &ContainerPlan) -> Result<()> {
         storage::mount_storage(storage)?;
         plan.report.mounted(count as u32 + 1);
     }
-    if let Some((cgroup, _)) = plan.cgroup {
+    if let Some((cgroup, path)) = plan.cgroup {
         attach::restrict(cgroup, plan.spec, &attached)?;
+        cgroup_limits::apply(path, &attached.limits)?;
     }
     let shared = shared_mounts::take(plan.shared_mounts)?;
     let root = plan.spec.root.as_deref().map_or("", |r| &r.path);

@@ -46,6 +46,8 @@ NULL_STDIN = "kata.stdin.null"
 """How an agent announces that a process can have /dev/null as its standard input."""
 PIDS_OF = "kata.pids.of"
 """How an agent announces that a container can join another one's PID namespace."""
+DEVICE_LIMITS = "kata.device.limits"
+"""How an agent announces that block I/O of a container's own disks can be limited, by the host's numbers of these."""
 CREATE_S = 120.0
 """Seconds for CreateContainer, which mounts file systems."""
 

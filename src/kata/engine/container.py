@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 
-from kata.agent.client import NULL_STDIN, PIDS_OF, Encoded, create_request
+from kata.agent.client import DEVICE_LIMITS, NULL_STDIN, PIDS_OF, Encoded, create_request
 from kata.agent.text import escape_line
 from kata.engine import binds, disks, etc_files, nodes, rootfs, spec, stream_setup
 from kata.engine.container_kill import SIGKILL, Killer
@@ -143,7 +143,8 @@ class Container:
                 *rootfs.storages(self.id, self._rootfs, sandbox.machine.disk_addresses),
                 *self._shared.storages,
             ]
-            message = spec.to_message(self._guest_spec(shown, files.mounts, volumes))
+            limited = await self._limited(volumes)
+            message = spec.to_message(self._guest_spec(shown, files.mounts, volumes, limited))
             pids_path = spec.pids_path(self.config)
             pids_of = self._whose_pids(pids_path)
             devices = await self._insert_devices(volumes)
@@ -275,10 +276,23 @@ class Container:
         if self._root is not None:
             self._root.unmount()
 
+    async def _limited(self, volumes: list[disks.Device]) -> set[tuple[int, int]]:
+        """The host's numbers of the container's disks for which there are limits that the guest can keep."""
+        numbers = {device.numbers for device in (*disks.devices_of(self.config), *volumes)}
+        block_io = ((self.config.get("linux") or {}).get("resources") or {}).get("blockIO") or {}
+        if not any(spec.limits_of(block_io.get(key), numbers) for key in spec.OF_HOST_DEVICES):
+            return set()
+        agent = await self.sandbox.ready()
+        return numbers if DEVICE_LIMITS in agent.features else set()
+
     def _guest_spec(
-        self, shown: list[spec.GuestBind], files: dict[str, str], volumes: list[disks.Device]
+        self,
+        shown: list[spec.GuestBind],
+        files: dict[str, str],
+        volumes: list[disks.Device],
+        limited: set[tuple[int, int]],
     ) -> dict[str, Any]:
-        for what in sorted(set(spec.dropped(self.config))):
+        for what in sorted(set(spec.dropped(self.config, limited))):
             self.sandbox.log(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
             nodes.with_volumes(nodes.with_guests(disks.without_hosts(self.config)), volumes),
@@ -288,6 +302,7 @@ class Container:
             binds=shown,
             files=files,
             cgroups_path=f"/{self.id}",
+            disks=limited,
         )
         if self.sandbox.settings.described().guest.no_seccomp:
             config["linux"].pop("seccomp", None)

@@ -15,7 +15,7 @@ from kata.proto.codec import DecodeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from typing import Any, TypeVar
 
     from kata.errors import AgentError, KataError
@@ -211,6 +211,7 @@ def for_guest(
     binds: Sequence[GuestBind],
     files: Mapping[str, str],
     cgroups_path: str,
+    disks: Collection[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """The spec as the guest is to see it; *spec* is left as it is.
 
@@ -223,6 +224,7 @@ def for_guest(
         files: Destination -> guest path of files that every container gets (``/etc/hosts``), unless the spec
             mounts something there itself.
         cgroups_path: The container's cgroup in the guest.
+        disks: Numbers of the host's block devices whose limits are carried: the container has them as disks.
 
     Without a process (which the specification allows until a start) the container is its files only.
 
@@ -272,19 +274,23 @@ def for_guest(
         for namespace in linux.get("namespaces") or ()
         if namespace.get("type") in _GUEST_NAMESPACES
     ]
-    linux["resources"] = guest_resources(linux.get("resources") or {})
+    linux["resources"] = guest_resources(linux.get("resources") or {}, disks)
     out["linux"] = linux
     return out
 
 
-def guest_resources(resources: Mapping[str, Any]) -> dict[str, Any]:
+def guest_resources(resources: Mapping[str, Any], disks: Collection[tuple[int, int]] = ()) -> dict[str, Any]:
     """Resource limits as the guest is to see them: the host's numbers of processors, memory nodes and block devices
-    mean nothing there."""
+    mean nothing there, but for those of *disks*, which the agent knows."""
     out = dict(resources)
     out.pop("network", None)
     for part, of_host in (("cpu", OF_HOST_SETS), ("blockIO", OF_HOST_DEVICES)):
         if out.get(part):
+            kept = {
+                key: limits_of(value, disks) for key, value in out[part].items() if key in OF_HOST_DEVICES
+            }
             out[part] = {key: value for key, value in out[part].items() if key not in of_host}
+            out[part].update({key: value for key, value in kept.items() if value})
     if out.get("devices"):
         # Absent numbers mean "any"; 0 is a number, so the message carries -1.
         out["devices"] = [
@@ -294,8 +300,17 @@ def guest_resources(resources: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def dropped(spec: object) -> Iterator[str]:
-    """What a spec asks for that cannot be carried into the guest, in words."""
+def limits_of(limits: object, disks: Collection[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Those entries of a list of limits by device that are about one of these."""
+    return [
+        one
+        for one in (limits if isinstance(limits, list) else ())
+        if isinstance(one, dict) and (one.get("major"), one.get("minor")) in disks
+    ]
+
+
+def dropped(spec: object, disks: Collection[tuple[int, int]] = ()) -> Iterator[str]:
+    """What a spec asks for that cannot be carried into the guest, in words; *disks* as of `for_guest`."""
     if isinstance(spec, dict):
         for key, value in spec.items():
             if value in (None, [], {}, "", 0, False):
@@ -304,15 +319,16 @@ def dropped(spec: object) -> Iterator[str]:
                 if (key, value) not in (("umask", 0o22), ("defaultErrnoRet", 1)):
                     yield NOT_CARRIED[key]
             elif key in LEFT_OUT:
-                yield LEFT_OUT[key]
+                if key not in OF_HOST_DEVICES or limits_of(value, disks) != value:
+                    yield LEFT_OUT[key]
             elif key == "options" and isinstance(value, list):
                 if "rshared" in value or "shared" in value:
                     yield "mount propagation from the container to the host (the other direction works)"
             elif key not in _MAPS:
-                yield from dropped(value)
+                yield from dropped(value, disks)
     elif isinstance(spec, list):
         for item in spec:
-            yield from dropped(item)
+            yield from dropped(item, disks)
 
 
 def _fields(value: Any, key: str = "") -> Any:
