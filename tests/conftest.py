@@ -14,11 +14,11 @@ from pathlib import Path
 
 import leftovers
 import pytest
+from waiting import PATIENCE
 
 pytest_plugins = ["kvm_lane"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 """Seconds after which a call of `kata` in a test is hopeless. Generous: slow machines are no failure."""
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import images
-from containerd_support import until
 from rig import Rig
 from terminal import Terminal
 from test_docker import Docker as Dockerd
 from test_nerdctl import Nerdctl
+from waiting import until
 
 OPERATIONS = (
     *("run", "run -it", "run -d", "exec", "exec -it", "logs", "attach", "kill", "stop", "pause", "restart"),

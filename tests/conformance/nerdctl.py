@@ -8,10 +8,10 @@ import subprocess
 import time
 
 from clients import EAT, KINDS, READS_SAYING_SO, TRAP, Docker, attached_to_terminal
-from containerd_support import until
 from terminal import Terminal
 from test_nerdctl import GATEWAY, complaints
 from test_nerdctl import Nerdctl as Program
+from waiting import until
 
 
 class Nerdctl(Docker):

@@ -11,7 +11,8 @@ from typing import IO
 
 import images
 from cni_support import PLUGINS, write_network
-from containerd_support import Containerd, until
+from containerd_support import Containerd
+from waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 5000

@@ -27,14 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from containerd_support import ROOT, until
+from containerd_support import ROOT
 from test_docker import PROGRAMS
 from test_docker import Docker as Dockerd
+from waiting import PATIENCE, until
 
 RUNTIMES = {"runc": "runc", "kata": "io.containerd.kata.v2"}
 COLUMNS = ("runc", "kata, emulation", "kata, KVM")
 BEGIN, END = "<!-- written by tools/conformance -->", "<!-- up to here -->"
-_PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 _PYTHON_MODULES = ("_ctypes", "_posixsubprocess", "_sqlite3", "mmap", "fcntl", "resource", "termios")
 
 
@@ -75,7 +75,7 @@ class Box:
             input=stdin,
             env=self.docker.env,
             capture_output=True,
-            timeout=_PATIENCE,
+            timeout=PATIENCE,
             check=False,
         )
         said = [stream.decode(errors="replace").strip() for stream in (done.stdout, done.stderr)]
@@ -123,7 +123,7 @@ class Box:
         """Run a shell's command line; its standard output and exit status."""
         done = subprocess.run(
             ["sh", "-c", script], env=self.docker.env, stdin=subprocess.DEVNULL, capture_output=True,
-            timeout=_PATIENCE, check=False,
+            timeout=PATIENCE, check=False,
         )  # fmt: skip
         said = done.stdout.decode().strip()
         return f"{said}; status {done.returncode}" if said else str(done.returncode)
@@ -151,7 +151,7 @@ class Box:
 
 def settled(look: Callable[[], str], wanted: str) -> str:
     """What is seen once it is as wanted, or as long as it has time to become so."""
-    deadline = time.monotonic() + _PATIENCE / 8
+    deadline = time.monotonic() + PATIENCE / 8
     while (seen := look()) != wanted and time.monotonic() < deadline:
         time.sleep(0.2)
     return seen
@@ -479,7 +479,7 @@ def silent_guest(box: Box) -> str:
         os.kill(box.pid(name), signal.SIGSTOP)
         started = time.monotonic()
         said = box.call("rm", "-f", name).rpartition("; ")[2]
-        soon = time.monotonic() - started < _PATIENCE / 4
+        soon = time.monotonic() - started < PATIENCE / 4
         return f"{said}, {'soon' if soon else 'late'}"
 
 
@@ -631,7 +631,7 @@ def reader_gone(box: Box) -> str:
     said = box.shell(f"{box.words('run', '--rm', '--name', 'endless', 'IMAGE', 'yes')} | head -n 1")
     try:
         until(
-            lambda: "endless" not in box.person("ps", "--no-trunc"), "it has ended", patience_s=_PATIENCE / 4
+            lambda: "endless" not in box.person("ps", "--no-trunc"), "it has ended", patience_s=PATIENCE / 4
         )
     except AssertionError:
         said += ", goes on for ever"

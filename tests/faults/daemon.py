@@ -15,6 +15,7 @@ from typing import Any
 
 from cni_support import PLUGINS, write_network
 from containerd_support import RUNTIME, USE_SECOND, Containerd, with_command
+from waiting import PATIENCE
 
 from faults import stops
 from faults.host import Place
@@ -25,7 +26,6 @@ from kata.journal import Journal, find
 HERE = Path(__file__).resolve().parent
 BUSYBOX = "docker.io/local/busybox:latest"
 PAUSE = "docker.io/local/pause:latest"
-PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 MARK = "KATA_FAULTS"
 ROLES = {"hypervisor": "qemu", "virtiofsd": "virtiofsd"}
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
+import waiting
 from containerd_support import IMAGE, RUNTIME
 
 from faults.daemon import BUSYBOX, Daemon, Failure
@@ -31,11 +32,10 @@ def until(condition: Callable[[], bool], what: str, patience_s: float = SETTLE_S
     Raises:
         Failure: It did not in time.
     """
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise Failure(f"{what}: not within {patience_s:g} s")
-        time.sleep(0.05)
+    try:
+        waiting.until(condition, what, patience_s=patience_s)
+    except AssertionError as error:
+        raise Failure(str(error)) from None
 
 
 class Ctr:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, Containerd, running, until
+from containerd_support import IMAGE, RUNTIME, Containerd, running
+from waiting import until
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.long]
 

@@ -8,25 +8,18 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Kata
+from conftest import Kata
+from waiting import PATIENCE, until
 
 from kata import sysio
 
 ALONE = ("--network", "none")
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.2)
 
 
 def inspect(kata: Kata, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import minivm
 import pytest
 from conftest import Kata
+from waiting import PATIENCE
 
 from kata import journal_undo
 from kata.errors import HostError
@@ -45,7 +46,7 @@ def boots(base: Path, guest_assets: Path, patience_s: float) -> bool:
 @pytest.mark.here
 def test_qemu_finds_what_the_probe_said_about_this_machine(tmp_path: Path, guest_assets: Path) -> None:
     verdict = kvmprobe.probe(use_cache=False)
-    patience_s = minivm.PATIENCE_S if verdict.works else TRUTH_S
+    patience_s = PATIENCE if verdict.works else TRUTH_S
     assert boots(tmp_path, guest_assets, patience_s) == verdict.works, verdict
 
 
@@ -71,7 +72,7 @@ def test_probe_says_that_kvm_works() -> None:
 
 
 def test_qemu_runs_a_guest_where_the_probe_says_so(tmp_path: Path, guest_assets: Path) -> None:
-    assert boots(tmp_path, guest_assets, minivm.PATIENCE_S)
+    assert boots(tmp_path, guest_assets, PATIENCE)
 
 
 def test_the_answer_is_kept_for_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import Containerd, running, until
+from containerd_support import Containerd, running
+from waiting import until
 
 from kata.engine.client import EngineClient
 

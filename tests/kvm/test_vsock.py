@@ -15,6 +15,7 @@ from pathlib import Path
 import minivm
 import pytest
 from conftest import ROOT, Kata
+from waiting import PATIENCE
 
 from kata import journal_undo
 from kata.agent.client import AgentClient
@@ -135,20 +136,20 @@ def guests(tmp_path: Path, guest_assets: Path) -> Guests:
 
 async def agent(cid: int) -> AgentClient:
     """A connection to the agent in a guest that may still be booting."""
-    sock = await asyncio.wait_for(vsock.connect(cid, AGENT_PORT), minivm.PATIENCE_S)
+    sock = await asyncio.wait_for(vsock.connect(cid, AGENT_PORT), PATIENCE)
     return AgentClient(await Client.connect(sock))
 
 
 async def ask_for_ever(client: AgentClient) -> None:
     while True:
-        await client.check(minivm.PATIENCE_S)
+        await client.check(PATIENCE)
 
 
 def test_agents_answer_on_vsock_and_go_with_their_machine(guests: Guests) -> None:
     async def talk(first: QemuProcess, cids: tuple[int, int]) -> None:
         clients = [await agent(cid) for cid in cids]
         for client in clients:
-            await client.check(minivm.PATIENCE_S)
+            await client.check(PATIENCE)
             details = (await client.details()).agent_details
             assert details is not None
             assert details.version
@@ -156,7 +157,7 @@ def test_agents_answer_on_vsock_and_go_with_their_machine(guests: Guests) -> Non
         first.child.kill()
         with pytest.raises(VMLostError):
             await ask_for_ever(clients[0])
-        await clients[1].check(minivm.PATIENCE_S)
+        await clients[1].check(PATIENCE)
         for client in clients:
             client.close()
 
@@ -172,7 +173,7 @@ async def port(cid: int, number: int) -> socket.socket:
     """A plain connection to one of the guest's other ports, which listens by now."""
     sock = socket.socket(socket.AF_VSOCK)
     sock.setblocking(False)
-    await asyncio.wait_for(asyncio.get_running_loop().sock_connect(sock, (cid, number)), minivm.PATIENCE_S)
+    await asyncio.wait_for(asyncio.get_running_loop().sock_connect(sock, (cid, number)), PATIENCE)
     return sock
 
 
@@ -180,7 +181,7 @@ async def until(sock: socket.socket, words: bytes) -> bytes:
     """What comes until *words* have come."""
     found = b""
     while words not in found:
-        piece = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 4096), minivm.PATIENCE_S)
+        piece = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 4096), PATIENCE)
         assert piece, found
         found += piece
     return found
@@ -195,7 +196,7 @@ def test_log_and_debug_console_have_ports_of_their_own(guests: Guests) -> None:
 
     async def talk(cid: int) -> None:
         client = await agent(cid)
-        await client.check(minivm.PATIENCE_S)
+        await client.check(PATIENCE)
         loop = asyncio.get_running_loop()
         with await port(cid, 1026) as console:
             await loop.sock_sendall(console, b"echo $((6 * 7)) on $(readlink /proc/$$/fd/0)\n")
@@ -234,7 +235,7 @@ def test_the_control_tool_over_vsock(guests: Guests, kata_env: Kata) -> None:
 
     with guests.start("ctl") as (_process, cid):
         # Still booting: it asks until somebody listens.
-        patience = f"--connect-timeout={minivm.PATIENCE_S}"
+        patience = f"--connect-timeout={PATIENCE}"
         done = control("--server", f"vsock://{cid}:1024", patience, "Check")
         assert (done.returncode, json.loads(done.stdout)) == (0, {"status": "SERVING"}), done.stderr
         report = json.loads(

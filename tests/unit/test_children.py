@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kata import children
 from kata.journal import Journal
@@ -25,10 +26,7 @@ def helper(journal: Journal, script: str, **how: object) -> children.SupervisedC
 
 
 def gone(child: children.SupervisedChild) -> None:
-    deadline = time.monotonic() + 10
-    while child.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: child.poll() is not None, "its end", patience_s=10, poll_s=0.01)
 
 
 @pytest.mark.parametrize(

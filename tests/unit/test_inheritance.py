@@ -10,10 +10,10 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from kata import children, journal_undo, launcher, paths
 from kata.cli.session import client_policy
@@ -202,10 +202,7 @@ def test_a_launch_leaves_the_limits_and_umask_of_its_caller_alone(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     started.release()
-    deadline = time.monotonic() + 10
-    while not found.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: found.exists(), "the program has written what it was given", patience_s=10, poll_s=0.01)
     assert int(found.read_text()) == min(before[1], 1 << 16)
 
 

@@ -7,12 +7,12 @@ import marshal
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sandbox_support
+from waiting import until
 
 from kata import journal_undo, settings
 from kata.cli import session
@@ -155,10 +155,7 @@ def test_an_engine_says_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(SandboxSettings, "to_plain", lambda self: {**plain(self), "colour": 1})
     engine = launch(sandbox_support.sandbox("a", "/c", accel="tcg", kernel="/k", initrd="/i"), str(tmp_path))
     journal = Journal.open(os.path.join(engine.run_dir, FILE_NAME))
-    give_up = time.monotonic() + 30
-    while journal.owner_alive():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    until(lambda: not journal.owner_alive(), "the engine ends", patience_s=30)
     log = Path(engine.run_dir, "engine.log").read_text()
     assert log == "error: the sandbox's settings: there is no key 'colour'\nhint: " + settings._HINT + "\n"
     assert journal_undo.undo(journal) == []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
+
+from waiting import until
 
 from kata.engine.taskpid import TaskPid, of_path
 
@@ -21,10 +22,12 @@ def test_each_has_a_number_of_its_own_as_long_as_it_is_there() -> None:
     for one in many:
         one.end()
         one.end()
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{number}") for number in numbers):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(
+        lambda: not any(os.path.exists(f"/proc/{number}") for number in numbers),
+        "their end",
+        patience_s=10,
+        poll_s=0.01,
+    )
 
 
 def test_the_number_in_a_path() -> None:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from agent_support import PATIENCE, Container, Peer, mount, namespaces
+from agent_support import Container, Peer, mount, namespaces
+from waiting import PATIENCE
 
 from kata import paths
 from kata.proto import oci_pb as oci

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from waiting import PATIENCE
+
 from kata import journal_undo
 from kata.guest import manifest
 from kata.hypervisor import accel
@@ -29,7 +31,6 @@ from kata.proto.google_pb import Empty
 from kata.ttrpc.status import TtrpcError
 from kata.ttrpc.sync_client import Client
 
-PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 CAPABILITIES = list(capabilities.DEFAULT)
 PRIVILEGED = [*CAPABILITIES, "CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_NET_ADMIN", "CAP_SYS_RESOURCE"]
 MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"]

@@ -12,14 +12,14 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE, until
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 RUNTIME = "io.containerd.kata.v2"
 IMAGE = "local/busybox:latest"
 SECOND = ROOT / "build/programs/containerd2"
@@ -354,17 +354,3 @@ class Events:
         self._process.terminate()
         self._process.wait(10)
         self._file.close()
-
-
-def until(
-    condition: Callable[[], object], what: str, more: Callable[[], str] = str, patience_s: float = PATIENCE
-) -> None:
-    """Return when a condition holds.
-
-    Raises:
-        AssertionError: It did not within the patience; with what `more` says.
-    """
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for: {what}\n{more()}"
-        time.sleep(0.05)

@@ -8,13 +8,12 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import sandbox_support
+from waiting import PATIENCE, alive, until, until_gone
 
-from kata import sysio
 from kata.engine.client import EngineClient
 from kata.engine.launch import Engine, launch
 from kata.engine.records import read_json
@@ -26,8 +25,6 @@ from kata.journal_undo import reconcile
 from kata.oci import spec as oci
 from kata.settings import DiskSettings
 from kata.storage import ext4
-
-PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 
 
 class Streams:
@@ -180,10 +177,7 @@ class Box:
 
     def wait_gone(self) -> None:
         """Wait until engine and run directory are no more."""
-        deadline = time.monotonic() + PATIENCE
-        while self.sandbox_dir.exists() or _alive(self.engine.pid):
-            assert time.monotonic() < deadline, self.log_text()
-            time.sleep(0.02)
+        until(lambda: not (self.sandbox_dir.exists() or alive(self.engine.pid)), self.log_text)
 
     def log_text(self) -> str:
         """The engine's log while it is there."""
@@ -202,24 +196,11 @@ class Box:
             return
         self.client.close()
         self.engine.release()
-        if _alive(self.engine.pid):
+        if alive(self.engine.pid):
             os.kill(self.engine.pid, signal.SIGTERM)
-            deadline = time.monotonic() + PATIENCE
-            while _alive(self.engine.pid):
-                assert time.monotonic() < deadline, "the engine does not end"
-                time.sleep(0.02)
+            until_gone(self.engine.pid)
         assert not self.reconcile()
         shutil.rmtree(self.directory)
-
-
-def _alive(pid: int) -> bool:
-    start = sysio.proc_starttime(pid)
-    return start is not None and sysio.process_alive(pid, start, sysio.boot_id())
-
-
-def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    return _alive(pid)
 
 
 def descendants(pid: int) -> list[int]:

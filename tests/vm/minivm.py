@@ -11,12 +11,13 @@ import select
 import socket
 from pathlib import Path
 
+from waiting import PATIENCE
+
 from kata.guest.cpio import Archive
 from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.qemu.settings import VMSettings
 from kata.journal import Journal
 
-PATIENCE_S = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 BUSYBOX = "/usr/bin/busybox"
 
 _INIT = """#!/bin/sh
@@ -69,7 +70,7 @@ class Shell:
 
     def __init__(self, fd: int, pidfd: int = -1) -> None:
         self._sock = socket.socket(fileno=fd)
-        self._sock.settimeout(PATIENCE_S)
+        self._sock.settimeout(PATIENCE)
         self._file = self._sock.makefile("rb")
         self._pidfd = pidfd
 
@@ -79,7 +80,7 @@ class Shell:
         poller.register(self._sock, select.POLLIN)
         if self._pidfd >= 0:
             poller.register(self._pidfd, select.POLLIN)
-        assert poller.poll(PATIENCE_S * 1000), "the guest did not come up"
+        assert poller.poll(PATIENCE * 1000), "the guest did not come up"
         line = self._file.readline()
         assert line == b"ready\n", f"the guest did not come up: {line!r}"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from agent_host import HostAgent
-from agent_support import PATIENCE, process
+from agent_support import process
+from waiting import PATIENCE
 
 from kata.agent import streams
 from kata.agent.client import CONNECTIONS, AgentClient

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_support import MIB, PATIENCE, Background, Container, Peer, error, mount, namespaces
+from agent_support import MIB, Background, Container, Peer, error, mount, namespaces
+from waiting import PATIENCE
 
 from kata import paths
 from kata.guest import manifest

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from agent_support import (
     MIB,
-    PATIENCE,
     PRIVILEGED,
     STATE,
     Background,
@@ -23,6 +22,7 @@ from agent_support import (
     namespaces,
     spec,
 )
+from waiting import PATIENCE
 
 from kata.proto import agent_pb as agent
 from kata.proto import agentext_pb as ext

@@ -8,19 +8,18 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Kata
+from waiting import PATIENCE, until
 
 from kata import paths
 from kata.agent_ctl import methods
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
 
@@ -170,10 +169,7 @@ def test_a_machine_dies_with_the_tool(kata_env: Kata) -> None:
     tool.wait()
     tool.stdin.close()
     tool.stdout.close()
-    deadline = time.monotonic() + PATIENCE
-    while Path(f"/proc/{machines[0]}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not Path(f"/proc/{machines[0]}").exists(), "the machine is gone")
     assert len(kata_env.sandboxes()) == 1
     kata_env.ok("gc")
     assert kata_env.sandboxes() == []
@@ -188,10 +184,7 @@ def host(run_directory: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     directory = Path(tempfile.mkdtemp(dir=run_directory, prefix="c"))
     address = f"unix://{directory}/s"
     process = subprocess.Popen([paths.agent_binary(), "--server", address, "--log", "critical"])
-    deadline = time.monotonic() + PATIENCE
-    while not (directory / "s").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: (directory / "s").exists(), "its socket")
     yield address, process
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0

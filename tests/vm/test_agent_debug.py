@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 from agent_host import BUSYBOX, HostAgent
-from agent_support import PATIENCE, error
+from agent_support import error
+from waiting import PATIENCE, until
 
 from kata.agent.client import AgentClient
 from kata.agent.streams import OUTPUT_WINDOW, Pieces
@@ -70,7 +71,7 @@ async def opened(agent: AgentClient, method: str) -> Pieces:
     return pieces
 
 
-async def until(pieces: Pieces, wanted: bytes) -> bytes:
+async def output_until(pieces: Pieces, wanted: bytes) -> bytes:
     """What comes until *wanted* is in it."""
     found = bytearray()
     while wanted not in found:
@@ -87,9 +88,9 @@ async def talk(agent: AgentClient) -> None:
     console = await opened(agent, "Console")
     assert console.stream is not None
     console.stream.send(StreamPiece(data=b"echo $((6 * 7))\n").encode())
-    await until(console, b"42")
+    await output_until(console, b"42")
     console.stream.send(StreamPiece(data=b"echo my pid 1 is $(readlink /proc/$$/fd/0)\n").encode())
-    assert b"/dev/pts/" in await until(console, b"is /")
+    assert b"/dev/pts/" in await output_until(console, b"is /")
     console.stream.send(StreamPiece(data=b"exit\n").encode())
     while await console.take():
         pass
@@ -123,15 +124,12 @@ def test_a_console_ends_with_its_reader(run_directory: Path) -> None:
         console = await opened(agent, "Console")
         assert console.stream is not None
         console.stream.send(StreamPiece(data=b"echo $((1 + 1))x\n").encode())
-        await until(console, b"2x")
+        await output_until(console, b"2x")
 
     with HostAgent(run_directory, "--debug-console") as agent:
         agent.connect().health()
         play(agent.path, scenario)
-        deadline = time.monotonic() + PATIENCE
-        while children(agent.process.pid):
-            assert time.monotonic() < deadline, "the shell outlives its reader"
-            time.sleep(0.02)
+        until(lambda: not children(agent.process.pid), "the shell ends with its reader")
 
 
 def test_ports_of_their_own(run_directory: Path) -> None:
@@ -185,7 +183,7 @@ def test_log_as_a_call(run_directory: Path) -> None:
         await agent.call(DEBUG, "SetLogLevel", request, Empty)
         with pytest.raises(Exception, match="is not a level"):
             await agent.call(DEBUG, "SetLogLevel", SetLogLevelRequest(level="loud"), Empty)
-        line = json.loads(await until(log, b"\n"))
+        line = json.loads(await output_until(log, b"\n"))
         assert (line["level"], line["source"]) == ("DEBG", "agent")
         # A second reader takes over; the first one sees its end.
         other = await opened(agent, "Log")

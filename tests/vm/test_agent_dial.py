@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from agent_host import HostAgent
-from agent_support import PATIENCE
+from waiting import PATIENCE
 
 from kata.agent import dial
 from kata.agent.client import AgentClient

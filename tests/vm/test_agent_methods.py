@@ -15,19 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_support import (
-    MIB,
-    PATIENCE,
-    PRIVILEGED,
-    STATE,
-    Background,
-    Container,
-    Guest,
-    caps,
-    error,
-    mount,
-    storages,
-)
+from agent_support import MIB, PRIVILEGED, STATE, Background, Container, Guest, caps, error, mount, storages
+from waiting import PATIENCE, until
 
 from kata.guest import extension, manifest
 from kata.guest.progress import Silent
@@ -492,10 +481,10 @@ def test_a_large_directory_is_mounted_itself_and_that_is_said(guest: Machine) ->
     storage, bound = watched(guest, large, "large")
     container = Container(guest, "large", "sleep", "1000", more_disks=[storage], mounts=[bound])
     assert container.sh("ls", "ls /etc/conf | wc -l")[1] == "17\n"
-    deadline = time.monotonic() + PATIENCE
-    while "mounted itself, no change is announced" not in guest.read_console():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(
+        lambda: "mounted itself, no change is announced" in guest.read_console(),
+        "the agent says so",
+    )
     container.remove()
 
 

@@ -15,11 +15,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import waiting
 
 from kata.guest.cpio import Archive
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 4 * float(os.environ.get("KATA_TEST_PATIENCE", "120"))
+PATIENCE = 4 * waiting.PATIENCE
 BUSYBOX = Path("/usr/bin/busybox")
 END = "==== all done"
 # Two programs are compiled first, which takes minutes where nothing is cached and others are at work.

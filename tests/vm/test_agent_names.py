@@ -17,7 +17,7 @@ from typing import Any, cast
 import netlab
 import pytest
 from agent_host import HostAgent
-from agent_support import PATIENCE
+from waiting import PATIENCE
 
 from kata import sysio
 from kata.agent.client import AgentClient

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import pytest
 from agent_host import HostAgent
-from agent_support import PATIENCE
 from socket_support import Service, answer
+from waiting import PATIENCE
 
 from kata.agent.client import AgentClient
 from kata.engine import sockets

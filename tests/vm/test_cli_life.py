@@ -17,11 +17,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Kata
+from waiting import until
 
 from kata.engine.turns import Turn
 from kata.hypervisor.qemu import root as qemu_root
@@ -69,13 +71,6 @@ def identity_of(kata: Kata, name: str) -> str:
 
 def names(kata: Kata) -> list[str]:
     return [entry["name"] for entry in json.loads(kata.ok("ps", "-a", "--json"))]
-
-
-def until(condition: object, what: str, patience: float = 60) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.02)
 
 
 # ---- looking ----
@@ -226,7 +221,8 @@ def test_a_published_port_is_reachable(shared_kata: Kata, busybox_image: str) ->
             probe.bind(("::1", 0))
             addresses.append("::1")
         for address in addresses:
-            until(lambda address=address: _hear(address, banner) == b"hello\n", f"the banner at {address}")
+            until(partial(_hear, address, banner), f"the banner at {address}")
+            assert _hear(address, banner) == b"hello\n"
         # What listens on the guest's loopback alone is not published.
         assert _hear("127.0.0.1", private) == b""
         taken = shared_kata.call("run", "--rm", "-p", f"127.0.0.1:{port}:80", busybox_image, "true")

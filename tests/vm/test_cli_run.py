@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import Kata
-from containerd_support import until
+from waiting import until
 
 
 def run(kata: Kata, image: str, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

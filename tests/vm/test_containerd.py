@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, Containerd, Events, clean, running, until
+from containerd_support import IMAGE, RUNTIME, Containerd, Events, clean, running
+from waiting import until
 
 from kata.hypervisor import accel
 

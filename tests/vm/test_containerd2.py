@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import test_cri
-from containerd_support import RUNTIME, Containerd, Events, running, until
+from containerd_support import RUNTIME, Containerd, Events, running
+from waiting import until
 
 from kata.proto import cgroups_v1_pb, podsandbox_pb
 from kata.ttrpc import sync_client

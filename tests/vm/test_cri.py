@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 from cni_support import PLUGINS, write_network
-from containerd_support import PATIENCE, USE_SECOND, Containerd, until, with_command
+from containerd_support import USE_SECOND, Containerd, with_command
 from socket_support import Service, answer, client
+from waiting import PATIENCE, until
 
 from kata.resources import host_cgroup
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from cni_support import PLUGINS, write_network
-from containerd_support import PATIENCE, ROOT, until, with_command
+from containerd_support import ROOT, with_command
+from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

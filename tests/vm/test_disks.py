@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, clean, running, until
+from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, clean, running
+from waiting import until
 
 from kata.engine.client import EngineClient
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import netlab
 import pytest
-from containerd_support import PATIENCE, ROOT, RUNTIME, Containerd, until
+from containerd_support import ROOT, RUNTIME, Containerd
 from socket_support import client
 from test_namespace import advertise
 from test_network import answer_a
+from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import PATIENCE, Box, alive, descendants
+from engine_support import Box, descendants
+from waiting import PATIENCE, alive, until, until_gone
 
 from kata.errors import (
     CommandNotExecutableError,
@@ -60,10 +61,7 @@ def gone(box: Box, *pids: int) -> None:
     """Nothing of the sandbox is left on the host."""
     box.wait_gone()
     for pid in pids:
-        deadline = time.monotonic() + PATIENCE
-        while alive(pid):
-            assert time.monotonic() < deadline, f"process {pid} is still there"
-            time.sleep(0.02)
+        until_gone(pid)
     mounts = Path("/proc/self/mountinfo").read_text()
     assert str(box.directory) not in mounts
 
@@ -340,10 +338,7 @@ def test_attach_to_a_running_container(make: Maker) -> None:
     box.client.attach(box.id, **paths)
     streams.collect()
     Path(streams.paths["stdin"]).write_bytes(b"me\n")
-    deadline = time.monotonic() + PATIENCE
-    while streams.stdout != b"heard me\n":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: streams.stdout == b"heard me\n", "it has heard", poll_s=0.01)
     box.client.kill(box.id, signal.SIGKILL)
     assert box.client.wait(box.id) == 137
     streams.join()
@@ -357,10 +352,7 @@ def test_pause_stops_time_for_the_processes(make: Maker) -> None:
     streams = box.streams()
     box.create("sh", "-c", "while true; do echo tick; sleep 0.1; done", streams=streams)
     box.client.start(box.id)
-    deadline = time.monotonic() + PATIENCE
-    while len(streams.output["stdout"]) < 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: len(streams.output["stdout"]) >= 20, "it ticks", poll_s=0.01)
     box.client.pause(box.id)
     assert box.client.state(box.id).status == 4
     time.sleep(0.5)
@@ -370,9 +362,7 @@ def test_pause_stops_time_for_the_processes(make: Maker) -> None:
     with pytest.raises(StateError, match="paused"):
         box.begin_exec("e", "true")
     box.client.resume(box.id)
-    while len(streams.output["stdout"]) <= held:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: len(streams.output["stdout"]) > held, "it ticks again", poll_s=0.01)
     box.client.kill(box.id, signal.SIGKILL)
     assert box.client.wait(box.id) == 137
     streams.join()
@@ -509,10 +499,7 @@ def test_killed_hypervisor_ends_everything_as_137(make: Maker) -> None:
     box.client.start(box.id)
     box.begin_exec("e", "sleep", "1000")
     pid = box.hypervisor_pid()
-    deadline = time.monotonic() + PATIENCE
-    while not streams.stdout:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: streams.stdout, "output", poll_s=0.01)
     os.kill(pid, signal.SIGKILL)
     assert box.client.wait(box.id, "e") == 137
     assert box.client.wait(box.id) == 137
@@ -670,10 +657,7 @@ def test_deaths_at_random_moments_leave_nothing(make: Maker) -> None:
         assert status in (-1, 4, 137), story
         box.client.close()
         box.engine.release()
-        deadline = time.monotonic() + PATIENCE
-        while alive(box.engine.pid):
-            assert time.monotonic() < deadline, story
-            time.sleep(0.02)
+        until_gone(box.engine.pid, story)
         assert box.reconcile() == [], story
         assert list((box.run_dir / "sandboxes").iterdir()) == [], story
         gone(box, *pids)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE
 
 from kata.guest import initrd, manifest, packages, recipe
 from kata.guest.cpio import Archive
 
-PATIENCE = float(os.environ.get("KATA_TEST_PATIENCE", "120"))
 BUSYBOX = "/usr/bin/busybox"
 
 REPORT = """#!/bin/busybox sh

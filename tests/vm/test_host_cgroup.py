@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Kata
+from conftest import ROOT, Kata
+from waiting import until
 
 from kata import sysio
 from kata.hypervisor import registry
@@ -26,13 +26,6 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or {name for one in host_cgroup.hierarchies() for name in one.controllers} != ALL,
     reason="needs root, and cgroups with memory and cpu",
 )
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.1)
 
 
 def sandbox_of(kata: Kata, name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import minivm
 import pytest
+from waiting import PATIENCE
 
 from kata import journal_undo, sysio
 from kata.errors import (
@@ -273,7 +274,7 @@ def test_every_end_is_told_apart(lab: Lab) -> None:
             await vm.command("query-status")  # from now on it tells what happens
             sock = shell._sock
             sock.sendall(command.encode() + b"\n")
-            ended = await asyncio.wait_for(vm.wait(), minivm.PATIENCE_S)
+            ended = await asyncio.wait_for(vm.wait(), PATIENCE)
             assert isinstance(ended.error, VMLostError)
             with pytest.raises(VMLostError):
                 await vm.pause()
@@ -298,7 +299,7 @@ def test_a_killed_hypervisor_is_noticed_at_once(lab: Lab) -> None:
             # would not.
             os.kill(vm.pid, signal.SIGSEGV)
             os.kill(vm.pid, signal.SIGKILL)
-            ended = await asyncio.wait_for(vm.wait(), minivm.PATIENCE_S)
+            ended = await asyncio.wait_for(vm.wait(), PATIENCE)
             assert ended.reason == "crashed"
             assert ended.status == -signal.SIGKILL
             assert isinstance(ended.error, VMLostError)
@@ -316,7 +317,7 @@ def test_a_hypervisor_that_somebody_ends_is_no_guest_that_switched_itself_off(la
         async with lab.engine() as (vm, _):
             await vm.command("query-status")  # from now on it tells what happens
             os.kill(vm.pid, signal.SIGTERM)
-            ended = await asyncio.wait_for(vm.wait(), minivm.PATIENCE_S)
+            ended = await asyncio.wait_for(vm.wait(), PATIENCE)
             assert (ended.reason, ended.status) == ("ended", 0)
             assert "by a signal to QEMU" in str(ended.error)
 
@@ -419,7 +420,7 @@ def test_the_console_is_kept_and_bounded(lab: Lab, tmp_path: Path) -> None:
             await asyncio.to_thread(
                 shell.ok, "echo to the console >/dev/ttyS0; echo '\033[31mred' >/dev/ttyS0"
             )
-            deadline = time.monotonic() + minivm.PATIENCE_S
+            deadline = time.monotonic() + PATIENCE
             while "red" not in vm.console_tail() and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
             tail = vm.console_tail()

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT
+from conftest import ROOT
+from waiting import PATIENCE
 
 from kata.hypervisor import kvmprobe
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import netlab
 import pytest
-from containerd_support import Containerd, until
+from containerd_support import Containerd
 from test_containerd import daemon, wired  # noqa: F401 - fixtures
+from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

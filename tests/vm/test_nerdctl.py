@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, PATIENCE, ROOT, RUNTIME, Containerd, until
+from containerd_support import IMAGE, ROOT, RUNTIME, Containerd
+from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

@@ -17,6 +17,7 @@ import minivm
 import netlab
 import pytest
 from netlab import HOST4, HOST6, INTERNET4, INTERNET6, Server
+from waiting import PATIENCE
 
 from kata import journal_undo, sysio
 from kata.errors import HostError
@@ -234,7 +235,7 @@ def test_the_helper_is_kept_from_the_loopback(namespaces: tuple[str, str], tmp_p
             "loopback": attempts(cgroup, [("127.0.0.1", 9000), ("::1", 9000)]),
             "others": attempts(cgroup, [(HOST4, 9001), (HOST6, 9001)]),
         }
-        deadline = time.monotonic() + minivm.PATIENCE_S
+        deadline = time.monotonic() + PATIENCE
         while not all(server.peers for server in for_all) and time.monotonic() < deadline:
             time.sleep(0.05)
         sandbox.nic.close()
@@ -328,7 +329,7 @@ def test_a_port_that_is_taken_behind_our_back(
         taken = Server(("::", 8080), b"")
         sandbox.start()
         assert sandbox.plan.child is not None
-        assert sandbox.plan.child.wait(minivm.PATIENCE_S) is not None
+        assert sandbox.plan.child.wait(PATIENCE) is not None
         failure = sandbox.plan.failure()
         sandbox.nic.close()
         taken.sock.close()
@@ -345,7 +346,7 @@ def test_the_helper_ends_with_the_machine(namespaces: tuple[str, str], tmp_path:
         assert sandbox.plan.child is not None
         assert sandbox.plan.child.pid
         sandbox.nic.close()  # all that passt sees of the machine
-        return sandbox.plan.child.wait(minivm.PATIENCE_S) is not None
+        return sandbox.plan.child.wait(PATIENCE) is not None
 
     assert inside(namespaces, tmp_path, {"mode": "user"}, with_machine)
 
@@ -375,7 +376,7 @@ def test_the_helper_ends_with_the_engine(
     engine.kill()
     engine.wait()
     engine.stdout.close()
-    assert sysio.pidfd_wait(pidfd, minivm.PATIENCE_S)
+    assert sysio.pidfd_wait(pidfd, PATIENCE)
     os.close(pidfd)
     journal = Journal.open(path)
     below = [entry.params["inside"] for entry in journal.entries if entry.kind == "cgroup"]

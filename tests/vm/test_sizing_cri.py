@@ -15,6 +15,7 @@ import pytest
 from conftest import Kata
 from containerd_support import Containerd
 from test_cri import Cri, clean, running
+from waiting import until
 
 from kata.engine.client import EngineClient
 from kata.errors import KataError
@@ -209,9 +210,7 @@ def test_an_update_that_cannot_be_met_is_an_error_and_changes_nothing(
     hold = "dd if=/dev/zero of=/held/file bs=1M count=200; echo held >/tmp/held; sleep 1000"
     daemon.detached("unmet", "sh", "-c", hold, options=(*options, *mount))
     one = Sized(daemon, guest_assets, "unmet")
-    containerd_support.until(
-        lambda: "held" in one.exec("sh", "-c", "cat /tmp/held || true"), "memory is held"
-    )
+    until(lambda: "held" in one.exec("sh", "-c", "cat /tmp/held || true"), "memory is held")
     before = one.state()
     assert before[1] == [str(400 * MIB), "50000", "100000"]
     with one.engine as engine:
@@ -253,9 +252,7 @@ def test_a_cpu_limit_holds_from_the_first_process_on_and_not_for_the_boot(
             boots[name] = sum(
                 step.duration_ns / 1e9 for step in engine.timings() if step.name in ("kernel", "agent start")
             )
-        containerd_support.until(
-            partial(has_word, output, "throttled_usec"), "work is done", output.read_text
-        )
+        until(partial(has_word, output, "throttled_usec"), "work is done", output.read_text)
         said = output.read_text().split()
         elapsed = float(said[2]) - float(said[1])
         counted = dict(zip(said[3::2], map(int, said[4::2]), strict=False))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Kata
-from containerd_support import IMAGE, PATIENCE, RUNTIME, Containerd, clean, running, until
+from containerd_support import IMAGE, RUNTIME, Containerd, clean, running
 from socket_support import Service, answer, client
+from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

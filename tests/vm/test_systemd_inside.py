@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from conftest import Kata
+from waiting import until
 
 SYSTEMD = Path("/lib/systemd/systemd")
 UNIT = """\
@@ -64,10 +64,13 @@ def test_systemd_runs_without_privileges(shared_kata: Kata, tmp_path: Path) -> N
     options = ("-d", "--name", "sd", "-m", "200m")
     shared_kata.ok("run", *options, f"rootfs:{root}", "/sbin/init", timeout=60)
     try:
-        deadline = time.monotonic() + 60
-        while shared_kata.call("exec", "sd", "/bin/busybox", "test", "-e", "/run/was-here").returncode:
-            assert time.monotonic() < deadline, shared_kata.call("logs", "sd")
-            time.sleep(0.2)
+        until(
+            lambda: (
+                not shared_kata.call("exec", "sd", "/bin/busybox", "test", "-e", "/run/was-here").returncode
+            ),
+            lambda: str(shared_kata.call("logs", "sd")),
+            patience_s=60,
+        )
         said = shared_kata.call("exec", "sd", "sh", "-c", INSIDE)
         assert said.returncode == 0, said
         assert said.stdout.decode().split() == ["active", "0::/init.scope", "gone"]
