@@ -76,8 +76,10 @@ def test_every_option_of_every_command_is_offered(name: str) -> None:
         ("kata config c", ["check"]),
         ("kata config check ", [":files"]),
         ("kata run --env-file x", [":files"]),
-        ("kata run -w ", [":directories"]),
+        ("kata run -v ./x", [":files"]),
+        ("kata run -w ", []),  # in the container
         ("kata run --name ", []),
+        ("kata run --cap-add NET_A", ["NET_ADMIN"]),
         ("kata run --rm=", []),
         ("kata run image ls -", []),  # another program's command line
         ("kata rm -- -", []),

@@ -2,7 +2,7 @@
 # Completion in bash for kata and kata-agent-ctl. The program itself says what may stand where the cursor is
 # (src/kata/cli/complete.py), so this knows none of its commands.
 _kata() {
-    local line=${COMP_LINE:0:COMP_POINT} candidate directive='' word piece front
+    local line=${COMP_LINE:0:COMP_POINT} candidate files='' word piece front
     word=${line##*[[:space:]]}
     # Of a word with colons or equals signs readline replaces what follows the last of them.
     piece=$word
@@ -12,15 +12,14 @@ _kata() {
     COMPREPLY=()
     while IFS=$'\t' read -r candidate _; do
         case $candidate in
-            :files) directive=-f ;;
-            :directories) directive=-d ;;
+            :files) files=yes ;;
             *) COMPREPLY+=("${candidate#"$front"}") ;;
         esac
     done < <("$1" __complete line "$line" 2>/dev/null)
     if [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *[:.=] ]]; then compopt -o nospace; fi
-    if [[ $directive ]]; then
+    if [[ $files ]]; then
         if ((${#COMPREPLY[@]} == 0)); then compopt -o filenames; fi
-        while IFS= read -r candidate; do COMPREPLY+=("$candidate"); done < <(compgen "$directive" -- "$piece")
+        while IFS= read -r candidate; do COMPREPLY+=("$candidate"); done < <(compgen -f -- "$piece")
     fi
 }
 complete -F _kata kata kata-agent-ctl

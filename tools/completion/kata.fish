@@ -7,8 +7,6 @@ function __kata_complete
         switch $line
             case :files
                 __fish_complete_path (string replace -r '^--[^=]*=' '' -- $word)
-            case :directories
-                __fish_complete_directories (string replace -r '^--[^=]*=' '' -- $word)
             case '*'
                 echo $line
         end

@@ -2,24 +2,23 @@
 # Completion in zsh for kata and kata-agent-ctl. The program itself says what may stand where the cursor is
 # (src/kata/cli/complete.py), so this knows none of its commands.
 _kata() {
-    local line text about
-    local -a closed open files
+    local line text about files
+    local -a closed open
     for line in "${(@f)$("${(Q)words[1]}" __complete words "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)}"; do
         text=${line%%$'\t'*}
         about=${${line#"$text"}#$'\t'}
         case $text in
             ('') ;;
-            (:files) files=(_files) ;;
-            (:directories) files=(_files -/) ;;
+            (:files) files=yes ;;
             (*[:.=]) open+=("${text//:/\\:}:$about") ;;
             (*) closed+=("${text//:/\\:}:$about") ;;
         esac
     done
     (( $#closed )) && _describe -t values value closed
     (( $#open )) && _describe -t values value open -S ''
-    if (( $#files )); then
+    if [[ -n $files ]]; then
         compset -P '--[^=]##='
-        $files
+        _files
     fi
 }
 _kata "$@"

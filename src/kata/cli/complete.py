@@ -2,7 +2,7 @@
 
 ``kata __complete line LINE`` gets the line up to the cursor, ``kata __complete words WORD...`` its words without the
 program, the last one being typed (``tools/completion/`` has the scripts). The answer is one candidate a line, a tab
-and a description; ``:files`` and ``:directories`` ask the shell for names of files as well. Everything comes from the
+and a description; ``:files`` asks the shell for names of files as well. Everything comes from the
 commands' own tables, so nothing has to be kept in step with them. Whatever goes wrong, there are no candidates: an
 error message in the middle of somebody's typing helps nobody.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     Candidates = list[tuple[str, str]]
 
 FILES = (":files", "")
-DIRECTORIES = (":directories", "")
-_FILES = frozenset({"FILE", "PATH", "SRC", "DEST", "SRC:DST"})
+_FILES = frozenset({"FILE", "PATH", "SRC", "DEST"})
+"""On the host. ``DIR`` and ``DST`` are the container's, which nobody looks into while somebody types."""
 _HELP = Option("-h --help", "", "describe the command")
 
 
@@ -166,11 +166,9 @@ def _argument(command: Command, given: Sequence[str], word: str) -> Candidates:
 
 def values(kind: str) -> Candidates:
     """What may be given where a help has *kind*: ``CONTAINER``, ``none|user``, ``FILE``, ...; empty if anything."""
-    plain = kind.removesuffix("[:OPTIONS]")
-    if plain in _FILES:
+    first = re.match(r"\[?(\w+)", kind)  # `[SRC:]DST[:OPTIONS]` begins with a file of the host
+    if kind != "CONTAINER:PATH" and first and first[1] in _FILES:
         return [FILES]
-    if plain == "DIR":
-        return [DIRECTORIES]
     if kind in ("CONTAINER", "ID"):
         return [(name, state) for name, state in _containers()]
     if kind == "CONTAINER:PATH":
@@ -181,13 +179,17 @@ def values(kind: str) -> Candidates:
         import signal
 
         return [(one.name.removeprefix("SIG"), signal.strsignal(one) or "") for one in signal.Signals]
+    if kind == "CAP":
+        from kata.oci.capabilities import ALL
+
+        return [("ALL", ""), *((name.removeprefix("CAP_"), "") for name in sorted(ALL))]
     # In choices the words to be typed are small, and what stands for a value is not.
     return [(choice, "") for choice in kind.split("|") if re.fullmatch(r"[a-z][a-z0-9,.-]*", choice)]
 
 
 def beginning(found: Iterable[tuple[str, str]], word: str) -> Candidates:
     """Those of *found* that begin with *word*, and what the shell is asked to find."""
-    return [pair for pair in found if pair[0].startswith(word) or pair in (FILES, DIRECTORIES)]
+    return [pair for pair in found if pair[0].startswith(word) or pair == FILES]
 
 
 def _containers() -> list[tuple[str, str]]:
