@@ -178,3 +178,13 @@ def test_a_picture_is_whole_and_reads_in_light_and_dark(path: Path) -> None:
     # Every class that is drawn has a colour.
     used = {name for element in picture.iter() for name in element.get("class", "").split()}
     assert used <= set(re.findall(r"\.([a-z]+) \{", text))
+
+
+def test_examples_of_style_are_from_the_source() -> None:
+    lines = {
+        line.strip() for path in (ROOT / "src/kata").rglob("*.py") for line in path.read_text().splitlines()
+    }
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    assert len(examples) >= 3
+    for example in examples:
+        assert [line for line in example.splitlines() if line.strip() not in lines] == []
