@@ -28,11 +28,11 @@ class Attached:
         self.attachment = Attachment.__new__(Attachment)
         self.attachment._container = cast(Any, container)
         self.attachment._exec_id = ""
-        self.attachment._let_go = None
+        self.attachment._unresponsive = None
         self.attachment._unanswered = 0
         reader, self.attachment._signals_writer = os.pipe()
         self.over, writer = os.pipe()
-        self._thread = threading.Thread(target=self.attachment._pass_on, args=(reader, writer))
+        self._thread = threading.Thread(target=self.attachment._send_signals, args=(reader, writer))
         self._thread.start()
 
     def signal(self) -> None:
@@ -67,7 +67,7 @@ def test_a_guest_that_answers_is_not_given_up(
                 assert answered.acquire(timeout=10)
         finally:
             attached.close()
-        assert attached.attachment._let_go is None
+        assert attached.attachment._unresponsive is None
 
 
 def test_a_guest_that_does_not_answer_is_given_up_at_the_third(

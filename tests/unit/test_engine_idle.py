@@ -7,9 +7,9 @@ import os
 import pytest
 
 from kata.engine.idle import END, KEEP, WAIT, next_action
-from kata.engine.launch import RELEASED, Engine, Lease
+from kata.engine.launch import RELEASE_BYTE, Engine, Lease
 
-HELD, LET_GO, BROKEN = Lease.HELD, Lease.LET_GO, Lease.BROKEN
+HELD, RELEASED, BROKEN = Lease.HELD, Lease.RELEASED, Lease.BROKEN
 
 
 @pytest.mark.parametrize(
@@ -20,20 +20,20 @@ HELD, LET_GO, BROKEN = Lease.HELD, Lease.LET_GO, Lease.BROKEN
         (HELD, "containers had", KEEP),
         (HELD, "survives", KEEP),
         # It has let go: without a container, and without a client, there is nobody.
-        (LET_GO, "", WAIT),
-        (LET_GO, "had", WAIT),
-        (LET_GO, "clients", KEEP),
-        (LET_GO, "containers had", WAIT),
-        (LET_GO, "containers had clients", KEEP),
-        (LET_GO, "survives", WAIT),
-        (LET_GO, "survives had", WAIT),
+        (RELEASED, "", WAIT),
+        (RELEASED, "had", WAIT),
+        (RELEASED, "clients", KEEP),
+        (RELEASED, "containers had", WAIT),
+        (RELEASED, "containers had clients", KEEP),
+        (RELEASED, "survives", WAIT),
+        (RELEASED, "survives had", WAIT),
         # A client that may restart wants what has ended until it has deleted it.
-        (LET_GO, "survives containers had", KEEP),
+        (RELEASED, "survives containers had", KEEP),
         (BROKEN, "survives containers had", KEEP),
         # A pod without containers is a pod, once it has been made.
-        (LET_GO, "survives pod had", KEEP),
+        (RELEASED, "survives pod had", KEEP),
         (BROKEN, "survives pod had", KEEP),
-        (LET_GO, "survives pod", WAIT),
+        (RELEASED, "survives pod", WAIT),
         # Nobody was ever told of it.
         (BROKEN, "", END),
         (BROKEN, "survives", END),
@@ -42,10 +42,10 @@ HELD, LET_GO, BROKEN = Lease.HELD, Lease.LET_GO, Lease.BROKEN
         (BROKEN, "had", WAIT),
         (BROKEN, "containers", WAIT),
         # Its client has died before Create or in Delete, and asks about a container that there is not.
-        (LET_GO, "survives stale", END),
+        (RELEASED, "survives stale", END),
         (HELD, "stale clients", END),
-        (LET_GO, "survives stale clients had", END),
-        (LET_GO, "survives stale containers had", KEEP),
+        (RELEASED, "survives stale clients had", END),
+        (RELEASED, "survives stale containers had", KEEP),
     ],
 )
 def test_what_an_idle_engine_does_next(lease: str, facts: str, action: str) -> None:
@@ -68,9 +68,9 @@ def test_the_lease_tells_a_client_that_let_go_from_one_that_died() -> None:
     lease = Lease(reading)
     assert lease.look() == HELD
     engine.release()
-    assert lease.look() == LET_GO
+    assert lease.look() == RELEASED
     os.close(reading)
-    assert lease.look() == LET_GO  # it does not look again
+    assert lease.look() == RELEASED  # it does not look again
 
     reading, writing = os.pipe()
     lease = Lease(reading)
@@ -80,7 +80,7 @@ def test_the_lease_tells_a_client_that_let_go_from_one_that_died() -> None:
 
     reading, writing = os.pipe()
     os.write(writing, b"x")
-    assert RELEASED != b"x"
+    assert RELEASE_BYTE != b"x"
     assert Lease(reading).look() == BROKEN
     os.close(reading)
     os.close(writing)

@@ -1,4 +1,4 @@
-"""A container's sandbox, seen from a command: start it, talk to it, pass on its output and its exit code."""
+"""A container's sandbox as a command uses it: start it, attach to it, return its output and its exit code."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from kata.cli.records import Container
     from kata.engine.launch import Engine
 
-_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-"""Of those, what somebody sends who wants an end."""
 IDLE_S = 2.0
 """How long an engine stays without a living container and without a connection."""
 SIGNAL_S = 10.0
 """How long a guest may take for a signal; it stays on its way: a guest on a busy host is slow."""
-_LET_GO_AFTER = 3
-"""How many of those, unanswered by the guest, have the command leave without it. Docker's number."""
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+"""Signals that ask a process to end."""
+_MAX_UNANSWERED = 3
+"""After how many of `_ENDING` that the guest has not taken the command gives up. Docker's number."""
 _PROXIED = (
     signal.SIGHUP,
     signal.SIGINT,
@@ -53,7 +53,7 @@ _PROXIED = (
     signal.SIGUSR2,
     signal.SIGCONT,
 )
-"""What an attached command passes on to the container instead of dying of it, as `docker run` does."""
+"""Signals that an attached command forwards to the container instead of dying of them, as `docker run` does."""
 
 
 # ---- starting ----
@@ -156,18 +156,22 @@ def _print_once(topic: str, text: str) -> None:
 
 
 OCCUPIED_S = 10.0
-"""How long a start waits for another engine of the same container to end, which is mostly about to."""
+"""How long a start waits for another engine of the same container, which is usually about to end."""
 
 
 class Occupied(StateError):
-    """Another command's engine has the container, and is to go on."""
+    """The container has an engine of another command, which must not be disturbed."""
 
 
 def _launch(container: Container, settings: SandboxSettings) -> Engine:
-    """Start an engine, if need be after the end of another one.
+    """Start an engine, after waiting for another one of the same container to end.
+
+    Args:
+        container: Whose engine it is.
+        settings: What the engine is told.
 
     Raises:
-        Occupied: That goes on: the container runs, or a copy takes its time.
+        Occupied: The other one does not end: the container runs, or files are being copied.
     """
     give_up = time.monotonic() + OCCUPIED_S
     while True:
@@ -183,7 +187,7 @@ def _launch(container: Container, settings: SandboxSettings) -> Engine:
 
 
 def occupied(container: Container) -> str:
-    """What the engine does that a container has although it does not run, as a sentence."""
+    """A sentence about what an engine is doing with a container that does not run."""
     path = os.path.join(paths.sandbox_dir(container.id), "sandbox.json")
     own = records.read_json(path).get("container")  # of an engine that may be of another version
     if isinstance(own, dict) and own.get("record_state") is False:
@@ -328,7 +332,7 @@ class Attachment:
         self.fifos = Fifos(directory, prefix, stdin=stdin, terminal=terminal)
         self._outcome: list[int | BaseException] = []
         self._signals_writer = -1
-        self._let_go: KataError | None = None
+        self._unresponsive: KataError | None = None
         self._unanswered = 0  # signals that want an end and have not reached the guest
 
     def copy(self, *, detach_keys: bytes = b"", proxy_signals: bool = True) -> int:
@@ -365,8 +369,8 @@ class Attachment:
         return outcome
 
     def _is_over(self) -> bool:
-        if self._let_go is not None:
-            raise self._let_go
+        if self._unresponsive is not None:
+            raise self._unresponsive
         return bool(self._outcome)
 
     def _wait(self, writer: int) -> None:
@@ -401,7 +405,7 @@ class Attachment:
             yield
             return
         reader, self._signals_writer = os.pipe()
-        _thread.start_new_thread(self._pass_on, (reader, over))
+        _thread.start_new_thread(self._send_signals, (reader, over))
         before = {number: signal.signal(number, self._forward) for number in _PROXIED}
         try:
             yield
@@ -413,12 +417,12 @@ class Attachment:
     def _forward(self, number: int, _frame: object) -> None:
         if number in _ENDING:
             self._unanswered += 1
-            if self._unanswered >= _LET_GO_AFTER:
-                raise self._silent(number)
+            if self._unanswered >= _MAX_UNANSWERED:
+                raise self._no_answer(number)
         os.write(self._signals_writer, bytes((number,)))
 
-    def _pass_on(self, reader: int, over: int) -> None:
-        """In a thread of its own, since a guest may not answer: send signals on, one after the other."""
+    def _send_signals(self, reader: int, over: int) -> None:
+        """Send the signals from *reader* to the process, in order; in a thread, since a guest may not answer."""
         while number := os.read(reader, 1):
             try:
                 with EngineClient(self._container.socket) as other:
@@ -427,7 +431,7 @@ class Attachment:
                 if error.grpc_code != AgentTimeoutError.grpc_code:
                     self._unanswered = 0  # a refusal is an answer
                 elif number[0] in _ENDING:
-                    self._let_go = self._silent(number[0])
+                    self._unresponsive = self._no_answer(number[0])
                     with contextlib.suppress(OSError):
                         os.write(over, b"x")
             except (KataError, OSError):
@@ -436,7 +440,7 @@ class Attachment:
                 self._unanswered = 0
         os.close(reader)
 
-    def _silent(self, number: int) -> KataError:
+    def _no_answer(self, number: int) -> KataError:
         what = f"its command in {self._container.name}" if self._exec_id else self._container.name
         return KataError(
             f"the guest of container {self._container.name} does not answer, so {what} was not sent"

@@ -29,7 +29,7 @@ def next_action(
     """What an engine without a living container does next.
 
     Args:
-        lease: `Lease.HELD`, `LET_GO` or `BROKEN`.
+        lease: `Lease.HELD`, `RELEASED` or `BROKEN`.
         has_clients: A client is connected.
         has_containers: There are containers, which have ended.
         had_container: There has been one, or CreateSandbox has made the pod's machine.

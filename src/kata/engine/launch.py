@@ -27,7 +27,7 @@ SETTINGS_FD = 5
 end its launcher holds, its settings (marshal; reading JSON first would hold the start of the hypervisor up by 6
 ms)."""
 
-RELEASED = b"r"
+RELEASE_BYTE = b"r"
 """What the launcher writes to the pipe before it closes it on purpose: without it, the launcher has died."""
 
 SOCKET_NAME = "engine.sock"
@@ -63,7 +63,7 @@ class Engine:
         container."""
         if self._lifetime >= 0:
             try:
-                os.write(self._lifetime, RELEASED)
+                os.write(self._lifetime, RELEASE_BYTE)
             except BrokenPipeError:
                 pass  # it has ended
             os.close(self._lifetime)
@@ -78,13 +78,13 @@ class Lease:
 
     Attributes:
         HELD: The client still answers for the engine.
-        LET_GO: It has let go of it on purpose: the engine lives on its own.
+        RELEASED: It has released it on purpose: the engine lives on its own.
         BROKEN: It died before that, so nobody was ever told of this engine.
         state: Which of these it was at the last look.
     """
 
     HELD = "held"
-    LET_GO = "let go"
+    RELEASED = "released"
     BROKEN = "broken"
 
     __slots__ = ("_fd", "state")
@@ -101,7 +101,7 @@ class Lease:
             poller = select.poll()
             poller.register(self._fd, select.POLLIN)  # POLLHUP is always reported
             if poller.poll(0):
-                self.state = self.LET_GO if os.read(self._fd, 1) == RELEASED else self.BROKEN
+                self.state = self.RELEASED if os.read(self._fd, 1) == RELEASE_BYTE else self.BROKEN
         return self.state
 
 

@@ -39,7 +39,7 @@ after a short process has ended."""
 GUEST_EOF_S = 10.0
 """How long the agent may take between a process's exit and the end of its streams."""
 MAX_TAIL_BYTES = 16 << 20
-"""More than this after the exit cannot have been in a pipe: the guest is lying."""
+"""More than this after the exit cannot have been in a pipe: the guest does not keep to the protocol."""
 
 
 class SinkGone(Exception):
@@ -55,13 +55,13 @@ class Sink:
         held_fd: The fifo's reading end, held so that readers may come and go; -1 when it is not. The sink owns it.
     """
 
-    __slots__ = ("_fd", "_held", "_patience", "moved")
+    __slots__ = ("_fd", "_held", "_patience", "progress")
 
     def __init__(self, fd: int, patience_s: float | None = None, held_fd: int = -1) -> None:
         self._fd = fd
         self._patience = patience_s
         self._held = held_fd
-        self.moved = 0
+        self.progress = 0
 
     async def write(self, data: bytes) -> None:
         """Write all of *data*.
@@ -78,7 +78,7 @@ class Sink:
                 continue
             except OSError as error:  # EPIPE; a file's disk may be full
                 raise SinkGone(str(error.strerror)) from None
-            self.moved += count
+            self.progress += count
             view = view[count:]
 
     async def _writable(self) -> None:
@@ -93,8 +93,8 @@ class Sink:
             loop.remove_writer(self._fd)
 
     def close(self) -> None:
-        """Let go. A fifo that was held stays open until its reader has it: what is in it would be lost with our
-        end, and a reader that opens it only then would wait for ever."""
+        """Close it. A fifo that is held stays open until it has a reader: otherwise what is in it would be lost, and
+        a reader that opens it later would wait for ever."""
         fd, held, self._fd, self._held = self._fd, self._held, -1, -1
         if held >= 0:
             os.close(held)
@@ -113,9 +113,8 @@ _closing: set[asyncio.Future[None]] = set()
 def _lacks_reader(fd: int) -> bool:
     """Whether nobody has the reading end of a fifo open; false for a file."""
     poller = select.poll()
-    poller.register(
-        fd, 0
-    )  # POLLERR is always reported: "no readers", see pipe_poll in the kernel's fs/pipe.c
+    # POLLERR is always reported: "no readers", see pipe_poll in the kernel's fs/pipe.c.
+    poller.register(fd, 0)
     return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
@@ -178,20 +177,20 @@ class OutputPump:
         """Begin to read. Once: a start that failed may be tried again."""
         if self.delivered is not None:
             return
-        self.guest_eof = asyncio.create_task(self._fill())
-        self.delivered = asyncio.create_task(self._drain())
+        self.guest_eof = asyncio.create_task(self._read_ahead())
+        self.delivered = asyncio.create_task(self._deliver())
 
-    def release(self) -> None:
+    def read_to_end(self) -> None:
         """The process has ended: read what is left without waiting for the sinks."""
         self._limit = 0
         self._space.set()
 
     @property
-    def moved(self) -> int:
+    def progress(self) -> int:
         """A number that changes whenever a sink takes something."""
-        return self.size + sum(sink.moved for sink in self.sinks)
+        return self.size + sum(sink.progress for sink in self.sinks)
 
-    async def _fill(self) -> None:
+    async def _read_ahead(self) -> None:
         """Read ahead by one piece, so that the guest's next one travels while this one is being written."""
         while True:
             try:
@@ -211,7 +210,7 @@ class OutputPump:
                 self._space.clear()
                 await self._space.wait()
 
-    async def _drain(self) -> None:
+    async def _deliver(self) -> None:
         try:
             while True:
                 while not self._pieces:
@@ -234,13 +233,13 @@ class OutputPump:
                 self.drop(sink)
 
     def drop(self, sink: Sink) -> None:
-        """Close a sink and forget it."""
+        """Close a sink and remove it."""
         if sink in self.sinks:
             self.sinks.remove(sink)
         sink.close()
 
-    def cut(self) -> None:
-        """End the stream here, as the guest does not: what has been read is still delivered."""
+    def truncate(self) -> None:
+        """End the stream here, although the guest has not ended it: what has been read is still delivered."""
         if self.guest_eof is not None and not self.guest_eof.done():
             self.guest_eof.cancel()
             self._pieces.append(b"")
@@ -467,20 +466,20 @@ class ProcessStreams:
             self.input.stop()
         running = [pump for pump in self.outputs if pump.delivered is not None]
         for pump in running:
-            pump.release()
+            pump.read_to_end()
         ends = [pump.guest_eof for pump in running if pump.guest_eof is not None]
         if ends:
             await asyncio.wait(ends, timeout=GUEST_EOF_S)
         for pump in running:
-            pump.cut()
+            pump.truncate()
         waiting = [
             pump.delivered for pump in running if pump.delivered is not None and not pump.delivered.done()
         ]
         while waiting:
-            before = sum(pump.moved for pump in running)
+            before = sum(pump.progress for pump in running)
             _, pending = await asyncio.wait(waiting, timeout=STALL_S)
             waiting = list(pending)
-            if waiting and sum(pump.moved for pump in running) == before:
+            if waiting and sum(pump.progress for pump in running) == before:
                 return  # the pumps go on without us; see `undelivered`
 
     @property

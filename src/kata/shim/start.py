@@ -35,26 +35,26 @@ the last one up, for example because the command that started it was killed."""
 
 
 def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
-    """Carry it out, in the bundle's directory, which is the working directory.
+    """Run the command ``start`` in the bundle's directory, which is the working directory.
 
     Args:
         values: The options.
-        answer: Is given what to print: where the engine listens, in the form that this containerd wants. A new
-            engine still ends with this process then: it lives on only once containerd knows of it.
+        answer: Prints where the engine listens, in the form that this containerd wants. Until it has, a new engine ends
+            with this process, since containerd does not know of it.
 
     Raises:
         KataError: No sandbox could be started; nothing of it is left.
     """
-    began = time.monotonic_ns()
+    started_ns = time.monotonic_ns()
     namespace, container_id = required(values, "namespace"), check_id(required(values, "id"))
     bundle = os.getcwd()
-    given = options.given()
-    told = bootstrap.params(given, namespace, container_id)
-    configuration = options.config_path(given, told)
-    if told is not None and not os.path.exists("config.json"):
-        # The Sandbox API's pod: what it is to be is said to its engine.
+    stdin_bytes = options.given()
+    bootstrap_params = bootstrap.params(stdin_bytes, namespace, container_id)
+    configuration = options.config_path(stdin_bytes, bootstrap_params)
+    if bootstrap_params is not None and not os.path.exists("config.json"):
+        # A pod of the Sandbox API: CreateSandbox describes it to its engine.
         empty = launch(
-            pod_settings(namespace, container_id, bundle, began, configuration),
+            pod_settings(namespace, container_id, bundle, started_ns, configuration),
             name=directory_name(namespace, container_id),
             patience_s=ENDING_S,
         )
@@ -63,7 +63,7 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
         empty.release()
         return
     config = _read_config(bundle)
-    # The engine refuses it as well, whoever asks; here nothing has been started yet.
+    # The engine would refuse it as well, but here nothing has been started yet.
     spec.refuse_foreign(config)
     pod = spec.pod_of(config)
     engine = None
@@ -71,7 +71,7 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
         address = _address_of_pod(bundle, container_id, pod)
     else:
         engine = launch(
-            sandbox_settings(namespace, container_id, bundle, config, began, configuration),
+            sandbox_settings(namespace, container_id, bundle, config, started_ns, configuration),
             name=directory_name(namespace, container_id),
             patience_s=ENDING_S,
         )
@@ -79,14 +79,13 @@ def start(values: Mapping[str, str], answer: Callable[[bytes], None]) -> None:
     _write_address(bundle, address)
     if engine is not None:
         _require_living(engine)
-    answer(bootstrap.answer(address, bootstrapped=told is not None))
+    answer(bootstrap.answer(address, bootstrapped=bootstrap_params is not None))
     if engine is not None:
         engine.release()
 
 
 def _require_living(engine: Engine) -> None:
-    """See that an engine has not ended already: nobody would clear up after it, since containerd has nothing
-    cleared up that it never reached.
+    """Check that an engine has not ended already. containerd would not clean up after one that it never reached.
 
     Raises:
         HostError: It has; nothing of it is left.
@@ -130,7 +129,7 @@ def _read_config(bundle: str) -> dict[str, Any]:
 
 
 def _address_of_pod(bundle: str, container_id: str, pod: str) -> str:
-    """What the pod's own bundle, beside this one, says.
+    """Where the engine of a pod listens, as the pod's own bundle beside this one says.
 
     containerd's bundles are named after their containers. CRI-O's are a directory, ``userdata``, in one of that name.
     """
@@ -160,7 +159,7 @@ def sandbox_settings(
     container_id: str,
     bundle: str,
     config: Mapping[str, Any],
-    began: int,
+    started_ns: int,
     config_path: str = "",
 ) -> SandboxSettings:
     """What the engine has to know.
@@ -170,7 +169,7 @@ def sandbox_settings(
         container_id: The sandbox's first container.
         bundle: Its bundle.
         config: The specification in it.
-        began: When the command began, by CLOCK_MONOTONIC.
+        started_ns: When the command began, by CLOCK_MONOTONIC.
         config_path: The configuration file that the client names, or empty.
 
     Raises:
@@ -192,12 +191,12 @@ def sandbox_settings(
         network=machine.network_settings(conf, network_namespace(config)),
         cgroups_path=str((config.get("linux") or {}).get("cgroupsPath") or ""),
         oom_score_adj=oom_score_adj(config),
-        request_started_ns=began,
+        request_started_ns=started_ns,
     )
 
 
 def pod_settings(
-    namespace: str, container_id: str, bundle: str, began: int, config_path: str
+    namespace: str, container_id: str, bundle: str, started_ns: int, config_path: str
 ) -> SandboxSettings:
     """The same for the Sandbox API's pod, which is described to its engine later (`kata.engine.pod`)."""
     policy = client_policy(namespace, bundle)
@@ -207,7 +206,7 @@ def pod_settings(
         client=policy,
         pod=PodSettings(config_path=config_path),
         all_disk_slots=True,
-        request_started_ns=began,
+        request_started_ns=started_ns,
     )
 
 
