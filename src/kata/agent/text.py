@@ -1,7 +1,7 @@
-"""Text that a guest wrote, made fit for a terminal, a log or an error message.
+"""Text from a guest, made safe for a terminal, a log or an error message.
 
-The guest is hostile: what it says may hold escape sequences that rewrite a terminal, line breaks that forge
-log lines, or megabytes. Everything from it passes through here first (design, rule 3).
+The guest is hostile: its text may contain escape sequences that rewrite a terminal, line breaks that forge log lines,
+or megabytes of data. All text from a guest passes through this module first.
 """
 
 from __future__ import annotations

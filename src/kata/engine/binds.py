@@ -8,8 +8,8 @@ Most are shown live through the sandbox's share. Some kinds are not, because a s
 * Kubernetes' volumes whose content changes under a running container (ConfigMaps, secrets, projected tokens and the
   downward API) are copied by the agent whenever they do, so that whoever watches them there hears of it (inotify).
 * A file system image among the container's disks (``kata run --mount type=volume``) is a directory of that disk.
-* A device node is the guest's own, or refused (`kata.engine.nodes`), and so is a fifo. A unix socket is one of the
-  guest whose connections are carried to the host's (`kata.engine.sockets`).
+* Device nodes map to the guest's own or are refused (`kata.engine.nodes`); fifos are refused. A unix socket becomes one
+  in the guest whose connections are carried to the host's (`kata.engine.sockets`).
 
 Sources: a kubelet's directory (``pods/UID/volumes/kubernetes.io~KIND/NAME``, ``pods/UID/volume-subpaths``);
 runtime-spec config.md, "Mounts"; mount_namespaces(7).

@@ -66,7 +66,7 @@ class Publisher:
         self._news.set()
 
     async def close(self, patience_s: float) -> None:
-        """Return when all is delivered, or after so many seconds; nothing is sent afterwards."""
+        """Return when all events are delivered, or after `patience_s` seconds; nothing is sent afterwards."""
         try:
             await asyncio.wait_for(self._empty.wait(), patience_s)
         except TimeoutError:

@@ -25,7 +25,8 @@ FEATURE = "kata.network"
 """How an agent announces it (``AgentDetails.extra_features``)."""
 _PERMISSION_DENIED = 7
 _QUIET_S = 0.1
-"""Whoever wires a namespace does it in several steps: so long nothing has happened before the guest is told."""
+"""CNI plugins configure a namespace in several steps: the guest is told after this much time (in seconds) without a
+change."""
 _AT_LATEST_S = 1.0
 _GROUPS = (1, 5, 7, 8, 9, 11, 12, 19, 24, 25)
 """Of rtnetlink: links, addresses, routes, rules and parameters of both families (``linux/rtnetlink.h``)."""

@@ -1,5 +1,5 @@
-"""Connections between a socket of the host and one in the guest: so many at a time, each carried until both ends have
-ended. `kata.engine.forward` takes those that come in on the host, `kata.engine.sockets` those of the guest.
+"""Connections between a socket of the host and one in the guest: a bounded number at a time, each carried until both
+ends are closed. `kata.engine.forward` accepts those that arrive on the host, `kata.engine.sockets` those of the guest.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from kata.engine.tasks import Tasks
 
 LIMIT = 128
-"""Connections of one sandbox at a time. Each may hold what `kata.agent.dial` lets be on the way, whatever the guest
-does; all together stay below what the sandbox's cgroup has beyond its machine."""
+"""Connections of one sandbox at a time. Each may buffer one stream window in each direction (`kata.agent.dial`),
+whatever the guest does; together they stay below what the sandbox's cgroup allows beside its machine."""
 BUSY_S = 30.0
-"""How long a service whose queue is full is asked again."""
+"""How long connecting to a service with a full queue is retried."""
 RETRY_S = 0.1
 AGAIN_S = 1.0
 _DIRECTORY = f"{spec.GUEST_RUN}/sandbox/sockets"

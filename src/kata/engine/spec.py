@@ -99,8 +99,8 @@ def refuse_foreign(spec: Mapping[str, Any]) -> None:
     """Refuse what would need the host's kernel: its namespaces, or those of a process there.
 
     A path is fine for the network namespace, into which the machine is put; and for a pod's IPC, UTS and PID
-    namespaces, which are those of its own sandbox: the guest is the pod. CRI-O makes IPC and UTS namespaces for each
-    pod before there is a runtime; nobody is in them but, with other runtimes, the pod.
+    namespaces, which are those of its own sandbox: the guest is the pod. CRI-O creates IPC and UTS namespaces for each
+    pod before it calls the runtime; they are empty, so ignoring them is safe.
 
     Raises:
         UnsupportedError: With the namespace's name.

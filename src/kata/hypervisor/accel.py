@@ -28,7 +28,7 @@ class Choice:
 
 
 def choose(preference: str = "") -> Choice:
-    """Choose: KVM where it really runs a 64-bit guest, else software emulation.
+    """Choose KVM where it really runs a 64-bit guest, otherwise software emulation.
 
     Args:
         preference: ``"kvm"``, ``"tcg"``, ``"auto"``, or empty for what the variable KATA_ACCEL says.

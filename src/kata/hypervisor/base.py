@@ -52,7 +52,7 @@ if TYPE_CHECKING:
             """Why the monitor is no longer there; None while it is, and after an orderly end."""
 
         def status(self, wait_s: float = 0.0) -> int | None:
-            """Exit status of the monitor, which is waited for so many seconds; None while it runs."""
+            """Exit status of the monitor, waited for at most `wait_s` seconds; None while it runs."""
 
         def kill(self) -> None:
             """End the monitor by force. Idempotent."""
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
             """Give back the descriptors and files that nobody took. The monitor itself is not touched."""
 
     class Machine(Protocol):
-        """A machine inside the event loop. Methods raise `HypervisorError` unless they say else.
+        """A machine inside the event loop. Methods raise `HypervisorError` unless they document another error.
 
         Attributes:
             extra_memory_mib: See `Started`.
@@ -81,10 +81,11 @@ if TYPE_CHECKING:
             """Wait for the end of the machine. May be awaited by several, and again."""
 
         async def stop(self, grace_s: float = 0.0) -> Ended:
-            """End the machine: orderly within the grace period (seconds), else by force. Idempotent."""
+            """End the machine: in order within the grace period (seconds), otherwise by force. Idempotent."""
 
         async def confined(self) -> None:
-            """Return when the monitor has lost what only its start needed; no container before."""
+            """Return when the monitor has dropped the privileges that only its start needed. No container is created
+            before that."""
 
         async def pause(self) -> None:
             """Stop the virtual CPUs."""
@@ -93,18 +94,24 @@ if TYPE_CHECKING:
             """Let the virtual CPUs run again."""
 
         async def save(self, directory: str) -> None:
-            """Write the paused machine down, so that it can be restored.
+            """Save the paused machine into a directory, so that it can be restored.
 
             Raises:
                 UnsupportedError: `Capabilities.snapshot` is not there.
             """
 
         async def set_memory(self, plugged_mib: int) -> int:
-            """Have so much memory in the guest beside what the machine was started with (a multiple of
-            `MEMORY_STEP_MIB`). Returns how much there is: more, where the guest does not give it back."""
+            """Set how much memory the guest has in addition to what the machine was started with.
+
+            Args:
+                plugged_mib: A multiple of `MEMORY_STEP_MIB`.
+
+            Returns:
+                MiB that are plugged in now: more than asked for where the guest does not release them.
+            """
 
         async def set_balloon(self, mib: int) -> int:
-            """Have the guest give so much of its memory back. Returns how much it did."""
+            """Set how much of its memory (MiB) the guest gives back to the host. Returns the MiB it has given back."""
 
         async def attach_disk(self, disk: Disk) -> str:
             """Give the running machine a disk; returns its address in the guest."""
@@ -122,7 +129,7 @@ if TYPE_CHECKING:
             """
 
         def console_tail(self, limit: int = 4096) -> str:
-            """The last of what the guest's console said, at most so many bytes, escaped and bounded."""
+            """The end of the guest's console output: at most `limit` bytes, escaped and bounded."""
 
         async def metrics(self) -> dict[str, int]:
             """Figures of the monitor's process: ``rss_bytes``, ``cpu_ns`` (user and system), ``threads``; empty after
@@ -156,7 +163,7 @@ if TYPE_CHECKING:
 
             Args:
                 accel: The accelerator.
-                options: Its own options, as of `options`.
+                options: Its own options, as returned by `options`.
                 bounces: The guest's kernel lets a file server's device use bounce pages.
             """
 
@@ -274,9 +281,9 @@ class MachineShape:
         parameters: The kernel's parameters, without those that the monitor itself needs.
         accel: ``kvm`` or ``tcg``.
         vcpus: Number of processors that the guest uses when it starts.
-        max_vcpus: Up to so many it may use later; 0 is as many as at first.
+        max_vcpus: Number of processors that it may use later; 0 for as many as at first.
         memory_mib: Memory of the guest, in MiB.
-        max_memory_mib: Up to so much it may grow; 0 is not at all.
+        max_memory_mib: MiB to which its memory may grow; 0 for no growth.
         disks: For each disk slot what it is for: ``readonly``, ``writable``, or ``spare`` for one that is filled
             later.
         nics: Number of network interfaces.
@@ -520,7 +527,7 @@ class Ended:
         status: Exit status of the monitor; minus the signal when one ended it.
         reason: One word: ``"stopped"`` (we did it), ``"poweroff"``, ``"reboot"``, ``"panic"`` (the guest did
             it), ``"crashed"`` (the monitor died), ``"ended"`` (in order, but not by us or the guest).
-        error: A sentence with a hint, when it was not meant to end; else None.
+        error: The error, with a hint, when the machine was not meant to end; otherwise None.
     """
 
     __slots__ = ("error", "reason", "status")

@@ -39,7 +39,7 @@ class ConsoleRing:
                 self._rotate()
 
     def tail(self, limit: int = 4096, lines: int = 20) -> str:
-        """The last lines as text that is safe to print: at most so many bytes and lines, escaped."""
+        """The last lines as text that is safe to print: at most `limit` bytes and `lines` lines, escaped."""
         data = (self._older + bytes(self._newer))[-limit:]
         text = data.decode("utf-8", "replace").replace("\r\n", "\n").removesuffix("\n").split("\n")[-lines:]
         return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text)

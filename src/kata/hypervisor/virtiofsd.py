@@ -46,7 +46,7 @@ def capabilities(program: str) -> tuple[int, ...]:
 
 
 def find(configured: str = "") -> str | None:
-    """Path of a virtiofsd: the configured one, else the first that this host has; None where there is none.
+    """Path of a virtiofsd: the configured one, otherwise the first that this host has; None where there is none.
 
     Raises:
         HostError: The configured one is not there.
@@ -95,7 +95,7 @@ class FileServer:
         directory: What it shall serve.
         run_dir: The sandbox's directory.
         journal: Its journal.
-        cache: What the guest may keep, as of `command`.
+        cache: What the guest may cache; see `command`.
     """
 
     def __init__(

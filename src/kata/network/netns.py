@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 TAP = "tap{}_kata"
 _TUNSETIFF, _TUNSETIFINDEX = 0x400454CA, 0x400454DA
 _FIRST_INDEX = 0x3FFFFFFC
-"""Index of the first tap. Clients take the first interface that is up for a container's own (nerdctl does), and the one
-that they make later has a higher index than a tap that takes the next. Kernels list interfaces by index, older ones
-(before 6.8) by its lowest byte."""
+"""Index of the first tap, far above the indexes that the kernel hands out. Some clients (nerdctl) assume that the first
+interface which is up belongs to the container. An interface that CNI makes later would come after a tap with an
+ordinary index, and clients would take the tap. Interfaces are listed by index; before Linux 6.8, by its lowest byte."""
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _TUNNELS = frozenset({"sit", "ipip", "gre", "gretap", "ip6tnl", "ip6gre", "vti", "vti6", "erspan", "dummy"})
-"""Kinds that a kernel puts into every namespace by itself; down, they mean nothing."""
+"""Kinds of interfaces that the kernel creates in every namespace; they are ignored while they are down."""
 
 
 class Endpoint(ABC):

@@ -1,11 +1,11 @@
 """``containerd-shim-kata-v2``: what containerd executes to start and to clean up a sandbox.
 
-Three commands, all of them short: ``start`` launches an engine (or finds the one of the container's pod) and
-prints its address, ``delete`` clears up what a dead engine left, ``-info`` describes this runtime. The Task API
-itself is served by the engine. Standard output carries the answer and nothing else; containerd 1.x takes
-standard error of ``start`` for part of the address, so on success not a byte goes there either.
+Three short commands: ``start`` launches an engine (or finds the one of the container's pod) and prints its address,
+``delete`` removes what a dead engine left behind, ``-info`` describes this runtime. The Task API itself is served by
+the engine. Standard output carries the answer and nothing else. containerd 1.x reads standard error of ``start`` as
+part of the address, so on success nothing is written there either.
 
-Source: containerd ``core/runtime/v2/README.md`` (the shim's command line), and what the reference notes on it.
+Source: containerd ``core/runtime/v2/README.md`` (the shim's command line).
 """
 
 from __future__ import annotations

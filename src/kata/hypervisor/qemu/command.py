@@ -23,7 +23,7 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 
 
 PARAMETERS = (
-    "pci=lastbus=0",  # there is one bus: look for no others
+    "pci=lastbus=0",  # do not probe 255 buses: those behind ports are found through their bridges
     "tsc=reliable",
     "no_timer_check",
     "noreplace-smp",
@@ -254,10 +254,10 @@ def command_line(settings: VMSettings) -> str:
         *_emulation(settings),
     ]
     if settings.max_vcpus > settings.vcpus:
-        # All are present, and the guest uses so many until it is told otherwise; an unused one is a thread that
-        # sleeps. Hot-plug is no way: Linux believes in no processor to come in a machine that it does not take for a
-        # virtual one, which is how an emulated one looks to it; and QEMU's emulation ends when a processor is added
-        # after another was taken away (QEMU 7.2).
+        # All processors are present from the start, and the guest uses `vcpus` of them until the agent brings more
+        # online; an unused one is a sleeping thread. Hot-plug does not work under emulation: Linux expects further
+        # processors only in a machine that it recognises as virtual, which an emulated one is not; and QEMU 7.2 ends
+        # when a processor is added after another one was removed.
         parts.append(f"maxcpus={settings.vcpus}")
     return " ".join(part for part in parts if part)
 
@@ -289,7 +289,7 @@ def _bounce_pages(settings: VMSettings) -> str:
 
 
 def _emulation(settings: VMSettings) -> list[str]:
-    """What a guest need not find out for itself under software emulation; KVM's guests have better clocks."""
+    """Parameters for software emulation that spare the guest measurements; guests under KVM have better clocks."""
     if settings.accel != "tcg":
         return []
     parts = ["no_timer_check", "mitigations=off"]

@@ -115,7 +115,7 @@ class Qemu:
         return self._ended.result() if self._ended.done() else None
 
     async def stop(self, grace_s: float = 0.0) -> Ended:
-        """End QEMU: with TERM (it writes its disks' caches back) within the grace period, else with KILL.
+        """End QEMU: with TERM (it writes its disks' caches back) within the grace period, otherwise with KILL.
 
         The guest is not asked; what matters in it has been written back by its agent before.
         """
@@ -178,10 +178,10 @@ class Qemu:
         raise UnsupportedError("QEMU's machines cannot be saved here")
 
     async def set_memory(self, plugged_mib: int) -> int:
-        """Have so much memory in the guest beside what the machine was started with.
+        """Set how much memory (MiB) the guest has in addition to what the machine was started with.
 
         Raises:
-            HypervisorError: As of `kata.hypervisor.qemu.resize.set_memory`.
+            HypervisorError: See `kata.hypervisor.qemu.resize.set_memory`.
         """
         from kata.hypervisor.qemu import resize
 
@@ -190,10 +190,10 @@ class Qemu:
         return await resize.set_memory(self, plugged_mib)
 
     async def set_balloon(self, mib: int) -> int:
-        """Have the guest give so much of the memory back that the machine was started with.
+        """Set how much (MiB) of the memory that the machine was started with the guest gives back.
 
         Raises:
-            HypervisorError: As of `kata.hypervisor.qemu.resize.set_balloon`.
+            HypervisorError: See `kata.hypervisor.qemu.resize.set_balloon`.
         """
         from kata.hypervisor.qemu import resize
 

@@ -76,7 +76,7 @@ class QemuProcess:
 
     @property
     def channel(self) -> Channel:
-        """How the agent is reached: by vsock where the machine has it, else by its virtio-serial port."""
+        """How the agent is reached: by vsock where the machine has it, otherwise by its virtio-serial port."""
         from kata.hypervisor.channel import SerialChannel, VsockChannel
 
         if self._channel is None:
@@ -111,7 +111,7 @@ class QemuProcess:
         return sysio.Fd(fd) if fd >= 0 else None
 
     def status(self, wait_s: float = 0.0) -> int | None:
-        """QEMU's exit status, which is waited for so many seconds; None while it runs."""
+        """QEMU's exit status, waited for at most `wait_s` seconds; None while it runs."""
         return self.child.wait(wait_s) if wait_s > 0 else self.child.poll()
 
     def kill(self) -> None:

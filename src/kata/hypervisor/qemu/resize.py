@@ -38,18 +38,19 @@ _PLUG_PATH = f"/machine/peripheral/{slots.PLUG_ID}"
 
 
 async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE_S) -> int:
-    """Have so much memory in the guest beside what it was started with.
+    """Set how much memory the guest has in addition to what it was started with.
 
     Args:
         vm: The machine.
-        plugged_mib: How much; a multiple of `kata.hypervisor.base.MEMORY_STEP_MIB`.
-        patience_s: How long the guest may take to take more without anything moving.
+        plugged_mib: A multiple of `kata.hypervisor.base.MEMORY_STEP_MIB`.
+        patience_s: How long the guest may go without plugging in a block before it is given up.
 
     Returns:
-        How much it has now: more, where it does not give all of it back.
+        MiB that are plugged in now: more than asked for where the guest does not release all of them.
 
     Raises:
-        HypervisorError: The machine has no room for more, or the guest does not take it; nothing is changed then.
+        HypervisorError: The machine cannot grow that far, or the guest does not plug in all of it. Nothing is changed
+            then.
     """
 
     async def request(size: int) -> None:
@@ -78,16 +79,16 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
 
 
 async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s: float = PATIENCE_S) -> int:
-    """Have the guest give back so much of the memory that it was started with: its ``MemTotal`` is smaller by that.
+    """Set how much of the memory that it was started with the guest gives back: its ``MemTotal`` shrinks by that.
 
     Args:
         vm: The machine.
-        first_mib: What it was started with.
-        returned_mib: How much of it.
-        patience_s: How long the guest may take to take memory back without anything moving.
+        first_mib: MiB that it was started with.
+        returned_mib: MiB to give back.
+        patience_s: How long the guest may make no progress in taking memory back before it is given up.
 
     Returns:
-        How much it has given back: less, where it has not that much to spare.
+        MiB that it has given back: fewer than asked for where it cannot spare them.
 
     Raises:
         HypervisorError: QEMU refused, or the guest does not take back what it had given; nothing is changed then.
@@ -115,13 +116,13 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
 
 
 async def _settle(look: Callable[[], Awaitable[int]], wanted: int, patience_s: float, *, comes: bool) -> int:
-    """Wait until something has a size, or does not move any more; returns its size.
+    """Wait until a size is reached, or no longer changes; returns the size.
 
     Args:
-        look: Says its size.
-        wanted: The size.
-        patience_s: How long nothing may move.
-        comes: The guest takes memory; else it gives some back, and is waited for no longer than `LET_GO_S`.
+        look: Returns the present size, in bytes.
+        wanted: The size to reach.
+        patience_s: Give up after this many seconds without a change.
+        comes: True while the guest takes memory. Otherwise it gives memory back, and `LET_GO_S` bounds the wait.
     """
     first = last = await look()
     quiet_s = 0.0

@@ -45,8 +45,9 @@ class VMSettings:
         console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
         tsc_khz: Frequency of the host's time-stamp counter, told to an emulated guest; 0 is not known.
         tb_size_mib: Bound of the software emulation's translation buffer.
-        max_vcpus: Up to so many it may use later; all are there from the start. 0 is as many as at first.
-        max_memory_mib: Up to so much its memory may grow; 0 is not at all.
+        max_vcpus: Number of processors that it may use later; all are present from the start. 0 for as many as at
+            first.
+        max_memory_mib: MiB to which its memory may grow; 0 for no growth.
         machine_options: Further options of the machine, separated by commas.
         cpu_features: Further options of the processor, separated by commas.
         entropy: File that the guest's entropy device reads; empty is QEMU's own source.

@@ -1,12 +1,13 @@
 """Where each device of a virtual machine sits.
 
-A VM is built with its plugs already in: four disks, one NIC, one share, the agent's channel. A plug that is
-not used holds a placeholder and can be filled while the machine runs, without hot-plug (which costs the
-guest hundreds of milliseconds). All devices are on the root bus at fixed addresses, so the guest finds them
-by address and never by the order in which its kernel happened to name them.
+A machine starts with its slots in place: four to eight disks, at least one network interface, a share and the agent's
+channel. An unused slot holds a placeholder and is filled while the machine runs, without hot-plug (which costs the
+guest hundreds of milliseconds). Only network interfaces beyond those that the machine started with are hot-plugged,
+into PCI Express ports that are there from the start (`late_port`).
 
-An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
-bus down, joined by ``/``; for these devices one number.
+Every device has a fixed address, so the guest finds it by that and never by the order in which its kernel named the
+devices. An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
+bus down, joined by ``/``. It is one number, except for an interface behind a port, which has two.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ SERIAL = 0x02
 VSOCK = 0x03
 SHARE = 0x04
 DISKS = (0x05, 0x06, 0x07, 0x08, *range(0x0F, 0x13))
-"""The first `FEWEST_DISKS` are always there."""
+"""Slots of disks; the first `FEWEST_DISKS` are in every machine."""
 FEWEST_DISKS = 4
 NIC = 0x09
 NICS = (NIC, 0x0C, 0x0D, 0x0E)
-"""The plug that is always there, and where further interfaces sit that a machine is started with; or, in their places,
-ports for interfaces that come later (`late_port`)."""
+"""Slot 0 is always populated. Slots 1 to 3 hold further interfaces that are present at boot, or ports for interfaces
+that are hot-plugged (`late_port`)."""
 RNG = 0x0A
 BALLOON = 0x0B
 PLUG = 0x13
-"""virtio-mem: memory that a running machine is given."""
+"""virtio-mem: memory that is added to a running machine."""
 PLUG_ID = "plug"
 
 PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
@@ -55,10 +56,10 @@ def nic_path(index: int = 0) -> str:
 
 
 def late_port(index: int) -> str:
-    """QEMU's name of the PCI Express port for a network interface that comes later; the one place on its bus is 0."""
+    """QEMU's name of the PCI Express port for a hot-plugged network interface; its bus has one slot, 0."""
     return f"late{index}"
 
 
 def late_nic_path(index: int) -> str:
-    """PCI path of a network interface in such a port."""
+    """PCI path of the hot-plugged network interface behind `late_port`."""
     return f"{nic_path(index)}/00"
