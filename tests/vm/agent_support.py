@@ -108,14 +108,14 @@ def spec(
     )
 
 
-def storages(name: str) -> list[agent.Storage]:
-    """The image of disk slot 0, a tmpfs to write to, and the overlay of both."""
+def storages(name: str, address: str = slots.disk_path(0)) -> list[agent.Storage]:
+    """The image on the disk at this address, a tmpfs to write to, and the overlay of both."""
     base = f"{STATE}/{name}"
     create = "io.katacontainers.volume.overlayfs.create_directory="
     return [
         agent.Storage(
             driver="blk",
-            source=slots.disk_path(0),
+            source=address,
             fstype="erofs",
             options=["ro"],
             mount_point=f"{base}/lower",

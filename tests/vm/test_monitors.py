@@ -1,0 +1,456 @@
+"""What every hypervisor has to do behind the seam (`kata.hypervisor.base`): one suite for all of them.
+
+It is run against QEMU, with real machines, and against a monitor that only the tests know (`scripted_monitor`), which
+then serves a whole ``kata run`` with the real agent and no change in the product. What a monitor cannot do has to be
+missing in its capabilities, and to be refused by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripted_monitor
+from agent_support import STATE, mount, spec, storages
+from conftest import Kata
+from waiting import PATIENCE
+
+from kata import journal_undo, sysio
+from kata.agent.client import AgentClient
+from kata.errors import AgentTimeoutError, GuestAssetError, HypervisorError, KataError, UnsupportedError
+from kata.guest import manifest
+from kata.hypervisor import accel, registry
+from kata.hypervisor.base import Attachments, Capabilities, Disk, MachineShape, Nic
+from kata.images.resolve import resolve
+from kata.journal import Journal
+from kata.proto import agent_pb, types_pb
+from kata.ttrpc.client import Client
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.hypervisor.base import Machine, Monitor
+
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
+
+MIB = 1 << 20
+MONITORS: dict[str, Callable[[], Monitor]] = {
+    **{name: (lambda name=name: registry.find(name)) for name in registry.names()},  # type: ignore[misc]
+    scripted_monitor.NAME: lambda: scripted_monitor.MONITOR,
+}
+"""Those that the product has, each by its registry entry; and that of the tests."""
+
+
+class Lab:
+    """One monitor, a guest for it, and a process of its own in which machines run.
+
+    Args:
+        monitor: The monitor.
+        guest: The guest's files.
+        rootfs: An erofs image with busybox.
+        directory: For everything.
+    """
+
+    def __init__(self, monitor: Monitor, guest: manifest.Guest, rootfs: str, directory: Path) -> None:
+        self.monitor = monitor
+        self.guest = guest
+        self.rootfs = rootfs
+        self.directory = directory
+        self.accel = accel.choose().accel
+
+    def can(self) -> Capabilities:
+        return self.monitor.capabilities(self.accel, {})
+
+    def shape(self, **changes: Any) -> MachineShape:
+        can = self.can()
+        values = {
+            "kernel": self.guest.kernel,
+            "initrd": self.guest.initrd,
+            "parameters": "quiet panic=-1",
+            "accel": self.accel,
+            "memory_mib": 256,
+            "max_memory_mib": 512 if can.grow_memory else 0,
+            "disks": ("readonly", "spare", "spare", "spare"),
+            "nics": min(can.nics, 1),
+            "hotplug_nics": int(can.hotplug_nics),
+            **changes,
+        }
+        return MachineShape(**values)
+
+    def apart(self, scenario: Callable[[], Awaitable[None]]) -> None:
+        """Run *scenario* in a process with namespaces of its own, which holds nothing more afterwards than before."""
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            said = ""
+            try:
+                os.close(read)
+                sysio.unshare(sysio.CLONE_NEWNS | sysio.CLONE_NEWNET)
+                sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
+                asyncio.run(asyncio.wait_for(scenario(), 3 * PATIENCE))
+            except BaseException:
+                said = traceback.format_exc()
+            os.write(write, said.encode()[-60000:])
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as file:
+            said = file.read().decode()
+        os.waitpid(child, 0)
+        if said:
+            pytest.fail(said, pytrace=False)
+
+    @contextlib.asynccontextmanager
+    async def machine(self, **changes: Any) -> AsyncIterator[Machine]:
+        """A machine that was started and taken over; what is left of it afterwards fails the test."""
+        journal = Journal.create_dir(
+            str(self.directory / "sandboxes"), f"m{os.getpid()}", {"test": "monitor"}
+        )
+        run_dir = os.path.dirname(journal.path)
+        before = descriptors()
+        shape = self.shape(**changes)
+        attachments = Attachments(
+            sandbox_id="contract",
+            run_dir=run_dir,
+            disks=[Disk(self.rootfs, readonly=True)],
+            nics=[Nic("02:00:00:00:00:01")] * shape.nics,
+        )
+        machine = None
+        try:
+            started = self.monitor.start(shape, attachments, journal)
+            assert started.pid > 0
+            assert len(started.disk_addresses) >= 1
+            assert len(set(started.disk_addresses)) == len(started.disk_addresses)
+            assert len(started.nic_addresses) == shape.nics
+            assert started.status() is None
+            machine = self.monitor.adopt(started, journal, os.path.join(run_dir, "console.log"))
+            assert machine.pid == started.pid
+            self.disks = list(started.disk_addresses)
+            yield machine
+        finally:
+            if machine is not None:
+                await machine.stop()
+                machine.close()
+            assert journal_undo.undo(journal, 10) == []
+            assert descriptors() - before == set()
+            assert not os.path.exists(run_dir)
+
+
+def descriptors() -> set[str]:
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing
+            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    # The loop's own, made when it first needs them.
+    return {one for one in found if "eventpoll" not in one and "pidfd" not in one}
+
+
+@pytest.fixture(params=sorted(MONITORS))
+def lab(request: pytest.FixtureRequest, guest_assets: Path, busybox_image: str, run_directory: Path) -> Lab:
+    directory = run_directory / f"mon-{request.param}-{os.urandom(2).hex()}"
+    guest = manifest.load(str(guest_assets))
+    return Lab(MONITORS[request.param](), guest, resolve(busybox_image).rootfs_path, directory)
+
+
+@contextlib.asynccontextmanager
+async def agent_of(machine: Machine) -> AsyncIterator[AgentClient]:
+    sock = await asyncio.wait_for(machine.channel.connect(), PATIENCE)
+    agent = AgentClient(await Client.connect(sock))
+    try:
+        await agent.check(PATIENCE)
+        await agent.negotiate_features()
+        yield agent
+    finally:
+        agent.close()
+
+
+async def said_by(agent: AgentClient, name: str, script: str, disks: list[agent_pb.Storage]) -> str:
+    """What a script says in a container whose root file system is on the first of *disks*."""
+    config = spec(name, "sh", "-c", script, mounts=[mount("/data", "bind", f"{STATE}/{name}/data", "rbind")])
+    request = agent_pb.CreateContainerRequest(container_id=name, OCI=config, storages=disks)
+    await agent.create_container(request)
+    await agent.start_container(name)
+    status = await agent.wait(name, "")
+    said = await agent.read(name, "", "stdout", MIB)
+    errors = await agent.read(name, "", "stderr", MIB)
+    await agent.remove_container(name)
+    assert status == 0, errors
+    return said.decode().strip()
+
+
+def image_with(directory: Path, text: str) -> Path:
+    """An ext4 image with one file."""
+    tree = directory / f"tree-{text}"
+    tree.mkdir(parents=True)
+    (tree / "file").write_text(text)
+    image = directory / f"{text}.img"
+    with image.open("wb") as file:
+        file.truncate(8 * MIB)
+    subprocess.run(["/sbin/mkfs.ext4", "-q", "-d", str(tree), str(image)], check=True)
+    return image
+
+
+# ---- the whole life of one machine ----
+
+
+def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:
+    can = lab.can()
+    images = [image_with(lab.directory, text) for text in ("first", "second")]
+
+    async def scenario() -> None:
+        async with lab.machine() as machine:
+            async with agent_of(machine) as agent:
+                await asyncio.wait_for(machine.confined(), PATIENCE)
+                await disks(machine, agent)
+                if not machine.channel.is_single:
+                    async with agent_of(machine) as second:
+                        await second.check(PATIENCE)
+                await pausing(machine, agent)
+                await memory(machine, agent)
+                await interfaces(machine, agent)
+            if not can.snapshot:
+                with pytest.raises(UnsupportedError):
+                    await machine.save(str(lab.directory))
+            assert isinstance(machine.console_tail(), str)
+            figures = await machine.metrics()
+            assert all(isinstance(value, int) for value in figures.values())
+            ended = await machine.stop(5.0)
+            assert (ended.reason, ended.error) == ("stopped", None)
+            assert await machine.stop() is ended
+            assert await machine.wait() is ended
+            assert not os.path.exists(f"/proc/{machine.pid}")
+
+    async def disks(machine: Machine, agent: AgentClient) -> None:
+        base = storages("box0", lab.disks[0])
+        if not can.attach_disk:
+            return
+        with pytest.raises(KataError):
+            await machine.attach_disk(Disk(str(lab.directory / "none.img"), readonly=False))
+        with pytest.raises(HypervisorError):
+            await machine.detach_disk("1f")
+        # One after the other in the same place: the guest sees what is there now.
+        for number, image in enumerate(images):
+            name = f"box{number}"
+            address = await machine.attach_disk(Disk(str(image), readonly=False))
+            assert address
+            data = agent_pb.Storage(
+                driver="blk",
+                source=address,
+                fstype="ext4",
+                options=["rw"],
+                mount_point=f"{STATE}/{name}/data",
+            )
+            base = storages(name, lab.disks[0])
+            script = "cat /data/file; echo changed >/data/new"
+            assert await said_by(agent, name, script, [*base, data]) == image.stem
+            await machine.detach_disk(address)
+            with pytest.raises(HypervisorError):
+                await machine.detach_disk(address)
+            content = await asyncio.to_thread(
+                subprocess.run,
+                ["/sbin/debugfs", "-R", "cat new", str(image)],
+                capture_output=True,
+                check=False,
+            )
+            assert content.stdout == b"changed\n"
+
+    async def pausing(machine: Machine, agent: AgentClient) -> None:
+        if not can.pause:
+            with pytest.raises(UnsupportedError):
+                await machine.pause()
+            return
+        await machine.pause()
+        with pytest.raises(AgentTimeoutError):
+            await agent.check(1.0)
+        await machine.resume()
+        await agent.check(PATIENCE)
+
+    async def memory(machine: Machine, agent: AgentClient) -> None:
+        if can.grow_memory:
+            before = await agent.memory_total()
+            assert await machine.set_memory(128) == 128
+            assert 64 * MIB < await agent.memory_total() - before <= 128 * MIB
+            assert 0 <= await machine.set_memory(0) <= 128
+        else:
+            with pytest.raises(UnsupportedError):
+                await machine.set_memory(128)
+        if can.balloon:
+            assert 16 <= await machine.set_balloon(32) <= 32
+            assert await machine.set_balloon(0) == 0
+        else:
+            with pytest.raises(UnsupportedError):
+                await machine.set_balloon(32)
+
+    async def interfaces(machine: Machine, agent: AgentClient) -> None:
+        mac = "02:00:00:00:00:02"
+        with tap("tap0") as fd:
+            nic = Nic(mac, tap_fd=fd)
+            if not can.hotplug_nics:
+                with pytest.raises(UnsupportedError):
+                    await machine.attach_nic(1, nic)
+                return
+            address = await machine.attach_nic(1, nic)
+            assert fd.is_open  # it stays ours
+        interface = types_pb.Interface(device="eth7", name="eth7", hwAddr=mac, devicePath=address, mtu=1500)
+        await agent.update_interface(interface)
+
+    lab.apart(scenario)
+
+
+def tap(name: str) -> sysio.Fd:
+    """A tap device in this network namespace."""
+    import fcntl
+
+    fd = sysio.Fd(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+    fcntl.ioctl(
+        fd.raw, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x5002)
+    )  # TUNSETIFF: tap, vnet header
+    return fd
+
+
+# ---- ends that nobody wanted ----
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(one for child in children for one in tree(int(child)))]
+
+
+def test_a_monitor_that_dies_ends_everything_at_once(lab: Lab) -> None:
+    async def scenario() -> None:
+        async with lab.machine() as machine, agent_of(machine) as agent:
+            waiting = asyncio.create_task(machine.wait())
+            os.kill(machine.pid, signal.SIGKILL)
+            ended = await asyncio.wait_for(waiting, 10)
+            assert (ended.status, ended.reason) == (-signal.SIGKILL, "crashed")
+            assert ended.error is not None
+            assert "killed by signal 9" in ended.error.message
+            with pytest.raises(KataError):
+                await agent.check(10)
+            assert await machine.metrics() == {}
+            assert (await machine.stop()).reason == "crashed"
+
+    lab.apart(scenario)
+
+
+def test_a_monitor_that_hangs_is_ended_all_the_same(lab: Lab) -> None:
+    async def scenario() -> None:
+        async with lab.machine() as machine, agent_of(machine) as agent:
+            for pid in tree(machine.pid):
+                os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(AgentTimeoutError):
+                await agent.check(1.0)
+            began = time.monotonic()
+            ended = await asyncio.wait_for(machine.stop(0.5), 10)
+            assert (ended.reason, ended.error) == ("stopped", None)
+            assert time.monotonic() - began < 8
+
+    lab.apart(scenario)
+
+
+def test_a_program_that_talks_nonsense_is_named_and_quoted(lab: Lab) -> None:
+    lab.directory.mkdir(exist_ok=True)
+    program = lab.directory / "nonsense"
+    program.write_text("#!/bin/sh\necho 'what am I doing here' >&2\nexit 3\n")
+    program.chmod(0o755)
+
+    async def scenario() -> None:
+        async with lab.machine(options={"path": str(program)}) as machine:
+            ended = await asyncio.wait_for(machine.wait(), PATIENCE)
+            assert ended.reason == "crashed"
+            assert ended.error is not None
+            assert "status 3" in ended.error.message
+            assert "what am I doing here" in ended.error.message
+            with contextlib.suppress(KataError, TimeoutError):
+                sock = await asyncio.wait_for(machine.channel.connect(), 0.5)
+                sock.close()
+
+    lab.apart(scenario)
+
+
+def test_what_cannot_start_leaves_nothing(lab: Lab) -> None:
+    async def scenario() -> None:
+        for changes in ({"kernel": "/no/such/kernel"}, {"initrd": "/no/such/initrd"}):
+            with pytest.raises(GuestAssetError, match="/no/such"):
+                async with lab.machine(**changes):
+                    pass
+        lab.rootfs = "/no/such/image"
+        with pytest.raises(HypervisorError, match="/no/such/image"):
+            async with lab.machine():
+                pass
+
+    lab.apart(scenario)
+
+
+# ---- the proof: a monitor that the product does not know ----
+
+
+class ScriptedKata(Kata):
+    """kata with the scripted monitor offered."""
+
+    def command(self, *arguments: str) -> list[str]:
+        return ["/usr/bin/python3", "-I", "-S", scripted_monitor.__file__, *arguments]
+
+
+@pytest.fixture
+def scripted(run_directory: Path, guest_assets: Path) -> Any:
+    kata = ScriptedKata(run_directory / f"scr{os.urandom(2).hex()}", guest_assets)
+    kata.directory.mkdir()
+    file = kata.directory / "configuration.toml"
+    file.write_text(f"[runtime]\nhypervisor_name = '{scripted_monitor.NAME}'\n")
+    kata.env["KATA_CONF_FILE"] = str(file)
+    yield kata
+    left = kata.clear()
+    shutil.rmtree(kata.directory)
+    assert not left
+
+
+def test_a_monitor_from_outside_serves_kata_run(scripted: ScriptedKata, busybox_image: str) -> None:
+    run = ("run", "--network", "none")
+    assert scripted.ok(*run, "--rm", busybox_image, "echo", "from a scripted machine").strip() == (
+        "from a scripted machine"
+    )
+    done = scripted.call(*run, "--rm", "-i", busybox_image, "sh", "-c", "cat; exit 7", stdin=b"through")
+    assert (done.returncode, done.stdout) == (7, b"through")
+    scripted.ok(*run, "-d", "--name", "box", busybox_image, "sleep", "1000")
+    assert scripted.ok("exec", "box", "cat", "/proc/1/comm").strip() == "sleep"
+    shown = scripted.ok("inspect", "box")
+    assert '"unix"' in shown  # the channel
+    scripted.ok("rm", "-f", "box")
+    assert scripted.sandboxes() == []
+    # What it cannot do is said by name, before anything is made.
+    refused = scripted.call("run", "--rm", busybox_image, "true")
+    assert refused.returncode == 125
+    assert b"The scripted monitor cannot connect a machine to a network of the mode 'user'" in refused.stderr
+    refused = scripted.call(*run, "--rm", "-v", f"{scripted.directory}:/v", busybox_image, "true")
+    assert b"The scripted monitor cannot share files of the host" in refused.stderr
+    # And without this program there is no such hypervisor.
+    plain = subprocess.run(
+        Kata.command(scripted, *run, "--rm", busybox_image, "true"),
+        env=scripted.env,
+        capture_output=True,
+        check=False,
+    )
+    assert plain.returncode == 125
+    assert b"there is no hypervisor 'scripted' here" in plain.stderr
+
+
+def test_the_monitor_of_the_tests_is_the_interpreters_own() -> None:
+    """It runs as kata does: isolated, and without site-packages."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", scripted_monitor.__file__, "version", "--json"],
+        capture_output=True,
+        check=True,
+    )
+    assert b'"kata"' in done.stdout
