@@ -1,7 +1,8 @@
 """Checks the form of commit messages: those after BASE, so that older history passes.
 
 A title has at most 72 characters, begins with a capital letter and ends without a full stop; an empty line follows, and
-then a body which says why. Merges, and what `git revert` writes, are left out.
+then a body which says why; what changes documents alone may do without. Merges, and what `git revert` writes, are left
+out.
 
 Usage: check_commits.py [BASE]; BASE defaults to KATA_COMMITS_BASE, else to the commit with which this check came. Exits
 with 1 and a line for each fault. Where BASE is not in this clone (a shallow one) it says so, and that is no fault.
@@ -12,17 +13,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = 72
-FIRST_BASE = "67f9065e7f6ef9d77f16c6eabf38e9a394436c4e"
+FIRST_BASE = "00a08cfd414fd33b82a861229982bc07ea97f26c"
 """What came before was written without this check."""
 
 
-def faults(message: str) -> Iterator[str]:
-    """What is wrong with a commit's message."""
+def faults(message: str, changed: Sequence[str] = ()) -> Iterator[str]:
+    """What is wrong with a commit's message.
+
+    Args:
+        message: All of it.
+        changed: The files that the commit changes, as far as they are known.
+    """
     title, _, rest = message.strip("\n").partition("\n")
     if title.startswith("Revert "):
         return
@@ -33,6 +39,8 @@ def faults(message: str) -> Iterator[str]:
     if title.endswith("."):
         yield "the title ends with a full stop"
     if not rest.strip():
+        if changed and all(name.endswith(".md") for name in changed):
+            return
         yield "there is no body: say why"
     elif not rest.startswith("\n"):
         yield "no empty line follows the title"
@@ -57,7 +65,8 @@ def check(base: str, directory: Path = ROOT) -> tuple[list[str], str]:
     for commit in filter(None, (part.strip("\n") for part in done.stdout.split("\0\0"))):
         name, _, message = commit.partition("\0")
         title = message.partition("\n")[0]
-        lines += [f"{name} {title[:TITLE]!r}: {fault}" for fault in faults(message)]
+        changed = git("show", "--format=", "--name-only", name, directory=directory).stdout.splitlines()
+        lines += [f"{name} {title[:TITLE]!r}: {fault}" for fault in faults(message, changed)]
     return lines, ""
 
 

@@ -51,7 +51,14 @@ def test_only_commits_after_the_base_are_looked_at(tmp_path: Path) -> None:
     assert check_commits.check(base, tmp_path) == ([], "")
     git("commit", "-q", "--allow-empty", "-m", "Do it\n\nOne line.\n\nAnother.")
     assert check_commits.check(base, tmp_path) == ([], "")
-    git("commit", "-q", "--allow-empty", "-m", "do it.")
+    (tmp_path / "a.md").touch()
+    git("add", "a.md")
+    git("commit", "-q", "-m", "Say it")  # documents alone
+    assert check_commits.check(base, tmp_path) == ([], "")
+    (tmp_path / "a.md").write_text("a")
+    (tmp_path / "a.py").touch()
+    git("add", "a.md", "a.py")
+    git("commit", "-q", "-m", "do it.")
     name = git("rev-parse", "--short", "HEAD")
     faults, reason = check_commits.check(base, tmp_path)
     assert reason == ""
