@@ -97,7 +97,7 @@ class Watched:
         return data
 
 
-def round_trips(guest: agentguest.Guest, calls: int) -> Row:
+def round_trips(guest: agentguest.Guest, calls: int) -> Row:  # noqa: C901
     """Raw round trips and empty calls by turns, in blocks.
 
     The raw channel's other end lives only as long as its own blocks: all queues of the device share an interrupt, and

@@ -87,6 +87,7 @@ def _forked(parent: subprocess.Popen[bytes]) -> tuple[float, int, int]:
 
 
 def main() -> int:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

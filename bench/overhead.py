@@ -149,6 +149,7 @@ def measure(environment: dict[str, str], mib: int, volume: Path, *, works: bool)
 
 
 def main() -> int:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         description="What a machine takes on the host besides its guest's memory."
     )

@@ -71,6 +71,7 @@ def unpack(image: Path, target: Path) -> None:
 
 
 def blob(image: Path, digest: str) -> Path:
+    """A blob's file in an OCI layout."""
     return image / "blobs" / digest.replace(":", "/")
 
 

@@ -47,6 +47,7 @@ def faults(message: str, changed: Sequence[str] = ()) -> Iterator[str]:
 
 
 def git(*words: str, directory: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run git in a directory."""
     return subprocess.run(["git", "-C", str(directory), *words], capture_output=True, text=True, check=False)
 
 

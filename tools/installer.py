@@ -65,6 +65,7 @@ class Refusal(Exception):
 
 
 def say(text: str) -> None:
+    """Tell the user something, on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -128,6 +129,7 @@ def load_manifest(place: Place) -> dict[str, list[str]]:
 
 
 def save_manifest(place: Place, manifest: dict[str, list[str]]) -> None:
+    """Write down what is installed."""
     temporary = place.manifest.with_suffix(".new")
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     temporary.replace(place.manifest)
@@ -278,7 +280,7 @@ def tell_clients(place: Place, clients: Sequence[str], verb: str, *more: str) ->
             say(f"warning: {name} is left as it is; later: kata {verb} {name}")
 
 
-def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = ()) -> None:
+def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = ()) -> None:  # noqa: C901, PLR0912
     """Install this checkout's version, change the links over to it, and tell *clients* of it."""
     name = digest()
     tree = f"{place.library}/{name}"
@@ -373,7 +375,7 @@ def remove_old_trees(place: Place, manifest: dict[str, list[str]], keep: str) ->
 # ---- removing ----
 
 
-def uninstall(place: Place, force: bool, purge: bool, dry_run: bool, clients: Sequence[str] = ()) -> None:
+def uninstall(place: Place, force: bool, purge: bool, dry_run: bool, clients: Sequence[str] = ()) -> None:  # noqa: C901, PLR0912
     """Take back what *clients* were told, remove what the manifest names, and with *purge* images, containers and the
     cache too.
 

@@ -56,6 +56,7 @@ def heading(name: str, summary: str) -> str:
 
 
 def synopsis(*forms: str) -> str:
+    """The section SYNOPSIS, of the forms of a command."""
     lines = [f'.B "{escape(name)}"\n{escape(rest)}'.rstrip() for name, _, rest in map(_cut_name, forms)]
     return ".SH SYNOPSIS\n" + "\n.br\n".join(lines)
 
@@ -98,6 +99,7 @@ def notes(text: str) -> Iterator[str]:
 
 
 def section(title: str, *parts: str) -> str:
+    """A section of a page."""
     return "\n".join([f".SH {title}", *parts])
 
 

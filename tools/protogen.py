@@ -128,7 +128,8 @@ class EnumDef:
 @dataclass
 class ServiceDef:
     """One service: method, request and response (module, class), comment; names of its streaming methods, for
-    which nothing is generated but their names in Rust."""
+    which nothing is generated but their names in Rust.
+    """
 
     name: str
     doc: str
@@ -195,7 +196,7 @@ def load(descriptors: descriptor_pb2.FileDescriptorSet) -> list[Module]:
     return modules
 
 
-def _load_file(
+def _load_file(  # noqa: C901
     module: Module, file: descriptor_pb2.FileDescriptorProto, where: dict[str, tuple[str, str]]
 ) -> None:
     ours = not file.name.startswith("google/")

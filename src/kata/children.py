@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
     from kata.journal import Entry, Journal
 
@@ -319,12 +319,12 @@ def spawn(
     """
     if _thread.get_native_id() != os.getpid():
         raise RuntimeError("children are started by the main thread only: their death signal follows it")
-    import fcntl
-    import resource
-    import select  # noqa: F401  # what the child uses after its fork
+    # What the child uses after its fork.
+    import fcntl  # noqa: F401
+    import resource  # noqa: F401
+    import select  # noqa: F401
 
     sysio.preload()
-    environment = dict(ENVIRONMENT if env is None else env)
     entry = journal.begin(
         "process", role=role, signal="WAIT" if survives_parent else "TERM" if terminate_first else "KILL"
     )
@@ -335,49 +335,21 @@ def spawn(
     try:
         pid = _fork(namespaces & sysio.CLONE_NEWPID)
         if pid == 0:
-            stage = 0
-            try:
-                os.close(gate_write)
-                if not os.read(gate_read, 1):
-                    os._exit(1)  # the parent ended before it had written us down
-                os.setpgid(0, 0)
-                os.dup2(null, 0)
-                os.dup2(null if stdout is None else stdout, 1)
-                os.dup2(null if stderr is None else stderr, 2)
-                sysio.close_on_exec_from(3)  # whatever we have ourselves inherited, and from whom
-                for fd in pass_fds:
-                    os.set_inheritable(fd, True)
-                if fds_from_3:
-                    # Out of the way first: one may be another's number, or that of a pipe of ours.
-                    above = 3 + len(fds_from_3)
-                    exec_status_write = fcntl.fcntl(exec_status_write, fcntl.F_DUPFD_CLOEXEC, above)
-                    gate_read = fcntl.fcntl(gate_read, fcntl.F_DUPFD_CLOEXEC, above)
-                    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in fds_from_3]
-                    for number, fd in enumerate(aside, 3):
-                        os.dup2(fd, number)
-                for cgroup in cgroups:
-                    _write(f"{cgroup}/cgroup.procs", "0")
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                if disable_thp:
-                    sysio.prctl(sysio.PR_SET_THP_DISABLE, 1)
-                if namespaces & ~sysio.CLONE_NEWPID:
-                    _unshare(namespaces & ~sysio.CLONE_NEWPID)
-                os.chdir("/")
-                os.umask(0o077)
-                sysio.reset_signals()
-                if capabilities is not None:
-                    sysio.keep_capabilities(capabilities)
-                if not survives_parent:
-                    sysio.prctl(sysio.PR_SET_PDEATHSIG, sysio.SIGKILL)
-                    # A parent in another PID namespace has no number here that could tell whether it has ended.
-                    if sysio.pidfd_wait(gate_read, 0):
-                        os._exit(1)
-                stage = 1
-                os.execve(argv[0], list(argv), environment)
-            except OSError as error:
-                os.write(exec_status_write, bytes((stage,)) + str(error.errno or errno.EIO).encode())
-            finally:
-                os._exit(127)
+            os.close(gate_write)
+            _exec_child(
+                argv,
+                ENVIRONMENT if env is None else env,
+                gate_read,
+                exec_status_write,
+                (null, null if stdout is None else stdout, null if stderr is None else stderr),
+                pass_fds=pass_fds,
+                fds_from_3=fds_from_3,
+                cgroups=cgroups,
+                survives_parent=survives_parent,
+                disable_thp=disable_thp,
+                capabilities=capabilities,
+                namespaces=namespaces & ~sysio.CLONE_NEWPID,
+            )
         pidfd = sysio.pidfd_open(pid)
         try:
             journal.commit(entry, pid=pid)
@@ -403,6 +375,90 @@ def spawn(
             if fd >= 0:
                 os.close(fd)
     return Child(pid, pidfd, role, journal, entry)
+
+
+def _exec_child(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    gate: int,
+    status: int,
+    stdio: tuple[int, int, int],
+    *,
+    pass_fds: Sequence[int],
+    fds_from_3: Sequence[int],
+    cgroups: Sequence[str],
+    survives_parent: bool,
+    disable_thp: bool,
+    capabilities: Iterable[int] | None,
+    namespaces: int,
+) -> NoReturn:
+    """The child of `spawn`, from its fork to its exec; see there for what is not said here.
+
+    Args:
+        argv: The program.
+        environment: Its whole environment.
+        gate: A byte comes here when the journal knows us; an end without one is the parent's.
+        status: Closed by a successful exec; else it is told the stage and the errno of what failed.
+        stdio: Descriptors for its standard streams.
+        pass_fds: As of `spawn`.
+        fds_from_3: As of `spawn`.
+        cgroups: As of `spawn`.
+        survives_parent: As of `spawn`.
+        disable_thp: As of `spawn`.
+        capabilities: As of `spawn`.
+        namespaces: CLONE_NEW* flags of those that are unshared.
+    """
+    import resource
+
+    stage = 0
+    try:
+        if not os.read(gate, 1):
+            os._exit(1)  # the parent ended before it had written us down
+        os.setpgid(0, 0)
+        for number, fd in enumerate(stdio):
+            os.dup2(fd, number)
+        sysio.close_on_exec_from(3)  # whatever we have ourselves inherited, and from whom
+        for fd in pass_fds:
+            os.set_inheritable(fd, True)
+        if fds_from_3:
+            gate, status = _move_to_3(fds_from_3, gate, status)
+        for cgroup in cgroups:
+            _write(f"{cgroup}/cgroup.procs", "0")
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if disable_thp:
+            sysio.prctl(sysio.PR_SET_THP_DISABLE, 1)
+        if namespaces:
+            _unshare(namespaces)
+        os.chdir("/")
+        os.umask(0o077)
+        sysio.reset_signals()
+        if capabilities is not None:
+            sysio.keep_capabilities(capabilities)
+        if not survives_parent:
+            sysio.prctl(sysio.PR_SET_PDEATHSIG, sysio.SIGKILL)
+            # A parent in another PID namespace has no number here that could tell whether it has ended.
+            if sysio.pidfd_wait(gate, 0):
+                os._exit(1)
+        stage = 1
+        os.execve(argv[0], list(argv), environment)
+    except OSError as error:
+        os.write(status, bytes((stage,)) + str(error.errno or errno.EIO).encode())
+    finally:
+        os._exit(127)
+
+
+def _move_to_3(fds: Sequence[int], gate: int, status: int) -> tuple[int, int]:
+    """Put descriptors at 3 and above, for a program; the numbers of our own two afterwards."""
+    import fcntl
+
+    # Out of the way first: one may be another's number, or that of a pipe of ours.
+    above = 3 + len(fds)
+    status = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, above)
+    gate = fcntl.fcntl(gate, fcntl.F_DUPFD_CLOEXEC, above)
+    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in fds]
+    for number, fd in enumerate(aside, 3):
+        os.dup2(fd, number)
+    return gate, status
 
 
 def _fork(new_pid_namespace: int) -> int:
@@ -462,7 +518,7 @@ def _write(path: str, text: str) -> None:
 
 
 def socketpair() -> tuple[int, int]:
-    """Two connected stream sockets, close-on-exec. (`import socket` would cost 5 ms here.)"""
+    """Two connected stream sockets, close-on-exec: `import socket` would cost 5 ms here."""
     import _socket
 
     one, other = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)

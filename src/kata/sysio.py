@@ -578,7 +578,8 @@ def namespace_inode(kind: str, pid: int | str = "self") -> int:
 
 def address_of(buffer: object) -> int:
     """Address of a writable buffer (an `mmap.mmap`); the buffer must be kept alive, and cannot be closed
-    while the process lives."""
+    while the process lives.
+    """
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
 
 

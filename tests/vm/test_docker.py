@@ -208,7 +208,7 @@ def check_names(docker: Docker, container: str, known: dict[str, str]) -> None:
         assert by_tcp(docker, container, name).endswith(packed), (container, name)
 
 
-def test_several_networks(docker: Docker) -> None:
+def test_several_networks(docker: Docker) -> None:  # noqa: PLR0915
     """Docker wires them when the machine runs already."""
     for name, subnet in (("front", "10.78.1.0/24"), ("back", "10.78.2.0/24")):
         docker("network", "create", "--subnet", subnet, name)

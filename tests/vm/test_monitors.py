@@ -203,7 +203,7 @@ def image_with(directory: Path, text: str) -> Path:
 # ---- the whole life of one machine ----
 
 
-def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:
+def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: C901, PLR0915
     can = lab.can()
     images = [image_with(lab.directory, text) for text in ("first", "second")]
 

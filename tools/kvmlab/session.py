@@ -166,7 +166,7 @@ class Session:
 
     # ---- one turn of the loop ----
 
-    def _turn(self) -> None:
+    def _turn(self) -> None:  # noqa: C901, PLR0912
         machine = self.machine
         watched = {
             machine.pidfd: select.POLLIN,

@@ -210,7 +210,8 @@ class AgentClient:
 
     async def negotiate_features(self) -> None:
         """Ask what the agent can beyond the protocol: `features` afterwards. An agent that does not say has
-        none."""
+        none.
+        """
         try:
             details = (await self.details()).agent_details
         except AgentError:
@@ -442,7 +443,8 @@ def create_request(
 
 async def boot_times(agent: AgentClient) -> agentext_pb.BootTimesResponse | None:
     """When the guest's kernel and agent were ready, by the guest's clock; None if this agent does not
-    tell."""
+    tell.
+    """
     request = agentext_pb.BootTimesRequest()
     try:
         return await agent.call("kata.agent.v1.Boot", "Times", request, agentext_pb.BootTimesResponse, 10.0)

@@ -1,5 +1,6 @@
 """Connections to what listens in the guest, and from the guest to sockets that stand for the host's
-(``kata.agent.v1.Dial`` and ``Sockets``, see ``agentext.proto``)."""
+(``kata.agent.v1.Dial`` and ``Sockets``, see ``agentext.proto``).
+"""
 
 from __future__ import annotations
 

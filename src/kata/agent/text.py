@@ -20,8 +20,7 @@ def _visible(character: str) -> str:
 
 
 def escape_line(text: str, limit: int = MAX_BYTES) -> str:
-    """One line of printable characters, at most *limit* bytes of UTF-8; line breaks are shown as
-    ``\\x0a``."""
+    r"""One line of printable characters, at most *limit* bytes of UTF-8; line breaks are shown as ``\x0a``."""
     # Cut first: escaping megabytes to throw them away would be the guest's way to spend the host's time.
     cut = text[:limit]
     shown = "".join(map(_visible, cut.rstrip()))

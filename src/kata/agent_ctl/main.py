@@ -69,7 +69,7 @@ def usage() -> str:
     )
 
 
-def dispatch(argv: Sequence[str]) -> int:
+def dispatch(argv: Sequence[str]) -> int:  # noqa: C901, PLR0912
     """Run one command line.
 
     Args:

@@ -58,7 +58,8 @@ def show_json(value: Any) -> None:
 
 def show_text(message: Message, style: Style) -> None:
     """Print an answer for reading: the content itself where it is a single text or a piece of data, else its
-    fields one a line, with those of sub-messages below it."""
+    fields one a line, with those of sub-messages below it.
+    """
     fields = type(message).fields()
     if not fields:
         sys.stdout.write("ok\n")

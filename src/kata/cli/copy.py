@@ -276,7 +276,7 @@ def _out(guest: _Guest, source: str, destination: str, *, owners: bool, follow: 
     _out_entry(guest, path, info, destination, owners)
 
 
-def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bool) -> None:
+def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bool) -> None:  # noqa: C901, PLR0912
     kind = stat.S_IFMT(info.mode)
     first = guest.outside.get((info.device, info.number)) if info.links > 1 else None
     if first and first != destination and kind != stat.S_IFDIR and _linked(first, destination):

@@ -96,6 +96,7 @@ def status_text(state: dict[str, Any]) -> str:
 
 
 def port_text(port: dict[str, Any]) -> str:
+    """A published port as `docker ps` writes it: ``0.0.0.0:8080->80/tcp``."""
     address = port["host_ip"] or "0.0.0.0"
     shown = f"[{address}]" if ":" in address else address
     return f"{shown}:{port['host_port']}->{port['guest_port']}/{port['proto']}"

@@ -102,10 +102,10 @@ class Detached(Exception):
 
 
 def parse_detach_keys(text: str) -> bytes:
-    """Turn ``ctrl-p,ctrl-q`` into the bytes a terminal sends for it; empty text means no detach keys.
+    r"""Turn ``ctrl-p,ctrl-q`` into the bytes a terminal sends for it; empty text means no detach keys.
 
     Raises:
-        ValueError: A key is neither one character nor ``ctrl-`` and a letter or one of ``@[\\]^_``.
+        ValueError: A key is neither one character nor ``ctrl-`` and a letter or one of ``@[\]^_``.
     """
     out = bytearray()
     for key in text.split(",") if text else []:

@@ -147,6 +147,7 @@ def _names_dir() -> str:
 
 
 def new_id() -> str:
+    """An id that no other container has: 32 hexadecimal digits."""
     # 128 bits: the id is part of a socket path, which has room for 107 bytes in all.
     return os.urandom(16).hex()
 

@@ -208,6 +208,8 @@ def start_detached(container: Container, started_ns: int | None = None, *, disca
     """Start a container and leave it to its engine.
 
     Args:
+        container: Which.
+        started_ns: When the command began (CLOCK_MONOTONIC), for the timings.
         discard: Remove the container when it cannot be started; false for one that was there before.
 
     Raises:
@@ -466,6 +468,7 @@ def run_attached(
     """Start a container, stay with it until it ends, and see its sandbox gone.
 
     Args:
+        container: Which.
         started_ns: When the command began (CLOCK_MONOTONIC), for the timings.
         stdin: Whether to forward standard input.
         detach_keys: Bytes that leave it running, typed on a terminal.

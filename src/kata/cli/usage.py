@@ -100,6 +100,12 @@ def show(chosen: list[Container], *, seconds: float, stream: bool, as_json: bool
 
     Args:
         chosen: The containers; all running ones if empty.
+        seconds: Between two looks.
+        stream: Whether to go on until interrupted.
+        as_json: Whether JSON is printed.
+
+    Returns:
+        The exit status.
     """
 
     def containers() -> list[Container]:

@@ -131,7 +131,7 @@ class Key:
         """Whether this value says what happens here anyway (or nothing at all)."""
         return value in ("", 0, False, [], {}) or value in self.silent
 
-    def _wrong(self, value: object) -> str:
+    def _wrong(self, value: object) -> str:  # noqa: C901
         if self.kind == BOOL:
             return "" if isinstance(value, bool) else "has to be true or false"
         if self.kind in (INT, NUMBER):

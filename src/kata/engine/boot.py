@@ -282,7 +282,8 @@ class Boot:
 
     def prepare_share(self) -> None:
         """Make the directory that is shared with the guest. Its device is there also where nothing is shared: one
-        shape for all starts, and for what comes later."""
+        shape for all starts, and for what comes later.
+        """
         self._share.prepare()
         if needs_share(self._settings):
             self.machine.share = self._share
@@ -313,7 +314,7 @@ class Boot:
         self.machine.network = made
 
     def prepare_file_server(self) -> None:
-        """Choose how files are shared. (A file server listens at once, and is started when the machine boots.)
+        """Choose how files are shared. A file server listens at once, and is started when the machine boots.
 
         Raises:
             HostError: virtio-fs was asked for, and there is no virtiofsd.
@@ -334,7 +335,8 @@ class Boot:
 
     def _file_server(self) -> str:
         """The program that serves the share by virtio-fs; empty where the hypervisor itself shall do so, by 9p. That
-        is noted for the log, unless it was asked for."""
+        is noted for the log, unless it was asked for.
+        """
         from kata.hypervisor import virtiofsd
 
         wanted = self._described.share.protocol
@@ -403,7 +405,8 @@ class Boot:
 
     def join_cgroup(self) -> None:
         """Put machine and engine into cgroups of their own: after the start, since it takes the host a while, and
-        before the helpers are started, which are born into them."""
+        before the helpers are started, which are born into them.
+        """
         started, shape = self.machine.started, self.machine.shape
         assert started is not None
         assert shape is not None
@@ -495,7 +498,9 @@ def shape_of(
     Args:
         settings: The sandbox's.
         capabilities: What the hypervisor can do: the machine has no room to grow where it cannot.
-        nics, hotplug_nics, share: As of `MachineShape`.
+        nics: As of `MachineShape`.
+        hotplug_nics: As of `MachineShape`.
+        share: As of `MachineShape`.
     """
     described = settings.described()
     hypervisor, guest, size = described.hypervisor, described.guest, described.size

@@ -96,7 +96,8 @@ class EngineClient:
 
     def fileno(self) -> int:
         """The connection's descriptor; readable at its end (and when an answer to a call in flight has
-        come)."""
+        come).
+        """
         return self._client.fileno()
 
     def close(self) -> None:
@@ -139,7 +140,8 @@ class EngineClient:
         stderr: str = "",
     ) -> int:
         """Boot, if need be, and make the container; its host pid. When it returns, all fifos have been
-        opened."""
+        opened.
+        """
         request = task_pb.CreateTaskRequest(
             id=container_id, bundle=bundle, terminal=terminal, stdin=stdin, stdout=stdout, stderr=stderr
         )
@@ -157,7 +159,8 @@ class EngineClient:
         stderr: str = "",
     ) -> None:
         """Add a process (an OCI process object); `start` runs it. When it returns, all fifos have been
-        opened."""
+        opened.
+        """
         import json
 
         spec = AnyMessage(type_url=PROCESS_TYPE, value=json.dumps(process).encode())
@@ -202,7 +205,8 @@ class EngineClient:
 
     def delete(self, container_id: str, exec_id: str = "") -> int:
         """Forget an exec, or take the container down; its exit status. For the `kata` command nothing of the
-        sandbox is left on the host when this returns."""
+        sandbox is left on the host when this returns.
+        """
         request = task_pb.DeleteRequest(id=container_id, exec_id=exec_id)
         return self._task("Delete", request, task_pb.DeleteResponse).exit_status
 

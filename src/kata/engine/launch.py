@@ -1,7 +1,8 @@
 """Starting an engine: the way in for every client.
 
 Imported on every `run` and `start`: no asyncio, no subprocess, nothing that is not needed to get the engine
-going."""
+going.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class Engine:
 
     def release(self) -> None:
         """Let the engine live on its own. Until then it ends with this process, unless it has a
-        container."""
+        container.
+        """
         if self._lifetime >= 0:
             try:
                 os.write(self._lifetime, RELEASE_BYTE)

@@ -6,7 +6,8 @@ not UTF-8 is kept exactly as ``"log64"`` (base64) instead. A record holds what w
 costs little.
 
 ``path`` is the newest file; ``path.1`` is older, and so on. Together they take at most ``files *
-max_bytes``."""
+max_bytes``.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ class LogFile:
 
     def write(self, stream: str, data: bytes, *, last: bool = False) -> None:
         """Append *data* of *stream* (``stdout`` or ``stderr``); *last* at its end of file. Never raises
-        `OSError`."""
+        `OSError`.
+        """
         held = self._held.pop(stream, b"")
         if held:
             data = held + data

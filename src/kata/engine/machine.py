@@ -221,7 +221,8 @@ def network_settings(conf: Configuration, path: str) -> NetworkSettings:
 
 def _is_hosts_network(path: str) -> bool:
     """Whether a network namespace is that of the machine, or of whoever started us. One that cannot be looked at is
-    not: to enter it fails as well."""
+    not: to enter it fails as well.
+    """
     for own in ("/proc/self/ns/net", "/proc/1/ns/net"):
         try:
             if os.path.samefile(path, own):

@@ -120,7 +120,8 @@ class Process:
 
     def require_killable(self) -> None:
         """Raises `NotFoundError` (``process already finished``, which clients parse) if there is nothing to
-        signal."""
+        signal.
+        """
         if self.state in (STOPPED, DELETED):
             raise NotFoundError(f"process already finished: {self.label}")
         if self.state == CREATED and self.exec_id:

@@ -70,7 +70,8 @@ class Connections:
 
 def reset(connection: socket.socket) -> None:
     """Close a connection so that the other side sees an error: it says better than an end without a word that nobody
-    listens there. (A unix socket has no such thing, and merely ends.)"""
+    listens there. A unix socket has no such thing, and merely ends.
+    """
     with connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 

@@ -281,7 +281,8 @@ def for_guest(
 
 def guest_resources(resources: Mapping[str, Any], disks: Collection[tuple[int, int]] = ()) -> dict[str, Any]:
     """Resource limits as the guest is to see them: the host's numbers of processors, memory nodes and block devices
-    mean nothing there, but for those of *disks*, which the agent knows."""
+    mean nothing there, but for those of *disks*, which the agent knows.
+    """
     out = dict(resources)
     out.pop("network", None)
     for part, of_host in (("cpu", OF_HOST_SETS), ("blockIO", OF_HOST_DEVICES)):
@@ -309,7 +310,7 @@ def limits_of(limits: object, disks: Collection[tuple[int, int]]) -> list[dict[s
     ]
 
 
-def dropped(spec: object, disks: Collection[tuple[int, int]] = ()) -> Iterator[str]:
+def dropped(spec: object, disks: Collection[tuple[int, int]] = ()) -> Iterator[str]:  # noqa: C901
     """What a spec asks for that cannot be carried into the guest, in words; *disks* as of `for_guest`."""
     if isinstance(spec, dict):
         for key, value in spec.items():

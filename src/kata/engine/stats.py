@@ -2,7 +2,8 @@
 
 containerd does not say which of the two shapes it wants. v1 is understood by all; v2 is given only where
 ``/sys/fs/cgroup`` itself is cgroup2 and the client asks for the host's shape. Clients that were made before v2 had room
-for the network skip that part."""
+for the network skip that part.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +124,7 @@ def _of_card(card: agent_pb.NetworkStats) -> dict[str, Any]:
     return {name: getattr(card, name) for name in _OF_CARD}
 
 
-def _v1(answer: agent_pb.StatsContainerResponse) -> v1.Metrics:
+def _v1(answer: agent_pb.StatsContainerResponse) -> v1.Metrics:  # noqa: C901, PLR0912
     out = v1.Metrics()
     group = answer.cgroup_stats
     out.network = [v1.NetworkStat(**_of_card(card)) for card in answer.network_stats]
@@ -202,7 +203,7 @@ def _complete(out: v1.Metrics) -> v1.Metrics:
     return out
 
 
-def _v2(answer: agent_pb.StatsContainerResponse) -> v2.Metrics:
+def _v2(answer: agent_pb.StatsContainerResponse) -> v2.Metrics:  # noqa: C901, PLR0912
     out = v2.Metrics()
     group = answer.cgroup_stats
     out.network = [v2.NetworkStat(**_of_card(card)) for card in answer.network_stats]

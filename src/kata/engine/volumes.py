@@ -256,7 +256,8 @@ class Share:
         only if the *whole* is to be.
 
         Before Linux 5.12 the list of mounts has to be read for that, and the flags of a bind mount, which belong to
-        each mount, are all given anew at a remount (mount(2), MS_REMOUNT)."""
+        each mount, are all given anew at a remount (mount(2), MS_REMOUNT).
+        """
         attributes = sysio.MOUNT_ATTR_NOSUID | sysio.MOUNT_ATTR_NODEV
         base = os.path.realpath(path)
         try:

@@ -89,7 +89,7 @@ def _files(directory: str) -> dict[str, str]:
     return found
 
 
-def pack(name: str, files: dict[str, str]) -> bytes:
+def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
     """Put together what is needed of some files.
 
     Args:

@@ -212,7 +212,7 @@ def _u32(value: int) -> bytes:
     return value.to_bytes(4, "little")
 
 
-def _guest() -> str:
+def _guest() -> str:  # noqa: PLR0915
     """Run the guest; in the child. Returns ``"ok"``, `_EMULATED` or ``"failed <why>"``."""
     import mmap
     import struct

@@ -106,7 +106,7 @@ def document(data: bytes, what: str) -> dict[str, Any]:
 
 
 def digest_of(data: bytes) -> str:
-    """``sha256:...``"""
+    """The digest of some bytes: ``sha256:...``."""
     import hashlib  # not above: finding a stored image needs this module, but no digest
 
     return "sha256:" + hashlib.sha256(data).hexdigest()

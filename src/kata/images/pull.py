@@ -1,5 +1,6 @@
 """A registry as a source of images: layers are fetched three at a time while the first are being
-unpacked."""
+unpacked.
+"""
 
 from __future__ import annotations
 

@@ -217,13 +217,15 @@ class NetworkPlan:
 
     def sysctls(self) -> list[dict[str, str]]:
         """For each of `interfaces` the kernel parameters, by their path below ``/proc/sys/net``, that are to be set
-        before it comes up; with the first those of the guest as a whole. Blocks briefly."""
+        before it comes up; with the first those of the guest as a whole. Blocks briefly.
+        """
         return []
 
     def take_pending_hotplugs(self) -> list[tuple[int, Nic]]:
         """What `rescan` has found for the machine's ports: for each which interface of the machine it is, and the
         interface, which is to be attached and then to be given a `place`. They are told once, and their taps are the
-        caller's."""
+        caller's.
+        """
         return []
 
     def guest_address(self, client: str) -> bytes:

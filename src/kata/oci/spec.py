@@ -135,6 +135,9 @@ def environment(asked: list[str], image: dict[str, Any], *, hostname: str, termi
 
     Args:
         asked: ``KEY=VALUE`` strings; the ones without a value were resolved by the caller.
+        image: The image's configuration.
+        hostname: The container's.
+        terminal: Whether it has one.
     """
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     if terminal:

@@ -330,7 +330,7 @@ def _value_writer(kind: str, sub: type[Message] | None) -> Callable[[bytearray, 
     return put
 
 
-def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:
+def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:  # noqa: C901
     wire_type = wire_type_of(field.kind)
     put = _value_writer(field.kind, field.sub)
     key = field_key(field.number, wire_type)
@@ -406,7 +406,7 @@ def _encode(message: Message, out: bytearray, depth: int) -> None:
             raise EncodeError(f"{message.FULL_NAME}.{name}: {error}") from None
 
 
-def _add_decoders(plan: Plan, field: Field) -> None:
+def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
     name, number, sub = field.name, field.number, field.sub
     wire_type = wire_type_of(field.kind)
     if field.label == "%":

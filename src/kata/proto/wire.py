@@ -31,6 +31,7 @@ _RANGE = {
 
 
 def put_varint(out: bytearray, value: int) -> None:
+    """Append a varint; *value* is not negative."""
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
         value >>= 7
@@ -93,7 +94,7 @@ def scalar_writer(kind: str) -> Callable[[bytearray, Any], None]:
     return put
 
 
-def scalar_reader(kind: str) -> Callable[[bytes, int, int], tuple[Any, int]]:
+def scalar_reader(kind: str) -> Callable[[bytes, int, int], tuple[Any, int]]:  # noqa: C901
     """A function from a position and the end of its message to the value there and the position after it."""
     if kind in ("string", "bytes"):
         text = kind == "string"
@@ -145,18 +146,26 @@ def scalar_reader(kind: str) -> Callable[[bytes, int, int], tuple[Any, int]]:
 
 
 def wire_type_of(kind: str) -> int:
+    """The wire type of a kind of field: ``string``, ``double`` ...; a message's begins with ``@``."""
     if kind in ("string", "bytes") or kind.startswith("@"):
         return 2
     return {"double": 1, "float": 5}.get(kind, 0)
 
 
 def field_key(number: int, wire_type: int) -> bytes:
+    """The tag that stands before a field."""
     out = bytearray()
     put_varint(out, number << 3 | wire_type)
     return bytes(out)
 
 
 def get_tag(buf: bytes, pos: int) -> tuple[int, int]:
+    """The tag at `pos`, and the position after it.
+
+    Raises:
+        DecodeError: It is none.
+        IndexError: `buf` ends in it.
+    """
     tag, pos = get_varint(buf, pos)
     if not 8 <= tag <= 0xFFFFFFFF:
         raise DecodeError(f"invalid field tag {tag}")

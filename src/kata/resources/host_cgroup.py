@@ -199,7 +199,7 @@ class HostCgroup:
         self._units: list[str] = []  # its directories, also in hierarchies without controllers
         self._versions: dict[str, int] = {}
 
-    def make(
+    def make(  # noqa: C901
         self,
         journal: Journal,
         place: str,
@@ -321,7 +321,7 @@ class HostCgroup:
                 except PermissionError:
                     continue  # whoever we are in may not use it, and neither may we
 
-    def _make_leaf(self, journal: Journal, hierarchy: Hierarchy, place: str) -> str:
+    def _make_leaf(self, journal: Journal, hierarchy: Hierarchy, place: str) -> str:  # noqa: C901, PLR0912
         *levels, name = place.split("/")
         above = [hierarchy.top]
         for level in levels:
@@ -398,7 +398,8 @@ class HostCgroup:
 
     def leave(self) -> None:
         """Move our own process back to where it came from, or to the top: who is in a cgroup cannot remove
-        it."""
+        it.
+        """
         for places in self._origins:
             for place in places:
                 try:

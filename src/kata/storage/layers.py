@@ -159,7 +159,7 @@ class LayerTree:
 
     # ---- one entry ----
 
-    def _apply(self, entry: layers_tar.Entry, reader: layers_tar.Reader) -> None:
+    def _apply(self, entry: layers_tar.Entry, reader: layers_tar.Reader) -> None:  # noqa: C901, PLR0912
         self._count(entry)
         parts = _clean(entry.name)
         if not parts:

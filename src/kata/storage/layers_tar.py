@@ -120,7 +120,7 @@ def _checksum_right(block: bytes) -> bool:
 
 
 def _pax(data: bytes) -> list[tuple[bytes, bytes]]:
-    """The records of a pax header: ``LENGTH KEY=VALUE\\n`` each."""
+    r"""The records of a pax header: ``LENGTH KEY=VALUE\n`` each."""
     records = []
     at = 0
     while at < len(data):
@@ -270,7 +270,7 @@ class Reader:
                     entry.name = prefix + b"/" + entry.name
         return entry
 
-    def _apply_pax(self, entry: Entry, records: list[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
+    def _apply_pax(self, entry: Entry, records: list[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:  # noqa: C901, PLR0912
         """Put pax records into the entry; returns the GNU.sparse.* records, if there are any."""
         sparse: dict[bytes, bytes] = {}
         points: list[bytes] = []

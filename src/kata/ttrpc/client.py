@@ -164,7 +164,8 @@ class Client:
         """Begin a streaming call.
 
         Args:
-            service, method: As for `call`.
+            service: As for `call`.
+            method: As for `call`.
             first: The first message, encoded.
             receiver: Is given what comes back.
 
@@ -201,7 +202,8 @@ class Client:
 
     async def _exchange(self, data: bytes, timeout: float | None) -> envelope.Response | None:
         """Send a request and wait for its response; None when the connection has ended, `_LATE` when the time
-        was over before."""
+        was over before.
+        """
         size = len(data)
         if self._error is None and not self._room(size):
             before = self._loop.time()
