@@ -799,7 +799,7 @@ def test_a_stuck_reader_does_not_hold_the_exit(
         thread.start()
         # The process itself is held up by the full pipe; kill it, and its exit comes although nobody reads.
         with engine.client() as second:
-            while engine.sandbox.containers["c1"].init.streams.outputs[0].moved < 1 << 20:  # type: ignore[union-attr]
+            while engine.sandbox.containers["c1"].init.streams.outputs[0].progress < 1 << 20:  # type: ignore[union-attr]
                 pass
             second.kill("c1", 9)
         thread.join(10)
