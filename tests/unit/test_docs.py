@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from kata.cli.main import COMMANDS
+from kata.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,3 +193,68 @@ def test_examples_of_style_are_from_the_source() -> None:
     assert len(examples) >= 3
     for example in examples:
         assert [line for line in example.splitlines() if line.strip() not in lines] == []
+
+
+# ---- what they name of the program ----
+
+
+def code(text: str) -> list[str]:
+    """What is set as code, line by line: spans, and blocks, of which a command may be continued."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    blocks += re.findall(r"^ {4}(.*)$", text, flags=re.M)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return lines + re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def wrong_commands(text: str) -> list[str]:
+    """Commands of `kata` that a document shows and that the program does not know, or not with these options."""
+    wrong = []
+    for line in code(text):
+        for part in re.split(r"; +|\||&&|\$\(|#|→", line):
+            match = re.match(r"\s*(?:[A-Z_]+=\S+ +)*(?:sudo +)?(?:tools/)?kata +([a-z]+)\b(.*)", part)
+            if match is None:
+                continue
+            name, rest = match[1], match[2]
+            if name not in COMMANDS:
+                wrong.append(f"kata {name}")
+                continue
+            command = import_module(f"kata.cli.{COMMANDS[name][0]}").COMMANDS[name]
+            try:
+                words = shlex.split(rest.replace("...", "x"), comments=True)
+                command.parse([word for word in words if word not in ("--help", "<", ">")])
+            except ValueError:
+                pass  # half of a quotation
+            except UsageError as error:
+                if "option" in error.message or "is a switch" in error.message:
+                    wrong.append(f"kata {name}: {error.message}")
+    return wrong
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_commands_are_as_the_program_has_them(name: str) -> None:
+    assert wrong_commands((ROOT / name).read_text()) == []
+
+
+def test_a_wrong_command_is_found() -> None:
+    text = "`kata rnu x` `kata run --rm x --nothing`\n\n```sh\nkata run --nothing \\\n  x; kata ps -a | head\n```\n"
+    assert wrong_commands(text) == ["kata run: kata run: unknown option --nothing", "kata rnu"]
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_targets_of_make_and_variables_are_there(name: str) -> None:
+    text = (ROOT / name).read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = {match for line in code(text) for match in re.findall(r"^\s*make ([a-z][a-z-]*)\b", line)}
+    assert named - targets == set()
+    assert set(re.findall(r"\bKATA_[A-Z_]+\b(?!\*)", text)) - variables() == set()
+
+
+@functools.cache
+def variables() -> frozenset[str]:
+    """Variables of the environment that the program, its tools or tests name."""
+    found: set[str] = set()
+    for place in ("src/kata", "tools", "tests", "bench", ".ci"):
+        for path in (ROOT / place).rglob("*"):
+            if path.is_file() and path.suffix in ("", ".py") and path.name != "test_docs.py":
+                found.update(re.findall(r"KATA_[A-Z_]+", path.read_text(errors="replace")))
+    return frozenset(found)
