@@ -80,7 +80,7 @@ class Loop:
 
 
 class ScriptedStarted:
-    """`kata.hypervisor.base.Started`."""
+    """`kata.hypervisor.protocols.Started`."""
 
     share_tag = ""
     extra_memory_mib = 0
@@ -135,7 +135,7 @@ class ScriptedStarted:
 
 
 class ScriptedMachine:
-    """`kata.hypervisor.base.Machine`."""
+    """`kata.hypervisor.protocols.Machine`."""
 
     def __init__(self, started: ScriptedStarted) -> None:
         import asyncio
@@ -230,7 +230,7 @@ class ScriptedMachine:
 
 
 class ScriptedMonitor:
-    """`kata.hypervisor.base.Monitor`."""
+    """`kata.hypervisor.protocols.Monitor`."""
 
     name = NAME
     title = "The scripted monitor"

@@ -40,7 +40,7 @@ from kata.ttrpc.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kata.hypervisor.base import Machine, Monitor
+    from kata.hypervisor.protocols import Machine, Monitor
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kata.engine.logger import Logger
     from kata.engine.volumes import Share
     from kata.errors import KataError
-    from kata.hypervisor.base import Machine
+    from kata.hypervisor.protocols import Machine
     from kata.resources.host_cgroup import HostCgroup
     from kata.settings import SandboxSettings
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from kata.engine import hostns
     from kata.engine.sandbox import Sandbox
     from kata.hypervisor import virtiofsd
-    from kata.hypervisor.base import Capabilities, Monitor, Started
+    from kata.hypervisor.base import Capabilities
+    from kata.hypervisor.protocols import Monitor, Started
     from kata.journal import Journal
     from kata.network.user import NetworkPlan
     from kata.resources import host_cgroup
@@ -390,7 +391,7 @@ class Boot:
         """Start the machine: it boots from here on.
 
         Raises:
-            KataError: As of `kata.hypervisor.base.Monitor.start`.
+            KataError: As of `kata.hypervisor.protocols.Monitor.start`.
         """
         assert self.machine.shape is not None
         self.machine.started_ns = time.monotonic_ns()

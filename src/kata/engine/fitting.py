@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.sandbox import Sandbox
-    from kata.hypervisor.base import Machine
+    from kata.hypervisor.protocols import Machine
 
     Target = tuple[int, int, int]
     """Processors, MiB of memory by the formula, and the ``MemTotal`` in bytes that a balloon leaves; 0 for none."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kata.engine.hostns import Namespaces
     from kata.engine.tasks import Tasks
     from kata.errors import GuestProtocolError
-    from kata.hypervisor import base
+    from kata.hypervisor import protocols
     from kata.hypervisor.base import DiskError, Ended
     from kata.hypervisor.virtiofsd import FileServer
     from kata.journal import Journal
@@ -81,7 +81,7 @@ class MachineRuntime:
     ) -> None:
         self.machine = machine
         self.life = Lifecycle(sandbox_id)
-        self.vm: base.Machine | None = None
+        self.vm: protocols.Machine | None = None
         self.disk_error = ""
         self.disk_errors = 0
         self._id = sandbox_id
@@ -142,7 +142,7 @@ class MachineRuntime:
         self._tasks.create_task(self._watch_memory(agent))
         return agent
 
-    def _take_over(self) -> base.Machine | None:
+    def _take_over(self) -> protocols.Machine | None:
         """The machine that was started before the event loop was."""
         machine = self.machine
         if machine.started is None or machine.monitor is None:
@@ -290,7 +290,7 @@ class MachineRuntime:
 
     # ---- watching ----
 
-    async def _watch_machine(self, vm: base.Machine) -> None:
+    async def _watch_machine(self, vm: protocols.Machine) -> None:
         ended = self._exit = await vm.wait()
         cgroup = self.machine.cgroup
         if ended.status < 0 and cgroup is not None and cgroup.oom_kills():

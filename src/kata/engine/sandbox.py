@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kata.engine.sockets import SocketForwardingState
     from kata.engine.stdio import Stdio
     from kata.engine.volumes import Share
-    from kata.hypervisor import base
+    from kata.hypervisor import protocols
     from kata.journal import Journal
     from kata.proto.codec import Message
     from kata.settings import SandboxSettings
@@ -356,7 +356,7 @@ class Sandbox:
         return self.runtime.machine.share
 
     @property
-    def vm(self) -> base.Machine | None:
+    def vm(self) -> protocols.Machine | None:
         """The hypervisor, once it has been taken over."""
         return self.runtime.vm
 

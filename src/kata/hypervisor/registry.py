@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kata.hypervisor.base import Monitor
+    from kata.hypervisor.protocols import Monitor
 
 
 def _qemu() -> Monitor:

@@ -34,7 +34,7 @@ KERNEL_MIB = {"small": 21, "distro": 50}
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
 BESIDE_MIB = 9
 """What the guest uses beside its containers, and what no limit of theirs counts: the agent, buffers of the devices,
-and the free pages that the kernel keeps in reserve. (What its devices take comes on top: `hypervisor.base.Started`.)
+and the free pages that the kernel keeps in reserve. (What its devices take is on top: `hypervisor.protocols.Started`.)
 About 2 MiB less than that, so that it is the guest that is out of memory just before the container is at its limit:
 Linux ends a process at once then, while a group at its limit goes on giving up and reading back its program's pages,
 for minutes under emulation."""
@@ -65,7 +65,7 @@ OF_SANDBOX = "the sandbox's annotations"
 
 HOST_GROWING_PART = 1 / 32
 """What running a machine takes on the host for each byte of the guest's memory: page tables, the emulator's table of
-pages. (The fixed part is the hypervisor's to say: `kata.hypervisor.base.Monitor.host_overhead_mib`.)"""
+pages. (The fixed part is the hypervisor's to say: `kata.hypervisor.protocols.Monitor.host_overhead_mib`.)"""
 HOST_CPUS = 1.0
 """Processors for engine, devices and network helper besides the virtual ones."""
 
@@ -320,7 +320,7 @@ def host_memory(memory_mib: int, overhead_mib: int) -> int:
 
     Args:
         memory_mib: The machine's memory.
-        overhead_mib: What running it takes besides (`kata.hypervisor.base.Monitor.host_overhead_mib`).
+        overhead_mib: What running it takes besides (`kata.hypervisor.protocols.Monitor.host_overhead_mib`).
     """
     return (memory_mib + overhead_mib + int(memory_mib * HOST_GROWING_PART)) * MIB
 

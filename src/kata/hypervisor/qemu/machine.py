@@ -1,4 +1,4 @@
-"""A running QEMU, as the engine sees it (`kata.hypervisor.base.Machine`)."""
+"""A running QEMU, as the engine sees it (`kata.hypervisor.protocols.Machine`)."""
 
 from __future__ import annotations
 

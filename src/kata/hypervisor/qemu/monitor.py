@@ -1,4 +1,4 @@
-"""QEMU as a monitor (`kata.hypervisor.base.Monitor`). Usable before asyncio is imported."""
+"""QEMU as a monitor (`kata.hypervisor.protocols.Monitor`). Usable before asyncio is imported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class QemuMonitor:
     accelerators: tuple[str, ...] = ("kvm", "tcg")
 
     def capabilities(self, accel: str, options: Mapping[str, Any], *, bounces: bool = True) -> Capabilities:
-        """See `kata.hypervisor.base.Monitor.capabilities`."""
+        """See `kata.hypervisor.protocols.Monitor.capabilities`."""
         # virtiofsd writes into the guest's memory by itself, of which an emulated processor is not told
         # (`kata.hypervisor.qemu.command.bounces`).
         serves = accel != "tcg" or bounces
@@ -51,17 +51,17 @@ class QemuMonitor:
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
-        """See `kata.hypervisor.base.Monitor.options`."""
+        """See `kata.hypervisor.protocols.Monitor.options`."""
         from kata.hypervisor.qemu import options
 
         return options.read(configuration, origin)
 
     def host_overhead_mib(self, accel: str) -> int:
-        """See `kata.hypervisor.base.Monitor.host_overhead_mib`."""
+        """See `kata.hypervisor.protocols.Monitor.host_overhead_mib`."""
         return HOST_OVERHEAD_MIB[accel]
 
     def start(self, shape: MachineShape, attachments: Attachments, journal: Journal) -> QemuProcess:
-        """See `kata.hypervisor.base.Monitor.start`."""
+        """See `kata.hypervisor.protocols.Monitor.start`."""
         from kata.hypervisor.qemu import process, root
 
         try:
@@ -82,13 +82,13 @@ class QemuMonitor:
             attachments.close()
 
     def adopt(self, started: QemuProcess, journal: Journal, console_path: str = "") -> Qemu:
-        """See `kata.hypervisor.base.Monitor.adopt`."""
+        """See `kata.hypervisor.protocols.Monitor.adopt`."""
         from kata.hypervisor.qemu.machine import Qemu
 
         return Qemu(started, journal, console_path)
 
     def version(self) -> str:
-        """See `kata.hypervisor.base.Monitor.version`."""
+        """See `kata.hypervisor.protocols.Monitor.version`."""
         from kata import children
         from kata.hypervisor.qemu import process
 
@@ -102,7 +102,7 @@ class QemuMonitor:
         return first[0] if first else "unknown"
 
     def checks(self) -> list[Check]:
-        """See `kata.hypervisor.base.Monitor.checks`."""
+        """See `kata.hypervisor.protocols.Monitor.checks`."""
         from kata import children
         from kata.hypervisor.base import Check
         from kata.hypervisor.qemu import process

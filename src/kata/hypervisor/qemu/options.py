@@ -18,7 +18,7 @@ _TEXTS = (("machine_options", "machine_accelerators"), ("cpu_features", "cpu_fea
 
 
 def read(configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
-    """QEMU's options. See `kata.hypervisor.base.Monitor.options` for arguments, result and errors."""
+    """QEMU's options. See `kata.hypervisor.protocols.Monitor.options` for arguments, result and errors."""
     found: dict[str, Any] = {}
     for option, key in _FILES:
         path = configuration.get(key, "")

@@ -37,7 +37,7 @@ SHARE_CAPABILITIES = (
 
 
 class QemuProcess:
-    """A QEMU that was started, and our ends of its channels (`kata.hypervisor.base.Started`).
+    """A QEMU that was started, and our ends of its channels (`kata.hypervisor.protocols.Started`).
 
     The descriptors are this object's until somebody takes them (`take`); `close` closes the rest.
     """
@@ -106,7 +106,7 @@ class QemuProcess:
         return self.fds.pop(name, -1)
 
     def take_console(self) -> sysio.Fd | None:
-        """Our end of the console; see `kata.hypervisor.base.Started.take_console`."""
+        """Our end of the console; see `kata.hypervisor.protocols.Started.take_console`."""
         fd = self.take("console")
         return sysio.Fd(fd) if fd >= 0 else None
 
