@@ -16,7 +16,7 @@ pub fn read(path: &str) -> Result<CgroupStats> {
     let hugetlb_stats = huge_pages(path, &read)?;
     Ok(CgroupStats {
         cpu_stats: read("cpu.stat").map(|text| Box::new(cpu(&text))),
-        memory_stats: memory(&read, total_memory()).map(Box::new),
+        memory_stats: memory(&read, fs::meminfo("MemTotal").unwrap_or(u64::MAX)).map(Box::new),
         pids_stats: pids(&read).map(Box::new),
         blkio_stats: read("io.stat").map(|text| Box::new(block_io(&text))),
         hugetlb_stats,
@@ -64,14 +64,6 @@ fn cpu(text: &str) -> CpuStats {
             throttled_time: nanoseconds("throttled_usec"),
         })),
     }
-}
-
-/// `MemTotal` in bytes.
-fn total_memory() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
 }
 
 /// The limit of a group without one is the machine's memory: clients print this number beside the usage.

@@ -103,7 +103,7 @@ impl Connections {
     /// A connection has ended: its calls are over. Returns the processes whose streams had a streaming call on it. A
     /// port stays for the next client that opens it.
     pub fn end(&mut self, id: u32) -> Vec<Key> {
-        self.calls.forget_connection(id);
+        self.calls.drop_connection(id);
         let process = |attachment: &Attachment| match attachment.to {
             Target::Streams(to) => Some(to.process),
             Target::Datagrams(_) => None,

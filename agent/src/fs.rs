@@ -30,6 +30,13 @@ pub fn read_to_string(path: impl AsRef<[u8]>) -> SysResult<String> {
     Ok(String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
 }
 
+/// A value of /proc/meminfo (`MemTotal`, `SwapFree`, ...) in bytes.
+pub fn meminfo(key: &str) -> Option<u64> {
+    let text = read_to_string("/proc/meminfo").ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    value.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// Writes an existing file in one call without creating it: right for /proc, /sys and cgroup files.
 pub fn write_existing(path: impl AsRef<[u8]>, data: &str) -> SysResult<()> {
     let fd = sys::open(path, libc::O_WRONLY, 0)?;
@@ -152,6 +159,13 @@ pub fn rename(from: &str, to: &str) -> SysResult<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_in_bytes() {
+        let (total, free) = (meminfo("MemTotal").unwrap(), meminfo("MemFree").unwrap());
+        assert!(free > 0 && free < total && total % 1024 == 0);
+        assert_eq!(meminfo("Mem"), None, "a whole name only");
+    }
 
     #[test]
     fn a_tree_is_made_read_and_removed() {

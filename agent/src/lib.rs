@@ -32,6 +32,7 @@ pub mod errors;
 pub mod files;
 pub mod fs;
 pub mod guest;
+mod huge_pages;
 mod internet;
 mod iptables;
 pub mod jobs;

@@ -148,7 +148,7 @@ impl Processes {
         loop {
             match self.serve_next(io, key, which) {
                 Turn::Next => {}
-                Turn::Over => self.forget_if_finished(io, containers, key),
+                Turn::Over => self.reap_if_finished(io, containers, key),
                 Turn::Wait => return,
             }
         }
@@ -464,11 +464,11 @@ impl Processes {
         }
         answer_writes(io, writes);
         self.serve_outputs(io, containers, key);
-        self.forget_if_finished(io, containers, key);
+        self.reap_if_finished(io, containers, key);
     }
 
     /// Keeps only the exit code of a process (not of a container's first one) that has nothing else to give.
-    fn forget_if_finished(&mut self, io: &mut Connections, containers: &mut Containers, key: Key) {
+    fn reap_if_finished(&mut self, io: &mut Connections, containers: &mut Containers, key: Key) {
         let Some(process) = self.records.get(&key) else { return };
         let (Some(code), true) = (process.exit, process.is_drained()) else { return };
         if containers.is_init(&process.container, key) {

@@ -5,6 +5,7 @@
 
 use crate::devices::{find_block, find_block_by_scsi};
 use crate::fs;
+use crate::huge_pages;
 use crate::log;
 use crate::mountopts::{parse_options, MountOptions, MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT};
 use crate::ownership;
@@ -37,11 +38,8 @@ const OVERLAY_RW: &str = "io.katacontainers.fs-opt.overlay-rw";
 /// Ephemeral storages below it belong to the sandbox: the first container that names one mounts it, later ones find it,
 /// and it stays when they end (a volume in memory outlives restarts of a pod's containers).
 const OF_SANDBOX: &str = "/run/kata-containers/sandbox/";
-/// Memory that huge pages must leave free: small pages are needed as well.
-const HEADROOM: u64 = 32 << 20;
 /// Where the host's share is mounted.
 const SHARES: &str = "/run/kata-containers/shared/containers";
-const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
 
 /// Mounts one storage; where. On failure nothing stays mounted.
 pub fn mount_storage(storage: &Storage) -> Result<String> {
@@ -247,7 +245,7 @@ fn ephemeral(storage: &Storage) -> Result<()> {
         }
     }
     let pool = match storage.fstype.as_str() {
-        "hugetlbfs" => Some(reserve_huge_pages(HUGE_PAGES, &options)?),
+        "hugetlbfs" => Some(huge_pages::reserve(huge_pages::POOLS, &options)?),
         _ => None,
     };
     let source = if storage.source.is_empty() { storage.fstype.as_str() } else { storage.source.as_str() };
@@ -396,66 +394,6 @@ fn overlay(storage: &Storage) -> Result<()> {
     }
     let source = if storage.source.is_empty() { "overlay" } else { storage.source.as_str() };
     mount_and_own(storage, source, "overlay", &parsed)
-}
-
-/// Adds `size` bytes of pages of `pagesize` to the kernel's pool; the pool's file, and what it held before.
-fn reserve_huge_pages(pools: &str, options: &[&String]) -> Result<(String, u64)> {
-    let find = |name: &str| options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
-    let (Some(page), Some(size)) = (find("pagesize"), find("size")) else {
-        return Err(Error::invalid("hugetlbfs needs the options pagesize= and size="));
-    };
-    let (page_bytes, bytes) = (parse_size(page)?, parse_size(size)?);
-    if page_bytes < 1024 || bytes % page_bytes != 0 {
-        return Err(Error::invalid(format!("hugetlbfs: size={size} is not a multiple of pagesize={page}")));
-    }
-    let file = format!("{pools}/hugepages-{}kB/nr_hugepages", page_bytes / 1024);
-    let count = || -> Result<u64> {
-        let text = fs::read_to_string(&file)
-            .map_err(|e| Error::unimplemented(format!("the guest kernel has no huge pages of {page}: {file}: {e}")))?;
-        text.trim().parse().map_err(|_| Error::internal(format!("{file} holds {text:?}")))
-    };
-    let before = count()?;
-    let wanted = before + bytes / page_bytes;
-    let exhausted = |room: u64| {
-        Error::exhausted(format!(
-            "{} huge pages of {page} are wanted, the guest has room for {room}",
-            bytes / page_bytes
-        ))
-    };
-    // The kernel would try, and then kill some process for lack of memory.
-    let room = available_memory()?.saturating_sub(HEADROOM);
-    if bytes > room {
-        return Err(exhausted(room / page_bytes));
-    }
-    fs::write_existing(&file, &wanted.to_string()).with_context(|| format!("write {wanted} to {file}"))?;
-    let got = count()?;
-    if got < wanted {
-        let _ = fs::write_existing(&file, &before.to_string());
-        return Err(exhausted(got.saturating_sub(before)));
-    }
-    Ok((file, before))
-}
-
-/// Bytes of memory available without swapping.
-fn available_memory() -> Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kilobytes = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kilobytes.map(|number| number * 1024).ok_or_else(|| Error::internal("/proc/meminfo does not say what is available"))
-}
-
-/// `2M`, `1Gi`, `2097152`.
-fn parse_size(text: &str) -> Result<u64> {
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let factor = match text[digits.len()..].trim_end_matches('B').trim_end_matches(['i', 'b']) {
-        "" => 1,
-        "K" | "k" => 1 << 10,
-        "M" | "m" => 1 << 20,
-        "G" | "g" => 1 << 30,
-        _ => 0,
-    };
-    let size = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)).filter(|size| *size > 0);
-    size.ok_or_else(|| Error::invalid(format!("{text:?} is not a size")))
 }
 
 #[cfg(test)]

@@ -39,31 +39,6 @@ fn what_cannot_be_done_is_named() {
 }
 
 #[test]
-fn sizes() {
-    let known =
-        [("2M", 2 << 20), ("2Mi", 2 << 20), ("1GB", 1 << 30), ("2048KiB", 2 << 20), ("64kb", 64 << 10), ("77", 77)];
-    for (text, size) in known {
-        assert_eq!(parse_size(text), Ok(size), "{text}");
-    }
-    assert!(["", "M", "0", "2T", "-1M", "99999999999G"].iter().all(|text| parse_size(text).is_err()));
-}
-
-#[test]
-fn huge_pages_are_added_to_the_pool() {
-    let pools = TempDir::new("huge");
-    let file = pools.file("hugepages-2048kB/nr_hugepages", "3\n");
-    let options = ["pagesize=2M".to_string(), "size=8M".to_string()];
-    let options: Vec<&String> = options.iter().collect();
-    reserve_huge_pages(&pools.0, &options).unwrap();
-    assert_eq!(fs::read_to_string(&file).unwrap(), "7\n");
-    assert!(reserve_huge_pages(&pools.0, &options[..1]).is_err());
-    let odd = ["pagesize=2M".to_string(), "size=3M".to_string()];
-    assert!(reserve_huge_pages(&pools.0, &odd.iter().collect::<Vec<_>>()).unwrap_err().message.contains("multiple"));
-    let large = ["pagesize=1G".to_string(), "size=1G".to_string()];
-    assert!(reserve_huge_pages(&pools.0, &large.iter().collect::<Vec<_>>()).unwrap_err().message.contains("1G"));
-}
-
-#[test]
 fn an_ephemeral_storage_is_a_tmpfs_that_can_grow() {
     let dir = TempDir::new("ephemeral");
     in_namespaces(libc::CLONE_NEWNS, || {

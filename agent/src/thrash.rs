@@ -61,14 +61,6 @@ fn swap_room(free: u64, read: &dyn Fn(&str) -> Option<String>) -> u64 {
     limit.saturating_sub(number("memory.swap.current").unwrap_or(0)).min(free)
 }
 
-/// Bytes of swap in the guest that are not in use.
-fn free_swap() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("SwapFree:"));
-    let kilobytes = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kilobytes.unwrap_or(0).saturating_mul(1024)
-}
-
 /// Looks at a group at `at_ns`; nothing if it is not at its limit, or has something to reclaim. `read` gives a file of
 /// the group, `free_swap` what is free of the guest's.
 fn look(at_ns: u64, read: &dyn Fn(&str) -> Option<String>, free_swap: &dyn Fn() -> u64) -> Option<Squeeze> {
@@ -113,7 +105,7 @@ fn kill(cgroup: &Cgroup) -> Result<bool> {
 /// `squeeze` is what was seen of it before, and becomes what is seen now.
 pub fn check(id: &str, cgroup: &Cgroup, squeeze: &mut Option<Squeeze>, now_ns: u64) -> bool {
     let read = |file: &str| fs::read_to_string(format!("{}/{file}", cgroup.path())).ok();
-    let (seen, is_stuck) = step(*squeeze, look(now_ns, &read, &free_swap));
+    let (seen, is_stuck) = step(*squeeze, look(now_ns, &read, &|| fs::meminfo("SwapFree").unwrap_or(0)));
     *squeeze = seen;
     is_stuck
         && kill(cgroup).unwrap_or_else(|e| {

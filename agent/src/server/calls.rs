@@ -62,7 +62,7 @@ impl Calls {
     }
 
     /// Drops all calls of a connection that has ended.
-    pub fn forget_connection(&mut self, conn: u32) {
+    pub fn drop_connection(&mut self, conn: u32) {
         self.waiting.retain(|_, w| w.conn != conn);
     }
 
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(calls.expired(50), [a]);
         assert_eq!(calls.take(a).map(|r| r.conn), Some(1));
         assert!(calls.take(a).is_none() && calls.is_waiting(b));
-        calls.forget_connection(2);
+        calls.drop_connection(2);
         assert!(!calls.is_waiting(b));
         for stream in 0..MAX_WAITING as u32 {
             calls.add(Reply { conn: 3, stream, deadline: u64::MAX }).unwrap();
