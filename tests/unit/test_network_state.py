@@ -15,10 +15,10 @@ import pytest
 from kata import sysio
 from kata.engine.guestnet import GuestNetwork
 from kata.errors import AgentError
-from kata.network import routing, rtnetlink, sysctls
+from kata.network import netns, routing, rtnetlink, sysctls
 from kata.network.netns import NetnsPlan, link_local
 from kata.network.rtnetlink import attribute
-from kata.proto import agentext_pb
+from kata.proto import agent_pb, agentext_pb, types_pb
 from kata.ttrpc import frame
 
 LO = {1: "lo", 7: "eth0"}
@@ -152,6 +152,39 @@ def test_more_routes_than_a_request_holds_are_left_out_by_name(ways: int, expect
         routes=bodies, remove_routes=bodies, rules=bodies, remove_rules=bodies
     )
     assert len(request.encode()) < frame.MAX_DATA - (1 << 16)
+
+
+def test_more_neighbours_than_a_request_holds_are_left_out() -> None:
+    class Kernel(_Kernel):
+        def addresses(self) -> list[Any]:
+            return []
+
+        def links(self) -> list[rtnetlink.Link]:
+            return [link]
+
+        def neighbors(self) -> list[rtnetlink.Neighbor]:
+            return [neighbor] * 9000
+
+    class Connected(netns.Endpoint):
+        def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
+            raise AssertionError
+
+    link = rtnetlink.Link(7, rtnetlink.UP)
+    link.name, link.mac = "eth0", "02:00:00:00:00:07"
+    neighbor = rtnetlink.Neighbor(7)
+    neighbor.ip, neighbor.mac = "fd00:1111:2222:3333:4444:5555:6666:7777", "02:00:00:00:00:01"
+    plan = netns.NetnsPlan("", "/n")
+    plan.endpoints = [Connected(0, link.mac)]
+    plan.endpoints[0].source = link
+    kernel: Any = Kernel()
+    plan.describe(kernel)
+    assert plan.left_out == [
+        "808 of 9000 permanent neighbours are not in the guest: at most 8192 are carried"
+    ]
+    listed = [types_pb.ARPNeighbor.from_dict(one) for one in plan.neighbors]
+    request = agent_pb.AddARPNeighborsRequest(neighbors=agent_pb.ARPNeighbors(ARPNeighbors=listed))
+    assert len(listed) == 8192
+    assert len(request.encode()) < frame.MAX_DATA
 
 
 def test_the_kernels_own_rules_are_known() -> None:

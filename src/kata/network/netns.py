@@ -390,6 +390,12 @@ class NetnsPlan(NetworkPlan):
             for one in neighbors
             if one.index in names
         ]
+        if len(self.neighbors) > routing.MOST:
+            self.left_out.append(
+                f"{len(self.neighbors) - routing.MOST} of {len(self.neighbors)} permanent neighbours are not"
+                f" in the guest: at most {routing.MOST} are carried"
+            )
+            del self.neighbors[routing.MOST :]
 
     def stop(self) -> None:
         """Let the interfaces go. What they are part of may be gone already."""
