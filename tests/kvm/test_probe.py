@@ -29,7 +29,7 @@ def boots(base: Path, guest_assets: Path, patience_s: float) -> bool:
     initrd = minivm.build_initrd(base / "initrd", Path(guest.initrd))
     vm = minivm.settings(journal, kernel=guest.kernel, initrd=str(initrd), accel="kvm")
     process = qemu_process.spawn(vm, journal)
-    port = process.take("agent")
+    port = process.detach_fd("agent")
     try:
         poller = select.poll()
         poller.register(port, select.POLLIN)

@@ -124,7 +124,7 @@ class Guests:
             shell.close()
             assert journal_undo.undo(journal, 30) == []
             assert process.child.wait(30) is not None
-            console = os.read(process.take("console"), 65536).decode(errors="replace")
+            console = os.read(process.detach_fd("console"), 65536).decode(errors="replace")
             print(f"console of {name}:\n{console}")  # pytest shows it when the test fails
             process.close()
 

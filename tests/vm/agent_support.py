@@ -200,10 +200,10 @@ class Guest(Peer):
             **more,
         )
         self.qemu = qemu_process.spawn(self.settings, self._journal)
-        self._console_fd = self.qemu.take("console")
+        self._console_fd = self.qemu.detach_fd("console")
         os.set_blocking(self._console_fd, False)
         self.console = bytearray()
-        super().__init__(Client(_socket.socket(fileno=self.qemu.take("agent"))))
+        super().__init__(Client(_socket.socket(fileno=self.qemu.detach_fd("agent"))))
 
     def read_console(self) -> str:
         """Everything that kernel and agent have said so far."""

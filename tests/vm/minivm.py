@@ -124,4 +124,4 @@ def settings(journal: Journal, **changes: object) -> VMSettings:
 def start(vm: VMSettings, journal: Journal) -> tuple[qemu_process.QemuProcess, Shell]:
     """Start a machine and its shell; `Shell.wait` waits for the guest."""
     process = qemu_process.spawn(vm, journal)
-    return process, Shell(process.take("agent"), process.pidfd)
+    return process, Shell(process.detach_fd("agent"), process.pidfd)

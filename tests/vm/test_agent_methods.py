@@ -110,7 +110,7 @@ class Machine(Guest):
             binary=str(qemu),
             share_dir=str(self.share),
         )
-        self._qmp = socket.socket(fileno=self.qemu.take("qmp"))
+        self._qmp = socket.socket(fileno=self.qemu.detach_fd("qmp"))
         self._qmp.settimeout(PATIENCE)
         self._lines = self._qmp.makefile("rb")
 

@@ -368,7 +368,7 @@ class Boot:
             self._settings,
             self.capabilities,
             nics=len(self._nics),
-            hotplug_nics=network.late_nics if network is not None else 0,
+            hotplug_nics=network.hotplug_nics if network is not None else 0,
             share=share,
         )
         self._attachments = Attachments(

@@ -10,24 +10,24 @@ from kata.hypervisor import kvmprobe
 VARIABLE = "KATA_ACCEL"
 
 
-class Choice:
+class Accelerator:
     """The accelerator, and why.
 
     Args:
         accel: ``"kvm"`` or ``"tcg"`` (software emulation).
         reason: One sentence, for the log and the one line that human commands print under emulation.
-        verdict: What the KVM probe said; None when it was not asked.
+        probed: What the KVM probe said; None when it was not asked.
     """
 
-    __slots__ = ("accel", "reason", "verdict")
+    __slots__ = ("accel", "probed", "reason")
 
-    def __init__(self, accel: str, reason: str, verdict: kvmprobe.Verdict | None) -> None:
+    def __init__(self, accel: str, reason: str, probed: kvmprobe.ProbeResult | None) -> None:
         self.accel = accel
         self.reason = reason
-        self.verdict = verdict
+        self.probed = probed
 
 
-def choose(preference: str = "") -> Choice:
+def choose(preference: str = "") -> Accelerator:
     """Choose KVM where it really runs a 64-bit guest, otherwise software emulation.
 
     Args:
@@ -41,10 +41,10 @@ def choose(preference: str = "") -> Choice:
     if wanted not in ("kvm", "tcg", "auto"):
         raise UsageError(f"there is no accelerator {wanted!r}", "Use kvm, tcg or auto.")
     if wanted == "tcg":
-        return Choice("tcg", "software emulation was asked for", None)
-    verdict = kvmprobe.probe()
-    if verdict.works:
-        return Choice("kvm", verdict.reason, verdict)
+        return Accelerator("tcg", "software emulation was asked for", None)
+    probed = kvmprobe.probe()
+    if probed.works:
+        return Accelerator("kvm", probed.reason, probed)
     if wanted == "kvm":
-        raise HostError(f"KVM was asked for and cannot be used: {verdict.reason}", verdict.hint)
-    return Choice("tcg", f"using software emulation, which is slower: {verdict.reason}", verdict)
+        raise HostError(f"KVM was asked for and cannot be used: {probed.reason}", probed.hint)
+    return Accelerator("tcg", f"using software emulation, which is slower: {probed.reason}", probed)

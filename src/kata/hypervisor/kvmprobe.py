@@ -62,7 +62,7 @@ _SEED = 0x123456789ABCDEF0
 _EXPECTED = (_SEED * 3) & 0xFFFFFFFFFFFFFFFF
 
 
-class Verdict:
+class ProbeResult:
     """What was found.
 
     Args:
@@ -84,10 +84,10 @@ class Verdict:
         return self.state == WORKS
 
     def __repr__(self) -> str:
-        return f"<Verdict {self.state}: {self.reason}>"
+        return f"<ProbeResult {self.state}: {self.reason}>"
 
 
-def probe(use_cache: bool = True) -> Verdict:
+def probe(use_cache: bool = True) -> ProbeResult:
     """The verdict on this host's KVM.
 
     Args:
@@ -96,22 +96,22 @@ def probe(use_cache: bool = True) -> Verdict:
     try:
         status = os.stat(DEVICE)
     except OSError:
-        return Verdict(
+        return ProbeResult(
             ABSENT,
             f"there is no {DEVICE}: no hardware virtualisation here, or its module is not loaded",
             "modprobe kvm_intel (or kvm_amd); in a cloud or a VM, enable nested virtualisation",
         )
     if not os.access(DEVICE, os.R_OK | os.W_OK):
-        return Verdict(
+        return ProbeResult(
             NO_PERMISSION, f"{DEVICE} may not be opened by this user", "Run as root, or join the group kvm."
         )
     if os.uname().machine != "x86_64":
-        return Verdict(OPENS_ONLY, f"only x86-64 hosts are supported, this is {os.uname().machine}")
+        return ProbeResult(OPENS_ONLY, f"only x86-64 hosts are supported, this is {os.uname().machine}")
     key = f"1 {sysio.boot_id()} {os.uname().release} {status.st_rdev} {status.st_ino}"
     path = os.path.join(paths.run_dir(), "kvm-probe")
     cached = host_cache.read(path, key) if use_cache else []
     if len(cached) == 3 and cached[0] in (WORKS, OPENS_ONLY):
-        return Verdict(*cached)
+        return ProbeResult(*cached)
     verdict = _run_probe(DEADLINE_S)
     host_cache.write(path, key, verdict.state, verdict.reason, verdict.hint)
     return verdict
@@ -122,7 +122,7 @@ _NESTED_HINT = (
 )
 
 
-def _run_probe(deadline_s: float) -> Verdict:
+def _run_probe(deadline_s: float) -> ProbeResult:
     sysio.preload()
     read_end, write_end = os.pipe()
     parent = os.getpid()
@@ -148,7 +148,7 @@ def _run_probe(deadline_s: float) -> Verdict:
             # A processor that is stuck in the kernel may not even be killable: it is left behind, then.
             if sysio.pidfd_wait(pidfd, 1.0):
                 os.waitpid(pid, 0)
-            return Verdict(
+            return ProbeResult(
                 OPENS_ONLY,
                 f"{DEVICE} opens, but a 64-bit guest hangs (stopped after {deadline_s:g} s)",
                 _NESTED_HINT,
@@ -159,17 +159,17 @@ def _run_probe(deadline_s: float) -> Verdict:
         os.close(pidfd)
         os.close(read_end)
     if word == "ok":
-        return Verdict(WORKS, "KVM runs a 64-bit guest")
+        return ProbeResult(WORKS, "KVM runs a 64-bit guest")
     if word == _EMULATED:
         pvm = " (the module kvm_pvm)" if os.path.exists("/sys/module/kvm_pvm") else ""
-        return Verdict(
+        return ProbeResult(
             OPENS_ONLY,
             f"{DEVICE} opens, but cannot run a 64-bit guest: this KVM{pvm} emulates its kernel one "
             "instruction at a time",
             _NESTED_HINT,
         )
     reason = word.removeprefix("failed ") or f"the probe ended with status {status}"
-    return Verdict(OPENS_ONLY, f"{DEVICE} opens, but cannot run a 64-bit guest: {reason}", _NESTED_HINT)
+    return ProbeResult(OPENS_ONLY, f"{DEVICE} opens, but cannot run a 64-bit guest: {reason}", _NESTED_HINT)
 
 
 def _program() -> bytes:

@@ -177,7 +177,7 @@ class NetnsPlan(NetworkPlan):
             raise
         if not found and hotplug:
             # Whoever wires it now may have several networks for it.
-            self.late_nics = most - 1
+            self.hotplug_nics = most - 1
         return [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
 
     def close_taps(self) -> None:
@@ -267,13 +267,13 @@ class NetnsPlan(NetworkPlan):
                     if not is_ethernet(link)
                 ]
                 found = [link for link in found if is_ethernet(link)]
-            if len(found) > len(free) + self.late_nics:
-                late = found[len(free) + self.late_nics :]
+            if len(found) > len(free) + self.hotplug_nics:
+                late = found[len(free) + self.hotplug_nics :]
                 error = self._no_plug(", ".join(link.name for link in late))
                 if not is_running:
                     raise error
                 refused.append(f"{error.message}; it is there from the container's next start on")
-                found = found[: len(free) + self.late_nics]
+                found = found[: len(free) + self.hotplug_nics]
             for source in found[len(free) :]:
                 free.append(self._late(source.mac))
             for endpoint, source in zip(free, found, strict=False):
@@ -288,7 +288,7 @@ class NetnsPlan(NetworkPlan):
     def _no_plug(self, names: str) -> UnsupportedError:
         return UnsupportedError(
             f"there is no plug for the network interface {names}: this machine has"
-            f" {len(self.endpoints) + self.late_nics}",
+            f" {len(self.endpoints) + self.hotplug_nics}",
             f"At most {self._most_nics} networks. A machine that starts with one cannot be given more.",
         )
 
@@ -346,7 +346,7 @@ class NetnsPlan(NetworkPlan):
     def _late(self, mac: str) -> _Redirected:
         """One more endpoint, for a port of the machine's."""
         endpoint = _Redirected(len(self.endpoints), mac)
-        self.late_nics -= 1
+        self.hotplug_nics -= 1
         self.endpoints.append(endpoint)
         self._pending_hotplugs.append(endpoint)
         return endpoint

@@ -143,7 +143,7 @@ class NetworkPlan:
         """types.Interface values for UpdateInterface, as dicts; empty when the guest gets no network."""
         self.addresses: list[str] = []
         """The guest's addresses of the machine's interfaces, as `place` was told."""
-        self.late_nics = 0
+        self.hotplug_nics = 0
         """After `setup_nics`: how many interfaces may come while the machine runs, beside those."""
         self.journal: Journal | None = None
         """The sandbox's; set before `setup_nics`."""

@@ -209,9 +209,9 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     for index, nic in enumerate(settings.nics()):
         argv += _nic(index, nic, fds)
     first = len(settings.nics())
-    for index in range(first, first + settings.late_nics):
-        port = f"pcie-root-port,id={slots.late_port(index)},addr={slots.NICS[index]:#04x},chassis={index},slot={index}"
-        argv += ["-device", port]
+    for index in range(first, first + settings.hotplug_nics):
+        place = f"addr={slots.NICS[index]:#04x},chassis={index},slot={index}"
+        argv += ["-device", f"pcie-root-port,id={slots.hotplug_port(index)},{place}"]
     argv += [
         *("-object", _entropy(settings)),
         *_device("virtio-rng-pci", slots.RNG, rng="rng"),
@@ -311,7 +311,7 @@ def inherited_fds(settings: VMSettings, fds: Fds) -> list[int]:
 
 
 def nic_socket(run_dir: str) -> str:
-    """The socket on which an empty NIC plug waits for its network (only the owner can reach it)."""
+    """The socket on which an unconnected network interface waits for its network (only the owner can reach it)."""
     return f"{run_dir}/nic.sock"
 
 
@@ -344,8 +344,8 @@ def _memory(settings: VMSettings) -> list[str]:
         argv += ["-object", f"{kind},id=ram,size={settings.memory_mib}M{prealloc}"]
     if more:
         argv += [
-            *("-object", f"{kind},id={slots.PLUG_ID}-ram,size={more}M,reserve=off"),
-            *_device("virtio-mem-pci", slots.PLUG, id=slots.PLUG_ID, memdev=f"{slots.PLUG_ID}-ram"),
+            *("-object", f"{kind},id={slots.MEMORY_ID}-ram,size={more}M,reserve=off"),
+            *_device("virtio-mem-pci", slots.MEMORY, id=slots.MEMORY_ID, memdev=f"{slots.MEMORY_ID}-ram"),
         ]
     return argv
 
@@ -406,13 +406,13 @@ def _disk(index: int, disk: Disk | None) -> list[str]:
     ]
 
 
-def late_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def hotplug_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of ``netdev_add`` and ``device_add`` for a network interface in a port; QEMU knows its tap by name."""
     backend = {"type": "tap", "id": f"net{index}", "fd": fd_name}
     device = {
         "driver": "virtio-net-pci",
         "id": f"nic{index}",
-        "bus": slots.late_port(index),
+        "bus": slots.hotplug_port(index),
         "netdev": f"net{index}",
         "mac": mac,
         "romfile": "",

@@ -57,7 +57,7 @@ class Qemu:
         self._callbacks: list[Callable[[str, dict[str, Any]], None]] = []
         self._disk_callbacks: list[Callable[[DiskError], None]] = []
         self._shutdown_reason = ""
-        self._console_fd = process.take("console")
+        self._console_fd = process.detach_fd("console")
         self._disk_generation = 0
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
@@ -73,7 +73,7 @@ class Qemu:
             self._loop.add_reader(process.stderr_fd, self._read_stderr)
         self._loop.add_reader(process.pidfd, self._on_exit)
         self._finishing: asyncio.Task[None] | None = None
-        self._qmp: asyncio.Task[QmpClient] = self._loop.create_task(self._connect(process.take("qmp")))
+        self._qmp: asyncio.Task[QmpClient] = self._loop.create_task(self._connect(process.detach_fd("qmp")))
         # Who needs the connection learns of its failure; nobody needing it is no reason for a warning.
         self._qmp.add_done_callback(lambda task: task.cancelled() or task.exception())
 
@@ -127,7 +127,7 @@ class Qemu:
         return await self.wait()
 
     def close(self) -> None:
-        """After the end: close descriptors, remove the plug's socket."""
+        """After the end: close descriptors, remove the socket of an unconnected network interface."""
         if not self._qmp.done():
             self._qmp.cancel()
         elif not self._qmp.cancelled() and self._qmp.exception() is None:
@@ -159,7 +159,7 @@ class Qemu:
             return ended.error
         return VMLostError(f"the virtual machine ended while {doing}", "See `kata logs` for its output.")
 
-    # ---- pausing, plugs ----
+    # ---- pausing, memory, devices ----
 
     async def pause(self) -> None:
         """Stop the virtual CPUs."""
@@ -211,10 +211,10 @@ class Qemu:
         async with self._disk_lock:
             index = self._empty_slot(disk.readonly)
             name = self._new_node(index)
-            fdset = await self._show(disk)
+            fdset = await self._add_fd(disk)
             try:
                 node = qemu_command.file_node(name, disk, f"/dev/fdset/{fdset}")
-                await self._exchange(index, node, disk.readonly, disk.path)
+                await self._swap_backing_node(index, node, disk.readonly, disk.path)
             except BaseException:
                 await self.command("remove-fd", {"fdset-id": fdset})
                 raise
@@ -238,7 +238,7 @@ class Qemu:
             disk = self._disks[index] if index >= 0 else None
             if disk is None:
                 raise HypervisorError(f"there is no disk at PCI path {address}")
-            await self._exchange(
+            await self._swap_backing_node(
                 index,
                 qemu_command.placeholder_node(self._new_node(index), disk.readonly),
                 disk.readonly,
@@ -282,7 +282,7 @@ class Qemu:
         if nic.tap_fd is None:
             raise HypervisorError("a network interface of a running machine has to be connected to a tap")
         name = f"tap{index}"
-        backend, device = qemu_command.late_nic(index, nic.mac, name)
+        backend, device = qemu_command.hotplug_nic(index, nic.mac, name)
         await self.command("getfd", {"fdname": name}, fd=nic.tap_fd.raw)
         await self.command("netdev_add", backend)  # the descriptor is the backend's now
         try:
@@ -290,7 +290,7 @@ class Qemu:
         except BaseException:
             await self.command("netdev_del", {"id": backend["id"]})
             raise
-        return slots.late_nic_path(index)
+        return slots.hotplug_nic_path(index)
 
     # ---- what can be learnt ----
 
@@ -335,7 +335,7 @@ class Qemu:
         try:
             await asyncio.to_thread(self._settle)
             if self._nic_free:
-                # An empty plug has its cable out; QEMU has no option for that.
+                # An unconnected interface has its link down; QEMU has no option for that.
                 await client.execute("set_link", {"name": "nic0", "up": False})
         except BaseException:
             client.close()
@@ -478,7 +478,7 @@ class Qemu:
             "Give the container fewer volumes that are disks.",
         )
 
-    async def _exchange(self, index: int, node: dict[str, Any], readonly: bool, what: str) -> None:
+    async def _swap_backing_node(self, index: int, node: dict[str, Any], readonly: bool, what: str) -> None:
         """Put another file under the node that a slot's device holds on to."""
         name = str(node["node-name"])
         try:
@@ -497,7 +497,7 @@ class Qemu:
         if old in self._fdsets:
             await self.command("remove-fd", {"fdset-id": self._fdsets.pop(old)})
 
-    async def _show(self, disk: Disk) -> int:
+    async def _add_fd(self, disk: Disk) -> int:
         """Open an image for QEMU, which cannot reach the host's files by their names any more.
 
         Returns:

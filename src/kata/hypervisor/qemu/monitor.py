@@ -151,10 +151,10 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         prealloc=shape.prealloc,
         reclaim=shape.reclaim,
         disks=attachments.disks,
-        disk_slots=max(len(shape.disks), slots.FEWEST_DISKS),
+        disk_slots=max(len(shape.disks), slots.MIN_DISK_SLOTS),
         nic=attachments.nics[0] if attachments.nics else None,
-        more_nics=attachments.nics[1:],
-        late_nics=shape.hotplug_nics,
+        extra_nics=attachments.nics[1:],
+        hotplug_nics=shape.hotplug_nics,
         # There is a device for a share even where nothing is ever shown through it.
         share_dir=attachments.share_dir,
         share_fd=attachments.share_server,

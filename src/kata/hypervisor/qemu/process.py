@@ -39,7 +39,7 @@ SHARE_CAPABILITIES = (
 class QemuProcess:
     """A QEMU that was started, and our ends of its channels (`kata.hypervisor.protocols.Started`).
 
-    The descriptors are this object's until somebody takes them (`take`); `close` closes the rest.
+    The descriptors are this object's until somebody takes them (`detach_fd`); `close` closes the rest.
     """
 
     __slots__ = (
@@ -82,7 +82,9 @@ class QemuProcess:
         if self._channel is None:
             vsock = self.settings.vsock
             self._channel = (
-                VsockChannel(vsock.cid) if vsock is not None else SerialChannel(lambda: self.take("agent"))
+                VsockChannel(vsock.cid)
+                if vsock is not None
+                else SerialChannel(lambda: self.detach_fd("agent"))
             )
         return self._channel
 
@@ -101,13 +103,13 @@ class QemuProcess:
         """Readable when QEMU has said something (`read_stderr`); -1 after its end was read."""
         return self._stderr.fd
 
-    def take(self, name: str) -> int:
+    def detach_fd(self, name: str) -> int:
         """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``. -1 when there is none."""
         return self.fds.pop(name, -1)
 
     def take_console(self) -> sysio.Fd | None:
         """Our end of the console; see `kata.hypervisor.protocols.Started.take_console`."""
-        fd = self.take("console")
+        fd = self.detach_fd("console")
         return sysio.Fd(fd) if fd >= 0 else None
 
     def status(self, wait_s: float = 0.0) -> int | None:

@@ -34,7 +34,7 @@ BEGIN_S = 10.0
 LET_GO_S = 3.0
 """How long it may take to begin to give some back, and to give more: what it holds in place it never gives."""
 _POLL_S = 0.02
-_PLUG_PATH = f"/machine/peripheral/{slots.PLUG_ID}"
+_MEMORY_PATH = f"/machine/peripheral/{slots.MEMORY_ID}"
 
 
 async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE_S) -> int:
@@ -54,10 +54,10 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
     """
 
     async def request(size: int) -> None:
-        await vm.command("qom-set", {"path": _PLUG_PATH, "property": "requested-size", "value": size})
+        await vm.command("qom-set", {"path": _MEMORY_PATH, "property": "requested-size", "value": size})
 
     async def plugged() -> int:
-        return int(await vm.command("qom-get", {"path": _PLUG_PATH, "property": "size"}))
+        return int(await vm.command("qom-get", {"path": _MEMORY_PATH, "property": "size"}))
 
     wanted = plugged_mib * MIB
     before = await plugged()

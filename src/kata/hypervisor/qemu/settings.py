@@ -38,9 +38,9 @@ class VMSettings:
         share_fd: Instead of that, a socket on which a vhost-user file server (virtiofsd) answers. An emulated machine
             needs a kernel for it that lets the device use bounce pages.
         nic: The network interface; None is no such device.
-        more_nics: Further ones, none of them empty.
-        late_nics: How many more it may be given while it runs. Each has a port from the start, which costs the boot
-            of an emulated machine some 15 ms.
+        extra_nics: Further ones, each connected to something.
+        hotplug_nics: How many more may be plugged in while it runs. Each has a port from the start, which costs the
+            boot of an emulated machine some 15 ms.
         vsock: vhost-vsock device, or None: then the agent uses the virtio-serial port.
         console: ``"serial"`` (ttyS0: from the first message on), ``"virtio"`` (hvc0) or ``"none"``.
         tsc_khz: Frequency of the host's time-stamp counter, told to an emulated guest; 0 is not known.
@@ -67,16 +67,16 @@ class VMSettings:
         "disks",
         "entropy",
         "extra_memory_mib",
+        "extra_nics",
         "firmware",
+        "hotplug_nics",
         "initrd",
         "kernel",
-        "late_nics",
         "machine",
         "machine_options",
         "max_memory_mib",
         "max_vcpus",
         "memory_mib",
-        "more_nics",
         "name",
         "nic",
         "prealloc",
@@ -109,13 +109,13 @@ class VMSettings:
         machine: str = "q35",
         firmware: str = "qboot.rom",
         disks: Sequence[Disk | None] = (),
-        disk_slots: int = slots.FEWEST_DISKS,
+        disk_slots: int = slots.MIN_DISK_SLOTS,
         share_dir: str = "",
         serves_files: bool = True,
         share_fd: Fd | None = None,
         nic: Nic | None = None,
-        more_nics: Sequence[Nic] = (),
-        late_nics: int = 0,
+        extra_nics: Sequence[Nic] = (),
+        hotplug_nics: int = 0,
         vsock: Vsock | None = None,
         console: str = "serial",
         tsc_khz: int = 0,
@@ -136,10 +136,10 @@ class VMSettings:
             raise ValueError(f"no such accelerator: {accel}")
         if console not in ("serial", "virtio", "none"):
             raise ValueError(f"no such console: {console}")
-        if len(more_nics) + late_nics >= len(slots.NICS):
+        if len(extra_nics) + hotplug_nics >= len(slots.NICS):
             raise ValueError(f"a machine has {len(slots.NICS)} network interfaces at most")
-        if not max(len(disks), slots.FEWEST_DISKS) <= disk_slots <= len(slots.DISKS):
-            raise ValueError(f"a machine has {slots.FEWEST_DISKS} to {len(slots.DISKS)} disk slots")
+        if not max(len(disks), slots.MIN_DISK_SLOTS) <= disk_slots <= len(slots.DISKS):
+            raise ValueError(f"a machine has {slots.MIN_DISK_SLOTS} to {len(slots.DISKS)} disk slots")
         self.name = name
         self.run_dir = run_dir
         self.kernel = kernel
@@ -156,8 +156,8 @@ class VMSettings:
         self.serves_files = serves_files and bool(share_dir) and share_fd is None
         self.share_fd = share_fd
         self.nic = nic
-        self.more_nics = list(more_nics)
-        self.late_nics = late_nics
+        self.extra_nics = list(extra_nics)
+        self.hotplug_nics = hotplug_nics
         self.vsock = vsock
         self.console = console
         self.tsc_khz = tsc_khz
@@ -179,7 +179,7 @@ class VMSettings:
 
     def nics(self) -> list[Nic]:
         """All network interfaces."""
-        return [*([self.nic] if self.nic is not None else []), *self.more_nics]
+        return [*([self.nic] if self.nic is not None else []), *self.extra_nics]
 
     def descriptors(self) -> list[Fd]:
         """All descriptors in here; each of them is in one place only."""

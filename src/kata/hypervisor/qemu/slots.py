@@ -1,13 +1,12 @@
 """Where each device of a virtual machine sits.
 
-A machine starts with its slots in place: four to eight disks, at least one network interface, a share and the agent's
-channel. An unused slot holds a placeholder and is filled while the machine runs, without hot-plug (which costs the
-guest hundreds of milliseconds). Only network interfaces beyond those that the machine started with are hot-plugged,
-into PCI Express ports that are there from the start (`late_port`).
+All devices are on the root bus at fixed addresses, so the guest finds them by address and never by the order in which
+its kernel happened to name them. A machine has its slots from the start: disks, a network interface, a share, the
+agent's channel. A slot that is not used holds a placeholder and can be filled while the machine runs, without hot-plug
+(which costs the guest hundreds of milliseconds).
 
-Every device has a fixed address, so the guest finds it by that and never by the order in which its kernel named the
-devices. An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
-bus down, joined by ``/``. It is one number, except for an interface behind a port, which has two.
+An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
+bus down, joined by ``/``; for these devices one number.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ SERIAL = 0x02
 VSOCK = 0x03
 SHARE = 0x04
 DISKS = (0x05, 0x06, 0x07, 0x08, *range(0x0F, 0x13))
-"""Slots of disks; the first `FEWEST_DISKS` are in every machine."""
-FEWEST_DISKS = 4
+"""Slots of disks; the first `MIN_DISK_SLOTS` are in every machine."""
+MIN_DISK_SLOTS = 4
 NIC = 0x09
 NICS = (NIC, 0x0C, 0x0D, 0x0E)
 """Slot 0 is always populated. Slots 1 to 3 hold further interfaces that are present at boot, or ports for interfaces
-that are hot-plugged (`late_port`)."""
+that are hot-plugged (`hotplug_port`)."""
 RNG = 0x0A
 BALLOON = 0x0B
-PLUG = 0x13
+MEMORY = 0x13
 """virtio-mem: memory that is added to a running machine."""
-PLUG_ID = "plug"
+MEMORY_ID = "plug"
 
 PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
-"""Whether an empty disk slot is typed read-only: a disk cannot change that while the machine runs."""
+"""Whether the placeholder in a disk slot is read-only: a disk cannot change that while the machine runs."""
 PLACEHOLDER_BYTES = 64 << 30
 """Size of an empty disk. The image that fills it may be smaller."""
 
@@ -55,11 +54,11 @@ def nic_path(index: int = 0) -> str:
     return pci_path(NICS[index])
 
 
-def late_port(index: int) -> str:
+def hotplug_port(index: int) -> str:
     """QEMU's name of the PCI Express port for a hot-plugged network interface; its bus has one slot, 0."""
     return f"late{index}"
 
 
-def late_nic_path(index: int) -> str:
-    """PCI path of the hot-plugged network interface behind `late_port`."""
+def hotplug_nic_path(index: int) -> str:
+    """PCI path of the hot-plugged network interface behind `hotplug_port`."""
     return f"{nic_path(index)}/00"
