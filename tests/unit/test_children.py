@@ -102,3 +102,23 @@ def test_a_helper_that_cannot_be_executed_leaves_nothing(journal: Journal) -> No
     child.stop()
     assert len(os.listdir("/proc/self/fd")) == before
     assert not [entry for entry in journal.entries if entry.kind == "process" and not entry.gone]
+
+
+def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
+    words = children.StderrTail()
+    for _ in range(20):
+        try:
+            os.write(words.write_fd, b"first\n" + b"x" * 4000 + b"\n")
+        except BlockingIOError:
+            break
+    else:
+        pytest.fail("the pipe took everything")
+    words.read()
+    os.write(words.write_fd, b"\x1b[31mlast words\n")
+    words.started()
+    said = words.text()
+    assert said.startswith("first\n")
+    assert said.endswith("\\x1b[31mlast words")
+    assert len(said) < 3 * children.StderrTail.KEEP
+    assert words.fd == -1
+    words.close()

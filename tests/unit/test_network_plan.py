@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from kata import children
 from kata.errors import HostError, KataError, UsageError
-from kata.network import egress_filter, passt, resolver, user
+from kata.network import passt, resolver, user
 from kata.network.plan import mac_address, plan
 from kata.settings import NetworkSettings
 
@@ -260,44 +259,6 @@ def test_loopback_addresses(address: str) -> None:
 def test_other_addresses(address: str) -> None:
     assert resolver.is_address(address)
     assert not resolver.is_loopback(address)
-
-
-def test_guard_programs_are_whole() -> None:
-    for code in (
-        egress_filter.program4(),
-        egress_filter.program4(b"\x7f\0\0\x35"),
-        egress_filter.program6(),
-        egress_filter.program6(bytes(16)),
-    ):
-        count = len(code) // 8
-        assert len(code) % 8 == 0
-        for index in range(count):
-            opcode, offset = (
-                code[index * 8],
-                int.from_bytes(code[index * 8 + 2 : index * 8 + 4], "little", signed=True),
-            )
-            if opcode in (0x05, 0x16, 0x56):
-                assert 0 <= offset < count - index - 1, "a jump leaves the program"
-
-
-def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
-    words = children.StderrTail()
-    for _ in range(20):
-        try:
-            os.write(words.write_fd, b"first\n" + b"x" * 4000 + b"\n")
-        except BlockingIOError:
-            break
-    else:
-        pytest.fail("the pipe took everything")
-    words.read()
-    os.write(words.write_fd, b"\x1b[31mlast words\n")
-    words.started()
-    said = words.text()
-    assert said.startswith("first\n")
-    assert said.endswith("\\x1b[31mlast words")
-    assert len(said) < 3 * children.StderrTail.KEEP
-    assert words.fd == -1
-    words.close()
 
 
 def test_errors_have_hints() -> None:
