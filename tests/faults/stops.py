@@ -261,14 +261,14 @@ def _install_serving_engine() -> None:
 
     sys.modules["ssl"] = None  # type: ignore[assignment]  # as the engine does before it imports asyncio
     from kata.agent.client import AgentClient
-    from kata.engine import binds, boot, hostroot
+    from kata.engine import binds, guest_setup, hostroot
     from kata.engine.container import Container
     from kata.engine.process_end import EndOfProcesses
     from kata.engine.task_service import TaskService
     from kata.engine.teardown import Teardown
     from kata.hypervisor.qemu.machine import Qemu
 
-    _around(boot, "_healthy", after="create.agent")
+    _around(guest_setup, "_healthy", after="create.agent")
     _around(hostroot.HostRoot, "mount", after="create.root")
     _around(binds.Shared, "add_all", after="create.shared")
     _around(AgentClient, "create_container", "create.guest", "create.guest-made")

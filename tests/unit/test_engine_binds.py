@@ -16,7 +16,7 @@ from kata import journal_undo, sysio
 from kata.cli import session
 from kata.engine.binds import Shared
 from kata.engine.hostns import Namespaces
-from kata.engine.sockets import connected, descriptor
+from kata.engine.sockets import SocketForwardingState, connected, descriptor
 from kata.engine.spec import GUEST_RUN, GUEST_SHARE
 from kata.journal import Journal
 from kata.settings import ClientPolicy, ContainerSettings, DiskVolumeSettings
@@ -32,16 +32,13 @@ def journal(tmp_path: Path) -> Journal:
 
 def shared(journal: Journal, policy: ClientPolicy | None = None) -> Shared:
     policy = policy or start.client_policy("default", "/bundle")
-    sandbox = SimpleNamespace(
-        share=share_of(journal),
-        machine=SimpleNamespace(host=None, disk_addresses=["05", "06", "07", "08", "0f"]),
-        client=policy,
-        socket_forwarding=None,
-        runtime=None,
-        tasks=None,
-        settings=SimpleNamespace(container=None),
+    machine = SimpleNamespace(
+        host=None, share=share_of(journal), disk_addresses=["05", "06", "07", "08", "0f"]
     )
-    return Shared(cast(Any, sandbox), "c1")
+    settings, tasks = SimpleNamespace(container=None, client=policy), None
+    forwarding = SocketForwardingState()
+    given = (settings, SimpleNamespace(machine=machine), tasks, lambda: forwarding, "c1")
+    return Shared(*(cast(Any, one) for one in given))
 
 
 def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
@@ -60,7 +57,7 @@ def test_a_volume_on_a_disk_is_a_directory_of_that_disk(journal: Journal) -> Non
             DiskVolumeSettings(name="volume-0.img", slot=2),
             DiskVolumeSettings(name="volume-1.img", slot=4, copy=False),
         ]
-        settings = cast(Any, one)._sandbox.settings
+        settings = cast(Any, one)._settings
         settings.container = ContainerSettings(directory="/", disk_volumes=volumes)
         mounts = [
             {"type": "bind", "source": "volume-1.img", "destination": "/b", "options": ["rbind", "ro"]},

@@ -8,7 +8,7 @@ import pytest
 import sandbox_support
 
 from kata import journal_undo
-from kata.engine import boot, volumes
+from kata.engine import boot, guest_setup, volumes
 from kata.errors import (
     HostError,
 )
@@ -61,4 +61,4 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
     ],
 )
 def test_9p_keeps_only_what_the_kernel_keeps_right(version: str, cache: str) -> None:
-    assert boot._9p_cache(version) == cache
+    assert guest_setup._9p_cache(version) == cache

@@ -21,7 +21,7 @@ import pytest
 import sandbox_support
 from agent_double import AgentDouble, MachineDouble
 
-from kata.engine import boot, records, sandbox_service, spec, streams, task_service
+from kata.engine import boot, guest_setup, records, sandbox_service, spec, streams, task_service
 from kata.engine.client import EngineClient
 from kata.engine.machine_runtime import MachineRuntime
 from kata.engine.records import read_json
@@ -682,7 +682,7 @@ def test_machine_that_dies_during_a_call_fails_the_call(make: Callable[..., Engi
 def test_silent_agent_at_boot_is_explained(
     make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(boot, "READY_S", 0.3)
+    monkeypatch.setattr(guest_setup, "READY_S", 0.3)
     engine = make(prepare=lambda one: one.double.serving.clear())
     with engine.client() as client, pytest.raises(AgentError) as caught:
         client.create("c1", engine.bundle("sleep"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -48,7 +48,7 @@ class Machine:
         self.fail: set[str] = set()
         self.plugged = self.returned = self.stuck = 0
         self.spare = 1 << 20
-        self.fitting = Fitting(self)  # type: ignore[arg-type]
+        self.fitting = Fitting(*(cast(Any, one) for one in (self.settings, self, self)))
 
     async def ready(self) -> Machine:
         return self

@@ -269,6 +269,13 @@ class _Sandbox:
     async def run_blocking(self, work: Any, *arguments: Any) -> Any:
         return work(*arguments)
 
+    def guest_network(self) -> GuestNetwork:
+        async def names_up(config: dict[str, Any]) -> None:
+            pass
+
+        this: Any = self
+        return GuestNetwork(self.settings, this, this, self.timings, self.containers, names_up)  # type: ignore[arg-type]
+
 
 def told(agent: Any, *changes: dict[str, str]) -> tuple[list[tuple[str, Any]], list[str]]:
     """What an agent is asked for, and what is written to the log, when a namespace is as in *changes*."""
@@ -284,7 +291,7 @@ def told(agent: Any, *changes: dict[str, str]) -> tuple[list[tuple[str, Any]], l
     sandbox: Any = _Sandbox(plan)
 
     async def tell() -> None:
-        network = GuestNetwork(sandbox)
+        network = sandbox.guest_network()
         for parameters in changes:
             plan.sysctls = partial(list, [parameters])  # type: ignore[method-assign]
             await network.configure(agent)
@@ -339,7 +346,7 @@ def test_thousands_of_routes_and_rules_are_compared_in_linear_time(monkeypatch: 
     sandbox: Any = _Sandbox(plan)
 
     async def tell() -> None:
-        network = GuestNetwork(sandbox)
+        network = sandbox.guest_network()
         for first in (0, 1000):
             plan.routing, plan.rules = entries(first), [*routing.DEFAULT_RULES, *entries(first)]
             await network.configure(agent)

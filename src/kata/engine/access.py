@@ -5,18 +5,24 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from typing import Protocol, TypeVar
+    from typing import Any, Protocol, TypeVar
 
     from kata.agent.client import AgentClient
-    from kata.engine.hostns import Namespaces
+    from kata.engine.boot import Machine as BootedMachine
     from kata.engine.logger import Logger
     from kata.engine.volumes import Share
     from kata.errors import KataError
     from kata.hypervisor.protocols import Machine
-    from kata.resources.host_cgroup import HostCgroup
     from kata.settings import SandboxSettings
 
     T = TypeVar("T")
+
+    class HasConfig(Protocol):
+        """A container, to those who ask for its specification only."""
+
+        @property
+        def config(self) -> dict[str, Any]:
+            """Its OCI specification."""
 
     class MachineAccess(Protocol):
         """The virtual machine of a sandbox, which may not be there yet, or no longer (`MachineRuntime`)."""
@@ -26,12 +32,8 @@ if TYPE_CHECKING:
             """The hypervisor, once there is one."""
 
         @property
-        def cgroup(self) -> HostCgroup | None:
-            """The sandbox's cgroups on the host."""
-
-        @property
-        def host(self) -> Namespaces | None:
-            """The host's namespaces, where the engine may have to look at what the host sees."""
+        def machine(self) -> BootedMachine:
+            """What the boot has made: the machine's capabilities, network, share, cgroups."""
 
         @property
         def is_lost(self) -> bool:

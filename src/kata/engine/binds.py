@@ -30,13 +30,14 @@ from kata.settings import RootfsSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from kata.engine import sockets
+    from kata.engine.access import MachineAccess
     from kata.engine.hostns import Namespaces
-    from kata.engine.sandbox import Sandbox
-    from kata.settings import DiskVolumeSettings
+    from kata.engine.tasks import Tasks
+    from kata.settings import DiskVolumeSettings, SandboxSettings
 
 _SANDBOX = f"{spec.GUEST_RUN}/sandbox"
 """Storages below it are made once and last as long as the sandbox; the agent knows this path, too."""
@@ -54,7 +55,10 @@ class Shared:
     """What one container sees of the host. Blocks: for the helper thread.
 
     Args:
-        sandbox: Whose share it is.
+        settings: The sandbox's.
+        runtime: The machine, with its share.
+        tasks: The engine's.
+        forwarding: Gives the state that all forwarded sockets of the sandbox have in common.
         container_id: The container.
 
     Attributes:
@@ -62,10 +66,30 @@ class Shared:
         relay: Carries connections to the sockets among them; None without one.
     """
 
-    __slots__ = ("_container_id", "_names", "_sandbox", "_shallow", "relay", "storages")
+    __slots__ = (
+        "_container_id",
+        "_forwarding",
+        "_names",
+        "_runtime",
+        "_settings",
+        "_shallow",
+        "_tasks",
+        "relay",
+        "storages",
+    )
 
-    def __init__(self, sandbox: Sandbox, container_id: str) -> None:
-        self._sandbox = sandbox
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        runtime: MachineAccess,
+        tasks: Tasks,
+        forwarding: Callable[[], sockets.SocketForwardingState],
+        container_id: str,
+    ) -> None:
+        self._settings = settings
+        self._runtime = runtime
+        self._tasks = tasks
+        self._forwarding = forwarding
         self._container_id = container_id
         self._names: list[str] = []
         self._shallow: dict[str, spec.GuestBind] = {}  # read-only, but maybe not what is mounted below them
@@ -99,7 +123,7 @@ class Shared:
                     os.close(tree)
         directory = rootfs.shared_directory(root)
         if directory:
-            share = self._sandbox.share
+            share = self._runtime.machine.share
             if share is None:
                 raise ConfigError(
                     f"cannot share {directory}: the sandbox was started without a share", _NO_SHARE
@@ -127,21 +151,21 @@ class Shared:
 
     def add_file(self, name: str, content: bytes) -> None:
         """Show the guest a small file, writable, below its share directory."""
-        assert self._sandbox.share is not None
-        self._names.append(self._sandbox.share.add_file(name, content))
+        assert self._runtime.machine.share is not None
+        self._names.append(self._runtime.machine.share.add_file(name, content))
 
     def remove_all(self) -> None:
         """Take everything back."""
-        if self._sandbox.share is not None:
+        if self._runtime.machine.share is not None:
             for name in reversed(self._names):
-                self._sandbox.share.remove(name)
+                self._runtime.machine.share.remove(name)
         self._names.clear()
 
     # ---- shown live ----
 
     def _trees(self, sources: Sequence[str], here: MountTable) -> list[int | OSError]:
         """For each source whose mounts we may not see as the host does a copy of what the host sees, else -1."""
-        host = self._sandbox.machine.host
+        host = self._runtime.machine.host
         found: list[int | OSError] = [-1] * len(sources)
         # One that a person started this very moment has the same mounts.
         wanted = [n for n, source in enumerate(sources) if host is not None and not here.is_live(source)]
@@ -160,14 +184,14 @@ class Shared:
         if not isinstance(tree, OSError) and tree >= 0:
             about = os.fstat(tree)
             if stat.S_ISSOCK(about.st_mode):
-                return self._socket(source, options, about, self._sandbox.machine.host)
-        share = self._sandbox.share
+                return self._socket(source, options, about, self._runtime.machine.host)
+        share = self._runtime.machine.share
         if share is None:
             raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
         if isinstance(tree, OSError):
             raise absent(source, tree)
         readonly = _RECURSIVELY_READONLY in options or "ro" in options
-        policy = self._sandbox.client.recursive_readonly
+        policy = self._settings.client.recursive_readonly
         recursive = readonly and (
             _RECURSIVELY_READONLY in options
             or policy == "always"
@@ -196,8 +220,8 @@ class Shared:
         return bind
 
     def _identify(self) -> None:
-        if self._sandbox.share is not None:
-            for name in self._sandbox.share.identify(self._shallow):
+        if self._runtime.machine.share is not None:
+            for name in self._runtime.machine.share.identify(self._shallow):
                 # In the guest a bind is one mount: read-only there would be the mounts below it, too. The host keeps
                 # the guest from writing where it must not.
                 bind = self._shallow[name]
@@ -209,7 +233,7 @@ class Shared:
     def _of_guest(self, mount: dict[str, Any], here: MountTable) -> spec.GuestBind | None:
         """What of the guest's own stands for a mount; None where the host's is shared."""
         source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
-        container = self._sandbox.settings.container
+        container = self._settings.container
         for volume in container.disk_volumes if container is not None else ():
             if source == volume.name:
                 return self._on_disk(volume, str(mount.get("destination")), options)
@@ -220,7 +244,7 @@ class Shared:
         node = nodes.guest_path(about)
         if node:
             return spec.GuestBind(node, options)
-        if stat.S_ISSOCK(about.st_mode) and (self._sandbox.machine.host is None or here.is_live(source)):
+        if stat.S_ISSOCK(about.st_mode) and (self._runtime.machine.host is None or here.is_live(source)):
             return self._socket(source, options, about, None)
         return self._in_memory(mount, here)
 
@@ -233,7 +257,7 @@ class Shared:
         self.storages.append(
             Storage(
                 driver="blk",
-                source=self._sandbox.machine.disk_addresses[volume.slot],
+                source=self._runtime.machine.disk_addresses[volume.slot],
                 fstype="ext4",
                 # What is deleted there frees space on the host, too.
                 options=["discard"],
@@ -249,11 +273,9 @@ class Shared:
         """The guest's socket that stands for one of the host's."""
         from kata.engine import sockets
 
-        if self._sandbox.socket_forwarding is None:
-            self._sandbox.socket_forwarding = sockets.SocketForwardingState()
-        forwarding = self._sandbox.socket_forwarding
+        forwarding = self._forwarding()
         if self.relay is None:
-            self.relay = sockets.Relay(self._sandbox.runtime, self._sandbox.tasks, forwarding.room)
+            self.relay = sockets.Relay(self._runtime, self._tasks, forwarding.room)
         one = sockets.UnixSocket(source, about, forwarding.number(), host)
         self.relay.add(one)
         return spec.GuestBind(one.place, options)

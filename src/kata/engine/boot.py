@@ -1,7 +1,7 @@
-"""How a sandbox comes up, from top to bottom.
+"""How a sandbox comes up, from top to bottom: the first half, up to the start of its machine.
 
-`power_on` runs before anything heavy is imported: the virtual machine boots while Python loads the rest of
-the engine. `bring_up` then waits for the agent and tells the guest what it has to know.
+`power_on` runs before anything heavy is imported: the virtual machine boots while Python loads the rest of the engine.
+The second half is `kata.engine.guest_setup`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Sequence
-    from typing import Any
 
-    from kata.agent.client import AgentClient
     from kata.engine import hostns
-    from kata.engine.sandbox import Sandbox
     from kata.hypervisor import virtiofsd
     from kata.hypervisor.base import Capabilities
     from kata.hypervisor.protocols import Monitor, Started
@@ -32,9 +28,6 @@ if TYPE_CHECKING:
     from kata.resources.host_cgroup import HostCgroup
     from kata.settings import SandboxSettings
 
-READY_S = 60.0
-"""How long a guest may take to answer; it takes a second, but a host may be busy, or itself an emulated machine.
-The sandbox's settings may say otherwise (`kata.settings.GuestSettings`)."""
 KERNEL_PARAMETERS = (
     "quiet",  # a console line costs an emulated guest a third of a millisecond
     "panic=-1",  # a guest that panics ends its machine at once, with its reason on the console
@@ -46,16 +39,7 @@ KERNEL_PARAMETERS = (
     "random.trust_cpu=on",
 )
 """Parameters of every guest's kernel; a monitor adds those that its machines need."""
-TURN_S = 1.0
-"""How long a machine that is up keeps its turn for a first container."""
 CONSOLE_NAME = "console.log"
-# Not nosuid: an image's sudo and ping work as they do elsewhere. (What the host exports is nosuid for the host itself.)
-SHARE_MOUNT_OPTIONS = {
-    "9p": ["trans=virtio", "version=9p2000.L", "nodev"],
-    "virtio-fs": ["nodev"],
-}
-SHARE_MSIZE = 512000
-SEED_BYTES = 512
 BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
 DISK_SLOTS = 4
 """Disk slots of a sandbox that does not want all."""
@@ -531,176 +515,3 @@ def shape_of(
         reclaim=hypervisor.reclaim,
         options=hypervisor.options,
     )
-
-
-# ---- from here on the event loop runs ----
-
-
-async def bring_up(sandbox: Sandbox) -> AgentClient:
-    """Wait for the agent and set the guest up, all at once where one thing does not need the other.
-
-    Returns:
-        The agent, ready for CreateContainer. The network may still be on its way (`Sandbox.network_up`).
-
-    Raises:
-        KataError: With the last step that was reached, whether the machine lives, and what its console said.
-    """
-    import asyncio
-
-    step = _Step()
-    try:
-        return await _bring_up(sandbox, step)
-    except KataError as error:
-        raise explain(sandbox, step.name, error) from error
-    finally:
-        # Its first container's start ends the turn, for which a client may take its time.
-        asyncio.get_running_loop().call_later(TURN_S, sandbox.machine.end_turn)
-
-
-class _Step:
-    __slots__ = ("name",)
-
-    def __init__(self) -> None:
-        self.name = "starting the hypervisor"
-
-
-async def _bring_up(sandbox: Sandbox, step: _Step) -> AgentClient:
-    import asyncio
-
-    # What only the end needs is loaded now, while there is nothing to do but wait.
-    from kata import journal_undo  # noqa: F401
-    from kata.proto import agent_pb, types_pb  # noqa: F401
-
-    settings, timings = sandbox.settings, sandbox.timings
-    step.name = "waiting for the agent in the guest"
-    described = settings.described()
-    ready_s = described.guest.ready_s or READY_S
-    agent = await sandbox.connect_agent(ready_s)
-    await _healthy(agent, sandbox.life.exit_reason, ready_s)
-    answered_ns = time.monotonic_ns()
-
-    step.name = "setting up the guest"
-    storages = []
-    if sandbox.share is not None:
-        from kata.engine.spec import GUEST_SHARE
-
-        kind = "9p" if sandbox.machine.files is None else "virtio-fs"
-        more = []
-        if kind == "9p":
-            more = [
-                f"msize={described.share.msize or SHARE_MSIZE}",
-                f"cache={_9p_cache(described.guest.kernel_version)}",
-            ]
-        storages.append(
-            agent_pb.Storage(
-                driver=kind,
-                source=sandbox.machine.started.share_tag if sandbox.machine.started is not None else "",
-                fstype=kind.replace("-", ""),
-                options=[*SHARE_MOUNT_OPTIONS[kind], *more],
-                mount_point=GUEST_SHARE,
-            )
-        )
-    request = agent_pb.CreateSandboxRequest(
-        # A container without a name of its own has the host's, as with a runtime that shares the host's kernel.
-        hostname=settings.hostname or os.uname().nodename,
-        dns=sandbox.dns,
-        storages=storages,
-        sandbox_id=sandbox.id,
-        kernel_modules=[
-            agent_pb.KernelModule(name=name, parameters=parameters)
-            for name, *parameters in described.guest.modules
-        ],
-    )
-    learned = asyncio.ensure_future(agent.negotiate_features())
-    sandbox.network_services.configured = asyncio.ensure_future(_configure_network(sandbox, agent, learned))
-    # A start that never comes does not ask how it went.
-    sandbox.network_services.configured.add_done_callback(lambda task: task.cancelled() or task.exception())
-    assert sandbox.vm is not None
-    await sandbox.race_vm_exit(
-        asyncio.gather(
-            sandbox.vm.confined(),
-            agent.create_sandbox(request),
-            learned,
-            agent.set_time(time.time_ns()),
-            agent.reseed(os.urandom(SEED_BYTES)),
-        )
-    )
-    sandbox.create_task(_guest_times(sandbox, agent, answered_ns))
-    timings.add("agent", answered_ns)
-    return agent
-
-
-def _9p_cache(kernel_version: str) -> str:
-    """What a guest keeps of files that it has by 9p (the kernel's Documentation/filesystems/9p.rst).
-
-    Until Linux 6.4 ``mmap`` keeps what is mapped and nothing else. From then on it is a cache with write-back that
-    nothing invalidates: what others change is not seen, and what is written arrives late or, when the machine is
-    killed, never. Without a cache all that is right, and shared writable mappings are refused.
-    """
-    numbers = [int(part) for part in kernel_version.split(".")[:2] if part.isdecimal()]
-    return "mmap" if len(numbers) == 2 and numbers < [6, 4] else "none"
-
-
-async def _healthy(agent: AgentClient, lost: asyncio.Future[KataError], timeout_s: float) -> None:
-    """Return when the agent serves.
-
-    On a serial channel the question waits in the pipe until the guest's driver takes it: one call is enough,
-    no polling, and the answer comes the moment that the agent can give it.
-    """
-    import asyncio
-
-    check = asyncio.ensure_future(agent.check(timeout_s))
-    both: set[asyncio.Future[Any]] = {check, lost}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if lost.done():
-            raise lost.result()
-        await check
-    finally:
-        check.cancel()
-
-
-async def _configure_network(sandbox: Sandbox, agent: AgentClient, learned: asyncio.Future[None]) -> None:
-    """Give the guest its network; what its agent can is to be known first."""
-    await learned
-    await sandbox.guest_network.configure(agent)
-
-
-async def _guest_times(sandbox: Sandbox, agent: AgentClient, answered_ns: int) -> None:
-    """Split the time until the agent's first answer by what the guest's own clock says."""
-    from kata.agent.client import boot_times
-
-    times = await boot_times(agent)
-    if times is None:
-        return
-    started = sandbox.machine.started_ns
-    # The guest's clock began with its kernel; the answer was on its way for less than a millisecond.
-    kernel_began = max(started, answered_ns - times.ready_ns)
-    agent_began = min(answered_ns, kernel_began + times.kernel_ns)
-    sandbox.timings.add("hypervisor process", started, kernel_began)
-    sandbox.timings.add("kernel", kernel_began, agent_began)
-    sandbox.timings.add("agent start", agent_began, answered_ns)
-
-
-def explain(sandbox: Sandbox, step: str, error: KataError) -> KataError:
-    """*error* with what helps to find out why a guest did not come up; the class stays."""
-    from kata.agent.text import last_lines
-
-    guest = sandbox.settings.described().guest
-    vm = sandbox.vm
-    if vm is None:
-        return error
-    state = "still running" if sandbox.vm_runs else "gone"
-    text = (
-        f"{error.message} (while {step}; the virtual machine is {state};"
-        f" kernel {guest.kernel}, initrd {guest.initrd})"
-    )
-    lines = last_lines(vm.console_tail().encode())
-    if lines:
-        text += "\nthe guest's console ends with:\n" + "\n".join(f"  {line}" for line in lines)
-    else:
-        text += "; the guest wrote nothing to its console"
-    error.message = text
-    error.args = (text,)
-    error.hint = error.hint or "kata guest info shows the guest's files, kata doctor checks the host"
-    return error

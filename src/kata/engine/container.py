@@ -12,6 +12,7 @@ import time
 from kata.agent.client import DEVICE_LIMITS, NULL_STDIN, PIDS_OF, Encoded, create_request
 from kata.agent.text import escape_line
 from kata.engine import binds, disks, etc_files, nodes, rootfs, spec, stream_setup
+from kata.engine.attached_disks import AttachedDisks
 from kata.engine.container_kill import SIGKILL, Killer
 from kata.engine.container_record import ContainerRecord
 from kata.engine.fitting import merged
@@ -31,12 +32,56 @@ from kata.proto import agent_pb, events_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable, Mapping
+    from typing import Any, Protocol
 
     from kata.agent.client import AgentClient
+    from kata.engine.access import EtcAccess, StreamAccess
+    from kata.engine.fitting import Fitting
     from kata.engine.hostroot import HostRoot
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.machine_runtime import MachineRuntime
+    from kata.engine.sockets import SocketForwardingState
     from kata.engine.stdio import Stdio
+    from kata.engine.tasks import Tasks
+    from kata.engine.timings import Timings
+    from kata.proto.codec import Message
+    from kata.settings import ClientPolicy, SandboxSettings
+
+    class ContainerHost(StreamAccess, EtcAccess, Protocol):
+        """What a container takes of its sandbox."""
+
+        id: str
+        client: ClientPolicy
+        identity: dict[str, Any]
+        runtime: MachineRuntime
+        tasks: Tasks
+        timings: Timings
+        fitting: Fitting
+        publish: Callable[[str, Message], None]
+
+        @property
+        def settings(self) -> SandboxSettings:
+            """What the client wants."""
+
+        @property
+        def containers(self) -> Mapping[str, Container]:
+            """The containers of the same machine, by their ids."""
+
+        def has_others(self, container: Container) -> bool:
+            """Whether the machine is shared with others that run."""
+
+        def process_ended(self, container: Container, process: Process) -> None:
+            """The end of a process has been reported."""
+
+        def socket_forwarding(self) -> SocketForwardingState:
+            """What all sockets of the host that containers reach have in common."""
+
+        async def network_up(self) -> None:
+            """Return when the guest's network is as it should be."""
+
+        async def names_up(self, config: dict[str, Any]) -> None:
+            """Return when a container of this specification can ask for names."""
+
 
 REMOVE_S = 20
 """How long the guest may take to write back what a container has written, in seconds."""
@@ -66,7 +111,7 @@ class Container:
 
     def __init__(
         self,
-        sandbox: Sandbox,
+        sandbox: ContainerHost,
         container_id: str,
         bundle: str,
         config: dict[str, Any],
@@ -107,16 +152,18 @@ class Container:
             self._rootfs = rootfs.HostDirectory(root.path, mounted_by_host=root.is_hosts)
         elif sandbox.settings.container is not None:
             self._rootfs = sandbox.settings.container.rootfs
-        self._shared = binds.Shared(sandbox, container_id)
+        self._shared = binds.Shared(
+            sandbox.settings, sandbox.runtime, sandbox.tasks, sandbox.socket_forwarding, container_id
+        )
         self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
-        self._disks = disks.Disks(sandbox)
+        self._disks = AttachedDisks(sandbox.runtime, sandbox.tasks)
         self._removed = False
         self._task_pid: TaskPid | None = None
 
     @property
     def task_pid(self) -> int:
         """The number on the host that stands for its processes, and for their namespaces."""
-        return self._task_pid.pid if self._task_pid is not None else self.sandbox.host_pid
+        return self._task_pid.pid if self._task_pid is not None else self.sandbox.runtime.host_pid
 
     # ---- create ----
 
@@ -131,16 +178,16 @@ class Container:
         try:
             await self.init.streams.ready()
             await self.record.reserve()
-            if sandbox.machine.started is None:
-                await sandbox.ready()  # which says why there is no machine
+            if sandbox.runtime.machine.started is None:
+                await sandbox.runtime.ready()  # which says why there is no machine
             # All that can be worked out before the guest is there is: its kernel boots meanwhile.
             if self._root is not None:
                 await self._mount_root(self._root)
-            self.config, volumes = await sandbox.run_blocking(nodes.of_guest, self.config)
-            shown = await sandbox.run_blocking(self._shared.add_all, self.config, self._rootfs)
+            self.config, volumes = await sandbox.tasks.run_blocking(nodes.of_guest, self.config)
+            shown = await sandbox.tasks.run_blocking(self._shared.add_all, self.config, self._rootfs)
             files = etc_files.EtcFiles(sandbox, self.config, self.id, self._shared)
             storages = [
-                *rootfs.storages(self.id, self._rootfs, sandbox.machine.disk_addresses),
+                *rootfs.storages(self.id, self._rootfs, sandbox.runtime.machine.disk_addresses),
                 *self._shared.storages,
             ]
             limited = await self._limited(volumes)
@@ -159,7 +206,7 @@ class Container:
                     pids_of=pids_of,
                 ).encode()
             )
-            agent = await sandbox.ready()
+            agent = await sandbox.runtime.ready()
             if pids_of and PIDS_OF not in agent.features:
                 raise UnsupportedError(
                     f"cannot show the container the processes of container {pids_of!r}:"
@@ -185,7 +232,7 @@ class Container:
             self.record.close_log()
             self._close_relay()
             await self._disks.remove_all()
-            await sandbox.run_blocking(self._remove_shared)
+            await sandbox.tasks.run_blocking(self._remove_shared)
             raise
         self.created_at_ns = time.time_ns()
         if spec.container_type(self.config) == "pod_container":
@@ -193,7 +240,7 @@ class Container:
         self.init.pid = self.task_pid
         if self.has_process:
             self.init.watcher = asyncio.create_task(self._ends.watch(self.init, agent))
-            sandbox.create_task(self._close_unused_stdin(self.init, agent))
+            sandbox.tasks.create_task(self._close_unused_stdin(self.init, agent))
         self.record.write_later(status=CREATED, pid=self.init.pid, created_at=rfc3339(self.created_at_ns))
         stdio = self.init.stdio
         sandbox.publish(
@@ -218,7 +265,7 @@ class Container:
             UnsupportedError: It is no process of this sandbox.
         """
         pid = of_path(path)
-        if not path or pid == self.sandbox.host_pid or spec.is_crios(self.config):
+        if not path or pid == self.sandbox.runtime.host_pid or spec.is_crios(self.config):
             return ""  # CRI-O names the pod's by a path of its own making
         for one in self.sandbox.containers.values():
             if one is not self and one.task_pid == pid:
@@ -230,7 +277,7 @@ class Container:
 
     async def _mount_root(self, root: HostRoot) -> None:
         if root.disk is None:
-            await self.sandbox.run_blocking(root.mount)
+            await self.sandbox.tasks.run_blocking(root.mount)
             return
         address = await self._disks.insert(root.disk.path, readonly=root.disk.readonly)
         self._rootfs = rootfs.DiskRoot(address, root.disk.fstype, root.disk.options)
@@ -239,7 +286,7 @@ class Container:
         """Make the host's block devices that the specification lists, or mounts, disks of the machine."""
         found = []
         for device in (*disks.devices_of(self.config), *volumes):
-            path = await self.sandbox.run_blocking(device.host_path)
+            path = await self.sandbox.tasks.run_blocking(device.host_path)
             address = await self._disks.insert(path, readonly=device.readonly)
             found.append(agent_pb.Device(type="blk", id=address, container_path=device.container_path))
         return found
@@ -251,20 +298,20 @@ class Container:
             HostError: One failed.
         """
         wanted = (self.config.get("hooks") or {}).get(kind)
-        host = self.sandbox.machine.host
+        host = self.sandbox.runtime.machine.host
         if not wanted or host is None:
             return
         from kata.engine import hooks
 
-        state = hooks.state(self.id, self.bundle, self.sandbox.host_pid, status, self.config)
-        await self.sandbox.run_blocking(hooks.run, kind, wanted, state, host)
+        state = hooks.state(self.id, self.bundle, self.sandbox.runtime.host_pid, status, self.config)
+        await self.sandbox.tasks.run_blocking(hooks.run, kind, wanted, state, host)
 
     async def _run_late_hooks(self, kind: str, status: str) -> None:
         """The same when the container is there: a failure changes nothing any more, and is told in the log."""
         try:
             await self._run_hooks(kind, status)
         except KataError as error:
-            self.sandbox.log(f"container {self.id}: {error.message}")
+            self.sandbox.tasks.log(f"container {self.id}: {error.message}")
 
     def _close_relay(self) -> None:
         """Nobody of the container is left to reach the host's sockets."""
@@ -282,7 +329,7 @@ class Container:
         block_io = ((self.config.get("linux") or {}).get("resources") or {}).get("blockIO") or {}
         if not any(spec.limits_of(block_io.get(key), numbers) for key in spec.OF_HOST_DEVICES):
             return set()
-        agent = await self.sandbox.ready()
+        agent = await self.sandbox.runtime.ready()
         return numbers if DEVICE_LIMITS in agent.features else set()
 
     def _guest_spec(
@@ -293,7 +340,7 @@ class Container:
         limited: set[tuple[int, int]],
     ) -> dict[str, Any]:
         for what in sorted(set(spec.dropped(self.config, limited))):
-            self.sandbox.log(f"container {self.id}: {what} cannot be carried into the guest")
+            self.sandbox.tasks.log(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
             nodes.with_volumes(nodes.with_guests(disks.without_hosts(self.config)), volumes),
             rootfs=rootfs.path(self.id),
@@ -374,7 +421,7 @@ class Container:
         process = self.process(exec_id)
         async with process.lock:
             process.require_startable()
-            agent = await self.sandbox.ready()
+            agent = await self.sandbox.runtime.ready()
             if exec_id:
                 await self._start_exec(process, agent)
             else:
@@ -392,7 +439,7 @@ class Container:
             process.streams.start()  # right behind the start, not a round trip later
         await starting
         self.sandbox.timings.add("process", began)
-        self.sandbox.machine.end_turn()
+        self.sandbox.runtime.machine.end_turn()
         process.start(self.task_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         # Before the answer: whoever asks about the container next looks there.
@@ -427,7 +474,7 @@ class Container:
             if process.streams is not None:
                 process.streams.abandon()
             raise
-        process.start(self.sandbox.host_pid)
+        process.start(self.sandbox.runtime.host_pid)
         if process.streams is not None:
             process.streams.start()
         process.watcher = asyncio.create_task(self._ends.watch(process, agent))
@@ -435,7 +482,7 @@ class Container:
             "/tasks/exec-started",
             events_pb.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=process.pid),
         )
-        self.sandbox.create_task(self._close_unused_stdin(process, agent))
+        self.sandbox.tasks.create_task(self._close_unused_stdin(process, agent))
 
     # ---- what else one can do to it ----
 
@@ -461,7 +508,7 @@ class Container:
         """
         async with self.init.lock:
             self.init.require_pausable()
-            agent = await self.sandbox.ready()
+            agent = await self.sandbox.runtime.ready()
             await agent.pause(self.id)
             self.init.transition(PAUSED)
         self.record.write_later(status=PAUSED)
@@ -476,7 +523,7 @@ class Container:
         """
         async with self.init.lock:
             self.init.require_resumable()
-            agent = await self.sandbox.ready()
+            agent = await self.sandbox.runtime.ready()
             await agent.resume(self.id)
             self.init.transition(RUNNING)
         self.record.write_later(status=RUNNING)
@@ -491,7 +538,7 @@ class Container:
         process = self.process(exec_id)
         process.require_terminal()
         if process.alive or (process.state == CREATED and not exec_id):
-            agent = await self.sandbox.ready()
+            agent = await self.sandbox.runtime.ready()
             await agent.resize(self.id, exec_id or self.id, rows, columns)
 
     async def update(self, resources: dict[str, Any]) -> None:
@@ -504,7 +551,7 @@ class Container:
         spec.resources_message(resources)  # what is malformed is said before anything is done
         if self.init.state not in (CREATED, RUNNING, PAUSED):
             raise StateError(f"cannot update a {self.init.state} container: {self.id!r}")
-        agent = await self.sandbox.ready()
+        agent = await self.sandbox.runtime.ready()
         change = spec.resources_message(resources)
         after = merged(self._resources, resources)
         await self.sandbox.fitting.update(self.id, after, lambda: agent.update(self.id, change))
@@ -542,19 +589,19 @@ class Container:
         self._removed = True
         self.sandbox.fitting.forget(self.id)
         self._close_relay()
-        agent = self.sandbox.living_agent
+        agent = self.sandbox.runtime.living_agent
         if agent is not None:
             try:
                 await agent.remove_container(self.id, REMOVE_S)
             except KataError as error:
-                self.sandbox.log(
+                self.sandbox.tasks.log(
                     f"container {self.id} was not removed in the guest: {escape_line(error.message)}"
                 )
         await self._disks.remove_all()
         try:
-            await self.sandbox.run_blocking(self._remove_shared)
+            await self.sandbox.tasks.run_blocking(self._remove_shared)
         except OSError as error:
-            self.sandbox.log(f"a volume of container {self.id} is still mounted: {error}")
+            self.sandbox.tasks.log(f"a volume of container {self.id} is still mounted: {error}")
         await self._run_late_hooks("poststop", "stopped")
         if self._task_pid is not None:
             self._task_pid.end()

@@ -1,24 +1,21 @@
-"""Block devices and disk images of the host that a container gets as disks of its virtual machine.
+"""Which block devices and disk images of the host a container gets as disks of its virtual machine.
 
 Two things come this way: a root file system that a snapshotter keeps on a block device or in an image (containerd's
 devmapper and blockfile), which the guest mounts itself, and the block devices in a specification's
-``linux.devices`` (Docker's ``--device``, a raw block volume of Kubernetes).
+``linux.devices`` (Docker's ``--device``, a raw block volume of Kubernetes). `kata.engine.attached_disks` attaches them.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 
-from kata.errors import HostError, KataError, UnsupportedError
-from kata.hypervisor.base import Disk
+from kata.errors import HostError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from kata.engine.sandbox import Sandbox
     from kata.proto.task_pb import Mount
 
 FILE_SYSTEMS = ("ext4", "xfs", "erofs")
@@ -144,69 +141,3 @@ def without_hosts(spec: Mapping[str, Any]) -> dict[str, Any]:
     if not devices or not is_privileged(spec):
         return dict(spec)
     return {**spec, "linux": {**linux, "devices": [one for one in devices if one.get("type") != "b"]}}
-
-
-class Disks:
-    """The disks of one container.
-
-    Args:
-        sandbox: Whose virtual machine gets them.
-    """
-
-    __slots__ = ("_addresses", "_allowed", "_sandbox")
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
-        self._addresses: list[str] = []
-        self._allowed: list[tuple[int, int]] = []
-
-    async def insert(self, path: str, *, readonly: bool) -> str:
-        """Give the machine a disk; its address in the guest. The guest need not have booted yet.
-
-        Raises:
-            KataError: The machine has no room for it, or cannot use it, or is gone.
-        """
-        if self._sandbox.vm is None:
-            await self._sandbox.ready()
-        assert self._sandbox.vm is not None
-        capabilities = self._sandbox.machine.capabilities
-        if capabilities is not None and not capabilities.attach_disk:
-            raise UnsupportedError(
-                f"a machine that runs cannot be given the disk {path} by this sandbox's hypervisor",
-                "Use a snapshotter that makes directories (overlayfs), and no block devices.",
-            )
-        await self._sandbox.run_blocking(self._allow, path)
-        address = await self._sandbox.race_vm_exit(self._sandbox.vm.attach_disk(Disk(path, readonly)))
-        self._addresses.append(address)
-        return address
-
-    def _allow(self, path: str) -> None:
-        """Let hypervisor and engine open the device, if it is one. Blocks."""
-        cgroup = self._sandbox.machine.cgroup
-        try:
-            about = os.stat(path)
-        except OSError:
-            return  # the hypervisor says so
-        if cgroup is not None and stat.S_ISBLK(about.st_mode):
-            numbers = (os.major(about.st_rdev), os.minor(about.st_rdev))
-            cgroup.allow_disk(numbers)
-            self._allowed.append(numbers)
-
-    def _take_back(self) -> None:
-        cgroup = self._sandbox.machine.cgroup
-        while cgroup is not None and self._allowed:
-            cgroup.take_disk(self._allowed.pop())
-
-    async def remove_all(self) -> None:
-        """Take them out again, when the guest has let go of them. What cannot be taken is logged."""
-        vm = self._sandbox.vm
-        while self._addresses:
-            address = self._addresses.pop()
-            if vm is None or not self._sandbox.vm_runs or self._sandbox.is_lost:
-                continue
-            try:
-                await vm.detach_disk(address)
-            except KataError as error:
-                self._sandbox.log(f"a disk stays in the virtual machine: {error.message}")
-        if self._allowed:
-            await self._sandbox.run_blocking(self._take_back)

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.agent.client import AgentClient
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.access import MachineAccess
+    from kata.engine.tasks import Tasks
     from kata.hypervisor.protocols import Machine
+    from kata.settings import SandboxSettings
 
     Target = tuple[int, int, int]
     """Processors, MiB of memory by the formula, and the ``MemTotal`` in bytes that a balloon leaves; 0 for none."""
@@ -39,7 +41,9 @@ class Fitting:
     """The size of one sandbox's machine.
 
     Args:
-        sandbox: Whose.
+        settings: The sandbox's.
+        runtime: The machine.
+        tasks: The engine's.
 
     Attributes:
         vcpus: How many processors the guest uses.
@@ -47,11 +51,11 @@ class Fitting:
         returned_mib: Memory that the guest has given back, in its balloon.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        settings = sandbox.settings
+    def __init__(self, settings: SandboxSettings, runtime: MachineAccess, tasks: Tasks) -> None:
         # A pod that is not described yet has no machine that anybody could ask about.
         size = settings.machine.size if settings.machine else SizeSettings(vcpus=1, memory_mib=0)
-        self._sandbox = sandbox
+        self._runtime = runtime
+        self._tasks = tasks
         self._lock = asyncio.Lock()
         self._kernel = size.kernel
         self._first_vcpus = size.vcpus
@@ -95,8 +99,8 @@ class Fitting:
             "vcpus": self.vcpus,
             "plugged_mib": self.plugged_mib,
             "returned_mib": self.returned_mib,
-            "besides_mib": self._sandbox.machine.extra_memory_mib,
-            "host_overhead_mib": self._sandbox.machine.host_overhead_mib,
+            "besides_mib": self._runtime.machine.extra_memory_mib,
+            "host_overhead_mib": self._runtime.machine.host_overhead_mib,
             "fixed_memory": self._fixed_memory,
             "max_vcpus": self._max_vcpus,
             "max_memory_mib": self._max_mib,
@@ -121,7 +125,7 @@ class Fitting:
             try:
                 wanted, has = self._target(), self._has
                 if self._keeps_size and (wanted[0] > has[0] or wanted[1] > has[1]):
-                    self._sandbox.log(
+                    self._tasks.log(
                         f"container {container_id} asks for more than its machine has, which keeps its size:"
                         f" {self.vcpus} CPUs, {self.memory_mib} MiB"
                     )
@@ -251,17 +255,16 @@ class Fitting:
         try:
             await self._change(target)
         except (KataError, HypervisorError) as error:
-            self._sandbox.log(f"the machine stays larger than what is asked for: {error.message}")
+            self._tasks.log(f"the machine stays larger than what is asked for: {error.message}")
             return
         if self._has[1] > target[1]:
-            self._sandbox.log(
+            self._tasks.log(
                 f"the guest has not given back {self._has[1] - target[1]} MiB of memory; the limits hold in it"
             )
 
     async def _change(self, target: Target) -> None:
-        sandbox = self._sandbox
         vcpus, mib, _total = target
-        agent, vm = await sandbox.ready(), sandbox.vm
+        agent, vm = await self._runtime.ready(), self._runtime.vm
         assert vm is not None
         if vcpus != self.vcpus and FEATURE not in agent.features:
             raise UnsupportedError("the agent in the guest cannot turn processors on and off")
@@ -303,7 +306,7 @@ class Fitting:
     @property
     def _can_balloon(self) -> bool:
         """Whether the guest can give memory back that the machine was started with."""
-        capabilities = self._sandbox.machine.capabilities
+        capabilities = self._runtime.machine.capabilities
         return capabilities is not None and capabilities.balloon
 
     async def _balloon(self, vm: Machine, mib: int) -> None:
@@ -312,20 +315,20 @@ class Fitting:
 
     async def _back(self, size: Target) -> None:
         """Have the size of before again, as far as that is possible."""
-        if size == self._has or self._sandbox.is_lost:
+        if size == self._has or self._runtime.is_lost:
             return
         try:
             await self._change(size)
         except (KataError, HypervisorError) as error:
-            self._sandbox.log(f"the machine keeps a size that nobody asked for: {error.message}")
+            self._tasks.log(f"the machine keeps a size that nobody asked for: {error.message}")
 
     async def _limit_host(self, vcpus: int, mib: int) -> None:
-        cgroup, vm = self._sandbox.machine.cgroup, self._sandbox.vm
+        cgroup, vm = self._runtime.machine.cgroup, self._runtime.vm
         if cgroup is None or vm is None:
             return
-        limits = self._sandbox.machine.host_limits(vcpus, mib)
-        for warning in await self._sandbox.run_blocking(cgroup.limit, limits):
-            self._sandbox.log(warning)
+        limits = self._runtime.machine.host_limits(vcpus, mib)
+        for warning in await self._tasks.run_blocking(cgroup.limit, limits):
+            self._tasks.log(warning)
 
 
 _HINT = "kata explain ID shows how it was sized; default_maxvcpus and default_maxmemory bound it (docs/sizing.md)"

@@ -14,12 +14,16 @@ from kata.errors import AgentError, KataError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
+    from typing import Any
 
     from kata.agent.client import AgentClient
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.access import HasConfig, MachineAccess
+    from kata.engine.tasks import Tasks
+    from kata.engine.timings import Timings
     from kata.network.routing import Entry
     from kata.network.user import NetworkPlan
+    from kata.settings import SandboxSettings
 
 FEATURE = "kata.network"
 """How an agent announces it (``AgentDetails.extra_features``)."""
@@ -38,11 +42,30 @@ class GuestNetwork:
     """Tells the guest of its network.
 
     Args:
-        sandbox: Whose.
+        settings: The sandbox's.
+        runtime: The machine.
+        tasks: The engine's.
+        timings: Where the first time is noted down.
+        containers: Those of the sandbox, by their ids.
+        names_up: Is called with a container's specification when the network has changed: what it asks for names may be
+            another server then.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        runtime: MachineAccess,
+        tasks: Tasks,
+        timings: Timings,
+        containers: Mapping[str, HasConfig],
+        names_up: Callable[[dict[str, Any]], Awaitable[None]],
+    ) -> None:
+        self._settings = settings
+        self._runtime = runtime
+        self._tasks = tasks
+        self._timings = timings
+        self._containers = containers
+        self._names_up = names_up
         self._turn = asyncio.Lock()
         self._sysctls: dict[str, dict[str, str]] = {}
         self._routes: list[Entry] = []
@@ -58,7 +81,7 @@ class GuestNetwork:
 
     @property
     def _plan(self) -> NetworkPlan | None:
-        return self._sandbox.machine.network
+        return self._runtime.machine.network
 
     async def configure(self, agent: AgentClient) -> None:
         """Give the guest's interfaces what they have outside, if there are any (yet).
@@ -81,11 +104,11 @@ class GuestNetwork:
             if plan is not None and plan.external_netns:
                 if self._socket is None:
                     self._listen()  # before the look: what happens meanwhile is followed afterwards
-                is_new = await self._sandbox.run_blocking(lambda: plan.rescan(is_running=self._is_watching))
+                is_new = await self._tasks.run_blocking(lambda: plan.rescan(is_running=self._is_watching))
                 if is_new:
-                    agent = await self._sandbox.ready()
+                    agent = await self._runtime.ready()
                     await self._plug_in(plan)
-                    await self._sandbox.race_vm_exit(self._configure(agent))
+                    await self._runtime.race_vm_exit(self._configure(agent))
             await self._hide_idle()
         if self._socket is not None and not self._is_watching:
             self._is_watching = True
@@ -109,7 +132,7 @@ class GuestNetwork:
             return
         began = time.monotonic_ns()
         self._forget_gone(plan)
-        parameters = await self._sandbox.run_blocking(plan.sysctls) if self._is_able(agent) else []
+        parameters = await self._tasks.run_blocking(plan.sysctls) if self._is_able(agent) else []
         for number, interface in enumerate(plan.interfaces):
             if self._is_able(agent):
                 try:
@@ -131,7 +154,7 @@ class GuestNetwork:
         failure = plan.failure()
         if failure is not None:
             raise failure
-        self._sandbox.timings.add("network", began)
+        self._timings.add("network", began)
 
     def _is_able(self, agent: AgentClient) -> bool:
         return FEATURE in agent.features and not self._is_denied
@@ -176,8 +199,8 @@ class GuestNetwork:
         """The kernel parameters that containers set themselves, which the namespace's stand behind."""
         from kata.network import sysctls
 
-        named = set(self._sandbox.settings.sysctls)
-        for container in self._sandbox.containers.values():
+        named = set(self._settings.sysctls)
+        for container in self._containers.values():
             named |= set((container.config.get("linux") or {}).get("sysctl") or {})
         return {sysctls.path(name) for name in named}
 
@@ -226,16 +249,16 @@ class GuestNetwork:
         """Into the log, once."""
         if sentence not in self._said:
             self._said.add(sentence)
-            self._sandbox.log(sentence)
+            self._tasks.log(sentence)
 
     async def _plug_in(self, plan: NetworkPlan) -> None:
         """Give the machine the interfaces that have come."""
-        vm = self._sandbox.vm
+        vm = self._runtime.vm
         assert vm is not None
         late = plan.take_pending_hotplugs()
         try:
             for index, nic in late:
-                plan.place(index, await self._sandbox.race_vm_exit(vm.attach_nic(index, nic)))
+                plan.place(index, await self._runtime.race_vm_exit(vm.attach_nic(index, nic)))
         finally:
             for _, nic in late:
                 nic.close()
@@ -243,16 +266,16 @@ class GuestNetwork:
     async def _hide_idle(self) -> None:
         """What stands for nothing is not seen: a container without a network has no interface."""
         plan = self._plan
-        paths = plan.idle() if plan is not None else self._sandbox.machine.nic_addresses
+        paths = plan.idle() if plan is not None else self._runtime.machine.nic_addresses
         if self._hidden.issuperset(paths):
             return
-        agent = await self._sandbox.ready()
+        agent = await self._runtime.ready()
         if not self._is_able(agent):
             return
         for path in paths:
             if path not in self._hidden:
                 try:
-                    await self._sandbox.race_vm_exit(agent.hide_interface(path))
+                    await self._runtime.race_vm_exit(agent.hide_interface(path))
                 except AgentError as error:
                     # A container has an interface too many then, which is down.
                     self._say(
@@ -292,9 +315,9 @@ class GuestNetwork:
 
     def _begin_to_follow(self) -> None:
         self._timer = None
-        if self._sandbox.is_lost or self._sandbox.vm is None:
+        if self._runtime.is_lost or self._runtime.vm is None:
             return
-        self._sandbox.create_task(self._follow())
+        self._tasks.create_task(self._follow())
 
     async def _follow(self) -> None:
         """Do in the guest what has happened in the namespace. What fails is told in the log."""
@@ -302,12 +325,12 @@ class GuestNetwork:
         assert plan is not None
         try:
             async with self._turn:
-                await self._sandbox.run_blocking(lambda: plan.rescan(is_running=True))
-                agent = await self._sandbox.ready()
+                await self._tasks.run_blocking(lambda: plan.rescan(is_running=True))
+                agent = await self._runtime.ready()
                 await self._plug_in(plan)
-                await self._sandbox.race_vm_exit(self._configure(agent))
+                await self._runtime.race_vm_exit(self._configure(agent))
                 await self._hide_idle()
-            for container in list(self._sandbox.containers.values()):
-                await self._sandbox.names_up(container.config)
+            for container in list(self._containers.values()):
+                await self._names_up(container.config)
         except (KataError, OSError) as error:
             self._say(f"the guest does not follow a change of its network: {error}")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from kata.agent.client import Dial
     from kata.engine.boot import Machine
-    from kata.engine.hostns import Namespaces
     from kata.engine.tasks import Tasks
     from kata.errors import GuestProtocolError
     from kata.hypervisor import protocols
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from kata.hypervisor.virtiofsd import FileServer
     from kata.journal import Journal
     from kata.network.user import NetworkPlan
-    from kata.resources.host_cgroup import HostCgroup
 
     T = TypeVar("T")
 
@@ -200,16 +198,6 @@ class MachineRuntime:
     async def race_vm_exit(self, work: Awaitable[T]) -> T:
         """See `Lifecycle.race_vm_exit`."""
         return await self.life.race_vm_exit(work)
-
-    @property
-    def cgroup(self) -> HostCgroup | None:
-        """The sandbox's cgroups on the host."""
-        return self.machine.cgroup
-
-    @property
-    def host(self) -> Namespaces | None:
-        """The host's namespaces, where the engine may have to look at what the host sees."""
-        return self.machine.host
 
     @property
     def is_lost(self) -> bool:

@@ -113,7 +113,7 @@ async def _serve(
     def bug(context: object, error: BaseException) -> None:
         import traceback
 
-        sandbox.log("".join(traceback.format_exception(error)))
+        sandbox.tasks.log("".join(traceback.format_exception(error)))
 
     # Whoever may call may have any path of the host mounted: nobody but our own user, and root.
     server = Server(services, on_error=bug, users={0, os.geteuid()})
@@ -121,8 +121,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_terminate, sandbox, number)
-    sandbox.create_task(_end_when_idle(sandbox, server, lease, settings.client.idle_s))
-    sweeping = sandbox.create_task(_sweep(sandbox)) if settings.client.sweeps_dead_engines else None
+    sandbox.tasks.create_task(_end_when_idle(sandbox, server, lease, settings.client.idle_s))
+    sweeping = sandbox.tasks.create_task(_sweep(sandbox)) if settings.client.sweeps_dead_engines else None
     await sandbox.ended.wait()
     if publisher is not None:
         await publisher.close(EVENTS_S)
@@ -153,7 +153,7 @@ async def _sweep(sandbox: Sandbox) -> None:
     client = sandbox.settings.client.name
     report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), client)
     for line in (*(f"cleared up after {directory}" for directory in report.undone), *report.failures):
-        sandbox.log(line)
+        sandbox.tasks.log(line)
 
 
 def _publisher(settings: SandboxSettings, sandbox: Sandbox) -> Publisher | None:
@@ -162,7 +162,7 @@ def _publisher(settings: SandboxSettings, sandbox: Sandbox) -> Publisher | None:
         return None
     from kata.engine.events import Publisher
 
-    publisher = Publisher(client.events_address, client.namespace, sandbox.log)
+    publisher = Publisher(client.events_address, client.namespace, sandbox.tasks.log)
     sandbox.publish = publisher.publish
     return publisher
 

@@ -61,9 +61,11 @@ class PodService:
         self, request: pb.StartSandboxRequest, context: Context
     ) -> pb.StartSandboxResponse:
         sandbox = self._running(request.sandbox_id)
-        await sandbox.ready()
+        await sandbox.runtime.ready()
         await sandbox.network_up()
-        return pb.StartSandboxResponse(pid=sandbox.host_pid, created_at=timestamp(sandbox.life.created_ns))
+        return pb.StartSandboxResponse(
+            pid=sandbox.runtime.host_pid, created_at=timestamp(sandbox.life.created_ns)
+        )
 
     def _running(self, sandbox_id: str) -> Sandbox:
         sandbox = self._check(sandbox_id)
@@ -80,7 +82,7 @@ class PodService:
     @finish
     async def StopSandbox(self, request: pb.StopSandboxRequest, context: Context) -> pb.StopSandboxResponse:
         sandbox = self._check(request.sandbox_id)
-        if sandbox.life.created_ns and not sandbox.is_lost:
+        if sandbox.life.created_ns and not sandbox.runtime.is_lost:
             await sandbox.runtime.stop()
         return pb.StopSandboxResponse()
 
@@ -94,11 +96,11 @@ class PodService:
         self, request: pb.SandboxStatusRequest, context: Context
     ) -> pb.SandboxStatusResponse:
         sandbox = self._check(request.sandbox_id)
-        lives = bool(sandbox.life.created_ns) and not sandbox.is_lost
+        lives = bool(sandbox.life.created_ns) and not sandbox.runtime.is_lost
         info = {"info": json.dumps(await describe(sandbox))} if request.verbose else {}
         return pb.SandboxStatusResponse(
             sandbox_id=sandbox.id,
-            pid=sandbox.host_pid,
+            pid=sandbox.runtime.host_pid,
             state=_READY if lives else _NOT_READY,
             info=info,
             created_at=timestamp(sandbox.life.created_ns),
@@ -107,7 +109,7 @@ class PodService:
 
     async def PingSandbox(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:
         sandbox = self._running(request.sandbox_id)
-        if sandbox.is_lost:
+        if sandbox.runtime.is_lost:
             raise StateError(f"sandbox {sandbox.id!r} has ended: {sandbox.life.lost_reason}")
         return pb.PingResponse()
 
@@ -124,8 +126,8 @@ class PodService:
         self, request: pb.SandboxMetricsRequest, context: Context
     ) -> pb.SandboxMetricsResponse:
         sandbox = self._running(request.sandbox_id)
-        cgroup = sandbox.machine.cgroup
-        if sandbox.is_lost or cgroup is None:
+        cgroup = sandbox.runtime.machine.cgroup
+        if sandbox.runtime.is_lost or cgroup is None:
             raise NotFoundError(f"no statistics: sandbox {sandbox.id!r} has ended")
         cpu_ns, memory = cgroup.usage()
         now = time.time_ns()

@@ -1,4 +1,7 @@
-"""One sandbox: the virtual machine, the agent, the containers in it, and how it all ends."""
+"""One sandbox: its containers, and what its client's policy makes of them.
+
+Its machine is `kata.engine.machine_runtime`, its end `kata.engine.teardown`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import os
 import time
 
-from kata.engine import boot, spec
+from kata.engine import boot, guest_setup, spec
 from kata.engine.container import REMOVE_S, Container
 from kata.engine.fitting import Fitting
 from kata.engine.guestnet import GuestNetwork
@@ -20,7 +23,7 @@ from kata.errors import AlreadyExistsError, KataError, NotFoundError, VMLostErro
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Callable
     from typing import Any, TypeVar
 
     from kata.agent.client import AgentClient
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from kata.engine.sockets import SocketForwardingState
     from kata.engine.stdio import Stdio
     from kata.engine.volumes import Share
-    from kata.hypervisor import protocols
     from kata.journal import Journal
     from kata.proto.codec import Message
     from kata.settings import SandboxSettings
@@ -81,11 +83,11 @@ class Sandbox:
         self.loggers: set[Logger] = set()
         self.had_container = False
         self.saw_stale_client = False  # a client has asked about a container since there is none (any more)
-        self.socket_forwarding: SocketForwardingState | None = (
-            None  # once a container has a socket of the host's
+        self._forwarding: SocketForwardingState | None = None  # once a container has a socket of the host's
+        self.fitting = Fitting(settings, self.runtime, self.tasks)
+        self.guest_network = GuestNetwork(
+            settings, self.runtime, self.tasks, self.timings, self.containers, self.names_up
         )
-        self.fitting = Fitting(self)
-        self.guest_network = GuestNetwork(self)
         self._start_error = failed
         self._end_task: asyncio.Task[None] | None = None
         self.client = settings.client
@@ -116,8 +118,7 @@ class Sandbox:
         Raises:
             KataError: Something is missing on this host.
         """
-        self.fitting = Fitting(self)
-        self.guest_network = GuestNetwork(self)
+        self.fitting = Fitting(self.settings, self.runtime, self.tasks)
         self.had_container = True  # from now on somebody has to say when it is no longer wanted
         began = time.monotonic_ns()
         try:
@@ -140,13 +141,21 @@ class Sandbox:
         if machine.started_ns - machine.ready_ns > NOTABLE_NS:
             self.timings.add("turn", machine.ready_ns, machine.started_ns)
         for note in self.settings.notes:
-            self.log(note)
+            self.tasks.log(note)
         self.runtime.start(self._bring_up, self._start_error)
 
     async def _bring_up(self) -> AgentClient:
-        agent = await boot.bring_up(self)
+        agent = await guest_setup.bring_up(self)
         self.network_services.start(agent)
         return agent
+
+    def socket_forwarding(self) -> SocketForwardingState:
+        """What all sockets of the host that containers reach have in common."""
+        if self._forwarding is None:
+            from kata.engine import sockets
+
+            self._forwarding = sockets.SocketForwardingState()
+        return self._forwarding
 
     async def network_up(self) -> None:
         """Return when the guest's network is as it should be.
@@ -155,7 +164,7 @@ class Sandbox:
             KataError: It could not be set up.
         """
         if self.network_services.configured is not None:
-            await self.race_vm_exit(self.network_services.configured)
+            await self.runtime.race_vm_exit(self.network_services.configured)
         await self.guest_network.come_up()
 
     async def names_up(self, config: dict[str, Any]) -> None:
@@ -276,7 +285,7 @@ class Sandbox:
         self.loggers.discard(logger)
         failure = logger.failure()
         if failure:
-            self.log(failure)
+            self.tasks.log(failure)
 
     def _out_of_memory(self, container_id: str) -> None:
         if container_id in self.containers:
@@ -355,51 +364,10 @@ class Sandbox:
         """What of the host the guest sees, if the sandbox has a share."""
         return self.runtime.machine.share
 
-    @property
-    def vm(self) -> protocols.Machine | None:
-        """The hypervisor, once it has been taken over."""
-        return self.runtime.vm
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether there is no machine any more."""
-        return self.runtime.is_lost
-
-    @property
-    def host_pid(self) -> int:
-        """See `MachineRuntime.host_pid`."""
-        return self.runtime.host_pid
-
-    @property
-    def vm_runs(self) -> bool:
-        """See `MachineRuntime.vm_runs`."""
-        return self.runtime.vm_runs
-
-    @property
-    def living_agent(self) -> AgentClient | None:
-        """See `MachineRuntime.living_agent`."""
-        return self.runtime.living_agent
-
-    async def connect_agent(self, timeout_s: float) -> AgentClient:
-        """See `MachineRuntime.connect_agent`."""
-        return await self.runtime.connect_agent(timeout_s)
-
     async def ready(self) -> AgentClient:
         """See `MachineRuntime.ready`."""
         return await self.runtime.ready()
 
-    async def race_vm_exit(self, work: Awaitable[T]) -> T:
-        """See `Lifecycle.race_vm_exit`."""
-        return await self.life.race_vm_exit(work)
-
     async def run_blocking(self, work: Callable[..., T], *arguments: Any) -> T:
         """See `Tasks.run_blocking`."""
         return await self.tasks.run_blocking(work, *arguments)
-
-    def create_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """See `Tasks.create_task`."""
-        return self.tasks.create_task(work)
-
-    def log(self, text: str) -> None:
-        """See `Tasks.log`."""
-        self.tasks.log(text)

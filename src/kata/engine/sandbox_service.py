@@ -65,7 +65,7 @@ class SandboxService:
         timeout_s: float = _FILE_CALL_S,
     ) -> M:
         self._sandbox.container(container_id)
-        agent = await self._sandbox.ready()
+        agent = await self._sandbox.runtime.ready()
         return await agent.call(service, method, request, answer, timeout_s)
 
     async def Stat(self, request: agentext_pb.StatFileRequest, context: Context) -> agentext_pb.FileInfo:
@@ -136,7 +136,7 @@ class SandboxService:
     async def AgentCall(
         self, request: sandbox_pb.AgentCallRequest, context: Context
     ) -> sandbox_pb.AgentCallResponse:
-        agent = await self._sandbox.ready()
+        agent = await self._sandbox.runtime.ready()
         payload = Encoded(request.payload)
         answer = await agent.call(request.service, request.method, payload, Encoded, context.remaining())
         return sandbox_pb.AgentCallResponse(payload=answer.payload)
@@ -155,12 +155,14 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "id": sandbox.id,
         "client": settings.client.name,
         "engine_pid": os.getpid(),
-        "hypervisor_pid": sandbox.vm.pid if sandbox.vm is not None else 0,
+        "hypervisor_pid": sandbox.runtime.vm.pid if sandbox.runtime.vm is not None else 0,
         "accelerator": described.hypervisor.accel if described else "",
-        "agent_channel": sandbox.vm.channel.kind if sandbox.vm is not None else "",
+        "agent_channel": sandbox.runtime.vm.channel.kind if sandbox.runtime.vm is not None else "",
         "kernel": described.guest.kernel if described else "",
         "initrd": described.guest.initrd if described else "",
-        "host_cgroups": sandbox.machine.cgroup.paths if sandbox.machine.cgroup is not None else {},
+        "host_cgroups": sandbox.runtime.machine.cgroup.paths
+        if sandbox.runtime.machine.cgroup is not None
+        else {},
         "vcpus": sandbox.fitting.vcpus,
         "memory_mib": sandbox.fitting.memory_mib,
         "sizing": sandbox.fitting.describe(),
@@ -184,9 +186,9 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
             for container in sandbox.containers.values()
         },
     }
-    if sandbox.vm is not None:
-        facts["hypervisor_usage"] = await sandbox.vm.metrics()
-    agent = sandbox.living_agent
+    if sandbox.runtime.vm is not None:
+        facts["hypervisor_usage"] = await sandbox.runtime.vm.metrics()
+    agent = sandbox.runtime.living_agent
     if agent is not None and not sandbox.is_ending:
         try:
             details = (await agent.details(_DETAILS_S)).agent_details

@@ -78,7 +78,7 @@ class TaskService:
             raise UnsupportedError(
                 "a container cannot be restored from a checkpoint: its virtual machine has none"
             )
-        config = await self._sandbox.run_blocking(_read_config, request.bundle)
+        config = await self._sandbox.tasks.run_blocking(_read_config, request.bundle)
         stdio = parse_stdio(request.terminal, request.stdin, request.stdout, request.stderr)
         root = None
         if self._sandbox.client.foreign_specs:
@@ -105,7 +105,7 @@ class TaskService:
             os.path.join(request.bundle, path),
             request.rootfs,
             self._sandbox.journal,
-            self._sandbox.machine.host,
+            self._sandbox.runtime.machine.host,
         )
 
     async def _give_up(self) -> None:
@@ -207,7 +207,7 @@ class TaskService:
     async def Pids(self, request: task_pb.PidsRequest, context: Context) -> task_pb.PidsResponse:
         self._sandbox.container(request.id)
         # Only pids of this host: a guest's number would name a stranger's process here.
-        return task_pb.PidsResponse(processes=[task_pb.ProcessInfo(pid=self._sandbox.host_pid)])
+        return task_pb.PidsResponse(processes=[task_pb.ProcessInfo(pid=self._sandbox.runtime.host_pid)])
 
     @finish
     async def Pause(self, request: task_pb.PauseRequest, context: Context) -> google_pb.Empty:
@@ -247,14 +247,14 @@ class TaskService:
         container = self._sandbox.container(request.id)
         if not (container.init.alive or container.init.state == "created"):
             raise NotFoundError(f"no statistics: {container.init.label} has ended")
-        agent = await self._sandbox.ready()
+        agent = await self._sandbox.runtime.ready()
         answer = await agent.stats(container.id)
         shape_v2 = self._sandbox.client.host_shaped_stats and stats.host_has_v2()
         return task_pb.StatsResponse(stats=stats.metrics(answer, shape_v2=shape_v2))
 
     async def Connect(self, request: task_pb.ConnectRequest, context: Context) -> task_pb.ConnectResponse:
         container = self._sandbox.containers.get(request.id)
-        pid = self._sandbox.host_pid if container is None else container.task_pid
+        pid = self._sandbox.runtime.host_pid if container is None else container.task_pid
         return task_pb.ConnectResponse(shim_pid=os.getpid(), task_pid=pid, version=__version__)
 
     async def Shutdown(self, request: task_pb.ShutdownRequest, context: Context) -> google_pb.Empty:

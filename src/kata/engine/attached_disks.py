@@ -1,0 +1,82 @@
+"""Attaches block devices and disk images of the host to a running machine, and takes them out again."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from kata.errors import KataError, UnsupportedError
+from kata.hypervisor.base import Disk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.engine.access import MachineAccess
+    from kata.engine.tasks import Tasks
+
+
+class AttachedDisks:
+    """The disks of one container.
+
+    Args:
+        runtime: The machine that gets them.
+        tasks: The engine's.
+    """
+
+    __slots__ = ("_addresses", "_allowed", "_runtime", "_tasks")
+
+    def __init__(self, runtime: MachineAccess, tasks: Tasks) -> None:
+        self._runtime = runtime
+        self._tasks = tasks
+        self._addresses: list[str] = []
+        self._allowed: list[tuple[int, int]] = []
+
+    async def insert(self, path: str, *, readonly: bool) -> str:
+        """Give the machine a disk; its address in the guest. The guest need not have booted yet.
+
+        Raises:
+            KataError: The machine has no room for it, or cannot use it, or is gone.
+        """
+        if self._runtime.vm is None:
+            await self._runtime.ready()
+        assert self._runtime.vm is not None
+        capabilities = self._runtime.machine.capabilities
+        if capabilities is not None and not capabilities.attach_disk:
+            raise UnsupportedError(
+                f"a machine that runs cannot be given the disk {path} by this sandbox's hypervisor",
+                "Use a snapshotter that makes directories (overlayfs), and no block devices.",
+            )
+        await self._tasks.run_blocking(self._allow, path)
+        address = await self._runtime.race_vm_exit(self._runtime.vm.attach_disk(Disk(path, readonly)))
+        self._addresses.append(address)
+        return address
+
+    def _allow(self, path: str) -> None:
+        """Let hypervisor and engine open the device, if it is one. Blocks."""
+        cgroup = self._runtime.machine.cgroup
+        try:
+            about = os.stat(path)
+        except OSError:
+            return  # the hypervisor says so
+        if cgroup is not None and stat.S_ISBLK(about.st_mode):
+            numbers = (os.major(about.st_rdev), os.minor(about.st_rdev))
+            cgroup.allow_disk(numbers)
+            self._allowed.append(numbers)
+
+    def _take_back(self) -> None:
+        cgroup = self._runtime.machine.cgroup
+        while cgroup is not None and self._allowed:
+            cgroup.take_disk(self._allowed.pop())
+
+    async def remove_all(self) -> None:
+        """Take them out again, when the guest has let go of them. What cannot be taken is logged."""
+        vm = self._runtime.vm
+        while self._addresses:
+            address = self._addresses.pop()
+            if vm is None or self._runtime.is_lost:
+                continue
+            try:
+                await vm.detach_disk(address)
+            except KataError as error:
+                self._tasks.log(f"a disk stays in the virtual machine: {error.message}")
+        if self._allowed:
+            await self._tasks.run_blocking(self._take_back)
