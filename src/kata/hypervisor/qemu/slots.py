@@ -1,12 +1,13 @@
 """Where each device of a virtual machine sits.
 
-All devices are on the root bus at fixed addresses, so the guest finds them by address and never by the order in which
-its kernel happened to name them. A machine has its slots from the start: disks, a network interface, a share, the
-agent's channel. A slot that is not used holds a placeholder and can be filled while the machine runs, without hot-plug
-(which costs the guest hundreds of milliseconds).
+A machine starts with its slots in place: four to eight disks, at least one network interface, a share and the agent's
+channel. An unused slot holds a placeholder and is filled while the machine runs, without hot-plug (which costs the
+guest hundreds of milliseconds). Only network interfaces beyond those that the machine started with are hot-plugged,
+into PCI Express ports that are there from the start (`hotplug_port`).
 
-An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
-bus down, joined by ``/``; for these devices one number.
+Every device has a fixed address, so the guest finds it by that and never by the order in which its kernel named the
+devices. An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
+bus down, joined by ``/``. It is one number, except for an interface behind a port, which has two.
 """
 
 from __future__ import annotations
