@@ -57,7 +57,7 @@ fn check<'a>(base: &str, request: &'a CopyFileRequest) -> Result<Vec<&'a str>> {
     Ok(steps)
 }
 
-/// Walks to the parent, making what is missing.
+/// Walks to the parent, creating missing directories.
 fn open_parent<'a>(base: Fd, steps: &[&'a str], mode: u32) -> SysResult<(Fd, &'a str)> {
     let (name, parents) = steps.split_last().ok_or(Errno(libc::EINVAL))?;
     let mut directory = base;
@@ -84,7 +84,7 @@ fn directory(parent: RawFd, name: &str, request: &CopyFileRequest) -> SysResult<
     finish(made.raw(), request)
 }
 
-/// Replaces what is there in one step, unless that is a directory.
+/// Replaces an existing file or link atomically; a directory is not replaced.
 fn link(parent: RawFd, name: &str, request: &CopyFileRequest) -> SysResult<()> {
     let temporary = temporary(name);
     remove(parent, &temporary)?;

@@ -1,9 +1,9 @@
 //! Device rules of a container (OCI `linux.resources.devices`) as an eBPF program on its cgroup: cgroup v2 has no
 //! devices controller, the kernel asks a BPF_PROG_TYPE_CGROUP_DEVICE program instead.
 //!
-//! The rules are read like cgroup v1's: each one changes what the earlier ones said, permission by permission. So the
-//! program walks them from the last to the first; each permission is decided by the first rule met that mentions it,
-//! and refused if none does.
+//! The rules are read like cgroup v1's: each one overrides earlier ones, permission by permission. So the program walks
+//! them from the last to the first; each permission is decided by the first rule met that mentions it, and refused if
+//! none does.
 
 use crate::prelude::*;
 use crate::proto::oci::LinuxDeviceCgroup;

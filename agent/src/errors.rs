@@ -98,7 +98,7 @@ impl From<Errno> for Error {
     }
 }
 
-/// Puts what was being done in front of why it failed.
+/// Adds context to an error: what was being done when it failed.
 pub trait Context<T> {
     fn context(self, what: &str) -> Result<T>;
     fn with_context<F: FnOnce() -> String>(self, what: F) -> Result<T>;

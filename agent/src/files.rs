@@ -25,7 +25,7 @@ const READ_MAX: usize = 1 << 20;
 const LIST_MAX: usize = 4096;
 const LIST_MAX_BYTES: usize = 2 << 20;
 
-/// What `path` is, and with `follow` what it points to.
+/// Attributes of `path`; with `follow`, of the target of a symbolic link.
 pub fn stat(root: RawFd, request: &StatFileRequest) -> Result<FileInfo> {
     let flags = libc::O_PATH | if request.follow { 0 } else { libc::O_NOFOLLOW };
     let look = || {
@@ -165,7 +165,7 @@ fn place(parent: RawFd, name: &[u8], replace: bool, make: impl Fn(&[u8]) -> SysR
     }
 }
 
-/// Sets the owner of a name, not of what it leads to.
+/// Sets the owner of a name; a symbolic link is not followed.
 fn own(parent: RawFd, name: &[u8], uid: Option<u32>, gid: Option<u32>) -> SysResult<()> {
     if uid.is_none() && gid.is_none() {
         return Ok(());

@@ -149,8 +149,8 @@ fn turn_on(directory: &str, prefix: &str) -> Result<u32> {
     Ok(count)
 }
 
-/// Loads a kernel module and what it depends on, by system call. One that is there already, also as a part of the
-/// kernel itself, is fine; then `parameters` are not applied.
+/// Loads a kernel module and those that it depends on. It is no error if it is loaded or built in already; then
+/// `parameters` are not applied.
 pub fn load_module(name: &str, parameters: &[String]) -> Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("ask for the kernel's release")?;
     load_module_from(&format!("/lib/modules/{}", release.trim()), name, &parameters.join(" "))
@@ -172,7 +172,7 @@ fn load_module_from(directory: &str, name: &str, parameters: &str) -> Result<()>
     let Some((path, needed)) = dependencies(&text, name) else {
         return Err(Error::not_found(format!("kernel module {name} is neither in {directory} nor in the kernel")));
     };
-    // modules.dep lists the complete set; what is needed first comes last.
+    // modules.dep lists the complete set, in the reverse order of loading.
     for dependency in needed.iter().rev() {
         insert(&format!("{directory}/{dependency}"), "")?;
     }
@@ -185,7 +185,7 @@ fn module_name(path: &str) -> String {
     file.split(".ko").next().unwrap_or_default().replace('-', "_")
 }
 
-/// The line of `modules.dep` for a module: its path and the paths of what it needs.
+/// The line of `modules.dep` for a module: its path and those of the modules that it needs.
 fn dependencies<'a>(text: &'a str, name: &str) -> Option<(&'a str, Vec<&'a str>)> {
     let name = name.replace('-', "_");
     text.lines()

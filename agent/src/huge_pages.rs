@@ -8,7 +8,8 @@ pub const POOLS: &str = "/sys/kernel/mm/hugepages";
 /// Memory that huge pages must leave free: small pages are needed as well.
 const HEADROOM: u64 = 32 << 20;
 
-/// Adds `size` bytes of pages of `pagesize` to the kernel's pool; the pool's file, and what it held before.
+/// Adds `size` bytes of pages of `pagesize` to the kernel's pool. Returns the pool's file and its former number of
+/// pages.
 pub fn reserve(pools: &str, options: &[&String]) -> Result<(String, u64)> {
     let find = |name: &str| options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
     let (Some(page), Some(size)) = (find("pagesize"), find("size")) else {

@@ -94,7 +94,7 @@ mod tests {
         let client = sys::socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap();
         sys::connect(client.raw(), &address4(place, 4243), 16).unwrap();
         assert!(sys::accept(listener.fd.raw(), &mut peer).is_ok());
-        // Who binds it on every address has it, but for this one.
+        // A program that binds it on every address gets it, except on this address.
         let other = sys::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).unwrap();
         // As servers do; connections of the first one are still there.
         sys::setsockopt_int(other.raw(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1).unwrap();

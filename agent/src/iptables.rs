@@ -57,11 +57,11 @@ fn run(name: &str, input: &[u8]) -> Result<Vec<u8>> {
     };
     if status == 0 {
         rewind(stdout)?;
-        return fs::read_fd(stdout.raw()).with_context(|| format!("read what {name} has said"));
+        return fs::read_fd(stdout.raw()).with_context(|| format!("read the output of {name}"));
     }
     rewind(stderr)?;
-    let said = fs::read_fd(stderr.raw()).unwrap_or_default();
-    let words = String::from_utf8_lossy(&said[..said.len().min(MAX_WORDS)]).trim().to_string();
+    let errors = fs::read_fd(stderr.raw()).unwrap_or_default();
+    let words = String::from_utf8_lossy(&errors[..errors.len().min(MAX_WORDS)]).trim().to_string();
     Err(match status {
         127 => Error::internal(format!("{name} of the guest's extension cannot be executed")),
         _ if input.is_empty() => Error::internal(format!("{name} ended with {status}: {words}")),

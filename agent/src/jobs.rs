@@ -59,7 +59,7 @@ impl Jobs {
         Ok(())
     }
 
-    /// Reads what a job has written. When that is all, what is to happen with its outcome, and the outcome.
+    /// Reads what a job has written. At its end, returns what is to happen with its outcome, and the outcome.
     pub fn read(&mut self, id: u32) -> Option<(Completion, Result<Vec<u8>>)> {
         let job = self.running.get_mut(&id)?;
         loop {

@@ -139,7 +139,7 @@ fn make_cgroup(oom: &OomWatch, id: &str, linux: &Linux) -> Result<Option<Cgroup>
     if !oom.has_cgroups() {
         return Ok(None);
     }
-    // Limits of single devices are the builder's to set, who learns of their numbers.
+    // The builder sets limits of single devices: it learns their numbers.
     let resources = linux.resources.as_deref().map(cgroup_limits::without_devices);
     let cgroup = Cgroup::create(id, resources.as_ref())?;
     oom.watch(&cgroup).inspect_err(|_| {
@@ -189,7 +189,7 @@ fn exec_id_of(request: &pb::CreateContainerRequest) -> &str {
     }
 }
 
-/// Takes back what was made for a container whose builder could not be started.
+/// Removes what was made for a container whose builder could not be started.
 fn discard(id: &str, cgroup: Option<&Cgroup>) {
     let _ = fs::remove_dir_all(format!("{STATE_DIR}/{id}"));
     if let Some(cgroup) = cgroup {

@@ -144,7 +144,7 @@ fn seconds(ticks: u64) -> String {
 fn of_agent(out: &mut Text, read: Reader, scrapes: u64) {
     out.one("kata_agent_scrape_count", "counter", "How often these metrics were asked for.", &scrapes);
     let stat = read("stat");
-    // The name in parentheses may hold anything; what comes after is counted from the state, field 3.
+    // The name in parentheses may hold anything; the fields after it are counted from the state, field 3.
     let fields: Vec<u64> = stat
         .rsplit_once(") ")
         .map(|(_, rest)| rest.split_whitespace().map(|word| word.parse().unwrap_or(0)).collect())

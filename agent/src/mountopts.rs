@@ -126,9 +126,9 @@ pub struct MountOptions {
     /// MOUNT_ATTR_* for the mount and all below it.
     pub recursive_set: u64,
     pub recursive_clear: u64,
-    /// What is left for the file system, joined by commas.
+    /// The remaining options, which are for the file system, joined by commas.
     pub data: String,
-    /// A tmpfs starts with what the directory beneath it holds (runc's extension).
+    /// A tmpfs starts with a copy of the directory beneath it (runc's extension).
     pub tmpcopyup: bool,
 }
 
@@ -168,8 +168,8 @@ pub fn parse_options<S: AsRef<str>>(options: &[S]) -> Result<MountOptions> {
 }
 
 impl MountOptions {
-    /// The flags and cleared flags as attributes of one mount: for bind mounts, where what is not named stays as it
-    /// is in the source (a share's nosuid, nodev).
+    /// The flags and cleared flags as attributes of one mount: for bind mounts, where attributes that no option names
+    /// stay as they are in the source (a share's nosuid, nodev).
     pub fn attributes(&self) -> MountAttr {
         const PAIRS: &[(u64, u64)] = &[
             (MS_RDONLY, ATTR_RDONLY),

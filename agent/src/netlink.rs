@@ -63,7 +63,8 @@ struct Address {
 }
 
 /// Configures the interface at `device_path` (PCI) or, without one, with the MAC `hw_addr`: MAC (only when found by
-/// path), name, MTU, ARP flag, up; its addresses are replaced (IPv6 link-local ones excepted). What it is afterwards.
+/// path), name, MTU, ARP flag, up; its addresses are replaced (IPv6 link-local ones excepted). Returns its new
+/// description.
 pub fn update_interface(wanted: &Interface) -> Result<Interface> {
     let mut rtnl = Rtnl::open()?;
     let addresses = wanted.ip_addresses.iter().map(parse_address).collect::<Result<Vec<_>>>()?;

@@ -73,7 +73,7 @@ impl OomWatch {
         self.answer(io);
     }
 
-    /// Ends what is stuck at its limit, and reports that as a kill.
+    /// Ends processes of containers that are stuck at their limit, and reports that as an OOM kill.
     fn look_for_thrashing(&mut self, io: &mut Connections, containers: &mut Containers) {
         let now_ns = sys::monotonic_ns();
         if now_ns.saturating_sub(self.thrash_looked_ns) < thrash::LOOK_NS {

@@ -61,7 +61,7 @@ impl Policy {
         Ok(Policy(allow))
     }
 
-    /// `PERMISSION_DENIED`, naming the rules, for what is not allowed.
+    /// `PERMISSION_DENIED`, naming the rules, for a request that is not allowed.
     pub fn check(&self, service: &str, method: &str, payload: &[u8]) -> Result<()> {
         if service == HEALTH {
             return Ok(());
@@ -207,7 +207,7 @@ const MAX_FOUND: usize = 1 << 16;
 
 type Verdict = core::result::Result<(), String>;
 
-/// What is found at the end of a path.
+/// A value at the end of a path.
 enum Found<'a> {
     Text(&'a str),
     Bool(bool),

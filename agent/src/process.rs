@@ -62,7 +62,7 @@ pub struct Process {
     pub terminal: Option<Fd>,
 }
 
-/// Four times the kernel's default: fewer and longer answers to reads. Memory is only taken by what is in the pipe.
+/// Four times the kernel's default: fewer and longer answers to reads. An empty pipe takes no memory.
 const PIPE_SIZE: usize = 256 << 10;
 
 /// The pipes of a process without a terminal, both sides.

@@ -1,4 +1,4 @@
-//! How a process comes into being and ends: what its report socket says, and what is done when a child has ended.
+//! How a process comes into being and ends: the messages on its report socket, and the reaping of children.
 
 use crate::lifecycle;
 use crate::log;
@@ -107,7 +107,7 @@ pub fn on_child_exit(state: &mut State, pid: Pid, code: i32) {
     let Some(key) = state.processes.find(|p| p.pid == pid && p.is_alive()) else {
         return on_builder_exit(state, pid);
     };
-    // What it has reported before its end comes first. Its builder may still hold the socket open: there is no end of
+    // Messages from before its end are handled first. Its builder may still hold the socket open: there is no end of
     // file to wait for.
     on_report(state, key);
     on_report_end(state, key);
@@ -131,7 +131,7 @@ fn on_builder_exit(state: &mut State, pid: Pid) {
     let Some(process) = state.processes.get_mut(key) else { return };
     process.builder = 0;
     let container = process.container.clone();
-    // What it has reported may name the process that it has made.
+    // Its last messages may name the process that it has made.
     on_report(state, key);
     lifecycle::continue_removal(state, &container);
 }

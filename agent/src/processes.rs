@@ -20,13 +20,13 @@ use crate::sys;
 /// awake.
 const STREAM_EVENTS: u32 = libc::EPOLLONESHOT as u32;
 
-/// What has become of the reader whose turn it was.
+/// The outcome of one reader's turn.
 enum Turn {
     /// It has been given something, or is gone: the next one, which may be the same.
     Next,
     /// It has been served, and the stream is over with no reader left.
     Over,
-    /// There is nothing to give now, or nobody to give it to.
+    /// There is nothing to give now, or no reader.
     Wait,
 }
 
@@ -119,7 +119,7 @@ impl Processes {
 
     // ---- output ----
 
-    /// Epoll says that an output stream has something.
+    /// An output stream has become readable.
     pub fn on_output(&mut self, io: &mut Connections, containers: &mut Containers, key: Key, which: u8) {
         if let Some(process) = self.records.get_mut(&key) {
             process.outputs[usize::from(which)].notice();
@@ -203,8 +203,8 @@ impl Processes {
         }
     }
 
-    /// Gives a streaming call what was read; nothing behind the room in front is the end of the stream, and of the call
-    /// unless it carries a connection, whose other direction goes on.
+    /// Gives a streaming call the data in `buffer`, behind `DATA_OFFSET` bytes of room. No data is the end of the
+    /// stream, which ends the call unless it carries a connection, whose other direction goes on.
     fn serve_stream(
         &mut self,
         io: &mut Connections,
@@ -418,7 +418,7 @@ impl Processes {
         } else if !flush || process.input.raw().is_none() {
             self.remove(io, key);
         } else {
-            // Nobody reads its output any more; the record goes when the input has been delivered.
+            // Its output has no reader any more; the record goes when the input has been delivered.
             process.outputs[0].close();
         }
     }
@@ -449,7 +449,7 @@ impl Processes {
         Ok(None)
     }
 
-    /// Answers those who wait for the end of a process that has ended.
+    /// Answers the calls that wait for the end of a process, if it has ended.
     pub fn answer_waiters(&mut self, io: &mut Connections, containers: &mut Containers, key: Key) {
         let Some(process) = self.records.get_mut(&key) else { return };
         let Some(code) = process.exit else { return };
@@ -467,7 +467,8 @@ impl Processes {
         self.reap_if_finished(io, containers, key);
     }
 
-    /// Keeps only the exit code of a process (not of a container's first one) that has nothing else to give.
+    /// Drops the record of a process that has ended and whose output has been read, keeping its exit code. A
+    /// container's first process keeps its record.
     fn reap_if_finished(&mut self, io: &mut Connections, containers: &mut Containers, key: Key) {
         let Some(process) = self.records.get(&key) else { return };
         let (Some(code), true) = (process.exit, process.is_drained()) else { return };

@@ -28,7 +28,7 @@ pub struct Sandbox {
     destroyer: Option<CallId>,
     /// Which requests are answered; `None`: all.
     pub policy: Option<Policy>,
-    /// How often the metrics were asked for.
+    /// How often GetMetrics was called.
     pub scrapes: u64,
 }
 
@@ -179,7 +179,7 @@ impl Sandbox {
     }
 }
 
-/// Process 1 of a shared PID namespace: orphans end here, and nothing else ever happens.
+/// Process 1 of a shared PID namespace: it reaps orphans and does nothing else.
 fn reap_for_ever() -> ! {
     let _ = sys::close_range(0, 0);
     // Containers see this process; they must not be able to inspect it.

@@ -149,7 +149,7 @@ impl Sockets {
             if let Some(datagrams) = &mut socket.datagrams {
                 return datagrams.forward(io, fd, number);
             }
-            // Those whose caller has gone meanwhile.
+            // Skip calls that have ended.
             while socket.waiting.front().is_some_and(|(call, _)| !io.calls.is_waiting(*call)) {
                 socket.waiting.pop_front();
             }
@@ -198,7 +198,7 @@ fn listen(path: &str, mode: u32, uid: u32, gid: u32) -> Result<Fd> {
     if directory.is_empty() || path.split('/').any(|part| part == "..") {
         return Err(Error::invalid(format!("{path:?} is not a plain absolute path")));
     }
-    // Root of a user namespace is nobody here, and still has to get through.
+    // 0711: the root of a user namespace is an unprivileged user out here and still has to traverse it.
     fs::create_dir_all(directory, 0o711).with_context(|| format!("make {directory}"))?;
     let (address, len) = sys::unix_address(path)?;
     let make = || -> SysResult<Fd> {
@@ -255,7 +255,7 @@ mod tests {
         let mut answer = [0u8; 64];
         let length = sys::read(host.raw(), &mut answer).unwrap();
         assert_eq!(answer[..length], frame::answer(1, &Ok(vec![])), "the former call has ended, without an error");
-        // What comes now is the second one's.
+        // Datagrams go to the second call.
         let client = sys::socket(libc::AF_INET, libc::SOCK_DGRAM, 0).unwrap();
         sys::send_to(client.raw(), b"?", &address4([127, 0, 0, 11], 4244)).unwrap();
         sockets.on_readable(&mut io, &mut Processes::default(), &mut Containers::default(), 5);

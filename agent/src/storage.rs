@@ -1,4 +1,5 @@
-//! Storages: what the host wants mounted in the guest before a container starts (agent protocol, `Storage`).
+//! Storages: file systems that the host wants mounted in the guest before a container starts (agent protocol,
+//! `Storage`).
 //!
 //! One function per driver family. Options that a driver does not know go to the file system or are refused by name;
 //! none is dropped.

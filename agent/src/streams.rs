@@ -122,7 +122,7 @@ impl Output {
         }
     }
 
-    /// Whether the stream is at its end as far as can be told without reading.
+    /// Whether the stream is known to be at its end, without reading.
     pub fn at_end(&self) -> bool {
         self.fd.is_none() || self.left == Some(0)
     }

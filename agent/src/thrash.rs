@@ -27,7 +27,7 @@ const PAGE: u64 = 4096;
 /// Reclaimable memory up to this part of the limit (1/64) counts as none.
 const RECLAIMABLE_PART: u64 = 64;
 
-/// What was seen of a container that is at its limit with nothing to reclaim.
+/// An observation of a container that is at its limit with nothing to reclaim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Squeeze {
     /// When (CLOCK_MONOTONIC).
@@ -62,7 +62,7 @@ fn swap_room(free: u64, read: &dyn Fn(&str) -> Option<String>) -> u64 {
 }
 
 /// Looks at a group at `at_ns`; nothing if it is not at its limit, or has something to reclaim. `read` gives a file of
-/// the group, `free_swap` what is free of the guest's.
+/// the group, `free_swap` the guest's free swap in bytes.
 fn look(at_ns: u64, read: &dyn Fn(&str) -> Option<String>, free_swap: &dyn Fn() -> u64) -> Option<Squeeze> {
     let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
     let limit = number("memory.max")?; // "max" is no number
@@ -101,8 +101,8 @@ fn kill(cgroup: &Cgroup) -> Result<bool> {
     }
 }
 
-/// Looks at a container at `now_ns` (CLOCK_MONOTONIC) and ends what is stuck in it; whether a process was killed.
-/// `squeeze` is what was seen of it before, and becomes what is seen now.
+/// Looks at a container at `now_ns` (CLOCK_MONOTONIC) and kills a process if it is stuck; whether one was killed.
+/// `squeeze` is the former observation, and becomes the present one.
 pub fn check(id: &str, cgroup: &Cgroup, squeeze: &mut Option<Squeeze>, now_ns: u64) -> bool {
     let read = |file: &str| fs::read_to_string(format!("{}/{file}", cgroup.path())).ok();
     let (seen, is_stuck) = step(*squeeze, look(now_ns, &read, &|| fs::meminfo("SwapFree").unwrap_or(0)));

@@ -79,7 +79,7 @@ fn wait(socket: &Fd, subsystem: &str, deadline: u64) -> bool {
     }
 }
 
-/// Whether a message says that something has come or changed in a subsystem: "add@/devices/...", then NUL-terminated
+/// Whether a message announces a new or changed device of a subsystem: "add@/devices/...", then NUL-terminated
 /// variables.
 fn concerns(message: &[u8], subsystem: &str) -> bool {
     let mut variables = message.split(|byte| *byte == 0);

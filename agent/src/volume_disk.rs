@@ -17,12 +17,12 @@ const EMPTY: &str = "kata.volume.empty";
 /// The directory that the container gets, as a name in the file system.
 const DATA: &str = "data";
 const NEW: &str = "data.new";
-/// Deeper trees than this are somebody's trick (as in [`fs`]).
+/// Deeper trees are refused: only an attack has them (as in [`fs`]).
 const MAX_DEPTH: usize = 256;
 const PIECE: usize = 128 << 10;
 const DIRECTORY: i32 = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW;
 
-/// What a block storage's driver options say of a volume.
+/// A block storage's driver options about a volume.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Volume<'a> {
     root: &'a str,
@@ -71,7 +71,7 @@ fn fill(top: RawFd, volume: &Volume) -> SysResult<()> {
         }
         adopt(new.raw(), &status)?;
     }
-    // Its content is on the disk before its name is: whoever finds the name finds all of it.
+    // Its content is on the disk before its name is: so an existing name stands for complete content.
     sys::syncfs(top)?;
     sys::renameat(top, NEW, top, DATA)
 }

@@ -11,7 +11,7 @@ use crate::uevent::hotplug_timeout_ms;
 
 const EXT4_MAGIC: i64 = 0xef53;
 const XFS_MAGIC: i64 = 0x5846_5342;
-/// _IOW('f', 16, __u64) of linux/ext4.h: grow to so many blocks.
+/// _IOW('f', 16, __u64) of linux/ext4.h: grow to this number of blocks.
 const EXT4_IOC_RESIZE_FS: u64 = 0x4008_6610;
 /// _IOR('X', 100, struct xfs_fsop_geom_v1) and _IOW('X', 110, struct xfs_growfs_data) of xfs_fs.h.
 const XFS_IOC_FSGEOMETRY_V1: u64 = 0x8070_5864;

@@ -54,12 +54,12 @@ pub fn prepare(source: &str, mount_point: &str) -> Result<Option<String>> {
     }
 }
 
-/// Makes the copy what the source is. EFBIG: it has become too large.
+/// Makes the copy equal to the source. EFBIG: it has become too large.
 fn synchronise(source: &str, copy: &str) -> SysResult<()> {
     let mut room = Room { files: MAX_FILES, bytes: MAX_BYTES };
     let source_is = sys::stat(source)?.st_mode;
     if !is(source_is, libc::S_IFDIR) {
-        // The source may itself be a symbolic link; what it points to is what counts.
+        // The source may itself be a symbolic link; its target counts.
         let found = sys::open(source, libc::O_RDONLY | libc::O_NONBLOCK, 0)?;
         return copy_file(AT_FDCWD, sys::proc_fd(found.raw()).as_bytes(), 0, AT_FDCWD, copy.as_bytes(), &mut room);
     }

@@ -12,12 +12,12 @@ const PERIOD_NS: u64 = 2_000_000_000;
 
 #[derive(Default)]
 pub struct Watcher {
-    /// What is copied for the sandbox, not for one container.
+    /// Sources that are copied for the sandbox, not for one container.
     pub of_sandbox: Vec<Watched>,
     /// Runs while something is watched.
     timer: Option<Fd>,
     job_runs: bool,
-    /// What was wrong the last time, so that it is logged once.
+    /// The errors of the last time, so that each is logged once.
     last_error: String,
 }
 
@@ -49,7 +49,7 @@ impl Watcher {
         self.job_runs = started.is_ok();
     }
 
-    /// The job has ended. Logs what is wrong, if that is new.
+    /// The job has ended. Logs its errors if they are new.
     pub fn on_copied(&mut self, outcome: Result<Vec<u8>>) {
         self.job_runs = false;
         let errors = match outcome {

@@ -103,7 +103,7 @@ fn renumber_limits(io: &mut LinuxBlockIO, found: &[Numbers]) {
     }
 }
 
-/// What a host's device is here; one that is not among these stays what it was.
+/// The guest's device for one of the host's; a device that is not in the list keeps its numbers.
 fn here(numbers: (i64, i64), found: &[Numbers]) -> (i64, i64) {
     found.iter().find(|one| one.host == numbers).map_or(numbers, |one| one.guest)
 }

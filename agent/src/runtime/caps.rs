@@ -59,7 +59,7 @@ pub struct Caps {
     pub sets: CapSets,
 }
 
-/// No capabilities are asked for = none are given, as in the runtime specification.
+/// Without a list of capabilities none are given, as the runtime specification has it.
 pub fn parse(spec: Option<&LinuxCapabilities>) -> Result<Caps> {
     let Some(spec) = spec else { return Ok(Caps::default()) };
     Ok(Caps {
@@ -84,7 +84,7 @@ fn mask(names: &[String]) -> Result<u64> {
     })
 }
 
-/// What the kernel knows, as a mask: an older kernel must not be asked for a newer capability.
+/// The capabilities that the kernel knows, as a mask: an older kernel must not be asked for a newer capability.
 pub fn known() -> u64 {
     let mut set = 0;
     for number in 0..NAMES.len() {

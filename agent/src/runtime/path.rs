@@ -27,7 +27,7 @@ fn make_dir_following(root: RawFd, path: &str, mode: u32, links: u32) -> SysResu
     let parent = make_dir_following(root, parent_path, mode, links)?;
     match sys::mkdirat(parent.raw(), name, mode) {
         Ok(()) => {}
-        // Made meanwhile, or a symlink to something that is missing: then its target is what has to be made.
+        // It exists by now, or it is a symlink to a missing target, which then has to be made.
         Err(Errno(libc::EEXIST)) => {
             if let Some(target) = dangling(parent.raw(), parent_path, name, links)? {
                 return make_dir_following(root, &target, mode, links + 1);

@@ -78,7 +78,7 @@ impl Rootfs {
         mounts::finish_dev(self.root.raw(), &spec.mounts)?;
         let old = sys::open("/", libc::O_PATH | libc::O_DIRECTORY, 0).context("open the old root")?;
         sys::fchdir(self.root.raw()).context("enter the new root")?;
-        // Both in one place: the old root then lies on top of the new one, and is taken off.
+        // pivot_root with both on one path: the old root then lies on top of the new one, and is unmounted.
         sys::pivot_root(".", ".").context("pivot_root")?;
         sys::fchdir(old.raw()).context("enter the old root")?;
         sys::mount("", ".", "", libc::MS_SLAVE | libc::MS_REC, "").context("make the old root a slave")?;

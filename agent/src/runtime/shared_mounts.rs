@@ -8,7 +8,7 @@ const OPEN_TREE_CLONE: u32 = 1;
 const EMPTY_PATH: u32 = libc::AT_EMPTY_PATH as u32;
 const RECURSIVE: u32 = libc::AT_RECURSIVE as u32;
 
-/// What is shared, its container found: `process` is a pidfd of that container's first process.
+/// A shared path, its container resolved: `process` is a pidfd of that container's first process.
 pub struct Source {
     pub process: Fd,
     pub path: String,

@@ -17,7 +17,7 @@ pub struct Identity {
     pub home: String,
 }
 
-/// What the request says, not looked up yet.
+/// The requested user, not looked up yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     uid: u32,

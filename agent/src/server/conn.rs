@@ -1,7 +1,7 @@
 //! A connection or a virtio-serial port: bytes in, frames out, with bounds on both.
 //!
 //! Descriptors are registered edge-triggered: a virtio-serial port whose host end is closed would otherwise report its
-//! hang-up without end. So readiness is remembered here, and the loop pumps until the kernel says EAGAIN.
+//! hang-up without end. So readiness is remembered here, and the loop pumps until the kernel returns EAGAIN.
 
 use super::frame::{self, Head, Outgoing};
 use crate::prelude::*;
@@ -144,7 +144,7 @@ impl Conn {
         self.port
     }
 
-    /// Notes what epoll has said.
+    /// Notes the readiness that epoll has reported.
     pub fn notice(&mut self, events: u32) {
         if events & libc::EPOLLHUP as u32 == 0 {
             self.link = Link::Open;
@@ -352,8 +352,8 @@ impl Conn {
         State::Open
     }
 
-    /// After the kernel has refused to move pages (no memory to describe them): what is in the pipe is copied from now
-    /// on. False if the failed write was not about the pipe.
+    /// After the kernel has refused to move pages (no memory to describe them): copies the data in the pipe instead,
+    /// from now on. False if the failed write was not about the pipe.
     fn copy_piped(&mut self) -> bool {
         let (Some((from, _)), Some(first)) = (&self.pipe, self.out.front_mut()) else { return false };
         if first.start < first.bytes.len() || first.piped == 0 {

@@ -72,7 +72,7 @@ pub fn open(address: &Address, patience_ms: u64) -> Result<Channel> {
     }
 }
 
-/// True when a virtio device of type 19 (vsock) is there; the socket family alone says nothing.
+/// True when a virtio device of type 19 (vsock) is there; the socket family exists even without a device.
 fn has_vsock_device() -> bool {
     let base = "/sys/bus/virtio/devices";
     fs::names(base)

@@ -167,7 +167,7 @@ pub fn close_range(first: RawFd, flags: u32) -> SysResult<()> {
 }
 
 /// Closes every descriptor above the standard ones but those in `keep`: for children, which have no business with the
-/// rest (an end of somebody's pipe kept open would keep its reader waiting).
+/// rest (an inherited end of a pipe would keep its reader waiting).
 pub fn close_all_but(mut keep: Vec<RawFd>) {
     crate::sort::sort(&mut keep);
     let mut first = 3;
