@@ -270,7 +270,7 @@ def _install_serving_engine() -> None:
 
     _around(guest_setup, "_healthy", after="create.agent")
     _around(hostroot.HostRoot, "mount", after="create.root")
-    _around(binds.Shared, "add_all", after="create.shared")
+    _around(binds.ContainerMounts, "add_all", after="create.shared")
     _around(AgentClient, "create_container", "create.guest", "create.guest-made")
     _around(AgentClient, "start_container", "start.guest", "start.guest-started")
     _around(AgentClient, "exec_process", "exec.guest", "exec.guest-started")

@@ -14,7 +14,7 @@ from test_engine_volumes import in_child, share_of
 
 from kata import journal_undo, sysio
 from kata.cli import session
-from kata.engine.binds import Shared
+from kata.engine.binds import ContainerMounts
 from kata.engine.hostns import Namespaces
 from kata.engine.sockets import SocketForwardingState, connected, descriptor
 from kata.engine.spec import GUEST_RUN, GUEST_SHARE
@@ -30,7 +30,7 @@ def journal(tmp_path: Path) -> Journal:
     return Journal.create_dir(str(tmp_path / "r"), "sandbox", {})
 
 
-def shared(journal: Journal, policy: ClientPolicy | None = None) -> Shared:
+def shared(journal: Journal, policy: ClientPolicy | None = None) -> ContainerMounts:
     policy = policy or start.client_policy("default", "/bundle")
     machine = SimpleNamespace(
         host=None, share=share_of(journal), disk_addresses=["05", "06", "07", "08", "0f"]
@@ -38,7 +38,7 @@ def shared(journal: Journal, policy: ClientPolicy | None = None) -> Shared:
     settings, tasks = SimpleNamespace(container=None, client=policy), None
     forwarding = SocketForwardingState()
     given = (settings, SimpleNamespace(machine=machine), tasks, lambda: forwarding, "c1")
-    return Shared(*(cast(Any, one) for one in given))
+    return ContainerMounts(*(cast(Any, one) for one in given))
 
 
 def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:

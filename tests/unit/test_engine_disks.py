@@ -72,13 +72,13 @@ def test_a_device_and_whether_it_may_be_written(access: str, readonly: bool) -> 
     rule = {"allow": True, "type": "b", "major": 7, "minor": 3, "access": access}
     (device,) = disks.devices_of(spec(rule))
     assert (device.container_path, device.numbers, device.readonly) == ("/dev/data", (7, 3), readonly)
-    assert disks.without_hosts(spec(rule)) == spec(rule)
+    assert disks.drop_host_devices(spec(rule)) == spec(rule)
 
 
 def test_who_is_privileged_owns_the_guests_devices_only() -> None:
     privileged = spec({"allow": True, "access": "rwm"})
     assert disks.devices_of(privileged) == []
-    kept = disks.without_hosts(privileged)["linux"]
+    kept = disks.drop_host_devices(privileged)["linux"]
     assert [device["path"] for device in kept["devices"]] == ["/dev/fuse"]
     assert kept["resources"] == privileged["linux"]["resources"]
 

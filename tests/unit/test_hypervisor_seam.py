@@ -222,7 +222,7 @@ STEPS = [
     "plan_network",
     "prepare_file_server",
     "describe_machine",
-    "take_turn",
+    "take_boot_slot",
     "start_monitor",
     "join_cgroup",
     "start_file_server",

@@ -24,7 +24,7 @@ OURS_BEFORE_THE_VM = {
     *("kata", "kata.children", "kata.errors", "kata.journal", "kata.launcher", "kata.paths", "kata.sysio"),
     *("kata.host_cache", "kata.settings"),
     *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
-    *("kata.engine.turns", "kata.engine.volumes"),
+    *("kata.engine.boot_slots", "kata.engine.volumes"),
     *("kata.hypervisor", "kata.hypervisor.base", "kata.hypervisor.registry", "kata.hypervisor.tsc"),
     *("kata.hypervisor.qemu", "kata.hypervisor.qemu.command", "kata.hypervisor.qemu.monitor"),
     *("kata.hypervisor.qemu.process", "kata.hypervisor.qemu.root", "kata.hypervisor.qemu.settings"),

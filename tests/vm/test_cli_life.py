@@ -25,7 +25,7 @@ import pytest
 from conftest import Kata
 from waiting import until
 
-from kata.engine.turns import Turn
+from kata.engine.boot_slots import BootSlot
 from kata.hypervisor.qemu import root as qemu_root
 from kata.resources import sizing
 
@@ -751,12 +751,12 @@ def test_a_machine_killed_under_an_attached_run(kata_env: Kata, busybox_image: s
     assert names(kata_env) == []
 
 
-def test_a_start_that_waits_for_its_turn_and_is_given_up(
+def test_a_start_that_waits_for_a_boot_slot_and_is_given_up(
     kata_env: Kata, busybox_image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KATA_RUN_DIR", str(kata_env.run_dir))
-    others = [Turn(print) for _ in range(len(os.sched_getaffinity(0)) + 1)]
-    assert all(turn.is_held for turn in others)
+    others = [BootSlot(print) for _ in range(len(os.sched_getaffinity(0)) + 1)]
+    assert all(slot.is_held for slot in others)
     # Whoever runs the tests in the background may have Ctrl-C ignored.
     process = kata_env.start(
         "run",
@@ -774,8 +774,8 @@ def test_a_start_that_waits_for_its_turn_and_is_given_up(
     process = kata_env.start("run", "--rm", busybox_image, "echo", "at last")
     others.pop().end()
     assert process.communicate(timeout=30)[0] == b"at last\n"
-    for turn in others:
-        turn.end()
+    for slot in others:
+        slot.end()
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.2, 0.5, 0.9, 1.3])

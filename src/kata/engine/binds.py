@@ -51,7 +51,7 @@ _RECURSIVELY_READONLY = "rro"
 _NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
 
 
-class Shared:
+class ContainerMounts:
     """What one container sees of the host. Blocks: for the helper thread.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from kata.engine import turns, volumes
+from kata.engine import boot_slots, volumes
 from kata.errors import HostError, KataError, UnsupportedError
 from kata.hypervisor import registry
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
@@ -58,12 +58,13 @@ class Machine:
         host: The host's namespaces, for hooks that a client's specification may have.
         network: The network, if the sandbox has one.
         share: The share, if the sandbox has one.
-        ready_ns: When there was nothing more to do but wait for a turn.
+        ready_ns: When there was nothing more to do but wait for a boot slot.
         started_ns: When the hypervisor was started.
-        turn: The permission to boot, until the first container runs.
+        boot_slot: The right to boot now, until the first container runs.
     """
 
     __slots__ = (
+        "boot_slot",
         "capabilities",
         "cgroup",
         "files",
@@ -75,7 +76,6 @@ class Machine:
         "share",
         "started",
         "started_ns",
-        "turn",
     )
 
     def __init__(self) -> None:
@@ -90,12 +90,12 @@ class Machine:
         self.share: volumes.Share | None = None
         self.ready_ns = 0
         self.started_ns = 0
-        self.turn: turns.Turn | None = None
+        self.boot_slot: boot_slots.BootSlot | None = None
 
-    def end_turn(self) -> None:
+    def free_boot_slot(self) -> None:
         """Let the next machine boot."""
-        if self.turn is not None:
-            self.turn.end()
+        if self.boot_slot is not None:
+            self.boot_slot.end()
 
     @property
     def disk_addresses(self) -> Sequence[str]:
@@ -163,7 +163,7 @@ def power_on(settings: SandboxSettings, run_dir: str, journal: Journal) -> Machi
         boot.plan_network()
         boot.prepare_file_server()
         boot.describe_machine()
-        boot.take_turn()
+        boot.take_boot_slot()
         boot.start_monitor()
         boot.join_cgroup()
         boot.start_file_server()
@@ -365,11 +365,11 @@ class Boot:
             serves_files=self.machine.share is not None and files is None,
         )
 
-    def take_turn(self) -> None:
+    def take_boot_slot(self) -> None:
         """Wait until this machine may boot."""
         self.machine.ready_ns = time.monotonic_ns()
-        self.machine.turn = turns.Turn(self.note)
-        self._undo.append(self.machine.end_turn)
+        self.machine.boot_slot = boot_slots.BootSlot(self.note)
+        self._undo.append(self.machine.free_boot_slot)
 
     def start_monitor(self) -> None:
         """Start the machine: it boots from here on.

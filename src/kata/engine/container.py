@@ -149,10 +149,10 @@ class Container:
         self._root = root
         self._rootfs: rootfs.Rootfs | None = None
         if root is not None:
-            self._rootfs = rootfs.HostDirectory(root.path, mounted_by_host=root.is_hosts)
+            self._rootfs = rootfs.HostDirectory(root.path, mounted_by_host=root.mounted_by_host)
         elif sandbox.settings.container is not None:
             self._rootfs = sandbox.settings.container.rootfs
-        self._shared = binds.Shared(
+        self._shared = binds.ContainerMounts(
             sandbox.settings, sandbox.runtime, sandbox.tasks, sandbox.socket_forwarding, container_id
         )
         self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
@@ -265,7 +265,7 @@ class Container:
             UnsupportedError: It is no process of this sandbox.
         """
         pid = of_path(path)
-        if not path or pid == self.sandbox.runtime.host_pid or spec.is_crios(self.config):
+        if not path or pid == self.sandbox.runtime.host_pid or spec.created_by_crio(self.config):
             return ""  # CRI-O names the pod's by a path of its own making
         for one in self.sandbox.containers.values():
             if one is not self and one.task_pid == pid:
@@ -342,7 +342,7 @@ class Container:
         for what in sorted(set(spec.dropped(self.config, limited))):
             self.sandbox.tasks.log(f"container {self.id}: {what} cannot be carried into the guest")
         config = spec.for_guest(
-            nodes.with_volumes(nodes.with_guests(disks.without_hosts(self.config)), volumes),
+            nodes.with_volumes(nodes.with_guests(disks.drop_host_devices(self.config)), volumes),
             rootfs=rootfs.path(self.id),
             bundle=self.bundle,
             container_type=spec.container_type(self.config),
@@ -439,7 +439,7 @@ class Container:
             process.streams.start()  # right behind the start, not a round trip later
         await starting
         self.sandbox.timings.add("process", began)
-        self.sandbox.runtime.machine.end_turn()
+        self.sandbox.runtime.machine.free_boot_slot()
         process.start(self.task_pid)
         self.sandbox.publish("/tasks/start", events_pb.TaskStart(container_id=self.id, pid=process.pid))
         # Before the answer: whoever asks about the container next looks there.
@@ -488,7 +488,7 @@ class Container:
 
     def out_of_memory(self) -> None:
         """The guest's kernel killed something of this container for want of memory."""
-        self._ends.out_of_memory(self.bundle if spec.is_crios(self.config) else "")
+        self._ends.out_of_memory(self.bundle if spec.created_by_crio(self.config) else "")
 
     async def kill(self, exec_id: str, signal: int, everything: bool) -> None:
         """Send a signal to the init (empty *exec_id*) or an exec; see `Killer.kill`.

@@ -134,7 +134,7 @@ def devices_of(spec: Mapping[str, Any]) -> list[Device]:
     return found
 
 
-def without_hosts(spec: Mapping[str, Any]) -> dict[str, Any]:
+def drop_host_devices(spec: Mapping[str, Any]) -> dict[str, Any]:
     """*spec* without block devices that only name the host's: their numbers are other devices' in the guest."""
     linux = spec.get("linux") or {}
     devices = linux.get("devices")

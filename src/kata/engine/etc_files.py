@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.access import EtcAccess
-    from kata.engine.binds import Shared
+    from kata.engine.binds import ContainerMounts
 
 
 def name_servers(config: dict[str, Any], lines: list[str]) -> list[str]:
@@ -48,7 +48,7 @@ class EtcFiles:
     __slots__ = ("_contents", "_sandbox", "_shared", "mounts")
 
     def __init__(
-        self, sandbox: EtcAccess, config: dict[str, Any], container_id: str, shared: Shared
+        self, sandbox: EtcAccess, config: dict[str, Any], container_id: str, shared: ContainerMounts
     ) -> None:
         self._sandbox = sandbox
         self._shared = shared

@@ -72,9 +72,9 @@ async def bring_up(sandbox: BootingSandbox) -> AgentClient:
     except KataError as error:
         raise explain(sandbox, step.name, error) from error
     finally:
-        # Its first container's start ends the turn, for which a client may take its time.
+        # Its first container's start frees the boot slot, for which a client may take its time.
         machine = sandbox.runtime.machine
-        asyncio.get_running_loop().call_later(BOOT_SLOT_S, machine.end_turn)
+        asyncio.get_running_loop().call_later(BOOT_SLOT_S, machine.free_boot_slot)
 
 
 class _Step:

@@ -106,7 +106,7 @@ class HostRoot:
         self._entries: list[Entry] = []
 
     @property
-    def is_hosts(self) -> bool:
+    def mounted_by_host(self) -> bool:
         """Whether the host has made it already (CRI-O, ``ctr run --rootfs``): nothing is to be mounted there."""
         return not self._mounts
 

@@ -125,7 +125,7 @@ class MachineRuntime:
         if machine.files is not None:
             self._watch_files(machine.files)
         if start_error is not None:
-            machine.end_turn()
+            machine.free_boot_slot()
             self.terminate(start_error)
             raise start_error
         try:

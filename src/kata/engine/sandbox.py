@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 NOTABLE_NS = 1_000_000
-"""A shorter wait for a turn is none."""
+"""A shorter wait for a boot slot is none."""
 
 
 class Sandbox:

@@ -68,7 +68,7 @@ def container_type(spec: Mapping[str, Any]) -> str:
     return {"sandbox": "pod_sandbox", "container": "pod_container"}.get(kind, "single_container")
 
 
-def is_crios(spec: Mapping[str, Any]) -> bool:
+def created_by_crio(spec: Mapping[str, Any]) -> bool:
     """Whether CRI-O has made it."""
     return bool(_annotation(spec, _KIND_ANNOTATIONS[1:]))
 

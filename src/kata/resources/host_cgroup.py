@@ -218,7 +218,7 @@ class HostCgroup:
             all_controllers: Be in the hierarchies of the other controllers of version 1 as well.
             unit: What *place* is to systemd, a slice and a scope, if it is something to it. Only for the main thread.
         """
-        if unit is not None and systemd_scope.is_systemds(unit[1]):
+        if unit is not None and systemd_scope.managed_by_systemd(unit[1]):
             try:
                 self._scope = systemd_scope.Scope(journal, *unit, limits.properties())
             except OSError as error:

@@ -44,7 +44,7 @@ def unit_of(cgroups_path: str) -> tuple[str, str] | None:
     return parts[0] or DEFAULT_SLICE, unit if unit.endswith((".slice", ".scope")) else unit + ".scope"
 
 
-def is_systemds(unit: str) -> bool:
+def managed_by_systemd(unit: str) -> bool:
     """Whether systemd runs here (sd_booted(3)) and can be asked for such a unit: a slice has no processes."""
     return unit.endswith(".scope") and os.path.isdir("/run/systemd/system")
 

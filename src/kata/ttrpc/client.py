@@ -82,7 +82,7 @@ class Client:
         self._abandoned: dict[int, int] = {}
         self._streams: dict[int, Receiver] = {}
         self._bytes = 0
-        self._turns: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[None]] = deque()
         self._error: ConnectionLost | None = None
         self._ended = asyncio.Event()
 
@@ -245,12 +245,12 @@ class Client:
             if not waits and len(self._calls) >= self.max_calls:
                 raise TtrpcError(RESOURCE_EXHAUSTED, f"{self.max_calls} calls are in flight already")
             turn = self._loop.create_future()
-            self._turns.append(turn)
+            self._waiters.append(turn)
             try:
                 await turn
             except asyncio.CancelledError:
-                if turn in self._turns:
-                    self._turns.remove(turn)
+                if turn in self._waiters:
+                    self._waiters.remove(turn)
                 else:
                     self._next_turn()
                 raise
@@ -261,8 +261,8 @@ class Client:
         )
 
     def _next_turn(self) -> None:
-        while self._turns:
-            turn = self._turns.popleft()
+        while self._waiters:
+            turn = self._waiters.popleft()
             if not turn.done():
                 turn.set_result(None)
                 return
@@ -326,10 +326,10 @@ class Client:
         self._streams.clear()
         for receiver in streams:
             receiver.ended(self._failure())
-        for turn in self._turns:
+        for turn in self._waiters:
             if not turn.done():
                 turn.set_result(None)
-        self._turns.clear()
+        self._waiters.clear()
         self._ended.set()
 
     def _failure(self) -> ConnectionLost:

@@ -1,11 +1,11 @@
-"""Booting in turns: of many machines that are asked for at once, a few boot and the others wait in line.
+"""Boot slots: of many machines that are asked for at once, a few boot and the others wait in line.
 
 A boot keeps a processor busy from its beginning to its end. Of thirty at once on two processors each takes as long
-as all of them, and a hundred run into the patience of those who wait for an answer. In turns the first are up as
+as all of them, and a hundred run into the patience of those who wait for an answer. With slots the first are up as
 soon as they would be alone, and the last no later than before.
 
-A turn is an advisory lock (flock(2)) on one of a few files, so the kernel takes it back from whoever dies with it.
-Who finds none free waits in line: that is a lock as well, and only its holder looks for a free turn.
+A boot slot is an advisory lock (flock(2)) on one of a few files, so the kernel takes it back from whoever dies with it.
+Who finds none free waits in line: that is a lock as well, and only its holder looks for a free slot.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 DIRECTORY = "boots"
 """Of the files, in `kata.paths.run_dir`; they stay, as it does."""
 PATIENCE_S = 300.0
-"""Then a machine boots without a turn: if somebody keeps theirs, rather slowly than never."""
+"""Then a machine boots without a slot: if somebody keeps theirs, rather slowly than never."""
 POLL_S = 0.01
 _LINE = "line"
 
 
-class Turn:
+class BootSlot:
     """The permission to boot; waiting for it blocks.
 
     Args:
         log: Is told why there was none to be had; the machine boots all the same.
-        most: How many have a turn at a time. 0 is one more than there are processors, so that none of them idles
+        most: How many have a slot at a time. 0 is one more than there are processors, so that none of them idles
             while a boot waits for a disk.
         patience_s: How long to wait for one.
     """
@@ -51,10 +51,10 @@ class Turn:
             if self._fd < 0:
                 self._fd = _in_line(directory, most, time.monotonic() + patience_s)
         except OSError as error:
-            log(f"machines cannot boot in turns: {error.strerror}: {error.filename or directory}")
+            log(f"machines cannot take boot slots: {error.strerror}: {error.filename or directory}")
             return
         if self._fd < 0:
-            log(f"no turn to boot came free in {patience_s:g} s: booting without one")
+            log(f"no boot slot came free in {patience_s:g} s: booting without one")
 
     @property
     def is_held(self) -> bool:
