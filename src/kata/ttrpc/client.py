@@ -1,8 +1,8 @@
 """A ttRPC client for asyncio: many calls in flight on one connection, unary and streaming.
 
-The server may be hostile. What it sends is bounded by the frame size, and whatever the protocol does not
-allow (answers to calls that nobody made, data that belongs to no stream, malformed envelopes or payloads)
-closes the connection and fails every call with `ProtocolError`.
+The server may be hostile. Each message is bounded by the frame size. A violation of the protocol (an answer to an
+unknown call, data of an unknown stream, a malformed envelope or payload) closes the connection and fails every call
+with `ProtocolError`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from kata.ttrpc.messages import Encodable, R
 
     class Receiver(Protocol):
-        """Whoever takes what a streaming call brings; called from the event loop, must not block."""
+        """Takes the messages of a streaming call. Its methods are called in the event loop and must not block."""
 
         def received(self, data: bytes) -> None:
-            """A message. Bounding what is kept of them is the receiver's: the protocol has no flow control.
+            """Take one message. The protocol has no flow control, so the receiver bounds how much it keeps.
 
             Raises:
-                ProtocolError: The server must not have sent that; the connection ends.
+                ProtocolError: The server was not allowed to send this; the connection ends.
             """
 
         def ended(self, error: ConnectionLost | TtrpcError | None) -> None:
-            """The call is over; None is the server's good end. Called once."""
+            """The call is over: None when the server ended it successfully. Called once."""
 
 
 __all__ = ["Client", "ConnectionLost", "ProtocolError", "Stream", "TtrpcError"]
@@ -46,11 +46,11 @@ __all__ = ["Client", "ConnectionLost", "ProtocolError", "Stream", "TtrpcError"]
 MAX_CALLS = 1024
 MAX_BYTES = 64 << 20
 MAX_ABANDONED = 1 << 16
-"""Calls given up on whose answers are still outstanding; a server that leaves more of them is broken."""
+"""Abandoned calls whose answers are still outstanding; a server that leaves more of them unanswered is broken."""
 
 
 _LATE = envelope.Response(code=DEADLINE_EXCEEDED)
-"""In the place of a response that has not come in time."""
+"""Stands for a response that did not arrive in time."""
 
 
 def _give_up(answer: asyncio.Future[envelope.Response | None]) -> None:
@@ -59,14 +59,14 @@ def _give_up(answer: asyncio.Future[envelope.Response | None]) -> None:
 
 
 class Client:
-    """One connection. Make it with `connect` or `over_streams`.
+    """One connection, made by `connect` or `over_streams`.
 
-    A call above `max_calls` or `max_bytes` waits for its turn within its timeout. Without a timeout, too
-    many calls are an error at once: they may all be long polls, and then nothing would ever end the wait.
+    A call beyond `max_calls` or `max_bytes` waits for room within its timeout. Without a timeout, a call beyond
+    `max_calls` fails at once: all those in flight may be long polls, and then the wait would never end.
 
     Args:
-        max_calls: Most calls in flight.
-        max_bytes: Most bytes of requests in flight.
+        max_calls: Maximum number of calls in flight.
+        max_bytes: Maximum number of request bytes in flight.
     """
 
     def __init__(self, max_calls: int = MAX_CALLS, max_bytes: int = MAX_BYTES) -> None:
@@ -78,7 +78,7 @@ class Client:
         self._reader: asyncio.Task[None] | None = None
         self._next = 1
         self._calls: dict[int, asyncio.Future[envelope.Response | None]] = {}
-        # Sizes of the requests given up on: until they are answered they may still wait in our buffer.
+        # Sizes of abandoned requests: until they are answered, they may still wait in our buffer.
         self._abandoned: dict[int, int] = {}
         self._streams: dict[int, Receiver] = {}
         self._bytes = 0
@@ -90,7 +90,7 @@ class Client:
     async def connect(
         cls, sock: socket.socket, max_calls: int = MAX_CALLS, max_bytes: int = MAX_BYTES
     ) -> Client:
-        """A client over a connected stream socket, which then belongs to it."""
+        """Make a client over a connected stream socket, of which it takes ownership."""
         client = cls(max_calls, max_bytes)
         await client._loop.create_connection(lambda: _Receiver(client), sock=sock)
         return client
@@ -103,7 +103,7 @@ class Client:
         max_calls: int = MAX_CALLS,
         max_bytes: int = MAX_BYTES,
     ) -> Client:
-        """A client over a pair of streams, which may have carried something else before."""
+        """Make a client over a pair of streams, which may have carried other data before."""
         client = cls(max_calls, max_bytes)
         client._transport = writer.transport
 
@@ -130,16 +130,19 @@ class Client:
         """Make one call and wait for its answer.
 
         Args:
-            service: Full name, package included.
-            method: Its name.
+            service: Full name of the service, including its package.
+            method: Name of the method.
             request: Anything with `encode`.
             response: Class of the answer.
-            timeout: Seconds; the server is told too. None waits as long as the connection lives.
-            metadata: Passed along as the protocol's metadata.
+            timeout: Seconds, also sent to the server. None waits as long as the connection lives.
+            metadata: Sent as the protocol's metadata.
+
+        Returns:
+            The decoded answer.
 
         Raises:
-            TtrpcError: The status that the server gave, DEADLINE_EXCEEDED, or RESOURCE_EXHAUSTED for a
-                request that does not fit into a frame or a call too many.
+            TtrpcError: The status from the server; DEADLINE_EXCEEDED; or RESOURCE_EXHAUSTED for a request that does
+                not fit into a frame or that exceeds `max_calls`.
             ConnectionLost: The connection ended; ProtocolError when the server broke the protocol.
         """
         nano = 0 if timeout is None else max(1, int(timeout * 1e9))
@@ -167,10 +170,13 @@ class Client:
             service: As for `call`.
             method: As for `call`.
             first: The first message, encoded.
-            receiver: Is given what comes back.
+            receiver: Takes the server's messages and the end of the call.
+
+        Returns:
+            The sending side of the call.
 
         Raises:
-            TtrpcError: RESOURCE_EXHAUSTED: too many calls are in flight.
+            TtrpcError: RESOURCE_EXHAUSTED when too many calls are in flight.
             ConnectionLost: The connection has ended.
         """
         if self._error is not None or self._transport is None:
@@ -190,7 +196,7 @@ class Client:
         return self._error is not None
 
     async def wait_closed(self) -> ConnectionLost:
-        """Wait for the end of the connection; why it ended."""
+        """Wait for the end of the connection. Returns the reason."""
         await self._ended.wait()
         return self._failure()
 
@@ -201,9 +207,8 @@ class Client:
     # ---- calls ----
 
     async def _exchange(self, data: bytes, timeout: float | None) -> envelope.Response | None:
-        """Send a request and wait for its response; None when the connection has ended, `_LATE` when the time
-        was over before.
-        """
+        """Send a request and wait for its response. Returns None when the connection ended, `_LATE` after the
+        timeout."""
         size = len(data)
         if self._error is None and not self._room(size):
             before = self._loop.time()
@@ -222,7 +227,7 @@ class Client:
         self._calls[stream] = answer
         self._bytes += size
         self._transport.write(frame.encode(stream, frame.REQUEST, data))
-        # There may be room for the next one as well.
+        # There may be room for the next waiting call as well.
         self._next_turn()
         # Not `asyncio.timeout`, which costs an empty call a tenth of its time.
         timer = None if timeout is None else self._loop.call_later(timeout, _give_up, answer)
@@ -234,7 +239,7 @@ class Client:
             if self._calls.pop(stream, None) is None:
                 self._bytes -= size
             else:
-                # Its answer may still come and must not pass for a protocol error.
+                # Its answer may still arrive, and must not be taken for a protocol error.
                 self._abandoned[stream] = size
                 if len(self._abandoned) > MAX_ABANDONED:
                     self._fail(ConnectionLost(f"the server left {MAX_ABANDONED} calls without an answer"))
@@ -333,7 +338,7 @@ class Client:
         self._ended.set()
 
     def _failure(self) -> ConnectionLost:
-        # A fresh one for every raise: tasks must not share a traceback.
+        # A new exception for every raise: tasks must not share a traceback.
         error = self._error or ConnectionLost("the connection ended")
         return type(error)(*error.args)
 
@@ -348,12 +353,12 @@ class Stream:
         self._number = number
 
     def send(self, message: bytes, tail: bytes | memoryview[int] = b"", *, last: bool = False) -> None:
-        """Send an encoded message; nothing is sent to a call that is over.
+        """Send an encoded message. Does nothing when the call is over.
 
         Args:
-            message: What to send; empty with *last* sends the end alone.
-            tail: The rest of the message, which is copied once less than if the caller had put them together.
-            last: Nothing follows.
+            message: The message, or its beginning. Empty together with *last* sends only the end of the stream.
+            tail: The rest of the message; passing it separately saves the caller a copy.
+            last: No message follows.
         """
         client = self._client
         if client._transport is None or self._number not in client._streams:

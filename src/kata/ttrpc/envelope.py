@@ -1,4 +1,4 @@
-"""The two messages that ttRPC itself defines, encoded by hand so that the package needs no message library.
+"""The messages that ttRPC itself defines, encoded by hand so that the package needs no message library.
 
     Request   1 string service, 2 string method, 3 bytes payload, 4 int64 timeout_nano, 5 KeyValue[] metadata
     KeyValue  1 string key, 2 string value
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 MAX_METADATA = 1024
-"""Most metadata entries, and most details of a status, that are taken."""
+"""Maximum number of metadata entries, and of details of a status, that are accepted."""
 
 
 _heads: dict[tuple[str, str], bytes] = {}
-"""Encoded names: a program calls few methods, and each again and again."""
+"""Cache of encoded names: a program calls few methods, each of them many times."""
 _MAX_HEADS = 256
 
 
@@ -36,7 +36,15 @@ def _head(service: str, method: str) -> bytes:
 
 
 class Request:
-    """A call on the wire."""
+    """A call on the wire.
+
+    Args:
+        service: Full name of the service, including its package.
+        method: Name of the method.
+        payload: The encoded request.
+        timeout_nano: Timeout in nanoseconds; 0 for none.
+        metadata: Pairs of key and value.
+    """
 
     __slots__ = ("metadata", "method", "payload", "service", "timeout_nano")
 
@@ -90,7 +98,14 @@ class Request:
 
 
 class Response:
-    """An answer on the wire; code 0 is success."""
+    """An answer on the wire.
+
+    Args:
+        payload: The encoded response.
+        code: Status code (`status`); 0 is success.
+        message: The error's text.
+        details: Encoded `google.protobuf.Any` messages.
+    """
 
     __slots__ = ("code", "details", "message", "payload")
 
@@ -121,7 +136,7 @@ class Response:
         """From wire format; ValueError when it is not one."""
         made = cls()
         if data[:1] == b"\x12":
-            # A success has one field, the payload, up to the end.
+            # The usual success: its only field is the payload.
             length, at = _read_varint(data, 1)
             if at + length == len(data):
                 made.payload = data[at:]
@@ -174,7 +189,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field; fixed-width ones as bytes, which no field here is, are left out."""
+    """Yield number and value of each field. Fixed-width fields, of which these messages have none, are skipped."""
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)

@@ -6,16 +6,16 @@ from kata.ttrpc.status import ProtocolError
 
 HEADER_SIZE = 10
 MAX_DATA = 4 << 20
-"""Longest data of one frame, bytes; longer ones must be refused."""
+"""Maximum length of a frame's data in bytes; the protocol demands that longer frames are refused."""
 
 REQUEST = 1
 RESPONSE = 2
 DATA = 3
 
 REMOTE_CLOSED = 1
-"""Flag: the sender's last frame of a streaming call."""
+"""Flag: this is the sender's last frame of a streaming call."""
 REMOTE_OPEN = 2
-"""Flag of a request: data frames of the sender's follow."""
+"""Flag of a request: the sender will send data frames."""
 NO_DATA = 4
 """Flag: the frame has no message."""
 
@@ -24,13 +24,13 @@ _SMALL = 1 << 12
 
 
 class Frame:
-    """One message as it is on the wire.
+    """One frame.
 
     Args:
-        stream: Number of the call; clients use odd ones, ascending.
+        stream: Number of the call; clients use ascending odd numbers.
         kind: REQUEST, RESPONSE or DATA.
-        data: The envelope.
-        flags: Of streams; 0 in unary calls.
+        data: The encoded envelope, or for DATA the message itself.
+        flags: Flags of a streaming call; 0 in unary calls.
     """
 
     __slots__ = ("data", "flags", "kind", "stream")
@@ -58,7 +58,17 @@ class Frame:
 def encode(
     stream: int, kind: int, data: bytes, flags: int = 0, tail: bytes | memoryview[int] = b""
 ) -> bytes:
-    """The frame in wire format; *tail* is the rest of its data, which so need not be joined beforehand.
+    """Encode a frame.
+
+    Args:
+        stream: Number of the call.
+        kind: REQUEST, RESPONSE or DATA.
+        data: The data, or its beginning.
+        flags: Flags of a streaming call.
+        tail: The rest of the data, so that the caller need not join the two.
+
+    Returns:
+        The frame in wire format.
 
     Raises:
         ValueError: The data is longer than a frame may be, or a number does not fit.
@@ -75,25 +85,25 @@ def encode(
 class Parser:
     """Cuts a byte stream into frames.
 
-    It holds at most one incomplete frame, and a length that is not allowed is refused when its header is
-    there, so a peer cannot make it grow. What arrives whole is copied once, out of what was received.
+    It holds at most one incomplete frame and refuses a forbidden length as soon as it has the header, so a peer cannot
+    make it grow. A frame that arrives whole is copied once.
     """
 
     __slots__ = ("_broken", "_needed", "_pieces", "pending")
 
     def __init__(self) -> None:
         self.pending = 0
-        """Bytes of an incomplete frame; not 0 at the end of the stream means that it was cut."""
+        """Bytes held of an incomplete frame; if not 0 at the end of the stream, the stream was cut off."""
         self._pieces: list[bytes | bytearray] = []
         self._needed = HEADER_SIZE
         self._broken = ""
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that `data` completes.
+        """Return the frames that `data` completes.
 
         Raises:
-            ProtocolError: A header is not one. The stream cannot be continued: every later call raises too.
-                Frames before the bad one in the same `data` are dropped with it.
+            ProtocolError: A header is invalid. The stream cannot be continued: every later call raises too. Frames
+                before the invalid one in the same `data` are dropped with it.
         """
         if self._broken:
             raise ProtocolError(self._broken)
@@ -132,7 +142,7 @@ class Parser:
         if isinstance(last, bytearray) and len(last) < _SMALL:
             last += data
         else:
-            # Not an object for each byte of a peer that sends them one by one.
+            # Join small pieces: a peer that sends single bytes must not cost an object for each.
             self._pieces.append(bytearray(data) if len(data) < _SMALL else data)
 
     def _fail(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What callers pass in, for type checkers: only imported while checking."""
+"""Types of callers' arguments, for type checkers; not imported at run time."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ Requests run in parallel, each in a task of its own. A handler is a method of a 
 
     async def Create(self, request: CreateTaskRequest, context: Context) -> CreateTaskResponse: ...
 
-What it raises becomes a status (`status.describe`). When a call's time is up it is answered with
-DEADLINE_EXCEEDED, and when its connection ends with nothing; in both cases the handler is cancelled, unless
-it is marked with `finish` because stopping half-way would do harm.
+An exception of the handler becomes a status (`status.describe`). When a call's time is up, the client gets
+DEADLINE_EXCEEDED; when its connection has ended, it gets no answer. In both cases the handler is cancelled, unless it
+is marked with `finish` because stopping half-way would do harm.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
     Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 _UCRED = struct.Struct("=iII")
-"""``struct ucred`` of unix(7): pid, uid, gid; the latter -1 for a socket without credentials."""
+"""``struct ucred`` of unix(7): pid, uid, gid; uid and gid are -1 for a socket without credentials."""
 MAX_CALLS = 1024
-"""Most calls in flight per connection; further ones are refused with RESOURCE_EXHAUSTED."""
+"""Maximum number of calls in flight per connection; further ones are refused with RESOURCE_EXHAUSTED."""
 
 
 def finish(handler: Handler) -> Handler:
-    """Mark a handler that is run to its end even if nobody waits for its answer any more."""
+    """Mark a handler that runs to its end even if no client waits for its answer any more."""
     handler.ttrpc_finish = True  # type: ignore[attr-defined]
     return handler
 
 
 class Context:
-    """What a handler may want to know about its call.
+    """The call that a handler serves.
 
     Attributes:
-        service: Full name.
-        method: Its name.
-        metadata: Values by key, in the order they came.
-        deadline: By the event loop's clock, seconds; None when the caller waits for ever.
+        service: Full name of the service.
+        method: Name of the method.
+        metadata: Values by key, in the order of arrival.
+        deadline: Seconds by the event loop's clock; None when the caller has set no timeout.
     """
 
     __slots__ = ("deadline", "metadata", "method", "service")
@@ -70,7 +70,7 @@ class Context:
         self.deadline = deadline
 
     def remaining(self) -> float | None:
-        """Seconds left, not below 0; None when the caller waits for ever."""
+        """Seconds left, at least 0; None when the caller has set no timeout."""
         if self.deadline is None:
             return None
         return max(0.0, self.deadline - asyncio.get_running_loop().time())
@@ -80,14 +80,14 @@ class Server:
     """Serves a fixed set of services on any number of sockets and connections.
 
     Args:
-        services: By full name: the table of its methods, and the object whose attributes of the same names
-            are the handlers. A method without a handler is UNIMPLEMENTED.
-        on_error: For a log. Called with context and exception when a handler raises something that says no
-            status of its own (a bug, most likely), and with None and a ProtocolError when a client breaks
-            the protocol, whose connection is then closed.
-        max_calls: Most calls in flight per connection.
-        users: The user ids whose processes may connect (SO_PEERCRED, so for unix sockets alone); others are
-            disconnected before a byte of theirs is read. None admits everybody.
+        services: For each service's full name the table of its methods, and the object whose attributes of the same
+            names are the handlers. A method without a handler is UNIMPLEMENTED.
+        on_error: Called for logging: with context and exception when a handler raises an exception without a status
+            (most likely a bug), and with None and a ProtocolError when a client breaks the protocol, whose connection
+            is then closed.
+        max_calls: Maximum number of calls in flight per connection.
+        users: User ids whose processes may connect (by SO_PEERCRED, so only for unix sockets). Other peers are
+            disconnected before any of their data is read. None admits every user.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Server:
         self._ended = asyncio.Event()
 
     async def start(self, sock: socket.socket) -> None:
-        """Accept connections on a bound stream socket, which then belongs to the server."""
+        """Accept connections on a bound stream socket, of which the server takes ownership."""
         loop = asyncio.get_running_loop()
         self._listeners.append(await loop.create_server(lambda: _Connection(self), sock=sock))
 
@@ -117,27 +117,27 @@ class Server:
         await self._ended.wait()
 
     async def attach(self, sock: socket.socket) -> None:
-        """Serve one connection that is there already; returns at once."""
+        """Serve a connection that is already established; returns at once."""
         await asyncio.get_running_loop().create_connection(lambda: _Connection(self), sock=sock)
 
     @property
     def connections(self) -> int:
-        """Connections that are open."""
+        """Number of open connections."""
         return len(self._connections)
 
     @property
     def calls(self) -> int:
-        """Calls whose handlers run."""
+        """Number of calls whose handlers are running."""
         return sum(len(connection.tasks) for connection in self._connections)
 
     async def shutdown(self, grace: float = 5.0) -> None:
-        """Stop: accept nothing new, let the calls in flight end, deliver their answers, close.
+        """Stop accepting connections, let the calls in flight end, deliver their answers and close.
 
-        New calls on open connections are refused with UNAVAILABLE. Not to be awaited in a handler, for whose
-        end it waits: start a task.
+        New calls on open connections are refused with UNAVAILABLE. A handler must not await this, since it waits for
+        all handlers: it starts a task instead.
 
         Args:
-            grace: Seconds for the calls to end before they are cancelled, and again for clients to read.
+            grace: Seconds that calls have to end before they are cancelled, and that clients have to read afterwards.
         """
         self._draining = True
         for listener in self._listeners:
@@ -174,7 +174,7 @@ class _Call:
 
 
 def _peer_user(transport: asyncio.BaseTransport) -> int:
-    """User id of the process at the other end of a unix socket, when it connected; -1 for any other socket."""
+    """User id that the process at the other end of a unix socket had when it connected; -1 for any other socket."""
     sock = transport.get_extra_info("socket")
     try:
         data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
@@ -218,7 +218,7 @@ class _Connection(asyncio.Protocol):
             self.abort()
 
     def pause_writing(self) -> None:
-        # A client that does not read its answers gets no further ones.
+        # Take no further requests from a client that does not read its answers.
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 

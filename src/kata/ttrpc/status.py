@@ -1,4 +1,7 @@
-"""How a call ends when it does not end well."""
+"""Status codes and the exceptions of failed calls.
+
+Source of the codes: ``google/rpc/code.proto``.
+"""
 
 from __future__ import annotations
 
@@ -48,17 +51,17 @@ NAMES = (
 
 _HINT = "\nhint: "
 _HINT_TYPE = b"type.googleapis.com/kata.Hint"
-"""The type of the detail that carries a hint: other clients wrap a message in sentences of their own, and it would
-stand in the middle of them."""
+"""The type of the detail that carries a hint. The hint is not part of the message, because other clients wrap messages
+in sentences of their own, and it would end up in the middle of them."""
 
 
 class TtrpcError(Exception):
-    """A call that was answered with a status other than OK, or that ran out of time.
+    """A call that was answered with a status other than OK, or that timed out.
 
     Args:
         code: One of the numbers above.
-        message: What the other side says; may end with a line that begins with ``hint: ``.
-        details: Encoded `google.protobuf.Any` messages, as they came.
+        message: Text from the other side; may end with a line that begins with ``hint: ``.
+        details: Encoded `google.protobuf.Any` messages, as received.
     """
 
     def __init__(self, code: int, message: str, details: Sequence[bytes] = ()) -> None:
@@ -72,7 +75,7 @@ class TtrpcError(Exception):
         return f"{self.message} ({name})"
 
     def split_hint(self) -> tuple[str, str]:
-        """The message and its hint, which is empty when there is none."""
+        """Return the message and its hint (empty when there is none)."""
         for detail in self.details:
             head = _any(_HINT_TYPE, b"")
             if detail.startswith(head):
@@ -82,18 +85,18 @@ class TtrpcError(Exception):
 
 
 class ConnectionLost(Exception):
-    """The connection ended before the call was answered; whether it took effect is unknown."""
+    """The connection ended before the call was answered; whether the call took effect is unknown."""
 
 
 class ProtocolError(ConnectionLost):
-    """The other side sent something that the protocol does not allow, so the connection was closed."""
+    """The other side broke the protocol, so the connection was closed."""
 
 
 def describe(error: BaseException) -> TtrpcError:
-    """The status for an exception of a handler.
+    """Turn a handler's exception into a status.
 
-    An exception says what it is by an integer attribute `grpc_code`, and what to do about it by a string
-    `hint`. Anything else is INTERNAL, told in one line.
+    An exception carries its status code in an integer attribute `grpc_code`, and advice in a string attribute `hint`.
+    An exception without `grpc_code` becomes INTERNAL, with its type and text in one line.
     """
     if isinstance(error, TtrpcError):
         return error
@@ -110,13 +113,13 @@ _LONGEST_HINT = 16_000
 
 
 def _any(type_url: bytes, value: bytes) -> bytes:
-    """A `google.protobuf.Any` of a short type and at most `_LONGEST_HINT` bytes."""
+    """Encode a `google.protobuf.Any` of a type below 128 bytes and a value of at most `_LONGEST_HINT` bytes."""
     size = len(value)
     behind = b"\x12" + (bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])) + value
     return bytes([0x0A, len(type_url)]) + type_url + (behind if value else b"")
 
 
 def _value_behind(field: bytes) -> str:
-    """The value of an Any whose type has been read."""
+    """The value of an Any, given the bytes after its type."""
     skip = 3 if len(field) > 1 and field[1] & 128 else 2
     return field[skip:].decode("utf-8", "replace")

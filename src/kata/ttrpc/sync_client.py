@@ -1,8 +1,8 @@
 """A ttRPC client for programs without an event loop.
 
-Made for commands that live for milliseconds: it imports three built-in modules and starts no thread. Several
-threads may call at the same time; one of those that wait does the reading for all and hands the task on when
-it has its own answer.
+Made for commands that live for milliseconds: it imports three built-in modules and starts no thread. Several threads
+may call at the same time. One of the waiting threads reads for all of them; when it has its own answer, another one
+takes over.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHUNK = 1 << 16
 
 
 class _Call:
-    """One call in flight. `wake` is a lock that is held until its thread has something to do."""
+    """One call in flight. `wake` is a lock that stays locked until the call's thread has something to do."""
 
     __slots__ = ("response", "wake")
 
@@ -41,10 +41,10 @@ class _Call:
 
 
 def connect(path: str) -> Client:
-    """A client of the server that listens on the unix socket `path`.
+    """Connect to the server that listens on the unix socket `path`.
 
     Raises:
-        OSError: Nobody listens there.
+        OSError: No server listens there.
     """
     # `socket` is a wrapper that costs 10 ms of imports, none of which is needed here.
     import _socket
@@ -62,7 +62,7 @@ class Client:
     """One connection.
 
     Args:
-        sock: A connected stream socket; it belongs to the client from here on and is made non-blocking.
+        sock: A connected stream socket. The client takes ownership of it and makes it non-blocking.
     """
 
     def __init__(self, sock: Socket) -> None:
@@ -73,9 +73,9 @@ class Client:
         self._calls: dict[int, _Call] = {}
         self._abandoned: set[int] = set()
         self._error: ConnectionLost | None = None
-        # Protects everything above; held for moments only.
+        # Protects all attributes above; never held while blocking.
         self._state = allocate_lock()
-        # Whether a thread is reading for all; it alone uses the poll.
+        # Whether a thread is reading for all threads; only that one uses the poll object.
         self._reading = False
         self._readable = select.poll()
         self._readable.register(sock.fileno(), select.POLLIN)
@@ -94,15 +94,19 @@ class Client:
         """Make one call and wait for its answer.
 
         Args:
-            service: Full name, package included.
-            method: Its name.
+            service: Full name of the service, including its package.
+            method: Name of the method.
             request: Anything with `encode`.
             response: Class of the answer.
-            timeout: Seconds; the server is told too. None waits as long as the connection lives.
-            metadata: Passed along as the protocol's metadata.
+            timeout: Seconds, also sent to the server. None waits as long as the connection lives.
+            metadata: Sent as the protocol's metadata.
+
+        Returns:
+            The decoded answer.
 
         Raises:
-            TtrpcError: The status that the server gave, or DEADLINE_EXCEEDED.
+            TtrpcError: The status from the server; DEADLINE_EXCEEDED; or RESOURCE_EXHAUSTED for a request that does
+                not fit into a frame.
             ConnectionLost: The connection ended; ProtocolError when the server broke the protocol.
         """
         deadline = None if timeout is None else monotonic() + timeout
@@ -116,11 +120,11 @@ class Client:
         finally:
             with self._state:
                 if self._calls.pop(stream, None) is not None:
-                    # Its answer may still come and must not pass for a protocol error.
+                    # Its answer may still arrive, and must not be taken for a protocol error.
                     self._abandoned.add(stream)
                 if not self._reading:
-                    # Somebody else has to read now; any thread that still waits will do. Also after a
-                    # timeout: this thread may have been the one that was just chosen.
+                    # Another waiting thread, any of them, has to read now. This applies after a timeout too: this
+                    # thread may just have been chosen as the reader.
                     for other in self._calls.values():
                         _wake(other)
                         break
@@ -166,7 +170,7 @@ class Client:
             except BaseException:
                 with self._state:
                     self._calls.pop(stream, None)
-                # Half a frame may be out, and nothing can follow that; also after an interrupt.
+                # Part of a frame may have been sent (also after an interrupt), and nothing can follow that.
                 self._fail(ConnectionLost("a call was cut short while it was sent"))
                 raise
         finally:
@@ -256,12 +260,12 @@ class Client:
     # ---- the end ----
 
     def _fail(self, error: ConnectionLost) -> ConnectionLost:
-        """Close the connection for `error` unless it is closed; the error to raise."""
+        """Close the connection for `error`, unless it is closed already. Returns the error to raise."""
         with self._state:
             if self._error is None:
                 self._error = error
                 try:
-                    # Unlike a mere close, this wakes the thread that polls.
+                    # Unlike close, this wakes the thread that polls.
                     self._sock.shutdown(2)
                 except OSError:
                     pass
@@ -271,19 +275,19 @@ class Client:
         return self._failure()
 
     def _failure(self) -> ConnectionLost:
-        # A fresh one for every raise: threads must not share a traceback.
+        # A new exception for every raise: threads must not share a traceback.
         error = self._error or ConnectionLost("the connection ended")
         return type(error)(*error.args)
 
 
 def _wake(call: _Call) -> None:
-    # Called with the state locked; only the call's own thread acquires.
+    # Called with `_state` locked; only the call's own thread acquires this lock.
     if call.wake.locked():
         call.wake.release()
 
 
 def _ready(poll: select.poll, deadline: float | None) -> bool:
-    """Whether the socket became ready; also true at its end, which the next read or write tells."""
+    """Whether the socket became ready. Also true at end of file, which the next read or write reports."""
     while not poll.poll(None if deadline is None else min(int(_left(deadline) * 1000) + 1, 1 << 30)):
         if _left(deadline) == 0:
             return False
@@ -291,7 +295,7 @@ def _ready(poll: select.poll, deadline: float | None) -> bool:
 
 
 def _left(deadline: float | None) -> float:
-    """Seconds until `deadline`; -1 is for ever, as locks have it."""
+    """Seconds until `deadline`; -1 (no timeout for a lock) when there is none."""
     return -1 if deadline is None else max(0.0, deadline - monotonic())
 
 
