@@ -1,7 +1,7 @@
 """Calls to the agent in the guest, with plain arguments and our own errors.
 
-What comes back was written by a hostile guest: numbers are range-checked where they are used as such, text
-is escaped and bounded before it becomes part of a message.
+Answers come from a hostile guest: numbers are range-checked before they are used, text is escaped and bounded before it
+becomes part of a message.
 """
 
 from __future__ import annotations
@@ -35,28 +35,33 @@ AGENT = "grpc.AgentService"
 HEALTH = "grpc.Health"
 
 CALL_S = 60.0
-"""Seconds for an ordinary call: emulated guests on a busy host are slow."""
+"""Timeout of an ordinary call, in seconds: emulated guests on a busy host are slow."""
 ASK_S = 15.0
-"""Seconds for what only informs somebody (statistics, a terminal's size, a list of processes): nobody hangs for it."""
+"""Timeout, in seconds, of calls that only carry information (statistics, a terminal's size, a list of processes): a
+client should not hang for them."""
 DIAL_S = 10.0
-"""Seconds for a further connection; without it a stream goes over the common one."""
+"""Timeout, in seconds, for opening a further connection; if that fails, the stream uses the shared one."""
 CONNECTIONS = "kata.streams.connections"
-"""How an agent announces that a stream may have a connection of its own."""
+"""Feature of an agent: a stream may have a connection of its own."""
 NULL_STDIN = "kata.stdin.null"
-"""How an agent announces that a process can have /dev/null as its standard input."""
+"""Feature of an agent: a process can have /dev/null as its standard input."""
 PIDS_OF = "kata.pids.of"
-"""How an agent announces that a container can join another one's PID namespace."""
+"""Feature of an agent: a container can join another one's PID namespace."""
 DEVICE_LIMITS = "kata.device.limits"
-"""How an agent announces that block I/O of a container's own disks can be limited, by the host's numbers of these."""
+"""Feature of an agent: block I/O of a container's own disks can be limited, by the host's device numbers."""
 CREATE_S = 120.0
-"""Seconds for CreateContainer, which mounts file systems."""
+"""Timeout, in seconds, of CreateContainer, which mounts file systems."""
 
 COMMAND_NOT_FOUND = ("executable file not found in $PATH", "no such file or directory")
 COMMAND_NOT_EXECUTABLE = ("permission denied", "exec format error", "is a directory")
 
 
 def command_error(message: str) -> CommandNotFoundError | CommandNotExecutableError | None:
-    """The error for a command that could not be started, told by runc's words as clients do; else None."""
+    """The error for a command that could not be started, or None for any other message.
+
+    Args:
+        message: The agent's message. It is in runc's words, by which clients too recognise these errors.
+    """
     if 'exec: "' not in message:
         return None
     if any(words in message for words in COMMAND_NOT_FOUND):
@@ -69,17 +74,17 @@ def command_error(message: str) -> CommandNotFoundError | CommandNotExecutableEr
 
 
 def hint_for(message: str) -> str:
-    """What to do about a refusal of the agent's that a user's choice brings about; empty for any other."""
+    """The hint for an agent's refusal that is caused by a user's choice; empty for any other message."""
     if message.startswith(("unable to find user", "unable to find group")):
         return "name one that the image's /etc/passwd and /etc/group have, or give a number"
     return ""
 
 
 class Encoded:
-    """A message that is passed on unread.
+    """A message that is passed on without decoding it.
 
     Args:
-        payload: Its wire format.
+        payload: The encoded message.
     """
 
     __slots__ = ("payload",)
@@ -93,23 +98,23 @@ class Encoded:
 
     @classmethod
     def decode(cls, data: bytes) -> Encoded:
-        """From wire format, whatever it is."""
+        """Wrap *data*, which is not checked."""
         return cls(data)
 
 
 class Watcher:
-    """Who is told when the guest is lost or lies; this one does nothing about it."""
+    """Is notified when the connection to the guest ends or the guest breaks the protocol. This one does nothing."""
 
     async def on_connection_lost(self, error: VMLostError) -> KataError:
-        """The connection ended; the better account of it, if there is one."""
+        """The connection ended. Returns the error to raise: a more precise one than *error* if the cause is known."""
         return error
 
     def on_protocol_violation(self, error: GuestProtocolError) -> None:
-        """The guest sent something that the protocol does not allow."""
+        """The guest broke the protocol."""
 
 
 class _Owner:
-    """The receiver of a stream that has its connection to itself, which ends with it."""
+    """The receiver of a stream with a connection of its own, which is closed when the stream ends."""
 
     def __init__(self, receiver: Receiver, among: set[Client], client: Client) -> None:
         self._receiver = receiver
@@ -129,17 +134,18 @@ class _Owner:
 class AgentClient:
     """One connection to one agent.
 
-    Every method raises `AgentError` (or a subclass) with the agent's words, `AgentTimeoutError` when it does not
-    answer, `VMLostError` when the connection is gone, and `GuestProtocolError` when the answer is not one.
+    Every method raises `AgentError` (or a subclass) with the agent's message, `AgentTimeoutError` when the agent does
+    not answer in time, `VMLostError` when the connection has ended, and `GuestProtocolError` when the answer is
+    invalid.
 
     Args:
         client: The connected ttRPC client.
-        watcher: Is told of the last two.
-        dial: Makes a further connection to the same agent, for a stream of its own; None where there is only one
-            channel.
+        watcher: Is notified of `VMLostError` and `GuestProtocolError`.
+        dial: Opens a further connection to the same agent, for a single stream; None where there is only one channel.
 
     Attributes:
-        features: What the agent can beyond the protocol, once `negotiate_features` has asked.
+        features: The agent's extensions of the protocol (``AgentDetails.extra_features``); empty until
+            `negotiate_features` was called.
     """
 
     def __init__(self, client: Client, watcher: Watcher | None = None, dial: Dial | None = None) -> None:
@@ -157,7 +163,21 @@ class AgentClient:
         answer: type[D],
         timeout_s: float | None = CALL_S,
     ) -> D:
-        """One call; None as *timeout_s* waits for ever."""
+        """Make one call.
+
+        Args:
+            service: Full name of the service.
+            method: Name of the method.
+            request: The request.
+            answer: Class of the answer.
+            timeout_s: Seconds; None waits as long as the connection lives.
+
+        Returns:
+            The decoded answer.
+
+        Raises:
+            KataError: See the class.
+        """
         try:
             return await self._client.call(service, method, request, answer, timeout=timeout_s)
         except TtrpcError as error:
@@ -171,7 +191,14 @@ class AgentClient:
         raise await self.explain(failed)
 
     async def explain(self, error: ConnectionLost | TtrpcError) -> KataError:
-        """Our error for one of the connection's, which the watcher is told of."""
+        """Turn an error of the connection into one of ours, and notify the watcher where it has to know.
+
+        Args:
+            error: The error that ended a call or stream.
+
+        Returns:
+            The error to raise.
+        """
         if isinstance(error, TtrpcError):
             text = escape_line(error.message)
             return command_error(text) or AgentError(text, hint_for(text), code=error.code)
@@ -181,10 +208,22 @@ class AgentClient:
         return await self._watcher.on_connection_lost(lost)
 
     async def open(self, service: str, method: str, first: bytes, receiver: Receiver) -> Stream:
-        """Begin a streaming call; its end comes to the receiver, for `explain` to put into words.
+        """Begin a streaming call.
 
-        Where the agent takes further connections the call gets one, which ends with it: then neither answers nor
-        other streams stand behind its data.
+        If the agent accepts further connections, the stream gets one of its own, so that other calls do not queue
+        behind its data. That connection is closed when the stream ends.
+
+        Args:
+            service: Full name of the service.
+            method: Name of the method.
+            first: The first message, encoded.
+            receiver: Takes the messages, and the end of the call, whose error `explain` translates.
+
+        Returns:
+            The sending side.
+
+        Raises:
+            KataError: See the class.
         """
         client = await self._further() or self._client
         if client is not self._client:
@@ -196,7 +235,7 @@ class AgentClient:
         raise await self.explain(failed)
 
     async def _further(self) -> Client | None:
-        """A connection for one stream; None if it has to be the common one."""
+        """Open a connection for one stream; None if the stream has to use the shared one."""
         if self._dial is None or CONNECTIONS not in self.features:
             return None
         from asyncio import wait_for
@@ -209,9 +248,8 @@ class AgentClient:
         return client
 
     async def negotiate_features(self) -> None:
-        """Ask what the agent can beyond the protocol: `features` afterwards. An agent that does not say has
-        none.
-        """
+        """Ask the agent for its extensions of the protocol and set `features`. An agent that does not answer the
+        question has none."""
         try:
             details = (await self.details()).agent_details
         except AgentError:
@@ -248,12 +286,12 @@ class AgentClient:
         await self._empty("DestroySandbox", agent_pb.DestroySandboxRequest(), timeout_s)
 
     async def set_time(self, now_ns: int) -> None:
-        """Set the guest's clock; *now_ns* counts from the epoch."""
+        """Set the guest's clock to *now_ns*, nanoseconds since the epoch."""
         request = agent_pb.SetGuestDateTimeRequest(Sec=now_ns // 10**9, Usec=now_ns % 10**9 // 1000)
         await self._empty("SetGuestDateTime", request)
 
     async def reseed(self, data: bytes) -> None:
-        """Give the guest's kernel randomness."""
+        """Add random bytes to the entropy pool of the guest's kernel."""
         await self._empty("ReseedRandomDev", agent_pb.ReseedRandomDevRequest(data=data))
 
     async def update_interface(self, interface: types_pb.Interface) -> None:
@@ -280,14 +318,19 @@ class AgentClient:
         return await self.call(AGENT, "GetGuestDetails", request, agent_pb.GuestDetailsResponse, timeout_s)
 
     async def oom_event(self) -> str:
-        """Wait for the next out-of-memory kill; the container's id."""
+        """Wait, without a timeout, for the next out-of-memory kill. Returns the container's id."""
         request = agent_pb.GetOOMEventRequest()
         return (await self.call(AGENT, "GetOOMEvent", request, agent_pb.OOMEvent, None)).container_id
 
     # ---- containers and processes ----
 
     async def create_container(self, request: Encodable, timeout_s: float = 0) -> None:
-        """Make a container; *request* is a `create_request`, encoded beforehand or not."""
+        """Create a container.
+
+        Args:
+            request: Made by `create_request`; may be encoded already (`Encoded`).
+            timeout_s: Seconds; 0 is `CREATE_S`.
+        """
         await self._empty("CreateContainer", request, timeout_s or CREATE_S)
 
     async def start_container(self, container_id: str) -> None:
@@ -300,7 +343,14 @@ class AgentClient:
     async def exec_process(
         self, container_id: str, exec_id: str, process: oci_pb.Process, *, no_stdin: bool = False
     ) -> None:
-        """Make and start a further process; *no_stdin* gives it /dev/null, if the agent can (`NULL_STDIN`)."""
+        """Create and start a further process.
+
+        Args:
+            container_id: The container.
+            exec_id: Id of the new process.
+            process: Its specification.
+            no_stdin: Its standard input is /dev/null, if the agent supports that (`NULL_STDIN`).
+        """
         request = agent_pb.ExecProcessRequest(
             container_id=container_id, exec_id=exec_id, process=process, no_stdin=no_stdin
         )
@@ -313,12 +363,13 @@ class AgentClient:
         await self._empty("SignalProcess", request, timeout_s)
 
     async def signal_all(self, container_id: str, number: int, timeout_s: float | None = CALL_S) -> None:
-        """To every process of a container, also to those that its processes have started (`kata.processes`)."""
+        """Send a signal to every process of a container, including those started by its processes (feature
+        `kata.processes`)."""
         request = agentext_pb.SignalProcessesRequest(container_id=container_id, signal=number)
         await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty, timeout_s)
 
     async def wait(self, container_id: str, exec_id: str) -> int:
-        """The process's exit status, 0 to 255; waits for ever."""
+        """Wait, without a timeout, for a process to end. Returns its exit status, 0 to 255."""
         request = agent_pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
         status = (await self.call(AGENT, "WaitProcess", request, agent_pb.WaitProcessResponse, None)).status
         if not 0 <= status <= 255:
@@ -348,7 +399,7 @@ class AgentClient:
     # ---- streams: as slow as the process and the reader want, so no deadline ----
 
     async def read(self, container_id: str, exec_id: str, name: str, size: int) -> bytes:
-        """The next piece of ``stdout`` or ``stderr``, at most *size* bytes; empty at the end."""
+        """Read the next data of ``stdout`` or ``stderr`` (*name*): at most *size* bytes, empty at end of file."""
         request = agent_pb.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=size)
         method = "ReadStdout" if name == "stdout" else "ReadStderr"
         data = (await self.call(AGENT, method, request, agent_pb.ReadStreamResponse, None)).data
@@ -357,7 +408,7 @@ class AgentClient:
         return data
 
     async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> None:
-        """Write all of *data*; returns when it is in the process's pipe."""
+        """Write all of *data* to standard input. Returns when it is in the process's pipe."""
         while data:
             request = agent_pb.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
             answer = await self.call(AGENT, "WriteStdin", request, agent_pb.WriteStreamResponse, None)
@@ -366,24 +417,32 @@ class AgentClient:
             data = data[answer.len :]
 
     async def set_processors(self, count: int) -> None:
-        """Have the guest use so many of its processors (`kata.machine`)."""
+        """Set how many of its processors the guest uses (feature `kata.machine`)."""
         request = agentext_pb.SetProcessorsRequest(count=count)
         await self.call("kata.agent.v1.Machine", "SetProcessors", request, google_pb.Empty)
 
     async def prepare_network(self, request: agentext_pb.PrepareNetworkRequest) -> list[tuple[int, str]]:
-        """Set kernel parameters, with a device before its interface comes up (`kata.network`).
+        """Set kernel parameters of the network; those of an interface before it comes up (feature `kata.network`).
 
         Returns:
-            Of what the guest's kernel has refused: position in the request, and why.
+            For each parameter that the guest's kernel refused: its position in the request, and the reason.
         """
         return await self._refusals("Prepare", request)
 
     async def route(self, request: agentext_pb.RouteRequest) -> list[tuple[int, str]]:
-        """Remove and add routes and rules (`kata.network`); as `prepare_network`, the rules behind the routes."""
+        """Remove and add routes and rules (feature `kata.network`).
+
+        Returns:
+            As for `prepare_network`; positions of rules count on after those of the routes.
+        """
         return await self._refusals("Route", request)
 
     async def hide_interface(self, device_path: str) -> None:
-        """Take an interface away whose device stays (`kata.network`)."""
+        """Remove an interface from the guest by unbinding its driver; the device stays (feature `kata.network`).
+
+        Args:
+            device_path: PCI path of the device. It is no error if there is none.
+        """
         request = agentext_pb.HideInterfaceRequest(device_path=device_path)
         await self.call("kata.agent.v1.Network", "Hide", request, google_pb.Empty)
 
@@ -418,16 +477,16 @@ def create_request(
     no_stdin: bool = False,
     pids_of: str = "",
 ) -> agent_pb.CreateContainerRequest:
-    """The request for a container whose init is named after it, as the original's hosts do.
+    """Build the request for a container. The exec id of its init is the container's id, as Kata's agent expects.
 
     Args:
-        container_id: Its id.
+        container_id: Id of the container.
         spec: The specification as the guest is to see it.
-        storages: What has to be mounted before.
-        devices: Disks of the machine that it gets as devices.
+        storages: What the agent mounts first.
+        devices: Disks of the machine that the container gets as devices.
         shares_pids: It joins the sandbox's PID namespace.
-        no_stdin: Its standard input is /dev/null, if the agent can (`NULL_STDIN`).
-        pids_of: The container whose PID namespace it joins (only with `PIDS_OF`); empty for none.
+        no_stdin: Its standard input is /dev/null, if the agent supports that (`NULL_STDIN`).
+        pids_of: Id of the container whose PID namespace it joins (only with `PIDS_OF`); empty for none.
     """
     return agent_pb.CreateContainerRequest(
         container_id=container_id,
@@ -442,9 +501,7 @@ def create_request(
 
 
 async def boot_times(agent: AgentClient) -> agentext_pb.BootTimesResponse | None:
-    """When the guest's kernel and agent were ready, by the guest's clock; None if this agent does not
-    tell.
-    """
+    """When the guest's kernel and agent were ready, by the guest's clock; None if this agent does not report it."""
     request = agentext_pb.BootTimesRequest()
     try:
         return await agent.call("kata.agent.v1.Boot", "Times", request, agentext_pb.BootTimesResponse, 10.0)

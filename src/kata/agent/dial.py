@@ -1,5 +1,6 @@
-"""Connections to what listens in the guest, and from the guest to sockets that stand for the host's
-(``kata.agent.v1.Dial`` and ``Sockets``, see ``agentext.proto``).
+"""Connections to servers in the guest, and from the guest to sockets that represent sockets of the host.
+
+The protocol is ``kata.agent.v1.Dial`` and ``kata.agent.v1.Sockets``, see ``agentext.proto``.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ if TYPE_CHECKING:
     from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 FEATURE = "kata.dial"
-"""How an agent announces it (``AgentDetails.extra_features``)."""
+"""Feature of an agent (``AgentDetails.extra_features``): it can connect to servers in the guest."""
 SERVICE = "kata.agent.v1.Dial"
 SOCKETS_FEATURE = "kata.sockets"
+"""Feature of an agent: it can listen at sockets in the guest."""
 SOCKETS = "kata.agent.v1.Sockets"
 INTERNET_FEATURE = "kata.internet"
-"""Both services know Internet addresses."""
+"""Feature of an agent: both services take Internet addresses."""
 SOCKET_WINDOW = 1 << 18
-"""Of one connection to a socket: the guest makes as many as are let in."""
+"""Stream window, in bytes, of one connection to a socket. It is small because the guest may open many."""
 
 MAX_DATAGRAM = 4096
-"""The longest that the agent hands on; the protocol says so."""
+"""Longest datagram, in bytes, that the agent passes on, as the protocol defines."""
 
 
 class Connection:
@@ -38,10 +40,10 @@ class Connection:
         self._pieces = pieces
 
     async def read(self) -> bytes:
-        """The next piece; empty when the other side sends no more. It may still be written to.
+        """Read the next data; empty when the other side has finished sending. Writing may still be possible then.
 
         Raises:
-            KataError: Nobody listens there, or as of `AgentClient`.
+            KataError: No server listens there; see also `AgentClient`.
         """
         data = await self._pieces.take()
         if not data and self._pieces.error is not None:
@@ -49,7 +51,7 @@ class Connection:
         return data
 
     async def write(self, data: bytes) -> bool:
-        """Send all of *data*; returns when the window has taken it. False when the other side is gone."""
+        """Send all of *data*. Returns when it fits into the window; False when the other side is gone."""
         pieces, at = self._pieces, 0
         while at < len(data):
             while pieces.credit <= 0 and not pieces.over:
@@ -63,26 +65,26 @@ class Connection:
         return True
 
     def end(self) -> None:
-        """Send no more; what has been written goes before that. The other side may go on."""
+        """End sending, after everything written so far. The other side may go on sending."""
         if not self._pieces.over and self._pieces.stream is not None:
             self._pieces.stream.send(agentext_pb.StreamPiece(end=True).encode())
 
     def close(self) -> None:
-        """Close it in both directions, behind what has been written."""
+        """Close both directions, after everything written so far."""
         if not self._pieces.over and self._pieces.stream is not None:
             self._pieces.stream.send(b"", last=True)
 
 
 async def dial(agent: AgentClient, port: int, address: bytes = b"") -> Connection:
-    """Begin to connect to a TCP port in the guest; the first `Connection.read` says how that went.
+    """Begin to connect to a TCP port in the guest; the first `Connection.read` reports a failure.
 
     Args:
         agent: The agent.
         port: The port.
-        address: Four or sixteen bytes; empty is the guest's loopback. Others need `INTERNET_FEATURE`.
+        address: Four or sixteen bytes; empty for the guest's loopback. Any other address needs `INTERNET_FEATURE`.
 
     Raises:
-        KataError: As of `AgentClient`.
+        KataError: See `AgentClient`.
     """
     first = agentext_pb.StreamPiece(port=port, credit=OUTPUT_WINDOW, address=address)
     return await _opened(agent, SERVICE, "Tcp", first, Pieces(OUTPUT_WINDOW))
@@ -97,10 +99,18 @@ async def _opened(
 
 
 async def listen(agent: AgentClient, number: int, path: str, mode: int, uid: int, gid: int) -> None:
-    """Make a listening unix socket in the guest.
+    """Create a listening unix socket in the guest.
+
+    Args:
+        agent: The agent.
+        number: Number of the socket, for `accept` and `close_socket`.
+        path: Path of the socket in the guest.
+        mode: Its permission bits.
+        uid: Its owner.
+        gid: Its group.
 
     Raises:
-        KataError: As of `AgentClient`.
+        KataError: See `AgentClient`.
     """
     request = agentext_pb.ListenSocketRequest(number=number, path=path, mode=mode, uid=uid, gid=gid)
     await agent.call(SOCKETS, "Listen", request, google_pb.Empty)
@@ -109,29 +119,30 @@ async def listen(agent: AgentClient, number: int, path: str, mode: int, uid: int
 async def listen_loopback(
     agent: AgentClient, number: int, address: bytes, port: int, *, datagrams: bool = False
 ) -> None:
-    """Have a port of the guest's loopback, without taking it from programs that bind it on every address.
+    """Listen at a port of the guest's loopback. Programs in the guest can still bind the port on all addresses.
 
     Args:
-        agent: The agent, which has `INTERNET_FEATURE`.
-        number: The socket's, for `accept` and `exchange`.
+        agent: The agent; it has `INTERNET_FEATURE`.
+        number: Number of the socket, for `accept`, `exchange` and `close_socket`.
         address: Four bytes.
         port: The port.
-        datagrams: UDP, in place of TCP.
+        datagrams: UDP instead of TCP.
 
     Raises:
-        KataError: As of `AgentClient`.
+        KataError: See `AgentClient`.
     """
     request = agentext_pb.ListenSocketRequest(number=number, address=address, port=port, datagrams=datagrams)
     await agent.call(SOCKETS, "Listen", request, google_pb.Empty)
 
 
 class Datagrams:
-    """Datagrams that come to a socket in the guest. Never more at a time than was asked for, and none that is too long.
+    """Datagrams that arrive at a socket in the guest, bounded in number and length.
 
     Args:
         limit: How many may wait for `answer` at a time.
-        take: Is given each and its number; must not block.
-        over: Is called when no more come, with the reason for `AgentClient.explain`; None where it is a good one.
+        take: Called with the number and the content of each datagram; must not block.
+        over: Called when no more datagrams will come: with the error (see `AgentClient.explain`), or with None when
+            the socket was closed on request.
     """
 
     def __init__(
@@ -165,36 +176,44 @@ class Datagrams:
         self._over(error)
 
     def answer(self, number: int, data: bytes) -> None:
-        """Send the answer to a datagram; without data there is none."""
+        """Answer a datagram; with empty *data* it is dropped without an answer."""
         self._waiting.discard(number)
         if self.stream is not None:
             self.stream.send(agentext_pb.StreamPiece(datagram=number, data=data).encode())
 
 
 async def exchange(agent: AgentClient, number: int, datagrams: Datagrams) -> None:
-    """Let a socket's datagrams come.
+    """Start to receive a socket's datagrams.
+
+    Args:
+        agent: The agent.
+        number: Number of the socket, made by `listen_loopback`.
+        datagrams: Takes them.
 
     Raises:
-        KataError: As of `AgentClient`.
+        KataError: See `AgentClient`.
     """
     first = agentext_pb.StreamPiece(socket=number, credit=datagrams.limit)
     datagrams.stream = await agent.open(SOCKETS, "Exchange", first.encode(), datagrams)
 
 
 async def close_socket(agent: AgentClient, number: int) -> None:
-    """Take such a socket away; connections that have been let in go on.
+    """Close a socket made by `listen` or `listen_loopback`; accepted connections go on.
 
     Raises:
-        KataError: As of `AgentClient`.
+        KataError: See `AgentClient`.
     """
     await agent.call(SOCKETS, "Close", agentext_pb.CloseSocketRequest(number=number), google_pb.Empty)
 
 
 async def accept(agent: AgentClient, number: int) -> Connection | None:
-    """Wait for the next connection to such a socket; None when it has been taken away.
+    """Wait for the next connection to a socket made by `listen` or `listen_loopback`.
+
+    Returns:
+        The connection; None when the socket was closed.
 
     Raises:
-        KataError: As of `AgentClient`.
+        KataError: See `AgentClient`.
     """
     pieces = Pieces(SOCKET_WINDOW)
     first = agentext_pb.StreamPiece(socket=number, credit=SOCKET_WINDOW)
@@ -203,7 +222,7 @@ async def accept(agent: AgentClient, number: int) -> Connection | None:
         while not pieces.begun and not pieces.over:
             await pieces.news()
     except BaseException:
-        connection.close()  # one may have come at this very moment
+        connection.close()  # one may have been accepted at this very moment
         raise
     if pieces.begun:
         return connection

@@ -1,8 +1,8 @@
-"""A process's standard streams, directly where the agent offers that, else by a call for each piece.
+"""A process's standard streams: direct streams where the agent offers them, otherwise one call for each read or write.
 
-A direct stream is one streaming call (`kata.agent.v1.Streams`, see ``agentext.proto``). Both sides send no more than
-the other has given credit for, so a reader that is slow stops its own stream and no other, and a stream that flows
-does not wait for a round trip with every piece.
+A direct stream is one streaming call (`kata.agent.v1.Streams`, see ``agentext.proto``). Neither side sends more than
+the other one has granted credit for, so a slow reader stops only its own stream, and a fast one does not wait for a
+round trip with each message.
 """
 
 from __future__ import annotations
@@ -21,31 +21,38 @@ if TYPE_CHECKING:
     from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 FEATURE = "kata.streams"
-"""How an agent announces direct streams (``AgentDetails.extra_features``)."""
+"""Feature of an agent (``AgentDetails.extra_features``): it offers direct streams."""
 SERVICE = "kata.agent.v1.Streams"
 NUMBERS = {"stdin": 0, "stdout": 1, "stderr": 2}
 OUTPUT_WINDOW = 1 << 20
-"""Output that may be on the way, or here and not taken yet."""
+"""Bytes of output that may be in transit, or buffered here."""
 INPUT_WINDOW = 1 << 20
-"""Input that may be on the way from the start; the protocol says so."""
+"""Bytes of input that may be in transit before the agent grants credit, as the protocol defines."""
 INPUT_PIECE = 1 << 18
 READ_BYTES = 1 << 20
-"""What one ReadStdout asks for; the agent answers as soon as there is anything."""
+"""Bytes that one ReadStdout asks for; the agent answers as soon as it has any data."""
 JOINED = 1 << 16
 SMALL = 1 << 12
-"""Pieces below this are put together: a process that writes single bytes must not cost an object for each."""
+"""Pieces shorter than this are joined: a process that writes single bytes must not cost an object for each."""
 _DATA_KEY = b"\x0a"
 """Key of field 1 of a StreamPiece, its data."""
 
 
 def first_piece(container_id: str, exec_id: str, name: str, credit: int = 0) -> bytes:
-    """The message that begins a direct stream."""
+    """Encode the message that begins a direct stream.
+
+    Args:
+        container_id: The container.
+        exec_id: The process in it.
+        name: ``stdin``, ``stdout`` or ``stderr``.
+        credit: Bytes that the agent may send.
+    """
     target = agentext_pb.StreamTarget(container_id=container_id, exec_id=exec_id, stream=NUMBERS[name])
     return agentext_pb.StreamPiece(target=target, credit=credit).encode()
 
 
 def decode_piece(data: bytes) -> tuple[bytes, int, bool]:
-    """Data and credit of a StreamPiece, and whether it ends the data.
+    """Decode a StreamPiece: its data, the credit that it grants, and whether it ends the data.
 
     Raises:
         ValueError, IndexError: It is malformed.
@@ -60,23 +67,23 @@ def decode_piece(data: bytes) -> tuple[bytes, int, bool]:
 
 
 def data_head(length: int) -> bytes:
-    """What stands before the data of a StreamPiece that has nothing else."""
+    """Encode what precedes the data in a StreamPiece that has no other field."""
     out = bytearray(_DATA_KEY)
     put_varint(out, length)
     return bytes(out)
 
 
 class Pieces:
-    """What a streaming call brings, kept until it is read; never more than was asked for.
+    """Received data of a streaming call, kept until it is read; bounded by the window.
 
     Args:
-        window: Bytes that the server may send before more is asked for.
+        window: Bytes that the server may send before it is granted more credit.
 
     Attributes:
-        begun: Something has come.
-        finished: No more data come. Of a connection, whose other direction may go on.
-        over: The call has ended, as *error* says.
-        credit: How much more the server takes.
+        begun: A message has arrived.
+        finished: The server has ended its data; the other direction of a connection may go on.
+        over: The call has ended; `error` says why (None: successfully).
+        credit: Bytes that the server still accepts.
     """
 
     def __init__(self, window: int) -> None:
@@ -120,12 +127,12 @@ class Pieces:
         self._news.set()
 
     async def news(self) -> None:
-        """Wait until something has come since the last call."""
+        """Wait until a message has arrived, or the call has ended, since the previous call of this method."""
         await self._news.wait()
         self._news.clear()
 
     async def take(self) -> bytes:
-        """The next piece; empty at the end."""
+        """Wait for the next data; empty at the end."""
         while not self._pieces and not self.finished and not self.over:
             await self.news()
         if not self._pieces:
@@ -133,7 +140,7 @@ class Pieces:
         piece = bytes(self._pieces.popleft())
         self._owed += len(piece)
         if self._owed >= self._window // 2 and self.stream is not None:
-            # Not with every piece: half a window is still on its way meanwhile.
+            # Grant credit once half the window is used, rather than with each piece.
             self.stream.send(agentext_pb.StreamPiece(credit=self._owed).encode())
             self._expected += self._owed
             self._owed = 0
@@ -144,7 +151,7 @@ class Output:
     """One output stream of a process.
 
     Args:
-        agent: The agent, which has been asked for its features (`AgentClient.negotiate_features`).
+        agent: The agent; `AgentClient.negotiate_features` was called.
         container_id, exec_id: The process.
         name: ``stdout`` or ``stderr``.
     """
@@ -157,10 +164,10 @@ class Output:
         self._pieces: Pieces | None = None
 
     async def read(self) -> bytes:
-        """The next piece; empty at the end.
+        """Read the next data; empty at end of file.
 
         Raises:
-            KataError: As of `AgentClient`.
+            KataError: See `AgentClient`.
         """
         if not self._direct:
             return await self._agent.read(*self._process, self._name, READ_BYTES)
@@ -175,7 +182,7 @@ class Output:
 
 
 class Input:
-    """The standard input of a process; what its parameters are is said at `Output`."""
+    """The standard input of a process. See `Output` for its parameters."""
 
     def __init__(self, agent: AgentClient, container_id: str, exec_id: str) -> None:
         self._agent = agent
@@ -184,10 +191,10 @@ class Input:
         self._pieces: Pieces | None = None
 
     async def write(self, data: bytes) -> None:
-        """Send all of *data*; returns when the process, or the window of its stream, has taken it.
+        """Send all of *data*. Returns when the process has taken it, or the stream's window has room for it.
 
         Raises:
-            KataError: As of `AgentClient`; also when the process takes no more.
+            KataError: The process accepts no more input; see also `AgentClient`.
         """
         if not self._direct:
             await self._agent.write_stdin(*self._process, data)
@@ -209,10 +216,10 @@ class Input:
             raise await self._agent.explain(pieces.error)
 
     async def close(self) -> None:
-        """Close it behind what has been written.
+        """Close standard input, after everything written so far.
 
         Raises:
-            KataError: As of `AgentClient`.
+            KataError: See `AgentClient`.
         """
         if not self._direct or self._pieces is None:
             await self._agent.close_stdin(*self._process)

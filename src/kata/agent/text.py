@@ -21,7 +21,7 @@ def _visible(character: str) -> str:
 
 def escape_line(text: str, limit: int = MAX_BYTES) -> str:
     r"""One line of printable characters, at most *limit* bytes of UTF-8; line breaks are shown as ``\x0a``."""
-    # Cut first: escaping megabytes to throw them away would be the guest's way to spend the host's time.
+    # Cut first, or a guest could waste the host's time by having megabytes escaped.
     cut = text[:limit]
     shown = "".join(map(_visible, cut.rstrip()))
     raw = shown.encode("utf-8", "replace")
@@ -31,12 +31,12 @@ def escape_line(text: str, limit: int = MAX_BYTES) -> str:
 
 
 def last_lines(raw: bytes, lines: int = MAX_LINES, limit: int = MAX_BYTES) -> list[str]:
-    """The end of a guest's console or log.
+    """Return the last lines of a guest's console or log.
 
     Args:
-        raw: What the guest wrote.
-        lines: How many lines at most.
-        limit: How many bytes at most, after escaping.
+        raw: The guest's output.
+        lines: Maximum number of lines.
+        limit: Maximum number of bytes, after escaping.
 
     Returns:
         Printable lines, oldest first; empty ones are left out.
