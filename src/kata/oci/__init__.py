@@ -1,4 +1,4 @@
-"""The OCI runtime specification: what a container is told to be.
+"""The OCI runtime specification: how a container is described.
 
 Source: https://github.com/opencontainers/runtime-spec, version 1.1.
 """

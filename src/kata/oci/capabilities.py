@@ -1,7 +1,7 @@
 """Linux capabilities as the `kata` command grants them.
 
-Names are those of capabilities(7), with the ``CAP_`` prefix; what users type is accepted without the prefix
-and in any case, as Docker and Podman do.
+Names are those of capabilities(7), with the ``CAP_`` prefix. Users may leave the prefix out and write either case, as
+with Docker and Podman.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULT = (
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 )
-"""What a container has when nothing is asked: Docker's default set."""
+"""Capabilities of a container when no option changes them: Docker's default set."""
 
 ALL = (
     *DEFAULT,
@@ -60,7 +60,7 @@ ALL = (
 
 
 def normalise(name: str) -> str:
-    """Turn what a user typed (``net_admin``, ``CAP_NET_ADMIN``) into the kernel's name.
+    """Return the kernel's name for a capability as a user wrote it (``net_admin``, ``CAP_NET_ADMIN``).
 
     Raises:
         UsageError: There is no such capability.

@@ -1,7 +1,7 @@
-"""What this runtime does of the OCI specification, in the specification's own form (``features``).
+"""Which parts of the OCI specification this runtime supports, as the specification's ``features`` structure.
 
-containerd 2 asks a runtime for it (``-info``) and tells Kubernetes what it says there: whether mounts can be read-only
-with everything that is mounted below them (``rro``), and whether user namespaces of pods are possible.
+containerd 2 asks a runtime for it (``-info``) and reports two parts to Kubernetes: whether mounts can be recursively
+read-only (``rro``), and whether pods can have user namespaces.
 
 Source: runtime-spec ``features.md`` and ``features-linux.md``.
 """
@@ -75,16 +75,16 @@ MOUNT_OPTIONS = (
     "sync",
     "unbindable",
 )
-"""Those that the agent knows itself; others go to the file system."""
+"""Mount options that the agent handles itself; all others are passed to the file system."""
 _HOOKS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
 _NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "user", "uts")
 
 
 def features() -> dict[str, Any]:
-    """The features structure.
+    """Return the features structure.
 
-    A user namespace can be in a guest, and nothing can be mounted with shifted owners there (``idmap``): so a pod with
-    a user namespace of its own is not possible, and containerd reads that from it.
+    User namespaces work in a guest, but idmapped mounts do not. containerd concludes from this that pods cannot have
+    user namespaces of their own.
     """
     return {
         "ociVersionMin": "1.0.0",

@@ -1,13 +1,12 @@
 """The default seccomp profile.
 
-The guest's kernel belongs to the sandbox alone, so this filter does not stand between the container and the
-host: it stands between the container and the agent, and keeps what runs in the container away from kernel
-interfaces that ordinary programs do not use. It is an allow-list, so a system call that is newer than this
-file is refused. The calls are grouped by what they are for, and the ones that need a capability are allowed
-with that capability only.
+The sandbox has a kernel of its own, so this filter does not protect the host. It protects the agent from the container,
+and keeps programs in the container away from kernel interfaces that ordinary programs do not use. It is an allow-list:
+system calls newer than this file are refused. Calls are grouped by purpose; those that need a capability are allowed
+only with that capability.
 
-Refusals answer EPERM, as Docker's do; ``clone3`` answers ENOSYS without CAP_SYS_ADMIN, because its flags lie
-in memory where a filter cannot look, and libc then falls back to ``clone``.
+A refused call fails with EPERM, as with Docker. Without CAP_SYS_ADMIN, ``clone3`` fails with ENOSYS, so that libc falls
+back to ``clone``: a filter cannot read the flags of ``clone3``, which are in memory.
 """
 
 from __future__ import annotations
@@ -132,8 +131,8 @@ def default_profile(capabilities: list[str]) -> dict[str, Any]:
         _allow(["personality"], {"index": 0, "value": value, "op": "SCMP_CMP_EQ"})
         for value in _PERSONALITIES
     ]
-    # The agent listens on vsock; a container has no business there (vsock loopback included). Not "unequal": the
-    # filter compares 64 bits, of which the kernel uses 32, so that 1 << 32 | AF_VSOCK would be unequal, too.
+    # The agent listens on vsock, which a container must not reach (vsock loopback included). "Not equal" would not do:
+    # the filter compares 64 bits but the kernel uses 32, so 1 << 32 | AF_VSOCK would pass.
     rules.append(_allow(["socket"], {"index": 0, "value": _AF_VSOCK, "op": "SCMP_CMP_LT"}))
     rules.append(
         _allow(

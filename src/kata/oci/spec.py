@@ -1,8 +1,8 @@
-"""The runtime specification of a container that no outer runtime describes.
+"""The runtime specification of a container of the `kata` command, for which no other runtime writes one.
 
-`build` turns what a person asked for and what the image says into ``config.json``. The result is what Docker
-would have produced where that makes sense inside a virtual machine: the same default capabilities, mounts,
-masked and read-only paths and namespaces, and a seccomp profile of our own (`kata.oci.seccomp`).
+`build` makes ``config.json`` from the user's options and the image's configuration. Where it makes sense inside a
+virtual machine, the result is what Docker would produce: the same default capabilities, mounts, masked and read-only
+paths and namespaces. The seccomp profile is our own (`kata.oci.seccomp`).
 
 Source: runtime-spec 1.1, config.md and config-linux.md.
 """
@@ -36,25 +36,25 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 SYSTEMD = ("/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init")
-"""Names of an init, besides any program called ``systemd``: what Podman takes for systemd as well."""
+"""Commands that are taken for systemd, besides any program called ``systemd``; the same as Podman's."""
 SYSTEMD_MOUNTS = (
     ("/run", ["nosuid", "nodev", "mode=755"]),
     ("/run/lock", ["nosuid", "nodev", "noexec", "mode=1777"]),
     ("/tmp", ["nosuid", "nodev", "mode=1777"]),
 )
-"""File systems in memory that systemd wants to find, since it may not mount them itself."""
+"""File systems in memory that systemd needs and may not mount itself."""
 SYSTEMD_STOP = "SIGRTMIN+3"
-"""The signal that has systemd shut down; SIGTERM has it execute itself anew."""
+"""The signal that makes systemd shut down; on SIGTERM it would re-execute itself."""
 
 CPU_PERIOD = 100_000
-"""Microseconds; the kernel's default and Docker's."""
+"""Period of the CPU quota, in microseconds; the default of the kernel and of Docker."""
 
 
 class Request:
-    """What a person asked of a container, beyond its image.
+    """The user's options for a container.
 
-    Every field is optional but `hostname`; sizes are bytes, `cpus` is a number of CPUs, `systemd` is ``always``,
-    ``false`` or ``true`` (if that is what the command is, see `runs_systemd`).
+    Every field but `hostname` is optional. Sizes are in bytes, `cpus` is a number of CPUs. `systemd` is ``always``,
+    ``false``, or ``true``: only if the command is systemd (see `runs_systemd`).
     """
 
     __slots__ = (
@@ -98,10 +98,18 @@ class Request:
 
 
 def command_line(entrypoint: list[str] | None, command: list[str], image: dict[str, Any]) -> list[str]:
-    """The argument vector: what was asked for over what the image says.
+    """Combine the user's command with the image's.
 
-    An entry point given by hand drops the image's own arguments, as in Docker; an empty one clears it. An image's entry
-    point of one empty word is none, too: some builders write that to clear their base's.
+    An explicit entry point drops the image's arguments, as in Docker; an empty one clears the image's entry point. An
+    image's entry point of one empty word counts as none: some builders write it to clear that of their base image.
+
+    Args:
+        entrypoint: The user's entry point; None if none was given, an empty list to clear the image's.
+        command: The user's command; empty if none was given.
+        image: The ``config`` object of the image's configuration.
+
+    Returns:
+        The argument vector.
 
     Raises:
         UsageError: Neither the request nor the image names a command.
@@ -119,11 +127,11 @@ def command_line(entrypoint: list[str] | None, command: list[str], image: dict[s
 
 
 def runs_systemd(request: Request, argv: list[str]) -> bool:
-    """Whether a container is made ready for systemd as its first process.
+    """Whether a container is prepared for systemd as its init.
 
     Args:
-        request: What was asked for.
-        argv: Its command.
+        request: The user's options.
+        argv: The container's argument vector.
     """
     if request.systemd == "true":
         return argv[0] in SYSTEMD or argv[0].rpartition("/")[2] == "systemd"
@@ -131,13 +139,16 @@ def runs_systemd(request: Request, argv: list[str]) -> bool:
 
 
 def environment(asked: list[str], image: dict[str, Any], *, hostname: str, terminal: bool) -> list[str]:
-    """Merge the environment: defaults, then the image's, then *asked*; the last of a name wins.
+    """Merge the environment: defaults, then the image's, then *asked*. The last value of a name wins.
 
     Args:
-        asked: ``KEY=VALUE`` strings; the ones without a value were resolved by the caller.
-        image: The image's configuration.
-        hostname: The container's.
-        terminal: Whether it has one.
+        asked: ``KEY=VALUE`` strings; the caller has resolved those without a value.
+        image: The ``config`` object of the image's configuration.
+        hostname: The container's host name.
+        terminal: Whether its init has a terminal.
+
+    Returns:
+        ``KEY=VALUE`` strings.
     """
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     if terminal:
@@ -150,7 +161,7 @@ def environment(asked: list[str], image: dict[str, Any], *, hostname: str, termi
 
 def _mounts(request: Request, systemd: bool) -> list[dict[str, Any]]:
     kernel_access = "rw" if request.privileged else "ro"
-    # Its own part of the guest's cgroups, of which it cannot change the limits (nsdelegate).
+    # The container sees its own part of the guest's cgroup tree, and cannot change its own limits (nsdelegate).
     cgroup_access = "rw" if request.privileged or systemd else "ro"
     strict = ["nosuid", "noexec", "nodev"]
     table: list[tuple[str, str, str, list[str]]] = [
@@ -182,7 +193,7 @@ def _mounts(request: Request, systemd: bool) -> list[dict[str, Any]]:
             mounts.append(
                 {"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": list(options)}
             )
-    # A deeper mount must come after the one it lies in, whatever order the person gave them in.
+    # A mount has to come after the one that contains it, whatever the order of the options.
     fixed, asked = mounts[: len(table)], mounts[len(table) :]
     asked.sort(key=lambda mount: mount["destination"].rstrip("/").count("/"))
     replaced = {mount["destination"] for mount in asked}
@@ -196,7 +207,7 @@ def _resources(request: Request) -> dict[str, Any]:
     else:
         resources["devices"] = [{"allow": False, "access": "rwm"}]
     if request.memory is not None:
-        # Swap equal to memory means none, as there is no swap in the guest to give.
+        # A swap limit equal to the memory limit means no swap: the guest has none.
         resources["memory"] = {"limit": request.memory, "swap": request.memory}
     if request.cpus is not None:
         resources["cpu"] = {"quota": round(request.cpus * CPU_PERIOD), "period": CPU_PERIOD}
@@ -206,10 +217,14 @@ def _resources(request: Request) -> dict[str, Any]:
 
 
 def capability_sets(granted: list[str], user: str) -> dict[str, list[str]]:
-    """The process's capability sets; nothing is inheritable or ambient (CVE-2022-24769).
+    """Return the process's capability sets; none are inheritable or ambient (CVE-2022-24769).
 
-    An unprivileged user starts with none in effect, as after an execve by that user. A user *name* that turns
-    out to be uid 0 gets them back from the bounding set when the kernel executes the command.
+    An unprivileged user starts without effective capabilities, as after an execve by that user. If a user *name* turns
+    out to be uid 0, the kernel grants them again from the bounding set when it executes the command.
+
+    Args:
+        granted: Kernel names of the container's capabilities.
+        user: The user as written; empty for root.
     """
     if user.partition(":")[0] in ("", "0", "root"):
         return {"bounding": granted, "effective": granted, "permitted": granted}
@@ -217,10 +232,10 @@ def capability_sets(granted: list[str], user: str) -> dict[str, list[str]]:
 
 
 def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
-    """Make the runtime specification.
+    """Build the runtime specification.
 
     Args:
-        request: What was asked for.
+        request: The user's options.
         image: The ``config`` object of the image's configuration (``Env``, ``Cmd``, ``User``, ...), or an
             empty dict for a plain directory.
 
@@ -236,7 +251,7 @@ def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
     systemd = runs_systemd(request, argv)
     env = environment(request.env, image, hostname=request.hostname, terminal=request.terminal)
     if systemd and not any(item.startswith("container=") for item in env):
-        env.append("container=kata")  # by which it knows that it is in one
+        env.append("container=kata")  # tells systemd that it runs in a container
     granted = caps.resolve(request.cap_add, request.cap_drop, privileged=request.privileged)
     user = request.user or image.get("User") or ""
     linux: dict[str, Any] = {

@@ -1,13 +1,12 @@
 """Protobuf messages without a protobuf library.
 
-The generated modules (`*_pb.py`) are tables of text; a message class is built from its line when somebody
-first asks for it, and the class's encoders and decoders when the first instance is made. So importing a
-module costs next to nothing and a start pays only for the messages it uses. Types for checkers are in the
-`*_pb.pyi` files beside them.
+The generated modules (`*_pb.py`) are tables of text. A message class is built from its line on first access, its
+encoders and decoders when the first instance is made. So importing a module costs next to nothing, and a start pays
+only for the messages that it uses. Types for checkers are in the `*_pb.pyi` files beside the modules.
 
-The wire format is proto3's (https://protobuf.dev/programming-guides/encoding/). What is decoded may come
-from a hostile guest: nesting, lengths and the number of elements are bounded, and every malformed input ends
-in `DecodeError`. Unknown fields are skipped.
+The wire format is proto3's (https://protobuf.dev/programming-guides/encoding/). Input may come from a hostile guest:
+nesting, lengths and the number of elements are bounded, and every malformed input raises `DecodeError`. Unknown fields
+are skipped.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ __all__ = [
 ]
 
 MAX_ELEMENTS = 1 << 17
-"""Most sub-messages and repeated elements in one decoded message: two bytes on the wire can become hundreds
-in memory. With the biggest elements there are, and a message as long as a frame may be, that is 30 MB."""
+"""Maximum number of sub-messages and repeated elements in one decoded message: two bytes on the wire can become
+hundreds in memory. With the largest elements, in a message that fills a frame, the limit amounts to 30 MB."""
 
 
 class Message:
     """Base of the generated classes.
 
-    A field that is absent is its type's zero value; an absent sub-message or `optional` field is None.
-    Repeated fields are lists, maps are dicts, enums are ints. Messages are mutable and compare by value.
+    An absent field has its type's zero value; an absent sub-message or `optional` field is None. Repeated fields are
+    lists, maps are dicts, enums are ints. Messages are mutable and compare by value.
     """
 
     __slots__: tuple[str, ...] = ()
@@ -76,13 +75,13 @@ class Message:
 
     @classmethod
     def fields(cls) -> tuple[Field, ...]:
-        """The fields in the order of the `.proto`, the classes of sub-messages included."""
+        """The fields in the order of the `.proto`, with the classes of sub-messages resolved."""
         if cls._plan is None:
             _compile(cls)
         return cls._fields
 
     def encode(self) -> bytes:
-        """The message in wire format.
+        """Return the message in wire format.
 
         Raises:
             EncodeError: A value does not fit its field.
@@ -93,7 +92,7 @@ class Message:
 
     @classmethod
     def decode(cls, data: bytes | bytearray | memoryview) -> Self:
-        """The message that `data` is the wire format of.
+        """Decode a message from wire format.
 
         Raises:
             DecodeError: `data` is malformed, nested too deeply or has too many elements.
@@ -110,7 +109,7 @@ class Message:
         return message
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are set, by their names in the `.proto`; sub-messages as dicts, bytes as bytes."""
+        """Return the fields that are set, by their names in the `.proto`; sub-messages as dicts, bytes unchanged."""
         plan = self._plan or _compile(type(self))
         out: dict[str, Any] = {}
         for field in plan.by_name.values():
@@ -129,7 +128,7 @@ class Message:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The message described by `values`, as `to_dict` returns them.
+        """Build a message from `values`, in the form that `to_dict` returns.
 
         Raises:
             DecodeError: There is no field of that name, or its value has the wrong shape.
@@ -168,10 +167,10 @@ class Message:
 
 
 class Field:
-    """One field as its `.proto` defines it.
+    """One field, as its `.proto` defines it.
 
-    Written as ``name:number:type`` in the generated tables. A type is a scalar's name or
-    ``@module.Message``; before it ``*`` means repeated, ``?`` optional, ``%key:`` a map with that key type.
+    The generated tables write it as ``name:number:type``. The type is a scalar's name or ``@module.Message``, with a
+    prefix ``*`` for repeated, ``?`` for optional, or ``%key:`` for a map with that key type.
     """
 
     __slots__ = ("key", "kind", "label", "name", "number", "sub")
@@ -189,7 +188,7 @@ class Field:
             self.key, kind = kind.split(":")
         self.kind = kind
         self.sub: type[Message] | None = None
-        """Class of the sub-messages; None for scalars, and before the plan is compiled."""
+        """Class of the sub-messages; None for scalars, and until the plan is compiled."""
 
     @property
     def implicit(self) -> bool:
@@ -198,7 +197,7 @@ class Field:
 
 
 class Plan:
-    """What `_compile` works out once per class."""
+    """Encoders and decoders of a class; made once by `_compile`."""
 
     __slots__ = ("by_name", "containers", "decoders", "defaults", "encoders")
 
@@ -239,11 +238,11 @@ class Methods:
 def lazy_module(
     namespace: dict[str, Any], package: Mapping[str, str], messages: dict[str, str], enums: dict[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a generated module.
+    """Return `__getattr__` and `__dir__` for a generated module.
 
     Args:
-        namespace: The module's globals; classes are stored there when they are first asked for.
-        package: Protobuf package by message; the entry "" is for all others.
+        namespace: The module's globals; each class is stored there on first access.
+        package: Protobuf package by message; the entry "" is for all other messages.
         messages: Fields by message, as `Field` reads them, separated by spaces.
         enums: Values by enum, as ``NAME=number``, separated by spaces.
     """
@@ -276,7 +275,7 @@ def lazy_module(
 
 
 def _resolve(reference: str) -> type[Message]:
-    """The class that ``@module.Message`` names; a module of the generated family is imported for it."""
+    """The class that ``@module.Message`` names; imports its generated module."""
     module, name = reference[1:].split(".")
     found: type[Message] = getattr(__import__(f"{__package__}.{module}_pb", None, None, [name]), name)
     return found
@@ -302,7 +301,7 @@ def _compile(cls: type[Message]) -> Plan:
         encode = _field_encoder(field)
         plan.encoders.append((field.name, encode))
         _add_decoders(plan, field)
-    # Fields go out in the order of their numbers, as the official encoders write them.
+    # Fields are written in the order of their numbers, as by the official encoders.
     order = {field.name: field.number for field in cls._fields}
     plan.encoders.sort(key=lambda item: order[item[0]])
     cls._plan = plan
@@ -310,7 +309,7 @@ def _compile(cls: type[Message]) -> Plan:
 
 
 def _value_writer(kind: str, sub: type[Message] | None) -> Callable[[bytearray, Any, int], None]:
-    """Like `scalar_writer`, for sub-messages too; takes the depth of the enclosing message."""
+    """Like `scalar_writer`, but also for sub-messages; the function takes the depth of the enclosing message."""
     if sub is None:
         put_scalar = scalar_writer(kind)
 
@@ -383,7 +382,7 @@ def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:  # no
         floating = isinstance(zero, float)
 
         def encode(value: Any, out: bytearray, depth: int) -> None:
-            # Minus zero is not the default; and None or [] must not pass for 0.
+            # Minus zero is not the default, and None or [] must not be taken for 0.
             if value or (floating and str(value) == "-0.0"):
                 out += key
                 put(out, value, depth)
@@ -421,7 +420,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
             length, pos = get_varint(buf, pos)
             if pos + length > end:
                 raise DecodeError("truncated")
-            # A singular field that comes twice is merged, as the specification wants it.
+            # A singular field that occurs twice is merged, as the specification demands.
             item = None if repeated else getattr(message, name)
             if item is None:
                 item = sub()
@@ -464,7 +463,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
                     values.append(value)
                     room -= 1
                 budget[0] = room
-                # With too many the caller raises: not after millions of numbers have been made.
+                # With too many elements the caller raises, before millions of numbers are decoded.
                 if pos != stop and room >= 0:
                     raise DecodeError("truncated")
                 return pos
@@ -481,7 +480,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
 
 
 def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]], int]:
-    """A map is a repeated message with the fields 1 (key) and 2 (value); the last one of a key counts."""
+    """Decode a map: a repeated message with the fields 1 (key) and 2 (value). The last value of a key counts."""
     name, sub = field.name, field.sub
     get_key = scalar_reader(field.key)
     key_tag = 1 << 3 | wire_type_of(field.key)
@@ -510,7 +509,7 @@ def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]
                 size, pos = get_varint(buf, pos)
                 if pos + size > stop:
                     raise DecodeError("truncated")
-                # Two levels: the entry is a message too.
+                # Two levels deeper: the map's entry is a message too.
                 _decode(value, sub._plan or _compile(sub), buf, pos, pos + size, depth + 2, budget)
                 pos += size
         if pos != stop:
@@ -536,7 +535,7 @@ def _decode(
         pos = decode(message, buf, pos, end, depth, budget)
         if budget[0] < 0:
             raise DecodeError(f"more than {MAX_ELEMENTS} elements")
-    # Varints are read without a look at `end`; the one that ran over it was the last.
+    # Varints are read without checking `end`; only the last one can have run over it.
     if pos != end:
         raise DecodeError("truncated")
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_DEPTH = 100
-"""Deepest nesting of messages that is encoded or decoded; what the official libraries allow by default."""
+"""Maximum nesting of messages that are encoded or decoded; the default of the official libraries."""
 
 
 class DecodeError(ValueError):
@@ -16,7 +16,7 @@ class DecodeError(ValueError):
 
 
 class EncodeError(ValueError):
-    """A field holds a value that its type cannot carry."""
+    """A field holds a value that its type cannot represent."""
 
 
 ZERO: dict[str, Any] = {"string": "", "bytes": b"", "bool": False, "double": 0.0, "float": 0.0}
@@ -39,7 +39,15 @@ def put_varint(out: bytearray, value: int) -> None:
 
 
 def get_varint(buf: bytes, pos: int) -> tuple[int, int]:
-    """The varint at `pos`, modulo 2**64, and the position after it. IndexError at the end of `buf`."""
+    """Read a varint.
+
+    Returns:
+        The value, modulo 2**64, and the position after it.
+
+    Raises:
+        IndexError: `buf` ends within it.
+        DecodeError: It is longer than 10 bytes.
+    """
     byte = buf[pos]
     if byte < 0x80:
         return byte, pos + 1
@@ -54,7 +62,7 @@ def get_varint(buf: bytes, pos: int) -> tuple[int, int]:
 
 
 def scalar_writer(kind: str) -> Callable[[bytearray, Any], None]:
-    """A function that checks a value and appends it, without its key."""
+    """Return a function that checks a value of a scalar type and appends it to a buffer, without its key."""
     if kind == "string":
 
         def put(out: bytearray, value: Any) -> None:
@@ -95,7 +103,11 @@ def scalar_writer(kind: str) -> Callable[[bytearray, Any], None]:
 
 
 def scalar_reader(kind: str) -> Callable[[bytes, int, int], tuple[Any, int]]:  # noqa: C901
-    """A function from a position and the end of its message to the value there and the position after it."""
+    """Return a function that reads a value of a scalar type.
+
+    It takes the buffer, the value's position and the end of its message, and returns the value and the position after
+    it.
+    """
     if kind in ("string", "bytes"):
         text = kind == "string"
 
@@ -173,7 +185,7 @@ def get_tag(buf: bytes, pos: int) -> tuple[int, int]:
 
 
 def skip(buf: bytes, pos: int, end: int, tag: int, depth: int) -> int:
-    """The position behind the value of an unknown field."""
+    """Return the position after the value of an unknown field."""
     wire_type = tag & 7
     if wire_type == 0:
         pos = get_varint(buf, pos)[1]
@@ -185,7 +197,7 @@ def skip(buf: bytes, pos: int, end: int, tag: int, depth: int) -> int:
     elif wire_type == 5:
         pos += 4
     elif wire_type == 3:
-        # A group, which proto3 has no use for but must be able to step over.
+        # A group: proto3 does not use them, but decoders have to skip them.
         if depth >= MAX_DEPTH:
             raise DecodeError(f"groups nested deeper than {MAX_DEPTH}")
         while True:
