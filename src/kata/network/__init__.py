@@ -1,1 +1,1 @@
-"""Network of a sandbox: what is plugged into its virtual machine, and what the guest is told."""
+"""The network of a sandbox: the interfaces of its virtual machine, and the configuration that the guest gets."""

@@ -1,10 +1,10 @@
 """Keeps a network helper away from the host's loopback.
 
-A user-mode network helper opens host sockets to addresses that the guest chooses, and runs on the host: its own
-checks are all that keeps the guest from services on the host's loopback, and they differ between versions. So the
-helper runs in a cgroup whose BPF programs refuse it connections and datagrams to loopback and unspecified
-addresses: checked by the host's kernel, at no cost per byte, released with the cgroup. Its one
-exception is the host's own resolver, when DNS is forwarded to it.
+A user-mode network helper runs on the host and opens sockets to addresses that the guest chooses. Only its own checks,
+which differ between versions, would keep the guest from services on the host's loopback. So the helper runs in a cgroup
+with BPF programs that refuse connections and datagrams to loopback and unspecified addresses. The host's kernel
+enforces this, at no cost per byte, and the programs disappear with the cgroup. The only exception is the host's own
+resolver, when DNS is forwarded to it.
 
 Source: ``linux/bpf.h`` (struct bpf_sock_addr); the kernel's ``Documentation/bpf/libbpf/program_types.rst``.
 """
@@ -45,11 +45,11 @@ _VERDICTS: list[Line] = [
     *("allow", (MOV, 0, 0, 0, 1), (EXIT, 0, 0, 0, 0)),
     *("deny", (MOV, 0, 0, 0, 0), (EXIT, 0, 0, 0, 0)),
 ]
-"""The end of each program: falling off the end allows. Register 1 holds the context, as the kernel passes it."""
+"""The end of each program; reaching it allows the connection. Register 1 holds the context, as the kernel passes it."""
 
 
 def _word(data: bytes) -> int:
-    """What a 32-bit load of these bytes gives on the little-endian machines we run on."""
+    """The value of a 32-bit load of these bytes on a little-endian machine."""
     return int.from_bytes(data, "little")
 
 
@@ -57,7 +57,7 @@ _DNS_PORT = _word(b"\x00\x35\x00\x00")
 
 
 def program4(resolver: bytes = b"") -> bytes:
-    """Code for IPv4: 127.0.0.0/8 and 0.0.0.0/8 are refused.
+    """Return the BPF program for IPv4: 127.0.0.0/8 and 0.0.0.0/8 are refused.
 
     Args:
         resolver: Four bytes of a loopback address whose port 53 is allowed, or empty.
@@ -82,7 +82,7 @@ def program4(resolver: bytes = b"") -> bytes:
 
 
 def program6(resolver: bytes = b"") -> bytes:
-    """Code for IPv6: ::1, ::, and the IPv4-mapped forms of what `program4` refuses.
+    """Return the BPF program for IPv6: ::1, :: and the IPv4-mapped forms of what `program4` refuses are refused.
 
     Args:
         resolver: The sixteen bytes of ::1 if its port 53 is allowed, or empty.
@@ -107,19 +107,19 @@ def program6(resolver: bytes = b"") -> bytes:
 
 
 def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: bytes = b"") -> str:
-    """Make a guarded cgroup beneath our own, in the version 2 hierarchy.
+    """Make a cgroup with the filter below our own cgroup, in the version 2 hierarchy.
 
     Args:
-        journal: The sandbox's; also of the hierarchy's mount, where the host has none.
-        name: Of the cgroup: unique on this host.
-        resolver4: As for `program4`.
-        resolver6: As for `program6`.
+        journal: The sandbox's journal; also records a mount of the hierarchy, if the host has none.
+        name: Name of the cgroup, unique on this host.
+        resolver4: See `program4`.
+        resolver6: See `program6`.
 
     Returns:
-        The cgroup's directory: a process is put into it by writing to its ``cgroup.procs``.
+        The cgroup's directory. A process is moved into it by writing to its ``cgroup.procs``.
 
     Raises:
-        HostError: This host cannot do that.
+        HostError: This host does not support it.
     """
     try:
         mounted, own = _hierarchy(journal)
@@ -150,7 +150,8 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
 
 
 def _hierarchy(journal: Journal) -> tuple[str, str]:
-    """Where the version 2 hierarchy is mounted (for this sandbox, if nowhere else), and our place in it."""
+    """Return where the version 2 hierarchy is mounted and our place in it. If the host has not mounted it, it is
+    mounted for this sandbox."""
     mounted = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2" and m.root == "/"), "")
     if not mounted:
         mounted = os.path.join(os.path.dirname(journal.path), "cgroup2")

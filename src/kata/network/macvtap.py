@@ -1,8 +1,9 @@
-"""The other way to give a guest the network of a namespace: a macvtap device on each of its interfaces.
+"""Connects a guest to the network of a namespace by a macvtap device on each interface: the alternative to
+`kata.network.netns`.
 
-In the mode "passthru" a macvtap has the whole interface: what comes in goes to the guest alone, under the interface's
-own hardware address, as with the redirection of `kata.network.netns`. Below is one device less. It cannot sit on an
-interface that is itself a macvlan or ipvlan, nor on one that comes after the machine's start.
+In mode "passthru" a macvtap takes over the whole interface: all incoming traffic goes to the guest, under the
+interface's own hardware address, as with the redirection of `kata.network.netns` but with one device less in between. A
+macvtap cannot be made on a macvlan or ipvlan interface, nor on one that appears after the machine has started.
 
 Source: ``drivers/net/macvlan.c`` and ``macvtap.c``; ``linux/if_link.h`` for the messages.
 """
@@ -28,14 +29,14 @@ _HINT = 'internetworking_model = "tcfilter" does with any interface that carries
 
 
 class _Macvtap(Endpoint):
-    """A macvtap on an interface; the journal's entry is of the device.
+    """A macvtap on an interface; the journal's entry records the device.
 
     Args:
-        index: Which of the machine's interfaces it is, from 0.
+        index: Index among the machine's interfaces, from 0.
         rtnl: A socket in the namespace.
-        source: The interface below.
-        journal: The sandbox's; None for a namespace that ends with the engine.
-        path: Of the namespace.
+        source: The interface below the macvtap.
+        journal: The sandbox's journal; None for a namespace that ends with the engine.
+        path: Path of the namespace.
 
     Raises:
         HostError: The kernel refused.
@@ -58,7 +59,7 @@ class _Macvtap(Endpoint):
             rtnl.bring_up(self.tap)
             self.fd = sysio.Fd(_open(name, self.tap))
         except OSError as error:
-            # What was made by then is undone with the journal.
+            # What was made before the error is undone with the journal.
             raise HostError(
                 f"cannot make a macvtap on {source.name} ({source.kind or 'hardware'}): {error.strerror}",
                 _HINT,
@@ -70,10 +71,12 @@ class _Macvtap(Endpoint):
 
 
 class MacvtapPlan(NetnsPlan):
-    """The network of a namespace by macvtap; arguments as of `NetnsPlan`."""
+    """The network of a namespace by macvtap. See `NetnsPlan` for its parameters."""
 
     def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
-        """Enter the namespace and put a macvtap on each interface that is there. Main thread, before any other.
+        """Enter the namespace and make a macvtap on each of its interfaces. See `NetworkPlan.setup_nics`.
+
+        Only in the main thread, before there is any other.
 
         Raises:
             HostError: The namespace cannot be entered, or the kernel refused.
@@ -98,10 +101,10 @@ class MacvtapPlan(NetnsPlan):
         return nics or [Nic(self.mac)][:most]
 
     def rescan(self, *, is_running: bool = False) -> bool:
-        """Take what has changed of the interfaces; see `NetnsPlan.rescan`.
+        """Look for changes of the interfaces; see `NetnsPlan.rescan`.
 
         Raises:
-            UnsupportedError: There is a new one.
+            UnsupportedError: There is a new interface.
         """
         before = self._described()
         with rtnetlink.Rtnl() as rtnl:
@@ -119,11 +122,11 @@ class MacvtapPlan(NetnsPlan):
 def _open(name: str, index: int) -> int:
     """Open the character device of a macvtap in this namespace.
 
-    Its node in the host's /dev is no help: that is called after the interface's index, which is unique in a
-    namespace only. So a child looks its number up in a sysfs of this namespace, and makes a node of its own.
+    The node in the host's /dev cannot be used: its name is made of the interface's index, which is unique only within
+    its namespace. So a child looks up the device number in a sysfs of this namespace and makes a node of its own.
 
     Raises:
-        OSError: Something of that failed.
+        OSError: One of these steps failed.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()

@@ -1,14 +1,14 @@
-"""The network of a network namespace that somebody else wires (CNI, Docker, `ctr run --cni`), given to the guest.
+"""Gives the guest the network of a namespace that a client configures (CNI, Docker, `ctr run --cni`).
 
-The engine and the hypervisor run in that namespace. A tap device there is the other end of each interface of the
-guest; one is there from the start, whether anything is wired yet or not. Traffic between it and the interface that
-is found in the namespace is redirected in both directions by tc, below the namespace's own IP stack. So the
-guest has the interface's hardware address, addresses, MTU, routes and permanent neighbours, and the kind of the
-interface does not matter. A tap is not persistent: it ends with the hypervisor, however that ends.
+The engine and the hypervisor run in that namespace. For each interface of the guest it has a tap device; the first tap
+is made at the start, even if the namespace has no interface yet. tc redirects all traffic between a tap and an
+interface of the namespace in both directions, below the namespace's own IP stack. So the guest gets the interface's
+hardware address, addresses, MTU, routes and permanent neighbours, and any kind of Ethernet interface works. A tap is
+not persistent: it disappears with the hypervisor, however that ends.
 
-An interface that appears only after the machine was started (Docker 26 and newer, `ctr run --cni`) is taken by
-`rescan`: the first by the plug that every machine has, further ones are plugged into ports that a machine has whose
-namespace was empty. One that is taken out of the namespace frees its plug.
+Interfaces may appear only after the machine has started (Docker 26 and newer, `ctr run --cni`); `rescan` finds them.
+The first one uses the slot that every machine has. Further ones are hot-plugged into ports, which a machine has if its
+namespace was empty when it started. An interface that is removed from the namespace frees its slot.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _TUNNELS = frozenset({"sit", "ipip", "gre", "gretap", "ip6tnl", "ip6gre", "vti",
 
 
 class Endpoint(ABC):
-    """One interface of the guest: its tap, and what is behind that.
+    """One interface of the guest: its tap, and the interface of the namespace behind it.
 
     Attributes:
-        index: Which of the machine's interfaces it is, from 0.
-        tap: Index of the tap device.
-        fd: The tap, until the hypervisor or a caller has it.
-        mac: Hardware address that the guest's interface is started with.
-        path: Where the guest's interface is, once `NetnsPlan.place` was told.
-        source: The interface that it stands for, once there is one.
-        entry: The journal's, of what was made in the namespace.
+        index: Index among the machine's interfaces, from 0.
+        tap: Interface index of the tap device.
+        fd: The tap's descriptor, until the hypervisor or a caller takes it.
+        mac: Hardware address with which the guest's interface is started.
+        path: Address of the interface in the guest, after `NetnsPlan.place`.
+        source: The namespace's interface that it is connected to, once there is one.
+        entry: The journal's entry of what was made in the namespace.
     """
 
     __slots__ = ("entry", "fd", "index", "mac", "path", "source", "tap")
@@ -67,7 +67,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
-        """Take back what was made in the namespace.
+        """Undo what was made in the namespace.
 
         Raises:
             OSError: The kernel refused.
@@ -75,7 +75,7 @@ class Endpoint(ABC):
 
 
 class _Redirected(Endpoint):
-    """An endpoint whose traffic is redirected; the journal's entry is of that."""
+    """An endpoint whose traffic is redirected; the journal's entry records the redirection."""
 
     __slots__ = ()
 
@@ -89,16 +89,16 @@ class _Redirected(Endpoint):
         rtnl.stop_redirecting(self.source.index)
 
     def connect(self, rtnl: rtnetlink.Rtnl, source: Link, journal: Journal | None, path: str) -> None:
-        """Stand for an interface from now on.
+        """Connect the tap to an interface of the namespace.
 
         Args:
-            rtnl: A socket in its namespace.
+            rtnl: A socket in the namespace.
             source: The interface.
-            journal: The sandbox's; None for a namespace that ends with the engine.
-            path: Of the namespace.
+            journal: The sandbox's journal; None for a namespace that ends with the engine.
+            path: Path of the namespace.
 
         Raises:
-            UnsupportedError: It carries no Ethernet frames.
+            UnsupportedError: The interface carries no Ethernet frames.
             HostError: The kernel refused to redirect.
         """
         if not is_ethernet(source):
@@ -125,7 +125,7 @@ def is_ethernet(link: Link) -> bool:
 
 
 def link_local(mac: str) -> str:
-    """The IPv6 address that the kernel makes of a hardware address unless it is told otherwise."""
+    """The IPv6 link-local address that the kernel derives from a hardware address by default."""
     raw = bytearray.fromhex(mac.replace(":", ""))
     raw[0] ^= 2
     return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + raw[:3] + b"\xff\xfe" + raw[3:])
@@ -135,9 +135,9 @@ class NetnsPlan(NetworkPlan):
     """The network of a namespace.
 
     Args:
-        mac: Hardware address of the guest's interface until one is found.
-        path: The namespace's path; empty makes a new one, which ends with the engine.
-        model: ``tcfilter``, or ``none``: the hypervisor is in the namespace, and the guest not connected to it.
+        mac: Hardware address of the guest's interface until the namespace has an interface.
+        path: Path of the namespace; empty makes a new one, which ends with the engine.
+        model: ``tcfilter``; or ``none``: the hypervisor runs in the namespace, but the guest is not connected to it.
     """
 
     external_netns = True
@@ -154,11 +154,12 @@ class NetnsPlan(NetworkPlan):
         self.rules = []
 
     def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
-        """Enter the namespace, make the taps and connect them to what is there. Main thread, before any other. See
-        `NetworkPlan.setup_nics`.
+        """Enter the namespace, make the taps and connect them to its interfaces. See `NetworkPlan.setup_nics`.
+
+        Only in the main thread, before there is any other.
 
         Raises:
-            HostError: The namespace cannot be entered, or the kernel lacks what is needed.
+            HostError: The namespace cannot be entered, or the kernel lacks a feature.
             UnsupportedError: An interface carries no Ethernet frames, or there are too many.
         """
         self.enter()
@@ -176,12 +177,12 @@ class NetnsPlan(NetworkPlan):
             self.close_taps()
             raise
         if not found and hotplug:
-            # Whoever wires it now may have several networks for it.
+            # The client that configures it later may attach several networks.
             self.hotplug_nics = most - 1
         return [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
 
     def close_taps(self) -> None:
-        """Close the taps that nobody has taken."""
+        """Close the taps whose descriptors were not taken."""
         for endpoint in self.endpoints:
             if endpoint.fd is not None:
                 endpoint.fd.close()
@@ -203,10 +204,10 @@ class NetnsPlan(NetworkPlan):
                 interface["devicePath"] = address
 
     def enter(self) -> None:
-        """Go to the namespace, or to a new one.
+        """Move this thread into the namespace, or into a new one.
 
         Raises:
-            HostError: Not possible.
+            HostError: The namespace is gone, or this process may not enter it.
         """
         try:
             if not self.path:
@@ -225,7 +226,7 @@ class NetnsPlan(NetworkPlan):
             ) from error
 
     def new_links(self, rtnl: rtnetlink.Rtnl) -> list[Link]:
-        """The interfaces that somebody has put there and that no endpoint stands for, in their order."""
+        """The interfaces of the namespace that no endpoint is connected to yet, in the order of their indexes."""
         ours = {endpoint.tap for endpoint in self.endpoints}
         ours |= {endpoint.source.index for endpoint in self.endpoints if endpoint.source is not None}
         return [
@@ -237,18 +238,18 @@ class NetnsPlan(NetworkPlan):
         ]
 
     def rescan(self, *, is_running: bool = False) -> bool:
-        """Take the interfaces that have been put into the namespace, and what has changed of them. Blocks briefly.
+        """Look for new interfaces in the namespace and for changes of the known ones. Blocks briefly.
 
         Args:
-            is_running: Containers run: an interface that is not up yet is left to be wired, and one that cannot be
-                taken is told in `left_out`.
+            is_running: Whether containers are running. If so, an interface that is not up yet is left for a later
+                scan, and one that cannot be used is reported in `left_out` instead of raising an error.
 
         Returns:
-            Whether there is something new: then what `take_pending_hotplugs` gives is to be plugged in, and the
-            guest is told `interfaces` and the rest.
+            Whether something has changed. If so, the caller hot-plugs what `take_pending_hotplugs` returns and sends
+            `interfaces`, routes and neighbours to the guest.
 
         Raises:
-            UnsupportedError: An interface carries no Ethernet frames, or there are more than the machine has plugs.
+            UnsupportedError: An interface carries no Ethernet frames, or the machine has no slot left for it.
             HostError: The kernel refused to redirect.
         """
         if not self._connects:
@@ -293,7 +294,7 @@ class NetnsPlan(NetworkPlan):
         )
 
     def _refresh(self, rtnl: rtnetlink.Rtnl) -> None:
-        """Look at the interfaces that there were: one may have been changed, or be gone."""
+        """Look again at the known interfaces: one may have changed, or be gone."""
         links = {link.index: link for link in rtnl.links()}
         for endpoint in self.endpoints:
             if endpoint.source is None:
@@ -308,7 +309,7 @@ class NetnsPlan(NetworkPlan):
 
     def _release(self, rtnl: rtnetlink.Rtnl, endpoint: Endpoint) -> None:
         if not isinstance(endpoint, _Redirected):
-            return  # it ended with what it was made on
+            return  # it ended with the interface below it
         rtnl.stop_redirecting(endpoint.tap)
         endpoint.source = None
         if endpoint.entry is not None and self.journal is not None:
@@ -344,7 +345,7 @@ class NetnsPlan(NetworkPlan):
             ) from error
 
     def _late(self, mac: str) -> _Redirected:
-        """One more endpoint, for a port of the machine's."""
+        """Make a further endpoint, for a hotplug port of the machine."""
         endpoint = _Redirected(len(self.endpoints), mac)
         self.hotplug_nics -= 1
         self.endpoints.append(endpoint)
@@ -352,7 +353,7 @@ class NetnsPlan(NetworkPlan):
         return endpoint
 
     def describe(self, rtnl: rtnetlink.Rtnl) -> None:
-        """Write down what the guest has to know of the interfaces."""
+        """Set the attributes that describe the network to the guest: interfaces, routes, neighbours, names."""
         named = {one.source.index: one for one in self.endpoints if one.source is not None}
         addresses, neighbors = rtnl.addresses(), rtnl.neighbors()
         self.interfaces = [
@@ -398,7 +399,7 @@ class NetnsPlan(NetworkPlan):
             del self.neighbors[routing.MOST :]
 
     def stop(self) -> None:
-        """Let the interfaces go. What they are part of may be gone already."""
+        """Disconnect the interfaces. The namespace may be gone already."""
         for endpoint in self.endpoints:
             if endpoint.source is None:
                 continue
@@ -406,14 +407,14 @@ class NetnsPlan(NetworkPlan):
                 with rtnetlink.Rtnl() as rtnl:
                     endpoint.disconnect(rtnl)
             except OSError:
-                continue  # with its namespace, or undoing the journal tries again
+                continue  # it is gone with its namespace; otherwise undoing the journal tries again
             endpoint.source = None
             if endpoint.entry is not None and self.journal is not None:
                 self.journal.mark_gone(endpoint.entry)
 
 
 def _make_tap(name: str, index: int) -> int:
-    """Make a tap device in this namespace and bring it up; its descriptor."""
+    """Make a tap device in this namespace and bring it up. Returns its descriptor."""
     import fcntl
 
     try:

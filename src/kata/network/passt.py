@@ -1,4 +1,4 @@
-"""What this host's passt can do."""
+"""Finds out what this host's passt supports."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import re
 from kata import children, host_cache, paths
 
 _FIRST = 2023_09_27
-"""From this day on passt completes the handshake of a published port's connection by itself (its commit 9178a9e, "tcp:
-Always send an ACK segment once the handshake is completed")."""
+"""Date of the first passt that completes the handshake of a published port's connection by itself (its commit 9178a9e,
+"tcp: Always send an ACK segment once the handshake is completed")."""
 _LATER_OPTION = b"--map-host-loopback"
-"""Of August 2024; for builds whose version names no day."""
+"""An option added in August 2024; identifies newer builds whose version has no date."""
 _DATE = re.compile(rb"\b(?:0\.0~git)?(20\d\d)_?(\d\d)_?(\d\d)\b")
 _CACHE = "passt"
 
 
 def waits_for_clients(program: str) -> bool:
-    """Whether a published port's connection reaches the guest's server only when the client has said something.
+    """Whether this passt connects a published port to the guest's server only after the client has sent data.
 
-    Then nobody reaches a server that speaks first. The answer is kept for as long as the program does not change.
+    With such a passt, protocols in which the server speaks first do not work. The answer is cached until the program
+    changes.
 
     Args:
-        program: passt's absolute path. Of one that cannot be executed it is the cautious answer.
+        program: Absolute path of passt. If it cannot be executed, the answer is True.
     """
     try:
         key = host_cache.program_key(program)

@@ -1,4 +1,4 @@
-"""From the network settings of a sandbox to its network."""
+"""Makes a network plan from a sandbox's settings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 
 def plan(settings: NetworkSettings, host: user.HostNetwork | None = None) -> user.NetworkPlan:
-    """Plan the network of a sandbox. Nothing is made yet.
+    """Plan the network of a sandbox. Nothing is created on the host yet.
 
     Args:
-        settings: The sandbox's.
-        host: The host's network; None looks at it.
+        settings: The sandbox's network settings.
+        host: The host's network; None to examine it.
+
+    Returns:
+        The plan that fits the settings' mode.
 
     Raises:
         UsageError: The settings contradict each other.

@@ -1,12 +1,12 @@
-"""Lets the answers in that dockerd waits for in a sandbox's network namespace.
+"""Lets DNS answers for dockerd into a sandbox's network namespace.
 
-For a name from outside dockerd asks the servers that it knows, by sockets in the container's namespace. What comes in
-at that namespace's interface is redirected to the guest, though, which knows nothing of these questions. A BPF program
-before the redirection lets through what is for a socket of the namespace: UDP and TCP from port 53, and ICMP's errors
-about what was sent there. ARP replies go both ways, since both sides have the same addresses and ask for their
-neighbours'. Everything else is redirected as before; the program goes with the interface's qdisc.
+To resolve an outside name, dockerd queries its upstream servers from sockets in the container's namespace. But traffic
+that arrives at the namespace's interface is redirected to the guest, which knows nothing of these queries. A BPF
+program in front of the redirection passes what belongs to a socket of the namespace: UDP and TCP from port 53, and ICMP
+errors about packets to that port. ARP replies go to both sides, since the two have the same addresses and both resolve
+their neighbours. All other traffic is redirected. The program is removed with the interface's qdisc.
 
-IPv4 alone: for IPv6 the namespace would have to take part in neighbour discovery.
+Only for IPv4: for IPv6, the namespace would have to take part in neighbour discovery.
 
 Source: ``linux/bpf.h`` (struct __sk_buff, bpf_sk_lookup_udp), tc-bpf(8).
 """
@@ -47,17 +47,17 @@ _PROTOCOL = 16
 _ICMP, _TCP, _UDP = 1, 6, 17
 _UNREACHABLE = 3
 
-# Offsets in a frame: the IPv4 header (without options) and what follows it; and in ICMP's error, the header of what
-# it is about.
+# Offsets in a frame: the IPv4 header (without options) and what follows it; in an ICMP error, the header of the packet
+# that it quotes.
 _ARP_OPERATION, _IP, _PORTS = 20, 14, 34
-# And on the stack, where these come to lie.
+# Offsets on the stack, to which these are copied.
 _HEADER, _TWO_PORTS, _ERROR, _TUPLE = -32, -8, -80, -48
 _QUOTED = _ERROR + 8
 _QUOTED_PORTS = _QUOTED + 20
 
 
 def _half(data: bytes) -> int:
-    """What a 16-bit load of these bytes gives on the little-endian machines we run on."""
+    """The value of a 16-bit load of these bytes on a little-endian machine."""
     return int.from_bytes(data, "little")
 
 
@@ -65,7 +65,7 @@ _DNS = _half(b"\0\x35")
 
 
 def _read(offset: int, place: int, length: int) -> list[Line]:
-    """Bytes of the frame onto the stack; a shorter one goes on."""
+    """Copy bytes of the frame onto the stack; a frame that is too short is redirected."""
     return [
         (MOV_REGISTER, 1, 6, 0, 0),
         (MOV, 2, 0, 0, offset),
@@ -78,7 +78,7 @@ def _read(offset: int, place: int, length: int) -> list[Line]:
 
 
 def program(tap: int) -> bytes:
-    """The machine code.
+    """Return the BPF program.
 
     Args:
         tap: Index of the interface to which frames are redirected.
@@ -104,7 +104,7 @@ def program(tap: int) -> bytes:
         (JUMP_NE, 2, 0, "on", 0),  # a later fragment
         (LOAD_BYTE, 8, 10, _HEADER + 9, 0),
         (JUMP_EQ, 8, 0, "error", _ICMP),
-        # struct bpf_sock_tuple: from there to here.
+        # struct bpf_sock_tuple: from the server to us.
         *_read(_PORTS, _TWO_PORTS, 4),
         (LOAD_HALF, 2, 10, _TWO_PORTS, 0),
         (JUMP_NE, 2, 0, "on", _DNS),
@@ -125,7 +125,7 @@ def program(tap: int) -> bytes:
         *((LOAD_BYTE, 2, 10, _ERROR, 0), (JUMP_NE, 2, 0, "on", _UNREACHABLE)),
         *((LOAD_BYTE, 2, 10, _QUOTED, 0), (JUMP_NE, 2, 0, "on", 0x45)),
         (LOAD_BYTE, 8, 10, _QUOTED + 9, 0),
-        # What it quotes went from here to there.
+        # The quoted packet went from us to the server.
         *((LOAD_HALF, 2, 10, _QUOTED_PORTS + 2, 0), (JUMP_NE, 2, 0, "on", _DNS)),
         *(
             (LOAD, 3, 10, _QUOTED + 16, 0),
@@ -153,14 +153,14 @@ def program(tap: int) -> bytes:
 
 
 def let_in(source: int, tap: int) -> None:
-    """Put the program before the redirection of an interface's traffic; once more changes nothing. Blocks briefly.
+    """Install the program in front of the redirection of an interface's traffic. Idempotent; blocks briefly.
 
     Args:
         source: Index of the interface.
-        tap: Of where its traffic goes.
+        tap: Index of the interface to which its traffic is redirected.
 
     Raises:
-        OSError: The kernel lacks what it takes, or refused.
+        OSError: The kernel lacks a feature, or refused.
     """
     loaded = sysio.bpf_prog_load(_SCHED_CLS, 0, program(tap), "kata_replies")
     try:

@@ -1,4 +1,4 @@
-"""The host's name servers, as a guest can use them."""
+"""Reads the host's name servers and selects those that a guest can reach."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 RESOLV_CONF = "/etc/resolv.conf"
 SYSTEMD_RESOLV_CONF = "/run/systemd/resolve/resolv.conf"
-"""Where systemd-resolved names the servers behind its own loopback address."""
+"""Lists the upstream servers of systemd-resolved, which itself listens only at a loopback address."""
 
 
 DOCKER = "127.0.0.11"
-"""Where dockerd answers in the namespaces of containers on networks that users have made."""
+"""Address at which dockerd answers DNS queries in the namespaces of containers on user-defined networks."""
 
 
 class Resolver:
-    """What a ``resolv.conf`` says (resolv.conf(5)).
+    """The content of a ``resolv.conf`` (resolv.conf(5)).
 
     Args:
-        servers: Addresses, in order.
+        servers: Addresses of the name servers, in order.
         search: Search domains.
-        options: Words of its ``options`` lines.
+        options: Words of the ``options`` lines.
     """
 
     __slots__ = ("options", "search", "servers")
@@ -36,12 +36,12 @@ class Resolver:
 
     @property
     def reachable(self) -> list[str]:
-        """The servers that somebody beyond this host's loopback can ask."""
+        """The servers that can be reached from outside this host's loopback."""
         return [s for s in self.servers if not is_loopback(s) and "%" not in s]
 
 
 def parse(text: str) -> Resolver:
-    """Read the text of a ``resolv.conf``; lines that make no sense are passed over, as the C library does."""
+    """Parse the text of a ``resolv.conf``. Invalid lines are ignored, as by the C library."""
     resolver = Resolver([], [], [])
     for line in text.split("\n"):
         words = line.split()
@@ -57,9 +57,9 @@ def parse(text: str) -> Resolver:
 
 
 def read(paths: Sequence[str] = (RESOLV_CONF,)) -> Resolver:
-    """Read the first of these files that there is; an empty answer if there is none.
+    """Read the first of these files that exists; an empty `Resolver` if none does.
 
-    What a guest may have put there (a pipe, a device) holds nobody up: only a regular file is read.
+    Only a regular file is read: a fifo or a device that a guest may have put there must not block the reader.
     """
     for path in paths:
         try:
@@ -75,12 +75,12 @@ def read(paths: Sequence[str] = (RESOLV_CONF,)) -> Resolver:
 
 
 def is_address(text: str) -> bool:
-    """Whether this is an IPv4 or IPv6 address, possibly with a scope."""
+    """Whether *text* is an IPv4 or IPv6 address, possibly with a scope."""
     return bool(pack(text.partition("%")[0]))
 
 
 def is_loopback(text: str) -> bool:
-    """Whether this address means the host itself."""
+    """Whether *text* is an address of the host itself: a loopback or unspecified one."""
     packed = pack(text.partition("%")[0])
     if len(packed) == 4:
         return packed[0] in (0, 127)
@@ -88,7 +88,7 @@ def is_loopback(text: str) -> bool:
 
 
 def pack(text: str) -> bytes:
-    """The address as 4 or 16 bytes, or nothing if it is none."""
+    """The address as 4 or 16 bytes; empty if *text* is not an address."""
     import _socket
 
     for family in (_socket.AF_INET, _socket.AF_INET6):

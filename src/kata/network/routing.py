@@ -1,7 +1,7 @@
-"""Routes and rules of a network namespace as the kernel describes them, for the guest that stands in it.
+"""Copies the routes and rules of a network namespace for the guest that takes its place.
 
-They are carried as the kernel's own messages (``struct rtmsg`` or ``struct fib_rule_hdr`` and attributes), so that
-nothing is lost of a route's metrics, ways, table and kind. Only the numbers of interfaces are others in the guest.
+They are passed on as the kernel's own messages (``struct rtmsg`` or ``struct fib_rule_hdr`` with attributes), so that
+metrics, nexthops, table and type of a route are preserved. Only interface indexes differ in the guest.
 Constants: ``linux/rtnetlink.h``, ``linux/fib_rules.h``.
 """
 
@@ -28,17 +28,17 @@ _MAIN, _LOCAL, _DEFAULT = 254, 255, 253
 _PROTO_REDIRECT, _PROTO_KERNEL = 1, 2
 _CLONED = 0x200
 _SETTABLE = 0x2 | 0x4
-"""Flags of a way that somebody may set: pervasive and on-link."""
+"""Flags of a nexthop that users can set: pervasive and on-link."""
 _UNICAST = 1
 _KINDS = ("unspec", "unicast", "local", "broadcast", "anycast", "multicast")
 _KINDS_WITHOUT_WAY = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
 _DST, _SRC, _IIF, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _METRICS, _MULTIPATH = range(1, 10)
 _CACHEINFO, _TABLE, _VIA, _ENCAP, _EXPIRES = 12, 15, 18, 22, 23
 _OF_THE_KERNEL = frozenset({_CACHEINFO, 17, _EXPIRES, 24, 25, 30})
-"""Attributes that say how a route is doing, or name an object (nexthop) whose content is there beside it."""
+"""Attributes with a route's state, or the id of a nexthop object whose content is in the message as well."""
 _METRIC_MTU = 2
 _TICKS = 100
-"""Of the kernel's clock as programs see it, in a second."""
+"""USER_HZ: ticks per second in the kernel's messages."""
 
 _FRA_PRIORITY, _FRA_SUPPRESS_PREFIX, _FRA_SUPPRESS_GROUP, _FRA_TABLE = 6, 14, 13, 15
 _FRA_PAD, _FRA_PROTOCOL = 18, 21
@@ -47,9 +47,9 @@ _INVERT = 2
 _TO_TABLE = 1
 _NONE = b"\xff" * 4
 MOST = 8192
-"""How many routes are carried at most, and how many rules."""
+"""Maximum number of routes that are passed on, and of rules."""
 MOST_BYTES = 960 << 10
-"""The same in bytes: routes and rules, those to add and those to remove, go to the agent in one frame of 4 MiB."""
+"""Maximum size of either. Routes and rules, those to add and those to remove, go to the agent in one frame of 4 MiB."""
 
 
 class Entry:
@@ -57,7 +57,7 @@ class Entry:
 
     Attributes:
         body: The kernel's message without its header.
-        text: As ip(8) would name it.
+        text: Description in the style of ip(8).
         family: ``AF_INET`` or ``AF_INET6``.
     """
 
@@ -79,12 +79,12 @@ class Entry:
 
 
 def routes(rtnl: Rtnl, names: Mapping[int, str], left_out: list[str]) -> list[Entry]:
-    """The routes that somebody has set, of all tables: those that follow from addresses are not among them.
+    """The routes of all tables, except those that the kernel derives from addresses.
 
     Args:
         rtnl: A socket in the namespace.
-        names: The interfaces of the guest by their number in the namespace.
-        left_out: Takes a sentence for each that cannot be carried.
+        names: Names of the guest's interfaces, by their index in the namespace.
+        left_out: A sentence is appended for each route that cannot be passed on.
     """
     found = []
     for kind, body in rtnl.dump(_GET_ROUTE, bytes(_HEADER)):
@@ -119,7 +119,7 @@ def routes(rtnl: Rtnl, names: Mapping[int, str], left_out: list[str]) -> list[En
 
 
 def rules(rtnl: Rtnl, left_out: list[str]) -> list[Entry]:
-    """The rules by which a table is chosen, the kernel's own among them; arguments as of `routes`."""
+    """The routing rules, including the kernel's default ones. See `routes` for the arguments."""
     found = []
     for family in _FAMILIES:
         try:
@@ -133,7 +133,7 @@ def rules(rtnl: Rtnl, left_out: list[str]) -> list[Entry]:
 
 
 def _bounded(found: list[Entry], what: str, left_out: list[str]) -> list[Entry]:
-    """As many of *found*, from the first on, as a guest is told."""
+    """The first of *found*, up to the limits `MOST` and `MOST_BYTES`."""
     count = size = 0
     for entry in found[:MOST]:
         size += len(entry.body)
@@ -168,7 +168,7 @@ def _default_rule(family: int, priority: int, table: int) -> Entry:
 
 
 def _ways(value: bytes) -> tuple[bytes, set[int]]:
-    """The ways of a route of several, without what the kernel says of their state; the interfaces."""
+    """The nexthops of a multipath route without their state, and the indexes of their interfaces."""
     cleaned, used = bytearray(value), set()
     at = 0
     while at + 8 <= len(cleaned):
@@ -247,18 +247,21 @@ DEFAULT_RULES = tuple(
         (socket.AF_INET6, 32766, _MAIN),
     )
 )
-"""Which every network namespace begins with."""
+"""The rules that every new network namespace has."""
 
 
 def in_stock_protocol(
     entries: Sequence[Entry], names: Mapping[int, str], left_out: list[str]
 ) -> list[dict[str, Any]]:
-    """What the stock protocol can say of routes: types.Route values, as dicts.
+    """Convert routes for an agent without our extension, as far as Kata's own protocol can express them.
 
     Args:
         entries: The routes.
-        names: The interfaces of the guest by their number in the namespace.
-        left_out: Takes a sentence for each of which something is lost.
+        names: Names of the guest's interfaces, by their index in the namespace.
+        left_out: A sentence is appended for each route that loses something.
+
+    Returns:
+        types.Route values, as dicts.
     """
     said = []
     for entry in entries:

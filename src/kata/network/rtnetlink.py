@@ -1,8 +1,10 @@
-"""What the host's side needs of rtnetlink(7): look at a network namespace, and redirect traffic within it.
+"""A small rtnetlink(7) client: it examines a network namespace and redirects traffic within it.
 
-All of it is about the network namespace of the calling thread. pyroute2 costs 160 ms to import, this a few;
-it knows only the messages that are used here. Constants and structures: ``linux/rtnetlink.h``,
-``linux/if_link.h``, ``linux/pkt_cls.h``, ``linux/tc_act/tc_mirred.h``.
+Everything applies to the network namespace of the calling thread. The module knows only the messages that are used
+here, and imports in a few milliseconds (pyroute2: 160 ms).
+
+Constants and structures: ``linux/rtnetlink.h``, ``linux/if_link.h``, ``linux/pkt_cls.h``,
+``linux/tc_act/tc_mirred.h``.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _ACT_STOLEN = 4
 _EGRESS_REDIRECT = 1
 _DIRECT_ACTION = 1
 _REDIRECTION = 2
-"""Priority of its filter; of those with lower numbers, which come first, one may let frames in."""
+"""Priority of the redirecting filter. Filters with lower numbers come first; one of them may let frames in."""
 _MACVLAN_PASSTHRU = 8
 _TIMEOUT_S = 5.0
 
@@ -47,9 +49,9 @@ class Link:
     """A network interface.
 
     Attributes:
-        index: Its number in its namespace.
-        name: Its name.
-        mac: Hardware address, ``52:54:00:12:34:56``; empty without one.
+        index: Interface index in its namespace.
+        name: Name.
+        mac: Hardware address, ``52:54:00:12:34:56``; empty if it has none.
         mtu: Bytes.
         flags: ``IFF_*``.
         kind: ``veth``, ``macvlan``, ...; empty for hardware.
@@ -87,7 +89,7 @@ class Neighbor:
 
 
 class Rtnl:
-    """A socket into the calling thread's network namespace. A context manager."""
+    """A netlink socket in the calling thread's network namespace; a context manager."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(
@@ -134,7 +136,7 @@ class Rtnl:
                 continue
             family, prefix, _flags, scope, index = struct.unpack_from("=BBBBI", body)
             values = dict(attributes(body[8:]))
-            raw = values.get(2) or values.get(1)  # a point-to-point link's own address is IFA_LOCAL
+            raw = values.get(2) or values.get(1)  # the local address of a point-to-point link is IFA_LOCAL
             if raw and family in (socket.AF_INET, socket.AF_INET6):
                 found.append(Address(index, _ip(raw), prefix, scope))
         return found
@@ -161,7 +163,7 @@ class Rtnl:
     # ---- changing ----
 
     def bring_up(self, index: int, mtu: int = 0) -> None:
-        """Bring an interface up, with an MTU if one is given.
+        """Bring an interface up, and set its MTU (bytes) unless that is 0.
 
         Raises:
             OSError: The kernel refused.
@@ -170,7 +172,11 @@ class Rtnl:
         self._change(_NEW_LINK, 0, struct.pack("=BxHiII", 0, 0, index, UP, UP) + extra)
 
     def add_macvtap(self, name: str, lower: int) -> None:
-        """Make a macvtap device that has all the traffic of another one (mode "passthru").
+        """Make a macvtap device that takes over all traffic of another interface (mode "passthru").
+
+        Args:
+            name: Name of the new device.
+            lower: Index of the interface below it.
 
         Raises:
             OSError: The kernel refused, or has no macvtap.
@@ -188,15 +194,19 @@ class Rtnl:
         """Remove an interface.
 
         Raises:
-            OSError: There is none, or the kernel refused.
+            OSError: There is no such interface, or the kernel refused.
         """
         self._change(_DEL_LINK, 0, struct.pack("=BxHiII", 0, 0, index, 0, 0))
 
     def redirect(self, source: int, target: int) -> None:
-        """Send whatever comes in at one interface out of another, before the namespace's own stack sees it.
+        """Send all traffic that arrives at one interface out of another, before the namespace's own stack sees it.
 
-        An ingress qdisc with one u32 filter that matches everything, and the action mirred; u32, because
-        more kernels have it than matchall.
+        This uses an ingress qdisc, a u32 filter that matches every frame (more kernels have u32 than matchall), and
+        the action mirred.
+
+        Args:
+            source: Index of the interface at which traffic arrives.
+            target: Index of the interface to which it is sent.
 
         Raises:
             OSError: The kernel refused, or lacks one of the three.
@@ -215,11 +225,12 @@ class Rtnl:
         )
 
     def filter_before_redirection(self, source: int, program: int) -> None:
-        """Let a BPF program say first what becomes of what comes in at an interface (see `redirect`).
+        """Install a BPF program in front of the redirection of an interface (see `redirect`).
 
         Args:
-            source: Index of the interface; one program at a time, and a further one changes nothing.
-            program: Descriptor of a program of the kind SCHED_CLS; "go on" is what redirects.
+            source: Index of the interface. If it has such a program already, nothing changes.
+            program: Descriptor of a program of type SCHED_CLS. Frames for which it continues (TC_ACT_UNSPEC) are
+                redirected.
 
         Raises:
             OSError: The kernel refused, or has no cls_bpf.
@@ -236,7 +247,7 @@ class Rtnl:
             pass
 
     def stop_redirecting(self, source: int) -> None:
-        """Take `redirect` back; nothing there is fine.
+        """Undo `redirect`. It is no error if there is nothing to undo.
 
         Raises:
             OSError: The kernel refused for another reason.
@@ -272,7 +283,7 @@ class Rtnl:
                 yield kind, body
 
     def dump(self, kind: int, body: bytes) -> Iterator[tuple[int, bytes]]:
-        """(type, body) of each message of a list."""
+        """Yield type and body of each message of a dump request."""
         self._send(kind, _DUMP, body)
         yield from self._messages()
 
@@ -283,12 +294,12 @@ class Rtnl:
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute in wire format."""
+    """Encode one attribute."""
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, value) of each attribute in `data`."""
+    """Yield type and value of each attribute in `data`."""
     while len(data) >= 4:
         length, kind = struct.unpack_from("=HH", data)
         if length < 4:
@@ -302,7 +313,7 @@ def _ip(raw: bytes) -> str:
 
 
 def refused(what: str, error: OSError) -> HostError:
-    """The error for something that the kernel would not do."""
+    """Make the error for an operation that the kernel refused; *what* describes the operation."""
     return HostError(
         f"{what}: {error.strerror}", "Check that the kernel has tun, sch_ingress, cls_u32, act_mirred."
     )

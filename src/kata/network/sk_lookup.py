@@ -1,9 +1,10 @@
-"""Redirects connections to the loopback of a network namespace, whatever their port, to a socket of ours.
+"""Redirects all connections to the loopback of a network namespace, whatever their port, to sockets of ours.
 
-The processes of the guest listen on the guest's loopback. Who dials ``localhost`` in the sandbox's network namespace on
-the host (CRI's port-forward does) finds nobody there. A BPF program that the kernel asks before it looks for a
-listener gives such a connection to the one socket that we have; the accepted socket's own address tells the port. It
-changes nothing in the namespace, and goes with the last descriptor of its link, which only the engine holds.
+Processes in the guest listen on the guest's loopback, so a client that connects to ``localhost`` in the sandbox's
+network namespace on the host (as CRI's port-forward does) would find no listener. A BPF program, which the kernel runs
+before it looks for a listener, assigns such a connection to a socket of ours; the accepted socket's local address has
+the port. The program changes nothing else in the namespace and is removed with the last descriptor of its link, which
+only the engine holds.
 
 Source: the kernel's ``Documentation/bpf/prog_sk_lookup.rst`` and ``linux/bpf.h`` (struct bpf_sk_lookup); Linux 5.9.
 """
@@ -47,12 +48,13 @@ _LOOKUP_ELEMENT, _RELEASE, _ASSIGN = 1, 86, 124
 
 
 def program(map_fd: int) -> bytes:
-    """The machine code: TCP to 127.0.0.0/8 gets the map's socket 0, to ::1 its socket 1; all else goes on.
+    """Return the BPF program: TCP to 127.0.0.0/8 gets the map's socket 0, TCP to ::1 its socket 1.
 
-    So does what is for Docker's resolver: dockerd listens there, in the namespace itself.
+    All other connections get the usual listener, and so do those to Docker's resolver: dockerd listens in the namespace
+    itself.
 
     Args:
-        map_fd: Of the map with the sockets.
+        map_fd: Descriptor of the map with the sockets.
     """
     names = int.from_bytes(resolver.pack(resolver.DOCKER), "little")
     return bpf.assemble(
@@ -100,15 +102,13 @@ def program(map_fd: int) -> bytes:
 
 
 class LoopbackRedirect:
-    """In force from its making until `close`.
-
-    It is about the network namespace of the calling thread.
+    """Redirects loopback connections of the calling thread's network namespace, until `close`.
 
     Raises:
-        HostError: This host's kernel cannot do that.
+        HostError: This host's kernel does not support it.
 
     Attributes:
-        listeners: The sockets, non-blocking, that are to be accepted from.
+        listeners: The non-blocking sockets at which redirected connections are accepted.
     """
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class LoopbackRedirect:
         one = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self.listeners.append(one)
         try:
-            # The loopback may not be up yet, and then nobody has that address.
+            # While the loopback is not up, the namespace does not have that address.
             if family == socket.AF_INET:
                 one.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
             else:
@@ -145,7 +145,7 @@ class LoopbackRedirect:
             raise
 
     def close(self) -> None:
-        """Let go of it."""
+        """End the redirection and close the sockets."""
         for one in self.listeners:
             one.close()
         self.listeners.clear()
@@ -155,7 +155,7 @@ class LoopbackRedirect:
 
 
 def _attach(listeners: list[socket.socket]) -> int:
-    """Make the map, load the program, attach it; the link's descriptor."""
+    """Make the map, load the program and attach it. Returns the link's descriptor."""
     import ctypes
 
     held: list[int] = []

@@ -1,8 +1,9 @@
-"""Kernel parameters of a network namespace, for the guest that stands in it.
+"""Copies the kernel parameters of a network namespace for the guest that takes its place.
 
-A container without a machine would see them: whether an interface takes router advertisements, forwards, has IPv6 at
-all (Docker switches that off), and what CNI's plugin "tuning" sets. The guest's kernel has defaults; told are those
-that differ. Names are paths below ``/proc/sys/net``. All of it is about the network namespace of the calling thread.
+A container without a virtual machine would see them: whether an interface accepts router advertisements, forwards, or
+has IPv6 at all (Docker switches that off), and the values set by CNI's plugin "tuning". Only values that differ from
+the guest kernel's defaults are sent. Names are paths below ``/proc/sys/net``. Everything applies to the network
+namespace of the calling thread.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ _GROUPS = (
     "ipv4/conf/lo",
     "ipv6/conf/lo",
 )
-"""In this order: forwarding resets other parameters, and those of all interfaces reach each of them."""
+"""The order matters: setting forwarding resets other parameters, and values for all interfaces change each of them."""
 _FIRST = ("ipv4/ip_forward",)
 _MAX_BYTES = 4096
 
 _CARRIED_CORE = frozenset({"somaxconn", "optmem_max", "txrehash"})
 _SCALED = frozenset({"tcp_max_tw_buckets", "tcp_max_syn_backlog"})
-"""Which the kernel derives from the host's memory."""
+"""Parameters whose defaults the kernel derives from the host's memory."""
 _NOT_CARRIED = _SCALED | {
-    # Of the connections there are, of the kernel, or secret.
+    # Read-only, or secret.
     *("tcp_available_congestion_control", "tcp_allowed_congestion_control", "tcp_available_ulp"),
     *("tcp_ehash_entries", "tcp_child_ehash_entries", "udp_hash_entries", "udp_child_hash_entries"),
     *("tcp_fastopen_key", "tcp_challenge_ack_limit", "fib_multipath_hash_seed", "nexthop_compat_mode"),
     *("xfrm4_gc_thresh", "xfrm6_gc_thresh", "flush", "gc_thresh", "tcp_mem", "udp_mem"),
-    # Of an interface: follows its MTU; identities.
+    # Of an interface: follows its MTU, or is an identity.
     *("mtu", "ioam6_id", "ioam6_id_wide"),
 }
 _ALWAYS = frozenset(
     {"accept_ra", "disable_ipv6", "forwarding", "addr_gen_mode", "ignore_routes_with_linkdown"}
 )
-"""Told of each interface whatever they are: a value for all of them may have reached it."""
+"""Sent for each interface even if they have their defaults: a value for all interfaces may have changed them."""
 
 _CONF = {
     "ipv4": "accept_redirects=1 accept_source_route=1 arp_evict_nocarrier=1 igmpv2_unsolicited_report_interval=10000"
@@ -96,7 +97,7 @@ _OTHERS = {
     "ipv6/route": "gc_elasticity=9 gc_interval=30 gc_min_interval_ms=500 gc_timeout=60 max_size=2147483647"
     " min_adv_mss=1220 mtu_expires=600",
 }
-"""The guest kernel's defaults; 0 where there is none. A comma stands for the space between numbers."""
+"""The guest kernel's defaults; a parameter that is not listed has 0. A comma stands for white space between numbers."""
 _NEIGHBOR = (
     "anycast_delay=100 app_solicit=0 base_reachable_time=30 base_reachable_time_ms=30000 delay_first_probe_time=5"
     " gc_interval=30 gc_stale_time=60 gc_thresh1=128 gc_thresh2=512 gc_thresh3=1024 interval_probe_time_ms=5000"
@@ -106,7 +107,7 @@ _NEIGHBOR = (
 _NEIGHBOR_TWICE = frozenset(
     {"base_reachable_time", "retrans_time", "unres_qlen", "gc_thresh1", "gc_thresh2", "gc_thresh3"}
 )
-"""Others say the same, in finer units; or it is one value for all namespaces."""
+"""Not sent: other parameters say the same in finer units, or the value is common to all namespaces."""
 _SPECIAL = {
     "ipv4/conf/all/accept_source_route": "0",
     "ipv4/conf/lo/disable_policy": "1",
@@ -119,7 +120,7 @@ _SPECIAL = {
 
 
 def of_namespace() -> dict[str, str]:
-    """What differs of the namespace as a whole, in the order in which it is to be set."""
+    """Parameters of the whole namespace that differ from the guest's defaults, in the order in which to set them."""
     found = {name: value for name, value in _differing("ipv4") if name in _FIRST}
     for group in _GROUPS:
         found.update(_differing(group))
@@ -127,7 +128,7 @@ def of_namespace() -> dict[str, str]:
 
 
 def of_interface(name: str) -> dict[str, str]:
-    """What differs of one interface, in the order in which it is to be set."""
+    """Parameters of one interface that differ from the guest's defaults, in the order in which to set them."""
     found: dict[str, str] = {}
     for family in ("ipv4", "ipv6"):
         for kind in ("conf", "neigh"):
@@ -136,18 +137,23 @@ def of_interface(name: str) -> dict[str, str]:
 
 
 def changes(wanted: Mapping[str, str], told: Mapping[str, str]) -> dict[str, str]:
-    """What to tell of `wanted`, when `told` has been: with it what has its default again."""
+    """What to send to the guest now, including parameters that have their defaults again.
+
+    Args:
+        wanted: The parameters that differ from their defaults.
+        told: The parameters that were sent before.
+    """
     back = {name: default(name) for name in told if name not in wanted}
     return {name: value for name, value in {**wanted, **back}.items() if told.get(name) != value}
 
 
 def reaches_all(name: str) -> bool:
-    """Whether setting a parameter may set those of the interfaces."""
+    """Whether setting this parameter may change those of the interfaces."""
     return "/conf/all/" in name or name in _FIRST
 
 
 def default(name: str) -> str:
-    """The guest kernel's value of a parameter."""
+    """The guest kernel's default value of a parameter."""
     if name in _SPECIAL:
         return _SPECIAL[name]
     group, _, last = name.rpartition("/")
@@ -160,7 +166,7 @@ def default(name: str) -> str:
 
 
 def path(dotted: str) -> str:
-    """The path of a parameter as sysctl(8) writes it (``net.ipv4.ip_forward``); empty if it is not the network's."""
+    """The path of a parameter in sysctl(8)'s form (``net.ipv4.ip_forward``); empty if it is not one of the network."""
     swapped = dotted.translate({ord("."): "/", ord("/"): "."})
     return swapped.removeprefix("net/") if swapped.startswith("net/") else ""
 
@@ -198,14 +204,14 @@ def _differing(group: str) -> Iterator[tuple[str, str]]:
 
 
 def _read(name: str) -> str | None:
-    """A parameter's value; None where it has none, or cannot be set."""
+    """The value of a parameter; None if it has none, or cannot be set."""
     try:
         fd = os.open(f"{_TOP}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return None  # a directory's is refused below; gone meanwhile, or write-only
+        return None  # it has just disappeared, or is write-only
     try:
         return " ".join(os.read(fd, _MAX_BYTES).decode("ascii", "replace").split())
     except OSError:
-        return None  # a directory, or a secret that nobody has set
+        return None  # a directory, or a secret that is not set
     finally:
         os.close(fd)
