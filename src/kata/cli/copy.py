@@ -22,7 +22,7 @@ import zlib
 from kata.cli import records
 from kata.cli.args import Command, Option
 from kata.engine.client import SANDBOX, EngineClient
-from kata.errors import GuestProtocolError, KataError, NotFoundError, UsageError
+from kata.errors import GuestProtocolError, HostError, KataError, NotFoundError, UsageError
 from kata.proto import agentext_pb
 from kata.proto.google_pb import Empty
 
@@ -186,10 +186,27 @@ class _Guest:
             yield data
 
     def write(self, path: str, content: BinaryIO, **attributes: int | None) -> None:
-        """Make the file anew with this content; a symbolic link at its place is replaced, not followed."""
+        """Make the file anew with this content.
+
+        A symbolic link or a fifo at its place is replaced, not followed; when the new file is whole, and not before.
+        """
         here = self.stat(path, follow=False)
-        if here is not None and not stat.S_ISREG(here.mode):
-            self._remove(path)
+        if here is None or stat.S_ISREG(here.mode):
+            self._write(path, content, attributes)
+            return
+        aside = posixpath.join(posixpath.dirname(path), f".kata-{os.urandom(6).hex()}")
+        try:
+            self._write(aside, content, attributes)
+            refusal = self.link(path, aside)
+        except BaseException:
+            with contextlib.suppress(KataError):  # it may not have come to be
+                self._remove(aside)
+            raise
+        self._remove(aside)
+        if refusal:
+            raise HostError(f"what is at {self._name}:{path} cannot be replaced: {refusal}")
+
+    def _write(self, path: str, content: BinaryIO, attributes: dict[str, int | None]) -> None:
         offset = 0
         while True:
             data = content.read(_PIECE)
@@ -264,6 +281,7 @@ def _out(guest: _Guest, source: str, destination: str, *, owners: bool, follow: 
     path = posixpath.normpath(source)
     info = guest.need(path, follow=follow or content_only)
     is_directory = stat.S_ISDIR(info.mode)
+    _refuse_device(destination)
     if os.path.isdir(destination) and not content_only:
         destination = os.path.join(destination, posixpath.basename(path) or "rootfs")
     elif destination.endswith("/") and not is_directory:
@@ -276,12 +294,23 @@ def _out(guest: _Guest, source: str, destination: str, *, owners: bool, follow: 
     _out_entry(guest, path, info, destination, owners)
 
 
-def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bool) -> None:  # noqa: C901, PLR0912
+def _refuse_device(destination: str) -> None:
+    """Leave /dev/null, /dev/stdout and the like alone: a copy would replace them, or change their modes."""
+    with contextlib.suppress(OSError):
+        mode = os.stat(destination).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UsageError(
+                f"{destination} is neither a file nor a directory",
+                "DEST - writes a tar stream: kata cp NAME:PATH - | tar -xO",
+            )
+
+
+def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bool) -> None:
     kind = stat.S_IFMT(info.mode)
     first = guest.outside.get((info.device, info.number)) if info.links > 1 else None
     if first and first != destination and kind != stat.S_IFDIR and _linked(first, destination):
         return
-    if kind in (stat.S_IFDIR, stat.S_IFREG) and os.path.islink(destination):
+    if kind == stat.S_IFDIR and os.path.islink(destination):
         os.unlink(destination)  # it would lead the writing elsewhere
     if kind == stat.S_IFDIR:
         os.makedirs(destination, exist_ok=True)
@@ -291,10 +320,7 @@ def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bo
     elif kind == stat.S_IFLNK:
         _replace(destination, lambda aside: os.symlink(info.link_target, os.fsencode(aside)))
     elif kind == stat.S_IFREG:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(destination, flags, 0o600), "wb") as file:
-            for data in guest.read(path, info.size):
-                file.write(data)
+        _write_file(destination, guest.read(path, info.size))
     elif kind == stat.S_IFIFO:
         _replace(destination, lambda aside: os.mkfifo(aside, 0o600))
     elif kind == stat.S_IFSOCK:
@@ -326,11 +352,26 @@ def _linked(first: str, destination: str) -> bool:
     return True
 
 
+def _write_file(destination: str, pieces: Iterator[bytes]) -> None:
+    """Write a file of the host; what is there and is none is replaced by it, and neither followed nor opened."""
+
+    def write(path: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+            for data in pieces:
+                file.write(data)
+
+    if os.path.lexists(destination) and not stat.S_ISREG(os.lstat(destination).st_mode):
+        _replace(destination, write)
+    else:
+        write(destination)
+
+
 def _replace(destination: str, make: Callable[[str], None]) -> None:
     """Make something, and only then take away what was in its place."""
     aside = os.path.join(os.path.dirname(destination), f".kata-{os.urandom(6).hex()}")
-    make(aside)
     try:
+        make(aside)
         os.replace(aside, destination)
     finally:
         with contextlib.suppress(FileNotFoundError):
