@@ -88,6 +88,24 @@ def test_every_program_does_its_work_without_standard_descriptors(program: list[
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@pytest.mark.parametrize(
+    ("words", "status"), [(["no-such-command"], 125), ([], 125), (["version"], 0), (["config", "x"], 125)]
+)
+def test_the_exit_status_stays_when_nobody_takes_the_messages(words: list[str], status: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full, os.fdopen(writer, "wb") as gone:
+        for stderr in (full, gone):
+            done = subprocess.run(
+                ["/usr/bin/python3", "-I", "-S", str(SOURCE / "kata/__main__.py"), *words],
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode in ((status, 141) if stderr is gone else (status,))
+
+
 @pytest.mark.parametrize(("given", "used"), [("000", 0o022), ("022", 0o022), ("027", 0o027), ("077", 0o077)])
 def test_a_umask_only_takes_away(tmp_path: Path, given: str, used: int) -> None:
     (tmp_path / "look.py").write_text(LOOK)
