@@ -15,10 +15,10 @@ from kata.engine import binds, disks, etc_files, nodes, rootfs, spec, stream_set
 from kata.engine.attached_disks import AttachedDisks
 from kata.engine.container_kill import SIGKILL, Killer
 from kata.engine.container_record import ContainerRecord
-from kata.engine.fitting import merged
 from kata.engine.process import CREATED, DELETED, PAUSED, RUNNING, Process
 from kata.engine.process_end import EndOfProcesses
 from kata.engine.records import rfc3339
+from kata.engine.resize import merged
 from kata.engine.taskpid import TaskPid, of_path
 from kata.errors import (
     AgentError,
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.access import EtcAccess, StreamAccess
-    from kata.engine.fitting import Fitting
     from kata.engine.hostroot import HostRoot
     from kata.engine.machine_runtime import MachineRuntime
+    from kata.engine.resize import MachineResizer
     from kata.engine.sockets import SocketForwardingState
     from kata.engine.stdio import Stdio
     from kata.engine.tasks import Tasks
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         runtime: MachineRuntime
         tasks: Tasks
         timings: Timings
-        fitting: Fitting
+        resizer: MachineResizer
         publish: Callable[[str, Message], None]
 
         @property
@@ -214,7 +214,7 @@ class Container:
                     "Use a guest of this version of kata, or share the whole pod's processes (shareProcessNamespace).",
                 )
             is_pause_container = spec.container_type(self.config) == "pod_sandbox"
-            await sandbox.fitting.admit(self.id, self._resources, is_sandbox=is_pause_container)
+            await sandbox.resizer.admit(self.id, self._resources, is_sandbox=is_pause_container)
             for kind in HOOKS_BEFORE:
                 await self._run_hooks(kind, "creating")
             began = time.monotonic_ns()
@@ -227,7 +227,7 @@ class Container:
                 raise spec.explain_size(error, f"container {self.id!r}", self.config) from None
             sandbox.timings.add("root file system", began)
         except BaseException:
-            sandbox.fitting.forget(self.id)
+            sandbox.resizer.forget(self.id)
             self.init.streams.abandon()
             self.record.close_log()
             self._close_relay()
@@ -554,7 +554,7 @@ class Container:
         agent = await self.sandbox.runtime.ready()
         change = spec.resources_message(resources)
         after = merged(self._resources, resources)
-        await self.sandbox.fitting.update(self.id, after, lambda: agent.update(self.id, change))
+        await self.sandbox.resizer.update(self.id, after, lambda: agent.update(self.id, change))
         self._resources = after
 
     async def delete_exec(self, exec_id: str) -> Process:
@@ -587,7 +587,7 @@ class Container:
         if self._removed:
             return
         self._removed = True
-        self.sandbox.fitting.forget(self.id)
+        self.sandbox.resizer.forget(self.id)
         self._close_relay()
         agent = self.sandbox.runtime.living_agent
         if agent is not None:

@@ -11,10 +11,10 @@ import time
 
 from kata.engine import boot, guest_setup, spec
 from kata.engine.container import REMOVE_S, Container
-from kata.engine.fitting import Fitting
 from kata.engine.guestnet import GuestNetwork
 from kata.engine.machine_runtime import MachineRuntime
 from kata.engine.network_services import NetworkServices
+from kata.engine.resize import MachineResizer
 from kata.engine.sandbox_state import SandboxState
 from kata.engine.tasks import Tasks
 from kata.engine.teardown import Teardown
@@ -84,7 +84,7 @@ class Sandbox:
         self.had_container = False
         self.saw_stale_client = False  # a client has asked about a container since there is none (any more)
         self._forwarding: SocketForwardingState | None = None  # once a container has a socket of the host's
-        self.fitting = Fitting(settings, self.runtime, self.tasks)
+        self.resizer = MachineResizer(settings, self.runtime, self.tasks)
         self.guest_network = GuestNetwork(
             settings, self.runtime, self.tasks, self.timings, self.containers, self.names_up
         )
@@ -118,7 +118,7 @@ class Sandbox:
         Raises:
             KataError: Something is missing on this host.
         """
-        self.fitting = Fitting(self.settings, self.runtime, self.tasks)
+        self.resizer = MachineResizer(self.settings, self.runtime, self.tasks)
         self.had_container = True  # from now on somebody has to say when it is no longer wanted
         began = time.monotonic_ns()
         try:

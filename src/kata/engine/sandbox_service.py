@@ -163,9 +163,9 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "host_cgroups": sandbox.runtime.machine.cgroup.paths
         if sandbox.runtime.machine.cgroup is not None
         else {},
-        "vcpus": sandbox.fitting.vcpus,
-        "memory_mib": sandbox.fitting.memory_mib,
-        "sizing": sandbox.fitting.describe(),
+        "vcpus": sandbox.resizer.vcpus,
+        "memory_mib": sandbox.resizer.memory_mib,
+        "sizing": sandbox.resizer.describe(),
         "configuration": described.configuration if described else {},
         "disks": [disk.to_plain() if disk else None for disk in settings.disks],
         "volumes": [volume.to_plain() for volume in settings.container.volumes]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from kata.cli import explain
-from kata.engine.fitting import FEATURE, Fitting, merged
+from kata.engine.resize import FEATURE, MachineResizer, merged
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
 from kata.hypervisor import registry
 from kata.hypervisor.qemu import resize
@@ -48,7 +48,7 @@ class Machine:
         self.fail: set[str] = set()
         self.plugged = self.returned = self.stuck = 0
         self.spare = 1 << 20
-        self.fitting = Fitting(*(cast(Any, one) for one in (self.settings, self, self)))
+        self.resizer = MachineResizer(*(cast(Any, one) for one in (self.settings, self, self)))
 
     async def ready(self) -> Machine:
         return self
@@ -85,7 +85,7 @@ class Machine:
         self.told.append(("limits", limits))
 
     async def update(self, name: str, after: dict[str, Any]) -> None:
-        await self.fitting.update(name, after, lambda: self.apply(after))
+        await self.resizer.update(name, after, lambda: self.apply(after))
 
 
 def limits(cpus: float | None = None, mib: int | None = None) -> dict[str, Any]:
@@ -113,27 +113,27 @@ def given(mib: int) -> int:
 
 def test_nothing_is_done_for_what_fits() -> None:
     machine = Machine()
-    run(machine.fitting.admit("c", limits(0.5, 64)))
-    run(machine.fitting.admit("d", {}))
+    run(machine.resizer.admit("c", limits(0.5, 64)))
+    run(machine.resizer.admit("d", {}))
     assert machine.told == []
 
 
 def test_a_pods_containers_add_up_and_nothing_shrinks_when_they_come() -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", limits(0.7, 600)))
-    run(machine.fitting.admit("b", limits(0.7, 600)))
+    run(machine.resizer.admit("a", limits(0.7, 600)))
+    run(machine.resizer.admit("b", limits(0.7, 600)))
     assert machine.told == [("memory", plugged(600)), ("memory", plugged(1200)), ("cpus", 2)]
-    machine.fitting.forget("a")
-    run(machine.fitting.admit("c", limits(0.1, 10)))
+    machine.resizer.forget("a")
+    run(machine.resizer.admit("c", limits(0.1, 10)))
     assert machine.told[3:] == []
-    assert (machine.fitting.vcpus, machine.fitting.memory_mib) == (2, 512 + plugged(1200))
+    assert (machine.resizer.vcpus, machine.resizer.memory_mib) == (2, 512 + plugged(1200))
 
 
 def test_what_the_cri_said_of_the_pod_counts_and_follows_updates() -> None:
     source = f"{sizing.OF_SANDBOX} (containerd)"
     machine = Machine(vcpus=2, asked_by=source, asked_cpus=2.0, asked_memory=450 * MIB)
-    run(machine.fitting.admit("a", limits(1, 220)))
-    run(machine.fitting.admit("b", limits(1, 220)))
+    run(machine.resizer.admit("a", limits(1, 220)))
+    run(machine.resizer.admit("b", limits(1, 220)))
     assert machine.told == []
     run(machine.update("a", limits(2, 1000)))
     assert machine.told == [("memory", plugged(1230)), ("cpus", 3), ("limits", limits(2, 1000))]
@@ -143,7 +143,7 @@ def test_what_the_cri_said_of_the_pod_counts_and_follows_updates() -> None:
 
 def test_an_update_that_cannot_be_changes_nothing() -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.resizer.admit("a", limits(1, 400)))
     with pytest.raises(UnsupportedError, match="5 CPUs are needed, and this virtual machine can have 4"):
         run(machine.update("a", limits(5)))
     with pytest.raises(ResourceExhaustedError, match="can have 4096 MiB"):
@@ -152,7 +152,7 @@ def test_an_update_that_cannot_be_changes_nothing() -> None:
     with pytest.raises(UnsupportedError, match="agent in the guest cannot"):
         run(machine.update("a", limits(2, 400)))
     assert machine.told == []
-    assert machine.fitting.describe()["containers"]["a"] == {"cpus": 1.0, "memory": 400 * MIB}
+    assert machine.resizer.describe()["containers"]["a"] == {"cpus": 1.0, "memory": 400 * MIB}
 
 
 @pytest.mark.parametrize(
@@ -165,21 +165,21 @@ def test_an_update_that_cannot_be_changes_nothing() -> None:
 )
 def test_a_failure_on_the_way_up_is_taken_back(fails: str, told: list[tuple[str, Any]]) -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.resizer.admit("a", limits(1, 400)))
     machine.fail = {fails}
     with pytest.raises(KataError):
         run(machine.update("a", limits(2, 1000)))
     assert machine.told == told
-    assert (machine.fitting.vcpus, machine.fitting.plugged_mib) == (1, 0)
+    assert (machine.resizer.vcpus, machine.resizer.plugged_mib) == (1, 0)
 
 
 def test_below_its_first_size_the_guest_gives_memory_back() -> None:
     machine = Machine()
-    run(machine.fitting.admit("pause", {}, is_sandbox=True))
-    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.resizer.admit("pause", {}, is_sandbox=True))
+    run(machine.resizer.admit("a", limits(1, 400)))
     run(machine.update("a", limits(1, 200)))
     assert machine.told == [("limits", limits(1, 200)), ("balloon", given(200))]
-    assert machine.fitting.memory_mib == 512 - given(200)
+    assert machine.resizer.memory_mib == 512 - given(200)
     machine.told.clear()
     run(machine.update("a", limits(1, 250)))
     assert machine.told == [("balloon", given(250)), ("limits", limits(1, 250))]
@@ -193,73 +193,73 @@ def test_below_its_first_size_the_guest_gives_memory_back() -> None:
 def test_what_the_machine_has_besides_is_not_given_back() -> None:
     machine = Machine()
     machine.extra_memory_mib = 14
-    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.resizer.admit("a", limits(1, 400)))
     run(machine.update("a", limits(1, 200)))
     assert machine.told == [("limits", limits(1, 200)), ("balloon", given(200) - 14)]
 
 
 def test_who_has_no_limit_may_be_using_what_the_machine_has() -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", limits(1, 400)))
-    run(machine.fitting.admit("b", {}))
+    run(machine.resizer.admit("a", limits(1, 400)))
+    run(machine.resizer.admit("b", {}))
     run(machine.update("a", limits(1, 200)))
     assert machine.told == [("limits", limits(1, 200))]
-    machine.fitting.forget("b")
+    machine.resizer.forget("b")
     run(machine.update("a", limits(1, 200)))
     assert machine.told[1:] == [("limits", limits(1, 200)), ("balloon", given(200))]
-    run(machine.fitting.admit("b", {}))
+    run(machine.resizer.admit("b", {}))
     assert machine.told[3:] == [("balloon", 0)]
 
 
 def test_who_has_no_limit_counts_beside_those_who_have() -> None:
     pod: dict[str, Any] = {"asked_by": f"{sizing.OF_SANDBOX} (containerd)", "asked_memory": 64 * MIB}
     machine = Machine(memory_mib=101, default_memory_mib=2048, **pod)
-    run(machine.fitting.admit("pause", {}, is_sandbox=True))
-    run(machine.fitting.admit("proxy", limits(mib=64)))
+    run(machine.resizer.admit("pause", {}, is_sandbox=True))
+    run(machine.resizer.admit("proxy", limits(mib=64)))
     assert machine.told == [], "one that stands for its pod is not worth a limit"
-    run(machine.fitting.admit("main", {}))
-    assert machine.fitting.memory_mib >= sizing.memory_of(64 * MIB, "small") + 2048
-    assert machine.fitting.describe()["unlimited"] == ["main"]
-    run(machine.fitting.admit("other", {}))
+    run(machine.resizer.admit("main", {}))
+    assert machine.resizer.memory_mib >= sizing.memory_of(64 * MIB, "small") + 2048
+    assert machine.resizer.describe()["unlimited"] == ["main"]
+    run(machine.resizer.admit("other", {}))
     assert len(machine.told) == 1, "those without share it"
 
     machine = Machine(memory_mib=102, max_memory_mib=1000, default_memory_mib=2048, **pod)
-    run(machine.fitting.admit("proxy", limits(mib=64)))
-    run(machine.fitting.admit("main", {}))
-    assert machine.fitting.memory_mib == 1000, "as far as there is room, which is no error"
+    run(machine.resizer.admit("proxy", limits(mib=64)))
+    run(machine.resizer.admit("main", {}))
+    assert machine.resizer.memory_mib == 1000, "as far as there is room, which is no error"
 
 
 def test_sets_of_processors_are_one_and_never_more_than_there_may_be() -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", {"cpu": {"cpus": "0,1"}}))
-    run(machine.fitting.admit("b", {"cpu": {"cpus": "1-2"}}))
-    assert machine.fitting.vcpus == 3
-    run(machine.fitting.admit("c", {"cpu": {"cpus": "0-63"}}))
-    assert machine.fitting.vcpus == 4
+    run(machine.resizer.admit("a", {"cpu": {"cpus": "0,1"}}))
+    run(machine.resizer.admit("b", {"cpu": {"cpus": "1-2"}}))
+    assert machine.resizer.vcpus == 3
+    run(machine.resizer.admit("c", {"cpu": {"cpus": "0-63"}}))
+    assert machine.resizer.vcpus == 4
 
 
 def test_what_the_guest_does_not_give_back_is_told() -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.resizer.admit("a", limits(1, 400)))
     machine.spare = 100
     run(machine.update("a", limits(1, 200)))
     assert machine.complaints == [
         f"the guest has not given back {given(200) - 100} MiB of memory; the limits hold in it"
     ]
-    assert (machine.fitting.memory_mib, machine.fitting.returned_mib) == (412, 100)
+    assert (machine.resizer.memory_mib, machine.resizer.returned_mib) == (412, 100)
     machine.spare = 1000
     run(machine.update("a", limits(1, 200)))
-    assert machine.fitting.memory_mib == 512 - given(200)
+    assert machine.resizer.memory_mib == 512 - given(200)
     assert len(machine.complaints) == 1
     machine.fail = {"balloon"}
     run(machine.update("a", limits(1, 150)))
     assert "stays larger than what is asked for: no balloon" in machine.complaints[1]
-    assert machine.fitting.describe()["memory"] == 150 * MIB
+    assert machine.resizer.describe()["memory"] == 150 * MIB
 
 
 def test_what_is_plugged_and_stuck_goes_into_the_balloon() -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", limits(1, 1000)))
+    run(machine.resizer.admit("a", limits(1, 1000)))
     machine.stuck = 300
     machine.told.clear()
     run(machine.update("a", limits(1, 600)))
@@ -276,7 +276,7 @@ def test_what_is_plugged_and_stuck_goes_into_the_balloon() -> None:
 
 def test_a_guest_that_lies_about_its_memory_does_not_lose_all_of_it() -> None:
     machine = Machine()
-    run(machine.fitting.admit("a", limits(1, 400)))
+    run(machine.resizer.admit("a", limits(1, 400)))
     machine.plugged = 1 << 20
     run(machine.update("a", limits(1, 200)))
     assert machine.told[1:] == [("balloon", 512 - 128)]
@@ -284,7 +284,7 @@ def test_a_guest_that_lies_about_its_memory_does_not_lose_all_of_it() -> None:
 
 def test_a_machine_that_keeps_its_size() -> None:
     machine = Machine(max_vcpus=0, max_memory_mib=0)
-    run(machine.fitting.admit("a", limits(2, 1000)))
+    run(machine.resizer.admit("a", limits(2, 1000)))
     assert "asks for more than its machine has" in machine.complaints[0]
     with pytest.raises(UnsupportedError):
         run(machine.update("a", limits(3, 100)))
@@ -369,19 +369,19 @@ def test_the_balloon_takes_and_returns() -> None:
 
 def test_the_explanation_has_the_numbers() -> None:
     machine = Machine()
-    run(machine.fitting.admit("abcdef", limits(1.5, 1000)))
+    run(machine.resizer.admit("abcdef", limits(1.5, 1000)))
     facts = {
         "id": "p",
         "client": "containerd",
         "accelerator": "kvm",
-        "vcpus": machine.fitting.vcpus,
-        "memory_mib": machine.fitting.memory_mib,
-        "sizing": machine.fitting.describe(),
+        "vcpus": machine.resizer.vcpus,
+        "memory_mib": machine.resizer.memory_mib,
+        "sizing": machine.resizer.describe(),
         "host_cgroups": {"memory": "/x/kata/p"},
         "hypervisor_usage": {"rss_bytes": 100 * MIB},
     }
     found = explain.explain(facts)
-    now = machine.fitting.memory_mib
+    now = machine.resizer.memory_mib
     assert found["cpus"] == {"now": 2, "first": 1, "most": 4}
     assert found["host"]["memory_mib"] == now + 256 + now // 32
     text = "\n".join(explain._lines(found))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FEATURE = "kata.machine"
 
 
-class Fitting:
+class MachineResizer:
     """The size of one sandbox's machine.
 
     Args:
@@ -72,7 +72,7 @@ class Fitting:
         self.vcpus = self._first_vcpus
         self.plugged_mib = 0
         self.returned_mib = 0
-        self._has: Target = (self._first_vcpus, self._first_mib, 0)
+        self._current: Target = (self._first_vcpus, self._first_mib, 0)
 
     @property
     def memory_mib(self) -> int:
@@ -123,14 +123,14 @@ class Fitting:
             if is_sandbox:
                 self._pause_containers.add(container_id)
             try:
-                wanted, has = self._target(), self._has
+                wanted, has = self._target(), self._current
                 if self._keeps_size and (wanted[0] > has[0] or wanted[1] > has[1]):
                     self._tasks.log(
                         f"container {container_id} asks for more than its machine has, which keeps its size:"
                         f" {self.vcpus} CPUs, {self.memory_mib} MiB"
                     )
                     return
-                await self._become(_larger(wanted, has))
+                await self._resize_to(_larger(wanted, has))
             except BaseException:
                 self.forget(container_id)
                 raise
@@ -157,18 +157,18 @@ class Fitting:
             KataError: The machine cannot become what follows, or the guest refused; everything is as it was.
         """
         async with self._lock:
-            has = self._has
+            has = self._current
             pod, asked = self._pod, self._containers.get(container_id, ResourceRequest())
             wanted = sizing.container_request(after)
             self._containers[container_id] = wanted
             self._pod = _changed(pod, asked, wanted)
             try:
                 target = self._target()
-                await self._become(_larger(target, has))
+                await self._resize_to(_larger(target, has))
                 await apply()
             except BaseException:
                 self._containers[container_id], self._pod = asked, pod
-                await self._back(has)
+                await self._roll_back(has)
                 raise
             await self._shrink(target)
 
@@ -218,48 +218,48 @@ class Fitting:
             ),
         )
 
-    async def _become(self, target: Target) -> None:
+    async def _resize_to(self, target: Target) -> None:
         """Have this size; on an error, the size before.
 
         Raises:
             KataError: The machine cannot have it.
         """
         vcpus, mib, _total = target
-        if target == self._has:
+        if target == self._current:
             return
         if vcpus > self._max_vcpus:
             raise UnsupportedError(
                 f"{vcpus} CPUs are needed, and this virtual machine can have {self._max_vcpus}", _HINT
             )
-        if mib > self._first_mib and self._first_mib + self._plugs(mib) > self._max_mib:
+        whole_mib = self._first_mib + self._hotplug_mib(mib)
+        if mib > self._first_mib and whole_mib > self._max_mib:
             raise ResourceExhaustedError(
-                f"{self._first_mib + self._plugs(mib)} MiB of memory are needed, and this virtual machine can have"
-                f" {self._max_mib} MiB",
+                f"{whole_mib} MiB of memory are needed, and this virtual machine can have {self._max_mib} MiB",
                 _HINT,
             )
-        before = self._has
+        before = self._current
         try:
             await self._change(target)
         except BaseException:
-            await self._back(before)
+            await self._roll_back(before)
             raise
 
-    def _plugs(self, mib: int) -> int:
+    def _hotplug_mib(self, mib: int) -> int:
         """MiB to be plugged into a machine that is to have so much."""
         return -(-max(mib - self._first_mib, 0) // MEMORY_STEP_MIB) * MEMORY_STEP_MIB
 
     async def _shrink(self, target: Target) -> None:
         """Have this size after limits were lowered, as far as the guest gives back what it has."""
-        if target == self._has:
+        if target == self._current:
             return
         try:
             await self._change(target)
         except (KataError, HypervisorError) as error:
             self._tasks.log(f"the machine stays larger than what is asked for: {error.message}")
             return
-        if self._has[1] > target[1]:
+        if self._current[1] > target[1]:
             self._tasks.log(
-                f"the guest has not given back {self._has[1] - target[1]} MiB of memory; the limits hold in it"
+                f"the guest has not given back {self._current[1] - target[1]} MiB of memory; the limits hold in it"
             )
 
     async def _change(self, target: Target) -> None:
@@ -269,24 +269,24 @@ class Fitting:
         if vcpus != self.vcpus and FEATURE not in agent.features:
             raise UnsupportedError("the agent in the guest cannot turn processors on and off")
         # What runs the machine is charged to its cgroup: room first, and taken back last.
-        most = self._first_mib + max(self._plugs(mib), self.plugged_mib)
+        most = self._first_mib + max(self._hotplug_mib(mib), self.plugged_mib)
         await self._limit_host(max(vcpus, self.vcpus), most)
-        if mib != self._has[1]:
+        if mib != self._current[1]:
             await self._change_memory(vm, agent, target)
         if vcpus != self.vcpus:
             await agent.set_processors(vcpus)
             self.vcpus = vcpus
-        self._has = (vcpus, *self._has[1:])
+        self._current = (vcpus, *self._current[1:])
         await self._limit_host(vcpus, self.memory_mib)
 
     async def _change_memory(self, vm: Machine, agent: AgentClient, target: Target) -> None:
         _vcpus, mib, total = target
-        plugs = self._plugs(mib)
+        plugs = self._hotplug_mib(mib)
         if plugs and self.returned_mib:
             await self._balloon(vm, 0)
         if plugs != self.plugged_mib:
             self.plugged_mib = await vm.set_memory(plugs)
-            self._has = (self._has[0], self.memory_mib, 0)
+            self._current = (self._current[0], self.memory_mib, 0)
         slack = int(mib * sizing.SLACK)
         surplus = self._first_mib + self.plugged_mib - mib
         spare = give = 0
@@ -301,7 +301,7 @@ class Fitting:
         if give != self.returned_mib:
             await self._balloon(vm, give)
         short = (spare or max(surplus, 0)) - self.returned_mib
-        self._has = (self._has[0], mib + (short if short > slack else 0), total)
+        self._current = (self._current[0], mib + (short if short > slack else 0), total)
 
     @property
     def _can_balloon(self) -> bool:
@@ -311,11 +311,11 @@ class Fitting:
 
     async def _balloon(self, vm: Machine, mib: int) -> None:
         self.returned_mib = await vm.set_balloon(mib)
-        self._has = (self._has[0], self.memory_mib, 0)
+        self._current = (self._current[0], self.memory_mib, 0)
 
-    async def _back(self, size: Target) -> None:
+    async def _roll_back(self, size: Target) -> None:
         """Have the size of before again, as far as that is possible."""
-        if size == self._has or self._runtime.is_lost:
+        if size == self._current or self._runtime.is_lost:
             return
         try:
             await self._change(size)
