@@ -25,12 +25,37 @@ _BIND_FORM = "--mount type=bind,src=PATH,dst=PATH[,ro][,bind-propagation=rslave]
 _TMPFS_FORM = "--mount type=tmpfs,dst=PATH[,tmpfs-size=SIZE][,tmpfs-mode=1777]"
 _DESTINATIONS = ("dst", "destination", "target")
 _READONLY = ("ro", "readonly")
-_SWITCHES = (*_READONLY, "rw", "volume-nocopy")
+_FLAGS = ("noexec", "nosuid", "nodev")
 _OF_KIND = {
-    "volume": ("volume-opt", "volume-nocopy"),
-    "bind": ("bind-propagation", "consistency", "relabel"),
-    "tmpfs": ("tmpfs-size", "tmpfs-mode"),
+    "volume": ("volume-opt", "volume-nocopy", "volume-driver"),
+    "bind": ("bind-propagation", "bind-recursive", "consistency", "relabel", *_FLAGS),
+    "tmpfs": ("tmpfs-size", "tmpfs-mode", "notmpcopyup", *_FLAGS),
 }
+_WITH_VALUE = (
+    "type",
+    *_DESTINATIONS,
+    "src",
+    "source",
+    *(key for keys in _OF_KIND.values() for key in keys if "-" in key and key != "volume-nocopy"),
+)
+_BELOW = "what is mounted below SRC is always shared, too; with ro, read-only"
+_CREATE = "make it first: mkdir -p SRC"
+_ELSEWHERE = {
+    "bind-recursive": _BELOW,
+    "bind-nonrecursive": _BELOW,
+    "bind-create-src": _CREATE,
+    "bind-create-mountpoint": _CREATE,
+    "volume-driver": "leave it out: the one driver is a disk of the machine",
+    "volume-label": "leave it out: no one lists volumes by label",
+    "volume-subpath": "mount the whole volume, and use the directory in it",
+    "tmpcopyup": "type=volume is filled with what the image has there",
+    "size": "it is called tmpfs-size, or volume-opt=size=SIZE",
+    "mode": "it is called tmpfs-mode",
+    "chown": "kata changes nothing of what it shares: chown -R UID:GID SRC",
+    "U": "kata changes nothing of what it shares: chown -R UID:GID SRC",
+    "idmap": "kata maps no users: inside, owners are those of the host",
+}
+"""Options of Docker and Podman -> what to do instead."""
 _FORMS = {"volume": _FORM, "bind": _BIND_FORM, "tmpfs": _TMPFS_FORM}
 
 
@@ -105,10 +130,13 @@ class Mounts:
         destination = _one(given, _DESTINATIONS, text)
         source = _one(given, ("src", "source"), text)
         wanted = [_switch(given.pop(key), text) for key in _READONLY if key in given]
-        readonly = any(wanted) or not _switch(given.pop("rw", "true"), text)
-        strange = [key for key in given if key not in _OF_KIND[kind]]
-        if strange:
-            raise UsageError(f"--mount {text!r}: {kind} has no option {strange[0]!r}", _FORMS[kind])
+        writable = [_switch(given.pop("rw"), text)] if "rw" in given else []
+        readonly = any(wanted) or writable == [False]
+        if readonly and (False in wanted or writable == [True]):
+            raise UsageError(
+                f"--mount {text!r}: ro and rw contradict each other", "leave out one of the two"
+            )
+        _refuse_strange(given, kind, text)
         if not destination:
             raise UsageError(f"--mount {text!r} does not say where to mount", _FORMS[kind])
         access = "ro" if readonly else "rw"
@@ -117,6 +145,7 @@ class Mounts:
                 raise UsageError(f"--mount {text!r} does not say what to mount", _BIND_FORM)
             option = f"--mount {text!r}"
             options = [access, given.get("bind-propagation", "rprivate")]
+            options += [flag for flag in _FLAGS if _switch(given.get(flag, "false"), text)]
             if given.get("consistency", "default") != "default":
                 options.append(given["consistency"])
             if "relabel" in given:
@@ -130,7 +159,9 @@ class Mounts:
             if source:
                 raise UsageError(
                     f"--mount {text!r}: there are no named volumes; a volume lives as long as its container",
-                    f"leave out the source, or share a directory: -v ./{os.path.basename(source)}:{destination}",
+                    f"--mount type=bind,src={source},dst={destination}"
+                    if source.startswith(("/", "."))
+                    else f"leave out the source, or share a directory: -v ./{source}:{destination}",
                 )
             self._add_volume(given, _absolute(destination, text), text, readonly=readonly)
 
@@ -148,7 +179,7 @@ class Mounts:
         self.volumes.append(Volume(destination, size, readonly=readonly, copy=not keep_empty))
 
     def add_short(self, text: str) -> None:
-        """Take ``-v DST[:OPTIONS]`` without a source: a volume of the default size.
+        """Take ``-v DST``: a volume of the default size.
 
         Raises:
             UsageError: The destination is not one.
@@ -156,48 +187,30 @@ class Mounts:
         self.volumes.append(Volume(_absolute(text, text, "-v")))
 
 
-def check(
-    found: Mounts, binds: list[tuple[str, str, list[str]]], tmpfs: list[tuple[str, list[str]]]
-) -> None:
-    """Refuse two mounts at one place where a volume or a ``--mount`` is among them, and more disks than there can be.
-
-    Args:
-        found: Those of ``--mount``, and volumes.
-        binds: All binds.
-        tmpfs: All mounts of a tmpfs.
-
-    Raises:
-        UsageError: There is one at fault.
-    """
-    destinations = [
-        *(volume.destination for volume in found.volumes),
-        *(destination for _, destination, _ in binds),
-        *(destination for destination, _ in tmpfs),
-    ]
-    twice = next((one for one in destinations if destinations.count(one) > 1), "")
-    if twice:
-        raise UsageError(f"there are two mounts at {twice}", "leave out one of the two")
-    check_number(len(found.volumes))
-
-
-def check_number(volumes: int) -> None:
+def check_number(volumes: int, of_image: int = 0) -> None:
     """Refuse more volumes than a machine has room for.
 
+    Args:
+        volumes: How many there are.
+        of_image: How many of them are the image's, which the user need not know of.
+
     Raises:
-        UsageError: They are.
+        UsageError: They are too many.
     """
     if volumes > MOST_VOLUMES:
+        of_them = f" ({of_image} of them the image's, of a read-only container)" if of_image else ""
         raise UsageError(
-            f"{volumes} volumes on disks are more than a machine has room for: {MOST_VOLUMES}",
+            f"{volumes} volumes on disks{of_them} are more than a machine has room for: {MOST_VOLUMES}",
             "-v DIR:PATH shares a directory of the host instead, --tmpfs PATH is in memory",
         )
 
 
 def _pairs(text: str) -> dict[str, str]:
     given: dict[str, str] = {}
-    for item in text.split(","):
+    for item in _items(text):
         key, equals, value = item.partition("=")
-        if not equals and key not in _SWITCHES:
+        key = key if key == "U" else key.lower()
+        if not key or (not equals and key in _WITH_VALUE):
             raise UsageError(f"--mount {text!r}: {item!r} is not KEY=VALUE", _FORM)
         if key == "volume-opt" and key in given:
             value = f"{given[key]}\n{value}"
@@ -205,6 +218,34 @@ def _pairs(text: str) -> dict[str, str]:
             raise UsageError(f"--mount {text!r}: {key} is given twice", "leave out one of the two")
         given[key] = value if equals else "true"
     return given
+
+
+def _items(text: str) -> list[str]:
+    """What the commas separate; an item in double quotes may have some itself, as in a line of CSV."""
+    if '"' not in text:
+        return text.split(",")
+    import csv
+
+    try:
+        return next(csv.reader([text], strict=True))
+    except (csv.Error, StopIteration):
+        raise UsageError(
+            f"--mount {text!r}: the quotes do not match", 'a whole item is quoted: "src=/a,b",dst=/c'
+        ) from None
+
+
+def _refuse_strange(given: dict[str, str], kind: str, text: str) -> None:
+    """Refuse options that a mount of this kind has not, and values of which there is but one."""
+    strange = [key for key in given if key not in _OF_KIND[kind]]
+    only = {"bind-recursive": "enabled", "volume-driver": "local"}
+    if kind == "tmpfs":  # which has them anyway
+        only |= dict.fromkeys((*_FLAGS, "notmpcopyup"), "true")
+    strange += [key for key, value in only.items() if given.get(key, value) != value]
+    if strange:
+        what = f"{strange[0]}={given[strange[0]]}" if strange[0] in _OF_KIND[kind] else strange[0]
+        raise UsageError(
+            f"--mount {text!r}: {kind} has no option {what!r}", _ELSEWHERE.get(strange[0], _FORMS[kind])
+        )
 
 
 def _one(given: dict[str, str], keys: tuple[str, ...], text: str) -> str:

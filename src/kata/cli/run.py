@@ -317,7 +317,15 @@ class _Choice:
             self.binds += found.binds
             self._tmpfs += found.tmpfs
             self.disk_volumes = found.volumes
-            mounts.check(found, self.binds, self._tmpfs)
+            mounts.check_number(len(found.volumes))
+        destinations = [
+            *(volume.destination for volume in self.disk_volumes),
+            *(destination for _, destination, _ in self.binds),
+            *(destination for destination, _ in self._tmpfs),
+        ]
+        if len(set(destinations)) < len(destinations):
+            twice = next(one for one in destinations if destinations.count(one) > 1)
+            raise UsageError(f"there are two mounts at {twice}", "leave out one of the two")
 
     @staticmethod
     def _one_of(arguments: Arguments, key: str, allowed: tuple[str, ...]) -> str:
@@ -358,7 +366,7 @@ class _Choice:
         from kata.cli import mounts
 
         self.disk_volumes += [mounts.Volume(destination) for destination in destinations]
-        mounts.check_number(len(self.disk_volumes))
+        mounts.check_number(len(self.disk_volumes), len(destinations))
 
 
 def volume_file(number: int) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_DIGITS = frozenset("0123456789.")
 
 
 def size(text: str, option: str) -> int:
@@ -25,10 +26,11 @@ def size(text: str, option: str) -> int:
     if len(unit) == 2 and unit.endswith("b"):
         unit = unit[0]
     try:
-        number = float(digits)
+        # Digits and a point: what float() takes besides (1e9, 1_0, inf) is a slip of the pen in a size.
+        number = float(digits) if set(digits) <= _DIGITS else math.nan
     except ValueError:
         number = math.nan
-    if unit not in _UNITS or not math.isfinite(number) or number <= 0:
+    if unit not in _UNITS or not math.isfinite(number) or number * _UNITS[unit] < 1:
         raise UsageError(
             f"{option} {text!r} is not a size", "a number with an optional unit b, k, m, g or t: 512m"
         )
@@ -143,7 +145,7 @@ def volume(text: str) -> tuple[str, str, list[str]]:
         Source (absolute), destination, mount options as in the runtime specification.
     """
     parts = text.split(":")
-    hint = "the form is SRC:DST[:OPTION,...], both paths absolute or SRC starting with ./"
+    hint = "the form is SRC:DST[:OPTION,...], both paths absolute or SRC starting with ./; or DST alone"
     if len(parts) not in (2, 3) or not parts[0] or not parts[1]:
         raise UsageError(f"-v {text!r} is not a volume", hint)
     source, destination = parts[0], parts[1]
@@ -153,6 +155,11 @@ def volume(text: str) -> tuple[str, str, list[str]]:
             f"-v {text!r}: named volumes do not exist here",
             f"give a directory: -v ./{source}:{destination}; -v {destination} alone is a volume that goes with"
             " the container",
+        )
+    if len(parts) == 2 and set(destination.split(",")) <= {"ro", "rw", *_MOUNT_FLAGS, *_NO_EFFECT}:
+        raise UsageError(
+            f"-v {text!r}: a volume of its own has no options here",
+            f"--mount type=volume,dst={source}{',ro' if 'ro' in destination.split(',') else ''}",
         )
     return bind(source, destination, options, f"-v {text!r}")
 
