@@ -290,23 +290,9 @@ impl Containers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_support::container;
 
     const ALL: [Status; 5] = [Status::Creating, Status::Created, Status::Running, Status::Stopped, Status::Removing];
-
-    fn container() -> Container {
-        let new = NewContainer {
-            init_exec_id: "first".into(),
-            cgroup: None,
-            namespaces: Namespaces::default(),
-            filter: None,
-            root: String::new(),
-            storages: vec![],
-            watched: vec![],
-            name: None,
-            termination_log: None,
-        };
-        Container::new(new, 7)
-    }
 
     #[test]
     fn a_container_goes_through_its_states_in_order() {
@@ -320,7 +306,7 @@ mod tests {
             (Status::Running, Status::Removing),
             (Status::Stopped, Status::Removing),
         ];
-        let mut container = container();
+        let mut container = container(7);
         for from in ALL {
             for to in ALL {
                 container.status = from;
@@ -334,7 +320,7 @@ mod tests {
     #[test]
     fn processes_are_found_by_what_calls_name_them() {
         let mut containers = Containers::default();
-        let mut record = container();
+        let mut record = container(7);
         record.execs.insert("shell".into(), 9);
         record.remember("over".into(), 3);
         containers.insert("c", record);

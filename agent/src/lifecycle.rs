@@ -448,3 +448,24 @@ fn compile_filter(linux: &Linux) -> Result<Option<Filter>> {
         .map(|profile| Ok(Filter { program: seccomp::compile(profile)?, flags: seccomp::flags(&profile.flags)? }))
         .transpose()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::container;
+
+    #[test]
+    fn a_container_that_is_being_removed_does_not_become_created() {
+        // Its creation was given up while the report that its process is ready was on the way.
+        let mut containers = Containers::default();
+        let mut record = container(1);
+        record.enter(Status::Removing);
+        containers.insert("c", record);
+        containers.insert("d", container(2));
+        for id in ["c", "d", "unknown"] {
+            on_created(&mut containers, id);
+        }
+        assert_eq!(containers.get("c").unwrap().status(), Status::Removing);
+        assert_eq!(containers.get("d").unwrap().status(), Status::Created);
+    }
+}

@@ -498,3 +498,7 @@ fn answer_writes(io: &mut Connections, over: Vec<Written>) {
         io.answer(call, outcome.map(|len| pb::WriteStreamResponse { len }.to_vec()));
     }
 }
+
+#[cfg(test)]
+#[path = "processes_tests.rs"]
+mod tests;

@@ -1,6 +1,9 @@
 //! For unit tests that need namespaces or directories of their own.
 
+use crate::container::{Container, NewContainer};
 use crate::fs;
+use crate::process::Key;
+use crate::runtime::namespaces::Namespaces;
 use crate::sys;
 
 /// Runs `check` in a thread with namespaces (`libc::CLONE_NEW*`) of its own, which end with it. False, with a word on
@@ -51,4 +54,20 @@ impl Drop for TempDir {
     fn drop(&mut self) {
         fs::remove_dir_all(&self.0).unwrap();
     }
+}
+
+/// A container's record with nothing behind it; its first process is called `first`.
+pub fn container(init: Key) -> Container {
+    let new = NewContainer {
+        init_exec_id: "first".into(),
+        cgroup: None,
+        namespaces: Namespaces::default(),
+        filter: None,
+        root: String::new(),
+        storages: vec![],
+        watched: vec![],
+        name: None,
+        termination_log: None,
+    };
+    Container::new(new, init)
 }
