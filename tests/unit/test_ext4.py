@@ -7,11 +7,14 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from kata.errors import HostError, ResourceExhaustedError, UsageError
 from kata.storage import ext4
@@ -148,3 +151,47 @@ def test_a_damaged_template_is_told(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(HostError, match="is damaged") as caught:
         ext4.make_writable(str(tmp_path / "b"), 64 << 20)
     assert caught.value.hint == f"rm {template}"
+
+
+SLOW_MKFS = """#!/bin/sh
+echo $$ > {mark}
+exec sleep 1000
+"""
+
+
+def test_what_a_killed_command_left_goes_with_the_next_or_with_gc(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "mkfs.ext4").write_text(SLOW_MKFS.format(mark=mark))
+    (tmp_path / "mkfs.ext4").chmod(0o755)
+    program = (
+        f"import sys; sys.path.append({str(Path(ext4.__file__).parents[2])!r})\n"
+        "from kata.storage import ext4\n"
+        "import subprocess; run = subprocess.run\n"
+        f"subprocess.run = lambda command, **more: run([{str(tmp_path / 'mkfs.ext4')!r}], **more)\n"
+        f"ext4.make_writable({str(tmp_path / 'a')!r}, 64 << 20)\n"
+    )
+    for clear in (ext4.clear_leftovers, lambda: ext4.make_writable(str(tmp_path / "b"), 32 << 20)):
+        mark.unlink(missing_ok=True)
+        killed = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+        until(lambda: mark.exists() and mark.read_text().endswith("\n"), "mkfs runs")
+        killed.kill()
+        killed.wait()
+        os.kill(int(mark.read_text()), signal.SIGKILL)
+        assert len(list(cache.iterdir())) == 2
+        clear()
+        assert [one.name for one in cache.iterdir() if not one.name.endswith(".img")] == []
+    assert ext4.clear_leftovers() == []
+
+
+def test_templates_of_sizes_that_were_tried_once_do_not_gather(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ext4, "_MOST_TEMPLATES", 2)
+    for number in range(4):
+        ext4.make_writable(str(tmp_path / f"{number}"), (16 + number) << 20)
+        oldest = min(cache.iterdir(), key=lambda one: one.stat().st_size)
+        os.utime(oldest, (1, 1))
+    assert len(list(cache.iterdir())) == 3, "those that are kept, and the new one"
+    assert f"v2-{19 << 20}.img" in [one.name for one in cache.iterdir()]

@@ -334,10 +334,12 @@ def _gc(arguments: Arguments) -> int:
     from kata import journal_undo
     from kata.cli import image, records
     from kata.images import changes
+    from kata.storage import ext4
 
     report = journal_undo.reconcile(paths.run_dir(), paths.state_dir())
     stale = records.clear_stale()
     removed = changes.gc(list(image.users()))
+    half_made = ext4.clear_leftovers()
     if arguments.flag("json"):
         table.show_json(
             {
@@ -346,12 +348,13 @@ def _gc(arguments: Arguments) -> int:
                 "failed": report.failures,
                 "names": stale,
                 "images": removed,
+                "templates": half_made,
             }
         )
     else:
-        for line in [*report.undone, *stale, *removed]:
+        for line in [*report.undone, *stale, *removed, *half_made]:
             print(f"cleared {line}")
-        if not (report.undone or stale or removed or report.failures):
+        if not (report.undone or stale or removed or half_made or report.failures):
             print("nothing to clear")
     for line in report.failures:
         sys.stderr.write(f"error: {line}\n")

@@ -29,6 +29,8 @@ MIN_SIZE = 16 << 20
 MAX_SIZE = 16 << 40
 _VERSION = 2
 """Raised when the options below change: templates of other versions are not used."""
+_MOST_TEMPLATES = 64
+"""One for each size that is in use; more of them were tried once."""
 
 _FEATURES = (
     "none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super2,large_file,huge_file,"
@@ -72,7 +74,7 @@ def make_writable(
 
 
 def _open_template(size: int) -> int:
-    path = os.path.join(paths.cache_dir(), "ext4", f"v{_VERSION}-{size}.img")
+    path = os.path.join(_directory(), f"v{_VERSION}-{size}.img")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -84,13 +86,76 @@ def _open_template(size: int) -> int:
     return fd
 
 
+def clear_leftovers() -> list[str]:
+    """Remove from the templates' directory what a making that was killed has left there.
+
+    Returns:
+        The paths of what was removed.
+    """
+    try:
+        lock = _lock(_directory())
+    except OSError:
+        return []  # there is none
+    try:
+        return _sweep()
+    finally:
+        os.close(lock)
+
+
+def _directory() -> str:
+    return os.path.join(paths.cache_dir(), "ext4")
+
+
+def _lock(directory: str) -> int:
+    """Wait until nobody else makes a template; closing what this returns lets the next one."""
+    import fcntl
+
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sweep() -> list[str]:
+    """Remove all but the templates, and of them those that were longest unused; with the lock only."""
+    import shutil
+
+    removed, templates = [], []
+    with os.scandir(_directory()) as entries:
+        for entry in entries:
+            if entry.name.startswith(f"v{_VERSION}-") and entry.name.endswith(".img"):
+                templates.append((entry.stat().st_atime_ns, entry.path))
+                continue
+            removed.append(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+    for _, path in sorted(templates)[:-_MOST_TEMPLATES]:
+        os.unlink(path)
+    return removed
+
+
 def _make_template(path: str, size: int) -> None:
     """Make the template under a name of its own first, so that nobody copies a half-made one."""
+    paths.make_dirs(os.path.dirname(path), 0o700)
+    lock = _lock(os.path.dirname(path))
+    try:
+        _sweep()
+        if not os.path.exists(path):  # somebody has made it while this waited
+            _make_locked(path, size)
+    finally:
+        os.close(lock)
+
+
+def _make_locked(path: str, size: int) -> None:
     import shutil
     import subprocess
     import tempfile
 
-    paths.make_dirs(os.path.dirname(path), 0o700)
     temporary = f"{path}.{os.getpid()}.tmp"
     content = tempfile.mkdtemp(prefix="ext4-", dir=os.path.dirname(path))
     command = [
