@@ -262,7 +262,7 @@ def _install_serving_engine() -> None:
     sys.modules["ssl"] = None  # type: ignore[assignment]  # as the engine does before it imports asyncio
     from kata.agent.client import AgentClient
     from kata.engine import binds, guest_setup, hostroot
-    from kata.engine.container import Container
+    from kata.engine.container_parts import ContainerParts
     from kata.engine.process_end import EndOfProcesses
     from kata.engine.task_service import TaskService
     from kata.engine.teardown import Teardown
@@ -275,7 +275,7 @@ def _install_serving_engine() -> None:
     _around(AgentClient, "start_container", "start.guest", "start.guest-started")
     _around(AgentClient, "exec_process", "exec.guest", "exec.guest-started")
     _around(AgentClient, "remove_container", "delete.guest", "delete.guest-removed")
-    _around(Container, "_remove_shared", after="delete.unshared")
+    _around(ContainerParts, "_remove_shared", after="delete.unshared")
     _around(TaskService, "Create", "create.request", "create.answer")
     _around(TaskService, "Exec", "exec.request", "exec.added")
     _around(TaskService, "Kill", "delete.kill")

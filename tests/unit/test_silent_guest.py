@@ -19,7 +19,7 @@ from test_engine_sandbox import Engine, make, process
 from kata.agent import client as agent_client
 from kata.agent.client import AgentClient
 from kata.cli import session
-from kata.engine import container, container_kill, sandbox_service, task_service, watch
+from kata.engine import container_kill, container_parts, sandbox_service, task_service, watch
 from kata.engine.client import EngineClient
 from kata.errors import AgentError, AgentTimeoutError, KataError, VMLostError
 from kata.proto import agent_pb
@@ -276,7 +276,7 @@ def test_how_long_each_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         "StartContainer": (agent.start_container("c"), 60),
         "ExecProcess": (agent.exec_process("c", "e", agent_pb.ExecProcessRequest().process), 60),  # type: ignore[arg-type]
         "CreateContainer": (agent.create_container(agent_pb.CreateContainerRequest()), 120),
-        "RemoveContainer": (agent.remove_container("c", container.REMOVE_S), 25),
+        "RemoveContainer": (agent.remove_container("c", container_parts.REMOVE_S), 25),
         "PauseContainer": (agent.pause("c"), 60),
         "ResumeContainer": (agent.resume("c"), 60),
         "UpdateContainer": (agent.update("c", resources), 60),  # type: ignore[arg-type]

@@ -9,16 +9,14 @@ import asyncio
 import contextlib
 import time
 
-from kata.agent.client import DEVICE_LIMITS, NULL_STDIN, PIDS_OF, Encoded, create_request
-from kata.agent.text import escape_line
-from kata.engine import binds, disks, etc_files, nodes, rootfs, spec, stream_setup
-from kata.engine.attached_disks import AttachedDisks
+from kata.agent.client import NULL_STDIN
+from kata.engine import spec, stream_setup
 from kata.engine.container_kill import SIGKILL, Killer
+from kata.engine.container_parts import ContainerParts, has_no_input
 from kata.engine.container_record import ContainerRecord
 from kata.engine.process import CREATED, DELETED, PAUSED, RUNNING, Process
 from kata.engine.process_end import EndOfProcesses
 from kata.engine.records import rfc3339
-from kata.engine.resize import merged
 from kata.engine.taskpid import TaskPid, of_path
 from kata.errors import (
     AgentError,
@@ -28,7 +26,7 @@ from kata.errors import (
     StateError,
     UnsupportedError,
 )
-from kata.proto import agent_pb, events_pb
+from kata.proto import events_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,20 +81,6 @@ if TYPE_CHECKING:
             """Return when a container of this specification can ask for names."""
 
 
-REMOVE_S = 20
-"""How long the guest may take to write back what a container has written, in seconds."""
-PLACEHOLDER_PROCESS = {"args": ["/proc/self/exe"], "cwd": "/"}
-"""The process of a container without one: the protocol wants a command, it is never started, and this one is found
-in any root file system (it is the agent's own child that looks)."""
-HOOKS_BEFORE = ("prestart", "createRuntime", "createContainer")
-"""Hooks on the host when a container is made, in this order; ``startContainer`` runs in the guest."""
-
-
-def _has_no_input(process: Process) -> bool:
-    """Whether nobody will ever write to a process: neither a client nor, with a terminal, whoever attaches."""
-    return process.streams is not None and process.streams.input is None and not process.stdio.terminal
-
-
 class Container:
     """A container.
 
@@ -121,7 +105,7 @@ class Container:
         self.sandbox = sandbox
         self.id = container_id
         self.bundle = bundle
-        self.config = config
+        self._parts = ContainerParts(sandbox, container_id, bundle, config, root)
         self.init = Process(container_id, "", stdio)
         self.execs: dict[str, Process] = {}
         self.created_at_ns = 0
@@ -143,22 +127,15 @@ class Container:
             self.record,
             self._killer,
             lambda topic, event: sandbox.publish(topic, event),
-            on_init_gone=self._close_relay,
+            on_init_gone=self._parts.close_relay,
             on_reported=lambda process: sandbox.process_ended(self, process),
         )
-        self._root = root
-        self._rootfs: rootfs.Rootfs | None = None
-        if root is not None:
-            self._rootfs = rootfs.HostDirectory(root.path, mounted_by_host=root.mounted_by_host)
-        elif sandbox.settings.container is not None:
-            self._rootfs = sandbox.settings.container.rootfs
-        self._shared = binds.ContainerMounts(
-            sandbox.settings, sandbox.runtime, sandbox.tasks, sandbox.socket_forwarding, container_id
-        )
-        self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
-        self._disks = AttachedDisks(sandbox.runtime, sandbox.tasks)
-        self._removed = False
         self._task_pid: TaskPid | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its specification."""
+        return self._parts.config
 
     @property
     def task_pid(self) -> int:
@@ -178,61 +155,10 @@ class Container:
         try:
             await self.init.streams.ready()
             await self.record.reserve()
-            if sandbox.runtime.machine.started is None:
-                await sandbox.runtime.ready()  # which says why there is no machine
-            # All that can be worked out before the guest is there is: its kernel boots meanwhile.
-            if self._root is not None:
-                await self._mount_root(self._root)
-            self.config, volumes = await sandbox.tasks.run_blocking(nodes.of_guest, self.config)
-            shown = await sandbox.tasks.run_blocking(self._shared.add_all, self.config, self._rootfs)
-            files = etc_files.EtcFiles(sandbox, self.config, self.id, self._shared)
-            storages = [
-                *rootfs.storages(self.id, self._rootfs, sandbox.runtime.machine.disk_addresses),
-                *self._shared.storages,
-            ]
-            limited = await self._limited(volumes)
-            message = spec.to_message(self._guest_spec(shown, files.mounts, volumes, limited))
-            pids_path = spec.pids_path(self.config)
-            pids_of = self._whose_pids(pids_path)
-            devices = await self._insert_devices(volumes)
-            request = Encoded(
-                create_request(
-                    self.id,
-                    message,
-                    storages,
-                    devices,
-                    shares_pids=bool(pids_path) and not pids_of,
-                    no_stdin=_has_no_input(self.init),
-                    pids_of=pids_of,
-                ).encode()
-            )
-            agent = await sandbox.runtime.ready()
-            if pids_of and PIDS_OF not in agent.features:
-                raise UnsupportedError(
-                    f"cannot show the container the processes of container {pids_of!r}:"
-                    " the guest's agent has no call for that",
-                    "Use a guest of this version of kata, or share the whole pod's processes (shareProcessNamespace).",
-                )
-            is_pause_container = spec.container_type(self.config) == "pod_sandbox"
-            await sandbox.resizer.admit(self.id, self._resources, is_sandbox=is_pause_container)
-            for kind in HOOKS_BEFORE:
-                await self._run_hooks(kind, "creating")
-            began = time.monotonic_ns()
-            await files.write(agent)
-            if self._shared.relay is not None:
-                await self._shared.relay.listen(agent)
-            try:
-                await agent.create_container(request, sandbox.settings.described().guest.create_s)
-            except AgentError as error:
-                raise spec.explain_size(error, f"container {self.id!r}", self.config) from None
-            sandbox.timings.add("root file system", began)
+            agent = await self._parts.create(self.init, self._whose_pids)
         except BaseException:
-            sandbox.resizer.forget(self.id)
             self.init.streams.abandon()
             self.record.close_log()
-            self._close_relay()
-            await self._disks.remove_all()
-            await sandbox.tasks.run_blocking(self._remove_shared)
             raise
         self.created_at_ns = time.time_ns()
         if spec.container_type(self.config) == "pod_container":
@@ -275,90 +201,6 @@ class Container:
             "The container whose processes are wanted has to be running, and in the same pod.",
         )
 
-    async def _mount_root(self, root: HostRoot) -> None:
-        if root.disk is None:
-            await self.sandbox.tasks.run_blocking(root.mount)
-            return
-        address = await self._disks.insert(root.disk.path, readonly=root.disk.readonly)
-        self._rootfs = rootfs.DiskRoot(address, root.disk.fstype, root.disk.options)
-
-    async def _insert_devices(self, volumes: list[disks.Device]) -> list[agent_pb.Device]:
-        """Make the host's block devices that the specification lists, or mounts, disks of the machine."""
-        found = []
-        for device in (*disks.devices_of(self.config), *volumes):
-            path = await self.sandbox.tasks.run_blocking(device.host_path)
-            address = await self._disks.insert(path, readonly=device.readonly)
-            found.append(agent_pb.Device(type="blk", id=address, container_path=device.container_path))
-        return found
-
-    async def _run_hooks(self, kind: str, status: str) -> None:
-        """Run the hooks of one kind on the host.
-
-        Raises:
-            HostError: One failed.
-        """
-        wanted = (self.config.get("hooks") or {}).get(kind)
-        host = self.sandbox.runtime.machine.host
-        if not wanted or host is None:
-            return
-        from kata.engine import hooks
-
-        state = hooks.state(self.id, self.bundle, self.sandbox.runtime.host_pid, status, self.config)
-        await self.sandbox.tasks.run_blocking(hooks.run, kind, wanted, state, host)
-
-    async def _run_late_hooks(self, kind: str, status: str) -> None:
-        """The same when the container is there: a failure changes nothing any more, and is told in the log."""
-        try:
-            await self._run_hooks(kind, status)
-        except KataError as error:
-            self.sandbox.tasks.log(f"container {self.id}: {error.message}")
-
-    def _close_relay(self) -> None:
-        """Nobody of the container is left to reach the host's sockets."""
-        if self._shared.relay is not None:
-            self._shared.relay.close()
-
-    def _remove_shared(self) -> None:
-        self._shared.remove_all()
-        if self._root is not None:
-            self._root.unmount()
-
-    async def _limited(self, volumes: list[disks.Device]) -> set[tuple[int, int]]:
-        """The host's numbers of the container's disks for which there are limits that the guest can keep."""
-        numbers = {device.numbers for device in (*disks.devices_of(self.config), *volumes)}
-        block_io = ((self.config.get("linux") or {}).get("resources") or {}).get("blockIO") or {}
-        if not any(spec.limits_of(block_io.get(key), numbers) for key in spec.OF_HOST_DEVICES):
-            return set()
-        agent = await self.sandbox.runtime.ready()
-        return numbers if DEVICE_LIMITS in agent.features else set()
-
-    def _guest_spec(
-        self,
-        shown: list[spec.GuestBind],
-        files: dict[str, str],
-        volumes: list[disks.Device],
-        limited: set[tuple[int, int]],
-    ) -> dict[str, Any]:
-        for what in sorted(set(spec.dropped(self.config, limited))):
-            self.sandbox.tasks.log(f"container {self.id}: {what} cannot be carried into the guest")
-        config = spec.for_guest(
-            nodes.with_volumes(nodes.with_guests(disks.drop_host_devices(self.config)), volumes),
-            rootfs=rootfs.path(self.id),
-            bundle=self.bundle,
-            container_type=spec.container_type(self.config),
-            binds=shown,
-            files=files,
-            cgroups_path=f"/{self.id}",
-            disks=limited,
-        )
-        if self.sandbox.settings.described().guest.no_seccomp:
-            config["linux"].pop("seccomp", None)
-        config["process"] = {
-            **(config.get("process") or PLACEHOLDER_PROCESS),
-            "terminal": self.init.stdio.terminal,
-        }
-        return config
-
     @property
     def has_process(self) -> bool:
         """Whether it has more than files: a spec without a process is for looking at those."""
@@ -366,7 +208,7 @@ class Container:
 
     async def _close_unused_stdin(self, process: Process, agent: AgentClient) -> None:
         """An agent that cannot give /dev/null to a process without input has given it a pipe: its end comes at once."""
-        if _has_no_input(process) and NULL_STDIN not in agent.features:
+        if has_no_input(process) and NULL_STDIN not in agent.features:
             try:
                 await agent.close_stdin(self.id, process.exec_id or self.id)
             except KataError:
@@ -450,7 +292,7 @@ class Container:
             with contextlib.suppress(KataError):  # it may have ended already
                 await self._killer.kill_init()
             raise self.record.unwritable(failure)
-        await self._run_late_hooks("poststart", "running")
+        await self._parts.run_late_hooks("poststart", "running")
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
         config = dict(process.spec or {})
@@ -463,7 +305,7 @@ class Container:
             await process.streams.ready()
             message = spec.process_message(config)
             try:
-                await agent.exec_process(self.id, process.exec_id, message, no_stdin=_has_no_input(process))
+                await agent.exec_process(self.id, process.exec_id, message, no_stdin=has_no_input(process))
             except AgentError as error:
                 what = f"process {process.exec_id!r} of container {self.id!r}"
                 raise spec.explain_size(error, what, {"process": config}) from None
@@ -551,11 +393,7 @@ class Container:
         spec.resources_message(resources)  # what is malformed is said before anything is done
         if self.init.state not in (CREATED, RUNNING, PAUSED):
             raise StateError(f"cannot update a {self.init.state} container: {self.id!r}")
-        agent = await self.sandbox.runtime.ready()
-        change = spec.resources_message(resources)
-        after = merged(self._resources, resources)
-        await self.sandbox.resizer.update(self.id, after, lambda: agent.update(self.id, change))
-        self._resources = after
+        await self._parts.update(resources)
 
     async def delete_exec(self, exec_id: str) -> Process:
         """Forget an exec that has ended or was never started.
@@ -584,31 +422,13 @@ class Container:
 
     async def remove(self) -> None:
         """Take what is left of it out of the guest: its mounts are synced and undone. Once; never raises."""
-        if self._removed:
-            return
-        self._removed = True
-        self.sandbox.resizer.forget(self.id)
-        self._close_relay()
-        agent = self.sandbox.runtime.living_agent
-        if agent is not None:
-            try:
-                await agent.remove_container(self.id, REMOVE_S)
-            except KataError as error:
-                self.sandbox.tasks.log(
-                    f"container {self.id} was not removed in the guest: {escape_line(error.message)}"
-                )
-        await self._disks.remove_all()
-        try:
-            await self.sandbox.tasks.run_blocking(self._remove_shared)
-        except OSError as error:
-            self.sandbox.tasks.log(f"a volume of container {self.id} is still mounted: {error}")
-        await self._run_late_hooks("poststop", "stopped")
+        await self._parts.remove()
         if self._task_pid is not None:
             self._task_pid.end()
 
     def close(self) -> None:
         """Let go of every stream, delivered or not."""
-        self._close_relay()
+        self._parts.close_relay()
         for process in (self.init, *self.execs.values()):
             if process.streams is not None:
                 process.streams.close()

@@ -10,7 +10,8 @@ import os
 import time
 
 from kata.engine import boot, guest_setup, spec
-from kata.engine.container import REMOVE_S, Container
+from kata.engine.container import Container
+from kata.engine.container_parts import REMOVE_S
 from kata.engine.guestnet import GuestNetwork
 from kata.engine.machine_runtime import MachineRuntime
 from kata.engine.network_services import NetworkServices
