@@ -90,7 +90,7 @@ class Container:
         bundle: Directory of its ``config.json``.
         config: The content of that.
         stdio: Where its init's streams go.
-        root: Its root directory on the host, where a client hands one over; else the settings say.
+        root: Its root directory on the host, where a client hands one over; otherwise the settings say.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Container:
     # ---- start, exec ----
 
     def process(self, exec_id: str) -> Process:
-        """The init for an empty id, else that exec.
+        """The init for an empty id, otherwise that exec.
 
         Raises:
             NotFoundError: There is none.

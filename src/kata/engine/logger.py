@@ -165,7 +165,7 @@ class Logger:
             self._child.dismiss()
 
     async def leave(self) -> None:
-        """Return when it has ended, by itself or else by a signal. Its input has been closed before."""
+        """Return when it has ended, by itself or, when its time is up, by a signal. Its input has to be closed."""
         try:
             await asyncio.wait_for(self.ended.wait(), LEAVES_S)
         except TimeoutError:

@@ -127,7 +127,7 @@ async def _serve(
     if publisher is not None:
         await publisher.close(EVENTS_S)
     # Its files are gone; connections that are open still get their answers.
-    # A client that has lost the thread learns that there is nothing here when we hang up.
+    # A client whose state is stale learns that there is nothing here when we hang up.
     give_up = loop.time() + (0 if sandbox.saw_stale_client else CLIENTS_S)
     while server.connections and loop.time() < give_up:
         await asyncio.sleep(0.01)

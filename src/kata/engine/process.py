@@ -8,6 +8,7 @@ name and not a surprise later.
 from __future__ import annotations
 
 import asyncio
+import enum
 import time
 
 from kata.errors import NotFoundError, StateError
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
     from kata.engine.stdio import Stdio
     from kata.engine.streams import ProcessStreams
 
-CREATED = "created"
-RUNNING = "running"
-PAUSED = "paused"
-STOPPED = "stopped"
-DELETED = "deleted"
 
-_NEXT: dict[str, frozenset[str]] = {
+class ProcessState(enum.StrEnum):
+    """Where a process is in its life, in runc's words, which are in ``state.json`` and in errors."""
+
+    CREATED = "created"  # the guest holds it, and it has not executed its program
+    RUNNING = "running"
+    PAUSED = "paused"  # frozen, with all processes of its container
+    STOPPED = "stopped"  # its end is on record
+    DELETED = "deleted"  # a client has taken note of the end: no other call knows it
+
+
+CREATED, RUNNING, PAUSED, STOPPED, DELETED = ProcessState
+
+_NEXT: dict[ProcessState, frozenset[ProcessState]] = {
     CREATED: frozenset({RUNNING, STOPPED, DELETED}),
     RUNNING: frozenset({PAUSED, STOPPED}),
     PAUSED: frozenset({RUNNING, STOPPED}),
@@ -76,7 +84,7 @@ class Process:
         self.exec_id = exec_id
         self.stdio = stdio
         self.spec = spec
-        self.state = CREATED
+        self.state: ProcessState = CREATED
         self.pid = 0
         self.exit_status = 0
         self.exited_at_ns = 0
@@ -101,7 +109,7 @@ class Process:
         """Started and not ended."""
         return self.state in (RUNNING, PAUSED)
 
-    def transition(self, state: str) -> None:
+    def transition(self, state: ProcessState) -> None:
         """Go to *state*.
 
         Raises:

@@ -239,7 +239,7 @@ class Sandbox:
         Args:
             container_id: Its id.
             may_come: Whether a client may ask before its Create has arrived (for one whose input ends at once);
-                else who asks for what there is not has lost the thread.
+                otherwise an unknown id means that the client's state is stale.
 
         Raises:
             NotFoundError: There is none, or it is still being made, as with runc: who deleted it now would wait for

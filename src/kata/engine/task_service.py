@@ -245,7 +245,7 @@ class TaskService:
 
     async def Stats(self, request: task_pb.StatsRequest, context: Context) -> task_pb.StatsResponse:
         container = self._sandbox.container(request.id)
-        if not (container.init.alive or container.init.state == "created"):
+        if not (container.init.alive or container.init.state == CREATED):
             raise NotFoundError(f"no statistics: {container.init.label} has ended")
         agent = await self._sandbox.runtime.ready()
         answer = await agent.stats(container.id)
