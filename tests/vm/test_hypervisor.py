@@ -27,11 +27,12 @@ from kata.errors import (
 )
 from kata.guest import manifest
 from kata.hypervisor import accel
-from kata.hypervisor.base import Disk, Nic
+from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.qemu import root as qemu_root
 from kata.hypervisor.qemu import slots
 from kata.hypervisor.qemu.machine import Qemu
+from kata.hypervisor.qemu.monitor import MONITOR
 from kata.hypervisor.qemu.settings import VMSettings
 from kata.journal import Journal
 from kata.resources import sizing
@@ -247,6 +248,34 @@ def test_the_share_shows_a_directory_of_the_host(lab: Lab, tmp_path: Path) -> No
     status = (share / "from-guest").stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1234, 1235, 0o4711)
     assert os.readlink(share / "l") == "d"
+
+
+def test_without_a_share_there_is_an_empty_directory_that_cannot_be_written(lab: Lab) -> None:
+    """Its device is there all the same, and a hostile guest may mount it."""
+    journal = lab.journal()
+    shape = MachineShape(kernel=lab.guest.kernel, initrd=str(lab.initrd), accel=lab.accel, memory_mib=256)
+    attachments = Attachments(sandbox_id="x", run_dir=os.path.dirname(journal.path))
+
+    async def main() -> None:
+        started = MONITOR.start(shape, attachments, journal)
+        shell = minivm.Shell(started.detach_fd("agent"), started.pidfd)
+        vm = MONITOR.adopt(started, journal)
+        try:
+            await asyncio.to_thread(shell.wait)
+            await vm.confined()
+            mount = f"mount -t 9p -o trans=virtio,version=9p2000.L {started.share_tag} /mnt"
+            assert await asyncio.to_thread(shell.ok, f"{mount}; ls -A /mnt") == ""
+            status, said = await asyncio.to_thread(shell.run, "echo x >/mnt/x")
+            assert status
+            assert "Read-only file system" in said
+            assert os.listdir(os.path.join(attachments.run_dir, qemu_root.NAME)) == []
+        finally:
+            shell.close()
+            await vm.stop()
+            vm.close()
+            assert journal_undo.undo(journal, 30) == []
+
+    asyncio.run(main())
 
 
 def test_pause_and_resume(lab: Lab) -> None:

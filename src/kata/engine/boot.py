@@ -266,11 +266,9 @@ class Boot:
         volumes.own_namespace()
 
     def prepare_share(self) -> None:
-        """Make the directory that is shared with the guest. Its device is there also where nothing is shared: one
-        shape for all starts, and for what comes later.
-        """
-        self._share.prepare()
+        """Make the directory that is shared with the guest, if anything is to be."""
         if needs_share(self._settings):
+            self._share.prepare()
             self.machine.share = self._share
 
     def plan_network(self) -> None:
@@ -360,7 +358,7 @@ class Boot:
             run_dir=self._run_dir,
             disks=disks_of(self._settings),
             nics=self._nics,
-            share_dir=self._share.path,
+            share_dir=self._share.path if self.machine.share is not None else "",
             share_server=files.connection if files is not None else None,
             serves_files=self.machine.share is not None and files is None,
         )

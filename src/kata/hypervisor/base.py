@@ -174,7 +174,7 @@ class Attachments:
         run_dir: The sandbox's directory: sockets and the like go there, and go with it.
         disks: What is in the shape's disk slots, from the first on; None leaves one empty.
         nics: The network interfaces.
-        share_dir: Directory that is shared with the guest.
+        share_dir: Directory that is shared with the guest; empty if nothing is.
         share_server: A connection to the file server of a share by virtio-fs.
         serves_files: The monitor itself is to serve that directory, with files of any owner.
         confines: The monitor is to lose the host's files once it has started (`Machine.confined`). It takes a mount

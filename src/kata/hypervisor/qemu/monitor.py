@@ -74,6 +74,9 @@ class QemuMonitor:
             try:
                 if attachments.confines:
                     vm.root = root.prepare(attachments.run_dir, journal, serves_files=vm.serves_files)
+                    # There is a device for a share even where nothing is ever shown through it: what it serves then
+                    # is empty and cannot be written.
+                    vm.share_dir = vm.share_dir or vm.root
                 return process.spawn(vm, journal)
             finally:
                 if vm.vsock is not None:
@@ -155,7 +158,6 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         nic=attachments.nics[0] if attachments.nics else None,
         extra_nics=attachments.nics[1:],
         hotplug_nics=shape.hotplug_nics,
-        # There is a device for a share even where nothing is ever shown through it.
         share_dir=attachments.share_dir,
         share_fd=attachments.share_server,
         serves_files=attachments.serves_files,
