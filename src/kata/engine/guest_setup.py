@@ -87,6 +87,7 @@ class _Step:
 async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     # What is needed only later is loaded now, while there is nothing to do but wait.
     from kata import journal_undo  # noqa: F401
+    from kata.engine import teardown  # noqa: F401
     from kata.proto import types_pb  # noqa: F401
 
     runtime = sandbox.runtime

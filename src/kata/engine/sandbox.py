@@ -18,7 +18,6 @@ from kata.engine.network_services import NetworkServices
 from kata.engine.resize import MachineResizer
 from kata.engine.sandbox_state import SandboxState
 from kata.engine.tasks import Tasks
-from kata.engine.teardown import Teardown
 from kata.engine.timings import Timings
 from kata.errors import AlreadyExistsError, KataError, NotFoundError, VMLostError
 
@@ -310,6 +309,8 @@ class Sandbox:
             self._end_task = asyncio.create_task(self._end(grace_s))
 
     async def _end(self, grace_s: float) -> None:
+        from kata.engine.teardown import Teardown
+
         try:
             await Teardown(self, grace_s).run()
         finally:
