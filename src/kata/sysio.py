@@ -338,6 +338,29 @@ def _lock(fd: int, *, exclusive: bool) -> None:
             time.sleep(0.002)
 
 
+class SocketName:
+    """A name for the path of a unix socket that may be longer than `kata.paths.MAX_SOCKET_PATH`: by way of the
+    directory's descriptor. A context manager; the name holds within it, for bind(2) and connect(2).
+
+    Raises:
+        OSError: The directory is not there.
+    """
+
+    __slots__ = ("_directory", "_path")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._directory = -1
+
+    def __enter__(self) -> str:
+        above, name = os.path.split(self._path)
+        self._directory = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return f"/proc/self/fd/{self._directory}/{name}"
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._directory)
+
+
 def become_subreaper() -> None:
     """Make this process the one that orphaned descendants are handed to (PR_SET_CHILD_SUBREAPER)."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)

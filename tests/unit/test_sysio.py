@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -126,3 +127,21 @@ def test_whoever_was_stopped_with_the_lock_holds_nobody_up(tmp_path: Path) -> No
         assert sysio.read_file(path) == b"12"
         assert sysio.overwrite_file(path, b"34")
     assert sysio.read_file(path) == b"34"
+
+
+def test_a_socket_may_have_a_longer_path_than_its_name(tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 100)
+    directory.mkdir()
+    path = str(directory / "socket")
+    before = len(os.listdir("/proc/self/fd"))
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        with pytest.raises(OSError, match="too long"):
+            listener.bind(path)
+        with sysio.SocketName(path) as name:
+            listener.bind(name)
+            listener.listen(1)
+            client.connect(name)
+    assert os.path.exists(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(FileNotFoundError), sysio.SocketName(f"{directory}/none/socket"):
+        pass

@@ -22,7 +22,7 @@ import socket
 import stat
 from functools import partial
 
-from kata import paths
+from kata import paths, sysio
 from kata.agent import dial
 from kata.engine import relay, spec
 from kata.errors import KataError, UnsupportedError
@@ -253,12 +253,8 @@ def connected(path: str) -> socket.socket:
         if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH:
             sock.connect(path)
             return sock
-        directory, name = os.path.split(path)
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sock.connect(f"/proc/self/fd/{fd}/{name}")
-        finally:
-            os.close(fd)
+        with sysio.SocketName(path) as name:
+            sock.connect(name)
     except BaseException:
         sock.close()
         raise

@@ -114,15 +114,10 @@ class FileServer:
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
         client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
         try:
-            # By way of the directory's descriptor: a socket's name has room for 107 bytes only.
-            directory_fd = os.open(run_dir, os.O_PATH | os.O_CLOEXEC)
-            try:
-                short = f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
-                listener.bind(short)
+            with sysio.SocketName(path) as name:
+                listener.bind(name)
                 listener.listen(1)
-                client.connect(short)
-            finally:
-                os.close(directory_fd)
+                client.connect(name)
             os.unlink(path)
         except OSError as error:
             listener.close()

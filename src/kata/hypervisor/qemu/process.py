@@ -279,12 +279,8 @@ def _listen(path: str) -> int:
 
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
     try:
-        # By way of the directory's descriptor: a socket's name has room for 107 bytes only.
-        directory = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
-        try:
-            listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
-        finally:
-            os.close(directory)
+        with sysio.SocketName(path) as name:
+            listener.bind(name)
         listener.listen(1)
     except OSError as error:
         listener.close()
