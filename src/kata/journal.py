@@ -157,9 +157,15 @@ class Journal:
             paths.make_dirs(parent, 0o711)
             os.mkdir(making, 0o700)
             status = os.stat(making)
-            journal = cls._create(
-                os.path.join(making, FILE_NAME), meta, durable, (status.st_dev, status.st_ino)
-            )
+            try:
+                journal = cls._create(
+                    os.path.join(making, FILE_NAME), meta, durable, (status.st_dev, status.st_ino)
+                )
+            except BaseException:
+                for left in os.listdir(making):
+                    os.unlink(os.path.join(making, left))
+                os.rmdir(making)
+                raise
             try:
                 if os.path.lexists(target):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -505,3 +506,14 @@ def test_an_engine_clears_up_after_dead_ones_of_its_door_alone(tmp_path: Path) -
     report = reconcile_sandboxes(str(base), "test")
     assert (report.undone, report.failures) == ([str(base / "dead")], [])
     assert sorted(path.name for path in base.iterdir()) == ["foreign", "living"]
+
+
+def test_a_directory_whose_journal_cannot_be_written_is_not_left_behind(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(JournalError, match="cannot write the journal"):
+            Journal.create_dir(str(tmp_path / "containers"), "one", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path / "containers") == []
