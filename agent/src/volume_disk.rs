@@ -51,8 +51,11 @@ pub fn split_options(options: &[String]) -> (Option<Volume<'_>>, Vec<&str>) {
 /// Makes the directory of a volume whose file system is mounted at `mount_point`, unless it has one.
 pub fn prepare(mount_point: &str, volume: &Volume) -> Result<()> {
     let top = sys::open(mount_point, DIRECTORY, 0).with_context(|| format!("open {mount_point}"))?;
-    if sys::fstatat(top.raw(), DATA, libc::AT_SYMLINK_NOFOLLOW).is_ok() {
-        return Ok(());
+    match sys::fstatat(top.raw(), DATA, libc::AT_SYMLINK_NOFOLLOW) {
+        Ok(_) => return Ok(()),
+        Err(Errno(libc::ENOENT)) => {}
+        // A damaged file system: what the container has written is not taken for missing.
+        Err(e) => return Err(e).with_context(|| format!("read the volume of {}", volume.path)),
     }
     fill(top.raw(), volume).with_context(|| format!("copy what the image has at {} into the volume", volume.path))
 }

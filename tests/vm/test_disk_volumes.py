@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -34,6 +35,14 @@ umount merged
 
 def blocks(image: Path) -> int:
     return image.stat().st_blocks * 512
+
+
+def debugfs(*arguments: str) -> str:
+    environment = {"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["debugfs", *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout
 
 
 def shrinks(image: Path, below: int) -> bool:
@@ -88,6 +97,15 @@ def test_a_volume_on_a_disk(shared_kata: Kata, busybox_image: str, tmp_path: Pat
         assert said.split("\n", 2)[:2] == ["below", "above"]
         assert "/etc/shadow: No such file" in said
         assert "lost+found" not in said
+
+        # What cannot be read any more is not taken for missing, and filled again.
+        kata.ok("stop", "-t", "0", "vols")
+        damaged = directory / "volume-1.img"
+        debugfs("-w", "-R", "clri /data", str(damaged))
+        done = kata.call("start", "vols")
+        assert done.returncode == 125
+        assert "read the volume of /root: " in done.stderr.decode()
+        assert "data.new" not in debugfs("-R", "ls /", str(damaged))
     finally:
         kata.ok("rm", "-f", "-v", "vols")
     assert not os.path.exists(directory)
