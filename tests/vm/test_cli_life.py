@@ -221,8 +221,7 @@ def test_a_published_port_is_reachable(shared_kata: Kata, busybox_image: str) ->
             probe.bind(("::1", 0))
             addresses.append("::1")
         for address in addresses:
-            until(partial(_hear, address, banner), f"the banner at {address}")
-            assert _hear(address, banner) == b"hello\n"
+            assert until(partial(_hear, address, banner), f"the banner at {address}") == b"hello\n"
         # What listens on the guest's loopback alone is not published.
         assert _hear("127.0.0.1", private) == b""
         taken = shared_kata.call("run", "--rm", "-p", f"127.0.0.1:{port}:80", busybox_image, "true")
