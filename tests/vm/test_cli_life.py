@@ -464,6 +464,14 @@ def _copy_every_kind(kata: Kata, here: Path, there: str) -> None:
         left = kata.call("cp", str(here / "socket"), f"copies:{there}/socket")
     assert left.returncode == 1
     assert b"socket is not copied" in left.stderr
+    everything = kata.call("cp", "copies:/", "-")
+    assert (everything.returncode, everything.stderr) == (0, b"")
+    with tarfile.open(fileobj=io.BytesIO(everything.stdout)) as tar:
+        found = set(tar.getnames())
+    assert {"./proc", "./sys", "./etc/passwd", f".{there}/b"} <= found
+    assert not [name for name in found if name.startswith(("./proc/", "./sys/"))], (
+        "the kernel's are left out"
+    )
 
 
 def _copy_links_across_mounts(kata: Kata, here: Path) -> None:

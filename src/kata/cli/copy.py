@@ -169,6 +169,16 @@ class _Guest:
             if not answer.entries:
                 raise GuestProtocolError(f"the guest's listing of {self._name}:{path} does not end")
 
+    def entries_to_copy(self, path: str, whole: bool) -> Iterator[agentext_pb.FileInfo]:
+        """What is copied of a directory.
+
+        Args:
+            path: Of the directory.
+            whole: It was asked for itself. Otherwise, what the kernel shows at /proc and /sys is no content: it changes
+                under the copying, and pretends to have terabytes.
+        """
+        return self.entries(path) if whole or path not in ("/proc", "/sys") else iter(())
+
     def read(self, path: str, size: int) -> Iterator[bytes]:
         """The file's content, no more of it than it had when it was looked at."""
         offset = 0
@@ -305,7 +315,9 @@ def _refuse_device(destination: str) -> None:
             )
 
 
-def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bool) -> None:
+def _out_entry(
+    guest: _Guest, path: str, info: Any, destination: str, owners: bool, *, whole: bool = True
+) -> None:
     kind = stat.S_IFMT(info.mode)
     first = guest.outside.get((info.device, info.number)) if info.links > 1 else None
     if first and first != destination and kind != stat.S_IFDIR and _linked(first, destination):
@@ -314,9 +326,10 @@ def _out_entry(guest: _Guest, path: str, info: Any, destination: str, owners: bo
         os.unlink(destination)  # it would lead the writing elsewhere
     if kind == stat.S_IFDIR:
         os.makedirs(destination, exist_ok=True)
-        for entry in guest.entries(path):
+        for entry in guest.entries_to_copy(path, whole):
             name = os.fsdecode(entry.name)
-            _out_entry(guest, posixpath.join(path, name), entry, os.path.join(destination, name), owners)
+            below = posixpath.join(path, name)
+            _out_entry(guest, below, entry, os.path.join(destination, name), owners, whole=False)
     elif kind == stat.S_IFLNK:
         _replace(destination, lambda aside: os.symlink(info.link_target, os.fsencode(aside)))
     elif kind == stat.S_IFREG:
@@ -385,7 +398,9 @@ def _to_tar(guest: _Guest, source: str, out: BinaryIO, follow: bool) -> None:
         _tar_entry(guest, path, info, posixpath.basename(path) or ".", tar)
 
 
-def _tar_entry(guest: _Guest, path: str, info: Any, name: str, tar: tarfile.TarFile) -> None:
+def _tar_entry(
+    guest: _Guest, path: str, info: Any, name: str, tar: tarfile.TarFile, *, whole: bool = True
+) -> None:
     member = tarfile.TarInfo(name)
     member.mode, member.uid, member.gid = stat.S_IMODE(info.mode), info.uid, info.gid
     member.mtime = info.mtime_ns // 10**9
@@ -393,9 +408,9 @@ def _tar_entry(guest: _Guest, path: str, info: Any, name: str, tar: tarfile.TarF
     if kind == stat.S_IFDIR:
         member.type = tarfile.DIRTYPE
         tar.addfile(member)
-        for entry in guest.entries(path):
+        for entry in guest.entries_to_copy(path, whole):
             below = os.fsdecode(entry.name)
-            _tar_entry(guest, posixpath.join(path, below), entry, f"{name}/{below}", tar)
+            _tar_entry(guest, posixpath.join(path, below), entry, f"{name}/{below}", tar, whole=False)
     elif info.links > 1 and (first := guest.outside.get((info.device, info.number))):
         member.type, member.linkname = tarfile.LNKTYPE, first
         tar.addfile(member)
