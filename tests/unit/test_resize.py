@@ -10,9 +10,18 @@ from typing import Any, cast
 import pytest
 
 from kata.cli import explain
-from kata.engine.resize import FEATURE, MachineResizer, merged
+from kata.engine.resize import (
+    FEATURE,
+    MachineResizer,
+    Size,
+    balloon_mib,
+    merged,
+    slack_mib,
+    spare_in_guest_mib,
+)
 from kata.errors import HypervisorError, KataError, ResourceExhaustedError, UnsupportedError
 from kata.hypervisor import registry
+from kata.hypervisor.base import Capabilities
 from kata.hypervisor.qemu import resize
 from kata.resources import sizing
 from kata.settings import SizeSettings
@@ -196,6 +205,40 @@ def test_what_the_machine_has_besides_is_not_given_back() -> None:
     run(machine.resizer.admit("a", limits(1, 400)))
     run(machine.update("a", limits(1, 200)))
     assert machine.told == [("limits", limits(1, 200)), ("balloon", given(200) - 14)]
+
+
+def test_a_machine_whose_hypervisor_cannot_grow_it_keeps_its_size() -> None:
+    machine = Machine()
+    machine.capabilities = Capabilities(disk_slots=1)
+    run(machine.resizer.admit("a", limits(3, 1000)))
+    assert "which keeps its size" in machine.complaints[0]
+    with pytest.raises(UnsupportedError, match="this virtual machine can have 1"):
+        run(machine.update("a", limits(4, 1000)))
+    # Nor does its guest give memory back.
+    run(machine.update("a", limits(1, 100)))
+    assert [name for name, _ in machine.told] == ["limits"]
+
+
+@pytest.mark.parametrize(
+    ("spare", "has", "first", "wanted"),
+    [
+        (100, 512, 512, 100),
+        (500, 512, 512, 512 - sizing.SHRUNK_MIB),  # the guest keeps so much, whatever it says
+        (900, 2048, 512, 511),  # plugged memory is not given back this way
+        (0, 512, 512, 0),
+    ],
+)
+def test_what_goes_into_a_balloon(spare: int, has: int, first: int, wanted: int) -> None:
+    assert balloon_mib(spare, has, first) == wanted
+
+
+def test_what_a_guest_can_spare_is_by_its_own_figures() -> None:
+    target = Size(1, 300, 200 * MIB)
+    assert spare_in_guest_mib(target, 450 * MIB, 0) == 250
+    assert spare_in_guest_mib(target, 250 * MIB, 200) == 250
+    assert spare_in_guest_mib(target, 100 * MIB, 0) == 0
+    assert slack_mib(target) == 12
+    assert len({target, Size(1, 300, 200 * MIB), Size(1, 300)}) == 2
 
 
 def test_who_has_no_limit_may_be_using_what_the_machine_has() -> None:

@@ -31,10 +31,33 @@ if TYPE_CHECKING:
     from kata.hypervisor.protocols import Machine
     from kata.settings import SandboxSettings
 
-    Target = tuple[int, int, int]
-    """Processors, MiB of memory by the formula, and the ``MemTotal`` in bytes that a balloon leaves; 0 for none."""
-
 FEATURE = "kata.machine"
+
+
+class Size:
+    """How large a machine is, or is to be.
+
+    Args:
+        vcpus: Processors that the guest uses.
+        memory_mib: Memory by the formula of `kata.resources.sizing`.
+        total_bytes: The ``MemTotal`` that a balloon leaves the guest; 0 without one.
+    """
+
+    __slots__ = ("memory_mib", "total_bytes", "vcpus")
+
+    def __init__(self, vcpus: int, memory_mib: int, total_bytes: int = 0) -> None:
+        self.vcpus = vcpus
+        self.memory_mib = memory_mib
+        self.total_bytes = total_bytes
+
+    def _values(self) -> tuple[int, int, int]:
+        return self.vcpus, self.memory_mib, self.total_bytes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Size) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
 
 
 class MachineResizer:
@@ -60,8 +83,8 @@ class MachineResizer:
         self._kernel = size.kernel
         self._first_vcpus = size.vcpus
         self._first_mib = size.memory_mib
-        self._max_vcpus = max(size.max_vcpus, size.vcpus)
-        self._max_mib = max(size.max_memory_mib, size.memory_mib)
+        self._wanted_max_vcpus = max(size.max_vcpus, size.vcpus)
+        self._wanted_max_mib = max(size.max_memory_mib, size.memory_mib)
         self._fixed_memory = size.fixed_memory
         self._default_mib = size.default_memory_mib
         self._containers: dict[str, ResourceRequest] = {}
@@ -72,7 +95,19 @@ class MachineResizer:
         self.vcpus = self._first_vcpus
         self.plugged_mib = 0
         self.returned_mib = 0
-        self._current: Target = (self._first_vcpus, self._first_mib, 0)
+        self._current = Size(self._first_vcpus, self._first_mib)
+
+    @property
+    def _max_vcpus(self) -> int:
+        """Processors that the machine can have: no more than at first where its hypervisor gives it no spare ones."""
+        can = self._runtime.machine.capabilities
+        return self._wanted_max_vcpus if can is None or can.spare_vcpus else self._first_vcpus
+
+    @property
+    def _max_mib(self) -> int:
+        """Memory that the machine can have, in MiB: no more than at first where its hypervisor adds none."""
+        can = self._runtime.machine.capabilities
+        return self._wanted_max_mib if can is None or can.grow_memory else self._first_mib
 
     @property
     def memory_mib(self) -> int:
@@ -124,7 +159,7 @@ class MachineResizer:
                 self._pause_containers.add(container_id)
             try:
                 wanted, has = self._target(), self._current
-                if self._keeps_size and (wanted[0] > has[0] or wanted[1] > has[1]):
+                if self._keeps_size and (wanted.vcpus > has.vcpus or wanted.memory_mib > has.memory_mib):
                     self._tasks.log(
                         f"container {container_id} asks for more than its machine has, which keeps its size:"
                         f" {self.vcpus} CPUs, {self.memory_mib} MiB"
@@ -194,22 +229,22 @@ class MachineResizer:
             if one.memory is None and name not in self._pause_containers
         ]
 
-    def _target(self) -> Target:
+    def _target(self) -> Size:
         """The machine for what is asked now."""
         asked = self._total()
         vcpus = self._first_vcpus if asked.cpus is None else sizing.cpus_of(asked.cpus)
         if asked.memory is None:
-            return vcpus, self._first_mib, 0
+            return Size(vcpus, self._first_mib)
         needed = sizing.memory_of(asked.memory, self._kernel)
         if self._unlimited():
             # As much as a machine has for which nobody asks, as far as there is room: it is no limit of theirs.
             room = self._first_mib + (self._max_mib - self._first_mib) // MEMORY_STEP_MIB * MEMORY_STEP_MIB
             needed = max(needed, min(needed + self._default_mib, room), self._first_mib)
         if needed >= self._first_mib:
-            return vcpus, needed, 0
+            return Size(vcpus, needed)
         if self._fixed_memory:
-            return vcpus, self._first_mib, 0
-        return (
+            return Size(vcpus, self._first_mib)
+        return Size(
             vcpus,
             needed,
             max(
@@ -218,13 +253,13 @@ class MachineResizer:
             ),
         )
 
-    async def _resize_to(self, target: Target) -> None:
+    async def _resize_to(self, target: Size) -> None:
         """Have this size; on an error, the size before.
 
         Raises:
             KataError: The machine cannot have it.
         """
-        vcpus, mib, _total = target
+        vcpus, mib = target.vcpus, target.memory_mib
         if target == self._current:
             return
         if vcpus > self._max_vcpus:
@@ -248,7 +283,7 @@ class MachineResizer:
         """MiB to be plugged into a machine that is to have so much."""
         return -(-max(mib - self._first_mib, 0) // MEMORY_STEP_MIB) * MEMORY_STEP_MIB
 
-    async def _shrink(self, target: Target) -> None:
+    async def _shrink(self, target: Size) -> None:
         """Have this size after limits were lowered, as far as the guest gives back what it has."""
         if target == self._current:
             return
@@ -257,13 +292,12 @@ class MachineResizer:
         except (KataError, HypervisorError) as error:
             self._tasks.log(f"the machine stays larger than what is asked for: {error.message}")
             return
-        if self._current[1] > target[1]:
-            self._tasks.log(
-                f"the guest has not given back {self._current[1] - target[1]} MiB of memory; the limits hold in it"
-            )
+        kept_mib = self._current.memory_mib - target.memory_mib
+        if kept_mib > 0:
+            self._tasks.log(f"the guest has not given back {kept_mib} MiB of memory; the limits hold in it")
 
-    async def _change(self, target: Target) -> None:
-        vcpus, mib, _total = target
+    async def _change(self, target: Size) -> None:
+        vcpus, mib = target.vcpus, target.memory_mib
         agent, vm = await self._runtime.ready(), self._runtime.vm
         assert vm is not None
         if vcpus != self.vcpus and FEATURE not in agent.features:
@@ -271,37 +305,35 @@ class MachineResizer:
         # What runs the machine is charged to its cgroup: room first, and taken back last.
         most = self._first_mib + max(self._hotplug_mib(mib), self.plugged_mib)
         await self._limit_host(max(vcpus, self.vcpus), most)
-        if mib != self._current[1]:
+        if mib != self._current.memory_mib:
             await self._change_memory(vm, agent, target)
         if vcpus != self.vcpus:
             await agent.set_processors(vcpus)
             self.vcpus = vcpus
-        self._current = (vcpus, *self._current[1:])
+        self._current = Size(vcpus, self._current.memory_mib, self._current.total_bytes)
         await self._limit_host(vcpus, self.memory_mib)
 
-    async def _change_memory(self, vm: Machine, agent: AgentClient, target: Target) -> None:
-        _vcpus, mib, total = target
-        plugs = self._hotplug_mib(mib)
+    async def _change_memory(self, vm: Machine, agent: AgentClient, target: Size) -> None:
+        plugs = self._hotplug_mib(target.memory_mib)
         if plugs and self.returned_mib:
             await self._balloon(vm, 0)
         if plugs != self.plugged_mib:
             self.plugged_mib = await vm.set_memory(plugs)
-            self._current = (self._current[0], self.memory_mib, 0)
-        slack = int(mib * sizing.SLACK)
-        surplus = self._first_mib + self.plugged_mib - mib
-        spare = give = 0
-        if surplus > slack and (total or plugs) and self._can_balloon:
-            spare = surplus
-            if total:
+            self._current = Size(self._current.vcpus, self.memory_mib)
+        has_mib = self._first_mib + self.plugged_mib
+        surplus_mib = spare_mib = max(has_mib - target.memory_mib, 0)
+        wanted_mib = 0
+        if self._can_balloon and surplus_mib > slack_mib(target) and (target.total_bytes or plugs):
+            if target.total_bytes:
                 # Not by the formula: what the kernel keeps for itself depends on what it was started with.
-                keeps = total + vm.extra_memory_mib * sizing.MIB
-                spare = max(self.returned_mib + (await agent.memory_total() - keeps) // sizing.MIB, 0)
-            # Whatever the guest says; and what is in the balloon is of the memory that it was started with.
-            give = min(spare, self.memory_mib + self.returned_mib - sizing.SHRUNK_MIB, self._first_mib - 1)
-        if give != self.returned_mib:
-            await self._balloon(vm, give)
-        short = (spare or max(surplus, 0)) - self.returned_mib
-        self._current = (self._current[0], mib + (short if short > slack else 0), total)
+                guest = await agent.memory_total() - vm.extra_memory_mib * sizing.MIB
+                spare_mib = spare_in_guest_mib(target, guest, self.returned_mib)
+            wanted_mib = balloon_mib(spare_mib, has_mib, self._first_mib)
+        if wanted_mib != self.returned_mib:
+            await self._balloon(vm, wanted_mib)
+        kept_mib = (spare_mib or surplus_mib) - self.returned_mib
+        more_mib = kept_mib if kept_mib > slack_mib(target) else 0
+        self._current = Size(self._current.vcpus, target.memory_mib + more_mib, target.total_bytes)
 
     @property
     def _can_balloon(self) -> bool:
@@ -311,9 +343,9 @@ class MachineResizer:
 
     async def _balloon(self, vm: Machine, mib: int) -> None:
         self.returned_mib = await vm.set_balloon(mib)
-        self._current = (self._current[0], self.memory_mib, 0)
+        self._current = Size(self._current.vcpus, self.memory_mib)
 
-    async def _roll_back(self, size: Target) -> None:
+    async def _roll_back(self, size: Size) -> None:
         """Have the size of before again, as far as that is possible."""
         if size == self._current or self._runtime.is_lost:
             return
@@ -334,10 +366,37 @@ class MachineResizer:
 _HINT = "kata explain ID shows how it was sized; default_maxvcpus and default_maxmemory bound it (docs/sizing.md)"
 
 
-def _larger(one: Target, other: Target) -> Target:
+def slack_mib(target: Size) -> int:
+    """How much larger than *target* a machine may be before it is worth a balloon, in MiB."""
+    return int(target.memory_mib * sizing.SLACK)
+
+
+def spare_in_guest_mib(target: Size, guest_bytes: int, returned_mib: int) -> int:
+    """MiB that a guest has too many by its own figures, those in its balloon included.
+
+    Args:
+        target: What it is to have.
+        guest_bytes: Its ``MemTotal``, without what its devices take.
+        returned_mib: What is in its balloon.
+    """
+    return max(returned_mib + (guest_bytes - target.total_bytes) // sizing.MIB, 0)
+
+
+def balloon_mib(spare_mib: int, has_mib: int, first_mib: int) -> int:
+    """MiB that a guest is to give back.
+
+    Args:
+        spare_mib: What it has too many.
+        has_mib: What its machine has, the balloon included: whatever the guest says, it keeps `sizing.SHRUNK_MIB`.
+        first_mib: What its machine was started with: only of that there can be something in the balloon.
+    """
+    return min(spare_mib, has_mib - sizing.SHRUNK_MIB, first_mib - 1)
+
+
+def _larger(one: Size, other: Size) -> Size:
     """The larger of each of two machines."""
-    memory = one if one[1] > other[1] else other
-    return (max(one[0], other[0]), *memory[1:])
+    memory = one if one.memory_mib > other.memory_mib else other
+    return Size(max(one.vcpus, other.vcpus), memory.memory_mib, memory.total_bytes)
 
 
 def _changed(pod: ResourceRequest, before: ResourceRequest, after: ResourceRequest) -> ResourceRequest:
