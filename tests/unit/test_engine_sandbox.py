@@ -576,7 +576,7 @@ def test_pause_and_resume(engine: Engine) -> None:
     assert engine.topics()[2:4] == ["/tasks/paused", "/tasks/resumed"]
 
 
-def test_small_services(engine: Engine) -> None:
+def test_small_services(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
     with engine.client() as client:
         client.create("c1", engine.bundle("sleep"))
         client.start("c1")
@@ -587,6 +587,12 @@ def test_small_services(engine: Engine) -> None:
         assert client.connect("c1").shim_pid == os.getpid()
         client.update("c1", {"memory": {"limit": 1 << 28}})
         assert engine.double.requests["UpdateContainer"].resources.Memory.Limit == 1 << 28
+        # What the guest does not get of a change is told, once.
+        for rate in (1, 2):
+            slow = {"blockIO": {"throttleReadBpsDevice": [{"major": 254, "minor": 0, "rate": rate}]}}
+            client.update("c1", slow)
+            assert not engine.double.requests["UpdateContainer"].resources.BlockIO.ThrottleReadBpsDevice
+        assert capfd.readouterr().err.count("limits of bytes read from the host's devices cannot be") == 1
         facts = client.describe()
         assert facts["containers"]["c1"]["state"] == "running"
         assert facts["agent"]["version"] == "double"

@@ -17,7 +17,7 @@ from kata.proto import agent_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any, Protocol
 
     from kata.agent.client import AgentClient
@@ -99,6 +99,7 @@ class ContainerParts:
         self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
         self._disks = AttachedDisks(host.runtime, host.tasks)
         self._removed = False
+        self._told: set[str] = set()
 
     # ---- create ----
 
@@ -212,8 +213,7 @@ class ContainerParts:
         *,
         terminal: bool,
     ) -> dict[str, Any]:
-        for what in sorted(set(spec.dropped(self.config, limited))):
-            self._tasks.log(f"container {self._id}: {what} cannot be carried into the guest")
+        self._tell_of(spec.dropped(self.config, limited))
         config = spec.for_guest(
             nodes.with_volumes(nodes.with_guests(disks.drop_host_devices(self.config)), volumes),
             rootfs=rootfs.path(self._id),
@@ -228,6 +228,12 @@ class ContainerParts:
             config["linux"].pop("seccomp", None)
         config["process"] = {**(config.get("process") or PLACEHOLDER_PROCESS), "terminal": terminal}
         return config
+
+    def _tell_of(self, dropped: Iterable[str]) -> None:
+        """Say in the log, once for the container, what of a specification or a change of it the guest does not get."""
+        for what in sorted(set(dropped) - self._told):
+            self._told.add(what)
+            self._tasks.log(f"container {self._id}: {what} cannot be carried into the guest")
 
     # ---- hooks ----
 
@@ -269,6 +275,7 @@ class ContainerParts:
         after = merged(self._resources, resources)
         await self._host.resizer.update(self._id, after, lambda: agent.update(self._id, change))
         self._resources = after
+        self._tell_of(spec.dropped(resources))
 
     async def remove(self) -> None:
         """Take what is left of it out of the guest: its mounts are synced and undone. Once; never raises."""
