@@ -1,1 +1,1 @@
-"""What a sandbox gets of the host: the sizing formula."""
+"""The host's resources for a sandbox: sizing, cgroups, device rules and OOM scores."""

@@ -1,7 +1,7 @@
-"""Device rules for a cgroup of version 2, which has no devices controller: a BPF program says yes or no.
+"""Device rules for a cgroup of version 2, which has no devices controller: a BPF program allows or refuses access.
 
-The rules are written as version 1's controller takes them (``c 10:232 rw``), and only allow: what no rule allows is
-refused. A descriptor that was open before a process came into the cgroup stays usable, as there.
+Rules are written as for version 1's controller (``c 10:232 rw``). They only allow: access that no rule allows is
+refused. As with version 1, a descriptor that a process had opened before it entered the cgroup stays usable.
 
 Source: ``linux/bpf.h`` (struct bpf_cgroup_dev_ctx); the kernel's ``Documentation/admin-guide/cgroup-v2.rst``, "Device
 controller", and ``cgroup-v1/devices.rst``; Linux 4.15.
@@ -24,15 +24,15 @@ _KINDS = {"b": 1, "c": 2}
 _ACCESS = {"m": 1, "r": 2, "w": 4}
 _ALL = 7
 
-# Offsets in struct bpf_cgroup_dev_ctx: the kind in the lower half of the first, what is asked for in the upper.
+# Offsets in struct bpf_cgroup_dev_ctx. The first field has the device type in its lower half, the access in its upper.
 _ASKED, _MAJOR, _MINOR = 0, 4, 8
 
-# What registers hold: 0 the answer, 1 the context, then these.
+# Registers: 0 holds the answer, 1 the context, then these.
 _KIND_IN, _ASKED_IN, _MAJOR_IN, _MINOR_IN = 2, 3, 4, 5
 
 
 def _parse(rule: str) -> tuple[tuple[int, str, str], int]:
-    """A rule's devices, and what it allows."""
+    """Parse a rule: its devices (type, major, minor) and the access that it allows."""
     try:
         kind, numbers, access = rule.split()
         major, minor = numbers.split(":")
@@ -48,14 +48,14 @@ def _parse(rule: str) -> tuple[tuple[int, str, str], int]:
 
 
 def program(rules: Iterable[str]) -> bytes:
-    """The machine code that allows what *rules* do, and nothing else.
+    """Return the BPF program that allows what *rules* allow, and nothing else.
 
     Args:
-        rules: ``KIND MAJOR:MINOR ACCESS``; a number may be ``*``. What several rules say of the same devices is added
-            up; of different rules each has to allow on its own all that is asked for at once.
+        rules: ``TYPE MAJOR:MINOR ACCESS``; a number may be ``*``. The accesses of rules with the same devices are
+            combined. Of rules with different devices, one alone has to allow all that a call requests at once.
 
     Raises:
-        ValueError: A rule is none.
+        ValueError: A rule is malformed.
     """
     allowed: dict[tuple[int, str, str], int] = {}
     for rule in rules:
@@ -83,11 +83,11 @@ def program(rules: Iterable[str]) -> bytes:
 
 
 def attach(directory: str, rules: Iterable[str]) -> None:
-    """Hold the processes of a cgroup, and of those below it, to *rules*, in addition to whatever holds them already.
+    """Apply *rules* to the processes of a cgroup and of those below it, in addition to rules that apply already.
 
     Args:
-        directory: Of the cgroup; the rules go with it.
-        rules: As of `program`.
+        directory: Directory of the cgroup. The rules disappear with it.
+        rules: See `program`.
 
     Raises:
         OSError: Not permitted, or the kernel has no CONFIG_CGROUP_BPF.

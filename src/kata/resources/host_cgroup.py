@@ -1,15 +1,16 @@
 """A sandbox's place in the host's cgroups: a leaf of its own for engine, hypervisor and helpers, with limits.
 
-The leaf is where the specification says (``cgroupsPath``: with Kubernetes, in the pod's cgroup), in the hierarchies of
-all controllers of version 1; what it says in systemd's manner, systemd is asked for. Where it says nothing it is
-``kata/<id>`` below the top of each hierarchy that we see, and not below the cgroup of whoever called us: that one may
-end with a login session, and under version 2 it holds processes, so it cannot hand controllers down. Version 2 is used
-for every controller that it has, version 1 for the others: most hosts have either, some a mixture. The limits are
-those of `kata.resources.sizing`. Which of the host's devices may be opened is said by the devices controller of
-version 1, or by a BPF program on the leaf of version 2.
+The specification names the leaf (``cgroupsPath``; with Kubernetes it is in the pod's cgroup), which is then made in the
+hierarchies of all controllers of version 1. If the path has systemd's form, systemd makes it. Without ``cgroupsPath``
+the leaf is ``kata/<id>`` below the topmost visible cgroup of each hierarchy. It is not below the caller's cgroup, which
+may end with a login session and, under version 2, cannot delegate controllers since it holds processes.
 
-Moving a process waits for the kernel's other processors (10 to 20 ms), so it is done when the machine has been
-started and is booting: what a hypervisor touches before that, some megabytes, is charged to its caller.
+Version 2 is used for every controller that it has, version 1 for the others; some hosts have a mixture. The limits are
+those of `kata.resources.sizing`. Access to the host's devices is restricted by version 1's devices controller, or by a
+BPF program on the leaf of version 2.
+
+Moving a process into a cgroup waits for the kernel's other processors (10 to 20 ms), so processes are moved while the
+guest boots. The few megabytes that a hypervisor has touched by then are charged to its caller.
 
 Source: the kernel's ``Documentation/admin-guide/cgroup-v2.rst`` and ``cgroup-v1/memory.rst``, ``sched-bwc.rst``.
 """
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 PARENT = "kata"
 DEVICES = (
-    *("c *:* m", "b *:* m"),  # a guest may make nodes in what it shares, which nobody can open there
+    *("c *:* m", "b *:* m"),  # a guest may make nodes in shared directories, which are nodev
     *("c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm"),  # null, zero, full, random, urandom
     *("c 5:0 rwm", "c 5:2 rwm", "c 136:* rwm"),  # terminals
     *(
@@ -42,20 +43,20 @@ DEVICES = (
         "c 10:241 rw",
     ),  # tun, fuse, kvm, vhost-net, -vsock
 )
-"""What engine, hypervisor and helpers may use of the host's devices, besides the disks of the sandbox's containers."""
+"""The host's devices that engine, hypervisor and helpers may use, besides the disks of the sandbox's containers."""
 CONTROLLERS = ("memory", "cpu")
 PERIOD_US = 100_000
 _ATTEMPTS = 20
 _NOBODYS_S = 60
-"""A leaf that has no process at this age is nobody's: its processes come when the machine is booting."""
+"""A leaf that has no process at this age (in seconds) is abandoned: processes enter it while the machine boots."""
 
 
 class Limits:
-    """What a sandbox may use of the host.
+    """Limits on what a sandbox uses of the host.
 
     Args:
         memory: Bytes.
-        cpus: Processors, not necessarily whole ones.
+        cpus: Number of processors; may be fractional.
     """
 
     __slots__ = ("cpus", "memory")
@@ -65,7 +66,7 @@ class Limits:
         self.cpus = cpus
 
     def files(self, version: int, controller: str) -> list[tuple[str, str]]:
-        """Names and contents of a leaf's files."""
+        """Names and contents of the files that set the limits of one controller in a leaf."""
         quota = str(int(self.cpus * PERIOD_US))
         if controller == "memory":
             return [("memory.max" if version == 2 else "memory.limit_in_bytes", str(self.memory))]
@@ -74,7 +75,7 @@ class Limits:
         return [("cpu.cfs_period_us", str(PERIOD_US)), ("cpu.cfs_quota_us", quota)]
 
     def properties(self) -> list[str]:
-        """The same for systemd."""
+        """The limits as properties of a systemd unit."""
         return [f"MemoryMax={self.memory}", f"CPUQuota={self.cpus * 100:.10g}%"]
 
 
@@ -83,8 +84,8 @@ class Hierarchy:
 
     Attributes:
         version: 1 or 2.
-        top: The directory of its uppermost cgroup that we see.
-        own: The directory of the cgroup that we are in.
+        top: Directory of its topmost visible cgroup.
+        own: Directory of the cgroup that this process is in.
         controllers: Those of `CONTROLLERS` that it has.
     """
 
@@ -98,7 +99,7 @@ class Hierarchy:
 
 
 def _places(pid: str) -> dict[str, str]:
-    """The cgroups of a process by controller, as its own /proc/pid/cgroup has them; that of version 2 by ``""``."""
+    """The cgroups of a process by controller, from /proc/pid/cgroup; the key ``""`` is for version 2."""
     place: dict[str, str] = {}
     with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
@@ -108,12 +109,12 @@ def _places(pid: str) -> dict[str, str]:
 
 
 def hierarchies() -> list[Hierarchy]:
-    """The hierarchies that have our controllers, each controller in one of them only."""
+    """The hierarchies of the controllers that we use; each controller is listed in only one of them."""
     place = _places("self")
     mounted = sysio.mounts()
     found: list[Hierarchy] = []
     missing = list(CONTROLLERS)
-    # Version 2 first; there is one such hierarchy, however often it is mounted.
+    # Version 2 first. There is only one such hierarchy, however often it is mounted.
     for mount in sorted(mounted, key=lambda mount: mount.fstype != "cgroup2"):
         if mount.fstype not in ("cgroup2", "cgroup"):
             continue
@@ -129,7 +130,7 @@ def hierarchies() -> list[Hierarchy]:
 
 
 def others() -> list[tuple[str, list[str], str]]:
-    """Hierarchies of version 1 beside those of `hierarchies`: (mount point, controllers, our own place)."""
+    """The other hierarchies of version 1, not in `hierarchies`: (mount point, controllers, our own place)."""
     taken = {one.top for one in hierarchies()}
     place = _places("self")
     found = []
@@ -143,14 +144,14 @@ def others() -> list[tuple[str, list[str], str]]:
 
 
 def place_of(cgroups_path: str, sandbox_id: str) -> str:
-    """Where a sandbox's leaf is, below the top of a hierarchy.
+    """Return where a sandbox's leaf is, below the top of a hierarchy.
 
     Args:
-        cgroups_path: Of the specification: a path, or systemd's ``slice:prefix:name``; empty if it names none.
-        sandbox_id: For that case.
+        cgroups_path: The specification's ``cgroupsPath``: a path, or systemd's ``slice:prefix:name``; may be empty.
+        sandbox_id: Id of the sandbox; names the leaf if *cgroups_path* is empty.
 
     Returns:
-        A path without slashes at its ends.
+        A path without leading and trailing slashes.
     """
     if not cgroups_path.strip("/"):
         return f"{PARENT}/{sandbox_id}"
@@ -161,7 +162,7 @@ def place_of(cgroups_path: str, sandbox_id: str) -> str:
 
 
 def _slice_path(name: str) -> str:
-    """The path of a systemd slice: a-b.slice is in a.slice (systemd.slice(5)); "-.slice" is the top."""
+    """The path of a systemd slice: a-b.slice is in a.slice (systemd.slice(5)); "-.slice" is the root slice."""
     words = name.removesuffix(".slice").split("-")
     if not any(words):
         return ""
@@ -172,8 +173,8 @@ class HostCgroup:
     """The leaves of one sandbox.
 
     Attributes:
-        paths: Directory by controller; a controller that is missing here has no limit.
-        warnings: Why there is none.
+        paths: Directory of the leaf by controller; a controller that is missing has no limit.
+        warnings: Sentences that say why limits are missing.
     """
 
     __slots__ = (
@@ -190,13 +191,13 @@ class HostCgroup:
 
     def __init__(self) -> None:
         self._disks: list[str] = []
-        self._leaf = ""  # of version 2, if there is one
+        self._leaf = ""  # directory of the leaf of version 2, if there is one
         self.paths: dict[str, str] = {}
         self.warnings: list[str] = []
         self._origins: list[tuple[str, str]] = []
-        self._scope: systemd_scope.Scope | None = None  # until our processes keep it
-        self._unit = ""  # its name
-        self._units: list[str] = []  # its directories, also in hierarchies without controllers
+        self._scope: systemd_scope.Scope | None = None  # held until our processes are in the scope
+        self._unit = ""  # name of the scope
+        self._units: list[str] = []  # directories of the scope, also in hierarchies without controllers
         self._versions: dict[str, int] = {}
 
     def make(  # noqa: C901
@@ -208,15 +209,17 @@ class HostCgroup:
         all_controllers: bool = False,
         unit: tuple[str, str] | None = None,
     ) -> None:
-        """Make the leaves. What a host does not allow is in `warnings`, and no error: the limits are for the
-        host's sake, and the guest's own memory and processors are what they are without them.
+        """Make the leaves.
+
+        A limit that the host refuses is no error but a sentence in `warnings`: the limits only protect the host, and
+        the guest's memory and processors are limited without them.
 
         Args:
-            journal: The sandbox's.
-            place: As of `place_of`.
-            limits: What is written into them.
-            all_controllers: Be in the hierarchies of the other controllers of version 1 as well.
-            unit: What *place* is to systemd, a slice and a scope, if it is something to it. Only for the main thread.
+            journal: The sandbox's journal.
+            place: The leaf's path, from `place_of`.
+            limits: The limits of the leaves.
+            all_controllers: Also make leaves in the hierarchies of version 1's other controllers.
+            unit: Slice and scope, if *place* belongs to systemd. Only in the main thread.
         """
         if unit is not None and systemd_scope.managed_by_systemd(unit[1]):
             try:
@@ -265,7 +268,7 @@ class HostCgroup:
             self.paths.update(dict.fromkeys(controllers, path))
 
     def _limit_devices(self, path: str) -> None:
-        """Device rules on a leaf of version 2."""
+        """Apply device rules to a leaf of version 2."""
         from kata.resources import device_rules
 
         try:
@@ -278,13 +281,21 @@ class HostCgroup:
             self._leaf = path
 
     def allow_disk(self, numbers: tuple[int, int]) -> None:
-        """Let the sandbox's processes open one of the host's block devices; as often as it is taken back."""
+        """Let the sandbox's processes open one of the host's block devices. Calls are counted: see `take_disk`.
+
+        Args:
+            numbers: Major and minor number.
+        """
         rule = f"b {numbers[0]}:{numbers[1]} rw"
         self._disks.append(rule)
         self._change_disk("devices.allow", rule)
 
     def take_disk(self, numbers: tuple[int, int]) -> None:
-        """Take back what `allow_disk` allowed. Who has the device open keeps it."""
+        """Undo one call of `allow_disk`. Descriptors that are open stay usable.
+
+        Args:
+            numbers: Major and minor number.
+        """
         rule = f"b {numbers[0]}:{numbers[1]} rw"
         self._disks.remove(rule)
         if rule not in self._disks:
@@ -303,9 +314,9 @@ class HostCgroup:
 
     @staticmethod
     def _fill(path: str, top: str, controllers: Sequence[str]) -> None:
-        """What a new leaf of version 1 has to be told before a process can be in it, or use a device."""
+        """Set what a new leaf of version 1 needs before it can take processes (cpuset), and its device rules."""
         if "cpuset" in controllers:
-            # Empty ones take no process; those of the parents that we have made are empty as well.
+            # A cgroup with an empty cpuset takes no process, and the parents that we have made have empty ones too.
             levels = path[len(top) + 1 :].split("/")
             for count in range(len(levels)):
                 above = "/".join((top, *levels[:count]))
@@ -319,7 +330,7 @@ class HostCgroup:
                 try:
                     _write(f"{path}/devices.allow", rule)
                 except PermissionError:
-                    continue  # whoever we are in may not use it, and neither may we
+                    continue  # our own cgroup may not use the device, so neither may the leaf
 
     def _make_leaf(self, journal: Journal, hierarchy: Hierarchy, place: str) -> str:  # noqa: C901, PLR0912
         *levels, name = place.split("/")
@@ -328,11 +339,11 @@ class HostCgroup:
             above.append(f"{above[-1]}/{level}")
         parent = above[-1]
         path = f"{parent}/{name}"
-        # Those that are there are somebody's; ours are taken away again if nobody has come to use them.
+        # Parents that exist already are not ours. Those that we make are removed when they are no longer used.
         made = [directory for directory in above[1:] if not os.path.isdir(directory)]
         if levels == [PARENT]:
-            made = [parent]  # everybody's who needs it: the last one takes it away
-        # In a hierarchy that systemd looks after it has just made this one, and those above.
+            made = [parent]  # shared by all sandboxes: the last one removes it
+        # In a hierarchy that systemd manages, systemd has just made this directory and its parents.
         is_scope = bool(self._unit) and os.path.isdir(path)
         if is_scope:
             made = []
@@ -350,12 +361,12 @@ class HostCgroup:
                         _make_new(path)
                         created = True
                     if hierarchy.version == 2:
-                        # It may be a new one, that another sandbox has just made; now it stays.
+                        # Another sandbox may have just made the parent anew. Now it stays, since we have a child there.
                         _hand_down(parent, hierarchy.controllers)
                     break
                 except OSError as error:
-                    # The end of the last other sandbox took the parent away under our hands (ENODEV: while we wrote
-                    # into a file of it).
+                    # The last other sandbox has ended and removed the parent meanwhile (ENODEV: while we were writing
+                    # to a file in it).
                     gone = error.errno in (errno.ENOENT, errno.ENODEV)
                     if not gone or attempt == _ATTEMPTS - 1:
                         raise
@@ -368,7 +379,7 @@ class HostCgroup:
         return path
 
     def join(self, pids: Iterable[int]) -> None:
-        """Move processes into the leaves; one that has ended meanwhile is no error."""
+        """Move processes into the leaves. It is no error if one has ended."""
         members = list(pids)
         for path in dict.fromkeys([*self.paths.values(), *self._units]):
             for pid in members:
@@ -383,9 +394,9 @@ class HostCgroup:
             self._scope = None
 
     def limit(self, limits: Limits) -> list[str]:
-        """Change the limits; what the kernel or systemd refuses, in words."""
+        """Change the limits. Returns a sentence for each change that the kernel or systemd refuses."""
         refused = []
-        # systemd first: it writes the same files, and keeps in mind what it has written.
+        # systemd first: it writes the same files, and would later restore the values that it remembers.
         if self._unit and (why := systemd_scope.change(self._unit, limits.properties())):
             refused.append(f"systemd does not change the limits of {self._unit}: {why}")
         for controller, version in self._versions.items():
@@ -397,8 +408,8 @@ class HostCgroup:
         return refused
 
     def leave(self) -> None:
-        """Move our own process back to where it came from, or to the top: who is in a cgroup cannot remove
-        it.
+        """Move this process back to its former cgroups, or to the topmost ones: a cgroup with processes cannot be
+        removed.
         """
         for places in self._origins:
             for place in places:
@@ -410,7 +421,7 @@ class HostCgroup:
         self._origins.clear()
 
     def oom_kills(self) -> int:
-        """How many processes the kernel has killed because the limit on memory was reached."""
+        """Number of processes that the kernel has killed because the memory limit was reached."""
         path = self.paths.get("memory", "")
         for file in ("memory.events", "memory.oom_control"):
             words = _read_fields(f"{path}/{file}") if path else []
@@ -419,7 +430,7 @@ class HostCgroup:
         return 0
 
     def usage(self) -> tuple[int, int]:
-        """What the sandbox has used and uses: nanoseconds of processors, bytes of memory; 0 where that is not known."""
+        """CPU time used so far (nanoseconds) and present memory (bytes); 0 where unknown."""
         cpu, memory = self.paths.get("cpu", ""), self.paths.get("memory", "")
         words = _read_fields(f"{cpu}/cpu.stat")
         if "usage_usec" in words:
@@ -432,7 +443,7 @@ class HostCgroup:
 
 
 def _directories_of(pid: int, unit: str) -> list[str]:
-    """The directories of a unit of systemd that a process is in, one for each hierarchy where it has one."""
+    """The directories of the systemd unit that a process is in, one for each hierarchy where the unit has one."""
     place = _places(str(pid))
     found = {}
     for mount in sysio.mounts():
@@ -446,11 +457,11 @@ def _directories_of(pid: int, unit: str) -> list[str]:
 
 
 def _make_new(path: str) -> None:
-    """Make a leaf; one that nobody uses goes first, with all that was set on it.
+    """Make a leaf. An abandoned one of the same name is removed first, together with its settings.
 
-    Such a one is what is left of an engine that was killed and whose directory somebody has removed. A young one may be
-    another sandbox's whose processes are yet to come, and at the end of each sandbox all processes in its leaf are
-    killed: two never share one.
+    A leaf is abandoned if it belonged to an engine that was killed and whose directory was removed. A recent leaf
+    without processes may belong to another sandbox whose processes have yet to enter it. Two sandboxes must never share
+    a leaf, because at the end of a sandbox all processes in its leaf are killed.
 
     Raises:
         FileExistsError: It is in use, or was made a moment ago.
@@ -479,10 +490,10 @@ def _make_parent(path: str) -> None:
 
 
 def _hand_down(directory: str, wanted: Sequence[str]) -> None:
-    """Let a version 2 cgroup's children have controllers.
+    """Enable controllers for the children of a version 2 cgroup.
 
     Raises:
-        OSError: It holds processes itself (EBUSY), and so it cannot.
+        OSError: It cannot, since it holds processes itself (EBUSY).
     """
     enabled = _read_fields(f"{directory}/cgroup.subtree_control")
     for controller in wanted:
@@ -491,7 +502,7 @@ def _hand_down(directory: str, wanted: Sequence[str]) -> None:
 
 
 def _below(path: str, root: str) -> str:
-    """*path* of a hierarchy as seen below a mount of its cgroup *root*; ends without a slash."""
+    """The path of a cgroup relative to a mount whose root is the cgroup *root*; without a trailing slash."""
     if root != "/" and (path + "/").startswith(root + "/"):
         path = path[len(root) :]
     return "" if path == "/" else path

@@ -1,7 +1,7 @@
-"""Who is killed first when the host has no memory left: the machine, and not the engine, which tells of it.
+"""OOM scores: when the host runs out of memory, the machine is killed first, and not the engine, which reports it.
 
-An engine is as protected as containerd's own shims are. The hypervisor and its helpers have the score of the containers
-in the machine, the highest one where there are several: Kubernetes says by it which pods are to go first.
+An engine is as protected as containerd's own shims. The hypervisor and its helpers have the highest score of the
+containers in the machine; by these scores Kubernetes defines which pods are killed first.
 
 Source: proc(5), ``/proc/pid/oom_score_adj``; lowering needs CAP_SYS_RESOURCE.
 """
@@ -15,7 +15,7 @@ _MOST = 1000
 
 
 def protect_engine() -> bool:
-    """Lower this process's score, unless it is that low; whether it is now."""
+    """Lower this process's score, unless it is as low already. Returns whether it is now."""
     try:
         return _get(os.getpid()) <= ENGINE or _set(os.getpid(), ENGINE)
     except OSError:
@@ -26,14 +26,14 @@ def set_machine(score: int) -> bool:
     """Set the score of all children of this process: hypervisor and helpers.
 
     Args:
-        score: What is outside the range is brought into it, and always above our own.
+        score: The score. It is clamped to the valid range, and kept above this process's own score.
 
     Returns:
-        Whether all have it.
+        Whether all children have it.
     """
     me = os.getpid()
     try:
-        # Where our own could not be lowered, theirs is raised.
+        # If our own score could not be lowered, theirs is raised.
         score = min(_MOST, max(score, min(_get(me), _MOST) + 1))
         with open(f"/proc/{me}/task/{me}/children", encoding="ascii") as file:
             children = [int(word) for word in file.read().split()]

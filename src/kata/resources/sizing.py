@@ -1,18 +1,19 @@
-"""How large a virtual machine is: one formula. docs/sizing.md has it for readers, `kata explain` with numbers.
+"""The formula for the size of a virtual machine. docs/sizing.md explains it, `kata explain` shows it with numbers.
 
-* **CPUs**: those asked for, rounded up; without a quota the processors of the cpuset; `default_vcpus` when none are
-  asked. The fraction is a cgroup limit in the guest, which holds from a container's first process on, and not for the
+* **CPUs**: the requested number, rounded up. Without a quota, the number of processors in the cpuset; without either,
+  `default_vcpus`. A fraction is enforced by a cgroup limit in the guest, which applies to containers but not to the
   boot.
-* **Memory**: what was asked for, plus what the guest's kernel keeps for itself, plus what the guest uses beside its
-  containers, so that a container's own limit is what ends it; with a least size below which no guest comes up.
-  `default_memory` when nothing is asked (half of the host's memory where that is less): only what is touched costs.
+* **Memory**: the requested memory, plus what the guest's kernel reserves, plus what the guest uses besides its
+  containers, so that a container reaches its own limit before the guest runs out; but at least the size that a guest
+  needs to boot. Without a request, `default_memory`, or half of the host's memory if that is less: only memory that the
+  guest touches costs anything.
 
-What the kernel keeps is a fixed part (its code and data, its first tables) and one that grows with the memory:
-``struct page`` is 64 bytes for every 4096, and hash tables add an eighth to that. Measured as the difference between
-the machine's memory and ``MemTotal``, from 64 MiB to 12 GiB; `tests/vm/test_hypervisor.py` holds the guest to it.
+The kernel's reserve has a fixed part (its code and data, its first tables) and a part that grows with the memory:
+``struct page`` takes 64 bytes for every 4096, and hash tables add an eighth to that. It was measured as the difference
+between the machine's memory and ``MemTotal``, from 64 MiB to 12 GiB; `tests/vm/test_hypervisor.py` verifies it.
 
-What a pod asks for is what its CRI says of the sandbox, and at least the sum of its containers' limits; and
-`default_memory` on top for those of its containers that have no limit while others have one.
+A pod's request is what its CRI states for the sandbox, and at least the sum of its containers' limits. If some of its
+containers have no limit while others have one, `default_memory` is added for those without.
 """
 
 from __future__ import annotations
@@ -30,53 +31,55 @@ MIB = 1 << 20
 DEFAULT_VCPUS = 1
 DEFAULT_MEMORY_MIB = 2048
 KERNEL_MIB = {"small": 21, "distro": 50}
-"""The fixed part, by kind of kernel."""
+"""Fixed part of the kernel's reserve, by kind of kernel."""
 GROWING_PART = 64 / 4096 * (1 + 1 / 8)
 BESIDE_MIB = 9
-"""What the guest uses beside its containers, and what no limit of theirs counts: the agent, buffers of the devices,
-and the free pages that the kernel keeps in reserve. (What its devices take is on top: `hypervisor.protocols.Started`.)
-About 2 MiB less than that, so that it is the guest that is out of memory just before the container is at its limit:
-Linux ends a process at once then, while a group at its limit goes on giving up and reading back its program's pages,
+"""What the guest uses besides its containers and outside their limits: the agent, device buffers, and the free pages
+that the kernel keeps in reserve. (Memory of particular devices is added: `hypervisor.protocols.Started`.)
+
+It is about 2 MiB less than measured, so that the guest runs out of memory just before a container reaches its limit.
+Linux then kills a process at once, whereas a cgroup at its limit keeps dropping and re-reading pages of its program,
 for minutes under emulation."""
 BESIDE_PART = 0.01
-"""The same, for each byte that is asked for: page tables, and what the kernel keeps of files."""
+"""What the guest uses besides its containers for each byte that is requested: page tables and metadata of files."""
 RESERVE_MIB = 20
-"""Reserve for each zone of memory (ZONE_DMA32, ZONE_NORMAL, and ZONE_DMA in distributions' kernels) in a guest with
-transparent huge pages, which those of less than `HUGE_PAGES_MIB` have not (khugepaged's recommended_min_free_kbytes in
-mm/khugepaged.c: 22 MiB, in place of 2)."""
+"""Additional reserve for each memory zone (ZONE_DMA32, ZONE_NORMAL, and ZONE_DMA in distributions' kernels) in a guest
+with transparent huge pages, that is, with at least `HUGE_PAGES_MIB` (khugepaged's recommended_min_free_kbytes in
+mm/khugepaged.c: 22 MiB instead of 2)."""
 RESERVE_PART = 0.05
-"""All zones' reserve is no larger part of the memory than this."""
+"""The reserve of all zones together is at most this part of the memory."""
 HUGE_PAGES_MIB = 504
 NORMAL_MIB = 2816
-"""Beyond this a PC has memory above 4 GiB."""
+"""With more than this, a PC has memory above 4 GiB."""
 LEAST_MIB = {"small": 64, "distro": 192}
-"""With less the guest does not come up: the initrd has to fit twice while it is unpacked."""
+"""With less the guest does not boot: the initrd has to fit into memory twice while it is unpacked."""
 SLACK = 0.04
-"""Part of the machine's memory that may stay when it shrinks: so `MemTotal` is within 5 % of what was asked."""
+"""Part of the machine's memory that may remain when it shrinks, so that `MemTotal` is within 5 % of the request."""
 SHRUNK_MIB = 128
-"""No balloon takes memory of a guest that would have less than this then: one that was started with more holds more."""
+"""Lower bound for ballooning: a guest is never shrunk below this."""
 MOST_CPUSET = 1 << 13
-"""More processors than this no kernel has (CONFIG_NR_CPUS)."""
+"""Upper bound of processor numbers: no kernel has more processors (CONFIG_NR_CPUS)."""
 MOST_VCPUS = 16
-"""So many a machine may grow to where `default_maxvcpus` is not set: each is a thread of the host, used or not."""
+"""Number of processors that a machine may grow to if `default_maxvcpus` is not set. Each one is a thread of the host,
+even if it is not used."""
 OF_SANDBOX = "the sandbox's annotations"
-"""How `ResourceRequest.source` begins when it is a CRI that asks for a pod as a whole."""
+"""Beginning of `ResourceRequest.source` when a CRI states a request for the whole pod."""
 
 
 HOST_GROWING_PART = 1 / 32
-"""What running a machine takes on the host for each byte of the guest's memory: page tables, the emulator's table of
-pages. (The fixed part is the hypervisor's to say: `kata.hypervisor.protocols.Monitor.host_overhead_mib`.)"""
+"""What a machine costs the host for each byte of the guest's memory: page tables, the emulator's table of pages. (The
+fixed part depends on the hypervisor: `kata.hypervisor.protocols.Monitor.host_overhead_mib`.)"""
 HOST_CPUS = 1.0
-"""Processors for engine, devices and network helper besides the virtual ones."""
+"""Processors for engine, devices and network helper, in addition to the virtual ones."""
 
 
 class ResourceRequest:
-    """What somebody asks for.
+    """Requested resources.
 
     Attributes:
-        cpus: Number of CPUs, or None.
-        memory: Bytes, or None.
-        source: Who asks, in words.
+        cpus: Number of CPUs; None if not requested.
+        memory: Bytes; None if not requested.
+        source: Origin of the request, as a phrase for messages.
         cpuset: The host's processors that a container without a quota may run on; empty for all.
     """
 
@@ -96,14 +99,15 @@ class ResourceRequest:
 
 
 class Limits:
-    """What the host's owner says about sizes; 0 is "nothing".
+    """The configuration's settings of sizes; 0 means "not set".
 
     Attributes:
-        default_vcpus: CPUs when none are asked; negative for all of the host's.
-        default_memory_mib: Memory of the machine when none is asked.
-        max_vcpus, max_memory_mib: No machine has more.
+        default_vcpus: CPUs of a machine without a request; negative for all of the host's.
+        default_memory_mib: Memory of a machine without a request, in MiB.
+        max_vcpus: Maximum number of CPUs of any machine.
+        max_memory_mib: Maximum memory of any machine, in MiB.
         fixed: A machine keeps the size that it is started with.
-        fixed_memory: It keeps its memory.
+        fixed_memory: A machine keeps the memory that it is started with.
     """
 
     __slots__ = (
@@ -137,12 +141,13 @@ class Size:
     """The size of a machine.
 
     Attributes:
-        vcpus: Virtual CPUs.
-        memory_mib: Memory of the machine in MiB.
-        max_vcpus, max_memory_mib: Up to where it may grow while it runs.
+        vcpus: Number of virtual CPUs at the start.
+        memory_mib: Memory at the start, in MiB.
+        max_vcpus: Number of virtual CPUs to which it may grow while it runs.
+        max_memory_mib: Memory to which it may grow while it runs, in MiB.
         kernel: Kind of the guest's kernel.
-        asked: What it was planned for.
-        default_mib: Memory of a machine for which none is asked.
+        asked: The request that it was planned for.
+        default_mib: Memory of a machine without a request, in MiB.
     """
 
     __slots__ = ("asked", "default_mib", "kernel", "max_memory_mib", "max_vcpus", "memory_mib", "vcpus")
@@ -167,16 +172,16 @@ class Size:
 
 
 def plan(asked: ResourceRequest, kernel: str = "small", limits: Limits | None = None) -> Size:
-    """The machine for what is asked.
+    """Return the size of the machine for a request.
 
     Args:
-        asked: CPUs and memory.
+        asked: The requested CPUs and memory.
         kernel: Kind of the guest's kernel, ``small`` or ``distro``.
-        limits: The host owner's.
+        limits: The configuration's settings; None for the defaults.
 
     Raises:
-        UsageError: More CPUs than there are, or may be.
-        ResourceExhaustedError: More memory than there is, or may be.
+        UsageError: The request has more CPUs than the host has, or than the configuration allows.
+        ResourceExhaustedError: The request has more memory than the host has, or than the configuration allows.
     """
     limits = limits or Limits()
     online, total = len(os.sched_getaffinity(0)), _total_mib()
@@ -218,12 +223,12 @@ def plan(asked: ResourceRequest, kernel: str = "small", limits: Limits | None = 
 
 
 def cpus_of(asked: float) -> int:
-    """Virtual CPUs for so many that are asked for."""
+    """Number of virtual CPUs for a requested number, which may be fractional."""
     return max(1, -int(-asked // 1))
 
 
 def total_of(asked: int, kernel: str) -> int:
-    """``MemTotal`` in bytes of a guest in which a container with this limit, in bytes, can use it."""
+    """``MemTotal`` (bytes) of a guest in which a container can use all of its limit *asked* (bytes)."""
     total = int(asked * (1 + BESIDE_PART)) + BESIDE_MIB * MIB
     if total < HUGE_PAGES_MIB * MIB:
         return total
@@ -232,18 +237,18 @@ def total_of(asked: int, kernel: str) -> int:
 
 
 def memory_of(asked: int, kernel: str) -> int:
-    """MiB of a machine in whose guest a container with this limit, in bytes, can use it."""
+    """Memory (MiB) of a machine in whose guest a container can use all of its limit *asked* (bytes)."""
     total_mib = -(-total_of(-(-asked // MIB) * MIB, kernel) // MIB)
     return max(int((total_mib + KERNEL_MIB[kernel]) / (1 - GROWING_PART)) + 1, LEAST_MIB[kernel])
 
 
 def container_request(resources: Mapping[str, Any]) -> ResourceRequest:
-    """What the limits of a container (``linux.resources`` of the runtime specification) ask for."""
+    """The request that follows from a container's limits (``linux.resources`` of the runtime specification)."""
     cpu, memory = resources.get("cpu") or {}, resources.get("memory") or {}
     quota, limit = number(cpu.get("quota")), number(memory.get("limit"))
     return ResourceRequest(
         quota / (number(cpu.get("period")) or 100_000) if quota > 0 else None,
-        # "No limit" is also written as the largest number that fits.
+        # Clients also write "no limit" as the largest number that fits.
         limit if 0 < limit < 1 << 60 else None,
         "the container's limits",
         frozenset() if quota > 0 else cpuset(cpu.get("cpus")),
@@ -251,7 +256,7 @@ def container_request(resources: Mapping[str, Any]) -> ResourceRequest:
 
 
 def cpuset(text: object) -> frozenset[int]:
-    """The processors of a list as the kernel writes them, ``0-3,8``; none of a malformed one."""
+    """Parse a list of processors in the kernel's form (``0-3,8``); empty if it is malformed."""
     found: set[int] = set()
     for part in str(text or "").split(","):
         first, _, last = part.strip().partition("-")
@@ -270,7 +275,7 @@ _CRIO = "io.kubernetes.cri-o.LinuxResources"
 
 
 def sandbox_request(annotations: Mapping[str, Any]) -> ResourceRequest:
-    """What a CRI says of a pod as a whole, by the annotations of its sandbox.
+    """The request for a whole pod, which a CRI states in the annotations of its sandbox.
 
     Sources: containerd's ``pkg/cri/annotations``; CRI-O's ``LinuxResources`` (CRI's ``LinuxContainerResources``
     as JSON).
@@ -294,7 +299,7 @@ def sandbox_request(annotations: Mapping[str, Any]) -> ResourceRequest:
 
 
 def number(value: object) -> int:
-    """A whole number that somebody else wrote; 0 where it is none."""
+    """Parse a whole number from untrusted input; 0 if it is malformed."""
     try:
         return int(str(value))
     except ValueError:
@@ -302,7 +307,7 @@ def number(value: object) -> int:
 
 
 def request_of(spec: Mapping[str, Any]) -> ResourceRequest:
-    """What the first container of a sandbox asks for: for its pod, where a CRI says so, else for itself."""
+    """The request of a sandbox's first container: the one for its pod if a CRI states it, otherwise its own."""
     pod = sandbox_request(spec.get("annotations") or {})
     own = container_request((spec.get("linux") or {}).get("resources") or {})
     if pod.cpus is None and pod.memory is None:
@@ -316,22 +321,22 @@ def request_of(spec: Mapping[str, Any]) -> ResourceRequest:
 
 
 def host_memory(memory_mib: int, overhead_mib: int) -> int:
-    """Bytes that a machine of this size and its helpers may use on the host.
+    """Bytes that a machine and its helpers may use on the host.
 
     Args:
-        memory_mib: The machine's memory.
-        overhead_mib: What running it takes besides (`kata.hypervisor.protocols.Monitor.host_overhead_mib`).
+        memory_mib: The machine's memory, in MiB.
+        overhead_mib: Fixed overhead in MiB (`kata.hypervisor.protocols.Monitor.host_overhead_mib`).
     """
     return (memory_mib + overhead_mib + int(memory_mib * HOST_GROWING_PART)) * MIB
 
 
 def host_cpus(vcpus: int) -> float:
-    """Processors of the host that a machine with so many and its helpers may use."""
+    """Number of the host's processors that a machine with *vcpus* processors and its helpers may use."""
     return vcpus + HOST_CPUS
 
 
 def host_available_mib() -> int:
-    """MiB that new processes can have without swapping (``MemAvailable``)."""
+    """Memory (MiB) available to new processes without swapping (``MemAvailable``)."""
     return _meminfo()["MemAvailable"] >> 10
 
 

@@ -1,12 +1,13 @@
-"""A sandbox's cgroup as a scope of systemd: with the systemd cgroup driver, systemd is told of it.
+"""Registers a sandbox's cgroup as a systemd scope, for clients that use the systemd cgroup driver.
 
-A kubelet with that driver, and Docker on a host with cgroup version 2, name a cgroup as ``slice:prefix:name``. The tree
-is systemd's then: it takes controllers away from a slice as soon as no unit that it knows needs them, so a directory
-made behind its back loses its limits. The scope is delegated to us (``Delegate=yes``): in it systemd changes nothing.
+A kubelet with that driver, and Docker on a host with cgroup version 2, name a cgroup as ``slice:prefix:name``. Then
+systemd owns the tree. It disables a controller in a slice as soon as no unit that it knows needs it, so a directory
+that systemd does not know loses its limits. The scope is delegated to us (``Delegate=yes``): systemd changes nothing in
+it.
 
-systemd-run(1) asks for it, from systemd's private socket, so neither a message bus nor a client library is needed. It
-registers the process that it is and becomes the program that it was given, which keeps the scope until the sandbox's
-own processes are in it. When the last of these has ended, systemd takes the scope away.
+systemd-run(1) creates the scope through systemd's private socket, so neither a message bus nor a client library is
+needed. It registers its own process and then executes a program, which keeps the scope alive until the sandbox's
+processes are in it. When the last of these has ended, systemd removes the scope.
 
 Source: systemd.scope(5), systemd.resource-control(5), and systemd's ``docs/CGROUP_DELEGATION.md``.
 """
@@ -29,13 +30,13 @@ _HOLD = f"echo {_UP.decode().strip()}; exec sleep infinity"
 
 
 def unit_of(cgroups_path: str) -> tuple[str, str] | None:
-    """The slice and the unit that a specification's ``cgroupsPath`` names.
+    """Return the slice and the unit that a specification's ``cgroupsPath`` names.
 
     Args:
-        cgroups_path: ``slice:prefix:name``; an empty slice is the system's.
+        cgroups_path: ``slice:prefix:name``; an empty slice stands for ``system.slice``.
 
     Returns:
-        None if it is a path.
+        Names of slice and unit; None if it is a path.
     """
     parts = cgroups_path.split(":")
     if len(parts) != 3:
@@ -45,18 +46,18 @@ def unit_of(cgroups_path: str) -> tuple[str, str] | None:
 
 
 def managed_by_systemd(unit: str) -> bool:
-    """Whether systemd runs here (sd_booted(3)) and can be asked for such a unit: a slice has no processes."""
+    """Whether systemd runs on this host (sd_booted(3)) and can create *unit*, which must not be a slice."""
     return unit.endswith(".scope") and os.path.isdir("/run/systemd/system")
 
 
 class Scope:
-    """A scope that was made; it stays until `release`, and as long as it has processes after that.
+    """A new scope. It exists until `release`, and after that as long as it has other processes.
 
     Args:
-        journal: The sandbox's.
-        slice_name: The slice's.
-        unit: Its own name.
-        properties: Names and values, as of systemd.resource-control(5).
+        journal: The sandbox's journal.
+        slice_name: Name of the slice that it is made in.
+        unit: Name of the scope.
+        properties: ``NAME=VALUE`` strings, see systemd.resource-control(5).
 
     Raises:
         OSError: systemd refused, did not answer in time, or cannot be asked; `strerror` says why.
@@ -91,11 +92,11 @@ class Scope:
 
     @property
     def pid(self) -> int:
-        """Of the process that keeps it."""
+        """Process id of the program that keeps the scope alive."""
         return self._child.pid
 
     def release(self) -> None:
-        """End the process that has kept it; may be called again."""
+        """End the program that keeps the scope alive. Idempotent."""
         self._child.kill()
         self._child.wait(PATIENCE_S)
         self._child.close()
@@ -104,8 +105,12 @@ class Scope:
 def change(unit: str, properties: list[str]) -> str:
     """Set properties of a scope, until it ends. Blocks for some milliseconds.
 
+    Args:
+        unit: Name of the scope.
+        properties: ``NAME=VALUE`` strings.
+
     Returns:
-        Empty, or why systemd did not.
+        The reason why systemd refused; empty on success.
     """
     import subprocess
 
