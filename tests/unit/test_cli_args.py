@@ -212,8 +212,8 @@ def test_detach_keys() -> None:
     ("argv", "said"),
     [
         (["push", "x"], "kata has no command 'push'\nhint: build, tag and push with docker"),
-        (["container", "rename", "a", "b"], "the name is given with kata run --name"),
-        (["run", "--label", "a=b", "x"], "kata run has no option --label\nhint: keep notes elsewhere"),
+        (["container", "rename", "a", "b"], "kata run --name sets the name"),
+        (["run", "--label", "a=b", "x"], "kata run has no option --label\nhint: containers have no labels"),
         (["run", "--net", "none", "x"], "it is called --network"),
         (["run", "--health-interval", "5s", "x"], "kata exec NAME PROGRAM"),
         (["run", "--device-read-bps", "/dev/vda:1mb", "x"], "limits are --cpus"),
@@ -272,8 +272,8 @@ def _has(options: set[str], option: str) -> bool:
 
 
 VERBS = {
-    "agent",
     "again",
+    "agent",
     "and",
     "as",
     "changes",
@@ -285,6 +285,7 @@ VERBS = {
     "maps",
     "reads",
     "runs",
+    "with",
 }
 """What follows the name in sentences that are about kata."""
 

@@ -171,7 +171,7 @@ def test_what_others_add_later_stays(
         (WITH_RUNC.replace("runtimes.runc", "runtimes.kata"), "already"),
         ("version = \n", "is not TOML"),
         ('version = "two"\n', "containerd cannot read"),
-        ('version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]\nruntimes = {}\n', "in a form that"),
+        ('version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]\nruntimes = {}\n', "in a form to which"),
         ("# begin: kata's runtime class handler, by `kata install containerd`\n", "without the one that ends"),
     ],
     ids=["taken", "broken", "no number", "inline", "half"],

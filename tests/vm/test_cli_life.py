@@ -887,7 +887,7 @@ def test_doctor_fails_where_nothing_can_run(shared_kata: Kata, tmp_path: Path) -
 
     done = subprocess.run(shared_kata.command("doctor"), env=env, capture_output=True, check=False)
     assert done.returncode == 1
-    assert b"mend: kata guest build" in done.stdout
+    assert b"fix: kata guest build" in done.stdout
 
 
 def test_version(shared_kata: Kata) -> None:
@@ -895,4 +895,4 @@ def test_version(shared_kata: Kata) -> None:
 
 
 def test_gc_has_nothing_to_do(kata_env: Kata) -> None:
-    assert kata_env.ok("gc") == "nothing to clear\n"
+    assert kata_env.ok("gc") == "nothing to remove\n"

@@ -1,10 +1,10 @@
 """Option parsing for the human commands.
 
-A command declares its options as a table; parsing, ``--help`` and the messages for mistakes come from it.
-Conventions are Docker's and Podman's: options stop at the first positional argument when the rest belongs to
-another program (``kata run IMAGE CMD...``), short flags may be joined (``-it``), a value may be attached
-(``-eK=V``, ``--name=x``), ``--flag=false`` switches a flag off. argparse does none of the first, and its import
-costs as much as the rest of the command line together.
+A command declares its options as a table, from which parsing, ``--help`` and error messages are derived. The
+conventions are Docker's and Podman's: options end at the first positional argument when what follows belongs to another
+program (``kata run IMAGE CMD...``), short flags may be joined (``-it``), a value may be attached (``-eK=V``,
+``--name=x``), ``--flag=false`` switches a flag off. argparse does not support the first of these, and its import costs
+as much as the rest of the command line together.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Option:
     """One option of a command.
 
     Args:
-        names: Spellings, e.g. ``"-e --env"``; the last long one, without dashes, names the result.
-        metavar: What the value is called in the help; empty for a flag.
-        text: One line for the help.
-        many: May be given repeatedly; the result is a list.
+        names: Spellings, e.g. ``"-e --env"``; the last long one, without dashes, is the key of the result.
+        metavar: Placeholder of the value in the help; empty for a flag.
+        text: Description for the help.
+        many: Whether the option may be repeated; the result is a list then.
     """
 
     __slots__ = ("key", "kind", "metavar", "names", "text")
@@ -43,7 +43,7 @@ class Option:
 
 
 class Arguments:
-    """What was given: a flag is a bool, a value a str or None, a repeatable option a list of str."""
+    """The parsed command line: a flag is a bool, a value a str or None, a repeatable option a list of str."""
 
     __slots__ = ("_values", "rest")
 
@@ -67,12 +67,13 @@ class Command:
     """A command's grammar.
 
     Args:
-        name: As typed after ``kata``.
+        name: Name of the command, after ``kata``.
         usage: The positional part of the usage line, e.g. ``"IMAGE [COMMAND [ARG...]]"``.
-        summary: What it does, in one line.
+        summary: What the command does, in one line.
         options: Its options.
-        least, most: How many positional arguments it takes; *most* None for any number.
-        interspersed: Options may also follow positional arguments; false where the first positional argument
+        least: Minimum number of positional arguments.
+        most: Maximum number of positional arguments; None for any number.
+        interspersed: Whether options may follow positional arguments; false where the first positional argument
             starts another program's command line.
         notes: Further paragraphs for the help.
     """
@@ -101,12 +102,12 @@ class Command:
         self.notes = notes
 
     def parse(self, argv: Sequence[str]) -> Arguments:
-        """Parse what follows the command's name.
+        """Parse the arguments after the command's name.
 
         Raises:
-            UsageError: An option is unknown, lacks its value or has one too many; too few or too many
+            UsageError: An option is unknown, lacks its value or takes none; or there are too few or too many
                 positional arguments.
-            SystemExit: ``--help`` was given; the help was printed.
+            SystemExit: ``--help`` was given, and the help was printed.
         """
         by_name = {name: option for option in self.options for name in option.names}
         values: dict[str, bool | str | list[str] | None] = {

@@ -1,4 +1,4 @@
-"""`kata install` and `kata uninstall`: what other programs' configuration says of kata."""
+"""`kata install` and `kata uninstall`: they register kata in the configuration of containerd or Docker."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ COMMANDS = {
     "install": Command(
         "install",
         "containerd|docker",
-        "Tells a client of this machine about kata: Kubernetes' CRI in containerd of the handler 'kata', Docker of"
-        " the runtime 'kata'.",
+        "Registers kata with a client on this machine: as the handler 'kata' of containerd's CRI plugin (Kubernetes),"
+        " or as the runtime 'kata' of Docker.",
         _OPTIONS,
         least=1,
         most=1,
-        notes="The file as it was is kept beside it (.before-kata). What was written is checked with `containerd"
-        " config dump`\nor `dockerd --validate`, and taken back if they do not like it. The client is not restarted.",
+        notes="A copy of the original file is kept beside it (.before-kata). The result is checked with `containerd"
+        " config dump`\nor `dockerd --validate`, and the change is undone if that fails. The client is not restarted.",
     ),
     "uninstall": Command(
         "uninstall",
         "containerd|docker",
-        "Takes back what `kata install` wrote, byte for byte.",
+        "Undoes what `kata install` wrote, byte for byte.",
         _OPTIONS,
         least=1,
         most=1,
@@ -50,12 +50,12 @@ _WHERE_SERVICES_LOOK = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
 
 
 def _look_for_shim() -> None:
-    """Warn where the client would not find the shim: containerd and dockerd say nothing of it when they start."""
+    """Warn if the client would not find the shim: containerd and dockerd do not report that when they start."""
     if shutil.which(SHIM, path=_WHERE_SERVICES_LOOK) is None:
         other = shutil.which(SHIM, path=os.environ.get("PATH"))
         _say(
-            f"warning: {SHIM} is in none of {_WHERE_SERVICES_LOOK.replace(':', ', ')}, where a service of"
-            " systemd's looks for it: containers would fail when they start\n"
+            f"warning: {SHIM} is in none of {_WHERE_SERVICES_LOOK.replace(':', ', ')}, where systemd services"
+            " look for it: containers would fail to start\n"
             + (f"hint: ln -s {other} /usr/local/bin/" if other else "hint: make install")
         )
 
@@ -63,7 +63,7 @@ def _look_for_shim() -> None:
 def _client(arguments: Arguments) -> str:
     name = arguments.rest[0]
     if name not in ("containerd", "docker"):
-        raise UsageError(f"kata knows no client {name!r}", "containerd or docker")
+        raise UsageError(f"unknown client {name!r}", "containerd or docker")
     return name
 
 
@@ -73,7 +73,7 @@ def _install(arguments: Arguments) -> int:
     path = arguments.value("config") or client_containerd.DEFAULT_PATH
     edits, daemon = client_containerd.install(path)
     if not edits:
-        _say(f"containerd's CRI has the handler {client_containerd.HANDLER!r} already, by {path}")
+        _say(f"containerd's CRI has the handler {client_containerd.HANDLER!r} already, from {path}")
         return 0
     if _shown(arguments, edits):
         return 0
@@ -90,7 +90,7 @@ def _install_docker(arguments: Arguments) -> int:
     daemon = client_docker.daemon()
     edits = client_docker.install(path)
     if not edits:
-        _say(f"Docker has the runtime {client_docker.NAME!r} already, by {path}")
+        _say(f"Docker has the runtime {client_docker.NAME!r} already, from {path}")
         return 0
     if _shown(arguments, edits):
         return 0
@@ -102,7 +102,7 @@ def _install_docker(arguments: Arguments) -> int:
 
 
 def _apply_checked(edits: list[Edit], check: Callable[[], None]) -> None:
-    """Make the edits, and take them back when the client does not like what came of them."""
+    """Make the edits, and undo them if *check* fails."""
     _apply(edits)
     try:
         check()

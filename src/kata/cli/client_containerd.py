@@ -1,10 +1,10 @@
-"""Telling containerd's CRI plugin of the runtime class handler ``kata``, and taking that back.
+"""Registers the runtime class handler ``kata`` with containerd's CRI plugin, and removes it again.
 
-containerd 2 merges the files that ``imports`` of its configuration names, table by table: the handler becomes a
-file of its own there. containerd 1.x lets a plugin's section in an imported file take the place of the whole
-section, so there (and where nothing is imported) a marked block is appended to the main file. It also drops its own
-default handler (runc) as soon as a file names any other one, so that is then written down as well. Whatever was
-written is tried with ``containerd config dump``: it has to show the handler, and everything else as before.
+containerd 2 merges imported configuration files (``imports``) table by table, so the handler gets a file of its own.
+In containerd 1.x a plugin's section in an imported file replaces the whole section, so there (and where nothing is
+imported) a marked block is appended to the main file. containerd 1.x also drops its default handler (runc) as soon as a
+file names any handler; in that case runc is written as well. The result is checked with ``containerd config dump``:
+it has to show the handler, and otherwise be unchanged.
 
 Source: containerd's ``docs/man/containerd-config.toml.5.md`` and ``docs/cri/config.md``.
 """
@@ -39,16 +39,16 @@ _SECTIONS = {
     2: 'plugins."io.containerd.grpc.v1.cri"',
     3: 'plugins."io.containerd.cri.v1.runtime"',
 }
-"""The CRI plugin's section by the version of the configuration file; in later ones as in 3."""
+"""Name of the CRI plugin's section, by version of the configuration file; later versions are like 3."""
 _DROP_IN_VERSION = 3
 _DUMP_S = 30.0
 
 
 class Daemon:
-    """containerd as it is installed here.
+    """The installed containerd.
 
     Attributes:
-        program: Its path.
+        program: Path of the program.
         version: (major, minor).
     """
 
@@ -57,34 +57,34 @@ class Daemon:
         self.version = version
 
     def dump(self, path: str) -> dict[str, Any]:
-        """The configuration that it would run with.
+        """Return the configuration that containerd would run with, given the file *path*.
 
         Raises:
-            ConfigError: It cannot read the file.
+            ConfigError: containerd cannot read the file.
         """
         command = [self.program, "--config", path, "config", "dump"]
         if not os.path.exists(path):
-            command = [self.program, "config", "default"]  # 1.x refuses a missing file that is named
+            command = [self.program, "config", "default"]  # 1.x refuses the name of a missing file
         try:
             done = subprocess.run(command, capture_output=True, timeout=_DUMP_S, check=False)
         except (OSError, subprocess.SubprocessError) as error:
             raise HostError(f"cannot run {self.program}: {error}") from None
         if done.returncode:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it says nothing"]
-            raise ConfigError(f"containerd cannot read {path}: {last[0]}", f"mend {path} first")
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it gives no reason"]
+            raise ConfigError(f"containerd cannot read {path}: {last[0]}", f"fix {path} first")
         return tomllib.loads(done.stdout.decode(errors="replace"))
 
 
 def daemon() -> Daemon:
-    """The containerd on the PATH.
+    """Find containerd on the PATH.
 
     Raises:
-        HostError: There is none, or it does not say which it is.
+        HostError: There is none, or it does not report its version.
     """
     program = shutil.which("containerd")
     if not program:
         raise HostError(
-            "containerd is not on the PATH: what it makes of a configuration cannot be checked",
+            "containerd is not on the PATH, so its configuration cannot be checked",
             "PATH=/where/it/is:$PATH kata install containerd",
         )
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
@@ -95,16 +95,16 @@ def daemon() -> Daemon:
 
 
 def install(path: str) -> tuple[list[Edit], Daemon]:
-    """What has to be changed so that CRI knows the handler.
+    """Work out the changes that register the handler.
 
     Args:
         path: containerd's configuration file; it need not exist.
 
     Returns:
-        The changes, none if all is done; and the daemon to `check` them with.
+        The changes (none if the handler is registered already), and the daemon for `check`.
 
     Raises:
-        AlreadyExistsError: Somebody else has configured a handler of that name.
+        AlreadyExistsError: There is another handler of that name.
         ConfigError: A file cannot be read or changed.
         HostError: There is no containerd.
     """
@@ -122,7 +122,7 @@ def install(path: str) -> tuple[list[Edit], Daemon]:
         raise AlreadyExistsError(
             f"containerd's CRI has a handler {HANDLER!r} already, of runtime_type"
             f" {handler.get('runtime_type', '')!r}: {path} or a file that it imports",
-            "take that out first; nothing has been changed",
+            "remove that first; nothing has been changed",
         )
     wanted: dict[str, bytes | None] = {name: cut.get(name) for name in old}
     if drop_in:
@@ -154,14 +154,14 @@ def install(path: str) -> tuple[list[Edit], Daemon]:
             _parse(kept + "\n" + block, path)
         except ConfigError:
             raise ConfigError(
-                f"{path} holds the CRI plugin's runtimes in a form that no table can be added to",
+                f"{path} holds the CRI plugin's runtimes in a form to which no table can be added",
                 f"write it there by hand: runtime_type = {RUNTIME_TYPE!r}; nothing has been changed",
             ) from None
     return [Edit(name, old[name], data) for name, data in wanted.items() if data != old[name]], found
 
 
 def uninstall(path: str) -> list[Edit]:
-    """What has to be changed so that no trace of `install` is left.
+    """Work out the changes that remove everything that `install` wrote.
 
     Raises:
         ConfigError: A file cannot be read.
@@ -181,7 +181,7 @@ def uninstall(path: str) -> list[Edit]:
 
 
 def is_installed(path: str) -> bool:
-    """Whether a configuration, or our file that it imports, has the handler. A quick look, for `kata doctor`."""
+    """Whether a configuration, or our file that it imports, has the handler. A quick check for `kata doctor`."""
     try:
         config = _parse(text_of(read(path) or b"", path), path)
     except ConfigError:
@@ -191,7 +191,7 @@ def is_installed(path: str) -> bool:
 
 
 def check(found: Daemon, path: str, before: dict[str, Any]) -> None:
-    """Whether containerd sees what was written, and nothing else that is new.
+    """Check that containerd sees the handler, and that nothing else has changed.
 
     Args:
         found: The daemon.
@@ -199,7 +199,7 @@ def check(found: Daemon, path: str, before: dict[str, Any]) -> None:
         before: Its dump from before the change.
 
     Raises:
-        ConfigError: It does not; the caller takes the change back.
+        ConfigError: The check failed; the caller undoes the change.
     """
     after = found.dump(path)
     handler = handlers(after).get(HANDLER)
@@ -207,7 +207,7 @@ def check(found: Daemon, path: str, before: dict[str, Any]) -> None:
         raise ConfigError(f"containerd does not see the handler {HANDLER!r} that was written for {path}")
     for dump in (before, after):
         handlers(dump).pop(HANDLER, None)
-        # Of what it reads itself the list of files differs, and nothing else may.
+        # The list of imported files may differ, and nothing else.
         dump.pop("imports", None)
     if before != after:
         names = sorted(name for name in {**before, **after} if before.get(name) != after.get(name))
@@ -217,10 +217,10 @@ def check(found: Daemon, path: str, before: dict[str, Any]) -> None:
 
 
 def clear_up(edits: list[Edit]) -> list[str]:
-    """After `uninstall` was applied: remove backups of files that are as they were, and directories we made.
+    """Clean up after `uninstall`: remove backups of files that are in their original state, and directories we made.
 
     Returns:
-        Sentences about what stays.
+        Sentences about what is left.
     """
     said = []
     for edit in edits:
@@ -238,7 +238,7 @@ def clear_up(edits: list[Edit]) -> list[str]:
 
 
 def handlers(dump: dict[str, Any]) -> dict[str, Any]:
-    """CRI's handlers in a dump (or a configuration), by name."""
+    """The CRI plugin's handlers in a dump or a configuration, by name."""
     plugins = dump.get("plugins") or {}
     found: dict[str, Any] = {}
     for name in ("cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"):
@@ -253,9 +253,9 @@ def _table_name(version: int, handler: str) -> str:
 
 
 def _toml(name: str, table: dict[str, Any]) -> str:
-    """A table of texts, numbers, truths, lists of texts, and such tables."""
+    """Write a table whose values are strings, numbers, booleans, lists of strings, and such tables."""
     inner = {key: value for key, value in table.items() if isinstance(value, dict)}
-    # What JSON writes of these values, TOML reads.
+    # The JSON form of these values is valid TOML.
     lines = [f"  {key} = {json.dumps(value)}\n" for key, value in table.items() if key not in inner]
     more = [_toml(f"{name}.{key}", value) for key, value in inner.items()]
     return "".join([f"[{name}]\n", *lines, *more])
@@ -272,7 +272,7 @@ def _table(version: int) -> str:
 
 
 def _drop_in(config: dict[str, Any], path: str) -> str:
-    """Where a file of ours would be imported from; empty if the configuration imports no directory."""
+    """Path of a file of ours that the configuration would import; empty if it imports no directory."""
     for pattern in config.get("imports") or ():
         directory, name = os.path.split(str(pattern))
         if name == "*.toml" and "*" not in directory:
@@ -284,14 +284,14 @@ def _parse(text: str, path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}", "mend that first; it is unchanged") from None
+        raise ConfigError(f"{path} is not TOML: {error}", "fix that first; the file is unchanged") from None
 
 
 def _cut(text: str, path: str) -> bytes | None:
-    """*text* without our block; None if the file was made for it and holds nothing else.
+    """Return *text* without our block; None if we made the file and it holds nothing else.
 
     Raises:
-        ConfigError: The block has lost its end.
+        ConfigError: The end of the block is missing.
     """
     start = text.find(_BEGIN)
     if start < 0:
@@ -300,7 +300,7 @@ def _cut(text: str, path: str) -> bytes | None:
     if end < 0:
         raise ConfigError(
             f"{path}: the line {_BEGIN!r} is there without the one that ends the block",
-            "take the block out by hand",
+            "remove the block by hand",
         )
     first = text[start : text.index("\n", start)]
     before, after = text[:start], text[end + len(_END) + 1 :]

@@ -1,7 +1,7 @@
-"""Giving Docker's daemon the runtime ``kata`` by its configuration file, and taking that back.
+"""Adds the runtime ``kata`` to the configuration file of Docker's daemon, and removes it again.
 
-``daemon.json`` has no comments and no directory of drop-ins. One member is put into its text, and all else stays
-as it is written.
+``daemon.json`` has neither comments nor a directory of drop-ins. One member is inserted into its text; everything else
+stays as it was written.
 
 Source: Docker's ``dockerd`` reference, "Daemon configuration file" and "Configure container runtimes".
 """
@@ -24,35 +24,35 @@ DEFAULT_PATH = "/etc/docker/daemon.json"
 NAME = "kata"
 VALUE = {"runtimeType": "io.containerd.kata.v2"}
 LEAST = 23
-"""The first version that knows shims as runtimes."""
+"""The first version of Docker that supports shims as runtimes."""
 _WHOLE = '{\n  "runtimes": {\n    "kata": {"runtimeType": "io.containerd.kata.v2"}\n  }\n}\n'
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Daemon:
-    """dockerd as it is installed here; *program* is its path."""
+    """The installed dockerd; *program* is its path."""
 
     def __init__(self, program: str) -> None:
         self.program = program
 
     def check(self, path: str) -> None:
-        """Let dockerd look at a configuration.
+        """Let dockerd validate a configuration file.
 
         Raises:
-            ConfigError: It refuses it.
+            ConfigError: dockerd refuses it.
         """
         command = [self.program, "--validate", "--config-file", path]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()[-1]
-            raise ConfigError(f"dockerd refuses {path}: {last}", f"mend {path} first")
+            last = (done.stderr.strip() or done.stdout.strip() or "it gives no reason").splitlines()[-1]
+            raise ConfigError(f"dockerd refuses {path}: {last}", f"fix {path} first")
 
 
 def daemon() -> Daemon:
-    """The dockerd on the PATH.
+    """Find dockerd on the PATH.
 
     Raises:
-        HostError: There is none, or it knows no shims.
+        HostError: There is none, or it does not support shims.
     """
     program = shutil.which("dockerd")
     if not program:
@@ -62,16 +62,22 @@ def daemon() -> Daemon:
     if match is None or int(match[1]) < LEAST:
         version = match[0].rstrip(",") if match else said.strip()
         raise HostError(
-            f"{program} ({version}) knows no shims as runtimes", f"install Docker {LEAST} or newer"
+            f"{program} ({version}) does not support shims as runtimes", f"install Docker {LEAST} or newer"
         )
     return Daemon(program)
 
 
 def install(path: str) -> list[Edit]:
-    """What has to be changed so that ``--runtime kata`` works.
+    """Work out the changes that make ``--runtime kata`` work.
+
+    Args:
+        path: dockerd's configuration file; it need not exist.
+
+    Returns:
+        The changes; none if the runtime is configured already.
 
     Raises:
-        AlreadyExistsError: There is a runtime of that name already, another one.
+        AlreadyExistsError: There is another runtime of that name.
         ConfigError: The file cannot be read or is not a JSON object.
     """
     raw = read(path)
@@ -84,13 +90,13 @@ def install(path: str) -> list[Edit]:
     if have is not None:
         raise AlreadyExistsError(
             f"{path} has a runtime {NAME!r} already: {json.dumps(have)}",
-            "take that out first; nothing has been changed",
+            "remove that first; nothing has been changed",
         )
     return [Edit(path, raw, _insert(text).encode())]
 
 
 def uninstall(path: str) -> list[Edit]:
-    """What has to be changed so that the runtime is gone again.
+    """Work out the changes that remove the runtime.
 
     Raises:
         ConfigError: The file cannot be read or is not a JSON object.
@@ -110,7 +116,8 @@ def uninstall(path: str) -> list[Edit]:
 
 
 def clear_up(edits: list[Edit]) -> list[str]:
-    """After `uninstall` was applied: remove the backup of a file that is as it was; sentences about what stays."""
+    """Clean up after `uninstall`: remove the backup of a file in its original state. Returns sentences about what is
+    left."""
     said = []
     for edit in edits:
         backup = read(edit.backup)
@@ -125,20 +132,20 @@ def runtimes(text: str, path: str) -> dict[str, Any]:
     """The runtimes in a configuration, by name.
 
     Raises:
-        ConfigError: It is not JSON, or not of the form that Docker wants, or says something twice.
+        ConfigError: It is not JSON, not of the form that Docker expects, or has a key twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
-            raise ConfigError(f"{path} says the same thing twice", "mend that first; it is unchanged")
+            raise ConfigError(f"{path} has the same key twice", "fix that first; the file is unchanged")
         return dict(pairs)
 
     try:
         found = json.loads(text, object_pairs_hook=unique)
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", "mend that first; it is unchanged") from None
+        raise ConfigError(f"{path} is not JSON: {error}", "fix that first; the file is unchanged") from None
     if not isinstance(found, dict) or not isinstance(found.get("runtimes", {}), dict):
-        raise ConfigError(f"{path} is not a JSON object with an object 'runtimes'", "it is unchanged")
+        raise ConfigError(f"{path} is not a JSON object with an object 'runtimes'", "the file is unchanged")
     return dict(found.get("runtimes") or {})
 
 
@@ -171,7 +178,7 @@ def _remove(text: str) -> str:
 
 
 def _without(text: str, spans: dict[str, tuple[int, int, int]], name: str) -> str:
-    """*text* without a member of an object, and without the comma that parted it from another one."""
+    """*text* without a member of an object, and without the comma that separates it from another member."""
     begin, _, end = spans[name]
     after = _skip(text, end)
     lead = begin
@@ -185,7 +192,7 @@ def _without(text: str, spans: dict[str, tuple[int, int, int]], name: str) -> st
 
 
 def _members(text: str, brace: int) -> dict[str, tuple[int, int, int]]:
-    """Where the members of the object at *brace* are: (start of the name, start of the value, its end)."""
+    """The positions of the members of the object at *brace*: (start of the name, start of the value, its end)."""
     found: dict[str, tuple[int, int, int]] = {}
     decoder = json.JSONDecoder()
     at = _skip(text, brace + 1)

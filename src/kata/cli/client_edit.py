@@ -1,4 +1,4 @@
-"""Changes to other programs' configuration files: shown as a difference, made whole or not at all, kept a copy of."""
+"""Edits other programs' configuration files: atomically, with a backup, and with a diff to show."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from kata import sysio
 from kata.errors import ConfigError, HostError
 
 BACKUP = ".before-kata"
-"""Appended to a file's name: the file as it was before it was changed for the first time."""
+"""Suffix of a file's backup: its content before the first change."""
 
 
 class Edit:
-    """One file to be changed, made or removed.
+    """The change of one file.
 
     Args:
-        path: The file; a symbolic link is followed, so that what it points to is changed.
-        before: Its bytes as they are; None if it does not exist.
-        after: What they are to be; None removes the file.
+        path: The file. A symbolic link is followed: its target is changed.
+        before: Its present bytes; None if it does not exist.
+        after: Its new bytes; None removes the file.
     """
 
     def __init__(self, path: str, before: bytes | None, after: bytes | None) -> None:
@@ -29,7 +29,7 @@ class Edit:
 
     @property
     def backup(self) -> str:
-        """Where the file as it was is kept."""
+        """Path of the backup."""
         return self.path + BACKUP
 
     def diff(self) -> str:
@@ -45,10 +45,10 @@ class Edit:
         """Make the change.
 
         Args:
-            keep_backup: Write the old bytes aside first, unless a backup is there.
+            keep_backup: Write a backup first, unless there is one already.
 
         Raises:
-            HostError: The file cannot be written; it is as it was.
+            HostError: The file cannot be written; it is unchanged.
         """
         try:
             if keep_backup and self.before is not None and not os.path.exists(self.backup):
@@ -60,7 +60,7 @@ class Edit:
                 _replace(self.path, self.after, self.path)
         except OSError as error:
             raise HostError(
-                f"cannot change {error.filename or self.path}: {error.strerror}", "it is as it was"
+                f"cannot change {error.filename or self.path}: {error.strerror}", "the file is unchanged"
             ) from None
 
     def _make_directories(self, directory: str) -> None:
@@ -70,7 +70,7 @@ class Edit:
             self._made.append(directory)
 
     def revert(self) -> None:
-        """Take the change back, with the backup and the directories that were made for it.
+        """Undo the change, and remove the backup and the directories that were made for it.
 
         Raises:
             HostError: The file cannot be written.
@@ -82,7 +82,7 @@ class Edit:
 
 
 def forget_backup(path: str) -> None:
-    """Remove the backup of a file that is as it was."""
+    """Remove the backup of a file that is in its original state."""
     try:
         os.unlink(os.path.realpath(path) + BACKUP)
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def forget_backup(path: str) -> None:
 
 
 def read(path: str) -> bytes | None:
-    """A file's bytes; None if there is no such file.
+    """Read a file; None if it does not exist.
 
     Raises:
         ConfigError: It cannot be read.
@@ -107,7 +107,7 @@ def read(path: str) -> bytes | None:
 
 
 def text_of(data: bytes, path: str) -> str:
-    """*data* as text.
+    """Decode *data*, the content of the file *path*.
 
     Raises:
         ConfigError: It is not UTF-8.
@@ -115,7 +115,9 @@ def text_of(data: bytes, path: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}", "mend that first; it is unchanged") from None
+        raise ConfigError(
+            f"{path} is not UTF-8 text: {error}", "fix that first; the file is unchanged"
+        ) from None
 
 
 def _lines(data: bytes | None) -> list[str]:
@@ -123,7 +125,7 @@ def _lines(data: bytes | None) -> list[str]:
 
 
 def _replace(path: str, data: bytes, like: str) -> None:
-    """Put *data* in a file's place at once, with the mode and owner of *like* where that exists."""
+    """Replace a file by *data* atomically, with the mode and owner of the file *like* if that exists."""
     try:
         status = os.stat(like)
     except FileNotFoundError:

@@ -1,10 +1,9 @@
-"""What may stand at a place of a command line: the answer that the shells' completion scripts print.
+"""Completion candidates for the shells' completion scripts (``tools/completion/``).
 
-``kata __complete line LINE`` gets the line up to the cursor, ``kata __complete words WORD...`` its words without the
-program, the last one being typed (``tools/completion/`` has the scripts). The answer is one candidate a line, a tab
-and a description; ``:files`` asks the shell for names of files as well. Everything comes from the
-commands' own tables, so nothing has to be kept in step with them. Whatever goes wrong, there are no candidates: an
-error message in the middle of somebody's typing helps nobody.
+``kata __complete line LINE`` takes the line up to the cursor; ``kata __complete words WORD...`` takes its words without
+the program, of which the last one is being typed. The output has one candidate a line: the word, a tab and a
+description. ``:files`` asks the shell to add file names. All candidates are derived from the commands' own tables. On
+any error there are no candidates: an error message in the middle of the line being typed would only disturb.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 FILES = (":files", "")
 _FILES = frozenset({"FILE", "PATH", "SRC", "DEST"})
-"""On the host. ``DIR`` and ``DST`` are the container's, which nobody looks into while somebody types."""
+"""Placeholders of paths on the host. ``DIR`` and ``DST`` are paths in the container, which are not completed."""
 _HELP = Option("-h --help", "", "describe the command")
 
 
@@ -33,10 +32,10 @@ def main(argv: Sequence[str], complete: Callable[[list[str], str], Candidates]) 
 
     Args:
         argv: ``line LINE`` or ``words WORD...``.
-        complete: Of a program: the words before the one that is being typed, and that one, to candidates.
+        complete: Returns a program's candidates, given the words before the one being typed, and that word.
 
     Returns:
-        0, whatever happened.
+        0, even after an error.
     """
     try:
         form, *given = argv
@@ -44,15 +43,15 @@ def main(argv: Sequence[str], complete: Callable[[list[str], str], Candidates]) 
         for text, description in complete(words[:-1], words[-1]):
             sys.stdout.write(f"{text}\t{description}\n" if description else f"{text}\n")
         sys.stdout.flush()
-    except Exception:  # see above
+    except Exception:  # no candidates, see the module's docstring
         pass
     return 0
 
 
 def split(line: str) -> list[str]:
-    """The words of the beginning of a command line; the last one is empty after a space.
+    """Split the beginning of a command line into words; the last one is empty after a space.
 
-    A quotation that is still open ends where the line does.
+    An open quotation ends with the line.
     """
     import shlex
 
@@ -70,8 +69,8 @@ def kata(commands: Mapping[str, tuple[str, str]], before: Sequence[str], word: s
 
     Args:
         commands: Command -> (module in `kata.cli`, summary).
-        before: The words before this one, without the program.
-        word: What has been typed of it.
+        before: The words before the one being typed, without the program.
+        word: The beginning of the word being typed.
     """
     from importlib import import_module
 
@@ -119,7 +118,7 @@ def _of_command(command: Command, before: Sequence[str], word: str) -> Candidate
 
 
 def waiting_for_value(item: str, by_name: dict[str, Option]) -> Option | None:
-    """The option in the word *item* whose value the next word is; None if there is none."""
+    """The option in *item* that takes the next word as its value; None if there is none."""
     if item.startswith("--"):
         option = by_name.get(item)
         return option if option is not None and option.kind != FLAG else None
@@ -137,7 +136,7 @@ def option_words(options: Iterable[Option], word: str) -> Candidates:
         for option in options:
             if name in option.names and option.metavar:
                 found = beginning(values(option.metavar), value)
-                # What the shell finds itself has no description, and no option in front.
+                # A request for the shell (":files") has neither a description nor the option in front.
                 return [(text if text[0] == ":" else f"{name}={text}", about) for text, about in found]
         return []
     return beginning([(name, option.text) for option in options for name in option.names], word)
@@ -150,7 +149,7 @@ def _argument(command: Command, given: Sequence[str], word: str) -> Candidates:
     found: Candidates = []
     for form in command.usage.split(" | "):
         if not command.interspersed:
-            form = form.split(" [")[0]  # from there on it is another program's command line
+            form = form.split(" [")[0]  # what follows is another program's command line
         kinds = [kind.strip("[]") for kind in form.split()]
         if not kinds:
             continue
@@ -165,7 +164,7 @@ def _argument(command: Command, given: Sequence[str], word: str) -> Candidates:
 
 
 def values(kind: str) -> Candidates:
-    """What may be given where a help has *kind*: ``CONTAINER``, ``none|user``, ``FILE``, ...; empty if anything."""
+    """Candidates for a placeholder of the help: ``CONTAINER``, ``none|user``, ``FILE``, ...; empty if unknown."""
     first = re.match(r"\[?(\w+)", kind)  # `[SRC:]DST[:OPTIONS]` begins with a file of the host
     if kind != "CONTAINER:PATH" and first and first[1] in _FILES:
         return [FILES]
@@ -183,12 +182,12 @@ def values(kind: str) -> Candidates:
         from kata.oci.capabilities import ALL
 
         return [("ALL", ""), *((name.removeprefix("CAP_"), "") for name in sorted(ALL))]
-    # In choices the words to be typed are small, and what stands for a value is not.
+    # In choices, literal words are written in lower case and placeholders in upper case.
     return [(choice, "") for choice in kind.split("|") if re.fullmatch(r"[a-z][a-z0-9,.-]*", choice)]
 
 
 def beginning(found: Iterable[tuple[str, str]], word: str) -> Candidates:
-    """Those of *found* that begin with *word*, and what the shell is asked to find."""
+    """Those of *found* that begin with *word*, and all requests for the shell."""
     return [pair for pair in found if pair[0].startswith(word) or pair == FILES]
 
 

@@ -1,4 +1,4 @@
-"""`kata config`: what is configured, by whom, and whether a file is right."""
+"""`kata config`: shows the configuration and where it comes from, and checks a file."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ COMMANDS = {
         "show|check [FILE]",
         "Shows the configuration that a sandbox would be started with, or checks a configuration file.",
         [
-            Option("--origin", "", "'show': who set each value: file and line, annotation, or nobody"),
-            Option("--config", "FILE", "'show': the configuration file, as containerd's ConfigPath"),
-            Option("--annotation", "NAME=VALUE", "'show': an annotation that a pod has", many=True),
+            Option(
+                "--origin", "", "'show': where each value was set: file and line, annotation, or default"
+            ),
+            Option("--config", "FILE", "'show': the configuration file, like containerd's ConfigPath"),
+            Option("--annotation", "NAME=VALUE", "'show': apply this annotation of a pod", many=True),
             Option("--json", "", "print JSON"),
         ],
         least=1,
         most=2,
         notes="Files: --config, $KATA_CONF_FILE, " + ", ".join(files.PLACES) + ": the first of them,\n"
         "and then config.d/*.toml beside it. docs/configuration.md describes every key.\n"
-        "'check' reads FILE alone (or all that would be read), fails at what is wrong, and lists what is accepted and\n"
-        "has no effect.",
+        "'check' reads only FILE (or, without it, all files that would be read), fails on errors, and lists keys that\n"
+        "are accepted but have no effect.",
     ),
 }
 
@@ -124,7 +126,7 @@ def _check(arguments: Arguments) -> int:
         return 0
     for row in idle:
         print(f"{row['origin']}: [{row['table']}] {row['key']}: accepted, has no effect: {row['reason']}")
-    # Of the keys as a whole the log has a sentence; each was told above.
+    # The remaining sentences are about several keys; single ones were listed above.
     of_keys = files.without_effect({name: conf.get(name) for name in conf.values})
     for note in conf.notes:
         if note not in of_keys:

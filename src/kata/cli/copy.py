@@ -1,9 +1,9 @@
 """`kata cp`: files and trees between the host and a container, running or not.
 
-The agent reads and writes below the container's root only, whatever symbolic links the container put there; on the
-host nothing is written outside the destination either, since names that come from the guest are checked and its
-symbolic links are made, never followed. A container that does not run is booted for the time of the copy without
-its command.
+The agent reads and writes only below the container's root, whatever symbolic links the container has made. On the host,
+nothing is written outside the destination: names from the guest are checked, and its symbolic links are created but
+never followed. For a container that is not running, its machine is booted for the copy, without the container's
+command.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _PIECE = 1 << 20
 _WARNINGS = 20
 _PERMISSION_DENIED = 7
-_SOCKET = "it is a socket, which is nothing without its process"
+_SOCKET = "it is a socket, which is useless without its process"
 
 COMMANDS = {
     "cp": Command(
@@ -46,20 +46,20 @@ COMMANDS = {
         "Copies files and directories between a container and the host.",
         [
             Option("-a --archive", "", "keep owners (uid and gid)"),
-            Option("-L --follow-link", "", "copy what SRC points to when it is a symbolic link"),
+            Option("-L --follow-link", "", "if SRC is a symbolic link, copy its target"),
         ],
         least=2,
         most=2,
-        notes="As in 'docker cp': a directory is copied into an existing DEST directory, or becomes DEST; with\n"
-        "SRC/. its content is. DEST or SRC '-' is a tar stream. Works on a running or a stopped container.\n"
-        "Hard links, fifos and devices are copied as such; not sockets, and no device onto the host: the exit\n"
-        "status is then 1.",
+        notes="As with 'docker cp', a directory is copied into an existing directory DEST, or becomes DEST; with\n"
+        "SRC/. only its content is copied. '-' as DEST or SRC is a tar stream. The container may be running or\n"
+        "stopped. Hard links, fifos and devices are copied as such. Sockets are left out, and so are devices when\n"
+        "copying to the host; the exit status is then 1.",
     )
 }
 
 
 def _split(text: str) -> tuple[str, str] | None:
-    """``CONTAINER:PATH`` as its two halves; None for a path of the host, which has a / before any colon."""
+    """Split ``CONTAINER:PATH`` into its two parts; None for a path of the host, which has a / before any colon."""
     name, colon, path = text.partition(":")
     if not colon or "/" in name or name in (".", ".."):
         return None
@@ -90,14 +90,14 @@ def _cp(arguments: Arguments) -> int:
         else:
             _in(guest, source, inner_path, owners=archive, follow=follow)
     if guest.left_out:
-        sys.stderr.write(f"error: {guest.left_out} of what was to be copied was not\n")
+        sys.stderr.write(f"error: not copied: {guest.left_out} of the files\n")
         return 1
     return 0
 
 
 @contextlib.contextmanager
 def _files(container: Container) -> Iterator[EngineClient]:
-    """An engine whose agent has the container's root file system mounted."""
+    """Provide an engine whose agent has mounted the container's root file system."""
     if container.running():
         with EngineClient(container.socket) as engine:
             yield engine
@@ -109,7 +109,7 @@ def _files(container: Container) -> Iterator[EngineClient]:
 
 
 class _Guest:
-    """The container's files, with the error's path in every message."""
+    """The container's files. Every error message names the path."""
 
     def __init__(self, engine: EngineClient, container: Container) -> None:
         self._engine = engine
@@ -117,17 +117,17 @@ class _Guest:
         self._name = container.name
         self.left_out = 0
         self.outside: dict[tuple[int, int], str] = {}
-        """Device and number of what has further names -> where the first of them is now."""
+        """Device and inode number of files with several links -> path of the first copied link."""
 
     def leave_out(self, what: str, why: str) -> None:
-        """Say that something cannot be copied; the exit status says so, too."""
+        """Report that a file cannot be copied; the exit status will be 1."""
         self.left_out += 1
         if self.left_out <= _WARNINGS:
             shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what[:300])
             sys.stderr.write(f"warning: {shown} is not copied: {why}\n")
 
     def stat(self, path: str, *, follow: bool) -> agentext_pb.FileInfo | None:
-        """What is at *path*, or None if there is nothing."""
+        """Return the attributes of *path*, or None if it does not exist."""
         request = agentext_pb.StatFileRequest(container_id=self._id, path=os.fsencode(path), follow=follow)
         try:
             return self._engine.call(SANDBOX, "Stat", request, agentext_pb.FileInfo)
@@ -145,7 +145,7 @@ class _Guest:
         return found
 
     def entries(self, path: str) -> Iterator[agentext_pb.FileInfo]:
-        """A directory's entries, by name."""
+        """Yield a directory's entries, sorted by name."""
         after = b""
         while True:
             request = agentext_pb.ListFilesRequest(
@@ -180,7 +180,7 @@ class _Guest:
         return self.entries(path) if whole or path not in ("/proc", "/sys") else iter(())
 
     def read(self, path: str, size: int) -> Iterator[bytes]:
-        """The file's content, no more of it than it had when it was looked at."""
+        """Yield the file's content, at most *size* bytes (its size when it was examined)."""
         offset = 0
         while offset < size:
             wanted = min(_PIECE, size - offset)
@@ -196,9 +196,9 @@ class _Guest:
             yield data
 
     def write(self, path: str, content: BinaryIO, **attributes: int | None) -> None:
-        """Make the file anew with this content.
+        """Write a new file with this content.
 
-        A symbolic link or a fifo at its place is replaced, not followed; when the new file is whole, and not before.
+        A symbolic link or a fifo in its place is replaced, not followed, and only when the new file is complete.
         """
         here = self.stat(path, follow=False)
         if here is None or stat.S_ISREG(here.mode):
@@ -236,24 +236,24 @@ class _Guest:
                 return
 
     def mkdir(self, path: str, **attributes: int | None) -> None:
-        """Make the directory, or give the one that is there these attributes."""
+        """Make the directory, or set the attributes of an existing one."""
         request = agentext_pb.MkdirRequest(
             container_id=self._id, path=os.fsencode(path), parents=True, **attributes
         )
         self._engine.call(SANDBOX, "Mkdir", request, Empty)
 
     def symlink(self, path: str, target: bytes, **attributes: int | None) -> None:
-        """Make a symbolic link; as with `link` and `node`, what is there goes only when that can be made."""
+        """Make a symbolic link. As with `link` and `node`, an existing file is replaced only if that succeeds."""
         request = agentext_pb.SymlinkRequest(
             container_id=self._id, path=os.fsencode(path), target=target, replace=True, **attributes
         )
         self._engine.call(SANDBOX, "Symlink", request, Empty)
 
     def link(self, path: str, target: str) -> str:
-        """Make a further name of a file that has been copied; one that it has already stays.
+        """Make a further hard link to a copied file. An existing link to it stays.
 
         Returns:
-            Why it cannot have that name, for example since that is on another file system; or nothing.
+            The reason why the link cannot be made, for example across file systems; empty on success.
         """
         request = agentext_pb.LinkRequest(
             container_id=self._id, path=os.fsencode(path), target=os.fsencode(target), replace=True
@@ -323,7 +323,7 @@ def _out_entry(
     if first and first != destination and kind != stat.S_IFDIR and _linked(first, destination):
         return
     if kind == stat.S_IFDIR and os.path.islink(destination):
-        os.unlink(destination)  # it would lead the writing elsewhere
+        os.unlink(destination)  # writing through the link would change another directory
     if kind == stat.S_IFDIR:
         os.makedirs(destination, exist_ok=True)
         for entry in guest.entries_to_copy(path, whole):
@@ -340,10 +340,8 @@ def _out_entry(
         guest.leave_out(path, _SOCKET)
         return
     else:
-        # The host's kernel would open another device by that number.
-        guest.leave_out(
-            path, "it is a device of the container's machine; in a tar stream (DEST -) it is kept"
-        )
+        # On the host, that number is another device.
+        guest.leave_out(path, "it is a device of the container's machine; a tar stream (DEST -) can hold it")
         return
     if info.links > 1 and kind != stat.S_IFDIR:
         guest.outside[info.device, info.number] = destination
@@ -355,7 +353,7 @@ def _out_entry(
 
 
 def _linked(first: str, destination: str) -> bool:
-    """Make a further name of a file that has been copied; whether the host's file systems allow it."""
+    """Make a further hard link to a copied file. Returns whether the host's file systems allow it."""
     try:
         _replace(destination, lambda aside: os.link(first, aside, follow_symlinks=False))
     except OSError as error:
@@ -381,14 +379,14 @@ def _write_file(destination: str, pieces: Iterator[bytes]) -> None:
 
 
 def _replace(destination: str, make: Callable[[str], None]) -> None:
-    """Make something, and only then take away what was in its place."""
+    """Call *make* with a temporary name, and then move the result to *destination*."""
     aside = os.path.join(os.path.dirname(destination), f".kata-{os.urandom(6).hex()}")
     try:
         make(aside)
         os.replace(aside, destination)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)  # between two names of one file rename(2) does nothing
+            os.unlink(aside)  # rename(2) does nothing if both names are links to the same file
 
 
 def _to_tar(guest: _Guest, source: str, out: BinaryIO, follow: bool) -> None:
@@ -440,7 +438,7 @@ _NODES = {
 
 
 class _Reader:
-    """A file of exactly *size* bytes over pieces; a file that shrank while it was read is filled with zeros."""
+    """A file object of exactly *size* bytes; if the file shrank while it was read, it is padded with zeros."""
 
     def __init__(self, pieces: Iterator[bytes], size: int) -> None:
         self._pieces = pieces
@@ -526,18 +524,18 @@ def _from_tar(guest: _Guest, stream: BinaryIO, destination: str) -> None:
     info = guest.need(base, follow=True)
     if not stat.S_ISDIR(info.mode):
         raise UsageError(
-            f"{destination} is no directory of the container", "a tar stream is unpacked into a directory"
+            f"{destination} is not a directory in the container", "a tar stream is unpacked into a directory"
         )
     try:
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             for member in tar:
                 _from_tar_member(guest, tar, member, base)
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError, zlib.error, lzma.LZMAError) as error:
-        raise UsageError(f"standard input is not a whole tar stream: {error}") from None
+        raise UsageError(f"standard input is not a complete tar stream: {error}") from None
 
 
 def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInfo, base: str) -> None:
-    # The agent resolves inside the container's root, so even ".." cannot lead out of it.
+    # The agent resolves paths inside the container's root, so even ".." cannot lead out of it.
     path = _below(base, member.name)
     if not 0 <= member.uid < _NOBODY or not 0 <= member.gid < _NOBODY:
         raise ValueError(f"{member.name!r} has the owner {member.uid}:{member.gid}")
@@ -550,7 +548,7 @@ def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInf
         guest.leave_out(member.name, f"its type {member.type!r} is unknown")
         return
     parent = posixpath.dirname(path)
-    if guest.stat(parent, follow=True) is None:  # an archive need not name the directories of its files
+    if guest.stat(parent, follow=True) is None:  # an archive need not contain the directories of its files
         guest.mkdir(parent)
     if member.issym():
         guest.symlink(path, os.fsencode(member.linkname), **owner)
@@ -570,7 +568,7 @@ def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInf
 
 _NODE_TYPES = {kind: mode for mode, kind in _NODES.items()}
 _NOBODY = (1 << 32) - 1
-"""The number that chown(2) takes for "leave it"; numbers of users and groups are below it."""
+"""The id that means "unchanged" to chown(2); ids of users and groups are below it."""
 
 
 def _below(base: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Ending a container from a command, and waiting until its sandbox is gone."""
+"""Ends a container from a command, and waits until its sandbox is gone."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from kata.cli.records import Container
 
 _AFTER_KILL_S = 10.0
-"""How long an engine may take to see a container end: it gives the guest a part of that."""
+"""How long an engine may take to end a container after SIGKILL, in seconds; the guest gets a part of that."""
 ENDED = (VMLostError, NotFoundError, HostError)
-"""What a call answers when the container, or its engine, ended before it."""
+"""Errors of a call when the container, or its engine, has ended before."""
 _DEADLINE_EXCEEDED = 4
 
 TELL_AFTER_S = 2.0
-"""An engine that is ending anyway needs no telling."""
+"""An engine that has not ended by itself after this time (in seconds) is told to."""
 KILL_AFTER_S = 8.0
-"""An engine that has been told, and still is there then, hangs: its journal says what there is to undo."""
+"""An engine that is still there after this time (in seconds) hangs. It is killed, and its journal is undone here."""
 
 
 def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool = False) -> bool:
-    """Return when the sandbox's run directory is gone, undoing it ourselves if its engine is dead.
+    """Wait until the sandbox's run directory is gone. If its engine is dead, undo its journal.
 
     Args:
-        container: Whose sandbox.
-        timeout_s: How long to wait.
-        tell: Tell a living engine to end (it may be starting a container that nobody wants any more), and end it if
-            it does not.
+        container: The container.
+        timeout_s: Seconds to wait.
+        tell: Tell a living engine to end (it may be starting a container that is no longer wanted), and kill it if it
+            does not.
 
     Returns:
-        Whether it is gone.
+        Whether the directory is gone.
     """
     from kata.journal import Journal
 
@@ -48,7 +48,7 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
     orders = [(TELL_AFTER_S, signal.SIGTERM), (KILL_AFTER_S, signal.SIGKILL)] if tell else []
     while os.path.isdir(directory):
         waited = time.monotonic() - began
-        with contextlib.suppress(KataError):  # the journal goes a moment before its directory
+        with contextlib.suppress(KataError):  # the journal disappears a moment before its directory
             journal = Journal.open(os.path.join(directory, "journal"))
             try:
                 if not journal.owner_alive():
@@ -68,12 +68,15 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
 
 
 def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
-    """End a container: its stop signal, SIGKILL after *grace_s* seconds, and its sandbox gone at the end.
+    """End a container: send its stop signal, SIGKILL after *grace_s* seconds, and wait until its sandbox is gone.
 
     Args:
-        container: Which.
-        grace_s: How long it may take after its stop signal; 0 is SIGKILL at once.
-        force: Nothing of it is needed any more: its sandbox does not get the time to write anything back.
+        container: The container.
+        grace_s: Seconds between its stop signal and SIGKILL; 0 for SIGKILL at once.
+        force: The container's files are no longer needed, so the guest gets no time to write them back.
+
+    Raises:
+        KataError: It has not ended.
     """
     state = container.state()
     if state["status"] not in (records.RUNNING, records.PAUSED):
@@ -84,7 +87,7 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
         with EngineClient(container.socket) as engine:
             if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
                 return
-            # Whatever the guest answers to it, the engine sees to it that it ends.
+            # Whatever the guest answers, the engine ends the container.
             with contextlib.suppress(AgentError, NotFoundError):
                 engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
             _ends_within(engine, container, 1.0 if force else _AFTER_KILL_S)
@@ -100,7 +103,7 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
 
 
 def _ends_by(engine: EngineClient, container: Container, number: int, status: str, seconds: float) -> bool:
-    """Send a signal, and say whether it has ended the container in time. What the guest answers does not count."""
+    """Send a signal. Returns whether the container ended in time, whatever the guest answered."""
     until = time.monotonic() + seconds
     with contextlib.suppress(AgentError, NotFoundError):
         if status == records.PAUSED:  # a frozen process cannot act on a signal

@@ -35,7 +35,7 @@ COMMANDS = {
             Option(
                 "-e --env",
                 "KEY[=VALUE]",
-                "set an environment variable; without a value, take ours",
+                "set an environment variable; without VALUE, copy it from this environment",
                 many=True,
             ),
             Option(
@@ -47,12 +47,14 @@ COMMANDS = {
             Option("-w --workdir", "DIR", "the command's working directory"),
             Option("-u --user", "USER[:GROUP]", "run as this user, by name or number"),
             Option("--privileged", "", "all capabilities of the guest"),
-            Option("--detach-keys", "KEYS", "keys that leave the command running behind (ctrl-p,ctrl-q)"),
+            Option(
+                "--detach-keys", "KEYS", "keys that detach and leave the command running (ctrl-p,ctrl-q)"
+            ),
         ],
         least=2,
         interspersed=False,
         notes="exit status: the command's own; 126 it cannot be executed, 127 it was not found, 128+N signal N.\n"
-        "When nobody reads the output any more, the command is ended (SIGPIPE, then SIGKILL); exit status 141.",
+        "When the reader of the output is gone, the command is ended (SIGPIPE, then SIGKILL); exit status 141.",
     ),
     "attach": Command(
         "attach",
@@ -61,7 +63,9 @@ COMMANDS = {
         [
             Option("--no-stdin", "", "do not connect standard input"),
             Option("--sig-proxy", "true|false", "pass signals on to the container (true)"),
-            Option("--detach-keys", "KEYS", "keys that leave the container running behind (ctrl-p,ctrl-q)"),
+            Option(
+                "--detach-keys", "KEYS", "keys that detach and leave the container running (ctrl-p,ctrl-q)"
+            ),
         ],
         least=1,
         most=1,
@@ -70,7 +74,7 @@ COMMANDS = {
 
 
 def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
-    """The runtime-spec ``process`` of an exec: the container's own with the command line's changes."""
+    """The runtime-spec ``process`` of an exec: the container's, changed by the command line's options."""
     with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
         process: dict[str, Any] = json.load(file)["process"]
     process["terminal"] = arguments.flag("tty")
@@ -155,11 +159,13 @@ def _exec(arguments: Arguments) -> int:
         return 0
     except VMLostError as error:
         cause = container.raw_state().get("error") or error.message
-        raise VMLostError(f"container {container.name} ended under the command: {cause}") from None
+        raise VMLostError(
+            f"container {container.name} ended while the command was running: {cause}"
+        ) from None
 
 
 def _end_without_output(client: EngineClient, container: Container, exec_id: str, gone: OutputGone) -> int:
-    """End a command that nobody could find any more, as the kernel does with one that writes to a closed pipe."""
+    """End a command whose output has no reader, as the kernel ends a process that writes to a closed pipe."""
     session.say_gone(gone, "the command is ended")
     for number in (signal.SIGPIPE, signal.SIGKILL):
         with contextlib.suppress(KataError):

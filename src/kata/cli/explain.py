@@ -1,4 +1,4 @@
-"""`kata explain`: how large a sandbox's machine is, and why: the formula with its numbers."""
+"""`kata explain`: shows the size of a sandbox's machine and the formula behind it, with its numbers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ COMMANDS = {
     "explain": Command(
         "explain",
         "ID",
-        "Explains the size of a running sandbox: what was asked for, the formula, and what it costs this host.",
+        "Explains the size of a running sandbox: the request, the formula, and what it costs this host.",
         [Option("--json", "", "print JSON")],
         least=1,
         most=1,
         notes="ID is a container of 'kata', or a container or pod of containerd, Docker or Kubernetes;\n"
-        "the beginning of an id is enough where only one begins so.",
+        "an unambiguous beginning of an id is enough.",
     ),
 }
 
 
 def _sandboxes() -> dict[str, dict[str, Any]]:
-    """Directory -> settings of each sandbox that has a run directory."""
+    """Settings of each sandbox that has a run directory, by that directory."""
     base = os.path.join(paths.run_dir(), "sandboxes")
     try:
         names = sorted(os.listdir(base))
@@ -50,14 +50,17 @@ def _describe(directory: str) -> dict[str, Any]:
 
 
 def find(reference: str) -> dict[str, Any]:
-    """The facts of the sandbox that a reference means.
+    """Find a sandbox and ask its engine to describe it.
 
     Args:
         reference: Name or id of a container or pod, or the beginning of an id.
 
+    Returns:
+        The engine's description.
+
     Raises:
-        NotFoundError: None runs with that name.
-        UsageError: Several ids begin so.
+        NotFoundError: No running sandbox matches.
+        UsageError: The beginning of an id is ambiguous.
         KataError: Its engine does not answer.
     """
     own = records.find_or_none(reference)
@@ -69,7 +72,7 @@ def find(reference: str) -> dict[str, Any]:
     ]
     found = exact or begins
     if not found:
-        # A pod's other containers are known to its engine only.
+        # Only its engine knows a pod's other containers.
         for directory in sandboxes:
             try:
                 names = list(_describe(directory)["containers"])
@@ -86,10 +89,10 @@ def find(reference: str) -> dict[str, Any]:
 
 
 def explain(facts: dict[str, Any]) -> dict[str, Any]:
-    """The formula with the numbers of one sandbox.
+    """Fill the formula with the numbers of one sandbox.
 
     Args:
-        facts: What its engine describes.
+        facts: Its engine's description.
     """
     size: dict[str, Any] = facts["sizing"]
     accel = facts["accelerator"]
@@ -136,7 +139,7 @@ def explain(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _beside(asked: int, kernel: str) -> int:
-    """MiB that a guest uses beside its containers, if those ask for so many bytes."""
+    """Memory (MiB) that a guest uses besides its containers, if those request *asked* bytes."""
     return -(-(sizing.total_of(asked, kernel) - asked) // sizing.MIB)
 
 
@@ -155,7 +158,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
             f"  container {name[:12]:<12}   {_asked(one)}" for name, one in asked["containers"].items()
         ]
         lines.append("  The pod's figure counts, and at least the sum of its containers'.")
-    lines += ["", "CPUs = those asked for, rounded up; default_vcpus when none are"]
+    lines += ["", "CPUs = requested CPUs, rounded up; default_vcpus without a request"]
     if asked["cpus"] is None:
         lines.append(f"  {cpus['now']} (as it was started)")
     else:
@@ -163,8 +166,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines.append(f"  now {cpus['now']}, at most {cpus['most']}")
     lines += [
         "",
-        "memory = (asked + what the guest uses beside containers + fixed part of the kernel) / (1 - part that grows),"
-        " rounded up; default_memory when none is asked",
+        "memory = (request + what the guest uses besides containers + fixed part of the kernel) / (1 - growing part of"
+        " the kernel), rounded up; default_memory without a request",
     ]
     needed = memory["first"]
     if asked["memory_mib"] is None:
@@ -177,7 +180,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         )
         if memory["unlimited"]:
             lines.append(
-                f"  and as far as there is room {memory['default']} MiB (default_memory) for containers without"
+                f"  plus, as far as there is room, {memory['default']} MiB (default_memory) for containers without"
                 f" a limit: {', '.join(name[:12] for name in memory['unlimited'])}"
             )
             needed += memory["default"]
@@ -188,7 +191,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += [f"  {line}" for line in _why_larger(memory, needed)]
     lines += [
         "",
-        "on the host = the machine and what running it takes (limits of its cgroup)",
+        "on the host = the machine and its overhead (limits of its cgroup)",
         f"  memory  {memory['now']} + {host['overhead_memory_mib']} = {host['memory_mib']} MiB"
         f" (the hypervisor holds {host['used_mib']} MiB)",
         f"  CPUs    {cpus['now']} + {host['overhead_cpus']:g} = {host['cpus']:g}",
@@ -203,14 +206,14 @@ def _why_larger(memory: dict[str, Any], needed: int) -> list[str]:
         return []
     if memory["returned"]:
         return [
-            "The rest is what the guest's kernel keeps for the memory that it was started with, and what it could not"
-            " give back."
+            "The rest is what the guest's kernel reserves for the memory that it was started with, and what it could"
+            " not give back."
         ]
     if memory["fixed"]:
-        return ["It keeps the size that it was started with; the limits hold in the guest."]
+        return ["It keeps the size that it was started with; limits are enforced in the guest."]
     return [
-        "It stays so until the next update: one that leaves every container with a limit lets it shrink. The limits"
-        " hold in the guest."
+        "It keeps this size until the next update; it can shrink if every container has a limit then. Limits are"
+        " enforced in the guest."
     ]
 
 

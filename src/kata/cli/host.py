@@ -27,7 +27,7 @@ COMMANDS = {
     "doctor": Command(
         "doctor",
         "",
-        "Checks what this machine can do; a failed check shows the command that mends it.",
+        "Checks what this machine supports. A failed check shows the command that fixes it.",
         [_JSON],
         most=0,
         notes="exit status: 0 if containers can be run, 1 if not.",
@@ -35,7 +35,7 @@ COMMANDS = {
     "gc": Command(
         "gc",
         "",
-        "Clears away what ended without clearing up, and image data that nothing needs.",
+        "Removes what crashed sandboxes left behind, and image data that is no longer needed.",
         [_JSON],
         most=0,
     ),
@@ -44,11 +44,11 @@ COMMANDS = {
         "build|info",
         "Builds the guest's kernel and initrd, or shows what is installed.",
         [
-            Option("--kernel", "small|distro|auto", "'small': own configuration, minutes to build, quick to boot;"
+            Option("--kernel", "small|distro|auto", "'small': own configuration, takes minutes to build, boots fast;"
                    " 'distro': Debian's package, ready in seconds; 'auto': small if it is built already (auto)"),
-            Option("--extension", "NAME", "make an archive of further programs as well, which a guest gets when"
+            Option("--extension", "NAME", "also build an archive of further programs, for guests of sandboxes for which"
                    " KATA_GUEST_EXTENSIONS names it: 'iptables', for GetIPTables and SetIPTables", many=True),
-            Option("--force", "", "build again what is there already"),
+            Option("--force", "", "rebuild what exists already"),
             _JSON,
         ],
         least=1,
@@ -64,7 +64,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 
 class Check:
-    """One verdict: what was looked at, how it is, and the command that mends it."""
+    """The result of one check: its subject, its state, and the command that fixes it."""
 
     __slots__ = ("blocking", "hint", "name", "result", "text")
 
@@ -144,8 +144,8 @@ def _network_helper() -> Check:
     found = children.find_program("passt")
     if found and passt.waits_for_clients(found):
         check.text += (
-            "; published TCP ports go through the engine: by this passt (older than 2023-09-27) nobody reaches a"
-            " server that speaks first"
+            "; published TCP ports go through the engine: this passt (older than 2023-09-27) does not support servers"
+            " that speak first"
         )
     return check
 
@@ -179,7 +179,7 @@ def _guest() -> Check:
 
 
 def _clients() -> list[Check]:
-    """containerd and Docker, if they are there: nobody needs them for `kata` itself."""
+    """containerd and Docker, if they are installed; the `kata` command does not need them."""
     found = []
     containerd = shutil.which("containerd")
     if containerd:
@@ -204,7 +204,7 @@ def _clients() -> list[Check]:
         if match is None or int(match[1]) >= _DOCKER_WITH_SHIMS:
             found.append(Check("docker", OK, match[0] if match else docker))
         else:
-            text = f"{match[0].rstrip(',')} knows no shims as runtimes, and cannot use kata"
+            text = f"{match[0].rstrip(',')} does not support shims as runtimes, so it cannot use kata"
             found.append(
                 Check(
                     "docker", WARN, text, f"install Docker {_DOCKER_WITH_SHIMS} or newer (Debian 13 has 26)"
@@ -214,7 +214,7 @@ def _clients() -> list[Check]:
 
 
 def _cri(text: str) -> Check:
-    """containerd can use kata; is its CRI told so? `ctr` and Docker do without."""
+    """Whether containerd's CRI plugin has a handler for kata, which `ctr` and Docker do not need."""
     from kata.cli import client_containerd
 
     path = client_containerd.DEFAULT_PATH
@@ -229,7 +229,7 @@ def _file_server() -> Check:
     from kata.guest import manifest
     from kata.hypervisor import accel, virtiofsd
 
-    by_9p = "volumes and containerd's root file systems are shared by 9p, slowly and incompletely"
+    by_9p = "volumes and containerd's root file systems are shared by 9p, which is slow and incomplete"
     program = virtiofsd.find()
     if program is None:
         return Check("virtiofsd", WARN, f"not found: {by_9p}", "apt-get install virtiofsd")
@@ -272,7 +272,7 @@ def _space() -> Check:
 
 
 def _hypervisor() -> list[Check]:
-    """What the hypervisor itself has to say."""
+    """The checks of the hypervisor itself."""
     from kata.config import files
     from kata.hypervisor import registry
 
@@ -322,7 +322,7 @@ def _doctor(arguments: Arguments) -> int:
     for check in checks:
         print(f"{paint.get(check.result, '')}{check.result:<4}{off}  {check.name:<{width}}  {check.text}")
         if check.hint:
-            print(f"      {'':<{width}}  mend: {check.hint}")
+            print(f"      {'':<{width}}  fix: {check.hint}")
     print("containers cannot be run yet" if blocked else "containers can be run")
     return int(blocked)
 
@@ -355,7 +355,7 @@ def _gc(arguments: Arguments) -> int:
         for line in [*report.undone, *stale, *removed, *half_made]:
             print(f"cleared {line}")
         if not (report.undone or stale or removed or half_made or report.failures):
-            print("nothing to clear")
+            print("nothing to remove")
     for line in report.failures:
         sys.stderr.write(f"error: {line}\n")
     return 1 if report.failures else 0

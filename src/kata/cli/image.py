@@ -29,7 +29,7 @@ COMMANDS = {
         "IMAGE...",
         "Fetches images from their registry (or converts an archive) into the local store.",
         [
-            Option("--platform", "OS/ARCH", "another platform than this machine's, e.g. linux/arm64"),
+            Option("--platform", "OS/ARCH", "a platform other than this machine's, e.g. linux/arm64"),
             Option("-q --quiet", "", "no progress, only the ids"),
         ],
         least=1,
@@ -39,7 +39,7 @@ COMMANDS = {
     "rmi": Command(
         "rmi",
         "IMAGE...",
-        "Removes images; one that a container uses stays.",
+        "Removes images, unless a container uses them.",
         [Option("-f --force", "", "remove all names of an image; no error if there is none")],
         least=1,
     ),
@@ -47,7 +47,7 @@ COMMANDS = {
 
 
 def users() -> dict[str, list[str]]:
-    """Image id -> names of the containers that were made from it."""
+    """The names of the containers that were made from each image, by the image's id."""
     found: dict[str, list[str]] = {}
     for container in records.all_containers():
         found.setdefault(container.record["image"]["id"], []).append(container.name)

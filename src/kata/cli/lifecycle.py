@@ -58,12 +58,12 @@ COMMANDS = {
         "Removes containers: their writable layer, volumes, log and name.",
         [
             Option("-f --force", "", "kill them first if they run; no error if there is none"),
-            Option("-v --volumes", "", "their volumes, too: they always go with their container"),
+            Option("-v --volumes", "", "accepted; volumes are always removed with their container"),
         ],
         least=1,
     ),
     "pause": Command("pause", "CONTAINER...", "Freezes all processes of containers.", least=1),
-    "resume": Command("resume", "CONTAINER...", "Lets paused containers go on.", least=1),
+    "resume": Command("resume", "CONTAINER...", "Resumes paused containers.", least=1),
     "wait": Command(
         "wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", least=1
     ),
@@ -71,7 +71,7 @@ COMMANDS = {
 
 
 def each(references: list[str], act: Callable[[Container], str | None]) -> int:
-    """Do the same for several containers, and go on after a failure; the first failure is raised at the end."""
+    """Call *act* for several containers. It goes on after a failure and raises the first one at the end."""
     from kata.cli.report import report
 
     failures: list[KataError] = []
@@ -110,7 +110,7 @@ def _start(arguments: Arguments) -> int:
         try:
             session.start_detached(container, discard=False)
         except session.Occupied:
-            if not container.running():  # else somebody was faster
+            if not container.running():  # otherwise another command has started it
                 raise
 
     return each(arguments.rest, act)
@@ -229,14 +229,14 @@ def wait(container: Container) -> int:
         Its exit code.
 
     Raises:
-        StateError: It was never started, or it was removed and took its exit code with it.
+        StateError: It was never started, or it was removed together with its exit code.
     """
     while container.running():
         try:
             with EngineClient(container.socket) as engine:
                 return engine.wait(container.id)
         except KataError:
-            # The record on disk says how it ended; it is written before the engine goes.
+            # The record on disk has the exit code; it is written before the engine ends.
             time.sleep(0.02)
             if records.load(container.id) is None:
                 raise StateError(f"container {container.name} was removed when it ended (--rm)") from None

@@ -1,4 +1,4 @@
-"""`kata ps`, `top`, `logs`, `port`, `inspect`, `stats`: they look and change nothing."""
+"""`kata ps`, `top`, `logs`, `port`, `inspect`, `stats`: the commands that change nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = {
         "",
         "Lists running containers.",
         [
-            Option("-a --all", "", "also the ones that are created or have ended"),
+            Option("-a --all", "", "also containers that were not started or have ended"),
             Option("-q --quiet", "", "ids only"),
             Option("--no-trunc", "", "do not shorten ids and commands"),
             _JSON,
@@ -47,8 +47,8 @@ COMMANDS = {
         "CONTAINER",
         "Shows what a container has written to its standard output and error.",
         [
-            Option("-f --follow", "", "go on until the container ends"),
-            Option("-t --timestamps", "", "put the time before each line"),
+            Option("-f --follow", "", "continue until the container ends"),
+            Option("-t --timestamps", "", "prefix each line with its time"),
             Option("-n --tail", "N|all", "only the last N lines"),
             Option("--json", "", "print the records as JSON, one a line"),
         ],
@@ -68,10 +68,10 @@ COMMANDS = {
     "stats": Command(
         "stats",
         "[CONTAINER...]",
-        "Shows what running containers use: once, or again and again.",
+        "Shows the resource usage of running containers, once or continuously.",
         [
-            Option("--no-stream", "", "once, the default when standard output is no terminal"),
-            Option("--interval", "SECONDS", "time between two looks (1)"),
+            Option("--no-stream", "", "only once; the default when standard output is not a terminal"),
+            Option("--interval", "SECONDS", "time between two readings (1)"),
             _JSON,
         ],
     ),
@@ -158,10 +158,10 @@ def _summary(container: Container, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def need_running(container: Container) -> dict[str, Any]:
-    """The container's state.
+    """Return the container's state.
 
     Raises:
-        StateError: It does not run.
+        StateError: It is not running.
     """
     state = container.state()
     if state["status"] not in (records.RUNNING, records.PAUSED):
@@ -242,7 +242,7 @@ def _tail_count(text: str | None) -> int | None:
 
 
 class _LogReader:
-    """Reads a rotated log from its oldest file on, and goes on reading across later rotations."""
+    """Reads a rotated log, starting with its oldest file, and follows later rotations."""
 
     def __init__(self, container: Container) -> None:
         self._path = container.log
@@ -256,7 +256,7 @@ class _LogReader:
         self._older = older[::-1]
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Whole records that have been written since the last call."""
+        """Yield the complete records that were written since the last call."""
         for path in self._older:
             try:
                 with open(path, "rb") as file:
@@ -298,7 +298,7 @@ def _record(line: bytes) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        return {"time": "", "stream": "stderr", "log": "[a record of the log cannot be read]\n"}
+        return {"time": "", "stream": "stderr", "log": "[a record of the log is unreadable]\n"}
     return record
 
 
@@ -413,7 +413,7 @@ def _describe(container: Container) -> dict[str, Any] | None:
         with EngineClient(container.socket) as engine:
             return engine.describe()
     except (KataError, OSError):
-        return None  # it ended between our look at its state and our question
+        return None  # it ended after we had read its state
 
 
 # ---- stats ----

@@ -1,6 +1,6 @@
-"""Entry point of the ``kata`` command: finds the sub-command, runs it, and words its errors.
+"""Entry point of the ``kata`` command: finds the sub-command, runs it, and reports its errors.
 
-Sub-commands are modules that are imported only when asked for, so that `kata run` does not pay for `kata pull`.
+Sub-commands are modules that are imported on use, so that `kata run` does not pay for `kata pull`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "kill": ("lifecycle", "send a signal to containers"),
     "rm": ("lifecycle", "remove containers"),
     "pause": ("lifecycle", "freeze all processes of containers"),
-    "resume": ("lifecycle", "let paused containers go on"),
+    "resume": ("lifecycle", "resume paused containers"),
     "update": ("update", "change the limits of containers"),
     "wait": ("lifecycle", "wait until containers end and print their exit codes"),
     "exec": ("execute", "run a further command in a running container"),
@@ -35,18 +35,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("listing", "show a container's output"),
     "port": ("listing", "list a container's published ports"),
     "inspect": ("listing", "show everything about containers as JSON"),
-    "stats": ("listing", "show what containers use"),
+    "stats": ("listing", "show the resource usage of containers"),
     "cp": ("copy", "copy files between a container and the host"),
     "images": ("image", "list images"),
     "pull": ("image", "fetch an image from a registry or an archive"),
     "rmi": ("image", "remove images"),
     "explain": ("explain", "explain the size of a sandbox: the formula with its numbers"),
     "config": ("config", "show the configuration and where it comes from, or check a file"),
-    "doctor": ("host", "check what this machine can do and how to mend what it cannot"),
-    "gc": ("host", "clear away what ended without clearing up"),
+    "doctor": ("host", "check what this machine supports, and show how to fix what it does not"),
+    "gc": ("host", "remove what crashed sandboxes left behind"),
     "guest": ("host", "build the guest's kernel and initrd, or show them"),
-    "install": ("client", "tell containerd or Docker of this machine about kata"),
-    "uninstall": ("client", "take back what `kata install` told them"),
+    "install": ("client", "register kata with containerd or Docker on this machine"),
+    "uninstall": ("client", "undo `kata install`"),
     "version": ("host", "show the versions of this program, its hypervisor and its guest"),
 }
 """Command -> (module in `kata.cli`, summary), in the order of the help."""
@@ -61,8 +61,8 @@ def _help() -> str:
         "usage: kata COMMAND [OPTION...] [ARG...]\n\n"
         "Runs each container in a lightweight virtual machine of its own, without a daemon.\n\n"
         f"commands:\n{listed}\n\n"
-        "'kata COMMAND --help' describes a command. KATA_STATE_DIR and KATA_RUN_DIR move its files\n"
-        "(/var/lib/kata and /run/kata). Runs as root for now.\n"
+        "'kata COMMAND --help' describes a command. KATA_STATE_DIR and KATA_RUN_DIR set the directories of its\n"
+        "files (/var/lib/kata and /run/kata). It has to run as root for now.\n"
     )
 
 
@@ -86,7 +86,7 @@ def dispatch(argv: Sequence[str]) -> int:
     name = "version" if argv[0] in ("-v", "--version") else argv[0]
     entry = COMMANDS.get(name)
     if entry is None:
-        if name == "__complete":  # for the shells' completion, which shows what is printed
+        if name == "__complete":  # for the shells' completion scripts
             from kata.cli import complete
 
             return complete.main(argv[1:], lambda before, word: complete.kata(COMMANDS, before, word))
@@ -117,10 +117,10 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 class _Output(io.FileIO):
-    """Standard output, whose failures say that they are its own."""
+    """Standard output; its errors can be told from those of other files."""
 
     def write(self, data: Any, /) -> int:
-        """As `io.FileIO.write`."""
+        """See `io.FileIO.write`."""
         try:
             return super().write(data)
         except OSError as error:
@@ -132,9 +132,9 @@ _STDOUT = "standard output"
 
 
 def _name_output() -> None:
-    """Have `sys.stdout` write by way of `_Output`."""
+    """Make `sys.stdout` write through `_Output`."""
     old = sys.stdout
-    # What is there for a test, or closed, stays.
+    # A replacement by a test, or a closed stream, is left alone.
     if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", None), io.FileIO):
         buffer = io.BufferedWriter(_Output(old.fileno(), "w", closefd=False))
         sys.stdout = io.TextIOWrapper(
@@ -143,7 +143,7 @@ def _name_output() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and turn every outcome into an exit status (125 for a failure of ours)."""
+    """Run the command line and turn every outcome into an exit status (125 for an error of kata itself)."""
     _name_output()
     try:
         return _outcome(argv)
@@ -169,16 +169,16 @@ def _outcome(argv: Sequence[str] | None) -> int:
     except ToldToEnd as told:
         import signal
 
-        signal.signal(told.number, signal.SIG_DFL)  # so that whoever waits for us learns of it
+        signal.signal(told.number, signal.SIG_DFL)  # so that the parent process sees it
         os.kill(os.getpid(), told.number)
         return 128 + told.number
     except BrokenPipeError:
-        # Whoever read our output has gone (`kata ps | head`); Python would complain once more while exiting.
+        # The reader of our output has gone (`kata ps | head`); Python would report that again while exiting.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:
         if error.filename == _STDOUT:
-            # Python would complain once more while exiting.
+            # Python would report the error again while exiting.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             _report(KataError(f"{_STDOUT} cannot be written: {error.strerror}"))
         else:
@@ -201,13 +201,13 @@ def _report(error: KataError) -> None:
 
 
 def _explain(error: OSError) -> KataError:
-    """Word an operating system error that no closer place expected."""
+    """Turn an operating system error that was not handled elsewhere into an error with a hint."""
     import errno
 
     where = f": {error.filename}" if error.filename else ""
     hints = {
         errno.ENOSPC: "free some space ('kata gc', 'kata rmi'), or move KATA_STATE_DIR to a larger disk",
-        errno.EROFS: "KATA_STATE_DIR and KATA_RUN_DIR move the files to a place that can be written",
+        errno.EROFS: "set KATA_STATE_DIR and KATA_RUN_DIR to writable directories",
         errno.EACCES: "check the permissions of that path",
         errno.EMFILE: "raise the limit of open files ('ulimit -n')",
     }

@@ -1,8 +1,8 @@
 """Reads ``--mount``, and ``-v DST``: volumes on disks of their own, and Docker's long form of ``-v`` and ``--tmpfs``.
 
-A volume is a file system in a file of the container's directory, and a disk of its machine (`kata.storage.ext4`).
-Unlike the writable layer and the host's files it can be the upper layer of an overlay, which is what a dockerd in a
-container needs.
+A volume is a file system in a file of the container's directory, attached to its machine as a disk
+(`kata.storage.ext4`). Unlike the writable layer and the host's files, it can be the upper layer of an overlay, which a
+dockerd in a container needs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 DEFAULT_SIZE = 10 << 30
-"""That of the writable layer, too; it is what a volume may take, not what it takes."""
+"""Default size of a volume and of the writable layer, in bytes. The file is sparse: this is an upper bound."""
 MOST_VOLUMES = 6
-"""A machine has eight disks at most, of which the image and the writable layer are two."""
+"""A machine has at most eight disks; two of them are the image and the writable layer."""
 _FORM = "--mount type=volume,dst=PATH[,volume-opt=size=SIZE][,volume-nocopy][,ro]"
 _BIND_FORM = "--mount type=bind,src=PATH,dst=PATH[,ro][,bind-propagation=rslave]"
 _TMPFS_FORM = "--mount type=tmpfs,dst=PATH[,tmpfs-size=SIZE][,tmpfs-mode=1777]"
@@ -63,10 +63,10 @@ class Volume:
     """A volume on a disk of its own.
 
     Args:
-        destination: Where it is in the container.
-        size: Of its file system, in bytes.
+        destination: Its path in the container.
+        size: Size of its file system, in bytes.
         readonly: The container may only read it.
-        copy: What the image has at the destination is copied into it when it is first used.
+        copy: On first use, the image's content at the destination is copied into it.
     """
 
     __slots__ = ("copy", "destination", "readonly", "size")
@@ -85,10 +85,10 @@ class Volume:
         return "ro" if self.readonly else "rw"
 
     def record(self, name: str) -> dict[str, Any]:
-        """What container.json says of it.
+        """Return its entry for container.json.
 
         Args:
-            name: Its file in the container's directory.
+            name: Name of its file in the container's directory.
         """
         return {
             "name": name,
@@ -100,12 +100,12 @@ class Volume:
 
 
 class Mounts:
-    """What was asked for with ``--mount`` and ``-v``, by kind.
+    """The mounts of ``--mount`` and ``-v``, by type.
 
     Attributes:
         volumes: Volumes on disks.
-        binds: Source, destination, options: as `values.volume`.
-        tmpfs: Destination, options: as `values.tmpfs`.
+        binds: Source, destination and options, as returned by `values.volume`.
+        tmpfs: Destination and options, as returned by `values.tmpfs`.
     """
 
     __slots__ = ("binds", "tmpfs", "volumes")
@@ -116,10 +116,10 @@ class Mounts:
         self.tmpfs: list[tuple[str, list[str]]] = []
 
     def add(self, text: str) -> None:
-        """Take one ``--mount``.
+        """Add the mount of one ``--mount``.
 
         Raises:
-            UsageError: It is malformed, or asks for what there is not.
+            UsageError: It is malformed, or not supported.
         """
         given = _pairs(text)
         kind = given.pop("type", "volume")
@@ -179,10 +179,10 @@ class Mounts:
         self.volumes.append(Volume(destination, size, readonly=readonly, copy=not keep_empty))
 
     def add_short(self, text: str) -> None:
-        """Take ``-v DST``: a volume of the default size.
+        """Add the volume of a ``-v DST`` without a source, with the default size.
 
         Raises:
-            UsageError: The destination is not one.
+            UsageError: The destination is invalid.
         """
         self.volumes.append(Volume(_absolute(text, text, "-v")))
 
@@ -195,7 +195,7 @@ def check_number(volumes: int, of_image: int = 0) -> None:
         of_image: How many of them are the image's, which the user need not know of.
 
     Raises:
-        UsageError: They are too many.
+        UsageError: There are too many.
     """
     if volumes > MOST_VOLUMES:
         of_them = f" ({of_image} of them the image's, of a read-only container)" if of_image else ""

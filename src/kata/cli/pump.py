@@ -1,11 +1,11 @@
 """Moves bytes between this command's standard streams and a container's fifos.
 
-One thread and one poll loop: standard input to the container's stdin fifo, the output fifos to standard output
-and error, until the caller says that the process has ended *and* both output fifos have reached their end.
-The engine reports an exit only after everything has been written to the fifos, so nothing is cut short.
+One thread with a poll loop copies standard input to the container's stdin fifo, and the output fifos to standard output
+and error, until the caller reports that the process has ended *and* both output fifos have reached end of file. The
+engine reports an exit only after it has written all output to the fifos, so nothing is cut off.
 
-Our own standard streams are left in blocking mode: O_NONBLOCK belongs to the open file, which we share with the
-shell and with whoever is at the other end of the pipe.
+Our own standard streams stay in blocking mode: O_NONBLOCK is a property of the open file, which we share with the shell
+and other processes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _PIPE_SIZE = 1 << 20
 
 
 class Fifos:
-    """The named pipes of one process, made in *directory* and opened at this end.
+    """The named pipes of one process, created in *directory* and opened at this end.
 
-    The reading ends are opened before the engine is told the names, so that the engine's opening never waits.
+    The reading ends are opened before the engine learns the names, so that it never blocks in opening them.
 
     Args:
-        directory: A directory that goes away with the sandbox.
+        directory: A directory that is removed with the sandbox.
         prefix: File name prefix, unique among the processes of the sandbox.
-        stdin: Whether there is an stdin to forward.
-        terminal: A terminal has one output stream.
+        stdin: Whether to forward standard input.
+        terminal: Whether the process has a terminal, which has only one output stream.
     """
 
     def __init__(self, directory: str, prefix: str, *, stdin: bool, terminal: bool) -> None:
@@ -62,9 +62,9 @@ class Fifos:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def connected(self) -> None:
-        """Call when the engine has opened its ends: takes the writing end of stdin and removes the names."""
+        """Open the writing end of stdin and remove the names; to be called when the engine has opened its ends."""
         if self.stdin:
-            # The engine reads already, so this does not wait; ENXIO would mean that it does not.
+            # The engine has opened it for reading, so this does not block; otherwise it would fail with ENXIO.
             with contextlib.suppress(OSError):
                 self.stdin_fd = os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 _grow(self.stdin_fd)
@@ -90,7 +90,7 @@ class Fifos:
 
 
 def _grow(fd: int) -> None:
-    """Ask for a large pipe; an unprivileged limit or an old kernel only makes it slower."""
+    """Enlarge a pipe. If that is refused (a limit, an old kernel), the pipe is only slower."""
     import fcntl
 
     with contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ def _grow(fd: int) -> None:
 
 
 class Detached(Exception):
-    """The person typed the detach keys."""
+    """The user typed the detach keys."""
 
 
 def parse_detach_keys(text: str) -> bytes:
@@ -119,11 +119,11 @@ def parse_detach_keys(text: str) -> bytes:
 
 
 class OutputGone(Exception):
-    """Our standard output or error takes nothing any more.
+    """Our standard output or error cannot be written any more.
 
     Args:
         fd: 1 or 2.
-        error: What writing to it said; `BrokenPipeError` when its reader has gone.
+        error: The error of writing to it; `BrokenPipeError` when its reader has gone.
     """
 
     def __init__(self, fd: int, error: OSError) -> None:
@@ -133,14 +133,14 @@ class OutputGone(Exception):
 
     @property
     def sentence(self) -> str:
-        """What has happened, for a message."""
+        """The error, as a clause for a message."""
         if isinstance(self.error, BrokenPipeError):
-            return f"nobody reads {self.name} any more"
+            return f"the reader of {self.name} is gone"
         return f"{self.name} cannot be written: {self.error.strerror}"
 
 
 class Pump:
-    """Copies until the end.
+    """Copies standard streams until the process has ended.
 
     Args:
         fifos: Connected pipes.
@@ -172,11 +172,11 @@ class Pump:
         }
 
     def run(self) -> None:
-        """Copy until the process has ended and its output has been passed on.
+        """Copy until the process has ended and all of its output was written.
 
         Raises:
             Detached: The detach keys were typed.
-            OutputGone: What the process says can be passed on to nobody.
+            OutputGone: The output cannot be written any more.
         """
         poller = select.poll()
         poller.register(self._wait_fd, select.POLLIN)
@@ -205,13 +205,13 @@ class Pump:
                     self._copy_input()
 
     def _stdin_watch(self, over: bool) -> int:
-        """The descriptor that standard input waits for now: the fifo while bytes are pending, else fd 0."""
+        """The descriptor to poll for standard input: the fifo while bytes are pending, otherwise fd 0."""
         if over or not self._stdin_open:
             return -1
         return self._fifos.stdin_fd if self._pending else 0
 
     def _copy_output(self, fd: int, *, hung_up: bool) -> bool:
-        """Pass on what is there; false at the end of the stream."""
+        """Copy the available output. Returns false at end of file."""
         try:
             data = os.read(fd, _CHUNK)
         except BlockingIOError:
@@ -225,7 +225,7 @@ class Pump:
                 try:
                     view = view[os.write(target, view) :]
                 except BlockingIOError:
-                    # Whoever shares the pipe or terminal has made it non-blocking: it is full, not gone.
+                    # Another process that shares the pipe or terminal has made it non-blocking, and it is full.
                     select.select([], [target], [])
         except OSError as error:
             raise OutputGone(target, error) from None
@@ -249,7 +249,7 @@ class Pump:
         except BlockingIOError:
             return
         except BrokenPipeError:
-            # The process closed its stdin; what is left has no reader.
+            # The process closed its stdin, so pending bytes have no reader.
             self._pending = b""
             self._end_input()
             return
@@ -280,10 +280,10 @@ class Pump:
 
 
 class RawTerminal:
-    """Puts the terminal on fd 0 into raw mode for as long as the context lasts.
+    """A context manager that puts the terminal on fd 0 into raw mode.
 
     Args:
-        resized: Called with (rows, columns) at once and whenever the window changes its size.
+        resized: Called with (rows, columns) at the start and whenever the window's size changes.
     """
 
     def __init__(self, resized: Callable[[int, int], None]) -> None:

@@ -2,15 +2,15 @@
 
 A container is a directory, ``$KATA_STATE_DIR/containers/<id>``::
 
-    container.json   what was asked for: written at creation, and by `kata update`
-    config.json      the runtime specification: the same
-    state.json       how it goes; written by the engine
+    container.json   the options: written at creation, and by `kata update`
+    config.json      the runtime specification: likewise
+    state.json       its state, written by the engine
     rw.img, log      its writable layer and its output
     volume-N.img     its volumes on disks of their own
     journal          what has to be undone to remove it
 
-and its name is the file ``$KATA_STATE_DIR/names/<name>``, which holds the id: creating it exclusively is what
-makes names unique. A container whose engine has died without saying so is shown as exited with 137.
+The file ``$KATA_STATE_DIR/names/<name>`` holds the container's id; names are unique because that file is created
+exclusively. A container whose engine has died without recording an exit is shown as exited with 137.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CREATED, RUNNING, PAUSED, EXITED = "created", "running", "paused", "exited"
 _RECORD = "container.json"
-_LOST = "its engine ended without a word: killed, or the host went down"
+_LOST = "its engine ended without recording why: it was killed, or the host went down"
 
 
 class Container:
@@ -56,7 +56,7 @@ class Container:
 
     @property
     def socket(self) -> str:
-        """The engine's socket; there only while the container's sandbox lives."""
+        """Path of the engine's socket, which exists only while the container's sandbox runs."""
         return os.path.join(paths.sandbox_dir(self.id), "engine.sock")
 
     @property
@@ -64,15 +64,15 @@ class Container:
         return os.path.join(self.directory, "log")
 
     def raw_state(self) -> dict[str, Any]:
-        """What the engine last wrote, or an empty dict."""
+        """Return the state that the engine last wrote; an empty dict if there is none."""
         return _read(os.path.join(self.directory, "state.json")) or {}
 
     def state(self) -> dict[str, Any]:
-        """How it goes, checked against the engine's process.
+        """Return the container's state, after checking that its engine is alive.
 
         Returns:
-            ``status`` (created, running, paused, exited), and what is known of ``started_at``, ``finished_at``,
-            ``exit_code``, ``oom_killed``, ``error``, ``pid``, ``engine``.
+            ``status`` (created, running, paused, exited), and those of ``started_at``, ``finished_at``,
+            ``exit_code``, ``oom_killed``, ``error``, ``pid``, ``engine`` that are known.
         """
         state = self.raw_state()
         status = state.get("status", CREATED)
@@ -88,12 +88,12 @@ class Container:
         else:
             state["status"] = CREATED
         if state["status"] in (CREATED, EXITED) and os.path.exists(self.socket):
-            # Mostly it is about to start, or ends; but the disk of the record may be full.
+            # Usually it is about to start or to end; but the disk that holds the record may be full.
             state.update(self._told())
         return state
 
     def _told(self) -> dict[str, Any]:
-        """What a living engine says of the container, if it says that it runs."""
+        """The container's state from its living engine, if it is running."""
         from kata.engine.client import EngineClient
         from kata.errors import KataError
 
@@ -110,7 +110,7 @@ class Container:
 
 
 def engine_alive(state: dict[str, Any]) -> bool:
-    """Whether the engine named in a state is still the same living process."""
+    """Whether the engine in a state is still running (and its pid was not reused)."""
     engine = state.get("engine") or {}
     try:
         return sysio.process_alive(int(engine["pid"]), int(engine["starttime"]), str(engine["boot_id"]))
@@ -129,12 +129,12 @@ def _read(path: str) -> dict[str, Any] | None:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The content of a JSON file; empty where it is none, or not there."""
+    """Read a JSON file; an empty dict if it does not exist or is not a JSON object."""
     return _read(path) or {}
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Replace a JSON file at once: a reader sees the old content or the new."""
+    """Replace a JSON file atomically: a reader sees the old content or the new."""
     sysio.replace_file(path, json.dumps(content, separators=(",", ":")).encode())
 
 
@@ -147,8 +147,8 @@ def _names_dir() -> str:
 
 
 def new_id() -> str:
-    """An id that no other container has: 32 hexadecimal digits."""
-    # 128 bits: the id is part of a socket path, which has room for 107 bytes in all.
+    """Return a new, unique container id: 32 hexadecimal digits."""
+    # No more than 128 bits: the id is part of a socket path, which is limited to 107 bytes.
     return os.urandom(16).hex()
 
 
@@ -184,7 +184,7 @@ def _claim(name: str, identity: str) -> bool:
 
 
 class PendingContainer:
-    """A container in the making: a name and a directory that vanish again unless `commit` is called.
+    """A container that is being created: a name and a directory, which are removed unless `commit` is called.
 
     Raises:
         AlreadyExistsError: The name is taken.
@@ -221,7 +221,7 @@ class PendingContainer:
         return os.path.join(self.directory, name)
 
     def commit(self, record: dict[str, Any], spec: dict[str, Any]) -> Container:
-        """Write what describes the container; from now on only `remove` takes it away."""
+        """Write the container's record and specification. From now on only `remove` removes it."""
         write_json(self.path("config.json"), spec)
         write_json(self.path(_RECORD), record)
         self._journal.retain(_RECORD)
@@ -238,25 +238,25 @@ def remove(container: Container) -> None:
     """Remove a container that has no engine: its name, its writable layer, its log.
 
     Raises:
-        JournalError: Something of it could not be removed.
+        JournalError: A part of it could not be removed.
     """
     from kata import journal_undo
 
     failures = journal_undo.undo(Journal.open(os.path.join(container.directory, "journal")))
     if failures:
         raise JournalError(
-            f"container {container.name} could not be removed whole: {failures[0]}", "kata gc"
+            f"container {container.name} could not be removed completely: {failures[0]}", "kata gc"
         )
 
 
 def load(identity: str) -> Container | None:
-    """The container with exactly this id, or None while it is not (or no longer) whole."""
+    """The container with exactly this id; None if it does not exist, or is being created or removed."""
     record = _read(os.path.join(paths.container_dir(identity), _RECORD))
     return Container(identity, record) if record else None
 
 
 def all_containers() -> list[Container]:
-    """Every container, the newest first."""
+    """All containers, the newest first."""
     try:
         found = [load(identity) for identity in os.listdir(_containers_dir())]
     except FileNotFoundError:
@@ -265,7 +265,11 @@ def all_containers() -> list[Container]:
 
 
 def find_or_none(reference: str) -> Container | None:
-    """By name, by id, or by an unambiguous beginning of an id."""
+    """Find a container by name, by id, or by an unambiguous beginning of its id; None if there is none.
+
+    Raises:
+        UsageError: The beginning of an id is ambiguous.
+    """
     if not reference or "/" in reference or reference.startswith("."):
         return None
     try:
@@ -288,7 +292,7 @@ def find_or_none(reference: str) -> Container | None:
 
 
 def find(reference: str) -> Container:
-    """As `find_or_none`.
+    """Find a container by name, by id, or by an unambiguous beginning of its id.
 
     Raises:
         NotFoundError: There is none.
@@ -307,7 +311,7 @@ def find(reference: str) -> Container:
 
 
 def now() -> str:
-    """The time as RFC 3339 with nanoseconds, in UTC."""
+    """The current time in UTC, as RFC 3339 with nanoseconds."""
     nanoseconds = time.time_ns()
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
     return f"{seconds}.{nanoseconds % 10**9:09d}Z"
@@ -321,7 +325,7 @@ def _is_over(container: Container) -> bool:
     if status != CREATED or not container.record.get("made_to_run"):
         return False
     if engine_alive(container.raw_state()) or os.path.isdir(paths.sandbox_dir(container.id)):
-        return False  # an engine is about to start it, or to end
+        return False  # an engine is about to start it, or is ending
     try:
         journal = Journal.open(os.path.join(container.directory, "journal"))
     except JournalError:
@@ -333,11 +337,11 @@ def _is_over(container: Container) -> bool:
 
 
 def clear_stale() -> list[str]:
-    """Remove what outlived its purpose: ``--rm`` containers whose engine died, or whose `kata run` died before it had
-    started them; names of containers that are gone.
+    """Remove leftovers: ``--rm`` containers whose engine died, or whose `kata run` died before it had started them,
+    and names of containers that are gone.
 
     Returns:
-        A line about each.
+        A description of each.
     """
     cleared = []
     for container in all_containers():
@@ -355,7 +359,7 @@ def clear_stale() -> list[str]:
                 identity = file.read().strip()
         except (FileNotFoundError, ValueError):
             continue
-        # An empty one is being written; a container in the making has its directory before its name.
+        # An empty file is being written. A container that is being created has its directory before its name.
         if identity and not os.path.isdir(paths.container_dir(identity)):
             os.unlink(path)
             cleared.append(f"the name {name} of a container that is gone")

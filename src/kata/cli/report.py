@@ -1,4 +1,4 @@
-"""How an error is shown to a person."""
+"""Prints errors for users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def report(error: KataError) -> None:
     """Print an error and its hint to stderr, coloured on a terminal unless NO_COLOR is set.
 
-    What is quoted in them (a name that was typed, a line of a file) does nothing to the terminal.
+    Quoted input (an argument, a line of a file) is escaped, so that it cannot control the terminal.
     """
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     red, cyan, off = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if colour else ("", "", "")
@@ -24,7 +24,7 @@ def report(error: KataError) -> None:
         sys.stderr.write(lines)
         sys.stderr.flush()
     except OSError:
-        pass  # the exit status has to do
+        pass  # only the exit status reports the error
 
 
 def _printable(text: str) -> str:

@@ -24,12 +24,14 @@ _OPTIONS = [
     Option("-i --interactive", "", "keep standard input open, and connect it"),
     Option("-t --tty", "", "give the command a terminal"),
     Option("--name", "NAME", "the container's name; a random one if not given"),
-    Option("-e --env", "KEY[=VALUE]", "set an environment variable; without a value, take ours", many=True),
+    Option(
+        "-e --env", "KEY[=VALUE]", "set an environment variable; without VALUE, copy it from here", many=True
+    ),
     Option("--env-file", "FILE", "read environment variables from a file, one KEY=VALUE a line", many=True),
     Option(
         "-v --volume",
         "[SRC:]DST[:OPTIONS]",
-        "share a directory or file of the host (ro); without SRC a volume on a disk of its own",
+        "share a directory or file of the host (ro); without SRC, make a volume on a disk of its own",
         many=True,
     ),
     Option(
@@ -66,36 +68,40 @@ _OPTIONS = [
     Option(
         "--platform",
         "OS/ARCH[/VARIANT]",
-        "which of an image's platforms to take; this machine's if not given",
+        "platform of the image; this machine's if not given",
     ),
     Option("--pull", "missing|always|never", "when to fetch the image (missing)"),
-    Option("--stop-signal", "SIGNAL", "what 'kata stop' sends first; the image's choice, else SIGTERM"),
     Option(
-        "--systemd", "true|false|always", "make it ready for systemd: if that is its command (true), or not"
+        "--stop-signal", "SIGNAL", "first signal of 'kata stop'; by default the image's, otherwise SIGTERM"
+    ),
+    Option(
+        "--systemd",
+        "true|false|always",
+        "prepare it for systemd: if that is its command (true), never or always",
     ),
     Option("--rm", "", "remove the container when it has ended"),
 ]
 
 _IMAGES = """\
 IMAGE is one of
-  NAME[:TAG], HOST:PORT/NAME:TAG   in the local store, else fetched from its registry
+  NAME[:TAG], HOST:PORT/NAME:TAG   from the local store, or fetched from its registry
   oci:DIR[:TAG]                    an OCI image layout; :@0 is its first image, :@1 the next
   oci-archive:FILE                 the same in a tar file
   docker-archive:FILE              what 'docker save' writes
   rootfs:DIR                       a directory with a root file system; it is never written to
 
--v takes Docker's and Podman's options: ro and rw; noexec, nosuid, nodev; slave, rslave, shared and rshared, with which
-what the host mounts below SRC later appears inside; without effect z, Z, cached, delegated, consistent, nocopy.
+-v takes Docker's and Podman's options: ro and rw; noexec, nosuid, nodev; slave, rslave, shared and rshared (later
+mounts of the host below SRC appear in the container); z, Z, cached, delegated, consistent and nocopy have no effect.
 
---mount type=volume,dst=DST[,volume-opt=size=SIZE][,volume-nocopy][,ro] makes a volume, as -v DST does: an ext4 file
-system in a sparse file (of 10g) that is a disk of the machine, filled with what the image has at DST. It stays over
-stop and start, and is removed with its container. On it a dockerd in the container (--privileged) has overlay2.
+--mount type=volume,dst=DST[,volume-opt=size=SIZE][,volume-nocopy][,ro] makes a volume, like -v DST: an ext4 file
+system in a sparse file (10g) that is a disk of the machine, filled with the image's content at DST. It is kept when
+the container is stopped, and removed with it. A dockerd in the container (--privileged) can use overlay2 on it.
 
 exit status: the command's own; 125 kata itself failed, 126 the command cannot be executed, 127 it was not
 found, 128+N signal N ended it, 137 also when the virtual machine died."""
 _OUTPUT = (
-    "\nWhen nobody reads the output any more (`kata run ... | head -1`), a container with --rm is ended (its stop\n"
-    "signal, SIGKILL after 3 seconds), another goes on; either is said, and the exit status is 141."
+    "\nWhen the reader of the output is gone (`kata run ... | head -1`), a container with --rm is ended (its stop\n"
+    "signal, SIGKILL after 3 seconds); any other goes on. A message says so, and the exit status is 141."
 )
 
 COMMANDS = {
@@ -106,8 +112,10 @@ COMMANDS = {
         [
             Option("-d --detach", "", "return at once and print the container's id"),
             *_OPTIONS,
-            Option("--detach-keys", "KEYS", "keys that leave the container running behind (ctrl-p,ctrl-q)"),
-            Option("--timings", "", "at the end, print where the time of the start went (to stderr)"),
+            Option(
+                "--detach-keys", "KEYS", "keys that detach and leave the container running (ctrl-p,ctrl-q)"
+            ),
+            Option("--timings", "", "at the end, print how long the steps of the start took (to stderr)"),
         ],
         least=1,
         interspersed=False,
@@ -132,9 +140,15 @@ _LOG_FILES = 3
 def make_container(
     arguments: Arguments, *, auto_remove: bool, detach: bool = False, made_to_run: bool = False
 ) -> Container:
-    """Make a container's directory from the command line: resolve the image, write the spec and the disk.
+    """Create a container from the command line: resolve the image, write the specification and the disk.
 
-    Nothing is left of it when this fails.
+    On an error nothing is left behind.
+
+    Args:
+        arguments: The options of `kata run` or `kata create`.
+        auto_remove: Remove the container when it has ended (``--rm``).
+        detach: The command will not attach to it (``-d``).
+        made_to_run: The command will start it at once (`kata run`).
 
     Raises:
         KataError: An option, the image or the disk is at fault.
@@ -145,7 +159,7 @@ def make_container(
 
     reference, *command = arguments.rest
     choice = _Choice(arguments)
-    raise_file_limit()  # with too few it would fail half-way, and clearing up as well
+    raise_file_limit()  # with too few descriptors it would fail half-way, and so would undoing that
     image = resolve(reference, pull=choice.pull, platform=choice.platform, progress=None)
     _warn_of_level(image.platform)
     pending = PendingContainer(choice.name)
@@ -157,7 +171,7 @@ def make_container(
         spec = oci.build(request, image.config)
         image_volumes = _image_volumes(image.config, spec)
         if image_volumes and request.read_only:
-            # Without a directory of the root's that could be written to, they are file systems of their own.
+            # If the root file system is not writable, they have to be file systems of their own.
             choice.add_volumes(image_volumes)
             image_volumes = []
             choice.fill(request)
@@ -176,7 +190,7 @@ def make_container(
             "hostname": hostname,
             "tty": choice.tty,
             "open_stdin": choice.interactive,
-            # As in Docker: made attached, the first one that attaches to its input also ends it.
+            # As in Docker: of a container made without -d, the first client that attaches to stdin also closes it.
             "stdin_once": choice.interactive and not detach,
             "network": choice.network,
             "ports": choice.ports,
@@ -209,12 +223,12 @@ def make_container(
 
 
 def _image_volumes(config: dict[str, Any], spec: dict[str, Any]) -> list[str]:
-    """The image's ``Volumes`` that nothing is mounted on."""
+    """The image's ``Volumes`` at which nothing else is mounted."""
     mounted = {mount["destination"] for mount in spec["mounts"]}
     found = {os.path.normpath("/" + path.lstrip("/")) for path in config.get("Volumes") or {}}
     if len(found) > _MOST_IMAGE_VOLUMES:
         raise UsageError(
-            f"the image has {len(found)} volumes; at most {_MOST_IMAGE_VOLUMES} are made",
+            f"the image has {len(found)} volumes; at most {_MOST_IMAGE_VOLUMES} are supported",
             "use another image",
         )
     return sorted(found - mounted - {"/"})
@@ -224,7 +238,7 @@ _MOST_IMAGE_VOLUMES = 100
 
 
 def _runnable(platform: str | None) -> str | None:
-    """A --platform whose programs a machine of this host can execute."""
+    """Check that a machine of this host can run a --platform; returns it."""
     if platform is not None:
         from kata.images import platform as platforms
 
@@ -238,7 +252,7 @@ def _runnable(platform: str | None) -> str | None:
 
 
 def _warn_of_level(platform: str) -> None:
-    """Say what an image of a later level of amd64 asks of the processor and will not find."""
+    """Warn if an image is built for a level of amd64 that needs features which the processor lacks."""
     if platform.count("/") < 2:
         return
     from kata.hypervisor import accel
@@ -260,7 +274,7 @@ def _rootfs(image: Any) -> dict[str, str]:
 
 
 class _Choice:
-    """The options of `run` and `create`, checked before anything is made."""
+    """The options of `run` and `create`, checked before anything is created."""
 
     def __init__(self, arguments: Arguments) -> None:
         a = arguments
@@ -303,7 +317,7 @@ class _Choice:
         self._arguments = a
 
     def _read_volumes(self, short: list[str], long: list[str]) -> None:
-        """``-v`` and ``--mount``; both have binds first, as they are what most have only."""
+        """Read ``-v`` and ``--mount``."""
         anonymous = [text for text in short if ":" not in text and text.startswith("/")]
         self.binds = [values.volume(text) for text in short if text not in anonymous]
         if anonymous or long:
@@ -329,7 +343,7 @@ class _Choice:
 
     @staticmethod
     def _one_of(arguments: Arguments, key: str, allowed: tuple[str, ...]) -> str:
-        """The option's value, or the first allowed one when it was not given."""
+        """The option's value; the first allowed one if it was not given."""
         value = arguments.value(key)
         if value is not None and value not in allowed:
             raise UsageError(f"--{key} {value!r} is not offered", "choose one of: " + ", ".join(allowed))
@@ -362,7 +376,7 @@ class _Choice:
         ]
 
     def add_volumes(self, destinations: list[str]) -> None:
-        """Volumes on disks of their own, besides those that were asked for."""
+        """Add volumes on disks of their own, besides those of the options."""
         from kata.cli import mounts
 
         self.disk_volumes += [mounts.Volume(destination) for destination in destinations]
@@ -396,7 +410,7 @@ def _run(arguments: Arguments) -> int:
     _undo_when_told_to_end()
     container = make_container(arguments, auto_remove=auto_remove, detach=detach, made_to_run=True)
     try:
-        # Imported here, after bad input has had its say, and while nothing waits.
+        # Imported only here, after bad input was refused.
         from kata.cli import session
     except BaseException:
         from kata.cli.records import remove
@@ -414,9 +428,9 @@ def _run(arguments: Arguments) -> int:
 
 
 def _undo_when_told_to_end() -> None:
-    """Let a signal that ends this command undo what has been made so far, as an interrupt does.
+    """Make a signal that ends this command undo what was made so far, as an interrupt does.
 
-    From its start on the container gets them instead; a second one waits for the end of the undoing.
+    Once the container has started, signals are passed to it instead. A second signal waits until the undoing is done.
     """
     import signal
 

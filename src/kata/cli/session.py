@@ -1,4 +1,4 @@
-"""A container's sandbox as a command uses it: start it, attach to it, return its output and its exit code."""
+"""Starts a container's sandbox for a command, attaches to it, and returns its exit code."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from kata.engine.launch import Engine
 
 IDLE_S = 2.0
-"""How long an engine stays without a living container and without a connection."""
+"""How long (in seconds) an engine stays without a running container and without a connection."""
 SIGNAL_S = 10.0
-"""How long a guest may take for a signal; it stays on its way: a guest on a busy host is slow."""
+"""How long (in seconds) to wait until the guest has taken a signal; it is delivered later if the guest is slow."""
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 """Signals that ask a process to end."""
 _MAX_UNANSWERED = 3
-"""After how many of `_ENDING` that the guest has not taken the command gives up. Docker's number."""
+"""The command gives up after this many signals of `_ENDING` that the guest has not taken. Docker's number."""
 _PROXIED = (
     signal.SIGHUP,
     signal.SIGINT,
@@ -53,28 +53,28 @@ _PROXIED = (
     signal.SIGUSR2,
     signal.SIGCONT,
 )
-"""Signals that an attached command forwards to the container instead of dying of them, as `docker run` does."""
+"""Signals that an attached command forwards to the container instead of acting on them, as `docker run` does."""
 
 
 # ---- starting ----
 
 
 def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
-    """What the engine has to know of a container's sandbox.
+    """Return the engine's settings for a container's sandbox.
 
     Args:
-        container: Whose.
-        started_ns: When the command began, by CLOCK_MONOTONIC.
+        container: The container.
+        started_ns: When the command began, in nanoseconds of CLOCK_MONOTONIC.
 
     Raises:
-        KataError: What `kata.engine.machine.machine_settings` raises.
+        KataError: See `kata.engine.machine.machine_settings`.
     """
     from kata.engine import machine
     from kata.resources.sizing import ResourceRequest
 
     record = container.record
     asked = ResourceRequest(record["cpus"], record["memory"], "--cpus and --memory")
-    # Room to grow has its price, a few MiB: for those that have limits, which may be changed.
+    # Being able to grow costs a few MiB, so only machines of containers with limits, which may be changed, are.
     limited = asked.cpus is not None or asked.memory is not None
     described, notes = machine.machine_settings(asked, grows=limited)
     for topic, note in notes:
@@ -119,15 +119,15 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
 
 
 def client_policy() -> ClientPolicy:
-    """What these commands expect of an engine: it is one person's, for one container, and ends with it."""
+    """The client policy of these commands: an engine serves one container, and ends with it."""
     return ClientPolicy(
         name="kata",
         idle_s=IDLE_S,
         keeps_ended_containers=False,
         ends_when_stale=False,
-        sweeps_dead_engines=False,  # kata gc does
+        sweeps_dead_engines=False,  # kata gc does that
         ends_with_init=True,
-        holds_fifos=False,  # the reader is the person: gone means gone
+        holds_fifos=False,  # the reader is the user's terminal or pipe: it does not come back
         makes_etc_files=True,
         foreign_specs=False,
         keeps_host_mounts=False,
@@ -141,7 +141,7 @@ def client_policy() -> ClientPolicy:
 
 
 def _print_once(topic: str, text: str) -> None:
-    """Write *text* to stderr the first time since the host was booted (the run directory is on a tmpfs)."""
+    """Write *text* to stderr once per boot of the host (the run directory is on a tmpfs)."""
     paths.make_dirs(paths.run_dir(), 0o711)
     try:
         os.close(
@@ -156,22 +156,22 @@ def _print_once(topic: str, text: str) -> None:
 
 
 OCCUPIED_S = 10.0
-"""How long a start waits for another engine of the same container, which is usually about to end."""
+"""How long (in seconds) a start waits for another engine of the same container, which is usually about to end."""
 
 
 class Occupied(StateError):
-    """The container has an engine of another command, which must not be disturbed."""
+    """The container has an engine that belongs to another command and must not be disturbed."""
 
 
 def _launch(container: Container, settings: SandboxSettings) -> Engine:
     """Start an engine, after waiting for another one of the same container to end.
 
     Args:
-        container: Whose engine it is.
-        settings: What the engine is told.
+        container: The container.
+        settings: The engine's settings.
 
     Raises:
-        Occupied: The other one does not end: the container runs, or files are being copied.
+        Occupied: The other engine does not end: the container is running, or files are being copied.
     """
     give_up = time.monotonic() + OCCUPIED_S
     while True:
@@ -187,9 +187,9 @@ def _launch(container: Container, settings: SandboxSettings) -> Engine:
 
 
 def occupied(container: Container) -> str:
-    """A sentence about what an engine is doing with a container that does not run."""
+    """A sentence that says what an engine is doing with a container that is not running."""
     path = os.path.join(paths.sandbox_dir(container.id), "sandbox.json")
-    own = records.read_json(path).get("container")  # of an engine that may be of another version
+    own = records.read_json(path).get("container")  # the engine may be of another version
     if isinstance(own, dict) and own.get("record_state") is False:
         return f"container {container.name} is open for a copy (kata cp)"
     return f"container {container.name} is being started or ended by its engine"
@@ -208,9 +208,9 @@ def start_detached(container: Container, started_ns: int | None = None, *, disca
     """Start a container and leave it to its engine.
 
     Args:
-        container: Which.
-        started_ns: When the command began (CLOCK_MONOTONIC), for the timings.
-        discard: Remove the container when it cannot be started; false for one that was there before.
+        container: The container.
+        started_ns: When the command began (nanoseconds of CLOCK_MONOTONIC), for the timings.
+        discard: Remove the container if it cannot be started; false for one that existed before.
 
     Raises:
         KataError: It could not be started; nothing of its sandbox is left.
@@ -225,13 +225,13 @@ def start_detached(container: Container, started_ns: int | None = None, *, disca
 
 
 def make_image_volumes(client: EngineClient, container: Container) -> None:
-    """Make the directories that the image has as ``Volumes`` and not among its files.
+    """Make the directories that the image declares as ``Volumes`` but does not contain.
 
-    They need no place of their own: the writable layer is the container's alone, stays as long as it does and goes
-    with it, as an anonymous volume would; and what the image has at such a path, with owner and mode, is in it already.
+    They need no storage of their own: like an anonymous volume, the writable layer belongs to the container alone and
+    lives as long as it does. Where the image has files at such a path, they are visible with owner and mode.
 
     Raises:
-        KataError: One cannot be made.
+        KataError: A directory cannot be made.
     """
     paths_wanted = container.record.get("image_volumes")
     if not paths_wanted:
@@ -246,9 +246,9 @@ def make_image_volumes(client: EngineClient, container: Container) -> None:
 
 
 class _rollback_on_failure:
-    """Waits for the sandbox's end after a failed start, and removes the container if it was made for this start.
+    """Waits for the end of the sandbox after a failed start, and removes the container if it was made for this start.
 
-    The engine of another command is left alone, and so is what it works on.
+    If the container has an engine of another command, both are left alone.
     """
 
     def __init__(self, container: Container, discard: bool) -> None:
@@ -271,11 +271,11 @@ class _rollback_on_failure:
 def booted_for_copy(container: Container) -> Iterator[EngineClient]:
     """Boot a stopped container's sandbox with its root file system mounted and none of its processes.
 
-    The specification the engine gets has no process, which the runtime specification allows until a start.
+    The engine gets a specification without a process, which is valid until the container is started.
     """
     import json
 
-    # Nothing of the outside is needed to copy files, and no port must be taken for it.
+    # Copying files needs no network, and must not take the container's published ports.
     settings = sandbox_settings(container, time.monotonic_ns())
     settings.network = NetworkSettings()
     assert settings.container is not None
@@ -309,11 +309,11 @@ class Attachment:
 
     Args:
         client: The engine; calls may be made from a second thread.
-        container: Whose process it is.
-        exec_id: Which process; empty for the container's own.
+        container: The container.
+        exec_id: Id of the process; empty for the container's init.
         terminal: Whether it has a terminal.
         stdin: Whether to forward standard input.
-        prefix: Names this command's fifos among others of the same sandbox.
+        prefix: File name prefix of this command's fifos, unique in the sandbox.
     """
 
     def __init__(
@@ -335,17 +335,21 @@ class Attachment:
         self._outcome: list[int | BaseException] = []
         self._signals_writer = -1
         self._unresponsive: KataError | None = None
-        self._unanswered = 0  # signals that want an end and have not reached the guest
+        self._unanswered = 0  # signals of `_ENDING` that the guest has not taken
 
     def copy(self, *, detach_keys: bytes = b"", proxy_signals: bool = True) -> int:
-        """Pass the streams on until the process has ended.
+        """Copy the streams until the process has ended.
+
+        Args:
+            detach_keys: Bytes that, typed on a terminal, detach; empty for none.
+            proxy_signals: Forward signals to the process.
 
         Returns:
             Its exit code.
 
         Raises:
-            Detached: The person left; the process goes on.
-            OutputGone: Nobody takes the output; the process goes on.
+            Detached: The user detached; the process goes on.
+            OutputGone: The output cannot be written any more; the process goes on.
             KataError: The engine or the virtual machine was lost, or the guest takes no signals.
         """
         reader, writer = os.pipe()
@@ -363,7 +367,7 @@ class Attachment:
                 pump.run()
         finally:
             self.fifos.close()
-            # Not the writer: a thread may be about to use it, and the command is as good as over.
+            # The writing end stays open: a thread may be about to use it, and this command is about to end.
             os.close(reader)
         outcome = self._outcome[0]
         if isinstance(outcome, BaseException):
@@ -424,7 +428,7 @@ class Attachment:
         os.write(self._signals_writer, bytes((number,)))
 
     def _send_signals(self, reader: int, over: int) -> None:
-        """Send the signals from *reader* to the process, in order; in a thread, since a guest may not answer."""
+        """Send the signals from *reader* to the process, in order. Runs in a thread, since a guest may not answer."""
         while number := os.read(reader, 1):
             try:
                 with EngineClient(self._container.socket) as other:
@@ -451,7 +455,7 @@ class Attachment:
         )
 
     def _on_new_connection(self, what: Callable[[EngineClient], object]) -> None:
-        """Make a call on a connection of its own: a signal handler may have interrupted a call on the other."""
+        """Make a call on a new connection: a signal handler may have interrupted a call on the existing one."""
         with contextlib.suppress(KataError, OSError), EngineClient(self._container.socket) as other:
             what(other)
 
@@ -465,15 +469,15 @@ def run_attached(
     timings: Callable[[list[Any]], None] | None = None,
     discard: bool = False,
 ) -> int:
-    """Start a container, stay with it until it ends, and see its sandbox gone.
+    """Start a container, stay attached until it ends, and wait until its sandbox is gone.
 
     Args:
-        container: Which.
-        started_ns: When the command began (CLOCK_MONOTONIC), for the timings.
+        container: The container.
+        started_ns: When the command began (nanoseconds of CLOCK_MONOTONIC), for the timings.
         stdin: Whether to forward standard input.
-        detach_keys: Bytes that leave it running, typed on a terminal.
-        timings: Is given the engine's record of the start.
-        discard: Remove the container when it cannot be started.
+        detach_keys: Bytes that, typed on a terminal, detach and leave it running.
+        timings: Called with the engine's record of the start.
+        discard: Remove the container if it cannot be started.
 
     Returns:
         The container's exit code.
@@ -520,7 +524,8 @@ def run_attached(
 
 
 OUTPUT_GONE_S = 3.0
-"""Between the stop signal and SIGKILL for a process that has lost its reader: in a pipeline it would be dead by now."""
+"""Seconds between the stop signal and SIGKILL for a process whose output has lost its reader: in a pipeline, SIGPIPE
+would have ended it at once."""
 
 
 def _wait_for_engine(container: Container, *, tell: bool = False) -> None:
@@ -530,16 +535,16 @@ def _wait_for_engine(container: Container, *, tell: bool = False) -> None:
 
 
 def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int:
-    """Do what follows when nobody takes a container's output any more.
+    """Handle the loss of the reader of a container's output.
 
     Args:
-        container: Whose.
-        gone: What is gone.
-        ends: The container was for this command alone (``--rm``): end it, as a pipeline ends whoever writes to
-            nobody.
+        container: The container.
+        gone: The stream that is gone.
+        ends: End the container, which was made for this command alone (``--rm``), as SIGPIPE ends a program in a
+            pipeline.
 
     Returns:
-        The exit code: that of a program which SIGPIPE ends, 125 for another failure to write.
+        The exit code: 141 as after SIGPIPE, or 125 for any other error in writing.
     """
     from kata.cli.ending import stop
 
@@ -556,7 +561,7 @@ def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int
 
 
 def say_gone(gone: OutputGone, what: str, hint: str = "") -> None:
-    """Tell on stderr, if that is still there, what becomes of a process whose output is gone."""
+    """Print to stderr, if that can still be written, what happens to a process whose output is gone."""
     with contextlib.suppress(OSError):
         sys.stderr.write(f"{gone.sentence}: {what}\n" + (f"hint: {hint}\n" if hint else ""))
         sys.stderr.flush()
@@ -568,17 +573,17 @@ def gone_code(gone: OutputGone) -> int:
 
 
 def end_of(client: EngineClient, container: Container) -> str:
-    """Have a container that has ended taken down; nothing of its sandbox is left when this returns.
+    """Have the sandbox of an ended container removed, and wait for that.
 
     Returns:
-        Why its virtual machine was lost, or "" when its end was its own.
+        Why its virtual machine was lost; empty if the container ended by itself.
     """
     try:
         client.delete(container.id)
-        # Only now: what the container wrote reaches the host's disk in its end at the latest.
+        # Only now: the container's files are on the host's disk at its end at the latest.
         facts = client.describe()
     except KataError:
-        # Somebody else took it down first (`kata rm -f`); what is on disk is the record.
+        # Another command (`kata rm -f`) was faster; the record is on disk.
         facts = container.raw_state()
     if facts.get("disk_error"):
         sys.stderr.write(f"warning: {facts['disk_error']}\n")
@@ -587,5 +592,5 @@ def end_of(client: EngineClient, container: Container) -> str:
 
 
 def lost(container: Container, cause: str) -> VMLostError:
-    """The error of a container whose virtual machine or engine went away under it."""
+    """Make the error for a container whose virtual machine or engine has ended unexpectedly."""
     return VMLostError(f"container {container.name} was lost: {cause}", "kata doctor checks this machine")

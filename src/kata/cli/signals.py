@@ -1,4 +1,4 @@
-"""Signal names and numbers as people write them: ``KILL``, ``SIGTERM``, ``9``, ``RTMIN+3``."""
+"""Parses signals as users write them: ``KILL``, ``SIGTERM``, ``9``, ``RTMIN+3``."""
 
 from __future__ import annotations
 

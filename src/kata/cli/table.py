@@ -1,4 +1,4 @@
-"""Plain tables, JSON listings, and how sizes and ages are written for people."""
+"""Prints tables and JSON, and formats sizes and ages for users."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def show_json(content: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """Escape what could move the cursor or colour a terminal: names and commands come from images and guests."""
+    """Escape characters that control a terminal: names and commands come from images and guests."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
@@ -54,7 +54,7 @@ def seconds_of(timestamp: str) -> float | None:
 
 
 def age(timestamp: str) -> str:
-    """How long ago, in words: ``3 minutes``."""
+    """The time since an RFC 3339 timestamp, as text: ``3 minutes``."""
     then = seconds_of(timestamp)
     if then is None:
         return "unknown"

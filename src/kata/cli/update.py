@@ -1,4 +1,4 @@
-"""`kata update`: other limits for containers, at once where they run, and for their later starts."""
+"""`kata update`: changes the limits of containers, running ones at once, and for later starts."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ COMMANDS = {
     "update": Command(
         "update",
         "CONTAINER...",
-        "Changes the limits of containers: at once where they run, and for their later starts.",
+        "Changes the limits of containers: of running ones at once, and for later starts.",
         [
             Option("--cpus", "N", "how many CPUs the container may use"),
             Option("-m --memory", "SIZE", "how much memory the container may use (512m, 2g)"),
             Option("--pids-limit", "N", "how many processes the container may have; 0 or -1 for no limit"),
         ],
         least=1,
-        notes="The virtual machine follows, up to default_maxvcpus and default_maxmemory where the container was made\n"
-        "with --cpus or -m, else up to what it was started with. A limit that cannot hold is an error, and\n"
-        "nothing is changed: 'kata explain CONTAINER' shows the machine's size and bounds.",
+        notes="The virtual machine is resized: up to default_maxvcpus and default_maxmemory if the container was made\n"
+        "with --cpus or -m, otherwise up to its size at the start. If a limit is not possible, that is an error and\n"
+        "nothing is changed. 'kata explain CONTAINER' shows the machine's size and bounds.",
     )
 }
 
 
 def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the options ask for: (resources of the specification, entries of the container's record)."""
+    """The limits of the options: (resources of the specification, entries of the container's record)."""
     cpus, memory, pids = (arguments.value(name) for name in ("cpus", "memory", "pids_limit"))
     resources: dict[str, Any] = {}
     record: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
         resources["cpu"] = {"quota": round(record["cpus"] * CPU_PERIOD), "period": CPU_PERIOD}
     if memory is not None:
         record["memory"] = size = values.container_memory(memory)
-        # As when it is made: no swap.
+        # No swap, as for a new container.
         resources["memory"] = {"limit": size, "swap": size}
     if pids is not None:
         resources["pids"] = {"limit": values.whole(pids, "--pids-limit", least=-1) or -1}
@@ -57,7 +57,7 @@ def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _keep(container: Container, resources: dict[str, Any], record: dict[str, Any]) -> None:
-    """Write the limits down for later starts."""
+    """Record the limits for later starts."""
     path = os.path.join(container.directory, "config.json")
     spec = records.read_json(path)
     kept = spec.setdefault("linux", {}).setdefault("resources", {})
@@ -76,7 +76,7 @@ def _update(arguments: Arguments) -> int:
             with EngineClient(container.socket) as engine:
                 engine.update(container.id, resources)
         else:
-            # No machine is there to refuse it.
+            # There is no machine that could refuse the limits, so they are checked here.
             sizing.plan(
                 sizing.ResourceRequest(record.get("cpus"), record.get("memory"), "--cpus and --memory")
             )

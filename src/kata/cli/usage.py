@@ -1,4 +1,4 @@
-"""`kata stats`: what containers use, taken from two looks at the engine's counters."""
+"""`kata stats`: the resource usage of containers, from two readings of the engine's counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Look:
-    """The counters of one container at one moment; sizes in bytes, times in ns."""
+    """The counters of one container at one time; sizes in bytes, times in ns."""
 
     __slots__ = (
         "at_ns",
@@ -37,7 +37,7 @@ class _Look:
         usage = metrics.memory.usage if metrics.memory else None
         cache = metrics.memory.inactive_file if metrics.memory else 0
         self.cpu_ns = metrics.cpu.usage.total if metrics.cpu and metrics.cpu.usage else 0
-        # Page cache that the kernel would give back at once is not counted, as in `docker stats`.
+        # Page cache that the kernel can reclaim at once is not counted, as in `docker stats`.
         self.memory = max((usage.usage if usage else 0) - cache, 0)
         self.memory_limit = usage.limit if usage else 0
         self.pids = metrics.pids.current if metrics.pids else 0
@@ -100,9 +100,9 @@ def show(chosen: list[Container], *, seconds: float, stream: bool, as_json: bool
 
     Args:
         chosen: The containers; all running ones if empty.
-        seconds: Between two looks.
-        stream: Whether to go on until interrupted.
-        as_json: Whether JSON is printed.
+        seconds: Time between two readings.
+        stream: Whether to continue until interrupted.
+        as_json: Whether to print JSON.
 
     Returns:
         The exit status.

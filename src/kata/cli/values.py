@@ -1,6 +1,6 @@
-"""Reads the values of options: sizes, CPUs, ports, volumes, environment.
+"""Parses the values of options: sizes, CPUs, ports, volumes, environment.
 
-Each function raises `UsageError` that repeats the value and shows the form it should have.
+Each function raises a `UsageError` that repeats the value and shows the expected form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DIGITS = frozenset("0123456789.")
 
 
 def size(text: str, option: str) -> int:
-    """Bytes from ``512m``, ``1.5g``, ``64MiB``, ``1000000``; the units are powers of 1024, as in Docker."""
+    """Parse a size (``512m``, ``1.5g``, ``64MiB``, ``1000000``) to bytes; units are powers of 1024, as in Docker."""
     lowered = text.strip().lower()
     digits = lowered.rstrip("bikmgt")
     unit = lowered[len(digits) :].removesuffix("ib") if lowered.endswith("ib") else lowered[len(digits) :]
@@ -38,15 +38,15 @@ def size(text: str, option: str) -> int:
 
 
 def container_memory(text: str) -> int:
-    """Bytes of a limit on a container's memory."""
+    """Parse a limit on a container's memory to bytes."""
     found = size(text, "--memory")
     if found < 6 << 20:
-        raise UsageError(f"--memory {text!r} is below the least that a container can have, 6m")
+        raise UsageError(f"--memory {text!r} is below the minimum for a container, 6m")
     return found
 
 
 def cpus(text: str) -> float:
-    """A positive number of CPUs, at least a hundredth as the kernel's quota allows."""
+    """Parse a number of CPUs of at least 0.01, the minimum of the kernel's quota."""
     try:
         number = float(text)
     except ValueError:
@@ -57,7 +57,7 @@ def cpus(text: str) -> float:
 
 
 def whole(text: str, option: str, *, least: int) -> int:
-    """A decimal integer not below *least*."""
+    """Parse a decimal integer of at least *least*."""
     try:
         number = int(text)
     except ValueError:
@@ -68,11 +68,11 @@ def whole(text: str, option: str, *, least: int) -> int:
 
 
 def port(text: str) -> list[dict[str, Any]]:
-    """``[[IP:]HOST:]GUEST[/tcp|udp]``, each side one port or a range of equal length.
+    """Parse ``[[IP:]HOST:]GUEST[/tcp|udp]``; each side is a port or a range, of equal length.
 
     Returns:
-        One entry a port: host_ip ("" for all addresses), host_port, guest_port, proto. A published port without
-        a host side gets the same number on the host.
+        One entry for each port: host_ip ("" for all addresses), host_port, guest_port, proto. Without a host side, the
+        port on the host has the same number.
     """
     spec, _, proto = text.partition("/")
     proto = proto or "tcp"
@@ -120,17 +120,17 @@ def _check_address(address: str, text: str) -> None:
             continue
         return
     raise UsageError(
-        f"-p {text!r}: {address!r} is not an IP address", "names are not resolved here; give the address"
+        f"-p {text!r}: {address!r} is not an IP address", "host names are not resolved; give an address"
     )
 
 
 _PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable")
 _MOUNT_FLAGS = ("noexec", "nodev", "nosuid")
 _NO_EFFECT = ("z", "Z", "cached", "delegated", "consistent", "nocopy", "copy", "bind", "rbind", "exec")
-"""Docker's and Podman's words for what a share with a machine of its own has no need of, or always does: labels of
-SELinux, how late a copy may be, copying into an empty named volume, binding with the mounts below."""
+"""Options of Docker and Podman without effect here: a share with a virtual machine does not need them, or always works
+that way. They are about SELinux labels, consistency, copying into an empty named volume, and recursive binds."""
 _ELSEWHERE = {
-    "U": "kata changes nothing of what it shares: chown -R UID:GID SRC",
+    "U": "kata does not change shared files: chown -R UID:GID SRC",
     "O": "kata has no overlay over a volume: share SRC with ro, and write elsewhere",
     "dev": "devices of the host mean nothing in another kernel",
     "suid": "what is shared with a virtual machine is nosuid",
@@ -139,7 +139,7 @@ _ELSEWHERE = {
 
 
 def volume(text: str) -> tuple[str, str, list[str]]:
-    """``SRC:DST[:OPTION,...]``; a relative SRC is relative to the working directory.
+    """Parse ``SRC:DST[:OPTION,...]``; a relative SRC is relative to the working directory.
 
     Returns:
         Source (absolute), destination, mount options as in the runtime specification.
@@ -165,16 +165,16 @@ def volume(text: str) -> tuple[str, str, list[str]]:
 
 
 def bind(source: str, destination: str, options: list[str], given: str) -> tuple[str, str, list[str]]:
-    """A directory or file of the host, and where it is to be in the container.
+    """Check a bind mount of a directory or file of the host.
 
     Args:
-        source: Its path; a relative one is relative to the working directory.
-        destination: Where.
-        options: Docker's and Podman's words.
-        given: How all that was written, for errors.
+        source: Path on the host; a relative one is relative to the working directory.
+        destination: Path in the container.
+        options: Options as in Docker and Podman.
+        given: The option as the user wrote it, for errors.
 
     Returns:
-        As `volume`.
+        Source (absolute), destination, mount options as in the runtime specification.
     """
     chosen = _volume_options(given, options)
     if not destination.startswith("/"):
@@ -216,7 +216,7 @@ def _volume_options(given: str, options: list[str]) -> list[str]:
 
 
 def tmpfs(text: str) -> tuple[str, list[str]]:
-    """``DST[:OPTION,...]``, the options as in mount(8) for tmpfs."""
+    """Parse ``DST[:OPTION,...]``, with options as in mount(8) for tmpfs."""
     destination, _, options = text.partition(":")
     if not destination.startswith("/") or os.path.normpath(destination) == "/":
         raise UsageError(
@@ -226,11 +226,11 @@ def tmpfs(text: str) -> tuple[str, list[str]]:
 
 
 def environment(assignments: list[str], files: list[str]) -> list[str]:
-    """``KEY=VALUE`` strings from ``-e`` and ``--env-file``; ``-e`` wins, being later.
+    """Return the ``KEY=VALUE`` strings of ``-e`` and ``--env-file``; those of ``-e`` come last and so override files.
 
-    ``-e KEY`` takes the value from our own environment and is dropped where there is none. Files hold one
-    assignment a line, as Docker reads them: a line ends at a newline (and one carriage return before it) and at nothing
-    else, a byte order mark at the beginning is left out; empty lines and lines that start with ``#`` are skipped.
+    ``-e KEY`` copies the value from our own environment and is dropped if that has none. Files have one assignment a
+    line, and are read as by Docker: a line ends only at a newline (with one carriage return before it), a byte order
+    mark at the beginning is dropped, empty lines and lines that start with ``#`` are skipped.
     """
     lines: list[tuple[str, str]] = []
     for path in files:
@@ -267,7 +267,7 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 
 def container_name(text: str) -> str:
-    """A name: a letter or digit, then letters, digits, ``_``, ``.`` and ``-``."""
+    """Check a container's name: a letter or digit, then letters, digits, ``_``, ``.`` and ``-``."""
     if not (
         2 <= len(text) <= 128 and text[0].isalnum() and text.isascii() and set(text) <= _NAME_CHARACTERS
     ):
@@ -279,7 +279,7 @@ def container_name(text: str) -> str:
 
 
 def hostname(text: str) -> str:
-    """A host name of at most 64 characters (Linux's limit), without white space or '/'."""
+    """Check a host name: at most 64 characters (Linux's limit), without white space or '/'."""
     if not 0 < len(text) <= 64 or any(character.isspace() or character in "/\0" for character in text):
         raise UsageError(f"--hostname {text!r} is not a host name", "at most 64 characters without spaces")
     return text

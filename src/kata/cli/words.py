@@ -1,12 +1,12 @@
-"""Words that users of Docker and Podman type and kata does not know: what to do instead.
+"""Hints for commands and options of Docker and Podman that kata does not have.
 
-The nearest spelling misleads here: `push` is not meant to be `ps`.
+For these, the command with the nearest spelling would be a misleading hint: `push` is not meant to be `ps`.
 """
 
 from __future__ import annotations
 
 ALIASES = {"unpause": "resume", "ls": "ps", "list": "ps", "remove": "rm", "delete": "rm"}
-"""Other names of commands; ``container X`` is ``X``, too."""
+"""Aliases of commands. ``container X`` is an alias of ``X``."""
 
 _IMAGES_ELSEWHERE = "build, tag and push with docker, podman, buildah or skopeo; kata runs what they make"
 _VOLUMES = "kata run -v DIR:/path shares a directory, -v /path is a volume of one container; none has a name"
@@ -30,11 +30,11 @@ COMMANDS = {
     "volume": _VOLUMES,
     "volumes": _VOLUMES,
     "events": "kata wait NAME waits for an end, kata ps -a shows them all",
-    "rename": "the name is given with kata run --name, and stays",
+    "rename": "kata run --name sets the name, which cannot be changed later",
     "healthcheck": "kata exec NAME PROGRAM",
     "info": "kata version, kata doctor",
-    "system": "kata gc clears away what crashes left and images without a name, kata doctor checks the host",
-    "prune": "kata rm $(kata ps -aq) removes all that do not run; kata gc images without a name",
+    "system": "kata gc removes what crashes left behind and images without a name; kata doctor checks the host",
+    "prune": "kata rm $(kata ps -aq) removes all stopped containers; kata gc removes images without a name",
     "pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",
     "kube": "pods come from Kubernetes (CRI): docs/kubernetes.md",
     "play": "pods come from Kubernetes (CRI): docs/kubernetes.md",
@@ -51,24 +51,24 @@ COMMANDS = {
     "checkpoint": "kata pause NAME freezes a container while the machine is up",
     "completion": "make install puts it in place for bash, zsh and fish",
 }
-"""Command of Docker or Podman -> what to do instead."""
+"""Hint for each command of Docker or Podman that kata does not have."""
 
 _RUN = "run create"
 _MANY = "start restart stop kill rm pause resume wait"
 OPTIONS: dict[str, dict[str, str]] = {
     _RUN: {
-        "--label -l --label-file": "keep notes elsewhere: the name (--name) is what kata ps shows",
+        "--label -l --label-file": "containers have no labels; kata ps shows the name (--name)",
         "--restart": "restart it by a systemd unit around kata run",
         "--volumes-from": "give both containers the same -v SRC:DST",
         "--add-host": "kata cp FILE NAME:/etc/hosts when it runs",
         "--dns --dns-search --dns-option": "kata cp FILE NAME:/etc/resolv.conf when it runs",
-        "--init": "its program is PID 1 of the container: put tini or dumb-init into the image where that has to reap",
+        "--init": "the command is PID 1 of the container: put tini or dumb-init into the image if it has to reap",
         "--shm-size": "--tmpfs /dev/shm:size=SIZE",
         "--ulimit": "the command 'ulimit' in a shell of the container",
         "--sysctl": "--privileged, and sysctl inside: it is the machine's own kernel",
         "--device --device-cgroup-rule": "devices of the host mean nothing in another kernel;"
         " --privileged has the machine's own",
-        "--gpus": "devices of the host cannot be handed in by kata run",
+        "--gpus": "kata run cannot pass devices of the host into a container",
         "--group-add": "-u USER:GROUP",
         "--publish-all -P": "name the ports: -p HOST:GUEST",
         "--expose": "-p HOST:GUEST; nothing has to be exposed first",
@@ -85,7 +85,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--security-opt": "--privileged, --cap-add and --cap-drop",
         "--domainname": "-h NAME.DOMAIN",
         "--cidfile": "kata run -d prints the id: kata run -d ... > FILE",
-        "--runtime": "it is kata; its configuration: kata config show",
+        "--runtime": "the runtime is kata; kata config show has its configuration",
         "--log-driver --log-opt": "kata logs; the log is rotated, 3 files of 10 MiB",
         "--stop-timeout": "kata stop -t SECONDS",
         "--replace": "kata rm -f NAME first",
@@ -144,31 +144,31 @@ OPTIONS: dict[str, dict[str, str]] = {
     "ps images": {"--filter -f": "--json, and jq"},
     "ps": {"--latest -l": "kata ps -a has the newest first", "--size -s --last -n": "--json, and jq"},
     "images": {"--all -a": "they are all there: leave it out", "--digests": "--json has the digests"},
-    "stats": {"--all -a": "those that run have figures: leave it out"},
+    "stats": {"--all -a": "only running containers have figures: leave it out"},
     "logs": {"--since --until": "-t shows the times; -n N the last lines", "--details": "leave it out"},
     "rmi": {"--all -a": "name them: $(kata images -q)"},
     "pull": {"--all-tags -a": "name each: kata pull NAME:TAG"},
 }
-"""Commands -> options that they have in Docker or Podman -> what to write instead.
+"""Hints for options of Docker or Podman that kata's commands do not have: by commands, then by options.
 
-What ends in ``*`` is a prefix. An option in an answer that names no command is one of the command that was typed.
+An option that ends in ``*`` is a prefix. An option in a hint that names no command belongs to the same command.
 """
 
 
 def command(argv: list[str]) -> list[str]:
-    """A command line with kata's own name of its command, where there is one."""
+    """Replace an alias in a command line by kata's own name of the command."""
     if argv[0] == "container" and len(argv) > 1:
         argv = argv[1:]
     return [ALIASES.get(argv[0], argv[0]), *argv[1:]]
 
 
 def about_command(name: str) -> str:
-    """What to do instead of a command that kata has not; empty for a word that nobody has."""
+    """The hint for a command of Docker or Podman that kata does not have; empty for any other word."""
     return COMMANDS.get(name, "")
 
 
 def about_option(command: str, name: str) -> str:
-    """What to write instead of an option that a command of kata has not; empty for one that nobody has.
+    """The hint for an option of Docker or Podman that a command of kata does not have; empty for any other option.
 
     Args:
         command: The command's name.
