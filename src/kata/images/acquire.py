@@ -1,6 +1,6 @@
-"""Bring an image into the store: read its manifest, convert its layers, write down its names.
+"""Adds an image to the store: reads its manifest, converts its layers, records its names.
 
-Imported when an image is missing or to be refreshed; `kata.images.resolve` finds what is there.
+Imported only when an image is missing or to be refreshed; `kata.images.resolve` finds stored ones.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ def acquire(
     """Fetch or read an image, convert it and name it.
 
     Args:
-        what: Not of the kind ``rootfs``, which needs nothing of this.
+        what: The image; not of the kind ``rootfs``, which is used as it is.
         wanted: The platform to choose.
-        progress: As for `kata.images.resolve.resolve`.
+        progress: See `kata.images.resolve.resolve`.
+
+    Returns:
+        The stored image.
 
     Raises:
         ImageError: The image, archive or registry is at fault.
@@ -54,7 +57,7 @@ def acquire(
             top = source.choose(tag, wanted)
             return _add(source, top, what, wanted, stamp, report)
         except (RegistryError, KeyboardInterrupt):
-            keep = True  # the next attempt goes on from here
+            keep = True  # the next attempt continues from here
             raise
         finally:
             source.close(keep)
@@ -135,7 +138,7 @@ def _record(
     image_id: str, record: dict[str, object] | None, source: Source, digests: list[str],
     what: Reference | LocalImage, wanted: Platform, stamp: list[int] | None,
 ) -> store.Image:  # fmt: skip
-    """Write down an image's names and digests, and its record if it is new."""
+    """Record an image's names and digests, and the image itself if it is new."""
     with changes.locked():
         index = store.Index()
         if record is not None:
@@ -145,7 +148,7 @@ def _record(
         origin = "registry" if isinstance(what, Reference) else "local"
         index.names[str(what)] = {"id": image_id, "origin": origin, "digest": digests[0]}
         for name in source.names:
-            # A name that an archive brings does not silently replace what was pulled under it.
+            # A name in an archive does not silently replace an image that was pulled under that name.
             if index.names.get(name, {}).get("origin", "local") == "local":
                 index.names[name] = {"id": image_id, "origin": "local", "digest": digests[0]}
         if isinstance(what, LocalImage) and what.kind != "oci":

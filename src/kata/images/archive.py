@@ -1,7 +1,7 @@
 """Images in tar files: OCI layouts, and what ``docker save`` and ``podman save`` write.
 
-The archive stays where it is; its members are found by one pass over the headers and read in place. Whether
-it is an OCI layout or Docker's own form is told by what is inside: Docker 25 and later write both.
+The archive is read in place: one pass over the headers finds its members. Its content tells whether it is an OCI layout
+or in Docker's own format; Docker 25 and later write both.
 
 Sources: OCI image specification, ``image-layout.md``; Docker image specification v1.2, "Combined Image JSON
 + Filesystem Changeset Format".
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _MAX_MEMBERS = 100_000
 _MAX_NAMES = 16 << 20
-"""Bytes of all members' names and link targets together; an image's are a hundred each."""
+"""Bound for the bytes of all members' names and link targets; usual ones have about a hundred bytes each."""
 _HINT = "export the image again"
 
 
@@ -37,14 +37,14 @@ class Archive:
     """An archive: a source of images for `kata.images.acquire`.
 
     Args:
-        path: The tar file; gzip, zstd, bzip2 and xz are undone into a nameless file first.
+        path: The tar file; one that is compressed (gzip, zstd, bzip2, xz) is decompressed to an unnamed file first.
         spool: Directory for that file.
-        limit: Its largest size.
-        tick: Called with (bytes done, bytes in all) while it is undone.
+        limit: Its maximum size in bytes.
+        tick: Called with (bytes done, total bytes) during decompression.
 
     Raises:
-        ImageError: It is no image archive.
-        OSError: No space for the spool file.
+        ImageError: It is not an image archive.
+        OSError: There is no space for the decompressed file.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Archive:
         self._layers: dict[str, str] = {}
         self._made: dict[str, bytes] = {}
         self.names: list[str] = []
-        """Full names that the archive gives to the chosen image."""
+        """Full names of the chosen image according to the archive."""
 
     def _undo(self, spool: str, limit: int, tick: Callable[[int, int], None] | None) -> BinaryIO:
         total = os.fstat(self._file.fileno()).st_size
@@ -100,7 +100,7 @@ class Archive:
     # ---- as a source ----
 
     def choose(self, tag: str, wanted: Platform) -> Descriptor:
-        """The image under a tag; see `kata.images.layout.Layout.choose`.
+        """Choose the image with a tag; see `kata.images.layout.Layout.choose`.
 
         Raises:
             ImageError: The archive is malformed, or has no such image.
@@ -127,7 +127,7 @@ class Archive:
         )
 
     def read(self, what: Descriptor) -> bytes:
-        """A manifest or configuration, verified.
+        """Return a manifest or configuration, verified.
 
         Raises:
             ImageError: It is missing or damaged.
@@ -139,7 +139,7 @@ class Archive:
         return data
 
     def open(self, what: Descriptor) -> BinaryIO:
-        """A layer, not yet verified.
+        """Open a layer; it is not verified.
 
         Raises:
             ImageError: It is missing.
@@ -147,7 +147,7 @@ class Archive:
         return self._open(self._name_of(what))
 
     def prepare(self, layers: list[Descriptor]) -> None:
-        """Nothing needs to be fetched."""
+        """Do nothing: there is nothing to fetch."""
 
     def close(self, keep: bool = False) -> None:
         """Close the archive."""
@@ -156,7 +156,7 @@ class Archive:
     # ---- Docker's own form ----
 
     def _choose_docker(self, tag: str) -> Descriptor:
-        """Choose from manifest.json, and put what it says into the form of an OCI manifest."""
+        """Choose an image from manifest.json, and convert its entry to an OCI manifest."""
         try:
             images = json.loads(self._read("manifest.json"))
         except (ValueError, RecursionError):
@@ -246,12 +246,12 @@ class Archive:
                 raise ImageError(f"{self.path}: {_shown(name)} is missing", _HINT)
             if not isinstance(member, str):
                 return member
-            seen.add(name)  # Docker before 25 made a layer that occurs twice a symbolic link
+            seen.add(name)  # Docker before 25 stored a layer that occurs twice as a symbolic link
             name = _clean(posixpath.join(posixpath.dirname(name), member))
 
 
 class _Part(io.RawIOBase):
-    """A part of a file; several may be read at once, in any thread."""
+    """A part of a file. Several parts may be read at the same time, in any thread."""
 
     def __init__(self, fd: int, offset: int, size: int) -> None:
         self._fd = fd
@@ -269,7 +269,7 @@ class _Part(io.RawIOBase):
 
 
 class _Seekable:
-    """A plain tar file as the reader wants it: what is skipped is not read."""
+    """A plain tar file for `layers_tar.Reader`, which seeks instead of reading what is skipped."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -291,7 +291,7 @@ class _Seekable:
 
 
 def _members(file: BinaryIO, path: str) -> dict[str, tuple[int, int] | str]:
-    """The members of a tar file: (offset, size), or a link's target."""
+    """The members of a tar file by name: (offset, size), or the target of a link."""
     file.seek(0)
     reader = layers_tar.Reader(_Seekable(file))
     found: dict[str, tuple[int, int] | str] = {}
@@ -316,7 +316,7 @@ def _members(file: BinaryIO, path: str) -> dict[str, tuple[int, int] | str]:
 
 
 def _shown(name: str) -> str:
-    """A member's name for a message; JSON and tar headers may hold what is no text."""
+    """A member's name, safe for a message: names in JSON and tar headers need not be valid text."""
     return layers_tar.text(name.encode("utf-8", "surrogatepass"))
 
 

@@ -1,4 +1,4 @@
-"""Changes to the image store: locks, writing as a whole, removal, clearing away."""
+"""Changes the image store: locks, atomic writing, removal, garbage collection."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def locked(name: str = "lock", *, shared: bool = False) -> Iterator[None]:
 
 
 def storage_error(error: OSError) -> HostError:
-    """The error of ours for an operation below the state directory that failed."""
+    """Make our error for an operation below the state directory that failed."""
     what = "the image store cannot be written"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = f"free some space, `kata rmi` images or `kata gc`; KATA_STATE_DIR moves {paths.state_dir()}"
@@ -52,16 +52,16 @@ def storage_error(error: OSError) -> HostError:
 
 
 def write_index(index: store.Index) -> None:
-    """Replace ``index.json``; the caller has held the lock since before it read."""
+    """Replace ``index.json``; the caller has held the lock since before it read the index."""
     content = {"version": 1, "names": index.names, "digests": index.digests, "files": index.files}
     write_json(os.path.join(store.directory(), "index.json"), content)
 
 
 def write_json(path: str, content: Any) -> None:
-    """Replace a file as a whole, so that a reader, or a crash, sees the old or the new one.
+    """Replace a JSON file atomically: a reader sees the old content or the new, even after a crash.
 
-    On a full disk what has become shorter is written over the old one at once, in the same length: taking a name away
-    makes an index shorter, and has to work on a full disk, for it is the way out of it.
+    If the disk is full and the new content is no longer than the old, it is written over the old content, padded to the
+    same length. Removing an image makes the index shorter, and has to work on a full disk since it frees space.
 
     Raises:
         HostError: It cannot be written.
@@ -75,7 +75,11 @@ def write_json(path: str, content: Any) -> None:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """As `write_json`, for bytes; a full disk is an error."""
+    """Replace a file atomically; a full disk is an error.
+
+    Raises:
+        HostError: It cannot be written.
+    """
     try:
         paths.make_dirs(os.path.dirname(path), 0o700)
         sysio.replace_file(path, data, fsync=True)
@@ -91,16 +95,15 @@ def _unlink(path: str) -> None:
 
 
 def remove(name_or_id: str, force: bool = False, in_use: Mapping[str, list[str]] | None = None) -> list[str]:
-    """Remove a name, and the image when it was its last one.
+    """Remove a name of an image, and the image if it was its last name.
 
     Args:
-        name_or_id: By id all names go at once, which needs `force` if there are several.
-        force: Take the names away although containers use the image; its data stay until `gc` after they
-            are gone.
-        in_use: Image ids and the names of the containers that use them.
+        name_or_id: A name, or an id, which removes all names; if there are several, `force` is needed.
+        force: Remove names even if containers use the image. Its data is then removed by `gc` after the containers.
+        in_use: Names of the containers that use each image, by image id.
 
     Returns:
-        What was done: ``Untagged: NAME`` and ``Deleted: ID``.
+        The changes: ``Untagged: NAME`` and ``Deleted: ID``.
 
     Raises:
         NotFoundError: There is no such image.
@@ -137,7 +140,8 @@ def remove(name_or_id: str, force: bool = False, in_use: Mapping[str, list[str]]
 
 
 def _delete(image_id: str, index: store.Index) -> None:
-    """Remove an image's record and what no other shares. The caller holds the lock, writes the index."""
+    """Remove an image's record and the files that no other image uses. The caller holds the lock and writes the
+    index."""
     index.digests = {key: value for key, value in index.digests.items() if value != image_id}
     index.files = {key: value for key, value in index.files.items() if value["id"] != image_id}
     record = store.read_json(store.record_path(image_id))
@@ -158,15 +162,15 @@ def _records() -> list[Any]:
 
 
 def gc(in_use: Collection[str] = ()) -> list[str]:
-    """Remove images without a name that no container uses, and what interrupted work left.
+    """Remove images that have no name and are not used by a container, and leftovers of interrupted work.
 
-    While an image is being added elsewhere, unfinished work is left alone.
+    While another process adds an image, unfinished work is left alone.
 
     Args:
         in_use: Ids of the images that containers use.
 
     Returns:
-        What was removed, as paths and ids.
+        Paths and ids of what was removed.
 
     Raises:
         HostError: Something could not be removed.
@@ -216,7 +220,7 @@ def _clear_unreferenced() -> list[str]:
 
 @contextmanager
 def _adding_stopped() -> Iterator[bool]:
-    """Keep others from adding images; False if somebody is just doing so."""
+    """Keep other processes from adding images; False if one is doing so."""
     path = os.path.join(store.directory(), "adding")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,7 +1,6 @@
 """Make the root file system of a layer chain.
 
-The erofs file has no name until it is complete and on disk, so a crash, a kill or a full disk leaves
-nothing.
+The erofs file has no name until it is complete and on disk, so a crash, a kill or a full disk leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -32,42 +31,42 @@ class Source(Protocol):
     """Where an image comes from: a layout, an archive or a registry."""
 
     name: str
-    """For messages."""
+    """Name of the source, for messages."""
     names: list[str]
     """Further full names that the source gives to the chosen image."""
 
     def choose(self, tag: str, wanted: Platform) -> Descriptor:
-        """The manifest or index of a tag."""
+        """Return the descriptor of the manifest or index with a tag."""
         ...
 
     def read(self, what: Descriptor) -> bytes:
-        """A manifest or configuration, verified."""
+        """Return a manifest or configuration, verified."""
         ...
 
     def prepare(self, layers: list[Descriptor]) -> None:
-        """Begin to fetch these layers; they will be opened in this order."""
+        """Start fetching these layers; they will be opened in this order."""
         ...
 
     def open(self, what: Descriptor) -> BinaryIO:
-        """A layer. Its reader verifies the uncompressed content."""
+        """Open a layer. The caller verifies the uncompressed content."""
         ...
 
     def close(self, keep: bool = False) -> None:
-        """Release everything; `keep` leaves what was fetched for another attempt."""
+        """Release everything; `keep` leaves what was fetched for the next attempt."""
         ...
 
 
 def make_rootfs(
     source: Source, layers: list[Descriptor], diff_ids: list[str], chain: str, progress: store.Progress
 ) -> int:
-    """Convert layers into the erofs file of their chain, unless it is there.
+    """Convert layers into the erofs file of their chain, unless that exists already.
 
     Args:
-        source: Where the layers are.
-        layers: Lowest first.
+        source: Source of the layers.
+        layers: The layers, lowest first.
         diff_ids: Digests of the uncompressed layers.
-        chain: Chain id; decides the file's name and the file system's UUID.
-        progress: Called with ``unpack``, ``write``, and ``wait`` while another process does the same.
+        chain: Chain id; determines the file's name and the file system's UUID.
+        progress: Called with ``unpack`` and ``write``, and with ``wait`` while another process converts the same chain.
 
     Returns:
         The size of the file in bytes.
@@ -89,7 +88,7 @@ def make_rootfs(
 
 
 def _whole(path: str) -> bool:
-    """Whether the file is there, as long as its superblock says (a power failure may have cut it)."""
+    """Whether the file exists with the length in its superblock (a power failure may have truncated it)."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -105,7 +104,7 @@ def _whole(path: str) -> bool:
 
 @contextmanager
 def _alone(path: str, progress: store.Progress) -> Iterator[None]:
-    """Let only one process at a time convert the same chain. The lock file goes when it is released."""
+    """Let only one process at a time convert the same chain. The lock file is removed with the lock."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -114,7 +113,7 @@ def _alone(path: str, progress: store.Progress) -> Iterator[None]:
                 time.sleep(0.1)
             try:
                 if os.stat(path).st_ino != os.fstat(fd).st_ino:
-                    continue  # the one before us removed it while we waited
+                    continue  # the previous holder removed the file while we waited
             except FileNotFoundError:
                 continue
             try:
@@ -169,7 +168,7 @@ def _convert(
 
 
 def _uuid(chain: str) -> bytes:
-    """A UUID (version 8, RFC 9562) out of the chain id: the same layers give the same bytes."""
+    """Derive a UUID (version 8, RFC 9562) from the chain id, so that the same layers give the same bytes."""
     raw = bytearray.fromhex(store.hex_of(chain)[:32])
     raw[6] = raw[6] & 0x0F | 0x80
     raw[8] = raw[8] & 0x3F | 0x80
@@ -178,12 +177,12 @@ def _uuid(chain: str) -> bytes:
 
 @contextmanager
 def _nameless(path: str) -> Iterator[int]:
-    """A file that gets its name when the block ends well."""
+    """A file that gets its name when the block ends without an error."""
     directory = os.path.dirname(path)
     temporary = ""
     try:
         fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o400)
-    except OSError:  # NFS, FUSE, old overlayfs: then a name that `gc` knows as unfinished
+    except OSError:  # NFS, FUSE, old overlayfs: use a name that `gc` recognises as unfinished
         temporary = f"{path}.{os.getpid()}.tmp"
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
     try:
@@ -192,7 +191,7 @@ def _nameless(path: str) -> Iterator[int]:
         try:
             if temporary:
                 os.replace(temporary, path)
-            else:  # only with a directory descriptor does Python call linkat, which follows the link
+            else:  # Python calls linkat, which can follow the link, only with a directory descriptor
                 os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=at, follow_symlinks=True)
             os.fsync(at)
         finally:

@@ -1,11 +1,10 @@
-"""Registry credentials as ``docker login`` leaves them.
+"""Registry credentials, as stored by ``docker login``.
 
-``$DOCKER_CONFIG/config.json`` (by default ``~/.docker/config.json``): ``credHelpers`` for one registry,
-``credsStore`` for all, ``auths`` with the credentials themselves. Helpers are the programs
+They come from ``$DOCKER_CONFIG/config.json`` (by default ``~/.docker/config.json``): ``credHelpers`` names a helper for
+one registry, ``credsStore`` one for all registries, and ``auths`` has the credentials themselves. Helpers are programs
 ``docker-credential-NAME``.
 
-A broken file or helper does not stop a pull that needs no credentials: it is remembered, and told if the
-registry then refuses.
+A broken file or helper does not stop a pull that needs no credentials. It is reported only if the registry refuses.
 
 Sources: Docker command line reference ("Credential stores", "Credential helper protocol").
 """
@@ -24,13 +23,13 @@ _HELPER_TIMEOUT_S = 60
 
 
 class Credentials:
-    """What to show a registry.
+    """Credentials for a registry; false if there are none.
 
     Attributes:
-        user: Name, or "".
+        user: User name, or "".
         secret: Password or token, or "".
         identity_token: A token to be exchanged for an access token, or "".
-        problem: Why there is nothing, if that is not simply because nothing is configured.
+        problem: The error that kept credentials from being found; "" if none are configured.
     """
 
     __slots__ = ("identity_token", "problem", "secret", "user")
@@ -47,21 +46,21 @@ class Credentials:
         return bool(self.user or self.identity_token)
 
     def basic(self) -> str:
-        """The value of an Authorization header of the kind Basic."""
+        """The value of an Authorization header with the scheme Basic."""
         return "Basic " + base64.b64encode(f"{self.user}:{self.secret}".encode()).decode()
 
 
 def config_path() -> str:
-    """Where ``docker login`` keeps its file."""
+    """Path of the configuration file of ``docker login``."""
     directory = os.environ.get("DOCKER_CONFIG") or os.path.join(os.path.expanduser("~"), ".docker")
     return os.path.join(directory, "config.json")
 
 
 def find(host: str) -> Credentials:
-    """The credentials for a registry.
+    """Find the credentials for a registry.
 
     Args:
-        host: With its port if it has one; ``docker.io`` for Docker Hub.
+        host: Host name, with a port if it has one; ``docker.io`` for Docker Hub.
     """
     path = config_path()
     try:
@@ -96,7 +95,7 @@ def find(host: str) -> Credentials:
 
 
 def _host(key: str) -> str:
-    """The registry that a key of ``auths`` names: with or without scheme and path."""
+    """The host in a key of ``auths``, which may have a scheme and a path."""
     return key.partition("://")[2].partition("/")[0] if "://" in key else key.partition("/")[0]
 
 

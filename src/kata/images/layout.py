@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _REF_NAME = "org.opencontainers.image.ref.name"
 FULL_NAME = "io.containerd.image.name"
-"""Annotation of containerd and Docker 25: the image's name with registry and tag."""
+"""Annotation by containerd and Docker 25: the image's name with registry and tag."""
 
 
 class Layout:
@@ -35,11 +35,11 @@ class Layout:
         self.names: list[str] = []
 
     def choose(self, tag: str, wanted: Platform) -> Descriptor:
-        """What ``index.json`` lists under a tag: a manifest, or an index of several platforms.
+        """Choose the entry of ``index.json`` with a tag: a manifest, or an index of several platforms.
 
         Args:
-            tag: "" takes the only image there is, or ``latest``.
-            wanted: Decides between images of the same tag.
+            tag: The tag; "" for the only image, or ``latest``.
+            wanted: The platform, which decides between images with the same tag.
 
         Raises:
             ImageError: The layout is malformed, or has no such image.
@@ -59,7 +59,7 @@ class Layout:
             raise ImageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
 
     def read(self, what: Descriptor) -> bytes:
-        """A manifest or configuration, verified.
+        """Return a manifest or configuration, verified.
 
         Raises:
             ImageError: It is missing or damaged.
@@ -70,7 +70,7 @@ class Layout:
         return data
 
     def open(self, what: Descriptor) -> BinaryIO:
-        """A blob, not yet verified.
+        """Open a blob; it is not verified.
 
         Raises:
             ImageError: It is missing.
@@ -87,14 +87,18 @@ class Layout:
             raise ImageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
 
     def prepare(self, layers: list[Descriptor]) -> None:
-        """Nothing needs to be fetched."""
+        """Do nothing: there is nothing to fetch."""
 
     def close(self, keep: bool = False) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
 
 def read_limited(file: BinaryIO, what: str) -> bytes:
-    """A small document, read whole.
+    """Read a small document completely.
+
+    Args:
+        file: The open file.
+        what: Its name, for errors.
 
     Raises:
         ImageError: It is larger than a manifest or configuration may be.
@@ -106,7 +110,7 @@ def read_limited(file: BinaryIO, what: str) -> bytes:
 
 
 def choose_tagged(listed: list[Descriptor], tag: str, wanted: Platform, name: str) -> Descriptor:
-    """The entry of a layout's index for a tag; see `Layout.choose`."""
+    """Choose the entry of a layout's index with a tag; see `Layout.choose`."""
     if not listed:
         raise ImageError(f"{name} holds no image", "export the image again")
     place = place_of(tag)
@@ -137,13 +141,13 @@ def choose_tagged(listed: list[Descriptor], tag: str, wanted: Platform, name: st
 
 
 def place_of(tag: str) -> int | None:
-    """The place that ``@0`` and so on stand for, as in skopeo's ``oci:DIR:@0``; None for a tag."""
+    """The position in the index for ``@0``, ``@1``, ... (as in skopeo's ``oci:DIR:@0``); None for a tag."""
     digits = tag[1:]
     return int(digits) if tag.startswith("@") and digits.isdecimal() and len(digits) < 6 else None
 
 
 def called(tag: str) -> str:
-    """How an image that is not there was asked for."""
+    """Describe how a missing image was requested, for errors."""
     return f"at the place {tag}" if place_of(tag) is not None else f"with the tag {tag}"
 
 
@@ -152,8 +156,8 @@ def which(known: list[str], count: int, name: str) -> str:
 
     Args:
         known: Their tags.
-        count: How many there are.
-        name: Of the archive or layout.
+        count: Number of images.
+        name: Name of the archive or layout.
     """
     places = f"by its place: {name}:@0" + (f" to :@{count - 1}" if count > 1 else "")
     if not known:
@@ -162,7 +166,7 @@ def which(known: list[str], count: int, name: str) -> str:
 
 
 def _tags(item: Descriptor) -> set[str]:
-    """What an entry may be called: its full name, the short form of that, the tag behind the last colon."""
+    """The accepted names of an entry: its full name, the short form of that, and its tag."""
     found = set()
     for key in (_REF_NAME, FULL_NAME):
         value = item.annotations.get(key)

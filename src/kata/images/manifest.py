@@ -1,6 +1,6 @@
-"""Manifests, indexes and configurations: checked, chosen, not fetched.
+"""Checks manifests, indexes and configurations, and chooses between manifests.
 
-Everything here comes from outside, so every field is checked before it is used.
+All of these are untrusted input, so every field is checked before it is used.
 
 Sources: OCI image specification (``manifest.md``, ``image-index.md``, ``config.md``); Docker's
 ``image/spec`` 1.2 and registry "Image Manifest Version 2, Schema 2", which have the same fields.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_DOCUMENT = 8 << 20
-"""The largest manifest or configuration taken; registries accept 4 MiB."""
+"""Maximum size of a manifest or configuration, in bytes; registries accept 4 MiB."""
 _MAX_LAYERS = 1000
 
 INDEX_TYPES = (
@@ -47,8 +47,8 @@ class Descriptor:
         digest: ``sha256:...``.
         size: Bytes.
         media_type: May be "".
-        platform: Of a manifest in an index, if given.
-        annotations: Strings.
+        platform: Platform of a manifest in an index; None if it has none.
+        annotations: Its annotations.
     """
 
     __slots__ = ("annotations", "digest", "media_type", "platform", "size")
@@ -65,10 +65,10 @@ class Descriptor:
 
 
 class Config:
-    """What of an image's configuration is used.
+    """The parts of an image's configuration that are used.
 
     Attributes:
-        platform: What it is built for.
+        platform: The platform that it is built for.
         created: RFC 3339 time, or "".
         config: Env, Cmd, Entrypoint, ... with the types checked.
         diff_ids: Digests of the uncompressed layers, lowest first.
@@ -86,15 +86,19 @@ class Config:
 
 
 def shown(text: str) -> str:
-    """A string out of an image, made fit for an error message."""
+    """A string from an image, made safe for an error message."""
     return "".join(char if char.isprintable() else "?" for char in text[:100])
 
 
 def document(data: bytes, what: str) -> dict[str, Any]:
     """Parse a JSON object.
 
+    Args:
+        data: The document.
+        what: Its name, for errors.
+
     Raises:
-        ImageError: It is none.
+        ImageError: It is not a JSON object.
     """
     try:
         content = json.loads(data)
@@ -113,7 +117,7 @@ def digest_of(data: bytes) -> str:
 
 
 def verify(data: bytes, digest: str, what: str) -> None:
-    """Check a document against the digest by which it was asked for.
+    """Check a document against the digest by which it was requested.
 
     Raises:
         ImageError: They differ.
@@ -172,7 +176,7 @@ def is_index(content: dict[str, Any]) -> bool:
 
 
 def listed(content: dict[str, Any], what: str) -> list[Descriptor]:
-    """The descriptors of an index.
+    """Return the descriptors of an index.
 
     Raises:
         ImageError: It is malformed.
@@ -192,22 +196,22 @@ def listed(content: dict[str, Any], what: str) -> list[Descriptor]:
 
 
 def is_attestation(item: Descriptor) -> bool:
-    """Whether an entry of an index is about an image rather than one."""
+    """Whether an entry of an index describes an image instead of being one."""
     return "vnd.docker.reference.type" in item.annotations
 
 
 def fitness(item: Descriptor, wanted: Platform) -> int:
-    """How well an entry of an index serves a platform, as `Platform.rank`."""
+    """Rank an entry of an index for a platform; see `Platform.rank`."""
     if item.platform is None:
-        return 50  # not said; the configuration will tell
+        return 50  # unknown; the configuration will tell
     return -1 if is_attestation(item) else item.platform.rank(wanted)
 
 
 def choose(candidates: list[Descriptor], wanted: Platform, what: str) -> Descriptor:
-    """The manifest of an index that serves a platform best.
+    """Choose the manifest of an index that fits a platform best.
 
     Raises:
-        ImageError: None does.
+        ImageError: None fits.
     """
     best: tuple[int, Descriptor] | None = None
     for item in candidates:
@@ -226,10 +230,10 @@ def choose(candidates: list[Descriptor], wanted: Platform, what: str) -> Descrip
 
 
 def layers(content: dict[str, Any], what: str) -> tuple[Descriptor, list[Descriptor]]:
-    """The configuration and the layers of a manifest.
+    """Return the configuration and the layers of a manifest.
 
     Raises:
-        ImageError: It is malformed, too old, or not of a container image.
+        ImageError: It is malformed, too old, or not a container image's.
     """
     if content.get("schemaVersion") == 1 or "fsLayers" in content:
         raise ImageError(
@@ -263,7 +267,7 @@ _OBJECTS = ("ExposedPorts", "Volumes", "Labels")
 
 
 def configuration(data: bytes, what: str) -> Config:
-    """Check an image configuration.
+    """Parse and check an image configuration.
 
     Raises:
         ImageError: It is malformed.
@@ -306,7 +310,7 @@ def configuration(data: bytes, what: str) -> Config:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a string, or those of a list or object, can be handed on: half a surrogate pair or a NUL cannot."""
+    """Whether all strings of a value are valid text: without lone surrogates and NUL."""
     if isinstance(value, dict):
         value = [*value, *(item for item in value.values() if isinstance(item, str))]
     whole = value if isinstance(value, str) else "".join(value)
@@ -318,7 +322,7 @@ def _is_text(value: Any) -> bool:
 
 
 def chain_id(diff_ids: list[str]) -> str:
-    """The digest that stands for a stack of layers (OCI image specification, "Layer ChainID")."""
+    """Compute the digest that identifies a stack of layers (OCI image specification, "Layer ChainID")."""
     if not diff_ids:
         return digest_of(b"")
     chain = diff_ids[0]

@@ -1,4 +1,4 @@
-"""What kind of image a file may be, by a short look at its beginning: for hints."""
+"""Guesses the kind of an image file from its beginning, for hints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 PACKED, OCI, DOCKER, TAR = "packed", "oci-archive", "docker-archive", "tar"
 _MOST_MEMBERS = 1000
 _MOST_BYTES = 4 << 20
-"""Of headers: what is between them is passed over unread."""
+"""Maximum size of the headers that are read, in bytes; file contents between them are skipped."""
 
 
 class _Beginning:
-    """A plain tar file of which so much is read, and then no more."""
+    """A plain tar file of which at most `_MOST_BYTES` are read."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
@@ -44,18 +44,18 @@ class _Beginning:
 
 
 def kind_of(path: str) -> str:
-    """Look at a file.
+    """Guess the kind of a file.
 
     Args:
-        path: Nothing but a regular file is opened.
+        path: The file; only a regular file is opened.
 
     Returns:
-        `PACKED` (compressed: not undone here), `OCI`, `DOCKER`, `TAR` (an archive of something else), or "": none.
+        `PACKED` (compressed, and not decompressed here), `OCI`, `DOCKER`, `TAR` (another archive), or "".
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return ""
-        # What is there may be another thing by now: a fifo would wait for its writer.
+        # The file may have been replaced meanwhile, and opening a fifo would block.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         with open(fd, "rb") as file:
             status = os.fstat(fd)

@@ -1,4 +1,4 @@
-"""Platforms: which of an index's images fits a machine."""
+"""Platforms of images, and which of them a machine can run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MACHINES = {
 _ALIASES = {"x86_64": "amd64", "aarch64": "arm64", "i386": "386"}
 
 _ALSO_RUNS = {"amd64": ("386",)}
-"""Machines whose ordinary kernels run another architecture's programs, best first."""
+"""Architectures whose usual kernels also run programs of others, best first."""
 
 
 class Platform:
-    """An operating system, architecture and variant, in Go's words.
+    """An operating system, architecture and variant, named as in Go.
 
     Args:
         os_name: ``linux``.
@@ -37,7 +37,7 @@ class Platform:
     def __init__(self, os_name: str, arch: str, variant: str = "") -> None:
         self.os = os_name
         self.arch = arch
-        # containerd normalises likewise: arm64 is v8, 32-bit arm is v7, amd64 is v1
+        # As in containerd: arm64 is v8, 32-bit arm is v7, amd64 is v1.
         default = {"arm64": "v8", "arm": "v7"}.get(arch, "")
         self.variant = "" if variant == "v1" and arch == "amd64" else (variant or default)
 
@@ -46,7 +46,7 @@ class Platform:
         return f"{self.os}/{self.arch}" + (f"/{self.variant}" if self.variant and not hidden else "")
 
     def rank(self, wanted: Platform) -> int:
-        """How well this image platform serves the wanted one: 0 is exact, higher is worse, -1 not at all."""
+        """Rank an image of this platform for the wanted one: 0 is an exact match, higher is worse, -1 does not fit."""
         if self.os != wanted.os:
             return -1
         if self.arch == wanted.arch:
@@ -55,7 +55,7 @@ class Platform:
             mine, theirs = _level(self), _level(wanted)
             if mine < theirs:
                 return 1 + min(theirs - mine, 40)  # an older variant runs on a newer machine
-            # A later level of amd64 is nothing that a machine's name tells: it is the last choice (see `lacking`).
+            # A machine's name does not tell its level of amd64, so a higher level is the last choice (see `lacking`).
             return 60 + min(mine - theirs, 30) if self.arch == "amd64" and mine < _NO_LEVEL else -1
         also = _ALSO_RUNS.get(wanted.arch, ())
         return 100 + also.index(self.arch) if self.arch in also else -1
@@ -69,7 +69,7 @@ _LEVELS = {
 }
 """Features of amd64's levels (x86-64 psABI, "Micro-Architecture Levels") as Linux names them in /proc/cpuinfo."""
 _EMULATED_LEVEL = 3
-"""What the software emulation offers: all of level 3, nothing of 4."""
+"""Level of the emulated processor: it has all features of level 3, and none of level 4."""
 
 
 def _level(platform: Platform) -> int:
@@ -80,11 +80,11 @@ def _level(platform: Platform) -> int:
 
 
 def lacking(image: Platform, *, emulated: bool) -> list[str]:
-    """The features of the processor that an image of a later level of amd64 asks for and a machine here lacks.
+    """The processor features that an image needs by its level of amd64 and that a machine here lacks.
 
     Args:
         image: The image's platform.
-        emulated: Whether the processor is one of software emulation.
+        emulated: Whether the machine's processor is emulated.
     """
     level = _level(image) if image.arch == "amd64" else 1
     if emulated:
@@ -104,17 +104,17 @@ def lacking(image: Platform, *, emulated: bool) -> list[str]:
 
 
 def host() -> Platform:
-    """This machine's."""
+    """This machine's platform."""
     machine = os.uname().machine
     arch, variant = _MACHINES.get(machine, (machine, ""))
     return Platform("linux", arch, variant)
 
 
 def parse(text: str) -> Platform:
-    """``linux/arm64/v8``, ``arm64``, ...
+    """Parse ``OS/ARCH[/VARIANT]`` or ``ARCH``: ``linux/arm64/v8``, ``arm64``, ...
 
     Raises:
-        UsageError: It is not of that form.
+        UsageError: It is malformed.
     """
     parts = text.lower().split("/")
     if len(parts) == 1:

@@ -1,4 +1,4 @@
-"""A progress bar for work that takes over a second, drawn on stderr if that is a terminal."""
+"""A progress bar on stderr, if that is a terminal, for work that takes longer than about a second."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _WORDS = {
 class Terminal:
     """The default `Progress` of the image store: may be called from several threads.
 
-    `rich` is imported when the first bar is due, so that short work does not pay for it.
+    `rich` is imported only when the first bar is drawn, so that short work does not pay for it.
 
     Args:
-        title: What is being fetched or converted.
+        title: Name of what is fetched or converted.
     """
 
     def __init__(self, title: str) -> None:
@@ -39,12 +39,12 @@ class Terminal:
         self._wanted = sys.stderr is not None and sys.stderr.isatty()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Note progress.
+        """Update the bar of a step.
 
         Args:
-            what: ``pull``, ``unpack``, ``open``, ``write`` or ``wait``.
+            what: The step: ``pull``, ``unpack``, ``open``, ``write`` or ``wait``.
             done: Bytes done.
-            total: Bytes in all, 0 if not known.
+            total: Total bytes; 0 if unknown.
         """
         if not self._wanted or time.monotonic() - self._started < _AFTER:
             return

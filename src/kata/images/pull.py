@@ -1,6 +1,4 @@
-"""A registry as a source of images: layers are fetched three at a time while the first are being
-unpacked.
-"""
+"""A registry as a source of images: three layers are fetched at a time, while earlier ones are unpacked."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ class RegistrySource:
     """An image in a registry; see `kata.images.convert.Source`.
 
     Args:
-        reference: Which.
+        reference: Reference of the image.
         progress: Called with ``pull``.
     """
 
@@ -51,13 +49,13 @@ class RegistrySource:
         self._threads: list[threading.Thread] = []
 
     def choose(self, tag: str, wanted: Platform) -> Descriptor:
-        """The manifest or index of the reference."""
+        """Return the descriptor of the reference's manifest or index."""
         digest, data, kind = self._registry.manifest(self._reference.digest or self._reference.tag)
         self._documents[digest] = data
         return Descriptor(digest, len(data), kind)
 
     def read(self, what: Descriptor) -> bytes:
-        """A manifest or configuration."""
+        """Return a manifest or configuration, verified."""
         data = self._documents.get(what.digest)
         if data is None:
             if what.media_type in manifest.MANIFEST_TYPES + manifest.INDEX_TYPES:
@@ -70,7 +68,7 @@ class RegistrySource:
         return data
 
     def prepare(self, layers: list[Descriptor]) -> None:
-        """Begin to fetch the layers."""
+        """Start fetching the layers."""
         different = {layer.digest: layer for layer in layers}
         self._total = sum(layer.size for layer in different.values())
         if self._total > limits_from_environment().size:
@@ -95,7 +93,7 @@ class RegistrySource:
             self._threads.append(thread)
 
     def open(self, what: Descriptor) -> BinaryIO:
-        """A layer; waits until it has arrived."""
+        """Wait until a layer has arrived, and open it."""
         self._arrived[what.digest].wait()
         error = self._failed.get(what.digest)
         if error is not None:
@@ -103,14 +101,14 @@ class RegistrySource:
         return open(self._path(what), "rb")
 
     def close(self, keep: bool = False) -> None:
-        """Stop what is under way.
+        """Stop fetching.
 
         Args:
-            keep: Whether the layers that have arrived are left for the next attempt; else they are removed.
+            keep: Leave the layers that have arrived for the next attempt, instead of removing them.
         """
         self._registry.close()
         until = time.monotonic() + 1
-        for thread in self._threads:  # one that hears nothing from its registry ends with the process
+        for thread in self._threads:  # a thread whose registry does not answer ends with the process
             thread.join(max(0, until - time.monotonic()))
         if self._directory and not keep:
             shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a user may write for IMAGE, taken apart and normalised as Docker does.
+"""Parses the names of images that users write, and normalises them as Docker does.
 
 =========================  ============================================================
 ``oci:DIR[:TAG]``          an OCI image layout in a directory; ``:@0`` is its first image, ``:@1`` the next
@@ -9,7 +9,7 @@ anything else              a registry reference: ``alpine`` is ``docker.io/libra
 =========================  ============================================================
 
 Sources: OCI distribution specification (name and tag grammar), Docker's ``distribution/reference``.
-On the hot path: imports only what `json` has imported anyway.
+On the hot path: imports only modules that `json` imports as well.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Reference:
         return f"{self.repository}:{self.tag}"
 
     def familiar(self) -> str:
-        """The short form that people write: ``alpine:latest``."""
+        """The usual short form: ``alpine:latest``."""
         return familiar(str(self))
 
 
@@ -83,13 +83,13 @@ class LocalImage:
 
 
 def parse(text: str) -> Reference | LocalImage:
-    """Take an IMAGE argument apart.
+    """Parse an IMAGE argument.
 
     Args:
-        text: What the user wrote.
+        text: The argument as written.
 
     Raises:
-        UsageError: It is no valid reference.
+        UsageError: It is malformed.
         ImageError: The file or directory does not exist.
     """
     kind, colon, rest = text.partition(":")
@@ -119,11 +119,11 @@ _OTHER_TRANSPORTS = {
     "ostree": "skopeo copy ostree:{name} oci:DIR, and then oci:DIR",
     "sif": "skopeo copy sif:{name} oci:DIR, and then oci:DIR",
 }
-"""Other prefixes of containers-transports(5), and what to do instead. ``docker:dind`` and ``dir:5000/x`` are names."""
+"""Hints for other prefixes of containers-transports(5). ``docker:dind`` and ``dir:5000/x`` are image names, though."""
 
 
 def _which_kind(path: str) -> str:
-    """The hint for a path without a prefix, by a look at what is there."""
+    """The hint for a path without a prefix, depending on what the path is."""
     shown = path if len(path) <= 200 else "FILE"
     if os.path.isdir(path):
         kind = "oci" if os.path.exists(os.path.join(path, "oci-layout")) else "rootfs"
@@ -173,7 +173,7 @@ def _local(kind: str, rest: str) -> LocalImage:
 
 
 def parse_reference(text: str) -> Reference:
-    """Take a registry reference apart, with Docker's defaults filled in.
+    """Parse a registry reference, and fill in Docker's defaults.
 
     Raises:
         UsageError: It is malformed.
@@ -214,7 +214,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def familiar(name: str) -> str:
-    """A full name as people write it: without ``docker.io/library/``."""
+    """The usual short form of a full name: without ``docker.io/library/``."""
     for prefix in ("docker.io/library/", "docker.io/"):
         if name.startswith(prefix):
             return name[len(prefix) :]

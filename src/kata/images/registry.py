@@ -1,7 +1,7 @@
 """A client for registries: manifests and blobs, authorisation, redirects, retries.
 
-Plain HTTP is spoken to loopback addresses only. An Authorization header never goes to another host than the
-one that it is for. Everything a registry sends is bounded, and what it says is escaped before it is shown.
+Plain HTTP is used only for loopback addresses. An Authorization header is sent only to the host that it is meant for.
+All data from a registry is bounded, and its messages are escaped before they are printed.
 
 Sources: OCI distribution specification 1.1; Docker registry token authentication ("Token Authentication
 Specification", "OAuth2 token"); RFC 9110 (ranges, retries), RFC 7235 (challenges).
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 _ANSWER_S = 60.0
-"""For a connection and the head of an answer together."""
+"""Timeout, in seconds, for connecting and receiving the head of the response."""
 _WINDOW_S = 60.0
 _LEAST_RATE = 1024
-"""Bytes a second that a body has to bring in each window: a byte now and then would hold a pull for ever."""
+"""Minimum rate of a body in each window, in bytes per second: otherwise single bytes could hold up a pull for ever."""
 _LEAST_PROGRESS = 16 << 10
-"""Bytes of a layer that an attempt has to bring to be no failure."""
+"""Bytes of a layer that an attempt has to fetch in order not to count as a failure."""
 _WORDS_S = 5.0
-"""For what a registry says about a refusal."""
+"""Timeout, in seconds, for reading a registry's error message."""
 _ATTEMPTS = 5
 _REDIRECTS = 5
 _LONGEST_WAIT_S = 30.0
@@ -56,7 +56,7 @@ _CHALLENGE = re.compile(r'([A-Za-z_]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host (with or without port) is this machine, by its very name or address."""
+    """Whether a host (with or without port) is a literal name or address of this machine's loopback."""
     name = host
     if host.startswith("["):
         name = host[1:].partition("]")[0]
@@ -71,7 +71,7 @@ def is_loopback(host: str) -> bool:
 
 
 def leads_here(host: str) -> bool:
-    """Whether a host (without port) may be this machine in any of the ways to write that; names are not resolved."""
+    """Whether a host (without port) may be this machine, in any notation; names are not resolved."""
     name = host.strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -87,7 +87,7 @@ def leads_here(host: str) -> bool:
 
 
 class _Pace:
-    """Whether what arrives does so fast enough. Tell it at once: httpx fills pieces of a given size first."""
+    """Checks that data arrives fast enough. Call `add` as soon as any arrives, without httpx's buffering to a size."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -95,10 +95,10 @@ class _Pace:
         self._bytes = 0
 
     def add(self, size: int) -> None:
-        """Count what has arrived.
+        """Count received bytes.
 
         Raises:
-            RegistryError: Too little has, for a whole window.
+            RegistryError: Too few have arrived during a whole window.
         """
         self._bytes += size
         passed = time.monotonic() - self._since
@@ -107,7 +107,7 @@ class _Pace:
         if self._bytes < passed * _LEAST_RATE:
             raise RegistryError(
                 f"{self._host} sent {self._bytes} bytes in {passed:.0f} s, which is too slow to wait for",
-                "check the network, and pull again: what has arrived of a layer is kept",
+                "check the network, and pull again: the part that has arrived is kept",
             )
         self._since += passed
         self._bytes = 0
@@ -117,8 +117,8 @@ class Registry:
     """A connection to one repository of a registry; may be used by several threads.
 
     Args:
-        host: As in a reference.
-        repository: Path in the registry.
+        host: Host of the registry, as in a reference.
+        repository: Path of the repository in the registry.
     """
 
     def __init__(self, host: str, repository: str) -> None:
@@ -134,14 +134,14 @@ class Registry:
         self._slow = False
         self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
-        # A proxy cannot reach our loopback addresses; Go's tools except them likewise.
+        # No proxy for loopback addresses, which it cannot reach; Go's tools do the same.
         self._http = httpx.Client(
             timeout=_TIMEOUT, trust_env=not self._local, verify=_tls(host), follow_redirects=False,
             headers={"User-Agent": f"kata/{__version__}", "Accept-Encoding": "identity"},
         )  # fmt: skip
 
     def close(self) -> None:
-        """Close all connections; calls that are under way fail."""
+        """Close all connections; calls in progress fail."""
         self.closed = True
         self._http.close()
 
@@ -154,11 +154,11 @@ class Registry:
             reference: Tag or digest.
 
         Returns:
-            Digest, the bytes (verified if asked for by digest), media type.
+            Digest, content (verified if requested by digest), media type.
 
         Raises:
-            RegistryError: It cannot be had.
-            ImageError: It is not what its digest says.
+            RegistryError: It cannot be fetched.
+            ImageError: It does not have its digest.
         """
         data, headers = self._document(f"manifests/{reference}", {"Accept": _ACCEPT})
         digest = manifest.digest_of(data)
@@ -171,8 +171,8 @@ class Registry:
         """Fetch a configuration.
 
         Raises:
-            RegistryError: It cannot be had.
-            ImageError: It is not what its digest says.
+            RegistryError: It cannot be fetched.
+            ImageError: It does not have its digest.
         """
         data, _ = self._document(f"blobs/{what.digest}", {})
         manifest.verify(data, what.digest, f"the blob {what.digest} of {self.host}/{self.repository}")
@@ -198,16 +198,16 @@ class Registry:
         return bytes(data), answer
 
     def download(self, what: Descriptor, path: str, tick: Callable[[int], None]) -> None:
-        """Fetch a layer into a file, verified; what the file holds already is not fetched again.
+        """Fetch a layer into a file and verify it. A part that the file holds already is not fetched again.
 
         Args:
             what: The layer.
-            path: The file; on failure it keeps what has arrived, unless that turned out to be wrong.
-            tick: Called with the number of bytes that were added (or, negative, discarded).
+            path: The file. On an error it keeps the part that has arrived, unless the content is wrong.
+            tick: Called with the number of bytes that were added, or (negative) discarded.
 
         Raises:
-            RegistryError: It cannot be had.
-            ImageError: It is not what its digest says.
+            RegistryError: It cannot be fetched.
+            ImageError: It does not have its digest.
             OSError: The file cannot be written.
         """
         with open(path, "ab+", buffering=0) as file:
@@ -225,7 +225,9 @@ class Registry:
 
             resumed = state.at > 0
             self._retry(f"blobs/{what.digest}", attempt, lambda: state.at)
-            if not state.right() and resumed:  # the beginning was of another day: once more, as a whole
+            if (
+                not state.right() and resumed
+            ):  # the part fetched earlier may be wrong: fetch the whole layer once more
                 state.restart()
                 self._retry(f"blobs/{what.digest}", attempt, lambda: state.at)
             if not state.right():
@@ -248,7 +250,7 @@ class Registry:
     # ---- requests ----
 
     def _get(self, path: str, headers: dict[str, str], receive: Callable[[httpx.Response], Any]) -> Any:
-        """One request, with authorisation and redirects; a failed one raises `_Failed`."""
+        """Make a request, with authorisation and redirects. An error response raises `_Failed`."""
         url = f"{self._base}/v2/{self.repository}/{path}"
         authorised = False
         for _ in range(_REDIRECTS + 3):
@@ -280,7 +282,7 @@ class Registry:
 
     @contextlib.contextmanager
     def _answer(self, request: httpx.Request) -> Iterator[httpx.Response]:
-        """Send a request and wait for the head of its answer, for so long in all."""
+        """Send a request and wait, at most `_ANSWER_S`, for the head of its response."""
         request.extensions = {**request.extensions, "trace": self._note_connection}
         watch = threading.Timer(_ANSWER_S, self._give_up)
         watch.daemon = True
@@ -293,8 +295,8 @@ class Registry:
             yield response
 
     def _note_connection(self, event: str, info: dict[str, Any]) -> None:
-        """Know of each connection, as long as it is open: another thread may have to end what waits for it."""
-        # With TLS the first socket gives its descriptor to another.
+        """Keep track of open connections, so that another thread can interrupt requests that wait for them."""
+        # With TLS, the first socket hands its descriptor over to another one.
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             connection = info["return_value"].get_extra_info("socket")
             if connection is not None:
@@ -302,12 +304,12 @@ class Registry:
                     self._connections.add(connection)
 
     def _give_up(self) -> None:
-        """End all connections: an answer has not begun in time, though its bytes trickle."""
+        """End all connections, because the head of a response is not complete in time although bytes arrive."""
         self._slow = True
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    # Not SSLSocket's own, which takes away what another thread reads from.
+                    # Not SSLSocket.shutdown, which drops the TLS object that another thread is reading from.
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def _redirected(self, url: str, location: str) -> str:
@@ -316,7 +318,7 @@ class Registry:
         return str(target)
 
     def _check_target(self, target: httpx.URL, what: str) -> None:
-        """Refuse to go where a registry may not send us: over plain HTTP, or to this machine's own services."""
+        """Refuse targets to which a registry must not send us: plain HTTP, or this machine's own services."""
         if not self._local and leads_here(target.host):
             raise RegistryError(
                 f"{self.host} {what} {str(target)[:200]!r}, which is this machine",
@@ -327,11 +329,11 @@ class Registry:
         ):
             raise RegistryError(
                 f"{self.host} {what} {str(target)[:200]!r}, which is not https",
-                "use a registry that is set up well",
+                "use a registry that is configured correctly",
             )
 
     def _retry(self, path: str, call: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
-        """Repeat what failed for reasons that pass; as long as there is progress, without end."""
+        """Repeat a call after transient errors: up to `_ATTEMPTS` times in a row without progress."""
         attempt = 0
         while True:
             before = progress()
@@ -351,16 +353,14 @@ class Registry:
                 if attempt + 1 >= _ATTEMPTS or self.closed or _hopeless(error):
                     raise self._unreachable(error) from error
             except httpx.InvalidURL as error:
-                raise RegistryError(
-                    f"{self.host} sent an address that is none: {error}", "try later"
-                ) from error
+                raise RegistryError(f"{self.host} sent an invalid URL: {error}", "try later") from error
             attempt = 1 if progress() - before >= _LEAST_PROGRESS else attempt + 1
             time.sleep(wait)
 
     # ---- authorisation ----
 
     def _authorise(self, challenges: list[str], used: str) -> None:
-        """Answer a 401: fetch a token, or send the credentials themselves."""
+        """Handle a 401: fetch a token, or send the credentials themselves from now on."""
         if self._authorization != used:
             return  # another thread has just done it
         if self._credentials is None:
@@ -471,7 +471,7 @@ class Registry:
 
 
 class _Failed(Exception):
-    """An answer that is no success."""
+    """An error response."""
 
     def __init__(self, status: int, said: str, retry_after: str) -> None:
         super().__init__(status)
@@ -481,7 +481,7 @@ class _Failed(Exception):
 
 
 class _Download:
-    """A layer on its way into a file."""
+    """A layer that is being fetched into a file."""
 
     def __init__(self, what: Descriptor, file: Any, tick: Callable[[int], None]) -> None:
         self._what = what
@@ -498,14 +498,14 @@ class _Download:
             self.restart()
 
     def restart(self) -> None:
-        """Begin again with an empty file."""
+        """Start again with an empty file."""
         self._file.truncate(0)
         self._tick(-self.at)
         self._hash = hashlib.sha256()
         self.at = 0
 
     def add(self, piece: bytes) -> None:
-        """Append what arrived."""
+        """Append received data."""
         if self.at + len(piece) > self._what.size:
             self.restart()
             raise ImageError(
@@ -520,12 +520,12 @@ class _Download:
         self._tick(len(piece))
 
     def right(self) -> bool:
-        """Whether all of it is there and has the digest."""
+        """Whether the layer is complete and has its digest."""
         return self.at == self._what.size and "sha256:" + self._hash.hexdigest() == self._what.digest
 
 
 def _tls(host: str) -> ssl.SSLContext:
-    """The system's certificate authorities, and what Docker is told to trust for this registry."""
+    """The TLS context: the system's certificate authorities, and Docker's certificates for this registry."""
     context = ssl.create_default_context()
     for path in _CA_FILES:
         if os.path.exists(path):
@@ -548,7 +548,7 @@ def _tls(host: str) -> ssl.SSLContext:
             elif name.endswith(".cert"):
                 context.load_cert_chain(path, path.removesuffix(".cert") + ".key")
         except OSError as error:
-            raise RegistryError(f"{path} cannot be used: {error}", "mend or remove the file") from error
+            raise RegistryError(f"{path} cannot be used: {error}", "fix or remove the file") from error
     return context
 
 
@@ -559,7 +559,7 @@ def _wait(attempt: int, retry_after: str) -> float:
 
 
 def _hopeless(error: httpx.HTTPError) -> bool:
-    """Whether trying again is of no use: the name is unknown, nobody listens, the certificate is wrong."""
+    """Whether retrying is useless: the name is unknown, the connection was refused, the certificate is wrong."""
     if not isinstance(error, httpx.ConnectError):
         return isinstance(error, httpx.UnsupportedProtocol)
     text = str(error)
@@ -569,7 +569,7 @@ def _hopeless(error: httpx.HTTPError) -> bool:
 
 
 def _beginning(response: httpx.Response) -> bytes:
-    """The first bytes of an answer."""
+    """The first bytes of a response."""
     data = b""
     until = time.monotonic() + _WORDS_S
     try:
@@ -583,7 +583,7 @@ def _beginning(response: httpx.Response) -> bytes:
 
 
 def _said(response: httpx.Response) -> str:
-    """The registry's own words, escaped and shortened."""
+    """The registry's error message, escaped and shortened."""
     try:
         first = json.loads(_beginning(response))["errors"][0]
         text = str(first.get("message") or first.get("code") or "")

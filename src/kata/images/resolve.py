@@ -1,6 +1,6 @@
-"""From what a user calls an image to the image: found in the store, or fetched and converted into it.
+"""Finds the image that a user names: in the store, or by fetching and converting it.
 
-This module is on the hot path of `kata run`: what pulls and converts is imported when an image is missing.
+This module is on the hot path of `kata run`: code that pulls and converts is imported only when an image is missing.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ if TYPE_CHECKING:
 def resolve(
     image: str, *, pull: str = "missing", platform: str | None = None, progress: store.Progress | None = None
 ) -> store.Image:
-    """Find an image, and fetch and convert it if it is not there.
+    """Find an image, and fetch and convert it if the store does not have it.
 
     Args:
-        image: What the user wrote; see `kata.images.reference`. The beginning of an image id also counts.
-        pull: ``missing``, ``always`` (ask the registry whether there is a newer one) or ``never``. Local
-            directories and archives are always looked at: unchanged ones are not read again.
-        platform: ``linux/amd64`` or the like. By default this machine's; then one that is stored under the name and
-            runs here is taken as it is.
-        progress: Called while something is fetched or converted. By default a bar is drawn on stderr, if
-            that is a terminal and the work takes over a second.
+        image: The name as the user wrote it (see `kata.images.reference`), or the beginning of an image id.
+        pull: ``missing``, ``always`` (check the registry for a newer image) or ``never``. Local directories and
+            archives are always checked, and read again only if they have changed.
+        platform: Platform, e.g. ``linux/amd64``. Without it, the one of this machine; a stored image of that name for
+            another platform is used if it runs here.
+        progress: Called during fetching and converting. By default a bar is drawn on stderr, if that is a terminal and
+            the work takes longer than about a second.
+
+    Returns:
+        The stored image.
 
     Raises:
         UsageError: `image` or `platform` is malformed.
         NotFoundError: `pull` is ``never`` and there is no such image.
         ImageError: The image, archive or registry is at fault.
-        ResourceExhaustedError: No space.
+        ResourceExhaustedError: There is not enough space.
     """
     wanted = platforms.parse(platform) if platform else platforms.host()
     parsed = _parse_or_id(image)
@@ -63,7 +66,7 @@ def resolve(
 
 
 def _parse_or_id(image: str) -> Reference | LocalImage | None:
-    """The reference, or None for what can only be an image id."""
+    """Parse the reference; None for text that can only be an image id."""
     if image.startswith("sha256:") and len(image) >= 11 and not image[7:].strip("0123456789abcdef"):
         return None
     return references.parse(image)
@@ -84,18 +87,18 @@ def _plain_directory(local: LocalImage) -> store.Image:
 def _stored(
     image: str, parsed: Reference | None, index: store.Index, wanted: Platform, *, is_asked: bool
 ) -> store.Image | None:
-    """The image of a name, digest reference or beginning of an id; None if it has to be fetched.
+    """Find a stored image by name, digest reference or beginning of an id; None if it has to be fetched.
 
     Args:
-        image: What the user wrote.
-        parsed: The same, taken apart; None for what can only be an id.
-        index: The store's.
+        image: The name as the user wrote it.
+        parsed: The parsed name; None for what can only be an id.
+        index: The store's index.
         wanted: The platform.
-        is_asked: Whether the user has named it: then another one that runs here as well does not stand for it, unless
-            it is what the registry has for it.
+        is_asked: Whether the user requested that platform. If so, an image of another platform is not used, even if it
+            runs here, unless the registry has it for the requested one.
 
     Raises:
-        ImageError: An image that was named by its id is of another platform.
+        ImageError: An image that was named by its id is for another platform.
     """
     if parsed is not None:
         entry = index.names.get(str(parsed))
@@ -118,12 +121,12 @@ def _stored(
 
 
 def runs_on(platform: str, wanted: Platform) -> bool:
-    """Whether an image of this platform serves the wanted one."""
+    """Whether a machine of the wanted platform can run an image of this platform."""
     return platforms.parse(platform).rank(wanted) >= 0
 
 
 def _stored_local(local: LocalImage, index: store.Index, wanted: Platform) -> store.Image | None:
-    """The image that was made of a directory or archive, if that has not changed since."""
+    """The stored image of a directory or archive, unless that has changed since."""
     key = f"{local} {wanted}"
     if local.kind == "oci":
         from kata.images import layout

@@ -1,26 +1,25 @@
-"""The images on this host: found by name without touching the network, listed, removed.
+"""The image store of this host: finds stored images by name, without using the network, and lists them.
 
 Below ``$KATA_STATE_DIR/images``:
 
 ``index.json``
-    ``names`` (full name -> image id, where it came from, and the digest that the name stood for), ``digests``
-    (manifest or index digest and platform -> image id) and ``files`` (archive -> image id, with size, time and
-    inode of the file when it was read).
+    ``names`` (full name -> image id, its origin, and the digest that the name stood for), ``digests`` (manifest or
+    index digest and platform -> image id) and ``files`` (archive -> image id, with size, time and inode of the file
+    when it was read).
 ``records/<hex>.json``
     One image: its id (the digest of its configuration), platform, configuration, layers, root file system.
 ``blobs/sha256/<hex>``
-    Its manifest and configuration, byte for byte. Layers are not kept: converted, they would only double the
-    room, and nothing reads them again.
+    Its manifest and configuration, byte for byte. Layers are not kept: once converted they are not read again.
 ``rootfs/<hex>.erofs``
     The root file system of a layer chain, shared by all images that have that chain.
 ``pulls/<hex>/``
-    Layers of an interrupted pull, so that the next one goes on where it ended; `gc` clears them.
+    Layers of an interrupted pull, with which the next pull continues; removed by `kata.images.changes.gc`.
 
-Readers take no lock: every file is replaced as a whole. Whoever changes `index.json` holds ``lock``;
-whoever is adding an image holds ``adding`` shared, so that `gc` does not take away what is not yet referred
-to.
+Readers take no lock: every file is replaced atomically. To change `index.json`, a process holds ``lock``. While it adds
+an image, it holds ``adding`` shared, so that `gc` does not remove files that are not referred to yet.
 
-Here it is read; `kata.images.changes` changes it, `kata.images.resolve` finds what a user means, and has it fetched.
+This module only reads; `kata.images.changes` changes the store, and `kata.images.resolve` finds the image that a user
+means and has it fetched.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class Image:
 
     Attributes:
         id: ``sha256:...`` of the configuration; "" for ``rootfs:DIR``.
-        names: Full names, sorted; empty when other images have taken them all.
-        digest: Digest of the manifest it came by.
+        names: Full names, sorted; empty when all of them now stand for other images.
+        digest: Digest of its manifest.
         platform: ``linux/amd64``.
         config: The configuration's ``config`` object: Env, Cmd, Entrypoint, WorkingDir, User, ExposedPorts,
             Volumes, StopSignal, Labels, each only if set.
@@ -87,27 +86,27 @@ class Image:
 
 
 def directory() -> str:
-    """Where the store is."""
+    """Path of the store."""
     return os.path.join(paths.state_dir(), "images")
 
 
 def rootfs_path(chain: str) -> str:
-    """The root file system of a layer chain (``sha256:...``)."""
+    """Path of the root file system of a layer chain (``sha256:...``)."""
     return os.path.join(directory(), "rootfs", hex_of(chain) + ".erofs")
 
 
 def blob_path(digest: str) -> str:
-    """A manifest's or configuration's file."""
+    """Path of a manifest or configuration with this digest."""
     return os.path.join(directory(), "blobs", "sha256", hex_of(digest))
 
 
 def record_path(image_id: str) -> str:
-    """The file that describes an image."""
+    """Path of an image's record."""
     return os.path.join(directory(), "records", hex_of(image_id) + ".json")
 
 
 def hex_of(digest: str) -> str:
-    """A digest without its algorithm."""
+    """The hexadecimal digits of a digest, without its algorithm."""
     return digest.partition(":")[2]
 
 
@@ -115,7 +114,7 @@ def hex_of(digest: str) -> str:
 
 
 class Index:
-    """What ``index.json`` says."""
+    """The content of ``index.json``."""
 
     def __init__(self) -> None:
         content = read_json(os.path.join(directory(), "index.json")) or {}
@@ -129,7 +128,7 @@ class Index:
 
 
 def read_json(path: str) -> Any:
-    """The content of one of the store's files, or None if it does not exist.
+    """Read one of the store's JSON files; None if it does not exist.
 
     Raises:
         ImageError: It is damaged.
@@ -152,7 +151,7 @@ def read_json(path: str) -> Any:
 
 
 def load(image_id: str, index: Index) -> Image | None:
-    """The stored image of this id, or None if it, or its root file system, is not whole."""
+    """The stored image with this id; None if it, or its root file system, is missing or incomplete."""
     record = read_json(record_path(image_id))
     if record is None:
         return None
@@ -165,18 +164,22 @@ def load(image_id: str, index: Index) -> Image | None:
 
 
 def digest_key(digest: str, wanted: Platform) -> str:
-    """The key in `Index.digests`; an index of several platforms gives each platform another image."""
+    """The key in `Index.digests`. It has the platform, since an index may have one image for each platform."""
     return f"{digest} {wanted}"
 
 
 def file_stamp(path: str) -> list[int]:
-    """What changes when a file does: size, modification time in ns, inode, device."""
+    """Values that change when a file does: size, modification time in ns, inode, device."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev]
 
 
 def by_id(text: str) -> str | None:
-    """The image whose id begins with `text`."""
+    """The id that begins with `text`; None if there is none.
+
+    Raises:
+        ImageError: Several ids begin with it.
+    """
     prefix = text.removeprefix("sha256:")
     if len(prefix) < 4 or prefix.strip("0123456789abcdef"):
         return None
@@ -196,7 +199,7 @@ def ids() -> list[str]:
 
 
 def find(name_or_id: str) -> Image:
-    """A stored image by name or by (the beginning of) its id; nothing is fetched or converted.
+    """Find a stored image by name, or by its id or the beginning of it. Nothing is fetched or converted.
 
     Raises:
         NotFoundError: There is none.
@@ -210,7 +213,7 @@ def find(name_or_id: str) -> Image:
 
 
 def find_id(text: str, index: Index) -> str | None:
-    """The id that a name, digest reference or beginning of an id stands for."""
+    """The image id for a name, a digest reference or the beginning of an id; None if there is none."""
     name = canonical(text)
     if name is not None:
         if name in index.names:
@@ -222,7 +225,7 @@ def find_id(text: str, index: Index) -> str | None:
 
 
 def canonical(text: str) -> str | None:
-    """The full name that a text stands for, whether or not there is such an image or file."""
+    """The full name for an image name, whether or not such an image or file exists; None if it is malformed."""
     kind, _, rest = text.partition(":")
     if kind in references.LOCAL_KINDS:
         return f"{kind}:{os.path.abspath(rest)}"
