@@ -124,7 +124,7 @@ def look(environment: dict[str, str], name: str) -> tuple[str, dict[str, int]]:
         "in all": sum(held.values()) - guest + tables,
         "charged": used - guest,
         "of it cache": cache,
-        "allowed": sizing.host_memory(sandbox["memory_mib"], sandbox["accelerator"])
+        "allowed": sizing.host_memory(sandbox["memory_mib"], sandbox["sizing"]["host_overhead_mib"])
         - sandbox["memory_mib"] * MIB,
     }
     return sandbox["accelerator"], {key: round(value / MIB) for key, value in found.items()}
