@@ -212,6 +212,22 @@ def test_what_a_hypervisor_cannot_do_is_said_before_anything_is_made(
     assert os.listdir(tmp_path / "r/s") == ["journal"]
 
 
+def test_one_thing_that_cannot_be_taken_back_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = booting(tmp_path, monkeypatch, Poor())
+    taken: list[str] = []
+
+    def refuse() -> None:
+        raise RuntimeError("no")
+
+    start._undo += [lambda: taken.append("first"), refuse, lambda: taken.append("last")]
+    start.undo()
+    start.undo()
+    assert taken == ["last", "first"]
+    assert start._settings.notes == ["a start that failed was not taken back whole: no"]
+
+
 # ---- a start that fails ----
 
 STEPS = [

@@ -10,7 +10,7 @@ import os
 import time
 
 from kata.engine import boot_slots, volumes
-from kata.errors import HostError, KataError, UnsupportedError
+from kata.errors import HostError, UnsupportedError
 from kata.hypervisor import registry
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 
@@ -220,7 +220,7 @@ class Boot:
         while self._undo:
             try:
                 self._undo.pop()()
-            except (OSError, KataError) as error:
+            except Exception as error:  # the others are taken back all the same
                 self.note(f"a start that failed was not taken back whole: {error}")
 
     def choose_monitor(self) -> None:
