@@ -84,8 +84,12 @@ def _write(error: BaseException, program: str) -> str:
     except OSError:
         directory = ""
         fd, path = tempfile.mkstemp(".txt", "kata-crash-")
-    with os.fdopen(fd, "wb") as file:
-        file.write(text.encode(errors="backslashreplace"))
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(text.encode(errors="backslashreplace"))
+    except OSError:
+        os.unlink(path)  # half of it would take the place of a whole one
+        raise
     if directory:
         for old in sorted(os.listdir(directory))[:-_MOST_FILES]:
             with contextlib.suppress(OSError):

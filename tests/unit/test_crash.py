@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,14 @@ def test_within_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     said = capsys.readouterr().err
     assert "kata-agent-ctl met a fault of its own: TypeError\n" in said
     assert "kata ps met a fault of its own: TypeError\n" in said
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_left(state: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        told = crash.explain(ValueError("x"), "kata run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.hint == "please report it; its details could not be written down: File too large"
+    assert os.listdir(state / "crashes") == []
