@@ -29,16 +29,21 @@ def main() -> int:
         The exit status.
     """
     try:
-        return _run()
+        status = _run()
+    except SystemExit as asked:  # by --help
+        status = int(asked.code or 0)
     except Exception as error:
         from kata import crash
 
         kind = next((word for word in ("engine", "shim") if sys.argv[1:2] == [word]), "")
         if os.path.basename(sys.argv[0]) == SHIM:
             kind = "shim"
-        return crash.last_resort(
+        status = crash.last_resort(
             error, SHIM if kind == "shim" else crash.name_of(sys.argv), 1 if kind else 125
         )
+    from kata import launcher
+
+    return launcher.let_go(status)
 
 
 def _run() -> int:

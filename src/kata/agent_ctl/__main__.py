@@ -16,7 +16,7 @@ def main() -> int:
     launcher.settle()
     from kata.agent_ctl.main import main as command
 
-    return command()
+    return launcher.let_go(command())
 
 
 if __name__ == "__main__":

@@ -132,5 +132,8 @@ def report(error: KataError | TtrpcError, method: str = "") -> None:
         text, hint = error.message, error.hint
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     red, cyan, off = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if colour else ("", "", "")
-    sys.stderr.write(f"{red}error:{off} {text}\n" + (f"{cyan}hint:{off} {hint}\n" if hint else ""))
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"{red}error:{off} {text}\n" + (f"{cyan}hint:{off} {hint}\n" if hint else ""))
+        sys.stderr.flush()
+    except OSError:
+        pass  # the exit status has to do

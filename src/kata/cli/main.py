@@ -146,18 +146,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status (125 for an error of kata itself)."""
     _name_output()
     try:
-        return _outcome(argv)
-    finally:
-        try:
-            sys.stderr.flush()
-        except OSError:
-            # Nobody takes our messages (`kata run ... 2>&1 | head`). Python would try once more while exiting, and
-            # make the status 120 of it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _outcome(argv: Sequence[str] | None) -> int:
-    try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return status
