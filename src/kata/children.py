@@ -1,9 +1,9 @@
-"""Starting the programs of a sandbox: hypervisor, network helper.
+"""Starts the programs of a sandbox: hypervisor, file server, network helper, loggers.
 
-Each child is in the journal, identity included, before it executes anything: it waits behind a gate until
-its parent has written pid and start time down, and ends if the parent is gone by then. It dies with the
-thread that started it, has its own process group, a scrubbed environment, no core dumps and only the
-descriptors that it was given. Usable before (and without) asyncio; `subprocess` alone would cost 8 ms.
+Each child is in the journal, with its identity, before it executes anything: it waits behind a gate until its parent
+has recorded its pid and start time, and exits if the parent dies before that. It is killed when the thread that started
+it ends. It has its own process group, a minimal environment, no core dumps and only the descriptors that it was given.
+Usable before (and without) asyncio; importing `subprocess` alone would cost 8 ms.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ _F_SETPIPE_SZ = 1031
 
 
 class StderrTail:
-    """What a program says on its standard error, bounded, and never in its way.
+    """The standard error of a program, bounded; it never blocks the program.
 
-    The pipe does not block the program, whether anybody reads or not: what does not fit is dropped. What is
-    read is kept from the beginning and from the end, so the last word of a dying program is there unless it
-    was very talkative in the instant before.
+    The pipe is non-blocking: output that does not fit is dropped. Of what was read, the beginning and the end are kept,
+    so the last message of a program that dies is there unless it wrote too much just before.
     """
 
     KEEP = 4 << 10
@@ -50,13 +49,13 @@ class StderrTail:
         self._tail = b""
 
     def started(self) -> None:
-        """The program has its end; give ours of it back."""
+        """Close our copy of the writing end, after the program was started."""
         if self.write_fd >= 0:
             os.close(self.write_fd)
             self.write_fd = -1
 
     def read(self) -> bytes:
-        """Take in and return what is new. After the program's end `fd` is -1."""
+        """Read and return new output. After the program's end `fd` is -1."""
         new = b""
         while self.fd >= 0:
             try:
@@ -74,13 +73,13 @@ class StderrTail:
         return new
 
     def text(self) -> str:
-        """What was said, at most twenty lines, with control characters escaped."""
+        """The kept output: at most twenty lines, with control characters escaped."""
         self.read()
         lines = (self._head + self._tail).decode("utf-8", "replace").removesuffix("\n").split("\n")[-20:]
         return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the descriptors that are open."""
         self.started()
         if self.fd >= 0:
             os.close(self.fd)
@@ -88,7 +87,7 @@ class StderrTail:
 
 
 class Child:
-    """A program that was started. Its end makes `pidfd` readable; then `poll` gives the status."""
+    """A program that was started. When it ends, `pidfd` becomes readable, and `poll` returns its status."""
 
     __slots__ = ("_journal", "_status", "entry", "pid", "pidfd", "role")
 
@@ -104,7 +103,7 @@ class Child:
         """Reap the program if it has ended.
 
         Returns:
-            None while it runs; else its exit code, or minus the signal that ended it.
+            None while it runs; then its exit code, or minus the number of the signal that ended it.
         """
         if self._status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -114,7 +113,7 @@ class Child:
         return self._status
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait for the end, at most so long. Returns as `poll`. Blocks: not for the event loop."""
+        """Wait at most `timeout_s` seconds for its end, blocking. Returns what `poll` returns."""
         if self._status is None:
             sysio.pidfd_wait(self.pidfd, timeout_s)
         return self.poll()
@@ -132,7 +131,7 @@ class Child:
         self.send_signal(sysio.SIGKILL)
 
     def close(self) -> None:
-        """Give the descriptor back; only after the program has been reaped."""
+        """Close the pidfd; only after the program was reaped."""
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -144,10 +143,10 @@ class SupervisedChild:
     Everything but `on_exit` and `unwatch` works without an event loop, so a helper can be started before there is one.
 
     Args:
-        label: What it is, for messages: ``"the user network (passt)"``.
+        label: Its name in messages: ``"the user network (passt)"``.
 
     Attributes:
-        label: The same.
+        label: Its name in messages.
     """
 
     __slots__ = ("_child", "_ended_by_us", "_loop", "_tail", "label")
@@ -162,14 +161,14 @@ class SupervisedChild:
     def start(
         self, argv: Sequence[str], journal: Journal, role: str, *, with_stdout: bool = True, **how: Any
     ) -> None:
-        """Start it; what it writes to its standard error is kept for `failure`. Main thread.
+        """Start the program; its standard error is kept for `failure`. Only in the main thread.
 
         Args:
             argv: Its absolute path, and its arguments.
-            journal: The sandbox's.
+            journal: The sandbox's journal.
             role: A word for the journal.
             with_stdout: Keep its standard output as well.
-            how: What else `spawn` takes.
+            how: Further arguments of `spawn`.
 
         Raises:
             OSError: It could not be executed.
@@ -187,23 +186,23 @@ class SupervisedChild:
 
     @property
     def pid(self) -> int:
-        """Its process id; 0 when it was not started."""
+        """Its process id; 0 if it was not started."""
         return self._child.pid if self._child is not None else 0
 
     def poll(self) -> int | None:
-        """Its status as by `Child.poll`, if it was started and has ended."""
+        """Its status, as from `Child.poll`; None if it was not started or is running."""
         return self._child.poll() if self._child is not None else None
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait for its end, at most so many seconds. Returns as `poll`. Blocks."""
+        """Wait at most `timeout_s` seconds for its end, blocking. Returns what `poll` returns."""
         return self._child.wait(timeout_s) if self._child is not None else None
 
     def said(self) -> str:
-        """The end of what it has written, at most twenty lines, escaped."""
+        """The end of its output: at most twenty lines, escaped."""
         return self._tail.text().strip() if self._tail is not None else ""
 
     def failure(self) -> str:
-        """A sentence if it has ended by itself; empty while it runs, before its start, and when it was to end."""
+        """A sentence about an unexpected end; empty before its start, while it runs, and after `dismiss`."""
         status = self.poll()
         if status is None or self._ended_by_us:
             return ""
@@ -211,10 +210,10 @@ class SupervisedChild:
         return f"{self.label} {ending(status)}" + (f": {said}" if said else "")
 
     def on_exit(self, callback: Callable[[], object]) -> None:
-        """Have the running event loop call *callback* once when it has ended, for whatever reason.
+        """Make the running event loop call *callback* once when the program has ended, for any reason.
 
         Args:
-            callback: Not called any more after `unwatch`.
+            callback: Called unless `unwatch` was called before.
         """
         import asyncio
 
@@ -230,13 +229,13 @@ class SupervisedChild:
         self._loop.add_reader(self._child.pidfd, ended)
 
     def unwatch(self) -> None:
-        """Watch for its end no longer. In the event loop, before `stop` or `close`."""
+        """Stop watching for its end. To be called in the event loop, before `stop` or `close`."""
         if self._loop is not None and self._child is not None and self._child.pidfd >= 0:
             self._loop.remove_reader(self._child.pidfd)
         self._loop = None
 
     def dismiss(self) -> None:
-        """Ask it to end (SIGTERM): its end is no failure from then on."""
+        """Ask it to end (SIGTERM). From then on its end is not a failure."""
         self._ended_by_us = True
         if self._child is not None:
             self._child.send_signal(sysio.SIGTERM)
@@ -247,11 +246,11 @@ class SupervisedChild:
             self._child.kill()
 
     def stop(self, patience_s: float = 0.0, killed_s: float = 1.0) -> None:
-        """End it, and give back what belongs to it. Idempotent; blocks.
+        """End the program and close its descriptors. Idempotent; blocks.
 
         Args:
-            patience_s: How long it may take to end by itself before it is killed, in seconds.
-            killed_s: How long to wait for the end of a killed one, in seconds.
+            patience_s: Seconds that it has to end by itself before it is killed.
+            killed_s: Seconds to wait for its end after it was killed.
         """
         if self._child is not None and self._child.wait(patience_s) is None:
             self._child.kill()
@@ -259,7 +258,7 @@ class SupervisedChild:
         self.close()
 
     def close(self) -> None:
-        """Give descriptors back; that of a program that still runs stays, so that it can be killed."""
+        """Close the descriptors, except the pidfd of a running program, which is needed to kill it."""
         if self._child is not None and self._child.poll() is not None:
             self._child.close()
         if self._tail is not None:
@@ -268,7 +267,7 @@ class SupervisedChild:
 
 
 def ending(status: int) -> str:
-    """What `Child.poll` gave, in words."""
+    """Describe a status from `Child.poll`."""
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
@@ -289,29 +288,29 @@ def spawn(
     capabilities: Iterable[int] | None = None,
     namespaces: int = 0,
 ) -> Child:
-    """Start a program as a child that dies with us.
+    """Start a program as a child that is killed when this process ends.
 
-    Call it from the main thread: the parent-death signal is sent when the *thread* that forked ends.
+    Only in the main thread: the parent-death signal is sent when the *thread* that forked ends.
 
     Args:
         argv: The program's absolute path, and its arguments.
-        journal: Where it is written down, as a ``process``.
+        journal: The journal in which it is recorded, as a ``process``.
         role: A word for messages: "virtiofsd", "passt".
-        pass_fds: Descriptors it inherits, under the same numbers.
-        fds_from_3: Descriptors it inherits as 3, 4 and so on; without any in `pass_fds`.
-        stdout: Descriptor for its standard output; None is /dev/null.
-        stderr: The same for standard error.
-        env: Its whole environment; None is a minimal one.
+        pass_fds: Descriptors that it inherits, with the same numbers.
+        fds_from_3: Descriptors that it inherits as 3, 4 and so on; excludes `pass_fds`.
+        stdout: Descriptor for its standard output; None for /dev/null.
+        stderr: Descriptor for its standard error; None for /dev/null.
+        env: Its whole environment; None for a minimal one.
         terminate_first: Undoing the journal sends TERM before KILL.
-        cgroups: Directories of cgroups that it joins before it executes anything.
-        survives_parent: It ends by itself after us: no death signal, and undoing the journal waits for it first.
-        disable_thp: It gets no transparent huge pages, whatever it asks for (prctl(2), PR_SET_THP_DISABLE).
-        capabilities: The only ones that it keeps, and it never gets more; None leaves it all of ours.
-        namespaces: CLONE_NEW* flags of namespaces of its own. In a PID namespace it is process 1: signals without
-            a handler do not reach it, but for SIGKILL and SIGSTOP. What we mount later appears in its mount namespace.
+        cgroups: Directories of cgroups that it joins before it executes the program.
+        survives_parent: It ends by itself after us: it gets no death signal, and undoing the journal waits for it.
+        disable_thp: It gets no transparent huge pages, even if it asks for them (prctl(2), PR_SET_THP_DISABLE).
+        capabilities: The capabilities that it keeps; it can never regain others. None for all of ours.
+        namespaces: CLONE_NEW* flags of new namespaces. In a new PID namespace it is process 1, so signals without a
+            handler are ignored, except SIGKILL and SIGSTOP. Later mounts of ours appear in its mount namespace.
 
     Returns:
-        The running child: the program has been executed when this returns.
+        The running child; the program was executed when this returns.
 
     Raises:
         OSError: It could not be executed; `strerror` says why. Its entry in the journal is marked as gone.
@@ -319,7 +318,7 @@ def spawn(
     """
     if _thread.get_native_id() != os.getpid():
         raise RuntimeError("children are started by the main thread only: their death signal follows it")
-    # What the child uses after its fork.
+    # Imported now, for the child's use after the fork.
     import fcntl  # noqa: F401
     import resource  # noqa: F401
     import select  # noqa: F401
@@ -329,7 +328,9 @@ def spawn(
         "process", role=role, signal="WAIT" if survives_parent else "TERM" if terminate_first else "KILL"
     )
     gate_read, gate_write = os.pipe()
-    exec_status_read, exec_status_write = os.pipe()  # closed by a successful exec; else says what failed
+    exec_status_read, exec_status_write = (
+        os.pipe()
+    )  # closed by a successful exec; otherwise carries the error
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     pid = -1
     try:
@@ -392,32 +393,32 @@ def _exec_child(
     capabilities: Iterable[int] | None,
     namespaces: int,
 ) -> NoReturn:
-    """The child of `spawn`, from its fork to its exec; see there for what is not said here.
+    """Run the child of `spawn`, from its fork to its exec.
 
     Args:
         argv: The program.
         environment: Its whole environment.
-        gate: A byte comes here when the journal knows us; an end without one is the parent's.
-        status: Closed by a successful exec; else it is told the stage and the errno of what failed.
+        gate: Delivers a byte when the child is in the journal; end of file means that the parent has ended.
+        status: Closed by a successful exec; otherwise the stage and errno of the error are written to it.
         stdio: Descriptors for its standard streams.
-        pass_fds: As of `spawn`.
-        fds_from_3: As of `spawn`.
-        cgroups: As of `spawn`.
-        survives_parent: As of `spawn`.
-        disable_thp: As of `spawn`.
-        capabilities: As of `spawn`.
-        namespaces: CLONE_NEW* flags of those that are unshared.
+        pass_fds: See `spawn`.
+        fds_from_3: See `spawn`.
+        cgroups: See `spawn`.
+        survives_parent: See `spawn`.
+        disable_thp: See `spawn`.
+        capabilities: See `spawn`.
+        namespaces: CLONE_NEW* flags of the namespaces to unshare.
     """
     import resource
 
     stage = 0
     try:
         if not os.read(gate, 1):
-            os._exit(1)  # the parent ended before it had written us down
+            os._exit(1)  # the parent ended before it had recorded us
         os.setpgid(0, 0)
         for number, fd in enumerate(stdio):
             os.dup2(fd, number)
-        sysio.close_on_exec_from(3)  # whatever we have ourselves inherited, and from whom
+        sysio.close_on_exec_from(3)  # including descriptors that we have inherited ourselves
         for fd in pass_fds:
             os.set_inheritable(fd, True)
         if fds_from_3:
@@ -436,7 +437,7 @@ def _exec_child(
             sysio.keep_capabilities(capabilities)
         if not survives_parent:
             sysio.prctl(sysio.PR_SET_PDEATHSIG, sysio.SIGKILL)
-            # A parent in another PID namespace has no number here that could tell whether it has ended.
+            # In a new PID namespace, the parent has no pid by which to tell whether it has ended.
             if sysio.pidfd_wait(gate, 0):
                 os._exit(1)
         stage = 1
@@ -448,10 +449,10 @@ def _exec_child(
 
 
 def _move_to_3(fds: Sequence[int], gate: int, status: int) -> tuple[int, int]:
-    """Put descriptors at 3 and above, for a program; the numbers of our own two afterwards."""
+    """Move descriptors to 3 and above for a program. Returns the new numbers of `gate` and `status`."""
     import fcntl
 
-    # Out of the way first: one may be another's number, or that of a pipe of ours.
+    # First move all of them out of that range, since their present numbers may be in it.
     above = 3 + len(fds)
     status = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, above)
     gate = fcntl.fcntl(gate, fcntl.F_DUPFD_CLOEXEC, above)
@@ -473,11 +474,11 @@ def _fork(new_pid_namespace: int) -> int:
         finally:
             if pid:
                 try:
-                    sysio.setns(ours, sysio.CLONE_NEWPID)  # for our next children
+                    sysio.setns(ours, sysio.CLONE_NEWPID)  # for later children
                 except OSError as error:
                     if pid > 0:
-                        # It is behind its gate. Nobody would learn of it, and all children after it would be in its
-                        # namespace, whose end is that of its first process.
+                        # It is waiting at its gate, and the caller would not get to know it. All later children would
+                        # be in its namespace, which ends with its first process.
                         os.kill(pid, sysio.SIGKILL)
                         os.waitpid(pid, 0)
                     why = f"cannot go back to its own PID namespace: {error.strerror}"
@@ -493,11 +494,11 @@ def _unshare(namespaces: int) -> None:
         sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_SLAVE)
         if not _root_is_replaceable():
             sysio.mount("/", "/", None, sysio.MS_BIND | sysio.MS_REC)
-            os.chroot("/..")  # what is mounted there now
+            os.chroot("/..")  # the mount that is on top there now
 
 
 def _root_is_replaceable() -> bool:
-    """Whether pivot_root(2) can replace the root directory: not an initramfs, nor a directory that is no mount."""
+    """Whether pivot_root(2) can replace the root directory, which must be a mount and not an initramfs."""
     fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = b""
@@ -518,7 +519,7 @@ def _write(path: str, text: str) -> None:
 
 
 def socketpair() -> tuple[int, int]:
-    """Two connected stream sockets, close-on-exec: `import socket` would cost 5 ms here."""
+    """Return two connected stream sockets, close-on-exec, without the cost of `import socket` (5 ms)."""
     import _socket
 
     one, other = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
@@ -526,7 +527,7 @@ def socketpair() -> tuple[int, int]:
 
 
 def find_program(name: str, extra: Sequence[str] = ()) -> str | None:
-    """Absolute path of a program on the fixed search path (not the caller's PATH), or None."""
+    """Return the absolute path of a program on the fixed search path (not the caller's PATH); None if there is none."""
     for directory in (*ENVIRONMENT["PATH"].split(":"), *extra):
         path = os.path.join(directory, name)
         if os.access(path, os.X_OK) and not os.path.isdir(path):
@@ -535,7 +536,7 @@ def find_program(name: str, extra: Sequence[str] = ()) -> str | None:
 
 
 def output_of(argv: Sequence[str]) -> bytes:
-    """What a program that ends by itself writes to its standard output and error, as ``--help``. Blocks.
+    """Run a program that ends by itself (``--help``), blocking, and return its standard output and error.
 
     Raises:
         OSError: It cannot be executed.

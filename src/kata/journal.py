@@ -1,22 +1,22 @@
-"""The journal: what one sandbox (or one container's state) has made on the host, on disk before it is made.
+"""The journal: a record of what one sandbox (or one container) makes on the host, on disk before it is made.
 
-A journal is a write-ahead intent log in JSON lines. `Journal.begin` writes the intent to make a thing; the caller
-makes it; `Journal.commit` writes an identity that only that very thing can match (see `kata.journal_undo`), and
-`Journal.mark_gone` that it is no more. From the file alone, without a living guest or engine, everything can be
-undone in reverse order, as often as one likes. The keys on disk never change: a journal may be older than its reader.
+A journal is a write-ahead intent log in JSON lines. `Journal.begin` records the intent to make a resource; the caller
+makes it; `Journal.commit` records an identity that only this resource can match (see `kata.journal_undo`), and
+`Journal.mark_gone` that it no longer exists. From the file alone, without a living guest or engine, everything can be
+undone in reverse order, any number of times. The keys on disk never change: a journal may be older than its reader.
 
 Lines::
 
     {"journal": 1, "meta": {...}, "own_dir": [dev, ino] or null, "durable": bool}
-    {"owner": {"pid": 1, "start": 2, "boot": "..."}}     who answers for it; the last one counts
+    {"owner": {"pid": 1, "start": 2, "boot": "..."}}     the process responsible for it; the last one counts
     {"n": "1a-3", "intend": "mount", "p": {...}}
     {"n": "1a-3", "made": {...}}
     {"n": "1a-3", "gone": true}                          never made, or undone
-    {"keep": true, "while": "file"}                      it stays although its owner ends, as long as that is there
-    {"keep": false}                                      its removal has begun; whoever comes by finishes it
+    {"keep": true, "while": "file"}                      it outlives its owner, as long as that file exists
+    {"keep": false}                                      its removal has begun; any process may finish it
 
-Appends of one line are atomic (O_APPEND), so starter and engine may write to one journal. A torn last line
-is an intent that was never followed by its deed, or a deed whose intent is there: both are handled.
+Appending a line is atomic (O_APPEND), so the starter and the engine may write to the same journal. A torn last line is
+an intent whose resource was never made, or an identity whose intent is complete; both cases are handled.
 
 Imported before the hypervisor is started: `json` (11 ms with what it pulls in) is only loaded for reading.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def dumps(value: Any) -> str:
-    """JSON text of None, bool, int, finite float, str, list, tuple and dict; small enough to spare `import json`."""
+    """Encode None, bool, int, finite float, str, list, tuple and dict as JSON, without the cost of `import json`."""
     if value is None:
         return "null"
     if value is True:
@@ -73,13 +73,13 @@ def _u_escape(char: str) -> str:
 
 
 def unfinished_name() -> str:
-    """A directory's name that says which process is making it, or taking it away: for `reconcile`."""
+    """Make a directory name that tells `reconcile` which process is creating or removing the directory."""
     me = process_identity(os.getpid())
     return f"{NEW_PREFIX}{me['pid']}-{me['start']}-{me['boot'][:8]}-{os.urandom(4).hex()}"
 
 
 def process_identity(pid: int) -> dict[str, Any]:
-    """Pid, start time and boot id of a living process (or an unreaped child).
+    """Return pid, start time and boot id of a running process (or an unreaped child).
 
     Raises:
         ProcessLookupError: There is no such process.
@@ -91,7 +91,7 @@ def process_identity(pid: int) -> dict[str, Any]:
 
 
 class Entry:
-    """One thing of the journal: what was meant to be made and, once made, its identity."""
+    """One resource in the journal: the intent and, once it is made, its identity."""
 
     __slots__ = ("gone", "id", "identity", "kind", "params")
 
@@ -108,7 +108,7 @@ class Entry:
 
 
 class Journal:
-    """A journal that is open for writing. Use `create`, `create_dir`, `open` or `attach`, never the constructor."""
+    """A journal that is open for writing. Made by `create`, `create_dir`, `open` or `attach`."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -126,26 +126,25 @@ class Journal:
 
     @classmethod
     def create(cls, path: str, meta: dict[str, Any], *, durable: bool = False) -> Journal:
-        """Make a journal in a directory that exists; its owner is this process.
+        """Create a journal in an existing directory; its owner is this process.
 
         Args:
-            path: The file.
-            meta: Anything that helps a person or a client (client, id). JSON values.
-            durable: Sync every line to the disk: for journals whose things outlive a power failure.
+            path: Path of the file.
+            meta: Information for users and clients (client, id), as JSON values.
+            durable: Sync every line to the disk: for journals whose resources survive a power failure.
 
         Raises:
-            AlreadyExistsError: There is a journal at this path.
+            AlreadyExistsError: There is a journal at this path already.
             JournalError: It cannot be written.
         """
         return cls._create(path, meta, durable, None)
 
     @classmethod
     def create_dir(cls, parent: str, name: str, meta: dict[str, Any], *, durable: bool = False) -> Journal:
-        """Make the directory ``parent/name`` (mode 0700) with a journal in it, both at once or not at all.
+        """Create the directory ``parent/name`` (mode 0700) with a journal in it, atomically.
 
-        The directory belongs to the journal: when all is undone it is removed with everything in it. It is
-        made under another name that says who is making it and then renamed, so a crash on the way leaves
-        nothing that `reconcile` cannot clear up.
+        The directory belongs to the journal: after undoing, it is removed with everything in it. It is created under a
+        temporary name with its creator's identity and then renamed, so `reconcile` can clean up after a crash.
 
         Raises:
             AlreadyExistsError: ``parent/name`` exists.
@@ -169,7 +168,7 @@ class Journal:
             try:
                 if os.path.lexists(target):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-                # A directory that came into being since then holds its journal, and so cannot be replaced.
+                # A directory that was created meanwhile holds its journal, so rename cannot replace it.
                 os.rename(making, target)
             except OSError:
                 journal.close()
@@ -187,7 +186,7 @@ class Journal:
 
     @classmethod
     def _create(cls, path: str, meta: dict[str, Any], durable: bool, own: tuple[int, int] | None) -> Journal:
-        # Written aside and linked into place: whoever sees the journal sees its header and its owner.
+        # Written under another name and then linked: a reader of the journal always sees its header and owner.
         aside = f"{path}.{os.urandom(4).hex()}"
         try:
             fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -216,10 +215,10 @@ class Journal:
 
     @classmethod
     def open(cls, path: str) -> Journal:
-        """Open a journal and read what is in it.
+        """Open a journal and read it.
 
         Raises:
-            JournalError: There is none, it cannot be read, or it is not a journal of ours.
+            JournalError: It does not exist, cannot be read, or is not a journal of ours.
         """
         try:
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -235,12 +234,12 @@ class Journal:
 
     @classmethod
     def attach(cls, path: str) -> Journal:
-        """Open a journal to write to it, without reading what others wrote: `kata.journal_undo.undo` does that.
+        """Open a journal for writing without reading it, which would need `json`.
 
-        For an engine in its first milliseconds; reading needs `json`.
+        For an engine in its first milliseconds; `kata.journal_undo.undo` reads the file later.
 
         Raises:
-            JournalError: There is none, or it cannot be written.
+            JournalError: It does not exist, or cannot be written.
         """
         try:
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -257,30 +256,30 @@ class Journal:
     # ---- what callers write ----
 
     def begin(self, kind: str, **params: Any) -> Entry:
-        """Write down that a thing is about to be made. It may be made when this returns.
+        """Record the intent to make a resource. The caller may make it when this returns.
 
-        Kinds and their parameters (all may carry more, as notes):
+        Kinds and their parameters (further ones are allowed, as notes):
 
         ``process``
-            ``role`` (a word for messages), ``signal`` ("KILL", the default; "TERM": TERM first; "WAIT": first its own
-            end is awaited for a moment, then TERM).
+            ``role`` (a word for messages), ``signal`` (how it is ended: "KILL", the default; "TERM": TERM first;
+            "WAIT": wait a moment until it ends by itself, then TERM).
         ``file``, ``socket``, ``directory``
             ``path``, absolute.
         ``cgroup``
             ``path``, absolute; for version 2 also ``inside``, the path within the hierarchy. ``parents``: directories,
-            the innermost first, that are removed with the last one below them.
+            the innermost first, that are removed with the last cgroup below them.
         ``mount``
             ``target``, ``source``, ``fstype``.
         ``netns``
-            ``path`` the namespace is (to be) bound on.
+            ``path`` at which the namespace is (or will be) bind-mounted.
         ``tap``, ``redirect`` (an ingress qdisc)
             ``name`` of the interface; ``netns``: path of its namespace, absent for our own.
         """
         if kind not in KINDS:
             raise ValueError(f"no such kind of resource: {kind}")
         if kind in _PATH_KINDS:
-            # Without an identity (the maker died between the two lines) a thing is only taken for ours
-            # if nothing was there before.
+            # Without an identity (its maker died before `commit`), a resource is taken for ours only if nothing was
+            # there before.
             params["absent"] = not os.path.lexists(params["path"])
         entry = Entry(f"{os.getpid():x}-{self._count}", kind, params)
         self._append({"n": entry.id, "intend": kind, "p": params})
@@ -288,52 +287,52 @@ class Journal:
         return entry
 
     def commit(self, entry: Entry, **identity: Any) -> None:
-        """Write down the identity of the thing that was made.
+        """Record the identity of the resource that was made.
 
-        For ``process`` give ``pid``; for the other kinds the identity is read from the thing itself. For ``mount`` it
-        may be given, by who has read the list of mounts: ``id`` and ``dev``.
+        For ``process``, pass ``pid``. For other kinds the identity is read from the resource itself; for ``mount`` a
+        caller that has read the list of mounts may pass ``id`` and ``dev``.
 
         Raises:
-            OSError: The thing is not there.
+            OSError: The resource does not exist.
         """
         entry.identity = {**self._identify(entry, identity), **identity}
         self._append({"n": entry.id, "made": entry.identity})
 
     def mark_gone(self, entry: Entry) -> None:
-        """Write down that the thing is gone, or was never made. After it was undone there is nothing to write to."""
+        """Record that the resource is gone, or was never made. Does nothing after the journal was undone."""
         if not entry.gone:
             entry.gone = True
             if self._fd >= 0:
                 self._append({"n": entry.id, "gone": True})
 
     def set_owner(self, pid: int) -> None:
-        """Name the process that answers for this journal: while it lives, `reconcile` leaves it alone."""
+        """Make a process the owner of this journal: `reconcile` leaves the journal alone while it runs."""
         self.owner = process_identity(pid)
         self._append({"owner": self.owner})
 
     def retain(self, witness: str) -> None:
-        """Say that what is in this journal shall outlive its owner (a container that was created).
+        """Record that the journal's resources outlive its owner (a created container).
 
         Args:
-            witness: Name of a file in the journal's directory without which it is of no use any more: gone, or empty
-                after a power failure, it stands for a removal, or a making, that was cut off.
+            witness: Name of a file in the journal's directory. If it is missing, or empty after a power failure, the
+                creation or removal was interrupted, and the resources are of no use any more.
         """
         if not self.retained:
             self.retained, self.witness = True, witness
             self._append({"keep": True, "while": witness})
 
     def begin_removal(self) -> None:
-        """Take back `retain`: from now on this process, or whoever finds it dead, undoes what is in this journal."""
+        """Revoke `retain`: from now on this process, or one that finds it dead, undoes the journal."""
         if self.retained:
             self.retained = False
             try:
                 self._append({"keep": False})
                 self.set_owner(os.getpid())
             except JournalError:
-                pass  # a full disk: what is about to be removed makes room
+                pass  # the disk is full, and the removal frees space
 
     def outlives_owner(self) -> bool:
-        """Whether it is kept, and still whole."""
+        """Whether it is retained, and its witness intact."""
         if not self.retained or not self.witness:
             return self.retained
         try:
@@ -359,7 +358,7 @@ class Journal:
     def make_mount(
         self, source: str, target: str, fstype: str | None = None, flags: int = 0, data: str = ""
     ) -> Entry:
-        """Mount as an entry of this journal; arguments as `kata.sysio.mount`. The target exists.
+        """Mount as an entry of this journal, at an existing target. See `kata.sysio.mount` for the arguments.
 
         Raises:
             OSError: From mount; the entry is then marked as gone.
@@ -377,7 +376,7 @@ class Journal:
     # ---- its owner ----
 
     def owner_alive(self) -> bool:
-        """Whether the process that answers for this journal still runs."""
+        """Whether the owner is still running."""
         owner = self.owner
         if owner is None:
             return False
@@ -388,18 +387,18 @@ class Journal:
 
     @property
     def own_dir(self) -> tuple[int, int] | None:
-        """Device and inode of the directory that belongs to this journal, if one does."""
+        """Device and inode of the directory that belongs to this journal; None if there is none."""
         return self._own_dir
 
     def signal_owner(self, number: int, patience_s: float) -> bool:
-        """Send a signal to the process that answers for this journal, and to no other.
+        """Send a signal to the owner, and to no other process.
 
         Args:
             number: The signal.
-            patience_s: How long to wait for its end.
+            patience_s: Seconds to wait for the end of the owner.
 
         Returns:
-            Whether it is gone.
+            Whether the owner has ended.
         """
         owner = self.owner
         if owner is None or not self.owner_alive():
@@ -409,7 +408,7 @@ class Journal:
         except ProcessLookupError:
             return True
         try:
-            if not self.owner_alive():  # the number had gone to somebody else before we held it
+            if not self.owner_alive():  # the pid was reused before we opened it
                 return True
             sysio.pidfd_send_signal(pidfd, number)
             return sysio.pidfd_wait(pidfd, patience_s)
@@ -425,7 +424,7 @@ class Journal:
     # ---- the file ----
 
     def reload(self) -> None:
-        """Read the file again: others may have written to it."""
+        """Read the file again: other processes may have written to it."""
         import json
 
         try:
@@ -440,7 +439,7 @@ class Journal:
             try:
                 record = json.loads(line)
             except ValueError:
-                continue  # torn by a crash or a full disk; what it announced was never made, see above
+                continue  # torn by a crash or a full disk, see the module's docstring
             if not isinstance(record, dict):
                 continue
             if "journal" in record:
@@ -463,7 +462,7 @@ class Journal:
         self.entries = list(entries.values())
         self._count = len(lines)
         if data and not data.endswith(b"\n"):
-            # The torn line is ended, or it would swallow our next one.
+            # Terminate the torn line, so that our next line is separate.
             os.write(self._fd, b"\n")
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -494,7 +493,7 @@ class Journal:
             status = os.lstat(params["path"])
             return {"dev": status.st_dev, "ino": status.st_ino}
         if kind == "netns":
-            status = os.stat(params["path"])  # through the bind mount: the namespace's own inode
+            status = os.stat(params["path"])  # follows the bind mount to the namespace's own inode
             return {"dev": status.st_dev, "ino": status.st_ino}
         if kind == "mount" and "id" in given:
             return {"ns": sysio.namespace_inode("mnt")}
@@ -532,7 +531,7 @@ def _space_hint(error: OSError) -> str:
 
 
 def find(base: str) -> Iterator[str]:
-    """Paths of the journals in the directories below `base`, by name."""
+    """Yield the paths of the journals in the directories below `base`, sorted by name."""
     try:
         names = sorted(os.listdir(base))
     except (FileNotFoundError, NotADirectoryError):

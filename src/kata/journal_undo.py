@@ -1,6 +1,6 @@
-"""Undoing what a journal names, and bringing journals and reality together again.
+"""Undoes journals, and reconciles journals with the state of the host.
 
-Each kind of thing has an identity that only our own can match, and is left alone when it does not match:
+A resource is undone only if it has the identity in the journal, which is chosen so that no other can have it:
 
 =============  =====================================================================
 kind           identity
@@ -9,15 +9,15 @@ process        pid, start time, boot id
 file, socket   device and inode
 directory      device and inode; then its tree, never across a mount, never through a symlink
 cgroup         device and inode; processes still in it are killed
-netns          device and inode of the namespace that is bound at the path
+netns          device and inode of the namespace that is bind-mounted at the path
 mount          mount namespace, mount id and device at the target
 tap            inode of the network namespace and interface index
 redirect       the same; it is the ingress qdisc of that interface
 =============  =====================================================================
 
-Where the maker died between the intent and the identity, a path is taken for ours only if nothing was there
-when the intent was written; a mount by target, source and type; a process cannot exist, because our children
-wait for their identity to be on disk before they exec (`kata.children`).
+If the maker died between intent and identity, a path is taken for ours only if nothing was there when the intent was
+recorded, and a mount only if target, source and type match. A process cannot exist then, because our children wait
+until their identity is on disk before they exec (`kata.children`).
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _POLL_S = 0.01
 def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
     """Undo everything in reverse order, then remove the journal and the directory that belongs to it.
 
-    Each thing's identity is checked first; what is not ours any more, or not there, counts as done.
-    May be called again, by any process, after a crash at any point. Blocks for at most about the
-    deadline; call it in a helper thread where something else must go on.
+    The identity of each resource is checked first. One that is gone, or no longer ours, counts as undone. After a crash
+    at any point, any process may call this again. It blocks for about `deadline_s` at most, so an event loop has to
+    call it in a thread.
 
     Args:
-        journal: Open; read again before anything is undone.
-        deadline_s: Seconds for all of it together.
+        journal: An open journal; it is read again before anything is undone.
+        deadline_s: Seconds for everything together.
 
     Returns:
-        A sentence for each thing that could not be undone; the journal then stays.
+        A sentence for each resource that could not be undone; if there are any, the journal stays.
     """
     deadline = time.monotonic() + deadline_s
     if not _lock(journal, deadline):
@@ -91,11 +91,11 @@ def _forget(journal: journals.Journal, entry: journals.Entry) -> None:
     try:
         journal.mark_gone(entry)
     except JournalError:
-        pass  # a full disk, which the rest of this may free; undone once more, it is found gone
+        pass  # the disk is full; undoing goes on and may free space. Undone again, the resource is found gone
 
 
 def _lock(journal: journals.Journal, deadline: float) -> bool:
-    # Two undoings at once (an engine's own and a `kata gc`) would race with each other's checks.
+    # Undoing by two processes at the same time (an engine and a `kata gc`) would race with each other's checks.
     while True:
         try:
             fcntl.flock(journal.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +107,7 @@ def _lock(journal: journals.Journal, deadline: float) -> bool:
 
 
 def _vanished(journal: journals.Journal) -> bool:
-    """Whether the file we hold open is no longer the one at its path: somebody finished the work."""
+    """Whether the open file is no longer the one at its path: another process has finished the work."""
     held = os.fstat(journal.fileno())
     try:
         there = os.lstat(journal.path)
@@ -120,12 +120,12 @@ def _remove_journal(journal: journals.Journal, deadline: float, failures: list[s
     directory, name = os.path.split(journal.path)
     own = journal.own_dir
     if own is not None:
-        # The journal goes last: a crash in the middle must leave something that names the rest.
+        # The journal is removed last, so that after a crash it still names the rest.
         problem = _remove_tree(directory, own, deadline, spare=name)
         if problem:
             failures.append(f"cannot remove {directory}: {problem}")
             return
-        # Without its journal, the directory says by its name that it is to go.
+        # Without its journal, the directory is marked for removal by its name.
         aside = os.path.join(os.path.dirname(directory), journals.unfinished_name())
         os.rename(directory, aside)
         directory = aside
@@ -171,7 +171,7 @@ def _undo_process(params: dict[str, Any], identity: dict[str, Any] | None, deadl
         return ""
     pid = int(identity["pid"])
     if pid == os.getpid():
-        return ""  # an engine that undoes its own journal ends by itself
+        return ""  # an engine that undoes its own journal will end by itself
     return _end_process(pid, int(identity["start"]), params.get("signal", "KILL"), deadline)
 
 
@@ -181,7 +181,7 @@ def _end_process(pid: int, start: int | None, way: str, deadline: float) -> str:
     except ProcessLookupError:
         return ""
     try:
-        # Only once the descriptor holds the process does its start time prove anything.
+        # The start time proves the identity only while the descriptor holds on to the process.
         if start is not None and sysio.proc_starttime(pid) != start:
             return ""
         steps = [(0, _END_GRACE_S), (sysio.SIGTERM, _TERM_GRACE_S), (sysio.SIGKILL, float("inf"))]
@@ -231,7 +231,7 @@ def _undo_directory(params: dict[str, Any], identity: dict[str, Any] | None, dea
 
 
 def _remove_tree(path: str, identity: tuple[int, int], deadline: float, spare: str = "") -> str:
-    """Remove a directory and what is in it; with `spare`, all but that name and the directory itself."""
+    """Remove a directory and its content; with `spare`, everything but that entry and the directory itself."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -253,8 +253,8 @@ def _remove_tree(path: str, identity: tuple[int, int], deadline: float, spare: s
 
 
 def _empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
-    """Remove what is in a directory, by descriptors only. Returns what stood in the way, or nothing."""
-    # An explicit stack: somebody may have made a tree deeper than Python's.
+    """Remove the content of a directory, by descriptors only. Returns the problem; empty on success."""
+    # An explicit stack: a tree may be deeper than Python's recursion limit.
     stack: list[tuple[int, str, list[str]]] = [(fd, path, [n for n in os.listdir(fd) if n != spare])]
     try:
         while True:
@@ -297,20 +297,20 @@ def _empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
 
 def _undo_mount(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
     if identity is not None and identity["ns"] != sysio.namespace_inode("mnt"):
-        # It was made in an engine's own mount namespace, which ended with the processes in it.
+        # It was made in an engine's own mount namespace, which has ended with its processes.
         return ""
     for entry in reversed(sysio.mounts()):
         if entry.target != params["target"]:
             continue
         if identity is not None:
             ours = (entry.mount_id, entry.device) == (identity["id"], identity["dev"])
-        elif params["fstype"] == "none":  # a bind mount: its source is a path, not the file system's
+        elif params["fstype"] == "none":  # a bind mount: its source is a path, not that of the file system
             ours = bool(params["source"]) and entry.root.endswith(os.path.basename(params["source"]))
         else:
             ours = (entry.source, entry.fstype) == (params["source"], params["fstype"])
         if ours:
             sysio.umount2(params["target"], sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
-        return ""  # only the uppermost mount at the target can be ours
+        return ""  # only the topmost mount at the target can be ours
     return ""
 
 
@@ -325,7 +325,7 @@ def _undo_netns(params: dict[str, Any], identity: dict[str, Any] | None, deadlin
         sysio.umount2(path, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
         os.unlink(path)
     elif bound is None and params.get("absent") and stat.S_ISREG(status.st_mode) and not status.st_size:
-        os.unlink(path)  # the empty file that the namespace was (to be) bound on
+        os.unlink(path)  # the empty file at which the namespace was (to be) bind-mounted
     return ""
 
 
@@ -335,14 +335,14 @@ def _undo_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadli
         try:
             os.rmdir(parent)
         except OSError:
-            break  # others are in it, or it went with the last of them
+            break  # other cgroups are below it, or it was removed with the last of them
     return problem
 
 
 def _undo_one_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
     path = params["path"]
     if not os.path.lexists(path) and params.get("inside"):
-        # It was made through a mount that was its engine's alone; the hierarchy is the same everywhere.
+        # It was made through a mount in its engine's namespace only; the hierarchy is the same in any other mount.
         mounted = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2" and m.root == "/"), "")
         if mounted:
             return _remove_cgroup(mounted + params["inside"], params, identity, deadline)
@@ -392,7 +392,7 @@ def _remove_cgroup(
 
 
 def _same_cgroup(status: os.stat_result, params: dict[str, Any], identity: dict[str, Any] | None) -> bool:
-    # The device number of a cgroup file system is as long-lived as its mounts; the inode is the cgroup's.
+    # The device number of a cgroup file system lives as long as its mounts; the inode identifies the cgroup.
     if identity is None or not params.get("inside"):
         return _is_ours(status, params, identity)
     return bool(status.st_ino == identity["ino"])
@@ -405,7 +405,7 @@ def _kill_cgroup(directory: str) -> None:
     except OSError:
         return
     for pid in pids:
-        # What is in the sandbox's cgroup is the sandbox's; an engine undoing its own must survive itself.
+        # All processes in the cgroup belong to the sandbox. An engine that undoes its own journal must not kill itself.
         if pid and pid != os.getpid():
             try:
                 pidfd = sysio.pidfd_open(pid)
@@ -421,14 +421,14 @@ def _kill_cgroup(directory: str) -> None:
 
 def _undo_tap(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
     if identity is None:
-        # A tap is made persistent only after its identity is on disk: until then it ends with its maker.
+        # A tap is made persistent only after its identity is on disk; until then it disappears with its maker.
         return ""
     return _in_network(params, identity, lambda: _delete_link(params["name"], int(identity["ifindex"])))
 
 
 def _undo_redirect(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
     if identity is None:
-        return ""  # written before the qdisc is made; without it there is nothing that could be told from others'
+        return ""  # the identity is recorded before the qdisc is made; without it, ours cannot be told from others
     return _in_network(params, identity, lambda: _delete_ingress(params["name"], int(identity["ifindex"])))
 
 
@@ -439,14 +439,14 @@ def _in_network(params: dict[str, Any], identity: dict[str, Any], work: Callable
     path = params.get("netns")
     try:
         if not path or os.stat(path).st_ino != identity["netns"]:
-            return ""  # the namespace is gone, and what was in it
+            return ""  # the namespace is gone, and everything in it
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return ""
     problems: list[str] = []
 
     def there() -> None:
-        # A network namespace is a thread's: this one ends with its visit.
+        # The network namespace is an attribute of the thread, so a short-lived one enters it.
         try:
             sysio.setns(fd, sysio.CLONE_NEWNET)
             problems.append(work())
@@ -476,7 +476,7 @@ def _delete_ingress(name: str, ifindex: int) -> str:
 
 
 def _rtnetlink(name: str, ifindex: int, kind: int, body: bytes, gone: tuple[int, ...]) -> str:
-    """Send one request, rtnetlink(7), if the interface is ours; *gone* are errors that mean that nothing is there."""
+    """Send one request, rtnetlink(7), if the interface is ours; the errors in *gone* mean that nothing is there."""
     import socket
 
     try:
@@ -496,7 +496,7 @@ def _rtnetlink(name: str, ifindex: int, kind: int, body: bytes, gone: tuple[int,
 
 
 class Report:
-    """What `reconcile` did."""
+    """The result of `reconcile`."""
 
     __slots__ = ("failures", "left", "undone")
 
@@ -504,20 +504,20 @@ class Report:
         self.undone: list[str] = []
         """Directories of journals that were undone, and unfinished ones that were removed."""
         self.failures: list[str] = []
-        """Sentences about what could not be undone."""
+        """A sentence for each resource that could not be undone."""
         self.left: list[tuple[str, str]] = []
-        """(directory, reason) of what was left alone: alive, kept, or not ours."""
+        """Directory and reason for each that was left alone: its owner runs, it is retained, or it is not ours."""
 
 
 def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
     """Undo every journal below ``run_dir/sandboxes`` and ``state_dir/containers`` whose owner is dead.
 
-    A journal whose owner lives is left alone, also while it is being set up; so is a kept one (a container
-    that was created stays until it is removed). Directories without a journal are not ours and are named.
+    A journal whose owner is running is left alone, even while it is being created; so is a retained one (a container
+    exists until it is removed). Directories without a journal are not ours, and are only reported.
 
     Args:
-        run_dir: As `kata.paths.run_dir`.
-        state_dir: As `kata.paths.state_dir`.
+        run_dir: See `kata.paths.run_dir`.
+        state_dir: See `kata.paths.state_dir`.
         deadline_s: Seconds for each journal.
 
     Returns:
@@ -541,22 +541,22 @@ def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
 
 
 def reconcile_sandboxes(base: str, client: str, deadline_s: float = 4.0) -> Report:
-    """The same for the sandboxes of one client alone.
+    """Undo the journals of dead owners as `reconcile` does, but only those of one client's sandboxes.
 
     Args:
-        base: The directory of their directories.
-        client: Its name, as in their journals' ``meta``.
+        base: The directory that holds the sandboxes' directories.
+        client: Name of the client, as in the journals' ``meta``.
         deadline_s: Seconds for each journal.
 
     Returns:
-        The report; what lives is not in it.
+        The report, without sandboxes whose owner is running.
     """
     report = Report()
     for path in journals.find(base):
         try:
             journal = journals.Journal.open(path)
         except KataError:
-            continue  # it has just gone
+            continue  # it has just been removed
         ours = journal.meta.get("client") == client and not journal.owner_alive()
         journal.close()
         if ours:
@@ -588,7 +588,7 @@ def _reconcile_one(directory: str, deadline_s: float, report: Report) -> None:
 
 
 def _reconcile_unfinished(directory: str, name: str, deadline_s: float, report: Report) -> None:
-    """A directory whose journal was being set up when its maker was last seen (`Journal.create_dir`)."""
+    """Handle a directory whose journal is being created, or whose creator died (`Journal.create_dir`)."""
     try:
         pid, start, boot, _ = name[len(journals.NEW_PREFIX) :].split("-")
         same_boot = sysio.boot_id().startswith(boot)

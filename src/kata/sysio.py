@@ -1,7 +1,7 @@
-"""System calls that Python 3.11 does not offer, and what we read about processes from ``/proc``.
+"""System calls that Python 3.11 does not offer, atomic file replacement, and facts about processes from ``/proc``.
 
-The one module with `ctypes` in it. It is imported before a hypervisor is started, so it imports nothing
-else that costs; the C library is opened at the first call that needs it.
+This is the only module that uses `ctypes`. It is imported before a hypervisor is started, so it imports no other
+expensive module; the C library is opened by the first call that needs it.
 
 All calls raise `OSError` with errno and, where there is one, the path. Sources: the manual pages named in
 each docstring (section 2 and 5 of Linux man-pages).
@@ -100,10 +100,10 @@ _CLOSE_RANGE_CLOEXEC = 4
 
 
 class Fd:
-    """A file descriptor and the duty to close it. A context manager closes it, unless it was given away.
+    """Owns a file descriptor. As a context manager it closes the descriptor, unless that was given away.
 
     Args:
-        number: The descriptor, which nobody else may close from here on.
+        number: The descriptor, of which it takes ownership.
     """
 
     __slots__ = ("_number",)
@@ -113,7 +113,7 @@ class Fd:
 
     @property
     def raw(self) -> int:
-        """The descriptor, which stays this object's.
+        """The descriptor, which is still owned by this object.
 
         Raises:
             ValueError: It was closed or given away.
@@ -123,16 +123,16 @@ class Fd:
         return self._number
 
     def fileno(self) -> int:
-        """The descriptor, for what takes objects that have one."""
+        """The descriptor, for functions that take objects with a `fileno` method."""
         return self.raw
 
     @property
     def is_open(self) -> bool:
-        """Whether it was neither closed nor given away."""
+        """Whether the descriptor was neither closed nor given away."""
         return self._number >= 0
 
     def detach(self) -> int:
-        """Give the descriptor away: closing it is the caller's duty now.
+        """Transfer ownership of the descriptor to the caller, who has to close it.
 
         Raises:
             ValueError: It was closed or given away before.
@@ -142,7 +142,7 @@ class Fd:
         return number
 
     def close(self) -> None:
-        """Close it, if it is still this object's. Idempotent."""
+        """Close the descriptor, if this object still owns it. Idempotent."""
         if self._number >= 0:
             number, self._number = self._number, -1
             os.close(number)
@@ -178,22 +178,22 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
 
 
 def preload() -> None:
-    """Open the C library now, so that a forked child need not (it may only do little before exec)."""
+    """Open the C library now, so that a forked child need not do so between fork and exec."""
     _c()
 
 
 def die_with_parent(parent_pid: int, signal_number: int = SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent *thread* ends; for use after fork.
+    """Make the kernel send this process a signal when its parent *thread* ends; for use after fork.
 
-    The setting is cleared by a change of credentials, so it goes after one; and it follows the thread that
-    forked, so that thread must live as long as the parent shall (prctl(2), PR_SET_PDEATHSIG).
+    A change of credentials clears the setting, so it has to come after that. It refers to the thread that forked, so
+    that thread must live as long as the parent process (prctl(2), PR_SET_PDEATHSIG).
 
     Args:
         parent_pid: The pid of the parent, taken before the fork.
         signal_number: The signal.
 
     Raises:
-        ProcessLookupError: The parent ended before the setting took hold.
+        ProcessLookupError: The parent ended before the setting took effect.
     """
     prctl(PR_SET_PDEATHSIG, signal_number)
     if os.getppid() != parent_pid:
@@ -201,13 +201,13 @@ def die_with_parent(parent_pid: int, signal_number: int = SIGKILL) -> None:
 
 
 def keep_capabilities(kept: Iterable[int]) -> None:
-    """Give up all capabilities but these, for this process and for what it executes (capabilities(7)).
+    """Drop all other capabilities, for this process and for programs that it executes (capabilities(7)).
 
-    No exec gives one back: they leave the bounding set (where that is permitted), the ambient and the inheritable
-    set, and no_new_privs is set, without which root gets all of the bounding set when it executes something.
+    They cannot be regained by exec: they are removed from the bounding set (where that is permitted), the ambient and
+    the inheritable set, and no_new_privs is set, without which root would get the whole bounding set at exec.
 
     Args:
-        kept: CAP_* numbers; one that this process does not have is not kept either.
+        kept: CAP_* numbers of those to keep; capabilities that this process does not have are ignored.
     """
     mask = sum(1 << number for number in set(kept))
     for number in range(64):
@@ -217,12 +217,14 @@ def keep_capabilities(kept: Iterable[int]) -> None:
         except OSError as error:
             if error.errno == errno.EPERM:
                 break  # without CAP_SETPCAP; no_new_privs suffices
-            if error.errno != errno.EINVAL:  # the kernel knows no further ones
+            if error.errno != errno.EINVAL:  # EINVAL: the kernel has no capability with that number
                 raise
             break
     prctl(PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: of the lower 32, then of the higher
+    sets = (
+        ctypes.c_uint32 * 6
+    )()  # effective, permitted, inheritable: first the lower 32 bits, then the higher ones
     _check(_c().capget(header, sets))
     for half in range(2):
         permitted = sets[3 * half + 1] & mask >> 32 * half & 0xFFFF_FFFF
@@ -232,7 +234,7 @@ def keep_capabilities(kept: Iterable[int]) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of *data*: a disk that becomes full takes a part first, and says so only the next time."""
+    """Write all of *data*. When a disk becomes full, the first write is short and only the next one fails."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -241,16 +243,17 @@ def write_all(fd: int, data: bytes) -> None:
 def replace_file(
     path: str, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None, fsync: bool = False
 ) -> None:
-    """Put *data* in a file's place at once: a reader, or a crash at any point, sees the old content or the new.
+    """Replace a file atomically: a reader sees the old content or the new, even after a crash.
 
-    Written beside it, as a name that ends in ``.tmp``, then renamed. On failure the old file is as it was.
+    The data is written to a file beside it, whose name ends in ``.tmp`` and which is then renamed. On an error the old
+    file is unchanged.
 
     Args:
-        path: The file; it need not be there.
-        data: Its whole content.
-        mode: Its permissions, whatever the umask is.
-        owner: User and group id; None leaves them to the kernel.
-        fsync: Whether the content is on the disk when this returns, so that it survives a power failure.
+        path: The file; it need not exist.
+        data: Its whole new content.
+        mode: Its permission bits, regardless of the umask.
+        owner: User and group id; None for this process's.
+        fsync: Wait until the content is on the disk, so that it survives a power failure.
 
     Raises:
         OSError: It cannot be written, or the disk is full.
@@ -278,13 +281,17 @@ def replace_file(
 
 
 def overwrite_file(path: str, data: bytes) -> bool:
-    """Write over a file, padded with spaces to its length, where a full disk has no room for a second one.
+    """Overwrite a file in place, padded with spaces to its length, when the disk has no room for a second file.
 
-    In one piece and in the room that it has. For JSON, which spaces do not change. Who reads it by `read_file` never
-    sees the old end behind the new beginning; a host that dies meanwhile may leave that.
+    It is for JSON, to which spaces can be appended. A reader that uses `read_file` never sees a mixture of old and new
+    content, but a crash of the host meanwhile may leave one.
+
+    Args:
+        path: The file.
+        data: Its new content.
 
     Returns:
-        Whether the file is there, is at least as long as *data*, and took it.
+        False if the file does not exist, is shorter than *data*, or could not be written.
     """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -306,10 +313,10 @@ def overwrite_file(path: str, data: bytes) -> bool:
 
 
 def read_file(path: str) -> bytes:
-    """The content of a file that is written by `replace_file` and `overwrite_file`: the old or the new, as a whole.
+    """Read a file that is written by `replace_file` and `overwrite_file`; never a mixture of old and new content.
 
     Raises:
-        OSError: It is not there, or cannot be read.
+        OSError: It does not exist, or cannot be read.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -323,7 +330,7 @@ def read_file(path: str) -> bytes:
 
 
 def _lock(fd: int, *, exclusive: bool) -> None:
-    """flock(2) as long as the file is open. Not at any price: whoever holds it for long has been stopped."""
+    """Lock the file with flock(2) while it is open, or give up after a while: its holder may have been stopped."""
     import fcntl
     import time
 
@@ -339,11 +346,12 @@ def _lock(fd: int, *, exclusive: bool) -> None:
 
 
 class SocketName:
-    """A name for the path of a unix socket that may be longer than `kata.paths.MAX_SOCKET_PATH`: by way of the
-    directory's descriptor. A context manager; the name holds within it, for bind(2) and connect(2).
+    """A short name for a unix socket whose path may be longer than `kata.paths.MAX_SOCKET_PATH`.
+
+    The name goes through a descriptor of the directory. It is valid for bind(2) and connect(2) within the context.
 
     Raises:
-        OSError: The directory is not there.
+        OSError: The directory does not exist.
     """
 
     __slots__ = ("_directory", "_path")
@@ -362,18 +370,18 @@ class SocketName:
 
 
 def become_subreaper() -> None:
-    """Make this process the one that orphaned descendants are handed to (PR_SET_CHILD_SUBREAPER)."""
+    """Make this process the new parent of orphaned descendants (PR_SET_CHILD_SUBREAPER)."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def reset_signals() -> None:
-    """Give a child the default dispositions that Python changed and exec would pass on (signal(7))."""
+    """Restore the default dispositions of signals that Python ignores, since exec would pass that on (signal(7))."""
     for number in (13, 25):  # SIGPIPE, SIGXFSZ
         _c().signal(number, None)
 
 
 def close_on_exec_from(first: int) -> None:
-    """Have exec close all descriptors from this number on (close_range(2); before Linux 5.11 one by one)."""
+    """Mark all descriptors from *first* on as close-on-exec (close_range(2); one by one before Linux 5.11)."""
     try:
         most = ctypes.c_uint(0xFFFF_FFFF)
         _check(
@@ -401,7 +409,7 @@ def unshare(flags: int) -> None:
 def mount(
     source: str | None, target: str, fstype: str | None = None, flags: int = 0, data: str = ""
 ) -> None:
-    """mount(2). Strings are paths and options as the kernel wants them; None passes a null pointer."""
+    """mount(2). Strings are passed to the kernel as they are; None is passed as a null pointer."""
     _check(
         _c().mount(
             None if source is None else os.fsencode(source),
@@ -415,9 +423,9 @@ def mount(
 
 
 def pivot_root(new_root: str) -> None:
-    """Make a mount the root of this thread's mount namespace and detach what was there (pivot_root(2), NOTES).
+    """Make a mount the root of this thread's mount namespace, and detach the old root (pivot_root(2), NOTES).
 
-    Every process of the namespace whose root or working directory was the old root has the new one.
+    In all processes of the namespace, a root or working directory that was the old root becomes the new one.
     """
     os.chdir(new_root)
     here = ctypes.c_char_p(b".")
@@ -433,13 +441,13 @@ def umount2(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
 
 
 def open_tree(path: str) -> int:
-    """open_tree(2): a copy of the mount at a path and of all below it, attached nowhere; its descriptor."""
+    """open_tree(2): copy the mount at a path and all mounts below it, detached. Returns a descriptor of the copy."""
     flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
     return _check(_c().syscall(ctypes.c_long(_NR_OPEN_TREE), AT_FDCWD, os.fsencode(path), flags), path)
 
 
 def move_mount(tree: int, target: str) -> None:
-    """move_mount(2): attach what `open_tree` copied, maybe in another mount namespace."""
+    """move_mount(2): attach a copy made by `open_tree`, possibly in another mount namespace."""
     number = ctypes.c_long(_NR_MOVE_MOUNT)
     _check(_c().syscall(number, tree, b"", AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
@@ -449,12 +457,12 @@ class _MountAttr(ctypes.Structure):
 
 
 def mount_setattr(target: str, attributes: int, *, recursive: bool) -> None:
-    """mount_setattr(2): set attributes of a mount, and leave its others as they are.
+    """mount_setattr(2): set attributes of a mount; its other attributes are unchanged.
 
     Args:
-        target: Where it is mounted; a symbolic link at its end is not followed.
+        target: Path of the mount; a symbolic link at its end is not followed.
         attributes: MOUNT_ATTR_* flags.
-        recursive: Whether every mount below it gets them, too: all of them or, on an error, none.
+        recursive: Also set them for all mounts below it; on an error none is changed.
 
     Raises:
         OSError: ENOSYS before Linux 5.12.
@@ -474,10 +482,10 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
     """openat2(2).
 
     Args:
-        dirfd: Directory the path starts at.
+        dirfd: Descriptor of the directory at which the path starts.
         path: Relative path (or absolute below RESOLVE_IN_ROOT).
         flags: O_* flags; O_CLOEXEC is added.
-        mode: Permission bits when the file is created, else 0.
+        mode: Permission bits if the file is created, otherwise 0.
         resolve: RESOLVE_* flags.
 
     Returns:
@@ -498,13 +506,13 @@ def pidfd_open(pid: int) -> int:
 
 
 def pidfd_send_signal(pidfd: int, signal_number: int) -> None:
-    """pidfd_send_signal(2), without the import of `signal` (and with it of `enum`)."""
+    """pidfd_send_signal(2), without importing `signal` (and with it `enum`)."""
     number = ctypes.c_long(_NR_PIDFD_SEND_SIGNAL)
     _check(_c().syscall(number, pidfd, signal_number, None, 0))
 
 
 def pidfd_wait(pidfd: int, timeout_s: float) -> bool:
-    """Wait until the process has ended (also: is a zombie). True when it has."""
+    """Wait at most `timeout_s` seconds until the process has ended (or is a zombie). Returns whether it has."""
     import select
 
     poller = select.poll()
@@ -513,10 +521,10 @@ def pidfd_wait(pidfd: int, timeout_s: float) -> bool:
 
 
 def proc_starttime(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (proc(5), stat field 22); None when it is gone.
+    """Start time of a process in clock ticks since boot (proc(5), stat field 22); None if it does not exist.
 
-    With the boot id this tells a process from a later one that was given the same pid. A zombie counts as
-    being there: its pid is still taken.
+    Together with the boot id, this tells a process from a later one with the same pid. A zombie still exists: its pid
+    is not reused.
     """
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
@@ -528,21 +536,22 @@ def proc_starttime(pid: int) -> int | None:
         return None
     finally:
         os.close(fd)
-    # The command name is in parentheses and may itself hold spaces and parentheses.
+    # The command name is in parentheses, and may itself contain spaces and parentheses.
     return int(text[text.rindex(b")") + 2 :].split()[19])
 
 
 def set_command_line(pid: int, text: str) -> bytes:
-    """Have a process shown with other words than its arguments (``/proc/PID/cmdline``, so ps(1) and top(1)).
+    """Change the command line of a process that ps(1) and top(1) show (``/proc/PID/cmdline``).
 
-    Its memory is written to, so it must be done with its arguments, and we must be allowed to trace it.
+    This overwrites the process's memory, so it must not need its arguments any more, and we must be allowed to trace
+    it.
 
     Args:
         pid: The process.
-        text: What is shown; at most as long as the arguments are.
+        text: The new text; it is cut to the length of the arguments.
 
     Returns:
-        What was shown before: its arguments, each with a final zero.
+        The previous command line: its arguments, each with a terminating zero.
 
     Raises:
         OSError: The process has ended, or its memory may not be written.
@@ -554,7 +563,7 @@ def set_command_line(pid: int, text: str) -> bytes:
     start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end: 48 and 49 in proc(5)
     room = end - start - 2
     if room > 0:
-        # Where the last byte is no zero, the kernel shows one string from the beginning (fs/proc/base.c).
+        # If the last byte is not zero, the kernel shows a single string from the beginning (fs/proc/base.c).
         shown = text.encode()[:room]
         memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -580,7 +589,7 @@ def boot_id() -> str:
 
 
 def process_alive(pid: int, starttime: int, boot: str) -> bool:
-    """Whether the very process described by pid, start time and boot id still runs (a zombie does not)."""
+    """Whether the process with this pid, start time and boot id is still running (a zombie is not)."""
     if boot != boot_id() or proc_starttime(pid) != starttime:
         return False
     try:
@@ -588,14 +597,14 @@ def process_alive(pid: int, starttime: int, boot: str) -> bool:
     except ProcessLookupError:
         return False
     try:
-        # The start time is looked at again now that the descriptor holds on to the process.
+        # Check the start time again, now that the descriptor holds on to the process.
         return proc_starttime(pid) == starttime and not pidfd_wait(pidfd, 0)
     finally:
         os.close(pidfd)
 
 
 def namespace_inode(kind: str, pid: int | str = "self") -> int:
-    """Inode of a namespace of a process; `kind` as in ``/proc/PID/ns`` (mnt, net, ...)."""
+    """Inode of a namespace of a process; `kind` is a name in ``/proc/PID/ns`` (mnt, net, ...)."""
     return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
 
 
@@ -642,7 +651,7 @@ def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
 
     Args:
         kind: BPF_PROG_TYPE_*.
-        attach_type: BPF_* attach type the program is checked for.
+        attach_type: BPF_* attach type for which the program is verified.
         code: Its instructions, eight bytes each.
         name: At most 15 characters.
 
@@ -667,15 +676,16 @@ def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
 
 
 def bpf_on_cgroup(directory: str, kind: int, attach_type: int, code: bytes, name: str) -> None:
-    """Load a program and attach it to a cgroup (BPF_PROG_ATTACH), in the place of one that was attached there so
-    before; it is released with the cgroup.
+    """Load a program and attach it to a cgroup (BPF_PROG_ATTACH).
+
+    It replaces one that was attached there in the same way, and is released with the cgroup.
 
     Args:
-        directory: The cgroup's.
-        kind: As of `bpf_prog_load`, like what follows.
-        attach_type: BPF_*.
-        code: The program.
-        name: Its name.
+        directory: Directory of the cgroup.
+        kind: BPF_PROG_TYPE_*.
+        attach_type: BPF_* attach type.
+        code: Its instructions, eight bytes each.
+        name: At most 15 characters.
     """
     program = bpf_prog_load(kind, attach_type, code, name)
     try:
@@ -756,15 +766,15 @@ def _parse_mount(line: str) -> MountInfo:
 
 
 def mounts(pid: int | str = "self") -> list[MountInfo]:
-    """The mounts that a process sees, in the order of the kernel's list."""
-    # The kernel escapes spaces, tabs, newlines and backslashes of names; other white space in them separates nothing.
+    """The mounts in a process's mount namespace, in the order of the kernel's list."""
+    # The kernel escapes spaces, tabs, newlines and backslashes in names; other white space in names does not separate.
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         return [_parse_mount(line) for line in lines]
 
 
 def mount_at(target: str) -> MountInfo | None:
-    """The uppermost mount at exactly this path in our mount namespace, or None."""
-    # Taking every line of a long list apart takes ten times as long as reading it.
+    """The topmost mount at exactly this path in our mount namespace; None if there is none."""
+    # Parsing every line of a long list takes ten times as long as reading it.
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         text = file.read()
     wanted = f" {_escape(target)} "
@@ -772,7 +782,7 @@ def mount_at(target: str) -> MountInfo | None:
     while (at := text.rfind(wanted, 0, end)) >= 0:
         line = text[text.rfind("\n", 0, at) + 1 : text.index("\n", at)]
         found = _parse_mount(line)
-        if found.target == target:  # else it is the root, or the source, of another mount
+        if found.target == target:  # otherwise the path is the root, or the source, of another mount
             return found
         end = at + len(wanted) - 1
     return None
