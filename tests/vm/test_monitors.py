@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -431,8 +432,15 @@ def test_a_monitor_from_outside_serves_kata_run(scripted: ScriptedKata, busybox_
     assert (done.returncode, done.stdout) == (7, b"through")
     scripted.ok(*run, "-d", "--name", "box", busybox_image, "sleep", "1000")
     assert scripted.ok("exec", "box", "cat", "/proc/1/comm").strip() == "sleep"
-    shown = scripted.ok("inspect", "box")
-    assert '"unix"' in shown  # the channel
+    [shown] = json.loads(scripted.ok("inspect", "box"))
+    found = shown["sandbox"]
+    assert found["agent_channel"] == "unix"
+    assert found["hypervisor"]["name"] == scripted_monitor.NAME
+    assert found["hypervisor"]["capabilities"] == {
+        **scripted_monitor.MONITOR.capabilities("tcg", {}).to_plain(),
+        "shares": [],
+        "pause": False,
+    }
     scripted.ok("rm", "-f", "box")
     assert scripted.sandboxes() == []
     # What it cannot do is said by name, before anything is made.

@@ -17,6 +17,7 @@ from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from kata.engine import hostns
     from kata.hypervisor import virtiofsd
@@ -106,6 +107,12 @@ class Machine:
     def nic_addresses(self) -> Sequence[str]:
         """Where its network interfaces are in the guest."""
         return self.started.nic_addresses if self.started is not None else ()
+
+    def describe_monitor(self) -> dict[str, Any]:
+        """Name of the hypervisor and what it can do here, as JSON values; empty before one was chosen."""
+        if self.monitor is None or self.capabilities is None:
+            return {}
+        return {"name": self.monitor.name, "capabilities": self.capabilities.to_plain()}
 
     @property
     def host_overhead_mib(self) -> int:

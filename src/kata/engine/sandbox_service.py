@@ -155,6 +155,7 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
         "id": sandbox.id,
         "client": settings.client.name,
         "engine_pid": os.getpid(),
+        "hypervisor": sandbox.runtime.machine.describe_monitor(),
         "hypervisor_pid": sandbox.runtime.vm.pid if sandbox.runtime.vm is not None else 0,
         "accelerator": described.hypervisor.accel if described else "",
         "agent_channel": sandbox.runtime.vm.channel.kind if sandbox.runtime.vm is not None else "",

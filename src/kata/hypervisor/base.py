@@ -283,6 +283,11 @@ class Capabilities:
         self.pause = pause
         self.snapshot = snapshot
 
+    def to_plain(self) -> dict[str, Any]:
+        """Each by its name, as JSON values."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
 
 class Check:
     """One thing that a monitor needs of this host.
