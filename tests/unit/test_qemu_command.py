@@ -65,8 +65,8 @@ def test_every_plug_is_there_at_its_place() -> None:
         "07.0": "virtio-blk-pci",
         "08.0": "virtio-blk-pci",
         "09.0": "virtio-net-pci",
-        "0a.0": "virtio-rng-pci",
-        "0b.0": "virtio-balloon-pci",
+        "0a.0": "virtio-balloon-pci",
+        "0b.0": "virtio-rng-pci",
     }
     assert slots.disk_path(1) == "06"
     assert slots.nic_path() == "09"
@@ -124,7 +124,7 @@ def test_what_the_configuration_adds() -> None:
     objects = options(argv, "-object")
     assert "memory-backend-ram,id=ram,size=2048M,prealloc=on" in objects
     assert "rng-random,id=rng,filename=/dev/hw,,rng" in objects
-    assert devices(argv)["0b.0"]["free-page-reporting"] == "off"
+    assert devices(argv)["0a.0"]["free-page-reporting"] == "off"
     assert options(argv, "-sandbox") == ["on"]
 
 

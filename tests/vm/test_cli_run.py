@@ -21,6 +21,8 @@ import pytest
 from conftest import Kata
 from waiting import until
 
+from kata.hypervisor import kvmprobe
+
 
 def run(kata: Kata, image: str, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     *options, script = arguments
@@ -314,6 +316,24 @@ def test_capabilities(shared_kata: Kata, busybox_image: str) -> None:
         int(out(shared_kata, busybox_image, "--cap-drop", "ALL", "--cap-add", "net_admin", script), 16)
         == 1 << 12
     )
+
+
+_LINES_OF_INTEREST = """
+mkdir -p /full && mount -t tmpfs none /full && dd if=/dev/zero of=/full/x bs=1M count=64 2>/dev/null
+rm /full/x; sleep 4
+echo hpet $(grep -c HPET-MSI /proc/interrupts) acpi $(dmesg | grep -c 'ACPI: DSDT')
+cd /sys/bus/virtio/drivers/virtio_balloon && name=$(ls -d virtio*) && grep -w $name /proc/interrupts
+"""
+
+
+@pytest.mark.skipif(kvmprobe.probe().works, reason="is about emulated machines")
+def test_a_machine_with_little_of_acpi_ticks_and_gives_memory_back(
+    shared_kata: Kata, busybox_image: str
+) -> None:
+    first, line = out(shared_kata, busybox_image, "--privileged", _LINES_OF_INTEREST).splitlines()
+    assert first == "hpet 1 acpi 0"
+    # Each page that the host is told of is acknowledged by an interrupt, which has no message signalled way.
+    assert int(line.split()[1]) > 0, line
 
 
 def test_privileged_owns_its_guest_only(shared_kata: Kata, busybox_image: str) -> None:

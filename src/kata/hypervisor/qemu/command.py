@@ -44,11 +44,12 @@ class Fds:
         initrd: Its initial ramdisk.
         disks: Disk images by slot.
         nic: The socket on which an empty network interface listens, or None.
+        acpi: Files of `kata.hypervisor.qemu.acpi` by their names in fw_cfg, where `has_small_acpi`.
 
     QEMU is not privileged, and these lie in directories of anybody's: it opens nothing of that by its path.
     """
 
-    __slots__ = ("agent", "console", "disks", "initrd", "kernel", "nic", "qmp")
+    __slots__ = ("acpi", "agent", "console", "disks", "initrd", "kernel", "nic", "qmp")
 
     def __init__(
         self,
@@ -60,7 +61,9 @@ class Fds:
         initrd: int,
         disks: Mapping[int, int],
         nic: int | None = None,
+        acpi: Mapping[str, int] | None = None,
     ) -> None:
+        self.acpi = dict(acpi or {})
         self.agent = agent
         self.qmp = qmp
         self.console = console
@@ -79,6 +82,7 @@ class Fds:
             self.initrd,
             *self.disks.values(),
             self.nic,
+            *self.acpi.values(),
         ]
         return [fd for fd in found if fd is not None]
 
@@ -109,6 +113,30 @@ def hpet_timers(settings: VMSettings) -> int:
     wanted = max(settings.max_vcpus + 2, 3)
     has_one = "hpet=off" not in settings.machine_options
     return wanted if settings.accel == "tcg" and has_one and wanted <= _HPET_MOST else 0
+
+
+def has_small_acpi(settings: VMSettings) -> bool:
+    """Whether the machine is one for which `kata.hypervisor.qemu.acpi` is enough.
+
+    It is emulated, where a guest takes long over the rest; has one processor; nothing is plugged into it by ACPI; and
+    its firmware is the one whose MP table has the interrupts.
+    """
+    return (
+        hpet_timers(settings) > 0
+        and settings.vcpus == settings.max_vcpus == 1
+        and not settings.hotplug_nics
+        and settings.max_memory_mib <= settings.memory_mib
+        and settings.machine == "q35"
+        and settings.firmware == "qboot.rom"
+        and "acpi" not in settings.machine_options
+    )
+
+
+def _acpi(fds: Fds) -> list[str]:
+    argv = []
+    for name, fd in fds.acpi.items():
+        argv += ["-fw_cfg", f"name={name},file={opened(fd)}"]
+    return argv
 
 
 _HPET_MOST = 32
@@ -179,6 +207,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *(("-global", "hpet.msi=on", "-global", f"hpet.timers={timers}") if timers else ()),
         *_memory(settings),
         *("-bios", settings.firmware),
+        *_acpi(fds),
         *("-kernel", opened(fds.kernel)),
         *("-initrd", opened(fds.initrd)),
         *("-append", command_line(settings)),
@@ -293,6 +322,8 @@ def _emulation(settings: VMSettings) -> list[str]:
     if settings.accel != "tcg":
         return []
     parts = ["no_timer_check", "mitigations=off"]
+    if has_small_acpi(settings):
+        parts.append("pci=noacpi")
     if settings.tsc_khz:
         parts.append(f"tsc_early_khz={settings.tsc_khz}")
     if settings.vcpus == 1 and (hpet_timers(settings) or settings.max_vcpus == 1):
@@ -322,6 +353,8 @@ def _machine(settings: VMSettings) -> str:
     options += ["mem-merge=off", "dump-guest-core=off"]
     if settings.share_fd is not None or settings.prealloc:
         options.append("memory-backend=ram")
+    if has_small_acpi(settings):
+        options.append("acpi=off")
     if settings.machine_options:
         options.append(settings.machine_options)
     return ",".join(options)

@@ -179,6 +179,8 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
         if settings.nic is not None and not settings.nic.backend:
             entries.append(journal.begin("socket", path=qemu_command.nic_socket(settings.run_dir)))
             theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
+        tables = _acpi_files() if qemu_command.has_small_acpi(settings) else {}
+        opened |= tables
         fds = qemu_command.Fds(
             theirs["agent"],
             theirs["qmp"],
@@ -187,6 +189,7 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
             initrd=opened["initrd"],
             disks={index: opened[f"disk{index}"] for index, disk in enumerate(settings.disks) if disk},
             nic=theirs.get("nic"),
+            acpi=tables,
         )
         try:
             child = children.spawn(
@@ -222,6 +225,22 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
         for passed in settings.descriptors():
             passed.close()
     return QemuProcess(child, settings, ours, stderr_tail, entries)
+
+
+def _acpi_files() -> dict[str, int]:
+    """The files of `kata.hypervisor.qemu.acpi` in memory, by name; QEMU may not read those of anybody's directories."""
+    from kata.hypervisor.qemu import acpi
+
+    found: dict[str, int] = {}
+    try:
+        for name, content in acpi.files().items():
+            found[name] = os.memfd_create(name)
+            os.write(found[name], content)
+    except OSError as error:
+        for fd in found.values():
+            os.close(fd)
+        raise HypervisorError(f"cannot make the machine's ACPI tables: {error.strerror}") from error
+    return found
 
 
 def _check(settings: VMSettings) -> None:
@@ -339,9 +358,14 @@ _KNOWN: tuple[tuple[str, type[KataError], str, str], ...] = (
 )
 
 
+_OF_FILE_NAMES = "externally provided fw_cfg item names"
+"""Is in QEMU's warning that the names of `_acpi_files` are the firmware's, which is meant."""
+
+
 def explain(status: int, said: str, settings: VMSettings) -> KataError:
     """The error for a QEMU that ended with this exit status and this end of its standard error (already escaped)."""
-    last = said.strip().splitlines()[-1] if said.strip() else ""
+    lines = [line for line in said.strip().splitlines() if _OF_FILE_NAMES not in line]
+    last = lines[-1] if lines else ""
     low = said.lower()
     for pattern, kind, sentence, hint in _KNOWN:
         if pattern in low:

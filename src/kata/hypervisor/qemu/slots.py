@@ -23,8 +23,10 @@ NIC = 0x09
 NICS = (NIC, 0x0C, 0x0D, 0x0E)
 """Slot 0 is always populated. Slots 1 to 3 hold further interfaces that are present at boot, or ports for interfaces
 that are hot-plugged (`hotplug_port`)."""
-RNG = 0x0A
-BALLOON = 0x0B
+RNG = 0x0B
+BALLOON = 0x0A
+"""It has no message signalled interrupts (QEMU 7.2). Without ACPI, Linux takes for its line what qboot has written into
+the device's configuration, and qboot counts as for the older PC's chip set: the same only in every second slot."""
 MEMORY = 0x13
 """virtio-mem: memory that is added to a running machine."""
 MEMORY_ID = "plug"

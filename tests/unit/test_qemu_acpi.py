@@ -1,0 +1,107 @@
+"""ACPI tables of a machine that needs only its HPET: as firmware links them, and which machines get them."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from kata.hypervisor.qemu import acpi, command, process
+from kata.hypervisor.qemu.settings import VMSettings
+
+TABLES_AT, RSDP_AT = 0x7FFE0000, 0xF3000
+
+
+def link(files: dict[str, bytes]) -> dict[str, bytearray]:
+    """Carry out the linker's commands, as firmware does, with places of our own choosing."""
+    linked = {name: bytearray(content) for name, content in files.items()}
+    places = {"etc/acpi/tables": TABLES_AT, "etc/acpi/rsdp": RSDP_AT}
+    allocated = set()
+    program = files["etc/table-loader"]
+    assert len(program) % 128 == 0
+    for start in range(0, len(program), 128):
+        number, first, second = struct.unpack_from("<I56s56s", program, start)
+        name = first.rstrip(b"\0").decode()
+        if number == 1:
+            align, zone = struct.unpack_from("<IB", program, start + 60)
+            assert places[name] % align == 0
+            assert (places[name] < 1 << 20) == (zone == 2)
+            allocated.add(name)
+        elif number == 2:
+            source = second.rstrip(b"\0").decode()
+            offset, size = struct.unpack_from("<IB", program, start + 116)
+            assert size == 4
+            assert {name, source} <= allocated
+            value = struct.unpack_from("<I", linked[name], offset)[0] + places[source]
+            struct.pack_into("<I", linked[name], offset, value)
+        else:
+            assert number == 3
+            offset, begin, length = struct.unpack_from("<III", program, start + 60)
+            linked[name][offset] = -sum(linked[name][begin : begin + length]) & 0xFF
+    return linked
+
+
+def test_the_guest_finds_the_hpet_by_sound_tables() -> None:
+    linked = link(acpi.files())
+    rsdp, tables = linked["etc/acpi/rsdp"], linked["etc/acpi/tables"]
+    assert rsdp[:8] == b"RSD PTR "
+    assert len(rsdp) == 20
+    assert sum(rsdp) % 256 == 0
+    root = struct.unpack_from("<I", rsdp, 16)[0] - TABLES_AT
+    signature, length = struct.unpack_from("<4sI", tables, root)
+    assert (signature, length) == (b"RSDT", 40)
+    assert sum(tables[root : root + length]) % 256 == 0
+    table = struct.unpack_from("<I", tables, root + 36)[0] - TABLES_AT
+    signature, length = struct.unpack_from("<4sI", tables, table)
+    assert (signature, length) == (b"HPET", 56)
+    assert sum(tables[table : table + length]) % 256 == 0
+    space, _, _, _, address = struct.unpack_from("<BBBBQ", tables, table + 40)
+    assert (space, address) == (0, 0xFED00000)
+
+
+def settings(**changed: Any) -> VMSettings:
+    given: dict[str, Any] = {
+        "name": "x",
+        "run_dir": "/r",
+        "kernel": "/k",
+        "initrd": "/i",
+        "binary": "/q",
+        "max_vcpus": 1,
+    }
+    return VMSettings(**given | changed)
+
+
+def test_a_small_machine_has_these_tables_alone() -> None:
+    fds = command.Fds(3, 4, 5, kernel=6, initrd=7, disks={}, acpi={"etc/acpi/rsdp": 9})
+    argv = command.build(settings(), fds)
+    assert "acpi=off" in argv[argv.index("-machine") + 1].split(",")
+    assert argv[argv.index("-fw_cfg") + 1] == "name=etc/acpi/rsdp,file=/proc/self/fd/9"
+    assert "pci=noacpi" in argv[argv.index("-append") + 1].split()
+    assert 9 in command.inherited_fds(settings(), fds)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"accel": "kvm"},
+        {"vcpus": 2, "max_vcpus": 2},
+        {"max_vcpus": 2},
+        {"hotplug_nics": 1},
+        {"memory_mib": 512, "max_memory_mib": 1024},
+        {"machine": "pc"},
+        {"firmware": "bios-256k.bin"},
+        {"machine_options": "acpi=on"},
+        {"machine_options": "hpet=off"},
+    ],
+)
+def test_any_other_machine_has_those_of_qemu(changed: dict[str, Any]) -> None:
+    fds = command.Fds(3, 4, 5, kernel=6, initrd=7, disks={})
+    argv = command.build(settings(**changed), fds)
+    assert "acpi=off" not in argv[argv.index("-machine") + 1].split(",")
+    assert "pci=noacpi" not in argv[argv.index("-append") + 1].split()
+
+
+def test_the_warning_about_our_files_is_nobodys_error() -> None:
+    warning = 'qemu: warning: externally provided fw_cfg item names should be prefixed with "opt/"\n'
+    assert "opt/" not in process.explain(-9, warning, settings()).message
