@@ -246,4 +246,4 @@ def test_the_control_tool_over_vsock(guests: Guests, kata_env: Kata) -> None:
         nobody = control("--server", f"vsock://{cid}:77", "--connect-timeout", "1", "Check")
         assert nobody.stderr.startswith(b"error: cannot connect to vsock://"), nobody.stderr
     done = control("--vm", "bench", "--calls", "5", "--bytes", "65536", "--size", "4096")
-    assert json.loads(done.stdout)["target"] == "a throw-away virtual machine (kvm)"
+    assert json.loads(done.stdout)["target"] == "a temporary virtual machine (kvm)"

@@ -146,7 +146,7 @@ def test_time_and_timeout(server: tuple[str, AgentDouble], run: Run) -> None:
         (["--srever", "SERVER", "Check"], "unknown option --srever\nhint: did you mean --server?"),
         (["--server"], "--server needs a value: ADDRESS"),
         (["--vm=yes"], "--vm is a switch"),
-        (["--server", "SERVER", "--vm", "Check"], "--server and --vm are two agents"),
+        (["--server", "SERVER", "--vm", "Check"], "--server and --vm name two agents"),
         (["Check"], "which agent?"),
         ([], "which agent?"),
         (
@@ -160,7 +160,7 @@ def test_time_and_timeout(server: tuple[str, AgentDouble], run: Run) -> None:
         (["--server", "SERVER", "--timeout", "soon", "Check"], "--timeout: 'soon' is not a number"),
         (["--server", "SERVER", "--timeout", "nan", "Check"], "--timeout: 'nan' is not a number"),
         (["--server", "SERVER", "-c", "Check", "Check"], "are both commands"),
-        (["--server", "SERVER", "-c", ""], "no command in it"),
+        (["--server", "SERVER", "-c", ""], "the command is empty"),
         (["--server", "SERVER", "-c", "Check 'x"], "cannot be split into words: no closing quotation"),
         (["--server", "SERVER", "-c", "Chekc", "-c", "Check"], "did you mean Check?"),
         (["--hybrid-vsock", "Check"], "--hybrid-vsock goes with --server"),
@@ -173,7 +173,7 @@ def test_time_and_timeout(server: tuple[str, AgentDouble], run: Run) -> None:
             ["--server", "SERVER", "bench", "--call", "5"],
             "unknown option --call\nhint: did you mean --calls?",
         ),
-        (["--server", "SERVER", "fuzz", "--only", "frame"], "no sort 'frame'\nhint: did you mean frames?"),
+        (["--server", "SERVER", "fuzz", "--only", "frame"], "no kind 'frame'\nhint: did you mean frames?"),
         (["--server", "SERVER", "fuzz", "more"], "unexpected argument 'more'"),
     ],
 )

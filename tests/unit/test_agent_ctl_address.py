@@ -41,7 +41,7 @@ def test_the_original_tools_way_to_say_hybrid() -> None:
         ("", "not an agent's address", "vsock://CID:PORT"),
         ("vsokc://3:1", "no scheme 'vsokc'", "did you mean vsock?"),
         ("tcp://3:1", "no scheme 'tcp'", "unix://PATH"),
-        ("vsock://-1:1024", "-1 is where an agent listens", "vsock://3:1024"),
+        ("vsock://-1:1024", "-1 is only for listening", "vsock://3:1024"),
         ("vsock://x:1024", "'x' is not a context id", "number"),
         ("vsock://3:x", "'x' is not a port", "1024"),
         ("vsock://3:99999999999", "not a port", ""),
@@ -149,10 +149,10 @@ def test_what_follows_the_handshake_is_the_agents(monitor: Callable[..., str]) -
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        (b"NO\n", "it answered 'NO' where"),
-        (b"\x1b[31m\n", r"it answered '\\x1b\[31m' where"),
+        (b"NO\n", "it answered 'NO' instead"),
+        (b"\x1b[31m\n", r"it answered '\\x1b\[31m' instead"),
         (b"x" * 500, "it answered 'xxx"),
-        (b"OKAY 5\n", "where a hybrid vsock says OK"),
+        (b"OKAY 5\n", "instead of OK, as a hybrid vsock does"),
     ],
 )
 def test_a_wrong_answer_to_the_handshake_is_told(

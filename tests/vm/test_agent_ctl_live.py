@@ -101,7 +101,7 @@ def test_a_sandbox_that_does_not_run(shared_kata: Kata, busybox_image: str) -> N
     done = control(shared_kata, "--sandbox", name, "Check")
     shared_kata.ok("rm", name)
     assert done.returncode == 1
-    assert done.stderr.decode() == f"error: sandbox {name} does not run\nhint: kata start {name}\n"
+    assert done.stderr.decode() == f"error: sandbox {name} is not running\nhint: kata start {name}\n"
 
 
 # ---- a machine of its own ----
@@ -128,7 +128,7 @@ def test_a_throw_away_machine(kata_env: Kata) -> None:
     assert values[0]["agent_details"]["init_daemon"] is True
     assert values[1] == {}
     assert [one["name"] for one in values[2]["Interfaces"]] == ["lo"]
-    assert values[3]["target"].startswith("a throw-away virtual machine")
+    assert values[3]["target"].startswith("a temporary virtual machine")
     assert text.strip() == "status: SERVING"
     assert kata_env.sandboxes() == []
 

@@ -1,1 +1,1 @@
-"""``kata-agent-ctl``: the agent's protocol from the command line (docs/kata-agent-ctl.md)."""
+"""``kata-agent-ctl``: calls an agent's methods from the command line (docs/kata-agent-ctl.md)."""

@@ -1,5 +1,5 @@
 #!/usr/bin/python3 -IS
-"""Where ``kata-agent-ctl`` starts; finds its package as ``kata/__main__.py`` does, and for the same reasons."""
+"""Entry point of ``kata-agent-ctl``. It finds its package in the same way as ``kata/__main__.py``."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ if _root not in sys.path:
 
 
 def main() -> int:
-    """Run the command line; the exit status."""
+    """Run the command line. Returns the exit status."""
     from kata import launcher
 
     launcher.settle()

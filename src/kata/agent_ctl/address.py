@@ -1,4 +1,4 @@
-"""Where an agent listens, and how a connection to it is made.
+"""Addresses of agents, and connecting to them.
 
 =========================  ============================================================================
 ``vsock://CID:PORT``       a guest's vsock; the port may be left out
@@ -29,8 +29,9 @@ class Address:
 
     Attributes:
         scheme: ``vsock``, ``unix`` or ``hvsock``.
-        path: Of the unix socket; a leading ``@`` is an abstract name.
-        cid, port: Of the vsock.
+        path: Path of the unix socket; with a leading ``@`` its abstract name.
+        cid: Context id of the vsock.
+        port: Port of the vsock.
     """
 
     __slots__ = ("cid", "path", "port", "scheme")
@@ -48,15 +49,15 @@ class Address:
 
 
 def parse(text: str, hybrid: bool = False, hybrid_port: int = AGENT_PORT) -> Address:
-    """Read an address.
+    """Parse an address.
 
     Args:
-        text: As in the table above.
+        text: An address as in the table above.
         hybrid: ``unix://PATH`` means the socket of a hybrid vsock.
-        hybrid_port: The guest's port then.
+        hybrid_port: The guest's port in that case.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is malformed.
     """
     scheme, found, rest = text.partition("://")
     if not found:
@@ -93,7 +94,7 @@ def _path(path: str, text: str) -> str:
 def _cid(cid: str, text: str) -> int:
     if cid == "-1":
         raise UsageError(
-            f"{text!r}: -1 is where an agent listens; a guest has a CID of its own", "vsock://3:1024"
+            f"{text!r}: -1 is only for listening; a guest has a CID of its own", "vsock://3:1024"
         )
     if not cid.isdecimal() or not 1 <= int(cid) < 0xFFFFFFFF:
         raise UsageError(f"{text!r}: {cid!r} is not a context id", "a number from 1, as in vsock://3:1024")
@@ -107,17 +108,17 @@ def _port(port: str, text: str) -> int:
 
 
 def connect(address: Address, patience_s: float) -> socket.socket:
-    """A connection to the agent.
+    """Connect to an agent.
 
-    A guest that boots does not listen yet: vsock then refuses, and a hybrid vsock's socket is closed without an
-    answer. Both are tried again, by a new connection each time. A unix socket is tried once.
+    While a guest boots, nothing listens in it yet: vsock refuses the connection, and a hybrid vsock's socket is closed
+    without an answer. In both cases it is retried with a new connection. A unix socket is tried once.
 
     Args:
-        address: Where.
-        patience_s: How long to try.
+        address: The agent's address.
+        patience_s: Seconds to retry.
 
     Raises:
-        HostError: There is nobody, or not in time.
+        HostError: No agent listens there, or not in time.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -135,15 +136,15 @@ def connect(address: Address, patience_s: float) -> socket.socket:
         if not again or time.monotonic() + _RETRY_S >= deadline:
             hints = {
                 "vsock": "is the guest running, and is vhost_vsock loaded?",
-                "unix": "does the agent run? `kata-agent --server unix://PATH` listens on a path",
-                "hvsock": "does the agent listen on that port in the guest?",
+                "unix": "is the agent running? `kata-agent --server unix://PATH` listens on a path",
+                "hvsock": "is the agent listening on that port in the guest?",
             }
             raise HostError(f"cannot connect to {address}: {reason}", hints[address.scheme])
         time.sleep(_RETRY_S)
 
 
 class _Hungup(ConnectionError):
-    """A hybrid vsock's socket was closed instead of an answer."""
+    """A hybrid vsock's socket was closed without an answer."""
 
 
 def _try(address: Address, timeout_s: float) -> socket.socket:
@@ -173,7 +174,7 @@ def _handshake(sock: socket.socket, port: int) -> None:
     try:
         sock.sendall(f"CONNECT {port}\n".encode())
         reply = bytearray()
-        # Byte by byte: what follows the line is the agent's.
+        # Byte by byte, because what follows the line belongs to the agent's protocol.
         while not reply.endswith(b"\n"):
             byte = sock.recv(1)
             if not byte:
@@ -185,4 +186,4 @@ def _handshake(sock: socket.socket, port: int) -> None:
         raise _Hungup("the socket was closed without an answer: nobody listens on that port") from error
     if not reply.startswith(b"OK ") or not reply.endswith(b"\n"):
         shown = reply[:_LONGEST_REPLY].decode("ascii", "backslashreplace").strip()
-        raise OSError(f"it answered {shown!r} where a hybrid vsock says OK")
+        raise OSError(f"it answered {shown!r} instead of OK, as a hybrid vsock does")

@@ -1,4 +1,4 @@
-"""``bench``: how long a call takes and how much goes through, measured from here."""
+"""``bench``: measures the latency and throughput of calls."""
 
 from __future__ import annotations
 
@@ -25,31 +25,33 @@ OPTIONS = (
     Option("--bytes", "N", "bytes to move for each throughput (67108864)"),
     Option("--size", "N", "bytes in one call (1048576)"),
     Option(
-        "--container", "ID", "also its streams: needs `dd` in the container (with --sandbox: that container)"
+        "--container",
+        "ID",
+        "also measure its streams, which needs `dd` in it (with --sandbox: that container)",
     ),
 )
 _CALL_S = 60.0
 _WARM_UP = 20
 _ROOM = 4096
-"""Of a frame, for all that is not the payload."""
+"""Bytes of a frame that are reserved for everything but the payload."""
 
 
 def usage() -> str:
     """The help."""
     return (
         "usage: kata-agent-ctl TARGET bench [OPTION...]\n\n"
-        "Times Health.Check, then requests with a big payload (in Check's `service`, which agents ignore), and with a\n"
-        "container the output and the input of a process that is run in it for that.\n"
-        "With --sandbox every call takes the way through the engine.\n\n"
+        "Measures Health.Check, then requests with a big payload (in Check's `service`, which agents ignore); and,\n"
+        "given a container, output and input of a process that is started in it.\n"
+        "With --sandbox every call goes through the engine.\n\n"
         f"options:\n{table([(option.head, option.text) for option in OPTIONS])}\n"
     )
 
 
 def run(link: Link, words: Sequence[str], style: Style) -> int:
-    """Measure and print.
+    """Measure and print the results.
 
     Raises:
-        UsageError: The words are no options of this.
+        UsageError: *words* has invalid options.
         KataError, TtrpcError: A call failed.
     """
     values, _ = parse(OPTIONS, words, whole=True)
@@ -92,7 +94,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def round_trip(link: Link, calls: int) -> dict[str, float]:
-    """The times of empty calls, in microseconds."""
+    """Measure the latency of empty calls, in microseconds."""
     payload = health_pb.CheckRequest().encode()
     for _ in range(min(_WARM_UP, calls)):
         link.call(HEALTH, "Check", payload, _CALL_S)
@@ -124,7 +126,7 @@ def _rate(moved: int, calls: int, seconds: float) -> dict[str, float]:
 
 
 def requests(link: Link, total: int, size: int) -> dict[str, float]:
-    """How fast requests with a payload go."""
+    """Measure the throughput of requests with a payload."""
     payload = health_pb.CheckRequest(service="x" * size).encode()
     calls = max(1, total // size)
     began = time.perf_counter()
@@ -134,12 +136,12 @@ def requests(link: Link, total: int, size: int) -> dict[str, float]:
 
 
 class _Process:
-    """A process of a container, gone afterwards.
+    """A process in a container, which is ended afterwards.
 
     Args:
-        link: The agent.
+        link: The link to the agent.
         container: The container's id.
-        argv: What it runs.
+        argv: Its command.
     """
 
     def __init__(self, link: Link, container: str, argv: list[str]) -> None:
@@ -170,7 +172,7 @@ class _Process:
 
 
 def stdout(link: Link, container: str, total: int, size: int) -> dict[str, float]:
-    """How fast a process's output can be read."""
+    """Measure the throughput of a process's output."""
     process = _Process(link, container, ["dd", "if=/dev/zero", "bs=65536", f"count={max(1, total >> 16)}"])
     request = agent_pb.ReadStreamRequest(container_id=container, exec_id=process.exec_id, len=size)
     moved = calls = 0
@@ -188,7 +190,7 @@ def stdout(link: Link, container: str, total: int, size: int) -> dict[str, float
 
 
 def stdin(link: Link, container: str, total: int, size: int) -> dict[str, float]:
-    """How fast a process's input can be written."""
+    """Measure the throughput of a process's input."""
     process = _Process(link, container, ["dd", "of=/dev/null", "bs=65536"])
     moved = calls = 0
     began = time.perf_counter()

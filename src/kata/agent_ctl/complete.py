@@ -1,4 +1,4 @@
-"""What may stand at a place of a command line of ``kata-agent-ctl``; see `kata.cli.complete`."""
+"""Completion candidates for ``kata-agent-ctl``; see `kata.cli.complete`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def complete(options: Sequence[Option], before: Sequence[str], word: str) -> Candidates:
-    """Candidates.
+    """Return the candidates.
 
     Args:
-        options: The program's own.
-        before: The words before this one, without the program.
-        word: What has been typed of it.
+        options: The program's options.
+        before: The words before the one being typed, without the program.
+        word: The beginning of the word being typed.
     """
     rest, pending = _skip_options(options, before)
     if pending is not None:
@@ -41,7 +41,7 @@ def complete(options: Sequence[Option], before: Sequence[str], word: str) -> Can
 
 
 def _skip_options(options: Sequence[Option], words: Sequence[str]) -> tuple[list[str], Option | None]:
-    """What follows the options at the front of *words*, and the option that still waits for its value."""
+    """Skip the options at the beginning of *words*. Returns the other words, and an option that lacks its value."""
     by_name = {name: option for option in options for name in option.names}
     rest = list(words)
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):

@@ -1,6 +1,6 @@
-"""``fuzz``: malformed frames and requests against an agent, and what it did about each.
+"""``fuzz``: sends malformed frames and requests to an agent, and reports how it handled each.
 
-After every case the agent is asked whether it is healthy, by a connection of its own where it has more than one.
+After every case a health check follows, over a separate connection if the agent accepts several.
 """
 
 from __future__ import annotations
@@ -28,64 +28,66 @@ if TYPE_CHECKING:
     from kata.agent_ctl.links import Link
 
 OPTIONS = (
-    Option("--cases", "N", "how many (500, or no limit with --seconds)"),
-    Option("--seconds", "N", "for how long (no limit)"),
+    Option("--cases", "N", "number of cases (500, or no limit with --seconds)"),
+    Option("--seconds", "N", "stop after this time (no limit)"),
     Option(
         "--seed",
         "N",
-        "where chance begins; the same seed is the same cases (a random one, which is printed)",
+        "seed of the random cases; the same seed gives the same cases (a random one, which is printed)",
     ),
     Option("--first", "N", "number of the first case (0)"),
-    Option("--only", "frames|requests", "one sort (both in turn; --sandbox takes requests only)"),
-    Option("--all", "", "also requests that change the machine the agent runs on (--vm: always)"),
-    Option("--wait", "SECONDS", "how long a case may go unanswered (3)"),
-    Option("--patience", "SECONDS", "how long a healthy agent may take to say so (60)"),
+    Option(
+        "--only", "frames|requests", "only this kind of cases (both in turn; --sandbox takes only requests)"
+    ),
+    Option("--all", "", "also send requests that change the machine the agent runs on (--vm: always)"),
+    Option("--wait", "SECONDS", "how long to wait for the answer to a case (3)"),
+    Option("--patience", "SECONDS", "how long to wait for a health check (60)"),
 )
 NEVER = frozenset({"DestroySandbox", "GetOOMEvent"})
-"""The first ends the agent, as it should; the second is answered when something runs out of memory."""
+"""DestroySandbox ends the agent, as it should; GetOOMEvent is answered only when a container runs out of memory."""
 
 _GLIMPSE_S = 0.1
-"""How long a case whose answer nobody owes us is watched."""
+"""How long (in seconds) to wait for answers to a case that need not be answered."""
 _STEP_S = 0.5
-"""How long an agent on a port may take before its stream is brought into step."""
+"""How long (in seconds) an agent on a serial port has to answer before its stream is resynchronised."""
 _LONGEST_HEX = 256
 _FLUSH = bytes(frame.MAX_DATA) + b"\xff" * frame.HEADER_SIZE
-"""As much as any frame can still lack; what is left of it is no header, and stepped over. Its end makes no header
-together with what follows either, which zeros might."""
+"""Resynchronises a stream: it completes any partial frame, and the rest is no valid header, so the agent skips it. The
+last bytes are not zeros, which could form a header together with the next bytes."""
 
 
 def usage() -> str:
     """The help."""
     return (
         "usage: kata-agent-ctl TARGET fuzz [OPTION...]\n\n"
-        "Sends malformed frames and requests, and after each asks whether the agent is healthy. Reports how the cases\n"
-        "were answered. The exit status is 0 if the agent was healthy all the way, else 1.\n"
+        "Sends malformed frames and requests, each followed by a health check, and reports how the cases were\n"
+        "answered. The exit status is 0 if all health checks succeeded, otherwise 1.\n"
         "Never sent: DestroySandbox and GetOOMEvent.\n\n"
         f"options:\n{table([(option.head, option.text) for option in OPTIONS])}\n"
     )
 
 
 class Finding(Exception):
-    """The agent did what it must not. The words say what."""
+    """The agent misbehaved, as the message says."""
 
 
 def run(link: Link, words: Sequence[str], style: Style, own_vm: bool) -> int:
-    """Send the cases and print what became of them.
+    """Send the cases and print the results.
 
     Args:
-        link: The agent.
-        words: Options.
+        link: The link to the agent.
+        words: The options.
         style: How to print.
-        own_vm: The agent is in a machine that was made for this.
+        own_vm: The agent runs in a machine that was made for this command.
 
     Raises:
-        UsageError: The words are no options of this.
+        UsageError: *words* has invalid options.
     """
     values, _ = parse(OPTIONS, words, whole=True)
     only = values.value("only") or ""
     if only not in ("", "frames", "requests"):
         hint = methods.nearest(only, ("frames", "requests")) or "frames or requests"
-        raise UsageError(f"--only: there is no sort {only!r}", hint)
+        raise UsageError(f"--only: there is no kind {only!r}", hint)
     seed = values.integer("seed", int.from_bytes(random.randbytes(4), "big"), 0, 1 << 64)
     first = values.integer("first", 0)
     seconds = values.number("seconds", 0.0)
@@ -150,11 +152,11 @@ def _one(
 
 
 class Report:
-    """What was sent and what became of it.
+    """Collects the results of all cases.
 
     Args:
-        target: The agent, in words.
-        seed: The run's.
+        target: Description of the agent.
+        seed: Seed of the run.
     """
 
     def __init__(self, target: str, seed: int) -> None:
@@ -172,7 +174,7 @@ class Report:
         return self.verdict == "healthy" and not self.lost
 
     def begin(self, sort: str, number: int, kind: str, data: bytes) -> None:
-        """A case is about to be sent: the one to blame if the agent does not survive it."""
+        """Record the case that is sent next, which is the one to blame if the agent does not survive it."""
         self.count += 1
         self._last = {
             "case": number,
@@ -227,12 +229,12 @@ class Report:
 
 
 class _Carrier(ABC):
-    """Brings cases to the agent.
+    """Sends cases to the agent.
 
     Args:
-        link: The agent.
-        wait_s: How long a case may go unanswered.
-        patience_s: How long a health check may take.
+        link: The link to the agent.
+        wait_s: Seconds to wait for the answer to a case.
+        patience_s: Seconds to wait for a health check.
     """
 
     def __init__(self, link: Link, wait_s: float, patience_s: float) -> None:
@@ -242,7 +244,7 @@ class _Carrier(ABC):
         self._stream = 1
 
     def next_stream(self, count: int) -> int:
-        """The first of *count* stream numbers that were not used before."""
+        """Reserve *count* unused stream numbers. Returns the first of them."""
         first = self._stream
         self._stream += 2 * count
         if self._stream > 0xFFF00000:
@@ -251,13 +253,13 @@ class _Carrier(ABC):
 
     @abstractmethod
     def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
-        """Send a call; what came back, in words."""
+        """Send a call. Returns a description of each answer."""
 
     def healthy(self) -> float:
-        """Ask whether the agent is healthy; the seconds it took to say so.
+        """Make a health check. Returns how long it took, in seconds.
 
         Raises:
-            Finding: It is not.
+            Finding: The agent is not healthy.
         """
         began = time.monotonic()
         try:
@@ -274,19 +276,19 @@ class _Carrier(ABC):
         healthy(self.link, self.patience_s)
 
     def close(self) -> None:  # noqa: B027 - some have nothing to end
-        """Give back what was opened."""
+        """Close its connections."""
 
 
 class _FrameCarrier(_Carrier):
-    """One that also has a way for bytes that are no calls."""
+    """A carrier that can also send bytes that are not calls."""
 
     @abstractmethod
     def send_frames(self, case: Case) -> list[str]:
-        """Send bytes; what came back, in words."""
+        """Send bytes. Returns a description of each answer."""
 
 
 class _Calls(_Carrier):
-    """Calls only: all that an engine passes on."""
+    """Sends only calls, as an engine passes nothing else on."""
 
     def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
         try:
@@ -303,10 +305,10 @@ def _code(code: int) -> str:
 
 
 class _Stream:
-    """A connection that takes any bytes and understands answers.
+    """A connection that sends arbitrary bytes and parses answers.
 
     Args:
-        sock: It; closed by `close`.
+        sock: The socket; `close` closes it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -317,7 +319,7 @@ class _Stream:
         self._parser = frame.Parser()
 
     def send(self, data: bytes, pieces: int, timeout_s: float) -> None:
-        """Write it all, reading meanwhile: an agent may stop reading until its answers are taken."""
+        """Write all of *data*, and read meanwhile: an agent may stop reading until its answers are read."""
         step = max(1, -(-len(data) // pieces))
         deadline = time.monotonic() + timeout_s
         view = memoryview(data)
@@ -334,7 +336,7 @@ class _Stream:
                 self.closed = True
 
     def receive(self, timeout_s: float) -> bool:
-        """Take in what is there, waiting for it; whether anything was."""
+        """Wait for data and read it. Returns whether there was any."""
         if self.closed:
             return False
         self.sock.settimeout(max(timeout_s, 1e-6))
@@ -363,7 +365,7 @@ class _Stream:
         return True
 
     def collect(self, streams: set[int], timeout_s: float) -> None:
-        """Wait until these streams have been answered, the connection has ended, or the time is up."""
+        """Wait until these streams were answered, the connection has ended, or the time is up."""
         deadline = time.monotonic() + timeout_s
         while not self.closed and not self.sent_garbage:
             if streams and streams <= {stream for stream, _ in self.answers}:
@@ -378,7 +380,7 @@ class _Stream:
 
 
 class _Sockets(_FrameCarrier):
-    """An agent that takes connections: one for each case, another one for the question after it."""
+    """For an agent that accepts several connections: one for each case, and another one for the health check."""
 
     def _new(self) -> _Stream:
         sock = self.link.raw()
@@ -417,7 +419,7 @@ class _Sockets(_FrameCarrier):
 
 
 class _Port(_FrameCarrier):
-    """An agent that has one stream for everything: after a case the stream is brought into step again."""
+    """For an agent with a single stream: after a case the stream is resynchronised."""
 
     def __init__(self, link: Link, wait_s: float, patience_s: float) -> None:
         super().__init__(link, wait_s, patience_s)
@@ -444,7 +446,7 @@ class _Port(_FrameCarrier):
         try:
             _check_health(self._wire, self.next_stream(1), min(_STEP_S, self.patience_s))
         except TimeoutError:
-            # It may be in the middle of a frame that never ends, or have taken our question for something else.
+            # The agent may be waiting for the rest of a frame, or have taken our check for a part of it.
             self._wire.send(_FLUSH, 1, self.patience_s)
             _check_health(self._wire, self.next_stream(1), self.patience_s)
 
@@ -468,12 +470,12 @@ def _call(method: methods.Method, payload: bytes, stream: int, timeout_s: float)
 
 
 def _check_health(stream: _Stream, number: int, timeout_s: float) -> None:
-    """Ask over this stream.
+    """Make a health check over this stream.
 
     Raises:
-        TimeoutError: No answer.
-        ConnectionError: It ended.
-        Finding: The answer is none, or not the right one.
+        TimeoutError: There was no answer in time.
+        ConnectionError: The stream ended.
+        Finding: The answer is malformed, or an error.
     """
     stream.answers.clear()
     stream.send(fuzz_cases.check(number), 1, timeout_s)
@@ -490,10 +492,10 @@ def _check_health(stream: _Stream, number: int, timeout_s: float) -> None:
 
 
 def _outcomes(stream: _Stream, due: set[int], waited_s: float) -> list[str]:
-    """What came back, one word for each answer.
+    """Describe the answers, each in a word.
 
     Raises:
-        Finding: A right call was not answered, or an answer is none.
+        Finding: A valid call was not answered, or an answer is malformed.
     """
     if stream.sent_garbage:
         raise Finding("it sent something that is no frame")

@@ -1,6 +1,6 @@
-"""What ``fuzz`` sends: byte sequences that are almost the protocol, and requests that are almost sensible.
+"""The cases of ``fuzz``: byte sequences that are almost valid frames, and requests that are almost valid.
 
-Everything comes from a `random.Random`, so that a seed and a number name a case.
+All are derived from a `random.Random`, so that a seed and a number identify a case.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ _PLAUSIBLE = {
     "Path": ("/", "/bin/sh", "/proc/self/exe"),
     "Type": ("mount", "pid", "user", "c", "RLIMIT_NOFILE"),
 }
-"""Values that get past the first check of a field, by its name."""
+"""Values that pass the first check of a field, by the field's name."""
 _MAX_DEPTH = 4
 _MAX_PAYLOAD = 1 << 18
 
 
 class Case:
-    """One thing to send.
+    """One case.
 
     Attributes:
-        kind: What sort of mistake it is; for a request the method's name.
-        data: The bytes.
-        due: Streams that have to be answered, or else the agent is at fault.
-        pieces: Cut into so many writes.
+        kind: The kind of error in it; for a request the method's name.
+        data: The bytes to send.
+        due: Numbers of the streams that the agent has to answer.
+        pieces: Number of writes in which the data is sent.
     """
 
     __slots__ = ("data", "due", "kind", "pieces")
@@ -95,7 +95,7 @@ class Case:
 
 
 def check(stream: int, **fields: Any) -> bytes:
-    """A right call of Health.Check, as a frame."""
+    """A valid call of Health.Check, as a frame."""
     payload = fields.pop("payload", health_pb.CheckRequest().encode())
     return frame.encode(stream, frame.REQUEST, envelope.Request(HEALTH, "Check", payload, **fields).encode())
 
@@ -229,12 +229,12 @@ _FRAMES: tuple[Callable[[Random, int], Case], ...] = (
 
 
 def frame_case(rng: Random, number: int, stream: int) -> Case:
-    """A case about frames and envelopes.
+    """Make a case about frames and envelopes.
 
     Args:
-        rng: Where chance comes from.
-        number: The case's; the sorts take turns.
-        stream: An odd number, the first of those that it may use.
+        rng: The source of randomness.
+        number: Number of the case; the kinds take turns.
+        stream: The first stream number that it may use, odd.
     """
     return _FRAMES[number % len(_FRAMES)](rng, stream)
 
@@ -243,7 +243,7 @@ def frame_case(rng: Random, number: int, stream: int) -> Case:
 
 
 def payload(rng: Random, method: Method) -> bytes:
-    """A request of a method: random values, or random bytes, or the former with some bytes changed."""
+    """Make a request of a method: random values, random bytes, or random values with some bytes changed."""
     choice = rng.randrange(10)
     if choice == 0:
         return rng.randbytes(rng.randrange(200))
@@ -256,7 +256,7 @@ def payload(rng: Random, method: Method) -> bytes:
 
 
 def mutate(rng: Random, data: bytes) -> bytes:
-    """The data with a few bytes changed, removed, doubled or put in."""
+    """Return *data* with a few bytes changed, removed, doubled or inserted."""
     out = bytearray(data)
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(out) + 1)
@@ -275,7 +275,7 @@ def mutate(rng: Random, data: bytes) -> bytes:
 
 
 def _deep(rng: Random, cls: type[Message]) -> bytes:
-    """Messages within messages, far deeper than any schema."""
+    """Make nested messages, far deeper than any schema."""
     holders = [field.number for field in cls.fields() if field.sub is not None]
     key = (rng.choice(holders) if holders else 1) << 3 | 2
     data = b""
@@ -323,7 +323,7 @@ def _value(rng: Random, field: Field, depth: int) -> Any:
 
 
 def fit(kind: str, number: int) -> int:
-    """A 64-bit pattern as a value of an integer kind, cut and signed as its type is."""
+    """Convert a 64-bit pattern to a value of an integer type, with that type's width and sign."""
     bits = 32 if kind in ("int32", "uint32", "enum") else 64
     number &= (1 << bits) - 1
     signed = kind in ("int32", "int64", "enum")

@@ -1,12 +1,12 @@
-"""Messages as JSON, by proto3's mapping (https://protobuf.dev/programming-guides/json/).
+"""Converts messages from and to JSON, by proto3's mapping (https://protobuf.dev/programming-guides/json/).
 
-Read: field names as in the ``.proto`` or in lowerCamelCase, 64-bit integers as numbers or strings, bytes as
-base64 (standard or URL alphabet, padding optional), enums by name or number, null for absent. Beyond the
-mapping a name may differ in case and hyphens, and ``ociVersion`` is the spec's ``Version``: so an OCI
-``config.json`` can be given for a Spec.
+Input: field names as in the ``.proto`` or in lowerCamelCase, 64-bit integers as numbers or strings, bytes as base64
+(standard or URL alphabet, padding optional), enums by name or number, null for absent. As an extension, names may
+differ in case and hyphens, and ``ociVersion`` is accepted for the spec's ``Version``, so that an OCI ``config.json``
+can be used as a Spec.
 
-Written: 64-bit integers as strings, bytes as padded base64, enums by name. Names as in the ``.proto``, and
-fields that hold their zero value too, unless told otherwise; the mapping allows both.
+Output: 64-bit integers as strings, bytes as padded base64, enums by name. By default, names are as in the ``.proto``
+and fields with zero values are included; the mapping allows both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ENUMS: dict[str, type[Any]] = {
     "grpc.VolumeUsage.unit": csi_pb.VolumeUsage_Unit,
     "grpc.HealthCheckResponse.status": health_pb.HealthCheckResponse_ServingStatus,
 }
-"""The generated tables say that a field is an enum, not which."""
+"""Enum classes of fields: the generated tables only say that a field is an enum, not which one."""
 
 _ALIASES = {"ociversion": "version"}
 _WIDE = ("int64", "uint64")
@@ -46,22 +46,22 @@ def _folded(name: str) -> str:
 
 
 def camel(name: str) -> str:
-    """A field's name in lowerCamelCase: no underscores, the letter after one in upper case."""
+    """Return a field's name in lowerCamelCase: without underscores, the letter after each in upper case."""
     head, *rest = name.split("_")
     return head + "".join(part[:1].upper() + part[1:] for part in rest)
 
 
 def enum_values(cls: type[Message], field: Field) -> dict[str, int]:
-    """Numbers by name of an enum field; empty when the enum is not known here."""
+    """The numbers of an enum field's values, by name; empty if the enum is unknown here."""
     enum = _ENUMS.get(f"{cls.FULL_NAME}.{field.name}")
     return {name: value for name, value in vars(enum).items() if isinstance(value, int)} if enum else {}
 
 
 def find_field(cls: type[Message], name: str, where: str) -> Field:
-    """The field that a name means.
+    """Find the field with a name.
 
     Raises:
-        UsageError: There is none; names the nearest.
+        UsageError: There is none; the hint has the nearest name.
     """
     fields = cls.fields()
     for field in fields:
@@ -83,15 +83,15 @@ def find_field(cls: type[Message], name: str, where: str) -> Field:
 
 
 def from_json(cls: type[M], value: Any, where: str = "") -> M:
-    """The message that a JSON value (already parsed) describes.
+    """Convert a parsed JSON value to a message.
 
     Args:
-        cls: Its class.
+        cls: Class of the message.
         value: A JSON object.
-        where: What it is, for error messages; the class's name if empty.
+        where: Its name in error messages; if empty, the class's name.
 
     Raises:
-        UsageError: The value does not describe one; says where in it.
+        UsageError: The value does not fit; the message says which part of it.
     """
     return _message(cls, value, where or cls.__name__, 0)
 
@@ -152,7 +152,7 @@ def _single(cls: type[Message], field: Field, value: Any, where: str, depth: int
 
 
 def check(kind: str, value: Any, where: str) -> None:
-    """See that a value fits its field.
+    """Check that a value fits its field.
 
     Raises:
         UsageError: It does not.
@@ -181,10 +181,10 @@ def _integer(kind: str, value: Any, where: str) -> int:
 
 
 def read_base64(value: Any, where: str) -> bytes:
-    """What a base64 text stands for.
+    """Decode base64.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is malformed.
     """
     if isinstance(value, str):
         text = value.replace("-", "+").replace("_", "/").rstrip("=")
@@ -196,7 +196,7 @@ def read_base64(value: Any, where: str) -> bytes:
 
 
 def read_enum(cls: type[Message], field: Field, value: Any, where: str) -> int:
-    """An enum's number, from its name or from a number.
+    """Return an enum's number, given its name or a number.
 
     Raises:
         UsageError: There is no such name.
@@ -219,12 +219,12 @@ def _show(value: Any) -> str:
 
 
 def to_json(message: Message, *, camel_case: bool = False, defaults: bool = True) -> dict[str, Any]:
-    """A message as a JSON object.
+    """Convert a message to a JSON object.
 
     Args:
         message: The message.
-        camel_case: Names in lowerCamelCase, not as in the ``.proto``.
-        defaults: Also fields that hold their zero value; absent sub-messages and `optional` fields never.
+        camel_case: Names in lowerCamelCase instead of those in the ``.proto``.
+        defaults: Include fields with zero values; absent sub-messages and `optional` fields are never included.
     """
     cls = type(message)
     out: dict[str, Any] = {}

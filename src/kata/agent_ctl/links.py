@@ -1,4 +1,4 @@
-"""Ways to an agent: a socket of its own, or the engine of a running sandbox."""
+"""Links to an agent: through its own socket, or through the engine of a running sandbox."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _ENGINE = "kata.sandbox.v1.Sandbox"
 
 
 class Link(ABC):
-    """A connection that calls go over.
+    """A connection to an agent.
 
     Attributes:
-        label: What it leads to, in words.
-        container: The id of the container that is meant where none is named; empty if there is none.
+        label: Description of the agent.
+        container: Id of the default container; empty if there is none.
     """
 
     label = ""
@@ -38,42 +38,42 @@ class Link(ABC):
         """Make one call.
 
         Args:
-            service: Full name.
-            method: Its name.
+            service: Full name of the service.
+            method: Name of the method.
             payload: The encoded request.
-            timeout_s: None waits for ever.
+            timeout_s: Seconds; None for no timeout.
 
         Returns:
             The encoded answer.
 
         Raises:
-            TtrpcError: The status that the agent gave, or DEADLINE_EXCEEDED.
+            TtrpcError: The status from the agent, or DEADLINE_EXCEEDED.
             VMLostError: The connection ended.
         """
 
     def raw(self) -> socket.socket | None:
-        """A connection for bytes that are no calls; None where there is none to be had."""
+        """Open a connection for bytes that are not calls; None if that is not possible."""
         return None
 
     def lost(self) -> str:
-        """Why there is no agent any more, as far as that shows from outside; else empty."""
+        """Why the agent has ended, as far as that is visible from outside; otherwise empty."""
         return ""
 
     @property
     def shared(self) -> bool:
-        """Whether all that `raw` gives is one and the same stream (a serial port), also used by `call`."""
+        """Whether `raw` always returns the same stream (a serial port), which `call` uses as well."""
         return False
 
     def close(self) -> None:  # noqa: B027 - some have nothing to end
-        """End it, and whatever was started for it."""
+        """Close the link, and end everything that was started for it."""
 
 
 class SocketLink(Link):
-    """An agent that can be connected to as often as one likes.
+    """A link to an agent that accepts any number of connections.
 
     Args:
-        label: What it leads to.
-        connect: Makes a connection.
+        label: Description of the agent.
+        connect: Opens a connection.
     """
 
     def __init__(self, label: str, connect: Callable[[], socket.socket]) -> None:
@@ -87,7 +87,7 @@ class SocketLink(Link):
         try:
             return self._client.call(service, method, Encoded(payload), Encoded, timeout_s).payload
         except ConnectionLost as error:
-            # The next call gets a connection of its own.
+            # The next call opens a new connection.
             self._client.close()
             self._client = None
             raise lost_error(self.label, error) from None
@@ -101,28 +101,32 @@ class SocketLink(Link):
 
 
 def lost_error(label: str, error: ConnectionLost) -> VMLostError:
-    """The error for a connection that ended."""
+    """Make the error for a connection that ended."""
     if isinstance(error, ProtocolError):
         return VMLostError(f"{label} broke the protocol: {error}")
     return VMLostError(f"the connection to {label} ended: {error}")
 
 
 def to_server(where: address.Address, patience_s: float) -> Link:
-    """A link to an agent's own socket.
+    """Make a link to an agent's own socket.
+
+    Args:
+        where: The agent's address.
+        patience_s: Seconds to retry.
 
     Raises:
-        HostError: There is nobody.
+        HostError: No agent listens there.
     """
     return SocketLink(str(where), lambda: address.connect(where, patience_s))
 
 
 class EngineLink(Link):
-    """The agent of a running sandbox, through its engine, which alone has a channel to it.
+    """A link to the agent of a running sandbox through its engine, which alone has a channel to the agent.
 
     Args:
-        label: The sandbox, in words.
-        container: The id of its container.
-        sock_path: The engine's socket.
+        label: Description of the sandbox.
+        container: Id of its container.
+        sock_path: Path of the engine's socket.
 
     Raises:
         HostError: The socket cannot be used.
@@ -140,12 +144,12 @@ class EngineLink(Link):
             sock.connect(self._path)
         except PermissionError:
             sock.close()
-            raise HostError(f"{self.label}: its engine talks to root only", "run it with sudo") from None
+            raise HostError(f"{self.label}: its engine accepts only root", "run it with sudo") from None
         except OSError as error:
             sock.close()
             raise HostError(
                 f"{self.label}: its engine cannot be reached at {self._path}: {error.strerror}",
-                "'kata ps' lists what runs; kata gc clears away what was killed",
+                "'kata ps' lists running containers; 'kata gc' removes what killed ones left behind",
             ) from None
         return Client(sock)
 
@@ -165,14 +169,14 @@ class EngineLink(Link):
 
 
 def to_sandbox(name: str) -> Link:
-    """A link to the agent of a running sandbox.
+    """Make a link to the agent of a running sandbox.
 
     Args:
-        name: The name of a container of `kata`, its id or the beginning of it, or a sandbox's id.
+        name: The name of a container of `kata`, its id or the beginning of that, or a sandbox's id.
 
     Raises:
-        NotFoundError: There is no such sandbox, or it does not run.
-        UsageError: The beginning of an id fits several.
+        NotFoundError: There is no such sandbox, or it is not running.
+        UsageError: The beginning of an id is ambiguous.
         HostError: Its engine cannot be reached.
     """
     from kata.cli import records
@@ -184,16 +188,16 @@ def to_sandbox(name: str) -> Link:
     if identity is None:
         known = [one.name for one in records.all_containers()]
         raise NotFoundError(
-            f"there is no sandbox named {name!r}", nearest(name, known) or "'kata ps' lists those that run"
+            f"there is no sandbox named {name!r}", nearest(name, known) or "'kata ps' lists running ones"
         )
     path = os.path.join(paths.sandbox_dir(identity), "engine.sock")
     if not os.path.exists(path):
-        raise NotFoundError(f"sandbox {name} does not run", f"kata start {name}")
+        raise NotFoundError(f"sandbox {name} is not running", f"kata start {name}")
     return EngineLink(f"sandbox {name}", found.id if found is not None else "", path)
 
 
 def _unique(beginning: str) -> str | None:
-    """The id of the sandbox that begins like this; None when there is none."""
+    """The id of the sandbox with this beginning; None if there is none."""
     try:
         fitting = [
             one
@@ -203,7 +207,7 @@ def _unique(beginning: str) -> str | None:
     except FileNotFoundError:
         return None
     except PermissionError:
-        raise HostError("sandboxes can be reached by root only", "run it with sudo") from None
+        raise HostError("only root can reach sandboxes", "run it with sudo") from None
     if beginning in fitting:
         return beginning
     if len(fitting) > 1:
@@ -212,7 +216,7 @@ def _unique(beginning: str) -> str | None:
 
 
 def healthy(link: Link, timeout_s: float) -> None:
-    """Health.Check; returns when the agent serves.
+    """Call Health.Check. Returns when the agent is serving.
 
     Raises:
         TtrpcError, VMLostError: It does not.

@@ -1,4 +1,4 @@
-"""Entry point: options, one or several commands or the interactive mode, and the wording of errors."""
+"""The command line: parses options, runs commands or the interactive mode, and reports errors."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ OPTIONS = (
     Option("--hybrid-vsock", "", "the unix://PATH of --server is a hybrid vsock's socket"),
     Option("--hybrid-vsock-port", "PORT", "the guest's port there (1024)"),
     Option("--sandbox", "CONTAINER", "the agent of a running sandbox, through its engine"),
-    Option("--vm", "", "the agent of a virtual machine that is made for this and thrown away"),
+    Option("--vm", "", "the agent of a temporary virtual machine, made for this command"),
     Option("--vm-memory", "MIB", "memory of that machine (256)"),
-    Option("-c --cmd", "'COMMAND ...'", "a command; several go in order, up to the first that fails", many=True),
+    Option("-c --cmd", "'COMMAND ...'", "a command; several run in order, up to the first that fails", many=True),
     Option("-t --timeout", "SECONDS", "for each call (60; WaitProcess, GetOOMEvent and streams: none); 0 is none"),
-    Option("--connect-timeout", "SECONDS", "how long to try to reach a guest that boots (10)"),
+    Option("--connect-timeout", "SECONDS", "how long to retry while a guest boots (10)"),
     Option("-o --output", "json|text", "how answers are printed (json)"),
     Option("--camel-case", "", "JSON with lowerCamelCase names, not those of the .proto"),
     Option("--omit-defaults", "", "leave out fields that are zero, empty or false"),
-    Option("--timing", "", "say on standard error how long each call took"),
-    Option("--list", "", "list the methods (-o text: for reading); METHOD --help shows the fields of one"),
+    Option("--timing", "", "print on standard error how long each call took"),
+    Option("--list", "", "list the methods (-o text: for people); METHOD --help shows the fields of one"),
     Option("-V --version", "", "print the version"),
     Option("-h --help", "", "this"),
 )  # fmt: skip
@@ -43,7 +43,7 @@ OPTIONS = (
 _NOTES = """\
 Requests are proto3 JSON: names as in the .proto or in lowerCamelCase, bytes as base64, 64-bit integers as numbers
 or strings, enums by name or number. Answers are the same, with 64-bit integers as strings.
---FIELD VALUE goes over the JSON; bytes also as @FILE or text:..., nested fields as --outer.inner VALUE.
+--FIELD VALUE overrides the JSON; bytes also as @FILE or text:..., nested fields as --outer.inner VALUE.
 Without a command: commands are read from standard input, on a terminal with completion and history.
 The exit status is 0, or 1 if anything failed.
 
@@ -58,7 +58,7 @@ examples:
 def usage() -> str:
     """The help."""
     commands = [
-        ("METHOD", "a method of the agent's protocol by its name; --list shows them"),
+        ("METHOD", "name of a method of the agent's protocol; --list shows them"),
         *COMMANDS.items(),
     ]
     return (
@@ -81,7 +81,7 @@ def dispatch(argv: Sequence[str]) -> int:  # noqa: C901, PLR0912
     Raises:
         KataError, TtrpcError: It failed.
     """
-    if argv[:1] == ["__complete"]:  # for the shells' completion, which shows what is printed
+    if argv[:1] == ["__complete"]:  # for the shells' completion scripts
         from kata.agent_ctl.complete import complete
         from kata.cli.complete import main as answer
 
@@ -113,7 +113,7 @@ def dispatch(argv: Sequence[str]) -> int:  # noqa: C901, PLR0912
             return 0
     commands = [split(line) for line in values.many("cmd")]
     if any(not command for command in commands):
-        raise UsageError("--cmd: there is no command in it")
+        raise UsageError("--cmd: the command is empty")
     if words and commands:
         raise UsageError(f"{words[0]!r} and --cmd are both commands", "give all of them with --cmd")
     if words:
@@ -121,7 +121,7 @@ def dispatch(argv: Sequence[str]) -> int:  # noqa: C901, PLR0912
     for command in commands:
         _known(command)
     timeout = values.number("timeout", 0.0) if values.flag("timeout") else None
-    # The shape of the target is checked before anything is done, reaching it waits until it is needed.
+    # The target's form is checked before anything is done; it is connected to only when needed.
     open_link = _target(values, needed=not commands or not all(_needs_no_agent(one) for one in commands))
     names = [name for option in OPTIONS for name in option.names]
     session = Session(open_link, style, timeout, names, values.flag("vm"))
@@ -144,7 +144,7 @@ def dispatch(argv: Sequence[str]) -> int:  # noqa: C901, PLR0912
 
 
 def _known(command: Sequence[str]) -> None:
-    """See that there is such a command, before a machine is booted for it."""
+    """Check that there is such a command, before a machine is booted for it."""
     if command[0] not in COMMANDS:
         methods.get(command[0], COMMANDS)
 
@@ -167,14 +167,14 @@ def _style(values: Values) -> output.Style:
 
 
 def _target(values: Values, needed: bool) -> Callable[[], Link]:
-    """What makes the link that the options ask for.
+    """Return a function that makes the link to the target of the options.
 
     Raises:
-        UsageError: They ask for none or for several, or the address is none.
+        UsageError: There is no target or more than one, or the address is malformed.
     """
     given = [name for name in ("server", "sandbox", "vm") if values.flag(name)]
     if len(given) > 1:
-        raise UsageError(f"--{given[0]} and --{given[1]} are two agents", "give one of them")
+        raise UsageError(f"--{given[0]} and --{given[1]} name two agents", "give only one of them")
     for name, other in (
         ("hybrid-vsock", "server"),
         ("hybrid-vsock-port", "hybrid-vsock"),
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more while exiting.
+        # The reader of our output has gone; Python would report that again while exiting.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The methods that can be called: those of the protocol by their names, our extensions as ``Service.Method``."""
+"""The methods that can be called: those of Kata's protocol by their names, our extensions as ``Service.Method``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AGENT = "grpc.AgentService"
 HEALTH = "grpc.Health"
 
 WAITING = frozenset({"WaitProcess", "GetOOMEvent", "ReadStdout", "ReadStderr", "WriteStdin"})
-"""Calls that end when something happens in the guest: no timeout unless one was asked for."""
+"""Calls that wait for an event in the guest; they have no timeout by default."""
 
 CHANGES_MACHINE = frozenset(
     {
@@ -28,14 +28,14 @@ CHANGES_MACHINE = frozenset(
         "RemoveStaleVirtiofsShareMounts",
     }
 )
-"""Calls that act on the machine itself. Where the agent is an ordinary process, that is this machine."""
+"""Calls that change the machine itself. If the agent is an ordinary process, that is this machine."""
 
 
 class Method:
     """One method.
 
     Attributes:
-        name: What it is called here.
+        name: Its name in this tool.
         service: Full name of its service.
         method: Its name in the service.
         request: Class of the request.
@@ -54,7 +54,7 @@ class Method:
 
     @property
     def waits(self) -> bool:
-        """Whether the answer may rightly take for ever."""
+        """Whether the call may wait indefinitely."""
         return self.name in WAITING
 
 
@@ -76,7 +76,7 @@ def _name(service: str, method: str) -> str:
 
 
 def find(name: str) -> Method | None:
-    """The method with exactly this name, which may be written in full (``grpc.Health/Check``); else None."""
+    """The method with exactly this name, which may be in full form (``grpc.Health/Check``); None if there is none."""
     for service, table in _services():
         for method in table:
             if name in (_name(service, method), f"{service}/{method}", f"{service}.{method}"):
@@ -85,14 +85,14 @@ def find(name: str) -> Method | None:
 
 
 def get(name: str, others: Iterable[str] = ()) -> Method:
-    """As `find`.
+    """Find a method by name.
 
     Args:
-        name: As typed.
-        others: Further words that could have been meant.
+        name: The name as the user wrote it.
+        others: Further words to consider for the hint.
 
     Raises:
-        UsageError: There is none; names the nearest.
+        UsageError: There is none; the hint has the nearest name.
     """
     found = find(name)
     if found is not None:
@@ -103,7 +103,7 @@ def get(name: str, others: Iterable[str] = ()) -> Method:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``did you mean ...?``, or empty when nothing is like *word*; upper and lower case are the same."""
+    """The hint ``did you mean ...?``; empty if no word is similar to *word*, ignoring case."""
     by_fold = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(word.casefold(), by_fold, 1)
     return f"did you mean {by_fold[near[0]]}?" if near else ""

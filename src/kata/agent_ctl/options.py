@@ -1,4 +1,4 @@
-"""Options in front of a command: ``--name value``, ``--name=value``, ``-n value``."""
+"""Parses the options before a command: ``--name value``, ``--name=value``, ``-n value``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Option:
 
     Args:
         names: Its spellings, the long one last.
-        metavar: What its value is called; empty for a switch.
-        text: One line for the help.
-        many: May be given repeatedly.
+        metavar: Placeholder of its value in the help; empty for a switch.
+        text: Description for the help.
+        many: Whether it may be repeated.
     """
 
     __slots__ = ("many", "metavar", "names", "text")
@@ -38,7 +38,7 @@ class Option:
 
 
 class Values:
-    """What was given."""
+    """The values of the given options."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[str]] = {}
@@ -59,10 +59,10 @@ class Values:
         return self._found.get(key, [])
 
     def number(self, key: str, default: float, least: float = 0.0) -> float:
-        """A decimal number.
+        """The value of an option as a decimal number.
 
         Raises:
-            UsageError: It is none, or less than *least*.
+            UsageError: It is not a number, or less than *least*.
         """
         text = self.value(key)
         if text is None:
@@ -76,10 +76,10 @@ class Values:
         raise UsageError(f"--{key}: {text!r} is not a number from {least:g}")
 
     def integer(self, key: str, default: int, least: int = 0, most: int = 1 << 40) -> int:
-        """A whole number.
+        """The value of an option as a whole number.
 
         Raises:
-            UsageError: It is none, or outside the bounds.
+            UsageError: It is not a whole number, or out of bounds.
         """
         text = self.value(key)
         if text is None:
@@ -96,15 +96,15 @@ class Values:
 def parse(
     options: Sequence[Option], words: Sequence[str], *, whole: bool = False
 ) -> tuple[Values, list[str]]:
-    """Take options off the front.
+    """Parse the options at the beginning of a command line.
 
     Args:
-        options: Those that there are.
+        options: The known options.
         words: The command line.
-        whole: Nothing may follow them.
+        whole: Whether it must consist of options only.
 
     Returns:
-        What was given, and the words from the first that is no option on.
+        The options' values, and the remaining words.
 
     Raises:
         UsageError: An option is unknown or lacks its value.
@@ -134,7 +134,7 @@ def parse(
 
 
 def table(heads: Sequence[tuple[str, str]]) -> str:
-    """Two columns for a help."""
+    """Format the two columns of a help text."""
     width = min(max((len(head) for head, _ in heads), default=0), 34)
     lines = []
     for head, text in heads:

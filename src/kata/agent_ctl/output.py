@@ -1,4 +1,4 @@
-"""What the tool prints. Everything that a guest said is made fit for a terminal on the way."""
+"""Prints answers and errors. All text from a guest is made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Style:
 
     Attributes:
         form: `JSON` or `TEXT`.
-        camel_case: JSON's names in lowerCamelCase.
-        defaults: Fields that hold their zero value too.
-        timing: Say on standard error how long each call took.
+        camel_case: Names in JSON are in lowerCamelCase.
+        defaults: Include fields with zero values.
+        timing: Print on standard error how long each call took.
     """
 
     __slots__ = ("camel_case", "defaults", "form", "timing")
@@ -51,14 +51,14 @@ def show(message: Message, style: Style) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Print JSON; ASCII only, so that nothing in it acts on a terminal."""
+    """Print JSON, in ASCII only, so that it cannot control a terminal."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
     sys.stdout.flush()
 
 
 def show_text(message: Message, style: Style) -> None:
-    """Print an answer for reading: the content itself where it is a single text or a piece of data, else its
-    fields one a line, with those of sub-messages below it.
+    """Print an answer for people: just the content of a single text or data field; otherwise one field a line, with
+    those of sub-messages indented.
     """
     fields = type(message).fields()
     if not fields:
@@ -74,7 +74,7 @@ def show_text(message: Message, style: Style) -> None:
 
 
 def _content(data: bytes) -> None:
-    """The data as it is, into a file or pipe; line by line and escaped on a terminal."""
+    """Print data: unchanged to a file or pipe, line by line and escaped to a terminal."""
     if not sys.stdout.isatty():
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -104,20 +104,20 @@ def _tree(value: Any, indent: str, lines: list[str]) -> None:
 
 
 def say_time(method: Method, seconds: float, sent: int, received: int) -> None:
-    """One line about a call on standard error."""
+    """Print a line about a call on standard error."""
     sys.stderr.write(f"{method.name}: {duration(seconds)}, {sent} bytes out, {received} bytes back\n")
     sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:
-    """A time with a unit that suits it."""
+    """Format a time with a suitable unit."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} us"
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def code_name(code: int) -> str:
-    """A status's name, or its number."""
+    """The name of a status code, or its number."""
     return NAMES[code] if 0 <= code < len(NAMES) else f"code {code}"
 
 
@@ -128,7 +128,7 @@ def report(error: KataError | TtrpcError, method: str = "") -> None:
         text = f"{method + ': ' if method else ''}{code_name(error.code)}: {escape_line(message)}"
         hint = escape_line(hint)
     else:
-        # Ours; parts of it that a guest said have been escaped, and it may have several lines.
+        # An error of ours: text from a guest in it is escaped already, and it may have several lines.
         text, hint = error.message, error.hint
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     red, cyan, off = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if colour else ("", "", "")

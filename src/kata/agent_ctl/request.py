@@ -1,4 +1,4 @@
-"""A request from the words of a command line: a JSON object, ``--field value`` pairs, or both."""
+"""Builds a request from the words of a command line: a JSON object, ``--field value`` pairs, or both."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 def build(method: Method, words: Sequence[str], globals_: Sequence[str] = ()) -> Message:
-    """The request of a method.
+    """Build the request of a method.
 
     Args:
         method: The method.
-        words: What follows its name: at most one JSON object (``{...}``, ``@FILE`` or ``-``), and pairs
-            ``--field value``, ``--outer.inner value`` or ``--field=value``, which go over the object.
-        globals_: Options that belong before the method, for a better message.
+        words: The words after its name: at most one JSON object (``{...}``, ``@FILE`` or ``-``), and pairs
+            ``--field value``, ``--outer.inner value`` or ``--field=value``, which override the object.
+        globals_: Names of options that belong before the method, for a better message.
 
     Raises:
-        UsageError: The words describe no such request.
+        UsageError: The words are malformed, or do not fit the method.
     """
     document: str | None = None
     pairs: list[tuple[str, str | None]] = []
@@ -90,7 +90,7 @@ def load_json(document: str, where: str) -> Any:
 
 
 def read_file(path: str, where: str) -> bytes:
-    """A file's content, or that of standard input for ``-``.
+    """Read a file, or standard input for ``-``.
 
     Raises:
         UsageError: It cannot be read.
@@ -135,7 +135,7 @@ def _assign(message: Message, path: list[str], text: str | None, where: str, opt
 
 
 def _elements(cls: type[Message], field: Field, text: str | None, where: str, option: str) -> list[Any]:
-    """What one use of an option adds to a list: one element, or a JSON array of them."""
+    """The elements that one use of an option adds to a list: a single one, or those of a JSON array."""
     if field.sub is None and not (text or "").startswith("["):
         return [_value(cls, field, text, where, option)]
     found = load_json(_need(text, where, option), f"{where} {option}")
@@ -178,7 +178,7 @@ def _value(cls: type[Message], field: Field, text: str | None, where: str, optio
 
 
 def read_bytes(text: str, where: str) -> bytes:
-    """The value of a bytes field: base64, ``@FILE`` (``@-``: standard input), or ``text:...`` as it is.
+    """Parse the value of a bytes field: base64, ``@FILE`` (``@-``: standard input), or ``text:...`` literally.
 
     Raises:
         UsageError: It is none of these.
@@ -194,7 +194,7 @@ def read_bytes(text: str, where: str) -> bytes:
 
 
 def _number(text: str, otherwise: Any) -> Any:
-    """An integer in decimal, 0x, 0o, 0b, or octal with a leading zero as file modes are written."""
+    """Parse an integer in decimal, 0x, 0o, 0b, or (as file modes are written) octal with a leading zero."""
     try:
         if len(text) > 1 and text[0] == "0" and text.isdecimal():
             return int(text, 8)

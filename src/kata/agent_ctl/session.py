@@ -1,4 +1,4 @@
-"""One command after another, over one link: what the command line, ``-c`` and the interactive mode share."""
+"""Runs commands over one link, for the command line, ``-c`` and the interactive mode."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from kata.proto.codec import Field, Message
 
 CALL_S = 60.0
-"""Seconds for a call, unless it is one that waits or the user says otherwise."""
+"""Default timeout of a call, in seconds, unless it waits for an event."""
 COMMANDS = {
-    "bench": "round trip and throughput",
-    "fuzz": "malformed frames and requests, and how the agent takes them",
-    "list": "the methods; of one method, its fields",
+    "bench": "measure latency and throughput",
+    "fuzz": "send malformed frames and requests, and report how the agent handles them",
+    "list": "list the methods, or the fields of one",
 }
 _HELP = ("-h", "--help")
 
 
 class Session:
-    """A link and how to use it.
+    """A link and the settings for its use.
 
     Args:
         open_link: Makes the link when it is first needed.
         style: How answers are printed.
-        timeout_s: For every call; None leaves it to the method, 0 waits for ever.
-        global_options: Options that belong before a command, for a better message.
-        own_vm: The agent is in a machine that was made for this.
+        timeout_s: Timeout of every call; None for the method's default, 0 for none.
+        global_options: Names of options that belong before a command, for a better message.
+        own_vm: The agent runs in a machine that was made for this command.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class Session:
 
     @property
     def link(self) -> Link:
-        """The link, made now if need be."""
+        """The link; it is made on first use."""
         if self._link is None:
             self._link = self._open()
         return self._link
 
     def close(self) -> None:
-        """End the link."""
+        """Close the link."""
         if self._link is not None:
             self._link.close()
             self._link = None
 
     def run(self, words: Sequence[str]) -> int:
-        """Carry out one command.
+        """Run one command.
 
         Returns:
             The exit status.
@@ -93,13 +93,13 @@ class Session:
         if rest[:1] and rest[0] in _HELP:
             print(describe(method))
             return 0
-        # The words are looked at before anything is started for them.
+        # The request is checked before a machine is started for it.
         request = build(method, rest, self.global_options)
         output.show(self.call(method, request), self.style)
         return 0
 
     def call(self, method: Method, request: Message) -> Message:
-        """One call, timed.
+        """Make one call, and time it.
 
         Raises:
             KataError, TtrpcError: It failed.
@@ -141,14 +141,14 @@ class Session:
 
 
 def split(line: str) -> list[str]:
-    """The words of a line, as a shell would find them; a JSON object is one word, quotes, spaces and all.
+    """Split a line into words, like a shell. A JSON object is one word, including its quotes and spaces.
 
     Raises:
         UsageError: A quote is not closed.
     """
     head, brace, tail = line.strip().partition("{")
     try:
-        # `Method {"a": 1}`: what follows the name and is not quoted is the object, up to its last brace.
+        # `Method {"a": 1}`: an unquoted object follows the name, up to the last brace.
         if brace and len(head.split()) == 1 and head.endswith((" ", "\t")):
             document, closing, rest = tail.rpartition("}")
             if closing:
@@ -176,7 +176,7 @@ def listing() -> list[dict[str, str]]:
 
 
 def listing_text() -> str:
-    """All methods, for reading: service by service, each with its fields."""
+    """All methods as text: by service, each with its fields."""
     out: list[str] = []
     service = ""
     rows: list[tuple[str, str]] = []
@@ -197,7 +197,7 @@ def listing_text() -> str:
 
 
 def describe(method: Method) -> str:
-    """A method's help: the fields of its request, those of messages in it once each, and of its answer."""
+    """The help of a method: the fields of its request and answer, and of each message type in them."""
     out = [f"usage: {method.name} ['{{JSON}}' | @FILE | -] [--FIELD VALUE ...]", ""]
     out.append(f"{method.service}.{method.method}({method.request.__name__}) -> {method.response.__name__}")
     seen: set[type[Message]] = set()
@@ -218,7 +218,7 @@ def describe(method: Method) -> str:
 
 
 def type_name(cls: type[Message], field: Field) -> str:
-    """A field's type, for reading."""
+    """A field's type, as text."""
     name = field.sub.__name__ if field.sub is not None else field.kind
     if field.kind == "enum":
         name = "|".join(enum_values(cls, field)) or name

@@ -1,4 +1,4 @@
-"""The interactive mode: a line, a command. With completion and history on a terminal, plain lines otherwise."""
+"""The interactive mode: one command a line, with completion and history on a terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 HISTORY_LINES = 1000
 _OWN = {
-    "help": "this; of a method, its fields",
-    "timing": "timing on|off: say how long each call took",
+    "help": "show this help, or the fields of a method",
+    "timing": "timing on|off: print how long each call took",
     "output": "output json|text: how answers are printed",
-    "timeout": "timeout SECONDS: for each call; 0 waits for ever",
+    "timeout": "timeout SECONDS: for each call; 0 is no timeout",
     "quit": "end (so does the end of the input)",
 }
 
@@ -28,7 +28,7 @@ def run(session: Session) -> int:
     """Read commands until the input ends.
 
     Returns:
-        0; when the input is no terminal 1 if a command failed.
+        0; or 1 if a command failed and the input is not a terminal.
     """
     terminal = sys.stdin.isatty()
     if terminal:
@@ -54,7 +54,7 @@ def run(session: Session) -> int:
 
 
 def _lines(terminal: bool) -> Iterator[str]:
-    """The lines that are commands: not empty, not a ``#`` comment."""
+    """Yield the lines that are commands, without empty ones and ``#`` comments."""
     while True:
         try:
             line = input("agent> ") if terminal else sys.stdin.readline()
@@ -65,7 +65,7 @@ def _lines(terminal: bool) -> Iterator[str]:
             print("^C", file=sys.stderr)
             continue
         except UnicodeDecodeError:
-            output.report(UsageError("a line that is not UTF-8 text was left out"))
+            output.report(UsageError("a line that is not UTF-8 text was ignored"))
             continue
         if not terminal and not line:
             return
@@ -74,7 +74,7 @@ def _lines(terminal: bool) -> Iterator[str]:
 
 
 def _command(session: Session, line: str) -> bool:
-    """Carry out one line; true to end."""
+    """Run one line. Returns true if the session is to end."""
     words = split(line)
     name, rest = words[0], words[1:]
     if name in ("quit", "exit"):
@@ -131,7 +131,7 @@ def _set_up_editing() -> None:
     try:
         readline.read_history_file(_history_file())
     except OSError:
-        pass  # there is none yet
+        pass  # there is no history yet
 
 
 def _save_history() -> None:
@@ -142,11 +142,11 @@ def _save_history() -> None:
         readline.set_history_length(HISTORY_LINES)
         readline.write_history_file(_history_file())
     except (ImportError, OSError):
-        pass  # a home that cannot be written is no reason to fail
+        pass  # a read-only home directory is no error
 
 
 class Completer:
-    """Completes commands and methods, then the fields of the method, dotted ones too."""
+    """Completes commands and methods, and then the fields of the method, including nested ones."""
 
     def __init__(self) -> None:
         self._found: list[str] = []
@@ -161,11 +161,11 @@ class Completer:
 
 
 def complete(before: list[str], text: str) -> list[str]:
-    """What may stand here.
+    """Return the candidates for a word.
 
     Args:
-        before: The words before this one.
-        text: What has been typed of it.
+        before: The words before it.
+        text: The beginning of the word.
     """
     if not before or before in (["help"], ["list"]):
         words = [*methods.names(), *COMMANDS, *(_OWN if not before else ())]

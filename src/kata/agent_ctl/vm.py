@@ -1,4 +1,4 @@
-"""A virtual machine with nothing but an agent in it, gone when the tool ends (``--vm``)."""
+"""A temporary virtual machine that runs nothing but an agent (``--vm``)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _TAIL = 1 << 16
 
 
 class VMLink(Link):
-    """Boots the machine; returns when its agent answers.
+    """Boots the machine and waits until its agent answers.
 
-    Its directory lies among the sandboxes' with a journal of its own, so that ``kata gc`` takes away what is left
-    if this process is killed; the hypervisor itself ends with this process.
+    Its directory is among those of sandboxes and has a journal, so that ``kata gc`` removes it if this process is
+    killed; the hypervisor ends with this process.
 
     Args:
-        memory_mib: Memory of the machine.
+        memory_mib: Memory of the machine, in MiB.
 
     Raises:
-        KataError: It did not come up; says what the console ends with.
+        KataError: It did not boot; the message has the end of its console output.
     """
 
     def __init__(self, memory_mib: int = MEMORY_MIB) -> None:
@@ -46,7 +46,7 @@ class VMLink(Link):
             raise HostError("--vm has to run as root: it makes a virtual machine", "run it with sudo")
         guest = manifest.load(paths.guest_dir())
         choice = accel.choose()
-        self.label = f"a throw-away virtual machine ({choice.accel})"
+        self.label = f"a temporary virtual machine ({choice.accel})"
         self._tail = bytearray()
         name = f"agent-ctl-{os.getpid()}-{os.urandom(3).hex()}"
         self._journal = Journal.create_dir(
@@ -91,13 +91,13 @@ class VMLink(Link):
         ended = self._machine.failure()
         lines = last_lines(bytes(self._tail))
         self.close()
-        text = f"the throw-away virtual machine did not come up: {ended.message if ended else words}"
+        text = f"the temporary virtual machine did not boot: {ended.message if ended else words}"
         if lines:
             text += "\nits console ends with:\n" + "\n".join(f"  {line}" for line in lines)
         return HypervisorError(text, ended.hint if ended else "kata doctor checks this host")
 
     def _read_console(self, console: Fd | None) -> None:
-        """Take in what the guest says: one that nobody reads stops the machine when its buffer is full."""
+        """Read the guest's console: otherwise the machine would stop when its buffer is full."""
         if console is None:
             return
         try:
@@ -146,10 +146,10 @@ class VMLink(Link):
 
 
 class _PortLink(Link):
-    """A virtio-serial port: one stream for everything, which outlives what is not a call.
+    """A link over a virtio-serial port: a single stream, which stays open after bytes that are not calls.
 
     Args:
-        label: What it leads to.
+        label: Description of the agent.
         sock: Our end.
     """
 
@@ -170,8 +170,8 @@ class _PortLink(Link):
             raise lost_error(self.label, error) from None
 
     def raw(self) -> socket.socket:
-        # A client takes an answer to a call that it has not made for a breach of the protocol: the next call
-        # has a new one. The old one stays open, since its end would be that of the stream.
+        # A client treats an answer to a call that it has not made as a protocol violation, so the next call uses a new
+        # client. The old one is not closed, since that would close the stream.
         self._client = None
         return self._sock.dup()
 
