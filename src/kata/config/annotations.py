@@ -1,13 +1,12 @@
 """Pod annotations that change a machine's configuration, in the spellings of Kata's two runtimes.
 
-``io.katacontainers.config.hypervisor.NAME`` changes that key of the hypervisor's table where the host's
-`enable_annotations` lets it: each member is a regular expression, and has to match the whole of NAME. (The original
-matches anywhere, so that its ``kernel`` lets ``kernel_params`` through as well.) What names a file of the host is held
-to the host's list of patterns besides. ``config.runtime.`` and ``config.agent.`` need no permission, as in the
-original.
+``io.katacontainers.config.hypervisor.NAME`` changes that key of the hypervisor's table, if the host's
+`enable_annotations` allows it: each member is a regular expression that has to match the whole of NAME. (Kata matches
+anywhere, so that there ``kernel`` also allows ``kernel_params``.) The path of a host's file also has to match the
+host's list of patterns. As in Kata, ``config.runtime.`` and ``config.agent.`` need no permission.
 
-Anything else under our prefix is an error: a typing error would otherwise run a pod with another configuration than
-its author believes.
+Any other annotation under the prefix is an error: otherwise a typing error would run a pod with a different
+configuration than its author expects.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ if TYPE_CHECKING:
 PREFIX = "io.katacontainers."
 _CONFIG = f"{PREFIX}config."
 _TRUE, _FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")
-"""What Go's ``strconv.ParseBool`` takes."""
+"""The values that Go's ``strconv.ParseBool`` accepts."""
 
 _OURS = frozenset({"pkg.oci.bundle_path", "pkg.oci.container_type"})
-"""What is put there for the agent, and means nothing when a client repeats it."""
+"""Annotations that are set for the agent, and are ignored when a client repeats them."""
 _PASSED_ON = ("fs-opt.", "volume=")
-"""Beginnings of what belongs to a mount and not to a configuration."""
+"""Prefixes of annotations that belong to a mount and not to the configuration."""
 
 _RENAMED = {
     "hypervisor.default_max_vcpus": "hypervisor.default_maxvcpus",
@@ -41,7 +40,7 @@ _RENAMED = {
     "hypervisor.cc_init_data": "hypervisor.initdata",
     "enable_vcpus_pinning": "runtime.enable_vcpus_pinning",
 }
-"""Annotation (below ``config.``, or below the prefix) -> the key, where it is not spelt as the file's."""
+"""Annotation (below ``config.``, or below the prefix) -> the key, if the file spells it differently."""
 
 _REFUSED = {
     "config_path": "the host chooses the configuration file (ConfigPath, KATA_CONF_FILE)",
@@ -56,10 +55,10 @@ _REFUSED = {
         )
     },
 }
-"""Known annotations that are errors, with the reason: going on without would promise what does not happen."""
+"""Known annotations that are refused, with the reason: to ignore them would be to promise what does not happen."""
 
 _NEVER = frozenset({"hypervisor.enable_annotations", "hypervisor.seccompsandbox", "hypervisor.accelerator"})
-"""Keys that are the host's alone, and so are all lists of patterns (``valid_...``)."""
+"""Keys that only the host may set; so are all lists of patterns (``valid_...``)."""
 
 _WITHOUT_PERMISSION = frozenset(
     {
@@ -75,7 +74,7 @@ _WITHOUT_PERMISSION = frozenset(
         *(f"runtime.{name}" for name in ("enable_vcpus_pinning", "sandbox_bind_mounts", "shared_mounts")),
     }
 )
-"""What pods may set of the other sections: the annotations that one of the original's two runtimes has."""
+"""Keys of other sections that pods may set: those for which one of Kata's two runtimes has an annotation."""
 
 _PATTERNS = {
     "hypervisor.path": "hypervisor.valid_hypervisor_paths",
@@ -87,11 +86,11 @@ _PATTERNS = {
     "hypervisor.virtio_fs_daemon": "hypervisor.valid_virtio_fs_daemon_paths",
     "hypervisor.vhost_user_store_path": "hypervisor.valid_vhost_user_store_paths",
 }
-"""Key -> the host's list of patterns for what an annotation may set it to."""
+"""Key -> the host's list of patterns for values from annotations."""
 
 
 def ours(annotations: Mapping[str, Any]) -> dict[str, str]:
-    """The annotations that `apply` is to look at."""
+    """The annotations that `apply` handles."""
     return {
         name: str(value)
         for name, value in annotations.items()
@@ -102,11 +101,11 @@ def ours(annotations: Mapping[str, Any]) -> dict[str, str]:
 
 
 def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
-    """Let a pod's annotations change a configuration.
+    """Apply a pod's annotations to a configuration.
 
     Args:
-        configuration: The host's; changed.
-        annotations: All of the pod's.
+        configuration: The host's configuration, which is changed.
+        annotations: All annotations of the pod.
 
     Raises:
         ConfigError: An annotation is unknown, malformed, not allowed by the host, or refused here.
@@ -130,7 +129,7 @@ def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
         if name in _PATTERNS:
             _require_pattern(configuration, annotation, str(value), _PATTERNS[name])
         if name == "hypervisor.kernel_params":
-            # As in the original: the pod's behind the host's, whose it cannot take away.
+            # As in Kata, the pod's parameters are appended to the host's, which it cannot remove.
             value = " ".join(filter(None, (str(configuration.get(name, "")), value)))
         changed[name] = value
         configuration.set(name, value, where)
@@ -138,7 +137,7 @@ def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
 
 
 def _may_be_set(name: str) -> bool:
-    """Whether there is an annotation for a key."""
+    """Whether an annotation may set a key."""
     section, _, short = name.partition(".")
     if section == "hypervisor":
         return name not in _NEVER and not short.startswith("valid_")
@@ -175,7 +174,7 @@ def _require_permission(configuration: Configuration, annotation: str, name: str
     }
     for pattern in allowed:
         try:
-            # Under any of its names: the Go runtime's, the Rust runtime's, and the file's.
+            # Allowed under any of its names: the Go runtime's, the Rust runtime's, and the file's.
             if any(re.fullmatch(pattern, spelling) for spelling in spellings):
                 return
         except re.error as error:
@@ -192,7 +191,7 @@ def _require_permission(configuration: Configuration, annotation: str, name: str
 
 
 def _require_pattern(configuration: Configuration, annotation: str, path: str, patterns: str) -> None:
-    """Hold a path of the host to the host's list of patterns, as of glob(3): ``*`` does not cross a ``/``."""
+    """Check a path of the host against the host's list of patterns, see glob(3): ``*`` does not match ``/``."""
     import os
     from fnmatch import fnmatchcase
 
@@ -211,7 +210,7 @@ def _require_pattern(configuration: Configuration, annotation: str, path: str, p
 
 
 def _value(key: Any, text: str, where: str) -> Any:
-    """An annotation's text as a value of the key's kind; what cannot be one is left for `Key.check` to word."""
+    """Convert an annotation's text to the key's type. Invalid text is returned as it is, for `Key.check` to report."""
     from kata.config import keys
 
     if key.kind == keys.BOOL:
@@ -224,7 +223,7 @@ def _value(key: Any, text: str, where: str) -> Any:
                 continue
         return text
     if key.kind == keys.LIST:
-        # The original separates modules by semicolons, and arguments by blanks.
+        # Kata separates modules by semicolons, and arguments by blanks.
         return [part.strip() for part in text.split(";") if part.strip()]
     if key.kind == keys.TABLE:
         raise ConfigError(f"{where}: {key.spelt} cannot be set by an annotation")

@@ -1,4 +1,4 @@
-"""Which configuration files there are, and what they say: one value and its origin for each key.
+"""Finds and reads the configuration files: one value and its origin for each key.
 
 The places are Kata's. One main file is read, the first that is named or exists:
 
@@ -7,12 +7,12 @@ The places are Kata's. One main file is read, the first that is named or exists:
 3. ``/etc/kata-containers/configuration.toml``
 4. ``/opt/kata/share/defaults/kata-containers/configuration.toml``
 
-and then ``config.d/*.toml`` beside it (beside what it links to), in the order of their names: each may set any key
-again. Without a file there are only defaults, and finding that out costs two system calls: no parser is loaded,
-and neither is the table of keys.
+and then ``config.d/*.toml`` beside it (or beside its target, if it is a link), in the order of their names: each file
+overrides those before it. Without any file only the defaults apply, and finding that out costs two system calls:
+neither the parser nor the table of keys is loaded.
 
-Where there are files, what they came to is kept in the run directory, with the size and time of each: the parser of
-TOML and its regular expressions would otherwise be paid for on every start.
+The result of parsing is cached in the run directory, together with the size and time of each file: loading the TOML
+parser and its regular expressions on every start would be expensive.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ ENVIRONMENT = (
     ("KATA_GUEST_EXTENSIONS", "agent.guest_extensions"),
     ("KATA_SHARED_FS", "hypervisor.shared_fs"),
 )
-"""Variables that overrule the files, and the keys that they set; whoever uses a value looks whether it is one."""
+"""Variables that override the files, and the keys that they set; the user of a value checks for them."""
 _LISTS = frozenset({"KATA_GUEST_EXTENSIONS"})
 _CACHE_FORMAT = 1
 
 
 class Configuration:
-    """What somebody has set. A key that nobody has set is not in it: its default is its user's.
+    """The keys that were set. It has no defaults: these are defined where a value is used.
 
     Attributes:
         values: ``hypervisor.default_vcpus`` -> (value, origin). The origin is ``FILE:LINE``, ``annotation NAME`` or
             ``environment NAME``.
         files: The files that were read, the main one first.
-        notes: Sentences for a log: what is accepted and has no effect.
+        notes: Sentences for a log, about settings without effect.
     """
 
     __slots__ = ("files", "notes", "values")
@@ -67,20 +67,20 @@ class Configuration:
         return default if found is None else found[0]
 
     def origin(self, name: str) -> str:
-        """Who set a key; ``default`` if nobody did."""
+        """Where a key was set; ``default`` if it was not."""
         found = self.values.get(name)
         return "default" if found is None else found[1]
 
     def set(self, name: str, value: Any, origin: str) -> None:
-        """Set a key, whoever set it before."""
+        """Set a key, overriding an earlier value."""
         self.values[name] = (value, origin)
 
 
 def main_file(named: str = "") -> str:
-    """Path of the main file; empty when there is none.
+    """Return the path of the main file; empty if there is none.
 
     Args:
-        named: The client's choice, or empty.
+        named: The file that the client names; may be empty.
 
     Raises:
         ConfigError: The file that was named does not exist.
@@ -97,10 +97,10 @@ def main_file(named: str = "") -> str:
 
 
 def load(named: str = "") -> Configuration:
-    """What the configuration files say.
+    """Load the configuration.
 
     Args:
-        named: Path of the main file that the client wants, or empty.
+        named: The main file that the client names; may be empty.
 
     Raises:
         ConfigError: A file cannot be read, is not TOML, or has a key or value that is wrong or refused.
@@ -134,7 +134,7 @@ def _load(path: str) -> Configuration:
 
 
 def read(files: list[str]) -> Configuration:
-    """Parse files, each overruling those before it; see `load` for the errors."""
+    """Parse files, each of which overrides those before it; see `load` for the errors."""
     found = Configuration()
     found.files = list(files)
     idle: dict[str, Any] = {}
@@ -154,7 +154,7 @@ def read(files: list[str]) -> Configuration:
 
 
 def without_effect(values: dict[str, Any]) -> list[str]:
-    """A sentence about the keys among these that have no effect here, if any asks for something."""
+    """A sentence about those of these keys that have no effect here, if there are any."""
     from kata.config import keys
 
     named = [
@@ -212,7 +212,7 @@ def _to_cache(cache: str, signature: list[tuple[str, int, int, int, int]], found
 
 
 def _parse(path: str) -> tuple[str, dict[str, Any]]:
-    """Text and content of a file."""
+    """Read a file. Returns its text, and its content as parsed."""
     import tomllib
 
     try:
@@ -229,7 +229,7 @@ def _parse(path: str) -> tuple[str, dict[str, Any]]:
 def _rows(
     path: str, text: str, content: dict[str, Any], hypervisor: str, notes: list[str]
 ) -> Iterator[tuple[str, Any, int]]:
-    """Name, value and line of each key of a file, with the table of the hypervisor of that name."""
+    """Yield name, value and line of each key in a file; of the hypervisors' tables, only the one that is used."""
     from kata.config import keys
 
     hypervisor = hypervisor or keys.HYPERVISOR
@@ -257,7 +257,7 @@ def _tables(
     hypervisor: str,
     notes: list[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tables that hold keys, by their dotted names."""
+    """Yield the tables with keys, by their dotted names."""
     from kata.config import keys
 
     for name, value in content.items():
@@ -283,10 +283,10 @@ def _tables(
 
 
 def _lines(text: str) -> dict[tuple[str, str], int]:
-    """(table, key) -> number of its line; a table's header has the key ``""``.
+    """Find the line number of each (table, key); a table's header has the key ``""``.
 
-    The parser does not tell, so the text is looked at once more: a line that begins like a header or an assignment.
-    Inside a string of several lines that may be wrong; then another key's line is named, never a wrong value used.
+    The parser does not report lines, so the text is searched for lines that begin like a header or an assignment. In a
+    multi-line string this may find a wrong line; that affects only the line in messages, never a value.
     """
     found: dict[tuple[str, str], int] = {}
     table = ""

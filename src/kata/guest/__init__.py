@@ -1,1 +1,1 @@
-"""What is booted in a virtual machine: the builder of kernel and initrd, and their manifest."""
+"""Builds the kernel and initrd of virtual machines, and reads their manifest."""

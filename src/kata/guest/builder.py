@@ -1,8 +1,8 @@
-"""`kata guest build` and `kata guest info`: make a guest, install it, say what is installed.
+"""`kata guest build` and `kata guest info`: builds a guest, installs it, and shows what is installed.
 
-The kernel and the initrd get names with a digest in them and the manifest that names them is replaced last, in
-one step: a sandbox that is just starting finds either the old pair or the new one, and a running one keeps the
-files that it was booted with.
+The names of kernel and initrd contain a digest, and the manifest that lists them is replaced last, atomically: a
+sandbox that is just starting finds either the old pair or the new one, and a running one keeps the files that it was
+booted with.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kata.guest.progress import Progress, for_stderr
 KINDS = ("auto", "small", "distro")
 
 _RETIRED_S = 3600
-"""How long a replaced kernel or initrd is kept: a start that has read the old manifest still opens it."""
+"""How long (in seconds) a replaced kernel or initrd is kept, for a start that has read the old manifest."""
 
 
 def build(
@@ -35,14 +35,14 @@ def build(
     progress: Progress | None = None,
     extensions: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Make a guest and install it in the guest directory; nothing is done that is done already.
+    """Build a guest and install it in the guest directory. Steps whose result exists already are skipped.
 
     Args:
-        kernel: ``small``, ``distro``, or ``auto``: the small one when it needs no build, even if the one that is
-            installed is no longer the newest; else the distribution's.
-        force: Build also what is in the cache.
-        progress: Told what is going on; by default standard error is.
-        extensions: What to make beside the initrd, see `kata.guest.extension`. Those that are installed stay.
+        kernel: ``small``, ``distro``, or ``auto``: the small kernel if it needs no build, even if the installed one is
+            no longer the newest; otherwise the distribution's.
+        force: Build even what is in the cache.
+        progress: Reports progress; by default on standard error.
+        extensions: Extensions to build, see `kata.guest.extension`. Those that are installed stay.
 
     Returns:
         The manifest.
@@ -50,7 +50,7 @@ def build(
     Raises:
         UsageError: There is no such kind of kernel.
         GuestAssetError: The agent is missing, or the kernel cannot be made.
-        ResourceExhaustedError: No room.
+        ResourceExhaustedError: There is not enough space.
         HostError: The guest directory cannot be written.
     """
     if kernel not in KINDS:
@@ -73,10 +73,10 @@ def build(
 
 
 def info() -> dict[str, Any]:
-    """What is installed: the manifest, and where it lies.
+    """Return the manifest of the installed guest, and its directory.
 
     Raises:
-        GuestAssetError: Nothing, or it is not whole.
+        GuestAssetError: No guest is installed, or it is incomplete.
     """
     directory = paths.guest_dir()
     return {"directory": directory, **manifest.load(directory).content}
@@ -194,7 +194,7 @@ def _install(
 
 
 def _place(target: str, content: str | bytes) -> None:
-    """Put a file there in one step: the bytes, or a copy of the file that is named."""
+    """Write a file atomically: the given bytes, or a copy of the file with the given path."""
     work = f"{target}.{os.getpid()}.part"
     try:
         if isinstance(content, str):
@@ -213,7 +213,7 @@ def _place(target: str, content: str | bytes) -> None:
 
 
 def _retire(directory: str, current: set[str]) -> None:
-    """Remove what earlier builds installed, some time after it was replaced."""
+    """Remove files of earlier builds, some time after they were replaced."""
     now = time.time()
     retired = os.path.join(directory, ".retired.json")
     try:

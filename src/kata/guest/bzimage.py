@@ -1,7 +1,7 @@
-"""Take the uncompressed kernel out of a distribution's bzImage.
+"""Extracts the uncompressed kernel from a distribution's bzImage.
 
-Decompressing itself is most of what a packaged kernel does before it starts, and without KVM that code is
-emulated. The ELF inside starts at once through its PVH entry point, so it is unpacked here, once.
+A packaged kernel spends most of its early start decompressing itself, and without KVM that code is emulated. The ELF
+file inside starts at once through its PVH entry point, so it is unpacked here, once.
 
 Sources: Documentation/arch/x86/boot.rst (setup header), include/xen/interface/elfnote.h (PVH note), the LZ4
 frame and block format descriptions, ELF-64 object file format.
@@ -25,16 +25,16 @@ _MAX_KERNEL = 512 << 20
 
 
 def extract_vmlinux(image: bytes) -> bytes:
-    """The kernel's ELF file from a bzImage, or the image itself when it is one already.
+    """Extract the kernel's ELF file from a bzImage.
 
     Args:
-        image: A whole bzImage of the x86 boot protocol 2.08 or later.
+        image: A complete bzImage of the x86 boot protocol 2.08 or later, or an ELF file, which is returned as it is.
 
     Returns:
-        The ELF file without what the build appends to it (the relocations for address randomisation).
+        The ELF file, without the relocations for address randomisation that the build appends to it.
 
     Raises:
-        GuestAssetError: The image is something else, is cut short, or is compressed in a way unknown here.
+        GuestAssetError: The image is of another kind, truncated, or compressed by an unsupported method.
     """
     if image[:4] == _ELF_MAGIC:
         return image
@@ -98,7 +98,7 @@ def _elf_length(elf: bytes) -> int:
     if table and table + entry * count <= len(elf):
         for index in range(count):
             kind, offset, size = struct.unpack_from("<4xI16xQQ", elf, table + index * entry)
-            if kind != 8:  # SHT_NOBITS takes no room in the file
+            if kind != 8:  # SHT_NOBITS takes no space in the file
                 end = max(end, offset + size)
     return min(end, len(elf))
 
@@ -127,7 +127,7 @@ def _decompress(payload: bytes) -> bytes:
 
 
 def unpack_zstd(data: bytes) -> bytes:
-    """The content of a zstd frame; bytes after it are ignored.
+    """Decompress a zstd frame; bytes after it are ignored.
 
     Raises:
         GuestAssetError: The frame is damaged, or expands beyond what a kernel or module can be.
@@ -197,7 +197,7 @@ def lz4_block(block: bytes, limit: int) -> bytes:
                 raise GuestAssetError("an LZ4 block of the kernel image is damaged")
             if distance >= match:
                 out += out[start : start + match]
-            else:  # the match runs into what it writes: a repeated pattern
+            else:  # the match overlaps its own output: a repeated pattern
                 pattern = out[start:]
                 out += (pattern * (match // distance + 1))[:match]
     except IndexError:

@@ -1,4 +1,4 @@
-"""Write "newc" cpio archives, the format in which Linux takes its initial root file system.
+"""Writes "newc" cpio archives, the format of Linux's initial root file system.
 
 The same members always give the same bytes: times are zero, owners are root and inode numbers count up, so the
 digest of an initrd says whether anything in it changed.
@@ -19,7 +19,7 @@ _BLOCK = 512
 
 
 class Archive:
-    """An archive being put together in memory; members come out in the order in which they were added."""
+    """An archive that is built in memory; its members are in the order in which they were added."""
 
     __slots__ = ("_inode", "_names", "_parts")
 
@@ -80,7 +80,7 @@ class Archive:
         self._add(path, stat.S_IFCHR | mode, device=(major, minor))
 
     def finish(self) -> bytes:
-        """The whole archive: the members so far and the trailer, padded to a full block."""
+        """Return the complete archive: all members and the trailer, padded to a full block."""
         out = b"".join([*self._parts, _member(_TRAILER, 0, 0, b"", (0, 0))])
         return out + bytes(-len(out) % _BLOCK)
 
@@ -92,7 +92,7 @@ class Archive:
             raise GuestAssetError(f"cannot put {path!r} into an initrd twice")
         if len(data) > _MAX_FILE:
             raise GuestAssetError(f"cannot put {path!r} into an initrd: a member is limited to 4 GiB")
-        # The kernel makes no parent directories: a member without one is dropped without a word.
+        # The kernel does not make parent directories; it silently drops a member without one.
         for depth in range(1, len(steps)):
             parent = "/".join(steps[:depth])
             if parent not in self._names:

@@ -1,7 +1,7 @@
-"""Use a kernel that a distribution has built: ready in seconds, with drivers as modules in the initrd.
+"""Uses a distribution's kernel, which is ready in seconds; its drivers are modules in the initrd.
 
-Debian's generic kernel package is taken where there is apt (its small "cloud" flavour has no 9p, and so no shared
-directories without virtiofsd); else the kernel that the host itself runs.
+Where there is apt, this is Debian's generic kernel package (the small "cloud" flavour has no 9p, and so no shared
+directories without virtiofsd); otherwise it is the host's own kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kata.guest.modules import Tree, Wanted, parse_list
 from kata.guest.progress import Progress
 
 RECIPE_VERSION = 1
-"""Part of the cache's key; to be raised when what is taken from a package changes."""
+"""Part of the cache's key; to be raised when the set of files that are taken from a package changes."""
 
 META_PACKAGE = "linux-image-amd64"
 
@@ -26,15 +26,15 @@ _SMALL = "kata guest build --kernel small"
 
 
 def obtain(progress: Progress, force: bool = False) -> kernels.Kernel:
-    """A packaged kernel, opened and with the modules that a guest needs.
+    """Return a packaged kernel with the modules that a guest needs.
 
     Args:
-        progress: Told what is going on.
-        force: Unpack it again although it is in the cache.
+        progress: Reports progress.
+        force: Unpack it again even if it is in the cache.
 
     Raises:
         GuestAssetError: Neither a package nor the host's kernel can be used.
-        ResourceExhaustedError: Too little room in the cache.
+        ResourceExhaustedError: There is not enough space in the cache.
     """
     listed = recipe.read(recipe.MODULES)
     wanted = parse_list(listed, recipe.MODULES)
@@ -98,7 +98,7 @@ def _key(name: str, version: str, listed: str) -> str:
 
 
 def _take(image: str, tree: str, wanted: list[Wanted], work: str) -> dict[str, Any]:
-    """Put the kernel and the modules into the work directory."""
+    """Copy the kernel and the modules into the work directory."""
     with open(image, "rb") as file:
         packed = file.read()
     kernel = bzimage.extract_vmlinux(packed)

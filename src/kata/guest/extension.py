@@ -1,7 +1,7 @@
-"""Programs that a guest has only when asked for, as a second archive behind the initrd.
+"""Optional programs for a guest, as a second archive after the initrd.
 
-Linux unpacks archives that follow one another into the same initial root file system. What an extension brings
-lies below ``/ext/<name>`` there, with the libraries it needs, as a root directory of its own: the agent keeps that
+Linux unpacks archives that follow one another into the same initial root file system. The files of an extension are
+below ``/ext/<name>`` there, with the libraries that they need, as a root directory of its own: the agent keeps that
 directory and runs the programs in it.
 
 There is one, ``iptables``: the programs behind GetIPTables and SetIPTables, from Debian's packages.
@@ -37,7 +37,7 @@ class Extension:
     Attributes:
         name: One of `NAMES`.
         image: The archive.
-        sources: Version of each package that it was made from.
+        sources: Versions of the packages that it was made from.
     """
 
     __slots__ = ("image", "name", "sources")
@@ -54,15 +54,15 @@ class Extension:
 
 
 def build(name: str, progress: Progress) -> Extension:
-    """Make an extension.
+    """Build an extension.
 
     Args:
         name: One of `NAMES`.
-        progress: Told what is downloaded.
+        progress: Reports downloads.
 
     Raises:
-        GuestAssetError: There is no such extension, no apt, or the packages hold something else than expected.
-        ResourceExhaustedError: No room for the packages.
+        GuestAssetError: There is no such extension, no apt, or the packages do not have the expected files.
+        ResourceExhaustedError: There is not enough space for the packages.
     """
     if name not in NAMES:
         raise GuestAssetError(f"there is no guest extension {name!r}", f"choose one of: {', '.join(NAMES)}")
@@ -90,17 +90,17 @@ def _files(directory: str) -> dict[str, str]:
 
 
 def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
-    """Put together what is needed of some files.
+    """Make the archive of an extension from its program and what that needs.
 
     Args:
-        name: The extension's.
-        files: File name to path, as in `_files`.
+        name: Name of the extension.
+        files: Path by file name, as returned by `_files`.
 
     Returns:
         The archive.
 
     Raises:
-        GuestAssetError: The program, or a library of its, is not among them.
+        GuestAssetError: The program, or a library that it needs, is missing.
     """
     contents: dict[str, bytes] = {}
 
@@ -119,7 +119,7 @@ def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
 
     if not take(_PROGRAM) or not take(_LOADER):
         raise GuestAssetError(f"Debian's packages do not hold {_PROGRAM} with all its libraries")
-    # A module whose library is in none of the packages (connlabel) is left out: rules with it are refused.
+    # A module whose library is in none of the packages (connlabel) is left out; rules that use it are refused.
     for module in sorted(files):
         if module.startswith(_MATCHES):
             take(module)
@@ -141,7 +141,7 @@ def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
 
 
 def needed(data: bytes) -> list[str]:
-    """The libraries that a 64-bit ELF file asks for (``DT_NEEDED``); none of what is no such file.
+    """The libraries that a 64-bit ELF file needs (``DT_NEEDED``); empty for any other file.
 
     Source: the System V ABI, "Dynamic Section".
     """

@@ -1,7 +1,7 @@
 """The guest's initial root file system: the agent as ``/init`` and, for a packaged kernel, its modules.
 
-It is not compressed. Unpacking compressed data is emulated code when there is no KVM, and dearer than the copy
-it saves; with KVM neither shows.
+It is not compressed. Without KVM, decompression is emulated and costs more than it saves in copying; with KVM, both are
+negligible.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _VERSION = re.compile(rb"kata-agent (\d[0-9A-Za-z.+~-]{0,63})")
 
 
 def build(agent: bytes, modules: list[tuple[str, bytes]], release: str = "") -> bytes:
-    """Put an initrd together; the same input gives the same bytes.
+    """Build an initrd; the same input gives the same bytes.
 
     Args:
         agent: The agent's static program.
-        modules: (path below the kernel's module directory, module) in the order of insertion.
+        modules: Path below the kernel's module directory and content of each module, in the order of loading.
         release: The kernel's release, as in ``/lib/modules/<release>``; only needed with modules.
 
     Returns:
-        A newc cpio archive. The modules' absolute paths stand in ``/etc/modules``, one a line, in order.
+        A newc cpio archive. ``/etc/modules`` in it lists the absolute paths of the modules, in order.
 
     Raises:
-        GuestAssetError: A path in it is not usable.
+        GuestAssetError: A path in it is invalid.
     """
     archive = Archive()
     for directory in ("dev", "proc", "sys", "run", "tmp"):
@@ -47,7 +47,7 @@ def build(agent: bytes, modules: list[tuple[str, bytes]], release: str = "") -> 
 
 
 def check_agent(data: bytes, path: str) -> None:
-    """See that a program can be PID 1 of a guest that has nothing else: a static x86-64 executable.
+    """Check that a program can be PID 1 of a guest without other files: a static x86-64 executable.
 
     Args:
         data: The program.
@@ -72,6 +72,6 @@ def check_agent(data: bytes, path: str) -> None:
 
 
 def agent_version(data: bytes) -> str:
-    """What the agent's program says with ``--version``, read without running it; ``unknown`` if it says nothing."""
+    """The version that the agent prints with ``--version``, found without running it; ``unknown`` if there is none."""
     match = _VERSION.search(data)
     return match[1].decode() if match else "unknown"

@@ -1,4 +1,4 @@
-"""Kernels in the cache: each in a directory of its own, made once, complete or not there at all."""
+"""The cache of kernels: each has a directory of its own, which is made once and atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kata.guest.progress import Progress
 KERNEL = "vmlinux"
 RECORD = "kernel.json"
 UNUSED_S = 60 * 86400
-"""How long something in the cache is kept after its last use."""
+"""How long (in seconds) a kernel in the cache is kept after its last use."""
 MODULES = "modules"
 
 
@@ -28,14 +28,14 @@ class Kernel:
     """A kernel in the cache.
 
     Args:
-        directory: Where it and its modules lie.
-        record: What is known of it.
-        name: Its file in that directory.
+        directory: Directory of the kernel and its modules.
+        record: Its record, see below.
+        name: Name of its file in that directory.
 
     Attributes:
-        directory: Where it lies.
+        directory: Directory of the kernel and its modules.
         path: The file that a hypervisor boots.
-        record: What is known of it: ``kind``, ``version``, ``release``, ``sha256``, ``size``, ``config_hash``,
+        record: Its properties: ``kind``, ``version``, ``release``, ``sha256``, ``size``, ``config_hash``,
             ``source_package``, ``boot`` (``pvh`` or ``bzimage``), and what its builder adds.
     """
 
@@ -47,7 +47,7 @@ class Kernel:
         self.record = record
 
     def modules(self) -> list[tuple[str, bytes]]:
-        """Its modules in the order of insertion, as `kata.guest.modules.Tree.resolve` gave them."""
+        """Its modules in the order of loading, as returned by `kata.guest.modules.Tree.resolve`."""
         found = []
         for path in self.record.get("modules", []):
             with open(os.path.join(self.directory, MODULES, path), "rb") as file:
@@ -56,37 +56,37 @@ class Kernel:
 
 
 def directory() -> str:
-    """Where kernels are cached."""
+    """Directory of the cache."""
     return os.path.join(paths.cache_dir(), "kernels")
 
 
 def find(key: str) -> Kernel | None:
-    """The cached kernel of a key, if it is there and whole."""
+    """The cached kernel with a key; None if it is missing or incomplete."""
     place = os.path.join(directory(), key)
     try:
         with open(os.path.join(place, RECORD), encoding="utf-8") as file:
             record = json.load(file)
         if os.stat(os.path.join(place, KERNEL)).st_size != record["size"]:
             return None
-        os.utime(place)  # it is in use: not one to be removed for its age
+        os.utime(place)  # it is in use, so it must not be removed for its age
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Kernel(place, record)
 
 
 def obtain(key: str, progress: Progress, force: bool, make: Callable[[str], dict[str, Any]]) -> Kernel:
-    """The kernel of a key, made if need be; of several callers at once only one makes it.
+    """Return the kernel with a key, and make it if necessary. Of several concurrent callers only one makes it.
 
     Args:
-        key: What it is made from, as a name for its directory.
-        progress: Told about waiting.
-        force: Make it although it is there.
-        make: Called with an empty directory; leaves the kernel there as ``vmlinux`` and returns its record
-            without ``sha256`` and ``size``.
+        key: Identifies its sources; the name of its directory.
+        progress: Reports waiting.
+        force: Make it even if it exists.
+        make: Called with an empty directory; writes the kernel there as ``vmlinux`` and returns its record without
+            ``sha256`` and ``size``.
 
     Raises:
         GuestAssetError: It could not be made; nothing is left of the attempt.
-        ResourceExhaustedError: No room in the cache.
+        ResourceExhaustedError: There is not enough space in the cache.
     """
     paths.make_dirs(directory(), 0o755)
     with _locked(key, progress):
@@ -124,7 +124,7 @@ def digest(path: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _locked(key: str, progress: Progress) -> Iterator[None]:
-    # The lock file stays: removing it would let a third caller lock another file of the same name.
+    # The lock file is not removed: otherwise a third caller could lock a new file of the same name.
     with open(os.path.join(directory(), f".{key}.lock"), "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,7 +135,7 @@ def _locked(key: str, progress: Progress) -> Iterator[None]:
 
 
 def _sweep() -> None:
-    """Remove what killed builds left (work directories whose process is gone), and kernels long unused."""
+    """Remove leftovers of killed builds (work directories whose process is gone), and kernels unused for long."""
     for name in os.listdir(directory()):
         path = os.path.join(directory(), name)
         pid = name.rpartition(".")[2]

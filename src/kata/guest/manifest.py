@@ -1,6 +1,6 @@
-"""``guest.json``: which kernel and initrd virtual machines are booted with.
+"""Reads ``guest.json``, which names the kernel and initrd of virtual machines.
 
-Every container start reads it, so it imports and looks at no more than it must.
+Every container start reads it, so this module imports and checks no more than necessary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Guest:
         initrd: Path of the initrd.
         kernel_kind: ``"small"`` (built here) or ``"distro"`` (a distribution's).
         kernel_version: For example ``6.12.117``.
-        agent_version: What the agent calls itself.
+        agent_version: Version of the agent.
         bounces: Whether the kernel lets a virtio-fs device use bounce pages, without which an emulated machine cannot
             have one (``guest/virtio-fs-by-bounce-pages.patch``).
         content: The whole manifest.
@@ -50,7 +50,7 @@ class Guest:
         """Path of an extension (see `kata.guest.extension`) that was built with the guest.
 
         Raises:
-            GuestAssetError: It was not, or is not there any more.
+            GuestAssetError: It was not built, or no longer exists.
         """
         facts = self.content.get("extensions", {}).get(name)
         build = f"{_BUILD} --extension {name}"
@@ -67,13 +67,13 @@ class Guest:
 
 
 def load(directory: str) -> Guest:
-    """Read the manifest and see that the two files are there, as long as they were written.
+    """Read the manifest, and check that the two files exist with their recorded sizes.
 
     Args:
         directory: The guest directory, normally `kata.paths.guest_dir`.
 
     Raises:
-        GuestAssetError: No guest has been built, or it is not whole.
+        GuestAssetError: No guest was built, or it is incomplete.
     """
     path = os.path.join(directory, NAME)
     try:
