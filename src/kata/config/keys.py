@@ -222,10 +222,10 @@ _ALL = [
     Key(_H, "firmware", PATH, "`qboot.rom`", "the firmware image"),
     Key(_H, "default_vcpus", NUMBER, "1", "CPUs of a machine for which none are asked; rounded up; negative: the"
         " host's", least=-1e6, most=1024),
-    Key(_H, "default_maxvcpus", INT, "the host's", "up to so many CPUs a running machine grows; 0: the host's",
+    Key(_H, "default_maxvcpus", INT, "the host's", "number of CPUs to which a running machine may grow; 0: the host's",
         most=1024),
     Key(_H, "default_memory", INT, "2048", "MiB of a machine for which no memory is asked; 0: the default"),
-    Key(_H, "default_maxmemory", INT, "the host's", "up to so many MiB a running machine grows; 0: the host's"),
+    Key(_H, "default_maxmemory", INT, "the host's", "MiB to which a running machine may grow; 0: the host's"),
     Key(_H, "enable_virtio_mem", BOOL, "true", "memory grows and shrinks with the pod; without it a machine keeps the"
         " memory it was started with"),
     Key(_H, "enable_mem_prealloc", BOOL, "false", "the guest's memory is allocated before it boots"),

@@ -1,1 +1,1 @@
-"""Root file system images, writable layers, volumes and shares."""
+"""Root file system images, writable layers and volumes."""

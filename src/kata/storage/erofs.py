@@ -1,14 +1,13 @@
-"""Write an erofs file system in one pass over the data.
+"""Writes an erofs file system in one pass over the data.
 
-`Writer` takes file contents as they come out of the layers and puts them into the image at once; the tree of
-`Node` objects is kept in memory and written behind the data by `finish`. Space of files that a later layer
-hides or replaces is handed out again, so what is hidden takes (nearly) no room and none of it stays
-readable. The same calls give the same bytes.
+`Writer` takes file contents in the order of the layers and writes them to the image at once. The tree of `Node` objects
+is kept in memory, and `finish` writes it after the data. The space of files that a later layer hides or replaces is
+reused, so hidden files take (nearly) no space, and none of their content stays readable. The same calls give the same
+bytes.
 
-Small files lie behind their inode ("inline"), which is what makes a tree of many small files compact and
-quick to read; until `finish` their contents wait in a spool file without a name. Of a file of 16 KiB or more
-nothing is inline: such a file can be mapped straight from the host's page cache (DAX), and the last block's
-waste is small.
+Small files are stored right after their inode ("inline"), which makes a tree of many small files compact and fast to
+read; until `finish` their contents are in an unnamed spool file. A file of 16 KiB or more is never inline, so that it
+can be mapped straight from the host's page cache (DAX); the waste in its last block is small.
 
 Source of the format: `kata.storage.erofs_format`.
 """
@@ -52,21 +51,21 @@ class Node:
         self.start = 0
         self.blocks = 0
         self.tail = -1
-        """Where the last part of the data waits in the spool, or -1."""
+        """Offset of the last part of the data in the spool file, or -1."""
         self.target = b""
         self.device = 0
         self.nid = 0
         self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
         self.fresh: set[bytes] | None = None
-        """Names that the layer being applied has put here (see `kata.storage.layers`)."""
+        """Names that the layer being applied has added here (see `kata.storage.layers`)."""
 
 
 class Writer:
-    """An erofs image in the making.
+    """An erofs image that is being written.
 
     Args:
-        fd: The output, open for reading and writing, empty. Stays the caller's.
-        spool_fd: An empty file for the small contents. Stays the caller's.
+        fd: An empty output file, open for reading and writing; the caller closes it.
+        spool_fd: An empty file for the contents of small files; the caller closes it.
     """
 
     def __init__(self, fd: int, spool_fd: int) -> None:
@@ -80,16 +79,16 @@ class Writer:
         self._buffer = bytearray()
         self._buffer_at = 0
         self.written = 0
-        """Bytes of content taken so far."""
+        """Bytes of content stored so far."""
 
     # ---- contents ----
 
     def store(self, node: Node, size: int, chunks: Iterable[bytes]) -> None:
-        """Take a regular file's content.
+        """Store a regular file's content.
 
         Args:
-            node: Its attributes are set already; gets `size`, `start`, `blocks` and `tail`.
-            size: How many bytes `chunks` gives in all.
+            node: The file, with its attributes; `size`, `start`, `blocks` and `tail` are set here.
+            size: Total number of bytes in `chunks`.
             chunks: The content.
 
         Raises:
@@ -130,7 +129,7 @@ class Writer:
         self.written += size
 
     def free(self, node: Node) -> None:
-        """Give back the space of a node that no name refers to any more."""
+        """Free the space of a node that no name refers to any more."""
         if node.blocks:
             self._end = self._free.give(node.start, node.blocks, self._end)
             node.blocks = 0
@@ -187,7 +186,7 @@ class Writer:
         Args:
             root: The root directory. Every node below it must have been stored by this writer.
             uuid: 16 bytes for the superblock.
-            tick: Called now and then with (inodes written, inodes in all).
+            tick: Called from time to time with (inodes written, total inodes).
 
         Returns:
             The size of the image in bytes.
@@ -219,7 +218,7 @@ class Writer:
         return self._end * BLOCK
 
     def _clear(self, start: int, end: int) -> None:
-        """Overwrite what hidden files left in these blocks: nothing of them may be found in the image."""
+        """Overwrite the remains of hidden files in these blocks: their content must not be in the image."""
         at = start * BLOCK
         while at < end * BLOCK:
             step = min(len(_ZEROS), end * BLOCK - at)
@@ -253,7 +252,7 @@ class Writer:
         return block0
 
     def _inode(self, node: Node, number: int, parents: dict[int, Node]) -> bytes:
-        """An inode and what lies behind it; the blocks of directories and long links are written here."""
+        """Encode an inode and its inline data; the blocks of directories and long links are written here."""
         attributes = fmt.xattrs(node.xattrs) if node.xattrs else b""
         address = node.start if node.blocks else node.device
         nlink = node.nlink
@@ -284,10 +283,10 @@ class Writer:
 
 
 class _FreeSpace:
-    """Runs of blocks that were given back: the smallest that fits is taken, neighbours are joined.
+    """Free runs of blocks. An allocation takes the smallest run that fits; adjacent runs are joined.
 
-    Every operation is cheap whatever a hostile layer does: the number of different lengths is bounded by the
-    square root of the image's size.
+    Every operation is cheap, even with a hostile layer: the number of different lengths is bounded by the square root
+    of the image's size.
     """
 
     def __init__(self) -> None:
@@ -317,7 +316,7 @@ class _FreeSpace:
         return -1
 
     def give(self, start: int, blocks: int, end: int) -> int:
-        """Take back a run; returns the new end of the file system: an earlier one if the run touches it."""
+        """Free a run. Returns the new end of the file system, which is earlier if the run was at its end."""
         before = self._by_end.get(start)
         if before is not None:
             length = self._by_start[before]
@@ -346,10 +345,10 @@ class _FreeSpace:
 
 
 class _Plan:
-    """Where every inode goes. Blocks are counted from the start of their area until that is known.
+    """The positions of all inodes. Blocks are counted from the start of their area until that is known.
 
     Args:
-        root: The tree. Sets `nid` of every node, and `size`, `start` and `blocks` of directories and links.
+        root: The tree. `nid` of every node is set, and `size`, `start` and `blocks` of directories and links.
     """
 
     def __init__(self, root: Node) -> None:

@@ -1,4 +1,4 @@
-"""The erofs on-disk format, as far as our writer uses it. No I/O here.
+"""The part of the erofs on-disk format that our writer uses. This module does no I/O.
 
 An uncompressed file system of 4 KiB blocks with 64-byte ("extended") inodes. Everything is little endian.
 
@@ -9,8 +9,8 @@ An uncompressed file system of 4 KiB blocks with 64-byte ("extended") inodes. Ev
 * After the inode come its extended attributes, then (layout *inline*) the last part of its data, which must
   not cross a block boundary. Everything before that part, or all of it in the layout *plain*, is one run of
   whole blocks.
-* A directory is a row of blocks; each begins with 12-byte entries, followed by their names. All names of a
-  directory, "." and ".." included, are in one bytewise order, so the kernel can search by halving.
+* A directory is a sequence of blocks; each begins with 12-byte entries, followed by their names. All names of a
+  directory, including "." and "..", are sorted bytewise, so that the kernel can use binary search.
 
 Source: Linux, ``fs/erofs/erofs_fs.h`` and ``Documentation/filesystems/erofs.rst``.
 """
@@ -72,7 +72,7 @@ def _crc_table() -> tuple[int, ...]:
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) as the kernel's ``crc32c(~0, ...)`` gives it: without the final inversion."""
+    """CRC-32C (Castagnoli) like the kernel's ``crc32c(~0, ...)``: without the final inversion."""
     table = _crc_table()
     crc = 0xFFFFFFFF
     for byte in data:
@@ -81,7 +81,7 @@ def crc32c(data: bytes) -> int:
 
 
 def superblock(*, inodes: int, blocks: int, uuid: bytes, label: bytes = b"") -> bytes:
-    """The 128 bytes of the superblock, its checksum still zero (see `seal`).
+    """Encode the superblock (128 bytes), with a checksum of zero (see `seal`).
 
     Args:
         inodes: Number of inodes.
@@ -96,7 +96,7 @@ def superblock(*, inodes: int, blocks: int, uuid: bytes, label: bytes = b"") -> 
 
 
 def size_of(block0: bytes) -> int:
-    """The size in bytes that the superblock in a block 0 gives, or -1 if there is none."""
+    """The size of the file system in bytes according to its block 0; -1 if that has no superblock."""
     if len(block0) < BLOCK or struct.unpack_from("<I", block0, SUPER_AT)[0] != _MAGIC:
         return -1
     blocks: int = struct.unpack_from("<I", block0, SUPER_AT + 36)[0]
@@ -110,7 +110,7 @@ def seal(block0: bytearray) -> None:
 
 
 def device_number(major: int, minor: int) -> int:
-    """A device number as the kernel's ``new_encode_dev`` packs it: 12 bits of major, 20 of minor."""
+    """Encode a device number like the kernel's ``new_encode_dev``: 12 bits of major, 20 of minor."""
     return (minor & 0xFF) | ((major & 0xFFF) << 8) | ((minor & 0xFFF00) << 12)
 
 
@@ -118,15 +118,15 @@ def inode(
     *, layout: int, xattr_bytes: int, mode: int, size: int, address: int, number: int, uid: int, gid: int,
     mtime: int, mtime_ns: int, nlink: int,
 ) -> bytes:  # fmt: skip
-    """The 64 bytes of an inode.
+    """Encode an inode (64 bytes).
 
     Args:
         layout: `PLAIN` or `INLINE`.
-        xattr_bytes: Length of what `xattrs` made for it.
+        xattr_bytes: Length of its attribute area (see `xattrs`).
         mode: Type and permission bits.
         size: Bytes of data, directory blocks or link target.
         address: First data block, or the device number of a device.
-        number: What a 32-bit stat shows as inode number.
+        number: Inode number in a 32-bit stat.
         uid: Owner.
         gid: Group.
         mtime: Seconds; may be negative.
@@ -146,11 +146,11 @@ def xattr_kept(name: bytes) -> bool:
 
 
 def xattrs(attributes: dict[bytes, bytes]) -> bytes:
-    """The attribute area behind an inode: a 12-byte header, then the entries, each padded to 4 bytes.
+    """Encode the attribute area after an inode: a 12-byte header, then the entries, each padded to 4 bytes.
 
     Args:
-        attributes: Full names to values. Names must satisfy `xattr_kept`, the rest of a name behind its
-            prefix has at most 255 bytes and a value at most 65535; in sum at most 256 KiB.
+        attributes: Values by full name. Names must satisfy `xattr_kept`; a name has at most 255 bytes after its
+            prefix, a value at most 65535, and all together at most 256 KiB.
     """
     if not attributes:
         return b""
@@ -170,7 +170,7 @@ def file_type(mode: int) -> int:
 
 
 def dir_size(names: list[bytes]) -> int:
-    """Bytes that a directory with these names (in order) takes: all blocks but the last count in full."""
+    """The size in bytes of a directory with these names, in order: all blocks but the last count in full."""
     full = 0
     used = 0
     for name in names:
@@ -183,7 +183,7 @@ def dir_size(names: list[bytes]) -> int:
 
 
 def dir_data(entries: list[tuple[bytes, int, int]]) -> bytes:
-    """The data of a directory.
+    """Encode the data of a directory.
 
     Args:
         entries: (name, nid, type byte) in bytewise order of the names, with "." and "..".

@@ -1,8 +1,7 @@
 """The writable layer of a container, and its volumes on disks: a sparse file with an ext4 file system in it.
 
-mkfs.ext4 runs once per size; its result is kept as a template of some 60 KB of data (in
-``$KATA_CACHE_DIR/ext4``), and a new layer is made by copying just these data into a file of the right size.
-A millisecond, no process.
+mkfs.ext4 runs once per size; its result is kept as a template of about 60 KB of data (in ``$KATA_CACHE_DIR/ext4``). A
+new layer is made by copying just this data into a file of the right size, which takes a millisecond and no process.
 
 The choices, for a disk that lives as long as its container and must survive the VM being killed:
 
@@ -30,13 +29,13 @@ MAX_SIZE = 16 << 40
 _VERSION = 2
 """Raised when the options below change: templates of other versions are not used."""
 _MOST_TEMPLATES = 64
-"""One for each size that is in use; more of them were tried once."""
+"""Templates to keep: one for each size that is in use."""
 
 _FEATURES = (
     "none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super2,large_file,huge_file,"
     "dir_nlink,extra_isize,metadata_csum"
 )
-"""Named one by one, the host's mke2fs.conf ignored: a guest's kernel may be older than the host's tools."""
+"""All features are named, and the host's mke2fs.conf is ignored: a guest's kernel may be older than those tools."""
 
 
 def make_writable(
@@ -46,9 +45,9 @@ def make_writable(
 
     Args:
         path: The file to make; it must not exist.
-        size_bytes: Size of the file system, rounded down to 4 KiB. Space is taken as it is written to.
-        what: What it is called in errors.
-        option: What chooses its size.
+        size_bytes: Size of the file system, rounded down to 4 KiB. The file is sparse.
+        what: Its name in errors.
+        option: The option that sets its size.
 
     Raises:
         UsageError: The size is out of range.
@@ -87,7 +86,7 @@ def _open_template(size: int) -> int:
 
 
 def clear_leftovers() -> list[str]:
-    """Remove from the templates' directory what a making that was killed has left there.
+    """Remove leftovers of killed processes from the templates' directory.
 
     Returns:
         The paths of what was removed.
@@ -107,7 +106,7 @@ def _directory() -> str:
 
 
 def _lock(directory: str) -> int:
-    """Wait until nobody else makes a template; closing what this returns lets the next one."""
+    """Wait until no other process makes a template. Closing the returned descriptor releases the lock."""
     import fcntl
 
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -120,7 +119,7 @@ def _lock(directory: str) -> int:
 
 
 def _sweep() -> list[str]:
-    """Remove all but the templates, and of them those that were longest unused; with the lock only."""
+    """Remove everything but templates, and the least recently used ones of these. The caller holds the lock."""
     import shutil
 
     removed, templates = [], []
@@ -140,12 +139,12 @@ def _sweep() -> list[str]:
 
 
 def _make_template(path: str, size: int) -> None:
-    """Make the template under a name of its own first, so that nobody copies a half-made one."""
+    """Make the template under a temporary name first, so that no process copies an incomplete one."""
     paths.make_dirs(os.path.dirname(path), 0o700)
     lock = _lock(os.path.dirname(path))
     try:
         _sweep()
-        if not os.path.exists(path):  # somebody has made it while this waited
+        if not os.path.exists(path):  # otherwise another process has made it meanwhile
             _make_locked(path, size)
     finally:
         os.close(lock)
@@ -204,7 +203,7 @@ def _make_locked(path: str, size: int) -> None:
 
 
 def _copy(template: int, path: str, size: int) -> None:
-    """Copy the parts of the template that hold data; nothing is left when that fails."""
+    """Copy the parts of the template that hold data. On an error nothing is left behind."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, size)
@@ -224,7 +223,7 @@ def _copy(template: int, path: str, size: int) -> None:
 
 
 def _next_data(fd: int, at: int) -> int:
-    """Where data begin at or behind an offset, or -1."""
+    """The offset at which the next data begins, at or after *at*; -1 if there is none."""
     try:
         return os.lseek(fd, at, os.SEEK_DATA)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Apply an image's layers, lowest first, to one tree that becomes an erofs image.
+"""Applies an image's layers, lowest first, to a tree that becomes an erofs image.
 
-What a container tool does by extracting layers over each other into a directory happens here in memory: no
-name, link or device of an image ever exists on the host. Paths are resolved the way containerd resolves them
-inside its chroot-like root, but against our tree:
+Other tools extract the layers of an image over each other into a directory. Here this happens in memory: no name, link
+or device of an image ever exists on the host. Paths are resolved like in containerd's chroot-like root, but against our
+tree:
 
 * a name is cleaned lexically (``a/./b``, ``//a``, ``a/../b``); one that climbs out of the root is an error;
 * a symbolic link as a *parent* of an entry is followed within the tree (``..`` stops at the root, absolute
@@ -10,9 +10,8 @@ inside its chroot-like root, but against our tree:
 * missing parents are made: root's, mode 0755, with the time of the entry that needed them;
 * an entry replaces what is there, except that a directory over a directory keeps the children;
 * ``.wh.NAME`` and ``.wh..wh..opq`` hide only what lower layers brought, wherever in the layer they stand;
-* ``trusted.*`` and ``user.overlay.*`` attributes are dropped (they would steer the guest's overlay), as are
-  those that erofs has no index for; a character device 0:0, which overlayfs takes for "deleted", counts as
-  that.
+* ``trusted.*`` and ``user.overlay.*`` attributes are dropped (they would control the guest's overlay), as are those for
+  which erofs has no index; a character device 0:0, which overlayfs uses as a whiteout, is treated as one.
 
 Sources: OCI image specification, ``layer.md``; containerd ``archive/tar.go``.
 """
@@ -59,14 +58,14 @@ _MALFORMED = "the image is malformed; have it built again, or pull it from a sou
 
 
 class Limits:
-    """What an image may cost; exceeding one is an `ImageError`.
+    """Limits of an image; exceeding one is an `ImageError`.
 
     Args:
-        size: Bytes of content in all layers, uncompressed, holes counted; ``KATA_IMAGE_MAX_SIZE`` moves it.
-        entries: Archive members in all layers; ``KATA_IMAGE_MAX_ENTRIES`` moves it. One costs some 600
-            bytes of memory while the image is converted.
+        size: Bytes of uncompressed content in all layers, including holes; ``KATA_IMAGE_MAX_SIZE`` sets it.
+        entries: Archive members in all layers; ``KATA_IMAGE_MAX_ENTRIES`` sets it. Each takes about 600 bytes of memory
+            while the image is converted.
         names: Bytes of names, link targets and extended attributes in all layers.
-        work: Steps taken along paths and through directories; an honest image needs a hundredth of it.
+        work: Steps along paths and through directories; an ordinary image needs a hundredth of it.
     """
 
     def __init__(
@@ -82,8 +81,8 @@ class LayerTree:
     """The merged tree of the layers applied so far.
 
     Args:
-        writer: Where the contents of files go.
-        limits: What the image may cost.
+        writer: Stores the contents of files.
+        limits: Limits of the image.
     """
 
     def __init__(self, writer: Writer, limits: Limits | None = None) -> None:
@@ -97,15 +96,15 @@ class LayerTree:
         self._layer = ""
         self._touched: list[Node] = []
         self._last: tuple[list[bytes], Node] | None = None
-        """The directory of the last entry. What is only added does not change where a path leads to."""
+        """Path and directory of the last entry; a cache. Adding entries does not change where a path leads."""
 
     def apply(self, source: BinaryIO, layer: str, tick: Callable[[int], None] | None = None) -> str:
         """Apply one layer on top.
 
         Args:
             source: The stored layer: tar, plain or compressed.
-            layer: What to call it in errors.
-            tick: Called with the number of stored bytes consumed at each step, from another thread.
+            layer: Its name in errors.
+            tick: Called with the number of stored bytes consumed at each step, in another thread.
 
         Returns:
             The diff id: ``sha256:...`` of the uncompressed archive. The caller compares it.
@@ -124,7 +123,7 @@ class LayerTree:
                 while (entry := reader.next()) is not None:
                     name = entry.name
                     self._apply(entry, reader)
-                while stream.skip(STEP):  # what lies behind the end of the archive belongs to the digest
+                while stream.skip(STEP):  # data after the end of the archive is part of the digest
                     pass
             except ImageError as error:
                 where = f", entry {layers_tar.text(name)}" if name else ""
@@ -137,11 +136,11 @@ class LayerTree:
             self._touched = []
 
     def add_mount_points(self) -> None:
-        """Add what every container mounts on, where the layers have nothing there.
+        """Add the mount points of every container, unless the layers have something there.
 
-        Docker puts the same names into a layer of its own. Without them the guest would make them at each
-        start, in the container's writable layer. A name that exists, of whatever kind, is left alone, and so
-        is everything beneath a parent that is a link or no directory.
+        Docker adds the same names in a layer of its own. Without them the guest would make them at each start, in the
+        container's writable layer. Existing names of any type are left alone, and so is everything below a parent that
+        is a link or not a directory.
         """
         for path in _MOUNT_POINTS:
             *parents, name = path.split(b"/")
@@ -225,7 +224,7 @@ class LayerTree:
             )
 
     def _describe(self, node: Node, entry: layers_tar.Entry) -> None:
-        """Give a node the entry's owner, mode, time and attributes."""
+        """Set a node's owner, mode, time and attributes from the entry."""
         if not (0 <= entry.uid < 0xFFFFFFFF and 0 <= entry.gid < 0xFFFFFFFF):
             raise ImageError(f"the owner {entry.uid}:{entry.gid} is not a user and group", _MALFORMED)
         if not -(1 << 63) <= entry.mtime < 1 << 63:
@@ -267,7 +266,7 @@ class LayerTree:
     # ---- the tree ----
 
     def _directory(self, parts: list[bytes], entry: layers_tar.Entry) -> Node:
-        """The directory of a path, made if it is missing; links on the way are followed."""
+        """Return the directory of a path, following links, and make it if it is missing."""
         if self._last is not None and self._last[0] == parts:
             return self._last[1]
         node = self._walk(parts, entry)
@@ -331,7 +330,7 @@ class LayerTree:
         self._mark(parent, name)
 
     def _mark(self, parent: Node, name: bytes) -> None:
-        """Note that the present layer has put this name there: its own whiteouts do not apply to it."""
+        """Record that the present layer has added this name, so that its own whiteouts do not apply to it."""
         if parent.fresh is None:
             parent.fresh = set()
             self._touched.append(parent)
@@ -376,7 +375,7 @@ class LayerTree:
         if directory.fresh is None or hidden not in directory.fresh:
             if child.children is None or not self._prune(child):
                 self._remove(directory, hidden)
-            else:  # what the layer put below it lies in a directory that it did not describe
+            else:  # the layer has added files below a directory that it did not describe
                 child.mode = stat.S_IFDIR | 0o755
                 child.uid = child.gid = 0
                 child.xattrs = None
@@ -384,10 +383,10 @@ class LayerTree:
             self._prune(child)
 
     def _prune(self, top: Node) -> bool:
-        """Remove all that lower layers brought below a directory.
+        """Remove everything below a directory that is from lower layers.
 
         Returns:
-            Whether something of the present layer is left in it.
+            Whether anything of the present layer is left in it.
         """
         order = [top]
         for node in order:  # grows while it is walked: parents first
@@ -406,7 +405,7 @@ class LayerTree:
 
 
 def _clean(name: bytes) -> list[bytes]:
-    """The components of a name within the root, cleaned as Go's ``filepath.Clean`` does.
+    """The components of a name within the root, cleaned like Go's ``filepath.Clean``.
 
     Raises:
         ImageError: The name leads out of the root, or is too long.
@@ -444,7 +443,7 @@ def _attributes(given: dict[bytes, bytes]) -> dict[bytes, bytes] | None:
 
 
 def limits_from_environment() -> Limits:
-    """The limits, as moved by ``KATA_IMAGE_MAX_SIZE`` (bytes) and ``KATA_IMAGE_MAX_ENTRIES``.
+    """The limits, as set by ``KATA_IMAGE_MAX_SIZE`` (bytes) and ``KATA_IMAGE_MAX_ENTRIES``.
 
     Raises:
         ImageError: One of them is not a number.

@@ -1,7 +1,7 @@
-"""Layer streams: compression found by its magic, decompressed in bounded steps, hashed on the way.
+"""Layer streams: detects compression by its magic number, decompresses in bounded steps, and hashes the content.
 
-A step never gives more than `STEP` bytes, however well the input was compressed, so a bomb costs time and
-disk space up to the limits of `kata.storage.layers`, not memory.
+A step never yields more than `STEP` bytes, whatever the compression ratio, so a decompression bomb takes time and disk
+space up to the limits of `kata.storage.layers`, but no memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STEP = 256 << 10
 
 _ZSTD_WINDOW = 128 << 20
-"""The largest window that ``zstd`` itself accepts without being asked (8 MiB is usual)."""
+"""The largest window that ``zstd`` accepts by default (8 MiB is usual)."""
 
 
 class _Decompressor(Protocol):
@@ -50,7 +50,7 @@ def kind_of(magic: bytes) -> str:
 
 
 def decompressed(source: BinaryIO, tick: Callable[[int], None] | None = None) -> Iterator[bytes]:
-    """The bytes of a layer, decompressed.
+    """Decompress a layer.
 
     Args:
         source: The stored layer.
@@ -85,7 +85,7 @@ _DAMAGED = "pull or export the image again"
 
 
 class _Prefixed:
-    """A source of which the beginning has been read already."""
+    """A source whose beginning has already been read."""
 
     def __init__(self, head: bytes, source: BinaryIO, tick: Callable[[int], None] | None) -> None:
         self._head = head
@@ -104,7 +104,7 @@ class _Prefixed:
 
 
 def _members(kind: str, source: _Prefixed) -> Iterator[bytes]:
-    """gzip, bzip2 or xz, of which several may follow each other (pigz, estargz and `cat` make such)."""
+    """Decompress gzip, bzip2 or xz, of which several members may follow each other (as by pigz, estargz, `cat`)."""
     data = source.read(STEP)
     while data:
         decoder = _decoder(kind)
@@ -124,7 +124,7 @@ def _members(kind: str, source: _Prefixed) -> Iterator[bytes]:
 
 
 class _Gunzip:
-    """zlib's decompressor in the shape of the other two."""
+    """zlib's decompressor with the interface of the other two."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(31)
@@ -168,14 +168,14 @@ def _zstd(source: _Prefixed) -> Iterator[bytes]:
 
 
 class Stream:
-    """The uncompressed bytes of a layer, produced by a thread of its own while the caller uses them.
+    """The uncompressed bytes of a layer, produced by a separate thread while the caller processes them.
 
     Decompressing, hashing and writing release the interpreter's lock, so two cores are used.
 
     Args:
         source: The stored layer.
-        limit: The largest number of uncompressed bytes.
-        tick: As for `decompressed`; called in the other thread.
+        limit: Maximum number of uncompressed bytes.
+        tick: See `decompressed`; called in the other thread.
     """
 
     def __init__(self, source: BinaryIO, limit: int, tick: Callable[[int], None] | None = None) -> None:
@@ -187,7 +187,7 @@ class Stream:
         self._buffer = b""
         self._at = 0
         self.offset = 0
-        """How many bytes have been taken."""
+        """Number of bytes consumed so far."""
         self._thread = threading.Thread(target=self._run, args=(source, tick), daemon=True, name="layer")
         self._thread.start()
 
@@ -218,7 +218,7 @@ class Stream:
         return piece
 
     def read(self, size: int) -> bytes:
-        """Exactly this many bytes, or fewer at the end of the stream."""
+        """Read exactly this many bytes; fewer only at the end of the stream."""
         end = self._at + size
         if end <= len(self._buffer):
             data = self._buffer[self._at : end]
@@ -240,7 +240,7 @@ class Stream:
         return data
 
     def pieces(self, size: int) -> Iterator[bytes]:
-        """The next bytes in pieces as they come; fewer only at the end of the stream."""
+        """Yield the next *size* bytes in pieces as they arrive; fewer only at the end of the stream."""
         while size:
             if self._at >= len(self._buffer):
                 self._buffer = self._next()
@@ -254,7 +254,7 @@ class Stream:
             yield piece
 
     def skip(self, size: int) -> int:
-        """Pass over bytes; returns how many there were."""
+        """Skip bytes. Returns their number."""
         end = self._at + size
         if end <= len(self._buffer):
             self._at = end

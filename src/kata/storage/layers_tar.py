@@ -1,10 +1,9 @@
 """A tar reader for hostile archives: one pass, bounded memory, no file system access.
 
-Written instead of using `tarfile`, which reads extension headers of any length into memory, keeps every
-member, and takes three times as long. What it accepts is what Go's ``archive/tar`` accepts (that is what
-layers are made and read with): ustar, pax, GNU and old tar, base-256 numbers, and the four sparse formats.
-Like there, a global pax header is read and ignored, and the types that have no content (links, directories,
-devices) have none, whatever their size field says.
+`tarfile` is not used because it reads extension headers of any length into memory, keeps every member, and takes three
+times as long. This reader accepts the same as Go's ``archive/tar``, with which layers are usually made and read: ustar,
+pax, GNU and old tar, base-256 numbers, and the four sparse formats. As there, a global pax header is read and ignored,
+and types without content (links, directories, devices) have none, whatever their size field says.
 
 Sources: POSIX.1-2017 ``pax``, GNU tar manual "Standard Format", "Storing Sparse Files".
 """
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20
-"""The largest extension header (long name or pax records) taken, as in Go."""
+"""Maximum size of an extension header (long name or pax records), as in Go."""
 _MAX_SPARSE = 1 << 16
 _AT_ONCE = 64 << 10
 _ZERO_BLOCK = bytes(BLOCK)
@@ -78,7 +77,7 @@ class Entry:
 
 
 def text(name: bytes) -> str:
-    """A name out of an archive, made fit for an error message."""
+    """A name from an archive, made safe for an error message."""
     shown = name[:200].decode("utf-8", "backslashreplace")
     shown = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in shown)
     return shown + ("..." if len(name) > 200 else "")
@@ -188,7 +187,7 @@ class Reader:
             return self._classify(entry, block, sparse_map)
 
     def pieces(self) -> Iterator[bytes]:
-        """The content of the current entry, holes of sparse files as zeros; `size` bytes in all.
+        """Yield the content of the current entry, `size` bytes in total, with holes of sparse files as zeros.
 
         Raises:
             ImageError: The archive ends early.
@@ -221,7 +220,7 @@ class Reader:
             raise ImageError("the archive ends within a file", _HINT)
 
     def _finish(self) -> None:
-        """Pass over what was not read of the current entry."""
+        """Skip the rest of the current entry."""
         rest = self._left + self._pad
         self._left = self._pad = 0
         if rest and self._source.skip(rest) < rest:
