@@ -361,7 +361,7 @@ _ALL = [
         most=86_400_000),
     Key(_A, "kernel_modules", LIST, "none", "modules to load in the guest, each with its parameters: `\"name a=1\"`"),
     Key(_A, "container_pipe_size", INT, "the kernel's", "bytes that the pipes of a container's streams hold"),
-    Key(_A, "guest_extensions", LIST, "none", "*our own*: archives behind the initrd, as of `kata guest build"
+    Key(_A, "guest_extensions", LIST, "none", "*our own*: archives after the initrd, made by `kata guest build"
         " --extension`"),
     Key(_A, "enable_tracing", BOOL, "false", _NO_TRACING, IDLE),
     Key(_A, "dial_timeout_ms", INT, "", _OWN_TIMEOUTS, IDLE),

@@ -282,7 +282,7 @@ class Boot:
         """Work out the network, and make the host's ends of the guest's interfaces.
 
         Raises:
-            KataError: As of `kata.network.plan.plan` and `NetworkPlan.setup_nics`.
+            KataError: See `kata.network.plan.plan` and `NetworkPlan.setup_nics`.
             UnsupportedError: The hypervisor cannot connect a machine so.
         """
         network = self._settings.network
@@ -380,7 +380,7 @@ class Boot:
         """Start the machine: it boots from here on.
 
         Raises:
-            KataError: As of `kata.hypervisor.protocols.Monitor.start`.
+            KataError: See `kata.hypervisor.protocols.Monitor.start`.
         """
         assert self.machine.shape is not None
         self.machine.started_ns = time.monotonic_ns()
@@ -419,7 +419,7 @@ class Boot:
         """Start what the network needs on the host.
 
         Raises:
-            KataError: As of `NetworkPlan.start`.
+            KataError: See `NetworkPlan.start`.
         """
         if self.machine.network is not None:
             self.machine.network.start(self._journal, self._settings.id)
@@ -488,9 +488,9 @@ def shape_of(
     Args:
         settings: The sandbox's.
         capabilities: What the hypervisor can do: the machine has no room to grow where it cannot.
-        nics: As of `MachineShape`.
-        hotplug_nics: As of `MachineShape`.
-        share: As of `MachineShape`.
+        nics: See `MachineShape`.
+        hotplug_nics: See `MachineShape`.
+        share: See `MachineShape`.
     """
     described = settings.described()
     hypervisor, guest, size = described.hypervisor, described.guest, described.size

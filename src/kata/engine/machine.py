@@ -202,7 +202,7 @@ def network_settings(conf: Configuration, path: str) -> NetworkSettings:
             "Give it a network namespace of its own.",
         )
     if path.startswith("/proc/") and path.split("/")[2].isdecimal():
-        # As of Docker's `--network container:NAME`: the machine would take all that process's traffic.
+        # As with Docker's `--network container:NAME`: the machine would take all that process's traffic.
         raise UnsupportedError(
             f"the container asks for the network namespace {path} of another process on this host",
             "A virtual machine cannot share it: what arrives there would reach the machine alone. If that process only"

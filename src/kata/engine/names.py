@@ -68,7 +68,7 @@ class Names:
         """Have the port in the guest.
 
         Raises:
-            KataError: As of `AgentClient`.
+            KataError: See `AgentClient`.
         """
         address = resolver.pack(ADDRESS)
         await dial.listen_loopback(agent, _DATAGRAMS, address, PORT, datagrams=True)

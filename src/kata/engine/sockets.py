@@ -79,7 +79,7 @@ class Socket:
         """Make it in the guest.
 
         Raises:
-            KataError: As of `AgentClient`.
+            KataError: See `AgentClient`.
         """
         raise NotImplementedError
 
@@ -155,7 +155,7 @@ class Relay:
 
         Raises:
             UnsupportedError: The guest's agent has no such thing.
-            KataError: As of `AgentClient`.
+            KataError: See `AgentClient`.
         """
         if dial.SOCKETS_FEATURE not in agent.features:
             raise UnsupportedError(

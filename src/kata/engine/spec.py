@@ -311,7 +311,7 @@ def limits_of(limits: object, disks: Collection[tuple[int, int]]) -> list[dict[s
 
 
 def dropped(spec: object, disks: Collection[tuple[int, int]] = ()) -> Iterator[str]:  # noqa: C901
-    """What a spec asks for that cannot be carried into the guest, in words; *disks* as of `for_guest`."""
+    """Sentences about what a spec asks for that cannot be had in the guest; see `for_guest` for *disks*."""
     if isinstance(spec, dict):
         for key, value in spec.items():
             if value in (None, [], {}, "", 0, False):
