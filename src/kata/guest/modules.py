@@ -88,7 +88,7 @@ class Tree:
             return set()
 
     def resolve(self, wanted: list[Wanted]) -> list[tuple[str, bytes]]:
-        """The modules to insert, each after everything that it needs.
+        """Return the modules to load, each after everything that it needs.
 
         Args:
             wanted: What is asked for; modules that are part of the kernel itself need nothing.
@@ -116,7 +116,7 @@ class Tree:
         return list(done.values())
 
     def _visit(self, name: str, done: dict[str, tuple[str, bytes]], above: tuple[str, ...]) -> str | None:
-        """Add a module after its dependencies; the name of the one that is missing, if any."""
+        """Add a module after its dependencies. Returns the name of a missing one, if any."""
         if name in done or name in self._builtin:
             return None
         path = self._paths.get(name)
@@ -165,7 +165,7 @@ def read_module(path: str) -> bytes:
 
 
 def _dependencies(data: bytes, path: str) -> tuple[list[str], list[str]]:
-    """What has to be inserted before a module, and what had better be."""
+    """The dependencies of a module, and its soft dependencies."""
     needs: list[str] = []
     soft: list[str] = []
     for entry in _section(data, b".modinfo", path).split(b"\0"):
@@ -183,7 +183,7 @@ def _dependencies(data: bytes, path: str) -> tuple[list[str], list[str]]:
 
 
 def _section(data: bytes, wanted: bytes, path: str) -> bytes:
-    """The content of an ELF section, empty when there is none of that name."""
+    """The content of an ELF section; empty if there is none of that name."""
     try:
         table = struct.unpack_from("<Q", data, 40)[0]
         entry, count, names = struct.unpack_from("<HHH", data, 58)

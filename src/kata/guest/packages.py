@@ -1,4 +1,4 @@
-"""Debian packages that are fetched and opened without being installed: kernel sources and packaged kernels.
+"""Downloads and unpacks Debian packages without installing them: kernel sources and packaged kernels.
 
 ``apt-get`` finds, downloads and authenticates them with the machine's own sources; nothing is added to the
 machine's package database.
@@ -23,12 +23,12 @@ BUILD_PACKAGES = [
     *("bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make"),
     *("patch", "perl", "tar", "xz-utils"),
 ]
-"""The Debian packages that building the small kernel takes."""
+"""The Debian packages that are needed to build the small kernel."""
 
 BUILD_PROGRAMS = ["bc", "bison", "flex", "gcc", "ld", "make", "patch", "perl", "strip", "tar", "xz"]
-"""The programs of those packages: what is looked for before a build starts."""
+"""Programs of those packages, whose presence is checked before a build starts."""
 
-# The user to which apt drops its rights may not enter the cache; signatures are checked either way.
+# The unprivileged user that apt would switch to may not enter the cache; signatures are checked in any case.
 _AS_ROOT = ("-o", "APT::Sandbox::User=root")
 
 _URI_LINE = re.compile(
@@ -106,7 +106,7 @@ def packaged_kernel(meta: str) -> str:
 
 
 def describe(name: str) -> Package:
-    """What apt would download for a package.
+    """Return what apt would download for a package.
 
     Raises:
         GuestAssetError: apt knows no such package, or none that can be downloaded.

@@ -1,4 +1,4 @@
-"""Telling a person what a long step is doing: a bar on a terminal, a line now and then elsewhere."""
+"""Reports the progress of long steps: with a bar on a terminal, otherwise with a line from time to time."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """What the builder reports to."""
+    """Takes the builder's reports."""
 
     def note(self, text: str) -> None:
-        """Say that something happens, in a few words."""
+        """Report an event in a few words."""
 
     def start(self, title: str) -> None:
-        """Begin a step whose length is known."""
+        """Begin a step of known length."""
 
     def update(self, fraction: float) -> None:
-        """Say how much of the step is done, from 0 to 1."""
+        """Report which part of the step is done, from 0 to 1."""
 
     def stop(self) -> None:
-        """End the step, done or not."""
+        """End the step, whether it is complete or not."""
 
 
 class Silent:
-    """Says nothing."""
+    """Reports nothing."""
 
     def note(self, text: str) -> None:
         """See `Progress`."""
@@ -44,7 +44,7 @@ class Silent:
 
 
 class Lines:
-    """A line a tenth, for logs."""
+    """Prints a line for each tenth of a step, for logs."""
 
     def __init__(self) -> None:
         self._title = ""
@@ -72,10 +72,10 @@ class Lines:
 
 
 class Bar:
-    """A bar with the time that is left, on a terminal."""
+    """Draws a bar with the remaining time, on a terminal."""
 
     def __init__(self) -> None:
-        # Only a person who waits pays for this import.
+        # Imported only when a bar is drawn.
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -122,5 +122,5 @@ class Bar:
 
 
 def for_stderr() -> Progress:
-    """What suits standard error: a bar on a terminal, else lines."""
+    """The kind of progress that suits standard error: a bar on a terminal, otherwise lines."""
     return Bar() if sys.stderr.isatty() else Lines()

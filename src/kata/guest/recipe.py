@@ -1,4 +1,4 @@
-"""What says how a guest is made: the small kernel's configuration and patches, a packaged kernel's modules.
+"""Reads the recipe of a guest: the small kernel's configuration and patches, a packaged kernel's modules.
 
 They lie in ``guest/`` beside the directory that holds the package: of a checkout, and of an installation.
 """
@@ -104,7 +104,7 @@ def render(rules: list[Rule]) -> str:
 
 
 def broken(rules: list[Rule], configuration: str) -> list[Rule]:
-    """The rules that a finished ``.config`` does not keep.
+    """Return the rules that a finished ``.config`` violates.
 
     An option vanishes without a word when something that it depends on is off.
     """

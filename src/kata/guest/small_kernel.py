@@ -1,4 +1,4 @@
-"""Build the small guest kernel from Debian's ``linux-source`` package.
+"""Builds the small guest kernel from Debian's ``linux-source`` package.
 
 Monolithic, with what a container host needs and nothing else (``guest/kernel.config``), kept as the uncompressed
 ELF file: it is entered directly (PVH), and there is nothing to decompress in the guest.
@@ -22,13 +22,13 @@ from kata.guest import bzimage, kernels, packages, recipe
 from kata.guest.progress import Progress
 
 RECIPE_VERSION = 1
-"""Part of the cache's key; to be raised when the steps below change what comes out."""
+"""Part of the cache's key; to be raised when a change of the steps below changes the result."""
 
 _USUAL_STEPS = 2450
-"""Lines that make prints for a whole build, until an earlier build has told."""
+"""Number of lines that make prints in a whole build, until it is known from an earlier build."""
 
 _ROOM = 3 << 30
-"""Bytes that sources and objects take while building."""
+"""Space, in bytes, for sources and objects during a build."""
 
 _HINT_FAILED = "the distribution's kernel needs no build: kata guest build --kernel distro"
 
@@ -49,7 +49,7 @@ _LEFT_OUT = (
 
 
 def key_of(source: packages.Package, rules: list[recipe.Rule], patches: list[tuple[str, str]]) -> str:
-    """The name under which a kernel is cached: from all that it is made of, without the comments."""
+    """The key of the kernel in the cache, derived from all its inputs without comments."""
     changes = [diff[diff.find("--- a/") :] for _name, diff in patches]
     lines = [f"{rule} {rule.since}" for rule in rules]
     parts = (str(RECIPE_VERSION), source.name, source.version, *lines, *changes)
@@ -71,7 +71,7 @@ def find_source() -> packages.Package:
 
 
 def cached() -> kernels.Kernel | None:
-    """The small kernel that `obtain` would give without building anything."""
+    """The small kernel that `obtain` would return without a build; None if it has to be built."""
     try:
         return kernels.find(key_of(find_source(), _rules(), recipe.patches()))
     except GuestAssetError:
@@ -171,7 +171,7 @@ def _build(
 
 
 def _unpack(archive: str, work: str, progress: Progress) -> str:
-    """Unpack the package and the sources in it; the path of the source tree."""
+    """Unpack the package and the sources in it. Returns the path of the source tree."""
     progress.note("unpacking the kernel's sources")
     opened = os.path.join(work, "package")
     packages.unpack(archive, opened)
@@ -190,7 +190,7 @@ def _unpack(archive: str, work: str, progress: Progress) -> str:
 
 
 def _patch(tree: str, name: str, diff: str, progress: Progress) -> bool:
-    """Apply a patch; one for other versions than this is left out, since all of them only save time."""
+    """Apply a patch. One that does not fit this version is skipped, since all patches only save time."""
     command = [
         "patch",
         "-p1",
@@ -221,7 +221,7 @@ def _version(tree: str) -> tuple[int, int]:
 
 
 def _environment(archive: str, seed: str) -> dict[str, str]:
-    """What make sees: nothing of ours (we may run below a make ourselves), and no fact of this machine."""
+    """The environment of make: nothing of ours (we may be run by a make), and no facts about this machine."""
     return {
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
         "HOME": "/",
@@ -261,7 +261,7 @@ def _make(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # so that an interrupted build ends with all its compilers
+            start_new_session=True,  # so that all compilers of an interrupted build can be ended
         )
         try:
             assert child.stdout is not None
@@ -286,14 +286,14 @@ def _make(
 
 
 def _keep_log(log: str) -> str:
-    """Move the log of a failed build out of its work directory, which will be removed."""
+    """Move the log of a failed build out of its work directory, which is removed afterwards."""
     kept = os.path.join(kernels.directory(), "failed-build.log")
     shutil.copyfile(log, kept)
     return kept
 
 
 def _expected_steps() -> int:
-    """How many lines an earlier build printed."""
+    """The number of lines that an earlier build printed."""
     newest: tuple[float, int] = (0.0, _USUAL_STEPS)
     for place in glob.glob(os.path.join(kernels.directory(), "small-*")):
         kernel = kernels.find(os.path.basename(place))
