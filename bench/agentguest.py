@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kata.engine.boot import KERNEL_PARAMETERS, spare_mac
+from kata.engine.lifecycle.boot import KERNEL_PARAMETERS, spare_mac
 from kata.guest import manifest
 from kata.guest.cpio import Archive
 from kata.hypervisor import tsc

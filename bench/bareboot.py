@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "src"))
 
 from kata import paths  # noqa: E402
 from kata.cli.session import client_policy  # noqa: E402
-from kata.engine.boot import shape_of, spare_mac  # noqa: E402
+from kata.engine.lifecycle.boot import shape_of, spare_mac  # noqa: E402
 from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
 from kata.hypervisor import accel, tsc  # noqa: E402

@@ -28,10 +28,11 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 PYTHON = "/usr/bin/python3"
 
 _PREFIX = f"import sys; sys.path.insert(0, {str(SRC)!r})\n"
-EARLY = _PREFIX + "import kata.engine.main\nimport kata.engine.boot\n"
+EARLY = _PREFIX + "import kata.engine.main\nimport kata.engine.lifecycle.boot\n"
 WHOLE = EARLY + (
     "sys.modules['ssl'] = None\nimport asyncio\n"
-    "import kata.engine.sandbox, kata.engine.task_service, kata.engine.sandbox_service, kata.ttrpc.server\n"
+    "import kata.engine.lifecycle.sandbox, kata.engine.services.task_service, kata.ttrpc.server\n"
+    "import kata.engine.services.sandbox_service\n"
     "import kata.hypervisor.qemu.machine\n"
 )
 VARIANTS = {

@@ -199,7 +199,7 @@ def _install_shim() -> None:
 
 def _install_engine() -> None:
     from kata import journal
-    from kata.engine import boot, volumes
+    from kata.engine.lifecycle import boot, volumes
     from kata.hypervisor.qemu import process as qemu_process
     from kata.resources import host_cgroup
 
@@ -261,11 +261,12 @@ def _install_serving_engine() -> None:
 
     sys.modules["ssl"] = None  # type: ignore[assignment]  # as the engine does before it imports asyncio
     from kata.agent.client import AgentClient
-    from kata.engine import binds, guest_setup, hostroot
-    from kata.engine.container_parts import ContainerParts
-    from kata.engine.process_end import EndOfProcesses
-    from kata.engine.task_service import TaskService
-    from kata.engine.teardown import Teardown
+    from kata.engine.containers import binds, hostroot
+    from kata.engine.containers.container_parts import ContainerParts
+    from kata.engine.containers.process_end import EndOfProcesses
+    from kata.engine.lifecycle import guest_setup
+    from kata.engine.lifecycle.teardown import Teardown
+    from kata.engine.services.task_service import TaskService
     from kata.hypervisor.qemu.machine import Qemu
 
     _around(guest_setup, "_healthy", after="create.agent")

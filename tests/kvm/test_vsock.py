@@ -19,7 +19,7 @@ from waiting import PATIENCE
 
 from kata import journal_undo
 from kata.agent.client import AgentClient
-from kata.engine.boot import KERNEL_PARAMETERS
+from kata.engine.lifecycle.boot import KERNEL_PARAMETERS
 from kata.errors import HostError, KataError, VMLostError
 from kata.guest import manifest
 from kata.guest.cpio import Archive

@@ -14,10 +14,10 @@ from test_engine_volumes import in_child, share_of
 
 from kata import journal_undo, sysio
 from kata.cli import session
-from kata.engine.binds import ContainerMounts
+from kata.engine.containers.binds import ContainerMounts
+from kata.engine.containers.spec import GUEST_RUN, GUEST_SHARE
+from kata.engine.forwarding.sockets import SocketForwardingState, connected, descriptor
 from kata.engine.hostns import Namespaces
-from kata.engine.sockets import SocketForwardingState, connected, descriptor
-from kata.engine.spec import GUEST_RUN, GUEST_SHARE
 from kata.journal import Journal
 from kata.settings import ClientPolicy, ContainerSettings, DiskVolumeSettings
 from kata.shim import start

@@ -8,7 +8,7 @@ import pytest
 import sandbox_support
 
 from kata import journal_undo
-from kata.engine import boot, guest_setup, volumes
+from kata.engine.lifecycle import boot, guest_setup, volumes
 from kata.errors import (
     HostError,
 )

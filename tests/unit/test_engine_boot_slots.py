@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from kata.engine.boot_slots import BootSlot
+from kata.engine.lifecycle.boot_slots import BootSlot
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
 
 WAITER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from kata.engine.boot_slots import BootSlot
+from kata.engine.lifecycle.boot_slots import BootSlot
 slot = BootSlot(print, 1)
 print("mine", flush=True)
 sys.stdin.read(1)

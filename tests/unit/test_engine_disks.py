@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kata.engine import disks
+from kata.engine.containers import disks
 from kata.errors import HostError, UnsupportedError
 from kata.proto.task_pb import Mount
 

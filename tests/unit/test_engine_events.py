@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kata.engine import events
+from kata.engine.services import events
 from kata.proto import events_pb, google_pb
 from kata.proto.codec import Methods
 from kata.ttrpc.server import Context, Server

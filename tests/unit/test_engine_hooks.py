@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kata.engine import hooks
+from kata.engine.containers import hooks
 from kata.engine.hostns import Namespaces
 from kata.errors import HostError
 

@@ -1,4 +1,4 @@
-"""When an engine that serves nothing ends: the table of `kata.engine.idle`, and the lease of its client."""
+"""When an engine that serves nothing ends: the table of `kata.engine.lifecycle.idle`, and the lease of its client."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from kata.engine.idle import END, KEEP, WAIT, next_action
 from kata.engine.launch import RELEASE_BYTE, Engine, Lease
+from kata.engine.lifecycle.idle import END, KEEP, WAIT, next_action
 
 HELD, RELEASED, BROKEN = Lease.HELD, Lease.RELEASED, Lease.BROKEN
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kata.engine.logfile import LogFile
+from kata.engine.standard_streams.logfile import LogFile
 
 
 def records(path: Path) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kata import journal_undo
-from kata.engine import logger
+from kata.engine.standard_streams import logger
 from kata.errors import HostError, UsageError
 from kata.journal import Journal
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kata.engine import nodes
+from kata.engine.containers import nodes
 from kata.errors import UnsupportedError
 
 EVERYTHING = {"devices": [{"allow": True, "access": "rwm"}]}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kata.engine import pod
+from kata.engine.lifecycle import pod
 from kata.errors import ConfigError, UnsupportedError
 from kata.proto import cri_pb, google_pb
 from kata.proto.podsandbox_pb import CreateSandboxRequest

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from kata.engine import process
-from kata.engine.stdio import parse_stdio
+from kata.engine.containers import process
+from kata.engine.standard_streams.stdio import parse_stdio
 from kata.errors import (
     NotFoundError,
     StateError,

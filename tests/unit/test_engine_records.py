@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kata.engine.records import StateFile, read_json, rfc3339
+from kata.engine.containers.records import StateFile, read_json, rfc3339
 
 
 def test_state_file_is_replaced_whole(tmp_path: Path) -> None:

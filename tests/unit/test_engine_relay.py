@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from kata.engine import forward, relay
+from kata.engine.forwarding import forward, relay
 from kata.errors import AgentError
 
 

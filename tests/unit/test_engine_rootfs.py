@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kata.engine import rootfs
+from kata.engine.containers import rootfs
 from kata.errors import (
     ConfigError,
 )

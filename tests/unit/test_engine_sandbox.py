@@ -21,12 +21,15 @@ import pytest
 import sandbox_support
 from agent_double import AgentDouble, MachineDouble
 
-from kata.engine import boot, guest_setup, records, sandbox_service, spec, streams, task_service
 from kata.engine.client import EngineClient
-from kata.engine.machine_runtime import MachineRuntime
-from kata.engine.records import read_json
-from kata.engine.sandbox import Sandbox
-from kata.engine.sandbox_state import SandboxState
+from kata.engine.containers import records, spec
+from kata.engine.containers.records import read_json
+from kata.engine.lifecycle import boot, guest_setup
+from kata.engine.lifecycle.machine_runtime import MachineRuntime
+from kata.engine.lifecycle.sandbox import Sandbox
+from kata.engine.lifecycle.sandbox_state import SandboxState
+from kata.engine.services import sandbox_service, task_service
+from kata.engine.standard_streams import streams
 from kata.errors import (
     AgentError,
     AlreadyExistsError,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kata.engine import spec
+from kata.engine.containers import spec
 from kata.errors import (
     ConfigError,
 )

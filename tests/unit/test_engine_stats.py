@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kata.engine import stats
+from kata.engine.services import stats
 from kata.proto import agent_pb, cgroups_v1_pb, cgroups_v2_pb
 
 

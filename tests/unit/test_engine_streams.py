@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kata.engine import streams
-from kata.engine.stdio import parse, parse_stdio
-from kata.engine.streams import InputPump, OutputPump, ProcessStreams, Sink
+from kata.engine.standard_streams import streams
+from kata.engine.standard_streams.stdio import parse, parse_stdio
+from kata.engine.standard_streams.streams import InputPump, OutputPump, ProcessStreams, Sink
 from kata.errors import AgentError, KataError, UnsupportedError, UsageError, VMLostError
 
 
@@ -105,8 +105,8 @@ def test_slow_reader_holds_the_guest_up(fifo: str) -> None:
 
 
 def test_vanished_reader_is_dropped_and_the_log_goes_on(fifo: str, tmp_path: Path) -> None:
-    from kata.engine.logfile import LogFile
-    from kata.engine.streams import Log
+    from kata.engine.standard_streams.logfile import LogFile
+    from kata.engine.standard_streams.streams import Log
 
     async def work() -> None:
         guest, fd = Guest(), reader_of(fifo)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kata import journal_undo, sysio
-from kata.engine import volumes
 from kata.engine.hostns import Namespaces
-from kata.engine.volumes import Share
+from kata.engine.lifecycle import volumes
+from kata.engine.lifecycle.volumes import Share
 from kata.errors import UnsupportedError, UsageError
 from kata.journal import Journal
 

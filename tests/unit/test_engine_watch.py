@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from kata.engine import watch
+from kata.engine.lifecycle import watch
 from kata.errors import (
     AgentTimeoutError,
     KataError,

@@ -16,7 +16,7 @@ import pytest
 import sandbox_support
 
 from kata import journal_undo, sysio
-from kata.engine import boot
+from kata.engine.lifecycle import boot
 from kata.errors import ConfigError, HostError, HypervisorError, KataError, UnsupportedError
 from kata.hypervisor import registry
 from kata.hypervisor.base import Attachments, Capabilities, MachineShape, Nic

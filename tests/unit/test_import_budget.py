@@ -23,8 +23,14 @@ ENGINE_BEFORE_THE_VM = {
 OURS_BEFORE_THE_VM = {
     *("kata", "kata.children", "kata.errors", "kata.journal", "kata.launcher", "kata.paths", "kata.sysio"),
     *("kata.host_cache", "kata.settings"),
-    *("kata.engine", "kata.engine.boot", "kata.engine.launch", "kata.engine.main"),
-    *("kata.engine.boot_slots", "kata.engine.volumes"),
+    *(
+        "kata.engine",
+        "kata.engine.lifecycle",
+        "kata.engine.lifecycle.boot",
+        "kata.engine.launch",
+        "kata.engine.main",
+    ),
+    *("kata.engine.lifecycle.boot_slots", "kata.engine.lifecycle.volumes"),
     *("kata.hypervisor", "kata.hypervisor.base", "kata.hypervisor.registry", "kata.hypervisor.tsc"),
     *("kata.hypervisor.qemu", "kata.hypervisor.qemu.command", "kata.hypervisor.qemu.monitor"),
     *("kata.hypervisor.qemu.process", "kata.hypervisor.qemu.root", "kata.hypervisor.qemu.settings"),
@@ -66,7 +72,9 @@ def loaded_by(*modules: str) -> set[str]:
 def test_the_engine_starts_the_vm_with_few_modules() -> None:
     monitor = ("monitor", "process", "root", "settings")  # imported by `start`
     loaded = loaded_by(
-        "kata.engine.main", "kata.engine.boot", *(f"kata.hypervisor.qemu.{name}" for name in monitor)
+        "kata.engine.main",
+        "kata.engine.lifecycle.boot",
+        *(f"kata.hypervisor.qemu.{name}" for name in monitor),
     )
     assert loaded - ENGINE_BEFORE_THE_VM - OURS_BEFORE_THE_VM == set()
 

@@ -18,7 +18,8 @@ from waiting import until
 
 from kata import children, journal_undo, launcher, paths
 from kata.cli.session import client_policy
-from kata.engine import hooks, launch
+from kata.engine import launch
+from kata.engine.containers import hooks
 from kata.engine.hostns import Namespaces
 from kata.errors import HostError, UsageError
 from kata.journal import Journal

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kata import sysio
-from kata.engine.guestnet import GuestNetwork
+from kata.engine.forwarding.guestnet import GuestNetwork
 from kata.errors import AgentError
 from kata.network import netns, routing, rtnetlink, sysctls
 from kata.network.netns import NetnsPlan, link_local

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from kata.cli import explain
-from kata.engine.resize import (
+from kata.engine.lifecycle.resize import (
     FEATURE,
     MachineResizer,
     Size,

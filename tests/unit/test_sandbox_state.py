@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kata.engine.sandbox_state import Lifecycle, SandboxState
+from kata.engine.lifecycle.sandbox_state import Lifecycle, SandboxState
 from kata.errors import StateError, VMLostError
 
 NEW, BOOTING, READY, FAILED, STOPPED, CLOSING, ENDING, ENDED = SandboxState

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kata.engine import spec
+from kata.engine.containers import spec
 from kata.errors import ConfigError, UnsupportedError, UsageError
 from kata.oci import features
 from kata.proto.bootstrap_pb import BootstrapParams, BootstrapResult, Extension

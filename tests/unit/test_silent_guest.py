@@ -19,8 +19,10 @@ from test_engine_sandbox import Engine, make, process
 from kata.agent import client as agent_client
 from kata.agent.client import AgentClient
 from kata.cli import session
-from kata.engine import container_kill, container_parts, sandbox_service, task_service, watch
 from kata.engine.client import EngineClient
+from kata.engine.containers import container_kill, container_parts
+from kata.engine.lifecycle import watch
+from kata.engine.services import sandbox_service, task_service
 from kata.errors import AgentError, AgentTimeoutError, KataError, VMLostError
 from kata.proto import agent_pb
 from kata.shim import start

@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from kata.engine import stdio
-from kata.engine.stdio import Descriptor, Null, PathEndpoint, Program, TerminalSocket, parse, parse_stdio
-from kata.engine.streams import InputPump, OutputPump, Sink
+from kata.engine.standard_streams import stdio
+from kata.engine.standard_streams.stdio import (
+    Descriptor,
+    Null,
+    PathEndpoint,
+    Program,
+    TerminalSocket,
+    parse,
+    parse_stdio,
+)
+from kata.engine.standard_streams.streams import InputPump, OutputPump, Sink
 from kata.errors import UnsupportedError, UsageError
 
 

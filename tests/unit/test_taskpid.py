@@ -7,7 +7,7 @@ from pathlib import Path
 
 from waiting import until
 
-from kata.engine.taskpid import TaskPid, of_path
+from kata.engine.containers.taskpid import TaskPid, of_path
 
 
 def test_each_has_a_number_of_its_own_as_long_as_it_is_there() -> None:

@@ -15,8 +15,8 @@ import sandbox_support
 from waiting import PATIENCE, alive, until, until_gone
 
 from kata.engine.client import EngineClient
+from kata.engine.containers.records import read_json
 from kata.engine.launch import Engine, launch
-from kata.engine.records import read_json
 from kata.guest import manifest
 from kata.hypervisor import accel
 from kata.images.resolve import resolve

@@ -15,7 +15,7 @@ from waiting import PATIENCE
 
 from kata.agent import dial
 from kata.agent.client import AgentClient
-from kata.engine.relay import carry
+from kata.engine.forwarding.relay import carry
 from kata.ttrpc.client import Client
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]

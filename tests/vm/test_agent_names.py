@@ -21,7 +21,7 @@ from waiting import PATIENCE
 
 from kata import sysio
 from kata.agent.client import AgentClient
-from kata.engine import names
+from kata.engine.forwarding import names
 from kata.network import sk_lookup
 from kata.ttrpc.client import Client
 

@@ -17,7 +17,7 @@ from socket_support import Service, answer
 from waiting import PATIENCE
 
 from kata.agent.client import AgentClient
-from kata.engine import sockets
+from kata.engine.forwarding import sockets
 from kata.errors import UnsupportedError
 from kata.ttrpc.client import Client
 

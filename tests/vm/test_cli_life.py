@@ -25,7 +25,7 @@ import pytest
 from conftest import Kata
 from waiting import until
 
-from kata.engine.boot_slots import BootSlot
+from kata.engine.lifecycle.boot_slots import BootSlot
 from kata.hypervisor.qemu import root as qemu_root
 from kata.resources import sizing
 

@@ -12,7 +12,7 @@ from kata.agent.client import Encoded
 from kata.agent.text import last_lines
 from kata.agent_ctl import address
 from kata.agent_ctl.links import Link, SocketLink, healthy, lost_error
-from kata.engine.boot import KERNEL_PARAMETERS
+from kata.engine.lifecycle.boot import KERNEL_PARAMETERS
 from kata.errors import HostError, HypervisorError, KataError, VMLostError
 from kata.guest import manifest
 from kata.hypervisor import accel, registry

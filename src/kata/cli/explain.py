@@ -8,8 +8,8 @@ from kata import paths
 from kata.cli import records, table
 from kata.cli.args import Command, Option
 from kata.engine.client import EngineClient
+from kata.engine.containers.records import read_json
 from kata.engine.launch import SETTINGS_NAME, SOCKET_NAME
-from kata.engine.records import read_json
 from kata.errors import KataError, NotFoundError, UsageError
 from kata.resources import sizing
 

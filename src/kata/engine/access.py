@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, TypeVar
 
     from kata.agent.client import AgentClient
-    from kata.engine.boot import Machine as BootedMachine
-    from kata.engine.logger import Logger
-    from kata.engine.volumes import Share
+    from kata.engine.lifecycle.boot import Machine as BootedMachine
+    from kata.engine.lifecycle.volumes import Share
+    from kata.engine.standard_streams.logger import Logger
     from kata.errors import KataError
     from kata.hypervisor.protocols import Machine
     from kata.settings import SandboxSettings

@@ -10,17 +10,17 @@ import os
 import sys
 import time
 
-from kata.engine import boot
 from kata.engine.launch import LIFETIME_FD, LISTEN_FD, SETTINGS_FD, Lease
+from kata.engine.lifecycle import boot
 from kata.errors import KataError
 from kata.journal import FILE_NAME, Journal
 from kata.settings import SandboxSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kata.engine.boot import Machine
-    from kata.engine.events import Publisher
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.lifecycle.boot import Machine
+    from kata.engine.lifecycle.sandbox import Sandbox
+    from kata.engine.services.events import Publisher
     from kata.ttrpc.server import Server
 
 CLIENTS_S = 10.0
@@ -84,8 +84,8 @@ async def _serve(
     import signal
     import socket
 
-    from kata.engine import sandbox_service, task_service
-    from kata.engine.sandbox import Sandbox
+    from kata.engine.lifecycle.sandbox import Sandbox
+    from kata.engine.services import sandbox_service, task_service
     from kata.proto import sandbox_pb, task_pb
     from kata.ttrpc.server import Server
 
@@ -104,7 +104,7 @@ async def _serve(
     }
 
     if sandbox.is_pod:
-        from kata.engine import pod_service
+        from kata.engine.services import pod_service
         from kata.proto import podsandbox_pb
 
         methods = podsandbox_pb.SERVICES[pod_service.SERVICE]
@@ -160,7 +160,7 @@ def _publisher(settings: SandboxSettings, sandbox: Sandbox) -> Publisher | None:
     client = settings.client
     if not client.events_address:
         return None
-    from kata.engine.events import Publisher
+    from kata.engine.services.events import Publisher
 
     publisher = Publisher(client.events_address, client.namespace, sandbox.tasks.log)
     sandbox.publish = publisher.publish
@@ -173,7 +173,7 @@ def _on_terminate(sandbox: Sandbox, number: int) -> None:
 
 
 async def _end_when_idle(sandbox: Sandbox, server: Server, lease: Lease, patience_s: float) -> None:
-    """End a sandbox that nobody can want any more, as `kata.engine.idle` decides.
+    """End a sandbox that nobody can want any more, as `kata.engine.lifecycle.idle` decides.
 
     Args:
         sandbox: The engine's.
@@ -183,7 +183,7 @@ async def _end_when_idle(sandbox: Sandbox, server: Server, lease: Lease, patienc
     """
     import asyncio
 
-    from kata.engine import idle
+    from kata.engine.lifecycle import idle
 
     loop = asyncio.get_running_loop()
     idle_since_s: float | None = None

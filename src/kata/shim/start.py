@@ -6,7 +6,7 @@ import os
 import time
 
 from kata import sysio
-from kata.engine import spec
+from kata.engine.containers import spec
 from kata.engine.launch import check_id, launch
 from kata.errors import ConfigError, HostError, JournalError, NotFoundError, UsageError
 from kata.journal import FILE_NAME, Journal
@@ -198,7 +198,7 @@ def sandbox_settings(
 def pod_settings(
     namespace: str, container_id: str, bundle: str, started_ns: int, config_path: str
 ) -> SandboxSettings:
-    """The same for the Sandbox API's pod, which is described to its engine later (`kata.engine.pod`)."""
+    """The same for the Sandbox API's pod, which is described to its engine later (`kata.engine.lifecycle.pod`)."""
     policy = client_policy(namespace, bundle)
     policy.makes_etc_files = True  # a pod has no container of its own for which containerd would
     return SandboxSettings(

@@ -1,0 +1,1 @@
+"""Containers of a sandbox: their specification, root file system, mounts, devices, processes, and their ends."""

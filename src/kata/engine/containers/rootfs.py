@@ -1,0 +1,141 @@
+"""Which storages make a container's root file system in the guest.
+
+Three shapes: a read-only lower layer (an erofs disk, or a directory of the host through the share) with a
+writable layer over it, a directory of the host used as it is, or a disk used as it is.
+"""
+
+from __future__ import annotations
+
+from kata.engine.containers.spec import GUEST_RUN, GUEST_SHARE
+from kata.errors import ConfigError
+from kata.proto.agent_pb import Storage
+from kata.settings import RootfsSettings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import TypeAlias
+
+CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
+"""Driver option of an overlay: a directory to make before mounting it."""
+
+
+class HostDirectory:
+    """A directory of the host that a client hands over as a root file system, shared with the guest as it is.
+
+    Args:
+        source: Its path.
+        mounted_by_host: The host has mounted it, where the engine's mount namespace may not see it.
+    """
+
+    __slots__ = ("mounted_by_host", "source")
+
+    def __init__(self, source: str, *, mounted_by_host: bool) -> None:
+        self.source = source
+        self.mounted_by_host = mounted_by_host
+
+
+class DiskRoot:
+    """A root file system that is a disk of the machine by itself.
+
+    Args:
+        address: Where the guest finds the disk.
+        fstype: Its file system.
+        options: Mount options.
+    """
+
+    __slots__ = ("address", "fstype", "options")
+
+    def __init__(self, address: str, fstype: str, options: list[str]) -> None:
+        self.address = address
+        self.fstype = fstype
+        self.options = options
+
+
+def path(container_id: str) -> str:
+    """The container's root directory in the guest."""
+    return f"{GUEST_RUN}/{container_id}/rootfs"
+
+
+def share_name(container_id: str) -> str:
+    """Where a root directory of the host appears below the share."""
+    return f"{container_id}/rootfs"
+
+
+if TYPE_CHECKING:
+    Rootfs: TypeAlias = RootfsSettings | HostDirectory | DiskRoot
+
+
+def shared_directory(root: Rootfs | None) -> str:
+    """The directory of the host that a root file system needs the share for; empty if it needs none."""
+    if isinstance(root, HostDirectory):
+        return root.source
+    return root.source if isinstance(root, RootfsSettings) and root.kind == "share" else ""
+
+
+def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = ()) -> list[Storage]:
+    """What the agent is to mount, in this order.
+
+    Args:
+        container_id: The container.
+        root: What its root file system is made of.
+        addresses: Where the machine's disks are in the guest, by slot.
+
+    Raises:
+        ConfigError: Nothing is known of it, or it is of a kind that there is not.
+    """
+    base = f"{GUEST_RUN}/{container_id}"
+    shared = f"{GUEST_SHARE}/{share_name(container_id)}"
+    as_it_is = Storage(
+        driver="bind", source=shared, fstype="bind", options=["rbind"], mount_point=path(container_id)
+    )
+    if isinstance(root, DiskRoot):
+        return [
+            Storage(
+                driver="blk",
+                source=root.address,
+                fstype=root.fstype,
+                options=root.options,
+                mount_point=path(container_id),
+            )
+        ]
+    if isinstance(root, HostDirectory):
+        return [as_it_is]
+    if root is None:
+        raise ConfigError(f"nobody says what the root file system of container {container_id} is made of")
+    mounts: list[Storage] = []
+    if root.kind == "erofs":
+        lower = f"{base}/lower"
+        mounts.append(_disk(addresses[root.lower_slot or 0], "erofs", ["ro"], lower))
+    elif root.kind == "share":
+        lower = shared
+    else:
+        raise ConfigError(f"unknown kind of root file system: {root.kind!r}")
+    upper = f"{base}/upper"
+    if root.upper_slot is not None:
+        mounts.append(_disk(addresses[root.upper_slot], "ext4", ["rw", "nodev"], upper))
+    elif root.upper == "tmpfs":
+        mounts.append(
+            Storage(
+                driver="ephemeral", source="tmpfs", fstype="tmpfs", options=["mode=0755"], mount_point=upper
+            )
+        )
+    elif root.kind == "share":
+        return [as_it_is]
+    else:
+        raise ConfigError("the root file system has no writable layer: give upper_slot or upper")
+    mounts.append(
+        Storage(
+            driver="overlayfs",
+            source="overlay",
+            fstype="overlay",
+            driver_options=[f"{CREATE_DIRECTORY}{upper}/fs", f"{CREATE_DIRECTORY}{upper}/work"],
+            options=[f"lowerdir={lower}", f"upperdir={upper}/fs", f"workdir={upper}/work"],
+            mount_point=path(container_id),
+        )
+    )
+    return mounts
+
+
+def _disk(address: str, fstype: str, options: list[str], mount_point: str) -> Storage:
+    return Storage(driver="blk", source=address, fstype=fstype, options=options, mount_point=mount_point)

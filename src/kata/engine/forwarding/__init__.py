@@ -1,0 +1,1 @@
+"""What an engine carries between the host's network and the guest's: addresses, connections, names."""

@@ -1,0 +1,522 @@
+"""How a sandbox comes up, from top to bottom: the first half, up to the start of its machine.
+
+`power_on` runs before anything heavy is imported: the virtual machine boots while Python loads the rest of the engine.
+The second half is `kata.engine.lifecycle.guest_setup`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from kata.engine.lifecycle import boot_slots, volumes
+from kata.errors import HostError, UnsupportedError
+from kata.hypervisor import registry
+from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from kata.engine import hostns
+    from kata.hypervisor import virtiofsd
+    from kata.hypervisor.base import Capabilities
+    from kata.hypervisor.protocols import Monitor, Started
+    from kata.journal import Journal
+    from kata.network.user import NetworkPlan
+    from kata.resources import host_cgroup
+    from kata.resources.host_cgroup import HostCgroup
+    from kata.settings import SandboxSettings
+
+KERNEL_PARAMETERS = (
+    "quiet",  # a console line costs an emulated guest a third of a millisecond
+    "panic=-1",  # a guest that panics ends its machine at once, with its reason on the console
+    "net.ifnames=0",
+    "dummy.numdummies=0",  # the driver would put an interface into every guest
+    "cgroup_no_v1=all",
+    "rcupdate.rcu_expedited=1",
+    "cryptomgr.notests",
+    "random.trust_cpu=on",
+)
+"""Parameters of every guest's kernel; a monitor adds those that its machines need."""
+CONSOLE_NAME = "console.log"
+BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
+DISK_SLOTS = 4
+"""Disk slots of a sandbox that does not want all."""
+
+
+class Machine:
+    """What `power_on` made. All of it is None or empty where that failed.
+
+    Attributes:
+        monitor: The hypervisor.
+        capabilities: What it can do on this host.
+        shape: What the machine is.
+        started: The machine, until the sandbox takes it over.
+        cgroup: Its leaves in the host's cgroups.
+        files: The file server of the share, if the share is served by one.
+        host: The host's namespaces, for hooks that a client's specification may have.
+        network: The network, if the sandbox has one.
+        share: The share, if the sandbox has one.
+        ready_ns: When there was nothing more to do but wait for a boot slot.
+        started_ns: When the hypervisor was started.
+        boot_slot: The right to boot now, until the first container runs.
+    """
+
+    __slots__ = (
+        "boot_slot",
+        "capabilities",
+        "cgroup",
+        "files",
+        "host",
+        "monitor",
+        "network",
+        "ready_ns",
+        "shape",
+        "share",
+        "started",
+        "started_ns",
+    )
+
+    def __init__(self) -> None:
+        self.monitor: Monitor | None = None
+        self.capabilities: Capabilities | None = None
+        self.shape: MachineShape | None = None
+        self.started: Started | None = None
+        self.cgroup: HostCgroup | None = None
+        self.files: virtiofsd.FileServer | None = None
+        self.host: hostns.Namespaces | None = None
+        self.network: NetworkPlan | None = None
+        self.share: volumes.Share | None = None
+        self.ready_ns = 0
+        self.started_ns = 0
+        self.boot_slot: boot_slots.BootSlot | None = None
+
+    def free_boot_slot(self) -> None:
+        """Let the next machine boot."""
+        if self.boot_slot is not None:
+            self.boot_slot.end()
+
+    @property
+    def disk_addresses(self) -> Sequence[str]:
+        """Where its disks are in the guest, by slot."""
+        return self.started.disk_addresses if self.started is not None else ()
+
+    @property
+    def nic_addresses(self) -> Sequence[str]:
+        """Where its network interfaces are in the guest."""
+        return self.started.nic_addresses if self.started is not None else ()
+
+    def describe_monitor(self) -> dict[str, Any]:
+        """Name of the hypervisor and what it can do here, as JSON values; empty before one was chosen."""
+        if self.monitor is None or self.capabilities is None:
+            return {}
+        return {"name": self.monitor.name, "capabilities": self.capabilities.to_plain()}
+
+    @property
+    def host_overhead_mib(self) -> int:
+        """What running the machine takes on the host beside the guest's memory; 0 where there is none."""
+        if self.monitor is None or self.shape is None:
+            return 0
+        return self.monitor.host_overhead_mib(self.shape.accel)
+
+    def host_limits(self, vcpus: int, memory_mib: int) -> host_cgroup.Limits:
+        """What the machine may take of the host at some size.
+
+        Args:
+            vcpus: How many processors it uses.
+            memory_mib: Its memory, without what its devices take.
+        """
+        from kata.resources import host_cgroup, sizing
+
+        memory = sizing.host_memory(memory_mib + self.extra_memory_mib, self.host_overhead_mib)
+        return host_cgroup.Limits(memory, sizing.host_cpus(vcpus))
+
+    @property
+    def extra_memory_mib(self) -> int:
+        """Memory of the guest that its devices take, beside what was asked for."""
+        return self.started.extra_memory_mib if self.started is not None else 0
+
+
+def needs_share(settings: SandboxSettings) -> bool:
+    """Whether anything of the host is to be seen in the guest."""
+    if settings.described().share.disabled:  # who needs it is told so
+        return False
+    own = settings.container
+    return settings.client.shares_from_start or (
+        own is not None and (bool(own.volumes) or (own.rootfs is not None and own.rootfs.kind == "share"))
+    )
+
+
+def power_on(settings: SandboxSettings, run_dir: str, journal: Journal) -> Machine:
+    """Start the hypervisor and its helpers. This is the recipe.
+
+    Args:
+        settings: The sandbox's; what its log is to say is added to its ``notes``.
+        run_dir: Its directory.
+        journal: Its journal.
+
+    Raises:
+        KataError: Something is missing on this host. Nothing is left open then; what is in the journal is undone
+            with it.
+    """
+    boot = Boot(settings, run_dir, journal)
+    try:
+        boot.choose_monitor()
+        boot.keep_host_namespaces()
+        boot.enter_namespace()
+        boot.prepare_share()
+        boot.plan_network()
+        boot.prepare_file_server()
+        boot.describe_machine()
+        boot.take_boot_slot()
+        boot.start_monitor()
+        boot.join_cgroup()
+        boot.start_file_server()
+        boot.start_network()
+        boot.set_oom_scores()
+    except BaseException:
+        boot.undo()
+        raise
+    return boot.machine
+
+
+class Boot:
+    """The steps of `power_on`, in their order. Each leaves in `undo` what takes back what it has made.
+
+    Args:
+        settings: The sandbox's.
+        run_dir: Its directory.
+        journal: Its journal.
+    """
+
+    __slots__ = (
+        "_attachments",
+        "_described",
+        "_journal",
+        "_nics",
+        "_run_dir",
+        "_settings",
+        "_share",
+        "_undo",
+        "capabilities",
+        "machine",
+        "monitor",
+    )
+
+    def __init__(self, settings: SandboxSettings, run_dir: str, journal: Journal) -> None:
+        self.machine = Machine()
+        self.monitor: Monitor
+        self.capabilities: Capabilities
+        self._settings = settings
+        self._described = settings.described()
+        self._run_dir = run_dir
+        self._journal = journal
+        self._share = volumes.Share(run_dir, journal)
+        self._nics: list[Nic] = []
+        self._attachments: Attachments
+        self._undo: list[Callable[[], object]] = []
+
+    def note(self, sentence: str) -> None:
+        """Have the sandbox's log say something."""
+        self._settings.notes.append(sentence)
+
+    def undo(self) -> None:
+        """Take back what the steps have made so far, the last first."""
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as error:  # the others are taken back all the same
+                self.note(f"a start that failed was not taken back whole: {error}")
+
+    def choose_monitor(self) -> None:
+        """Ask the hypervisor what it can do here, before anything is made.
+
+        Raises:
+            ConfigError: There is no such hypervisor.
+            HostError: It cannot do without KVM.
+            UnsupportedError: It cannot do what the sandbox needs.
+        """
+        hypervisor, disks = self._described.hypervisor, self._settings.disks
+        monitor = registry.find(hypervisor.name)
+        capabilities = monitor.capabilities(
+            hypervisor.accel, hypervisor.options, bounces=self._described.guest.bounces
+        )
+        if hypervisor.accel not in monitor.accelerators:
+            raise HostError(f"{monitor.title} needs KVM, which does not work on this host", "kata doctor")
+        if len(disks) > capabilities.disk_slots:
+            raise UnsupportedError(
+                f"{monitor.title} gives a machine {capabilities.disk_slots} disks, and"
+                f" {len(disks)} are needed",
+                "Give the container fewer volumes that are disks.",
+            )
+        if needs_share(self._settings) and not capabilities.shares:
+            raise UnsupportedError(
+                f"{monitor.title} cannot share files of the host with a machine",
+                "Leave the volumes out, and use an image of the image store.",
+            )
+        self.monitor = self.machine.monitor = monitor
+        self.capabilities = self.machine.capabilities = capabilities
+
+    def keep_host_namespaces(self) -> None:
+        """Hold the host's namespaces open, for what a client's specification may have done there."""
+        if not self._settings.client.keeps_host_mounts:
+            return
+        from kata.engine import hostns
+
+        self.machine.host = hostns.Namespaces()
+        self._undo.append(self.machine.host.close)
+
+    def enter_namespace(self) -> None:
+        """Go into a mount namespace of our own."""
+        volumes.own_namespace()
+
+    def prepare_share(self) -> None:
+        """Make the directory that is shared with the guest, if anything is to be."""
+        if needs_share(self._settings):
+            self._share.prepare()
+            self.machine.share = self._share
+
+    def plan_network(self) -> None:
+        """Work out the network, and make the host's ends of the guest's interfaces.
+
+        Raises:
+            KataError: See `kata.network.plan.plan` and `NetworkPlan.setup_nics`.
+            UnsupportedError: The hypervisor cannot connect a machine so.
+        """
+        network = self._settings.network
+        if network.mode == "none":
+            self._nics = [Nic(spare_mac())] if self.capabilities.nics else []
+            return
+        from kata.network.plan import plan
+
+        made = plan(network)
+        if made.backend and made.backend not in self.capabilities.nic_backends:
+            raise UnsupportedError(
+                f"{self.monitor.title} cannot connect a machine to a network of the mode {network.mode!r}",
+                "Use another network, or none.",
+            )
+        made.journal = self._journal
+        self._undo.append(made.stop)
+        self._nics = made.setup_nics(self.capabilities.nics, hotplug=self.capabilities.hotplug_nics)
+        self._undo += [nic.close for nic in self._nics]
+        self.machine.network = made
+
+    def prepare_file_server(self) -> None:
+        """Choose how files are shared. A file server listens at once, and is started when the machine boots.
+
+        Raises:
+            HostError: virtio-fs was asked for, and there is no virtiofsd.
+            HypervisorError: Its socket cannot be made.
+        """
+        if self.machine.share is None:
+            return
+        program = self._file_server()
+        if not program:
+            return
+        from kata.hypervisor import virtiofsd
+
+        cache = self._described.share.cache or "auto"
+        files = virtiofsd.FileServer(program, self._share.path, self._run_dir, self._journal, cache)
+        self._undo.append(files.stop)
+        self._undo.append(files.connection.close)
+        self.machine.files = files
+
+    def _file_server(self) -> str:
+        """The program that serves the share by virtio-fs; empty where the hypervisor itself shall do so, by 9p. That
+        is noted for the log, unless it was asked for.
+        """
+        from kata.hypervisor import virtiofsd
+
+        wanted = self._described.share.protocol
+        by_9p = "9p" in self.capabilities.shares
+        if wanted == "virtio-9p" and by_9p:
+            return ""
+        if "virtio-fs" not in self.capabilities.shares:
+            self.note(f"{BY_9P}: {self.capabilities.share_note}")
+            return ""
+        program = virtiofsd.find(self._described.share.daemon)
+        if program is None:
+            if wanted or not by_9p:
+                raise HostError(
+                    f"there is no virtiofsd on this host, and {wanted or self.monitor.title} needs it",
+                    "apt-get install virtiofsd",
+                )
+            self.note(f"{BY_9P}: this host has no virtiofsd")
+            return ""
+        return program
+
+    def describe_machine(self) -> None:
+        """Say what the machine is, and what it is connected to."""
+        files, network = self.machine.files, self.machine.network
+        share = ""
+        if self.capabilities.shares:
+            share = "virtio-fs" if files is not None else self.capabilities.shares[-1]
+        self.machine.shape = shape_of(
+            self._settings,
+            self.capabilities,
+            nics=len(self._nics),
+            hotplug_nics=network.hotplug_nics if network is not None else 0,
+            share=share,
+        )
+        self._attachments = Attachments(
+            sandbox_id=self._settings.id,
+            run_dir=self._run_dir,
+            disks=disks_of(self._settings),
+            nics=self._nics,
+            share_dir=self._share.path if self.machine.share is not None else "",
+            share_server=files.connection if files is not None else None,
+            serves_files=self.machine.share is not None and files is None,
+        )
+
+    def take_boot_slot(self) -> None:
+        """Wait until this machine may boot."""
+        self.machine.ready_ns = time.monotonic_ns()
+        self.machine.boot_slot = boot_slots.BootSlot(self.note)
+        self._undo.append(self.machine.free_boot_slot)
+
+    def start_monitor(self) -> None:
+        """Start the machine: it boots from here on.
+
+        Raises:
+            KataError: See `kata.hypervisor.protocols.Monitor.start`.
+        """
+        assert self.machine.shape is not None
+        self.machine.started_ns = time.monotonic_ns()
+        started = self.monitor.start(self.machine.shape, self._attachments, self._journal)
+        self._undo.append(started.close)
+        self._undo.append(lambda: started.status(END_S))
+        self._undo.append(started.kill)
+        self.machine.started = started
+        if self.machine.network is not None:
+            for index, address in enumerate(started.nic_addresses):
+                self.machine.network.place(index, address)
+
+    def join_cgroup(self) -> None:
+        """Put machine and engine into cgroups of their own: after the start, since it takes the host a while, and
+        before the helpers are started, which are born into them.
+        """
+        started, shape = self.machine.started, self.machine.shape
+        assert started is not None
+        assert shape is not None
+        limits = self.machine.host_limits(shape.vcpus, shape.memory_mib)
+        name, pids = os.path.basename(self._run_dir), (started.pid, os.getpid())
+        cgroup = limit(self._settings, name, limits, self._journal, pids)
+        self._undo.append(cgroup.leave)
+        self.machine.cgroup = cgroup
+
+    def start_file_server(self) -> None:
+        """Start what serves the share, if it is not the hypervisor.
+
+        Raises:
+            HypervisorError: It cannot be executed.
+        """
+        if self.machine.files is not None:
+            self.machine.files.start()
+
+    def start_network(self) -> None:
+        """Start what the network needs on the host.
+
+        Raises:
+            KataError: See `NetworkPlan.start`.
+        """
+        if self.machine.network is not None:
+            self.machine.network.start(self._journal, self._settings.id)
+
+    def set_oom_scores(self) -> None:
+        """When the host has no memory left, the machine is to go before the engine."""
+        from kata.resources import oom_score
+
+        oom_score.protect_engine()
+        oom_score.set_machine(self._settings.oom_score_adj)
+
+
+END_S = 5.0
+"""How long a machine that was killed is waited for."""
+
+
+def limit(
+    settings: SandboxSettings, name: str, limits: host_cgroup.Limits, journal: Journal, pids: tuple[int, ...]
+) -> HostCgroup:
+    """Put processes of a sandbox into cgroups with the limits that belong to its size.
+
+    Args:
+        settings: The sandbox's.
+        name: Of its cgroup where its specification names none.
+        limits: What they may take of the host.
+        journal: The sandbox's.
+        pids: The processes.
+    """
+    from kata.resources import host_cgroup, systemd_scope
+
+    cgroup = host_cgroup.HostCgroup()
+    cgroup.make(
+        journal,
+        host_cgroup.place_of(settings.cgroups_path, name),
+        limits,
+        all_controllers=settings.client.all_controllers,
+        unit=systemd_scope.unit_of(settings.cgroups_path),
+    )
+    cgroup.join(pids)
+    return cgroup
+
+
+def spare_mac() -> str:
+    """A random, locally administered address for the interface that leads nowhere."""
+    return "02:6b:" + ":".join(f"{byte:02x}" for byte in os.urandom(4))
+
+
+def disks_of(settings: SandboxSettings) -> list[Disk | None]:
+    """The disks that a sandbox starts with, by slot."""
+    return [
+        None if disk is None else Disk(disk.path, disk.readonly, disk.serial, disk.ephemeral)
+        for disk in settings.disks
+    ]
+
+
+def shape_of(
+    settings: SandboxSettings,
+    capabilities: Capabilities,
+    *,
+    nics: int = 0,
+    hotplug_nics: int = 0,
+    share: str = "",
+) -> MachineShape:
+    """The machine that a sandbox's settings describe.
+
+    Args:
+        settings: The sandbox's.
+        capabilities: What the hypervisor can do: the machine has no room to grow where it cannot.
+        nics: See `MachineShape`.
+        hotplug_nics: See `MachineShape`.
+        share: See `MachineShape`.
+    """
+    described = settings.described()
+    hypervisor, guest, size = described.hypervisor, described.guest, described.size
+    kinds = [
+        "spare" if disk is None else "readonly" if disk.readonly else "writable" for disk in settings.disks
+    ]
+    most = capabilities.disk_slots
+    room = (most if settings.all_disk_slots else min(DISK_SLOTS, most)) - len(kinds)
+    parameters = KERNEL_PARAMETERS[1:] if guest.verbose else KERNEL_PARAMETERS
+    return MachineShape(
+        kernel=guest.kernel,
+        initrd=guest.initrd,
+        extensions=guest.extensions,
+        # Those of the configuration last, so that they prevail.
+        parameters=" ".join((*parameters, guest.cmdline)).strip(),
+        accel=hypervisor.accel,
+        vcpus=size.vcpus,
+        max_vcpus=size.max_vcpus if capabilities.spare_vcpus else 0,
+        memory_mib=size.memory_mib,
+        max_memory_mib=size.max_memory_mib if capabilities.grow_memory else 0,
+        disks=[*kinds, *["spare"] * room],
+        nics=nics,
+        hotplug_nics=hotplug_nics,
+        share=share,
+        console=hypervisor.console or "serial",
+        prealloc=hypervisor.prealloc,
+        reclaim=hypervisor.reclaim,
+        options=hypervisor.options,
+    )

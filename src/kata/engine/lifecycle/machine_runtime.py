@@ -1,0 +1,344 @@
+"""The running machine of a sandbox: hypervisor, connection to the agent, helpers; and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from kata.agent.client import AgentClient, Watcher
+from kata.engine.lifecycle import boot, watch
+from kata.engine.lifecycle.sandbox_state import Lifecycle, SandboxState
+from kata.errors import AgentTimeoutError, KataError, StateError, VMLostError
+from kata.ttrpc.client import Client
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import TypeVar
+
+    from kata.agent.client import Dial
+    from kata.engine.lifecycle.boot import Machine
+    from kata.engine.tasks import Tasks
+    from kata.errors import GuestProtocolError
+    from kata.hypervisor import protocols
+    from kata.hypervisor.base import DiskError, Ended
+    from kata.hypervisor.virtiofsd import FileServer
+    from kata.journal import Journal
+    from kata.network.user import NetworkPlan
+
+    T = TypeVar("T")
+
+LOST_NOTICE_S = 2.0
+"""How long a broken agent connection waits for the hypervisor's own account of what happened, in seconds."""
+_FULL_DISK = "the host's disk is full"
+
+
+class _Watcher(Watcher):
+    """Tells the runtime what becomes of the connection to its agent."""
+
+    def __init__(self, runtime: MachineRuntime) -> None:
+        self._runtime = runtime
+
+    async def on_connection_lost(self, error: VMLostError) -> KataError:
+        return await self._runtime.await_exit_reason(error.message)
+
+    def on_protocol_violation(self, error: GuestProtocolError) -> None:
+        self._runtime.fail(error.message)
+
+
+class MachineRuntime:
+    """The machine, from the moment the event loop takes it over to its end.
+
+    Args:
+        sandbox_id: Its sandbox.
+        run_dir: The sandbox's directory.
+        journal: The sandbox's.
+        machine: What was started before the event loop.
+        tasks: The engine's.
+        on_oom: Is given the id of a container in which the guest's kernel has killed something for want of memory.
+        on_disk_error: Is given a sentence when a disk of the host fails: the first, and a full one.
+
+    Attributes:
+        life: The sandbox's state, which this object and the sandbox's end change.
+        vm: The hypervisor, once it has been taken over.
+        machine: As given.
+        disk_error: What of the host's disks failed first; empty if nothing did.
+        disk_errors: How many requests of the guest's failed so.
+    """
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        run_dir: str,
+        journal: Journal,
+        machine: Machine,
+        tasks: Tasks,
+        *,
+        on_oom: Callable[[str], None],
+        on_disk_error: Callable[[str], None],
+    ) -> None:
+        self.machine = machine
+        self.life = Lifecycle(sandbox_id)
+        self.vm: protocols.Machine | None = None
+        self.disk_error = ""
+        self.disk_errors = 0
+        self._id = sandbox_id
+        self._run_dir = run_dir
+        self._journal = journal
+        self._tasks = tasks
+        self._on_oom = on_oom
+        self._on_disk_error = on_disk_error
+        self._agent: AgentClient | None = None
+        self._guest: AgentClient | None = None  # the same, from READY on
+        self._exit: Ended | None = None
+        self._boot: asyncio.Task[AgentClient] | None = None
+
+    # ---- start ----
+
+    def start(
+        self, bring_up: Callable[[], Awaitable[AgentClient]], start_error: KataError | None = None
+    ) -> None:
+        """Take the machine over and bring its guest up; `ready` tells how that went.
+
+        Args:
+            bring_up: Sets the guest up, and returns its agent. It can use `vm` and `connect_agent`.
+            start_error: Why the machine could not be started, if so.
+        """
+        self.enter(SandboxState.BOOTING)
+        self._boot = asyncio.create_task(self._bring_up(bring_up, start_error))
+        # Whoever asks gets the error; until then it is no surprise.
+        self._boot.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _bring_up(
+        self, bring_up: Callable[[], Awaitable[AgentClient]], start_error: KataError | None
+    ) -> AgentClient:
+        machine = self.machine
+        self.vm = self._take_over()
+        if self.vm is not None:
+            self.vm.on_disk_error(self._disk_failed)
+            self._tasks.create_task(self._watch_machine(self.vm))
+        if machine.cgroup is not None:
+            for warning in machine.cgroup.warnings:
+                self._tasks.log(warning)
+        if machine.network is not None:
+            self._watch_network(machine.network)
+        if machine.files is not None:
+            self._watch_files(machine.files)
+        if start_error is not None:
+            machine.free_boot_slot()
+            self.terminate(start_error)
+            raise start_error
+        try:
+            agent = await bring_up()
+        except KataError as error:
+            self.terminate(error)
+            raise
+        if self.life.may(SandboxState.READY):  # it may have been stopped, or be closing, meanwhile
+            self.enter(SandboxState.READY)
+        self._guest = agent
+        self._tasks.create_task(self._watch_agent(agent))
+        self._tasks.create_task(self._watch_memory(agent))
+        return agent
+
+    def _take_over(self) -> protocols.Machine | None:
+        """The machine that was started before the event loop was."""
+        machine = self.machine
+        if machine.started is None or machine.monitor is None:
+            return None
+        console = os.path.join(self._run_dir, boot.CONSOLE_NAME)
+        return machine.monitor.adopt(machine.started, self._journal, console)
+
+    async def connect_agent(self, timeout_s: float) -> AgentClient:
+        """The connection to the agent; on a serial channel it is there before the guest is.
+
+        Raises:
+            AgentTimeoutError: It did not listen in time.
+            KataError: The machine's end.
+        """
+        assert self.vm is not None
+        channel = self.vm.channel
+        dial: Dial | None = None
+        if not channel.is_single:
+
+            async def further() -> Client:
+                return await Client.connect(await channel.connect())
+
+            dial = further
+        try:
+            sock = await self.race_vm_exit(asyncio.wait_for(channel.connect(), timeout_s))
+        except TimeoutError:
+            raise AgentTimeoutError(
+                f"the agent did not listen on {channel.url} within {timeout_s:g} s"
+            ) from None
+        self._agent = AgentClient(await Client.connect(sock), _Watcher(self), dial)
+        return self._agent
+
+    def abandon_boot(self) -> None:
+        """Wait for the guest no longer, if it is not up yet."""
+        if self._boot is not None and not self._boot.done():
+            self._boot.cancel()
+
+    # ---- use ----
+
+    async def ready(self) -> AgentClient:
+        """The agent, once the guest is up.
+
+        Raises:
+            StateError: No machine has been started yet.
+            KataError: The guest did not come up, or is gone.
+        """
+        if self._boot is None:
+            raise StateError(f"sandbox {self._id!r} has not been created")
+        if self._guest is None:
+            return await asyncio.shield(self._boot)  # whose error says more than that there is no machine
+        if self.life.is_lost:
+            raise self.life.lost_error()
+        return self._guest
+
+    async def race_vm_exit(self, work: Awaitable[T]) -> T:
+        """See `Lifecycle.race_vm_exit`."""
+        return await self.life.race_vm_exit(work)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether there is no machine any more."""
+        return self.life.is_lost
+
+    @property
+    def lost_reason(self) -> str:
+        """Why there is no machine any more; empty while there is."""
+        return self.life.lost_reason
+
+    @property
+    def vm_runs(self) -> bool:
+        """Whether the hypervisor's process is there, which ends a moment after a machine was given up."""
+        return self.vm is not None and self._exit is None
+
+    @property
+    def living_agent(self) -> AgentClient | None:
+        """The agent, if it can still be asked."""
+        return None if self.life.is_lost else self._agent
+
+    @property
+    def host_pid(self) -> int:
+        """The host process that stands for the processes in the guest: the hypervisor's."""
+        return self.vm.pid if self.vm is not None else os.getpid()
+
+    # ---- the end ----
+
+    def fail(self, reason: str) -> None:
+        """Give the machine up for *reason*: every live process ends as 137."""
+        self.terminate(VMLostError(reason, "kata logs shows the container's output"))
+
+    async def await_exit_reason(self, otherwise: str) -> KataError:
+        """The agent is gone: wait a moment for the hypervisor's own account.
+
+        Args:
+            otherwise: Why the machine is given up if there is none.
+
+        Returns:
+            Why there is no machine any more.
+        """
+        try:
+            await asyncio.wait_for(asyncio.shield(self.life.exit_reason), LOST_NOTICE_S)
+        except TimeoutError:
+            self.fail(otherwise)
+        return self.life.lost_error()
+
+    async def wait_terminated(self) -> None:
+        """Return when there is no machine any more."""
+        await asyncio.shield(self.life.exit_reason)
+
+    async def stop(self) -> None:
+        """End the machine on request; the engine goes on answering."""
+        self.terminate(VMLostError(f"sandbox {self._id} was stopped"), SandboxState.STOPPED)
+        if self.vm is not None:
+            await self.vm.stop()
+
+    def terminate(self, error: KataError, state: SandboxState = SandboxState.FAILED) -> None:
+        """There is no machine any more, or there is to be none. The first reason stands.
+
+        Args:
+            error: Why.
+            state: What the sandbox is then, unless its end has begun.
+        """
+        if self.life.is_lost:
+            return
+        self.enter(SandboxState.ENDING if self.life.is_ending else state, error)
+        if self._agent is not None:
+            self._agent.close()
+        if self.vm is not None:
+            self._tasks.create_task(self.vm.stop())
+
+    def enter(self, state: SandboxState, reason: KataError | None = None) -> None:
+        """See `Lifecycle.enter`; a failure is logged."""
+        self.life.enter(state, reason)
+        if state is SandboxState.FAILED and reason is not None:
+            self._tasks.log(reason.message)
+
+    # ---- watching ----
+
+    async def _watch_machine(self, vm: protocols.Machine) -> None:
+        ended = self._exit = await vm.wait()
+        cgroup = self.machine.cgroup
+        if ended.status < 0 and cgroup is not None and cgroup.oom_kills():
+            ended.error = VMLostError(
+                "the host's kernel killed the virtual machine: with its helpers it reached the limit on memory"
+                f" of its cgroup {cgroup.paths['memory']}",
+                "The limit is the machine's memory and what running it takes: docs/architecture.md.",
+            )
+        self.terminate(ended.error or VMLostError("the virtual machine was stopped"))
+
+    def _watch_network(self, plan: NetworkPlan) -> None:
+        """The death of the network's helper is logged, not fatal: the container may not need it any more."""
+        for warning in plan.warnings:
+            self._tasks.log(warning)
+
+        def ended() -> None:
+            failure = plan.failure()
+            if failure is not None and not (self.life.is_ending or self.life.is_lost):
+                self._tasks.log(f"{failure.message}: the guest has no network now")
+
+        if plan.child is not None:
+            plan.child.on_exit(ended)
+
+    def _watch_files(self, server: FileServer) -> None:
+        """Without its file server a guest would hang at its next look at a file of the host: end it instead."""
+
+        def ended() -> None:
+            failure = server.failure()
+            if failure is not None and not (self.life.is_ending or self.life.is_lost):
+                self.terminate(VMLostError(failure.message, failure.hint))
+
+        server.child.on_exit(ended)
+
+    async def _watch_agent(self, agent: AgentClient) -> None:
+        assert self.vm is not None
+        self.fail(await watch.watch(agent, self.vm.pid))
+
+    async def _watch_memory(self, agent: AgentClient) -> None:
+        """Out-of-memory kills in the guest."""
+        while True:
+            try:
+                container_id = await agent.oom_event()
+            except KataError:
+                return  # without it an exit of 137 is not explained; no reason to end anything
+            self._on_oom(container_id)
+
+    def _disk_failed(self, error: DiskError) -> None:
+        """Log the first failure, and count all: the guest decides how many there are.
+
+        A full disk stands for all others, because then what the guest has written is not there.
+        """
+        self.disk_errors += 1
+        was = self.disk_error
+        if was and (not error.full or _FULL_DISK in was):
+            return
+        if error.full:
+            lost = "files that the container wrote may be incomplete"
+            self.disk_error = f"{_FULL_DISK}: {error.path} could not be written, so {lost}"
+        else:
+            what = "written" if error.writes else "read"
+            self.disk_error = f"{error.path} could not be {what} on the host: {error.reason}"
+        self._tasks.log(self.disk_error)
+        self._on_disk_error(self.disk_error)

@@ -1,0 +1,194 @@
+"""The end of a sandbox, as a list of named steps.
+
+Their order is the point; each says why it is where it is. A step that fails is logged, and the next one runs: whatever
+happens, what the journal names is undone at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from kata.errors import KataError, VMLostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from typing import Protocol
+
+    from kata.engine.containers.process import Process
+    from kata.engine.forwarding.guestnet import GuestNetwork
+    from kata.engine.forwarding.network_services import NetworkServices
+    from kata.engine.lifecycle.machine_runtime import MachineRuntime
+    from kata.engine.standard_streams.logger import Logger
+    from kata.engine.tasks import Tasks
+    from kata.journal import Journal
+
+    class EndingContainer(Protocol):
+        """What of a container counts at the end."""
+
+        @property
+        def init(self) -> Process:
+            """Its first process."""
+
+        @property
+        def execs(self) -> Mapping[str, Process]:
+            """Its others."""
+
+        async def remove(self) -> None:
+            """Take what is left of it out of the guest."""
+
+    class EndingSandbox(Protocol):
+        """What of a sandbox has an end of its own."""
+
+        id: str
+        journal: Journal
+        runtime: MachineRuntime
+        tasks: Tasks
+        network_services: NetworkServices
+        guest_network: GuestNetwork
+        loggers: set[Logger]
+
+        @property
+        def containers(self) -> Mapping[str, EndingContainer]:
+            """By their ids."""
+
+        @property
+        def auto_remove(self) -> bool:
+            """Whether the container is removed with the sandbox."""
+
+        @property
+        def removed_directory(self) -> str:
+            """The container's lasting directory, if it goes with the sandbox; otherwise empty."""
+
+
+WATCHER_S = 5.0
+"""How long the end of a process may take to be recorded once its machine is gone, in seconds."""
+
+
+class Teardown:
+    """Takes one sandbox down.
+
+    Args:
+        sandbox: Which.
+        grace_s: How long the guest has to write back what its containers have written, in seconds.
+    """
+
+    def __init__(self, sandbox: EndingSandbox, grace_s: float) -> None:
+        self._sandbox = sandbox
+        self._runtime = sandbox.runtime
+        self._tasks = sandbox.tasks
+        self._grace_s = grace_s
+        self._leaving: asyncio.Future[None] | None = None
+
+    def steps(self) -> tuple[Callable[[], Awaitable[None]], ...]:
+        """What is done, in this order."""
+        return (
+            self.remove_containers,  # first: what they wrote has to reach their disks
+            self.stop_network_services,  # before the machine, so that nobody is connected to a guest that goes
+            self.give_up_machine,  # from here on every call that waits for the guest ends
+            self.leave_cgroup,  # out of what is about to be removed; takes as long as the machine takes to end
+            self.stop_machine,
+            self.stop_file_server,  # after the hypervisor, whose end ends it
+            self.await_left_cgroup,
+            self.stop_network,  # after the hypervisor, which holds the other end of its wire
+            self.report_ends,  # whoever was not told by the guest is told now: no client waits for ever
+            self.stop_loggers,  # after the last output
+            self.undo_journals,  # last: everything that the journal names has been closed
+        )
+
+    async def run(self) -> None:
+        """Carry all steps out. Does not raise."""
+        for step in self.steps():
+            try:
+                await step()
+            except Exception as error:
+                self._tasks.log(f"the end of the sandbox: {step.__name__} failed: {error!r}")
+
+    async def remove_containers(self) -> None:
+        """Have the guest unmount and sync. Of a container that is removed, nobody will read what it wrote."""
+        if self._sandbox.auto_remove or self._runtime.is_lost:
+            return
+        removing = asyncio.gather(*(one.remove() for one in self._sandbox.containers.values()))
+        try:
+            await self._runtime.race_vm_exit(asyncio.wait_for(removing, self._grace_s))
+        except TimeoutError:
+            self._tasks.log(f"the guest did not write back its containers' files within {self._grace_s:g} s")
+        except KataError:
+            pass  # the machine has gone, which has been logged
+
+    async def stop_network_services(self) -> None:
+        """Carry nothing into the guest any more."""
+        self._runtime.abandon_boot()
+        self._sandbox.network_services.close()
+        self._sandbox.guest_network.close()
+
+    async def give_up_machine(self) -> None:
+        """Every live process ends as 137."""
+        self._runtime.terminate(VMLostError(f"sandbox {self._sandbox.id} has ended"))
+
+    async def leave_cgroup(self) -> None:
+        """Begin to move the engine out of the sandbox's cgroups."""
+        cgroup = self._runtime.machine.cgroup
+        if cgroup is not None:
+            self._leaving = asyncio.ensure_future(self._tasks.run_blocking(cgroup.leave))
+
+    async def stop_machine(self) -> None:
+        """End the hypervisor."""
+        if self._runtime.vm is not None:
+            await self._runtime.vm.stop()
+            self._runtime.vm.close()
+
+    async def stop_file_server(self) -> None:
+        """End virtiofsd."""
+        files = self._runtime.machine.files
+        if files is not None:
+            files.child.unwatch()
+            await self._tasks.run_blocking(files.stop)
+
+    async def await_left_cgroup(self) -> None:
+        """Return when the engine is out of the sandbox's cgroups."""
+        if self._leaving is not None:
+            await self._leaving
+
+    async def stop_network(self) -> None:
+        """End the network's helper."""
+        plan = self._runtime.machine.network
+        if plan is not None:
+            if plan.child is not None:
+                plan.child.unwatch()
+            await self._tasks.run_blocking(plan.stop)
+
+    async def report_ends(self) -> None:
+        """Wait until the end of each process is on record, and close what has no end to record."""
+        for container in self._sandbox.containers.values():
+            for process in (container.init, *container.execs.values()):
+                if process.watcher is not None:
+                    await asyncio.wait([process.watcher], timeout=WATCHER_S)
+                elif process.streams is not None:
+                    process.streams.close()
+
+    async def stop_loggers(self) -> None:
+        """Let logging programs read to the end."""
+        await asyncio.gather(*(logger.leave() for logger in self._sandbox.loggers))
+
+    async def undo_journals(self) -> None:
+        """Undo what the journals name."""
+        await self._tasks.run_blocking(self._undo)
+
+    def _undo(self) -> None:
+        """First the container's lasting journal, if it is not to be kept; then the sandbox's."""
+        from kata import journal_undo
+        from kata.errors import JournalError
+        from kata.journal import FILE_NAME, Journal
+
+        problems: list[str] = []
+        directory = self._sandbox.removed_directory
+        if directory:
+            try:
+                problems += journal_undo.undo(Journal.open(os.path.join(directory, FILE_NAME)))
+            except (JournalError, OSError) as error:
+                problems.append(f"cannot remove {directory}: {error}")
+        problems += journal_undo.undo(self._sandbox.journal)
+        for problem in problems:
+            self._tasks.log(problem)

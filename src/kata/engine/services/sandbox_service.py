@@ -1,0 +1,206 @@
+"""The engine's second service (``kata.sandbox.v1.Sandbox``): what the Task API has no words for."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from kata.agent.client import ASK_S, Encoded
+from kata.agent.text import escape_line
+from kata.engine.containers.process import CREATED
+from kata.engine.standard_streams.stdio import parse_stdio
+from kata.errors import KataError, StateError
+from kata.proto import agentext_pb, google_pb, sandbox_pb
+from kata.ttrpc.server import finish
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from kata.engine.lifecycle.sandbox import Sandbox
+    from kata.engine.lifecycle.sandbox_state import Lifecycle
+    from kata.proto.codec import Message
+    from kata.ttrpc.server import Context
+
+    M = TypeVar("M", bound=Message)
+
+SERVICE = "kata.sandbox.v1.Sandbox"
+_FILES = "kata.agent.v1.Files"
+_PROCESSES = "kata.agent.v1.Processes"
+_FILE_CALL_S = 120.0
+_DETAILS_S = 5.0
+"""How long a description waits for what the agent says of itself; without it, it is complete but for that."""
+
+
+class SandboxService:
+    """The handlers.
+
+    Args:
+        sandbox: What they act on.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def Attach(self, request: sandbox_pb.AttachRequest, context: Context) -> google_pb.Empty:
+        process = self._sandbox.container(request.id).process(request.exec_id)
+        if process.streams is None or not (process.alive or process.state == CREATED):
+            raise StateError(f"cannot attach to a {process.state} process: {process.label}")
+        own = self._sandbox.settings.container
+        closes = own is not None and own.stdin_once
+        process.streams.attach(
+            parse_stdio(False, request.stdin, request.stdout, request.stderr), closes=closes
+        )
+        return google_pb.Empty()
+
+    # ---- files: passed on to the agent, which resolves every path inside the container's root ----
+
+    async def _forward(
+        self,
+        container_id: str,
+        service: str,
+        method: str,
+        request: Message,
+        answer: type[M],
+        timeout_s: float = _FILE_CALL_S,
+    ) -> M:
+        self._sandbox.container(container_id)
+        agent = await self._sandbox.runtime.ready()
+        return await agent.call(service, method, request, answer, timeout_s)
+
+    async def Stat(self, request: agentext_pb.StatFileRequest, context: Context) -> agentext_pb.FileInfo:
+        return await self._forward(request.container_id, _FILES, "Stat", request, agentext_pb.FileInfo)
+
+    async def List(
+        self, request: agentext_pb.ListFilesRequest, context: Context
+    ) -> agentext_pb.ListFilesResponse:
+        return await self._forward(
+            request.container_id, _FILES, "List", request, agentext_pb.ListFilesResponse
+        )
+
+    async def Read(
+        self, request: agentext_pb.ReadFileRequest, context: Context
+    ) -> agentext_pb.ReadFileResponse:
+        return await self._forward(
+            request.container_id, _FILES, "Read", request, agentext_pb.ReadFileResponse
+        )
+
+    @finish
+    async def Write(self, request: agentext_pb.WriteFileRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Write", request, google_pb.Empty)
+
+    @finish
+    async def Mkdir(self, request: agentext_pb.MkdirRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Mkdir", request, google_pb.Empty)
+
+    @finish
+    async def Symlink(self, request: agentext_pb.SymlinkRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Symlink", request, google_pb.Empty)
+
+    @finish
+    async def Link(self, request: agentext_pb.LinkRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Link", request, google_pb.Empty)
+
+    @finish
+    async def Node(self, request: agentext_pb.NodeRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Node", request, google_pb.Empty)
+
+    @finish
+    async def Remove(self, request: agentext_pb.RemoveFileRequest, context: Context) -> google_pb.Empty:
+        return await self._forward(request.container_id, _FILES, "Remove", request, google_pb.Empty)
+
+    # ---- what can be learnt ----
+
+    async def Processes(
+        self, request: agentext_pb.ListProcessesRequest, context: Context
+    ) -> agentext_pb.ListProcessesResponse:
+        answer = agentext_pb.ListProcessesResponse
+        return await self._forward(request.container_id, _PROCESSES, "List", request, answer, ASK_S)
+
+    async def Timings(
+        self, request: sandbox_pb.TimingsRequest, context: Context
+    ) -> sandbox_pb.TimingsResponse:
+        steps = [
+            sandbox_pb.Timing(name=name, start_ns=start, duration_ns=duration)
+            for name, start, duration in self._sandbox.timings
+        ]
+        return sandbox_pb.TimingsResponse(timings=steps)
+
+    async def Describe(
+        self, request: sandbox_pb.DescribeRequest, context: Context
+    ) -> sandbox_pb.DescribeResponse:
+        return sandbox_pb.DescribeResponse(json=json.dumps(await describe(self._sandbox)))
+
+    # ---- for tools ----
+
+    async def AgentCall(
+        self, request: sandbox_pb.AgentCallRequest, context: Context
+    ) -> sandbox_pb.AgentCallResponse:
+        agent = await self._sandbox.runtime.ready()
+        payload = Encoded(request.payload)
+        answer = await agent.call(request.service, request.method, payload, Encoded, context.remaining())
+        return sandbox_pb.AgentCallResponse(payload=answer.payload)
+
+
+def _described(life: Lifecycle) -> str:
+    """The state in the words of ``kata.sandbox.v1``."""
+    return "ending" if life.is_ending else "lost" if life.is_lost else "running"
+
+
+async def describe(sandbox: Sandbox) -> dict[str, Any]:
+    """The sandbox's facts, as JSON values."""
+    settings = sandbox.settings
+    described = settings.machine
+    facts: dict[str, Any] = {
+        "id": sandbox.id,
+        "client": settings.client.name,
+        "engine_pid": os.getpid(),
+        "hypervisor": sandbox.runtime.machine.describe_monitor(),
+        "hypervisor_pid": sandbox.runtime.vm.pid if sandbox.runtime.vm is not None else 0,
+        "accelerator": described.hypervisor.accel if described else "",
+        "agent_channel": sandbox.runtime.vm.channel.kind if sandbox.runtime.vm is not None else "",
+        "kernel": described.guest.kernel if described else "",
+        "initrd": described.guest.initrd if described else "",
+        "host_cgroups": sandbox.runtime.machine.cgroup.paths
+        if sandbox.runtime.machine.cgroup is not None
+        else {},
+        "vcpus": sandbox.resizer.vcpus,
+        "memory_mib": sandbox.resizer.memory_mib,
+        "sizing": sandbox.resizer.describe(),
+        "configuration": described.configuration if described else {},
+        "disks": [disk.to_plain() if disk else None for disk in settings.disks],
+        "volumes": [volume.to_plain() for volume in settings.container.volumes]
+        if settings.container
+        else [],
+        "network": settings.network.to_plain(),
+        "state": _described(sandbox.life),
+        "error": sandbox.life.lost_reason if sandbox.life.failed else "",
+        "disk_error": sandbox.runtime.disk_error,
+        "disk_errors": sandbox.runtime.disk_errors,
+        "containers": {
+            container.id: {
+                "state": container.init.state,
+                "error": container.init.error,
+                "oom_killed": container.init.oom_killed,
+                "execs": {one.exec_id: one.state for one in container.execs.values()},
+            }
+            for container in sandbox.containers.values()
+        },
+    }
+    if sandbox.runtime.vm is not None:
+        facts["hypervisor_usage"] = await sandbox.runtime.vm.metrics()
+    agent = sandbox.runtime.living_agent
+    if agent is not None and not sandbox.is_ending:
+        try:
+            details = (await agent.details(_DETAILS_S)).agent_details
+        except KataError as error:
+            facts["agent"] = {"error": escape_line(error.message)}
+            return facts
+        if details is not None:
+            facts["agent"] = {
+                "version": details.version,
+                "extra_features": list(details.extra_features),
+                "storage_handlers": list(details.storage_handlers),
+                "seccomp": details.supports_seccomp,
+            }
+    return facts
