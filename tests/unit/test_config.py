@@ -109,6 +109,15 @@ def test_what_was_read_is_kept_until_a_file_changes(tmp_path: Path, monkeypatch:
     assert files.load(str(path)).get("hypervisor.default_vcpus") == 3
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """Others than TOML's do not count: editors number lines as it does."""
+    odd = "# \u2028 \x85\n[hypervisor.qemu]\nno_such_key = 1\n"
+    with pytest.raises(
+        ConfigError, match=r"configuration.toml:3.*no_such_key|no_such_key.*configuration.toml:3"
+    ):
+        loaded(tmp_path, odd)
+
+
 def test_the_environment_overrules_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KATA_ACCEL", "tcg")
     monkeypatch.setenv("KATA_BOOT_TIMEOUT", "77")

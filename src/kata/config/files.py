@@ -290,7 +290,7 @@ def _lines(text: str) -> dict[tuple[str, str], int]:
     """
     found: dict[tuple[str, str], int] = {}
     table = ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if line.startswith("["):
             table = line.strip("[").partition("]")[0].replace('"', "").replace(" ", "")
