@@ -19,11 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from kata.engine.lifecycle.boot import KERNEL_PARAMETERS, spare_mac
+from kata.engine.lifecycle.boot import KERNEL_PARAMETERS
 from kata.guest import manifest
 from kata.guest.cpio import Archive
 from kata.hypervisor import tsc
-from kata.hypervisor.base import Disk, Nic
+from kata.hypervisor.base import Disk, Nic, random_mac
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.qemu.settings import VMSettings
@@ -99,7 +99,7 @@ class Guest:
             binary="/usr/bin/qemu-system-x86_64",
             memory_mib=memory_mib,
             disks=[Disk(rootfs, readonly=True)],
-            nic=Nic(spare_mac()),
+            nic=Nic(random_mac()),
         )
         if accelerator == "tcg":
             settings.tsc_khz = tsc.khz()

@@ -25,11 +25,11 @@ sys.path.append(str(ROOT / "src"))
 
 from kata import paths  # noqa: E402
 from kata.cli.session import client_policy  # noqa: E402
-from kata.engine.lifecycle.boot import shape_of, spare_mac  # noqa: E402
+from kata.engine.lifecycle.boot import shape_of  # noqa: E402
 from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
 from kata.hypervisor import accel, tsc  # noqa: E402
-from kata.hypervisor.base import Attachments, Nic  # noqa: E402
+from kata.hypervisor.base import Attachments, Nic, random_mac  # noqa: E402
 from kata.hypervisor.qemu import command as qemu_command  # noqa: E402
 from kata.hypervisor.qemu.monitor import MONITOR  # noqa: E402
 from kata.hypervisor.qemu.monitor import settings as qemu_settings  # noqa: E402
@@ -102,7 +102,7 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     )
     shape = shape_of(sandbox, MONITOR.capabilities("tcg", {}), nics=1)
     settings = qemu_settings(
-        shape, Attachments(sandbox_id="bare", run_dir=str(work), nics=[Nic(spare_mac())])
+        shape, Attachments(sandbox_id="bare", run_dir=str(work), nics=[Nic(random_mac())])
     )
     if settings.accel == "tcg":
         settings.tsc_khz = tsc.khz()

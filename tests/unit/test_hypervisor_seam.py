@@ -1,4 +1,4 @@
-"""The seam between engine and hypervisor: who knows what, shapes, channels, and what a failed start leaves."""
+"""The seam between engine and hypervisor: who knows what, shapes, descriptors, channels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import sandbox_support
 
-from kata import journal_undo, sysio
-from kata.engine.lifecycle import boot
-from kata.errors import ConfigError, HostError, HypervisorError, KataError, UnsupportedError
+from kata import sysio
+from kata.errors import ConfigError, HostError, HypervisorError
 from kata.hypervisor import registry
-from kata.hypervisor.base import Attachments, Capabilities, MachineShape, Nic
+from kata.hypervisor.base import Attachments, MachineShape, Nic, random_mac
 from kata.hypervisor.channel import AGENT_PORT, HybridVsockChannel, SerialChannel, UnixChannel, VsockChannel
-from kata.journal import Journal
-from kata.settings import NetworkSettings
 
 SOURCE = Path(__file__).resolve().parents[2] / "src/kata"
 KNOWN = {
@@ -54,6 +50,11 @@ def test_machines_of_one_shape_are_the_same_key() -> None:
     assert shape() == shape(options={"b": "x", "a": 1})
     assert len({shape(), shape(), shape(vcpus=2), shape(disks=["spare"]), shape(share="9p")}) == 4
     assert shape() != "shape"
+
+
+def test_hardware_addresses_are_local_and_unicast() -> None:
+    for _ in range(100):
+        assert int(random_mac()[:2], 16) & 3 == 2
 
 
 def test_a_descriptor_has_one_owner() -> None:
@@ -155,171 +156,3 @@ def test_other_channels(tmp_path: Path) -> None:
         assert sock.recv(1) == b"x"
     with pytest.raises(HypervisorError, match="in use"):
         serial.take()
-
-
-# ---- what the engine asks before it makes anything ----
-
-
-class Poor:
-    """A hypervisor that can do next to nothing."""
-
-    name, title = "poor", "Poor"
-    accelerators = ("kvm",)
-
-    def __init__(self, **capabilities: Any) -> None:
-        self._capabilities = Capabilities(**{"disk_slots": 1, **capabilities})
-
-    def capabilities(self, accel: str, options: object, *, bounces: bool = True) -> Capabilities:
-        return self._capabilities
-
-
-def booting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: Poor) -> boot.Boot:
-    monkeypatch.setitem(registry._LOADERS, "poor", lambda: cast(Any, monitor))
-    sandbox = sandbox_support.sandbox("x", str(tmp_path), kernel="/k", initrd="/i", accel="kvm")
-    sandbox.described().hypervisor.name = "poor"
-    return boot.Boot(sandbox, str(tmp_path), Journal.create_dir(str(tmp_path / "r"), "s", {}))
-
-
-def test_what_a_hypervisor_cannot_do_is_said_before_anything_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = booting(tmp_path, monkeypatch, Poor())
-    assert start._described.hypervisor.accel == "kvm"
-    start._described.hypervisor.accel = "tcg"
-    with pytest.raises(HostError, match="Poor needs KVM"):
-        start.choose_monitor()
-    start._described.hypervisor.accel = "kvm"
-    start._settings.disks = [None, None]
-    with pytest.raises(UnsupportedError, match="Poor gives a machine 1 disks, and 2 are needed"):
-        start.choose_monitor()
-    start._settings.disks = []
-    start._settings.client.shares_from_start = True
-    with pytest.raises(UnsupportedError, match="Poor cannot share files"):
-        start.choose_monitor()
-    start._settings.client.shares_from_start = False
-    start.choose_monitor()
-    start._settings.network = NetworkSettings(mode="netns")
-    with pytest.raises(
-        UnsupportedError, match="Poor cannot connect a machine to a network of the mode 'netns'"
-    ):
-        start.plan_network()
-    start._settings.network = NetworkSettings()
-    start.plan_network()
-    start.describe_machine()
-    made = start.machine.shape
-    assert made is not None
-    assert (made.nics, made.share, made.disks, made.max_vcpus) == (0, "", ("spare",), 0)
-    assert os.listdir(tmp_path / "r/s") == ["journal"]
-
-
-def test_one_thing_that_cannot_be_taken_back_keeps_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = booting(tmp_path, monkeypatch, Poor())
-    taken: list[str] = []
-
-    def refuse() -> None:
-        raise RuntimeError("no")
-
-    start._undo += [lambda: taken.append("first"), refuse, lambda: taken.append("last")]
-    start.undo()
-    start.undo()
-    assert taken == ["last", "first"]
-    assert start._settings.notes == ["a start that failed was not taken back whole: no"]
-
-
-# ---- a start that fails ----
-
-STEPS = [
-    "choose_monitor",
-    "keep_host_namespaces",
-    "enter_namespace",
-    "prepare_share",
-    "plan_network",
-    "prepare_file_server",
-    "describe_machine",
-    "take_boot_slot",
-    "start_monitor",
-    "join_cgroup",
-    "start_file_server",
-    "start_network",
-    "set_oom_scores",
-]
-
-
-def descriptors() -> set[str]:
-    found = set()
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
-        except FileNotFoundError:
-            pass  # that of the listing
-    return found
-
-
-def in_child(work: Callable[[], str]) -> str:
-    """What *work* says, in a process of its own: namespaces and cgroups are its alone."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(read)
-            said = work()
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(write, said.encode()[:60000])
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as file:
-        said = file.read().decode()
-    os.waitpid(child, 0)
-    return said
-
-
-class Refused(KataError):
-    """What a step fails with here."""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-@pytest.mark.parametrize("network", ["netns", "user"])
-@pytest.mark.parametrize("step", STEPS)
-def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path, step: str, network: str) -> None:
-    """Each step in turn fails when it is done, with real namespaces, taps, helpers and a hypervisor's program."""
-    for name in ("kernel", "initrd"):
-        (tmp_path / name).write_bytes(b"nothing that boots")
-    sandbox = sandbox_support.sandbox(
-        "x", str(tmp_path / "c"), kernel=f"{tmp_path}/kernel", initrd=f"{tmp_path}/initrd", accel="tcg"
-    )
-    sandbox.network = NetworkSettings(mode=network)
-    sandbox.described().guest.bounces = True  # a file server of its own, where the host has one
-    sandbox.client.keeps_host_mounts = sandbox.client.shares_from_start = True
-    sandbox.cgroups_path = f"/kata-test-{os.getpid()}-{step}"
-    os.environ["KATA_RUN_DIR"] = str(tmp_path / "run")
-    done = getattr(boot.Boot, step)
-
-    def failing(self: boot.Boot) -> None:
-        done(self)
-        raise Refused(step)
-
-    def work() -> str:
-        from kata.engine import hostns  # noqa: F401
-        from kata.hypervisor import virtiofsd  # noqa: F401
-        from kata.network import netns, plan  # noqa: F401
-
-        journal = Journal.create_dir(str(tmp_path / "r"), "s", {})
-        sysio.preload()
-        before = descriptors()
-        setattr(boot.Boot, step, failing)
-        try:
-            boot.power_on(sandbox, os.path.dirname(journal.path), journal)
-        except Refused:
-            pass
-        left = descriptors() - before
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        notes = [note for note in sandbox.notes if boot.BY_9P not in note]
-        return repr((sorted(left), children, notes, journal_undo.undo(journal, 10)))
-
-    try:
-        assert in_child(work) == "([], [], [], [])"
-    finally:
-        del os.environ["KATA_RUN_DIR"]

@@ -9,6 +9,8 @@ that is its PCI path: slot numbers as two hexadecimal digits, from the root bus 
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,6 +73,12 @@ class Nic:
         """Close its descriptors, unless they were given away. Idempotent."""
         for fd in self.descriptors():
             fd.close()
+
+
+def random_mac() -> str:
+    """A random, locally administered, unicast hardware address."""
+    data = os.urandom(6)
+    return ":".join(f"{byte:02x}" for byte in (data[0] & 0xFC | 0x02, *data[1:]))
 
 
 class MachineShape:

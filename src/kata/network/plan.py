@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from kata import children
 from kata.errors import HostError, UsageError
+from kata.hypervisor.base import random_mac
 from kata.network import resolver, user
 
 TYPE_CHECKING = False
@@ -39,15 +38,15 @@ def plan(settings: NetworkSettings, host: user.HostNetwork | None = None) -> use
             raise UsageError(
                 f"port {ports[0]} cannot be published without a network", "Leave out --network none, or -p."
             )
-        return user.NetworkPlan(mac_address())
+        return user.NetworkPlan(random_mac())
     if mode == "netns":
         if settings.model == "macvtap":
             from kata.network.macvtap import MacvtapPlan
 
-            return MacvtapPlan(mac_address(), settings.path)
+            return MacvtapPlan(random_mac(), settings.path)
         from kata.network.netns import NetnsPlan
 
-        return NetnsPlan(mac_address(), settings.path, settings.model)
+        return NetnsPlan(random_mac(), settings.path, settings.model)
     if mode != "user":
         raise UsageError(f"there is no network mode {mode!r}", "Use user or none.")
     program = children.find_program(user.PROGRAM)
@@ -61,7 +60,7 @@ def plan(settings: NetworkSettings, host: user.HostNetwork | None = None) -> use
 
         carries_tcp = passt.waits_for_clients(program)
     host = host or user.HostNetwork.look()
-    return user.UserPlan(mac_address(), ports, host, dns, program, carries_tcp=carries_tcp)
+    return user.UserPlan(random_mac(), ports, host, dns, program, carries_tcp=carries_tcp)
 
 
 def _check_port(port: user.Port) -> None:
@@ -77,9 +76,3 @@ def _check_port(port: user.Port) -> None:
             f"port {port}: a UDP port cannot be published at the loopback address with --network user",
             "Publish it at another address of this host.",
         )
-
-
-def mac_address() -> str:
-    """A random, locally administered, unicast hardware address."""
-    data = os.urandom(6)
-    return ":".join(f"{byte:02x}" for byte in (data[0] & 0xFC | 0x02, *data[1:]))

@@ -12,7 +12,7 @@ import time
 from kata.engine.lifecycle import boot_slots, volumes
 from kata.errors import HostError, UnsupportedError
 from kata.hypervisor import registry
-from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
+from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic, random_mac
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ class Boot:
         """
         network = self._settings.network
         if network.mode == "none":
-            self._nics = [Nic(spare_mac())] if self.capabilities.nics else []
+            self._nics = [Nic(random_mac())] if self.capabilities.nics else []
             return
         from kata.network.plan import plan
 
@@ -460,11 +460,6 @@ def limit(
     )
     cgroup.join(pids)
     return cgroup
-
-
-def spare_mac() -> str:
-    """A random, locally administered address for the interface that leads nowhere."""
-    return "02:6b:" + ":".join(f"{byte:02x}" for byte in os.urandom(4))
 
 
 def disks_of(settings: SandboxSettings) -> list[Disk | None]:

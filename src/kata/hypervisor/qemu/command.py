@@ -321,7 +321,7 @@ def _emulation(settings: VMSettings) -> list[str]:
     """Parameters for software emulation that spare the guest measurements; guests under KVM have better clocks."""
     if settings.accel != "tcg":
         return []
-    parts = ["no_timer_check", "mitigations=off"]
+    parts = ["mitigations=off"]
     if has_small_acpi(settings):
         parts.append("pci=noacpi")
     if settings.tsc_khz:
