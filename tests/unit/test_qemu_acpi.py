@@ -42,22 +42,33 @@ def link(files: dict[str, bytes]) -> dict[str, bytearray]:
     return linked
 
 
-def test_the_guest_finds_the_hpet_by_sound_tables() -> None:
+def test_the_guest_finds_the_hpet_and_a_way_to_switch_off_by_sound_tables() -> None:
     linked = link(acpi.files())
     rsdp, tables = linked["etc/acpi/rsdp"], linked["etc/acpi/tables"]
     assert rsdp[:8] == b"RSD PTR "
     assert len(rsdp) == 20
     assert sum(rsdp) % 256 == 0
-    root = struct.unpack_from("<I", rsdp, 16)[0] - TABLES_AT
-    signature, length = struct.unpack_from("<4sI", tables, root)
-    assert (signature, length) == (b"RSDT", 40)
-    assert sum(tables[root : root + length]) % 256 == 0
-    table = struct.unpack_from("<I", tables, root + 36)[0] - TABLES_AT
-    signature, length = struct.unpack_from("<4sI", tables, table)
-    assert (signature, length) == (b"HPET", 56)
-    assert sum(tables[table : table + length]) % 256 == 0
-    space, _, _, _, address = struct.unpack_from("<BBBBQ", tables, table + 40)
-    assert (space, address) == (0, 0xFED00000)
+
+    def table(address: int) -> tuple[bytes, bytes]:
+        start = address - TABLES_AT
+        signature, length = struct.unpack_from("<4sI", tables, start)
+        assert signature == b"FACS" or sum(tables[start : start + length]) % 256 == 0, signature
+        return signature, bytes(tables[start : start + length])
+
+    root, pointers = table(struct.unpack_from("<I", rsdp, 16)[0])
+    assert root == b"RSDT"
+    found = dict(map(table, struct.unpack_from("<II", pointers, 36)))
+    assert set(found) == {b"FACP", b"HPET"}
+    assert struct.unpack_from("<BBBBQ", found[b"HPET"], 40) == (0, 0, 0, 0, 0xFED00000)
+    facs, dsdt = struct.unpack_from("<II", found[b"FACP"], 36)
+    assert facs % 64 == 0
+    assert [table(facs)[0], len(table(facs)[1])] == [b"FACS", 64]
+    assert table(dsdt)[0] == b"DSDT"
+    assert table(dsdt)[1][36:] == b"\x08_S5_\x12\x06\x04" + bytes(4)
+    assert len(found[b"FACP"]) == 116
+    # PM1a event and control, and how long they are.
+    assert struct.unpack_from("<I4xI", found[b"FACP"], 56) == (0x600, 0x604)
+    assert struct.unpack_from("<BB", found[b"FACP"], 88) == (4, 2)
 
 
 def settings(**changed: Any) -> VMSettings:
