@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import stat
 
@@ -22,13 +24,14 @@ class AttachedDisks:
         tasks: The engine's.
     """
 
-    __slots__ = ("_addresses", "_allowed", "_runtime", "_tasks")
+    __slots__ = ("_addresses", "_allowed", "_attaching", "_runtime", "_tasks")
 
     def __init__(self, runtime: MachineAccess, tasks: Tasks) -> None:
         self._runtime = runtime
         self._tasks = tasks
         self._addresses: list[str] = []
         self._allowed: list[tuple[int, int]] = []
+        self._attaching: set[asyncio.Task[str]] = set()
 
     async def insert(self, path: str, *, readonly: bool) -> str:
         """Give the machine a disk; its address in the guest. The guest need not have booted yet.
@@ -46,9 +49,16 @@ class AttachedDisks:
                 "Use a snapshotter that makes directories (overlayfs), and no block devices.",
             )
         await self._tasks.run_blocking(self._allow, path)
-        address = await self._runtime.race_vm_exit(self._runtime.vm.attach_disk(Disk(path, readonly)))
-        self._addresses.append(address)
-        return address
+        # Exchanging a disk cannot be cut short: a caller that is cancelled leaves it to end, and `remove_all` waits.
+        attaching = asyncio.create_task(self._runtime.vm.attach_disk(Disk(path, readonly)))
+        self._attaching.add(attaching)
+        attaching.add_done_callback(self._attached)
+        return await self._runtime.race_vm_exit(attaching)
+
+    def _attached(self, attaching: asyncio.Task[str]) -> None:
+        self._attaching.discard(attaching)
+        if not attaching.cancelled() and attaching.exception() is None:
+            self._addresses.append(attaching.result())
 
     def _allow(self, path: str) -> None:
         """Let hypervisor and engine open the device, if it is one. Blocks."""
@@ -70,6 +80,9 @@ class AttachedDisks:
     async def remove_all(self) -> None:
         """Take them out again, when the guest has let go of them. What cannot be taken is logged."""
         vm = self._runtime.vm
+        for attaching in list(self._attaching):
+            with contextlib.suppress(KataError):
+                await self._runtime.race_vm_exit(asyncio.wait({attaching}))
         while self._addresses:
             address = self._addresses.pop()
             if vm is None or self._runtime.is_lost:
