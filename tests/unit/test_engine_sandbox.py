@@ -765,11 +765,12 @@ def test_no_container_runs_whose_state_cannot_be_recorded(
                 client.create("c1", bundle)
         else:
             client.create("c1", bundle)
+            process = engine.double.processes["c1", ""]  # which the agent forgets with its container
             monkeypatch.setattr(records, "write_json", full)
             with pytest.raises(KataError, match="cannot be recorded: No space left on device") as caught:
                 client.start("c1")
             assert "kata rmi" in caught.value.hint
-            assert engine.double.processes["c1", ""].signals[0] == 9
+            assert process.signals[0] == 9
     assert ("StartContainer" in engine.double.calls) == (when == "start")
 
 
