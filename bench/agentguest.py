@@ -100,6 +100,7 @@ class Guest:
             memory_mib=memory_mib,
             disks=[Disk(rootfs, readonly=True)],
             nic=Nic(random_mac()),
+            machine_options="acpi=on",  # the tables that a sandbox's machine gets in their place are not passed on here
         )
         if accelerator == "tcg":
             settings.tsc_khz = tsc.khz()

@@ -30,6 +30,7 @@ from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
 from kata.hypervisor import accel, tsc  # noqa: E402
 from kata.hypervisor.base import Attachments, Nic, random_mac  # noqa: E402
+from kata.hypervisor.qemu import acpi  # noqa: E402
 from kata.hypervisor.qemu import command as qemu_command  # noqa: E402
 from kata.hypervisor.qemu.monitor import MONITOR  # noqa: E402
 from kata.hypervisor.qemu.monitor import settings as qemu_settings  # noqa: E402
@@ -107,6 +108,11 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     if settings.accel == "tcg":
         settings.tsc_khz = tsc.khz()
     full = qemu_command.build(settings, qemu_command.Fds(-1, -1, -1, kernel=-1, initrd=-1, disks={}, nic=-1))
+    tables: list[str] = []
+    if qemu_command.has_small_acpi(settings):
+        for name, content in acpi.files().items():
+            (work / name.replace("/", "-")).write_bytes(content)
+            tables += ["-fw_cfg", f"name={name},file={work / name.replace('/', '-')}"]
     for option, path in (("-kernel", settings.kernel), ("-initrd", settings.initrd)):
         full[full.index(option) + 1] = path  # there is nobody to hand it over
     bare, position = [full[0]], 1
@@ -121,11 +127,17 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     elif settings.console == "virtio":
         bare += ["-device", "virtio-serial-pci,id=serial", "-chardev", "null,id=console"]
         bare += ["-device", "virtconsole,bus=serial.0,chardev=console"]
-    return bare
+    return bare + tables
 
 
 def untuned(command: list[str]) -> list[str]:
-    """*command* with a kernel that is told its console, and to end with its first panic, but nothing else."""
+    """*command* with QEMU's own ACPI tables, and a kernel that is told its console, and to end with its first panic,
+    but nothing else.
+    """
+    command = [word.replace(",acpi=off", "") for word in command]
+    while "-fw_cfg" in command:
+        at = command.index("-fw_cfg")
+        del command[at : at + 2]
     position = command.index("-append") + 1
     kept = [word for word in command[position].split() if word.startswith("console=")]
     return [*command[:position], " ".join(["quiet", "panic=-1", *kept]), *command[position + 1 :]]
