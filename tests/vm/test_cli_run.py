@@ -321,7 +321,7 @@ def test_capabilities(shared_kata: Kata, busybox_image: str) -> None:
 _LINES_OF_INTEREST = """
 mkdir -p /full && mount -t tmpfs none /full && dd if=/dev/zero of=/full/x bs=1M count=64 2>/dev/null
 rm /full/x; sleep 4
-echo hpet $(grep -c HPET-MSI /proc/interrupts) acpi $(dmesg | grep -c 'ACPI: DSDT.*BOCHS')
+echo $(cat /sys/devices/system/clockevents/clockevent0/current_device) acpi $(dmesg | grep -c 'ACPI: DSDT.*BOCHS')
 cd /sys/bus/virtio/drivers/virtio_balloon && name=$(ls -d virtio*) && grep -w $name /proc/interrupts
 """
 
@@ -330,10 +330,10 @@ cd /sys/bus/virtio/drivers/virtio_balloon && name=$(ls -d virtio*) && grep -w $n
 def test_a_machine_with_little_of_acpi_ticks_and_gives_memory_back(
     shared_kata: Kata, busybox_image: str
 ) -> None:
-    first, line = out(shared_kata, busybox_image, "--privileged", _LINES_OF_INTEREST).splitlines()
-    assert first == "hpet 1 acpi 0"
-    # Each page that the host is told of is acknowledged by an interrupt, which has no message signalled way.
-    assert int(line.split()[1]) > 0, line
+    first, *lines = out(shared_kata, busybox_image, "--privileged", _LINES_OF_INTEREST).splitlines()
+    assert re.fullmatch(r"hpet\d* acpi 0", first)
+    # Pages that the host is told of are acknowledged by interrupts; with QEMU 7.2, not message signalled ones.
+    assert sum(int(line.split()[1]) for line in lines) > 0, lines
 
 
 def test_privileged_owns_its_guest_only(shared_kata: Kata, busybox_image: str) -> None:
