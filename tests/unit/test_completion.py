@@ -144,7 +144,7 @@ def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
     """Types the beginning of words, presses Tab, and looks at the arguments that a program of that name gets."""
     argv, set_up = SHELLS[shell]
     if shutil.which(argv[0]) is None:
-        pytest.skip(f"{shell} is not installed (its package is 20 MB, so set-up leaves it out)")
+        pytest.skip(f"{shell} is not installed (tools/setup test installs it)")
     (tmp_path / "bin").mkdir()
     (tmp_path / "a file").touch()
     for name in ("kata", "kata-agent-ctl"):

@@ -263,3 +263,15 @@ def test_a_console_socket_that_nobody_listens_on(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Connection refused"):
         TerminalSocket(str(tmp_path / "deaf")).open_source()
     bound.close()
+
+
+def test_the_null_device_gives_nothing_and_takes_everything() -> None:
+    source, held = stdio.Null().open_source()
+    sink, kept = stdio.Null().open_sink(held=True)
+    try:
+        assert (held, kept) == (-1, -1)
+        assert os.read(source, 10) == b""
+        assert os.write(sink, b"gone") == 4
+    finally:
+        os.close(source)
+        os.close(sink)

@@ -11,6 +11,7 @@ unix       a unix socket on which the agent itself listens
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 
 from kata.errors import HostError, HypervisorError
 
@@ -25,7 +26,7 @@ RETRY_S = 0.01
 _LONGEST_REPLY = 64
 
 
-class Channel:
+class Channel(ABC):
     """A way to an agent.
 
     Attributes:
@@ -41,6 +42,7 @@ class Channel:
         """The address, as `kata.agent_ctl.address` reads it; empty for a channel that only we have."""
         return ""
 
+    @abstractmethod
     async def connect(self, port: int = AGENT_PORT) -> socket.socket:
         """A connection to a guest that may still be booting: tries until somebody listens there.
 
@@ -55,7 +57,6 @@ class Channel:
         Raises:
             HostError: This host cannot make such connections.
         """
-        raise NotImplementedError
 
 
 class SerialChannel(Channel):

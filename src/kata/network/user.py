@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from kata import children, sysio
-from kata.errors import HostError, KataError, UsageError
+from kata.errors import HostError, KataError, UnsupportedError, UsageError
 from kata.hypervisor.base import Nic
 from kata.network import egress_filter, resolver
 
@@ -233,8 +233,14 @@ class NetworkPlan:
 
         Args:
             client: The address that it comes from.
+
+        Raises:
+            UnsupportedError: No ports are published by this kind of network.
         """
-        raise NotImplementedError
+        raise UnsupportedError(
+            f"a connection from {client} has nowhere to go: this network publishes no ports",
+            "kata run -p needs --network user.",
+        )
 
     def let_replies_in(self) -> None:
         """Let programs of the host that have sockets in the sandbox's network namespace ask servers of names outside.

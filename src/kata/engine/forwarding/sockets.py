@@ -20,6 +20,7 @@ import asyncio
 import os
 import socket
 import stat
+from abc import ABC, abstractmethod
 from functools import partial
 
 from kata import paths, sysio
@@ -62,7 +63,7 @@ class SocketForwardingState:
         return self._last
 
 
-class Socket:
+class Socket(ABC):
     """One of the guest's sockets, and what it stands for.
 
     Args:
@@ -76,14 +77,15 @@ class Socket:
         self.number = number
         self.name = name
 
+    @abstractmethod
     async def listen(self, agent: AgentClient) -> None:
         """Make it in the guest.
 
         Raises:
             KataError: See `AgentClient`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def connect(self, tasks: Tasks) -> socket.socket:
         """A connection to what it stands for on the host.
 
@@ -91,7 +93,6 @@ class Socket:
             BlockingIOError: Too many wait there already.
             OSError: Nobody listens there.
         """
-        raise NotImplementedError
 
 
 class UnixSocket(Socket):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from abc import ABC, abstractmethod
 
 from kata.errors import UnsupportedError, UsageError
 
@@ -17,7 +18,7 @@ CONSOLE_S = 5.0
 """How long whoever listens on a console socket may take to accept."""
 
 
-class Endpoint:
+class Endpoint(ABC):
     """One standard stream's other end, before it is opened.
 
     Args:
@@ -34,6 +35,7 @@ class Endpoint:
         """Whether it stands for /dev/null: there is nothing to open."""
         return False
 
+    @abstractmethod
     def open_source(self, *, held: bool = False) -> tuple[int, int]:
         """Open it for reading, as the standard input of a process.
 
@@ -48,8 +50,8 @@ class Endpoint:
             UnsupportedError: It is of a kind that is no source.
             UsageError: It cannot be opened.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def open_sink(self, *, held: bool = False) -> tuple[int, int]:
         """Open it for writing, as an output of a process.
 
@@ -63,14 +65,13 @@ class Endpoint:
             UnsupportedError: It is of a kind that is no sink.
             UsageError: It cannot be opened.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most kinds own nothing
         """Let go of what it owns; for one that has not been opened and never will be."""
 
 
 class Null(Endpoint):
-    """/dev/null: there is nothing to open."""
+    """/dev/null: who asks `is_null` need not open it."""
 
     __slots__ = ()
 
@@ -78,6 +79,14 @@ class Null(Endpoint):
     def is_null(self) -> bool:
         """See `Endpoint`."""
         return True
+
+    def open_source(self, *, held: bool = False) -> tuple[int, int]:
+        """See `Endpoint.open_source`: nothing comes from it."""
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), -1
+
+    def open_sink(self, *, held: bool = False) -> tuple[int, int]:
+        """See `Endpoint.open_sink`: it takes everything."""
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), -1
 
 
 class PathEndpoint(Endpoint):
