@@ -74,7 +74,7 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
 
     record = container.record
     asked = ResourceRequest(record["cpus"], record["memory"], "--cpus and --memory")
-    # Being able to grow costs a few MiB, so only machines of containers with limits, which may be changed, are.
+    # Room to grow costs a few MiB: only a container with limits, which may be changed, gets it.
     limited = asked.cpus is not None or asked.memory is not None
     described, notes = machine.machine_settings(asked, grows=limited)
     for topic, note in notes:
