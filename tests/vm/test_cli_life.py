@@ -42,6 +42,8 @@ def box(shared_kata: Kata, busybox_image: str) -> Iterator[str]:
         "box",
         "-e",
         "MINE=1",
+        "-e",
+        "PASSWORD=dont-look-5x7",
         busybox_image,
         "sh",
         "-c",
@@ -118,6 +120,30 @@ def test_inspect_tells_the_sandbox(shared_kata: Kata, box: str) -> None:
     assert found["sandbox"]["accelerator"] in ("kvm", "tcg")
     pid = found["state"]["pid"]
     assert "qemu" in Path(f"/proc/{pid}/comm").read_text()
+
+
+def test_debug_bundle(shared_kata: Kata, box: str, tmp_path: Path) -> None:
+    """All of a running sandbox but its secrets."""
+    target = tmp_path / "box.tar.gz"
+    said = shared_kata.ok("debug", "bundle", box, "-o", str(target))
+    with tarfile.open(target) as archive:
+        files = {
+            member.name.partition("/")[2]: file.read()
+            for member in archive.getmembers()
+            if (file := archive.extractfile(member)) is not None
+        }
+    assert json.loads(files["manifest.json"])["problems"] == [], said
+    whole = b"".join(files.values())
+    for secret in (b"dont-look-5x7", b"trap 'exit 0'", b"echo first"):
+        assert secret not in whole, [name for name, data in files.items() if secret in data]
+    assert json.loads(files["config.json"])["process"]["args"] == "<3 removed>"
+    described = json.loads(files["description.json"])
+    roles = {one["pid"]: one["role"] for one in json.loads(files["processes.json"])}
+    assert roles[described["engine_pid"]] == "engine"
+    assert described["hypervisor_pid"] in roles
+    assert {"boot", "agent"} & {one["name"] for one in json.loads(files["timings.json"])}
+    assert b"\n-machine\n" in files["qemu.args.txt"]
+    assert set(described["host_cgroups"].values()) == set(json.loads(files["cgroups.json"]))
 
 
 def test_stats(shared_kata: Kata, box: str) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_run_prints_and_passes_the_code_on(daemon: Containerd) -> None:
     assert done.stderr.decode().splitlines()[-1] == "aside"
 
 
-def test_a_task_from_create_to_delete(daemon: Containerd) -> None:
+def test_a_task_from_create_to_delete(daemon: Containerd, tmp_path: Path) -> None:
     events = Events(daemon)
     try:
         pid = daemon.detached("life", "sleep", "1000")
@@ -61,6 +62,12 @@ def test_a_task_from_create_to_delete(daemon: Containerd) -> None:
         assert missing.returncode != 0
         assert b"executable file not found in $PATH" in missing.stderr
         assert b"hint" not in missing.stderr  # containerd would have put it into the middle of its sentence
+
+        daemon.kata("debug", "bundle", "life", "-o", str(tmp_path / "bundle"))
+        with tarfile.open(tmp_path / "bundle") as archive:
+            of_task = archive.extractfile("kata-debug-life/config-0.json")
+            assert of_task is not None
+            assert json.load(of_task)["process"]["args"] == "<2 removed>"
 
         daemon.ok("task", "pause", "life")
         assert daemon.tasks()["life"] == (pid, "PAUSED")
@@ -197,6 +204,7 @@ def test_a_killed_engine_is_cleared_up_by_containerd(daemon: Containerd) -> None
 
 DIES_AT_ONCE = """
 import sys
+import tarfile
 sys.path.insert(0, sys.argv[1])
 from kata.journal import Journal
 Journal.create_dir(sys.argv[2], "default.dead", {"client": "containerd", "id": "dead"})

@@ -75,6 +75,10 @@ class Check:
         self.hint = hint
         self.blocking = blocking
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {name: getattr(self, name) for name in ("name", "result", "text", "hint", "blocking")}
+
 
 SHIM = "containerd-shim-kata-v2"
 _DOCKER_WITH_SHIMS = 23
@@ -117,7 +121,8 @@ def _vsock() -> Check:
     return Check("vhost-vsock", OK, "usable")
 
 
-def _version_of(program: str) -> str:
+def version_of(program: str) -> str:
+    """The first line that ``PROGRAM --version`` prints; empty if that does not work."""
     try:
         done = subprocess.run(
             [program, "--version"], capture_output=True, text=True, timeout=10, check=False
@@ -133,7 +138,7 @@ def _program(name: str, what: str, package: str, result: str, *, blocking: bool 
         return Check(
             what, result, f"{name} is not installed", f"apt-get install {package}", blocking=blocking
         )
-    version = _version_of(found)
+    version = version_of(found)
     return Check(what, OK, f"{version} ({found})" if version else found)
 
 
@@ -184,7 +189,7 @@ def _clients() -> list[Check]:
     containerd = shutil.which("containerd")
     if containerd:
         # "containerd github.com/containerd/containerd 1.7.24~ds1 ..."
-        words = _version_of(containerd).split()
+        words = version_of(containerd).split()
         version = words[2] if len(words) > 2 else "of unknown version"
         shim = shutil.which(SHIM)
         if shim:
@@ -200,7 +205,7 @@ def _clients() -> list[Check]:
             )
     docker = shutil.which("dockerd")
     if docker:
-        match = re.search(r"version (\d+)\S*", _version_of(docker))
+        match = re.search(r"version (\d+)\S*", version_of(docker))
         if match is None or int(match[1]) >= _DOCKER_WITH_SHIMS:
             found.append(Check("docker", OK, match[0] if match else docker))
         else:
@@ -301,25 +306,26 @@ _CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
 )
 
 
-def _doctor(arguments: Arguments) -> int:
-    checks: list[Check] = []
+def checks() -> list[Check]:
+    """Carry all checks out."""
+    found: list[Check] = []
     for look in _CHECKS:
         verdict = look()
-        checks += verdict if isinstance(verdict, list) else [verdict]
-    checks += _clients()
-    blocked = any(check.blocking and check.result == FAIL for check in checks)
+        found += verdict if isinstance(verdict, list) else [verdict]
+    return found + _clients()
+
+
+def _doctor(arguments: Arguments) -> int:
+    found = checks()
+    blocked = any(check.blocking and check.result == FAIL for check in found)
     if arguments.flag("json"):
-        entries = [
-            {"name": c.name, "result": c.result, "text": c.text, "hint": c.hint, "blocking": c.blocking}
-            for c in checks
-        ]
-        table.show_json({"usable": not blocked, "checks": entries})
+        table.show_json({"usable": not blocked, "checks": [check.to_dict() for check in found]})
         return int(blocked)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     paint = {OK: "\x1b[32m", WARN: "\x1b[33m", FAIL: "\x1b[31m"} if colour else {}
     off = "\x1b[0m" if colour else ""
-    width = max(len(check.name) for check in checks)
-    for check in checks:
+    width = max(len(check.name) for check in found)
+    for check in found:
         print(f"{paint.get(check.result, '')}{check.result:<4}{off}  {check.name:<{width}}  {check.text}")
         if check.hint:
             print(f"      {'':<{width}}  fix: {check.hint}")
@@ -404,7 +410,8 @@ def _show_tree(content: dict[str, Any], indent: str) -> None:
 # ---- version ----
 
 
-def _version(arguments: Arguments) -> int:
+def versions() -> dict[str, str]:
+    """The versions of this program, its hypervisor and its guest."""
     from kata.guest import manifest
     from kata.hypervisor import registry
 
@@ -420,6 +427,11 @@ def _version(arguments: Arguments) -> int:
         found["agent"] = guest.agent_version
     except KataError:
         found["guest kernel"] = "not built"
+    return found
+
+
+def _version(arguments: Arguments) -> int:
+    found = versions()
     if arguments.flag("json"):
         table.show_json(found)
     else:
