@@ -71,14 +71,14 @@ fn memory(read: Reader, total: u64) -> Option<MemoryStats> {
     let usage = number(&read("memory.current")?);
     let stat = read("memory.stat").unwrap_or_default();
     let value = |file: &str| read(file).map_or(0, |text| number(&text));
-    let event = |file: &str, key: &str| read(file).and_then(|text| value_of(&text, key)).unwrap_or(0);
+    let events = read("memory.events").unwrap_or_default();
     Some(MemoryStats {
         cache: value_of(&stat, "file").unwrap_or(0),
         usage: Some(Box::new(MemoryData {
             usage,
             // Since Linux 5.19; without it the present usage is the closest value.
             max_usage: value("memory.peak").max(usage),
-            failcnt: event("memory.events", "max"),
+            failcnt: value_of(&events, "max").unwrap_or(0),
             limit: value("memory.max").min(total),
         })),
         swap_usage: read("memory.swap.current").map(|text| {
@@ -86,14 +86,16 @@ fn memory(read: Reader, total: u64) -> Option<MemoryStats> {
             Box::new(MemoryData {
                 usage,
                 max_usage: value("memory.swap.peak").max(usage),
-                failcnt: event("memory.swap.events", "max"),
+                failcnt: read("memory.swap.events").and_then(|text| value_of(&text, "max")).unwrap_or(0),
                 limit: value("memory.swap.max"),
             })
         }),
         kernel_usage: value_of(&stat, "kernel")
             .map(|usage| Box::new(MemoryData { usage, max_usage: usage, failcnt: 0, limit: u64::MAX })),
         use_hierarchy: true,
-        stats: pairs(&stat).map(|(key, value)| (key.to_string(), value)).collect(),
+        // Of what happened at the limits the protocol has room for one number, `failcnt`: the others go by their names,
+        // none of which memory.stat has.
+        stats: pairs(&stat).chain(pairs(&events)).map(|(key, value)| (key.to_string(), value)).collect(),
     })
 }
 
@@ -175,6 +177,7 @@ mod tests {
         let swap = stats.swap_usage.unwrap();
         assert_eq!((swap.usage, swap.limit), (5, 100));
         assert_eq!((stats.cache, stats.kernel_usage.unwrap().usage, stats.stats["inactive_file"]), (2048, 77, 12));
+        assert_eq!((stats.stats["oom"], stats.stats["oom_kill"]), (1, 1));
         assert!(memory(&|_| None, 8192).is_none());
     }
 

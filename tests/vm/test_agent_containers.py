@@ -522,6 +522,11 @@ def test_a_kill_for_lack_of_memory_is_told(guest: Guest) -> None:
     hungry = Container(guest, "hungry", "sh", "-c", "tail /dev/zero", linux={"Resources": small})
     assert hungry.wait() == 137
     assert told.result().container_id == "hungry"
+    request = agent.StatsContainerRequest(container_id="hungry")
+    stats = guest.ask("StatsContainer", request, agent.StatsContainerResponse).cgroup_stats
+    assert stats is not None
+    assert stats.memory_stats is not None
+    assert stats.memory_stats.stats["oom_kill"] >= 1
     hungry.remove()
 
 

@@ -172,7 +172,8 @@ def box(guest: Machine) -> Iterator[Container]:
     box.remove()
 
 
-def test_metrics_have_the_names_that_dashboards_ask_for(guest: Machine) -> None:
+def test_metrics_have_the_names_that_dashboards_ask_for(guest: Machine, box: Container) -> None:
+    assert box.sh("fill", "dd if=/dev/zero of=/ext4/filled bs=1M count=4; sync")[0] == 0
     text = guest.ask("GetMetrics", agent.GetMetricsRequest(), agent.Metrics).metrics
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     families = {name.split("{")[0] for name in values}
@@ -193,6 +194,12 @@ def test_metrics_have_the_names_that_dashboards_ask_for(guest: Machine) -> None:
     assert float(values['kata_guest_diskstat{disk="vda",item="sectors_read"}']) > 0
     assert float(values["kata_agent_total_rss"]) > 100_000
     assert values["kata_agent_threads"] == "1"
+    for spelling in ("cancelled_write_byte", "cancelled_write_bytes"):
+        assert f'kata_agent_io_stat{{item="{spelling}"}}' in values
+    rooms = {name: float(value) for name, value in values.items() if f'mount="{STATE}/volumes/ext4"' in name}
+    used = next(value for name, value in rooms.items() if "bytes{" in name and 'item="used"' in name)
+    assert 4 * MIB < used < max(rooms.values())
+    assert box.sh("empty", "rm /ext4/filled")[0] == 0
     scrapes = int(values["kata_agent_scrape_count"])
     again = guest.ask("GetMetrics", agent.GetMetricsRequest(), agent.Metrics).metrics
     assert f"kata_agent_scrape_count {scrapes + 1}\n" in again

@@ -85,6 +85,8 @@ _V2_MEMORY = (
     "thp_fault_alloc",
     "thp_collapse_alloc",
 )
+_V2_SPLIT = ("workingset_refault", "workingset_activate")
+"""One number when the shape was made; the kernel counts anonymous memory and files since 5.9."""
 _BLKIO = (
     "io_service_bytes_recursive",
     "io_serviced_recursive",
@@ -169,6 +171,11 @@ def _v1(answer: agent_pb.StatsContainerResponse) -> v1.Metrics:  # noqa: C901, P
                     limit=data.limit, usage=data.usage, max=data.max_usage, failcnt=data.failcnt
                 )
                 setattr(out.memory, name, entry)
+        if memory.usage is not None:
+            out.memory.hierarchical_memory_limit = memory.usage.limit
+        sockets = memory.stats.get("sock", 0)
+        out.memory.kernel_tcp = v1.MemoryEntry(usage=sockets, max=sockets)
+        out.memory_oom_control = v1.MemoryOomControl(oom_kill=memory.stats.get("oom_kill", 0))
     if group.blkio_stats is not None:
         out.blkio = v1.BlkIOStat()
         for name in _BLKIO:
@@ -227,16 +234,21 @@ def _v2(answer: agent_pb.StatsContainerResponse) -> v2.Metrics:  # noqa: C901, P
         out.memory = v2.MemoryStat()
         for name in _V2_MEMORY:
             setattr(out.memory, name, memory.stats.get(name, 0))
+        for name in _V2_SPLIT:
+            value = memory.stats.get(f"{name}_anon", 0) + memory.stats.get(f"{name}_file", 0)
+            setattr(out.memory, name, memory.stats.get(name, value))
         if memory.usage is not None:
             out.memory.usage = memory.usage.usage
             out.memory.usage_limit = memory.usage.limit
             out.memory.max_usage = memory.usage.max_usage
             out.memory_events = v2.MemoryEvents(
-                max=memory.usage.failcnt, oom_kill=memory.stats.get("oom_kill", 0)
+                max=memory.usage.failcnt,
+                **{name: memory.stats.get(name, 0) for name in ("low", "high", "oom", "oom_kill")},
             )
         if memory.swap_usage is not None:
             out.memory.swap_usage = memory.swap_usage.usage
             out.memory.swap_limit = memory.swap_usage.limit
+            out.memory.swap_max_usage = memory.swap_usage.max_usage
     if group.blkio_stats is not None:
         devices: dict[tuple[int, int], v2.IOEntry] = {}
         for source, read, written in (
