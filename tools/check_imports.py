@@ -11,7 +11,7 @@ others or a higher one::
     children config
     ttrpc oci journal crash
     proto
-    bpf errors paths launcher host_cache settings sysio
+    bpf deferred errors paths launcher host_cache settings sysio
 
 Within a part modules may import one another, but never in a circle, be it by way of types alone: whoever reads one of
 them would have to read them all. `KNOTS` lists the arrows that still close circles; one that no longer does has to be
@@ -40,7 +40,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("children", "config"),
     ("ttrpc", "oci", "journal", "crash"),
     ("proto",),
-    ("bpf", "sysio", "paths", "launcher", "host_cache", "settings", "errors"),
+    ("bpf", "deferred", "sysio", "paths", "launcher", "host_cache", "settings", "errors"),
     ("__init__",),
 )
 """Parts (sub-packages or modules of ``kata``) by height."""

@@ -100,3 +100,51 @@ def test_commands_that_start_containers_do_without_dear_modules() -> None:
 
 def _is_third_party(name: str) -> bool:
     return name.split(".")[0] not in sys.stdlib_module_names
+
+
+SELDOM_USED_BY_ENGINES = {"ast", "dis", "textwrap", "tokenize"}
+"""What inspect, linecache and traceback import: here if one of them has been used. See `kata.deferred`."""
+
+NOT_BEFORE_THEY_ARE_USED = {
+    *("kata.engine.services.stats", "kata.engine.services.pod_service", "kata.engine.services.events"),
+    *("kata.engine.forwarding.forward", "kata.engine.forwarding.names", "kata.engine.forwarding.sockets"),
+    *("kata.engine.containers.hooks", "kata.engine.containers.hostroot"),
+    *("kata.engine.lifecycle.pod", "kata.engine.standard_streams.logger"),
+    *("kata.network.netns", "kata.network.macvtap", "kata.network.sk_lookup"),
+    *(
+        "kata.proto.cgroups_v1_pb",
+        "kata.proto.cgroups_v2_pb",
+        "kata.proto.cri_pb",
+        "kata.proto.podsandbox_pb",
+    ),
+}
+"""Parts of an engine that most sandboxes do without: memory of every engine, if they are imported with the others."""
+
+AN_ENGINES_LOOP = """
+import sys
+sys.path.append({source!r})
+sys.modules["ssl"] = None
+from kata import deferred
+deferred.defer()
+import asyncio, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+async def main():
+    import kata.engine.lifecycle.sandbox, kata.engine.lifecycle.guest_setup, kata.engine.services.sandbox_service
+    import kata.engine.services.task_service, kata.hypervisor.qemu.machine, kata.ttrpc.server
+    from kata.engine.signals import call_on_signals
+    loop = asyncio.get_running_loop()
+    arrived = loop.create_future()
+    call_on_signals((signal.SIGTERM, signal.SIGINT), arrived.set_result)
+    await asyncio.to_thread(signal.raise_signal, signal.SIGTERM)
+    assert await asyncio.wait_for(arrived, 5) == signal.SIGTERM
+asyncio.run(main())
+import json; print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_an_engine_does_without_what_only_errors_need() -> None:
+    program = AN_ENGINES_LOOP.format(source=str(SOURCE))
+    done = subprocess.run(["/usr/bin/python3", "-I", "-S", "-c", program], capture_output=True, check=True)
+    loaded = set(json.loads(done.stdout))
+    assert loaded & SELDOM_USED_BY_ENGINES == set()
+    assert loaded & NOT_BEFORE_THEY_ARE_USED == set()

@@ -65,8 +65,14 @@ def main() -> int:
             failed = error  # the Create call reports it
     # Nothing here speaks TLS, and asyncio does without: 4 MB and 10 ms less.
     sys.modules["ssl"] = None  # type: ignore[assignment]
-    import asyncio
+    from kata import deferred
 
+    deferred.defer()
+    import asyncio
+    import signal
+
+    # As it is outside Python, until the loop has its own way (`call_on_signals`): asyncio then installs none.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     asyncio.run(_serve(settings, run_dir, journal, machine, failed, lease, time.monotonic_ns()))
     return 0
 
@@ -83,9 +89,11 @@ async def _serve(
     import asyncio
     import signal
     import socket
+    from functools import partial
 
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.engine.services import sandbox_service, task_service
+    from kata.engine.signals import call_on_signals
     from kata.proto import sandbox_pb, task_pb
     from kata.ttrpc.server import Server
 
@@ -119,8 +127,7 @@ async def _serve(
     server = Server(services, on_error=bug, users={0, os.geteuid()})
     await server.start(socket.socket(fileno=LISTEN_FD))
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_terminate, sandbox, number)
+    call_on_signals((signal.SIGTERM, signal.SIGINT), partial(_on_terminate, sandbox))
     sandbox.tasks.create_task(_end_when_idle(sandbox, server, lease, settings.client.idle_s))
     sweeping = sandbox.tasks.create_task(_sweep(sandbox)) if settings.client.sweeps_dead_engines else None
     await sandbox.ended.wait()

@@ -1,8 +1,9 @@
 """Protobuf messages without a protobuf library.
 
 The generated modules (`*_pb.py`) are tables of text. A message class is built from its line on first access, its
-encoders and decoders when the first instance is made. So importing a module costs next to nothing, and a start pays
-only for the messages that it uses. Types for checkers are in the `*_pb.pyi` files beside the modules.
+encoders when the first instance is encoded, its decoders when the first is decoded. So importing a module costs next to
+nothing, and a start pays only for what it does with the messages that it uses. Types for checkers are in the `*_pb.pyi`
+files beside the modules.
 
 The wire format is proto3's (https://protobuf.dev/programming-guides/encoding/). Input may come from a hostile guest:
 nesting, lengths and the number of elements are bounded, and every malformed input raises `DecodeError`. Unknown fields
@@ -31,7 +32,10 @@ from kata.proto.wire import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from typing import Any, ClassVar, Self
+    from typing import Any, ClassVar, Self, TypeAlias
+
+    Encoders: TypeAlias = list[tuple[str, Callable[[Any, bytearray, int], None]]]
+    Decoders: TypeAlias = dict[int, Callable[[Any, bytes, int, int, int, list[int]], int]]
 
 __all__ = [
     "MAX_DEPTH",
@@ -76,8 +80,7 @@ class Message:
     @classmethod
     def fields(cls) -> tuple[Field, ...]:
         """The fields in the order of the `.proto`, with the classes of sub-messages resolved."""
-        if cls._plan is None:
-            _compile(cls)
+        _link(cls)
         return cls._fields
 
     def encode(self) -> bytes:
@@ -97,11 +100,10 @@ class Message:
         Raises:
             DecodeError: `data` is malformed, nested too deeply or has too many elements.
         """
-        plan = cls._plan or _compile(cls)
         buf = bytes(data)
         message = cls()
         try:
-            _decode(message, plan, buf, 0, len(buf), 0, [MAX_ELEMENTS])
+            _decode(message, buf, 0, len(buf), 0, [MAX_ELEMENTS])
         except DecodeError as error:
             raise DecodeError(f"{cls.FULL_NAME}: {error}") from None
         except IndexError:
@@ -110,7 +112,7 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, by their names in the `.proto`; sub-messages as dicts, bytes unchanged."""
-        plan = self._plan or _compile(type(self))
+        plan = _link(type(self))
         out: dict[str, Any] = {}
         for field in plan.by_name.values():
             value = getattr(self, field.name)
@@ -133,7 +135,7 @@ class Message:
         Raises:
             DecodeError: There is no field of that name, or its value has the wrong shape.
         """
-        plan = cls._plan or _compile(cls)
+        plan = _link(cls)
         message = cls()
         for name, value in values.items():
             field = plan.by_name.get(name)
@@ -188,7 +190,7 @@ class Field:
             self.key, kind = kind.split(":")
         self.kind = kind
         self.sub: type[Message] | None = None
-        """Class of the sub-messages; None for scalars, and until the plan is compiled."""
+        """Class of the sub-messages; None for scalars, and until `_link` has been called for the message."""
 
     @property
     def implicit(self) -> bool:
@@ -197,16 +199,22 @@ class Field:
 
 
 class Plan:
-    """Encoders and decoders of a class; made once by `_compile`."""
+    """What instances of a class begin with, and its encoders and decoders.
 
-    __slots__ = ("by_name", "containers", "decoders", "defaults", "encoders")
+    Made by `_compile`; encoders and decoders by `_compile_encoders` and `_compile_decoders`, None until then. Most
+    messages only ever go in one of the two directions.
+    """
+
+    __slots__ = ("by_name", "containers", "decoders", "defaults", "encoders", "linked")
 
     def __init__(self) -> None:
         self.defaults: list[tuple[str, Any]] = []
         self.containers: list[tuple[str, Callable[[], Any]]] = []
         self.by_name: dict[str, Field] = {}
-        self.encoders: list[tuple[str, Callable[[Any, bytearray, int], None]]] = []
-        self.decoders: dict[int, Callable[[Any, bytes, int, int, int, list[int]], int]] = {}
+        self.linked = False
+        """Whether the fields know the classes of their sub-messages."""
+        self.encoders: Encoders | None = None
+        self.decoders: Decoders | None = None
 
 
 class Methods:
@@ -287,25 +295,45 @@ def _resolve(reference: str) -> type[Message]:
 def _compile(cls: type[Message]) -> Plan:
     plan = Plan()
     for field in cls._fields:
-        if field.kind.startswith("@"):
-            field.sub = _resolve(field.kind)
         plan.by_name[field.name] = field
         if field.label == "*":
             plan.containers.append((field.name, list))
         elif field.label == "%":
             plan.containers.append((field.name, dict))
-        elif field.label == "?" or field.sub:
+        elif field.label == "?" or field.kind.startswith("@"):
             plan.defaults.append((field.name, None))
         else:
             plan.defaults.append((field.name, ZERO.get(field.kind, 0)))
-        encode = _field_encoder(field)
-        plan.encoders.append((field.name, encode))
-        _add_decoders(plan, field)
-    # Fields are written in the order of their numbers, as by the official encoders.
-    order = {field.name: field.number for field in cls._fields}
-    plan.encoders.sort(key=lambda item: order[item[0]])
     cls._plan = plan
     return plan
+
+
+def _link(cls: type[Message]) -> Plan:
+    """Have the fields of a message know the classes of their sub-messages; returns its plan."""
+    plan = cls._plan or _compile(cls)
+    if not plan.linked:
+        for field in cls._fields:
+            if field.kind.startswith("@"):
+                field.sub = _resolve(field.kind)
+        plan.linked = True
+    return plan
+
+
+def _compile_encoders(cls: type[Message]) -> Encoders:
+    plan = _link(cls)
+    # Fields are written in the order of their numbers, as by the official encoders.
+    in_order = sorted(cls._fields, key=lambda field: field.number)
+    plan.encoders = encoders = [(field.name, _field_encoder(field)) for field in in_order]
+    return encoders
+
+
+def _compile_decoders(cls: type[Message]) -> Decoders:
+    plan = _link(cls)
+    decoders: Decoders = {}
+    for field in cls._fields:
+        _add_decoders(decoders, field)
+    plan.decoders = decoders
+    return decoders
 
 
 def _value_writer(kind: str, sub: type[Message] | None) -> Callable[[bytearray, Any, int], None]:
@@ -395,8 +423,9 @@ def _field_encoder(field: Field) -> Callable[[Any, bytearray, int], None]:  # no
 def _encode(message: Message, out: bytearray, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise EncodeError(f"messages nested deeper than {MAX_DEPTH}")
-    plan = message._plan or _compile(type(message))
-    for name, encode in plan.encoders:
+    cls = type(message)
+    plan = cls._plan or _compile(cls)
+    for name, encode in plan.encoders if plan.encoders is not None else _compile_encoders(cls):
         try:
             encode(getattr(message, name), out, depth)
         except EncodeError:
@@ -405,11 +434,11 @@ def _encode(message: Message, out: bytearray, depth: int) -> None:
             raise EncodeError(f"{message.FULL_NAME}.{name}: {error}") from None
 
 
-def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
+def _add_decoders(decoders: Decoders, field: Field) -> None:  # noqa: C901
     name, number, sub = field.name, field.number, field.sub
     wire_type = wire_type_of(field.kind)
     if field.label == "%":
-        plan.decoders[number << 3 | 2] = _map_decoder(field)
+        decoders[number << 3 | 2] = _map_decoder(field)
         return
     if sub is not None:
         repeated = field.label == "*"
@@ -429,10 +458,10 @@ def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
                 else:
                     setattr(message, name, item)
             budget[0] -= 1
-            _decode(item, sub._plan or _compile(sub), buf, pos, pos + length, depth + 1, budget)
+            _decode(item, buf, pos, pos + length, depth + 1, budget)
             return pos + length
 
-        plan.decoders[number << 3 | 2] = decode_message
+        decoders[number << 3 | 2] = decode_message
         return
 
     get = scalar_reader(field.kind)
@@ -446,7 +475,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
             getattr(message, name).append(value)
             return pos
 
-        plan.decoders[number << 3 | wire_type] = decode_element
+        decoders[number << 3 | wire_type] = decode_element
         if wire_type != 2:
 
             def decode_packed(
@@ -468,7 +497,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
                     raise DecodeError("truncated")
                 return pos
 
-            plan.decoders[number << 3 | 2] = decode_packed
+            decoders[number << 3 | 2] = decode_packed
         return
 
     def decode_scalar(message: Any, buf: bytes, pos: int, end: int, depth: int, budget: list[int]) -> int:
@@ -476,7 +505,7 @@ def _add_decoders(plan: Plan, field: Field) -> None:  # noqa: C901
         setattr(message, name, value)
         return pos
 
-    plan.decoders[number << 3 | wire_type] = decode_scalar
+    decoders[number << 3 | wire_type] = decode_scalar
 
 
 def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]], int]:
@@ -510,7 +539,7 @@ def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]
                 if pos + size > stop:
                     raise DecodeError("truncated")
                 # Two levels deeper: the map's entry is a message too.
-                _decode(value, sub._plan or _compile(sub), buf, pos, pos + size, depth + 2, budget)
+                _decode(value, buf, pos, pos + size, depth + 2, budget)
                 pos += size
         if pos != stop:
             raise DecodeError("truncated")
@@ -520,12 +549,12 @@ def _map_decoder(field: Field) -> Callable[[Any, bytes, int, int, int, list[int]
     return decode
 
 
-def _decode(
-    message: Message, plan: Plan, buf: bytes, pos: int, end: int, depth: int, budget: list[int]
-) -> None:
+def _decode(message: Message, buf: bytes, pos: int, end: int, depth: int, budget: list[int]) -> None:
     if depth > MAX_DEPTH:
         raise DecodeError(f"messages nested deeper than {MAX_DEPTH}")
-    decoders = plan.decoders
+    cls = type(message)
+    plan = cls._plan or _compile(cls)
+    decoders = plan.decoders if plan.decoders is not None else _compile_decoders(cls)
     while pos < end:
         tag, pos = get_tag(buf, pos)
         decode = decoders.get(tag)

@@ -17,7 +17,6 @@ from kata.engine.containers.process import CREATED, DELETED, TASK_STATUS
 from kata.engine.containers.process_end import timestamp
 from kata.engine.containers.spec import refuse_foreign
 from kata.engine.launch import check_id
-from kata.engine.services import stats
 from kata.engine.standard_streams.stdio import parse_stdio
 from kata.errors import ConfigError, NotFoundError, UnsupportedError
 from kata.proto import google_pb, task_pb
@@ -244,6 +243,8 @@ class TaskService:
         return google_pb.Empty()
 
     async def Stats(self, request: task_pb.StatsRequest, context: Context) -> task_pb.StatsResponse:
+        from kata.engine.services import stats
+
         container = self._sandbox.container(request.id)
         if not (container.init.alive or container.init.state == CREATED):
             raise NotFoundError(f"no statistics: {container.init.label} has ended")
