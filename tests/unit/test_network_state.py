@@ -14,7 +14,9 @@ import pytest
 
 from kata import sysio
 from kata.engine.forwarding.guestnet import GuestNetwork
-from kata.errors import AgentError
+from kata.engine.lifecycle.sandbox_state import Lifecycle, SandboxState
+from kata.errors import AgentError, HypervisorError
+from kata.hypervisor.base import Nic
 from kata.network import netns, routing, rtnetlink, sysctls
 from kata.network.netns import NetnsPlan, link_local
 from kata.network.rtnetlink import attribute
@@ -365,3 +367,65 @@ def test_an_agent_that_cannot_be_told_is_named_in_the_log(agent: _Agent) -> None
         "the route blackhole 172.31.0.0/16 is not in the guest",
         "the rule 5",
     ]
+
+
+def test_an_interface_is_attached_to_its_end_also_when_the_caller_is_cancelled() -> None:
+    """Its descriptor is passed to the hypervisor in the middle of it, and its address is known only afterwards."""
+    reading, writing = os.pipe()
+    os.close(writing)
+    nic = Nic("02:00:00:00:00:02", tap_fd=sysio.Fd(reading))
+
+    async def run() -> None:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+        was_open: list[bool] = []
+
+        async def attach_nic(index: int, given: Nic) -> str:
+            begun.set()
+            await go_on.wait()
+            was_open.extend(fd.is_open for fd in given.descriptors())
+            if index:
+                raise HypervisorError("no room")
+            return "02/03"
+
+        life = Lifecycle("s1")
+        life.enter(SandboxState.BOOTING)
+        arrived = [(0, nic)]
+        placed: list[tuple[int, str]] = []
+        plan: Any = SimpleNamespace(
+            take_pending_hotplugs=lambda: [arrived.pop()] if arrived else [],
+            place=lambda index, address: placed.append((index, address)),
+        )
+        sandbox: Any = _Sandbox(plan)
+        sandbox.vm = SimpleNamespace(attach_nic=attach_nic)
+        sandbox.race_vm_exit = life.race_vm_exit
+        network = sandbox.guest_network()
+        caller = asyncio.create_task(network._plug_in(plan))
+        await begun.wait()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert not placed
+        second = asyncio.create_task(network._plug_in(plan))  # has to wait for it
+        await asyncio.sleep(0.01)
+        assert not second.done()
+        go_on.set()
+        await second
+        assert placed == [(0, "02/03")]
+        assert was_open == [True]
+        assert not any(fd.is_open for fd in nic.descriptors())
+
+        # One that fails when nobody waits any more is told in the log.
+        begun.clear()
+        go_on.clear()
+        arrived.append((1, Nic("02:00:00:00:00:03")))
+        caller = asyncio.create_task(network._plug_in(plan))
+        await begun.wait()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        go_on.set()
+        await network._plug_in(plan)
+        await asyncio.sleep(0)
+        assert sandbox.messages == ["an interface was not given to the machine: no room"]
+
+    asyncio.run(run())

@@ -122,3 +122,38 @@ def test_the_end_of_the_machine_ends_what_waits_for_it() -> None:
         assert never.cancelled()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("outlives_caller", [False, True])
+def test_what_is_waited_for_ends_with_its_caller_unless_it_is_kept(outlives_caller: bool) -> None:
+    async def run() -> None:
+        life = Lifecycle("s1")
+        life.enter(BOOTING)
+        begun, go_on = asyncio.Event(), asyncio.Event()
+        steps: list[str] = []
+
+        async def work() -> None:
+            try:
+                begun.set()
+                await go_on.wait()
+                steps.append("done")
+            finally:
+                await asyncio.sleep(0)
+                steps.append("ended")
+
+        task = asyncio.create_task(work())
+        caller = asyncio.create_task(life.race_vm_exit(task, outlives_caller=outlives_caller))
+        await begun.wait()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        if outlives_caller:
+            assert steps == []
+            go_on.set()
+            await task
+            assert steps == ["done", "ended"]
+        else:
+            assert steps == ["ended"]
+            assert task.cancelled()
+
+    asyncio.run(run())

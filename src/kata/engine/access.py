@@ -46,8 +46,8 @@ if TYPE_CHECKING:
         async def ready(self) -> AgentClient:
             """The agent, once the guest is up. Raises what kept it from that."""
 
-        async def race_vm_exit(self, work: Awaitable[T]) -> T:
-            """Await *work*; the end of the machine ends it, with its reason."""
+        async def race_vm_exit(self, work: Awaitable[T], *, outlives_caller: bool = False) -> T:
+            """Await *work*; the end of the machine ends it, with its reason (`Lifecycle.race_vm_exit`)."""
 
     class MachineControl(MachineAccess, Protocol):
         """The same for those who may have to end it, and report how it ended."""

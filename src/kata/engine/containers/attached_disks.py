@@ -53,7 +53,7 @@ class AttachedDisks:
         attaching = asyncio.create_task(self._runtime.vm.attach_disk(Disk(path, readonly)))
         self._attaching.add(attaching)
         attaching.add_done_callback(self._attached)
-        return await self._runtime.race_vm_exit(attaching)
+        return await self._runtime.race_vm_exit(attaching, outlives_caller=True)
 
     def _attached(self, attaching: asyncio.Task[str]) -> None:
         self._attaching.discard(attaching)

@@ -168,7 +168,11 @@ class Killer:
         else:
             sending = asyncio.ensure_future(agent.signal(self._id, process.exec_id, signal, None))
         patience_s = self._client.signal_s
-        done, _ = await asyncio.wait([sending], timeout=patience_s)
+        try:
+            done, _ = await asyncio.wait([sending], timeout=patience_s)
+        except asyncio.CancelledError:
+            self._tasks.create_task(_quietly(sending))
+            raise
         if done:
             sending.result()
             return

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kata.engine.access import HasConfig, MachineAccess
     from kata.engine.tasks import Tasks
     from kata.engine.timings import Timings
+    from kata.hypervisor.base import Nic
+    from kata.hypervisor.protocols import Machine
     from kata.network.routing import Entry
     from kata.network.user import NetworkPlan
     from kata.settings import SandboxSettings
@@ -76,6 +78,7 @@ class GuestNetwork:
         self._is_denied = False
         self._socket: socket.socket | None = None
         self._is_watching = False
+        self._attaching: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._first_event_s = 0.0
 
@@ -252,16 +255,33 @@ class GuestNetwork:
             self._tasks.log(sentence)
 
     async def _plug_in(self, plan: NetworkPlan) -> None:
-        """Give the machine the interfaces that have come."""
+        """Give the machine the interfaces that have come.
+
+        A caller that is cancelled leaves this to end, since the machine cannot be told to stop in the middle of it:
+        each interface's descriptor stays open until then, and its address is known afterwards.
+        """
         vm = self._runtime.vm
         assert vm is not None
-        late = plan.take_pending_hotplugs()
-        try:
-            for index, nic in late:
-                plan.place(index, await self._runtime.race_vm_exit(vm.attach_nic(index, nic)))
-        finally:
-            for _, nic in late:
+        if self._attaching is not None and not self._attaching.done():  # its caller was cancelled
+            await self._runtime.race_vm_exit(asyncio.wait({self._attaching}))
+        arrived = plan.take_pending_hotplugs()
+        attaching = self._attaching = asyncio.create_task(_attach(vm, plan, arrived))
+
+        def attached(_task: asyncio.Task[None]) -> None:
+            for _, nic in arrived:
                 nic.close()
+
+        attaching.add_done_callback(attached)
+        try:
+            await self._runtime.race_vm_exit(attaching, outlives_caller=True)
+        except asyncio.CancelledError:
+            attaching.add_done_callback(self._say_failure)
+            raise
+
+    def _say_failure(self, attaching: asyncio.Task[None]) -> None:
+        error = None if attaching.cancelled() else attaching.exception()
+        if error is not None:
+            self._say(f"an interface was not given to the machine: {error}")
 
     async def _hide_idle(self) -> None:
         """What stands for nothing is not seen: a container without a network has no interface."""
@@ -334,3 +354,8 @@ class GuestNetwork:
                 await self._names_up(container.config)
         except (KataError, OSError) as error:
             self._say(f"the guest does not follow a change of its network: {error}")
+
+
+async def _attach(vm: Machine, plan: NetworkPlan, arrived: list[tuple[int, Nic]]) -> None:
+    for index, nic in arrived:
+        plan.place(index, await vm.attach_nic(index, nic))

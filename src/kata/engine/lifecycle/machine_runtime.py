@@ -195,9 +195,9 @@ class MachineRuntime:
             raise self.life.lost_error()
         return self._guest
 
-    async def race_vm_exit(self, work: Awaitable[T]) -> T:
+    async def race_vm_exit(self, work: Awaitable[T], *, outlives_caller: bool = False) -> T:
         """See `Lifecycle.race_vm_exit`."""
-        return await self.life.race_vm_exit(work)
+        return await self.life.race_vm_exit(work, outlives_caller=outlives_caller)
 
     @property
     def is_lost(self) -> bool:

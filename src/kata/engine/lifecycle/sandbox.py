@@ -165,7 +165,7 @@ class Sandbox:
             KataError: It could not be set up.
         """
         if self.network_services.configured is not None:
-            await self.runtime.race_vm_exit(self.network_services.configured)
+            await self.runtime.race_vm_exit(self.network_services.configured, outlives_caller=True)
         await self.guest_network.come_up()
 
     async def names_up(self, config: dict[str, Any]) -> None:

@@ -135,15 +135,29 @@ class Lifecycle:
             return VMLostError(error.message, error.hint)
         return VMLostError(f"sandbox {self._id} is ending")
 
-    async def race_vm_exit(self, work: Awaitable[T]) -> T:
-        """Await *work*; the end of the machine ends it.
+    async def race_vm_exit(self, work: Awaitable[T], *, outlives_caller: bool = False) -> T:
+        """Await *work*; the end of the machine cancels it.
+
+        Args:
+            work: What to wait for.
+            outlives_caller: A caller that is cancelled leaves *work*, a future that somebody else holds, to go on.
+                Otherwise *work* is cancelled with its caller, and has ended when this returns.
+
+        Returns:
+            What *work* returns.
 
         Raises:
             KataError: The machine's end, or what *work* raises.
         """
         task = asyncio.ensure_future(work)
         both: set[asyncio.Future[Any]] = {task, self.exit_reason}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if not outlives_caller:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            raise
         if task.done():
             return task.result()
         task.cancel()
