@@ -1,5 +1,7 @@
 //! Mounts, namespaces, modules, the machine.
 
+use core::mem::MaybeUninit;
+
 use super::call::{cstr, SysResult};
 use super::file::{Fd, RawFd};
 use crate::syscall;
@@ -112,6 +114,17 @@ pub fn sync() {
 pub fn reboot(command: u32) -> SysResult<()> {
     // SAFETY: no memory is involved.
     unsafe { syscall!(libc::SYS_reboot, libc::LINUX_REBOOT_MAGIC1, libc::LINUX_REBOOT_MAGIC2, command, 0) }.map(drop)
+}
+
+/// Bytes of memory that the machine has, as `MemTotal` of /proc/meminfo, without its other 50 numbers.
+pub fn total_memory() -> SysResult<u64> {
+    let mut out = MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the kernel fills the structure; zeroed is a valid value of it.
+    let info = unsafe {
+        syscall!(libc::SYS_sysinfo, out.as_mut_ptr())?;
+        out.assume_init()
+    };
+    Ok(info.totalram.saturating_mul(u64::from(info.mem_unit)))
 }
 
 /// The path of a descriptor for calls that only take strings.
