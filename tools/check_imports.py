@@ -8,10 +8,11 @@ others or a higher one::
     cli shim
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
+    trace_export
     children config
     ttrpc oci journal crash
     proto
-    bpf deferred errors paths launcher host_cache settings sysio
+    bpf deferred errors paths launcher host_cache settings sysio tracing
 
 Within a part modules may import one another, but never in a circle, be it by way of types alone: whoever reads one of
 them would have to read them all. `KNOTS` lists the arrows that still close circles; one that no longer does has to be
@@ -37,10 +38,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "shim"),
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
+    ("trace_export",),
     ("children", "config"),
     ("ttrpc", "oci", "journal", "crash"),
     ("proto",),
-    ("bpf", "deferred", "sysio", "paths", "launcher", "host_cache", "settings", "errors"),
+    ("bpf", "deferred", "sysio", "paths", "launcher", "host_cache", "settings", "errors", "tracing"),
     ("__init__",),
 )
 """Parts (sub-packages or modules of ``kata``) by height."""

@@ -47,8 +47,8 @@ def main() -> int:
 
 
 def _run() -> int:
-    """Run what `sys.argv` names: ``engine`` is the process of one sandbox; under containerd's name for it, or as
-    ``shim``, a command of containerd's; all else the human command line.
+    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``export-spans`` a helper of its;
+    under containerd's name for it, or as ``shim``, a command of containerd's; all else the human command line.
 
     Returns:
         The exit status.
@@ -60,6 +60,10 @@ def _run() -> int:
         from kata.engine.main import main as engine
 
         return engine()
+    if sys.argv[1:2] == ["export-spans"]:
+        from kata.trace_export import main as export
+
+        return export()
     named = os.path.basename(sys.argv[0]) == SHIM
     if named or sys.argv[1:2] == ["shim"]:
         from kata.shim.main import main as shim

@@ -331,6 +331,22 @@ class ShareSettings(Part):
         self.msize = msize
 
 
+class TracingSettings(Part):
+    """Tracing (docs/tracing.md).
+
+    Args:
+        agent: The agent reports what it spends its time on as well.
+        config: The configuration file that was named for the sandbox, which has the collector's address; empty is the
+            host's.
+    """
+
+    __slots__ = ("agent", "config")
+
+    def __init__(self, *, agent: bool = False, config: str = "") -> None:
+        self.agent = agent
+        self.config = config
+
+
 class MachineSettings(Part):
     """The virtual machine (`kata.engine.machine` makes this of the configuration).
 
@@ -340,9 +356,10 @@ class MachineSettings(Part):
         size: How large it is.
         share: How files of the host reach it.
         configuration: What is not as by default: name of the key -> its value and where it was found. Only shown.
+        tracing: What starts and calls spend their time on is traced; absent is not at all.
     """
 
-    __slots__ = ("configuration", "guest", "hypervisor", "share", "size")
+    __slots__ = ("configuration", "guest", "hypervisor", "share", "size", "tracing")
 
     def __init__(
         self,
@@ -352,12 +369,14 @@ class MachineSettings(Part):
         size: SizeSettings,
         share: ShareSettings | None = None,
         configuration: Mapping[str, Sequence[Any]] | None = None,
+        tracing: TracingSettings | None = None,
     ) -> None:
         self.hypervisor = hypervisor
         self.guest = guest
         self.size = size
         self.share = share or ShareSettings()
         self.configuration = dict(configuration or {})
+        self.tracing = tracing
 
 
 class DiskSettings(Part):

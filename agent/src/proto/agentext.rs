@@ -19,6 +19,12 @@ pub const BOOT: &str = "kata.agent.v1.Boot";
 /// Its methods.
 pub const BOOT_METHODS: &[&str] = &["Times"];
 
+/// What calls have spent their time on in the guest: those that carried a traceparent in their metadata, while
+/// agent.trace is on the kernel's command line. Announced as kata.trace.
+pub const TRACE: &str = "kata.agent.v1.Trace";
+/// Its methods.
+pub const TRACE_METHODS: &[&str] = &["Take"];
+
 /// What a running machine can be told about its hardware.
 pub const MACHINE: &str = "kata.agent.v1.Machine";
 /// Its methods.
@@ -935,6 +941,94 @@ impl Message for BootTimesResponse {
         match field.number {
             1 => codec::get_uint64(field, &mut self.kernel_ns)?,
             2 => codec::get_uint64(field, &mut self.ready_ns)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct TakeSpansRequest {}
+
+impl Message for TakeSpansRequest {
+    fn encode(&self, _out: &mut Vec<u8>) {}
+
+    fn merge(&mut self, _field: Field<'_>) -> Result<(), DecodeError> {
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct TakeSpansResponse {
+    pub spans: Vec<GuestSpan>,
+}
+
+impl Message for TakeSpansResponse {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_repeated_message(out, 1, &self.spans);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_repeated_message(field, &mut self.spans)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// One call.
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct GuestSpan {
+    /// The id of the caller's span: the third part of its traceparent, as 8 bytes.
+    pub parent: Vec<u8>,
+    /// The method.
+    pub name: String,
+    /// Nanoseconds from its arrival to its answer.
+    pub duration_ns: u64,
+    pub phases: Vec<GuestPhase>,
+}
+
+impl Message for GuestSpan {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_bytes(out, 1, &self.parent);
+        codec::put_string(out, 2, &self.name);
+        codec::put_uint64(out, 3, self.duration_ns);
+        codec::put_repeated_message(out, 4, &self.phases);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_bytes(field, &mut self.parent)?,
+            2 => codec::get_string(field, &mut self.name)?,
+            3 => codec::get_uint64(field, &mut self.duration_ns)?,
+            4 => codec::get_repeated_message(field, &mut self.phases)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct GuestPhase {
+    pub name: String,
+    /// Nanoseconds since the call's arrival.
+    pub start_ns: u64,
+    pub duration_ns: u64,
+}
+
+impl Message for GuestPhase {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.name);
+        codec::put_uint64(out, 2, self.start_ns);
+        codec::put_uint64(out, 3, self.duration_ns);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.name)?,
+            2 => codec::get_uint64(field, &mut self.start_ns)?,
+            3 => codec::get_uint64(field, &mut self.duration_ns)?,
             _ => {}
         }
         Ok(())

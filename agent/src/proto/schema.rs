@@ -70,6 +70,7 @@ pub const METHODS: &[(&str, &str)] = &[
     ("kata.agent.v1.Sockets/Exchange", "StreamPiece"),
     ("kata.agent.v1.Sockets/Listen", "ListenSocketRequest"),
     ("kata.agent.v1.Streams/Attach", "StreamPiece"),
+    ("kata.agent.v1.Trace/Take", "TakeSpansRequest"),
 ];
 
 /// Messages and their fields: `name:number`, `*` if repeated, and the type: s(tring), (b)y(tes), b(ool),
@@ -172,6 +173,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("StreamTarget", "container_id:1s exec_id:2s stream:3u"),
     ("StringUser", "uid:1s gid:2s additionalGids:3*s"),
     ("SymlinkRequest", "container_id:1s path:2y target:3y uid:4u gid:5u replace:6b"),
+    ("TakeSpansRequest", ""),
     ("TtyWinResizeRequest", "container_id:1s exec_id:2s row:3u column:4u"),
     ("UpdateContainerRequest", "container_id:1s resources:2mLinuxResources"),
     ("UpdateEphemeralMountsRequest", "storages:1*mStorage"),

@@ -21,12 +21,21 @@ from kata.ttrpc.status import DEADLINE_EXCEEDED, ConnectionLost, ProtocolError, 
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-    from typing import TypeVar
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from typing import Protocol, TypeVar
 
     from kata.proto import oci_pb
     from kata.ttrpc.client import Client, Receiver, Stream
     from kata.ttrpc.messages import Decodable, Encodable
+
+    class CallSpan(Protocol):
+        """The span of a call (`kata.tracing.Span`)."""
+
+        def header(self) -> str:
+            """What the agent is told of it."""
+
+        def end(self, end_ns: int = 0, error: str = "") -> None:
+            """The call has ended."""
 
     D = TypeVar("D", bound=Decodable)
     Dial = Callable[[], Awaitable[Client]]
@@ -49,6 +58,8 @@ PIDS_OF = "kata.pids.of"
 """Feature of an agent: a container can join another one's PID namespace."""
 DEVICE_LIMITS = "kata.device.limits"
 """Feature of an agent: block I/O of a container's own disks can be limited, by the host's device numbers."""
+TRACE_HEADER = "traceparent"
+"""Key of a call's metadata: the span that it is a part of, in the form of W3C Trace Context."""
 CREATE_S = 120.0
 """Timeout, in seconds, of CreateContainer, which mounts file systems."""
 
@@ -146,6 +157,8 @@ class AgentClient:
     Attributes:
         features: The agent's extensions of the protocol (``AgentDetails.extra_features``); empty until
             `negotiate_features` was called.
+        trace: Begins the span of a call (service, method, timeout), or says that it has none; None where there is no
+            tracing.
     """
 
     def __init__(self, client: Client, watcher: Watcher | None = None, dial: Dial | None = None) -> None:
@@ -154,6 +167,7 @@ class AgentClient:
         self._dial = dial
         self._own: set[Client] = set()
         self.features: frozenset[str] = frozenset()
+        self.trace: Callable[[str, str, float | None], CallSpan | None] | None = None
 
     async def call(
         self,
@@ -162,6 +176,7 @@ class AgentClient:
         request: Encodable,
         answer: type[D],
         timeout_s: float | None = CALL_S,
+        metadata: Mapping[str, str] | None = None,
     ) -> D:
         """Make one call.
 
@@ -171,6 +186,7 @@ class AgentClient:
             request: The request.
             answer: Class of the answer.
             timeout_s: Seconds; None waits as long as the connection lives.
+            metadata: Sent along; a call with some is not traced.
 
         Returns:
             The decoded answer.
@@ -178,8 +194,14 @@ class AgentClient:
         Raises:
             KataError: See the class.
         """
+        if self.trace is not None and metadata is None:
+            span = self.trace(service, method, timeout_s)
+            if span is not None:
+                return await self._traced(span, service, method, request, answer, timeout_s)
         try:
-            return await self._client.call(service, method, request, answer, timeout=timeout_s)
+            return await self._client.call(
+                service, method, request, answer, timeout=timeout_s, metadata=metadata
+            )
         except TtrpcError as error:
             if error.code == DEADLINE_EXCEEDED and timeout_s is not None:
                 raise AgentTimeoutError(
@@ -189,6 +211,25 @@ class AgentClient:
         except ConnectionLost as error:
             failed = error
         raise await self.explain(failed)
+
+    async def _traced(
+        self,
+        span: CallSpan,
+        service: str,
+        method: str,
+        request: Encodable,
+        answer: type[D],
+        timeout_s: float | None,
+    ) -> D:
+        """`call`, with a span that the agent is told of."""
+        try:
+            metadata = {TRACE_HEADER: span.header()}
+            given = await self.call(service, method, request, answer, timeout_s, metadata)
+        except BaseException as error:
+            span.end(error=str(error) or type(error).__name__)
+            raise
+        span.end()
+        return given
 
     async def explain(self, error: ConnectionLost | TtrpcError) -> KataError:
         """Turn an error of the connection into one of ours, and notify the watcher where it has to know.

@@ -6,6 +6,7 @@ from kata.cli import table
 from kata.cli.args import Command, Option
 from kata.config import annotations as pod
 from kata.config import files, keys
+from kata.engine.machine import SECRET
 from kata.errors import UsageError
 
 TYPE_CHECKING = False
@@ -58,6 +59,8 @@ def _annotations(given: list[str]) -> dict[str, str]:
 def _row(key: Key, conf: Configuration) -> dict[str, Any]:
     is_set = key.full_name in conf.values
     value = conf.get(key.full_name)
+    if value and key.full_name in SECRET:
+        value = "(not shown)"
     idle = key.status == keys.IDLE and is_set and not key.means_nothing(value)
     return {
         "table": keys.SECTIONS[key.section],

@@ -133,6 +133,7 @@ SANDBOX: Mapping[str, Any] = {
         "size": _SIZE,
         "share": {"disabled": VALUE, "protocol": VALUE, "daemon": VALUE, "cache": VALUE, "msize": VALUE},
         "configuration": CONFIGURATION,
+        "tracing": {"agent": VALUE, "config": VALUE},
     },
     "pod": {"config_path": VALUE},
     "container": {

@@ -38,6 +38,8 @@ ENVIRONMENT = (
     ("KATA_BOOT_TIMEOUT", "agent.dial_timeout"),
     ("KATA_GUEST_EXTENSIONS", "agent.guest_extensions"),
     ("KATA_SHARED_FS", "hypervisor.shared_fs"),
+    ("KATA_TRACING", "runtime.enable_tracing"),
+    ("KATA_AGENT_TRACING", "agent.enable_tracing"),
 )
 """Variables that override the files, and the keys that they set; the user of a value checks for them."""
 _LISTS = frozenset({"KATA_GUEST_EXTENSIONS"})

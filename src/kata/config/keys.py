@@ -197,7 +197,6 @@ _NO_CC = "confidential guests are not offered, and an ordinary one would be no s
 _NO_LIMIT = "traffic is not limited here, and it would go on without the limit"
 _NO_VHOST_USER = "vhost-user devices are not offered"
 _NO_NUMA = "the guest has one memory node"
-_NO_TRACING = "there is no tracing"
 _NO_FACTORY = "machines are booted, not cloned from templates"
 _NO_COCO = "images are not pulled in the guest"
 _OWN_TIMEOUTS = "the engine has deadlines of its own for each call"
@@ -361,9 +360,10 @@ _ALL = [
         most=86_400_000),
     Key(_A, "kernel_modules", LIST, "none", "modules to load in the guest, each with its parameters: `\"name a=1\"`"),
     Key(_A, "container_pipe_size", INT, "the kernel's", "bytes that the pipes of a container's streams hold"),
+    Key(_A, "enable_tracing", BOOL, "false", "the agent reports what it spends the time of calls on; with"
+        " `enable_tracing` in `[runtime]`: docs/tracing.md"),
     Key(_A, "guest_extensions", LIST, "none", "*our own*: archives after the initrd, made by `kata guest build"
         " --extension`"),
-    Key(_A, "enable_tracing", BOOL, "false", _NO_TRACING, IDLE),
     Key(_A, "dial_timeout_ms", INT, "", _OWN_TIMEOUTS, IDLE),
     Key(_A, "request_timeout_ms", INT, "", _OWN_TIMEOUTS, IDLE),
     Key(_A, "health_check_request_timeout_ms", INT, "", _OWN_TIMEOUTS, IDLE),
@@ -389,6 +389,12 @@ _ALL = [
         most=86400),
     Key(_R, "static_sandbox_resource_mgmt", BOOL, "false", "a machine keeps the size that it was started with"),
     Key(_R, "hypervisor_name", TEXT, "qemu", "the hypervisor; there is no other yet"),
+    Key(_R, "enable_tracing", BOOL, "false", "what starts and calls spend their time on goes to a collector of"
+        " OpenTelemetry: docs/tracing.md"),
+    Key(_R, "jaeger_endpoint", TEXT, "`OTEL_EXPORTER_OTLP_ENDPOINT`, else `http://localhost:4318`", "where the"
+        " collector takes OTLP over HTTP, such as Jaeger"),
+    Key(_R, "jaeger_user", TEXT, "", "the user for that, if it asks for one"),
+    Key(_R, "jaeger_password", TEXT, "", "the user's password"),
     Key(_R, "agent_name", TEXT, "kata", "there is no other", choices=("", "kata")),
     Key(_R, "name", TEXT, "", "one program serves every kind of container", IDLE, silent=("virt_container",)),
     Key(_R, "enable_debug", BOOL, "false", _ONE_LOG, IDLE),
@@ -403,8 +409,6 @@ _ALL = [
     Key(_R, "experimental", LIST, "none", "there are no experimental features", IDLE),
     Key(_R, "experimental_force_guest_pull", BOOL, "false", _NO_COCO, REFUSED),
     Key(_R, "enable_pprof", BOOL, "false", "there is no profile to be had", IDLE),
-    Key(_R, "enable_tracing", BOOL, "false", _NO_TRACING, IDLE),
-    *(Key(_R, name, TEXT, "", _NO_TRACING, IDLE) for name in ("jaeger_endpoint", "jaeger_user", "jaeger_password")),
     Key(_R, "disable_guest_empty_dir", BOOL, "true", "an emptyDir on disk is a directory of the host", IDLE,
         silent=(True,)),
     Key(_R, "emptydir_mode", TEXT, "shared-fs", "an emptyDir on disk is a directory of the host", IDLE,

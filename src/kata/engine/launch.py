@@ -364,7 +364,11 @@ def _close(fd: int) -> None:
 
 def _environment() -> dict[str, str]:
     """Only what says where things live: a client's environment may hold secrets and strange settings."""
-    kept = {key: value for key, value in os.environ.items() if key.startswith("KATA_")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(("KATA_", "OTEL_")) or key == "TRACEPARENT"
+    }
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LC_ALL": "C.UTF-8",

@@ -20,6 +20,7 @@ from kata.settings import (
     NetworkSettings,
     ShareSettings,
     SizeSettings,
+    TracingSettings,
 )
 
 TYPE_CHECKING = False
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from kata.config.files import Configuration
     from kata.hypervisor.base import Capabilities
 
+SECRET = frozenset({"runtime.jaeger_password"})
+"""Keys that nobody is shown; who needs one reads the configuration."""
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
 SHARED_FS = "KATA_SHARED_FS"
@@ -73,8 +76,11 @@ def machine_settings(
             asked_by=asked.source,
         ),
         share=_share(conf),
-        configuration={name: list(pair) for name, pair in conf.values.items()},
+        configuration={name: list(pair) for name, pair in conf.values.items() if name not in SECRET},
     )
+    if _switch(conf, "runtime.enable_tracing"):
+        named = conf.files[0] if conf.files else ""
+        made.tracing = TracingSettings(agent=_switch(conf, "agent.enable_tracing"), config=named)
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
     if conf.values:  # otherwise the defaults hold, and the engine asks
         capabilities = _ask_monitor(conf, made)
@@ -135,11 +141,18 @@ def _kernel_parameters(conf: Configuration) -> str:
     parameters = [str(conf.get("hypervisor.kernel_params", "")).strip()]
     if conf.get("agent.enable_debug"):
         parameters.append("agent.log=debug")
+    if _switch(conf, "runtime.enable_tracing") and _switch(conf, "agent.enable_tracing"):
+        parameters.append("agent.trace")
     if conf.get("agent.debug_console_enabled"):
         parameters.append("agent.debug_console agent.debug_console_vport=1026")
     if conf.get("agent.container_pipe_size"):
         parameters.append(f"agent.container_pipe_size={conf.get('agent.container_pipe_size')}")
     return " ".join(filter(None, parameters))
+
+
+def _switch(conf: Configuration, name: str) -> bool:
+    """A key that a variable of the environment may set as well."""
+    return conf.get(name, False) in (True, "true", "yes")
 
 
 def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:

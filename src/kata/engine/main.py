@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kata.engine.lifecycle.boot import Machine
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.engine.services.events import Publisher
+    from kata.engine.services.trace import SandboxTrace
     from kata.ttrpc.server import Server
 
 CLIENTS_S = 10.0
@@ -125,6 +126,13 @@ async def _serve(
 
     # Whoever may call may have any path of the host mounted: nobody but our own user, and root.
     server = Server(services, on_error=bug, users={0, os.geteuid()})
+
+    def on_trace(trace: SandboxTrace) -> None:
+        server.trace = trace.call
+
+    sandbox.on_trace = on_trace  # of a pod, once it is described
+    if sandbox.trace is not None:
+        on_trace(sandbox.trace)
     await server.start(socket.socket(fileno=LISTEN_FD))
     loop = asyncio.get_running_loop()
     call_on_signals((signal.SIGTERM, signal.SIGINT), partial(_on_terminate, sandbox))
@@ -140,6 +148,8 @@ async def _serve(
         await asyncio.sleep(0.01)
     await sandbox.drain_output()
     await server.shutdown(1.0)
+    if sandbox.trace is not None:
+        await sandbox.trace.close()
     if sweeping is not None:
         await asyncio.wait([sweeping])
 

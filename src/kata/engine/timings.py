@@ -6,7 +6,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Timings:
@@ -14,17 +14,23 @@ class Timings:
 
     Args:
         origin_ns: When the client's command began.
+
+    Attributes:
+        trace: Is told of each step, with begin and end; None where there is no tracing.
     """
 
-    __slots__ = ("_steps", "origin_ns")
+    __slots__ = ("_steps", "origin_ns", "trace")
 
     def __init__(self, origin_ns: int) -> None:
         self.origin_ns = origin_ns
+        self.trace: Callable[[str, int, int], None] | None = None
         self._steps: dict[str, tuple[int, int]] = {}
 
     def add(self, name: str, start_ns: int, end_ns: int | None = None) -> None:
         """Record a step from *start_ns* to *end_ns* (now, if None). The first of a name stands."""
         end = time.monotonic_ns() if end_ns is None else end_ns
+        if self.trace is not None and name not in self._steps:
+            self.trace(name, start_ns, end)
         self._steps.setdefault(name, (start_ns, max(0, end - start_ns)))
 
     def __iter__(self) -> Iterator[tuple[str, int, int]]:

@@ -38,6 +38,10 @@ _MESSAGES = {
     "ProcessInfo": "pid:1:uint32 ppid:2:uint32 uid:3:uint32 start_time:4:uint64 cpu_ns:5:uint64 rss_bytes:6:uint64 tty:7:string command:8:*bytes",
     "BootTimesRequest": "",
     "BootTimesResponse": "kernel_ns:1:uint64 ready_ns:2:uint64",
+    "TakeSpansRequest": "",
+    "TakeSpansResponse": "spans:1:*@agentext.GuestSpan",
+    "GuestSpan": "parent:1:bytes name:2:string duration_ns:3:uint64 phases:4:*@agentext.GuestPhase",
+    "GuestPhase": "name:1:string start_ns:2:uint64 duration_ns:3:uint64",
 }
 _ENUMS: dict[str, str] = {}
 SERVICES = {
@@ -63,6 +67,11 @@ SERVICES = {
     "kata.agent.v1.Boot": Methods(
         {
             "Times": "@agentext.BootTimesRequest @agentext.BootTimesResponse",
+        }
+    ),
+    "kata.agent.v1.Trace": Methods(
+        {
+            "Take": "@agentext.TakeSpansRequest @agentext.TakeSpansResponse",
         }
     ),
     "kata.agent.v1.Machine": Methods(

@@ -475,3 +475,45 @@ class BootTimesResponse(Message):
         kernel_ns: int = ...,
         ready_ns: int = ...,
     ) -> None: ...
+
+class TakeSpansRequest(Message):
+    def __init__(self) -> None: ...
+
+class TakeSpansResponse(Message):
+    spans: list[GuestSpan]
+    def __init__(
+        self,
+        *,
+        spans: list[GuestSpan] = ...,
+    ) -> None: ...
+
+class GuestSpan(Message):
+    """One call."""
+    parent: bytes
+    """The id of the caller's span: the third part of its traceparent, as 8 bytes."""
+    name: str
+    """The method."""
+    duration_ns: int
+    """Nanoseconds from its arrival to its answer."""
+    phases: list[GuestPhase]
+    def __init__(
+        self,
+        *,
+        parent: bytes = ...,
+        name: str = ...,
+        duration_ns: int = ...,
+        phases: list[GuestPhase] = ...,
+    ) -> None: ...
+
+class GuestPhase(Message):
+    name: str
+    start_ns: int
+    """Nanoseconds since the call's arrival."""
+    duration_ns: int
+    def __init__(
+        self,
+        *,
+        name: str = ...,
+        start_ns: int = ...,
+        duration_ns: int = ...,
+    ) -> None: ...

@@ -88,6 +88,9 @@ class Server:
         max_calls: Maximum number of calls in flight per connection.
         users: User ids whose processes may connect (by SO_PEERCRED, so only for unix sockets). Other peers are
             disconnected before any of their data is read. None admits every user.
+
+    Attributes:
+        trace: Carries out all calls, if it is set: it is given handler, request and context, and returns the answer.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Server:
         self.on_error = on_error
         self.max_calls = max_calls
         self.users = None if users is None else frozenset(users)
+        self.trace: Callable[..., Coroutine[Any, Any, Encodable]] | None = None
         self._listeners: list[asyncio.Server] = []
         self._connections: set[_Connection] = set()
         self._draining = False
@@ -314,7 +318,11 @@ class _Connection(asyncio.Protocol):
         response_class: type[Encodable],
     ) -> None:
         try:
-            answer = await handler(message, call.context)
+            trace = self._server.trace
+            if trace is None:
+                answer = await handler(message, call.context)
+            else:
+                answer = await trace(handler, message, call.context)
             if not isinstance(answer, response_class):
                 raise TypeError(f"{call.context.method} returned {type(answer).__name__}")
             response = envelope.Response(answer.encode())

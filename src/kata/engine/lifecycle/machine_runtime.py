@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from typing import TypeVar
 
-    from kata.agent.client import Dial
+    from kata.agent.client import CallSpan, Dial
     from kata.engine.lifecycle.boot import Machine
     from kata.engine.tasks import Tasks
     from kata.errors import GuestProtocolError
@@ -64,6 +64,7 @@ class MachineRuntime:
         machine: As given.
         disk_error: What of the host's disks failed first; empty if nothing did.
         disk_errors: How many requests of the guest's failed so.
+        trace: Of the agent's calls (`AgentClient.trace`).
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class MachineRuntime:
         on_disk_error: Callable[[str], None],
     ) -> None:
         self.machine = machine
+        self.trace: Callable[[str, str, float | None], CallSpan | None] | None = None
         self.life = Lifecycle(sandbox_id)
         self.vm: protocols.Machine | None = None
         self.disk_error = ""
@@ -171,6 +173,7 @@ class MachineRuntime:
                 f"the agent did not listen on {channel.url} within {timeout_s:g} s"
             ) from None
         self._agent = AgentClient(await Client.connect(sock), _Watcher(self), dial)
+        self._agent.trace = self.trace
         return self._agent
 
     def abandon_boot(self) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kata.engine.lifecycle.boot import Machine
     from kata.engine.lifecycle.sandbox_state import Lifecycle
     from kata.engine.lifecycle.volumes import Share
+    from kata.engine.services.trace import SandboxTrace
     from kata.engine.standard_streams.logger import Logger
     from kata.engine.standard_streams.stdio import Stdio
     from kata.journal import Journal
@@ -89,6 +90,8 @@ class Sandbox:
         self.guest_network = GuestNetwork(
             settings, self.runtime, self.tasks, self.timings, self.containers, self.names_up
         )
+        self.trace: SandboxTrace | None = None
+        self.on_trace: Callable[[SandboxTrace], None] = lambda trace: None
         self._start_error = failed
         self._end_task: asyncio.Task[None] | None = None
         self.client = settings.client
@@ -138,6 +141,13 @@ class Sandbox:
             done_ns: When it was started, or had failed to.
         """
         machine = self.machine
+        tracing = self.settings.described().tracing
+        if tracing is not None:
+            from kata.engine.services.trace import SandboxTrace
+
+            self.trace = SandboxTrace(self, tracing)
+            self.trace.began(machine.steps)
+            self.on_trace(self.trace)
         self.timings.add("engine", began_ns, machine.ready_ns or done_ns)
         if machine.started_ns - machine.ready_ns > NOTABLE_NS:
             self.timings.add("turn", machine.ready_ns, machine.started_ns)

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
         async def remove(self) -> None:
             """Take what is left of it out of the guest."""
 
+    class EndingTrace(Protocol):
+        """What of a trace has to end before its sandbox."""
+
+        async def stop(self) -> None:
+            """Leave the guest and the sandbox's cgroup alone from now on."""
+
     class EndingSandbox(Protocol):
         """What of a sandbox has an end of its own."""
 
@@ -52,6 +58,10 @@ if TYPE_CHECKING:
         @property
         def containers(self) -> Mapping[str, EndingContainer]:
             """By their ids."""
+
+        @property
+        def trace(self) -> EndingTrace | None:
+            """What records it, if anything does."""
 
         @property
         def auto_remove(self) -> bool:
@@ -84,6 +94,7 @@ class Teardown:
     def steps(self) -> tuple[Callable[[], Awaitable[None]], ...]:
         """What is done, in this order."""
         return (
+            self.stop_trace,  # before anything: the guest's part is in the guest, and its helper in our cgroup
             self.remove_containers,  # first: what they wrote has to reach their disks
             self.stop_network_services,  # before the machine, so that nobody is connected to a guest that goes
             self.give_up_machine,  # from here on every call that waits for the guest ends
@@ -104,6 +115,11 @@ class Teardown:
                 await step()
             except Exception as error:
                 self._tasks.log(f"the end of the sandbox: {step.__name__} failed: {error!r}")
+
+    async def stop_trace(self) -> None:
+        """Take the guest's spans, and start no helper any more."""
+        if self._sandbox.trace is not None:
+            await self._sandbox.trace.stop()
 
     async def remove_containers(self) -> None:
         """Have the guest unmount and sync. Of a container that is removed, nobody will read what it wrote."""
