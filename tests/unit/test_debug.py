@@ -221,7 +221,7 @@ def test_no_secret_is_in_the_archive(home: Path, capsys: pytest.CaptureFixture[s
     assert console.startswith("[    0.000000] Linux version 6\n<a line of ")
     assert '"source":"agent","msg":"env <removed>"' in console
     assert files["kata-debug-box/engine.log"].startswith(b"2026-01-02T03:04:05Z the guest says <removed>")
-    assert files["kata-debug-box/qemu.args.txt"].decode().splitlines() == [
+    assert files["kata-debug-box/hypervisor.args.txt"].decode().splitlines() == [
         *("qemu", "-m", "512M", "-append", "quiet x=<removed>", "<removed>", "<removed>")
     ]  # fmt: skip
     assert [event["event"] for event in document(files, "events.json")] == ["sandbox.failed"] * 2

@@ -282,6 +282,9 @@ class ScriptedMonitor:
     def version(self) -> str:
         return "1"
 
+    def arguments(self, run_dir: str) -> list[tuple[str, str]]:
+        return []
+
     def checks(self) -> list[Check]:
         return [Check(NAME, True, "is always there")]
 

@@ -11,7 +11,7 @@ import time
 from kata import paths
 from kata.cli import debug_keep, records
 from kata.cli.debug_archive import read_tail
-from kata.cli.debug_keep import REMOVED, VALUE
+from kata.cli.debug_keep import VALUE
 from kata.errors import KataError
 
 TYPE_CHECKING = False
@@ -48,12 +48,6 @@ _CGROUP_FILES = (
     *("cpu.cfs_period_us", "cpuacct.usage", "io.stat", "io.pressure", "pids.current", "pids.max", "pids.events"),
     *("cgroup.procs", "cgroup.events", "cgroup.controllers"),
 )  # fmt: skip
-_QEMU_OPTIONS = debug_keep.words(
-    "-name -machine -accel -cpu -smp -m -global -bios -fw_cfg -kernel -initrd -sandbox -chardev -mon -device -fsdev"
-    " -object -add-fd -blockdev -netdev -display -run-with -rtc -icount -numa -msg -serial -parallel"
-    " -vga -no-user-config"
-    " -nodefaults -no-reboot -no-hpet -no-acpi -overcommit -action -S -daemonize"
-)
 
 
 class Subject:
@@ -295,7 +289,7 @@ class Collector:
             self._try("the processes", self._processes, path)
             self._try("the engine's log", self._text, "engine.log", os.path.join(directory, "engine.log"))
             self._try("the guest's console", self._console, directory, with_output)
-            self._try("QEMU's arguments", self._qemu, os.path.join(directory, "qemu.args"))
+            self._try("the hypervisor's arguments", self._arguments, directory)
         self._try("the events", self._events, subject)
 
     def _record(self, directory: str, with_output: bool) -> None:
@@ -383,19 +377,19 @@ class Collector:
             note = "lines of the kernel and the agent alone"
         self._bundle.add("console.log", text, source, note)
 
-    def _qemu(self, path: str) -> None:
-        words = read_tail(path, _DOCUMENT)[0].decode("utf-8", "backslashreplace").split("\0")
-        shown: list[str] = words[:1]
-        option = ""
-        for word in words[1:]:
-            if word.startswith("-"):
-                option = word
-                shown.append(word if word in _QEMU_OPTIONS or word == "-append" else REMOVED)
-            elif option == "-append":
+    def _arguments(self, directory: str) -> None:
+        """What the hypervisor was started with."""
+        from kata.hypervisor import registry
+
+        settings = json.loads(read_tail(os.path.join(directory, "sandbox.json"), _DOCUMENT)[0])
+        name = str(((settings.get("machine") or {}).get("hypervisor") or {}).get("name") or "")
+        shown = []
+        for word, kind in registry.find(name).arguments(directory):
+            if kind == "parameters":
                 shown.append(self._masker.parameters(word))
-            elif word:
-                shown.append(word if option in _QEMU_OPTIONS else self._masker.keep(word, {}))
-        self._bundle.add("qemu.args.txt", "\n".join(shown) + "\n", path, "an argument a line")
+            else:
+                shown.append(word if kind == "plain" else self._masker.keep(word, {}))
+        self._bundle.add("hypervisor.args.txt", "\n".join(shown) + "\n", "the hypervisor", "one a line")
 
     def _processes(self, path: str) -> None:
         """What the kernel says of the engine and its helpers, which the journal names."""

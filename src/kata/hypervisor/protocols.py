@@ -223,3 +223,17 @@ class Monitor(Protocol):
 
     def checks(self) -> list[Check]:
         """What `kata doctor` has to say of it."""
+
+    def arguments(self, run_dir: str) -> list[tuple[str, str]]:
+        """What the monitor of a sandbox was started with, for a report of a bug.
+
+        Args:
+            run_dir: The sandbox's directory.
+
+        Returns:
+            Its arguments, each with what it is: ``plain``, ``parameters`` (of the guest's kernel), or ``unknown``: not
+            known to be harmless. Empty where they were not written down.
+
+        Raises:
+            OSError: They cannot be read.
+        """

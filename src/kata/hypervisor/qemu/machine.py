@@ -11,9 +11,9 @@ from kata import sysio
 from kata.errors import HostError, HypervisorError, KataError, UnsupportedError, VMLostError
 from kata.hypervisor.base import DiskError, Ended
 from kata.hypervisor.console import ConsoleRing
+from kata.hypervisor.qemu import arguments, slots
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import root as qemu_root
-from kata.hypervisor.qemu import slots
 from kata.hypervisor.qemu.process import explain
 from kata.hypervisor.qemu.qmp import QmpClient
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 _GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
 """What the guest did, by the reason in QEMU's last event (``ShutdownCause`` in QEMU's ``qapi/run-state.json``)."""
 _NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-ARGUMENTS_NAME = "qemu.args"
-"""File in the sandbox's directory with QEMU's arguments, each with a final zero."""
 _PANIC = "Kernel panic - not syncing"
 
 
@@ -354,9 +352,9 @@ class Qemu:
             # The program first: ps cuts lines off where COLUMNS is set, as in a daemon that was started by hand.
             title = f"{os.path.basename(settings.binary)} ({settings.title})"
             try:
-                arguments = sysio.set_command_line(self.pid, title)
-                with open(os.path.join(settings.run_dir, ARGUMENTS_NAME), "wb") as file:
-                    file.write(arguments)
+                words = sysio.set_command_line(self.pid, title)
+                with open(os.path.join(settings.run_dir, arguments.NAME), "wb") as file:
+                    file.write(words)
             except OSError:
                 pass  # where no process may trace another they stay as they are
 

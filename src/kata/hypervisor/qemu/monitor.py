@@ -104,6 +104,11 @@ class QemuMonitor:
             first = []
         return first[0] if first else "unknown"
 
+    def arguments(self, run_dir: str) -> list[tuple[str, str]]:
+        from kata.hypervisor.qemu import arguments
+
+        return arguments.read(run_dir)
+
     def checks(self) -> list[Check]:
         """See `kata.hypervisor.protocols.Monitor.checks`."""
         from kata import children
