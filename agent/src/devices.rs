@@ -1,8 +1,11 @@
-//! Finds the guest's device nodes by their PCI path or serial, never by the order of their names.
+//! Finds the guest's devices by their PCI path, MMIO address or serial, never by the order of their names.
 //!
 //! A PCI path (`02/03`, `05`, `20/01`) lists slots from the root bus downwards, one bridge per step, each `slot` or
 //! `slot.function` in hexadecimal. A first number above 1f is no slot: it is the root bus itself, of a host bridge of
 //! its own (NUMA expander).
+//!
+//! `mmio:d0001000` is the virtio device whose registers are at that physical address (hexadecimal), for machines without
+//! PCI.
 
 use crate::fs;
 use crate::prelude::*;
@@ -13,13 +16,14 @@ use crate::uevent::hotplug_timeout_ms;
 
 const NET_DRIVER: &str = "/sys/bus/virtio/drivers/virtio_net";
 const DEVICES: &str = "/sys/devices";
+const IOMEM: &str = "/proc/iomem";
 const BLOCK: &str = "/sys/block";
 const SCSI_HOSTS: &str = "/sys/class/scsi_host";
 const SCSI_DEVICES: &str = "/sys/class/scsi_device";
 /// virtioN/block/vda is two directories down, virtioN/ndbus0/region0/namespace0.0/block/pmem0 five.
 const MAX_DEPTH: usize = 6;
 
-/// The node of a disk, named by `/dev/...`, `serial:...` or its PCI path; waits for it to appear.
+/// The node of a disk, named by `/dev/...`, `serial:...`, its PCI path or `mmio:...`; waits for it to appear.
 pub fn find_block(address: &str) -> Result<String> {
     if address.starts_with("/dev/") {
         wait_for_block(address)?;
@@ -27,7 +31,7 @@ pub fn find_block(address: &str) -> Result<String> {
     }
     match address.strip_prefix("serial:") {
         Some(serial) => find_block_by_serial(serial),
-        None => find_block_by_pci(address),
+        None => find_block_by_bus(address),
     }
 }
 
@@ -57,28 +61,28 @@ pub fn find_block_by_scsi(address: &str) -> Result<String> {
     node.ok_or_else(|| absent(&format!("no disk at SCSI address {address}")))
 }
 
-/// The node in /dev of the disk at a PCI path; waits for it to appear (`agent.hotplug_timeout`).
-pub fn find_block_by_pci(path: &str) -> Result<String> {
-    let path = PciPath::parse(path)?;
+/// The node in /dev of the disk at a PCI path or MMIO address; waits for it to appear (`agent.hotplug_timeout`).
+pub fn find_block_by_bus(address: &str) -> Result<String> {
+    let address = BusAddress::parse(address)?;
     let node = await_device("block", || {
-        let name = path.directory(DEVICES)?.and_then(|directory| find_class(&directory, "block", MAX_DEPTH));
+        let name = address.directory(DEVICES, IOMEM)?.and_then(|directory| find_class(&directory, "block", MAX_DEPTH));
         Ok(name.map(|name| node_path(&name)).filter(|node| is_block(node)))
     })?;
-    node.ok_or_else(|| absent(&format!("no disk at PCI path {path}")))
+    node.ok_or_else(|| absent(&format!("no disk at {address}")))
 }
 
-/// The name of the network interface at a PCI path; waits for it to appear.
-pub fn find_interface_by_pci(path: &str) -> Result<String> {
-    let path = PciPath::parse(path)?;
+/// The name of the network interface at a PCI path or MMIO address; waits for it to appear.
+pub fn find_interface(address: &str) -> Result<String> {
+    let address = BusAddress::parse(address)?;
     let name = await_device("net", || {
-        Ok(path.directory(DEVICES)?.and_then(|directory| find_class(&directory, "net", MAX_DEPTH)))
+        Ok(address.directory(DEVICES, IOMEM)?.and_then(|directory| find_class(&directory, "net", MAX_DEPTH)))
     })?;
-    name.ok_or_else(|| absent(&format!("no network interface at PCI path {path}")))
+    name.ok_or_else(|| absent(&format!("no network interface at {address}")))
 }
 
-/// Gives the device at a PCI path its driver back, if it has none (see [`unbind_interface`]).
-pub fn bind_interface(path: &str) -> Result<()> {
-    let Some((directory, device)) = virtio_device(path)? else { return Ok(()) };
+/// Gives a device its driver back, if it has none (see [`unbind_interface`]).
+pub fn bind_interface(address: &str) -> Result<()> {
+    let Some((directory, device)) = virtio_device(address)? else { return Ok(()) };
     if fs::exists(format!("{directory}/driver")) {
         return Ok(());
     }
@@ -89,9 +93,9 @@ pub fn bind_interface(path: &str) -> Result<()> {
     }
 }
 
-/// Unbinds the network interface at a PCI path from its driver. It is no error if there is none.
-pub fn unbind_interface(path: &str) -> Result<()> {
-    let Some((directory, device)) = virtio_device(path)? else { return Ok(()) };
+/// Unbinds the network interface at a PCI path or MMIO address from its driver. It is no error if there is none.
+pub fn unbind_interface(address: &str) -> Result<()> {
+    let Some((directory, device)) = virtio_device(address)? else { return Ok(()) };
     if !fs::is_dir(format!("{directory}/net")) {
         return Ok(());
     }
@@ -101,9 +105,9 @@ pub fn unbind_interface(path: &str) -> Result<()> {
     }
 }
 
-/// Directory and name of the virtio device at a PCI path.
-fn virtio_device(path: &str) -> Result<Option<(String, String)>> {
-    let Some(directory) = PciPath::parse(path)?.directory(DEVICES)? else { return Ok(None) };
+/// Directory and name of the virtio device at a PCI path or MMIO address.
+fn virtio_device(address: &str) -> Result<Option<(String, String)>> {
+    let Some(directory) = BusAddress::parse(address)?.directory(DEVICES, IOMEM)? else { return Ok(None) };
     let device = names(&directory)?.into_iter().find(|name| name.starts_with("virtio"));
     Ok(device.map(|device| (format!("{directory}/{device}"), device)))
 }
@@ -137,6 +141,66 @@ fn is_block(node: &str) -> bool {
 /// sysfs has `!` where the node's name has a slash.
 fn node_path(name: &str) -> String {
     format!("/dev/{}", name.replace('!', "/"))
+}
+
+/// Where a device is on the machine's buses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum BusAddress {
+    Pci(PciPath),
+    /// The physical address of a virtio device's registers.
+    Mmio(u64),
+}
+
+impl BusAddress {
+    fn parse(text: &str) -> Result<BusAddress> {
+        let Some(digits) = text.strip_prefix("mmio:") else { return Ok(BusAddress::Pci(PciPath::parse(text)?)) };
+        parse_hex(digits)
+            .map(BusAddress::Mmio)
+            .ok_or_else(|| Error::invalid(format!("{text:?} is no MMIO address (hexadecimal: \"mmio:d0001000\")")))
+    }
+
+    /// The device's directory below `devices` (sysfs); `None` while it is not there.
+    fn directory(&self, devices: &str, iomem: &str) -> Result<Option<String>> {
+        match self {
+            BusAddress::Pci(path) => path.directory(devices),
+            BusAddress::Mmio(base) => mmio_directory(*base, devices, iomem),
+        }
+    }
+}
+
+impl core::fmt::Display for BusAddress {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            BusAddress::Pci(path) => write!(f, "PCI path {path}"),
+            BusAddress::Mmio(base) => write!(f, "MMIO address {base:x}"),
+        }
+    }
+}
+
+fn parse_hex(digits: &str) -> Option<u64> {
+    let plain = (1..=16).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    plain.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+}
+
+/// The platform device with its registers at `base`. A device tree has the address in its name; for one from ACPI or
+/// the kernel's command line (`virtio_mmio.device=`), the list of memory regions says whose they are.
+fn mmio_directory(base: u64, devices: &str, iomem: &str) -> Result<Option<String>> {
+    let by_tree = format!("{base:x}.");
+    let regions = fs::read_to_string(iomem).with_context(|| format!("read {iomem}"))?;
+    // `  d0001000-d0001fff : LNRO0005:00`
+    let owner = regions.lines().find_map(|line| {
+        let (range, owner) = line.trim().split_once(" : ")?;
+        let (first, _) = range.split_once('-')?;
+        (parse_hex(first)? == base).then_some(owner.split(' ').next()?)
+    });
+    let platform = format!("{devices}/platform");
+    for parent in [platform, format!("{devices}/virtio-mmio-cmdline")] {
+        let found = names(&parent)?.into_iter().find(|name| owner == Some(name) || name.starts_with(&by_tree));
+        if let Some(name) = found {
+            return Ok(Some(format!("{parent}/{name}")));
+        }
+    }
+    Ok(None)
 }
 
 /// A parsed PCI path.
@@ -284,5 +348,39 @@ mod tests {
         assert_eq!(find("05", "net"), None);
         assert_eq!(find("07", "block"), None);
         assert_eq!(find("21/01", "block"), None);
+    }
+
+    #[test]
+    fn devices_without_pci_are_found_by_the_address_of_their_registers() {
+        let sys = TempDir::new("mmio");
+        sys.dir("virtio-mmio-cmdline/virtio-mmio.0/virtio0/block/vda");
+        sys.dir("virtio-mmio-cmdline/virtio-mmio.1/virtio1/net/eth0");
+        sys.dir("platform/LNRO0005:00/virtio2/net/eth1");
+        sys.dir("platform/a003e00.virtio_mmio/virtio3/net/eth2");
+        sys.file(
+            "iomem",
+            "00000000-00000fff : Reserved\n\
+             d0000000-d0000fff : virtio-mmio.0\n  d0000000-d0000fff : virtio-mmio.0 virtio-mmio.0\n\
+             d0001000-d0001fff : virtio-mmio.1\n\
+             c0000000-dfffffff : PCI Bus 0000:00\n  d0002000-d0002fff : LNRO0005:00\n\
+             a nonsense line\nx-y : z\n",
+        );
+        let iomem = format!("{}/iomem", sys.0);
+        let find = |address: &str, class: &str| {
+            let directory = BusAddress::parse(address).unwrap().directory(&sys.0, &iomem).unwrap()?;
+            find_class(&directory, class, MAX_DEPTH)
+        };
+        assert_eq!(find("mmio:d0000000", "block").as_deref(), Some("vda"));
+        assert_eq!(find("mmio:d0001000", "net").as_deref(), Some("eth0"));
+        assert_eq!(find("mmio:D0002000", "net").as_deref(), Some("eth1"));
+        assert_eq!(find("mmio:a003e00", "net").as_deref(), Some("eth2"));
+        assert_eq!(find("mmio:d0001000", "block"), None, "it is no disk");
+        assert_eq!(find("mmio:d0003000", "net"), None);
+        assert_eq!(find("mmio:d0001", "net"), None);
+        for text in ["mmio:", "mmio:0xd0001000", "mmio:-1", "mmio:+1", "mmio:d0001000.1", "mmio:11111111111111111"] {
+            assert!(BusAddress::parse(text).is_err(), "{text:?}");
+        }
+        assert_eq!(BusAddress::parse("mmio:D0001000").unwrap().to_string(), "MMIO address d0001000");
+        assert_eq!(BusAddress::parse("02/03").unwrap().to_string(), "PCI path 02/03");
     }
 }

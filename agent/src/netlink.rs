@@ -1,6 +1,6 @@
 //! The guest's network: interfaces, addresses, neighbours (routes are in `routes`).
 
-use crate::devices::find_interface_by_pci;
+use crate::devices::find_interface;
 use crate::prelude::*;
 use crate::proto::agent::{ARPNeighbors, Interfaces, NetworkStats};
 use crate::proto::types::{ARPNeighbor, IPAddress, Interface};
@@ -62,7 +62,7 @@ struct Address {
     prefix: u8,
 }
 
-/// Configures the interface at `device_path` (PCI) or, without one, with the MAC `hw_addr`: MAC (only when found by
+/// Configures the interface at `device_path` (PCI or MMIO) or, without one, with the MAC `hw_addr`: MAC (only when found by
 /// path), name, MTU, ARP flag, up; its addresses are replaced (IPv6 link-local ones excepted). Returns its new
 /// description.
 pub fn update_interface(wanted: &Interface) -> Result<Interface> {
@@ -73,7 +73,7 @@ pub fn update_interface(wanted: &Interface) -> Result<Interface> {
     // The list of interfaces is made after the wait for the device.
     let name = match wanted.device_path.as_str() {
         "" => None,
-        path => Some(find_interface_by_pci(path).context("Link not found")?),
+        path => Some(find_interface(path).context("Link not found")?),
     };
     let links = links(&mut rtnl)?;
     let link = match (&name, &mac) {

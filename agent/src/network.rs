@@ -1,7 +1,7 @@
 //! Extensions of the protocol for networks: kernel parameters, routes and rules as netlink messages, and interfaces
 //! that are hidden while their device stays.
 
-use crate::devices::{bind_interface, find_interface_by_pci, unbind_interface};
+use crate::devices::{bind_interface, find_interface, unbind_interface};
 use crate::netlink::{link_by_name, links, rename_interface, Link, NLM_F_CREATE};
 use crate::prelude::*;
 use crate::proto::agentext::{NetworkRefusal, NetworkRefusals, NetworkSysctl, PrepareNetworkRequest, RouteRequest};
@@ -36,7 +36,7 @@ pub fn prepare(wanted: &PrepareNetworkRequest) -> Result<NetworkRefusals> {
     bounded("kernel parameters", wanted.sysctls.len(), MAX_SYSCTLS)?;
     if !wanted.device_path.is_empty() {
         bind_interface(&wanted.device_path)?;
-        let device = find_interface_by_pci(&wanted.device_path).context("Link not found")?;
+        let device = find_interface(&wanted.device_path).context("Link not found")?;
         rename_interface(&device, &wanted.name)?;
     }
     let top =

@@ -1,6 +1,6 @@
 //! Swap devices (AddSwap, AddSwapPath). Their header was written by the host: the agent has no mkswap.
 
-use crate::devices::{find_block_by_pci, wait_for_block};
+use crate::devices::{find_block_by_bus, wait_for_block};
 use crate::prelude::*;
 use crate::sys::{self, Errno};
 use crate::syscall;
@@ -8,7 +8,7 @@ use crate::syscall;
 /// Swaps to the disk at a PCI path, given as its numbers.
 pub fn add_by_pci(path: &[u32]) -> Result<()> {
     let steps: Vec<String> = path.iter().map(|slot| format!("{slot:02x}")).collect();
-    add(&find_block_by_pci(&steps.join("/"))?)
+    add(&find_block_by_bus(&steps.join("/"))?)
 }
 
 /// Swaps to a device node.

@@ -4,19 +4,24 @@
 connected to for this one sandbox. `Capabilities` say what a hypervisor can do on this host.
 
 Addresses: where a device is in the guest is said by the monitor, as the agent protocol writes it. For a PCI device
-that is its PCI path: slot numbers as two hexadecimal digits, from the root bus down, joined by ``/``.
+that is its PCI path: slot numbers as two hexadecimal digits, from the root bus down, joined by ``/``; for a virtio
+device without PCI ``mmio:`` and the physical address of its registers in hexadecimal. A disk can also be ``/dev/NODE``
+or ``serial:SERIAL``.
 """
 
 from __future__ import annotations
 
 import os
 
+from kata.errors import UnsupportedError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
     from kata.errors import KataError
+    from kata.journal import Journal
     from kata.sysio import Fd
 
 
@@ -243,8 +248,8 @@ class Capabilities:
         grow_memory: Memory of a running machine can grow beyond what it was started with, and shrink back to it.
         balloon: A running machine can give memory back that it was started with.
         spare_vcpus: A machine can have processors that it does not use at first.
-        pause: A machine can be paused.
-        snapshot: A machine can be saved and restored.
+        pause: A machine can be paused (`Machine.pause`). Containers can be in any case: their guest freezes them.
+        snapshot: A machine can be saved (`Machine.save`) and restored (`Monitor.restore`).
     """
 
     __slots__ = (
@@ -351,3 +356,20 @@ class Ended:
         self.status = status
         self.reason = reason
         self.error = error
+
+
+class MonitorBase:
+    """What a monitor that cannot do everything has from here: refusals by name."""
+
+    title = ""
+
+    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> NoReturn:
+        """See `kata.hypervisor.protocols.Monitor.restore`.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        attachments.close()
+        raise UnsupportedError(
+            f"{self.title} cannot restore a machine here: {directory}", "kata run starts a new one"
+        )
