@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from kata import children, paths, sysio
 from kata.errors import GuestAssetError, HypervisorError, KataError, UnsupportedError, VMLostError
-from kata.hypervisor.base import Capabilities, Check
+from kata.hypervisor.base import Capabilities, Check, MonitorBase
 from kata.hypervisor.channel import UnixChannel
 
 TYPE_CHECKING = False
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from kata.hypervisor.base import Attachments, Disk, DiskError, Ended, MachineShape, Nic
     from kata.hypervisor.channel import Channel
+    from kata.hypervisor.protocols import Started
     from kata.journal import Journal
 
 NAME = "scripted"
@@ -229,7 +230,7 @@ class ScriptedMachine:
         self._started.close()
 
 
-class ScriptedMonitor:
+class ScriptedMonitor(MonitorBase):
     """`kata.hypervisor.protocols.Monitor`."""
 
     name = NAME
@@ -276,7 +277,9 @@ class ScriptedMonitor:
             attachments.close()
         return ScriptedStarted(child, tail, socket, loops)
 
-    def adopt(self, started: ScriptedStarted, journal: Journal, console_path: str = "") -> ScriptedMachine:
+    def adopt(self, started: Started, journal: Journal, console_path: str = "") -> ScriptedMachine:
+        if not isinstance(started, ScriptedStarted):
+            raise TypeError(started)
         return ScriptedMachine(started)
 
     def version(self) -> str:

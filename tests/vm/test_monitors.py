@@ -53,6 +53,10 @@ MONITORS: dict[str, Callable[[], Monitor]] = {
 """Those that the product has, each by its registry entry; and that of the tests."""
 
 
+class Foreign:
+    """A machine that another monitor has started."""
+
+
 class Lab:
     """One monitor, a guest for it, and a process of its own in which machines run.
 
@@ -134,6 +138,8 @@ class Lab:
             assert len(set(started.disk_addresses)) == len(started.disk_addresses)
             assert len(started.nic_addresses) == shape.nics
             assert started.status() is None
+            with pytest.raises(TypeError):
+                self.monitor.adopt(Foreign(), journal)  # type: ignore[arg-type]
             machine = self.monitor.adopt(started, journal, os.path.join(run_dir, "console.log"))
             assert machine.pid == started.pid
             self.disks = list(started.disk_addresses)
@@ -219,9 +225,7 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
                 await pausing(machine, agent)
                 await memory(machine, agent)
                 await interfaces(machine, agent)
-            if not can.snapshot:
-                with pytest.raises(UnsupportedError):
-                    await machine.save(str(lab.directory))
+                await saving(machine, agent)
             assert isinstance(machine.console_tail(), str)
             figures = await machine.metrics()
             assert all(isinstance(value, int) for value in figures.values())
@@ -267,14 +271,24 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
 
     async def pausing(machine: Machine, agent: AgentClient) -> None:
         if not can.pause:
-            with pytest.raises(UnsupportedError):
-                await machine.pause()
+            for change in (machine.pause, machine.resume):
+                with pytest.raises(UnsupportedError, match="paused"):
+                    await change()
+            await agent.check(PATIENCE)
             return
         await machine.pause()
         with pytest.raises(AgentTimeoutError):
             await agent.check(1.0)
         await machine.resume()
         await agent.check(PATIENCE)
+
+    async def saving(machine: Machine, agent: AgentClient) -> None:
+        if not can.snapshot:
+            before = set(os.listdir(lab.directory))
+            with pytest.raises(UnsupportedError, match="saved"):
+                await machine.save(str(lab.directory))
+            assert set(os.listdir(lab.directory)) == before
+            await agent.check(PATIENCE)
 
     async def memory(machine: Machine, agent: AgentClient) -> None:
         if can.grow_memory:
@@ -384,6 +398,21 @@ def test_a_program_that_talks_nonsense_is_named_and_quoted(lab: Lab) -> None:
                 sock.close()
 
     lab.apart(scenario)
+
+
+def test_a_monitor_that_saves_nothing_restores_nothing(lab: Lab) -> None:
+    """By name, and what it was given for it is closed."""
+    if lab.can().snapshot:
+        pytest.skip("it can")
+    reading, writing = os.pipe()
+    os.close(writing)
+    tap = sysio.Fd(reading)
+    attachments = Attachments(sandbox_id="x", run_dir="/", nics=[Nic("02:00:00:00:00:01", tap_fd=tap)])
+    made: Any = None  # no journal: nothing may be made
+    with pytest.raises(UnsupportedError, match=f"^{lab.monitor.title} cannot restore .*/no/such") as refused:
+        lab.monitor.restore("/no/such", attachments, made)
+    assert refused.value.hint
+    assert not tap.is_open
 
 
 def test_what_cannot_start_leaves_nothing(lab: Lab) -> None:

@@ -98,10 +98,18 @@ class Machine(Protocol):
         before that."""
 
     async def pause(self) -> None:
-        """Stop the virtual CPUs."""
+        """Stop the virtual CPUs. A container is paused by its guest, without this.
+
+        Raises:
+            UnsupportedError: `Capabilities.pause` is not there.
+        """
 
     async def resume(self) -> None:
-        """Let the virtual CPUs run again."""
+        """Let the virtual CPUs run again.
+
+        Raises:
+            UnsupportedError: `Capabilities.pause` is not there.
+        """
 
     async def save(self, directory: str) -> None:
         """Save the paused machine into a directory, so that it can be restored.
@@ -209,13 +217,30 @@ class Monitor(Protocol):
             HypervisorError: A disk image is missing, or the process could not be started.
         """
 
-    def adopt(self, started: Any, journal: Journal, console_path: str = "") -> Machine:
-        """Take over what `start` returned. Inside the event loop.
+    def adopt(self, started: Started, journal: Journal, console_path: str = "") -> Machine:
+        """Take over what `start` or `restore` of the same monitor returned. Once, and inside the event loop.
 
         Args:
             started: The machine, which is the result's from here on.
             journal: The one it was started with.
             console_path: File for what the guest says on its console; empty keeps it in memory only.
+
+        Raises:
+            TypeError: Another monitor has started it.
+        """
+
+    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> Started:
+        """Start a machine from what `Machine.save` has left: it goes on where it was. Usable before asyncio is
+        imported. `kata.hypervisor.base.MonitorBase` has it for monitors that cannot.
+
+        Args:
+            directory: What it was saved into.
+            attachments: As for `start`; of the same kinds as the saved machine's.
+            journal: The sandbox's.
+
+        Raises:
+            UnsupportedError: `Capabilities.snapshot` is not there.
+            HypervisorError: What was saved cannot be used, or the process could not be started.
         """
 
     def version(self) -> str:

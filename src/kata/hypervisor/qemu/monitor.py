@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kata.hypervisor.base import Capabilities
+from kata.hypervisor.base import Capabilities, MonitorBase
 from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.hypervisor.base import Attachments, Check, MachineShape
+    from kata.hypervisor.protocols import Started
     from kata.hypervisor.qemu.machine import Qemu
     from kata.hypervisor.qemu.process import QemuProcess
     from kata.hypervisor.qemu.settings import VMSettings
@@ -23,7 +24,7 @@ HOST_OVERHEAD_MIB = {"kvm": 256, "tcg": 384}
 NO_BOUNCE = "the guest's kernel cannot have virtio-fs in an emulated machine"
 
 
-class QemuMonitor:
+class QemuMonitor(MonitorBase):
     """QEMU."""
 
     name = "qemu"
@@ -84,10 +85,13 @@ class QemuMonitor:
         finally:
             attachments.close()
 
-    def adopt(self, started: QemuProcess, journal: Journal, console_path: str = "") -> Qemu:
+    def adopt(self, started: Started, journal: Journal, console_path: str = "") -> Qemu:
         """See `kata.hypervisor.protocols.Monitor.adopt`."""
         from kata.hypervisor.qemu.machine import Qemu
+        from kata.hypervisor.qemu.process import QemuProcess
 
+        if not isinstance(started, QemuProcess):
+            raise TypeError(f"{started!r} is not one of {self.title}'s")
         return Qemu(started, journal, console_path)
 
     def version(self) -> str:
