@@ -10,7 +10,7 @@ others or a higher one::
     hypervisor agent network storage resources images guest
     trace_export
     children config
-    ttrpc oci journal crash
+    ttrpc oci journal crash metrics
     proto
     bpf deferred errors paths launcher host_cache settings sysio tracing
 
@@ -40,7 +40,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
     ("trace_export",),
     ("children", "config"),
-    ("ttrpc", "oci", "journal", "crash"),
+    ("ttrpc", "oci", "journal", "crash", "metrics"),
     ("proto",),
     ("bpf", "deferred", "sysio", "paths", "launcher", "host_cache", "settings", "errors", "tracing"),
     ("__init__",),

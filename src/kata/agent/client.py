@@ -6,6 +6,8 @@ becomes part of a message.
 
 from __future__ import annotations
 
+import time
+
 from kata.agent.text import escape_line
 from kata.errors import (
     AgentError,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
     from typing import Protocol, TypeVar
 
+    from kata.metrics.histogram import Durations
     from kata.proto import oci_pb
     from kata.ttrpc.client import Client, Receiver, Stream
     from kata.ttrpc.messages import Decodable, Encodable
@@ -153,6 +156,7 @@ class AgentClient:
         client: The connected ttRPC client.
         watcher: Is notified of `VMLostError` and `GuestProtocolError`.
         dial: Opens a further connection to the same agent, for a single stream; None where there is only one channel.
+        durations: Is given how long each call took.
 
     Attributes:
         features: The agent's extensions of the protocol (``AgentDetails.extra_features``); empty until
@@ -161,8 +165,15 @@ class AgentClient:
             tracing.
     """
 
-    def __init__(self, client: Client, watcher: Watcher | None = None, dial: Dial | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        watcher: Watcher | None = None,
+        dial: Dial | None = None,
+        durations: Durations | None = None,
+    ) -> None:
         self._client = client
+        self.durations = durations
         self._watcher = watcher or Watcher()
         self._dial = dial
         self._own: set[Client] = set()
@@ -198,6 +209,7 @@ class AgentClient:
             span = self.trace(service, method, timeout_s)
             if span is not None:
                 return await self._traced(span, service, method, request, answer, timeout_s)
+        began_ns = time.monotonic_ns()
         try:
             return await self._client.call(
                 service, method, request, answer, timeout=timeout_s, metadata=metadata
@@ -210,6 +222,9 @@ class AgentClient:
             failed: ConnectionLost | TtrpcError = error
         except ConnectionLost as error:
             failed = error
+        finally:
+            if self.durations is not None:
+                self.durations.add(method, time.monotonic_ns() - began_ns)
         raise await self.explain(failed)
 
     async def _traced(
@@ -427,9 +442,16 @@ class AgentClient:
         request = agent_pb.UpdateContainerRequest(container_id=container_id, resources=resources)
         await self._empty("UpdateContainer", request)
 
-    async def stats(self, container_id: str) -> agent_pb.StatsContainerResponse:
+    async def stats(self, container_id: str, timeout_s: float = ASK_S) -> agent_pb.StatsContainerResponse:
         request = agent_pb.StatsContainerRequest(container_id=container_id)
-        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse, ASK_S)
+        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse, timeout_s)
+
+    async def metrics(self, timeout_s: float = ASK_S) -> str:
+        """What the agent and the guest's kernel report of themselves: Prometheus' text format, not checked."""
+        answer = await self.call(
+            AGENT, "GetMetrics", agent_pb.GetMetricsRequest(), agent_pb.Metrics, timeout_s
+        )
+        return answer.metrics
 
     async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
         request = agent_pb.TtyWinResizeRequest(

@@ -125,7 +125,7 @@ async def _serve(
         sandbox.tasks.log("".join(traceback.format_exception(error)))
 
     # Whoever may call may have any path of the host mounted: nobody but our own user, and root.
-    server = Server(services, on_error=bug, users={0, os.geteuid()})
+    server = Server(services, on_error=bug, users={0, os.geteuid()}, on_answer=sandbox.calls.add)
 
     def on_trace(trace: SandboxTrace) -> None:
         server.trace = trace.call

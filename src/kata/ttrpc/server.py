@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import time
 
 from kata.ttrpc import envelope, frame
 from kata.ttrpc.status import (
@@ -88,6 +89,7 @@ class Server:
         max_calls: Maximum number of calls in flight per connection.
         users: User ids whose processes may connect (by SO_PEERCRED, so only for unix sockets). Other peers are
             disconnected before any of their data is read. None admits every user.
+        on_answer: Called with the method's name and the duration in nanoseconds when a handler has ended, however.
 
     Attributes:
         trace: Carries out all calls, if it is set: it is given handler, request and context, and returns the answer.
@@ -99,8 +101,10 @@ class Server:
         on_error: Callable[[Context | None, Exception], None] | None = None,
         max_calls: int = MAX_CALLS,
         users: Collection[int] | None = None,
+        on_answer: Callable[[str, int], None] | None = None,
     ) -> None:
         self.services = dict(services)
+        self.on_answer = on_answer
         self.on_error = on_error
         self.max_calls = max_calls
         self.users = None if users is None else frozenset(users)
@@ -317,6 +321,7 @@ class _Connection(asyncio.Protocol):
         message: object,
         response_class: type[Encodable],
     ) -> None:
+        began_ns = time.monotonic_ns()
         try:
             trace = self._server.trace
             if trace is None:
@@ -339,6 +344,8 @@ class _Connection(asyncio.Protocol):
             if call.timer is not None:
                 call.timer.cancel()
             self._calls.pop(stream, None)
+            if self._server.on_answer is not None:
+                self._server.on_answer(call.context.method, time.monotonic_ns() - began_ns)
         if not call.answered:
             call.answered = True
             self._send(stream, response)

@@ -9,6 +9,7 @@ from kata.agent.client import AgentClient, Watcher
 from kata.engine.lifecycle import boot, watch
 from kata.engine.lifecycle.sandbox_state import Lifecycle, SandboxState
 from kata.errors import AgentTimeoutError, KataError, StateError, VMLostError
+from kata.metrics.histogram import Durations
 from kata.ttrpc.client import Client
 
 TYPE_CHECKING = False
@@ -62,6 +63,7 @@ class MachineRuntime:
         life: The sandbox's state, which this object and the sandbox's end change.
         vm: The hypervisor, once it has been taken over.
         machine: As given.
+        agent_calls: How long the calls to the agent took.
         disk_error: What of the host's disks failed first; empty if nothing did.
         disk_errors: How many requests of the guest's failed so.
         trace: Of the agent's calls (`AgentClient.trace`).
@@ -82,6 +84,7 @@ class MachineRuntime:
         self.trace: Callable[[str, str, float | None], CallSpan | None] | None = None
         self.life = Lifecycle(sandbox_id)
         self.vm: protocols.Machine | None = None
+        self.agent_calls = Durations()
         self.disk_error = ""
         self.disk_errors = 0
         self._id = sandbox_id
@@ -172,7 +175,7 @@ class MachineRuntime:
             raise AgentTimeoutError(
                 f"the agent did not listen on {channel.url} within {timeout_s:g} s"
             ) from None
-        self._agent = AgentClient(await Client.connect(sock), _Watcher(self), dial)
+        self._agent = AgentClient(await Client.connect(sock), _Watcher(self), dial, self.agent_calls)
         self._agent.trace = self.trace
         return self._agent
 

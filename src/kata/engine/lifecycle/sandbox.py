@@ -21,6 +21,7 @@ from kata.engine.lifecycle.sandbox_state import SandboxState
 from kata.engine.tasks import Tasks
 from kata.engine.timings import Timings
 from kata.errors import AlreadyExistsError, KataError, NotFoundError, VMLostError
+from kata.metrics.histogram import Durations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from kata.engine.standard_streams.logger import Logger
     from kata.engine.standard_streams.stdio import Stdio
     from kata.journal import Journal
+    from kata.metrics.overhead import Overhead
     from kata.proto.codec import Message
     from kata.settings import SandboxSettings
 
@@ -78,6 +80,8 @@ class Sandbox:
         me = process_identity(os.getpid())
         self.identity = {"pid": me["pid"], "starttime": me["start"], "boot_id": me["boot"]}
         self.timings = Timings(settings.request_started_ns or time.monotonic_ns())
+        self.overhead: Overhead | None = None  # once somebody has asked for metrics
+        self.calls = Durations()  # how long those took that the engine has answered
         self.tasks = Tasks(self.id, settings.client.log_fifo)
         self.runtime = self._make_runtime(machine)
         self.network_services = NetworkServices(self.runtime, self.tasks)

@@ -102,6 +102,11 @@ class Logger:
         self._loop = asyncio.get_running_loop()
         self._child.on_exit(self._on_exit)
 
+    @property
+    def child(self) -> children.SupervisedChild:
+        """The program."""
+        return self._child
+
     def take(self, name: str) -> int:
         """Where its input ``stdout`` or ``stderr`` is written, without blocking; the caller's to close."""
         return self._inputs.pop(name)

@@ -1,0 +1,148 @@
+"""One look at a sandbox: its processes on the host, and what its guest says of itself and its containers.
+
+Nothing is measured between two looks. A guest that does not answer in time (it boots, is paused, is stuck or has
+ended) has no figures; the host's are there without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from kata.engine.containers.process import CREATED, PAUSED, RUNNING
+from kata.errors import KataError
+from kata.metrics.procfs import ProcessFigures
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from kata.agent.client import AgentClient
+    from kata.engine.containers.container import Container
+    from kata.engine.lifecycle.sandbox import Sandbox
+    from kata.proto import agent_pb
+
+GUEST_S = 2.0
+"""How long the guest may take for all its answers, in seconds: whoever scrapes waits three."""
+MAX_CONTAINERS = 128
+"""Further containers of a sandbox are not asked about."""
+
+
+class Figures:
+    """What one look has found.
+
+    Attributes:
+        at_s: When, in seconds since the Epoch.
+        guest_text: The agent's answer to GetMetrics, which is not to be trusted; None without one.
+        containers: The agent's answer to StatsContainer, by container.
+        processes: The engine, the hypervisor and the helpers.
+        cpu_s: Processor time of the whole sandbox on the host, in seconds.
+        memory_bytes: Memory of the whole sandbox on the host.
+    """
+
+    __slots__ = ("at_s", "containers", "cpu_s", "guest_text", "memory_bytes", "processes")
+
+    def __init__(self) -> None:
+        self.at_s = time.time()
+        self.guest_text: str | None = None
+        self.containers: dict[str, agent_pb.StatsContainerResponse] = {}
+        self.processes: list[ProcessFigures] = []
+        self.cpu_s = 0.0
+        self.memory_bytes = 0
+
+
+async def look(sandbox: Sandbox) -> Figures:
+    """Take the figures of a sandbox. Never fails; ends within `GUEST_S` and what the host takes."""
+    found = Figures()
+    agent = sandbox.runtime.living_agent
+    if agent is not None and not sandbox.is_ending and sandbox.life.state.value == "ready":
+        await _ask(agent, sandbox, found)
+    found.processes = [
+        figures for figures in (ProcessFigures(pid, role) for role, pid in _pids(sandbox)) if figures.threads
+    ]
+    cgroup = sandbox.machine.cgroup
+    cpu_ns, memory = cgroup.usage() if cgroup is not None else (0, 0)
+    found.cpu_s = cpu_ns / 1e9 or sum(one.cpu_s for one in found.processes)
+    found.memory_bytes = memory or sum(one.resident_bytes for one in found.processes)
+    found.at_s = time.time()
+    return found
+
+
+async def _ask(agent: AgentClient, sandbox: Sandbox, found: Figures) -> None:
+    """Ask for all that the guest has to say, at the same time."""
+
+    async def metrics() -> None:
+        found.guest_text = await agent.metrics(GUEST_S)
+
+    async def stats(container: Container) -> None:
+        found.containers[container.id] = await agent.stats(container.id, GUEST_S)
+
+    asked = [asyncio.ensure_future(metrics())]
+    asked += [
+        asyncio.ensure_future(stats(one))
+        for one in list(sandbox.containers.values())[:MAX_CONTAINERS]
+        if one.init.state in (CREATED, RUNNING, PAUSED)
+    ]
+    try:
+        await asyncio.wait(asked, timeout=GUEST_S)
+    finally:
+        for one in asked:
+            one.cancel()
+        for result in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(result, Exception) and not isinstance(result, KataError):
+                sandbox.tasks.log(
+                    f"a figure of the guest could not be had: {type(result).__name__}: {result}"
+                )
+
+
+def _pids(sandbox: Sandbox) -> list[tuple[str, int]]:
+    """Role and process id of every process of the sandbox on the host."""
+    found = [("engine", os.getpid())]
+    machine = sandbox.machine
+    if sandbox.runtime.vm is not None and not sandbox.runtime.is_lost:
+        found.append(("hypervisor", sandbox.runtime.vm.pid))
+    helpers = [("virtiofsd", machine.files.child if machine.files is not None else None)]
+    helpers.append(("passt", machine.network.child if machine.network is not None else None))
+    helpers += [("logger", one.child) for one in sandbox.loggers]
+    found += [(role, child.pid) for role, child in helpers if child is not None and child.poll() is None]
+    return found
+
+
+def described(sandbox: Sandbox, container: Container) -> Mapping[str, Any]:
+    """A container's ``name``, ``image`` and ``labels``, as far as its client has said them."""
+    annotations = container.config.get("annotations") or {}
+    settings = sandbox.settings.container
+    if settings is not None and container.id == sandbox.id:
+        record = _record(os.path.join(settings.directory, "container.json"))
+        return {
+            "name": str(record.get("name", "")),
+            "image": str((record.get("image") or {}).get("reference", "")),
+            "labels": record.get("labels") or {},
+        }
+    return {
+        "name": str(
+            annotations.get("io.kubernetes.cri.container-name")
+            or annotations.get("io.kubernetes.container.name")
+            or annotations.get("nerdctl/name")
+            or ""
+        ),
+        "image": str(
+            annotations.get("io.kubernetes.cri.image-name")
+            or annotations.get("io.kubernetes.cri-o.ImageName")
+            or ""
+        ),
+        "labels": {},
+    }
+
+
+def _record(path: str) -> dict[str, Any]:
+    import json
+
+    try:
+        with open(path, "rb") as file:
+            record = json.loads(file.read(1 << 20))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,290 @@
+"""A sandbox's metrics as Prometheus reads them. `kata.metrics.families` says which, docs/metrics.md what they mean."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+
+import kata
+from kata.engine.services import figures
+from kata.metrics import exposition, families, procfs
+from kata.metrics.overhead import Overhead
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.engine.lifecycle.sandbox import Sandbox
+    from kata.engine.services.figures import Figures
+    from kata.metrics.exposition import Text
+    from kata.metrics.procfs import ProcessFigures
+    from kata.proto import agent_pb
+
+NO_LIMIT = 1 << 62
+"""A limit from here on is none: the kernel's largest number of pages, in bytes."""
+PHASE_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_GETS = {"GetGuestDetails": "GuestDetailsRequest"}
+_STATES = ("created", "running", "paused", "stopped")
+_PREFIX = {"engine": "kata_shim", "hypervisor": "kata_hypervisor", "virtiofsd": "kata_virtiofsd"}
+
+
+async def collect(sandbox: Sandbox) -> str:
+    """All metrics of a sandbox.
+
+    Returns:
+        Prometheus' text format, without labels that tell the sandbox: kata-monitor adds those.
+    """
+    found = await figures.look(sandbox)
+    text = exposition.Text(families.DEFINITIONS)
+    _guest(text, found)
+    for one in found.processes:
+        _process(text, one)
+    _engine(text, sandbox)
+    _host(text, sandbox, found)
+    _containers(text, sandbox, found)
+    return text.text()
+
+
+def _guest(text: Text, found: Figures) -> None:
+    """What the guest says, as far as it makes sense."""
+    text.add("kata_shim_agent_up", int(found.guest_text is not None))
+    if found.guest_text is None:
+        return
+    taken = 0
+    for name, line in exposition.known_samples(found.guest_text, families.OF_GUEST):
+        text.lines(name).append(line)
+        taken += 1
+    said = sum(1 for line in found.guest_text.split("\n") if line and not line.startswith("#"))
+    text.add("kata_shim_guest_samples_dropped", said - taken)
+
+
+def _process(text: Text, one: ProcessFigures) -> None:
+    prefix = _PREFIX.get(one.role)
+    if prefix is None:
+        role = exposition.labels_text(role=one.role)
+        text.add("kata_helper_cpu_seconds_total", one.cpu_s, role)
+        text.add("kata_helper_resident_memory_bytes", one.resident_bytes, role)
+        opened = one.open_files()
+        if opened is not None:
+            text.add("kata_helper_fds", opened, role)
+        return
+    text.add(f"{prefix}_threads", one.threads)
+    text.items(f"{prefix}_proc_stat", one.stat)
+    text.items(f"{prefix}_proc_status", one.status)
+    text.items(f"{prefix}_io_stat", one.io)
+    opened = one.open_files()
+    if opened is not None:
+        text.add(f"{prefix}_fds", opened)
+    if one.role == "virtiofsd":  # its network namespace is empty
+        return
+    for name, items in procfs.interfaces(one.pid):
+        text.items(f"{prefix}_netdev", items, f'interface="{exposition.escape(name)}",')
+    if one.role == "engine":
+        text.add("kata_shim_process_cpu_seconds_total", one.cpu_s)
+        text.add("kata_shim_process_max_fds", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        text.add("kata_shim_process_open_fds", opened or 0)
+        text.add("kata_shim_process_resident_memory_bytes", one.resident_bytes)
+        text.add("kata_shim_process_virtual_memory_bytes", one.virtual_bytes)
+        text.add("kata_shim_process_start_time_seconds", _booted_s() + one.start_ticks / procfs.TICKS_PER_S)
+
+
+def _booted_s() -> int:
+    for line in procfs.read("/proc/stat").split(b"\n"):
+        if line.startswith(b"btime "):
+            return int(line.split()[1])
+    return 0
+
+
+def _engine(text: Text, sandbox: Sandbox) -> None:
+    """What the engine knows and has counted."""
+    runtime = sandbox.runtime
+    version = exposition.labels_text(version=kata.__version__, python=platform.python_version())
+    text.add("kata_shim_build_info", 1, version)
+    described = sandbox.settings.machine
+    if runtime.vm is not None and described is not None and runtime.machine.monitor is not None:
+        labels = exposition.labels_text(
+            name=runtime.machine.monitor.name,
+            accelerator=described.hypervisor.accel,
+            channel=runtime.vm.channel.kind,
+        )
+        text.add("kata_hypervisor_info", 1, labels)
+    for generation, counts in enumerate(gc.get_stats()):
+        labels = exposition.labels_text(generation=str(generation))
+        text.add("kata_shim_python_gc_collections_total", counts["collections"], labels)
+    text.add("kata_shim_sandbox_state", 1, exposition.labels_text(state=sandbox.life.state.value))
+    if sandbox.life.created_ns:
+        text.add("kata_shim_sandbox_created_seconds", sandbox.life.created_ns / 1e9)
+    states = [str(one.init.state) for one in sandbox.containers.values()]
+    for state in _STATES:
+        text.add("kata_shim_containers", states.count(state), exposition.labels_text(state=state))
+    sandbox.calls.write(text, "kata_shim_rpc_durations_histogram_milliseconds", families.ACTIONS.get)
+    family = "kata_shim_agent_rpc_durations_histogram_milliseconds"
+    runtime.agent_calls.write(text, family, lambda name: _GETS.get(name, f"{name}Request"))
+    text.add("kata_shim_disk_errors_total", runtime.disk_errors)
+    text.add("kata_shim_guest_vcpus", sandbox.resizer.vcpus)
+    text.add("kata_shim_guest_memory_bytes", sandbox.resizer.memory_mib << 20)
+    _start(text, sandbox)
+
+
+def _start(text: Text, sandbox: Sandbox) -> None:
+    """The phases of the start, each a histogram with one observation."""
+    phases = {name: duration / 1e9 for name, _, duration in sandbox.timings}
+    if not phases:
+        return
+    started = [one.init.started_at_ns for one in sandbox.containers.values() if one.init.started_at_ns]
+    if started:
+        phases["total"] = max(start + duration for _, start, duration in sandbox.timings) / 1e9
+    name = "kata_shim_start_phase_duration_seconds"
+    lines = text.lines(name)
+    for phase, seconds in phases.items():
+        label = f'phase="{exposition.escape(phase)}"'
+        for bound in PHASE_BOUNDS_S:
+            lines.append(f'{name}_bucket{{{label},le="{bound}"}} {int(seconds <= bound)}')
+        lines.append(f'{name}_bucket{{{label},le="+Inf"}} 1')
+        lines.append(f"{name}_sum{{{label}}} {seconds!r}")
+        lines.append(f"{name}_count{{{label}}} 1")
+
+
+def _host(text: Text, sandbox: Sandbox, found: Figures) -> None:
+    """What the sandbox takes on the host, and what of that is overhead."""
+    text.add("kata_shim_host_cpu_seconds_total", found.cpu_s)
+    text.add("kata_shim_host_memory_bytes", found.memory_bytes)
+    cgroup = sandbox.machine.cgroup
+    if cgroup is not None:
+        text.add("kata_shim_host_oom_kills_total", cgroup.oom_kills())
+        limit = _memory_limit(cgroup.paths.get("memory", ""))
+        if limit:
+            text.add("kata_shim_host_memory_limit_bytes", limit)
+    cpu_s, memory = in_containers(found)
+    if sandbox.overhead is None:
+        sandbox.overhead = Overhead(sandbox.life.created_ns / 1e9)
+    text.add(
+        "kata_shim_pod_overhead_cpu", sandbox.overhead.cpu_percent(found.at_s, max(0.0, found.cpu_s - cpu_s))
+    )
+    text.add("kata_shim_pod_overhead_memory_in_bytes", max(0, found.memory_bytes - memory))
+    returned = memory_returned(sandbox, found)
+    if returned is not None:
+        text.add("kata_shim_guest_memory_returned_bytes", returned)
+
+
+def _memory_limit(directory: str) -> int:
+    """The limit of a memory cgroup in bytes; 0 for none."""
+    for file in ("memory.max", "memory.limit_in_bytes"):
+        words = procfs.read(f"{directory}/{file}").split() if directory else []
+        if words and words[0].isdigit() and int(words[0]) < NO_LIMIT:
+            return int(words[0])
+    return 0
+
+
+def in_containers(found: Figures) -> tuple[float, int]:
+    """Processor time (seconds) and memory (bytes) of all containers together, as the guest says."""
+    cpu_ns = memory = 0
+    for answer in found.containers.values():
+        group = answer.cgroup_stats
+        if group is None:
+            continue
+        if group.cpu_stats is not None and group.cpu_stats.cpu_usage is not None:
+            cpu_ns += group.cpu_stats.cpu_usage.total_usage
+        if group.memory_stats is not None and group.memory_stats.usage is not None:
+            memory += group.memory_stats.usage.usage
+    return cpu_ns / 1e9, memory
+
+
+def memory_returned(sandbox: Sandbox, found: Figures) -> int | None:
+    """How much of the guest's memory takes none of the host's, in bytes; None where that is not known."""
+    for one in found.processes:
+        if one.role == "hypervisor":
+            held = max(one.status.get("rssanon", 0), one.status.get("rssshmem", 0)) * 1024
+            return max(0, (sandbox.resizer.memory_mib << 20) - held)
+    return None
+
+
+# ---- containers ----
+
+
+def _containers(text: Text, sandbox: Sandbox, found: Figures) -> None:
+    for container in list(sandbox.containers.values())[: figures.MAX_CONTAINERS]:
+        described = figures.described(sandbox, container)
+        labels = exposition.labels_text(
+            container_id=container.id, name=described["name"], image=described["image"]
+        )
+        text.add("kata_container_info", 1, labels)
+        labels = exposition.labels_text(container_id=container.id, state=str(container.init.state))
+        text.add("kata_container_state", 1, labels)
+        identity = exposition.labels_text(container_id=container.id)
+        if container.init.started_at_ns:
+            text.add("kata_container_start_time_seconds", container.init.started_at_ns / 1e9, identity)
+        answer = found.containers.get(container.id)
+        if answer is not None and answer.cgroup_stats is not None:
+            _cpu(text, container.id, identity, answer.cgroup_stats.cpu_stats)
+            _memory(text, identity, answer.cgroup_stats.memory_stats)
+            pids = answer.cgroup_stats.pids_stats
+            if pids is not None:
+                text.add("kata_container_pids", pids.current, identity)
+                if 0 < pids.limit < NO_LIMIT:
+                    text.add("kata_container_pids_limit", pids.limit, identity)
+            _io(text, container.id, answer.cgroup_stats.blkio_stats)
+    # The containers of a pod share its network, so any of them tells of it.
+    answer = next(iter(found.containers.values()), None)
+    for card in answer.network_stats[:64] if answer is not None else ():
+        _network(text, card)
+
+
+def _cpu(text: Text, container_id: str, identity: str, cpu: agent_pb.CpuStats | None) -> None:
+    if cpu is None:
+        return
+    if cpu.cpu_usage is not None:
+        for mode, used_ns in (
+            ("user", cpu.cpu_usage.usage_in_usermode),
+            ("system", cpu.cpu_usage.usage_in_kernelmode),
+        ):
+            labels = exposition.labels_text(container_id=container_id, mode=mode)
+            text.add("kata_container_cpu_seconds_total", used_ns / 1e9, labels)
+    throttled = cpu.throttling_data
+    if throttled is not None:
+        text.add("kata_container_cpu_periods_total", throttled.periods, identity)
+        text.add("kata_container_cpu_throttled_periods_total", throttled.throttled_periods, identity)
+        text.add("kata_container_cpu_throttled_seconds_total", throttled.throttled_time / 1e9, identity)
+
+
+def _memory(text: Text, identity: str, memory: agent_pb.MemoryStats | None) -> None:
+    if memory is None:
+        return
+    if memory.usage is not None:
+        text.add("kata_container_memory_usage_bytes", memory.usage.usage, identity)
+        text.add("kata_container_memory_working_set_bytes", working_set(memory), identity)
+        text.add("kata_container_memory_max_usage_bytes", memory.usage.max_usage, identity)
+        text.add("kata_container_memory_failures_total", memory.usage.failcnt, identity)
+        if 0 < memory.usage.limit < NO_LIMIT:
+            text.add("kata_container_memory_limit_bytes", memory.usage.limit, identity)
+    text.add("kata_container_oom_kills_total", memory.stats.get("oom_kill", 0), identity)
+
+
+def working_set(memory: agent_pb.MemoryStats) -> int:
+    """Memory of a container in bytes less the page cache that can be reclaimed at once, as `docker stats` has it."""
+    usage = memory.usage.usage if memory.usage is not None else 0
+    return max(0, usage - memory.stats.get("inactive_file", 0))
+
+
+def _io(text: Text, container_id: str, blkio: agent_pb.BlkioStats | None) -> None:
+    if blkio is None:
+        return
+    for name, entries in (
+        ("kata_container_io_bytes_total", blkio.io_service_bytes_recursive),
+        ("kata_container_io_operations_total", blkio.io_serviced_recursive),
+    ):
+        sums: dict[tuple[str, str], int] = {}
+        for one in entries[:256]:
+            operation = one.op.lower()
+            if operation in ("read", "write"):
+                key = (f"{one.major}:{one.minor}", operation)
+                sums[key] = sums.get(key, 0) + one.value
+        for (device, operation), value in sums.items():
+            labels = exposition.labels_text(container_id=container_id, device=device, operation=operation)
+            text.add(name, value, labels)
+
+
+def _network(text: Text, card: agent_pb.NetworkStats) -> None:
+    labels = exposition.labels_text(interface=card.name)
+    for ours, theirs in (("receive", "rx"), ("transmit", "tx")):
+        for what in ("bytes", "packets", "errors", "dropped"):
+            text.add(f"kata_pod_network_{ours}_{what}_total", getattr(card, f"{theirs}_{what}"), labels)

@@ -1,0 +1,1 @@
+"""What is measured: the families of metrics, how they are written and read, and where the figures come from."""

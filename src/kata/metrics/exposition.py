@@ -1,0 +1,297 @@
+"""Prometheus' text format 0.0.4: written by engines, and read from those who may lie.
+
+The format: https://prometheus.io/docs/instrumenting/exposition_formats/. Prometheus drops a whole scrape for one wrong
+word, so what a guest or an engine says is never passed through as it is: `parse` accepts valid text within bounds, and
+`known_samples` takes of a guest's text those lines that it understands.
+
+Imported by engines at their first scrape: no typing, no dataclasses.
+"""
+
+from __future__ import annotations
+
+import re
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from kata.metrics.families import Definition
+
+    Label = tuple[str, str]
+    Sample = tuple[str, list[Label], float]
+
+TYPES = ("counter", "gauge", "histogram", "summary", "untyped")
+MAX_BYTES = 4 << 20
+MAX_LINES = 50_000
+MAX_FAMILY_SAMPLES = 4096
+MAX_LABELS = 16
+MAX_VALUE_CHARS = 256
+"""Maximum length of a label's value in a guest's text, as it is written there."""
+
+_NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
+_LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"'
+_NUMBER = r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[Ii]nf(?:inity)?|[Nn]a[Nn])"
+_SAMPLE = re.compile(rf"({_NAME})(?:\{{(.*)\}})?[ \t]+({_NUMBER})(?:[ \t]+-?\d{{1,19}})?[ \t]*", re.ASCII)
+_PAIR = re.compile(rf"\s*{_LABEL}\s*(,|$)", re.ASCII)
+_COMMENT = re.compile(rf"#[ \t]+(HELP|TYPE)[ \t]+({_NAME})(?:[ \t]+(.*))?", re.ASCII)
+_ESCAPED = re.compile(r"\\(.)")
+# What agents write: no spaces between labels, no timestamps, no NaN, and only characters that can be seen.
+_PLAIN = re.compile(
+    r"([a-z][a-z0-9_]*)"
+    r'(?:\{((?:[a-z]+="(?:[^"\\\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]|\\["\\n])*"(?:,|(?=\})))*)\})? '
+    r"(-?\d{1,24}(?:\.\d{1,9})?(?:[eE][+-]?\d{1,2})?|\+Inf)",
+    re.ASCII,
+)
+_LABEL_NAMES = re.compile(r'([a-z]+)="(?:[^"\\]|\\.)*"')
+
+
+class MalformedError(ValueError):
+    """A text is no exposition, or exceeds a bound. The message says where."""
+
+
+class Family:
+    """A family as it was read.
+
+    Args:
+        name: Its name.
+        kind: One of `TYPES`.
+        help_text: Its description; empty without one.
+        samples: Name (with ``_bucket``, ``_sum`` or ``_count`` where the type has them), labels, value.
+    """
+
+    __slots__ = ("help", "name", "samples", "type")
+
+    def __init__(self, name: str, kind: str, help_text: str, samples: list[Sample]) -> None:
+        self.name = name
+        self.type = kind
+        self.help = help_text
+        self.samples = samples
+
+    def __repr__(self) -> str:
+        return f"<Family {self.name} {self.type}, {len(self.samples)} samples>"
+
+
+def parse(body: bytes) -> list[Family]:
+    """Read a whole exposition.
+
+    Args:
+        body: The text, UTF-8.
+
+    Returns:
+        Its families, each once, in the order in which they begin. Timestamps are left out.
+
+    Raises:
+        MalformedError: It is not valid, or larger than `MAX_BYTES`, `MAX_LINES` or `MAX_LABELS` allow. Whether series
+            occur twice and histograms add up is for the caller to check.
+    """
+    if len(body) > MAX_BYTES:
+        raise MalformedError(f"it has more than {MAX_BYTES} bytes")
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedError(f"it is no UTF-8 at byte {error.start}") from None
+    if text.count("\n") > MAX_LINES:
+        raise MalformedError(f"it has more than {MAX_LINES} lines")
+    families: dict[str, Family] = {}
+    current: Family | None = None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line or line.isspace():
+            continue
+        if line.startswith("#"):
+            current = _comment(line, number, families) or current
+            continue
+        match = _SAMPLE.fullmatch(line)
+        if match is None:
+            raise MalformedError(f"line {number} is no sample")
+        name = match[1]
+        if current is None or not _belongs(name, current):
+            current = _family_of(name, families)
+        current.samples.append((name, _labels(match[2] or "", number), float(match[3])))
+    return list(families.values())
+
+
+_SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("", "_sum", "_count")}
+
+
+def _belongs(name: str, family: Family) -> bool:
+    suffixes = _SUFFIXES.get(family.type)
+    if suffixes is None:
+        return name == family.name
+    return name.startswith(family.name) and name[len(family.name) :] in suffixes
+
+
+def _family_of(name: str, families: dict[str, Family]) -> Family:
+    for suffix in ("", "_bucket", "_sum", "_count"):
+        base = name.removesuffix(suffix) if suffix else name
+        family = families.get(base)
+        if family is not None and _belongs(name, family):
+            return family
+    return families.setdefault(name, Family(name, "untyped", "", []))
+
+
+def _comment(line: str, number: int, families: dict[str, Family]) -> Family | None:
+    match = _COMMENT.fullmatch(line)
+    if match is None:
+        return None
+    keyword, name, rest = match[1], match[2], match[3] or ""
+    family = families.setdefault(name, Family(name, "untyped", "", []))
+    if keyword == "HELP":
+        family.help = _unescape(rest)
+        return family
+    kind = rest.strip()
+    if kind not in TYPES:
+        raise MalformedError(f"line {number} names no type")
+    if family.samples or family.type not in ("untyped", kind):
+        raise MalformedError(f"line {number} gives {name} a type too late")
+    family.type = kind
+    return family
+
+
+def _labels(text: str, number: int) -> list[Label]:
+    labels: list[Label] = []
+    at = 0
+    while at < len(text):
+        match = _PAIR.match(text, at)
+        if match is None:
+            raise MalformedError(f"line {number} has a label that is none")
+        labels.append((match[1], _unescape(match[2])))
+        at = match.end()
+    if len(labels) > MAX_LABELS:
+        raise MalformedError(f"line {number} has more than {MAX_LABELS} labels")
+    if len({name for name, _ in labels}) != len(labels):
+        raise MalformedError(f"line {number} has a label twice")
+    return labels
+
+
+def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
+    return _ESCAPED.sub(lambda match: "\n" if match[1] == "n" else match[1], text)
+
+
+# ---- writing ----
+
+
+def escape(value: str, most: int = MAX_VALUE_CHARS) -> str:
+    """The value of a label as the format writes it: bounded, control characters replaced."""
+    if len(value) > most:
+        value = value[: most - 1] + "\u2026"
+    if not value.isprintable():
+        value = "".join(char if char.isprintable() else "\ufffd" for char in value)
+    if "\\" in value or '"' in value:
+        value = value.replace("\\", "\\\\").replace('"', '\\"')
+    return value
+
+
+def labels_text(**labels: str) -> str:
+    """Labels as the format writes them, with their braces."""
+    return "{" + ",".join(f'{name}="{escape(value)}"' for name, value in labels.items()) + "}"
+
+
+class Text:
+    """A text being written: each family once, in the order in which it was begun.
+
+    Args:
+        definitions: The families that may be in it, by name.
+    """
+
+    __slots__ = ("_definitions", "_families")
+
+    def __init__(self, definitions: Mapping[str, Definition]) -> None:
+        self._definitions = definitions
+        self._families: dict[str, list[str]] = {}
+
+    def lines(self, name: str) -> list[str]:
+        """The lines of a family, to which the caller appends whole samples."""
+        found = self._families.get(name)
+        if found is None:
+            self._definitions[name]  # an unknown family is a KeyError here and not at its end
+            found = self._families[name] = []
+        return found
+
+    def add(self, name: str, value: float, labels: str = "") -> None:
+        """Add one sample.
+
+        Args:
+            name: Of the family.
+            value: Its value.
+            labels: As `labels_text` makes them; empty for none.
+        """
+        self.lines(name).append(f"{name}{labels} {number(value)}")
+
+    def items(self, name: str, values: Mapping[str, float], labels: str = "") -> None:
+        """Add samples that differ in the label ``item``.
+
+        Args:
+            name: Of the family.
+            values: Value by item; the items are names of ours.
+            labels: Labels before ``item``, each with a comma after it: ``cpu="0",``.
+        """
+        self.lines(name).extend(
+            f'{name}{{{labels}item="{item}"}} {number(value)}' for item, value in values.items()
+        )
+
+    def text(self) -> str:
+        """All of it."""
+        out = []
+        for name, lines in self._families.items():
+            if lines:
+                definition = self._definitions[name]
+                out.append(f"# HELP {name} {definition.help}\n# TYPE {name} {definition.kind}")
+                out += lines
+        out.append("")
+        return "\n".join(out)
+
+
+def number(value: float) -> str:
+    """A value as the format writes it."""
+    if isinstance(value, int):
+        return str(value)
+    if value != value:
+        return "NaN"
+    if value in (float("inf"), float("-inf")):
+        return "+Inf" if value > 0 else "-Inf"
+    return repr(value)
+
+
+def known_samples(text: str, definitions: Mapping[str, Definition]) -> Iterator[tuple[str, str]]:
+    """Take from a guest's text the samples of families that are known, and drop everything else.
+
+    Args:
+        text: What the guest says.
+        definitions: The families that a guest may report, by name.
+
+    Yields:
+        The name of a family and a whole line: a valid sample with just the labels of its family, that did not occur
+        before. At most `MAX_FAMILY_SAMPLES` of a family.
+    """
+    seen: set[str] = set()
+    counts: dict[str, int] = {}
+    last_name, last_labels, definition = "", "", None
+    for line in _first(text.split("\n", MAX_LINES), MAX_LINES):
+        match = _PLAIN.fullmatch(line)
+        if match is None:
+            continue
+        name, labels = match[1], match[2] or ""
+        if name != last_name:
+            last_name, last_labels, definition = name, "", definitions.get(name)
+        if definition is None or len(labels) > MAX_VALUE_CHARS * len(definition.labels):
+            continue
+        if labels or definition.labels:
+            last_labels = ",".join(_LABEL_NAMES.findall(labels))
+            if last_labels != definition.label_names or labels.endswith(","):
+                continue
+        series = line[: match.start(3)]
+        count = counts.get(name, 0)
+        if series in seen or count >= MAX_FAMILY_SAMPLES:
+            continue
+        seen.add(series)
+        counts[name] = count + 1
+        yield name, line
+
+
+def _first(lines: Iterable[str], most: int) -> Iterator[str]:
+    for index, line in enumerate(lines):
+        if index >= most:
+            return
+        yield line
