@@ -8,6 +8,8 @@ What is installed, below PREFIX (``/usr/local``)::
     lib/kata/manifest.json                       every path that was made
     bin/kata                                     a link to site-packages/kata/__main__.py
     bin/kata-agent-ctl                           a link to site-packages/kata/agent_ctl/__main__.py
+    bin/kata-monitor                             a link to site-packages/kata/monitor/__main__.py
+    lib/kata/<version>-<digest>/monitor-packages/  the packages that only kata-monitor imports
     lib/kata/<version>-<digest>/share/           manual pages, completion for shells (tools/manpages.py)
     share/man/man1/kata.1, ...                   links to these
 
@@ -40,10 +42,11 @@ AGENT = ROOT / "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
 COMMANDS = {
     "kata": "kata/__main__.py",
     "kata-agent-ctl": "kata/agent_ctl/__main__.py",
+    "kata-monitor": "kata/monitor/__main__.py",
     "containerd-shim-kata-v2": "kata/__main__.py",
 }
 """Program on the PATH -> file in site-packages that it is a link to."""
-OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-monitor", "kata-ctl")
+OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-ctl")
 """Programs of that name which are not ours belong to another Kata."""
 
 
@@ -224,18 +227,24 @@ def digest() -> str:
     return f"{version[1] if version else '0'}-{total.hexdigest()[:12]}"
 
 
+def install_packages(target: Path, requirements: Sequence[str]) -> None:
+    """Put Python packages and what they need into a directory of their own, in the versions that are pinned."""
+    pip = [f"{ROOT}/.venv/bin/python", "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    where = ["--no-compile", "--target", str(target), "-c", f"{ROOT}/tools/constraints.txt"]
+    # Without root's warning: it is about the system's packages, which --target does not touch.
+    environment = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore"}
+    subprocess.run([*pip, *where, *requirements], check=True, env=environment)
+    shutil.rmtree(target / "bin", ignore_errors=True)
+
+
 def fill(tree: Path) -> None:
     """Make a version's directory: dependencies, package, byte code, agent."""
     packages = tree / "site-packages"
     with open(ROOT / "pyproject.toml", "rb") as file:
-        dependencies = tomllib.load(file)["project"]["dependencies"]
+        project = tomllib.load(file)["project"]
     say("  ... install the Python packages that kata needs")
-    pip = [f"{ROOT}/.venv/bin/python", "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    where = ["--no-compile", "--target", str(packages), "-c", f"{ROOT}/tools/constraints.txt"]
-    # Without root's warning: it is about the system's packages, which --target does not touch.
-    environment = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore"}
-    subprocess.run([*pip, *where, *dependencies], check=True, env=environment)
-    shutil.rmtree(packages / "bin", ignore_errors=True)
+    install_packages(packages, project["dependencies"])
+    install_packages(tree / "monitor-packages", project["optional-dependencies"]["monitor"])
     for path in _sources():
         target = packages / path.relative_to(ROOT / "src")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +252,7 @@ def fill(tree: Path) -> None:
         target.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
     # By content, not by time: packages are copied, and a byte code file that looks old is written again.
     compiler = ["-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
-    subprocess.run(["/usr/bin/python3", "-I", *compiler, packages], check=True)
+    subprocess.run(["/usr/bin/python3", "-I", *compiler, packages, tree / "monitor-packages"], check=True)
     shutil.copyfile(AGENT, tree / "kata-agent")
     (tree / "kata-agent").chmod(0o755)
     (tree / "guest").mkdir()

@@ -1,9 +1,9 @@
 """Writes what an installation shares with the machine: manual pages, and completion for the shells.
 
-    share/man/man1/kata.1, kata-COMMAND.1, kata-agent-ctl.1
-    share/bash-completion/completions/kata, kata-agent-ctl
+    share/man/man1/kata.1, kata-COMMAND.1, kata-agent-ctl.1, kata-monitor.1
+    share/bash-completion/completions/kata, kata-agent-ctl, kata-monitor
     share/zsh/site-functions/_kata
-    share/fish/vendor_completions.d/kata.fish, kata-agent-ctl.fish
+    share/fish/vendor_completions.d/kata.fish, kata-agent-ctl.fish, kata-monitor.fish
 
 The pages are made from the tables that the commands parse their options with, so they say what ``--help`` says. The
 completion is the same for every version: the program itself is asked (src/kata/cli/complete.py). `make install` calls
@@ -31,11 +31,16 @@ from kata.agent_ctl.options import Option as AgentOption  # noqa: E402
 from kata.agent_ctl.session import COMMANDS as AGENT_COMMANDS  # noqa: E402
 from kata.cli import main as cli  # noqa: E402
 from kata.cli.args import Command, Option  # noqa: E402
+from kata.monitor import options as monitor  # noqa: E402
 
 COMPLETION = {
-    "kata.bash": ["bash-completion/completions/kata", "bash-completion/completions/kata-agent-ctl"],
+    "kata.bash": [
+        f"bash-completion/completions/{name}" for name in ("kata", "kata-agent-ctl", "kata-monitor")
+    ],
     "kata.zsh": ["zsh/site-functions/_kata"],
-    "kata.fish": ["fish/vendor_completions.d/kata.fish", "fish/vendor_completions.d/kata-agent-ctl.fish"],
+    "kata.fish": [
+        f"fish/vendor_completions.d/{name}.fish" for name in ("kata", "kata-agent-ctl", "kata-monitor")
+    ],
 }
 """Script in tools/completion -> where the shell looks for it, below ``share``."""
 
@@ -143,7 +148,7 @@ def of_kata() -> str:
             "program's exit status; see",
             ".BR kata\\-run (1).",
         ),
-        section("SEE ALSO", ".BR kata\\-agent\\-ctl (1)"),
+        section("SEE ALSO", ".BR kata\\-agent\\-ctl (1),", ".BR kata\\-monitor (1)"),
     ]
     return "\n".join(parts) + "\n"
 
@@ -183,9 +188,22 @@ def of_agent_ctl() -> str:
     return "\n".join(parts) + "\n"
 
 
+def of_monitor() -> str:
+    """The page of ``kata-monitor``."""
+    parts = [
+        heading("kata-monitor", monitor.SUMMARY),
+        synopsis("kata-monitor [OPTION...]"),
+        section("DESCRIPTION", escape(monitor.SUMMARY)),
+        section("OPTIONS", option_list(monitor.OPTIONS)),
+        section("NOTES", *notes(monitor.NOTES)),
+        section("SEE ALSO", ".BR kata (1)"),
+    ]
+    return "\n".join(parts) + "\n"
+
+
 def pages() -> dict[str, str]:
     """Every page: file name -> content."""
-    made = {"kata.1": of_kata(), "kata-agent-ctl.1": of_agent_ctl()}
+    made = {"kata.1": of_kata(), "kata-agent-ctl.1": of_agent_ctl(), "kata-monitor.1": of_monitor()}
     for name, (module, _) in cli.COMMANDS.items():
         made[f"kata-{name}.1"] = of_command(import_module(f"kata.cli.{module}").COMMANDS[name])
     return made

@@ -13,6 +13,10 @@ _MESSAGES = {
     "LinuxSandboxSecurityContext": "namespace_options:1:@cri.NamespaceOption",
     "NamespaceOption": "network:1:uint32 pid:2:uint32 ipc:3:uint32",
     "LinuxContainerResources": "cpu_period:1:int64 cpu_quota:2:int64 cpu_shares:3:int64 memory_limit_in_bytes:4:int64",
+    "ListPodSandboxRequest": "",
+    "ListPodSandboxResponse": "items:1:*@cri.PodSandbox",
+    "PodSandbox": "id:1:string metadata:2:@cri.PodSandboxMetadata",
+    "PodSandboxMetadata": "name:1:string uid:2:string namespace:3:string attempt:4:uint32",
 }
 _ENUMS: dict[str, str] = {}
 

@@ -76,3 +76,39 @@ class LinuxContainerResources(Message):
         cpu_shares: int = ...,
         memory_limit_in_bytes: int = ...,
     ) -> None: ...
+
+class ListPodSandboxRequest(Message):
+    """Of the runtime's service: which pods there are."""
+    def __init__(self) -> None: ...
+
+class ListPodSandboxResponse(Message):
+    items: list[PodSandbox]
+    def __init__(
+        self,
+        *,
+        items: list[PodSandbox] = ...,
+    ) -> None: ...
+
+class PodSandbox(Message):
+    id: str
+    metadata: PodSandboxMetadata | None
+    def __init__(
+        self,
+        *,
+        id: str = ...,
+        metadata: PodSandboxMetadata | None = ...,
+    ) -> None: ...
+
+class PodSandboxMetadata(Message):
+    name: str
+    uid: str
+    namespace: str
+    attempt: int
+    def __init__(
+        self,
+        *,
+        name: str = ...,
+        uid: str = ...,
+        namespace: str = ...,
+        attempt: int = ...,
+    ) -> None: ...

@@ -1,0 +1,5 @@
+"""``kata-monitor``: the sandboxes of this node over HTTP.
+
+The only part of kata with packages of its own (aiohttp, grpcio); they are in an environment apart, so that no engine
+can come to import them.
+"""
