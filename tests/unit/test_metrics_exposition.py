@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +15,7 @@ from kata.metrics import exposition, families
 from kata.metrics.exposition import MalformedError, known_samples, parse
 from kata.metrics.histogram import Durations
 
+ROOT = Path(__file__).resolve().parents[2]
 GUEST = families.OF_GUEST
 
 
@@ -148,3 +153,13 @@ def test_the_registry_is_sound() -> None:
         assert one.source in families.SOURCES
         assert one.help.endswith(".") or one.help.endswith(")."), name
         assert len(one.labels) <= 3
+
+
+def test_the_page_is_made_of_the_registry() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "metrics_table.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), "run tools/metrics_table.py"

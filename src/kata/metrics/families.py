@@ -490,6 +490,34 @@ DEFINITIONS = {row[0]: Definition(*row) for row in _ROWS}
 OF_GUEST = {name: one for name, one in DEFINITIONS.items() if one.source in ("agent", "guest")}
 """Those that a guest may report."""
 
+_MONITOR_ROWS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("kata_monitor_running_shim_count", "gauge", "", "monitor", "Sandboxes that the monitor knows of."),
+    ("kata_monitor_scrape_count", "counter", "", "monitor", "How often the monitor was asked for metrics."),
+    (
+        "kata_monitor_scrape_failed_count",
+        "counter",
+        "",
+        "monitor",
+        "Sandboxes that gave no metrics, over all scrapes.",
+    ),
+    (
+        "kata_monitor_scrape_durations_histogram_milliseconds",
+        "histogram",
+        "",
+        "monitor",
+        "Duration of the scrapes of all sandboxes.",
+    ),
+    (
+        "kata_monitor_sandbox_up",
+        "gauge",
+        "sandbox_id",
+        "monitor",
+        "Whether a sandbox gave its metrics (1) or not (0).",
+    ),
+)
+OF_MONITOR = {row[0]: Definition(*row) for row in _MONITOR_ROWS}
+"""Those of kata-monitor itself, beside its `kata_monitor_process_*` and `kata_monitor_python_*`."""
+
 # The original names a call by the type of its message in the agent's calls, and by its method in its own.
 ACTIONS = {
     "Checkpoint": "checkpoint",

@@ -1,0 +1,180 @@
+"""Writes docs/metrics.md: the families of metrics, from the registry in kata.metrics.families.
+
+Usage: metrics_table.py [--check]; with --check it writes nothing, and exits with 1 where the page differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from kata.metrics import families  # noqa: E402
+
+PAGE = ROOT / "docs" / "metrics.md"
+HEAD = """# Metrics
+
+What Prometheus can know of a sandbox. Names, types and labels are those of Kata Containers 2.0 to 4.1, so that its dashboards and
+alerts go on working; what is marked **ours** is not there. Nothing is measured unless somebody asks.
+
+* One sandbox: `kata metrics NAME`, or `curl --unix-socket $KATA_RUN_DIR/sandboxes/ID/shim-monitor.sock http://x/metrics`.
+* All sandboxes of a node: [kata-monitor](monitor.md), which adds `sandbox_id`, and with a CRI `cri_uid`, `cri_name` and
+  `cri_namespace`, to each series.
+
+An engine answers within 3 seconds. A guest that does not answer by then (it boots, is paused, hangs or has ended) has no
+figures, `kata_shim_agent_up` is 0, and everything else is there. What a guest says of itself is taken where it is a valid sample
+of a family below with just its labels; anything else is left out and counted (`kata_shim_guest_samples_dropped`). A family has at most
+4096 series from a guest, a value of a label at most 256 characters, and at most 128 containers of a sandbox are shown.
+
+A sandbox with one container has about 900 series, of which 500 are the guest's `vm_stat`, `meminfo`, `netdev_stat` and the like.
+Who does not need those takes a part: `?filter_family=kata_container,kata_shim,kata_hypervisor,kata_pod` of kata-monitor leaves about 350.
+
+This page is made of `src/kata/metrics/families.py` by `tools/metrics_table.py`; change it there.
+"""
+
+GROUPS = (
+    (
+        "Containers",
+        ("kata_container_", "kata_pod_"),
+        "From the containers' cgroups in the guest. All of these are **ours**. The containers of a pod share its network, so network figures"
+        " are the pod's.",
+    ),
+    (
+        "The engine (shim), and the sandbox as a whole",
+        ("kata_shim_",),
+        "`action` of the engine's calls is that of the original; that of calls to the agent is the type of the request. Sums and counts of"
+        " `kata_shim_start_phase_duration_seconds` are of one start, so add them up over sandboxes. `kata_shim_python_gc_collections_total`,"
+        " `kata_shim_build_info`, and what tells of agent, sandbox, start, disks, host and guest is **ours**.",
+    ),
+    (
+        "The hypervisor",
+        ("kata_hypervisor_",),
+        "`kata_hypervisor_info` is **ours**. A hypervisor in the host's network namespace has no `netdev`: that would be the host's traffic.",
+    ),
+    (
+        "The file server of the share, and other helpers",
+        ("kata_virtiofsd_", "kata_helper_"),
+        "Where a sandbox has them. `kata_helper_*` is **ours**: `role` is `passt` (network) or `logger` (a logging program).",
+    ),
+    ("The agent", ("kata_agent_",), "The process in the guest that makes the containers."),
+    ("The guest", ("kata_guest_",), "What the guest's kernel says of itself."),
+    (
+        "kata-monitor",
+        ("kata_monitor_",),
+        "Of the node's monitor itself; `kata_monitor_sandbox_up`, `kata_monitor_series_dropped` and `kata_monitor_python_*` are **ours**.",
+    ),
+)
+
+DIFFERENCES = """## How the original's names are meant here
+
+| name | |
+|---|---|
+| `go_*` (as `kata_shim_go_*`, `kata_monitor_go_*`) | absent: there is no Go. Python's counterparts are `kata_shim_process_*`, `kata_shim_python_*`, `kata_monitor_process_*`, `kata_monitor_python_*` |
+| `item` of `kata_shim_io_stat`, `kata_hypervisor_io_stat`, `kata_virtiofsd_io_stat` | both spellings of its two runtimes: `readbytes` and `read_bytes`, `writebytes` and `write_bytes`, `cancelledwritebytes` and `cancelled_write_bytes` |
+| `item` of `kata_agent_io_stat` | `cancelled_write_bytes` (its code) and `cancelled_write_byte` (its document) |
+| `kata_shim_pod_overhead_cpu`, `..._memory_in_bytes` | right at the first scrape, where the original shows 0 (issue 2767 there): the first value is the mean since the start |
+| `kata_shim_netdev` | documented there and never made; here of the engine's network namespace, unless that is the host's |
+| `le` of histograms | always with a point (`1.0`), as Prometheus 3 stores it; ask with `histogram_quantile`, not with `le="1"` |
+| `kata_firecracker_*` | there is no Firecracker yet |
+| `kata_hypervisor_{scrape_count,vcpu,seccomp,signals}` | of Dragonball alone |
+
+"""
+
+QUERIES = (
+    (
+        "Processor time of each container, in processors",
+        "sum by (sandbox_id, container_id) (rate(kata_container_cpu_seconds_total[1m]))",
+    ),
+    (
+        "With its name",
+        "sum by (sandbox_id, container_id) (rate(kata_container_cpu_seconds_total[1m]))"
+        "\n  * on (sandbox_id, container_id) group_left (name) kata_container_info",
+    ),
+    ("Memory of the containers of a node", "sum(kata_container_memory_working_set_bytes)"),
+    (
+        "What the machines take on the host beside the memory of their containers",
+        "sum(kata_shim_pod_overhead_memory_in_bytes)",
+    ),
+    (
+        "Processor time that a sandbox takes beside that of its containers, in percent of one processor",
+        "kata_shim_pod_overhead_cpu",
+    ),
+    ("Memory of guests that takes none of the host", "sum(kata_shim_guest_memory_returned_bytes)"),
+    (
+        "Containers near their memory limit",
+        "kata_container_memory_working_set_bytes / kata_container_memory_limit_bytes > bool 0.9",
+    ),
+    (
+        "Containers in which something was killed for want of memory",
+        "increase(kata_container_oom_kills_total[1h])",
+    ),
+    (
+        "How much of its time a container waits for its processor limit",
+        "rate(kata_container_cpu_throttled_seconds_total[5m])",
+    ),
+    (
+        "How long 95 % of the starts took, of the sandboxes that run",
+        'histogram_quantile(0.95, sum by (le) (kata_shim_start_phase_duration_seconds_bucket{phase="total"}))',
+    ),
+    (
+        "Where the time of starts goes",
+        "sum by (phase) (kata_shim_start_phase_duration_seconds_sum) / sum by (phase) (kata_shim_start_phase_duration_seconds_count)",
+    ),
+    (
+        "How long the agent takes to answer, by call",
+        "histogram_quantile(0.9, sum by (action, le) (rate(kata_shim_agent_rpc_durations_histogram_milliseconds_bucket[5m])))",
+    ),
+    (
+        "Bytes a second that a pod sends",
+        'sum by (sandbox_id) (rate(kata_pod_network_transmit_bytes_total{interface!="lo"}[1m]))',
+    ),
+    (
+        "Bytes a second that a container writes to its disks",
+        'sum by (sandbox_id, container_id) (rate(kata_container_io_bytes_total{operation="write"}[1m]))',
+    ),
+    ("Sandboxes whose guest does not answer", "kata_shim_agent_up == bool 0"),
+    ("Requests of disks that the host could not carry out", "increase(kata_shim_disk_errors_total[1h])"),
+)
+
+
+def rows(prefixes: tuple[str, ...]) -> list[str]:
+    """The rows of a table about families whose names begin so."""
+    lines = ["| family | type | labels | | source |", "|---|---|---|---|---|"]
+    for name, one in sorted({**families.DEFINITIONS, **families.OF_MONITOR}.items()):
+        if name.startswith(prefixes):
+            labels = " ".join(f"`{label}`" for label in one.labels)
+            lines.append(f"| `{name}` | {one.kind} | {labels} | {one.help} | {one.source} |")
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD]
+    for title, prefixes, about in GROUPS:
+        lines += [f"## {title}", "", about, "", *rows(prefixes), ""]
+    lines += ["Sources:", ""]
+    lines += [f"* {name}: {text}" for name, text in families.SOURCES.items()]
+    lines += ["", DIFFERENCES, "## Common questions", ""]
+    for question, query in QUERIES:
+        lines += [f"{question}:", "", "```promql", query, "```", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    made = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(made)
+        return 0
+    found = PAGE.read_text() if PAGE.exists() else ""
+    sys.stdout.writelines(
+        difflib.unified_diff(found.splitlines(True), made.splitlines(True), "docs/metrics.md", "made anew")
+    )
+    return int(found != made)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
