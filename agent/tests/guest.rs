@@ -170,7 +170,7 @@ fn disk_traffic_is_limited_and_counted() {
     if !has_controller("io") {
         return;
     }
-    let node = devices::find_block_by_pci("05").unwrap();
+    let node = devices::find_block_by_bus("05").unwrap();
     let number = sys::stat(&node).unwrap().st_rdev;
     let (major, minor) = (i64::from(libc::major(number)), i64::from(libc::minor(number)));
     let device = |rate| vec![LinuxThrottleDevice { major, minor, rate }];
@@ -265,7 +265,7 @@ fn disks_are_found_by_address_and_serial() {
     check_disk(&mount("blk", "05", "ext4", "ro", "/tmp/a"), "root-bus");
     check_disk(&mount("blk", "10/03", "ext4", "ro,nodev", "/tmp/b"), "behind-bridge");
     check_disk(&mount("blk", "serial:behind-bridge", "ext4", "ro", "/tmp/c"), "behind-bridge");
-    let node = devices::find_block_by_pci("10/03").unwrap();
+    let node = devices::find_block_by_bus("10/03").unwrap();
     assert_eq!(devices::find_block_by_serial("behind-bridge"), Ok(node.clone()));
     check_disk(&mount("mmioblk", &node, "ext4", "ro", "/tmp/d"), "behind-bridge");
     let mut owned = mount("blk", "10/03", "ext4", "", "/tmp/e");
