@@ -34,37 +34,42 @@ class StderrTail:
 
     The pipe is non-blocking: output that does not fit is dropped. Of what was read, the beginning and the end are kept,
     so the last message of a program that dies is there unless it wrote too much just before.
+
+    Attributes:
+        reader: Readable when there is new output (`read`).
     """
 
     KEEP = 4 << 10
 
-    __slots__ = ("_head", "_tail", "fd", "write_fd")
+    __slots__ = ("_head", "_tail", "_writer", "reader")
 
     def __init__(self) -> None:
         import fcntl
 
-        self.fd, self.write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        fcntl.fcntl(self.write_fd, _F_SETPIPE_SZ, 16 << 10)
+        self.reader, self._writer = map(sysio.Fd, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+        fcntl.fcntl(self._writer.raw, _F_SETPIPE_SZ, 16 << 10)
         self._head = b""
         self._tail = b""
 
+    @property
+    def write_fd(self) -> int:
+        """The writing end, for the program."""
+        return self._writer.raw
+
     def started(self) -> None:
         """Close our copy of the writing end, after the program was started."""
-        if self.write_fd >= 0:
-            os.close(self.write_fd)
-            self.write_fd = -1
+        self._writer.close()
 
     def read(self) -> bytes:
-        """Read and return new output. After the program's end `fd` is -1."""
+        """Read and return new output. After the program's end `reader` is closed."""
         new = b""
-        while self.fd >= 0:
+        while self.reader.is_open:
             try:
-                data = os.read(self.fd, 65536)
+                data = os.read(self.reader.raw, 65536)
             except BlockingIOError:
                 break
             if not data:
-                os.close(self.fd)
-                self.fd = -1
+                self.reader.close()
                 break
             new += data
         room = self.KEEP - len(self._head)
@@ -81,23 +86,31 @@ class StderrTail:
     def close(self) -> None:
         """Close the descriptors that are open."""
         self.started()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.reader.close()
 
 
 class Child:
     """A program that was started. When it ends, `pidfd` becomes readable, and `poll` returns its status."""
 
-    __slots__ = ("_journal", "_status", "entry", "pid", "pidfd", "role")
+    __slots__ = ("_journal", "_pidfd", "_status", "entry", "pid", "role")
 
     def __init__(self, pid: int, pidfd: int, role: str, journal: Journal, entry: Entry) -> None:
         self.pid = pid
-        self.pidfd = pidfd
+        self._pidfd = sysio.Fd(pidfd)
         self.role = role
         self.entry = entry
         self._journal = journal
         self._status: int | None = None
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when it has ended, until `close`."""
+        return self._pidfd.raw
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._pidfd.is_open
 
     def poll(self) -> int | None:
         """Reap the program if it has ended.
@@ -132,9 +145,7 @@ class Child:
 
     def close(self) -> None:
         """Close the pidfd; only after the program was reaped."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        self._pidfd.close()
 
 
 class SupervisedChild:
@@ -217,7 +228,7 @@ class SupervisedChild:
         """
         import asyncio
 
-        if self._child is None or self._child.pidfd < 0:
+        if self._child is None or self._child.is_closed:
             return
         self._loop = asyncio.get_running_loop()
 
@@ -230,7 +241,7 @@ class SupervisedChild:
 
     def unwatch(self) -> None:
         """Stop watching for its end. To be called in the event loop, before `stop` or `close`."""
-        if self._loop is not None and self._child is not None and self._child.pidfd >= 0:
+        if self._loop is not None and self._child is not None and not self._child.is_closed:
             self._loop.remove_reader(self._child.pidfd)
         self._loop = None
 
@@ -327,21 +338,20 @@ def spawn(
     entry = journal.begin(
         "process", role=role, signal="WAIT" if survives_parent else "TERM" if terminate_first else "KILL"
     )
-    gate_read, gate_write = os.pipe()
-    exec_status_read, exec_status_write = (
-        os.pipe()
-    )  # closed by a successful exec; otherwise carries the error
+    gate_read, gate_write = map(sysio.Fd, os.pipe())
+    # Closed by a successful exec; otherwise it carries the error.
+    exec_status_read, exec_status_write = map(sysio.Fd, os.pipe())
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    pid = -1
+    pid = 0
     try:
         pid = _fork(namespaces & sysio.CLONE_NEWPID)
         if pid == 0:
-            os.close(gate_write)
+            gate_write.close()
             _exec_child(
                 argv,
                 ENVIRONMENT if env is None else env,
-                gate_read,
-                exec_status_write,
+                gate_read.raw,
+                exec_status_write.raw,
                 (null, null if stdout is None else stdout, null if stderr is None else stderr),
                 pass_fds=pass_fds,
                 fds_from_3=fds_from_3,
@@ -354,10 +364,9 @@ def spawn(
         pidfd = sysio.pidfd_open(pid)
         try:
             journal.commit(entry, pid=pid)
-            os.write(gate_write, b"x")
-            os.close(exec_status_write)
-            exec_status_write = -1
-            word = os.read(exec_status_read, 64)
+            os.write(gate_write.raw, b"x")
+            exec_status_write.close()
+            word = os.read(exec_status_read.raw, 64)
             if word:
                 number = int(word[1:])
                 raise OSError(number, f"cannot {_STAGES[word[0]]} {argv[0]}: {os.strerror(number)}", argv[0])
@@ -366,15 +375,14 @@ def spawn(
             raise
     except BaseException:
         if pid > 0:
-            os.close(gate_write)  # a child still behind the gate ends
-            gate_write = -1
+            gate_write.close()  # a child still behind the gate ends
             os.waitpid(pid, 0)
         journal.mark_gone(entry)
         raise
     finally:
-        for fd in (gate_read, gate_write, exec_status_read, exec_status_write, null):
-            if fd >= 0:
-                os.close(fd)
+        os.close(null)
+        for end in (gate_read, gate_write, exec_status_read, exec_status_write):
+            end.close()
     return Child(pid, pidfd, role, journal, entry)
 
 
@@ -541,26 +549,21 @@ def output_of(argv: Sequence[str]) -> bytes:
     Raises:
         OSError: It cannot be executed.
     """
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    try:
+    read_end, write_end = map(sysio.Fd, os.pipe2(os.O_CLOEXEC))
+    with read_end, write_end:
         pid = os.posix_spawn(
             argv[0],
             list(argv),
             ENVIRONMENT,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, write_end, 1),
-                (os.POSIX_SPAWN_DUP2, write_end, 2),
+                (os.POSIX_SPAWN_DUP2, write_end.raw, 1),
+                (os.POSIX_SPAWN_DUP2, write_end.raw, 2),
             ],
         )
-        os.close(write_end)
-        write_end = -1
+        write_end.close()
         said = b""
-        while piece := os.read(read_end, 65536):
+        while piece := os.read(read_end.raw, 65536):
             said += piece
         os.waitpid(pid, 0)
-    finally:
-        for fd in (read_end, write_end):
-            if fd >= 0:
-                os.close(fd)
     return said

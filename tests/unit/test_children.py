@@ -120,5 +120,5 @@ def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
     assert said.startswith("first\n")
     assert said.endswith("\\x1b[31mlast words")
     assert len(said) < 3 * children.StderrTail.KEEP
-    assert words.fd == -1
+    assert not words.reader.is_open
     words.close()

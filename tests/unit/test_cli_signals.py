@@ -15,6 +15,7 @@ from test_engine_sandbox import Engine, make
 from kata.cli.session import Attachment
 from kata.errors import KataError
 from kata.proto import google_pb
+from kata.sysio import Fd
 from kata.ttrpc.status import PERMISSION_DENIED, TtrpcError
 
 __all__ = ["make"]
@@ -30,7 +31,8 @@ class Attached:
         self.attachment._exec_id = ""
         self.attachment._unresponsive = None
         self.attachment._unanswered = 0
-        reader, self.attachment._signals_writer = os.pipe()
+        reader, signals = os.pipe()
+        self._signals = self.attachment._signals_writer = Fd(signals)
         self.over, writer = os.pipe()
         self._thread = threading.Thread(target=self.attachment._send_signals, args=(reader, writer))
         self._thread.start()
@@ -39,7 +41,7 @@ class Attached:
         self.attachment._forward(signal.SIGTERM, None)
 
     def close(self) -> None:
-        os.close(self.attachment._signals_writer)
+        self._signals.close()
         self._thread.join(10)
 
 

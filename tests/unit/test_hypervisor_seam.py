@@ -148,8 +148,14 @@ def test_other_channels(tmp_path: Path) -> None:
     thread.join()
     assert VsockChannel(77).url == "vsock://77:1024"
     ours, theirs = socket.socketpair()
-    ends = [ours.detach(), -1]
-    serial = SerialChannel(lambda: ends.pop(0))
+    ends = [ours.detach()]
+
+    def take() -> int:
+        if not ends:
+            raise HypervisorError("the agent's channel is in use already")
+        return ends.pop()
+
+    serial = SerialChannel(take)
     assert (serial.url, serial.is_single) == ("", True)
     with asyncio.run(serial.connect()) as sock, theirs:
         theirs.send(b"x")

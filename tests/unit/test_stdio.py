@@ -81,11 +81,11 @@ def test_a_fifo_is_held_if_need_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such device"):
         parse(path).open_sink()
     for fd, held in (parse(path).open_sink(held=True), parse(path).open_source(held=True)):
-        assert held >= 0
+        assert held is not None
         os.close(fd)
         os.close(held)
     fd, held = parse(path).open_source()
-    assert (held, blocks(fd)) == (-1, False)
+    assert (held, blocks(fd)) == (None, False)
     os.close(fd)
 
 
@@ -110,7 +110,7 @@ def test_a_pipe_that_was_handed_over_blocks_for_its_giver_only() -> None:
     kept = os.dup(writer)  # the giver's own
     endpoint = Descriptor(writer)
     fd, held = endpoint.open_sink(held=True)
-    assert held == -1
+    assert held is None
     assert (blocks(fd), blocks(kept)) == (False, True)
     assert not inherited(fd)
     os.write(fd, b"x")
@@ -231,7 +231,7 @@ def test_a_terminal_is_sent_and_carries_bytes_as_they_are(tmp_path: Path) -> Non
     sink, _ = endpoint.open_sink()  # the same terminal: nobody would accept a second one
     master = console.master()
     endpoint.close()
-    assert held == -1
+    assert held is None
     os.write(sink, b"line\n")
     assert os.read(master, 99) == b"line\n"  # and no \r\n
     os.write(master, b"a\x03\x04\r")
@@ -269,7 +269,7 @@ def test_the_null_device_gives_nothing_and_takes_everything() -> None:
     source, held = stdio.Null().open_source()
     sink, kept = stdio.Null().open_sink(held=True)
     try:
-        assert (held, kept) == (-1, -1)
+        assert (held, kept) == (None, None)
         assert os.read(source, 10) == b""
         assert os.write(sink, b"gone") == 4
     finally:

@@ -18,6 +18,7 @@ import signal
 import sys
 
 from kata import paths
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,15 +42,16 @@ class Fifos:
 
     def __init__(self, directory: str, prefix: str, *, stdin: bool, terminal: bool) -> None:
         self.stdin = self.stdout = self.stderr = ""
-        self.stdin_fd = self.stdout_fd = self.stderr_fd = -1
+        self.stdin_end: Fd | None = None
+        self.stderr_end: Fd | None = None
         paths.make_dirs(directory, 0o700)
         if stdin:
             self.stdin = self._make(directory, prefix, "stdin")
         self.stdout = self._make(directory, prefix, "stdout")
-        self.stdout_fd = self._open_output(self.stdout)
+        self.stdout_end = self._open_output(self.stdout)
         if not terminal:
             self.stderr = self._make(directory, prefix, "stderr")
-            self.stderr_fd = self._open_output(self.stderr)
+            self.stderr_end = self._open_output(self.stderr)
 
     @staticmethod
     def _make(directory: str, prefix: str, name: str) -> str:
@@ -58,19 +60,20 @@ class Fifos:
         return path
 
     @staticmethod
-    def _open_output(path: str) -> int:
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    def _open_output(path: str) -> Fd:
+        return Fd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+
+    def _ends(self) -> list[Fd]:
+        return [end for end in (self.stdin_end, self.stdout_end, self.stderr_end) if end is not None]
 
     def connected(self) -> None:
         """Open the writing end of stdin and remove the names; to be called when the engine has opened its ends."""
         if self.stdin:
             # The engine has opened it for reading, so this does not block; otherwise it would fail with ENXIO.
             with contextlib.suppress(OSError):
-                self.stdin_fd = os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                _grow(self.stdin_fd)
-        for fd in (self.stdout_fd, self.stderr_fd):
-            if fd >= 0:
-                _grow(fd)
+                self.stdin_end = Fd(os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        for end in self._ends():
+            _grow(end)
         self.unlink()
 
     def unlink(self) -> None:
@@ -82,19 +85,16 @@ class Fifos:
 
     def close(self) -> None:
         self.unlink()
-        for fd in (self.stdin_fd, self.stdout_fd, self.stderr_fd):
-            if fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-        self.stdin_fd = self.stdout_fd = self.stderr_fd = -1
+        for end in self._ends():
+            end.close()
 
 
-def _grow(fd: int) -> None:
+def _grow(end: Fd) -> None:
     """Enlarge a pipe. If that is refused (a limit, an old kernel), the pipe is only slower."""
     import fcntl
 
     with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
 
 
 class Detached(Exception):
@@ -166,10 +166,10 @@ class Pump:
         self._keys = detach_keys
         self._matched = 0
         self._pending = b""
-        self._stdin_open = fifos.stdin_fd >= 0
-        self._outputs = {
-            fd: target for fd, target in ((fifos.stdout_fd, 1), (fifos.stderr_fd, 2)) if fd >= 0
-        }
+        self._stdin = fifos.stdin_end
+        self._outputs = {fifos.stdout_end.raw: 1}
+        if fifos.stderr_end is not None:
+            self._outputs[fifos.stderr_end.raw] = 2
 
     def run(self) -> None:
         """Copy until the process has ended and all of its output was written.
@@ -183,13 +183,13 @@ class Pump:
         for fd in self._outputs:
             poller.register(fd, select.POLLIN)
         over = False
-        watching = -1
+        watching: int | None = None
         while not over or self._outputs:
             wanted = self._stdin_watch(over)
             if wanted != watching:
-                if watching >= 0:
+                if watching is not None:
                     poller.unregister(watching)
-                if wanted >= 0:
+                if wanted is not None:
                     poller.register(wanted, select.POLLOUT if self._pending else select.POLLIN)
                 watching = wanted
             for fd, events in poller.poll():
@@ -204,11 +204,11 @@ class Pump:
                 elif fd == watching:
                     self._copy_input()
 
-    def _stdin_watch(self, over: bool) -> int:
+    def _stdin_watch(self, over: bool) -> int | None:
         """The descriptor to poll for standard input: the fifo while bytes are pending, otherwise fd 0."""
-        if over or not self._stdin_open:
-            return -1
-        return self._fifos.stdin_fd if self._pending else 0
+        if over or self._stdin is None:
+            return None
+        return self._stdin.raw if self._pending else 0
 
     def _copy_output(self, fd: int, *, hung_up: bool) -> bool:
         """Copy the available output. Returns false at end of file."""
@@ -232,6 +232,8 @@ class Pump:
         return True
 
     def _copy_input(self) -> None:
+        if self._stdin is None:
+            return
         if not self._pending:
             try:
                 data = os.read(0, _CHUNK)
@@ -245,7 +247,7 @@ class Pump:
                 return
             self._pending = self._filter_keys(data)
         try:
-            written = os.write(self._fifos.stdin_fd, self._pending)
+            written = os.write(self._stdin.raw, self._pending)
         except BlockingIOError:
             return
         except BrokenPipeError:
@@ -256,9 +258,9 @@ class Pump:
         self._pending = self._pending[written:]
 
     def _end_input(self) -> None:
-        self._stdin_open = False
-        os.close(self._fifos.stdin_fd)
-        self._fifos.stdin_fd = -1
+        if self._stdin is not None:
+            self._stdin.close()
+            self._stdin = None
         self._close_stdin()
 
     def _filter_keys(self, data: bytes) -> bytes:

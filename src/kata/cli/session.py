@@ -27,6 +27,7 @@ from kata.settings import (
     SandboxSettings,
     VolumeSettings,
 )
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ class Attachment:
         directory = os.path.join(paths.sandbox_dir(container.id), "io")
         self.fifos = Fifos(directory, prefix, stdin=stdin, terminal=terminal)
         self._outcome: list[int | BaseException] = []
-        self._signals_writer = -1
+        self._signals_writer: Fd | None = None
         self._unresponsive: KataError | None = None
         self._unanswered = 0  # signals of `_ENDING` that the guest has not taken
 
@@ -410,7 +411,8 @@ class Attachment:
         if not proxied:
             yield
             return
-        reader, self._signals_writer = os.pipe()
+        reader, writer = os.pipe()
+        self._signals_writer = Fd(writer)
         _thread.start_new_thread(self._send_signals, (reader, over))
         before = {number: signal.signal(number, self._forward) for number in _PROXIED}
         try:
@@ -418,14 +420,15 @@ class Attachment:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            os.close(self._signals_writer)
+            self._signals_writer.close()
 
     def _forward(self, number: int, _frame: object) -> None:
         if number in _ENDING:
             self._unanswered += 1
             if self._unanswered >= _MAX_UNANSWERED:
                 raise self._no_answer(number)
-        os.write(self._signals_writer, bytes((number,)))
+        if self._signals_writer is not None:
+            os.write(self._signals_writer.raw, bytes((number,)))
 
     def _send_signals(self, reader: int, over: int) -> None:
         """Send the signals from *reader* to the process, in order. Runs in a thread, since a guest may not answer."""

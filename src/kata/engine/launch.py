@@ -57,19 +57,18 @@ class Engine:
         self.pid = pid
         self.run_dir = run_dir
         self.sock_path = os.path.join(run_dir, SOCKET_NAME)
-        self._lifetime = lifetime
+        self._lifetime = sysio.Fd(lifetime)
 
     def release(self) -> None:
         """Let the engine live on its own. Until then it ends with this process, unless it has a
         container.
         """
-        if self._lifetime >= 0:
+        if self._lifetime.is_open:
             try:
-                os.write(self._lifetime, RELEASE_BYTE)
+                os.write(self._lifetime.raw, RELEASE_BYTE)
             except BrokenPipeError:
                 pass  # it has ended
-            os.close(self._lifetime)
-            self._lifetime = -1
+            self._lifetime.close()
 
 
 class Lease:

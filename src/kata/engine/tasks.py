@@ -63,16 +63,16 @@ class Tasks:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         sys.stderr.write(f"{stamp} {text}\n")
         sys.stderr.flush()
-        if self._log_fifo >= 0:
+        if self._log_fifo is not None:
             try:
                 os.write(self._log_fifo, f"{stamp} kata {self._sandbox_id}: {text}\n".encode())
             except OSError:
                 pass  # full, or nobody reads: the engine does not wait for a reader, and our own log has it
 
 
-def _open_log_fifo(path: str) -> int:
-    """Where containerd looks for a shim's log; -1 when there is none, or no reader."""
+def _open_log_fifo(path: str) -> int | None:
+    """Where containerd looks for a shim's log; None when there is none, or no reader."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC) if path else -1
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC) if path else None
     except OSError:
-        return -1
+        return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 
-from kata.errors import HostError, HypervisorError
+from kata.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class SerialChannel(Channel):
     """A serial channel.
 
     Args:
-        take: Hands over our end of it, -1 when it was handed over before.
+        take: Hands over our end of it, or raises `HypervisorError` when it was handed over before.
     """
 
     kind = "serial"
@@ -80,10 +80,7 @@ class SerialChannel(Channel):
         """
         import socket
 
-        fd = self._take()
-        if fd < 0:
-            raise HypervisorError("the agent's serial channel is in use already")
-        return socket.socket(fileno=fd)
+        return socket.socket(fileno=self._take())
 
     async def connect(self, port: int = AGENT_PORT) -> socket.socket:
         """The channel; see `Channel.connect`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from kata.sysio import Fd
+
 LIMIT = 1 << 20
 
 
@@ -24,7 +26,7 @@ class ConsoleRing:
         self._half = limit // 2
         self._older = b""
         self._newer = bytearray()
-        self._fd = -1
+        self._file: Fd | None = None
 
     def feed(self, data: bytes) -> None:
         """Take bytes in."""
@@ -46,26 +48,28 @@ class ConsoleRing:
 
     def close(self) -> None:
         """Close the file; what is in memory stays."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_file()
         self._path = ""
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _write(self, data: bytes) -> None:
         if not self._path:
             return
         try:
-            if self._fd < 0:
+            if self._file is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._fd = os.open(self._path, flags, 0o600)
-            os.write(self._fd, data)
+                self._file = Fd(os.open(self._path, flags, 0o600))
+            os.write(self._file.raw, data)
         except OSError:
             self.close()
 
     def _rotate(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._close_file()
             try:
                 os.replace(self._path, self._path + ".1")
             except OSError:

@@ -125,7 +125,7 @@ class FileServer:
             raise HypervisorError(f"cannot make the socket of the file server: {error.strerror}") from error
         finally:
             journal.mark_gone(entry)
-        self._listener = listener.detach()
+        self._listener = sysio.Fd(listener.detach())
         self.connection = sysio.Fd(client.detach())
         """The hypervisor's end of the connection; it is the hypervisor's to close."""
 
@@ -137,10 +137,10 @@ class FileServer:
         """
         try:
             self.child.start(
-                command(self.program, self._directory, self._listener, self._cache),
+                command(self.program, self._directory, self._listener.raw, self._cache),
                 self._journal,
                 "virtiofsd",
-                pass_fds=[self._listener],
+                pass_fds=[self._listener.raw],
                 capabilities=capabilities(self.program),
             )
         except OSError as error:
@@ -150,9 +150,7 @@ class FileServer:
 
     def close_socket(self) -> None:
         """Close our end of what it listens on."""
-        if self._listener >= 0:
-            os.close(self._listener)
-            self._listener = -1
+        self._listener.close()
 
     def failure(self) -> KataError | None:
         """Why it is no longer there, or None while it is."""

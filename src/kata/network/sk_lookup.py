@@ -31,6 +31,7 @@ from kata.bpf import (
 )
 from kata.errors import HostError
 from kata.network import resolver
+from kata.sysio import Fd
 
 _BACKLOG = 64
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78
@@ -113,14 +114,14 @@ class LoopbackRedirect:
 
     def __init__(self) -> None:
         self.listeners: list[socket.socket] = []
-        self._link = -1
+        self._link: Fd | None = None
         try:
             self._listen(socket.AF_INET, "127.0.0.1")
             try:
                 self._listen(socket.AF_INET6, "::1")
             except OSError:
                 pass  # a namespace without IPv6
-            self._link = _attach(self.listeners)
+            self._link = Fd(_attach(self.listeners))
         except OSError as error:
             self.close()
             raise HostError(
@@ -149,9 +150,8 @@ class LoopbackRedirect:
         for one in self.listeners:
             one.close()
         self.listeners.clear()
-        if self._link >= 0:
-            os.close(self._link)
-            self._link = -1
+        if self._link is not None:
+            self._link.close()
 
 
 def _attach(listeners: list[socket.socket]) -> int:

@@ -18,6 +18,7 @@ import os
 import select
 
 from kata import children
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,23 +73,25 @@ class Scope:
         told = [f"--property={one}" for one in ("Delegate=yes", *properties)]
         argv = [program, "--scope", "--quiet", "--collect", f"--slice={slice_name}", f"--unit={unit}", *told]
         said = children.StderrTail()
-        reader, writer = os.pipe2(os.O_CLOEXEC)
+        reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
         try:
             self._child = children.spawn(
-                [*argv, "--", "/bin/sh", "-c", _HOLD], journal, "scope", stdout=writer, stderr=said.write_fd
+                [*argv, "--", "/bin/sh", "-c", _HOLD],
+                journal,
+                "scope",
+                stdout=writer.raw,
+                stderr=said.write_fd,
             )
-            os.close(writer)
-            writer = -1
+            writer.close()
             said.started()
             ready, _, _ = select.select([reader], [], [], PATIENCE_S)
-            if not ready or os.read(reader, len(_UP)) != _UP:
+            if not ready or os.read(reader.raw, len(_UP)) != _UP:
                 self.release()
                 raise OSError(0, said.text() or f"no answer for {PATIENCE_S:g} s")
         finally:
             said.close()
-            for fd in (reader, writer):
-                if fd >= 0:
-                    os.close(fd)
+            reader.close()
+            writer.close()
 
     @property
     def pid(self) -> int:

@@ -16,6 +16,7 @@ import os
 import time
 
 from kata import paths
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,63 +40,56 @@ class BootSlot:
         patience_s: How long to wait for one.
     """
 
-    __slots__ = ("_fd",)
+    __slots__ = ("_lock",)
 
     def __init__(self, log: Callable[[str], object], most: int = 0, patience_s: float = PATIENCE_S) -> None:
         directory = os.path.join(paths.run_dir(), DIRECTORY)
         most = most or len(os.sched_getaffinity(0)) + 1
-        self._fd = -1
+        self._lock: Fd | None = None
         try:
             paths.make_dirs(directory, 0o700)
-            self._fd = _any(directory, most)
-            if self._fd < 0:
-                self._fd = _in_line(directory, most, time.monotonic() + patience_s)
+            self._lock = _any(directory, most)
+            if self._lock is None:
+                self._lock = _in_line(directory, most, time.monotonic() + patience_s)
         except OSError as error:
             log(f"machines cannot take boot slots: {error.strerror}: {error.filename or directory}")
             return
-        if self._fd < 0:
+        if self._lock is None:
             log(f"no boot slot came free in {patience_s:g} s: booting without one")
 
     @property
     def is_held(self) -> bool:
         """Whether there is one."""
-        return self._fd >= 0
+        return self._lock is not None
 
     def end(self) -> None:
         """The next, please. May be called again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
-def _any(directory: str, most: int) -> int:
+def _any(directory: str, most: int) -> Fd | None:
     for number in range(most):
-        fd = _open(directory, str(number))
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        else:
-            return fd
-    return -1
+        with _open(directory, str(number)) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            return Fd(file.detach())
+    return None
 
 
-def _in_line(directory: str, most: int, until: float) -> int:
-    line = _open(directory, _LINE)
-    try:
+def _in_line(directory: str, most: int, until: float) -> Fd | None:
+    with _open(directory, _LINE) as line:
         if not _first(line, until):
-            return -1
-        while (fd := _any(directory, most)) < 0 and time.monotonic() < until:
+            return None
+        while (lock := _any(directory, most)) is None and time.monotonic() < until:
             time.sleep(POLL_S)
-        return fd
-    finally:
-        os.close(line)
+        return lock
 
 
-def _first(line: int, until: float) -> bool:
+def _first(line: Fd, until: float) -> bool:
     """Wait to be the first in line. The kernel keeps the order, so this sleeps in it rather than looking again."""
     import signal
 
@@ -114,5 +108,5 @@ def _first(line: int, until: float) -> bool:
     return True
 
 
-def _open(directory: str, name: str) -> int:
-    return os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _open(directory: str, name: str) -> Fd:
+    return Fd(os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))

@@ -17,6 +17,7 @@ from binascii import b2a_base64
 from json.encoder import encode_basestring
 
 from kata.engine.containers.records import rfc3339
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class LogFile:
         log: Is given a sentence when writing starts to fail.
     """
 
-    __slots__ = ("_fd", "_files", "_held", "_log", "_lost", "_max", "_path", "_size")
+    __slots__ = ("_file", "_files", "_held", "_log", "_lost", "_max", "_path", "_size")
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class LogFile:
         self._max = max(max_bytes, 1)
         self._files = max(files, 1)
         self._log = log
-        self._fd = -1
+        self._file: Fd | None = None
         self._size = 0
         self._lost = 0
         self._held: dict[str, bytes] = {}
@@ -105,7 +106,7 @@ class LogFile:
 
     def _append(self, line: bytes, now: str) -> None:
         try:
-            if self._fd < 0:
+            if self._file is None:
                 self._open()
             if self._size and self._size + len(line) > self._max:
                 self._rotate()
@@ -120,27 +121,32 @@ class LogFile:
             self._lost += len(line)
 
     def _put(self, line: bytes) -> None:
-        start = self._size
+        assert self._file is not None
+        start, fd = self._size, self._file.raw
         view = memoryview(line)
         try:
             while view:
-                written = os.write(self._fd, view)
+                written = os.write(fd, view)
                 self._size += written
                 view = view[written:]
         except OSError:
             # Half a record would spoil the file for every reader.
             if self._size != start:
-                os.ftruncate(self._fd, start)
+                os.ftruncate(fd, start)
                 self._size = start
             raise
 
     def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._fd).st_size
+        self._file = Fd(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+        self._size = os.fstat(self._file.raw).st_size
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _rotate(self) -> None:
-        os.close(self._fd)
-        self._fd = -1
+        self._close_file()
         for number in range(self._files - 1, 0, -1):
             older = self._path if number == 1 else f"{self._path}.{number - 1}"
             try:
@@ -155,6 +161,4 @@ class LogFile:
         """Write what is held back of unfinished characters, and close. Safe to call twice."""
         for stream in list(self._held):
             self.write(stream, b"", last=True)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_file()

@@ -12,6 +12,7 @@ import os
 
 from kata import children
 from kata.errors import HostError, UsageError
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Logger:
                 os.close(fd)
         self.program = argv[0]
         self._inputs = {"stdout": ours[0], "stderr": ours[1]}
-        self._ready = ours[2]
+        self._ready = Fd(ours[2])
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._child.on_exit(self._on_exit)
@@ -126,7 +127,7 @@ class Logger:
         Raises:
             HostError: It has ended before it was ready, or never said so.
         """
-        if self._ready < 0:
+        if not self._ready.is_open:
             return
         said = self._loop.create_future()
 
@@ -145,8 +146,7 @@ class Logger:
             ) from None
         finally:
             self._loop.remove_reader(self._ready)
-            os.close(self._ready)
-            self._ready = -1
+            self._ready.close()
         # The end of a program closes its descriptors, too, an instant before it can be reaped.
         try:
             await asyncio.wait_for(self.ended.wait(), FAILS_S)

@@ -12,6 +12,7 @@ import stat
 from abc import ABC, abstractmethod
 
 from kata.errors import UnsupportedError, UsageError
+from kata.sysio import Fd
 
 PIPE_BYTES = 1 << 20
 CONSOLE_S = 5.0
@@ -36,7 +37,7 @@ class Endpoint(ABC):
         return False
 
     @abstractmethod
-    def open_source(self, *, held: bool = False) -> tuple[int, int]:
+    def open_source(self, *, held: bool = False) -> tuple[int, int | None]:
         """Open it for reading, as the standard input of a process.
 
         Args:
@@ -44,7 +45,7 @@ class Endpoint(ABC):
 
         Returns:
             Two descriptors that belong to the caller: one to read from, which never blocks, and the end that is held;
-            -1 is none.
+            None without one.
 
         Raises:
             UnsupportedError: It is of a kind that is no source.
@@ -52,7 +53,7 @@ class Endpoint(ABC):
         """
 
     @abstractmethod
-    def open_sink(self, *, held: bool = False) -> tuple[int, int]:
+    def open_sink(self, *, held: bool = False) -> tuple[int, int | None]:
         """Open it for writing, as an output of a process.
 
         Args:
@@ -80,13 +81,13 @@ class Null(Endpoint):
         """See `Endpoint`."""
         return True
 
-    def open_source(self, *, held: bool = False) -> tuple[int, int]:
+    def open_source(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint.open_source`: nothing comes from it."""
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), -1
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), None
 
-    def open_sink(self, *, held: bool = False) -> tuple[int, int]:
+    def open_sink(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint.open_sink`: it takes everything."""
-        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), -1
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), None
 
 
 class PathEndpoint(Endpoint):
@@ -105,17 +106,17 @@ class PathEndpoint(Endpoint):
         self.path = path
         self.appends = appends
 
-    def open_source(self, *, held: bool = False) -> tuple[int, int]:
+    def open_source(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint`."""
         fd = self._open(os.O_RDONLY)
-        return fd, self._open_held(fd, os.O_WRONLY) if held else -1
+        return fd, self._open_held(fd, os.O_WRONLY) if held else None
 
-    def open_sink(self, *, held: bool = False) -> tuple[int, int]:
+    def open_sink(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint`. A fifo without a reader can be opened only if it is held."""
         if self.appends:
-            return self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND), -1
+            return self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND), None
         if not held:
-            return self._open(os.O_WRONLY), -1
+            return self._open(os.O_WRONLY), None
         reader = self._open(os.O_RDONLY)
         return self._open_held(reader, os.O_WRONLY), reader
 
@@ -147,7 +148,7 @@ class Program(Endpoint):
 
     __slots__ = ()
 
-    def open_source(self, *, held: bool = False) -> tuple[int, int]:
+    def open_source(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint`."""
         raise _unsupported(self.text)
 
@@ -165,21 +166,19 @@ class Descriptor(Endpoint):
 
     def __init__(self, fd: int) -> None:
         super().__init__()
-        self._fd = fd
+        self._fd = Fd(fd)
 
-    def open_source(self, *, held: bool = False) -> tuple[int, int]:
+    def open_source(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint`. Nothing is held: whoever handed it over has the other end."""
-        return self._take(os.O_RDONLY), -1
+        return self._take(os.O_RDONLY), None
 
-    def open_sink(self, *, held: bool = False) -> tuple[int, int]:
+    def open_sink(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint`. Nothing is held: whoever handed it over has the other end."""
-        return self._take(os.O_WRONLY), -1
+        return self._take(os.O_WRONLY), None
 
     def close(self) -> None:
         """See `Endpoint`."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._fd.close()
 
     def _take(self, access: int) -> int:
         """The descriptor in a form that does not block.
@@ -188,15 +187,15 @@ class Descriptor(Endpoint):
         pipe or a terminal is opened anew. A file never blocks, and has its offset and flags in the open file. A socket
         cannot be opened anew.
         """
-        if self._fd < 0:
+        if not self._fd.is_open:
             raise UsageError("a stream's descriptor can be used only once")
         try:
-            mode = os.fstat(self._fd).st_mode
+            mode = os.fstat(self._fd.raw).st_mode
             if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-                fd = _reopen(self._fd, access)
+                fd = _reopen(self._fd.raw, access)
                 self.close()
             elif stat.S_ISREG(mode) or stat.S_ISSOCK(mode):
-                fd, self._fd = self._fd, -1
+                fd = self._fd.detach()
                 os.set_inheritable(fd, False)
                 if stat.S_ISSOCK(mode):
                     os.set_blocking(fd, False)
@@ -225,26 +224,26 @@ class TerminalSocket(Endpoint):
     def __init__(self, path: str) -> None:
         super().__init__()
         self._path = path
-        self._slave = -1
+        self._slave: Fd | None = None
 
-    def open_source(self, *, held: bool = False) -> tuple[int, int]:
+    def open_source(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint`. Nothing is held: the client has the other end."""
-        return self._open(os.O_RDONLY), -1
+        return self._open(os.O_RDONLY), None
 
-    def open_sink(self, *, held: bool = False) -> tuple[int, int]:
+    def open_sink(self, *, held: bool = False) -> tuple[int, int | None]:
         """See `Endpoint`. Nothing is held: the client has the other end."""
-        return self._open(os.O_WRONLY), -1
+        return self._open(os.O_WRONLY), None
 
     def close(self) -> None:
         """See `Endpoint`. What was opened stays open."""
-        if self._slave >= 0:
-            os.close(self._slave)
-            self._slave = -1
+        if self._slave is not None:
+            self._slave.close()
+            self._slave = None
 
     def _open(self, access: int) -> int:
-        if self._slave < 0:
-            self._slave = _send_terminal(self._path)
-        return _reopen(self._slave, access)
+        if self._slave is None:
+            self._slave = Fd(_send_terminal(self._path))
+        return _reopen(self._slave.raw, access)
 
 
 def _send_terminal(path: str) -> int:

@@ -17,6 +17,7 @@ import select
 from collections import deque
 
 from kata.errors import KataError
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,15 +53,15 @@ class Sink:
     Args:
         fd: Non-blocking descriptor; the sink owns it.
         patience_s: Give up on a reader that takes nothing for so long; None waits for ever.
-        held_fd: The fifo's reading end, held so that readers may come and go; -1 when it is not. The sink owns it.
+        held_fd: The fifo's reading end, held so that readers may come and go; None when it is not. The sink owns it.
     """
 
-    __slots__ = ("_fd", "_held", "_patience", "progress")
+    __slots__ = ("_file", "_held", "_patience", "progress")
 
-    def __init__(self, fd: int, patience_s: float | None = None, held_fd: int = -1) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, patience_s: float | None = None, held_fd: int | None = None) -> None:
+        self._file = Fd(fd)
         self._patience = patience_s
-        self._held = held_fd
+        self._held = None if held_fd is None else Fd(held_fd)
         self.progress = 0
 
     async def write(self, data: bytes) -> None:
@@ -72,7 +73,7 @@ class Sink:
         view = memoryview(data)
         while view:
             try:
-                count = os.write(self._fd, view)
+                count = os.write(self._file.raw, view)
             except BlockingIOError:
                 await self._writable()
                 continue
@@ -84,27 +85,25 @@ class Sink:
     async def _writable(self) -> None:
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
-        loop.add_writer(self._fd, _wake, ready)
+        fd = self._file.raw
+        loop.add_writer(fd, _wake, ready)
         try:
             await asyncio.wait_for(ready, self._patience)
         except TimeoutError:
             raise SinkGone(f"took nothing for {self._patience:.0f} seconds") from None
         finally:
-            loop.remove_writer(self._fd)
+            loop.remove_writer(fd)
 
     def close(self) -> None:
         """Close it. A fifo that is held stays open until it has a reader: otherwise what is in it would be lost, and
         a reader that opens it later would wait for ever."""
-        fd, held, self._fd, self._held = self._fd, self._held, -1, -1
-        if held >= 0:
-            os.close(held)
-            if _lacks_reader(fd):
-                task = asyncio.ensure_future(_close_for_reader(fd))
+        if self._held is not None and self._held.is_open:
+            self._held.close()
+            if _lacks_reader(self._file.raw):
+                task = asyncio.ensure_future(_close_for_reader(self._file.detach()))
                 _closing.add(task)
                 task.add_done_callback(_closing.discard)
-                return
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
 
 _closing: set[asyncio.Future[None]] = set()
@@ -293,15 +292,15 @@ class InputPump:
         self._held: list[int] = []
         self._waiting: list[tuple[int, bool]] | None = []
 
-    def add(self, fd: int, *, held_fd: int = -1, closes: bool) -> None:
+    def add(self, fd: int, *, held_fd: int | None = None, closes: bool) -> None:
         """Copy from a fifo.
 
         Args:
             fd: Its reading end, non-blocking; owned from here on.
-            held_fd: A writing end of our own that keeps end-of-file away until `end_of_input`; -1 for none.
+            held_fd: A writing end of our own that keeps end-of-file away until `end_of_input`; None for none.
             closes: Whether this source's end of file closes the process's stdin.
         """
-        if held_fd >= 0:
+        if held_fd is not None:
             self._held.append(held_fd)
         self._fds.add(fd)
         if self._waiting is not None:
@@ -439,7 +438,7 @@ class ProcessStreams:
             KataError: A stream cannot be opened; nothing is attached then.
         """
         opened: list[tuple[OutputPump, Sink]] = []
-        source = -1
+        source: int | None = None
         by_name = {pump.name: pump for pump in self.outputs}
         try:
             for name, endpoint in (("stdout", stdio.stdout), ("stderr", stdio.stderr)):
@@ -457,7 +456,7 @@ class ProcessStreams:
                 sink.close()  # the stream is over: the client sees its end at once
             else:
                 pump.sinks.append(sink)
-        if source >= 0 and self.input is not None:
+        if source is not None and self.input is not None:
             self.input.add(source, closes=closes)
 
     async def finish(self) -> None:

@@ -55,7 +55,7 @@ class Qemu:
         self._callbacks: list[Callable[[str, dict[str, Any]], None]] = []
         self._disk_callbacks: list[Callable[[DiskError], None]] = []
         self._shutdown_reason = ""
-        self._console_fd = process.detach_fd("console")
+        self._console = process.take_console()
         self._disk_generation = 0
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
@@ -64,11 +64,11 @@ class Qemu:
             f"file{index}": index for index, disk in enumerate(self.settings.disks) if disk
         }
         self._nic_free = self.settings.nic is not None and not self.settings.nic.backend
-        if self._console_fd >= 0:
-            os.set_blocking(self._console_fd, False)
-            self._loop.add_reader(self._console_fd, self._read_console)
-        if process.stderr_fd >= 0:
-            self._loop.add_reader(process.stderr_fd, self._read_stderr)
+        if self._console is not None:
+            os.set_blocking(self._console.raw, False)
+            self._loop.add_reader(self._console, self._read_console)
+        if process.stderr.is_open:
+            self._loop.add_reader(process.stderr, self._read_stderr)
         self._loop.add_reader(process.pidfd, self._on_exit)
         self._finishing: asyncio.Task[None] | None = None
         self._qmp: asyncio.Task[QmpClient] = self._loop.create_task(self._connect(process.detach_fd("qmp")))
@@ -130,12 +130,11 @@ class Qemu:
             self._qmp.cancel()
         elif not self._qmp.cancelled() and self._qmp.exception() is None:
             self._qmp.result().close()
-        for fd in (self._console_fd, self._process.stderr_fd, self._process.pidfd):
-            if fd >= 0:
-                self._loop.remove_reader(fd)
-        if self._console_fd >= 0:
-            os.close(self._console_fd)
-            self._console_fd = -1
+        if self._process.stderr.is_open:
+            self._loop.remove_reader(self._process.stderr)
+        if not self._process.child.is_closed:
+            self._loop.remove_reader(self._process.pidfd)
+        self._close_console()
         self._process.close()
         self.console.close()
         for entry in self._process.entries:
@@ -314,7 +313,9 @@ class Qemu:
             "threads": int(fields[17]),
         }
 
-    async def command(self, name: str, arguments: dict[str, Any] | None = None, fd: int = -1) -> Any:
+    async def command(
+        self, name: str, arguments: dict[str, Any] | None = None, fd: int | None = None
+    ) -> Any:
         """Run a QMP command, with a descriptor if it takes one; if QEMU is gone, the error says why."""
         client = await self._qmp_client()
         try:
@@ -391,8 +392,10 @@ class Qemu:
             callback(error)
 
     def _read_console(self) -> None:
+        if self._console is None:
+            return
         try:
-            data = os.read(self._console_fd, 65536)
+            data = os.read(self._console.raw, 65536)
         except BlockingIOError:
             return
         except OSError:
@@ -400,14 +403,18 @@ class Qemu:
         if data:
             self.console.feed(data)
             return
-        self._loop.remove_reader(self._console_fd)
-        os.close(self._console_fd)
-        self._console_fd = -1
+        self._close_console()
+
+    def _close_console(self) -> None:
+        if self._console is not None:
+            self._loop.remove_reader(self._console)
+            self._console.close()
+            self._console = None
 
     def _read_stderr(self) -> None:
-        fd = self._process.stderr_fd
+        fd = self._process.stderr.raw
         self._process.read_stderr()
-        if self._process.stderr_fd < 0:
+        if not self._process.stderr.is_open:
             self._loop.remove_reader(fd)
 
     def _on_exit(self) -> None:
@@ -416,10 +423,9 @@ class Qemu:
             return
         self._loop.remove_reader(self._process.pidfd)
         # What it said last is still in the sockets; and its last event may be, too.
-        while self._console_fd >= 0:
-            before = self._console_fd
+        while self._console is not None:
             self._read_console()
-            if self._console_fd == before and not _readable(before):
+            if self._console is not None and not _readable(self._console.raw):
                 break
         self._finishing = self._loop.create_task(self._finish(status))
 

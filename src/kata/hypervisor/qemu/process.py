@@ -99,18 +99,23 @@ class QemuProcess:
         return self.child.pidfd
 
     @property
-    def stderr_fd(self) -> int:
-        """Readable when QEMU has said something (`read_stderr`); -1 after its end was read."""
-        return self._stderr.fd
+    def stderr(self) -> sysio.Fd:
+        """Readable when QEMU has said something (`read_stderr`); closed after its end was read."""
+        return self._stderr.reader
 
     def detach_fd(self, name: str) -> int:
-        """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``. -1 when there is none."""
-        return self.fds.pop(name, -1)
+        """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``.
+
+        Raises:
+            HypervisorError: There is none, or it was handed over before.
+        """
+        if name not in self.fds:
+            raise HypervisorError(f"the machine's {name} channel is in use already")
+        return self.fds.pop(name)
 
     def take_console(self) -> sysio.Fd | None:
         """Our end of the console; see `kata.hypervisor.protocols.Started.take_console`."""
-        fd = self.detach_fd("console")
-        return sysio.Fd(fd) if fd >= 0 else None
+        return sysio.Fd(self.detach_fd("console")) if "console" in self.fds else None
 
     def status(self, wait_s: float = 0.0) -> int | None:
         """QEMU's exit status, waited for at most `wait_s` seconds; None while it runs."""

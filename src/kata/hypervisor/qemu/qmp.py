@@ -116,7 +116,12 @@ class QmpClient(asyncio.Protocol):
         return client
 
     async def execute(
-        self, command: str, arguments: dict[str, Any] | None = None, timeout_s: float = 10.0, *, fd: int = -1
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        timeout_s: float = 10.0,
+        *,
+        fd: int | None = None,
     ) -> Any:
         """Run a command.
 
@@ -143,7 +148,7 @@ class QmpClient(asyncio.Protocol):
         self._pending[number] = future
         try:
             line = json.dumps(message).encode() + b"\n"
-            if fd >= 0:
+            if fd is not None:
                 await self._send_with(fd, line)
             else:
                 self._transport.write(line)
