@@ -476,15 +476,15 @@ def _fork(new_pid_namespace: int) -> int:
     ours = os.open("/proc/thread-self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
         sysio.unshare(sysio.CLONE_NEWPID)
-        pid = -1
+        pid: int | None = None
         try:
             pid = os.fork()
         finally:
-            if pid:
+            if pid != 0:
                 try:
                     sysio.setns(ours, sysio.CLONE_NEWPID)  # for later children
                 except OSError as error:
-                    if pid > 0:
+                    if pid is not None:
                         # It is waiting at its gate, and the caller would not get to know it. All later children would
                         # be in its namespace, which ends with its first process.
                         os.kill(pid, sysio.SIGKILL)

@@ -281,17 +281,18 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
     sysio.write_all(settings_fd, marshal.dumps(settings))
     os.lseek(settings_fd, 0, os.SEEK_SET)
     lifetime_read, lifetime_write = os.pipe()
-    exec_status_read, exec_status_write = os.pipe()
+    exec_status_read, exec_status_write = map(sysio.Fd, os.pipe())
     argv = [*launcher.command(), "engine", directory]
     try:
         child = os.fork()
         if child == 0:
-            _become_engine(argv, (null, log, log, listener, lifetime_read, settings_fd), exec_status_write)
-        os.close(exec_status_write)
-        exec_status_write = -1
+            _become_engine(
+                argv, (null, log, log, listener, lifetime_read, settings_fd), exec_status_write.raw
+            )
+        exec_status_write.close()
         os.waitpid(child, 0)
         word = b""
-        while piece := os.read(exec_status_read, 64):
+        while piece := os.read(exec_status_read.raw, 64):
             if not word:
                 _transfer_ownership(journal, int(piece.split()[0]))
             word += piece
@@ -299,9 +300,10 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
         os.close(lifetime_write)
         raise
     finally:
-        for fd in (log, null, settings_fd, lifetime_read, exec_status_read, exec_status_write):
-            if fd >= 0:
-                os.close(fd)
+        for fd in (log, null, settings_fd, lifetime_read):
+            os.close(fd)
+        exec_status_read.close()
+        exec_status_write.close()
     pid, _, failure = word.decode().partition(" ")
     if failure or not pid:
         os.close(lifetime_write)

@@ -119,7 +119,7 @@ class ContainerMounts:
                 found[number] = self._shown(binds[number], tree)
         finally:
             for tree in trees:
-                if isinstance(tree, int) and tree >= 0:
+                if isinstance(tree, int):
                     os.close(tree)
         directory = rootfs.shared_directory(root)
         if directory:
@@ -129,23 +129,23 @@ class ContainerMounts:
                     f"cannot share {directory}: the sandbox was started without a share", _NO_SHARE
                 )
             name = rootfs.share_name(self._container_id)
-            tree = -1
+            root_tree: int | OSError | None = None
             if isinstance(root, rootfs.HostDirectory):
                 layered = False
                 # CRI-O mounts the roots of its containers itself, where no other mount namespace gets to see it.
                 if root.mounted_by_host:
-                    [tree] = self._trees([directory], MountTable())
+                    [root_tree] = self._trees([directory], MountTable())
             else:
                 layered = isinstance(root, RootfsSettings) and (
                     root.upper_slot is not None or bool(root.upper)
                 )
-            if isinstance(tree, OSError):
-                raise absent(directory, tree)
+            if isinstance(root_tree, OSError):
+                raise absent(directory, root_tree)
             try:
-                self._names.append(share.add(directory, name, readonly=layered, tree=tree))
+                self._names.append(share.add(directory, name, readonly=layered, tree=root_tree))
             finally:
-                if tree >= 0:
-                    os.close(tree)
+                if root_tree is not None:
+                    os.close(root_tree)
         self._identify()
         return [bind for bind in found if bind is not None]
 
@@ -163,10 +163,10 @@ class ContainerMounts:
 
     # ---- shown live ----
 
-    def _trees(self, sources: Sequence[str], here: MountTable) -> list[int | OSError]:
-        """For each source whose mounts we may not see as the host does a copy of what the host sees, else -1."""
+    def _trees(self, sources: Sequence[str], here: MountTable) -> list[int | OSError | None]:
+        """For each source whose mounts we may not see as the host does a copy of what the host sees, else None."""
         host = self._runtime.machine.host
-        found: list[int | OSError] = [-1] * len(sources)
+        found: list[int | OSError | None] = [None] * len(sources)
         # One that a person started this very moment has the same mounts.
         wanted = [n for n, source in enumerate(sources) if host is not None and not here.is_live(source)]
         if host is None or not wanted:
@@ -179,9 +179,9 @@ class ContainerMounts:
             found[number] = tree
         return found
 
-    def _shown(self, mount: dict[str, Any], tree: int | OSError) -> spec.GuestBind:
+    def _shown(self, mount: dict[str, Any], tree: int | OSError | None) -> spec.GuestBind:
         source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
-        if not isinstance(tree, OSError) and tree >= 0:
+        if isinstance(tree, int):
             about = os.fstat(tree)
             if stat.S_ISSOCK(about.st_mode):
                 return self._socket(source, options, about, self._runtime.machine.host)

@@ -113,7 +113,7 @@ class Share:
         name: str,
         *,
         readonly: bool,
-        tree: int = -1,
+        tree: int | None = None,
         follows: bool = False,
         whole: bool = True,
     ) -> str:
@@ -137,8 +137,8 @@ class Share:
             HostError: It cannot be mounted.
         """
         try:
-            real = source if tree >= 0 else os.path.realpath(source, strict=True)
-            about = os.fstat(tree) if tree >= 0 else os.stat(real)
+            real = source if tree is not None else os.path.realpath(source, strict=True)
+            about = os.fstat(tree) if tree is not None else os.stat(real)
         except OSError as error:
             raise absent(source, error) from None
         mode = about.st_mode
@@ -157,7 +157,7 @@ class Share:
             # A file server has a mount namespace of its own, where only what is being mounted arrives, with the
             # flags that it has at that moment: so it is restricted before it is moved to its place.
             staged = os.path.join(self._staged, "directory" if stat.S_ISDIR(mode) else "file")
-            if tree >= 0:
+            if tree is not None:
                 sysio.move_mount(tree, staged)
             else:
                 sysio.mount(real, staged, None, sysio.MS_BIND | sysio.MS_REC)
