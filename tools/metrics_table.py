@@ -64,7 +64,7 @@ GROUPS = (
     (
         "kata-monitor",
         ("kata_monitor_",),
-        "Of the node's monitor itself; `kata_monitor_sandbox_up`, `kata_monitor_series_dropped` and `kata_monitor_python_*` are **ours**.",
+        "Of the node's monitor itself; `kata_monitor_sandbox_*`, `kata_monitor_build_info` and `kata_monitor_python_*` are **ours**. Those about a sandbox have its `sandbox_id` and `cri_*` as well.",
     ),
 )
 

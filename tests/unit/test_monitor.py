@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -26,12 +27,15 @@ from monitor_support import (
     cut_off,
     drips,
     endless,
+    exposition,
     monitor,
     no_http,
     says,
     state,
     stuck,
 )
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families as classic
 from test_monitor_access import TOKEN, make_certificate
 from waiting import until
 
@@ -317,3 +321,151 @@ def test_a_port_that_is_taken_is_said(engines: Engines) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: cannot listen on 127.0.0.1:")
     assert b"\nhint: " in done.stderr
+
+
+# ---- for Prometheus ----
+
+
+def values(text: str) -> dict[str, float]:
+    """The samples of an exposition: name and labels as they are written -> value."""
+    lines = [line for line in text.splitlines() if line[0] != "#"]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def valid(text: str) -> int:
+    """The number of samples that a parser which is not ours finds in the text format."""
+    return sum(len(family.samples) for family in classic(text))
+
+
+def valid_openmetrics(text: str) -> int:
+    parsed = openmetrics.text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+    return sum(len(family.samples) for family in parsed)
+
+
+ACCEPT = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,application/openmetrics-text;version=0.0.1;"
+    "q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+"""What Prometheus 3.5 sends."""
+
+
+def test_a_scrape_has_all_sandboxes_and_the_monitor_itself(engines: Engines) -> None:
+    for number in range(3):
+        engines.add(f"s{number}", says(exposition(number)))
+    engines.add("gone", None)
+    with monitor(engines.run_directory) as one:
+        answer = one.get("/metrics")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert "content-encoding" not in answer.headers
+        assert valid(answer.text) == len(values(answer.text))
+        found = values(answer.text)
+        assert found['kata_guest_load{sandbox_id="s2",item="load1"}'] == 2.25
+        assert found['kata_monitor_sandbox_up{sandbox_id="gone"}'] == 0
+        assert found['kata_monitor_sandbox_up{sandbox_id="s1"}'] == 1
+        assert found["kata_monitor_running_shim_count"] == 4
+        assert found["kata_monitor_scrape_count"] == 1
+        assert found["kata_monitor_scrape_failed_count"] == 1
+        assert found["kata_monitor_scrape_durations_histogram_milliseconds_count"] == 1
+        assert abs(found["kata_monitor_process_start_time_seconds"] - time.time()) < 300
+        assert 10 << 20 < found["kata_monitor_process_resident_memory_bytes"] < 200 << 20
+        assert found['kata_monitor_sandbox_series{sandbox_id="s1"}'] > 40
+        # The same in the format, and packed as, Prometheus asks for it.
+        modern = one.get("/metrics", Accept=ACCEPT, Accept_Encoding="gzip")
+        assert modern.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+        assert modern.headers["content-encoding"] == "gzip"
+        text = gzip.decompress(modern.body).decode()
+        assert valid_openmetrics(text) == len(values(text))
+        assert values(text).keys() == found.keys()
+        assert values(text)["kata_monitor_scrape_count"] == 2
+        assert (
+            one.get("/metrics", Accept="text/plain;q=0.9,application/openmetrics-text;q=0.1").text[-6:]
+            != "# EOF\n"
+        )
+        assert one.get("/metrics", Accept_Encoding="gzip;q=0").headers.get("content-encoding") is None
+        head = one.get("/metrics", method="HEAD")
+        assert (head.status, head.body) == (200, b"")
+
+
+def test_some_families_or_one_sandbox(engines: Engines) -> None:
+    engines.add("web", says(exposition(1)))
+    engines.add("gone", None)
+    with monitor(engines.run_directory) as one:
+        found = values(one.get("/metrics?filter_family=kata_guest_load,kata_monitor_running").text)
+        assert list(found) == [
+            'kata_guest_load{sandbox_id="web",item="load1"}',
+            "kata_monitor_running_shim_count",
+        ]
+        # One sandbox speaks for itself, as if Prometheus asked its engine.
+        found = values(one.get("/metrics?sandbox=web").text)
+        assert found['kata_guest_load{item="load1"}'] == 1.25
+        assert not any(name.startswith("kata_monitor") for name in found)
+        assert one.get("/metrics?sandbox=gone").status == 502
+        assert one.get("/metrics?sandbox=none").status == 404
+
+
+HOSTILE = 'kata_guest_load{item="\\n# EOF\\n\\"} 1",more="\x1b[31m"} 1\n'
+LIARS = {
+    "no-listener": None,
+    "stuck": stuck,
+    "drips": drips,
+    "endless": endless,
+    "no-http": no_http,
+    "cut-off": cut_off,
+    "huge": says("x" * (5 << 20)),
+    "many-lines": says("a 1\n" * 200_000),
+    "many-series": says("".join(f'kata_x{{a="{number}"}} 1\n' for number in range(40_000))),
+    "malformed": says("kata_guest_load{ 1\n"),
+    "wrong-type": says("# TYPE kata_guest_load counter\nkata_guest_load 5\n"),
+    "twice": says("# TYPE kata_guest_load gauge\nkata_guest_load 1\nkata_guest_load 2\n"),
+    "hostile": says(HOSTILE),
+    "another": says('# TYPE kata_guest_load gauge\nkata_guest_load{sandbox_id="s000"} 666.125\n'),
+    "own": says(
+        "# TYPE kata_monitor_scrape summary\nkata_monitor_scrape_count 3\nkata_monitor_scrape_sum 1\n"
+    ),
+    "negative": says("# TYPE kata_agent_scrape_count counter\nkata_agent_scrape_count -1\n"),
+    "no-utf8": says(b"# HELP a \xff\na 1\n"),
+    "error": says("", status="500 Oops"),
+    "elsewhere": says("", status="302 Found", more="Location: http://127.0.0.1:1/\r\n"),
+    "packed": says(gzip.compress(bytes(64 << 20)), more="Content-Encoding: gzip\r\n"),
+}
+
+
+def test_two_hundred_sandboxes_of_which_every_tenth_lies(engines: Engines) -> None:
+    for number in range(180):
+        engines.add(f"s{number:03}", says(exposition(number, 300)))
+    for name, peer in LIARS.items():
+        engines.add(f"liar-{name}", peer)
+    with monitor(engines.run_directory) as one:
+        idle = one.rss_kib()
+        for _ in range(3):
+            started = time.monotonic()
+            answer = one.get("/metrics", X_Prometheus_Scrape_Timeout_Seconds="10", Accept=ACCEPT)
+            took = time.monotonic() - started
+            assert took < 10
+            text = answer.text
+            assert valid_openmetrics(text) == len(values(text))
+            found = values(text)
+            for number in range(180):
+                sandbox = f's{number:03}"'
+                assert found[f'kata_guest_load{{sandbox_id="{sandbox},item="load1"}}'] == number + 0.25
+                assert found[f'kata_monitor_sandbox_up{{sandbox_id="{sandbox}}}'] == 1
+            assert (
+                sum(value for name, value in found.items() if name.startswith("kata_monitor_sandbox_up"))
+                < 190
+            )
+            assert found["kata_monitor_running_shim_count"] == 200
+            dropped = 'kata_monitor_sandbox_series_dropped{reason="limit",sandbox_id="liar-many-series"}'
+            assert found[dropped] == 30_000
+            assert [name for name, value in found.items() if value == 666.125] == [
+                'kata_guest_load{sandbox_id="liar-another"}'
+            ]
+        assert one.rss_kib("VmHWM") < 200 << 10
+        print(
+            f"last scrape {took:.2f} s, RSS {idle >> 10} MiB idle, {one.rss_kib('VmHWM') >> 10} MiB at most"
+        )
+        # Who gives less time gets an answer within it: of all that have answered.
+        started = time.monotonic()
+        hurried = one.get("/metrics", X_Prometheus_Scrape_Timeout_Seconds="3")
+        assert time.monotonic() - started < 3
+        assert valid(hurried.text) > 0
+        assert sum(1 for name in values(hurried.text) if name.startswith("kata_guest_load{")) >= 180

@@ -210,6 +210,7 @@ def test_options_are_the_original_s_with_one_dash_too() -> None:
         ["--log-level", "loud"],
         ["--timeout", "-1"],
         ["--parallel", "0"],
+        ["--max-series", "x"],
         ["--tls-cert"],
         ["--listen-address", "0.0.0.0:8090"],
         ["--runtime-endpoint", "containerd.sock"],

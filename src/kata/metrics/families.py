@@ -490,33 +490,54 @@ DEFINITIONS = {row[0]: Definition(*row) for row in _ROWS}
 OF_GUEST = {name: one for name, one in DEFINITIONS.items() if one.source in ("agent", "guest")}
 """Those that a guest may report."""
 
-_MONITOR_ROWS: tuple[tuple[str, str, str, str, str], ...] = (
-    ("kata_monitor_running_shim_count", "gauge", "", "monitor", "Sandboxes that the monitor knows of."),
-    ("kata_monitor_scrape_count", "counter", "", "monitor", "How often the monitor was asked for metrics."),
+_MONITOR_ROWS: tuple[tuple[str, str, str, str], ...] = (
+    ("running_shim_count", "gauge", "", "Sandboxes of this node."),
+    ("scrape_count", "counter", "", "Scrapes of this node."),
+    ("scrape_failed_count", "counter", "", "Sandboxes that a scrape got no metrics of, added up."),
     (
-        "kata_monitor_scrape_failed_count",
-        "counter",
-        "",
-        "monitor",
-        "Sandboxes that gave no metrics, over all scrapes.",
-    ),
-    (
-        "kata_monitor_scrape_durations_histogram_milliseconds",
+        "scrape_durations_histogram_milliseconds",
         "histogram",
         "",
-        "monitor",
-        "Duration of the scrapes of all sandboxes.",
+        "How long scrapes of all sandboxes took, in milliseconds.",
     ),
+    ("build_info", "gauge", "version", "The monitor's version; always 1."),
+    ("sandbox_up", "gauge", "", "Whether this scrape got metrics of the sandbox."),
     (
-        "kata_monitor_sandbox_up",
+        "sandbox_scrape_seconds",
         "gauge",
-        "sandbox_id",
-        "monitor",
-        "Whether a sandbox gave its metrics (1) or not (0).",
+        "",
+        "How long this scrape waited for the sandbox's answer, in seconds.",
     ),
+    ("sandbox_series", "gauge", "", "Series that this scrape got of the sandbox."),
+    (
+        "sandbox_series_dropped",
+        "gauge",
+        "reason",
+        "Series of the sandbox that this scrape left out: too many (limit), occurring twice (duplicate), against the "
+        "rules of their type (invalid), or against what the family is (conflict).",
+    ),
+    ("process_cpu_seconds_total", "counter", "", "Processor time of the monitor in seconds."),
+    ("process_max_fds", "gauge", "", "Limit of open files of the monitor."),
+    ("process_open_fds", "gauge", "", "Open files of the monitor."),
+    ("process_resident_memory_bytes", "gauge", "", "Resident memory of the monitor in bytes."),
+    ("process_start_time_seconds", "gauge", "", "Start of the monitor, in seconds since the Epoch."),
+    ("process_virtual_memory_bytes", "gauge", "", "Virtual memory of the monitor in bytes."),
+    (
+        "process_virtual_memory_max_bytes",
+        "gauge",
+        "",
+        "Limit of the monitor's virtual memory in bytes; -1 for none.",
+    ),
+    ("python_info", "gauge", "implementation,version", "The monitor's interpreter; always 1."),
+    ("python_gc_collections_total", "counter", "generation", "Runs of the monitor's garbage collector."),
+    ("python_gc_objects_collected_total", "counter", "generation", "Objects that it has freed."),
+    ("python_gc_objects_uncollectable_total", "counter", "generation", "Objects that it could not free."),
 )
-OF_MONITOR = {row[0]: Definition(*row) for row in _MONITOR_ROWS}
-"""Those of kata-monitor itself, beside its `kata_monitor_process_*` and `kata_monitor_python_*`."""
+OF_MONITOR = {
+    f"kata_monitor_{name}": Definition(f"kata_monitor_{name}", kind, labels, "monitor", text)
+    for name, kind, labels, text in _MONITOR_ROWS
+}
+"""Those of kata-monitor itself, by name. Those about a sandbox have its labels (``sandbox_id`` and the pod's), too."""
 
 # The original names a call by the type of its message in the agent's calls, and by its method in its own.
 ACTIONS = {

@@ -47,14 +47,16 @@ class Sandbox:
         id: Its id, for the label ``sandbox_id``. Where two sandboxes of different clients share one, the second has
             its key here.
         socket: The path of its management socket.
+        failed: Whether the last scrape of it failed: then the others come first.
     """
 
-    __slots__ = ("id", "key", "socket")
+    __slots__ = ("failed", "id", "key", "socket")
 
     def __init__(self, key: str, sandbox_id: str, socket: str) -> None:
         self.key = key
         self.id = sandbox_id
         self.socket = socket
+        self.failed = False
 
 
 def places() -> list[str]:

@@ -94,7 +94,8 @@ def dispatch(argv: Sequence[str]) -> int:
     )
     access.check(address, secrets)
     level = options.level(values)
-    values.integer("parallel", options.PARALLEL, 1, 1 << 20)
+    for name, default, least in (("parallel", options.PARALLEL, 1), ("max-series", options.SERIES, 1)):
+        values.integer(name, default, least, 1 << 20)
     values.number("timeout", options.TIMEOUT_S, 0.01)
     handler = logging.StreamHandler()
     handler.setFormatter(_Logfmt())
@@ -120,6 +121,7 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
     except ImportError as error:
         raise HostError(f"a package is missing: {error.name}", "tools/setup run, or make install") from error
     from kata.monitor.discovery import places
+    from kata.monitor.expose import Metrics
     from kata.monitor.node import Node
     from kata.monitor.web import Web
 
@@ -129,12 +131,14 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
         values.number("timeout", options.TIMEOUT_S),
         values.integer("parallel", options.PARALLEL),
     )
+    metrics = Metrics(node, values.integer("max-series", options.SERIES))
     # Where a token is asked for, a page of a stranger's has none: then any name is fine.
     guarded = address.path or secrets.has_token
     names = () if guarded else access.names_of(address, values.many("allow-host"))
-    application = Web(node, secrets, names).application()
+    application = Web(node, metrics, secrets, names).application()
 
     async def let_go(_: web.Application) -> None:
+        metrics.close()
         await node.close()
 
     application.on_shutdown.append(let_go)

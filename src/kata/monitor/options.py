@@ -21,7 +21,7 @@ LEVELS = {
     "panic": 50,
 }
 """The original's names of levels -> Python's numbers."""
-TIMEOUT_S, PARALLEL = 3.0, 64
+TIMEOUT_S, PARALLEL, SERIES = 3.0, 64, 10_000
 
 OPTIONS = (
     Option(
@@ -40,16 +40,19 @@ OPTIONS = (
     ),
     Option("--timeout", "SECONDS", f"how long to wait for one sandbox ({TIMEOUT_S:g})"),
     Option("--parallel", "N", f"how many sandboxes are asked at a time ({PARALLEL})"),
+    Option(
+        "--max-series", "N", f"how many series one sandbox may have ({SERIES}); what is beyond is counted"
+    ),
     Option("--log-level", "debug|info|warning|error", "what is told on standard error (info)"),
     Option("-V --version", "", "print the version"),
     Option("-h --help", "", "this"),
 )
 
-SUMMARY = "Tells over HTTP what all sandboxes of this node do."
+SUMMARY = "Serves the metrics of all sandboxes of this node to Prometheus, and a page to look at."
 
 NOTES = """\
-It runs as root, since the engines' sockets are for root. It answers /sandboxes, /agent-url?sandbox=ID,
-/healthz, /api/v1/sandboxes and /api/v1/stream.
+It runs as root, since the engines' sockets are for root. http://127.0.0.1:8090/ is the page, /metrics is for
+Prometheus, /sandboxes, /agent-url?sandbox=ID, /healthz and /api/v1/sandboxes are for others.
 SIGHUP reads certificate and token again.
 The exit status is 0 after SIGTERM or SIGINT, 1 if it could not start.
 

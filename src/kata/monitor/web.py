@@ -1,4 +1,4 @@
-"""What the monitor answers over HTTP."""
+"""What the monitor answers over HTTP; docs/monitor.md has the list."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from aiohttp import web
 
 from kata.monitor import access
 from kata.monitor.engines import Unreachable
+from kata.monitor.expose import Metrics
 from kata.monitor.requests import find, refused
 from kata.monitor.sampling import encode
 
@@ -49,14 +50,16 @@ class Web:
 
     Args:
         node: What is known of this node.
+        metrics: What it answers Prometheus.
         secrets: Certificate and token.
         names: The names under which a browser may ask; empty takes any, where a token is asked for.
     """
 
-    def __init__(self, node: Node, secrets: access.Secrets, names: Iterable[str]) -> None:
+    def __init__(self, node: Node, metrics: Metrics, secrets: access.Secrets, names: Iterable[str]) -> None:
         self._node = node
         self._secrets = secrets
         self._names = frozenset(names)
+        self._metrics = metrics
         self._complaint = ""
 
     def application(self) -> web.Application:
@@ -64,6 +67,7 @@ class Web:
         application = web.Application(middlewares=[self._guard], client_max_size=1 << 16)
         application.add_routes(
             [
+                web.get("/metrics", self._metrics.answer),
                 web.get("/sandboxes", self.sandboxes),
                 web.get("/agent-url", self.agent_url),
                 web.get("/healthz", self.healthz),
@@ -206,7 +210,9 @@ class Web:
         name = request.match_info.get("file", "index.html")
         path = os.path.join(PAGE, name)
         if not os.path.isfile(path):
-            return refused(404, "there is nothing here", "/, /sandboxes, /healthz, /api/v1/sandboxes")
+            return refused(
+                404, "there is nothing here", "/, /metrics, /sandboxes, /healthz, /api/v1/sandboxes"
+            )
         answer = web.FileResponse(path)
         answer.headers["Cache-Control"] = "no-cache"
         return answer
