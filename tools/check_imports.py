@@ -10,7 +10,7 @@ others or a higher one::
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
     trace_export
-    children config
+    children config events
     ttrpc oci journal crash metrics
     proto
     bpf deferred errors paths launcher host_cache settings sysio tracing
@@ -41,7 +41,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
     ("trace_export",),
-    ("children", "config"),
+    ("children", "config", "events"),
     ("ttrpc", "oci", "journal", "crash", "metrics"),
     ("proto",),
     ("bpf", "deferred", "sysio", "paths", "launcher", "host_cache", "settings", "errors", "tracing"),

@@ -409,6 +409,14 @@ def test_kill_and_wait(shared_kata: Kata, busybox_image: str) -> None:
         done = shared_kata.call("kill", "victim")
         assert done.returncode == 125
         assert b"is not running" in done.stderr
+        identity = identity_of(shared_kata, "victim")
+    told = shared_kata.ok("events", "--json", "--filter", f"sandbox={identity}").splitlines()
+    found = [json.loads(line) for line in told]
+    assert [one["event"] for one in found if one["event"] != "container.deleted"] == [
+        *("sandbox.created", "sandbox.ready", "container.created", "container.started", "container.exited"),
+        "sandbox.ended",
+    ]
+    assert found[4]["exit_code"] == 137
 
 
 def test_create_start_attach(shared_kata: Kata, busybox_image: str) -> None:
@@ -846,7 +854,10 @@ def test_a_killed_engine_takes_its_machine_along(shared_kata: Kata, busybox_imag
         state = json.loads(shared_kata.ok("inspect", "headless"))[0]["state"]
         assert (state["status"], state["exit_code"]) == ("exited", 137)
         shared_kata.ok("gc")
-        assert identity_of(shared_kata, "headless") not in shared_kata.sandboxes()
+        identity = identity_of(shared_kata, "headless")
+        assert identity not in shared_kata.sandboxes()
+        told = shared_kata.ok("events", "--json", "--filter", f"sandbox={identity}").splitlines()
+        assert json.loads(told[-1])["error"] == "its engine was killed"
         shared_kata.ok("start", "headless")
     finally:
         shared_kata.ok("rm", "-f", "headless")

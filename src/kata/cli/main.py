@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("listing", "show a container's output"),
     "port": ("listing", "list a container's published ports"),
     "inspect": ("listing", "show everything about containers as JSON"),
+    "events": ("events", "show what happened to sandboxes and containers, and what happens now"),
     "stats": ("listing", "show the resource usage of containers"),
     "cp": ("copy", "copy files between a container and the host"),
     "images": ("image", "list images"),

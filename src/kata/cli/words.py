@@ -29,7 +29,6 @@ COMMANDS = {
     "network": "kata run --network user|none; networks between containers are Docker's or CNI's",
     "volume": _VOLUMES,
     "volumes": _VOLUMES,
-    "events": "kata wait NAME waits for an end, kata ps -a shows them all",
     "rename": "kata run --name sets the name, which cannot be changed later",
     "healthcheck": "kata exec NAME PROGRAM",
     "info": "kata version, kata doctor",

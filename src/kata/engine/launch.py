@@ -238,9 +238,10 @@ def _undo_dead_engine(path: str, sandbox_id: str, patience_s: float) -> None:
     try:
         if not old.signal_owner(0, patience_s):
             raise AlreadyExistsError(f"sandbox {sandbox_id} is running already") from None
-        from kata import journal_undo
+        from kata import events, journal_undo
 
         left = journal_undo.undo(old)
+        events.engine_was_killed(os.path.dirname(path))
     finally:
         old.close()
     if left:

@@ -31,7 +31,7 @@ from kata.proto import events_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from typing import Any, Protocol
 
     from kata.agent.client import AgentClient
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
         tasks: Tasks
         timings: Timings
         resizer: MachineResizer
-        publish: Callable[[str, Message], None]
 
         @property
         def settings(self) -> SandboxSettings:
@@ -65,6 +64,9 @@ if TYPE_CHECKING:
         @property
         def containers(self) -> Mapping[str, Container]:
             """The containers of the same machine, by their ids."""
+
+        def publish(self, topic: str, event: Message) -> None:
+            """Tell what has happened to a task."""
 
         def has_others(self, container: Container) -> bool:
             """Whether the machine is shared with others that run."""

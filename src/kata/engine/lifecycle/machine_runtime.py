@@ -58,6 +58,7 @@ class MachineRuntime:
         tasks: The engine's.
         on_oom: Is given the id of a container in which the guest's kernel has killed something for want of memory.
         on_disk_error: Is given a sentence when a disk of the host fails: the first, and a full one.
+        on_state: Is given each state that the sandbox enters, and why where that is said.
 
     Attributes:
         life: The sandbox's state, which this object and the sandbox's end change.
@@ -79,6 +80,7 @@ class MachineRuntime:
         *,
         on_oom: Callable[[str], None],
         on_disk_error: Callable[[str], None],
+        on_state: Callable[[SandboxState, KataError | None], None] = lambda state, reason: None,
     ) -> None:
         self.machine = machine
         self.trace: Callable[[str, str, float | None], CallSpan | None] | None = None
@@ -93,6 +95,7 @@ class MachineRuntime:
         self._tasks = tasks
         self._on_oom = on_oom
         self._on_disk_error = on_disk_error
+        self._on_state = on_state
         self._agent: AgentClient | None = None
         self._guest: AgentClient | None = None  # the same, from READY on
         self._exit: Ended | None = None
@@ -279,6 +282,7 @@ class MachineRuntime:
     def enter(self, state: SandboxState, reason: KataError | None = None) -> None:
         """See `Lifecycle.enter`; a failure is logged."""
         self.life.enter(state, reason)
+        self._on_state(state, reason)
         if state is SandboxState.FAILED and reason is not None:
             self._tasks.log(reason.message)
 

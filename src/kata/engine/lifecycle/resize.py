@@ -72,6 +72,7 @@ class MachineResizer:
         vcpus: How many processors the guest uses.
         plugged_mib: Memory beside what the machine was started with.
         returned_mib: Memory that the guest has given back, in its balloon.
+        on_resize: Is given the processors and the memory (MiB) of a machine that has a new size.
     """
 
     def __init__(self, settings: SandboxSettings, runtime: MachineAccess, tasks: Tasks) -> None:
@@ -95,6 +96,7 @@ class MachineResizer:
         self.vcpus = self._first_vcpus
         self.plugged_mib = 0
         self.returned_mib = 0
+        self.on_resize: Callable[[int, int], None] | None = None
         self._current = Size(self._first_vcpus, self._first_mib)
 
     @property
@@ -278,6 +280,8 @@ class MachineResizer:
         except BaseException:
             await self._roll_back(before)
             raise
+        if self.on_resize is not None:
+            self.on_resize(self.vcpus, self.memory_mib)
 
     def _hotplug_mib(self, mib: int) -> int:
         """MiB to be plugged into a machine that is to have so much."""

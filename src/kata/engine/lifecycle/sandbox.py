@@ -15,6 +15,7 @@ from kata.engine.containers.container_parts import REMOVE_S
 from kata.engine.forwarding.guestnet import GuestNetwork
 from kata.engine.forwarding.network_services import NetworkServices
 from kata.engine.lifecycle import boot, guest_setup
+from kata.engine.lifecycle.life_events import LifeEvents
 from kata.engine.lifecycle.machine_runtime import MachineRuntime
 from kata.engine.lifecycle.resize import MachineResizer
 from kata.engine.lifecycle.sandbox_state import SandboxState
@@ -76,13 +77,15 @@ class Sandbox:
         self.id = settings.id
         self.run_dir = run_dir
         self.journal = journal
-        self.publish = publish or (lambda topic, event: None)
+        self.forward_event = publish
         me = process_identity(os.getpid())
         self.identity = {"pid": me["pid"], "starttime": me["start"], "boot_id": me["boot"]}
         self.timings = Timings(settings.request_started_ns or time.monotonic_ns())
         self.overhead: Overhead | None = None  # once somebody has asked for metrics
         self.calls = Durations()  # how long those took that the engine has answered
         self.tasks = Tasks(self.id, settings.client.log_fifo)
+        client = settings.client
+        self.life_events = LifeEvents(self.id, client.name, client.namespace, run_dir, self.tasks.log)
         self.runtime = self._make_runtime(machine)
         self.network_services = NetworkServices(self.runtime, self.tasks)
         self.containers: dict[str, Container] = {}
@@ -90,7 +93,7 @@ class Sandbox:
         self.had_container = False
         self.saw_stale_client = False  # a client has asked about a container since there is none (any more)
         self._forwarding: SocketForwardingState | None = None  # once a container has a socket of the host's
-        self.resizer = MachineResizer(settings, self.runtime, self.tasks)
+        self.resizer = self._make_resizer()
         self.guest_network = GuestNetwork(
             settings, self.runtime, self.tasks, self.timings, self.containers, self.names_up
         )
@@ -115,7 +118,21 @@ class Sandbox:
             self.tasks,
             on_oom=self._out_of_memory,
             on_disk_error=self._disk_failed,
+            on_state=self.life_events.entered,
         )
+
+    def _make_resizer(self) -> MachineResizer:
+        resizer = MachineResizer(self.settings, self.runtime, self.tasks)
+        resizer.on_resize = lambda vcpus, mib: self.life_events.record(
+            "sandbox.resized", vcpus=vcpus, memory_mib=mib
+        )
+        return resizer
+
+    def publish(self, topic: str, event: Message) -> None:
+        """Tell what has happened to a task: the node's events, and containerd where it is the client."""
+        self.life_events.of_task(topic, event, self.containers.get(getattr(event, "container_id", "")))
+        if self.forward_event is not None:
+            self.forward_event(topic, event)
 
     # ---- start ----
 
@@ -126,7 +143,7 @@ class Sandbox:
         Raises:
             KataError: Something is missing on this host.
         """
-        self.resizer = MachineResizer(self.settings, self.runtime, self.tasks)
+        self.resizer = self._make_resizer()
         self.had_container = True  # from now on somebody has to say when it is no longer wanted
         began = time.monotonic_ns()
         try:
@@ -307,6 +324,7 @@ class Sandbox:
             self.containers[container_id].out_of_memory()
 
     def _disk_failed(self, sentence: str) -> None:
+        self.life_events.record("disk.error", error=sentence)
         for container in self.containers.values():
             container.record.write_later(disk_error=sentence)
 

@@ -1,0 +1,211 @@
+"""kata.events: what engines write, whoever reads it, whatever happens to the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kata import events
+from kata.cli import main as cli
+from kata.engine.lifecycle.life_events import LifeEvents
+from kata.engine.lifecycle.sandbox_state import SandboxState
+from kata.errors import VMLostError
+from kata.proto import events_pb
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+@pytest.fixture(autouse=True)
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path))
+    return tmp_path
+
+
+def names() -> list[str]:
+    return [one["event"] for one in events.read()]
+
+
+def test_events_come_back_as_they_were_written(run_dir: Path) -> None:
+    events.append(
+        "container.exited", {"sandbox": "s", "exit_code": 0, "error": "", "x": None, "y": 'a"\n\x1b'}
+    )
+    (one,) = events.read()
+    assert one | {"time": ""} == {
+        "time": "",
+        "event": "container.exited",
+        "sandbox": "s",
+        "exit_code": 0,
+        "y": 'a"\n\x1b',
+    }
+    assert len(one["time"]) == len("2026-11-28T12:00:00.000000000Z")
+    assert (run_dir / events.FILE_NAME).stat().st_mode & 0o777 == 0o600
+    assert (run_dir / events.FILE_NAME).read_bytes().count(b"\n") == 1
+
+
+def test_a_line_is_bounded() -> None:
+    members = {f"m{number}": "\U0001f600" * 5000 for number in range(20)}
+    assert len(events.line("e", members)) <= events.MAX_LINE
+    assert json.loads(events.line("e", {"a": "x" * 5000}))["a"] == "x" * (events.MAX_TEXT - 1) + "\u2026"
+
+
+def test_the_file_is_turned_over_and_followed(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> None:
+    monkeypatch.setattr(events, "MAX_BYTES", 2000)
+    events.append("before", {})
+    with events.Follower() as follower, events.Follower(from_start=True) as whole:
+        seen, all_of_it = [], []
+        for number in range(100):
+            events.append("e", {"number": number})
+            if number % 7 == 0:
+                seen += follower.poll()
+                all_of_it += whole.poll()
+        seen += follower.poll()
+        all_of_it += whole.poll()
+    assert [one["number"] for one in seen] == list(range(100))
+    assert [one["event"] for one in all_of_it][:2] == ["before", "e"]
+    assert len(all_of_it) == 101
+    kept = sorted(path.name for path in run_dir.iterdir())
+    assert kept == [events.FILE_NAME, f"{events.FILE_NAME}.1"]
+    assert sum((run_dir / name).stat().st_size for name in kept) < 2 * 2000 + 2 * events.MAX_LINE
+    assert [one["number"] for one in events.read(3)] == [97, 98, 99]
+
+
+def test_several_writers_lose_nothing(run_dir: Path) -> None:
+    program = (
+        "import sys; from kata import events; events.MAX_BYTES = 20000\n"
+        "for n in range(300): events.append('e', {'writer': sys.argv[1], 'number': n})"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    with events.Follower() as follower:
+        writers = [
+            subprocess.Popen([sys.executable, "-c", program, str(n)], env=environment) for n in range(4)
+        ]
+        seen: list[dict[str, Any]] = []
+        while any(one.poll() is None for one in writers):
+            follower.wait(0.05)
+            seen += follower.poll()
+        assert [one.wait() for one in writers] == [0] * 4
+        seen += follower.poll()
+    for writer in "0123":
+        numbers = [one["number"] for one in seen if one["writer"] == writer]
+        assert numbers == sorted(set(numbers))
+        # A reader that is slower than two turn-overs misses what is gone by then, and nothing that is kept.
+        assert numbers[-1] == 299
+
+
+def test_a_torn_line_is_passed_over(run_dir: Path) -> None:
+    (run_dir / events.FILE_NAME).write_bytes(b'{"event":"x","ti\n[]\n\xff\n')
+    events.append("whole", {})
+    assert names() == ["whole"]
+
+
+def life(tmp_path: Path, said: list[str]) -> LifeEvents:
+    return LifeEvents("s1", "containerd", "k8s.io", str(tmp_path / "sandboxes" / "s1"), said.append)
+
+
+def test_what_happens_to_tasks_and_the_sandbox(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = life(tmp_path, said)
+    log.entered(SandboxState.BOOTING, None)
+    log.entered(SandboxState.READY, None)
+    log.of_task("/tasks/create", events_pb.TaskCreate(container_id="c"))
+    log.of_task("/tasks/start", events_pb.TaskStart(container_id="c"))
+    log.of_task("/tasks/exec-added", events_pb.TaskExecAdded(container_id="c", exec_id="e"))
+    log.of_task("/tasks/exec-started", events_pb.TaskExecStarted(container_id="c", exec_id="e"))
+    log.of_task("/tasks/exit", events_pb.TaskExit(container_id="c", id="e", exit_status=3))
+    log.of_task("/tasks/oom", events_pb.TaskOOM(container_id="c"))
+    log.of_task("/tasks/exit", events_pb.TaskExit(container_id="c", id="c", exit_status=137))
+    log.of_task("/tasks/delete", events_pb.TaskDelete(container_id="c", id="c"))
+    log.entered(SandboxState.CLOSING, None)
+    log.entered(SandboxState.FAILED, VMLostError("the machine went away"))
+    log.entered(SandboxState.ENDED, None)
+    assert names() == [
+        *("sandbox.created", "sandbox.ready", "container.created", "container.started", "exec.started"),
+        *("exec.exited", "container.oom", "container.exited", "container.deleted", "sandbox.failed"),
+        "sandbox.ended",
+    ]
+    found = events.read()
+    assert found[5] | {"time": 0} == {
+        "time": 0,
+        "event": "exec.exited",
+        "sandbox": "s1",
+        "container": "c",
+        "client": "containerd",
+        "namespace": "k8s.io",
+        "exit_code": 3,
+        "exec": "e",
+    }
+    assert found[9]["error"] == "the machine went away"
+    assert said == []
+
+
+def test_nothing_fails_for_want_of_a_record(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = LifeEvents("s", "kata", "", str(tmp_path / "nowhere" / "sandboxes" / "s"), said.append)
+    for _ in range(3):
+        log.record("sandbox.created")
+    assert len(said) == 1
+    assert "not recorded" in said[0]
+
+
+def test_an_engine_that_was_killed_has_an_end(tmp_path: Path) -> None:
+    events.engine_was_killed(str(tmp_path / "sandboxes" / "s9"))
+    (one,) = events.read()
+    assert (one["event"], one["sandbox"], one["error"]) == ("sandbox.ended", "s9", "its engine was killed")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(["events", *arguments])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+@pytest.mark.usefixtures("run_dir")
+def test_the_command_filters(capsys: pytest.CaptureFixture[str]) -> None:
+    events.append(
+        "container.exited", {"sandbox": "a" * 32, "container": "a" * 32, "exit_code": 7, "error": "it\x1b"}
+    )
+    events.append("sandbox.ended", {"sandbox": "b" * 32})
+    status, out, _ = run(capsys)
+    assert status == 0
+    assert out.splitlines()[0].endswith(f"container.exited    {'a' * 12}  exit_code=7  error=it\\x1b")
+    assert len(out.splitlines()) == 2
+    for filters, expected in (
+        (["--filter", "event=container.*"], 1),
+        (["--filter", "exit_code=7"], 1),
+        (["--filter", "event=x", "--filter", "event=sandbox.ended"], 1),
+        (["--filter", "event=sandbox.ended", "--filter", "exit_code=7"], 0),
+        (["--since", "1h"], 2),
+        (["--since", "2999-01-01T00:00:00Z"], 0),
+    ):
+        _, out, _ = run(capsys, "--json", *filters)
+        assert len([json.loads(line) for line in out.splitlines()]) == expected, filters
+    for wrong in (["--since", "yesterday"], ["--filter", "event"], ["--since", "-5m"]):
+        status, _, error = run(capsys, *wrong)
+        assert status != 0
+        assert "hint: " in error
+
+
+def test_the_command_follows_until_it_is_interrupted(run_dir: Path) -> None:
+    import signal
+
+    events.append("old", {})
+    program = [sys.executable, str(SOURCE / "kata" / "__main__.py"), "events", "-f", "--json"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        line = ""
+        while not line:  # until it listens: what was before is not shown
+            events.append("new", {})
+            import select
+
+            if select.select([child.stdout], [], [], 0.1)[0]:
+                line = child.stdout.readline()
+        assert json.loads(line)["event"] == "new"
+        child.send_signal(signal.SIGINT)
+        child.stdout.read()
+        assert child.wait(10) == 130
