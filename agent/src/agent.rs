@@ -219,6 +219,9 @@ impl Agent {
             Ok(id) => id,
             Err(error) => return state.io.send(conn, stream, &Err(error)),
         };
+        if !request.traceparent.is_empty() {
+            state.io.trace.begin(id, request.traceparent, request.method);
+        }
         let policy = state.sandbox.policy.as_ref();
         let allowed = policy.map_or(Ok(()), |policy| policy.check(request.service, request.method, request.payload));
         let outcome = match allowed {

@@ -15,6 +15,8 @@ pub struct Settings {
     /// Further listeners for that shell, and for the log.
     pub console_address: Option<Address>,
     pub log_address: Option<Address>,
+    /// Whether calls of callers that trace are recorded.
+    pub trace: bool,
 }
 
 impl Default for Settings {
@@ -26,12 +28,13 @@ impl Default for Settings {
             debug_console: false,
             console_address: None,
             log_address: None,
+            trace: false,
         }
     }
 }
 
 /// Parameters of the original agent for features that this one lacks: pulling images in the guest, confidential
-/// computing, tracing, streams by passed descriptors, a configuration file.
+/// computing, streams by passed descriptors, a configuration file.
 const UNSUPPORTED: &[&str] = &[
     "cdh_api_timeout",
     "cdi_timeout",
@@ -50,7 +53,6 @@ const UNSUPPORTED: &[&str] = &[
     "passfd_listener_port",
     "secure_image_storage_integrity",
     "secure_storage_integrity",
-    "trace",
     "visible_cdi_devices",
 ];
 
@@ -79,6 +81,14 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
                 settings.debug_console = true;
                 Ok(())
             }
+            "trace" => match value {
+                "" | "true" | "1" => {
+                    settings.trace = true;
+                    Ok(())
+                }
+                "false" | "0" => Ok(()),
+                _ => Err("is neither true nor false".to_string()),
+            },
             "debug_console_vport" | "log_vport" => match value.parse() {
                 Ok(port) => {
                     let address = Some(Address::Vsock(port));
@@ -188,7 +198,10 @@ mod tests {
         let wrong = "agent.channel=tin agent.log=x agent.container_pipe_size=y agent.hotplug_timeout=soon";
         assert_eq!(parse_kernel(wrong).1.len(), 4);
         assert!(parse_kernel("agent.hotplug_timeout=7 systemd.unified_cgroup_hierarchy=1").1.is_empty());
-        let unsupported = parse_kernel("agent.trace agent.mem_agent_memcg_swap=1 systemd.unified_cgroup_hierarchy=0").1;
+        assert!(parse_kernel("agent.trace").0.trace && parse_kernel("agent.trace=true").0.trace);
+        assert!(!parse_kernel("agent.trace=false").0.trace && parse_kernel("agent.trace=2").1.len() == 1);
+        let unsupported =
+            parse_kernel("agent.devmode agent.mem_agent_memcg_swap=1 systemd.unified_cgroup_hierarchy=0").1;
         assert_eq!(unsupported.len(), 3);
         assert!(unsupported[0].ends_with("is not supported by this agent") && unsupported[2].contains("v2"));
     }

@@ -9,6 +9,7 @@ use crate::server::conn::Conn;
 use crate::server::frame::{self, Outgoing};
 use crate::server::listen::{self, Address, Channel, Kind};
 use crate::sys::{Fd, RawFd};
+use crate::trace::Trace;
 
 /// Connections: always to read, and to write while something waits to be written.
 const CONN_IN: u32 = (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET) as u32;
@@ -45,6 +46,7 @@ pub struct StreamTarget {
 pub struct Connections {
     pub poller: Poller,
     pub calls: Calls,
+    pub trace: Trace,
     listener: Option<(Fd, Kind)>,
     conns: BTreeMap<u32, Conn>,
     /// Streaming calls by connection and stream number.
@@ -56,6 +58,7 @@ impl Connections {
         Ok(Connections {
             poller: Poller::new()?,
             calls: Calls::default(),
+            trace: Trace::default(),
             listener: None,
             conns: BTreeMap::new(),
             attachments: BTreeMap::new(),
@@ -104,6 +107,7 @@ impl Connections {
     /// port stays for the next client that opens it.
     pub fn end(&mut self, id: u32) -> Vec<Key> {
         self.calls.drop_connection(id);
+        self.trace.keep(|call| self.calls.is_waiting(call));
         let process = |attachment: &Attachment| match attachment.to {
             Target::Streams(to) => Some(to.process),
             Target::Datagrams(_) => None,
@@ -173,6 +177,7 @@ impl Connections {
     pub fn answer(&mut self, id: CallId, outcome: Result<Vec<u8>>) {
         if let Some(reply) = self.calls.take(id) {
             self.attachments.remove(&(reply.conn, reply.stream));
+            self.trace.end(id);
             self.send(reply.conn, reply.stream, &outcome);
         }
     }

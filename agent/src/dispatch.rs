@@ -41,6 +41,9 @@ const EXTRA_FEATURES: &[&str] = &[
 /// Further connections are accepted, so that a streaming call may have one to itself.
 const CONNECTIONS: &str = "kata.streams.connections";
 
+/// With `agent.trace`: calls that carry a context are recorded.
+const TRACE: &str = "kata.trace";
+
 /// `Ok(None)`: the answer comes later.
 type Outcome = Result<Option<Vec<u8>>>;
 
@@ -58,6 +61,10 @@ pub fn handle(state: &mut State, call: CallId, request: &Request) -> Outcome {
         },
         agentext::BOOT => match request.method {
             "Times" => done(&state.boot.clone()),
+            _ => unknown(request),
+        },
+        agentext::TRACE => match request.method {
+            "Take" => done(&agentext::TakeSpansResponse { spans: state.io.trace.take() }),
             _ => unknown(request),
         },
         agentext::MACHINE => match request.method {
@@ -325,6 +332,7 @@ fn details(state: &State, request: &pb::GuestDetailsRequest) -> Outcome {
             extra_features: list(EXTRA_FEATURES)
                 .into_iter()
                 .chain(state.io.takes_connections().then(|| CONNECTIONS.to_string()))
+                .chain(state.io.trace.on.then(|| TRACE.to_string()))
                 .collect(),
         })),
         ..Default::default()

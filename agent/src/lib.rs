@@ -73,6 +73,7 @@ pub mod syscalls;
 #[cfg(test)]
 mod test_support;
 pub mod thrash;
+pub mod trace;
 pub mod uevent;
 pub mod volume_disk;
 pub mod volumes;

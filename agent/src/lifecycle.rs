@@ -174,7 +174,7 @@ fn start_builder(
         shared,
         cgroup: cgroup.zip(directory.as_ref()).map(|(cgroup, fd)| (fd.raw(), cgroup.path())),
         stdio: &pipes.child,
-        report: Reporter(theirs.raw()),
+        report: Reporter { fd: theirs.raw(), phases: state.io.trace.is_recorded(call) },
     })?;
     let process = Process::new(id, exec_id_of(request), builder, ours, pipes, call);
     state.processes.add(&mut state.io, process)
@@ -267,7 +267,7 @@ pub fn exec_process(state: &mut State, call: CallId, request: &pb::ExecProcessRe
         program: &program,
         filter: container.filter.as_ref(),
         stdio: &pipes.child,
-        report: Reporter(theirs.raw()),
+        report: Reporter { fd: theirs.raw(), phases: state.io.trace.is_recorded(call) },
     })?;
     // The name of one that has ended may be used again.
     if let Some(key) = former {

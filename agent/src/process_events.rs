@@ -42,6 +42,11 @@ fn on_message(state: &mut State, key: Key, message: report::Message) {
             }
         }
         report::Message::Ready => on_ready(state, key),
+        report::Message::Phase(name, at) => {
+            if let Some(call) = process.starter {
+                state.io.trace.mark(call, &name, at);
+            }
+        }
         report::Message::Failed(error) => {
             process.failure.get_or_insert(error);
         }

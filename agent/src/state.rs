@@ -30,10 +30,12 @@ pub struct State {
 
 impl State {
     pub fn new(settings: Settings) -> Result<State> {
+        let mut io = Connections::new()?;
+        io.trace.on = settings.trace;
         Ok(State {
             settings,
             boot: BootTimesResponse::default(),
-            io: Connections::new()?,
+            io,
             containers: Containers::default(),
             processes: Processes::default(),
             jobs: Jobs::default(),

@@ -77,6 +77,10 @@ def test_a_trace_from_the_command_to_the_guest(
     assert "kata: kata run / kata-agent: kernel" in paths
     starts = "kata: kata run / kata-engine: containerd.task.v2.Task/Start"
     assert f"{starts} / kata-engine: grpc.AgentService/StartContainer" in paths
+    guest = f"{create} / kata-engine: grpc.AgentService/CreateContainer / kata-agent: CreateContainer"
+    phases = ("preparation", "devices", "storages", "namespaces", "mounts", "root", "program")
+    assert {f"{guest} / kata-agent: {phase}" for phase in phases} <= set(paths)
+    assert f"{starts} / kata-engine: grpc.AgentService/StartContainer / kata-agent: StartContainer" in paths
     for path, span in paths.items():
         assert span.start_time_unix_nano <= span.end_time_unix_nano, path
         if span is not root and "Delete" not in path:

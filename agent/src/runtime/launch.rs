@@ -92,6 +92,7 @@ pub fn launch(
     // All are CLOEXEC by birth; this is for the one that is not.
     sys::close_range(3, libc::CLOSE_RANGE_CLOEXEC).context("mark descriptors")?;
 
+    report.phase("program");
     report.ready();
     if !report.wait_for_start() {
         return Err(Error::internal("the agent has given the process up"));

@@ -144,7 +144,7 @@ fn finish(report: Reporter, outcome: Result<()>) -> ! {
 
 /// Closes the agent's descriptors and makes this process unreadable to the container.
 fn become_child(stdio: &Stdio, report: Reporter, others: &[Option<RawFd>]) {
-    let mut keep: Vec<RawFd> = vec![report.0];
+    let mut keep: Vec<RawFd> = vec![report.fd];
     keep.extend(others.iter().flatten());
     if let Some(ends) = stdio {
         keep.extend(ends.iter().map(Fd::raw));
@@ -157,12 +157,15 @@ fn become_child(stdio: &Stdio, report: Reporter, others: &[Option<RawFd>]) {
 }
 
 fn build_container(plan: &ContainerPlan) -> Result<()> {
+    plan.report.phase("preparation");
     let attached = attach::resolve(plan.devices, plan.spec)?;
     set_oom_score(plan.program.oom_score_adj)?;
+    plan.report.phase("devices");
     for (count, storage) in plan.storages.iter().enumerate() {
         storage::mount_storage(storage)?;
         plan.report.mounted(count as u32 + 1);
     }
+    plan.report.phase("storages");
     if let Some((cgroup, path)) = plan.cgroup {
         attach::restrict(cgroup, plan.spec, &attached)?;
         cgroup_limits::apply(path, &attached.limits)?;
@@ -173,6 +176,7 @@ fn build_container(plan: &ContainerPlan) -> Result<()> {
         return Err(Error::invalid(format!("root.path {root:?} is not a directory of the guest")));
     }
     plan.shared.join()?;
+    plan.report.phase("cgroup and shared namespaces");
     let flags = libc::CLONE_NEWNS as u64 | libc::CLONE_PARENT as u64 | plan.namespaces.clone_flags(&plan.shared);
     let (wait, go) = sys::pipe(0).context("make a pipe")?;
     match sys::fork(flags, plan.cgroup.map(|c| c.0)).context("make the container's process")? {
@@ -243,6 +247,7 @@ fn init_container(
     let proc = sys::open("/proc", libc::O_PATH | libc::O_DIRECTORY, 0).context("open /proc")?;
     let null = sys::open("/dev/null", libc::O_PATH, 0).context("open /dev/null")?;
 
+    plan.report.phase("namespaces");
     let rootfs = Rootfs::new(root, linux)?;
     let context = mounts::MountContext {
         cgroup: plan.cgroup.map(|c| c.1),
@@ -251,6 +256,7 @@ fn init_container(
     };
     rootfs.fill(spec, devices, &context)?;
     shared_mounts::attach(rootfs.fd(), shared)?;
+    plan.report.phase("mounts");
     let terminal = if plan.program.terminal {
         let (master, slave) = console::open(rootfs.fd(), plan.program.console_size.as_ref())?;
         console::bind_console(rootfs.fd(), slave.raw())?;
@@ -263,11 +269,13 @@ fn init_container(
     rootfs.protect(linux, &plan.program.cwd, null.raw())?;
     rootfs.pivot(spec)?;
     drop((proc, null));
+    plan.report.phase("root");
     let hooks = spec.hooks.as_deref().map_or(&[][..], |h| &h.start_container);
     launch::launch(plan.program, plan.filter, terminal.as_ref(), plan.stdio, hooks, plan.id, plan.report)
 }
 
 fn build_exec(plan: &ExecPlan) -> Result<()> {
+    plan.report.phase("preparation");
     set_oom_score(plan.program.oom_score_adj)?;
     let inits = plan.cgroup.and_then(|_| crate::cgroup::of_process(plan.init));
     // The cgroup namespace comes later: from inside it, the agent's own group cannot be left.
@@ -310,6 +318,7 @@ fn init_exec(plan: &ExecPlan, wait: &Fd) -> Result<Infallible> {
     if plan.namespaces.user {
         sys::set_gid(0).and_then(|()| sys::set_uid(0)).context("become root of the user namespace")?;
     }
+    plan.report.phase("namespaces");
     let terminal = if plan.program.terminal {
         let root = sys::open("/", libc::O_PATH | libc::O_DIRECTORY, 0).context("open /")?;
         let (master, slave) = console::open(root.raw(), plan.program.console_size.as_ref())?;

@@ -19,18 +19,25 @@ pub enum Message {
     /// Everything is prepared, the command found; it waits for the start.
     Ready,
     Failed(Error),
+    /// What it has done since the last of these, or since the call, is called so, and was done at this time
+    /// (CLOCK_MONOTONIC).
+    Phase(String, u64),
 }
 
 /// The child's end.
 #[derive(Clone, Copy)]
-pub struct Reporter(pub RawFd);
+pub struct Reporter {
+    pub fd: RawFd,
+    /// Whether somebody wants to know the phases.
+    pub phases: bool,
+}
 
 impl Reporter {
     fn send(self, kind: u8, data: &[u8], fd: Option<RawFd>) {
         let mut message = vec![kind];
         message.extend_from_slice(data);
         // If the agent has closed its end, it has also killed the process.
-        let _ = sys::send_with_fd(self.0, &message, fd);
+        let _ = sys::send_with_fd(self.fd, &message, fd);
     }
 
     pub fn pid(self, pid: Pid) {
@@ -49,6 +56,14 @@ impl Reporter {
         self.send(b'R', &[], None);
     }
 
+    pub fn phase(self, name: &str) {
+        if self.phases {
+            let mut data = sys::monotonic_ns().to_ne_bytes().to_vec();
+            data.extend_from_slice(name.as_bytes());
+            self.send(b'N', &data, None);
+        }
+    }
+
     pub fn failed(self, error: &Error) {
         let mut end = error.message.len().min(MAX_TEXT);
         while !error.message.is_char_boundary(end) {
@@ -62,7 +77,7 @@ impl Reporter {
     /// Blocks until the agent gives the start; false if it has closed the socket instead.
     pub fn wait_for_start(self) -> bool {
         let mut word = [0u8; 1];
-        matches!(sys::recv(self.0, &mut word, 0), Ok(1))
+        matches!(sys::recv(self.fd, &mut word, 0), Ok(1))
     }
 }
 
@@ -79,6 +94,10 @@ pub fn receive(fd: RawFd) -> core::result::Result<Option<Message>, Errno> {
         b'P' => Message::Pid(number()),
         b'M' => Message::Mounted(number() as u32),
         b'R' => Message::Ready,
+        b'N' => Message::Phase(
+            String::from_utf8_lossy(data.get(8..).unwrap_or_default()).into_owned(),
+            data.first_chunk::<8>().map_or(0, |bytes| u64::from_ne_bytes(*bytes)),
+        ),
         b'T' => match descriptor {
             Some(master) => Message::Terminal(master),
             None => Message::Failed(Error::internal("the terminal's descriptor did not arrive")),
@@ -102,18 +121,21 @@ mod tests {
     #[test]
     fn messages_arrive_one_by_one_with_their_descriptor() {
         let (ours, theirs) = sys::socketpair(libc::SOCK_SEQPACKET).unwrap();
-        let child = Reporter(theirs.raw());
+        let child = Reporter { fd: theirs.raw(), phases: true };
+        Reporter { phases: false, ..child }.phase("unwanted");
         let (read_end, _write_end) = sys::pipe(0).unwrap();
         child.pid(42);
         child.mounted(3);
         child.terminal(read_end.raw());
         child.ready();
+        child.phase("storages");
         child.failed(&Error::not_found("no \u{e4}pfel"));
         assert!(matches!(receive(ours.raw()), Ok(Some(Message::Pid(42)))));
         assert!(matches!(receive(ours.raw()), Ok(Some(Message::Mounted(3)))));
         let Ok(Some(Message::Terminal(got))) = receive(ours.raw()) else { panic!() };
         assert_eq!(sys::fstat(got.raw()).unwrap().st_ino, sys::fstat(read_end.raw()).unwrap().st_ino);
         assert!(matches!(receive(ours.raw()), Ok(Some(Message::Ready))));
+        assert!(matches!(receive(ours.raw()), Ok(Some(Message::Phase(name, at))) if name == "storages" && at > 0));
         let Ok(Some(Message::Failed(e))) = receive(ours.raw()) else { panic!() };
         assert_eq!(e, Error::not_found("no \u{e4}pfel"));
         start(ours.raw()).unwrap();

@@ -21,6 +21,8 @@ pub struct Request<'a> {
     pub payload: &'a [u8],
     /// Nanoseconds that the caller waits; 0 = without end.
     pub timeout_nano: i64,
+    /// The caller's place in a trace (W3C Trace Context), from the metadata; empty = none.
+    pub traceparent: &'a str,
 }
 
 /// What the head of the input is.
@@ -65,13 +67,26 @@ pub fn head(input: &[u8]) -> Head {
 
 /// The envelope of a request. Written out by hand, so that a megabyte of standard input is not copied to look at it.
 pub fn parse_request(mut buf: &[u8]) -> Result<Request<'_>> {
-    let mut request = Request { service: "", method: "", payload: &[], timeout_nano: 0 };
+    let mut request = Request { service: "", method: "", payload: &[], timeout_nano: 0, traceparent: "" };
     while let Some((number, field)) = next_field(&mut buf)? {
         match (number, field) {
             (1, Field::Bytes(value)) => request.service = text(value)?,
             (2, Field::Bytes(value)) => request.method = text(value)?,
             (3, Field::Bytes(value)) => request.payload = value,
             (4, Field::Varint(value)) => request.timeout_nano = value as i64,
+            (5, Field::Bytes(mut pair)) => {
+                let (mut key, mut value) = (&[][..], &[][..]);
+                while let Some((number, field)) = next_field(&mut pair)? {
+                    match (number, field) {
+                        (1, Field::Bytes(bytes)) => key = bytes,
+                        (2, Field::Bytes(bytes)) => value = bytes,
+                        _ => {}
+                    }
+                }
+                if key == b"traceparent" {
+                    request.traceparent = text(value)?;
+                }
+            }
             _ => {}
         }
     }
@@ -372,6 +387,7 @@ mod tests {
             (got.service, got.method, got.payload, got.timeout_nano),
             ("grpc.Health", "Check", &[1u8, 2, 3][..], 5_000_000_000)
         );
+        assert_eq!(got.traceparent, "x");
     }
 
     #[test]

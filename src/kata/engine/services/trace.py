@@ -55,7 +55,7 @@ EXPORT_S = 20.0
 """How long the helper may take, in seconds; then it is killed."""
 _GUEST_S = 5.0
 _MOST_GUEST_SPANS = 256
-_LONG_POLLS = frozenset({"Wait", "WaitSandbox", "GetOOMEvent", "WaitProcess", "Check"})
+_LONG_POLLS = frozenset({"Wait", "WaitSandbox", "GetOOMEvent", "WaitProcess", "Check", "Take"})
 """Calls that last as long as something else does, or are made for ever: they say nothing about what takes long."""
 _STARTS = frozenset({"Start", "StartSandbox"})
 _CREATES = frozenset({"Create", "CreateSandbox"})
