@@ -6,9 +6,12 @@ variable                  default                holds
 ``KATA_RUN_DIR``          ``/run/kata``          what lives as long as a sandbox
 ``KATA_STATE_DIR``        ``/var/lib/kata``      images, containers: kept over a reboot
 ``KATA_GUEST_DIR``        ``$KATA_STATE_DIR/guest``  the guest's kernel and initrd
+``KATA_VC_DIR``           ``/run/vc/sbs``        sandboxes, for tools of the other Kata
 ``KATA_CACHE_DIR``        ``/var/cache/kata``    builds and downloads that can be made again
 ``KATA_AGENT_BINARY``     what came with kata    the agent that `kata guest build` puts into the guest
 ========================  =====================  ==============================================
+
+Where ``KATA_RUN_DIR`` is not ``/run/kata``, the default of ``KATA_VC_DIR`` is ``$KATA_RUN_DIR/vc/sbs``.
 
 Plain strings: `pathlib` would be paid for on every container start.
 """
@@ -20,6 +23,13 @@ import os
 MAX_SOCKET_PATH = 107
 """Bytes that the path of a unix socket may have: sun_path without its final NUL, unix(7)."""
 
+MANAGEMENT_SOCKET = "shim-monitor.sock"
+"""Name of an engine's management socket in each of its directories."""
+_DEFAULT_RUN_DIR = "/run/kata"
+_OURS = frozenset({"sandboxes", "vc", "boots", "kvm-probe", "passt", "qemu-version"})
+"""What our run directory holds, beside files with a dot in their names and ``noted-*``: no sandbox has a directory of
+such a name there."""
+
 
 def _place(variable: str, default: str) -> str:
     value = os.environ.get(variable) or default
@@ -28,7 +38,7 @@ def _place(variable: str, default: str) -> str:
 
 def run_dir() -> str:
     """Directory of everything that ends with its sandbox; a tmpfs on most machines."""
-    return _place("KATA_RUN_DIR", "/run/kata")
+    return _place("KATA_RUN_DIR", _DEFAULT_RUN_DIR)
 
 
 def state_dir() -> str:
@@ -77,6 +87,32 @@ def make_dirs(path: str, mode: int) -> None:
 def sandbox_dir(sandbox_id: str) -> str:
     """Run directory of one sandbox."""
     return os.path.join(run_dir(), "sandboxes", sandbox_id)
+
+
+def compat_dir(base: str = "") -> str:
+    """Directory in which tools of the original look for sandboxes.
+
+    Args:
+        base: The run directory; empty is `run_dir`.
+    """
+    base = base or run_dir()
+    return _place(
+        "KATA_VC_DIR", "/run/vc/sbs" if base == _DEFAULT_RUN_DIR else os.path.join(base, "vc", "sbs")
+    )
+
+
+def compat_dirs(sandbox_id: str, base: str = "") -> list[str]:
+    """Directories of one sandbox in which tools of the original look for its management socket.
+
+    Args:
+        sandbox_id: Its id.
+        base: As for `compat_dir`.
+    """
+    found = [os.path.join(compat_dir(base), sandbox_id)]
+    ours = sandbox_id in _OURS or "." in sandbox_id or sandbox_id.startswith("noted-")
+    if (base or run_dir()) == _DEFAULT_RUN_DIR and not ours:
+        found.append(os.path.join(_DEFAULT_RUN_DIR, sandbox_id))  # that of its runtime in Rust
+    return found
 
 
 def container_dir(container_id: str) -> str:

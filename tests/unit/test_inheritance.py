@@ -239,7 +239,7 @@ def test_an_engines_socket_is_its_users_alone(tmp_path: Path, umask: int) -> Non
     journal = Journal.create_dir(str(tmp_path), "s", {})
     before = os.umask(umask)
     try:
-        os.close(launch._listen(str(tmp_path / "sock"), journal))
+        os.close(launch.listen(str(tmp_path / "sock"), journal))
     finally:
         os.umask(before)
     assert stat.S_IMODE(os.stat(tmp_path / "sock").st_mode) == 0o600

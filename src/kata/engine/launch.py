@@ -17,6 +17,7 @@ from kata.journal import FILE_NAME, Journal, dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     from typing import Any
 
     from kata.settings import SandboxSettings
@@ -36,7 +37,8 @@ LOG_NAME = "engine.log"
 SETTINGS_NAME = "sandbox.json"
 
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-_BACKLOG = 64
+_BACKLOG = 256
+"""Connections that wait to be accepted: clients that do not wait themselves are turned away by a full queue."""
 MIN_FILES = 256
 """Descriptors that an engine has to be able to open: a start takes about forty, each process some more."""
 _MAX_FILES = 1 << 16
@@ -198,7 +200,7 @@ def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_
     journal = _make_directory(base, name, settings, patience_s)
     plain = settings.to_plain()
     try:
-        listener = _listen(sock_path, journal)
+        listener = listen(sock_path, journal)
         try:
             _write_settings(directory, plain)
             engine = _spawn(directory, listener, plain, journal)
@@ -248,7 +250,19 @@ def _undo_dead_engine(path: str, sandbox_id: str, patience_s: float) -> None:
         raise HostError(f"sandbox {sandbox_id} left something behind: {left[0]}", "kata gc") from None
 
 
-def _listen(path: str, journal: Journal) -> int:
+def listen(path: str, journal: Journal) -> int:
+    """Listen on a unix socket of mode 0600.
+
+    Args:
+        path: Its path, of any length.
+        journal: Of the sandbox to which it belongs.
+
+    Returns:
+        The listening socket's descriptor.
+
+    Raises:
+        OSError: It cannot be made.
+    """
     # `socket` costs 10 ms of imports around these three calls; `_socket` is what it wraps.
     import _socket
 
@@ -257,11 +271,23 @@ def _listen(path: str, journal: Journal) -> int:
     # It is made with this mode but for the umask (net/unix/af_unix.c, unix_bind_bsd), so it is never open to others.
     # Changing the umask instead would change it for all threads of the caller.
     os.fchmod(sock.fileno(), 0o600)
-    sock.bind(path)
+    _bind(sock, path)
     os.chmod(path, 0o600)
     sock.listen(_BACKLOG)
     journal.commit(entry)
     return sock.detach()
+
+
+def _bind(sock: _socket.socket, path: str) -> None:
+    if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH:
+        sock.bind(path)
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.bind(f"/proc/self/fd/{fd}/{name}")
+    finally:
+        os.close(fd)
 
 
 def _write_settings(directory: str, settings: dict[str, Any]) -> None:

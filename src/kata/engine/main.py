@@ -94,6 +94,7 @@ async def _serve(
 
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.engine.services import sandbox_service, task_service
+    from kata.engine.services.management_socket import ManagementSocket
     from kata.engine.signals import call_on_signals
     from kata.proto import sandbox_pb, task_pb
     from kata.ttrpc.server import Server
@@ -134,6 +135,8 @@ async def _serve(
     if sandbox.trace is not None:
         on_trace(sandbox.trace)
     await server.start(socket.socket(fileno=LISTEN_FD))
+    management = ManagementSocket(sandbox)
+    management.listen()
     loop = asyncio.get_running_loop()
     call_on_signals((signal.SIGTERM, signal.SIGINT), partial(_on_terminate, sandbox))
     sandbox.tasks.create_task(_end_when_idle(sandbox, server, lease, settings.client.idle_s))
@@ -146,6 +149,7 @@ async def _serve(
     give_up = loop.time() + (0 if sandbox.saw_stale_client else CLIENTS_S)
     while server.connections and loop.time() < give_up:
         await asyncio.sleep(0.01)
+    await management.close()
     await sandbox.drain_output()
     await server.shutdown(1.0)
     if sandbox.trace is not None:

@@ -181,9 +181,8 @@ class _Call:
         self.timer: asyncio.TimerHandle | None = None
 
 
-def _peer_user(transport: asyncio.BaseTransport) -> int:
+def peer_user(sock: socket.socket) -> int:
     """User id that the process at the other end of a unix socket had when it connected; -1 for any other socket."""
-    sock = transport.get_extra_info("socket")
     try:
         data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         return int(_UCRED.unpack(data)[1])
@@ -207,7 +206,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         users = self._server.users
         if users is not None:
-            user = _peer_user(transport)
+            user = peer_user(transport.get_extra_info("socket"))
             if user not in users:
                 self._report(None, ProtocolError(f"a process of user {user} has connected, and may not"))
                 transport.abort()

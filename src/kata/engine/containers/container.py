@@ -140,6 +140,10 @@ class Container:
         """Its specification."""
         return self._parts.config
 
+    def volume_in_guest(self, path: str) -> str:
+        """See `ContainerParts.volume_in_guest`."""
+        return self._parts.volume_in_guest(path)
+
     @property
     def task_pid(self) -> int:
         """The number on the host that stands for its processes, and for their namespaces."""

@@ -5,6 +5,7 @@ Some of it is on the host, some in the guest; it is made together, rolled back t
 
 from __future__ import annotations
 
+import os
 import time
 
 from kata.agent.client import DEVICE_LIMITS, PIDS_OF, Encoded, create_request
@@ -100,6 +101,7 @@ class ContainerParts:
         self._disks = AttachedDisks(host.runtime, host.tasks)
         self._removed = False
         self._told: set[str] = set()
+        self._volumes: dict[str, str] = {}  # source of a bind mount, absolute -> where it is in the guest
 
     # ---- create ----
 
@@ -129,6 +131,9 @@ class ContainerParts:
         await self._mount_root()
         self.config, volumes = await self._tasks.run_blocking(nodes.of_guest, self.config)
         shown = await self._tasks.run_blocking(self._shared.add_all, self.config, self._rootfs)
+        for mount, bind in zip(spec.host_binds(self.config), shown, strict=True):
+            source = os.path.join(self._bundle, str(mount.get("source") or ""))
+            self._volumes[os.path.normpath(source)] = bind.source
         files = etc_files.EtcFiles(self._host, self.config, self._id, self._shared)
         limited = await self._limited(volumes)
         guest_spec = self._guest_spec(shown, files.mounts, volumes, limited, terminal=init.stdio.terminal)
@@ -169,6 +174,10 @@ class ContainerParts:
             raise spec.explain_size(error, f"container {self._id!r}", self.config) from None
         self._host.timings.add("root file system", began)
         return agent
+
+    def volume_in_guest(self, path: str) -> str:
+        """Where a volume of the container is in the guest; empty if there is none of that path on the host."""
+        return self._volumes.get(os.path.normpath(path), "")
 
     async def _roll_back(self) -> None:
         self._host.resizer.forget(self._id)
