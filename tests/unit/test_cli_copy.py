@@ -107,7 +107,7 @@ class Engine:
 def test_a_link_in_the_container_stays_until_the_file_is_whole(room: bool) -> None:
     engine = Engine(room=room)
     container: Any = type("Container", (), {"id": "c", "name": "c"})()
-    guest = copy._Guest(engine, container)  # type: ignore[arg-type]
+    guest = copy._Guest(engine, container, [])  # type: ignore[arg-type]
     content = io.BytesIO(bytes(copy._PIECE + 1))
     if room:
         guest.write("/link", content, mode=0o600)
@@ -116,3 +116,42 @@ def test_a_link_in_the_container_stays_until_the_file_is_whole(room: bool) -> No
             guest.write("/link", content, mode=0o600)
     assert list(engine.names) == [b"/link"]
     assert stat.S_ISREG(engine.names[b"/link"]) == room
+
+
+class MountedFiles:
+    """An agent's files where /run/x is a symbolic link into a tmpfs at /dev/shm, and everything exists."""
+
+    def __init__(self) -> None:
+        self.made: list[bytes] = []
+
+    def call(self, service: str, method: str, request: Any, kind: Any) -> Any:
+        if method == "Stat":
+            path = request.path
+            in_memory = path.startswith((b"/dev/shm", b"/run/x"))
+            return agentext_pb.FileInfo(mode=stat.S_IFDIR | 0o755, device=2 if in_memory else 1)
+        assert method in ("Mkdir", "Write")
+        self.made.append(request.path)
+        return kind()
+
+
+def test_nothing_is_written_where_it_would_be_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into a tmpfs of a container that does not run: its machine ends with the copy."""
+    (tmp_path / "tree/below").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(
+        '{"mounts": [{"destination": "/dev/shm", "type": "tmpfs"}, {"destination": "/proc", "type": "proc"}]}'
+    )
+    container: Any = type("Container", (), {"id": "c", "name": "c", "directory": str(tmp_path)})()
+    files: Any = MountedFiles()
+    mounts = copy._tmpfs_mounts(container)
+    assert mounts == ["/dev/shm"]
+    guest = copy._Guest(files, container, mounts)
+    for place in ("/dev/shm/", "/run/x/y/", "/etc/"):
+        copy._in(guest, str(tmp_path / "tree"), place, owners=False, follow=False)
+    assert files.made == [b"/etc/tree", b"/etc/tree/below"]
+    assert guest.left_out == 2
+    assert "/run/x/y/tree is not copied: /dev/shm is a tmpfs" in capsys.readouterr().err
+    with_all = copy._Guest(files, container, [])  # it runs
+    copy._in(with_all, str(tmp_path / "tree"), "/dev/shm", owners=False, follow=False)
+    assert files.made[2:] == [b"/dev/shm/tree", b"/dev/shm/tree/below"]

@@ -561,6 +561,9 @@ def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str
             if run == "running":
                 _copy_every_kind(shared_kata, tmp_path / "kinds", "/tmp/kinds")
                 _copy_links_across_mounts(shared_kata, tmp_path / "links")
+            else:
+                lost = shared_kata.call("cp", str(tree / "script"), "copies:/dev/shm/script")
+                assert (lost.returncode, b"/dev/shm is a tmpfs" in lost.stderr) == (1, True)
             missing = shared_kata.call("cp", "copies:/nothing", str(tmp_path))
             assert missing.returncode == 125
             assert b"/nothing does not exist" in missing.stderr

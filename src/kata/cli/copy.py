@@ -79,7 +79,7 @@ def _cp(arguments: Arguments) -> int:
     container = records.find(name)
     inner_path = posixpath.join("/", inner)
     with _files(container) as files:
-        guest = _Guest(files, container)
+        guest = _Guest(files, container, in_memory=[] if container.running() else _tmpfs_mounts(container))
         if outward:
             if destination == "-":
                 _to_tar(guest, inner_path, sys.stdout.buffer, follow)
@@ -108,16 +108,38 @@ def _files(container: Container) -> Iterator[EngineClient]:
         yield engine
 
 
-class _Guest:
-    """The container's files. Every error message names the path."""
+def _tmpfs_mounts(container: Container) -> list[str]:
+    """Where a container has file systems that do not outlive its machine."""
+    import json
 
-    def __init__(self, engine: EngineClient, container: Container) -> None:
+    with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
+        mounts = json.load(file).get("mounts") or ()
+    return [str(one["destination"]) for one in mounts if one.get("type") in ("tmpfs", "ramfs")]
+
+
+class _Guest:
+    """The container's files. Every error message names the path.
+
+    Args:
+        engine: Answers for them.
+        container: The container.
+        in_memory: Mount points below which nothing is to be made, since it would be lost.
+    """
+
+    def __init__(self, engine: EngineClient, container: Container, in_memory: list[str]) -> None:
         self._engine = engine
         self._id = container.id
         self._name = container.name
         self.left_out = 0
         self.outside: dict[tuple[int, int], str] = {}
         """Device and inode number of files with several links -> path of the first copied link."""
+        self._in_memory: dict[int, str] = {}
+        self._devices: dict[str, int] = {}
+        """Of directories in which something is to be made: the file system's device number."""
+        for mount in in_memory:
+            info = self.stat(mount, follow=True)
+            if info is not None:
+                self._in_memory[info.device] = mount
 
     def leave_out(self, what: str, why: str) -> None:
         """Report that a file cannot be copied; the exit status will be 1."""
@@ -125,6 +147,19 @@ class _Guest:
         if self.left_out <= _WARNINGS:
             shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what[:300])
             sys.stderr.write(f"warning: {shown} is not copied: {why}\n")
+
+    def is_kept(self, path: str) -> bool:
+        """Whether what is made at *path* is there when the container runs next; if not, it is reported as left out."""
+        if not self._in_memory:
+            return True
+        parent = posixpath.dirname(path)
+        if parent not in self._devices:
+            info = self.stat(parent, follow=True)
+            self._devices[parent] = info.device if info is not None else 0
+        mount = self._in_memory.get(self._devices[parent])
+        if mount is not None:
+            self.leave_out(path, f"{mount} is a tmpfs, which is empty when the container is started")
+        return mount is None
 
     def stat(self, path: str, *, follow: bool) -> agentext_pb.FileInfo | None:
         """Return the attributes of *path*, or None if it does not exist."""
@@ -488,6 +523,8 @@ def _in(guest: _Guest, source: str, destination: str, *, owners: bool, follow: b
 
 def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owners: bool) -> None:
     uid, gid = (status.st_uid, status.st_gid) if owners else (0, 0)
+    if not guest.is_kept(path):
+        return
     if stat.S_ISDIR(status.st_mode):
         guest.mkdir(path, mode=stat.S_IMODE(status.st_mode), uid=uid, gid=gid)
         with os.scandir(host) as entries:
@@ -541,6 +578,8 @@ def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInf
         raise ValueError(f"{member.name!r} has the owner {member.uid}:{member.gid}")
     owner = {"uid": member.uid, "gid": member.gid}
     mode = member.mode & 0o7777
+    if not guest.is_kept(path):
+        return
     if member.isdir():
         guest.mkdir(path, mode=mode, **owner)
         return
