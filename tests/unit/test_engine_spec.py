@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kata.engine.containers import spec
+from kata.engine.containers.container_parts import ContainerParts
 from kata.errors import (
     ConfigError,
+    UnsupportedError,
 )
 from kata.oci import spec as oci
 
@@ -133,3 +137,40 @@ def test_what_cannot_be_carried_is_told() -> None:
     assert of_host in set(spec.dropped(config, {(254, 0)})), "one of two"
     binds = [spec.GuestBind(str(mount["source"]), mount["options"]) for mount in spec.host_binds(config)]
     spec.to_message(guest_view(config, binds=binds))
+
+
+def test_limits_of_a_containers_disks_cannot_be_changed_later() -> None:
+    """Their numbers are the host's: the guest has others, which its agent learns when the container is created."""
+    requests: list[Any] = []
+
+    class Agent:
+        async def update(self, _container: str, change: Any) -> None:
+            requests.append(change)
+
+    async def ready() -> Agent:
+        return Agent()
+
+    async def update(_container: str, _after: Any, change: Any) -> None:
+        await change()
+
+    messages: list[str] = []
+    host: Any = SimpleNamespace(
+        runtime=SimpleNamespace(ready=ready, machine=SimpleNamespace()),
+        tasks=SimpleNamespace(log=messages.append),
+        settings=SimpleNamespace(container=None),
+        socket_forwarding=lambda: None,
+        resizer=SimpleNamespace(update=update),
+    )
+    parts = ContainerParts(host, "c1", "/bundle", {"linux": {}}, None)
+    parts._disk_numbers = {(8, 0)}
+
+    def limit(major: int) -> dict[str, Any]:
+        return {"blockIO": {"throttleReadBpsDevice": [{"major": major, "minor": 0, "rate": 1}]}}
+
+    with pytest.raises(UnsupportedError, match="limits of bytes read from the host's devices") as refused:
+        asyncio.run(parts.update(limit(8)))
+    assert "throttleReadBpsDevice" in refused.value.hint
+    assert not requests
+    # Those of other devices mean nothing in the guest, as when the container is created.
+    asyncio.run(parts.update(limit(9)))
+    assert len(requests) == len(messages) == 1

@@ -99,6 +99,7 @@ class ContainerParts:
         )
         self._resources: dict[str, Any] = dict((config.get("linux") or {}).get("resources") or {})
         self._disks = AttachedDisks(host.runtime, host.tasks)
+        self._disk_numbers: set[tuple[int, int]] = set()
         self._removed = False
         self._told: set[str] = set()
         self._volumes: dict[str, str] = {}  # source of a bind mount, absolute -> where it is in the guest
@@ -207,6 +208,7 @@ class ContainerParts:
     async def _limited(self, volumes: list[disks.Device]) -> set[tuple[int, int]]:
         """The host's numbers of the container's disks for which there are limits that the guest can keep."""
         numbers = {device.numbers for device in (*disks.devices_of(self.config), *volumes)}
+        self._disk_numbers = numbers
         block_io = ((self.config.get("linux") or {}).get("resources") or {}).get("blockIO") or {}
         if not any(spec.limits_of(block_io.get(key), numbers) for key in spec.OF_HOST_DEVICES):
             return set()
@@ -277,8 +279,16 @@ class ContainerParts:
             resources: Of the OCI specification; well-formed.
 
         Raises:
+            UnsupportedError: A limit is about one of the container's disks.
             KataError: The machine cannot become so large, or the guest refused; nothing is changed then.
         """
+        block_io = resources.get("blockIO") or {}
+        for key, meaning in spec.OF_HOST_DEVICES.items():
+            if spec.limits_of(block_io.get(key), self._disk_numbers):
+                raise UnsupportedError(
+                    f"cannot change {meaning}: those of a container's disks are set when it is created",
+                    f"Create the container anew with the new value of blockIO.{key}.",
+                )
         agent = await self._runtime.ready()
         change = spec.resources_message(resources)
         after = merged(self._resources, resources)
