@@ -30,7 +30,7 @@ def let_go(status: int) -> int:
     """Write what the standard streams still hold; the last thing that a program does.
 
     What nobody takes any more (`kata run ... 2>&1 | head`) is dropped: Python would try once more while exiting, and
-    make the status 120 of it.
+    make the status 120 of it. Output that is lost for another reason (a full disk) is told.
 
     Args:
         status: What the program is to exit with.
@@ -41,10 +41,12 @@ def let_go(status: int) -> int:
     for stream, fd in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()
-        except OSError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), fd)
-            if fd == 1:
-                status = status or 1
+            if fd == 1 and not status:  # otherwise the failure has been told
+                status = 1
+                if not isinstance(error, BrokenPipeError):
+                    sys.stderr.write(f"error: standard output cannot be written: {error.strerror}\n")
     return status
 
 

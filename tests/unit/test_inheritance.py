@@ -116,6 +116,27 @@ def test_the_exit_status_stays_when_nobody_takes_the_messages(program: list[str]
         assert lost not in (0, 120)
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["kata/__main__.py", "--help"],
+        ["kata/__main__.py", "run", "--help"],
+        ["kata/__main__.py", "version"],
+        ["kata/__main__.py", "shim", "-v"],
+        ["kata/agent_ctl/__main__.py", "--help"],
+        ["kata/agent_ctl/__main__.py", "--version"],
+    ],
+)
+def test_output_that_is_lost_is_told(program: list[str]) -> None:
+    command = ["/usr/bin/python3", "-I", "-S", str(SOURCE / program[0]), *program[1:]]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, timeout=60, check=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode not in (0, 120)
+    assert done.stderr.startswith(b"error: ")
+    assert done.stderr.endswith(b"No space left on device\n")
+    assert done.stderr.count(b"\n") == 1
+
+
 @pytest.mark.parametrize(("given", "used"), [("000", 0o022), ("022", 0o022), ("027", 0o027), ("077", 0o077)])
 def test_a_umask_only_takes_away(tmp_path: Path, given: str, used: int) -> None:
     (tmp_path / "look.py").write_text(LOOK)

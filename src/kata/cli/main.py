@@ -148,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status (125 for an error of kata itself)."""
     _name_output()
     try:
-        status = dispatch(sys.argv[1:] if argv is None else argv)
+        try:
+            status = dispatch(sys.argv[1:] if argv is None else argv)
+        except SystemExit as asked:  # by --help
+            status = int(asked.code or 0)
         sys.stdout.flush()
         return status
     except KataError as error:
