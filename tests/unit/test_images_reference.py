@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kata.errors import KataError, UsageError
-from kata.images import platform, reference
+from kata.errors import KataError, NotFoundError, UsageError
+from kata.images import platform, reference, resolve
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,18 @@ def test_paths_without_a_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(UsageError) as caught:
             reference.parse(text)
         assert words in caught.value.hint, text
+    # What can be an image's name is looked for as that first.
+    (tmp_path / "tree.tar").write_bytes((tmp_path / "Docker.tar").read_bytes())
+    assert "write docker-archive:tree.tar" in reference.hint_for_path("tree.tar")
+    assert "write oci:layout" in reference.hint_for_path("layout")
+    assert reference.hint_for_path("none") == ""
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "state"))
+    with pytest.raises(NotFoundError) as absent:
+        resolve.resolve("layout", pull="never")
+    assert "write oci:layout" in absent.value.hint
+    with pytest.raises(NotFoundError) as absent:
+        resolve.resolve("none", pull="never")
+    assert absent.value.hint == "kata pull none:latest"
     assert str(reference.parse("docker:dind")) == "docker.io/library/docker:dind"
     assert str(reference.parse("dir:5000/x")) == "dir:5000/x:latest"
 

@@ -122,6 +122,14 @@ _OTHER_TRANSPORTS = {
 """Hints for other prefixes of containers-transports(5). ``docker:dind`` and ``dir:5000/x`` are image names, though."""
 
 
+def hint_for_path(text: str) -> str:
+    """What to write instead of *text* if a file or directory of that name was meant; empty if there is none.
+
+    For when there is no image of that name: ``alpine`` may well be a directory here as well.
+    """
+    return f"{text[:200]!r} is also a path here: {_which_kind(text)}" if os.path.exists(text) else ""
+
+
 def _which_kind(path: str) -> str:
     """The hint for a path without a prefix, depending on what the path is."""
     shown = path if len(path) <= 200 else "FILE"

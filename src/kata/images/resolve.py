@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from kata.errors import ImageError, NotFoundError
+from kata.errors import ImageError, KataError, NotFoundError
 from kata.images import platform as platforms
 from kata.images import reference as references
 from kata.images import store
@@ -54,15 +54,20 @@ def resolve(
         return found
     if parsed is None:
         raise NotFoundError(f"there is no image with the id {image}", "see `kata images`")
+    hint = references.hint_for_path(image) if isinstance(parsed, references.Reference) else ""
     if pull == "never" and isinstance(parsed, references.Reference):
         asked, option = (f" for {wanted}", f"--platform {wanted} ") if platform else ("", "")
         raise NotFoundError(
             f"the image {parsed.familiar()} is not in the local store{asked}, and --pull is never",
-            f"kata pull {option}{parsed.familiar()}",
+            hint or f"kata pull {option}{parsed.familiar()}",
         )
     from kata.images import acquire
 
-    return acquire.acquire(parsed, wanted, progress)
+    try:
+        return acquire.acquire(parsed, wanted, progress)
+    except KataError as error:
+        error.hint = hint or error.hint
+        raise
 
 
 def _parse_or_id(image: str) -> Reference | LocalImage | None:
