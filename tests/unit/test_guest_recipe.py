@@ -39,6 +39,15 @@ def test_malformed_lines_are_refused(line: str) -> None:
         recipe.parse(f"# remark\n{line}\n")
 
 
+def test_a_line_ends_with_a_newline_and_with_nothing_else() -> None:
+    """A remark may hold a form feed, or any of what `str.splitlines` breaks lines at."""
+    remark = "# first\x0c second\x0b third\x85 fourth\u2028 fifth\x1c sixth"
+    assert [str(rule) for rule in recipe.parse(f"{remark}\nCONFIG_A=y\n")] == ["CONFIG_A=y"]
+    assert [one.name for one in parse_list(f"{remark}\nvirtio_pci\n", "list")] == ["virtio_pci"]
+    rules = recipe.parse("CONFIG_A=y\n")
+    assert recipe.broken(rules, f"{remark} CONFIG_A=y\n") == rules
+
+
 def test_what_a_build_dropped_is_found() -> None:
     rules = recipe.parse(
         'CONFIG_A=y\nCONFIG_B=n\nCONFIG_C=y | CONFIG_D=y\nCONFIG_E="x"\nCONFIG_F=64\nCONFIG_G=y  # from 6.10\n'

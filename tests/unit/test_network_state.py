@@ -429,3 +429,18 @@ def test_an_interface_is_attached_to_its_end_also_when_the_caller_is_cancelled()
         assert sandbox.messages == ["an interface was not given to the machine: no room"]
 
     asyncio.run(run())
+
+
+def test_more_parameters_than_one_request_may_have_go_in_several() -> None:
+    """The agent refuses a request with more than 4096 of them."""
+    many = {f"ipv4/conf/eth{number}/tag": "1" for number in range(5000)}
+    calls, log = told(_Agent("kata.network"), many)
+    parts = [what for kind, what in calls if kind == "prepare"]
+    assert [len(part) for part in parts] == [4096, 903]
+    del many["ipv4/conf/eth0/tag"]  # which the container sets itself
+    assert {key: value for part in parts for key, value in part.items()} == many
+    # A refusal is told by its place in its own request.
+    assert [line.split("=")[0] for line in log if "no such file" in line] == [
+        "net.ipv4.conf.eth1.tag",
+        "net.ipv4.conf.eth4097.tag",
+    ]

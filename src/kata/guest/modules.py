@@ -47,7 +47,7 @@ def parse_list(text: str, origin: str) -> list[Wanted]:
         GuestAssetError: A line is not a module's name.
     """
     wanted = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         word = line.split("#", 1)[0].strip()
         if not word:
             continue

@@ -78,7 +78,7 @@ def parse(text: str) -> list[Rule]:
         GuestAssetError: A line is malformed.
     """
     rules = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         body, _hash, comment = line.partition("#")
         if not body.strip():
             continue
@@ -109,7 +109,7 @@ def broken(rules: list[Rule], configuration: str) -> list[Rule]:
     An option vanishes without a word when something that it depends on is off.
     """
     options = {}
-    for line in configuration.splitlines():
+    for line in configuration.split("\n"):
         option, equals, value = line.partition("=")
         if equals and option.startswith("CONFIG_"):
             options[option] = value

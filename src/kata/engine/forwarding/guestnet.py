@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FEATURE = "kata.network"
 """How an agent announces it (``AgentDetails.extra_features``)."""
 _PERMISSION_DENIED = 7
+_MAX_SYSCTLS = 4096
+"""The agent takes so many in one request (``agent/src/network.rs``)."""
 _QUIET_S = 0.1
 """CNI plugins configure a namespace in several steps: the guest is told after this much time (in seconds) without a
 change."""
@@ -184,19 +186,20 @@ class GuestNetwork:
             told.pop(parameter, None)
         if before is not None and not told:
             return
-        request = agentext_pb.PrepareNetworkRequest(
-            device_path=path,
-            name=name,
-            sysctls=[agentext_pb.NetworkSysctl(name=key, value=value) for key, value in told.items()],
-        )
-        refused = await agent.prepare_network(request)
-        self._hidden.discard(path)
+        for first in range(0, max(len(told), 1), _MAX_SYSCTLS):
+            names = list(told)[first : first + _MAX_SYSCTLS]
+            request = agentext_pb.PrepareNetworkRequest(
+                device_path=path,
+                name=name,
+                sysctls=[agentext_pb.NetworkSysctl(name=key, value=told[key]) for key in names],
+            )
+            refused = await agent.prepare_network(request)
+            self._hidden.discard(path)
+            for position, reason in refused[: len(names)]:
+                if position < len(names):
+                    parameter = f"net/{names[position]}".translate({ord("."): "/", ord("/"): "."})
+                    self._say(f"{parameter}={told[names[position]]} is not set in the guest: {reason}")
         self._sysctls[path] = {**(before or {}), **told}
-        names = list(told)
-        for position, reason in refused[: len(names)]:
-            if position < len(names):
-                parameter = f"net/{names[position]}".translate({ord("."): "/", ord("/"): "."})
-                self._say(f"{parameter}={told[names[position]]} is not set in the guest: {reason}")
 
     def _of_containers(self) -> set[str]:
         """The kernel parameters that containers set themselves, which the namespace's stand behind."""
