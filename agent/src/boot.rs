@@ -81,10 +81,10 @@ pub fn init() -> Settings {
         }
     }
     raise_limits();
-    let (settings, complaints) = cmdline::parse_kernel(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    let (settings, warnings) = cmdline::parse_kernel(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     log::set_level(settings.level);
-    for complaint in complaints {
-        log::warn(&complaint);
+    for warning in warnings {
+        log::warn(&warning);
     }
     settings
 }

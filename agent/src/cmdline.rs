@@ -60,11 +60,11 @@ const UNSUPPORTED: &[&str] = &[
 /// typing error must not keep a guest from booting.
 pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
     let mut settings = Settings::default();
-    let mut complaints = vec![];
+    let mut warnings = vec![];
     for word in cmdline.split_ascii_whitespace() {
         // Both hierarchies would be mounted by the kernel; containers get cgroup v2 in any case.
         if word == "systemd.unified_cgroup_hierarchy=0" {
-            complaints.push(format!("kernel parameter {word:?} is ignored: control groups are v2 here"));
+            warnings.push(format!("kernel parameter {word:?} is ignored: control groups are v2 here"));
         }
         let Some(parameter) = word.strip_prefix("agent.") else { continue };
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
@@ -116,10 +116,10 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
             _ => Err("is not a parameter of this agent".to_string()),
         };
         if let Err(why) = outcome {
-            complaints.push(format!("kernel parameter {word:?} is ignored: {why}"));
+            warnings.push(format!("kernel parameter {word:?} is ignored: {why}"));
         }
     }
-    (settings, complaints)
+    (settings, warnings)
 }
 
 /// What the command line of an ordinary process asks for.
@@ -182,17 +182,16 @@ mod tests {
 
     #[test]
     fn kernel_parameters_are_read_and_wrong_ones_named() {
-        let (settings, complaints) = parse_kernel(
+        let (settings, warnings) = parse_kernel(
             "quiet agent.log=debug agent.server_addr=vsock://-1:1025 agent.container_pipe_size=1048576 agent.new=1\n",
         );
         assert_eq!(settings.level, Level::Debug);
         assert_eq!(settings.address, Address::Vsock(1025));
         assert_eq!(settings.pipe_size, 1 << 20);
-        assert_eq!(complaints, ["kernel parameter \"agent.new=1\" is ignored: is not a parameter of this agent"]);
+        assert_eq!(warnings, ["kernel parameter \"agent.new=1\" is ignored: is not a parameter of this agent"]);
         assert_eq!(parse_kernel("agent.channel=serial").0.address, Address::Serial);
-        let (debug, complaints) =
-            parse_kernel("agent.debug_console agent.debug_console_vport=1026 agent.log_vport=1025");
-        assert!(debug.debug_console && complaints.is_empty());
+        let (debug, warnings) = parse_kernel("agent.debug_console agent.debug_console_vport=1026 agent.log_vport=1025");
+        assert!(debug.debug_console && warnings.is_empty());
         assert_eq!(debug.console_address, Some(Address::Vsock(1026)));
         assert_eq!(debug.log_address, Some(Address::Vsock(1025)));
         let wrong = "agent.channel=tin agent.log=x agent.container_pipe_size=y agent.hotplug_timeout=soon";

@@ -20,8 +20,8 @@ use crate::sys;
 /// awake.
 const STREAM_EVENTS: u32 = libc::EPOLLONESHOT as u32;
 
-/// The outcome of one reader's turn.
-enum Turn {
+/// What serving one reader came to.
+enum Served {
     /// It has been given something, or is gone: the next one, which may be the same.
     Next,
     /// It has been served, and the stream is over with no reader left.
@@ -147,57 +147,57 @@ impl Processes {
     pub fn serve_readers(&mut self, io: &mut Connections, containers: &mut Containers, key: Key, which: usize) {
         loop {
             match self.serve_next(io, key, which) {
-                Turn::Next => {}
-                Turn::Over => self.reap_if_finished(io, containers, key),
-                Turn::Wait => return,
+                Served::Next => {}
+                Served::Over => self.reap_if_finished(io, containers, key),
+                Served::Wait => return,
             }
         }
     }
 
-    /// One turn of [`Processes::serve_readers`].
-    fn serve_next(&mut self, io: &mut Connections, key: Key, which: usize) -> Turn {
-        let Some(process) = self.records.get_mut(&key) else { return Turn::Wait };
+    /// One step of [`Processes::serve_readers`].
+    fn serve_next(&mut self, io: &mut Connections, key: Key, which: usize) -> Served {
+        let Some(process) = self.records.get_mut(&key) else { return Served::Wait };
         let phase = process.phase();
         let output = &mut process.outputs[which];
-        let Some(reader) = output.next_reader() else { return Turn::Wait };
+        let Some(reader) = output.next_reader() else { return Served::Wait };
         let Some(reply) = io.calls.get(reader.call) else {
             // The call is over: the data stays for the next one.
-            output.finish_turn(reader, None);
-            return Turn::Next;
+            output.finish_served(reader, None);
+            return Served::Next;
         };
         let has_credit = !reader.streaming || reader.len > 0 || output.at_end();
         // Before there is a process there is no end of file either.
         let may_end = phase != Phase::Building || output.raw().is_some();
         if !(output.has_news() && has_credit && may_end) {
-            return Turn::Wait;
+            return Served::Wait;
         }
         if io.is_congested(reply.conn, reader.streaming) {
             self.stalled.push((key, which as u8));
-            return Turn::Wait;
+            return Served::Wait;
         }
         let pipe = if reader.streaming && output.is_splice_worthwhile() { io.pipe(reply.conn) } else { None };
         if let Some(moved) = pipe.and_then(|pipe| output.move_into(reader.len, pipe)) {
-            output.finish_turn(reader, Some(moved));
+            output.finish_served(reader, Some(moved));
             io.send_outgoing(reply.conn, frame::data_frame_before(reply.stream, moved));
-            return Turn::Next;
+            return Served::Next;
         }
         match output.read(reader.len) {
             Read::Wait => {
                 if let Some(fd) = output.raw() {
                     io.poller.arm(fd, Token::Output(key, which as u8), libc::EPOLLIN);
                 }
-                Turn::Wait
+                Served::Wait
             }
             Read::Data(buffer) if reader.streaming => self.serve_stream(io, key, which, (reader, reply), buffer),
             Read::Data(buffer) => {
-                output.finish_turn(reader, None);
+                output.finish_served(reader, None);
                 let is_over = output.is_over();
                 io.calls.take(reader.call);
                 io.send_outgoing(reply.conn, frame::ok_frame_around(reply.stream, buffer));
                 if is_over {
-                    Turn::Over
+                    Served::Over
                 } else {
-                    Turn::Next
+                    Served::Next
                 }
             }
         }
@@ -212,11 +212,11 @@ impl Processes {
         which: usize,
         (reader, reply): (NextReader, Reply),
         buffer: Vec<u8>,
-    ) -> Turn {
-        let Some(process) = self.records.get_mut(&key) else { return Turn::Wait };
+    ) -> Served {
+        let Some(process) = self.records.get_mut(&key) else { return Served::Wait };
         let taken = buffer.len() - frame::DATA_OFFSET;
         let output = &mut process.outputs[which];
-        output.finish_turn(reader, (taken > 0).then_some(taken));
+        output.finish_served(reader, (taken > 0).then_some(taken));
         let is_over = output.is_over();
         if taken > 0 {
             io.send_outgoing(reply.conn, frame::data_frame_around(reply.stream, buffer));
@@ -226,14 +226,14 @@ impl Processes {
             }
             io.send_bytes(reply.conn, frame::end_frame(reply.stream));
             self.end_connection(io, key);
-            return Turn::Wait;
+            return Served::Wait;
         } else {
             io.answer(reader.call, Ok(vec![]));
         }
         if is_over {
-            Turn::Over
+            Served::Over
         } else {
-            Turn::Next
+            Served::Next
         }
     }
 

@@ -238,9 +238,9 @@ fn split_group(options: &[String]) -> Result<(Vec<&String>, Option<u32>)> {
 fn ephemeral(storage: &Storage) -> Result<()> {
     refuse_driver_options(storage, &[])?;
     let (options, group) = split_group(&storage.options)?;
-    let mut turn = None;
+    let mut lock = None;
     if is_of_sandbox(&storage.mount_point) {
-        turn = Some(take_turn()?);
+        lock = Some(lock_sandbox_mounts()?);
         if is_mounted(&storage.mount_point)? {
             return Ok(());
         }
@@ -256,12 +256,12 @@ fn ephemeral(storage: &Storage) -> Result<()> {
     if let (Err(_), Some((file, before))) = (&mounted, pool) {
         let _ = fs::write_existing(file, &before.to_string());
     }
-    drop(turn);
+    drop(lock);
     mounted
 }
 
 /// A lock between builders, which may run at the same time: it is held until the returned descriptor is dropped.
-fn take_turn() -> Result<Fd> {
+fn lock_sandbox_mounts() -> Result<Fd> {
     make_mount_point(OF_SANDBOX)?;
     let lock = sys::open(OF_SANDBOX, libc::O_RDONLY | libc::O_DIRECTORY, 0).context("open the sandbox's directory")?;
     sys::flock(lock.raw(), libc::LOCK_EX).context("wait for another container")?;

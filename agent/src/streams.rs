@@ -99,7 +99,7 @@ impl Output {
         }
     }
 
-    /// The call whose turn it is: read calls come before the streaming call.
+    /// The call that is served next: read calls come before the streaming call.
     pub fn next_reader(&self) -> Option<NextReader> {
         let reader = self.readers.front().map(|(call, len)| NextReader { call: *call, len: *len, streaming: false });
         let attached =
@@ -107,8 +107,8 @@ impl Output {
         reader.or(attached)
     }
 
-    /// Its turn is over: it has been given `taken` bytes, or is no longer there.
-    pub fn finish_turn(&mut self, next_reader: NextReader, taken: Option<usize>) {
+    /// It has been served: it was given `taken` bytes, or is no longer there.
+    pub fn finish_served(&mut self, next_reader: NextReader, taken: Option<usize>) {
         if !next_reader.streaming {
             self.readers.pop_front();
             if self.readers.is_empty() {
@@ -569,13 +569,13 @@ mod tests {
         let next_reader = out.next_reader().unwrap();
         assert_eq!((next_reader.call, next_reader.len, next_reader.streaming), (7, 3, true));
         assert_eq!(text(out.read(next_reader.len)).as_deref(), Some("hel"));
-        out.finish_turn(next_reader, Some(3));
+        out.finish_served(next_reader, Some(3));
         assert_eq!(out.next_reader().map(|t| t.len), Some(0));
         // A read call comes first, and does not stay.
         out.add_reader(8, 1);
         let reader = out.next_reader().unwrap();
         assert_eq!((reader.call, reader.len, reader.streaming), (8, 1, false));
-        out.finish_turn(reader, Some(1));
+        out.finish_served(reader, Some(1));
         out.grant(10);
         assert_eq!(out.next_reader().map(|t| (t.call, t.len)), Some((7, 10)));
         assert_eq!(out.attached(), Some(7));

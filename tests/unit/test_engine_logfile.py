@@ -66,10 +66,10 @@ def test_log_is_rotated_and_bounded(tmp_path: Path) -> None:
 
 
 def test_log_on_a_full_disk_hurts_nobody_and_says_so() -> None:
-    complaints: list[str] = []
-    log = LogFile("/dev/full", log=complaints.append)
+    logged: list[str] = []
+    log = LogFile("/dev/full", log=logged.append)
     log.write("stdout", b"lost")
     log.write("stdout", b"lost too")
     log.close()
-    assert len(complaints) == 1
-    assert "No space left" in complaints[0]
+    assert len(logged) == 1
+    assert "No space left" in logged[0]

@@ -53,7 +53,7 @@ class Machine:
         self.host_overhead_mib = registry.find().host_overhead_mib("kvm")
         self.is_lost = False
         self.told: list[tuple[str, Any]] = []
-        self.complaints: list[str] = []
+        self.logged: list[str] = []
         self.fail: set[str] = set()
         self.plugged = self.returned = self.stuck = 0
         self.spare = 1 << 20
@@ -63,7 +63,7 @@ class Machine:
         return self
 
     def log(self, text: str) -> None:
-        self.complaints.append(text)
+        self.logged.append(text)
 
     async def set_memory(self, mib: int) -> int:
         if "memory" in self.fail:
@@ -132,7 +132,7 @@ def test_a_pods_containers_add_up_and_nothing_shrinks_when_they_come() -> None:
     run(machine.resizer.admit("a", limits(0.7, 600)))
     run(machine.resizer.admit("b", limits(0.7, 600)))
     assert machine.told == [("memory", plugged(600)), ("memory", plugged(1200)), ("cpus", 2)]
-    machine.resizer.forget("a")
+    machine.resizer.remove_container("a")
     run(machine.resizer.admit("c", limits(0.1, 10)))
     assert machine.told[3:] == []
     assert (machine.resizer.vcpus, machine.resizer.memory_mib) == (2, 512 + plugged(1200))
@@ -196,7 +196,7 @@ def test_below_its_first_size_the_guest_gives_memory_back() -> None:
     assert machine.told[2:] == [("balloon", 0), ("memory", plugged(1000)), ("limits", limits(1, 1000))]
     run(machine.update("a", limits(1, 30)))
     assert machine.told[5:] == [("limits", limits(1, 30)), ("memory", 0), ("balloon", 512 - 60 - 128)]
-    assert machine.complaints == []
+    assert machine.logged == []
 
 
 def test_what_the_machine_has_besides_is_not_given_back() -> None:
@@ -211,7 +211,7 @@ def test_a_machine_whose_hypervisor_cannot_grow_it_keeps_its_size() -> None:
     machine = Machine()
     machine.capabilities = Capabilities(disk_slots=1)
     run(machine.resizer.admit("a", limits(3, 1000)))
-    assert "which keeps its size" in machine.complaints[0]
+    assert "which keeps its size" in machine.logged[0]
     with pytest.raises(UnsupportedError, match="this virtual machine can have 1"):
         run(machine.update("a", limits(4, 1000)))
     # Nor does its guest give memory back.
@@ -247,7 +247,7 @@ def test_who_has_no_limit_may_be_using_what_the_machine_has() -> None:
     run(machine.resizer.admit("b", {}))
     run(machine.update("a", limits(1, 200)))
     assert machine.told == [("limits", limits(1, 200))]
-    machine.resizer.forget("b")
+    machine.resizer.remove_container("b")
     run(machine.update("a", limits(1, 200)))
     assert machine.told[1:] == [("limits", limits(1, 200)), ("balloon", given(200))]
     run(machine.resizer.admit("b", {}))
@@ -286,17 +286,17 @@ def test_what_the_guest_does_not_give_back_is_told() -> None:
     run(machine.resizer.admit("a", limits(1, 400)))
     machine.spare = 100
     run(machine.update("a", limits(1, 200)))
-    assert machine.complaints == [
+    assert machine.logged == [
         f"the guest has not given back {given(200) - 100} MiB of memory; the limits hold in it"
     ]
     assert (machine.resizer.memory_mib, machine.resizer.returned_mib) == (412, 100)
     machine.spare = 1000
     run(machine.update("a", limits(1, 200)))
     assert machine.resizer.memory_mib == 512 - given(200)
-    assert len(machine.complaints) == 1
+    assert len(machine.logged) == 1
     machine.fail = {"balloon"}
     run(machine.update("a", limits(1, 150)))
-    assert "stays larger than what is asked for: no balloon" in machine.complaints[1]
+    assert "stays larger than what is asked for: no balloon" in machine.logged[1]
     assert machine.resizer.describe()["memory"] == 150 * MIB
 
 
@@ -314,7 +314,7 @@ def test_what_is_plugged_and_stuck_goes_into_the_balloon() -> None:
         ("memory", 0),
         ("balloon", given(300) + 300),
     ]
-    assert machine.complaints == []
+    assert machine.logged == []
 
 
 def test_a_guest_that_lies_about_its_memory_does_not_lose_all_of_it() -> None:
@@ -328,7 +328,7 @@ def test_a_guest_that_lies_about_its_memory_does_not_lose_all_of_it() -> None:
 def test_a_machine_that_keeps_its_size() -> None:
     machine = Machine(max_vcpus=0, max_memory_mib=0)
     run(machine.resizer.admit("a", limits(2, 1000)))
-    assert "asks for more than its machine has" in machine.complaints[0]
+    assert "asks for more than its machine has" in machine.logged[0]
     with pytest.raises(UnsupportedError):
         run(machine.update("a", limits(3, 100)))
     assert machine.told == []

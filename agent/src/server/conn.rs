@@ -456,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_out_of_step_is_given_up() {
+    fn a_connection_with_an_impossible_frame_is_given_up() {
         let (ours, host) = sys::socketpair(libc::SOCK_STREAM | libc::SOCK_NONBLOCK).unwrap();
         let mut conn = Conn::new(ours, false);
         sys::write_all(host.raw(), &[0xff; 20]).unwrap();

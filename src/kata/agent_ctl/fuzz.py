@@ -387,7 +387,7 @@ class _Sockets(_FrameCarrier):
         assert sock is not None
         return _Stream(sock)
 
-    def _exchange(self, data: bytes, pieces: int, due: set[int], wait_s: float) -> _Stream:
+    def _send_in_pieces(self, data: bytes, pieces: int, due: set[int], wait_s: float) -> _Stream:
         try:
             stream = self._new()
         except (KataError, OSError) as error:
@@ -400,14 +400,14 @@ class _Sockets(_FrameCarrier):
         return stream
 
     def send_frames(self, case: Case) -> list[str]:
-        stream = self._exchange(
+        stream = self._send_in_pieces(
             case.data, case.pieces, case.due, self.patience_s if case.due else _GLIMPSE_S
         )
         return _outcomes(stream, case.due, self.patience_s)
 
     def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
         number = self.next_stream(1)
-        stream = self._exchange(_call(method, payload, number, self.wait_s), 1, {number}, self.wait_s)
+        stream = self._send_in_pieces(_call(method, payload, number, self.wait_s), 1, {number}, self.wait_s)
         return _outcomes(stream, set(), self.wait_s)
 
     def _ask(self) -> None:

@@ -101,7 +101,7 @@ def _message(cls: type[M], value: Any, where: str, depth: int) -> M:
         raise UsageError(f"{where}: nested deeper than {MAX_DEPTH}")
     if not isinstance(value, dict):
         raise UsageError(
-            f"{where}: {_show(value)} is not a JSON object", f"a {cls.__name__} is written {{...}}"
+            f"{where}: {_shortened(value)} is not a JSON object", f"a {cls.__name__} is written {{...}}"
         )
     message = cls()
     given: dict[str, str] = {}
@@ -118,11 +118,13 @@ def _message(cls: type[M], value: Any, where: str, depth: int) -> M:
 def _field(cls: type[Message], field: Field, value: Any, where: str, depth: int) -> Any:
     if field.label == "*":
         if not isinstance(value, list):
-            raise UsageError(f"{where}: {_show(value)} is not a list", "a repeated field is written [...]")
+            raise UsageError(
+                f"{where}: {_shortened(value)} is not a list", "a repeated field is written [...]"
+            )
         return [_single(cls, field, item, f"{where}[{at}]", depth) for at, item in enumerate(value)]
     if field.label == "%":
         if not isinstance(value, dict):
-            raise UsageError(f"{where}: {_show(value)} is not a JSON object", "a map is written {...}")
+            raise UsageError(f"{where}: {_shortened(value)} is not a JSON object", "a map is written {...}")
         return {
             str(key): _single(cls, field, item, f"{where}[{key!r}]", depth) for key, item in value.items()
         }
@@ -135,13 +137,13 @@ def _single(cls: type[Message], field: Field, value: Any, where: str, depth: int
     kind = field.kind
     if kind == "string":
         if not isinstance(value, str):
-            raise UsageError(f"{where}: {_show(value)} is not a string")
+            raise UsageError(f"{where}: {_shortened(value)} is not a string")
         found: Any = value
     elif kind == "bytes":
         found = read_base64(value, where)
     elif kind == "bool":
         if not isinstance(value, bool):
-            raise UsageError(f"{where}: {_show(value)} is neither true nor false")
+            raise UsageError(f"{where}: {_shortened(value)} is neither true nor false")
         found = value
     elif kind == "enum":
         found = read_enum(cls, field, value, where)
@@ -162,7 +164,7 @@ def check(kind: str, value: Any, where: str) -> None:
     except UnicodeEncodeError:
         raise UsageError(f"{where}: the text has characters that UTF-8 cannot carry") from None
     except (EncodeError, ValueError, TypeError):
-        raise UsageError(f"{where}: {_show(value)} does not fit into {kind}") from None
+        raise UsageError(f"{where}: {_shortened(value)} does not fit into {kind}") from None
 
 
 def _integer(kind: str, value: Any, where: str) -> int:
@@ -177,7 +179,7 @@ def _integer(kind: str, value: Any, where: str) -> int:
         return int(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise UsageError(f"{where}: {_show(value)} is not an integer ({kind})")
+    raise UsageError(f"{where}: {_shortened(value)} is not an integer ({kind})")
 
 
 def read_base64(value: Any, where: str) -> bytes:
@@ -192,7 +194,7 @@ def read_base64(value: Any, where: str) -> bytes:
             return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except (binascii.Error, ValueError):
             pass
-    raise UsageError(f"{where}: {_show(value)} is not base64")
+    raise UsageError(f"{where}: {_shortened(value)} is not base64")
 
 
 def read_enum(cls: type[Message], field: Field, value: Any, where: str) -> int:
@@ -206,11 +208,11 @@ def read_enum(cls: type[Message], field: Field, value: Any, where: str) -> int:
         return values[value]
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    text = f"{where}: {_show(value)} is none of {', '.join(values)}"
+    text = f"{where}: {_shortened(value)} is none of {', '.join(values)}"
     raise UsageError(text, nearest(value, values) if isinstance(value, str) else "")
 
 
-def _show(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

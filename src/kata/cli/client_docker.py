@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 
-from kata.cli.client_edit import Edit, forget_backup, read, text_of
+from kata.cli.client_edit import Edit, read, remove_backup, text_of
 from kata.errors import AlreadyExistsError, ConfigError, HostError
 
 TYPE_CHECKING = False
@@ -122,7 +122,7 @@ def clear_up(edits: list[Edit]) -> list[str]:
     for edit in edits:
         backup = read(edit.backup)
         if backup is not None and backup == edit.after:
-            forget_backup(edit.path)
+            remove_backup(edit.path)
         elif backup is not None:
             said.append(f"{edit.backup} stays: {edit.path} has been changed by others since it was made")
     return said

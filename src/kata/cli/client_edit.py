@@ -76,12 +76,12 @@ class Edit:
             HostError: The file cannot be written.
         """
         Edit(self.path, self.after, self.before).apply()
-        forget_backup(self.path)
+        remove_backup(self.path)
         for directory in reversed(self._made):
             os.rmdir(directory)
 
 
-def forget_backup(path: str) -> None:
+def remove_backup(path: str) -> None:
     """Remove the backup of a file that is in its original state."""
     try:
         os.unlink(os.path.realpath(path) + BACKUP)

@@ -208,7 +208,7 @@ def network_settings(conf: Configuration, path: str) -> NetworkSettings:
         ConfigError: The settings contradict each other.
         UnsupportedError: The namespace is the host's own, or named as some process's.
     """
-    if path and _is_hosts_network(path):
+    if path and _is_host_network(path):
         # Its interfaces would be redirected to the guest, and the host be cut off.
         raise UnsupportedError(
             f"the container asks for the host's network namespace ({path}), and it runs on a kernel of its own",
@@ -232,7 +232,7 @@ def network_settings(conf: Configuration, path: str) -> NetworkSettings:
     return NetworkSettings(mode="netns", path=path, model=model)
 
 
-def _is_hosts_network(path: str) -> bool:
+def _is_host_network(path: str) -> bool:
     """Whether a network namespace is that of the machine, or of whoever started us. One that cannot be looked at is
     not: to enter it fails as well.
     """

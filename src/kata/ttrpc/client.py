@@ -150,7 +150,7 @@ class Client:
         data = envelope.Request(service, method, request.encode(), nano, pairs).encode()
         if len(data) > frame.MAX_DATA:
             raise TtrpcError(RESOURCE_EXHAUSTED, f"a request of {len(data)} bytes does not fit into a frame")
-        answer = await self._exchange(data, timeout)
+        answer = await self._send_and_wait(data, timeout)
         if answer is _LATE:
             raise TtrpcError(DEADLINE_EXCEEDED, f"{method} was not answered in time")
         if answer is None:
@@ -206,7 +206,7 @@ class Client:
 
     # ---- calls ----
 
-    async def _exchange(self, data: bytes, timeout: float | None) -> envelope.Response | None:
+    async def _send_and_wait(self, data: bytes, timeout: float | None) -> envelope.Response | None:
         """Send a request and wait for its response. Returns None when the connection ended, `_LATE` after the
         timeout."""
         size = len(data)

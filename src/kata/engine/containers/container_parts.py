@@ -181,7 +181,7 @@ class ContainerParts:
         return self._volumes.get(os.path.normpath(path), "")
 
     async def _roll_back(self) -> None:
-        self._host.resizer.forget(self._id)
+        self._host.resizer.remove_container(self._id)
         self.close_relay()
         await self._disks.remove_all()
         await self._tasks.run_blocking(self._remove_shared)
@@ -301,7 +301,7 @@ class ContainerParts:
         if self._removed:
             return
         self._removed = True
-        self._host.resizer.forget(self._id)
+        self._host.resizer.remove_container(self._id)
         self.close_relay()
         agent = self._runtime.living_agent
         if agent is not None:

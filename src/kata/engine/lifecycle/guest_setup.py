@@ -47,7 +47,7 @@ READY_S = 60.0
 """How long a guest may take to answer, in seconds; it takes one, but a host may be busy, or itself an emulated machine.
 The sandbox's settings may say otherwise (`kata.settings.GuestSettings`)."""
 BOOT_SLOT_S = 1.0
-"""How long a machine that is up keeps its turn to boot for a first container, in seconds."""
+"""How long a machine that is up keeps its boot slot for a first container, in seconds."""
 # Not nosuid: an image's sudo and ping work as they do elsewhere. (What the host exports is nosuid for the host itself.)
 SHARE_MOUNT_OPTIONS = {
     "9p": ["trans=virtio", "version=9p2000.L", "nodev"],

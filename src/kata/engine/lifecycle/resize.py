@@ -169,10 +169,10 @@ class MachineResizer:
                     return
                 await self._resize_to(_larger(wanted, has))
             except BaseException:
-                self.forget(container_id)
+                self.remove_container(container_id)
                 raise
 
-    def forget(self, container_id: str) -> None:
+    def remove_container(self, container_id: str) -> None:
         """A container is gone. The machine stays as it is until the next update."""
         self._containers.pop(container_id, None)
         self._pause_containers.discard(container_id)

@@ -171,7 +171,7 @@ class Sandbox:
             self.on_trace(self.trace)
         self.timings.add("engine", began_ns, machine.ready_ns or done_ns)
         if machine.started_ns - machine.ready_ns > NOTABLE_NS:
-            self.timings.add("turn", machine.ready_ns, machine.started_ns)
+            self.timings.add("boot slot", machine.ready_ns, machine.started_ns)
         for note in self.settings.notes:
             self.tasks.log(note)
         self.runtime.start(self._bring_up, self._start_error)
