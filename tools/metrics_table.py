@@ -26,8 +26,8 @@ alerts go on working; what is marked **ours** is not there. Nothing is measured 
 
 An engine answers within 3 seconds. A guest that does not answer by then (it boots, is paused, hangs or has ended) has no
 figures, `kata_shim_agent_up` is 0, and everything else is there. What a guest says of itself is taken where it is a valid sample
-of a family below with just its labels; anything else is left out and counted (`kata_shim_guest_samples_dropped`). A family has at most
-4096 series from a guest, a value of a label at most 256 characters, and at most 128 containers of a sandbox are shown.
+of a family below with just its labels; anything else is left out and counted (`kata_shim_guest_samples_dropped`). From a guest are at
+most 1536 series of a family and 4096 in all; a label's value has at most 256 characters; at most 128 containers of a sandbox are shown.
 
 A sandbox with one container has about 900 series, of which 500 are the guest's `vm_stat`, `meminfo`, `netdev_stat` and the like.
 Who does not need those takes a part: `?filter_family=kata_container,kata_shim,kata_hypervisor,kata_pod` of kata-monitor leaves about 350.
@@ -46,7 +46,7 @@ GROUPS = (
         "The engine (shim), and the sandbox as a whole",
         ("kata_shim_",),
         "`action` of the engine's calls is that of the original; that of calls to the agent is the type of the request. Sums and counts of"
-        " `kata_shim_start_phase_duration_seconds` are of one start, so add them up over sandboxes. `kata_shim_python_gc_collections_total`,"
+        " `kata_shim_start_phase_duration_seconds` are of one start, so add them up over sandboxes. `kata_shim_python_*`,"
         " `kata_shim_build_info`, and what tells of agent, sandbox, start, disks, host and guest is **ours**.",
     ),
     (
@@ -57,7 +57,8 @@ GROUPS = (
     (
         "The file server of the share, and other helpers",
         ("kata_virtiofsd_", "kata_helper_"),
-        "Where a sandbox has them. `kata_helper_*` is **ours**: `role` is `passt` (network) or `logger` (a logging program).",
+        "Where a sandbox has them. `kata_helper_*` is **ours**: `role` is `passt` (network) or `logger` (a logging program), of which there may"
+        " be one for each container: `pid` tells them apart.",
     ),
     ("The agent", ("kata_agent_",), "The process in the guest that makes the containers."),
     ("The guest", ("kata_guest_",), "What the guest's kernel says of itself."),

@@ -120,6 +120,8 @@ class AgentDouble:
         """Awaited before each call with the method's name: may raise, or never return."""
         self.serving = asyncio.Event()
         self.serving.set()
+        self.says = ""  # what it answers to GetMetrics
+        self.usage: agent_pb.StatsContainerResponse | None = None  # what it answers to StatsContainer
 
     def server(self) -> Server:
         return Server(
@@ -250,8 +252,14 @@ class AgentDouble:
         await self._enter(request, context)
         if (request.container_id, "") not in self.processes:
             raise TtrpcError(INVALID_ARGUMENT, "no such container")
+        if self.usage is not None:
+            return self.usage
         pids = agent_pb.PidsStats(current=3)
         return agent_pb.StatsContainerResponse(cgroup_stats=agent_pb.CgroupStats(pids_stats=pids))
+
+    async def GetMetrics(self, request: Any, context: Any) -> agent_pb.Metrics:
+        await self._enter(request, context)
+        return agent_pb.Metrics(metrics=self.says)
 
     async def ReadStdout(
         self, request: agent_pb.ReadStreamRequest, context: Any
@@ -292,6 +300,7 @@ class MachineDouble:
     """A hypervisor that is only a socket pair and a fate."""
 
     pid = 2**22  # above pid_max: no process of this host has it
+    version = "1.2.3"
 
     def __init__(self, agent: AgentDouble) -> None:
         self.agent = agent

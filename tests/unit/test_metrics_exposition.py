@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ GUEST = families.OF_GUEST
 
 
 def taken(text: str) -> list[str]:
-    return [line for _, line in known_samples(text, GUEST)]
+    return [line for lines in known_samples(text, GUEST)[0].values() for line in lines]
 
 
 def test_a_guests_own_words_are_taken() -> None:
@@ -53,17 +55,40 @@ def test_a_guests_own_words_are_taken() -> None:
         'kata_guest_load{item="\u202eabc"} 1',
         f'kata_guest_load{{item="{"x" * 300}"}} 1',
         "kata_agent_threads 1\r",
-        "# TYPE kata_agent_threads counter",
+        f"kata_agent_threads {'9' * 5000}",
+        f'kata_guest_load{{item="{"x" * 3_000_000}"}} 1',
+        "kata_guest_load{" + 'item="x",' * 100_000 + "} 1",
     ],
 )
 def test_what_a_guest_may_not_say_is_left_out(line: str) -> None:
+    assert known_samples(line, GUEST)[1] == 1
     assert taken(line) == []
+
+
+def test_types_that_a_guest_names_are_no_samples() -> None:
+    found = known_samples("# TYPE kata_agent_threads counter\n\n# HELP x y\n", GUEST)
+    assert found == ({}, 0)
 
 
 def test_a_series_occurs_once_and_a_family_is_bounded() -> None:
     assert taken("kata_agent_threads 1\nkata_agent_threads 2\n") == ["kata_agent_threads 1"]
     many = "".join(f'kata_guest_vm_stat{{item="k{number}"}} 1\n' for number in range(10_000))
     assert len(taken(many)) == exposition.MAX_FAMILY_SAMPLES
+    names = [name for name, one in GUEST.items() if one.label_names == "item"]
+    many = "".join(f'{name}{{item="k{number}"}} 1\n' for name in names for number in range(1000))
+    found, dropped = known_samples(many, GUEST)
+    assert sum(map(len, found.values())) == exposition.MAX_GUEST_SAMPLES
+    assert dropped == len(names) * 1000 - exposition.MAX_GUEST_SAMPLES
+
+
+def test_lines_without_end_cost_little() -> None:
+    began = time.process_time()
+    for text in ("\n" * (4 << 20), "x\n" * (2 << 20), 'a{b="' + "\\" * (4 << 20), '"' * (4 << 20)):
+        tracemalloc.start()
+        known_samples(text, GUEST)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+    assert time.process_time() - began < 20
 
 
 @given(st.text(alphabet='kat_guesload{}="\\,item 019.e+-\n#', max_size=200))
@@ -152,7 +177,7 @@ def test_the_registry_is_sound() -> None:
         assert one.kind in ("counter", "gauge", "histogram")
         assert one.source in families.SOURCES
         assert one.help.endswith(".") or one.help.endswith(")."), name
-        assert len(one.labels) <= 3
+        assert len(one.labels) <= 4
 
 
 def test_the_page_is_made_of_the_registry() -> None:

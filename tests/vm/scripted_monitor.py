@@ -138,6 +138,8 @@ class ScriptedStarted:
 class ScriptedMachine:
     """`kata.hypervisor.protocols.Machine`."""
 
+    version = "1"
+
     def __init__(self, started: ScriptedStarted) -> None:
         import asyncio
 

@@ -442,11 +442,13 @@ class AgentClient:
         request = agent_pb.UpdateContainerRequest(container_id=container_id, resources=resources)
         await self._empty("UpdateContainer", request)
 
-    async def stats(self, container_id: str, timeout_s: float = ASK_S) -> agent_pb.StatsContainerResponse:
+    async def stats(
+        self, container_id: str, timeout_s: float | None = ASK_S
+    ) -> agent_pb.StatsContainerResponse:
         request = agent_pb.StatsContainerRequest(container_id=container_id)
         return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse, timeout_s)
 
-    async def metrics(self, timeout_s: float = ASK_S) -> str:
+    async def metrics(self, timeout_s: float | None = ASK_S) -> str:
         """What the agent and the guest's kernel report of themselves: Prometheus' text format, not checked."""
         answer = await self.call(
             AGENT, "GetMetrics", agent_pb.GetMetricsRequest(), agent_pb.Metrics, timeout_s

@@ -84,6 +84,10 @@ class Machine(Protocol):
         """Process id of the monitor on the host."""
 
     @property
+    def version(self) -> str:
+        """The monitor's version, as it says itself (``7.2.22``); empty as long as it has not."""
+
+    @property
     def channel(self) -> Channel:
         """How its agent is reached."""
 

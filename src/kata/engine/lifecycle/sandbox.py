@@ -82,6 +82,9 @@ class Sandbox:
         self.identity = {"pid": me["pid"], "starttime": me["start"], "boot_id": me["boot"]}
         self.timings = Timings(settings.request_started_ns or time.monotonic_ns())
         self.overhead: Overhead | None = None  # once somebody has asked for metrics
+        self.open_questions: dict[
+            str, asyncio.Future[Any]
+        ] = {}  # for figures, which the guest has yet to answer
         self.calls = Durations()  # how long those took that the engine has answered
         self.tasks = Tasks(self.id, settings.client.log_fifo)
         client = settings.client

@@ -38,16 +38,18 @@ class Figures:
         guest_text: The agent's answer to GetMetrics, which is not to be trusted; None without one.
         containers: The agent's answer to StatsContainer, by container.
         processes: The engine, the hypervisor and the helpers.
+        is_whole: Whether every container that runs has answered.
         cpu_s: Processor time of the whole sandbox on the host, in seconds.
         memory_bytes: Memory of the whole sandbox on the host.
     """
 
-    __slots__ = ("at_s", "containers", "cpu_s", "guest_text", "memory_bytes", "processes")
+    __slots__ = ("at_s", "containers", "cpu_s", "guest_text", "is_whole", "memory_bytes", "processes")
 
     def __init__(self) -> None:
         self.at_s = time.time()
         self.guest_text: str | None = None
         self.containers: dict[str, agent_pb.StatsContainerResponse] = {}
+        self.is_whole = False
         self.processes: list[ProcessFigures] = []
         self.cpu_s = 0.0
         self.memory_bytes = 0
@@ -71,30 +73,42 @@ async def look(sandbox: Sandbox) -> Figures:
 
 
 async def _ask(agent: AgentClient, sandbox: Sandbox, found: Figures) -> None:
-    """Ask for all that the guest has to say, at the same time."""
+    """Ask for all that the guest has to say, at the same time.
 
-    async def metrics() -> None:
-        found.guest_text = await agent.metrics(GUEST_S)
-
-    async def stats(container: Container) -> None:
-        found.containers[container.id] = await agent.stats(container.id, GUEST_S)
-
-    asked = [asyncio.ensure_future(metrics())]
-    asked += [
-        asyncio.ensure_future(stats(one))
+    A question that a former look has asked, and that is not answered yet, is not asked again: a guest that hangs or is
+    paused for hours would otherwise have a longer queue to answer with each scrape. Looks at the same time share
+    their questions.
+    """
+    living = [
+        one
         for one in list(sandbox.containers.values())[:MAX_CONTAINERS]
         if one.init.state in (CREATED, RUNNING, PAUSED)
     ]
-    try:
-        await asyncio.wait(asked, timeout=GUEST_S)
-    finally:
-        for one in asked:
-            one.cancel()
-        for result in await asyncio.gather(*asked, return_exceptions=True):
-            if isinstance(result, Exception) and not isinstance(result, KataError):
-                sandbox.tasks.log(
-                    f"a figure of the guest could not be had: {type(result).__name__}: {result}"
-                )
+    open_questions = sandbox.open_questions
+    asked: dict[str, asyncio.Future[Any]] = {}
+    for key in ("", *(one.id for one in living)):
+        question = open_questions.get(key)
+        if question is None:
+            question = asyncio.ensure_future(agent.stats(key, None) if key else agent.metrics(None))
+            open_questions[key] = question
+            question.add_done_callback(lambda done, key=key: _answered(sandbox, key, done))  # type: ignore[misc]
+        asked[key] = question
+    await asyncio.wait(asked.values(), timeout=GUEST_S)
+    for key, question in asked.items():
+        if not question.done() or question.cancelled() or question.exception() is not None:
+            continue
+        if key:
+            found.containers[key] = question.result()
+        else:
+            found.guest_text = question.result()
+    found.is_whole = len(found.containers) == len(living) and found.guest_text is not None
+
+
+def _answered(sandbox: Sandbox, key: str, question: asyncio.Future[Any]) -> None:
+    sandbox.open_questions.pop(key, None)
+    error = None if question.cancelled() else question.exception()
+    if error is not None and not isinstance(error, KataError):
+        sandbox.tasks.log(f"a figure of the guest could not be had: {type(error).__name__}: {error}")
 
 
 def _pids(sandbox: Sandbox) -> list[tuple[str, int]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 1 << 62
 """A limit from here on is none: the kernel's largest number of pages, in bytes."""
+MAX_CARDS = 64
 PHASE_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _GETS = {"GetGuestDetails": "GuestDetailsRequest"}
 _STATES = ("created", "running", "paused", "stopped")
@@ -44,23 +45,32 @@ async def collect(sandbox: Sandbox) -> str:
     return text.text()
 
 
+_AS_CODED = 'kata_agent_io_stat{item="cancelled_write_bytes"}'
+_AS_DOCUMENTED = 'kata_agent_io_stat{item="cancelled_write_byte"}'
+
+
 def _guest(text: Text, found: Figures) -> None:
     """What the guest says, as far as it makes sense."""
     text.add("kata_shim_agent_up", int(found.guest_text is not None))
     if found.guest_text is None:
         return
-    taken = 0
-    for name, line in exposition.known_samples(found.guest_text, families.OF_GUEST):
-        text.lines(name).append(line)
-        taken += 1
-    said = sum(1 for line in found.guest_text.split("\n") if line and not line.startswith("#"))
-    text.add("kata_shim_guest_samples_dropped", said - taken)
+    known, dropped = exposition.known_samples(found.guest_text, families.OF_GUEST)
+    for name, lines in known.items():
+        text.lines(name).extend(lines)
+    input_output = known.get("kata_agent_io_stat", ())
+    if not any(line.startswith(_AS_DOCUMENTED) for line in input_output):
+        text.lines("kata_agent_io_stat").extend(
+            _AS_DOCUMENTED + line.removeprefix(_AS_CODED)
+            for line in input_output
+            if line.startswith(_AS_CODED)
+        )
+    text.add("kata_shim_guest_samples_dropped", dropped)
 
 
 def _process(text: Text, one: ProcessFigures) -> None:
     prefix = _PREFIX.get(one.role)
     if prefix is None:
-        role = exposition.labels_text(role=one.role)
+        role = exposition.labels_text(role=one.role, pid=str(one.pid))
         text.add("kata_helper_cpu_seconds_total", one.cpu_s, role)
         text.add("kata_helper_resident_memory_bytes", one.resident_bytes, role)
         opened = one.open_files()
@@ -76,14 +86,19 @@ def _process(text: Text, one: ProcessFigures) -> None:
         text.add(f"{prefix}_fds", opened)
     if one.role == "virtiofsd":  # its network namespace is empty
         return
-    for name, items in procfs.interfaces(one.pid):
-        text.items(f"{prefix}_netdev", items, f'interface="{exposition.escape(name)}",')
+    interfaces = {exposition.escape(name): items for name, items in procfs.interfaces(one.pid)}
+    for name, items in interfaces.items():
+        text.items(f"{prefix}_netdev", items, f'interface="{name}",')
     if one.role == "engine":
         text.add("kata_shim_process_cpu_seconds_total", one.cpu_s)
         text.add("kata_shim_process_max_fds", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         text.add("kata_shim_process_open_fds", opened or 0)
         text.add("kata_shim_process_resident_memory_bytes", one.resident_bytes)
         text.add("kata_shim_process_virtual_memory_bytes", one.virtual_bytes)
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        text.add(
+            "kata_shim_process_virtual_memory_max_bytes", -1 if most == resource.RLIM_INFINITY else most
+        )
         text.add("kata_shim_process_start_time_seconds", _booted_s() + one.start_ticks / procfs.TICKS_PER_S)
 
 
@@ -96,20 +111,26 @@ def _booted_s() -> int:
 
 def _engine(text: Text, sandbox: Sandbox) -> None:
     """What the engine knows and has counted."""
-    runtime = sandbox.runtime
-    version = exposition.labels_text(version=kata.__version__, python=platform.python_version())
-    text.add("kata_shim_build_info", 1, version)
-    described = sandbox.settings.machine
-    if runtime.vm is not None and described is not None and runtime.machine.monitor is not None:
+    runtime, described = sandbox.runtime, sandbox.settings.machine
+    hypervisor = runtime.machine.monitor.name if runtime.machine.monitor is not None else ""
+    python = platform.python_version()
+    labels = exposition.labels_text(version=kata.__version__, python=python, hypervisor=hypervisor)
+    text.add("kata_shim_build_info", 1, labels)
+    if runtime.vm is not None and described is not None:
         labels = exposition.labels_text(
-            name=runtime.machine.monitor.name,
+            name=hypervisor,
+            version=runtime.vm.version,
             accelerator=described.hypervisor.accel,
             channel=runtime.vm.channel.kind,
         )
         text.add("kata_hypervisor_info", 1, labels)
+    labels = exposition.labels_text(implementation=platform.python_implementation(), version=python)
+    text.add("kata_shim_python_info", 1, labels)
     for generation, counts in enumerate(gc.get_stats()):
         labels = exposition.labels_text(generation=str(generation))
         text.add("kata_shim_python_gc_collections_total", counts["collections"], labels)
+        text.add("kata_shim_python_gc_objects_collected_total", counts["collected"], labels)
+        text.add("kata_shim_python_gc_objects_uncollectable_total", counts["uncollectable"], labels)
     text.add("kata_shim_sandbox_state", 1, exposition.labels_text(state=sandbox.life.state.value))
     if sandbox.life.created_ns:
         text.add("kata_shim_sandbox_created_seconds", sandbox.life.created_ns / 1e9)
@@ -154,13 +175,14 @@ def _host(text: Text, sandbox: Sandbox, found: Figures) -> None:
         limit = _memory_limit(cgroup.paths.get("memory", ""))
         if limit:
             text.add("kata_shim_host_memory_limit_bytes", limit)
-    cpu_s, memory = in_containers(found)
-    if sandbox.overhead is None:
-        sandbox.overhead = Overhead(sandbox.life.created_ns / 1e9)
-    text.add(
-        "kata_shim_pod_overhead_cpu", sandbox.overhead.cpu_percent(found.at_s, max(0.0, found.cpu_s - cpu_s))
-    )
-    text.add("kata_shim_pod_overhead_memory_in_bytes", max(0, found.memory_bytes - memory))
+    if found.is_whole:  # otherwise what the containers take would seem to be overhead
+        if sandbox.overhead is None:
+            sandbox.overhead = Overhead(sandbox.life.created_ns / 1e9)
+        percent = sandbox.overhead.cpu_percent(found.at_s, found.cpu_s, container_cpu_s(found))
+        text.add("kata_shim_pod_overhead_cpu", percent)
+        text.add(
+            "kata_shim_pod_overhead_memory_in_bytes", max(0, found.memory_bytes - container_memory(found))
+        )
     returned = memory_returned(sandbox, found)
     if returned is not None:
         text.add("kata_shim_guest_memory_returned_bytes", returned)
@@ -175,18 +197,24 @@ def _memory_limit(directory: str) -> int:
     return 0
 
 
-def in_containers(found: Figures) -> tuple[float, int]:
-    """Processor time (seconds) and memory (bytes) of all containers together, as the guest says."""
-    cpu_ns = memory = 0
+def container_cpu_s(found: Figures) -> dict[str, float]:
+    """Processor time of each container in seconds, as the guest says."""
+    used = {}
+    for container, answer in found.containers.items():
+        cpu = answer.cgroup_stats.cpu_stats if answer.cgroup_stats is not None else None
+        if cpu is not None and cpu.cpu_usage is not None:
+            used[container] = cpu.cpu_usage.total_usage / 1e9
+    return used
+
+
+def container_memory(found: Figures) -> int:
+    """Memory of all containers together in bytes, as the guest says."""
+    total = 0
     for answer in found.containers.values():
-        group = answer.cgroup_stats
-        if group is None:
-            continue
-        if group.cpu_stats is not None and group.cpu_stats.cpu_usage is not None:
-            cpu_ns += group.cpu_stats.cpu_usage.total_usage
-        if group.memory_stats is not None and group.memory_stats.usage is not None:
-            memory += group.memory_stats.usage.usage
-    return cpu_ns / 1e9, memory
+        memory = answer.cgroup_stats.memory_stats if answer.cgroup_stats is not None else None
+        if memory is not None and memory.usage is not None:
+            total += memory.usage.usage
+    return total
 
 
 def memory_returned(sandbox: Sandbox, found: Figures) -> int | None:
@@ -225,8 +253,9 @@ def _containers(text: Text, sandbox: Sandbox, found: Figures) -> None:
             _io(text, container.id, answer.cgroup_stats.blkio_stats)
     # The containers of a pod share its network, so any of them tells of it.
     answer = next(iter(found.containers.values()), None)
-    for card in answer.network_stats[:64] if answer is not None else ():
-        _network(text, card)
+    cards = answer.network_stats[:MAX_CARDS] if answer is not None else ()
+    for name, card in {exposition.escape(card.name): card for card in cards}.items():
+        _network(text, f'{{interface="{name}"}}', card)
 
 
 def _cpu(text: Text, container_id: str, identity: str, cpu: agent_pb.CpuStats | None) -> None:
@@ -283,8 +312,7 @@ def _io(text: Text, container_id: str, blkio: agent_pb.BlkioStats | None) -> Non
             text.add(name, value, labels)
 
 
-def _network(text: Text, card: agent_pb.NetworkStats) -> None:
-    labels = exposition.labels_text(interface=card.name)
+def _network(text: Text, labels: str, card: agent_pb.NetworkStats) -> None:
     for ours, theirs in (("receive", "rx"), ("transmit", "tx")):
         for what in ("bytes", "packets", "errors", "dropped"):
             text.add(f"kata_pod_network_{ours}_{what}_total", getattr(card, f"{theirs}_{what}"), labels)

@@ -29,7 +29,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
     described = settings.machine
     runtime = sandbox.runtime
     guest = _guest(found)
-    cpu_s, memory = metrics.in_containers(found)
+    inside_s = sum(metrics.container_cpu_s(found).values())
     containers = [
         _container(sandbox, one, found)
         for one in list(sandbox.containers.values())[: figures.MAX_CONTAINERS]
@@ -47,7 +47,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
         "labels": first.get("labels", {}),
         "hypervisor": {
             "name": runtime.machine.monitor.name if runtime.machine.monitor is not None else "",
-            "version": "",
+            "version": runtime.vm.version if runtime.vm is not None else "",
             "pid": runtime.vm.pid if runtime.vm is not None else 0,
             "accelerator": described.hypervisor.accel if described is not None else "",
             "channel": runtime.vm.channel.kind if runtime.vm is not None else "",
@@ -72,8 +72,10 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
         },
         "guest": {**guest, "memory_returned_bytes": metrics.memory_returned(sandbox, found)},
         "overhead": {
-            "cpu_seconds": max(0.0, found.cpu_s - cpu_s),
-            "memory_bytes": max(0, found.memory_bytes - memory),
+            "cpu_seconds": max(0.0, found.cpu_s - inside_s) if found.is_whole else None,
+            "memory_bytes": max(0, found.memory_bytes - metrics.container_memory(found))
+            if found.is_whole
+            else None,
         },
         "network": _network(found),
         "disk_error": _text(runtime.disk_error),
@@ -97,9 +99,12 @@ def _guest(found: Figures) -> dict[str, float | None]:
     meminfo, load, cpu = "kata_guest_meminfo", "kata_guest_load", "kata_guest_cpu_time"
     values: dict[str, float] = {}
     wanted = {name: families.OF_GUEST[name] for name in (meminfo, load, cpu)}
-    for _, line in known_samples(found.guest_text or "", wanted):
-        series, _, value = line.rpartition(" ")
-        values[series] = float(value)
+    known, _ = known_samples(found.guest_text or "", wanted)
+    for lines in known.values():
+        for line in lines:
+            series, _, value = line.rpartition(" ")
+            if value != "+Inf":  # which JSON has no word for
+                values[series] = float(value)
     busy: list[float] = [
         value
         for series, value in values.items()
@@ -124,7 +129,7 @@ def _network(found: Figures) -> list[dict[str, Any]]:
             "sent_bytes": card.tx_bytes,
             "sent_packets": card.tx_packets,
         }
-        for card in (answer.network_stats[:64] if answer is not None else ())
+        for card in (answer.network_stats[: metrics.MAX_CARDS] if answer is not None else ())
     ]
 
 

@@ -81,6 +81,13 @@ class Qemu:
         return self._process.pid
 
     @property
+    def version(self) -> str:
+        """What QEMU's greeting said; empty before it."""
+        if not self._qmp.done() or self._qmp.cancelled() or self._qmp.exception() is not None:
+            return ""
+        return ".".join(map(str, self._qmp.result().version))
+
+    @property
     def channel(self) -> Channel:
         """How the agent is reached."""
         return self._process.channel
