@@ -50,6 +50,11 @@ def usage() -> str:
 def run(link: Link, words: Sequence[str], style: Style) -> int:
     """Measure and print the results.
 
+    Args:
+        link: The agent.
+        words: The command's arguments.
+        style: How to print.
+
     Raises:
         UsageError: *words* has invalid options.
         KataError, TtrpcError: A call failed.
@@ -94,7 +99,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def round_trip(link: Link, calls: int) -> dict[str, float]:
-    """Measure the latency of empty calls, in microseconds."""
+    """Measure the latency of empty calls, in microseconds.
+
+    Args:
+        link: The agent.
+        calls: How many.
+    """
     payload = health_pb.CheckRequest().encode()
     for _ in range(min(_WARM_UP, calls)):
         link.call(HEALTH, "Check", payload, _CALL_S)
@@ -126,7 +136,13 @@ def _rate(moved: int, calls: int, seconds: float) -> dict[str, float]:
 
 
 def requests(link: Link, total: int, size: int) -> dict[str, float]:
-    """Measure the throughput of requests with a payload."""
+    """Measure the throughput of requests with a payload.
+
+    Args:
+        link: The agent.
+        total: Bytes to send in all.
+        size: Bytes of each payload.
+    """
     payload = health_pb.CheckRequest(service="x" * size).encode()
     calls = max(1, total // size)
     began = time.perf_counter()
@@ -172,7 +188,14 @@ class _Process:
 
 
 def stdout(link: Link, container: str, total: int, size: int) -> dict[str, float]:
-    """Measure the throughput of a process's output."""
+    """Measure the throughput of a process's output.
+
+    Args:
+        link: The agent.
+        container: Id of a container that runs.
+        total: Bytes that the process writes.
+        size: Bytes to ask for in each call.
+    """
     process = _Process(link, container, ["dd", "if=/dev/zero", "bs=65536", f"count={max(1, total >> 16)}"])
     request = agent_pb.ReadStreamRequest(container_id=container, exec_id=process.exec_id, len=size)
     moved = calls = 0
@@ -190,7 +213,14 @@ def stdout(link: Link, container: str, total: int, size: int) -> dict[str, float
 
 
 def stdin(link: Link, container: str, total: int, size: int) -> dict[str, float]:
-    """Measure the throughput of a process's input."""
+    """Measure the throughput of a process's input.
+
+    Args:
+        link: The agent.
+        container: Id of a container that runs.
+        total: Bytes to write to the process.
+        size: Bytes of each call.
+    """
     process = _Process(link, container, ["dd", "of=/dev/null", "bs=65536"])
     moved = calls = 0
     began = time.perf_counter()

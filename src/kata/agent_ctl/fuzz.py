@@ -174,7 +174,14 @@ class Report:
         return self.verdict == "healthy" and not self.lost
 
     def begin(self, sort: str, number: int, kind: str, data: bytes) -> None:
-        """Record the case that is sent next, which is the one to blame if the agent does not survive it."""
+        """Record the case that is sent next, which is the one to blame if the agent does not survive it.
+
+        Args:
+            sort: The layer that it is aimed at.
+            number: Its number, from which it can be made again.
+            kind: What is wrong with it, in a few words.
+            data: The bytes that are sent.
+        """
         self.count += 1
         self._last = {
             "case": number,
@@ -185,6 +192,13 @@ class Report:
         }
 
     def add(self, sort: str, kind: str, outcomes: Sequence[str]) -> None:
+        """Record how a case went.
+
+        Args:
+            sort: See `begin`.
+            kind: See `begin`.
+            outcomes: How the agent answered: names of statuses, for example.
+        """
         self.outcomes[sort].setdefault(kind, Counter()).update(outcomes)
 
     def add_health(self, seconds: float) -> None:

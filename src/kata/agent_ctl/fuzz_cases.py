@@ -95,7 +95,12 @@ class Case:
 
 
 def check(stream: int, **fields: Any) -> bytes:
-    """A valid call of Health.Check, as a frame."""
+    """A valid call of Health.Check, as a frame.
+
+    Args:
+        stream: Number of the stream.
+        fields: Fields of the request other than service and method.
+    """
     payload = fields.pop("payload", health_pb.CheckRequest().encode())
     return frame.encode(stream, frame.REQUEST, envelope.Request(HEALTH, "Check", payload, **fields).encode())
 
@@ -243,7 +248,12 @@ def frame_case(rng: Random, number: int, stream: int) -> Case:
 
 
 def payload(rng: Random, method: Method) -> bytes:
-    """Make a request of a method: random values, random bytes, or random values with some bytes changed."""
+    """Make a request of a method: random values, random bytes, or random values with some bytes changed.
+
+    Args:
+        rng: Source of the choices.
+        method: The method.
+    """
     choice = rng.randrange(10)
     if choice == 0:
         return rng.randbytes(rng.randrange(200))
@@ -256,7 +266,12 @@ def payload(rng: Random, method: Method) -> bytes:
 
 
 def mutate(rng: Random, data: bytes) -> bytes:
-    """Return *data* with a few bytes changed, removed, doubled or inserted."""
+    """Return *data* with a few bytes changed, removed, doubled or inserted.
+
+    Args:
+        rng: Source of the choices.
+        data: Bytes to change.
+    """
     out = bytearray(data)
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(out) + 1)
@@ -323,7 +338,12 @@ def _value(rng: Random, field: Field, depth: int) -> Any:
 
 
 def fit(kind: str, number: int) -> int:
-    """Convert a 64-bit pattern to a value of an integer type, with that type's width and sign."""
+    """Convert a 64-bit pattern to a value of an integer type, with that type's width and sign.
+
+    Args:
+        kind: Type of the field, as in a `.proto`.
+        number: The pattern.
+    """
     bits = 32 if kind in ("int32", "uint32", "enum") else 64
     number &= (1 << bits) - 1
     signed = kind in ("int32", "int64", "enum")

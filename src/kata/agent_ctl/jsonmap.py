@@ -60,6 +60,11 @@ def enum_values(cls: type[Message], field: Field) -> dict[str, int]:
 def find_field(cls: type[Message], name: str, where: str) -> Field:
     """Find the field with a name.
 
+    Args:
+        cls: The message's class.
+        name: The field's name, in the `.proto`'s or in JSON's form.
+        where: Where in the document it is, for errors.
+
     Raises:
         UsageError: There is none; the hint has the nearest name.
     """
@@ -156,6 +161,11 @@ def _single(cls: type[Message], field: Field, value: Any, where: str, depth: int
 def check(kind: str, value: Any, where: str) -> None:
     """Check that a value fits its field.
 
+    Args:
+        kind: Type of the field, as in a `.proto`.
+        value: The value.
+        where: Where in the document it is, for errors.
+
     Raises:
         UsageError: It does not.
     """
@@ -185,6 +195,10 @@ def _integer(kind: str, value: Any, where: str) -> int:
 def read_base64(value: Any, where: str) -> bytes:
     """Decode base64.
 
+    Args:
+        value: What the document has there.
+        where: Where in the document it is, for errors.
+
     Raises:
         UsageError: It is malformed.
     """
@@ -199,6 +213,12 @@ def read_base64(value: Any, where: str) -> bytes:
 
 def read_enum(cls: type[Message], field: Field, value: Any, where: str) -> int:
     """Return an enum's number, given its name or a number.
+
+    Args:
+        cls: The message's class.
+        field: The field.
+        value: What the document has there.
+        where: Where in the document it is, for errors.
 
     Raises:
         UsageError: There is no such name.

@@ -82,6 +82,7 @@ class SocketLink(Link):
         self._client: Client | None = Client(connect())
 
     def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        """See `Link.call`."""
         if self._client is None:
             self._client = Client(self._connect())
         try:
@@ -101,7 +102,12 @@ class SocketLink(Link):
 
 
 def lost_error(label: str, error: ConnectionLost) -> VMLostError:
-    """Make the error for a connection that ended."""
+    """Make the error for a connection that ended.
+
+    Args:
+        label: Description of the agent.
+        error: How the connection ended.
+    """
     if isinstance(error, ProtocolError):
         return VMLostError(f"{label} broke the protocol: {error}")
     return VMLostError(f"the connection to {label} ended: {error}")
@@ -154,6 +160,7 @@ class EngineLink(Link):
         return Client(sock)
 
     def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        """See `Link.call`."""
         request = sandbox_pb.AgentCallRequest(service=service, method=method, payload=payload)
         answer = sandbox_pb.AgentCallResponse
         try:
@@ -217,6 +224,10 @@ def _unique(beginning: str) -> str | None:
 
 def healthy(link: Link, timeout_s: float) -> None:
     """Call Health.Check. Returns when the agent is serving.
+
+    Args:
+        link: The agent.
+        timeout_s: Seconds to wait for the answer.
 
     Raises:
         TtrpcError, VMLostError: It does not.

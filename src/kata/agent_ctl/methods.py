@@ -103,7 +103,12 @@ def get(name: str, others: Iterable[str] = ()) -> Method:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The hint ``did you mean ...?``; empty if no word is similar to *word*, ignoring case."""
+    """The hint ``did you mean ...?``; empty if no word is similar to *word*, ignoring case.
+
+    Args:
+        word: What the user wrote.
+        known: Words that there are.
+    """
     by_fold = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(word.casefold(), by_fold, 1)
     return f"did you mean {by_fold[near[0]]}?" if near else ""

@@ -44,6 +44,12 @@ class Values:
         self._found: dict[str, list[str]] = {}
 
     def add(self, option: Option, value: str) -> None:
+        """Record an option that was given.
+
+        Args:
+            option: The option.
+            value: Its value, as the user wrote it. The last one counts, unless the option may be given several times.
+        """
         if not option.many:
             self._found[option.key] = []
         self._found.setdefault(option.key, []).append(value)
@@ -61,6 +67,11 @@ class Values:
     def number(self, key: str, default: float, least: float = 0.0) -> float:
         """The value of an option as a decimal number.
 
+        Args:
+            key: The option's key.
+            default: The value if the option is not given.
+            least: The smallest one that is allowed.
+
         Raises:
             UsageError: It is not a number, or less than *least*.
         """
@@ -77,6 +88,12 @@ class Values:
 
     def integer(self, key: str, default: int, least: int = 0, most: int = 1 << 40) -> int:
         """The value of an option as a whole number.
+
+        Args:
+            key: The option's key.
+            default: The value if the option is not given.
+            least: The smallest one that is allowed.
+            most: The largest one.
 
         Raises:
             UsageError: It is not a whole number, or out of bounds.

@@ -43,7 +43,12 @@ class Style:
 
 
 def show(message: Message, style: Style) -> None:
-    """Print an answer to standard output."""
+    """Print an answer to standard output.
+
+    Args:
+        message: The answer.
+        style: How to print it.
+    """
     if style.form == TEXT:
         show_text(message, style)
     else:
@@ -59,6 +64,10 @@ def show_json(value: Any) -> None:
 def show_text(message: Message, style: Style) -> None:
     """Print an answer for people: just the content of a single text or data field; otherwise one field a line, with
     those of sub-messages indented.
+
+    Args:
+        message: The answer.
+        style: How to print it.
     """
     fields = type(message).fields()
     if not fields:
@@ -104,7 +113,14 @@ def _tree(value: Any, indent: str, lines: list[str]) -> None:
 
 
 def say_time(method: Method, seconds: float, sent: int, received: int) -> None:
-    """Print a line about a call on standard error."""
+    """Print a line about a call on standard error.
+
+    Args:
+        method: The method that was called.
+        seconds: How long the call took.
+        sent: Bytes of the request.
+        received: Bytes of the answer.
+    """
     sys.stderr.write(f"{method.name}: {duration(seconds)}, {sent} bytes out, {received} bytes back\n")
     sys.stderr.flush()
 
@@ -122,7 +138,12 @@ def code_name(code: int) -> str:
 
 
 def report(error: KataError | TtrpcError, method: str = "") -> None:
-    """Print an error, and its hint, to standard error; coloured on a terminal unless NO_COLOR is set."""
+    """Print an error, and its hint, to standard error; coloured on a terminal unless NO_COLOR is set.
+
+    Args:
+        error: The error.
+        method: Name of the method that was called; empty if none was.
+    """
     if isinstance(error, TtrpcError):
         message, hint = error.split_hint()
         text = f"{method + ': ' if method else ''}{code_name(error.code)}: {escape_line(message)}"

@@ -67,6 +67,10 @@ def _has_field(cls: type[Message], name: str) -> bool:
 def load_json(document: str, where: str) -> Any:
     """Parse JSON that is given as text (``{...}``, ``json://{...}``), ``@FILE`` (``file://FILE``) or ``-``.
 
+    Args:
+        document: As the user wrote it.
+        where: Which argument it is, for errors.
+
     Raises:
         UsageError: It cannot be read, or is not JSON.
     """
@@ -91,6 +95,10 @@ def load_json(document: str, where: str) -> Any:
 
 def read_file(path: str, where: str) -> bytes:
     """Read a file, or standard input for ``-``.
+
+    Args:
+        path: Path of the file, or ``-``.
+        where: Which argument it is, for errors.
 
     Raises:
         UsageError: It cannot be read.
@@ -179,6 +187,10 @@ def _value(cls: type[Message], field: Field, text: str | None, where: str, optio
 
 def read_bytes(text: str, where: str) -> bytes:
     """Parse the value of a bytes field: base64, ``@FILE`` (``@-``: standard input), or ``text:...`` literally.
+
+    Args:
+        text: As the user wrote it.
+        where: Which argument it is, for errors.
 
     Raises:
         UsageError: It is none of these.

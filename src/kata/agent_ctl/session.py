@@ -101,6 +101,10 @@ class Session:
     def call(self, method: Method, request: Message) -> Message:
         """Make one call, and time it.
 
+        Args:
+            method: The method.
+            request: A message of its type.
+
         Raises:
             KataError, TtrpcError: It failed.
         """

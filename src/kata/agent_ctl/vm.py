@@ -112,6 +112,7 @@ class VMLink(Link):
     # ---- what a link does ----
 
     def call(self, service: str, method: str, payload: bytes, timeout_s: float | None) -> bytes:
+        """See `Link.call`."""
         assert self._link is not None
         try:
             return self._link.call(service, method, payload, timeout_s)

@@ -131,6 +131,10 @@ def clear_up(edits: list[Edit]) -> list[str]:
 def runtimes(text: str, path: str) -> dict[str, Any]:
     """The runtimes in a configuration, by name.
 
+    Args:
+        text: Content of the configuration.
+        path: Where it came from, for errors.
+
     Raises:
         ConfigError: It is not JSON, not of the form that Docker expects, or has a key twice.
     """

@@ -109,6 +109,10 @@ def read(path: str) -> bytes | None:
 def text_of(data: bytes, path: str) -> str:
     """Decode *data*, the content of the file *path*.
 
+    Args:
+        data: Content of a file.
+        path: Its path, for errors.
+
     Raises:
         ConfigError: It is not UTF-8.
     """

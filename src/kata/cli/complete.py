@@ -118,7 +118,12 @@ def _of_command(command: Command, before: Sequence[str], word: str) -> Candidate
 
 
 def waiting_for_value(item: str, by_name: dict[str, Option]) -> Option | None:
-    """The option in *item* that takes the next word as its value; None if there is none."""
+    """The option in *item* that takes the next word as its value; None if there is none.
+
+    Args:
+        item: A word of the command line that begins with ``-``.
+        by_name: Options by each of their names.
+    """
     if item.startswith("--"):
         option = by_name.get(item)
         return option if option is not None and option.kind != FLAG else None
@@ -130,7 +135,12 @@ def waiting_for_value(item: str, by_name: dict[str, Option]) -> Option | None:
 
 
 def option_words(options: Iterable[Option], word: str) -> Candidates:
-    """Options that begin with *word*, or the values of the one that ``--option=`` names."""
+    """Options that begin with *word*, or the values of the one that ``--option=`` names.
+
+    Args:
+        options: Those of the command.
+        word: What has been typed of the last word.
+    """
     name, attached, value = word.partition("=")
     if attached and name.startswith("--"):
         for option in options:
@@ -187,7 +197,12 @@ def values(kind: str) -> Candidates:
 
 
 def beginning(found: Iterable[tuple[str, str]], word: str) -> Candidates:
-    """Those of *found* that begin with *word*, and all requests for the shell."""
+    """Those of *found* that begin with *word*, and all requests for the shell.
+
+    Args:
+        found: Candidates, each with its description.
+        word: What has been typed of the last word.
+    """
     return [pair for pair in found if pair[0].startswith(word) or pair == FILES]
 
 

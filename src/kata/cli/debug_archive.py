@@ -79,7 +79,12 @@ class Bundle:
         self._parts[name] = (content, source, note)
 
     def problem(self, what: str, why: BaseException | str) -> None:
-        """Put it on record that something could not be collected."""
+        """Put it on record that something could not be collected.
+
+        Args:
+            what: Name of the thing.
+            why: What kept it from being collected.
+        """
         if isinstance(why, KataError):
             text = why.message
         elif isinstance(why, OSError):

@@ -260,7 +260,12 @@ class Masker:
     # ---- documents ----
 
     def keep(self, value: Any, rule: Any) -> Any:
-        """The part of a document of JSON values that a rule allows, in the same form."""
+        """The part of a document of JSON values that a rule allows, in the same form.
+
+        Args:
+            value: The document.
+            rule: What of it is kept, in the form that this module's rules have.
+        """
         if isinstance(rule, dict):
             if not isinstance(value, dict):
                 return None if value is None else self._remove(value)

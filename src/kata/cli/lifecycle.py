@@ -71,7 +71,12 @@ COMMANDS = {
 
 
 def each(references: list[str], act: Callable[[Container], str | None]) -> int:
-    """Call *act* for several containers. It goes on after a failure and raises the first one at the end."""
+    """Call *act* for several containers. It goes on after a failure and raises the first one at the end.
+
+    Args:
+        references: Names or ids of containers, as the user wrote them.
+        act: Does it to one. What it returns is printed; the reference itself if it returns None.
+    """
     from kata.cli.report import report
 
     failures: list[KataError] = []

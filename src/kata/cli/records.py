@@ -134,7 +134,12 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Replace a JSON file atomically: a reader sees the old content or the new."""
+    """Replace a JSON file atomically: a reader sees the old content or the new.
+
+    Args:
+        path: Path of the file.
+        content: What it is to hold.
+    """
     sysio.replace_file(path, json.dumps(content, separators=(",", ":")).encode())
 
 
@@ -221,7 +226,12 @@ class PendingContainer:
         return os.path.join(self.directory, name)
 
     def commit(self, record: dict[str, Any], spec: dict[str, Any]) -> Container:
-        """Write the container's record and specification. From now on only `remove` removes it."""
+        """Write the container's record and specification. From now on only `remove` removes it.
+
+        Args:
+            record: Content of ``container.json``.
+            spec: The OCI specification.
+        """
         write_json(self.path("config.json"), spec)
         write_json(self.path(_RECORD), record)
         self._journal.retain(_RECORD)

@@ -231,6 +231,10 @@ def make_image_volumes(client: EngineClient, container: Container) -> None:
     They need no storage of their own: like an anonymous volume, the writable layer belongs to the container alone and
     lives as long as it does. Where the image has files at such a path, they are visible with owner and mode.
 
+    Args:
+        client: The container's engine.
+        container: A container that has been created in it.
+
     Raises:
         KataError: A directory cannot be made.
     """
@@ -564,7 +568,13 @@ def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int
 
 
 def say_gone(gone: OutputGone, what: str, hint: str = "") -> None:
-    """Print to stderr, if that can still be written, what happens to a process whose output is gone."""
+    """Print to stderr, if that can still be written, what happens to a process whose output is gone.
+
+    Args:
+        gone: Which output, and how it went.
+        what: What becomes of the process, as a clause.
+        hint: What to do; empty for nothing.
+    """
     with contextlib.suppress(OSError):
         sys.stderr.write(f"{gone.sentence}: {what}\n" + (f"hint: {hint}\n" if hint else ""))
         sys.stderr.flush()
@@ -577,6 +587,10 @@ def gone_code(gone: OutputGone) -> int:
 
 def end_of(client: EngineClient, container: Container) -> str:
     """Have the sandbox of an ended container removed, and wait for that.
+
+    Args:
+        client: The container's engine.
+        container: The container.
 
     Returns:
         Why its virtual machine was lost; empty if the container ended by itself.
@@ -595,5 +609,10 @@ def end_of(client: EngineClient, container: Container) -> str:
 
 
 def lost(container: Container, cause: str) -> VMLostError:
-    """Make the error for a container whose virtual machine or engine has ended unexpectedly."""
+    """Make the error for a container whose virtual machine or engine has ended unexpectedly.
+
+    Args:
+        container: The container.
+        cause: Why it ended, as a clause.
+    """
     return VMLostError(f"container {container.name} was lost: {cause}", "kata doctor checks this machine")

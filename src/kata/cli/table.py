@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a left-aligned table to stdout, the last column unpadded."""
+    """Print a left-aligned table to stdout, the last column unpadded.
+
+    Args:
+        headings: One for each column.
+        rows: Cells of each row, as many as there are headings; escaped before they are printed.
+    """
     table = [list(headings), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
     for row in table:

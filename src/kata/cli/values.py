@@ -19,7 +19,12 @@ _DIGITS = frozenset("0123456789.")
 
 
 def size(text: str, option: str) -> int:
-    """Parse a size (``512m``, ``1.5g``, ``64MiB``, ``1000000``) to bytes; units are powers of 1024, as in Docker."""
+    """Parse a size (``512m``, ``1.5g``, ``64MiB``, ``1000000``) to bytes; units are powers of 1024, as in Docker.
+
+    Args:
+        text: As the user wrote it.
+        option: The option it belongs to, for errors.
+    """
     lowered = text.strip().lower()
     digits = lowered.rstrip("bikmgt")
     unit = lowered[len(digits) :].removesuffix("ib") if lowered.endswith("ib") else lowered[len(digits) :]
@@ -57,7 +62,13 @@ def cpus(text: str) -> float:
 
 
 def whole(text: str, option: str, *, least: int) -> int:
-    """Parse a decimal integer of at least *least*."""
+    """Parse a decimal integer of at least *least*.
+
+    Args:
+        text: As the user wrote it.
+        option: The option it belongs to, for errors.
+        least: The smallest one that is allowed.
+    """
     try:
         number = int(text)
     except ValueError:
@@ -231,6 +242,10 @@ def environment(assignments: list[str], files: list[str]) -> list[str]:
     ``-e KEY`` copies the value from our own environment and is dropped if that has none. Files have one assignment a
     line, and are read as by Docker: a line ends only at a newline (with one carriage return before it), a byte order
     mark at the beginning is dropped, empty lines and lines that start with ``#`` are skipped.
+
+    Args:
+        assignments: Values of ``-e``.
+        files: Values of ``--env-file``.
     """
     lines: list[tuple[str, str]] = []
     for path in files:
