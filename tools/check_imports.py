@@ -5,12 +5,12 @@ others or a higher one::
 
     __main__
     monitor
-    agent_ctl
+    agent_ctl oci_runtime
     cli shim
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
     trace_export
-    children config events
+    children config events management
     ttrpc oci journal crash metrics
     proto
     bpf deferred errors paths launcher host_cache settings sysio tracing
@@ -36,12 +36,12 @@ from pathlib import Path
 ROWS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("monitor",),
-    ("agent_ctl",),
+    ("agent_ctl", "oci_runtime"),
     ("cli", "shim"),
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
     ("trace_export",),
-    ("children", "config", "events"),
+    ("children", "config", "events", "management"),
     ("ttrpc", "oci", "journal", "crash", "metrics"),
     ("proto",),
     ("bpf", "deferred", "sysio", "paths", "launcher", "host_cache", "settings", "errors", "tracing"),

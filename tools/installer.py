@@ -9,6 +9,7 @@ What is installed, below PREFIX (``/usr/local``)::
     bin/kata                                     a link to site-packages/kata/__main__.py
     bin/kata-agent-ctl                           a link to site-packages/kata/agent_ctl/__main__.py
     bin/kata-monitor                             a link to site-packages/kata/monitor/__main__.py
+    bin/kata-runtime                             a link to site-packages/kata/oci_runtime/__main__.py
     lib/kata/<version>-<digest>/monitor-packages/  the packages that only kata-monitor imports
     lib/kata/<version>-<digest>/share/           manual pages, completion for shells (tools/manpages.py)
     share/man/man1/kata.1, ...                   links to these
@@ -43,10 +44,11 @@ COMMANDS = {
     "kata": "kata/__main__.py",
     "kata-agent-ctl": "kata/agent_ctl/__main__.py",
     "kata-monitor": "kata/monitor/__main__.py",
+    "kata-runtime": "kata/oci_runtime/__main__.py",
     "containerd-shim-kata-v2": "kata/__main__.py",
 }
 """Program on the PATH -> file in site-packages that it is a link to."""
-OTHERS_COMMANDS = (*COMMANDS, "kata-runtime", "kata-ctl")
+OTHERS_COMMANDS = (*COMMANDS, "kata-ctl")
 """Programs of that name which are not ours belong to another Kata."""
 
 

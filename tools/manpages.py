@@ -1,9 +1,9 @@
 """Writes what an installation shares with the machine: manual pages, and completion for the shells.
 
-    share/man/man1/kata.1, kata-COMMAND.1, kata-agent-ctl.1, kata-monitor.1
-    share/bash-completion/completions/kata, kata-agent-ctl, kata-monitor
+    share/man/man1/kata.1, kata-COMMAND.1, kata-agent-ctl.1, kata-monitor.1, kata-runtime.1
+    share/bash-completion/completions/kata, kata-agent-ctl, kata-monitor, kata-runtime
     share/zsh/site-functions/_kata
-    share/fish/vendor_completions.d/kata.fish, kata-agent-ctl.fish, kata-monitor.fish
+    share/fish/vendor_completions.d/kata.fish, kata-agent-ctl.fish, kata-monitor.fish, kata-runtime.fish
 
 The pages are made from the tables that the commands parse their options with, so they say what ``--help`` says. The
 completion is the same for every version: the program itself is asked (src/kata/cli/complete.py). `make install` calls
@@ -32,14 +32,17 @@ from kata.agent_ctl.session import COMMANDS as AGENT_COMMANDS  # noqa: E402
 from kata.cli import main as cli  # noqa: E402
 from kata.cli.args import Command, Option  # noqa: E402
 from kata.monitor import options as monitor  # noqa: E402
+from kata.oci_runtime import main as oci_runtime  # noqa: E402
 
 COMPLETION = {
     "kata.bash": [
-        f"bash-completion/completions/{name}" for name in ("kata", "kata-agent-ctl", "kata-monitor")
+        f"bash-completion/completions/{name}"
+        for name in ("kata", "kata-agent-ctl", "kata-monitor", "kata-runtime")
     ],
     "kata.zsh": ["zsh/site-functions/_kata"],
     "kata.fish": [
-        f"fish/vendor_completions.d/{name}.fish" for name in ("kata", "kata-agent-ctl", "kata-monitor")
+        f"fish/vendor_completions.d/{name}.fish"
+        for name in ("kata", "kata-agent-ctl", "kata-monitor", "kata-runtime")
     ],
 }
 """Script in tools/completion -> where the shell looks for it, below ``share``."""
@@ -148,7 +151,9 @@ def of_kata() -> str:
             "program's exit status; see",
             ".BR kata\\-run (1).",
         ),
-        section("SEE ALSO", ".BR kata\\-agent\\-ctl (1),", ".BR kata\\-monitor (1)"),
+        section(
+            "SEE ALSO", ".BR kata\\-agent\\-ctl (1),", ".BR kata\\-monitor (1),", ".BR kata\\-runtime (1)"
+        ),
     ]
     return "\n".join(parts) + "\n"
 
@@ -201,9 +206,37 @@ def of_monitor() -> str:
     return "\n".join(parts) + "\n"
 
 
+def of_runtime() -> str:
+    """The page of ``kata-runtime``, with all of its commands."""
+    commands = []
+    for name, command in oci_runtime.COMMANDS.items():
+        commands.append(f".SS {escape(name)}\n{escape(command.summary)}")
+        commands += [option_list(command.options)] if command.options else []
+        commands += notes(command.notes)
+    forms = [
+        f"{oci_runtime.PROGRAM} {name} [OPTION...] {form}".rstrip()
+        for name, command in oci_runtime.COMMANDS.items()
+        for form in command.usage.split(" | ")
+    ]
+    parts = [
+        heading(oci_runtime.PROGRAM, oci_runtime.SUMMARY),
+        synopsis(*forms),
+        section("DESCRIPTION", escape(oci_runtime.SUMMARY), "It runs as root."),
+        section("COMMANDS", *commands),
+        section("EXIT STATUS", "0 for success, 1 for any failure."),
+        section("SEE ALSO", ".BR kata (1)"),
+    ]
+    return "\n".join(parts) + "\n"
+
+
 def pages() -> dict[str, str]:
     """Every page: file name -> content."""
-    made = {"kata.1": of_kata(), "kata-agent-ctl.1": of_agent_ctl(), "kata-monitor.1": of_monitor()}
+    made = {
+        "kata.1": of_kata(),
+        "kata-agent-ctl.1": of_agent_ctl(),
+        "kata-monitor.1": of_monitor(),
+        "kata-runtime.1": of_runtime(),
+    }
     for name, (module, _) in cli.COMMANDS.items():
         made[f"kata-{name}.1"] = of_command(import_module(f"kata.cli.{module}").COMMANDS[name])
     return made

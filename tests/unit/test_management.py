@@ -18,13 +18,18 @@ from typing import Any
 import pytest
 from test_engine_sandbox import Engine
 
+from kata import management as client
 from kata import paths
+from kata.cli.main import main as kata
+from kata.engine.launch import listen
 from kata.engine.services import http1, management, tails
 from kata.engine.services.http1 import HttpError, Request, Response, parse_head
 from kata.engine.services.management_socket import ManagementSocket
 from kata.engine.standard_streams.logfile import LogFile
+from kata.errors import HostError, NotFoundError, UnsupportedError
 from kata.journal import Journal
 from kata.journal_undo import undo
+from kata.oci_runtime import main as oci_runtime
 from kata.proto import agent_pb, csi_pb, google_pb
 from kata.ttrpc.status import TtrpcError
 
@@ -159,6 +164,14 @@ class Managed:
 
     def descriptors(self) -> int:
         return len(os.listdir("/proc/self/fd"))
+
+    def settle(self) -> None:
+        """Wait until there is no connection any more."""
+        deadline = time.monotonic() + 10
+        while self.socket._management and self.socket._management.server.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        self.engine.do(lambda: None)  # a transport is closed a moment after its task
 
     def stop(self) -> None:
         asyncio.run_coroutine_threadsafe(self.socket.close(), self.engine.loop).result(10)
@@ -315,6 +328,7 @@ def exchange(sock: socket.socket, data: bytes, *, half_close: bool = False) -> b
 
 def test_strange_clients(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> None:
     managed.curl("/metrics")
+    managed.settle()
     before = managed.descriptors()
     get = head("GET /metrics HTTP/1.1", "Host: h")
     answer = exchange(managed.connect(), get + get, half_close=True)  # pipelined, then the end
@@ -354,10 +368,7 @@ def test_strange_clients(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> N
     assert 15 <= words.count(b"200") <= 16  # the deaf one may have a place
     assert words.count(b"503") == http1.MAX_REFUSALS
     deaf.close()
-    deadline = time.monotonic() + 10
-    while managed.socket._management and managed.socket._management.server.connections:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    managed.settle()
     assert managed.descriptors() == before
     assert managed.curl("/metrics")[0] == 200
 
@@ -402,6 +413,141 @@ def test_nobody_else_may_connect(managed: Managed) -> None:
     )
     assert "HTTP" not in done.stdout
     assert "BrokenPipe" in done.stderr or "ConnectionReset" in done.stderr or done.stdout == "b''\n"
+
+
+# ---- the client, and the commands that use it ----
+
+
+@pytest.fixture
+def known(make: Callable[..., Managed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Managed:
+    """An engine that commands find."""
+    managed = make(client={"ends_with_init": False})
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "state"))
+    (tmp_path / "sandboxes").symlink_to("r")
+    (Path(managed.engine.run_dir) / "sandbox.json").write_text('{"id": "c1"}')
+    return managed
+
+
+def test_the_client(known: Managed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status, headers, body = client.get(known.path, "/metrics")
+    assert (status, headers["content-type"]) == (200, management.METRICS_TEXT)
+    assert int(headers["content-length"]) == len(body)
+    with pytest.raises(NotFoundError, match="there is no '/x' here"):
+        client.content(known.path, "GET", "/x")
+    with pytest.raises(UnsupportedError) as caught:
+        client.content(known.path, "GET", "/agent-url")
+    assert caught.value.hint == "kata-agent-ctl --sandbox c1"
+    with pytest.raises(NotFoundError, match="no engine is running"):
+        client.get(str(tmp_path / "none"), "/metrics")
+    monkeypatch.setattr(client, "MAX_ANSWER", 100)
+    with pytest.raises(HostError, match="longer than 100 bytes"):
+        client.get(known.path, "/metrics")
+
+
+def test_the_client_does_not_wait_for_ever(tmp_path: Path) -> None:
+    path = str(tmp_path / ("d" * 100) / "sock")
+    os.mkdir(os.path.dirname(path))
+    with socket.socket(fileno=listen(path, Journal.create_dir(str(tmp_path), "j", {}))) as listener:
+        with pytest.raises(HostError, match=r"did not answer /metrics within 0\.3 s"):
+            client.get(path, "/metrics", 0.3)
+
+        def trickle() -> None:
+            peer, _ = listener.accept()
+            with peer, contextlib.suppress(OSError):
+                peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(100):
+                    peer.sendall(b"x")
+                    time.sleep(0.05)
+
+        listener.accept()[0].close()
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(HostError, match="did not answer"):
+            client.get(path, "/metrics", 0.5)
+        assert time.monotonic() - began < 3
+        thread.join()
+    with pytest.raises(HostError, match="cannot reach"):
+        client.get(path, "/metrics", 0.5)
+
+
+def test_kata_metrics(known: Managed, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["c1"], ["c"], []):
+        assert kata(["metrics", *arguments]) == 0
+        assert "kata_shim_threads " in capsys.readouterr().out
+    assert kata(["metrics", "nobody"]) == 125
+    assert "hint: kata ps" in capsys.readouterr().err
+    (Path(known.engine.run_dir) / "sandbox.json").unlink()
+    assert kata(["metrics"]) == 125
+    assert "no sandbox is running" in capsys.readouterr().err
+
+
+def test_kata_runtime(known: Managed, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    engine, double = known.engine, known.engine.double
+
+    async def get(request: Any, context: Any) -> agent_pb.GetIPTablesResponse:
+        return agent_pb.GetIPTablesResponse(data=b"*nat\x1b[2J\n" if request.is_ipv6 else b"*filter\n")
+
+    async def put(request: Any, context: Any) -> agent_pb.SetIPTablesResponse:
+        double.requests["SetIPTables"] = request
+        return agent_pb.SetIPTablesResponse()
+
+    async def stats(request: Any, context: Any) -> csi_pb.VolumeStatsResponse:
+        return csi_pb.VolumeStatsResponse(usage=[csi_pb.VolumeUsage(total=9)])
+
+    double.GetIPTables, double.SetIPTables, double.GetVolumeStats = get, put, stats  # type: ignore[attr-defined]
+    with engine.client() as connected:
+        bundle = engine.bundle("sleep")
+        config = json.loads((engine.container_dir / "config.json").read_text())
+        config["mounts"].append(
+            {"type": "bind", "source": "/dev/null", "destination": "/v", "options": ["bind"]}
+        )
+        (engine.container_dir / "config.json").write_text(json.dumps(config))
+        connected.create("c1", bundle)
+
+    def run(*argv: str) -> tuple[int, str]:
+        status = oci_runtime.main(argv)
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    assert run("metrics", "c1")[1].startswith("# HELP ")
+    assert run("iptables", "get", "--sandbox-id", "c1") == (0, "*filter\n")
+    assert run("iptables", "get", "--sandbox-id", "c1", "--v6") == (0, "*nat\\x1b[2J\n")
+    (tmp_path / "rules").write_bytes(b"*filter\nCOMMIT\n")
+    assert run("iptables", "set", "--sandbox-id", "c1", str(tmp_path / "rules")) == (0, "")
+    assert double.requests["SetIPTables"].data == b"*filter\nCOMMIT\n"
+    assert '"total": 9' in run("direct-volume", "stats", "--volume-path", "/dev/null")[1]
+    for argv, words in (
+        (("direct-volume", "stats", "--volume-path", "/none"), "no running sandbox has the volume"),
+        (("direct-volume", "stats", "--volume-path", "/dev/null", "--size", "1"), "for 'resize' only"),
+        (("direct-volume", "resize", "--volume-path", "/dev/null"), "for 'resize' only"),
+        (("direct-volume", "add"), "mountInfo.json are not known"),
+        (("iptables", "get"), "--sandbox-id ID"),
+        (("iptables", "set", "--sandbox-id", "c1"), "get, or set FILE"),
+        (("iptables", "set", "--sandbox-id", "c1", "/none"), "No such file or directory: /none"),
+        (("metrics", "x"), "no running sandbox"),
+        (("create", "c1"), "is planned"),
+        (("exec", "c1"), "kata-agent-ctl"),
+        (("env",), "kata doctor --json"),
+        (("mertics",), "unknown command"),
+        (("metrics", "--loud"), "kata-runtime metrics: unknown option"),
+    ):
+        status, output = run(*argv)
+        assert (status, words in output, "hint: " in output or "/none" in output) == (
+            1,
+            True,
+            True,
+        ), (argv, output)
+    assert run("version")[0] == 0
+    assert run("--help")[0] == 0
+    assert oci_runtime.complete([], "me") == [("metrics", oci_runtime.COMMANDS["metrics"].summary)]
+    assert [word for word, _ in oci_runtime.complete(["iptables"], "--")] == [
+        "--sandbox-id",
+        "--v6",
+        "--help",
+    ]
+    assert [word for word, _ in oci_runtime.complete(["direct-volume"], "")] == ["stats", "resize"]
 
 
 # ---- where it is ----

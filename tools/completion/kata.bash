@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Completion in bash for kata, kata-agent-ctl and kata-monitor. The program itself says what may stand where the cursor is
+# Completion in bash for kata and its other programs. The program itself says what may stand where the cursor is
 # (src/kata/cli/complete.py), so this knows none of its commands.
 _kata() {
     local line=${COMP_LINE:0:COMP_POINT} candidate files='' word piece front
@@ -22,4 +22,4 @@ _kata() {
         while IFS= read -r candidate; do COMPREPLY+=("$candidate"); done < <(compgen -f -- "$piece")
     fi
 }
-complete -F _kata kata kata-agent-ctl kata-monitor
+complete -F _kata kata kata-agent-ctl kata-monitor kata-runtime

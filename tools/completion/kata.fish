@@ -1,4 +1,4 @@
-# Completion in fish for kata, kata-agent-ctl and kata-monitor. The program itself says what may stand where the cursor is
+# Completion in fish for kata and its other programs. The program itself says what may stand where the cursor is
 # (src/kata/cli/complete.py), so this knows none of its commands.
 function __kata_complete
     set -l words (commandline -opc)
@@ -15,3 +15,4 @@ end
 complete -c kata -f -a '(__kata_complete)'
 complete -c kata-agent-ctl -f -a '(__kata_complete)'
 complete -c kata-monitor -f -a '(__kata_complete)'
+complete -c kata-runtime -f -a '(__kata_complete)'

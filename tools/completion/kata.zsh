@@ -1,5 +1,5 @@
-#compdef kata kata-agent-ctl kata-monitor
-# Completion in zsh for kata, kata-agent-ctl and kata-monitor. The program itself says what may stand where the cursor is
+#compdef kata kata-agent-ctl kata-monitor kata-runtime
+# Completion in zsh for kata and its other programs. The program itself says what may stand where the cursor is
 # (src/kata/cli/complete.py), so this knows none of its commands.
 _kata() {
     local line text about files

@@ -76,9 +76,10 @@ class Command:
         interspersed: Whether options may follow positional arguments; false where the first positional argument
             starts another program's command line.
         notes: Further paragraphs for the help.
+        program: Whose command it is.
     """
 
-    __slots__ = ("interspersed", "least", "most", "name", "notes", "options", "summary", "usage")
+    __slots__ = ("interspersed", "least", "most", "name", "notes", "options", "program", "summary", "usage")
 
     def __init__(
         self,
@@ -91,7 +92,9 @@ class Command:
         most: int | None = None,
         interspersed: bool = True,
         notes: str = "",
+        program: str = "kata",
     ) -> None:
+        self.program = program
         self.name = name
         self.usage = usage
         self.summary = summary
@@ -165,10 +168,12 @@ class Command:
         from kata.cli import words
 
         if instead := words.about_option(self.name, name):
-            raise UsageError(f"kata {self.name} has no option {name}", instead)
+            raise UsageError(f"{self.program} {self.name} has no option {name}", instead)
         near = difflib.get_close_matches(name, by_name, 1)
-        hint = f"did you mean {near[0]}?" if near else f"'kata {self.name} --help' lists the options"
-        raise UsageError(f"kata {self.name}: unknown option {name}", hint)
+        hint = (
+            f"did you mean {near[0]}?" if near else f"'{self.program} {self.name} --help' lists the options"
+        )
+        raise UsageError(f"{self.program} {self.name}: unknown option {name}", hint)
 
     def _store(
         self,
@@ -185,13 +190,15 @@ class Command:
                 values[option.key] = False
             else:
                 raise UsageError(
-                    f"kata {self.name}: {name} is a switch, not {attached!r}", f"use {name} or {name}=false"
+                    f"{self.program} {self.name}: {name} is a switch, not {attached!r}",
+                    f"use {name} or {name}=false",
                 )
             return
         if attached is None:
             if not queue:
                 raise UsageError(
-                    f"kata {self.name}: {name} needs a value: {option.metavar}", f"'kata {self.name} --help'"
+                    f"{self.program} {self.name}: {name} needs a value: {option.metavar}",
+                    f"'{self.program} {self.name} --help'",
                 )
             attached = queue.pop(0)
         if option.kind == LIST:
@@ -203,16 +210,19 @@ class Command:
 
     def _check_count(self, rest: list[str]) -> None:
         if len(rest) < self.least:
-            raise UsageError(f"kata {self.name}: too few arguments", f"usage: kata {self.name} {self.usage}")
+            raise UsageError(
+                f"{self.program} {self.name}: too few arguments",
+                f"usage: {self.program} {self.name} {self.usage}",
+            )
         if self.most is not None and len(rest) > self.most:
             raise UsageError(
-                f"kata {self.name}: unexpected argument {rest[self.most]!r}",
-                f"usage: kata {self.name} {self.usage}",
+                f"{self.program} {self.name}: unexpected argument {rest[self.most]!r}",
+                f"usage: {self.program} {self.name} {self.usage}",
             )
 
     def print_help(self) -> None:
         """Write the help to stdout."""
-        lines = [f"usage: kata {self.name} [OPTION...] {self.usage}".rstrip(), "", self.summary]
+        lines = [f"usage: {self.program} {self.name} [OPTION...] {self.usage}".rstrip(), "", self.summary]
         if self.options:
             lines += ["", "options:"]
             heads = [", ".join(o.names) + (f" {o.metavar}" if o.metavar else "") for o in self.options]

@@ -85,10 +85,17 @@ def kata(commands: Mapping[str, tuple[str, str]], before: Sequence[str], word: s
     if name not in commands:
         return []
     command = import_module(f"kata.cli.{commands[name][0]}").COMMANDS[name]
-    return _of_command(command, rest, word)
+    return of_command(command, rest, word)
 
 
-def _of_command(command: Command, before: Sequence[str], word: str) -> Candidates:
+def of_command(command: Command, before: Sequence[str], word: str) -> Candidates:
+    """Candidates for what follows a command's name.
+
+    Args:
+        command: The command.
+        before: The words between its name and the one being typed.
+        word: The beginning of the word being typed.
+    """
     options = [*command.options]
     if not any("--help" in option.names for option in options):
         options.append(_HELP)

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-from kata import paths
-from kata.cli import records, table
+from kata.cli import sandboxes, table
 from kata.cli.args import Command, Option
-from kata.engine.client import EngineClient
-from kata.engine.containers.records import read_json
-from kata.engine.launch import SETTINGS_NAME, SOCKET_NAME
-from kata.errors import KataError, NotFoundError, UsageError
 from kata.resources import sizing
 
 TYPE_CHECKING = False
@@ -33,22 +26,6 @@ COMMANDS = {
 }
 
 
-def _sandboxes() -> dict[str, dict[str, Any]]:
-    """Settings of each sandbox that has a run directory, by that directory."""
-    base = os.path.join(paths.run_dir(), "sandboxes")
-    try:
-        names = sorted(os.listdir(base))
-    except FileNotFoundError:
-        return {}
-    found = {os.path.join(base, name): read_json(os.path.join(base, name, SETTINGS_NAME)) for name in names}
-    return {directory: settings for directory, settings in found.items() if settings}
-
-
-def _describe(directory: str) -> dict[str, Any]:
-    with EngineClient(os.path.join(directory, SOCKET_NAME)) as engine:
-        return engine.describe()
-
-
 def find(reference: str) -> dict[str, Any]:
     """Find a sandbox and ask its engine to describe it.
 
@@ -63,29 +40,7 @@ def find(reference: str) -> dict[str, Any]:
         UsageError: The beginning of an id is ambiguous.
         KataError: Its engine does not answer.
     """
-    own = records.find_or_none(reference)
-    wanted = own.id if own is not None else reference
-    sandboxes = _sandboxes()
-    exact = [directory for directory, settings in sandboxes.items() if settings.get("id") == wanted]
-    begins = [
-        directory for directory, settings in sandboxes.items() if str(settings.get("id")).startswith(wanted)
-    ]
-    found = exact or begins
-    if not found:
-        # Only its engine knows a pod's other containers.
-        for directory in sandboxes:
-            try:
-                names = list(_describe(directory)["containers"])
-            except (KataError, OSError):
-                continue
-            if any(name.startswith(wanted) for name in names):
-                found.append(directory)
-    if not found:
-        hint = "it does not run: kata start" if own is not None else "kata ps, ctr task ls, crictl pods"
-        raise NotFoundError(f"there is no running sandbox {reference!r}", hint)
-    if len(found) > 1:
-        raise UsageError(f"several sandboxes begin with {reference!r}", "give more of the id")
-    return _describe(found[0])
+    return sandboxes.describe(sandboxes.find(reference))
 
 
 def explain(facts: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("listing", "show everything about containers as JSON"),
     "events": ("events", "show what happened to sandboxes and containers, and what happens now"),
     "stats": ("listing", "show the resource usage of containers"),
+    "metrics": ("metrics", "print the metrics of a sandbox as Prometheus reads them"),
     "cp": ("copy", "copy files between a container and the host"),
     "images": ("image", "list images"),
     "pull": ("image", "fetch an image from a registry or an archive"),

@@ -1,0 +1,124 @@
+"""A client of engines' management sockets for commands and tests: blocking, bounded in time and in what it takes in.
+
+The server is `kata.engine.services.management`; the paths that it answers are a table in ``docs/reference.md``.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import time
+
+from kata import paths
+from kata.errors import (
+    HostError,
+    KataError,
+    NotFoundError,
+    ResourceExhaustedError,
+    StateError,
+    UnsupportedError,
+    UsageError,
+)
+
+MAX_ANSWER = 16 << 20
+"""Bytes of an answer that are taken in at most."""
+TIMEOUT_S = 30.0
+_PIECE = 1 << 16
+_ERRORS: dict[int, type[KataError]] = {
+    400: UsageError,
+    404: NotFoundError,
+    409: StateError,
+    413: ResourceExhaustedError,
+    501: UnsupportedError,
+}
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("sandbox", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        _connect(self.sock, self._path)
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH:
+        sock.connect(path)
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.connect(f"/proc/self/fd/{fd}/{name}")
+    finally:
+        os.close(fd)
+
+
+def request(
+    path: str, method: str, target: str, body: bytes | None = None, timeout_s: float = TIMEOUT_S
+) -> tuple[int, dict[str, str], bytes]:
+    """Ask an engine.
+
+    Args:
+        path: Its management socket, of any length.
+        method: ``GET``, ``PUT`` or ``POST``.
+        target: Path and parameters, percent-encoded.
+        body: What is sent.
+        timeout_s: How long all of it may take, in seconds.
+
+    Returns:
+        The answer's status, its headers by their names in lower case, and its content.
+
+    Raises:
+        NotFoundError: There is no such socket.
+        HostError: Nobody listens there, it may not be opened, or there is no (valid) answer in time.
+    """
+    give_up = time.monotonic() + timeout_s
+    connection = _Connection(path, timeout_s)
+    try:
+        headers = {"Connection": "close"}
+        if body is not None:
+            headers["Content-Type"] = "application/octet-stream"
+        connection.request(method, target, body, headers)
+        answer = connection.getresponse()
+        found = bytearray()
+        while piece := answer.read1(_PIECE):
+            found += piece
+            if len(found) > MAX_ANSWER:
+                raise HostError(f"the engine's answer to {target} is longer than {MAX_ANSWER} bytes")
+            if time.monotonic() > give_up:
+                raise TimeoutError
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, bytes(found)
+    except FileNotFoundError:
+        raise NotFoundError(f"no engine is running at {path}", "kata ps") from None
+    except TimeoutError:
+        raise HostError(f"the engine did not answer {target} within {timeout_s:g} s") from None
+    except PermissionError:
+        raise HostError(f"{path} may not be opened", "Sandboxes are root's: run it with sudo.") from None
+    except OSError as error:
+        raise HostError(f"cannot reach the engine at {path}: {error.strerror or error}", "kata gc") from None
+    except http.client.HTTPException as error:
+        raise HostError(f"the answer from {path} is not HTTP: {error!r}") from None
+    finally:
+        connection.close()
+
+
+def get(path: str, target: str, timeout_s: float = TIMEOUT_S) -> tuple[int, dict[str, str], bytes]:
+    """`request` with GET."""
+    return request(path, "GET", target, None, timeout_s)
+
+
+def content(path: str, method: str, target: str, body: bytes | None = None) -> bytes:
+    """The content of an answer that says that all went well.
+
+    Raises:
+        KataError: What the engine says otherwise; and see `request`.
+    """
+    status, _, found = request(path, method, target, body)
+    if status == 200:
+        return found
+    message, _, hint = found.decode("utf-8", "replace").rstrip("\n").partition("\nhint: ")
+    raise _ERRORS.get(status, KataError)(message or f"the engine answered {target} with {status}", hint)

@@ -1,0 +1,305 @@
+"""The program ``kata-runtime``: the original's commands for administration, as far as there is something to administer.
+
+What the original has and we do not is refused by name, with what to use instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kata import __version__, paths
+from kata.cli.args import Command, Option
+from kata.errors import KataError, NotFoundError, UnsupportedError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kata.cli.args import Arguments
+    from kata.cli.complete import Candidates
+
+PROGRAM = "kata-runtime"
+SUMMARY = (
+    "Administers running sandboxes, by the names that Kata Containers' program of this name has for it."
+)
+_SANDBOX = Option("--sandbox-id", "ID", "the sandbox: its id, its beginning, or a container's name")
+
+
+def _command(name: str, usage: str, summary: str, options: Sequence[Option] = (), **more: object) -> Command:
+    return Command(name, usage, summary, options, program=PROGRAM, **more)  # type: ignore[arg-type]
+
+
+COMMANDS = {
+    "metrics": _command(
+        "metrics",
+        "ID",
+        "Prints the metrics of a running sandbox, in Prometheus' text format.",
+        least=1,
+        most=1,
+    ),
+    "iptables": _command(
+        "iptables",
+        "get | set FILE",
+        "Shows the packet filter of a sandbox's guest in the format of iptables-save, or replaces its tables.",
+        [_SANDBOX, Option("--v6", "", "that of IPv6")],
+        least=1,
+        most=2,
+        notes="The guest needs the extension 'iptables': KATA_GUEST_EXTENSIONS. FILE may be '-' for standard input.",
+    ),
+    "direct-volume": _command(
+        "direct-volume",
+        "stats | resize",
+        "Shows the bytes and inodes of a volume as its guest sees them, or grows its file system.",
+        [
+            Option("--volume-path", "PATH", "the volume: the source of a container's mount, on the host"),
+            Option(
+                "--size",
+                "BYTES",
+                "of the file system after 'resize'; its disk has been made as large before",
+            ),
+            _SANDBOX,
+        ],
+        least=1,
+        most=1,
+        notes="Without --sandbox-id, all running sandboxes are asked.",
+    ),
+    "check": _command(
+        "check",
+        "",
+        "Checks what this machine supports: the same as 'kata doctor'.",
+        [
+            Option("--json", "", "print JSON"),
+            Option("-n --no-network-checks", "", "use no network; this program never does"),
+        ],
+        most=0,
+    ),
+    "version": _command("version", "", "Shows the version of this program.", most=0),
+}
+_ALIASES = {"kata-check": "check", "--version": "version", "-v": "version"}
+_NEEDS_NO_ROOT = frozenset({"check", "version"})
+_OCI = (
+    "create",
+    "delete",
+    "events",
+    "features",
+    "kill",
+    "list",
+    "pause",
+    "ps",
+    "resume",
+    "run",
+    "spec",
+    "start",
+)
+_ELSEWHERE = {
+    "env": "kata version --json, kata config show --json and kata doctor --json say what is used here",
+    "kata-env": "kata version --json, kata config show --json and kata doctor --json say what is used here",
+    "exec": "kata-agent-ctl --sandbox ID shell opens a shell in the guest; kata exec runs a command in a container",
+    "factory": "Machines from templates are planned; nothing has to be prepared for a start.",
+    "policy": 'kata-agent-ctl --sandbox ID SetPolicy --policy "$(cat FILE)"',
+    **dict.fromkeys(
+        (*_OCI, "state", "update"),
+        "The OCI command line for Podman and CRI-O is planned. Today: containerd, Docker and CRI by the shim"
+        " (docs/clients.md), or kata run without a daemon.",
+    ),
+}
+
+
+def usage() -> str:
+    """The program's help."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {one.summary}" for name, one in COMMANDS.items())
+    return (
+        f"usage: {PROGRAM} COMMAND [OPTION...] [ARG...]\n\n{SUMMARY}\n\ncommands:\n{listed}\n\n"
+        f"'{PROGRAM} COMMAND --help' describes a command. What is done with containers: 'kata --help'.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and turn every outcome into an exit status: 1 for any failure, as with the original."""
+    from kata.cli.report import report
+
+    try:
+        return dispatch(list(sys.argv[1:] if argv is None else argv))
+    except KataError as error:
+        told = error
+    except SystemExit as asked:  # by --help
+        return int(asked.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+        return 141
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        told = KataError(f"{error.strerror or error}{where}")
+    except Exception as error:
+        from kata import crash
+
+        told = crash.explain(error, PROGRAM)
+    report(told)
+    return 1
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        argv: Without the program's name.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        KataError: The command could not be carried out.
+    """
+    if argv and argv[0] == "__complete":
+        from kata.cli import complete as completion
+
+        return completion.main(argv[1:], complete)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        (sys.stdout if argv else sys.stderr).write(usage())
+        return 0 if argv else 1
+    name = _ALIASES.get(argv[0], argv[0])
+    command = COMMANDS.get(name)
+    if command is None:
+        if name in _ELSEWHERE:
+            raise UnsupportedError(f"this {PROGRAM} has no command {argv[0]!r}", _ELSEWHERE[name])
+        raise UsageError(f"unknown command {argv[0]!r}", f"'{PROGRAM} --help' lists the commands")
+    arguments = command.parse(argv[1:])
+    if os.geteuid() != 0 and name not in _NEEDS_NO_ROOT:
+        raise KataError(f"{PROGRAM} {name} has to run as root: sandboxes are root's", f"sudo {PROGRAM} ...")
+    return _HANDLERS[name](arguments)
+
+
+def complete(before: Sequence[str], word: str) -> Candidates:
+    """Candidates for the shells' completion; see `kata.cli.complete`.
+
+    Args:
+        before: The words before the one being typed, without the program.
+        word: The beginning of the word being typed.
+    """
+    from kata.cli import complete as completion
+
+    if not before:
+        found = [(name, one.summary) for name, one in COMMANDS.items()]
+        return completion.beginning([*found, ("--help", "list the commands")], word)
+    command = COMMANDS.get(_ALIASES.get(before[0], before[0]))
+    return completion.of_command(command, before[1:], word) if command is not None else []
+
+
+# ---- the commands ----
+
+
+def _metrics(arguments: Arguments) -> int:
+    from kata.cli import metrics
+
+    return metrics.show(arguments.rest[0])
+
+
+def _iptables(arguments: Arguments) -> int:
+    from kata import management
+    from kata.cli import sandboxes
+
+    verb, *files = arguments.rest
+    if (verb, len(files)) not in (("get", 0), ("set", 1)):
+        raise UsageError(
+            f"{PROGRAM} iptables: {' '.join(arguments.rest)!r} is not known", "get, or set FILE"
+        )
+    reference = arguments.value("sandbox_id")
+    if not reference:
+        raise UsageError(f"{PROGRAM} iptables: which sandbox?", "--sandbox-id ID")
+    target = "/ip6tables" if arguments.flag("v6") else "/iptables"
+    path = sandboxes.management_socket(reference)
+    if verb == "get":
+        sys.stdout.write(_printable(management.content(path, "GET", target)))
+        return 0
+    if files[0] == "-":
+        rules = sys.stdin.buffer.read()
+    else:
+        with open(files[0], "rb") as file:
+            rules = file.read()
+    management.content(path, "PUT", target, rules)
+    return 0
+
+
+def _direct_volume(arguments: Arguments) -> int:
+    verb = arguments.rest[0]
+    if verb in ("add", "remove"):
+        raise UnsupportedError(
+            f"{PROGRAM} direct-volume {verb}: volumes by mountInfo.json are not known here",
+            "Kubernetes' raw block volumes (volumeDevices) and Docker's --device become disks of the guest.",
+        )
+    if verb not in ("stats", "resize"):
+        raise UsageError(f"{PROGRAM} direct-volume: {verb!r} is not known", "stats or resize")
+    volume = arguments.value("volume_path")
+    if not volume:
+        raise UsageError(f"{PROGRAM} direct-volume: which volume?", "--volume-path PATH")
+    size = arguments.value("size")
+    if (size is not None) != (verb == "resize") or (size and not (size.isascii() and size.isdigit())):
+        raise UsageError(
+            f"{PROGRAM} direct-volume {verb}: --size is a number of bytes, for 'resize' only",
+            "resize --volume-path PATH --size BYTES",
+        )
+    answer = _ask_about(volume, int(size) if size else None, arguments.value("sandbox_id"))
+    sys.stdout.write(_printable(answer))
+    return 0
+
+
+def _ask_about(volume: str, size: int | None, reference: str | None) -> bytes:
+    """What the sandbox that has a volume answers; *size* resizes it."""
+    import json
+    from urllib.parse import quote
+
+    from kata import management
+    from kata.cli import sandboxes
+
+    if reference is not None:
+        paths_of_sockets = [sandboxes.management_socket(reference)]
+    else:
+        paths_of_sockets = [
+            os.path.join(directory, paths.MANAGEMENT_SOCKET)
+            for directory in sandboxes.settings_by_directory()
+        ]
+    unknown: KataError = NotFoundError(
+        f"no running sandbox has the volume {volume!r}", "kata ps, crictl pods"
+    )
+    for path in paths_of_sockets:
+        try:
+            if size is None:
+                return management.content(
+                    path, "GET", f"/direct-volume/stats?path={quote(volume, safe='/')}"
+                )
+            wanted = json.dumps({"VolumePath": volume, "Size": size}).encode()
+            return management.content(path, "POST", "/direct-volume/resize", wanted)
+        except NotFoundError as error:
+            if reference is not None:
+                unknown = error
+    raise unknown
+
+
+def _check(arguments: Arguments) -> int:
+    from kata.cli import host
+
+    return host.HANDLERS["doctor"](arguments)
+
+
+def _version(arguments: Arguments) -> int:
+    print(f"{PROGRAM} {__version__}")
+    return 0
+
+
+def _printable(data: bytes) -> str:
+    """What a guest has said, without what would control a terminal."""
+    text = data.decode("utf-8", "replace")
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
+_HANDLERS: dict[str, Callable[[Arguments], int]] = {
+    "metrics": _metrics,
+    "iptables": _iptables,
+    "direct-volume": _direct_volume,
+    "check": _check,
+    "version": _version,
+}
