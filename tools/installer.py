@@ -13,6 +13,7 @@ What is installed, below PREFIX (``/usr/local``)::
     lib/kata/<version>-<digest>/monitor-packages/  the packages that only kata-monitor imports
     lib/kata/<version>-<digest>/share/           manual pages, completion for shells (tools/manpages.py)
     share/man/man1/kata.1, ...                   links to these
+    lib/systemd/system/kata-monitor.service      a link to the service, which is neither enabled nor started
 
 A new version goes beside the old one and the links change over at once, so that a running sandbox never
 loads modules of two versions. The old one is removed unless a process still runs from it; then the next call
@@ -39,6 +40,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVICE = ROOT / "deploy/systemd/kata-monitor.service"
 AGENT = ROOT / "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
 COMMANDS = {
     "kata": "kata/__main__.py",
@@ -99,6 +101,11 @@ class Place:
     @property
     def manifest(self) -> Path:
         return self.on_disk(f"{self.library}/manifest.json")
+
+    @property
+    def service(self) -> str:
+        """The link by which systemd finds the service."""
+        return f"{self.prefix}/lib/systemd/system/{SERVICE.name}"
 
     def link(self, command: str) -> str:
         return f"{self.prefix}/bin/{command}"
@@ -219,7 +226,7 @@ def digest() -> str:
     """Version and a hash of all that an installation is made from."""
     total = hashlib.sha256(sys.version.encode())
     pinned = [ROOT / "pyproject.toml", ROOT / "tools/constraints.txt", Path(__file__).resolve()]
-    pinned += [ROOT / "tools/manpages.py", *sorted((ROOT / "tools/completion").iterdir())]
+    pinned += [SERVICE, ROOT / "tools/manpages.py", *sorted((ROOT / "tools/completion").iterdir())]
     for path in [*_sources(), *_recipes(), AGENT, *pinned]:
         if path.exists():  # the agent is built by now, but before a dry run
             total.update(f"{path.relative_to(ROOT)}\0{path.stat().st_mode}\0".encode())
@@ -263,6 +270,12 @@ def fill(tree: Path) -> None:
     subprocess.run(["/usr/bin/python3", "-I", ROOT / "tools/manpages.py", tree / "share"], check=True)
 
 
+def tell_systemd(place: Place, *arguments: str) -> None:
+    """Have systemd, where it runs, take notice of a service that has come, changed or is to go."""
+    if not place.destdir and os.path.isdir("/run/systemd/system"):
+        subprocess.run(["systemctl", *arguments], check=False, stderr=subprocess.DEVNULL)
+
+
 CLIENTS = {"containerd": "containerd", "docker": "dockerd"}
 """Clients that `kata install` can tell about kata -> their daemon's program."""
 
@@ -291,7 +304,7 @@ def tell_clients(place: Place, clients: Sequence[str], verb: str, *more: str) ->
             say(f"warning: {name} is left as it is; later: kata {verb} {name}")
 
 
-def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = ()) -> None:  # noqa: C901, PLR0912
+def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = ()) -> None:
     """Install this checkout's version, change the links over to it, and tell *clients* of it."""
     name = digest()
     tree = f"{place.library}/{name}"
@@ -320,6 +333,8 @@ def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = (
         working.mkdir(mode=0o755)
         try:
             fill(working)
+            service = SERVICE.read_text().replace("=/usr/local/bin/", f"={place.prefix}/bin/")
+            (working / SERVICE.name).write_text(service)
             working.rename(place.on_disk(tree))
         finally:
             shutil.rmtree(working, ignore_errors=True)
@@ -327,17 +342,13 @@ def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = (
         save_manifest(place, manifest)
     programs = sorted(links)
     links |= place.shared_links(name)
-    for link, target in links.items():
-        path = place.on_disk(link)
-        make_directories(place, manifest, os.path.dirname(link))
-        if not path.is_symlink() or os.readlink(path) != target:
-            temporary = path.with_name(f".{path.name}.new")
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(target)
-            temporary.replace(path)
+    links[place.service] = f"../../../lib/kata/{name}/{SERVICE.name}"
+    make_links(place, manifest, links)
     for old in set(manifest["links"]) - set(links):  # a page of a command that this version has not
         remove(place, place.on_disk(old), dry_run=False)
     manifest["links"] = sorted(links)
+    tell_systemd(place, "daemon-reload")
+    tell_systemd(place, "try-restart", SERVICE.name)  # or it would run on from the old version
     remove_old_trees(place, manifest, tree)
     save_manifest(place, manifest)
     say(f"  ok  {'is already there' if present else 'installed'}: {', '.join(programs)} ({name})")
@@ -359,6 +370,18 @@ def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = (
     if f"{place.prefix}/bin" not in os.get_exec_path():
         say(f"warning: {place.prefix}/bin is not on your PATH")
     say("Try: kata doctor, then: kata run --rm -it alpine sh")
+
+
+def make_links(place: Place, manifest: dict[str, list[str]], links: dict[str, str]) -> None:
+    """Make links, link -> target, or have those that are there lead elsewhere."""
+    for link, target in links.items():
+        path = place.on_disk(link)
+        make_directories(place, manifest, os.path.dirname(link))
+        if not path.is_symlink() or os.readlink(path) != target:
+            temporary = path.with_name(f".{path.name}.new")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            temporary.replace(path)
 
 
 def make_directories(place: Place, manifest: dict[str, list[str]], path: str) -> None:
@@ -416,10 +439,13 @@ def uninstall(place: Place, force: bool, purge: bool, dry_run: bool, clients: Se
         refuse_mounts(doomed)
     if not place.destdir and os.path.exists(place.link("kata")):
         tell_clients(place, clients, "uninstall", *(["--dry-run"] if dry_run else []))
+    if not dry_run and os.path.lexists(place.on_disk(place.service)):
+        tell_systemd(place, "disable", "--now", SERVICE.name)
     for path in doomed:
         remove(place, path, dry_run)
     if dry_run:
         return
+    tell_systemd(place, "daemon-reload")
     place.manifest.unlink()
     run = Path(os.environ.get("KATA_RUN_DIR") or "/run/kata")
     emptied = [place.on_disk(path) for path in (*reversed(manifest["directories"]), place.library)]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from kata import sysio
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
+PROGRAM = (sys.executable, "-I", "-S", str(ROOT / "src/kata/monitor/__main__.py"))
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
@@ -218,9 +219,13 @@ class Monitor:
     Args:
         run_directory: ``KATA_RUN_DIR``.
         arguments: Of the program; listens on a free port of loopback unless they say something else.
+        around: A command that executes it.
+        program: Another way to start it.
     """
 
-    def __init__(self, run_directory: Path, *arguments: str) -> None:
+    def __init__(
+        self, run_directory: Path, *arguments: str, around: Sequence[str] = (), program: Sequence[str] = ()
+    ) -> None:
         self.log = run_directory / f"monitor-{time.monotonic_ns()}.log"
         if not any(one.startswith("--listen-address") for one in arguments):
             arguments = ("--listen-address", "127.0.0.1:0", *arguments)
@@ -233,7 +238,7 @@ class Monitor:
         }
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(ROOT / "src/kata/monitor/__main__.py"), *arguments],
+                [*around, *(program or PROGRAM), *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -292,9 +297,11 @@ class Monitor:
 
 
 @contextlib.contextmanager
-def monitor(run_directory: Path, *arguments: str) -> Iterator[Monitor]:
-    """The program while the block runs; it has to end well."""
-    one = Monitor(run_directory, *arguments)
+def monitor(
+    run_directory: Path, *arguments: str, around: Sequence[str] = (), program: Sequence[str] = ()
+) -> Iterator[Monitor]:
+    """The program while the block runs; it has to end well. The arguments are those of `Monitor`."""
+    one = Monitor(run_directory, *arguments, around=around, program=program)
     try:
         yield one
     finally:

@@ -84,6 +84,9 @@ def test_install_twice_then_uninstall_leaves_nothing(
     page = tmp_path / "stage/usr/share/man/man1/kata.1"
     assert page.is_symlink()
     assert ".TH" in page.read_text()
+    service = tmp_path / "stage/usr/lib/systemd/system/kata-monitor.service"
+    assert service.is_symlink()
+    assert "\nExecStart=/usr/bin/kata-monitor " in service.read_text()
     installer.install(place, "auto", dry_run=False)
     assert everything(tmp_path) == first
     assert "already there" in capsys.readouterr().err

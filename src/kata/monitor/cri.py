@@ -54,6 +54,11 @@ class Pods:
         self._asked = -AGAIN_S
         self._complaint = ""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a listing is going on."""
+        return self._task is not None and not self._task.done()
+
     def of(self, sandbox_id: str) -> tuple[str, str, str] | None:
         """Uid, name and namespace of a sandbox's pod; absent while not known."""
         return self._known.get(sandbox_id)
@@ -89,8 +94,7 @@ class Pods:
 
     def _begin(self, after_s: float) -> None:
         waiting = any(count < ATTEMPTS for count in self._missing.values())
-        busy = self._task is not None and not self._task.done()
-        if waiting and not busy and any(map(os.path.exists, self._endpoints)):
+        if waiting and not self.busy and any(map(os.path.exists, self._endpoints)):
             self._task = asyncio.create_task(self._list(after_s))
 
     async def _list(self, after_s: float) -> None:
