@@ -292,6 +292,8 @@ def test_pause_and_resume(lab: Lab) -> None:
             assert events[:2] == ["STOP", "RESUME"]
             figures = await vm.metrics()
             assert figures["rss_bytes"] > 10 << 20
+            memory_bytes = vm.settings.memory_mib << 20
+            assert 10 << 20 < figures["guest_resident_bytes"] < min(memory_bytes, figures["rss_bytes"])
             assert figures["cpu_ns"] > 0
 
     asyncio.run(work())

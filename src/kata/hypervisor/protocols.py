@@ -154,8 +154,10 @@ class Machine(Protocol):
         """The end of the guest's console output: at most `limit` bytes, escaped and bounded."""
 
     async def metrics(self) -> dict[str, int]:
-        """Figures of the monitor's process: ``rss_bytes``, ``cpu_ns`` (user and system), ``threads``; empty after
-        its end."""
+        """Figures of the monitor's process: ``rss_bytes``, ``cpu_ns`` (user and system), ``threads``; and, if it can
+        tell, ``guest_resident_bytes``: how much of the guest's memory takes memory of the host, or did some seconds
+        ago. Empty after its end.
+        """
 
     def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
         """Be told when the host fails to read or write what is behind one of the guest's disks. The guest is told

@@ -38,12 +38,22 @@ class Figures:
         guest_text: The agent's answer to GetMetrics, which is not to be trusted; None without one.
         containers: The agent's answer to StatsContainer, by container.
         processes: The engine, the hypervisor and the helpers.
+        returned_bytes: How much of the guest's memory takes none of the host's; None where that is not known.
         is_whole: Whether every container that runs has answered.
         cpu_s: Processor time of the whole sandbox on the host, in seconds.
         memory_bytes: Memory of the whole sandbox on the host.
     """
 
-    __slots__ = ("at_s", "containers", "cpu_s", "guest_text", "is_whole", "memory_bytes", "processes")
+    __slots__ = (
+        "at_s",
+        "containers",
+        "cpu_s",
+        "guest_text",
+        "is_whole",
+        "memory_bytes",
+        "processes",
+        "returned_bytes",
+    )
 
     def __init__(self) -> None:
         self.at_s = time.time()
@@ -51,6 +61,7 @@ class Figures:
         self.containers: dict[str, agent_pb.StatsContainerResponse] = {}
         self.is_whole = False
         self.processes: list[ProcessFigures] = []
+        self.returned_bytes: int | None = None
         self.cpu_s = 0.0
         self.memory_bytes = 0
 
@@ -64,6 +75,11 @@ async def look(sandbox: Sandbox) -> Figures:
     found.processes = [
         figures for figures in (ProcessFigures(pid, role) for role, pid in _pids(sandbox)) if figures.threads
     ]
+    if sandbox.runtime.vm is not None and not sandbox.runtime.is_lost:
+        resident = (await sandbox.runtime.vm.metrics()).get("guest_resident_bytes")
+        if resident is not None:
+            has_mib = sandbox.resizer.memory_mib + sandbox.machine.extra_memory_mib
+            found.returned_bytes = max(0, (has_mib << 20) - resident)
     cgroup = sandbox.machine.cgroup
     cpu_ns, memory = cgroup.usage() if cgroup is not None else (0, 0)
     found.cpu_s = cpu_ns / 1e9 or sum(one.cpu_s for one in found.processes)

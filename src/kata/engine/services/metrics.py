@@ -183,9 +183,8 @@ def _host(text: Text, sandbox: Sandbox, found: Figures) -> None:
         text.add(
             "kata_shim_pod_overhead_memory_in_bytes", max(0, found.memory_bytes - container_memory(found))
         )
-    returned = memory_returned(sandbox, found)
-    if returned is not None:
-        text.add("kata_shim_guest_memory_returned_bytes", returned)
+    if found.returned_bytes is not None:
+        text.add("kata_shim_guest_memory_returned_bytes", found.returned_bytes)
 
 
 def _memory_limit(directory: str) -> int:
@@ -215,15 +214,6 @@ def container_memory(found: Figures) -> int:
         if memory is not None and memory.usage is not None:
             total += memory.usage.usage
     return total
-
-
-def memory_returned(sandbox: Sandbox, found: Figures) -> int | None:
-    """How much of the guest's memory takes none of the host's, in bytes; None where that is not known."""
-    for one in found.processes:
-        if one.role == "hypervisor":
-            held = max(one.status.get("rssanon", 0), one.status.get("rssshmem", 0)) * 1024
-            return max(0, (sandbox.resizer.memory_mib << 20) - held)
-    return None
 
 
 # ---- containers ----

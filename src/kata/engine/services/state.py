@@ -63,6 +63,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
                     "pid": one.pid,
                     "cpu_seconds": one.cpu_s,
                     "rss_bytes": one.resident_bytes,
+                    "pss_bytes": None,  # which would cost more than all the rest
                     "threads": one.threads,
                     "read_bytes": one.io.get("read_bytes"),
                     "written_bytes": one.io.get("write_bytes"),
@@ -70,7 +71,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
                 for one in found.processes
             ],
         },
-        "guest": {**guest, "memory_returned_bytes": metrics.memory_returned(sandbox, found)},
+        "guest": {**guest, "memory_returned_bytes": found.returned_bytes},
         "overhead": {
             "cpu_seconds": max(0.0, found.cpu_s - inside_s) if found.is_whole else None,
             "memory_bytes": max(0, found.memory_bytes - metrics.container_memory(found))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from kata.hypervisor.base import Disk, Nic
     from kata.hypervisor.channel import Channel
+    from kata.hypervisor.qemu.figures import Figures
     from kata.hypervisor.qemu.process import QemuProcess
     from kata.hypervisor.qemu.settings import VMSettings
     from kata.journal import Journal
@@ -56,6 +57,7 @@ class Qemu:
         self._disk_callbacks: list[Callable[[DiskError], None]] = []
         self._shutdown_reason = ""
         self._console = process.take_console()
+        self._figures: Figures | None = None
         self._disk_generation = 0
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
@@ -303,22 +305,12 @@ class Qemu:
         return self.console.tail(limit)
 
     async def metrics(self) -> dict[str, int]:
-        """Figures of the QEMU process.
+        """See `kata.hypervisor.protocols.Machine.metrics`."""
+        from kata.hypervisor.qemu import figures
 
-        Returns:
-            ``rss_bytes``, ``cpu_ns`` (user and system), ``threads``; empty after its end.
-        """
-        try:
-            with open(f"/proc/{self.pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b") ")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return {}
-        tick_ns = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-        return {
-            "rss_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
-            "cpu_ns": (int(fields[11]) + int(fields[12])) * tick_ns,
-            "threads": int(fields[17]),
-        }
+        if self._figures is None:
+            self._figures = figures.Figures(self.pid)
+        return await asyncio.to_thread(self._figures.look)
 
     async def command(
         self, name: str, arguments: dict[str, Any] | None = None, fd: int | None = None
