@@ -4,7 +4,7 @@ Every engine appends to it, so there is no daemon to keep it. A line is written 
 of several engines do not mix. At `MAX_BYTES` the file becomes ``events.jsonl.1`` in place of the one before, so both
 together are bounded. docs/observability.md lists the events and their members.
 
-Imported by engines: `json` only for reading.
+Imported by engines, and by whoever clears up after them: `json` is not imported before it is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import fcntl
 import os
 import time
 
-from kata import journal, paths, sysio
+from kata import paths, sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ MAX_BYTES = 1 << 20
 MAX_LINE = 4000
 MAX_TEXT = 512
 """Maximum length of a text in an event: it may be the guest's."""
+LATE_S = 5.0
+"""How long a follower reads a file that was turned over: an engine may have opened it just before, in seconds."""
 _MAX_PENDING = 1 << 16
 
 
@@ -51,17 +53,22 @@ def line(event: str, members: dict[str, Any]) -> str:
         members: What else is known, as values of JSON; empty and absent ones are left out. Long texts are cut, and of
             too many members the last ones are left out.
     """
+    import json
+
+    def dumps(content: dict[str, Any]) -> str:
+        return json.dumps(content, separators=(",", ":"))
+
     content: dict[str, Any] = {"time": stamp(time.time_ns()), "event": event}
     known = {name: value for name, value in members.items() if value not in (None, "")}
     written = ""
     for most in (MAX_TEXT, 128, 32):  # in bytes, a character may take 12
         content |= {name: _bounded(value, most) for name, value in known.items()}
-        written = journal.dumps(content)
+        written = dumps(content)
         if len(written) <= MAX_LINE:
             return written
     while len(written) > MAX_LINE:
         content.popitem()
-        written = journal.dumps(content)
+        written = dumps(content)
     return written
 
 
@@ -83,8 +90,7 @@ def append(event: str, members: dict[str, Any], run_dir: str = "") -> None:
         written = os.write(fd, data)
         if written < len(
             data
-        ):  # the disk became full in the middle: end the torn line, so that the next is whole
-            os.write(fd, b"\n")
+        ):  # the disk became full in the middle; readers pass over what there is of the line
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
         if os.fstat(fd).st_size > MAX_BYTES:
             _turn_over(fd, target)
@@ -92,16 +98,18 @@ def append(event: str, members: dict[str, Any], run_dir: str = "") -> None:
         os.close(fd)
 
 
-def engine_was_killed(directory: str) -> None:
+def engine_was_killed(directory: str, meta: dict[str, Any]) -> None:
     """Write the end of a sandbox whose engine could not: called by whoever has undone its journal.
 
     Args:
-        directory: The sandbox's directory, which need not be there any more.
+        directory: The sandbox's directory, which is not there any more.
+        meta: What the journal said of it: id, client, namespace.
     """
+    known = {"sandbox": meta.get("id"), "client": meta.get("client"), "namespace": meta.get("namespace")}
     try:
         append(
             "sandbox.ended",
-            {"sandbox": os.path.basename(directory), "error": "its engine was killed"},
+            known | {"error": "its engine was killed"},
             os.path.dirname(os.path.dirname(directory)),
         )
     except OSError:
@@ -109,33 +117,81 @@ def engine_was_killed(directory: str) -> None:
 
 
 def _turn_over(fd: int, target: str) -> None:
-    """Begin a new file, unless somebody else just has."""
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    """Begin a new file, unless somebody else does or just has."""
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no engine waits for another
         here, there = os.fstat(fd), os.stat(target)
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):
         return
     if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
         os.rename(target, f"{target}.1")
 
 
+_START = b'{"time":"'
+"""How each line begins; inside of one this cannot be, since quotation marks in texts are escaped."""
+
+
 def _parsed(raw: bytes) -> dict[str, Any] | None:
-    """An event, or None for a line that is none (torn by a full disk)."""
+    """An event, or None for a line that is none; what a full disk has left of another before it is passed over."""
     import json
 
+    start = raw.rfind(_START)
     try:
-        found = json.loads(raw)
-    except ValueError:
+        found = json.loads(raw[start:]) if start >= 0 else None
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and "event" in found and "time" in found else None
 
 
-def _lines(file: str) -> list[bytes]:
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(2 * MAX_BYTES).split(b"\n")
-    except FileNotFoundError:
-        return []
+class _File:
+    """A file that is being read."""
+
+    __slots__ = ("_rest", "fd", "identity", "until")
+
+    def __init__(self, fd: int) -> None:
+        status = os.fstat(fd)
+        self.fd = fd
+        self.identity = (status.st_dev, status.st_ino)
+        self.until: float | None = None  # for one that was turned over: CLOCK_MONOTONIC
+        self._rest = b""
+
+    @staticmethod
+    def open(path: str) -> _File | None:
+        try:
+            return _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def open_both(target: str) -> list[_File]:
+        """The files there are, the older first: never the same twice, whenever they are turned over."""
+        while True:
+            newer, older = _File.open(target), _File.open(f"{target}.1")
+            if newer is None or older is None or newer.identity != older.identity:
+                return [one for one in (older, newer) if one is not None]
+            os.close(newer.fd)
+            os.close(older.fd)
+
+    def news(self) -> list[dict[str, Any]]:
+        """The events that were written since the last call."""
+        found = []
+        while data := os.read(self.fd, 1 << 16):
+            *whole, self._rest = (self._rest + data).split(b"\n")
+            self._rest = self._rest[-_MAX_PENDING:]
+            found += [event for one in whole if (event := _parsed(one)) is not None]
+        return found
+
+
+def _news(files: list[_File]) -> list[dict[str, Any]]:
+    """What is new in files that are in their order.
+
+    The newer is read first. An engine that has written to it writes to no older one any more, so whatever it wrote
+    before is read after.
+    """
+    found: list[dict[str, Any]] = []
+    for file in reversed(files):
+        found = [*file.news(), *found]
+    return found
 
 
 def read(limit: int | None = None) -> list[dict[str, Any]]:
@@ -147,11 +203,13 @@ def read(limit: int | None = None) -> list[dict[str, Any]]:
     Raises:
         OSError: They cannot be read.
     """
-    target = path()
-    raw = [one for file in (f"{target}.1", target) for one in _lines(file) if one]
-    if limit is not None:
-        raw = raw[-limit:] if limit > 0 else []
-    return [event for event in map(_parsed, raw) if event is not None]
+    files = _File.open_both(path())
+    try:
+        found = _news(files)
+    finally:
+        for file in files:
+            os.close(file.fd)
+    return found if limit is None else found[max(0, len(found) - limit) :]
 
 
 class Follower:
@@ -166,23 +224,20 @@ class Follower:
 
     def __init__(self, *, from_start: bool = False) -> None:
         self._path = path()
+        self._files: list[_File] = []
         directory = os.path.dirname(self._path)
         paths.make_dirs(directory, 0o711)
         self.fd = sysio.inotify_init()
         try:
             changed = sysio.IN_CREATE | sysio.IN_MODIFY | sysio.IN_MOVED_TO
             sysio.inotify_add_watch(self.fd, directory, changed)
+            self._files = _File.open_both(self._path)
+            if not from_start:
+                for file in self._files:
+                    os.lseek(file.fd, 0, os.SEEK_END)
         except OSError:
-            os.close(self.fd)
+            self.close()
             raise
-        self._rest = b""
-        self._ready: list[dict[str, Any]] = []
-        self._file: int | None = None
-        if from_start:
-            self._take(b"\n".join(_lines(f"{self._path}.1")) + b"\n")
-        self._open()
-        if self._file is not None and not from_start:
-            os.lseek(self._file, 0, os.SEEK_END)
 
     def __enter__(self) -> Follower:
         return self
@@ -192,51 +247,39 @@ class Follower:
 
     def close(self) -> None:
         """Give the descriptors back. Idempotent."""
-        for fd in (self.fd, self._file):
-            if fd is not None and fd >= 0:
-                os.close(fd)
-        self.fd, self._file = -1, None
-
-    def _open(self) -> None:
-        try:
-            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            self._file = None
-
-    def _take(self, data: bytes) -> None:
-        *whole, self._rest = (self._rest + data).split(b"\n")
-        self._rest = self._rest[-_MAX_PENDING:]
-        self._ready += [event for event in map(_parsed, filter(None, whole)) if event is not None]
+        for file in self._files:
+            os.close(file.fd)
+        self._files = []
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def poll(self) -> list[dict[str, Any]]:
         """What is new. Does not block."""
-        sysio.inotify_read(self.fd)
-        while True:
-            while self._file is not None and (data := os.read(self._file, 1 << 16)):
-                self._take(data)
-            if self._is_current():
-                break
-            if self._file is not None:
-                # Whoever had opened the old file before its renaming may have written since.
-                while data := os.read(self._file, 1 << 16):
-                    self._take(data)
-                os.close(self._file)
-            self._rest = b""
-            self._open()
-            if self._file is None:
-                break
-        found, self._ready = self._ready, []
+        while sysio.inotify_read(self.fd):
+            pass
+        found = _news(self._files)
+        while self._begin_next():
+            found += _news(self._files)
+        now = time.monotonic()
+        for file in [one for one in self._files if one.until is not None and one.until < now]:
+            os.close(file.fd)
+            self._files.remove(file)
         return found
 
-    def _is_current(self) -> bool:
-        try:
-            there = os.stat(self._path)
-        except FileNotFoundError:
-            return True  # turned over, and nothing written since
-        if self._file is None:
+    def _begin_next(self) -> bool:
+        """Open the file if it is none of those that are read. Returns whether it is another."""
+        new = _File.open(self._path)
+        if new is None:
             return False
-        here = os.fstat(self._file)
-        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+        if any(one.identity == new.identity for one in self._files):
+            os.close(new.fd)
+            return False
+        for file in self._files:
+            if file.until is None:
+                file.until = time.monotonic() + LATE_S
+        self._files.append(new)
+        return True
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until there may be something new; False when the time (seconds) is up."""

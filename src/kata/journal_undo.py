@@ -64,6 +64,7 @@ def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
         if _vanished(journal):
             return []
         journal.reload()
+        was_killed = not journal.owner_alive()
         journal.begin_removal()
         failures = []
         for entry in reversed(journal.entries):
@@ -81,10 +82,19 @@ def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
                 _forget(journal, entry)
         if not failures:
             _remove_journal(journal, deadline, failures)
+            if was_killed and _is_of_sandbox(journal):
+                from kata import events
+
+                events.engine_was_killed(os.path.dirname(journal.path), journal.meta)
         return failures
     finally:
         if journal.fileno() >= 0:
             fcntl.flock(journal.fileno(), fcntl.LOCK_UN)
+
+
+def _is_of_sandbox(journal: journals.Journal) -> bool:
+    above = os.path.dirname(os.path.dirname(journal.path))
+    return os.path.basename(above) == "sandboxes" and bool(journal.meta.get("id"))
 
 
 def _forget(journal: journals.Journal, entry: journals.Entry) -> None:

@@ -337,15 +337,12 @@ def _doctor(arguments: Arguments) -> int:
 
 
 def _gc(arguments: Arguments) -> int:
-    from kata import events, journal_undo
+    from kata import journal_undo
     from kata.cli import image, records
     from kata.images import changes
     from kata.storage import ext4
 
     report = journal_undo.reconcile(paths.run_dir(), paths.state_dir())
-    for directory in report.undone:
-        if os.path.basename(os.path.dirname(directory)) == "sandboxes":
-            events.engine_was_killed(directory)
     stale = records.clear_stale()
     removed = changes.gc(list(image.users()))
     half_made = ext4.clear_leftovers()

@@ -222,6 +222,8 @@ def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_
 def _make_directory(base: str, name: str, settings: SandboxSettings, patience_s: float) -> Journal:
     sandbox_id = settings.id
     meta = {"client": settings.client.name, "id": sandbox_id}
+    if settings.client.namespace:
+        meta["namespace"] = settings.client.namespace
     try:
         return Journal.create_dir(base, name, meta)
     except AlreadyExistsError:
@@ -240,10 +242,9 @@ def _undo_dead_engine(path: str, sandbox_id: str, patience_s: float) -> None:
     try:
         if not old.signal_owner(0, patience_s):
             raise AlreadyExistsError(f"sandbox {sandbox_id} is running already") from None
-        from kata import events, journal_undo
+        from kata import journal_undo
 
         left = journal_undo.undo(old)
-        events.engine_was_killed(os.path.dirname(path))
     finally:
         old.close()
     if left:

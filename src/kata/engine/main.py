@@ -167,17 +167,13 @@ async def _sweep(sandbox: Sandbox) -> None:
     import asyncio
     import contextlib
 
-    from kata import events
     from kata.journal_undo import reconcile_sandboxes
 
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(sandbox.ended.wait(), SWEEP_S)
     client = sandbox.settings.client.name
     report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), client)
-    for directory in report.undone:
-        events.engine_was_killed(directory)
-        sandbox.tasks.log(f"cleared up after {directory}")
-    for line in report.failures:
+    for line in (*(f"cleared up after {directory}" for directory in report.undone), *report.failures):
         sandbox.tasks.log(line)
 
 

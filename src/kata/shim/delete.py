@@ -41,10 +41,9 @@ def delete(values: Mapping[str, str]) -> bytes:
             # The engine may hang: it is told to end, and then made to.
             if not journal.signal_owner(sysio.SIGTERM, GRACE_S):
                 journal.signal_owner(sysio.SIGKILL, KILL_S)
-            from kata import events, journal_undo
+            from kata import journal_undo
 
             left = journal_undo.undo(journal, UNDO_S)
-            events.engine_was_killed(os.path.dirname(journal.path))
         finally:
             journal.close()
         if left:

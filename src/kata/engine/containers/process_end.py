@@ -94,7 +94,8 @@ class EndOfProcesses:
                 await self._ended(process, status, at_ns, error)
             except Exception as problem:  # a process whose end is never told would hang every client
                 self._tasks.log(f"the end of {process.label} was not recorded whole: {problem!r}")
-                process.stop(status, at_ns, error)
+                if process.stop(status, at_ns, error):
+                    self._publish_exit(process)
             finally:
                 process.ended.set()
         self._on_reported(process)
@@ -112,23 +113,30 @@ class EndOfProcesses:
         if not process.stop(status, at_ns, error):
             return
         if not process.exec_id:
-            self._record.close_log()
-            await self._record.write(
-                status=STOPPED,
-                exit_code=status,
-                finished_at=rfc3339(at_ns),
-                error=error,
-                oom_killed=process.oom_killed,
-                disk_error=self._machine.disk_error,
-            )
+            try:
+                self._record.close_log()
+                await self._record.write(
+                    status=STOPPED,
+                    exit_code=status,
+                    finished_at=rfc3339(at_ns),
+                    error=error,
+                    oom_killed=process.oom_killed,
+                    disk_error=self._machine.disk_error,
+                )
+            finally:
+                self._publish_exit(process)
+        else:
+            self._publish_exit(process)
+
+    def _publish_exit(self, process: Process) -> None:
         self._publish(
             "/tasks/exit",
             events_pb.TaskExit(
                 container_id=self._id,
                 id=process.exec_id or self._id,
                 pid=process.pid,
-                exit_status=status,
-                exited_at=timestamp(at_ns),
+                exit_status=process.exit_status,
+                exited_at=timestamp(process.exited_at_ns),
             ),
         )
 

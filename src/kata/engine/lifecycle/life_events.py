@@ -9,21 +9,21 @@ from __future__ import annotations
 import os
 
 from kata import events
+from kata.engine.containers.described import described
 from kata.engine.lifecycle.sandbox_state import SandboxState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from kata.errors import KataError
+    from kata.settings import SandboxSettings
 
 _OF_STATE = {
-    SandboxState.BOOTING: "sandbox.created",
     SandboxState.READY: "sandbox.ready",
     SandboxState.FAILED: "sandbox.failed",
     SandboxState.STOPPED: "sandbox.stopped",
-    SandboxState.ENDED: "sandbox.ended",
 }
 _OF_TASK = {
     "/tasks/create": "container.created",
@@ -39,22 +39,16 @@ class LifeEvents:
     """The events of one sandbox.
 
     Args:
-        sandbox_id: Its id.
-        client: Name of its client.
-        namespace: containerd's namespace; empty without one.
+        settings: The sandbox's.
         run_dir: The sandbox's directory; the events are in the one above that of all sandboxes.
         log: Is given a sentence.
     """
 
-    __slots__ = ("_client", "_directory", "_failed", "_id", "_log", "_namespace")
+    __slots__ = ("_directory", "_failed", "_log", "_settings")
 
-    def __init__(
-        self, sandbox_id: str, client: str, namespace: str, run_dir: str, log: Callable[[str], None]
-    ) -> None:
-        self._id = sandbox_id
+    def __init__(self, settings: SandboxSettings, run_dir: str, log: Callable[[str], None]) -> None:
+        self._settings = settings
         self._directory = os.path.dirname(os.path.dirname(run_dir))
-        self._client = client
-        self._namespace = namespace
         self._log = log
         self._failed = False
 
@@ -65,11 +59,12 @@ class LifeEvents:
             event: What has happened.
             members: What else is known of it, as values of JSON.
         """
+        client = self._settings.client
         known = {
-            "sandbox": self._id,
+            "sandbox": self._settings.id,
             "container": members.pop("container", None),
-            "client": self._client,
-            "namespace": self._namespace,
+            "client": client.name,
+            "namespace": client.namespace,
         }
         try:
             events.append(event, known | members, self._directory)
@@ -82,8 +77,24 @@ class LifeEvents:
     def entered(self, state: SandboxState, reason: KataError | None) -> None:
         """The sandbox has gone to a state."""
         event = _OF_STATE.get(state)
-        if event is not None:
+        if state is SandboxState.BOOTING:
+            known: dict[str, Any] = {}
+            if self._settings.machine is not None:
+                size = self._settings.machine.size
+                known = {"vcpus": size.vcpus, "memory_mib": size.memory_mib}
+            self.record("sandbox.created", **self._names(self._settings.id, {}), **known)
+        elif event is not None:
             self.record(event, error=reason.message if reason is not None else None)
+
+    def ended(self, journal: str) -> None:
+        """The sandbox has ended.
+
+        Args:
+            journal: Path of its journal. Where that is still there, something could not be undone: whoever does that
+                writes the sandbox's end.
+        """
+        if not os.path.lexists(journal):
+            self.record("sandbox.ended")
 
     def of_task(self, topic: str, message: Any, container: Any = None) -> None:
         """Something has happened to a task.
@@ -104,8 +115,12 @@ class LifeEvents:
                 members["oom_killed"] = container.init.oom_killed
                 members["error"] = container.init.error
             self.record("exec.exited" if of_exec else "container.exited", container=identity, **members)
-        elif topic == "/tasks/delete":
-            if message.id in ("", identity):
-                self.record("container.deleted", container=identity)
         elif event is not None:
-            self.record(event, container=identity, exec=getattr(message, "exec_id", None))
+            known: dict[str, Any] = {}
+            if topic == "/tasks/create" and container is not None:
+                known = self._names(container.id, container.config)
+            self.record(event, container=identity, exec=getattr(message, "exec_id", None), **known)
+
+    def _names(self, container_id: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        about = described(self._settings, container_id, config)
+        return {"name": about["name"], "image": about["image"]}

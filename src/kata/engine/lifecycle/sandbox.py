@@ -87,8 +87,7 @@ class Sandbox:
         ] = {}  # for figures, which the guest has yet to answer
         self.calls = Durations()  # how long those took that the engine has answered
         self.tasks = Tasks(self.id, settings.client.log_fifo)
-        client = settings.client
-        self.life_events = LifeEvents(self.id, client.name, client.namespace, run_dir, self.tasks.log)
+        self.life_events = LifeEvents(settings, run_dir, self.tasks.log)
         self.runtime = self._make_runtime(machine)
         self.network_services = NetworkServices(self.runtime, self.tasks)
         self.containers: dict[str, Container] = {}
@@ -351,6 +350,7 @@ class Sandbox:
             await Teardown(self, grace_s).run()
         finally:
             self.runtime.terminate(VMLostError(f"sandbox {self.id} has ended"))
+            self.life_events.ended(self.journal.path)
             self.runtime.enter(SandboxState.ENDED)
 
     @property

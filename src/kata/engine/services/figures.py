@@ -16,11 +16,9 @@ from kata.metrics.procfs import ProcessFigures
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Any
 
     from kata.agent.client import AgentClient
-    from kata.engine.containers.container import Container
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.proto import agent_pb
 
@@ -138,41 +136,3 @@ def _pids(sandbox: Sandbox) -> list[tuple[str, int]]:
     helpers += [("logger", one.child) for one in sandbox.loggers]
     found += [(role, child.pid) for role, child in helpers if child is not None and child.poll() is None]
     return found
-
-
-def described(sandbox: Sandbox, container: Container) -> Mapping[str, Any]:
-    """A container's ``name``, ``image`` and ``labels``, as far as its client has said them."""
-    annotations = container.config.get("annotations") or {}
-    settings = sandbox.settings.container
-    if settings is not None and container.id == sandbox.id:
-        record = _record(os.path.join(settings.directory, "container.json"))
-        return {
-            "name": str(record.get("name", "")),
-            "image": str((record.get("image") or {}).get("reference", "")),
-            "labels": record.get("labels") or {},
-        }
-    return {
-        "name": str(
-            annotations.get("io.kubernetes.cri.container-name")
-            or annotations.get("io.kubernetes.container.name")
-            or annotations.get("nerdctl/name")
-            or ""
-        ),
-        "image": str(
-            annotations.get("io.kubernetes.cri.image-name")
-            or annotations.get("io.kubernetes.cri-o.ImageName")
-            or ""
-        ),
-        "labels": {},
-    }
-
-
-def _record(path: str) -> dict[str, Any]:
-    import json
-
-    try:
-        with open(path, "rb") as file:
-            record = json.loads(file.read(1 << 20))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -7,6 +7,7 @@ import platform
 import resource
 
 import kata
+from kata.engine.containers.described import described
 from kata.engine.services import figures
 from kata.metrics import exposition, families, procfs
 from kata.metrics.overhead import Overhead
@@ -111,16 +112,16 @@ def _booted_s() -> int:
 
 def _engine(text: Text, sandbox: Sandbox) -> None:
     """What the engine knows and has counted."""
-    runtime, described = sandbox.runtime, sandbox.settings.machine
+    runtime, settings = sandbox.runtime, sandbox.settings.machine
     hypervisor = runtime.machine.monitor.name if runtime.machine.monitor is not None else ""
     python = platform.python_version()
     labels = exposition.labels_text(version=kata.__version__, python=python, hypervisor=hypervisor)
     text.add("kata_shim_build_info", 1, labels)
-    if runtime.vm is not None and described is not None:
+    if runtime.vm is not None and settings is not None:
         labels = exposition.labels_text(
             name=hypervisor,
             version=runtime.vm.version,
-            accelerator=described.hypervisor.accel,
+            accelerator=settings.hypervisor.accel,
             channel=runtime.vm.channel.kind,
         )
         text.add("kata_hypervisor_info", 1, labels)
@@ -221,10 +222,8 @@ def container_memory(found: Figures) -> int:
 
 def _containers(text: Text, sandbox: Sandbox, found: Figures) -> None:
     for container in list(sandbox.containers.values())[: figures.MAX_CONTAINERS]:
-        described = figures.described(sandbox, container)
-        labels = exposition.labels_text(
-            container_id=container.id, name=described["name"], image=described["image"]
-        )
+        about = described(sandbox.settings, container.id, container.config)
+        labels = exposition.labels_text(container_id=container.id, name=about["name"], image=about["image"])
         text.add("kata_container_info", 1, labels)
         labels = exposition.labels_text(container_id=container.id, state=str(container.init.state))
         text.add("kata_container_state", 1, labels)

@@ -6,6 +6,7 @@ bounded, and not escaped: whoever shows them does that.
 
 from __future__ import annotations
 
+from kata.engine.containers.described import described
 from kata.engine.services import figures, metrics
 from kata.metrics import families
 
@@ -26,7 +27,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
     """The document, as JSON values."""
     found = await figures.look(sandbox)
     settings = sandbox.settings
-    described = settings.machine
+    machine = settings.machine
     runtime = sandbox.runtime
     guest = _guest(found)
     inside_s = sum(metrics.container_cpu_s(found).values())
@@ -49,7 +50,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
             "name": runtime.machine.monitor.name if runtime.machine.monitor is not None else "",
             "version": runtime.vm.version if runtime.vm is not None else "",
             "pid": runtime.vm.pid if runtime.vm is not None else 0,
-            "accelerator": described.hypervisor.accel if described is not None else "",
+            "accelerator": machine.hypervisor.accel if machine is not None else "",
             "channel": runtime.vm.channel.kind if runtime.vm is not None else "",
         },
         "vcpus": sandbox.resizer.vcpus,
@@ -140,13 +141,13 @@ def _labels(labels: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _container(sandbox: Sandbox, container: Container, found: Figures) -> dict[str, Any]:
-    described = figures.described(sandbox, container)
+    about = described(sandbox.settings, container.id, container.config)
     init = container.init
     out: dict[str, Any] = {
         "id": container.id,
-        "name": _text(described["name"]),
-        "image": _text(described["image"]),
-        "labels": _labels(described["labels"]),
+        "name": _text(about["name"]),
+        "image": _text(about["image"]),
+        "labels": _labels(about["labels"]),
         "state": str(init.state),
         "error": _text(init.error),
         "created": container.created_at_ns / 1e9,
