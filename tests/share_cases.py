@@ -14,11 +14,11 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Kata
+from waiting import until
 
 from kata.hypervisor import virtiofsd
 
@@ -136,7 +136,7 @@ def test_several_sides_see_one_file_system(kata: Kata, busybox_image: str, tmp_p
     try:
         kata.ok("run", "-d", "--name", names[0], *volumes, busybox_image, "sh", "-c", holds)
         kata.ok("run", "-d", "--name", names[1], *volumes, busybox_image, "sleep", "1000")
-        _until(lambda: (tmp_path / "out").read_text() == "up\n")
+        until(lambda: (tmp_path / "out").read_text() == "up\n", "the program says that it is up")
 
         def inside(script: str, *options: str, side: int = 0) -> str:
             done = kata.call("exec", *options, names[side], "sh", "-c", script)
@@ -151,7 +151,7 @@ def test_several_sides_see_one_file_system(kata: Kata, busybox_image: str, tmp_p
         (tmp_path / "held").unlink()
         time.sleep(STALE_S)
         seen["a file that is mounted by itself shows what the host writes"] = inside("cat /conf") == "newer"
-        _until(lambda: kata.ok("logs", names[0]).count("\n") == 3)
+        until(lambda: kata.ok("logs", names[0]).count("\n") == 3, "three lines in the log")
         seen["an open log shows what host and container append"] = (
             kata.ok("logs", names[0]) == "one\ntwo\nthree\n"
         )
@@ -408,10 +408,3 @@ def _program(constant: int) -> bytes:
             code += b"\xb8\x3c\0\0\0\x0f\x05"  # exit(edi)
         image[page * 4096 + start : page * 4096 + start + len(code)] = code
     return bytes(image)
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    """Wait for what a busy machine may take a while for; what follows tells whether it has come."""
-    deadline = time.monotonic() + 30
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -60,3 +61,41 @@ def until_gone(pid: int, what: str = "", patience_s: float = PATIENCE) -> None:
         AssertionError: It did not in time; with what `what` says.
     """
     until(lambda: not alive(pid), f"the end of process {pid}. {what}", patience_s=patience_s)
+
+
+class Reader:
+    """What comes out of a descriptor (a terminal, a pipe), looked at word by word.
+
+    Args:
+        fd: The descriptor.
+
+    Attributes:
+        seen: What was read and not passed yet.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.seen = b""
+        self._fd = fd
+
+    def until(self, words: bytes, patience_s: float = PATIENCE) -> bytes:
+        """Read until *words* have come, and pass them: the next call looks behind them.
+
+        Returns:
+            What came before them.
+
+        Raises:
+            AssertionError: They did not in time, or all was read before.
+        """
+        deadline = time.monotonic() + patience_s
+        while words not in self.seen:
+            left = deadline - time.monotonic()
+            assert left > 0, f"not within {patience_s:g} s: {words!r} in {self.seen!r}"
+            if select.select([self._fd], [], [], left)[0]:
+                try:
+                    data = os.read(self._fd, 1 << 16)
+                except OSError:
+                    data = b""  # a terminal whose other side is closed
+                assert data, f"the end instead of {words!r}: {self.seen!r}"
+                self.seen += data
+        before, _, self.seen = self.seen.partition(words)
+        return before

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from agent_double import AgentDouble
+from waiting import Reader
 
 from kata.agent_ctl import fuzz, fuzz_cases, main, methods, session, shell
 from kata.errors import UsageError
@@ -291,14 +292,7 @@ def test_completion_and_history_on_a_terminal(server: tuple[str, AgentDouble], t
         env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"},
     )
     os.close(theirs)
-    seen = b""
-
-    def until(words: bytes) -> None:
-        nonlocal seen
-        while words not in seen:
-            seen += os.read(ours, 4096)
-        seen = seen.partition(words)[2]
-
+    until = Reader(ours).until
     until(b"agent> ")
     os.write(ours, b"Vers\t")
     until(b"Version ")

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import select
 import shutil
 import stat
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import Kata
-from waiting import until
+from waiting import Reader, until
 
 from kata.hypervisor import kvmprobe
 
@@ -233,31 +232,18 @@ def test_a_terminal_is_a_terminal(shared_kata: Kata, busybox_image: str) -> None
         "run", "--rm", "-it", busybox_image, "sh", stdin=terminal, stdout=terminal, stderr=terminal
     )
     os.close(terminal)
-    seen = b""
-
-    def until(what: bytes) -> None:
-        nonlocal seen
-        deadline = time.monotonic() + 60
-        while what not in seen:
-            assert time.monotonic() < deadline, seen
-            if select.select([controller], [], [], 1)[0]:
-                try:
-                    seen += os.read(controller, 65536)
-                except OSError:
-                    break
-        assert what in seen, seen
-
-    until(b"# ")
+    terminal_shows = Reader(controller).until
+    terminal_shows(b"# ")
     os.write(controller, b"stty size; tty; test -t 0 && echo in-$((40+2))\n")
-    until(b"33 77")
-    until(b"/dev/pts/")
-    until(b"in-42")
+    terminal_shows(b"33 77")
+    terminal_shows(b"/dev/pts/")
+    terminal_shows(b"in-42")
     # Ctrl-C reaches the foreground process inside, not us.
     os.write(controller, b"sleep 1000\n")
     time.sleep(1)
     os.write(controller, b"\x03")
     os.write(controller, b"echo still-$((1+1))\n")
-    until(b"still-2")
+    terminal_shows(b"still-2")
     os.write(controller, b"exit 7\n")
     assert process.wait(timeout=60) == 7
     os.close(controller)

@@ -7,7 +7,6 @@ import fcntl
 import os
 import pty
 import re
-import select
 import signal
 import struct
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from waiting import PATIENCE
+from waiting import PATIENCE, Reader
 
 from kata.hypervisor import kvmprobe
 
@@ -180,29 +179,18 @@ def test_a_shell_has_our_terminal() -> None:
         os.execv(TOOL, [TOOL, "--shell", "--", "sh"])
     try:
         fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
-        said = b""
-
-        def until(words: bytes) -> None:
-            nonlocal said
-            deadline = time.monotonic() + PATIENCE * 3
-            while words not in said:
-                left = deadline - time.monotonic()
-                assert left > 0, said
-                if select.select([fd], [], [], left)[0]:
-                    said += os.read(fd, 65536)
-
-        until(b"# ")
+        reader = Reader(fd)
+        reader.until(b"# ", PATIENCE * 3)
         os.write(fd, b"tty; stty size; echo $((6 * 7))\n")
-        until(b"33 77\r\n42\r\n")
-        assert b"/dev/pts/" in said
+        assert b"/dev/pts/" in reader.until(b"33 77\r\n42\r\n", PATIENCE * 3)
         fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 90, 0, 0))
         # A Ctrl-C of the keyboard ends what the shell runs, and not the lab.
         os.write(fd, b"sleep 1000\n")
-        until(b"sleep 1000\r\n")
+        reader.until(b"sleep 1000\r\n", PATIENCE * 3)
         time.sleep(1)
         os.write(fd, b"\x03")
         os.write(fd, b"stty size; exit 5\n")
-        until(b"40 90\r\n")
+        reader.until(b"40 90\r\n", PATIENCE * 3)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
         pid = 0
     finally:

@@ -296,9 +296,19 @@ class _Carrier(ABC):
 class _FrameCarrier(_Carrier):
     """A carrier that can also send bytes that are not calls."""
 
-    @abstractmethod
     def send_frames(self, case: Case) -> list[str]:
         """Send bytes. Returns a description of each answer."""
+        stream = self._send(case.data, case.pieces, case.due, self.patience_s if case.due else _GLIMPSE_S)
+        return _outcomes(stream, case.due, self.patience_s)
+
+    def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
+        number = self.next_stream(1)
+        stream = self._send(_call(method, payload, number, self.wait_s), 1, {number}, self.wait_s)
+        return _outcomes(stream, set(), self.wait_s)
+
+    @abstractmethod
+    def _send(self, data: bytes, pieces: int, due: set[int], wait_s: float) -> _Stream:
+        """Send bytes in so many pieces, and wait for answers in the streams that are due."""
 
 
 class _Calls(_Carrier):
@@ -401,7 +411,7 @@ class _Sockets(_FrameCarrier):
         assert sock is not None
         return _Stream(sock)
 
-    def _send_in_pieces(self, data: bytes, pieces: int, due: set[int], wait_s: float) -> _Stream:
+    def _send(self, data: bytes, pieces: int, due: set[int], wait_s: float) -> _Stream:
         try:
             stream = self._new()
         except (KataError, OSError) as error:
@@ -412,17 +422,6 @@ class _Sockets(_FrameCarrier):
         finally:
             stream.close()
         return stream
-
-    def send_frames(self, case: Case) -> list[str]:
-        stream = self._send_in_pieces(
-            case.data, case.pieces, case.due, self.patience_s if case.due else _GLIMPSE_S
-        )
-        return _outcomes(stream, case.due, self.patience_s)
-
-    def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
-        number = self.next_stream(1)
-        stream = self._send_in_pieces(_call(method, payload, number, self.wait_s), 1, {number}, self.wait_s)
-        return _outcomes(stream, set(), self.wait_s)
 
     def _ask(self) -> None:
         stream = self._new()
@@ -446,15 +445,6 @@ class _Port(_FrameCarrier):
         self._wire.send(data, pieces, self.patience_s)
         self._wire.collect(due, wait_s)
         return self._wire
-
-    def send_frames(self, case: Case) -> list[str]:
-        stream = self._send(case.data, case.pieces, case.due, self.patience_s if case.due else _GLIMPSE_S)
-        return _outcomes(stream, case.due, self.patience_s)
-
-    def send_request(self, method: methods.Method, payload: bytes) -> list[str]:
-        number = self.next_stream(1)
-        stream = self._send(_call(method, payload, number, self.wait_s), 1, {number}, self.wait_s)
-        return _outcomes(stream, set(), self.wait_s)
 
     def _ask(self) -> None:
         try:

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tomllib
 
-from kata.cli.client_edit import Edit, read, remove_backup, text_of
+from kata.cli.client_edit import Edit, read, remove_backups, text_of
 from kata.errors import AlreadyExistsError, ConfigError, HostError
 
 TYPE_CHECKING = False
@@ -222,19 +222,13 @@ def clear_up(edits: list[Edit]) -> list[str]:
     Returns:
         Sentences about what is left.
     """
-    said = []
     for edit in edits:
-        backup = read(edit.backup)
-        if backup is not None and backup == edit.after:
-            remove_backup(edit.path)
-        elif backup is not None:
-            said.append(f"{edit.backup} stays: {edit.path} has been changed by others since it was made")
         if edit.after is None and _MADE_DIRECTORY.encode() in (edit.before or b""):
             try:
                 os.rmdir(os.path.dirname(edit.path))
             except OSError:
                 pass  # others have put something there
-    return said
+    return remove_backups(edits)
 
 
 def handlers(dump: dict[str, Any]) -> dict[str, Any]:

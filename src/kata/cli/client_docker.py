@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 
-from kata.cli.client_edit import Edit, read, remove_backup, text_of
+from kata.cli.client_edit import Edit, read, remove_backups, text_of
 from kata.errors import AlreadyExistsError, ConfigError, HostError
 
 TYPE_CHECKING = False
@@ -115,17 +115,7 @@ def uninstall(path: str) -> list[Edit]:
     return [Edit(path, raw, _remove(text).encode())]
 
 
-def clear_up(edits: list[Edit]) -> list[str]:
-    """Clean up after `uninstall`: remove the backup of a file in its original state. Returns sentences about what is
-    left."""
-    said = []
-    for edit in edits:
-        backup = read(edit.backup)
-        if backup is not None and backup == edit.after:
-            remove_backup(edit.path)
-        elif backup is not None:
-            said.append(f"{edit.backup} stays: {edit.path} has been changed by others since it was made")
-    return said
+clear_up = remove_backups
 
 
 def runtimes(text: str, path: str) -> dict[str, Any]:

@@ -106,6 +106,22 @@ def read(path: str) -> bytes | None:
         ) from None
 
 
+def remove_backups(edits: list[Edit]) -> list[str]:
+    """Clean up after `uninstall`: remove the backups of files that are in their original state.
+
+    Returns:
+        Sentences about what is left.
+    """
+    said = []
+    for edit in edits:
+        backup = read(edit.backup)
+        if backup is not None and backup == edit.after:
+            remove_backup(edit.path)
+        elif backup is not None:
+            said.append(f"{edit.backup} stays: {edit.path} has been changed by others since it was made")
+    return said
+
+
 def text_of(data: bytes, path: str) -> str:
     """Decode *data*, the content of the file *path*.
 

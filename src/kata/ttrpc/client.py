@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 
 from kata.ttrpc import envelope, frame
+from kata.ttrpc.calls import decoded, encoded, response_in
 from kata.ttrpc.status import (
     DEADLINE_EXCEEDED,
     RESOURCE_EXHAUSTED,
@@ -145,22 +146,16 @@ class Client:
                 not fit into a frame or that exceeds `max_calls`.
             ConnectionLost: The connection ended; ProtocolError when the server broke the protocol.
         """
-        nano = 0 if timeout is None else max(1, int(timeout * 1e9))
-        pairs = (metadata or {}).items()
-        data = envelope.Request(service, method, request.encode(), nano, pairs).encode()
-        if len(data) > frame.MAX_DATA:
-            raise TtrpcError(RESOURCE_EXHAUSTED, f"a request of {len(data)} bytes does not fit into a frame")
+        data = encoded(service, method, request, timeout, metadata)
         answer = await self._send_and_wait(data, timeout)
         if answer is _LATE:
             raise TtrpcError(DEADLINE_EXCEEDED, f"{method} was not answered in time")
         if answer is None:
             raise self._failure()
-        if answer.code:
-            raise TtrpcError(answer.code, answer.message, answer.details)
         try:
-            return response.decode(answer.payload)
-        except ValueError as error:
-            self._fail(ProtocolError(f"the answer to {method} is malformed: {error}"))
+            return decoded(answer, response, method)
+        except ProtocolError as error:
+            self._fail(error)
             raise self._failure() from None
 
     def open(self, service: str, method: str, first: bytes, receiver: Receiver) -> Stream:
@@ -288,12 +283,7 @@ class Client:
             if not item.flags & frame.NO_DATA:
                 self._streams[item.stream].received(item.data)
             return
-        if item.kind != frame.RESPONSE:
-            raise ProtocolError(f"the server sent a frame of type {item.kind} instead of a response")
-        try:
-            response = envelope.Response.decode(item.data)
-        except ValueError as error:
-            raise ProtocolError(f"the server sent a malformed response: {error}") from None
+        response = response_in(item)
         if item.stream in self._streams:
             failed = TtrpcError(response.code, response.message, response.details)
             self._streams.pop(item.stream).ended(failed if response.code else None)

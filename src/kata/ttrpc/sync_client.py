@@ -12,9 +12,9 @@ from _thread import allocate_lock
 from time import monotonic
 
 from kata.ttrpc import envelope, frame
+from kata.ttrpc.calls import decoded, encoded, response_in
 from kata.ttrpc.status import (
     DEADLINE_EXCEEDED,
-    RESOURCE_EXHAUSTED,
     ConnectionLost,
     ProtocolError,
     TtrpcError,
@@ -110,10 +110,7 @@ class Client:
             ConnectionLost: The connection ended; ProtocolError when the server broke the protocol.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        nano = 0 if timeout is None else max(1, int(timeout * 1e9))
-        data = envelope.Request(service, method, request.encode(), nano, (metadata or {}).items()).encode()
-        if len(data) > frame.MAX_DATA:
-            raise TtrpcError(RESOURCE_EXHAUSTED, f"a request of {len(data)} bytes does not fit into a frame")
+        data = encoded(service, method, request, timeout, metadata)
         stream, call = self._begin(data, deadline, method)
         try:
             self._wait(call, deadline, method)
@@ -131,12 +128,10 @@ class Client:
         answer = call.response
         if answer is None:
             raise self._failure()
-        if answer.code:
-            raise TtrpcError(answer.code, answer.message, answer.details)
         try:
-            return response.decode(answer.payload)
-        except ValueError as error:
-            raise self._fail(ProtocolError(f"the answer to {method} is malformed: {error}")) from None
+            return decoded(answer, response, method)
+        except ProtocolError as error:
+            raise self._fail(error) from None
 
     def close(self) -> None:
         """End the connection; calls in flight fail with ConnectionLost."""
@@ -232,12 +227,7 @@ class Client:
             self._fail(error)
 
     def _take(self, item: frame.Frame) -> None:
-        if item.kind != frame.RESPONSE:
-            raise ProtocolError(f"the server sent a frame of type {item.kind} instead of a response")
-        try:
-            response = envelope.Response.decode(item.data)
-        except ValueError as error:
-            raise ProtocolError(f"the server sent a malformed response: {error}") from None
+        response = response_in(item)
         with self._state:
             call = self._calls.pop(item.stream, None)
             if call is not None:

@@ -357,11 +357,9 @@ class Container:
         """
         async with self.init.lock:
             self.init.require_pausable()
-            agent = await self.sandbox.runtime.ready()
-            await agent.pause(self.id)
+            await (await self.sandbox.runtime.ready()).pause(self.id)
             self.init.transition(PAUSED)
-        self.record.write_later(status=PAUSED)
-        self.sandbox.publish("/tasks/paused", events_pb.TaskPaused(container_id=self.id))
+        self._freezer_changed(PAUSED, "/tasks/paused", events_pb.TaskPaused(container_id=self.id))
 
     async def resume(self) -> None:
         """Thaw every process.
@@ -372,11 +370,13 @@ class Container:
         """
         async with self.init.lock:
             self.init.require_resumable()
-            agent = await self.sandbox.runtime.ready()
-            await agent.resume(self.id)
+            await (await self.sandbox.runtime.ready()).resume(self.id)
             self.init.transition(RUNNING)
-        self.record.write_later(status=RUNNING)
-        self.sandbox.publish("/tasks/resumed", events_pb.TaskResumed(container_id=self.id))
+        self._freezer_changed(RUNNING, "/tasks/resumed", events_pb.TaskResumed(container_id=self.id))
+
+    def _freezer_changed(self, status: str, topic: str, event: Message) -> None:
+        self.record.write_later(status=status)
+        self.sandbox.publish(topic, event)
 
     async def resize(self, exec_id: str, rows: int, columns: int) -> None:
         """Tell a process's terminal its size. A process that has ended does not care.

@@ -15,14 +15,13 @@ from kata.ttrpc.server import finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypeVar
+    from collections.abc import Awaitable, Callable
+    from typing import Any
 
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.engine.lifecycle.sandbox_state import Lifecycle
     from kata.proto.codec import Message
     from kata.ttrpc.server import Context
-
-    M = TypeVar("M", bound=Message)
 
 SERVICE = "kata.sandbox.v1.Sandbox"
 _FILES = "kata.agent.v1.Files"
@@ -30,6 +29,15 @@ _PROCESSES = "kata.agent.v1.Processes"
 _FILE_CALL_S = 120.0
 _DETAILS_S = 5.0
 """How long a description waits for what the agent says of itself; without it, it is complete but for that."""
+
+
+def _of_files(method: str) -> Callable[..., Awaitable[Message]]:
+    """The handler that passes a call of the agent's Files service on."""
+
+    async def handler(service: SandboxService, request: Any, context: Context) -> Message:
+        return await service._forward(request.container_id, _FILES, method, request, _FILE_CALL_S)
+
+    return handler
 
 
 class SandboxService:
@@ -53,69 +61,31 @@ class SandboxService:
         )
         return google_pb.Empty()
 
-    # ---- files: passed on to the agent, which resolves every path inside the container's root ----
-
     async def _forward(
-        self,
-        container_id: str,
-        service: str,
-        method: str,
-        request: Message,
-        answer: type[M],
-        timeout_s: float = _FILE_CALL_S,
-    ) -> M:
+        self, container_id: str, service: str, method: str, request: Message, timeout_s: float
+    ) -> Message:
+        """Pass a request about a container on to the agent, which answers in the same words."""
         self._sandbox.container(container_id)
         agent = await self._sandbox.runtime.ready()
+        _, answer = agentext_pb.SERVICES[service][method]
         return await agent.call(service, method, request, answer, timeout_s)
 
-    async def Stat(self, request: agentext_pb.StatFileRequest, context: Context) -> agentext_pb.FileInfo:
-        return await self._forward(request.container_id, _FILES, "Stat", request, agentext_pb.FileInfo)
+    # ---- files: passed on to the agent, which resolves every path inside the container's root ----
 
-    async def List(
-        self, request: agentext_pb.ListFilesRequest, context: Context
-    ) -> agentext_pb.ListFilesResponse:
-        return await self._forward(
-            request.container_id, _FILES, "List", request, agentext_pb.ListFilesResponse
-        )
-
-    async def Read(
-        self, request: agentext_pb.ReadFileRequest, context: Context
-    ) -> agentext_pb.ReadFileResponse:
-        return await self._forward(
-            request.container_id, _FILES, "Read", request, agentext_pb.ReadFileResponse
-        )
-
-    @finish
-    async def Write(self, request: agentext_pb.WriteFileRequest, context: Context) -> google_pb.Empty:
-        return await self._forward(request.container_id, _FILES, "Write", request, google_pb.Empty)
-
-    @finish
-    async def Mkdir(self, request: agentext_pb.MkdirRequest, context: Context) -> google_pb.Empty:
-        return await self._forward(request.container_id, _FILES, "Mkdir", request, google_pb.Empty)
-
-    @finish
-    async def Symlink(self, request: agentext_pb.SymlinkRequest, context: Context) -> google_pb.Empty:
-        return await self._forward(request.container_id, _FILES, "Symlink", request, google_pb.Empty)
-
-    @finish
-    async def Link(self, request: agentext_pb.LinkRequest, context: Context) -> google_pb.Empty:
-        return await self._forward(request.container_id, _FILES, "Link", request, google_pb.Empty)
-
-    @finish
-    async def Node(self, request: agentext_pb.NodeRequest, context: Context) -> google_pb.Empty:
-        return await self._forward(request.container_id, _FILES, "Node", request, google_pb.Empty)
-
-    @finish
-    async def Remove(self, request: agentext_pb.RemoveFileRequest, context: Context) -> google_pb.Empty:
-        return await self._forward(request.container_id, _FILES, "Remove", request, google_pb.Empty)
+    Stat = _of_files("Stat")
+    List = _of_files("List")
+    Read = _of_files("Read")
+    Write = finish(_of_files("Write"))
+    Mkdir = finish(_of_files("Mkdir"))
+    Symlink = finish(_of_files("Symlink"))
+    Link = finish(_of_files("Link"))
+    Node = finish(_of_files("Node"))
+    Remove = finish(_of_files("Remove"))
 
     # ---- what can be learnt ----
 
-    async def Processes(
-        self, request: agentext_pb.ListProcessesRequest, context: Context
-    ) -> agentext_pb.ListProcessesResponse:
-        answer = agentext_pb.ListProcessesResponse
-        return await self._forward(request.container_id, _PROCESSES, "List", request, answer, ASK_S)
+    async def Processes(self, request: agentext_pb.ListProcessesRequest, context: Context) -> Message:
+        return await self._forward(request.container_id, _PROCESSES, "List", request, ASK_S)
 
     async def Timings(
         self, request: sandbox_pb.TimingsRequest, context: Context
