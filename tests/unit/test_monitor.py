@@ -39,6 +39,8 @@ from prometheus_client.parser import text_string_to_metric_families as classic
 from test_monitor_access import TOKEN, make_certificate
 from waiting import until
 
+from kata import events
+
 
 @pytest.fixture
 def engines(tmp_path: Path) -> Iterator[Engines]:
@@ -195,6 +197,29 @@ def test_a_sample_is_taken_while_somebody_looks_and_one_for_all(engines: Engines
         before = len(heard)
         time.sleep(2.0)
         assert len(heard) == before, "nobody looks any more"
+
+
+def test_what_happens_is_told_to_those_who_look(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KATA_RUN_DIR", str(engines.run_directory))
+    with monitor(engines.run_directory) as one:
+        assert one.get("/api/v1/events").json == {"events": []}
+        events.append("sandbox.created", {"sandbox": "web", "name": "<b>\x1b"})
+        events.append("sandbox.ready", {"sandbox": "web"})
+        kept = one.get("/api/v1/events").json["events"]
+        assert [event["event"] for event in kept] == ["sandbox.created", "sandbox.ready"]
+        assert kept[0]["name"] == "<b>\x1b"
+        assert [event["event"] for event in one.get("/api/v1/events?limit=1").json["events"]] == [
+            "sandbox.ready"
+        ]
+        assert one.get("/api/v1/events?limit=x").status == 400
+        streams = [Stream(one, "/api/v1/stream?interval=60") for _ in range(2)]
+        for each in streams:
+            assert each.next()[0] == "snapshot"
+        events.append("sandbox.stopped", {"sandbox": "web"})
+        for each in streams:
+            name, event = each.next()
+            assert (name, event["event"]) == ("life", "sandbox.stopped")
+            each.close()
 
 
 def test_an_idle_monitor_sleeps(engines: Engines) -> None:

@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-SOCKET_NAME = "shim-monitor.sock"
+SOCKET_NAME = paths.MANAGEMENT_SOCKET
 SETTINGS_NAME = "sandbox.json"
 MAX_SANDBOXES = 4096
 """Maximum number of sandboxes on a node that are taken notice of."""
@@ -62,9 +62,8 @@ class Sandbox:
 def places() -> list[str]:
     """The directories with a directory for each sandbox; ours first, then the original's."""
     run = paths.run_dir()
-    if run == "/run/kata":
-        return [os.path.join(run, "sandboxes"), "/run/vc/sbs", run]
-    return [os.path.join(run, "sandboxes"), os.path.join(run, "vc", "sbs")]
+    found = [os.path.join(run, "sandboxes"), paths.compat_dir()]
+    return [*found, run] if run == "/run/kata" else found
 
 
 class Discovery:

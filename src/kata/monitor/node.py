@@ -7,6 +7,7 @@ import asyncio
 from kata.monitor.cri import Pods
 from kata.monitor.discovery import Discovery, Sandbox
 from kata.monitor.engines import Engines
+from kata.monitor.life import Life
 from kata.monitor.sampling import Sampler
 
 TYPE_CHECKING = False
@@ -30,7 +31,8 @@ class Node:
         self.engines = Engines(parallel, timeout_s)
         self.pods = Pods(endpoints)
         self._discovery = Discovery(places, self._changed)
-        self.sampler = Sampler(self.engines, self.pods, self.sandboxes)
+        self._life = Life(lambda event: self.sampler.tell("life", event))
+        self.sampler = Sampler(self.engines, self.pods, self.sandboxes, self._looked_at)
         self._changed()
         asyncio.get_running_loop().add_reader(self._discovery.fileno(), self._discovery.read)
 
@@ -53,6 +55,12 @@ class Node:
     def find(self, name: str) -> Sandbox | None:
         """The sandbox with this id."""
         return self._discovery.find(name)
+
+    def _looked_at(self, by_somebody: bool) -> None:
+        if by_somebody:
+            self._life.begin()
+        else:
+            self._life.end()
 
     def _changed(self) -> None:
         self.pods.now_there(one.id for one in self._discovery.sandboxes())

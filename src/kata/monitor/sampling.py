@@ -38,9 +38,17 @@ class Sampler:
         engines: The way to them.
         pods: Their pods.
         sandboxes: Which there are.
+        looked_at: Called with whether anybody watches, when that changes.
     """
 
-    def __init__(self, engines: Engines, pods: Pods, sandboxes: Callable[[], Sequence[Sandbox]]) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        pods: Pods,
+        sandboxes: Callable[[], Sequence[Sandbox]],
+        looked_at: Callable[[bool], None],
+    ) -> None:
+        self._looked_at = looked_at
         self._engines = engines
         self._pods = pods
         self._sandboxes = sandboxes
@@ -103,6 +111,8 @@ class Sampler:
         if len(self._watchers) >= MAX_WATCHERS:
             raise OverflowError
         watcher = Watcher(min(max(interval_s, MIN_INTERVAL_S), MAX_INTERVAL_S))
+        if not self._watchers:
+            self._looked_at(True)
         self._watchers.add(watcher)
         self._wake.set()
         if self._task is None or self._task.done():
@@ -113,9 +123,11 @@ class Sampler:
         """End that; with the last one, sampling ends."""
         self._watchers.discard(watcher)
         watcher.put(None)
-        if not self._watchers and self._task is not None:
-            self._task.cancel()
-            self._task = None
+        if not self._watchers:
+            self._looked_at(False)
+            if self._task is not None:
+                self._task.cancel()
+                self._task = None
 
     def tell(self, name: str, data: bytes) -> None:
         """Send an event to all who watch."""

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 
-from kata.monitor import access
+from kata.monitor import access, life
 from kata.monitor.engines import Unreachable
 from kata.monitor.expose import Metrics
 from kata.monitor.requests import find, refused
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kata.monitor.node import Node
 
 MAX_TAIL_BYTES = 1 << 20
+DEFAULT_EVENTS, MAX_EVENTS = 200, 10_000
 DEFAULT_TAIL_BYTES = 64 << 10
 KEEPALIVE_S = 15.0
 """How often a stream without news sends a comment, so that a connection that is gone is noticed."""
@@ -75,6 +76,7 @@ class Web:
                 web.get("/api/v1/sandboxes/{id}", self.state),
                 web.get("/api/v1/sandboxes/{id}/console", self.console),
                 web.get("/api/v1/sandboxes/{id}/logs", self.logs),
+                web.get("/api/v1/events", self.events),
                 web.get("/api/v1/stream", self.stream),
                 web.get("/", self.page),
                 web.get("/{file:[A-Za-z0-9_-]+(?:[.][A-Za-z0-9_-]+)*}", self.page),
@@ -174,6 +176,14 @@ class Web:
             status = answer.status if answer.status in (200, 400, 404, 409, 501, 503) else 502
             text = answer.body[-most:].decode("utf-8", "replace")
         return web.Response(text=text, status=status, content_type="text/plain", charset="utf-8")
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """What has happened to the sandboxes."""
+        text = request.query.get("limit", str(DEFAULT_EVENTS))
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            return refused(400, "limit is not a number of events", f"?limit={DEFAULT_EVENTS}")
+        body = await asyncio.to_thread(life.newest, min(int(text), MAX_EVENTS))
+        return web.Response(body=body, content_type="application/json")
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events: ``snapshot``, every *interval* seconds, and ``life``."""
