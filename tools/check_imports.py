@@ -4,7 +4,7 @@ The parts, top to bottom (docs/architecture.md); a part may import those in lowe
 others or a higher one::
 
     __main__
-    monitor
+    monitor log_parser
     agent_ctl oci_runtime
     cli shim
     engine, its client side (engine.launch and the like) included
@@ -35,7 +35,7 @@ from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("monitor",),
+    ("monitor", "log_parser"),
     ("agent_ctl", "oci_runtime"),
     ("cli", "shim"),
     ("engine",),

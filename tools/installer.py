@@ -8,6 +8,7 @@ What is installed, below PREFIX (``/usr/local``)::
     lib/kata/manifest.json                       every path that was made
     bin/kata                                     a link to site-packages/kata/__main__.py
     bin/kata-agent-ctl                           a link to site-packages/kata/agent_ctl/__main__.py
+    bin/kata-log-parser                          a link to site-packages/kata/log_parser/__main__.py
     bin/kata-monitor                             a link to site-packages/kata/monitor/__main__.py
     bin/kata-runtime                             a link to site-packages/kata/oci_runtime/__main__.py
     lib/kata/<version>-<digest>/monitor-packages/  the packages that only kata-monitor imports
@@ -45,6 +46,7 @@ AGENT = ROOT / "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
 COMMANDS = {
     "kata": "kata/__main__.py",
     "kata-agent-ctl": "kata/agent_ctl/__main__.py",
+    "kata-log-parser": "kata/log_parser/__main__.py",
     "kata-monitor": "kata/monitor/__main__.py",
     "kata-runtime": "kata/oci_runtime/__main__.py",
     "containerd-shim-kata-v2": "kata/__main__.py",

@@ -1,9 +1,10 @@
 """Writes what an installation shares with the machine: manual pages, and completion for the shells.
 
-    share/man/man1/kata.1, kata-COMMAND.1, kata-agent-ctl.1, kata-monitor.1, kata-runtime.1
-    share/bash-completion/completions/kata, kata-agent-ctl, kata-monitor, kata-runtime
+    share/man/man1/kata.1, kata-COMMAND.1, kata-agent-ctl.1, kata-log-parser.1, kata-monitor.1, kata-runtime.1
+    share/bash-completion/completions/kata, kata-agent-ctl, kata-log-parser, kata-monitor, kata-runtime
     share/zsh/site-functions/_kata
-    share/fish/vendor_completions.d/kata.fish, kata-agent-ctl.fish, kata-monitor.fish, kata-runtime.fish
+    share/fish/vendor_completions.d/kata.fish, kata-agent-ctl.fish, kata-log-parser.fish,
+    kata-monitor.fish, kata-runtime.fish
 
 The pages are made from the tables that the commands parse their options with, so they say what ``--help`` says. The
 completion is the same for every version: the program itself is asked (src/kata/cli/complete.py). `make install` calls
@@ -31,19 +32,15 @@ from kata.agent_ctl.options import Option as AgentOption  # noqa: E402
 from kata.agent_ctl.session import COMMANDS as AGENT_COMMANDS  # noqa: E402
 from kata.cli import main as cli  # noqa: E402
 from kata.cli.args import Command, Option  # noqa: E402
+from kata.log_parser import options as log_parser  # noqa: E402
 from kata.monitor import options as monitor  # noqa: E402
 from kata.oci_runtime import main as oci_runtime  # noqa: E402
 
+PROGRAMS = ("kata", "kata-agent-ctl", "kata-log-parser", "kata-monitor", "kata-runtime")
 COMPLETION = {
-    "kata.bash": [
-        f"bash-completion/completions/{name}"
-        for name in ("kata", "kata-agent-ctl", "kata-monitor", "kata-runtime")
-    ],
+    "kata.bash": [f"bash-completion/completions/{name}" for name in PROGRAMS],
     "kata.zsh": ["zsh/site-functions/_kata"],
-    "kata.fish": [
-        f"fish/vendor_completions.d/{name}.fish"
-        for name in ("kata", "kata-agent-ctl", "kata-monitor", "kata-runtime")
-    ],
+    "kata.fish": [f"fish/vendor_completions.d/{name}.fish" for name in PROGRAMS],
 }
 """Script in tools/completion -> where the shell looks for it, below ``share``."""
 
@@ -152,7 +149,11 @@ def of_kata() -> str:
             ".BR kata\\-run (1).",
         ),
         section(
-            "SEE ALSO", ".BR kata\\-agent\\-ctl (1),", ".BR kata\\-monitor (1),", ".BR kata\\-runtime (1)"
+            "SEE ALSO",
+            ".BR kata\\-agent\\-ctl (1),",
+            ".BR kata\\-log\\-parser (1),",
+            ".BR kata\\-monitor (1),",
+            ".BR kata\\-runtime (1)",
         ),
     ]
     return "\n".join(parts) + "\n"
@@ -229,11 +230,25 @@ def of_runtime() -> str:
     return "\n".join(parts) + "\n"
 
 
+def of_log_parser() -> str:
+    """The page of ``kata-log-parser``."""
+    parts = [
+        heading("kata-log-parser", log_parser.SUMMARY),
+        synopsis("kata-log-parser [OPTION...] [FILE...]"),
+        section("DESCRIPTION", escape(log_parser.SUMMARY)),
+        section("OPTIONS", option_list(log_parser.OPTIONS)),
+        section("NOTES", *notes(log_parser.NOTES)),
+        section("SEE ALSO", ".BR kata (1)"),
+    ]
+    return "\n".join(parts) + "\n"
+
+
 def pages() -> dict[str, str]:
     """Every page: file name -> content."""
     made = {
         "kata.1": of_kata(),
         "kata-agent-ctl.1": of_agent_ctl(),
+        "kata-log-parser.1": of_log_parser(),
         "kata-monitor.1": of_monitor(),
         "kata-runtime.1": of_runtime(),
     }

@@ -30,6 +30,7 @@ def test_each_command_has_a_page() -> None:
     assert set(PAGES) == {
         "kata.1",
         "kata-agent-ctl.1",
+        "kata-log-parser.1",
         "kata-monitor.1",
         "kata-runtime.1",
         *(f"kata-{name}.1" for name in COMMANDS),
@@ -78,12 +79,12 @@ def test_roff_has_nothing_to_complain_of(tmp_path: Path) -> None:
 def test_the_tool_writes_pages_and_completion(tmp_path: Path) -> None:
     subprocess.run(["/usr/bin/python3", "-I", ROOT / "tools/manpages.py", tmp_path], check=True)
     assert {path.name for path in (tmp_path / "man/man1").iterdir()} == set(PAGES)
-    for program in ("kata", "kata-agent-ctl", "kata-monitor", "kata-runtime"):
+    for program in ("kata", "kata-agent-ctl", "kata-log-parser", "kata-monitor", "kata-runtime"):
         script = (tmp_path / "bash-completion/completions" / program).read_text()
         assert f" {program}" in script.splitlines()[-1]
         assert (tmp_path / f"fish/vendor_completions.d/{program}.fish").exists()
     assert (
         (tmp_path / "zsh/site-functions/_kata")
         .read_text()
-        .startswith("#compdef kata kata-agent-ctl kata-monitor kata-runtime\n")
+        .startswith("#compdef kata kata-agent-ctl kata-log-parser kata-monitor kata-runtime\n")
     )

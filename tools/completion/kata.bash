@@ -22,4 +22,4 @@ _kata() {
         while IFS= read -r candidate; do COMPREPLY+=("$candidate"); done < <(compgen -f -- "$piece")
     fi
 }
-complete -F _kata kata kata-agent-ctl kata-monitor kata-runtime
+complete -F _kata kata kata-agent-ctl kata-log-parser kata-monitor kata-runtime

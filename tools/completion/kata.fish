@@ -14,5 +14,6 @@ function __kata_complete
 end
 complete -c kata -f -a '(__kata_complete)'
 complete -c kata-agent-ctl -f -a '(__kata_complete)'
+complete -c kata-log-parser -f -a '(__kata_complete)'
 complete -c kata-monitor -f -a '(__kata_complete)'
 complete -c kata-runtime -f -a '(__kata_complete)'

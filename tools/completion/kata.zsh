@@ -1,4 +1,4 @@
-#compdef kata kata-agent-ctl kata-monitor kata-runtime
+#compdef kata kata-agent-ctl kata-log-parser kata-monitor kata-runtime
 # Completion in zsh for kata and its other programs. The program itself says what may stand where the cursor is
 # (src/kata/cli/complete.py), so this knows none of its commands.
 _kata() {
