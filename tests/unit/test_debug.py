@@ -313,6 +313,15 @@ def test_without_a_name_it_is_about_the_machine(home: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["debug", "bundle", "nobody"]) == 125
     assert "no container or sandbox 'nobody'" in capsys.readouterr().err
+    for words in (
+        ["level"],
+        ["level", "x"],
+        ["level", "x", "loud"],
+        ["bundle", "a", "b"],
+        ["level", "x", "info"],
+    ):
+        assert main(["debug", *words]) == 125
+        assert "hint: " in capsys.readouterr().err, words
     assert main(["debug", "bnudle"]) == 125
     assert "hint: kata debug bundle" in capsys.readouterr().err
 

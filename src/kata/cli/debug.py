@@ -15,12 +15,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.cli.args import Arguments
 
+_LEVELS = ("debug", "info", "warning")
 COMMANDS = {
     "debug": Command(
         "debug",
-        "bundle [CONTAINER]",
-        "Collects what a report of a bug needs in one archive, without secrets: of a container or sandbox (by name or"
-        " id, running or not, of any client), or, without one, of this machine.",
+        "bundle [CONTAINER] | level CONTAINER debug|info|warning",
+        "'bundle' collects what a report of a bug needs in one archive, without secrets: of a container or sandbox (by"
+        " name or id, running or not, of any client), or, without one, of this machine. 'level' changes what the engine"
+        " of a running one writes to its log.",
         [
             Option("-o --output", "FILE", "where to write it; '-' is standard output (kata-debug-NAME.tar.gz)"),
             Option("--with-output", "", "also what the containers wrote, and all of the guest's console, which may hold"
@@ -28,7 +30,7 @@ COMMANDS = {
             Option("--json", "", "print JSON"),
         ],
         least=1,
-        most=2,
+        most=3,
         notes="Values of environment variables, labels and annotations, arguments of commands, and credentials are\n"
         "not in it; docs/debugging.md says what is. Look through it all the same before you give it away.",
     ),
@@ -36,6 +38,8 @@ COMMANDS = {
 
 
 def _bundle(arguments: Arguments) -> int:
+    if len(arguments.rest) > 2:
+        raise UsageError(f"kata debug bundle: unexpected argument {arguments.rest[2]!r}", "one at a time")
     masker = Masker()
     reference = arguments.rest[1] if len(arguments.rest) > 1 else ""
     subject = debug_collect.find(reference) if reference else None
@@ -76,11 +80,34 @@ def _bundle(arguments: Arguments) -> int:
     return 0
 
 
+def _level(arguments: Arguments) -> int:
+    from kata import management
+    from kata.cli import sandboxes
+
+    if len(arguments.rest) != 3:
+        raise UsageError(
+            "kata debug level: a container and a level are needed",
+            "kata debug level CONTAINER debug|info|warning",
+        )
+    _, reference, level = arguments.rest
+    if level not in _LEVELS:
+        raise UsageError(f"there is no level {level!r}", "one of: " + ", ".join(_LEVELS))
+    if arguments.value("output") or arguments.flag("with_output"):
+        raise UsageError("--output and --with-output belong to 'kata debug bundle'")
+    management.content(sandboxes.management_socket(reference), "PUT", "/kata/v1/log-level", level.encode())
+    return 0
+
+
 def _debug(arguments: Arguments) -> int:
     verb = arguments.rest[0]
     if verb == "bundle":
         return _bundle(arguments)
-    raise UsageError(f"there is no 'kata debug {verb}'", "kata debug bundle [CONTAINER]")
+    if verb == "level":
+        return _level(arguments)
+    raise UsageError(
+        f"there is no 'kata debug {verb}'",
+        "kata debug bundle [CONTAINER], or kata debug level CONTAINER LEVEL",
+    )
 
 
 HANDLERS = {"debug": _debug}

@@ -95,6 +95,15 @@ def find(reference: str) -> Subject | None:
     ]
     exact = [one for one in found if reference in (one.sandbox_id, os.path.basename(one.directory))]
     chosen = exact or found
+    if not chosen:
+        from kata.cli.sandboxes import find as find_running
+        from kata.errors import NotFoundError
+
+        try:
+            directory = find_running(reference)  # knows a pod's containers as well
+        except NotFoundError:
+            return None
+        chosen = [one for one in sandboxes() if one.directory == directory]
     if len(chosen) > 1:
         names = ", ".join(sorted(os.path.basename(one.directory) for one in chosen))
         raise UsageError(f"{reference!r} is the beginning of several sandboxes", f"give one of: {names}")
@@ -284,6 +293,7 @@ class Collector:
             self._try("the sandbox's settings", self._document, "sandbox.json", path, debug_keep.SANDBOX)
             if subject.runs:
                 self._try("what the engine says", self._engine, subject)
+                self._try("the sandbox's figures", self._state, directory)
             path = os.path.join(directory, "journal")
             self._try("the journal", self._journal, "journal.json", path)
             self._try("the processes", self._processes, path)
@@ -339,6 +349,17 @@ class Collector:
                         debug_keep.SPECIFICATION,
                     )
         self._try("the cgroups", self._cgroups, description.get("host_cgroups") or {})
+
+    def _state(self, directory: str) -> None:
+        """The engine's state document."""
+        from kata import management
+
+        path = os.path.join(directory, paths.MANAGEMENT_SOCKET)
+        status, _, content = management.get(path, "/kata/v1/state", _CALL_S * 2)
+        if status != 200:
+            raise KataError(f"the engine answered with {status}")
+        kept = self._masker.keep(json.loads(content), debug_keep.STATE)
+        self._bundle.add("figures.json", kept, "the engine: /kata/v1/state")
 
     def _cgroups(self, places: dict[str, str]) -> None:
         figures: dict[str, Any] = {}
