@@ -316,6 +316,7 @@ fn files_service(state: &mut State, call: CallId, request: &Request) -> Outcome 
         "Link" => change!(agentext::LinkRequest, files::link),
         "Node" => change!(agentext::NodeRequest, files::node),
         "Remove" => change!(agentext::RemoveFileRequest, files::remove),
+        "Sync" => change!(agentext::SyncFilesRequest, files::sync),
         _ => unknown(request),
     }
 }

@@ -13,7 +13,7 @@ use crate::fs;
 use crate::prelude::*;
 use crate::proto::agentext::{
     FileInfo, LinkRequest, ListFilesRequest, ListFilesResponse, MkdirRequest, NodeRequest, ReadFileRequest,
-    ReadFileResponse, RemoveFileRequest, StatFileRequest, SymlinkRequest, WriteFileRequest,
+    ReadFileResponse, RemoveFileRequest, StatFileRequest, SymlinkRequest, SyncFilesRequest, WriteFileRequest,
 };
 use crate::sort::sort;
 use crate::sys::{self, Errno, Fd, RawFd, SysResult};
@@ -186,6 +186,15 @@ pub fn remove(root: RawFd, request: &RemoveFileRequest) -> Result<()> {
         }
     };
     remove().map_err(|e| failed(&request.path, e))
+}
+
+/// Writes the file system that a directory is on to its disk.
+pub fn sync(root: RawFd, request: &SyncFilesRequest) -> Result<()> {
+    let sync = || {
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        sys::syncfs(sys::openat2(root, checked(&request.path)?, flags, 0, RESOLVE)?.raw())
+    };
+    sync().map_err(|e| failed(&request.path, e))
 }
 
 /// The error for a path, with the status code that fits.

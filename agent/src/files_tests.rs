@@ -45,6 +45,10 @@ impl Root {
         remove(self.fd.raw(), &RemoveFileRequest { path: path.into(), recursive, ..Default::default() })
     }
 
+    fn sync(&self, path: &str) -> Result<()> {
+        sync(self.fd.raw(), &SyncFilesRequest { path: path.into(), ..Default::default() })
+    }
+
     fn list(&self, path: &str, after: &str, limit: u32) -> Result<(Vec<String>, bool)> {
         let request = ListFilesRequest { path: path.into(), after: after.into(), limit, ..Default::default() };
         let page = list(self.fd.raw(), &request)?;
@@ -55,6 +59,19 @@ impl Root {
 
 fn status<T: core::fmt::Debug>(outcome: Result<T>) -> i32 {
     outcome.unwrap_err().code
+}
+
+#[test]
+fn a_directorys_file_system_is_written_to_its_disk() {
+    let root = Root::new();
+    root.mkdir("/a/b", true).unwrap();
+    root.write("/a/b/file", 0, b"text", true).unwrap();
+    root.sync("/").unwrap();
+    root.sync("/a/b/..").unwrap();
+    assert_eq!(status(root.sync("/a/b/file")), code::FAILED_PRECONDITION);
+    assert_eq!(status(root.sync("/none")), code::NOT_FOUND);
+    root.link("/etc", "out");
+    assert_eq!(status(root.sync("/out")), code::NOT_FOUND, "a link leads nowhere outside");
 }
 
 #[test]

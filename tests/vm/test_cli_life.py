@@ -571,6 +571,14 @@ def test_cp_in_and_out_running_and_stopped(shared_kata: Kata, busybox_image: str
         assert status(shared_kata, "copies") == "exited"
         shared_kata.ok("start", "copies")
         assert shared_kata.ok("exec", "copies", "stat", "-c", "%a", "/in-stopped/script") == "755\n"
+        # What was copied outlives its machine, also one that dies the moment that the command has ended.
+        shared_kata.ok("cp", str(tree), "copies:/kept")
+        shared_kata.ok("cp", "-", "copies:/kept", stdin=_tar({"more": b"from a stream"}))
+        os.kill(vm_pid(shared_kata, "copies"), signal.SIGKILL)
+        until(lambda: status(shared_kata, "copies") == "exited", "the container has ended")
+        shared_kata.ok("start", "copies")
+        said = shared_kata.ok("exec", "copies", "cat", "/kept/script", "/kept/more")
+        assert said == "#!/bin/sh\nfrom a stream"
 
 
 def test_a_copy_is_not_disturbed(shared_kata: Kata, busybox_image: str) -> None:

@@ -7,7 +7,8 @@ use crate::prelude::standard::*;
 /// link leads out of it. A missing path is NOT_FOUND, a refused one PERMISSION_DENIED.
 pub const FILES: &str = "kata.agent.v1.Files";
 /// Its methods.
-pub const FILES_METHODS: &[&str] = &["Stat", "List", "Read", "Write", "Mkdir", "Symlink", "Link", "Node", "Remove"];
+pub const FILES_METHODS: &[&str] =
+    &["Stat", "List", "Read", "Write", "Mkdir", "Symlink", "Link", "Node", "Remove", "Sync"];
 
 /// Processes of a container, as ps(1) would see them.
 pub const PROCESSES: &str = "kata.agent.v1.Processes";
@@ -547,6 +548,29 @@ impl Message for RemoveFileRequest {
             1 => codec::get_string(field, &mut self.container_id)?,
             2 => codec::get_bytes(field, &mut self.path)?,
             3 => codec::get_bool(field, &mut self.recursive)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct SyncFilesRequest {
+    pub container_id: String,
+    /// A directory.
+    pub path: Vec<u8>,
+}
+
+impl Message for SyncFilesRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.container_id);
+        codec::put_bytes(out, 2, &self.path);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.container_id)?,
+            2 => codec::get_bytes(field, &mut self.path)?,
             _ => {}
         }
         Ok(())

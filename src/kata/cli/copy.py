@@ -22,7 +22,7 @@ import zlib
 from kata.cli import records
 from kata.cli.args import Command, Option
 from kata.engine.client import SANDBOX, EngineClient
-from kata.errors import GuestProtocolError, HostError, KataError, NotFoundError, UsageError
+from kata.errors import GuestProtocolError, HostError, KataError, NotFoundError, UnsupportedError, UsageError
 from kata.proto import agentext_pb
 from kata.proto.google_pb import Empty
 
@@ -89,6 +89,8 @@ def _cp(arguments: Arguments) -> int:
             _from_tar(guest, sys.stdin.buffer, inner_path)
         else:
             _in(guest, source, inner_path, owners=archive, follow=follow)
+        if guest.written_into and container.running():  # the machine of one that does not run ends in order
+            guest.sync(guest.written_into)
     if guest.left_out:
         sys.stderr.write(f"error: not copied: {guest.left_out} of the files\n")
         return 1
@@ -131,6 +133,8 @@ class _Guest:
         self._id = container.id
         self._name = container.name
         self.left_out = 0
+        self.written_into = ""
+        """The directory into which was copied."""
         self.outside: dict[tuple[int, int], str] = {}
         """Device and inode number of files with several links -> path of the first copied link."""
         self._in_memory: dict[int, str] = {}
@@ -312,6 +316,15 @@ class _Guest:
             **attributes,
         )
         self._engine.call(SANDBOX, "Node", request, Empty)
+
+    def sync(self, directory: str) -> None:
+        """Return when what was copied into *directory* is on the host's disk, as far as its file system has one."""
+        request = agentext_pb.SyncFilesRequest(container_id=self._id, path=os.fsencode(directory))
+        try:
+            self._engine.call(SANDBOX, "Sync", request, Empty)
+        except KataError as error:
+            if error.grpc_code != UnsupportedError.grpc_code:  # an older guest's agent
+                raise
 
     def _remove(self, path: str) -> None:
         request = agentext_pb.RemoveFileRequest(container_id=self._id, path=os.fsencode(path))
@@ -519,6 +532,7 @@ def _in(guest: _Guest, source: str, destination: str, *, owners: bool, follow: b
     if above is None or not stat.S_ISDIR(above.mode):
         raise UsageError(f"the container has no directory {parent}", f"kata exec ... mkdir -p {parent}")
     _in_entry(guest, host, status, path, owners)
+    guest.written_into = path if stat.S_ISDIR(status.st_mode) else parent
 
 
 def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owners: bool) -> None:
@@ -569,6 +583,7 @@ def _from_tar(guest: _Guest, stream: BinaryIO, destination: str) -> None:
                 _from_tar_member(guest, tar, member, base)
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError, zlib.error, lzma.LZMAError) as error:
         raise UsageError(f"standard input is not a complete tar stream: {error}") from None
+    guest.written_into = base
 
 
 def _from_tar_member(guest: _Guest, tar: tarfile.TarFile, member: tarfile.TarInfo, base: str) -> None:

@@ -22,6 +22,7 @@ _MESSAGES = {
     "LinkRequest": "container_id:1:string path:2:bytes target:3:bytes replace:4:bool",
     "NodeRequest": "container_id:1:string path:2:bytes mode:3:uint32 rdev:4:uint64 uid:5:?uint32 gid:6:?uint32 replace:7:bool",
     "RemoveFileRequest": "container_id:1:string path:2:bytes recursive:3:bool",
+    "SyncFilesRequest": "container_id:1:string path:2:bytes",
     "ListenSocketRequest": "number:1:uint32 path:2:string mode:3:uint32 uid:4:uint32 gid:5:uint32 address:6:bytes port:7:uint32 datagrams:8:bool",
     "CloseSocketRequest": "number:1:uint32",
     "NetworkSysctl": "name:1:string value:2:string",
@@ -56,6 +57,7 @@ SERVICES = {
             "Link": "@agentext.LinkRequest @google.Empty",
             "Node": "@agentext.NodeRequest @google.Empty",
             "Remove": "@agentext.RemoveFileRequest @google.Empty",
+            "Sync": "@agentext.SyncFilesRequest @google.Empty",
         }
     ),
     "kata.agent.v1.Processes": Methods(

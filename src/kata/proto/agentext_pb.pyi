@@ -279,6 +279,17 @@ class RemoveFileRequest(Message):
         recursive: bool = ...,
     ) -> None: ...
 
+class SyncFilesRequest(Message):
+    container_id: str
+    path: bytes
+    """A directory."""
+    def __init__(
+        self,
+        *,
+        container_id: str = ...,
+        path: bytes = ...,
+    ) -> None: ...
+
 class ListenSocketRequest(Message):
     number: int
     path: str

@@ -30,6 +30,7 @@ SERVICES = {
             "Link": "@agentext.LinkRequest @google.Empty",
             "Node": "@agentext.NodeRequest @google.Empty",
             "Remove": "@agentext.RemoveFileRequest @google.Empty",
+            "Sync": "@agentext.SyncFilesRequest @google.Empty",
             "Processes": "@agentext.ListProcessesRequest @agentext.ListProcessesResponse",
             "Timings": "@sandbox.TimingsRequest @sandbox.TimingsResponse",
             "Describe": "@sandbox.DescribeRequest @sandbox.DescribeResponse",

@@ -81,6 +81,7 @@ class SandboxService:
     Link = finish(_of_files("Link"))
     Node = finish(_of_files("Node"))
     Remove = finish(_of_files("Remove"))
+    Sync = _of_files("Sync")
 
     # ---- what can be learnt ----
 
