@@ -72,9 +72,7 @@ def test_mistakes_are_named_with_a_hint(argv: list[str], words: str, hint: str) 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
-    assert ended.value.code == 0
+    assert main([name, "--help"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"usage: kata {name} ")
     assert shown.err == ""
@@ -239,8 +237,7 @@ def test_words_of_docker_and_podman(
 
 def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["unpause", "--help"], ["container", "unpause", "--help"]):
-        with pytest.raises(SystemExit):
-            main(argv)
+        assert main(argv) == 0
         assert "usage: kata resume" in capsys.readouterr().out
     assert not set(words.COMMANDS) & set(COMMANDS)
     assert not set(words.ALIASES) & set(COMMANDS)

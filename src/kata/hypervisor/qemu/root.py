@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kata.journal import Journal
 
 NAME = "root"
-_CACHE = "qemu-version"
+_CACHE = "hypervisor-version"
 DESCRIPTORS = "proc/self/fd"
 SHARE = "share"
 _FLAGS = sysio.MS_NOSUID | sysio.MS_NODEV | sysio.MS_NOEXEC
