@@ -166,6 +166,20 @@ def test_a_container_is_told_of(running: Engine) -> None:
     assert document["hypervisor"]["version"] == "1.2.3"
 
 
+def test_kills_for_want_of_memory_are_told_of_a_container_that_has_ended(running: Engine) -> None:
+    running.double.usage = usage()
+    assert value(scrape(running), "kata_container_oom_kills_total", container_id="c1") == 2
+    for _ in range(3):
+        running.do(lambda: running.double.oom.put_nowait("c1"))
+    with running.client() as client:
+        client.kill("c1", 9)
+        client.wait("c1")
+    found = scrape(running)
+    assert value(found, "kata_container_state", container_id="c1", state="stopped") == 1
+    assert value(found, "kata_container_oom_kills_total", container_id="c1") == 3
+    assert "kata_container_pids" not in found
+
+
 def started_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -113,6 +113,8 @@ kata_shim_threads gauge - Threads of the engine.
 """,
     "engine": """
 kata_container_info gauge container_id,name,image A container's name and image; always 1.
+kata_container_oom_kills_total counter container_id Processes of a container that were killed in the guest for want of
+  memory.
 kata_container_start_time_seconds gauge container_id Start of a container, in seconds since the Epoch.
 kata_container_state gauge container_id,state State of a container; always 1.
 kata_hypervisor_info gauge name,version,accelerator,channel The hypervisor, its accelerator, and how the agent is
@@ -163,13 +165,12 @@ kata_container_io_bytes_total counter container_id,device,operation Bytes of a c
 kata_container_io_operations_total counter container_id,device,operation Requests of a container's disks, by
   operation (read, write).
 kata_container_memory_failures_total counter container_id How often a container has met its memory limit.
-kata_container_memory_limit_bytes gauge container_id Memory limit of a container in bytes; absent without one.
+kata_container_memory_limit_bytes gauge container_id Memory limit of a container in bytes; without one, the guest's
+  memory.
 kata_container_memory_max_usage_bytes gauge container_id The most memory that a container has had, in bytes.
 kata_container_memory_usage_bytes gauge container_id Memory of a container in bytes, with page cache.
 kata_container_memory_working_set_bytes gauge container_id Memory of a container in bytes, without page cache that is
   not in use.
-kata_container_oom_kills_total counter container_id Processes of a container that the guest's kernel has killed for
-  want of memory.
 kata_container_pids gauge container_id Processes and threads of a container.
 kata_container_pids_limit gauge container_id Limit of a container's processes and threads; absent without one.
 kata_pod_network_receive_bytes_total counter interface Bytes that the pod has received.

@@ -94,6 +94,9 @@ class Container:
         config: The content of that.
         stdio: Where its init's streams go.
         root: Its root directory on the host, where a client hands one over; otherwise the settings say.
+
+    Attributes:
+        oom_kills_counted: Number of processes killed for want of memory by the last count of the guest's kernel.
     """
 
     def __init__(
@@ -112,6 +115,8 @@ class Container:
         self.init = Process(container_id, "", stdio)
         self.execs: dict[str, Process] = {}
         self.created_at_ns = 0
+        self.oom_kills_counted = 0
+        self._oom_kills_reported = 0
         described = sandbox.settings.container if container_id == sandbox.id else None
         self.record = ContainerRecord(container_id, described, sandbox.identity, sandbox.tasks)
         self._killer = Killer(
@@ -335,8 +340,16 @@ class Container:
 
     # ---- what else one can do to it ----
 
+    @property
+    def oom_kills(self) -> int:
+        """Number of processes killed for want of memory, as far as that is known. The guest reports each, but many at
+        once only once; its kernel's count lacks those of the agent, and ends with the container.
+        """
+        return max(self.oom_kills_counted, self._oom_kills_reported)
+
     def out_of_memory(self) -> None:
         """The guest's kernel killed something of this container for want of memory."""
+        self._oom_kills_reported += 1
         self._ends.out_of_memory(self.bundle if spec.created_by_crio(self.config) else "")
 
     async def kill(self, exec_id: str, signal: int, everything: bool) -> None:

@@ -115,6 +115,11 @@ async def _ask(agent: AgentClient, sandbox: Sandbox, found: Figures) -> None:
             found.containers[key] = question.result()
         else:
             found.guest_text = question.result()
+    for one in living:
+        answer = found.containers.get(one.id)
+        memory = answer.cgroup_stats.memory_stats if answer is not None and answer.cgroup_stats else None
+        if memory is not None:
+            one.oom_kills_counted = memory.stats.get("oom_kill", 0)
     found.is_whole = len(found.containers) == len(living) and found.guest_text is not None
 
 

@@ -228,6 +228,7 @@ def _containers(text: Text, sandbox: Sandbox, found: Figures) -> None:
         labels = exposition.labels_text(container_id=container.id, state=str(container.init.state))
         text.add("kata_container_state", 1, labels)
         identity = exposition.labels_text(container_id=container.id)
+        text.add("kata_container_oom_kills_total", container.oom_kills, identity)
         if container.init.started_at_ns:
             text.add("kata_container_start_time_seconds", container.init.started_at_ns / 1e9, identity)
         answer = found.containers.get(container.id)
@@ -274,7 +275,6 @@ def _memory(text: Text, identity: str, memory: agent_pb.MemoryStats | None) -> N
         text.add("kata_container_memory_failures_total", memory.usage.failcnt, identity)
         if 0 < memory.usage.limit < NO_LIMIT:
             text.add("kata_container_memory_limit_bytes", memory.usage.limit, identity)
-    text.add("kata_container_oom_kills_total", memory.stats.get("oom_kill", 0), identity)
 
 
 def working_set(memory: agent_pb.MemoryStats) -> int:

@@ -156,13 +156,12 @@ def _container(sandbox: Sandbox, container: Container, found: Figures) -> dict[s
         "exit_code": init.exit_status if init.exited_at_ns else None,
         "finished": init.exited_at_ns / 1e9 if init.exited_at_ns else None,
         "oom_killed": init.oom_killed,
+        "oom_kills": container.oom_kills,
         "cpu_seconds": None,
         "memory_bytes": None,
         "memory_limit_bytes": None,
     }
-    out |= dict.fromkeys(
-        ("oom_kills", "throttled_seconds", "throttled_periods", "pids", "read_bytes", "written_bytes")
-    )
+    out |= dict.fromkeys(("throttled_seconds", "throttled_periods", "pids", "read_bytes", "written_bytes"))
     answer = found.containers.get(container.id)
     group = answer.cgroup_stats if answer is not None else None
     if group is None:
@@ -175,7 +174,6 @@ def _container(sandbox: Sandbox, container: Container, found: Figures) -> dict[s
             out["throttled_periods"] = throttled.throttled_periods
     if group.memory_stats is not None:
         out["memory_bytes"] = metrics.working_set(group.memory_stats)
-        out["oom_kills"] = group.memory_stats.stats.get("oom_kill", 0)
         usage_data = group.memory_stats.usage
         if usage_data is not None and 0 < usage_data.limit < metrics.NO_LIMIT:
             out["memory_limit_bytes"] = usage_data.limit
