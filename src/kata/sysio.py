@@ -165,6 +165,15 @@ def _c() -> ctypes.CDLL:
     return _libc
 
 
+def give_back_memory() -> None:
+    """Give memory that was freed back to the kernel, malloc_trim(3), in some 0.1 ms; after something that takes much of
+    it and is seldom. A C library without this function does nothing.
+    """
+    trim = getattr(_c(), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _check(result: int, path: str | None = None) -> int:
     if result < 0:
         number = ctypes.get_errno()

@@ -328,11 +328,18 @@ class HttpServer:
     Args:
         handle: Answers one request; may raise `HttpError`.
         log: Is given a sentence when `handle` raises anything else, which is a bug.
+        on_idle: Is called when the last connection has ended.
     """
 
-    def __init__(self, handle: Callable[[Request], Awaitable[Response]], log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        handle: Callable[[Request], Awaitable[Response]],
+        log: Callable[[str], None],
+        on_idle: Callable[[], None],
+    ) -> None:
         self._handle = handle
         self._log = log
+        self._on_idle = on_idle
         self._served: set[asyncio.Task[None]] = set()
         self._refused: set[asyncio.Task[None]] = set()
 
@@ -350,7 +357,13 @@ class HttpServer:
             return
         task = asyncio.get_running_loop().create_task(self._connection(sock, busy=busy))
         group.add(task)
-        task.add_done_callback(group.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._served.discard(task)
+        self._refused.discard(task)
+        if not self.connections:
+            self._on_idle()
 
     async def close(self) -> None:
         """End all connections."""

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 
+from kata import sysio
 from kata.agent.client import AGENT, ASK_S
 from kata.engine.lifecycle.boot import CONSOLE_NAME
 from kata.engine.lifecycle.sandbox_state import SandboxState
@@ -46,7 +47,7 @@ class Management:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self._collecting: asyncio.Task[str] | None = None
-        self.server = HttpServer(self.answer, sandbox.tasks.log)
+        self.server = HttpServer(self.answer, sandbox.tasks.log, sysio.give_back_memory)
 
     async def answer(self, request: Request) -> Response:
         """Answer one request.

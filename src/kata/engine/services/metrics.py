@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import platform
 import resource
+import sys
 
 import kata
 from kata.engine.containers.described import described
@@ -114,7 +114,7 @@ def _engine(text: Text, sandbox: Sandbox) -> None:
     """What the engine knows and has counted."""
     runtime, settings = sandbox.runtime, sandbox.settings.machine
     hypervisor = runtime.machine.monitor.name if runtime.machine.monitor is not None else ""
-    python = platform.python_version()
+    python = sys.version.partition(" ")[0]
     labels = exposition.labels_text(version=kata.__version__, python=python, hypervisor=hypervisor)
     text.add("kata_shim_build_info", 1, labels)
     if runtime.vm is not None and settings is not None:
@@ -125,7 +125,7 @@ def _engine(text: Text, sandbox: Sandbox) -> None:
             channel=runtime.vm.channel.kind,
         )
         text.add("kata_hypervisor_info", 1, labels)
-    labels = exposition.labels_text(implementation=platform.python_implementation(), version=python)
+    labels = exposition.labels_text(implementation=sys.implementation.name, version=python)
     text.add("kata_shim_python_info", 1, labels)
     for generation, counts in enumerate(gc.get_stats()):
         labels = exposition.labels_text(generation=str(generation))
