@@ -357,9 +357,20 @@ class MachineSettings(Part):
         share: How files of the host reach it.
         configuration: What is not as by default: name of the key -> its value and where it was found. Only shown.
         tracing: What starts and calls spend their time on is traced; absent is not at all.
+        log_format: What the lines of the engine's log are: `text`, `logfmt` or `json`.
+        log_level: What the engine's log shows at the start: `debug`, `info` or `warning`, and what is more severe.
     """
 
-    __slots__ = ("configuration", "guest", "hypervisor", "share", "size", "tracing")
+    __slots__ = (
+        "configuration",
+        "guest",
+        "hypervisor",
+        "log_format",
+        "log_level",
+        "share",
+        "size",
+        "tracing",
+    )
 
     def __init__(
         self,
@@ -370,6 +381,8 @@ class MachineSettings(Part):
         share: ShareSettings | None = None,
         configuration: Mapping[str, Sequence[Any]] | None = None,
         tracing: TracingSettings | None = None,
+        log_format: str = "text",
+        log_level: str = "info",
     ) -> None:
         self.hypervisor = hypervisor
         self.guest = guest
@@ -377,6 +390,8 @@ class MachineSettings(Part):
         self.share = share or ShareSettings()
         self.configuration = dict(configuration or {})
         self.tracing = tracing
+        self.log_format = log_format
+        self.log_level = log_level
 
 
 class DiskSettings(Part):

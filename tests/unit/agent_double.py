@@ -339,6 +339,9 @@ class MachineDouble:
     def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
         self.disk_fails = callback
 
+    def on_traffic(self, callback: Callable[[str, bytes], None] | None) -> None:
+        self.traffic = callback
+
     def console_tail(self, limit: int = 4096) -> str:
         return "console says hello"
 

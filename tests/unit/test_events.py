@@ -16,6 +16,7 @@ from kata import events, journal_undo
 from kata.cli import main as cli
 from kata.engine.lifecycle.life_events import LifeEvents
 from kata.engine.lifecycle.sandbox_state import SandboxState
+from kata.engine.log import EngineLog
 from kata.errors import VMLostError
 from kata.journal import Journal
 from kata.proto import events_pb
@@ -105,15 +106,14 @@ def test_a_torn_line_is_passed_over(run_dir: Path) -> None:
     assert names() == ["whole"]
 
 
-def life(tmp_path: Path, said: list[str]) -> LifeEvents:
+def life(tmp_path: Path) -> LifeEvents:
     settings = sandbox_support.sandbox("s1", str(tmp_path / "c"), accel="tcg", kernel="/k", initrd="/i")
     sandbox_support.change(settings, client={"name": "containerd", "namespace": "k8s.io"})
-    return LifeEvents(settings, str(tmp_path / "sandboxes" / "s1"), said.append)
+    return LifeEvents(settings, str(tmp_path / "sandboxes" / "s1"), EngineLog("s1"))
 
 
-def test_what_happens_to_tasks_and_the_sandbox(tmp_path: Path) -> None:
-    said: list[str] = []
-    log = life(tmp_path, said)
+def test_what_happens_to_tasks_and_the_sandbox(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = life(tmp_path)
     log.entered(SandboxState.BOOTING, None)
     log.entered(SandboxState.READY, None)
     log.of_task("/tasks/create", events_pb.TaskCreate(container_id="c"))
@@ -146,16 +146,18 @@ def test_what_happens_to_tasks_and_the_sandbox(tmp_path: Path) -> None:
         "exec": "e",
     }
     assert found[8]["error"] == "the machine went away"
-    assert said == []
+    lines = [line[len("2026-11-28T12:00:00Z ") :] for line in capsys.readouterr().err.splitlines()]
+    assert lines[-1] == "sandbox.ended"
+    assert lines[5] == "exec.exited container=c exit_code=3 exec=e"
+    assert lines[8] == "sandbox.failed: the machine went away"
+    assert len(lines) == len(found)
 
 
-def test_nothing_fails_for_want_of_a_record(tmp_path: Path) -> None:
-    said: list[str] = []
-    log = life(tmp_path / "nowhere", said)
+def test_nothing_fails_for_want_of_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = life(tmp_path / "nowhere")
     for _ in range(3):
         log.record("sandbox.created")
-    assert len(said) == 1
-    assert "not recorded" in said[0]
+    assert capsys.readouterr().err.count("not recorded") == 1
 
 
 def test_an_engine_that_was_killed_has_an_end_by_its_own_name(tmp_path: Path) -> None:

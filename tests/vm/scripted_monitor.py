@@ -226,6 +226,9 @@ class ScriptedMachine:
     def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
         pass  # a loop device tells nobody
 
+    def on_traffic(self, callback: Callable[[str, bytes], None] | None) -> None:
+        pass  # there is neither a monitor nor a console that would say something
+
     def close(self) -> None:
         for loop in self._attached.values():
             loop.close()

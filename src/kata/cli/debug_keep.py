@@ -91,7 +91,7 @@ CONFIGURATION_TEXTS = words(
     " hypervisor.valid_virtio_fs_daemon_paths hypervisor.valid_entropy_sources hypervisor.valid_kernel_paths"
     " hypervisor.valid_initrd_paths hypervisor.valid_firmware_paths runtime.internetworking_model"
     " runtime.hypervisor_name runtime.agent_name runtime.log_level runtime.vfio_mode runtime.emptydir_mode"
-    " agent.guest_extensions"
+    " runtime.log_format agent.guest_extensions"
 )
 """Keys of the configuration whose texts are kept; numbers, switches and paths always are."""
 
@@ -134,6 +134,8 @@ SANDBOX: Mapping[str, Any] = {
         "share": {"disabled": VALUE, "protocol": VALUE, "daemon": VALUE, "cache": VALUE, "msize": VALUE},
         "configuration": CONFIGURATION,
         "tracing": {"agent": VALUE, "config": VALUE},
+        "log_format": VALUE,
+        "log_level": VALUE,
     },
     "pod": {"config_path": VALUE},
     "container": {

@@ -203,7 +203,7 @@ _OWN_TIMEOUTS = "the engine has deadlines of its own for each call"
 _NO_SELINUX = "the guest's kernel has no SELinux, and the container would run without the label"
 _NO_JAILER = "it belongs to Firecracker"
 _DISKS = "disks are virtio-blk with QEMU's thread pool"
-_ONE_LOG = "there is one level of log"
+_ONE_LOG = "[runtime] `log_level` is that of the engine's log, and the hypervisor has none"
 _NO_SWAP = "the guest has no swap"
 
 _H, _A, _R, _F = "hypervisor", "agent", "runtime", "factory"
@@ -396,9 +396,13 @@ _ALL = [
     Key(_R, "jaeger_user", TEXT, "", "the user for that, if it asks for one"),
     Key(_R, "jaeger_password", TEXT, "", "the user's password"),
     Key(_R, "agent_name", TEXT, "kata", "there is no other", choices=("", "kata")),
+    Key(_R, "enable_debug", BOOL, "false", "the engine's log shows each call with its duration, and the"
+        " guest's console"),
+    Key(_R, "log_level", TEXT, "info", "what the engine's log shows: this and what is more severe",
+        choices=("", "trace", "debug", "info", "warn", "error", "critical")),
+    Key(_R, "log_format", TEXT, "text", "lines of the engine's log: for people, or logfmt or JSON for programs",
+        choices=("", "text", "logfmt", "json")),
     Key(_R, "name", TEXT, "", "one program serves every kind of container", IDLE, silent=("virt_container",)),
-    Key(_R, "enable_debug", BOOL, "false", _ONE_LOG, IDLE),
-    Key(_R, "log_level", TEXT, "", _ONE_LOG, IDLE, silent=("info",)),
     Key(_R, "sandbox_cgroup_only", BOOL, "true", "engine, hypervisor and helpers are in a cgroup of their sandbox's own"
         " always, with limits that follow from its size", IDLE, silent=(True,)),
     Key(_R, "enable_vcpus_pinning", BOOL, "false", "virtual CPUs run where the host's scheduler puts them", IDLE),

@@ -78,6 +78,8 @@ def machine_settings(
         share=_share(conf),
         configuration={name: list(pair) for name, pair in conf.values.items() if name not in SECRET},
     )
+    made.log_format = str(conf.get("runtime.log_format", "") or "text")
+    made.log_level = _log_level(conf)
     if _switch(conf, "runtime.enable_tracing"):
         named = conf.files[0] if conf.files else ""
         made.tracing = TracingSettings(agent=_switch(conf, "agent.enable_tracing"), config=named)
@@ -88,6 +90,15 @@ def machine_settings(
             instead = f"virtio-fs was asked for; files are shared by 9p: {capabilities.share_note}"
             notes.append(("shared-fs", f"{instead} (kata guest build --kernel small makes one that can)"))
     return made, notes + [("configuration", note) for note in conf.notes]
+
+
+def _log_level(conf: Configuration) -> str:
+    """What the engine's log shows; the original's two runtimes have a key each for that."""
+    if conf.get("runtime.enable_debug", False):
+        return "debug"
+    return {"trace": "debug", "debug": "debug", "": "info", "info": "info"}.get(
+        str(conf.get("runtime.log_level", "")), "warning"
+    )
 
 
 def limits(conf: Configuration) -> sizing.Limits:

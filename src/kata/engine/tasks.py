@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 from kata.agent.text import escape_line
+from kata.engine.log import EngineLog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,16 +20,18 @@ class Tasks:
     """The engine's helper thread, background tasks and log.
 
     Args:
-        sandbox_id: Its sandbox, for the lines that containerd gets.
+        sandbox_id: Its sandbox, for the log.
         log_fifo: Where containerd looks for a shim's log; empty for none.
+
+    Attributes:
+        lines: The log.
     """
 
-    __slots__ = ("_log_fifo", "_sandbox_id", "_tasks", "_thread")
+    __slots__ = ("_tasks", "_thread", "lines")
 
     def __init__(self, sandbox_id: str, log_fifo: str = "") -> None:
-        self._sandbox_id = sandbox_id
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._log_fifo = _open_log_fifo(log_fifo)
+        self.lines = EngineLog(sandbox_id, log_fifo)
         self._thread = ThreadPoolExecutor(1, "helper")
 
     async def run_blocking(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -58,21 +58,11 @@ class Tasks:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.log(f"{type(error).__name__}: {escape_line(str(error))}")
 
-    def log(self, text: str) -> None:
-        """Write a line to the engine's log, with the time before it."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        sys.stderr.write(f"{stamp} {text}\n")
-        sys.stderr.flush()
-        if self._log_fifo is not None:
-            try:
-                os.write(self._log_fifo, f"{stamp} kata {self._sandbox_id}: {text}\n".encode())
-            except OSError:
-                pass  # full, or nobody reads: the engine does not wait for a reader, and our own log has it
+    def log(self, text: str, level: str = "warning") -> None:
+        """Write a line to the engine's log, with the time before it; see `EngineLog.write`."""
+        self.lines.write(text, level)
 
-
-def _open_log_fifo(path: str) -> int | None:
-    """Where containerd looks for a shim's log; None when there is none, or no reader."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC) if path else None
-    except OSError:
-        return None
+    def set_level(self, level: str) -> None:
+        """How much the log shows from now on: ``debug``, ``info`` or ``warning``."""
+        self.lines.set_level(level)
+        self.lines.write(f"the log has lines of level {level} and above now", "info")

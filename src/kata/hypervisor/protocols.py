@@ -164,6 +164,14 @@ class Machine(Protocol):
         that its request failed, and not why.
         """
 
+    def on_traffic(self, callback: Callable[[str, bytes], None] | None) -> None:
+        """For the log of whoever looks for a fault: have what is said delivered from now on, or no longer (None).
+
+        Args:
+            callback: Is given ``event`` and an event of the monitor's as JSON, or ``console`` and bytes that the
+                guest has written to its console. Both may be the guest's: neither bounded nor escaped.
+        """
+
     def close(self) -> None:
         """Give back what is left of descriptors and files once the machine has ended."""
 

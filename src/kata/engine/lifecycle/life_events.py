@@ -14,9 +14,10 @@ from kata.engine.lifecycle.sandbox_state import SandboxState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from typing import Any
 
+    from kata.engine.log import EngineLog
     from kata.errors import KataError
     from kata.settings import SandboxSettings
 
@@ -25,6 +26,7 @@ _OF_STATE = {
     SandboxState.FAILED: "sandbox.failed",
     SandboxState.STOPPED: "sandbox.stopped",
 }
+_FAULTS = frozenset({"sandbox.failed", "container.oom", "disk.error"})
 _OF_TASK = {
     "/tasks/create": "container.created",
     "/tasks/start": "container.started",
@@ -41,12 +43,12 @@ class LifeEvents:
     Args:
         settings: The sandbox's.
         run_dir: The sandbox's directory; the events are in the one above that of all sandboxes.
-        log: Is given a sentence.
+        log: The engine's, which has a line for each event.
     """
 
     __slots__ = ("_directory", "_failed", "_log", "_settings")
 
-    def __init__(self, settings: SandboxSettings, run_dir: str, log: Callable[[str], None]) -> None:
+    def __init__(self, settings: SandboxSettings, run_dir: str, log: EngineLog) -> None:
         self._settings = settings
         self._directory = os.path.dirname(os.path.dirname(run_dir))
         self._log = log
@@ -66,12 +68,16 @@ class LifeEvents:
             "client": client.name,
             "namespace": client.namespace,
         }
+        level = "warning" if event in _FAULTS else "info"
+        self._log.write(event, level, event=event, **({"container": known["container"]} | members))
         try:
             events.append(event, known | members, self._directory)
             self._failed = False
         except OSError as error:
             if not self._failed:
-                self._log(f"events of this sandbox are not recorded: {error.strerror}: {self._directory}")
+                self._log.write(
+                    f"events of this sandbox are not recorded: {error.strerror}: {self._directory}"
+                )
             self._failed = True
 
     def entered(self, state: SandboxState, reason: KataError | None) -> None:

@@ -6,10 +6,11 @@ import asyncio
 import os
 
 from kata.agent.client import AgentClient, Watcher
+from kata.agent.text import escape_line
 from kata.engine.lifecycle import boot, watch
 from kata.engine.lifecycle.sandbox_state import Lifecycle, SandboxState
+from kata.engine.log import GuestLines, LoggedDurations
 from kata.errors import AgentTimeoutError, KataError, StateError, VMLostError
-from kata.metrics.histogram import Durations
 from kata.ttrpc.client import Client
 
 TYPE_CHECKING = False
@@ -86,7 +87,8 @@ class MachineRuntime:
         self.trace: Callable[[str, str, float | None], CallSpan | None] | None = None
         self.life = Lifecycle(sandbox_id)
         self.vm: protocols.Machine | None = None
-        self.agent_calls = Durations()
+        self.agent_calls = LoggedDurations(tasks.lines, "the agent")
+        tasks.lines.observers.append(self._show_traffic)
         self.disk_error = ""
         self.disk_errors = 0
         self._id = sandbox_id
@@ -124,6 +126,7 @@ class MachineRuntime:
         self.vm = self._take_over()
         if self.vm is not None:
             self.vm.on_disk_error(self._disk_failed)
+            self._show_traffic(self._tasks.lines.debugs)
             self._tasks.create_task(self._watch_machine(self.vm))
         if machine.cgroup is not None:
             for warning in machine.cgroup.warnings:
@@ -147,6 +150,24 @@ class MachineRuntime:
         self._tasks.create_task(self._watch_agent(agent))
         self._tasks.create_task(self._watch_memory(agent))
         return agent
+
+    def _show_traffic(self, shown: bool) -> None:
+        """Write what the monitor and the guest's console say to the log, or no longer."""
+        if self.vm is None:
+            return
+        if not shown:
+            self.vm.on_traffic(None)
+            return
+        lines = GuestLines(self._tasks.lines)
+        name = self.machine.monitor.name if self.machine.monitor is not None else ""
+
+        def traffic(source: str, data: bytes) -> None:
+            if source == "console":
+                lines.feed(data)
+            else:
+                self._tasks.lines.write(f"{name} says {escape_line(data.decode(), 1024)}", "debug")
+
+        self.vm.on_traffic(traffic)
 
     def _take_over(self) -> protocols.Machine | None:
         """The machine that was started before the event loop was."""
@@ -280,11 +301,9 @@ class MachineRuntime:
             self._tasks.create_task(self.vm.stop())
 
     def enter(self, state: SandboxState, reason: KataError | None = None) -> None:
-        """See `Lifecycle.enter`; a failure is logged."""
+        """See `Lifecycle.enter`; whoever was given as `on_state` is told."""
         self.life.enter(state, reason)
         self._on_state(state, reason)
-        if state is SandboxState.FAILED and reason is not None:
-            self._tasks.log(reason.message)
 
     # ---- watching ----
 
@@ -350,5 +369,4 @@ class MachineRuntime:
         else:
             what = "written" if error.writes else "read"
             self.disk_error = f"{error.path} could not be {what} on the host: {error.reason}"
-        self._tasks.log(self.disk_error)
         self._on_disk_error(self.disk_error)

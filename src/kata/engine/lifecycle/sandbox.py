@@ -19,10 +19,10 @@ from kata.engine.lifecycle.life_events import LifeEvents
 from kata.engine.lifecycle.machine_runtime import MachineRuntime
 from kata.engine.lifecycle.resize import MachineResizer
 from kata.engine.lifecycle.sandbox_state import SandboxState
+from kata.engine.log import LoggedDurations
 from kata.engine.tasks import Tasks
 from kata.engine.timings import Timings
 from kata.errors import AlreadyExistsError, KataError, NotFoundError, VMLostError
-from kata.metrics.histogram import Durations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,9 +85,11 @@ class Sandbox:
         self.open_questions: dict[
             str, asyncio.Future[Any]
         ] = {}  # for figures, which the guest has yet to answer
-        self.calls = Durations()  # how long those took that the engine has answered
         self.tasks = Tasks(self.id, settings.client.log_fifo)
-        self.life_events = LifeEvents(settings, run_dir, self.tasks.log)
+        self._configure_log()
+        # How long those took that the engine has answered.
+        self.calls = LoggedDurations(self.tasks.lines, "the engine")
+        self.life_events = LifeEvents(settings, run_dir, self.tasks.lines)
         self.runtime = self._make_runtime(machine)
         self.network_services = NetworkServices(self.runtime, self.tasks)
         self.containers: dict[str, Container] = {}
@@ -123,6 +125,11 @@ class Sandbox:
             on_state=self.life_events.entered,
         )
 
+    def _configure_log(self) -> None:
+        if self.settings.machine is not None:
+            self.tasks.lines.form = self.settings.machine.log_format
+            self.tasks.lines.set_level(self.settings.machine.log_level)
+
     def _make_resizer(self) -> MachineResizer:
         resizer = MachineResizer(self.settings, self.runtime, self.tasks)
         resizer.on_resize = lambda vcpus, mib: self.life_events.record(
@@ -145,6 +152,7 @@ class Sandbox:
         Raises:
             KataError: Something is missing on this host.
         """
+        self._configure_log()
         self.resizer = self._make_resizer()
         self.had_container = True  # from now on somebody has to say when it is no longer wanted
         began = time.monotonic_ns()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import socket
 
@@ -48,6 +49,7 @@ class Qemu:
         self.settings: VMSettings = process.settings
         self.extra_memory_mib = process.extra_memory_mib
         self.console = ConsoleRing(console_path)
+        self._traffic: Callable[[str, bytes], None] | None = None
         self._process = process
         self._journal = journal
         self._loop = asyncio.get_running_loop()
@@ -109,6 +111,10 @@ class Qemu:
     def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
         """Be told when the host fails to read or write what is behind one of the guest's disks."""
         self._disk_callbacks.append(callback)
+
+    def on_traffic(self, callback: Callable[[str, bytes], None] | None) -> None:
+        """See `kata.hypervisor.protocols.Machine.on_traffic`."""
+        self._traffic = callback
 
     # ---- life and death ----
 
@@ -372,6 +378,8 @@ class Qemu:
             self._shutdown_reason = str(data.get("reason", ""))
         elif name == "BLOCK_IO_ERROR":
             self._disk_failed(data)
+        if self._traffic is not None:
+            self._traffic("event", json.dumps({"event": name, "data": data}).encode())
         for callback in self._callbacks:
             callback(name, data)
 
@@ -401,6 +409,8 @@ class Qemu:
             data = b""
         if data:
             self.console.feed(data)
+            if self._traffic is not None:
+                self._traffic("console", data)
             return
         self._close_console()
 
