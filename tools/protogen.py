@@ -465,8 +465,11 @@ def rust(module: Module) -> str:
             for name in [*(name for name, _, _ in service.methods), *(name for name, _ in service.streams)]
         ]
         one = f"pub const {constant}_METHODS: &[&str] = &[{', '.join(methods)}];"
+        head, _, list_of_them = one.partition(" = ")
         if len(one) <= 120:
             lines.append(one)
+        elif len(list_of_them) + 4 <= 120:  # as rustfmt breaks it
+            lines += [f"{head} =", f"    {list_of_them}"]
         else:
             lines += [f"pub const {constant}_METHODS: &[&str] = &["]
             lines += [f"    {name}," for name in methods] + ["];"]
