@@ -45,8 +45,10 @@ COMMANDS = {
     "logs": Command(
         "logs",
         "CONTAINER",
-        "Shows what a container has written to its standard output and error.",
+        "Shows what a container has written to its standard output and error, or what its sandbox says.",
         [
+            Option("--guest", "", "the console of the guest instead: its kernel's and its agent's lines"),
+            Option("--engine", "", "the log of the engine instead"),
             Option("-f --follow", "", "continue until the container ends"),
             Option("-t --timestamps", "", "prefix each line with its time"),
             Option("-n --tail", "N|all", "only the last N lines"),
@@ -54,6 +56,8 @@ COMMANDS = {
         ],
         least=1,
         most=1,
+        notes="With --guest and --engine CONTAINER may be a sandbox or container of any client, by name or id, while it"
+        " runs.",
     ),
     "port": Command(
         "port", "CONTAINER [PORT[/PROTO]]", "Lists a container's published ports.", [_JSON], least=1, most=2
@@ -211,8 +215,23 @@ def _cpu_time(nanoseconds: int) -> str:
 
 
 def _logs(arguments: Arguments) -> int:
-    container = records.find(arguments.rest[0])
     tail = _tail_count(arguments.value("tail"))
+    guest, engine = arguments.flag("guest"), arguments.flag("engine")
+    if guest or engine:
+        from kata.cli import sandbox_log
+
+        if guest and engine:
+            raise UsageError("--guest and --engine are two logs", "kata-log-parser merges several")
+        if arguments.flag("timestamps"):
+            raise UsageError("lines of a console have no time, and those of an engine's log always have it")
+        return sandbox_log.show(
+            arguments.rest[0],
+            guest=guest,
+            tail=tail,
+            follow=arguments.flag("follow"),
+            as_json=arguments.flag("json"),
+        )
+    container = records.find(arguments.rest[0])
     printer = _LogPrinter(timestamps=arguments.flag("timestamps"), as_json=arguments.flag("json"))
     reader = _LogReader(container)
     try:
