@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
-import http.client
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,6 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from monitor_support import (
@@ -24,6 +22,7 @@ from monitor_support import (
     ROOT,
     Engines,
     Monitor,
+    Stream,
     cut_off,
     drips,
     endless,
@@ -47,27 +46,6 @@ def engines(tmp_path: Path) -> Iterator[Engines]:
     one = Engines(tmp_path)
     yield one
     one.close()
-
-
-class Stream:
-    """Server-sent events as they arrive."""
-
-    def __init__(self, one: Monitor, target: str) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=PATIENCE_S)
-        self._connection.request("GET", target)
-        self.response = self._connection.getresponse()
-
-    def next(self) -> tuple[str, Any]:
-        name = ""
-        while line := self.response.readline().decode():
-            if line.startswith("event: "):
-                name = line[7:].strip()
-            elif line.startswith("data: "):
-                return name, json.loads(line[6:])
-        return "", None
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 def shows(stream: Stream, sandboxes: int) -> bool:
@@ -409,6 +387,28 @@ def test_a_scrape_has_all_sandboxes_and_the_monitor_itself(engines: Engines) -> 
         assert one.get("/metrics", Accept_Encoding="gzip;q=0").headers.get("content-encoding") is None
         head = one.get("/metrics", method="HEAD")
         assert (head.status, head.body) == (200, b"")
+
+
+def test_a_sandbox_s_directory_may_have_a_long_name(engines: Engines) -> None:
+    engines.add("d" * 120, says(exposition(1), document=state("long")), sandbox_id="long")
+    with monitor(engines.run_directory) as one:
+        assert values(one.get("/metrics").text)['kata_guest_load{sandbox_id="long",item="load1"}'] == 1.25
+        assert one.get("/api/v1/sandboxes").json["sandboxes"][0]["reachable"]
+
+
+def test_that_a_sandbox_does_not_answer_is_said_once(engines: Engines) -> None:
+    answers = iter([says("", status="500 Oops")] * 3)
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await next(answers, says(exposition(1)))(reader, writer)
+
+    engines.add("web", peer)
+    with monitor(engines.run_directory) as one:
+        for _ in range(5):
+            one.get("/metrics")
+        log = one.log.read_text()
+        assert log.count("sandbox web gives no metrics: its engine answered with status 500") == 1
+        assert log.count("sandbox web gives metrics again") == 1
 
 
 def test_some_families_or_one_sandbox(engines: Engines) -> None:

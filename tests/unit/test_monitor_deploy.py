@@ -14,7 +14,7 @@ from typing import Any
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
-from monitor_support import ROOT, Engines, exposition, monitor, says
+from monitor_support import CONFINED, ROOT, Engines, exposition, monitor, says
 from test_monitor_cri import Runtime
 from waiting import until
 
@@ -64,27 +64,14 @@ def test_the_service_is_valid_and_confined(tmp_path: Path) -> None:
     assert rated.returncode == 0, rated.stdout
 
 
-CONFINE = """
-import ctypes, os, sys
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-for capability in range(64):
-    libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; from 41 on there are none
-libc.prctl(65, 1, 0, 0, 0)  # PR_SET_MDWE, as MemoryDenyWriteExecute=, where the kernel has it
-os.umask(0o077)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_it_works_with_nothing_of_root_but_the_name(engines: Engines, tmp_path: Path) -> None:
     engines.add("one", says(exposition(1)))
     runtime = Runtime(tmp_path / "cri.sock")
     runtime.pods = {"one": ("u-1", "pod", "space")}
-    confined = [sys.executable, "-I", "-c", CONFINE]
     try:
         with monitor(
-            engines.run_directory, "--runtime-endpoint", str(tmp_path / "cri.sock"), around=confined
+            engines.run_directory, "--runtime-endpoint", str(tmp_path / "cri.sock"), around=CONFINED
         ) as one:
             status = Path(f"/proc/{one.process.pid}/status").read_text()
             assert re.search(r"^CapEff:\s+0+$", status, re.M), "no capability at all"

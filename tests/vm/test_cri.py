@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from cni_support import PLUGINS, write_network
 from containerd_support import USE_SECOND, Containerd, with_command
+from monitor_support import monitor
 from socket_support import Service, answer, client
 from waiting import PATIENCE, until
 
@@ -186,6 +187,25 @@ def test_a_pod_is_one_machine_with_several_containers(cri: Cri) -> None:
     ping = ["nsenter", f"--net=/run/netns/{cri.netns}", "ping", "-c", "1", "-W", "20", address]
     if shutil.which("ping"):
         assert subprocess.run(ping, capture_output=True, check=False).returncode == 0
+
+
+def test_a_pod_is_watched_under_its_name(cri: Cri) -> None:
+    daemon = cri.daemon
+    endpoint = ("--runtime-endpoint", f"unix://{daemon.socket}")
+    with monitor(daemon.directory, *endpoint, run_dir=daemon.run_dir) as watching:
+        pod, path = cri.pod()
+        one = cri.container((pod, path), "one", "sleep", "1000")
+        name = json.loads(path.read_text())["metadata"]["name"]
+        labels = f'sandbox_id="{pod}",cri_uid="{name}",cri_name="{name}",cri_namespace="test"'
+        up = f"kata_shim_agent_up{{{labels}}} 1\n"
+        until(lambda: up in watching.get("/metrics").text, "the pod's name is known", watching.log.read_text)
+        assert watching.get("/sandboxes").text == f"{pod}\n"
+        found = watching.get("/metrics").text
+        assert f'kata_container_info{{{labels},container_id="{one}"' in found
+        (state,) = watching.get("/api/v1/sandboxes").json["sandboxes"]
+        assert state["id"] == pod
+        assert state["cri"] == {"uid": name, "name": name, "namespace": "test"}
+        assert {"one"} <= {container["name"] for container in state["containers"]}
 
 
 def test_logs_streams_and_codes(cri: Cri) -> None:

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 
+from kata import sysio
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.monitor.discovery import Sandbox
@@ -91,7 +93,9 @@ class Engines:
             yield answer
 
     async def _get(self, sandbox: Sandbox, target: str, held: contextlib.AsyncExitStack) -> Answer:
-        connector = aiohttp.UnixConnector(sandbox.socket, force_close=True)
+        # A sandbox's directory may be too long for a socket's address.
+        short = held.enter_context(sysio.SocketName(sandbox.socket))
+        connector = aiohttp.UnixConnector(short, force_close=True)
         # Nothing is followed, kept or unpacked: an answer of a few bytes could lead elsewhere, or become gigabytes.
         async with (
             aiohttp.ClientSession(

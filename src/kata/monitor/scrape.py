@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kata.monitor.engines import Engines
     from kata.monitor.figures import Figures
 
+_LOG = logging.getLogger("kata.monitor")
 MAX_TOTAL_CHARACTERS = 96 << 20
 """Maximum size of all samples of a scrape. What comes after that is left out and counted."""
 RESERVE_S = 0.25
@@ -88,7 +90,7 @@ class Scraper:
                 _fit(outcome.contribution, room)
                 room -= outcome.contribution.size
                 given.append(outcome.contribution)
-            outcome.sandbox.failed = outcome.contribution is None
+            _note(outcome)
         whole = merge.Merged(given, self._types)  # before the next lines: it counts what it leaves out
         self._figures.scraped(time.monotonic() - started)
         own = merge.contribution(self._figures.families(outcomes), (), 1 << 20, wanted, own=True)
@@ -129,6 +131,16 @@ class Scraper:
         except exposition.MalformedError as error:
             raise Unreachable(f"its metrics are malformed: {error}") from None
         return merge.contribution(families, labels, self._series, wanted)
+
+
+def _note(outcome: Outcome) -> None:
+    """Keep in mind whether a sandbox answered, and say so when it begins or ends not to."""
+    sandbox, failed = outcome.sandbox, outcome.contribution is None
+    if failed and not sandbox.failed:
+        _LOG.warning("sandbox %s gives no metrics: %s", sandbox.id, outcome.problem)
+    elif sandbox.failed and not failed:
+        _LOG.info("sandbox %s gives metrics again", sandbox.id)
+    sandbox.failed = failed
 
 
 def _fit(contribution: merge.Contribution, room: int) -> None:

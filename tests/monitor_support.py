@@ -20,9 +20,22 @@ from typing import Any
 
 from kata import sysio
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0
 PROGRAM = (sys.executable, "-I", "-S", str(ROOT / "src/kata/monitor/__main__.py"))
+
+_CONFINE = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+for capability in range(64):
+    libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; from 41 on there are none
+libc.prctl(65, 1, 0, 0, 0)  # PR_SET_MDWE, as MemoryDenyWriteExecute=, where the kernel has it
+os.umask(0o077)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+CONFINED = (sys.executable, "-I", "-c", _CONFINE)
+"""A command that executes another one with nothing of root but the name, as the service does."""
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
@@ -217,25 +230,28 @@ class Monitor:
     """The program, running.
 
     Args:
-        run_directory: ``KATA_RUN_DIR``.
+        directory: For its log, and ``KATA_RUN_DIR`` unless that is another one.
+        run_dir: ``KATA_RUN_DIR``; need not be there.
         arguments: Of the program; listens on a free port of loopback unless they say something else.
         around: A command that executes it.
         program: Another way to start it.
     """
 
     def __init__(
-        self, run_directory: Path, *arguments: str, around: Sequence[str] = (), program: Sequence[str] = ()
+        self,
+        directory: Path,
+        *arguments: str,
+        run_dir: Path | None = None,
+        around: Sequence[str] = (),
+        program: Sequence[str] = (),
     ) -> None:
-        self.log = run_directory / f"monitor-{time.monotonic_ns()}.log"
+        self.log = directory / f"monitor-{time.monotonic_ns()}.log"
         if not any(one.startswith("--listen-address") for one in arguments):
             arguments = ("--listen-address", "127.0.0.1:0", *arguments)
         if not any(one.startswith("--runtime-endpoint") for one in arguments):
             arguments = ("--runtime-endpoint", "", *arguments)
-        environment = {
-            **os.environ,
-            "KATA_RUN_DIR": str(run_directory),
-            "KATA_STATE_DIR": str(run_directory),
-        }
+        places = {"KATA_RUN_DIR": str(run_dir or directory), "KATA_STATE_DIR": str(directory)}
+        environment = {**os.environ, **places}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*around, *(program or PROGRAM), *arguments],
@@ -296,12 +312,37 @@ class Monitor:
             raise
 
 
+class Stream:
+    """Server-sent events as they arrive."""
+
+    def __init__(self, one: Monitor, target: str) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=PATIENCE_S)
+        self._connection.request("GET", target)
+        self.response = self._connection.getresponse()
+
+    def next(self) -> tuple[str, Any]:
+        name = ""
+        while line := self.response.readline().decode():
+            if line.startswith("event: "):
+                name = line[7:].strip()
+            elif line.startswith("data: "):
+                return name, json.loads(line[6:])
+        return "", None
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 @contextlib.contextmanager
 def monitor(
-    run_directory: Path, *arguments: str, around: Sequence[str] = (), program: Sequence[str] = ()
+    directory: Path,
+    *arguments: str,
+    run_dir: Path | None = None,
+    around: Sequence[str] = (),
+    program: Sequence[str] = (),
 ) -> Iterator[Monitor]:
     """The program while the block runs; it has to end well. The arguments are those of `Monitor`."""
-    one = Monitor(run_directory, *arguments, around=around, program=program)
+    one = Monitor(directory, *arguments, run_dir=run_dir, around=around, program=program)
     try:
         yield one
     finally:
