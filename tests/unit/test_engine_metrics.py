@@ -19,9 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_engine_sandbox import Engine
 
 from kata.engine.services import figures, metrics, state
+from kata.engine.services.sandbox_service import SERVICE
+from kata.errors import KataError
 from kata.metrics import exposition, families
 from kata.metrics.overhead import Overhead
-from kata.proto import agent_pb
+from kata.proto import agent_pb, sandbox_pb
 
 T = TypeVar("T")
 Maker = Callable[..., Engine]
@@ -164,6 +166,22 @@ def test_a_container_is_told_of(running: Engine) -> None:
     (container,) = document["containers"]
     assert (container["cpu_seconds"], container["memory_bytes"], container["written_bytes"]) == (3, 900, 12)
     assert document["hypervisor"]["version"] == "1.2.3"
+
+
+def test_calls_that_a_client_has_made_up_have_no_name_of_their_own(running: Engine) -> None:
+    evil = 'x"} 1\\nkata_shim_threads{a="'
+    calls = [("grpc.AgentService", evil), (evil, "Check"), ("grpc.AgentService", "ReadStdout"), ("", "")]
+    with running.client() as client:
+        for service, method in calls:
+            request = sandbox_pb.AgentCallRequest(service=service, method=method)
+            with pytest.raises(KataError):
+                client.call(SERVICE, "AgentCall", request, sandbox_pb.AgentCallResponse, 10)
+    found = scrape(running)
+    actions = {
+        one.labels["action"] for one in found["kata_shim_agent_rpc_durations_histogram_milliseconds"].samples
+    }
+    assert {"CheckRequest", "GuestDetailsRequest", "ReadStreamRequest", "CreateContainerRequest"} <= actions
+    assert all(action.isalpha() and action.endswith("Request") for action in actions)
 
 
 def test_kills_for_want_of_memory_are_told_of_a_container_that_has_ended(running: Engine) -> None:

@@ -141,6 +141,20 @@ def test_a_histogram_is_whole() -> None:
     assert {sample.labels["action"] for sample in family.samples} == {"state"}
 
 
+def test_calls_of_one_label_are_added_up() -> None:
+    durations = Durations()
+    durations.add("ReadStdout", 3_000_000)
+    durations.add("ReadStderr", 500_000_000)
+    text = exposition.Text(families.DEFINITIONS)
+    name = "kata_shim_rpc_durations_histogram_milliseconds"
+    for _ in range(2):  # writing changes nothing
+        text = exposition.Text(families.DEFINITIONS)
+        durations.write(text, name, lambda _: "read")
+    assert f'{name}_count{{action="read"}} 2\n' in text.text()
+    assert f'{name}_sum{{action="read"}} 503.0\n' in text.text()
+    assert f'{name}_bucket{{action="read",le="4.0"}} 1\n' in text.text()
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

@@ -156,7 +156,8 @@ class AgentClient:
         client: The connected ttRPC client.
         watcher: Is notified of `VMLostError` and `GuestProtocolError`.
         dial: Opens a further connection to the same agent, for a single stream; None where there is only one channel.
-        durations: Is given how long each call took.
+        durations: Is given how long each call took, by its method; those of other services than `AGENT` have that
+            service's name and a slash before it.
 
     Attributes:
         features: The agent's extensions of the protocol (``AgentDetails.extra_features``); empty until
@@ -224,7 +225,8 @@ class AgentClient:
             failed = error
         finally:
             if self.durations is not None:
-                self.durations.add(method, time.monotonic_ns() - began_ns)
+                name = method if service == AGENT else f"{service}/{method}"
+                self.durations.add(name, time.monotonic_ns() - began_ns)
         raise await self.explain(failed)
 
     async def _traced(

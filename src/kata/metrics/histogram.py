@@ -48,13 +48,17 @@ class Durations:
         Args:
             text: Where to.
             family: Its name; the unit is milliseconds.
-            label: Gives the label's value for a name; None leaves it out.
+            label: Gives the label's value for a name, as the format writes it; one for several names adds them up, and
+                nothing leaves it out: clients have their own names sent to the agent.
         """
-        lines = text.lines(family)
+        by_action: dict[str, list[int]] = {}
         for name, counts in self._by_name.items():
             action = label(name)
-            if action is None:
-                continue
+            if action:
+                so_far = by_action.get(action)
+                by_action[action] = counts if so_far is None else list(map(int.__add__, so_far, counts))
+        lines = text.lines(family)
+        for action, counts in by_action.items():
             total = 0
             for index in range(BUCKETS):
                 total += counts[index]

@@ -233,6 +233,10 @@ class Methods:
         """The classes of `method`, or None."""
         return self[method] if method in self._lines else None
 
+    def request_name(self, method: str) -> str:
+        """Name of the class of a method's request, without making the class; empty for an unknown method."""
+        return self._lines.get(method, "").partition(" ")[0].rpartition(".")[2]
+
     def __contains__(self, method: object) -> bool:
         return method in self._lines
 

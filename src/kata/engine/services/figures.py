@@ -7,18 +7,21 @@ ended) has no figures; the host's are there without it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
 
 from kata.engine.containers.process import CREATED, PAUSED, RUNNING
+from kata.engine.lifecycle.sandbox_state import SandboxState
 from kata.errors import KataError
 from kata.metrics.procfs import ProcessFigures
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
     from typing import Any
 
-    from kata.agent.client import AgentClient
+    from kata.engine.containers.container import Container
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.proto import agent_pb
 
@@ -65,69 +68,76 @@ class Figures:
 
 
 async def look(sandbox: Sandbox) -> Figures:
-    """Take the figures of a sandbox. Never fails; ends within `GUEST_S` and what the host takes."""
-    found = Figures()
-    agent = sandbox.runtime.living_agent
-    if agent is not None and not sandbox.is_ending and sandbox.life.state.value == "ready":
-        await _ask(agent, sandbox, found)
-    found.processes = [
-        figures for figures in (ProcessFigures(pid, role) for role, pid in _pids(sandbox)) if figures.threads
-    ]
-    if sandbox.runtime.vm is not None and not sandbox.runtime.is_lost:
-        resident = (await sandbox.runtime.vm.metrics()).get("guest_resident_bytes")
-        if resident is not None:
-            has_mib = sandbox.resizer.memory_mib + sandbox.machine.extra_memory_mib
-            found.returned_bytes = max(0, (has_mib << 20) - resident)
-    cgroup = sandbox.machine.cgroup
-    cpu_ns, memory = cgroup.usage() if cgroup is not None else (0, 0)
-    found.cpu_s = cpu_ns / 1e9 or sum(one.cpu_s for one in found.processes)
-    found.memory_bytes = memory or sum(one.resident_bytes for one in found.processes)
-    found.at_s = time.time()
-    return found
+    """Take the figures of a sandbox. Never fails; ends within `GUEST_S` and what /proc takes.
 
-
-async def _ask(agent: AgentClient, sandbox: Sandbox, found: Figures) -> None:
-    """Ask for all that the guest has to say, at the same time.
-
-    A question that a former look has asked, and that is not answered yet, is not asked again: a guest that hangs or is
-    paused for hours would otherwise have a longer queue to answer with each scrape. Looks at the same time share
-    their questions.
+    All that takes time is asked at the same time. A question that a former look has asked, and that is not answered
+    yet, is not asked again: a guest that hangs or is paused for hours would otherwise have a longer queue to answer
+    with each scrape. Looks at the same time share their questions.
     """
-    living = [
-        one
-        for one in list(sandbox.containers.values())[:MAX_CONTAINERS]
-        if one.init.state in (CREATED, RUNNING, PAUSED)
-    ]
-    open_questions = sandbox.open_questions
+    found = Figures()
+    agent, machine = sandbox.runtime.living_agent, sandbox.runtime.vm
     asked: dict[str, asyncio.Future[Any]] = {}
-    for key in ("", *(one.id for one in living)):
-        question = open_questions.get(key)
-        if question is None:
-            question = asyncio.ensure_future(agent.stats(key, None) if key else agent.metrics(None))
-            open_questions[key] = question
-            question.add_done_callback(lambda done, key=key: _answered(sandbox, key, done))  # type: ignore[misc]
-        asked[key] = question
-    await asyncio.wait(asked.values(), timeout=GUEST_S)
-    for key, question in asked.items():
-        if not question.done() or question.cancelled() or question.exception() is not None:
-            continue
-        if key:
-            found.containers[key] = question.result()
-        else:
-            found.guest_text = question.result()
+    living: list[Container] = []
+    if agent is not None and sandbox.life.state is SandboxState.READY:
+        containers = list(sandbox.containers.values())[:MAX_CONTAINERS]
+        living = [one for one in containers if one.init.state in (CREATED, RUNNING, PAUSED)]
+        asked[_GUEST] = _ask(sandbox, _GUEST, functools.partial(agent.metrics, None))
+        for one in living:
+            asked[one.id] = _ask(sandbox, one.id, functools.partial(agent.stats, one.id, None))
+    if machine is not None and not sandbox.runtime.is_lost:
+        asked[_MACHINE] = _ask(sandbox, _MACHINE, machine.metrics)
+    if asked:
+        await asyncio.wait(asked.values(), timeout=GUEST_S)
+    answers = {
+        key: question.result()
+        for key, question in asked.items()
+        if question.done() and not question.cancelled() and question.exception() is None
+    }
+    resident = answers.pop(_MACHINE, {}).get("guest_resident_bytes")
+    if resident is not None:
+        has_mib = sandbox.resizer.memory_mib + sandbox.machine.extra_memory_mib
+        found.returned_bytes = max(0, (has_mib << 20) - resident)
+    found.guest_text = answers.pop(_GUEST, None)
+    found.containers = answers
+    found.is_whole = found.guest_text is not None and len(answers) == len(living)
     for one in living:
         answer = found.containers.get(one.id)
         memory = answer.cgroup_stats.memory_stats if answer is not None and answer.cgroup_stats else None
         if memory is not None:
             one.oom_kills_counted = memory.stats.get("oom_kill", 0)
-    found.is_whole = len(found.containers) == len(living) and found.guest_text is not None
+    _look_at_host(sandbox, found)
+    return found
+
+
+def _look_at_host(sandbox: Sandbox, found: Figures) -> None:
+    found.processes = [
+        figures for figures in (ProcessFigures(pid, role) for role, pid in _pids(sandbox)) if figures.threads
+    ]
+    cgroup = sandbox.machine.cgroup
+    cpu_ns, memory = cgroup.usage() if cgroup is not None else (0, 0)
+    found.cpu_s = cpu_ns / 1e9 or sum(one.cpu_s for one in found.processes)
+    found.memory_bytes = memory or sum(one.resident_bytes for one in found.processes)
+    found.at_s = time.time()
+
+
+_GUEST, _MACHINE = "/guest", "/machine"
+"""Questions beside those about containers, whose ids have no slash."""
+
+
+def _ask(sandbox: Sandbox, key: str, ask: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Future[Any]:
+    """The answer to a question, which is asked unless it is open already."""
+    question = sandbox.open_questions.get(key)
+    if question is None:
+        question = sandbox.open_questions[key] = asyncio.ensure_future(ask())
+        question.add_done_callback(lambda done: _answered(sandbox, key, done))
+    return question
 
 
 def _answered(sandbox: Sandbox, key: str, question: asyncio.Future[Any]) -> None:
     sandbox.open_questions.pop(key, None)
     error = None if question.cancelled() else question.exception()
     if error is not None and not isinstance(error, KataError):
-        sandbox.tasks.log(f"a figure of the guest could not be had: {type(error).__name__}: {error}")
+        sandbox.tasks.log(f"a figure could not be had: {type(error).__name__}: {error}")
 
 
 def _pids(sandbox: Sandbox) -> list[tuple[str, int]]:

@@ -7,10 +7,12 @@ import resource
 import sys
 
 import kata
+from kata.agent.client import AGENT
 from kata.engine.containers.described import described
 from kata.engine.services import figures
 from kata.metrics import exposition, families, procfs
 from kata.metrics.overhead import Overhead
+from kata.proto import agent_pb, agentext_pb, health_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,13 +20,11 @@ if TYPE_CHECKING:
     from kata.engine.services.figures import Figures
     from kata.metrics.exposition import Text
     from kata.metrics.procfs import ProcessFigures
-    from kata.proto import agent_pb
 
 NO_LIMIT = 1 << 62
 """A limit from here on is none: the kernel's largest number of pages, in bytes."""
 MAX_CARDS = 64
 PHASE_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_GETS = {"GetGuestDetails": "GuestDetailsRequest"}
 _STATES = ("created", "running", "paused", "stopped")
 _PREFIX = {"engine": "kata_shim", "hypervisor": "kata_hypervisor", "virtiofsd": "kata_virtiofsd"}
 
@@ -139,12 +139,21 @@ def _engine(text: Text, sandbox: Sandbox) -> None:
     for state in _STATES:
         text.add("kata_shim_containers", states.count(state), exposition.labels_text(state=state))
     sandbox.calls.write(text, "kata_shim_rpc_durations_histogram_milliseconds", families.ACTIONS.get)
-    family = "kata_shim_agent_rpc_durations_histogram_milliseconds"
-    runtime.agent_calls.write(text, family, lambda name: _GETS.get(name, f"{name}Request"))
+    runtime.agent_calls.write(text, "kata_shim_agent_rpc_durations_histogram_milliseconds", _request_name)
     text.add("kata_shim_disk_errors_total", runtime.disk_errors)
     text.add("kata_shim_guest_vcpus", sandbox.resizer.vcpus)
     text.add("kata_shim_guest_memory_bytes", sandbox.resizer.memory_mib << 20)
     _start(text, sandbox)
+
+
+_AGENTS = agent_pb.SERVICES | health_pb.SERVICES | agentext_pb.SERVICES
+
+
+def _request_name(call: str) -> str:
+    """The type of the request of a call to the agent; empty for one that a client has made up."""
+    service, _, method = call.rpartition("/")
+    table = _AGENTS.get(service or AGENT)
+    return table.request_name(method) if table is not None else ""
 
 
 def _start(text: Text, sandbox: Sandbox) -> None:
