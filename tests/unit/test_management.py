@@ -224,6 +224,8 @@ def test_endpoints(make: Callable[..., Managed], tmp_path: Path) -> None:
     assert managed.curl("/kata/v1/logs?container=../../etc")[0] == 404
     assert managed.curl("/agent-url")[0] == 501
     assert managed.curl("/kata/v1/log-level", "-T", "-", data=b"loud")[0] == 400
+    assert managed.curl("/kata/v1/log-level", "-T", "-", data=b"debug\n")[0] == 200
+    assert engine.sandbox.tasks.lines.level == "debug"
     status, _, body = managed.curl("/nothing")
     assert status == 404
     assert b"/metrics" in body

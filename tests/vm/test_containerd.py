@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from containerd_support import IMAGE, RUNTIME, Containerd, Events, clean, running
+from management_support import curl
 from waiting import until
 
 from kata.hypervisor import accel
@@ -73,6 +74,11 @@ def test_a_task_from_create_to_delete(daemon: Containerd, tmp_path: Path) -> Non
         assert daemon.tasks()["life"] == (pid, "PAUSED")
         daemon.ok("task", "resume", "life")
         assert "pids.current" in daemon.ok("task", "metrics", "life")
+        link = daemon.run_dir / "vc/sbs/life/shim-monitor.sock"
+        assert 'kata_hypervisor_proc_stat{item="utime"}' in curl(link, "/metrics")[2]
+        assert [one["id"] for one in json.loads(curl(link, "/kata/v1/state")[2])["containers"]] == ["life"]
+        status, _, body = curl(link, "/kata/v1/logs?container=life")
+        assert (status, "by its client" in body) == (404, True)
         assert str(pid) in daemon.ok("task", "ps", "life")
         daemon.ok("task", "kill", "-s", "KILL", "life")
         until(lambda: daemon.tasks()["life"][1] == "STOPPED", "the task is stopped")
@@ -80,6 +86,7 @@ def test_a_task_from_create_to_delete(daemon: Containerd, tmp_path: Path) -> Non
         assert b"not found" in again.stderr or b"already finished" in again.stderr
         daemon.ctr("task", "rm", "life")  # passes the task's own code on
         until(lambda: events.topics("life")[-1][0] == "delete", "the delete event")
+        until(lambda: not link.parent.exists(), "the management socket is gone")
         seen = events.topics("life")
     finally:
         events.close()
@@ -116,9 +123,15 @@ def test_one_id_in_two_namespaces(daemon: Containerd) -> None:
     daemon.detached("twin", "sleep", "1000")
     daemon.ok("--namespace", "other", "run", "-d", "--runtime", RUNTIME, IMAGE, "twin", "sleep", "1000")
     assert daemon.sandboxes() == ["default.twin", "other.twin"]
+    # Other tools know ids alone: who came first is who they see.
+    link = daemon.run_dir / "vc/sbs/twin/shim-monitor.sock"
+    own = [daemon.run_dir / "sandboxes" / name / "shim-monitor.sock" for name in daemon.sandboxes()]
+    assert os.readlink(link) == str(own[0])
+    assert [json.loads(curl(path, "/kata/v1/state")[2])["namespace"] for path in own] == ["default", "other"]
     daemon.ok("--namespace", "other", "task", "rm", "-f", "twin")
     daemon.ok("--namespace", "other", "container", "rm", "twin")
     assert daemon.tasks()["twin"][1] == "RUNNING"
+    assert curl(link, "/metrics")[0] == 200
 
 
 def test_the_root_is_the_snapshot_itself(daemon: Containerd) -> None:

@@ -21,6 +21,7 @@ import pytest
 from cni_support import PLUGINS, write_network
 from containerd_support import USE_SECOND, Containerd, with_command
 from monitor_support import monitor
+from management_support import curl
 from socket_support import Service, answer, client
 from waiting import PATIENCE, until
 
@@ -171,6 +172,10 @@ def test_a_pod_is_one_machine_with_several_containers(cri: Cri) -> None:
     one = cri.container(pod, "one", "sleep", "1000")
     two = cri.container(pod, "two", "sleep", "1000")
     assert len(cri.daemon.sandboxes()) == 1
+    link = cri.daemon.run_dir / "vc/sbs" / pod[0] / "shim-monitor.sock"
+    state = json.loads(curl(link, "/kata/v1/state")[2])
+    assert {one["id"] for one in state["containers"]} >= {one, two}
+    assert f'container_id="{one}"' in curl(link, "/metrics")[2]
     seen = [
         cri("exec", "-s", each, "sh", "-c", "hostname; hostname -i; cat /etc/resolv.conf")
         for each in (one, two)

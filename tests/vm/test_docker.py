@@ -21,6 +21,7 @@ from containerd_support import ROOT, RUNTIME, Containerd
 from socket_support import client
 from test_namespace import advertise
 from test_network import answer_a
+from management_support import curl
 from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -321,6 +322,9 @@ def test_the_life_of_a_container(docker: Docker) -> None:
     assert docker("exec", "life", "sh", "-c", stdin).split() == ["/dev/null", "/dev/null"]
     assert "executable file not found in $PATH" in docker("exec", "life", "nosuch", code=126)
     assert "qemu" in docker("top", "life")
+    identity = docker("inspect", "--format", "{{.Id}}", "life").strip()
+    link = docker.containerd.run_dir / "vc/sbs" / identity / "shim-monitor.sock"
+    assert f'container_id="{identity}"' in curl(link, "/metrics")[2]
     assert "128MiB" in docker("stats", "--no-stream", "life")
     docker("pause", "life")
     assert "(Paused)" in docker("ps", "--format", "{{.Status}}")

@@ -117,10 +117,7 @@ class Management:
         level = request.body.decode("utf-8", "replace").strip()
         if level not in LOG_LEVELS:
             raise HttpError(400, f"a level is one of {', '.join(LOG_LEVELS)}")
-        set_level = getattr(self._sandbox.tasks, "set_level", None)
-        if set_level is None:
-            raise HttpError(501, "the level of this engine's log cannot be changed")
-        set_level(level)
+        self._sandbox.tasks.set_level(level)
         return Response(b"")
 
     # ---- of the original ----
