@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from cni_support import PLUGINS, write_network
 from containerd_support import USE_SECOND, Containerd, with_command
-from monitor_support import monitor
 from management_support import curl
+from monitor_support import monitor
 from socket_support import Service, answer, client
 from waiting import PATIENCE, until
 

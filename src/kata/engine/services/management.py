@@ -14,6 +14,7 @@ from kata import sysio
 from kata.agent.client import AGENT, ASK_S
 from kata.engine.lifecycle.boot import CONSOLE_NAME
 from kata.engine.lifecycle.sandbox_state import SandboxState
+from kata.engine.log import LEVELS
 from kata.engine.services import tails
 from kata.engine.services.http1 import MAX_BODY, HttpError, HttpServer, Request, Response
 from kata.errors import KataError
@@ -30,7 +31,6 @@ METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus 3 takes a target as down whose answer names no version that it knows."""
 JSON = "application/json"
 DEFAULT_TAIL = 64 * 1024
-LOG_LEVELS = ("debug", "info", "warning")
 _GZIP_FROM = 1400
 """A smaller answer is sent as it is."""
 _STATUS = {3: 400, 4: 504, 5: 404, 6: 409, 7: 403, 8: 503, 9: 409, 12: 501, 14: 503}
@@ -115,8 +115,8 @@ class Management:
 
     async def _log_level(self, request: Request) -> Response:
         level = request.body.decode("utf-8", "replace").strip()
-        if level not in LOG_LEVELS:
-            raise HttpError(400, f"a level is one of {', '.join(LOG_LEVELS)}")
+        if level not in LEVELS:
+            raise HttpError(400, f"a level is one of {', '.join(LEVELS)}")
         self._sandbox.tasks.set_level(level)
         return Response(b"")
 
