@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from monitor_support import (
     PATIENCE_S,
     ROOT,
@@ -39,6 +40,7 @@ from test_monitor_access import TOKEN, make_certificate
 from waiting import until
 
 from kata import events
+from kata.monitor import connections
 
 
 @pytest.fixture
@@ -306,6 +308,50 @@ def test_it_ends_at_once_and_says_when_it_is_ready(engines: Engines, tmp_path: P
         assert one.process.wait(PATIENCE_S) == 0
         assert time.monotonic() - started < 5
         stream.close()
+
+
+def test_strangers_can_not_use_up_its_connections() -> None:
+    """Those that say nothing, or have no token, are let go; those that are admitted stay."""
+
+    async def served() -> None:
+        async def answer(request: web.BaseRequest) -> web.Response:
+            if request.path == "/in":
+                bound.admitted(request.protocol)
+            return web.Response(text="ok")
+
+        server = web.Server(answer)
+        bound = connections.Connections(server, most=4, patience_s=1.0)
+        loop = asyncio.get_running_loop()
+        listening = await loop.create_server(bound, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        lines = {
+            "/in": b"GET /in HTTP/1.1\r\nHost: x\r\n\r\n",
+            "/out": b"GET /out HTTP/1.1\r\nHost: x\r\n\r\n",
+        }
+        peers = []
+        for said in (lines["/in"], lines["/out"], b"GET / HT", b""):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said)
+            await writer.drain()
+            if said.endswith(b"\r\n\r\n"):
+                assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ok"), PATIENCE_S)
+            peers.append((reader, writer))
+        fifth, _ = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(fifth.read(), PATIENCE_S) == b""
+        for reader, _ in peers[1:]:
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        reader, writer = peers[0]
+        writer.write(lines["/in"])
+        assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ok"), PATIENCE_S)
+        again, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(lines["/out"])
+        assert b"200 OK" in await asyncio.wait_for(again.readuntil(b"ok"), PATIENCE_S)
+        listening.close()
+        await server.shutdown(1.0)
+
+    asyncio.run(served())
 
 
 def test_a_port_that_is_taken_is_said(engines: Engines) -> None:

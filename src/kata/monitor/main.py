@@ -17,11 +17,13 @@ from kata.monitor import access, options
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from kata.agent_ctl.options import Values
 
 _LOG = logging.getLogger("kata.monitor")
 _MAX_FILES = 1 << 16
+HANDSHAKE_S = 10.0
 SHUTDOWN_S = 2.0
 """How long answers that are being given may take when the monitor is told to end."""
 
@@ -120,6 +122,7 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
         from aiohttp import web
     except ImportError as error:
         raise HostError(f"a package is missing: {error.name}", "tools/setup run, or make install") from error
+    from kata.monitor.connections import Connections
     from kata.monitor.discovery import places
     from kata.monitor.expose import Metrics
     from kata.monitor.node import Node
@@ -135,7 +138,8 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
     # Where a token is asked for, a page of a stranger's has none: then any name is fine.
     guarded = address.path or secrets.has_token
     names = () if guarded else access.names_of(address, values.many("allow-host"))
-    application = Web(node, metrics, secrets, names).application()
+    pages = Web(node, metrics, secrets, names)
+    application = pages.application()
 
     async def let_go(_: web.Application) -> None:
         metrics.close()
@@ -144,13 +148,22 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
     application.on_shutdown.append(let_go)
     runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
+    assert runner.server is not None
+    pages.connections = Connections(runner.server)
     listening: list[socket.socket] = []
+    servers: list[asyncio.Server] = []
+    loop = asyncio.get_running_loop()
     try:
         for one in _sockets(address):
             listening.append(one)
-            await web.SockSite(runner, one, ssl_context=secrets.tls).start()
+            tls: dict[str, Any] = (
+                {"ssl": secrets.tls, "ssl_handshake_timeout": HANDSHAKE_S} if secrets.tls else {}
+            )
+            if address.path:
+                servers.append(await loop.create_unix_server(pages.connections, sock=one, **tls))
+            else:
+                servers.append(await loop.create_server(pages.connections, sock=one, **tls))
         end = asyncio.Event()
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end.set)
         loop.add_signal_handler(signal.SIGHUP, _reload, secrets)
@@ -162,6 +175,8 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
         await end.wait()
         _notify("STOPPING=1")
     finally:
+        for server in servers:
+            server.close()
         await runner.cleanup()
         if address.path and listening:
             try:

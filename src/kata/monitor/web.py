@@ -20,6 +20,7 @@ from kata.monitor.sampling import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from kata.monitor.connections import Connections
     from kata.monitor.node import Node
 
 MAX_TAIL_BYTES = 1 << 20
@@ -54,13 +55,23 @@ class Web:
         metrics: What it answers Prometheus.
         secrets: Certificate and token.
         names: The names under which a browser may ask; empty takes any, where a token is asked for.
+
+    Attributes:
+        connections: Told of those whose requests are admitted, once there are any.
     """
 
-    def __init__(self, node: Node, metrics: Metrics, secrets: access.Secrets, names: Iterable[str]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        metrics: Metrics,
+        secrets: access.Secrets,
+        names: Iterable[str],
+    ) -> None:
         self._node = node
         self._secrets = secrets
         self._names = frozenset(names)
         self._metrics = metrics
+        self.connections: Connections | None = None
         self._complaint = ""
 
     def application(self) -> web.Application:
@@ -102,6 +113,8 @@ class Web:
             # Browsers ask for a name, which does not matter, and a password, which is the token.
             answer.headers.add("WWW-Authenticate", 'Basic realm="kata-monitor", charset="UTF-8"')
             return answer
+        if self.connections is not None:
+            self.connections.admitted(request.protocol)
         try:
             return await handler(request)
         except web.HTTPException as error:
