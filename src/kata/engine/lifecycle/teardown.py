@@ -123,15 +123,19 @@ class Teardown:
 
     async def remove_containers(self) -> None:
         """Have the guest unmount and sync. Of a container that is removed, nobody will read what it wrote."""
-        if self._sandbox.auto_remove or self._runtime.is_lost:
+        if self._sandbox.auto_remove or self._runtime.is_lost or not self._sandbox.containers:
             return
-        removing = asyncio.gather(*(one.remove() for one in self._sandbox.containers.values()))
+        removals = [asyncio.ensure_future(one.remove()) for one in self._sandbox.containers.values()]
         try:
-            await self._runtime.race_vm_exit(asyncio.wait_for(removing, self._grace_s))
-        except TimeoutError:
-            self._tasks.log(f"the guest did not write back its containers' files within {self._grace_s:g} s")
+            _, late = await self._runtime.race_vm_exit(asyncio.wait(removals, timeout=self._grace_s))
         except KataError:
-            pass  # the machine has gone, which has been logged
+            late = set(removals)  # the machine has gone, which has been logged
+        else:
+            if late:
+                told = "the guest did not write back its containers' files within"
+                self._tasks.log(f"{told} {self._grace_s:g} s")
+        for removal in late:
+            removal.cancel()
 
     async def stop_network_services(self) -> None:
         """Carry nothing into the guest any more."""
