@@ -166,14 +166,34 @@ def other_katas(place: Place) -> list[str]:
             path = os.path.join(directory, name)
             if os.path.lexists(path) and not os.path.realpath(path).startswith(ours + "/"):
                 found.append(path)
-    # The original keeps a directory for each sandbox in there; this one has a single directory, and files.
-    for directory, known in (("/run/kata", "sandboxes"), ("/run/vc", "")):
+    return list(dict.fromkeys([*found, *other_sandboxes()]))
+
+
+def other_sandboxes(run: str = "/run/kata", vc: str = "/run/vc") -> list[str]:
+    """Directories that only another Kata has made, one phrase for each place.
+
+    Args:
+        run: Our run directory, in which the original's newer runtime has a directory for each sandbox.
+        vc: Where its older one has its things.
+    """
+    found = []
+    for directory, known in ((run, ("sandboxes", "boots")), (vc, ("sbs",)), (f"{vc}/sbs", ())):
         with contextlib.suppress(OSError):
-            strangers = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-            strangers = [name for name in strangers if name != known]
+            strangers = sorted(
+                entry.name
+                for entry in os.scandir(directory)
+                if entry.is_dir() and entry.name not in known and not is_ours(entry.path, run)
+            )
             if strangers:
                 found.append(f"{directory}, which has {', '.join(strangers[:3])}")
-    return list(dict.fromkeys(found))
+    return found
+
+
+def is_ours(directory: str, run: str) -> bool:
+    """Whether a directory is there for one of our sandboxes: a link to its management socket is in it."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"{directory}/shim-monitor.sock").startswith(f"{run}/sandboxes/")
+    return False
 
 
 def check_machine(place: Place, force: bool) -> None:
@@ -452,10 +472,11 @@ def uninstall(place: Place, force: bool, purge: bool, dry_run: bool, clients: Se
     run = Path(os.environ.get("KATA_RUN_DIR") or "/run/kata")
     emptied = [place.on_disk(path) for path in (*reversed(manifest["directories"]), place.library)]
     if not place.destdir:
-        for path in run.glob("*"):
+        for path in (*run.glob("*"), *run.glob("boots/*")):
             if path.is_file():  # results of probes and the like; a sandbox's things are in its directory
                 path.unlink()
-        emptied += [state / "guest", state, run / "sandboxes", run]
+        vc = Path("/run/vc") if str(run) == "/run/kata" else run / "vc"
+        emptied += [state / "guest", state, vc / "sbs", vc, run / "boots", run / "sandboxes", run]
     for directory in emptied:
         with contextlib.suppress(OSError):
             directory.rmdir()  # only if empty

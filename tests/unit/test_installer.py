@@ -58,6 +58,23 @@ def test_another_katas_program_on_the_path_is_found(
     installer.check_machine(place, force=True)
 
 
+def test_sandboxes_of_another_kata_are_told_from_ours(installer: ModuleType, tmp_path: Path) -> None:
+    run, vc = tmp_path / "kata", tmp_path / "vc"
+    for directory in (run / "sandboxes/one", run / "boots", run / "one", vc / "sbs/one"):
+        directory.mkdir(parents=True)
+    for link in (run / "one", vc / "sbs/one"):
+        (link / "shim-monitor.sock").symlink_to(run / "sandboxes/one/shim-monitor.sock")
+    assert installer.other_sandboxes(str(run), str(vc)) == []
+    for directory in (run / "other", vc / "vm", vc / "sbs/other"):
+        directory.mkdir()
+    assert installer.other_sandboxes(str(run), str(vc)) == [
+        f"{run}, which has other",
+        f"{vc}, which has vm",
+        f"{vc}/sbs, which has other",
+    ]
+    assert installer.other_sandboxes(str(tmp_path / "none"), str(tmp_path / "none")) == []
+
+
 def test_our_own_program_on_the_path_is_no_other_kata(
     installer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

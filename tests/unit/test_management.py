@@ -22,6 +22,7 @@ from kata import management as client
 from kata import paths
 from kata.cli.main import main as kata
 from kata.engine.launch import listen
+from kata.engine.lifecycle.sandbox_state import SandboxState
 from kata.engine.services import http1, management, tails
 from kata.engine.services.http1 import HttpError, Request, Response, parse_head
 from kata.engine.services.management_socket import ManagementSocket
@@ -552,6 +553,16 @@ def test_kata_runtime(known: Managed, capsys: pytest.CaptureFixture[str], tmp_pa
     assert [word for word, _ in oci_runtime.complete(["direct-volume"], "")] == ["stats", "resize"]
 
 
+def test_a_pod_that_is_not_described_yet(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may begin to work in an engine whose machine has yet to be started."""
+    monkeypatch.setattr(managed.engine.sandbox.life, "state", SandboxState.NEW)
+    for target in ("/metrics", "/kata/v1/state", "/kata/v1/console"):
+        assert managed.curl(target)[0] == 503
+    assert managed.curl("/kata/v1/log-level", "-T", "-", data=b"debug")[0] == 503
+    monkeypatch.undo()
+    assert managed.curl("/kata/v1/state")[0] == 200
+
+
 # ---- where it is ----
 
 
@@ -618,6 +629,13 @@ def test_the_end_of_a_log_over_its_files(tmp_path: Path) -> None:
     assert tails.of_log(path, 0) == b""
     assert tails.of_log(str(tmp_path / "none"), 40) == b""
     assert tails.of_log(path, 1 << 20).startswith(b"line ")
+    # Records that are much larger than what they hold.
+    wide = LogFile(str(tmp_path / "wide"))
+    for number in range(3):
+        wide.write("stdout", b"\x1b" * 65000 + b"%d" % number)
+    wide.close()
+    assert tails.of_log(str(tmp_path / "wide"), 5) == b"\\x1b" * 4 + b"2"
+    assert tails.of_log(str(tmp_path / "wide"), 1 << 20).count(b"\\x1b") == 195000
 
 
 def test_answers_name_their_length() -> None:

@@ -75,6 +75,9 @@ def test_install_run_uninstall(installation: Installation, busybox_image: str) -
     assert installation.kata("version").returncode == 0
     done = installation.kata("--vm", "Version", program="kata-agent-ctl")
     assert '"agent_version"' in done.stdout, done.stderr
+    done = installation.kata("metrics", "nobody", program="kata-runtime")
+    assert (done.returncode, "no running sandbox 'nobody'" in done.stderr) == (1, True), done.stderr
+    assert ".TH" in (share / "man/man1/kata-runtime.1").read_text()
     del installation.env["PYTHONPATH"]
     done = installation.make("uninstall")
     assert done.returncode == 0, done.stderr

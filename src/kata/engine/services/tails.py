@@ -9,6 +9,8 @@ from binascii import a2b_base64
 MAX_TAIL = 1 << 20
 """Bytes that are handed out at most, before escaping."""
 _MAX_FILES = 16
+_MAX_READ = 8 << 20
+"""From here on no more is read of a file: it holds `MAX_TAIL` bytes of output however they are written."""
 _PLAIN = str.maketrans(
     {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 )
@@ -46,10 +48,19 @@ def of_log(path: str, limit: int) -> bytes:
         name = f"{path}.{number}" if number else path
         if len(output) >= limit or not os.path.lexists(name):
             break
-        # A record takes more than what it holds: quotes, time, and escaped characters.
-        raw = _end_of(name, 2 * limit + (128 << 10))
-        output = b"".join(map(_output, raw.splitlines())) + output
+        output = _end_of_output(name, limit - len(output)) + output
     return _escaped(output[-limit:] if limit else b"")
+
+
+def _end_of_output(path: str, limit: int) -> bytes:
+    # A record takes more than what it holds, up to six times as much: quotes, time, and escaped characters.
+    want = 2 * limit + (64 << 10)
+    while True:
+        raw = _end_of(path, want)
+        output = b"".join(map(_output, raw.split(b"\n")))
+        if len(output) >= limit or len(raw) < want or want >= _MAX_READ:
+            return output
+        want *= 4
 
 
 def _output(line: bytes) -> bytes:
