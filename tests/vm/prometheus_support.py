@@ -107,11 +107,12 @@ class Monitor(Server):
 
 
 class Prometheus(Server):
-    """A Prometheus that scrapes one monitor, with our rules."""
+    """A Prometheus that scrapes one monitor, with our rules; its version is the name of its directory."""
 
     def __init__(self, program: Path, directory: Path, target: Server, interval_s: int) -> None:
         directory.mkdir()
         super().__init__("prometheus", directory, free_port())
+        self.version = directory.name
         settings = {
             "global": {"scrape_interval": f"{interval_s}s", "evaluation_interval": f"{interval_s}s"},
             "rule_files": [str(RULES)],
@@ -143,6 +144,10 @@ class Prometheus(Server):
         if data["resultType"] == "scalar":
             return [{"metric": {}, "value": data["result"]}]
         return list(data["result"])
+
+    def values(self, text: str) -> list[float]:
+        """The values of a query."""
+        return [float(one["value"][1]) for one in self.query(text)]
 
     def value(self, text: str) -> float:
         """The value of a query that finds exactly one."""

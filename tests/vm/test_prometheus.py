@@ -1,0 +1,353 @@
+"""Real Prometheus servers, of Debian 12 and the newest one, scrape a node of twenty sandboxes through kata-monitor.
+
+What they have stored is compared with what the guests were made to do, and the queries of the dashboard, of the
+documentation and of the alert rules are asked of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import netlab
+import prometheus_support as support
+import pytest
+from conftest import Kata
+from prometheus_support import Monitor, Prometheus
+from waiting import until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+SANDBOXES = 20
+AT_A_TIME = 3
+"""Machines that are started together; each takes most of a processor while it boots."""
+INTERVAL_S = 2
+TOLERANCE = 0.05
+MIB = 1 << 20
+CONTAINER_CPU = "kata_container_cpu_seconds_total"
+CONTAINER_MEMORY = "kata_container_memory_working_set_bytes"
+LINTED = {
+    # promtool's advice, and the names that are the original's, which its dashboards ask for.
+    "kata_agent_scrape_count": ("_total", "_count"),
+    "kata_monitor_running_shim_count": ("_count",),
+    "kata_monitor_scrape_count": ("_total", "_count"),
+    "kata_monitor_scrape_failed_count": ("_total", "_count"),
+    "kata_monitor_scrape_durations_histogram_milliseconds": ("seconds", "type"),
+    "kata_shim_agent_rpc_durations_histogram_milliseconds": ("seconds", "type"),
+    "kata_shim_rpc_durations_histogram_milliseconds": ("seconds", "type"),
+}
+METRICS_PAGE = support.ROOT / "docs/metrics.md"
+HELD_MIB = 64
+SENT_MIB = 16
+BURNT_S = 4.0
+BURN = f"""
+while :; do
+    read -r _ _ _ _ _ _ _ _ _ _ _ _ _ user system _ </proc/$$/stat
+    [ $((user + system)) -ge {int(BURNT_S * 100)} ] && break
+    n=0; while [ $n -lt 20000 ]; do n=$((n + 1)); done
+done
+echo $((user + system))
+"""
+"""Until the shell has had that much processor time by its own account, which it prints in hundredths of a second."""
+
+
+class Node:
+    """Twenty sandboxes, a monitor, and the Prometheus servers that scrape it.
+
+    Attributes:
+        ids: Sandbox ids by name.
+        servers: By version.
+    """
+
+    def __init__(self, kata: Kata, image: str, stack: contextlib.ExitStack) -> None:
+        self.kata = kata
+        self._image = image
+        self._stack = stack
+        self.directory = Path(tempfile.mkdtemp(prefix="prom", dir=kata.directory.parent))
+        # What a container sends must not leave this machine: its host is a namespace.
+        self._host, self.internet = stack.enter_context(netlab.lab())
+        self.ids: dict[str, str] = {}
+        self.servers: dict[str, Prometheus] = {}
+
+    def start(self) -> None:
+        """Start all of them."""
+        roles = {
+            "burner": ("-m", "64m", "--network", "none"),
+            "holder": ("-m", f"{HELD_MIB * 2}m", "--network", "none"),
+            "sender": ("-m", "64m"),
+            "hungry": ("-m", "48m", "--network", "none"),
+            "throttled": ("-m", "48m", "--network", "none", "--cpus", "0.1"),
+        }
+        for number in range(SANDBOXES - len(roles)):
+            roles[f"idle{number}"] = ("-m", "48m", "--network", "none")
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            for name, identity in zip(roles, pool.map(self._run, roles, roles.values()), strict=True):
+                self.ids[name] = identity
+        self.monitor = Monitor(self.directory, self.kata.env)
+        self._stack.callback(self.monitor.stop)
+        for version, program in support.servers().items():
+            directory = self.directory / version
+            self.servers[version] = Prometheus(program, directory, self.monitor, INTERVAL_S)
+            self._stack.callback(self.servers[version].stop)
+
+    def _run(self, name: str, options: tuple[str, ...]) -> str:
+        command = self.kata.command("run", "-d", "--name", name, *options, self._image, "sleep", "1000000")
+        if name == "sender":
+            command = ["nsenter", f"--net=/run/netns/{self._host}", *command]
+        self._stack.callback(self.kata.call, "rm", "-f", name)
+        done = subprocess.run(command, capture_output=True, text=True, env=self.kata.env, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def hypervisor_s(self, name: str) -> float:
+        """Processor time of a sandbox's hypervisor, by the host, in seconds."""
+        pid = json.loads(self.kata.ok("inspect", name))[0]["sandbox"]["hypervisor_pid"]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def guest_s(self, name: str) -> float:
+        """User and system time of a sandbox's guest, by its kernel, in seconds."""
+        fields = self.sh(name, "head -n 1 /proc/stat").split()
+        return (int(fields[1]) + int(fields[3])) / 100
+
+    def sh(self, name: str, script: str) -> str:
+        """What a script in a container prints."""
+        return self.kata.ok("exec", name, "sh", "-c", script)
+
+
+@pytest.fixture(scope="module")
+def node(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Node]:
+    if not support.servers():
+        pytest.skip("needs prometheus (tools/setup test unpacks it)")
+    kata = Kata(Path(tempfile.mkdtemp(dir=run_directory, prefix="p")), guest_assets)
+    try:
+        with contextlib.ExitStack() as stack:
+            found = Node(kata, busybox_image, stack)
+            found.start()
+            yield found
+        left = kata.clear()
+        assert not left, left
+    finally:
+        shutil.rmtree(kata.directory, ignore_errors=True)
+
+
+def everywhere(node: Node, holds: Callable[[Prometheus], object], what: str) -> None:
+    """Wait until something holds in every server."""
+    for version, server in node.servers.items():
+        until(functools.partial(holds, server), f"{what}, in Prometheus {version}")
+
+
+def now(node: Node, query: str) -> dict[str, float]:
+    """The value of a query in every server, as of its last scrape."""
+    found: dict[str, float] = {}
+
+    def known(server: Prometheus) -> bool:
+        # A guest that has a lot to do may be too late for a scrape.
+        values = server.values(query)
+        found[server.version] = values[0] if values else 0.0
+        return len(values) == 1
+
+    everywhere(node, known, f"one value of {query}")
+    return found
+
+
+def grown(node: Node, query: str, before: dict[str, float], expected: float, what: str) -> None:
+    """Every server has *expected* more than before, within five per cent, once it has scraped again."""
+    seen: dict[str, list[float]] = {}
+
+    def near(server: Prometheus) -> bool:
+        values = seen[server.version] = [value - before[server.version] for value in server.values(query)]
+        return len(values) == 1 and abs(values[0] - expected) <= TOLERANCE * abs(expected)
+
+    for version, server in node.servers.items():
+        until(
+            functools.partial(near, server),
+            f"{what}, {expected:g} by the guest, in Prometheus {version}",
+            lambda: f"{query}: {seen}",
+            patience_s=30,
+        )
+
+
+def test_every_target_is_up(node: Node) -> None:
+    everywhere(node, lambda server: server.query("up"), "a first scrape")
+    for version, server in node.servers.items():
+        target = server.api("targets")["activeTargets"]
+        assert [(one["health"], one["lastError"]) for one in target] == [("up", "")], (version, target)
+        assert server.value("kata_monitor_running_shim_count") == SANDBOXES
+        assert server.value("sum(kata_monitor_sandbox_up)") == SANDBOXES
+        told = {one["metric"]["sandbox_id"] for one in server.query("kata_guest_load{item='load1'}")}
+        assert told == set(node.ids.values())
+
+
+def test_the_newest_prometheus_is_one_of_them(node: Node) -> None:
+    if not support.NEWEST.exists():
+        pytest.skip(
+            "needs Prometheus 3 of Debian sid (tools/setup test unpacks it where the mirror serves it)"
+        )
+    assert any(version.startswith("3.") for version in node.servers)
+
+
+def test_processor_time_is_what_was_burnt(node: Node) -> None:
+    one = node.ids["burner"]
+    container = f'sum({CONTAINER_CPU}{{sandbox_id="{one}"}})'
+    guest = f'sum(kata_guest_cpu_time{{sandbox_id="{one}", cpu="total", item=~"user|system"}}) / 100'
+    hypervisor = f'sum(kata_hypervisor_proc_stat{{sandbox_id="{one}", item=~"utime|stime"}}) / 100'
+    time.sleep(2 * INTERVAL_S)
+    before = {query: now(node, query) for query in (container, guest, hypervisor)}
+    ran, ticked = node.hypervisor_s("burner"), node.guest_s("burner")
+    burnt = int(node.sh("burner", BURN)) / 100
+    grown(node, container, before[container], burnt, "processor time of the container")
+    # The guest's kernel counts ticks, on a busy host too few of them; what it counts is what is told.
+    grown(node, guest, before[guest], node.guest_s("burner") - ticked, "processor time of the guest")
+    # The hypervisor is told of by the host: where that is overloaded, its guest takes waiting for working.
+    grown(node, hypervisor, before[hypervisor], node.hypervisor_s("burner") - ran, "the hypervisor's")
+
+
+def test_memory_is_what_is_held(node: Node) -> None:
+    one = node.ids["holder"]
+    container = f'{CONTAINER_MEMORY}{{sandbox_id="{one}"}}'
+    available = f'kata_guest_meminfo{{sandbox_id="{one}", item="mem_available"}}'
+    time.sleep(2 * INTERVAL_S)
+    in_container, in_guest = now(node, container), now(node, available)
+    node.sh("holder", f"dd if=/dev/zero of=/dev/shm/held bs=1M count={HELD_MIB}")
+    grown(node, container, in_container, HELD_MIB * MIB, "memory of the container")
+    grown(node, available, in_guest, -HELD_MIB * MIB, "memory of the guest that is available")
+
+
+def test_bytes_sent_are_counted(node: Node) -> None:
+    one = node.ids["sender"]
+    sent = f'kata_guest_netdev_stat{{sandbox_id="{one}", interface="eth0", item="sent_bytes"}}'
+    of_pod = f'kata_pod_network_transmit_bytes_total{{sandbox_id="{one}", interface="eth0"}}'
+    time.sleep(2 * INTERVAL_S)
+    before, of_pod_before = now(node, sent), now(node, of_pod)
+    there = f"--net=/run/netns/{node.internet}"
+    listen = ["nsenter", there, "busybox", "nc", "-l", "-p", "9000"]
+    # A pipe as its input, at whose end it would hang up.
+    with subprocess.Popen(listen, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as sink:
+        assert sink.stdout is not None
+        until(lambda: _listens(node.internet, 9000), "somebody listens")
+        send = f"dd if=/dev/zero bs=1M count={SENT_MIB} | nc {netlab.INTERNET4} 9000"
+        sender = node.kata.start("exec", "sender", "sh", "-c", send, stdout=subprocess.DEVNULL)
+        received = len(sink.stdout.read())
+        assert sender.wait(60) == 0
+        sender.communicate()
+    assert received == SENT_MIB * MIB
+    grown(node, sent, before, received, "bytes sent by the guest")
+    grown(node, of_pod, of_pod_before, received, "bytes sent by the pod")
+
+
+def test_what_goes_wrong_in_a_container_is_counted(node: Node) -> None:
+    killed = f'kata_container_oom_kills_total{{sandbox_id="{node.ids["hungry"]}"}}'
+    throttled = f'kata_container_cpu_throttled_seconds_total{{sandbox_id="{node.ids["throttled"]}"}}'
+    time.sleep(2 * INTERVAL_S)
+    before, before_throttled = now(node, killed), now(node, throttled)
+    assert node.kata.call("exec", "hungry", "tail", "/dev/zero").returncode == 137
+    grown(node, killed, before, 1, "OOM kills")
+    node.sh("throttled", "n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); done")
+    everywhere(
+        node,
+        lambda server: any(
+            value > before_throttled[server.version] + 0.5 for value in server.values(throttled)
+        ),
+        "the time in which it was throttled",
+    )
+
+
+def _rates(server: Prometheus) -> bool:
+    """Whether the oldest scrape is as old as rates need."""
+    return server.value("time() - min_over_time(timestamp(up)[5m:1s])") > 15
+
+
+def test_every_query_finds_something(node: Node) -> None:
+    """Those of the dashboard and of the documentation; a comparison may be true of nobody, and still has to be one."""
+    queries = support.dashboard_queries()
+    queries += [("docs/metrics.md", query) for query in support.documented_queries(METRICS_PAGE)]
+    assert len(queries) > 40
+    everywhere(node, _rates, "enough scrapes for rates")
+    for version, server in node.servers.items():
+        empty = [(title, query) for title, query in queries if not server.query(query)]
+        assert empty == [], version
+        nan = [
+            (title, query)
+            for title, query in queries
+            if "histogram_quantile" in query and "rate(" not in query
+            if all(one["value"][1] == "NaN" for one in server.query(query))
+        ]
+        assert nan == [], version
+
+
+def _rules(server: Prometheus) -> list[dict[str, Any]]:
+    return [rule for group in server.api("rules")["groups"] for rule in group["rules"]]
+
+
+def test_alert_rules_are_evaluated(node: Node) -> None:
+    everywhere(
+        node, lambda server: all(rule["health"] != "unknown" for rule in _rules(server)), "an evaluation"
+    )
+    for server in node.servers.values():
+        rules = _rules(server)
+        assert len(rules) == support.RULES.read_text().count("- alert:")
+        assert [(rule["name"], rule.get("lastError")) for rule in rules if rule["health"] != "ok"] == []
+        alerts = server.api("alerts")["alerts"]
+        firing = {one["labels"]["alertname"] for one in alerts if one["state"] == "firing"}
+        assert "KataOOMKill" in firing  # of the test before
+        assert not firing & {
+            "KataSandboxDown",
+            "KataAgentNotAnswering",
+            "KataMonitorDown",
+            "KataSeriesLeftOut",
+        }
+
+
+def test_promtool_has_nothing_new_to_say(node: Node) -> None:
+    done = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=node.monitor.metrics(),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": support.PROGRAMS},
+    )
+    assert done.returncode in (0, 3), done.stderr
+    advice = [line for line in done.stderr.splitlines() if line]
+    new = [line for line in advice if not any(word in line for word in LINTED.get(line.split()[0], ()))]
+    assert new == []
+
+
+def test_a_sandbox_that_ends_is_gone_at_once(node: Node) -> None:
+    one = node.ids["idle0"]
+    for server in node.servers.values():
+        assert server.value(f'kata_monitor_sandbox_up{{sandbox_id="{one}"}}') == 1
+    node.kata.ok("rm", "-f", "idle0")
+    everywhere(node, lambda server: not server.query(f'{{sandbox_id="{one}"}}'), "the end of its series")
+
+
+def test_servers_had_nothing_to_complain_of(node: Node) -> None:
+    """After everything else: no warning in either log, no scrape failed, no sandbox left anything out."""
+    for version, server in node.servers.items():
+        assert server.complaints() == [], version
+        assert server.value("min_over_time(up[10m])") == 1
+        assert server.query("kata_monitor_sandbox_series_dropped > 0") == []
+        assert server.value("max(kata_shim_guest_samples_dropped)") == 0
+    assert not re.search(r"level=(warning|error)", node.monitor.log.read_text())
+
+
+def _listens(namespace: str, port: int) -> bool:
+    shown = subprocess.run(
+        ["ip", "netns", "exec", namespace, "cat", "/proc/net/tcp", "/proc/net/tcp6"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return f":{port:04X} " in shown
