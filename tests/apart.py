@@ -1,27 +1,22 @@
-"""Running a part of a test in namespaces of its own."""
+"""Running a part of a test in namespaces of its own. Needs root."""
 
 from __future__ import annotations
 
+import os
 import threading
+import traceback
 from collections.abc import Callable
 
 from kata import sysio
 
 
-def in_namespaces(work: Callable[[], None], namespaces: int) -> None:
-    """Run something in a thread that has new namespaces, which end with it. Needs root.
-
-    Args:
-        work: What to run; its exception is raised here.
-        namespaces: ``CLONE_NEWNET``, ``CLONE_NEWNS``. Mounts that are made there are seen nowhere else.
-    """
+def in_network(work: Callable[[], None]) -> None:
+    """Run something in a thread that has a network namespace of its own; its exception is raised here."""
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            sysio.unshare(namespaces)
-            if namespaces & sysio.CLONE_NEWNS:
-                sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
+            sysio.unshare(sysio.CLONE_NEWNET)
             work()
         except BaseException as error:
             failed.append(error)
@@ -31,3 +26,26 @@ def in_namespaces(work: Callable[[], None], namespaces: int) -> None:
     thread.join()
     if failed:
         raise failed[0]
+
+
+def in_mounts(work: Callable[[], None]) -> None:
+    """Run something in a child that has a mount namespace of its own; what it raises fails the test.
+
+    A child, since /proc/self/mountinfo is that of a process's first thread.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sysio.unshare(sysio.CLONE_NEWNS)
+            sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
+            work()
+        except BaseException:
+            os.write(writer, traceback.format_exc().encode()[-4000:])
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        problem = file.read()
+    os.waitpid(pid, 0)
+    assert not problem, problem

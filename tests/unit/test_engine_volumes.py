@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from apart import in_mounts
 
 from kata import journal_undo, sysio
 from kata.engine.hostns import Namespaces
@@ -23,21 +24,12 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 def in_child(work: Callable[[], None]) -> None:
     """Run *work* in a child process with a mount namespace of its own; its exception fails the test."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            volumes.own_namespace()
-            work()
-        except BaseException:
-            os.write(writer, traceback.format_exc().encode()[-4000:])
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        problem = file.read()
-    os.waitpid(pid, 0)
-    assert not problem, problem
+
+    def apart() -> None:
+        volumes.own_namespace()
+        work()
+
+    in_mounts(apart)
 
 
 @pytest.fixture

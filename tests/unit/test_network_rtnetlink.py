@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Callable
 
 import pytest
+from apart import in_network
 
-from kata import sysio
 from kata.network import rtnetlink
 
 LOOPBACK = 1
@@ -19,21 +18,12 @@ def inside(work: Callable[[rtnetlink.Rtnl], None]) -> None:
     """Run something in a thread that has a new network namespace."""
     if os.geteuid() != 0:
         pytest.skip("a network namespace needs root")
-    failed: list[BaseException] = []
 
     def run() -> None:
-        try:
-            sysio.unshare(sysio.CLONE_NEWNET)
-            with rtnetlink.Rtnl() as rtnl:
-                work(rtnl)
-        except BaseException as error:
-            failed.append(error)
+        with rtnetlink.Rtnl() as rtnl:
+            work(rtnl)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    in_network(run)
 
 
 def test_an_interface_is_found_and_brought_up() -> None:
