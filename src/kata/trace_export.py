@@ -1,8 +1,8 @@
 """The helper process that hands an engine's spans to a collector, with OpenTelemetry's own exporter.
 
-``... export-spans PID``, with the spans on standard input as `kata.engine.services.trace` writes them. It ends with the
-engine, whose pid is given, and after `DEADLINE_S` in any case. What goes wrong is one line on standard error, and the
-exit status 1.
+``... export-spans PID [FD]``, with the spans on standard input as `kata.engine.services.trace` writes them. It ends
+with the engine, whose pid is given, and after `DEADLINE_S` in any case. FD is the network namespace to work in. What
+goes wrong is one line on standard error, and the exit status 1.
 
 Where to: ``[runtime] jaeger_endpoint`` of the configuration, else ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`` or
 ``OTEL_EXPORTER_OTLP_ENDPOINT``, else ``http://localhost:4318/v1/traces``; always OTLP over HTTP.
@@ -36,6 +36,8 @@ def main() -> int:
     """
     signal.alarm(DEADLINE_S)
     sysio.die_with_parent(int(sys.argv[2]))
+    if len(sys.argv) > 3:
+        sysio.setns(int(sys.argv[3]), sysio.CLONE_NEWNET)
     given = json.loads(sys.stdin.buffer.read())
     try:
         problem = export(given)
@@ -101,7 +103,8 @@ def export(given: dict[str, Any]) -> str:
     exporter.shutdown()  # type: ignore[no-untyped-call]
     if result is SpanExportResult.SUCCESS:
         return ""
-    return f"the collector did not take them: {' '.join(said)[-600:] or 'no reason was given'}"
+    reason = said[0] if said else "no reason was given"
+    return f"the collector did not take them: {reason[:400]}"
 
 
 def _listen(said: list[str]) -> None:

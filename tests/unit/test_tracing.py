@@ -165,7 +165,9 @@ def sandbox(agent: object = None) -> Any:
         id="box",
         settings=SimpleNamespace(client=SimpleNamespace(name="kata", namespace="")),
         timings=Timings(time.monotonic_ns()),
-        runtime=SimpleNamespace(trace=None, living_agent=agent, is_lost=agent is None),
+        runtime=SimpleNamespace(
+            trace=None, living_agent=agent, is_lost=agent is None, machine=SimpleNamespace(host=None)
+        ),
         life=SimpleNamespace(failed=False, lost_reason=""),
         tasks=SimpleNamespace(create_task=loop.create_task, log=lambda line: logged.append(line)),
     )

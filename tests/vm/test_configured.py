@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from conftest import Kata
 from containerd_support import Containerd, clean, running
+from otlp_support import Collector
+from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -70,6 +73,47 @@ def test_what_is_wrong_starts_nothing(daemon: Containerd, options: tuple[str, ..
     assert done.returncode != 0
     assert words in done.stderr.decode()
     assert daemon.has_no_sandbox("default.wrong")
+
+
+def test_a_shims_start_is_traced(daemon: Containerd) -> None:
+    """From the shim down into the guest; the collector's address and password are the configuration's."""
+    collector = Collector()
+    try:
+        directory = daemon.directory / "traced"
+        directory.mkdir()
+        file = directory / "c.toml"
+        file.write_text(
+            f'[runtime]\nenable_tracing = true\njaeger_endpoint = "{collector.url}"\njaeger_user = "me"\n'
+            'jaeger_password = "dont-show-4x"\n[agent.kata]\nenable_tracing = true\n'
+        )
+        done = daemon.run("traced", "echo", "words", options=("--runtime-config-path", str(file)))
+        assert done.returncode == 0, done.stderr.decode() + daemon.diagnosis()
+        until(
+            lambda: any("Shutdown" in span.name for _, _, span in collector.spans), "the last of the spans"
+        )
+        spans = {span.span_id: (service, about, span) for service, about, span in collector.spans}
+        (root,) = (span for _, _, span in spans.values() if not span.parent_span_id)
+        assert root.name == "shim start"
+        assert {span.trace_id for _, _, span in spans.values()} == {root.trace_id}
+        assert {about["containerd.namespace"] for _, about, _ in spans.values()} == {"default"}
+        (guest,) = (
+            span for who, _, span in spans.values() if (who, span.name) == ("kata-agent", "CreateContainer")
+        )
+        above = [guest]
+        while above[-1].parent_span_id:
+            above.append(spans[above[-1].parent_span_id][2])
+        assert [span.name for span in above[1:]] == [
+            "grpc.AgentService/CreateContainer",
+            "containerd.task.v2.Task/Create",
+            "shim start",
+        ]
+        for inner, outer in pairwise(above):
+            assert outer.start_time_unix_nano <= inner.start_time_unix_nano
+            assert inner.end_time_unix_nano <= outer.end_time_unix_nano
+        assert collector.requests[0][1]["authorization"].startswith("Basic ")
+        assert daemon.has_no_sandbox("default.traced")
+    finally:
+        collector.close()
 
 
 def test_without_a_connection_and_without_a_share(

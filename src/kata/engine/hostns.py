@@ -26,6 +26,10 @@ class Namespaces:
         self._mount = os.open("/proc/self/ns/mnt", flags)
         self._network = os.open("/proc/self/ns/net", flags)
 
+    def copy_network(self) -> int:
+        """A descriptor of the host's network namespace, which the caller closes."""
+        return os.dup(self._network)
+
     def close(self) -> None:
         """Let go of them."""
         os.close(self._mount)

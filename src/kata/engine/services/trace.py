@@ -53,6 +53,7 @@ BATCH = 512
 """Spans are exported when the oldest has waited so long (in seconds), or when there are so many."""
 EXPORT_S = 20.0
 """How long the helper may take, in seconds; then it is killed."""
+NETWORK_FD = 3
 _GUEST_S = 5.0
 _MOST_GUEST_SPANS = 256
 _LONG_POLLS = frozenset({"Wait", "WaitSandbox", "GetOOMEvent", "WaitProcess", "Check", "Take"})
@@ -88,6 +89,7 @@ class SandboxTrace:
         self._exporter: _Exporter | None = None
         self._export_task: asyncio.Task[None] | None = None
         self._closing = False
+        self._network = -1
 
     # ---- recording ----
 
@@ -104,6 +106,10 @@ class SandboxTrace:
                 step = self._tracer.begin(name.replace("_", " "), whole, tracing.ENGINE, start_ns=begin)
                 step.end(end)
             whole.end(max(end for _, _, end in steps))
+        host = self._sandbox.runtime.machine.host
+        if host is not None and self._network < 0:
+            # The engine itself may be in the pod's network, from which no collector is reached.
+            self._network = host.copy_network()
         tracing.current.set(self._root)
         self._sandbox.timings.trace = self.step
         self._sandbox.runtime.trace = self.begin_call
@@ -213,7 +219,7 @@ class SandboxTrace:
             "dropped": self._tracer.dropped,
             "spans": spans,
         }
-        self._exporter = _Exporter(json.dumps(about).encode())
+        self._exporter = _Exporter(json.dumps(about).encode(), self._network)
         try:
             problem = await self._exporter.wait(EXPORT_S)
         finally:
@@ -271,15 +277,23 @@ class SandboxTrace:
         self._closing = True
         self._end_root()
         await self._send(self._take())
+        if self._network >= 0:
+            os.close(self._network)
+            self._network = -1
 
 
 _MOST_PHASES = 16
 
 
 class _Exporter:
-    """The helper process, with the spans as its standard input. It ends with this process (`kata.trace_export`)."""
+    """The helper process, with the spans as its standard input. It ends with this process (`kata.trace_export`).
 
-    def __init__(self, spans: bytes) -> None:
+    Args:
+        spans: What it is given.
+        network: Descriptor of the network namespace that it is to work in; -1 is this process's.
+    """
+
+    def __init__(self, spans: bytes, network: int = -1) -> None:
         given = os.memfd_create("kata-spans")
         try:
             with open(given, "wb", closefd=False) as file:
@@ -294,6 +308,9 @@ class _Exporter:
                     (os.POSIX_SPAWN_DUP2, null, 1),
                     (os.POSIX_SPAWN_DUP2, self._problem, 2),
                 ]
+                if network >= 0:
+                    actions.append((os.POSIX_SPAWN_DUP2, network, NETWORK_FD))
+                    argv.append(str(NETWORK_FD))
                 self.pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions)
             finally:
                 os.close(null)
