@@ -9,6 +9,7 @@ Imported by engines at their first scrape: no typing, no dataclasses.
 
 from __future__ import annotations
 
+import functools
 import re
 
 TYPE_CHECKING = False
@@ -36,10 +37,6 @@ MAX_VALUE_CHARS = 256
 _NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
 _LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"'
 _NUMBER = r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[Ii]nf(?:inity)?|[Nn]a[Nn])"
-_SAMPLE = re.compile(rf"({_NAME})(?:\{{(.*)\}})?[ \t]+({_NUMBER})(?:[ \t]+-?\d{{1,19}})?[ \t]*", re.ASCII)
-_PAIR = re.compile(rf"\s*{_LABEL}\s*(,|$)", re.ASCII)
-_COMMENT = re.compile(rf"#[ \t]+(HELP|TYPE)[ \t]+({_NAME})(?:[ \t]+(.*))?", re.ASCII)
-_ESCAPED = re.compile(r"\\(.)")
 # What agents write: no spaces between labels, no timestamps, no NaN, at most three labels. For a line all of whose
 # characters can be seen: a set with those that cannot would be compiled into 200 kB. One match that takes a line apart:
 # most of the time of a scrape is spent here.
@@ -51,6 +48,17 @@ _PLAIN = re.compile(
     re.ASCII,
 )
 _GUEST_VALUES = re.compile(r'="((?:[^"\\]|\\.)*)"')
+
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[str], ...]:
+    """A sample, a label in it, a comment, an escaped character. Compiled when something is read: engines only write."""
+    return (
+        re.compile(rf"({_NAME})(?:\{{(.*)\}})?[ \t]+({_NUMBER})(?:[ \t]+-?\d{{1,19}})?[ \t]*", re.ASCII),
+        re.compile(rf"\s*{_LABEL}\s*(,|$)", re.ASCII),
+        re.compile(rf"#[ \t]+(HELP|TYPE)[ \t]+({_NAME})(?:[ \t]+(.*))?", re.ASCII),
+        re.compile(r"\\(.)"),
+    )
 
 
 class MalformedError(ValueError):
@@ -100,6 +108,7 @@ def parse(body: bytes) -> list[Family]:
         raise MalformedError(f"it is no UTF-8 at byte {error.start}") from None
     if text.count("\n") > MAX_LINES:
         raise MalformedError(f"it has more than {MAX_LINES} lines")
+    sample, *_ = _patterns()
     families: dict[str, Family] = {}
     current: Family | None = None
     for number, line in enumerate(text.split("\n"), 1):
@@ -110,7 +119,7 @@ def parse(body: bytes) -> list[Family]:
         if line.startswith("#"):
             current = _comment(line, number, families) or current
             continue
-        match = _SAMPLE.fullmatch(line)
+        match = sample.fullmatch(line)
         if match is None:
             raise MalformedError(f"line {number} is no sample")
         name = match[1]
@@ -140,7 +149,7 @@ def _family_of(name: str, families: dict[str, Family]) -> Family:
 
 
 def _comment(line: str, number: int, families: dict[str, Family]) -> Family | None:
-    match = _COMMENT.fullmatch(line)
+    match = _patterns()[2].fullmatch(line)
     if match is None:
         return None
     keyword, name, rest = match[1], match[2], match[3] or ""
@@ -160,8 +169,9 @@ def _comment(line: str, number: int, families: dict[str, Family]) -> Family | No
 def _labels(text: str, number: int) -> list[Label]:
     labels: list[Label] = []
     at = 0
+    pair = _patterns()[1]
     while at < len(text):
-        match = _PAIR.match(text, at)
+        match = pair.match(text, at)
         if match is None:
             raise MalformedError(f"line {number} has a label that is none")
         labels.append((match[1], _unescape(match[2])))
@@ -176,7 +186,7 @@ def _labels(text: str, number: int) -> list[Label]:
 def _unescape(text: str) -> str:
     if "\\" not in text:
         return text
-    return _ESCAPED.sub(lambda match: "\n" if match[1] == "n" else match[1], text)
+    return _patterns()[3].sub(lambda match: "\n" if match[1] == "n" else match[1], text)
 
 
 # ---- writing ----

@@ -10,6 +10,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    OF_MONITOR: dict[str, Definition]
+    """The families that kata-monitor adds to those of its sandboxes, by name. Engines do without them."""
+
 
 class Definition:
     """What a family is.
@@ -223,8 +226,13 @@ OF_GUEST = _read(("agent", "guest"))
 """The families that a guest may report, by name."""
 DEFINITIONS = OF_GUEST | _read(source for source in _TABLE if source not in ("agent", "guest", "monitor"))
 """The families of a sandbox, by name."""
-OF_MONITOR = _read(("monitor",))
-"""The families that kata-monitor adds to those of its sandboxes, by name."""
+
+
+def __getattr__(name: str) -> dict[str, Definition]:
+    if name != "OF_MONITOR":
+        raise AttributeError(name)
+    return _read(("monitor",))
+
 
 # The original names a call by the type of its message in the agent's calls, and by its method in its own.
 ACTIONS = {

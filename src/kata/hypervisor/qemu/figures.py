@@ -8,7 +8,7 @@ import time
 KEPT_S = 5.0
 """How long the size of the guest's memory on the host is kept, in seconds: it is the dearest figure (2 ms, emulated
 6 ms), and who looks every second can do without."""
-_CHUNK = 1 << 16
+_CHUNK = 1 << 13
 _RESIDENT = b"\nRss:"
 _FLAGS = b"\nVmFlags:"
 _NOT_DUMPED = b" dd"
