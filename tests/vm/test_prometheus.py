@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -126,22 +126,6 @@ class Node:
         return self.kata.ok("exec", name, "sh", "-c", script)
 
 
-@pytest.fixture(scope="module")
-def node(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Node]:
-    if not support.servers():
-        pytest.skip("needs prometheus (tools/setup test unpacks it)")
-    kata = Kata(Path(tempfile.mkdtemp(dir=run_directory, prefix="p")), guest_assets)
-    try:
-        with contextlib.ExitStack() as stack:
-            found = Node(kata, busybox_image, stack)
-            found.start()
-            yield found
-        left = kata.clear()
-        assert not left, left
-    finally:
-        shutil.rmtree(kata.directory, ignore_errors=True)
-
-
 def everywhere(node: Node, holds: Callable[[Prometheus], object], what: str) -> None:
     """Wait until something holds in every server."""
     for version, server in node.servers.items():
@@ -179,7 +163,7 @@ def grown(node: Node, query: str, before: dict[str, float], expected: float, wha
         )
 
 
-def test_every_target_is_up(node: Node) -> None:
+def every_target_is_up(node: Node) -> None:
     everywhere(node, lambda server: server.query("up"), "a first scrape")
     for version, server in node.servers.items():
         target = server.api("targets")["activeTargets"]
@@ -190,7 +174,7 @@ def test_every_target_is_up(node: Node) -> None:
         assert told == set(node.ids.values())
 
 
-def test_the_newest_prometheus_is_one_of_them(node: Node) -> None:
+def the_newest_prometheus_is_one_of_them(node: Node) -> None:
     if not support.NEWEST.exists():
         pytest.skip(
             "needs Prometheus 3 of Debian sid (tools/setup test unpacks it where the mirror serves it)"
@@ -198,7 +182,7 @@ def test_the_newest_prometheus_is_one_of_them(node: Node) -> None:
     assert any(version.startswith("3.") for version in node.servers)
 
 
-def test_processor_time_is_what_was_burnt(node: Node) -> None:
+def processor_time_is_what_was_burnt(node: Node) -> None:
     one = node.ids["burner"]
     container = f'sum({CONTAINER_CPU}{{sandbox_id="{one}"}})'
     guest = f'sum(kata_guest_cpu_time{{sandbox_id="{one}", cpu="total", item=~"user|system"}}) / 100'
@@ -214,7 +198,7 @@ def test_processor_time_is_what_was_burnt(node: Node) -> None:
     grown(node, hypervisor, before[hypervisor], node.hypervisor_s("burner") - ran, "the hypervisor's")
 
 
-def test_memory_is_what_is_held(node: Node) -> None:
+def memory_is_what_is_held(node: Node) -> None:
     one = node.ids["holder"]
     container = f'{CONTAINER_MEMORY}{{sandbox_id="{one}"}}'
     available = f'kata_guest_meminfo{{sandbox_id="{one}", item="mem_available"}}'
@@ -225,7 +209,7 @@ def test_memory_is_what_is_held(node: Node) -> None:
     grown(node, available, in_guest, -HELD_MIB * MIB, "memory of the guest that is available")
 
 
-def test_bytes_sent_are_counted(node: Node) -> None:
+def bytes_sent_are_counted(node: Node) -> None:
     one = node.ids["sender"]
     sent = f'kata_guest_netdev_stat{{sandbox_id="{one}", interface="eth0", item="sent_bytes"}}'
     of_pod = f'kata_pod_network_transmit_bytes_total{{sandbox_id="{one}", interface="eth0"}}'
@@ -247,7 +231,7 @@ def test_bytes_sent_are_counted(node: Node) -> None:
     grown(node, of_pod, of_pod_before, received, "bytes sent by the pod")
 
 
-def test_what_goes_wrong_in_a_container_is_counted(node: Node) -> None:
+def what_goes_wrong_in_a_container_is_counted(node: Node) -> None:
     killed = f'kata_container_oom_kills_total{{sandbox_id="{node.ids["hungry"]}"}}'
     throttled = f'kata_container_cpu_throttled_seconds_total{{sandbox_id="{node.ids["throttled"]}"}}'
     time.sleep(2 * INTERVAL_S)
@@ -269,7 +253,7 @@ def _rates(server: Prometheus) -> bool:
     return server.value("time() - min_over_time(timestamp(up)[5m:1s])") > 15
 
 
-def test_every_query_finds_something(node: Node) -> None:
+def every_query_finds_something(node: Node) -> None:
     """Those of the dashboard and of the documentation; a comparison may be true of nobody, and still has to be one."""
     queries = support.dashboard_queries()
     queries += [("docs/metrics.md", query) for query in support.documented_queries(METRICS_PAGE)]
@@ -291,7 +275,7 @@ def _rules(server: Prometheus) -> list[dict[str, Any]]:
     return [rule for group in server.api("rules")["groups"] for rule in group["rules"]]
 
 
-def test_alert_rules_are_evaluated(node: Node) -> None:
+def alert_rules_are_evaluated(node: Node) -> None:
     everywhere(
         node, lambda server: all(rule["health"] != "unknown" for rule in _rules(server)), "an evaluation"
     )
@@ -310,7 +294,7 @@ def test_alert_rules_are_evaluated(node: Node) -> None:
         }
 
 
-def test_promtool_has_nothing_new_to_say(node: Node) -> None:
+def promtool_has_nothing_new_to_say(node: Node) -> None:
     done = subprocess.run(
         ["promtool", "check", "metrics"],
         input=node.monitor.metrics(),
@@ -325,7 +309,7 @@ def test_promtool_has_nothing_new_to_say(node: Node) -> None:
     assert new == []
 
 
-def test_a_sandbox_that_ends_is_gone_at_once(node: Node) -> None:
+def a_sandbox_that_ends_is_gone_at_once(node: Node) -> None:
     one = node.ids["idle0"]
     for server in node.servers.values():
         assert server.value(f'kata_monitor_sandbox_up{{sandbox_id="{one}"}}') == 1
@@ -333,7 +317,7 @@ def test_a_sandbox_that_ends_is_gone_at_once(node: Node) -> None:
     everywhere(node, lambda server: not server.query(f'{{sandbox_id="{one}"}}'), "the end of its series")
 
 
-def test_servers_had_nothing_to_complain_of(node: Node) -> None:
+def servers_had_nothing_to_complain_of(node: Node) -> None:
     """After everything else: no warning in either log, no scrape failed, no sandbox left anything out."""
     for version, server in node.servers.items():
         assert server.complaints() == [], version
@@ -351,3 +335,47 @@ def _listens(namespace: str, port: int) -> bool:
         check=True,
     ).stdout
     return f":{port:04X} " in shown
+
+
+CHECKS = (
+    every_target_is_up,
+    processor_time_is_what_was_burnt,
+    memory_is_what_is_held,
+    bytes_sent_are_counted,
+    what_goes_wrong_in_a_container_is_counted,
+    every_query_finds_something,
+    alert_rules_are_evaluated,
+    promtool_has_nothing_new_to_say,
+    a_sandbox_that_ends_is_gone_at_once,
+    servers_had_nothing_to_complain_of,
+)
+"""In this order: some look at what those before have done."""
+
+
+@pytest.mark.timeout(900)
+def test_real_prometheus_servers_scrape_twenty_sandboxes(
+    run_directory: Path, guest_assets: Path, busybox_image: str
+) -> None:
+    """One test, since every process of a run that has a part of them would start the twenty."""
+    if not support.servers():
+        pytest.skip("needs prometheus (tools/setup test unpacks it)")
+    kata = Kata(Path(tempfile.mkdtemp(dir=run_directory, prefix="p")), guest_assets)
+    try:
+        with contextlib.ExitStack() as stack:
+            node = Node(kata, busybox_image, stack)
+            node.start()
+            for check in CHECKS:
+                check(node)
+        left = kata.clear()
+        assert not left, left
+    finally:
+        kata.clear()
+        shutil.rmtree(kata.directory, ignore_errors=True)
+
+
+def test_the_newest_prometheus_is_one_of_them() -> None:
+    if not support.NEWEST.exists():
+        pytest.skip(
+            "needs Prometheus 3 of Debian sid (tools/setup test unpacks it where the mirror serves it)"
+        )
+    assert any(version.startswith("3.") for version in support.servers())
