@@ -191,7 +191,7 @@ def _install_shim() -> None:
         return made
 
     journal.Journal.create_dir = classmethod(created)  # type: ignore[assignment]
-    _around(launch, "_listen", after="create.socket")
+    _around(launch, "listen", after="create.socket")
     _around(launch, "_spawn", after="create.engine")
     _around(start, "_write_address", after="create.address")
     _around(delete, "delete", before="clear.request", after="clear.undone")
