@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from test_engine_sandbox import Engine
 from kata.engine.services import figures, metrics, state
 from kata.engine.services.sandbox_service import SERVICE
 from kata.errors import KataError
-from kata.metrics import exposition, families
+from kata.metrics import exposition, families, procfs
 from kata.metrics.overhead import Overhead
 from kata.proto import agent_pb, sandbox_pb
 
@@ -208,7 +209,7 @@ def test_a_lying_guest_spoils_nothing(running: Engine) -> None:
     cards = [
         agent_pb.NetworkStats(name=name, rx_bytes=2**64 - 1) for name in ("eth0", "eth0", evil, "x" * 5000)
     ]
-    running.double.usage = usage(network_stats=cards * 100)
+    running.double.usage = usage(network_stats=cards * 10)
     running.double.says = HOSTILE
     found = scrape(running)
     assert value(found, "kata_shim_guest_samples_dropped") == 12
@@ -231,6 +232,32 @@ def test_a_guest_that_says_very_much_is_cut(running: Engine) -> None:
     found = scrape(running)
     assert len(found["kata_guest_vm_stat"].samples) == exposition.MAX_FAMILY_SAMPLES
     assert value(found, "kata_shim_guest_samples_dropped") > 10_000
+
+
+def test_figures_that_would_fill_the_engines_memory_end_the_sandbox(running: Engine) -> None:
+    answer = usage()
+    assert answer.cgroup_stats is not None
+    assert answer.cgroup_stats.blkio_stats is not None
+    answer.cgroup_stats.blkio_stats.sectors_recursive = [agent_pb.BlkioStatsEntry()] * 200_000
+    running.double.usage = answer
+    found = scrape(running)
+    assert "kata_container_pids" not in found
+    assert "400" in ask(running, state.state)["error"]
+
+
+def test_interfaces_of_a_namespace_of_its_own_are_told(tmp_path: Path) -> None:
+    """And not those of the host's, whose traffic is everybody's."""
+    assert list(procfs.interfaces(os.getpid())) == []
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "ip link set lo up; echo; read x"], stdin=-1, stdout=-1
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        ((name, items),) = procfs.interfaces(child.pid)
+        child.stdin.write(b"\n")
+    assert (name, items["recv_bytes"], set(items)) == ("lo", 0, set(procfs.NET_ITEMS))
+    assert list(procfs.interfaces(child.pid)) == []
 
 
 def test_a_guest_that_does_not_answer_is_asked_once(

@@ -63,6 +63,10 @@ DEVICE_LIMITS = "kata.device.limits"
 """Feature of an agent: block I/O of a container's own disks can be limited, by the host's device numbers."""
 TRACE_HEADER = "traceparent"
 """Key of a call's metadata: the span that it is a part of, in the form of W3C Trace Context."""
+MAX_STATS = 256 << 10
+"""Maximum length of a container's figures, encoded: what is in them takes forty times as much room when it is decoded,
+and a real guest needs some KiB.
+"""
 CREATE_S = 120.0
 """Timeout, in seconds, of CreateContainer, which mounts file systems."""
 
@@ -448,7 +452,13 @@ class AgentClient:
         self, container_id: str, timeout_s: float | None = ASK_S
     ) -> agent_pb.StatsContainerResponse:
         request = agent_pb.StatsContainerRequest(container_id=container_id)
-        return await self.call(AGENT, "StatsContainer", request, agent_pb.StatsContainerResponse, timeout_s)
+        answer = await self.call(AGENT, "StatsContainer", request, Encoded, timeout_s)
+        if len(answer.payload) > MAX_STATS:
+            raise self._protocol_violation(f"the figures of a container have {len(answer.payload)} bytes")
+        try:
+            return agent_pb.StatsContainerResponse.decode(answer.payload)
+        except ValueError as error:
+            raise self._protocol_violation(f"the figures of a container are malformed: {error}") from None
 
     async def metrics(self, timeout_s: float | None = ASK_S) -> str:
         """What the agent and the guest's kernel report of themselves: Prometheus' text format, not checked."""

@@ -30,6 +30,8 @@ GUEST_S = 2.0
 MAX_CONTAINERS = 128
 """Further containers of a sandbox are not asked about."""
 
+_LIVING = (CREATED, RUNNING, PAUSED)
+
 
 class Figures:
     """What one look has found.
@@ -80,7 +82,7 @@ async def look(sandbox: Sandbox) -> Figures:
     living: list[Container] = []
     if agent is not None and sandbox.life.state is SandboxState.READY:
         containers = list(sandbox.containers.values())[:MAX_CONTAINERS]
-        living = [one for one in containers if one.init.state in (CREATED, RUNNING, PAUSED)]
+        living = [one for one in containers if one.created_at_ns and one.init.state in _LIVING]
         asked[_GUEST] = _ask(sandbox, _GUEST, functools.partial(agent.metrics, None))
         for one in living:
             asked[one.id] = _ask(sandbox, one.id, functools.partial(agent.stats, one.id, None))

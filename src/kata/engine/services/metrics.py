@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import resource
 import sys
@@ -103,7 +104,9 @@ def _process(text: Text, one: ProcessFigures) -> None:
         text.add("kata_shim_process_start_time_seconds", _booted_s() + one.start_ticks / procfs.TICKS_PER_S)
 
 
+@functools.cache
 def _booted_s() -> int:
+    """When the host was booted, in seconds since the Epoch. Of many processors, /proc/stat takes long to read."""
     for line in procfs.read("/proc/stat").split(b"\n"):
         if line.startswith(b"btime "):
             return int(line.split()[1])
