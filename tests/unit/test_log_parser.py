@@ -7,6 +7,7 @@ import io
 import json
 import random
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kata.engine import log as engine_log
 from kata.log_parser import formats, options, output
 from kata.log_parser.main import main
 from kata.log_parser.record import Record, parse_time, stamp
@@ -60,6 +62,10 @@ def call(*words: object, stdin: bytes = b"", **options: Any) -> subprocess.Compl
         (
             "2026-01-02T03:04:05Z kata abc: words",
             ("2026-01-02T03:04:05.000000000Z", "", "abc", "", "words", {}, "text"),
+        ),
+        (
+            "2026-01-02T03:04:05Z kata abc: debug: console: words",
+            ("2026-01-02T03:04:05.000000000Z", "debug", "abc", "console", "words", {}, "text"),
         ),
         ("[   12.345678] Linux version", (None, "", "", "kernel", "Linux version", {"uptime": "12.345678"}, "kernel")),
         (
@@ -149,6 +155,23 @@ def test_times() -> None:
     assert parse_time("1767323045") == 1_767_323_045_000_000_000
     for wrong in ("", "now", "2026-01-02T25:00:00Z", "1e5", "-1", "\u0661"):
         assert parse_time(wrong) is None, wrong
+
+
+@pytest.mark.parametrize("form", engine_log.FORMATS)
+def test_what_an_engine_writes_is_read(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    log = engine_log.EngineLog("box")
+    log.form = form
+    log.set_level("debug")
+    log.write('it said "x=y"', "debug", "agent", container="c1")
+    log.write("it goes on", "info", pid=7)
+    first, second = (formats.parse(line) for line in written.getvalue().splitlines())
+    assert (first.level, first.source) == ("debug", "agent")
+    assert first.message.startswith('it said "x=y"')
+    assert second.message.startswith("it goes on")
+    if form != "text":
+        assert (first.sandbox, first.fields, second.fields) == ("box", {"container": "c1"}, {"pid": "7"})
 
 
 # ---- merging and filters ----

@@ -297,7 +297,10 @@ class Collector:
             path = os.path.join(directory, "journal")
             self._try("the journal", self._journal, "journal.json", path)
             self._try("the processes", self._processes, path)
-            self._try("the engine's log", self._text, "engine.log", os.path.join(directory, "engine.log"))
+            for name in ("engine.log.1", "engine.log"):
+                path = os.path.join(directory, name)
+                if name == "engine.log" or os.path.lexists(path):
+                    self._try("the engine's log", self._text, name, path)
             self._try("the guest's console", self._console, directory, with_output)
             self._try("the hypervisor's arguments", self._arguments, directory)
         self._try("the events", self._events, subject)

@@ -42,13 +42,14 @@ _TEXT = re.compile(
 _KERNEL = re.compile(r"\[ *(\d{1,9}\.\d{6})\] ?(.*)$", re.S)
 _SHORT = re.compile(
     r"(?:([A-Z][a-z]{2}) +(\d{1,2}) (\d\d:\d\d:\d\d)(\.\d{1,6})?"
-    r"|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[.,]\d{1,6})?(?:Z|[+-]\d\d:?\d\d)))"
-    r" (\S{1,255}) ([^\s:\[]{1,128})(?:\[(\d{1,10})\])?: (.*)$",
+    r"|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[.,]\d{1,6})?[+-]\d\d:?\d\d))"  # an engine's own lines have Z
+    r" ([\w.-]{1,255}) ([^\s:\[]{1,128})(?:\[(\d{1,10})\])?: (.*)$",
     re.S | re.ASCII,
 )
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _KEY = re.compile(r"[A-Za-z_@][\w.@/-]{0,63}=")
 _BARE = re.compile(r'[^\s"]*')
+_PAIR = re.compile(r' *([A-Za-z_@][\w.@/-]{0,63})=(?:"((?:[^"\\]|\\.)*)"|([^\s"]*))(?=\s|$)', re.S)
 
 
 class Malformed(Exception):
@@ -72,6 +73,8 @@ def _parse(line: str, now: float, depth: int) -> Record:
     text = line.strip("\r\n\0")
     if text.startswith("{"):
         return _json(text, now, depth)
+    if _KEY.match(text):
+        return _from_fields(_logfmt(text), "logfmt")
     found = _KERNEL.match(text)
     if found:
         record = Record(found[2], "kernel")
@@ -85,9 +88,7 @@ def _parse(line: str, now: float, depth: int) -> Record:
     if ours:
         record = _inner(ours[3], "text", parse_time(ours[1]), now, depth)
         record.sandbox = record.sandbox or ours[2] or ""
-        return record
-    if _KEY.match(text):
-        return _from_fields(_logfmt(text), "logfmt")
+        return _marked(record)
     raise Malformed("it is of none of the formats")
 
 
@@ -104,6 +105,16 @@ def _inner(text: str, form: str, time_ns: int | None, now: float, depth: int) ->
                 record.time_ns = time_ns
             return record
     return Record(text, form, time_ns)
+
+
+def _marked(record: Record) -> Record:
+    """A line of an engine's log for people, with what the words in front of it mean (`kata.engine.log`)."""
+    if record.message.startswith("debug: "):
+        record.level, record.message = "debug", record.message[len("debug: ") :]
+    for source in ("console", "agent"):
+        if record.message.startswith(f"{source}: "):
+            record.source, record.message = source, record.message[len(source) + 2 :]
+    return record
 
 
 def _short(found: re.Match[str], now: float, depth: int) -> Record:
@@ -196,6 +207,14 @@ def _logfmt(text: str) -> dict[str, str]:
     fields: dict[str, str] = {}
     position, end = 0, len(text)
     while position < end:
+        pair = _PAIR.match(text, position)
+        if pair is not None:  # nearly always; the rest of the loop finds out what is wrong
+            name, quoted, value = pair.groups()
+            position = pair.end()
+            if quoted is not None:
+                value = _ESCAPE.sub(_unescaped, quoted) if "\\" in quoted else quoted
+            fields[name] = value
+            continue
         if text[position] == " ":
             position += 1
             continue
@@ -237,11 +256,12 @@ def _quoted(text: str, position: int) -> tuple[str, int]:
     if "\\" not in found[1]:
         return found[1], found.end()
 
-    def unescape(escape: re.Match[str]) -> str:
-        number = escape[1] or escape[2] or escape[3]
-        if number or escape[4]:
-            code = int(number, 16) if number else int(escape[4], 8)
-            return chr(code) if code < 0x110000 else "\ufffd"
-        return _ESCAPES.get(escape[5], escape[0])
+    return _ESCAPE.sub(_unescaped, found[1]), found.end()
 
-    return _ESCAPE.sub(unescape, found[1]), found.end()
+
+def _unescaped(escape: re.Match[str]) -> str:
+    number = escape[1] or escape[2] or escape[3]
+    if number or escape[4]:
+        code = int(number, 16) if number else int(escape[4], 8)
+        return chr(code) if code < 0x110000 else "\ufffd"
+    return _ESCAPES.get(escape[5], escape[0])
