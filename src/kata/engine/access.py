@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         """The same for those who may have to end it, and report how it ended."""
 
         disk_error: str
+        disk_errors: int
 
         @property
         def host_pid(self) -> int:

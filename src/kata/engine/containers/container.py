@@ -35,10 +35,9 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from kata.agent.client import AgentClient
-    from kata.engine.access import EtcAccess, StreamAccess
+    from kata.engine.access import EtcAccess, MachineControl, StreamAccess
     from kata.engine.containers.hostroot import HostRoot
     from kata.engine.forwarding.sockets import SocketForwardingState
-    from kata.engine.lifecycle.machine_runtime import MachineRuntime
     from kata.engine.lifecycle.resize import MachineResizer
     from kata.engine.standard_streams.stdio import Stdio
     from kata.engine.tasks import Tasks
@@ -52,10 +51,13 @@ if TYPE_CHECKING:
         id: str
         client: ClientPolicy
         identity: dict[str, Any]
-        runtime: MachineRuntime
         tasks: Tasks
         timings: Timings
         resizer: MachineResizer
+
+        @property
+        def runtime(self) -> MachineControl:
+            """The machine."""
 
         @property
         def settings(self) -> SandboxSettings:

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from kata.agent.client import AgentClient
-    from kata.engine.access import EtcAccess
+    from kata.engine.access import EtcAccess, MachineControl
     from kata.engine.containers.hostroot import HostRoot
     from kata.engine.containers.process import Process
     from kata.engine.forwarding.sockets import SocketForwardingState
-    from kata.engine.lifecycle.machine_runtime import MachineRuntime
     from kata.engine.lifecycle.resize import MachineResizer
     from kata.engine.tasks import Tasks
     from kata.engine.timings import Timings
@@ -34,9 +33,12 @@ if TYPE_CHECKING:
     class PartsHost(EtcAccess, Protocol):
         """What making a container takes of its sandbox."""
 
-        runtime: MachineRuntime
         tasks: Tasks
         timings: Timings
+
+        @property
+        def runtime(self) -> MachineControl:
+            """The machine."""
 
         @property
         def resizer(self) -> MachineResizer:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.agent.client import AgentClient
+    from kata.engine.access import MachineAccess
     from kata.engine.forwarding import forward, names
-    from kata.engine.lifecycle.machine_runtime import MachineRuntime
     from kata.engine.tasks import Tasks
     from kata.network import sk_lookup
 
@@ -35,7 +35,7 @@ class NetworkServices:
 
     __slots__ = ("_forwarder", "_names", "_redirect", "_runtime", "_tasks", "configured")
 
-    def __init__(self, runtime: MachineRuntime, tasks: Tasks) -> None:
+    def __init__(self, runtime: MachineAccess, tasks: Tasks) -> None:
         self._runtime = runtime
         self._tasks = tasks
         self.configured: asyncio.Future[None] | None = None

@@ -23,8 +23,42 @@ from kata.ttrpc.server import finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kata.engine.lifecycle.sandbox import Sandbox
+    import asyncio
+    from typing import Protocol
+
+    from kata.engine.access import MachineControl
+    from kata.engine.services.sandbox_service import DescribedSandbox
     from kata.ttrpc.server import Context
+
+    class PodMachine(MachineControl, Protocol):
+        """A machine that can be started and stopped on request."""
+
+        async def stop(self) -> None:
+            """End the machine; the engine goes on answering."""
+
+        async def wait_terminated(self) -> None:
+            """Return when there is no machine any more."""
+
+    class PodSandbox(DescribedSandbox, Protocol):
+        """What the Sandbox API takes of a sandbox: its machine and its states."""
+
+        @property
+        def runtime(self) -> PodMachine:
+            """The machine."""
+
+        @property
+        def ended(self) -> asyncio.Event:
+            """Is set when nothing of the sandbox is left but this process."""
+
+        def power_on(self) -> None:
+            """Start the machine that the settings describe."""
+
+        async def network_up(self) -> None:
+            """Return when the guest's network is as it should be."""
+
+        def end(self) -> None:
+            """End the sandbox."""
+
 
 SERVICE = "containerd.runtime.sandbox.v1.Sandbox"
 _READY, _NOT_READY = "SANDBOX_READY", "SANDBOX_NOTREADY"
@@ -38,10 +72,10 @@ class PodService:
         sandbox: What they act on.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: PodSandbox) -> None:
         self._sandbox = sandbox
 
-    def _check(self, sandbox_id: str) -> Sandbox:
+    def _check(self, sandbox_id: str) -> PodSandbox:
         if sandbox_id != self._sandbox.id:
             raise NotFoundError(f"sandbox {sandbox_id!r} is not served here, but {self._sandbox.id!r}")
         return self._sandbox
@@ -68,7 +102,7 @@ class PodService:
             pid=sandbox.runtime.host_pid, created_at=timestamp(sandbox.life.created_ns)
         )
 
-    def _running(self, sandbox_id: str) -> Sandbox:
+    def _running(self, sandbox_id: str) -> PodSandbox:
         sandbox = self._check(sandbox_id)
         if not sandbox.life.created_ns:
             raise StateError(f"sandbox {sandbox_id!r} has not been created")

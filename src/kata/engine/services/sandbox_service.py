@@ -15,13 +15,45 @@ from kata.ttrpc.server import finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from typing import Any
+    from collections.abc import Awaitable, Callable, Mapping
+    from typing import Any, Protocol
 
-    from kata.engine.lifecycle.sandbox import Sandbox
+    from kata.engine.access import MachineControl
+    from kata.engine.containers.container import Container
+    from kata.engine.lifecycle.resize import MachineResizer
     from kata.engine.lifecycle.sandbox_state import Lifecycle
+    from kata.engine.timings import Timings
     from kata.proto.codec import Message
+    from kata.settings import SandboxSettings
     from kata.ttrpc.server import Context
+
+    class DescribedSandbox(Protocol):
+        """What a description of a sandbox is made of."""
+
+        id: str
+        settings: SandboxSettings
+        resizer: MachineResizer
+
+        @property
+        def containers(self) -> Mapping[str, Container]:
+            """By their ids."""
+
+        @property
+        def runtime(self) -> MachineControl:
+            """The machine."""
+
+        @property
+        def life(self) -> Lifecycle:
+            """The state."""
+
+    class ServedSandbox(DescribedSandbox, Protocol):
+        """What this service takes of a sandbox."""
+
+        timings: Timings
+
+        def container(self, container_id: str, *, may_come: bool = False) -> Container:
+            """The container with this id."""
+
 
 SERVICE = "kata.sandbox.v1.Sandbox"
 _FILES = "kata.agent.v1.Files"
@@ -47,7 +79,7 @@ class SandboxService:
         sandbox: What they act on.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: ServedSandbox) -> None:
         self._sandbox = sandbox
 
     async def Attach(self, request: sandbox_pb.AttachRequest, context: Context) -> google_pb.Empty:
@@ -118,7 +150,7 @@ def _described(life: Lifecycle) -> str:
     return "ending" if life.is_ending else "lost" if life.is_lost else "running"
 
 
-async def describe(sandbox: Sandbox) -> dict[str, Any]:
+async def describe(sandbox: DescribedSandbox) -> dict[str, Any]:
     """The sandbox's facts, as JSON values."""
     settings = sandbox.settings
     described = settings.machine
@@ -161,7 +193,7 @@ async def describe(sandbox: Sandbox) -> dict[str, Any]:
     if sandbox.runtime.vm is not None:
         facts["hypervisor_usage"] = await sandbox.runtime.vm.metrics()
     agent = sandbox.runtime.living_agent
-    if agent is not None and not sandbox.is_ending:
+    if agent is not None and not sandbox.life.is_ending:
         try:
             details = (await agent.details(_DETAILS_S)).agent_details
         except KataError as error:

@@ -24,11 +24,58 @@ from kata.ttrpc.server import finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
+    from kata.engine.access import MachineControl
+    from kata.engine.containers.container import Container
     from kata.engine.containers.hostroot import HostRoot
-    from kata.engine.lifecycle.sandbox import Sandbox
+    from kata.engine.lifecycle.life_events import LifeEvents
+    from kata.engine.standard_streams.stdio import Stdio
+    from kata.engine.tasks import Tasks
+    from kata.journal import Journal
+    from kata.proto.codec import Message
+    from kata.settings import ClientPolicy, SandboxSettings
     from kata.ttrpc.server import Context
+
+    class TaskSandbox(Protocol):
+        """What the Task API takes of a sandbox: its containers, and its end."""
+
+        id: str
+        is_pod: bool
+        client: ClientPolicy
+        settings: SandboxSettings
+        journal: Journal
+        tasks: Tasks
+        life_events: LifeEvents
+        containers: dict[str, Container]
+
+        @property
+        def runtime(self) -> MachineControl:
+            """The machine."""
+
+        @property
+        def ended(self) -> asyncio.Event:
+            """Is set when nothing of the sandbox is left but this process."""
+
+        def container(self, container_id: str, *, may_come: bool = False) -> Container:
+            """The container with this id."""
+
+        async def create(
+            self,
+            container_id: str,
+            bundle: str,
+            config: dict[str, Any],
+            stdio: Stdio,
+            root: HostRoot | None = None,
+        ) -> Container:
+            """Make a container."""
+
+        def publish(self, topic: str, event: Message) -> None:
+            """Tell what has happened to a task."""
+
+        def end(self, grace_s: float = ...) -> None:
+            """End the sandbox."""
+
 
 SERVICE = "containerd.task.v2.Task"
 SERVICE_3 = "containerd.task.v3.Task"
@@ -65,7 +112,7 @@ class TaskService:
         sandbox: What they act on.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: TaskSandbox) -> None:
         self._sandbox = sandbox
 
     @finish

@@ -40,6 +40,10 @@ class QemuProcess:
     """A QEMU that was started, and our ends of its channels (`kata.hypervisor.protocols.Started`).
 
     The descriptors are this object's until somebody takes them (`detach_fd`); `close` closes the rest.
+
+    No `children.SupervisedChild`, which the helpers of a sandbox are: that watches its program itself, and its end is
+    a sentence. This one is started before there is an event loop and watched by `Qemu` from then on, which waits for
+    its last words on three channels, and its end is an error that depends on what it said and how it was set up.
     """
 
     __slots__ = (
