@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -197,6 +199,40 @@ def test_kills_for_want_of_memory_are_told_of_a_container_that_has_ended(running
     assert value(found, "kata_container_state", container_id="c1", state="stopped") == 1
     assert value(found, "kata_container_oom_kills_total", container_id="c1") == 3
     assert "kata_container_pids" not in found
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt-get install prometheus)")
+def test_promtool_objects_to_names_of_the_originals_only(running: Engine) -> None:
+    running.double.usage = usage()
+    running.double.says = "kata_agent_scrape_count 1\n"
+    running.do(lambda: running.sandbox.calls.add("State", 1))
+    text = ask(running, metrics.collect)
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False
+    )
+    named = {line.split()[0] for line in done.stderr.decode().splitlines()}
+    assert named == {
+        "kata_agent_scrape_count",
+        "kata_shim_agent_rpc_durations_histogram_milliseconds",
+        "kata_shim_rpc_durations_histogram_milliseconds",
+    }
+
+
+def test_the_documents_members_are_in_the_reference(running: Engine) -> None:
+    running.double.usage = usage()
+    said = set(re.findall(r"`(\w+)`", (Path(__file__).parents[2] / "docs/reference.md").read_text()))
+    document = ask(running, state.state)
+    parts = [
+        document,
+        *(part for part in document.values() if isinstance(part, dict) and part != document["labels"]),
+    ]
+    parts += [
+        *document["host"]["processes"],
+        *document["network"],
+        *document["containers"],
+        *document["timings"],
+    ]
+    assert {name for part in parts for name in part} <= said
 
 
 def started_s(pid: int) -> float:
