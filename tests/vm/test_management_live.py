@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,47 @@ def test_what_is_answered_during_a_start_and_after_a_killed_engine(
     assert not young.link.parent.exists()
     assert not young.path.exists()
     shared_kata.ok("rm", "-f", "young")
+
+
+RULES = """*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+-A INPUT -p tcp -m tcp --dport 4242 -j DROP
+COMMIT
+"""
+
+
+def test_the_guests_packet_filter(kata_env: Kata, guest_assets: Path, busybox_image: str) -> None:
+    kata = kata_env
+    guest = shutil.copytree(guest_assets, kata.directory / "guest")
+    kata.env["KATA_GUEST_DIR"] = str(guest)
+    kata.ok("guest", "build", "--extension", "iptables")
+    kata.env["KATA_GUEST_EXTENSIONS"] = "iptables"
+    kata.ok("run", "-d", "--name", "filtered", busybox_image, "sleep", "1000")
+    managed = Managed(kata, "filtered")
+    program = str(ROOT / "src/kata/oci_runtime/__main__.py")
+
+    def runtime(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [program, "iptables", *arguments, "--sandbox-id", "filtered"]
+        return subprocess.run(
+            command, input=stdin, env=kata.env, capture_output=True, text=True, check=False
+        )
+
+    assert "4242" not in curl(managed.path, "/iptables")[2]
+    assert runtime("set", "-", stdin=RULES).stderr == ""
+    assert "--dport 4242 -j DROP" in runtime("get").stdout
+    assert "4242" not in runtime("get", "--v6").stdout
+    (kata.directory / "rules").write_text(RULES.replace("4242", "4343"))
+    assert curl(managed.path, "/ip6tables", "-T", str(kata.directory / "rules"))[0] == 200
+    assert "--dport 4343 -j DROP" in curl(managed.path, "/ip6tables")[2]
+    done = runtime("set", "-", stdin="nonsense")
+    assert (done.returncode, "line 1 failed" in done.stderr) == (1, True)
+    # Many at once: each has an answer, by their number, and what it took is given back.
+    settled = descriptors(managed.engine)
+    with ThreadPoolExecutor(40) as pool:
+        statuses = list(pool.map(lambda _: curl(managed.path, "/metrics")[0], range(100)))
+    assert set(statuses) <= {200, 503}
+    assert statuses.count(200) > 50
+    until(lambda: descriptors(managed.engine) <= settled, "its connections are closed")
+    kata.ok("rm", "-f", "filtered")
