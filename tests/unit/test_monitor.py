@@ -36,6 +36,7 @@ from monitor_support import (
 )
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as classic
+from prometheus_support import Prometheus, servers
 from test_monitor_access import TOKEN, make_certificate
 from waiting import until
 
@@ -540,3 +541,35 @@ def test_two_hundred_sandboxes_of_which_every_tenth_lies(engines: Engines) -> No
         assert time.monotonic() - started < 3
         assert valid(hurried.text) > 0
         assert sum(1 for name in values(hurried.text) if name.startswith("kata_guest_load{")) >= 180
+
+
+@pytest.mark.parametrize("version", sorted(servers()) or ["none"])
+def test_prometheus_itself_takes_what_liars_leave(version: str, engines: Engines, tmp_path: Path) -> None:
+    if version == "none":
+        pytest.skip("needs prometheus (tools/setup test unpacks it)")
+    for number in range(20):
+        engines.add(f"s{number:03}", says(exposition(number)))
+    for name, peer in LIARS.items():
+        engines.add(f"liar-{name}", peer)
+    with monitor(engines.run_directory, "--timeout", "1") as one:
+        server = Prometheus(servers()[version], tmp_path / "prometheus", one, 2)
+        try:
+            until(
+                lambda: server.query('up{job="kata"}') and server.value("kata_monitor_scrape_count") >= 3,
+                "3 scrapes",
+            )
+            (target,) = server.api("targets")["activeTargets"]
+            assert (target["health"], target["lastError"]) == ("up", "")
+            assert server.value('up{job="kata"}') == 1
+            assert (
+                server.value('sum(kata_guest_load{item="load1",sandbox_id=~"s.*"})')
+                == sum(range(20)) + 20 * 0.25
+            )
+            assert server.value("count(kata_monitor_sandbox_up == 0)") >= 10
+            # A counter whose name OpenMetrics does not allow has the name that it always had.
+            assert server.value('kata_agent_scrape_count{sandbox_id="s007"}') == 7
+            quantile = "histogram_quantile(0.5, sum by (le) (kata_shim_rpc_durations_histogram_milliseconds_bucket))"
+            assert 1 <= server.value(quantile) <= 2
+            assert server.complaints() == []
+        finally:
+            server.stop()

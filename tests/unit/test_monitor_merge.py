@@ -210,7 +210,8 @@ def test_promtool_has_nothing_to_say_against_it(tmp_path: Path) -> None:
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False
     )
-    assert b"parsing" not in done.stderr, done.stderr.decode()
+    # It finds fault with the original's names, which is 3; what it cannot read is 1.
+    assert done.returncode in (0, 3), done.stderr.decode()
 
 
 def test_numbers_are_written_so_that_they_read_the_same() -> None:

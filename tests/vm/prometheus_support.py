@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from waiting import PATIENCE, until
 
@@ -93,6 +93,14 @@ class Server:
             assert self._process.wait(PATIENCE) in (0, -15, 143), self.log.read_text()
 
 
+class Target(Protocol):
+    """What can be scraped on loopback."""
+
+    @property
+    def port(self) -> int:
+        """Where."""
+
+
 class Monitor(Server):
     """A kata-monitor of the node whose run directory is in *environment*."""
 
@@ -109,7 +117,7 @@ class Monitor(Server):
 class Prometheus(Server):
     """A Prometheus that scrapes one monitor, with our rules; its version is the name of its directory."""
 
-    def __init__(self, program: Path, directory: Path, target: Server, interval_s: int) -> None:
+    def __init__(self, program: Path, directory: Path, target: Target, interval_s: int) -> None:
         directory.mkdir()
         super().__init__("prometheus", directory, free_port())
         self.version = directory.name
