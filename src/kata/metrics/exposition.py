@@ -122,10 +122,10 @@ def parse(body: bytes) -> list[Family]:
         match = sample.fullmatch(line)
         if match is None:
             raise MalformedError(f"line {number} is no sample")
-        name = match[1]
-        if current is None or not _belongs(name, current):
+        name, labels, value = match.groups()
+        if current is None or (name != current.name and not _belongs(name, current)):
             current = _family_of(name, families)
-        current.samples.append((name, _labels(match[2] or "", number), float(match[3])))
+        current.samples.append((name, _labels(labels, number), float(value)))
     return list(families.values())
 
 
@@ -167,20 +167,34 @@ def _comment(line: str, number: int, families: dict[str, Family]) -> Family | No
 
 
 def _labels(text: str, number: int) -> list[Label]:
+    if not text:
+        return []
+    try:
+        return list(_pairs(text) if len(text) <= _SHORT_CHARS else _pairs.__wrapped__(text))
+    except MalformedError as error:
+        raise MalformedError(f"line {number} has {error}") from None
+
+
+_SHORT_CHARS = 160
+"""Labels up to here are remembered: those of one sandbox are those of all others, and of the scrape before."""
+
+
+@functools.lru_cache(4096)
+def _pairs(text: str) -> tuple[Label, ...]:
     labels: list[Label] = []
     at = 0
     pair = _patterns()[1]
     while at < len(text):
         match = pair.match(text, at)
         if match is None:
-            raise MalformedError(f"line {number} has a label that is none")
+            raise MalformedError("a label that is none")
         labels.append((match[1], _unescape(match[2])))
         at = match.end()
     if len(labels) > MAX_LABELS:
-        raise MalformedError(f"line {number} has more than {MAX_LABELS} labels")
+        raise MalformedError(f"more than {MAX_LABELS} labels")
     if len({name for name, _ in labels}) != len(labels):
-        raise MalformedError(f"line {number} has a label twice")
-    return labels
+        raise MalformedError("a label twice")
+    return tuple(labels)
 
 
 def _unescape(text: str) -> str:

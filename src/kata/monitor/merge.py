@@ -13,6 +13,7 @@ be called ``..._total``; one that is not is of type ``unknown`` there, so that a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -160,12 +161,23 @@ def contribution(
     return found
 
 
-def _key(name: str, told: str, labels: Sequence[Label], without: Sequence[str]) -> str:
+def _key(name: str, told: str, labels: Sequence[Label], without: tuple[str, ...]) -> str:
     """A series' name and labels, as they are written: those that tell the sandbox, and its own but *without*."""
-    own = [pair for pair in sorted(labels) if pair[0] not in without]
-    text = labels_text(own) if own else ""
+    text = ""
+    if labels:
+        short = sum([len(label) + len(value) for label, value in labels]) <= _SHORT_CHARS
+        text = (_own_text if short else _own_text.__wrapped__)(tuple(labels), without)
     inside = f"{told},{text}" if told and text else told or text
     return f"{name}{{{inside}}}" if inside else name
+
+
+_SHORT_CHARS = 160
+"""Labels up to here are remembered: most of a sandbox are those of all others, and of the scrape before."""
+
+
+@functools.lru_cache(4096)
+def _own_text(labels: tuple[Label, ...], without: tuple[str, ...]) -> str:
+    return labels_text(pair for pair in sorted(labels) if pair[0] not in without)
 
 
 def _plain(family: Family, told: str, found: Contribution) -> list[str]:
