@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ SECRETS = {
     "registry, encoded": base64.b64encode(b"user:registry-Kl09mnBv").decode(),
     "proxy": "proxy-pa55-Word",
     "proxy, quoted": "pr%40xy-Quot3d",
+    "proxy, with an at sign": "at@sign-Gt5r4e",
     "kernel": "kernel-Ab12Cd34",
     "sysctl": "sysctl-Qw90er",
     "mount": "cifs-Pas5w0rd",
@@ -53,6 +55,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, place in (("RUN", "r"), ("STATE", "s"), ("GUEST", "g"), ("CACHE", "c")):
         monkeypatch.setenv(f"KATA_{name}_DIR", str(tmp_path / place))
     monkeypatch.setenv("HTTPS_PROXY", PROXY)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    auth = {"auths": {"r.example": {"auth": SECRETS["registry, encoded"], "password": SECRETS["registry"]}}}
+    (tmp_path / "config.json").write_text(json.dumps(auth))
     monkeypatch.setenv("MY_TOKEN", SECRETS["caller"])
     monkeypatch.setenv("KATA_SOMETHING", SECRETS["unknown key"])
     config = tmp_path / "configuration.toml"
@@ -126,6 +131,7 @@ def planted(tmp_path: Path) -> records.Container:
     (directory / "engine.log").write_text(
         f"2026-01-02T03:04:05Z the guest says {everything}\n"
         f"Authorization: Bearer {SECRETS['bearer']}\nusing {PROXY}\n"
+        f"or ftp://me:{SECRETS['proxy, with an at sign']}@ftp.example/x\n"
         f'{{"auths":{{"r.example":{{"password":"{SECRETS["registry"]}","auth":"token: '
         f'{SECRETS["registry, encoded"]}"}}}}}}\n'
         f"-----BEGIN PRIVATE KEY-----\n{SECRETS['key']}\n-----END PRIVATE KEY-----\n"
@@ -137,6 +143,7 @@ def planted(tmp_path: Path) -> records.Container:
         .replace(f" {SECRETS['registry, encoded']} ", " ")
         .replace(f" {SECRETS['bearer']} ", f" bearer {SECRETS['bearer']} ")
         .replace(f" {SECRETS['key']} ", " ")
+        .replace(f" {SECRETS['proxy, with an at sign']} ", " ")
     )
     (directory / "console.log").write_text(
         f"[    0.000000] Linux version 6\r\nroot: {SECRETS['console']}\r\n"
@@ -369,6 +376,30 @@ def test_every_key_of_the_settings_is_decided_on() -> None:
         return missing
 
     assert compare(settings.SandboxSettings, debug_keep.SANDBOX, "") == set()
+
+
+def test_thousands_of_values_are_looked_for_in_a_long_log() -> None:
+    masker = debug_keep.Masker()
+    masker.keep({f"n{number}": f"value-{number:06}-x" for number in range(10_000)}, debug_keep.NAMES)
+    log = "".join(f"line {number} with words and value-{number % 4000:06}-x\n" for number in range(100_000))
+    began = time.process_time()
+    masked = masker.text(log)
+    assert time.process_time() - began < 15
+    assert "value-" not in masked
+    assert masked.startswith("line 0 with words and <removed>\n")
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", "a.", "eyJ-", "eyJa", "://", "password", "password ", "bearer ", "-----BEGIN ", "\0"]
+)
+def test_a_text_that_is_made_to_take_long_does_not(piece: str) -> None:
+    text = piece * ((1 << 20) // len(piece))
+    masker = debug_keep.Masker()
+    masker.forget("another value")
+    began = time.process_time()
+    masker.text(text)
+    masker.forget(text)
+    assert time.process_time() - began < 10
 
 
 def test_ordinary_figures_and_words_stay(home: Path) -> None:

@@ -143,6 +143,7 @@ def test_debug_bundle(shared_kata: Kata, box: str, tmp_path: Path) -> None:
     assert described["hypervisor_pid"] in roles
     assert json.loads(files["figures.json"])["id"] == described["id"]
     assert {"boot", "agent"} & {one["name"] for one in json.loads(files["timings.json"])}
+    assert "container.started" in {event["event"] for event in json.loads(files["events.json"])}
     assert b"\n-machine\n" in files["hypervisor.args.txt"]
     assert set(described["host_cgroups"].values()) == set(json.loads(files["cgroups.json"]))
 

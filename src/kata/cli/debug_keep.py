@@ -20,6 +20,9 @@ REMOVED = "<removed>"
 _LEAST = 6
 """Values shorter than this (in characters) are removed where they stand and not searched for elsewhere."""
 _MOST_VALUES = 20_000
+_HEAD = 4
+"""Characters of a value by which it is looked for; no value that is looked for is shorter."""
+_FEW = 32
 _MOST_LENGTH = 64 << 10
 
 
@@ -257,7 +260,8 @@ class Masker:
     def __init__(self) -> None:
         self._secret: set[str] = set()
         self._shown: set[str] = set()
-        self._pattern: re.Pattern[str] | None = None
+        self._forms: list[str] | None = None
+        self._by_head: dict[str, dict[int, set[str]]] = {}
 
     # ---- documents ----
 
@@ -375,10 +379,9 @@ class Masker:
         for part in parts:
             self._add(part.strip())
         self._of_url(value)
-        self._pattern = None
 
     def _of_url(self, text: str) -> None:
-        for found in re.finditer(r"[a-zA-Z][a-zA-Z0-9+.-]*://([^\s/?#@]{1,512})@", text):
+        for found in re.finditer(r"://([^\s/?#]{1,512})@", text):
             user = found[1]
             for part in (user, *user.split(":", 1)):
                 self._add(part, least=4)
@@ -390,23 +393,49 @@ class Masker:
         if part.isdigit() and len(part) < 10:
             return  # it would be found in every figure
         self._secret.add(part)
+        self._forms = None
 
     def text(self, text: str) -> str:
         """*text* without what has been removed elsewhere, and without what looks like a credential."""
-        if self._pattern is None:
-            self._pattern = self._compile()
-        text = self._pattern.sub(REMOVED, text)
+        if self._forms is None:
+            self._forms = self._all_forms()
+            self._by_head = {}
+            for form in self._forms:
+                self._by_head.setdefault(form[:_HEAD], {}).setdefault(len(form), set()).add(form)
+        if len(self._forms) <= _FEW:
+            for form in self._forms:
+                text = text.replace(form, REMOVED)
+        else:
+            text = self._without(text)
         for pattern, replacement in _CREDENTIALS:
             text = pattern.sub(replacement, text)
         return text
 
-    def _compile(self) -> re.Pattern[str]:
+    def _without(self, text: str) -> str:
+        """*text* without any of many values: by their beginnings and lengths, so that their number does not count."""
+        pieces: list[str] = []
+        last = position = 0
+        heads = self._by_head
+        end = len(text) - _HEAD
+        while position <= end:
+            found = heads.get(text[position : position + _HEAD])
+            # The longest first, as they were put in.
+            size = 0
+            if found:
+                size = next((n for n, forms in found.items() if text[position : position + n] in forms), 0)
+            if size:
+                pieces += (text[last:position], REMOVED)
+                position = last = position + size
+            else:
+                position += 1
+        return "".join((*pieces, text[last:]))
+
+    def _all_forms(self) -> list[str]:
+        """What has been removed, in the ways in which programs write it; the longest first: one may contain another."""
         forms: set[str] = set()
         for one in self._secret - self._shown:
             forms |= {one, json.dumps(one)[1:-1], repr(one)[1:-1], urllib.parse.quote(one, safe="")}
-        # The longest first: a value may begin as another does.
-        ordered = sorted(forms, key=lambda form: (-len(form), form))
-        return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        return sorted(forms, key=lambda form: (-len(form), form))
 
     def document(self, value: Any) -> Any:
         """A document of JSON values with its texts masked; keys stay, so that it can be read by programs."""
@@ -420,16 +449,21 @@ class Masker:
 
 
 _CREDENTIALS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b([a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#@]{1,512}@"), rf"\1{REMOVED}@"),
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), REMOVED),
-    (re.compile(r"(?i)\b(bearer|basic)(\s+)[A-Za-z0-9+/=._~-]{8,}"), rf"\1\2{REMOVED}"),
-    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?"), REMOVED),
+    (re.compile(r"://[^\s/?#]{1,512}@"), f"://{REMOVED}@"),
+    (
+        re.compile(r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.S),
+        REMOVED,
+    ),
+    (re.compile(r"(?i)\b(bearer|basic)(\s{1,8})[A-Za-z0-9+/=._~-]{8,}"), rf"\1\2{REMOVED}"),
+    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,256}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?"), REMOVED),
     (
         re.compile(
-            r"(?i)([a-z0-9_.-]*(?:passw(?:or)?d|passphrase|secret|token|api[_-]?key|access[_-]?key|credential)[a-z0-9_.-]*"
-            r"[\"']?\s*[:=]\s*[\"']?)([^\s\"',;&]{3,})"
+            r"(?i)((?:passw(?:or)?d|passphrase|secret|token|api[_-]?key|access[_-]?key|credential)[a-z0-9_.-]{0,32}"
+            r"[\"']?\s{0,8}[:=]\s{0,8}[\"']?)([^\s\"',;&]{3,})"
         ),
         rf"\1{REMOVED}",
     ),
 )  # fmt: skip
-"""What looks like a credential wherever it stands: what to look for, and what to put in its place."""
+"""What looks like a credential wherever it stands: what to look for, and what to put in its place.
+Every repetition is bounded or followed by nothing: the text may be a guest's, made to take long.
+"""
