@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_engine_sandbox import Engine
 
 from kata import management as client
@@ -92,6 +94,63 @@ def test_a_head_is_read() -> None:
 )
 def test_what_is_not_a_request_is_refused(lines: list[str], status: int) -> None:
     assert refusal(head(*lines)) == status
+
+
+PIECES = (
+    *(
+        b"GET",
+        b"PUT",
+        b" ",
+        b"/",
+        b"?",
+        b"&",
+        b"=",
+        b"%",
+        b"%41",
+        b"+",
+        b"HTTP/1.1",
+        b"HTTP/1.0",
+        b"\r\n",
+        b"\n",
+    ),
+    *(
+        b"Host: h",
+        b"Content-Length: ",
+        b"Transfer-Encoding: chunked",
+        b"Expect: 100-continue",
+        b":",
+        b"5",
+        b"\0",
+    ),
+    *(
+        b"Accept-Encoding: gzip;q=",
+        b"http://",
+        b"\xff",
+        b"Connection: close",
+        b"4\r\nbody\r\n",
+        b"0\r\n\r\n",
+    ),
+)
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=25))
+def test_whatever_is_sent_is_a_request_or_refused(pieces: list[bytes]) -> None:
+    """And nothing else: no other exception, no endless loop, no more than there is."""
+
+    async def read(request: Request, data: bytes) -> None:
+        reader = asyncio.StreamReader(http1.MAX_HEAD)
+        reader.feed_data(data)
+        reader.feed_eof()
+        request.body = await http1.read_body(request, reader, lambda: None)
+        assert len(request.body) <= len(data)
+
+    whole = b"".join(pieces)
+    head_, _, rest = whole.partition(b"\r\n\r\n")
+    with contextlib.suppress(HttpError, asyncio.IncompleteReadError):
+        request = parse_head(head_ + b"\r\n\r\n")
+        assert request.path.startswith("/")
+        request.accepts("gzip")
+        asyncio.run(read(request, rest))
 
 
 def body_of(headers: dict[str, str], data: bytes, version: int = 1) -> bytes:
