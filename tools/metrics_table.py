@@ -55,7 +55,7 @@ GROUPS = (
     (
         "The hypervisor",
         ("kata_hypervisor_",),
-        "`kata_hypervisor_info` is **ours**. A hypervisor in the host's network namespace has no `netdev`: that would be the host's traffic.",
+        "`kata_hypervisor_info` is **ours**. Without a network namespace of the pod's (`kata run`) there is no `netdev`: that would be the host's traffic.",
     ),
     (
         "The file server of the share, and other helpers",
@@ -80,7 +80,7 @@ DIFFERENCES = """## How the original's names are meant here
 | `item` of `kata_shim_io_stat`, `kata_hypervisor_io_stat`, `kata_virtiofsd_io_stat` | both spellings of its two runtimes: `readbytes` and `read_bytes`, `writebytes` and `write_bytes`, `cancelledwritebytes` and `cancelled_write_bytes` |
 | `item` of `kata_agent_io_stat` | `cancelled_write_bytes` (its code) and `cancelled_write_byte` (its document) |
 | `kata_shim_pod_overhead_cpu`, `..._memory_in_bytes` | right at the first scrape, where the original shows 0 (issue 2767 there): the first value is the mean since the start |
-| `kata_shim_netdev` | documented there and never made; here of the engine's network namespace, unless that is the host's |
+| `kata_shim_netdev` | documented there and never made; here the interfaces of the pod's network namespace, in which engine and hypervisor are |
 | `le` of histograms | always with a point (`1.0`), as Prometheus 3 stores it; ask with `histogram_quantile`, not with `le="1"` |
 | `kata_firecracker_*` | there is no Firecracker yet |
 | `kata_hypervisor_{scrape_count,vcpu,seccomp,signals}` | of Dragonball alone |

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,10 @@ class Scrape:
         ]
         assert len(found) == 1, (name, labels, found)
         return found[0]
+
+    def has(self, name: str, **labels: str) -> bool:
+        """Whether there is a series of this name that has these labels."""
+        return any(own == name and labels.items() <= dict(its).items() for own, its in self.series)
 
 
 def counters(box: Box, file: str) -> dict[str, int]:
@@ -212,3 +217,47 @@ def while_it_stands_still(box: Box) -> None:
     assert still.value("kata_hypervisor_threads") >= 2
     assert not {"kata_agent_threads", "kata_container_pids", "kata_shim_pod_overhead_cpu"} & still.families
     until(lambda: Scrape(box).value("kata_shim_agent_up") == 1, "the guest answers again")
+
+
+@pytest.fixture
+def pods_network() -> Iterator[str]:
+    """Name of a network namespace with an ``eth0`` whose other end is in there, too."""
+    name = f"katam{os.getpid()}"
+    commands = (
+        f"ip netns add {name}",
+        f"ip -n {name} link add eth0 type veth peer name other",
+        f"ip -n {name} addr add 198.51.100.2/24 dev eth0",
+        f"ip -n {name} link set eth0 up",
+        f"ip -n {name} link set other up",
+    )
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def test_a_pods_network_is_told_and_a_machine_that_dies(make: Callable[..., Box], pods_network: str) -> None:
+    def sent() -> int:
+        answer = subprocess.check_output(["ip", "-n", pods_network, "-s", "-j", "link", "show", "eth0"])
+        return int(json.loads(answer)[0]["stats64"]["tx"]["bytes"])
+
+    network = {"mode": "netns", "path": f"/run/netns/{pods_network}", "model": "tcfilter"}
+    box = make(network=network, client={"ends_with_init": False})
+    box.create("sleep", "100000")
+    box.client.start(box.id)
+    before = sent()
+    scrape = Scrape(box)
+    after = sent()
+    for family in ("kata_hypervisor_netdev", "kata_shim_netdev"):
+        assert before <= scrape.value(family, interface="eth0", item="sent_bytes") <= after
+    assert scrape.value("kata_pod_network_receive_bytes_total", interface="eth0") >= 0
+
+    os.kill(box.hypervisor_pid(), signal.SIGKILL)
+    until(lambda: Scrape(box).has("kata_container_state", state="stopped"), "its end is on record")
+    scrape = Scrape(box)
+    assert scrape.seconds < 1
+    assert scrape.value("kata_shim_sandbox_state", state="failed") == 1
+    assert scrape.value("kata_shim_agent_up") == 0
+    assert "kata_hypervisor_threads" not in scrape.families

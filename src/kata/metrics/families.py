@@ -80,8 +80,8 @@ kata_guest_vm_stat gauge item Counters of the guest's /proc/vmstat.
     "hypervisor": """
 kata_hypervisor_fds gauge - Open files of the hypervisor.
 kata_hypervisor_io_stat gauge item Bytes and system calls, as in /proc/PID/io.
-kata_hypervisor_netdev gauge interface,item Interfaces of the process's network namespace: bytes, packets, errors;
-  none where that is the host's.
+kata_hypervisor_netdev gauge interface,item Interfaces of the pod's network namespace, in which it is: bytes, packets,
+  errors.
 kata_hypervisor_proc_stat gauge item Processor time in clock ticks (1/100 s), as in /proc/PID/stat.
 kata_hypervisor_proc_status gauge item Memory in kB and context switches, as in /proc/PID/status.
 kata_hypervisor_threads gauge - Threads of the hypervisor.
@@ -101,8 +101,8 @@ kata_helper_resident_memory_bytes gauge role,pid Resident memory of a helper in 
     "shim": """
 kata_shim_fds gauge - Open files of the engine.
 kata_shim_io_stat gauge item Bytes and system calls, as in /proc/PID/io.
-kata_shim_netdev gauge interface,item Interfaces of the process's network namespace: bytes, packets, errors; none
-  where that is the host's.
+kata_shim_netdev gauge interface,item Interfaces of the pod's network namespace, in which it is: bytes, packets,
+  errors.
 kata_shim_proc_stat gauge item Processor time in clock ticks (1/100 s), as in /proc/PID/stat.
 kata_shim_proc_status gauge item Memory in kB and context switches, as in /proc/PID/status.
 kata_shim_process_cpu_seconds_total counter - Processor time of the engine in seconds.

@@ -39,8 +39,12 @@ async def collect(sandbox: Sandbox) -> str:
     found = await figures.look(sandbox)
     text = exposition.Text(families.DEFINITIONS)
     _guest(text, found)
+    network = sandbox.machine.network
     for one in found.processes:
         _process(text, one)
+        # Otherwise they are in a network that is not the sandbox's alone: the host's, as a rule.
+        if one.role in ("engine", "hypervisor") and network is not None and network.external_netns:
+            _interfaces(text, one)
     _engine(text, sandbox)
     _host(text, sandbox, found)
     _containers(text, sandbox, found)
@@ -86,11 +90,6 @@ def _process(text: Text, one: ProcessFigures) -> None:
     opened = one.open_files()
     if opened is not None:
         text.add(f"{prefix}_fds", opened)
-    if one.role == "virtiofsd":  # its network namespace is empty
-        return
-    interfaces = {exposition.escape(name): items for name, items in procfs.interfaces(one.pid)}
-    for name, items in interfaces.items():
-        text.items(f"{prefix}_netdev", items, f'interface="{name}",')
     if one.role == "engine":
         text.add("kata_shim_process_cpu_seconds_total", one.cpu_s)
         text.add("kata_shim_process_max_fds", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -102,6 +101,12 @@ def _process(text: Text, one: ProcessFigures) -> None:
             "kata_shim_process_virtual_memory_max_bytes", -1 if most == resource.RLIM_INFINITY else most
         )
         text.add("kata_shim_process_start_time_seconds", _booted_s() + one.start_ticks / procfs.TICKS_PER_S)
+
+
+def _interfaces(text: Text, one: ProcessFigures) -> None:
+    found = {exposition.escape(name): items for name, items in procfs.interfaces(one.pid)}
+    for name, items in found.items():
+        text.items(f"{_PREFIX[one.role]}_netdev", items, f'interface="{name}",')
 
 
 @functools.cache
