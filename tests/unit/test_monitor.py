@@ -41,7 +41,7 @@ from test_monitor_access import TOKEN, make_certificate
 from waiting import until
 
 from kata import events
-from kata.monitor import connections
+from kata.monitor import connections, parsing
 
 
 @pytest.fixture
@@ -573,3 +573,45 @@ def test_prometheus_itself_takes_what_liars_leave(version: str, engines: Engines
             assert server.complaints() == []
         finally:
             server.stop()
+
+
+HUGE = says("".join(f'kata_guest_vm_stat{{item="{"x" * 60}{number}"}} 1\n' for number in range(41_000)))
+
+
+def test_huge_answers_delay_no_ordinary_one(engines: Engines) -> None:
+    """All of them together take longer than there is time."""
+    for number in range(60):
+        engines.add(f"a{number:02}", HUGE)
+        engines.add(f"s{number:02}", says(exposition(number, 300)))
+    with monitor(engines.run_directory) as one:
+        for _ in range(2):
+            started = time.monotonic()
+            text = one.get("/metrics", X_Prometheus_Scrape_Timeout_Seconds="6").text
+            assert time.monotonic() - started < 6
+            found = values(text)
+            assert all(
+                found[f'kata_monitor_sandbox_up{{sandbox_id="s{number:02}"}}'] == 1 for number in range(60)
+            )
+        assert one.rss_kib("VmHWM") < 300 << 10
+
+
+def test_small_work_is_done_first_and_what_is_given_up_holds_nobody_up() -> None:
+    done: list[int] = []
+
+    def work(size: int) -> int:
+        time.sleep(0.05)
+        done.append(size)
+        return size
+
+    async def main() -> None:
+        parser = parsing.SmallFirst()
+        tasks = [asyncio.create_task(parser.run(size, work, size)) for size in (50, 9, 8, 1, 7, 2)]
+        await asyncio.sleep(0.01)
+        tasks[0].cancel()  # it is being done, which goes on
+        tasks[4].cancel()  # it waits
+        assert await asyncio.gather(*tasks[1:4], tasks[5]) == [9, 8, 1, 2]
+        assert done == [50, 1, 2, 8, 9]
+        assert await parser.run(3, work, 3) == 3
+        parser.close()
+
+    asyncio.run(main())

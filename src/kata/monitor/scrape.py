@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from kata.metrics import exposition
 from kata.metrics.families import DEFINITIONS
 from kata.monitor import merge
 from kata.monitor.engines import Unreachable
 from kata.monitor.outcome import Outcome
+from kata.monitor.parsing import SmallFirst
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,12 +43,11 @@ class Scraper:
         self._figures = figures
         self._series = series
         self._types = {name: one.kind for name, one in DEFINITIONS.items()}
-        # One thread: parsing holds the interpreter anyway, and this bounds what it holds in memory.
-        self._thread = ThreadPoolExecutor(1, "parser")
+        self._parser = SmallFirst()
 
     def close(self) -> None:
         """End the parsing thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._parser.close()
 
     async def node(
         self,
@@ -116,8 +115,8 @@ class Scraper:
                 outcome.seconds = time.monotonic() - started
                 if answer.status != 200:
                     raise Unreachable(f"its engine answered with status {answer.status}")
-                outcome.contribution = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._digest, answer.body, outcome.labels, wanted
+                outcome.contribution = await self._parser.run(
+                    len(answer.body), self._digest, answer.body, outcome.labels, wanted
                 )
         except Unreachable as error:
             outcome.seconds = outcome.seconds or time.monotonic() - started
