@@ -1,225 +1,281 @@
-// One sandbox, in a dialog: overview, start, events, console, logs.
+// One sandbox.
 
-import { make, put, svg } from "./dom.js";
-import { age, bytes, clean, cleanLines, duration, processors, rate, time } from "./format.js";
+import { Chart, waterfall } from "./charts.js";
+import { arrange, icon, make, setAttribute, setClass, setText } from "./dom.js";
+import { eventsTable } from "./events.js";
+import * as format from "./format.js";
+import { LiveTable } from "./live.js";
+import { ofContainer } from "./problems.js";
+import { Text } from "./tails.js";
+import { toneOf } from "./tone.js";
 
-const TABS = [["overview", "Overview"], ["start", "Start"], ["events", "Events"], ["console", "Console"], ["logs", "Logs"]];
-const TAIL = 65536;
-
-const facts = (pairs) => make("dl", { class: "facts" }, ...pairs.flatMap(([name, value]) =>
-  value === null || value === undefined || value === "" ? [] : [make("div", {}, make("dt", { text: name }), make("dd", { text: value }))]));
-
-function table(caption, heads, rows) {
-  if (!rows.length) return null;
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, make("table", { class: "inner" },
-    make("caption", { text: caption }),
-    make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col", text: head })))),
-    make("tbody", {}, ...rows.map((cells) => make("tr", {}, ...cells.map((cell) => make("td", { text: cell })))))));
-}
-
-function overview(row) {
-  const state = row.state;
-  const list = (value) => (Array.isArray(value) ? value.filter((one) => one && typeof one === "object") : []);
-  return [
-    row.troubles.length ? make("ul", { class: "troubles" }, ...row.troubles.map(([weight, text]) =>
-      make("li", { text, "data-weight": String(weight) }))) : null,
-    facts([
-      ["Id", clean(row.id)],
-      ["Started", row.created === null ? null : `${time(row.created)}, ${age(row.at - row.created)} ago`],
-      ["Client", clean([state.client, state.namespace].filter(Boolean).join(", "))],
-      ["Pod", state.cri ? clean(`${state.cri.namespace}/${state.cri.name} (${state.cri.uid})`) : null],
-      ["Hypervisor", state.hypervisor ? clean(`${state.hypervisor.name}, ${state.hypervisor.accelerator}, agent by ${state.hypervisor.channel}`) : null],
-      ["Processors", state.vcpus ? `${state.vcpus} of the guest, ${processors(row.rates.cpu)} in use, ${processors(row.rates.containerCpu)} by containers` : null],
-      ["Guest's memory", row.memory.total === null ? null : `${bytes(row.memory.total)}, ${bytes(state.guest?.memory_available_bytes)} available, ${bytes(row.memory.returned)} given back`],
-      ["Host's memory", state.host ? `${bytes(state.host.memory_bytes)}, of it overhead ${bytes(row.memory.overhead)}` : null],
-      ["Network", row.rates.received === null ? null : `${rate(row.rates.received)} in, ${rate(row.rates.sent)} out`],
-    ]),
-    table("Containers", ["Name", "State", "Image", "CPU time", "Memory", "Limit", "Processes", "Read", "Written", "OOM kills"], row.containers.map((one) => [
-      clean(one.name || String(one.id ?? "").slice(0, 12)),
-      clean(one.state === "stopped" && one.exit_code !== null ? `exited ${one.exit_code}` : one.state),
-      clean(one.image), duration(one.cpu_seconds), bytes(one.memory_bytes), bytes(one.memory_limit_bytes),
-      clean(one.pids ?? "–"), bytes(one.read_bytes), bytes(one.written_bytes), clean(one.oom_kills ?? "–"),
-    ])),
-    table("Processes on the host", ["Role", "Pid", "CPU time", "Memory", "Threads", "Read", "Written"], list(state.host?.processes).map((one) => [
-      clean(one.role), clean(one.pid), duration(one.cpu_seconds), bytes(one.rss_bytes), clean(one.threads ?? "–"), bytes(one.read_bytes), bytes(one.written_bytes),
-    ])),
-  ];
-}
-
-/** The start as a waterfall: each step where it was, in proportion. */
-function waterfall(row) {
-  const steps = (Array.isArray(row.state.timings) ? row.state.timings : []).slice(0, 40)
-    .filter((one) => one && Number.isFinite(one.start_seconds) && Number.isFinite(one.duration_seconds));
-  if (!steps.length) return [make("p", { text: "Nothing is known of its start." })];
-  const end = Math.max(...steps.map((one) => one.start_seconds + one.duration_seconds), 0.001);
-  const [left, right, line] = [150, 80, 26];
-  const width = 700;
-  const scale = (width - left - right) / end;
-  const bars = steps.flatMap((one, index) => {
-    const y = index * line;
-    const x = left + Math.max(0, one.start_seconds) * scale;
-    const label = svg("text", { x: left - 8, y: y + 17, class: "label", "text-anchor": "end" });
-    label.textContent = clean(one.name, 24);
-    const long = Math.max(2, one.duration_seconds * scale);
-    const value = svg("text", { x: x + long + 6, y: y + 17, class: "value" });
-    value.textContent = duration(one.duration_seconds);
-    return [label, svg("rect", { x, y: y + 5, width: long, height: line - 10, rx: 3, class: "bar" }), value];
-  });
-  const picture = svg("svg", {
-    viewBox: `0 0 ${width} ${steps.length * line}`, class: "waterfall", role: "img",
-    "aria-label": `The start took ${duration(end)}: ${steps.map((one) => `${clean(one.name, 24)} ${duration(one.duration_seconds)}`).join(", ")}`,
-  }, ...bars);
-  return [make("p", { text: `${duration(end)} from the request to the last step.` }), make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Waterfall" }, picture)];
-}
-
-/** An event as one line of a list. */
-export function eventItem(event, withSandbox) {
-  const known = ["time", "event", "sandbox", "container", "client", "namespace"];
-  const more = Object.entries(event).filter(([key]) => !known.includes(key))
-    .map(([key, value]) => `${clean(key, 30)}=${clean(typeof value === "string" ? value : JSON.stringify(value))}`);
-  const bad = /failed|oom|error/.test(event.event) || (event.event === "container.exited" && event.exit_code !== 0);
-  const container = String(event.container ?? "");
-  return make("li", { "data-weight": bad ? "2" : "0" },
-    make("time", { datetime: clean(event.time, 40), text: time(event.time) }),
-    make("b", { text: clean(event.event, 40) }),
-    withSandbox ? make("span", { class: "id", text: clean(String(event.sandbox ?? "").slice(0, 12)) }) : null,
-    container && container !== event.sandbox ? make("span", { class: "id", text: clean(container.slice(0, 12)) }) : null,
-    make("span", { class: "note", text: more.join("  ") }));
-}
+const TABS = [
+  ["overview", "Overview"],
+  ["start", "Start"],
+  ["events", "Events"],
+  ["console", "Console"],
+  ["logs", "Logs"],
+];
 
 export class Detail {
-  constructor(dialog, changed) {
-    this.dialog = dialog;
-    this.changed = changed;
-    this.title = dialog.querySelector("#detail-title");
-    this.problem = dialog.querySelector("#detail-problem");
-    this.panel = dialog.querySelector("#panel");
-    this.tabs = new Map();
-    const bar = dialog.querySelector("#tabs");
-    for (const [key, title] of TABS) {
-      const tab = make("button", { type: "button", role: "tab", id: `tab-${key}`, "aria-controls": "panel", text: title, onclick: () => this.choose(key) });
-      this.tabs.set(key, tab);
-      bar.append(tab);
-    }
-    bar.addEventListener("keydown", (event) => this.#arrow(event));
-    dialog.querySelector("#close").addEventListener("click", () => dialog.close());
-    dialog.addEventListener("close", () => {
-      this.id = null;
-      this.changed(null, null);
-    });
-    dialog.addEventListener("click", (event) => {
-      if (event.target === dialog) dialog.close(); // beside it
-    });
-    this.id = null;
-    this.tab = "overview";
-    this.events = [];
-  }
-
-  #arrow(event) {
-    const keys = TABS.map(([key]) => key);
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    const next = keys[(keys.indexOf(this.tab) + step + keys.length) % keys.length];
-    this.choose(next);
-    this.tabs.get(next).focus();
-    event.preventDefault();
-  }
-
-  open(id, tab, row) {
-    this.id = id;
-    this.container = null;
-    if (!this.dialog.open) this.dialog.showModal();
-    this.show(row);
-    this.choose(this.tabs.has(tab) ? tab : "overview");
-  }
-
-  choose(tab) {
-    this.tab = tab;
-    for (const [key, button] of this.tabs) {
-      button.setAttribute("aria-selected", String(key === tab));
-      button.tabIndex = key === tab ? 0 : -1;
-    }
-    this.panel.setAttribute("aria-labelledby", `tab-${tab}`);
-    this.panel.replaceChildren();
-    this.changed(this.id, tab);
-    this.#fill(true);
-  }
-
-  /** A new sample of the sandbox, or null when it is there no more. */
-  show(row) {
-    this.row = row ?? this.row;
-    if (this.row?.id !== this.id) this.row = null;
-    put(this.title, this.row ? this.row.title : clean(String(this.id).slice(0, 12)));
-    this.problem.hidden = Boolean(row);
-    if (!row) put(this.problem, "This sandbox is not there any more; what follows is the last that was known.");
-    if (this.dialog.open) this.#fill(false);
-  }
-
-  #fill(fresh) {
-    const row = this.row;
-    if (this.tab === "console" || this.tab === "logs") {
-      if (fresh) this.#text();
-      return;
-    }
-    if (!row) {
-      this.panel.replaceChildren(make("p", { text: "Nothing is known of it." }));
-      return;
-    }
-    if (this.tab === "start") {
-      if (fresh || this.steps !== row.state.timings?.length) this.panel.replaceChildren(...waterfall(row));
-      this.steps = row.state.timings?.length;
-    } else if (this.tab === "events") {
-      this.tell(null);
-    } else if (fresh || !this.panel.contains(document.activeElement) || document.activeElement === this.panel) {
-      if (fresh || !String(getSelection())) this.panel.replaceChildren(...overview(row).filter(Boolean));
-    }
-  }
-
-  /** The events of all sandboxes, newest first; null keeps those that are known. */
-  tell(events) {
-    if (events) this.events = events;
-    if (this.tab !== "events" || this.id === null) return;
-    const mine = this.events.filter((event) => event.sandbox === this.id);
-    this.panel.replaceChildren(mine.length
-      ? make("ol", { class: "events" }, ...mine.map((event) => eventItem(event, false)))
-      : make("p", { text: "No event of it is kept." }));
-  }
-
-  #text() {
-    const output = make("pre", { tabindex: "0", "aria-label": this.tab === "console" ? "Console of the guest" : "Log of the container" });
-    const status = make("span", { role: "status", class: "note" });
-    const containers = this.row?.containers ?? [];
-    const choice = this.tab === "logs" ? make("select", {
-      onchange: (event) => {
-        this.container = event.target.value;
-        load();
-      },
-    }, ...containers.map((one) => make("option", {
-      value: String(one.id), text: clean(one.name || String(one.id).slice(0, 12)), selected: one.id === this.container,
-    }))) : null;
-    const [id, tab] = [this.id, this.tab];
-    const load = async () => {
-      put(status, "loading");
-      const where = tab === "console" ? "console?" : `logs?container=${encodeURIComponent(choice.value)}&`;
-      let text = "";
-      try {
-        const answer = await fetch(`/api/v1/sandboxes/${encodeURIComponent(id)}/${where}tail=${TAIL}`);
-        text = cleanLines(await answer.text());
-        if (this.id !== id || this.tab !== tab) return;
-        put(status, answer.ok ? (text ? "" : "There is nothing in it.") : text.split("\n")[0]);
-        if (!answer.ok) text = "";
-      } catch {
-        put(status, "The monitor does not answer.");
-      }
-      const atEnd = output.scrollTop + output.clientHeight >= output.scrollHeight - 4;
-      put(output, text);
-      if (atEnd) output.scrollTop = output.scrollHeight;
+  constructor(store, view, interval) {
+    this.store = store;
+    this.view = view;
+    this.id = view.open;
+    this.title = make("h1", { tabindex: "-1" });
+    this.state = make("span.badge");
+    this.about = make("p.about");
+    this.trouble = make("ul.trouble");
+    this.back = make("a.back", { href: view.href({ open: "" }), onclick: (event) => this.leave(event) }, icon("back"), "All sandboxes");
+    this.panels = {
+      overview: new Overview(interval),
+      start: new Start(),
+      events: new Happened(store, view),
+      console: new Text(view, "console"),
+      logs: new Text(view, "logs"),
     };
-    this.panel.replaceChildren(make("div", { class: "bar" },
-      choice ? make("label", { text: "Container " }, choice) : null,
-      make("button", { type: "button", text: "Load again", onclick: load }), status), output);
-    if (tab === "logs" && !containers.length) put(status, "It has no container.");
-    else load();
+    this.tabs = new Map(
+      TABS.map(([name, title]) => [
+        name,
+        make(
+          "button",
+          { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.view.set({ tab: name }, true) },
+          title,
+        ),
+      ]),
+    );
+    this.tablist = make("div.tabs", { role: "tablist", "aria-label": "Of this sandbox" }, ...this.tabs.values());
+    this.tablist.addEventListener("keydown", (event) => this.key(event));
+    this.panel = make("div.panel", { role: "tabpanel", id: "panel" });
+    this.gone = make("p.gone", { hidden: true, role: "status" }, "This sandbox is gone. What was last known of it:");
+    this.element = make(
+      "div.detail",
+      {},
+      this.back,
+      make("div.title", {}, make("bdi", {}, this.title), this.state),
+      this.about,
+      this.gone,
+      this.trouble,
+      this.tablist,
+      this.panel,
+    );
+    this.said = "";
+  }
+
+  focus() {
+    this.title.focus({ preventScroll: true });
+  }
+
+  leave(event) {
+    if (event.ctrlKey || event.metaKey || event.shiftKey || event.button !== 0) return;
+    event.preventDefault();
+    this.view.set({ open: "", tab: "overview", container: "" }, true);
+  }
+
+  key(event) {
+    const names = [...this.tabs.keys()];
+    const at = names.indexOf(this.view.tab);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: names.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    const name = names[(to + names.length) % names.length];
+    this.view.set({ tab: name });
+    this.tabs.get(name).focus();
+  }
+
+  close() {
+    for (const panel of Object.values(this.panels)) panel.close?.();
+  }
+
+  draw(problems, live) {
+    const found = this.store.sandboxes.get(this.id);
+    if (found) this.last = found;
+    const sandbox = this.last;
+    this.gone.hidden = Boolean(found) || !sandbox;
+    if (!sandbox) {
+      setText(this.title, "No such sandbox");
+      document.title = "No such sandbox · kata";
+      setText(this.about, "It has ended, or it has never been on this node.");
+      this.state.hidden = this.tablist.hidden = this.panel.hidden = true;
+      return;
+    }
+    this.state.hidden = this.tablist.hidden = this.panel.hidden = false;
+    const { now: is } = sandbox;
+    const now = this.store.now();
+    const state = found ? sandbox.state : "gone";
+    setText(this.title, sandbox.name);
+    document.title = `${sandbox.name} · kata`;
+    setText(this.state, state);
+    setClass(this.state, `badge ${toneOf(state)}`);
+    setText(this.about, [sandbox.place, is.shownId].filter(Boolean).join(" · "));
+    const said = JSON.stringify(problems);
+    if (said !== this.said) {
+      this.said = said;
+      this.trouble.replaceChildren(
+        ...problems.map((one) => make(one.grave ? "li.bad" : "li.warn", {}, icon(one.grave ? "grave" : "warning"), make("bdi", {}, one.text))),
+      );
+    }
+    setClass(this.element, `detail${sandbox.stale || !found ? " stale" : ""}`);
+    for (const [name, tab] of this.tabs) {
+      const here = name === this.view.tab;
+      setAttribute(tab, "aria-selected", String(here));
+      setAttribute(tab, "tabindex", here ? "0" : "-1");
+    }
+    setAttribute(this.panel, "aria-labelledby", `tab-${this.view.tab}`);
+    const panel = this.panels[this.view.tab];
+    for (const one of Object.values(this.panels)) if (one !== panel) one.close?.();
+    arrange(this.panel, [panel.element]);
+    panel.draw(sandbox, now, live && Boolean(found));
   }
 }
 
+class Facts {
+  constructor(names) {
+    this.values = new Map(names.map((name) => [name, make("bdi")]));
+    this.element = make("dl.facts", {}, ...[...this.values].map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  }
+
+  set(name, text, title = "") {
+    const value = this.values.get(name);
+    setText(value, text || format.NONE);
+    setAttribute(value, "title", title || null);
+  }
+}
+
+class Overview {
+  constructor(interval) {
+    this.interval = interval;
+    this.facts = new Facts(["Age", "Virtual CPUs", "Memory", "Given back", "Overhead", "Load", "Hypervisor", "Agent by", "Client", "Pod's uid"]);
+    this.charts = [
+      [new Chart("CPU", ["on the host"], format.cores), (one) => [one.cpu]],
+      [new Chart("Memory", ["guest, in use", "on the host"], format.bytes), (one) => [one.guest, one.host]],
+      [new Chart("Network", ["received", "sent"], format.rate), (one) => [one.received, one.sent]],
+      [new Chart("Disk", ["read", "written"], format.rate), (one) => [one.read, one.written]],
+    ];
+    const shown = (read) => (one) => read(one);
+    this.containers = new LiveTable(
+      "Containers",
+      [
+        { title: "Container", name: true, text: (one) => one.now.name, hint: (one) => one.now.shownId },
+        { title: "Image", name: true, text: (one) => one.now.image, hint: (one) => one.now.image },
+        {
+          title: "State",
+          text: (one) => (one.now.state === "stopped" && one.now.exitCode !== null ? `exited ${one.now.exitCode}` : one.now.state),
+          hint: (one) => one.now.error,
+          tone: (one) => `badge ${one.now.state === "stopped" && one.now.exitCode ? "bad" : toneOf(one.now.state)}`,
+        },
+        { title: "Age", number: true, text: (one) => format.age(one.at - (one.now.started ?? one.now.created ?? Number.NaN)), hint: (one) => format.moment(one.now.started) },
+        { title: "CPU", number: true, text: (one) => format.cores(one.rates.cpu) },
+        { title: "Throttled", number: true, text: (one) => format.percent(one.rates.throttled) },
+        {
+          title: "Memory",
+          number: true,
+          text: (one) => format.bytes(one.now.memory),
+          tone: (one) => (ofContainer(one, one.at).some(({ kind }) => kind === "memory") ? "warn" : ""),
+        },
+        { title: "Limit", number: true, text: (one) => format.bytes(one.now.limit) },
+        { title: "OOM kills", number: true, text: (one) => format.count(one.now.oomKills), tone: (one) => (one.now.oomKills ? "bad" : "") },
+        { title: "Processes", number: true, text: (one) => format.count(one.now.pids) },
+        { title: "Read", number: true, text: (one) => format.bytes(one.now.read), hint: (one) => format.rate(one.rates.read) },
+        { title: "Written", number: true, text: (one) => format.bytes(one.now.written), hint: (one) => format.rate(one.rates.written) },
+      ],
+      "No container yet.",
+    );
+    this.processes = new LiveTable("Processes on the host", [
+      { title: "Process", name: true, text: shown((one) => one.role) },
+      { title: "Pid", number: true, text: shown((one) => (one.pid === null ? format.NONE : String(one.pid))) },
+      { title: "CPU time", number: true, text: shown((one) => (one.cpu === null ? format.NONE : `${one.cpu.toFixed(1)} s`)) },
+      { title: "Memory", number: true, text: shown((one) => format.bytes(one.rss)) },
+      { title: "Threads", number: true, text: shown((one) => format.count(one.threads)) },
+      { title: "Read", number: true, text: shown((one) => format.bytes(one.read)) },
+      { title: "Written", number: true, text: shown((one) => format.bytes(one.written)) },
+    ]);
+    this.network = new LiveTable("Network interfaces in the guest", [
+      { title: "Interface", name: true, text: shown((one) => one.name) },
+      { title: "Received", number: true, text: shown((one) => format.bytes(one.received)) },
+      { title: "Packets", number: true, text: shown((one) => format.count(one.receivedPackets)) },
+      { title: "Sent", number: true, text: shown((one) => format.bytes(one.sent)) },
+      { title: "Packets", number: true, text: shown((one) => format.count(one.sentPackets)) },
+    ]);
+    this.labels = new LiveTable("Labels", [
+      { title: "Label", name: true, text: ([name]) => name },
+      { title: "Value", name: true, text: ([, value]) => value },
+    ]);
+    const part = (title, table) => make("section", {}, make("h2", {}, title), table.element);
+    this.element = make(
+      "div.overview",
+      {},
+      this.facts.element,
+      make("div.charts", {}, ...this.charts.map(([chart]) => chart.element)),
+      part("Containers", this.containers),
+      make("div.two", {}, part("Processes on the host", this.processes), part("Network in the guest", this.network)),
+      part("Labels", this.labels),
+    );
+  }
+
+  draw(sandbox, now) {
+    const { now: is, history } = sandbox;
+    const { facts } = this;
+    facts.set("Age", is.created === null ? "" : format.duration(now - is.created), format.moment(is.created));
+    facts.set("Virtual CPUs", format.count(is.vcpus));
+    facts.set("Memory", `${format.bytes(is.memory)}, guest sees ${format.bytes(is.guestTotal)}`);
+    facts.set("Given back", format.bytes(is.returned));
+    facts.set("Overhead", format.bytes(is.overhead));
+    facts.set("Load", is.load === null ? "" : is.load.toFixed(2));
+    facts.set("Hypervisor", [is.hypervisor.name, is.hypervisor.version, is.hypervisor.accelerator && `(${is.hypervisor.accelerator})`].filter(Boolean).join(" "));
+    facts.set("Agent by", is.hypervisor.channel);
+    facts.set("Client", [is.client, is.namespace].filter(Boolean).join(" / "));
+    facts.set("Pod's uid", is.cri.uid);
+    const ceilings = [0.5, is.guestTotal ?? 0, 1024, 1024];
+    this.charts.forEach(([chart, read], place) => chart.draw(read(history).map((one) => one.values), this.interval, ceilings[place]));
+    this.containers.draw(
+      [...sandbox.containers].map(([key, one]) => {
+        one.at = now;
+        return [key, one];
+      }),
+    );
+    this.processes.draw(is.processes.map((one, place) => [`${place}/${one.pid}`, one]));
+    this.network.draw(is.network.map((one, place) => [`${place}/${one.name}`, one]));
+    this.labels.draw(is.labels.map((one, place) => [`${place}/${one[0]}`, one]));
+  }
+}
+
+class Start {
+  constructor() {
+    this.element = make("div.start");
+    this.said = "";
+  }
+
+  draw(sandbox) {
+    const { timings } = sandbox.now;
+    const said = JSON.stringify(timings);
+    if (said === this.said) return;
+    this.said = said;
+    if (!timings.length) {
+      this.element.replaceChildren(make("p.quiet", {}, "Nothing is known of how this sandbox was started."));
+      return;
+    }
+    const end = Math.max(...timings.map((one) => one.start + one.duration)) - Math.min(...timings.map((one) => one.start));
+    this.element.replaceChildren(
+      make("p.about", {}, "From the client's command to the container: ", make("strong", {}, format.milliseconds(end)), ". The longest step is marked."),
+      make("div.scroll", { tabindex: "0", role: "region", "aria-label": "Steps of the start" }, waterfall(timings)),
+    );
+  }
+}
+
+class Happened {
+  constructor(store, view) {
+    this.store = store;
+    this.table = eventsTable(view, () => null, true);
+    this.element = this.table.element;
+  }
+
+  draw(sandbox) {
+    this.table.draw(
+      this.store.events
+        .filter((one) => one.sandbox === sandbox.id)
+        .map((one) => [one.key, one])
+        .reverse(),
+    );
+  }
+}

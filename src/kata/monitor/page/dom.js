@@ -1,56 +1,58 @@
-// Elements, made without ever reading text as markup.
+// Elements made by code. There is no way in here to give markup: children are nodes, or text.
 
-/** An element: properties and attributes, then children (elements or texts). */
-export function make(name, about = {}, ...children) {
-  const element = document.createElement(name);
-  for (const [key, value] of Object.entries(about)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (key === "class") element.className = value;
-    else if (key === "text") element.textContent = value;
-    else if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else element.setAttribute(key, value === true ? "" : value);
+const SVG = "http://www.w3.org/2000/svg";
+
+/** An element: `make("td.number", {title: "x"}, child, "text")`; attributes that are null or false are left out. */
+export function make(what, attributes = {}, ...children) {
+  const [tag, ...classes] = what.split(".");
+  const element = document.createElement(tag);
+  if (classes.length) element.className = classes.join(" ");
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === false || value === undefined) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
   return element;
 }
 
-/** Change a text only where it differs, so that nothing is drawn again and no selection is lost. */
-export function put(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-}
-
-const SVG = "http://www.w3.org/2000/svg";
-
-export function svg(name, about = {}, ...children) {
-  const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(about)) element.setAttribute(key, value);
+export function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);
   return element;
 }
 
-const WIDTH = 72;
-const HEIGHT = 20;
+/** One of the shapes in icons.svg. */
+export function icon(name) {
+  return svg("svg", { class: "icon", "aria-hidden": "true", focusable: "false" }, svg("use", { href: `icons.svg#${name}` }));
+}
 
-/** A line of the last values; `redraw` takes new ones. The description is for those who do not see it. */
-export class Sparkline {
-  constructor(label) {
-    this.label = label;
-    this.line = svg("polyline", { class: "line" });
-    this.area = svg("polygon", { class: "area" });
-    this.element = svg("svg", {
-      class: "spark", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", preserveAspectRatio: "none", "aria-label": label,
-    }, this.area, this.line);
+/** Change only what differs, so that a page that stands still costs nothing. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+export function setAttribute(element, name, value) {
+  if (value === null || value === false) {
+    if (element.hasAttribute(name)) element.removeAttribute(name);
+  } else if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+}
+
+export function setClass(element, name) {
+  if (element.className !== name) element.className = name;
+}
+
+/** Children of a parent in this order, moving only those that are not in their place. */
+export function arrange(parent, children) {
+  let at = parent.firstChild;
+  for (const child of children) {
+    if (child === at) at = at.nextSibling;
+    else parent.insertBefore(child, at);
   }
-
-  redraw(values, most, shown) {
-    const known = values.map((value) => value ?? 0);
-    const top = Math.max(most, ...known) || 1;
-    const step = known.length > 1 ? WIDTH / (known.length - 1) : WIDTH;
-    const points = known
-      .map((value, index) => `${(index * step).toFixed(1)},${(HEIGHT - 1 - (value / top) * (HEIGHT - 2)).toFixed(1)}`);
-    if (points.length === 1) points.push(`${WIDTH},${points[0].split(",")[1]}`);
-    this.line.setAttribute("points", points.join(" "));
-    this.area.setAttribute("points", points.length ? `0,${HEIGHT} ${points.join(" ")} ${WIDTH},${HEIGHT}` : "");
-    this.element.setAttribute("aria-label", `${this.label}: now ${shown}`);
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
   }
 }

@@ -1,72 +1,81 @@
-// Numbers and texts as people read them. All texts of guests and clients go through `clean`.
+// Numbers as people read them. What is not known is a dash.
 
-const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu;
+export const NONE = "–";
+const UNITS = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
 
-/** A text that may be hostile: what cannot be seen, or turns others around, is written out; bounded. */
-export function clean(value, most = 200) {
-  const text = typeof value === "string" ? value : value == null ? "" : String(value);
-  const cut = text.length > most ? `${text.slice(0, most - 1)}…` : text;
-  return cut.replace(HIDDEN, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
-}
+const known = (value) => typeof value === "number" && Number.isFinite(value);
 
-/** The same for text of several lines: line ends and tabs stay. */
-export function cleanLines(value, most = 1 << 20) {
-  const text = String(value ?? "").replace(/\r\n?/g, "\n");
-  const cut = text.length > most ? text.slice(-most) : text;
-  return cut.replace(HIDDEN, (char) =>
-    char === "\n" || char === "\t" ? char : `\\u{${char.codePointAt(0).toString(16)}}`);
-}
-
-export const number = (value) => (typeof value === "number" && Number.isFinite(value) ? value : null);
-
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
-
-/** Bytes with a unit and three digits. */
+/** A size, with three significant digits. */
 export function bytes(value) {
-  let left = number(value);
-  if (left === null) return "–";
+  if (!known(value)) return NONE;
   let unit = 0;
-  while (left >= 999.5 && unit < UNITS.length - 1) {
-    left /= 1024;
+  let size = Math.abs(value);
+  while (size >= 1000 && unit < UNITS.length - 1) {
+    size /= 1024;
     unit += 1;
   }
-  const digits = unit === 0 || left >= 99.95 ? 0 : left >= 9.995 ? 1 : 2;
-  return `${left.toFixed(digits)} ${UNITS[unit]}`;
+  const digits = unit === 0 || size >= 100 ? 0 : size >= 10 ? 1 : 2;
+  return `${value < 0 ? "−" : ""}${size.toFixed(digits)} ${UNITS[unit]}`;
 }
 
-/** Bytes a second. */
-export const rate = (value) => (number(value) === null ? "–" : `${bytes(value)}/s`);
-
-/** Processors: 1.00 is one processor, wholly in use. */
-export const processors = (value) => (number(value) === null ? "–" : value.toFixed(2));
-
-export const percent = (value) => (number(value) === null ? "–" : `${(value * 100).toFixed(0)} %`);
-
-/** Seconds, as long as they are short. */
-export function duration(value) {
-  const seconds = number(value);
-  if (seconds === null) return "–";
-  return seconds < 1 ? `${(seconds * 1000).toFixed(0)} ms` : `${seconds.toFixed(2)} s`;
+/** A rate, in bytes a second. Next to nothing is 0. */
+export function rate(value) {
+  return known(value) ? `${bytes(value < 1 ? 0 : value)}/s` : NONE;
 }
 
-/** How long ago, in the two largest units. */
+/** Processors in use. */
+export function cores(value) {
+  if (!known(value)) return NONE;
+  return value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2);
+}
+
+export function percent(part) {
+  return known(part) ? `${(part * 100).toFixed(part < 0.1 ? 1 : 0)} %` : NONE;
+}
+
+export function count(value) {
+  return known(value) ? Math.round(value).toLocaleString("en").replaceAll(",", "\u202f") : NONE;
+}
+
+/** A length of time in its two largest units. */
+export function duration(seconds) {
+  if (!known(seconds)) return NONE;
+  const whole = Math.max(0, Math.floor(seconds));
+  if (whole < 60) return `${whole} s`;
+  const minutes = Math.floor(whole / 60);
+  if (minutes < 60) return `${minutes} min ${String(whole % 60).padStart(2, "0")} s`;
+  const hours = Math.floor(minutes / 60);
+  if (hours < 24) return `${hours} h ${String(minutes % 60).padStart(2, "0")} min`;
+  return `${Math.floor(hours / 24)} d ${String(hours % 24).padStart(2, "0")} h`;
+}
+
+/** As short as a column of a table wants it: one unit. */
 export function age(seconds) {
-  let left = number(seconds);
-  if (left === null) return "–";
-  left = Math.max(0, Math.floor(left));
-  const parts = [];
-  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]]) {
-    if (left >= size || (unit === "s" && !parts.length)) {
-      parts.push(`${Math.floor(left / size)} ${unit}`);
-      left %= size;
-    } else if (parts.length) break;
-    if (parts.length === 2) break;
-  }
-  return parts.join(" ");
+  if (!known(seconds)) return NONE;
+  const whole = Math.max(0, Math.floor(seconds));
+  if (whole < 120) return `${whole} s`;
+  if (whole < 7200) return `${Math.floor(whole / 60)} min`;
+  if (whole < 172800) return `${Math.floor(whole / 3600)} h`;
+  return `${Math.floor(whole / 86400)} d`;
 }
 
-/** A time (seconds of the epoch, or RFC 3339), in the reader's own zone. */
-export function time(value) {
-  const at = typeof value === "number" ? new Date(value * 1000) : new Date(String(value));
-  return Number.isNaN(at.getTime()) ? clean(value, 40) : at.toLocaleString(undefined, { hour12: false });
+/** Milliseconds of a step. */
+export function milliseconds(seconds) {
+  if (!known(seconds)) return NONE;
+  const ms = seconds * 1000;
+  if (ms >= 10000) return `${(ms / 1000).toFixed(1)} s`;
+  return `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+}
+
+/** A point in time, whole: ISO 8601, UTC. */
+export function moment(seconds) {
+  if (!known(seconds) || Math.abs(seconds) > 8e12) return "";
+  return new Date(seconds * 1000).toISOString().replace("T", " ").replace(/\.\d+Z$/, " UTC");
+}
+
+/** The time of day, local. */
+export function clock(seconds) {
+  if (!known(seconds) || Math.abs(seconds) > 8e12) return NONE;
+  const at = new Date(seconds * 1000);
+  return [at.getHours(), at.getMinutes(), at.getSeconds()].map((one) => String(one).padStart(2, "0")).join(":");
 }
