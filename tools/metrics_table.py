@@ -33,7 +33,7 @@ A sandbox with one container and one processor has about 750 series in 90 famili
 `vm_stat`, `meminfo`, `diskstat` and `netdev_stat`, and 300 for the buckets of its histograms. Each further container adds about 25, each
 processor 10, each disk 17. Who does not need the guest's takes a part: `?filter_family=kata_container,kata_shim,kata_hypervisor,kata_pod`
 of kata-monitor leaves 450. A scrape costs the engine 4 ms of processor time and, once, 0.9 MB of memory; what the guest spends on its
-part comes on top.
+part comes on top. However full it is, and whatever its guest says, a sandbox has at most some 10 000 series.
 
 This page is made of `src/kata/metrics/families.py` by `tools/metrics_table.py`; change it there.
 """

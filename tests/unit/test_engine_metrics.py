@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import sandbox_support
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from test_engine_sandbox import Engine
 
+from kata.engine.containers.described import described
 from kata.engine.services import figures, metrics, state
 from kata.engine.services.sandbox_service import SERVICE
 from kata.errors import KataError
@@ -268,6 +270,60 @@ def test_a_guest_that_says_very_much_is_cut(running: Engine) -> None:
     found = scrape(running)
     assert len(found["kata_guest_vm_stat"].samples) == exposition.MAX_FAMILY_SAMPLES
     assert value(found, "kata_shim_guest_samples_dropped") > 10_000
+
+
+def test_devices_are_bounded(make: Maker) -> None:
+    engine = make(client={"ends_with_init": False})
+    answer = usage()
+    assert answer.cgroup_stats is not None
+    assert answer.cgroup_stats.blkio_stats is not None
+    entries = [agent_pb.BlkioStatsEntry(major=number, op="read", value=1) for number in range(2000)]
+    answer.cgroup_stats.blkio_stats.io_service_bytes_recursive = entries
+    engine.double.usage = answer
+    with engine.client() as client:
+        for number in range(8):
+            client.create(f"c{number + 1}", engine.bundle("sleep"))
+    found = scrape(engine)
+    assert len(found["kata_container_pids"].samples) == 8
+    assert len(found["kata_container_io_bytes_total"].samples) == exposition.MAX_FAMILY_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("annotations", "name", "labels"),
+    [
+        (
+            {
+                "io.kubernetes.cri.sandbox-name": "web",
+                "io.kubernetes.cri.sandbox-namespace": "shop",
+                "io.kubernetes.cri.sandbox-uid": "u1",
+            },
+            "web",
+            {
+                "io.kubernetes.pod.name": "web",
+                "io.kubernetes.pod.namespace": "shop",
+                "io.kubernetes.pod.uid": "u1",
+            },
+        ),
+        (
+            {"io.kubernetes.cri.sandbox-name": "web", "io.kubernetes.cri.container-name": "app"},
+            "app",
+            {"io.kubernetes.pod.name": "web"},
+        ),
+        (
+            {"io.kubernetes.container.name": "POD", "io.kubernetes.pod.name": "web"},
+            "web",
+            {"io.kubernetes.pod.name": "web"},
+        ),
+        ({"nerdctl/name": "one"}, "one", {}),
+        ({}, "", {}),
+    ],
+)
+def test_a_pods_containers_have_its_labels(
+    tmp_path: Path, annotations: dict[str, str], name: str, labels: dict[str, str]
+) -> None:
+    settings = sandbox_support.sandbox("s", str(tmp_path), accel="tcg", kernel="/k", initrd="/i")
+    about = described(settings, "other", {"annotations": annotations})
+    assert (about["name"], about["labels"]) == (name, labels)
 
 
 def test_figures_that_would_fill_the_engines_memory_end_the_sandbox(running: Engine) -> None:

@@ -11,6 +11,19 @@ if TYPE_CHECKING:
 
     from kata.settings import SandboxSettings
 
+_POD_NAME = "io.kubernetes.pod.name"
+_POD = {
+    "io.kubernetes.cri.sandbox-name": _POD_NAME,
+    "io.kubernetes.cri.sandbox-namespace": "io.kubernetes.pod.namespace",
+    "io.kubernetes.cri.sandbox-uid": "io.kubernetes.pod.uid",
+    _POD_NAME: _POD_NAME,
+    "io.kubernetes.pod.namespace": "io.kubernetes.pod.namespace",
+    "io.kubernetes.pod.uid": "io.kubernetes.pod.uid",
+}
+"""What containerd and CRI-O say of a container's pod, and by which labels Kubernetes knows it."""
+_PAUSE = ("", "POD")
+"""What they call the container that stands for the pod: it gets the pod's name."""
+
 
 def described(settings: SandboxSettings, container_id: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A container's ``name``, ``image`` and ``labels``, as far as its client has said them.
@@ -32,19 +45,23 @@ def described(settings: SandboxSettings, container_id: str, config: Mapping[str,
             "image": str((record.get("image") or {}).get("reference", "")),
             "labels": record.get("labels") or {},
         }
+    pod = {label: str(annotations[name]) for name, label in _POD.items() if name in annotations}
+    name = str(
+        annotations.get("io.kubernetes.cri.container-name")
+        or annotations.get("io.kubernetes.container.name")
+        or annotations.get("nerdctl/name")
+        or ""
+    )
+    if name in _PAUSE:
+        name = pod.get(_POD_NAME, "")
     return {
-        "name": str(
-            annotations.get("io.kubernetes.cri.container-name")
-            or annotations.get("io.kubernetes.container.name")
-            or annotations.get("nerdctl/name")
-            or ""
-        ),
+        "name": name,
         "image": str(
             annotations.get("io.kubernetes.cri.image-name")
             or annotations.get("io.kubernetes.cri-o.ImageName")
             or ""
         ),
-        "labels": {},
+        "labels": pod,
     }
 
 

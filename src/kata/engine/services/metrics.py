@@ -313,7 +313,8 @@ def _io(text: Text, container_id: str, blkio: agent_pb.BlkioStats | None) -> Non
             if operation in ("read", "write"):
                 key = (f"{one.major}:{one.minor}", operation)
                 sums[key] = sums.get(key, 0) + one.value
-        for (device, operation), value in sums.items():
+        room = exposition.MAX_FAMILY_SAMPLES - len(text.lines(name))
+        for (device, operation), value in list(sums.items())[: max(0, room)]:
             labels = exposition.labels_text(container_id=container_id, device=device, operation=operation)
             text.add(name, value, labels)
 
