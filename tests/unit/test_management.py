@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import os
+import resource
 import socket
 import subprocess
 import threading
@@ -25,7 +26,7 @@ from kata import paths
 from kata.cli.main import main as kata
 from kata.engine.launch import listen
 from kata.engine.lifecycle.sandbox_state import SandboxState
-from kata.engine.services import http1, management, tails
+from kata.engine.services import http1, management, management_socket, tails
 from kata.engine.services.http1 import HttpError, Request, Response, parse_head
 from kata.engine.services.management_socket import ManagementSocket
 from kata.engine.standard_streams.logfile import LogFile
@@ -306,7 +307,7 @@ def test_the_original_s_paths_reach_the_agent(managed: Managed) -> None:
     double: Any = engine.double
 
     async def get(request: Any, context: Any) -> agent_pb.GetIPTablesResponse:
-        return agent_pb.GetIPTablesResponse(data=b"*filter v6" if request.is_ipv6 else b"*filter v4")
+        return agent_pb.GetIPTablesResponse(data=b"*filter v6\x1b[2J" if request.is_ipv6 else b"*filter v4")
 
     async def put(request: Any, context: Any) -> agent_pb.SetIPTablesResponse:
         if b"bad" in request.data:
@@ -324,7 +325,7 @@ def test_the_original_s_paths_reach_the_agent(managed: Managed) -> None:
     double.GetIPTables, double.SetIPTables = get, put
     double.GetVolumeStats, double.ResizeVolume = stats, resize
     assert managed.curl("/iptables")[2] == b"*filter v4"
-    assert managed.curl("/ip6tables")[2] == b"*filter v6"
+    assert managed.curl("/ip6tables")[2] == b"*filter v6\\x1b[2J"
     rules = b"x" * 300_000
     # With a length, and as curl sends what it reads from a pipe: in chunks, after "100 Continue".
     assert managed.curl("/iptables", "-X", "PUT", "--data-binary", "@-", data=rules)[2] == b"300000"
@@ -437,6 +438,36 @@ def test_strange_clients(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> N
 
 async def _much() -> str:
     return "a 1\n" * 500_000
+
+
+def test_an_engine_that_may_open_no_more_files_waits(
+    managed: Managed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(management_socket, "PAUSE_S", 0.2)
+    managed.curl("/metrics")
+    managed.settle()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        full = max(map(int, os.listdir("/proc/self/fd"))) + 1
+        spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(full)]  # every number below
+        full = max(spare) + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (full, hard))
+        try:
+            sock.connect(managed.path)
+            sock.sendall(head("GET /kata/v1/timings HTTP/1.1", "Host: h", "Connection: close"))
+            began = time.process_time()
+            time.sleep(1.0)
+            assert time.process_time() - began < 0.3  # it does not try again and again
+            sock.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in spare:
+                os.close(fd)
+        sock.settimeout(20)
+        assert sock.recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_a_bug_is_logged_and_answered(

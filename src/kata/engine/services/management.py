@@ -148,7 +148,7 @@ class Management:
         answer = await agent.call(AGENT, "GetIPTables", asked, agent_pb.GetIPTablesResponse, ASK_S)
         if len(answer.data) > MAX_BODY:
             raise HttpError(500, "the guest's rules are longer than can be")
-        return Response(answer.data)
+        return Response(tails.escaped(answer.data))
 
     async def _set_iptables(self, request: Request) -> Response:
         from kata.proto import agent_pb
@@ -156,7 +156,7 @@ class Management:
         asked = agent_pb.SetIPTablesRequest(is_ipv6=request.path == _IP6TABLES, data=request.body)
         agent = await self._agent()
         answer = await agent.call(AGENT, "SetIPTables", asked, agent_pb.SetIPTablesResponse, ASK_S)
-        return Response(answer.data[:MAX_BODY])
+        return Response(tails.escaped(answer.data[:MAX_BODY]))
 
     async def _volume_stats(self, request: Request) -> Response:
         from kata.proto import agent_pb, csi_pb

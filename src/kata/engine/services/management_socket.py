@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 16
 """Connections that are accepted before the event loop looks at anything else."""
+PAUSE_S = 1.0
+"""How long nobody is let in when the engine may open no more files, in seconds."""
 
 
 class ManagementSocket:
@@ -35,6 +37,7 @@ class ManagementSocket:
         self._sandbox = sandbox
         self._listener: socket.socket | None = None
         self._management: Management | None = None
+        self._again: asyncio.TimerHandle | None = None
 
     def listen(self) -> None:
         """Listen from now on. What prevents that is logged: a sandbox works without."""
@@ -74,8 +77,12 @@ class ManagementSocket:
         for _ in range(_AT_ONCE):
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return  # nobody is there any more, or there are no descriptors: it waits
+            except BlockingIOError:
+                return
+            except OSError:  # no descriptors, or no memory: who waits goes on waiting, and so do we
+                asyncio.get_running_loop().remove_reader(self._listener)
+                self._again = asyncio.get_running_loop().call_later(PAUSE_S, self._resume)
+                return
             # Whoever may connect may have the path mounted somewhere: nobody but our own user, and root.
             if peer_user(sock) not in (0, os.geteuid()):
                 sock.close()
@@ -86,8 +93,14 @@ class ManagementSocket:
                 self._management = Management(self._sandbox)
             self._management.server.take(sock)
 
+    def _resume(self) -> None:
+        assert self._listener is not None
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
     async def close(self) -> None:
         """Listen no longer, and end all connections."""
+        if self._again is not None:
+            self._again.cancel()
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()

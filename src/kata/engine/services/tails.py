@@ -1,4 +1,4 @@
-"""The ends of a guest's console and of a container's log, as text that is safe to look at."""
+"""What a guest has said as text that is safe to look at: the ends of its console and of a container's log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def of_console(path: str, limit: int) -> bytes:
     for name in (path, f"{path}.1"):
         if len(data) < limit:
             data = _end_of(name, limit - len(data)) + data
-    return _escaped(data)
+    return escaped(data)
 
 
 def of_log(path: str, limit: int) -> bytes:
@@ -49,7 +49,7 @@ def of_log(path: str, limit: int) -> bytes:
         if len(output) >= limit or not os.path.lexists(name):
             break
         output = _end_of_output(name, limit - len(output)) + output
-    return _escaped(output[-limit:] if limit else b"")
+    return escaped(output[-limit:] if limit else b"")
 
 
 def _end_of_output(path: str, limit: int) -> bytes:
@@ -86,6 +86,7 @@ def _end_of(path: str, limit: int) -> bytes:
         os.close(fd)
 
 
-def _escaped(data: bytes) -> bytes:
+def escaped(data: bytes) -> bytes:
+    """What a guest has said as text in UTF-8, without what would control a terminal."""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n")
     return text.translate(_PLAIN).encode("utf-8", "replace")
