@@ -33,18 +33,23 @@ class Figures:
         try:
             with open(f"/proc/{self._pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b") ")[2].split()
-            if time.monotonic() - self._at_s >= KEPT_S:
-                self._resident = guest_resident_bytes(self._pid)
-                self._at_s = time.monotonic()
         except (FileNotFoundError, ProcessLookupError):
             return {}
         tick_ns = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-        return {
+        found = {
             "rss_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
             "cpu_ns": (int(fields[11]) + int(fields[12])) * tick_ns,
             "threads": int(fields[17]),
-            "guest_resident_bytes": self._resident,
         }
+        if time.monotonic() - self._at_s >= KEPT_S:
+            try:
+                self._resident = guest_resident_bytes(self._pid)
+            except OSError:  # it has just ended, or may not be looked at
+                self._resident = 0
+            self._at_s = time.monotonic()
+        if self._resident:
+            found["guest_resident_bytes"] = self._resident
+        return found
 
 
 def guest_resident_bytes(pid: int) -> int:
@@ -56,8 +61,11 @@ def guest_resident_bytes(pid: int) -> int:
     Args:
         pid: QEMU's process id.
 
+    Returns:
+        0 for a process that has ended and was not reaped.
+
     Raises:
-        OSError: There is no such process.
+        OSError: There is no such process, or it may not be looked at.
     """
     total_kb = 0
     rest = b""
