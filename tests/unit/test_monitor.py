@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, web
 from monitor_support import (
     PATIENCE_S,
     ROOT,
@@ -41,7 +41,8 @@ from test_monitor_access import TOKEN, make_certificate
 from waiting import until
 
 from kata import events
-from kata.monitor import connections, parsing
+from kata.monitor import access, connections, expose, node, parsing, requests
+from kata.monitor.web import Web
 
 
 @pytest.fixture
@@ -615,3 +616,64 @@ def test_small_work_is_done_first_and_what_is_given_up_holds_nobody_up() -> None
         parser.close()
 
     asyncio.run(main())
+
+
+def test_who_does_not_read_is_let_go(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "WRITE_S", 1.0)
+    for number in range(100):
+        engines.add(f"s{number:02}", says(exposition(number, 1000)))
+
+    async def main() -> None:
+        kept = node.Node([str(engines.run_directory / "sandboxes")], [], 3.0, 64)
+        metrics = expose.Metrics(kept, 10_000)
+        runner = web.AppRunner(Web(kept, metrics, access.Secrets(), ()).application())
+        await runner.setup()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            await web.SockSite(runner, listening).start()
+            port = listening.getsockname()[1]
+            idle = []
+            for _ in range(expose.MAX_SCRAPES):
+                one = socket.socket()
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                one.connect(("127.0.0.1", port))
+                one.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                idle.append(one)
+
+            async def status() -> int:
+                async with (
+                    ClientSession() as session,
+                    session.get(
+                        f"http://127.0.0.1:{port}/metrics?filter_family=kata_monitor_scrape"
+                    ) as answer,
+                ):
+                    await answer.read()
+                    return answer.status
+
+            while await status() == 200:  # until all of them are being answered
+                await asyncio.sleep(0.05)
+            give_up = time.monotonic() + PATIENCE_S
+            while await status() != 200:
+                assert time.monotonic() < give_up
+                await asyncio.sleep(0.1)
+            for one in idle:
+                one.close()
+            await runner.cleanup()
+        metrics.close()
+        await kept.close()
+
+    asyncio.run(main())
+
+
+def test_the_states_of_all_are_bounded_together(engines: Engines) -> None:
+    big = {**state("x"), "more": "x" * (500 << 10)}
+    for number in range(80):
+        engines.add(f"s{number:02}", says("", document=big))
+    with monitor(engines.run_directory) as one:
+        found = one.get("/api/v1/sandboxes").json["sandboxes"]
+        assert len(found) == 80
+        assert 50 < sum(each["reachable"] for each in found) < 70
+        assert {each["problem"] for each in found} == {
+            "",
+            "the states of all sandboxes are too large together",
+        }
+        assert one.rss_kib("VmHWM") < 300 << 10

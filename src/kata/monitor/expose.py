@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import zlib
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +12,7 @@ from aiohttp import web
 
 from kata.monitor import merge
 from kata.monitor.figures import Figures
-from kata.monitor.requests import find, refused
+from kata.monitor.requests import find, reading, refused
 from kata.monitor.scrape import Scraper
 
 TYPE_CHECKING = False
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from kata.monitor.node import Node
 
+_LOG = logging.getLogger("kata.monitor")
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 SCRAPE_S = 10.0
@@ -73,6 +75,16 @@ class Metrics:
         if request.method == "HEAD":
             await response.write_eof()
             return response
+        try:
+            async with reading(request):
+                await self._write(response, whole, modern=modern, packed=packed)
+        except ConnectionError as error:
+            _LOG.info("a scrape's answer was not taken: %s", error)
+        return response
+
+    async def _write(
+        self, response: web.StreamResponse, whole: merge.Merged, *, modern: bool, packed: bool
+    ) -> None:
         parts = chunks(whole.openmetrics() if modern else whole.text(), merge.EOF if modern else "")
         packer = zlib.compressobj(4, zlib.DEFLATED, 31)
         for part in parts:
@@ -83,7 +95,6 @@ class Metrics:
         if packed:
             await response.write(packer.flush())
         await response.write_eof()
-        return response
 
     async def _whole(self, seconds: float, wanted: Sequence[str]) -> merge.Merged:
         pods = self._node.pods

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from kata.monitor.engines import Engines
 
 STATE = "/kata/v1/state"
-MAX_STATE_BYTES = 1 << 20
+MAX_STATE_BYTES = 512 << 10
+MAX_SAMPLE_BYTES = 32 << 20
+"""Maximum size of the states of all sandboxes."""
 FRESH_S = 0.5
 """A sample that is younger serves another who asks."""
 MIN_INTERVAL_S, MAX_INTERVAL_S = 1.0, 60.0
@@ -55,6 +57,7 @@ class Sampler:
         self._lock = asyncio.Lock()
         self._taken = -FRESH_S
         self._sample = b""
+        self._room = 0
         self._watchers: set[Watcher] = set()
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -69,7 +72,8 @@ class Sampler:
             if time.monotonic() - self._taken >= FRESH_S:
                 sandboxes = self._sandboxes()
                 self._pods.look_again()
-                states = await asyncio.gather(*map(self.state, sandboxes))
+                self._room = MAX_SAMPLE_BYTES
+                states = await asyncio.gather(*(self.state(one, counted=True) for one in sandboxes))
                 whole = {
                     "time": time.time(),
                     "node": os.uname().nodename,
@@ -80,8 +84,13 @@ class Sampler:
                 self._taken = time.monotonic()
             return self._sample
 
-    async def state(self, sandbox: Sandbox) -> dict[str, Any]:
-        """What one sandbox says of itself, with what the monitor knows of it."""
+    async def state(self, sandbox: Sandbox, *, counted: bool = False) -> dict[str, Any]:
+        """What one sandbox says of itself, with what the monitor knows of it.
+
+        Args:
+            sandbox: Which.
+            counted: It is one of a sample, whose size is bounded as a whole.
+        """
         problem = ""
         try:
             async with self._engines.get(sandbox, STATE) as answer:
@@ -89,6 +98,10 @@ class Sampler:
                     raise Unreachable(f"its engine answered with status {answer.status}")
                 if len(answer.body) > MAX_STATE_BYTES:
                     raise Unreachable(f"its state is larger than {MAX_STATE_BYTES} bytes")
+                if counted:
+                    self._room -= len(answer.body)
+                    if self._room < 0:
+                        raise Unreachable("the states of all sandboxes are too large together")
                 found = decode(answer.body)
         except Unreachable as error:
             problem = str(error)

@@ -15,7 +15,7 @@ from aiohttp import web
 from kata.monitor import access, life
 from kata.monitor.engines import Unreachable
 from kata.monitor.expose import Metrics
-from kata.monitor.requests import find, refused
+from kata.monitor.requests import find, reading, refused
 from kata.monitor.sampling import encode
 
 TYPE_CHECKING = False
@@ -217,11 +217,13 @@ class Web:
                 try:
                     item = await asyncio.wait_for(watcher.next(), KEEPALIVE_S)
                 except TimeoutError:
-                    await response.write(b": still here\n\n")
+                    async with reading(request):
+                        await response.write(b": still here\n\n")
                     continue
                 if item is None:
                     break
-                await response.write(b"event: %s\ndata: %s\n\n" % (item[0].encode(), item[1]))
+                async with reading(request):
+                    await response.write(b"event: %s\ndata: %s\n\n" % (item[0].encode(), item[1]))
             return response
         except ConnectionError:
             return response
