@@ -108,48 +108,48 @@ def install(path: str) -> tuple[list[Edit], Daemon]:
         ConfigError: A file cannot be read or changed.
         HostError: There is no containerd.
     """
-    found = daemon()
+    containerd = daemon()
     path = os.path.abspath(path)
     raw = read(path)
     text = text_of(raw, path) if raw is not None else ""
     config = _parse(text, path)
-    drop_in = _drop_in(config, path) if found.version >= (2, 0) and raw is not None else ""
+    drop_in = _drop_in(config, path) if containerd.version >= (2, 0) and raw is not None else ""
     old = {name: read(name) for name in (path, drop_in) if name}
     cut = {name: _cut(text_of(data, name), name) for name, data in old.items() if data is not None}
     ours = [name for name, remains in cut.items() if remains != old[name]]
-    known = handlers(found.dump(path))
+    known = handlers(containerd.dump(path))
     if not ours and (handler := known.get(HANDLER)) is not None:
         raise AlreadyExistsError(
             f"containerd's CRI has a handler {HANDLER!r} already, of runtime_type"
             f" {handler.get('runtime_type', '')!r}: {path} or a file that it imports",
             "remove that first; nothing has been changed",
         )
-    wanted: dict[str, bytes | None] = {name: cut.get(name) for name in old}
+    contents: dict[str, bytes | None] = {name: cut.get(name) for name in old}
     if drop_in:
         made = "" if os.path.isdir(os.path.dirname(drop_in)) else _MADE_DIRECTORY
         if (before := old[drop_in]) is not None:
             if drop_in not in ours:
                 raise AlreadyExistsError(f"{drop_in} is there, and not ours", "nothing has been changed")
             made = _MADE_DIRECTORY if _MADE_DIRECTORY.encode() in before else ""
-        wanted[drop_in] = f"{_BEGIN}{made}\nversion = {_DROP_IN_VERSION}\n\n{_table(3)}{_END}\n".encode()
+        contents[drop_in] = f"{_BEGIN}{made}\nversion = {_DROP_IN_VERSION}\n\n{_table(3)}{_END}\n".encode()
     else:
-        rest = wanted.get(path)
-        kept = rest.decode() if rest is not None else ""
+        without_ours = contents.get(path)
+        kept = without_ours.decode() if without_ours is not None else ""
         written = _parse(kept, path)
         version = int(written.get("version") or 1)
         note = ""
-        if rest is None:
-            version = _DROP_IN_VERSION if found.version >= (2, 0) else 2
+        if without_ours is None:
+            version = _DROP_IN_VERSION if containerd.version >= (2, 0) else 2
             note = _MADE
         elif kept and not kept.endswith("\n"):
             note = _JOINED
-        head = f"version = {version}\n\n" if rest is None else ""
+        head = f"version = {version}\n\n" if without_ours is None else ""
         defaults = ""
-        if found.version < (2, 0):
+        if containerd.version < (2, 0):
             missing = {name: known[name] for name in known if name not in (HANDLER, *handlers(written))}
             defaults = "".join(_toml(_table_name(version, name), value) for name, value in missing.items())
         block = f"{_BEGIN}{note}\n{head}{_table(version)}{defaults}{_END}\n"
-        wanted[path] = (kept + ("\n" if note == _JOINED else "") + block).encode()
+        contents[path] = (kept + ("\n" if note == _JOINED else "") + block).encode()
         try:
             _parse(kept + "\n" + block, path)
         except ConfigError:
@@ -157,7 +157,7 @@ def install(path: str) -> tuple[list[Edit], Daemon]:
                 f"{path} holds the CRI plugin's runtimes in a form to which no table can be added",
                 f"write it there by hand: runtime_type = {RUNTIME_TYPE!r}; nothing has been changed",
             ) from None
-    return [Edit(name, old[name], data) for name, data in wanted.items() if data != old[name]], found
+    return [Edit(name, old[name], data) for name, data in contents.items() if data != old[name]], containerd
 
 
 def uninstall(path: str) -> list[Edit]:

@@ -98,9 +98,9 @@ def _beside(asked: int, kernel: str) -> int:
     return -(-(sizing.total_of(asked, kernel) - asked) // sizing.MIB)
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    asked, cpus, memory, host = found["asked"], found["cpus"], found["memory_mib"], found["host"]
-    lines = [f"sandbox {found['id']} (client {found['client']}, {found['accelerator']})", "", "asked for"]
+def _lines(facts: dict[str, Any]) -> list[str]:
+    asked, cpus, memory, host = facts["asked"], facts["cpus"], facts["memory_mib"], facts["host"]
+    lines = [f"sandbox {facts['id']} (client {facts['client']}, {facts['accelerator']})", "", "asked for"]
     lines.append(f"  CPUs    {'nothing' if asked['cpus'] is None else format(asked['cpus'], 'g')}")
     lines.append(
         f"  memory  {'nothing' if asked['memory_mib'] is None else str(asked['memory_mib']) + ' MiB'}"

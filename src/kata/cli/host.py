@@ -185,7 +185,7 @@ def _guest() -> Check:
 
 def _clients() -> list[Check]:
     """containerd and Docker, if they are installed; the `kata` command does not need them."""
-    found = []
+    checks = []
     containerd = shutil.which("containerd")
     if containerd:
         # "containerd github.com/containerd/containerd 1.7.24~ds1 ..."
@@ -193,9 +193,9 @@ def _clients() -> list[Check]:
         version = words[2] if len(words) > 2 else "of unknown version"
         shim = shutil.which(SHIM)
         if shim:
-            found.append(_cri(f"{version}; its shim is {shim}"))
+            checks.append(_cri(f"{version}; its shim is {shim}"))
         else:
-            found.append(
+            checks.append(
                 Check(
                     "containerd",
                     WARN,
@@ -207,15 +207,15 @@ def _clients() -> list[Check]:
     if docker:
         match = re.search(r"version (\d+)\S*", version_of(docker))
         if match is None or int(match[1]) >= _DOCKER_WITH_SHIMS:
-            found.append(Check("docker", OK, match[0] if match else docker))
+            checks.append(Check("docker", OK, match[0] if match else docker))
         else:
             text = f"{match[0].rstrip(',')} does not support shims as runtimes, so it cannot use kata"
-            found.append(
+            checks.append(
                 Check(
                     "docker", WARN, text, f"install Docker {_DOCKER_WITH_SHIMS} or newer (Debian 13 has 26)"
                 )
             )
-    return found
+    return checks
 
 
 def _cri(text: str) -> Check:

@@ -121,22 +121,24 @@ class Mounts:
         Raises:
             UsageError: It is malformed, or not supported.
         """
-        given = _pairs(text)
-        kind = given.pop("type", "volume")
+        options_by_key = _pairs(text)
+        kind = options_by_key.pop("type", "volume")
         if kind not in _OF_KIND:
             raise UsageError(
                 f"--mount {text!r}: there is no type {kind!r}", "type is one of volume, bind, tmpfs"
             )
-        destination = _one(given, _DESTINATIONS, text)
-        source = _one(given, ("src", "source"), text)
-        wanted = [_switch(given.pop(key), text) for key in _READONLY if key in given]
-        writable = [_switch(given.pop("rw"), text)] if "rw" in given else []
-        readonly = any(wanted) or writable == [False]
-        if readonly and (False in wanted or writable == [True]):
+        destination = _one(options_by_key, _DESTINATIONS, text)
+        source = _one(options_by_key, ("src", "source"), text)
+        readonly_switches = [
+            _switch(options_by_key.pop(key), text) for key in _READONLY if key in options_by_key
+        ]
+        writable = [_switch(options_by_key.pop("rw"), text)] if "rw" in options_by_key else []
+        readonly = any(readonly_switches) or writable == [False]
+        if readonly and (False in readonly_switches or writable == [True]):
             raise UsageError(
                 f"--mount {text!r}: ro and rw contradict each other", "leave out one of the two"
             )
-        _refuse_strange(given, kind, text)
+        _refuse_strange(options_by_key, kind, text)
         if not destination:
             raise UsageError(f"--mount {text!r} does not say where to mount", _FORMS[kind])
         access = "ro" if readonly else "rw"
@@ -144,17 +146,19 @@ class Mounts:
             if not source:
                 raise UsageError(f"--mount {text!r} does not say what to mount", _BIND_FORM)
             option = f"--mount {text!r}"
-            options = [access, given.get("bind-propagation", "rprivate")]
-            options += [flag for flag in _FLAGS if _switch(given.get(flag, "false"), text)]
-            if given.get("consistency", "default") != "default":
-                options.append(given["consistency"])
-            if "relabel" in given:
-                options.append({"shared": "z", "private": "Z"}.get(given["relabel"], given["relabel"]))
+            options = [access, options_by_key.get("bind-propagation", "rprivate")]
+            options += [flag for flag in _FLAGS if _switch(options_by_key.get(flag, "false"), text)]
+            if options_by_key.get("consistency", "default") != "default":
+                options.append(options_by_key["consistency"])
+            if "relabel" in options_by_key:
+                options.append(
+                    {"shared": "z", "private": "Z"}.get(options_by_key["relabel"], options_by_key["relabel"])
+                )
             self.binds.append(values.bind(source, destination, options, option))
         elif kind == "tmpfs":
             if source:
                 raise UsageError(f"--mount {text!r}: a tmpfs has no source", _TMPFS_FORM)
-            self.tmpfs.append((_absolute(destination, text), [access, *_tmpfs_options(given)]))
+            self.tmpfs.append((_absolute(destination, text), [access, *_tmpfs_options(options_by_key)]))
         else:
             if source:
                 raise UsageError(
@@ -163,7 +167,7 @@ class Mounts:
                     if source.startswith(("/", "."))
                     else f"leave out the source, or share a directory: -v ./{source}:{destination}",
                 )
-            self._add_volume(given, _absolute(destination, text), text, readonly=readonly)
+            self._add_volume(options_by_key, _absolute(destination, text), text, readonly=readonly)
 
     def _add_volume(self, given: dict[str, str], destination: str, text: str, *, readonly: bool) -> None:
         keep_empty = _switch(given.get("volume-nocopy", "false"), text)

@@ -185,13 +185,13 @@ class Pump:
         over = False
         watching: int | None = None
         while not over or self._outputs:
-            wanted = self._stdin_watch(over)
-            if wanted != watching:
+            to_watch = self._stdin_watch(over)
+            if to_watch != watching:
                 if watching is not None:
                     poller.unregister(watching)
-                if wanted is not None:
-                    poller.register(wanted, select.POLLOUT if self._pending else select.POLLIN)
-                watching = wanted
+                if to_watch is not None:
+                    poller.register(to_watch, select.POLLOUT if self._pending else select.POLLIN)
+                watching = to_watch
             for fd, events in poller.poll():
                 if fd == self._wait_fd:
                     over = self._ended()

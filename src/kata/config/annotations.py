@@ -110,14 +110,14 @@ def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: An annotation is unknown, malformed, not allowed by the host, or refused here.
     """
-    found = ours(annotations)
-    if not found:
+    of_ours = ours(annotations)
+    if not of_ours:
         return
     from kata.config import keys
     from kata.config.files import without_effect
 
     changed: dict[str, Any] = {}
-    for annotation, text in sorted(found.items()):
+    for annotation, text in sorted(of_ours.items()):
         where = f"annotation {annotation}"
         name = _key_name(annotation)
         key = keys.KEYS.get(name)

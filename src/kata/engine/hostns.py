@@ -136,8 +136,8 @@ class Namespaces:
         os.waitpid(child, 0)
         if len(numbers_seen) != len(paths):
             raise OSError(errno.EPERM, "the host's mount namespace cannot be entered")
-        rest = iter(trees_seen)
+        remaining_trees = iter(trees_seen)
         return [
-            OSError(number, os.strerror(number), path) if number else next(rest)
+            OSError(number, os.strerror(number), path) if number else next(remaining_trees)
             for number, path in zip(numbers_seen, paths, strict=True)
         ]

@@ -104,17 +104,17 @@ def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
     """
     contents: dict[str, bytes] = {}
 
-    def take(wanted: str) -> bool:
+    def take(name_of_file: str) -> bool:
         """Add a file and what it needs; false if something is missing."""
-        if wanted in contents:
+        if name_of_file in contents:
             return True
-        if wanted not in files:
+        if name_of_file not in files:
             return False
-        with open(files[wanted], "rb") as file:
+        with open(files[name_of_file], "rb") as file:
             data = file.read()
         if not all(take(library) for library in needed(data)):
             return False
-        contents[wanted] = data
+        contents[name_of_file] = data
         return True
 
     if not take(_PROGRAM) or not take(_LOADER):

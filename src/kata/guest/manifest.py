@@ -99,14 +99,14 @@ def load(directory: str) -> Guest:
         raise GuestAssetError(f"the guest's manifest {path} is incomplete", f"{_BUILD} --force") from None
     for which, file_path, size in sizes:
         try:
-            found = os.stat(file_path).st_size
+            actual_size = os.stat(file_path).st_size
         except OSError as error:
             raise GuestAssetError(
                 f"the guest's {which} {file_path} cannot be used: {error.strerror}", _BUILD
             ) from None
-        if found != size:
+        if actual_size != size:
             raise GuestAssetError(
-                f"the guest's {which} {file_path} is damaged: it has {found} bytes and was built with {size}",
+                f"the guest's {which} {file_path} is damaged: it has {actual_size} bytes and was built with {size}",
                 f"{_BUILD} --force",
             )
     return guest

@@ -128,15 +128,15 @@ def _build(
     log = os.path.join(work, "build.log")
     version = _version(tree)
     applied = [name for name, diff in patches if _patch(tree, name, diff, progress)]
-    wanted = recipe.applicable(rules, version)
+    applicable_rules = recipe.applicable(rules, version)
     seed = os.path.join(work, "wanted.config")
     with open(seed, "w", encoding="utf-8") as file:
-        file.write(recipe.render(wanted))
+        file.write(recipe.render(applicable_rules))
     environment = _environment(archive, seed)
     _make(["allnoconfig"], tree, environment, log, None, 0)
     with open(os.path.join(tree, ".config"), encoding="utf-8") as file:
         result = file.read()
-    lost = recipe.broken(wanted, result)
+    lost = recipe.broken(applicable_rules, result)
     if lost:
         raise GuestAssetError(
             f"{source.name} {source.version} does not take these lines of {recipe.CONFIGURATION}: "

@@ -254,7 +254,7 @@ def _guest() -> str:  # noqa: PLR0915
     struct.pack_into("<H", sregs, 12, 0)  # cs.selector
     ioctl(vcpu, _KVM_SET_SREGS, sregs)
     ioctl(vcpu, _KVM_SET_REGS, struct.pack("<18Q", *([0] * 16), _CODE, 2))
-    said, ticks = b"", []
+    output, ticks = b"", []
     last = time.process_time()
     while True:
         try:
@@ -264,11 +264,11 @@ def _guest() -> str:  # noqa: PLR0915
         reason = struct.unpack_from("<I", run, 8)[0]
         if reason == _EXIT_IO:
             direction, size, port, count, offset = struct.unpack_from("<BBHIQ", run, 32)
-            if (direction, size, port, count) != (1, 1, _PORT, 1) or said:
+            if (direction, size, port, count) != (1, 1, _PORT, 1) or output:
                 return "failed the guest used a wrong I/O port"
-            said = run[offset : offset + 1]
-            if said == b"T":
-                said = b""
+            output = run[offset : offset + 1]
+            if output == b"T":
+                output = b""
                 now = time.process_time()
                 ticks.append(now - last)
                 last = now
@@ -280,7 +280,7 @@ def _guest() -> str:  # noqa: PLR0915
             return f"failed it ended with {_EXITS.get(reason, f'exit reason {reason}')}"
     regs = struct.unpack("<18Q", ioctl(vcpu, _KVM_GET_REGS, bytes(144)))
     result, efer = struct.unpack_from("<QI", memory, _RESULT)
-    if said != b"K" or regs[8] != _EXPECTED or result != _EXPECTED:
+    if output != b"K" or regs[8] != _EXPECTED or result != _EXPECTED:
         return "failed it calculated a wrong result"
     if not efer & 0x400:
         return "failed it did not reach long mode"

@@ -80,17 +80,17 @@ def find(host: str) -> Credentials:
     problem = ""
     store = config.get("credsStore")
     if isinstance(store, str) and store:
-        found = _ask(store, keys[0])
-        if found:
-            return found
-        problem = found.problem
+        credentials = _ask(store, keys[0])
+        if credentials:
+            return credentials
+        problem = credentials.problem
     auths = config.get("auths")
     if isinstance(auths, dict):
         for key, entry in auths.items():
             if isinstance(entry, dict) and _host(key) in map(_host, keys):
-                found = _entry(entry)
-                if found or found.problem:
-                    return found
+                credentials = _entry(entry)
+                if credentials or credentials.problem:
+                    return credentials
     return Credentials(problem=problem)
 
 
@@ -133,14 +133,14 @@ def _ask(helper: str, server: str) -> Credentials:
         return Credentials(problem=f"the credential helper {program} is not installed")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Credentials(problem=f"the credential helper {program} failed: {error}")
-    said = run.stdout.decode("utf-8", "backslashreplace").strip()
+    output = run.stdout.decode("utf-8", "backslashreplace").strip()
     if run.returncode != 0:
-        if "credentials not found" in said:
+        if "credentials not found" in output:
             return Credentials()
-        said = (said or run.stderr.decode("utf-8", "backslashreplace").strip())[:200]
-        return Credentials(problem=f"the credential helper {program} failed: {said}")
+        output = (output or run.stderr.decode("utf-8", "backslashreplace").strip())[:200]
+        return Credentials(problem=f"the credential helper {program} failed: {output}")
     try:
-        answer = json.loads(said)
+        answer = json.loads(output)
         user, secret = answer["Username"], answer["Secret"]
         if not isinstance(user, str) or not isinstance(secret, str):
             raise TypeError

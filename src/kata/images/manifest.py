@@ -281,13 +281,13 @@ def configuration(data: bytes, what: str) -> Config:
         isinstance(d, str) and _DIGEST.fullmatch(d) for d in diff_ids
     ):
         raise ImageError(f"{what} has no proper list of layers (rootfs.diff_ids)", _HINT)
-    given = content.get("config")
-    if given is None:
-        given = {}
-    if not isinstance(given, dict):
+    run_defaults = content.get("config")
+    if run_defaults is None:
+        run_defaults = {}
+    if not isinstance(run_defaults, dict):
         raise ImageError(f"{what} has a config that is not an object", _HINT)
     kept: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in run_defaults.items():
         if value is None:
             continue
         wrong = (

@@ -413,7 +413,7 @@ class Registry:
 
     def _explain(self, error: _Failed, path: str) -> RegistryError:
         what = f"{self.host}/{self.repository}"
-        said = f": {error.said}" if error.said else ""
+        its_words = f": {error.said}" if error.said else ""
         if error.status in (401, 403):
             found = self._credentials
             if found is not None and found.problem:
@@ -422,11 +422,11 @@ class Registry:
                 )
             if found:
                 return RegistryError(
-                    f"{self.host} does not let this account read {self.repository}{said}",
+                    f"{self.host} does not let this account read {self.repository}{its_words}",
                     f"check the name, or log in as another user: docker login {self.host}",
                 )
             return RegistryError(
-                f"{what} does not exist or is not public{said}",
+                f"{what} does not exist or is not public{its_words}",
                 f"check the name; if it is private, docker login {self.host} (kata reads {credentials.config_path()})",
             )
         if error.status == 404:
@@ -439,10 +439,12 @@ class Registry:
             )
         if error.status == 429:
             return RegistryError(
-                f"{self.host} refuses: too many requests{said}",
+                f"{self.host} refuses: too many requests{its_words}",
                 f"wait, or docker login {self.host} for a higher limit",
             )
-        return RegistryError(f"{self.host} answered {error.status} to {path[:100]}{said}", "try again later")
+        return RegistryError(
+            f"{self.host} answered {error.status} to {path[:100]}{its_words}", "try again later"
+        )
 
     def _unreachable(self, error: httpx.HTTPError) -> RegistryError:
         cause: BaseException | None = error

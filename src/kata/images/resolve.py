@@ -41,22 +41,22 @@ def resolve(
         ImageError: The image, archive or registry is at fault.
         ResourceExhaustedError: There is not enough space.
     """
-    wanted = platforms.parse(platform) if platform else platforms.host()
+    target = platforms.parse(platform) if platform else platforms.host()
     parsed = _parse_or_id(image)
     index = store.Index()
     if isinstance(parsed, references.LocalImage):
         if parsed.kind == "rootfs":
             return _plain_directory(parsed)
-        found = _stored_local(parsed, index, wanted)
+        stored = _stored_local(parsed, index, target)
     else:
-        found = None if pull == "always" else _stored(image, parsed, index, wanted, is_asked=bool(platform))
-    if found is not None:
-        return found
+        stored = None if pull == "always" else _stored(image, parsed, index, target, is_asked=bool(platform))
+    if stored is not None:
+        return stored
     if parsed is None:
         raise NotFoundError(f"there is no image with the id {image}", "see `kata images`")
     hint = references.hint_for_path(image) if isinstance(parsed, references.Reference) else ""
     if pull == "never" and isinstance(parsed, references.Reference):
-        asked, option = (f" for {wanted}", f"--platform {wanted} ") if platform else ("", "")
+        asked, option = (f" for {target}", f"--platform {target} ") if platform else ("", "")
         raise NotFoundError(
             f"the image {parsed.familiar()} is not in the local store{asked}, and --pull is never",
             hint or f"kata pull {option}{parsed.familiar()}",
@@ -64,7 +64,7 @@ def resolve(
     from kata.images import acquire
 
     try:
-        return acquire.acquire(parsed, wanted, progress)
+        return acquire.acquire(parsed, target, progress)
     except KataError as error:
         error.hint = hint or error.hint
         raise
@@ -111,18 +111,18 @@ def _stored(
         of_digest = index.digests.get(store.digest_key(digest, wanted))
         image_id = entry["id"] if entry and not (is_asked and digest) else of_digest
         if entry or image_id:
-            found = store.load(image_id, index) if image_id else None
-            if found is None or image_id == of_digest or found.platform == str(wanted):
-                return found
-            return found if not is_asked and runs_on(found.platform, wanted) else None
+            image_of_id = store.load(image_id, index) if image_id else None
+            if image_of_id is None or image_id == of_digest or image_of_id.platform == str(wanted):
+                return image_of_id
+            return image_of_id if not is_asked and runs_on(image_of_id.platform, wanted) else None
     image_id = store.by_id(image)
-    found = store.load(image_id, index) if image_id else None
-    if found is not None and is_asked and not runs_on(found.platform, wanted):
+    image_of_id = store.load(image_id, index) if image_id else None
+    if image_of_id is not None and is_asked and not runs_on(image_of_id.platform, wanted):
         raise ImageError(
-            f"the image {image} is built for {found.platform}, not for {wanted}",
+            f"the image {image} is built for {image_of_id.platform}, not for {wanted}",
             "name the image rather than its id, or leave --platform out",
         )
-    return found
+    return image_of_id
 
 
 def runs_on(platform: str, wanted: Platform) -> bool:

@@ -258,26 +258,26 @@ class NetnsPlan(NetworkPlan):
         with rtnetlink.Rtnl() as rtnl:
             self._refresh(rtnl)
             free = [one for one in self.endpoints if isinstance(one, _Redirected) and one.source is None]
-            found = self.new_links(rtnl)
+            new = self.new_links(rtnl)
             refused: list[str] = []
             if is_running:
-                found = [link for link in found if link.flags & rtnetlink.UP]
+                new = [link for link in new if link.flags & rtnetlink.UP]
                 refused = [
                     f"the interface {link.name} carries no Ethernet frames"
-                    for link in found
+                    for link in new
                     if not is_ethernet(link)
                 ]
-                found = [link for link in found if is_ethernet(link)]
-            if len(found) > len(free) + self.hotplug_nics:
-                late = found[len(free) + self.hotplug_nics :]
+                new = [link for link in new if is_ethernet(link)]
+            if len(new) > len(free) + self.hotplug_nics:
+                late = new[len(free) + self.hotplug_nics :]
                 error = self._no_plug(", ".join(link.name for link in late))
                 if not is_running:
                     raise error
                 refused.append(f"{error.message}; it is there from the container's next start on")
-                found = found[: len(free) + self.hotplug_nics]
-            for source in found[len(free) :]:
+                new = new[: len(free) + self.hotplug_nics]
+            for source in new[len(free) :]:
                 free.append(self._late(source.mac))
-            for endpoint, source in zip(free, found, strict=False):
+            for endpoint, source in zip(free, new, strict=False):
                 endpoint.connect(rtnl, source, self.journal if self.path else None, self.path)
             self.describe(rtnl)
             self.left_out += refused

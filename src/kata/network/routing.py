@@ -263,37 +263,37 @@ def in_stock_protocol(
     Returns:
         types.Route values, as dicts.
     """
-    said = []
+    stock_routes = []
     for entry in entries:
         family, length, source_length, tos, table, _protocol, scope, sort, flags = struct.unpack_from(
             "=8BI", entry.body
         )
-        found = dict(attributes(entry.body[_HEADER:]))
-        table = _number(found.get(_TABLE)) or table
-        if sort != _UNICAST or table != _MAIN or source_length or tos or _OIF not in found:
+        by_type = dict(attributes(entry.body[_HEADER:]))
+        table = _number(by_type.get(_TABLE)) or table
+        if sort != _UNICAST or table != _MAIN or source_length or tos or _OIF not in by_type:
             left_out.append(f"the route {entry.text} is not in the guest: its agent cannot say it")
             continue
-        metrics = dict(attributes(found.get(_METRICS, b"")))
+        metrics = dict(attributes(by_type.get(_METRICS, b"")))
         mtu = _number(metrics.pop(_METRIC_MTU, None))
         usual = {0} if family == socket.AF_INET else {0, 1024}
-        if metrics or _ENCAP in found or _number(found.get(_PRIORITY)) not in usual:
+        if metrics or _ENCAP in by_type or _number(by_type.get(_PRIORITY)) not in usual:
             left_out.append(
                 f"the route {entry.text} is in the guest without its metrics: its agent cannot say them"
             )
-        via = found.get(_VIA, b"")
+        via = by_type.get(_VIA, b"")
         gateway = (
-            _ip(int.from_bytes(via[:2], "little"), via[2:]) if via else _ip(family, found.get(_GATEWAY))
+            _ip(int.from_bytes(via[:2], "little"), via[2:]) if via else _ip(family, by_type.get(_GATEWAY))
         )
-        said.append(
+        stock_routes.append(
             {
-                "dest": _network(family, found.get(_DST), length, ""),
+                "dest": _network(family, by_type.get(_DST), length, ""),
                 "gateway": gateway,
-                "device": names[_number(found[_OIF])],
-                "source": _ip(family, found.get(_PREFSRC)),
+                "device": names[_number(by_type[_OIF])],
+                "source": _ip(family, by_type.get(_PREFSRC)),
                 "scope": scope,
                 "family": _FAMILIES[socket.AddressFamily(family)],
                 "flags": flags,
                 "mtu": mtu,
             }
         )
-    return said
+    return stock_routes

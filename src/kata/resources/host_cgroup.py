@@ -231,8 +231,8 @@ class HostCgroup:
             else:
                 self._unit = unit[1]
                 self._units = _directories_of(self._scope.pid, unit[1])
-        found = hierarchies()
-        for hierarchy in found:
+        mounted = hierarchies()
+        for hierarchy in mounted:
             try:
                 path = self._make_leaf(journal, hierarchy, place)
             except OSError as error:
@@ -250,7 +250,7 @@ class HostCgroup:
                 else:
                     self.paths[controller] = path
                     self._versions[controller] = hierarchy.version
-        present = [controller for hierarchy in found for controller in hierarchy.controllers]
+        present = [controller for hierarchy in mounted for controller in hierarchy.controllers]
         self.warnings += [
             f"no limit on the host's {controller}: this host has no cgroup hierarchy with that controller"
             for controller in CONTROLLERS

@@ -180,11 +180,14 @@ def _make_locked(path: str, size: int) -> None:
                 stderr=subprocess.STDOUT, check=False,
             )  # fmt: skip
             if run.returncode != 0:
-                said = run.stdout.decode("utf-8", "backslashreplace").strip().replace("\n", "; ")[:500]
-                if "No space left" in said:
+                mkfs_output = (
+                    run.stdout.decode("utf-8", "backslashreplace").strip().replace("\n", "; ")[:500]
+                )
+                if "No space left" in mkfs_output:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), temporary)
                 raise HostError(
-                    f"mkfs.ext4 failed with status {run.returncode}: {said}", "check the disk and e2fsprogs"
+                    f"mkfs.ext4 failed with status {run.returncode}: {mkfs_output}",
+                    "check the disk and e2fsprogs",
                 )
             os.fsync(fd)
         finally:

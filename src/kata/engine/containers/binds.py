@@ -111,12 +111,12 @@ class ContainerMounts:
         """
         binds = spec.host_binds(config)
         here = MountTable() if binds else MountTable([])
-        found = [self._of_guest(mount, here) for mount in binds]
-        rest = [number for number, bind in enumerate(found) if bind is None]
-        trees = self._trees([str(binds[number].get("source") or "") for number in rest], here)
+        guest_binds = [self._of_guest(mount, here) for mount in binds]
+        to_be_shared = [number for number, bind in enumerate(guest_binds) if bind is None]
+        trees = self._trees([str(binds[number].get("source") or "") for number in to_be_shared], here)
         try:
-            for number, tree in zip(rest, trees, strict=True):
-                found[number] = self._shown(binds[number], tree)
+            for number, tree in zip(to_be_shared, trees, strict=True):
+                guest_binds[number] = self._shown(binds[number], tree)
         finally:
             for tree in trees:
                 if isinstance(tree, int):
@@ -147,7 +147,7 @@ class ContainerMounts:
                 if root_tree is not None:
                     os.close(root_tree)
         self._identify()
-        return [bind for bind in found if bind is not None]
+        return [bind for bind in guest_binds if bind is not None]
 
     def add_file(self, name: str, content: bytes) -> None:
         """Show the guest a small file, writable, below its share directory."""

@@ -88,7 +88,9 @@ def run(
         if done.returncode:
             from kata.agent.text import escape_line
 
-            said = escape_line(done.stderr[-SAID_BYTES:].decode(errors="replace").strip())
+            error_output = escape_line(done.stderr[-SAID_BYTES:].decode(errors="replace").strip())
             raise HostError(
-                f"the {kind} hook {path} ended with {done.returncode}" + (f": {said}" if said else ""), HINT
+                f"the {kind} hook {path} ended with {done.returncode}"
+                + (f": {error_output}" if error_output else ""),
+                HINT,
             )

@@ -236,11 +236,11 @@ def for_guest(
     out = dict(spec)
     out["root"] = {"path": rootfs, "readonly": bool((spec.get("root") or {}).get("readonly"))}
     mounts = []
-    rest = iter(binds)
+    remaining_binds = iter(binds)
     for mount in spec.get("mounts") or ():
         changed = {key: mount[key] for key in ("destination", "type", "source", "options") if mount.get(key)}
         if is_bind(mount):
-            bind = next(rest)
+            bind = next(remaining_binds)
             changed["source"], changed["options"] = bind.source, bind.options
         mounts.append(changed)
     taken = {mount.get("destination") for mount in mounts}

@@ -46,7 +46,7 @@ def next_action(
         unknown = lease == Lease.BROKEN and not had_container and not has_clients
         if unknown or saw_stale_client:
             return END
-    wanted = survives_clients and (has_containers or (is_pod and had_container))
-    if has_clients or wanted or lease == Lease.HELD:
+    may_be_wanted = survives_clients and (has_containers or (is_pod and had_container))
+    if has_clients or may_be_wanted or lease == Lease.HELD:
         return KEEP
     return WAIT

@@ -36,17 +36,19 @@ def describe(settings: SandboxSettings, request: CreateSandboxRequest) -> None:
     pod = _config(request)
     linux = pod.linux
     options = linux.security_context.namespace_options if linux and linux.security_context else None
-    given = (("network", options.network), ("PID", options.pid), ("IPC", options.ipc)) if options else ()
-    for name, mode in given:
+    namespace_modes = (
+        (("network", options.network), ("PID", options.pid), ("IPC", options.ipc)) if options else ()
+    )
+    for name, mode in namespace_modes:
         if mode == _NODE:
             raise UnsupportedError(
                 f"the pod asks for the host's {name} namespace, and it runs on a kernel of its own",
                 "Leave the host namespace out (hostNetwork, hostPID, hostIPC).",
             )
-    said = {**pod.annotations, **request.annotations}
+    annotations = {**pod.annotations, **request.annotations}
     conf = files.load(settings.pod.config_path if settings.pod is not None else "")
-    pod_annotations.apply(conf, said)
-    asked = sizing.request_of({"annotations": {**said, **_sizes(pod)}})
+    pod_annotations.apply(conf, annotations)
+    asked = sizing.request_of({"annotations": {**annotations, **_sizes(pod)}})
     described, notes = machine.machine_settings(asked, conf, grows=True)
     network = machine.network_settings(conf, request.netns_path)
     settings.machine = described

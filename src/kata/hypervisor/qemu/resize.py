@@ -59,21 +59,21 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
     async def plugged() -> int:
         return int(await vm.command("qom-get", {"path": _MEMORY_PATH, "property": "size"}))
 
-    wanted = plugged_mib * MIB
+    target_bytes = plugged_mib * MIB
     before = await plugged()
     try:
-        await request(wanted)
+        await request(target_bytes)
     except HypervisorError as error:
         raise HypervisorError(
             f"the virtual machine cannot have {plugged_mib} MiB plugged into it: {error.message}"
         ) from None
-    last = await _settle(plugged, wanted, patience_s, comes=wanted > before)
-    if last < wanted:
+    last = await _settle(plugged, target_bytes, patience_s, comes=target_bytes > before)
+    if last < target_bytes:
         await request(before)
         raise HypervisorError(
-            f"the guest did not take {(wanted - last) // MIB} of {(wanted - before) // MIB} MiB of memory"
+            f"the guest did not take {(target_bytes - last) // MIB} of {(target_bytes - before) // MIB} MiB of memory"
         )
-    if last > wanted:
+    if last > target_bytes:
         await request(last)
     return last // MIB
 
@@ -100,16 +100,16 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
     async def returned() -> int:
         return first_mib * MIB - int((await vm.command("query-balloon"))["actual"])
 
-    wanted = returned_mib * MIB
+    target_bytes = returned_mib * MIB
     before = await returned()
-    await request(wanted)
-    last = await _settle(returned, wanted, patience_s, comes=wanted < before)
-    if last > wanted:
+    await request(target_bytes)
+    last = await _settle(returned, target_bytes, patience_s, comes=target_bytes < before)
+    if last > target_bytes:
         await request(before)
         raise HypervisorError(
-            f"the guest did not take back {(last - wanted) // MIB} MiB of memory that it had given back"
+            f"the guest did not take back {(last - target_bytes) // MIB} MiB of memory that it had given back"
         )
-    if last < wanted:
+    if last < target_bytes:
         last -= last % MIB
         await request(last)
     return last // MIB
