@@ -17,7 +17,7 @@ import pytest
 from otlp_support import Collector
 
 from kata import launcher, trace_export, tracing
-from kata.agent.client import AgentClient
+from kata.agent.client import AgentClient, Encoded
 from kata.engine.services import trace
 from kata.engine.timings import Timings
 from kata.errors import HostError
@@ -153,9 +153,10 @@ class _Agent:
     def __init__(self, spans: list[agentext_pb.GuestSpan]) -> None:
         self.features = frozenset({trace.FEATURE})
         self.given = spans
+        self.raw = b""
 
-    async def call(self, *_: object) -> agentext_pb.TakeSpansResponse:
-        return agentext_pb.TakeSpansResponse(spans=self.given)
+    async def call(self, *_: object) -> Encoded:
+        return Encoded(self.raw or agentext_pb.TakeSpansResponse(spans=self.given).encode())
 
 
 def sandbox(agent: object = None) -> Any:
@@ -266,12 +267,12 @@ def test_a_hostile_guest_reports_in_vain(monkeypatch: pytest.MonkeyPatch) -> Non
         assert span is not None
         time.sleep(0.002)
         span.end()
-        phase = agentext_pb.GuestPhase(name="p\x1b]0;x\x07" * 100, start_ns=most, duration_ns=most)
+        phase = agentext_pb.GuestPhase(name="p\x1b]0;x\x07" * 20, start_ns=most, duration_ns=most)
         lie = agentext_pb.GuestSpan(
-            parent=bytes.fromhex(span.span_id), name="n\n" * 500, duration_ns=most, phases=[phase] * 500
+            parent=bytes.fromhex(span.span_id), name="n\n" * 500, duration_ns=most, phases=[phase] * 30
         )
         stranger = agentext_pb.GuestSpan(parent=b"12345678", name="stranger", duration_ns=1)
-        agent.given = [lie, stranger, agentext_pb.GuestSpan(parent=b"", name="none")] + [lie] * 5000
+        agent.given = [lie, stranger, agentext_pb.GuestSpan(parent=b"", name="none")] + [lie] * 20
         return await recorded(one, monkeypatch), span
 
     spans, call = asyncio.run(run())
@@ -286,6 +287,30 @@ def test_a_hostile_guest_reports_in_vain(monkeypatch: pytest.MonkeyPatch) -> Non
         assert outside["start_ns"] <= span["start_ns"] <= span["end_ns"] <= outside["end_ns"]
         assert span["name"].isprintable()
         assert len(span["name"]) <= 64
+
+
+@pytest.mark.parametrize("answer", [b"\x0a\x00" * (1 << 20), b"\x0a\xff", b"\x00" * 100])
+def test_an_answer_that_is_too_long_or_none_costs_the_guests_part_alone(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.delenv(tracing.VARIABLE, raising=False)
+
+    async def run() -> list[dict[str, Any]]:
+        agent = _Agent([])
+        agent.raw = answer
+        one = trace.SandboxTrace(sandbox(agent), TracingSettings(agent=True))
+        one.began([])
+        span = one.begin_call("grpc.AgentService", "CreateContainer", 1.0)
+        assert span is not None
+        span.end()
+        return await recorded(one, monkeypatch)
+
+    logged.clear()
+    began = time.process_time()
+    spans = asyncio.run(run())
+    assert time.process_time() - began < 1
+    assert {span["service"] for span in spans} == {tracing.CLIENT, tracing.ENGINE}
+    assert logged[0].startswith("a trace lacks the guest's part")
 
 
 # ---- the export ----

@@ -12,8 +12,9 @@ import json
 import os
 
 from kata import launcher, tracing
+from kata.agent.client import Encoded
 from kata.agent.text import escape_line
-from kata.errors import KataError
+from kata.errors import GuestProtocolError, KataError
 from kata.proto import agentext_pb
 
 TYPE_CHECKING = False
@@ -56,6 +57,8 @@ EXPORT_S = 20.0
 NETWORK_FD = 3
 _GUEST_S = 5.0
 _MOST_GUEST_SPANS = 256
+_GUEST_BYTES = 256 << 10
+"""What the spans of a guest that means well take at most; decoding a frame full of empty ones would take long."""
 _LONG_POLLS = frozenset({"Wait", "WaitSandbox", "GetOOMEvent", "WaitProcess", "Check", "Take"})
 """Calls that last as long as something else does, or are made for ever: they say nothing about what takes long."""
 _STARTS = frozenset({"Start", "StartSandbox"})
@@ -235,10 +238,15 @@ class SandboxTrace:
         if agent is None or not self._settings.agent or FEATURE not in agent.features or not calls:
             return
         try:
-            request, answer = agentext_pb.TakeSpansRequest(), agentext_pb.TakeSpansResponse
-            spans = (await agent.call("kata.agent.v1.Trace", "Take", request, answer, _GUEST_S)).spans
-        except KataError:
-            return  # it is going, and so is the trace
+            request = agentext_pb.TakeSpansRequest()
+            answer = (await agent.call("kata.agent.v1.Trace", "Take", request, Encoded, _GUEST_S)).payload
+            if len(answer) > _GUEST_BYTES:
+                raise GuestProtocolError(f"the guest's part of the trace has {len(answer)} bytes")
+            spans = agentext_pb.TakeSpansResponse.decode(answer).spans
+        except (KataError, ValueError) as error:
+            # It may just be going. The trace is worth no sandbox.
+            self._sandbox.tasks.log(f"a trace lacks the guest's part: {escape_line(str(error))}")
+            return
         for guest in spans[:_MOST_GUEST_SPANS]:
             call = calls.get(guest.parent.hex())
             if call is not None and call.end_ns:
