@@ -396,6 +396,13 @@ def test_strange_clients(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> N
     get = head("GET /metrics HTTP/1.1", "Host: h")
     answer = exchange(managed.connect(), get + get, half_close=True)  # pipelined, then the end
     assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
+    nothing = head("GET /nothing HTTP/1.1", "Host: h")
+    answer = exchange(
+        managed.connect(), nothing + get, half_close=True
+    )  # after an error that is no mistake of HTTP
+    assert [answer.count(b"HTTP/1.1 %d " % status) for status in (404, 200)] == [1, 1]
+    answer = exchange(managed.connect(), head("GET / HTTP/1.1") + get, half_close=True)
+    assert [answer.count(b"HTTP/1.1 %d " % status) for status in (400, 200)] == [1, 0]
     assert exchange(managed.connect(), b"\x16\x03\x01garbage\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert exchange(managed.connect(), head("GET / HTTP/1.1", "A: " + "x" * 9000)).startswith(
         b"HTTP/1.1 431 "

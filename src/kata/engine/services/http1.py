@@ -78,6 +78,10 @@ class HttpError(Exception):
         self.text = text
         self.headers = headers or {}
 
+    def response(self) -> Response:
+        """The answer."""
+        return Response((self.text + "\n").encode("utf-8", "replace"), TEXT, self.status, self.headers)
+
 
 class Request:
     """A request.
@@ -404,23 +408,20 @@ class HttpServer:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, busy: bool
     ) -> bool:
         """Read a request and answer it. Returns whether another may follow."""
-        request: Request | None = None
+        keep, head_only = False, False
         try:
             request = await self._read(reader, writer, REFUSAL_S if busy else CLIENT_S)
             if request is None:
                 return False
+            head_only = request.method == "HEAD"
             if busy:
                 raise HttpError(
                     503, f"{MAX_CONNECTIONS} connections are served at a time", {"Retry-After": "1"}
                 )
-            response = await self._answer(request)
-            keep = request.keeps_alive
-        except HttpError as error:
-            response = Response(
-                (error.text + "\n").encode("utf-8", "replace"), TEXT, error.status, error.headers
-            )
-            keep = False
-        head_only = request is not None and request.method == "HEAD"
+        except HttpError as error:  # where the next request would begin may not be clear
+            response = error.response()
+        else:
+            response, keep = await self._answer(request), request.keeps_alive
         writer.write(response.encode(head_only=head_only, keep_alive=keep))
         async with asyncio.timeout(CLIENT_S):
             await writer.drain()
@@ -464,10 +465,10 @@ class HttpServer:
         try:
             async with asyncio.timeout(HANDLER_S):
                 return await self._handle(request)
-        except HttpError:
-            raise
+        except HttpError as error:
+            return error.response()
         except TimeoutError:
-            raise HttpError(504, f"there was no answer within {HANDLER_S:g} s") from None
+            return HttpError(504, f"there was no answer within {HANDLER_S:g} s").response()
         except Exception as error:
             self._log(f"the management socket: {request.method} {request.path!a}: {error!r}")
-            raise HttpError(500, "the engine failed to answer; its log says why") from None
+            return HttpError(500, "the engine failed to answer; its log says why").response()
