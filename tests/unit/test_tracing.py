@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from otlp_support import Collector
+from waiting import PATIENCE, until
 
 from kata import launcher, trace_export, tracing
 from kata.agent.client import AgentClient, Encoded
@@ -432,3 +434,39 @@ def test_the_helper_is_bounded_and_taken_in(monkeypatch: pytest.MonkeyPatch) -> 
     assert asyncio.run(run("cat >/dev/null; echo words >&2; exit 3", 10))[0] == "words"
     assert asyncio.run(run("exit 4", 10))[0] == "the export ended with 4"
     assert asyncio.run(run("exit 0", 10))[0] == ""
+
+
+def test_the_helper_ends_with_its_engine(tmp_path: Path) -> None:
+    """Also one that is in the middle of a request, to a collector that does not answer."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    spans = tmp_path / "spans"
+    spans.write_text(json.dumps(given()))
+    program = (
+        "import sys, time; from pathlib import Path; from kata.engine.services import trace\n"
+        f"print(trace._Exporter(Path({str(spans)!r}).read_bytes()).pid, flush=True); time.sleep(100)"
+    )
+    env = {
+        **os.environ,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        "PYTHONPATH": str(SOURCE.parent),
+    }
+    engine = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE)
+    try:
+        assert engine.stdout is not None
+        helper = int(engine.stdout.readline())
+        silent.settimeout(PATIENCE)
+        connection, _ = silent.accept()
+        assert Path(f"/proc/{helper}").exists()
+    finally:
+        engine.kill()
+        engine.communicate()
+    until(lambda: not _runs(helper), "the helper is gone")
+    connection.close()
+    silent.close()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
