@@ -75,14 +75,13 @@ def _install(arguments: Arguments) -> int:
     if not edits:
         _say(f"containerd's CRI has the handler {client_containerd.HANDLER!r} already, from {path}")
         return 0
-    if _shown(arguments, edits):
-        return 0
     before = daemon.dump(path)
-    _apply_checked(edits, lambda: client_containerd.check(daemon, path, before))
-    _say_written(edits)
-    _look_for_shim()
-    _say("Then: systemctl restart containerd; and in a cluster a RuntimeClass with `handler: kata`.")
-    return 0
+    return _carry_out(
+        arguments,
+        edits,
+        lambda: client_containerd.check(daemon, path, before),
+        "Then: systemctl restart containerd; and in a cluster a RuntimeClass with `handler: kata`.",
+    )
 
 
 def _install_docker(arguments: Arguments) -> int:
@@ -92,12 +91,17 @@ def _install_docker(arguments: Arguments) -> int:
     if not edits:
         _say(f"Docker has the runtime {client_docker.NAME!r} already, from {path}")
         return 0
+    then = "Then: systemctl reload docker; docker run --runtime kata ..."
+    return _carry_out(arguments, edits, lambda: daemon.check(path), then)
+
+
+def _carry_out(arguments: Arguments, edits: list[Edit], check: Callable[[], None], then: str) -> int:
     if _shown(arguments, edits):
         return 0
-    _apply_checked(edits, lambda: daemon.check(path))
+    _apply_checked(edits, check)
     _say_written(edits)
     _look_for_shim()
-    _say("Then: systemctl reload docker; docker run --runtime kata ...")
+    _say(then)
     return 0
 
 

@@ -16,8 +16,24 @@ from kata.cli.args import FLAG, Option
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import Protocol
 
     from kata.cli.args import Command
+
+    class NamedOption(Protocol):
+        """An option of any program."""
+
+        @property
+        def names(self) -> Sequence[str]:
+            """As it is written, with its dashes."""
+
+        @property
+        def metavar(self) -> str:
+            """What its value is; empty for a switch."""
+
+        @property
+        def text(self) -> str:
+            """What it is for."""
 
     Candidates = list[tuple[str, str]]
 
@@ -201,6 +217,35 @@ def values(kind: str) -> Candidates:
         return [("ALL", ""), *((name.removeprefix("CAP_"), "") for name in sorted(ALL))]
     # In choices, literal words are written in lower case and placeholders in upper case.
     return [(choice, "") for choice in kind.split("|") if re.fullmatch(r"[a-z][a-z0-9,.-]*", choice)]
+
+
+def of_options(
+    options: Iterable[NamedOption], before: Sequence[str], word: str, operands: Candidates | None = None
+) -> Candidates:
+    """Candidates for a program that has options and no commands.
+
+    Args:
+        options: Its options.
+        before: The words before the one being typed, without the program.
+        word: The beginning of the word being typed.
+        operands: Candidates where no option is being typed; None offers the options there as well.
+    """
+    known = list(options)
+    by_name = {name: option for option in known for name in option.names}
+    queue = list(before)
+    while queue:
+        option = by_name.get(queue.pop(0))
+        if option is not None and option.metavar:
+            if not queue:
+                return beginning(values(option.metavar), word)
+            queue.pop(0)
+    if operands is not None and not word.startswith("-"):
+        return operands
+    name, attached, value = word.partition("=")
+    if attached:
+        found = beginning(values(by_name[name].metavar), value) if name in by_name else []
+        return [(text if text[0] == ":" else f"{name}={text}", about) for text, about in found]
+    return beginning([(name, option.text) for option in known for name in option.names], word)
 
 
 def beginning(found: Iterable[tuple[str, str]], word: str) -> Candidates:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -236,10 +235,6 @@ def _retire(directory: str, current: set[str]) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: str, progress: Progress) -> Iterator[None]:
-    with open(os.path.join(directory, ".lock"), "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.note("another build installs its guest; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    path = os.path.join(directory, ".lock")
+    with kernels.lock_held(path, lambda: progress.note("another build installs its guest; waiting for it")):
         yield

@@ -173,11 +173,8 @@ def lz4_block(block: bytes, limit: int) -> bytes:
             position += 1
             literals = token >> 4
             if literals == 15:
-                while (more := block[position]) == 255:
-                    literals += 255
-                    position += 1
+                more, position = _further_length(block, position)
                 literals += more
-                position += 1
             out += block[position : position + literals]
             position += literals
             if position >= end:
@@ -186,11 +183,8 @@ def lz4_block(block: bytes, limit: int) -> bytes:
             position += 2
             match = token & 15
             if match == 15:
-                while (more := block[position]) == 255:
-                    match += 255
-                    position += 1
+                more, position = _further_length(block, position)
                 match += more
-                position += 1
             match += 4
             start = len(out) - distance
             if distance == 0 or start < 0 or len(out) + match > limit:
@@ -205,3 +199,12 @@ def lz4_block(block: bytes, limit: int) -> bytes:
     if len(out) > limit or position > end:
         raise GuestAssetError("an LZ4 block of the kernel image is damaged")
     return bytes(out)
+
+
+def _further_length(block: bytes, position: int) -> tuple[int, int]:
+    """What the bytes at a position add to a length, and the position behind them."""
+    length = 0
+    while (more := block[position]) == 255:
+        length += 255
+        position += 1
+    return length + more, position + 1

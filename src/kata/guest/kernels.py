@@ -124,12 +124,24 @@ def digest(path: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _locked(key: str, progress: Progress) -> Iterator[None]:
-    # The lock file is not removed: otherwise a third caller could lock a new file of the same name.
-    with open(os.path.join(directory(), f".{key}.lock"), "w", encoding="utf-8") as lock:
+    path = os.path.join(directory(), f".{key}.lock")
+    with lock_held(path, lambda: progress.note("another build of this kernel is going on; waiting for it")):
+        yield
+
+
+@contextlib.contextmanager
+def lock_held(path: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a build.
+
+    Args:
+        path: The lock's file. It is not removed: otherwise a third caller could lock a new file of the same name.
+        on_wait: Called if somebody else holds it.
+    """
+    with open(path, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress.note("another build of this kernel is going on; waiting for it")
+            on_wait()
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

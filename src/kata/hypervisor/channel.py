@@ -135,7 +135,7 @@ class UnixChannel(Channel):
         return await _connect_unix(self.path, None)
 
 
-class HybridVsockChannel(Channel):
+class HybridVsockChannel(UnixChannel):
     """A hybrid vsock. Source: Firecracker's docs/vsock.md, which Cloud Hypervisor follows.
 
     Args:
@@ -143,9 +143,6 @@ class HybridVsockChannel(Channel):
     """
 
     kind = "hvsock"
-
-    def __init__(self, path: str) -> None:
-        self.path = path
 
     @property
     def url(self) -> str:
