@@ -82,9 +82,8 @@ class Sandbox:
         self.identity = {"pid": me["pid"], "starttime": me["start"], "boot_id": me["boot"]}
         self.timings = Timings(settings.request_started_ns or time.monotonic_ns())
         self.overhead: Overhead | None = None  # once somebody has asked for metrics
-        self.open_questions: dict[
-            str, asyncio.Future[Any]
-        ] = {}  # for figures, which the guest has yet to answer
+        # For figures, which the guest has yet to answer; and when they were asked, by CLOCK_MONOTONIC in seconds.
+        self.open_questions: dict[str, tuple[asyncio.Future[Any], float]] = {}
         self.tasks = Tasks(self.id, settings.client.log_fifo)
         self._configure_log()
         # How long those took that the engine has answered.

@@ -74,7 +74,7 @@ async def look(sandbox: Sandbox) -> Figures:
 
     All that takes time is asked at the same time. A question that a former look has asked, and that is not answered
     yet, is not asked again: a guest that hangs or is paused for hours would otherwise have a longer queue to answer
-    with each scrape. Looks at the same time share their questions.
+    with each scrape. Nor is it waited for any longer than it was. Looks at the same time share their questions.
     """
     found = Figures()
     agent, machine = sandbox.runtime.living_agent, sandbox.runtime.vm
@@ -88,8 +88,10 @@ async def look(sandbox: Sandbox) -> Figures:
             asked[one.id] = _ask(sandbox, one.id, functools.partial(agent.stats, one.id, None))
     if machine is not None and not sandbox.runtime.is_lost:
         asked[_MACHINE] = _ask(sandbox, _MACHINE, machine.metrics)
-    if asked:
-        await asyncio.wait(asked.values(), timeout=GUEST_S)
+    give_up_s = time.monotonic() - GUEST_S
+    awaited = [asked[key] for key in asked if sandbox.open_questions.get(key, (None, 0.0))[1] > give_up_s]
+    if awaited:
+        await asyncio.wait(awaited, timeout=GUEST_S)
     answers = {
         key: question.result()
         for key, question in asked.items()
@@ -128,11 +130,11 @@ _GUEST, _MACHINE = "/guest", "/machine"
 
 def _ask(sandbox: Sandbox, key: str, ask: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Future[Any]:
     """The answer to a question, which is asked unless it is open already."""
-    question = sandbox.open_questions.get(key)
-    if question is None:
-        question = sandbox.open_questions[key] = asyncio.ensure_future(ask())
+    if key not in sandbox.open_questions:
+        question = asyncio.ensure_future(ask())
+        sandbox.open_questions[key] = (question, time.monotonic())
         question.add_done_callback(lambda done: _answered(sandbox, key, done))
-    return question
+    return sandbox.open_questions[key][0]
 
 
 def _answered(sandbox: Sandbox, key: str, question: asyncio.Future[Any]) -> None:
