@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -255,6 +256,19 @@ def test_what_containers_wrote_is_there_when_asked_for(home: Path) -> None:
     assert SECRETS["output"].encode() in files["kata-debug-box/output-log.txt"]
     assert SECRETS["console"].encode() in files["kata-debug-box/console.log"]
     assert SECRETS["environment"].encode() not in files["kata-debug-box/console.log"]
+
+
+def test_what_is_left_of_one_that_has_ended(home: Path) -> None:
+    container = planted(home)
+    shutil.rmtree(paths.sandbox_dir(container.id))
+    target = home / "out.tar.gz"
+    assert main(["debug", "bundle", container.id[:8], "-o", str(target)]) == 0
+    files = unpacked(target)
+    names = {name.partition("/")[2] for name in files}
+    assert {"container.json", "config.json", "state.json", "container-journal.json", "events.json"} <= names
+    assert not {"engine.log", "console.log", "sandbox.json"} & names
+    assert [row["what"] for row in document(files, "manifest.json")["problems"]] == ["the sandbox"]
+    assert SECRETS["argument"].encode() not in b"".join(files.values())
 
 
 def test_links_and_fifos_are_not_followed_and_the_rest_goes_on(
