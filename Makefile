@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-scrape bench-beside faults hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-scrape bench-beside faults hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,10 @@ setup: ## the same without running anything
 test: ## run the tests; T='tests/vm/test_x.py -k word' runs only those
 	@tools/setup test
 	@tools/run-tests $(T)
+
+screenshots: ## the pictures of kata-monitor's page in docs/images
+	@tools/setup test
+	@KATA_SCREENSHOTS=docs/images tools/run-tests tests/unit/test_monitor_page.py -k pictures
 
 coverage: ## the unit tests, and how much of the source they reach; T='tests/unit/test_x.py'
 	@tools/setup test

@@ -420,7 +420,7 @@ def busy_node(clock: Clock, more: int = 0) -> Node:
         410,
     )
     lost = add(sandbox("e9a3b07f5512", container("db"), name="db"), 0.2, 90000)
-    add(sandbox("0a7be33d19c4", name="new", state="booting", timings=[]), 0.0, 1.2)
+    new = add(sandbox("0a7be33d19c4", name="new", state="booting", timings=[]), 0.0, 1.2)
     for place in range(more):
         one = sandbox(f"{place:012x}", container("main"), container("side"), name=f"worker-{place}")
         one["cri"] = {"uid": f"uid-{place}", "name": f"worker-{place}", "namespace": "load"}
@@ -431,6 +431,7 @@ def busy_node(clock: Clock, more: int = 0) -> Node:
 
     def tick(number: int) -> None:
         clock.at_s += clock.step_s
+        new["created"] = clock.at_s - 1.2
         for place, (one, load) in enumerate(plan):
             wave = 1 + 0.45 * math.sin(number / 6 + place) + 0.2 * math.sin(number / 2.3 + place * 2)
             step = load * wave * clock.step_s

@@ -127,7 +127,7 @@ export function waterfall(timings) {
       make("td.number", {}, format.milliseconds(one.duration)),
     );
   });
-  const marks = [0, 0.25, 0.5, 0.75, 1].map((part) => make("span", {}, format.milliseconds(whole * part)));
+  const marks = [0, 0.25, 0.5, 0.75].map((part) => make("span", {}, format.milliseconds(whole * part)));
   return make(
     "table.waterfall",
     {},

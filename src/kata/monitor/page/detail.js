@@ -145,9 +145,9 @@ class Facts {
 class Overview {
   constructor(interval) {
     this.interval = interval;
-    this.facts = new Facts(["Age", "Virtual CPUs", "Memory", "Given back", "Overhead", "Load", "Hypervisor", "Agent by", "Client", "Pod's uid"]);
+    this.facts = new Facts(["Age", "Virtual CPUs", "Memory", "Given back", "Overhead", "Load", "Hypervisor", "Agent over", "Client", "Pod's uid"]);
     this.charts = [
-      [new Chart("CPU", ["on the host"], format.cores), (one) => [one.cpu]],
+      [new Chart("CPU cores", ["on the host"], format.cores), (one) => [one.cpu]],
       [new Chart("Memory", ["guest, in use", "on the host"], format.bytes), (one) => [one.guest, one.host]],
       [new Chart("Network", ["received", "sent"], format.rate), (one) => [one.received, one.sent]],
       [new Chart("Disk", ["read", "written"], format.rate), (one) => [one.read, one.written]],
@@ -165,7 +165,7 @@ class Overview {
           tone: (one) => `badge ${one.now.state === "stopped" && one.now.exitCode ? "bad" : toneOf(one.now.state)}`,
         },
         { title: "Age", number: true, text: (one) => format.age(one.at - (one.now.started ?? one.now.created ?? Number.NaN)), hint: (one) => format.moment(one.now.started) },
-        { title: "CPU", number: true, text: (one) => format.cores(one.rates.cpu) },
+        { title: "CPU cores", number: true, text: (one) => format.cores(one.rates.cpu) },
         { title: "Throttled", number: true, text: (one) => format.percent(one.rates.throttled) },
         {
           title: "Memory",
@@ -223,7 +223,7 @@ class Overview {
     facts.set("Overhead", format.bytes(is.overhead));
     facts.set("Load", is.load === null ? "" : is.load.toFixed(2));
     facts.set("Hypervisor", [is.hypervisor.name, is.hypervisor.version, is.hypervisor.accelerator && `(${is.hypervisor.accelerator})`].filter(Boolean).join(" "));
-    facts.set("Agent by", is.hypervisor.channel);
+    facts.set("Agent over", is.hypervisor.channel);
     facts.set("Client", [is.client, is.namespace].filter(Boolean).join(" / "));
     facts.set("Pod's uid", is.cri.uid);
     const ceilings = [0.5, is.guestTotal ?? 0, 1024, 1024];
@@ -266,7 +266,7 @@ class Start {
 class Happened {
   constructor(store, view) {
     this.store = store;
-    this.table = eventsTable(view, () => null, true);
+    this.table = eventsTable(store, view, true);
     this.element = this.table.element;
   }
 

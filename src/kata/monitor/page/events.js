@@ -5,9 +5,13 @@ import * as format from "./format.js";
 import { LiveTable } from "./live.js";
 import { toneOfEvent } from "./tone.js";
 
-export function eventsTable(view, names, ofOne) {
+const restOf = (one) => one.rest.map((pair) => pair.join("=")).join("  ");
+
+export function eventsTable(store, view, ofOne) {
+  const names = (id) => store.sandboxes.get(id)?.name ?? null;
   const columns = [
     { title: "When", number: true, text: (one) => format.clock(one.at), hint: (one) => format.moment(one.at) },
+    { title: "Ago", number: true, text: (one) => (one.at === null ? format.NONE : format.age(store.now() - one.at)) },
     { title: "Event", text: (one) => one.event, tone: (one) => `badge ${toneOfEvent(one)}` },
     {
       title: "Sandbox",
@@ -17,7 +21,7 @@ export function eventsTable(view, names, ofOne) {
       link: (one) => (names(one.sandbox) === null ? null : view.href({ view: "sandboxes", open: one.sandbox, tab: "overview", container: "" })),
     },
     { title: "Container", name: true, text: (one) => one.container, hint: (one) => one.container },
-    { title: "More", name: true, text: (one) => one.rest.map((pair) => pair.join("=")).join("  ") },
+    { title: "More", name: true, text: restOf, hint: restOf },
   ];
   return new LiveTable("Events, newest first", ofOne ? columns.filter((one) => one.title !== "Sandbox") : columns, "Nothing has happened yet.");
 }
@@ -26,7 +30,7 @@ export class Events {
   constructor(store, view) {
     this.store = store;
     this.view = view;
-    this.table = eventsTable(view, (id) => store.sandboxes.get(id)?.name ?? null, false);
+    this.table = eventsTable(store, view, false);
     this.element = make("div.page", {}, make("h1", {}, "Events"), this.table.element);
     this.table.element.addEventListener("click", (event) => {
       const link = event.target.closest("a[href]");

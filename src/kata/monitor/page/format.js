@@ -63,8 +63,8 @@ export function age(seconds) {
 export function milliseconds(seconds) {
   if (!known(seconds)) return NONE;
   const ms = seconds * 1000;
-  if (ms >= 10000) return `${(ms / 1000).toFixed(1)} s`;
-  return `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+  if (ms >= 1000) return `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`;
+  return `${ms.toFixed(ms > 0 && ms < 10 ? 1 : 0)} ms`;
 }
 
 /** A point in time, whole: ISO 8601, UTC. */

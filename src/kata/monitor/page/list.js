@@ -10,7 +10,7 @@ const COLUMNS = [
   { key: "name", title: "Sandbox", up: true },
   { key: "state", title: "State", up: true },
   { key: "age", title: "Age", number: true },
-  { key: "cpu", title: "CPU", number: true, hint: "processors in use, on the host" },
+  { key: "cpu", title: "CPU cores", number: true, hint: "in use, on the host" },
   { key: "memory", title: "Guest memory", number: true, hint: "in use, of what the guest has" },
   { key: "overhead", title: "Overhead", number: true, hint: "memory on the host beyond that of the containers" },
   { key: "returned", title: "Given back", number: true, hint: "guest memory that takes none of the host's" },
@@ -230,8 +230,8 @@ export class List {
     this.touched = -HOLD_MS;
     this.tiles = {
       count: new Tile("Sandboxes", "on this node"),
-      cpu: new Tile("CPU", "processors in use by all sandboxes, on the host"),
-      host: new Tile("Memory of the host", "taken by all processes of all sandboxes"),
+      cpu: new Tile("CPU", "cores in use by all sandboxes, on the host"),
+      host: new Tile("Host memory", "taken by all processes of all sandboxes"),
       guest: new Tile("Guest memory", "in use inside the guests, of what they have"),
       overhead: new Tile("Overhead", "memory of the host beyond that of the containers"),
       returned: new Tile("Given back", "guest memory that takes none of the host's"),
@@ -389,7 +389,7 @@ export class List {
     const { store, view } = this;
     this.problems = problems;
     const all = [...store.sandboxes.values()];
-    this.drawTotals(all, problems);
+    this.drawTotals();
     this.drawTools(all, problems);
     const shown = all.filter(
       (one) =>
@@ -430,12 +430,11 @@ export class List {
     if (sandbox) row.draw(sandbox, this.problems.get(row.id) ?? [], this.view, this.store.now());
   }
 
-  drawTotals(all, problems) {
+  drawTotals() {
     const { totals, history } = this.store;
     const values = (name) => history[name].values;
-    const bad = all.filter((one) => problems.get(one.id).length).length;
-    this.tiles.count.draw(format.count(totals.count), `${format.count(totals.containers)} containers · ${format.count(bad)} with problems`, values("count"));
-    this.tiles.cpu.draw(format.cores(totals.cpu), `processors · ${format.count(totals.vcpus)} virtual`, values("cpu"));
+    this.tiles.count.draw(format.count(totals.count), `${format.count(totals.containers)} container${totals.containers === 1 ? "" : "s"}`, values("count"));
+    this.tiles.cpu.draw(format.cores(totals.cpu), `cores · ${format.count(totals.vcpus)} virtual`, values("cpu"));
     this.tiles.host.draw(format.bytes(totals.host), "all processes", values("host"));
     this.tiles.guest.draw(format.bytes(totals.guest), `of ${format.bytes(totals.guestTotal)}`, values("guest"));
     const part = totals.host ? totals.overhead / totals.host : null;
