@@ -87,7 +87,7 @@ def test_pods_get_their_names(engines: Engines, runtime: Runtime, tmp_path: Path
         # Idle, it asks nobody, nor does it keep the library that would wake it up.
         time.sleep(1.0)
         before = (runtime.asked, one.switches())
-        time.sleep(3.0)
+        time.sleep(2.0)
         assert (runtime.asked, one.switches()) == before
         # A sandbox that comes is asked for, also one whose pod is listed later than its socket is there.
         engines.add("k8s.io.two", says(exposition(3)), sandbox_id="two")
