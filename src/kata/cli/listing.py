@@ -1,4 +1,4 @@
-"""`kata ps`, `top`, `logs`, `port`, `inspect`, `stats`: the commands that change nothing."""
+"""`kata ps`, `logs`, `port`, `inspect`, `stats`: the commands that change nothing."""
 
 from __future__ import annotations
 
@@ -33,14 +33,6 @@ COMMANDS = {
             _JSON,
         ],
         most=0,
-    ),
-    "top": Command(
-        "top",
-        "CONTAINER",
-        "Lists the processes in a container, as seen in its guest.",
-        [_JSON],
-        least=1,
-        most=1,
     ),
     "logs": Command(
         "logs",
@@ -158,9 +150,6 @@ def _summary(container: Container, state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---- top ----
-
-
 def need_running(container: Container) -> dict[str, Any]:
     """Return the container's state.
 
@@ -174,41 +163,6 @@ def need_running(container: Container) -> dict[str, Any]:
             f"kata start {container.name}",
         )
     return state
-
-
-def _top(arguments: Arguments) -> int:
-    from kata.engine.client import EngineClient
-
-    container = records.find(arguments.rest[0])
-    need_running(container)
-    with EngineClient(container.socket) as engine:
-        processes = engine.processes(container.id)
-    if arguments.flag("json"):
-        table.show_json([{**process.to_dict(), "command": _words(process.command)} for process in processes])
-        return 0
-    rows = [
-        [
-            str(process.pid),
-            str(process.ppid),
-            str(process.uid),
-            _cpu_time(process.cpu_ns),
-            table.human_size(process.rss_bytes),
-            process.tty or "?",
-            " ".join(_words(process.command)),
-        ]
-        for process in processes
-    ]
-    table.show(["PID", "PPID", "UID", "TIME", "RSS", "TTY", "COMMAND"], rows)
-    return 0
-
-
-def _words(command: list[bytes]) -> list[str]:
-    return [argument.decode("utf-8", "backslashreplace") for argument in command]
-
-
-def _cpu_time(nanoseconds: int) -> str:
-    seconds = nanoseconds // 10**9
-    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 # ---- logs ----
@@ -455,4 +409,4 @@ def _stats(arguments: Arguments) -> int:
     return usage.show(chosen, seconds=seconds, stream=stream, as_json=arguments.flag("json"))
 
 
-HANDLERS = {"ps": _ps, "top": _top, "logs": _logs, "port": _port, "inspect": _inspect, "stats": _stats}
+HANDLERS = {"ps": _ps, "logs": _logs, "port": _port, "inspect": _inspect, "stats": _stats}

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "exec": ("execute", "run a further command in a running container"),
     "attach": ("execute", "connect to a running container's standard streams"),
     "ps": ("listing", "list containers"),
-    "top": ("listing", "list the processes in a container"),
+    "top": ("top", "show what all sandboxes do, or list the processes in a container"),
     "logs": ("listing", "show a container's output"),
     "port": ("listing", "list a container's published ports"),
     "inspect": ("listing", "show everything about containers as JSON"),
