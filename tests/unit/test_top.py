@@ -301,6 +301,55 @@ def test_scripts(node: Node, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "--once" in capsys.readouterr().err
 
 
+def test_stats_of_all_clients(
+    node: Node, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kata stats`, from the same documents."""
+    monkeypatch.setattr(live, "ASK_S", 1.0)
+    node.add("one", 0.5, 10)
+    pod = node.add("pause", 0.0, 1, client="containerd", namespace="k8s.io")
+    second = {
+        **node.documents[pod]["containers"][0],
+        "id": "c" * 32,
+        "name": HOSTILE,
+        "memory_bytes": 5 << 20,
+    }
+    ended = {**second, "id": "d" * 32, "state": "stopped"}
+    node.documents[pod]["containers"] += [second, ended]
+    node.silent.add(node.add("stuck", 0.5, 10))
+    assert main.main(["stats", "--json", "--interval", "0.1"]) == 0
+    told = capsys.readouterr()
+    rows = {row["name"]: row for row in json.loads(told.out)}
+    assert set(rows) == {"one", "pause", HOSTILE}
+    assert rows[HOSTILE] | {"cpu_percent": 0} == {
+        "id": "c" * 32,
+        "name": HOSTILE,
+        "sandbox": pod,
+        "client": "containerd",
+        "namespace": "k8s.io",
+        "cpu_percent": 0,
+        "memory_bytes": 5 << 20,
+        "memory_limit_bytes": 1 << 30,
+        "network_received_bytes": 0,
+        "network_sent_bytes": 0,
+        "block_read_bytes": 0,
+        "block_written_bytes": 0,
+        "pids": 3,
+        "overhead_bytes": 100 << 20,
+        "memory_returned_bytes": 1 << 30,
+    }
+    assert "warning: no statistics of " in told.err
+    node.silent.clear()
+    assert main.main(["stats", "--no-stream", "--interval", "0.1", pod[:8]]) == 0
+    heading, first, other = capsys.readouterr().out.splitlines()
+    assert heading.split()[0] == "CONTAINER"
+    assert first.split()[-2:] == ["100MiB", "1GiB"]
+    assert other.split()[-2:] == ["-", "-"]  # of the sandbox, not once more
+    assert "\x1b" not in other
+    assert main.main(["stats", "nobody"]) == 125
+    assert "no container named 'nobody'" in capsys.readouterr().err
+
+
 def test_nothing_runs(node: Node, terminal: Callable[..., Terminal]) -> None:
     shown = terminal()
     shown.wait_for("no sandbox", "0 sandboxes")

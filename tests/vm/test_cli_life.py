@@ -168,6 +168,29 @@ def test_stats(shared_kata: Kata, box: str) -> None:
     )
     assert row["pids"] >= 1
     assert shared_kata.ok("stats", "--no-stream", "--interval", "0.1", box).splitlines()[1].split()[1] == box
+    assert row["client"] == "kata"
+    assert 0 < row["overhead_bytes"] < 1 << 30
+    shown = json.loads(shared_kata.ok("top", "--json", "--interval", "0.3", "--filter", box))
+    assert [(one["name"], one["state"], one["problem"]) for one in shown] == [(box, "ready", "")]
+    assert shown[0]["rates"]["cpu_per_second"] is not None
+    assert shown[0]["timings"]
+
+
+def test_the_log_of_the_engine_and_its_level(shared_kata: Kata, box: str) -> None:
+    shared_kata.ok("debug", "level", box, "info")
+    shared_kata.ok("exec", box, "true")
+    said = shared_kata.ok("logs", "--engine", box)
+    assert "sandbox.ready" in said
+    assert f"container.started container={identity_of(shared_kata, box)}" in said
+    shared_kata.ok("debug", "level", box, "debug")
+    shared_kata.ok("exec", box, "true")
+    shared_kata.ok("debug", "level", box, "info")
+    shared_kata.ok("exec", box, "true")
+    lines = shared_kata.ok("logs", "--engine", box).removeprefix(said).splitlines()
+    debug = [line for line in lines if " debug: " in line]
+    assert sum("the agent answered ExecProcess" in line for line in debug) == 1
+    assert sum("the engine answered Exec " in line for line in debug) == 1
+    assert '"msg":"kata-agent ' in shared_kata.ok("logs", "--guest", box)
 
 
 # ---- exec ----

@@ -64,7 +64,7 @@ COMMANDS = {
     "stats": Command(
         "stats",
         "[CONTAINER...]",
-        "Shows the resource usage of running containers, once or continuously.",
+        "Shows the resource usage of running containers of all clients, once or continuously.",
         [
             Option("--no-stream", "", "only once; the default when standard output is not a terminal"),
             Option("--interval", "SECONDS", "time between two readings (1)"),
@@ -392,12 +392,37 @@ def _describe(container: Container) -> dict[str, Any] | None:
 # ---- stats ----
 
 
+def _directories(references: list[str]) -> list[str]:
+    """The run directories of the sandboxes that are meant.
+
+    Args:
+        references: Names or ids of containers or sandboxes, of any client.
+
+    Raises:
+        KataError: There is none such, or it does not run.
+    """
+    from kata import paths
+    from kata.cli import sandboxes
+
+    found = []
+    for reference in references:
+        own = records.find_or_none(reference)
+        if own is not None:
+            need_running(own)
+            found.append(paths.sandbox_dir(own.id))
+            continue
+        try:
+            found.append(sandboxes.find(reference))
+        except NotFoundError:
+            records.find(reference)  # whose error names what is near
+            raise
+    return found
+
+
 def _stats(arguments: Arguments) -> int:
     from kata.cli import usage
 
-    chosen = [records.find(reference) for reference in arguments.rest]
-    for container in chosen:
-        need_running(container)
+    chosen = _directories(arguments.rest)
     interval = arguments.value("interval")
     try:
         seconds = 1.0 if interval is None else float(interval)
