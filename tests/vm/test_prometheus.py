@@ -10,8 +10,8 @@ import contextlib
 import functools
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 SANDBOXES = 20
 AT_A_TIME = 3
 """Machines that are started together; each takes most of a processor while it boots."""
-INTERVAL_S = 2
+INTERVAL_S = 3
 TOLERANCE = 0.05
 MIB = 1 << 20
 CONTAINER_CPU = "kata_container_cpu_seconds_total"
@@ -47,6 +47,7 @@ LINTED = {
     "kata_shim_agent_rpc_durations_histogram_milliseconds": ("seconds", "type"),
     "kata_shim_rpc_durations_histogram_milliseconds": ("seconds", "type"),
 }
+ALL_UP = "sum(kata_monitor_sandbox_up)"
 METRICS_PAGE = support.ROOT / "docs/metrics.md"
 HELD_MIB = 64
 SENT_MIB = 16
@@ -87,6 +88,7 @@ class Node:
             "holder": ("-m", f"{HELD_MIB * 2}m", "--network", "none"),
             "sender": ("-m", "64m"),
             "hungry": ("-m", "48m", "--network", "none"),
+            "hostile": ("-m", "48m", "--cap-add", "NET_ADMIN"),
             "throttled": ("-m", "48m", "--network", "none", "--cpus", "0.1"),
         }
         for number in range(SANDBOXES - len(roles)):
@@ -164,12 +166,12 @@ def grown(node: Node, query: str, before: dict[str, float], expected: float, wha
 
 
 def every_target_is_up(node: Node) -> None:
-    everywhere(node, lambda server: server.query("up"), "a first scrape")
+    # The first scrape of an engine loads what it needs, and on a busy host not all are in time for it.
+    everywhere(node, lambda server: server.values(ALL_UP) == [SANDBOXES], "that all sandboxes answer")
     for version, server in node.servers.items():
         target = server.api("targets")["activeTargets"]
         assert [(one["health"], one["lastError"]) for one in target] == [("up", "")], (version, target)
         assert server.value("kata_monitor_running_shim_count") == SANDBOXES
-        assert server.value("sum(kata_monitor_sandbox_up)") == SANDBOXES
         told = {one["metric"]["sandbox_id"] for one in server.query("kata_guest_load{item='load1'}")}
         assert told == set(node.ids.values())
 
@@ -185,17 +187,26 @@ def the_newest_prometheus_is_one_of_them(node: Node) -> None:
 def processor_time_is_what_was_burnt(node: Node) -> None:
     one = node.ids["burner"]
     container = f'sum({CONTAINER_CPU}{{sandbox_id="{one}"}})'
-    guest = f'sum(kata_guest_cpu_time{{sandbox_id="{one}", cpu="total", item=~"user|system"}}) / 100'
-    hypervisor = f'sum(kata_hypervisor_proc_stat{{sandbox_id="{one}", item=~"utime|stime"}}) / 100'
-    time.sleep(2 * INTERVAL_S)
-    before = {query: now(node, query) for query in (container, guest, hypervisor)}
-    ran, ticked = node.hypervisor_s("burner"), node.guest_s("burner")
+    before = now(node, container)
     burnt = int(node.sh("burner", BURN)) / 100
-    grown(node, container, before[container], burnt, "processor time of the container")
-    # The guest's kernel counts ticks, on a busy host too few of them; what it counts is what is told.
-    grown(node, guest, before[guest], node.guest_s("burner") - ticked, "processor time of the guest")
-    # The hypervisor is told of by the host: where that is overloaded, its guest takes waiting for working.
-    grown(node, hypervisor, before[hypervisor], node.hypervisor_s("burner") - ran, "the hypervisor's")
+    grown(node, container, before, burnt, "processor time of the container")
+    # Guest and hypervisor are told of by their kernels, which count ticks: on a busy host, the guest's too few of them
+    # or those of waiting, too. What they count is what is told.
+    guest = f'kata_guest_cpu_time{{sandbox_id="{one}", cpu="total", item=~"user|system"}}'
+    hypervisor = f'kata_hypervisor_proc_stat{{sandbox_id="{one}", item=~"utime|stime"}}'
+    counted(node, guest, node.guest_s("burner"))
+    counted(node, hypervisor, node.hypervisor_s("burner"))
+
+
+def counted(node: Node, query: str, seconds: float) -> None:
+    """Every server has that many ticks in all, within five per cent, once it has scraped again."""
+
+    def near(server: Prometheus) -> bool:
+        return any(
+            abs(value - seconds) <= TOLERANCE * seconds for value in server.values(f"sum({query}) / 100")
+        )
+
+    everywhere(node, near, f"{query}: {seconds} s")
 
 
 def memory_is_what_is_held(node: Node) -> None:
@@ -238,14 +249,47 @@ def what_goes_wrong_in_a_container_is_counted(node: Node) -> None:
     before, before_throttled = now(node, killed), now(node, throttled)
     assert node.kata.call("exec", "hungry", "tail", "/dev/zero").returncode == 137
     grown(node, killed, before, 1, "OOM kills")
-    node.sh("throttled", "n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); done")
+    node.kata.call("exec", "throttled", "timeout", "3", "sh", "-c", "while :; do :; done")
     everywhere(
         node,
         lambda server: any(
-            value > before_throttled[server.version] + 0.5 for value in server.values(throttled)
+            value > before_throttled[server.version] + 0.2 for value in server.values(throttled)
         ),
         "the time in which it was throttled",
     )
+
+
+def names_that_a_container_chose_are_only_names(node: Node) -> None:
+    def rename(old: str, new: str) -> None:
+        script = 'ip link set dev "$1" down && ip link set dev "$1" name "$(printf "$2")"'
+        node.kata.ok("exec", "hostile", "sh", "-c", script, "sh", old, new)
+
+    def are(*names: str) -> Callable[[Prometheus], bool]:
+        return lambda server: sorted(one["metric"]["interface"] for one in server.query(shown)) == [*names]
+
+    shown = f'kata_guest_netdev_stat{{sandbox_id="{node.ids["hostile"]}", item="recv_bytes"}}'
+    odd = 'e"v\\{l=,}'
+    rename("eth0", odd.replace("\\", "\\\\"))
+    everywhere(node, are(odd, "lo"), "the interface's new name")
+    # Two that are no UTF-8, and become the same text: only one may be told.
+    rename("lo", r"a\376")
+    rename(odd, r"a\377")
+    everywhere(node, are("a\ufffd"), "one of two interfaces of the same name")
+
+
+def one_that_is_stuck_delays_no_other(node: Node) -> None:
+    stuck = node.kata.engine_pid("idle1")
+    of_it = f'kata_monitor_sandbox_up{{sandbox_id="{node.ids["idle1"]}"}}'
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        everywhere(
+            node,
+            lambda server: server.values(of_it) == [0] and server.values(ALL_UP) == [SANDBOXES - 1],
+            "that one sandbox does not answer, and all others do",
+        )
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    everywhere(node, lambda server: server.values(of_it) == [1], "that it answers again")
 
 
 def _rates(server: Prometheus) -> bool:
@@ -324,7 +368,8 @@ def servers_had_nothing_to_complain_of(node: Node) -> None:
         assert server.value("min_over_time(up[10m])") == 1
         assert server.query("kata_monitor_sandbox_series_dropped > 0") == []
         assert server.value("max(kata_shim_guest_samples_dropped)") == 0
-    assert not re.search(r"level=(warning|error)", node.monitor.log.read_text())
+    # It may warn of the one that was stuck, and on a busy host of others that were late.
+    assert "level=error" not in node.monitor.log.read_text()
 
 
 def _listens(namespace: str, port: int) -> bool:
@@ -343,9 +388,11 @@ CHECKS = (
     memory_is_what_is_held,
     bytes_sent_are_counted,
     what_goes_wrong_in_a_container_is_counted,
+    names_that_a_container_chose_are_only_names,
     every_query_finds_something,
     alert_rules_are_evaluated,
     promtool_has_nothing_new_to_say,
+    one_that_is_stuck_delays_no_other,
     a_sandbox_that_ends_is_gone_at_once,
     servers_had_nothing_to_complain_of,
 )
