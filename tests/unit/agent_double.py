@@ -340,7 +340,7 @@ class MachineDouble:
         self.disk_fails = callback
 
     def on_traffic(self, callback: Callable[[str, bytes], None] | None) -> None:
-        self.traffic = callback
+        self.traffic: Any = callback
 
     def console_tail(self, limit: int = 4096) -> str:
         return "console says hello"

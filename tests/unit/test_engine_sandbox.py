@@ -774,6 +774,47 @@ def test_no_container_runs_whose_state_cannot_be_recorded(
     assert ("StartContainer" in engine.double.calls) == (when == "start")
 
 
+def test_debug_at_run_time_shows_calls_the_monitor_and_the_guest(
+    make: Callable[..., Engine], capfd: Any
+) -> None:
+    engine = make(client={"ends_with_init": False})
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        assert " debug: " not in capfd.readouterr().err
+        engine.do(lambda: engine.sandbox.tasks.set_level("debug"))
+        machine = engine.sandbox.machine_double
+        engine.do(lambda: machine.traffic("console", b"Linux \x1b[2J\nhalf"))
+        engine.do(lambda: machine.traffic("event", b'{"event": "STOP"}'))
+        client.start("c1")
+        engine.do(lambda: engine.sandbox.tasks.set_level("info"))
+        assert machine.traffic is None
+        client.kill("c1", 9)
+    said = capfd.readouterr().err
+    debug = [line[21:] for line in said.splitlines() if " debug: " in line]
+    assert r"debug: console: Linux \x1b[2J" in debug
+    assert any('says {"event": "STOP"}' in line for line in debug)
+    assert sum("the agent answered StartContainer" in line for line in debug) == 1
+    assert not any("Kill" in line for line in debug)
+
+
+def test_an_exit_is_told_once_although_it_cannot_be_recorded(
+    make: Callable[..., Engine], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(client={"ends_with_init": False})
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+
+        async def broken(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(type(engine.sandbox.containers["c1"].record), "write", broken)
+        client.kill("c1", 9)
+        assert client.wait("c1") == 137
+    assert engine.topics().count("/tasks/exit") == 1
+    assert capfd.readouterr().err.count("container.exited") == 1
+
+
 def test_a_disk_of_the_hosts_that_fails_is_told(make: Callable[..., Engine], capfd: Any) -> None:
     engine = make(client={"ends_with_init": False})
     with engine.client() as client:

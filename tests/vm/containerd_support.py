@@ -84,6 +84,20 @@ address = "{self.socket}.ttrpc"
 """
         )
 
+    def kata_json(self, *arguments: str) -> list[dict[str, Any]]:
+        """What a command of ours prints as JSON: a list, or an object on each line."""
+        done = subprocess.run(
+            [str(ROOT / "src/kata/__main__.py"), *arguments, "--json"],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if done.stdout.startswith("["):
+            found: list[dict[str, Any]] = json.loads(done.stdout)
+            return found
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
     def kata(self, *arguments: str) -> str:
         """Run a command of ours with this daemon's programs; what it says of what it has done."""
         done = subprocess.run(

@@ -80,6 +80,13 @@ def test_a_task_from_create_to_delete(daemon: Containerd, tmp_path: Path) -> Non
         status, _, body = curl(link, "/kata/v1/logs?container=life")
         assert (status, "by its client" in body) == (404, True)
         assert str(pid) in daemon.ok("task", "ps", "life")
+        (row,) = daemon.kata_json("stats", "--interval", "0.1", "life")
+        assert (row["id"], row["client"], row["namespace"]) == ("life", "containerd", "default")
+        assert row["memory_bytes"] > 0
+        assert row["overhead_bytes"] > 0
+        (row,) = daemon.kata_json("top", "--interval", "0.3", "--filter", "default life")
+        assert (row["state"], row["problem"]) == ("ready", "")
+        assert any("sandbox.ready" in one["line"] for one in daemon.kata_json("logs", "--engine", "life"))
         daemon.ok("task", "kill", "-s", "KILL", "life")
         until(lambda: daemon.tasks()["life"][1] == "STOPPED", "the task is stopped")
         again = daemon.ctr("task", "kill", "-s", "KILL", "life")
@@ -90,6 +97,14 @@ def test_a_task_from_create_to_delete(daemon: Containerd, tmp_path: Path) -> Non
         seen = events.topics("life")
     finally:
         events.close()
+    told = daemon.kata_json("events", "--filter", "sandbox=life")
+    assert {(one["client"], one["namespace"]) for one in told} == {("containerd", "default")}
+    assert [one["event"] for one in told] == [
+        *("sandbox.created", "sandbox.ready", "container.created", "container.started"),
+        *("exec.started", "exec.exited", "container.paused", "container.resumed"),
+        *("container.exited", "container.deleted", "sandbox.ended"),
+    ]
+    assert (told[5]["exit_code"], told[8]["exit_code"], told[8]["oom_killed"]) == (3, 137, False)
     init = [topic for topic, event in seen if event.get("id", "life") == "life" and "exec_id" not in event]
     assert init == ["create", "start", "paused", "resumed", "exit", "delete"]
     first = [topic for topic, event in seen if "e1" in (event.get("exec_id"), event.get("id"))]
