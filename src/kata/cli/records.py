@@ -257,6 +257,13 @@ def remove(container: Container) -> None:
         raise JournalError(
             f"container {container.name} could not be removed completely: {failures[0]}", "kata gc"
         )
+    from kata import events
+
+    known = {"sandbox": container.id, "container": container.id, "client": "kata", "name": container.name}
+    try:
+        events.append("container.deleted", known)
+    except OSError:
+        pass  # nothing fails for want of its record
 
 
 def load(identity: str) -> Container | None:

@@ -357,6 +357,8 @@ class Sandbox:
             await Teardown(self, grace_s).run()
         finally:
             self.runtime.terminate(VMLostError(f"sandbox {self.id} has ended"))
+            if self.removed_directory and not os.path.lexists(self.removed_directory):
+                self.life_events.record("container.deleted", container=self.id)
             self.life_events.ended(self.journal.path)
             self.runtime.enter(SandboxState.ENDED)
 

@@ -205,7 +205,9 @@ class TaskService:
             async with process.lock:
                 process.require_deletable()
                 process.transition(DELETED)
-            sandbox.life_events.record("container.deleted", container=container.id)
+            if sandbox.settings.container is None or container.id != sandbox.id:
+                # Otherwise it is kept as long as its directory is.
+                sandbox.life_events.record("container.deleted", container=container.id)
             if sandbox.client.ends_with_init and container.id == sandbox.id:
                 # Deleted means for a person: nothing of it is left on this host.
                 sandbox.end()
