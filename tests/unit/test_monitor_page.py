@@ -227,6 +227,21 @@ def test_it_is_usable_by_keyboard(page: Browser, busy: Node) -> None:
     assert page.focused() == names[2]
 
 
+def test_a_row_keeps_the_focus_when_it_gets_another_place(page: Browser) -> None:
+    with serving(Node(sandbox("one"), sandbox("two"), sandbox("three"))) as node:
+        ready(page, node.url)
+        assert page.texts(NAMES) == ["one", "three", "two"]
+        page.run("document.querySelectorAll(arguments[0])[1].focus()", NAMES)
+        page.press(Keys.ARROW_DOWN)
+        node.sandboxes[1]["state"] = "failed"
+        node.sandboxes[0]["disk_error"] = "no space left"
+        # At once it would slip away from who is about to press Enter.
+        page.waits_for(".sandboxes", "no space left")
+        assert page.texts(NAMES) == ["one", "three", "two"]
+        until(lambda: page.texts(NAMES) == ["two", "one", "three"], "what is wrong does not come first")
+        assert page.focused() == "two"
+
+
 def test_light_and_dark(page: Browser, busy: Node) -> None:
     def back() -> str:
         return str(page.run("return getComputedStyle(document.body).backgroundColor"))
@@ -286,6 +301,10 @@ def test_nothing_is_sampled_for_a_page_that_nobody_looks_at(page: Browser, busy:
     page.click("#pause")
     until(lambda: busy.watchers == 0, "a page that is held still watches")
     assert page.text("#connection-text") == "Held"
+    page.click(".sandbox [title='1f3a91c0d27e']")
+    page.click("#tab-logs")
+    page.waits_for(".text", "page=239")
+    page.click(".back")
     page.click("#pause")
     page.waits_for("#connection-text", "Live")
 
@@ -395,14 +414,16 @@ def test_nobodys_text_does_anything(page: Browser) -> None:
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         assert widest <= 0
-        for view in ("overview", "start", "events", "console", "logs"):
-            for place in (0, 3, 5, 7, 9):
-                # Ids that are no ids come back in addresses: encoded, and never as the address itself.
-                ready(page, node.url)
-                page.one(".sandbox")
-                page.run("document.querySelectorAll(arguments[0])[arguments[1]].click()", NAMES, place)
+        for place in (0, 3, 5, 7, 9):
+            # Ids that are no ids come back in addresses: encoded, and never as the address itself.
+            ready(page, node.url)
+            page.one(".sandbox")
+            page.run("document.querySelectorAll(arguments[0])[arguments[1]].click()", NAMES, place)
+            for view in ("overview", "start", "events", "console", "logs"):
                 page.click(f"#tab-{view}")
                 page.one("#panel > *")
+                if view in ("console", "logs"):
+                    page.waits_for(".text", MARKUP[0])
                 check(page, node)
         page.waits_for(".text", "\\u{202e}b")
         assert "red" in page.text(".text")

@@ -420,7 +420,10 @@ export class List {
       this.drawRow(row);
       return row.element;
     });
+    const focused = this.table.contains(document.activeElement) ? document.activeElement : null;
     arrange(this.table, [this.head, ...elements]);
+    // An element that is moved loses the focus.
+    if (focused?.isConnected && document.activeElement !== focused) focused.focus({ preventScroll: true });
     setAttribute(this.table, "aria-rowcount", String(ordered.length + 1));
     this.drawNone(all.length, ordered.length);
   }

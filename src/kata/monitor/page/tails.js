@@ -71,7 +71,8 @@ export class Text {
       setText(this.text, "");
     }
     const first = this.fetched === -Infinity;
-    if (this.abort || !live || (!first && (!this.follow.checked || performance.now() - this.fetched < REFRESH_MS * 0.9))) return;
+    const due = live && this.follow.checked && performance.now() - this.fetched > REFRESH_MS * 0.9;
+    if (this.abort || !(first || due)) return;
     void this.fetch(address);
   }
 
