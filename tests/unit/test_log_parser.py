@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -338,6 +339,27 @@ def test_statistics_and_files(tmp_path: Path) -> None:
     assert call("-o", target, paths[0], tmp_path / "none").returncode == 2
     assert len(target.read_text().splitlines()) == 1001
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_only_a_file_is_replaced(tmp_path: Path) -> None:
+    """A device or a pipe is written to and stays what it is, as does a link."""
+    line = b"time=2026-01-02T03:04:05Z level=info msg=words\n"
+    pipe, link, real = tmp_path / "pipe", tmp_path / "link", tmp_path / "real"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert call("-o", pipe, "-", stdin=line).returncode == 0
+        assert b"words" in os.read(reader, 4096)
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    real.write_text("old")
+    link.symlink_to(real)
+    assert call("-o", link, "-", stdin=line).returncode == 0
+    assert link.is_symlink()
+    assert "words" in real.read_text()
+    done = call("-o", tmp_path, "-", stdin=line)
+    assert (done.returncode, "Is a directory" in done.stderr) == (2, True)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

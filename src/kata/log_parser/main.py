@@ -164,11 +164,19 @@ def _look_for_fields(record: Record, complaints: Complaints) -> None:
 
 @contextlib.contextmanager
 def _output(path: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that takes the place of one at *path* when everything has been written."""
+    """Standard output, or a file that takes the place of one at *path* when everything has been written.
+
+    What is there and is no file (a device, a pipe) is written to; a link stays, and what it leads to is replaced.
+    """
     if path is None or path == "-":
         yield sys.stdout
         sys.stdout.flush()
         return
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+        return
+    path = os.path.realpath(path)
     unfinished = f"{path}.{os.getpid()}.part"
     fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
