@@ -22,6 +22,7 @@ from terminal_support import KATA, Terminal
 from kata import events
 from kata.cli import live, main, screen, top_view
 from kata.cli.screen import Line, fit, width
+from kata.errors import KataError
 
 HOSTILE = "\x1b]0;evil\x07\x1b[2J\u202e\n"
 WIDE = "\u5bb9\u5668"  # two characters of two columns each
@@ -348,6 +349,33 @@ def test_stats_of_all_clients(
     assert "\x1b" not in other
     assert main.main(["stats", "nobody"]) == 125
     assert "no container named 'nobody'" in capsys.readouterr().err
+
+
+def test_one_that_is_silent_is_waited_for_once(tmp_path: Path) -> None:
+    """A command that reads twice, for rates, does not wait twice for an engine that hangs."""
+    waits = threading.Event()
+    hangs, well = str(tmp_path), str(tmp_path / "well")
+
+    def ask(directory: str) -> dict[str, Any]:
+        if directory == hangs:
+            waits.wait(0.5)
+            raise KataError("it did not answer")
+        return {"time": time.time()}
+
+    sampler = live.Sampler(ask, lambda: [hangs, well])
+    sampler.sample()
+    assert (sampler.rows[hangs].problem, sampler.rows[well].problem) == ("it did not answer", "")
+    before, first = time.monotonic(), sampler.rows[well]
+    sampler.sample()
+    assert time.monotonic() - before < 0.45
+    assert sampler.rows[well] is not first
+    assert sampler.rows[hangs].status == "silent"
+    waits.set()
+
+
+def test_the_help_names_every_column(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["top", "--help"]) == 0
+    assert ", ".join(top_view.COLUMNS) in " ".join(capsys.readouterr().out.split())
 
 
 def test_nothing_runs(node: Node, terminal: Callable[..., Terminal]) -> None:

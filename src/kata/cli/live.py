@@ -284,10 +284,14 @@ class Sampler:
         return news
 
     def sample(self, patience_s: float = ASK_S) -> None:
-        """Ask all, and wait for their answers, or as long as `patience_s` seconds."""
+        """Ask all, and wait for their answers, or as long as `patience_s` seconds.
+
+        Who gave no answer the last time is asked again, but not waited for.
+        """
         self.begin()
+        silent = {directory for directory, row in self.rows.items() if row.problem}
         give_up = time.monotonic() + patience_s
-        while self._asked and time.monotonic() < give_up:
+        while self._asked - silent and time.monotonic() < give_up:
             if not self.take():
                 time.sleep(0.005)
         self.take()

@@ -22,7 +22,9 @@ COMMANDS = {
             Option("--once", "", "print a table once, and end"),
             Option("--json", "", "print JSON once, and end"),
             Option(
-                "--sort", "COLUMN", "name, state, age, cpu, memory, overhead, returned, network, disk (cpu)"
+                "--sort",
+                "COLUMN",
+                "name, client, state, age, cpu, memory, overhead, returned, network, disk, containers (cpu)",
             ),
             Option("--filter", "WORDS", "sandboxes with these words in their names, ids, images or states"),
             Option("--interval", "SECONDS", "time between two readings (2)"),
