@@ -313,6 +313,8 @@ def test_it_is_bounded_and_left_whole_or_not_at_all(
     before = target.read_bytes()
     assert main(["debug", "bundle", "box", "-o", str(target)]) == 125
     assert "exists already" in capsys.readouterr().err
+    assert main(["debug", "bundle", "", "-o", str(home / "other")]) == 125
+    assert "the name of a container is empty" in capsys.readouterr().err
     assert target.read_bytes() == before
     assert main(["debug", "bundle", "box", "-o", str(home / "none" / "out")]) == 125
     assert "hint: give another path: -o FILE" in capsys.readouterr().err

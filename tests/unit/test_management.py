@@ -627,6 +627,7 @@ def test_kata_runtime(known: Managed, capsys: pytest.CaptureFixture[str], tmp_pa
         (("iptables", "set", "--sandbox-id", "c1"), "get, or set FILE"),
         (("iptables", "set", "--sandbox-id", "c1", "/none"), "No such file or directory: /none"),
         (("metrics", "x"), "no running sandbox"),
+        (("metrics", ""), "the name of a sandbox is empty"),
         (("create", "c1"), "is planned"),
         (("exec", "c1"), "kata-agent-ctl"),
         (("env",), "kata doctor --json"),

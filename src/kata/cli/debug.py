@@ -42,6 +42,8 @@ def _bundle(arguments: Arguments) -> int:
         raise UsageError(f"kata debug bundle: unexpected argument {arguments.rest[2]!r}", "one at a time")
     masker = Masker()
     reference = arguments.rest[1] if len(arguments.rest) > 1 else ""
+    if not reference and len(arguments.rest) > 1:
+        raise UsageError("the name of a container is empty", "is a variable of the command not set?")
     subject = debug_collect.find(reference) if reference else None
     if reference and subject is None:
         raise NotFoundError(

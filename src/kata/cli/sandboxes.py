@@ -48,8 +48,10 @@ def find(reference: str) -> str:
 
     Raises:
         NotFoundError: No running sandbox matches.
-        UsageError: The beginning of an id is ambiguous.
+        UsageError: The beginning of an id is ambiguous, or there is none: every id begins with nothing.
     """
+    if not reference:
+        raise UsageError("the name of a sandbox is empty", "is a variable of the command not set?")
     own = records.find_or_none(reference)
     wanted = own.id if own is not None else reference
     sandboxes = settings_by_directory()
