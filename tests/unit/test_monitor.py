@@ -60,13 +60,19 @@ def test_what_is_asked_for_is_answered(engines: Engines) -> None:
     engines.add("web", says("", document=state("web")))
     engines.add("k8s.io.pod1", says("vsock://7:1024", document=state("x")), sandbox_id="pod1")
     engines.add("gone", None)
+    engines.add(
+        "serial", says("no address\nhint: kata-agent-ctl\n", "501 Not Implemented", document=state("serial"))
+    )
+    engines.add("mute", says("", "418 I am", document=state("mute")))
     with monitor(engines.run_directory) as one:
-        assert one.get("/sandboxes").text == "gone\npod1\nweb\n"
+        assert one.get("/sandboxes").text == "gone\nmute\npod1\nserial\nweb\n"
         page = one.get("/sandboxes", Accept="text/html,*/*")
         assert '<a href="/metrics?sandbox=pod1">' in page.text
         assert page.headers["content-type"].startswith("text/html")
         assert one.get("/agent-url?sandbox=pod1").text == "vsock://7:1024"
-        assert one.get("/healthz").json == {"status": "ok", "sandboxes": 3, "watching": True}
+        assert one.get("/healthz").json == {"status": "ok", "sandboxes": 5, "watching": True}
+        refusal = one.get("/agent-url?sandbox=serial")
+        assert (refusal.status, refusal.json) == (501, {"error": "no address", "hint": "kata-agent-ctl"})
         whole = one.get("/api/v1/sandboxes")
         assert whole.headers["content-type"].startswith("application/json")
         assert set(whole.json) == {"time", "node", "version", "sandboxes"}
@@ -84,6 +90,7 @@ def test_what_is_asked_for_is_answered(engines: Engines) -> None:
             ("/agent-url", 404),
             ("/api/v1/sandboxes/none", 404),
             ("/agent-url?sandbox=gone", 502),
+            ("/agent-url?sandbox=mute", 502),
             ("/nothing/here", 404),
             ("/..%2f..%2fetc%2fpasswd", 404),
             ("/api/v1/sandboxes/web/logs", 400),

@@ -184,10 +184,13 @@ class Web:
     async def _passed_on(
         self, request: web.Request, target: str, most: int = MAX_TAIL_BYTES
     ) -> web.StreamResponse:
-        """What the engine of the named sandbox answers, as plain text whatever it is."""
+        """What the engine of the named sandbox answers, as plain text whatever it is; why it refuses, as JSON."""
         async with self._node.engines.get(find(self._node, request), target) as answer:
             status = answer.status if answer.status in (200, 400, 404, 409, 501, 503) else 502
             text = answer.body[-most:].decode("utf-8", "replace")
+        if status != 200:
+            message, _, hint = text[:4096].rstrip("\n").partition("\nhint: ")
+            return refused(status, message or f"its engine answered with {answer.status}", hint)
         return web.Response(text=text, status=status, content_type="text/plain", charset="utf-8")
 
     async def events(self, request: web.Request) -> web.StreamResponse:
