@@ -95,7 +95,10 @@ def request(
     except FileNotFoundError:
         raise NotFoundError(f"no engine is running at {path}", "kata ps") from None
     except TimeoutError:
-        raise HostError(f"the engine did not answer {target} within {timeout_s:g} s") from None
+        raise HostError(
+            f"the engine did not answer {target} within {timeout_s:g} s",
+            f"it is busy, hangs or is stopped: see {os.path.dirname(path)}/engine.log",
+        ) from None
     except PermissionError:
         raise HostError(f"{path} may not be opened", "Sandboxes are root's: run it with sudo.") from None
     except OSError as error:

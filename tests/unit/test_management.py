@@ -549,8 +549,9 @@ def test_the_client_does_not_wait_for_ever(tmp_path: Path) -> None:
     path = str(tmp_path / ("d" * 100) / "sock")
     os.mkdir(os.path.dirname(path))
     with socket.socket(fileno=listen(path, Journal.create_dir(str(tmp_path), "j", {}))) as listener:
-        with pytest.raises(HostError, match=r"did not answer /metrics within 0\.3 s"):
+        with pytest.raises(HostError, match=r"did not answer /metrics within 0\.3 s") as late:
             client.get(path, "/metrics", 0.3)
+        assert f"{os.path.dirname(path)}/engine.log" in late.value.hint
 
         def trickle() -> None:
             peer, _ = listener.accept()
