@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,17 +235,15 @@ def test_the_command_filters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_follows_until_it_is_interrupted(run_dir: Path) -> None:
-    import signal
-
     events.append("old", {})
     program = [sys.executable, str(SOURCE / "kata" / "__main__.py"), "events", "-f", "--json"]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as child:
+    # A shell starts its background jobs with SIGINT ignored, and this may be below one.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, preexec_fn=heeds) as child:
         assert child.stdout is not None
         line = ""
         while not line:  # until it listens: what was before is not shown
             events.append("new", {})
-            import select
-
             if select.select([child.stdout], [], [], 0.1)[0]:
                 line = child.stdout.readline()
         assert json.loads(line)["event"] == "new"

@@ -87,7 +87,7 @@ def test_what_is_asked_for_is_answered(engines: Engines) -> None:
         assert console.headers["content-type"] == "text/plain; charset=utf-8"
         for target, status in [
             ("/agent-url?sandbox=none", 404),
-            ("/agent-url", 404),
+            ("/agent-url", 400),
             ("/api/v1/sandboxes/none", 404),
             ("/agent-url?sandbox=gone", 502),
             ("/agent-url?sandbox=mute", 502),
@@ -97,6 +97,7 @@ def test_what_is_asked_for_is_answered(engines: Engines) -> None:
             ("/api/v1/sandboxes/web/logs?container=..%2fx", 400),
             ("/api/v1/sandboxes/web/console?tail=x", 400),
             ("/api/v1/stream?interval=x", 400),
+            ("/api/v1/stream?interval=0", 400),
         ]:
             answer = one.get(target)
             assert (target, answer.status) == (target, status)

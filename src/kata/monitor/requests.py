@@ -44,9 +44,13 @@ def find(node: Node, request: web.Request) -> Sandbox:
     """The sandbox that a request names, in its path or its query.
 
     Raises:
+        HTTPBadRequest: It names none.
         HTTPNotFound: There is none of that name.
     """
-    sandbox = node.find(request.match_info.get("id") or request.query.get("sandbox", ""))
+    name = request.match_info.get("id") or request.query.get("sandbox", "")
+    if not name:
+        raise web.HTTPBadRequest(reason="No sandbox is named")
+    sandbox = node.find(name)
     if sandbox is None:
         raise web.HTTPNotFound(reason="No such sandbox")
     return sandbox

@@ -205,7 +205,9 @@ class Web:
         """Server-sent events: ``snapshot``, every *interval* seconds, and ``life``."""
         try:
             interval = float(request.query.get("interval", "2"))
-            watcher = self._node.sampler.attach(interval if interval > 0 else 2.0)
+            if not interval > 0:  # nor NaN
+                raise ValueError
+            watcher = self._node.sampler.attach(interval)
         except ValueError:
             return refused(400, "interval is not a number of seconds", "?interval=2")
         except OverflowError:
