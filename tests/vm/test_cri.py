@@ -218,7 +218,8 @@ def test_logs_streams_and_codes(cri: Cri) -> None:
     one = cri.container(pod, "one", "sh", "-c", "echo out; echo err >&2; exit 5")
     until(lambda: cri.status(one)["state"] == "CONTAINER_EXITED", "the container has ended")
     assert cri.status(one)["exitCode"] == 5
-    lines = (cri.daemon.directory / "p2" / "one.log").read_text().splitlines()
+    log = Path(json.loads(pod[1].read_text())["log_directory"]) / "one.log"
+    lines = log.read_text().splitlines()
     assert {tuple(line.split()[1:]) for line in lines} == {("stdout", "F", "out"), ("stderr", "F", "err")}
     two = cri.container(pod, "two", "sleep", "1000")
     assert cri("exec", "-i", two, "cat", stdin=b"through") == "through"
