@@ -19,7 +19,7 @@ test: ## run the tests; T='tests/vm/test_x.py -k word' runs only those
 
 screenshots: ## the pictures of kata-monitor's page in docs/images
 	@tools/setup test
-	@KATA_SCREENSHOTS=docs/images tools/run-tests tests/unit/test_monitor_page.py -k pictures
+	@.venv/bin/python tests/unit/page_pictures.py docs/images
 
 coverage: ## the unit tests, and how much of the source they reach; T='tests/unit/test_x.py'
 	@tools/setup test

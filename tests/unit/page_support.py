@@ -20,6 +20,8 @@ from typing import Any
 from aiohttp import web
 
 PATIENCE_S = 60.0
+BEGIN = 1_795_834_800.0
+"""A fixed time, 2026-11-28 03:00 UTC."""
 MIB = 1 << 20
 
 Document = dict[str, Any]

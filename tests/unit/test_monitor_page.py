@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from browser_support import ROOT, Browser, Keys, axe, browser
-from page_support import Clock, Node, busy_node, container, sandbox, serving
+from browser_support import Browser, Keys, axe, browser
+from page_support import BEGIN, Clock, Node, busy_node, container, sandbox, serving
 from waiting import until
 
-BEGIN = 1_795_834_800.0
-"""A fixed time, 2026-11-28 03:00 UTC."""
 NAMES = ".sandbox .row.main .name"
 
 
@@ -526,31 +522,3 @@ def faults(page: Browser, checker: str) -> list[str]:
         for one in found["violations"]
         for node in one["nodes"]
     ]
-
-
-# ---- pictures for the documentation ----
-
-PICTURES = {
-    "monitor-desktop": ("", 1360, 900, "light"),
-    "monitor-dark": ("", 1360, 900, "dark"),
-    "monitor-sandbox": ("?open=1f3a91c0d27e", 1360, 900, "light"),
-    "monitor-start": ("?open=1f3a91c0d27e&tab=start", 1360, 640, "dark"),
-    "monitor-phone": ("", 360, 740, "dark"),
-}
-
-
-@pytest.mark.skipif("KATA_SCREENSHOTS" not in os.environ, reason="pictures are made by `make screenshots`")
-def test_pictures(page: Browser) -> None:
-    into = Path(os.environ["KATA_SCREENSHOTS"] or ROOT / "docs" / "images")
-    for name, (address, width, height, scheme) in PICTURES.items():
-        # All samples are said at once, so that the pictures do not depend on how fast it goes.
-        node = busy_node(Clock(BEGIN))
-        node.hurry = 140
-        with serving(node):
-            page.looks(width, height, scheme)
-            page.open(f"{node.url}{address}")
-            page.waits_for("#connection-text", "Live")
-            time.sleep(2)
-            page.run("document.activeElement.blur()")
-            page.picture(into / f"{name}.webp")
-        assert (into / f"{name}.webp").stat().st_size < 150_000
