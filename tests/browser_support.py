@@ -177,9 +177,9 @@ def processes(directory: Path) -> list[int]:
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A browser while the block runs; afterwards neither a process nor a file of it is there."""
-    for program in ("chromium", "chromedriver"):
+    for program, package in (("chromium", "chromium"), ("chromedriver", "chromium-driver")):
         if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
+            pytest.skip(f"needs {program} (apt-get install {package})")
     directory = Path(tempfile.mkdtemp(prefix="kata-page-", dir="/tmp"))
     try:
         one = Browser(directory)
@@ -198,7 +198,7 @@ def axe() -> str:
     """The script of the accessibility checker; the test is skipped without."""
     found = sorted((ROOT / "build").glob("axe-*/axe.min.js"))
     if not found:
-        pytest.skip("axe is not there: tools/setup test unpacks it")
+        pytest.skip("needs axe (tools/setup test unpacks it)")
     return found[-1].read_text()
 
 

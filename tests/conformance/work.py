@@ -820,7 +820,7 @@ def run(guest: Path, record: Record, columns: tuple[str, ...], only: str) -> Non
 @contextmanager
 def _docker(guest: Path) -> Iterator[Dockerd]:
     if shutil.which("dockerd", path=PROGRAMS) is None:
-        pytest.skip("needs docker")
+        pytest.skip("needs Docker (tools/setup test unpacks it)")
     # A short path: there are sockets in it.
     directory = Path(tempfile.mkdtemp(prefix="kw", dir=os.environ.get("KATA_WORK_DIR", "/tmp")))
     daemon = Dockerd(directory, guest)

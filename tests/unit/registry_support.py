@@ -58,7 +58,7 @@ def basic(user: str, secret: str) -> str:
 def certificate_of(directory: Path) -> tuple[Path, Path]:
     """Make a key and a certificate for 127.0.0.1, and skip the test where nothing can."""
     if not shutil.which("openssl"):
-        pytest.skip("needs openssl, for a certificate")
+        pytest.skip("needs openssl, for a certificate (apt-get install openssl)")
     key, certificate = directory / "key.pem", directory / "cert.pem"
     command = [
         "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate),
@@ -85,7 +85,7 @@ class DockerRegistry:
         )  # by tools/setup
         program = shutil.which("docker-registry", path=f"{unpacked}:{os.environ['PATH']}")
         if not program:
-            pytest.skip("needs docker-registry (apt-get install docker-registry)")
+            pytest.skip("needs docker-registry (tools/setup test unpacks it)")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -66,8 +66,10 @@ def test_methods_are_found_in_full_and_misspelt_ones_named() -> None:
 @pytest.fixture(scope="module")
 def oracle() -> Any:
     """Makes Google's class for one of ours."""
-    descriptor_pool = pytest.importorskip("google.protobuf.descriptor_pool")
-    pytest.importorskip("grpc_tools", reason="grpcio-tools is not installed")
+    descriptor_pool = pytest.importorskip(
+        "google.protobuf.descriptor_pool", reason="needs Google's protobuf (tools/setup test)"
+    )
+    pytest.importorskip("grpc_tools", reason="needs grpcio-tools (tools/setup test)")
     import protogen
     from google.protobuf import message_factory
 

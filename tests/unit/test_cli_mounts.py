@@ -136,7 +136,8 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 needs_mkfs = pytest.mark.skipif(
-    not (shutil.which("mkfs.ext4") or os.path.exists("/usr/sbin/mkfs.ext4")), reason="needs e2fsprogs"
+    not (shutil.which("mkfs.ext4") or os.path.exists("/usr/sbin/mkfs.ext4")),
+    reason="needs mkfs.ext4 (apt-get install e2fsprogs)",
 )
 
 

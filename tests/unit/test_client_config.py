@@ -55,7 +55,7 @@ def containerd(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     """A containerd that is the one on the PATH; its program."""
     program = _containerds().get(request.param)
     if program is None:
-        pytest.skip(f"needs containerd ({request.param})")
+        pytest.skip(f"needs containerd, {request.param} (tools/setup test)")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/containerd").symlink_to(program)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin")
@@ -288,7 +288,7 @@ def _dockerd() -> bool:
     return True
 
 
-@pytest.mark.skipif(not _dockerd(), reason="needs Docker 23 or newer")
+@pytest.mark.skipif(not _dockerd(), reason="needs Docker 23 or newer (tools/setup test unpacks it)")
 def test_dockerd_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ def leaf(tmp_path: Path) -> Iterator[str]:
     try:
         sysio.mount("cgroup2", str(mounted), "cgroup2", 0)
     except OSError as error:
-        pytest.skip(f"no cgroup v2 here: {error}")
+        pytest.skip(f"needs cgroup v2 in the kernel: {error}")
     directory = mounted / f"kata-devices-{os.getpid()}"
     directory.mkdir()
     yield str(directory)
@@ -57,7 +57,7 @@ def attached(leaf: str, rules: list[str] | tuple[str, ...]) -> None:
     try:
         device_rules.attach(leaf, rules)
     except PermissionError as error:
-        pytest.skip(f"may not load BPF programs: {error}")
+        pytest.skip(f"needs the right to load BPF programs: {error}")
 
 
 def test_only_what_a_rule_allows_is_opened(leaf: str) -> None:
@@ -83,7 +83,7 @@ def test_the_rules_of_a_sandbox(leaf: str, tmp_path: Path) -> None:
         os.mknod(node, 0o600 | stat.S_IFCHR, os.makedev(1, 11))
         os.close(os.open(node, os.O_RDONLY | os.O_NONBLOCK))
     except OSError as error:
-        pytest.skip(f"this test itself may not open the kernel's log: {error}")
+        pytest.skip(f"needs the right to open the kernel's log: {error}")
     assert opens(leaf, str(node), os.O_RDONLY | os.O_NONBLOCK) == REFUSED
 
 
@@ -93,7 +93,7 @@ def test_disks_come_and_go(leaf: str, tmp_path: Path) -> None:
     try:
         os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(7, 230))
     except PermissionError:
-        pytest.skip("may not make device nodes")
+        pytest.skip("needs the right to make device nodes")
     attached(leaf, host_cgroup.DEVICES)
     cgroup = host_cgroup.HostCgroup()
     cgroup._leaf = leaf

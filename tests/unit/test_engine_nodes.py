@@ -69,7 +69,7 @@ def test_a_block_device_that_is_mounted_becomes_a_device(tmp_path: Path) -> None
     try:
         os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(7, 200))
     except PermissionError:
-        pytest.skip("may not make device nodes")
+        pytest.skip("needs the right to make device nodes")
     bind = {"type": "bind", "source": str(node), "destination": "/dev/x", "options": ["rbind", "ro"]}
     other = {"type": "bind", "source": str(tmp_path), "destination": "/data", "options": ["rbind"]}
     tmpfs = {"type": "tmpfs", "source": str(node), "destination": "/tmp"}

@@ -268,14 +268,14 @@ def _needs_root() -> None:
 def test_fsck_extracts_what_gnu_tar_extracts(tmp_path: Path, varied: Path) -> None:
     _needs_root()
     if not shutil.which("fsck.erofs"):
-        pytest.skip("needs erofs-utils")
+        pytest.skip("needs fsck.erofs (apt-get install erofs-utils)")
     made = build(tmp_path / "i", varied.read_bytes())
     out = tmp_path / "out"
     run = subprocess.run(
         ["fsck.erofs", f"--extract={out}", str(made)], capture_output=True, text=True, check=False
     )
     if "unrecognized" in run.stderr or "invalid option" in run.stderr:
-        pytest.skip("needs a fsck.erofs that extracts (1.5)")
+        pytest.skip("needs a fsck.erofs that extracts (erofs-utils 1.5 or newer)")
     assert run.returncode == 0, run.stderr
 
     def content(top: Path) -> dict[str, tuple[object, ...]]:
@@ -294,7 +294,7 @@ def test_the_kernel_shows_what_gnu_tar_extracts(tmp_path: Path, varied: Path) ->
         "erofs" not in Path("/proc/filesystems").read_text()
         and subprocess.run(["modprobe", "erofs"], capture_output=True, check=False).returncode
     ):
-        pytest.skip("needs a kernel with erofs")
+        pytest.skip("needs erofs in the host's kernel")
     expected = _listing(_unpacked(varied, tmp_path / "tar"))
     made = build(tmp_path / "i", varied.read_bytes())
     mounted = tmp_path / "m"

@@ -20,7 +20,8 @@ from kata.errors import HostError, ResourceExhaustedError, UsageError
 from kata.storage import ext4
 
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("mkfs.ext4") or os.path.exists("/usr/sbin/mkfs.ext4")), reason="needs e2fsprogs"
+    not (shutil.which("mkfs.ext4") or os.path.exists("/usr/sbin/mkfs.ext4")),
+    reason="needs mkfs.ext4 (apt-get install e2fsprogs)",
 )
 
 
@@ -79,8 +80,11 @@ def test_the_kernel_mounts_it_and_writes_nothing_by_itself(tmp_path: Path) -> No
             libc = ctypes.CDLL(None, use_errno=True)
             assert libc.unshare(0x20000) == 0
             assert libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None) == 0
-            done = subprocess.run(["mount", "-o", "loop", made, mounted], capture_output=True, check=False)
+            done = subprocess.run(
+                ["mount", "-o", "loop", made, mounted], capture_output=True, text=True, check=False
+            )
             if done.returncode != 0:
+                (tmp_path / "why").write_text(done.stderr)
                 status = 77
             else:
                 (mounted / "file").write_bytes(b"x" * 10_000)
@@ -91,7 +95,7 @@ def test_the_kernel_mounts_it_and_writes_nothing_by_itself(tmp_path: Path) -> No
             os._exit(status)
     _, result = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(result) == 77:
-        pytest.skip("needs loop mounts")
+        pytest.skip(f"needs loop mounts: {(tmp_path / 'why').read_text().strip()[:100]}")
     assert os.waitstatus_to_exitcode(result) == 0
     assert made.stat().st_blocks * 512 < 4 << 20
     tool("e2fsck", "-fn", str(made))

@@ -28,7 +28,7 @@ def hierarchies() -> list[host_cgroup.Hierarchy]:
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or {name for one in hierarchies() for name in one.controllers} != {"memory", "cpu"},
-    reason="needs root, and cgroups with memory and cpu",
+    reason="needs root, and mounted cgroups with memory and cpu",
 )
 
 

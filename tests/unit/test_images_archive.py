@@ -324,7 +324,7 @@ def test_a_compressed_bomb_is_refused(tmp_path: Path, state: Path, monkeypatch: 
 @pytest.mark.parametrize("form", ["oci-archive", "docker-archive", "oci"])
 def test_what_skopeo_writes(tmp_path: Path, form: str) -> None:
     if not shutil.which("skopeo"):
-        pytest.skip("needs skopeo")
+        pytest.skip("needs skopeo (apt-get install skopeo)")
     layout = simple_layout(tmp_path / "l", ONE, TWO)
     policy = tmp_path / "policy.json"
     policy.write_text('{"default":[{"type":"insecureAcceptAnything"}]}')

@@ -551,11 +551,11 @@ def test_the_uuid_follows_from_the_layers(tmp_path: Path) -> None:
 def test_busybox_image(tmp_path: Path) -> None:
     tool = ROOT / "tools" / "make-busybox-image"
     if not os.path.exists("/bin/busybox"):
-        pytest.skip("needs busybox-static")
+        pytest.skip("needs a static busybox (apt-get install busybox-static)")
     for name in ("a", "b"):
         done = subprocess.run([tool, tmp_path / name], capture_output=True, text=True, check=False)
         if "dynamically linked" in done.stderr:
-            pytest.skip("needs busybox-static")
+            pytest.skip("needs a static busybox (apt-get install busybox-static)")
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
     made = resolve(f"oci:{tmp_path}/a:latest", platform=None)

@@ -146,7 +146,7 @@ def _sparse(path: Path) -> bytes:
 )
 def test_sparse_files_of_gnu_tar(tmp_path: Path, form: list[str]) -> None:
     if not shutil.which("tar"):
-        pytest.skip("needs GNU tar")
+        pytest.skip("needs GNU tar (apt-get install tar)")
     content = _sparse(tmp_path / "sparse")
     (tmp_path / "after").write_bytes(b"after")
     command = ["tar", "-C", str(tmp_path), "--sparse", *form, "-cf", "-", "sparse", "after"]

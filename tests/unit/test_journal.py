@@ -463,7 +463,7 @@ def test_network_namespaces_and_taps(tmp_path: Path) -> None:
 def test_cgroups_and_what_is_in_them(tmp_path: Path, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), None)
     if base is None:
-        pytest.skip("no cgroup v2 hierarchy is mounted")
+        pytest.skip("needs a mounted cgroup v2 hierarchy")
     name = f"ktest-{os.urandom(3).hex()}"
     path = f"{base}/{name}"
     journal = new(tmp_path)

@@ -19,7 +19,7 @@ def _run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KATA_ACCEL", raising=False)
 
 
-@pytest.mark.skipif(not HAVE_KVM, reason="no /dev/kvm here")
+@pytest.mark.skipif(not HAVE_KVM, reason="needs /dev/kvm")
 def test_the_verdict_is_true_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = kvmprobe.probe()
     assert verdict.state in (kvmprobe.WORKS, kvmprobe.OPENS_ONLY)

@@ -62,7 +62,7 @@ def test_variables_are_those_of_the_module() -> None:
     ]
 
 
-@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+@pytest.mark.skipif(shutil.which("groff") is None, reason="needs groff (apt-get install groff-base)")
 def test_roff_has_nothing_to_complain_of(tmp_path: Path) -> None:
     for name, content in PAGES.items():
         (tmp_path / name).write_text(content)

@@ -35,7 +35,9 @@ def engines(tmp_path: Path) -> Iterator[Engines]:
     one.close()
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (apt-get install systemd)"
+)
 def test_the_service_is_valid_and_confined(tmp_path: Path) -> None:
     text = UNIT.read_text()
     arguments = re.search(r"^ExecStart=/usr/local/bin/kata-monitor (.*)$", text, re.M)

@@ -69,7 +69,7 @@ def test_a_redirection_is_made_once_and_taken_back_as_often_as_one_likes() -> No
         try:
             rtnl.redirect(LOOPBACK, LOOPBACK)
         except OSError as error:
-            pytest.skip(f"this kernel cannot redirect: {error}")
+            pytest.skip(f"needs a kernel that can redirect packets (act_mirred): {error}")
         with pytest.raises(FileExistsError):
             rtnl.redirect(LOOPBACK, LOOPBACK)
         rtnl.stop_redirecting(LOOPBACK)

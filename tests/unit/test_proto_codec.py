@@ -21,8 +21,10 @@ from kata.proto.wire import put_varint
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-descriptor_pool = pytest.importorskip("google.protobuf.descriptor_pool")
-pytest.importorskip("grpc_tools", reason="grpcio-tools is not installed")
+descriptor_pool = pytest.importorskip(
+    "google.protobuf.descriptor_pool", reason="needs Google's protobuf (tools/setup test)"
+)
+pytest.importorskip("grpc_tools", reason="needs grpcio-tools (tools/setup test)")
 
 import protogen  # noqa: E402
 from google.protobuf import message_factory  # noqa: E402

@@ -151,7 +151,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Go program."""
     go = shutil.which("go")
     if go is None:
-        pytest.skip("go is not installed")
+        pytest.skip("needs Go (tools/setup test puts it into .venv)")
     directory = tmp_path_factory.mktemp("interop")
     (directory / "go.mod").write_text(GO_MOD)
     (directory / "main.go").write_text(MAIN_GO)
@@ -160,7 +160,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [go, "mod", "tidy"], cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
     if fetched.returncode:
-        pytest.skip("Go modules cannot be downloaded here")
+        pytest.skip(f"needs Go modules, which cannot be downloaded: {fetched.stderr.strip()[-100:]}")
     subprocess.run([go, "build", "-p", "2", "-o", "peer", "."], cwd=directory, env=environment, check=True)
     return directory / "peer"
 

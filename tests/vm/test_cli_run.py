@@ -312,7 +312,7 @@ cd /sys/bus/virtio/drivers/virtio_balloon && name=$(ls -d virtio*) && grep -w $n
 """
 
 
-@pytest.mark.skipif(kvmprobe.probe().works, reason="is about emulated machines")
+@pytest.mark.skipif(kvmprobe.probe().works, reason="is about emulated machines, and this machine has KVM")
 def test_a_machine_with_little_of_acpi_ticks_and_gives_memory_back(
     shared_kata: Kata, busybox_image: str
 ) -> None:

@@ -124,7 +124,7 @@ def running(
 ) -> Iterator[Cri]:
     """A daemon with its network and images; the arguments are those of `Cri`."""
     if shutil.which("crictl") is None:
-        pytest.skip("needs crictl (sigs.k8s.io/cri-tools, built with Go)")
+        pytest.skip("needs crictl (tools/setup test builds it)")
     if not (PLUGINS / "bridge").exists():
         pytest.skip("needs CNI's plugins (apt-get install containernetworking-plugins)")
     directory = Path(tempfile.mkdtemp(prefix="k", dir=run_directory))

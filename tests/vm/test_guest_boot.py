@@ -104,7 +104,7 @@ def check(found: dict[str, list[str]], *, filesystems: str) -> None:
 def small(guest_assets: Path) -> manifest.Guest:
     guest = manifest.load(str(guest_assets))
     if guest.kernel_kind != "small":
-        pytest.skip("the guest of this run has a distribution's kernel")
+        pytest.skip("needs a guest with the small kernel (tools/setup test builds it)")
     return guest
 
 
@@ -191,7 +191,7 @@ def build(directory: Path, kernel: str) -> dict[str, Any]:
 
 def test_a_packaged_kernel_offers_it_with_its_modules(tmp_path: Path) -> None:
     if not packages.have_apt():
-        pytest.skip("there is no apt on this machine")
+        pytest.skip("needs apt: the packages are Debian's")
     content = build(tmp_path / "guest", "distro")
     guest = manifest.load(str(tmp_path / "guest"))
     assert content["kernel"]["boot"] == "pvh"

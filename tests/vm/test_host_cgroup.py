@@ -24,7 +24,7 @@ ALL = {"memory", "cpu"}
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or {name for one in host_cgroup.hierarchies() for name in one.controllers} != ALL,
-    reason="needs root, and cgroups with memory and cpu",
+    reason="needs root, and mounted cgroups with memory and cpu",
 )
 
 

@@ -403,7 +403,7 @@ def test_a_program_that_talks_nonsense_is_named_and_quoted(lab: Lab) -> None:
 def test_a_monitor_that_saves_nothing_restores_nothing(lab: Lab) -> None:
     """By name, and what it was given for it is closed."""
     if lab.can().snapshot:
-        pytest.skip("it can")
+        pytest.skip(f"{lab.monitor.title} can save and restore a machine")
     reading, writing = os.pipe()
     os.close(writing)
     tap = sysio.Fd(reading)

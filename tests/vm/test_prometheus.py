@@ -176,14 +176,6 @@ def every_target_is_up(node: Node) -> None:
         assert told == set(node.ids.values())
 
 
-def the_newest_prometheus_is_one_of_them(node: Node) -> None:
-    if not support.NEWEST.exists():
-        pytest.skip(
-            "needs Prometheus 3 of Debian sid (tools/setup test unpacks it where the mirror serves it)"
-        )
-    assert any(version.startswith("3.") for version in node.servers)
-
-
 def processor_time_is_what_was_burnt(node: Node) -> None:
     one = node.ids["burner"]
     container = f'sum({CONTAINER_CPU}{{sandbox_id="{one}"}})'

@@ -37,7 +37,7 @@ def test_a_kernel_without_bounce_pages_shares_by_9p_whatever_is_asked(
     kata_env: Kata, busybox_image: str, tmp_path: Path
 ) -> None:
     if accel.choose().accel != "tcg":
-        pytest.skip("this machine has KVM")
+        pytest.skip("is about emulated machines, and this machine has KVM")
     manifest = json.loads((kata_env.guest_dir / "guest.json").read_text())
     manifest["kernel"]["patches"] = []
     for file in kata_env.guest_dir.iterdir():
