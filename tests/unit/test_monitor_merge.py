@@ -124,6 +124,12 @@ def test_a_counter_and_a_gauge_of_nearly_the_same_name_live_together() -> None:
         ('# TYPE x histogram\nx_bucket{le="+Inf"} 1\nx_bucket{le="1"} 1\nx_sum 1\nx_count 1\n', 4),
         ('# TYPE x histogram\nx_bucket{le="+Inf"} 1\nx_sum 1\nx_count 2\n', 0),
         ('# TYPE x histogram\nx_bucket{le="+Inf"} 1\nx_count 1\n', 0),
+        ('# TYPE x histogram\nx_bucket{le="NaN"} 1\nx_bucket{le="+Inf"} 1\nx_sum 1\nx_count 1\n', 0),
+        (
+            '# TYPE x histogram\nx_bucket{le="1"} 1\nx_bucket{le="NaN"} 1\nx_bucket{le="nan"} 1\n'
+            'x_bucket{le="+Inf"} 1\nx_sum 1\nx_count 1\n',
+            0,
+        ),
         ('# TYPE x summary\nx{quantile="0.5"} 1\nx_sum 1\nx_count 2\n', 3),
         ('# TYPE x summary\nx{quantile="7"} 1\nx_sum 1\nx_count 2\n', 0),
     ],

@@ -244,7 +244,7 @@ def _histogram(family: Family, told: str, found: Contribution) -> list[str]:
             not group.extra
             and order
             and order[-1] == math.inf
-            and order[0] >= 0.0
+            and all(where >= 0.0 for where in order)  # nor NaN, of which there may be several
             and values[0] >= 0.0
             and all(low <= high for low, high in itertools.pairwise(values))
             and all(map(float.is_integer, values))  # which leaves out infinite ones, too
