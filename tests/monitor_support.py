@@ -268,7 +268,8 @@ class Monitor:
             time.sleep(0.02)
         if port := re.search(r":(\d+)/", found[1]):
             self.port = int(port[1])
-        while "sandboxes are there" not in self.log.read_text():
+        while "sandboxes on this node:" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
 
     def get(self, target: str, timeout: float = PATIENCE_S, method: str = "GET", **headers: str) -> Answer:

@@ -116,11 +116,12 @@ def test_what_is_asked_for_is_answered(engines: Engines) -> None:
 def test_what_the_page_asks_for_reaches_the_engine_as_it_is_meant(engines: Engines) -> None:
     heard: list[str] = []
     engines.add("web", says(b"\x1b[1mlog\n<b>\xff", heard=heard))
-    with monitor(engines.run_directory) as one:
+    with monitor(engines.run_directory, "--log-level", "debug") as one:
         answer = one.get("/api/v1/sandboxes/web/logs?container=c1&tail=99999999")
         assert answer.text == "\x1b[1mlog\n<b>\ufffd"  # as it is: plain text, which nobody takes for a page
         assert answer.headers["content-type"] == "text/plain; charset=utf-8"
         one.get("/api/v1/sandboxes/web/console")
+        assert 'level=debug msg="GET /api/v1/sandboxes/web/console"' in one.log.read_text()
     assert heard == [f"/kata/v1/logs?container=c1&tail={1 << 20}", f"/kata/v1/console?tail={64 << 10}"]
 
 

@@ -170,7 +170,7 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
         scheme = "https" if secrets.tls else "http"
         for one in listening:
             _LOG.info("kata-monitor %s listens on %s", __version__, _shown(one, scheme))
-        _LOG.info("%d sandboxes are there", len(node.sandboxes()))
+        _LOG.info("sandboxes on this node: %d", len(node.sandboxes()))
         _notify("READY=1")
         await end.wait()
         _notify("STOPPING=1")

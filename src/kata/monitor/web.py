@@ -115,6 +115,7 @@ class Web:
             return answer
         if self.connections is not None:
             self.connections.admitted(request.protocol)
+        _LOG.debug("%s %s", request.method, request.path_qs)
         try:
             return await handler(request)
         except web.HTTPException as error:
