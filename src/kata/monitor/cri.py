@@ -17,7 +17,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 USUAL_ENDPOINTS = (
     "/run/containerd/containerd.sock",
@@ -42,12 +42,10 @@ class Pods:
 
     Args:
         endpoints: Paths of CRI sockets.
-        on_change: Called with nothing when a pod has become known.
     """
 
-    def __init__(self, endpoints: Iterable[str], on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, endpoints: Iterable[str]) -> None:
         self._endpoints = list(endpoints)
-        self._on_change = on_change
         self._known: dict[str, tuple[str, str, str]] = {}
         self._missing: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
@@ -107,16 +105,12 @@ class Pods:
             self._complain(str(error) or f"no answer within {DEADLINE_S:g} s")
             return
         self._complain("; ".join(problems))
-        changed = False
         for one in asked_for & self._missing.keys():
             if one in pods:
                 self._known[one] = pods[one]
                 del self._missing[one]
-                changed = True
             elif not problems:
                 self._missing[one] += 1
-        if changed:
-            self._on_change()
 
     def _complain(self, text: str) -> None:
         if text and text != self._complaint:

@@ -35,15 +35,13 @@ class Answer:
 
     Attributes:
         status: HTTP's.
-        type: The Content-Type, without parameters.
         body: At most `MAX_ANSWER_BYTES`.
     """
 
-    __slots__ = ("body", "status", "type")
+    __slots__ = ("body", "status")
 
-    def __init__(self, status: int, kind: str, body: bytes) -> None:
+    def __init__(self, status: int, body: bytes) -> None:
         self.status = status
-        self.type = kind
         self.body = body
 
 
@@ -114,7 +112,7 @@ class Engines:
                 if free and len(body) > _FREE_BYTES:
                     await held.enter_async_context(self._large)
                     free = False
-            return Answer(response.status, response.content_type, bytes(body))
+            return Answer(response.status, bytes(body))
 
 
 def _why(error: BaseException) -> str:

@@ -62,10 +62,6 @@ class Sampler:
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
-    @property
-    def watchers(self) -> int:
-        return len(self._watchers)
-
     async def sample(self) -> bytes:
         """All sandboxes, as ``/api/v1/sandboxes`` answers."""
         async with self._lock:
@@ -182,12 +178,11 @@ class Watcher:
         due: When the next one is (monotonic).
     """
 
-    __slots__ = ("_arrived", "_events", "_sample", "due", "interval_s", "lost")
+    __slots__ = ("_arrived", "_events", "_sample", "due", "interval_s")
 
     def __init__(self, interval_s: float) -> None:
         self.interval_s = interval_s
         self.due = 0.0
-        self.lost = 0
         self._sample: bytes | None = None
         self._events: list[tuple[str, bytes] | None] = []
         self._arrived = asyncio.Event()
@@ -200,7 +195,6 @@ class Watcher:
             self._events.append(item)
             if len(self._events) > MAX_PENDING:
                 del self._events[0]
-                self.lost += 1
         self._arrived.set()
 
     async def next(self) -> tuple[str, bytes] | None:

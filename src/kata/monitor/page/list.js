@@ -65,7 +65,7 @@ class Bar {
 }
 
 class Row {
-  constructor(sandbox, main) {
+  constructor(sandbox) {
     this.name = make("a.name", { href: "#" });
     this.place = make("span.place");
     this.state = make("span.badge");
@@ -97,7 +97,6 @@ class Row {
     this.containers = new Map();
     this.element = make("div.sandbox", { role: "rowgroup" }, this.line);
     this.onScreen = true;
-    this.main = main;
     this.id = sandbox.id;
     this.element.row = this;
   }
@@ -412,7 +411,7 @@ export class List {
     }
     const elements = ordered.map((id) => {
       if (!this.rows.has(id)) {
-        const row = new Row(here.get(id), this);
+        const row = new Row(here.get(id));
         this.rows.set(id, row);
         this.watch.observe(row.element);
       }

@@ -41,14 +41,11 @@ function containerOf(raw) {
     error: clean(raw.error, 256),
     created: number(raw.created),
     started: number(raw.started),
-    finished: number(raw.finished),
-    pid: amount(raw.pid),
     exitCode: number(raw.exit_code),
     oomKilled: raw.oom_killed === true,
     oomKills: amount(raw.oom_kills),
     cpuSeconds: amount(raw.cpu_seconds),
     throttledSeconds: amount(raw.throttled_seconds),
-    throttledPeriods: amount(raw.throttled_periods),
     memory: amount(raw.memory_bytes),
     limit: amount(raw.memory_limit_bytes),
     pids: amount(raw.pids),
@@ -82,7 +79,6 @@ function documentOf(raw) {
     hypervisor: {
       name: clean(hypervisor.name, 32),
       version: clean(hypervisor.version, 64),
-      pid: amount(hypervisor.pid),
       accelerator: clean(hypervisor.accelerator, 16),
       channel: clean(hypervisor.channel, 16),
     },
@@ -102,9 +98,7 @@ function documentOf(raw) {
     guestTotal: amount(guest.memory_total_bytes),
     guestAvailable: amount(guest.memory_available_bytes),
     returned: amount(guest.memory_returned_bytes),
-    guestCpu: amount(guest.cpu_seconds),
     load: amount(guest.load1),
-    overheadCpu: amount(overhead.cpu_seconds),
     overhead: amount(overhead.memory_bytes),
     network: list(raw.network, MOST.network).map((one) => ({
       name: clean(one.interface, 32),
@@ -147,10 +141,9 @@ class Sandbox {
     this.now = null;
     this.seen = 0;
     this.stale = false;
-    this.oomSeenAt = 0;
     this.rates = {};
     this.history = Object.fromEntries(
-      ["cpu", "guest", "overhead", "returned", "host", "received", "sent", "read", "written"].map((name) => [name, new History()]),
+      ["cpu", "guest", "host", "received", "sent", "read", "written"].map((name) => [name, new History()]),
     );
     this.containers = new Map();
   }
@@ -182,7 +175,6 @@ class Sandbox {
     const [new_, old] = [flows(found), flows(before)];
     this.rates = {
       cpu: perSecond(found.hostCpu, before?.hostCpu, seconds),
-      guestCpu: perSecond(found.guestCpu, before?.guestCpu, seconds),
       received: perSecond(new_.received, old?.received, seconds),
       sent: perSecond(new_.sent, old?.sent, seconds),
       read: perSecond(new_.read, old?.read, seconds),
@@ -193,8 +185,6 @@ class Sandbox {
     const { history, rates } = this;
     history.cpu.add(rates.cpu);
     history.guest.add(this.guestUsed);
-    history.overhead.add(found.overhead);
-    history.returned.add(found.returned);
     history.host.add(found.hostMemory);
     for (const name of ["received", "sent", "read", "written"]) history[name].add(rates[name]);
     const there = new Set();
@@ -237,7 +227,7 @@ class Container {
     this.now = null;
     this.rates = {};
     this.oomRoseAt = 0;
-    this.history = { cpu: new History(), memory: new History() };
+    this.history = { cpu: new History() };
   }
 
   update(found, seconds, at) {
@@ -251,13 +241,11 @@ class Container {
     };
     if (before && (found.oomKills ?? 0) > (before.oomKills ?? 0)) this.oomRoseAt = at;
     this.history.cpu.add(this.rates.cpu);
-    this.history.memory.add(found.memory);
   }
 
   pass() {
     this.rates = {};
     this.history.cpu.add(null);
-    this.history.memory.add(null);
   }
 }
 
