@@ -263,6 +263,7 @@ def test_light_and_dark(page: Browser, busy: Node) -> None:
 
 def test_a_lost_connection_is_seen_and_comes_back(page: Browser, busy: Node) -> None:
     ready(page, busy.url)
+    page.waits_for(".sandboxes", "runner: throttled 31 % of the time")
     busy.stop_answering()
     page.waits_for("#connection-text", "Connection lost")
     page.waits_for("#lost-text", "next try in")
@@ -274,6 +275,7 @@ def test_a_lost_connection_is_seen_and_comes_back(page: Browser, busy: Node) -> 
     page.click("#retry")
     time.sleep(1.2)
     assert page.text("#connection-text") == "Connection lost"
+    assert "runner: throttled 31 % of the time" in page.text(".sandboxes")  # as it was last known
     busy.refusing = False
     page.waits_for("#connection-text", "Live")
     assert not page.one("#lost").is_displayed()

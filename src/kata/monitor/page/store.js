@@ -301,11 +301,11 @@ export class Store {
     for (const [name, history] of Object.entries(this.history)) history.add(this.totals[name]);
   }
 
-  /** Where nothing was heard for a while, lines are broken, and rates begin anew. */
+  /** Where nothing was heard for a while, lines are broken. The last figures stay as they are. */
   gap() {
-    const histories = [this.history, ...[...this.sandboxes.values()].map((one) => one.history)];
-    for (const one of histories) for (const history of Object.values(one)) history.add(null);
-    for (const one of this.sandboxes.values()) for (const container of one.containers.values()) container.pass();
+    const sandboxes = [...this.sandboxes.values()];
+    const containers = sandboxes.flatMap((one) => [...one.containers.values()]);
+    for (const { history } of [this, ...sandboxes, ...containers]) for (const one of Object.values(history)) one.add(null);
   }
 
   addEvents(raw, whole = false) {
