@@ -23,6 +23,8 @@ PATIENCE_S = 60.0
 BEGIN = 1_795_834_800.0
 """A fixed time, 2026-11-28 03:00 UTC."""
 MIB = 1 << 20
+SECOND_S = 0.2
+"""How soon the second sample of a stream comes after the first, so that a test does not wait for rates."""
 
 Document = dict[str, Any]
 
@@ -150,6 +152,7 @@ class Node:
         texts: What is answered for a path below ``/api/v1/sandboxes/``.
         watchers: How many streams are open.
         hurry: How many samples are said at once when somebody comes; none follows then.
+        interval_s: Seconds between two samples, whatever a page asks for; absent, as it asks.
         requests: Method and path with query of each request, so that a test sees what a page asked for.
     """
 
@@ -166,6 +169,7 @@ class Node:
         self.requests: list[str] = []
         self.refusing = False
         self.hurry = 0
+        self.interval_s: float | None = None
         self._wake: list[asyncio.Queue[Document]] = []
         self._streams: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -286,7 +290,8 @@ class Node:
         task = asyncio.current_task()
         assert task is not None
         self._streams.add(task)
-        interval_s = float(request.query["interval"])
+        interval_s = self.interval_s or float(request.query["interval"])
+        pause_s = min(SECOND_S, interval_s)
         due = 0.0
         try:
             for _ in range(self.hurry):
@@ -294,7 +299,7 @@ class Node:
             while True:
                 if time.monotonic() >= due and not self.hurry:
                     await self._say(response, "snapshot", self.snapshot())
-                    due = time.monotonic() + interval_s
+                    due, pause_s = time.monotonic() + pause_s, interval_s
                 with contextlib.suppress(TimeoutError):
                     one = await asyncio.wait_for(queue.get(), max(0.02, min(0.2, due - time.monotonic())))
                     await self._say(response, "life", one)

@@ -13,6 +13,8 @@ from page_support import BEGIN, Clock, Node, busy_node, container, sandbox, serv
 from waiting import until
 
 NAMES = ".sandbox .row.main .name"
+QUICK_S = 0.3
+"""Between two samples, in tests that wait for one after another."""
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,7 @@ def test_one_that_stops_answering_keeps_what_was_known(page: Browser) -> None:
     db = sandbox("db", container("main"))
     db["created"] = time.time() - 90
     with serving(Node(db, sandbox("other"))) as node:
+        node.interval_s = QUICK_S
         ready(page, node.url)
         page.waits_for(".sandbox", "1.95 GiB")
         node.sandboxes[0] = {
@@ -159,6 +162,7 @@ def test_one_that_stops_answering_keeps_what_was_known(page: Browser) -> None:
 
 def test_a_node_without_sandboxes_says_how_to_start_one(page: Browser) -> None:
     with serving(Node()) as node:
+        node.interval_s = QUICK_S
         ready(page, node.url, ".none pre")
         assert "kata run" in page.text(".none")
         node.sandboxes.append(sandbox("first"))
@@ -225,6 +229,7 @@ def test_it_is_usable_by_keyboard(page: Browser, busy: Node) -> None:
 
 def test_a_row_keeps_the_focus_when_it_gets_another_place(page: Browser) -> None:
     with serving(Node(sandbox("one"), sandbox("two"), sandbox("three"))) as node:
+        node.interval_s = QUICK_S
         ready(page, node.url)
         assert page.texts(NAMES) == ["one", "three", "two"]
         page.run("document.querySelectorAll(arguments[0])[1].focus()", NAMES)
