@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from test_engine_sandbox import Engine, make
+from engine_double import Engine, make
 
 from kata.cli.session import Attachment
 from kata.errors import KataError

@@ -12,15 +12,15 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import sandbox_support
+from engine_double import Engine, make
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from test_engine_sandbox import Engine
 
 from kata.engine.containers.described import described
 from kata.engine.services import figures, metrics, state
@@ -30,6 +30,7 @@ from kata.metrics import exposition, families, procfs
 from kata.metrics.overhead import Overhead
 from kata.proto import agent_pb, sandbox_pb
 
+__all__ = ["make"]
 T = TypeVar("T")
 Maker = Callable[..., Engine]
 HOSTILE = """kata_agent_threads 1
@@ -54,19 +55,6 @@ kata_guest_cpu_time{cpu="total",item="user"} 1e99
 <script>alert(1)</script>
 \u2028
 """
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Maker]:
-    made: list[Engine] = []
-
-    def build(**settings: Any) -> Engine:
-        made.append(Engine(tmp_path, **settings))
-        return made[-1]
-
-    yield build
-    for engine in made:
-        engine.stop()
 
 
 @pytest.fixture

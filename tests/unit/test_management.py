@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_double import Engine
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine_sandbox import Engine
 
 from kata import management as client
 from kata import paths

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engine_sandbox import Engine, make, process
+from engine_double import Engine, make, process
 
 from kata.agent import client as agent_client
 from kata.agent.client import AgentClient
