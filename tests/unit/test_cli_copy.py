@@ -1,4 +1,4 @@
-"""`kata cp` on the host's side; `tests/vm/test_cli_life.py` has the rest."""
+"""`kata cp` on the host's side; `tests/vm/test_cli_cp.py` has the rest."""
 
 from __future__ import annotations
 
