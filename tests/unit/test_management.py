@@ -294,16 +294,22 @@ def test_endpoints(make: Callable[..., Managed], tmp_path: Path) -> None:
     assert managed.curl("/iptables", "-X", "DELETE")[0] == 405
 
 
+def create_with_volume(engine: Engine) -> None:
+    """Make the container c1, with a volume whose source is /dev/null."""
+    bundle = engine.bundle("sleep")
+    path = engine.container_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["mounts"].append(
+        {"type": "bind", "source": "/dev/null", "destination": "/v", "options": ["bind"]}
+    )
+    path.write_text(json.dumps(config))
+    with engine.client() as client:
+        client.create("c1", bundle)
+
+
 def test_the_original_s_paths_reach_the_agent(managed: Managed) -> None:
     engine = managed.engine
-    with engine.client() as client:
-        bundle = engine.bundle("sleep")
-        config = json.loads((engine.container_dir / "config.json").read_text())
-        config["mounts"].append(
-            {"type": "bind", "source": "/dev/null", "destination": "/v", "options": ["bind"]}
-        )
-        (engine.container_dir / "config.json").write_text(json.dumps(config))
-        client.create("c1", bundle)
+    create_with_volume(engine)
     double: Any = engine.double
 
     async def get(request: Any, context: Any) -> agent_pb.GetIPTablesResponse:
@@ -598,14 +604,7 @@ def test_kata_runtime(known: Managed, capsys: pytest.CaptureFixture[str], tmp_pa
         return csi_pb.VolumeStatsResponse(usage=[csi_pb.VolumeUsage(total=9)])
 
     double.GetIPTables, double.SetIPTables, double.GetVolumeStats = get, put, stats  # type: ignore[attr-defined]
-    with engine.client() as connected:
-        bundle = engine.bundle("sleep")
-        config = json.loads((engine.container_dir / "config.json").read_text())
-        config["mounts"].append(
-            {"type": "bind", "source": "/dev/null", "destination": "/v", "options": ["bind"]}
-        )
-        (engine.container_dir / "config.json").write_text(json.dumps(config))
-        connected.create("c1", bundle)
+    create_with_volume(engine)
 
     def run(*argv: str) -> tuple[int, str]:
         status = oci_runtime.main(argv)
