@@ -10,7 +10,7 @@ import os
 import socket
 import time
 
-from kata import paths
+from kata import sysio
 from kata.errors import (
     HostError,
     KataError,
@@ -42,19 +42,8 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        _connect(self.sock, self._path)
-
-
-def _connect(sock: socket.socket, path: str) -> None:
-    if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH:
-        sock.connect(path)
-        return
-    directory, name = os.path.split(path)
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sock.connect(f"/proc/self/fd/{fd}/{name}")
-    finally:
-        os.close(fd)
+        with sysio.SocketName(self._path) as name:
+            self.sock.connect(name)
 
 
 def request(

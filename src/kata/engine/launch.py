@@ -17,7 +17,6 @@ from kata.journal import FILE_NAME, Journal, dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
     from typing import Any
 
     from kata.settings import SandboxSettings
@@ -272,23 +271,15 @@ def listen(path: str, journal: Journal) -> int:
     # It is made with this mode but for the umask (net/unix/af_unix.c, unix_bind_bsd), so it is never open to others.
     # Changing the umask instead would change it for all threads of the caller.
     os.fchmod(sock.fileno(), 0o600)
-    _bind(sock, path)
+    if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH:
+        sock.bind(path)
+    else:
+        with sysio.SocketName(path) as name:
+            sock.bind(name)
     os.chmod(path, 0o600)
     sock.listen(_BACKLOG)
     journal.commit(entry)
     return sock.detach()
-
-
-def _bind(sock: _socket.socket, path: str) -> None:
-    if len(os.fsencode(path)) <= paths.MAX_SOCKET_PATH:
-        sock.bind(path)
-        return
-    directory, name = os.path.split(path)
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sock.bind(f"/proc/self/fd/{fd}/{name}")
-    finally:
-        os.close(fd)
 
 
 def _write_settings(directory: str, settings: dict[str, Any]) -> None:
