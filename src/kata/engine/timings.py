@@ -38,3 +38,10 @@ class Timings:
         ordered = sorted(self._steps.items(), key=lambda item: item[1][0])
         for name, (start, duration) in ordered:
             yield name, start - self.origin_ns, duration
+
+    def in_seconds(self) -> list[dict[str, str | float]]:
+        """All of them for a JSON document: ``name``, ``start_seconds``, ``duration_seconds``."""
+        return [
+            {"name": name, "start_seconds": start / 1e9, "duration_seconds": duration / 1e9}
+            for name, start, duration in self
+        ]

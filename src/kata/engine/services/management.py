@@ -86,12 +86,7 @@ class Management:
         return _json(await state(self._sandbox))
 
     async def _timings(self, request: Request) -> Response:
-        return _json(
-            [
-                {"name": name, "start_seconds": start / 1e9, "duration_seconds": duration / 1e9}
-                for name, start, duration in self._sandbox.timings
-            ]
-        )
+        return _json(self._sandbox.timings.in_seconds())
 
     async def _console(self, request: Request) -> Response:
         path = os.path.join(self._sandbox.run_dir, CONSOLE_NAME)

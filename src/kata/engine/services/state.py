@@ -83,10 +83,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
         "disk_error": _text(runtime.disk_error),
         "disk_errors": runtime.disk_errors,
         "containers": containers,
-        "timings": [
-            {"name": name, "start_seconds": start / 1e9, "duration_seconds": duration / 1e9}
-            for name, start, duration in sandbox.timings
-        ],
+        "timings": sandbox.timings.in_seconds(),
     }
 
 
