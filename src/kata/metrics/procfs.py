@@ -5,6 +5,7 @@ proc_pid_stat(5), proc_pid_status(5), proc_pid_io(5), proc_pid_net(5).
 
 from __future__ import annotations
 
+import functools
 import os
 
 TYPE_CHECKING = False
@@ -69,6 +70,15 @@ def read(path: str) -> bytes:
         os.close(fd)
 
 
+@functools.cache
+def _booted_s() -> int:
+    """When the host was booted, in seconds since the Epoch. Of many processors, /proc/stat takes long to read."""
+    for line in read("/proc/stat").split(b"\n"):
+        if line.startswith(b"btime "):
+            return int(line.split()[1])
+    return 0
+
+
 class ProcessFigures:
     """One process at one time.
 
@@ -130,6 +140,11 @@ class ProcessFigures:
     def cpu_s(self) -> float:
         """Processor time of itself in seconds."""
         return (self.stat.get("utime", 0) + self.stat.get("stime", 0)) / TICKS_PER_S
+
+    @property
+    def started_s(self) -> float:
+        """Its start, in seconds since the Epoch."""
+        return _booted_s() + self.start_ticks / TICKS_PER_S
 
     def open_files(self) -> int | None:
         """The number of its open files; None if that may not be known."""

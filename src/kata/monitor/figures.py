@@ -99,19 +99,11 @@ def _process() -> Iterator[Family]:
     own = procfs.ProcessFigures(os.getpid(), "monitor")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    booted = next(
-        (
-            int(line.split()[1])
-            for line in procfs.read("/proc/stat").split(b"\n")
-            if line.startswith(b"btime ")
-        ),
-        0,
-    )
     yield _single("process_cpu_seconds_total", own.cpu_s)
     yield _single("process_max_fds", soft)
     yield _single("process_open_fds", own.open_files() or 0)
     yield _single("process_resident_memory_bytes", own.resident_bytes)
-    yield _single("process_start_time_seconds", booted + own.start_ticks / procfs.TICKS_PER_S)
+    yield _single("process_start_time_seconds", own.started_s)
     yield _single("process_virtual_memory_bytes", own.virtual_bytes)
     yield _single("process_virtual_memory_max_bytes", -1 if most == resource.RLIM_INFINITY else most)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import resource
 import sys
@@ -100,22 +99,13 @@ def _process(text: Text, one: ProcessFigures) -> None:
         text.add(
             "kata_shim_process_virtual_memory_max_bytes", -1 if most == resource.RLIM_INFINITY else most
         )
-        text.add("kata_shim_process_start_time_seconds", _booted_s() + one.start_ticks / procfs.TICKS_PER_S)
+        text.add("kata_shim_process_start_time_seconds", one.started_s)
 
 
 def _interfaces(text: Text, one: ProcessFigures) -> None:
     found = {exposition.escape(name): items for name, items in procfs.interfaces(one.pid)}
     for name, items in found.items():
         text.items(f"{_PREFIX[one.role]}_netdev", items, f'interface="{name}",')
-
-
-@functools.cache
-def _booted_s() -> int:
-    """When the host was booted, in seconds since the Epoch. Of many processors, /proc/stat takes long to read."""
-    for line in procfs.read("/proc/stat").split(b"\n"):
-        if line.startswith(b"btime "):
-            return int(line.split()[1])
-    return 0
 
 
 def _engine(text: Text, sandbox: Sandbox) -> None:
