@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kata.config import files
 from kata.engine import machine
-from kata.errors import (
-    UsageError,
-)
+from kata.errors import ConfigError, UsageError
 
 
 def test_the_time_to_boot_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +24,16 @@ def test_a_shared_fs_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KATA_SHARED_FS", "nfs")
     with pytest.raises(UsageError, match="nfs"):
         machine.shared_fs()
+
+
+def test_a_switch_in_the_environment_says_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "runtime.enable_tracing"
+
+    def switched(text: str) -> bool:
+        monkeypatch.setenv("KATA_TRACING", text)
+        return machine._switch(files.load(), name)
+
+    assert all(map(switched, ("1", "true", "True", "yes")))
+    assert not any(map(switched, ("0", "false", "FALSE", "no", "")))
+    with pytest.raises(ConfigError, match="environment KATA_TRACING"):
+        switched("maybe")

@@ -162,8 +162,18 @@ def _kernel_parameters(conf: Configuration) -> str:
 
 
 def _switch(conf: Configuration, name: str) -> bool:
-    """A key that a variable of the environment may set as well."""
-    return conf.get(name, False) in (True, "true", "yes")
+    """A key that a variable of the environment may set as well.
+
+    Raises:
+        ConfigError: The variable says neither yes nor no.
+    """
+    value = conf.get(name, False)
+    word = value.lower() if isinstance(value, str) else value
+    if word in (True, "true", "yes"):
+        return True
+    if word in (False, "false", "no"):
+        return False
+    raise ConfigError(f"{name} is {value!r} ({conf.origin(name)})", "It may be 1 or 0.")
 
 
 def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
