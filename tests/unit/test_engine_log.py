@@ -56,6 +56,17 @@ def test_lines_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert logfmt_value("") == '""'
 
 
+def test_a_name_that_is_no_utf_8_reaches_the_shims_log(tmp_path: Path) -> None:
+    fifo = str(tmp_path / "log")
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        EngineLog("s1", fifo).write(os.fsdecode(b"/images/\xff could not be read"))
+        assert os.read(reader, 4096).endswith(b"kata s1: /images/\\udcff could not be read\n")
+    finally:
+        os.close(reader)
+
+
 def test_levels_change_at_run_time(capsys: pytest.CaptureFixture[str]) -> None:
     log = EngineLog("s1")
     seen: list[bool] = []

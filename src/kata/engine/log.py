@@ -89,9 +89,7 @@ class EngineLog:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         known = {name: value for name, value in members.items() if value not in (None, "")}
         if self.form == "text":
-            marks = "".join(
-                f"{mark}: " for mark in ("debug" if level == "debug" else "", _guest(source)) if mark
-            )
+            marks = ("debug: " if level == "debug" else "") + (f"{source}: " if source != ENGINE else "")
             known.pop("event", None)  # it is the text
             if why := known.pop("error", ""):
                 text = f"{text}: {why}"
@@ -123,7 +121,7 @@ class EngineLog:
             _turn_over()
         if self._fifo >= 0:
             try:
-                os.write(self._fifo, shim.encode())
+                os.write(self._fifo, shim.encode("utf-8", "backslashreplace"))
             except OSError:
                 pass  # full, or nobody reads: the engine does not wait for a reader, and our own log has it
 
@@ -134,10 +132,6 @@ def logfmt_value(value: object) -> str:
     if text and text.isascii() and text.isprintable() and not set(text) & set(' ="\\'):
         return text
     return json.dumps(text)
-
-
-def _guest(source: str) -> str:
-    return "" if source == ENGINE else source
 
 
 def _open_fifo(path: str) -> int:
