@@ -88,9 +88,8 @@ def append(event: str, members: dict[str, Any], run_dir: str = "") -> None:
     fd = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         written = os.write(fd, data)
-        if written < len(
-            data
-        ):  # the disk became full in the middle; readers pass over what there is of the line
+        if written < len(data):
+            # The disk became full in the middle; readers pass over what there is of the line.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
         if os.fstat(fd).st_size > MAX_BYTES:
             _turn_over(fd, target)

@@ -507,7 +507,7 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
     return _check(_c().syscall(number, dirfd, os.fsencode(path), ctypes.byref(how), size), path)
 
 
-# ---- processes ----
+# ---- file system events ----
 
 
 IN_MODIFY = 0x0000_0002
@@ -559,6 +559,9 @@ def inotify_read(fd: int) -> list[tuple[int, int, str]]:
         events.append((watch, mask, os.fsdecode(raw[at + 16 : at + 16 + length].rstrip(b"\0"))))
         at += 16 + length
     return events
+
+
+# ---- processes ----
 
 
 def pidfd_open(pid: int) -> int:

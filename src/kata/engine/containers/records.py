@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import errno
 import json
-import time
 
-from kata import sysio
+from kata import events, sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
 
 def rfc3339(ns: int) -> str:
     """Nanoseconds of the epoch as ``2026-01-02T03:04:05.000000006Z``; empty for 0 (it has not happened)."""
-    if not ns:
-        return ""
-    seconds, rest = divmod(ns, 1_000_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
+    return events.stamp(ns) if ns else ""
 
 
 _ROOM = 4096
