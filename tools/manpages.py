@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT / "src") not in sys.path:
@@ -194,14 +195,20 @@ def of_agent_ctl() -> str:
     return "\n".join(parts) + "\n"
 
 
-def of_monitor() -> str:
-    """The page of ``kata-monitor``."""
+def of_program(name: str, arguments: str, table: ModuleType) -> str:
+    """The page of a program that has options and no commands.
+
+    Args:
+        name: The program.
+        arguments: What may follow its name.
+        table: Its module `options`: ``SUMMARY``, ``OPTIONS`` and ``NOTES``.
+    """
     parts = [
-        heading("kata-monitor", monitor.SUMMARY),
-        synopsis("kata-monitor [OPTION...]"),
-        section("DESCRIPTION", escape(monitor.SUMMARY)),
-        section("OPTIONS", option_list(monitor.OPTIONS)),
-        section("NOTES", *notes(monitor.NOTES)),
+        heading(name, table.SUMMARY),
+        synopsis(f"{name} {arguments}"),
+        section("DESCRIPTION", escape(table.SUMMARY)),
+        section("OPTIONS", option_list(table.OPTIONS)),
+        section("NOTES", *notes(table.NOTES)),
         section("SEE ALSO", ".BR kata (1)"),
     ]
     return "\n".join(parts) + "\n"
@@ -230,26 +237,13 @@ def of_runtime() -> str:
     return "\n".join(parts) + "\n"
 
 
-def of_log_parser() -> str:
-    """The page of ``kata-log-parser``."""
-    parts = [
-        heading("kata-log-parser", log_parser.SUMMARY),
-        synopsis("kata-log-parser [OPTION...] [FILE...]"),
-        section("DESCRIPTION", escape(log_parser.SUMMARY)),
-        section("OPTIONS", option_list(log_parser.OPTIONS)),
-        section("NOTES", *notes(log_parser.NOTES)),
-        section("SEE ALSO", ".BR kata (1)"),
-    ]
-    return "\n".join(parts) + "\n"
-
-
 def pages() -> dict[str, str]:
     """Every page: file name -> content."""
     made = {
         "kata.1": of_kata(),
         "kata-agent-ctl.1": of_agent_ctl(),
-        "kata-log-parser.1": of_log_parser(),
-        "kata-monitor.1": of_monitor(),
+        "kata-log-parser.1": of_program("kata-log-parser", "[OPTION...] [FILE...]", log_parser),
+        "kata-monitor.1": of_program("kata-monitor", "[OPTION...]", monitor),
         "kata-runtime.1": of_runtime(),
     }
     for name, (module, _) in cli.COMMANDS.items():

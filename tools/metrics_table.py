@@ -5,14 +5,13 @@ Usage: metrics_table.py [--check]; with --check it writes nothing, and exits wit
 
 from __future__ import annotations
 
-import difflib
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from made_page import ROOT, write_or_check
+
 sys.path.insert(0, str(ROOT / "src"))
 
-from kata.metrics import families  # noqa: E402
+from kata.metrics import families
 
 PAGE = ROOT / "docs" / "metrics.md"
 HEAD = """# Metrics
@@ -179,18 +178,5 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    made = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(made)
-        return 0
-    found = PAGE.read_text() if PAGE.exists() else ""
-    sys.stdout.writelines(
-        difflib.unified_diff(found.splitlines(True), made.splitlines(True), "docs/metrics.md", "made anew")
-    )
-    return int(found != made)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page()))
