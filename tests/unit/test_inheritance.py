@@ -125,6 +125,9 @@ def test_the_exit_status_stays_when_nobody_takes_the_messages(program: list[str]
         ["kata/__main__.py", "shim", "-v"],
         ["kata/agent_ctl/__main__.py", "--help"],
         ["kata/agent_ctl/__main__.py", "--version"],
+        ["kata/log_parser/__main__.py", "--help"],
+        ["kata/monitor/__main__.py", "--help"],
+        ["kata/oci_runtime/__main__.py", "--help"],
     ],
 )
 def test_output_that_is_lost_is_told(program: list[str]) -> None:

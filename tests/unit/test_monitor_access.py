@@ -7,14 +7,15 @@ import os
 import socket
 import ssl
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kata.cli.complete import of_options
 from kata.errors import HostError, UsageError
 from kata.monitor import access, options
 from kata.monitor.access import Address, Secrets
-from kata.monitor.complete import complete
 from kata.monitor.main import main
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -224,6 +225,7 @@ def test_what_is_wrong_with_the_options_is_said(
 
 
 def test_completion_offers_the_options_and_their_values() -> None:
+    complete = partial(of_options, options.OPTIONS)
     assert ("--listen-address", dict(complete([], "--listen"))["--listen-address"]) in complete([], "--l")
     assert [text for text, _ in complete(["--log-level"], "w")] == ["warning"]
     assert complete(["--log-level=x", "--tls-cert"], "") == [(":files", "")]

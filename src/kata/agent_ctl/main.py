@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from kata import __version__
 from kata.agent_ctl import address, links, methods, output
 from kata.agent_ctl.options import Option, Values, parse, table
 from kata.agent_ctl.session import COMMANDS, Session, listing, listing_text, split
-from kata.errors import KataError, UsageError
+from kata.cli.main import name_output
+from kata.errors import UsageError
 from kata.hypervisor.channel import AGENT_PORT
 from kata.ttrpc.status import TtrpcError
 
@@ -206,25 +206,15 @@ def _target(values: Values, needed: bool) -> Callable[[], Link]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status: 1 for any failure."""
+    name_output()
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return status
-    except (KataError, TtrpcError) as error:
+    except TtrpcError as error:
         output.report(error)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone; Python would report that again while exiting.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        output.report(KataError(f"{error.strerror or error}{where}"))
-    except RecursionError:
-        output.report(UsageError("the input is nested too deeply to be read"))
-    except Exception as error:
-        from kata import crash
+        return 1
+    except BaseException as error:
+        from kata.cli.report import exit_status
 
-        output.report(crash.explain(error, "kata-agent-ctl"))
-    return 1
+        return exit_status(error, "kata-agent-ctl", 1)

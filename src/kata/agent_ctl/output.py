@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 from kata.agent.text import escape_line
 from kata.agent_ctl.jsonmap import to_json
+from kata.cli import report as cli_report
 from kata.errors import KataError
 from kata.ttrpc.status import NAMES, TtrpcError
 
@@ -147,14 +147,5 @@ def report(error: KataError | TtrpcError, method: str = "") -> None:
     if isinstance(error, TtrpcError):
         message, hint = error.split_hint()
         text = f"{method + ': ' if method else ''}{code_name(error.code)}: {escape_line(message)}"
-        hint = escape_line(hint)
-    else:
-        # An error of ours: text from a guest in it is escaped already, and it may have several lines.
-        text, hint = error.message, error.hint
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    red, cyan, off = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if colour else ("", "", "")
-    try:
-        sys.stderr.write(f"{red}error:{off} {text}\n" + (f"{cyan}hint:{off} {hint}\n" if hint else ""))
-        sys.stderr.flush()
-    except OSError:
-        pass  # the exit status has to do
+        error = KataError(text, escape_line(hint))
+    cli_report.report(error)

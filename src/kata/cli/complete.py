@@ -248,6 +248,22 @@ def of_options(
     return beginning([(name, option.text) for option in known for name in option.names], word)
 
 
+def of_program(
+    argv: Sequence[str], options: Iterable[NamedOption], operands: Candidates | None = None
+) -> int:
+    """Print the candidates of a program that has options and no commands.
+
+    Args:
+        argv: As for `main`.
+        options: As for `of_options`.
+        operands: As for `of_options`.
+
+    Returns:
+        0, even after an error.
+    """
+    return main(argv, lambda before, word: of_options(options, before, word, operands))
+
+
 def beginning(found: Iterable[tuple[str, str]], word: str) -> Candidates:
     """Those of *found* that begin with *word*, and all requests for the shell.
 

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 
-from kata.errors import KataError, ToldToEnd, UsageError
+from kata.errors import KataError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -127,15 +127,14 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            error.filename = _STDOUT
+            from kata.cli.report import STDOUT
+
+            error.filename = STDOUT
             raise
 
 
-_STDOUT = "standard output"
-
-
-def _name_output() -> None:
-    """Make `sys.stdout` write through `_Output`."""
+def name_output() -> None:
+    """Have errors of writing standard output name it, for `kata.cli.report.exit_status`."""
     old = sys.stdout
     # A replacement by a test, or a closed stream, is left alone.
     if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", None), io.FileIO):
@@ -147,7 +146,7 @@ def _name_output() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status (125 for an error of kata itself)."""
-    _name_output()
+    name_output()
     try:
         try:
             status = dispatch(sys.argv[1:] if argv is None else argv)
@@ -155,55 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = int(asked.code or 0)
         sys.stdout.flush()
         return status
-    except KataError as error:
-        _report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except ToldToEnd as told:
-        import signal
-
-        signal.signal(told.number, signal.SIG_DFL)  # so that the parent process sees it
-        os.kill(os.getpid(), told.number)
-        return 128 + told.number
-    except BrokenPipeError:
-        # The reader of our output has gone (`kata ps | head`); Python would report that again while exiting.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except OSError as error:
-        if error.filename == _STDOUT:
-            # Python would report the error again while exiting.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            _report(KataError(f"{_STDOUT} cannot be written: {error.strerror}"))
-        else:
-            _report(_explain(error))
-        return 125
-    except RecursionError:
-        _report(KataError("the input is nested too deeply to be read"))
-        return 125
-    except Exception as error:
+    except BaseException as error:
         from kata import crash
+        from kata.cli.report import exit_status
 
-        _report(crash.explain(error, crash.name_of(["kata", *(sys.argv[1:] if argv is None else argv)])))
-        return 125
-
-
-def _report(error: KataError) -> None:
-    from kata.cli.report import report
-
-    report(error)
-
-
-def _explain(error: OSError) -> KataError:
-    """Turn an operating system error that was not handled elsewhere into an error with a hint."""
-    import errno
-
-    where = f": {error.filename}" if error.filename else ""
-    hints = {
-        errno.ENOSPC: "free some space ('kata gc', 'kata rmi'), or move KATA_STATE_DIR to a larger disk",
-        errno.EROFS: "set KATA_STATE_DIR and KATA_RUN_DIR to writable directories",
-        errno.EACCES: "check the permissions of that path",
-        errno.EMFILE: "raise the limit of open files ('ulimit -n')",
-    }
-    reason = error.strerror or str(error)
-    return KataError(f"{reason}{where}", hints.get(error.errno or 0, ""))
+        return exit_status(error, crash.name_of(["kata", *(sys.argv[1:] if argv is None else argv)]))

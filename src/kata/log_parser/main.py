@@ -8,7 +8,8 @@ import os
 import sys
 
 from kata import __version__
-from kata.errors import KataError, UsageError
+from kata.cli.main import name_output
+from kata.errors import HostError, UsageError
 from kata.log_parser import options, output
 from kata.log_parser.merge import Source, merge
 
@@ -61,22 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["__complete"]:
         from kata.cli import complete
-        from kata.log_parser.complete import complete as candidates
 
-        return complete.main(words[1:], candidates)
+        return complete.of_program(words[1:], options.OPTIONS, [complete.FILES])
+    name_output()
     try:
-        return _run(words)
-    except KataError as error:
-        from kata.cli.report import report
+        status = _run(words)
+        sys.stdout.flush()
+        return status
+    except BaseException as error:
+        from kata.cli.report import exit_status
 
-        report(error)
-        return FAILED
-    except BrokenPipeError:
-        # The reader of our output has gone (`kata-log-parser ... | head`).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except KeyboardInterrupt:
-        return 130
+        return exit_status(error, "kata-log-parser", FAILED)
 
 
 def _run(words: Sequence[str]) -> int:
@@ -104,14 +100,8 @@ def _parse(values: Values, files: list[str]) -> int:
     check = values.flag("check-only")
     sources = [Source(name, complaints, monotonic=check or values.flag("strict")) for name in files]
     wanted = options.Filter(values)
-    try:
-        with _output(None if check else values.value("output-file")) as out:
-            _write(values, merge(sources), wanted, complaints, out)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        raise KataError(f"{error.strerror or error}{where}") from None
+    with _output(None if check else values.value("output-file")) as out:
+        _write(values, merge(sources), wanted, complaints, out)
     complaints.close()
     wrong = bool(complaints.count) and (check or values.flag("strict"))
     if values.flag("error-if-file-empty"):
@@ -167,18 +157,37 @@ def _output(path: str | None) -> Iterator[TextIO]:
     """Standard output, or a file that takes the place of one at *path* when everything has been written.
 
     What is there and is no file (a device, a pipe) is written to; a link stays, and what it leads to is replaced.
+
+    Raises:
+        HostError: The file cannot be made.
+        OSError: It cannot be written; an error without a file name gets one.
     """
-    if path is None or path == "-":
-        yield sys.stdout
-        sys.stdout.flush()
-        return
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "w", encoding="utf-8") as file:
-            yield file
-        return
-    path = os.path.realpath(path)
+    try:
+        if path is None or path == "-":
+            yield sys.stdout
+            sys.stdout.flush()
+        elif os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "w", encoding="utf-8") as file:
+                yield file
+        else:
+            with _replacing(os.path.realpath(path)) as file:
+                yield file
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[TextIO]:
     unfinished = f"{path}.{os.getpid()}.part"
-    fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise HostError(
+            f"{path} cannot be written: {error.strerror}",
+            "-o names a file in a directory that exists and can be written to",
+        ) from None
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             yield file

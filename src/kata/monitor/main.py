@@ -11,7 +11,7 @@ import socket
 import sys
 
 from kata import __version__, sysio
-from kata.errors import HostError, KataError, UsageError
+from kata.errors import HostError, UsageError
 from kata.monitor import access, options
 
 TYPE_CHECKING = False
@@ -44,21 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status: 1 for any failure."""
     try:
         return dispatch(sys.argv[1:] if argv is None else argv)
-    except KataError as error:
-        told = error
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 141
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        told = KataError(f"{error.strerror or error}{where}")
-    except Exception as error:
-        from kata import crash
+    except BaseException as error:
+        from kata.cli.report import exit_status
 
-        told = crash.explain(error, "kata-monitor")
-    sys.stderr.write(f"error: {told.message}\n" + (f"hint: {told.hint}\n" if told.hint else ""))
-    return 1
+        return exit_status(error, "kata-monitor", 1)
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -78,10 +67,9 @@ def dispatch(argv: Sequence[str]) -> int:
 
         return query(argv[1:])
     if argv[:1] == ["__complete"]:  # for the shells' completion scripts
-        from kata.cli.complete import main as answer
-        from kata.monitor.complete import complete
+        from kata.cli import complete
 
-        return answer(argv[1:], complete)
+        return complete.of_program(argv[1:], options.OPTIONS)
     values = options.parsed(argv)
     if values.flag("help"):
         sys.stdout.write(options.usage())

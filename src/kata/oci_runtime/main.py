@@ -10,6 +10,7 @@ import sys
 
 from kata import __version__, paths
 from kata.cli.args import Command, Option
+from kata.cli.main import name_output
 from kata.errors import KataError, NotFoundError, UnsupportedError, UsageError
 
 TYPE_CHECKING = False
@@ -118,28 +119,15 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status: 1 for any failure, as with the original."""
-    from kata.cli.report import report
-
+    name_output()
     try:
-        return dispatch(list(sys.argv[1:] if argv is None else argv))
-    except KataError as error:
-        told = error
-    except SystemExit as asked:  # by --help
-        return int(asked.code or 0)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
-        return 141
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        told = KataError(f"{error.strerror or error}{where}")
-    except Exception as error:
-        from kata import crash
+        status = dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except BaseException as error:
+        from kata.cli.report import exit_status
 
-        told = crash.explain(error, PROGRAM)
-    report(told)
-    return 1
+        return exit_status(error, PROGRAM, 1)
 
 
 def dispatch(argv: Sequence[str]) -> int:
