@@ -362,6 +362,28 @@ def test_only_a_file_is_replaced(tmp_path: Path) -> None:
     assert (done.returncode, "Is a directory" in done.stderr) == (2, True)
 
 
+def test_an_error_names_the_file_that_was_given(tmp_path: Path) -> None:
+    line = b"time=2026-01-02T03:04:05Z level=info msg=words\n"
+    target = tmp_path / "none" / "out"
+    done = call("-o", target, "-", stdin=line)
+    assert done.returncode == 2
+    first, hint = done.stderr.splitlines()
+    assert first == f"error: {target} cannot be written: No such file or directory"
+    assert hint.startswith("hint: -o names ")
+    assert "No space left on device: /dev/full\n" in call("-o", "/dev/full", "-", stdin=line).stderr
+    script = f"{PROGRAM} - >/dev/full"
+    told = subprocess.run(["/bin/sh", "-c", script], input=line, capture_output=True, check=False)
+    assert told.returncode == 2
+    assert told.stderr == b"error: standard output cannot be written: No space left on device\n"
+
+
+def test_a_byte_order_mark_is_left_out() -> None:
+    line = b"\xef\xbb\xbftime=2026-01-02T03:04:05Z level=info msg=words\n"
+    done = call("-f", "json", "--strict", "-", stdin=line)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["msg"] == "words"
+
+
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """A log of 100 MB, half of it lines as long as lines may be, with 48 MiB of address space beside Python's own."""
     big = tmp_path / "big.log"

@@ -7,6 +7,7 @@ window, as logs of several threads are. What is later than that comes where it i
 
 from __future__ import annotations
 
+import codecs
 import heapq
 import os
 import re
@@ -54,18 +55,25 @@ class Source:
         """Yield its records as they stand.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: It cannot be read; it has the file's name.
         """
-        if self.name == "-":
-            yield from self._read(sys.stdin.buffer)
-        else:
-            with open(self.name, "rb", buffering=1 << 18) as file:
-                yield from self._read(file)
+        try:
+            if self.name == "-":
+                yield from self._read(sys.stdin.buffer)
+            else:
+                with open(self.name, "rb", buffering=1 << 18) as file:
+                    yield from self._read(file)
+        except OSError as error:
+            if error.filename is None:
+                error.filename = "standard input" if self.name == "-" else self.name
+            raise
 
     def _read(self, file: BinaryIO) -> Iterator[Record]:
         previous: Record | None = None
         while raw := file.readline(formats.MOST_LINE + 1):
             self.lines += 1
+            if self.lines == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if len(raw) > formats.MOST_LINE and not raw.endswith(b"\n"):
                 while (more := file.readline(formats.MOST_LINE)) and not more.endswith(b"\n"):
                     pass
