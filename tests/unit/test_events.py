@@ -234,6 +234,13 @@ def test_the_command_filters(capsys: pytest.CaptureFixture[str]) -> None:
         assert "hint: " in error
 
 
+def test_a_time_without_a_fraction_is_shown_as_it_is(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / events.FILE_NAME).write_text('{"time":"2026-01-02T03:04:05Z","event":"e"}\n')
+    assert run(capsys)[1].split() == ["2026-01-02T03:04:05Z", "e"]
+
+
 def test_the_command_follows_until_it_is_interrupted(run_dir: Path) -> None:
     events.append("old", {})
     program = [sys.executable, str(SOURCE / "kata" / "__main__.py"), "events", "-f", "--json"]

@@ -108,7 +108,7 @@ def _show(event: dict[str, Any], *, as_json: bool) -> None:
     ]
     sandbox, container = str(event.get("sandbox", "")), str(event.get("container", ""))
     whose = sandbox[:12] if container in ("", sandbox) else f"{sandbox[:12]}/{container[:12]}"
-    when = f"{str(event['time'])[:23]}Z"
+    when = f"{table.printable(str(event['time'])[:23]).rstrip('Z')}Z"
     cells = (when, f"{table.printable(str(event['event'])):<18}", f"{table.printable(whose):<12}", *about)
     sys.stdout.write("  ".join(cells).rstrip() + "\n")
 
