@@ -273,7 +273,8 @@ def test_the_terminal_is_given_back_whatever_happens(node: Node, terminal: Calla
 
 
 def test_one_that_does_not_answer_delays_no_other(node: Node, terminal: Callable[..., Terminal]) -> None:
-    node.silent.add(node.add("stuck", 0.5, 10))
+    stuck = node.add("stuck", 0.5, 10)
+    node.silent.add(stuck)
     node.add("fine", 0.5, 10)
     began = time.monotonic()
     shown = terminal()
@@ -317,7 +318,8 @@ def test_stats_of_all_clients(
     }
     ended = {**second, "id": "d" * 32, "state": "stopped"}
     node.documents[pod]["containers"] += [second, ended]
-    node.silent.add(node.add("stuck", 0.5, 10))
+    stuck = node.add("stuck", 0.5, 10)
+    node.silent.add(stuck)
     assert main.main(["stats", "--json", "--interval", "0.1"]) == 0
     told = capsys.readouterr()
     rows = {row["name"]: row for row in json.loads(told.out)}
@@ -339,6 +341,10 @@ def test_stats_of_all_clients(
         "overhead_bytes": 100 << 20,
         "memory_returned_bytes": 1 << 30,
     }
+    assert "warning: no statistics of " in told.err
+    assert main.main(["stats", "--json", "--interval", "0.1", stuck]) == 125  # it was asked for
+    told = capsys.readouterr()
+    assert json.loads(told.out) == []
     assert "warning: no statistics of " in told.err
     node.silent.clear()
     assert main.main(["stats", "--no-stream", "--interval", "0.1", pod[:8]]) == 0

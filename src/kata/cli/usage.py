@@ -85,7 +85,7 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool) -> i
         as_json: Whether to print JSON.
 
     Returns:
-        The exit status.
+        The exit status: 125 if one of *chosen* has not answered, which is told on stderr.
     """
     sampler = live.Sampler(list_directories=lambda: chosen or list(sandboxes.settings_by_directory()))
     sampler.sample()
@@ -111,4 +111,4 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool) -> i
             table.show(_HEADINGS, cells)
             sys.stdout.flush()
         if not stream:
-            return 0
+            return 125 if chosen and warned else 0
