@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
-import re
 import socket
 import statistics
 import subprocess
@@ -35,14 +33,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
 sys.path.append(str(ROOT / "src"))
 
-from kata import sysio  # noqa: E402
+from overhead import IMAGE, field, kata  # noqa: E402
+
+from kata import management, paths  # noqa: E402
 from kata.agent_ctl.links import EngineLink  # noqa: E402
 
-KATA = ["/usr/bin/python3", "-I", "-S", str(ROOT / "src/kata/__main__.py")]
 MONITOR = str(ROOT / "tools/kata-monitor")
-IMAGE = ROOT / "build/images/busybox"
 AT_A_TIME = 3
 """Machines that are started together."""
 INTERVAL_S = 5.0
@@ -60,21 +59,6 @@ AIMS = {
     "not scraped: engine, % of a processor": 0.1,
     "not scraped: monitor, % of a processor": 0.1,
 }
-
-
-class Unix(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=PATIENCE_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Open the connection."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE_S)
-        with sysio.SocketName(self._path) as name:
-            self.sock.connect(name)
 
 
 class Sandbox:
@@ -100,13 +84,10 @@ class Sandbox:
         Raises:
             SystemExit: It is no answer.
         """
-        connection = Unix(str(self._directory / "shim-monitor.sock"))
-        connection.request("GET", "/metrics")
-        answer = connection.getresponse()
-        text = answer.read()
-        connection.close()
-        if answer.status != 200:
-            raise SystemExit(f"error: the engine answered {answer.status}: {text.decode(errors='replace')}")
+        path = str(self._directory / paths.MANAGEMENT_SOCKET)
+        status, _, text = management.get(path, "/metrics", PATIENCE_S)
+        if status != 200:
+            raise SystemExit(f"error: the engine answered {status}: {text.decode(errors='replace')}")
         return text
 
     def agents_own(self) -> bytes:
@@ -114,18 +95,6 @@ class Sandbox:
         if self._agent is None:
             self._agent = EngineLink(self.identity, self.identity, str(self._directory / "engine.sock"))
         return self._agent.call("grpc.AgentService", "GetMetrics", b"", PATIENCE_S)
-
-
-def kata(environment: dict[str, str], *arguments: str) -> str:
-    """Run `kata`; its standard output.
-
-    Raises:
-        SystemExit: It failed.
-    """
-    done = subprocess.run([*KATA, *arguments], capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"error: kata {' '.join(arguments)}: {done.stderr}")
-    return done.stdout
 
 
 def processor_ms(*pids: int) -> float:
@@ -140,8 +109,7 @@ def processor_ms(*pids: int) -> float:
 
 def pss_kib(pid: int) -> int:
     """The proportional set size of a process."""
-    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
+    return field(Path(f"/proc/{pid}/smaps_rollup").read_text(), "Pss") >> 10
 
 
 def cost(ask: Callable[[], object], pids: list[int], rounds: int) -> tuple[float, float]:
