@@ -26,7 +26,7 @@ RUNBOOK = support.ROOT / "docs/alerts.md"
 def promtool(*arguments: str) -> str:
     program = shutil.which("promtool", path=support.PROGRAMS)
     if program is None:
-        pytest.skip("needs promtool, of Debian's package prometheus (tools/setup test unpacks it)")
+        pytest.skip("needs promtool (tools/setup test unpacks it)")
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -191,7 +191,7 @@ def test_kills_for_want_of_memory_are_told_of_a_container_that_has_ended(running
     assert "kata_container_pids" not in found
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt-get install prometheus)")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (tools/setup test unpacks it)")
 def test_promtool_objects_to_names_of_the_originals_only(running: Engine) -> None:
     running.double.usage = usage()
     running.double.says = "kata_agent_scrape_count 1\n"
@@ -325,6 +325,7 @@ def test_figures_that_would_fill_the_engines_memory_end_the_sandbox(running: Eng
     assert "400" in ask(running, state.state)["error"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_interfaces_are_those_of_the_processs_namespace() -> None:
     with subprocess.Popen(
         ["unshare", "--net", "sh", "-c", "ip link set lo up; echo; read x"], stdin=-1, stdout=-1

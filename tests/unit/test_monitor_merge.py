@@ -210,7 +210,7 @@ def test_whatever_sandboxes_say_the_whole_is_valid(said: list[list[exposition.Fa
     both(*parts)
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt-get install prometheus)")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (tools/setup test unpacks it)")
 def test_promtool_has_nothing_to_say_against_it(tmp_path: Path) -> None:
     text, _ = both(one(honest(1, 3), "a"), one(honest(2, 3), "b"))
     done = subprocess.run(

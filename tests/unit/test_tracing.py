@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from otlp_support import Collector
+from otlp_support import Collector, collector
 from waiting import PATIENCE, until
 
 from kata import launcher, trace_export, tracing
@@ -27,15 +27,9 @@ from kata.proto import agentext_pb, health_pb
 from kata.settings import TracingSettings
 from kata.ttrpc.server import Context
 
+__all__ = ["collector"]
 SOURCE = Path(tracing.__file__).parent
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.close()
 
 
 # ---- contexts ----

@@ -8,9 +8,11 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sandbox_support
 from waiting import PATIENCE, alive, until, until_gone
 
@@ -207,3 +209,17 @@ def descendants(pid: int) -> list[int]:
     """Children of a process."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(word) for word in text.split()]
+
+
+@pytest.fixture
+def make(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Callable[..., Box]]:
+    """Makes sandboxes, which are closed after the test."""
+    boxes: list[Box] = []
+
+    def build(**changes: Any) -> Box:
+        boxes.append(Box(run_directory, guest_assets, busybox_image, **changes))
+        return boxes[-1]
+
+    yield build
+    for box in boxes:
+        box.close()

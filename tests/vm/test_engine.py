@@ -11,10 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_support import Box, descendants
+from engine_support import Box, descendants, make
 from waiting import PATIENCE, alive, until, until_gone
 
 from kata.errors import (
@@ -31,20 +30,8 @@ from kata.oci import spec as oci
 from kata.settings import DiskSettings, VolumeSettings
 from kata.storage import ext4
 
+__all__ = ["make"]
 Maker = Callable[..., Box]
-
-
-@pytest.fixture
-def make(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Maker]:
-    boxes: list[Box] = []
-
-    def build(**changes: Any) -> Box:
-        boxes.append(Box(run_directory, guest_assets, busybox_image, **changes))
-        return boxes[-1]
-
-    yield build
-    for box in boxes:
-        box.close()
 
 
 @pytest.fixture(scope="module")

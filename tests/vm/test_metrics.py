@@ -9,10 +9,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_support import Box
+from engine_support import Box, make
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import until
 
@@ -22,22 +21,10 @@ from kata.hypervisor import virtiofsd
 from kata.metrics import families
 from kata.settings import VolumeSettings
 
+__all__ = ["make"]
 MIB = 1 << 20
 APART_S = 6.0
 """Longer than the engine keeps what it knows of the guest's memory on the host."""
-
-
-@pytest.fixture
-def make(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Callable[..., Box]]:
-    boxes: list[Box] = []
-
-    def build(**changes: Any) -> Box:
-        boxes.append(Box(run_directory, guest_assets, busybox_image, **changes))
-        return boxes[-1]
-
-    yield build
-    for box in boxes:
-        box.close()
 
 
 class Scrape:

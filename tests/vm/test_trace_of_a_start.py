@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 
-import pytest
 from conftest import Kata
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from otlp_support import Collector
+from otlp_support import Collector, collector
 from waiting import PATIENCE, until
 
+__all__ = ["collector"]
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.close()
 
 
 def traced(kata: Kata, collector: Collector, *arguments: str) -> subprocess.CompletedProcess[bytes]:
