@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import json
 import os
 import signal
 import socket
@@ -158,8 +159,28 @@ def test_engines_that_say_nonsense_of_themselves(engines: Engines) -> None:
         assert len(by_id) == len(documents) + 5
         assert all(not sandbox["reachable"] and sandbox["problem"] for sandbox in by_id.values())
         assert "within 1 s" in by_id["stuck"]["problem"]
+        assert by_id["n3"]["problem"] == "its state is nested too deeply"
         assert b"NaN" not in answer.body
         assert b"Infinity" not in answer.body
+
+
+def test_a_state_that_is_nested_deeply_is_its_own_sandbox_s_trouble(engines: Engines) -> None:
+    """At every depth: what can just be read must not fail when it is written with all others."""
+
+    async def main(depth: int) -> tuple[bool, bool]:
+        deep = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+        engines.add("deep", says("", document=deep))
+        kept = node.Node([str(engines.run_directory / "sandboxes")], [], 3.0, 64)
+        found = json.loads(await kept.sampler.sample())["sandboxes"]
+        await kept.close()
+        assert [one["id"] for one in found] == ["deep", "web"]
+        return found[0]["reachable"], found[1]["reachable"]
+
+    engines.add("web", says("", document=state("web")))
+    limit = sys.getrecursionlimit()
+    seen = [asyncio.run(main(depth)) for depth in range(limit - 100, limit, 3)]
+    assert {web for _, web in seen} == {True}
+    assert {deep for deep, _ in seen} == {True, False}
 
 
 def test_a_sample_is_taken_while_somebody_looks_and_one_for_all(engines: Engines) -> None:

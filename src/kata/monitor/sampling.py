@@ -70,24 +70,18 @@ class Sampler:
                 self._pods.look_again()
                 self._room = MAX_SAMPLE_BYTES
                 states = await asyncio.gather(*(self.state(one, counted=True) for one in sandboxes))
-                whole = {
-                    "time": time.time(),
-                    "node": os.uname().nodename,
-                    "version": __version__,
-                    "sandboxes": states,
-                }
-                self._sample = encode(whole)
+                head = encode({"time": time.time(), "node": os.uname().nodename, "version": __version__})
+                self._sample = b'%s,"sandboxes":[%s]}' % (head[:-1], b",".join(states))
                 self._taken = time.monotonic()
             return self._sample
 
-    async def state(self, sandbox: Sandbox, *, counted: bool = False) -> dict[str, Any]:
-        """What one sandbox says of itself, with what the monitor knows of it.
+    async def state(self, sandbox: Sandbox, *, counted: bool = False) -> bytes:
+        """What one sandbox says of itself, with what the monitor knows of it, as JSON.
 
         Args:
             sandbox: Which.
             counted: It is one of a sample, whose size is bounded as a whole.
         """
-        problem = ""
         try:
             async with self._engines.get(sandbox, STATE) as answer:
                 if answer.status != 200:
@@ -98,16 +92,20 @@ class Sampler:
                     self._room -= len(answer.body)
                     if self._room < 0:
                         raise Unreachable("the states of all sandboxes are too large together")
-                found = decode(answer.body)
+                try:
+                    return self._completed(sandbox, decode(answer.body), "")
+                except RecursionError:  # what could just be read may be too deep to be written
+                    raise Unreachable("its state is nested too deeply") from None
         except Unreachable as error:
-            problem = str(error)
-            found = {"state": "unknown", "name": "", "containers": []}
+            return self._completed(sandbox, {"state": "unknown", "name": "", "containers": []}, str(error))
+
+    def _completed(self, sandbox: Sandbox, found: dict[str, Any], problem: str) -> bytes:
         pod = self._pods.of(sandbox.id)
         found["id"] = sandbox.id
         found["cri"] = dict(zip(("uid", "name", "namespace"), pod, strict=True)) if pod is not None else None
         found["reachable"] = not problem
         found["problem"] = problem
-        return found
+        return encode(found)
 
     # ---- those who watch ----
 
@@ -223,10 +221,11 @@ def decode(raw: bytes) -> dict[str, Any]:
 
     Raises:
         Unreachable: It is none.
+        RecursionError: It is nested too deeply.
     """
     try:
         found = json.loads(raw, parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError):
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise Unreachable("its state is no JSON object")

@@ -16,7 +16,6 @@ from kata.monitor import access, life
 from kata.monitor.engines import Unreachable
 from kata.monitor.expose import Metrics
 from kata.monitor.requests import find, reading, refused
-from kata.monitor.sampling import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ class Web:
     async def state(self, request: web.Request) -> web.StreamResponse:
         """One sandbox."""
         found = await self._node.sampler.state(find(self._node, request))
-        return web.Response(body=encode(found), content_type="application/json")
+        return web.Response(body=found, content_type="application/json")
 
     async def console(self, request: web.Request) -> web.StreamResponse:
         """The end of a guest's console."""
