@@ -85,17 +85,6 @@ def test_debug_bundle(shared_kata: Kata, box: str, tmp_path: Path) -> None:
     assert set(described["host_cgroups"].values()) == set(json.loads(files["cgroups.json"]))
 
 
-def test_the_level_of_a_running_engines_log(shared_kata: Kata, box: str) -> None:
-    log = shared_kata.run_dir / "sandboxes" / identity_of(shared_kata, box) / "engine.log"
-    shared_kata.ok("debug", "level", box, "debug")
-    shared_kata.ok("exec", box, "true")
-    until(lambda: " debug: " in log.read_text(), "lines that are not there otherwise")
-    shared_kata.ok("debug", "level", box, "info")
-    before = log.read_text().count(" debug: ")
-    shared_kata.ok("exec", box, "true")
-    assert log.read_text().count(" debug: ") == before
-
-
 def test_stats(shared_kata: Kata, box: str) -> None:
     row = json.loads(shared_kata.ok("stats", "--json", "--interval", "0.3", box))[0]
     assert row["memory_bytes"] > 0
@@ -119,10 +108,14 @@ def test_the_log_of_the_engine_and_its_level(shared_kata: Kata, box: str) -> Non
     said = shared_kata.ok("logs", "--engine", box)
     assert "sandbox.ready" in said
     assert f"container.started container={identity_of(shared_kata, box)}" in said
+    log = shared_kata.run_dir / "sandboxes" / identity_of(shared_kata, box) / "engine.log"
     shared_kata.ok("debug", "level", box, "debug")
     shared_kata.ok("exec", box, "true")
+    until(lambda: " debug: " in log.read_text(), "lines that are not there otherwise")
     shared_kata.ok("debug", "level", box, "info")
+    before = log.read_text().count(" debug: ")
     shared_kata.ok("exec", box, "true")
+    assert log.read_text().count(" debug: ") == before
     lines = shared_kata.ok("logs", "--engine", box).removeprefix(said).splitlines()
     debug = [line for line in lines if " debug: " in line]
     assert sum("the agent answered ExecProcess" in line for line in debug) == 1
