@@ -22,10 +22,10 @@ from pathlib import Path
 from kata.engine.lifecycle.boot import KERNEL_PARAMETERS
 from kata.guest import manifest
 from kata.guest.cpio import Archive
+from kata.hypervisor import process as hypervisor_process
 from kata.hypervisor import tsc
 from kata.hypervisor.base import Disk, Nic, random_mac
 from kata.hypervisor.qemu import command as qemu_command
-from kata.hypervisor.qemu import process as qemu_process
 from kata.hypervisor.qemu.settings import VMSettings
 
 BUSYBOX = Path("/usr/bin/busybox")
@@ -105,7 +105,7 @@ class Guest:
         if accelerator == "tcg":
             settings.tsc_khz = tsc.khz()
         pairs = {name: socket.socketpair() for name in ("agent", "qmp", "console", "shell", "raw")}
-        opened = qemu_process.open_files(settings)
+        opened = hypervisor_process.open_files(settings.kernel, settings.initrd, settings.disks)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind("")
         opened["nic"] = listener.detach()

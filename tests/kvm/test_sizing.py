@@ -9,7 +9,7 @@ from typing import Any
 from conftest import Kata
 
 from kata.engine.client import EngineClient
-from kata.hypervisor.qemu import root as qemu_root
+from kata.hypervisor.qemu import queues
 from kata.resources import sizing
 
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def test_memory_follows_the_limit_both_ways(kvm_kata: Kata, busybox_image: str) 
             assert (
                 mib
                 <= int(total)
-                <= (sizing.total_of(mib * MIB, "small") // MIB) * 1.05 + qemu_root.LONG_QUEUES_MIB
+                <= (sizing.total_of(mib * MIB, "small") // MIB) * 1.05 + queues.LONG_QUEUES_MIB
             )
             return size["returned_mib"], size["plugged_mib"]
 

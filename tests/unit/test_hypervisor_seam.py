@@ -65,7 +65,7 @@ def test_a_descriptor_has_one_owner() -> None:
         assert not other.is_open
         with pytest.raises(ValueError, match="given away"):
             other.detach()
-        Attachments(sandbox_id="x", run_dir="/", nics=[Nic("m", tap_fd=fd)], share_server=other).close()
+        Attachments(sandbox_id="x", run_dir="/", nics=[Nic("m", fd=other, tap_fd=fd)]).close()
         with pytest.raises(ValueError, match="closed"):
             _ = fd.raw
     with pytest.raises(OSError, match="Bad file"):

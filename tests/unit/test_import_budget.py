@@ -33,8 +33,8 @@ OURS_BEFORE_THE_VM = {
     *("kata.engine.lifecycle.boot_slots", "kata.engine.lifecycle.volumes"),
     *("kata.hypervisor", "kata.hypervisor.base", "kata.hypervisor.registry", "kata.hypervisor.tsc"),
     *("kata.hypervisor.qemu", "kata.hypervisor.qemu.command", "kata.hypervisor.qemu.monitor"),
-    *("kata.hypervisor.qemu.process", "kata.hypervisor.qemu.root", "kata.hypervisor.qemu.settings"),
-    "kata.hypervisor.qemu.slots",
+    *("kata.hypervisor.process", "kata.hypervisor.root", "kata.hypervisor.qemu.process"),
+    *("kata.hypervisor.qemu.queues", "kata.hypervisor.qemu.settings", "kata.hypervisor.qemu.slots"),
 }
 
 TOO_DEAR_FOR_A_COMMAND = {
@@ -70,10 +70,11 @@ def loaded_by(*modules: str) -> set[str]:
 
 
 def test_the_engine_starts_the_vm_with_few_modules() -> None:
-    monitor = ("monitor", "process", "root", "settings")  # imported by `start`
+    monitor = ("monitor", "process", "queues", "settings")  # imported by `start`
     loaded = loaded_by(
         "kata.engine.main",
         "kata.engine.lifecycle.boot",
+        "kata.hypervisor.root",
         *(f"kata.hypervisor.qemu.{name}" for name in monitor),
     )
     assert loaded - ENGINE_BEFORE_THE_VM - OURS_BEFORE_THE_VM == set()

@@ -11,8 +11,7 @@ import pytest
 from kata.errors import GuestAssetError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor.base import Disk, Nic
 from kata.hypervisor.qemu import command as qemu_command
-from kata.hypervisor.qemu import root as qemu_root
-from kata.hypervisor.qemu import slots
+from kata.hypervisor.qemu import queues, slots
 from kata.hypervisor.qemu.process import explain
 from kata.hypervisor.qemu.settings import VMSettings
 from kata.hypervisor.vsock import Vsock
@@ -276,14 +275,14 @@ def test_how_long_a_qemus_queues_are_is_found_out_once(
     qemu = tmp_path / "qemu"
     qemu.write_text(f"#!/bin/sh\necho x >>{tmp_path}/asked\necho 'QEMU emulator version 10.0.13 (x)'\n")
     qemu.chmod(0o755)
-    assert [qemu_root.queues_mib(str(qemu)) for _ in range(3)] == [qemu_root.LONG_QUEUES_MIB] * 3
+    assert [queues.queues_mib(str(qemu)) for _ in range(3)] == [queues.LONG_QUEUES_MIB] * 3
     assert (tmp_path / "asked").read_text() == "x\n"
     # Another program at that place is asked anew.
     qemu.write_text("#!/bin/sh\necho 'QEMU emulator version 7.2.22 (Debian 1:7.2)'\n")
-    assert qemu_root.queues_mib(str(qemu)) == 0
+    assert queues.queues_mib(str(qemu)) == 0
     qemu.write_text("#!/bin/sh\necho nonsense\n")
-    assert qemu_root.queues_mib(str(qemu)) == 0
-    assert qemu_root.queues_mib(str(tmp_path / "missing")) == 0
+    assert queues.queues_mib(str(qemu)) == 0
+    assert queues.queues_mib(str(tmp_path / "missing")) == 0
 
 
 def test_nothing_of_the_sandboxs_is_opened_by_its_path() -> None:

@@ -1,4 +1,4 @@
-"""kata.hypervisor.qemu.figures: what is counted as the guest's memory, and processes that have ended."""
+"""kata.hypervisor.figures: what is counted as the guest's memory, and processes that have ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from kata.hypervisor.qemu import figures
+from kata.hypervisor import figures
 
 MIB = 1 << 20
 

@@ -12,7 +12,7 @@ from cli_support import FOREVER, container, identity_of, names, status
 from conftest import Kata
 from waiting import until
 
-from kata.hypervisor.qemu import root as qemu_root
+from kata.hypervisor.qemu import queues
 from kata.resources import sizing
 
 
@@ -50,7 +50,7 @@ def sized(kata: Kata, name: str) -> tuple[Any, ...]:
 def fits(total: str, asked: int) -> bool:
     """Whether a guest with so many MiB has room for what was asked for, and not much more."""
     least = sizing.total_of(asked << 20, "small") >> 20
-    return least <= int(total) <= least * 1.05 + qemu_root.LONG_QUEUES_MIB
+    return least <= int(total) <= least * 1.05 + queues.LONG_QUEUES_MIB
 
 
 def test_update_changes_limits_and_machine_for_now_and_later(kata_env: Kata, busybox_image: str) -> None:

@@ -27,9 +27,9 @@ from kata.errors import (
 )
 from kata.guest import manifest
 from kata.hypervisor import accel
+from kata.hypervisor import root as monitor_root
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 from kata.hypervisor.qemu import process as qemu_process
-from kata.hypervisor.qemu import root as qemu_root
 from kata.hypervisor.qemu import slots
 from kata.hypervisor.qemu.machine import Qemu
 from kata.hypervisor.qemu.monitor import MONITOR
@@ -65,7 +65,7 @@ class Lab:
         share = os.path.join(os.path.dirname(journal.path), "share")
         os.mkdir(share)
         if changes.get("root"):
-            root = qemu_root.prepare(os.path.dirname(journal.path), journal, serves_files=False)
+            root = monitor_root.prepare(os.path.dirname(journal.path), journal, serves_files=False)
             changes = {**changes, "root": root}
         process, shell = minivm.start(self.settings(journal, **{"share_dir": share, **changes}), journal)
         try:
@@ -268,7 +268,7 @@ def test_without_a_share_there_is_an_empty_directory_that_cannot_be_written(lab:
             status, said = await asyncio.to_thread(shell.run, "echo x >/mnt/x")
             assert status
             assert "Read-only file system" in said
-            assert os.listdir(os.path.join(attachments.run_dir, qemu_root.NAME)) == []
+            assert os.listdir(os.path.join(attachments.run_dir, monitor_root.NAME)) == []
         finally:
             shell.close()
             await vm.stop()

@@ -19,7 +19,7 @@ from waiting import until
 
 from kata.engine.client import EngineClient
 from kata.errors import KataError
-from kata.hypervisor.qemu import root as qemu_root
+from kata.hypervisor.qemu import queues
 from kata.resources import sizing
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -62,7 +62,7 @@ def guest_size(say: str) -> tuple[int, float]:
     return int(cpus), int(memory) / 1024
 
 
-MORE_MIB = qemu_root.LONG_QUEUES_MIB
+MORE_MIB = queues.LONG_QUEUES_MIB
 """What a machine has on top with some QEMUs."""
 
 

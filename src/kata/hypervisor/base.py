@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from kata.errors import KataError
+    from kata.hypervisor.virtiofsd import FileServer
     from kata.journal import Journal
     from kata.sysio import Fd
 
@@ -188,7 +189,7 @@ class Attachments:
         disks: What is in the shape's disk slots, from the first on; None leaves one empty.
         nics: The network interfaces.
         share_dir: Directory that is shared with the guest; empty if nothing is.
-        share_server: A connection to the file server of a share by virtio-fs.
+        share_server: The file server of a share by virtio-fs.
         serves_files: The monitor itself is to serve that directory, with files of any owner.
         confines: The monitor is to lose the host's files once it has started (`Machine.confined`). It takes a mount
             namespace of our own.
@@ -213,7 +214,7 @@ class Attachments:
         disks: Sequence[Disk | None] = (),
         nics: Sequence[Nic] = (),
         share_dir: str = "",
-        share_server: Fd | None = None,
+        share_server: FileServer | None = None,
         serves_files: bool = False,
         confines: bool = True,
     ) -> None:
@@ -230,8 +231,6 @@ class Attachments:
         """Close the descriptors that nobody took. Idempotent."""
         for nic in self.nics:
             nic.close()
-        if self.share_server is not None:
-            self.share_server.close()
 
 
 class Capabilities:

@@ -109,25 +109,48 @@ class FileServer:
         self._directory = directory
         self._journal = journal
         self.child = children.SupervisedChild(f"the file server of the share ({program})")
-        path = os.path.join(run_dir, SOCKET_NAME)
-        entry: Entry = journal.begin("socket", path=path)
+        self.path = os.path.join(run_dir, SOCKET_NAME)
+        """Of the socket, until a hypervisor is connected to it."""
+        self._entry: Entry | None = journal.begin("socket", path=self.path)
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
-        client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
         try:
-            with sysio.SocketName(path) as name:
+            with sysio.SocketName(self.path) as name:
                 listener.bind(name)
                 listener.listen(1)
-                client.connect(name)
-            os.unlink(path)
         except OSError as error:
             listener.close()
-            client.close()
+            self.hide()
             raise HypervisorError(f"cannot make the socket of the file server: {error.strerror}") from error
-        finally:
-            journal.mark_gone(entry)
         self._listener = sysio.Fd(listener.detach())
-        self.connection = sysio.Fd(client.detach())
-        """The hypervisor's end of the connection; it is the hypervisor's to close."""
+
+    def connect(self) -> sysio.Fd:
+        """A hypervisor's end of the connection, for one that is given it; the socket can be reached no more then.
+
+        Raises:
+            HypervisorError: It cannot be connected.
+        """
+        import _socket
+
+        client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+        try:
+            with sysio.SocketName(self.path) as name:
+                client.connect(name)
+        except OSError as error:
+            client.close()
+            raise HypervisorError(f"cannot connect to the file server: {error.strerror}") from error
+        finally:
+            self.hide()
+        return sysio.Fd(client.detach())
+
+    def hide(self) -> None:
+        """Take the socket's name away: a hypervisor that goes by it is connected. Idempotent."""
+        if self._entry is not None:
+            try:
+                os.unlink(self.path)
+            except FileNotFoundError:
+                pass
+            self._journal.mark_gone(self._entry)
+            self._entry = None
 
     def start(self) -> None:
         """Start it. Main thread.
@@ -168,5 +191,6 @@ class FileServer:
         It consists of two processes. Both go by themselves when the hypervisor's end of the connection is closed,
         and then the outer one reaps the inner one, which nobody may do when it is killed.
         """
+        self.hide()
         self.close_socket()
         self.child.stop(LEAVES_S, LEAVES_S)

@@ -333,7 +333,6 @@ class Boot:
         cache = self._described.share.cache or "auto"
         files = virtiofsd.FileServer(program, self._share.path, self._run_dir, self._journal, cache)
         self._undo.append(files.stop)
-        self._undo.append(files.connection.close)
         self.machine.files = files
 
     def _file_server(self) -> str:
@@ -379,7 +378,7 @@ class Boot:
             disks=disks_of(self._settings),
             nics=self._nics,
             share_dir=self._share.path if self.machine.share is not None else "",
-            share_server=files.connection if files is not None else None,
+            share_server=files,
             serves_files=self.machine.share is not None and files is None,
         )
 

@@ -9,14 +9,13 @@ import os
 import socket
 
 from kata import sysio
-from kata.errors import HostError, HypervisorError, KataError, UnsupportedError, VMLostError
+from kata.errors import HostError, HypervisorError, UnsupportedError, VMLostError
+from kata.hypervisor import root as monitor_root
 from kata.hypervisor.base import DiskError, Ended
-from kata.hypervisor.console import ConsoleRing
 from kata.hypervisor.qemu import arguments, slots
 from kata.hypervisor.qemu import command as qemu_command
-from kata.hypervisor.qemu import root as qemu_root
-from kata.hypervisor.qemu.process import explain
 from kata.hypervisor.qemu.qmp import QmpClient
+from kata.hypervisor.running import Running, panicked, switched_off
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.hypervisor.base import Disk, Nic
-    from kata.hypervisor.channel import Channel
-    from kata.hypervisor.qemu.figures import Figures
     from kata.hypervisor.qemu.process import QemuProcess
     from kata.hypervisor.qemu.settings import VMSettings
     from kata.journal import Journal
@@ -33,10 +30,9 @@ if TYPE_CHECKING:
 _GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
 """What the guest did, by the reason in QEMU's last event (``ShutdownCause`` in QEMU's ``qapi/run-state.json``)."""
 _NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-_PANIC = "Kernel panic - not syncing"
 
 
-class Qemu:
+class Qemu(Running):
     """Takes over a QEMU that `kata.hypervisor.qemu.process.spawn` started. Make it inside the event loop.
 
     Args:
@@ -46,20 +42,10 @@ class Qemu:
     """
 
     def __init__(self, process: QemuProcess, journal: Journal, console_path: str = "") -> None:
+        super().__init__(process, journal, console_path)
         self.settings: VMSettings = process.settings
-        self.extra_memory_mib = process.extra_memory_mib
-        self.console = ConsoleRing(console_path)
-        self._traffic: Callable[[str, bytes], None] | None = None
-        self._process = process
-        self._journal = journal
-        self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[Ended] = self._loop.create_future()
-        self._stopping = False
         self._callbacks: list[Callable[[str, dict[str, Any]], None]] = []
-        self._disk_callbacks: list[Callable[[DiskError], None]] = []
         self._shutdown_reason = ""
-        self._console = process.take_console()
-        self._figures: Figures | None = None
         self._disk_generation = 0
         self._disk_lock = asyncio.Lock()
         self._disks: list[Disk | None] = list(self.settings.disks)
@@ -68,21 +54,9 @@ class Qemu:
             f"file{index}": index for index, disk in enumerate(self.settings.disks) if disk
         }
         self._nic_free = self.settings.nic is not None and not self.settings.nic.backend
-        if self._console is not None:
-            os.set_blocking(self._console.raw, False)
-            self._loop.add_reader(self._console, self._read_console)
-        if process.stderr.is_open:
-            self._loop.add_reader(process.stderr, self._read_stderr)
-        self._loop.add_reader(process.pidfd, self._on_exit)
-        self._finishing: asyncio.Task[None] | None = None
         self._qmp: asyncio.Task[QmpClient] = self._loop.create_task(self._connect(process.detach_fd("qmp")))
         # Who needs the connection learns of its failure; nobody needing it is no reason for a warning.
         self._qmp.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-    @property
-    def pid(self) -> int:
-        """Process id of QEMU on the host."""
-        return self._process.pid
 
     @property
     def version(self) -> str:
@@ -90,11 +64,6 @@ class Qemu:
         if not self._qmp.done() or self._qmp.cancelled() or self._qmp.exception() is not None:
             return ""
         return ".".join(map(str, self._qmp.result().version))
-
-    @property
-    def channel(self) -> Channel:
-        """How the agent is reached."""
-        return self._process.channel
 
     async def confined(self) -> None:
         """Return when QEMU has lost what only its start needed: the host's files. Then the guest may become hostile.
@@ -108,68 +77,13 @@ class Qemu:
         """Have QMP events delivered from now on."""
         self._callbacks.append(callback)
 
-    def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
-        """Be told when the host fails to read or write what is behind one of the guest's disks."""
-        self._disk_callbacks.append(callback)
-
-    def on_traffic(self, callback: Callable[[str, bytes], None] | None) -> None:
-        """See `kata.hypervisor.protocols.Machine.on_traffic`."""
-        self._traffic = callback
-
-    # ---- life and death ----
-
-    async def wait(self) -> Ended:
-        """Wait until QEMU has ended and been reaped."""
-        return await asyncio.shield(self._ended)
-
-    @property
-    def ended(self) -> Ended | None:
-        """How it ended, or None while it runs."""
-        return self._ended.result() if self._ended.done() else None
-
-    async def stop(self, grace_s: float = 0.0) -> Ended:
-        """End QEMU: with TERM (it writes its disks' caches back) within the grace period, otherwise with KILL.
-
-        The guest is not asked; what matters in it has been written back by its agent before.
-        """
-        self._stopping = True
-        if not self._ended.done() and grace_s > 0:
-            self._process.child.send_signal(sysio.SIGTERM)
-            await asyncio.wait([self._ended], timeout=grace_s)
-        self._process.child.kill()
-        return await self.wait()
-
     def close(self) -> None:
         """After the end: close descriptors, remove the socket of an unconnected network interface."""
         if not self._qmp.done():
             self._qmp.cancel()
         elif not self._qmp.cancelled() and self._qmp.exception() is None:
             self._qmp.result().close()
-        if self._process.stderr.is_open:
-            self._loop.remove_reader(self._process.stderr)
-        if not self._process.child.is_closed:
-            self._loop.remove_reader(self._process.pidfd)
-        self._close_console()
-        self._process.close()
-        self.console.close()
-        for entry in self._process.entries:
-            try:
-                os.unlink(entry.params["path"])
-            except FileNotFoundError:
-                pass
-            self._journal.mark_gone(entry)
-        self._process.entries.clear()
-
-    def failure(self, doing: str) -> KataError:
-        """The error for a call that failed because QEMU is gone.
-
-        Args:
-            doing: What was being done, as a clause: ``"waiting for the agent"``.
-        """
-        ended = self.ended
-        if ended is not None and ended.error is not None:
-            return ended.error
-        return VMLostError(f"the virtual machine ended while {doing}", "See `kata logs` for its output.")
+        super().close()
 
     # ---- pausing, memory, devices ----
 
@@ -304,20 +218,6 @@ class Qemu:
             raise
         return slots.hotplug_nic_path(index)
 
-    # ---- what can be learnt ----
-
-    def console_tail(self, limit: int = 4096) -> str:
-        """The last of what the guest's console said, escaped and bounded."""
-        return self.console.tail(limit)
-
-    async def metrics(self) -> dict[str, int]:
-        """See `kata.hypervisor.protocols.Machine.metrics`."""
-        from kata.hypervisor.qemu import figures
-
-        if self._figures is None:
-            self._figures = figures.Figures(self.pid)
-        return await asyncio.to_thread(self._figures.look)
-
     async def command(
         self, name: str, arguments: dict[str, Any] | None = None, fd: int | None = None
     ) -> Any:
@@ -353,7 +253,7 @@ class Qemu:
         """
         settings = self.settings
         if settings.root:
-            qemu_root.enter(settings.root, self.pid, settings.share_dir)
+            monitor_root.enter(settings.root, self.pid, settings.share_dir)
         if settings.title:
             # The program first: ps cuts lines off where COLUMNS is set, as in a daemon that was started by hand.
             title = f"{os.path.basename(settings.binary)} ({settings.title})"
@@ -398,82 +298,22 @@ class Qemu:
         for callback in self._disk_callbacks:
             callback(error)
 
-    def _read_console(self) -> None:
-        if self._console is None:
-            return
-        try:
-            data = os.read(self._console.raw, 65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            self.console.feed(data)
-            if self._traffic is not None:
-                self._traffic("console", data)
-            return
-        self._close_console()
-
-    def _close_console(self) -> None:
-        if self._console is not None:
-            self._loop.remove_reader(self._console)
-            self._console.close()
-            self._console = None
-
-    def _read_stderr(self) -> None:
-        fd = self._process.stderr.raw
-        self._process.read_stderr()
-        if not self._process.stderr.is_open:
-            self._loop.remove_reader(fd)
-
-    def _on_exit(self) -> None:
-        status = self._process.child.poll()
-        if status is None:
-            return
-        self._loop.remove_reader(self._process.pidfd)
-        # What it said last is still in the sockets; and its last event may be, too.
-        while self._console is not None:
-            self._read_console()
-            if self._console is not None and not _readable(self._console.raw):
-                break
-        self._finishing = self._loop.create_task(self._finish(status))
-
-    async def _finish(self, status: int) -> None:
+    async def _last_words(self) -> None:
         # Its last event says who ended the machine and may be unread; the connection's end comes after it.
         if self._qmp.done() and not self._qmp.cancelled() and self._qmp.exception() is None:
             await asyncio.wait([self._qmp.result().lost], timeout=1.0)
-        if not self._ended.done():
-            self._ended.set_result(self._explain_end(status))
 
-    def _explain_end(self, status: int) -> Ended:
-        if self._stopping:
-            return Ended(status, "stopped", None)
-        if status != 0:
-            error = explain(status, self._process.stderr_text(), self.settings)
-            if status < 0:
-                error = VMLostError(f"the virtual machine ended: {error.message}", error.hint)
-            return Ended(status, "crashed", error)
-        panic = [line for line in self.console.tail(65536, 2000).splitlines() if _PANIC in line]
-        if panic or self._shutdown_reason == "guest-panic":
-            what = panic[-1].partition(_PANIC)[2].strip(" :") if panic else "no reason given"
-            return Ended(
-                status,
-                "panic",
-                VMLostError(
-                    f"the guest's kernel panicked: {what}",
-                    "Is the memory (-m) enough, and the guest whole (kata guest info)?",
-                ),
-            )
+    def _guest_did(self) -> Ended | None:
+        if self._shutdown_reason == "guest-panic":
+            return panicked(0)
         reason = _GUEST_DID.get(self._shutdown_reason)
         if reason is not None:
-            return Ended(
-                status, reason, VMLostError(f"the virtual machine was switched off from inside ({reason})")
-            )
+            return switched_off(0, reason)
         # SIGTERM is an order to it, which it carries out without an error.
         by = {"host-signal": "by a signal to QEMU", "": "and QEMU did not say why"}.get(
             self._shutdown_reason, f"and QEMU says: {self._shutdown_reason}"
         )
-        return Ended(status, "ended", VMLostError(f"the virtual machine was ended {by}"))
+        return Ended(0, "ended", VMLostError(f"the virtual machine was ended {by}"))
 
     def _new_node(self, index: int) -> str:
         self._disk_generation += 1
@@ -538,7 +378,3 @@ async def _size(path: str) -> int:
             os.close(fd)
 
     return await asyncio.to_thread(measure)
-
-
-def _readable(fd: int) -> bool:
-    return sysio.pidfd_wait(fd, 0)

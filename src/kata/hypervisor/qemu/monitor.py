@@ -63,16 +63,17 @@ class QemuMonitor(MonitorBase):
 
     def start(self, shape: MachineShape, attachments: Attachments, journal: Journal) -> QemuProcess:
         """See `kata.hypervisor.protocols.Monitor.start`."""
-        from kata.hypervisor.qemu import process, root
+        from kata.hypervisor import root
+        from kata.hypervisor.qemu import process
 
         try:
             vm = settings(shape, attachments)
-            if shape.accel == "kvm":
-                # Under emulation the serial port is the faster of the two.
-                from kata.hypervisor import vsock
-
-                vm.vsock = vsock.allocate()
             try:
+                if shape.accel == "kvm":
+                    # Under emulation the serial port is the faster of the two.
+                    from kata.hypervisor import vsock
+
+                    vm.vsock = vsock.allocate()
                 if attachments.confines:
                     vm.root = root.prepare(attachments.run_dir, journal, serves_files=vm.serves_files)
                     # There is a device for a share even where nothing is ever shown through it: what it serves then
@@ -80,8 +81,8 @@ class QemuMonitor(MonitorBase):
                     vm.share_dir = vm.share_dir or vm.root
                 return process.spawn(vm, journal)
             finally:
-                if vm.vsock is not None:
-                    vm.vsock.fd.close()
+                for fd in vm.descriptors():
+                    fd.close()
         finally:
             attachments.close()
 
@@ -132,7 +133,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         GuestAssetError: The guest's initrd cannot be put together.
     """
     from kata import children
-    from kata.hypervisor.qemu import command, process, root
+    from kata.hypervisor.qemu import command, process, queues
     from kata.hypervisor.qemu.settings import VMSettings
 
     options = dict(shape.options)
@@ -143,7 +144,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         initrd = archives.whole(shape, attachments.run_dir)
     binary = options.get("path", "") or children.find_program(process.PROGRAM) or ""
     # What bounce pages and long queues take is the machine's, and not its containers'.
-    extra_mib = root.queues_mib(binary)
+    extra_mib = queues.queues_mib(binary)
     if attachments.share_server is not None and shape.accel == "tcg":
         extra_mib += command.BOUNCE_MIB
     return VMSettings(
@@ -168,7 +169,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         extra_nics=attachments.nics[1:],
         hotplug_nics=shape.hotplug_nics,
         share_dir=attachments.share_dir,
-        share_fd=attachments.share_server,
+        share_fd=attachments.share_server.connect() if attachments.share_server is not None else None,
         serves_files=attachments.serves_files,
         binary=binary,
         machine=options.get("machine", MACHINE),

@@ -11,13 +11,12 @@ import os
 from kata import children, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor import tsc
+from kata.hypervisor.process import MonitorProcess, available_memory, open_files
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kata.hypervisor.channel import Channel
     from kata.hypervisor.qemu.settings import VMSettings
     from kata.journal import Entry, Journal
@@ -28,7 +27,7 @@ FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios
 
 
 NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
-"""Those of QEMU's own: it sees no process of the host, and `kata.hypervisor.qemu.root` takes the files away."""
+"""Those of QEMU's own: it sees no process of the host, and `kata.hypervisor.root` takes the files away."""
 SHARE_CAPABILITIES = (
     *(sysio.CAP_CHOWN, sysio.CAP_DAC_OVERRIDE, sysio.CAP_FOWNER, sysio.CAP_FSETID),
     *(sysio.CAP_MKNOD, sysio.CAP_SETFCAP),
@@ -36,28 +35,10 @@ SHARE_CAPABILITIES = (
 """What QEMU needs to serve a share by 9p, where files have the guest's owners. Without one it has no capability."""
 
 
-class QemuProcess:
-    """A QEMU that was started, and our ends of its channels (`kata.hypervisor.protocols.Started`).
+class QemuProcess(MonitorProcess):
+    """A QEMU that was started. Its channels are ``agent``, ``qmp`` and ``console``."""
 
-    The descriptors are this object's until somebody takes them (`detach_fd`); `close` closes the rest.
-
-    No `children.SupervisedChild`, which the helpers of a sandbox are: that watches its program itself, and its end is
-    a sentence. This one is started before there is an event loop and watched by `Qemu` from then on, which waits for
-    its last words on three channels, and its end is an error that depends on what it said and how it was set up.
-    """
-
-    __slots__ = (
-        "_channel",
-        "_stderr",
-        "child",
-        "disk_addresses",
-        "entries",
-        "extra_memory_mib",
-        "fds",
-        "nic_addresses",
-        "settings",
-        "share_tag",
-    )
+    __slots__ = ("_channel", "settings")
 
     def __init__(
         self,
@@ -67,15 +48,17 @@ class QemuProcess:
         stderr_tail: children.StderrTail,
         entries: list[Entry],
     ) -> None:
-        self.child = child
+        super().__init__(
+            child,
+            fds,
+            stderr_tail,
+            entries,
+            disk_addresses=[slots.disk_path(index) for index in range(len(settings.disks))],
+            nic_addresses=[slots.nic_path(index) for index in range(len(settings.nics()))],
+            share_tag=slots.SHARE_TAG if settings.share_dir or settings.share_fd is not None else "",
+            extra_memory_mib=settings.extra_memory_mib,
+        )
         self.settings = settings
-        self.fds = fds
-        self.entries = entries
-        self.disk_addresses: Sequence[str] = [slots.disk_path(index) for index in range(len(settings.disks))]
-        self.nic_addresses: Sequence[str] = [slots.nic_path(index) for index in range(len(settings.nics()))]
-        self.share_tag = slots.SHARE_TAG if settings.share_dir or settings.share_fd is not None else ""
-        self.extra_memory_mib = settings.extra_memory_mib
-        self._stderr = stderr_tail
         self._channel: Channel | None = None
 
     @property
@@ -92,66 +75,9 @@ class QemuProcess:
             )
         return self._channel
 
-    @property
-    def pid(self) -> int:
-        """Process id of QEMU."""
-        return self.child.pid
-
-    @property
-    def pidfd(self) -> int:
-        """Becomes readable when QEMU ends."""
-        return self.child.pidfd
-
-    @property
-    def stderr(self) -> sysio.Fd:
-        """Readable when QEMU has said something (`read_stderr`); closed after its end was read."""
-        return self._stderr.reader
-
-    def detach_fd(self, name: str) -> int:
-        """Hand over our end of a channel: ``agent``, ``qmp`` or ``console``.
-
-        Raises:
-            HypervisorError: There is none, or it was handed over before.
-        """
-        if name not in self.fds:
-            raise HypervisorError(f"the machine's {name} channel is in use already")
-        return self.fds.pop(name)
-
-    def take_console(self) -> sysio.Fd | None:
-        """Our end of the console; see `kata.hypervisor.protocols.Started.take_console`."""
-        return sysio.Fd(self.detach_fd("console")) if "console" in self.fds else None
-
-    def status(self, wait_s: float = 0.0) -> int | None:
-        """QEMU's exit status, waited for at most `wait_s` seconds; None while it runs."""
-        return self.child.wait(wait_s) if wait_s > 0 else self.child.poll()
-
-    def kill(self) -> None:
-        """End QEMU by force. Idempotent."""
-        self.child.kill()
-
-    def read_stderr(self) -> bytes:
-        """Take in what QEMU has written to standard error; see `kata.children.StderrTail`."""
-        return self._stderr.read()
-
-    def stderr_text(self) -> str:
-        """What QEMU said, bounded, with control characters escaped."""
-        return self._stderr.text()
-
-    def failure(self) -> KataError | None:
-        """Why QEMU is no longer there, or None while it is (or after an orderly end)."""
-        status = self.child.poll()
-        if status is None or status == 0:
-            return None
+    def explain(self, status: int) -> KataError:
+        """See `explain`."""
         return explain(status, self.stderr_text(), self.settings)
-
-    def close(self) -> None:
-        """Close what nobody took. QEMU itself is not touched."""
-        for fd in self.fds.values():
-            os.close(fd)
-        self.fds.clear()
-        self._stderr.close()
-        if self.child.poll() is not None:
-            self.child.close()
 
 
 def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
@@ -181,7 +107,7 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
         _check(settings)
         if settings.accel == "tcg" and not settings.tsc_khz:
             settings.tsc_khz = tsc.khz()
-        opened = open_files(settings)
+        opened = open_files(settings.kernel, settings.initrd, settings.disks)
         for name in ("agent", "qmp", "console"):
             if name != "console" or settings.console != "none":
                 ours[name], theirs[name] = children.socketpair()
@@ -272,36 +198,6 @@ def _check(settings: VMSettings) -> None:
         )
 
 
-def open_files(settings: VMSettings) -> dict[str, int]:
-    """Open for QEMU what is the sandbox's: ``kernel``, ``initrd``, ``disk0`` ... It may lie where only we may go."""
-    found: dict[str, int] = {}
-    try:
-        for what, path in (("kernel", settings.kernel), ("initrd", settings.initrd)):
-            try:
-                found[what] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                empty = not os.pread(found[what], 1, 0)
-            except OSError as error:
-                raise GuestAssetError(
-                    f"cannot read the guest's {what} {path}: {error.strerror}", "kata guest build"
-                ) from error
-            if empty:
-                raise GuestAssetError(f"the guest's {what} {path} is empty", "kata guest build")
-        for index, disk in enumerate(settings.disks):
-            if disk is not None:
-                flags = os.O_RDONLY if disk.readonly else os.O_RDWR
-                try:
-                    found[f"disk{index}"] = os.open(disk.path, flags | os.O_CLOEXEC)
-                except OSError as error:
-                    raise HypervisorError(
-                        f"cannot use the disk image {disk.path}: {error.strerror}"
-                    ) from error
-    except BaseException:
-        for fd in found.values():
-            os.close(fd)
-        raise
-    return found
-
-
 def _listen(path: str) -> int:
     import _socket
 
@@ -380,7 +276,7 @@ def explain(status: int, said: str, settings: VMSettings) -> KataError:
         if pattern in low:
             text = sentence.format(
                 memory=settings.memory_mib,
-                available=_available(),
+                available=available_memory(),
                 kernel=settings.kernel,
                 initrd=settings.initrd,
             )
@@ -389,14 +285,3 @@ def explain(status: int, said: str, settings: VMSettings) -> KataError:
     if status == -9:
         hint = "If nobody killed it, the host was out of memory: see its kernel log (dmesg)."
     return HypervisorError(f"QEMU {children.ending(status)}" + (f": {last}" if last else ""), hint)
-
-
-def _available() -> str:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return f"; {int(line.split()[1]) // 1024} MiB are available"
-    except OSError:
-        pass
-    return ""

@@ -11,14 +11,12 @@ Sources: virtio 1.2, 5.5 and 5.15; QEMU's ``hw/virtio/virtio-mem.c`` for the pro
 
 from __future__ import annotations
 
-import asyncio
-
 from kata.errors import HypervisorError
 from kata.hypervisor.qemu import slots
+from kata.hypervisor.settle import PATIENCE_S, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from typing import Any, Protocol
 
     class Monitor(Protocol):
@@ -28,12 +26,6 @@ if TYPE_CHECKING:
 
 
 MIB = 1 << 20
-PATIENCE_S = 20.0
-"""How long a guest may take to take memory, without anything moving."""
-BEGIN_S = 10.0
-LET_GO_S = 3.0
-"""How long it may take to begin to give some back, and to give more: what it holds in place it never gives."""
-_POLL_S = 0.02
 _MEMORY_PATH = f"/machine/peripheral/{slots.MEMORY_ID}"
 
 
@@ -67,7 +59,7 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
         raise HypervisorError(
             f"the virtual machine cannot have {plugged_mib} MiB plugged into it: {error.message}"
         ) from None
-    last = await _settle(plugged, target_bytes, patience_s, comes=target_bytes > before)
+    last = await settle(plugged, target_bytes, patience_s, comes=target_bytes > before)
     if last < target_bytes:
         await request(before)
         raise HypervisorError(
@@ -103,7 +95,7 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
     target_bytes = returned_mib * MIB
     before = await returned()
     await request(target_bytes)
-    last = await _settle(returned, target_bytes, patience_s, comes=target_bytes < before)
+    last = await settle(returned, target_bytes, patience_s, comes=target_bytes < before)
     if last > target_bytes:
         await request(before)
         raise HypervisorError(
@@ -113,27 +105,3 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
         last -= last % MIB
         await request(last)
     return last // MIB
-
-
-async def _settle(look: Callable[[], Awaitable[int]], wanted: int, patience_s: float, *, comes: bool) -> int:
-    """Wait until a size is reached, or no longer changes; returns the size.
-
-    Args:
-        look: Returns the present size, in bytes.
-        wanted: The size to reach.
-        patience_s: Give up after this many seconds without a change.
-        comes: True while the guest takes memory. Otherwise it gives memory back, and `LET_GO_S` bounds the wait.
-    """
-    first = last = await look()
-    quiet_s = 0.0
-    while last != wanted:
-        limit_s = patience_s
-        if not comes:
-            limit_s = min(limit_s, BEGIN_S if last == first else LET_GO_S)
-        if quiet_s >= limit_s:
-            break
-        await asyncio.sleep(_POLL_S)
-        now = await look()
-        quiet_s = 0.0 if now != last else quiet_s + _POLL_S
-        last = now
-    return last

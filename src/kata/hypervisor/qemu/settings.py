@@ -54,7 +54,7 @@ class VMSettings:
         prealloc: Allocate the guest's memory before it boots.
         reclaim: Give the host back what the guest frees.
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu.command.SANDBOX`.
-        root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.qemu.root`); empty
+        root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.root`); empty
             leaves it the caller's.
     """
 

@@ -1,4 +1,4 @@
-"""Figures of a QEMU process, from /proc."""
+"""Figures of a monitor's process, from /proc."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOT_DUMPED = b" dd"
 
 
 class Figures:
-    """Looks at a QEMU.
+    """Looks at a monitor.
 
     Args:
         pid: Its process id.
@@ -55,14 +55,15 @@ class Figures:
 def guest_resident_bytes(pid: int) -> int:
     """How much of the guest's memory takes memory of the host, in bytes.
 
-    The guest's memory is told from what QEMU itself takes (under emulation far more than a small guest does) by a flag:
-    with ``dump-guest-core=off`` QEMU asks the kernel to leave just that out of core dumps (``dd``; proc_pid_smaps(5)).
+    The guest's memory is told from what the monitor itself takes (under emulation far more than a small guest does) by
+    a flag: it is what the monitor has asked the kernel to leave out of core dumps (``dd``; proc_pid_smaps(5)). Of one
+    that does not ask, it is not known.
 
     Args:
-        pid: QEMU's process id.
+        pid: The monitor's process id.
 
     Returns:
-        0 for a process that has ended and was not reaped.
+        0 for a process that has ended and was not reaped, or where it is not known.
 
     Raises:
         OSError: There is no such process, or it may not be looked at.
