@@ -162,10 +162,20 @@ def descriptors() -> set[str]:
     return {one for one in found if "eventpoll" not in one and "pidfd" not in one}
 
 
+def require(monitor: Monitor) -> None:
+    """Skip where this machine cannot run a monitor, and say what is missing."""
+    missing = [f"{check.text}. {check.hint}" for check in monitor.checks() if not check.ok]
+    if missing:
+        pytest.skip("; ".join(missing))
+    if accel.choose().accel not in monitor.accelerators:
+        pytest.skip(f"{monitor.title} needs KVM: tests/kvm runs this there")
+
+
 @pytest.fixture(params=sorted(MONITORS))
 def lab(request: pytest.FixtureRequest, guest_assets: Path, busybox_image: str, run_directory: Path) -> Lab:
     directory = run_directory / f"mon-{request.param}-{os.urandom(2).hex()}"
     guest = manifest.load(str(guest_assets))
+    require(MONITORS[request.param]())
     return Lab(MONITORS[request.param](), guest, resolve(busybox_image).rootfs_path, directory)
 
 

@@ -15,9 +15,15 @@ def _qemu() -> Monitor:
     return MONITOR
 
 
+def _cloud_hypervisor() -> Monitor:
+    from kata.hypervisor.cloud_hypervisor.monitor import MONITOR
+
+    return MONITOR
+
+
 DEFAULT = "qemu"
 """The one that is used where nothing says otherwise."""
-_LOADERS: dict[str, Callable[[], Monitor]] = {DEFAULT: _qemu}
+_LOADERS: dict[str, Callable[[], Monitor]] = {DEFAULT: _qemu, "cloud-hypervisor": _cloud_hypervisor}
 
 
 def register(name: str, load: Callable[[], Monitor]) -> None:

@@ -1,0 +1,16 @@
+"""The suite of every hypervisor (`tests/vm/test_monitors.py`) where there is KVM: QEMU, and those that need it."""
+
+from __future__ import annotations
+
+import pytest
+from test_monitors import (  # noqa: F401
+    lab,
+    test_a_machine_from_its_start_to_an_orderly_end,
+    test_a_monitor_that_dies_ends_everything_at_once,
+    test_a_monitor_that_hangs_is_ended_all_the_same,
+    test_a_monitor_that_saves_nothing_restores_nothing,
+    test_a_program_that_talks_nonsense_is_named_and_quoted,
+    test_what_cannot_start_leaves_nothing,
+)
+
+pytestmark = [pytest.mark.timeout(900)]
