@@ -1,0 +1,89 @@
+"""`kata` from end to end with Cloud Hypervisor, where that is installed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Kata
+from test_monitors import require
+from waiting import until
+
+from kata import sysio
+from kata.hypervisor import registry, virtiofsd
+
+NAME = "cloud-hypervisor"
+ALONE = ("--network", "none")
+FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
+
+
+@pytest.fixture(scope="module")
+def kata(kvm_kata: Kata, tmp_path_factory: pytest.TempPathFactory) -> Kata:
+    require(registry.find(NAME))
+    one = copy.copy(kvm_kata)
+    file = tmp_path_factory.mktemp("configuration") / "configuration.toml"
+    file.write_text(f"[runtime]\nhypervisor_name = '{NAME}'\n")
+    one.env = {**kvm_kata.env, "KATA_CONF_FILE": str(file)}
+    return one
+
+
+@pytest.fixture(scope="module")
+def box(kata: Kata, busybox_image: str) -> Iterator[str]:
+    kata.ok("run", "-d", "--name", "chbox", *ALONE, busybox_image, "sh", "-c", f"echo up; {FOREVER}")
+    yield "chbox"
+    kata.ok("rm", "-f", "chbox")
+
+
+def inspect(kata: Kata, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(kata.ok("inspect", name))[0]
+    return found
+
+
+def test_a_container_runs(kata: Kata, box: str) -> None:
+    found = inspect(kata, box)
+    assert found["sandbox"]["hypervisor"]["name"] == NAME
+    assert found["sandbox"]["agent_channel"] == "hvsock"
+    done = kata.call("exec", "-i", box, "sh", "-c", "cat; echo err >&2; exit 7", stdin=b"in and out")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"in and out", b"err\n")
+    assert kata.call("exec", "-i", box, "cat", stdin=b"x" * 100_000).stdout == b"x" * 100_000
+    kata.ok("pause", box)
+    kata.ok("resume", box)
+    assert kata.ok("exec", box, "cat", "/proc/1/comm").strip() == "sh"
+
+
+def test_volumes(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    if virtiofsd.find() is None:
+        pytest.skip("needs virtiofsd (apt-get install virtiofsd)")
+    (tmp_path / "there").write_text("from the host\n")
+    shown = kata.ok(
+        "run", "--rm", *ALONE, "-v", f"{tmp_path}:/data", busybox_image, "sh", "-c",
+        "cat /data/there; echo from the guest > /data/made;"
+        "sed -n 's/.* \\/data \\([^ ]*\\) .*/\\1/p' /proc/mounts",
+    )  # fmt: skip
+    assert shown == "from the host\nvirtiofs\n"
+    assert (tmp_path / "made").read_text() == "from the guest\n"
+
+
+def test_what_it_cannot_is_refused_by_name(kata: Kata, busybox_image: str) -> None:
+    before = kata.sandboxes()
+    refused = kata.call("run", "--rm", busybox_image, "true")
+    assert refused.returncode == 125
+    assert b"Cloud Hypervisor cannot connect a machine to a network of the mode 'user'" in refused.stderr
+    assert kata.sandboxes() == before
+
+
+def test_the_end_of_the_machine_ends_the_container(kata: Kata, busybox_image: str) -> None:
+    kata.ok("run", "-d", "--name", "chvictim", *ALONE, busybox_image, "sh", "-c", FOREVER)
+    found = inspect(kata, "chvictim")
+    os.kill(found["state"]["pid"], 9)
+    assert kata.ok("wait", "chvictim").strip() == "137"
+    state = json.loads((kata.container_dir("chvictim") / "state.json").read_text())
+    assert "signal 9" in state["error"], state
+    until(lambda: found["id"] not in kata.sandboxes(), "the sandbox is gone")
+    assert sysio.proc_starttime(found["state"]["pid"]) is None
+    kata.ok("rm", "chvictim")
