@@ -105,6 +105,8 @@ class Lab:
             for data in [data for data in self._waiting if data["nodeid"] == item.nodeid]:
                 self._waiting.remove(data)
                 report = config.hook.pytest_report_from_serializable(config=config, data=data)
+                if report.skipped and isinstance(report.longrepr, list):  # JSON has no tuples
+                    report.longrepr = tuple(report.longrepr)
                 yield report
                 if report.when == "teardown":
                     return

@@ -29,7 +29,6 @@ from conftest import Kata
 from waiting import PATIENCE
 
 from kata import journal_undo, sysio
-from kata.agent import clock
 from kata.agent.client import AgentClient
 from kata.errors import AgentTimeoutError, GuestAssetError, HypervisorError, KataError, UnsupportedError
 from kata.guest import manifest
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
 
 MIB = 1 << 20
-CLOCK_NS = 10_000_000
-"""How wrong the guest's clock may be after a pause."""
 MONITORS: dict[str, Callable[[], Monitor]] = {
     **{name: (lambda name=name: registry.find(name)) for name in registry.names()},  # type: ignore[misc]
     scripted_monitor.NAME: lambda: scripted_monitor.MONITOR,
@@ -119,8 +116,15 @@ class Lab:
             pytest.fail(said, pytrace=False)
 
     @contextlib.asynccontextmanager
-    async def machine(self, **changes: Any) -> AsyncIterator[Machine]:
-        """A machine that was started and taken over; what is left of it afterwards fails the test."""
+    async def machine(self, nics: list[Nic] | None = None, **changes: Any) -> AsyncIterator[Machine]:
+        """A machine that was started and taken over; what is left of it afterwards fails the test.
+
+        Args:
+            nics: Its network interfaces; otherwise it has those of its shape, which lead nowhere.
+            changes: Of its shape.
+        """
+        if nics is not None:
+            changes["nics"] = len(nics)
         journal = Journal.create_dir(
             str(self.directory / "sandboxes"), f"m{os.getpid()}", {"test": "monitor"}
         )
@@ -131,7 +135,7 @@ class Lab:
             sandbox_id="contract",
             run_dir=run_dir,
             disks=[Disk(self.rootfs, readonly=True)],
-            nics=[Nic("02:00:00:00:00:01")] * shape.nics,
+            nics=[Nic("02:00:00:00:00:01")] * shape.nics if nics is None else nics,
         )
         machine = None
         try:
@@ -146,6 +150,7 @@ class Lab:
             machine = self.monitor.adopt(started, journal, os.path.join(run_dir, "console.log"))
             assert machine.pid == started.pid
             self.disks = list(started.disk_addresses)
+            self.nics = list(started.nic_addresses)
             yield machine
         finally:
             if machine is not None:
@@ -294,16 +299,6 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
             await agent.check(1.0)
         await machine.resume()
         await agent.check(PATIENCE)
-        before = await clock.align(agent)
-        now = [await clock.look(agent) for _ in range(10)]
-        best = min(now, key=lambda one: one.error_ns)
-        print(
-            f"clock: {before.behind_ns / 1e6:.3f} ms behind after the pause (+- {before.error_ns / 1e6:.3f}),"
-        )
-        print(
-            f"{best.behind_ns / 1e6:.3f} ms when set (+- {best.error_ns / 1e6:.3f}), device: {best.by_device}"
-        )
-        assert abs(best.behind_ns) - best.error_ns < CLOCK_NS
 
     async def saving(machine: Machine, agent: AgentClient) -> None:
         if not can.snapshot:
@@ -347,6 +342,30 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
             assert fd.is_open  # it stays ours
         interface = types_pb.Interface(device="eth7", name="eth7", hwAddr=mac, devicePath=address, mtu=1500)
         await agent.update_interface(interface)
+
+    lab.apart(scenario)
+
+
+def test_machines_that_start_with_taps(lab: Lab) -> None:
+    """Several interfaces have their places, their addresses and their links, and leave nothing in the namespace."""
+    if "tap" not in lab.can().nic_backends:
+        pytest.skip(f"{lab.monitor.title} knows no taps")
+
+    async def scenario() -> None:
+        macs = ["02:00:00:00:00:11", "02:00:00:00:00:12"]
+        nics = [Nic(mac, tap_fd=tap(f"tap{index}")) for index, mac in enumerate(macs)]
+        async with lab.machine(nics) as machine, agent_of(machine) as agent:
+            assert not any(nic.tap_fd is not None and nic.tap_fd.is_open for nic in nics)
+            for index, (mac, address) in enumerate(zip(macs, lab.nics, strict=True)):
+                name = f"eth{index + 5}"
+                interface = types_pb.Interface(
+                    device=name, name=name, hwAddr=mac, devicePath=address, mtu=1400
+                )
+                await agent.update_interface(interface)
+            there = Path("/proc/thread-self/net/dev").read_text()
+            assert "tap0:" in there
+            assert "tap1:" in there
+        assert "tap" not in Path("/proc/thread-self/net/dev").read_text()
 
     lab.apart(scenario)
 
@@ -442,7 +461,7 @@ def test_what_cannot_start_leaves_nothing(lab: Lab) -> None:
     async def scenario() -> None:
         for changes in ({"kernel": "/no/such/kernel"}, {"initrd": "/no/such/initrd"}):
             with pytest.raises(GuestAssetError, match="/no/such"):
-                async with lab.machine(**changes):
+                async with lab.machine(None, **changes):
                     pass
         lab.rootfs = "/no/such/image"
         with pytest.raises(HypervisorError, match="/no/such/image"):
