@@ -21,9 +21,19 @@ def _cloud_hypervisor() -> Monitor:
     return MONITOR
 
 
+def _firecracker() -> Monitor:
+    from kata.hypervisor.firecracker.monitor import MONITOR
+
+    return MONITOR
+
+
 DEFAULT = "qemu"
 """The one that is used where nothing says otherwise."""
-_LOADERS: dict[str, Callable[[], Monitor]] = {DEFAULT: _qemu, "cloud-hypervisor": _cloud_hypervisor}
+_LOADERS: dict[str, Callable[[], Monitor]] = {
+    DEFAULT: _qemu,
+    "cloud-hypervisor": _cloud_hypervisor,
+    "firecracker": _firecracker,
+}
 
 
 def register(name: str, load: Callable[[], Monitor]) -> None:

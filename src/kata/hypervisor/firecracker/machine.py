@@ -1,0 +1,283 @@
+"""A running Firecracker, as the engine sees it (`kata.hypervisor.protocols.Machine`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+
+from kata.errors import HypervisorError, UnsupportedError
+from kata.hypervisor import root
+from kata.hypervisor.firecracker import process as firecracker_process
+from kata.hypervisor.http_api import ApiClient, Refused
+from kata.hypervisor.running import Running
+from kata.hypervisor.settle import settle
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from kata.hypervisor.base import Disk, Ended, Nic
+    from kata.hypervisor.firecracker.process import FirecrackerProcess
+    from kata.journal import Journal
+
+_START_S = 30.0
+"""For the monitor's API to be there, and to say that its machine runs."""
+_RETRY_S = 0.003
+
+
+class Firecracker(Running):
+    """Takes over a Firecracker that `kata.hypervisor.firecracker.process.spawn` started.
+
+    Args:
+        process: The process; its descriptors are this object's from here on.
+        journal: The one it was started with.
+        console_path: File of the console's ring; empty keeps it in memory only.
+    """
+
+    def __init__(self, process: FirecrackerProcess, journal: Journal, console_path: str = "") -> None:
+        super().__init__(process, journal, console_path)
+        self._shape = process.shape
+        self._root = process.root
+        self._taps = process.taps
+        self._slots = process.slots
+        self._disks: list[Disk | None] = list(process.slots.disks)
+        self._disk_lock = asyncio.Lock()
+        self._api_path = process.api_path
+        self._version = ""
+        self._api: asyncio.Task[ApiClient] = self._loop.create_task(self._connect())
+        # Who needs it learns of its failure; nobody needing it is no reason for a warning.
+        self._api.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    @property
+    def version(self) -> str:
+        """What it says of itself; empty before it was asked."""
+        return self._version
+
+    async def confined(self) -> None:
+        """Return when it has lost what only its start needed: the host's files.
+
+        Raises:
+            KataError: It is gone, or they could not be taken away.
+        """
+        await self._client()
+
+    def close(self) -> None:
+        """After the end: close descriptors, remove sockets and taps."""
+        if not self._api.done():
+            self._api.cancel()
+        elif not self._api.cancelled() and self._api.exception() is None:
+            self._api.result().close()
+        super().close()
+        self._taps.remove()
+
+    # ---- pausing, memory, devices ----
+
+    async def pause(self) -> None:
+        """Stop the virtual CPUs."""
+        await self.call("PATCH", "vm", {"state": "Paused"})
+
+    async def resume(self) -> None:
+        """Let the virtual CPUs run again."""
+        await self.call("PATCH", "vm", {"state": "Resumed"})
+
+    async def save(self, directory: str) -> None:
+        """Not offered.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(f"Firecracker's machines cannot be saved here: {directory}")
+
+    async def set_memory(self, plugged_mib: int) -> int:
+        """Set how much memory (MiB) the guest has in addition to what the machine was started with, by virtio-mem.
+
+        Returns:
+            MiB that are plugged in now: more than asked for where the guest does not release all of them.
+
+        Raises:
+            HypervisorError: The machine cannot grow that far, or the guest does not plug in all of it. Nothing is
+                changed then.
+        """
+        most = max(self._shape.max_memory_mib - self._shape.memory_mib, 0)
+        if not most and plugged_mib:
+            raise HypervisorError("the virtual machine was started with all the memory that it can have")
+        if plugged_mib > most:
+            raise HypervisorError(f"the virtual machine cannot have {plugged_mib} MiB plugged into it")
+        if not most:
+            return 0
+
+        async def plugged() -> int:
+            return int((await self.call("GET", "hotplug/memory"))["plugged_size_mib"])
+
+        async def request(mib: int) -> None:
+            await self.call("PATCH", "hotplug/memory", {"requested_size_mib": mib})
+
+        before = await plugged()
+        await request(plugged_mib)
+        last = await settle(plugged, plugged_mib, comes=plugged_mib > before)
+        if last < plugged_mib:
+            await request(before)
+            raise HypervisorError(
+                f"the guest did not take {plugged_mib - last} of {plugged_mib - before} MiB of memory"
+            )
+        if last > plugged_mib:
+            await request(last)
+        return last
+
+    async def set_balloon(self, mib: int) -> int:
+        """Set how much (MiB) of its memory the guest gives back.
+
+        Returns:
+            MiB that it has given back: fewer than asked for where it cannot spare them.
+
+        Raises:
+            HypervisorError: The machine has no balloon, or Firecracker refused.
+        """
+        if not self._shape.reclaim:
+            raise HypervisorError("the virtual machine was started without a balloon")
+
+        async def returned() -> int:
+            return int((await self.call("GET", "balloon/statistics"))["actual_mib"])
+
+        before = await returned()
+        await self.call("PATCH", "balloon", {"amount_mib": mib})
+        last = await settle(returned, mib, comes=mib < before)
+        if last < mib:
+            await self.call("PATCH", "balloon", {"amount_mib": last})
+        return last
+
+    async def attach_disk(self, disk: Disk) -> str:
+        """Put an image behind an empty disk slot of the right type; returns its PCI path.
+
+        Raises:
+            HypervisorError: No slot of that type is empty, or Firecracker cannot use the image.
+        """
+        async with self._disk_lock:
+            free = (
+                index
+                for index, taken in enumerate(self._disks)
+                if taken is None and self._slots.readonly[index] == disk.readonly
+            )
+            index = next(free, None)
+            if index is None:
+                kind = "read-only" if disk.readonly else "writable"
+                raise HypervisorError(
+                    f"the virtual machine has no free slot for another {kind} disk",
+                    "Give the container fewer volumes that are disks.",
+                )
+            try:
+                await self._swap(index, disk.path)
+            except Refused as error:
+                raise HypervisorError(
+                    f"cannot give the virtual machine {disk.path}: {error.words}"
+                ) from error
+            self._disks[index] = disk
+            return self._slots.disk_addresses[index]
+
+    async def detach_disk(self, address: str) -> None:
+        """Empty the slot at this address; the guest must have let go of the disk.
+
+        Raises:
+            HypervisorError: There is no disk there.
+        """
+        async with self._disk_lock:
+            known = (
+                index
+                for index, disk in enumerate(self._disks)
+                if disk is not None and self._slots.disk_addresses[index] == address
+            )
+            index = next(known, None)
+            if index is None:
+                raise HypervisorError(f"there is no disk at PCI path {address}")
+            await self._swap(
+                index, os.path.join(os.path.dirname(self._api_path), firecracker_process.EMPTY_DISK)
+            )
+            self._disks[index] = None
+
+    async def attach_nic(self, index: int, nic: Nic) -> NoReturn:
+        """Not offered: the guest would not be told of it.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError("Firecracker cannot give a running machine a network interface")
+
+    async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
+        """Ask the API; see `kata.hypervisor.http_api.ApiClient.call`. If the monitor is gone, the error says why."""
+        client = await self._client()
+        try:
+            return await client.call(method, path, body, **options)
+        except HypervisorError:
+            if client.is_lost:
+                await asyncio.wait([self._ended], timeout=1.0)
+                if self._ended.done():
+                    raise self.failure(f"running {method} /{path}") from None
+            raise
+
+    # ---- inside ----
+
+    async def _swap(self, index: int, image: str) -> None:
+        await self._client()
+        with root.shown(self._root, index, image) if self._root else contextlib.nullcontext(image) as path:
+            await self.call(
+                "PATCH", f"drives/disk{index}", {"drive_id": f"disk{index}", "path_on_host": path}
+            )
+
+    async def _client(self) -> ApiClient:
+        try:
+            return await asyncio.shield(self._api)
+        except HypervisorError:
+            await asyncio.wait([self._ended], timeout=1.0)  # its exit status explains more
+            if self._ended.done():
+                raise self.failure("connecting to Firecracker") from None
+            raise
+
+    async def _connect(self) -> ApiClient:
+        """Connect to the API, wait for the machine, and take the host's files away from the monitor."""
+        try:
+            async with asyncio.timeout(_START_S):
+                client = ApiClient(await self._reach(), "Firecracker")
+                try:
+                    await self._settle(client)
+                except BaseException:
+                    client.close()
+                    raise
+                return client
+        except TimeoutError:
+            raise HypervisorError(f"Firecracker did not build its machine within {_START_S:g} s") from None
+
+    async def _reach(self) -> socket.socket:
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                await self._loop.sock_connect(sock, self._api_path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                sock.close()
+            except OSError as error:
+                sock.close()
+                raise HypervisorError(f"cannot reach Firecracker's API: {error.strerror}") from error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                os.unlink(self._api_path)  # nobody else is to find it
+                return sock
+            await asyncio.sleep(_RETRY_S)
+
+    async def _settle(self, client: ApiClient) -> None:
+        while True:
+            about = await client.call("GET", "", timeout_s=_START_S)
+            if isinstance(about, dict):
+                self._version = str(about.get("vmm_version", ""))[:40]
+                if about.get("state") in ("Running", "Paused"):
+                    break
+            await asyncio.sleep(_RETRY_S)
+        if self._root:
+            await asyncio.to_thread(root.enter, self._root, self.pid)
+
+    def _guest_did(self) -> Ended | None:
+        # There is one way for it to end its machine, which may mean either; and nobody else ends one in order.
+        self._guest_ended = self._guest_ended or "reboot"
+        return super()._guest_did()

@@ -1,0 +1,216 @@
+"""Starting Firecracker, and saying in words why it ended. Usable before asyncio is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from kata import children, paths, sysio
+from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
+from kata.hypervisor.firecracker import config
+from kata.hypervisor.firecracker.taps import Taps
+from kata.hypervisor.process import MonitorProcess, available_memory, open_files
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.hypervisor.base import Attachments, MachineShape
+    from kata.hypervisor.channel import Channel
+    from kata.journal import Entry, Journal
+
+PROGRAM = "firecracker"
+VARIABLE = "KATA_FIRECRACKER"
+"""Variable that names the program, where it is not on the PATH."""
+INSTALL = (
+    f"Take a release of https://github.com/firecracker-microvm/firecracker, and put {PROGRAM} on the PATH or its path"
+    f" into {VARIABLE}."
+)
+EMPTY_DISK = "empty-disk"
+"""Name of the file behind the empty disk slots, in the sandbox's directory."""
+_EMPTY_BYTES = 1 << 20
+NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
+
+
+class FirecrackerProcess(MonitorProcess):
+    """A Firecracker that was started. Its one channel is ``console``; its API is a socket that it makes."""
+
+    __slots__ = ("_channel", "api_path", "root", "shape", "slots", "taps", "vsock_path")
+
+    def __init__(
+        self,
+        child: children.Child,
+        shape: MachineShape,
+        slots: config.Slots,
+        fds: dict[str, int],
+        stderr_tail: children.StderrTail,
+        entries: list[Entry],
+        *,
+        run_dir: str,
+        root: str,
+        taps: Taps,
+    ) -> None:
+        super().__init__(
+            child,
+            fds,
+            stderr_tail,
+            entries,
+            disk_addresses=slots.disk_addresses,
+            nic_addresses=slots.nic_addresses,
+            share_tag="",
+        )
+        self.shape = shape
+        self.slots = slots
+        self.api_path = os.path.join(run_dir, config.API_SOCKET)
+        self.vsock_path = os.path.join(run_dir, config.VSOCK_SOCKET)
+        self.root = root
+        self.taps = taps
+        self._channel: Channel | None = None
+
+    @property
+    def channel(self) -> Channel:
+        """How the agent is reached."""
+        from kata.hypervisor.channel import HybridVsockChannel
+
+        if self._channel is None:
+            self._channel = HybridVsockChannel(self.vsock_path)
+        return self._channel
+
+    def explain(self, status: int) -> KataError:
+        """See `explain`."""
+        return explain(status, self.stderr_text(), self.shape)
+
+
+def find(path: str = "") -> str:
+    """Absolute path of the program: the configured one, the variable's, or the PATH's; empty if there is none."""
+    return path or os.environ.get(VARIABLE, "") or children.find_program(PROGRAM) or ""
+
+
+def spawn(
+    program: str, shape: MachineShape, initrd: str, attachments: Attachments, journal: Journal, root: str
+) -> FirecrackerProcess:
+    """Start it. The machine is booting when this returns.
+
+    Args:
+        program: Its absolute path.
+        shape: The machine.
+        initrd: Path of its whole initial ramdisk.
+        attachments: What it is connected to; its descriptors stay the caller's, but for taps, which are closed.
+        journal: The sandbox's.
+        root: Directory that becomes its root once its machine is built; empty leaves it the caller's.
+
+    Raises:
+        HostError: The program is missing, or may not be executed.
+        GuestAssetError: The kernel or initrd is missing.
+        UnsupportedError: A network interface is of no kind that it can have.
+        HypervisorError: A disk image is missing, or the process could not be started.
+    """
+    if not program or not os.path.exists(program):
+        raise HostError(f"Firecracker is not installed: there is no {program or PROGRAM}", INSTALL)
+    run_dir = attachments.run_dir
+    sockets = [os.path.join(run_dir, name) for name in (config.API_SOCKET, config.VSOCK_SOCKET)]
+    if len(os.fsencode(sockets[1])) > paths.MAX_SOCKET_PATH:
+        # By a descriptor of the directory it would be short; but who has that can go up from there.
+        raise HostError(
+            f"the path of the machine's vsock is too long for a socket: {sockets[1]}",
+            "Name a shorter directory with KATA_RUN_DIR.",
+        )
+    slots = config.Slots(shape, attachments)
+    ours: dict[str, int] = {}
+    theirs: dict[str, int] = {}
+    stderr_tail = children.StderrTail()
+    entries: list[Entry] = []
+    taps = Taps(journal)
+    try:
+        theirs |= open_files(shape.kernel, initrd, slots.disks)
+        empty = os.path.join(run_dir, EMPTY_DISK)
+        theirs["empty"] = os.open(empty, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.truncate(theirs["empty"], _EMPTY_BYTES)
+        stdout = stderr_tail.write_fd
+        if shape.console != "none":
+            ours["console"], stdout = children.socketpair()
+            theirs["console"] = stdout
+        entries += [journal.begin("socket", path=path) for path in sockets]
+        taps.take(attachments.nics)
+        document = config.build(shape, attachments, slots, theirs, vsock=sockets[1], taps=taps.names)
+        theirs["config"] = os.memfd_create("configuration")
+        os.write(theirs["config"], json.dumps(document).encode())
+        os.lseek(theirs["config"], 0, os.SEEK_SET)
+        # What it has to say must not come among the guest's words.
+        theirs["log"] = os.dup(stderr_tail.write_fd)
+        argv = [
+            program,
+            *("--api-sock", sockets[0]),
+            *("--config-file", config.file(theirs["config"])),
+            *("--log-path", config.file(theirs["log"])),
+            *("--level", "Warn"),
+            "--enable-pci",
+        ]
+        try:
+            child = children.spawn(
+                argv,
+                journal,
+                "firecracker",
+                pass_fds=[fd for name, fd in theirs.items() if name != "console"],
+                stdout=stdout,
+                stderr=stderr_tail.write_fd,
+                capabilities=(),
+                namespaces=NAMESPACES,
+            )
+        except OSError as error:
+            raise HypervisorError(
+                f"cannot start Firecracker: {error.strerror}", "Run `kata doctor` to check this host."
+            ) from error
+    except BaseException:
+        stderr_tail.close()
+        for fd in ours.values():
+            os.close(fd)
+        for entry in entries:
+            journal.mark_gone(entry)
+        taps.remove()
+        raise
+    finally:
+        stderr_tail.started()
+        for fd in theirs.values():
+            os.close(fd)
+    return FirecrackerProcess(
+        child, shape, slots, ours, stderr_tail, entries, run_dir=run_dir, root=root, taps=taps
+    )
+
+
+# What it says (lower case), and what to say instead: (patterns, error class, sentence, hint).
+_KNOWN: tuple[tuple[tuple[str, ...], type[KataError], str, str], ...] = (
+    (
+        ("cannot allocate memory", "guest memory error", "memory error"),
+        ResourceExhaustedError,
+        "the host cannot give the virtual machine its {memory} MiB of memory{available}",
+        "Ask for less with -m, or free memory on the host.",
+    ),
+    (
+        ("kernel loader", "kernel load", "invalid elf", "elf"),
+        GuestAssetError,
+        "Firecracker cannot load the guest's kernel {kernel}",
+        "kata guest build",
+    ),
+    (("initrd",), GuestAssetError, "Firecracker cannot load the initrd {initrd}", "kata guest build"),
+    (("kvm",), HypervisorError, "Firecracker cannot use KVM", "Run `kata doctor`."),
+)
+
+
+def explain(status: int, said: str, shape: MachineShape) -> KataError:
+    """The error for one that ended with this exit status and this end of its standard error (already escaped)."""
+    lines = [line for line in said.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()] or lines
+    last = errors[-1].strip()[:300] if errors else ""
+    if status > 0:
+        for patterns, kind, sentence, hint in _KNOWN:
+            if any(pattern in last.lower() for pattern in patterns):
+                text = sentence.format(
+                    memory=shape.memory_mib,
+                    available=available_memory(),
+                    kernel=shape.kernel,
+                    initrd=shape.initrd,
+                )
+                return kind(f"{text} (Firecracker: {last})", hint)
+    hint = "Run `kata doctor` to check this host."
+    if status == -9:
+        hint = "If nobody killed it, the host was out of memory: see its kernel log (dmesg)."
+    return HypervisorError(f"Firecracker {children.ending(status)}" + (f": {last}" if last else ""), hint)

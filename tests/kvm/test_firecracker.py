@@ -1,0 +1,80 @@
+"""`kata` from end to end with Firecracker, where that is installed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Kata
+from test_monitors import require
+from waiting import until
+
+from kata import sysio
+from kata.hypervisor import registry
+
+NAME = "firecracker"
+ALONE = ("--network", "none")
+FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
+
+
+@pytest.fixture(scope="module")
+def kata(kvm_kata: Kata, tmp_path_factory: pytest.TempPathFactory) -> Kata:
+    require(registry.find(NAME))
+    one = copy.copy(kvm_kata)
+    file = tmp_path_factory.mktemp("configuration") / "configuration.toml"
+    file.write_text(f"[runtime]\nhypervisor_name = '{NAME}'\n")
+    one.env = {**kvm_kata.env, "KATA_CONF_FILE": str(file)}
+    return one
+
+
+@pytest.fixture(scope="module")
+def box(kata: Kata, busybox_image: str) -> Iterator[str]:
+    kata.ok("run", "-d", "--name", "fcbox", *ALONE, busybox_image, "sh", "-c", f"echo up; {FOREVER}")
+    yield "fcbox"
+    kata.ok("rm", "-f", "fcbox")
+
+
+def test_a_container_runs(kata: Kata, box: str) -> None:
+    found = json.loads(kata.ok("inspect", box))[0]
+    assert found["sandbox"]["hypervisor"]["name"] == NAME
+    assert found["sandbox"]["agent_channel"] == "hvsock"
+    done = kata.call("exec", "-i", box, "sh", "-c", "cat; echo err >&2; exit 7", stdin=b"in and out")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"in and out", b"err\n")
+    assert kata.call("exec", "-i", box, "cat", stdin=b"x" * 100_000).stdout == b"x" * 100_000
+    # Its root file system is a disk that can be written.
+    assert kata.ok("exec", box, "sh", "-c", "echo a > /file; sync; cat /file") == "a\n"
+    kata.ok("pause", box)
+    kata.ok("resume", box)
+    assert kata.ok("exec", box, "cat", "/proc/1/comm").strip() == "sh"
+
+
+def test_it_is_left_with_nothing_of_the_host(kata: Kata, box: str) -> None:
+    pid = json.loads(kata.ok("inspect", box))[0]["state"]["pid"]
+    assert os.listdir(f"/proc/{pid}/root") == ["disks"]
+    status = Path(f"/proc/{pid}/status").read_text()
+    assert "CapEff:\t0000000000000000" in status
+    assert "Seccomp:\t2" in status
+    directory = kata.run_dir / "sandboxes" / json.loads(kata.ok("inspect", box))[0]["id"]
+    assert not (directory / "api.sock").exists()  # nobody else can ask it for anything
+
+
+def test_what_it_cannot_is_refused_by_name(kata: Kata, busybox_image: str) -> None:
+    before = kata.sandboxes()
+    refused = kata.call("run", "--rm", busybox_image, "true")
+    assert refused.returncode == 125
+    assert b"Firecracker cannot connect a machine to a network of the mode 'user'" in refused.stderr
+    assert kata.sandboxes() == before
+
+
+def test_the_end_of_the_machine_ends_the_container(kata: Kata, busybox_image: str) -> None:
+    kata.ok("run", "-d", "--name", "fcvictim", *ALONE, busybox_image, "sh", "-c", FOREVER)
+    found = json.loads(kata.ok("inspect", "fcvictim"))[0]
+    os.kill(found["state"]["pid"], 9)
+    assert kata.ok("wait", "fcvictim").strip() == "137"
+    until(lambda: found["id"] not in kata.sandboxes(), "the sandbox is gone")
+    assert sysio.proc_starttime(found["state"]["pid"]) is None
+    kata.ok("rm", "fcvictim")
