@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import struct
 from pathlib import Path
@@ -15,6 +16,7 @@ from kata import journal_undo, sysio
 from kata.errors import ConfigError, GuestAssetError, HostError, HypervisorError, UnsupportedError
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 from kata.hypervisor.firecracker import config, options, process
+from kata.hypervisor.firecracker.counters import Counters
 from kata.hypervisor.firecracker.taps import Taps
 from kata.journal import Journal
 
@@ -72,6 +74,43 @@ def test_where_devices_are() -> None:
     assert slots.nic_addresses == ["", "05"]
     assert config.Slots(machine(reclaim=False)[0], attachments).disk_addresses == ["01", "02", "03"]
     attachments.close()
+
+
+def test_rate_limits() -> None:
+    limits = options.read(
+        {
+            "rx_rate_limiter_max_rate": 8_000_000,
+            "disk_rate_limiter_bw_max_rate": 16_000_000,
+            "disk_rate_limiter_bw_one_time_burst": 80,
+            "disk_rate_limiter_ops_max_rate": 100,
+        },
+        str,
+    )
+    made = document(options=limits)
+    assert made["network-interfaces"][0]["rx_rate_limiter"] == {
+        "bandwidth": {"size": 1_000_000, "refill_time": 1000}
+    }
+    assert "tx_rate_limiter" not in made["network-interfaces"][0]
+    for drive in made["drives"]:  # also of a disk that comes later
+        assert drive["rate_limiter"] == {
+            "bandwidth": {"size": 2_000_000, "refill_time": 1000, "one_time_burst": 10},
+            "ops": {"size": 100, "refill_time": 1000},
+        }
+
+
+def test_counters_add_up() -> None:
+    counters = Counters()
+    line = b'{"utc_timestamp_ms":1,"block":{"read_count":2,"read_agg":{"min_us":0}},"latencies_us":{"pause_vm":7}}\n'
+    assert not counters.feed(line[:20])
+    assert counters.feed(line[20:] + line + b"nonsense\n[]\n")
+    assert counters.values() == {"block": {"read_count": 4}, "latencies_us": {"pause_vm": 7}}
+    # Whatever it is told, it is bounded.
+    assert not counters.feed(b"x" * (300 << 10))
+    many = {f"g{group}": {f"n{name}": 1 for name in range(300)} for group in range(100)}
+    assert counters.feed(json.dumps(many).encode() + b"\n")
+    values = counters.values()
+    assert len(values) == 64
+    assert max(len(items) for items in values.values()) == 128
 
 
 def test_last_words() -> None:

@@ -86,6 +86,21 @@ def build(
         vsock: Path of the socket that stands for the guest's vsock; made by the monitor.
         taps: Name of the tap device of each network interface that has one, by the interface's number.
     """
+    options = dict(shape.options)
+    rx, tx = (
+        _limiter(bandwidth=_bucket(options.get(f"{way}_rate_limiter_max_rate", 0) // 8))
+        for way in ("rx", "tx")
+    )
+    disk_limiter = _limiter(
+        bandwidth=_bucket(
+            options.get("disk_rate_limiter_bw_max_rate", 0) // 8,
+            options.get("disk_rate_limiter_bw_one_time_burst", 0) // 8,
+        ),
+        ops=_bucket(
+            options.get("disk_rate_limiter_ops_max_rate", 0),
+            options.get("disk_rate_limiter_ops_one_time_burst", 0),
+        ),
+    )
     document: dict[str, Any] = {
         "boot-source": {
             "kernel_image_path": file(fds["kernel"]),
@@ -98,13 +113,24 @@ def build(
         },
         # It has to be there, be it empty.
         "drives": [
-            disk_config(
-                index, disk, file(fds[f"disk{index}" if disk else "empty"]), readonly=slots.readonly[index]
-            )
+            {
+                **disk_config(
+                    index,
+                    disk,
+                    file(fds[f"disk{index}" if disk else "empty"]),
+                    readonly=slots.readonly[index],
+                ),
+                **_limits(rate_limiter=disk_limiter),
+            }
             for index, disk in enumerate(slots.disks)
         ],
         "network-interfaces": [
-            {"iface_id": f"nic{index}", "host_dev_name": name, "guest_mac": attachments.nics[index].mac}
+            {
+                "iface_id": f"nic{index}",
+                "host_dev_name": name,
+                "guest_mac": attachments.nics[index].mac,
+                **_limits(rx_rate_limiter=rx, tx_rate_limiter=tx),
+            }
             for index, name in taps.items()
         ],
         "vsock": {"guest_cid": CID, "uds_path": vsock},
@@ -147,6 +173,24 @@ def disk_config(index: int, disk: Disk | None, path: str, *, readonly: bool) -> 
         # With "Unsafe" the guest's flushes are not passed on; it stays so when another file is put behind the slot.
         "cache_type": "Unsafe" if readonly or (disk is not None and disk.ephemeral) else "Writeback",
     }
+
+
+def _bucket(rate: int, burst: int = 0) -> dict[str, int] | None:
+    """A ``TokenBucket`` of so many tokens a second, and some that are there once at first; None without a limit."""
+    if not rate:
+        return None
+    bucket = {"size": rate, "refill_time": 1000}
+    return bucket | {"one_time_burst": burst} if burst else bucket
+
+
+def _limiter(**buckets: dict[str, int] | None) -> dict[str, Any]:
+    """A ``RateLimiter``; empty without a limit."""
+    return {name: bucket for name, bucket in buckets.items() if bucket is not None}
+
+
+def _limits(**limiters: dict[str, Any]) -> dict[str, Any]:
+    """Those members of a device that say something."""
+    return {name: limiter for name, limiter in limiters.items() if limiter}
 
 
 def _parameters(shape: MachineShape) -> str:

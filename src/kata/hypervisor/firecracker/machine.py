@@ -10,9 +10,11 @@ import socket
 from kata.errors import HypervisorError, UnsupportedError
 from kata.hypervisor import root
 from kata.hypervisor.firecracker import process as firecracker_process
+from kata.hypervisor.firecracker.counters import Counters
 from kata.hypervisor.http_api import ApiClient, Refused
 from kata.hypervisor.running import Running
 from kata.hypervisor.settle import settle
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _START_S = 30.0
 """For the monitor's API to be there, and to say that its machine runs."""
 _RETRY_S = 0.003
+_FLUSH_S = 2.0
+"""For what it has counted to arrive, once it says that it has written it."""
 
 
 class Firecracker(Running):
@@ -45,6 +49,10 @@ class Firecracker(Running):
         self._disks: list[Disk | None] = list(process.slots.disks)
         self._disk_lock = asyncio.Lock()
         self._api_path = process.api_path
+        self._counters = Counters()
+        self._metrics: Fd | None = Fd(process.detach_fd("metrics"))
+        self._flushed = asyncio.Event()
+        self._loop.add_reader(self._metrics, self._read_metrics)
         self._version = ""
         self._api: asyncio.Task[ApiClient] = self._loop.create_task(self._connect())
         # Who needs it learns of its failure; nobody needing it is no reason for a warning.
@@ -69,6 +77,7 @@ class Firecracker(Running):
             self._api.cancel()
         elif not self._api.cancelled() and self._api.exception() is None:
             self._api.result().close()
+        self._close_metrics()
         super().close()
         self._taps.remove()
 
@@ -204,6 +213,21 @@ class Firecracker(Running):
         """
         raise UnsupportedError("Firecracker cannot give a running machine a network interface")
 
+    # ---- what can be learnt ----
+
+    async def counters(self) -> dict[str, dict[str, int]]:
+        """What it has counted since its start; see `kata.hypervisor.protocols.Machine.counters`.
+
+        Raises:
+            HypervisorError: It did not answer.
+        """
+        self._flushed.clear()
+        await self.call("PUT", "actions", {"action_type": "FlushMetrics"})
+        with contextlib.suppress(TimeoutError):  # what was there before is true as well
+            async with asyncio.timeout(_FLUSH_S):
+                await self._flushed.wait()
+        return self._counters.values()
+
     async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
         """Ask the API; see `kata.hypervisor.http_api.ApiClient.call`. If the monitor is gone, the error says why."""
         client = await self._client()
@@ -217,6 +241,26 @@ class Firecracker(Running):
             raise
 
     # ---- inside ----
+
+    def _read_metrics(self) -> None:
+        if self._metrics is None:
+            return
+        try:
+            data = os.read(self._metrics.raw, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._close_metrics()
+        elif self._counters.feed(data):
+            self._flushed.set()
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._loop.remove_reader(self._metrics)
+            self._metrics.close()
+            self._metrics = None
 
     async def _swap(self, index: int, image: str) -> None:
         await self._client()

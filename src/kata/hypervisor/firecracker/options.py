@@ -17,4 +17,13 @@ def read(configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict
     path = configuration.get("path", "")
     if path and not os.path.exists(path):
         raise ConfigError(f"{origin('path')}: path {path} does not exist")
-    return {"path": path} if path else {}
+    found: dict[str, Any] = {"path": path} if path else {}
+    return found | {key: int(configuration[key]) for key in LIMITS if configuration.get(key)}
+
+
+LIMITS = (
+    *("rx_rate_limiter_max_rate", "tx_rate_limiter_max_rate"),
+    *("disk_rate_limiter_bw_max_rate", "disk_rate_limiter_bw_one_time_burst"),
+    *("disk_rate_limiter_ops_max_rate", "disk_rate_limiter_ops_one_time_burst"),
+)
+"""Keys that limit each network interface (bits per second) and each disk (bits and operations per second)."""

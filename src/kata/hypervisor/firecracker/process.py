@@ -31,7 +31,7 @@ NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
 
 
 class FirecrackerProcess(MonitorProcess):
-    """A Firecracker that was started. Its one channel is ``console``; its API is a socket that it makes."""
+    """A Firecracker that was started. Its channels are ``console`` and ``metrics``; it makes its API's socket."""
 
     __slots__ = ("_channel", "api_path", "root", "shape", "slots", "taps", "vsock_path")
 
@@ -136,12 +136,14 @@ def spawn(
         os.lseek(theirs["config"], 0, os.SEEK_SET)
         # What it has to say must not come among the guest's words.
         theirs["log"] = os.dup(stderr_tail.write_fd)
+        ours["metrics"], theirs["metrics"] = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         argv = [
             program,
             *("--api-sock", sockets[0]),
             *("--config-file", config.file(theirs["config"])),
             *("--log-path", config.file(theirs["log"])),
             *("--level", "Warn"),
+            *("--metrics-path", config.file(theirs["metrics"])),
             "--enable-pci",
         ]
         try:
