@@ -31,7 +31,7 @@ from kata.errors import AlreadyExistsError, JournalError
 
 FILE_NAME = "journal"
 NEW_PREFIX = ".new-"
-KINDS = ("process", "file", "directory", "socket", "mount", "cgroup", "netns", "tap", "redirect")
+KINDS = ("process", "file", "directory", "socket", "mount", "cgroup", "netns", "tap", "redirect", "driver")
 _PATH_KINDS = ("file", "directory", "socket", "cgroup", "netns")
 
 TYPE_CHECKING = False
@@ -274,6 +274,8 @@ class Journal:
             ``path`` at which the namespace is (or will be) bind-mounted.
         ``tap``, ``redirect`` (an ingress qdisc)
             ``name`` of the interface; ``netns``: path of its namespace, absent for our own.
+        ``driver`` (of a PCI device, by its ``driver_override``)
+            ``path`` of the device in sysfs, ``driver``: the one that it gets, ``former``: the one before, or empty.
         """
         if kind not in KINDS:
             raise ValueError(f"no such kind of resource: {kind}")
@@ -495,6 +497,8 @@ class Journal:
         if kind == "netns":
             status = os.stat(params["path"])  # follows the bind mount to the namespace's own inode
             return {"dev": status.st_dev, "ino": status.st_ino}
+        if kind == "driver":
+            return {"boot": sysio.boot_id()}
         if kind == "mount" and "id" in given:
             return {"ns": sysio.namespace_inode("mnt")}
         if kind == "mount":

@@ -13,6 +13,7 @@ netns          device and inode of the namespace that is bind-mounted at the pat
 mount          mount namespace, mount id and device at the target
 tap            inode of the network namespace and interface index
 redirect       the same; it is the ingress qdisc of that interface
+driver         boot id, and that the device's driver_override is still ours
 =============  =====================================================================
 
 If the maker died between intent and identity, a path is taken for ours only if nothing was there when the intent was
@@ -166,6 +167,7 @@ def _undo_entry(entry: journals.Entry, deadline: float) -> str:
         "netns": _undo_netns,
         "tap": _undo_tap,
         "redirect": _undo_redirect,
+        "driver": _undo_driver,
     }
     handler = handlers.get(entry.kind)
     if handler is None:
@@ -440,6 +442,22 @@ def _undo_redirect(params: dict[str, Any], identity: dict[str, Any] | None, dead
     if identity is None:
         return ""  # the identity is recorded before the qdisc is made; without it, ours cannot be told from others
     return _in_network(params, identity, lambda: _delete_ingress(params["name"], int(identity["ifindex"])))
+
+
+def _undo_driver(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    from kata import pci_driver
+
+    device, former = params["path"], params["former"]
+    if identity is not None and identity["boot"] != sysio.boot_id():
+        return ""
+    try:
+        if pci_driver.override(device) != params["driver"]:
+            return ""
+        pci_driver.give(device, "", probe=bool(former))
+    except FileNotFoundError:
+        return ""  # the device was taken out
+    now = pci_driver.of(device)
+    return "" if now == former else f"it has the driver {now or 'of nobody'} now, and had {former or 'none'}"
 
 
 def _in_network(params: dict[str, Any], identity: dict[str, Any], work: Callable[[], str]) -> str:

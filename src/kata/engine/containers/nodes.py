@@ -15,7 +15,7 @@ import os
 import stat
 
 from kata.engine.containers import disks, spec
-from kata.errors import UnsupportedError
+from kata.errors import KataError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def of_guest(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[disks.Devi
         if device.get("type") in ("c", "u") and numbers not in GUEST_NODES:
             if privileged:
                 continue
+            _refuse_vfio(str(device.get("path") or ""))
             raise UnsupportedError(
                 f"cannot give the container the device {device.get('path')}: the character device"
                 f" {numbers[0]}:{numbers[1]} is this host's, and the container runs on another kernel",
@@ -90,6 +91,28 @@ def of_guest(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[disks.Devi
     if not volumes and len(kept) == len(listed):
         return dict(config), []
     return {**config, "mounts": mounts, "linux": {**linux, "devices": kept}}, volumes
+
+
+def _refuse_vfio(path: str) -> None:
+    """Say of the node of an IOMMU group what is in the way of giving its devices to a machine.
+
+    Raises:
+        UnsupportedError: It is one.
+    """
+    number = path.removeprefix("/dev/vfio/")
+    if number == path or not (number == "vfio" or (number.isdecimal() and len(number) < 10)):
+        return
+    from kata.hypervisor import vfio
+
+    try:
+        if number == "vfio":
+            vfio.groups()
+        else:
+            vfio.require(vfio.group(int(number)))
+        why, hint = "no hypervisor is given devices of the host here", "A container of runc can have it."
+    except KataError as error:
+        why, hint = error.message, error.hint
+    raise UnsupportedError(f"cannot pass {path} through to the machine: {why}", hint)
 
 
 def with_volumes(config: Mapping[str, Any], volumes: list[disks.Device]) -> dict[str, Any]:

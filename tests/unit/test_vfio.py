@@ -1,0 +1,277 @@
+"""Which devices of the host a machine could be given, in a tree that is like sysfs.
+
+A machine without an IOMMU has no such groups, so the tree is made, and `Kernel` does what the kernel does when somebody
+writes to ``driver_override``, ``unbind`` and ``drivers_probe``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kata import journal_undo, pci_driver, sysio
+from kata.engine.containers import nodes
+from kata.errors import HostError, KataError, NotFoundError, StateError, UnsupportedError, UsageError
+from kata.hypervisor import vfio
+from kata.journal import Journal, dumps, process_identity
+
+NIC, SOUND, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3a:00.0"
+
+
+class Kernel:
+    """A tree with devices and drivers.
+
+    Args:
+        base: Where it is made.
+
+    Attributes:
+        refuses: Addresses of devices that no driver would have.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.sys = base / "sys"
+        self.pci = self.sys / "bus/pci"
+        self.natural: dict[str, str] = {}
+        self.refuses: set[str] = set()
+        (self.sys / "kernel/iommu_groups").mkdir(parents=True)
+        (self.pci / "devices").mkdir(parents=True)
+        (self.pci / "drivers_probe").touch()
+
+    def driver(self, name: str) -> None:
+        (self.pci / "drivers" / name).mkdir(parents=True, exist_ok=True)
+        (self.pci / "drivers" / name / "unbind").touch()
+
+    def device(self, address: str, group: int | None, kind: str, driver: str) -> Path:
+        place = self.pci / "devices" / address
+        place.mkdir()
+        (place / "class").write_text(kind + "\n")
+        (place / "driver_override").write_text("(null)\n")
+        if group is not None:
+            members = self.sys / f"kernel/iommu_groups/{group}/devices"
+            members.mkdir(parents=True, exist_ok=True)
+            (members / address).symlink_to(place)
+            (place / "iommu_group").symlink_to(members.parent)
+        self.natural[address] = driver
+        if driver:
+            self.driver(driver)
+            (place / "driver").symlink_to(self.pci / "drivers" / driver)
+        return place
+
+    def write(self, path: str, text: str) -> None:
+        """In place of `pci_driver._write`."""
+        address = text.strip()
+        if not os.path.exists(path):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        if path.endswith("/driver_override"):
+            Path(path).write_text(text if address else "(null)\n")
+        elif path.endswith("/unbind"):
+            assert Path(path).parent.resolve() == (self.pci / "devices" / address / "driver").resolve()
+            (self.pci / "devices" / address / "driver").unlink()
+        else:
+            assert path == str(self.pci / "drivers_probe")
+            place = self.pci / "devices" / address
+            wanted = pci_driver.override(str(place)) or self.natural[address]
+            if wanted and address not in self.refuses and not (place / "driver").exists():
+                (place / "driver").symlink_to(self.pci / "drivers" / wanted)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made = Kernel(tmp_path)
+    made.driver("vfio-pci")
+    made.device(BRIDGE, 7, "0x060400", "pcieport")
+    made.device(NIC, 7, "0x020000", "igb")
+    made.device(SOUND, 7, "0x040300", "")
+    monkeypatch.setattr(pci_driver, "_write", made.write)
+    return made
+
+
+def driver(kernel: Kernel, address: str) -> str:
+    return pci_driver.of(str(kernel.pci / "devices" / address))
+
+
+def new(base: Path) -> Journal:
+    return Journal.create_dir(str(base / "sandboxes"), "a", {"client": "test", "id": "a"})
+
+
+def test_a_group_has_all_its_devices_and_bridges_stay_with_the_host(kernel: Kernel) -> None:
+    found = vfio.group_of("3B:00.0", str(kernel.sys))
+    assert found.number == 7
+    assert [one.address for one in found.members] == [BRIDGE, NIC, SOUND]
+    assert [one.address for one in found.taken()] == [NIC, SOUND]
+    assert found.obstacles() == []
+    with pytest.raises(StateError) as info:
+        vfio.require(found)
+    assert f"{NIC} has the driver igb; {SOUND} has no driver" in info.value.message
+    assert "vfio-pci" in info.value.hint
+
+
+@pytest.mark.parametrize(
+    "address", ["", "eth0", "3b:00", "3b:00.10", "0000:3b:00.g", "00:00:3b:00.0", "../../..:0.0"]
+)
+def test_what_is_no_address(address: str, kernel: Kernel) -> None:
+    with pytest.raises(UsageError, match="is no PCI address"):
+        vfio.group_of(address, str(kernel.sys))
+
+
+def test_what_is_not_there_is_named(kernel: Kernel) -> None:
+    with pytest.raises(NotFoundError, match=r"no PCI device 0000:3b:00\.2"):
+        vfio.group_of("0000:3b:00.2", str(kernel.sys))
+    with pytest.raises(NotFoundError, match="no IOMMU group 8"):
+        vfio.group(8, str(kernel.sys))
+    kernel.device("0000:00:1f.0", None, "0x020000", "e1000e")
+    with pytest.raises(HostError, match=r"0000:00:1f\.0 is behind no IOMMU") as info:
+        vfio.group_of("0000:00:1f.0", str(kernel.sys))
+    assert "intel_iommu=on" in info.value.hint
+
+
+def test_what_the_host_uses_is_an_obstacle(kernel: Kernel, tmp_path: Path) -> None:
+    """A network interface that is up; the disk that the host's files are on, by SATA, NVMe and virtio."""
+    nic = kernel.pci / "devices" / NIC
+    for name, flags in (("eth0", "0x1003"), ("eth1", "0x1002")):
+        (nic / "net" / name).mkdir(parents=True)
+        (nic / "net" / name / "flags").write_text(flags + "\n")
+    mounted = next(one for one in sysio.mounts(1) if one.target == "/").device
+    held = {}
+    for number, where in enumerate(
+        ("ata1/host0/target0:0:0/0:0:0:0/block/sdx", "nvme/nvme9/nvme9n1", "virtio3/block/vdx")
+    ):
+        address = f"0000:0{number}:00.0"
+        disk = kernel.device(address, 20 + number, "0x010802", "some") / where
+        (disk / "queue").mkdir(parents=True)
+        (disk / "dev").write_text("250:0\n")
+        part = disk / f"{disk.name}p1"
+        (part / "holders" / "dm-7").mkdir(parents=True)
+        (part / "partition").write_text("1\n")
+        (part / "dev").write_text(mounted + "\n")
+        held[address] = disk.name
+    with pytest.raises(StateError) as info:
+        vfio.require(vfio.group(7, str(kernel.sys)))
+    assert f"{NIC} is the network interface eth0, which is up" in info.value.message
+    assert "eth1" not in info.value.message
+    for number, (address, name) in enumerate(held.items()):
+        obstacles = vfio.group(20 + number, str(kernel.sys)).obstacles()
+        assert f"{address} is the disk {name}, which is mounted at /" in obstacles
+        assert f"{address} is the disk {name}, which belongs to dm-7" in obstacles
+    journal = new(tmp_path)
+    with pytest.raises(StateError, match="eth0"):
+        vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
+    assert journal.entries == []
+    assert driver(kernel, NIC) == "igb"
+    journal_undo.undo(journal)
+
+
+def test_taken_and_given_back(kernel: Kernel, tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
+    assert [driver(kernel, one) for one in (BRIDGE, NIC, SOUND)] == ["pcieport", "vfio-pci", "vfio-pci"]
+    vfio.require(vfio.group(7, str(kernel.sys)))
+    # A second time there is nothing to do, and nothing to undo.
+    before = len(journal.entries)
+    vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
+    assert len(journal.entries) == before == 2
+    assert journal_undo.undo(journal) == []
+    assert [driver(kernel, one) for one in (BRIDGE, NIC, SOUND)] == ["pcieport", "igb", ""]
+    assert pci_driver.override(str(kernel.pci / "devices" / NIC)) == ""
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_given_back_after_its_maker_was_killed_at_any_step(
+    steps: int, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With so many writes to sysfs done: of the network interface three, of the other device two."""
+
+    class Killed(BaseException):
+        pass
+
+    left = [steps]
+
+    def write(path: str, text: str) -> None:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        kernel.write(path, text)
+
+    journal = new(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pci_driver, "_write", write)
+        with pytest.raises(Killed):
+            vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
+    ended = subprocess.Popen(["true"])
+    identity = process_identity(ended.pid)
+    ended.wait()
+    with open(journal.path, "a", encoding="ascii") as file:
+        file.write(dumps({"owner": identity}) + "\n")
+    path = journal.path
+    journal.close()
+    report = journal_undo.reconcile_sandboxes(str(tmp_path / "sandboxes"), "test")
+    assert report.failures == []
+    assert not os.path.exists(path)
+    assert [driver(kernel, one) for one in (NIC, SOUND)] == ["igb", ""]
+    assert pci_driver.override(str(kernel.pci / "devices" / NIC)) == ""
+
+
+def test_a_device_that_somebody_else_has_given_another_driver_is_left_alone(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    kernel.driver("uio_pci_generic")
+    journal = new(tmp_path)
+    vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
+    pci_driver.give(str(kernel.pci / "devices" / NIC), "uio_pci_generic")
+    assert journal_undo.undo(journal) == []
+    assert driver(kernel, NIC) == "uio_pci_generic"
+
+
+def test_what_goes_wrong_is_said_and_undone(kernel: Kernel, tmp_path: Path) -> None:
+    kernel.refuses.add(SOUND)
+    journal = new(tmp_path)
+    with pytest.raises(HostError, match=f"vfio-pci would not have the device {SOUND}"):
+        vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
+    assert journal_undo.undo(journal) == []
+    assert [driver(kernel, one) for one in (NIC, SOUND)] == ["igb", ""]
+
+
+def test_without_the_driver_nothing_is_changed(kernel: Kernel, tmp_path: Path) -> None:
+    (kernel.pci / "drivers/vfio-pci/unbind").unlink()
+    (kernel.pci / "drivers/vfio-pci").rmdir()
+    journal = new(tmp_path)
+    with pytest.raises(HostError, match="no driver vfio-pci") as info:
+        vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
+    assert info.value.hint == "modprobe vfio-pci"
+    assert journal.entries == []
+    journal_undo.undo(journal)
+
+
+# ---- this machine ----
+
+
+@pytest.mark.parametrize("name", ["vfio", "999999"])
+def test_a_container_that_wants_a_group_is_told_what_is_in_the_way(name: str) -> None:
+    device = {"path": f"/dev/vfio/{name}", "type": "c", "major": 511, "minor": 0}
+    with pytest.raises(UnsupportedError, match=f"cannot pass /dev/vfio/{name} through") as info:
+        nodes.of_guest({"linux": {"devices": [device]}})
+    try:
+        vfio.group(999999)
+    except KataError as error:
+        if isinstance(error, HostError):
+            assert "no IOMMU" in info.value.message
+            assert "intel_iommu=on" in info.value.hint
+    assert info.value.hint
+
+
+def test_real_devices_are_looked_at() -> None:
+    addresses = os.listdir("/sys/bus/pci/devices") if os.path.isdir("/sys/bus/pci/devices") else []
+    if not addresses:
+        pytest.skip("this machine has no PCI devices")
+    try:
+        numbers = vfio.groups()
+    except HostError:
+        for address in addresses:
+            with pytest.raises(HostError, match="is behind no IOMMU"):
+                vfio.group_of(address)
+        return
+    for number in numbers:
+        assert vfio.group(number).members
