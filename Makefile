@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test screenshots coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-scrape bench-beside faults hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside faults hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ bench-beside: ## this checkout beside another one that is set up; A='CHECKOUT --
 bench-overhead: ## what a machine takes on the host besides its guest's memory; A='--mib 512'
 	@tools/setup test
 	@bench/overhead $(A)
+
+bench-hypervisors: ## each hypervisor's start, stop and memory, beside the bare monitor; A='--rounds 9 --hypervisor qemu'
+	@tools/setup test
+	@bench/hypervisors $(A)
 
 bench-scrape: ## what a scrape of a sandbox costs its host, beside one that is not scraped; A='--sandboxes 5 --seconds 60'
 	@tools/setup test

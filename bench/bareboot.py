@@ -75,6 +75,22 @@ KEPT_WITH_VALUE = (
 )
 
 
+def make_initrd(work: Path, name: str, program: str) -> Path:
+    """Build an initrd with one program.
+
+    Args:
+        work: Where it is put, with what it is made of.
+        name: Its name there.
+        program: The source of ``/init``, in C without a library.
+    """
+    source, binary, image = work / f"{name}.c", work / f"{name}.init", work / f"{name}.cpio"
+    source.write_text(program)
+    flags = ["-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-s"]
+    subprocess.run(["gcc", *flags, "-o", binary, source], check=True)
+    image.write_bytes(initrd.build(binary.read_bytes(), []))
+    return image
+
+
 def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     """Make the initrd and put the command together.
 
@@ -86,11 +102,7 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     Returns:
         The command; it ends with 0 when the machine has powered off.
     """
-    source, program, image = work / "init.c", work / "init", work / "bare.cpio"
-    source.write_text(POWER_OFF)
-    flags = ["-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-s"]
-    subprocess.run(["gcc", *flags, "-o", program, source], check=True)
-    image.write_bytes(initrd.build(program.read_bytes(), []))
+    image = make_initrd(work, "bare", POWER_OFF)
     size = sizing.plan(sizing.ResourceRequest())
     sandbox = SandboxSettings(
         id="bare",
