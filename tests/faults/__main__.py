@@ -52,6 +52,13 @@ def main() -> int:
         " KATA_TEST_CONTAINERD says, else 1)",
     )
     parser.add_argument(
+        "--hypervisor",
+        choices=sorted(stops.MONITORS),
+        default=stops.hypervisor(),
+        help="which one the machines have (default %(default)s); one without software emulation needs KVM:"
+        " tools/kvm-lab has it",
+    )
+    parser.add_argument(
         "--report",
         type=Path,
         metavar="FILE",
@@ -82,6 +89,7 @@ def main() -> int:
         )
     if options.containerd == "2" and not (SECOND / "containerd").exists():
         parser.error("there is no containerd 2: `tools/setup test` builds it")
+    os.environ[stops.HYPERVISOR_VARIABLE] = options.hypervisor
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then either
     return carry_out(options, names)
 
@@ -100,8 +108,12 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
     began = time.monotonic()
     try:
         runner.open()
-        state = options.state / f"containerd-{runner.containerd}.json"
-        record = rounds.Record(state, runner.containerd, seed, resume=options.resume)
+        plain = options.hypervisor == "qemu"
+        state = (
+            options.state / f"containerd-{runner.containerd}{'' if plain else f'-{options.hypervisor}'}.json"
+        )
+        what = runner.containerd if plain else f"{runner.containerd} with {options.hypervisor}"
+        record = rounds.Record(state, what, seed, resume=options.resume)
         print(f"containerd {record.containerd}, seed {record.seed}", flush=True)
         there_are = [
             "engine",
@@ -123,7 +135,7 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
         there_was = options.report.read_text() if options.report.exists() else ""
         options.report.write_text(report.page(record, runner.takes, there_was))
     there = [key for key in (one.key for one in wanted) if record.results[key]["ok"] is not None]
-    again = f"tools/faults --containerd {options.containerd} --seed {record.seed}"
+    again = f"tools/faults --hypervisor {options.hypervisor} --containerd {options.containerd} --seed {record.seed}"
     print(
         f"containerd {record.containerd}, seed {record.seed}: {len(there)} faults, {len(failed)} failed,"
         f" {time.monotonic() - began:.0f} s"

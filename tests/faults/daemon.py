@@ -27,7 +27,6 @@ HERE = Path(__file__).resolve().parent
 BUSYBOX = "docker.io/local/busybox:latest"
 PAUSE = "docker.io/local/pause:latest"
 MARK = "KATA_FAULTS"
-ROLES = {"hypervisor": "qemu", "virtiofsd": "virtiofsd"}
 
 
 class Failure(Exception):
@@ -52,7 +51,10 @@ class Daemon(Containerd):
         self.points = directory / "points"
         self.points.mkdir()
         self.env = {**self.env, MARK: self.token, stops.VARIABLE: str(self.points)}
+        configuration = directory / "configuration.toml"
+        configuration.write_text(f"[runtime]\nhypervisor_name = '{stops.hypervisor()}'\n")
         # What an engine gets of its caller's environment begins with KATA_.
+        self.env = {**self.env, "KATA_CONF_FILE": str(configuration)}
         if stop_points:
             shim = directory / "bin/containerd-shim-kata-v2"
             shim.unlink()
@@ -293,7 +295,7 @@ runtime_type = "io.containerd.runc.v2"
             # Until the engine is forked, the owner is the command that forks it.
             known = [line["owner"] for line in lines if "owner" in line][1:]
         else:
-            role = ROLES[victim]
+            role = stops.hypervisor() if victim == "hypervisor" else victim
             numbers = {line["n"] for line in lines if line.get("p", {}).get("role") == role}
             known = [line["made"] for line in lines if "made" in line and line["n"] in numbers]
         one = known[-1] if known else None

@@ -108,6 +108,8 @@ def _random(record: Record) -> list[str]:
     late = sum(one["ok"] is None for one in chosen.values())
     seconds = [one["seconds"] for one in chosen.values()]
     choice = " --containerd 2" if record.containerd.startswith("2.") else ""
+    _, _, hypervisor = record.containerd.partition(" with ")
+    choice += f" --hypervisor {hypervisor}" if hypervisor else ""
     lines = [
         "### At random moments\n",
         f"{len(chosen)} rounds, {sum(counts.values())} with a victim ({late} found none: the client was done before"

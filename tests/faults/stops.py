@@ -11,6 +11,7 @@ Light to import: this is loaded before an engine starts its hypervisor.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import time
 
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
     from typing import Any
 
 VARIABLE = "KATA_STOP_POINTS"
+HYPERVISOR_VARIABLE = "KATA_FAULTS_HYPERVISOR"
+"""Which hypervisor the engines have been told to use: its name in the registry, and in the journal."""
+MONITORS = {
+    "qemu": "kata.hypervisor.qemu.process",
+    "cloud-hypervisor": "kata.hypervisor.cloud_hypervisor.process",
+}
+"""Hypervisors, each with the module whose `spawn` starts it. What shares no directories cannot run what ctr makes."""
 _POLL_S = 0.005
+
+
+def hypervisor() -> str:
+    """The hypervisor of this run."""
+    return os.environ.get(HYPERVISOR_VARIABLE) or "qemu"
 
 
 class Point:
@@ -75,8 +88,8 @@ POINTS = [
     Point("create.redirect-intended", "engine", "a redirection of traffic is written down, not made"),
     Point("create.network", "engine", "taps and redirections are made"),
     Point("create.machine-intended", "engine", "the hypervisor's intent is written down"),
-    Point("create.machine-gate", "engine", "the hypervisor's process waits to execute QEMU"),
-    Point("create.machine", "engine", "QEMU runs"),
+    Point("create.machine-gate", "engine", "the hypervisor's process waits to execute its program"),
+    Point("create.machine", "engine", "the hypervisor runs"),
     Point("create.cgroup-intended", "engine", "a cgroup is written down, not made"),
     Point("create.cgroup-made", "engine", "a cgroup is made, its identity is not written down"),
     Point("create.limited", "engine", "engine and hypervisor are in their cgroups"),
@@ -200,14 +213,13 @@ def _install_shim() -> None:
 def _install_engine() -> None:
     from kata import journal
     from kata.engine.lifecycle import boot, volumes
-    from kata.hypervisor.qemu import process as qemu_process
     from kata.resources import host_cgroup
 
     _around(journal.Journal, "set_owner", after="create.owner")
     _around(volumes, "own_namespace", after="create.namespace")
     _around(volumes.Share, "prepare", after="create.share")
     _around(boot, "limit", after="create.limited")
-    _around(qemu_process, "spawn", after="create.machine")
+    _around(importlib.import_module(MONITORS[hypervisor()]), "spawn", after="create.machine")
     _around(host_cgroup, "_make_parent", before="create.cgroup-intended")
     _journal_points(journal.Journal)
     power_on = boot.power_on
@@ -241,7 +253,7 @@ def _journal_points(journal: Any) -> None:
             stop("create.redirect-intended")
         elif kind == "mount" and params["fstype"] != "none":
             stop("create.root-intended")
-        elif kind == "process" and params.get("role") == "qemu":
+        elif kind == "process" and params.get("role") == hypervisor():
             stop("create.machine-intended")
         return entry
 
@@ -250,7 +262,7 @@ def _journal_points(journal: Any) -> None:
         if entry.kind == "cgroup":
             stop("create.cgroup-made")
         commit(self, entry, **identity)
-        if entry.kind == "process" and entry.params.get("role") == "qemu":
+        if entry.kind == "process" and entry.params.get("role") == hypervisor():
             stop("create.machine-gate")
 
     journal.begin, journal.commit = intended, was_made
@@ -267,7 +279,7 @@ def _install_serving_engine() -> None:
     from kata.engine.lifecycle import guest_setup
     from kata.engine.lifecycle.teardown import Teardown
     from kata.engine.services.task_service import TaskService
-    from kata.hypervisor.qemu.machine import Qemu
+    from kata.hypervisor.running import Running
 
     _around(guest_setup, "_healthy", after="create.agent")
     _around(hostroot.HostRoot, "mount", after="create.root")
@@ -282,7 +294,7 @@ def _install_serving_engine() -> None:
     _around(TaskService, "Kill", "delete.kill")
     _around(TaskService, "Delete", "delete.request", "delete.answer")
     _around(TaskService, "Shutdown", "delete.shutdown")
-    _around(Qemu, "stop", after="delete.machine")
+    _around(Running, "stop", after="delete.machine")
     _around(Teardown, "_undo", "delete.undo", "delete.undone")
     _ends(EndOfProcesses)
     _starts(TaskService)
