@@ -10,6 +10,7 @@ from test_monitors import (  # noqa: F401
     test_a_monitor_that_hangs_is_ended_all_the_same,
     test_a_monitor_that_saves_nothing_restores_nothing,
     test_a_program_that_talks_nonsense_is_named_and_quoted,
+    test_a_saved_machine_goes_on_where_it_was,
     test_machines_that_start_with_taps,
     test_what_cannot_start_leaves_nothing,
 )

@@ -223,6 +223,9 @@ class ScriptedMachine:
     async def metrics(self) -> dict[str, int]:
         return {}
 
+    async def counters(self) -> dict[str, dict[str, int]]:
+        return {}
+
     def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
         pass  # a loop device tells nobody
 

@@ -36,7 +36,7 @@ from kata.hypervisor import accel, registry
 from kata.hypervisor.base import Attachments, Capabilities, Disk, MachineShape, Nic
 from kata.images.resolve import resolve
 from kata.journal import Journal
-from kata.proto import agent_pb, types_pb
+from kata.proto import agent_pb, oci_pb, types_pb
 from kata.ttrpc.client import Client
 
 TYPE_CHECKING = False
@@ -116,11 +116,14 @@ class Lab:
             pytest.fail(said, pytrace=False)
 
     @contextlib.asynccontextmanager
-    async def machine(self, nics: list[Nic] | None = None, **changes: Any) -> AsyncIterator[Machine]:
+    async def machine(
+        self, nics: list[Nic] | None = None, *, saved: str = "", **changes: Any
+    ) -> AsyncIterator[Machine]:
         """A machine that was started and taken over; what is left of it afterwards fails the test.
 
         Args:
             nics: Its network interfaces; otherwise it has those of its shape, which lead nowhere.
+            saved: Where it was saved, of one that goes on.
             changes: Of its shape.
         """
         if nics is not None:
@@ -139,7 +142,10 @@ class Lab:
         )
         machine = None
         try:
-            started = self.monitor.start(shape, attachments, journal)
+            if saved:
+                started = self.monitor.restore(saved, attachments, journal)
+            else:
+                started = self.monitor.start(shape, attachments, journal)
             assert started.pid > 0
             assert len(started.disk_addresses) >= 1
             assert len(set(started.disk_addresses)) == len(started.disk_addresses)
@@ -438,6 +444,60 @@ def test_a_program_that_talks_nonsense_is_named_and_quoted(lab: Lab) -> None:
             with contextlib.suppress(KataError, TimeoutError):
                 sock = await asyncio.wait_for(machine.channel.connect(), 0.5)
                 sock.close()
+
+    lab.apart(scenario)
+
+
+def test_a_saved_machine_goes_on_where_it_was(lab: Lab) -> None:
+    if not lab.can().snapshot:
+        pytest.skip(f"{lab.monitor.title} cannot save a machine")
+    place = lab.directory / "saved"
+    place.mkdir(parents=True)
+
+    async def scenario() -> None:
+        async with lab.machine() as machine, agent_of(machine) as agent:
+            await asyncio.wait_for(machine.confined(), PATIENCE)
+            await agent.create_container(
+                agent_pb.CreateContainerRequest(
+                    container_id="kept",
+                    OCI=spec("kept", "sleep", "100000"),
+                    storages=storages("kept", lab.disks[0]),
+                )
+            )
+            await agent.start_container("kept")
+            with pytest.raises(KataError, match="no directory"):
+                await machine.save(str(lab.directory / "none"))
+            with pytest.raises(HypervisorError):
+                await machine.save(str(place))  # it runs
+            assert os.listdir(place) == []
+            await machine.pause()
+            await machine.save(str(place))
+            with pytest.raises(HypervisorError, match="already"):
+                await machine.save(str(place))
+            await machine.resume()
+            await agent.check(PATIENCE)
+        for _ in range(2):  # what was saved can be used again
+            async with lab.machine(saved=str(place)) as machine, agent_of(machine) as agent:
+                await asyncio.wait_for(machine.confined(), PATIENCE)
+                process = oci_pb.Process(
+                    Args=["sh", "-c", "cat /proc/1/comm; exit 3"], Cwd="/", Env=["PATH=/bin"]
+                )
+                await agent.exec_process("kept", "again", process)
+                assert await agent.wait("kept", "again") == 3
+                assert await agent.read("kept", "again", "stdout", 100) == b"sleep\n"
+                await machine.pause()
+                await machine.resume()
+                await agent.check(PATIENCE)
+        # What is not all there, or had other devices, is refused by name.
+        rootfs, lab.rootfs = lab.rootfs, "/no/such/image"
+        with pytest.raises(HypervisorError, match="/no/such/image"):
+            async with lab.machine(saved=str(place)):
+                pass
+        lab.rootfs = rootfs
+        (place / "machine.json").unlink()
+        with pytest.raises(HypervisorError, match="no machine was saved in"):
+            async with lab.machine(saved=str(place)):
+                pass
 
     lab.apart(scenario)
 

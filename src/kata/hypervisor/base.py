@@ -18,7 +18,7 @@ from kata.errors import UnsupportedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
     from kata.errors import KataError
     from kata.hypervisor.virtiofsd import FileServer
@@ -362,7 +362,7 @@ class MonitorBase:
 
     title = ""
 
-    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> NoReturn:
+    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> Any:
         """See `kata.hypervisor.protocols.Monitor.restore`.
 
         Raises:

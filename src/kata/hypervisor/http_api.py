@@ -64,7 +64,7 @@ class ApiClient:
         body: Any = None,
         *,
         fds: Sequence[int] = (),
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float = 0.0,
     ) -> Any:
         """Ask for something.
 
@@ -73,7 +73,7 @@ class ApiClient:
             path: What, without the prefix.
             body: A JSON value; None sends none.
             fds: Descriptors that go with the request (unix(7), SCM_RIGHTS); they stay the caller's.
-            timeout_s: How long an answer is waited for.
+            timeout_s: How long an answer is waited for; 0 for `TIMEOUT_S`.
 
         Returns:
             The JSON value of the answer; None when it has none.
@@ -82,6 +82,7 @@ class ApiClient:
             Refused: It answered with an error.
             HypervisorError: It did not answer in time, or what it said was no answer, or it is gone.
         """
+        timeout_s = timeout_s or TIMEOUT_S
         async with self._lock:
             if self.is_lost:
                 raise HypervisorError(f"{self._title} is not connected any more ({method} {path})")

@@ -172,6 +172,22 @@ def open_files(kernel: str, initrd: str, disks: Sequence[Disk | None]) -> dict[s
                 ) from error
             if empty:
                 raise GuestAssetError(f"the guest's {what} {path} is empty", "kata guest build")
+        found |= open_disks(disks)
+    except BaseException:
+        for fd in found.values():
+            os.close(fd)
+        raise
+    return found
+
+
+def open_disks(disks: Sequence[Disk | None]) -> dict[str, int]:
+    """Open the disks alone; see `open_files`.
+
+    Raises:
+        HypervisorError: A disk image cannot be used.
+    """
+    found: dict[str, int] = {}
+    try:
         for index, disk in enumerate(disks):
             if disk is not None:
                 found[f"disk{index}"] = open_disk(disk)

@@ -159,6 +159,10 @@ class Machine(Protocol):
         ago. Empty after its end.
         """
 
+    async def counters(self) -> dict[str, dict[str, int]]:
+        """What the monitor itself has counted: by device (or other part of it), by name. Empty where it counts
+        nothing."""
+
     def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
         """Be told when the host fails to read or write what is behind one of the guest's disks. The guest is told
         that its request failed, and not why.

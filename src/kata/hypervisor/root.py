@@ -8,7 +8,8 @@ not the host's. `prepare` is usable before asyncio is imported.
 
 What else is in that directory: where the monitor serves a share by 9p, that share and the names of its own descriptors
 (chmod and extended attributes go by ``/proc/self/fd/N``); and for a monitor that opens disks by name while the machine
-runs, an empty file for each, onto which its image is mounted for that moment (`shown`).
+runs, an empty file for each, onto which its image is mounted for that moment, and an empty directory for that into
+which the machine is saved (`shown`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ NAME = "root"
 DESCRIPTORS = "proc/self/fd"
 SHARE = "share"
 DISKS = "disks"
+STATE = "state"
 _FLAGS = sysio.MS_NOSUID | sysio.MS_NODEV | sysio.MS_NOEXEC
 _HINT = "It takes mounts, as root: `kata doctor` checks the host."
 
@@ -52,14 +54,16 @@ def prepare(run_dir: str, journal: Journal, *, serves_files: bool = False, disks
         os.mkdir(path, 0o700)
         filled = serves_files or disks
         flags = _FLAGS if filled else _FLAGS | sysio.MS_RDONLY
-        journal.make_mount("kata-root", path, "tmpfs", flags, f"mode=0555,size=4k,nr_inodes={8 + disks}")
+        journal.make_mount("kata-root", path, "tmpfs", flags, f"mode=0555,size=4k,nr_inodes={9 + disks}")
         if serves_files:
             os.makedirs(os.path.join(path, DESCRIPTORS), 0o555)
             os.mkdir(os.path.join(path, SHARE), 0o555)
         if disks:
+            os.mkdir(os.path.join(path, STATE), 0o555)
             os.mkdir(os.path.join(path, DISKS), 0o555)
             for number in range(disks):
-                os.close(os.open(_disk(path, number), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400))
+                file = os.path.join(path, disk(number))
+                os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400))
             # What is mounted below it later is to appear in the monitor's namespace.
             sysio.mount(None, path, None, sysio.MS_SHARED)
         if filled:
@@ -71,33 +75,34 @@ def prepare(run_dir: str, journal: Journal, *, serves_files: bool = False, disks
     return path
 
 
-def _disk(path: str, number: int) -> str:
-    return os.path.join(path, DISKS, str(number))
+def disk(number: int) -> str:
+    """The name for a disk, below the root directory."""
+    return f"{DISKS}/{number}"
 
 
 class shown:
-    """Shows a monitor a disk's image under a name in its root directory, as long as the context lasts.
+    """Shows a monitor a file or directory under a name in its root directory, as long as the context lasts.
 
     Args:
         path: What `prepare` returned.
-        number: Which of the names, from 0.
-        image: The image.
+        name: Below that: that of a disk (`disk`), or `STATE`.
+        source: The disk's image, or a directory.
 
     Raises:
         HostError: It cannot be mounted.
     """
 
-    def __init__(self, path: str, number: int, image: str) -> None:
-        self._place = _disk(path, number)
-        self._name = f"/{DISKS}/{number}"
-        self._image = image
+    def __init__(self, path: str, name: str, source: str) -> None:
+        self._place = os.path.join(path, name)
+        self._name = f"/{name}"
+        self._source = source
 
     def __enter__(self) -> str:
         """Returns the name, as the monitor has it."""
         try:
-            sysio.mount(self._image, self._place, None, sysio.MS_BIND)
+            sysio.mount(self._source, self._place, None, sysio.MS_BIND)
         except OSError as error:
-            raise HostError(f"cannot show the disk image {self._image}: {error.strerror}", _HINT) from error
+            raise HostError(f"cannot show the hypervisor {self._source}: {error.strerror}", _HINT) from error
         return self._name
 
     def __exit__(self, *_error: object) -> None:

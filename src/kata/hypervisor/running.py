@@ -137,6 +137,10 @@ class Running:
             self._figures = figures.Figures(self.pid)
         return await asyncio.to_thread(self._figures.look)
 
+    async def counters(self) -> dict[str, dict[str, int]]:
+        """See `kata.hypervisor.protocols.Machine.counters`: none."""
+        return {}
+
     # ---- of the monitors ----
 
     async def _end_in_order(self, grace_s: float) -> None:

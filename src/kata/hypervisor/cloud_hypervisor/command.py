@@ -34,8 +34,7 @@ def build(
     shares = attachments.share_server is not None
     argv = [
         program,
-        *("--api-socket", f"fd={fds['api']}"),
-        *("--event-monitor", f"fd={fds['events']}"),
+        *channels(fds),
         *("--kernel", file(fds["kernel"])),
         *("--initramfs", file(fds["initrd"])),
         *("--cmdline", _parameters(shape)),
@@ -62,6 +61,11 @@ def build(
         share = f"tag={slots.SHARE_TAG},socket={attachments.share_server.path},id=share,pci_device_id={slots.SHARE}"
         argv += ["--fs", f"{share},num_queues=1,queue_size=1024"]
     return argv
+
+
+def channels(fds: Mapping[str, int]) -> list[str]:
+    """The arguments for what is said between us and it: ``api`` (listens) and ``events``."""
+    return ["--api-socket", f"fd={fds['api']}", "--event-monitor", f"fd={fds['events']}"]
 
 
 def file(fd: int) -> str:

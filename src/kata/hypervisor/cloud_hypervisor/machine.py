@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 
 from kata.errors import HypervisorError, UnsupportedError
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
     from kata.journal import Journal
 
 MIB = 1 << 20
-_START_S = 30.0
+START_S = 30.0
 """For the monitor's first answer, which comes when its machine is built."""
-_UNPLUG_S = 5.0
+UNPLUG_S = 5.0
 """For a guest to let go of a device; one that does not keeps it."""
 _MAX_EVENT = 64 << 10
+_NEVER = (1 << 64) - 1
+"""What it says of latencies before the first operation,"""
+_AVERAGED = 20000
+"""or, of their average, a fraction of that (seen: a ten-thousandth)."""
+_SAVE_S = 60.0
+_SAVE_MIB_PER_S = 20
+"""A slower disk is no disk to save machines to."""
 
 
 class CloudHypervisor(Running):
@@ -98,12 +106,48 @@ class CloudHypervisor(Running):
         await self.call("PUT", "vm.resume")
 
     async def save(self, directory: str) -> None:
-        """Not offered.
+        """Save the paused machine.
+
+        Args:
+            directory: An existing directory, in which nothing was saved before.
 
         Raises:
-            UnsupportedError: Always.
+            UnsupportedError: It has a share, whose server cannot be saved.
+            HypervisorError: It is not paused, something was saved there before, or there is no room. What was written
+                is removed.
         """
-        raise UnsupportedError(f"Cloud Hypervisor's machines cannot be saved here: {directory}")
+        from kata.hypervisor.cloud_hypervisor import saved
+
+        if self._share is not None:
+            raise UnsupportedError(
+                "a machine with files of the host in it cannot be saved: their server keeps what it knows of them"
+            )
+        if not os.path.isdir(directory):
+            raise HypervisorError(f"cannot save the machine: {directory} is no directory")
+        if any(os.path.lexists(os.path.join(directory, name)) for name in (*saved.FILES, saved.SHAPE)):
+            raise HypervisorError(f"cannot save the machine: there is one in {directory} already")
+        async with self._device_lock:
+            await self.confined()
+            try:
+                if self._root:
+                    with root.shown(self._root, root.STATE, directory) as name:
+                        await self._snapshot(name)
+                else:
+                    await self._snapshot(os.path.abspath(directory))
+                await asyncio.to_thread(saved.write_shape, directory, self._shape)
+            except BaseException:
+                saved.forget(directory)
+                raise
+
+    async def _snapshot(self, directory: str) -> None:
+        timeout_s = _SAVE_S + self._shape.max_memory_mib / _SAVE_MIB_PER_S
+        timeout_s += self._shape.memory_mib / _SAVE_MIB_PER_S
+        try:
+            await self.call(
+                "PUT", "vm.snapshot", {"destination_url": f"file://{directory}"}, timeout_s=timeout_s
+            )
+        except Refused as error:
+            raise HypervisorError(f"cannot save the machine: {error.words}", "Is it paused?") from error
 
     async def set_memory(self, plugged_mib: int) -> int:
         """Set how much memory (MiB) the guest has in addition to what the machine was started with, by virtio-mem.
@@ -164,7 +208,7 @@ class CloudHypervisor(Running):
                 )
             try:
                 if self._root:
-                    with root.shown(self._root, index, disk.path) as path:
+                    with root.shown(self._root, root.disk(index), disk.path) as path:
                         await self._add_disk(index, disk, path)
                 else:
                     await self._add_disk(index, disk, disk.path)
@@ -208,16 +252,30 @@ class CloudHypervisor(Running):
             await self.call("PUT", "vm.add-net", config, fds=[nic.tap_fd.raw])
         return slots.path(slots.NICS[index])
 
+    async def counters(self) -> dict[str, dict[str, int]]:
+        """See `kata.hypervisor.protocols.Machine.counters`: ``disk0`` and so on, ``nic0`` and so on."""
+        answer = await self.call("GET", "vm.counters")
+        found = {}
+        for name, values in answer.items() if isinstance(answer, dict) else ():
+            kind = name.rstrip("0123456789")
+            if kind in ("disk", "nic") and isinstance(values, dict):
+                found[name] = {
+                    item: value
+                    for item, value in values.items()
+                    if isinstance(value, int) and value < _NEVER // _AVERAGED
+                }
+        return found
+
     async def _unplug(self, name: str) -> None:
         self._removed.discard(name)
         await self.call("PUT", "vm.remove-device", {"id": name})
         try:
-            async with asyncio.timeout(_UNPLUG_S):
+            async with asyncio.timeout(UNPLUG_S):
                 while name not in self._removed:
                     self._device_removed.clear()
                     await self._device_removed.wait()
         except TimeoutError:
-            raise HypervisorError(f"the guest did not let go of {name} within {_UNPLUG_S:g} s") from None
+            raise HypervisorError(f"the guest did not let go of {name} within {UNPLUG_S:g} s") from None
 
     async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
         """Ask the API; see `kata.hypervisor.http_api.ApiClient.call`. If the monitor is gone, the error says why."""
@@ -235,20 +293,25 @@ class CloudHypervisor(Running):
 
     async def _settle(self) -> None:
         """Take the host's files away from it. It answers, and has started its machine: it has opened all of them."""
-        ping = await self._api.call("GET", "vmm.ping", timeout_s=_START_S)
+        ping = await self._api.call("GET", "vmm.ping", timeout_s=START_S)
         self._version = str(ping.get("version", ""))[:40] if isinstance(ping, dict) else ""
         state = ""
-        async with asyncio.timeout(_START_S):
-            # The API answers before the machine is there, if only for milliseconds.
-            while state != "Running":
-                try:
-                    info = await self._api.call("GET", "vm.info", timeout_s=_START_S)
-                    state = str(info.get("state")) if isinstance(info, dict) else ""
-                except Refused as error:
-                    if error.status != 404:
-                        raise
-                if state != "Running":
-                    await asyncio.sleep(0.005)
+        deadline = self._loop.time() + START_S
+        # The API answers before the machine is there, if only for milliseconds.
+        while state != "Running":
+            try:
+                info = await self._api.call("GET", "vm.info", timeout_s=START_S)
+                state = str(info.get("state")) if isinstance(info, dict) else ""
+            except Refused as error:
+                if error.status != 404:
+                    raise
+            if state != "Running":
+                if self._loop.time() >= deadline:
+                    raise HypervisorError(
+                        f"Cloud Hypervisor did not start its machine within {START_S:g} s",
+                        "Look at `kata logs`.",
+                    )
+                await asyncio.sleep(0.005)
         if self._share is not None:
             self._share.hide()
         if self._root:
@@ -289,7 +352,7 @@ class CloudHypervisor(Running):
             # It would start the guest again, which is somebody else's then.
             self._guest_ended = "reboot"
             self._process.child.kill()
-        elif source == "vm" and name in ("shutdown", "deleted") and not self._guest_ended:
+        elif source == "vm" and name == "shutdown" and not self._guest_ended:
             self._guest_ended = "poweroff"
 
     def _close_events(self) -> None:

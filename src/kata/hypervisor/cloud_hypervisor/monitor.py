@@ -39,6 +39,7 @@ class CloudHypervisorMonitor(MonitorBase):
             balloon=True,
             spare_vcpus=True,
             pause=True,
+            snapshot=True,
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
@@ -55,7 +56,6 @@ class CloudHypervisorMonitor(MonitorBase):
         self, shape: MachineShape, attachments: Attachments, journal: Journal
     ) -> CloudHypervisorProcess:
         """See `kata.hypervisor.protocols.Monitor.start`."""
-        from kata.hypervisor import root
         from kata.hypervisor.cloud_hypervisor import process
 
         try:
@@ -64,13 +64,33 @@ class CloudHypervisorMonitor(MonitorBase):
                 from kata.hypervisor import initrd as archives
 
                 initrd = archives.whole(shape, attachments.run_dir)
-            directory = ""
-            if attachments.confines:
-                directory = root.prepare(attachments.run_dir, journal, disks=len(slots.DISKS))
+            directory = self._root(attachments, journal)
             program = process.find(str(dict(shape.options).get("path", "")))
             return process.spawn(program, shape, initrd, attachments, journal, directory)
         finally:
             attachments.close()
+
+    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> CloudHypervisorProcess:
+        """See `kata.hypervisor.protocols.Monitor.restore`."""
+        from kata.hypervisor.cloud_hypervisor import process, saved
+
+        try:
+            shape = saved.shape_of(directory)
+            program = process.find(str(dict(shape.options).get("path", "")))
+            root = self._root(attachments, journal)
+            return process.restore(program, shape, directory, attachments, journal, root)
+        finally:
+            attachments.close()
+
+    def _root(self, attachments: Attachments, journal: Journal) -> str:
+        """The directory that becomes its root; empty where it is to keep the caller's."""
+        from kata.hypervisor import root
+
+        return (
+            root.prepare(attachments.run_dir, journal, disks=len(slots.DISKS))
+            if attachments.confines
+            else ""
+        )
 
     def adopt(self, started: Started, journal: Journal, console_path: str = "") -> CloudHypervisor:
         """See `kata.hypervisor.protocols.Monitor.adopt`."""

@@ -7,10 +7,12 @@ import os
 from kata import children, paths, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor.cloud_hypervisor import command, slots
-from kata.hypervisor.process import MonitorProcess, available_memory, open_files
+from kata.hypervisor.process import MonitorProcess, available_memory, open_disks, open_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from kata.hypervisor.base import Attachments, MachineShape
     from kata.hypervisor.channel import Channel
     from kata.journal import Entry, Journal
@@ -95,59 +97,129 @@ def spawn(
         GuestAssetError: The kernel or initrd is missing.
         HypervisorError: A disk image is missing, or the process could not be started.
     """
-    if not program or not os.path.exists(program):
-        missing = program or PROGRAM
-        raise HostError(f"Cloud Hypervisor is not installed: there is no {missing}", INSTALL)
-    vsock_path = os.path.join(attachments.run_dir, command.VSOCK_SOCKET)
-    if len(os.fsencode(vsock_path)) > paths.MAX_SOCKET_PATH:
-        # By a descriptor of the directory it would be short; but who has that can go up from there.
-        raise HostError(
-            f"the path of the machine's vsock is too long for a socket: {vsock_path}",
-            "Name a shorter directory with KATA_RUN_DIR.",
-        )
-    ours: dict[str, int] = {}
-    theirs: dict[str, int] = {}
-    stderr_tail = children.StderrTail()
-    entries: list[Entry] = []
-    try:
-        theirs |= open_files(shape.kernel, initrd, attachments.disks)
-        theirs["api"], ours["api"] = _api_socket(attachments.run_dir, journal)
-        ours["events"], theirs["events"] = children.socketpair()
-        stdout = stderr_tail.write_fd
-        if shape.console != "none":
-            ours["console"], stdout = children.socketpair()
-            theirs["console"] = stdout
-        entries.append(journal.begin("socket", path=vsock_path))
-        taps = [nic.tap_fd.raw for nic in attachments.nics if nic.tap_fd is not None]
-        try:
-            child = children.spawn(
-                command.build(program, shape, attachments, vsock_path, theirs),
-                journal,
-                "cloud-hypervisor",
-                pass_fds=[*(fd for key, fd in theirs.items() if key != "console"), *taps],
-                stdout=stdout,
-                stderr=stderr_tail.write_fd,
-                capabilities=(),
-                namespaces=NAMESPACES,
-            )
-        except OSError as error:
-            raise HypervisorError(
-                f"cannot start Cloud Hypervisor: {error.strerror}", "Run `kata doctor` to check this host."
-            ) from error
-    except BaseException:
-        stderr_tail.close()
-        for fd in ours.values():
-            os.close(fd)
-        for entry in entries:
-            journal.mark_gone(entry)
-        raise
-    finally:
-        stderr_tail.started()
-        for fd in theirs.values():
-            os.close(fd)
-    return CloudHypervisorProcess(
-        child, shape, attachments, ours, stderr_tail, entries, vsock_path=vsock_path, root=root
+    made = _Made(program, shape, attachments, journal, root)
+    return made.start(
+        lambda: open_files(shape.kernel, initrd, attachments.disks),
+        lambda vsock, fds: command.build(program, shape, attachments, vsock, fds),
     )
+
+
+def restore(
+    program: str, shape: MachineShape, directory: str, attachments: Attachments, journal: Journal, root: str
+) -> CloudHypervisorProcess:
+    """Start it with a machine that was saved, which goes on where it was.
+
+    Args:
+        program: Its absolute path.
+        shape: The machine that was saved.
+        directory: What it was saved into.
+        attachments: See `spawn`.
+        journal: See there.
+        root: See there.
+
+    Raises:
+        HostError: The program is missing, or may not be executed.
+        HypervisorError: What was saved cannot be used, or the process could not be started.
+    """
+    from kata.hypervisor.cloud_hypervisor import saved
+
+    made = _Made(program, shape, attachments, journal, root)
+    return made.start(
+        lambda: open_disks(attachments.disks),
+        lambda vsock, fds: [
+            program,
+            *command.channels(fds),
+            *("--restore", saved.prepare(directory, attachments, vsock, fds)),
+        ],
+    )
+
+
+class _Made:
+    """A process that is made."""
+
+    def __init__(
+        self, program: str, shape: MachineShape, attachments: Attachments, journal: Journal, root: str
+    ) -> None:
+        self._program = program
+        self._shape = shape
+        self._attachments = attachments
+        self._journal = journal
+        self._root = root
+
+    def start(
+        self,
+        open_theirs: Callable[[], dict[str, int]],
+        arguments: Callable[[str, Mapping[str, int]], list[str]],
+    ) -> CloudHypervisorProcess:
+        """Start it.
+
+        Args:
+            open_theirs: Opens the files that it inherits.
+            arguments: The argument vector, for the path of its vsock's socket and what it inherits.
+        """
+        if not self._program or not os.path.exists(self._program):
+            missing = self._program or PROGRAM
+            raise HostError(f"Cloud Hypervisor is not installed: there is no {missing}", INSTALL)
+        run_dir = self._attachments.run_dir
+        vsock_path = os.path.join(run_dir, command.VSOCK_SOCKET)
+        if len(os.fsencode(vsock_path)) > paths.MAX_SOCKET_PATH:
+            # By a descriptor of the directory it would be short; but who has that can go up from there.
+            raise HostError(
+                f"the path of the machine's vsock is too long for a socket: {vsock_path}",
+                "Name a shorter directory with KATA_RUN_DIR.",
+            )
+        ours: dict[str, int] = {}
+        theirs: dict[str, int] = {}
+        stderr_tail = children.StderrTail()
+        entries: list[Entry] = []
+        try:
+            theirs |= open_theirs()
+            theirs["api"], ours["api"] = _api_socket(run_dir, self._journal)
+            ours["events"], theirs["events"] = children.socketpair()
+            stdout = stderr_tail.write_fd
+            if self._shape.console != "none":
+                ours["console"], stdout = children.socketpair()
+                theirs["console"] = stdout
+            argv = arguments(vsock_path, theirs)
+            entries.append(self._journal.begin("socket", path=vsock_path))
+            taps = [nic.tap_fd.raw for nic in self._attachments.nics if nic.tap_fd is not None]
+            try:
+                child = children.spawn(
+                    argv,
+                    self._journal,
+                    "cloud-hypervisor",
+                    pass_fds=[*(fd for key, fd in theirs.items() if key != "console"), *taps],
+                    stdout=stdout,
+                    stderr=stderr_tail.write_fd,
+                    capabilities=(),
+                    namespaces=NAMESPACES,
+                )
+            except OSError as error:
+                raise HypervisorError(
+                    f"cannot start Cloud Hypervisor: {error.strerror}",
+                    "Run `kata doctor` to check this host.",
+                ) from error
+        except BaseException:
+            stderr_tail.close()
+            for fd in ours.values():
+                os.close(fd)
+            for entry in entries:
+                self._journal.mark_gone(entry)
+            raise
+        finally:
+            stderr_tail.started()
+            for fd in theirs.values():
+                os.close(fd)
+        return CloudHypervisorProcess(
+            child,
+            self._shape,
+            self._attachments,
+            ours,
+            stderr_tail,
+            entries,
+            vsock_path=vsock_path,
+            root=self._root,
+        )
 
 
 def _api_socket(run_dir: str, journal: Journal) -> tuple[int, int]:
@@ -192,7 +264,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], type[KataError], str, str], ...] = (
         "Run `kata doctor`.",
     ),
     (
-        ("kernelload", "kernel load", "kernel"),
+        ("load the kernel", "kernel loader", "kernel file"),
         GuestAssetError,
         "Cloud Hypervisor cannot load the guest's kernel {kernel}",
         "kata guest build",
@@ -206,11 +278,29 @@ _KNOWN: tuple[tuple[tuple[str, ...], type[KataError], str, str], ...] = (
 )
 
 
+_CHAIN = "chain of errors:"
+
+
+def _reason(said: str) -> str:
+    """What it died of: the sentences behind its last word, from the outermost error to the cause; else the last error
+    in its log, else the last line.
+
+    Without this the last line would be "No such file or directory (os error 2)", and the log's words are Rust's.
+    """
+    _, found, chain = said.rpartition(_CHAIN)
+    if found:
+        sentences = [line.partition(": ")[2].strip() for line in chain.splitlines() if line.startswith("  ")]
+        reason = ": ".join(dict.fromkeys(filter(None, sentences)))
+        if reason:
+            return reason
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()] or lines
+    return errors[-1] if errors else ""
+
+
 def explain(status: int, said: str, shape: MachineShape) -> KataError:
     """The error for one that ended with this exit status and this end of its standard error (already escaped)."""
-    lines = [line for line in said.strip().splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()] or lines
-    last = errors[-1].strip()[:300] if errors else ""
+    last = _reason(said)[:300]
     if status > 0:
         for patterns, kind, sentence, hint in _KNOWN:
             if any(pattern in last.lower() for pattern in patterns):

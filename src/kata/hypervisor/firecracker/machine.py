@@ -264,7 +264,11 @@ class Firecracker(Running):
 
     async def _swap(self, index: int, image: str) -> None:
         await self._client()
-        with root.shown(self._root, index, image) if self._root else contextlib.nullcontext(image) as path:
+        with (
+            root.shown(self._root, root.disk(index), image)
+            if self._root
+            else contextlib.nullcontext(image) as path
+        ):
             await self.call(
                 "PATCH", f"drives/disk{index}", {"drive_id": f"disk{index}", "path_on_host": path}
             )

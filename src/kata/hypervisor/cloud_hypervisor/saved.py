@@ -1,0 +1,153 @@
+"""A machine that Cloud Hypervisor has saved, and what of it is another's when it goes on.
+
+Beside the monitor's own files (docs/snapshot_restore.md of its sources: ``config.json``, ``state.json``,
+``memory-ranges``) there is one of ours with the machine's shape, written last: without it nothing was saved.
+The monitor's description names files and descriptors of the machine that was saved; what it is restored from is a
+directory of the new sandbox with a description that names the new ones, and links to the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from kata.errors import HypervisorError
+from kata.hypervisor.base import MachineShape
+from kata.hypervisor.cloud_hypervisor import command
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from kata.hypervisor.base import Attachments
+
+CONFIG = "config.json"
+LARGE = ("state.json", "memory-ranges")
+SHAPE = "machine.json"
+FILES = (CONFIG, *LARGE)
+RESTORED = "restored"
+"""Name of the directory that a machine is restored from, in the sandbox's."""
+_MAX_SHAPE = 1 << 20
+_MAX_CONFIG = 4 << 20
+
+
+def write_shape(directory: str, shape: MachineShape) -> None:
+    """Write down what machine was saved.
+
+    Raises:
+        HypervisorError: There is no room.
+    """
+    values = {name: getattr(shape, name) for name in shape.__slots__}
+    values["options"] = dict(shape.options)
+    path = os.path.join(directory, SHAPE)
+    try:
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            json.dump(values, file)
+        os.replace(path + ".new", path)
+    except OSError as error:
+        raise HypervisorError(f"cannot write {path}: {error.strerror}") from error
+
+
+def forget(directory: str) -> None:
+    """Remove what was saved, or the part of it that is there."""
+    for name in (SHAPE, SHAPE + ".new", *FILES):
+        try:
+            os.unlink(os.path.join(directory, name))
+        except FileNotFoundError:
+            pass
+
+
+def shape_of(directory: str) -> MachineShape:
+    """What machine was saved there.
+
+    Raises:
+        HypervisorError: None was, or not all of it.
+    """
+    values = _document(directory, SHAPE, _MAX_SHAPE)
+    try:
+        return MachineShape(**values)
+    except TypeError:
+        raise HypervisorError(f"{os.path.join(directory, SHAPE)} does not describe a machine") from None
+
+
+def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[str, int]) -> str:
+    """Make what the monitor restores a machine from.
+
+    Args:
+        directory: What it was saved into.
+        attachments: What it is connected to from now on.
+        vsock: Path of the socket that stands for its vsock.
+        fds: Descriptors that the monitor inherits: ``disk0`` and so on.
+
+    Returns:
+        The value of the monitor's option ``--restore``.
+
+    Raises:
+        HypervisorError: What was saved is incomplete, or had other devices.
+    """
+    config = _document(directory, CONFIG, _MAX_CONFIG)
+    # It opens them, and does not read them: the guest has them in its memory.
+    config["payload"] = {**_table(config.get("payload")), "kernel": os.devnull, "initramfs": os.devnull}
+    config["vsock"] = {**_table(config.get("vsock")), "socket": vsock}
+    if config.get("fs"):
+        raise HypervisorError(f"the machine in {directory} has a share, whose server is gone")
+    missing = {f"disk{index}": disk for index, disk in enumerate(attachments.disks) if disk is not None}
+    for disk in _list(config.get("disks")):
+        name = str(disk.get("id"))
+        if missing.pop(name, None) is None:
+            raise HypervisorError(f"the machine in {directory} has a {name}, and it was given none")
+        disk["path"] = command.file(fds[name])
+    taps = {f"nic{index}": nic.tap_fd for index, nic in enumerate(attachments.nics) if nic.tap_fd}
+    given = []
+    for nic in _list(config.get("net")):
+        name = str(nic.get("id"))
+        tap = taps.pop(name, None)
+        if tap is None:
+            raise HypervisorError(f"the machine in {directory} has a {name}, and it was given none")
+        given.append(f"{name}@[{tap.raw}]")
+    if missing or taps:
+        unknown = ", ".join((*missing, *taps))
+        raise HypervisorError(f"the machine in {directory} has no {unknown}")
+    target = os.path.join(attachments.run_dir, RESTORED)
+    try:
+        os.mkdir(target, 0o700)
+        with open(os.path.join(target, CONFIG), "w", encoding="utf-8") as file:
+            json.dump(config, file)
+        for name in LARGE:
+            source = os.path.join(os.path.abspath(directory), name)
+            os.stat(source)
+            os.symlink(source, os.path.join(target, name))
+    except OSError as error:
+        raise HypervisorError(
+            f"cannot use what was saved in {directory}: {error.filename}: {error.strerror}"
+        ) from error
+    nets = f",net_fds=[{','.join(given)}]" if given else ""
+    return f"source_url=file://{target},resume=on{nets}"
+
+
+def _document(directory: str, name: str, limit: int) -> dict[str, Any]:
+    path = os.path.join(directory, name)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+        found = json.loads(content) if len(content) <= limit else None
+    except FileNotFoundError:
+        raise HypervisorError(
+            f"no machine was saved in {directory}: there is no {name}", "kata run starts a new one"
+        ) from None
+    except OSError as error:
+        raise HypervisorError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise HypervisorError(f"{path} does not describe a machine")
+    return found
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
