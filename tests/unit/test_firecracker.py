@@ -20,8 +20,6 @@ from kata.hypervisor.firecracker.counters import Counters
 from kata.hypervisor.firecracker.taps import Taps
 from kata.journal import Journal
 
-FDS = {"kernel": 3, "initrd": 4, "disk0": 5, "empty": 6}
-
 
 def machine(**changes: Any) -> tuple[MachineShape, Attachments]:
     values = {"kernel": "/k", "initrd": "/i", "parameters": "quiet", "disks": ("readonly", "spare", "spare")}
@@ -38,7 +36,7 @@ def machine(**changes: Any) -> tuple[MachineShape, Attachments]:
 def document(**changes: Any) -> dict[str, Any]:
     shape, attachments = machine(**changes)
     slots = config.Slots(shape, attachments)
-    return config.build(shape, attachments, slots, FDS, vsock="/run/x/v", taps={1: "tap1"})
+    return config.build(shape, attachments, slots, vsock="/run/x/v", taps={1: "tap1"})
 
 
 def test_the_document() -> None:
@@ -54,9 +52,9 @@ def test_the_document() -> None:
         {"iface_id": "nic1", "host_dev_name": "tap1", "guest_mac": "02::2"}
     ]
     assert [(one["path_on_host"], one["is_read_only"]) for one in made["drives"]] == [
-        ("/proc/self/fd/5", True),
-        ("/proc/self/fd/6", False),
-        ("/proc/self/fd/6", True),
+        ("/proc/self/fd/8", True),
+        ("/proc/self/fd/9", False),
+        ("/proc/self/fd/10", True),
     ]
     assert made["drives"][1]["cache_type"] == "Writeback"
     small = document(reclaim=False, console="none")

@@ -17,6 +17,9 @@ VSOCK_SOCKET = "vsock.sock"
 API_SOCKET = "api.sock"
 CID = 3
 """Of every guest: the socket that stands for its vsock is that machine's alone."""
+KERNEL_FD, INITRD_FD, CONFIG_FD, LOG_FD, METRICS_FD, FIRST_DISK_FD = range(3, 9)
+"""Descriptors that it inherits, and the first of those of the disk slots: always the same, since a machine that was
+saved names its disks by them."""
 MAX_DISKS = 8
 MAX_NICS = 8
 _EMPTY_READONLY = (True, False, True, False, *(False,) * 4)
@@ -71,7 +74,6 @@ def build(
     shape: MachineShape,
     attachments: Attachments,
     slots: Slots,
-    fds: Mapping[str, int],
     *,
     vsock: str,
     taps: Mapping[int, str],
@@ -82,7 +84,6 @@ def build(
         shape: The machine.
         attachments: What it is connected to.
         slots: Its disks.
-        fds: Descriptors it inherits: ``kernel``, ``initrd``, ``disk0`` and so on, ``empty`` for empty slots.
         vsock: Path of the socket that stands for the guest's vsock; made by the monitor.
         taps: Name of the tap device of each network interface that has one, by the interface's number.
     """
@@ -103,8 +104,8 @@ def build(
     )
     document: dict[str, Any] = {
         "boot-source": {
-            "kernel_image_path": file(fds["kernel"]),
-            "initrd_path": file(fds["initrd"]),
+            "kernel_image_path": file(KERNEL_FD),
+            "initrd_path": file(INITRD_FD),
             "boot_args": _parameters(shape),
         },
         "machine-config": {
@@ -114,12 +115,7 @@ def build(
         # It has to be there, be it empty.
         "drives": [
             {
-                **disk_config(
-                    index,
-                    disk,
-                    file(fds[f"disk{index}" if disk else "empty"]),
-                    readonly=slots.readonly[index],
-                ),
+                **disk_config(index, disk, file(FIRST_DISK_FD + index), readonly=slots.readonly[index]),
                 **_limits(rate_limiter=disk_limiter),
             }
             for index, disk in enumerate(slots.disks)

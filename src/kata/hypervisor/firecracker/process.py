@@ -130,7 +130,7 @@ def spawn(
             theirs["console"] = stdout
         entries += [journal.begin("socket", path=path) for path in sockets]
         taps.take(attachments.nics)
-        document = config.build(shape, attachments, slots, theirs, vsock=sockets[1], taps=taps.names)
+        document = config.build(shape, attachments, slots, vsock=sockets[1], taps=taps.names)
         theirs["config"] = os.memfd_create("configuration")
         os.write(theirs["config"], json.dumps(document).encode())
         os.lseek(theirs["config"], 0, os.SEEK_SET)
@@ -140,10 +140,10 @@ def spawn(
         argv = [
             program,
             *("--api-sock", sockets[0]),
-            *("--config-file", config.file(theirs["config"])),
-            *("--log-path", config.file(theirs["log"])),
+            *("--config-file", config.file(config.CONFIG_FD)),
+            *("--log-path", config.file(config.LOG_FD)),
             *("--level", "Warn"),
-            *("--metrics-path", config.file(theirs["metrics"])),
+            *("--metrics-path", config.file(config.METRICS_FD)),
             "--enable-pci",
         ]
         try:
@@ -151,7 +151,10 @@ def spawn(
                 argv,
                 journal,
                 "firecracker",
-                pass_fds=[fd for name, fd in theirs.items() if name != "console"],
+                fds_from_3=[
+                    *(theirs[name] for name in ("kernel", "initrd", "config", "log", "metrics")),
+                    *(theirs.get(f"disk{index}", theirs["empty"]) for index in range(len(slots.disks))),
+                ],
                 stdout=stdout,
                 stderr=stderr_tail.write_fd,
                 capabilities=(),
