@@ -54,7 +54,13 @@ GROUPS = (
     (
         "The hypervisor",
         ("kata_hypervisor_",),
-        "`kata_hypervisor_info` is **ours**. Without a network namespace of the pod's (`kata run`) there is no `netdev`: that would be the host's traffic.",
+        "`kata_hypervisor_info` and `kata_hypervisor_device` are **ours**. Without a network namespace of the pod's (`kata run`) there is no `netdev`: that would be the host's traffic.",
+    ),
+    (
+        "Firecracker",
+        ("kata_firecracker_",),
+        "Where that is the hypervisor. The items are those that its version has, sums since its start. Those of one disk or network"
+        " interface are in `kata_hypervisor_device`.",
     ),
     (
         "The file server of the share, and other helpers",
@@ -81,7 +87,7 @@ DIFFERENCES = """## How the original's names are meant here
 | `kata_shim_pod_overhead_cpu`, `..._memory_in_bytes` | right at the first scrape, where the original shows 0 (issue 2767 there): the first value is the mean since the start |
 | `kata_shim_netdev` | documented there and never made; here the interfaces of the pod's network namespace, in which engine and hypervisor are |
 | `le` of histograms | always with a point (`1.0`), as Prometheus 3 stores it; ask with `histogram_quantile`, not with `le="1"` |
-| `kata_firecracker_*` | there is no Firecracker yet |
+| `kata_firecracker_rtc` | of machines of another architecture |
 | `kata_hypervisor_{scrape_count,vcpu,seccomp,signals}` | of Dragonball alone |
 
 """

@@ -52,6 +52,19 @@ def test_a_container_runs(kata: Kata, box: str) -> None:
     assert kata.ok("exec", box, "cat", "/proc/1/comm").strip() == "sh"
 
 
+def test_its_metrics(kata: Kata, box: str) -> None:
+    def value(line: str) -> float:
+        found = [text for text in kata.ok("metrics", box).splitlines() if text.startswith(line + " ")]
+        return float(found[0].split()[-1])
+
+    first = value('kata_firecracker_block{item="read_bytes"}')
+    assert first > 4096
+    assert value('kata_hypervisor_device{device="disk0",item="read_bytes"}') <= first * 2
+    kata.ok("exec", box, "sh", "-c", "dd if=/dev/zero of=/big bs=64k count=16 conv=fsync")
+    assert value('kata_hypervisor_device{device="disk1",item="write_bytes"}') >= 1 << 20
+    assert value('kata_firecracker_vcpu{item="failures"}') == 0
+
+
 def test_it_is_left_with_nothing_of_the_host(kata: Kata, box: str) -> None:
     pid = json.loads(kata.ok("inspect", box))[0]["state"]["pid"]
     assert os.listdir(f"/proc/{pid}/root") == ["disks"]

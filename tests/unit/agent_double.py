@@ -308,6 +308,8 @@ class MachineDouble:
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.server = agent.server()
         self.closed = False
+        self.counted: dict[str, dict[str, int]] = {}
+        """What it says that it has counted."""
         ours, theirs = socket.socketpair()
         self.channel = SerialChannel(ours.detach)
         self._served = asyncio.create_task(self.server.attach(theirs))
@@ -347,6 +349,9 @@ class MachineDouble:
 
     async def confined(self) -> None:
         pass
+
+    async def counters(self) -> dict[str, dict[str, int]]:
+        return dict(self.counted)
 
     async def metrics(self) -> dict[str, int]:
         return {"rss_bytes": 1}

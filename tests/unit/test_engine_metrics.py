@@ -252,6 +252,22 @@ def test_a_lying_guest_spoils_nothing(running: Engine) -> None:
     assert max(len(card["interface"]) for card in document["network"]) <= state.MAX_TEXT
 
 
+def test_what_a_hypervisor_has_counted(running: Engine) -> None:
+    """By device, in families of its own where it has some, and nothing that would end a line."""
+    vm: Any = running.sandbox.runtime.vm
+    vm.counted = {
+        "disk0": {"read_bytes": 7, 'x"} 1\nkata_x': 1},
+        "block": {"read_bytes": 9},
+        'disk"1': {"a": 1},
+    }
+    found = scrape(running)
+    samples = found["kata_hypervisor_device"].samples
+    assert [(one.labels, one.value) for one in samples] == [({"device": "disk0", "item": "read_bytes"}, 7)]
+    assert "kata_firecracker_block" not in found  # whose machine this is not
+    running.sandbox.settings.described().hypervisor.name = "firecracker"
+    assert value(scrape(running), "kata_firecracker_block", item="read_bytes") == 9
+
+
 def test_a_guest_that_says_very_much_is_cut(running: Engine) -> None:
     lines = (f'kata_guest_vm_stat{{item="k{number}"}} {number}' for number in range(90_000))
     running.double.says = "\n".join(lines)

@@ -102,6 +102,9 @@ def test_counters_add_up() -> None:
     assert not counters.feed(line[:20])
     assert counters.feed(line[20:] + line + b"nonsense\n[]\n")
     assert counters.values() == {"block": {"read_count": 4}, "latencies_us": {"pause_vm": 7}}
+    assert counters.feed(b'{"block_disk0":{"read_count":1},"net_nic1":{"tx_count":1}}\n')
+    assert counters.values()["disk0"] == {"read_count": 1}
+    assert counters.values()["nic1"] == {"tx_count": 1}
     # Whatever it is told, it is bounded.
     assert not counters.feed(b"x" * (300 << 10))
     many = {f"g{group}": {f"n{name}": 1 for name in range(300)} for group in range(100)}

@@ -41,6 +41,8 @@ SOURCES = {
     "guest": "the agent's GetMetrics: the guest's /proc",
     "container": "the agent's StatsContainer: the container's cgroup in the guest",
     "hypervisor": "/proc of the hypervisor's process on the host",
+    "firecracker": "what Firecracker writes when it is asked to (docs/metrics.md of its sources)",
+    "counters": "what the hypervisor says, where it counts: Cloud Hypervisor and Firecracker",
     "virtiofsd": "/proc of the file server of the share",
     "helper": "/proc of the other helpers (network, logging programs)",
     "shim": "/proc of the engine, which is the shim",
@@ -113,6 +115,28 @@ kata_shim_process_start_time_seconds gauge - Start of the engine, in seconds sin
 kata_shim_process_virtual_memory_bytes gauge - Virtual memory of the engine in bytes.
 kata_shim_process_virtual_memory_max_bytes gauge - Limit of the engine's virtual memory in bytes; -1 without one.
 kata_shim_threads gauge - Threads of the engine.
+""",
+    "firecracker": """
+kata_firecracker_api_server gauge item Times of Firecracker's own start, in microseconds.
+kata_firecracker_block gauge item What Firecracker has counted of all disks.
+kata_firecracker_get_api_requests gauge item Requests to its API that ask for something.
+kata_firecracker_i8042 gauge item Accesses to its keyboard's controller.
+kata_firecracker_latencies_us gauge item Duration of the latest pause, resume and snapshot, in microseconds.
+kata_firecracker_logger gauge item What its log and these figures have missed.
+kata_firecracker_mmds gauge item Packets of its metadata service, which is not used here.
+kata_firecracker_net gauge item What Firecracker has counted of all network interfaces.
+kata_firecracker_patch_api_requests gauge item Requests to its API that change something.
+kata_firecracker_put_api_requests gauge item Requests to its API that make something.
+kata_firecracker_seccomp gauge item System calls that its filter has stopped.
+kata_firecracker_signals gauge item Signals that it has received.
+kata_firecracker_uart gauge item Accesses to its serial port.
+kata_firecracker_vcpu gauge item What its virtual processors have left the guest for.
+kata_firecracker_vmm gauge item Panics of its own.
+kata_firecracker_vsock gauge item What Firecracker has counted of the guest's vsock.
+""",
+    "counters": """
+kata_hypervisor_device gauge device,item What the hypervisor has counted of one device (disk0, nic0): bytes, requests,
+  microseconds; names of the items are its own.
 """,
     "engine": """
 kata_container_info gauge container_id,name,image A container's name and image; always 1.

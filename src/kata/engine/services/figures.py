@@ -41,6 +41,7 @@ class Figures:
         guest_text: The agent's answer to GetMetrics, which is not to be trusted; None without one.
         containers: The agent's answer to StatsContainer, by container.
         processes: The engine, the hypervisor and the helpers.
+        counters: What the hypervisor has counted (`kata.hypervisor.protocols.Machine.counters`).
         returned_bytes: How much of the guest's memory takes none of the host's; None where that is not known.
         is_whole: Whether every container that runs has answered.
         cpu_s: Processor time of the whole sandbox on the host, in seconds.
@@ -50,6 +51,7 @@ class Figures:
     __slots__ = (
         "at_s",
         "containers",
+        "counters",
         "cpu_s",
         "guest_text",
         "is_whole",
@@ -62,6 +64,7 @@ class Figures:
         self.at_s = time.time()
         self.guest_text: str | None = None
         self.containers: dict[str, agent_pb.StatsContainerResponse] = {}
+        self.counters: dict[str, dict[str, int]] = {}
         self.is_whole = False
         self.processes: list[ProcessFigures] = []
         self.returned_bytes: int | None = None
@@ -88,6 +91,7 @@ async def look(sandbox: Sandbox) -> Figures:
             asked[one.id] = _ask(sandbox, one.id, functools.partial(agent.stats, one.id, None))
     if machine is not None and not sandbox.runtime.is_lost:
         asked[_MACHINE] = _ask(sandbox, _MACHINE, machine.metrics)
+        asked[_COUNTERS] = _ask(sandbox, _COUNTERS, machine.counters)
     give_up_s = time.monotonic() - GUEST_S
     awaited = [asked[key] for key in asked if sandbox.open_questions.get(key, (None, 0.0))[1] > give_up_s]
     if awaited:
@@ -101,6 +105,7 @@ async def look(sandbox: Sandbox) -> Figures:
     if resident is not None:
         has_mib = sandbox.resizer.memory_mib + sandbox.machine.extra_memory_mib
         found.returned_bytes = max(0, (has_mib << 20) - resident)
+    found.counters = answers.pop(_COUNTERS, {})
     found.guest_text = answers.pop(_GUEST, None)
     found.containers = answers
     found.is_whole = found.guest_text is not None and len(answers) == len(living)
@@ -124,7 +129,7 @@ def _look_at_host(sandbox: Sandbox, found: Figures) -> None:
     found.at_s = time.time()
 
 
-_GUEST, _MACHINE = "/guest", "/machine"
+_GUEST, _MACHINE, _COUNTERS = "/guest", "/machine", "/counters"
 """Questions beside those about containers, whose ids have no slash."""
 
 

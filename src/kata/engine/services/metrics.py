@@ -44,6 +44,7 @@ async def collect(sandbox: Sandbox) -> str:
         # Otherwise they are in a network that is not the sandbox's alone: the host's, as a rule.
         if one.role in ("engine", "hypervisor") and network is not None and network.external_netns:
             _interfaces(text, one)
+    _counters(text, sandbox.settings.described().hypervisor.name, found)
     _engine(text, sandbox)
     _host(text, sandbox, found)
     _containers(text, sandbox, found)
@@ -100,6 +101,22 @@ def _process(text: Text, one: ProcessFigures) -> None:
             "kata_shim_process_virtual_memory_max_bytes", -1 if most == resource.RLIM_INFINITY else most
         )
         text.add("kata_shim_process_start_time_seconds", one.started_s)
+
+
+def _counters(text: Text, name: str, found: Figures) -> None:
+    """What the hypervisor has counted: in families of its own where it has some, else by device."""
+    for part, values in found.counters.items():
+        # It may be another's by now, and these are words of its own.
+        known = {item: value for item, value in values.items() if _is_word(item)}
+        family = f"kata_{name.replace('-', '_')}_{part}"
+        if family in families.DEFINITIONS:
+            text.items(family, known)
+        elif part.rstrip("0123456789") in ("disk", "nic") and _is_word(part):
+            text.items("kata_hypervisor_device", known, f'device="{part}",')
+
+
+def _is_word(text: str) -> bool:
+    return len(text) <= 64 and text.isascii() and text.isidentifier()
 
 
 def _interfaces(text: Text, one: ProcessFigures) -> None:

@@ -39,8 +39,11 @@ class Counters:
         return bool(lines)
 
     def values(self) -> dict[str, dict[str, int]]:
-        """By group (``block_disk0``, ``net``, ``vcpu``), by name."""
-        return {group: dict(items) for group, items in self._groups.items()}
+        """By group (``block``, ``net``, ``vcpu``) or device (``disk0``, ``nic0``), by name."""
+        return {
+            group.removeprefix("block_").removeprefix("net_"): dict(items)
+            for group, items in self._groups.items()
+        }
 
     def _add(self, document: dict[str, object]) -> None:
         for group, items in document.items():
