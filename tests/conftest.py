@@ -154,7 +154,35 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def _write_results_of_hypervisors(terminalreporter: pytest.TerminalReporter, target: str) -> None:
+    """For `tools/hypervisors_table.py`: what came of each test that every hypervisor has to pass."""
+    from kata.hypervisor import accel, registry
+
+    rows = []
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            test, _, parameter = report.nodeid.rpartition("::")[2].rstrip("]").partition("[")
+            if parameter not in registry.names() or (outcome == "passed" and report.when != "call"):
+                continue
+            monitor = registry.find(parameter)
+            accelerator = accel.choose().accel
+            rows.append(
+                {
+                    "title": monitor.title,
+                    "accelerator": accelerator if accelerator in monitor.accelerators else "kvm",
+                    "version": monitor.version(),
+                    "test": test,
+                    "outcome": "failed" if outcome == "error" else outcome,
+                    "reason": report.longrepr[2].removeprefix("Skipped: ") if outcome == "skipped" else "",
+                }
+            )
+    Path(target).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = os.environ.get("KATA_MONITOR_RESULTS")
+    if results:
+        _write_results_of_hypervisors(terminalreporter, results)
     left = config.stash.get(_left, [])
     if left:
         terminalreporter.section("left behind by the tests", red=True)

@@ -13,7 +13,15 @@ from kata.cli import main
 from kata.config import annotations as pod
 from kata.config import files, keys
 from kata.engine import machine
-from kata.errors import ConfigError, GuestAssetError, KataError, ResourceExhaustedError, UsageError
+from kata.errors import (
+    ConfigError,
+    GuestAssetError,
+    HostError,
+    KataError,
+    ResourceExhaustedError,
+    UsageError,
+)
+from kata.hypervisor import accel, registry
 from kata.resources import sizing
 from kata.settings import GuestSettings, HypervisorSettings, MachineSettings, NetworkSettings, ShareSettings
 
@@ -151,7 +159,12 @@ def test_the_environment_overrules_files(tmp_path: Path, monkeypatch: pytest.Mon
         ("[hypervisor.qemu]\nconfidential_guest = true", "confidential_guest = true is refused: conf", ""),
         ("[hypervisor.qemu]\nrootless = true", "rootless = true is refused", ""),
         ("[hypervisor.qemu]\nimage = '/x.img'", "is refused: the guest is booted from an initrd", ""),
-        ("[hypervisor.clh]\npath = '/x'", r"toml:1: the hypervisor of \[hypervisor.clh\] is not offered", "qemu"),
+        ("[hypervisor.acrn]\npath = '/x'", r"toml:1: the hypervisor of \[hypervisor.acrn\] is not offered", "qemu"),
+        ("[hypervisor.clh]\n\nmachine_typ = ''", r"toml:3: there is no key 'machine_typ' in \[hypervisor.clh", "type"),
+        ("[hypervisor.clh]\n[hypervisor.firecracker]", r"toml:1: there are the tables \[hypervisor.cloud-", "name"),
+        ("[hypervisor.firecracker]\nshared_fs = 'virtio-fs'", r"\[hypervisor.firecracker\] shared_fs is", "none"),
+        ("[hypervisor.clh]\naccelerator = 'tcg'", r"\[hypervisor.cloud-hypervisor\] accelerator is", "kvm"),
+        ("[hypervisor.clh]\nfirmware = '/x'", "is refused: the kernel is booted without a firmware", ""),
         ("[hypervisor.qemu]\nkernel_params = 'a\\nb'", "is not TOML|has to be one line", ""),
         ('[hypervisor.qemu]\nkernel_params = "a\\nb"', "has to be one line", ""),
         ("[hypervisor.qemu", "is not TOML", "kata config check"),
@@ -205,6 +218,15 @@ def test_all_keys_are_in_the_documentation() -> None:
     assert documented == expected
     for section in keys.SECTIONS.values():
         assert f"`[{section}]`" in text
+    for name, variants in keys.VARIANTS.items():
+        section = text.partition(f"## `[hypervisor.{name}]`\n")[2].partition("\n## ")[0]
+        shown = re.findall(r"^\| `(\w+)` \| (acts|refused|no effect) \| (.*) \|$", section, re.M)
+        words = {keys.ACTS: "acts", keys.REFUSED: "refused", keys.IDLE: "no effect"}
+        assert dict.fromkeys(variants) == dict.fromkeys(row[0] for row in shown), name
+        for key, status, rest in shown:
+            found = keys.find(f"hypervisor.{key}", name)
+            assert found is not None
+            assert (status, rest) == (words[found.status], found.text), key
 
 
 # ---- annotations ----
@@ -414,7 +436,115 @@ def test_the_table_of_the_hypervisor_that_is_named_counts(tmp_path: Path) -> Non
     # Whether there is one of that name is another question.
     with pytest.raises(ConfigError, match="no hypervisor 'other' here") as raised:
         settings(chosen)
-    assert raised.value.hint == "one of: qemu"
+    assert raised.value.hint == "one of: " + ", ".join(registry.names())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("configuration.toml", "[hypervisor.clh]\ndefault_vcpus = 2\n", "cloud-hypervisor"),
+        ("configuration.toml", "[hypervisor.cloud-hypervisor]\ndefault_vcpus = 2\n", "cloud-hypervisor"),
+        (
+            "configuration.toml",
+            "[hypervisor.clh]\ndefault_vcpus = 2\n[runtime]\nhypervisor_name = 'clh'",
+            "cloud-hypervisor",
+        ),
+        (
+            "configuration.toml",
+            "[hypervisor.qemu]\ndefault_vcpus = 2\n[hypervisor.clh]\ndefault_vcpus = 3\n",
+            "",
+        ),
+        (
+            "configuration-fc.toml",
+            "[hypervisor.firecracker]\ndefault_vcpus = 2\n",
+            "firecracker",
+        ),
+        ("configuration-fc.toml", "[runtime]\nenable_debug = true\n", "firecracker"),
+        ("configuration-qemu.toml", "[runtime]\nenable_debug = true\n", ""),
+    ],
+)
+def test_the_hypervisor_is_that_of_the_table_or_of_the_files_name(
+    tmp_path: Path, file: str, text: str, expected: str
+) -> None:
+    found = files.load(write(tmp_path / file, text))
+    assert found.get("runtime.hypervisor_name", "") == expected
+    if "vcpus" in text:
+        assert found.get("hypervisor.default_vcpus") == 2
+    again = files.load(str(tmp_path / file))
+    assert (again.values, again.hypervisors) == (found.values, found.hypervisors)
+    assert expected in ("", *found.hypervisors)
+
+
+def test_a_hypervisor_that_is_asked_for_has_its_own_file_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path / "etc.toml", "[hypervisor.qemu]\ndefault_vcpus = 2\n[hypervisor.fc]\ndefault_vcpus = 4\n"
+    )
+
+    def chosen(name: str) -> tuple[object, object]:
+        found = files.load("", name, "--hypervisor")
+        assert found.origin("runtime.hypervisor_name") == "--hypervisor"
+        return found.get("runtime.hypervisor_name"), found.get("hypervisor.default_vcpus")
+
+    assert chosen("fc") == chosen("firecracker") == ("firecracker", 4)
+    assert chosen("qemu") == ("qemu", 2)
+    assert chosen("clh") == ("cloud-hypervisor", None)
+    write(tmp_path / "configuration-clh.toml", "[hypervisor.clh]\ndefault_vcpus = 3\n")
+    assert chosen("clh") == ("cloud-hypervisor", 3)
+    assert files.load().get("hypervisor.default_vcpus") == 2
+    monkeypatch.setenv("KATA_HYPERVISOR", "clh")
+    assert files.load().values["runtime.hypervisor_name"] == (
+        "cloud-hypervisor",
+        "environment KATA_HYPERVISOR",
+    )
+    assert chosen("fc") == ("firecracker", 4)
+
+
+def test_a_pod_chooses_among_the_hypervisors_of_the_host(tmp_path: Path) -> None:
+    both = "[hypervisor.qemu]\ndefault_vcpus = 2\n[hypervisor.clh]\ndefault_vcpus = 3\nenable_annotations = ['path']\n"
+    path = write(tmp_path / "configuration.toml", both)
+    for name in ("clh", "cloud-hypervisor"):
+        found = pod.load(path, {pod.HYPERVISOR: name})
+        assert found.values["runtime.hypervisor_name"] == (
+            "cloud-hypervisor",
+            f"annotation {pod.HYPERVISOR}",
+        )
+        assert found.get("hypervisor.default_vcpus") == 3
+    with pytest.raises(ConfigError, match=r"matches no pattern of valid_hypervisor_paths") as caught:
+        pod.load(path, {pod.HYPERVISOR: "clh", f"{HYPERVISOR}path": "/x"})
+    assert "[hypervisor.cloud-hypervisor]" in (caught.value.hint or "")
+    with pytest.raises(
+        ConfigError, match=r"there is no hypervisor 'firecracker' in the configuration"
+    ) as caught:
+        pod.load(path, {pod.HYPERVISOR: "firecracker"})
+    assert "one of: cloud-hypervisor, qemu" in (caught.value.hint or "")
+    with pytest.raises(ConfigError, match="in the configuration"):
+        pod.load("", {pod.HYPERVISOR: "clh"})
+    assert pod.load("", {pod.HYPERVISOR: "qemu"}).get("runtime.hypervisor_name") == "qemu"
+
+
+def test_a_hypervisor_that_cannot_run_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KATA_ACCEL", "tcg")
+    with pytest.raises(HostError, match=r"Cloud Hypervisor needs KVM, and tcg is asked for") as caught:
+        machine.require_hypervisor("cloud-hypervisor")
+    assert "--hypervisor qemu" in (caught.value.hint or "")
+    monkeypatch.setenv("KATA_ACCEL", "kvm")
+    monkeypatch.delenv("KATA_CLOUD_HYPERVISOR", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(accel, "choose", lambda configured="": accel.Accelerator("kvm", "", None))
+    with pytest.raises(HostError, match="cloud-hypervisor is not installed") as caught:
+        machine.require_hypervisor("cloud-hypervisor")
+    assert "KATA_CLOUD_HYPERVISOR" in (caught.value.hint or "")
+    for name in ("no-such", "a/b"):
+        with pytest.raises(ConfigError, match="no hypervisor"):
+            machine.require_hypervisor(name)
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "none"))
+    command = ["run", "--hypervisor", "no-such", "busybox"]
+    assert main.main(command) == 125
+    assert not (tmp_path / "none").exists()
 
 
 def test_networks(tmp_path: Path) -> None:

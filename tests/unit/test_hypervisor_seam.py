@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +18,16 @@ from typing import Any
 import pytest
 
 from kata import sysio
+from kata.config import files, keys
 from kata.errors import ConfigError, HostError, HypervisorError
 from kata.hypervisor import registry
 from kata.hypervisor.base import Attachments, MachineShape, Nic, random_mac
 from kata.hypervisor.channel import AGENT_PORT, HybridVsockChannel, SerialChannel, UnixChannel, VsockChannel
 
-SOURCE = Path(__file__).resolve().parents[2] / "src/kata"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src/kata"
 KNOWN = {
+    "config/files.py",  # the default one's name
     "config/keys.py",  # the keys' documentation
     "hypervisor/registry.py",  # its name, and where it is
     "hypervisor/virtiofsd.py",  # the directory in which distributions have that program
@@ -36,8 +42,37 @@ def test_one_package_alone_knows_qemu() -> None:
     assert {name for name in found if not name.startswith("hypervisor/qemu/")} == KNOWN
 
 
+def test_the_page_about_them_is_as_they_are() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "hypervisors_table.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), f"run tools/hypervisors_table.py: {done.stderr}"
+
+
+def test_the_table_of_the_suite(tmp_path: Path) -> None:
+    """Rows by test, columns by hypervisor and accelerator; what was skipped has its reason below."""
+    row = {"title": "QEMU", "accelerator": "tcg", "version": "7.2", "test": "test_one_thing", "reason": ""}
+    other = {**row, "title": "Firecracker", "accelerator": "kvm", "version": ""}
+    rows = [{**row, "outcome": "passed"}, {**other, "outcome": "skipped", "reason": "it needs KVM"}]
+    rows.append({**row, "test": "test_another", "outcome": "failed"})
+    path = tmp_path / "results"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    code = "import sys, hypervisors_table as t; print(t.suite(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(path)]
+    made = subprocess.check_output(command, text=True, cwd=ROOT / "tools")
+    assert made.splitlines() == [
+        "| | Firecracker (kvm) | QEMU (tcg) |",
+        "|---|---|---|",
+        "| version | not installed | 7.2 |",
+        "| one thing | - (1) | passed |",
+        "| another | not run | failed |",
+        "",
+        "1. it needs KVM",
+    ]
+
+
 def test_hypervisors_are_found_by_name() -> None:
-    assert registry.find().name == registry.DEFAULT in registry.names()
+    assert registry.find().name == registry.DEFAULT == files.DEFAULT in registry.names()
+    assert set(registry.names()) <= set(keys.HYPERVISORS) == {keys.HYPERVISOR, *keys.VARIANTS}
     with pytest.raises(ConfigError, match="no hypervisor 'x' here"):
         registry.find("x")
 

@@ -290,6 +290,9 @@ class ScriptedMonitor(MonitorBase):
             raise TypeError(started)
         return ScriptedMachine(started)
 
+    def program(self, options: Mapping[str, Any]) -> str:
+        return str(options.get("path", "")) or paths.agent_binary()
+
     def version(self) -> str:
         return "1"
 

@@ -10,6 +10,7 @@ from kata.agent_ctl.options import Option, Values, parse, table
 from kata.agent_ctl.session import COMMANDS, Session, listing, listing_text, split
 from kata.cli.main import name_output
 from kata.errors import UsageError
+from kata.hypervisor import registry
 from kata.hypervisor.channel import AGENT_PORT
 from kata.ttrpc.status import TtrpcError
 
@@ -28,6 +29,7 @@ OPTIONS = (
     Option("--sandbox", "CONTAINER", "the agent of a running sandbox, through its engine"),
     Option("--vm", "", "the agent of a temporary virtual machine, made for this command"),
     Option("--vm-memory", "MIB", "memory of that machine (256)"),
+    Option("--hypervisor", "|".join(registry.names()), f"what runs that machine ({registry.DEFAULT})"),
     Option("-c --cmd", "'COMMAND ...'", "a command; several run in order, up to the first that fails", many=True),
     Option("-t --timeout", "SECONDS", "for each call (60; WaitProcess, GetOOMEvent and streams: none); 0 is none"),
     Option("--connect-timeout", "SECONDS", "how long to retry while a guest boots (10)"),
@@ -179,6 +181,7 @@ def _target(values: Values, needed: bool) -> Callable[[], Link]:
         ("hybrid-vsock", "server"),
         ("hybrid-vsock-port", "hybrid-vsock"),
         ("vm-memory", "vm"),
+        ("hypervisor", "vm"),
     ):
         if values.flag(name) and not values.flag(other):
             raise UsageError(f"--{name} goes with --{other}")
@@ -196,7 +199,7 @@ def _target(values: Values, needed: bool) -> Callable[[], Link]:
         def boot() -> Link:
             from kata.agent_ctl.vm import VMLink
 
-            return VMLink(memory)
+            return VMLink(memory, values.value("hypervisor") or "")
 
         return boot
     if needed:

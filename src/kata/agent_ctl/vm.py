@@ -12,6 +12,7 @@ from kata.agent.client import Encoded
 from kata.agent.text import last_lines
 from kata.agent_ctl import address
 from kata.agent_ctl.links import Link, SocketLink, healthy, lost_error
+from kata.config.files import canonical
 from kata.engine.lifecycle.boot import KERNEL_PARAMETERS
 from kata.errors import HostError, HypervisorError, KataError, VMLostError
 from kata.guest import manifest
@@ -36,16 +37,20 @@ class VMLink(Link):
 
     Args:
         memory_mib: Memory of the machine, in MiB.
+        hypervisor: The hypervisor; empty for the default one.
 
     Raises:
         KataError: It did not boot; the message has the end of its console output.
     """
 
-    def __init__(self, memory_mib: int = MEMORY_MIB) -> None:
+    def __init__(self, memory_mib: int = MEMORY_MIB, hypervisor: str = "") -> None:
         if os.geteuid() != 0:
             raise HostError("--vm has to run as root: it makes a virtual machine", "run it with sudo")
         guest = manifest.load(paths.guest_dir())
         choice = accel.choose()
+        monitor = registry.find(canonical(hypervisor))
+        if choice.accel not in monitor.accelerators:
+            raise HostError(f"{monitor.title} needs KVM, which does not work on this host", "kata doctor")
         self.label = f"a temporary virtual machine ({choice.accel})"
         self._tail = bytearray()
         name = f"agent-ctl-{os.getpid()}-{os.urandom(3).hex()}"
@@ -63,7 +68,7 @@ class VMLink(Link):
             sandbox_id=name, run_dir=os.path.dirname(self._journal.path), confines=False
         )
         try:
-            self._machine = registry.find().start(shape, attachments, self._journal)
+            self._machine = monitor.start(shape, attachments, self._journal)
         except BaseException:
             journal_undo.undo(self._journal)
             raise

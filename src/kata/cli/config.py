@@ -63,7 +63,7 @@ def _row(key: Key, conf: Configuration) -> dict[str, Any]:
         value = "(not shown)"
     idle = key.status == keys.IDLE and is_set and not key.means_nothing(value)
     return {
-        "table": keys.SECTIONS[key.section],
+        "table": key.table,
         "key": key.name,
         "value": value if is_set else None,
         "default": key.default,
@@ -76,12 +76,13 @@ def _row(key: Key, conf: Configuration) -> dict[str, Any]:
 def _show(arguments: Arguments) -> int:
     if len(arguments.rest) > 1:
         raise UsageError("'kata config show' takes no argument", "the file is an option: --config FILE")
-    conf = files.load(arguments.value("config") or "")
-    pod.apply(conf, _annotations(arguments.many("annotation")))
+    conf = pod.load(arguments.value("config") or "", _annotations(arguments.many("annotation")))
+    hypervisor = str(conf.get("runtime.hypervisor_name", ""))
     rows = [
         _row(key, conf)
-        for key in keys.KEYS.values()
-        if key.status == keys.ACTS or key.full_name in conf.values
+        for name in keys.KEYS
+        if (key := keys.find(name, hypervisor)) is not None
+        and (key.status == keys.ACTS or name in conf.values)
     ]
     if arguments.flag("json"):
         table.show_json([{"files": conf.files, "settings": rows}])
@@ -122,7 +123,8 @@ def _check(arguments: Arguments) -> int:
                 "kata config check FILE; places: " + ", ".join(files.PLACES),
             )
         conf = files.read(files.all_files(path))
-    rows = [_row(keys.KEYS[name], conf) for name in conf.values]
+    hypervisor = str(conf.get("runtime.hypervisor_name", ""))
+    rows = [_row(key, conf) for name in conf.values if (key := keys.find(name, hypervisor)) is not None]
     idle = [row for row in rows if not row["effect"]]
     if arguments.flag("json"):
         table.show_json([{"files": conf.files, "settings": rows}])
@@ -130,7 +132,7 @@ def _check(arguments: Arguments) -> int:
     for row in idle:
         print(f"{row['origin']}: [{row['table']}] {row['key']}: accepted, has no effect: {row['reason']}")
     # The remaining sentences are about several keys; single ones were listed above.
-    of_keys = files.without_effect({name: conf.get(name) for name in conf.values})
+    of_keys = files.without_effect({name: conf.get(name) for name in conf.values}, hypervisor)
     for note in conf.notes:
         if note not in of_keys:
             print(note)

@@ -186,6 +186,7 @@ SPECIFICATION: Mapping[str, Any] = {
 RECORD: Mapping[str, Any] = {
     "id": VALUE, "name": VALUE, "created_at": VALUE, "hostname": VALUE, "tty": VALUE, "open_stdin": VALUE,
     "stdin_once": VALUE, "network": VALUE, "ports": [_PORT], "upper": VALUE, "cpus": VALUE, "memory": VALUE,
+    "hypervisor": VALUE,
     "image": {"reference": VALUE, "digest": VALUE, "id": VALUE, "kind": VALUE},
     "rootfs": {"kind": VALUE, "path": VALUE, "source": VALUE},
     "volumes": [_VOLUME], "disk_volumes": [_VOLUME], "image_volumes": VALUE,

@@ -276,26 +276,100 @@ def _space() -> Check:
     return Check("disk space", OK, f"{table.human_size(free)} free for {paths.state_dir()}")
 
 
-def _hypervisor() -> list[Check]:
-    """The checks of the hypervisor itself."""
-    from kata.config import files
-    from kata.hypervisor import registry
+def hypervisors() -> list[dict[str, Any]]:
+    """Each hypervisor that there is: whether it can be used here, why not, and what it can do.
 
+    Raises:
+        ConfigError: The configuration cannot be read, or one of its values makes no sense.
+    """
+    from kata.config import files
+    from kata.hypervisor import accel, registry
+
+    configured = files.load()
+    chosen = str(configured.get("runtime.hypervisor_name", "")) or registry.DEFAULT
+    registry.find(chosen)
+    found = []
+    for name in sorted(registry.names(), key=lambda name: (name != chosen, name)):
+        monitor = registry.find(name)
+        conf = configured if name == chosen else files.load("", name, "kata doctor")
+        own = {
+            key.partition(".")[2]: value
+            for key, (value, _) in conf.values.items()
+            if key.startswith("hypervisor.")
+        }
+        options = monitor.options(own, lambda key, conf=conf: conf.origin(f"hypervisor.{key}"))  # type: ignore[misc]
+        accelerator = accel.choose(str(conf.get("hypervisor.accelerator", ""))).accel
+        checks = monitor.checks()
+        bad = [check for check in checks if not check.ok]
+        if options.get("path"):
+            bad = []  # the checks are about the program that would be found without that
+        reason, hint = (bad[0].text, bad[0].hint) if bad else ("", "")
+        if not reason and accelerator not in monitor.accelerators:
+            reason, hint = "it needs KVM, which does not work on this host", "see kvm"
+        found.append(
+            {
+                "name": name,
+                "title": monitor.title,
+                "chosen": name == chosen,
+                "usable": not reason,
+                "reason": reason,
+                "hint": hint,
+                "program": monitor.program(options),
+                "version": monitor.version() if not options.get("path") else version_of(options["path"]),
+                "accelerator": accelerator if accelerator in monitor.accelerators else "",
+                "capabilities": monitor.capabilities(accelerator, options).to_plain(),
+            }
+        )
+    return found
+
+
+def _abilities(capabilities: dict[str, Any]) -> str:
+    """What a hypervisor can do here, in a few words."""
+    shares = " or ".join(capabilities["shares"])
+    backends = " and ".join({"stream": "user"}.get(one, one) for one in capabilities["nic_backends"])
+    words = [
+        f"shares files by {shares}" if shares else "shares no files",
+        f"networks: {backends}" if backends else "no network",
+        *(
+            text
+            for name, text in (
+                ("attach_disk", "disks later"),
+                ("hotplug_nics", "interfaces later"),
+                ("grow_memory", "memory grows"),
+                ("spare_vcpus", "CPUs grow"),
+                ("pause", "pauses"),
+                ("snapshot", "snapshots"),
+            )
+            if capabilities[name]
+        ),
+    ]
+    return ", ".join(words)
+
+
+def _hypervisors() -> list[Check]:
+    """One for each hypervisor; without the one that is used by default no container can be run."""
     try:
-        monitor = registry.find(str(files.load().get("runtime.hypervisor_name", "")))
+        found = hypervisors()
     except KataError as error:
         return [Check("hypervisor", FAIL, error.message, error.hint, blocking=True)]
-    return [
-        Check(one.name, OK if one.ok else FAIL, one.text, one.hint, blocking=True)
-        for one in monitor.checks()
-    ]
+    rows = []
+    for one in found:
+        text = f"{one['version']} ({one['program']})" if one["program"] else ""
+        if one["usable"]:
+            rows.append(Check(one["name"], OK, f"{text}; {_abilities(one['capabilities'])}"))
+            continue
+        text = f"{text}; {one['reason']}" if text else one["reason"]
+        rows.append(
+            Check(one["name"], FAIL if one["chosen"] else WARN, text, one["hint"], blocking=one["chosen"])
+        )
+    return rows
 
 
 _CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
     _permissions,
     _kvm,
     _vsock,
-    _hypervisor,
+    _hypervisors,
     _network_helper,
     _file_server,
     lambda: _program("mkfs.ext4", "e2fsprogs", "e2fsprogs", FAIL, blocking=True),
@@ -319,7 +393,12 @@ def _doctor(arguments: Arguments) -> int:
     found = checks()
     blocked = any(check.blocking and check.result == FAIL for check in found)
     if arguments.flag("json"):
-        table.show_json({"usable": not blocked, "checks": [check.to_dict() for check in found]})
+        try:
+            each = hypervisors()
+        except KataError:  # it is among the checks
+            each = []
+        rows = [check.to_dict() for check in found]
+        table.show_json({"usable": not blocked, "checks": rows, "hypervisors": each})
         return int(blocked)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     paint = {OK: "\x1b[32m", WARN: "\x1b[33m", FAIL: "\x1b[31m"} if colour else {}
@@ -415,12 +494,11 @@ def versions() -> dict[str, str]:
     from kata.guest import manifest
     from kata.hypervisor import registry
 
-    monitor = registry.find()
-    found = {
-        "kata": __version__,
-        "python": sys.version.partition(" ")[0],
-        monitor.name: monitor.version() or "not installed",
-    }
+    found = {"kata": __version__, "python": sys.version.partition(" ")[0]}
+    for name in registry.names():
+        version = registry.find(name).version()
+        if version or name == registry.DEFAULT:
+            found[name] = version or "not installed"
     try:
         guest = manifest.load(paths.guest_dir())
         found["guest kernel"] = f"{guest.kernel_version} ({guest.kernel_kind})"

@@ -10,6 +10,7 @@ from kata.cli import values
 from kata.cli.args import Command, Option
 from kata.cli.records import CREATED, PendingContainer, now
 from kata.errors import ToldToEnd, UsageError
+from kata.hypervisor import registry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ _OPTIONS = [
     Option("--cpus", "N", "how many CPUs the container may use; the virtual machine gets N rounded up"),
     Option("-m --memory", "SIZE", "how much memory the container may use (512m, 2g)"),
     Option("--pids-limit", "N", "how many processes the container may have; 0 or -1 for no limit"),
+    Option(
+        "--hypervisor",
+        "|".join(registry.names()),
+        f"what runs the virtual machine; by default what the configuration says, else {registry.DEFAULT}",
+    ),
     Option("--read-only", "", "make the container's root file system read-only"),
     Option("--privileged", "", "all capabilities and devices of the guest, no seccomp; nothing of the host"),
     Option("--cap-add", "CAP", "add a capability, or ALL", many=True),
@@ -201,6 +207,7 @@ def make_container(
             "disk_volumes": [volume.record(name) for name, volume in volumes],
             "cpus": choice.cpus,
             "memory": choice.memory,
+            "hypervisor": choice.hypervisor,
             "auto_remove": auto_remove,
             "made_to_run": made_to_run,
             "image_volumes": image_volumes,
@@ -267,6 +274,22 @@ def _warn_of_level(platform: str) -> None:
         )
 
 
+def _hypervisor(name: str | None) -> str:
+    """Check that a --hypervisor can start machines here; returns its name, empty without one."""
+    if name is None:
+        return ""
+    from kata.config import files
+    from kata.engine import machine
+
+    name = files.canonical(name)
+    if name not in registry.names():
+        raise UsageError(
+            f"--hypervisor {name!r} is not offered", "choose one of: " + ", ".join(registry.names())
+        )
+    machine.require_hypervisor(name)
+    return name
+
+
 def _rootfs(image: Any) -> dict[str, str]:
     if image.rootfs_dir:
         return {"kind": "share", "source": image.rootfs_dir}
@@ -306,6 +329,7 @@ class _Choice:
             raise UsageError(
                 f"--storage-size {storage_size!r} is too small for a file system", "at least 16m"
             )
+        self.hypervisor = _hypervisor(a.value("hypervisor"))
         self._systemd = self._one_of(a, "systemd", ("true", "false", "always"))
         stop_signal = a.value("stop_signal")
         self.stop_signal = None if stop_signal is None else _signal_name(stop_signal)

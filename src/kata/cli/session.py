@@ -70,6 +70,7 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
     Raises:
         KataError: See `kata.engine.machine.machine_settings`.
     """
+    from kata.config import files
     from kata.engine import machine
     from kata.resources.sizing import ResourceRequest
 
@@ -77,7 +78,9 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
     asked = ResourceRequest(record["cpus"], record["memory"], "--cpus and --memory")
     # Room to grow costs a few MiB: only a container with limits, which may be changed, gets it.
     limited = asked.cpus is not None or asked.memory is not None
-    described, notes = machine.machine_settings(asked, grows=limited)
+    named = record.get("hypervisor") or ""
+    conf = files.load("", named, "--hypervisor" if named else "")
+    described, notes = machine.machine_settings(asked, conf, grows=limited)
     for topic, note in notes:
         _print_once(topic, f"note: {note}\n")
     disks: list[DiskSettings] = []

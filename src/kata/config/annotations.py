@@ -100,8 +100,30 @@ def ours(annotations: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+HYPERVISOR = f"{_CONFIG}runtime.hypervisor_name"
+"""The annotation that chooses the hypervisor, and with it the table and the file that the others change."""
+
+
+def load(named: str, annotations: Mapping[str, Any]) -> Configuration:
+    """Load the host's configuration for a pod, and apply the pod's annotations.
+
+    Args:
+        named: The main file that the client names; may be empty.
+        annotations: All annotations of the pod.
+
+    Raises:
+        ConfigError: See `kata.config.files.load` and `apply`.
+    """
+    from kata.config import files
+
+    wanted = str(annotations.get(HYPERVISOR) or "")
+    configuration = files.load(named, wanted, f"annotation {HYPERVISOR}" if wanted else "")
+    apply(configuration, annotations)
+    return configuration
+
+
 def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
-    """Apply a pod's annotations to a configuration.
+    """Apply a pod's annotations to a configuration that was loaded for them (`load`).
 
     Args:
         configuration: The host's configuration, which is changed.
@@ -114,13 +136,14 @@ def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
     if not of_ours:
         return
     from kata.config import keys
-    from kata.config.files import without_effect
+    from kata.config.files import canonical, without_effect
 
+    hypervisor = str(configuration.get("runtime.hypervisor_name", ""))
     changed: dict[str, Any] = {}
     for annotation, text in sorted(of_ours.items()):
         where = f"annotation {annotation}"
         name = _key_name(annotation)
-        key = keys.KEYS.get(name)
+        key = keys.find(name, hypervisor)
         if key is None or not _may_be_set(name):
             raise _unknown(annotation, sorted(filter(_may_be_set, keys.KEYS)))
         if key.section == "hypervisor":
@@ -131,9 +154,11 @@ def apply(configuration: Configuration, annotations: Mapping[str, Any]) -> None:
         if name == "hypervisor.kernel_params":
             # As in Kata, the pod's parameters are appended to the host's, which it cannot remove.
             value = " ".join(filter(None, (str(configuration.get(name, "")), value)))
+        if annotation == HYPERVISOR:
+            value = canonical(value)
         changed[name] = value
         configuration.set(name, value, where)
-    configuration.notes += without_effect(changed)
+    configuration.notes += without_effect(changed, hypervisor)
 
 
 def _may_be_set(name: str) -> bool:
@@ -185,17 +210,21 @@ def _require_permission(configuration: Configuration, annotation: str, name: str
     raise ConfigError(
         f"annotation {annotation} is not allowed on this host: enable_annotations is {list(allowed)!r}"
         f" ({configuration.origin('hypervisor.enable_annotations')})",
-        f'Its owner may add "{name}" to enable_annotations in [{keys.SECTIONS["hypervisor"]}] of the configuration'
+        f'Its owner may add "{name}" to enable_annotations in [{_table(configuration)}] of the configuration'
         " file.",
     )
+
+
+def _table(configuration: Configuration) -> str:
+    from kata.config.files import DEFAULT
+
+    return f"hypervisor.{configuration.get('runtime.hypervisor_name', '') or DEFAULT}"
 
 
 def _require_pattern(configuration: Configuration, annotation: str, path: str, patterns: str) -> None:
     """Check a path of the host against the host's list of patterns, see glob(3): ``*`` does not match ``/``."""
     import os
     from fnmatch import fnmatchcase
-
-    from kata.config import keys
 
     parts = os.path.normpath(path).split("/")
     for pattern in configuration.get(patterns, []):
@@ -205,7 +234,7 @@ def _require_pattern(configuration: Configuration, annotation: str, path: str, p
     short = patterns.partition(".")[2]
     raise ConfigError(
         f"annotation {annotation}: {path!r} matches no pattern of {short} ({configuration.origin(patterns)})",
-        f"The host's owner may add a pattern to {short} in [{keys.SECTIONS['hypervisor']}].",
+        f"The host's owner may add a pattern to {short} in [{_table(configuration)}].",
     )
 
 

@@ -4,8 +4,10 @@ The places are Kata's. One main file is read, the first that is named or exists:
 
 1. the client's: containerd's ``ConfigPath``, ``kata config --config``
 2. ``$KATA_CONF_FILE``
-3. ``/etc/kata-containers/configuration.toml``
-4. ``/opt/kata/share/defaults/kata-containers/configuration.toml``
+3. ``configuration-NAME.toml`` in the directories of 4 and 5, where the hypervisor NAME is asked for (``--hypervisor``,
+   ``$KATA_HYPERVISOR``, a pod's annotation)
+4. ``/etc/kata-containers/configuration.toml``
+5. ``/opt/kata/share/defaults/kata-containers/configuration.toml``
 
 and then ``config.d/*.toml`` beside it (or beside its target, if it is a link), in the order of their names: each file
 overrides those before it. Without any file only the defaults apply, and finding that out costs two system calls:
@@ -42,8 +44,15 @@ ENVIRONMENT = (
     ("KATA_AGENT_TRACING", "agent.enable_tracing"),
 )
 """Variables that override the files, and the keys that they set; the user of a value checks for them."""
+HYPERVISOR_VARIABLE = "KATA_HYPERVISOR"
+"""Variable that names the hypervisor; it also chooses the table, and so is looked at first."""
+ALIASES = {"clh": "cloud-hypervisor", "fc": "firecracker"}
+"""Kata's short names of hypervisors, and ours. Tables and files may have either."""
+_NAME = "runtime.hypervisor_name"
+DEFAULT = "qemu"
+"""The hypervisor where nothing says otherwise."""
 _LISTS = frozenset({"KATA_GUEST_EXTENSIONS"})
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 class Configuration:
@@ -54,14 +63,16 @@ class Configuration:
             ``environment NAME``.
         files: The files that were read, the main one first.
         notes: Sentences for a log, about settings without effect.
+        hypervisors: Those that a pod may choose: that of the files, and each that has a table in them.
     """
 
-    __slots__ = ("files", "notes", "values")
+    __slots__ = ("files", "hypervisors", "notes", "values")
 
     def __init__(self) -> None:
         self.values: dict[str, tuple[Any, str]] = {}
         self.files: list[str] = []
         self.notes: list[str] = []
+        self.hypervisors: list[str] = [DEFAULT]
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key, or *default*."""
@@ -78,11 +89,21 @@ class Configuration:
         self.values[name] = (value, origin)
 
 
-def main_file(named: str = "") -> str:
+def canonical(hypervisor: str) -> str:
+    """Our name of a hypervisor, given that or the original's short one."""
+    return ALIASES.get(hypervisor, hypervisor)
+
+
+def _spellings(hypervisor: str) -> list[str]:
+    return [hypervisor, *(short for short, name in ALIASES.items() if name == hypervisor)]
+
+
+def main_file(named: str = "", hypervisor: str = "") -> str:
     """Return the path of the main file; empty if there is none.
 
     Args:
         named: The file that the client names; may be empty.
+        hypervisor: The hypervisor that is asked for, whose own file goes before the general one; may be empty.
 
     Raises:
         ConfigError: The file that was named does not exist.
@@ -95,20 +116,38 @@ def main_file(named: str = "") -> str:
                 "containerd: ConfigPath in the runtime's options",
             )
         return chosen
-    return next((path for path in PLACES if os.path.isfile(path)), "")
+    own = [
+        os.path.join(os.path.dirname(place), f"configuration-{name}.toml")
+        for place in PLACES
+        for name in (_spellings(hypervisor) if hypervisor else ())
+    ]
+    return next((path for path in (*own, *PLACES) if os.path.isfile(path)), "")
 
 
-def load(named: str = "") -> Configuration:
+def load(named: str = "", hypervisor: str = "", by: str = "") -> Configuration:
     """Load the configuration.
 
     Args:
         named: The main file that the client names; may be empty.
+        hypervisor: The hypervisor that is asked for; empty for that of the environment, or of the files.
+        by: ``--hypervisor``, or the pod's annotation that asks for it. A pod has a choice of those in the files.
 
     Raises:
-        ConfigError: A file cannot be read, is not TOML, or has a key or value that is wrong or refused.
+        ConfigError: A file cannot be read, is not TOML, or has a key or value that is wrong or refused; or a pod asks
+            for a hypervisor that the files do not have.
     """
-    path = main_file(named)
-    found = _load(path) if path else Configuration()
+    if not hypervisor and (hypervisor := os.environ.get(HYPERVISOR_VARIABLE) or ""):
+        by = f"environment {HYPERVISOR_VARIABLE}"
+    hypervisor = canonical(hypervisor)
+    path = main_file(named, hypervisor)
+    found = _load(path, hypervisor) if path else Configuration()
+    if hypervisor:
+        if by.startswith("annotation") and hypervisor not in found.hypervisors:
+            raise ConfigError(
+                f"{by}: there is no hypervisor {hypervisor!r} in the configuration of this host",
+                f"one of: {', '.join(found.hypervisors)}; the host's owner may add [hypervisor.{hypervisor}]",
+            )
+        found.set(_NAME, hypervisor, by)
     for variable, name in ENVIRONMENT:
         text = os.environ.get(variable)
         if text:
@@ -119,7 +158,7 @@ def load(named: str = "") -> Configuration:
     return found
 
 
-def _load(path: str) -> Configuration:
+def _load(path: str, hypervisor: str) -> Configuration:
     try:
         files = all_files(path)
         signature = [
@@ -127,16 +166,26 @@ def _load(path: str) -> Configuration:
         ]
     except OSError as error:
         raise ConfigError(f"cannot read the configuration: {error.strerror}: {error.filename}") from None
-    cache = os.path.join(paths.run_dir(), f"configuration.{signature[0][1]}-{signature[0][2]}")
+    if "/" in hypervisor or len(hypervisor) > 64:
+        raise ConfigError(f"{hypervisor[:80]!r} is no hypervisor's name")
+    cache = os.path.join(
+        paths.run_dir(),
+        f"configuration.{'-'.join(filter(None, (*map(str, signature[0][1:3]), hypervisor)))}",
+    )
     found = _from_cache(cache, signature)
     if found is None:
-        found = read(files)
+        found = read(files, hypervisor)
         _to_cache(cache, signature, found)
     return found
 
 
-def read(files: list[str]) -> Configuration:
-    """Parse files, each of which overrides those before it; see `load` for the errors."""
+def read(files: list[str], hypervisor: str = "") -> Configuration:
+    """Parse files, each of which overrides those before it; see `load` for the errors.
+
+    Args:
+        files: The main file, and its drop-ins.
+        hypervisor: The one whose table is read; empty for the one that the files name.
+    """
     found = Configuration()
     found.files = list(files)
     idle: dict[str, Any] = {}
@@ -146,23 +195,86 @@ def read(files: list[str]) -> Configuration:
         for _, _, content in parsed
         if isinstance(runtime := content.get("runtime"), dict)
     ]
-    hypervisor = next((name for name in reversed(named) if name), "")
+    tables = [
+        (canonical(name), f"{path}:{_lines(text).get((f'hypervisor.{name}', ''), 1)}")
+        for path, text, content in parsed
+        if isinstance(content.get("hypervisor"), dict)
+        for name, inner in content["hypervisor"].items()
+        if isinstance(inner, dict)
+    ]
+    own = canonical(next((name for name in reversed(named) if name), ""))
+    implied, origin = (own, "") if own else _implied(files[0], tables)
+    found.hypervisors = sorted({implied or DEFAULT, *(name for name, _ in tables)})
+    chosen = hypervisor or implied or DEFAULT
     for path, text, content in parsed:
-        for name, value, line in _rows(path, text, content, hypervisor, found.notes):
+        for name, value, line in _rows(path, text, content, chosen, found.notes):
+            if name == _NAME:
+                value = canonical(value)
             found.set(name, value, f"{path}:{line}")
             idle[name] = value
-    found.notes += without_effect(idle)
+    if origin:
+        found.set(_NAME, implied, origin)
+    found.notes += without_effect(idle, chosen)
     return found
 
 
-def without_effect(values: dict[str, Any]) -> list[str]:
-    """A sentence about those of these keys that have no effect here, if there are any."""
+def _implied(main: str, tables: list[tuple[str, str]]) -> tuple[str, str]:
+    """The hypervisor of files in which no ``hypervisor_name`` is: that of their table, or of the main file's name.
+
+    Args:
+        main: The main file.
+        tables: The hypervisors that have tables, and where these are.
+
+    Returns:
+        Its name, and what says so; empty for the default one.
+
+    Raises:
+        ConfigError: There are only tables of hypervisors that are not offered, or several without the default's.
+    """
+    from kata.config import keys
+
+    found: dict[str, str] = {}
+    for name, place in tables:
+        found.setdefault(name, place)
+    offered = [name for name in found if name in keys.HYPERVISORS]
+    if DEFAULT in found:
+        return "", ""
+    if len(offered) == 1:
+        return offered[0], found[offered[0]]
+    if offered:
+        raise ConfigError(
+            f"{found[offered[0]]}: there are the tables {', '.join(f'[hypervisor.{name}]' for name in offered)}, and"
+            " nothing says which of them is used",
+            "[runtime] hypervisor_name names it, or --hypervisor.",
+        )
+    others = sorted(set(found) & keys.OTHER_HYPERVISORS)
+    if others:
+        raise ConfigError(
+            f"{found[others[0]]}: the hypervisor of [hypervisor.{others[0]}] is not offered",
+            "one of: " + ", ".join(f"[hypervisor.{name}]" for name in keys.HYPERVISORS),
+        )
+    for path in (main, os.path.realpath(main)):
+        stem = os.path.basename(path).removeprefix("configuration-").removesuffix(".toml")
+        if (name := canonical(stem)) in keys.HYPERVISORS:
+            return ("", "") if name == DEFAULT else (name, f"the name of {path}")
+    return "", ""
+
+
+def without_effect(values: dict[str, Any], hypervisor: str = "") -> list[str]:
+    """A sentence about those of these keys that have no effect here, if there are any.
+
+    Args:
+        values: Value by key.
+        hypervisor: The hypervisor that is used; empty for the default one.
+    """
     from kata.config import keys
 
     named = [
         name
         for name, value in values.items()
-        if (key := keys.KEYS[name]).status == keys.IDLE and not key.means_nothing(value)
+        if (key := keys.find(name, hypervisor)) is not None
+        and key.status == keys.IDLE
+        and not key.means_nothing(value)
     ]
     if not named:
         return []
@@ -192,20 +304,23 @@ def _from_cache(cache: str, signature: list[tuple[str, int, int, int, int]]) -> 
 
     try:
         with open(cache, "rb") as file:
-            form, version, kept, values, files, notes = marshal.loads(file.read())
+            form, version, kept, values, files, notes, hypervisors = marshal.loads(file.read())
     except (OSError, ValueError, EOFError, TypeError):
         return None
     if (form, version, kept) != (_CACHE_FORMAT, __version__, signature):
         return None
     found = Configuration()
-    found.values, found.files, found.notes = values, files, notes
+    found.values, found.files, found.notes, found.hypervisors = values, files, notes, hypervisors
     return found
 
 
 def _to_cache(cache: str, signature: list[tuple[str, int, int, int, int]], found: Configuration) -> None:
     import marshal
 
-    content = (_CACHE_FORMAT, __version__, signature, found.values, found.files, found.notes)
+    content = (
+        *(_CACHE_FORMAT, __version__, signature),
+        *(found.values, found.files, found.notes, found.hypervisors),
+    )
     try:
         paths.make_dirs(os.path.dirname(cache), 0o711)
         sysio.replace_file(cache, marshal.dumps(content))
@@ -234,8 +349,7 @@ def _rows(
     """Yield name, value and line of each key in a file; of the hypervisors' tables, only the one that is used."""
     from kata.config import keys
 
-    hypervisor = hypervisor or keys.HYPERVISOR
-    sections = {f"hypervisor.{hypervisor}": "hypervisor"}
+    sections = {f"hypervisor.{name}": "hypervisor" for name in _spellings(hypervisor)}
     sections |= {spelt: key for key, spelt in keys.SECTIONS.items() if key != "hypervisor"}
     lines = _lines(text)
     for table, pairs in _tables(path, content, lines, hypervisor, notes):
@@ -246,7 +360,7 @@ def _rows(
             # A table of its own has its header's line.
             line = lines.get((table, name)) or lines.get((f"{table}.{name}", "")) or 1
             where = f"{path}:{line}"
-            key = keys.KEYS.get(f"{section}.{name}")
+            key = keys.find(f"{section}.{name}", hypervisor)
             if key is None:
                 raise keys.unknown(where, table, name)
             yield key.full_name, key.check(value, where), line
@@ -269,13 +383,13 @@ def _tables(
             yield name, value
             continue
         if name == "hypervisor":
-            others = sorted(set(value) & (keys.OTHER_HYPERVISORS | {keys.HYPERVISOR}) - {hypervisor})
-            if others and hypervisor not in value:
-                line = lines.get((f"hypervisor.{others[0]}", ""), 1)
-                raise ConfigError(
-                    f"{path}:{line}: the hypervisor of [hypervisor.{others[0]}] is not offered",
-                    f"The table that is used is [hypervisor.{hypervisor}].",
-                )
+            others = sorted(
+                other
+                for other, inner in value.items()
+                if (known := canonical(other)) != hypervisor
+                and (known in keys.HYPERVISORS or known in keys.OTHER_HYPERVISORS)
+                and isinstance(inner, dict)
+            )
             notes += [f"{path}: [hypervisor.{other}] is not used: {hypervisor} is" for other in others]
             value = {key: inner for key, inner in value.items() if key not in others}
         for key, inner in value.items():

@@ -23,7 +23,9 @@ BOOL, INT, NUMBER, TEXT, PATH, LIST, TABLE = "bool", "integer", "number", "strin
 ACTS, IDLE, REFUSED = "acts", "idle", "refused"
 
 HYPERVISOR = "qemu"
-"""The hypervisor whose table is read where ``[runtime] hypervisor_name`` names no other."""
+"""The hypervisor whose table is read where nothing names another."""
+HYPERVISORS = (HYPERVISOR, "cloud-hypervisor", "firecracker")
+"""Those whose tables are known; `VARIANTS` has how the keys of each differ."""
 SECTIONS = {
     "hypervisor": f"hypervisor.{HYPERVISOR}",
     "agent": "agent.kata",
@@ -31,9 +33,7 @@ SECTIONS = {
     "factory": "factory",
 }
 """Our name of a section, and its table in a file. That of another hypervisor that is named has the same keys."""
-OTHER_HYPERVISORS = frozenset(
-    {"acrn", "clh", "cloud-hypervisor", "dragonball", "firecracker", "openvmm", "remote", "stratovirt"}
-)
+OTHER_HYPERVISORS = frozenset({"acrn", "dragonball", "openvmm", "remote", "stratovirt"})
 """Tables below ``hypervisor`` that belong to monitors which this program does not drive."""
 
 
@@ -50,6 +50,7 @@ class Key:
         silent: Values of an idle or refused key that mean what happens here anyway.
         choices: Allowed values; empty for any.
         least, most: Range of a number.
+        table: Its table in a file.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Key:
         "section",
         "silent",
         "status",
+        "table",
         "text",
     )
 
@@ -89,6 +91,7 @@ class Key:
         self.choices = choices
         self.least = 0 if least is None and kind in (INT, NUMBER) else least
         self.most = most
+        self.table = SECTIONS[section]
 
     @property
     def full_name(self) -> str:
@@ -98,7 +101,7 @@ class Key:
     @property
     def spelt(self) -> str:
         """``[hypervisor.qemu] default_vcpus``: as a person finds it in a file."""
-        return f"[{SECTIONS[self.section]}] {self.name}"
+        return f"[{self.table}] {self.name}"
 
     def check(self, value: object, where: str) -> Any:
         """*value*, if it is one of this key's.
@@ -176,6 +179,8 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def unknown(where: str, table: str, name: str) -> ConfigError:
     """The error for a key that nobody knows, with the nearest one that somebody does."""
     section = next((key for key, spelt in SECTIONS.items() if spelt == table), "")
+    if not section and table.startswith("hypervisor."):
+        section = "hypervisor"
     hint = _nearest(name, [key.name for key in KEYS.values() if key.section == section])
     if not hint:
         home = [key.spelt for key in KEYS.values() if key.name == name]
@@ -185,10 +190,35 @@ def unknown(where: str, table: str, name: str) -> ConfigError:
 
 def unknown_table(where: str, table: str) -> ConfigError:
     """The error for a table that nobody knows."""
-    hint = _nearest(table, list(SECTIONS.values()))
+    hint = _nearest(table, [*SECTIONS.values(), *(f"hypervisor.{name}" for name in HYPERVISORS)])
     return ConfigError(
         f"{where}: there is no table [{table}]", hint or "tables: " + ", ".join(SECTIONS.values())
     )
+
+
+class Variant:
+    """How a key of one hypervisor differs from QEMU's; what is empty is the same.
+
+    Attributes:
+        status, text, default, silent, choices: As of `Key`.
+    """
+
+    __slots__ = ("choices", "default", "silent", "status", "text")
+
+    def __init__(
+        self,
+        status: str,
+        text: str,
+        *,
+        default: str = "",
+        silent: Sequence[Any] = (),
+        choices: Sequence[str] = (),
+    ) -> None:
+        self.status = status
+        self.text = text
+        self.default = default
+        self.silent = silent
+        self.choices = choices
 
 
 _VIRTIOFS = "virtiofsd's further options are chosen here"
@@ -388,7 +418,9 @@ _ALL = [
     Key(_R, "create_container_timeout", INT, "120", "seconds that the guest may take to make a container", least=1,
         most=86400),
     Key(_R, "static_sandbox_resource_mgmt", BOOL, "false", "a machine keeps the size that it was started with"),
-    Key(_R, "hypervisor_name", TEXT, "qemu", "the hypervisor; there is no other yet"),
+    Key(_R, "hypervisor_name", TEXT, "qemu", "the hypervisor: `qemu`, `cloud-hypervisor` (`clh`) or"
+        " `firecracker` (`fc`); without it that of the only hypervisor's table, or of the name of the file:"
+        " docs/hypervisors.md"),
     Key(_R, "enable_tracing", BOOL, "false", "what starts and calls spend their time on goes to a collector of"
         " OpenTelemetry: docs/tracing.md"),
     Key(_R, "jaeger_endpoint", TEXT, "`OTEL_EXPORTER_OTLP_ENDPOINT`, else `http://localhost:4318`", "where the"
@@ -436,6 +468,103 @@ _ALL = [
 
 KEYS = {key.full_name: key for key in _ALL}
 """``hypervisor.default_vcpus`` -> its `Key`."""
+
+_OF_QEMU = "it belongs to QEMU"
+_NOTHING_SHARED = "no files are shared with its machines"
+_DIFFERS = {
+    **{
+        name: Variant(IDLE, _OF_QEMU)
+        for name in (
+            "machine_type",
+            "machine_accelerators",
+            "cpu_features",
+            "msize_9p",
+            "extra_monitor_socket",
+        )
+    },
+    "firmware": Variant(REFUSED, "the kernel is booted without a firmware"),
+    "entropy_source": Variant(
+        IDLE, "its random numbers are those of `/dev/urandom`", silent=("/dev/urandom",)
+    ),
+    "seccompsandbox": Variant(IDLE, "its own filters are on always"),
+    "disable_seccomp": Variant(IDLE, "its own filters are on always"),
+    "disable_vhost_net": Variant(IDLE, "the monitor itself moves the packets", silent=(True,)),
+    **{
+        name: Variant(IDLE, "disks are virtio-blk, as the monitor has it")
+        for name in (
+            *(
+                "block_device_driver",
+                "block_device_aio",
+                "block_device_cache_set",
+                "block_device_cache_direct",
+            ),
+            *(
+                "block_device_cache_noflush",
+                "enable_iothreads",
+                "indep_iothreads",
+                "block_device_logical_sector_size",
+            ),
+            *("block_device_physical_sector_size", "queue_size", "num_queues"),
+        )
+    },
+    "accelerator": Variant(
+        ACTS, "*our own*: `kvm`, or `auto`, which is the same: it cannot do without", choices=("auto", "kvm")
+    ),
+}
+"""What every hypervisor but QEMU has otherwise."""
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "cloud-hypervisor": {
+        **_DIFFERS,
+        "path": Variant(ACTS, "the Cloud Hypervisor program",
+                        default="`$KATA_CLOUD_HYPERVISOR`, else `cloud-hypervisor` on the PATH"),
+        "shared_fs": Variant(ACTS, "how files of the host reach the guest: `virtio-fs`, or `none` (then what a"
+                             " container needs of them is copied)", default="`virtio-fs` with a virtiofsd",
+                             choices=("virtio-fs", "none")),
+    },
+    "firecracker": {
+        **_DIFFERS,
+        "path": Variant(ACTS, "the Firecracker program",
+                        default="`$KATA_FIRECRACKER`, else `firecracker` on the PATH"),
+        "shared_fs": Variant(ACTS, "there is no share: what a container needs of the host's files is copied",
+                             default="`none`", choices=("none",)),
+        **{
+            name: Variant(IDLE, _NOTHING_SHARED)
+            for name in ("virtio_fs_daemon", "virtio_fs_cache", "valid_virtio_fs_daemon_paths",
+                         "virtio_fs_cache_size", "virtio_fs_queue_size", "virtio_fs_extra_args", "virtio_fs_is_dax")
+        },
+        "use_legacy_serial": Variant(IDLE, "the console is a serial port", silent=(True,)),
+        "enable_mem_prealloc": Variant(IDLE, "the guest's memory is allocated as the guest touches it"),
+        "jailer_path": Variant(IDLE, "it is confined as the other hypervisors are, without the jailer"),
+        "valid_jailer_paths": Variant(IDLE, "it is confined as the other hypervisors are, without the jailer"),
+    },
+}  # fmt: skip
+"""Hypervisor -> key of its table -> how it differs from that of ``[hypervisor.qemu]``."""
+
+
+def find(name: str, hypervisor: str = "") -> Key | None:
+    """A key as a hypervisor has it.
+
+    Args:
+        name: ``hypervisor.default_vcpus``: as in `KEYS`.
+        hypervisor: The hypervisor that is used; empty for the default one.
+
+    Returns:
+        The key; None if there is none of that name.
+    """
+    key = KEYS.get(name)
+    if key is None or key.section != "hypervisor" or hypervisor in ("", HYPERVISOR):
+        return key
+    variant = VARIANTS.get(hypervisor, {}).get(key.name)
+    made = Key(key.section, key.name, key.kind, key.default, key.text, key.status, silent=key.silent,
+               choices=key.choices, least=key.least, most=key.most)  # fmt: skip
+    if variant is not None:
+        made.status, made.text = variant.status, variant.text
+        made.default = variant.default or key.default
+        made.silent = variant.silent or key.silent
+        made.choices = variant.choices or key.choices
+    made.table = f"hypervisor.{hypervisor}"
+    return made
+
 
 DEFAULT_ANNOTATIONS = ("enable_iommu", "kernel_params", "kernel_verity_params")
 """`enable_annotations` of a host that does not set it, as the original's packages have it."""

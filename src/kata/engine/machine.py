@@ -9,7 +9,7 @@ import os
 
 from kata import paths
 from kata.config import files
-from kata.errors import ConfigError, GuestAssetError, UnsupportedError, UsageError
+from kata.errors import ConfigError, GuestAssetError, HostError, UnsupportedError, UsageError
 from kata.guest import manifest
 from kata.hypervisor import accel
 from kata.resources import sizing
@@ -27,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kata.config.files import Configuration
     from kata.hypervisor.base import Capabilities
+    from kata.hypervisor.protocols import Monitor
 
 SECRET = frozenset({"runtime.jaeger_password"})
 """Keys that nobody is shown; who needs one reads the configuration."""
@@ -52,6 +53,7 @@ def machine_settings(
     Raises:
         GuestAssetError: There is no guest to boot, or it lacks an extension.
         ConfigError: A configuration file is wrong.
+        HostError: The hypervisor is not installed, or cannot do without KVM.
         UsageError: More CPUs than the host has, or a variable is malformed.
         ResourceExhaustedError: More memory than the host has.
     """
@@ -60,6 +62,7 @@ def machine_settings(
     bounds = limits(conf)
     size = sizing.plan(asked, kind, bounds)
     choice = accel.choose(str(conf.get("hypervisor.accelerator", "")))
+    monitor = _monitor(conf, choice.accel) if conf.values else None  # otherwise the defaults hold
     made = MachineSettings(
         hypervisor=_hypervisor(conf, choice.accel),
         guest=guest,
@@ -84,8 +87,8 @@ def machine_settings(
         named = conf.files[0] if conf.files else ""
         made.tracing = TracingSettings(agent=_switch(conf, "agent.enable_tracing"), config=named)
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
-    if conf.values:  # otherwise the defaults hold, and the engine asks
-        capabilities = _ask_monitor(conf, made)
+    if monitor is not None:  # otherwise the engine asks
+        capabilities = _ask_monitor(monitor, conf, made)
         if made.share.protocol == "virtio-fs" and "virtio-fs" not in capabilities.shares:
             instead = f"virtio-fs was asked for; files are shared by 9p: {capabilities.share_note}"
             notes.append(("shared-fs", f"{instead} (kata guest build --kernel small makes one that can)"))
@@ -187,16 +190,55 @@ def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
     )
 
 
-def _ask_monitor(conf: Configuration, made: MachineSettings) -> Capabilities:
-    """What the hypervisor can do here; its own options are added to the settings.
+def require_hypervisor(name: str) -> None:
+    """Refuse a hypervisor that cannot start a machine here, before anything is made.
+
+    Args:
+        name: As the user gave it.
 
     Raises:
-        ConfigError: There is no such hypervisor, or one of its options makes no sense.
+        ConfigError: There is none of that name.
+        HostError: It is not installed, or cannot do without KVM.
+    """
+    conf = files.load("", name, "--hypervisor")
+    _monitor(conf, accel.choose(str(conf.get("hypervisor.accelerator", ""))).accel)
+
+
+def _monitor(conf: Configuration, chosen: str) -> Monitor:
+    """The configured hypervisor, which can start machines here; *chosen* is the accelerator.
+
+    Raises:
+        ConfigError: There is no such hypervisor.
+        HostError: It is not installed, or cannot do without KVM.
     """
     from kata.hypervisor import registry
 
+    monitor = registry.find(str(conf.get("runtime.hypervisor_name", "")))
+    if chosen not in monitor.accelerators:
+        asked = conf.get("hypervisor.accelerator", "") == chosen
+        reason = f"{chosen} is asked for" if asked else "it does not work on this host"
+        by = f" ({conf.origin('hypervisor.accelerator')})" if asked else ""
+        raise HostError(
+            f"{monitor.title} needs KVM, and {reason}{by}",
+            f"kata doctor has the reason; --hypervisor {registry.DEFAULT} can do without KVM",
+        )
+    path = conf.get("hypervisor.path", "")
+    if not monitor.program({"path": path} if path else {}):
+        missing = next((check for check in monitor.checks() if not check.ok), None)
+        raise HostError(
+            missing.text if missing else f"{monitor.title} is not installed",
+            missing.hint if missing else "kata doctor",
+        )
+    return monitor
+
+
+def _ask_monitor(monitor: Monitor, conf: Configuration, made: MachineSettings) -> Capabilities:
+    """What the hypervisor can do here; its own options are added to the settings.
+
+    Raises:
+        ConfigError: One of its options makes no sense.
+    """
     hypervisor = made.hypervisor
-    monitor = registry.find(hypervisor.name)
     table = "hypervisor."
     own = {
         key.removeprefix(table): value for key, (value, _) in conf.values.items() if key.startswith(table)

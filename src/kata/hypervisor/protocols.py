@@ -261,6 +261,13 @@ class Monitor(Protocol):
             HypervisorError: What was saved cannot be used, or the process could not be started.
         """
 
+    def program(self, options: Mapping[str, Any]) -> str:
+        """Path of the program that would be started; empty when it is not installed. Nothing is run.
+
+        Args:
+            options: As returned by `options`.
+        """
+
     def version(self) -> str:
         """The version of the program on this host, in its own words; empty when it is not installed."""
 

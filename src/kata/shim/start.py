@@ -175,12 +175,11 @@ def sandbox_settings(
     Raises:
         KataError: What `machine.machine_settings` raises, and about annotations.
     """
-    from kata.config import annotations, files
+    from kata.config import annotations
     from kata.engine import machine
     from kata.resources import sizing
 
-    conf = files.load(config_path)
-    annotations.apply(conf, config.get("annotations") or {})
+    conf = annotations.load(config_path, config.get("annotations") or {})
     described, notes = machine.machine_settings(sizing.request_of(config), conf, grows=True)
     return SandboxSettings(
         id=container_id,

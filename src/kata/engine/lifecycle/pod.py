@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kata.config import annotations as pod_annotations
-from kata.config import files
 from kata.engine import machine
 from kata.errors import ConfigError, UnsupportedError
 from kata.proto.codec import DecodeError
@@ -46,8 +45,7 @@ def describe(settings: SandboxSettings, request: CreateSandboxRequest) -> None:
                 "Leave the host namespace out (hostNetwork, hostPID, hostIPC).",
             )
     annotations = {**pod.annotations, **request.annotations}
-    conf = files.load(settings.pod.config_path if settings.pod is not None else "")
-    pod_annotations.apply(conf, annotations)
+    conf = pod_annotations.load(settings.pod.config_path if settings.pod is not None else "", annotations)
     asked = sizing.request_of({"annotations": {**annotations, **_sizes(pod)}})
     described, notes = machine.machine_settings(asked, conf, grows=True)
     network = machine.network_settings(conf, request.netns_path)

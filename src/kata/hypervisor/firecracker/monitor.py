@@ -77,6 +77,12 @@ class FirecrackerMonitor(MonitorBase):
             raise TypeError(f"{started!r} is not one of {self.title}'s")
         return Firecracker(started, journal, console_path)
 
+    def program(self, options: Mapping[str, Any]) -> str:
+        """See `kata.hypervisor.protocols.Monitor.program`."""
+        from kata.hypervisor.firecracker import process
+
+        return process.find(str(options.get("path", "")))
+
     def version(self) -> str:
         """See `kata.hypervisor.protocols.Monitor.version`."""
         from kata import children

@@ -95,6 +95,13 @@ class QemuMonitor(MonitorBase):
             raise TypeError(f"{started!r} is not one of {self.title}'s")
         return Qemu(started, journal, console_path)
 
+    def program(self, options: Mapping[str, Any]) -> str:
+        """See `kata.hypervisor.protocols.Monitor.program`."""
+        from kata import children
+        from kata.hypervisor.qemu import process
+
+        return str(options.get("path", "")) or children.find_program(process.PROGRAM) or ""
+
     def version(self) -> str:
         """See `kata.hypervisor.protocols.Monitor.version`."""
         from kata import children

@@ -1,0 +1,116 @@
+"""Writes the tables of docs/hypervisors.md: what each hypervisor can do, and what the tests found of it.
+
+Usage: hypervisors_table.py [--check] [--suite FILE...]; with --check it writes nothing, and exits with 1 where the page
+differs. ``--suite`` makes the table of the tests anew, of files that runs have written (``KATA_MONITOR_RESULTS``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+from made_page import ROOT, write_or_check
+
+sys.path.insert(0, str(ROOT / "src"))
+
+from kata.hypervisor import registry
+from kata.hypervisor.base import Capabilities
+
+PAGE = ROOT / "docs" / "hypervisors.md"
+
+
+def between(text: str, name: str, made: str) -> str:
+    """A page with another content between the marks of this name."""
+    before, start, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not start or not end:
+        raise SystemExit(f"{PAGE.name} has no place for {name}")
+    return f"{before}{start}{made.rstrip()}\n{end}{after}"
+
+
+def capabilities() -> str:
+    """The table of what each can do, by the attributes of `Capabilities`."""
+    monitors = [
+        registry.find(name) for name in sorted(registry.names(), key=lambda n: (n != registry.DEFAULT, n))
+    ]
+    each = [monitor.capabilities(monitor.accelerators[0], {}).to_plain() for monitor in monitors]
+    lines = [
+        "| | " + " | ".join(monitor.title for monitor in monitors) + " |",
+        "|---|" + "---|" * len(monitors),
+        "| accelerators | " + " | ".join(", ".join(monitor.accelerators) for monitor in monitors) + " |",
+    ]
+    for name, text in descriptions().items():
+        if name != "share_note":
+            lines.append(f"| {text} | " + " | ".join(cell(one[name]) for one in each) + " |")
+    return "\n".join(lines)
+
+
+def descriptions() -> dict[str, str]:
+    """The first sentence that `Capabilities` says of each attribute."""
+    _, _, arguments = inspect.cleandoc(Capabilities.__doc__ or "").partition("\n\nArgs:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in arguments.splitlines():
+        if not line.startswith("     "):
+            name, _, rest = line.strip().partition(": ")
+            found[name] = rest
+        else:
+            found[name] += f" {line.strip()}"
+    return {
+        name: text.partition(". ")[0].partition(" (`")[0].partition(": ``")[0].rstrip(".")
+        for name, text in found.items()
+    }
+
+
+def cell(value: object) -> str:
+    """One value in a table."""
+    if isinstance(value, bool):
+        return "yes" if value else "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)
+
+
+def suite(paths: list[str]) -> str:
+    """The table of what passed with which hypervisor."""
+    found: dict[str, dict[str, str]] = {}
+    columns: dict[str, str] = {}
+    reasons: list[str] = []
+    for path in paths:
+        for line in Path(path).read_text().splitlines():
+            row = json.loads(line)
+            column = f"{row['title']} ({row['accelerator']})"
+            columns[column] = row["version"] or columns.get(column, "")
+            said = row["outcome"]
+            if said == "skipped":
+                if row["reason"] not in reasons:
+                    reasons.append(row["reason"])
+                said = f"- ({reasons.index(row['reason']) + 1})"
+            tests = found.setdefault(row["test"].removeprefix("test_").replace("_", " "), {})
+            tests[column] = said
+    order = sorted(columns)
+    lines = [
+        "| | " + " | ".join(order) + " |",
+        "|---|" + "---|" * len(order),
+        "| version | " + " | ".join(columns[column] or "not installed" for column in order) + " |",
+    ]
+    lines += [
+        f"| {test} | " + " | ".join(cells.get(column, "not run") for column in order) + " |"
+        for test, cells in found.items()
+    ]
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+    return "\n".join(lines).strip()
+
+
+def page(results: list[str]) -> str:
+    """The whole page."""
+    text = between(PAGE.read_text(), "capabilities", capabilities())
+    return between(text, "suite", suite(results)) if results else text
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    given = arguments[arguments.index("--suite") + 1 :] if "--suite" in arguments else []
+    sys.exit(write_or_check(PAGE, page([path for path in given if path != "--check"])))
