@@ -15,8 +15,11 @@ from test_monitors import require
 from waiting import until
 
 from kata import sysio
+from kata.engine.client import EngineClient
 from kata.hypervisor import registry, virtiofsd
+from kata.resources import sizing
 
+MIB = 1 << 20
 NAME = "cloud-hypervisor"
 ALONE = ("--network", "none")
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
@@ -54,6 +57,28 @@ def test_a_container_runs(kata: Kata, box: str) -> None:
     kata.ok("pause", box)
     kata.ok("resume", box)
     assert kata.ok("exec", box, "cat", "/proc/1/comm").strip() == "sh"
+
+
+def test_memory_follows_the_limit_both_ways(kata: Kata, busybox_image: str) -> None:
+    kata.ok("run", "-d", "--name", "chsized", "-m", "256m", *ALONE, busybox_image, "sleep", "100000")
+    found = inspect(kata, "chsized")
+    with EngineClient(str(kata.run_dir / "sandboxes" / found["id"] / "engine.sock")) as engine:
+
+        def become(mib: int) -> tuple[int, int]:
+            """Have this limit; what the engine says was returned and plugged, in MiB."""
+            engine.update(found["id"], {"memory": {"limit": mib * MIB, "swap": mib * MIB}})
+            size = engine.describe()["sizing"]
+            total = kata.ok("exec", "chsized", "awk", "/MemTotal/ {print int($2 / 1024)}", "/proc/meminfo")
+            assert mib <= int(total) <= (sizing.total_of(mib * MIB, "small") // MIB) * 1.05
+            return size["returned_mib"], size["plugged_mib"]
+
+        returned, plugged = become(160)
+        assert returned > 64
+        assert plugged == 0
+        returned, plugged = become(500)
+        assert returned == 0
+        assert plugged > 200
+    kata.ok("rm", "-f", "chsized")
 
 
 def test_volumes(kata: Kata, busybox_image: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from test_monitors import (  # noqa: F401
     lab,
     test_a_machine_from_its_start_to_an_orderly_end,
+    test_a_machine_uses_more_processors_and_fewer,
     test_a_monitor_that_dies_ends_everything_at_once,
     test_a_monitor_that_hangs_is_ended_all_the_same,
     test_a_monitor_that_saves_nothing_restores_nothing,

@@ -448,6 +448,32 @@ def test_a_program_that_talks_nonsense_is_named_and_quoted(lab: Lab) -> None:
     lab.apart(scenario)
 
 
+def test_a_machine_uses_more_processors_and_fewer(lab: Lab) -> None:
+    if not lab.can().spare_vcpus:
+        pytest.skip(f"{lab.monitor.title} gives a machine the processors that it starts with")
+
+    async def scenario() -> None:
+        async with lab.machine(max_vcpus=2) as machine, agent_of(machine) as agent:
+            await asyncio.wait_for(machine.confined(), PATIENCE)
+            request = agent_pb.CreateContainerRequest(
+                container_id="cpus",
+                OCI=spec("cpus", "sleep", "100000"),
+                storages=storages("cpus", lab.disks[0]),
+            )
+            await agent.create_container(request)
+            await agent.start_container("cpus")
+            for step, count in enumerate((1, 2, 1)):
+                await agent.set_processors(count)
+                process = oci_pb.Process(
+                    Args=["grep", "-c", "^processor", "/proc/cpuinfo"], Cwd="/", Env=["PATH=/bin"]
+                )
+                await agent.exec_process("cpus", f"look{step}", process)
+                await agent.wait("cpus", f"look{step}")
+                assert await agent.read("cpus", f"look{step}", "stdout", 100) == b"%d\n" % count
+
+    lab.apart(scenario)
+
+
 def test_a_saved_machine_goes_on_where_it_was(lab: Lab) -> None:
     if not lab.can().snapshot:
         pytest.skip(f"{lab.monitor.title} cannot save a machine")

@@ -25,9 +25,11 @@ from waiting import PATIENCE
 
 from kata import journal_undo
 from kata.errors import HypervisorError, KataError, UnsupportedError
+from kata.guest import manifest
 from kata.hypervisor import http_api, registry
 from kata.hypervisor.base import Attachments, Disk, Ended, Nic
 from kata.hypervisor.cloud_hypervisor import machine as ch_machine
+from kata.hypervisor.cloud_hypervisor import process
 from kata.journal import Journal
 
 TYPE_CHECKING = False
@@ -46,9 +48,10 @@ class Talk(Lab):
     Args:
         program: Its path.
         directory: For everything.
+        real: A guest that boots; otherwise its files are just files.
     """
 
-    def __init__(self, program: str, directory: Path) -> None:
+    def __init__(self, program: str, directory: Path, real: Any = None) -> None:
         directory.mkdir(parents=True)
         self.disk = directory / "disk.img"
         with self.disk.open("wb") as file:
@@ -57,7 +60,7 @@ class Talk(Lab):
         self.kernel = directory / "kernel"
         self.kernel.write_bytes(b"kernel")
         guest: Any = types.SimpleNamespace(kernel=str(self.kernel), initrd=str(self.kernel))
-        super().__init__(MONITOR, guest, str(self.disk), directory)
+        super().__init__(MONITOR, real or guest, str(self.disk), directory)
         self.accel = "kvm"
 
     @contextlib.asynccontextmanager
@@ -183,6 +186,48 @@ def test_every_step_as_it_was_seen(scripted: Talk) -> None:  # noqa: PLR0915
         await machine.detach_disk("0b")
 
     scripted.apart(scenario)
+
+
+def test_the_real_one_says_the_same(run_directory: Path, guest_assets: Path) -> None:
+    """Where it is installed, and KVM opens, be it one that cannot run a guest."""
+    program = process.find()
+    if not program:
+        pytest.skip(f"Cloud Hypervisor is not installed. {process.INSTALL}")
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("needs /dev/kvm")
+    real = Talk(program, run_directory / f"ch-{os.urandom(2).hex()}", manifest.load(str(guest_assets)))
+
+    async def scenario() -> None:
+        async with real.talk(nics=1) as machine:
+            heard: list[bytes] = []
+            machine.on_traffic(lambda kind, data: heard.append(data) if kind == "event" else None)
+            await asyncio.wait_for(machine.confined(), PATIENCE)
+            assert machine.version
+            assert os.listdir(f"/proc/{machine.pid}/root") == ["disks", "state"]
+            with pytest.raises(KataError, match="/none"):
+                await machine.attach_disk(Disk(str(real.directory / "none.img"), readonly=False))
+            other = real.directory / "other.img"
+            other.write_bytes(bytes(MIB))
+            assert await machine.attach_disk(Disk(str(other), readonly=False)) == "0b"
+            with tap("late") as fd:
+                assert await machine.attach_nic(1, Nic("02:00:00:00:00:22", tap_fd=fd)) == "19"
+                with pytest.raises(HypervisorError, match="Identifier nic1 is not unique"):
+                    await machine.attach_nic(1, Nic("02:00:00:00:00:22", tap_fd=fd))
+            counters = await machine.counters()
+            assert {"disk0", "disk1", "nic0", "nic1"} <= set(counters)
+            assert "write_bytes" in counters["disk1"]
+            assert not [name for name in counters["disk1"] if "latency" in name]
+            with pytest.raises(HypervisorError, match="while VM is running"):
+                await machine.save(str(real.directory))
+            await machine.pause()
+            with pytest.raises(HypervisorError, match=r"InvalidStateTransition\(Paused, Paused\)"):
+                await machine.pause()
+            await machine.resume()
+            ended = await machine.stop(5.0)
+            assert (ended.status, ended.reason, ended.error) == (0, "stopped", None)
+            assert b'"resumed"' in b"".join(heard)
+
+    real.apart(scenario)
 
 
 async def until_said(machine: CloudHypervisor) -> str:
