@@ -32,7 +32,10 @@ def main() -> int:
         help="all, none, or names separated by commas (default all)",
     )
     parser.add_argument(
-        "--victims", default=",".join(rounds.VICTIMS), help="at the points (default %(default)s)"
+        "--victims",
+        default=",".join(rounds.VICTIMS),
+        help="at the points (default %(default)s); hang: the hypervisor is stopped, not killed, and what waits for"
+        " the guest ends by its time limit",
     )
     parser.add_argument("--rounds", type=int, default=200, help="at random moments (default %(default)s)")
     parser.add_argument(
@@ -122,7 +125,7 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
             *(["virtiofsd"] if has_file_server(guest) else []),
         ]
         numbers = range(options.first, options.first + options.rounds)
-        victims = {*options.victims.split(",")} & {*there_are, "shim"}
+        victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, "shim"}
         if "virtiofsd" not in there_are:
             names = [name for name in names if name != "create.files"]  # nobody gets there
         wanted = [one for one in rounds.point_rounds(names) if one.victim in victims]

@@ -27,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 BUSYBOX = "docker.io/local/busybox:latest"
 PAUSE = "docker.io/local/pause:latest"
 MARK = "KATA_FAULTS"
+CLIENT_S = 2 * PATIENCE
+"""A client may wait that long: a Create whose guest says nothing is given up after 120 s."""
 
 
 class Failure(Exception):
@@ -171,7 +173,7 @@ runtime_type = "io.containerd.runc.v2"
 
     # ---- clients ----
 
-    def client(self, *argv: str, patience_s: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    def client(self, *argv: str, patience_s: float = CLIENT_S) -> subprocess.CompletedProcess[str]:
         """Run a client of the daemon to its end.
 
         Raises:
@@ -295,7 +297,7 @@ runtime_type = "io.containerd.runc.v2"
             # Until the engine is forked, the owner is the command that forks it.
             known = [line["owner"] for line in lines if "owner" in line][1:]
         else:
-            role = stops.hypervisor() if victim == "hypervisor" else victim
+            role = stops.hypervisor() if victim in ("hypervisor", "hang") else victim
             numbers = {line["n"] for line in lines if line.get("p", {}).get("role") == role}
             known = [line["made"] for line in lines if "made" in line and line["n"] in numbers]
         one = known[-1] if known else None

@@ -31,6 +31,9 @@ containerd, ctr and crictl. After every single fault this has to hold, or the ro
 The victims are the engine, the hypervisor, the file server of the share (virtiofsd), containerd itself, and the shim's
 command where one runs. A network helper there is only with `kata run`: in containerd's networks tc carries the packets.
 
+A hypervisor is also stopped instead of killed (`hang`): it answers nothing any more, nor does its guest. What waits for
+them ends by its time limit, with an error; the task is removed as if it were alive.
+
 When the shim's command that clears up is killed, containerd keeps its bundle until it is started the next time,
 whatever the runtime; so it is started anew there before anything is checked.
 

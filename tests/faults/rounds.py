@@ -19,7 +19,9 @@ from faults.daemon import Daemon, Failure, Script
 from faults.host import Snapshot, difference
 from faults.scenarios import Ctr, Pod, until
 
-VICTIMS = ("engine", "hypervisor", "virtiofsd", "containerd", "shim")
+HANG = "hang"
+"""A hypervisor that is not killed: it stands still (SIGSTOP), and answers nothing any more."""
+VICTIMS = ("engine", "hypervisor", HANG, "virtiofsd", "containerd", "shim")
 REACH_S = 90.0
 CLEAN_S = 90.0
 """How long the host may take to be as before. An engine without a container or a client ends after a minute."""
@@ -269,7 +271,7 @@ class Runner:
 
     def _kill(self, victim: str, pid: int) -> None:
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGSTOP if victim == HANG else signal.SIGKILL)
         except ProcessLookupError:
             return  # it has just ended by itself
         if victim == "containerd":

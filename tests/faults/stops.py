@@ -69,7 +69,7 @@ class Point:
         if place < names.index("delete.machine"):
             # At the shim's last points the engine is on its way: the machine is waited for.
             if place >= names.index("create.machine-gate") or self.where == "shim":
-                found.append("hypervisor")
+                found += ["hypervisor", "hang"]
             if place >= names.index("create.files"):
                 found.append("virtiofsd")
         return [*found, "containerd"]
