@@ -94,6 +94,14 @@ def test_volumes(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
     assert (tmp_path / "made").read_text() == "from the guest\n"
 
 
+def test_it_is_chosen_by_name(kata: Kata, kvm_kata: Kata, busybox_image: str) -> None:
+    chosen = ("run", "-d", "--name", "chchosen", "--hypervisor", "clh", *ALONE)
+    kvm_kata.ok(*chosen, busybox_image, "sleep", "100000")
+    assert inspect(kvm_kata, "chchosen")["sandbox"]["hypervisor"]["name"] == NAME
+    assert kvm_kata.ok("exec", "chchosen", "cat", "/proc/1/comm").strip() == "sleep"
+    kvm_kata.ok("rm", "-f", "chchosen")
+
+
 def test_what_it_cannot_is_refused_by_name(kata: Kata, busybox_image: str) -> None:
     before = kata.sandboxes()
     refused = kata.call("run", "--rm", busybox_image, "true")
