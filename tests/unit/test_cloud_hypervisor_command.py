@@ -10,6 +10,7 @@ import pytest
 
 from kata.errors import ConfigError, GuestAssetError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor import registry
+from kata.hypervisor import saved as machines
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 from kata.hypervisor.cloud_hypervisor import command, saved, slots
 from kata.hypervisor.cloud_hypervisor.process import explain
@@ -172,8 +173,8 @@ def test_a_saved_machine_names_what_is_the_new_ones(tmp_path: Path) -> None:
     (place / "config.json").write_text(json.dumps(config))
     for name in saved.LARGE:
         (place / name).write_text(name)
-    saved.write_shape(str(place), shape(options={"path": "/p"}))
-    assert saved.shape_of(str(place)) == shape(options={"path": "/p"})
+    machines.write_shape(str(place), shape(options={"path": "/p"}))
+    assert machines.shape_of(str(place)) == shape(options={"path": "/p"})
     nic = Nic("02:00:00:00:00:01", tap_fd=Fd(77))
     attachments = attached(
         run_dir=str(run_dir), disks=[Disk("/d", True)], nics=[Nic("02:00:00:00:00:02"), nic]
@@ -187,5 +188,5 @@ def test_a_saved_machine_names_what_is_the_new_ones(tmp_path: Path) -> None:
     assert made["vsock"] == {"id": "vsock", "cid": 3, "socket": "/run/x/vsock.sock"}
     assert made["payload"] == {"kernel": "/dev/null", "initramfs": "/dev/null", "cmdline": "quiet"}
     assert (target / "state.json").read_text() == "state.json"
-    saved.forget(str(place))
+    machines.forget(str(place), saved.FILES)
     assert list(place.iterdir()) == []

@@ -116,16 +116,14 @@ class CloudHypervisor(Running):
             HypervisorError: It is not paused, something was saved there before, or there is no room. What was written
                 is removed.
         """
-        from kata.hypervisor.cloud_hypervisor import saved
+        from kata.hypervisor import saved
+        from kata.hypervisor.cloud_hypervisor.saved import FILES
 
         if self._share is not None:
             raise UnsupportedError(
                 "a machine with files of the host in it cannot be saved: their server keeps what it knows of them"
             )
-        if not os.path.isdir(directory):
-            raise HypervisorError(f"cannot save the machine: {directory} is no directory")
-        if any(os.path.lexists(os.path.join(directory, name)) for name in (*saved.FILES, saved.SHAPE)):
-            raise HypervisorError(f"cannot save the machine: there is one in {directory} already")
+        saved.check(directory, FILES)
         async with self._device_lock:
             await self.confined()
             try:
@@ -136,7 +134,7 @@ class CloudHypervisor(Running):
                     await self._snapshot(os.path.abspath(directory))
                 await asyncio.to_thread(saved.write_shape, directory, self._shape)
             except BaseException:
-                saved.forget(directory)
+                saved.forget(directory, FILES)
                 raise
 
     async def _snapshot(self, directory: str) -> None:

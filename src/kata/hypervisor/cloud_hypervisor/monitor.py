@@ -72,7 +72,8 @@ class CloudHypervisorMonitor(MonitorBase):
 
     def restore(self, directory: str, attachments: Attachments, journal: Journal) -> CloudHypervisorProcess:
         """See `kata.hypervisor.protocols.Monitor.restore`."""
-        from kata.hypervisor.cloud_hypervisor import process, saved
+        from kata.hypervisor import saved
+        from kata.hypervisor.cloud_hypervisor import process
 
         try:
             shape = saved.shape_of(directory)

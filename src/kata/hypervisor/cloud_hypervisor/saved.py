@@ -12,7 +12,7 @@ import json
 import os
 
 from kata.errors import HypervisorError
-from kata.hypervisor.base import MachineShape
+from kata.hypervisor import saved
 from kata.hypervisor.cloud_hypervisor import command
 
 TYPE_CHECKING = False
@@ -24,51 +24,10 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 LARGE = ("state.json", "memory-ranges")
-SHAPE = "machine.json"
 FILES = (CONFIG, *LARGE)
 RESTORED = "restored"
 """Name of the directory that a machine is restored from, in the sandbox's."""
-_MAX_SHAPE = 1 << 20
 _MAX_CONFIG = 4 << 20
-
-
-def write_shape(directory: str, shape: MachineShape) -> None:
-    """Write down what machine was saved.
-
-    Raises:
-        HypervisorError: There is no room.
-    """
-    values = {name: getattr(shape, name) for name in shape.__slots__}
-    values["options"] = dict(shape.options)
-    path = os.path.join(directory, SHAPE)
-    try:
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            json.dump(values, file)
-        os.replace(path + ".new", path)
-    except OSError as error:
-        raise HypervisorError(f"cannot write {path}: {error.strerror}") from error
-
-
-def forget(directory: str) -> None:
-    """Remove what was saved, or the part of it that is there."""
-    for name in (SHAPE, SHAPE + ".new", *FILES):
-        try:
-            os.unlink(os.path.join(directory, name))
-        except FileNotFoundError:
-            pass
-
-
-def shape_of(directory: str) -> MachineShape:
-    """What machine was saved there.
-
-    Raises:
-        HypervisorError: None was, or not all of it.
-    """
-    values = _document(directory, SHAPE, _MAX_SHAPE)
-    try:
-        return MachineShape(**values)
-    except TypeError:
-        raise HypervisorError(f"{os.path.join(directory, SHAPE)} does not describe a machine") from None
 
 
 def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[str, int]) -> str:
@@ -86,7 +45,7 @@ def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[s
     Raises:
         HypervisorError: What was saved is incomplete, or had other devices.
     """
-    config = _document(directory, CONFIG, _MAX_CONFIG)
+    config = saved.document(directory, CONFIG, _MAX_CONFIG)
     # It opens them, and does not read them: the guest has them in its memory.
     config["payload"] = {**_table(config.get("payload")), "kernel": os.devnull, "initramfs": os.devnull}
     config["vsock"] = {**_table(config.get("vsock")), "socket": vsock}
@@ -124,25 +83,6 @@ def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[s
         ) from error
     nets = f",net_fds=[{','.join(given)}]" if given else ""
     return f"source_url=file://{target},resume=on{nets}"
-
-
-def _document(directory: str, name: str, limit: int) -> dict[str, Any]:
-    path = os.path.join(directory, name)
-    try:
-        with open(path, "rb") as file:
-            content = file.read(limit + 1)
-        found = json.loads(content) if len(content) <= limit else None
-    except FileNotFoundError:
-        raise HypervisorError(
-            f"no machine was saved in {directory}: there is no {name}", "kata run starts a new one"
-        ) from None
-    except OSError as error:
-        raise HypervisorError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise HypervisorError(f"{path} does not describe a machine")
-    return found
 
 
 def _table(value: object) -> dict[str, Any]:

@@ -20,6 +20,9 @@ CID = 3
 KERNEL_FD, INITRD_FD, CONFIG_FD, LOG_FD, METRICS_FD, FIRST_DISK_FD = range(3, 9)
 """Descriptors that it inherits, and the first of those of the disk slots: always the same, since a machine that was
 saved names its disks by them."""
+NAMES = ("kernel", "initrd", "config", "log", "metrics")
+SAVED_FILES = ("vmstate", "memory")
+"""Names of what it saves a machine into."""
 MAX_DISKS = 8
 MAX_NICS = 8
 _EMPTY_READONLY = (True, False, True, False, *(False,) * 4)

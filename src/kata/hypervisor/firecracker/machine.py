@@ -9,6 +9,7 @@ import socket
 
 from kata.errors import HypervisorError, UnsupportedError
 from kata.hypervisor import root
+from kata.hypervisor.firecracker import config
 from kata.hypervisor.firecracker import process as firecracker_process
 from kata.hypervisor.firecracker.counters import Counters
 from kata.hypervisor.http_api import ApiClient, Refused
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _START_S = 30.0
 """For the monitor's API to be there, and to say that its machine runs."""
 _RETRY_S = 0.003
+_SAVE_S, _SAVE_MIB_PER_S = 30.0, 20.0
+"""A slower disk is no disk to save machines to."""
 _FLUSH_S = 2.0
 """For what it has counted to arrive, once it says that it has written it."""
 
@@ -48,6 +51,9 @@ class Firecracker(Running):
         self._slots = process.slots
         self._disks: list[Disk | None] = list(process.slots.disks)
         self._disk_lock = asyncio.Lock()
+        self._has_swapped = False
+        self._saved = process.saved
+        self._vsock_path = process.vsock_path
         self._api_path = process.api_path
         self._counters = Counters()
         self._metrics: Fd | None = Fd(process.detach_fd("metrics"))
@@ -92,12 +98,45 @@ class Firecracker(Running):
         await self.call("PATCH", "vm", {"state": "Resumed"})
 
     async def save(self, directory: str) -> None:
-        """Not offered.
+        """Save the paused machine.
+
+        Args:
+            directory: An existing directory, in which nothing was saved before.
 
         Raises:
-            UnsupportedError: Always.
+            UnsupportedError: It was given a disk while it ran, which it would look for by a name that is gone.
+            HypervisorError: It is not paused, something was saved there before, or there is no room. What was written
+                is removed.
         """
-        raise UnsupportedError(f"Firecracker's machines cannot be saved here: {directory}")
+        from kata.hypervisor import saved
+
+        saved.check(directory, config.SAVED_FILES)
+        async with self._disk_lock:
+            if self._has_swapped:
+                raise UnsupportedError(
+                    "a machine that was given a disk while it ran cannot be saved by Firecracker"
+                )
+            await self._client()
+            try:
+                with (
+                    root.shown(self._root, root.STATE, directory)
+                    if self._root
+                    else contextlib.nullcontext(os.path.abspath(directory))
+                ) as name:
+                    await self._snapshot(name)
+                await asyncio.to_thread(saved.write_shape, directory, self._shape)
+            except BaseException:
+                saved.forget(directory, config.SAVED_FILES)
+                raise
+
+    async def _snapshot(self, directory: str) -> None:
+        state, memory = (f"{directory}/{name}" for name in config.SAVED_FILES)
+        request = {"snapshot_type": "Full", "snapshot_path": state, "mem_file_path": memory}
+        mib = max(self._shape.memory_mib, self._shape.max_memory_mib)
+        try:
+            await self.call("PUT", "snapshot/create", request, timeout_s=_SAVE_S + mib / _SAVE_MIB_PER_S)
+        except Refused as error:
+            raise HypervisorError(f"cannot save the machine: {error.words}", "Is it paused?") from error
 
     async def set_memory(self, plugged_mib: int) -> int:
         """Set how much memory (MiB) the guest has in addition to what the machine was started with, by virtio-mem.
@@ -264,6 +303,7 @@ class Firecracker(Running):
 
     async def _swap(self, index: int, image: str) -> None:
         await self._client()
+        self._has_swapped = True
         with (
             root.shown(self._root, root.disk(index), image)
             if self._root
@@ -314,7 +354,29 @@ class Firecracker(Running):
                 return sock
             await asyncio.sleep(_RETRY_S)
 
+    async def _load(self, client: ApiClient) -> None:
+        """Load the machine that was saved, and let it go on with the present time."""
+        state, memory = (os.path.join(self._saved, name) for name in config.SAVED_FILES)
+        request = {
+            "snapshot_path": state,
+            "mem_backend": {"backend_path": memory, "backend_type": "File"},
+            "resume_vm": True,
+            # Otherwise the guest's clock would go on where it was.
+            "clock_realtime": True,
+            "network_overrides": [
+                {"iface_id": f"nic{index}", "host_dev_name": name}
+                for index, name in self._taps.names.items()
+            ],
+            "vsock_override": {"uds_path": self._vsock_path},
+        }
+        try:
+            await client.call("PUT", "snapshot/load", request, timeout_s=_START_S)
+        except Refused as error:
+            raise HypervisorError(f"cannot use what was saved in {self._saved}: {error.words}") from error
+
     async def _settle(self, client: ApiClient) -> None:
+        if self._saved:
+            await self._load(client)
         while True:
             about = await client.call("GET", "", timeout_s=_START_S)
             if isinstance(about, dict):

@@ -37,6 +37,7 @@ class FirecrackerMonitor(MonitorBase):
             balloon=True,
             spare_vcpus=True,
             pause=True,
+            snapshot=True,
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
@@ -51,7 +52,6 @@ class FirecrackerMonitor(MonitorBase):
 
     def start(self, shape: MachineShape, attachments: Attachments, journal: Journal) -> FirecrackerProcess:
         """See `kata.hypervisor.protocols.Monitor.start`."""
-        from kata.hypervisor import root
         from kata.hypervisor.firecracker import process
 
         try:
@@ -60,13 +60,35 @@ class FirecrackerMonitor(MonitorBase):
                 from kata.hypervisor import initrd as archives
 
                 initrd = archives.whole(shape, attachments.run_dir)
-            directory = ""
-            if attachments.confines:
-                directory = root.prepare(attachments.run_dir, journal, disks=config.MAX_DISKS)
+            directory = self._root(attachments, journal)
             program = process.find(str(dict(shape.options).get("path", "")))
             return process.spawn(program, shape, initrd, attachments, journal, directory)
         finally:
             attachments.close()
+
+    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> FirecrackerProcess:
+        """See `kata.hypervisor.protocols.Monitor.restore`."""
+        from kata.hypervisor import saved
+        from kata.hypervisor.firecracker import process
+
+        try:
+            shape = saved.shape_of(directory)
+            program = process.find(str(dict(shape.options).get("path", "")))
+            return process.restore(
+                program, shape, directory, attachments, journal, self._root(attachments, journal)
+            )
+        finally:
+            attachments.close()
+
+    def _root(self, attachments: Attachments, journal: Journal) -> str:
+        """The directory that becomes its root; empty where it is to keep the caller's."""
+        from kata.hypervisor import root
+
+        return (
+            root.prepare(attachments.run_dir, journal, disks=config.MAX_DISKS)
+            if attachments.confines
+            else ""
+        )
 
     def adopt(self, started: Started, journal: Journal, console_path: str = "") -> Firecracker:
         """See `kata.hypervisor.protocols.Monitor.adopt`."""

@@ -9,7 +9,7 @@ from kata import children, paths, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor.firecracker import config
 from kata.hypervisor.firecracker.taps import Taps
-from kata.hypervisor.process import MonitorProcess, available_memory, open_files
+from kata.hypervisor.process import MonitorProcess, available_memory, open_disks, open_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
 class FirecrackerProcess(MonitorProcess):
     """A Firecracker that was started. Its channels are ``console`` and ``metrics``; it makes its API's socket."""
 
-    __slots__ = ("_channel", "api_path", "root", "shape", "slots", "taps", "vsock_path")
+    __slots__ = ("_channel", "api_path", "root", "saved", "shape", "slots", "taps", "vsock_path")
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class FirecrackerProcess(MonitorProcess):
         run_dir: str,
         root: str,
         taps: Taps,
+        saved: str,
     ) -> None:
         super().__init__(
             child,
@@ -63,6 +64,8 @@ class FirecrackerProcess(MonitorProcess):
         self.vsock_path = os.path.join(run_dir, config.VSOCK_SOCKET)
         self.root = root
         self.taps = taps
+        self.saved = saved
+        """Directory of the saved machine that it is to load; empty if it has one of its own."""
         self._channel: Channel | None = None
 
     @property
@@ -103,24 +106,67 @@ def spawn(
         UnsupportedError: A network interface is of no kind that it can have.
         HypervisorError: A disk image is missing, or the process could not be started.
     """
+    slots = config.Slots(shape, attachments)
+    _check(program, attachments.run_dir)
+    files = open_files(shape.kernel, initrd, slots.disks)
+    return _start(program, shape, slots, files, attachments, journal, root, saved="")
+
+
+def restore(
+    program: str, shape: MachineShape, directory: str, attachments: Attachments, journal: Journal, root: str
+) -> FirecrackerProcess:
+    """Start it with no machine; the saved one is loaded once its API is there.
+
+    Args:
+        program: Its absolute path.
+        shape: The machine that was saved.
+        directory: What it was saved into.
+        attachments: What it is connected to from now on; as for `spawn`.
+        journal: The sandbox's.
+        root: As for `spawn`.
+
+    Raises:
+        KataError: As for `spawn`.
+    """
+    slots = config.Slots(shape, attachments)
+    _check(program, attachments.run_dir)
+    files = open_disks(slots.disks)
+    return _start(program, shape, slots, files, attachments, journal, root, saved=os.path.abspath(directory))
+
+
+def _check(program: str, run_dir: str) -> None:
     if not program or not os.path.exists(program):
         raise HostError(f"Firecracker is not installed: there is no {program or PROGRAM}", INSTALL)
-    run_dir = attachments.run_dir
-    sockets = [os.path.join(run_dir, name) for name in (config.API_SOCKET, config.VSOCK_SOCKET)]
-    if len(os.fsencode(sockets[1])) > paths.MAX_SOCKET_PATH:
+    path = os.path.join(run_dir, config.VSOCK_SOCKET)
+    if len(os.fsencode(path)) > paths.MAX_SOCKET_PATH:
         # By a descriptor of the directory it would be short; but who has that can go up from there.
         raise HostError(
-            f"the path of the machine's vsock is too long for a socket: {sockets[1]}",
+            f"the path of the machine's vsock is too long for a socket: {path}",
             "Name a shorter directory with KATA_RUN_DIR.",
         )
-    slots = config.Slots(shape, attachments)
+
+
+def _start(
+    program: str,
+    shape: MachineShape,
+    slots: config.Slots,
+    files: dict[str, int],
+    attachments: Attachments,
+    journal: Journal,
+    root: str,
+    *,
+    saved: str,
+) -> FirecrackerProcess:
+    """Execute it with these files, which are closed here."""
+    run_dir = attachments.run_dir
+    sockets = [os.path.join(run_dir, name) for name in (config.API_SOCKET, config.VSOCK_SOCKET)]
     ours: dict[str, int] = {}
-    theirs: dict[str, int] = {}
+    theirs = files
     stderr_tail = children.StderrTail()
     entries: list[Entry] = []
     taps = Taps(journal)
     try:
-        theirs |= open_files(shape.kernel, initrd, slots.disks)
+        theirs["null"] = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         empty = os.path.join(run_dir, EMPTY_DISK)
         theirs["empty"] = os.open(empty, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         os.truncate(theirs["empty"], _EMPTY_BYTES)
@@ -130,29 +176,30 @@ def spawn(
             theirs["console"] = stdout
         entries += [journal.begin("socket", path=path) for path in sockets]
         taps.take(attachments.nics)
-        document = config.build(shape, attachments, slots, vsock=sockets[1], taps=taps.names)
-        theirs["config"] = os.memfd_create("configuration")
-        os.write(theirs["config"], json.dumps(document).encode())
-        os.lseek(theirs["config"], 0, os.SEEK_SET)
         # What it has to say must not come among the guest's words.
         theirs["log"] = os.dup(stderr_tail.write_fd)
         ours["metrics"], theirs["metrics"] = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         argv = [
             program,
             *("--api-sock", sockets[0]),
-            *("--config-file", config.file(config.CONFIG_FD)),
             *("--log-path", config.file(config.LOG_FD)),
             *("--level", "Warn"),
             *("--metrics-path", config.file(config.METRICS_FD)),
             "--enable-pci",
         ]
+        if not saved:
+            document = config.build(shape, attachments, slots, vsock=sockets[1], taps=taps.names)
+            theirs["config"] = os.memfd_create("configuration")
+            os.write(theirs["config"], json.dumps(document).encode())
+            os.lseek(theirs["config"], 0, os.SEEK_SET)
+            argv += ["--config-file", config.file(config.CONFIG_FD)]
         try:
             child = children.spawn(
                 argv,
                 journal,
                 "firecracker",
                 fds_from_3=[
-                    *(theirs[name] for name in ("kernel", "initrd", "config", "log", "metrics")),
+                    *(theirs.get(name, theirs["null"]) for name in config.NAMES),
                     *(theirs.get(f"disk{index}", theirs["empty"]) for index in range(len(slots.disks))),
                 ],
                 stdout=stdout,
@@ -177,7 +224,7 @@ def spawn(
         for fd in theirs.values():
             os.close(fd)
     return FirecrackerProcess(
-        child, shape, slots, ours, stderr_tail, entries, run_dir=run_dir, root=root, taps=taps
+        child, shape, slots, ours, stderr_tail, entries, run_dir=run_dir, root=root, taps=taps, saved=saved
     )
 
 
