@@ -75,6 +75,20 @@ def test_it_is_left_with_nothing_of_the_host(kata: Kata, box: str) -> None:
     assert not (directory / "api.sock").exists()  # nobody else can ask it for anything
 
 
+def test_limits_of_its_disks(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    """Two MiB read past the first second's share take some seconds: a bound that no slow machine breaks."""
+    file = tmp_path / "configuration-fc.toml"
+    file.write_text("[hypervisor.firecracker]\ndisk_rate_limiter_bw_max_rate = 4194304\n")
+    one = copy.copy(kata)
+    one.env = {**kata.env, "KATA_CONF_FILE": str(file)}
+    script = (
+        "dd if=/dev/zero of=/big bs=64k count=32 2>/dev/null;"
+        " read a b < /proc/uptime; sync; read c d < /proc/uptime; echo $a $c"
+    )
+    began, ended = map(float, one.ok("run", "--rm", *ALONE, busybox_image, "sh", "-c", script).split())
+    assert ended - began > 2, (began, ended)
+
+
 def test_what_it_cannot_is_refused_by_name(kata: Kata, busybox_image: str) -> None:
     before = kata.sandboxes()
     refused = kata.call("run", "--rm", busybox_image, "true")

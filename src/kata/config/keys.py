@@ -534,6 +534,14 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         },
         "use_legacy_serial": Variant(IDLE, "the console is a serial port", silent=(True,)),
         "enable_mem_prealloc": Variant(IDLE, "the guest's memory is allocated as the guest touches it"),
+        **{
+            f"{way}_rate_limiter_max_rate": Variant(ACTS, f"bits per second that each network interface may {does}")
+            for way, does in (("rx", "receive"), ("tx", "send"))
+        },
+        "disk_rate_limiter_bw_max_rate": Variant(ACTS, "bits per second of each disk"),
+        "disk_rate_limiter_bw_one_time_burst": Variant(ACTS, "bits that each disk has at first beside that"),
+        "disk_rate_limiter_ops_max_rate": Variant(ACTS, "operations per second of each disk"),
+        "disk_rate_limiter_ops_one_time_burst": Variant(ACTS, "operations that each disk has at first beside that"),
         "jailer_path": Variant(IDLE, "it is confined as the other hypervisors are, without the jailer"),
         "valid_jailer_paths": Variant(IDLE, "it is confined as the other hypervisors are, without the jailer"),
     },
