@@ -11,8 +11,8 @@ use crate::server::calls::CallId;
 use crate::server::frame::{parse_piece, Request};
 use crate::state::State;
 use crate::{
-    container_calls, copyfile, debug, dial, files, guest, iptables, lifecycle, metrics, netlink, network, process_list,
-    routes, runtime, storage, swap, sys, volumes,
+    clock, container_calls, copyfile, debug, dial, files, guest, iptables, lifecycle, metrics, netlink, network,
+    process_list, routes, runtime, storage, swap, sys, volumes,
 };
 
 /// The protocol version that the original agent reports.
@@ -22,6 +22,7 @@ const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Extensions of the protocol that this agent has.
 const EXTRA_FEATURES: &[&str] = &[
     "kata.boot",
+    "kata.clock",
     "kata.debug",
     "kata.device.limits",
     "kata.dial",
@@ -68,6 +69,10 @@ pub fn handle(state: &mut State, call: CallId, request: &Request) -> Outcome {
             _ => unknown(request),
         },
         agentext::MACHINE => match request.method {
+            "Clock" => {
+                let r: agentext::ClockRequest = decode(request)?;
+                done(&clock::put_right(r.add_ns)?)
+            }
             "SetProcessors" => {
                 let r: agentext::SetProcessorsRequest = decode(request)?;
                 job(state, call, || guest::set_processors(r.count))

@@ -17,6 +17,7 @@ pub mod boot;
 pub mod cgroup;
 mod cgroup_limits;
 mod cgroup_stats;
+mod clock;
 pub mod cmdline;
 pub mod connections;
 pub mod container;

@@ -710,6 +710,26 @@ def perf_event_open(kind: int, config: int) -> int:
     return _check(_c().syscall(number, buffer, 0, -1, -1, close_on_exec))
 
 
+class _ITimerSpec(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("interval_s", "interval_ns", "first_s", "first_ns")]
+
+
+def clock_change_timer() -> int:
+    """timerfd_create(2): a descriptor that is readable once the system's clock has been set, or the system has slept.
+
+    A read then fails with ECANCELED, and it waits for the next time. Returns the descriptor.
+    """
+    wall_clock, absolute, cancel_on_set, far_s = 0, 1, 2, 1 << 40
+    fd = _check(_c().timerfd_create(wall_clock, os.O_CLOEXEC | os.O_NONBLOCK))
+    when = _ITimerSpec(0, 0, far_s, 0)
+    try:
+        _check(_c().timerfd_settime(fd, absolute | cancel_on_set, ctypes.byref(when), None))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
     """Load a BPF program (BPF_PROG_LOAD, see ``linux/bpf.h``).
 

@@ -29,6 +29,7 @@ from conftest import Kata
 from waiting import PATIENCE
 
 from kata import journal_undo, sysio
+from kata.agent import clock
 from kata.agent.client import AgentClient
 from kata.errors import AgentTimeoutError, GuestAssetError, HypervisorError, KataError, UnsupportedError
 from kata.guest import manifest
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
 
 MIB = 1 << 20
+CLOCK_NS = 10_000_000
+"""How wrong the guest's clock may be after a pause."""
 MONITORS: dict[str, Callable[[], Monitor]] = {
     **{name: (lambda name=name: registry.find(name)) for name in registry.names()},  # type: ignore[misc]
     scripted_monitor.NAME: lambda: scripted_monitor.MONITOR,
@@ -305,6 +308,16 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
             await agent.check(1.0)
         await machine.resume()
         await agent.check(PATIENCE)
+        before = await clock.align(agent)
+        now = [await clock.look(agent) for _ in range(10)]
+        best = min(now, key=lambda one: one.error_ns)
+        print(
+            f"clock: {before.behind_ns / 1e6:.3f} ms behind after the pause (+- {before.error_ns / 1e6:.3f}),"
+        )
+        print(
+            f"{best.behind_ns / 1e6:.3f} ms when set (+- {best.error_ns / 1e6:.3f}), device: {best.by_device}"
+        )
+        assert abs(best.behind_ns) - best.error_ns < CLOCK_NS
 
     async def saving(machine: Machine, agent: AgentClient) -> None:
         if not can.snapshot:

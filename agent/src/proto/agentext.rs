@@ -29,7 +29,7 @@ pub const TRACE_METHODS: &[&str] = &["Take"];
 /// What a running machine can be told about its hardware.
 pub const MACHINE: &str = "kata.agent.v1.Machine";
 /// Its methods.
-pub const MACHINE_METHODS: &[&str] = &["SetProcessors"];
+pub const MACHINE_METHODS: &[&str] = &["SetProcessors", "Clock"];
 
 /// What the stock protocol does not say of a network.
 pub const NETWORK: &str = "kata.agent.v1.Network";
@@ -824,6 +824,50 @@ impl Message for SetProcessorsRequest {
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
         match field.number {
             1 => codec::get_uint32(field, &mut self.count)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct ClockRequest {
+    /// Nanoseconds that the guest's clock is behind the host's, or, negative, ahead of it; 0 only reads it.
+    pub add_ns: i64,
+}
+
+impl Message for ClockRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_int64(out, 1, self.add_ns);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_int64(field, &mut self.add_ns)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct ClockResponse {
+    /// The guest's time, in nanoseconds since the epoch.
+    pub now_ns: i64,
+    /// It was compared with the host's clock by a device of the guest.
+    pub by_device: bool,
+}
+
+impl Message for ClockResponse {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_int64(out, 1, self.now_ns);
+        codec::put_bool(out, 2, self.by_device);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_int64(field, &mut self.now_ns)?,
+            2 => codec::get_bool(field, &mut self.by_device)?,
             _ => {}
         }
         Ok(())

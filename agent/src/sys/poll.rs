@@ -91,6 +91,26 @@ pub fn clock_ns(clock: i32) -> u64 {
     }
 }
 
+/// Sets the wall clock: nanoseconds since the epoch.
+pub fn set_clock(ns: u64) -> SysResult<()> {
+    let time = [ns / 1_000_000_000, ns % 1_000_000_000];
+    // SAFETY: one struct timespec.
+    unsafe { syscall!(libc::SYS_clock_settime, libc::CLOCK_REALTIME, time.as_ptr()) }.map(drop)
+}
+
+/// Has the wall clock gain so many microseconds, or lose them, by and by (adjtimex(2)).
+pub fn slew_clock(microseconds: i64) -> SysResult<()> {
+    // struct timex of linux/timex.h: 208 bytes, of which only the first two fields are read for this mode.
+    let mut change = [0i64; 26];
+    change[0] = ADJ_OFFSET_SINGLESHOT;
+    change[1] = microseconds;
+    // SAFETY: the kernel fills the structure, which is complete.
+    unsafe { syscall!(libc::SYS_adjtimex, change.as_mut_ptr()) }.map(drop)
+}
+
+/// linux/timex.h.
+const ADJ_OFFSET_SINGLESHOT: i64 = 0x8001;
+
 pub fn monotonic_ns() -> u64 {
     clock_ns(libc::CLOCK_MONOTONIC)
 }

@@ -51,6 +51,8 @@ CALL_S = 60.0
 ASK_S = 15.0
 """Timeout, in seconds, of calls that only carry information (statistics, a terminal's size, a list of processes): a
 client should not hang for them."""
+CLOCK_CALL_S = 10.0
+"""Timeout, in seconds, of a look at the guest's clock: one that took longer says nothing."""
 DIAL_S = 10.0
 """Timeout, in seconds, for opening a further connection; if that fails, the stream uses the shared one."""
 CONNECTIONS = "kata.streams.connections"
@@ -497,6 +499,13 @@ class AgentClient:
         """Set how many of its processors the guest uses (feature `kata.machine`)."""
         request = agentext_pb.SetProcessorsRequest(count=count)
         await self.call("kata.agent.v1.Machine", "SetProcessors", request, google_pb.Empty)
+
+    async def clock(self, add_ns: int) -> agentext_pb.ClockResponse:
+        """Add to the guest's clock, unless it has the host's as a device, and read it (feature `kata.clock`)."""
+        request = agentext_pb.ClockRequest(add_ns=add_ns)
+        return await self.call(
+            "kata.agent.v1.Machine", "Clock", request, agentext_pb.ClockResponse, CLOCK_CALL_S
+        )
 
     async def prepare_network(self, request: agentext_pb.PrepareNetworkRequest) -> list[tuple[int, str]]:
         """Set kernel parameters of the network; those of an interface before it comes up (feature `kata.network`).

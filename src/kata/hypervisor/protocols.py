@@ -109,7 +109,7 @@ class Machine(Protocol):
         """
 
     async def resume(self) -> None:
-        """Let the virtual CPUs run again.
+        """Let the virtual CPUs run again. The guest's clock may have stood still: `kata.agent.clock.align` sets it.
 
         Raises:
             UnsupportedError: `Capabilities.pause` is not there.

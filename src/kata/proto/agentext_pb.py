@@ -33,6 +33,8 @@ _MESSAGES = {
     "RouteRequest": "remove_routes:1:*bytes routes:2:*bytes remove_rules:3:*bytes rules:4:*bytes interfaces:5:*@agentext.NumberedInterface",
     "NumberedInterface": "number:1:uint32 name:2:string",
     "SetProcessorsRequest": "count:1:uint32",
+    "ClockRequest": "add_ns:1:int64",
+    "ClockResponse": "now_ns:1:int64 by_device:2:bool",
     "ListProcessesRequest": "container_id:1:string",
     "SignalProcessesRequest": "container_id:1:string signal:2:uint32",
     "ListProcessesResponse": "processes:1:*@agentext.ProcessInfo",
@@ -79,6 +81,7 @@ SERVICES = {
     "kata.agent.v1.Machine": Methods(
         {
             "SetProcessors": "@agentext.SetProcessorsRequest @google.Empty",
+            "Clock": "@agentext.ClockRequest @agentext.ClockResponse",
         }
     ),
     "kata.agent.v1.Network": Methods(

@@ -418,6 +418,28 @@ class SetProcessorsRequest(Message):
         count: int = ...,
     ) -> None: ...
 
+class ClockRequest(Message):
+    add_ns: int
+    """Nanoseconds that the guest's clock is behind the host's, or, negative, ahead of it; 0 only reads
+    it."""
+    def __init__(
+        self,
+        *,
+        add_ns: int = ...,
+    ) -> None: ...
+
+class ClockResponse(Message):
+    now_ns: int
+    """The guest's time, in nanoseconds since the epoch."""
+    by_device: bool
+    """It was compared with the host's clock by a device of the guest."""
+    def __init__(
+        self,
+        *,
+        now_ns: int = ...,
+        by_device: bool = ...,
+    ) -> None: ...
+
 class ListProcessesRequest(Message):
     container_id: str
     def __init__(

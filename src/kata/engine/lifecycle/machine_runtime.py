@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+from kata import sysio
 from kata.agent.client import AgentClient, Watcher
 from kata.agent.text import escape_line
 from kata.engine.lifecycle import boot, watch
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 LOST_NOTICE_S = 2.0
 """How long a broken agent connection waits for the hypervisor's own account of what happened, in seconds."""
+CLOCK_AFTER_S = 1.0
+"""How long after the guest is up its clock is looked at first, in seconds: it was set a moment ago, and a first
+container is on its way."""
 _FULL_DISK = "the host's disk is full"
 
 
@@ -149,6 +153,7 @@ class MachineRuntime:
         self._guest = agent
         self._tasks.create_task(self._watch_agent(agent))
         self._tasks.create_task(self._watch_memory(agent))
+        self._tasks.create_task(self._keep_clock(agent))
         return agent
 
     def _show_traffic(self, shown: bool) -> None:
@@ -344,6 +349,14 @@ class MachineRuntime:
     async def _watch_agent(self, agent: AgentClient) -> None:
         assert self.vm is not None
         self.fail(await watch.watch(agent, self.vm.pid))
+
+    async def _keep_clock(self, agent: AgentClient) -> None:
+        """Keep the guest's clock right, from the moment on that the first container has most likely started."""
+        with sysio.Fd(sysio.clock_change_timer()) as timer:
+            await asyncio.sleep(CLOCK_AFTER_S)
+            from kata.engine.lifecycle import guest_clock
+
+            await guest_clock.keep(agent, timer, self._tasks.log)
 
     async def _watch_memory(self, agent: AgentClient) -> None:
         """Out-of-memory kills in the guest."""
