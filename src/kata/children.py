@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any, NoReturn
 
+    from kata.confinement import Confinement
     from kata.journal import Entry, Journal
 
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -298,6 +299,7 @@ def spawn(
     disable_thp: bool = False,
     capabilities: Iterable[int] | None = None,
     namespaces: int = 0,
+    confinement: Confinement | None = None,
 ) -> Child:
     """Start a program as a child that is killed when this process ends.
 
@@ -319,6 +321,7 @@ def spawn(
         capabilities: The capabilities that it keeps; it can never regain others. None for all of ours.
         namespaces: CLONE_NEW* flags of new namespaces. In a new PID namespace it is process 1, so signals without a
             handler are ignored, except SIGKILL and SIGSTOP. Later mounts of ours appear in its mount namespace.
+        confinement: What else it is left with; used up. With a user of its own, `capabilities` must be given.
 
     Returns:
         The running child; the program was executed when this returns.
@@ -360,6 +363,7 @@ def spawn(
                 disable_thp=disable_thp,
                 capabilities=capabilities,
                 namespaces=namespaces & ~sysio.CLONE_NEWPID,
+                confinement=confinement,
             )
         pidfd = sysio.pidfd_open(pid)
         try:
@@ -381,6 +385,8 @@ def spawn(
         raise
     finally:
         os.close(null)
+        if confinement is not None:
+            confinement.close()
         for end in (gate_read, gate_write, exec_status_read, exec_status_write):
             end.close()
     return Child(pid, pidfd, role, journal, entry)
@@ -400,6 +406,7 @@ def _exec_child(
     disable_thp: bool,
     capabilities: Iterable[int] | None,
     namespaces: int,
+    confinement: Confinement | None,
 ) -> NoReturn:
     """Run the child of `spawn`, from its fork to its exec.
 
@@ -416,6 +423,7 @@ def _exec_child(
         disable_thp: See `spawn`.
         capabilities: See `spawn`.
         namespaces: CLONE_NEW* flags of the namespaces to unshare.
+        confinement: See `spawn`.
     """
     import resource
 
@@ -436,24 +444,34 @@ def _exec_child(
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if disable_thp:
             sysio.prctl(sysio.PR_SET_THP_DISABLE, 1)
-        if namespaces:
-            _unshare(namespaces)
-        os.chdir("/")
-        os.umask(0o077)
-        sysio.reset_signals()
-        if capabilities is not None:
-            sysio.keep_capabilities(capabilities)
+        _restrict(namespaces, capabilities, confinement)
         if not survives_parent:
             sysio.prctl(sysio.PR_SET_PDEATHSIG, sysio.SIGKILL)
             # In a new PID namespace, the parent has no pid by which to tell whether it has ended.
             if sysio.pidfd_wait(gate, 0):
                 os._exit(1)
+        if confinement is not None:
+            confinement.seal()
         stage = 1
+        if confinement is not None:
+            confinement.execute(argv, environment)
         os.execve(argv[0], list(argv), environment)
     except OSError as error:
         os.write(status, bytes((stage,)) + str(error.errno or errno.EIO).encode())
     finally:
         os._exit(127)
+
+
+def _restrict(namespaces: int, capabilities: Iterable[int] | None, confinement: Confinement | None) -> None:
+    if namespaces:
+        _unshare(namespaces)
+    if confinement is not None:
+        confinement.limit()
+    os.chdir("/")
+    os.umask(0o077)
+    sysio.reset_signals()
+    if capabilities is not None:
+        sysio.keep_capabilities(capabilities, confinement.user if confinement is not None else 0)
 
 
 def _move_to_3(fds: Sequence[int], gate: int, status: int) -> tuple[int, int]:

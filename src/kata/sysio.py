@@ -22,11 +22,14 @@ PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_THP_DISABLE = 41
 PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECUREBITS = 0xEF
+"""All but keep_caps, and all locked: NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE (``linux/securebits.h``)."""
 
 CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
@@ -181,6 +184,16 @@ def _check(result: int, path: str | None = None) -> int:
     return result
 
 
+def syscall(number: int, *arguments: object) -> int:
+    """syscall(2): a system call that the C library has no function for.
+
+    Args:
+        number: Its number on this architecture.
+        arguments: Values of ctypes, or bytes and None for pointers.
+    """
+    return _check(_c().syscall(ctypes.c_long(number), *arguments))
+
+
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2) with integer arguments."""
     u = ctypes.c_ulong
@@ -210,14 +223,16 @@ def die_with_parent(parent_pid: int, signal_number: int = SIGKILL) -> None:
         raise ProcessLookupError(errno.ESRCH, "the parent process has ended")
 
 
-def keep_capabilities(kept: Iterable[int]) -> None:
+def keep_capabilities(kept: Iterable[int], user: int = 0) -> None:
     """Drop all other capabilities, for this process and for programs that it executes (capabilities(7)).
 
     They cannot be regained by exec: they are removed from the bounding set (where that is permitted), the ambient and
-    the inheritable set, and no_new_privs is set, without which root would get the whole bounding set at exec.
+    the inheritable set, and no_new_privs is set, without which root would get the whole bounding set at exec. Where
+    none is kept, the user id 0 means nothing for capabilities any more, and that is locked (securebits).
 
     Args:
         kept: CAP_* numbers of those to keep; capabilities that this process does not have are ignored.
+        user: User and group id to change to, with no other groups; 0 for none.
     """
     mask = sum(1 << number for number in set(kept))
     for number in range(64):
@@ -231,6 +246,16 @@ def keep_capabilities(kept: Iterable[int]) -> None:
                 raise
             break
     prctl(PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    if not mask:
+        try:
+            prctl(PR_SET_SECUREBITS, SECUREBITS)
+        except OSError as error:
+            if error.errno != errno.EPERM:  # as above
+                raise
+    if user:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (
         ctypes.c_uint32 * 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import Kata
 from share_cases import SHARES, sharing
 
-from kata import sysio
+from kata import confinement, sysio
 from kata.hypervisor.qemu.process import SHARE_CAPABILITIES
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -20,7 +21,7 @@ NO_CAPABILITIES = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb
 FILE_SERVER_CAPABILITIES = (*SHARE_CAPABILITIES, sysio.CAP_SETUID, sysio.CAP_SETGID)
 SHARE_MASK = sum(1 << number for number in SHARE_CAPABILITIES)
 OWN_NAMESPACES = {
-    "qemu-system-x86": {"ipc", "mnt", "pid"},
+    "qemu-system-x86": {"cgroup", "ipc", "mnt", "pid", "uts"},
     "passt": {"ipc", "mnt", "pid", "user", "uts"},
     "virtiofsd": {"mnt", "net", "pid"},
 }
@@ -63,6 +64,20 @@ def family(pid: int) -> dict[str, int]:
     return found
 
 
+def its_user_and_limits(monitor: int, engine: int, serves: bool) -> None:
+    """QEMU's."""
+    told = status(monitor)
+    # Who serves files of all owners is root; otherwise it is a user that nobody else is.
+    user = 0 if serves else confinement.FIRST_USER + confinement.USERS_PER_SANDBOX * engine
+    assert told["Uid"].split() == told["Gid"].split() == [str(user)] * 4
+    assert serves or told["Groups"] == ""
+    assert told["Seccomp_filters"] == "2"  # its own and ours
+    limits = Path(f"/proc/{monitor}/limits").read_text()
+    assert re.search(r"Max core file size +0 +0 ", limits)
+    assert serves or re.search(r"Max open files +1024 +1024 ", limits)
+    assert serves or re.search(r"Max processes +1024 +1024 ", limits)
+
+
 @pytest.mark.parametrize("shares", ["", *SHARES])
 def test_what_each_process_is_left_with(
     shared_kata: Kata, busybox_image: str, tmp_path: Path, shares: str
@@ -96,6 +111,7 @@ def test_what_each_process_is_left_with(
             assert ours["mnt"] != host["mnt"]
             assert {kind for kind in its if its[kind] != ours[kind]} == OWN_NAMESPACES[name], name
             assert its["mnt"] != host["mnt"]
+        its_user_and_limits(monitor, engine, shares == "virtio-9p")
         # Its numbers in its own PID namespace.
         assert status(monitor)["NSpid"].split()[-1] == "1"
 

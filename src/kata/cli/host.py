@@ -121,6 +121,31 @@ def _vsock() -> Check:
     return Check("vhost-vsock", OK, "usable")
 
 
+def _confinement() -> Check:
+    """What a hypervisor is left with on this host; docs/reference.md has all of it."""
+    from kata import confinement
+
+    landlock = confinement.landlock_version()
+    lacks = []
+    if not landlock:
+        lacks.append("no Landlock in this kernel, or it is switched off (lsm=)")
+    elif landlock < confinement.SCOPES:
+        lacks.append(
+            f"Landlock {landlock}, of which {confinement.SCOPES} keeps from signals and abstract sockets"
+        )
+    if not confinement.filter_code(()):
+        lacks.append("no system call filter of ours on this architecture")
+    if os.geteuid() == 0 and not confinement.user_of(confinement.MONITOR):
+        lacks.append(
+            f"{confinement.VARIABLE} is 0: hypervisors are root's"
+            if os.environ.get(confinement.VARIABLE) == "0"
+            else f"no user ids from {confinement.FIRST_USER} on in this user namespace: hypervisors are root's"
+        )
+    if lacks:
+        return Check("confinement", WARN, "; ".join(lacks))
+    return Check("confinement", OK, f"a user for each hypervisor, system call filter, Landlock {landlock}")
+
+
 def version_of(program: str) -> str:
     """The first line that ``PROGRAM --version`` prints; empty if that does not work."""
     try:
@@ -369,6 +394,7 @@ _CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
     _permissions,
     _kvm,
     _vsock,
+    _confinement,
     _hypervisors,
     _network_helper,
     _file_server,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children, paths, sysio
+from kata import children, confinement, paths, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor.cloud_hypervisor import command, slots
 from kata.hypervisor.process import MonitorProcess, available_memory, open_disks, open_files
@@ -25,7 +25,6 @@ INSTALL = (
     f" into {VARIABLE}."
 )
 _API_SOCKET = "api.sock"
-NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
 
 
 class CloudHypervisorProcess(MonitorProcess):
@@ -123,7 +122,7 @@ def restore(
     """
     from kata.hypervisor.cloud_hypervisor import saved
 
-    made = _Made(program, shape, attachments, journal, root)
+    made = _Made(program, shape, attachments, journal, root, directory)
     return made.start(
         lambda: open_disks(attachments.disks),
         lambda vsock, fds: [
@@ -138,8 +137,15 @@ class _Made:
     """A process that is made."""
 
     def __init__(
-        self, program: str, shape: MachineShape, attachments: Attachments, journal: Journal, root: str
+        self,
+        program: str,
+        shape: MachineShape,
+        attachments: Attachments,
+        journal: Journal,
+        root: str,
+        saved: str = "",
     ) -> None:
+        self._saved = saved
         self._program = program
         self._shape = shape
         self._attachments = attachments
@@ -192,7 +198,8 @@ class _Made:
                     stdout=stdout,
                     stderr=stderr_tail.write_fd,
                     capabilities=(),
-                    namespaces=NAMESPACES,
+                    namespaces=confinement.NAMESPACES,
+                    confinement=self._confinement(theirs),
                 )
             except OSError as error:
                 raise HypervisorError(
@@ -219,6 +226,20 @@ class _Made:
             entries,
             vsock_path=vsock_path,
             root=self._root,
+        )
+
+    def _confinement(self, theirs: Mapping[str, int]) -> confinement.Confinement:
+        run_dir, disks = self._attachments.run_dir, self._attachments.disks
+        written = [f"disk{index}" for index, disk in enumerate(disks) if disk and not disk.readonly]
+        restored = [os.path.join(run_dir, "restored"), self._saved] if self._saved else []
+        return confinement.monitor(
+            self._program,
+            user=0,  # it opens disks by name, and those are root's
+            readable=[*(fd for key, fd in theirs.items() if key not in written), *restored],
+            writable=[*(theirs[key] for key in written), *([self._root] if self._root else [])],
+            devices=["/dev/kvm"],
+            sockets_in=run_dir,
+            any_file=not self._root,
         )
 
 

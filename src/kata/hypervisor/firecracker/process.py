@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from kata import children, paths, sysio
+from kata import children, confinement, paths
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor.firecracker import config
 from kata.hypervisor.firecracker.taps import Taps
@@ -27,7 +27,6 @@ INSTALL = (
 EMPTY_DISK = "empty-disk"
 """Name of the file behind the empty disk slots, in the sandbox's directory."""
 _EMPTY_BYTES = 1 << 20
-NAMESPACES = sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS
 
 
 class FirecrackerProcess(MonitorProcess):
@@ -170,6 +169,8 @@ def _start(
         empty = os.path.join(run_dir, EMPTY_DISK)
         theirs["empty"] = os.open(empty, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         os.truncate(theirs["empty"], _EMPTY_BYTES)
+        written = [f"disk{index}" for index, disk in enumerate(slots.disks) if disk and not disk.readonly]
+        written.append("empty")
         stdout = stderr_tail.write_fd
         if shape.console != "none":
             ours["console"], stdout = children.socketpair()
@@ -205,7 +206,17 @@ def _start(
                 stdout=stdout,
                 stderr=stderr_tail.write_fd,
                 capabilities=(),
-                namespaces=NAMESPACES,
+                namespaces=confinement.NAMESPACES,
+                # It opens disks by name, and those are root's.
+                confinement=confinement.monitor(
+                    program,
+                    user=0,
+                    readable=[fd for key, fd in theirs.items() if key not in written],
+                    writable=[*(theirs[key] for key in written), *([root] if root else [])],
+                    devices=["/dev/kvm", "/dev/net/tun"],
+                    sockets_in=run_dir,
+                    any_file=not root,
+                ),
             )
         except OSError as error:
             raise HypervisorError(

@@ -44,12 +44,13 @@ class Fds:
         initrd: Its initial ramdisk.
         disks: Disk images by slot.
         nic: The socket on which an empty network interface listens, or None.
+        share: The directory of a share whose files are not QEMU's to serve with anybody's rights, or None.
         acpi: Files of `kata.hypervisor.qemu.acpi` by their names in fw_cfg, where `has_small_acpi`.
 
     QEMU is not privileged, and these lie in directories of anybody's: it opens nothing of that by its path.
     """
 
-    __slots__ = ("acpi", "agent", "console", "disks", "initrd", "kernel", "nic", "qmp")
+    __slots__ = ("acpi", "agent", "console", "disks", "initrd", "kernel", "nic", "qmp", "share")
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Fds:
         initrd: int,
         disks: Mapping[int, int],
         nic: int | None = None,
+        share: int | None = None,
         acpi: Mapping[str, int] | None = None,
     ) -> None:
         self.acpi = dict(acpi or {})
@@ -71,6 +73,7 @@ class Fds:
         self.initrd = initrd
         self.disks = dict(disks)
         self.nic = nic
+        self.share = share
 
     def all(self) -> list[int]:
         """All of them."""
@@ -82,6 +85,7 @@ class Fds:
             self.initrd,
             *self.disks.values(),
             self.nic,
+            self.share,
             *self.acpi.values(),
         ]
         return [fd for fd in found if fd is not None]
@@ -227,8 +231,9 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
             *_device("vhost-user-fs-pci", slots.SHARE, chardev="share", tag=slots.SHARE_TAG),
         ]
     elif settings.share_dir:
+        path = opened(fds.share) if fds.share is not None else comma(settings.share_dir)
         argv += [
-            *("-fsdev", f"local,id=share,path={comma(settings.share_dir)},{_SHARE_OPTIONS}"),
+            *("-fsdev", f"local,id=share,path={path},{_SHARE_OPTIONS}"),
             *_device("virtio-9p-pci", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
         ]
     for index, disk in enumerate(settings.disks):

@@ -1,0 +1,628 @@
+"""What a monitor or helper is left with before it executes its program: user, limits, Landlock, seccomp.
+
+One call for all of them: make a `Confinement` and give it to `kata.children.spawn` (or `SupervisedChild.start`)::
+
+    children.spawn(argv, journal, role, confinement=confinement.monitor(program, ...))
+
+It goes together with the capabilities and namespaces that `spawn` is told. The order in the child: cgroups, namespaces,
+own ``/dev``, limits, capabilities and user, no_new_privs, death signal, Landlock, seccomp, execve(2). What a program
+restricts by itself (QEMU's ``-sandbox``, the filters of the others) comes on top.
+
+Everything holds from the program's first instruction on; `kata.hypervisor.root` takes the files away later.
+
+Sources: the kernel's ``Documentation/userspace-api/seccomp_filter.rst`` and ``landlock.rst``, ``linux/landlock.h``,
+``linux/filter.h``, ``arch/x86/entry/syscalls/syscall_64.tbl``, capabilities(7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+
+from kata import sysio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+FIRST_USER = 1_900_000_000
+"""The first of the user ids that sandboxes take by default, where nothing else has any (systemd's ``UIDS-GIDS.md``)."""
+VARIABLE = "KATA_FIRST_USER"
+"""Variable with another first user id; 0 leaves all programs root's."""
+USERS_PER_SANDBOX = 4
+MONITOR, NETWORK = range(2)
+"""Which of a sandbox's users is whose."""
+SCOPES = 6
+"""The version of Landlock that restricts signals and abstract sockets."""
+MOST_FILES = 1024
+MOST_THREADS = 1024
+NAMESPACES = (
+    sysio.CLONE_NEWPID | sysio.CLONE_NEWIPC | sysio.CLONE_NEWNS | sysio.CLONE_NEWUTS | sysio.CLONE_NEWCGROUP
+)
+"""Those that each monitor has of its own. Its network namespace is the sandbox's: clients reach that by its process."""
+
+ALWAYS = (
+    *(101, 310, 311, 312, 438, 440),  # ptrace, process_vm_readv, _writev, kcmp, pidfd_getfd, process_madvise
+    *(
+        174,
+        175,
+        176,
+        177,
+        178,
+        313,
+    ),  # create_module, init_, delete_, get_kernel_syms, query_module, finit_module
+    *(246, 320, 169),  # kexec_load, kexec_file_load, reboot
+    *(298, 321, 323),  # perf_event_open, bpf, userfaultfd
+    *(248, 249, 250),  # add_key, request_key, keyctl
+    *(425, 426, 427),  # io_uring_setup, _enter, _register
+    *(
+        134,
+        136,
+        139,
+        154,
+        156,
+        180,
+        212,
+    ),  # uselib, ustat, sysfs, modify_ldt, _sysctl, nfsservctl, lookup_dcookie
+    *(
+        153,
+        163,
+        167,
+        168,
+        172,
+        173,
+        179,
+        443,
+    ),  # vhangup, acct, swapon, swapoff, iopl, ioperm, quotactl, quotactl_fd
+    *(159, 164, 227, 305),  # adjtimex, settimeofday, clock_settime, clock_adjtime
+    *(
+        103,
+        135,
+        256,
+        279,
+        300,
+        301,
+    ),  # syslog, personality, migrate_pages, move_pages, fanotify_init, fanotify_mark
+    *(
+        430,
+        431,
+        432,
+        433,
+        442,
+        457,
+        458,
+        467,
+    ),  # fsopen, fsconfig, fsmount, fspick, mount_setattr, statmount, listmount
+)
+"""System calls that no program of a sandbox needs, by their numbers on x86-64."""
+SETTING_UP = (
+    *(
+        155,
+        161,
+        165,
+        166,
+        272,
+        308,
+        428,
+        429,
+    ),  # pivot_root, chroot, mount, umount2, unshare, setns, open_tree, move_mount
+    *(105, 106, 113, 114, 116, 117, 119, 122, 123),  # setuid and its kind
+    *(126, 170, 171),  # capset, sethostname, setdomainname
+)
+"""Those by which virtiofsd and passt confine themselves; a monitor needs none."""
+BY_HANDLE = (303, 304)  # name_to_handle_at, open_by_handle_at
+NODES = (133, 259)  # mknod, mknodat
+SOCKETS = (41, 42, 49)  # socket, connect, bind; QEMU listens on one that it is given
+_EXECVE, _EXECVEAT, _FORK, _VFORK, _CLONE, _CLONE3, _IOCTL, _SOCKET = 59, 322, 57, 58, 56, 435, 16, 41
+_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+_CLONE_THREAD = 0x1_0000
+_AF_UNIX = 1
+
+_ALLOW, _KILL = 0x7FFF_0000, 0x8000_0000
+_EPERM, _ENOSYS = 0x0005_0001, 0x0005_0026
+_LOAD, _EQUAL, _ABOVE, _SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
+_AUDIT_ARCH_X86_64 = 0xC000_003E
+_X32 = 0x4000_0000
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
+
+_NR_CREATE_RULESET, _NR_ADD_RULE, _NR_RESTRICT_SELF = 444, 445, 446
+_VERSION, _PATH_BENEATH = 1, 1
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEV = 0x1, 0x2, 0x4, 0x8, 0x4000, 0x8000
+REMOVE_FILE, MAKE_FILE, MAKE_SOCK = 0x20, 0x100, 0x200
+READ = EXECUTE | READ_FILE | READ_DIR
+WRITE = READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | IOCTL_DEV | MAKE_FILE | REMOVE_FILE
+_OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+_RIGHTS = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}
+_ALL_RIGHTS = 0xFFFF
+_NO_NETWORK, _NO_SIGNALS_NOR_SOCKETS = 0x3, 0x3
+SYSTEM = (
+    *("/usr", "/lib", "/lib64", "/proc", "/sys"),
+    *(
+        "/etc/ld.so.cache",
+        "/etc/ld.so.preload",
+        "/etc/localtime",
+        "/etc/nsswitch.conf",
+        "/etc/passwd",
+        "/etc/group",
+    ),
+    *("/etc/qemu", "/etc/ssl/openssl.cnf", "/etc/gnutls", "/etc/gcrypt", "/etc/crypto-policies"),
+)
+"""What any program may read until its root directory is taken away: libraries, firmware, what the kernel says."""
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+
+class Confinement:
+    """What one process gets; made by `monitor` or `helper`, and used up by `kata.children.spawn`.
+
+    Args:
+        code: The seccomp filter's instructions; empty on another architecture than x86-64.
+        secret: Fifth argument of the only execve(2) that the filter allows; 0 where it allows all.
+        user: User and group id; 0 stays root.
+        devices: Devices of the host that it opens by name, for a ``/dev`` of its own; empty leaves it the host's.
+        ruleset: Of Landlock, or None where the kernel has it not.
+        limits_files: Whether that restricts files.
+        files: How many it may have open; 0 for as many as we.
+        threads: How many tasks its user may have; 0 for as many as root.
+    """
+
+    __slots__ = ("_code", "_secret", "devices", "files", "limits_files", "ruleset", "threads", "user")
+
+    def __init__(
+        self,
+        code: bytes,
+        secret: int = 0,
+        *,
+        user: int = 0,
+        devices: Sequence[str] = (),
+        ruleset: sysio.Fd | None = None,
+        limits_files: bool = True,
+        files: int = 0,
+        threads: int = 0,
+    ) -> None:
+        self._code = code
+        self._secret = secret
+        self.user = user
+        self.devices = devices
+        self.ruleset = ruleset
+        self.limits_files = limits_files
+        self.files = files
+        self.threads = threads
+
+    def close(self) -> None:
+        """Close what was for the child alone. Idempotent."""
+        if self.ruleset is not None:
+            self.ruleset.close()
+
+    # ---- in the child ----
+
+    def limit(self) -> None:
+        """While it is root, after its namespaces were made: its devices and limits.
+
+        Raises:
+            OSError: A call failed.
+        """
+        import resource
+
+        if self.devices:
+            self._own_devices()
+        for which, most in ((resource.RLIMIT_NOFILE, self.files), (resource.RLIMIT_NPROC, self.threads)):
+            if most:
+                hard = resource.getrlimit(which)[1]
+                most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+                resource.setrlimit(which, (most, most))
+
+    def _own_devices(self) -> None:
+        nodes = []
+        for path in dict.fromkeys((*DEVICES, *self.devices)):
+            try:
+                nodes.append((path, os.stat(path)))
+            except FileNotFoundError:
+                pass  # the program says so
+        sysio.mount(
+            "tmpfs", "/dev", "tmpfs", sysio.MS_NOSUID | sysio.MS_NOEXEC, "mode=0755,size=4k,nr_inodes=32"
+        )
+        umask = os.umask(0)
+        for path, status in nodes:
+            if not stat.S_ISCHR(status.st_mode):
+                continue
+            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            mine = path not in DEVICES
+            os.mknod(path, stat.S_IFCHR | (0o600 if mine else 0o666), status.st_rdev)
+            if mine:
+                os.chown(path, self.user, self.user)
+        os.umask(umask)
+        if self.ruleset is not None and self.limits_files:
+            allow(self.ruleset.raw, "/dev", READ | WRITE_FILE | IOCTL_DEV)
+
+    def seal(self) -> None:
+        """As the last but one: Landlock and the filter. no_new_privs is set.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        if self.ruleset is not None:
+            _syscall(_NR_RESTRICT_SELF, self.ruleset.raw, 0)
+        if self._code:
+            buffer = ctypes.create_string_buffer(self._code, len(self._code))
+            program = _Program(len(self._code) // 8, ctypes.addressof(buffer))
+            sysio.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(program))
+
+    def execute(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """execve(2), the one that the filter allows.
+
+        Raises:
+            OSError: Always, if it returns.
+        """
+        words = [os.fsencode(word) for word in argv]
+        pairs = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
+        vector = (ctypes.c_char_p * (len(words) + 1))(*words, None)
+        variables = (ctypes.c_char_p * (len(pairs) + 1))(*pairs, None)
+        _syscall(
+            _EXECVE if self._code else _execve_number(),
+            words[0],
+            vector,
+            variables,
+            0,
+            self._secret,
+        )
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
+
+
+def _execve_number() -> int:
+    return {"aarch64": 221}.get(os.uname().machine, _EXECVE)
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    converted = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
+    return sysio.syscall(number, *converted)
+
+
+def monitor(
+    program: str,
+    *,
+    user: int | None = None,
+    keeps: Iterable[int] = (),
+    readable: Iterable[str | int] = (),
+    writable: Iterable[str | int] = (),
+    devices: Sequence[str] = (),
+    sockets_in: str = "",
+    shares: str = "",
+    any_file: bool = False,
+) -> Confinement:
+    """The confinement of a monitor.
+
+    Give it to `kata.children.spawn` together with ``capabilities=()`` (or what it needs to serve files) and
+    ``namespaces=NAMESPACES``.
+
+    Args:
+        program: Its absolute path.
+        user: Which user id; None for `user_for`.
+        keeps: Its capabilities.
+        readable: Paths that it opens by name besides its program and the system's libraries, and descriptors that it
+            opens once more by ``/proc/self/fd``.
+        writable: The same of what it writes; of a directory what is in it, also what is mounted there later.
+        devices: Devices that it opens by name, such as ``/dev/kvm``.
+        sockets_in: Directory in which it makes unix sockets; empty: it makes no socket at all.
+        shares: Directory whose files it serves; empty for none.
+        any_file: It keeps the caller's root directory and opens files by names that are not known yet: Landlock
+            restricts none.
+    """
+    kept = set(keeps)
+    script = _is_script(program)
+    if user is None:
+        user = user_for(program, kept)
+    denied = {*ALWAYS, *SETTING_UP, *BY_HANDLE}
+    if sysio.CAP_MKNOD not in kept:
+        denied.update(NODES)
+    if not sockets_in:
+        denied.update(SOCKETS)
+    secret = 0 if script else 1 | int.from_bytes(os.urandom(8), "little")
+    ruleset = None
+    if not script:
+        own = os.path.dirname(os.path.realpath(program))
+        beside = (os.path.join(own, "..", name) for name in ("share", "lib", "libexec"))
+        ruleset = landlock(
+            [
+                *((path, READ) for path in (*SYSTEM, own, *beside, *readable)),
+                *((path, WRITE) for path in writable),
+                *(((sockets_in, MAKE_SOCK | REMOVE_FILE),) if sockets_in else ()),
+                *(((shares, _ALL_RIGHTS),) if shares else ()),
+                *((path, READ | WRITE_FILE | IOCTL_DEV) for path in (*DEVICES, *devices)),
+            ],
+            files=not any_file,
+            network=True,
+        )
+    return Confinement(
+        filter_code(denied, secret=secret, threads_only=not script, unix_only=bool(sockets_in)),
+        secret,
+        user=user,
+        devices=devices if user else (),
+        ruleset=ruleset,
+        limits_files=not any_file,
+        files=0 if kept else MOST_FILES,
+        threads=MOST_THREADS if user else 0,
+    )
+
+
+def helper(*, by_handle: bool = False, scoped: bool = True) -> Confinement:
+    """The confinement of virtiofsd and passt, beneath the one that they make themselves.
+
+    They fork, mount and change their user for that, so the filter and Landlock leave them these: Landlock with rules
+    for files would forbid them to mount. Their own filters take the calls away.
+
+    Args:
+        by_handle: It opens files by handle.
+        scoped: It need not signal, nor connect to abstract sockets of, processes that are not its own descendants.
+    """
+    denied = {*ALWAYS} if by_handle else {*ALWAYS, *BY_HANDLE}
+    return Confinement(filter_code(denied), ruleset=landlock([], files=False) if scoped else None)
+
+
+def user_of(which: int) -> int:
+    """The user id for one of this sandbox's processes; 0 where it has to be root's.
+
+    A sandbox has one engine and an engine one process id, so no two sandboxes have the same at one time.
+
+    Args:
+        which: `MONITOR` or `NETWORK`.
+    """
+    try:
+        first = int(os.environ.get(VARIABLE, "") or FIRST_USER)
+    except ValueError:
+        first = FIRST_USER
+    user = first + USERS_PER_SANDBOX * os.getpid() + which
+    return user if first > 0 and os.geteuid() == 0 and _is_mapped(user) else 0
+
+
+def _is_mapped(user: int) -> bool:
+    """Whether the user namespace that we are in has this id, for users and groups."""
+    for name in ("uid_map", "gid_map"):
+        for line in sysio.read_file(f"/proc/self/{name}").splitlines():
+            first, _, count = map(int, line.split())
+            if first <= user < first + count:
+                break
+        else:
+            return False
+    return True
+
+
+def _is_script(program: str) -> bool:
+    """A wrapper, which executes other programs: what these need cannot be told from it."""
+    try:
+        fd = os.open(program, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, 2) == b"#!"
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+
+
+def user_for(program: str, keeps: Iterable[int] = (), reads: Iterable[str] = ()) -> int:
+    """The user id of a sandbox's monitor; 0 where it has to be root's.
+
+    Args:
+        program: Its absolute path. A wrapper is root's: what it executes may be for root alone.
+        keeps: The capabilities that it is to keep: who has these for others' files needs root's rights to them anyway.
+        reads: Files that it opens by name.
+    """
+    if any(True for _ in keeps) or _is_script(program) or not all(map(_is_for_all, (program, *reads))):
+        return 0
+    return user_of(MONITOR)
+
+
+def _is_for_all(path: str) -> bool:
+    """Whether users that are nobody in particular may read it, and execute it if somebody may."""
+    path = os.path.realpath(path)
+    try:
+        mode = os.stat(path).st_mode
+        if not mode & stat.S_IROTH or (mode & stat.S_IXUSR and not mode & stat.S_IXOTH):
+            return False
+        while path != "/":
+            path = os.path.dirname(path)
+            if not os.stat(path).st_mode & stat.S_IXOTH:
+                return False
+    except OSError:
+        return False
+    return True
+
+
+def for_user(fd: int, user: int) -> int:
+    """A descriptor that a program of this user can open once more by ``/proc/self/fd``.
+
+    Args:
+        fd: An open file; closed if another takes its place.
+        user: Of `Confinement`.
+
+    Returns:
+        The same, or that of a copy in memory where only others may read the file.
+
+    Raises:
+        OSError: It cannot be copied.
+    """
+    status = os.fstat(fd)
+    if not user or status.st_mode & stat.S_IROTH or not stat.S_ISREG(status.st_mode):
+        return fd
+    copy = os.memfd_create("copy")
+    try:
+        left = status.st_size
+        offset = 0
+        while left > 0 and (done := os.sendfile(copy, fd, offset, left)):
+            offset += done
+            left -= done
+    except BaseException:
+        os.close(copy)
+        raise
+    os.close(fd)
+    return copy
+
+
+# ---- Landlock ----
+
+
+def landlock_version() -> int:
+    """Which version of Landlock the kernel has; 0 for none, or switched off."""
+    try:
+        return _syscall(_NR_CREATE_RULESET, 0, 0, _VERSION)
+    except OSError:
+        return 0
+
+
+def landlock(
+    rules: Iterable[tuple[str | int, int]], *, files: bool = True, network: bool = False
+) -> sysio.Fd | None:
+    """Make a ruleset: nothing but what a rule allows, no TCP, no signals to others and no abstract sockets of others.
+
+    Args:
+        rules: Each a path or descriptor, and rights to it and what is below; paths that do not exist are left out.
+        files: Whether files are restricted.
+        network: Whether TCP is.
+
+    Returns:
+        None where this kernel has nothing of that.
+    """
+    version = landlock_version()
+    if not version or (not files and version < SCOPES):
+        return None
+    rights = _RIGHTS.get(version, _ALL_RIGHTS) if files else 0
+    attributes = rights.to_bytes(8, "little")
+    if version >= 4:
+        attributes += (_NO_NETWORK if network else 0).to_bytes(8, "little")
+    if version >= SCOPES:
+        attributes += _NO_SIGNALS_NOR_SOCKETS.to_bytes(8, "little")
+    ruleset = sysio.Fd(_syscall(_NR_CREATE_RULESET, attributes, len(attributes), 0))
+    try:
+        for path, wanted in rules if files else ():
+            allow(ruleset.raw, path, wanted & rights)
+    except BaseException:
+        ruleset.close()
+        raise
+    return ruleset
+
+
+def allow(ruleset: int, path: str | int, rights: int) -> None:
+    """Add a rule; nothing happens for a path that does not exist.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    if isinstance(path, str):
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return
+    else:
+        fd = path
+    try:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            rights &= _OF_FILES
+        version_rights = _RIGHTS.get(landlock_version(), _ALL_RIGHTS)
+        rule = (rights & version_rights).to_bytes(8, "little") + fd.to_bytes(4, "little", signed=True)
+        _syscall(_NR_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
+    except OSError as error:
+        if error.errno != errno.EBADFD:  # that of files in memory alone, which need no rule
+            raise
+    finally:
+        if isinstance(path, str):
+            os.close(fd)
+
+
+# ---- seccomp ----
+
+
+def filter_code(
+    denied: Iterable[int], *, secret: int = 0, threads_only: bool = False, unix_only: bool = False
+) -> bytes:
+    """A seccomp filter: these system calls fail with EPERM, those of 32-bit programs end the process.
+
+    clone3(2), whose flags a filter does not see, is said not to exist: the C library does with clone(2) then.
+
+    Args:
+        denied: Numbers of system calls.
+        secret: execve(2) is allowed with this as its fifth argument alone, which it has not: once for us, and never
+            for the program, to which nobody tells it. 0 does not restrict it.
+        threads_only: It may make threads, and neither processes nor namespaces.
+        unix_only: Sockets of its own may be unix sockets only.
+
+    Returns:
+        Instructions (struct sock_filter); nothing on another architecture than x86-64.
+    """
+    if os.uname().machine != "x86_64":
+        return b""
+    out = _Code()
+    out.load(_ARCH)
+    out.step(_EQUAL, _AUDIT_ARCH_X86_64, 1, 0)
+    out.answer(_KILL)
+    out.load(_NUMBER)
+    out.step(_ABOVE, _X32, 0, 1)
+    out.answer(_KILL)
+    # First what is frequent: KVM_RUN is an ioctl(2), and one that is looked at is not in the kernel's own table.
+    out.step(_EQUAL, _IOCTL, 0, 5)
+    out.load(_ARGUMENTS + 8)
+    out.step(_EQUAL, _TIOCSTI, 1, 0)
+    out.step(_EQUAL, _TIOCLINUX, 0, 1)
+    out.answer(_EPERM)
+    out.answer(_ALLOW)
+    out.step(_EQUAL, _CLONE3, 0, 1)
+    out.answer(_ENOSYS)
+    namespaces = (
+        sysio.CLONE_NEWNS
+        | sysio.CLONE_NEWCGROUP
+        | sysio.CLONE_NEWUTS
+        | sysio.CLONE_NEWIPC
+        | sysio.CLONE_NEWUSER
+        | sysio.CLONE_NEWPID
+        | sysio.CLONE_NEWNET
+    )
+    if threads_only:
+        out.step(_EQUAL, _CLONE, 0, 5)
+        out.load(_ARGUMENTS)
+        out.step(_SET, namespaces, 1, 0)
+        out.step(_SET, _CLONE_THREAD, 1, 0)
+        out.answer(_EPERM)
+        out.answer(_ALLOW)
+    if secret:
+        out.step(_EQUAL, _EXECVE, 0, 6)
+        for half in range(2):
+            out.load(_ARGUMENTS + 32 + 4 * half)
+            # To the refusal behind the second half, or on.
+            out.step(_EQUAL, secret >> 32 * half & 0xFFFF_FFFF, 0, 3 - 2 * half)
+        out.answer(_ALLOW)
+        out.answer(_EPERM)
+    if unix_only:
+        out.step(_EQUAL, _SOCKET, 0, 4)
+        out.load(_ARGUMENTS)
+        out.step(_EQUAL, _AF_UNIX, 0, 1)
+        out.answer(_ALLOW)
+        out.answer(_EPERM)
+    more = {_FORK, _VFORK} if threads_only else set()
+    if secret:
+        more.add(_EXECVEAT)
+    numbers = sorted({*denied, *more})
+    for index, number in enumerate(numbers):
+        out.step(_EQUAL, number, len(numbers) - index, 0)
+    out.answer(_ALLOW)
+    out.answer(_EPERM)
+    return bytes(out.code)
+
+
+class _Code:
+    __slots__ = ("code",)
+
+    def __init__(self) -> None:
+        self.code = bytearray()
+
+    def step(self, code: int, value: int, true: int = 0, false: int = 0) -> None:
+        self.code += code.to_bytes(2, "little") + bytes((true, false)) + value.to_bytes(4, "little")
+
+    def load(self, offset: int) -> None:
+        self.step(_LOAD, offset)
+
+    def answer(self, what: int) -> None:
+        self.step(_RETURN, what)
