@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children, sysio
+from kata import children, confinement, sysio
 from kata.errors import HostError, HypervisorError
 
 TYPE_CHECKING = False
@@ -165,6 +165,7 @@ class FileServer:
                 "virtiofsd",
                 pass_fds=[self._listener.raw],
                 capabilities=capabilities(self.program),
+                confinement=confinement.helper(by_handle=self.program != C_PROGRAM),
             )
         except OSError as error:
             raise HypervisorError(f"cannot start the file server: {error.strerror}") from error

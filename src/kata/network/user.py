@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children, sysio
+from kata import children, confinement, sysio
 from kata.errors import HostError, KataError, UnsupportedError, UsageError
 from kata.hypervisor.base import Nic
 from kata.network import egress_filter, resolver
@@ -420,6 +420,7 @@ class UserPlan(NetworkPlan):
                 cgroups=[cgroup],
                 capabilities=CAPABILITIES,
                 namespaces=sysio.CLONE_NEWPID,
+                confinement=confinement.helper(),
             )
         except OSError as error:
             raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
