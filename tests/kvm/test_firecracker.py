@@ -89,6 +89,17 @@ def test_limits_of_its_disks(kata: Kata, busybox_image: str, tmp_path: Path) -> 
     assert ended - began > 2, (began, ended)
 
 
+def test_small_files_of_the_host_are_copied(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("copied\n")
+    run = ("run", "--rm", *ALONE)
+    shown = kata.ok(*run, "-v", f"{tmp_path}:/v:ro", busybox_image, "cat", "/v/key", "/etc/hostname")
+    assert shown.startswith("copied\n")
+    before = kata.sandboxes()
+    refused = kata.call(*run, "-v", f"{tmp_path}:/v", busybox_image, "true")
+    assert f"cannot mount {tmp_path} writable".encode() in refused.stderr
+    assert kata.sandboxes() == before
+
+
 def test_what_it_cannot_is_refused_by_name(kata: Kata, busybox_image: str) -> None:
     before = kata.sandboxes()
     refused = kata.call("run", "--rm", busybox_image, "true")

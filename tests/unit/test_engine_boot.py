@@ -16,7 +16,7 @@ from kata.errors import HostError, KataError, UnsupportedError
 from kata.hypervisor import registry, virtiofsd
 from kata.hypervisor.base import Capabilities
 from kata.journal import Journal
-from kata.settings import NetworkSettings
+from kata.settings import ContainerSettings, NetworkSettings, RootfsSettings, VolumeSettings
 
 
 def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
@@ -103,11 +103,22 @@ def test_what_a_hypervisor_cannot_do_is_said_before_anything_is_made(
     with pytest.raises(UnsupportedError, match="Poor gives a machine 1 disks, and 2 are needed"):
         start.choose_monitor()
     start._settings.disks = []
-    start._settings.client.shares_from_start = True
-    with pytest.raises(UnsupportedError, match="Poor cannot share files"):
+    own = start._settings.container = ContainerSettings(
+        directory=str(tmp_path), rootfs=RootfsSettings(kind="share", source="/root"), volumes=[]
+    )
+    with pytest.raises(
+        UnsupportedError, match=r"the root file system /root is a directory.* Poor shares no"
+    ):
         start.choose_monitor()
-    start._settings.client.shares_from_start = False
+    own.rootfs = None
+    own.volumes = [VolumeSettings(source=str(tmp_path), destination="/x")]
+    with pytest.raises(UnsupportedError, match=f"cannot mount {tmp_path} writable"):
+        start.choose_monitor()
+    own.volumes[0].readonly = True
+    start._settings.client.shares_from_start = True
     start.choose_monitor()
+    start.prepare_share()
+    assert start.machine.share is None
     start._settings.network = NetworkSettings(mode="netns")
     with pytest.raises(
         UnsupportedError, match="Poor cannot connect a machine to a network of the mode 'netns'"

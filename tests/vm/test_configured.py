@@ -127,6 +127,8 @@ def test_without_a_connection_and_without_a_share(
     file.write_text(
         "[hypervisor.qemu]\nshared_fs = 'none'\nenable_mem_prealloc = true\nuse_legacy_serial = false\n"
     )
+    done = daemon.run("tree", "true", options=("--runtime-config-path", str(file)))
+    assert b"cannot share the root file system" in done.stderr, done.stderr
     shared_kata.env["KATA_CONF_FILE"] = str(file)
     try:
         said = shared_kata.ok(
@@ -147,7 +149,21 @@ def test_without_a_connection_and_without_a_share(
             "run", "--rm", "--network", "none", "-v", "/etc:/x", busybox_image, "true"
         )
         assert refused.returncode == 125
+        assert b"cannot mount /etc writable" in refused.stderr
         assert b"shared_fs" in refused.stderr
+        # What is small and read-only is copied, as it is.
+        small = daemon.directory / "small"
+        (small / "..1").mkdir(parents=True)
+        (small / "..1" / "key").write_bytes(b"x" * 600_000)
+        (small / "..data").symlink_to("..1")
+        (small / "key").symlink_to("..data/key")
+        (small / "..1" / "key").chmod(0o640)
+        os.chown(small / "..1" / "key", 12, 34)
+        shown = shared_kata.ok(
+            "run", "--rm", "--network", "none", "-v", f"{small}:/x:ro", busybox_image, "sh", "-c",
+            "wc -c < /x/key; stat -c '%a %u %g' /x/..1/key; readlink /x/key; touch /x/new || echo no",
+        )  # fmt: skip
+        assert shown.split("\n")[:4] == ["600000", "640 12 34", "..data/key", "no"]
         shown = json.loads(shared_kata.ok("config", "show", "--json"))
         [row] = [one for one in shown[0]["settings"] if one["key"] == "shared_fs"]
         assert (row["value"], row["origin"]) == ("none", f"{file}:2")

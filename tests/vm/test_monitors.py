@@ -620,7 +620,16 @@ def test_a_monitor_from_outside_serves_kata_run(scripted: ScriptedKata, busybox_
     assert refused.returncode == 125
     assert b"The scripted monitor cannot connect a machine to a network of the mode 'user'" in refused.stderr
     refused = scripted.call(*run, "--rm", "-v", f"{scripted.directory}:/v", busybox_image, "true")
-    assert b"The scripted monitor cannot share files of the host" in refused.stderr
+    assert f"cannot mount {scripted.directory} writable".encode() in refused.stderr
+    assert scripted.sandboxes() == []
+    bare = scripted.directory / "bare"
+    bare.mkdir()
+    refused = scripted.call(*run, "--rm", f"rootfs:{bare}", "true")
+    assert f"the root file system {bare} is a directory".encode() in refused.stderr
+    # What is small and read-only is copied, and a person is told so once.
+    (bare / "key").write_text("copied\n")
+    shown = scripted.ok(*run, "--rm", "-v", f"{bare}:/v:ro", busybox_image, "cat", "/v/key")
+    assert shown == "copied\n"
     # And without this program there is no such hypervisor.
     plain = subprocess.run(
         Kata.command(scripted, *run, "--rm", busybox_image, "true"),

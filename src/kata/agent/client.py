@@ -375,6 +375,10 @@ class AgentClient:
         request = agent_pb.CopyFileRequest(
             path=path, file_size=len(content), file_mode=0o100000 | mode, dir_mode=0o755, data=content
         )
+        await self.copy(request)
+
+    async def copy(self, request: agent_pb.CopyFileRequest) -> None:
+        """Write a piece of a file, a directory or a symbolic link below the guest's share directory."""
         await self._empty("CopyFile", request)
 
     async def details(self, timeout_s: float = CALL_S) -> agent_pb.GuestDetailsResponse:

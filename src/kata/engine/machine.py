@@ -89,7 +89,15 @@ def machine_settings(
     notes = [("software-emulation", choice.reason)] if choice.accel == "tcg" else []
     if monitor is not None:  # otherwise the engine asks
         capabilities = _ask_monitor(monitor, conf, made)
-        if made.share.protocol == "virtio-fs" and "virtio-fs" not in capabilities.shares:
+        if not capabilities.shares:
+            notes.append(
+                (
+                    f"no-share-{monitor.name}",
+                    f"{monitor.title} shares no files with the host: what a container mounts is copied when it is"
+                    " made, if it is small and read-only, and refused otherwise",
+                )
+            )
+        elif made.share.protocol == "virtio-fs" and "virtio-fs" not in capabilities.shares:
             instead = f"virtio-fs was asked for; files are shared by 9p: {capabilities.share_note}"
             notes.append(("shared-fs", f"{instead} (kata guest build --kernel small makes one that can)"))
     return made, notes + [("configuration", note) for note in conf.notes]

@@ -8,6 +8,7 @@ Most are shown live through the sandbox's share. Some kinds are not, because a s
 * Kubernetes' volumes whose content changes under a running container (ConfigMaps, secrets, projected tokens and the
   downward API) are copied by the agent whenever they do, so that whoever watches them there hears of it (inotify).
 * A file system image among the container's disks (``kata run --mount type=volume``) is a directory of that disk.
+* In a machine without a share what is small and read-only is copied (`kata.engine.containers.copies`).
 * Device nodes map to the guest's own or are refused (`kata.engine.containers.nodes`); fifos are refused. A unix socket
   becomes one in the guest whose connections are carried to the host's (`kata.engine.forwarding.sockets`).
 
@@ -22,7 +23,7 @@ import re
 import stat
 
 from kata import sysio
-from kata.engine.containers import nodes, rootfs, spec
+from kata.engine.containers import copies, nodes, rootfs, spec
 from kata.engine.lifecycle.volumes import absent
 from kata.errors import ConfigError, HostError
 from kata.proto.agent_pb import Storage
@@ -48,7 +49,10 @@ _VOLUME = "kata.volume."
 """Beginning of the driver options that tell our agent what belongs into a volume (``agent/src/volume_disk.rs``)."""
 _RECURSIVELY_READONLY = "rro"
 """containerd's namespace for Docker's containers."""
-_NO_SHARE = "Is shared_fs 'none' in the configuration (kata config show --origin)?"
+_NO_SHARE = (
+    "Use a snapshotter whose snapshots are disks (devmapper, blockfile), or a hypervisor and a configuration with a"
+    " share (kata config show --origin: hypervisor_name, shared_fs)."
+)
 
 
 class ContainerMounts:
@@ -63,6 +67,7 @@ class ContainerMounts:
 
     Attributes:
         storages: What the agent is to mount for the container's binds, in this order.
+        copies: What is to be written in the guest before the container is made, for want of a share.
         relay: Carries connections to the sockets among them; None without one.
     """
 
@@ -74,6 +79,7 @@ class ContainerMounts:
         "_settings",
         "_shallow",
         "_tasks",
+        "copies",
         "relay",
         "storages",
     )
@@ -94,6 +100,7 @@ class ContainerMounts:
         self._names: list[str] = []
         self._shallow: dict[str, spec.GuestBind] = {}  # read-only, but maybe not what is mounted below them
         self.storages: list[Storage] = []
+        self.copies: list[copies.Copy] = []
         self.relay: sockets.Relay | None = None
 
     def add_all(self, config: dict[str, Any], root: rootfs.Rootfs | None) -> list[spec.GuestBind]:
@@ -126,7 +133,8 @@ class ContainerMounts:
             share = self._runtime.machine.share
             if share is None:
                 raise ConfigError(
-                    f"cannot share {directory}: the sandbox was started without a share", _NO_SHARE
+                    f"cannot share the root file system {directory}: the sandbox was started without a share",
+                    _NO_SHARE,
                 )
             name = rootfs.share_name(self._container_id)
             root_tree: int | OSError | None = None
@@ -186,10 +194,10 @@ class ContainerMounts:
             if stat.S_ISSOCK(about.st_mode):
                 return self._socket(source, options, about, self._runtime.machine.host)
         share = self._runtime.machine.share
-        if share is None:
-            raise ConfigError(f"cannot mount {source}: the sandbox was started without a share", _NO_SHARE)
         if isinstance(tree, OSError):
             raise absent(source, tree)
+        if share is None:
+            return self._copied(mount, tree)
         readonly = _RECURSIVELY_READONLY in options or "ro" in options
         policy = self._settings.client.recursive_readonly
         recursive = readonly and (
@@ -218,6 +226,24 @@ class ContainerMounts:
         if readonly and not recursive:
             self._shallow[name] = bind
         return bind
+
+    def _copied(self, mount: dict[str, Any], tree: int | None) -> spec.GuestBind:
+        """What is mounted as it is now, where nothing is shared."""
+        source, options = str(mount.get("source") or ""), list(mount.get("options") or ())
+        base = os.path.basename(source.rstrip("/")) or "root"
+        place = f"{spec.GUEST_SHARE}/{self._container_id}-{os.urandom(8).hex()}-{base}"
+        readonly = _RECURSIVELY_READONLY in options or "ro" in options
+        try:
+            self.copies += copies.gather(
+                source if tree is None else f"/proc/self/fd/{tree}",
+                place,
+                str(mount.get("destination")),
+                readonly=readonly,
+                named=source,
+            )
+        except OSError as error:
+            raise absent(source, error) from None
+        return spec.GuestBind(place, options)
 
     def _identify(self) -> None:
         if self._runtime.machine.share is not None:

@@ -10,7 +10,7 @@ import time
 
 from kata.agent.client import DEVICE_LIMITS, PIDS_OF, Encoded, create_request
 from kata.agent.text import escape_line
-from kata.engine.containers import binds, disks, etc_files, nodes, rootfs, spec
+from kata.engine.containers import binds, copies, disks, etc_files, nodes, rootfs, spec
 from kata.engine.containers.attached_disks import AttachedDisks
 from kata.engine.lifecycle.resize import merged
 from kata.errors import AgentError, KataError, UnsupportedError
@@ -169,6 +169,9 @@ class ContainerParts:
             await self._run_hooks(kind, "creating")
         began = time.monotonic_ns()
         await files.write(agent)
+        if self._shared.copies:
+            await copies.send(agent, self._shared.copies)
+            self._shared.copies.clear()
         if self._shared.relay is not None:
             await self._shared.relay.listen(agent)
         try:

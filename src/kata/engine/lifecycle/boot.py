@@ -264,13 +264,28 @@ class Boot:
                 f" {len(disks)} are needed",
                 "Give the container fewer volumes that are disks.",
             )
-        if needs_share(self._settings) and not capabilities.shares:
-            raise UnsupportedError(
-                f"{monitor.title} cannot share files of the host with a machine",
-                "Leave the volumes out, and use an image of the image store.",
-            )
+        if not capabilities.shares or self._described.share.disabled:
+            self._check_without_share(monitor.title)
         self.monitor = self.machine.monitor = monitor
         self.capabilities = self.machine.capabilities = capabilities
+
+    def _check_without_share(self, title: str) -> None:
+        """Refuse a container that needs files of the host which cannot be copied."""
+        own = self._settings.container
+        if own is None:
+            return
+        if own.rootfs is not None and own.rootfs.kind == "share":
+            raise UnsupportedError(
+                f"the root file system {own.rootfs.source} is a directory, and this machine of {title} shares no files"
+                " with the host",
+                "Use an image of the image store, or a hypervisor and a configuration with a share (shared_fs;"
+                " docs/hypervisors.md).",
+            )
+        if own.volumes:
+            from kata.engine.containers import copies
+
+            for volume in own.volumes:
+                copies.check(volume.source, volume.destination, readonly=volume.readonly)
 
     def keep_host_namespaces(self) -> None:
         """Hold the host's namespaces open, for what a client's specification may have done there."""
@@ -287,7 +302,7 @@ class Boot:
 
     def prepare_share(self) -> None:
         """Make the directory that is shared with the guest, if anything is to be."""
-        if needs_share(self._settings):
+        if self.capabilities.shares and needs_share(self._settings):
             self._share.prepare()
             self.machine.share = self._share
 
