@@ -381,7 +381,8 @@ def _hypervisors() -> list[Check]:
     for one in found:
         text = f"{one['version']} ({one['program']})" if one["program"] else ""
         if one["usable"]:
-            rows.append(Check(one["name"], OK, f"{text}; {_abilities(one['capabilities'])}"))
+            text += f"; {_abilities(one['capabilities'])}"
+            rows.append(Check(one["name"], OK, text, blocking=one["chosen"]))
             continue
         text = f"{text}; {one['reason']}" if text else one["reason"]
         rows.append(

@@ -1,0 +1,64 @@
+"""`kata doctor` of each hypervisor: what it can do here, and why it cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kata.cli import host
+from kata.hypervisor import accel, registry
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("KATA_ACCEL", "KATA_HYPERVISOR", "KATA_CLOUD_HYPERVISOR", "KATA_FIRECRACKER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("KATA_CONF_FILE", "")
+
+
+def program(tmp_path: Path, name: str) -> str:
+    file = tmp_path / name
+    file.write_text("#!/bin/sh\necho some version 3\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_each_is_there_with_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accel, "choose", lambda preference="": accel.Accelerator("kvm", "", None))
+    monkeypatch.setenv("KATA_FIRECRACKER", program(tmp_path, "fc"))
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    found = {one["name"]: one for one in host.hypervisors()}
+    assert set(found) == set(registry.names())
+    assert host.hypervisors()[0]["name"] == registry.DEFAULT
+    one = found["firecracker"]
+    assert (one["usable"], one["reason"], one["chosen"]) == (True, "", False)
+    assert (one["program"], one["version"]) == (str(tmp_path / "fc"), "some version 3")
+    assert one["capabilities"] == registry.find("firecracker").capabilities("kvm", {}).to_plain()
+    missing = found["cloud-hypervisor"]
+    assert (missing["usable"], missing["program"], missing["version"]) == (False, "", "")
+    assert "is not installed" in missing["reason"]
+    assert "KATA_CLOUD_HYPERVISOR" in missing["hint"]
+    rows = {row.name: row for row in host._hypervisors()}
+    assert (rows["firecracker"].result, rows["cloud-hypervisor"].result) == (host.OK, host.WARN)
+    assert "shares no files" in rows["firecracker"].text
+    assert rows[registry.DEFAULT].blocking
+    assert not rows["cloud-hypervisor"].blocking
+
+
+def test_one_that_is_chosen_and_cannot_run_is_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accel, "choose", lambda preference="": accel.Accelerator("tcg", "", None))
+    file = tmp_path / "configuration-clh.toml"
+    file.write_text(f"[hypervisor.clh]\npath = '{program(tmp_path, 'ch')}'\n")
+    monkeypatch.setenv("KATA_CONF_FILE", str(file))
+    first = host._hypervisors()[0]
+    assert (first.name, first.result, first.blocking) == ("cloud-hypervisor", host.FAIL, True)
+    assert "some version 3" in first.text
+    assert "needs KVM" in first.text
+    file.write_text("[hypervisor.acrn]\n")
+    [row] = host._hypervisors()
+    assert (row.result, row.blocking) == (host.FAIL, True)
+    assert "is not offered" in row.text
