@@ -75,21 +75,26 @@ def cell(value: object) -> str:
 
 def suite(paths: list[str]) -> str:
     """The table of what passed with which hypervisor."""
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, tuple[str, str]]] = {}
     columns: dict[str, str] = {}
-    reasons: list[str] = []
     for path in paths:
         for line in Path(path).read_text().splitlines():
             row = json.loads(line)
             column = f"{row['title']} ({row['accelerator']})"
             columns[column] = row["version"] or columns.get(column, "")
-            said = row["outcome"]
-            if said == "skipped":
-                if row["reason"] not in reasons:
-                    reasons.append(row["reason"])
-                said = f"- ({reasons.index(row['reason']) + 1})"
             tests = found.setdefault(row["test"].removeprefix("test_").replace("_", " "), {})
-            tests[column] = said
+            tests[column] = (row["outcome"], row["reason"])  # that of a later file prevails
+    reasons = list(
+        dict.fromkeys(
+            reason for cells in found.values() for said, reason in cells.values() if said == "skipped"
+        )
+    )
+
+    def shown(outcome: tuple[str, str] | None) -> str:
+        if outcome is None:
+            return "not run"
+        return f"- ({reasons.index(outcome[1]) + 1})" if outcome[0] == "skipped" else outcome[0]
+
     order = sorted(columns)
     lines = [
         "| | " + " | ".join(order) + " |",
@@ -97,7 +102,7 @@ def suite(paths: list[str]) -> str:
         "| version | " + " | ".join(columns[column] or "not installed" for column in order) + " |",
     ]
     lines += [
-        f"| {test} | " + " | ".join(cells.get(column, "not run") for column in order) + " |"
+        f"| {test} | " + " | ".join(shown(cells.get(column)) for column in order) + " |"
         for test, cells in found.items()
     ]
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
