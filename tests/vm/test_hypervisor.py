@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -144,6 +145,57 @@ def test_devices_are_where_the_slots_say(lab: Lab, tmp_path: Path) -> None:
         shell.ok(f"echo written >/dev/{disk[1]}; sync")
         assert shell.ok("cat /sys/class/net/*/address | grep 02:00") == "02:00:00:00:00:07"
     assert writable.read_bytes()[:8] == b"written\n"
+
+
+_CHIP_SET = {
+    *(
+        "hpet",
+        "ioapic",
+        "fw_cfg_io",
+        "port92",
+        "i8042",
+        "ps2-kbd",
+        "ps2-mouse",
+        "isa-pcspk",
+        "isa-pit",
+        "kvmvapic",
+    ),
+    *("mc146818rtc", "isa-i8259", "i8257", "kvm-pit", "kvm-i8259", "kvm-ioapic", "kvmclock"),
+}
+"""What QEMU's PCs have on board and cannot leave out."""
+_BOARDS = {
+    "q35": {"q35-pcihost", "mch", "ICH9-LPC"},
+    "pc": {"i440FX-pcihost", "i440FX", "PIIX3", "PIIX4_PM", "piix3-ide", "isa-fdc", "smbus-eeprom"},
+}
+
+
+@pytest.mark.parametrize("machine", sorted(_BOARDS))
+def test_a_machine_has_no_device_that_was_not_asked_for(lab: Lab, machine: str) -> None:
+    asked: set[str] = set()
+
+    async def work() -> None:
+        async with lab.engine(machine=machine, nic=Nic("02:00:00:00:00:07")) as (vm, shell):
+            words = Path(f"/proc/{vm.pid}/cmdline").read_text().split("\0")
+            for option, word in itertools.pairwise(words):
+                if option == "-device":
+                    asked.add(word.partition(",")[0])
+            said = await vm.command("human-monitor-command", {"command-line": "info qtree"})
+            found = set(re.findall(r"dev: ([^,]+),", said))
+            assert asked <= found
+            # On the bus of a virtio transport is the device itself.
+            inner = {name.replace("-pci", "-device") for name in asked} - asked
+            assert found - asked - inner <= _CHIP_SET | _BOARDS[machine]
+            buses = await vm.command("query-pci")
+            ours = {
+                one["slot"] for bus in buses for one in bus["devices"] if one["qdev_id"] or one["slot"] > 1
+            }
+            places = {slots.SERIAL, slots.SHARE, slots.NIC, slots.RNG, slots.BALLOON}
+            assert ours - {0x1F} == {*places, *slots.DISKS[: slots.MIN_DISK_SLOTS]}
+            seen = await asyncio.to_thread(shell.ok, "cat /sys/bus/pci/devices/0000:00:09.0/device")
+            assert seen == "0x1041"
+
+    asyncio.run(work())
+    assert {"virtio-blk-pci", "virtio-net-pci"} <= asked
 
 
 def test_empty_plugs_are_filled_while_it_runs(lab: Lab, tmp_path: Path) -> None:
