@@ -119,6 +119,12 @@ def test_last_words() -> None:
     kernel = process.explain(1, "x\nRunWithApi error: Kernel Loader: Invalid ELF magic\n", shape)
     assert isinstance(kernel, GuestAssetError)
     assert "kernel /k" in kernel.message
+    # As 1.17 was seen to say it: a line of its log, and the error's internal name.
+    failed = (
+        "Failed to build MicroVM from Json: Block device error: No such file or directory (os error 2) /none"
+    )
+    said = f"2026-11-28T17:27:11.7 [a:main] RunWithApiError error: {failed}\nError: RunWithApi(BuildFromJson(...))\n"
+    assert process.explain(1, said, shape).message.endswith(f": RunWithApiError error: {failed}")
     killed = process.explain(-9, "", shape)
     assert isinstance(killed, HypervisorError)
     assert "out of memory" in killed.hint

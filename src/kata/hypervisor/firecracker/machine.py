@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 
 from kata.errors import HypervisorError, UnsupportedError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from kata.hypervisor.firecracker.process import FirecrackerProcess
     from kata.journal import Journal
 
-_START_S = 30.0
+START_S = 30.0
 """For the monitor's API to be there, and to say that its machine runs."""
 _RETRY_S = 0.003
 _SAVE_S, _SAVE_MIB_PER_S = 30.0, 20.0
@@ -325,7 +326,7 @@ class Firecracker(Running):
     async def _connect(self) -> ApiClient:
         """Connect to the API, wait for the machine, and take the host's files away from the monitor."""
         try:
-            async with asyncio.timeout(_START_S):
+            async with asyncio.timeout(START_S):
                 client = ApiClient(await self._reach(), "Firecracker")
                 try:
                     await self._settle(client)
@@ -334,7 +335,7 @@ class Firecracker(Running):
                     raise
                 return client
         except TimeoutError:
-            raise HypervisorError(f"Firecracker did not build its machine within {_START_S:g} s") from None
+            raise HypervisorError(f"Firecracker did not build its machine within {START_S:g} s") from None
 
     async def _reach(self) -> socket.socket:
         while True:
@@ -370,7 +371,7 @@ class Firecracker(Running):
             "vsock_override": {"uds_path": self._vsock_path},
         }
         try:
-            await client.call("PUT", "snapshot/load", request, timeout_s=_START_S)
+            await client.call("PUT", "snapshot/load", request, timeout_s=START_S)
         except Refused as error:
             raise HypervisorError(f"cannot use what was saved in {self._saved}: {error.words}") from error
 
@@ -378,7 +379,7 @@ class Firecracker(Running):
         if self._saved:
             await self._load(client)
         while True:
-            about = await client.call("GET", "", timeout_s=_START_S)
+            about = await client.call("GET", "", timeout_s=START_S)
             if isinstance(about, dict):
                 self._version = str(about.get("vmm_version", ""))[:40]
                 if about.get("state") in ("Running", "Paused"):
@@ -386,6 +387,11 @@ class Firecracker(Running):
             await asyncio.sleep(_RETRY_S)
         if self._root:
             await asyncio.to_thread(root.enter, self._root, self.pid)
+
+    async def _end_in_order(self, grace_s: float) -> None:
+        # The first process of a PID namespace gets signals that it handles alone: this one it does, and TERM not.
+        self._process.child.send_signal(signal.SIGHUP)
+        await asyncio.wait([self._ended], timeout=grace_s)
 
     def _guest_did(self) -> Ended | None:
         # There is one way for it to end its machine, which may mean either; and nobody else ends one in order.

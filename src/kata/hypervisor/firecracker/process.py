@@ -258,10 +258,15 @@ _KNOWN: tuple[tuple[tuple[str, ...], type[KataError], str, str], ...] = (
 )
 
 
+_ERROR = " error: "
+
+
 def explain(status: int, said: str, shape: MachineShape) -> KataError:
     """The error for one that ended with this exit status and this end of its standard error (already escaped)."""
     lines = [line for line in said.strip().splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()] or lines
+    # Its log has the sentence, behind time and place; what it says on its way out are internal names.
+    errors = [line.partition("] ")[2] or line for line in lines if _ERROR in line]
+    errors = errors or [line for line in lines if "error" in line.lower()] or lines
     last = errors[-1].strip()[:300] if errors else ""
     if status > 0:
         for patterns, kind, sentence, hint in _KNOWN:
