@@ -410,6 +410,8 @@ create_container_timeout = 44
     ("line", "message"),
     [
         ("machine_type = 'microvm'", "there is no machine type 'microvm'"),
+        ("machine_type = 'q35-7.2'", "there is no machine type 'q35-7.2'"),
+        ("machine_type = 'virt'", "there is no machine type 'virt'"),
         ("machine_accelerators = 'firmware=/etc/shadow'", "has characters that no option has"),
         ("path = '/no/such/qemu'", "toml:4: path /no/such/qemu does not exist"),
     ],

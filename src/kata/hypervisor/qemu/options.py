@@ -46,7 +46,6 @@ def _machine_type(text: str, origin: str) -> str:
     Raises:
         ConfigError: It is another.
     """
-    base = text.removeprefix("pc-")
-    if text in ("q35", "pc") or base.startswith(("q35-", "i440fx-")):
+    if text in ("q35", "pc") or text.startswith(("pc-q35-", "pc-i440fx-")):
         return text
     raise ConfigError(f"{origin}: there is no machine type {text!r} here", "q35 or pc")
