@@ -535,6 +535,10 @@ def test_a_saved_machine_goes_on_where_it_was(lab: Lab) -> None:
             async with lab.machine(saved=str(place)):
                 pass
         lab.rootfs = rootfs
+        max(place.iterdir(), key=lambda file: file.stat().st_size).unlink()
+        with pytest.raises(HypervisorError, match="saved in"):
+            async with lab.machine(saved=str(place)) as machine:
+                await machine.confined()
         (place / "machine.json").unlink()
         with pytest.raises(HypervisorError, match="no machine was saved in"):
             async with lab.machine(saved=str(place)):

@@ -10,6 +10,7 @@ import socket
 
 from kata.errors import HypervisorError, UnsupportedError
 from kata.hypervisor import root
+from kata.hypervisor.base import Ended
 from kata.hypervisor.firecracker import config
 from kata.hypervisor.firecracker import process as firecracker_process
 from kata.hypervisor.firecracker.counters import Counters
@@ -22,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-    from kata.hypervisor.base import Disk, Ended, Nic
+    from kata.hypervisor.base import Disk, Nic
     from kata.hypervisor.firecracker.process import FirecrackerProcess
     from kata.journal import Journal
 
@@ -54,6 +55,8 @@ class Firecracker(Running):
         self._disk_lock = asyncio.Lock()
         self._has_swapped = False
         self._saved = process.saved
+        self._unusable: HypervisorError | None = None
+        """Why the saved machine could not be loaded."""
         self._vsock_path = process.vsock_path
         self._api_path = process.api_path
         self._counters = Counters()
@@ -373,7 +376,9 @@ class Firecracker(Running):
         try:
             await client.call("PUT", "snapshot/load", request, timeout_s=START_S)
         except Refused as error:
-            raise HypervisorError(f"cannot use what was saved in {self._saved}: {error.words}") from error
+            self._unusable = HypervisorError(f"cannot use what was saved in {self._saved}: {error.words}")
+            self._process.child.kill()  # it has no machine, and nobody waits for one
+            raise self._unusable from error
 
     async def _settle(self, client: ApiClient) -> None:
         if self._saved:
@@ -392,6 +397,11 @@ class Firecracker(Running):
         # The first process of a PID namespace gets signals that it handles alone: this one it does, and TERM not.
         self._process.child.send_signal(signal.SIGHUP)
         await asyncio.wait([self._ended], timeout=grace_s)
+
+    def _explain_end(self, status: int) -> Ended:
+        if self._unusable is not None and not self._stopping:
+            return Ended(status, "crashed", self._unusable)
+        return super()._explain_end(status)
 
     def _guest_did(self) -> Ended | None:
         # There is one way for it to end its machine, which may mean either; and nobody else ends one in order.

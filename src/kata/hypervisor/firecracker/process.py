@@ -211,7 +211,10 @@ def _start(
                 confinement=confinement.monitor(
                     program,
                     user=0,
-                    readable=[fd for key, fd in theirs.items() if key not in written],
+                    readable=[
+                        *(fd for key, fd in theirs.items() if key not in written),
+                        *([saved] if saved else []),
+                    ],
                     writable=[*(theirs[key] for key in written), *([root] if root else [])],
                     devices=["/dev/kvm", "/dev/net/tun"],
                     sockets_in=run_dir,
