@@ -208,6 +208,16 @@ async def agent_of(machine: Machine) -> AsyncIterator[AgentClient]:
         agent.close()
 
 
+async def right_clock(agent: AgentClient) -> None:
+    """Put the guest's clock right after its machine stood still, and see that it is."""
+    before = await clock.align(agent)
+    now = [await clock.look(agent) for _ in range(10)]
+    best = min(now, key=lambda one: one.error_ns)
+    print(f"clock: {before.behind_ns / 1e6:.3f} ms behind after it (+- {before.error_ns / 1e6:.3f}),")
+    print(f"{best.behind_ns / 1e6:.3f} ms when set (+- {best.error_ns / 1e6:.3f}), device: {best.by_device}")
+    assert abs(best.behind_ns) - best.error_ns < CLOCK_NS
+
+
 async def said_by(agent: AgentClient, name: str, script: str, disks: list[agent_pb.Storage]) -> str:
     """What a script says in a container whose root file system is on the first of *disks*."""
     config = spec(name, "sh", "-c", script, mounts=[mount("/data", "bind", f"{STATE}/{name}/data", "rbind")])
@@ -308,16 +318,7 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
             await agent.check(1.0)
         await machine.resume()
         await agent.check(PATIENCE)
-        before = await clock.align(agent)
-        now = [await clock.look(agent) for _ in range(10)]
-        best = min(now, key=lambda one: one.error_ns)
-        print(
-            f"clock: {before.behind_ns / 1e6:.3f} ms behind after the pause (+- {before.error_ns / 1e6:.3f}),"
-        )
-        print(
-            f"{best.behind_ns / 1e6:.3f} ms when set (+- {best.error_ns / 1e6:.3f}), device: {best.by_device}"
-        )
-        assert abs(best.behind_ns) - best.error_ns < CLOCK_NS
+        await right_clock(agent)
 
     async def saving(machine: Machine, agent: AgentClient) -> None:
         if not can.snapshot:
@@ -520,6 +521,7 @@ def test_a_saved_machine_goes_on_where_it_was(lab: Lab) -> None:
         for _ in range(2):  # what was saved can be used again
             async with lab.machine(saved=str(place)) as machine, agent_of(machine) as agent:
                 await asyncio.wait_for(machine.confined(), PATIENCE)
+                await right_clock(agent)
                 process = oci_pb.Process(
                     Args=["sh", "-c", "cat /proc/1/comm; exit 3"], Cwd="/", Env=["PATH=/bin"]
                 )

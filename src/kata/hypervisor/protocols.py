@@ -248,8 +248,9 @@ class Monitor(Protocol):
         """
 
     def restore(self, directory: str, attachments: Attachments, journal: Journal) -> Started:
-        """Start a machine from what `Machine.save` has left: it goes on where it was. Usable before asyncio is
-        imported. `kata.hypervisor.base.MonitorBase` has it for monitors that cannot.
+        """Start a machine from what `Machine.save` has left: it goes on where it was, and so may its clock
+        (`kata.agent.clock.align`). Usable before asyncio is imported. `kata.hypervisor.base.MonitorBase` has it for
+        monitors that cannot.
 
         Args:
             directory: What it was saved into.
