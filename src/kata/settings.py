@@ -164,11 +164,12 @@ class HypervisorSettings(Part):
         name: Which hypervisor, as in `[hypervisor.NAME]`; empty is the default one.
         console: `serial` or `virtio`: the device that the guest's console is; empty is `serial`.
         prealloc: Allocate the guest's memory before it boots.
+        huge_pages: The guest's memory is in huge pages of the host, which are set aside for such use.
         reclaim: Give the host back what the guest frees.
         options: The hypervisor's own, such as the path of its program: name and value.
     """
 
-    __slots__ = ("accel", "console", "name", "options", "prealloc", "reclaim")
+    __slots__ = ("accel", "console", "huge_pages", "name", "options", "prealloc", "reclaim")
 
     def __init__(
         self,
@@ -177,6 +178,7 @@ class HypervisorSettings(Part):
         name: str = "",
         console: str = "",
         prealloc: bool = False,
+        huge_pages: bool = False,
         reclaim: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -184,6 +186,7 @@ class HypervisorSettings(Part):
         self.name = name
         self.console = console
         self.prealloc = prealloc
+        self.huge_pages = huge_pages
         self.reclaim = reclaim
         self.options = dict(options or {})
 

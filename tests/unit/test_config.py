@@ -201,11 +201,11 @@ def test_what_has_no_effect_is_said_and_defaults_of_the_original_are_not(tmp_pat
     assert loaded(tmp_path, quiet).notes == []
     found = loaded(
         tmp_path,
-        '[hypervisor.qemu]\nenable_hugepages = true\n[hypervisor.clh]\npath = "/x"\n'
+        '[hypervisor.qemu]\nmemory_slots = 20\n[hypervisor.clh]\npath = "/x"\n'
         "[factory]\nenable_template = true\n",
     )
     assert "[hypervisor.clh] is not used: qemu is" in found.notes[0]
-    assert "enable_template, enable_hugepages" in found.notes[1]
+    assert "enable_template, memory_slots" in found.notes[1]
     assert len(found.notes) == 2
 
 

@@ -124,7 +124,7 @@ SANDBOX: Mapping[str, Any] = {
     },
     "machine": {
         "hypervisor": {
-            "accel": VALUE, "name": VALUE, "console": VALUE, "prealloc": VALUE, "reclaim": VALUE,
+            "accel": VALUE, "name": VALUE, "console": VALUE, "prealloc": VALUE, "huge_pages": VALUE, "reclaim": VALUE,
             "options": {"path": VALUE, "machine_type": VALUE, "cpu_features": VALUE, "firmware": VALUE,
                         "entropy_source": VALUE, "sandbox": VALUE},
         },

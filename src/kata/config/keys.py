@@ -258,6 +258,8 @@ _ALL = [
     Key(_H, "enable_virtio_mem", BOOL, "true", "memory grows and shrinks with the pod; without it a machine keeps the"
         " memory it was started with"),
     Key(_H, "enable_mem_prealloc", BOOL, "false", "the guest's memory is allocated before it boots"),
+    Key(_H, "enable_hugepages", BOOL, "false", "the guest's memory is in huge pages of 2 MiB, which the host has set"
+        " aside (`sysctl vm.nr_hugepages`); no memory cgroup counts them"),
     Key(_H, "shared_fs", TEXT, "`virtio-fs` with a virtiofsd, else `virtio-9p`", "how files of the host"
         " reach the guest: `virtio-fs`, `virtio-9p`, or `none` (then only images that are disks can be run);"
         " an emulated machine whose kernel cannot has `virtio-9p` all the same;"
@@ -330,8 +332,7 @@ _ALL = [
         "block_device_logical_sector_size", "block_device_physical_sector_size", "indep_iothreads")),
     *(Key(_H, name, INT, "", _DISKS, IDLE, silent=(1, 128)) for name in ("queue_size", "num_queues")),
     Key(_H, "network_queues", INT, "1", "an interface has one pair of queues", IDLE, silent=(1,)),
-    Key(_H, "enable_hugepages", BOOL, "false", "the guest's memory is in ordinary pages", IDLE),
-    Key(_H, "hugepage_type", TEXT, "", "the guest's memory is in ordinary pages", IDLE),
+    Key(_H, "hugepage_type", TEXT, "", "they are those of hugetlbfs, of 2 MiB", IDLE, silent=("hugetlbfs",)),
     Key(_H, "enable_numa", BOOL, "false", _NO_NUMA, IDLE),
     Key(_H, "numa_mapping", LIST, "none", _NO_NUMA, IDLE),
     Key(_H, "file_mem_backend", TEXT, "", "the guest's memory is anonymous", IDLE),

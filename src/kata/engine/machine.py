@@ -194,6 +194,7 @@ def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
         name=str(conf.get("runtime.hypervisor_name", "")),
         console="" if conf.get("hypervisor.use_legacy_serial", True) else "virtio",
         prealloc=conf.get("hypervisor.enable_mem_prealloc", False),
+        huge_pages=conf.get("hypervisor.enable_hugepages", False),
         reclaim=conf.get("hypervisor.reclaim_guest_freed_memory", True),
     )
 

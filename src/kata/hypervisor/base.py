@@ -107,6 +107,7 @@ class MachineShape:
         share: How files of the host are shared: ``virtio-fs``, ``9p``, or empty for not at all.
         console: ``serial`` (from the first message on), ``virtio`` or ``none``.
         prealloc: Allocate the guest's memory before it boots.
+        huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
         reclaim: Give the host back what the guest frees.
         options: The monitor's own (`Monitor.options`): name and value.
     """
@@ -117,6 +118,7 @@ class MachineShape:
         "disks",
         "extensions",
         "hotplug_nics",
+        "huge_pages",
         "initrd",
         "kernel",
         "max_memory_mib",
@@ -149,6 +151,7 @@ class MachineShape:
         share: str = "",
         console: str = "serial",
         prealloc: bool = False,
+        huge_pages: bool = False,
         reclaim: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -167,6 +170,7 @@ class MachineShape:
         self.share = share
         self.console = console
         self.prealloc = prealloc
+        self.huge_pages = huge_pages
         self.reclaim = reclaim
         self.options = tuple(sorted((options or {}).items()))
 

@@ -12,6 +12,9 @@ _CHUNK = 1 << 13
 _RESIDENT = b"\nRss:"
 _FLAGS = b"\nVmFlags:"
 _NOT_DUMPED = b" dd"
+_HUGE = b" ht"
+_HUGE_SIZES = (b"\nShared_Hugetlb:", b"\nPrivate_Hugetlb:")
+"""Of huge pages that are set aside, which are in no ``Rss``."""
 
 
 class Figures:
@@ -80,8 +83,9 @@ def guest_resident_bytes(pid: int) -> int:
             while 0 <= (flags := rest.find(_FLAGS, at)) < done:
                 end = rest.index(b"\n", flags + 1)
                 if _NOT_DUMPED in rest[flags:end]:
-                    resident = rest.index(_RESIDENT, at) + len(_RESIDENT)
-                    total_kb += int(rest[resident : rest.index(b"kB", resident)])
+                    for name in _HUGE_SIZES if _HUGE in rest[flags:end] else (_RESIDENT,):
+                        size = rest.index(name, at) + len(name)
+                        total_kb += int(rest[size : rest.index(b"kB", size)])
                 at = end
             rest = rest[at:]
     finally:

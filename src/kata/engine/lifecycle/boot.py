@@ -521,6 +521,11 @@ def shape_of(
     ]
     most = capabilities.disk_slots
     room = (most if settings.all_disk_slots else min(DISK_SLOTS, most)) - len(kinds)
+    memory_mib = size.memory_mib
+    if hypervisor.huge_pages:
+        from kata.hypervisor import huge_pages
+
+        memory_mib = huge_pages.whole(memory_mib)
     parameters = KERNEL_PARAMETERS[1:] if guest.verbose else KERNEL_PARAMETERS
     return MachineShape(
         kernel=guest.kernel,
@@ -531,7 +536,7 @@ def shape_of(
         accel=hypervisor.accel,
         vcpus=size.vcpus,
         max_vcpus=size.max_vcpus if capabilities.spare_vcpus else 0,
-        memory_mib=size.memory_mib,
+        memory_mib=memory_mib,
         max_memory_mib=size.max_memory_mib if capabilities.grow_memory else 0,
         disks=[*kinds, *["spare"] * room],
         nics=nics,
@@ -539,6 +544,7 @@ def shape_of(
         share=share,
         console=hypervisor.console or "serial",
         prealloc=hypervisor.prealloc,
+        huge_pages=hypervisor.huge_pages,
         reclaim=hypervisor.reclaim,
         options=hypervisor.options,
     )

@@ -131,6 +131,8 @@ def _memory(shape: MachineShape, *, shared: bool) -> str:
     words = [f"size={shape.memory_mib}M", f"shared={'on' if shared else 'off'}"]
     if shape.max_memory_mib > shape.memory_mib:
         words += ["hotplug_method=virtio-mem", f"hotplug_size={hotplug_mib(shape)}M"]
+    if shape.huge_pages:
+        words.append("hugepages=on,hugepage_size=2M")
     if shape.prealloc:
         words.append("prefault=on")
     return ",".join(words)

@@ -59,6 +59,10 @@ class CloudHypervisorMonitor(MonitorBase):
         from kata.hypervisor.cloud_hypervisor import process
 
         try:
+            if shape.huge_pages:
+                from kata.hypervisor import huge_pages
+
+                huge_pages.check(shape.memory_mib)
             initrd = shape.initrd
             if shape.extensions:
                 from kata.hypervisor import initrd as archives

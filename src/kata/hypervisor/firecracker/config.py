@@ -135,6 +135,8 @@ def build(
         "vsock": {"guest_cid": CID, "uds_path": vsock},
         "entropy": {},
     }
+    if shape.huge_pages:
+        document["machine-config"]["huge_pages"] = "2M"
     if shape.reclaim:
         document["balloon"] = {
             "amount_mib": 0,

@@ -55,6 +55,10 @@ class FirecrackerMonitor(MonitorBase):
         from kata.hypervisor.firecracker import process
 
         try:
+            if shape.huge_pages:
+                from kata.hypervisor import huge_pages
+
+                huge_pages.check(shape.memory_mib)
             initrd = shape.initrd
             if shape.extensions:
                 from kata.hypervisor import initrd as archives

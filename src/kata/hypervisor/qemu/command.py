@@ -356,7 +356,7 @@ def _machine(settings: VMSettings) -> str:
     if "q35" not in settings.machine:
         options = [settings.machine, "usb=off", "vmport=off", "smm=off"]
     options += ["mem-merge=off", "dump-guest-core=off"]
-    if settings.share_fd is not None or settings.prealloc:
+    if settings.share_fd is not None or settings.prealloc or settings.huge_pages:
         options.append("memory-backend=ram")
     if has_small_acpi(settings):
         options.append("acpi=off")
@@ -376,14 +376,23 @@ def _memory(settings: VMSettings) -> list[str]:
     prealloc = ",prealloc=on" if settings.prealloc else ""
     # A vhost-user server reads and writes the guest's memory itself, so it has to be shareable.
     kind = "memory-backend-memfd,share=on" if settings.share_fd is not None else "memory-backend-ram"
+    if settings.huge_pages:
+        kind = "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"
     more = settings.max_memory_mib - settings.memory_mib
     argv = ["-m", f"size={settings.memory_mib}M" + (f",maxmem={settings.max_memory_mib}M" if more else "")]
-    if settings.share_fd is not None or prealloc:
+    if settings.share_fd is not None or prealloc or settings.huge_pages:
         argv += ["-object", f"{kind},id=ram,size={settings.memory_mib}M{prealloc}"]
     if more:
         argv += [
             *("-object", f"{kind},id={slots.MEMORY_ID}-ram,size={more}M,reserve=off"),
-            *_device("virtio-mem-pci", slots.MEMORY, id=slots.MEMORY_ID, memdev=f"{slots.MEMORY_ID}-ram"),
+            # Of huge pages there may be none left when memory is plugged in: it is refused then, and not missed later.
+            *_device(
+                "virtio-mem-pci",
+                slots.MEMORY,
+                id=slots.MEMORY_ID,
+                memdev=f"{slots.MEMORY_ID}-ram",
+                **({"prealloc": True} if settings.huge_pages else {}),
+            ),
         ]
     return argv
 

@@ -68,6 +68,12 @@ class QemuMonitor(MonitorBase):
 
         try:
             vm = settings(shape, attachments)
+            if vm.huge_pages:
+                from kata.hypervisor import huge_pages
+
+                vm.memory_mib, grown = huge_pages.whole(vm.memory_mib), vm.max_memory_mib - vm.memory_mib
+                vm.max_memory_mib = vm.memory_mib + grown
+                huge_pages.check(vm.memory_mib)
             try:
                 if shape.accel == "kvm":
                     # Under emulation the serial port is the faster of the two.
@@ -169,6 +175,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         extra_memory_mib=extra_mib,
         console=shape.console,
         prealloc=shape.prealloc,
+        huge_pages=shape.huge_pages,
         reclaim=shape.reclaim,
         disks=attachments.disks,
         disk_slots=max(len(shape.disks), slots.MIN_DISK_SLOTS),

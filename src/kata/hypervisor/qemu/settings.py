@@ -52,6 +52,7 @@ class VMSettings:
         cpu_features: Further options of the processor, separated by commas.
         entropy: File that the guest's entropy device reads; empty is QEMU's own source.
         prealloc: Allocate the guest's memory before it boots.
+        huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
         reclaim: Give the host back what the guest frees.
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu.command.SANDBOX`.
         root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.root`); empty
@@ -70,6 +71,7 @@ class VMSettings:
         "extra_nics",
         "firmware",
         "hotplug_nics",
+        "huge_pages",
         "initrd",
         "kernel",
         "machine",
@@ -126,6 +128,7 @@ class VMSettings:
         cpu_features: str = "",
         entropy: str = "",
         prealloc: bool = False,
+        huge_pages: bool = False,
         reclaim: bool = True,
         sandbox: str = "",
         root: str = "",
@@ -171,6 +174,7 @@ class VMSettings:
         self.cpu_features = cpu_features
         self.entropy = entropy
         self.prealloc = prealloc
+        self.huge_pages = huge_pages
         self.reclaim = reclaim
         self.sandbox = sandbox
         self.root = root
