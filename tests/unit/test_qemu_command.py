@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from kata.errors import GuestAssetError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor.base import Disk, Nic
 from kata.hypervisor.qemu import command as qemu_command
+from kata.hypervisor.qemu import options as qemu_options
 from kata.hypervisor.qemu import queues, slots
 from kata.hypervisor.qemu.process import explain
 from kata.hypervisor.qemu.settings import VMSettings
@@ -303,3 +305,17 @@ def test_nothing_of_the_sandboxs_is_opened_by_its_path() -> None:
         ["/proc/self/fd/14"],
     )
     assert options(argv, "-netdev") == ["stream,id=net0,server=on,addr.type=fd,addr.str=30"]
+
+
+def test_the_hosts_kernel_moves_the_packets_of_taps_where_it_can() -> None:
+    with Fd(os.open("/dev/null", os.O_RDWR)) as first, Fd(os.open("/dev/null", os.O_RDWR)) as second:
+        vm = settings(accel="kvm", nic=Nic("02::1", tap_fd=first), extra_nics=[Nic("02::2", tap_fd=second)])
+        fds = qemu_command.Fds(10, 11, 12, kernel=13, initrd=14, disks=DISK_FDS, vhost={0: 90})
+        backends = options(qemu_command.build(vm, fds), "-netdev")
+        assert backends == [
+            f"tap,id=net0,fd={first.raw},vhost=on,vhostfd=90",
+            f"tap,id=net1,fd={second.raw}",
+        ]
+        assert 90 in qemu_command.inherited_fds(vm, fds)
+    assert qemu_options.read({"disable_vhost_net": True}, str) == {"vhost_net": False}
+    assert qemu_options.read({"disable_vhost_net": False}, str) == {}

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -379,15 +380,43 @@ def test_machines_that_start_with_taps(lab: Lab) -> None:
             for index, (mac, address) in enumerate(zip(macs, lab.nics, strict=True)):
                 name = f"eth{index + 5}"
                 interface = types_pb.Interface(
-                    device=name, name=name, hwAddr=mac, devicePath=address, mtu=1400
+                    device=name,
+                    name=name,
+                    hwAddr=mac,
+                    devicePath=address,
+                    mtu=1400,
+                    IPAddresses=[types_pb.IPAddress(address=f"10.77.{index}.2", mask="24")],
                 )
                 await agent.update_interface(interface)
+                subprocess.run(
+                    ["ip", "address", "add", f"10.77.{index}.1/24", "dev", f"tap{index}"], check=True
+                )
+                subprocess.run(["ip", "link", "set", f"tap{index}", "up"], check=True)
+                await asyncio.wait_for(refused(f"10.77.{index}.2"), PATIENCE)
+            if lab.monitor.name == "qemu" and lab.accel == "kvm" and os.path.exists("/dev/vhost-net"):
+                names = [os.readlink(file) for file in Path(f"/proc/{machine.pid}/fd").iterdir()]
+                assert sum(name.endswith("/vhost-net") for name in names) == 2
             there = Path("/proc/thread-self/net/dev").read_text()
             assert "tap0:" in there
             assert "tap1:" in there
         assert "tap" not in Path("/proc/thread-self/net/dev").read_text()
 
     lab.apart(scenario)
+
+
+async def refused(address: str) -> None:
+    """Return once a packet went there and the answer came back: that nobody listens (ICMP, port unreachable)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.connect((address, 9))
+        while True:
+            try:
+                sock.send(b"x")
+                await asyncio.sleep(0.05)
+                sock.recv(10)
+            except BlockingIOError:
+                continue
+            except ConnectionRefusedError:
+                return
 
 
 def tap(name: str) -> sysio.Fd:

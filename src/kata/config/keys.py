@@ -258,6 +258,8 @@ _ALL = [
     Key(_H, "enable_virtio_mem", BOOL, "true", "memory grows and shrinks with the pod; without it a machine keeps the"
         " memory it was started with"),
     Key(_H, "enable_mem_prealloc", BOOL, "false", "the guest's memory is allocated before it boots"),
+    Key(_H, "disable_vhost_net", BOOL, "false", "QEMU itself moves the packets of an interface that is connected to a"
+        " tap; otherwise the host's kernel does, under KVM, where there is a `/dev/vhost-net`"),
     Key(_H, "enable_hugepages", BOOL, "false", "the guest's memory is in huge pages of 2 MiB, which the host has set"
         " aside (`sysctl vm.nr_hugepages`); no memory cgroup counts them"),
     Key(_H, "shared_fs", TEXT, "`virtio-fs` with a virtiofsd, else `virtio-9p`", "how files of the host"
@@ -339,7 +341,6 @@ _ALL = [
     Key(_H, "valid_file_mem_backends", LIST, "none", "the guest's memory is anonymous", IDLE, silent=([""],)),
     Key(_H, "enable_iommu", BOOL, "false", "there is no virtual IOMMU", IDLE),
     Key(_H, "enable_iommu_platform", BOOL, "false", "there is no virtual IOMMU", IDLE),
-    Key(_H, "disable_vhost_net", BOOL, "true", "QEMU itself moves the packets", IDLE, silent=(True,)),
     Key(_H, "virtio_fs_cache_size", INT, "0", _VIRTIOFS, IDLE),
     Key(_H, "virtio_fs_queue_size", INT, "128", _VIRTIOFS, IDLE, silent=(128, 1024)),
     Key(_H, "virtio_fs_extra_args", LIST, "none", _VIRTIOFS, IDLE),

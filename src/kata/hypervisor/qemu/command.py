@@ -45,12 +45,13 @@ class Fds:
         disks: Disk images by slot.
         nic: The socket on which an empty network interface listens, or None.
         share: The directory of a share whose files are not QEMU's to serve with anybody's rights, or None.
+        vhost: By network interface, an open /dev/vhost-net, by which the host's kernel moves its packets.
         acpi: Files of `kata.hypervisor.qemu.acpi` by their names in fw_cfg, where `has_small_acpi`.
 
     QEMU is not privileged, and these lie in directories of anybody's: it opens nothing of that by its path.
     """
 
-    __slots__ = ("acpi", "agent", "console", "disks", "initrd", "kernel", "nic", "qmp", "share")
+    __slots__ = ("acpi", "agent", "console", "disks", "initrd", "kernel", "nic", "qmp", "share", "vhost")
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Fds:
         disks: Mapping[int, int],
         nic: int | None = None,
         share: int | None = None,
+        vhost: Mapping[int, int] | None = None,
         acpi: Mapping[str, int] | None = None,
     ) -> None:
         self.acpi = dict(acpi or {})
@@ -74,6 +76,7 @@ class Fds:
         self.disks = dict(disks)
         self.nic = nic
         self.share = share
+        self.vhost = dict(vhost or {})
 
     def all(self) -> list[int]:
         """All of them."""
@@ -86,6 +89,7 @@ class Fds:
             *self.disks.values(),
             self.nic,
             self.share,
+            *self.vhost.values(),
             *self.acpi.values(),
         ]
         return [fd for fd in found if fd is not None]
@@ -471,6 +475,8 @@ def hotplug_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dic
 def _nic(index: int, nic: Nic, fds: Fds) -> list[str]:
     if nic.tap_fd is not None:
         backend = f"tap,id=net{index},fd={nic.tap_fd.raw}"
+        if index in fds.vhost:
+            backend += f",vhost=on,vhostfd={fds.vhost[index]}"
     elif nic.fd is not None:
         backend = f"stream,id=net{index},server=off,addr.type=fd,addr.str={nic.fd.raw}"
     else:

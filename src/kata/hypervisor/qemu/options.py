@@ -28,6 +28,8 @@ def read(configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict
             found[option] = path
     if configuration.get("seccompsandbox"):
         found["sandbox"] = configuration["seccompsandbox"]
+    if configuration.get("disable_vhost_net"):
+        found["vhost_net"] = False
     for option, key in _TEXTS:
         text = str(configuration.get(key, "")).strip(",")
         if not _ARGUMENT.issuperset(text):

@@ -52,6 +52,7 @@ class VMSettings:
         cpu_features: Further options of the processor, separated by commas.
         entropy: File that the guest's entropy device reads; empty is QEMU's own source.
         prealloc: Allocate the guest's memory before it boots.
+        vhost_net: Where it can, the host's kernel moves the packets of interfaces that are connected to taps.
         huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
         reclaim: Give the host back what the guest frees.
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu.command.SANDBOX`.
@@ -93,6 +94,7 @@ class VMSettings:
         "title",
         "tsc_khz",
         "vcpus",
+        "vhost_net",
         "vsock",
     )
 
@@ -129,6 +131,7 @@ class VMSettings:
         entropy: str = "",
         prealloc: bool = False,
         huge_pages: bool = False,
+        vhost_net: bool = False,
         reclaim: bool = True,
         sandbox: str = "",
         root: str = "",
@@ -175,6 +178,7 @@ class VMSettings:
         self.entropy = entropy
         self.prealloc = prealloc
         self.huge_pages = huge_pages
+        self.vhost_net = vhost_net
         self.reclaim = reclaim
         self.sandbox = sandbox
         self.root = root
