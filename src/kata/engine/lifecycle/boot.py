@@ -323,7 +323,7 @@ class Boot:
         if made.backend and made.backend not in self.capabilities.nic_backends:
             raise UnsupportedError(
                 f"{self.monitor.title} cannot connect a machine to a network of the mode {network.mode!r}",
-                "Use another network, or none.",
+                "With kata run: --network none. Networks of containerd, Docker and pods are taps.",
             )
         made.journal = self._journal
         self._undo.append(made.stop)
