@@ -17,6 +17,7 @@ from kata.errors import ConfigError, GuestAssetError, HostError, HypervisorError
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 from kata.hypervisor.firecracker import config, options, process
 from kata.hypervisor.firecracker.counters import Counters
+from kata.hypervisor.firecracker.monitor import MONITOR
 from kata.hypervisor.firecracker.taps import Taps
 from kata.journal import Journal
 
@@ -137,6 +138,9 @@ def test_programs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     journal = Journal.create_dir(str(tmp_path), "box", {})
     with pytest.raises(HostError, match=r"Firecracker is not installed: there is no .*/none"):
         process.spawn(process.find(), shape, "/i", attachments, journal, "")
+    [check] = MONITOR.checks()
+    assert not check.ok
+    assert check.text == f"{tmp_path}/none is no program that can be executed"
     with pytest.raises(ConfigError, match="a:1: path /none does not exist"):
         options.read({"path": "/none"}, lambda key: "a:1")
     assert options.read({"path": str(tmp_path)}, str) == {"path": str(tmp_path)}

@@ -340,7 +340,11 @@ def hypervisors() -> list[dict[str, Any]]:
                 "reason": reason,
                 "hint": hint,
                 "program": monitor.program(options),
-                "version": monitor.version() if not options.get("path") else version_of(options["path"]),
+                "version": version_of(options["path"])
+                if options.get("path")
+                else ""
+                if bad
+                else monitor.version(),
                 "accelerator": accelerator if accelerator in monitor.accelerators else "",
                 "capabilities": monitor.capabilities(accelerator, options).to_plain(),
             }

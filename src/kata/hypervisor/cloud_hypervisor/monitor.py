@@ -134,13 +134,11 @@ class CloudHypervisorMonitor(MonitorBase):
 
     def checks(self) -> list[Check]:
         """See `kata.hypervisor.protocols.Monitor.checks`."""
-        from kata.hypervisor.base import Check
+        from kata.hypervisor.base import program_check
         from kata.hypervisor.cloud_hypervisor import process
 
         program = process.find()
-        if not program:
-            return [Check(self.name, False, f"{process.PROGRAM} is not installed", process.INSTALL)]
-        return [Check(self.name, True, f"{self.version()} ({program})")]
+        return [program_check(self.name, program, self.version, process.PROGRAM, process.INSTALL)]
 
 
 MONITOR = CloudHypervisorMonitor()

@@ -130,13 +130,11 @@ class QemuMonitor(MonitorBase):
     def checks(self) -> list[Check]:
         """See `kata.hypervisor.protocols.Monitor.checks`."""
         from kata import children
-        from kata.hypervisor.base import Check
+        from kata.hypervisor.base import program_check
         from kata.hypervisor.qemu import process
 
-        found = children.find_program(process.PROGRAM)
-        if found is None:
-            return [Check(self.name, False, f"{process.PROGRAM} is not installed", process.INSTALL)]
-        return [Check(self.name, True, f"{self.version()} ({found})")]
+        program = children.find_program(process.PROGRAM) or ""
+        return [program_check(self.name, program, self.version, process.PROGRAM, process.INSTALL)]
 
 
 def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
