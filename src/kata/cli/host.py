@@ -383,7 +383,7 @@ def _hypervisors() -> list[Check]:
         return [Check("hypervisor", FAIL, error.message, error.hint, blocking=True)]
     rows = []
     for one in found:
-        text = f"{one['version']} ({one['program']})" if one["program"] else ""
+        text = f"{one['version']} ({one['program']})" if one["version"] else ""
         if one["usable"]:
             text += f"; {_abilities(one['capabilities'])}"
             rows.append(Check(one["name"], OK, text, blocking=one["chosen"]))
