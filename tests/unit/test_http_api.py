@@ -144,6 +144,32 @@ def test_one_that_hangs_or_goes_is_of_no_more_use() -> None:
     talk(goes)
 
 
+def test_who_is_cancelled_leaves_the_answer_to_nobody() -> None:
+    async def scenario(client: ApiClient, peer: socket.socket) -> None:
+        first = asyncio.create_task(client.call("GET", "first"))
+        await received(peer)
+        read, write = os.pipe()
+        second = asyncio.create_task(client.call("PUT", "second", {}, fds=[write]))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        second.cancel()
+        os.close(write)
+        third = asyncio.create_task(client.call("GET", "third"))
+        peer.send(answer("200", b"[1]"))
+        await asyncio.sleep(0.01)
+        data, rights, _, _ = peer.recvmsg(65536, socket.CMSG_SPACE(4))
+        assert b"second" in data  # it had been asked for
+        given = array.array("i", rights[0][2])[0]
+        os.write(given, b"x")
+        assert os.read(read, 1) == b"x"
+        peer.send(answer("200", b"[2]") + answer("200", b"[3]"))
+        assert await third == [3]
+        os.close(given)
+        os.close(read)
+
+    talk(scenario)
+
+
 def test_words_are_bounded_and_said_once() -> None:
     assert words_of(b'["a","a","b"]') == "a: b"
     assert len(words_of(b'["' + b"w" * 9999 + b'"]')) == 500

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 from kata.errors import HypervisorError
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +68,8 @@ class ApiClient:
         fds: Sequence[int] = (),
         timeout_s: float = 0.0,
     ) -> Any:
-        """Ask for something.
+        """Ask for something. Who is cancelled while waiting for the answer does not take it from the connection: it
+        is read all the same, before the next request.
 
         Args:
             method: ``GET``, ``PUT`` or ``PATCH``.
@@ -83,32 +86,45 @@ class ApiClient:
             HypervisorError: It did not answer in time, or what it said was no answer, or it is gone.
         """
         timeout_s = timeout_s or TIMEOUT_S
-        async with self._lock:
-            if self.is_lost:
-                raise HypervisorError(f"{self._title} is not connected any more ({method} {path})")
-            try:
-                async with asyncio.timeout(timeout_s):
-                    status, content = await self._exchange(method, path, body, fds)
-            except TimeoutError:
-                self.is_lost = True
-                raise HypervisorError(
-                    f"{self._title} did not answer {method} {path} within {timeout_s:g} s",
-                    "The machine is of no use any more: stop it.",
-                ) from None
-            except (OSError, EOFError) as error:
-                self.is_lost = True
-                raise HypervisorError(
-                    f"{self._title} went away while it was to answer {method} {path}: {error or 'end of file'}"
-                ) from error
-            except (
-                BaseException
-            ):  # the answer may still come, and would be taken for that to the next request
-                self.is_lost = True
-                raise
+        own = [Fd(os.dup(fd)) for fd in fds]  # the caller may be gone before they are sent
+        asking = asyncio.ensure_future(self._call(method, path, body, own, timeout_s))
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(asking)
+
+    async def _call(self, method: str, path: str, body: Any, fds: Sequence[Fd], timeout_s: float) -> Any:
+        try:
+            async with self._lock:
+                status, content = await self._ask(method, path, body, fds, timeout_s)
+        finally:
+            for fd in fds:
+                fd.close()
         if not 200 <= status < 300:
             said = words_of(content)
             raise Refused(f"{self._title} refused {method} {path}: {said or status}", status, said)
         return self._parsed(method, path, content) if content else None
+
+    async def _ask(
+        self, method: str, path: str, body: Any, fds: Sequence[Fd], timeout_s: float
+    ) -> tuple[int, bytes]:
+        if self.is_lost:
+            raise HypervisorError(f"{self._title} is not connected any more ({method} {path})")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._exchange(method, path, body, [fd.raw for fd in fds])
+        except TimeoutError:
+            self.is_lost = True
+            raise HypervisorError(
+                f"{self._title} did not answer {method} {path} within {timeout_s:g} s",
+                "The machine is of no use any more: stop it.",
+            ) from None
+        except (OSError, EOFError) as error:
+            self.is_lost = True
+            raise HypervisorError(
+                f"{self._title} went away while it was to answer {method} {path}: {error or 'end of file'}"
+            ) from error
+        except BaseException:
+            self.is_lost = True  # the answer may still come, and would be taken for that to the next request
+            raise
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
