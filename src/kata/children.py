@@ -585,3 +585,12 @@ def output_of(argv: Sequence[str]) -> bytes:
             said += piece
         os.waitpid(pid, 0)
     return said
+
+
+def version_of(program: str) -> str:
+    """The first line of what a program says to ``--version``; ``unknown`` where it says nothing, or cannot be run."""
+    try:
+        lines = output_of([program, "--version"])[:200].decode(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return lines[0] if lines else "unknown"

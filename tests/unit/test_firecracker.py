@@ -133,11 +133,11 @@ def test_last_words() -> None:
 
 
 def test_programs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(process.VARIABLE, str(tmp_path / "none"))
+    monkeypatch.setenv(MONITOR.PROGRAM.variable, str(tmp_path / "none"))
     shape, attachments = machine()
     journal = Journal.create_dir(str(tmp_path), "box", {})
     with pytest.raises(HostError, match=r"Firecracker is not installed: there is no .*/none"):
-        process.spawn(process.find(), shape, "/i", attachments, journal, "")
+        MONITOR.start(shape, attachments, journal)
     [check] = MONITOR.checks()
     assert not check.ok
     assert check.text == f"{tmp_path}/none is no program that can be executed"

@@ -29,7 +29,7 @@ from kata.guest import manifest
 from kata.hypervisor import http_api, registry
 from kata.hypervisor.base import Attachments, Disk, Ended, Nic
 from kata.hypervisor.cloud_hypervisor import machine as ch_machine
-from kata.hypervisor.cloud_hypervisor import process
+from kata.hypervisor.cloud_hypervisor.monitor import CloudHypervisorMonitor
 from kata.journal import Journal
 
 TYPE_CHECKING = False
@@ -190,9 +190,9 @@ def test_every_step_as_it_was_seen(scripted: Talk) -> None:  # noqa: PLR0915
 
 def test_the_real_one_says_the_same(run_directory: Path, guest_assets: Path) -> None:
     """Where it is installed, and KVM opens, be it one that cannot run a guest."""
-    program = process.find()
+    program = CloudHypervisorMonitor.PROGRAM.find()
     if not program:
-        pytest.skip(f"Cloud Hypervisor is not installed. {process.INSTALL}")
+        pytest.skip(f"Cloud Hypervisor is not installed. {CloudHypervisorMonitor.PROGRAM.install}")
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/kvm")
     real = Talk(program, run_directory / f"ch-{os.urandom(2).hex()}", manifest.load(str(guest_assets)))

@@ -6,22 +6,101 @@ Usable before asyncio is imported: the machine boots while the rest of the engin
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 
-from kata import sysio
+from kata import children, confinement, sysio
 from kata.errors import GuestAssetError, HypervisorError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
-    from kata import children
     from kata.errors import KataError
     from kata.hypervisor.base import Disk
     from kata.hypervisor.channel import Channel
-    from kata.journal import Entry
+    from kata.journal import Entry, Journal
 
 
-class MonitorProcess:
+class Launch:
+    """What is under way while a monitor is started. Used as a context: when that fails, all of it is taken back, and
+    what the monitor inherits is closed here in any case.
+
+    Args:
+        title: The monitor's name in sentences.
+        journal: The sandbox's.
+
+    Attributes:
+        ours: Our end of each channel by its name; ``console`` is the guest's console.
+        theirs: The descriptors that the monitor inherits, by name.
+        entries: Of the journal, each with the ``path`` of a file that goes with the machine.
+        stderr: What the monitor says on standard error.
+        stdout: Descriptor of its standard output: its standard error, unless the guest's console goes there.
+    """
+
+    __slots__ = ("_journal", "_title", "entries", "ours", "stderr", "stdout", "theirs")
+
+    def __init__(self, title: str, journal: Journal) -> None:
+        self._title = title
+        self._journal = journal
+        self.ours: dict[str, int] = {}
+        self.theirs: dict[str, int] = {}
+        self.entries: list[Entry] = []
+        self.stderr = children.StderrTail()
+        self.stdout = self.stderr.write_fd
+
+    def __enter__(self) -> Launch:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: object, *_error: object) -> None:
+        self.stderr.started()
+        for fd in self.theirs.values():
+            os.close(fd)
+        if kind is None:
+            return
+        self.stderr.close()
+        for fd in self.ours.values():
+            os.close(fd)
+        for entry in self.entries:
+            self._journal.mark_gone(entry)
+
+    def channel(self, name: str) -> None:
+        """Make a channel of this name."""
+        self.ours[name], self.theirs[name] = children.socketpair()
+
+    def socket(self, path: str) -> None:
+        """Write down that a socket is made there, which goes with the machine."""
+        self.entries.append(self._journal.begin("socket", path=path))
+
+    def spawn(self, argv: Sequence[str], role: str, **options: Any) -> children.Child:
+        """Execute the monitor.
+
+        Args:
+            argv: The argument vector.
+            role: See `kata.children.spawn`.
+            options: Further ones of `kata.children.spawn`.
+
+        Raises:
+            HypervisorError: It cannot be executed.
+        """
+        try:
+            return children.spawn(
+                argv,
+                self._journal,
+                role,
+                stdout=self.stdout,
+                stderr=self.stderr.write_fd,
+                namespaces=confinement.NAMESPACES,
+                **options,
+            )
+        except OSError as error:
+            raise HypervisorError(
+                f"cannot start {self._title}: {error.strerror}", "Run `kata doctor` to check this host."
+            ) from error
+
+
+class MonitorProcess(ABC):
     """A monitor that was started, and our ends of its channels.
 
     The descriptors are this object's until somebody takes them (`detach_fd`); `close` closes the rest.
@@ -33,9 +112,7 @@ class MonitorProcess:
 
     Args:
         child: The process.
-        fds: Our end of each channel by its name; ``console`` is the guest's console.
-        stderr_tail: What it says on standard error.
-        entries: Of the journal, each with the ``path`` of a file that goes with the machine.
+        launch: What it was started with: our ends of the channels, its standard error, and the files that go with it.
         disk_addresses: See `kata.hypervisor.protocols.Started`.
         nic_addresses: See there.
         share_tag: See there.
@@ -56,9 +133,7 @@ class MonitorProcess:
     def __init__(
         self,
         child: children.Child,
-        fds: dict[str, int],
-        stderr_tail: children.StderrTail,
-        entries: list[Entry],
+        launch: Launch,
         *,
         disk_addresses: Sequence[str],
         nic_addresses: Sequence[str],
@@ -66,22 +141,22 @@ class MonitorProcess:
         extra_memory_mib: int = 0,
     ) -> None:
         self.child = child
-        self.fds = fds
-        self.entries = entries
+        self.fds = launch.ours
+        self.entries = launch.entries
         self.disk_addresses = disk_addresses
         self.nic_addresses = nic_addresses
         self.share_tag = share_tag
         self.extra_memory_mib = extra_memory_mib
-        self._stderr = stderr_tail
+        self._stderr = launch.stderr
 
     @property
+    @abstractmethod
     def channel(self) -> Channel:
         """How the agent is reached."""
-        raise NotImplementedError
 
+    @abstractmethod
     def explain(self, status: int) -> KataError:
         """The error for a monitor that ended with this exit status."""
-        raise NotImplementedError
 
     @property
     def pid(self) -> int:
@@ -220,3 +295,40 @@ def available_memory() -> str:
     except OSError:
         pass
     return ""
+
+
+NO_MEMORY = (
+    "the host cannot give the virtual machine its {memory} MiB of memory{available}",
+    "Ask for less with -m, or free memory on the host.",
+)
+"""Sentence and hint for a monitor that gets no memory."""
+
+
+def explained(
+    title: str,
+    status: int,
+    last: str,
+    known: Iterable[tuple[str, type[KataError], str, str]],
+    said: str,
+    values: Mapping[str, object],
+) -> KataError:
+    """The error for a monitor that ended.
+
+    Args:
+        title: Its name in sentences.
+        status: Its exit status.
+        last: The sentence that says why, as it said it; may be empty.
+        known: What it may say (lower case), the class of the error, and sentence and hint to say instead; the first
+            that is found counts.
+        said: Where that is looked for.
+        values: What is put into the sentence: ``memory`` (MiB), ``kernel``, ``initrd``; ``available`` is added.
+    """
+    low = said.lower()
+    for pattern, kind, sentence, hint in known:
+        if pattern in low:
+            text = sentence.format(available=available_memory(), **values)
+            return kind(f"{text} ({title}: {last})", hint)
+    hint = "Run `kata doctor` to check this host."
+    if status == -9:
+        hint = "If nobody killed it, the host was out of memory: see its kernel log (dmesg)."
+    return HypervisorError(f"{title} {children.ending(status)}" + (f": {last}" if last else ""), hint)

@@ -6,6 +6,7 @@ Source: ``cloud-hypervisor --help``, and docs/ of its sources.
 from __future__ import annotations
 
 from kata.hypervisor.cloud_hypervisor import slots
+from kata.hypervisor.rust_vmm import CID, file, parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 CONSOLES = {"serial": "console=ttyS0", "virtio": "console=hvc0", "none": ""}
 """What the guest's kernel is told, by kind of console."""
-VSOCK_SOCKET = "vsock.sock"
-"""Name of the socket that stands for the guest's vsock, in the sandbox's directory."""
 
 
 def build(
@@ -37,13 +36,13 @@ def build(
         *channels(fds),
         *("--kernel", file(fds["kernel"])),
         *("--initramfs", file(fds["initrd"])),
-        *("--cmdline", _parameters(shape)),
+        *("--cmdline", parameters(shape, CONSOLES[shape.console])),
         *("--cpus", f"boot={max(shape.vcpus, shape.max_vcpus)}"),
         *("--memory", _memory(shape, shared=shares)),
         *("--serial", "tty" if shape.console == "serial" else "off"),
         *("--console", "tty" if shape.console == "virtio" else "off"),
         *("--rng", "src=/dev/urandom"),
-        *("--vsock", f"cid={slots.CID},socket={vsock},id=vsock,pci_device_id={slots.VSOCK}"),
+        *("--vsock", f"cid={CID},socket={vsock},id=vsock,pci_device_id={slots.VSOCK}"),
     ]
     if shape.reclaim:
         argv += ["--balloon", "size=0,free_page_reporting=on"]
@@ -66,11 +65,6 @@ def build(
 def channels(fds: Mapping[str, int]) -> list[str]:
     """The arguments for what is said between us and it: ``api`` (listens) and ``events``."""
     return ["--api-socket", f"fd={fds['api']}", "--event-monitor", f"fd={fds['events']}"]
-
-
-def file(fd: int) -> str:
-    """A descriptor as a file's name."""
-    return f"/proc/self/fd/{fd}"
 
 
 def disk_config(index: int, disk: Disk, path: str) -> dict[str, object]:
@@ -145,12 +139,3 @@ HOTPLUG_STEP_MIB = 128
 def hotplug_mib(shape: MachineShape) -> int:
     """How much memory can be plugged into a machine, in MiB."""
     return -(-(shape.max_memory_mib - shape.memory_mib) // HOTPLUG_STEP_MIB) * HOTPLUG_STEP_MIB
-
-
-def _parameters(shape: MachineShape) -> str:
-    words = [CONSOLES[shape.console]]
-    if shape.max_vcpus > shape.vcpus:
-        # The others are there, and the guest brings them up when it is told to.
-        words.append(f"maxcpus={shape.vcpus}")
-    # Those of the configuration last, so that they prevail.
-    return " ".join(filter(None, (*words, shape.parameters)))

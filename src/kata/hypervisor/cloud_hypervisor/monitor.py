@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from kata.hypervisor.base import Capabilities, MonitorBase
+from kata.hypervisor.base import Capabilities
 from kata.hypervisor.cloud_hypervisor import slots
+from kata.hypervisor.rust_vmm import Program, RustVmmMonitor, read_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from kata.hypervisor.base import Attachments, Check, MachineShape
+    from kata.hypervisor.base import Attachments, MachineShape
     from kata.hypervisor.cloud_hypervisor.machine import CloudHypervisor
     from kata.hypervisor.cloud_hypervisor.process import CloudHypervisorProcess
     from kata.hypervisor.protocols import Started
@@ -19,17 +20,23 @@ if TYPE_CHECKING:
 HOST_OVERHEAD_MIB = 192
 
 
-class CloudHypervisorMonitor(MonitorBase):
+class CloudHypervisorMonitor(RustVmmMonitor):
     """Cloud Hypervisor."""
 
     name = "cloud-hypervisor"
     title = "Cloud Hypervisor"
-    accelerators: tuple[str, ...] = ("kvm",)
+    disks = len(slots.DISKS)
+    PROGRAM = Program(
+        title,
+        "cloud-hypervisor",
+        "KATA_CLOUD_HYPERVISOR",
+        "https://github.com/cloud-hypervisor/cloud-hypervisor",
+    )
 
     def capabilities(self, accel: str, options: Mapping[str, Any], *, bounces: bool = True) -> Capabilities:
         """See `kata.hypervisor.protocols.Monitor.capabilities`."""
         return Capabilities(
-            disk_slots=len(slots.DISKS),
+            disk_slots=self.disks,
             attach_disk=True,
             nics=len(slots.NICS),
             nic_backends=("tap",),
@@ -44,9 +51,7 @@ class CloudHypervisorMonitor(MonitorBase):
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
         """See `kata.hypervisor.protocols.Monitor.options`."""
-        from kata.hypervisor.cloud_hypervisor import options
-
-        return options.read(configuration, origin)
+        return read_path(configuration, origin)
 
     def host_overhead_mib(self, accel: str) -> int:
         """See `kata.hypervisor.protocols.Monitor.host_overhead_mib`."""
@@ -59,18 +64,10 @@ class CloudHypervisorMonitor(MonitorBase):
         from kata.hypervisor.cloud_hypervisor import process
 
         try:
-            if shape.huge_pages:
-                from kata.hypervisor import huge_pages
-
-                huge_pages.check(shape.memory_mib)
-            initrd = shape.initrd
-            if shape.extensions:
-                from kata.hypervisor import initrd as archives
-
-                initrd = archives.whole(shape, attachments.run_dir)
-            directory = self._root(attachments, journal)
-            program = process.find(str(dict(shape.options).get("path", "")))
-            return process.spawn(program, shape, initrd, attachments, journal, directory)
+            program = self.PROGRAM.of(shape)
+            initrd = self.initrd(shape, attachments)
+            root = self.root(attachments, journal)
+            return process.spawn(program, shape, initrd, attachments, journal, root)
         finally:
             attachments.close()
 
@@ -81,21 +78,11 @@ class CloudHypervisorMonitor(MonitorBase):
 
         try:
             shape = saved.shape_of(directory)
-            program = process.find(str(dict(shape.options).get("path", "")))
-            root = self._root(attachments, journal)
+            program = self.PROGRAM.of(shape)
+            root = self.root(attachments, journal)
             return process.restore(program, shape, directory, attachments, journal, root)
         finally:
             attachments.close()
-
-    def _root(self, attachments: Attachments, journal: Journal) -> str:
-        """The directory that becomes its root; empty where it is to keep the caller's."""
-        from kata.hypervisor import root
-
-        return (
-            root.prepare(attachments.run_dir, journal, disks=len(slots.DISKS))
-            if attachments.confines
-            else ""
-        )
 
     def adopt(self, started: Started, journal: Journal, console_path: str = "") -> CloudHypervisor:
         """See `kata.hypervisor.protocols.Monitor.adopt`."""
@@ -105,40 +92,6 @@ class CloudHypervisorMonitor(MonitorBase):
         if not isinstance(started, CloudHypervisorProcess):
             raise TypeError(f"{started!r} is not one of {self.title}'s")
         return CloudHypervisor(started, journal, console_path)
-
-    def program(self, options: Mapping[str, Any]) -> str:
-        """See `kata.hypervisor.protocols.Monitor.program`."""
-        from kata.hypervisor.cloud_hypervisor import process
-
-        return process.find(str(options.get("path", "")))
-
-    def version(self) -> str:
-        """See `kata.hypervisor.protocols.Monitor.version`."""
-        from kata import children
-        from kata.hypervisor.cloud_hypervisor import process
-
-        program = process.find()
-        if not program:
-            return ""
-        try:
-            first = (
-                children.output_of([program, "--version"])[:200].decode(errors="replace").splitlines()[:1]
-            )
-        except OSError:
-            first = []
-        return first[0] if first else "unknown"
-
-    def arguments(self, run_dir: str) -> list[tuple[str, str]]:
-        """See `kata.hypervisor.protocols.Monitor.arguments`. They are in the process list, and not written down."""
-        return []
-
-    def checks(self) -> list[Check]:
-        """See `kata.hypervisor.protocols.Monitor.checks`."""
-        from kata.hypervisor.base import program_check
-        from kata.hypervisor.cloud_hypervisor import process
-
-        program = process.find()
-        return [program_check(self.name, program, self.version, process.PROGRAM, process.INSTALL)]
 
 
 MONITOR = CloudHypervisorMonitor()

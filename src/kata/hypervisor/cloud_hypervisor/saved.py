@@ -12,8 +12,7 @@ import json
 import os
 
 from kata.errors import HypervisorError
-from kata.hypervisor import saved
-from kata.hypervisor.cloud_hypervisor import command
+from kata.hypervisor import rust_vmm, saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[s
         name = str(disk.get("id"))
         if missing.pop(name, None) is None:
             raise HypervisorError(f"the machine in {directory} has a {name}, and it was given none")
-        disk["path"] = command.file(fds[name])
+        disk["path"] = rust_vmm.file(fds[name])
     taps = {f"nic{index}": nic.tap_fd for index, nic in enumerate(attachments.nics) if nic.tap_fd}
     given = []
     for nic in _list(config.get("net")):

@@ -13,8 +13,6 @@ NICS = range(0x18, 0x20)
 
 SHARE_TAG = "kataShared"
 """Mount tag of the share."""
-CID = 3
-"""Of every guest: the socket that stands for its vsock is that machine's alone, and no device of the host's has it."""
 
 
 def path(number: int) -> str:

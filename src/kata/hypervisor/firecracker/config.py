@@ -5,6 +5,8 @@ Source: Firecracker's swagger/firecracker.yaml; the document's members are named
 
 from __future__ import annotations
 
+from kata.hypervisor.rust_vmm import CID, file, parameters
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,11 +14,6 @@ if TYPE_CHECKING:
 
     from kata.hypervisor.base import Attachments, Disk, MachineShape
 
-VSOCK_SOCKET = "vsock.sock"
-"""Name of the socket that stands for the guest's vsock, in the sandbox's directory."""
-API_SOCKET = "api.sock"
-CID = 3
-"""Of every guest: the socket that stands for its vsock is that machine's alone."""
 KERNEL_FD, INITRD_FD, CONFIG_FD, LOG_FD, METRICS_FD, FIRST_DISK_FD = range(3, 9)
 """Descriptors that it inherits, and the first of those of the disk slots: always the same, since a machine that was
 saved names its disks by them."""
@@ -109,7 +106,7 @@ def build(
         "boot-source": {
             "kernel_image_path": file(KERNEL_FD),
             "initrd_path": file(INITRD_FD),
-            "boot_args": _parameters(shape),
+            "boot_args": parameters(shape, "" if shape.console == "none" else "console=ttyS0", _REBOOT),
         },
         "machine-config": {
             "vcpu_count": max(shape.vcpus, shape.max_vcpus),
@@ -152,11 +149,6 @@ def build(
     return document
 
 
-def file(fd: int) -> str:
-    """A descriptor as a file's name."""
-    return f"/proc/self/fd/{fd}"
-
-
 def disk_config(index: int, disk: Disk | None, path: str, *, readonly: bool) -> dict[str, Any]:
     """A disk as the API describes it (``Drive``).
 
@@ -192,12 +184,3 @@ def _limiter(**buckets: dict[str, int] | None) -> dict[str, Any]:
 def _limits(**limiters: dict[str, Any]) -> dict[str, Any]:
     """Those members of a device that say something."""
     return {name: limiter for name, limiter in limiters.items() if limiter}
-
-
-def _parameters(shape: MachineShape) -> str:
-    words = ["" if shape.console == "none" else "console=ttyS0", _REBOOT]
-    if shape.max_vcpus > shape.vcpus:
-        # The others are there, and the guest brings them up when it is told to.
-        words.append(f"maxcpus={shape.vcpus}")
-    # Those of the configuration last, so that they prevail.
-    return " ".join(filter(None, (*words, shape.parameters)))

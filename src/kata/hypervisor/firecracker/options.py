@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from kata.errors import ConfigError
+from kata.hypervisor.rust_vmm import read_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,11 +12,8 @@ if TYPE_CHECKING:
 
 def read(configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
     """Its options. See `kata.hypervisor.protocols.Monitor.options` for arguments, result and errors."""
-    path = configuration.get("path", "")
-    if path and not os.path.exists(path):
-        raise ConfigError(f"{origin('path')}: path {path} does not exist")
-    found: dict[str, Any] = {"path": path} if path else {}
-    return found | {key: int(configuration[key]) for key in LIMITS if configuration.get(key)}
+    limits = {key: int(configuration[key]) for key in LIMITS if configuration.get(key)}
+    return read_path(configuration, origin) | limits
 
 
 LIMITS = (

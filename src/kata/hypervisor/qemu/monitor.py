@@ -114,13 +114,7 @@ class QemuMonitor(MonitorBase):
         from kata.hypervisor.qemu import process
 
         binary = children.find_program(process.PROGRAM)
-        if binary is None:
-            return ""
-        try:
-            first = children.output_of([binary, "--version"])[:200].decode(errors="replace").splitlines()[:1]
-        except OSError:
-            first = []
-        return first[0] if first else "unknown"
+        return children.version_of(binary) if binary is not None else ""
 
     def arguments(self, run_dir: str) -> list[tuple[str, str]]:
         from kata.hypervisor.qemu import arguments

@@ -11,17 +11,17 @@ import os
 from kata import children, confinement, sysio
 from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
 from kata.hypervisor import tsc
-from kata.hypervisor.process import MonitorProcess, available_memory, open_files
+from kata.hypervisor.process import NO_MEMORY, Launch, MonitorProcess, explained, open_files
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from kata.hypervisor.channel import Channel
     from kata.hypervisor.qemu.settings import VMSettings
-    from kata.journal import Entry, Journal
+    from kata.journal import Journal
 
 PROGRAM = "qemu-system-x86_64"
 VHOST_NET = "/dev/vhost-net"
@@ -43,15 +43,11 @@ class QemuProcess(MonitorProcess):
         self,
         child: children.Child,
         settings: VMSettings,
-        fds: dict[str, int],
-        stderr_tail: children.StderrTail,
-        entries: list[Entry],
+        launch: Launch,
     ) -> None:
         super().__init__(
             child,
-            fds,
-            stderr_tail,
-            entries,
+            launch,
             disk_addresses=[slots.disk_path(index) for index in range(len(settings.disks))],
             nic_addresses=[slots.nic_path(index) for index in range(len(settings.nics()))],
             share_tag=slots.SHARE_TAG if settings.share_dir or settings.share_fd is not None else "",
@@ -97,90 +93,69 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
         GuestAssetError: The kernel or initrd is missing.
         HypervisorError: A disk image is missing, or the process could not be started.
     """
-    ours: dict[str, int] = {}
-    theirs: dict[str, int] = {}
-    opened: dict[str, int] = {}
-    stderr_tail = children.StderrTail()
-    entries: list[Entry] = []
     try:
-        _check(settings)
-        if settings.accel == "tcg" and not settings.tsc_khz:
-            settings.tsc_khz = tsc.khz()
-        opened = open_files(settings.kernel, settings.initrd, settings.disks)
-        for name in ("agent", "qmp", "console"):
-            if name != "console" or settings.console != "none":
-                ours[name], theirs[name] = children.socketpair()
-        if settings.nic is not None and not settings.nic.backend:
-            entries.append(journal.begin("socket", path=qemu_command.nic_socket(settings.run_dir)))
-            theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
-        kept = SHARE_CAPABILITIES if settings.serves_files else ()
-        user = _prepare(settings, opened, kept)
-        tables = _acpi_files() if qemu_command.has_small_acpi(settings) else {}
-        opened |= tables
-        if settings.vhost_net:
-            opened |= _vhost_net(settings)
-        fds = qemu_command.Fds(
-            theirs["agent"],
-            theirs["qmp"],
-            theirs.get("console"),
-            kernel=opened["kernel"],
-            initrd=opened["initrd"],
-            vhost={
-                index: opened[f"vhost{index}"]
-                for index in range(len(settings.nics()))
-                if f"vhost{index}" in opened
-            },
-            disks={index: opened[f"disk{index}"] for index, disk in enumerate(settings.disks) if disk},
-            nic=theirs.get("nic"),
-            share=opened.get("share"),
-            acpi=tables,
-        )
-        try:
-            child = children.spawn(
-                qemu_command.build(settings, fds),
-                journal,
-                "qemu",
-                pass_fds=qemu_command.inherited_fds(settings, fds),
-                stdout=stderr_tail.write_fd,
-                stderr=stderr_tail.write_fd,
-                # A start touches a little of many huge pages, and clearing those is most of what the kernel does for
-                # an emulated machine: the more so where this host is a guest itself, whose own host has to find the
-                # memory (thirteen microseconds for each 4 KiB, measured, beside four in small pages). What translated
-                # code gains from them is hardly measurable.
-                disable_thp=settings.accel == "tcg",
-                capabilities=kept,
-                namespaces=confinement.NAMESPACES,
-                confinement=_confinement(settings, user, kept, opened),
-            )
-        except OSError as error:
-            raise HypervisorError(
-                f"cannot start QEMU: {error.strerror}", "Run `kata doctor` to check this host."
-            ) from error
-    except BaseException:
-        stderr_tail.close()
-        for fd in ours.values():
-            os.close(fd)
-        for entry in entries:
-            journal.mark_gone(entry)
-        raise
+        with Launch("QEMU", journal) as launch:
+            return QemuProcess(_start(settings, launch), settings, launch)
     finally:
-        stderr_tail.started()
-        for fd in (*theirs.values(), *opened.values()):
-            os.close(fd)
         for passed in settings.descriptors():
             passed.close()
-    return QemuProcess(child, settings, ours, stderr_tail, entries)
 
 
-def _vhost_net(settings: VMSettings) -> dict[str, int]:
-    """An open /dev/vhost-net for each interface that is connected to a tap: ``vhost0`` and so on. None where the host
-    has no such device: QEMU moves the packets itself then. Source: the kernel's ``drivers/vhost/net.c``.
+def _start(settings: VMSettings, launch: Launch) -> children.Child:
+    _check(settings)
+    if settings.accel == "tcg" and not settings.tsc_khz:
+        settings.tsc_khz = tsc.khz()
+    theirs = launch.theirs
+    opened = open_files(settings.kernel, settings.initrd, settings.disks)
+    theirs |= opened
+    for name in ("agent", "qmp", "console"):
+        if name != "console" or settings.console != "none":
+            launch.channel(name)
+    if settings.nic is not None and not settings.nic.backend:
+        launch.socket(qemu_command.nic_socket(settings.run_dir))
+        theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
+    kept = SHARE_CAPABILITIES if settings.serves_files else ()
+    user = _prepare(settings, theirs, kept)
+    tables = _acpi_files() if qemu_command.has_small_acpi(settings) else {}
+    theirs |= tables
+    reopened = [theirs[name] for name in ("kernel", "initrd", "share", *tables) if name in theirs]
+    vhost = _vhost_net(settings) if settings.vhost_net else {}
+    theirs |= {f"vhost{index}": fd for index, fd in vhost.items()}
+    fds = qemu_command.Fds(
+        theirs["agent"],
+        theirs["qmp"],
+        theirs.get("console"),
+        kernel=theirs["kernel"],
+        initrd=theirs["initrd"],
+        vhost=vhost,
+        disks={index: theirs[f"disk{index}"] for index, disk in enumerate(settings.disks) if disk},
+        nic=theirs.get("nic"),
+        share=theirs.get("share"),
+        acpi=tables,
+    )
+    return launch.spawn(
+        qemu_command.build(settings, fds),
+        "qemu",
+        pass_fds=qemu_command.inherited_fds(settings, fds),
+        # A start touches a little of many huge pages, and clearing those is most of what the kernel does for
+        # an emulated machine: the more so where this host is a guest itself, whose own host has to find the
+        # memory (thirteen microseconds for each 4 KiB, measured, beside four in small pages). What translated
+        # code gains from them is hardly measurable.
+        disable_thp=settings.accel == "tcg",
+        capabilities=kept,
+        confinement=_confinement(settings, user, kept, reopened),
+    )
+
+
+def _vhost_net(settings: VMSettings) -> dict[int, int]:
+    """An open /dev/vhost-net for each interface that is connected to a tap, by its number. None where the host has no
+    such device: QEMU moves the packets itself then. Source: the kernel's ``drivers/vhost/net.c``.
     """
-    found: dict[str, int] = {}
+    found: dict[int, int] = {}
     for index, nic in enumerate(settings.nics()):
         if nic.tap_fd is not None:
             try:
-                found[f"vhost{index}"] = os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC)
+                found[index] = os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC)
             except OSError:
                 break
     return found
@@ -202,7 +177,7 @@ def _prepare(settings: VMSettings, opened: dict[str, int], kept: Sequence[int]) 
 
 
 def _confinement(
-    settings: VMSettings, user: int, kept: Sequence[int], opened: Mapping[str, int]
+    settings: VMSettings, user: int, kept: Sequence[int], reopened: Sequence[int]
 ) -> confinement.Confinement:
     """What QEMU opens by name until it has its root directory, beside what all programs read."""
     devices = [path for path in (settings.entropy,) if path]
@@ -213,7 +188,7 @@ def _confinement(
         user=user,
         keeps=kept,
         readable=[
-            *(fd for name, fd in opened.items() if not name.startswith(("disk", "vhost"))),
+            *reopened,
             *(path for path in (settings.firmware,) if os.path.isabs(path)),
             *(FIRMWARE_DIRS if not settings.binary.startswith("/usr/") else ()),
         ],
@@ -274,18 +249,8 @@ def _listen(path: str) -> int:
 
 # What QEMU says (lower case), and what to say instead: (pattern, error class, sentence, hint).
 _KNOWN: tuple[tuple[str, type[KataError], str, str], ...] = (
-    (
-        "cannot allocate memory",
-        ResourceExhaustedError,
-        "the host cannot give the virtual machine its {memory} MiB of memory{available}",
-        "Ask for less with -m, or free memory on the host.",
-    ),
-    (
-        "cannot set up guest memory",
-        ResourceExhaustedError,
-        "the host cannot give the virtual machine its {memory} MiB of memory{available}",
-        "Ask for less with -m, or free memory on the host.",
-    ),
+    ("cannot allocate memory", ResourceExhaustedError, *NO_MEMORY),
+    ("cannot set up guest memory", ResourceExhaustedError, *NO_MEMORY),
     (
         'failed to get "write" lock',
         HypervisorError,
@@ -330,18 +295,5 @@ _OF_FILE_NAMES = "externally provided fw_cfg item names"
 def explain(status: int, said: str, settings: VMSettings) -> KataError:
     """The error for a QEMU that ended with this exit status and this end of its standard error (already escaped)."""
     lines = [line for line in said.strip().splitlines() if _OF_FILE_NAMES not in line]
-    last = lines[-1] if lines else ""
-    low = said.lower()
-    for pattern, kind, sentence, hint in _KNOWN:
-        if pattern in low:
-            text = sentence.format(
-                memory=settings.memory_mib,
-                available=available_memory(),
-                kernel=settings.kernel,
-                initrd=settings.initrd,
-            )
-            return kind(f"{text} (QEMU: {last})", hint)
-    hint = "Run `kata doctor` to check this host."
-    if status == -9:
-        hint = "If nobody killed it, the host was out of memory: see its kernel log (dmesg)."
-    return HypervisorError(f"QEMU {children.ending(status)}" + (f": {last}" if last else ""), hint)
+    values = {"memory": settings.memory_mib, "kernel": settings.kernel, "initrd": settings.initrd}
+    return explained("QEMU", status, lines[-1] if lines else "", _KNOWN, said, values)
