@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterator
@@ -11,28 +10,21 @@ from typing import Any
 
 import pytest
 from conftest import Kata
-from test_monitors import require
+from hypervisor_support import ALONE, FOREVER, with_hypervisor
 from waiting import until
 
 from kata import sysio
 from kata.engine.client import EngineClient
-from kata.hypervisor import registry, virtiofsd
+from kata.hypervisor import virtiofsd
 from kata.resources import sizing
 
 MIB = 1 << 20
 NAME = "cloud-hypervisor"
-ALONE = ("--network", "none")
-FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
 
 
 @pytest.fixture(scope="module")
 def kata(kvm_kata: Kata, tmp_path_factory: pytest.TempPathFactory) -> Kata:
-    require(registry.find(NAME))
-    one = copy.copy(kvm_kata)
-    file = tmp_path_factory.mktemp("configuration") / "configuration.toml"
-    file.write_text(f"[runtime]\nhypervisor_name = '{NAME}'\n")
-    one.env = {**kvm_kata.env, "KATA_CONF_FILE": str(file)}
-    return one
+    return with_hypervisor(kvm_kata, NAME, tmp_path_factory.mktemp("configuration"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -10,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Kata
+from hypervisor_support import with_hypervisor
 from test_confinement import NO_CAPABILITIES, capabilities, descriptors, namespaces, status
-from test_monitors import require
 
 from kata import confinement, sysio
-from kata.hypervisor import registry
 
 NAMES = {"qemu": [], "cloud-hypervisor": ["disks", "state"], "firecracker": ["disks", "state"]}
 """What is in the root directory of each."""
@@ -27,11 +25,7 @@ DEVICES = ("/kvm", "/vhost-vsock", "/vhost-net", "/net/tun", "/urandom")
 def test_what_a_hypervisor_is_left_with(
     name: str, kvm_kata: Kata, busybox_image: str, tmp_path: Path
 ) -> None:
-    require(registry.find(name))
-    kata = copy.copy(kvm_kata)
-    file = tmp_path / "configuration.toml"
-    file.write_text(f"[runtime]\nhypervisor_name = '{name}'\n")
-    kata.env = {**kvm_kata.env, "KATA_CONF_FILE": str(file)}
+    kata = with_hypervisor(kvm_kata, name, tmp_path)
     kata.ok("run", "-d", "--name", "held", "--network", "none", busybox_image, "sleep", "600")
     try:
         engine = kata.engine_pid("held")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterator
@@ -10,25 +9,17 @@ from pathlib import Path
 
 import pytest
 from conftest import Kata
-from test_monitors import require
+from hypervisor_support import ALONE, FOREVER, with_hypervisor
 from waiting import until
 
 from kata import sysio
-from kata.hypervisor import registry
 
 NAME = "firecracker"
-ALONE = ("--network", "none")
-FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
 
 
 @pytest.fixture(scope="module")
 def kata(kvm_kata: Kata, tmp_path_factory: pytest.TempPathFactory) -> Kata:
-    require(registry.find(NAME))
-    one = copy.copy(kvm_kata)
-    file = tmp_path_factory.mktemp("configuration") / "configuration.toml"
-    file.write_text(f"[runtime]\nhypervisor_name = '{NAME}'\n")
-    one.env = {**kvm_kata.env, "KATA_CONF_FILE": str(file)}
-    return one
+    return with_hypervisor(kvm_kata, NAME, tmp_path_factory.mktemp("configuration"))
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +68,7 @@ def test_it_is_left_with_nothing_of_the_host(kata: Kata, box: str) -> None:
 
 def test_limits_of_its_disks(kata: Kata, busybox_image: str, tmp_path: Path) -> None:
     """Two MiB read past the first second's share take some seconds: a bound that no slow machine breaks."""
-    file = tmp_path / "configuration-fc.toml"
-    file.write_text("[hypervisor.firecracker]\ndisk_rate_limiter_bw_max_rate = 4194304\n")
-    one = copy.copy(kata)
-    one.env = {**kata.env, "KATA_CONF_FILE": str(file)}
+    one = with_hypervisor(kata, NAME, tmp_path, "disk_rate_limiter_bw_max_rate = 4194304")
     script = (
         "dd if=/dev/zero of=/big bs=64k count=32 2>/dev/null;"
         " read a b < /proc/uptime; sync; read c d < /proc/uptime; echo $a $c"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Kata
-from test_monitors import require
+from hypervisor_support import with_hypervisor
 
 from kata.hypervisor import registry
 
@@ -37,11 +36,7 @@ def pool() -> Iterator[None]:
 def test_a_guest_in_huge_pages(
     name: str, kvm_kata: Kata, pool: None, busybox_image: str, tmp_path: Path
 ) -> None:
-    require(registry.find(name))
-    file = tmp_path / "configuration.toml"
-    file.write_text(f"[runtime]\nhypervisor_name = '{name}'\n[hypervisor.{name}]\nenable_hugepages = true\n")
-    kata = copy.copy(kvm_kata)
-    kata.env = {**kvm_kata.env, "KATA_CONF_FILE": str(file)}
+    kata = with_hypervisor(kvm_kata, name, tmp_path, "enable_hugepages = true")
     run = ("run", "--network", "none")
     more = kata.call(*run, "--rm", "-m", "2g", busybox_image, "true")
     assert more.returncode == 125

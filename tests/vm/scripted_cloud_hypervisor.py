@@ -16,13 +16,15 @@ Words of the kernel's command line make it misbehave:
 
 from __future__ import annotations
 
-import array
 import json
 import os
-import selectors
 import signal
 import socket
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
+from scripted_api import Answer, Refusal, faults_of, serve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,15 +33,6 @@ if TYPE_CHECKING:
 VERSION = {"build_version": "v54.0.0", "version": "54.0.0", "features": ["io_uring", "kvm"]}
 NEVER = (1 << 64) - 1
 """What the real one says of latencies before the first operation."""
-Answer = tuple[int, object]
-
-
-class Refusal(Exception):
-    """An answer that is an error: a list of sentences."""
-
-    def __init__(self, status: int, *sentences: str) -> None:
-        super().__init__(*sentences)
-        self.status = status
 
 
 def arguments(argv: list[str]) -> dict[str, list[str]]:
@@ -81,6 +74,11 @@ class Monitor:
         options: See `arguments`.
     """
 
+    SERVER = "Cloud Hypervisor API"
+    PREFIX = "/api/v1/"
+    LAST_WORDS = b"cloud-hypervisor: 1.0s: <vmm> ERROR: this is the end\n"
+    DIES = 134
+
     def __init__(self, options: dict[str, list[str]]) -> None:
         self.events = socket.socket(fileno=descriptor(options["event-monitor"][0]))
         self.listener = socket.socket(fileno=descriptor(options["api-socket"][0]))
@@ -93,9 +91,7 @@ class Monitor:
         else:
             self.config = self._config(options)
         words = self.config["payload"]["cmdline"].split()
-        self.faults = dict(
-            word.partition("=")[2].split(":", 1) for word in words if word.startswith("scripted.fault=")
-        )
+        self.faults = faults_of(words)
         self.ends = next((word[13:] for word in words if word.startswith("scripted.end=")), "")
         self.keeps = "scripted.keeps" in words
 
@@ -190,8 +186,18 @@ class Monitor:
 
     # ---- what it is asked ----
 
+    def part_of(self, path: str) -> str:
+        return path
+
+    def is_asked(self, part: str) -> None:
+        if self.ends and part not in ("vmm.ping", "vm.info"):
+            self.end(*(("rebooting",) if self.ends == "reboot" else ("shutdown", "deleted")))
+
+    def refused(self, refusal: Refusal) -> Answer:
+        return refusal.status, list(refusal.args)
+
     def answer(self, method: str, path: str, body: dict[str, Any], fds: list[int]) -> Answer:
-        name = path.removeprefix("/api/v1/")
+        name = path
         handler = getattr(self, name.replace(".", "_").replace("-", "_"), None)
         if handler is None:
             raise Refusal(404, "Not Found")
@@ -310,72 +316,6 @@ def descriptor(text: str) -> int:
     return int(pairs(text)["fd"])
 
 
-def misbehave(sock: socket.socket, kind: str) -> bool:
-    """Do what was ordered; True when the request is to be answered after all."""
-    if kind == "nonsense":
-        sock.sendall(b"SSH-2.0-OpenSSH_9.2p1\r\n\r\n")
-    elif kind == "half":
-        sock.sendall(b"HTTP/1.1 200 \r\nContent-Length: 100\r\n\r\n{")
-        sock.shutdown(socket.SHUT_RDWR)
-    elif kind == "huge":
-        sock.sendall(b"HTTP/1.1 200 \r\nContent-Length: 99999999999\r\n\r\n{")
-    elif kind == "die":
-        os.write(2, b"cloud-hypervisor: 1.0s: <vmm> ERROR: this is the end\n")
-        os._exit(134)
-    elif kind == "refuse":
-        raise Refusal(500, "Error from API", "It was ordered to refuse")
-    return False
-
-
-class Connection:
-    """One client of the API."""
-
-    def __init__(self, monitor: Monitor, sock: socket.socket) -> None:
-        self._monitor = monitor
-        self._sock = sock
-        self._data = b""
-        self._fds: list[int] = []
-
-    def read(self) -> bool:
-        """Answer what has come; False at the end."""
-        rights = array.array("i")
-        data, told, _, _ = self._sock.recvmsg(65536, socket.CMSG_SPACE(16 * rights.itemsize))
-        for _, _, content in told:
-            rights.frombytes(content)
-            self._fds += rights.tolist()
-        self._data += data
-        while b"\r\n\r\n" in self._data:
-            head, _, rest = self._data.partition(b"\r\n\r\n")
-            fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
-            length = int(fields.get(b"Content-Length", b"0"))
-            if len(rest) < length:
-                break
-            self._data = rest[length:]
-            method, path, _ = head.split(b"\r\n")[0].decode().split(" ")
-            self._answer(method, path, json.loads(rest[:length] or b"{}"))
-        return bool(data)
-
-    def _answer(self, method: str, path: str, body: dict[str, Any]) -> None:
-        monitor, fds = self._monitor, self._fds
-        self._fds = []
-        name = path.removeprefix("/api/v1/")
-        if monitor.ends and name not in ("vmm.ping", "vm.info"):
-            monitor.end(*(("rebooting",) if monitor.ends == "reboot" else ("shutdown", "deleted")))
-        status: int
-        content: object
-        try:
-            if name in monitor.faults:
-                misbehave(self._sock, monitor.faults[name])
-                return
-            status, content = monitor.answer(method, path, body, fds)
-        except Refusal as refusal:
-            status, content = refusal.status, list(refusal.args)
-        text = b"" if content is None else json.dumps(content, separators=(",", ":")).encode()
-        about = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n" if text else ""
-        head = f"HTTP/1.1 {status} \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n{about}\r\n"
-        self._sock.sendall(head.encode() + text)
-
-
 def main(argv: list[str]) -> int:
     if argv == ["--version"]:
         print("cloud-hypervisor v54.0.0")
@@ -388,18 +328,7 @@ def main(argv: list[str]) -> int:
         print(f"Error: Cloud Hypervisor exited with the following chain of errors:{chain}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: monitor.end("shutdown", "deleted"))
-    selector = selectors.DefaultSelector()
-    selector.register(monitor.listener, selectors.EVENT_READ)
-    selector.register(monitor.vsock, selectors.EVENT_READ)
-    while True:
-        for key, _ in selector.select():
-            if key.fileobj is monitor.vsock:
-                monitor.vsock.accept()[0].close()
-            elif key.fileobj is monitor.listener:
-                sock = monitor.listener.accept()[0]
-                selector.register(sock, selectors.EVENT_READ, Connection(monitor, sock))
-            elif not key.data.read():
-                selector.unregister(key.fileobj)
+    return serve(monitor)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
 import signal
 import socket
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
+from scripted_api import Answer, Refusal, faults_of, serve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,11 +33,6 @@ if TYPE_CHECKING:
 
 VERSION = "1.17.0-dev"
 TIME = "2026-11-28T16:52:18.441166283"
-Answer = tuple[int, object]
-
-
-class Refusal(Exception):
-    """An answer that is an error: status 400 and one sentence."""
 
 
 class Monitor:
@@ -43,6 +41,11 @@ class Monitor:
     Args:
         options: Values of its options, by name.
     """
+
+    SERVER = "Firecracker API"
+    PREFIX = "/"
+    LAST_WORDS = f"{TIME} [anonymous-instance:main] error: this is the end\n".encode()
+    DIES = 148
 
     def __init__(self, options: dict[str, str]) -> None:
         self.metrics = os.open(options["metrics-path"], os.O_WRONLY | os.O_NONBLOCK)
@@ -54,9 +57,7 @@ class Monitor:
         self.asked = {"drive_count": 0, "drive_fails": 0}
         self.fds: dict[str, int] = {}
         words = self.config["boot-source"]["boot_args"].split()
-        self.faults = dict(
-            word.partition("=")[2].split(":", 1) for word in words if word.startswith("scripted.fault=")
-        )
+        self.faults = faults_of(words)
         self.ends = "scripted.end" in words
         self.keeps = "scripted.keeps" in words
         self.listener = listening(options["api-sock"])
@@ -68,10 +69,10 @@ class Monitor:
                 os.close(os.open(self.config["boot-source"][name], os.O_RDONLY))
             except OSError as error:
                 raise Refusal(
-                    f"Boot source error: The {what} file cannot be opened: {said(error)}"
+                    400, f"Boot source error: The {what} file cannot be opened: {said(error)}"
                 ) from None
         if self.faults.get("boot"):
-            raise Refusal("It was ordered")
+            raise Refusal(400, "It was ordered")
         for drive in self.config["drives"]:
             self._open(drive, "Block device error: Unable to create the virtio block device: Virtio")
         self.vsock = listening(self.config["vsock"]["uds_path"])
@@ -84,7 +85,7 @@ class Monitor:
             fd = os.open(path, os.O_RDONLY if drive["is_read_only"] else os.O_RDWR)
         except OSError as error:
             raise Refusal(
-                f"{sentence} backend error: Error manipulating the backing file: {said(error)} {path}"
+                400, f"{sentence} backend error: Error manipulating the backing file: {said(error)} {path}"
             ) from None
         if drive["drive_id"] in self.fds:
             os.close(self.fds[drive["drive_id"]])
@@ -92,13 +93,23 @@ class Monitor:
 
     # ---- what it is asked ----
 
-    def answer(self, method: str, path: str, body: dict[str, Any]) -> Answer:
+    def part_of(self, path: str) -> str:
+        return path.partition("/")[0] or "info"
+
+    def is_asked(self, part: str) -> None:
+        if self.ends and part != "info":
+            os._exit(0)
+
+    def refused(self, refusal: Refusal) -> Answer:
+        return refusal.status, {"fault_message": refusal.args[-1]}
+
+    def answer(self, method: str, path: str, body: dict[str, Any], fds: list[int]) -> Answer:
         name = f"{method.lower()}_{path.replace('/', '_')}".rstrip("_")
         if path.startswith("drives/"):
             name = f"{method.lower()}_drive"
         handler = getattr(self, name, None)
         if handler is None:
-            raise Refusal(f"Invalid request method and/or path: {method} {path}.")
+            raise Refusal(400, f"Invalid request method and/or path: {method} {path}.")
         found: Answer = handler(body)
         return found
 
@@ -119,7 +130,7 @@ class Monitor:
             self._open({**known[0], **body}, sentence)
         except Refusal as refusal:
             self.asked["drive_fails"] += 1
-            raise Refusal(f"{refusal} Please verify the request arguments.") from None
+            raise Refusal(400, f"{refusal} Please verify the request arguments.") from None
         known[0].update(body)
         return 204, None
 
@@ -149,7 +160,7 @@ class Monitor:
 
     def put_actions(self, body: dict[str, Any]) -> Answer:
         if body["action_type"] == "InstanceStart":
-            raise Refusal("The requested operation is not supported after starting the microVM.")
+            raise Refusal(400, "The requested operation is not supported after starting the microVM.")
         # What was counted since the last time; times of the last request.
         line = {
             "utc_timestamp_ms": 1795884591921,
@@ -175,60 +186,6 @@ def said(error: OSError) -> str:
     return f"{error.strerror} (os error {error.errno})"
 
 
-def misbehave(sock: socket.socket, kind: str) -> None:
-    """Do what was ordered."""
-    if kind == "nonsense":
-        sock.sendall(b"SSH-2.0-OpenSSH_9.2p1\r\n\r\n")
-    elif kind == "die":
-        os.write(2, f"{TIME} [anonymous-instance:main] error: this is the end\n".encode())
-        os._exit(148)
-    elif kind == "refuse":
-        raise Refusal("It was ordered to refuse")
-
-
-class Connection:
-    """One client of the API."""
-
-    def __init__(self, monitor: Monitor, sock: socket.socket) -> None:
-        self._monitor = monitor
-        self._sock = sock
-        self._data = b""
-
-    def read(self) -> bool:
-        """Answer what has come; False at the end."""
-        data = self._sock.recv(65536)
-        self._data += data
-        while b"\r\n\r\n" in self._data:
-            head, _, rest = self._data.partition(b"\r\n\r\n")
-            fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
-            length = int(fields.get(b"Content-Length", b"0"))
-            if len(rest) < length:
-                break
-            self._data = rest[length:]
-            method, path, _ = head.split(b"\r\n")[0].decode().split(" ")
-            self._answer(method, path.removeprefix("/"), json.loads(rest[:length] or b"{}"))
-        return bool(data)
-
-    def _answer(self, method: str, path: str, body: dict[str, Any]) -> None:
-        monitor = self._monitor
-        part = path.partition("/")[0] or "info"
-        if monitor.ends and part != "info":
-            os._exit(0)
-        status: int
-        content: object
-        try:
-            if part in monitor.faults:
-                misbehave(self._sock, monitor.faults[part])
-                return
-            status, content = monitor.answer(method, path, body)
-        except Refusal as refusal:
-            status, content = 400, {"fault_message": str(refusal)}
-        text = b"" if content is None else json.dumps(content, separators=(",", ":")).encode()
-        about = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n" if text else ""
-        head = f"HTTP/1.1 {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n{about}\r\n"
-        self._sock.sendall(head.encode() + text)
-
-
 def main(argv: list[str]) -> int:
     if argv == ["--version"]:
         print(f"Firecracker v{VERSION}\n\n")
@@ -245,18 +202,7 @@ def main(argv: list[str]) -> int:
         print(f"Error: RunWithApi(BuildFromJson(ParseFromJson({type(error).__name__})))", file=sys.stderr)
         return 1
     signal.signal(signal.SIGHUP, lambda *_: os._exit(156))
-    selector = selectors.DefaultSelector()
-    selector.register(monitor.listener, selectors.EVENT_READ)
-    selector.register(monitor.vsock, selectors.EVENT_READ)
-    while True:
-        for key, _ in selector.select():
-            if key.fileobj is monitor.vsock:
-                monitor.vsock.accept()[0].close()
-            elif key.fileobj is monitor.listener:
-                sock = monitor.listener.accept()[0]
-                selector.register(sock, selectors.EVENT_READ, Connection(monitor, sock))
-            elif not key.data.read():
-                selector.unregister(key.fileobj)
+    return serve(monitor)
 
 
 if __name__ == "__main__":

@@ -8,29 +8,26 @@ of all hypervisors (tests/kvm/test_contract.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import time
-import types
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scripted_cloud_hypervisor
-from test_monitors import Lab, descriptors, tap
+from talk_support import Talk
+from test_monitors import tap
 from waiting import PATIENCE
 
-from kata import journal_undo
 from kata.errors import HypervisorError, KataError, UnsupportedError
 from kata.guest import manifest
 from kata.hypervisor import http_api, registry
-from kata.hypervisor.base import Attachments, Disk, Ended, Nic
+from kata.hypervisor.base import Disk, Ended, Nic
 from kata.hypervisor.cloud_hypervisor import machine as ch_machine
 from kata.hypervisor.cloud_hypervisor.monitor import CloudHypervisorMonitor
-from kata.journal import Journal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,67 +39,9 @@ MIB = 1 << 20
 MONITOR = registry.find("cloud-hypervisor")
 
 
-class Talk(Lab):
-    """A program, and the files that its machines are made of.
-
-    Args:
-        program: Its path.
-        directory: For everything.
-        real: A guest that boots; otherwise its files are just files.
-    """
-
-    def __init__(self, program: str, directory: Path, real: Any = None) -> None:
-        directory.mkdir(parents=True)
-        self.disk = directory / "disk.img"
-        with self.disk.open("wb") as file:
-            file.truncate(MIB)
-        self.program = program
-        self.kernel = directory / "kernel"
-        self.kernel.write_bytes(b"kernel")
-        guest: Any = types.SimpleNamespace(kernel=str(self.kernel), initrd=str(self.kernel))
-        super().__init__(MONITOR, real or guest, str(self.disk), directory)
-        self.accel = "kvm"
-
-    @contextlib.asynccontextmanager
-    async def talk(
-        self, parameters: str = "", nics: int = 0, saved: str = "", disks: int = 1
-    ) -> AsyncIterator[CloudHypervisor]:
-        """A machine of it; what is left afterwards fails the test."""
-        journal = Journal.create_dir(str(self.directory / "sandboxes"), f"m{os.getpid()}", {"test": "talk"})
-        run_dir = os.path.dirname(journal.path)
-        before = descriptors()
-        shape = self.shape(
-            parameters=parameters,
-            options={"path": self.program},
-            nics=nics,
-        )
-        taps = [tap(f"t{index}") for index in range(nics)]
-        attachments = Attachments(
-            sandbox_id="talk",
-            run_dir=run_dir,
-            disks=[Disk(str(self.disk), readonly=True)] * disks,
-            nics=[Nic(f"02:00:00:00:00:0{index}", tap_fd=fd) for index, fd in enumerate(taps)],
-        )
-        machine = None
-        try:
-            if saved:
-                started = MONITOR.restore(saved, attachments, journal)
-            else:
-                started = MONITOR.start(shape, attachments, journal)
-            machine = MONITOR.adopt(started, journal)
-            yield machine  # type: ignore[misc]
-        finally:
-            if machine is not None:
-                await machine.stop()
-                machine.close()
-            assert journal_undo.undo(journal, 10) == []
-            assert descriptors() - before == set()
-            assert not os.path.exists(run_dir)
-
-
 @pytest.fixture
 def scripted(run_directory: Path) -> Talk:
-    return Talk(scripted_cloud_hypervisor.__file__, run_directory / f"ch-{os.urandom(2).hex()}")
+    return Talk(MONITOR, scripted_cloud_hypervisor.__file__, run_directory / f"ch-{os.urandom(2).hex()}")
 
 
 def test_every_step_as_it_was_seen(scripted: Talk) -> None:  # noqa: PLR0915
@@ -195,7 +134,9 @@ def test_the_real_one_says_the_same(run_directory: Path, guest_assets: Path) -> 
         pytest.skip(f"Cloud Hypervisor is not installed. {CloudHypervisorMonitor.PROGRAM.install}")
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/kvm")
-    real = Talk(program, run_directory / f"ch-{os.urandom(2).hex()}", manifest.load(str(guest_assets)))
+    real = Talk(
+        MONITOR, program, run_directory / f"ch-{os.urandom(2).hex()}", manifest.load(str(guest_assets))
+    )
 
     async def scenario() -> None:
         async with real.talk(nics=1) as machine:
@@ -319,7 +260,7 @@ def test_a_machine_with_a_share_is_not_saved(scripted: Talk) -> None:
     async def scenario() -> None:
         async with scripted.talk() as machine:
             await asyncio.wait_for(machine.confined(), PATIENCE)
-            machine._share = object()  # type: ignore[assignment]
+            machine._share = object()
             with pytest.raises(UnsupportedError, match="cannot be saved"):
                 await machine.save(str(scripted.directory))
             machine._share = None

@@ -7,26 +7,23 @@ here needs a guest that runs: those are in the suite of all hypervisors (tests/k
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import time
-import types
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scripted_firecracker
-from test_monitors import Lab, descriptors, tap
+from talk_support import Talk
+from test_monitors import tap
 from waiting import PATIENCE
 
-from kata import journal_undo
 from kata.errors import HypervisorError, KataError, UnsupportedError
 from kata.hypervisor import http_api, registry, settle
-from kata.hypervisor.base import Attachments, Disk, Ended, Nic
+from kata.hypervisor.base import Disk, Ended, Nic
 from kata.hypervisor.firecracker import machine as fc_machine
-from kata.journal import Journal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,58 +35,9 @@ MIB = 1 << 20
 MONITOR = registry.find("firecracker")
 
 
-class Talk(Lab):
-    """The program, and the files that its machines are made of.
-
-    Args:
-        directory: For everything.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True)
-        self.disk = directory / "disk.img"
-        self.disk.write_bytes(bytes(MIB))
-        self.kernel = directory / "kernel"
-        self.kernel.write_bytes(b"kernel")
-        guest: Any = types.SimpleNamespace(kernel=str(self.kernel), initrd=str(self.kernel))
-        super().__init__(MONITOR, guest, str(self.disk), directory)
-        self.accel = "kvm"
-
-    @contextlib.asynccontextmanager
-    async def talk(self, parameters: str = "", nics: int = 0, **changes: Any) -> AsyncIterator[Firecracker]:
-        """A machine of it; what is left afterwards fails the test."""
-        journal = Journal.create_dir(str(self.directory / "sandboxes"), f"m{os.getpid()}", {"test": "talk"})
-        run_dir = os.path.dirname(journal.path)
-        before = descriptors()
-        shape = self.shape(
-            parameters=parameters,
-            options={"path": scripted_firecracker.__file__},
-            nics=nics,
-            reclaim=True,
-            **changes,
-        )
-        attachments = Attachments(
-            sandbox_id="talk",
-            run_dir=run_dir,
-            disks=[Disk(str(self.disk), readonly=True)],
-            nics=[Nic(f"02:00:00:00:00:0{index}", tap_fd=tap(f"t{index}")) for index in range(nics)],
-        )
-        machine = None
-        try:
-            machine = MONITOR.adopt(MONITOR.start(shape, attachments, journal), journal)
-            yield machine  # type: ignore[misc]
-        finally:
-            if machine is not None:
-                await machine.stop()
-                machine.close()
-            assert journal_undo.undo(journal, 10) == []
-            assert descriptors() - before == set()
-            assert not os.path.exists(run_dir)
-
-
 @pytest.fixture
 def scripted(run_directory: Path) -> Talk:
-    return Talk(run_directory / f"fc-{os.urandom(2).hex()}")
+    return Talk(MONITOR, scripted_firecracker.__file__, run_directory / f"fc-{os.urandom(2).hex()}")
 
 
 def interfaces() -> set[str]:
