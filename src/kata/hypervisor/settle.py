@@ -1,13 +1,20 @@
-"""Waiting for a guest that takes memory, or gives it back."""
+"""Having a guest take memory, or give it back: it takes part in that, as its devices ask.
+
+What it does not take within the patience is taken back, so that an error leaves the machine as it was; what it does not
+give back it keeps, and is not asked for it any further.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
+from kata.errors import HypervisorError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+MIB = 1 << 20
 PATIENCE_S = 20.0
 """How long a guest may take to take memory, without anything moving."""
 BEGIN_S = 10.0
@@ -40,3 +47,78 @@ async def settle(
         quiet_s = 0.0 if now != last else quiet_s + _POLL_S
         last = now
     return last
+
+
+async def plug(
+    look: Callable[[], Awaitable[int]],
+    request: Callable[[int], Awaitable[object]],
+    wanted_mib: int,
+    patience_s: float = PATIENCE_S,
+) -> int:
+    """Have a guest plug in so much memory, or give up what is plugged in beyond that.
+
+    Args:
+        look: Returns how much is plugged in, in bytes.
+        request: Asks the guest's device for so many bytes.
+        wanted_mib: How much, in MiB.
+        patience_s: How long the guest may go without plugging in a block before it is given up.
+
+    Returns:
+        MiB that are plugged in now: more than asked for where the guest does not release all of them.
+
+    Raises:
+        HypervisorError: The machine cannot grow that far, or the guest does not plug in all of it. Nothing is changed
+            then.
+    """
+    wanted = wanted_mib * MIB
+    before = await look()
+    try:
+        await request(wanted)
+    except HypervisorError as error:
+        raise HypervisorError(
+            f"the virtual machine cannot have {wanted_mib} MiB plugged into it: {error.message}"
+        ) from None
+    last = await settle(look, wanted, patience_s, comes=wanted > before)
+    if last < wanted:
+        await request(before)
+        raise HypervisorError(
+            f"the guest did not take {(wanted - last) // MIB} of {(wanted - before) // MIB} MiB of memory"
+        )
+    if last > wanted:
+        await request(last)
+    return last // MIB
+
+
+async def inflate(
+    look: Callable[[], Awaitable[int]],
+    request: Callable[[int], Awaitable[object]],
+    wanted_mib: int,
+    patience_s: float = PATIENCE_S,
+) -> int:
+    """Have a guest's balloon hold so much memory, which is the host's again.
+
+    Args:
+        look: Returns how much it holds, in bytes.
+        request: Asks it to hold so many bytes, a multiple of `MIB`.
+        wanted_mib: How much, in MiB.
+        patience_s: How long the guest may make no progress in taking memory back before it is given up.
+
+    Returns:
+        MiB that it holds: fewer than asked for where the guest cannot spare them.
+
+    Raises:
+        HypervisorError: The guest does not take back what it had given; nothing is changed then.
+    """
+    wanted = wanted_mib * MIB
+    before = await look()
+    await request(wanted)
+    last = await settle(look, wanted, patience_s, comes=wanted < before)
+    if last > wanted:
+        await request(before)
+        raise HypervisorError(
+            f"the guest did not take back {(last - wanted) // MIB} MiB of memory that it had given back"
+        )
+    if last < wanted:
+        last -= last % MIB
+        await request(last)
+    return last // MIB

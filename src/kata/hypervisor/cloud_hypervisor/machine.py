@@ -12,7 +12,7 @@ from kata.hypervisor import root
 from kata.hypervisor.cloud_hypervisor import command, slots
 from kata.hypervisor.http_api import ApiClient, Refused
 from kata.hypervisor.running import Running
-from kata.hypervisor.settle import settle
+from kata.hypervisor.settle import MIB, inflate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from kata.hypervisor.cloud_hypervisor.process import CloudHypervisorProcess
     from kata.journal import Journal
 
-MIB = 1 << 20
 START_S = 30.0
 """For the monitor's first answer, which comes when its machine is built."""
 UNPLUG_S = 5.0
@@ -168,23 +167,21 @@ class CloudHypervisor(Running):
         """Set how much (MiB) of its memory the guest gives back.
 
         Raises:
-            HypervisorError: The machine has no balloon, or Cloud Hypervisor refused.
+            HypervisorError: The machine has no balloon, Cloud Hypervisor refused, or the guest does not take back what
+                it had given.
         """
         if not self._shape.reclaim:
             raise HypervisorError("the virtual machine was started without a balloon")
         total = await self._memory_without_balloon()
-        await self.call("PUT", "vm.resize", {"desired_balloon": mib * MIB})
 
         async def returned() -> int:
             info = await self.call("GET", "vm.info")
             return total - int(info["memory_actual_size"])
 
-        before = await returned()
-        last = await settle(returned, mib * MIB, comes=mib * MIB < before)
-        last -= last % MIB
-        if last < mib * MIB:
-            await self.call("PUT", "vm.resize", {"desired_balloon": last})
-        return last // MIB
+        async def request(size: int) -> None:
+            await self.call("PUT", "vm.resize", {"desired_balloon": size})
+
+        return await inflate(returned, request, mib)
 
     async def _memory_without_balloon(self) -> int:
         memory = (await self.call("GET", "vm.info"))["config"]["memory"]

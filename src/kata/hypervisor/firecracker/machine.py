@@ -16,7 +16,7 @@ from kata.hypervisor.firecracker import process as firecracker_process
 from kata.hypervisor.firecracker.counters import Counters
 from kata.hypervisor.http_api import ApiClient, Refused
 from kata.hypervisor.running import Running
-from kata.hypervisor.settle import settle
+from kata.hypervisor.settle import MIB, inflate, plug
 from kata.sysio import Fd
 
 TYPE_CHECKING = False
@@ -161,22 +161,12 @@ class Firecracker(Running):
             return 0
 
         async def plugged() -> int:
-            return int((await self.call("GET", "hotplug/memory"))["plugged_size_mib"])
+            return int((await self.call("GET", "hotplug/memory"))["plugged_size_mib"]) * MIB
 
-        async def request(mib: int) -> None:
-            await self.call("PATCH", "hotplug/memory", {"requested_size_mib": mib})
+        async def request(size: int) -> None:
+            await self.call("PATCH", "hotplug/memory", {"requested_size_mib": size // MIB})
 
-        before = await plugged()
-        await request(plugged_mib)
-        last = await settle(plugged, plugged_mib, comes=plugged_mib > before)
-        if last < plugged_mib:
-            await request(before)
-            raise HypervisorError(
-                f"the guest did not take {plugged_mib - last} of {plugged_mib - before} MiB of memory"
-            )
-        if last > plugged_mib:
-            await request(last)
-        return last
+        return await plug(plugged, request, plugged_mib)
 
     async def set_balloon(self, mib: int) -> int:
         """Set how much (MiB) of its memory the guest gives back.
@@ -185,20 +175,19 @@ class Firecracker(Running):
             MiB that it has given back: fewer than asked for where it cannot spare them.
 
         Raises:
-            HypervisorError: The machine has no balloon, or Firecracker refused.
+            HypervisorError: The machine has no balloon, Firecracker refused, or the guest does not take back what it
+                had given.
         """
         if not self._shape.reclaim:
             raise HypervisorError("the virtual machine was started without a balloon")
 
         async def returned() -> int:
-            return int((await self.call("GET", "balloon/statistics"))["actual_mib"])
+            return int((await self.call("GET", "balloon/statistics"))["actual_mib"]) * MIB
 
-        before = await returned()
-        await self.call("PATCH", "balloon", {"amount_mib": mib})
-        last = await settle(returned, mib, comes=mib < before)
-        if last < mib:
-            await self.call("PATCH", "balloon", {"amount_mib": last})
-        return last
+        async def request(size: int) -> None:
+            await self.call("PATCH", "balloon", {"amount_mib": size // MIB})
+
+        return await inflate(returned, request, mib)
 
     async def attach_disk(self, disk: Disk) -> str:
         """Put an image behind an empty disk slot of the right type; returns its PCI path.

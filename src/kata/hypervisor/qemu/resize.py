@@ -11,9 +11,8 @@ Sources: virtio 1.2, 5.5 and 5.15; QEMU's ``hw/virtio/virtio-mem.c`` for the pro
 
 from __future__ import annotations
 
-from kata.errors import HypervisorError
 from kata.hypervisor.qemu import slots
-from kata.hypervisor.settle import PATIENCE_S, settle
+from kata.hypervisor.settle import MIB, PATIENCE_S, inflate, plug
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
         async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any: ...
 
 
-MIB = 1 << 20
 _MEMORY_PATH = f"/machine/peripheral/{slots.MEMORY_ID}"
 
 
@@ -51,23 +49,7 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
     async def plugged() -> int:
         return int(await vm.command("qom-get", {"path": _MEMORY_PATH, "property": "size"}))
 
-    target_bytes = plugged_mib * MIB
-    before = await plugged()
-    try:
-        await request(target_bytes)
-    except HypervisorError as error:
-        raise HypervisorError(
-            f"the virtual machine cannot have {plugged_mib} MiB plugged into it: {error.message}"
-        ) from None
-    last = await settle(plugged, target_bytes, patience_s, comes=target_bytes > before)
-    if last < target_bytes:
-        await request(before)
-        raise HypervisorError(
-            f"the guest did not take {(target_bytes - last) // MIB} of {(target_bytes - before) // MIB} MiB of memory"
-        )
-    if last > target_bytes:
-        await request(last)
-    return last // MIB
+    return await plug(plugged, request, plugged_mib, patience_s)
 
 
 async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s: float = PATIENCE_S) -> int:
@@ -92,16 +74,4 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
     async def returned() -> int:
         return first_mib * MIB - int((await vm.command("query-balloon"))["actual"])
 
-    target_bytes = returned_mib * MIB
-    before = await returned()
-    await request(target_bytes)
-    last = await settle(returned, target_bytes, patience_s, comes=target_bytes < before)
-    if last > target_bytes:
-        await request(before)
-        raise HypervisorError(
-            f"the guest did not take back {(last - target_bytes) // MIB} MiB of memory that it had given back"
-        )
-    if last < target_bytes:
-        last -= last % MIB
-        await request(last)
-    return last // MIB
+    return await inflate(returned, request, returned_mib, patience_s)
