@@ -47,8 +47,9 @@ def main() -> int:
 
 
 def _run() -> int:
-    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``export-spans`` a helper of its;
-    under containerd's name for it, or as ``shim``, a command of containerd's; all else the human command line.
+    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``export-spans`` and
+    ``layer-image`` are helpers of its; under containerd's name for it, or as ``shim``, a command of containerd's; all
+    else the human command line.
 
     Returns:
         The exit status.
@@ -64,6 +65,10 @@ def _run() -> int:
         from kata.trace_export import main as export
 
         return export()
+    if sys.argv[1:2] == ["layer-image"]:
+        from kata.storage.layer_images import main as layer_image
+
+        return layer_image(sys.argv[2:])
     named = os.path.basename(sys.argv[0]) == SHIM
     if named or sys.argv[1:2] == ["shim"]:
         from kata.shim.main import main as shim

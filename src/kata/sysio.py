@@ -532,6 +532,32 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
     return _check(_c().syscall(number, dirfd, os.fsencode(path), ctypes.byref(how), size), path)
 
 
+class _Statx(ctypes.Structure):
+    """The first part of struct statx, up to what is used of it."""
+
+    _fields_ = [
+        ("mask", ctypes.c_uint32),
+        ("before_ino", ctypes.c_uint8 * 28),
+        ("ino", ctypes.c_uint64),
+        ("before_btime", ctypes.c_uint8 * 40),
+        ("btime_s", ctypes.c_int64),
+        ("btime_ns", ctypes.c_uint32),
+        ("rest", ctypes.c_uint8 * 164),
+    ]
+
+
+_STATX_BTIME = 0x800
+
+
+def birth_ns(path: str) -> int:
+    """When a file was made, in nanoseconds of the epoch (statx(2)); 0 where its file system does not say."""
+    found = _Statx()
+    flags = ctypes.c_int(_AT_SYMLINK_NOFOLLOW)
+    wanted = ctypes.c_uint(_STATX_BTIME)
+    _check(_c().statx(AT_FDCWD, os.fsencode(path), flags, wanted, ctypes.byref(found)), path)
+    return found.btime_s * 10**9 + found.btime_ns if found.mask & _STATX_BTIME else 0
+
+
 # ---- file system events ----
 
 

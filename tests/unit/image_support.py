@@ -184,7 +184,7 @@ class Inode(NamedTuple):
     def kind(self) -> str:
         return {
             stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char",
-            stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
+            stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket",
         }[stat.S_IFMT(self.mode)]  # fmt: skip
 
 
@@ -224,7 +224,7 @@ class Erofs:
         xattr_bytes = 12 + 4 * (count - 1) if count else 0
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode):
             content = self._data(at, size, layout, address, 64 + xattr_bytes)
-        elif stat.S_ISFIFO(mode):
+        elif stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
             content = b""
         else:
             major, minor = (address >> 8) & 0xFFF, (address & 0xFF) | ((address >> 12) & 0xFFF00)
@@ -279,7 +279,7 @@ class Erofs:
                 mode = self.inode(child).mode
                 assert kind == {
                     stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFCHR: 3, stat.S_IFBLK: 4, stat.S_IFIFO: 5,
-                    stat.S_IFLNK: 7,
+                    stat.S_IFSOCK: 6, stat.S_IFLNK: 7,
                 }[stat.S_IFMT(mode)]  # fmt: skip
                 subdirectories += stat.S_ISDIR(mode)
                 shown = os.fsdecode(name)

@@ -35,7 +35,7 @@ COMMANDS = {
     "gc": Command(
         "gc",
         "",
-        "Removes what crashed sandboxes left behind, and image data that is no longer needed.",
+        "Removes what crashed sandboxes left behind, and data of images and snapshots that is no longer needed.",
         [_JSON],
         most=0,
     ),
@@ -450,12 +450,13 @@ def _gc(arguments: Arguments) -> int:
     from kata import journal_undo
     from kata.cli import image, records
     from kata.images import changes
-    from kata.storage import ext4
+    from kata.storage import ext4, layer_images
 
     report = journal_undo.reconcile(paths.run_dir(), paths.state_dir())
     stale = records.clear_stale()
     removed = changes.gc(list(image.users()))
     half_made = ext4.clear_leftovers()
+    layers = layer_images.sweep()
     if arguments.flag("json"):
         table.show_json(
             {
@@ -465,12 +466,13 @@ def _gc(arguments: Arguments) -> int:
                 "names": stale,
                 "images": removed,
                 "templates": half_made,
+                "layers": layers,
             }
         )
     else:
-        for line in [*report.undone, *stale, *removed, *half_made]:
+        for line in [*report.undone, *stale, *removed, *half_made, *layers]:
             print(f"cleared {line}")
-        if not (report.undone or stale or removed or half_made or report.failures):
+        if not (report.undone or stale or removed or half_made or layers or report.failures):
             print("nothing to remove")
     for line in report.failures:
         sys.stderr.write(f"error: {line}\n")

@@ -5,24 +5,19 @@ The erofs file has no name until it is complete and on disk, so a crash, a kill 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
-import time
-from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
 from kata import paths
 from kata.errors import ImageError
 from kata.images import changes, store
-from kata.storage import erofs_format
-from kata.storage.erofs import BLOCK, Writer
+from kata.storage import whole_file
+from kata.storage.erofs import Writer
 from kata.storage.layers import LayerTree, limits_from_environment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kata.images.manifest import Descriptor
     from kata.images.platform import Platform
 
@@ -78,59 +73,13 @@ def make_rootfs(
     path = store.rootfs_path(chain)
     try:
         paths.make_dirs(os.path.dirname(path), 0o700)
-        with _alone(path + ".lock", progress):
-            if not _whole(path):
+        with whole_file.alone(path + ".lock", lambda: progress("wait", 0, 0)):
+            if not whole_file.is_whole(path):
                 source.prepare(layers)
                 _convert(source, layers, diff_ids, chain, path, progress)
             return os.stat(path).st_size
     except OSError as error:
         raise changes.storage_error(error) from error
-
-
-def _whole(path: str) -> bool:
-    """Whether the file exists with the length in its superblock (a power failure may have truncated it)."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        if os.fstat(fd).st_size == erofs_format.size_of(os.pread(fd, BLOCK, 0)):
-            return True
-    finally:
-        os.close(fd)
-    os.unlink(path)
-    return False
-
-
-@contextmanager
-def _alone(path: str, progress: store.Progress) -> Iterator[None]:
-    """Let only one process at a time convert the same chain. The lock file is removed with the lock."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            while not _locked(fd):
-                progress("wait", 0, 0)
-                time.sleep(0.1)
-            try:
-                if os.stat(path).st_ino != os.fstat(fd).st_ino:
-                    continue  # the previous holder removed the file while we waited
-            except FileNotFoundError:
-                continue
-            try:
-                yield
-            finally:
-                os.unlink(path)
-            return
-        finally:
-            os.close(fd)
-
-
-def _locked(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _convert(
@@ -150,7 +99,7 @@ def _convert(
         done += size
         progress("unpack", min(done, total), total)
 
-    with _nameless(path) as fd, tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool:
+    with whole_file.nameless(path) as fd, tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool:
         writer = Writer(fd, spool.fileno())
         tree = LayerTree(writer, limits)
         for number, (layer, diff_id) in enumerate(zip(layers, diff_ids, strict=True), 1):
@@ -173,35 +122,3 @@ def _uuid(chain: str) -> bytes:
     raw[6] = raw[6] & 0x0F | 0x80
     raw[8] = raw[8] & 0x3F | 0x80
     return bytes(raw)
-
-
-@contextmanager
-def _nameless(path: str) -> Iterator[int]:
-    """A file that gets its name when the block ends without an error."""
-    directory = os.path.dirname(path)
-    temporary = ""
-    try:
-        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o400)
-    except OSError:  # NFS, FUSE, old overlayfs: use a name that `gc` recognises as unfinished
-        temporary = f"{path}.{os.getpid()}.tmp"
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
-    try:
-        yield fd
-        at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if temporary:
-                os.replace(temporary, path)
-            else:  # Python calls linkat, which can follow the link, only with a directory descriptor
-                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=at, follow_symlinks=True)
-            os.fsync(at)
-        finally:
-            os.close(at)
-    except BaseException:
-        if temporary:
-            try:
-                os.unlink(temporary)
-            except FileNotFoundError:
-                pass
-        raise
-    finally:
-        os.close(fd)
