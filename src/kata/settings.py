@@ -734,6 +734,7 @@ class SandboxSettings(Part):
         oom_score_adj: How readily the host's kernel kills the machine when memory is short.
         notes: Sentences for the engine's log.
         request_started_ns: CLOCK_MONOTONIC when the user's command began, from which timings count; 0 is the launch.
+        launched_ns: CLOCK_MONOTONIC when the client began to start the engine; 0 is not known.
     """
 
     __slots__ = (
@@ -744,6 +745,7 @@ class SandboxSettings(Part):
         "disks",
         "hostname",
         "id",
+        "launched_ns",
         "machine",
         "network",
         "notes",
@@ -772,6 +774,7 @@ class SandboxSettings(Part):
         oom_score_adj: int = 0,
         notes: Sequence[str] = (),
         request_started_ns: int = 0,
+        launched_ns: int = 0,
     ) -> None:
         self.id = id
         self.client = client
@@ -788,6 +791,7 @@ class SandboxSettings(Part):
         self.oom_score_adj = oom_score_adj
         self.notes = list(notes)
         self.request_started_ns = request_started_ns
+        self.launched_ns = launched_ns
 
     def described(self) -> MachineSettings:
         """The machine of a sandbox that has been described.

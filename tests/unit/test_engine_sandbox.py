@@ -71,7 +71,7 @@ def test_the_guest_is_told_what_it_has_to_know(engine: Engine) -> None:
         request = engine.double.requests["CreateContainer"]
         assert {m.destination: m.source for m in request.OCI.Mounts}["/etc/hosts"].endswith("/c1-hosts")
         assert len(engine.double.requests["ReseedRandomDev"].data) >= 32
-        names = {one.name for one in client.timings()}
+        names = {one.name for one in client.timings().timings}
         assert {"hypervisor process", "kernel", "agent", "root file system"} <= names
 
 

@@ -272,6 +272,9 @@ def test_endpoints(make: Callable[..., Managed], tmp_path: Path) -> None:
     status, kind, body = managed.curl("/kata/v1/timings")
     assert (status, kind) == (200, "application/json")
     assert {"kernel", "agent"} <= {one["name"] for one in json.loads(body)}
+    status, kind, body = managed.curl("/kata/v1/start")
+    assert (status, kind, json.loads(body)["path"]) == (200, "application/json", "cold")
+    assert {"engine", "kernel", "agent", "process"} <= {one["name"] for one in json.loads(body)["steps"]}
     status, kind, body = managed.curl("/kata/v1/state")
     assert (status, kind, json.loads(body)["id"]) == (200, "application/json", "c1")
     (Path(engine.run_dir) / "console.log.1").write_bytes(b"older\n")

@@ -444,8 +444,27 @@ def test_timings_tell_where_the_start_went(shared_kata: Kata, busybox_image: str
     done = run(shared_kata, busybox_image, "--timings", "true")
     assert done.returncode == 0
     shown = done.stderr.decode()
-    for step in ("engine", "hypervisor", "kernel", "agent", "root file system", "process"):
+    for step in ("engine", "client", "start monitor", "kernel", "agent", "root file system", "process"):
         assert step in shown, shown
+    assert any(line.startswith("  start: ") for line in shown.splitlines()), shown
+
+
+def test_the_start_ledger_is_there_while_it_runs_and_after(shared_kata: Kata, busybox_image: str) -> None:
+    shared_kata.ok("run", "-d", "--name", "ledger", busybox_image, "sleep", "1000")
+    try:
+        (running,) = json.loads(shared_kata.ok("inspect", "ledger"))
+        shared_kata.ok("kill", "ledger")
+        shared_kata.ok("wait", "ledger")
+        (ended,) = json.loads(shared_kata.ok("inspect", "ledger"))
+    finally:
+        shared_kata.ok("rm", "-f", "ledger")
+    for start in (running["start"], running["sandbox"]["start"], ended["start"]):
+        assert start["path"] in ("cold", "template", "pool")
+        steps = {one["name"]: one for one in start["steps"]}
+        assert {"engine", "load engine", "agent", "root file system", "process"} <= set(steps)
+        assert steps["interpreter"]["part_of"] == "engine"
+        assert 0 < steps["client"]["duration_seconds"] <= steps["engine"]["duration_seconds"]
+    assert ended["start"] == running["start"]
 
 
 # ---- what cannot work ----

@@ -102,7 +102,7 @@ def test_environment_is_what_a_person_expects(make: Maker) -> None:
 
 
 def test_timings_name_every_step(running: Box) -> None:
-    steps = {one.name: one for one in running.client.timings()}
+    steps = {one.name: one for one in running.client.timings().timings}
     wanted = {
         "engine",
         "hypervisor process",

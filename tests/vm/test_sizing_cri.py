@@ -250,7 +250,9 @@ def test_a_cpu_limit_holds_from_the_first_process_on_and_not_for_the_boot(
         one = Sized(daemon, guest_assets, name)
         with one.engine as engine:
             boots[name] = sum(
-                step.duration_ns / 1e9 for step in engine.timings() if step.name in ("kernel", "agent start")
+                step.duration_ns / 1e9
+                for step in engine.timings().timings
+                if step.name in ("kernel", "agent start")
             )
         until(partial(has_word, output, "throttled_usec"), "work is done", output.read_text)
         said = output.read_text().split()

@@ -336,7 +336,12 @@ class Collector:
                 SANDBOX, "Timings", sandbox_pb.TimingsRequest(), sandbox_pb.TimingsResponse, _CALL_S
             ).timings
             rows = [
-                {"name": one.name, "start_ns": one.start_ns, "duration_ns": one.duration_ns}
+                {
+                    "name": one.name,
+                    "start_ns": one.start_ns,
+                    "duration_ns": one.duration_ns,
+                    "part_of": one.part_of,
+                }
                 for one in timings
             ]
             self._bundle.add("timings.json", self._masker.keep(rows, [{"*": VALUE}]), "the engine")

@@ -151,7 +151,7 @@ SANDBOX: Mapping[str, Any] = {
     "network": _NETWORK,
     "disks": [_DISK],
     "all_disk_slots": VALUE, "hostname": VALUE, "resolv_conf": COUNT, "sysctls": NAMES, "cgroups_path": VALUE,
-    "oom_score_adj": VALUE, "notes": VALUE, "request_started_ns": VALUE,
+    "oom_score_adj": VALUE, "notes": VALUE, "request_started_ns": VALUE, "launched_ns": VALUE,
 }  # fmt: skip
 """Of ``sandbox.json`` (`kata.settings`)."""
 
@@ -214,6 +214,7 @@ STATE: Mapping[str, Any] = {
         "throttled_periods": VALUE, "memory_bytes": VALUE, "memory_limit_bytes": VALUE, "pids": VALUE,
         "read_bytes": VALUE, "written_bytes": VALUE, "labels": NAMES,
     }],
+    "start": {"path": VALUE, "reason": VALUE},
     "timings": [_FIGURES],
 }  # fmt: skip
 """Of the engine's state document (``/kata/v1/state``)."""
@@ -223,7 +224,7 @@ DESCRIPTION: Mapping[str, Any] = {
     "accelerator": VALUE, "agent_channel": VALUE, "kernel": VALUE, "initrd": VALUE, "host_cgroups": {"*": VALUE},
     "vcpus": VALUE, "memory_mib": VALUE, "sizing": {"*": VALUE}, "configuration": CONFIGURATION, "disks": [_DISK],
     "volumes": [_VOLUME], "network": _NETWORK, "state": VALUE, "error": VALUE, "disk_error": VALUE,
-    "disk_errors": VALUE,
+    "disk_errors": VALUE, "start": {"path": VALUE, "reason": VALUE, "steps": [_FIGURES]},
     "containers": {"*": {"state": VALUE, "error": VALUE, "oom_killed": VALUE, "execs": {"*": VALUE}}},
     "hypervisor_usage": {"*": VALUE},
     "agent": {"version": VALUE, "extra_features": VALUE, "storage_handlers": VALUE, "seccomp": VALUE, "error": VALUE},

@@ -371,6 +371,7 @@ def _inspect(arguments: Arguments) -> int:
                 entry["spec"] = json.load(file)
         except FileNotFoundError:
             entry["spec"] = None
+        entry["start"] = records.read_json(os.path.join(container.directory, "start.json")) or None
         if state["status"] in (records.RUNNING, records.PAUSED):
             entry["sandbox"] = _describe(container)
         found.append(entry)

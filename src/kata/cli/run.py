@@ -14,12 +14,12 @@ from kata.hypervisor import registry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from kata.cli.args import Arguments
     from kata.cli.mounts import Volume
     from kata.cli.records import Container
+    from kata.proto import sandbox_pb
 
 _OPTIONS = [
     Option("-i --interactive", "", "keep standard input open, and connect it"),
@@ -445,7 +445,7 @@ def _run(arguments: Arguments) -> int:
         session.start_detached(container, started_ns)
         print(container.id)
         return 0
-    report: Callable[[Any], None] | None = _print_timings if arguments.flag("timings") else None
+    report = _print_timings if arguments.flag("timings") else None
     return session.run_attached(
         container, started_ns=started_ns, stdin=interactive, detach_keys=keys, timings=report, discard=True
     )
@@ -482,11 +482,14 @@ def detach_keys(text: str | None) -> bytes:
         ) from None
 
 
-def _print_timings(entries: list[Any]) -> None:
-    width = max((len(entry.name) for entry in entries), default=0)
-    for entry in entries:
+def _print_timings(ledger: sandbox_pb.TimingsResponse) -> None:
+    why = f": {ledger.reason}" if ledger.reason else ""
+    sys.stderr.write(f"  start: {ledger.path}{why}\n")
+    names = ["  " * bool(entry.part_of) + entry.name for entry in ledger.timings]
+    width = max(map(len, names), default=0)
+    for name, entry in zip(names, ledger.timings, strict=True):
         sys.stderr.write(
-            f"  {entry.name:<{width}}  at {entry.start_ns / 1e6:8.1f} ms   took {entry.duration_ns / 1e6:8.1f} ms\n"
+            f"  {name:<{width}}  at {entry.start_ns / 1e6:8.1f} ms   took {entry.duration_ns / 1e6:8.1f} ms\n"
         )
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from kata.cli.records import Container
     from kata.engine.launch import Engine
+    from kata.proto import sandbox_pb
 
 IDLE_S = 2.0
 """How long (in seconds) an engine stays without a running container and without a connection."""
@@ -476,7 +477,7 @@ def run_attached(
     started_ns: int | None = None,
     stdin: bool,
     detach_keys: bytes,
-    timings: Callable[[list[Any]], None] | None = None,
+    timings: Callable[[sandbox_pb.TimingsResponse], None] | None = None,
     discard: bool = False,
 ) -> int:
     """Start a container, stay attached until it ends, and wait until its sandbox is gone.

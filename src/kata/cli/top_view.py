@@ -457,7 +457,9 @@ def _waterfall(row: Row, columns: int) -> list[Line]:
         return []
     whole = max(start + lasts for _, start, lasts in steps) or 1.0
     room = max(10, columns - 30)
-    lines = [Line(), Line(f"START, {whole:.2f} s", BOLD)]
+    said = live.part(row.document, "start")
+    how = ": ".join(filter(None, (live.clean(said.get(key), 80) for key in ("path", "reason"))))
+    lines = [Line(), Line(f"START, {whole:.2f} s" + (f", {how}" if how else ""), BOLD)]
     for name, start, lasts in steps:
         before = min(int(room * start / whole), room - 1)
         long = max(1, min(round(room * lasts / whole), room - before))

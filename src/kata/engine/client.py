@@ -273,9 +273,9 @@ class EngineClient:
         answer = self.call(SANDBOX, "Processes", request, agentext_pb.ListProcessesResponse, PROCESSES_S)
         return answer.processes
 
-    def timings(self) -> list[sandbox_pb.Timing]:
-        """Where the time of the start went, relative to ``request_started_ns``."""
-        return self.call(SANDBOX, "Timings", sandbox_pb.TimingsRequest(), sandbox_pb.TimingsResponse).timings
+    def timings(self) -> sandbox_pb.TimingsResponse:
+        """By which path the machine started, and where the time went, relative to ``request_started_ns``."""
+        return self.call(SANDBOX, "Timings", sandbox_pb.TimingsRequest(), sandbox_pb.TimingsResponse)
 
     def describe(self) -> dict[str, Any]:
         """The sandbox's facts; ``error`` says why the machine was lost, if it was."""

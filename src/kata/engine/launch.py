@@ -197,6 +197,7 @@ def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_
         )
     settings.request_started_ns = settings.request_started_ns or time.monotonic_ns()
     journal = _make_directory(base, name, settings, patience_s)
+    settings.launched_ns = time.monotonic_ns()
     plain = settings.to_plain()
     try:
         listener = listen(sock_path, journal)

@@ -1,4 +1,6 @@
-"""Where the time of a start went: named steps relative to the moment the user's command began."""
+"""The start ledger: by which path a machine started, and where the time went, relative to the moment when the user's
+command began. One for each start, always.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from kata.engine.lifecycle.boot import Machine
 
 
 class Timings:
@@ -16,15 +21,20 @@ class Timings:
         origin_ns: When the client's command began.
 
     Attributes:
+        path: By which the machine started: ``cold``, ``template`` or ``pool``; empty before it is known.
+        reason: Why by no faster one; empty if there is none, or nobody said.
         trace: Is told of each step, with begin and end; None where there is no tracing.
     """
 
-    __slots__ = ("_steps", "origin_ns", "trace")
+    __slots__ = ("_parts", "_steps", "origin_ns", "path", "reason", "trace")
 
     def __init__(self, origin_ns: int) -> None:
         self.origin_ns = origin_ns
+        self.path = ""
+        self.reason = ""
         self.trace: Callable[[str, int, int], None] | None = None
         self._steps: dict[str, tuple[int, int]] = {}
+        self._parts: dict[str, tuple[int, int, str]] = {}
 
     def add(self, name: str, start_ns: int, end_ns: int | None = None) -> None:
         """Record a step from *start_ns* to *end_ns* (now, if None). The first of a name stands."""
@@ -33,15 +43,50 @@ class Timings:
             self.trace(name, start_ns, end)
         self._steps.setdefault(name, (start_ns, max(0, end - start_ns)))
 
+    def add_part(self, step: str, name: str, start_ns: int, end_ns: int) -> None:
+        """Record what a step consists of: shown below it, and no metric of its own. The first of a name stands."""
+        self._parts.setdefault(name, (start_ns, max(0, end_ns - start_ns), step))
+
+    def took(self, machine: Machine) -> None:
+        """Take over what was recorded while the machine was started (`kata.engine.lifecycle.boot`)."""
+        self.path, self.reason = machine.start_path, machine.start_reason
+        for name, begin, end in machine.steps:
+            if name != "take_boot_slot":  # a step of its own, where it takes any time
+                step = "start machine" if begin >= machine.ready_ns > 0 else "engine"
+                self.add_part(step, name.replace("_", " "), begin, end)
+
     def __iter__(self) -> Iterator[tuple[str, int, int]]:
         """Name, start relative to the origin, duration; in the order of their starts."""
         ordered = sorted(self._steps.items(), key=lambda item: item[1][0])
         for name, (start, duration) in ordered:
             yield name, start - self.origin_ns, duration
 
+    def whole(self) -> list[tuple[str, int, int, str]]:
+        """Steps and their parts in the order of their starts, each part with its step's name as the last."""
+        found = [(name, start, duration, "") for name, (start, duration) in self._steps.items()]
+        found += [(name, start, duration, step) for name, (start, duration, step) in self._parts.items()]
+        found.sort(key=lambda one: (one[1], one[3] != ""))
+        return [(name, start - self.origin_ns, duration, step) for name, start, duration, step in found]
+
     def in_seconds(self) -> list[dict[str, str | float]]:
-        """All of them for a JSON document: ``name``, ``start_seconds``, ``duration_seconds``."""
+        """The steps for a JSON document: ``name``, ``start_seconds``, ``duration_seconds``."""
         return [
             {"name": name, "start_seconds": start / 1e9, "duration_seconds": duration / 1e9}
             for name, start, duration in self
         ]
+
+    def record(self) -> dict[str, Any]:
+        """All of it for a JSON document: ``path``, ``reason`` and ``steps``, of which parts have ``part_of``."""
+        return {
+            "path": self.path,
+            "reason": self.reason,
+            "steps": [
+                {
+                    "name": name,
+                    "start_seconds": start / 1e9,
+                    "duration_seconds": duration / 1e9,
+                    **({"part_of": step} if step else {}),
+                }
+                for name, start, duration, step in self.whole()
+            ],
+        }

@@ -9,8 +9,8 @@ _PACKAGE = {
 _MESSAGES = {
     "AttachRequest": "id:1:string exec_id:2:string stdin:3:string stdout:4:string stderr:5:string",
     "TimingsRequest": "",
-    "TimingsResponse": "timings:1:*@sandbox.Timing",
-    "Timing": "name:1:string start_ns:2:int64 duration_ns:3:int64",
+    "TimingsResponse": "timings:1:*@sandbox.Timing path:2:string reason:3:string",
+    "Timing": "name:1:string start_ns:2:int64 duration_ns:3:int64 part_of:4:string",
     "DescribeRequest": "",
     "DescribeResponse": "json:1:string",
     "AgentCallRequest": "service:1:string method:2:string payload:3:bytes",

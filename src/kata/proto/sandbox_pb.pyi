@@ -28,10 +28,15 @@ class TimingsRequest(Message):
 
 class TimingsResponse(Message):
     timings: list[Timing]
+    path: str
+    """How the machine came up (cold, template, pool), and why by no faster way."""
+    reason: str
     def __init__(
         self,
         *,
         timings: list[Timing] = ...,
+        path: str = ...,
+        reason: str = ...,
     ) -> None: ...
 
 class Timing(Message):
@@ -39,12 +44,15 @@ class Timing(Message):
     name: str
     start_ns: int
     duration_ns: int
+    part_of: str
+    """Of which step it is a part; empty for steps."""
     def __init__(
         self,
         *,
         name: str = ...,
         start_ns: int = ...,
         duration_ns: int = ...,
+        part_of: str = ...,
     ) -> None: ...
 
 class DescribeRequest(Message):

@@ -306,6 +306,7 @@ class Container:
             with contextlib.suppress(KataError):  # it may have ended already
                 await self._killer.kill_init()
             raise self.record.unwritable(failure)
+        self.record.keep_start(self.sandbox.timings.record())
         await self._parts.run_late_hooks("poststart", "running")
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kata.engine.containers.records import StateFile
+from kata.engine.containers.records import StateFile, write_json
 from kata.engine.standard_streams.logfile import LogFile
 from kata.engine.standard_streams.streams import Log
 from kata.errors import HostError
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from kata.engine.tasks import Tasks
     from kata.settings import ContainerSettings
+
+START_NAME = "start.json"
+"""The start ledger of a container that had the sandbox started, in its directory."""
 
 
 class ContainerRecord:
@@ -31,18 +34,20 @@ class ContainerRecord:
         log: Where its output goes besides, if anywhere.
     """
 
-    __slots__ = ("_file", "_id", "_tasks", "log")
+    __slots__ = ("_directory", "_file", "_id", "_tasks", "log")
 
     def __init__(
         self, container_id: str, described: ContainerSettings | None, identity: dict[str, Any], tasks: Tasks
     ) -> None:
         self._id = container_id
         self._tasks = tasks
-        path = ""
+        path = self._directory = ""
         self.log: Log | None = None
         if described is not None:
             if described.record_state:
                 path = os.path.join(described.directory, "state.json")
+                # What goes with the container needs no times.
+                self._directory = "" if described.auto_remove else described.directory
             wanted = described.log
             if wanted is not None:
                 self.log = Log(LogFile(wanted.path, wanted.max_bytes, wanted.files, tasks.log))
@@ -67,6 +72,18 @@ class ContainerRecord:
     def write_later(self, **changed: Any) -> None:
         """Write ``state.json`` without waiting for the disk; the order of writes is kept."""
         self._tasks.create_task(self.write(**changed))
+
+    def keep_start(self, record: dict[str, Any]) -> None:
+        """Write the start ledger (`kata.engine.timings`) beside ``state.json``, without waiting for it."""
+        if self._directory:
+            self._tasks.create_task(self._keep_start(record))
+
+    async def _keep_start(self, record: dict[str, Any]) -> None:
+        path = os.path.join(self._directory, START_NAME)
+        try:
+            await self._tasks.run_blocking(lambda: write_json(path, record))
+        except OSError as error:
+            self._tasks.log(f"cannot keep the times of the start of container {self._id}: {error}")
 
     async def write(self, **changed: Any) -> OSError | None:
         """Write ``state.json``.

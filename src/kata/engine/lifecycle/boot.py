@@ -42,6 +42,7 @@ KERNEL_PARAMETERS = (
 """Parameters of every guest's kernel; a monitor adds those that its machines need."""
 CONSOLE_NAME = "console.log"
 BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
+COLD = "cold"
 DISK_SLOTS = 4
 """Disk slots of a sandbox that does not want all."""
 
@@ -62,7 +63,9 @@ class Machine:
         ready_ns: When there was nothing more to do but wait for a boot slot.
         started_ns: When the hypervisor was started.
         boot_slot: The right to boot now, until the first container runs.
-        steps: Of the start: name, begin and end of each, in ns of CLOCK_MONOTONIC; recorded for traces only.
+        start_path: How the machine comes up: `COLD`, or what a step has told `came_by`.
+        start_reason: Why by no faster way; empty if there is none.
+        steps: Of the start: name, begin and end of each, in ns of CLOCK_MONOTONIC.
     """
 
     __slots__ = (
@@ -76,6 +79,8 @@ class Machine:
         "ready_ns",
         "shape",
         "share",
+        "start_path",
+        "start_reason",
         "started",
         "started_ns",
         "steps",
@@ -94,7 +99,18 @@ class Machine:
         self.ready_ns = 0
         self.started_ns = 0
         self.boot_slot: boot_slots.BootSlot | None = None
+        self.start_path = COLD
+        self.start_reason = ""
         self.steps: list[tuple[str, int, int]] = []
+
+    def came_by(self, path: str, reason: str = "") -> None:
+        """Say for the start ledger how the machine comes up.
+
+        Args:
+            path: `COLD`, ``template`` or ``pool``.
+            reason: Why by no faster one, as a part of a sentence: ``the sandbox has a share``.
+        """
+        self.start_path, self.start_reason = path, reason
 
     def free_boot_slot(self) -> None:
         """Let the next machine boot."""
@@ -181,14 +197,12 @@ def power_on(settings: SandboxSettings, run_dir: str, journal: Journal) -> Machi
         boot.set_oom_scores,
     )
     try:
-        if settings.described().tracing is None:
-            for step in steps:
-                step()
-        else:
-            for step in steps:
-                began = time.monotonic_ns()
-                step()
-                boot.machine.steps.append((step.__name__, began, time.monotonic_ns()))
+        began = time.monotonic_ns()
+        for step in steps:
+            step()
+            ended = time.monotonic_ns()
+            boot.machine.steps.append((step.__name__, began, ended))
+            began = ended
     except BaseException:
         boot.undo()
         raise

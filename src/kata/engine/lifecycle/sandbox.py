@@ -178,9 +178,12 @@ class Sandbox:
             self.trace = SandboxTrace(self, tracing)
             self.trace.began(machine.steps)
             self.on_trace(self.trace)
+        self.timings.took(machine)
         self.timings.add("engine", began_ns, machine.ready_ns or done_ns)
         if machine.started_ns - machine.ready_ns > NOTABLE_NS:
             self.timings.add("boot slot", machine.ready_ns, machine.started_ns)
+        if machine.started_ns:
+            self.timings.add("start machine", machine.started_ns, done_ns)
         for note in self.settings.notes:
             self.tasks.log(note)
         self.runtime.start(self._bring_up, self._start_error)

@@ -88,6 +88,9 @@ class Management:
     async def _timings(self, request: Request) -> Response:
         return _json(self._sandbox.timings.in_seconds())
 
+    async def _start(self, request: Request) -> Response:
+        return _json(self._sandbox.timings.record())
+
     async def _console(self, request: Request) -> Response:
         path = os.path.join(self._sandbox.run_dir, CONSOLE_NAME)
         return await self._text(tails.of_console, path, _tail(request))
@@ -242,6 +245,7 @@ _ROUTES: dict[str, dict[str, Callable[[Management, Request], Awaitable[Response]
     "/iptables": dict(_TABLES),
     _IP6TABLES: dict(_TABLES),
     "/kata/v1/state": {"GET": Management._state},
+    "/kata/v1/start": {"GET": Management._start},
     "/kata/v1/timings": {"GET": Management._timings},
     "/kata/v1/console": {"GET": Management._console},
     "/kata/v1/logs": {"GET": Management._logs},

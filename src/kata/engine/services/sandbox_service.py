@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         id: str
         settings: SandboxSettings
         resizer: MachineResizer
+        timings: Timings
 
         @property
         def containers(self) -> Mapping[str, Container]:
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
     class ServedSandbox(DescribedSandbox, Protocol):
         """What this service takes of a sandbox."""
-
-        timings: Timings
 
         def container(self, container_id: str, *, may_come: bool = False) -> Container:
             """The container with this id."""
@@ -124,10 +123,11 @@ class SandboxService:
         self, request: sandbox_pb.TimingsRequest, context: Context
     ) -> sandbox_pb.TimingsResponse:
         steps = [
-            sandbox_pb.Timing(name=name, start_ns=start, duration_ns=duration)
-            for name, start, duration in self._sandbox.timings
+            sandbox_pb.Timing(name=name, start_ns=start, duration_ns=duration, part_of=step)
+            for name, start, duration, step in self._sandbox.timings.whole()
         ]
-        return sandbox_pb.TimingsResponse(timings=steps)
+        timings = self._sandbox.timings
+        return sandbox_pb.TimingsResponse(timings=steps, path=timings.path, reason=timings.reason)
 
     async def Describe(
         self, request: sandbox_pb.DescribeRequest, context: Context
@@ -180,6 +180,7 @@ async def describe(sandbox: DescribedSandbox) -> dict[str, Any]:
         "error": sandbox.life.lost_reason if sandbox.life.failed else "",
         "disk_error": sandbox.runtime.disk_error,
         "disk_errors": sandbox.runtime.disk_errors,
+        "start": sandbox.timings.record(),
         "containers": {
             container.id: {
                 "state": container.init.state,

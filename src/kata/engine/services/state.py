@@ -83,6 +83,7 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
         "disk_error": _text(runtime.disk_error),
         "disk_errors": runtime.disk_errors,
         "containers": containers,
+        "start": {"path": sandbox.timings.path, "reason": _text(sandbox.timings.reason)},
         "timings": sandbox.timings.in_seconds(),
     }
 

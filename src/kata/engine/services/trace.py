@@ -119,8 +119,8 @@ class SandboxTrace:
 
     def step(self, name: str, start_ns: int, end_ns: int) -> None:
         """A step of the start; see `kata.engine.timings`."""
-        if name == "engine":
-            return  # its own steps are there
+        if name in ("engine", "start machine"):
+            return  # their own steps are there
         service = tracing.AGENT if name in ("kernel", "agent start") else tracing.ENGINE
         parent = tracing.current.get()
         if parent is None or parent.end_ns or parent.start_ns > start_ns:
