@@ -32,6 +32,9 @@ FIRST_USER = 1_900_000_000
 VARIABLE = "KATA_FIRST_USER"
 """Variable with another first user id; 0 leaves all programs root's."""
 USERS_PER_SANDBOX = 4
+OWN_DIRECTORY = "/dev/monitor"
+"""Where a monitor with a user of its own sees the directory in which it makes its sockets: by its name on the host it
+could not be reached."""
 MONITOR, NETWORK = range(2)
 """Which of a sandbox's users is whose."""
 SCOPES = 6
@@ -162,13 +165,24 @@ class Confinement:
         secret: Fifth argument of the only execve(2) that the filter allows; 0 where it allows all.
         user: User and group id; 0 stays root.
         devices: Devices of the host that it opens by name, for a ``/dev`` of its own; empty leaves it the host's.
+        directory: A directory that it sees there as `OWN_DIRECTORY`; empty for none.
         ruleset: Of Landlock, or None where the kernel has it not.
         limits_files: Whether that restricts files.
         files: How many it may have open; 0 for as many as we.
         threads: How many tasks its user may have; 0 for as many as root.
     """
 
-    __slots__ = ("_code", "_secret", "devices", "files", "limits_files", "ruleset", "threads", "user")
+    __slots__ = (
+        "_code",
+        "_secret",
+        "devices",
+        "directory",
+        "files",
+        "limits_files",
+        "ruleset",
+        "threads",
+        "user",
+    )
 
     def __init__(
         self,
@@ -177,6 +191,7 @@ class Confinement:
         *,
         user: int = 0,
         devices: Sequence[str] = (),
+        directory: str = "",
         ruleset: sysio.Fd | None = None,
         limits_files: bool = True,
         files: int = 0,
@@ -186,6 +201,7 @@ class Confinement:
         self._secret = secret
         self.user = user
         self.devices = devices
+        self.directory = directory
         self.ruleset = ruleset
         self.limits_files = limits_files
         self.files = files
@@ -216,6 +232,9 @@ class Confinement:
 
     def _own_devices(self) -> None:
         nodes = []
+        directory = (
+            os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if self.directory else -1
+        )
         for path in dict.fromkeys((*DEVICES, *self.devices)):
             try:
                 nodes.append((path, os.stat(path)))
@@ -233,6 +252,10 @@ class Confinement:
             os.mknod(path, stat.S_IFCHR | (0o600 if mine else 0o666), status.st_rdev)
             if mine:
                 os.chown(path, self.user, self.user)
+        if directory >= 0:
+            os.mkdir(OWN_DIRECTORY, 0o555)
+            sysio.mount(f"/proc/self/fd/{directory}", OWN_DIRECTORY, None, sysio.MS_BIND)
+            os.close(directory)
         os.umask(umask)
         if self.ruleset is not None and self.limits_files:
             allow(self.ruleset.raw, "/dev", READ | WRITE_FILE | IOCTL_DEV)
@@ -308,7 +331,8 @@ def monitor(
             opens once more by ``/proc/self/fd``.
         writable: The same of what it writes; of a directory what is in it, also what is mounted there later.
         devices: Devices that it opens by name, such as ``/dev/kvm``.
-        sockets_in: Directory in which it makes unix sockets; empty: it makes no socket at all.
+        sockets_in: Directory in which it makes unix sockets; empty: it makes no socket at all. To a user of its own it
+            is `OWN_DIRECTORY`.
         shares: Directory whose files it serves; empty for none.
         any_file: It keeps the caller's root directory and opens files by names that are not known yet: Landlock
             restricts none.
@@ -343,6 +367,7 @@ def monitor(
         secret,
         user=user,
         devices=devices if user else (),
+        directory=sockets_in if user else "",
         ruleset=ruleset,
         limits_files=not any_file,
         files=0 if kept else MOST_FILES,

@@ -31,7 +31,10 @@ from kata.errors import AlreadyExistsError, JournalError
 
 FILE_NAME = "journal"
 NEW_PREFIX = ".new-"
-KINDS = ("process", "file", "directory", "socket", "mount", "cgroup", "netns", "tap", "redirect", "driver")
+KINDS = (
+    *("process", "file", "directory", "socket", "mount", "cgroup"),
+    *("netns", "tap", "redirect", "driver", "access"),
+)
 _PATH_KINDS = ("file", "directory", "socket", "cgroup", "netns")
 
 TYPE_CHECKING = False
@@ -276,6 +279,8 @@ class Journal:
             ``name`` of the interface; ``netns``: path of its namespace, absent for our own.
         ``driver`` (of a PCI device, by its ``driver_override``)
             ``path`` of the device in sysfs, ``driver``: the one that it gets, ``former``: the one before, or empty.
+        ``access`` (a user's entry in a file's access control list)
+            ``path`` of the file, ``user``; `commit` is given ``dev`` and ``ino``.
         """
         if kind not in KINDS:
             raise ValueError(f"no such kind of resource: {kind}")
@@ -499,6 +504,8 @@ class Journal:
             return {"dev": status.st_dev, "ino": status.st_ino}
         if kind == "driver":
             return {"boot": sysio.boot_id()}
+        if kind == "access":
+            return {}  # the device and inode that were given
         if kind == "mount" and "id" in given:
             return {"ns": sysio.namespace_inode("mnt")}
         if kind == "mount":

@@ -168,6 +168,7 @@ def _undo_entry(entry: journals.Entry, deadline: float) -> str:
         "tap": _undo_tap,
         "redirect": _undo_redirect,
         "driver": _undo_driver,
+        "access": _undo_access,
     }
     handler = handlers.get(entry.kind)
     if handler is None:
@@ -458,6 +459,15 @@ def _undo_driver(params: dict[str, Any], identity: dict[str, Any] | None, deadli
         return ""  # the device was taken out
     now = pci_driver.of(device)
     return "" if now == former else f"it has the driver {now or 'of nobody'} now, and had {former or 'none'}"
+
+
+def _undo_access(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    if identity is None:
+        return ""  # it is recorded before the list is changed
+    from kata import acl
+
+    acl.take_out(params["path"], int(params["user"]), identity)
+    return ""
 
 
 def _in_network(params: dict[str, Any], identity: dict[str, Any], work: Callable[[], str]) -> str:

@@ -31,7 +31,7 @@ def test_what_a_hypervisor_is_left_with(
         engine = kata.engine_pid("held")
         [found] = json.loads(kata.ok("inspect", "held"))
         pid = found["state"]["pid"]
-        own = confinement.FIRST_USER + confinement.USERS_PER_SANDBOX * engine if name == "qemu" else 0
+        own = confinement.FIRST_USER + confinement.USERS_PER_SANDBOX * engine
         assert status(pid)["Uid"].split() == status(pid)["Gid"].split() == [str(own)] * 4
         assert capabilities(pid) == NO_CAPABILITIES
         filters = []
@@ -50,6 +50,7 @@ def test_what_a_hypervisor_is_left_with(
         limits = Path(f"/proc/{pid}/limits").read_text()
         assert re.search(r"Max core file size +0 +0 ", limits)
         assert re.search(r"Max open files +1024 +1024 ", limits)
+        assert re.search(r"Max processes +1024 +1024 ", limits)
 
         # Of the host's files it has those that the sandbox is made of, and it finds no other.
         assert sorted(os.listdir(f"/proc/{pid}/root")) == NAMES[name]

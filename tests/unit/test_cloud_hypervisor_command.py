@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from kata.hypervisor import saved as machines
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 from kata.hypervisor.cloud_hypervisor import command, saved, slots
 from kata.hypervisor.cloud_hypervisor.process import explain
+from kata.hypervisor.rust_vmm import MONITOR_DIR, MonitorUser
+from kata.journal import Journal
 from kata.sysio import Fd
 
 FDS = {"api": 10, "events": 11, "kernel": 12, "initrd": 13, "disk0": 14, "disk2": 16}
@@ -32,7 +35,7 @@ def attached(**changes: Any) -> Attachments:
 def built(made: MachineShape, attachments: Attachments) -> dict[str, list[str]]:
     """The arguments by option."""
     found: dict[str, list[str]] = {}
-    program, *rest = command.build("/bin/ch", made, attachments, "/run/x/vsock.sock", FDS)
+    program, *rest = command.build("/bin/ch", made, attachments, "/run/x", FDS)
     assert program == "/bin/ch"
     for word in rest:
         if word.startswith("--"):
@@ -179,14 +182,18 @@ def test_a_saved_machine_names_what_is_the_new_ones(tmp_path: Path) -> None:
     attachments = attached(
         run_dir=str(run_dir), disks=[Disk("/d", True)], nics=[Nic("02:00:00:00:00:02"), nic]
     )
-    option = saved.prepare(str(place), attachments, "/run/x/vsock.sock", {"disk0": 40})
+    given = machines.open_files(str(place), saved.LARGE)
+    own = MonitorUser("/p", attachments, [], {}, Journal.create_dir(str(tmp_path), "box", {}), "")
+    option = saved.prepare(str(place), attachments, own, {"disk0": 40, **given})
     nic.tap_fd = None
-    target = run_dir / saved.RESTORED
+    target = run_dir / MONITOR_DIR / saved.RESTORED
     assert option == f"source_url=file://{target},resume=on,net_fds=[nic1@[77]]"
     made = json.loads((target / "config.json").read_text())
     assert made["disks"][0]["path"] == "/proc/self/fd/40"
-    assert made["vsock"] == {"id": "vsock", "cid": 3, "socket": "/run/x/vsock.sock"}
+    assert made["vsock"] == {"id": "vsock", "cid": 3, "socket": f"{run_dir}/{MONITOR_DIR}/vsock.sock"}
     assert made["payload"] == {"kernel": "/dev/null", "initramfs": "/dev/null", "cmdline": "quiet"}
     assert (target / "state.json").read_text() == "state.json"
+    for fd in given.values():
+        os.close(fd)
     machines.forget(str(place), saved.FILES)
     assert list(place.iterdir()) == []

@@ -162,16 +162,16 @@ def test_taps_outlast_their_descriptors_until_they_are_removed(tmp_path: Path) -
     def scenario() -> None:
         journal = Journal.create_dir(str(tmp_path), "box", {})
         taps = Taps(journal)
-        taps.take([tap("tapa"), Nic("02::3"), tap("tapb")])
+        taps.take([tap("tapa"), Nic("02::3"), tap("tapb")], 0)
         assert taps.names == {0: "tapa", 2: "tapb"}
         assert {"tapa", "tapb"} <= there()
         taps.remove()
         assert not {"tapa", "tapb"} & there()
         # Of one that died in between, the journal knows.
-        Taps(journal).take([tap("tapc")])
+        Taps(journal).take([tap("tapc")], 1234)
         assert "tapc" in there()
         with pytest.raises(UnsupportedError, match="this network has none"):
-            Taps(journal).take([Nic("02::4", tap_fd=sysio.Fd(os.open("/dev/null", os.O_RDONLY)))])
+            Taps(journal).take([Nic("02::4", tap_fd=sysio.Fd(os.open("/dev/null", os.O_RDONLY)))], 0)
         assert journal_undo.undo(journal, 10) == []
         assert "tapc" not in there()
 

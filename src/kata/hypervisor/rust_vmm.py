@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from kata import children, paths
+from kata import children, confinement, paths
 from kata.errors import (
     ConfigError,
     GuestAssetError,
@@ -17,6 +17,7 @@ from kata.errors import (
     KataError,
     ResourceExhaustedError,
 )
+from kata.hypervisor import access
 from kata.hypervisor.base import MonitorBase
 from kata.hypervisor.process import NO_MEMORY, Launch, MonitorProcess, explained
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from kata.hypervisor.channel import Channel
     from kata.journal import Journal
 
+MONITOR_DIR = "monitor"
+"""Name of the directory in the sandbox's that is the monitor's: it makes its sockets there."""
 VSOCK_SOCKET = "vsock.sock"
-"""Name of the socket that stands for the guest's vsock, in the sandbox's directory."""
+"""Name of the socket that stands for the guest's vsock, in that directory."""
 API_SOCKET = "api.sock"
 CID = 3
 """Of every guest: the socket that stands for its vsock is that machine's alone, and no device of the host's has it."""
@@ -159,22 +162,20 @@ class RustVmmProcess(MonitorProcess):
         child: See `MonitorProcess`.
         launch: See there.
         shape: The machine.
-        run_dir: The sandbox's directory.
-        root: What becomes the monitor's root once its machine is built; empty leaves it the caller's.
+        own: As whom it runs.
         disk_addresses: See `MonitorProcess`.
         nic_addresses: See there.
         share_tag: See there.
     """
 
-    __slots__ = ("_channel", "root", "shape", "vsock_path")
+    __slots__ = ("_channel", "access", "root", "shape", "vsock_path")
 
     def __init__(
         self,
         child: children.Child,
         launch: Launch,
         shape: MachineShape,
-        run_dir: str,
-        root: str,
+        own: MonitorUser,
         *,
         disk_addresses: Sequence[str],
         nic_addresses: Sequence[str],
@@ -184,8 +185,9 @@ class RustVmmProcess(MonitorProcess):
             child, launch, disk_addresses=disk_addresses, nic_addresses=nic_addresses, share_tag=share_tag
         )
         self.shape = shape
-        self.root = root
-        self.vsock_path = os.path.join(run_dir, VSOCK_SOCKET)
+        self.root = own.root
+        self.access = own.access
+        self.vsock_path = own.vsock_path
         self._channel: Channel | None = None
 
     @property
@@ -197,6 +199,94 @@ class RustVmmProcess(MonitorProcess):
             self._channel = HybridVsockChannel(self.vsock_path)
         return self._channel
 
+    def close(self) -> None:
+        """See `MonitorProcess.close`."""
+        self.access.revoke()
+        super().close()
+
+
+class MonitorUser:
+    """As whom a monitor runs, and what that user may open: the same for one that is started and one that is restored.
+    Used as a context: when that fails, its user may open nothing any more.
+
+    It has a user of its own where it gets a root directory of its own, and no wrapper nor a file system without access
+    control lists is in the way.
+
+    Args:
+        program: Path of the monitor.
+        attachments: What its machine is connected to.
+        files: The files of others that it opens once more by our descriptors: disks, or a machine that was saved.
+        opened: Our descriptors by name. ``kernel`` and ``initrd`` may be replaced, by copies that it can open.
+        journal: The sandbox's.
+        root: The directory that becomes its root once its machine is built; empty leaves it the caller's.
+
+    Attributes:
+        access: What it may open for the moment.
+        directory: Its directory in the sandbox's.
+        seen: The same, as the monitor has it.
+        root: See above.
+        vsock_path: Path of the socket that stands for the guest's vsock.
+
+    Raises:
+        HostError: That path would be too long.
+        HypervisorError: Its directory cannot be made.
+    """
+
+    __slots__ = ("_program", "access", "directory", "root", "seen", "vsock_path")
+
+    def __init__(
+        self,
+        program: str,
+        attachments: Attachments,
+        files: Iterable[access.File],
+        opened: dict[str, int],
+        journal: Journal,
+        root: str,
+    ) -> None:
+        self._program = program
+        self.root = root
+        self.vsock_path = vsock_path(attachments.run_dir)
+        self.directory = os.path.dirname(self.vsock_path)
+        self.access = access.for_monitor(program, files, opened, journal) if root else access.Access(journal)
+        user = self.access.user
+        try:
+            for name in ("kernel", "initrd"):
+                if name in opened:
+                    opened[name] = confinement.for_user(opened[name], user)
+            access.make_directory(self.directory, user)
+        except BaseException:
+            self.access.revoke()
+            raise
+        self.seen = confinement.OWN_DIRECTORY if user else self.directory
+
+    def __enter__(self) -> MonitorUser:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: object, *_error: object) -> None:
+        if kind is not None:
+            self.access.revoke()
+
+    def confinement(
+        self, readable: Iterable[str | int], writable: Iterable[str | int], devices: Sequence[str]
+    ) -> confinement.Confinement:
+        """What it is left with, together with no capability and namespaces of its own.
+
+        Args:
+            readable: What it reads by name besides its program: paths, and descriptors that it opens once more.
+            writable: The same of what it writes.
+            devices: Devices that it opens by name.
+        """
+        return confinement.monitor(
+            self._program,
+            user=self.access.user,
+            readable=[*readable, self.directory],
+            writable=[*writable, *([self.root] if self.root else [])],
+            devices=devices,
+            sockets_in=self.directory,
+            any_file=not self.root,
+        )
+
 
 def vsock_path(run_dir: str) -> str:
     """Where a monitor makes the socket that stands for the guest's vsock.
@@ -204,7 +294,7 @@ def vsock_path(run_dir: str) -> str:
     Raises:
         HostError: It would be too long for a socket.
     """
-    path = os.path.join(run_dir, VSOCK_SOCKET)
+    path = os.path.join(run_dir, MONITOR_DIR, VSOCK_SOCKET)
     if len(os.fsencode(path)) > paths.MAX_SOCKET_PATH:
         # By a descriptor of the directory it would be short; but who has that can go up from there.
         raise HostError(

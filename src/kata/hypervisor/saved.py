@@ -9,6 +9,8 @@ import json
 import os
 
 from kata.errors import HypervisorError
+from kata.hypervisor import root
+from kata.hypervisor.access import File, make_directory
 from kata.hypervisor.base import MachineShape
 
 TYPE_CHECKING = False
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from kata.hypervisor.access import Access
+
 SHAPE = "machine.json"
+UNFINISHED = "unfinished"
+"""Name of the directory that a machine is in while it is saved."""
 _MAX_SHAPE = 1 << 20
 
 
@@ -32,7 +38,7 @@ def check(directory: str, files: Sequence[str]) -> None:
     """
     if not os.path.isdir(directory):
         raise HypervisorError(f"cannot save the machine: {directory} is no directory")
-    if any(os.path.lexists(os.path.join(directory, name)) for name in (*files, SHAPE)):
+    if any(os.path.lexists(os.path.join(directory, name)) for name in (*files, SHAPE, UNFINISHED)):
         raise HypervisorError(f"cannot save the machine: there is one in {directory} already")
 
 
@@ -60,6 +66,93 @@ def forget(directory: str, files: Sequence[str]) -> None:
             os.unlink(os.path.join(directory, name))
         except FileNotFoundError:
             pass
+
+
+def open_files(directory: str, names: Sequence[str]) -> dict[str, int]:
+    """Open what a monitor has saved, for one that reads it by our descriptors.
+
+    Args:
+        directory: Where.
+        names: Names of the files.
+
+    Returns:
+        Descriptors by these names.
+
+    Raises:
+        HypervisorError: One is missing.
+    """
+    found: dict[str, int] = {}
+    try:
+        for name in names:
+            found[name] = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        for fd in found.values():
+            os.close(fd)
+        raise HypervisorError(
+            f"cannot use what was saved in {directory}: {error.filename}: {error.strerror}"
+        ) from error
+    return found
+
+
+def files(directory: str, names: Sequence[str]) -> list[File]:
+    """The same files, for `kata.hypervisor.access`."""
+    return [File(name, os.path.join(directory, name)) for name in names]
+
+
+class receiving:
+    """A context in which a running monitor may save its machine.
+
+    Its user may make files in a directory of its own alone, so there is one for the moment in that which is meant.
+
+    Args:
+        directory: Where the machine is to be.
+        names: Names of the monitor's files.
+        access: What the monitor may open.
+        root_directory: Its root; empty if that is the host's.
+    """
+
+    def __init__(self, directory: str, names: Sequence[str], access: Access, root_directory: str) -> None:
+        self._directory = os.path.abspath(directory)
+        self._names = names
+        self._user = access.user
+        self._place = os.path.join(self._directory, UNFINISHED) if access.user else self._directory
+        self._mount = root.shown(root_directory, root.STATE, self._place) if root_directory else None
+
+    def __enter__(self) -> str:
+        """Returns the directory, as the monitor has it.
+
+        Raises:
+            HostError: It cannot be mounted where the monitor finds it.
+            HypervisorError: It cannot be made.
+        """
+        if self._user:
+            make_directory(self._place, self._user)
+        try:
+            return self._mount.__enter__() if self._mount is not None else self._place
+        except BaseException:
+            self._remove()
+            raise
+
+    def __exit__(self, kind: object, *_error: object) -> None:
+        if self._mount is not None:
+            self._mount.__exit__()
+        if not self._user:
+            return
+        try:
+            for name in self._names if kind is None else ():
+                made = os.path.join(self._place, name)
+                os.chown(made, 0, 0, follow_symlinks=False)
+                os.rename(made, os.path.join(self._directory, name))
+        except OSError as error:
+            raise HypervisorError(f"cannot save the machine: {name}: {error.strerror}") from error
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
+        import shutil
+
+        if self._user:
+            shutil.rmtree(self._place, ignore_errors=True)
 
 
 def shape_of(directory: str) -> MachineShape:

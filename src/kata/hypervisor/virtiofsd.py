@@ -142,6 +142,29 @@ class FileServer:
             self.hide()
         return sysio.Fd(client.detach())
 
+    def move(self, directory: str, user: int) -> None:
+        """Give the socket to the user of a hypervisor that goes by its name.
+
+        Args:
+            directory: Of that hypervisor alone.
+            user: Its user id; 0 for root.
+
+        Raises:
+            HypervisorError: It cannot be moved there.
+        """
+        path = os.path.join(directory, SOCKET_NAME)
+        former, self._entry = self._entry, self._journal.begin("socket", path=path)
+        try:
+            os.rename(self.path, path)
+            if user:
+                os.chown(path, user, user)
+        except OSError as error:
+            raise HypervisorError(f"cannot move the socket of the file server: {error.strerror}") from error
+        finally:
+            if former is not None:
+                self._journal.mark_gone(former)
+        self.path = path
+
     def hide(self) -> None:
         """Take the socket's name away: a hypervisor that goes by it is connected. Idempotent."""
         if self._entry is not None:

@@ -6,7 +6,8 @@ Source: ``cloud-hypervisor --help``, and docs/ of its sources.
 from __future__ import annotations
 
 from kata.hypervisor.cloud_hypervisor import slots
-from kata.hypervisor.rust_vmm import CID, file, parameters
+from kata.hypervisor.rust_vmm import CID, VSOCK_SOCKET, file, parameters
+from kata.hypervisor.virtiofsd import SOCKET_NAME as SHARE_SOCKET
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ CONSOLES = {"serial": "console=ttyS0", "virtio": "console=hvc0", "none": ""}
 
 
 def build(
-    program: str, shape: MachineShape, attachments: Attachments, vsock: str, fds: Mapping[str, int]
+    program: str, shape: MachineShape, attachments: Attachments, directory: str, fds: Mapping[str, int]
 ) -> list[str]:
     """The arguments.
 
@@ -27,7 +28,8 @@ def build(
         program: Absolute path.
         shape: The machine.
         attachments: What it is connected to.
-        vsock: Path of the socket that stands for the guest's vsock; made by the monitor.
+        directory: The monitor's own, as it has it: with the socket of the share's server, and the one that stands for
+            the guest's vsock, which it makes.
         fds: Descriptors it inherits: ``kernel``, ``initrd``, ``disk0`` and so on, ``api`` (listens), ``events``.
     """
     shares = attachments.share_server is not None
@@ -42,7 +44,7 @@ def build(
         *("--serial", "tty" if shape.console == "serial" else "off"),
         *("--console", "tty" if shape.console == "virtio" else "off"),
         *("--rng", "src=/dev/urandom"),
-        *("--vsock", f"cid={CID},socket={vsock},id=vsock,pci_device_id={slots.VSOCK}"),
+        *("--vsock", f"cid={CID},socket={directory}/{VSOCK_SOCKET},id=vsock,pci_device_id={slots.VSOCK}"),
     ]
     if shape.reclaim:
         argv += ["--balloon", "size=0,free_page_reporting=on"]
@@ -57,7 +59,9 @@ def build(
     if nics:
         argv += ["--net", *nics]
     if attachments.share_server is not None:
-        share = f"tag={slots.SHARE_TAG},socket={attachments.share_server.path},id=share,pci_device_id={slots.SHARE}"
+        share = (
+            f"tag={slots.SHARE_TAG},socket={directory}/{SHARE_SOCKET},id=share,pci_device_id={slots.SHARE}"
+        )
         argv += ["--fs", f"{share},num_queues=1,queue_size=1024"]
     return argv
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 
 from kata.errors import HypervisorError, UnsupportedError
 from kata.hypervisor import root
+from kata.hypervisor.access import rights_to
 from kata.hypervisor.cloud_hypervisor import command, slots
 from kata.hypervisor.http_api import ApiClient, Refused
 from kata.hypervisor.running import Running
@@ -49,6 +49,7 @@ class CloudHypervisor(Running):
         super().__init__(process, journal, console_path)
         self._shape = process.shape
         self._root = process.root
+        self._access = process.access
         self._share = process.attachments.share_server
         self._version = ""
         self._device_lock = asyncio.Lock()
@@ -126,11 +127,8 @@ class CloudHypervisor(Running):
         async with self._device_lock:
             await self.confined()
             try:
-                if self._root:
-                    with root.shown(self._root, root.STATE, directory) as name:
-                        await self._snapshot(name)
-                else:
-                    await self._snapshot(os.path.abspath(directory))
+                with saved.receiving(directory, FILES, self._access, self._root) as name:
+                    await self._snapshot(name)
                 await asyncio.to_thread(saved.write_shape, directory, self._shape)
             except BaseException:
                 saved.forget(directory, FILES)
@@ -202,20 +200,14 @@ class CloudHypervisor(Running):
                     "Give the container fewer volumes that are disks.",
                 )
             try:
-                if self._root:
-                    with root.shown(self._root, root.disk(index), disk.path) as path:
-                        await self._add_disk(index, disk, path)
-                else:
-                    await self._add_disk(index, disk, disk.path)
+                with self._access.shown(self._root, root.disk(index), disk.path, rights_to(disk)) as path:
+                    await self.call("PUT", "vm.add-disk", command.disk_config(index, disk, path))
             except Refused as error:
                 raise HypervisorError(
                     f"cannot give the virtual machine {disk.path}: {error.words}"
                 ) from error
             self._disks[index] = disk
             return slots.path(slots.DISKS[index])
-
-    async def _add_disk(self, index: int, disk: Disk, path: str) -> None:
-        await self.call("PUT", "vm.add-disk", command.disk_config(index, disk, path))
 
     async def detach_disk(self, address: str) -> None:
         """Unplug the disk at this address, which the guest is asked to let go of.
@@ -309,6 +301,7 @@ class CloudHypervisor(Running):
                 await asyncio.sleep(0.005)
         if self._share is not None:
             self._share.hide()
+        self._access.revoke()
         if self._root:
             await asyncio.to_thread(root.enter, self._root, self.pid)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 
-from kata import confinement, sysio
+from kata import acl, sysio
 from kata.errors import HypervisorError
 from kata.hypervisor import rust_vmm
+from kata.hypervisor.access import disk_files
 from kata.hypervisor.cloud_hypervisor import command, slots
 from kata.hypervisor.process import Launch, open_disks, open_files
-from kata.hypervisor.rust_vmm import API_SOCKET, RustVmmProcess, vsock_path
+from kata.hypervisor.rust_vmm import API_SOCKET, MonitorUser, RustVmmProcess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from kata import children
     from kata.errors import KataError
+    from kata.hypervisor.access import File
     from kata.hypervisor.base import Attachments, MachineShape
     from kata.journal import Journal
 
@@ -32,14 +34,13 @@ class CloudHypervisorProcess(RustVmmProcess):
         launch: Launch,
         shape: MachineShape,
         attachments: Attachments,
-        root: str,
+        own: MonitorUser,
     ) -> None:
         super().__init__(
             child,
             launch,
             shape,
-            attachments.run_dir,
-            root,
+            own,
             disk_addresses=[slots.path(slots.DISKS[index]) for index in range(len(shape.disks))],
             nic_addresses=[slots.path(slots.NICS[index]) for index in range(len(attachments.nics))],
             share_tag=slots.SHARE_TAG if attachments.share_server is not None else "",
@@ -75,8 +76,8 @@ def spawn(
         attachments,
         journal,
         root,
-        lambda: open_files(shape.kernel, initrd, attachments.disks),
-        lambda vsock, fds: command.build(program, shape, attachments, vsock, fds),
+        [lambda: open_files(shape.kernel, initrd, attachments.disks)],
+        lambda own, fds: command.build(program, shape, attachments, own.seen, fds),
     )
 
 
@@ -97,22 +98,22 @@ def restore(
         HostError: The path of its vsock would be too long.
         HypervisorError: What was saved cannot be used, or the process could not be started.
     """
+    from kata.hypervisor import saved as saved_machines
     from kata.hypervisor.cloud_hypervisor import saved
 
-    def arguments(vsock: str, fds: Mapping[str, int]) -> list[str]:
-        option = saved.prepare(directory, attachments, vsock, fds)
+    def arguments(own: MonitorUser, fds: Mapping[str, int]) -> list[str]:
+        option = saved.prepare(directory, attachments, own, fds)
         return [program, *command.channels(fds), "--restore", option]
 
-    readable = (os.path.join(attachments.run_dir, saved.RESTORED), directory)
     return _start(
         program,
         shape,
         attachments,
         journal,
         root,
-        lambda: open_disks(attachments.disks),
+        [lambda: open_disks(attachments.disks), lambda: saved_machines.open_files(directory, saved.LARGE)],
         arguments,
-        readable,
+        saved_machines.files(directory, saved.LARGE),
     )
 
 
@@ -122,9 +123,9 @@ def _start(
     attachments: Attachments,
     journal: Journal,
     root: str,
-    open_theirs: Callable[[], dict[str, int]],
-    arguments: Callable[[str, Mapping[str, int]], list[str]],
-    readable: tuple[str, ...] = (),
+    openers: Sequence[Callable[[], dict[str, int]]],
+    arguments: Callable[[MonitorUser, Mapping[str, int]], list[str]],
+    more: Sequence[File] = (),
 ) -> CloudHypervisorProcess:
     """Start it.
 
@@ -134,41 +135,39 @@ def _start(
         attachments: See there.
         journal: See there.
         root: See there.
-        open_theirs: Opens the files that it inherits.
-        arguments: The argument vector, for the path of its vsock's socket and what it inherits.
-        readable: What it reads by name besides those files.
+        openers: Open the files that it inherits.
+        arguments: The argument vector, for as whom it runs and what it inherits.
+        more: Those of the files that are no disks and others'.
     """
-    vsock = vsock_path(attachments.run_dir)
     with Launch("Cloud Hypervisor", journal) as launch:
         theirs = launch.theirs
-        theirs |= open_theirs()
-        theirs["api"], launch.ours["api"] = _api_socket(attachments.run_dir, journal)
-        launch.channel("events")
-        if shape.console != "none":
-            launch.channel("console")
-            launch.stdout = theirs["console"]
-        argv = arguments(vsock, theirs)
-        launch.socket(vsock)
-        taps = [nic.tap_fd.raw for nic in attachments.nics if nic.tap_fd is not None]
-        written = [
-            f"disk{index}" for index, disk in enumerate(attachments.disks) if disk and not disk.readonly
-        ]
-        child = launch.spawn(
-            argv,
-            "cloud-hypervisor",
-            pass_fds=[*(fd for key, fd in theirs.items() if key != "console"), *taps],
-            capabilities=(),
-            confinement=confinement.monitor(
-                program,
-                user=0,  # it opens disks by name, and those are root's
-                readable=[*(fd for key, fd in theirs.items() if key not in written), *readable],
-                writable=[*(theirs[key] for key in written), *([root] if root else [])],
-                devices=["/dev/kvm"],
-                sockets_in=attachments.run_dir,
-                any_file=not root,
-            ),
-        )
-        return CloudHypervisorProcess(child, launch, shape, attachments, root)
+        for opens in openers:
+            theirs |= opens()
+        files = [*disk_files(attachments.disks), *more]
+        with MonitorUser(program, attachments, files, theirs, journal, root) as own:
+            theirs["api"], launch.ours["api"] = _api_socket(attachments.run_dir, journal)
+            launch.channel("events")
+            if shape.console != "none":
+                launch.channel("console")
+                launch.stdout = theirs["console"]
+            if attachments.share_server is not None:
+                attachments.share_server.move(own.directory, own.access.user)
+            argv = arguments(own, theirs)
+            launch.socket(own.vsock_path)
+            taps = [nic.tap_fd.raw for nic in attachments.nics if nic.tap_fd is not None]
+            written = [file.name for file in files if file.rights & acl.WRITE]
+            child = launch.spawn(
+                argv,
+                "cloud-hypervisor",
+                pass_fds=[*(fd for key, fd in theirs.items() if key != "console"), *taps],
+                capabilities=(),
+                confinement=own.confinement(
+                    [fd for key, fd in theirs.items() if key not in written],
+                    [theirs[key] for key in written],
+                    ["/dev/kvm"],
+                ),
+            )
+            return CloudHypervisorProcess(child, launch, shape, attachments, own)
 
 
 def _api_socket(run_dir: str, journal: Journal) -> tuple[int, int]:

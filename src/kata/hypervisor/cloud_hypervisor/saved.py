@@ -3,7 +3,7 @@
 Beside the monitor's own files (docs/snapshot_restore.md of its sources: ``config.json``, ``state.json``,
 ``memory-ranges``) there is one of ours with the machine's shape, written last: without it nothing was saved.
 The monitor's description names files and descriptors of the machine that was saved; what it is restored from is a
-directory of the new sandbox with a description that names the new ones, and links to the rest.
+directory of the new monitor with a description that names the new ones, and links to the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 
 from kata.errors import HypervisorError
 from kata.hypervisor import rust_vmm, saved
+from kata.hypervisor.access import make_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,23 +21,24 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.hypervisor.base import Attachments
+    from kata.hypervisor.rust_vmm import MonitorUser
 
 CONFIG = "config.json"
 LARGE = ("state.json", "memory-ranges")
 FILES = (CONFIG, *LARGE)
 RESTORED = "restored"
-"""Name of the directory that a machine is restored from, in the sandbox's."""
+"""Name of the directory that a machine is restored from, in the monitor's."""
 _MAX_CONFIG = 4 << 20
 
 
-def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[str, int]) -> str:
+def prepare(directory: str, attachments: Attachments, own: MonitorUser, fds: Mapping[str, int]) -> str:
     """Make what the monitor restores a machine from.
 
     Args:
         directory: What it was saved into.
         attachments: What it is connected to from now on.
-        vsock: Path of the socket that stands for its vsock.
-        fds: Descriptors that the monitor inherits: ``disk0`` and so on.
+        own: As whom the monitor runs.
+        fds: Descriptors that the monitor inherits: ``disk0`` and so on, and those of `LARGE`.
 
     Returns:
         The value of the monitor's option ``--restore``.
@@ -47,7 +49,7 @@ def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[s
     config = saved.document(directory, CONFIG, _MAX_CONFIG)
     # It opens them, and does not read them: the guest has them in its memory.
     config["payload"] = {**_table(config.get("payload")), "kernel": os.devnull, "initramfs": os.devnull}
-    config["vsock"] = {**_table(config.get("vsock")), "socket": vsock}
+    config["vsock"] = {**_table(config.get("vsock")), "socket": f"{own.seen}/{rust_vmm.VSOCK_SOCKET}"}
     if config.get("fs"):
         raise HypervisorError(f"the machine in {directory} has a share, whose server is gone")
     missing = {f"disk{index}": disk for index, disk in enumerate(attachments.disks) if disk is not None}
@@ -67,21 +69,20 @@ def prepare(directory: str, attachments: Attachments, vsock: str, fds: Mapping[s
     if missing or taps:
         unknown = ", ".join((*missing, *taps))
         raise HypervisorError(f"the machine in {directory} has no {unknown}")
-    target = os.path.join(attachments.run_dir, RESTORED)
+    target = os.path.join(own.directory, RESTORED)
+    make_directory(target, own.access.user)
     try:
-        os.mkdir(target, 0o700)
         with open(os.path.join(target, CONFIG), "w", encoding="utf-8") as file:
+            own.access.give(file.fileno())
             json.dump(config, file)
         for name in LARGE:
-            source = os.path.join(os.path.abspath(directory), name)
-            os.stat(source)
-            os.symlink(source, os.path.join(target, name))
+            os.symlink(rust_vmm.file(fds[name]), os.path.join(target, name))
     except OSError as error:
         raise HypervisorError(
             f"cannot use what was saved in {directory}: {error.filename}: {error.strerror}"
         ) from error
     nets = f",net_fds=[{','.join(given)}]" if given else ""
-    return f"source_url=file://{target},resume=on{nets}"
+    return f"source_url=file://{own.seen}/{RESTORED},resume=on{nets}"
 
 
 def _table(value: object) -> dict[str, Any]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 KERNEL_FD, INITRD_FD, CONFIG_FD, LOG_FD, METRICS_FD, FIRST_DISK_FD = range(3, 9)
 """Descriptors that it inherits, and the first of those of the disk slots: always the same, since a machine that was
 saved names its disks by them."""
+SAVED_FDS = (KERNEL_FD, INITRD_FD)
+"""Where those are of a machine that was saved: it has its kernel and initrd in its memory."""
 NAMES = ("kernel", "initrd", "config", "log", "metrics")
 SAVED_FILES = ("vmstate", "memory")
 """Names of what it saves a machine into."""

@@ -9,10 +9,10 @@ import signal
 import socket
 
 from kata.errors import HypervisorError, UnsupportedError
-from kata.hypervisor import root
+from kata.hypervisor import root, rust_vmm
+from kata.hypervisor.access import rights_to
 from kata.hypervisor.base import Ended
 from kata.hypervisor.firecracker import config
-from kata.hypervisor.firecracker import process as firecracker_process
 from kata.hypervisor.firecracker.counters import Counters
 from kata.hypervisor.http_api import ApiClient, Refused
 from kata.hypervisor.running import Running
@@ -49,6 +49,7 @@ class Firecracker(Running):
         super().__init__(process, journal, console_path)
         self._shape = process.shape
         self._root = process.root
+        self._access = process.access
         self._taps = process.taps
         self._slots = process.slots
         self._disks: list[Disk | None] = list(process.slots.disks)
@@ -57,7 +58,8 @@ class Firecracker(Running):
         self._saved = process.saved
         self._unusable: HypervisorError | None = None
         """Why the saved machine could not be loaded."""
-        self._vsock_path = process.vsock_path
+        self._vsock_seen = process.vsock_seen
+        self._empty_disk = process.empty_disk
         self._api_path = process.api_path
         self._counters = Counters()
         self._metrics: Fd | None = Fd(process.detach_fd("metrics"))
@@ -122,11 +124,7 @@ class Firecracker(Running):
                 )
             await self._client()
             try:
-                with (
-                    root.shown(self._root, root.STATE, directory)
-                    if self._root
-                    else contextlib.nullcontext(os.path.abspath(directory))
-                ) as name:
+                with saved.receiving(directory, config.SAVED_FILES, self._access, self._root) as name:
                     await self._snapshot(name)
                 await asyncio.to_thread(saved.write_shape, directory, self._shape)
             except BaseException:
@@ -209,7 +207,7 @@ class Firecracker(Running):
                     "Give the container fewer volumes that are disks.",
                 )
             try:
-                await self._swap(index, disk.path)
+                await self._swap(index, disk.path, rights_to(disk))
             except Refused as error:
                 raise HypervisorError(
                     f"cannot give the virtual machine {disk.path}: {error.words}"
@@ -232,9 +230,7 @@ class Firecracker(Running):
             index = next(known, None)
             if index is None:
                 raise HypervisorError(f"there is no disk at PCI path {address}")
-            await self._swap(
-                index, os.path.join(os.path.dirname(self._api_path), firecracker_process.EMPTY_DISK)
-            )
+            await self._swap(index, self._empty_disk, 0)
             self._disks[index] = None
 
     async def attach_nic(self, index: int, nic: Nic) -> NoReturn:
@@ -294,14 +290,10 @@ class Firecracker(Running):
             self._metrics.close()
             self._metrics = None
 
-    async def _swap(self, index: int, image: str) -> None:
+    async def _swap(self, index: int, image: str, rights: int) -> None:
         await self._client()
         self._has_swapped = True
-        with (
-            root.shown(self._root, root.disk(index), image)
-            if self._root
-            else contextlib.nullcontext(image) as path
-        ):
+        with self._access.shown(self._root, root.disk(index), image, rights) as path:
             await self.call(
                 "PATCH", f"drives/disk{index}", {"drive_id": f"disk{index}", "path_on_host": path}
             )
@@ -349,7 +341,7 @@ class Firecracker(Running):
 
     async def _load(self, client: ApiClient) -> None:
         """Load the machine that was saved, and let it go on with the present time."""
-        state, memory = (os.path.join(self._saved, name) for name in config.SAVED_FILES)
+        state, memory = (rust_vmm.file(fd) for fd in config.SAVED_FDS)
         request = {
             "snapshot_path": state,
             "mem_backend": {"backend_path": memory, "backend_type": "File"},
@@ -360,7 +352,7 @@ class Firecracker(Running):
                 {"iface_id": f"nic{index}", "host_dev_name": name}
                 for index, name in self._taps.names.items()
             ],
-            "vsock_override": {"uds_path": self._vsock_path},
+            "vsock_override": {"uds_path": self._vsock_seen},
         }
         try:
             await client.call("PUT", "snapshot/load", request, timeout_s=START_S)
@@ -379,6 +371,7 @@ class Firecracker(Running):
                 if about.get("state") in ("Running", "Paused"):
                     break
             await asyncio.sleep(_RETRY_S)
+        self._access.revoke()
         if self._root:
             await asyncio.to_thread(root.enter, self._root, self.pid)
 

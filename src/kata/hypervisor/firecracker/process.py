@@ -5,31 +5,33 @@ from __future__ import annotations
 import json
 import os
 
-from kata import confinement
+from kata import acl
 from kata.hypervisor import rust_vmm
+from kata.hypervisor.access import disk_files
 from kata.hypervisor.firecracker import config
 from kata.hypervisor.firecracker.taps import Taps
 from kata.hypervisor.process import Launch, open_disks, open_files
-from kata.hypervisor.rust_vmm import API_SOCKET, RustVmmProcess, file, vsock_path
+from kata.hypervisor.rust_vmm import API_SOCKET, VSOCK_SOCKET, MonitorUser, RustVmmProcess, file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kata import children
     from kata.errors import KataError
+    from kata.hypervisor.access import File
     from kata.hypervisor.base import Attachments, MachineShape
     from kata.journal import Journal
 
 EMPTY_DISK = "empty-disk"
-"""Name of the file behind the empty disk slots, in the sandbox's directory."""
+"""Name of the file behind the empty disk slots, in the monitor's directory."""
 _EMPTY_BYTES = 1 << 20
 
 
 class FirecrackerProcess(RustVmmProcess):
     """A Firecracker that was started. Its channels are ``console`` and ``metrics``; it makes its API's socket."""
 
-    __slots__ = ("api_path", "saved", "slots", "taps")
+    __slots__ = ("api_path", "empty_disk", "saved", "slots", "taps", "vsock_seen")
 
     def __init__(
         self,
@@ -37,8 +39,7 @@ class FirecrackerProcess(RustVmmProcess):
         launch: Launch,
         shape: MachineShape,
         slots: config.Slots,
-        run_dir: str,
-        root: str,
+        own: MonitorUser,
         taps: Taps,
         saved: str,
     ) -> None:
@@ -46,13 +47,15 @@ class FirecrackerProcess(RustVmmProcess):
             child,
             launch,
             shape,
-            run_dir,
-            root,
+            own,
             disk_addresses=slots.disk_addresses,
             nic_addresses=slots.nic_addresses,
         )
         self.slots = slots
-        self.api_path = os.path.join(run_dir, API_SOCKET)
+        self.api_path = os.path.join(own.directory, API_SOCKET)
+        self.vsock_seen = f"{own.seen}/{VSOCK_SOCKET}"
+        """Path of the vsock's socket, as the monitor has it."""
+        self.empty_disk = os.path.join(own.directory, EMPTY_DISK)
         self.taps = taps
         self.saved = saved
         """Directory of the saved machine that it is to load; empty if it has one of its own."""
@@ -89,7 +92,7 @@ def spawn(
         attachments,
         journal,
         root,
-        lambda: open_files(shape.kernel, initrd, slots.disks),
+        [lambda: open_files(shape.kernel, initrd, slots.disks)],
     )
 
 
@@ -110,9 +113,18 @@ def restore(
         KataError: As for `spawn`.
     """
     slots = config.Slots(shape, attachments)
-    saved = os.path.abspath(directory)
+    from kata.hypervisor import saved
+
     return _start(
-        program, shape, slots, attachments, journal, root, lambda: open_disks(slots.disks), saved=saved
+        program,
+        shape,
+        slots,
+        attachments,
+        journal,
+        root,
+        [lambda: open_disks(slots.disks), lambda: saved.open_files(directory, config.SAVED_FILES)],
+        saved.files(directory, config.SAVED_FILES),
+        saved=os.path.abspath(directory),
     )
 
 
@@ -123,74 +135,80 @@ def _start(
     attachments: Attachments,
     journal: Journal,
     root: str,
-    open_theirs: Callable[[], dict[str, int]],
+    openers: Sequence[Callable[[], dict[str, int]]],
+    more: Sequence[File] = (),
     *,
     saved: str = "",
 ) -> FirecrackerProcess:
-    run_dir = attachments.run_dir
-    vsock = vsock_path(run_dir)
+    files = [*disk_files(slots.disks), *more]
     taps = Taps(journal)
     try:
         with Launch("Firecracker", journal) as launch:
             theirs = launch.theirs
-            theirs |= open_theirs()
-            theirs["null"] = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            empty = os.path.join(run_dir, EMPTY_DISK)
-            theirs["empty"] = os.open(empty, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            os.truncate(theirs["empty"], _EMPTY_BYTES)
-            written = [
-                "empty",
-                *(f"disk{index}" for index, disk in enumerate(slots.disks) if disk and not disk.readonly),
-            ]
-            if shape.console != "none":
-                launch.channel("console")
-                launch.stdout = theirs["console"]
-            api = os.path.join(run_dir, API_SOCKET)
-            launch.socket(api)
-            launch.socket(vsock)
-            taps.take(attachments.nics)
-            # What it has to say must not come among the guest's words.
-            theirs["log"] = os.dup(launch.stderr.write_fd)
-            launch.ours["metrics"], theirs["metrics"] = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            argv = [
-                program,
-                *("--api-sock", api),
-                *("--log-path", file(config.LOG_FD)),
-                *("--level", "Warn"),
-                *("--metrics-path", file(config.METRICS_FD)),
-                "--enable-pci",
-            ]
-            if not saved:
-                document = config.build(shape, attachments, slots, vsock=vsock, taps=taps.names)
-                theirs["config"] = os.memfd_create("configuration")
-                os.write(theirs["config"], json.dumps(document).encode())
-                os.lseek(theirs["config"], 0, os.SEEK_SET)
-                argv += ["--config-file", file(config.CONFIG_FD)]
-            child = launch.spawn(
-                argv,
-                "firecracker",
-                fds_from_3=[
-                    *(theirs.get(name, theirs["null"]) for name in config.NAMES),
-                    *(theirs.get(f"disk{index}", theirs["empty"]) for index in range(len(slots.disks))),
-                ],
-                capabilities=(),
-                confinement=confinement.monitor(
-                    program,
-                    user=0,  # it opens disks by name, and those are root's
-                    readable=[
-                        *(fd for key, fd in theirs.items() if key not in written),
-                        *([saved] if saved else []),
+            for opens in openers:
+                theirs |= opens()
+            with MonitorUser(program, attachments, files, theirs, journal, root) as own:
+                _open_own(launch, shape, own)
+                taps.take(attachments.nics, own.access.user)
+                argv = _arguments(program, own)
+                if not saved:
+                    document = config.build(
+                        shape, attachments, slots, vsock=f"{own.seen}/{VSOCK_SOCKET}", taps=taps.names
+                    )
+                    theirs["config"] = os.memfd_create("configuration")
+                    os.write(theirs["config"], json.dumps(document).encode())
+                    os.lseek(theirs["config"], 0, os.SEEK_SET)
+                    argv += ["--config-file", file(config.CONFIG_FD)]
+                written = ["empty", *(one.name for one in files if one.rights & acl.WRITE)]
+                first = dict(zip(config.NAMES, config.SAVED_FILES, strict=False)) if saved else {}
+                child = launch.spawn(
+                    argv,
+                    "firecracker",
+                    fds_from_3=[
+                        *(theirs.get(first.get(name, name), theirs["null"]) for name in config.NAMES),
+                        *(theirs.get(f"disk{index}", theirs["empty"]) for index in range(len(slots.disks))),
                     ],
-                    writable=[*(theirs[key] for key in written), *([root] if root else [])],
-                    devices=["/dev/kvm", "/dev/net/tun"],
-                    sockets_in=run_dir,
-                    any_file=not root,
-                ),
-            )
-            return FirecrackerProcess(child, launch, shape, slots, run_dir, root, taps, saved)
+                    capabilities=(),
+                    confinement=own.confinement(
+                        [fd for key, fd in theirs.items() if key not in written],
+                        [theirs[key] for key in written],
+                        ["/dev/kvm", "/dev/net/tun"],
+                    ),
+                )
+                return FirecrackerProcess(child, launch, shape, slots, own, taps, saved)
     except BaseException:
         taps.remove()
         raise
+
+
+def _open_own(launch: Launch, shape: MachineShape, own: MonitorUser) -> None:
+    """Open for it what is its own: the empty disk, its console, its log, its metrics."""
+    theirs = launch.theirs
+    theirs["null"] = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    empty = os.path.join(own.directory, EMPTY_DISK)
+    theirs["empty"] = os.open(empty, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    os.truncate(theirs["empty"], _EMPTY_BYTES)
+    if shape.console != "none":
+        launch.channel("console")
+        launch.stdout = theirs["console"]
+    launch.socket(os.path.join(own.directory, API_SOCKET))
+    launch.socket(own.vsock_path)
+    # What it has to say must not come among the guest's words.
+    theirs["log"] = os.dup(launch.stderr.write_fd)
+    launch.ours["metrics"], theirs["metrics"] = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    for name in ("empty", "log", "metrics"):
+        own.access.give(theirs[name])
+
+
+def _arguments(program: str, own: MonitorUser) -> list[str]:
+    return [
+        program,
+        *("--api-sock", f"{own.seen}/{API_SOCKET}"),
+        *("--log-path", file(config.LOG_FD)),
+        *("--level", "Warn"),
+        *("--metrics-path", file(config.METRICS_FD)),
+        "--enable-pci",
+    ]
 
 
 _ERROR = " error: "

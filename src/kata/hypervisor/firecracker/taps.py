@@ -39,11 +39,12 @@ class Taps:
         self._entries: list[Entry] = []
         self._journal = journal
 
-    def take(self, nics: Sequence[Nic]) -> None:
+    def take(self, nics: Sequence[Nic], user: int) -> None:
         """Take over the taps of a machine's interfaces, and close their descriptors.
 
         Args:
             nics: The interfaces.
+            user: The monitor's, who may open them.
 
         Raises:
             UnsupportedError: One is connected to something else than a tap of our network namespace.
@@ -77,7 +78,7 @@ class Taps:
             self._entries.append(entry)
             self.names[index] = name
             try:
-                ioctl(fd, _TUNSETOWNER, os.geteuid())
+                ioctl(fd, _TUNSETOWNER, user or os.geteuid())
                 ioctl(fd, _TUNSETPERSIST, 1)
             except OSError as error:
                 raise HypervisorError(f"cannot keep the tap device {name}: {error.strerror}") from error
