@@ -11,8 +11,8 @@ use crate::server::calls::CallId;
 use crate::server::frame::{parse_piece, Request};
 use crate::state::State;
 use crate::{
-    clock, container_calls, copyfile, debug, dial, files, guest, iptables, lifecycle, metrics, netlink, network,
-    process_list, routes, runtime, storage, swap, sys, volumes,
+    clock, container_calls, copyfile, debug, dial, files, guest, iptables, layers, lifecycle, metrics, netlink,
+    network, process_list, routes, runtime, storage, swap, sys, volumes,
 };
 
 /// The protocol version that the original agent reports.
@@ -28,6 +28,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.dial",
     "kata.files",
     "kata.internet",
+    "kata.layers",
     "kata.machine",
     "kata.network",
     "kata.pids.of",
@@ -108,6 +109,13 @@ pub fn handle(state: &mut State, call: CallId, request: &Request) -> Outcome {
         },
         agentext::STREAMS | agentext::DIAL => streaming(state, call, request),
         agentext::FILES => files_service(state, call, request),
+        agentext::LAYERS => match request.method {
+            "Read" => {
+                let r: agentext::ReadLayerRequest = decode(request)?;
+                answer_from(state, call, || layers::read(&r))
+            }
+            _ => unknown(request),
+        },
         agentext::PROCESSES => match request.method {
             "List" => {
                 let r: agentext::ListProcessesRequest = decode(request)?;

@@ -38,6 +38,7 @@ mod internet;
 mod iptables;
 pub mod jobs;
 mod json;
+mod layers;
 mod lifecycle;
 pub mod log;
 pub mod metrics;

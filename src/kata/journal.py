@@ -32,7 +32,7 @@ from kata.errors import AlreadyExistsError, JournalError
 FILE_NAME = "journal"
 NEW_PREFIX = ".new-"
 KINDS = (
-    *("process", "file", "directory", "socket", "mount", "cgroup"),
+    *("process", "file", "directory", "content", "socket", "mount", "cgroup"),
     *("netns", "tap", "redirect", "driver", "access"),
 )
 _PATH_KINDS = ("file", "directory", "socket", "cgroup", "netns")
@@ -268,6 +268,8 @@ class Journal:
             "WAIT": wait a moment until it ends by itself, then TERM).
         ``file``, ``socket``, ``directory``
             ``path``, absolute.
+        ``content`` (of a directory that is somebody else's)
+            ``path`` of the directory, absolute.
         ``cgroup``
             ``path``, absolute; for version 2 also ``inside``, the path within the hierarchy. ``parents``: directories,
             the innermost first, that are removed with the last cgroup below them.
@@ -496,7 +498,7 @@ class Journal:
         kind, params = entry.kind, entry.params
         if kind == "process":
             return process_identity(given["pid"])
-        if kind in ("file", "socket", "directory", "cgroup"):
+        if kind in ("file", "socket", "directory", "content", "cgroup"):
             status = os.lstat(params["path"])
             return {"dev": status.st_dev, "ino": status.st_ino}
         if kind == "netns":

@@ -8,6 +8,7 @@ kind           identity
 process        pid, start time, boot id
 file, socket   device and inode
 directory      device and inode; then its tree, never across a mount, never through a symlink
+content        the same of somebody else's directory, which stays and is emptied
 cgroup         device and inode; processes still in it are killed
 netns          device and inode of the namespace that is bind-mounted at the path
 mount          mount namespace, mount id and device at the target
@@ -162,6 +163,7 @@ def _undo_entry(entry: journals.Entry, deadline: float) -> str:
         "file": _undo_file,
         "socket": _undo_file,
         "directory": _undo_directory,
+        "content": _undo_content,
         "mount": _undo_mount,
         "cgroup": _undo_cgroup,
         "netns": _undo_netns,
@@ -243,8 +245,17 @@ def _undo_directory(params: dict[str, Any], identity: dict[str, Any] | None, dea
     return _remove_tree(path, (status.st_dev, status.st_ino), deadline)
 
 
-def _remove_tree(path: str, identity: tuple[int, int], deadline: float, spare: str = "") -> str:
-    """Remove a directory and its content; with `spare`, everything but that entry and the directory itself."""
+def _undo_content(params: dict[str, Any], identity: dict[str, Any] | None, deadline: float) -> str:
+    if identity is None:
+        return ""  # nothing was put into it before its identity was known
+    return _remove_tree(params["path"], (identity["dev"], identity["ino"]), deadline, keep=True)
+
+
+def _remove_tree(
+    path: str, identity: tuple[int, int], deadline: float, spare: str = "", *, keep: bool = False
+) -> str:
+    """Remove a directory and its content; with `spare`, everything but that entry and the directory itself; with
+    `keep`, only the content."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -253,10 +264,10 @@ def _remove_tree(path: str, identity: tuple[int, int], deadline: float, spare: s
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != identity:
             return ""
-        problem = _empty(fd, path, deadline, spare)
+        problem = empty(fd, path, deadline, spare)
     finally:
         os.close(fd)
-    if problem or spare:
+    if problem or spare or keep:
         return problem
     try:
         os.rmdir(path)
@@ -265,8 +276,18 @@ def _remove_tree(path: str, identity: tuple[int, int], deadline: float, spare: s
     return ""
 
 
-def _empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
-    """Remove the content of a directory, by descriptors only. Returns the problem; empty on success."""
+def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
+    """Remove the content of a directory, by descriptors only: no link is followed, no mount entered.
+
+    Args:
+        fd: Descriptor of the directory.
+        path: Its path, for messages.
+        deadline: When to give up, by CLOCK_MONOTONIC.
+        spare: A name that stays.
+
+    Returns:
+        The problem; empty on success.
+    """
     # An explicit stack: a tree may be deeper than Python's recursion limit.
     stack: list[tuple[int, str, list[str]]] = [(fd, path, [n for n in os.listdir(fd) if n != spare])]
     try:

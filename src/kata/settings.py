@@ -334,6 +334,27 @@ class ShareSettings(Part):
         self.msize = msize
 
 
+class SnapshotSettings(Part):
+    """Root file systems that a client's snapshotter has made of directories.
+
+    Args:
+        upper_layer: Where what a container writes is while it runs: `live` (in the snapshot's upper directory, by the
+            share), `block` (on a disk of its own, from where it is carried back when the container ends), or `auto`:
+            `block` for containers of Kubernetes' pods.
+        upper_mib: Size of that disk, in MiB.
+        images_mib: What the cached images of snapshots' layers may take on this host, in MiB.
+    """
+
+    __slots__ = ("images_mib", "upper_layer", "upper_mib")
+
+    def __init__(
+        self, *, upper_layer: str = "live", upper_mib: int = 10240, images_mib: int = 20480
+    ) -> None:
+        self.upper_layer = upper_layer
+        self.upper_mib = upper_mib
+        self.images_mib = images_mib
+
+
 class TracingSettings(Part):
     """Tracing (docs/tracing.md).
 
@@ -358,6 +379,7 @@ class MachineSettings(Part):
         guest: What boots.
         size: How large it is.
         share: How files of the host reach it.
+        snapshots: How root file systems of snapshots reach it.
         configuration: What is not as by default: name of the key -> its value and where it was found. Only shown.
         tracing: What starts and calls spend their time on is traced; absent is not at all.
         log_format: What the lines of the engine's log are: `text`, `logfmt` or `json`.
@@ -372,6 +394,7 @@ class MachineSettings(Part):
         "log_level",
         "share",
         "size",
+        "snapshots",
         "tracing",
     )
 
@@ -382,6 +405,7 @@ class MachineSettings(Part):
         guest: GuestSettings,
         size: SizeSettings,
         share: ShareSettings | None = None,
+        snapshots: SnapshotSettings | None = None,
         configuration: Mapping[str, Sequence[Any]] | None = None,
         tracing: TracingSettings | None = None,
         log_format: str = "text",
@@ -391,6 +415,7 @@ class MachineSettings(Part):
         self.guest = guest
         self.size = size
         self.share = share or ShareSettings()
+        self.snapshots = snapshots or SnapshotSettings()
         self.configuration = dict(configuration or {})
         self.tracing = tracing
         self.log_format = log_format

@@ -44,6 +44,7 @@ class Ends:
             killer,
             lambda topic, event: self.steps.append((topic.rpartition("/")[2], getattr(event, "id", ""))),
             on_init_gone=lambda: self.steps.append("init gone"),
+            before_end=self._before_end,
             on_reported=lambda process: self.steps.append(f"reported {process.exec_id or 'init'}"),
         )
 
@@ -55,6 +56,9 @@ class Ends:
         )
         made.streams = streams
         return made
+
+    async def _before_end(self) -> None:
+        self.steps.append("carried back")
 
     async def _finish(self) -> None:
         self.steps.append("output delivered")
@@ -94,6 +98,7 @@ def test_output_record_event_and_answer_come_in_this_order() -> None:
         assert made.steps == [
             "output delivered",
             "init gone",
+            "carried back",
             "log closed",
             {"status": STOPPED, "exit_code": 7, "error": "", "oom_killed": False},
             ("exit", "c1"),

@@ -10,6 +10,11 @@ pub const FILES: &str = "kata.agent.v1.Files";
 pub const FILES_METHODS: &[&str] =
     &["Stat", "List", "Read", "Write", "Mkdir", "Symlink", "Link", "Node", "Remove", "Sync"];
 
+/// What a container has written into the writable layer of its root file system. Announced as kata.layers.
+pub const LAYERS: &str = "kata.agent.v1.Layers";
+/// Its methods.
+pub const LAYERS_METHODS: &[&str] = &["Read"];
+
 /// Processes of a container, as ps(1) would see them.
 pub const PROCESSES: &str = "kata.agent.v1.Processes";
 /// Its methods.
@@ -308,6 +313,156 @@ impl Message for ReadFileRequest {
             2 => codec::get_bytes(field, &mut self.path)?,
             3 => codec::get_uint64(field, &mut self.offset)?,
             4 => codec::get_uint32(field, &mut self.len)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct ReadLayerRequest {
+    /// Absolute path of the directory at the top.
+    pub directory: String,
+    /// From the last answer; empty = from the start.
+    pub next: Vec<u8>,
+}
+
+impl Message for ReadLayerRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.directory);
+        codec::put_bytes(out, 2, &self.next);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.directory)?,
+            2 => codec::get_bytes(field, &mut self.next)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct ReadLayerResponse {
+    pub parts: Vec<LayerPart>,
+    /// What to ask with for more; empty = this was all.
+    pub next: Vec<u8>,
+}
+
+impl Message for ReadLayerResponse {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_repeated_message(out, 1, &self.parts);
+        codec::put_bytes(out, 2, &self.next);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_repeated_message(field, &mut self.parts)?,
+            2 => codec::get_bytes(field, &mut self.next)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// A file, or a piece of the content of the last one.
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct LayerPart {
+    pub entry: Option<Box<LayerEntry>>,
+    pub offset: u64,
+    pub data: Vec<u8>,
+}
+
+impl Message for LayerPart {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_message(out, 1, &self.entry);
+        codec::put_uint64(out, 2, self.offset);
+        codec::put_bytes(out, 3, &self.data);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_message(field, &mut self.entry)?,
+            2 => codec::get_uint64(field, &mut self.offset)?,
+            3 => codec::get_bytes(field, &mut self.data)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct LayerEntry {
+    /// Below the top; empty = the top itself.
+    pub path: Vec<u8>,
+    /// Type and permission bits as in stat(2).
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub size: u64,
+    /// Nanoseconds since the Epoch.
+    pub mtime_ns: i64,
+    pub rdev: u64,
+    /// Where a symbolic link points to.
+    pub link_target: Vec<u8>,
+    /// Names with the same number are one file.
+    pub number: u64,
+    pub links: u32,
+    /// Extended attributes of regular files and directories.
+    pub attributes: Vec<LayerAttribute>,
+}
+
+impl Message for LayerEntry {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_bytes(out, 1, &self.path);
+        codec::put_uint32(out, 2, self.mode);
+        codec::put_uint32(out, 3, self.uid);
+        codec::put_uint32(out, 4, self.gid);
+        codec::put_uint64(out, 5, self.size);
+        codec::put_int64(out, 6, self.mtime_ns);
+        codec::put_uint64(out, 7, self.rdev);
+        codec::put_bytes(out, 8, &self.link_target);
+        codec::put_uint64(out, 9, self.number);
+        codec::put_uint32(out, 10, self.links);
+        codec::put_repeated_message(out, 11, &self.attributes);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_bytes(field, &mut self.path)?,
+            2 => codec::get_uint32(field, &mut self.mode)?,
+            3 => codec::get_uint32(field, &mut self.uid)?,
+            4 => codec::get_uint32(field, &mut self.gid)?,
+            5 => codec::get_uint64(field, &mut self.size)?,
+            6 => codec::get_int64(field, &mut self.mtime_ns)?,
+            7 => codec::get_uint64(field, &mut self.rdev)?,
+            8 => codec::get_bytes(field, &mut self.link_target)?,
+            9 => codec::get_uint64(field, &mut self.number)?,
+            10 => codec::get_uint32(field, &mut self.links)?,
+            11 => codec::get_repeated_message(field, &mut self.attributes)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct LayerAttribute {
+    pub name: Vec<u8>,
+    pub value: Vec<u8>,
+}
+
+impl Message for LayerAttribute {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_bytes(out, 1, &self.name);
+        codec::put_bytes(out, 2, &self.value);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_bytes(field, &mut self.name)?,
+            2 => codec::get_bytes(field, &mut self.value)?,
             _ => {}
         }
         Ok(())

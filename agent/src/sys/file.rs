@@ -350,6 +350,8 @@ pub struct DirEntry {
     pub inode: u64,
     /// `libc::DT_*`; DT_UNKNOWN on some file systems.
     pub kind: u8,
+    /// Where reading goes on behind it ([`lseek`]).
+    pub next: u64,
 }
 
 /// Calls `each` for every entry but `.` and `..`; stops at its first error.
@@ -359,29 +361,49 @@ pub fn read_dir_fd<E: From<Errno>>(
 ) -> core::result::Result<(), E> {
     // u64 elements give the alignment of struct linux_dirent64.
     let mut buf = vec![0u64; 512];
-    loop {
-        // SAFETY: the buffer is valid for its length in bytes.
-        let n = check(unsafe {
-            super::arch::syscall3(libc::SYS_getdents64, fd as usize, buf.as_mut_ptr() as usize, buf.len() * 8)
-        })?;
-        if n == 0 {
-            return Ok(());
+    while read_some(fd, &mut buf, &mut each)? {}
+    Ok(())
+}
+
+/// Appends the next few entries but `.` and `..`; false at the end of the directory.
+pub fn read_dir_some(fd: RawFd, out: &mut Vec<DirEntry>) -> SysResult<bool> {
+    read_some(fd, &mut vec![0u64; 512], &mut |entry| {
+        out.push(entry);
+        Ok(())
+    })
+}
+
+fn read_some<E: From<Errno>>(
+    fd: RawFd,
+    buf: &mut [u64],
+    each: &mut impl FnMut(DirEntry) -> core::result::Result<(), E>,
+) -> core::result::Result<bool, E> {
+    // SAFETY: the buffer is valid for its length in bytes.
+    let n = check(unsafe {
+        super::arch::syscall3(libc::SYS_getdents64, fd as usize, buf.as_mut_ptr() as usize, buf.len() * 8)
+    })?;
+    // SAFETY: the kernel has written `n` bytes of the buffer.
+    let bytes = unsafe { core::slice::from_raw_parts(buf.as_ptr().cast::<u8>(), n) };
+    let number = |field: &[u8]| u64::from_ne_bytes(field.try_into().unwrap_or_default());
+    let mut at = 0;
+    while at + 19 <= n {
+        let record = &bytes[at..];
+        let length = usize::from(u16::from_ne_bytes([record[16], record[17]]));
+        if length < 19 || at + length > n {
+            return Err(Errno(libc::EIO).into());
         }
-        // SAFETY: the kernel has written `n` bytes of the buffer.
-        let bytes = unsafe { core::slice::from_raw_parts(buf.as_ptr().cast::<u8>(), n) };
-        let mut at = 0;
-        while at + 19 <= n {
-            let record = &bytes[at..];
-            let inode = u64::from_ne_bytes(record[0..8].try_into().unwrap_or_default());
-            let length = usize::from(u16::from_ne_bytes([record[16], record[17]]));
-            if length < 19 || at + length > n {
-                return Err(Errno(libc::EIO).into());
-            }
-            let name = record[19..length].split(|b| *b == 0).next().unwrap_or_default();
-            if name != b"." && name != b".." {
-                each(DirEntry { name: name.to_vec(), inode, kind: record[18] })?;
-            }
-            at += length;
+        let name = record[19..length].split(|b| *b == 0).next().unwrap_or_default();
+        if name != b"." && name != b".." {
+            let (inode, next) = (number(&record[0..8]), number(&record[8..16]));
+            each(DirEntry { name: name.to_vec(), inode, kind: record[18], next })?;
         }
+        at += length;
     }
+    Ok(n > 0)
+}
+
+/// lseek(2): `whence` is SEEK_SET, SEEK_DATA or SEEK_HOLE.
+pub fn lseek(fd: RawFd, offset: u64, whence: i32) -> SysResult<u64> {
+    // SAFETY: no memory is involved.
+    unsafe { syscall!(libc::SYS_lseek, fd, offset, whence) }.map(|at| at as u64)
 }

@@ -63,6 +63,10 @@ PIDS_OF = "kata.pids.of"
 """Feature of an agent: a container can join another one's PID namespace."""
 DEVICE_LIMITS = "kata.device.limits"
 """Feature of an agent: block I/O of a container's own disks can be limited, by the host's device numbers."""
+LAYERS = "kata.layers"
+"""Feature of an agent: what was written to a container's writable layer can be read out."""
+MAX_LAYER = 3 << 20
+"""Maximum length of a part of that, encoded."""
 TRACE_HEADER = "traceparent"
 """Key of a call's metadata: the span that it is a part of, in the form of W3C Trace Context."""
 MAX_STATS = 256 << 10
@@ -435,6 +439,19 @@ class AgentClient:
         `kata.processes`)."""
         request = agentext_pb.SignalProcessesRequest(container_id=container_id, signal=number)
         await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty, timeout_s)
+
+    async def read_layer(
+        self, directory: str, position: bytes, timeout_s: float
+    ) -> agentext_pb.ReadLayerResponse:
+        """Read the next part of a directory tree of the guest (feature `LAYERS`)."""
+        request = agentext_pb.ReadLayerRequest(directory=directory, next=position)
+        answer = await self.call("kata.agent.v1.Layers", "Read", request, Encoded, timeout_s)
+        if len(answer.payload) > MAX_LAYER:
+            raise self._protocol_violation(f"a part of a layer has {len(answer.payload)} bytes")
+        try:
+            return agentext_pb.ReadLayerResponse.decode(answer.payload)
+        except ValueError as error:
+            raise self._protocol_violation(f"a part of a layer is malformed: {error}") from None
 
     async def wait(self, container_id: str, exec_id: str) -> int:
         """Wait, without a timeout, for a process to end. Returns its exit status, 0 to 255."""

@@ -135,6 +135,7 @@ SANDBOX: Mapping[str, Any] = {
         },
         "size": _SIZE,
         "share": {"disabled": VALUE, "protocol": VALUE, "daemon": VALUE, "cache": VALUE, "msize": VALUE},
+        "snapshots": {"upper_layer": VALUE, "upper_mib": VALUE, "images_mib": VALUE},
         "configuration": CONFIGURATION,
         "tracing": {"agent": VALUE, "config": VALUE},
         "log_format": VALUE,

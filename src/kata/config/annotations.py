@@ -72,6 +72,7 @@ _WITHOUT_PERMISSION = frozenset(
             for name in ("experimental_force_guest_pull", "name", "hypervisor_name", "agent_name")
         ),
         *(f"runtime.{name}" for name in ("enable_vcpus_pinning", "sandbox_bind_mounts", "shared_mounts")),
+        *(f"runtime.{name}" for name in ("rootfs_upper_layer", "rootfs_upper_layer_size")),  # our own
     }
 )
 """Keys of other sections that pods may set: those for which one of Kata's two runtimes has an annotation."""

@@ -423,6 +423,15 @@ _ALL = [
     Key(_R, "hypervisor_name", TEXT, "qemu", "the hypervisor: `qemu`, `cloud-hypervisor` (`clh`) or"
         " `firecracker` (`fc`); without it that of the only hypervisor's table, or of the name of the file:"
         " docs/hypervisors.md"),
+    Key(_R, "rootfs_upper_layer", TEXT, "`live`", "*our own*: where what a container writes to its root file system is"
+        " while it runs, if containerd hands over an overlay of directories: `live`, in the snapshot's upper directory,"
+        " by the share; `block`, on a disk of the machine beside one with the read-only layers, from where it is"
+        " carried back when the container has ended; or `auto`, which is `block` for containers of Kubernetes' pods:"
+        " docs/storage.md", choices=("auto", "live", "block")),
+    Key(_R, "rootfs_upper_layer_size", INT, "10240", "*our own*: MiB that a container can write to that disk",
+        least=16, most=16 << 20),
+    Key(_R, "layer_images_size", INT, "20480", "*our own*: MiB that the cached images of read-only layers may take on"
+        " this host", least=1, most=1 << 30),
     Key(_R, "enable_tracing", BOOL, "false", "what starts and calls spend their time on goes to a collector of"
         " OpenTelemetry: docs/tracing.md"),
     Key(_R, "jaeger_endpoint", TEXT, "`OTEL_EXPORTER_OTLP_ENDPOINT`, else `http://localhost:4318`", "where the"

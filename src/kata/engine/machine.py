@@ -20,6 +20,7 @@ from kata.settings import (
     NetworkSettings,
     ShareSettings,
     SizeSettings,
+    SnapshotSettings,
     TracingSettings,
 )
 
@@ -79,6 +80,11 @@ def machine_settings(
             asked_by=asked.source,
         ),
         share=_share(conf),
+        snapshots=SnapshotSettings(
+            upper_layer=conf.get("runtime.rootfs_upper_layer", "live"),
+            upper_mib=conf.get("runtime.rootfs_upper_layer_size", 10240),
+            images_mib=conf.get("runtime.layer_images_size", 20480),
+        ),
         configuration={name: list(pair) for name, pair in conf.values.items() if name not in SECRET},
     )
     made.log_format = str(conf.get("runtime.log_format", "") or "text")

@@ -15,6 +15,11 @@ _MESSAGES = {
     "ListFilesRequest": "container_id:1:string path:2:bytes after:3:bytes limit:4:uint32",
     "ListFilesResponse": "entries:1:*@agentext.FileInfo more:2:bool",
     "ReadFileRequest": "container_id:1:string path:2:bytes offset:3:uint64 len:4:uint32",
+    "ReadLayerRequest": "directory:1:string next:2:bytes",
+    "ReadLayerResponse": "parts:1:*@agentext.LayerPart next:2:bytes",
+    "LayerPart": "entry:1:@agentext.LayerEntry offset:2:uint64 data:3:bytes",
+    "LayerEntry": "path:1:bytes mode:2:uint32 uid:3:uint32 gid:4:uint32 size:5:uint64 mtime_ns:6:int64 rdev:7:uint64 link_target:8:bytes number:9:uint64 links:10:uint32 attributes:11:*@agentext.LayerAttribute",
+    "LayerAttribute": "name:1:bytes value:2:bytes",
     "ReadFileResponse": "data:1:bytes",
     "WriteFileRequest": "container_id:1:string path:2:bytes offset:3:uint64 data:4:bytes truncate:5:bool mode:6:?uint32 uid:7:?uint32 gid:8:?uint32 mtime_ns:9:?int64",
     "MkdirRequest": "container_id:1:string path:2:bytes parents:3:bool mode:4:?uint32 uid:5:?uint32 gid:6:?uint32 mtime_ns:7:?int64",
@@ -60,6 +65,11 @@ SERVICES = {
             "Node": "@agentext.NodeRequest @google.Empty",
             "Remove": "@agentext.RemoveFileRequest @google.Empty",
             "Sync": "@agentext.SyncFilesRequest @google.Empty",
+        }
+    ),
+    "kata.agent.v1.Layers": Methods(
+        {
+            "Read": "@agentext.ReadLayerRequest @agentext.ReadLayerResponse",
         }
     ),
     "kata.agent.v1.Processes": Methods(

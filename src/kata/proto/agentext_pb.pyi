@@ -146,6 +146,86 @@ class ReadFileRequest(Message):
         len: int = ...,
     ) -> None: ...
 
+class ReadLayerRequest(Message):
+    directory: str
+    """Absolute path of the directory at the top."""
+    next: bytes
+    """From the last answer; empty = from the start."""
+    def __init__(
+        self,
+        *,
+        directory: str = ...,
+        next: bytes = ...,
+    ) -> None: ...
+
+class ReadLayerResponse(Message):
+    parts: list[LayerPart]
+    next: bytes
+    """What to ask with for more; empty = this was all."""
+    def __init__(
+        self,
+        *,
+        parts: list[LayerPart] = ...,
+        next: bytes = ...,
+    ) -> None: ...
+
+class LayerPart(Message):
+    """A file, or a piece of the content of the last one."""
+    entry: LayerEntry | None
+    offset: int
+    data: bytes
+    def __init__(
+        self,
+        *,
+        entry: LayerEntry | None = ...,
+        offset: int = ...,
+        data: bytes = ...,
+    ) -> None: ...
+
+class LayerEntry(Message):
+    path: bytes
+    """Below the top; empty = the top itself."""
+    mode: int
+    """Type and permission bits as in stat(2)."""
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    """Nanoseconds since the Epoch."""
+    rdev: int
+    link_target: bytes
+    """Where a symbolic link points to."""
+    number: int
+    """Names with the same number are one file."""
+    links: int
+    attributes: list[LayerAttribute]
+    """Extended attributes of regular files and directories."""
+    def __init__(
+        self,
+        *,
+        path: bytes = ...,
+        mode: int = ...,
+        uid: int = ...,
+        gid: int = ...,
+        size: int = ...,
+        mtime_ns: int = ...,
+        rdev: int = ...,
+        link_target: bytes = ...,
+        number: int = ...,
+        links: int = ...,
+        attributes: list[LayerAttribute] = ...,
+    ) -> None: ...
+
+class LayerAttribute(Message):
+    name: bytes
+    value: bytes
+    def __init__(
+        self,
+        *,
+        name: bytes = ...,
+        value: bytes = ...,
+    ) -> None: ...
+
 class ReadFileResponse(Message):
     data: bytes
     """May be shorter than asked for; empty = end of file."""

@@ -33,8 +33,13 @@ class AttachedDisks:
         self._allowed: list[tuple[int, int]] = []
         self._attaching: set[asyncio.Task[str]] = set()
 
-    async def insert(self, path: str, *, readonly: bool) -> str:
+    async def insert(self, path: str, *, readonly: bool, ephemeral: bool = False) -> str:
         """Give the machine a disk; its address in the guest. The guest need not have booted yet.
+
+        Args:
+            path: A raw image or block device.
+            readonly: The guest cannot write.
+            ephemeral: It does not outlive the machine, so nothing has to reach the host's disk.
 
         Raises:
             KataError: The machine has no room for it, or cannot use it, or is gone.
@@ -50,7 +55,9 @@ class AttachedDisks:
             )
         await self._tasks.run_blocking(self._allow, path)
         # Exchanging a disk cannot be cut short: a caller that is cancelled leaves it to end, and `remove_all` waits.
-        attaching = asyncio.create_task(self._runtime.vm.attach_disk(Disk(path, readonly)))
+        attaching = asyncio.create_task(
+            self._runtime.vm.attach_disk(Disk(path, readonly, ephemeral=ephemeral))
+        )
         self._attaching.add(attaching)
         attaching.add_done_callback(self._attached)
         return await self._runtime.race_vm_exit(attaching, outlives_caller=True)

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from kata.agent.client import AgentClient
     from kata.engine.access import EtcAccess, MachineControl, StreamAccess
     from kata.engine.containers.hostroot import HostRoot
+    from kata.engine.containers.snapshot_root import LayerDisks
     from kata.engine.forwarding.sockets import SocketForwardingState
     from kata.engine.lifecycle.resize import MachineResizer
     from kata.engine.standard_streams.stdio import Stdio
     from kata.engine.tasks import Tasks
     from kata.engine.timings import Timings
+    from kata.journal import Journal
     from kata.proto.codec import Message
     from kata.settings import ClientPolicy, SandboxSettings
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
         identity: dict[str, Any]
         tasks: Tasks
         timings: Timings
+        journal: Journal
         resizer: MachineResizer
 
         @property
@@ -75,6 +78,9 @@ if TYPE_CHECKING:
 
         def process_ended(self, container: Container, process: Process) -> None:
             """The end of a process has been reported."""
+
+        def layer_disks(self) -> LayerDisks:
+            """The images of snapshots' layers that the machine has as disks."""
 
         def socket_forwarding(self) -> SocketForwardingState:
             """What all sockets of the host that containers reach have in common."""
@@ -138,6 +144,7 @@ class Container:
             self._killer,
             lambda topic, event: sandbox.publish(topic, event),
             on_init_gone=self._parts.close_relay,
+            before_end=self._parts.carry_back,
             on_reported=lambda process: sandbox.process_ended(self, process),
         )
         self._task_pid: TaskPid | None = None

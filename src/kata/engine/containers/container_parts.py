@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from kata.engine.access import EtcAccess, MachineControl
     from kata.engine.containers.hostroot import HostRoot
     from kata.engine.containers.process import Process
+    from kata.engine.containers.snapshot_root import LayerDisks, SnapshotRoot
     from kata.engine.forwarding.sockets import SocketForwardingState
     from kata.engine.lifecycle.resize import MachineResizer
     from kata.engine.tasks import Tasks
     from kata.engine.timings import Timings
+    from kata.journal import Journal
 
     class PartsHost(EtcAccess, Protocol):
         """What making a container takes of its sandbox."""
 
         tasks: Tasks
         timings: Timings
+        journal: Journal
 
         @property
         def runtime(self) -> MachineControl:
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
         @property
         def resizer(self) -> MachineResizer:
             """The size of the machine."""
+
+        def layer_disks(self) -> LayerDisks:
+            """The images of snapshots' layers that the machine has as disks."""
 
         def socket_forwarding(self) -> SocketForwardingState:
             """What all sockets of the host that containers reach have in common."""
@@ -91,6 +97,7 @@ class ContainerParts:
         self._bundle = bundle
         self.config = config
         self._root = root
+        self._snapshot: SnapshotRoot | None = None
         self._rootfs: rootfs.Rootfs | None = None
         if root is not None:
             self._rootfs = rootfs.HostDirectory(root.path, mounted_by_host=root.mounted_by_host)
@@ -188,18 +195,50 @@ class ContainerParts:
     async def _roll_back(self) -> None:
         self._host.resizer.remove_container(self._id)
         self.close_relay()
-        await self._disks.remove_all()
+        await self._remove_disks()
         await self._tasks.run_blocking(self._remove_shared)
+
+    async def _remove_disks(self) -> None:
+        await self._disks.remove_all()
+        if self._snapshot is not None:
+            await self._snapshot.remove()
 
     async def _mount_root(self) -> None:
         root = self._root
         if root is None:
             return
         if root.disk is None:
-            await self._tasks.run_blocking(root.mount)
+            if not await self._mount_snapshot(root):
+                await self._tasks.run_blocking(root.mount)
             return
         address = await self._disks.insert(root.disk.path, readonly=root.disk.readonly)
         self._rootfs = rootfs.DiskRoot(address, root.disk.fstype, root.disk.options)
+
+    async def _mount_snapshot(self, root: HostRoot) -> bool:
+        """Have the guest mount a snapshot from disks, where that is wanted and can be."""
+        described = self._host.settings.described().snapshots
+        if root.mounted_by_host or described.upper_layer == "live":
+            return False
+        from kata.engine.containers import snapshot_root
+
+        if not snapshot_root.is_wanted(described.upper_layer, self.config):
+            return False
+        host = self._host
+        self._snapshot = snapshot_root.SnapshotRoot(
+            self._id, host.runtime, host.tasks, host.journal, host.layer_disks(), described
+        )
+        made = await self._snapshot.make(root.mounts)
+        if made is None:
+            self._snapshot = None
+            return False
+        self._rootfs = made
+        return True
+
+    async def carry_back(self) -> None:
+        """The container's first process has ended: what was written where only the guest sees it goes to the host.
+        Never raises."""
+        if self._snapshot is not None:
+            await self._snapshot.carry_back(self.config)
 
     async def _insert_devices(self, volumes: list[disks.Device]) -> list[agent_pb.Device]:
         """Make the host's block devices that the specification lists, or mounts, disks of the machine."""
@@ -316,7 +355,7 @@ class ContainerParts:
                 self._tasks.log(
                     f"container {self._id} was not removed in the guest: {escape_line(error.message)}"
                 )
-        await self._disks.remove_all()
+        await self._remove_disks()
         try:
             await self._tasks.run_blocking(self._remove_shared)
         except OSError as error:

@@ -106,6 +106,11 @@ class HostRoot:
         self._entries: list[Entry] = []
 
     @property
+    def mounts(self) -> Sequence[Mount]:
+        """What is to be mounted, lowest first."""
+        return self._mounts
+
+    @property
     def mounted_by_host(self) -> bool:
         """Whether the host has made it already (CRI-O, ``ctr run --rootfs``): nothing is to be mounted there."""
         return not self._mounts

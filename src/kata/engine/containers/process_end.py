@@ -17,7 +17,7 @@ from kata.proto import events_pb, google_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from kata.agent.client import AgentClient
     from kata.engine.access import MachineControl
@@ -50,6 +50,7 @@ class EndOfProcesses:
         killer: Knows whether the init was told to die.
         publish: Is given (topic, event).
         on_init_gone: Called when nobody of the container is left in the guest.
+        before_end: Awaited then, before the container's end is told. Does not raise.
         on_reported: Called with the process when its end has been reported.
     """
 
@@ -64,6 +65,7 @@ class EndOfProcesses:
         publish: Callable[[str, Message], None],
         *,
         on_init_gone: Callable[[], None],
+        before_end: Callable[[], Awaitable[None]],
         on_reported: Callable[[Process], None],
     ) -> None:
         self._id = init.container_id
@@ -75,6 +77,7 @@ class EndOfProcesses:
         self._killer = killer
         self._publish = publish
         self._on_init_gone = on_init_gone
+        self._before_end = before_end
         self._on_reported = on_reported
         self._oom = asyncio.Event()
 
@@ -110,6 +113,7 @@ class EndOfProcesses:
         if not process.exec_id:
             self._on_init_gone()
             await self._init_ending(status)
+            await self._before_end()
         if not process.stop(status, at_ns, error):
             return
         if not process.exec_id:

@@ -52,6 +52,26 @@ class DiskRoot:
         self.options = options
 
 
+class LayerDisksRoot:
+    """A root file system of two disks: one to read, one to write to (`kata.engine.containers.snapshot_root`).
+
+    Args:
+        lower: Where the guest finds the disk with the read-only layers.
+        upper: Where it finds the writable one.
+    """
+
+    __slots__ = ("lower", "upper")
+
+    def __init__(self, lower: str, upper: str) -> None:
+        self.lower = lower
+        self.upper = upper
+
+
+def upper_path(container_id: str) -> str:
+    """The upper directory of the container's overlay in the guest."""
+    return f"{GUEST_RUN}/{container_id}/upper/fs"
+
+
 def path(container_id: str) -> str:
     """The container's root directory in the guest."""
     return f"{GUEST_RUN}/{container_id}/rootfs"
@@ -63,7 +83,7 @@ def share_name(container_id: str) -> str:
 
 
 if TYPE_CHECKING:
-    Rootfs: TypeAlias = RootfsSettings | HostDirectory | DiskRoot
+    Rootfs: TypeAlias = RootfsSettings | HostDirectory | DiskRoot | LayerDisksRoot
 
 
 def shared_directory(root: Rootfs | None) -> str:
@@ -101,6 +121,12 @@ def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = 
         ]
     if isinstance(root, HostDirectory):
         return [as_it_is]
+    if isinstance(root, LayerDisksRoot):
+        return [
+            _disk(root.lower, "erofs", ["ro"], f"{base}/lower"),
+            _disk(root.upper, "ext4", ["rw"], f"{base}/upper"),
+            _overlay(container_id, f"{base}/lower", ["index=off", "metacopy=off", "redirect_dir=off"]),
+        ]
     if root is None:
         raise ConfigError(f"nobody says what the root file system of container {container_id} is made of")
     mounts: list[Storage] = []
@@ -124,17 +150,20 @@ def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = 
         return [as_it_is]
     else:
         raise ConfigError("the root file system has no writable layer: give upper_slot or upper")
-    mounts.append(
-        Storage(
-            driver="overlayfs",
-            source="overlay",
-            fstype="overlay",
-            driver_options=[f"{CREATE_DIRECTORY}{upper}/fs", f"{CREATE_DIRECTORY}{upper}/work"],
-            options=[f"lowerdir={lower}", f"upperdir={upper}/fs", f"workdir={upper}/work"],
-            mount_point=path(container_id),
-        )
-    )
+    mounts.append(_overlay(container_id, lower))
     return mounts
+
+
+def _overlay(container_id: str, lower: str, options: Sequence[str] = ()) -> Storage:
+    upper, work = upper_path(container_id), f"{GUEST_RUN}/{container_id}/upper/work"
+    return Storage(
+        driver="overlayfs",
+        source="overlay",
+        fstype="overlay",
+        driver_options=[f"{CREATE_DIRECTORY}{upper}", f"{CREATE_DIRECTORY}{work}"],
+        options=[f"lowerdir={lower}", f"upperdir={upper}", f"workdir={work}", *options],
+        mount_point=path(container_id),
+    )
 
 
 def _disk(address: str, fstype: str, options: list[str], mount_point: str) -> Storage:

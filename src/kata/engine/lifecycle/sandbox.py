@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kata.agent.client import AgentClient
     from kata.engine.containers.hostroot import HostRoot
     from kata.engine.containers.process import Process
+    from kata.engine.containers.snapshot_root import LayerDisks
     from kata.engine.forwarding.sockets import SocketForwardingState
     from kata.engine.lifecycle.boot import Machine
     from kata.engine.lifecycle.sandbox_state import Lifecycle
@@ -95,6 +96,7 @@ class Sandbox:
         self.loggers: set[Logger] = set()
         self.had_container = False
         self.saw_stale_client = False  # a client has asked about a container since there is none (any more)
+        self._layer_disks: LayerDisks | None = None  # once a container's root file system is on disks
         self._forwarding: SocketForwardingState | None = None  # once a container has a socket of the host's
         self.resizer = self._make_resizer()
         self.guest_network = GuestNetwork(
@@ -200,6 +202,14 @@ class Sandbox:
 
             self._forwarding = sockets.SocketForwardingState()
         return self._forwarding
+
+    def layer_disks(self) -> LayerDisks:
+        """The images of snapshots' layers that the machine has as disks."""
+        if self._layer_disks is None:
+            from kata.engine.containers import snapshot_root
+
+            self._layer_disks = snapshot_root.LayerDisks(self.runtime, self.tasks, self.journal)
+        return self._layer_disks
 
     async def network_up(self) -> None:
         """Return when the guest's network is as it should be.
