@@ -127,12 +127,13 @@ def test_engine_and_hypervisor_are_limited_by_cgroup_version_2(kvm_kata: Kata, b
     sandbox = inspect(kvm_kata, box)["sandbox"]
     # Spelled out, not taken from the code: a place that nothing else looks at would pass every other test.
     leaf = Path("/sys/fs/cgroup/kata", sandbox["id"])
-    assert sandbox["host_cgroups"] == {"memory": str(leaf), "cpu": str(leaf)}
+    assert sandbox["host_cgroups"] == dict.fromkeys(("memory", "cpu", "pids"), str(leaf))
     for pid in (sandbox["engine_pid"], sandbox["hypervisor_pid"]):
         assert Path(f"/proc/{pid}/cgroup").read_text() == f"0::/kata/{sandbox['id']}\n"
     memory = sandbox["memory_mib"] + 256 + sandbox["memory_mib"] // 32 << 20
     assert (leaf / "memory.max").read_text() == f"{memory}\n"
     assert (leaf / "cpu.max").read_text() == f"{(sandbox['vcpus'] + 1) * 100000} 100000\n"
+    assert (leaf / "pids.max").read_text() == "2048\n"
     assert int((leaf / "memory.current").read_text()) > 16 << 20
     assert "usage_usec 0\n" not in (leaf / "cpu.stat").read_text()
 

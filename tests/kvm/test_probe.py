@@ -97,5 +97,5 @@ def test_kata_uses_kvm_by_itself(kvm_kata: Kata, monkeypatch: pytest.MonkeyPatch
     assert checks["vhost-vsock"]["result"] == "ok", checks
     assert (checks["cgroups"]["result"], checks["cgroups"]["text"]) == (
         "ok",
-        "version 2: memory and cpu",
+        "version 2: memory and cpu and pids",
     ), checks

@@ -133,6 +133,7 @@ def test_a_sandbox_is_a_scope_of_systemd(daemon: Containerd, systemd: Systemd) -
         first = int((leaf / "memory.max").read_text())
         assert first > 200 * MIB
         assert systemd.shown(unit, "MemoryMax") == str(first)
+        assert systemd.shown(unit, "TasksMax") == (leaf / "pids.max").read_text().strip() == "2048"
         engine.update("one", {"memory": {"limit": 150 * MIB}})
         second = int((leaf / "memory.max").read_text())
         assert second == int(systemd.shown(unit, "MemoryMax")) < first

@@ -27,8 +27,9 @@ def hierarchies() -> list[host_cgroup.Hierarchy]:
 
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or {name for one in hierarchies() for name in one.controllers} != {"memory", "cpu"},
-    reason="needs root, and mounted cgroups with memory and cpu",
+    os.geteuid() != 0
+    or {name for one in hierarchies() for name in one.controllers} != {"memory", "cpu", "pids"},
+    reason="needs root, and mounted cgroups with memory, cpu and pids",
 )
 
 
@@ -66,7 +67,7 @@ def members(path: str) -> list[int]:
 
 def test_leaves_have_the_limits(made: Made) -> None:
     assert made.cgroup.warnings == []
-    assert set(made.cgroup.paths) == {"memory", "cpu"}
+    assert set(made.cgroup.paths) == {"memory", "cpu", "pids"}
     for one in hierarchies():
         for controller in one.controllers:
             path = Path(made.cgroup.paths[controller])
@@ -75,6 +76,7 @@ def test_leaves_have_the_limits(made: Made) -> None:
                 assert (path / file).read_text().strip() == content
     assert LIMITS.files(2, "memory") == [("memory.max", str(64 * MIB))]
     assert LIMITS.files(2, "cpu") == [("cpu.max", "150000 100000")]
+    assert LIMITS.files(2, "pids") == LIMITS.files(1, "pids") == [("pids.max", "2048")]
 
 
 def test_processes_are_moved_and_end_with_the_leaf(made: Made) -> None:
@@ -171,6 +173,7 @@ def test_a_host_that_allows_nothing_is_a_warning(tmp_path: Path, monkeypatch: py
     assert [words.partition(":")[0] for words in one.cgroup.warnings] == [
         "no limit on the host's memory",
         "no limit on the host's cpu",
+        "no limit on the host's pids",
     ]
     one.cgroup.join([os.getpid()])
     one.cgroup.leave()
@@ -241,7 +244,7 @@ def test_a_pods_place_has_every_controller_and_leaves_what_was_there(tmp_path: P
         cgroup.make(journal, f"{pods}/pod1/leaf", LIMITS, all_controllers=True)
         assert cgroup.warnings == []
         controllers = {name for _, names, _ in host_cgroup.others() for name in names}
-        assert set(cgroup.paths) == {"memory", "cpu"} | controllers
+        assert set(cgroup.paths) == {"memory", "cpu", "pids"} | controllers
         assert all(path.endswith(f"/{pods}/pod1/leaf") for path in cgroup.paths.values())
         program = "import sys; sys.stdin.read(1); open('/dev/null'); open('/dev/urandom'); open(sys.argv[1])"
         # A device that no machine needs: the kernel's log.
@@ -268,7 +271,7 @@ def test_a_leaf_that_nobody_uses_is_replaced_and_no_other(
         for path in first.cgroup.paths.values():
             assert members(path) == []
         second = first.again(tmp_path)
-        assert (second.cgroup.paths, len(second.cgroup.warnings)) == ({}, 2)
+        assert (second.cgroup.paths, len(second.cgroup.warnings)) == ({}, len(host_cgroup.CONTROLLERS))
         assert journal_undo.undo(second.journal) == []
         monkeypatch.setattr(host_cgroup, "_NOBODYS_S", 0)
         process = sleeper()
@@ -282,7 +285,7 @@ def test_a_leaf_that_nobody_uses_is_replaced_and_no_other(
         process.wait()
         fourth = first.again(tmp_path, host_cgroup.Limits(32 * MIB, 1))
         assert fourth.cgroup.warnings == []
-        assert set(fourth.cgroup.paths) == {"memory", "cpu"}
+        assert set(fourth.cgroup.paths) == {"memory", "cpu", "pids"}
         assert journal_undo.undo(fourth.journal) == []
         assert not any(os.path.exists(path) for path in first.cgroup.paths.values())
     finally:

@@ -20,11 +20,11 @@ from kata.hypervisor import registry
 from kata.resources import host_cgroup, sizing
 
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
-ALL = {"memory", "cpu"}
+ALL = {"memory", "cpu", "pids"}
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or {name for one in host_cgroup.hierarchies() for name in one.controllers} != ALL,
-    reason="needs root, and mounted cgroups with memory and cpu",
+    reason="needs root, and mounted cgroups with memory, cpu and pids",
 )
 
 

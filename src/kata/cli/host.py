@@ -188,7 +188,7 @@ def _cgroups() -> Check:
         return Check(
             "cgroups",
             WARN,
-            "no hierarchy with memory or cpu is mounted: virtual machines run without limits on the host",
+            "no hierarchy with memory, cpu or pids is mounted: virtual machines run without limits on the host",
             "mount -t cgroup2 none /sys/fs/cgroup",
         )
     text = ", ".join(f"version {one.version}: {' and '.join(one.controllers)}" for one in found)

@@ -44,7 +44,9 @@ DEVICES = (
     ),  # tun, fuse, kvm, vhost-net, -vsock
 )
 """The host's devices that engine, hypervisor and helpers may use, besides the disks of the sandbox's containers."""
-CONTROLLERS = ("memory", "cpu")
+CONTROLLERS = ("memory", "cpu", "pids")
+MOST_TASKS = 2048
+"""Processes and threads of one sandbox: the hypervisor's (`kata.confinement.MOST_THREADS`), and as many others."""
 PERIOD_US = 100_000
 _ATTEMPTS = 20
 _NOBODYS_S = 60
@@ -68,6 +70,8 @@ class Limits:
     def files(self, version: int, controller: str) -> list[tuple[str, str]]:
         """Names and contents of the files that set the limits of one controller in a leaf."""
         quota = str(int(self.cpus * PERIOD_US))
+        if controller == "pids":
+            return [("pids.max", str(MOST_TASKS))]
         if controller == "memory":
             return [("memory.max" if version == 2 else "memory.limit_in_bytes", str(self.memory))]
         if version == 2:
@@ -76,7 +80,11 @@ class Limits:
 
     def properties(self) -> list[str]:
         """The limits as properties of a systemd unit."""
-        return [f"MemoryMax={self.memory}", f"CPUQuota={self.cpus * 100:.10g}%"]
+        return [
+            f"MemoryMax={self.memory}",
+            f"CPUQuota={self.cpus * 100:.10g}%",
+            f"TasksMax={MOST_TASKS}",
+        ]
 
 
 class Hierarchy:
