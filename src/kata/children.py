@@ -374,6 +374,8 @@ def spawn(
             if word:
                 number = int(word[1:])
                 raise OSError(number, f"cannot {_STAGES[word[0]]} {argv[0]}: {os.strerror(number)}", argv[0])
+            if confinement is not None and confinement.handover is not None:
+                confinement.handover.serve()
         except BaseException:
             os.close(pidfd)
             raise

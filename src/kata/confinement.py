@@ -26,6 +26,20 @@ from kata import sysio
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from typing import Protocol
+
+    class Handover(Protocol):
+        """Opens for a program what it opens by name (`kata.hypervisor.qemu.template_memory.Handover`)."""
+
+        def install(self) -> None:
+            """In the child, as the last before it executes its program. Raises OSError if the kernel refuses."""
+
+        def serve(self) -> None:
+            """In the parent, once the child has executed it."""
+
+        def close(self) -> None:
+            """Close what is left. Idempotent."""
+
 
 FIRST_USER = 1_900_000_000
 """The first of the user ids that sandboxes take by default, where nothing else has any (systemd's ``UIDS-GIDS.md``)."""
@@ -170,6 +184,9 @@ class Confinement:
         limits_files: Whether that restricts files.
         files: How many it may have open; 0 for as many as we.
         threads: How many tasks its user may have; 0 for as many as root.
+
+    Attributes:
+        handover: Gives the program a descriptor that it would open, if there is one.
     """
 
     __slots__ = (
@@ -178,6 +195,7 @@ class Confinement:
         "devices",
         "directory",
         "files",
+        "handover",
         "limits_files",
         "ruleset",
         "threads",
@@ -206,9 +224,12 @@ class Confinement:
         self.limits_files = limits_files
         self.files = files
         self.threads = threads
+        self.handover: Handover | None = None
 
     def close(self) -> None:
         """Close what was for the child alone. Idempotent."""
+        if self.handover is not None:
+            self.handover.close()
         if self.ruleset is not None:
             self.ruleset.close()
 
@@ -272,6 +293,8 @@ class Confinement:
             buffer = ctypes.create_string_buffer(self._code, len(self._code))
             program = _Program(len(self._code) // 8, ctypes.addressof(buffer))
             sysio.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(program))
+        if self.handover is not None:
+            self.handover.install()
 
     def execute(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
         """execve(2), the one that the filter allows.

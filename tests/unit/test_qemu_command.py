@@ -195,7 +195,8 @@ def test_accelerators() -> None:
 )
 def test_what_emulated_processors_tick_by(changes: dict[str, Any], timers: str, local: bool) -> None:
     argv = qemu_command.build(settings(**{"vcpus": 1, **changes}), FDS)
-    assert options(argv, "-global") == (["hpet.msi=on", f"hpet.timers={timers}"] if timers else [])
+    found = [one for one in options(argv, "-global") if one.startswith("hpet.")]
+    assert found == (["hpet.msi=on", f"hpet.timers={timers}"] if timers else [])
     assert ("nolapic_timer" not in options(argv, "-append")[0].split()) is local
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -121,19 +123,27 @@ class Lab:
 
     @contextlib.asynccontextmanager
     async def machine(
-        self, nics: list[Nic] | None = None, *, saved: str = "", **changes: Any
+        self,
+        nics: list[Nic] | None = None,
+        *,
+        saved: str = "",
+        saves_into: str = "",
+        name: str = "",
+        **changes: Any,
     ) -> AsyncIterator[Machine]:
         """A machine that was started and taken over; what is left of it afterwards fails the test.
 
         Args:
             nics: Its network interfaces; otherwise it has those of its shape, which lead nowhere.
             saved: Where it was saved, of one that goes on.
+            saves_into: Where it will be saved.
+            name: Of its directory.
             changes: Of its shape.
         """
         if nics is not None:
             changes["nics"] = len(nics)
         journal = Journal.create_dir(
-            str(self.directory / "sandboxes"), f"m{os.getpid()}", {"test": "monitor"}
+            str(self.directory / "sandboxes"), name or f"m{os.getpid()}", {"test": "monitor"}
         )
         run_dir = os.path.dirname(journal.path)
         before = descriptors()
@@ -143,6 +153,7 @@ class Lab:
             run_dir=run_dir,
             disks=[Disk(self.rootfs, readonly=True)],
             nics=[Nic("02:00:00:00:00:01")] * shape.nics if nics is None else nics,
+            saves_into=saves_into,
         )
         machine = None
         try:
@@ -167,7 +178,7 @@ class Lab:
                 await machine.stop()
                 machine.close()
             assert journal_undo.undo(journal, 10) == []
-            assert descriptors() - before == set()
+            assert name or descriptors() - before == set()
             assert not os.path.exists(run_dir)
 
 
@@ -221,7 +232,12 @@ async def right_clock(agent: AgentClient) -> None:
 
 async def said_by(agent: AgentClient, name: str, script: str, disks: list[agent_pb.Storage]) -> str:
     """What a script says in a container whose root file system is on the first of *disks*."""
-    config = spec(name, "sh", "-c", script, mounts=[mount("/data", "bind", f"{STATE}/{name}/data", "rbind")])
+    data = (
+        [mount("/data", "bind", f"{STATE}/{name}/data", "rbind")]
+        if len(disks) > len(storages("", ""))
+        else []
+    )
+    config = spec(name, "sh", "-c", script, mounts=data)
     request = agent_pb.CreateContainerRequest(container_id=name, OCI=config, storages=disks)
     await agent.create_container(request)
     await agent.start_container(name)
@@ -545,8 +561,11 @@ def test_a_saved_machine_goes_on_where_it_was(lab: Lab) -> None:
                 await machine.save(str(place))
             await machine.resume()
             # Connections may have ended with it (Firecracker's do); the guest has not.
-            async with agent_of(machine) as another:
-                await another.check(PATIENCE)
+            if machine.channel.is_single:
+                await agent.check(PATIENCE)
+            else:
+                async with agent_of(machine) as another:
+                    await another.check(PATIENCE)
         for _ in range(2):  # what was saved can be used again
             async with lab.machine(saved=str(place)) as machine, agent_of(machine) as agent:
                 await asyncio.wait_for(machine.confined(), PATIENCE)
@@ -574,6 +593,62 @@ def test_a_saved_machine_goes_on_where_it_was(lab: Lab) -> None:
         with pytest.raises(HypervisorError, match="no machine was saved in"):
             async with lab.machine(saved=str(place)):
                 pass
+
+    lab.apart(scenario)
+
+
+def test_clones_share_what_was_saved_and_cannot_change_it(lab: Lab) -> None:
+    """Two at once go on from one machine that was started to be saved, whose agent nobody is connected to."""
+    if not lab.can().snapshot:
+        pytest.skip(f"{lab.monitor.title} cannot save a machine")
+    place = lab.directory / "template"
+    place.mkdir(parents=True)
+
+    def content() -> dict[str, str]:
+        return {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in place.iterdir()
+            if file.name != "machine.json"
+        }
+
+    def writable(machine: Machine) -> list[str]:
+        """Files of what was saved that the monitor could write."""
+        found = []
+        for number in os.listdir(f"/proc/{machine.pid}/fd"):
+            info = Path(f"/proc/{machine.pid}/fdinfo/{number}").read_text()
+            flags = int(info.partition("flags:")[2].split()[0], 8)
+            path = os.readlink(f"/proc/{machine.pid}/fd/{number}")
+            if path.startswith(str(place)) and flags & os.O_ACCMODE != os.O_RDONLY:
+                found.append(path)
+        maps = Path(f"/proc/{machine.pid}/maps").read_text().splitlines()
+        return found + [line for line in maps if str(place) in line and "s" in line.split()[1]]
+
+    async def clone(number: int) -> str:
+        lab_name = f"clone{number}"
+        async with lab.machine(saved=str(place), name=lab_name) as machine, agent_of(machine) as agent:
+            await asyncio.wait_for(machine.confined(), PATIENCE)
+            await agent.reseed(os.urandom(512))
+            script = (
+                "head -c 60000000 /dev/zero >/much; rm /much; cat /proc/sys/kernel/random/boot_id;"
+                " head -c 8 /dev/urandom | md5sum"
+            )
+            said = await said_by(agent, lab_name, script, storages(lab_name, lab.disks[0]))
+            assert writable(machine) == []
+            assert not re.search("[Ff]ailed|error", machine.console_tail())
+            return said
+
+    async def scenario() -> None:
+        async with lab.machine(saves_into=str(place)) as machine:
+            async with agent_of(machine):
+                await asyncio.wait_for(machine.confined(), PATIENCE)
+            await asyncio.sleep(0.3)
+            await machine.pause()
+            await machine.save(str(place))
+        before = content()
+        assert before
+        said = await asyncio.gather(clone(1), clone(2))
+        assert len({*said[0].splitlines(), *said[1].splitlines()}) == 4, said
+        assert content() == before
 
     lab.apart(scenario)
 

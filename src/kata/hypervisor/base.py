@@ -197,6 +197,8 @@ class Attachments:
         serves_files: The monitor itself is to serve that directory, with files of any owner.
         confines: The monitor is to lose the host's files once it has started (`Machine.confined`). It takes a mount
             namespace of our own.
+        saves_into: An existing directory into which the machine will be saved (`Machine.save`): a monitor may keep its
+            memory there from the start. Empty where that is not known.
     """
 
     __slots__ = (
@@ -205,6 +207,7 @@ class Attachments:
         "nics",
         "run_dir",
         "sandbox_id",
+        "saves_into",
         "serves_files",
         "share_dir",
         "share_server",
@@ -221,7 +224,9 @@ class Attachments:
         share_server: FileServer | None = None,
         serves_files: bool = False,
         confines: bool = True,
+        saves_into: str = "",
     ) -> None:
+        self.saves_into = saves_into
         self.sandbox_id = sandbox_id
         self.run_dir = run_dir
         self.disks = list(disks)
@@ -383,7 +388,9 @@ class MonitorBase:
 
     title = ""
 
-    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> Any:
+    def restore(
+        self, directory: str, attachments: Attachments, journal: Journal, shape: MachineShape | None = None
+    ) -> Any:
         """See `kata.hypervisor.protocols.Monitor.restore`.
 
         Raises:

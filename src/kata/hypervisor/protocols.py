@@ -247,7 +247,9 @@ class Monitor(Protocol):
             TypeError: Another monitor has started it.
         """
 
-    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> Started:
+    def restore(
+        self, directory: str, attachments: Attachments, journal: Journal, shape: MachineShape | None = None
+    ) -> Started:
         """Start a machine from what `Machine.save` has left: it goes on where it was, and so may its clock
         (`kata.agent.clock.align`). Usable before asyncio is imported. `kata.hypervisor.base.MonitorBase` has it for
         monitors that cannot.
@@ -256,6 +258,7 @@ class Monitor(Protocol):
             directory: What it was saved into.
             attachments: As for `start`; of the same kinds as the saved machine's.
             journal: The sandbox's.
+            shape: The saved machine's, where it is known; None to read it there.
 
         Raises:
             UnsupportedError: `Capabilities.snapshot` is not there.

@@ -71,13 +71,15 @@ class CloudHypervisorMonitor(RustVmmMonitor):
         finally:
             attachments.close()
 
-    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> CloudHypervisorProcess:
+    def restore(
+        self, directory: str, attachments: Attachments, journal: Journal, shape: MachineShape | None = None
+    ) -> CloudHypervisorProcess:
         """See `kata.hypervisor.protocols.Monitor.restore`."""
         from kata.hypervisor import saved
         from kata.hypervisor.cloud_hypervisor import process
 
         try:
-            shape = saved.shape_of(directory)
+            shape = shape or saved.shape_of(directory)
             program = self.PROGRAM.of(shape)
             root = self.root(attachments, journal)
             return process.restore(program, shape, directory, attachments, journal, root)

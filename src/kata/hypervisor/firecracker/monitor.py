@@ -66,13 +66,15 @@ class FirecrackerMonitor(RustVmmMonitor):
         finally:
             attachments.close()
 
-    def restore(self, directory: str, attachments: Attachments, journal: Journal) -> FirecrackerProcess:
+    def restore(
+        self, directory: str, attachments: Attachments, journal: Journal, shape: MachineShape | None = None
+    ) -> FirecrackerProcess:
         """See `kata.hypervisor.protocols.Monitor.restore`."""
         from kata.hypervisor import saved
         from kata.hypervisor.firecracker import process
 
         try:
-            shape = saved.shape_of(directory)
+            shape = shape or saved.shape_of(directory)
             program = self.PROGRAM.of(shape)
             root = self.root(attachments, journal)
             return process.restore(program, shape, directory, attachments, journal, root)

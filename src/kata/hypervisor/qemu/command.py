@@ -207,6 +207,8 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     argv = [
         settings.binary,
         *("-name", comma(settings.name)),
+        # One that was paused to be saved runs when it goes on.
+        *("-global", "migration.store-global-state=off"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
         *("-machine", _machine(settings)),
         *("-accel", "kvm" if kvm else f"tcg,thread=multi,tb-size={settings.tb_size_mib}"),
@@ -216,9 +218,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *_memory(settings),
         *("-bios", settings.firmware),
         *_acpi(fds),
-        *("-kernel", opened(fds.kernel)),
-        *("-initrd", opened(fds.initrd)),
-        *("-append", command_line(settings)),
+        *_boots(settings, fds),
         *("-sandbox", settings.sandbox or SANDBOX),
         *_first_file(settings, fds),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
@@ -243,7 +243,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     for index, disk in enumerate(settings.disks):
         if disk is not None:
             argv += ["-add-fd", f"fd={fds.disks[index]},set={index}"]
-        argv += _disk(index, disk)
+        argv += _disk(index, disk, settings.is_readonly(index))
     for index, nic in enumerate(settings.nics()):
         argv += _nic(index, nic, fds)
     first = len(settings.nics())
@@ -256,6 +256,17 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *_device("virtio-balloon-pci", slots.BALLOON, id="balloon", free_page_reporting=settings.reclaim),
     ]
     return argv
+
+
+def _boots(settings: VMSettings, fds: Fds) -> list[str]:
+    """What the machine boots; one that goes on from where it was saved has that in its memory."""
+    if settings.incoming is not None:
+        return ["-incoming", "defer"]
+    return [
+        *("-kernel", opened(fds.kernel)),
+        *("-initrd", opened(fds.initrd)),
+        *("-append", command_line(settings)),
+    ]
 
 
 def opened(fd: int) -> str:
@@ -360,13 +371,19 @@ def _machine(settings: VMSettings) -> str:
     if "q35" not in settings.machine:
         options = [settings.machine, "usb=off", "vmport=off", "smm=off"]
     options += ["mem-merge=off", "dump-guest-core=off"]
-    if settings.share_fd is not None or settings.prealloc or settings.huge_pages:
+    if _has_backend(settings):
         options.append("memory-backend=ram")
     if has_small_acpi(settings):
         options.append("acpi=off")
     if settings.machine_options:
         options.append(settings.machine_options)
     return ",".join(options)
+
+
+def _has_backend(settings: VMSettings) -> bool:
+    """Whether the guest's memory is an object of its own."""
+    by_file = settings.memory is not None
+    return settings.share_fd is not None or settings.prealloc or settings.huge_pages or by_file
 
 
 def _entropy(settings: VMSettings) -> str:
@@ -382,10 +399,15 @@ def _memory(settings: VMSettings) -> list[str]:
     kind = "memory-backend-memfd,share=on" if settings.share_fd is not None else "memory-backend-ram"
     if settings.huge_pages:
         kind = "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"
+    first = kind
+    if settings.memory is not None:
+        # A machine that goes on has its own copy of what it changes.
+        own = "off" if settings.incoming is not None else "on"
+        first = f"memory-backend-file,mem-path={opened(settings.memory.raw)},share={own}"
     more = settings.max_memory_mib - settings.memory_mib
     argv = ["-m", f"size={settings.memory_mib}M" + (f",maxmem={settings.max_memory_mib}M" if more else "")]
-    if settings.share_fd is not None or prealloc or settings.huge_pages:
-        argv += ["-object", f"{kind},id=ram,size={settings.memory_mib}M{prealloc}"]
+    if _has_backend(settings):
+        argv += ["-object", f"{first},id=ram,size={settings.memory_mib}M{prealloc}"]
     if more:
         argv += [
             *("-object", f"{kind},id={slots.MEMORY_ID}-ram,size={more}M,reserve=off"),
@@ -432,12 +454,10 @@ def _serial(settings: VMSettings, fds: Fds) -> list[str]:
     return argv
 
 
-def _disk(index: int, disk: Disk | None) -> list[str]:
+def _disk(index: int, disk: Disk | None, readonly: bool) -> list[str]:
     if disk is None:
-        readonly = slots.PLACEHOLDER_READONLY[index]
         node, serial = placeholder_node(f"file{index}", readonly), ""
     else:
-        readonly = disk.readonly
         node, serial = file_node(f"file{index}", disk, f"/dev/fdset/{index}"), disk.serial
     properties: dict[str, object] = {"id": f"disk{index}", "drive": f"slot{index}"}
     if serial:

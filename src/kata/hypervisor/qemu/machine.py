@@ -9,7 +9,7 @@ import os
 import socket
 
 from kata import sysio
-from kata.errors import HostError, HypervisorError, UnsupportedError, VMLostError
+from kata.errors import HostError, HypervisorError, VMLostError
 from kata.hypervisor import root as monitor_root
 from kata.hypervisor.base import DiskError, Ended
 from kata.hypervisor.qemu import arguments, slots
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
 """What the guest did, by the reason in QEMU's last event (``ShutdownCause`` in QEMU's ``qapi/run-state.json``)."""
+GO_ON_S, GO_ON_POLL_S = 30.0, 0.005
 _NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
@@ -44,6 +45,7 @@ class Qemu(Running):
     def __init__(self, process: QemuProcess, journal: Journal, console_path: str = "") -> None:
         super().__init__(process, journal, console_path)
         self.settings: VMSettings = process.settings
+        self._told = process.told
         self._callbacks: list[Callable[[str, dict[str, Any]], None]] = []
         self._shutdown_reason = ""
         self._disk_generation = 0
@@ -96,12 +98,11 @@ class Qemu(Running):
         await self.command("cont")
 
     async def save(self, directory: str) -> None:
-        """Not offered.
+        """Save the paused machine; see `kata.hypervisor.qemu.saving.save`."""
+        from kata.hypervisor.qemu import saving
 
-        Raises:
-            UnsupportedError: Always.
-        """
-        raise UnsupportedError("QEMU's machines cannot be saved here")
+        async with self._disk_lock:
+            await saving.save(self, directory)
 
     async def set_memory(self, plugged_mib: int) -> int:
         """Set how much memory (MiB) the guest has in addition to what the machine was started with.
@@ -235,16 +236,30 @@ class Qemu(Running):
     # ---- inside ----
 
     async def _connect(self, fd: int) -> QmpClient:
-        client = await QmpClient.connect(fd, self._event)
+        client = await QmpClient.connect(fd, self._event, told=self._told)
         try:
             await asyncio.to_thread(self._settle)
-            if self._nic_free:
+            if self._told:
+                await self._gone_on(client)
+            if self._nic_free and not self.settings.saves_into:
                 # An unconnected interface has its link down; QEMU has no option for that.
                 await client.execute("set_link", {"name": "nic0", "up": False})
         except BaseException:
             client.close()
             raise
         return client
+
+    async def _gone_on(self, client: QmpClient) -> None:
+        """Return when a machine that was saved runs again; and have its guest see how large its disks are."""
+        until = self._loop.time() + GO_ON_S
+        while not (await client.execute("query-status")).get("running"):
+            if self._loop.time() >= until:
+                raise HypervisorError(f"the saved machine did not go on for {GO_ON_S:g} s")
+            await asyncio.sleep(GO_ON_POLL_S)
+        for index, disk in enumerate(self._disks):
+            if disk is not None and not disk.readonly:
+                size = {"node-name": f"slot{index}", "size": await _size(disk.path)}
+                await client.execute("block_resize", size)
 
     def _settle(self) -> None:
         """Take the host's files away from QEMU, and put its arguments aside, which are long and name some.

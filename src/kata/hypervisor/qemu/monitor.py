@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+from kata.errors import HypervisorError
 from kata.hypervisor.base import Capabilities, MonitorBase
 from kata.hypervisor.qemu import slots
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from kata.hypervisor.protocols import Started
     from kata.hypervisor.qemu.machine import Qemu
     from kata.hypervisor.qemu.process import QemuProcess
+    from kata.hypervisor.qemu.saving import Saved
     from kata.hypervisor.qemu.settings import VMSettings
     from kata.journal import Journal
 
@@ -49,6 +54,7 @@ class QemuMonitor(MonitorBase):
             balloon=True,
             spare_vcpus=True,
             pause=True,
+            snapshot=True,
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
@@ -63,11 +69,35 @@ class QemuMonitor(MonitorBase):
 
     def start(self, shape: MachineShape, attachments: Attachments, journal: Journal) -> QemuProcess:
         """See `kata.hypervisor.protocols.Monitor.start`."""
+        return self._start(shape, attachments, journal)
+
+    def restore(
+        self, directory: str, attachments: Attachments, journal: Journal, shape: MachineShape | None = None
+    ) -> QemuProcess:
+        """See `kata.hypervisor.protocols.Monitor.restore`."""
+        from kata.hypervisor.qemu import saving
+
+        try:
+            if shape is None:
+                from kata.hypervisor import saved
+
+                shape = saved.shape_of(directory)
+            return self._start(shape, attachments, journal, saving.Saved(directory))
+        finally:
+            attachments.close()
+
+    def _start(
+        self, shape: MachineShape, attachments: Attachments, journal: Journal, saved: Saved | None = None
+    ) -> QemuProcess:
         from kata.hypervisor import root
         from kata.hypervisor.qemu import process
 
         try:
             vm = settings(shape, attachments)
+            if saved is not None:
+                vm.incoming, vm.memory = saved.state, saved.memory
+            elif attachments.saves_into:
+                vm.memory = memory_file(attachments.saves_into, vm.memory_mib)
             if vm.huge_pages:
                 from kata.hypervisor import huge_pages
 
@@ -152,7 +182,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
     extra_mib = queues.queues_mib(binary)
     if attachments.share_server is not None and shape.accel == "tcg":
         extra_mib += command.BOUNCE_MIB
-    return VMSettings(
+    vm = VMSettings(
         name=f"kata-{attachments.sandbox_id[:40]}",
         title=f"kata: machine of {attachments.sandbox_id}",
         run_dir=attachments.run_dir,
@@ -186,7 +216,28 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         cpu_features=options.get("cpu_features", ""),
         entropy=options.get("entropy", ""),
         sandbox=options.get("sandbox", ""),
+        disk_kinds=shape.disks,
+        saves_into=attachments.saves_into and os.path.abspath(attachments.saves_into),
     )
+    vm.shape = shape
+    return vm
+
+
+def memory_file(directory: str, mib: int) -> Fd:
+    """The file that is the memory of a machine which will be saved into this directory.
+
+    Raises:
+        HypervisorError: There is one, or there is no room.
+    """
+    from kata.hypervisor.qemu import saving
+
+    path = os.path.join(directory, saving.MEMORY)
+    try:
+        file = Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.truncate(file.raw, mib << 20)
+    except OSError as error:
+        raise HypervisorError(f"cannot make {path}: {error.strerror}") from error
+    return file
 
 
 MONITOR = QemuMonitor()

@@ -37,13 +37,14 @@ SHARE_CAPABILITIES = (
 class QemuProcess(MonitorProcess):
     """A QEMU that was started. Its channels are ``agent``, ``qmp`` and ``console``."""
 
-    __slots__ = ("_channel", "settings")
+    __slots__ = ("_channel", "settings", "told")
 
     def __init__(
         self,
         child: children.Child,
         settings: VMSettings,
         launch: Launch,
+        told: Sequence[str] = (),
     ) -> None:
         super().__init__(
             child,
@@ -54,6 +55,8 @@ class QemuProcess(MonitorProcess):
             extra_memory_mib=settings.extra_memory_mib,
         )
         self.settings = settings
+        self.told = told
+        """Names of the commands that are in its control channel already."""
         self._channel: Channel | None = None
 
     @property
@@ -95,13 +98,16 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
     """
     try:
         with Launch("QEMU", journal) as launch:
-            return QemuProcess(_start(settings, launch), settings, launch)
+            told: list[str] = []
+            child = _start(settings, launch, told)
+            return QemuProcess(child, settings, launch, told)
     finally:
         for passed in settings.descriptors():
             passed.close()
 
 
-def _start(settings: VMSettings, launch: Launch) -> children.Child:
+def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Child:
+    """Start it; what it is told before it runs is added to `told`."""
     _check(settings)
     if settings.accel == "tcg" and not settings.tsc_khz:
         settings.tsc_khz = tsc.khz()
@@ -111,6 +117,12 @@ def _start(settings: VMSettings, launch: Launch) -> children.Child:
     for name in ("agent", "qmp", "console"):
         if name != "console" or settings.console != "none":
             launch.channel(name)
+    if settings.incoming is not None:
+        from kata.hypervisor.qemu import saving
+
+        words, names = saving.restoring(settings.incoming.raw, has_memory=settings.memory is not None)
+        os.write(launch.ours["qmp"], words)
+        told += names
     if settings.nic is not None and not settings.nic.backend:
         launch.socket(qemu_command.nic_socket(settings.run_dir))
         theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
@@ -183,7 +195,8 @@ def _confinement(
     devices = [path for path in (settings.entropy,) if path]
     if settings.accel == "kvm":
         devices.append("/dev/kvm")
-    return confinement.monitor(
+    memory = settings.memory
+    made = confinement.monitor(
         settings.binary,
         user=user,
         keeps=kept,
@@ -192,9 +205,18 @@ def _confinement(
             *(path for path in (settings.firmware,) if os.path.isabs(path)),
             *(FIRMWARE_DIRS if not settings.binary.startswith("/usr/") else ()),
         ],
+        writable=[memory.raw] if memory is not None and settings.incoming is None else [],
         devices=devices,
         shares=settings.share_dir,
     )
+    if memory is not None:
+        if settings.incoming is None:
+            os.fchown(memory.raw, user, user)
+        else:
+            from kata.hypervisor.qemu import template_memory
+
+            made.handover = template_memory.Handover(memory, qemu_command.opened(memory.raw))
+    return made
 
 
 def _acpi_files() -> dict[str, int]:

@@ -14,7 +14,7 @@ from kata.errors import HypervisorError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 MAX_MESSAGE = 8 << 20
@@ -80,6 +80,7 @@ class QmpClient(asyncio.Protocol):
         fd: int,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         timeout_s: float = 30.0,
+        told: Sequence[str] = (),
     ) -> QmpClient:
         """Take over a connected socket and agree on capabilities.
 
@@ -87,6 +88,7 @@ class QmpClient(asyncio.Protocol):
             fd: The descriptor; it belongs to the client from here on.
             on_event: As for the class.
             timeout_s: How long QEMU may take to answer (it greets when its machine is built).
+            told: Names of the commands, numbered from 1, that were sent before; the first agrees on capabilities.
 
         Raises:
             HypervisorError: QEMU ended, did not answer in time, or does not speak QMP.
@@ -97,12 +99,17 @@ class QmpClient(asyncio.Protocol):
         sock = socket.socket(fileno=fd)
         sock.setblocking(False)
         client._sock = sock
+        sent = [client._expect() for _ in told]
         await loop.create_connection(lambda: client, sock=sock)
         try:
             greeting = await asyncio.wait_for(client._greeting, timeout_s)
             version = greeting["QMP"]["version"]["qemu"]
             client.version = (int(version["major"]), int(version["minor"]), int(version["micro"]))
-            await client.execute("qmp_capabilities", timeout_s=timeout_s)
+            if not told:
+                await client.execute("qmp_capabilities", timeout_s=timeout_s)
+            for number, (name, answer) in enumerate(zip(told, sent, strict=True), 1):
+                _value(name, await asyncio.wait_for(answer, timeout_s))
+                client._pending.pop(number, None)
         except (KeyError, TypeError, ValueError) as error:
             client.close()
             raise HypervisorError(f"QEMU's greeting cannot be understood ({error!r})") from error
@@ -139,13 +146,11 @@ class QmpClient(asyncio.Protocol):
         """
         if self._lost is not None or self._transport is None:
             raise HypervisorError(f"cannot run {command}: the connection to QEMU has ended")
-        self._next_id += 1
+        future = self._expect()
         number = self._next_id
         message: dict[str, Any] = {"execute": command, "id": number}
         if arguments:
             message["arguments"] = arguments
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._pending[number] = future
         try:
             line = json.dumps(message).encode() + b"\n"
             if fd is not None:
@@ -157,9 +162,14 @@ class QmpClient(asyncio.Protocol):
             raise HypervisorError(f"QEMU did not answer {command} for {timeout_s:g} s") from None
         finally:
             self._pending.pop(number, None)
-        if "error" in answer:
-            raise HypervisorError(f"QEMU refused {command}: {_words(answer['error'])}")
-        return answer.get("return")
+        return _value(command, answer)
+
+    def _expect(self) -> asyncio.Future[Any]:
+        """A place for the answer to the next command."""
+        self._next_id += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending[self._next_id] = future
+        return future
 
     async def _send_with(self, fd: int, line: bytes) -> None:
         """Send a message with a descriptor, which has to go in one piece, after what was said before."""
@@ -233,6 +243,12 @@ class QmpClient(asyncio.Protocol):
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # a greeting that nobody waits for any more is no news
+
+
+def _value(command: str, answer: dict[str, Any]) -> Any:
+    if "error" in answer:
+        raise HypervisorError(f"QEMU refused {command}: {_words(answer['error'])}")
+    return answer.get("return")
 
 
 def _words(error: object) -> str:

@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kata.hypervisor.base import Disk, Nic
+    from kata.hypervisor.base import Disk, MachineShape, Nic
     from kata.hypervisor.vsock import Vsock
     from kata.sysio import Fd
 
@@ -58,6 +58,13 @@ class VMSettings:
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu.command.SANDBOX`.
         root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.root`); empty
             leaves it the caller's.
+        saves_into: Directory into which the machine will be saved; its memory is there. Empty for none.
+        memory: File behind the guest's memory, or None.
+        incoming: What a machine was saved as, which this one goes on from; None for one that boots. Its memory is
+            `memory`, of which it sees a copy, or in here.
+        shape: What machine it is, as it can be saved; None for one that cannot be.
+        disk_kinds: What the slots are for, as in `kata.hypervisor.base.MachineShape`; a slot that is not in here is
+            as in `kata.hypervisor.qemu.slots.PLACEHOLDER_READONLY`.
     """
 
     __slots__ = (
@@ -66,6 +73,7 @@ class VMSettings:
         "cmdline",
         "console",
         "cpu_features",
+        "disk_kinds",
         "disks",
         "entropy",
         "extra_memory_mib",
@@ -73,12 +81,14 @@ class VMSettings:
         "firmware",
         "hotplug_nics",
         "huge_pages",
+        "incoming",
         "initrd",
         "kernel",
         "machine",
         "machine_options",
         "max_memory_mib",
         "max_vcpus",
+        "memory",
         "memory_mib",
         "name",
         "nic",
@@ -87,7 +97,9 @@ class VMSettings:
         "root",
         "run_dir",
         "sandbox",
+        "saves_into",
         "serves_files",
+        "shape",
         "share_dir",
         "share_fd",
         "tb_size_mib",
@@ -137,6 +149,8 @@ class VMSettings:
         root: str = "",
         title: str = "",
         extra_memory_mib: int = 0,
+        disk_kinds: Sequence[str] = (),
+        saves_into: str = "",
     ) -> None:
         if accel not in ("kvm", "tcg"):
             raise ValueError(f"no such accelerator: {accel}")
@@ -184,6 +198,19 @@ class VMSettings:
         self.root = root
         self.title = title
         self.extra_memory_mib = extra_memory_mib
+        self.disk_kinds = tuple(disk_kinds)
+        self.saves_into = saves_into
+        self.memory: Fd | None = None
+        self.incoming: Fd | None = None
+        self.shape: MachineShape | None = None
+
+    def is_readonly(self, index: int) -> bool:
+        """Whether the guest cannot write to the disk in a slot, be it there or to come."""
+        disk = self.disks[index]
+        kind = self.disk_kinds[index] if index < len(self.disk_kinds) else "spare"
+        if disk is not None:
+            return disk.readonly
+        return slots.PLACEHOLDER_READONLY[index] if kind == "spare" else kind == "readonly"
 
     def nics(self) -> list[Nic]:
         """All network interfaces."""
@@ -196,4 +223,4 @@ class VMSettings:
             found.insert(0, self.share_fd)
         if self.vsock is not None:
             found.insert(0, self.vsock.fd)
-        return found
+        return found + [fd for fd in (self.memory, self.incoming) if fd is not None]

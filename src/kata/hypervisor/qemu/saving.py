@@ -1,0 +1,169 @@
+"""A machine of QEMU's that is saved into files, and one that goes on from them.
+
+What is saved is QEMU's migration stream in a file (``docs/devel/migration`` of QEMU). A machine that was started to be
+saved (`kata.hypervisor.base.Attachments.saves_into`) has its memory in a file from the start: then the stream has the
+devices alone (``x-ignore-shared``), and whoever goes on from it maps that file privately.
+
+`restoring` is for the start, before asyncio is imported: all that QEMU is to be told is in its control channel before
+it runs, so that it goes on by itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata.errors import HypervisorError
+from kata.journal import dumps
+from kata.sysio import Fd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+
+    from kata.hypervisor.qemu.settings import VMSettings
+
+    class Commands(Protocol):
+        """A machine that is saved."""
+
+        settings: VMSettings
+
+        async def command(
+            self, name: str, arguments: dict[str, Any] | None = None, fd: int | None = None
+        ) -> Any:
+            """See `kata.hypervisor.qemu.machine.Qemu.command`."""
+
+
+STATE, MEMORY = FILES = ("state", "memory")
+_SET = "migrate-set-capabilities"
+_IGNORES_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
+_BANDWIDTH = 1 << 40
+"""Bytes a second: not to be slowed down. By default it is that of a slow network."""
+_POLL_S = 0.005
+_SAVE_S, _SAVE_MIB_PER_S = 30.0, 20.0
+"""A slower disk is no disk to save machines to."""
+
+
+class Saved:
+    """Files of a saved machine, opened.
+
+    Args:
+        directory: What it was saved into.
+
+    Attributes:
+        state: Its devices, and its memory where that has no file of its own.
+        memory: That file, open for reading; None without.
+
+    Raises:
+        HypervisorError: They cannot be opened.
+    """
+
+    __slots__ = ("memory", "state")
+
+    def __init__(self, directory: str) -> None:
+        self.memory: Fd | None = None
+        path = os.path.join(directory, STATE)
+        try:
+            self.state = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise _unusable(directory, path, error) from error
+        path = os.path.join(directory, MEMORY)
+        try:
+            self.memory = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.state.close()
+            raise _unusable(directory, path, error) from error
+
+
+def _unusable(directory: str, path: str, error: OSError) -> HypervisorError:
+    return HypervisorError(f"cannot use the machine saved in {directory}: {error.strerror}: {path}")
+
+
+def restoring(state: int, *, has_memory: bool) -> tuple[bytes, list[str]]:
+    """What a QEMU is told that goes on from where a machine was saved.
+
+    Args:
+        state: Number of the descriptor, in QEMU, of what was saved.
+        has_memory: The guest's memory has a file of its own.
+
+    Returns:
+        The commands, for its control channel, numbered from 1; and their names.
+    """
+    commands: list[dict[str, Any]] = [{"execute": "qmp_capabilities"}]
+    if has_memory:
+        commands.append({"execute": _SET, "arguments": _IGNORES_SHARED})
+    commands.append({"execute": "migrate-incoming", "arguments": {"uri": f"fd:{state}"}})
+    # While it loads that says that the machine is to run then.
+    commands.append({"execute": "cont"})
+    lines = [dumps({**command, "id": number}) for number, command in enumerate(commands, 1)]
+    return "\n".join([*lines, ""]).encode(), [command["execute"] for command in commands]
+
+
+async def save(machine: Commands, directory: str) -> None:
+    """Save a paused machine.
+
+    Args:
+        machine: The machine.
+        directory: An existing directory in which nothing was saved before; that of `Attachments.saves_into` has the
+            machine's memory already.
+
+    Raises:
+        UnsupportedError: It has a device that cannot be saved.
+        HypervisorError: It is not paused, something was saved there before, or there is no room. What was written is
+            removed.
+    """
+    import asyncio
+
+    from kata.errors import UnsupportedError
+    from kata.hypervisor import saved
+
+    settings = machine.settings
+    by_file = settings.memory is not None and settings.saves_into == os.path.abspath(directory)
+    saved.check(directory, (STATE,) if by_file else FILES)
+    if settings.share_fd is not None:
+        raise UnsupportedError(
+            "a machine that shares files by virtio-fs cannot be saved by QEMU: vhost-user-fs"
+        )
+    if settings.shape is None:
+        raise HypervisorError("cannot save the machine: it is not known what machine it is")
+    status = (await machine.command("query-status")).get("status")
+    if status not in ("paused", "postmigrate"):
+        raise HypervisorError(f"cannot save the machine: it is {status}", "Is it paused?")
+    path = os.path.join(directory, STATE)
+    try:
+        fd = await asyncio.to_thread(
+            os.open, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+        )
+    except OSError as error:
+        raise HypervisorError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with Fd(fd) as file:
+            await _write(machine, file, by_file=by_file)
+        await asyncio.to_thread(saved.write_shape, directory, settings.shape)
+    except BaseException:
+        saved.forget(directory, (STATE,))
+        raise
+
+
+async def _write(machine: Commands, file: Fd, *, by_file: bool) -> None:
+    import asyncio
+    import time
+
+    if by_file:
+        await machine.command(_SET, _IGNORES_SHARED)
+    await machine.command("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+    await machine.command("getfd", {"fdname": "save"}, fd=file.raw)
+    await machine.command("migrate", {"uri": "fd:save"})
+    until = time.monotonic() + _SAVE_S + machine.settings.max_memory_mib / _SAVE_MIB_PER_S
+    while time.monotonic() < until:
+        said = await machine.command("query-migrate")
+        status = said.get("status")
+        if status == "completed":
+            return
+        if status in ("failed", "cancelled"):
+            words = said.get("error-desc") or "QEMU does not say why"
+            raise HypervisorError(f"cannot save the machine: {words}")
+        await asyncio.sleep(_POLL_S)
+    await machine.command("migrate_cancel")
+    raise HypervisorError("cannot save the machine: it took too long")

@@ -1,0 +1,167 @@
+"""How QEMU gets a file as the guest's memory that it must not be able to write: that of a template.
+
+Many machines map one file, each a private copy of what it changes. For that a file that is open for reading is enough
+(mmap(2), MAP_PRIVATE), but QEMU insists on opening it for writing by its name (``file_ram_open`` in its
+``softmmu/physmem.c``; ``rom=off`` spares that from 8.2 on, and the return of memory with it). One that was taken over
+could then write what all others see. So its call of open(2) is answered by us, with the descriptor that it is to have:
+a seccomp filter hands just this call over (``SECCOMP_RET_USER_NOTIF``), and a thread of ours waits for it.
+
+The guest gives memory back (`kata.hypervisor.base.MachineShape.reclaim`), which QEMU does by punching a hole into that
+file first, and giving up where that fails (``ram_block_discard_range``). The same filter says that it worked. What the
+guest sees in such a page afterwards is what the template had in it: for a page that was free, that is as good.
+
+Sources: the kernel's ``Documentation/userspace-api/seccomp_filter.rst`` ("Userspace Notification"),
+``linux/seccomp.h``.
+"""
+
+from __future__ import annotations
+
+import _socket
+import _thread
+import ctypes
+import fcntl
+import os
+import select
+
+from kata import sysio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.sysio import Fd
+
+NUMBER = 1000
+"""The descriptor that QEMU gets, by which the filter knows it; below `kata.confinement.MOST_FILES`."""
+PATIENCE_MS = 30_000
+_OPENAT, _FALLOCATE, _SECCOMP = 257, 285, 317
+_AUDIT_ARCH_X86_64 = 0xC000_003E
+_ALLOW, _NOTIFY, _SUCCEED = 0x7FFF_0000, 0x7FC0_0000, 0x0005_0000
+_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
+_SET_MODE_FILTER, _NEW_LISTENER = 1, 8
+_RECEIVE, _SEND, _ADD_FD = 0xC050_2100, 0xC018_2101, 0x4018_2103
+_CONTINUE, _AT_NUMBER, _AND_ANSWER = 1, 1, 2
+_NOTICE_BYTES, _PATH_AT = 80, 40
+"""Of struct seccomp_notif: its size, and where the call's second argument is in it."""
+_LONGEST_PATH = 64
+
+
+def _code() -> bytes:
+    """The filter: open(2) with exactly ``O_RDWR``, as QEMU opens memory and nothing else, and fallocate(2) of it."""
+    lines = (
+        (_LOAD, 0, 0, 4),
+        (_EQUAL, 0, 8, _AUDIT_ARCH_X86_64),
+        (_LOAD, 0, 0, 0),
+        (_EQUAL, 0, 3, _OPENAT),
+        (_LOAD, 0, 0, 16 + 8 * 2),
+        (_EQUAL, 0, 4, os.O_RDWR),
+        (_RETURN, 0, 0, _NOTIFY),
+        (_EQUAL, 0, 2, _FALLOCATE),
+        (_LOAD, 0, 0, 16),
+        (_EQUAL, 1, 0, NUMBER),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _SUCCEED),
+    )
+    return b"".join(
+        code.to_bytes(2, "little") + bytes((true, false)) + value.to_bytes(4, "little")
+        for code, true, false, value in lines
+    )
+
+
+def is_possible() -> bool:
+    """Whether this machine can: its filters are known for x86-64 alone."""
+    return os.uname().machine == "x86_64"
+
+
+class Handover:
+    """Gives one QEMU its memory.
+
+    Args:
+        memory: The file, open for reading; a copy of this descriptor is kept until QEMU has it.
+        path: The name by which QEMU opens it.
+    """
+
+    __slots__ = ("_memory", "_ours", "_path", "_theirs")
+
+    def __init__(self, memory: Fd, path: str) -> None:
+        self._memory = os.dup(memory.raw)
+        self._path = os.fsencode(path)
+        self._ours, self._theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+
+    def install(self) -> None:
+        """In the child, after its last filter of another kind: have its opening of the memory handed over.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        code = _code()
+        buffer = ctypes.create_string_buffer(code, len(code))
+        program = _Program(len(code) // 8, ctypes.addressof(buffer))
+        listener = sysio.syscall(
+            _SECCOMP,
+            ctypes.c_ulong(_SET_MODE_FILTER),
+            ctypes.c_ulong(_NEW_LISTENER),
+            ctypes.byref(program),
+        )
+        self._theirs.sendmsg(
+            [b"x"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, listener.to_bytes(4, "little"))]
+        )
+
+    def serve(self) -> None:
+        """In the parent, once the child has executed QEMU: answer it, in a thread that ends with that."""
+        self._ours.setblocking(False)
+        _, messages, _, _ = self._ours.recvmsg(1, _socket.CMSG_SPACE(4))
+        listener = int.from_bytes(messages[0][2][:4], "little")
+        os.set_inheritable(listener, False)
+        memory, self._memory = self._memory, -1
+        _thread.start_new_thread(_answer, (listener, memory, self._path))
+
+    def close(self) -> None:
+        """Close what is left. Idempotent."""
+        self._ours.close()
+        self._theirs.close()
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
+
+
+def _answer(listener: int, memory: int, path: bytes) -> None:
+    try:
+        poller = select.poll()
+        poller.register(listener, select.POLLIN)
+        # It is told by a hang-up when QEMU has ended.
+        while any(events & select.POLLIN for _, events in poller.poll(PATIENCE_MS)):
+            notice = bytearray(_NOTICE_BYTES)
+            fcntl.ioctl(listener, _RECEIVE, notice, True)
+            identity = bytes(notice[:8])
+            if _opens(notice, path):
+                answer = _words(_AT_NUMBER | _AND_ANSWER, memory, NUMBER, os.O_CLOEXEC)
+                fcntl.ioctl(listener, _ADD_FD, identity + answer)
+                return
+            fcntl.ioctl(listener, _SEND, identity + bytes(12) + _words(_CONTINUE))
+    except OSError:
+        pass  # QEMU has ended, and says why
+    finally:
+        # From here on whatever it opens in this way fails (ENOSYS).
+        os.close(listener)
+        os.close(memory)
+
+
+def _words(*values: int) -> bytes:
+    return b"".join(value.to_bytes(4, "little") for value in values)
+
+
+def _opens(notice: bytes | bytearray, path: bytes) -> bool:
+    """Whether this call opens the memory. What is read here may change: who gets the memory for it is harmed alone."""
+    pid = int.from_bytes(notice[8:12], "little")
+    address = int.from_bytes(notice[_PATH_AT : _PATH_AT + 8], "little")
+    try:
+        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(fd, _LONGEST_PATH, address).partition(b"\0")[0] == path
+        finally:
+            os.close(fd)
+    except OSError:
+        return True  # where no process may read another
