@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test screenshots coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside faults hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ bench-network: ## a pod's network to its host, beside runc's; A='--seconds 10 --
 bench-beside: ## this checkout beside another one that is set up; A='CHECKOUT --rounds 9'
 	@tools/setup test
 	@bench/beside $(A)
+
+bench-performance: ## starts, execs, ends and memory beside runc, podman, bare QEMU and a checkout that is set up; A='CHECKOUT --only one'
+	@tools/setup test
+	@bench/performance $(A)
 
 bench-overhead: ## what a machine takes on the host besides its guest's memory; A='--mib 512'
 	@tools/setup test

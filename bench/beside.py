@@ -50,6 +50,7 @@ class Tree:
 
     def __init__(self, root: Path, directory: Path) -> None:
         self.root = root
+        self.directory = directory
         self.guest = root / "build/guest"
         self.program = ["/usr/bin/python3", "-I", "-S", str(root / "src/kata/__main__.py")]
         self.image = f"oci:{root / IMAGE_DIR}"

@@ -13,6 +13,9 @@ warmer machine:
 * ``runc``: ``runc run`` of the same root file system and command, without a VM.
 
 Reported are medians and their ratios to both boots, in milliseconds. Needs root, runc, and a guest.
+
+With ``--profile FILE`` only kata is started, and the medians of its start ledgers are drawn as a waterfall
+(`waterfall.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 sys.path.append(str(ROOT / "src"))
 
 import bareboot  # noqa: E402
+import waterfall  # noqa: E402
 
 KATA = ["/usr/bin/python3", "-I", "-S", str(ROOT / "src/kata/__main__.py")]
 IMAGE = ROOT / "build/images/busybox"
@@ -120,23 +124,59 @@ def report(took: dict[str, list[float]], facts: dict[str, Any]) -> dict[str, Any
     return {**facts, "results": rows}
 
 
+def profile(file: Path, rounds: int, options: list[str], environment: dict[str, str]) -> None:
+    """Draw where the time of some starts goes, and print it.
+
+    Args:
+        file: Where the picture goes.
+        rounds: How many starts; one more, before them, does not count.
+        options: Of ``kata run``.
+        environment: Of the commands.
+    """
+    ledgers = []
+    for number in range(-1, rounds):
+        timed([*KATA, "run", "--name", "profile", *options, f"oci:{IMAGE}", "true"], environment)
+        shown = subprocess.run(
+            [*KATA, "inspect", "profile"], capture_output=True, env=environment, check=True
+        )
+        timed([*KATA, "rm", "profile"], environment)
+        if number >= 0:
+            ledgers.append(json.loads(shown.stdout)[0]["start"])
+    rows = waterfall.medians(ledgers)
+    paths = sorted({ledger["path"] for ledger in ledgers})
+    title = f"kata run {' '.join(options)}: {', '.join(paths)} start, medians of {rounds}"
+    file.write_text(waterfall.picture(title, rows))
+    print(title)
+    for name, start, lasts, is_part in rows:
+        print(f"  {'  ' * is_part + name:<24} at {start:8.1f} ms   took {lasts:8.1f} ms")
+    for reason in sorted({ledger["reason"] for ledger in ledgers} - {""}):
+        print(f"no faster start: {reason}")
+    print(f"drawn in {file}")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Cold start against a bare boot and against runc.")
     parser.add_argument("--rounds", type=int, default=20, help="how often each is run (default %(default)s)")
     parser.add_argument("--network", choices=["user", "none"], default="user", help="of the container")
     parser.add_argument("--json", action="store_true", help="print JSON, with every single time")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="draw the steps of kata's start alone into FILE (SVG)"
+    )
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds: at least 2")
     if os.geteuid() != 0:
         raise SystemExit("error: virtual machines and runc need root for now\nhint: sudo make bench-start")
-    if not shutil.which("runc"):
+    if not options.profile and not shutil.which("runc"):
         raise SystemExit("error: runc is not installed\nhint: make bench-start installs it")
     work = Path(tempfile.mkdtemp(prefix="kb-", dir="/tmp"))
     try:
         environment = {**os.environ, "KATA_RUN_DIR": str(work / "r"), "KATA_STATE_DIR": str(work / "s")}
         guest = Path(environment["KATA_GUEST_DIR"])
+        if options.profile:
+            profile(options.profile, options.rounds, ["--network", options.network], environment)
+            return
         command = [*KATA, "run", "--rm", "--network", options.network, f"oci:{IMAGE}", "true"]
         runc = runc_bundle(work)
         timed(command, environment)  # converts the image

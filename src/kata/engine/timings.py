@@ -62,10 +62,11 @@ class Timings:
             yield name, start - self.origin_ns, duration
 
     def whole(self) -> list[tuple[str, int, int, str]]:
-        """Steps and their parts in the order of their starts, each part with its step's name as the last."""
+        """Steps, and below each its parts with its name as the last, in the order of their starts."""
         found = [(name, start, duration, "") for name, (start, duration) in self._steps.items()]
         found += [(name, start, duration, step) for name, (start, duration, step) in self._parts.items()]
-        found.sort(key=lambda one: (one[1], one[3] != ""))
+        steps = self._steps
+        found.sort(key=lambda one: (steps.get(one[3], one[1:])[0], one[3] or one[0], one[3], one[1]))
         return [(name, start - self.origin_ns, duration, step) for name, start, duration, step in found]
 
     def in_seconds(self) -> list[dict[str, str | float]]:
