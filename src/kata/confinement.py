@@ -398,18 +398,18 @@ def monitor(
     )
 
 
-def helper(*, by_handle: bool = False, scoped: bool = True) -> Confinement:
+def helper(*, scoped: bool = True) -> Confinement:
     """The confinement of virtiofsd and passt, beneath the one that they make themselves.
 
     They fork, mount and change their user for that, so the filter and Landlock leave them these: Landlock with rules
     for files would forbid them to mount. Their own filters take the calls away.
 
     Args:
-        by_handle: It opens files by handle.
         scoped: It need not signal, nor connect to abstract sockets of, processes that are not its own descendants.
     """
-    denied = {*ALWAYS} if by_handle else {*ALWAYS, *BY_HANDLE}
-    return Confinement(filter_code(denied), ruleset=landlock([], files=False) if scoped else None)
+    return Confinement(
+        filter_code({*ALWAYS, *BY_HANDLE}), ruleset=landlock([], files=False) if scoped else None
+    )
 
 
 def user_of(which: int) -> int:

@@ -15,6 +15,8 @@ import pytest
 from waiting import until
 
 from kata import children, confinement, sysio
+from kata.hypervisor.base import Attachments
+from kata.hypervisor.rust_vmm import MonitorUser
 from kata.journal import Journal
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -54,6 +56,18 @@ def connect():
     with socket.socket(socket.AF_UNIX) as one:
         one.connect(given["abstract"])
 attempt("an abstract socket of another", connect)
+def connect_named():
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(given["named"])
+attempt("a socket of another", connect_named)
+if given["own"]:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(given["own"] + "/socket")
+    found["own"] = sorted(os.listdir(given["own"]))
+    fd = os.open(given["own"], os.O_PATH)
+    for name in ("../../disk", "..", "../journal"):
+        attempt(f"own {name}", lambda: os.listdir(os.open(name, os.O_RDONLY, dir_fd=fd)))
+    os.close(fd)
 for path in given["read"]:
     attempt(f"read {path}", lambda: os.open(path, os.O_RDONLY))
 for path in given["write"]:
@@ -170,9 +184,9 @@ def ask(journal: Journal, script: str, given: dict[str, Any], how: confinement.C
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter is for x86-64")
-@pytest.mark.parametrize("user", [None, 0])
+@pytest.mark.parametrize("whose", ["QEMU's", "QEMU's as root", "Cloud Hypervisor's", "Firecracker's"])
 def test_nothing_that_a_taken_over_monitor_tries_works(
-    journal: Journal, directory: Path, another: subprocess.Popen[bytes], user: int | None
+    journal: Journal, directory: Path, another: subprocess.Popen[bytes], whose: str
 ) -> None:
     mine, disk, public = directory / "mine", directory / "other-disk", directory / "public"
     mine.write_text("given")
@@ -185,9 +199,13 @@ def test_nothing_that_a_taken_over_monitor_tries_works(
         abstract.bind(f"\0kata-{os.getpid()}")
         abstract.listen()
         named.bind(str(directory / "engine.sock"))
+        named.listen()
+        how = confinement_of(whose, str(mine), directory, journal)
         given = {
             "calls": CALLS,
             "abstract": f"\0kata-{os.getpid()}",
+            "named": str(directory / "engine.sock"),
+            "own": confinement.OWN_DIRECTORY if how.directory else "",
             "read": [str(disk), "/root", "/etc/shadow", "/dev/mem", f"/proc/{another.pid}/mem"],
             "write": [str(disk), str(directory / "new"), "/etc/new", "/tmp/new", "/proc/sysrq-trigger"],
             "pid": another.pid,
@@ -195,9 +213,16 @@ def test_nothing_that_a_taken_over_monitor_tries_works(
         }
         if confinement.landlock_version():
             given["read"] = [*given["read"], str(public), "/var", str(directory)]  # type: ignore[misc]
-        how = confinement.monitor(PYTHON, user=user, readable=[str(mine)])
         wanted_user = how.user
         found = json.loads(ask(journal, PROBE, given, how))
+    if how.directory:
+        # It makes its own sockets, and what is above on the host it cannot even look at.
+        assert found.pop("own") == ["socket"]
+        assert (directory / "monitor/socket").is_socket()
+        assert found.pop("socket unix") == "done"
+        assert found.pop("own ..") in ("done", "EACCES")  # its own /dev
+        if confinement.landlock_version() < confinement.SCOPES:
+            found.pop("an abstract socket of another")
     told = found.pop("status")
     assert found.pop("mine") == "given"
     assert found.pop("threads") == 1
@@ -214,7 +239,17 @@ def test_nothing_that_a_taken_over_monitor_tries_works(
     assert [told[name].strip("0") for name in ("CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb")] == [""] * 5
     assert (told["NoNewPrivs"], told["Seccomp"], told["Groups"] if wanted_user else "") == ("1", "2", "")
     assert told["Uid"].split() == told["Gid"].split() == [str(wanted_user)] * 4
-    assert (wanted_user != 0) == (user is None)
+    assert (wanted_user == 0) == whose.endswith("as root")
+
+
+def confinement_of(whose: str, mine: str, directory: Path, journal: Journal) -> confinement.Confinement:
+    """What such a hypervisor gets, for a Python; its sandbox's directory is the one that is given."""
+    if whose.startswith("QEMU"):
+        return confinement.monitor(PYTHON, user=0 if whose.endswith("root") else None, readable=[mine])
+    attachments = Attachments(sandbox_id="box", run_dir=str(directory))
+    devices = ["/dev/kvm", *(["/dev/net/tun"] if whose.startswith("Firecracker") else [])]
+    with MonitorUser(PYTHON, attachments, [], {}, journal, str(directory / "root")) as own:
+        return own.confinement([mine], [], devices)
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter is for x86-64")

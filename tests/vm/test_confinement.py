@@ -6,7 +6,9 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Kata
@@ -14,6 +16,7 @@ from share_cases import SHARES, sharing
 
 from kata import confinement, sysio
 from kata.hypervisor.qemu.process import SHARE_CAPABILITIES
+from kata.resources import host_cgroup
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -23,7 +26,7 @@ SHARE_MASK = sum(1 << number for number in SHARE_CAPABILITIES)
 OWN_NAMESPACES = {
     "qemu-system-x86": {"cgroup", "ipc", "mnt", "pid", "uts"},
     "passt": {"ipc", "mnt", "pid", "user", "uts"},
-    "virtiofsd": {"mnt", "net", "pid"},
+    "virtiofsd": {"cgroup", "ipc", "mnt", "net", "pid", "uts"},
 }
 """By a process's name; it has the engine's otherwise (and the engine a mount namespace that is not the host's)."""
 
@@ -64,6 +67,30 @@ def family(pid: int) -> dict[str, int]:
     return found
 
 
+def in_their_cgroups(sandbox: dict[str, Any], pids: Iterable[int]) -> None:
+    """All of them are where the sandbox is limited, or (version 2: the network's helper) below."""
+    leaves = sandbox["host_cgroups"]
+    assert leaves.keys() == set(host_cgroup.CONTROLLERS)
+    for leaf in leaves.values():
+        inside = {
+            int(pid)
+            for directory, _, _ in os.walk(leaf)
+            for pid in Path(directory, "cgroup.procs").read_text().split()
+        }
+        assert set(pids) <= inside, leaf
+    assert Path(leaves["pids"], "pids.max").read_text() == f"{host_cgroup.MOST_TASKS}\n"
+    memory = Path(leaves["memory"])
+    limit = next(
+        memory / name for name in ("memory.max", "memory.limit_in_bytes") if (memory / name).exists()
+    )
+    assert 0 < int(limit.read_text()) < 1 << 40
+
+
+def no_core_dump(pid: int) -> None:
+    """Its memory is the guest's, and is never written to a disk of the host."""
+    assert re.search(r"Max core file size +0 +0 ", Path(f"/proc/{pid}/limits").read_text())
+
+
 def its_user_and_limits(monitor: int, engine: int, serves: bool) -> None:
     """QEMU's."""
     told = status(monitor)
@@ -72,7 +99,6 @@ def its_user_and_limits(monitor: int, engine: int, serves: bool) -> None:
     assert told["Uid"].split() == told["Gid"].split() == [str(user)] * 4
     assert serves or told["Groups"] == ""
     limits = Path(f"/proc/{monitor}/limits").read_text()
-    assert re.search(r"Max core file size +0 +0 ", limits)
     assert serves or re.search(r"Max open files +1024 +1024 ", limits)
     assert serves or re.search(r"Max processes +1024 +1024 ", limits)
 
@@ -99,8 +125,7 @@ def test_what_each_process_is_left_with(
         # (Passt's bounding set is that of its user namespace.)
         assert capabilities(processes["passt"]) | {"CapBnd": 0} == NO_CAPABILITIES
         if server:
-            more = {sysio.CAP_DAC_READ_SEARCH} if shares.endswith("Rust") else set()
-            wanted = sum(1 << number for number in {*FILE_SERVER_CAPABILITIES, *more})
+            wanted = sum(1 << number for number in FILE_SERVER_CAPABILITIES)
             assert capabilities(processes["virtiofsd"])["CapPrm"] == wanted
         assert status(processes["passt"])["Uid"].split() == ["65534"] * 4
         for name, pid in processes.items():
@@ -111,6 +136,8 @@ def test_what_each_process_is_left_with(
             assert ours["mnt"] != host["mnt"]
             assert {kind for kind in its if its[kind] != ours[kind]} == OWN_NAMESPACES[name], name
             assert its["mnt"] != host["mnt"]
+            no_core_dump(pid)
+        in_their_cgroups(found["sandbox"], (engine, *processes.values()))
         its_user_and_limits(monitor, engine, shares == "virtio-9p")
         # Its numbers in its own PID namespace.
         assert status(monitor)["NSpid"].split()[-1] == "1"

@@ -36,15 +36,6 @@ LEAVES_S = 1.0
 """How long it may take to end by itself."""
 
 
-def capabilities(program: str) -> tuple[int, ...]:
-    """What it starts with. The one in Rust keeps CAP_DAC_READ_SEARCH for file handles, and ends where it cannot.
-
-    Args:
-        program: Its path; tells the kind.
-    """
-    return CAPABILITIES if program == C_PROGRAM else (*CAPABILITIES, sysio.CAP_DAC_READ_SEARCH)
-
-
 def find(configured: str = "") -> str | None:
     """Path of a virtiofsd: the configured one, otherwise the first that this host has; None where there is none.
 
@@ -82,6 +73,8 @@ def command(program: str, directory: str, fd: int, cache: str = "auto") -> list[
         program,
         *(f"--fd={fd}", f"--shared-dir={directory}", f"--cache={cache}", "--sandbox=namespace"),
         *("--announce-submounts", "--xattr", "--log-level=warn"),
+        # By a handle any file of the same file system could be opened.
+        *("--inode-file-handles=never", "--modcaps=-dac_read_search"),
     ]
 
 
@@ -187,8 +180,12 @@ class FileServer:
                 self._journal,
                 "virtiofsd",
                 pass_fds=[self._listener.raw],
-                capabilities=capabilities(self.program),
-                confinement=confinement.helper(by_handle=self.program != C_PROGRAM),
+                capabilities=CAPABILITIES,
+                namespaces=sysio.CLONE_NEWPID
+                | sysio.CLONE_NEWIPC
+                | sysio.CLONE_NEWUTS
+                | sysio.CLONE_NEWCGROUP,
+                confinement=confinement.helper(),
             )
         except OSError as error:
             raise HypervisorError(f"cannot start the file server: {error.strerror}") from error
