@@ -180,6 +180,7 @@ class Confinement:
         user: User and group id; 0 stays root.
         devices: Devices of the host that it opens by name, for a ``/dev`` of its own; empty leaves it the host's.
         directory: A directory that it sees there as `OWN_DIRECTORY`; empty for none.
+        binds: Descriptors of files that are in this ``/dev``, and their paths there.
         ruleset: Of Landlock, or None where the kernel has it not.
         limits_files: Whether that restricts files.
         files: How many it may have open; 0 for as many as we.
@@ -192,6 +193,7 @@ class Confinement:
     __slots__ = (
         "_code",
         "_secret",
+        "binds",
         "devices",
         "directory",
         "files",
@@ -210,6 +212,7 @@ class Confinement:
         user: int = 0,
         devices: Sequence[str] = (),
         directory: str = "",
+        binds: Sequence[tuple[int, str]] = (),
         ruleset: sysio.Fd | None = None,
         limits_files: bool = True,
         files: int = 0,
@@ -220,6 +223,7 @@ class Confinement:
         self.user = user
         self.devices = devices
         self.directory = directory
+        self.binds = binds
         self.ruleset = ruleset
         self.limits_files = limits_files
         self.files = files
@@ -277,6 +281,9 @@ class Confinement:
             os.mkdir(OWN_DIRECTORY, 0o555)
             sysio.mount(f"/proc/self/fd/{directory}", OWN_DIRECTORY, None, sysio.MS_BIND)
             os.close(directory)
+        for fd, path in self.binds:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+            sysio.mount(f"/proc/self/fd/{fd}", path, None, sysio.MS_BIND)
         os.umask(umask)
         if self.ruleset is not None and self.limits_files:
             allow(self.ruleset.raw, "/dev", READ | WRITE_FILE | IOCTL_DEV)
@@ -398,7 +405,13 @@ def monitor(
     )
 
 
-def helper(*, scoped: bool = True) -> Confinement:
+def helper(
+    *,
+    scoped: bool = True,
+    user: int = 0,
+    devices: Sequence[str] = (),
+    binds: Sequence[tuple[int, str]] = (),
+) -> Confinement:
     """The confinement of virtiofsd and passt, beneath the one that they make themselves.
 
     They fork, mount and change their user for that, so the filter and Landlock leave them these: Landlock with rules
@@ -406,9 +419,17 @@ def helper(*, scoped: bool = True) -> Confinement:
 
     Args:
         scoped: It need not signal, nor connect to abstract sockets of, processes that are not its own descendants.
+        user: See `Confinement`.
+        devices: See `Confinement`.
+        binds: See `Confinement`.
     """
     return Confinement(
-        filter_code({*ALWAYS, *BY_HANDLE}), ruleset=landlock([], files=False) if scoped else None
+        filter_code({*ALWAYS, *BY_HANDLE}),
+        user=user,
+        devices=devices,
+        binds=binds,
+        ruleset=landlock([], files=False) if scoped else None,
+        limits_files=False,
     )
 
 

@@ -467,9 +467,10 @@ class NetworkSettings(Part):
     """The sandbox's network.
 
     Args:
-        mode: `none`, `user` (passt) or `netns` (what a network namespace has).
-        ports: Published ports; with `user`.
-        dns: Addresses of name servers with `user`; none are the host's.
+        mode: `none`, `user` (passt), `tap` (the same by a tap device, from pasta) or `netns` (what a network
+            namespace has).
+        ports: Published ports; with `user` and `tap`.
+        dns: Addresses of name servers with `user` and `tap`; none are the host's.
         path: The network namespace with `netns`; empty makes one.
         model: How interfaces of that are connected: `tcfilter`, `macvtap` or `none`.
     """

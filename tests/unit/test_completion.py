@@ -64,7 +64,7 @@ def test_every_option_of_every_command_is_offered(name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "candidates"),
     [
-        ("kata run --network ", ["none", "user"]),
+        ("kata run --network ", ["none", "user", "tap"]),
         ("kata run --network=n", ["--network=none"]),
         ("kata run --storage t", ["tmpfs"]),
         ("kata run -it --pull=al", ["--pull=always"]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kata import children
-from kata.errors import HostError, KataError, UsageError
+from kata.errors import HostError, KataError, UnsupportedError, UsageError
 from kata.network import passt, resolver, user
 from kata.network.plan import plan
 from kata.settings import NetworkSettings
@@ -64,7 +64,7 @@ def test_both_families() -> None:
     assert made.interface["devicePath"] == "09"
     assert made.idle() == []
     assert [r["gateway"] for r in made.routes] == [user.GATEWAY4, user.GATEWAY6]
-    argv = made.command(7)
+    argv = made.command("--fd", "7")
     assert argv[0] == "/usr/bin/passt"
     assert pairs(argv, "--fd") == ["7"]
     assert "--no-map-gw" in argv
@@ -85,7 +85,7 @@ def test_one_family_or_none(ipv4: bool, ipv6: bool, addresses: list[str], words:
     made = user_plan(host(ipv4, ipv6))
     assert made.interface is not None
     assert [a["address"] for a in made.interface["IPAddresses"]] == addresses
-    argv = made.command(7)
+    argv = made.command("--fd", "7")
     assert pairs(argv, "-a") == addresses
     assert words <= set(argv)
 
@@ -97,7 +97,7 @@ def test_published_ports() -> None:
         {"host_ip": "192.0.2.1", "host_port": 53, "guest_port": 5353, "proto": "udp"},
     ]
     made = user_plan(host(), ports=ports)
-    argv = made.command(7)
+    argv = made.command("--fd", "7")
     assert pairs(argv, "-t") == ["8080:80", "443:443"]
     assert pairs(argv, "-u") == ["192.0.2.1/53:5353"]
     assert "loopback" in made.warnings[0]
@@ -110,7 +110,7 @@ def test_ports_that_the_engine_carries(monkeypatch: pytest.MonkeyPatch) -> None:
         {"host_port": 53, "guest_port": 5353, "proto": "udp"},
     ]
     made = user_plan(host(), ports=ports)
-    argv = made.command(7)
+    argv = made.command("--fd", "7")
     assert (pairs(argv, "-t"), pairs(argv, "-u")) == (["none"], ["53:5353"])
     four, six = resolver.pack(user.ADDRESS4), resolver.pack(user.ADDRESS6)
     clients = ("192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1", "fe80::1%eth0")
@@ -190,7 +190,7 @@ def test_what_passt_can_is_found_out_once(
 def test_names(resolv_conf: str, dns: list[str], forward: list[str]) -> None:
     made = user_plan(host(resolv_conf=resolv_conf))
     assert made.dns == dns
-    assert pairs(made.command(7), "--dns-forward") == forward
+    assert pairs(made.command("--fd", "7"), "--dns-forward") == forward
     assert bool(made.warnings) == (not dns)
 
 
@@ -199,7 +199,7 @@ def test_names_that_were_asked_for() -> None:
         host(resolv_conf="nameserver 127.0.0.53\nsearch a b\noptions ndots:5\n"), dns=["192.0.2.9"]
     )
     assert made.resolv_conf() == "nameserver 192.0.2.9\nsearch a b\noptions ndots:5\n"
-    assert "--dns-forward" not in made.command(7)
+    assert "--dns-forward" not in made.command("--fd", "7")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,26 @@ def test_names_that_were_asked_for() -> None:
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         plan(network(**settings), host())
+
+
+def test_through_a_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine takes nothing else, and where it is asked for."""
+    low = [{"host_port": 53, "guest_port": 53, "proto": "udp"}]
+    ports = [{**low[0], "proto": "tcp"}, {**low[0], "host_port": 5353}]
+    for mode, backends in (("user", ("tap",)), ("tap", ("stream", "tap"))):
+        made = plan(network(mode, ports=ports), host(), backends)
+        assert made.backend == "tap"
+        assert isinstance(made, user.UserPlan)
+        argv = made.command("--netns", "x")
+        assert argv[0] == "/usr/bin/pasta"
+        assert pairs(argv, "-t") == ["none"]  # they are the engine's
+        assert pairs(argv, "-u") == ["5353:53"]
+    assert plan(network(ports=low), host(), ("stream", "tap")).backend == "stream"
+    with pytest.raises(UnsupportedError, match="a UDP port below 1024 cannot be published through a tap"):
+        plan(network(ports=low), host(), ("tap",))
+    monkeypatch.setattr(children, "find_program", lambda name: None)
+    with pytest.raises(HostError, match="the user network needs pasta, which is not installed"):
+        plan(network("tap"), host())
 
 
 def test_passt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Ethernet frames on the guest's end of a network helper's wire, in a test that needs no machine.
 
 Layouts: RFC 826 (ARP), RFC 8200 (IPv6), RFC 4861 (neighbour discovery); each frame goes after its length, as
-QEMU's ``-netdev stream`` sends it.
+QEMU's ``-netdev stream`` sends it, or on a tap (a descriptor) after an empty header of offloads.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
+import select
 import socket
 import struct
 
@@ -44,13 +46,21 @@ def neighbour_claims() -> list[bytes]:
     ]
 
 
-def send(wire: socket.socket, frame: bytes) -> None:
+_TAP_HEADER = 10
+
+
+def send(wire: socket.socket | int, frame: bytes) -> None:
     """Put a frame on the wire, unpadded: passt drops a packet that is shorter than its frame."""
+    if isinstance(wire, int):
+        os.write(wire, bytes(_TAP_HEADER) + frame)
+        return
     wire.sendall(struct.pack("!I", len(frame)) + frame)
 
 
-def receive(wire: socket.socket, timeout_s: float) -> bytes:
+def receive(wire: socket.socket | int, timeout_s: float) -> bytes:
     """The next frame that comes, or nothing."""
+    if isinstance(wire, int):
+        return os.read(wire, 1 << 17)[_TAP_HEADER:] if select.select([wire], [], [], timeout_s)[0] else b""
     wire.settimeout(timeout_s)
     try:
         size = struct.unpack("!I", _exactly(wire, 4))[0]

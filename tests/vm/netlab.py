@@ -193,3 +193,22 @@ def connect_in(namespace: str, address: tuple[str, int], say: bytes = b"", timeo
     thread.start()
     thread.join()
     return answers[0] if answers else b""
+
+
+def send_in(namespace: str, address: tuple[str, int], say: bytes) -> None:
+    """Send a datagram from a network namespace of the lab."""
+
+    def there() -> None:
+        with socket.socket(
+            socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM
+        ) as sock:
+            sock.sendto(say, address)
+
+    within(namespace, there)
+
+
+def answer_a(question: bytes) -> bytes:
+    """A DNS answer (RFC 1035): whatever the name, its address is 192.0.2.77."""
+    end = question.index(b"\0", 12) + 5
+    head = question[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0"
+    return head + question[12:end] + b"\xc0\x0c\0\x01\0\x01\0\0\0\x3c\0\x04" + bytes((192, 0, 2, 77))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import urllib.request
 from functools import partial
+from pathlib import Path
 
 import pytest
-from cli_support import container
+from cli_support import container, vm_pid
 from conftest import Kata
+from hypervisor_support import assert_user_network
+from test_confinement import family
 from waiting import until
+
+from kata import sysio
 
 
 def _fetch(port: int) -> str:
@@ -34,7 +40,8 @@ def _hear(address: str, port: int) -> bytes:
     return b""
 
 
-def test_a_published_port_is_reachable(shared_kata: Kata, busybox_image: str) -> None:
+@pytest.mark.parametrize("network", ["user", "tap"])
+def test_a_published_port_is_reachable(network: str, shared_kata: Kata, busybox_image: str) -> None:
     port, banner, private = _free_ports(3)
     script = (
         "mkdir /www; echo from the guest > /www/index.html; httpd -p 80 -h /www;"
@@ -42,7 +49,7 @@ def test_a_published_port_is_reachable(shared_kata: Kata, busybox_image: str) ->
         " while :; do nc -l -p 25 -e echo hello; done"
     )
     published = (f"127.0.0.1:{port}:80", f"{banner}:25", f"127.0.0.1:{private}:26")
-    options = [word for one in published for word in ("-p", one)]
+    options = ["--network", network, *(word for one in published for word in ("-p", one))]
     with container(shared_kata, busybox_image, "web", script, *options):
 
         def served() -> bool:
@@ -62,20 +69,44 @@ def test_a_published_port_is_reachable(shared_kata: Kata, busybox_image: str) ->
             assert until(partial(_hear, address, banner), f"the banner at {address}") == b"hello\n"
         # What listens on the guest's loopback alone is not published.
         assert _hear("127.0.0.1", private) == b""
-        taken = shared_kata.call("run", "--rm", "-p", f"127.0.0.1:{port}:80", busybox_image, "true")
+        again = ("run", "--rm", "--network", network, "-p")
+        taken = shared_kata.call(*again, f"127.0.0.1:{port}:80", busybox_image, "true")
         assert taken.returncode == 125
         assert str(port) in taken.stderr.decode()
         assert b"fault of its own" not in taken.stderr
+        if network == "tap":
+            low = shared_kata.call(*again, "53:53/udp", busybox_image, "true")
+            assert low.returncode == 125
+            assert b"a UDP port below 1024 cannot be published through a tap device" in low.stderr
+            assert b"hint: Publish it at a port from 1024 on" in low.stderr
+            _has_nothing_of_the_host(shared_kata, "web")
 
 
-def test_the_hosts_loopback_is_out_of_reach(shared_kata: Kata, busybox_image: str) -> None:
+def _has_nothing_of_the_host(kata: Kata, name: str) -> None:
+    """pasta is a user of its own, and what it may do it may do in the machine's network namespace alone."""
+    machine = vm_pid(kata, name)
+    engine = int(Path(f"/proc/{machine}/stat").read_text().rpartition(")")[2].split()[1])
+    pid = family(engine)["passt"]  # of which pasta is another name
+    told = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert min(map(int, told["Uid"].split() + told["Gid"].split())) >= 65534
+    assert (told["NoNewPrivs"].strip(), told["Seccomp"].strip()) == ("1", "2")
+    ours, its = ({kind: sysio.namespace_inode(kind, one) for kind in KINDS} for one in (os.getpid(), pid))
+    assert [kind for kind in KINDS if ours[kind] == its[kind]] == ["net"]
+    assert sysio.namespace_inode("net", machine) != ours["net"]
+
+
+KINDS = ("ipc", "mnt", "net", "pid", "user", "uts")
+
+
+@pytest.mark.parametrize("network", ["user", "tap"])
+def test_the_hosts_loopback_is_out_of_reach(network: str, shared_kata: Kata, busybox_image: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as secret:
         port = secret.getsockname()[1]
         script = (
             "gateway=$(ip route | awk '/default/{print $3}'); echo gateway $gateway;"
             f" for a in 127.0.0.1 10.0.2.2 $gateway; do nc -w 2 $a {port} </dev/null && echo reached $a; done; true"
         )
-        shown = shared_kata.ok("run", "--rm", busybox_image, "sh", "-c", script)
+        shown = shared_kata.ok("run", "--rm", "--network", network, busybox_image, "sh", "-c", script)
         assert "gateway" in shown
         assert "reached" not in shown
         secret.settimeout(0.1)
@@ -91,3 +122,8 @@ def test_without_a_network_there_is_loopback_only(shared_kata: Kata, busybox_ima
     }
     assert "UP" in flags.pop("lo").split(",")
     assert all("UP" not in given.split(",") for given in flags.values()), shown
+
+
+def test_a_user_network_through_a_tap(shared_kata: Kata, busybox_image: str) -> None:
+    """As hypervisors have it that take nothing else (tests/kvm); here with QEMU."""
+    assert_user_network(shared_kata, busybox_image, "--network", "tap")

@@ -19,9 +19,9 @@ import netlab
 import pytest
 from containerd_support import ROOT, RUNTIME, Containerd
 from management_support import curl
+from netlab import answer_a
 from socket_support import client
 from test_namespace import advertise
-from test_network import answer_a
 from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -16,7 +16,7 @@ import frames
 import minivm
 import netlab
 import pytest
-from netlab import HOST4, HOST6, INTERNET4, INTERNET6, Server
+from netlab import HOST4, HOST6, INTERNET4, INTERNET6, Server, answer_a
 from waiting import PATIENCE
 
 from kata import journal_undo, sysio
@@ -50,13 +50,6 @@ def namespaces() -> Iterator[tuple[str, str]]:
         yield names
 
 
-def answer_a(question: bytes) -> bytes:
-    """A DNS answer (RFC 1035): whatever the name, its address is 192.0.2.77."""
-    end = question.index(b"\0", 12) + 5
-    head = question[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0"
-    return head + question[12:end] + b"\xc0\x0c\0\x01\0\x01\0\0\0\x3c\0\x04" + bytes((192, 0, 2, 77))
-
-
 class Sandbox:
     """A network, and on demand the machine on it, inside the host namespace."""
 
@@ -64,11 +57,17 @@ class Sandbox:
         self.journal = minivm.sandbox_dir(base, f"n{os.getpid()}")
         self.name = f"ktest{os.getpid()}"
         self.plan = plan(NetworkSettings.from_plain(settings))
+        self._host = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         [self.nic] = self.plan.setup_nics(1)
+        sysio.setns(self._host)
         self.plan.place(0, slots.nic_path())
 
     def start(self) -> None:
-        self.plan.start(self.journal, self.name)
+        """Start the helper. We stay in the host namespace, also where an engine is in the machine's."""
+        try:
+            self.plan.start(self.journal, self.name)
+        finally:
+            sysio.setns(self._host)
 
     def boot(self, guest: Path) -> minivm.Shell:
         """Boot a machine, tell it its network as the agent does, and give its shell."""
@@ -102,6 +101,7 @@ class Sandbox:
 
     def end(self) -> None:
         self.plan.stop()
+        os.close(self._host)
         assert journal_undo.undo(self.journal, 30) == []
         assert not os.path.exists(os.path.dirname(self.journal.path))
 
@@ -137,7 +137,16 @@ def ask(address: str, port: int, tries: int = 1) -> str:
             return "no answer"
 
 
-def test_a_guest_on_the_network(namespaces: tuple[str, str], guest_assets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["user", "tap"])
+def test_a_guest_on_the_network(mode: str, guest_assets: Path, tmp_path: Path) -> None:
+    """Through a tap, TCP ports are the engine's to publish (`test_cli_network`), and all else is alike."""
+    with netlab.lab() as namespaces:
+        _guest_on_the_network(mode, namespaces, guest_assets, tmp_path)
+
+
+def _guest_on_the_network(
+    mode: str, namespaces: tuple[str, str], guest_assets: Path, tmp_path: Path
+) -> None:
     host, internet = namespaces
     ipv4 = netlab.serve_in(internet, (INTERNET4, 8000), b"over IPv4\n")
     ipv6 = netlab.serve_in(internet, (INTERNET6, 8000), b"over IPv6\n")
@@ -174,11 +183,12 @@ def test_a_guest_on_the_network(namespaces: tuple[str, str], guest_assets: Path,
                 (host, ("127.0.0.1", 81)),  # published at another address only
                 (host, ("127.0.0.1", 5300)),  # published for UDP only
             )
+            if mode == "user"
         ]
         shell.close()
         return found
 
-    found = inside(namespaces, tmp_path, {"mode": "user", "ports": PORTS}, work)
+    found = inside(namespaces, tmp_path, {"mode": mode, "ports": PORTS}, work)
     assert found["ipv4"] == "over IPv4"
     assert found["ipv6"] == "over IPv6"
     assert ipv4.peers == [HOST4]
@@ -187,7 +197,7 @@ def test_a_guest_on_the_network(namespaces: tuple[str, str], guest_assets: Path,
     assert "192.0.2.77" in found["name"]
     assert set(names.peers) == {HOST4}
     assert found["resolv.conf"].splitlines() == [f"nameserver {INTERNET4}", "search example.com"]
-    assert found["published"] == [["from the guest"]] * 5 + [[]] * 2
+    assert found["published"] == ([["from the guest"]] * 5 + [[]] * 2 if mode == "user" else [])
 
 
 ATTEMPTS = (
@@ -219,7 +229,10 @@ def attempts(cgroup: str, addresses: list[tuple[str, int]]) -> list[list[bool]]:
     return verdicts
 
 
-def test_the_helper_is_kept_from_the_loopback(namespaces: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["user", "tap"])
+def test_the_helper_is_kept_from_the_loopback(
+    mode: str, namespaces: tuple[str, str], tmp_path: Path
+) -> None:
     """The helper is in a cgroup in which no program gets to what listens there, and gets to everything else."""
 
     def work(sandbox: Sandbox) -> dict[str, Any]:
@@ -242,7 +255,7 @@ def test_the_helper_is_kept_from_the_loopback(namespaces: tuple[str, str], tmp_p
         found["heard"] = [[bool(server.peers) for server in servers] for servers in (local, for_all)]
         return found
 
-    assert inside(namespaces, tmp_path, {"mode": "user"}, work) == {
+    assert inside(namespaces, tmp_path, {"mode": mode}, work) == {
         "helper is in it": True,
         "loopback": [[False, False]] * 2,
         "others": [[True, True]] * 2,
@@ -280,30 +293,33 @@ def test_without_a_default_route_ports_are_still_published(guest_assets: Path, t
         assert inside(names, tmp_path, {"mode": "user", "ports": PORTS[:1]}, work).endswith("here\n")
 
 
-def test_published_udp_ports(namespaces: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["user", "tap"])
+def test_published_udp_ports(mode: str, namespaces: tuple[str, str], tmp_path: Path) -> None:
     """By hand: what comes for a published port is a frame to the guest's port."""
 
     def work(sandbox: Sandbox) -> str:
         sandbox.start()
-        wire = socket.socket(fileno=sandbox.nic.descriptors()[0].detach())
+        [end] = sandbox.nic.descriptors()
+        wire = end.raw if mode == "tap" else socket.socket(fileno=end.detach())
         for frame in frames.neighbour_claims():
             frames.send(wire, frame)
-            assert frames.receive(wire, 20)
-        with socket.socket(socket.AF_INET, UDP) as sock:
-            sock.sendto(b"for the guest", (HOST4, 5300))
-            while frame := frames.receive(wire, 20):
-                if frame.endswith(b"for the guest"):
-                    break
-        wire.close()
+            while not frames.receive(wire, 1):  # pasta has to open its device first
+                frames.send(wire, frame)
+        netlab.send_in(namespaces[1], (HOST4, 5300), b"for the guest")
+        while frame := frames.receive(wire, 20):
+            if frame.endswith(b"for the guest"):
+                break
+        end.close() if isinstance(wire, int) else wire.close()
         return frame.hex()
 
-    frame = bytes.fromhex(inside(namespaces, tmp_path, {"mode": "user", "ports": PORTS}, work))
+    frame = bytes.fromhex(inside(namespaces, tmp_path, {"mode": mode, "ports": PORTS}, work))
     assert frame[12:14] == b"\x08\x00"
     assert socket.inet_ntoa(frame[30:34]) == user.ADDRESS4
     assert int.from_bytes(frame[36:38], "big") == 5301
 
 
-def test_ports_that_are_taken(namespaces: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["user", "tap"])
+def test_ports_that_are_taken(mode: str, namespaces: tuple[str, str], tmp_path: Path) -> None:
     def work(sandbox: Sandbox) -> list[str]:
         taken = Server(("0.0.0.0", 8080), b"")
         sandbox.nic.close()
@@ -315,7 +331,7 @@ def test_ports_that_are_taken(namespaces: tuple[str, str], tmp_path: Path) -> No
             taken.sock.close()
         return []
 
-    message, hint = inside(namespaces, tmp_path, {"mode": "user", "ports": PORTS}, work)
+    message, hint = inside(namespaces, tmp_path, {"mode": mode, "ports": PORTS}, work)
     assert message == "cannot publish port 8080->80/tcp: Address already in use"
     assert "ss -lntup" in hint
 
@@ -351,15 +367,15 @@ def test_the_helper_ends_with_the_machine(namespaces: tuple[str, str], tmp_path:
     assert inside(namespaces, tmp_path, {"mode": "user"}, with_machine)
 
 
-@pytest.mark.parametrize("cgroups_are_hidden", [False, True])
+@pytest.mark.parametrize(("mode", "cgroups_are_hidden"), [("user", False), ("user", True), ("tap", False)])
 def test_the_helper_ends_with_the_engine(
-    namespaces: tuple[str, str], tmp_path: Path, cgroups_are_hidden: bool
+    mode: str, namespaces: tuple[str, str], tmp_path: Path, cgroups_are_hidden: bool
 ) -> None:
     script = (
         f"import sys, os, time; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
         "from pathlib import Path\n"
         "import test_network\n"
-        f"sandbox = test_network.Sandbox(Path({str(tmp_path)!r}), {{'mode': 'user'}})\n"
+        f"sandbox = test_network.Sandbox(Path({str(tmp_path)!r}), {{'mode': {mode!r}}})\n"
         "sandbox.start()\n"
         "print(sandbox.journal.path, sandbox.plan._child.pid, flush=True)\n"
         "time.sleep(600)\n"

@@ -57,7 +57,10 @@ _OPTIONS = [
     Option("--cap-add", "CAP", "add a capability, or ALL", many=True),
     Option("--cap-drop", "CAP", "drop a capability, or ALL", many=True),
     Option(
-        "--network", "none|user", "'user' (the default): outgoing connections and -p; 'none': loopback only"
+        "--network",
+        "none|user|tap",
+        "'user' (the default): outgoing connections and -p; 'tap': the same through a tap device, as hypervisors"
+        " have it that take nothing else; 'none': loopback only",
     ),
     Option(
         "-p --publish",
@@ -314,7 +317,7 @@ class _Choice:
         pids = a.value("pids_limit")
         self.pids = None if pids is None else values.whole(pids, "--pids-limit", least=-1)
         self.tty, self.interactive = a.flag("tty"), a.flag("interactive")
-        self.network = self._one_of(a, "network", ("user", "none"))
+        self.network = self._one_of(a, "network", ("user", "tap", "none"))
         self.storage = self._one_of(a, "storage", ("disk", "tmpfs"))
         self.pull = self._one_of(a, "pull", ("missing", "always", "never"))
         self.platform = _runnable(a.value("platform"))

@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from kata.network.rtnetlink import Link
 
 TAP = "tap{}_kata"
-_TUNSETIFF, _TUNSETIFINDEX = 0x400454CA, 0x400454DA
+TUNSETIFF, _TUNSETIFINDEX = 0x400454CA, 0x400454DA
 _FIRST_INDEX = 0x3FFFFFFC
 """Index of the first tap, far above the indexes that the kernel hands out. Some clients (nerdctl) assume that the first
 interface which is up belongs to the container. An interface that CNI makes later would come after a tap with an
 ordinary index, and clients would take the tap. Interfaces are listed by index; before Linux 6.8, by its lowest byte."""
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_IFF_VNET_HDR = 0x4000
+TAP_FLAGS = 0x1002
+"""IFF_TAP and IFF_NO_PI: Ethernet frames with nothing before them."""
 _TUNNELS = frozenset({"sit", "ipip", "gre", "gretap", "ip6tnl", "ip6gre", "vti", "vti6", "erspan", "dummy"})
 """Kinds of interfaces that the kernel creates in every namespace; they are ignored while they are down."""
 
@@ -74,7 +76,7 @@ class Endpoint(ABC):
         """
 
 
-class _Redirected(Endpoint):
+class Redirected(Endpoint):
     """An endpoint whose traffic is redirected; the journal's entry records the redirection."""
 
     __slots__ = ()
@@ -171,7 +173,7 @@ class NetnsPlan(NetworkPlan):
                 found = self.new_links(rtnl)
             for index in range(max(1, min(len(found), most))):
                 mac = found[index].mac if found else self.mac
-                self.endpoints.append(_Redirected(index, mac))
+                self.endpoints.append(Redirected(index, mac))
             self.rescan()
         except BaseException:
             self.close_taps()
@@ -257,7 +259,7 @@ class NetnsPlan(NetworkPlan):
         before = self._described()
         with rtnetlink.Rtnl() as rtnl:
             self._refresh(rtnl)
-            free = [one for one in self.endpoints if isinstance(one, _Redirected) and one.source is None]
+            free = [one for one in self.endpoints if isinstance(one, Redirected) and one.source is None]
             new = self.new_links(rtnl)
             refused: list[str] = []
             if is_running:
@@ -303,12 +305,12 @@ class NetnsPlan(NetworkPlan):
             if link is None:
                 self._release(rtnl, endpoint)
                 continue
-            if isinstance(endpoint, _Redirected) and link.mtu != endpoint.source.mtu:
+            if isinstance(endpoint, Redirected) and link.mtu != endpoint.source.mtu:
                 rtnl.bring_up(endpoint.tap, link.mtu)
             endpoint.source = link
 
     def _release(self, rtnl: rtnetlink.Rtnl, endpoint: Endpoint) -> None:
-        if not isinstance(endpoint, _Redirected):
+        if not isinstance(endpoint, Redirected):
             return  # it ended with the interface below it
         rtnl.stop_redirecting(endpoint.tap)
         endpoint.source = None
@@ -336,7 +338,7 @@ class NetnsPlan(NetworkPlan):
 
         try:
             for endpoint in self.endpoints:
-                if isinstance(endpoint, _Redirected) and endpoint.source is not None:
+                if isinstance(endpoint, Redirected) and endpoint.source is not None:
                     replies.let_in(endpoint.source.index, endpoint.tap)
         except OSError as error:
             raise HostError(
@@ -344,9 +346,9 @@ class NetnsPlan(NetworkPlan):
                 "Check that the kernel has cls_bpf (CONFIG_NET_CLS_BPF).",
             ) from error
 
-    def _late(self, mac: str) -> _Redirected:
+    def _late(self, mac: str) -> Redirected:
         """Make a further endpoint, for a hotplug port of the machine."""
-        endpoint = _Redirected(len(self.endpoints), mac)
+        endpoint = Redirected(len(self.endpoints), mac)
         self.hotplug_nics -= 1
         self.endpoints.append(endpoint)
         self._pending_hotplugs.append(endpoint)
@@ -420,9 +422,9 @@ def _make_tap(name: str, index: int) -> int:
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+            flags = TAP_FLAGS | _IFF_VNET_HDR
             fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("I", index))
-            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
             with rtnetlink.Rtnl() as rtnl:
                 rtnl.bring_up(index)
         except BaseException:

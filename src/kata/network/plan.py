@@ -9,15 +9,22 @@ from kata.network import resolver, user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kata.settings import NetworkSettings
 
 
-def plan(settings: NetworkSettings, host: user.HostNetwork | None = None) -> user.NetworkPlan:
+def plan(
+    settings: NetworkSettings,
+    host: user.HostNetwork | None = None,
+    backends: Sequence[str] = ("stream", "tap"),
+) -> user.NetworkPlan:
     """Plan the network of a sandbox. Nothing is created on the host yet.
 
     Args:
         settings: The sandbox's network settings.
         host: The host's network; None to examine it.
+        backends: What the machine's interfaces can be connected to (`kata.hypervisor.base.Capabilities.nic_backends`).
 
     Returns:
         The plan that fits the settings' mode.
@@ -25,6 +32,7 @@ def plan(settings: NetworkSettings, host: user.HostNetwork | None = None) -> use
     Raises:
         UsageError: The settings contradict each other.
         HostError: passt is missing.
+        UnsupportedError: A port cannot be published with this hypervisor.
     """
     mode, dns = settings.mode, settings.dns
     ports = [user.Port(port.host_ip, port.host_port, port.guest_port, port.proto) for port in settings.ports]
@@ -47,13 +55,20 @@ def plan(settings: NetworkSettings, host: user.HostNetwork | None = None) -> use
         from kata.network.netns import NetnsPlan
 
         return NetnsPlan(random_mac(), settings.path, settings.model)
-    if mode != "user":
-        raise UsageError(f"there is no network mode {mode!r}", "Use user or none.")
-    program = children.find_program(user.PROGRAM)
+    if mode not in ("user", "tap"):
+        raise UsageError(f"there is no network mode {mode!r}", "Use user, tap or none.")
+    by_tap = mode == "tap" or ("stream" not in backends and "tap" in backends)
+    name = "pasta" if by_tap else user.PROGRAM
+    program = children.find_program(name)
     if program is None:
         raise HostError(
-            "the user network needs passt, which is not installed", f"{user.INSTALL} (or use --network none)"
+            f"the user network needs {name}, which is not installed",
+            f"{user.INSTALL} (or use --network none)",
         )
+    if by_tap:
+        from kata.network.pasta import PastaPlan
+
+        return PastaPlan(random_mac(), ports, host or user.HostNetwork.look(), dns, program)
     carries_tcp = False
     if any(port.proto == "tcp" for port in ports):
         from kata.network import passt

@@ -345,9 +345,13 @@ class UserPlan(NetworkPlan):
                 "the host names no DNS server, so the container has none; --dns gives it one"
             )
 
-    def command(self, fd: int) -> list[str]:
-        """passt's argument vector, for a wire on this descriptor. Source: passt(1)."""
-        argv = [self._program, "--foreground", "--quiet", "--fd", str(fd), "--no-map-gw", "-M", HELPER_MAC]
+    def command(self, *wire: str) -> list[str]:
+        """passt's argument vector. Source: passt(1).
+
+        Args:
+            wire: The options that say where the guest's frames are.
+        """
+        argv = [self._program, "--foreground", "--quiet", *wire, "--no-map-gw", "-M", HELPER_MAC]
         # The guest is told its addresses by its agent; what is not served cannot be attacked.
         argv += ["--no-dhcp", "--no-dhcpv6", "--no-ra", "--mtu", str(MTU)]
         if self._ipv4:
@@ -399,6 +403,31 @@ class UserPlan(NetworkPlan):
         """
         if self._fd is None:
             raise HostError("the user network has no interface to serve")
+        try:
+            self.start_helper(
+                self.command("--fd", str(self._fd.raw)),
+                journal,
+                name,
+                pass_fds=[self._fd.raw],
+                capabilities=CAPABILITIES,
+                namespaces=sysio.CLONE_NEWPID,
+                confinement=confinement.helper(),
+            )
+        finally:
+            self._fd.close()  # so that passt sees the end of the machine, and the machine that of passt
+
+    def start_helper(self, argv: Sequence[str], journal: Journal, name: str, **how: Any) -> None:
+        """Publish the ports, and start passt where the host's loopback is out of its reach.
+
+        Args:
+            argv: What is executed.
+            journal: The sandbox's.
+            name: The sandbox's id.
+            how: Further arguments of `kata.children.spawn`.
+
+        Raises:
+            HostError: See `start`.
+        """
         check_ports(self.ports)
         if self._carries_tcp:
             self.listeners = listen([port for port in self.ports if port.proto == "tcp"])
@@ -412,20 +441,9 @@ class UserPlan(NetworkPlan):
         )
         self._cgroup = journal.entries[-1]
         try:
-            self._child.start(
-                self.command(self._fd.raw),
-                journal,
-                "passt",
-                pass_fds=[self._fd.raw],
-                cgroups=[cgroup],
-                capabilities=CAPABILITIES,
-                namespaces=sysio.CLONE_NEWPID,
-                confinement=confinement.helper(),
-            )
+            self._child.start(argv, journal, "passt", cgroups=[cgroup], **how)
         except OSError as error:
             raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
-        finally:
-            self._fd.close()  # so that passt sees the end of the machine, and the machine that of passt
 
     def failure(self) -> KataError | None:
         """Why passt has ended, or None while it runs."""

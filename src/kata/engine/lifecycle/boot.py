@@ -333,7 +333,7 @@ class Boot:
             return
         from kata.network.plan import plan
 
-        made = plan(network)
+        made = plan(network, backends=self.capabilities.nic_backends)
         if made.backend and made.backend not in self.capabilities.nic_backends:
             raise UnsupportedError(
                 f"{self.monitor.title} cannot connect a machine to a network of the mode {network.mode!r}",
