@@ -348,7 +348,7 @@ class SnapshotSettings(Part):
     __slots__ = ("images_mib", "upper_layer", "upper_mib")
 
     def __init__(
-        self, *, upper_layer: str = "live", upper_mib: int = 10240, images_mib: int = 20480
+        self, *, upper_layer: str = "auto", upper_mib: int = 10240, images_mib: int = 20480
     ) -> None:
         self.upper_layer = upper_layer
         self.upper_mib = upper_mib

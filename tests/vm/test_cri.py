@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -192,6 +193,52 @@ def test_a_pod_is_one_machine_with_several_containers(cri: Cri) -> None:
     ping = ["nsenter", f"--net=/run/netns/{cri.netns}", "ping", "-c", "1", "-W", "20", address]
     if shutil.which("ping"):
         assert subprocess.run(ping, capture_output=True, check=False).returncode == 0
+
+
+def test_what_a_containers_root_is_made_of(cri: Cri) -> None:
+    """By default of disks: one of the image for all containers, one for each to write to, which the host measures."""
+    pod = cri.pod()
+    one, two = (
+        cri.container(pod, name, "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done")
+        for name in ("one", "two")
+    )
+    for name in (one, two):
+        mounts = "awk '$2 == \"/\" {print $3}' /proc/mounts; cut -d' ' -f3 /proc/mounts | grep -c virtiofs"
+        assert cri("exec", "-s", name, "sh", "-c", mounts, code=None).split()[0] == "overlay"
+    cri("exec", "-s", one, "sh", "-c", "rm /etc/passwd; dd if=/dev/urandom of=/data bs=1M count=24; sync")
+    assert (
+        cri("exec", "-s", two, "sh", "-c", "ls /etc/passwd; ls /data 2>&1; true").splitlines()[0]
+        == "/etc/passwd"
+    )
+    snapshots = cri.daemon.directory / "root/io.containerd.snapshotter.v1.overlayfs/snapshots"
+    disks = list(snapshots.glob("*/fs/.kata-writable-layer.img"))
+    assert len(disks) == 2
+    assert len(list((cri.daemon.directory / "s/layers").glob("*.erofs"))) == 1
+    # What the kubelet asks for to keep a limit on ephemeral storage; containerd measures every ten seconds.
+
+    def measured() -> int:
+        (stats,) = json.loads(cri("stats", "-o", "json", "--id", one))["stats"]
+        return int((stats["writableLayer"].get("usedBytes") or {}).get("value") or 0)
+
+    until(lambda: measured() > 24 << 20, "what it takes is measured", cri.daemon.diagnosis)
+
+    cri("stop", "-t", "20", one)
+    assert cri.status(one)["exitCode"] == 3
+    [carried] = snapshots.glob("*/fs/data")
+    assert carried.stat().st_size == 24 << 20
+    assert stat.S_ISCHR(os.lstat(carried.parent / "etc/passwd").st_mode)
+    until(lambda: len(list(snapshots.glob("*/fs/.kata*"))) == 1, "its disk is gone", cri.daemon.diagnosis)
+    again = cri.container(pod, "again", "sleep", "1000")
+    assert "/etc/passwd" in cri("exec", "-s", again, "ls", "/etc/passwd")
+
+
+def test_a_containers_root_is_live_where_that_is_wanted(cri: Cri) -> None:
+    pod = cri.pod({"io.katacontainers.config.runtime.rootfs_upper_layer": "live"})
+    one = cri.container(pod, "one", "sleep", "1000")
+    cri("exec", "-s", one, "touch", "/seen-at-once")
+    snapshots = cri.daemon.directory / "root/io.containerd.snapshotter.v1.overlayfs/snapshots"
+    assert list(snapshots.glob("*/fs/seen-at-once"))
+    assert not list(snapshots.glob("*/fs/.kata-writable-layer.img"))
 
 
 def test_a_pod_is_watched_under_its_name(cri: Cri) -> None:

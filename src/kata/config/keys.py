@@ -423,7 +423,7 @@ _ALL = [
     Key(_R, "hypervisor_name", TEXT, "qemu", "the hypervisor: `qemu`, `cloud-hypervisor` (`clh`) or"
         " `firecracker` (`fc`); without it that of the only hypervisor's table, or of the name of the file:"
         " docs/hypervisors.md"),
-    Key(_R, "rootfs_upper_layer", TEXT, "`live`", "*our own*: where what a container writes to its root file system is"
+    Key(_R, "rootfs_upper_layer", TEXT, "`auto`", "*our own*: where what a container writes to its root file system is"
         " while it runs, if containerd hands over an overlay of directories: `live`, in the snapshot's upper directory,"
         " by the share; `block`, on a disk of the machine beside one with the read-only layers, from where it is"
         " carried back when the container has ended; or `auto`, which is `block` for containers of Kubernetes' pods:"

@@ -60,6 +60,30 @@ class Namespaces:
             found += self._open_trees(paths[start : start + _AT_ONCE])
         return found
 
+    def are_seen_here(self, paths: Sequence[str]) -> bool:
+        """Whether these directories are the same here as on the host, where others may be mounted upon them.
+
+        Blocks, and forks.
+
+        Raises:
+            OSError: One is not there; or the host's namespaces cannot be entered.
+        """
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        for start in range(0, len(paths), _AT_ONCE):
+            some = paths[start : start + _AT_ONCE]
+            found = self._sent([partial(os.open, path, flags) for path in some], some)
+            opened = [one for one in found if isinstance(one, int)]
+            try:
+                for path, one in zip(some, found, strict=True):
+                    if isinstance(one, OSError):
+                        raise one
+                    if not os.path.samestat(os.fstat(one), os.stat(path)):
+                        return False
+            finally:
+                for one in opened:
+                    os.close(one)
+        return True
+
     def opened(self, work: Callable[[], int], path: str) -> int:
         """What *work* opens in the host's namespaces. Blocks, and forks.
 

@@ -81,7 +81,7 @@ def machine_settings(
         ),
         share=_share(conf),
         snapshots=SnapshotSettings(
-            upper_layer=conf.get("runtime.rootfs_upper_layer", "live"),
+            upper_layer=conf.get("runtime.rootfs_upper_layer", "auto"),
             upper_mib=conf.get("runtime.rootfs_upper_layer_size", 10240),
             images_mib=conf.get("runtime.layer_images_size", 20480),
         ),

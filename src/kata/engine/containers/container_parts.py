@@ -54,6 +54,8 @@ if TYPE_CHECKING:
             """What all sockets of the host that containers reach have in common."""
 
 
+DEVICES_BESIDE = 2
+"""With more disks of its own than these a container's root file system is none: the machine has few slots."""
 REMOVE_S = 20
 """How long the guest may take to write back what a container has written, in seconds."""
 PLACEHOLDER_PROCESS = {"args": ["/proc/self/exe"], "cwd": "/"}
@@ -218,6 +220,8 @@ class ContainerParts:
         """Have the guest mount a snapshot from disks, where that is wanted and can be."""
         described = self._host.settings.described().snapshots
         if root.mounted_by_host or described.upper_layer == "live":
+            return False
+        if len(disks.devices_of(self.config)) > DEVICES_BESIDE:
             return False
         from kata.engine.containers import snapshot_root
 

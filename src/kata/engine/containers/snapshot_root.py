@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from kata.agent.client import AgentClient
     from kata.engine.access import MachineAccess
+    from kata.engine.hostns import Namespaces
     from kata.engine.tasks import Tasks
     from kata.journal import Entry, Journal
     from kata.proto.task_pb import Mount
@@ -245,7 +246,7 @@ class SnapshotRoot:
             None  # while there is something in the directory that has to go if we die
         )
         self._file: Entry | None = None  # the disk's file, when that alone has to
-        self._is_whole = False
+        self._is_ended = False
 
     async def make(self, mounts: Sequence[Mount]) -> rootfs.LayerDisksRoot | None:
         """Make it of disks; None, with a line in the log, where that cannot be. Nothing is left then."""
@@ -266,8 +267,7 @@ class SnapshotRoot:
         layers = layers_of(mounts)
         if isinstance(layers, str):
             raise KataError(layers)
-        if await self._tasks.run_blocking(_is_written, layers.upper):
-            raise KataError("something has been written to it before")
+        await self._tasks.run_blocking(_require_plain, layers, self._runtime.machine.host)
         image = await self._disks.image(layers.lower, self._settings.images_mib)
         agent = await self._runtime.ready()
         if LAYERS not in agent.features:
@@ -305,8 +305,9 @@ class SnapshotRoot:
         Args:
             config: The container's specification.
         """
-        if not self._directory or self._is_whole:
+        if not self._directory or self._is_ended:
             return
+        self._is_ended = True
         try:
             await self._carry_back(_capabilities(config))
         except KataError as error:
@@ -316,8 +317,6 @@ class SnapshotRoot:
             self._tasks.log(
                 await self._tasks.run_blocking(self._discard) or "the upper directory is empty", "debug"
             )
-            return
-        self._is_whole = True
 
     async def _carry_back(self, capabilities: frozenset[str]) -> None:
         from kata.storage.upper import UpperLayer
@@ -406,16 +405,24 @@ class SnapshotRoot:
         self._directory = ""
 
 
-def _is_written(upper: str) -> bool:
-    """Whether something is in an upper directory. Blocks.
+def _require_plain(layers: Layers, host: Namespaces | None) -> None:
+    """Check that these are the host's directories, and no mounts, and that nothing has been written yet. Blocks.
 
     Raises:
-        KataError: It cannot be read.
+        KataError: It is not so.
     """
+    paths = [*layers.lower, layers.upper]
     try:
-        return bool(os.listdir(upper))
+        for path in paths:
+            if os.stat(path).st_dev != os.stat(os.path.dirname(os.path.realpath(path))).st_dev:
+                raise KataError("its layers are mounts of the host")
+        if os.listdir(layers.upper):
+            raise KataError("something has been written to it before")
+        # What the host has mounted since we have a mount namespace of our own may not be seen here.
+        if host is not None and not host.are_seen_here(paths):
+            raise KataError("its layers are mounts that only the host sees")
     except OSError as error:
-        raise KataError(f"its upper directory cannot be read: {error.strerror}") from None
+        raise KataError(f"its directories cannot be read: {error.strerror}") from None
 
 
 def _capabilities(config: Mapping[str, Any]) -> frozenset[str]:
