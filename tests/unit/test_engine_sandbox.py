@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from agent_double import MachineDouble
 from engine_double import Engine, drain, engine, fifos, make, process
+from waiting import until
 
 from kata.engine.containers import spec
 from kata.engine.lifecycle.sandbox_state import SandboxState
@@ -147,6 +148,18 @@ def test_auto_remove_leaves_nothing_and_asks_the_guest_nothing(make: Callable[..
     assert not os.path.exists(engine.run_dir)
     assert not engine.container_dir.exists()
     assert "RemoveContainer" not in engine.double.calls
+
+
+def test_discard_ends_it_and_asks_the_guest_nothing(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        client.discard()
+        assert client.wait("c1") == 137
+    until(lambda: not os.path.exists(engine.run_dir), "the directory to go")
+    assert engine.state["exit_code"] == 137
+    assert not {"RemoveContainer", "SignalProcess"} & set(engine.double.calls)
+    assert engine.sandbox.machine_double.closed
 
 
 @pytest.mark.parametrize(

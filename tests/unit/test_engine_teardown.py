@@ -30,7 +30,7 @@ class Ending:
         self.messages: list[str] = []
         self.fails = fails
         self.id = "s1"
-        self.auto_remove = False
+        self.is_discarded = False
         self.removed_directory = ""
         self.trace: Any = None
         self.life = Lifecycle("s1")
@@ -169,7 +169,7 @@ def test_nobody_is_asked_to_write_back_what_nobody_will_read(tmp_path: Path, why
     def sandbox() -> Ending:
         made = Ending(tmp_path)
         made.add("c1", made.note_async("remove c1"))
-        made.auto_remove = why == "removed with it"
+        made.is_discarded = why == "removed with it"
         made.runtime.is_lost = why == "lost"
         return made
 

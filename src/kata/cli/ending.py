@@ -22,6 +22,10 @@ ENDED = (VMLostError, NotFoundError, HostError)
 """Errors of a call when the container, or its engine, has ended before."""
 _DEADLINE_EXCEEDED = 4
 
+LOOK_MS = 50
+"""How often (in milliseconds) it is looked whether the engine still lives, while its sandbox is there."""
+BLIND_S = 0.01
+"""The same in seconds where the directory cannot be watched."""
 TELL_AFTER_S = 2.0
 """An engine that has not ended by itself after this time (in seconds) is told to."""
 KILL_AFTER_S = 8.0
@@ -40,11 +44,59 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
     Returns:
         Whether the directory is gone.
     """
+    with _Watch(paths.sandbox_dir(container.id)) as watch:
+        return _is_gone(watch, timeout_s, tell=tell)
+
+
+class _Watch:
+    """Waits for the end of a directory; a context manager.
+
+    Args:
+        directory: Its path.
+    """
+
+    __slots__ = ("_fd", "_poll", "directory")
+
+    def __init__(self, directory: str) -> None:
+        import select
+
+        from kata import sysio
+
+        self.directory = directory
+        self._poll = select.poll()
+        self._fd: sysio.Fd | None = None
+        try:
+            self._fd = sysio.Fd(sysio.inotify_init())
+            self._poll.register(self._fd.raw, select.POLLIN)
+            sysio.inotify_add_watch(self._fd.raw, directory, sysio.IN_MOVE_SELF | sysio.IN_DELETE_SELF)
+        except OSError:
+            self.close()  # it is gone, or the user may have no more queues: then it is looked more often
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._fd is not None:
+            self._fd.close()
+            self._fd = None
+
+    def wait(self) -> None:
+        """Return when the directory has been renamed or removed, or it is time to look."""
+        if self._fd is None:
+            time.sleep(BLIND_S)
+        else:
+            self._poll.poll(LOOK_MS)
+
+
+def _is_gone(watch: _Watch, timeout_s: float, *, tell: bool) -> bool:
     from kata.journal import Journal
 
-    directory = paths.sandbox_dir(container.id)
+    directory = watch.directory
     began = time.monotonic()
-    delay = 0.002
     orders = [(TELL_AFTER_S, signal.SIGTERM), (KILL_AFTER_S, signal.SIGKILL)] if tell else []
     while os.path.isdir(directory):
         waited = time.monotonic() - began
@@ -62,8 +114,7 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
                 journal.close()
         if waited > timeout_s:
             return False
-        time.sleep(delay)
-        delay = min(delay * 1.5, 0.05)
+        watch.wait()
     return True
 
 
@@ -85,12 +136,15 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
     first = signals.number(container.record["stop_signal"]) if grace_s > 0 else kill
     try:
         with EngineClient(container.socket) as engine:
+            if force:
+                engine.discard()
+                return
             if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
                 return
             # Whatever the guest answers, the engine ends the container.
             with contextlib.suppress(AgentError, NotFoundError):
                 engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
-            _ends_within(engine, container, 1.0 if force else _AFTER_KILL_S)
+            _ends_within(engine, container, _AFTER_KILL_S)
     except ENDED:
         pass
     finally:

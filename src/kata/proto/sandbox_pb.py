@@ -12,6 +12,7 @@ _MESSAGES = {
     "TimingsResponse": "timings:1:*@sandbox.Timing path:2:string reason:3:string",
     "Timing": "name:1:string start_ns:2:int64 duration_ns:3:int64 part_of:4:string",
     "DescribeRequest": "",
+    "DiscardRequest": "",
     "DescribeResponse": "json:1:string",
     "AgentCallRequest": "service:1:string method:2:string payload:3:bytes",
     "AgentCallResponse": "payload:1:bytes",
@@ -34,6 +35,7 @@ SERVICES = {
             "Processes": "@agentext.ListProcessesRequest @agentext.ListProcessesResponse",
             "Timings": "@sandbox.TimingsRequest @sandbox.TimingsResponse",
             "Describe": "@sandbox.DescribeRequest @sandbox.DescribeResponse",
+            "Discard": "@sandbox.DiscardRequest @google.Empty",
             "AgentCall": "@sandbox.AgentCallRequest @sandbox.AgentCallResponse",
         }
     ),

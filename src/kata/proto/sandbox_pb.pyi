@@ -58,6 +58,9 @@ class Timing(Message):
 class DescribeRequest(Message):
     def __init__(self) -> None: ...
 
+class DiscardRequest(Message):
+    def __init__(self) -> None: ...
+
 class DescribeResponse(Message):
     json: str
     """A JSON object: accelerator, kernel, pids, disks, network, agent version."""

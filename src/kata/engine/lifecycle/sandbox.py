@@ -105,14 +105,16 @@ class Sandbox:
         self.trace: SandboxTrace | None = None
         self.on_trace: Callable[[SandboxTrace], None] = lambda trace: None
         self._start_error = failed
+        self._is_discarded = False
         self._end_task: asyncio.Task[None] | None = None
         self.client = settings.client
         self.is_pod = settings.pod is not None
 
     @property
-    def auto_remove(self) -> bool:
-        """Whether the container's directory goes with the sandbox."""
-        return self.settings.container is not None and self.settings.container.auto_remove
+    def is_discarded(self) -> bool:
+        """Whether nobody will read what the containers wrote to their own disks."""
+        own = self.settings.container
+        return self._is_discarded or (own is not None and own.auto_remove)
 
     def _make_runtime(self, machine: Machine) -> MachineRuntime:
         return MachineRuntime(
@@ -351,6 +353,11 @@ class Sandbox:
             container.record.write_later(disk_error=sentence)
 
     # ---- the end ----
+
+    def discard(self) -> None:
+        """End the sandbox without having the guest write back what its containers have written."""
+        self._is_discarded = True
+        self.end()
 
     def end(self, grace_s: float = REMOVE_S) -> None:
         """End the sandbox: its state is ENDED when nothing of it is left but this process.

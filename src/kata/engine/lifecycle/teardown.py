@@ -64,8 +64,8 @@ if TYPE_CHECKING:
             """What records it, if anything does."""
 
         @property
-        def auto_remove(self) -> bool:
-            """Whether the container is removed with the sandbox."""
+        def is_discarded(self) -> bool:
+            """Whether nobody will read what the containers wrote to their own disks."""
 
         @property
         def removed_directory(self) -> str:
@@ -123,7 +123,7 @@ class Teardown:
 
     async def remove_containers(self) -> None:
         """Have the guest unmount and sync. Of a container that is removed, nobody will read what it wrote."""
-        if self._sandbox.auto_remove or self._runtime.is_lost or not self._sandbox.containers:
+        if self._sandbox.is_discarded or self._runtime.is_lost or not self._sandbox.containers:
             return
         removals = [asyncio.ensure_future(one.remove()) for one in self._sandbox.containers.values()]
         try:

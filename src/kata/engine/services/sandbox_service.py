@@ -53,6 +53,9 @@ if TYPE_CHECKING:
         def container(self, container_id: str, *, may_come: bool = False) -> Container:
             """The container with this id."""
 
+        def discard(self) -> None:
+            """End the sandbox, with what was written."""
+
 
 SERVICE = "kata.sandbox.v1.Sandbox"
 _FILES = "kata.agent.v1.Files"
@@ -133,6 +136,12 @@ class SandboxService:
         self, request: sandbox_pb.DescribeRequest, context: Context
     ) -> sandbox_pb.DescribeResponse:
         return sandbox_pb.DescribeResponse(json=json.dumps(await describe(self._sandbox)))
+
+    # ---- the end ----
+
+    async def Discard(self, request: sandbox_pb.DiscardRequest, context: Context) -> google_pb.Empty:
+        self._sandbox.discard()
+        return google_pb.Empty()
 
     # ---- for tools ----
 
