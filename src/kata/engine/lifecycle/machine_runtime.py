@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 LOST_NOTICE_S = 2.0
 """How long a broken agent connection waits for the hypervisor's own account of what happened, in seconds."""
+FILES_NOTICE_S = 0.5
+"""The same of the file server's end: it ends when the hypervisor does, and is reaped first as often as not."""
 CLOCK_AFTER_S = 1.0
 """How long after the guest is up its clock is looked at first, in seconds: it was set a moment ago, and a first
 container is on its way."""
@@ -342,9 +344,16 @@ class MachineRuntime:
         def ended() -> None:
             failure = server.failure()
             if failure is not None and not (self.life.is_ending or self.life.is_lost):
-                self.terminate(VMLostError(failure.message, failure.hint))
+                self._tasks.create_task(self._files_are_gone(failure))
 
         server.child.on_exit(ended)
+
+    async def _files_are_gone(self, failure: KataError) -> None:
+        """Give the machine up for want of its file server, unless it is the hypervisor that has ended."""
+        try:
+            await asyncio.wait_for(asyncio.shield(self.life.exit_reason), FILES_NOTICE_S)
+        except TimeoutError:
+            self.terminate(VMLostError(failure.message, failure.hint))
 
     async def _watch_agent(self, agent: AgentClient) -> None:
         assert self.vm is not None
