@@ -1,9 +1,15 @@
-"""What files in a pod give: its root file system (containerd's overlay, shared live) and a volume, beside runc.
+"""What files in a pod give: its image, its root file system, a volume, and work with many small files, beside runc.
 
-The same program (`bench/load.c`) does the same in both, in a pod each; both file systems lie on the host's disk at
-``/tmp``. What is read was written just before, so it comes from the host's memory: this is about the way of a file into
-the container, not about disks; only what is synced goes there. In every round each test runs once with each runtime and
-at each place, in an order that is shuffled anew. Reported are medians, and kata's share of what runc reaches.
+Kata is there twice: as it is by default, with the root file system on disks (``kata``), and with the root shared live
+(``live``); docs/storage.md has the difference. The same program (`bench/load.c`) does the same in all of them, in a pod
+each; all file systems lie on the host's disk at ``/tmp``. What is read was written just before, so it comes from the
+host's memory: this is about the way of a file into the container, not about disks; only what is synced goes there. The
+image's files are on the host from the start, and the first round is the first time that the pods look at them. In every
+round each test runs once with each, in an order that is shuffled anew. Reported are medians, and what share of runc's
+kata and live reach.
+
+The last table is work as ``npm install`` does it, in seconds: an archive of 5 000 files of 2 KiB is unpacked in the
+root file system, all are read, and all are removed.
 
 Needs root, containerd, crictl, CNI's plugins, runc, gcc and a guest.
 """
@@ -11,14 +17,18 @@ Needs root, containerd, crictl, CNI's plugins, runc, gcc and a guest.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import random
 import statistics
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from podlab import RUNTIMES, TOOLS, Lab, progress, shuffled
+from podlab import TOOLS, Lab, progress
 
 TESTS: dict[str, tuple[str, str, str, float]] = {
     "sequential write and fsync, 1 MiB": ("write", "mib", "MB/s", 1e6),
@@ -31,33 +41,91 @@ TESTS: dict[str, tuple[str, str, str, float]] = {
     "stat": ("stat", "count", "1/s", 1),
     "unlink": ("unlink", "count", "1/s", 1),
 }
-PLACES = {"root file system": "/bench", "volume": "/volume"}
+OF_IMAGE = ("open and read a file of 4 KiB", "stat")
+"""The tests that change nothing."""
+PLACES = {"image": "/image", "root file system": "/bench", "volume": "/volume"}
+UPPER = "io.katacontainers.config.runtime.rootfs_upper_layer"
+KINDS = {"kata": ("kata", {}), "live": ("kata", {UPPER: "live"}), "runc": ("runc", {})}
+"""Name in the tables -> runtime, and annotations of its pod."""
+WORK = {
+    "unpack": f"mkdir /work && tar -x -C /work -f {TOOLS}/many.tar",
+    "read": "tar -c -f - /work 2>/dev/null | wc -c",
+    "remove": "rm -r /work",
+}
+WORK_FILES = 5000
+FILES_IMAGE = "docker.io/local/files:latest"
 
 Values = dict[str, dict[str, dict[str, list[float]]]]
 
 
-def measure(lab: Lab, amounts: dict[str, int], rounds: int) -> Values:
-    """Values by place, test and runtime."""
+def start(lab: Lab, count: int) -> dict[str, str]:
+    """A container of each kind."""
     tools = lab.build_load()
+    with tarfile.open(tools / "many.tar", "w") as tar:
+        for number in range(WORK_FILES):
+            member = tarfile.TarInfo(f"node_modules/p{number // 25}/f{number}.js")
+            member.size, member.mode = 2048, 0o644
+            tar.addfile(member, io.BytesIO(bytes(2048)))
+    lab.import_files(count, 4096, FILES_IMAGE)
     containers = {}
-    for runtime in RUNTIMES:
-        volume = lab.directory / f"volume-{runtime}"
+    for name, (runtime, of_pod) in KINDS.items():
+        volume = lab.directory / f"volume-{name}"
         volume.mkdir()
         mounts = [(tools, TOOLS, True), (volume, PLACES["volume"], False)]
-        containers[runtime] = lab.start(runtime, mounts)
-        lab.run(containers[runtime], "mkdir", PLACES["root file system"])
-    found: Values = {place: {test: {name: [] for name in RUNTIMES} for test in TESTS} for place in PLACES}
+        containers[name] = lab.start(runtime, mounts, image=FILES_IMAGE, annotations=dict(of_pod))
+        lab.run(containers[name], "mkdir", PLACES["root file system"])
+    return containers
+
+
+def measure(lab: Lab, amounts: dict[str, int], rounds: int) -> Values:
+    """Values by place, test and kind; the work is a place of its own."""
+    containers = start(lab, amounts["count"])
+    tests = {place: [test for test in TESTS if place != "image" or test in OF_IMAGE] for place in PLACES}
+    found: Values = {
+        place: {test: {name: [] for name in KINDS} for test in tests[place]} for place in PLACES
+    }
+    found["work"] = {step: {name: [] for name in KINDS} for step in WORK}
     for number in range(rounds):
         for place, directory in PLACES.items():
-            for test, (kind, amount, _, unit) in TESTS.items():
+            for test in tests[place]:
+                kind, amount, _, unit = TESTS[test]
                 progress(f"round {number + 1} of {rounds}: {place}: {test}")
-                for runtime in shuffled():
+                for name in random.sample(list(KINDS), len(KINDS)):
                     said = lab.run(
-                        containers[runtime], f"{TOOLS}/load", "files", directory, kind, str(amounts[amount])
+                        containers[name], f"{TOOLS}/load", "files", directory, kind, str(amounts[amount])
                     )
-                    found[place][test][runtime].append(float(said) / unit)
+                    found[place][test][name].append(float(said) / unit)
+        for step, script in WORK.items():
+            progress(f"round {number + 1} of {rounds}: {step}")
+            for name in random.sample(list(KINDS), len(KINDS)):
+                began = time.monotonic()
+                lab.run(containers[name], "sh", "-ec", script)
+                found["work"][step][name].append(time.monotonic() - began)
     progress("")
     return found
+
+
+def show(found: Values) -> None:
+    """Print the tables."""
+    for place, tests in found.items():
+        heads = ("kata", "live", "runc", "kata/runc", "live/runc")
+        print(f"\n{place:36}{'':6}" + "".join(f"{head:>11}" for head in heads))
+        sums = dict.fromkeys(KINDS, 0.0)
+        for test, values in tests.items():
+            medians = {name: statistics.median(values[name]) for name in KINDS}
+            for name in KINDS:
+                sums[name] += medians[name]
+            _line(test, TESTS[test][2] if test in TESTS else "s", medians)
+        if place == "work":
+            _line("in all", "s", sums)
+
+
+def _line(test: str, unit: str, medians: dict[str, float]) -> None:
+    shown = "".join(f"{medians[name]:11.2f}" if unit == "s" else f"{medians[name]:11.1f}" for name in KINDS)
+    print(
+        f"{test:36}{unit:6}{shown}"
+        + "".join(f"{medians[name] / medians['runc']:11.3f}" for name in ("kata", "live"))
+    )
 
 
 def main() -> None:
@@ -79,11 +147,7 @@ def main() -> None:
         print(json.dumps({"about": about, "amounts": amounts, "results": found}, indent=1))
         return
     print(f"{about}; medians of {options.rounds} rounds; {amounts}")
-    for place, tests in found.items():
-        print(f"\n{place:36}{'':6}{'kata':>10}{'runc':>10}{'kata/runc':>11}")
-        for test, values in tests.items():
-            kata, runc = (statistics.median(values[name]) for name in RUNTIMES)
-            print(f"{test:36}{TESTS[test][2]:6}{kata:10.1f}{runc:10.1f}{kata / runc:11.3f}")
+    show(found)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/vm"), str(ROOT / "tests")]
 
+from containerd_support import with_layer  # noqa: E402
 from faults.daemon import BUSYBOX, Daemon  # noqa: E402
 
 IMAGE = ROOT / "build/images/busybox"
@@ -87,12 +90,21 @@ class Lab:
         self.remove_all()
         self.daemon.down()
 
-    def start(self, runtime: str, mounts: list[tuple[Path, str, bool]] | None = None) -> str:
+    def start(
+        self,
+        runtime: str,
+        mounts: list[tuple[Path, str, bool]] | None = None,
+        *,
+        image: str = BUSYBOX,
+        annotations: dict[str, str] | None = None,
+    ) -> str:
         """Start a pod with one container, which sleeps; the container's id.
 
         Args:
             runtime: ``kata`` or ``runc``.
             mounts: Host path, container path, whether read-only.
+            image: Of the container; the daemon has it.
+            annotations: Of the pod.
 
         Raises:
             RuntimeError: It did not start.
@@ -104,17 +116,25 @@ class Lab:
             name = f"{runtime}{self._count}"
             self._starting += 1
         try:
-            return self._start(runtime, name, mounts)
+            return self._start(runtime, name, mounts, image, annotations or {})
         finally:
             with self._lock:
                 self._starting -= 1
                 self._lock.notify_all()
 
-    def _start(self, runtime: str, name: str, mounts: list[tuple[Path, str, bool]] | None) -> str:
-        pod = {"metadata": {"name": name, "uid": name, "namespace": "bench"}, "linux": {}}
+    def _start(
+        self,
+        runtime: str,
+        name: str,
+        mounts: list[tuple[Path, str, bool]] | None,
+        image: str,
+        annotations: dict[str, str],
+    ) -> str:
+        about = {"name": name, "uid": name, "namespace": "bench"}
+        pod = {"metadata": about, "annotations": annotations, "linux": {}}
         one: dict[str, Any] = {
             "metadata": {"name": "one"},
-            "image": {"image": BUSYBOX},
+            "image": {"image": image},
             "command": ["sleep", "100000"],
             "mounts": [
                 {"host_path": str(path), "container_path": target, "readonly": readonly}
@@ -129,6 +149,24 @@ class Lab:
         if done.returncode:
             raise RuntimeError(f"{name} did not start: {done.stderr.strip()}\n{self.daemon.diagnosis()}")
         return done.stdout.strip()
+
+    def import_files(self, count: int, size: int, name: str) -> None:
+        """Give the daemon an image: busybox and a layer with ``/image/small/0`` and so on above it.
+
+        Args:
+            count: How many files there are.
+            size: How many bytes each has.
+            name: The image's, tag included.
+        """
+        layer = io.BytesIO()
+        with tarfile.open(fileobj=layer, mode="w") as tar:
+            for number in range(count):
+                member = tarfile.TarInfo(f"image/small/{number}")
+                member.size, member.mode = size, 0o644
+                tar.addfile(member, io.BytesIO(number.to_bytes(4, "little") * (size // 4)))
+        layout = self.directory / "files-image"
+        with_layer(IMAGE, layout, layer.getvalue())
+        self.daemon.import_image(layout, name, "k8s.io")
 
     def remove_all(self) -> None:
         """Remove all pods."""

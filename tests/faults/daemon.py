@@ -92,6 +92,7 @@ default_runtime_name = "kata"
 [{section}.containerd.runtimes.kata]
 runtime_type = "{RUNTIME}"
 privileged_without_host_devices = true
+pod_annotations = ["io.katacontainers.*"]
 [{section}.containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 """

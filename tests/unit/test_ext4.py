@@ -60,6 +60,20 @@ def test_sound_and_sparse(tmp_path: Path, cache: Path, size: int) -> None:
         assert re.search(r"User: +0 +Group: +0", kept)
 
 
+@pytest.mark.parametrize("size", [16 << 20, 1 << 30, 10 << 30, 100 << 30])
+def test_a_scratch_disk(tmp_path: Path, size: int) -> None:
+    made = tmp_path / "a"
+    ext4.make_writable(str(made), size, scratch=True)
+    assert made.stat().st_blocks * 512 < 4 << 20
+    tool("e2fsck", "-fn", str(made))
+    said = tool("dumpe2fs", str(made))
+    assert "has_journal" not in said
+    assert "metadata_csum" not in said
+    groups = [line for line in said.splitlines() if re.match(r"Group \d", line)]
+    assert all("ITABLE_ZEROED" in line for line in groups)
+    assert "fs" not in tool("debugfs", "-R", "ls /", str(made)).split()
+
+
 def test_options_of_the_host_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mke2fs.conf").write_text("[defaults]\n base_features = none\n")
     monkeypatch.setenv("MKE2FS_CONFIG", str(tmp_path / "mke2fs.conf"))

@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +312,30 @@ def clean(daemon: Containerd) -> None:
 
 def with_command(layout: Path, target: Path, *command: str) -> Path:
     """A copy of a single-platform OCI layout whose image runs another command."""
+
+    def change(config: dict[str, Any], manifest: dict[str, Any], blobs: Path) -> None:
+        config["config"] = {**config["config"], "Entrypoint": None, "Cmd": list(command)}
+
+    return _changed(layout, target, change)
+
+
+def with_layer(layout: Path, target: Path, layer: bytes) -> Path:
+    """A copy of a single-platform OCI layout whose image has one more layer, an uncompressed archive."""
+
+    def change(config: dict[str, Any], manifest: dict[str, Any], blobs: Path) -> None:
+        name = hashlib.sha256(layer).hexdigest()
+        (blobs / name).write_bytes(layer)
+        config["rootfs"]["diff_ids"].append(f"sha256:{name}")
+        kind = "application/vnd.oci.image.layer.v1.tar"
+        manifest["layers"].append({"mediaType": kind, "digest": f"sha256:{name}", "size": len(layer)})
+
+    return _changed(layout, target, change)
+
+
+def _changed(
+    layout: Path, target: Path, change: Callable[[dict[str, Any], dict[str, Any], Path], None]
+) -> Path:
+    """A copy of a layout with another configuration and manifest."""
     shutil.copytree(layout, target)
     blobs = target / "blobs/sha256"
 
@@ -328,7 +352,7 @@ def with_command(layout: Path, target: Path, *command: str) -> Path:
     [entry] = index["manifests"]
     manifest = load(entry["digest"])
     config = load(manifest["config"]["digest"])
-    config["config"] = {**config["config"], "Entrypoint": None, "Cmd": list(command)}
+    change(config, manifest, blobs)
     manifest["config"].update(store(config))
     entry.update(store(manifest))
     (target / "index.json").write_text(json.dumps(index))

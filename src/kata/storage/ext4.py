@@ -13,6 +13,9 @@ The choices, for a disk that lives as long as its container and must survive the
 * The two directories that an overlay needs (`OVERLAY_DIRECTORIES`) are there: making them is the guest's first
   transaction otherwise, ten milliseconds for an emulated one. (A volume has them, too, and no use for them: so the
   template serves both.)
+
+A *scratch* disk does not outlive its machine: it has neither a journal nor checksums, which cost an emulated guest most
+of the time that making a file takes. Its overlay's directories are made by the guest, like those of the layer below.
 """
 
 from __future__ import annotations
@@ -38,8 +41,16 @@ _FEATURES = (
 """All features are named, and the host's mke2fs.conf is ignored: a guest's kernel may be older than those tools."""
 
 
+_SCRATCH_FEATURES = _FEATURES.replace("has_journal,", "").replace("metadata_csum", "uninit_bg")
+
+
 def make_writable(
-    path: str, size_bytes: int, what: str = "writable layer", option: str = "--storage-size"
+    path: str,
+    size_bytes: int,
+    what: str = "writable layer",
+    option: str = "--storage-size",
+    *,
+    scratch: bool = False,
 ) -> None:
     """Make a writable layer, or a volume.
 
@@ -48,6 +59,7 @@ def make_writable(
         size_bytes: Size of the file system, rounded down to 4 KiB. The file is sparse.
         what: Its name in errors.
         option: The option that sets its size.
+        scratch: It does not outlive its machine.
 
     Raises:
         UsageError: The size is out of range.
@@ -61,7 +73,7 @@ def make_writable(
             f"choose between {MIN_SIZE >> 20}m and 16t",
         )
     try:
-        template = _open_template(size)
+        template = _open_template(size, scratch=scratch)
     except OSError as error:
         raise _host_error(error, f"{what} {paths.cache_dir()}", option) from error
     try:
@@ -72,12 +84,12 @@ def make_writable(
         os.close(template)
 
 
-def _open_template(size: int) -> int:
-    path = os.path.join(_directory(), f"v{_VERSION}-{size}.img")
+def _open_template(size: int, *, scratch: bool) -> int:
+    path = os.path.join(_directory(), f"v{_VERSION}-{size}{'-scratch' if scratch else ''}.img")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        _make_template(path, size)
+        _make_template(path, size, scratch=scratch)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     if os.fstat(fd).st_size != size:
         os.close(fd)
@@ -138,19 +150,19 @@ def _sweep() -> list[str]:
     return removed
 
 
-def _make_template(path: str, size: int) -> None:
+def _make_template(path: str, size: int, *, scratch: bool) -> None:
     """Make the template under a temporary name first, so that no process copies an incomplete one."""
     paths.make_dirs(os.path.dirname(path), 0o700)
     lock = _lock(os.path.dirname(path))
     try:
         _sweep()
         if not os.path.exists(path):  # otherwise another process has made it meanwhile
-            _make_locked(path, size)
+            _make_locked(path, size, scratch=scratch)
     finally:
         os.close(lock)
 
 
-def _make_locked(path: str, size: int) -> None:
+def _make_locked(path: str, size: int, *, scratch: bool) -> None:
     import shutil
     import subprocess
     import tempfile
@@ -160,16 +172,16 @@ def _make_locked(path: str, size: int) -> None:
     command = [
         "mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-m", "0", "-L", "kata-upper",
         "-i", "4096" if size < 512 << 20 else "16384",
-        "-O", _FEATURES,
+        "-O", _SCRATCH_FEATURES if scratch else _FEATURES,
         "-E", "packed_meta_blocks=1,num_backup_sb=0,lazy_journal_init=1,discard,root_owner=0:0",
-        "-J", "size=4" if size < 128 << 20 else "size=16",
+        *(() if scratch else ("-J", "size=4" if size < 128 << 20 else "size=16")),
         "-d", content,
         temporary,
     ]  # fmt: skip
     environment = {"PATH": "/usr/sbin:/sbin:/usr/bin:/bin", "LC_ALL": "C", "MKE2FS_CONFIG": "/dev/null"}
     try:
         os.chmod(content, 0o755)  # the root directory's mode is taken over
-        for name in OVERLAY_DIRECTORIES:
+        for name in () if scratch else OVERLAY_DIRECTORIES:
             os.mkdir(f"{content}/{name}")
             os.chmod(f"{content}/{name}", 0o755)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -293,7 +293,11 @@ class SnapshotRoot:
         self._entry = entry
         self._directory = directory
         ext4.make_writable(
-            self._disk_path, self._settings.upper_mib * _MIB, "writable layer", "rootfs_upper_layer_size"
+            self._disk_path,
+            self._settings.upper_mib * _MIB,
+            "writable layer",
+            "rootfs_upper_layer_size",
+            scratch=True,
         )
 
     # ---- the end ----
