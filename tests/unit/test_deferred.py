@@ -64,3 +64,28 @@ for thread in threads: thread.join()
 print(len(found), len(set(found)))
 """
     assert printed_by(program) == ["8 1"]
+
+
+def test_parts_of_a_package_are_loaded_by_their_first_use() -> None:
+    program = """
+from kata.deferred import defer_parts
+defer_parts()
+import asyncio
+print("typing" in sys.modules, type(asyncio.sslproto).__name__, hasattr(asyncio, "create_subprocess_exec"))
+async def late():
+    async with asyncio.timeout(0.01):
+        await asyncio.sleep(60)
+try:
+    asyncio.run(late())
+except TimeoutError:
+    print("typing" in sys.modules, type(asyncio.timeouts).__name__)
+async def runs():
+    program = await asyncio.subprocess.create_subprocess_exec("true")
+    return await program.wait()
+print(asyncio.run(runs()), asyncio.sslproto.SSLProtocol.__name__, asyncio.staggered.__spec__.name)
+"""
+    assert printed_by(program) == [
+        "False _Deferred False",
+        "True module",
+        "0 SSLProtocol asyncio.staggered",
+    ]

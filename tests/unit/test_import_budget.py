@@ -103,8 +103,9 @@ def _is_third_party(name: str) -> bool:
     return name.split(".")[0] not in sys.stdlib_module_names
 
 
-SELDOM_USED_BY_ENGINES = {"ast", "dis", "textwrap", "tokenize"}
-"""What inspect, linecache and traceback import: here if one of them has been used. See `kata.deferred`."""
+SELDOM_USED_BY_ENGINES = {"ast", "dis", "textwrap", "tokenize", "typing"}
+"""What inspect, linecache, traceback and asyncio's timeouts import: here if one of them has been used. See
+`kata.deferred`."""
 
 NOT_BEFORE_THEY_ARE_USED = {
     *("kata.engine.services.stats", "kata.engine.services.pod_service", "kata.engine.services.events"),
@@ -127,6 +128,7 @@ sys.path.append({source!r})
 sys.modules["ssl"] = None
 from kata import deferred
 deferred.defer()
+deferred.defer_parts()
 import asyncio, signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 async def main():

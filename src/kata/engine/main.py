@@ -71,6 +71,7 @@ def main() -> int:
     from kata import deferred
 
     deferred.defer()
+    deferred.defer_parts()
     import asyncio
     import signal
 
