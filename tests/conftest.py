@@ -162,14 +162,15 @@ def _write_results_of_hypervisors(terminalreporter: pytest.TerminalReporter, tar
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             test, _, parameter = report.nodeid.rpartition("::")[2].rstrip("]").partition("[")
-            if parameter not in registry.names() or (outcome == "passed" and report.when != "call"):
+            name, _, machine = parameter.partition(":")
+            if name not in registry.names() or (outcome == "passed" and report.when != "call"):
                 continue
-            monitor = registry.find(parameter)
+            monitor = registry.find(name)
             # Those of the lane with KVM run where it works, if not here.
             accelerator = "kvm" if "tests/kvm/" in report.nodeid else accel.choose().accel
             rows.append(
                 {
-                    "title": monitor.title,
+                    "title": f"{monitor.title} {machine}".strip(),
                     "accelerator": accelerator if accelerator in monitor.accelerators else "kvm",
                     "version": monitor.version(),
                     "test": test,

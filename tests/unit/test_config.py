@@ -409,7 +409,7 @@ create_container_timeout = 44
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("machine_type = 'microvm'", "there is no machine type 'microvm'"),
+        ("machine_type = 'microvm-7.2'", "there is no machine type 'microvm-7.2'"),
         ("machine_type = 'q35-7.2'", "there is no machine type 'q35-7.2'"),
         ("machine_type = 'virt'", "there is no machine type 'virt'"),
         ("machine_accelerators = 'firmware=/etc/shadow'", "has characters that no option has"),

@@ -73,6 +73,61 @@ def test_every_plug_is_there_at_its_place() -> None:
     assert slots.nic_path() == "09"
 
 
+def test_a_microvm_has_every_device_in_memory() -> None:
+    vsock = Vsock(5, Fd(40))
+    share = Fd(9)
+    nics = [Nic(f"02:00:00:00:00:0{index}", tap_fd=Fd(50 + index)) for index in range(4)]
+    made = settings(
+        machine="microvm",
+        accel="kvm",
+        vsock=vsock,
+        share_fd=share,
+        nic=nics[0],
+        extra_nics=nics[1:],
+        disk_slots=len(slots.DISKS),
+    )
+    argv = qemu_command.build(made, FDS)
+    found = {}
+    for text in options(argv, "-device"):
+        driver, *rest = text.split(",")
+        properties = dict(part.split("=", 1) for part in rest)
+        if "virtio-mmio-bus" in properties.get("bus", ""):
+            assert not {"addr", "romfile", "disable-legacy"} & set(properties)
+            found[int(properties["bus"].removeprefix("virtio-mmio-bus."))] = driver
+    assert found == {
+        1: "virtio-serial-device",
+        2: "vhost-vsock-device",
+        3: "vhost-user-fs-device",
+        **dict.fromkeys((4, 5, 6, 7, 14, 15, 16, 17), "virtio-blk-device"),
+        **dict.fromkeys((8, 11, 12, 13), "virtio-net-device"),
+        9: "virtio-balloon-device",
+        10: "virtio-rng-device",
+    }
+    assert not any("-pci" in text for text in options(argv, "-device"))
+    # Where the registers of place 5 are: those of the second disk.
+    assert slots.disk_path(1, "microvm") == "mmio:feb00a00"
+    assert slots.nic_path(0, "microvm") == "mmio:feb01000"
+    assert "virtio-mmio.force-legacy=off" in options(argv, "-global")
+    [machine] = options(argv, "-machine")
+    assert machine.startswith("microvm,pcie=off")
+    assert "pit=off,pic=on" in machine
+    [quiet] = options(
+        qemu_command.build(settings(machine="microvm", accel="kvm", console="none"), FDS), "-machine"
+    )
+    assert "pit=off,pic=off" in quiet
+
+
+def test_an_emulated_microvm_has_its_local_timer_only() -> None:
+    argv = qemu_command.build(settings(machine="microvm", tsc_khz=2_000_000), FDS)
+    assert options(argv, "-cpu") == ["max,-erms"]
+    assert "nolapic_timer" not in options(argv, "-append")[0]
+    assert not any("hpet" in text for text in options(argv, "-global"))
+    assert "pit=off" in options(argv, "-machine")[0]
+    # A guest that is not told how fast its processor is has to measure it.
+    argv = qemu_command.build(settings(machine="microvm"), FDS)
+    assert "pit=on,pic=on" in options(argv, "-machine")[0]
+
+
 def test_a_file_server_of_an_emulated_machine_writes_into_bounce_pages() -> None:
     def swiotlb(**changes: Any) -> str:
         [line] = options(qemu_command.build(settings(**changes), FDS), "-append")

@@ -57,6 +57,8 @@ MONITORS: dict[str, Callable[[], Monitor]] = {
     scripted_monitor.NAME: lambda: scripted_monitor.MONITOR,
 }
 """Those that the product has, each by its registry entry; and that of the tests."""
+MACHINES = {"qemu:pc": {"machine": "pc"}, "qemu:microvm": {"machine": "microvm"}}
+"""Machine types beside a monitor's usual one, each as a monitor of its own: its options, by what the tests call it."""
 
 
 class Foreign:
@@ -71,17 +73,26 @@ class Lab:
         guest: The guest's files.
         rootfs: An erofs image with busybox.
         directory: For everything.
+        options: The monitor's own.
     """
 
-    def __init__(self, monitor: Monitor, guest: manifest.Guest, rootfs: str, directory: Path) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        guest: manifest.Guest,
+        rootfs: str,
+        directory: Path,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         self.monitor = monitor
         self.guest = guest
         self.rootfs = rootfs
         self.directory = directory
+        self.options = options or {}
         self.accel = accel.choose().accel
 
     def can(self) -> Capabilities:
-        return self.monitor.capabilities(self.accel, {})
+        return self.monitor.capabilities(self.accel, self.options)
 
     def shape(self, **changes: Any) -> MachineShape:
         can = self.can()
@@ -96,6 +107,7 @@ class Lab:
             "nics": min(can.nics, 1),
             "hotplug_nics": int(can.hotplug_nics),
             **changes,
+            "options": {**self.options, **changes.get("options", {})},
         }
         return MachineShape(**values)
 
@@ -200,12 +212,15 @@ def require(monitor: Monitor) -> None:
         pytest.skip(f"{monitor.title} needs KVM: tests/kvm runs this there")
 
 
-@pytest.fixture(params=sorted(MONITORS))
+@pytest.fixture(params=sorted((*MONITORS, *MACHINES)))
 def lab(request: pytest.FixtureRequest, guest_assets: Path, busybox_image: str, run_directory: Path) -> Lab:
-    directory = run_directory / f"mon-{request.param}-{os.urandom(2).hex()}"
+    name, _, machine = request.param.partition(":")
+    directory = run_directory / f"mon-{name}{machine}-{os.urandom(2).hex()}"
     guest = manifest.load(str(guest_assets))
-    require(MONITORS[request.param]())
-    return Lab(MONITORS[request.param](), guest, resolve(busybox_image).rootfs_path, directory)
+    monitor = MONITORS[name]()
+    require(monitor)
+    rootfs = resolve(busybox_image).rootfs_path
+    return Lab(monitor, guest, rootfs, directory, MACHINES.get(request.param))
 
 
 @contextlib.asynccontextmanager

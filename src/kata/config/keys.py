@@ -245,7 +245,7 @@ _ALL = [
         " needs `initrd`"),
     Key(_H, "initrd", PATH, "that of `kata guest build`", "the guest's initial ramdisk, with the agent as `/init`"),
     Key(_H, "kernel_params", TEXT, "", "added to the kernel's command line"),
-    Key(_H, "machine_type", TEXT, "`q35`", "QEMU's machine: `q35` or `pc`, also with a version (`pc-q35-7.2`)"),
+    Key(_H, "machine_type", TEXT, "`q35`", "QEMU's machine: `q35`, `pc` (or one's version, `pc-q35-7.2`), `microvm`"),
     Key(_H, "machine_accelerators", TEXT, "", "further options of QEMU's `-machine`, separated by commas"),
     Key(_H, "cpu_features", TEXT, "", "further options of QEMU's `-cpu`, separated by commas (`pmu=off`)"),
     Key(_H, "firmware", PATH, "`qboot.rom`", "the firmware image"),

@@ -100,14 +100,16 @@ def comma(value: str) -> str:
     return value.replace(",", ",,")
 
 
-def cpu_model(accel: str) -> str:
+def cpu_model(settings: VMSettings) -> str:
     """The ``-cpu`` argument.
 
     Emulation runs ``rep stosb``/``rep movsb`` byte by byte: a guest that believes in "enhanced rep movsb"
     clears memory fifteen times slower. And a guest whose local APIC's timer never stops ("arat") does not look
-    at the HPET's timers (see `hpet_timers`).
+    at the HPET's timers (see `hpet_timers`). A microvm has no HPET.
     """
-    return "host" if accel == "kvm" else "max,-erms,-arat"
+    if settings.accel == "kvm":
+        return "host"
+    return "max,-erms" if settings.machine == slots.MICROVM else "max,-erms,-arat"
 
 
 def hpet_timers(settings: VMSettings) -> int:
@@ -119,7 +121,7 @@ def hpet_timers(settings: VMSettings) -> int:
     clock's interrupt (drivers/clocksource, arch/x86/kernel/hpet.c).
     """
     wanted = max(settings.max_vcpus + 2, 3)
-    has_one = "hpet=off" not in settings.machine_options
+    has_one = "hpet=off" not in settings.machine_options and settings.machine != slots.MICROVM
     return wanted if settings.accel == "tcg" and has_one and wanted <= _HPET_MOST else 0
 
 
@@ -212,9 +214,10 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
         *("-machine", _machine(settings)),
         *("-accel", "kvm" if kvm else f"tcg,thread=multi,tb-size={settings.tb_size_mib}"),
-        *("-cpu", ",".join(filter(None, (cpu_model(settings.accel), settings.cpu_features)))),
+        *("-cpu", ",".join(filter(None, (cpu_model(settings), settings.cpu_features)))),
         *("-smp", str(settings.max_vcpus)),
         *(("-global", "hpet.msi=on", "-global", f"hpet.timers={timers}") if timers else ()),
+        *(("-global", "virtio-mmio.force-legacy=off") if settings.machine == slots.MICROVM else ()),
         *_memory(settings),
         *("-bios", settings.firmware),
         *_acpi(fds),
@@ -227,33 +230,35 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     if settings.vsock is not None:
         vsock = settings.vsock
         argv += _device(
-            "vhost-vsock-pci", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd.raw), guest_cid=vsock.cid
+            settings, "vhost-vsock", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd.raw), guest_cid=vsock.cid
         )
     if settings.share_fd is not None:
         argv += [
             *("-chardev", f"socket,id=share,fd={settings.share_fd.raw}"),
-            *_device("vhost-user-fs-pci", slots.SHARE, chardev="share", tag=slots.SHARE_TAG),
+            *_device(settings, "vhost-user-fs", slots.SHARE, chardev="share", tag=slots.SHARE_TAG),
         ]
     elif settings.share_dir:
         path = opened(fds.share) if fds.share is not None else comma(settings.share_dir)
         argv += [
             *("-fsdev", f"local,id=share,path={path},{_SHARE_OPTIONS}"),
-            *_device("virtio-9p-pci", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
+            *_device(settings, "virtio-9p", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
         ]
     for index, disk in enumerate(settings.disks):
         if disk is not None:
             argv += ["-add-fd", f"fd={fds.disks[index]},set={index}"]
-        argv += _disk(index, disk, settings.is_readonly(index))
+        argv += _disk(settings, index, disk)
     for index, nic in enumerate(settings.nics()):
-        argv += _nic(index, nic, fds)
+        argv += _nic(settings, index, nic, fds)
     first = len(settings.nics())
     for index in range(first, first + settings.hotplug_nics):
         place = f"addr={slots.NICS[index]:#04x},chassis={index},slot={index}"
         argv += ["-device", f"pcie-root-port,id={slots.hotplug_port(index)},{place}"]
     argv += [
         *("-object", _entropy(settings)),
-        *_device("virtio-rng-pci", slots.RNG, rng="rng"),
-        *_device("virtio-balloon-pci", slots.BALLOON, id="balloon", free_page_reporting=settings.reclaim),
+        *_device(settings, "virtio-rng", slots.RNG, rng="rng"),
+        *_device(
+            settings, "virtio-balloon", slots.BALLOON, id="balloon", free_page_reporting=settings.reclaim
+        ),
     ]
     return argv
 
@@ -346,7 +351,8 @@ def _emulation(settings: VMSettings) -> list[str]:
         parts.append("pci=noacpi")
     if settings.tsc_khz:
         parts.append(f"tsc_early_khz={settings.tsc_khz}")
-    if settings.vcpus == 1 and (hpet_timers(settings) or settings.max_vcpus == 1):
+    has_another = settings.machine != slots.MICROVM
+    if has_another and settings.vcpus == 1 and (hpet_timers(settings) or settings.max_vcpus == 1):
         # A single processor does without, whatever else the machine has. More than one, and no timer for each:
         # the guest would tick along at full rate for ever, idle or not. And a second processor that boots without has
         # its ticks passed on by the first until it has its HPET timer; Linux calls through a null pointer if one comes
@@ -366,10 +372,31 @@ def nic_socket(run_dir: str) -> str:
     return f"{run_dir}/nic.sock"
 
 
+_ON_BOARD = ("usb=off", "vmport=off", "smm=off", "smbus=off", "sata=off")
+"""Options of a q35: all that it can do without."""
+
+
+def _microvm(settings: VMSettings) -> list[str]:
+    """Options of a microvm.
+
+    Its ACPI tables are small, and say more than its guest can find out otherwise: that there is a second interrupt
+    controller, without which there are places for eight devices only; and how to switch the machine off. The old PC's
+    timer is there for a guest that has to measure how fast its processor is, and its interrupt controller for the
+    serial port, whose interrupt Linux does not look for otherwise.
+    """
+    timer = "off" if settings.accel == "kvm" or settings.tsc_khz else "on"
+    interrupts = "on" if timer == "on" or settings.console == "serial" else "off"
+    return [
+        *("pcie=off", "usb=off", "acpi=on", "ioapic2=on", "isa-serial=off", "auto-kernel-cmdline=off"),
+        *("x-option-roms=off", f"pit={timer}", f"pic={interrupts}"),
+    ]
+
+
 def _machine(settings: VMSettings) -> str:
-    options = [settings.machine, "usb=off", "vmport=off", "smm=off", "smbus=off", "sata=off"]
-    if "q35" not in settings.machine:
-        options = [settings.machine, "usb=off", "vmport=off", "smm=off"]
+    if settings.machine == slots.MICROVM:
+        options = [settings.machine, *_microvm(settings)]
+    else:
+        options = [settings.machine, *(_ON_BOARD if "q35" in settings.machine else _ON_BOARD[:3])]
     options += ["mem-merge=off", "dump-guest-core=off"]
     if _has_backend(settings):
         options.append("memory-backend=ram")
@@ -413,7 +440,8 @@ def _memory(settings: VMSettings) -> list[str]:
             *("-object", f"{kind},id={slots.MEMORY_ID}-ram,size={more}M,reserve=off"),
             # Of huge pages there may be none left when memory is plugged in: it is refused then, and not missed later.
             *_device(
-                "virtio-mem-pci",
+                settings,
+                "virtio-mem",
                 slots.MEMORY,
                 id=slots.MEMORY_ID,
                 memdev=f"{slots.MEMORY_ID}-ram",
@@ -429,19 +457,24 @@ def _value(value: object) -> str:
     return comma(str(value))
 
 
-def _device(driver: str, slot: int, **properties: object) -> list[str]:
-    """A device on the root bus. In property names ``_`` stands for ``-``, but in these two."""
+def _device(settings: VMSettings, driver: str, slot: int, **properties: object) -> list[str]:
+    """A device in its slot. In property names ``_`` stands for ``-``, but in these two."""
     named = {k if k in ("mount_tag", "max_ports") else k.replace("_", "-"): v for k, v in properties.items()}
-    # A ROM and the registers of the time before virtio 1.0 only cost firmware and guest time.
-    named |= {"addr": f"{slot:02x}.0", "romfile": ""}
-    if driver not in ("vhost-vsock-pci", "vhost-user-fs-pci"):  # those never had them
-        named["disable-legacy"] = True
+    if settings.machine == slots.MICROVM:
+        driver += "-device"
+        named["bus"] = f"virtio-mmio-bus.{slots.transport(slot)}"
+    else:
+        # A ROM and the registers of the time before virtio 1.0 only cost firmware and guest time.
+        named |= {"addr": f"{slot:02x}.0", "romfile": ""}
+        if driver not in ("vhost-vsock", "vhost-user-fs"):  # those never had them
+            named["disable-legacy"] = True
+        driver += "-pci"
     return ["-device", ",".join([driver, *(f"{k}={_value(v)}" for k, v in named.items())])]
 
 
 def _serial(settings: VMSettings, fds: Fds) -> list[str]:
     argv = [
-        *_device("virtio-serial-pci", slots.SERIAL, id="serial", max_ports=2),
+        *_device(settings, "virtio-serial", slots.SERIAL, id="serial", max_ports=2),
         *("-chardev", f"socket,id=agent,fd={fds.agent}"),
         *("-device", f"virtserialport,bus=serial.0,nr=1,chardev=agent,name={slots.AGENT_CHANNEL}"),
     ]
@@ -454,7 +487,8 @@ def _serial(settings: VMSettings, fds: Fds) -> list[str]:
     return argv
 
 
-def _disk(index: int, disk: Disk | None, readonly: bool) -> list[str]:
+def _disk(settings: VMSettings, index: int, disk: Disk | None) -> list[str]:
+    readonly = settings.is_readonly(index)
     if disk is None:
         node, serial = placeholder_node(f"file{index}", readonly), ""
     else:
@@ -467,7 +501,8 @@ def _disk(index: int, disk: Disk | None, readonly: bool) -> list[str]:
         *("-blockdev", dumps(slot_node(index, f"file{index}", readonly))),
         # An error of the host's file (no space, bad sector) is the guest's to see, not a reason to halt it.
         *_device(
-            "virtio-blk-pci",
+            settings,
+            "virtio-blk",
             slots.DISKS[index],
             werror="report",
             rerror="report",
@@ -492,7 +527,7 @@ def hotplug_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dic
     return backend, device
 
 
-def _nic(index: int, nic: Nic, fds: Fds) -> list[str]:
+def _nic(settings: VMSettings, index: int, nic: Nic, fds: Fds) -> list[str]:
     if nic.tap_fd is not None:
         backend = f"tap,id=net{index},fd={nic.tap_fd.raw}"
         if index in fds.vhost:
@@ -503,5 +538,7 @@ def _nic(index: int, nic: Nic, fds: Fds) -> list[str]:
         backend = f"stream,id=net{index},server=on,addr.type=fd,addr.str={fds.nic}"
     return [
         *("-netdev", backend),
-        *_device("virtio-net-pci", slots.NICS[index], id=f"nic{index}", netdev=f"net{index}", mac=nic.mac),
+        *_device(
+            settings, "virtio-net", slots.NICS[index], id=f"nic{index}", netdev=f"net{index}", mac=nic.mac
+        ),
     ]

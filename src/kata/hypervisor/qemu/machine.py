@@ -9,7 +9,7 @@ import os
 import socket
 
 from kata import sysio
-from kata.errors import HostError, HypervisorError, VMLostError
+from kata.errors import HostError, HypervisorError, UnsupportedError, VMLostError
 from kata.hypervisor import root as monitor_root
 from kata.hypervisor.base import DiskError, Ended
 from kata.hypervisor.qemu import arguments, slots
@@ -108,10 +108,13 @@ class Qemu(Running):
         """Set how much memory (MiB) the guest has in addition to what the machine was started with.
 
         Raises:
+            UnsupportedError: A machine of this type has no memory that can grow.
             HypervisorError: See `kata.hypervisor.qemu.resize.set_memory`.
         """
         from kata.hypervisor.qemu import resize
 
+        if self.settings.machine == slots.MICROVM:
+            raise UnsupportedError("the memory of a microvm of QEMU's cannot grow")
         if self.settings.max_memory_mib == self.settings.memory_mib:
             raise HypervisorError("the virtual machine was started with all the memory that it can have")
         return await resize.set_memory(self, plugged_mib)
@@ -127,7 +130,7 @@ class Qemu(Running):
         return await resize.set_balloon(self, self.settings.memory_mib, mib)
 
     async def attach_disk(self, disk: Disk) -> str:
-        """Fill an empty disk slot of the right type; returns its PCI path.
+        """Fill an empty disk slot of the right type; returns its address.
 
         The guest sees a writable disk's size change to the image's; a read-only one keeps the placeholder's
         size, and reads beyond the image fail.
@@ -152,7 +155,7 @@ class Qemu(Running):
                     "block_resize", {"node-name": f"slot{index}", "size": await _size(disk.path)}
                 )
             self._disks[index] = disk
-            return slots.disk_path(index)
+            return slots.disk_path(index, self.settings.machine)
 
     async def detach_disk(self, address: str) -> None:
         """Put the placeholder back; the image can then be used elsewhere.
@@ -161,10 +164,11 @@ class Qemu(Running):
             HypervisorError: There is no disk at this address, or the slot's type was changed at start.
         """
         async with self._disk_lock:
-            index = next((i for i in range(len(self._disks)) if slots.disk_path(i) == address), -1)
+            machine = self.settings.machine
+            index = next((i for i in range(len(self._disks)) if slots.disk_path(i, machine) == address), -1)
             disk = self._disks[index] if index >= 0 else None
             if disk is None:
-                raise HypervisorError(f"there is no disk at PCI path {address}")
+                raise HypervisorError(f"there is no disk at {address}")
             await self._swap_backing_node(
                 index,
                 qemu_command.placeholder_node(self._new_node(index), disk.readonly),
@@ -177,7 +181,7 @@ class Qemu(Running):
         """Bring the spare network interface to life.
 
         Returns:
-            The network helper's end of its wire (for ``passt --fd``; the caller owns it), and the PCI path.
+            The network helper's end of its wire (for ``passt --fd``; the caller owns it), and the address.
 
         Raises:
             HypervisorError: There is no spare interface, or it was used.
@@ -198,14 +202,19 @@ class Qemu(Running):
         sock.setblocking(True)
         self._nic_free = False
         await self.command("set_link", {"name": "nic0", "up": True})
-        return sock.detach(), slots.nic_path()
+        return sock.detach(), slots.nic_path(0, self.settings.machine)
 
     async def attach_nic(self, index: int, nic: Nic) -> str:
         """Give the running machine a network interface in one of its ports; returns its PCI path.
 
         Raises:
+            UnsupportedError: A machine of this type has no ports.
             HypervisorError: It is not connected to a tap, or QEMU refused.
         """
+        if "q35" not in self.settings.machine:
+            raise UnsupportedError(
+                f"a running machine of QEMU's type {self.settings.machine} cannot be given a network interface"
+            )
         if nic.tap_fd is None:
             raise HypervisorError("a network interface of a running machine has to be connected to a tap")
         name = f"tap{index}"

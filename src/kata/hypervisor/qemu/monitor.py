@@ -41,16 +41,17 @@ class QemuMonitor(MonitorBase):
         # virtiofsd writes into the guest's memory by itself, of which an emulated processor is not told
         # (`kata.hypervisor.qemu.command.bounces`).
         serves = accel != "tcg" or bounces
+        machine = options.get("machine", MACHINE)
         return Capabilities(
             disk_slots=len(slots.DISKS),
             attach_disk=True,
             nics=len(slots.NICS),
             nic_backends=("stream", "tap"),
             # Their ports are PCI Express', which QEMU's other machines have not.
-            hotplug_nics=MACHINE in options.get("machine", MACHINE),
+            hotplug_nics=MACHINE in machine,
             shares=("virtio-fs", "9p") if serves else ("9p",),
             share_note="" if serves else NO_BOUNCE,
-            grow_memory=True,
+            grow_memory=machine != slots.MICROVM,  # virtio-mem is a PCI device there
             balloon=True,
             spare_vcpus=True,
             pause=True,

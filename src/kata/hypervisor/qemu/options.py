@@ -48,6 +48,6 @@ def _machine_type(text: str, origin: str) -> str:
     Raises:
         ConfigError: It is another.
     """
-    if text in ("q35", "pc") or text.startswith(("pc-q35-", "pc-i440fx-")):
+    if text in ("q35", "pc", "microvm") or text.startswith(("pc-q35-", "pc-i440fx-")):
         return text
-    raise ConfigError(f"{origin}: there is no machine type {text!r} here", "q35 or pc")
+    raise ConfigError(f"{origin}: there is no machine type {text!r} here", "q35, pc or microvm")

@@ -49,8 +49,10 @@ class QemuProcess(MonitorProcess):
         super().__init__(
             child,
             launch,
-            disk_addresses=[slots.disk_path(index) for index in range(len(settings.disks))],
-            nic_addresses=[slots.nic_path(index) for index in range(len(settings.nics()))],
+            disk_addresses=[
+                slots.disk_path(index, settings.machine) for index in range(len(settings.disks))
+            ],
+            nic_addresses=[slots.nic_path(index, settings.machine) for index in range(len(settings.nics()))],
             share_tag=slots.SHARE_TAG if settings.share_dir or settings.share_fd is not None else "",
             extra_memory_mib=settings.extra_memory_mib,
         )

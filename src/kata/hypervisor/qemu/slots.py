@@ -8,6 +8,9 @@ into PCI Express ports that are there from the start (`hotplug_port`).
 Every device has a fixed address, so the guest finds it by that and never by the order in which its kernel named the
 devices. An address is what the agent protocol calls a PCI path: slot numbers as two hexadecimal digits, from the root
 bus down, joined by ``/``. It is one number, except for an interface behind a port, which has two.
+
+A machine of the type microvm has no PCI bus, but 24 places for virtio devices whose registers are in memory
+(hw/i386/microvm.c). The device of a slot is in the place `transport`, and its address is where its registers are.
 """
 
 from __future__ import annotations
@@ -42,19 +45,39 @@ SHARE_TAG = "kataShared"
 """Mount tag of the share."""
 
 
+MICROVM = "microvm"
+"""QEMU's machine type without PCI."""
+_MMIO_BASE, _MMIO_BYTES = 0xFEB00000, 0x200
+"""Where a microvm has the registers of its virtio devices, and those of each (include/hw/i386/microvm.h)."""
+
+
+def transport(slot: int) -> int:
+    """Number of the place in a microvm in which the device of a slot is.
+
+    Place 0 stays empty. Its interrupt is the first of the second interrupt controller, which QEMU delivers as that
+    controller's third (ioapic_set_irq in hw/intc/ioapic.c; 7.2): a device there would never be heard.
+    """
+    return slot - SERIAL + 1
+
+
+def address(slot: int, machine: str) -> str:
+    """The agent protocol's name of a device in a machine of this type: ``"05"``, or ``"mmio:feb00600"``."""
+    return f"mmio:{_MMIO_BASE + _MMIO_BYTES * transport(slot):x}" if machine == MICROVM else pci_path(slot)
+
+
 def pci_path(slot: int) -> str:
     """The agent protocol's name of a device on the root bus: ``"05"``."""
     return f"{slot:02x}"
 
 
-def disk_path(index: int) -> str:
-    """PCI path of a disk slot."""
-    return pci_path(DISKS[index])
+def disk_path(index: int, machine: str = "") -> str:
+    """Address of a disk slot."""
+    return address(DISKS[index], machine)
 
 
-def nic_path(index: int = 0) -> str:
-    """PCI path of a network interface."""
-    return pci_path(NICS[index])
+def nic_path(index: int = 0, machine: str = "") -> str:
+    """Address of a network interface."""
+    return address(NICS[index], machine)
 
 
 def hotplug_port(index: int) -> str:
