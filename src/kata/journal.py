@@ -39,7 +39,7 @@ _PATH_KINDS = ("file", "directory", "socket", "cgroup", "netns")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 
@@ -73,6 +73,46 @@ def _u_escape(char: str) -> str:
         code -= 0x10000
         return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
     return f"\\u{code:04x}"
+
+
+class _Decoding:
+    """How JSON is decoded, as the scanner in C asks for it: as `json.loads` does without arguments."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = None
+    parse_float = float
+    parse_int = int
+    parse_constant = float
+
+
+_scan: Callable[[str, int], tuple[Any, int]] | None = None
+
+
+def loads(text: str | bytes) -> Any:
+    """Decode JSON, without the cost of `import json` (7 ms of processor time, most of it for regular expressions).
+
+    It is CPython's scanner that does it in either case. What that objects to, `json.loads` is asked about, for its
+    words.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    global _scan
+    try:
+        if _scan is None:
+            from _json import make_scanner
+
+            _scan = make_scanner(_Decoding())  # type: ignore[arg-type]
+        string = (text if isinstance(text, str) else str(text, "utf-8")).strip(" \t\r\n")
+        value, end = _scan(string, 0)
+        if end == len(string):
+            return value
+    except (ImportError, StopIteration, ValueError):
+        pass
+    import json
+
+    return json.loads(text)
 
 
 def unfinished_name() -> str:
@@ -434,8 +474,6 @@ class Journal:
 
     def reload(self) -> None:
         """Read the file again: other processes may have written to it."""
-        import json
-
         try:
             data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         except OSError as error:
@@ -446,7 +484,7 @@ class Journal:
         lines = data.split(b"\n")
         for line in lines:
             try:
-                record = json.loads(line)
+                record = loads(line)
             except ValueError:
                 continue  # torn by a crash or a full disk, see the module's docstring
             if not isinstance(record, dict):

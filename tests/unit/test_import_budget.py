@@ -99,6 +99,11 @@ def test_commands_that_start_containers_do_without_dear_modules() -> None:
     assert {name for name in loaded - known if _is_third_party(name)} == set()
 
 
+def test_exec_does_without_json_and_regular_expressions() -> None:
+    loaded = loaded_by("kata.cli.main", "kata.cli.records", "kata.cli.execute", "kata.engine.client")
+    assert loaded & {"json", "re", "typing", "subprocess"} == set()
+
+
 def _is_third_party(name: str) -> bool:
     return name.split(".")[0] not in sys.stdlib_module_names
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from kata import children, journal_undo, sysio
 from kata.errors import AlreadyExistsError, JournalError
-from kata.journal import Journal, dumps, process_identity
+from kata.journal import Journal, dumps, loads, process_identity
 from kata.journal_undo import reconcile, reconcile_sandboxes
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -517,3 +518,40 @@ def test_a_directory_whose_journal_cannot_be_written_is_not_left_behind(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path / "containers") == []
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(_JSON, st.sampled_from([None, 1]), st.booleans())
+def test_json_is_decoded_as_by_json(value: object, indent: int | None, escapes: bool) -> None:
+    text = " \n" + json.dumps(value, indent=indent, ensure_ascii=escapes) + "\t\n"
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        raw = json.dumps(value).encode()
+    assert loads(text) == loads(raw) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "{", '{"a":}', "[1,]", "1 2", "nul", '"\x01"', b"\xff", "[1]x", '{"a" 1}']
+)
+def test_what_is_not_json_is_refused_in_the_words_of_json(text: str | bytes) -> None:
+    def words(decode: Callable[[str | bytes], Any]) -> str:
+        try:
+            return f"accepted: {decode(text)!r}"
+        except ValueError as error:
+            return f"{type(error).__name__}: {error}"
+
+    assert words(loads) == words(json.loads)
+    assert not words(loads).startswith("accepted")
+
+
+def test_json_of_constants_and_doubles_is_as_by_json() -> None:
+    text = '{"a": Infinity, "b": -Infinity, "a": 1, "c": 1e400, "d": 12345678901234567890}'
+    assert loads(text) == json.loads(text)
+    assert repr(loads("NaN")) == "nan"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from kata.cli.listing import need_running
 from kata.cli.pump import Detached, OutputGone
 from kata.cli.run import detach_keys
 from kata.errors import KataError, StateError, UsageError, VMLostError
+from kata.journal import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ COMMANDS = {
 def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
     """The runtime-spec ``process`` of an exec: the container's, changed by the command line's options."""
     with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
-        process: dict[str, Any] = json.load(file)["process"]
+        process: dict[str, Any] = loads(file.read())["process"]
     process["terminal"] = arguments.flag("tty")
     process["args"] = arguments.rest[1:]
     process.pop("consoleSize", None)

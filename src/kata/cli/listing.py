@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ import time
 from kata.cli import records, table
 from kata.cli.args import Command, Option
 from kata.errors import NotFoundError, StateError, UsageError
+from kata.journal import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class _LogReader:
 
 def _record(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = loads(line)
     except ValueError:
         record = None
     if not isinstance(record, dict):
@@ -308,6 +308,8 @@ class _LogPrinter:
 
     def show(self, record: dict[str, Any]) -> None:
         if self._json:
+            import json
+
             sys.stdout.write(json.dumps(record) + "\n")
             return
         stream = str(record.get("stream", "stdout"))
@@ -368,7 +370,7 @@ def _inspect(arguments: Arguments) -> int:
         }
         try:
             with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
-                entry["spec"] = json.load(file)
+                entry["spec"] = loads(file.read())
         except FileNotFoundError:
             entry["spec"] = None
         entry["start"] = records.read_json(os.path.join(container.directory, "start.json")) or None

@@ -15,13 +15,12 @@ exclusively. A container whose engine has died without recording an exit is show
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
 from kata import paths, sysio
 from kata.errors import AlreadyExistsError, JournalError, NotFoundError, UsageError
-from kata.journal import Journal
+from kata.journal import Journal, dumps, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def engine_alive(state: dict[str, Any]) -> bool:
 
 def _read(path: str) -> dict[str, Any] | None:
     try:
-        content = json.loads(sysio.read_file(path))
+        content = loads(sysio.read_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
@@ -140,7 +139,7 @@ def write_json(path: str, content: dict[str, Any]) -> None:
         path: Path of the file.
         content: What it is to hold.
     """
-    sysio.replace_file(path, json.dumps(content, separators=(",", ":")).encode())
+    sysio.replace_file(path, dumps(content).encode())
 
 
 def _containers_dir() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 
@@ -28,6 +27,8 @@ def show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def show_json(content: Any) -> None:
     """Print JSON to stdout, indented, keys in the order given."""
+    import json
+
     json.dump(content, sys.stdout, indent=2)
     sys.stdout.write("\n")
 

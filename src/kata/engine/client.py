@@ -22,6 +22,7 @@ from kata.errors import (
     UsageError,
     VMLostError,
 )
+from kata.journal import dumps
 from kata.proto import sandbox_pb, task_pb
 from kata.proto.google_pb import Any as AnyMessage
 from kata.proto.google_pb import Empty
@@ -163,9 +164,7 @@ class EngineClient:
         """Add a process (an OCI process object); `start` runs it. When it returns, all fifos have been
         opened.
         """
-        import json
-
-        spec = AnyMessage(type_url=PROCESS_TYPE, value=json.dumps(process).encode())
+        spec = AnyMessage(type_url=PROCESS_TYPE, value=dumps(process).encode())
         request = task_pb.ExecProcessRequest(
             id=container_id,
             exec_id=exec_id,
@@ -242,9 +241,7 @@ class EngineClient:
 
     def update(self, container_id: str, resources: dict[str, Any]) -> None:
         """Change limits (an OCI LinuxResources object)."""
-        import json
-
-        wrapped = AnyMessage(type_url=RESOURCES_TYPE, value=json.dumps(resources).encode())
+        wrapped = AnyMessage(type_url=RESOURCES_TYPE, value=dumps(resources).encode())
         self._task("Update", task_pb.UpdateTaskRequest(id=container_id, resources=wrapped), Empty)
 
     def connect(self, container_id: str) -> task_pb.ConnectResponse:

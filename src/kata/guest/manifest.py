@@ -5,10 +5,10 @@ Every container start reads it, so this module imports and checks no more than n
 
 from __future__ import annotations
 
-import json
 import os
 
 from kata.errors import GuestAssetError
+from kata.journal import loads
 
 NAME = "guest.json"
 FORMAT = 1
@@ -78,7 +78,7 @@ def load(directory: str) -> Guest:
     path = os.path.join(directory, NAME)
     try:
         with open(path, "rb") as file:
-            content = json.loads(file.read())
+            content = loads(file.read())
     except FileNotFoundError:
         raise GuestAssetError(f"there is no guest to boot: {path} does not exist", _BUILD) from None
     except OSError as error:

@@ -24,12 +24,12 @@ means and has it fetched.
 
 from __future__ import annotations
 
-import json
 import os
 
 from kata import paths
 from kata.errors import HostError, ImageError, NotFoundError, UsageError
 from kata.images import reference as references
+from kata.journal import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def read_json(path: str) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return json.load(file)
+            return loads(file.read())
     except FileNotFoundError:
         return None
     except OSError as error:
