@@ -172,7 +172,7 @@ def _write_results_of_hypervisors(terminalreporter: pytest.TerminalReporter, tar
                 {
                     "title": f"{monitor.title} {machine}".strip(),
                     "accelerator": accelerator if accelerator in monitor.accelerators else "kvm",
-                    "version": monitor.version(),
+                    "version": monitor.version({}),
                     "test": test,
                     "outcome": "failed" if outcome == "error" else outcome,
                     "reason": report.longrepr[2].removeprefix("Skipped: ") if outcome == "skipped" else "",

@@ -12,7 +12,7 @@ from kata.hypervisor import accel, registry
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("KATA_ACCEL", "KATA_HYPERVISOR", "KATA_CLOUD_HYPERVISOR", "KATA_FIRECRACKER"):
+    for name in ("KATA_ACCEL", "KATA_HYPERVISOR", "KATA_QEMU", "KATA_CLOUD_HYPERVISOR", "KATA_FIRECRACKER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("KATA_CONF_FILE", "")
@@ -62,3 +62,36 @@ def test_one_that_is_chosen_and_cannot_run_is_in_the_way(
     [row] = host._hypervisors()
     assert (row.result, row.blocking) == (host.FAIL, True)
     assert "is not offered" in row.text
+
+
+@pytest.mark.parametrize("name", ["qemu", "cloud-hypervisor", "firecracker"])
+def test_the_program_that_is_looked_at_is_the_one_that_would_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The configured one, else the variable's: nothing on the PATH, and one of them no program."""
+    monkeypatch.setattr(accel, "choose", lambda preference="": accel.Accelerator("kvm", "", None))
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    monitor = registry.find(name)
+    assert monitor.version({}) == ""
+    assert [check.ok for check in monitor.checks({})] == [False]
+    variable = f"KATA_{name.upper().replace('-', '_')}"
+    other = program(tmp_path, "other")
+    monkeypatch.setenv(variable, other)
+    assert (monitor.program({}), monitor.version({})) == (other, "some version 3")
+    [check] = monitor.checks({})
+    assert (check.ok, check.text) == (True, f"some version 3 ({other})")
+    monkeypatch.setenv(variable, str(tmp_path / "gone"))
+    assert host.versions()[name] == "unknown"
+    configured = program(tmp_path, "configured")
+    file = tmp_path / "configuration.toml"
+    file.write_text(f"[runtime]\nhypervisor_name = '{name}'\n[hypervisor.{name}]\npath = '{configured}'\n")
+    monkeypatch.setenv("KATA_CONF_FILE", str(file))
+    first = host.hypervisors()[0]
+    assert (first["name"], first["usable"], first["program"]) == (name, True, configured)
+    assert host.versions()[name] == "some version 3"
+    # What is configured and cannot be executed is named, whatever else there is.
+    Path(configured).chmod(0o644)
+    monkeypatch.setenv(variable, other)
+    first = host.hypervisors()[0]
+    assert (first["usable"], first["version"]) == (False, "")
+    assert f"{configured} is no program that can be executed" in first["reason"]

@@ -138,7 +138,7 @@ def test_programs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     journal = Journal.create_dir(str(tmp_path), "box", {})
     with pytest.raises(HostError, match=r"Firecracker is not installed: there is no .*/none"):
         MONITOR.start(shape, attachments, journal)
-    [check] = MONITOR.checks()
+    [check] = MONITOR.checks({})
     assert not check.ok
     assert check.text == f"{tmp_path}/none is no program that can be executed"
     with pytest.raises(ConfigError, match="a:1: path /none does not exist"):

@@ -293,13 +293,13 @@ class ScriptedMonitor(MonitorBase):
     def program(self, options: Mapping[str, Any]) -> str:
         return str(options.get("path", "")) or paths.agent_binary()
 
-    def version(self) -> str:
+    def version(self, options: Mapping[str, Any]) -> str:
         return "1"
 
     def arguments(self, run_dir: str) -> list[tuple[str, str]]:
         return []
 
-    def checks(self) -> list[Check]:
+    def checks(self, options: Mapping[str, Any]) -> list[Check]:
         return [Check(NAME, True, "is always there")]
 
 

@@ -270,7 +270,7 @@ def test_a_machine_with_a_share_is_not_saved(scripted: Talk) -> None:
 
 def test_the_scripted_one_is_asked_for_its_version(scripted: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KATA_CLOUD_HYPERVISOR", scripted.program)
-    assert MONITOR.version() == "cloud-hypervisor v54.0.0"
-    [check] = [one for one in MONITOR.checks() if one.name == "cloud-hypervisor"]
+    assert MONITOR.version({}) == "cloud-hypervisor v54.0.0"
+    [check] = [one for one in MONITOR.checks({}) if one.name == "cloud-hypervisor"]
     assert check.ok
     assert json.dumps(MONITOR.capabilities("kvm", {}).to_plain())

@@ -180,6 +180,6 @@ def test_a_guest_that_does_not_take_its_memory_is_told(scripted: Talk) -> None:
 
 def test_the_scripted_one_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KATA_FIRECRACKER", scripted_firecracker.__file__)
-    assert MONITOR.version() == f"Firecracker v{scripted_firecracker.VERSION}"
-    [check] = [one for one in MONITOR.checks() if one.name == "firecracker"]
+    assert MONITOR.version({}) == f"Firecracker v{scripted_firecracker.VERSION}"
+    [check] = [one for one in MONITOR.checks({}) if one.name == "firecracker"]
     assert check.ok

@@ -205,7 +205,7 @@ def descriptors() -> set[str]:
 
 def require(monitor: Monitor) -> None:
     """Skip where this machine cannot run a monitor, and say what is missing."""
-    missing = [f"{check.text}. {check.hint}" for check in monitor.checks() if not check.ok]
+    missing = [f"{check.text}. {check.hint}" for check in monitor.checks({}) if not check.ok]
     if missing:
         pytest.skip("; ".join(missing))
     if accel.choose().accel not in monitor.accelerators:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.cli.args import Arguments
+    from kata.config.files import Configuration
+    from kata.hypervisor.protocols import Monitor
 
 _JSON = Option("--json", "", "print JSON")
 
@@ -301,6 +304,16 @@ def _space() -> Check:
     return Check("disk space", OK, f"{table.human_size(free)} free for {paths.state_dir()}")
 
 
+def _own_options(monitor: Monitor, conf: Configuration) -> dict[str, Any]:
+    """What the configuration has for a hypervisor alone: `kata.hypervisor.protocols.Monitor.options`."""
+    own = {
+        key.partition(".")[2]: value
+        for key, (value, _) in conf.values.items()
+        if key.startswith("hypervisor.")
+    }
+    return monitor.options(own, lambda key: conf.origin(f"hypervisor.{key}"))
+
+
 def hypervisors() -> list[dict[str, Any]]:
     """Each hypervisor that there is: whether it can be used here, why not, and what it can do.
 
@@ -317,17 +330,9 @@ def hypervisors() -> list[dict[str, Any]]:
     for name in sorted(registry.names(), key=lambda name: (name != chosen, name)):
         monitor = registry.find(name)
         conf = configured if name == chosen else files.load("", name, "kata doctor")
-        own = {
-            key.partition(".")[2]: value
-            for key, (value, _) in conf.values.items()
-            if key.startswith("hypervisor.")
-        }
-        options = monitor.options(own, lambda key, conf=conf: conf.origin(f"hypervisor.{key}"))  # type: ignore[misc]
+        options = _own_options(monitor, conf)
         accelerator = accel.choose(str(conf.get("hypervisor.accelerator", ""))).accel
-        checks = monitor.checks()
-        bad = [check for check in checks if not check.ok]
-        if options.get("path"):
-            bad = []  # the checks are about the program that would be found without that
+        bad = [check for check in monitor.checks(options) if not check.ok]
         reason, hint = (bad[0].text, bad[0].hint) if bad else ("", "")
         if not reason and accelerator not in monitor.accelerators:
             reason, hint = "it needs KVM, which does not work on this host", "see kvm"
@@ -340,11 +345,7 @@ def hypervisors() -> list[dict[str, Any]]:
                 "reason": reason,
                 "hint": hint,
                 "program": monitor.program(options),
-                "version": version_of(options["path"])
-                if options.get("path")
-                else ""
-                if bad
-                else monitor.version(),
+                "version": "" if bad else monitor.version(options),
                 "accelerator": accelerator if accelerator in monitor.accelerators else "",
                 "capabilities": monitor.capabilities(accelerator, options).to_plain(),
             }
@@ -524,12 +525,17 @@ def _show_tree(content: dict[str, Any], indent: str) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of this program, its hypervisor and its guest."""
+    from kata.config import files
     from kata.guest import manifest
     from kata.hypervisor import registry
 
     found = {"kata": __version__, "python": sys.version.partition(" ")[0]}
     for name in registry.names():
-        version = registry.find(name).version()
+        monitor = registry.find(name)
+        options: dict[str, Any] = {}
+        with contextlib.suppress(KataError):  # a configuration that cannot be read is kata doctor's to name
+            options = _own_options(monitor, files.load("", name, "kata version"))
+        version = monitor.version(options)
         if version or name == registry.DEFAULT:
             found[name] = version or "not installed"
     try:

@@ -240,7 +240,7 @@ _H, _A, _R, _F = "hypervisor", "agent", "runtime", "factory"
 
 _ALL = [
     # ---- [hypervisor.qemu]: what acts ----
-    Key(_H, "path", PATH, "`qemu-system-x86_64` on the PATH", "the QEMU program"),
+    Key(_H, "path", PATH, "`$KATA_QEMU`, else `qemu-system-x86_64` on the PATH", "the QEMU program"),
     Key(_H, "kernel", PATH, "that of `kata guest build`", "the guest's kernel: bzImage, or ELF with a PVH entry;"
         " needs `initrd`"),
     Key(_H, "initrd", PATH, "that of `kata guest build`", "the guest's initial ramdisk, with the agent as `/init`"),

@@ -238,8 +238,9 @@ def _monitor(conf: Configuration, chosen: str) -> Monitor:
             f"kata doctor has the reason; --hypervisor {registry.DEFAULT} can do without KVM",
         )
     path = conf.get("hypervisor.path", "")
-    if not monitor.program({"path": path} if path else {}):
-        missing = next((check for check in monitor.checks() if not check.ok), None)
+    own = {"path": path} if path else {}
+    if not monitor.program(own):
+        missing = next((check for check in monitor.checks(own) if not check.ok), None)
         raise HostError(
             missing.text if missing else f"{monitor.title} is not installed",
             missing.hint if missing else "kata doctor",

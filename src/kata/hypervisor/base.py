@@ -17,7 +17,7 @@ from kata.errors import UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from kata.errors import KataError
@@ -329,13 +329,12 @@ class Check:
         self.hint = hint
 
 
-def program_check(name: str, program: str, version: Callable[[], str], missing: str, install: str) -> Check:
+def program_check(name: str, program: str, missing: str, install: str) -> Check:
     """Whether the program of a monitor can be executed.
 
     Args:
         name: The monitor's.
         program: Its path; empty where there is none.
-        version: Asks it for its version.
         missing: What it is called where there is none.
         install: How to get it.
     """
@@ -343,7 +342,9 @@ def program_check(name: str, program: str, version: Callable[[], str], missing: 
         return Check(name, False, f"{missing} is not installed", install)
     if not os.path.isfile(program) or not os.access(program, os.X_OK):
         return Check(name, False, f"{program} is no program that can be executed", install)
-    return Check(name, True, f"{version()} ({program})")
+    from kata import children
+
+    return Check(name, True, f"{children.version_of(program)} ({program})")
 
 
 class DiskError:

@@ -272,11 +272,19 @@ class Monitor(Protocol):
             options: As returned by `options`.
         """
 
-    def version(self) -> str:
-        """The version of the program on this host, in its own words; empty when it is not installed."""
+    def version(self, options: Mapping[str, Any]) -> str:
+        """The version of that program, in its own words; empty when it is not installed.
 
-    def checks(self) -> list[Check]:
-        """What `kata doctor` has to say of it."""
+        Args:
+            options: As returned by `options`.
+        """
+
+    def checks(self, options: Mapping[str, Any]) -> list[Check]:
+        """What `kata doctor` has to say of it.
+
+        Args:
+            options: As returned by `options`.
+        """
 
     def arguments(self, run_dir: str) -> list[tuple[str, str]]:
         """What the monitor of a sandbox was started with, for a report of a bug.

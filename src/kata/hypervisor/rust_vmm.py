@@ -115,17 +115,17 @@ class RustVmmMonitor(MonitorBase):
         """See `kata.hypervisor.protocols.Monitor.program`."""
         return self.PROGRAM.find(str(options.get("path", "")))
 
-    def version(self) -> str:
+    def version(self, options: Mapping[str, Any]) -> str:
         """See `kata.hypervisor.protocols.Monitor.version`."""
-        program = self.PROGRAM.find()
+        program = self.program(options)
         return children.version_of(program) if program else ""
 
-    def checks(self) -> list[Check]:
+    def checks(self, options: Mapping[str, Any]) -> list[Check]:
         """See `kata.hypervisor.protocols.Monitor.checks`."""
         from kata.hypervisor.base import program_check
 
-        found = self.PROGRAM.find()
-        return [program_check(self.name, found, self.version, self.PROGRAM.name, self.PROGRAM.install)]
+        found = self.program(options)
+        return [program_check(self.name, found, self.PROGRAM.name, self.PROGRAM.install)]
 
     def arguments(self, run_dir: str) -> list[tuple[str, str]]:
         """See `kata.hypervisor.protocols.Monitor.arguments`. They are in the process list, and not written down."""

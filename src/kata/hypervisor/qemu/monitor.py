@@ -134,32 +134,28 @@ class QemuMonitor(MonitorBase):
 
     def program(self, options: Mapping[str, Any]) -> str:
         """See `kata.hypervisor.protocols.Monitor.program`."""
-        from kata import children
         from kata.hypervisor.qemu import process
 
-        return str(options.get("path", "")) or children.find_program(process.PROGRAM) or ""
+        return process.find(str(options.get("path", "")))
 
-    def version(self) -> str:
+    def version(self, options: Mapping[str, Any]) -> str:
         """See `kata.hypervisor.protocols.Monitor.version`."""
         from kata import children
-        from kata.hypervisor.qemu import process
 
-        binary = children.find_program(process.PROGRAM)
-        return children.version_of(binary) if binary is not None else ""
+        program = self.program(options)
+        return children.version_of(program) if program else ""
 
     def arguments(self, run_dir: str) -> list[tuple[str, str]]:
         from kata.hypervisor.qemu import arguments
 
         return arguments.read(run_dir)
 
-    def checks(self) -> list[Check]:
+    def checks(self, options: Mapping[str, Any]) -> list[Check]:
         """See `kata.hypervisor.protocols.Monitor.checks`."""
-        from kata import children
         from kata.hypervisor.base import program_check
         from kata.hypervisor.qemu import process
 
-        program = children.find_program(process.PROGRAM) or ""
-        return [program_check(self.name, program, self.version, process.PROGRAM, process.INSTALL)]
+        return [program_check(self.name, self.program(options), process.PROGRAM, process.INSTALL)]
 
 
 def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
@@ -168,7 +164,6 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
     Raises:
         GuestAssetError: The guest's initrd cannot be put together.
     """
-    from kata import children
     from kata.hypervisor.qemu import command, process, queues
     from kata.hypervisor.qemu.settings import VMSettings
 
@@ -178,7 +173,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         from kata.hypervisor import initrd as archives
 
         initrd = archives.whole(shape, attachments.run_dir)
-    binary = options.get("path", "") or children.find_program(process.PROGRAM) or ""
+    binary = process.find(options.get("path", ""))
     # What bounce pages and long queues take is the machine's, and not its containers'.
     extra_mib = queues.queues_mib(binary)
     if attachments.share_server is not None and shape.accel == "tcg":

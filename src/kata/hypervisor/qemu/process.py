@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kata.journal import Journal
 
 PROGRAM = "qemu-system-x86_64"
+VARIABLE = "KATA_QEMU"
+"""Variable of the environment that names a QEMU beside that on the PATH."""
 VHOST_NET = "/dev/vhost-net"
 INSTALL = "apt-get install qemu-system-x86"
 FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
@@ -32,6 +34,11 @@ SHARE_CAPABILITIES = (
     *(sysio.CAP_MKNOD, sysio.CAP_SETFCAP),
 )
 """What QEMU needs to serve a share by 9p, where files have the guest's owners. Without one it has no capability."""
+
+
+def find(path: str = "") -> str:
+    """QEMU's path: the configured one, the variable's, or the PATH's; empty if there is none."""
+    return path or os.environ.get(VARIABLE, "") or children.find_program(PROGRAM) or ""
 
 
 class QemuProcess(MonitorProcess):
@@ -240,7 +247,7 @@ def _acpi_files() -> dict[str, int]:
 def _check(settings: VMSettings) -> None:
     """Say at once, and better than QEMU would, what cannot work."""
     if not settings.binary:
-        settings.binary = children.find_program(PROGRAM) or ""
+        settings.binary = find()
         if not settings.binary:
             raise HostError(f"{PROGRAM} is not installed", "apt-get install qemu-system-x86")
     elif not os.path.exists(settings.binary):
