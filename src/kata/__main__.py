@@ -80,4 +80,7 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _status = main()
+    from kata import launcher as _launcher
+
+    _launcher.leave(_status)

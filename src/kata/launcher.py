@@ -50,6 +50,22 @@ def let_go(status: int) -> int:
     return status
 
 
+def leave(status: int) -> None:
+    """End this process, after `let_go`.
+
+    Where nothing waits to be done at the end (functions of `atexit`, threads), the interpreter is not taken apart,
+    which is a tenth of a short command's time.
+
+    Args:
+        status: What to exit with.
+    """
+    import atexit
+
+    if "threading" not in sys.modules and not atexit._ncallbacks():
+        os._exit(status & 0xFF)  # what exit(3) makes of it
+    sys.exit(status)
+
+
 def _is_open(fd: int) -> bool:
     try:
         os.fstat(fd)
