@@ -5,85 +5,58 @@ Here, since the KVM lab's kernel has a device mapper and a test machine's need n
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import thin_pool
 from containerd_support import IMAGE, RUNTIME, Containerd, running
+from test_monitors import require
 from waiting import until
 
+from kata.hypervisor import registry
+
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.long]
-
-SECTORS = 512
-DATA, METADATA = 512 << 20, 16 << 20
-BLOCK = 128
-"""Of the pool: 64 KiB."""
-
-
-def _loop(path: Path, size: int) -> str:
-    with path.open("wb") as file:
-        file.truncate(size)
-    made = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"needs loop devices: {made.stderr.strip()}")
-    return made.stdout.strip()
 
 
 @pytest.fixture
 def pool(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A pool of thin volumes; its name."""
-    if not os.path.exists("/run/udev/control"):
-        # dmsetup leaves the nodes to udev, whether it runs or not; containerd executes dmsetup as well.
-        monkeypatch.setenv("DM_DISABLE_UDEV", "1")
-    if shutil.which("dmsetup") is None:
-        pytest.skip("needs dmsetup (apt-get install dmsetup)")
-    subprocess.run(["modprobe", "-a", "loop", "dm-thin-pool"], capture_output=True, check=False)
-    known = subprocess.run(["dmsetup", "targets"], capture_output=True, text=True, check=False)
-    if "thin-pool" not in known.stdout:
-        pytest.skip(f"needs the device mapper's thin volumes in the kernel: {known.stderr.strip()}")
+    for name, value in thin_pool.environment().items():
+        monkeypatch.setenv(name, value)  # containerd executes dmsetup as well
     name = f"kata-test-{os.getpid()}"
-    loops = []
-    try:
-        loops.append(_loop(run_directory / "metadata", METADATA))
-        loops.append(_loop(run_directory / "data", DATA))
-        table = f"0 {DATA // SECTORS} thin-pool {loops[0]} {loops[1]} {BLOCK} 0"
-        subprocess.run(["dmsetup", "create", name, "--table", table], check=True)
+    with contextlib.ExitStack() as stack:
         try:
-            yield name
-        finally:
-            # Its volumes first.
-            said = subprocess.run(["dmsetup", "ls"], capture_output=True, text=True, check=True).stdout
-            volumes = [line.split()[0] for line in said.splitlines() if line.startswith(f"{name}-snap")]
-            for one in [*volumes, name]:
-                subprocess.run(["dmsetup", "remove", "--retry", one], check=True)
-    finally:
-        for node in loops:
-            subprocess.run(["losetup", "--detach", node], check=True)
-        for file in ("metadata", "data"):
-            (run_directory / file).unlink(missing_ok=True)
+            stack.enter_context(thin_pool.pool(run_directory, name))
+        except thin_pool.Missing as missing:
+            pytest.skip(str(missing))
+        yield name
 
 
 @pytest.fixture
 def daemon(
-    run_directory: Path, guest_assets: Path, busybox_image: str, pool: str, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    run_directory: Path,
+    guest_assets: Path,
+    busybox_image: str,
+    pool: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Containerd]:
+    name = request.param
+    require(registry.find(name))
+    configuration = run_directory / f"with-{name}.toml"
+    configuration.write_text(f"[runtime]\nhypervisor_name = '{name}'\n")
+    monkeypatch.setenv("KATA_CONF_FILE", str(configuration))
     # For ctr. containerd 2 unpacks what it imports only with snapshotters that its configuration names once more.
     monkeypatch.setenv("CONTAINERD_SNAPSHOTTER", "devmapper")
-    config = f"""
-[plugins."io.containerd.snapshotter.v1.devmapper"]
-root_path = {json.dumps(str(run_directory / "devmapper"))}
-pool_name = "{pool}"
-base_image_size = "64MB"
-fs_type = "ext4"
-"""
+    config = thin_pool.configuration(pool, Path("{directory}/devmapper"))  # its own
     with running(run_directory, guest_assets, busybox_image, second=False, plugins=config) as one:
         yield one
 
 
+@pytest.mark.parametrize("daemon", ["qemu", "cloud-hypervisor", "firecracker"], indirect=True)
 def test_a_root_on_a_thin_volume(daemon: Containerd) -> None:
     plugins = daemon.ok("plugins", "ls")
     assert any({"devmapper", "ok"} <= set(line.split()) for line in plugins.splitlines()), plugins

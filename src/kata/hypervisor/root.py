@@ -59,8 +59,9 @@ def prepare(run_dir: str, journal: Journal, *, serves_files: bool = False, disks
             os.makedirs(os.path.join(path, DESCRIPTORS), 0o555)
             os.mkdir(os.path.join(path, SHARE), 0o555)
         if disks:
-            os.mkdir(os.path.join(path, STATE), 0o555)
-            os.mkdir(os.path.join(path, DISKS), 0o555)
+            for name in (STATE, DISKS):
+                os.mkdir(os.path.join(path, name))
+                os.chmod(os.path.join(path, name), 0o555)  # whatever the umask, for its user
             for number in range(disks):
                 file = os.path.join(path, disk(number))
                 os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400))
