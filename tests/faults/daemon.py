@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import thin_pool
 from cni_support import PLUGINS, write_network
 from containerd_support import RUNTIME, USE_SECOND, Containerd, with_command
 from waiting import PATIENCE
@@ -67,7 +68,12 @@ class Daemon(Containerd):
         self.place = Place(
             directory, f"{MARK}={self.token}", [self.outer, self.inner], lambda: self.seen, self._known
         )
-        self.has_pods = shutil.which("crictl") is not None and (PLUGINS / "bridge").exists()
+        self._stack = contextlib.ExitStack()
+        self._needs_disks = stops.hypervisor() in stops.SHARES_NOTHING
+        # Pods are tried where they can have directories: what has none of them is copied into their machine or refused.
+        self.has_pods = (
+            shutil.which("crictl") is not None and (PLUGINS / "bridge").exists() and not self._needs_disks
+        )
         self._clients: set[int] = set()
         self._events: subprocess.Popen[bytes] | None = None
         self._write_configuration()
@@ -76,6 +82,11 @@ class Daemon(Containerd):
 
     def _write_configuration(self) -> None:
         networks = write_network(self.directory, self.token, "10.88.8.0/24")
+        if self._needs_disks:
+            self.env = {**self.env, "CONTAINERD_SNAPSHOTTER": "devmapper", **thin_pool.environment()}
+            volumes = thin_pool.configuration(self.token, self.directory / "devmapper")
+            self.configure(["io.containerd.grpc.v1.cri"], volumes)
+            return
         section = 'plugins."io.containerd.grpc.v1.cri"'
         self.configure(
             [] if self.has_pods else ["io.containerd.grpc.v1.cri"],
@@ -113,6 +124,8 @@ runtime_type = "io.containerd.runc.v2"
             ip -n {self.outer} link set v0 up
         """
         subprocess.run(["sh", "-ec", script], check=True)
+        if self._needs_disks:
+            self._stack.enter_context(thin_pool.pool(self.directory, self.token))
         self.start()
         self.import_image(layout, namespace=self.token)
         if self.has_pods:
@@ -137,6 +150,7 @@ runtime_type = "io.containerd.runc.v2"
             target = line.split()[4]
             if target.startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "-l", target], check=False)
+        self._stack.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def start(self) -> None:

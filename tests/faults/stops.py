@@ -26,8 +26,11 @@ HYPERVISOR_VARIABLE = "KATA_FAULTS_HYPERVISOR"
 MONITORS = {
     "qemu": "kata.hypervisor.qemu.process",
     "cloud-hypervisor": "kata.hypervisor.cloud_hypervisor.process",
+    "firecracker": "kata.hypervisor.firecracker.process",
 }
-"""Hypervisors, each with the module whose `spawn` starts it. What shares no directories cannot run what ctr makes."""
+"""Hypervisors, each with the module whose `spawn` starts it."""
+SHARES_NOTHING = ("firecracker",)
+"""Those whose root file systems have to be disks: containerd gets its devmapper snapshotter for them."""
 _POLL_S = 0.005
 
 
