@@ -124,6 +124,8 @@ def pytest_configure(config: pytest.Config) -> None:
         directory = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
         os.environ[leftovers.MARK] = directory.name
     config.stash[_run_directory] = directory
+    # A start that has no template makes one afterwards: that is for the tests which are about it.
+    os.environ.setdefault("KATA_TEMPLATES", "off")
     for name in ("KATA_RUN_DIR", "KATA_STATE_DIR"):
         # A test that forgets to use `kata_env` does not touch a user's containers either.
         os.environ[name] = str(directory / name.split("_")[1].lower())

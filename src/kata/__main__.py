@@ -47,8 +47,8 @@ def main() -> int:
 
 
 def _run() -> int:
-    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``export-spans`` and
-    ``layer-image`` are helpers of its; under containerd's name for it, or as ``shim``, a command of containerd's; all
+    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``export-spans``, ``layer-image`` and
+    ``make-template`` are helpers of its; under containerd's name for it, or as ``shim``, a command of containerd's; all
     else the human command line.
 
     Returns:
@@ -65,6 +65,10 @@ def _run() -> int:
         from kata.trace_export import main as export
 
         return export()
+    if sys.argv[1:2] == ["make-template"]:
+        from kata.engine.factory.maker import main as make_template
+
+        return make_template()
     if sys.argv[1:2] == ["layer-image"]:
         from kata.storage.layer_images import main as layer_image
 

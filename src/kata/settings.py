@@ -167,9 +167,21 @@ class HypervisorSettings(Part):
         huge_pages: The guest's memory is in huge pages of the host, which are set aside for such use.
         reclaim: Give the host back what the guest frees.
         options: The hypervisor's own, such as the path of its program: name and value.
+        templates: Machines go on from templates where they can.
+        template_path: Directory of these; empty is the default one.
     """
 
-    __slots__ = ("accel", "console", "huge_pages", "name", "options", "prealloc", "reclaim")
+    __slots__ = (
+        "accel",
+        "console",
+        "huge_pages",
+        "name",
+        "options",
+        "prealloc",
+        "reclaim",
+        "template_path",
+        "templates",
+    )
 
     def __init__(
         self,
@@ -181,7 +193,11 @@ class HypervisorSettings(Part):
         huge_pages: bool = False,
         reclaim: bool = True,
         options: Mapping[str, Any] | None = None,
+        templates: bool = True,
+        template_path: str = "",
     ) -> None:
+        self.templates = templates
+        self.template_path = template_path
         self.accel = accel
         self.name = name
         self.console = console

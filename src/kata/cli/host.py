@@ -458,6 +458,7 @@ def _gc(arguments: Arguments) -> int:
     removed = changes.gc(list(image.users()))
     half_made = ext4.clear_leftovers()
     layers = layer_images.sweep()
+    clones = _sweep_templates()
     if arguments.flag("json"):
         table.show_json(
             {
@@ -468,16 +469,24 @@ def _gc(arguments: Arguments) -> int:
                 "images": removed,
                 "templates": half_made,
                 "layers": layers,
+                "machine_templates": clones,
             }
         )
     else:
-        for line in [*report.undone, *stale, *removed, *half_made, *layers]:
+        for line in [*report.undone, *stale, *removed, *half_made, *layers, *clones]:
             print(f"cleared {line}")
-        if not (report.undone or stale or removed or half_made or layers or report.failures):
+        if not (report.undone or stale or removed or half_made or layers or clones or report.failures):
             print("nothing to remove")
     for line in report.failures:
         sys.stderr.write(f"error: {line}\n")
     return 1 if report.failures else 0
+
+
+def _sweep_templates() -> list[str]:
+    from kata.config import files
+    from kata.engine.factory import maker, template
+
+    return maker.sweep(template.root_of(str(files.load("").get("factory.template_path", ""))))
 
 
 # ---- guest ----

@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("host", "check what this machine supports, and show how to fix what it does not"),
     "gc": ("host", "remove what crashed sandboxes left behind"),
     "guest": ("host", "build the guest's kernel and initrd, or show them"),
+    "factory": ("factory", "make, show or remove the templates that machines go on from"),
     "debug": ("debug", "collect what a report of a bug needs, without secrets"),
     "install": ("client", "register kata with containerd or Docker on this machine"),
     "uninstall": ("client", "undo `kata install`"),

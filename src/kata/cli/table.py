@@ -62,9 +62,12 @@ def seconds_of(timestamp: str) -> float | None:
 def age(timestamp: str) -> str:
     """The time since an RFC 3339 timestamp, as text: ``3 minutes``."""
     then = seconds_of(timestamp)
-    if then is None:
-        return "unknown"
-    passed = max(int(time.time() - then), 0)
+    return "unknown" if then is None else lapse(time.time() - then)
+
+
+def lapse(seconds: float) -> str:
+    """A duration as text, in its largest unit: ``3 minutes``."""
+    passed = max(int(seconds), 0)
     for size, word in (
         (86400 * 365, "year"),
         (86400 * 30, "month"),

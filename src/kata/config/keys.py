@@ -227,7 +227,8 @@ _NO_CC = "confidential guests are not offered, and an ordinary one would be no s
 _NO_LIMIT = "traffic is not limited here, and it would go on without the limit"
 _NO_VHOST_USER = "vhost-user devices are not offered"
 _NO_NUMA = "the guest has one memory node"
-_NO_FACTORY = "machines are booted, not cloned from templates"
+_OWN_FACTORY = "`[factory]` has what there is to say of templates, and they are made when they are needed"
+_NO_POOL = "no machines are kept waiting"
 _NO_COCO = "images are not pulled in the guest"
 _OWN_TIMEOUTS = "the engine has deadlines of its own for each call"
 _NO_SELINUX = "the guest's kernel has no SELinux, and the container would run without the label"
@@ -378,11 +379,11 @@ _ALL = [
     Key(_H, "prefetch_list_path", PATH, "", "images are not fetched in the guest", IDLE),
     Key(_H, "overhead_vcpus", NUMBER, "", "one formula for every machine: docs/sizing.md", IDLE),
     Key(_H, "overhead_memory", INT, "", "one formula for every machine: docs/sizing.md", IDLE),
-    Key(_H, "boot_to_be_template", BOOL, "false", _NO_FACTORY, IDLE),
-    Key(_H, "boot_from_template", BOOL, "false", _NO_FACTORY, IDLE),
-    Key(_H, "memory_path", PATH, "", _NO_FACTORY, IDLE),
-    Key(_H, "device_state_path", PATH, "", _NO_FACTORY, IDLE),
-    Key(_H, "factory", TABLE, "", _NO_FACTORY, IDLE),
+    Key(_H, "boot_to_be_template", BOOL, "false", _OWN_FACTORY, IDLE),
+    Key(_H, "boot_from_template", BOOL, "false", _OWN_FACTORY, IDLE),
+    Key(_H, "memory_path", PATH, "", _OWN_FACTORY, IDLE),
+    Key(_H, "device_state_path", PATH, "", _OWN_FACTORY, IDLE),
+    Key(_H, "factory", TABLE, "", _OWN_FACTORY, IDLE),
     # ---- [agent.kata] ----
     Key(_A, "enable_debug", BOOL, "false", "the agent writes its debug messages to the console's log"),
     Key(_A, "debug_console_enabled", BOOL, "false", "whoever reaches the agent may have a shell of the guest"
@@ -471,10 +472,11 @@ _ALL = [
     Key(_R, "passfd_listener_port", INT, "", "streams go over the agent's connection", IDLE),
     Key(_R, "vendor", TEXT, "", "it is a name only", IDLE),
     # ---- [factory] ----
-    Key(_F, "enable_template", BOOL, "false", _NO_FACTORY, IDLE),
-    Key(_F, "template_path", PATH, "", _NO_FACTORY, IDLE),
-    Key(_F, "vm_cache_number", INT, "0", _NO_FACTORY, IDLE),
-    Key(_F, "vm_cache_endpoint", PATH, "", _NO_FACTORY, IDLE),
+    Key(_F, "enable_template", BOOL, "true", "machines go on from templates where they can, instead of booting"),
+    Key(_F, "template_path", PATH, "`$KATA_STATE_DIR/templates`", "where templates are; below `/run` they are kept in"
+        " memory and gone with the next boot"),
+    Key(_F, "vm_cache_number", INT, "0", _NO_POOL, IDLE),
+    Key(_F, "vm_cache_endpoint", PATH, "", _NO_POOL, IDLE),
 ]  # fmt: skip
 
 KEYS = {key.full_name: key for key in _ALL}

@@ -202,6 +202,8 @@ def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
         prealloc=conf.get("hypervisor.enable_mem_prealloc", False),
         huge_pages=conf.get("hypervisor.enable_hugepages", False),
         reclaim=conf.get("hypervisor.reclaim_guest_freed_memory", True),
+        templates=conf.get("factory.enable_template", True),
+        template_path=str(conf.get("factory.template_path", "")),
     )
 
 

@@ -258,11 +258,14 @@ class Capabilities:
         spare_vcpus: A machine can have processors that it does not use at first.
         pause: A machine can be paused (`Machine.pause`). Containers can be in any case: their guest freezes them.
         snapshot: A machine can be saved (`Machine.save`) and restored (`Monitor.restore`).
+        clones: One that was started to be saved (`Attachments.saves_into`) can go on as many, each with disks and
+            network interfaces of its own in its slots.
     """
 
     __slots__ = (
         "attach_disk",
         "balloon",
+        "clones",
         "disk_slots",
         "grow_memory",
         "hotplug_nics",
@@ -290,7 +293,9 @@ class Capabilities:
         spare_vcpus: bool = False,
         pause: bool = False,
         snapshot: bool = False,
+        clones: bool = False,
     ) -> None:
+        self.clones = clones
         self.disk_slots = disk_slots
         self.attach_disk = attach_disk
         self.nics = nics

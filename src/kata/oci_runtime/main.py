@@ -65,6 +65,14 @@ COMMANDS = {
         most=1,
         notes="Without --sandbox-id, all running sandboxes are asked.",
     ),
+    "factory": _command(
+        "factory",
+        "init|status|destroy",
+        "Makes, shows or removes templates of machines: the same as 'kata factory'.",
+        least=1,
+        most=1,
+        notes="'kata factory --help' has the options.",
+    ),
     "check": _command(
         "check",
         "",
@@ -97,7 +105,6 @@ _ELSEWHERE = {
     "env": "kata version --json, kata config show --json and kata doctor --json say what is used here",
     "kata-env": "kata version --json, kata config show --json and kata doctor --json say what is used here",
     "exec": "kata-agent-ctl --sandbox ID shell opens a shell in the guest; kata exec runs a command in a container",
-    "factory": "Machines from templates are planned; nothing has to be prepared for a start.",
     "policy": 'kata-agent-ctl --sandbox ID SetPolicy --policy "$(cat FILE)"',
     **dict.fromkeys(
         (*_OCI, "state", "update"),
@@ -267,6 +274,12 @@ def _ask_about(volume: str, size: int | None, reference: str | None) -> bytes:
     raise unknown
 
 
+def _factory(arguments: Arguments) -> int:
+    from kata.cli import factory
+
+    return factory.HANDLERS["factory"](factory.COMMANDS["factory"].parse(arguments.rest))
+
+
 def _check(arguments: Arguments) -> int:
     from kata.cli import host
 
@@ -289,5 +302,6 @@ _HANDLERS: dict[str, Callable[[Arguments], int]] = {
     "iptables": _iptables,
     "direct-volume": _direct_volume,
     "check": _check,
+    "factory": _factory,
     "version": _version,
 }

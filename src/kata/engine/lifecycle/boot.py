@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.engine import hostns
+    from kata.engine.factory.template import Template
+    from kata.errors import KataError
     from kata.hypervisor import virtiofsd
     from kata.hypervisor.base import Capabilities
     from kata.hypervisor.protocols import Monitor, Started
@@ -42,7 +44,7 @@ KERNEL_PARAMETERS = (
 """Parameters of every guest's kernel; a monitor adds those that its machines need."""
 CONSOLE_NAME = "console.log"
 BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
-COLD = "cold"
+COLD, TEMPLATE = "cold", "template"
 DISK_SLOTS = 4
 """Disk slots of a sandbox that does not want all."""
 
@@ -66,6 +68,8 @@ class Machine:
         start_path: How the machine comes up: `COLD`, or what a step has told `came_by`.
         start_reason: Why by no faster way; empty if there is none.
         steps: Of the start: name, begin and end of each, in ns of CLOCK_MONOTONIC.
+        template: What is known of the template of such machines; None before it was looked for.
+        is_up: The guest has been set up.
     """
 
     __slots__ = (
@@ -74,6 +78,7 @@ class Machine:
         "cgroup",
         "files",
         "host",
+        "is_up",
         "monitor",
         "network",
         "ready_ns",
@@ -84,9 +89,12 @@ class Machine:
         "started",
         "started_ns",
         "steps",
+        "template",
     )
 
     def __init__(self) -> None:
+        self.template: Template | None = None
+        self.is_up = False
         self.monitor: Monitor | None = None
         self.capabilities: Capabilities | None = None
         self.shape: MachineShape | None = None
@@ -113,9 +121,40 @@ class Machine:
         self.start_path, self.start_reason = path, reason
 
     def free_boot_slot(self) -> None:
-        """Let the next machine boot."""
+        """Let the next machine boot. If this one is up and had no template to go on from, one is made now."""
         if self.boot_slot is not None:
             self.boot_slot.end()
+        if self.is_up and self.template is not None and self.template.is_missing:
+            self.template.is_missing = False
+            self._make_template(self.template)
+
+    @property
+    def is_clone(self) -> bool:
+        """Whether it goes on from a template: its guest's clocks began with that."""
+        return self.start_path == TEMPLATE
+
+    def distrust_template(self, error: KataError) -> None:
+        """The machine did not come up: whatever the reason, the next one boots.
+
+        Args:
+            error: The reason, of which the hint says so.
+        """
+        if self.is_clone and self.template is not None:
+            from kata.engine.factory import template as templates
+
+            templates.discard(self.template, error)
+
+    def _make_template(self, template: Template) -> None:
+        from kata.engine.factory import maker
+
+        assert self.monitor is not None
+        assert self.shape is not None
+        try:
+            maker.launch(
+                template, self.monitor, self.shape, self.cgroup.leave if self.cgroup is not None else int
+            )
+        except OSError:
+            pass  # the next start tries
 
     @property
     def disk_addresses(self) -> Sequence[str]:
@@ -425,7 +464,9 @@ class Boot:
         """
         assert self.machine.shape is not None
         self.machine.started_ns = time.monotonic_ns()
-        started = self.monitor.start(self.machine.shape, self._attachments, self._journal)
+        started = self._from_template() or self.monitor.start(
+            self.machine.shape, self._attachments, self._journal
+        )
         self._undo.append(started.close)
         self._undo.append(lambda: started.status(END_S))
         self._undo.append(started.kill)
@@ -433,6 +474,25 @@ class Boot:
         if self.machine.network is not None:
             for index, address in enumerate(started.nic_addresses):
                 self.machine.network.place(index, address)
+
+    def _from_template(self) -> Started | None:
+        """Have the machine go on from its template; None where it has to boot."""
+        from kata.engine.factory import template as templates
+
+        hypervisor, shape = self._described.hypervisor, self.machine.shape
+        assert shape is not None
+        found = self.machine.template = templates.find(
+            templates.root_of(hypervisor.template_path),
+            templates.mode_of(enabled=hypervisor.templates),
+            self.monitor,
+            self.capabilities,
+            shape,
+        )
+        if found.reason:
+            self.machine.came_by(COLD, found.reason)
+            return None
+        self.machine.came_by(TEMPLATE)
+        return self.monitor.restore(found.path, self._attachments, self._journal, shape)
 
     def join_cgroup(self) -> None:
         """Put machine and engine into cgroups of their own: after the start, since it takes the host a while, and

@@ -68,8 +68,11 @@ async def bring_up(sandbox: BootingSandbox) -> AgentClient:
     """
     step = _Step()
     try:
-        return await _bring_up(sandbox, step)
+        agent = await _bring_up(sandbox, step)
+        sandbox.runtime.machine.is_up = True
+        return agent
     except KataError as error:
+        sandbox.runtime.machine.distrust_template(error)
         raise explain(sandbox, step.name, error) from error
     finally:
         # Its first container's start frees the boot slot, for which a client may take its time.
@@ -110,7 +113,8 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
             agent.reseed(os.urandom(SEED_BYTES)),
         )
     )
-    sandbox.tasks.create_task(_guest_times(sandbox, agent, answered_ns))
+    if not runtime.machine.is_clone:
+        sandbox.tasks.create_task(_guest_times(sandbox, agent, answered_ns))
     sandbox.timings.add("agent", answered_ns)
     return agent
 

@@ -250,7 +250,7 @@ class Qemu(Running):
             await asyncio.to_thread(self._settle)
             if self._told:
                 await self._gone_on(client)
-            if self._nic_free and not self.settings.saves_into:
+            if self._nic_free and not self._told:
                 # An unconnected interface has its link down; QEMU has no option for that.
                 await client.execute("set_link", {"name": "nic0", "up": False})
         except BaseException:
@@ -265,6 +265,10 @@ class Qemu(Running):
             if self._loop.time() >= until:
                 raise HypervisorError(f"the saved machine did not go on for {GO_ON_S:g} s")
             await asyncio.sleep(GO_ON_POLL_S)
+        # Who saved it had interfaces that led nowhere.
+        for index, nic in enumerate(self.settings.nics()):
+            if nic.backend:
+                await client.execute("set_link", {"name": f"nic{index}", "up": True})
         for index, disk in enumerate(self._disks):
             if disk is not None and not disk.readonly:
                 size = {"node-name": f"slot{index}", "size": await _size(disk.path)}

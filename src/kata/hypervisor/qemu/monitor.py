@@ -56,6 +56,7 @@ class QemuMonitor(MonitorBase):
             spare_vcpus=True,
             pause=True,
             snapshot=True,
+            clones=os.uname().machine == "x86_64",  # `template_memory` has its filter for that alone
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:

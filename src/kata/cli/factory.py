@@ -1,0 +1,155 @@
+"""`kata factory`: templates of machines, which are made when they are needed anyway."""
+
+from __future__ import annotations
+
+import time
+
+from kata.cli import table, values
+from kata.cli.args import Command, Option
+from kata.errors import UnsupportedError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kata.cli.args import Arguments
+    from kata.hypervisor.base import Capabilities, MachineShape
+    from kata.hypervisor.protocols import Monitor
+    from kata.settings import MachineSettings
+
+COMMANDS = {
+    "factory": Command(
+        "factory",
+        "init|status|destroy",
+        "Makes the template of the machine that 'kata run IMAGE' starts, shows all templates, or removes them.",
+        [
+            Option("-m --memory", "SIZE", "init: for machines of containers with this limit (none)"),
+            Option("--cpus", "N", "init: the same for processors (none)"),
+            Option("--hypervisor", "NAME", "init: for machines of this hypervisor (the configured one)"),
+            Option("--json", "", "status: print JSON"),
+        ],
+        least=1,
+        most=1,
+        notes="A template is a machine that was booted once and saved: those of its shape go on from it, several\n"
+        "times faster. It is made by itself after the first start of such a machine; 'init' does so beforehand.\n"
+        "[factory] enable_template = false or KATA_TEMPLATES=off switches them off (docs/templates.md).",
+    ),
+}
+
+
+def _factory(arguments: Arguments) -> int:
+    verb = arguments.rest[0]
+    handlers = {"init": _init, "status": _status, "destroy": _destroy}
+    if verb not in handlers:
+        raise UsageError(f"kata factory {verb}: not known", "init, status or destroy")
+    return handlers[verb](arguments)
+
+
+def _configured(arguments: Arguments) -> tuple[MachineSettings, str]:
+    """The machine of a container with such limits, and the directory of templates."""
+    from kata.config import files
+    from kata.engine import machine
+    from kata.engine.factory import template
+    from kata.resources.sizing import ResourceRequest
+
+    name = arguments.value("hypervisor") or ""
+    conf = files.load("", name, "--hypervisor" if name else "")
+    memory = arguments.value("memory")
+    cpus = arguments.value("cpus")
+    asked = ResourceRequest(
+        values.cpus(cpus) if cpus else None,
+        values.container_memory(memory) if memory else None,
+        "--cpus and --memory",
+    )
+    limited = asked.cpus is not None or asked.memory is not None
+    described, _ = machine.machine_settings(asked, conf, grows=limited)
+    return described, template.root_of(described.hypervisor.template_path)
+
+
+def _shape(described: MachineSettings) -> tuple[Monitor, Capabilities, MachineShape]:
+    """The machine in which `kata run` has such a container: an image, a disk for what it writes, and a network."""
+    from kata.cli import session
+    from kata.engine.lifecycle import boot
+    from kata.hypervisor import registry
+    from kata.settings import DiskSettings, SandboxSettings
+
+    monitor = registry.find(described.hypervisor.name)
+    hypervisor = described.hypervisor
+    can = monitor.capabilities(hypervisor.accel, hypervisor.options, bounces=described.guest.bounces)
+    settings = SandboxSettings(
+        id="template",
+        client=session.client_policy(),
+        machine=described,
+        disks=[DiskSettings(path="/", readonly=True), DiskSettings(path="/", readonly=False)],
+    )
+    share = can.shares[-1] if can.shares else ""
+    return monitor, can, boot.shape_of(settings, can, nics=min(can.nics, 1), share=share)
+
+
+def _init(arguments: Arguments) -> int:
+    from kata.engine.factory import maker, template
+
+    described, root = _configured(arguments)
+    monitor, can, shape = _shape(described)
+    reason = template.why_not(monitor, can, shape)
+    if reason:
+        raise UnsupportedError(f"there can be no template of this machine: {reason}", "docs/templates.md")
+    wanted = template.Template(root, template.key_of(monitor, shape))
+    began = time.monotonic()
+    made = maker.make(wanted, monitor, shape, waits=True)
+    if made:
+        print(f"made {wanted.key} ({time.monotonic() - began:.1f} s)")
+    else:
+        print(f"{wanted.key} is there already")
+    return 0
+
+
+def _status(arguments: Arguments) -> int:
+    from kata.engine.factory import maker, template
+
+    described, root = _configured(arguments)
+    mode = template.mode_of(enabled=described.hypervisor.templates)
+    found = maker.listed(root)
+    failed = maker.failures(root)
+    if arguments.flag("json"):
+        table.show_json(
+            {
+                "directory": root,
+                "mode": mode,
+                "templates": found,
+                "failures": [{"key": key, "reason": reason} for key, reason in failed],
+            }
+        )
+        return 0
+    words = {
+        "on": "used, and made when they are missing",
+        "use": "used, and not made when they are missing",
+        "off": "switched off: every machine boots",
+    }
+    print(f"Templates in {root} are {words[mode]}.")
+    if found:
+        table.show(["KEY", "SIZE", "MACHINE", "MADE", "USED"], [_row(one) for one in found])
+    for key, reason in failed:
+        print(f"{key} could not be made: {table.printable(reason)}")
+    return 0
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    shape = one["machine"]
+    machine = f"{shape.get('vcpus')} CPU, {shape.get('memory_mib')} MiB, {shape.get('accel')}"
+    ages = [table.lapse(time.time() - one[name]) for name in ("made", "used")]
+    return [one["key"], table.human_size(one["bytes"]), machine, *ages]
+
+
+def _destroy(arguments: Arguments) -> int:
+    from kata.engine.factory import maker
+
+    removed = maker.destroy(_configured(arguments)[1])
+    for key in removed:
+        print(f"removed {key}")
+    if not removed:
+        print("there are no templates")
+    return 0
+
+
+HANDLERS = {"factory": _factory}

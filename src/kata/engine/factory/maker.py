@@ -1,0 +1,416 @@
+"""Making templates, and what becomes of them.
+
+One is made at a time, in a process of its own (`launch`), which has the lowest priority: it boots a machine without
+anything of a sandbox's, waits for its agent, leaves it, and saves the machine. What was made appears by rename(2), with
+its content on the disk before; a maker that is killed leaves a directory that the next one removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import marshal
+import os
+import shutil
+import time
+
+from kata import launcher, paths, sysio
+from kata.engine.factory import template as templates
+from kata.errors import HostError, HypervisorError, KataError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from kata.engine.factory.template import Template
+    from kata.hypervisor.base import MachineShape
+    from kata.hypervisor.protocols import Machine, Monitor
+    from kata.journal import Journal
+
+COMMAND = "make-template"
+MOST = 8
+"""Templates that are kept; the one that was used longest ago goes first."""
+UNUSED_S = 14 * 86400.0
+"""One that was not used for so long goes when another is made, or with ``kata gc``."""
+JUST_USED_S = 60.0
+"""One that was used since may be just being opened."""
+LEAST_FREE = 512 << 20
+"""Bytes that the file system has to have free for one to be made."""
+READY_S = 120.0
+QUIET_S = 0.3
+"""How long the guest has after the last call: it learns that nobody is connected, and has done what it put off."""
+_LOCK = "lock"
+_MAKING = ".making-"
+
+
+# ---- from an engine ----
+
+
+def launch(wanted: Template, monitor: Monitor, shape: MachineShape, leave: Callable[[], object]) -> None:
+    """Start a process that makes a template, and return at once. It belongs to nobody here.
+
+    Args:
+        wanted: Which.
+        monitor: The hypervisor.
+        shape: What the machine is.
+        leave: Is called in the new process: takes it out of the cgroups of the caller's sandbox.
+
+    Raises:
+        OSError: It could not be started.
+    """
+    plain = {name: getattr(shape, name) for name in shape.__slots__}
+    order = marshal.dumps((wanted.root, wanted.key, monitor.name, {**plain, "options": dict(shape.options)}))
+    argv = [*launcher.command(), COMMAND]
+    read, write = os.pipe()
+    if len(order) > 4096:
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, len(order))
+    os.write(write, order)
+    os.close(write)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                leave()
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(read, 0)
+                os.dup2(null, 1)
+                os.dup2(null, 2)
+                sysio.close_on_exec_from(3)
+                os.chdir("/")
+                sysio.reset_signals()
+                os.execve(argv[0], argv, dict(os.environ))
+        finally:
+            os._exit(0)
+    os.close(read)
+    os.waitpid(child, 0)
+
+
+def main() -> int:
+    """The process that `launch` starts.
+
+    Returns:
+        The exit status: 0 also where there was nothing to do.
+    """
+    with open(0, "rb") as order:
+        root, key, name, plain = marshal.loads(order.read(1 << 20))
+    os.nice(19)
+    # When the host has no memory left, a template is the first thing to do without.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")
+    sysio.unshare(sysio.CLONE_NEWNET)  # not the sandbox's
+    from kata.hypervisor import registry
+    from kata.hypervisor.base import MachineShape
+
+    wanted = templates.Template(root, key)
+    monitor = registry.find(name)
+    try:
+        make(wanted, monitor, MachineShape(**plain), waits=False)
+    except KataError as error:
+        write_failure(wanted, error)
+        return 1
+    return 0
+
+
+# ---- making ----
+
+
+def make(wanted: Template, monitor: Monitor, shape: MachineShape, *, waits: bool) -> bool:
+    """Make a template.
+
+    Args:
+        wanted: Which.
+        monitor: The hypervisor.
+        shape: What the machine is.
+        waits: Wait while another one is made; otherwise this one is not made then.
+
+    Returns:
+        Whether it was made; it may be there already.
+
+    Raises:
+        KataError: It could not be. Nothing is left of it.
+    """
+    with _locked(wanted.root, waits=waits) as is_ours:
+        if not is_ours or os.path.exists(os.path.join(wanted.path, templates.WHOLE)):
+            return False
+        clear(wanted.root, room_for=1)
+        _check_room(wanted.root)
+        making = os.path.join(wanted.root, f"{_MAKING}{wanted.key}")
+        os.mkdir(making, 0o700)
+        try:
+            _in_a_child(monitor, shape, making)
+            if templates.key_of(monitor, shape) != wanted.key:
+                raise HostError("the guest or the hypervisor changed while a template was made")
+            _to_disk(making)
+            os.rename(making, wanted.path)
+            _sync(wanted.root)
+        except OSError as error:
+            raise HostError(
+                f"cannot make a template: {error.strerror}: {error.filename or making}"
+            ) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{wanted.path}.{templates.FAILED}")
+        return True
+
+
+def write_failure(wanted: Template, error: KataError) -> None:
+    """Have engines know why there is no template, so that not each of them tries."""
+    with contextlib.suppress(OSError):
+        paths.make_dirs(wanted.root, 0o711)
+        sysio.replace_file(f"{wanted.path}.{templates.FAILED}", error.message[:500].encode())
+
+
+def _in_a_child(monitor: Monitor, shape: MachineShape, directory: str) -> None:
+    """Boot and save the machine, in a process whose namespaces end with it."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        words = b""
+        try:
+            os.close(read)
+            _boot(monitor, shape, directory)
+        except KataError as error:
+            words = error.message.encode()
+        except BaseException as error:
+            words = repr(error).encode()
+        os.write(write, words[:4000])
+        os._exit(1 if words else 0)
+    os.close(write)
+    with os.fdopen(read, "rb") as file:
+        words = file.read()
+    if os.waitpid(child, 0)[1] != 0:
+        raise HypervisorError(
+            f"cannot make a template: {words.decode('utf-8', 'replace') or 'its process was killed'}"
+        )
+
+
+def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
+    from kata import journal_undo
+    from kata.engine.lifecycle import boot_slots, volumes
+    from kata.hypervisor.base import Attachments, Nic, random_mac
+    from kata.journal import Journal
+
+    name = f"template-{os.getpid()}"
+    slot = boot_slots.BootSlot(lambda _words: None)
+    journal = Journal.create_dir(
+        os.path.join(paths.run_dir(), "sandboxes"), name, {"client": "factory", "id": name}
+    )
+    try:
+        volumes.own_namespace()
+        sysio.unshare(sysio.CLONE_NEWNET)
+        attachments = Attachments(
+            sandbox_id=name,
+            run_dir=os.path.dirname(journal.path),
+            nics=[Nic(random_mac()) for _ in range(shape.nics)],
+            saves_into=directory,
+        )
+        started = monitor.start(shape, attachments, journal)
+        asyncio.run(_save(monitor, started, journal, directory))
+    finally:
+        left = journal_undo.undo(journal)
+        journal.close()
+        slot.end()
+    if left:
+        raise HostError(f"making a template left something behind: {left[0]}")
+
+
+async def _save(monitor: Monitor, started: Any, journal: Journal, directory: str) -> None:
+    from kata.agent.client import AgentClient
+    from kata.ttrpc.client import Client
+
+    machine: Machine = monitor.adopt(started, journal)
+    ended = asyncio.ensure_future(machine.wait())
+
+    async def prepare() -> None:
+        await machine.confined()
+        agent = AgentClient(await Client.connect(await machine.channel.connect()))
+        try:
+            await agent.check(READY_S)
+        finally:
+            agent.close()
+        await asyncio.sleep(QUIET_S)
+        await machine.pause()
+        await machine.save(directory)
+
+    preparing = asyncio.ensure_future(prepare())
+    try:
+        both: set[asyncio.Future[Any]] = {ended, preparing}
+        await asyncio.wait(both, timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
+        if preparing.done():
+            await preparing
+        elif ended.done():
+            raise ended.result().error or HypervisorError("the machine ended")
+        else:
+            raise HypervisorError(f"the machine was not ready within {READY_S:g} s")
+    finally:
+        preparing.cancel()
+        await machine.stop()
+        machine.close()
+
+
+def _to_disk(directory: str) -> None:
+    """Give what was saved to root, and have it on the disk."""
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        os.chown(path, os.geteuid(), os.getegid())
+        os.chmod(path, 0o400)
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: str) -> None:
+    """fsync(2) of a file or directory by its name."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---- keeping ----
+
+
+@contextlib.contextmanager
+def _locked(root: str, *, waits: bool) -> Iterator[bool]:
+    """Be the only one who makes or removes templates; gives False where another one is, and nobody waits."""
+    paths.make_dirs(root, 0o711)
+    fd = os.open(os.path.join(root, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(fd)
+
+
+def listed(root: str) -> list[dict[str, Any]]:
+    """All templates, the one that was used last first.
+
+    Returns:
+        Of each ``key``, ``path``, ``bytes`` (on the disk), ``made`` and ``used`` (seconds since 1970), and ``machine``
+        (its shape).
+    """
+    from kata.hypervisor import saved
+
+    found = []
+    for name in _names(root):
+        path = os.path.join(root, name)
+        try:
+            machine = saved.document(path, templates.WHOLE, 1 << 20)
+            found.append(
+                {
+                    "key": name,
+                    "path": path,
+                    "bytes": sum(one.stat().st_blocks * 512 for one in os.scandir(path)),
+                    "made": os.stat(os.path.join(path, templates.WHOLE)).st_mtime,
+                    "used": os.stat(path).st_mtime,
+                    "machine": machine,
+                }
+            )
+        except (OSError, KataError):
+            continue  # it is just being removed
+    return sorted(found, key=lambda one: -one["used"])
+
+
+def failures(root: str) -> list[tuple[str, str]]:
+    """Keys for which no template could be made, with the reasons."""
+    found = []
+    for name in _entries(root):
+        key, _, kind = name.partition(".")
+        if key and kind == templates.FAILED:
+            try:
+                with open(os.path.join(root, name), encoding="utf-8") as file:
+                    found.append((key, file.read(500)))
+            except OSError:
+                continue
+    return found
+
+
+def sweep(root: str) -> list[str]:
+    """Remove what was left half made, and templates that were not used for long; see `clear`.
+
+    Returns:
+        What was removed. Nothing while one is being made.
+    """
+    if not os.path.isdir(root):
+        return []
+    with _locked(root, waits=False) as is_ours:
+        return clear(root) if is_ours else []
+
+
+def destroy(root: str) -> list[str]:
+    """Remove all templates, once no other is being made. Machines that went on from one keep what they have of it.
+
+    Returns:
+        Their keys.
+    """
+    if not os.path.isdir(root):
+        return []
+    with _locked(root, waits=True):
+        clear(root)
+        removed = _names(root)
+        for name in removed:
+            _remove(root, name)
+        for key, _ in failures(root):
+            os.unlink(os.path.join(root, f"{key}.{templates.FAILED}"))
+    return removed
+
+
+def clear(root: str, *, room_for: int = 0) -> list[str]:
+    """With the lock: remove what is half made or broken, what was not used for long, and what is too much.
+
+    Args:
+        root: The directory of all.
+        room_for: How many are to be made.
+
+    Returns:
+        What was removed.
+    """
+    now = time.time()
+    gone = []
+    for name in _entries(root):
+        if name.startswith("."):
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+            gone.append(os.path.join(root, name))
+    kept = listed(root)
+    for place, one in enumerate(kept):
+        idle = now - one["used"]
+        if idle > UNUSED_S or (place >= MOST - room_for and idle > JUST_USED_S):
+            _remove(root, one["key"])
+            gone.append(one["path"])
+    return gone
+
+
+def _remove(root: str, key: str) -> None:
+    aside = os.path.join(root, f".gone-{key}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(os.path.join(root, key), aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _entries(root: str) -> list[str]:
+    try:
+        return sorted(os.listdir(root))
+    except FileNotFoundError:
+        return []
+
+
+def _names(root: str) -> list[str]:
+    return [name for name in _entries(root) if len(name) == 32 and not name.startswith(".")]
+
+
+def _check_room(root: str) -> None:
+    status = os.statvfs(root)
+    free = status.f_bavail * status.f_frsize
+    if free < LEAST_FREE:
+        raise HostError(
+            f"{root} has {free >> 20} MiB free, and a template is made with {LEAST_FREE >> 20} at least",
+            "Free some, or set template_path in [factory].",
+        )

@@ -1,0 +1,189 @@
+"""Which template a machine can go on from, and why it cannot.
+
+A template belongs to the shape of a machine and to everything that went into it: kernel, initrd and extensions, the
+monitor's program, the parameters, and this program's own source. Its directory is named by a hash of all that
+(`key_of`), so none is ever used for anything else. It appears there whole, by rename(2), or not at all.
+
+On every start: few imports.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata import __version__, launcher, paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata.errors import KataError
+    from kata.hypervisor.base import Capabilities, MachineShape
+    from kata.hypervisor.protocols import Monitor
+
+VARIABLE = "KATA_TEMPLATES"
+"""Variable that says ``off``, ``use`` (those that are there, and none is made) or ``on``, instead of the
+configuration."""
+DIRECTORY = "templates"
+FORMAT = 1
+"""Of what is saved, beside what a key has in it."""
+WHOLE = "machine.json"
+"""The file that a template has since it was whole."""
+FAILED = "failed"
+"""What is behind the key in the name of a file with the reason why a template could not be made."""
+UNSET = ("init_on_free=1", "page_poison=1")
+"""Parameters of a kernel that expects zeroes in memory which it gave to the host and took back. A clone finds there
+what its template had."""
+_CPU_FIELDS = (b"vendor_id", b"cpu family", b"model\t", b"stepping", b"microcode", b"flags")
+
+
+class Template:
+    """What is known of a machine's template.
+
+    Attributes:
+        root: The directory of all.
+        key: Its name there; empty where the machine can have none.
+        reason: Why the machine boots instead; empty if it does not.
+        is_missing: It could be made, and was not yet.
+    """
+
+    __slots__ = ("is_missing", "key", "reason", "root")
+
+    def __init__(self, root: str, key: str = "", reason: str = "", *, is_missing: bool = False) -> None:
+        self.root = root
+        self.key = key
+        self.reason = reason
+        self.is_missing = is_missing
+
+    @property
+    def path(self) -> str:
+        """Its directory."""
+        return os.path.join(self.root, self.key)
+
+
+def root_of(configured: str) -> str:
+    """The directory of all templates.
+
+    Args:
+        configured: ``template_path``; empty is below `kata.paths.state_dir`.
+    """
+    return configured or os.path.join(paths.state_dir(), DIRECTORY)
+
+
+def mode_of(*, enabled: bool) -> str:
+    """``off``, ``use`` or ``on``."""
+    said = os.environ.get(VARIABLE, "")
+    return said if said in ("off", "use", "on") else "on" if enabled else "off"
+
+
+def find(
+    root: str, mode: str, monitor: Monitor, capabilities: Capabilities, shape: MachineShape
+) -> Template:
+    """The template for a machine that is about to start. One that is there counts as used now.
+
+    Args:
+        root: See `root_of`.
+        mode: See `mode_of`.
+        monitor: The hypervisor.
+        capabilities: What it can do here.
+        shape: What the machine is.
+    """
+    if mode == "off":
+        return Template(root, reason="templates are switched off")
+    reason = why_not(monitor, capabilities, shape)
+    if reason:
+        return Template(root, reason=reason)
+    try:
+        found = Template(root, key_of(monitor, shape))
+    except OSError as error:
+        return Template(root, reason=f"{error.filename} cannot be looked at: {error.strerror}")
+    try:
+        os.stat(os.path.join(found.path, WHOLE))
+        os.utime(found.path)
+    except OSError:
+        try:
+            with open(f"{found.path}.{FAILED}", encoding="utf-8") as file:
+                found.reason = f"a template could not be made: {file.read(500).strip()}"
+        except OSError:
+            found.reason = "there is no template for it yet"
+            found.is_missing = mode == "on"
+    return found
+
+
+def why_not(monitor: Monitor, capabilities: Capabilities, shape: MachineShape) -> str:
+    """Why machines of a shape can have no template, as a clause; empty if they can."""
+    if not capabilities.clones:
+        return f"machines of {monitor.title} are not cloned"
+    if shape.share == "virtio-fs":
+        return "it has files of the host by virtio-fs, whose device cannot be saved"
+    if shape.prealloc or shape.huge_pages:
+        return "its memory is its own from the start (prealloc, huge pages)"
+    if shape.nics > 1:
+        return "it has several network interfaces"
+    told = [word for word in shape.parameters.split() if word in UNSET]
+    if told and shape.reclaim:
+        return f"its kernel relies on memory that it gave away ({told[0]})"
+    return ""
+
+
+def key_of(monitor: Monitor, shape: MachineShape) -> str:
+    """The name of the template of a machine.
+
+    Raises:
+        OSError: A file that goes into it cannot be looked at.
+    """
+    parts: list[object] = [FORMAT, __version__, monitor.name, os.uname().release]
+    parts += (_identity(path) for path in (monitor.program(dict(shape.options)), *_sources(monitor)))
+    for name in shape.__slots__:
+        value = getattr(shape, name)
+        if name in ("kernel", "initrd"):
+            value = _identity(value)
+        elif name == "extensions":
+            value = [_identity(path) for path in value]
+        parts.append((name, value))
+    if shape.accel == "kvm":
+        parts.append(_processor())
+    return _hash(repr(parts).encode())
+
+
+def _identity(path: str) -> tuple[object, ...]:
+    status = os.stat(path)
+    return (os.path.realpath(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _sources(monitor: Monitor) -> list[str]:
+    """Our own files that decide on a machine."""
+    package = os.path.join(os.path.dirname(os.path.abspath(launcher.__file__)), "hypervisor")
+    own = os.path.join(package, monitor.name.replace("-", "_"))
+    return [
+        os.path.join(directory, name)
+        for directory in (package, own)
+        for name in sorted(os.listdir(directory))
+        if name.endswith(".py")
+    ]
+
+
+def _processor() -> bytes:
+    """The host's processor, which a machine under KVM has, too."""
+    with open("/proc/cpuinfo", "rb") as file:
+        first = file.read(16384).partition(b"\n\n")[0]
+    return b"\n".join(line for line in first.split(b"\n") if line.startswith(_CPU_FIELDS))
+
+
+def _hash(data: bytes) -> str:
+    try:
+        from _blake2 import blake2b  # what hashlib has, without OpenSSL's
+    except ImportError:
+        from hashlib import blake2b
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def discard(template: Template, why: KataError) -> None:
+    """Take a template away that no machine can go on from; the next start boots."""
+    aside = os.path.join(template.root, f".broken-{template.key}-{os.getpid()}")
+    try:
+        os.rename(template.path, aside)
+    except OSError:
+        return
+    import shutil
+
+    shutil.rmtree(aside, ignore_errors=True)
+    why.hint = "The machine's template was removed: the next start boots."

@@ -1,0 +1,171 @@
+"""Machines that go on from templates: `kata run` and `kata factory`, with the real QEMU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Kata
+from waiting import until
+
+TOLD = (
+    "cat /proc/sys/kernel/random/boot_id; hostname; cat /proc/sys/kernel/random/uuid; date +%s;"
+    " cut -d' ' -f28 /proc/self/stat; ip link show eth0 | sed -n 's/.*ether \\([^ ]*\\).*/\\1/p';"
+    " ip -o -4 address show eth0 | grep -c inet"
+)
+
+
+@pytest.fixture
+def templates(kata_env: Kata) -> Kata:
+    kata_env.env["KATA_TEMPLATES"] = "on"
+    return kata_env
+
+
+def status(kata: Kata) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(kata.ok("factory", "status", "--json"))
+    return found
+
+
+def path_of(kata: Kata, *arguments: str) -> str:
+    """How a machine started: the first line of ``--timings``."""
+    done = kata.call("run", "--rm", "--timings", *arguments)
+    assert done.returncode == 0, done.stderr.decode()
+    return next(line for line in done.stderr.decode().splitlines() if "start:" in line).strip()
+
+
+def processes(kata: Kata) -> list[str]:
+    """What makes templates for this kata."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            where = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if b"make-template" in words and str(kata.state_dir).encode() in where:
+            found.append(pid)
+    return found
+
+
+def test_a_start_makes_the_template_that_the_next_goes_on_from(templates: Kata, busybox_image: str) -> None:
+    kata, run = templates, ["--network", "none", busybox_image]
+    assert path_of(kata, *run, "true") == "start: cold: there is no template for it yet"
+    until(lambda: status(kata)["templates"] or status(kata)["failures"], "a template")
+    until(lambda: not processes(kata), "its maker's end")
+    (one,) = status(kata)["templates"]
+    assert not status(kata)["failures"]
+    before = {
+        name: (Path(one["path"]) / name).stat().st_mtime_ns for name in ("state", "memory", "machine.json")
+    }
+    assert all((Path(one["path"]) / name).stat().st_mode & 0o777 == 0o400 for name in before)
+    for _ in range(3):
+        assert (
+            path_of(kata, *run, "sh", "-c", "head -c 50000000 /dev/zero >/big; rm /big") == "start: template"
+        )
+    assert before == {name: (Path(one["path"]) / name).stat().st_mtime_ns for name in before}
+    # Another shape has none yet, and what cannot have one says why.
+    kata.env["KATA_TEMPLATES"] = "use"
+    assert path_of(kata, "-m", "300m", *run, "true") == "start: cold: there is no template for it yet"
+    assert not processes(kata)
+    assert "virtio-fs" in path_of(kata, "-v", f"{kata.directory}:/mnt", *run, "true")
+    kata.env["KATA_TEMPLATES"] = "off"
+    assert path_of(kata, *run, "true") == "start: cold: templates are switched off"
+
+
+def test_clones_share_nothing_that_is_a_sandboxs_own(templates: Kata, busybox_image: str) -> None:
+    """Two from one template: each with a network, and what it draws or is given its own."""
+    kata = templates
+    kata.ok("factory", "init")
+    assert "is there already" in kata.ok("factory", "init")
+    before = time.time()
+    running = [kata.start("run", "--rm", "--timings", busybox_image, "sh", "-c", TOLD) for _ in range(2)]
+    said = []
+    for one in running:
+        out, errors = one.communicate(timeout=120)
+        assert one.returncode == 0, errors.decode()
+        assert "start: template" in errors.decode()
+        said.append(out.decode().split())
+    first, second = said
+    assert len(first) == len(second) == 7, said
+    for place, what in enumerate(("boot id", "host name", "uuid")):
+        assert first[place] != second[place], what
+    for words in said:
+        assert before - 2 <= int(words[3]) <= time.time() + 2
+        assert words[6] == "1"  # an address
+    assert first[4] != second[4], "where a process has its stack"
+    assert first[5] != second[5], "the interface's address"
+
+
+def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> None:
+    kata, run = templates, ["--network", "none", busybox_image]
+    kata.env["KATA_TEMPLATES"] = "use"
+    kata.ok("factory", "init")
+    (one,) = status(kata)["templates"]
+    state = Path(one["path"]) / "state"
+    # What a maker that was killed has left is no template, and goes with the next one or kata gc.
+    torn = state.parent.parent / f".making-{'0' * 32}"
+    torn.mkdir()
+    (torn / "memory").write_bytes(b"x")
+    assert str(torn) in kata.ok("gc")
+    assert not torn.exists()
+    # One that does not load costs one start, which says so; the next one boots.
+    state.chmod(0o600)
+    state.write_bytes(state.read_bytes()[:1000])
+    done = kata.call("run", "--rm", *run, "true")
+    assert done.returncode in (125, 137)
+    assert "template was removed" in done.stderr.decode()
+    assert status(kata)["templates"] == []
+    assert path_of(kata, *run, "true") == "start: cold: there is no template for it yet"
+    kata.ok("factory", "init")
+    assert "removed" in kata.ok("factory", "destroy")
+    assert kata.ok("factory", "destroy") == "there are no templates\n"
+
+
+def test_two_makers_and_a_killed_one(templates: Kata) -> None:
+    """Two at once make one template; one that is killed leaves nothing that is used, nor a machine."""
+    kata = templates
+    makers = [kata.start("factory", "init") for _ in range(2)]
+    said = sorted(maker.communicate(timeout=180)[0].decode().split()[0] for maker in makers)
+    assert [maker.returncode for maker in makers] == [0, 0]
+    assert len(said) == 2
+    assert said.count("made") == 1
+    kata.ok("factory", "destroy")
+    maker = kata.start("factory", "init")
+    directory = Path(str(status(kata)["directory"]))
+    until(lambda: any(one.name.startswith(".making") for one in directory.iterdir()), "the making")
+    time.sleep(0.3)
+    maker.kill()
+    maker.communicate()
+    assert status(kata)["templates"] == []
+    kata.ok("gc")
+    until(lambda: not [one for one in directory.iterdir() if one.name.startswith(".")], "nothing half made")
+    assert not subprocess.run(["pgrep", "-f", str(directory)], check=False, capture_output=True).stdout
+    assert "made" in kata.ok("factory", "init")
+
+
+def test_a_full_disk_makes_none(templates: Kata, busybox_image: str) -> None:
+    """The reason is kept, and no further start tries."""
+    kata = templates
+    small = kata.directory / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(small)], check=True)
+    try:
+        configuration = kata.directory / "configuration.toml"
+        configuration.write_text(f'[factory]\ntemplate_path = "{small}"\n')
+        kata.env["KATA_CONF_FILE"] = str(configuration)
+        done = kata.call("factory", "init")
+        assert done.returncode != 0
+        assert "MiB free" in done.stderr.decode()
+        assert path_of(kata, "--network", "none", busybox_image, "true").startswith(
+            "start: cold: there is no"
+        )
+        until(lambda: status(kata)["failures"], "the reason")
+        until(lambda: not processes(kata), "its maker's end")
+        assert "MiB free" in path_of(kata, "--network", "none", busybox_image, "true")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
