@@ -40,6 +40,12 @@ class Place:
         self.names = names
         self.daemons = daemons
 
+    def _is_image(self, name: str) -> bool:
+        """Whether a file of the state directory is part of a whole image of a snapshot's layers: these are kept."""
+        path = self.directory / "s" / name
+        both = (path.with_suffix(".erofs"), path.with_suffix(".json"))
+        return name.startswith("layers/") and path in both and all(one.exists() for one in both)
+
     def snapshot(self) -> Snapshot:
         """All of it, by sort; sorted, without what changes by itself (pids, times)."""
         sorts: dict[str, Iterator[str]] = {
@@ -51,8 +57,9 @@ class Place:
             "link": self._in_networks("-d", "address"),
             "qdisc and filter": self._traffic_control(),
             "address of a pod": self._files("ipam", depth=2),
-            "run directory": self._files("r", depth=9),
-            "state directory": self._files("s", depth=9),
+            # The files of boot slots are made as they are needed, and stay.
+            "run directory": (n for n in self._files("r", depth=9) if not n.startswith("boots/")),
+            "state directory": (name for name in self._files("s", depth=9) if not self._is_image(name)),
             "bundle": self._files("state/io.containerd.runtime.v2.task", depth=2),
             "task's directory": self._files("root/io.containerd.runtime.v2.task", depth=2),
             "pod's directory": self._files("state/io.containerd.grpc.v1.cri/sandboxes", depth=1),

@@ -17,7 +17,7 @@ from typing import Any
 from faults import stops
 from faults.daemon import Daemon, Failure, Script
 from faults.host import Snapshot, difference
-from faults.scenarios import Ctr, Pod, until
+from faults.scenarios import Ctr, Disks, Pod, until
 
 HANG = "hang"
 """A hypervisor that is not killed: it stands still (SIGSTOP), and answers nothing any more."""
@@ -37,7 +37,7 @@ class Round:
         victim: Who is killed.
         point: At which stop point; None at a random moment.
         moment: Random rounds: the moment, as a part of what an undisturbed round takes.
-        scenario: ``ctr`` or ``crictl``.
+        scenario: ``ctr``, ``disks`` (by ctr, with the root file system on disks) or ``crictl``.
     """
 
     def __init__(
@@ -53,7 +53,11 @@ class Round:
 def point_rounds(names: Iterable[str]) -> list[Round]:
     """A round for each stop point with each victim that there may be at it."""
     points = [stops.BY_NAME[name] for name in names]
-    return [Round(f"{one.name} {victim}", victim, one) for one in points for victim in one.victims]
+    return [
+        Round(f"{one.name} {victim}", victim, one, scenario=one.scenario)
+        for one in points
+        for victim in one.victims
+    ]
 
 
 def random_rounds(seed: int, numbers: Iterable[int], victims: list[str], *, pods: bool) -> list[Round]:
@@ -159,7 +163,8 @@ class Runner:
         assert self._daemon is not None
         self._count += 1
         name = f"f{self._count}"
-        return Pod(self._daemon, name) if kind == "crictl" else Ctr(self._daemon, name)
+        scenarios: dict[str, type[Ctr | Pod]] = {"crictl": Pod, "disks": Disks}
+        return scenarios.get(kind, Ctr)(self._daemon, name)
 
     # ---- one round ----
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 import subprocess
 import time
 from collections.abc import Callable
@@ -142,6 +143,30 @@ class Ctr:
         state = daemon.task_states().get(self.name)
         if state != "RUNNING":
             raise Failure(f"the second attempt is {state}")
+
+
+class Disks(Ctr):
+    """The same container with its root file system on disks, which it writes to."""
+
+    _OPTION = ("--annotation", "io.katacontainers.config.runtime.rootfs_upper_layer=block")
+    _SCRIPT = "rm /etc/passwd; echo 1 >/written; echo ready; exec sleep 1000"
+
+    def _run(self) -> subprocess.CompletedProcess[str]:
+        network = f"network:/run/netns/{self._daemon.inner}"
+        options = ("-d", "--runtime", RUNTIME, "--with-ns", network, *self._OPTION)
+        return self._daemon.in_ctr("run", *options, IMAGE, self.name, "sh", "-c", self._SCRIPT, check=False)
+
+    def check(self, victim: str) -> str:
+        """As for `Ctr`; and the snapshot has all that was written, or nothing, and never a disk's file."""
+        snapshots = self._daemon.directory / "root/io.containerd.snapshotter.v1.overlayfs/snapshots"
+        result = super().check(victim)
+        if found := list(snapshots.glob("*/fs/.kata*")):
+            raise Failure(f"the writable disk's file is left: {found[0]}")
+        for written in snapshots.glob("*/fs/written"):
+            whiteout = written.parent / "etc/passwd"
+            if not stat.S_ISCHR(whiteout.lstat().st_mode) or written.read_text() != "1\n":
+                raise Failure(f"{written.parent} has not all that the container has written")
+        return result
 
 
 class Pod:

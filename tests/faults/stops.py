@@ -46,11 +46,13 @@ class Point:
         name: ``phase.moment``; the phase is what the client is doing.
         where: Who reaches it: ``shim`` (a command of the shim) or ``engine``.
         what: In words, for the report.
+        scenario: Whose client's calls lead there.
     """
 
-    __slots__ = ("name", "what", "where")
+    __slots__ = ("name", "scenario", "what", "where")
 
-    def __init__(self, name: str, where: str, what: str) -> None:
+    def __init__(self, name: str, where: str, what: str, scenario: str = "ctr") -> None:
+        self.scenario = scenario
         self.name = name
         self.where = where
         self.what = what
@@ -98,6 +100,9 @@ POINTS = [
     Point("create.limited", "engine", "engine and hypervisor are in their cgroups"),
     Point("create.files", "engine", "the file server runs, where the share is served by one"),
     Point("create.request", "engine", "the Create call has arrived"),
+    Point("create.image", "engine", "the image of the snapshot's layers is found", "disks"),
+    Point("create.disk-intended", "engine", "the writable disk is written down, not made", "disks"),
+    Point("create.disk", "engine", "the writable disk's file is made", "disks"),
     Point("create.root-intended", "engine", "the root file system's mount is written down, not made"),
     Point("create.root", "engine", "the root file system is mounted"),
     Point("create.shared", "engine", "the root file system and volumes are in the share"),
@@ -117,6 +122,8 @@ POINTS = [
     Point("exec.ended", "engine", "the exec's end is known, not told"),
     Point("delete.kill", "engine", "the Kill call has arrived"),
     Point("delete.ended", "engine", "the init's end is known, not told"),
+    Point("delete.part", "engine", "a part of what was written is carried back", "disks"),
+    Point("delete.carried", "engine", "all that was written is carried back, the end is not told", "disks"),
     Point("delete.request", "engine", "the Delete call has arrived"),
     Point("delete.guest", "engine", "the guest is about to be told to remove the container"),
     Point("delete.guest-removed", "engine", "the guest has removed the container"),
@@ -252,7 +259,9 @@ def _journal_points(journal: Any) -> None:
     @functools.wraps(begin)
     def intended(self: Any, kind: str, **params: Any) -> Any:
         entry = begin(self, kind, **params)
-        if kind == "redirect":
+        if kind == "content":
+            stop("create.disk-intended")
+        elif kind == "redirect":
             stop("create.redirect-intended")
         elif kind == "mount" and params["fstype"] != "none":
             stop("create.root-intended")
@@ -276,14 +285,19 @@ def _install_serving_engine() -> None:
 
     sys.modules["ssl"] = None  # type: ignore[assignment]  # as the engine does before it imports asyncio
     from kata.agent.client import AgentClient
-    from kata.engine.containers import binds, hostroot
+    from kata.engine.containers import binds, hostroot, snapshot_root
     from kata.engine.containers.container_parts import ContainerParts
     from kata.engine.containers.process_end import EndOfProcesses
     from kata.engine.lifecycle import guest_setup
     from kata.engine.lifecycle.teardown import Teardown
     from kata.engine.services.task_service import TaskService
     from kata.hypervisor.running import Running
+    from kata.storage import upper
 
+    _around(snapshot_root.LayerDisks, "image", after="create.image")
+    _around(snapshot_root.SnapshotRoot, "_make_disk", after="create.disk")
+    _around(upper.UpperLayer, "add", after="delete.part")
+    _around(snapshot_root.SnapshotRoot, "carry_back", after="delete.carried")
     _around(guest_setup, "_healthy", after="create.agent")
     _around(hostroot.HostRoot, "mount", after="create.root")
     _around(binds.ContainerMounts, "add_all", after="create.shared")

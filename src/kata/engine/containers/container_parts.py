@@ -218,20 +218,23 @@ class ContainerParts:
 
     async def _mount_snapshot(self, root: HostRoot) -> bool:
         """Have the guest mount a snapshot from disks, where that is wanted and can be."""
-        described = self._host.settings.described().snapshots
-        if root.mounted_by_host or described.upper_layer == "live":
-            return False
-        if len(disks.devices_of(self.config)) > DEVICES_BESIDE:
-            return False
-        from kata.engine.containers import snapshot_root
-
-        if not snapshot_root.is_wanted(described.upper_layer, self.config):
-            return False
         host = self._host
+        described = host.settings.described().snapshots
+        if root.mounted_by_host:
+            return False
+        if host.share is not None:
+            if described.upper_layer == "live" or len(disks.devices_of(self.config)) > DEVICES_BESIDE:
+                return False
+            from kata.engine.containers import snapshot_root
+
+            if not snapshot_root.is_wanted(described.upper_layer, self.config):
+                return False
+        else:  # there is no other way
+            from kata.engine.containers import snapshot_root
         self._snapshot = snapshot_root.SnapshotRoot(
             self._id, host.runtime, host.tasks, host.journal, host.layer_disks(), described
         )
-        made = await self._snapshot.make(root.mounts)
+        made = await self._snapshot.make(root.mounts, is_only_way=host.share is None)
         if made is None:
             self._snapshot = None
             return False

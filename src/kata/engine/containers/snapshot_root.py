@@ -22,7 +22,7 @@ from kata.agent.client import LAYERS
 from kata.agent.text import escape_line
 from kata.engine.containers import rootfs, spec
 from kata.engine.containers.attached_disks import AttachedDisks
-from kata.errors import GuestProtocolError, KataError
+from kata.errors import GuestProtocolError, KataError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 IMAGE_S = 30.0
 """How long a container waits for the image of its layers, in seconds; it starts by the share then, and the image is for
 the next one."""
+IMAGE_MOST_S = 600.0
+"""The same where there is no share."""
 DISK_NAME = ".kata-writable-layer.img"
 _KNOWN_OPTIONS = frozenset(
     {"rw", "index=off", "index=on", "metacopy=off", "redirect_dir=off", "xino=off", "xino=on", "xino=auto", "volatile"}
@@ -248,12 +250,28 @@ class SnapshotRoot:
         self._file: Entry | None = None  # the disk's file, when that alone has to
         self._is_ended = False
 
-    async def make(self, mounts: Sequence[Mount]) -> rootfs.LayerDisksRoot | None:
-        """Make it of disks; None, with a line in the log, where that cannot be. Nothing is left then."""
+    async def make(
+        self, mounts: Sequence[Mount], *, is_only_way: bool = False
+    ) -> rootfs.LayerDisksRoot | None:
+        """Make it of disks; None, with a line in the log, where that cannot be. Nothing is left then.
+
+        Args:
+            mounts: What the client would have mounted.
+            is_only_way: The machine has no share: no image is given up for taking long, and what fails is an error.
+
+        Raises:
+            UnsupportedError: It cannot be, and there is no other way.
+        """
         try:
-            return await self._make(mounts)
+            return await self._make(mounts, IMAGE_MOST_S if is_only_way else IMAGE_S)
         except KataError as error:
             await self.remove()
+            if is_only_way:
+                raise UnsupportedError(
+                    "the root file system cannot be shared with a machine that has no share, nor be made of disks: "
+                    + error.message,
+                    "Take a hypervisor that shares directories (qemu, cloud-hypervisor).",
+                ) from error
             self._tasks.log(
                 f"container {self._id}: its root file system is shared live: {escape_line(error.message)}",
                 "info",
@@ -263,12 +281,12 @@ class SnapshotRoot:
             await self.remove()
             raise
 
-    async def _make(self, mounts: Sequence[Mount]) -> rootfs.LayerDisksRoot:
+    async def _make(self, mounts: Sequence[Mount], patience_s: float) -> rootfs.LayerDisksRoot:
         layers = layers_of(mounts)
         if isinstance(layers, str):
             raise KataError(layers)
         await self._tasks.run_blocking(_require_plain, layers, self._runtime.machine.host)
-        image = await self._disks.image(layers.lower, self._settings.images_mib)
+        image = await self._disks.image(layers.lower, self._settings.images_mib, patience_s)
         agent = await self._runtime.ready()
         if LAYERS not in agent.features:
             raise KataError("the guest's agent cannot give back what is written to a disk")
