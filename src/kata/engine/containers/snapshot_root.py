@@ -270,7 +270,7 @@ class SnapshotRoot:
                 raise UnsupportedError(
                     "the root file system cannot be shared with a machine that has no share, nor be made of disks: "
                     + error.message,
-                    "Take a hypervisor that shares directories (qemu, cloud-hypervisor).",
+                    "Take a hypervisor that shares directories (docs/hypervisors.md).",
                 ) from error
             self._tasks.log(
                 f"container {self._id}: its root file system is shared live: {escape_line(error.message)}",
