@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -251,12 +252,12 @@ def sandboxes(tree: Tree, number: int):  # type: ignore[no-untyped-def]
         )
 
 
-def many(trees: dict[str, Tree], rounds: int) -> Rounds:
-    """Seconds of 20 and 50 at once: until all run, and percentiles of them."""
+def many(trees: dict[str, Tree], rounds: int, counts: Sequence[int]) -> Rounds:
+    """Seconds of so many at once (20 and 50): until all run, and percentiles of them."""
     took: Rounds = {}
     for number in range(rounds):
         for which, count in random.sample(
-            [(which, count) for which in trees for count in (20, 50)], 2 * len(trees)
+            [(which, count) for which in trees for count in counts], len(counts) * len(trees)
         ):
             progress(f"{count} at once, {which}: round {number + 1} of {rounds}")
             with sandboxes(trees[which], count) as found:
@@ -381,6 +382,9 @@ def main() -> int:
     parser.add_argument(
         "--at-once", type=int, default=3, help="rounds of many at once (default %(default)s)"
     )
+    parser.add_argument(
+        "--many", type=int, choices=(20, 50), action="append", help="of the two, only this one"
+    )
     parser.add_argument("--pods", type=int, default=30, help="how many pods (default %(default)s)")
     parser.add_argument("--only", choices=PARTS, action="append", help="not all of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure, too")
@@ -392,6 +396,7 @@ def main() -> int:
     other = options.other.resolve()
     if not (other / "build/guest/guest.json").exists():
         raise SystemExit(f"error: {other} is not set up\nhint: run tools/setup test in it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then either
     parts = options.only or list(PARTS)
     work = Path(tempfile.mkdtemp(prefix="kb-", dir="/tmp"))
     load = os.getloadavg()
@@ -409,7 +414,7 @@ def main() -> int:
                         bare = bareboot.prepare(trees["this"].guest, work / "q", trees["this"].environment)
                         took |= one(trees, peers, bare, options.rounds)
                     if "many" in parts:
-                        took |= many(trees, options.at_once)
+                        took |= many(trees, options.at_once, options.many or (20, 50))
                     if "memory" in parts:
                         took |= memory(trees)
             finally:
