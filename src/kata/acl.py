@@ -27,7 +27,7 @@ def add(fd: int, user: int, rights: int) -> None:
     """Add a user to an open file's list. Nobody else gets more rights by that.
 
     Args:
-        fd: The file.
+        fd: The file, or its place (``O_PATH``).
         user: Whose entry.
         rights: `READ`, and `WRITE`.
 
@@ -51,8 +51,8 @@ def take_out(path: str, user: int, identity: Mapping[str, int]) -> None:
         OSError: The list cannot be changed.
     """
     try:
-        # Non-blocking for the sake of what else may have that name by now.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # By its place, whatever it is: what else may have that name by now is not opened.
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     try:
@@ -85,7 +85,7 @@ class _Locked:
 def _read(fd: int) -> dict[tuple[int, int], int]:
     """The list of a file: rights by kind and id. One that has none has its mode."""
     try:
-        data = os.getxattr(fd, _ACL)
+        data = os.getxattr(f"/proc/self/fd/{fd}", _ACL)
     except OSError as error:
         if error.errno != errno.ENODATA:
             raise
@@ -106,7 +106,7 @@ def _write(fd: int, entries: Mapping[tuple[int, int], int]) -> None:
     data = bytearray(_VERSION.to_bytes(4, "little"))
     for (kind, who), rights in sorted(entries.items()):
         data += kind.to_bytes(2, "little") + rights.to_bytes(2, "little") + who.to_bytes(4, "little")
-    os.setxattr(fd, _ACL, bytes(data))
+    os.setxattr(f"/proc/self/fd/{fd}", _ACL, bytes(data))
 
 
 def _with(entries: dict[tuple[int, int], int], user: int, rights: int) -> dict[tuple[int, int], int]:

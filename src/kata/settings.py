@@ -166,6 +166,7 @@ class HypervisorSettings(Part):
         prealloc: Allocate the guest's memory before it boots.
         huge_pages: The guest's memory is in huge pages of the host, which are set aside for such use.
         reclaim: Give the host back what the guest frees.
+        vhost_user_store: Where disks are that other processes serve; empty where containers get none.
         options: The hypervisor's own, such as the path of its program: name and value.
         templates: Machines go on from templates where they can.
         template_path: Directory of these; empty is the default one.
@@ -181,6 +182,7 @@ class HypervisorSettings(Part):
         "reclaim",
         "template_path",
         "templates",
+        "vhost_user_store",
     )
 
     def __init__(
@@ -192,6 +194,7 @@ class HypervisorSettings(Part):
         prealloc: bool = False,
         huge_pages: bool = False,
         reclaim: bool = True,
+        vhost_user_store: str = "",
         options: Mapping[str, Any] | None = None,
         templates: bool = True,
         template_path: str = "",
@@ -204,6 +207,7 @@ class HypervisorSettings(Part):
         self.prealloc = prealloc
         self.huge_pages = huge_pages
         self.reclaim = reclaim
+        self.vhost_user_store = vhost_user_store
         self.options = dict(options or {})
 
 

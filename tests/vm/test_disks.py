@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import time
@@ -15,6 +16,7 @@ from containerd_support import IMAGE, RUNTIME, SECOND, Containerd, clean, runnin
 from waiting import until
 
 from kata.engine.client import EngineClient
+from kata.hypervisor import accel
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -244,3 +246,25 @@ def test_a_root_of_erofs_layers(daemon: Containerd) -> None:
     daemon.ok("task", "kill", "-s", "KILL", "one")
     until(lambda: daemon.tasks()["one"][1] == "STOPPED", "the task has ended")
     daemon.remove("one")
+
+
+def test_a_vhost_user_device_needs_kvm(daemon: Containerd, tmp_path: Path) -> None:
+    """Its server writes into the guest's memory, of which emulation is not told (tests/kvm has the rest)."""
+    if accel.choose().accel == "kvm":
+        pytest.skip("this machine has KVM: tests/kvm runs such disks")
+    for kind in ("devices", "sockets"):
+        (tmp_path / "store/block" / kind).mkdir(parents=True)
+    node = tmp_path / "store/block/devices/mine"
+    os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(241, 7))
+    config = tmp_path / "configuration.toml"
+    config.write_text(
+        f'[hypervisor.qemu]\nenable_vhost_user_store = true\nvhost_user_store_path = "{tmp_path}/store"\n'
+    )
+    path = tmp_path / "store/block/sockets/mine"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        options = ("--runtime-config-path", str(config), "--device", str(node))
+        refused = daemon.run("one", "true", options=options)
+    assert refused.returncode != 0
+    words = f"a machine of this sandbox's hypervisor cannot be given the vhost-user device {path}"
+    assert words.encode() in refused.stderr

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,36 @@ def descriptors() -> set[str]:
     return {one for one in found if "eventpoll" not in one and "pidfd" not in one}
 
 
+SERVER = shutil.which("qemu-storage-daemon")
+
+
+@contextlib.contextmanager
+def served(image: Path, place: Path) -> Iterator[None]:
+    """An image that a process of its own serves by vhost-user-blk, as long as the context lasts."""
+    assert SERVER is not None
+    node = {"driver": "file", "node-name": "image", "filename": str(image)}
+    export = {"type": "vhost-user-blk", "id": "it", "node-name": "image", "writable": True}
+    export["addr"] = {"type": "unix", "path": str(place)}
+    command = [SERVER, "--blockdev", json.dumps(node), "--export", json.dumps(export)]
+    with subprocess.Popen(command) as server:
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not place.exists():
+                assert server.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            yield
+        finally:
+            server.terminate()
+            server.wait()
+            place.unlink(missing_ok=True)
+
+
+def content_of(image: Path, name: str) -> bytes:
+    command = ["/sbin/debugfs", "-R", f"cat {name}", str(image)]
+    return subprocess.run(command, capture_output=True, check=False).stdout
+
+
 def require(monitor: Monitor) -> None:
     """Skip where this machine cannot run a monitor, and say what is missing."""
     missing = [f"{check.text}. {check.hint}" for check in monitor.checks({}) if not check.ok]
@@ -284,10 +314,11 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
     images = [image_with(lab.directory, text) for text in ("first", "second")]
 
     async def scenario() -> None:
-        async with lab.machine() as machine:
+        async with lab.machine(shared_memory=can.vhost_user_disks) as machine:
             async with agent_of(machine) as agent:
                 await asyncio.wait_for(machine.confined(), PATIENCE)
                 await disks(machine, agent)
+                await served_disks(machine, agent)
                 if not machine.channel.is_single:
                     async with agent_of(machine) as second:
                         await second.check(PATIENCE)
@@ -330,13 +361,33 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
             await machine.detach_disk(address)
             with pytest.raises(HypervisorError):
                 await machine.detach_disk(address)
-            content = await asyncio.to_thread(
-                subprocess.run,
-                ["/sbin/debugfs", "-R", "cat new", str(image)],
-                capture_output=True,
-                check=False,
-            )
-            assert content.stdout == b"changed\n"
+            assert await asyncio.to_thread(content_of, image, "new") == b"changed\n"
+
+    async def served_disks(machine: Machine, agent: AgentClient) -> None:
+        """Those that another process serves; twice, so that what was taken out is gone."""
+        if not can.vhost_user_disks or SERVER is None:
+            return
+        place = lab.directory / "served.sock"
+        absent = Disk(str(place), readonly=False, vhost_user=True)
+        with pytest.raises(HypervisorError):
+            await machine.attach_disk(absent)
+        for number, image in enumerate(images):
+            name = f"served{number}"
+            with served(image, place):
+                address = await machine.attach_disk(absent)
+                await changes(agent, name, address, image.stem)
+                await machine.detach_disk(address)
+            with pytest.raises(HypervisorError):
+                await machine.detach_disk(address)
+            assert content_of(image, "served") == b"changed\n"
+
+    async def changes(agent: AgentClient, name: str, address: str, content: str) -> None:
+        data = agent_pb.Storage(
+            driver="blk", source=address, fstype="ext4", options=["rw"], mount_point=f"{STATE}/{name}/data"
+        )
+        script = "cat /data/file; echo changed >/data/served"
+        said = await said_by(agent, name, script, [*storages(name, lab.disks[0]), data])
+        assert said == content
 
     async def pausing(machine: Machine, agent: AgentClient) -> None:
         if not can.pause:

@@ -225,7 +225,6 @@ _VIRTIOFS = "virtiofsd's further options are chosen here"
 _NO_VFIO = "devices of the host are not passed through"
 _NO_CC = "confidential guests are not offered, and an ordinary one would be no substitute"
 _NO_LIMIT = "traffic is not limited here, and it would go on without the limit"
-_NO_VHOST_USER = "vhost-user devices are not offered"
 _NO_NUMA = "the guest has one memory node"
 _OWN_FACTORY = "`[factory]` has what there is to say of templates, and they are made when they are needed"
 _NO_POOL = "no machines are kept waiting"
@@ -346,10 +345,12 @@ _ALL = [
     Key(_H, "virtio_fs_queue_size", INT, "128", _VIRTIOFS, IDLE, silent=(128, 1024)),
     Key(_H, "virtio_fs_extra_args", LIST, "none", _VIRTIOFS, IDLE),
     Key(_H, "virtio_fs_is_dax", BOOL, "false", _VIRTIOFS, IDLE),
-    Key(_H, "enable_vhost_user_store", BOOL, "false", _NO_VHOST_USER, IDLE),
-    Key(_H, "vhost_user_store_path", PATH, "", _NO_VHOST_USER, IDLE),
-    Key(_H, "valid_vhost_user_store_paths", LIST, "none", _NO_VHOST_USER, IDLE),
-    Key(_H, "vhost_user_reconnect_timeout_sec", INT, "0", _NO_VHOST_USER, IDLE),
+    Key(_H, "enable_vhost_user_store", BOOL, "false", "containers can be given disks that other processes of the host"
+        " serve (vhost-user-blk): docs/hypervisors.md"),
+    Key(_H, "vhost_user_store_path", PATH, "`/var/run/kata-containers/vhost-user`", "where those are: sockets in"
+        " `block/sockets`, and a block device of the same name for each in `block/devices`"),
+    Key(_H, "valid_vhost_user_store_paths", LIST, "none", "patterns of that path for annotations"),
+    Key(_H, "vhost_user_reconnect_timeout_sec", INT, "0", "a disk ends with its server", IDLE),
     Key(_H, "hotplug_vfio_on_root_bus", BOOL, "false", _NO_VFIO, IDLE),
     *(Key(_H, name, TEXT, "no-port", _NO_VFIO, IDLE, silent=("no-port",)) for name in (
         "cold_plug_vfio", "hot_plug_vfio")),

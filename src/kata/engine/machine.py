@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SECRET = frozenset({"runtime.jaeger_password"})
 """Keys that nobody is shown; who needs one reads the configuration."""
+VHOST_USER_STORE = "/var/run/kata-containers/vhost-user"
+"""Where disks are that other processes serve, unless the host says otherwise (the original's default)."""
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
 SHARED_FS = "KATA_SHARED_FS"
@@ -204,6 +206,9 @@ def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
         reclaim=conf.get("hypervisor.reclaim_guest_freed_memory", True),
         templates=conf.get("factory.enable_template", True),
         template_path=str(conf.get("factory.template_path", "")),
+        vhost_user_store=conf.get("hypervisor.vhost_user_store_path", VHOST_USER_STORE)
+        if conf.get("hypervisor.enable_vhost_user_store", False)
+        else "",
     )
 
 

@@ -112,8 +112,8 @@ class _Shown:
 
     def _grant(self) -> None:
         try:
-            # Non-blocking for the sake of what else may have that name.
-            fd = os.open(self._source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            # By its place: a socket cannot be opened, and others need not be.
+            fd = os.open(self._source, os.O_PATH | os.O_CLOEXEC)
             try:
                 self._access.grant(self._source, fd, self._rights)
             finally:
@@ -158,7 +158,7 @@ def disk_files(disks: Iterable[Disk | None]) -> list[File]:
 
 def rights_to(disk: Disk) -> int:
     """What a monitor needs to open it."""
-    return acl.READ if disk.readonly else acl.READ | acl.WRITE
+    return acl.READ if disk.readonly and not disk.vhost_user else acl.READ | acl.WRITE
 
 
 def for_monitor(program: str, files: Iterable[File], opened: Mapping[str, int], journal: Journal) -> Access:

@@ -38,15 +38,26 @@ class Disk:
         readonly: The guest cannot write; such an image may be used by many machines at once.
         serial: Serial number the guest sees (at most 20 characters), or empty.
         ephemeral: The image does not outlive the machine, so the guest's flushes are not passed on.
+        vhost_user: The path is that of a socket, on which a vhost-user-blk server answers. Only for a running machine
+            whose shape has `MachineShape.shared_memory`; whether the guest can write is the server's to say.
     """
 
-    __slots__ = ("ephemeral", "path", "readonly", "serial")
+    __slots__ = ("ephemeral", "path", "readonly", "serial", "vhost_user")
 
-    def __init__(self, path: str, readonly: bool, serial: str = "", ephemeral: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        readonly: bool,
+        serial: str = "",
+        ephemeral: bool = False,
+        *,
+        vhost_user: bool = False,
+    ) -> None:
         self.path = path
         self.readonly = readonly
         self.serial = serial
         self.ephemeral = ephemeral
+        self.vhost_user = vhost_user
 
 
 class Nic:
@@ -109,6 +120,7 @@ class MachineShape:
         prealloc: Allocate the guest's memory before it boots.
         huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
         reclaim: Give the host back what the guest frees.
+        shared_memory: Servers of vhost-user devices can be given the guest's memory.
         options: The monitor's own (`Monitor.options`): name and value.
     """
 
@@ -130,6 +142,7 @@ class MachineShape:
         "prealloc",
         "reclaim",
         "share",
+        "shared_memory",
         "vcpus",
     )
 
@@ -153,6 +166,7 @@ class MachineShape:
         prealloc: bool = False,
         huge_pages: bool = False,
         reclaim: bool = True,
+        shared_memory: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.kernel = kernel
@@ -172,6 +186,7 @@ class MachineShape:
         self.prealloc = prealloc
         self.huge_pages = huge_pages
         self.reclaim = reclaim
+        self.shared_memory = shared_memory
         self.options = tuple(sorted((options or {}).items()))
 
     def _values(self) -> tuple[Any, ...]:
@@ -248,6 +263,7 @@ class Capabilities:
     Args:
         disk_slots: Number of disks that can be present at once.
         attach_disk: A disk can be given to a running machine.
+        vhost_user_disks: So can one that another process serves by vhost-user-blk (`Disk.vhost_user`).
         nics: Number of network interfaces that can be present at once.
         nic_backends: What they can be connected to: ``stream``, ``tap``.
         hotplug_nics: A network interface can be given to a running machine.
@@ -276,6 +292,7 @@ class Capabilities:
         "shares",
         "snapshot",
         "spare_vcpus",
+        "vhost_user_disks",
     )
 
     def __init__(
@@ -283,6 +300,7 @@ class Capabilities:
         *,
         disk_slots: int,
         attach_disk: bool = False,
+        vhost_user_disks: bool = False,
         nics: int = 0,
         nic_backends: tuple[str, ...] = (),
         hotplug_nics: bool = False,
@@ -298,6 +316,7 @@ class Capabilities:
         self.clones = clones
         self.disk_slots = disk_slots
         self.attach_disk = attach_disk
+        self.vhost_user_disks = vhost_user_disks
         self.nics = nics
         self.nic_backends = nic_backends
         self.hotplug_nics = hotplug_nics

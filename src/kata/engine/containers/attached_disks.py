@@ -33,13 +33,16 @@ class AttachedDisks:
         self._allowed: list[tuple[int, int]] = []
         self._attaching: set[asyncio.Task[str]] = set()
 
-    async def insert(self, path: str, *, readonly: bool, ephemeral: bool = False) -> str:
+    async def insert(
+        self, path: str, *, readonly: bool, ephemeral: bool = False, vhost_user: bool = False
+    ) -> str:
         """Give the machine a disk; its address in the guest. The guest need not have booted yet.
 
         Args:
             path: A raw image or block device.
             readonly: The guest cannot write.
             ephemeral: It does not outlive the machine, so nothing has to reach the host's disk.
+            vhost_user: The path is that of a vhost-user-blk server's socket.
 
         Raises:
             KataError: The machine has no room for it, or cannot use it, or is gone.
@@ -53,10 +56,15 @@ class AttachedDisks:
                 f"a machine that runs cannot be given the disk {path} by this sandbox's hypervisor",
                 "Use a snapshotter that makes directories (overlayfs), and no block devices.",
             )
+        if vhost_user and capabilities is not None and not capabilities.vhost_user_disks:
+            raise UnsupportedError(
+                f"a machine of this sandbox's hypervisor cannot be given the vhost-user device {path}",
+                "docs/hypervisors.md says which ones can; none without KVM.",
+            )
         await self._tasks.run_blocking(self._allow, path)
         # Exchanging a disk cannot be cut short: a caller that is cancelled leaves it to end, and `remove_all` waits.
         attaching = asyncio.create_task(
-            self._runtime.vm.attach_disk(Disk(path, readonly, ephemeral=ephemeral))
+            self._runtime.vm.attach_disk(Disk(path, readonly, ephemeral=ephemeral, vhost_user=vhost_user))
         )
         self._attaching.add(attaching)
         attaching.add_done_callback(self._attached)

@@ -251,10 +251,21 @@ class ContainerParts:
         """Make the host's block devices that the specification lists, or mounts, disks of the machine."""
         found = []
         for device in (*disks.devices_of(self.config), *volumes):
-            path = await self._tasks.run_blocking(device.host_path)
-            address = await self._disks.insert(path, readonly=device.readonly)
+            path, served = await self._tasks.run_blocking(self._place_of, device)
+            address = await self._disks.insert(path, readonly=device.readonly, vhost_user=served)
             found.append(agent_pb.Device(type="blk", id=address, container_path=device.container_path))
         return found
+
+    def _place_of(self, device: disks.Device) -> tuple[str, bool]:
+        """Where a device is on the host, and whether that is a vhost-user server's socket. Blocks."""
+        store = self._host.settings.described().hypervisor.vhost_user_store
+        if store:
+            from kata.engine.containers import vhost_user
+
+            socket = vhost_user.socket_of(store, device.numbers)
+            if socket:
+                return socket, True
+        return device.host_path(), False
 
     async def _limited(self, volumes: list[disks.Device]) -> set[tuple[int, int]]:
         """The host's numbers of the container's disks for which there are limits that the guest can keep."""

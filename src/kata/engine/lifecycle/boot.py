@@ -620,5 +620,6 @@ def shape_of(
         prealloc=hypervisor.prealloc,
         huge_pages=hypervisor.huge_pages,
         reclaim=hypervisor.reclaim,
+        shared_memory=bool(hypervisor.vhost_user_store) and capabilities.vhost_user_disks,
         options=hypervisor.options,
     )

@@ -40,7 +40,7 @@ def build(
         *("--initramfs", file(fds["initrd"])),
         *("--cmdline", parameters(shape, CONSOLES[shape.console])),
         *("--cpus", f"boot={max(shape.vcpus, shape.max_vcpus)}"),
-        *("--memory", _memory(shape, shared=shares)),
+        *("--memory", _memory(shape, shared=shares or shape.shared_memory)),
         *("--serial", "tty" if shape.console == "serial" else "off"),
         *("--console", "tty" if shape.console == "virtio" else "off"),
         *("--rng", "src=/dev/urandom"),
@@ -79,8 +79,15 @@ def disk_config(index: int, disk: Disk, path: str) -> dict[str, object]:
     Args:
         index: Its slot.
         disk: The disk.
-        path: What the monitor opens.
+        path: What the monitor opens, or connects to.
     """
+    if disk.vhost_user:
+        return {
+            "id": f"disk{index}",
+            "vhost_user": True,
+            "vhost_socket": path,
+            "pci_device_id": slots.DISKS[index],
+        }
     config: dict[str, object] = {
         "id": f"disk{index}",
         "path": path,

@@ -38,6 +38,7 @@ class CloudHypervisorMonitor(RustVmmMonitor):
         return Capabilities(
             disk_slots=self.disks,
             attach_disk=True,
+            vhost_user_disks=True,
             nics=len(slots.NICS),
             nic_backends=("tap",),
             hotplug_nics=True,

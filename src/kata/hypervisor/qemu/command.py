@@ -254,6 +254,9 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     for index in range(first, first + settings.hotplug_nics):
         place = f"addr={slots.NICS[index]:#04x},chassis={index},slot={index}"
         argv += ["-device", f"pcie-root-port,id={slots.hotplug_port(index)},{place}"]
+    for index, slot in enumerate(slots.VHOST_USER_DISKS if settings.shared_memory else ()):
+        place = f"addr={slot:#04x},chassis={slot},slot={slot}"
+        argv += ["-device", f"pcie-root-port,id={slots.vhost_user_port(index)},{place}"]
     argv += [
         *("-object", _entropy(settings)),
         *_device(settings, "virtio-rng", slots.RNG, rng="rng"),
@@ -411,7 +414,12 @@ def _machine(settings: VMSettings) -> str:
 def _has_backend(settings: VMSettings) -> bool:
     """Whether the guest's memory is an object of its own."""
     by_file = settings.memory is not None
-    return settings.share_fd is not None or settings.prealloc or settings.huge_pages or by_file
+    return _is_shared(settings) or settings.prealloc or settings.huge_pages or by_file
+
+
+def _is_shared(settings: VMSettings) -> bool:
+    """Whether a vhost-user server is to read and write the guest's memory itself."""
+    return settings.share_fd is not None or settings.shared_memory
 
 
 def _entropy(settings: VMSettings) -> str:
@@ -423,8 +431,7 @@ def _entropy(settings: VMSettings) -> str:
 def _memory(settings: VMSettings) -> list[str]:
     """The object behind the guest's memory, where that is not QEMU's own."""
     prealloc = ",prealloc=on" if settings.prealloc else ""
-    # A vhost-user server reads and writes the guest's memory itself, so it has to be shareable.
-    kind = "memory-backend-memfd,share=on" if settings.share_fd is not None else "memory-backend-ram"
+    kind = "memory-backend-memfd,share=on" if _is_shared(settings) else "memory-backend-ram"
     if settings.huge_pages:
         kind = "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"
     first = kind
@@ -522,6 +529,27 @@ def hotplug_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dic
         "bus": slots.hotplug_port(index),
         "netdev": f"net{index}",
         "mac": mac,
+        "romfile": "",
+        "disable-legacy": "on",
+    }
+    return backend, device
+
+
+def vhost_user_disk(index: int, fd_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of ``chardev-add`` and ``device_add`` for a disk in a port; QEMU knows the connection to its server by
+    name."""
+    name = f"served-disk{index}"
+    address = {"type": "fd", "data": {"str": fd_name}}
+    backend = {
+        "id": name,
+        "backend": {"type": "socket", "data": {"addr": address, "server": False}},
+    }
+    device = {
+        "driver": "vhost-user-blk-pci",
+        "id": name,
+        "bus": slots.vhost_user_port(index),
+        "chardev": name,
+        "num-queues": 1,
         "romfile": "",
         "disable-legacy": "on",
     }

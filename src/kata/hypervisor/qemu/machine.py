@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kata.hypervisor.base import Disk, Nic
     from kata.hypervisor.qemu.process import QemuProcess
     from kata.hypervisor.qemu.settings import VMSettings
+    from kata.hypervisor.qemu.vhost_disks import ServedDisks
     from kata.journal import Journal
 
 _GUEST_DID = {"guest-shutdown": "poweroff", "guest-reset": "reboot"}
@@ -50,6 +51,7 @@ class Qemu(Running):
         self._shutdown_reason = ""
         self._disk_generation = 0
         self._disk_lock = asyncio.Lock()
+        self._served: ServedDisks | None = None
         self._disks: list[Disk | None] = list(self.settings.disks)
         self._nodes = [f"file{index}" for index in range(len(self.settings.disks))]
         self._fdsets: dict[str, int] = {
@@ -139,6 +141,8 @@ class Qemu(Running):
             HypervisorError: No slot of that type is empty, or QEMU cannot use the image.
         """
         async with self._disk_lock:
+            if disk.vhost_user:
+                return await self._served_disks().attach(disk)
             index = self._empty_slot(disk.readonly)
             name = self._new_node(index)
             fdset = await self._add_fd(disk)
@@ -164,6 +168,9 @@ class Qemu(Running):
             HypervisorError: There is no disk at this address, or the slot's type was changed at start.
         """
         async with self._disk_lock:
+            if self._served is not None and "/" in address:
+                await self._served.detach(address)
+                return
             machine = self.settings.machine
             index = next((i for i in range(len(self._disks)) if slots.disk_path(i, machine) == address), -1)
             disk = self._disks[index] if index >= 0 else None
@@ -176,6 +183,13 @@ class Qemu(Running):
                 "an empty disk",
             )
             self._disks[index] = None
+
+    def _served_disks(self) -> ServedDisks:
+        if self._served is None:
+            from kata.hypervisor.qemu.vhost_disks import ServedDisks
+
+            self._served = ServedDisks(self)
+        return self._served
 
     async def insert_nic(self) -> tuple[int, str]:
         """Bring the spare network interface to life.

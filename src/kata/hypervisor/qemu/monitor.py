@@ -45,6 +45,8 @@ class QemuMonitor(MonitorBase):
         return Capabilities(
             disk_slots=len(slots.DISKS),
             attach_disk=True,
+            # Their servers write into the guest's memory, too.
+            vhost_user_disks=accel == "kvm" and MACHINE in machine,
             nics=len(slots.NICS),
             nic_backends=("stream", "tap"),
             # Their ports are PCI Express', which QEMU's other machines have not.
@@ -198,6 +200,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         # An emulated guest's memory has to be written by QEMU, which knows what it has translated of it.
         vhost_net=shape.accel == "kvm" and options.get("vhost_net", True),
         reclaim=shape.reclaim,
+        shared_memory=shape.shared_memory,
         disks=attachments.disks,
         disk_slots=max(len(shape.disks), slots.MIN_DISK_SLOTS),
         nic=attachments.nics[0] if attachments.nics else None,

@@ -55,6 +55,7 @@ class VMSettings:
         vhost_net: Where it can, the host's kernel moves the packets of interfaces that are connected to taps.
         huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
         reclaim: Give the host back what the guest frees.
+        shared_memory: Servers of vhost-user devices can be given the guest's memory, and their disks have ports.
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu.command.SANDBOX`.
         root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.root`); empty
             leaves it the caller's.
@@ -102,6 +103,7 @@ class VMSettings:
         "shape",
         "share_dir",
         "share_fd",
+        "shared_memory",
         "tb_size_mib",
         "title",
         "tsc_khz",
@@ -145,6 +147,7 @@ class VMSettings:
         huge_pages: bool = False,
         vhost_net: bool = False,
         reclaim: bool = True,
+        shared_memory: bool = False,
         sandbox: str = "",
         root: str = "",
         title: str = "",
@@ -194,6 +197,7 @@ class VMSettings:
         self.huge_pages = huge_pages
         self.vhost_net = vhost_net
         self.reclaim = reclaim
+        self.shared_memory = shared_memory
         self.sandbox = sandbox
         self.root = root
         self.title = title

@@ -33,6 +33,8 @@ the device's configuration, and qboot counts as for the older PC's chip set: the
 MEMORY = 0x13
 """virtio-mem: memory that is added to a running machine."""
 MEMORY_ID = "plug"
+VHOST_USER_DISKS = range(0x14, 0x18)
+"""PCI Express ports for disks that other processes serve, in machines that can be given such."""
 
 PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
 """Whether the placeholder in a disk slot is read-only: a disk cannot change that while the machine runs."""
@@ -83,6 +85,16 @@ def nic_path(index: int = 0, machine: str = "") -> str:
 def hotplug_port(index: int) -> str:
     """QEMU's name of the PCI Express port for a hot-plugged network interface; its bus has one slot, 0."""
     return f"late{index}"
+
+
+def vhost_user_port(index: int) -> str:
+    """QEMU's name of the PCI Express port for a disk that another process serves; its bus has one slot, 0."""
+    return f"served{index}"
+
+
+def vhost_user_path(index: int) -> str:
+    """PCI path of the disk behind `vhost_user_port`."""
+    return f"{pci_path(VHOST_USER_DISKS[index])}/00"
 
 
 def hotplug_nic_path(index: int) -> str:
