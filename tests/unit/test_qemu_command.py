@@ -13,7 +13,7 @@ from kata.errors import GuestAssetError, HypervisorError, KataError, ResourceExh
 from kata.hypervisor.base import Disk, Nic
 from kata.hypervisor.qemu import command as qemu_command
 from kata.hypervisor.qemu import options as qemu_options
-from kata.hypervisor.qemu import queues, slots
+from kata.hypervisor.qemu import queues, saving, slots
 from kata.hypervisor.qemu.process import explain
 from kata.hypervisor.qemu.settings import VMSettings
 from kata.hypervisor.vsock import Vsock
@@ -126,6 +126,28 @@ def test_an_emulated_microvm_has_its_local_timer_only() -> None:
     # A guest that is not told how fast its processor is has to measure it.
     argv = qemu_command.build(settings(machine="microvm"), FDS)
     assert "pit=on,pic=on" in options(argv, "-machine")[0]
+
+
+def test_what_a_machine_goes_on_from_is_a_file_to_newer_versions() -> None:
+    assert [
+        version
+        for version in ("7.2.22", "10.0.13", "11.1.3", "", "unknown")
+        if saving.has_file_uris(version)
+    ] == [
+        "10.0.13",
+        "11.1.3",
+    ]
+    made = settings()
+    made.incoming = Fd(77)
+    assert saving.incoming_uri(77, in_set=made.incoming_in_set) == "fd:77"
+    assert not any("fd=77" in text for text in options(qemu_command.build(made, FDS), "-add-fd"))
+    made.incoming_in_set = True
+    assert "fd=77,set=100" in options(qemu_command.build(made, FDS), "-add-fd")
+    uri = saving.incoming_uri(77, in_set=True)
+    said, names = saving.restoring(uri, has_memory=False)
+    assert json.loads(said.splitlines()[names.index("migrate-incoming")])["arguments"] == {
+        "uri": "file:/dev/fdset/100"
+    }
 
 
 def test_a_file_server_of_an_emulated_machine_writes_into_bounce_pages() -> None:

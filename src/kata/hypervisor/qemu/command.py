@@ -244,6 +244,8 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
             *("-fsdev", f"local,id=share,path={path},{_SHARE_OPTIONS}"),
             *_device(settings, "virtio-9p", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
         ]
+    if settings.incoming is not None and settings.incoming_in_set:
+        argv += ["-add-fd", f"fd={settings.incoming.raw},set={slots.INCOMING_SET}"]
     for index, disk in enumerate(settings.disks):
         if disk is not None:
             argv += ["-add-fd", f"fd={fds.disks[index]},set={index}"]

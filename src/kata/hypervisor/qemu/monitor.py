@@ -99,7 +99,10 @@ class QemuMonitor(MonitorBase):
         try:
             vm = settings(shape, attachments)
             if saved is not None:
+                from kata.hypervisor.qemu import queues, saving
+
                 vm.incoming, vm.memory = saved.state, saved.memory
+                vm.incoming_in_set = saving.has_file_uris(queues.version(vm.binary))
             elif attachments.saves_into:
                 vm.memory = memory_file(attachments.saves_into, vm.memory_mib)
             if vm.huge_pages:

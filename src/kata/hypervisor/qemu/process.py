@@ -129,7 +129,8 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
     if settings.incoming is not None:
         from kata.hypervisor.qemu import saving
 
-        words, names = saving.restoring(settings.incoming.raw, has_memory=settings.memory is not None)
+        uri = saving.incoming_uri(settings.incoming.raw, in_set=settings.incoming_in_set)
+        words, names = saving.restoring(uri, has_memory=settings.memory is not None)
         os.write(launch.ours["qmp"], words)
         told += names
     if settings.nic is not None and not settings.nic.backend:

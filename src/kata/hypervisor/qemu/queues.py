@@ -20,18 +20,20 @@ def queues_mib(binary: str) -> int:
     Args:
         binary: Its absolute path; one that cannot be used takes nothing.
     """
+    return LONG_QUEUES_MIB if version(binary).startswith("10.") else 0
+
+
+def version(binary: str) -> str:
+    """What QEMU says of its version, remembered for as long as the program does not change; empty for a program that
+    cannot be executed.
+    """
     try:
-        return LONG_QUEUES_MIB if _version(binary).startswith("10.") else 0
+        return _version(binary)
     except OSError:
-        return 0
+        return ""
 
 
 def _version(binary: str) -> str:
-    """What QEMU says of itself, remembered for as long as the program does not change.
-
-    Raises:
-        OSError: It cannot be executed.
-    """
     key = host_cache.program_key(binary)
     cache = os.path.join(paths.run_dir(), _CACHE)
     known = host_cache.read(cache, key)

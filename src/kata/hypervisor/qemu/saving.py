@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 
 from kata.errors import HypervisorError
+from kata.hypervisor.qemu import slots
 from kata.journal import dumps
 from kata.sysio import Fd
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
         """A machine that is saved."""
 
         settings: VMSettings
+
+        @property
+        def version(self) -> str:
+            """See `kata.hypervisor.qemu.machine.Qemu.version`."""
 
         async def command(
             self, name: str, arguments: dict[str, Any] | None = None, fd: int | None = None
@@ -80,11 +85,29 @@ def _unusable(directory: str, path: str, error: OSError) -> HypervisorError:
     return HypervisorError(f"cannot use the machine saved in {directory}: {error.strerror}: {path}")
 
 
-def restoring(state: int, *, has_memory: bool) -> tuple[bytes, list[str]]:
+def has_file_uris(version: str) -> bool:
+    """Whether a QEMU of this version is told of files as ``file:``; of a descriptor alone (``fd:``) it takes files no
+    more (11.1). Older ones take a descriptor, and 7.2 that alone.
+    """
+    major = version.partition(".")[0]
+    return major.isdecimal() and int(major) >= 10
+
+
+def incoming_uri(state: int, *, in_set: bool) -> str:
+    """What a QEMU is told of the file from which it goes on.
+
+    Args:
+        state: Number of the descriptor in QEMU.
+        in_set: It is in the set of descriptors `kata.hypervisor.qemu.slots.INCOMING_SET`.
+    """
+    return f"file:/dev/fdset/{slots.INCOMING_SET}" if in_set else f"fd:{state}"
+
+
+def restoring(uri: str, *, has_memory: bool) -> tuple[bytes, list[str]]:
     """What a QEMU is told that goes on from where a machine was saved.
 
     Args:
-        state: Number of the descriptor, in QEMU, of what was saved.
+        uri: What was saved: `incoming_uri`.
         has_memory: The guest's memory has a file of its own.
 
     Returns:
@@ -96,7 +119,7 @@ def restoring(state: int, *, has_memory: bool) -> tuple[bytes, list[str]]:
     commands: list[dict[str, Any]] = [{"execute": "qmp_capabilities"}, quiet]
     if has_memory:
         commands.append({"execute": _SET, "arguments": _IGNORES_SHARED})
-    commands.append({"execute": "migrate-incoming", "arguments": {"uri": f"fd:{state}"}})
+    commands.append({"execute": "migrate-incoming", "arguments": {"uri": uri}})
     # While it loads that says that the machine is to run then.
     commands.append({"execute": "cont"})
     lines = [dumps({**command, "id": number}) for number, command in enumerate(commands, 1)]
@@ -161,14 +184,31 @@ async def _links(machine: Commands, *, up: bool) -> None:
 
 
 async def _write(machine: Commands, file: Fd, *, by_file: bool) -> None:
-    import asyncio
-    import time
-
     if by_file:
         await machine.command(_SET, _IGNORES_SHARED)
     await machine.command("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
-    await machine.command("getfd", {"fdname": "save"}, fd=file.raw)
-    await machine.command("migrate", {"uri": "fd:save"})
+    if not has_file_uris(machine.version):
+        await machine.command("getfd", {"fdname": "save"}, fd=file.raw)
+        await machine.command("migrate", {"uri": "fd:save"})
+        await _wait(machine)
+        return
+    number = int((await machine.command("add-fd", fd=file.raw))["fdset-id"])
+    try:
+        await machine.command("migrate", {"uri": f"file:/dev/fdset/{number}"})
+        await _wait(machine)
+    finally:
+        await machine.command("remove-fd", {"fdset-id": number})
+
+
+async def _wait(machine: Commands) -> None:
+    """Return once the machine is saved.
+
+    Raises:
+        HypervisorError: It could not be.
+    """
+    import asyncio
+    import time
+
     until = time.monotonic() + _SAVE_S + machine.settings.max_memory_mib / _SAVE_MIB_PER_S
     while time.monotonic() < until:
         said = await machine.command("query-migrate")

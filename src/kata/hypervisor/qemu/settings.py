@@ -63,6 +63,7 @@ class VMSettings:
         memory: File behind the guest's memory, or None.
         incoming: What a machine was saved as, which this one goes on from; None for one that boots. Its memory is
             `memory`, of which it sees a copy, or in here.
+        incoming_in_set: QEMU is to take it for a file, by the name that its set of descriptors has.
         shape: What machine it is, as it can be saved; None for one that cannot be.
         disk_kinds: What the slots are for, as in `kata.hypervisor.base.MachineShape`; a slot that is not in here is
             as in `kata.hypervisor.qemu.slots.PLACEHOLDER_READONLY`.
@@ -83,6 +84,7 @@ class VMSettings:
         "hotplug_nics",
         "huge_pages",
         "incoming",
+        "incoming_in_set",
         "initrd",
         "kernel",
         "machine",
@@ -206,6 +208,7 @@ class VMSettings:
         self.saves_into = saves_into
         self.memory: Fd | None = None
         self.incoming: Fd | None = None
+        self.incoming_in_set = False
         self.shape: MachineShape | None = None
 
     def is_readonly(self, index: int) -> bool:

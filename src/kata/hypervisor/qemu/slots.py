@@ -43,6 +43,8 @@ PLACEHOLDER_BYTES = 64 << 30
 
 AGENT_CHANNEL = "agent.channel.0"
 """Name of the virtio-serial port of the agent (``/sys/class/virtio-ports/*/name`` in the guest)."""
+INCOMING_SET = 100
+"""Number of QEMU's set of descriptors with what a machine goes on from; those with disks have the disks' numbers."""
 SHARE_TAG = "kataShared"
 """Mount tag of the share."""
 
