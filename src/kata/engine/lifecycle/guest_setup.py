@@ -113,7 +113,9 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
             agent.reseed(os.urandom(SEED_BYTES)),
         )
     )
-    if not runtime.machine.is_clone:
+    if runtime.machine.is_clone:
+        sandbox.timings.add("restore", runtime.machine.started_ns, answered_ns)
+    else:
         sandbox.tasks.create_task(_guest_times(sandbox, agent, answered_ns))
     sandbox.timings.add("agent", answered_ns)
     return agent
