@@ -35,7 +35,8 @@ def main() -> int:
         "--victims",
         default=",".join(rounds.VICTIMS),
         help="at the points (default %(default)s); hang: the hypervisor is stopped, not killed, and what waits for"
-        " the guest ends by its time limit",
+        " the guest ends by its time limit; nonsense, refuse: it answers requests wrongly, those of its root file"
+        " system's disk among them",
     )
     parser.add_argument("--rounds", type=int, default=200, help="at random moments (default %(default)s)")
     parser.add_argument(
@@ -125,7 +126,10 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
             *(["virtiofsd"] if has_file_server(guest) else []),
         ]
         numbers = range(options.first, options.first + options.rounds)
-        victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, "shim"}
+        wrongly = (
+            stops.WRONGLY if options.hypervisor in stops.PARTS else ()
+        )  # QEMU's QMP is tested by itself
+        victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, *wrongly, "shim"}
         if "virtiofsd" not in there_are:
             names = [name for name in names if name != "create.files"]  # nobody gets there
         if options.hypervisor in stops.SHARES_NOTHING:

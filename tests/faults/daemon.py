@@ -18,10 +18,11 @@ from cni_support import PLUGINS, write_network
 from containerd_support import RUNTIME, USE_SECOND, Containerd, with_command
 from waiting import PATIENCE
 
-from faults import stops
+from faults import answers, stops
 from faults.host import Place
 from kata import journal_undo, sysio
 from kata.errors import KataError
+from kata.hypervisor import registry
 from kata.journal import Journal, find
 
 HERE = Path(__file__).resolve().parent
@@ -44,10 +45,17 @@ class Daemon(Containerd):
         guest: The guest's directory.
         second: Take containerd 2 instead of this machine's.
         stop_points: Whether the shim has them; without, it is the product's own program.
+        wrong_answers: Whether the hypervisor can be made to answer wrongly (`orders`).
     """
 
     def __init__(
-        self, directory: Path, guest: Path, *, second: bool = USE_SECOND, stop_points: bool = True
+        self,
+        directory: Path,
+        guest: Path,
+        *,
+        second: bool = USE_SECOND,
+        stop_points: bool = True,
+        wrong_answers: bool = False,
     ) -> None:
         super().__init__(directory, guest, second=second)
         self.token = f"kf{os.getpid()}"
@@ -55,7 +63,13 @@ class Daemon(Containerd):
         self.points.mkdir()
         self.env = {**self.env, MARK: self.token, stops.VARIABLE: str(self.points)}
         configuration = directory / "configuration.toml"
-        configuration.write_text(f"[runtime]\nhypervisor_name = '{stops.hypervisor()}'\n")
+        text = f"[runtime]\nhypervisor_name = '{stops.hypervisor()}'\n"
+        self.orders = directory / "orders"
+        if wrong_answers:
+            program = directory / "bin" / stops.hypervisor()
+            answers.write(program, registry.find(stops.hypervisor()).program({}), self.orders)
+            text += f"[hypervisor.{stops.hypervisor()}]\npath = '{program}'\n"
+        configuration.write_text(text)
         # What an engine gets of its caller's environment begins with KATA_.
         self.env = {**self.env, "KATA_CONF_FILE": str(configuration)}
         if stop_points:
@@ -69,7 +83,8 @@ class Daemon(Containerd):
             directory, f"{MARK}={self.token}", [self.outer, self.inner], lambda: self.seen, self._known
         )
         self._stack = contextlib.ExitStack()
-        self._needs_disks = stops.hypervisor() in stops.SHARES_NOTHING
+        # One that is asked for disks while its machine runs gets root file systems on disks.
+        self._needs_disks = stops.hypervisor() in stops.SHARES_NOTHING or wrong_answers
         # Pods are tried where they can have directories: what has none of them is copied into their machine or refused.
         self.has_pods = (
             shutil.which("crictl") is not None and (PLUGINS / "bridge").exists() and not self._needs_disks
@@ -321,6 +336,11 @@ runtime_type = "io.containerd.runc.v2"
     def newest_sandbox(self, known: set[str]) -> str:
         """The sandbox that is not in *known*; empty if there is none."""
         return next((name for name in self.sandboxes() if name not in known and name[0] != "."), "")
+
+    def order(self, part: str = "", kind: str = "") -> None:
+        """Have requests for a part of the hypervisor's API answered wrongly from now on; without arguments none."""
+        # In one write, into the file that is open there.
+        self.orders.write_text(f"{part} {kind}\n" if kind else "\n")
 
     def arm(self, point: str) -> Armed:
         """Have the next process that reaches a point stop there."""

@@ -34,6 +34,10 @@ command where one runs. A network helper there is only with `kata run`: in conta
 A hypervisor is also stopped instead of killed (`hang`): it answers nothing any more, nor does its guest. What waits for
 them ends by its time limit, with an error; the task is removed as if it were alive.
 
+Cloud Hypervisor and Firecracker also answer wrongly (`nonsense`, `refuse`), by a program between the engine and the
+API of the real one (`tests/faults/answers.py`): the client is told of it by name, but at the end, when there is nothing
+to tell. Root file systems are disks then, on containerd's devmapper snapshotter; with Firecracker they always are.
+
 When the shim's command that clears up is killed, containerd keeps its bundle until it is started the next time,
 whatever the runtime; so it is started anew there before anything is checked.
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from faults import stops
+from faults import answers, stops
 from faults.daemon import Daemon, Failure, Script
 from faults.host import Snapshot, difference
 from faults.scenarios import Ctr, Disks, Pod, until
 
 HANG = "hang"
 """A hypervisor that is not killed: it stands still (SIGSTOP), and answers nothing any more."""
-VICTIMS = ("engine", "hypervisor", HANG, "virtiofsd", "containerd", "shim")
+VICTIMS = ("engine", "hypervisor", HANG, *stops.WRONGLY, "virtiofsd", "containerd", "shim")
 REACH_S = 90.0
 CLEAN_S = 90.0
 """How long the host may take to be as before. An engine without a container or a client ends after a minute."""
@@ -88,6 +88,7 @@ class Runner:
         self._daemon: Daemon | None = None
         self._before: Snapshot = {}
         self._takes: dict[str, float] = {}
+        self._answers_wrongly = False
         self._count = 0
 
     # ---- the daemon ----
@@ -97,7 +98,9 @@ class Runner:
         stays (a bridge)."""
         parent = os.environ.get("KATA_FAULTS_DIR") or "/tmp"
         directory = Path(tempfile.mkdtemp(prefix="kf-", dir=parent))
-        self._daemon = Daemon(directory, self._guest, second=self._second)
+        self._daemon = Daemon(
+            directory, self._guest, second=self._second, wrong_answers=self._answers_wrongly
+        )
         self._daemon.up(self._layout)
         self._daemon.listen()
         for scenario in ("ctr", "crictl") if self._daemon.has_pods else ("ctr",):
@@ -177,6 +180,9 @@ class Runner:
         """
         began = time.monotonic()
         result: dict[str, Any] = {"ok": True, "victim": one.victim, "scenario": one.scenario}
+        if (one.victim in stops.WRONGLY) != self._answers_wrongly:
+            self.close()
+            self._answers_wrongly = one.victim in stops.WRONGLY
         self._running()
         scenario = self._scenario(one.scenario)
         try:
@@ -202,6 +208,8 @@ class Runner:
         return result
 
     def _fault(self, one: Round, scenario: Ctr | Pod, result: dict[str, Any]) -> bool:
+        if one.victim in stops.WRONGLY:
+            return self._wrong_answer(one, scenario, result)
         daemon = self._running()
         script = Script(scenario.steps())
         armed = daemon.arm(one.point.name) if one.point is not None else None
@@ -231,6 +239,32 @@ class Runner:
             daemon.start()
             daemon.listen()
         return bool(pid)
+
+    def _wrong_answer(self, one: Round, scenario: Ctr | Pod, result: dict[str, Any]) -> bool:
+        """Have a request answered wrongly: who waits for it is told so by name, and nothing hangs."""
+        daemon = self._running()
+        assert one.point is not None
+        part = stops.PARTS[stops.hypervisor()][one.point.name]
+        script = Script(scenario.steps())
+        at_the_end = one.point.name == "monitor.disk-taken"
+        if not at_the_end:
+            daemon.order(part, one.victim)
+        try:
+            script.start()
+            if at_the_end:
+                until(lambda: script.at == "kill" or not script.is_alive(), "a task that is to end")
+                daemon.order(part, one.victim)
+            script.join()
+        finally:
+            daemon.order()
+            script.join()
+        result["at"] = script.at
+        if script.hangs:
+            raise Failure(script.hangs)
+        failed = [said for _, code, said in script.ended if code]
+        if not at_the_end and not any(answers.SAYS[one.victim] in said for said in failed):
+            raise Failure(f"the client was not told that the hypervisor answered wrongly: {script.ended}")
+        return True
 
     def _at_point(self, one: Round, scenario: Ctr | Pod, script: Script, reached: Callable[[], int]) -> int:
         """Wait until the point is reached; the victim's pid, 0 if there is none then."""

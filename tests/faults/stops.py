@@ -34,6 +34,10 @@ SHARES_NOTHING = ("firecracker",)
 _POLL_S = 0.005
 
 
+WRONGLY = ("nonsense", "refuse")
+"""How a hypervisor answers a request wrongly (`faults.answers`)."""
+
+
 def hypervisor() -> str:
     """The hypervisor of this run."""
     return os.environ.get(HYPERVISOR_VARIABLE) or "qemu"
@@ -44,7 +48,8 @@ class Point:
 
     Attributes:
         name: ``phase.moment``; the phase is what the client is doing.
-        where: Who reaches it: ``shim`` (a command of the shim) or ``engine``.
+        where: Who reaches it: ``shim`` (a command of the shim) or ``engine``; ``monitor`` is a request to the
+            hypervisor, which is answered wrongly (`faults.answers`).
         what: In words, for the report.
         scenario: Whose client's calls lead there.
     """
@@ -65,6 +70,8 @@ class Point:
     @property
     def victims(self) -> list[str]:
         """Who there is at this point and can be killed."""
+        if self.where == "monitor":
+            return list(WRONGLY)
         if self.name in ("create.directory", "create.socket") or self.phase == "clear":
             return ["shim", "containerd"]
         found = ["shim"] if self.where == "shim" else []
@@ -136,6 +143,20 @@ POINTS = [
     Point("clear.request", "shim", "containerd has the dead engine's sandbox cleared up"),
     Point("clear.undone", "shim", "its journal is undone, containerd has not been told"),
 ]
+POINTS += [
+    Point("monitor.start", "monitor", "the hypervisor is asked whether its machine runs"),
+    Point("monitor.disk", "monitor", "the hypervisor is given the root file system's disk"),
+    Point("monitor.disk-taken", "monitor", "the hypervisor is told to let go of it"),
+]
+PARTS = {
+    "cloud-hypervisor": {
+        "monitor.start": "vm.info",
+        "monitor.disk": "vm.add-disk",
+        "monitor.disk-taken": "vm.remove-device",
+    },
+    "firecracker": {"monitor.start": "/", "monitor.disk": "drives", "monitor.disk-taken": "drives"},
+}
+"""The parts of each one's API that these ask for; ``/`` is its root alone."""
 BY_NAME = {point.name: point for point in POINTS}
 
 _directory = ""

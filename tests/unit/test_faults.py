@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -10,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import report, stops
+from faults import answers, report, stops
 from faults.daemon import Armed
 from faults.host import difference
 from faults.rounds import Record, point_rounds, random_rounds
+from waiting import until
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -71,6 +73,13 @@ def test_each_point_has_its_victims() -> None:
     assert "create.share hypervisor" not in rounds  # there is none yet
     assert "delete.undo hypervisor" not in rounds  # nor any more
     assert {"create.address shim", "clear.request shim"} <= rounds
+    assert {"monitor.disk nonsense", "monitor.disk refuse"} <= rounds
+    assert "monitor.disk hypervisor" not in rounds
+    assert all(
+        parts.keys() == {"monitor.start", "monitor.disk", "monitor.disk-taken"}
+        for parts in stops.PARTS.values()
+    )
+    assert answers.KINDS == stops.WRONGLY  # the program between stands alone
 
 
 def test_a_random_round_depends_on_seed_and_number_alone() -> None:
@@ -111,3 +120,36 @@ def test_a_page_keeps_what_it_says_of_other_containerds(tmp_path: Path) -> None:
     for version in ("1.6.20", "1.10.2", "2.4.2"):
         assert text.count(f"with {version}") == 1
     assert text.count("`tools/faults --containerd 2 --points") == 1
+
+
+def test_the_program_between_passes_on_what_was_not_ordered(tmp_path: Path) -> None:
+    """Against a scripted Firecracker's place: a server on the socket that it is told of."""
+    real, program, orders = tmp_path / "real", tmp_path / "program", tmp_path / "orders"
+    real.write_text(
+        "#!/usr/bin/python3 -IS\n"
+        "import socket, sys\n"
+        "one = socket.socket(socket.AF_UNIX); one.bind(sys.argv[2]); one.listen(8)\n"
+        "client = one.accept()[0]\n"
+        "while data := client.recv(65536): client.sendall(b'got ' + data.split()[1])\n"
+        "sys.exit(7)\n"
+    )
+    real.chmod(0o755)
+    answers.write(program, str(real), orders)
+    path = tmp_path / "api"
+    with subprocess.Popen([program, "--api-sock", path]) as process, socket.socket(socket.AF_UNIX) as client:
+        until(path.exists, "the socket is there")
+        client.connect(str(path))
+
+        def ask(request: str) -> str:
+            client.sendall(f"{request} HTTP/1.1\r\n\r\n".encode())
+            return client.recv(65536).decode()
+
+        assert ask("PATCH /drives/disk0") == "got /drives/disk0"
+        orders.write_text("drives refuse\n")
+        assert answers.SAID in ask("PATCH /drives/disk0")
+        assert ask("GET /") == "got /"
+        orders.write_text("/ nonsense\n")
+        assert ask("GET /").startswith("SSH")
+        assert ask("GET /vm") == "got /vm"
+        client.close()
+        assert process.wait(30) == 7
