@@ -184,6 +184,7 @@ class Confinement:
         ruleset: Of Landlock, or None where the kernel has it not.
         limits_files: Whether that restricts files.
         files: How many it may have open; 0 for as many as we.
+        locks_memory: It may have all its memory locked, for devices of the host that reach it.
         threads: How many tasks its user may have; 0 for as many as root.
 
     Attributes:
@@ -199,6 +200,7 @@ class Confinement:
         "files",
         "handover",
         "limits_files",
+        "locks_memory",
         "ruleset",
         "threads",
         "user",
@@ -227,6 +229,7 @@ class Confinement:
         self.ruleset = ruleset
         self.limits_files = limits_files
         self.files = files
+        self.locks_memory = False
         self.threads = threads
         self.handover: Handover | None = None
 
@@ -249,6 +252,8 @@ class Confinement:
 
         if self.devices:
             self._own_devices()
+        if self.locks_memory:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         for which, most in ((resource.RLIMIT_NOFILE, self.files), (resource.RLIMIT_NPROC, self.threads)):
             if most:
                 hard = resource.getrlimit(which)[1]

@@ -772,6 +772,7 @@ class SandboxSettings(Part):
         container: The container with the sandbox's own id; absent where Create describes all containers.
         network: Its network.
         disks: What is in the disk slots of the machine, from the first on; null leaves one empty.
+        host_devices: Numbers of the IOMMU groups whose devices the machine is given.
         all_disk_slots: Have as many disk slots as a machine can have, for containers that come; otherwise a few.
         hostname: The guest's; empty is the host's.
         resolv_conf: Lines of the guest's; absent is what belongs to the network.
@@ -789,6 +790,7 @@ class SandboxSettings(Part):
         "client",
         "container",
         "disks",
+        "host_devices",
         "hostname",
         "id",
         "launched_ns",
@@ -812,6 +814,7 @@ class SandboxSettings(Part):
         container: ContainerSettings | None = None,
         network: NetworkSettings | None = None,
         disks: Sequence[DiskSettings | None] = (),
+        host_devices: Sequence[int] = (),
         all_disk_slots: bool = False,
         hostname: str = "",
         resolv_conf: Sequence[str] | None = None,
@@ -829,6 +832,7 @@ class SandboxSettings(Part):
         self.container = container
         self.network = network or NetworkSettings()
         self.disks = list(disks)
+        self.host_devices = list(host_devices)
         self.all_disk_slots = all_disk_slots
         self.hostname = hostname
         self.resolv_conf = None if resolv_conf is None else list(resolv_conf)

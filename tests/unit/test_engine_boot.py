@@ -90,6 +90,31 @@ def booting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: Poor) -> b
     return boot.Boot(sandbox, str(tmp_path), Journal.create_dir(str(tmp_path / "r"), "s", {}))
 
 
+def test_devices_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by name; and memory that they reach is there from the start, and stays."""
+    start = booting(tmp_path, monkeypatch, Poor())
+    start.choose_monitor()
+    start.set_devices_aside()
+    start._settings.host_devices = [99999999]
+    with pytest.raises(
+        UnsupportedError, match=r"Poor cannot give a machine devices of the host \(/dev/vfio/99999999"
+    ):
+        start.set_devices_aside()
+    start = booting(tmp_path / "able", monkeypatch, Poor(host_devices=True, grow_memory=True))
+    start.choose_monitor()
+    start._settings.host_devices = [99999999]
+    with pytest.raises(
+        KataError, match=r"this host has no IOMMU, or it is off|there is no IOMMU group 99999999"
+    ):
+        start.set_devices_aside()
+    start._described.size.max_memory_mib = 4096
+    shapes = [boot.shape_of(start._settings, start.capabilities, host_devices=count) for count in (0, 2)]
+    assert [(one.max_memory_mib, one.reclaim, one.host_devices) for one in shapes] == [
+        (4096, True, 0),
+        (0, False, 2),
+    ]
+
+
 def test_what_a_hypervisor_cannot_do_is_said_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,9 +13,15 @@ from pathlib import Path
 import pytest
 
 from kata import journal_undo, pci_driver, sysio
+from kata.config import files
+from kata.engine import machine
 from kata.engine.containers import nodes
 from kata.errors import HostError, KataError, NotFoundError, StateError, UnsupportedError, UsageError
-from kata.hypervisor import vfio
+from kata.hypervisor import registry, vfio
+from kata.hypervisor.base import Attachments, MachineShape
+from kata.hypervisor.cloud_hypervisor import command as cloud_hypervisor
+from kata.hypervisor.qemu import command
+from kata.hypervisor.qemu.settings import VMSettings
 from kata.journal import Journal, dumps, process_identity
 
 NIC, SOUND, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3a:00.0"
@@ -275,3 +281,79 @@ def test_real_devices_are_looked_at() -> None:
         return
     for number in numbers:
         assert vfio.group(number).members
+
+
+def test_groups_for_a_machine(kernel: Kernel, tmp_path: Path) -> None:
+    """All devices of the groups, set aside; what they had before comes back with the journal."""
+    journal = new(tmp_path)
+    with pytest.raises(NotFoundError):
+        vfio.give([7, 8], journal, str(kernel.sys))
+    assert driver(kernel, NIC) == "igb"
+    given = vfio.give([7], journal, str(kernel.sys))
+    assert given.addresses == [NIC, SOUND]
+    assert given.nodes == ["/dev/vfio/vfio", "/dev/vfio/7"]
+    assert [driver(kernel, one) for one in (NIC, SOUND, BRIDGE)] == [vfio.DRIVER, vfio.DRIVER, "pcieport"]
+    assert journal_undo.undo(journal) == []
+    assert [driver(kernel, one) for one in (NIC, SOUND, BRIDGE)] == ["igb", "", "pcieport"]
+
+
+def test_more_devices_than_a_machine_has_ports_for(kernel: Kernel, tmp_path: Path) -> None:
+    for number in range(5):
+        kernel.device(f"0000:5e:00.{number}", 9, "0x020000", "igc")
+    with pytest.raises(UnsupportedError, match=r"a machine can be given 4 devices of the host, .* have 5"):
+        vfio.give([9], new(tmp_path), str(kernel.sys))
+    assert driver(kernel, "0000:5e:00.0") == "igc"
+
+
+def test_which_groups_a_container_asks_for(tmp_path: Path) -> None:
+    file = tmp_path / "configuration.toml"
+    config = {
+        "linux": {
+            "devices": [
+                {"path": path, "type": "c", "major": 240, "minor": minor}
+                for minor, path in enumerate(
+                    ("/dev/vfio/vfio", "/dev/vfio/12", "/dev/vfio/7", "/dev/vfio/7")
+                )
+            ]
+        }
+    }
+    for port, wanted in (("no-port", []), ("root-port", [7, 12])):
+        file.write_text(f'[hypervisor.qemu]\ncold_plug_vfio = "{port}"\n')
+        assert machine.host_devices(files.load(str(file)), config) == wanted
+    # The nodes of what the machine has are the host's; those of other groups are refused.
+    found, _ = nodes.of_guest(config, [7, 12])
+    assert found["linux"]["devices"] == []
+    with pytest.raises(UnsupportedError, match="cannot pass /dev/vfio/12 through to the machine"):
+        nodes.of_guest(config, [7])
+
+
+def test_what_each_hypervisor_is_told() -> None:
+    vm = VMSettings(
+        name="x",
+        run_dir="/r",
+        kernel="/k",
+        initrd="/i",
+        accel="kvm",
+        host_devices=[NIC, SOUND],
+        host_nodes=["/dev/vfio/7"],
+    )
+    argv = " ".join(command.build(vm, command.Fds(5, 6, None, kernel=7, initrd=8, disks={}, nic=9)))
+    assert (
+        f"-device pcie-root-port,id=host0,addr=0x18,chassis=24,slot=24 -device vfio-pci,host={NIC},bus=host0"
+        in argv
+    )
+    assert f"-device vfio-pci,host={SOUND},bus=host1" in argv
+    attachments = Attachments(sandbox_id="x", run_dir="/r", host_devices=[NIC, SOUND])
+    shape = MachineShape(kernel="/k", initrd="/i", accel="kvm", host_devices=2)
+    told = cloud_hypervisor.build(
+        "/ch", shape, attachments, "/d", {"kernel": 3, "initrd": 4, "api": 5, "events": 6}
+    )
+    at = told.index("--device")
+    assert told[at + 1 : at + 3] == [
+        f"path=/sys/bus/pci/devices/{NIC}/,id=host0",
+        f"path=/sys/bus/pci/devices/{SOUND}/,id=host1",
+    ]
+    can = {name: registry.find(name).capabilities("kvm", {}).host_devices for name in registry.names()}
+    assert can == {"qemu": True, "cloud-hypervisor": True, "firecracker": False}
+    assert not registry.find("qemu").capabilities("tcg", {}).host_devices
+    assert not registry.find("qemu").capabilities("kvm", {"machine": "pc"}).host_devices

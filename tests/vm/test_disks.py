@@ -268,3 +268,28 @@ def test_a_vhost_user_device_needs_kvm(daemon: Containerd, tmp_path: Path) -> No
     assert refused.returncode != 0
     words = f"a machine of this sandbox's hypervisor cannot be given the vhost-user device {path}"
     assert words.encode() in refused.stderr
+
+
+def test_devices_of_the_host_are_refused_by_name_where_they_cannot_be(
+    daemon: Containerd, tmp_path: Path
+) -> None:
+    """(VFIO.) Whether or not the machine was to start with them, which this one's hypervisor or host cannot."""
+    spec = daemon.spec({})
+    spec["linux"]["devices"] = [{"path": "/dev/vfio/99999999", "type": "c", "major": 511, "minor": 0}]
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(spec))
+    config = tmp_path / "configuration.toml"
+    works = accel.choose().accel == "kvm"
+    for port, words in (
+        ("no-port", "cannot pass /dev/vfio/99999999 through to the machine"),
+        (
+            "root-port",
+            "IOMMU" if works else "QEMU cannot give a machine devices of the host (/dev/vfio/99999999)",
+        ),
+    ):
+        config.write_text(f'[hypervisor.qemu]\ncold_plug_vfio = "{port}"\n')
+        options = ("--runtime-config-path", str(config), "--config", str(path))
+        done = daemon.ctr("run", "--rm", "--runtime", RUNTIME, *options, "given")
+        assert done.returncode != 0
+        assert words in done.stderr.decode()
+        until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis)

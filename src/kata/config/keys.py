@@ -352,8 +352,11 @@ _ALL = [
     Key(_H, "valid_vhost_user_store_paths", LIST, "none", "patterns of that path for annotations"),
     Key(_H, "vhost_user_reconnect_timeout_sec", INT, "0", "a disk ends with its server", IDLE),
     Key(_H, "hotplug_vfio_on_root_bus", BOOL, "false", _NO_VFIO, IDLE),
-    *(Key(_H, name, TEXT, "no-port", _NO_VFIO, IDLE, silent=("no-port",)) for name in (
-        "cold_plug_vfio", "hot_plug_vfio")),
+    Key(_H, "cold_plug_vfio", TEXT, "no-port", "with anything but `no-port` a machine starts with the devices of the"
+        " IOMMU groups (`/dev/vfio/N`) that its container lists; the port is always a root port: docs/hypervisors.md",
+        choices=("no-port", "bridge-port", "root-port", "switch-port")),
+    Key(_H, "hot_plug_vfio", TEXT, "no-port", "devices of the host come when a machine starts: `cold_plug_vfio`", IDLE,
+        silent=("no-port",)),
     Key(_H, "pcie_root_port", INT, "0", _NO_VFIO, IDLE),
     Key(_H, "pcie_switch_port", INT, "0", _NO_VFIO, IDLE),
     Key(_H, "enable_guest_swap", BOOL, "false", _NO_SWAP, IDLE),

@@ -26,6 +26,9 @@ from kata.settings import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from kata.config.files import Configuration
     from kata.hypervisor.base import Capabilities
     from kata.hypervisor.protocols import Monitor
@@ -316,6 +319,24 @@ def network_settings(conf: Configuration, path: str) -> NetworkSettings:
             )
         return NetworkSettings()
     return NetworkSettings(mode="netns", path=path, model=model)
+
+
+def host_devices(conf: Configuration, config: Mapping[str, Any]) -> list[int]:
+    """Numbers of the IOMMU groups that the machine of a container is to be given (`cold_plug_vfio`).
+
+    Args:
+        conf: What is configured.
+        config: The container's specification: ``/dev/vfio/N`` of its devices.
+    """
+    if conf.get("hypervisor.cold_plug_vfio", "no-port") == "no-port":
+        return []
+    from kata.hypervisor import vfio
+
+    devices = (config.get("linux") or {}).get("devices") or ()
+    numbers = (
+        vfio.number_of(str(one.get("path") or "")) for one in devices if one.get("type") in ("c", "u")
+    )
+    return sorted({number for number in numbers if number is not None})
 
 
 def _is_host_network(path: str) -> bool:

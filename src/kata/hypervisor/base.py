@@ -121,6 +121,7 @@ class MachineShape:
         huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
         reclaim: Give the host back what the guest frees.
         shared_memory: Servers of vhost-user devices can be given the guest's memory.
+        host_devices: How many PCI devices of the host it has, which reach all its memory.
         options: The monitor's own (`Monitor.options`): name and value.
     """
 
@@ -129,6 +130,7 @@ class MachineShape:
         "console",
         "disks",
         "extensions",
+        "host_devices",
         "hotplug_nics",
         "huge_pages",
         "initrd",
@@ -167,6 +169,7 @@ class MachineShape:
         huge_pages: bool = False,
         reclaim: bool = True,
         shared_memory: bool = False,
+        host_devices: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.kernel = kernel
@@ -187,6 +190,7 @@ class MachineShape:
         self.huge_pages = huge_pages
         self.reclaim = reclaim
         self.shared_memory = shared_memory
+        self.host_devices = host_devices
         self.options = tuple(sorted((options or {}).items()))
 
     def _values(self) -> tuple[Any, ...]:
@@ -207,6 +211,8 @@ class Attachments:
         run_dir: The sandbox's directory: sockets and the like go there, and go with it.
         disks: What is in the shape's disk slots, from the first on; None leaves one empty.
         nics: The network interfaces.
+        host_devices: PCI addresses of devices of the host that are the machine's, and set aside for it.
+        host_nodes: What the monitor opens for them: ``/dev/vfio/vfio``, and the node of each group.
         share_dir: Directory that is shared with the guest; empty if nothing is.
         share_server: The file server of a share by virtio-fs.
         serves_files: The monitor itself is to serve that directory, with files of any owner.
@@ -219,6 +225,8 @@ class Attachments:
     __slots__ = (
         "confines",
         "disks",
+        "host_devices",
+        "host_nodes",
         "nics",
         "run_dir",
         "sandbox_id",
@@ -235,6 +243,8 @@ class Attachments:
         run_dir: str,
         disks: Sequence[Disk | None] = (),
         nics: Sequence[Nic] = (),
+        host_devices: Sequence[str] = (),
+        host_nodes: Sequence[str] = (),
         share_dir: str = "",
         share_server: FileServer | None = None,
         serves_files: bool = False,
@@ -246,6 +256,8 @@ class Attachments:
         self.run_dir = run_dir
         self.disks = list(disks)
         self.nics = list(nics)
+        self.host_devices = list(host_devices)
+        self.host_nodes = list(host_nodes)
         self.share_dir = share_dir
         self.share_server = share_server
         self.serves_files = serves_files
@@ -264,6 +276,7 @@ class Capabilities:
         disk_slots: Number of disks that can be present at once.
         attach_disk: A disk can be given to a running machine.
         vhost_user_disks: So can one that another process serves by vhost-user-blk (`Disk.vhost_user`).
+        host_devices: A machine can start with PCI devices of the host (`Attachments.host_devices`).
         nics: Number of network interfaces that can be present at once.
         nic_backends: What they can be connected to: ``stream``, ``tap``.
         hotplug_nics: A network interface can be given to a running machine.
@@ -284,6 +297,7 @@ class Capabilities:
         "clones",
         "disk_slots",
         "grow_memory",
+        "host_devices",
         "hotplug_nics",
         "nic_backends",
         "nics",
@@ -301,6 +315,7 @@ class Capabilities:
         disk_slots: int,
         attach_disk: bool = False,
         vhost_user_disks: bool = False,
+        host_devices: bool = False,
         nics: int = 0,
         nic_backends: tuple[str, ...] = (),
         hotplug_nics: bool = False,
@@ -317,6 +332,7 @@ class Capabilities:
         self.disk_slots = disk_slots
         self.attach_disk = attach_disk
         self.vhost_user_disks = vhost_user_disks
+        self.host_devices = host_devices
         self.nics = nics
         self.nic_backends = nic_backends
         self.hotplug_nics = hotplug_nics

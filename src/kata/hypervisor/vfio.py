@@ -15,15 +15,19 @@ from __future__ import annotations
 import os
 
 from kata import pci_driver, sysio
-from kata.errors import HostError, NotFoundError, StateError, UsageError
+from kata.errors import HostError, NotFoundError, StateError, UnsupportedError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kata.journal import Journal
 
 DRIVER = "vfio-pci"
+NODES = "/dev/vfio"
+CONTAINER = f"{NODES}/vfio"
+MOST = 4
+"""Devices that a machine can be given."""
 _UNBOUND = ("", DRIVER, "pci-stub")
 """Drivers of a device that nobody uses on the host."""
 _BRIDGE = "0x06"
@@ -90,6 +94,64 @@ class Group:
             for one in self.taken()
             if one.driver != DRIVER
         ]
+
+
+class Given:
+    """The devices of the host that a machine is given.
+
+    Attributes:
+        addresses: Their PCI addresses.
+        nodes: What its monitor opens for them.
+    """
+
+    __slots__ = ("addresses", "nodes")
+
+    def __init__(self) -> None:
+        self.addresses: list[str] = []
+        self.nodes: list[str] = []
+
+    def numbers(self) -> list[tuple[int, int]]:
+        """Major and minor numbers of the nodes, as far as they are there."""
+        found = []
+        for path in self.nodes:
+            try:
+                about = os.stat(path).st_rdev
+            except OSError:
+                continue  # the monitor says so
+            found.append((os.major(about), os.minor(about)))
+        return found
+
+
+def give(numbers: Iterable[int], journal: Journal, sys: str = _SYS) -> Given:
+    """Set aside all devices of some groups for one machine.
+
+    Args:
+        numbers: The groups'.
+        journal: Undoes it.
+        sys: Where sysfs is mounted.
+
+    Raises:
+        KataError: There is no such group, its devices cannot be set aside, or they are too many. The journal has what
+            was done until then.
+    """
+    given = Given()
+    found = [group(number, sys) for number in numbers]
+    given.addresses = [one.address for each in found for one in each.taken()]
+    if len(given.addresses) > MOST:
+        raise UnsupportedError(
+            f"a machine can be given {MOST} devices of the host, and its groups have {len(given.addresses)}",
+            "Fewer groups, or those of devices that have one each.",
+        )
+    for each in found:
+        take(each, journal, sys)
+    given.nodes = [CONTAINER, *(f"{NODES}/{each.number}" for each in found)]
+    return given
+
+
+def number_of(path: str) -> int | None:
+    """The group that a device node stands for; None if it is no group's."""
+    number = path.removeprefix(f"{NODES}/")
+    return int(number) if number != path and number.isdecimal() and len(number) < 10 else None
 
 
 def groups(sys: str = _SYS) -> list[int]:

@@ -288,6 +288,14 @@ class HostCgroup:
         else:
             self._leaf = path
 
+    def allow_nodes(self, numbers: Iterable[tuple[int, int]]) -> None:
+        """Before `make`: let the sandbox's processes open further character devices of the host.
+
+        Args:
+            numbers: Major and minor number of each.
+        """
+        self._disks += [f"c {major}:{minor} rw" for major, minor in numbers]
+
     def allow_disk(self, numbers: tuple[int, int]) -> None:
         """Let the sandbox's processes open one of the host's block devices. Calls are counted: see `take_disk`.
 
@@ -320,8 +328,7 @@ class HostCgroup:
                     f"cannot write {rule!r} to {file} of the sandbox's cgroup: {error.strerror}"
                 )
 
-    @staticmethod
-    def _fill(path: str, top: str, controllers: Sequence[str]) -> None:
+    def _fill(self, path: str, top: str, controllers: Sequence[str]) -> None:
         """Set what a new leaf of version 1 needs before it can take processes (cpuset), and its device rules."""
         if "cpuset" in controllers:
             # A cgroup with an empty cpuset takes no process, and the parents that we have made have empty ones too.
@@ -334,7 +341,7 @@ class HostCgroup:
                         _write(here, " ".join(_read_fields(f"{above}/{file}")))
         if "devices" in controllers:
             _write(f"{path}/devices.deny", "a")
-            for rule in DEVICES:
+            for rule in (*DEVICES, *self._disks):
                 try:
                     _write(f"{path}/devices.allow", rule)
                 except PermissionError:

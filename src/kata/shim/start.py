@@ -187,6 +187,7 @@ def sandbox_settings(
         machine=described,
         notes=[note for _, note in notes],
         all_disk_slots=True,
+        host_devices=machine.host_devices(conf, config),
         network=machine.network_settings(conf, network_namespace(config)),
         cgroups_path=str((config.get("linux") or {}).get("cgroupsPath") or ""),
         oom_score_adj=oom_score_adj(config),

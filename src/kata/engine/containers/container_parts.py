@@ -141,7 +141,9 @@ class ContainerParts:
             await self._runtime.ready()  # which says why there is no machine
         # All that can be worked out before the guest is there is: its kernel boots meanwhile.
         await self._mount_root()
-        self.config, volumes = await self._tasks.run_blocking(nodes.of_guest, self.config)
+        self.config, volumes = await self._tasks.run_blocking(
+            nodes.of_guest, self.config, self._host.settings.host_devices
+        )
         shown = await self._tasks.run_blocking(self._shared.add_all, self.config, self._rootfs)
         for mount, bind in zip(spec.host_binds(self.config), shown, strict=True):
             source = os.path.join(self._bundle, str(mount.get("source") or ""))

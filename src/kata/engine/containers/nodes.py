@@ -19,7 +19,7 @@ from kata.errors import KataError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
 GUEST_NODES = {
@@ -53,11 +53,15 @@ _HINT = "Of a host's character devices the guest has these itself: " + ", ".join
 )
 
 
-def of_guest(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[disks.Device]]:
+def of_guest(
+    config: Mapping[str, Any], given: Sequence[int] = ()
+) -> tuple[dict[str, Any], list[disks.Device]]:
     """A specification whose character devices are all the guest's, and whose bind mounts are no block devices. Blocks.
 
     Args:
         config: The specification; it is left as it is.
+        given: IOMMU groups whose devices the machine has: their nodes are the host's, and the guest's own drivers take
+            the devices.
 
     Returns:
         The other specification, and the block devices that were bind mounts.
@@ -72,7 +76,7 @@ def of_guest(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[disks.Devi
     for device in listed:
         numbers = (int(device.get("major") or 0), int(device.get("minor") or 0))
         if device.get("type") in ("c", "u") and numbers not in GUEST_NODES:
-            if privileged:
+            if privileged or _is_given(str(device.get("path") or ""), given):
                 continue
             _refuse_vfio(str(device.get("path") or ""))
             raise UnsupportedError(
@@ -93,6 +97,14 @@ def of_guest(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[disks.Devi
     return {**config, "mounts": mounts, "linux": {**linux, "devices": kept}}, volumes
 
 
+def _is_given(path: str, given: Sequence[int]) -> bool:
+    if not given or not path.startswith("/dev/vfio/"):
+        return False
+    from kata.hypervisor import vfio
+
+    return path == vfio.CONTAINER or vfio.number_of(path) in given
+
+
 def _refuse_vfio(path: str) -> None:
     """Say of the node of an IOMMU group what is in the way of giving its devices to a machine.
 
@@ -109,7 +121,11 @@ def _refuse_vfio(path: str) -> None:
             vfio.groups()
         else:
             vfio.require(vfio.group(int(number)))
-        why, hint = "no hypervisor is given devices of the host here", "A container of runc can have it."
+        why = "its devices are no part of this machine"
+        hint = (
+            'A machine gets devices of the host when it starts, with cold_plug_vfio = "root-port": those of the'
+            " container that it is started for, and not those of a pod's."
+        )
     except KataError as error:
         why, hint = error.message, error.hint
     raise UnsupportedError(f"cannot pass {path} through to the machine: {why}", hint)

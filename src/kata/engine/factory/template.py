@@ -118,6 +118,8 @@ def why_not(monitor: Monitor, capabilities: Capabilities, shape: MachineShape) -
         return "its memory is its own from the start (prealloc, huge pages)"
     if shape.shared_memory:
         return "its memory is shared with servers of its disks (enable_vhost_user_store)"
+    if shape.host_devices:
+        return "it has devices of the host"
     if shape.nics > 1:
         return "it has several network interfaces"
     told = [word for word in shape.parameters.split() if word in UNSET]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kata.hypervisor import virtiofsd
     from kata.hypervisor.base import Capabilities
     from kata.hypervisor.protocols import Monitor, Started
+    from kata.hypervisor.vfio import Given
     from kata.journal import Journal
     from kata.network.user import NetworkPlan
     from kata.resources import host_cgroup
@@ -225,6 +226,7 @@ def power_on(settings: SandboxSettings, run_dir: str, journal: Journal) -> Machi
         boot.keep_host_namespaces,
         boot.enter_namespace,
         boot.prepare_share,
+        boot.set_devices_aside,
         boot.plan_network,
         boot.prepare_file_server,
         boot.describe_machine,
@@ -260,6 +262,7 @@ class Boot:
     __slots__ = (
         "_attachments",
         "_described",
+        "_given",
         "_journal",
         "_nics",
         "_run_dir",
@@ -281,6 +284,7 @@ class Boot:
         self._journal = journal
         self._share = volumes.Share(run_dir, journal)
         self._nics: list[Nic] = []
+        self._given: Given | None = None  # devices of the host
         self._attachments: Attachments
         self._undo: list[Callable[[], object]] = []
 
@@ -358,6 +362,26 @@ class Boot:
         if self.capabilities.shares and needs_share(self._settings):
             self._share.prepare()
             self.machine.share = self._share
+
+    def set_devices_aside(self) -> None:
+        """Take the devices that the machine is given away from the host.
+
+        Raises:
+            KataError: See `kata.hypervisor.vfio.give`.
+            UnsupportedError: The hypervisor cannot give a machine any.
+        """
+        numbers = self._settings.host_devices
+        if not numbers:
+            return
+        if not self.capabilities.host_devices:
+            raise UnsupportedError(
+                f"{self.monitor.title} cannot give a machine devices of the host"
+                f" (/dev/vfio/{numbers[0]}) here",
+                "docs/hypervisors.md says which hypervisors can; none without KVM.",
+            )
+        from kata.hypervisor import vfio
+
+        self._given = vfio.give(numbers, self._journal)
 
     def plan_network(self) -> None:
         """Work out the network, and make the host's ends of the guest's interfaces.
@@ -437,6 +461,7 @@ class Boot:
             self._settings,
             self.capabilities,
             nics=len(self._nics),
+            host_devices=len(self._given.addresses) if self._given is not None else 0,
             hotplug_nics=network.hotplug_nics if network is not None else 0,
             share=share,
         )
@@ -445,6 +470,8 @@ class Boot:
             run_dir=self._run_dir,
             disks=disks_of(self._settings),
             nics=self._nics,
+            host_devices=self._given.addresses if self._given is not None else (),
+            host_nodes=self._given.nodes if self._given is not None else (),
             share_dir=self._share.path if self.machine.share is not None else "",
             share_server=files,
             serves_files=self.machine.share is not None and files is None,
@@ -503,7 +530,8 @@ class Boot:
         assert shape is not None
         limits = self.machine.host_limits(shape.vcpus, shape.memory_mib)
         name, pids = os.path.basename(self._run_dir), (started.pid, os.getpid())
-        cgroup = limit(self._settings, name, limits, self._journal, pids)
+        nodes = self._given.numbers() if self._given is not None else []
+        cgroup = limit(self._settings, name, limits, self._journal, pids, nodes)
         self._undo.append(cgroup.leave)
         self.machine.cgroup = cgroup
 
@@ -538,7 +566,12 @@ END_S = 5.0
 
 
 def limit(
-    settings: SandboxSettings, name: str, limits: host_cgroup.Limits, journal: Journal, pids: tuple[int, ...]
+    settings: SandboxSettings,
+    name: str,
+    limits: host_cgroup.Limits,
+    journal: Journal,
+    pids: tuple[int, ...],
+    nodes: Sequence[tuple[int, int]] = (),
 ) -> HostCgroup:
     """Put processes of a sandbox into cgroups with the limits that belong to its size.
 
@@ -548,10 +581,12 @@ def limit(
         limits: What they may take of the host.
         journal: The sandbox's.
         pids: The processes.
+        nodes: Numbers of further character devices of the host that they may open.
     """
     from kata.resources import host_cgroup, systemd_scope
 
     cgroup = host_cgroup.HostCgroup()
+    cgroup.allow_nodes(nodes)
     cgroup.make(
         journal,
         host_cgroup.place_of(settings.cgroups_path, name),
@@ -577,6 +612,7 @@ def shape_of(
     *,
     nics: int = 0,
     hotplug_nics: int = 0,
+    host_devices: int = 0,
     share: str = "",
 ) -> MachineShape:
     """The machine that a sandbox's settings describe.
@@ -586,6 +622,7 @@ def shape_of(
         capabilities: What the hypervisor can do: the machine has no room to grow where it cannot.
         nics: See `MachineShape`.
         hotplug_nics: See `MachineShape`.
+        host_devices: See `MachineShape`; all memory of such a machine is there from the start, and stays.
         share: See `MachineShape`.
     """
     described = settings.described()
@@ -611,7 +648,7 @@ def shape_of(
         vcpus=size.vcpus,
         max_vcpus=size.max_vcpus if capabilities.spare_vcpus else 0,
         memory_mib=memory_mib,
-        max_memory_mib=size.max_memory_mib if capabilities.grow_memory else 0,
+        max_memory_mib=size.max_memory_mib if capabilities.grow_memory and not host_devices else 0,
         disks=[*kinds, *["spare"] * room],
         nics=nics,
         hotplug_nics=hotplug_nics,
@@ -619,7 +656,8 @@ def shape_of(
         console=hypervisor.console or "serial",
         prealloc=hypervisor.prealloc,
         huge_pages=hypervisor.huge_pages,
-        reclaim=hypervisor.reclaim,
+        reclaim=hypervisor.reclaim and not host_devices,
+        host_devices=host_devices,
         shared_memory=bool(hypervisor.vhost_user_store) and capabilities.vhost_user_disks,
         options=hypervisor.options,
     )

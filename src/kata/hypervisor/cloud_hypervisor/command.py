@@ -58,6 +58,9 @@ def build(
         argv += ["--disk", *disks]
     if nics:
         argv += ["--net", *nics]
+    if attachments.host_devices:
+        paths = (f"/sys/bus/pci/devices/{address}/" for address in attachments.host_devices)
+        argv += ["--device", *(f"path={path},id=host{index}" for index, path in enumerate(paths))]
     if attachments.share_server is not None:
         share = (
             f"tag={slots.SHARE_TAG},socket={directory}/{SHARE_SOCKET},id=share,pci_device_id={slots.SHARE}"

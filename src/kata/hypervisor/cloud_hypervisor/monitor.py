@@ -39,6 +39,7 @@ class CloudHypervisorMonitor(RustVmmMonitor):
             disk_slots=self.disks,
             attach_disk=True,
             vhost_user_disks=True,
+            host_devices=True,
             nics=len(slots.NICS),
             nic_backends=("tap",),
             hotplug_nics=True,

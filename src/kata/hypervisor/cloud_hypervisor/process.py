@@ -156,16 +156,18 @@ def _start(
             launch.socket(own.vsock_path)
             taps = [nic.tap_fd.raw for nic in attachments.nics if nic.tap_fd is not None]
             written = [file.name for file in files if file.rights & acl.WRITE]
+            confined = own.confinement(
+                [fd for key, fd in theirs.items() if key not in written],
+                [theirs[key] for key in written],
+                ["/dev/kvm", *attachments.host_nodes],
+            )
+            confined.locks_memory = bool(attachments.host_nodes)
             child = launch.spawn(
                 argv,
                 "cloud-hypervisor",
                 pass_fds=[*(fd for key, fd in theirs.items() if key != "console"), *taps],
                 capabilities=(),
-                confinement=own.confinement(
-                    [fd for key, fd in theirs.items() if key not in written],
-                    [theirs[key] for key in written],
-                    ["/dev/kvm"],
-                ),
+                confinement=confined,
             )
             return CloudHypervisorProcess(child, launch, shape, attachments, own)
 

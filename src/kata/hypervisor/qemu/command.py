@@ -259,6 +259,10 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
     for index, slot in enumerate(slots.VHOST_USER_DISKS if settings.shared_memory else ()):
         place = f"addr={slot:#04x},chassis={slot},slot={slot}"
         argv += ["-device", f"pcie-root-port,id={slots.vhost_user_port(index)},{place}"]
+    for slot, host in zip(slots.HOST_DEVICES, settings.host_devices, strict=False):
+        port = f"host{slot - slots.HOST_DEVICES[0]}"
+        argv += ["-device", f"pcie-root-port,id={port},addr={slot:#04x},chassis={slot},slot={slot}"]
+        argv += ["-device", f"vfio-pci,host={host},bus={port}"]
     argv += [
         *("-object", _entropy(settings)),
         *_device(settings, "virtio-rng", slots.RNG, rng="rng"),

@@ -47,6 +47,7 @@ class QemuMonitor(MonitorBase):
             attach_disk=True,
             # Their servers write into the guest's memory, too.
             vhost_user_disks=accel == "kvm" and MACHINE in machine,
+            host_devices=accel == "kvm" and MACHINE in machine,
             nics=len(slots.NICS),
             nic_backends=("stream", "tap"),
             # Their ports are PCI Express', which QEMU's other machines have not.
@@ -204,6 +205,8 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         vhost_net=shape.accel == "kvm" and options.get("vhost_net", True),
         reclaim=shape.reclaim,
         shared_memory=shape.shared_memory,
+        host_devices=attachments.host_devices,
+        host_nodes=attachments.host_nodes,
         disks=attachments.disks,
         disk_slots=max(len(shape.disks), slots.MIN_DISK_SLOTS),
         nic=attachments.nics[0] if attachments.nics else None,

@@ -205,6 +205,7 @@ def _confinement(
     devices = [path for path in (settings.entropy,) if path]
     if settings.accel == "kvm":
         devices.append("/dev/kvm")
+    devices += settings.host_nodes
     memory = settings.memory
     made = confinement.monitor(
         settings.binary,
@@ -219,6 +220,7 @@ def _confinement(
         devices=devices,
         shares=settings.share_dir,
     )
+    made.locks_memory = bool(settings.host_nodes)
     if memory is not None:
         if settings.incoming is None:
             os.fchown(memory.raw, user, user)

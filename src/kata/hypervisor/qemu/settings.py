@@ -55,6 +55,8 @@ class VMSettings:
         vhost_net: Where it can, the host's kernel moves the packets of interfaces that are connected to taps.
         huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
         reclaim: Give the host back what the guest frees.
+        host_devices: PCI addresses of devices of the host that are the machine's.
+        host_nodes: What QEMU opens for them.
         shared_memory: Servers of vhost-user devices can be given the guest's memory, and their disks have ports.
         sandbox: QEMU's seccomp filter; empty is `kata.hypervisor.qemu.command.SANDBOX`.
         root: Directory that becomes QEMU's root once its machine is built (see `kata.hypervisor.root`); empty
@@ -81,6 +83,8 @@ class VMSettings:
         "extra_memory_mib",
         "extra_nics",
         "firmware",
+        "host_devices",
+        "host_nodes",
         "hotplug_nics",
         "huge_pages",
         "incoming",
@@ -150,6 +154,8 @@ class VMSettings:
         vhost_net: bool = False,
         reclaim: bool = True,
         shared_memory: bool = False,
+        host_devices: Sequence[str] = (),
+        host_nodes: Sequence[str] = (),
         sandbox: str = "",
         root: str = "",
         title: str = "",
@@ -200,6 +206,8 @@ class VMSettings:
         self.vhost_net = vhost_net
         self.reclaim = reclaim
         self.shared_memory = shared_memory
+        self.host_devices = list(host_devices)
+        self.host_nodes = list(host_nodes)
         self.sandbox = sandbox
         self.root = root
         self.title = title

@@ -35,6 +35,8 @@ MEMORY = 0x13
 MEMORY_ID = "plug"
 VHOST_USER_DISKS = range(0x14, 0x18)
 """PCI Express ports for disks that other processes serve, in machines that can be given such."""
+HOST_DEVICES = range(0x18, 0x1C)
+"""PCI Express ports of devices of the host, in machines that have such."""
 
 PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
 """Whether the placeholder in a disk slot is read-only: a disk cannot change that while the machine runs."""
