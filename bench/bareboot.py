@@ -30,7 +30,7 @@ from kata.errors import KataError  # noqa: E402
 from kata.guest import initrd, manifest  # noqa: E402
 from kata.hypervisor import accel, tsc  # noqa: E402
 from kata.hypervisor.base import Attachments, Nic, random_mac  # noqa: E402
-from kata.hypervisor.qemu import acpi  # noqa: E402
+from kata.hypervisor.qemu import acpi, slots  # noqa: E402
 from kata.hypervisor.qemu import command as qemu_command  # noqa: E402
 from kata.hypervisor.qemu.monitor import MONITOR  # noqa: E402
 from kata.hypervisor.qemu.monitor import settings as qemu_settings  # noqa: E402
@@ -91,13 +91,14 @@ def make_initrd(work: Path, name: str, program: str) -> Path:
     return image
 
 
-def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
+def prepare(guest: Path, work: Path, environment: dict[str, str], machine: str = "") -> list[str]:
     """Make the initrd and put the command together.
 
     Args:
         guest: The guest directory.
         work: Where the initrd is put.
         environment: Of the runs that this is compared with; KATA_ACCEL is looked at.
+        machine: QEMU's machine type; empty is kata's usual one.
 
     Returns:
         The command; it ends with 0 when the machine has powered off.
@@ -108,7 +109,10 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
         id="bare",
         client=client_policy(),
         machine=MachineSettings(
-            hypervisor=HypervisorSettings(accel=accel.choose(environment.get(accel.VARIABLE, "")).accel),
+            hypervisor=HypervisorSettings(
+                accel=accel.choose(environment.get(accel.VARIABLE, "")).accel,
+                options={"machine": machine} if machine else {},
+            ),
             guest=GuestSettings(kernel=manifest.load(str(guest)).kernel, initrd=str(image)),
             size=SizeSettings(vcpus=size.vcpus, memory_mib=size.memory_mib),
         ),
@@ -137,21 +141,24 @@ def prepare(guest: Path, work: Path, environment: dict[str, str]) -> list[str]:
     if settings.console == "serial":
         bare += ["-chardev", "null,id=console", "-device", "isa-serial,chardev=console"]
     elif settings.console == "virtio":
-        bare += ["-device", "virtio-serial-pci,id=serial", "-chardev", "null,id=console"]
+        bus = "device" if machine == slots.MICROVM else "pci"
+        bare += ["-device", f"virtio-serial-{bus},id=serial", "-chardev", "null,id=console"]
         bare += ["-device", "virtconsole,bus=serial.0,chardev=console"]
     return bare + tables
 
 
 def untuned(command: list[str]) -> list[str]:
     """*command* with QEMU's own ACPI tables, and a kernel that is told its console, and to end with its first panic,
-    but nothing else.
+    but nothing else. A microvm has no timer by which to measure how fast its processor is, and is told.
     """
     command = [word.replace(",acpi=off", "") for word in command]
     while "-fw_cfg" in command:
         at = command.index("-fw_cfg")
         del command[at : at + 2]
     position = command.index("-append") + 1
-    kept = [word for word in command[position].split() if word.startswith("console=")]
+    machine = command[command.index("-machine") + 1]
+    needed = ("console=", "tsc_early_khz=") if machine.startswith(slots.MICROVM) else ("console=",)
+    kept = [word for word in command[position].split() if word.startswith(needed)]
     return [*command[:position], " ".join(["quiet", "panic=-1", *kept]), *command[position + 1 :]]
 
 
@@ -160,10 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The guest's kernel booted with nothing else.")
     parser.add_argument("--rounds", type=int, default=11, help="how often (default %(default)s)")
     parser.add_argument("--plain", action="store_true", help="without the kernel parameters that kata gives")
+    parser.add_argument("--machine", default="", help="QEMU's machine type (default: kata's usual one)")
     arguments = parser.parse_args()
     rounds: int = arguments.rounds
     with tempfile.TemporaryDirectory(prefix="kb-") as work:
-        command = prepare(Path(paths.guest_dir()), Path(work), dict(os.environ))
+        command = prepare(Path(paths.guest_dir()), Path(work), dict(os.environ), arguments.machine)
         if arguments.plain:
             command = untuned(command)
         print(" ".join(f"'{word}'" if " " in word else word for word in command))

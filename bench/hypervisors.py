@@ -95,11 +95,13 @@ class Place:
         self.environment = environment
 
 
-def qemu(place: Place, mib: int) -> list[str]:
+def qemu(place: Place, mib: int, machine: str = "") -> list[str]:
     """QEMU by hand: the machine that kata gives it, without its devices (`bareboot`)."""
     guest = Path(place.environment["KATA_GUEST_DIR"])
-    command = bareboot.untuned(bareboot.prepare(guest, place.work, place.environment))
-    for option, value in (("-initrd", str(place.initrd)), ("-m", f"{mib}M"), ("-append", SERIAL)):
+    command = bareboot.untuned(bareboot.prepare(guest, place.work, place.environment, machine))
+    told = [word for word in command[command.index("-append") + 1].split() if word.startswith("tsc_")]
+    parameters = " ".join([SERIAL, *told])
+    for option, value in (("-initrd", str(place.initrd)), ("-m", f"{mib}M"), ("-append", parameters)):
         command[command.index(option) + 1] = value
     while "-device" in command:
         at = command.index("-device")
@@ -107,6 +109,7 @@ def qemu(place: Place, mib: int) -> list[str]:
     while "-chardev" in command:
         at = command.index("-chardev")
         del command[at : at + 2]
+    command = [word.replace("isa-serial=off", "isa-serial=on") for word in command]  # a microvm's
     return [*command, "-serial", "stdio", "-monitor", "none"]
 
 
@@ -158,7 +161,7 @@ class Contender:
     """One hypervisor.
 
     Args:
-        name: Its name in the registry.
+        name: Its name in the registry; of QEMU with a machine type, behind a colon.
         place: See `Place`.
     """
 
@@ -169,12 +172,14 @@ class Contender:
         }
         self.memory: dict[str, dict[str, float]] = {}
         self._place = place
+        hypervisor, _, machine = name.partition(":")
         file = place.work / f"{name}.toml"
-        file.write_text(f"[runtime]\nhypervisor_name = '{name}'\n")
+        chosen = f"[hypervisor.{hypervisor}]\nmachine_type = '{machine}'\n" if machine else ""
+        file.write_text(f"[runtime]\nhypervisor_name = '{hypervisor}'\n{chosen}")
         self._environment = {**place.environment, "KATA_CONF_FILE": str(file)}
         with self._container() as container:  # converts the image, and tells the size
             self.mib = int(self._sandbox(container)["sizing"]["first_memory_mib"])
-        self._command = BARE[name](place, self.mib)
+        self._command = qemu(place, self.mib, machine) if machine else BARE[hypervisor](place, self.mib)
 
     @contextlib.contextmanager
     def _container(self) -> Iterator[str]:
@@ -287,7 +292,10 @@ class Contender:
 def chosen(names: list[str], accelerator: str) -> list[str]:
     """Those that can run here; the others are named on standard error."""
     found = []
-    for name in names or [name for name in BARE if name in registry.names()]:
+    for one in names or [name for name in BARE if name in registry.names()]:
+        name, _, machine = one.partition(":")
+        if machine and name != "qemu":
+            raise SystemExit("error: machine types are QEMU's\nhint: --hypervisor qemu:microvm")
         if name not in registry.names() or name not in BARE:
             raise SystemExit(
                 f"error: there is no hypervisor {name!r}\nhint: one of {', '.join(registry.names())}"
@@ -297,7 +305,7 @@ def chosen(names: list[str], accelerator: str) -> list[str]:
         elif name != "qemu" and not program(name):
             print(f"{name}: left out, it is not installed", file=sys.stderr)
         else:
-            found.append(name)
+            found.append(one)
     return found
 
 
@@ -334,7 +342,12 @@ def main() -> int:
         "--rounds", type=int, default=9, help="how often each is started (default %(default)s)"
     )
     parser.add_argument("--settle", type=float, default=5.0, help="seconds before memory is looked at (5)")
-    parser.add_argument("--hypervisor", action="append", default=[], help="only this one; may be repeated")
+    parser.add_argument(
+        "--hypervisor",
+        action="append",
+        default=[],
+        help="only this one (qemu:MACHINE for a machine type); may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every single time")
     options = parser.parse_args()
     if options.rounds < 1:

@@ -1,7 +1,8 @@
 """Writes the tables of docs/hypervisors.md: what each hypervisor can do, and what the tests found of it.
 
-Usage: hypervisors_table.py [--check] [--suite FILE...]; with --check it writes nothing, and exits with 1 where the page
-differs. ``--suite`` makes the table of the tests anew, of files that runs have written (``KATA_MONITOR_RESULTS``).
+Usage: hypervisors_table.py [--check] [--suite FILE... | --versions FILE...]; with --check it writes nothing, and exits
+with 1 where the page differs. ``--suite`` makes the table of the tests anew, of files that runs have written
+(``KATA_MONITOR_RESULTS``); ``--versions`` that of QEMU's versions, one run with each.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def suite(paths: list[str]) -> str:
     for path in paths:
         for line in Path(path).read_text().splitlines():
             row = json.loads(line)
+            if "module" in row:
+                continue  # of the rest of the lane
             column = f"{row['title']} ({row['accelerator']})"
             columns[column] = row["version"] or columns.get(column, "")
             tests = found.setdefault(row["test"].removeprefix("test_").replace("_", " "), {})
@@ -109,13 +112,64 @@ def suite(paths: list[str]) -> str:
     return "\n".join(lines).strip()
 
 
-def page(results: list[str]) -> str:
+def versions(paths: list[str]) -> str:
+    """The table of what passed with which version of QEMU: each test with every machine type, then whole modules."""
+    tests: dict[str, dict[str, dict[str, str]]] = {}
+    modules: dict[str, dict[str, dict[str, str]]] = {}
+    columns: set[str] = set()
+    for path in paths:
+        for line in Path(path).read_text().splitlines():
+            row = json.loads(line)
+            version, _, _ = row["version"].removeprefix("QEMU emulator version ").partition(" ")
+            if version == row["version"] or not row.get("title", "QEMU").startswith("QEMU"):
+                continue  # another hypervisor's
+            columns.add(version)
+            # That of a later file prevails.
+            if "module" in row:
+                cells = modules.setdefault(f"`{row['module']}`", {}).setdefault(version, {})
+                cells[row["test"]] = row["outcome"]
+            else:
+                name = row["test"].removeprefix("test_").replace("_", " ")
+                cells = tests.setdefault(name, {}).setdefault(version, {})
+                machine = row["title"].removeprefix("QEMU").strip() or "q35"
+                cells[machine] = row["outcome"] if row["outcome"] != "skipped" else "-"
+
+    def of_test(cells: dict[str, str]) -> str:
+        """What is the same for all machine types is said once."""
+        each = [f"{machine}: {outcome}" for machine, outcome in sorted(cells.items())]
+        return each[0].partition(": ")[2] if len(set(cells.values())) == 1 else ", ".join(each)
+
+    def of_module(cells: dict[str, str]) -> str:
+        found = list(cells.values())
+        counts = {outcome: found.count(outcome) for outcome in ("passed", "failed", "skipped")}
+        return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+
+    order = sorted(
+        columns, key=lambda text: [int(part) if part.isdecimal() else 0 for part in text.split(".")]
+    )
+    lines = ["| | " + " | ".join(order) + " |", "|---|" + "---|" * len(order)]
+    for rows, shown in ((tests, of_test), (modules, of_module)):
+        for name, found in sorted(rows.items()):
+            each = (shown(found[version]) if version in found else "not run" for version in order)
+            lines.append(f"| {name} | " + " | ".join(each) + " |")
+    return "\n".join(lines)
+
+
+def page(suites: list[str], runs: list[str]) -> str:
     """The whole page."""
     text = between(PAGE.read_text(), "capabilities", capabilities())
-    return between(text, "suite", suite(results)) if results else text
+    if suites:
+        text = between(text, "suite", suite(suites))
+    return between(text, "versions", versions(runs)) if runs else text
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    given = arguments[arguments.index("--suite") + 1 :] if "--suite" in arguments else []
-    sys.exit(write_or_check(PAGE, page([path for path in given if path != "--check"])))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
+    option, given = arguments[:1], arguments[1:]
+    if option not in ([], ["--suite"], ["--versions"]):
+        raise SystemExit(__doc__)
+    sys.exit(
+        write_or_check(
+            PAGE, page(given if option == ["--suite"] else [], given if option == ["--versions"] else [])
+        )
+    )

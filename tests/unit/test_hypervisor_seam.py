@@ -71,6 +71,52 @@ def test_the_table_of_the_suite(tmp_path: Path) -> None:
     ]
 
 
+def test_the_table_of_versions(tmp_path: Path) -> None:
+    """Of each test what all machine types have in common, and modules of the rest of the lane as they went."""
+    row = {
+        "title": "QEMU",
+        "accelerator": "tcg",
+        "version": "QEMU emulator version 7.2.22 (Debian 1:7.2)",
+        "reason": "",
+    }
+    newer = {**row, "version": "QEMU emulator version 11.1.3 (Debian 1:11.1)"}
+    rows: list[dict[str, str]] = [
+        {**newer, "test": "test_one_thing", "outcome": "passed", "reason": ""},
+        {**newer, "title": "QEMU pc", "test": "test_one_thing", "outcome": "failed", "reason": ""},
+        *(
+            {**row, "title": title, "test": "test_one_thing", "outcome": "passed"}
+            for title in ("QEMU", "QEMU pc")
+        ),
+        {**row, "title": "Firecracker", "version": "", "test": "test_one_thing", "outcome": "skipped"},
+        *(
+            {
+                "module": "test_x.py",
+                "version": row["version"],
+                "test": f"test_y {number}",
+                "outcome": outcome,
+            }
+            for number, outcome in enumerate(("passed", "skipped", "failed", "passed"))
+        ),
+        {"module": "test_x.py", "version": row["version"], "test": "test_y 2", "outcome": "passed"},
+    ]
+    path = tmp_path / "results"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    code = "import sys, hypervisors_table as t; print(t.versions(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(path)]
+    made = subprocess.check_output(command, text=True, cwd=ROOT / "tools")
+    assert made.splitlines() == [
+        "| | 7.2.22 | 11.1.3 |",
+        "|---|---|---|",
+        "| one thing | passed | pc: failed, q35: passed |",
+        "| `test_x.py` | 3 passed, 1 skipped | not run |",
+    ]
+    # The other table has no place for modules.
+    made = subprocess.check_output(
+        [sys.executable, "-c", code.replace("versions", "suite"), str(path)], text=True, cwd=ROOT / "tools"
+    )
+    assert "test_x" not in made
+
+
 def test_hypervisors_are_found_by_name() -> None:
     assert registry.find().name == registry.DEFAULT == files.DEFAULT in registry.names()
     assert set(registry.names()) <= set(keys.HYPERVISORS) == {keys.HYPERVISOR, *keys.VARIANTS}

@@ -177,3 +177,35 @@ def test_without_a_connection_and_without_a_share(
             assert b"did you mean 'shared_fs'" in wrong.stderr
     finally:
         del shared_kata.env["KATA_CONF_FILE"]
+
+
+def test_a_microvm_has_all_but_what_it_refuses(
+    shared_kata: Kata, busybox_image: str, run_directory: Path
+) -> None:
+    """Network, shared files, several processors, a console of its own kind; and no PCI bus."""
+    file = run_directory / "microvm.toml"
+    file.write_text("[hypervisor.qemu]\nmachine_type = 'microvm'\nuse_legacy_serial = false\n")
+    there = run_directory / "microvm"
+    there.mkdir()
+    (there / "in").write_text("from the host\n")
+    shared_kata.env["KATA_CONF_FILE"] = str(file)
+    try:
+        shown = shared_kata.ok(
+            "run", "--rm", "--cpus", "2", "-m", "100m", "-v", f"{there}:/v", busybox_image, "sh", "-c",
+            "cat /v/in; echo back >/v/out; nproc; ls /sys/bus/pci/devices | wc -l; cat /proc/cmdline;"
+            " ls /sys/class/net; cat /proc/mounts",
+        )  # fmt: skip
+        first, processors, pci, parameters, *rest = shown.splitlines()
+        assert (first, processors, pci) == ("from the host", "2", "0")
+        assert "console=hvc0" in parameters
+        assert "eth0" in rest
+        assert (there / "out").read_text() == "back\n"
+        name = f"m{os.urandom(2).hex()}"
+        shared_kata.ok("run", "-d", "--name", name, busybox_image, "sleep", "1000")
+        assert shared_kata.ok("exec", name, "cat", "/proc/1/comm").strip() == "sleep"
+        [found] = json.loads(shared_kata.ok("inspect", name))
+        can = found["sandbox"]["hypervisor"]["capabilities"]
+        assert (can["grow_memory"], can["hotplug_nics"], can["attach_disk"]) == (False, False, True)
+        shared_kata.ok("rm", "-f", name)
+    finally:
+        del shared_kata.env["KATA_CONF_FILE"]

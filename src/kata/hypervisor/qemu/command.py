@@ -386,25 +386,21 @@ _ON_BOARD = ("usb=off", "vmport=off", "smm=off", "smbus=off", "sata=off")
 """Options of a q35: all that it can do without."""
 
 
-def _microvm(settings: VMSettings) -> list[str]:
-    """Options of a microvm.
+_MICROVM = (
+    *("pcie=off", "usb=off", "acpi=on", "ioapic2=on", "isa-serial=off", "auto-kernel-cmdline=off"),
+    *("x-option-roms=off", "pit=off", "pic=off"),
+)
+"""Options of a microvm.
 
-    Its ACPI tables are small, and say more than its guest can find out otherwise: that there is a second interrupt
-    controller, without which there are places for eight devices only; and how to switch the machine off. The old PC's
-    timer is there for a guest that has to measure how fast its processor is, and its interrupt controller for the
-    serial port, whose interrupt Linux does not look for otherwise.
-    """
-    timer = "off" if settings.accel == "kvm" or settings.tsc_khz else "on"
-    interrupts = "on" if timer == "on" or settings.console == "serial" else "off"
-    return [
-        *("pcie=off", "usb=off", "acpi=on", "ioapic2=on", "isa-serial=off", "auto-kernel-cmdline=off"),
-        *("x-option-roms=off", f"pit={timer}", f"pic={interrupts}"),
-    ]
+Its ACPI tables are small, and say more than its guest can find out otherwise: that there is a second interrupt
+controller, without which there are places for eight devices only; and how to switch the machine off. They say besides
+that there is no more of an old PC: Linux would not use its timer and its interrupt controller if they were there.
+"""
 
 
 def _machine(settings: VMSettings) -> str:
     if settings.machine == slots.MICROVM:
-        options = [settings.machine, *_microvm(settings)]
+        options = [settings.machine, *_MICROVM]
     else:
         options = [settings.machine, *(_ON_BOARD if "q35" in settings.machine else _ON_BOARD[:3])]
     options += ["mem-merge=off", "dump-guest-core=off"]

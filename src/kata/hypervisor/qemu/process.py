@@ -120,6 +120,12 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
     _check(settings)
     if settings.accel == "tcg" and not settings.tsc_khz:
         settings.tsc_khz = tsc.khz()
+        if not settings.tsc_khz and settings.machine == slots.MICROVM:
+            # It has no timer to measure that by, and would wait for ever.
+            raise HostError(
+                "how fast this host's time-stamp counter runs is not known, and an emulated microvm has to be told",
+                "Set machine_type to q35.",
+            )
     theirs = launch.theirs
     opened = open_files(settings.kernel, settings.initrd, settings.disks)
     theirs |= opened
