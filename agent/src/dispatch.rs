@@ -114,6 +114,10 @@ pub fn handle(state: &mut State, call: CallId, request: &Request) -> Outcome {
                 let r: agentext::ReadLayerRequest = decode(request)?;
                 answer_from(state, call, || layers::read(&r))
             }
+            "Trim" => {
+                let r: agentext::TrimLayerRequest = decode(request)?;
+                job(state, call, || layers::trim(&r.directory))
+            }
             _ => unknown(request),
         },
         agentext::PROCESSES => match request.method {

@@ -47,6 +47,21 @@ pub fn read(request: &ReadLayerRequest) -> Result<ReadLayerResponse> {
     Ok(walk.response)
 }
 
+/// `_IOWR('X', 121, struct fstrim_range)`, linux/fs.h.
+const FITRIM: u64 = 0xc018_5879;
+
+/// Tells the disk below a directory what is not used.
+pub fn trim(directory: &str) -> Result<()> {
+    let top = sys::open(directory, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW, 0)
+        .with_context(|| format!("open {directory}"))?;
+    // Start, length, and the shortest run of blocks that is worth it.
+    let mut range: [u64; 3] = [0, u64::MAX, 64 << 10];
+    match sys::ioctl(top.raw(), FITRIM, range.as_mut_ptr() as usize) {
+        Err(Errno(libc::EOPNOTSUPP | libc::ENOTTY)) => Err(Error::unimplemented("its disk cannot be told")),
+        other => other.map(drop).with_context(|| format!("trim {directory}")),
+    }
+}
+
 impl Walk {
     fn go(&mut self) -> SysResult<()> {
         if let Some((name, offset)) = self.file.take() {
@@ -283,6 +298,12 @@ mod tests {
         let (entry, data) = &found["sparse"];
         assert_eq!((entry.size, data.len() <= (1 << 20) + 4096), (1 << 40, true));
         assert_eq!(&data[1 << 20..(1 << 20) + 6], b"middle");
+    }
+
+    #[test]
+    fn a_file_system_without_blocks_has_none_to_trim() {
+        assert!(trim("/proc").is_err_and(|e| e.message.contains("cannot be told")));
+        assert!(trim("/nowhere/at/all").is_err());
     }
 
     #[test]

@@ -221,6 +221,12 @@ def test_what_a_containers_root_is_made_of(cri: Cri) -> None:
         return int((stats["writableLayer"].get("usedBytes") or {}).get("value") or 0)
 
     until(lambda: measured() > 24 << 20, "what it takes is measured", cri.daemon.diagnosis)
+    cri("exec", "-s", one, "sh", "-c", "cp /data /more; sync; rm /more; sync")
+    until(
+        lambda: max(disk.stat().st_blocks * 512 for disk in disks) < 32 << 20,
+        "what was deleted is counted no longer",
+        cri.daemon.diagnosis,
+    )
 
     cri("stop", "-t", "20", one)
     assert cri.status(one)["exitCode"] == 3

@@ -13,7 +13,7 @@ pub const FILES_METHODS: &[&str] =
 /// What a container has written into the writable layer of its root file system. Announced as kata.layers.
 pub const LAYERS: &str = "kata.agent.v1.Layers";
 /// Its methods.
-pub const LAYERS_METHODS: &[&str] = &["Read"];
+pub const LAYERS_METHODS: &[&str] = &["Read", "Trim"];
 
 /// Processes of a container, as ps(1) would see them.
 pub const PROCESSES: &str = "kata.agent.v1.Processes";
@@ -337,6 +337,26 @@ impl Message for ReadLayerRequest {
         match field.number {
             1 => codec::get_string(field, &mut self.directory)?,
             2 => codec::get_bytes(field, &mut self.next)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default, Debug, Clone, PartialEq)]
+pub struct TrimLayerRequest {
+    /// Absolute path.
+    pub directory: String,
+}
+
+impl Message for TrimLayerRequest {
+    fn encode(&self, out: &mut Vec<u8>) {
+        codec::put_string(out, 1, &self.directory);
+    }
+
+    fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
+        match field.number {
+            1 => codec::get_string(field, &mut self.directory)?,
             _ => {}
         }
         Ok(())

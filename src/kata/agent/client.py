@@ -453,6 +453,11 @@ class AgentClient:
         except ValueError as error:
             raise self._protocol_violation(f"a part of a layer is malformed: {error}") from None
 
+    async def trim_layer(self, directory: str) -> None:
+        """Have the disk that a directory of the guest is on told what is not used (feature `LAYERS`)."""
+        request = agentext_pb.TrimLayerRequest(directory=directory)
+        await self.call("kata.agent.v1.Layers", "Trim", request, google_pb.Empty)
+
     async def wait(self, container_id: str, exec_id: str) -> int:
         """Wait, without a timeout, for a process to end. Returns its exit status, 0 to 255."""
         request = agent_pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id)

@@ -16,6 +16,7 @@ _MESSAGES = {
     "ListFilesResponse": "entries:1:*@agentext.FileInfo more:2:bool",
     "ReadFileRequest": "container_id:1:string path:2:bytes offset:3:uint64 len:4:uint32",
     "ReadLayerRequest": "directory:1:string next:2:bytes",
+    "TrimLayerRequest": "directory:1:string",
     "ReadLayerResponse": "parts:1:*@agentext.LayerPart next:2:bytes",
     "LayerPart": "entry:1:@agentext.LayerEntry offset:2:uint64 data:3:bytes",
     "LayerEntry": "path:1:bytes mode:2:uint32 uid:3:uint32 gid:4:uint32 size:5:uint64 mtime_ns:6:int64 rdev:7:uint64 link_target:8:bytes number:9:uint64 links:10:uint32 attributes:11:*@agentext.LayerAttribute",
@@ -70,6 +71,7 @@ SERVICES = {
     "kata.agent.v1.Layers": Methods(
         {
             "Read": "@agentext.ReadLayerRequest @agentext.ReadLayerResponse",
+            "Trim": "@agentext.TrimLayerRequest @google.Empty",
         }
     ),
     "kata.agent.v1.Processes": Methods(

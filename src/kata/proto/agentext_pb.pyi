@@ -158,6 +158,15 @@ class ReadLayerRequest(Message):
         next: bytes = ...,
     ) -> None: ...
 
+class TrimLayerRequest(Message):
+    directory: str
+    """Absolute path."""
+    def __init__(
+        self,
+        *,
+        directory: str = ...,
+    ) -> None: ...
+
 class ReadLayerResponse(Message):
     parts: list[LayerPart]
     next: bytes

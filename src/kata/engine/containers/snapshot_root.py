@@ -42,6 +42,10 @@ IMAGE_S = 30.0
 the next one."""
 IMAGE_MOST_S = 600.0
 """The same where there is no share."""
+TRIM_S = 30.0
+"""How often it is looked whether a disk has grown, in seconds."""
+_TRIM_BYTES = 16 << 20
+"""By so much, for its guest to be asked what of it is not used."""
 DISK_NAME = ".kata-writable-layer.img"
 _KNOWN_OPTIONS = frozenset(
     {"rw", "index=off", "index=on", "metacopy=off", "redirect_dir=off", "xino=off", "xino=on", "xino=auto", "volatile"}
@@ -249,6 +253,7 @@ class SnapshotRoot:
         )
         self._file: Entry | None = None  # the disk's file, when that alone has to
         self._is_ended = False
+        self._trimming: asyncio.Task[None] | None = None
 
     async def make(
         self, mounts: Sequence[Mount], *, is_only_way: bool = False
@@ -297,7 +302,21 @@ class SnapshotRoot:
         self._image = image
         await self._tasks.run_blocking(self._make_disk, layers.upper)
         upper = await self._upper.insert(self._disk_path, readonly=False, ephemeral=True)
+        self._trimming = self._tasks.create_task(self._trim(agent))
         return rootfs.LayerDisksRoot(lower, upper)
+
+    async def _trim(self, agent: AgentClient) -> None:
+        """While it runs, have what the container deletes no longer be counted."""
+        seen = 0
+        while True:
+            await asyncio.sleep(TRIM_S)
+            try:
+                if os.stat(self._disk_path).st_blocks * 512 < seen + _TRIM_BYTES:
+                    continue
+                await agent.trim_layer(rootfs.upper_path(self._id))
+                seen = os.stat(self._disk_path).st_blocks * 512
+            except (KataError, OSError):
+                return  # its disk cannot be told, or is gone
 
     @property
     def _disk_path(self) -> str:
@@ -330,6 +349,7 @@ class SnapshotRoot:
         if not self._directory or self._is_ended:
             return
         self._is_ended = True
+        self._stop_trimming()
         try:
             await self._carry_back(_capabilities(config))
         except KataError as error:
@@ -408,8 +428,14 @@ class SnapshotRoot:
         with sysio.Fd(os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
             return journal_undo.empty(directory.raw, self._directory, float("inf"), DISK_NAME)
 
+    def _stop_trimming(self) -> None:
+        if self._trimming is not None:
+            self._trimming.cancel()
+            self._trimming = None
+
     async def remove(self) -> None:
         """Take the disks out of the machine, when the guest has let go of them, and remove the writable one's file."""
+        self._stop_trimming()
         await self._upper.remove_all()
         if self._image:
             image, self._image = self._image, ""
