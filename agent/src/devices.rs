@@ -14,6 +14,9 @@ use crate::sys::{self, Errno};
 use crate::uevent::await_device;
 use crate::uevent::hotplug_timeout_ms;
 
+/// The driver of virtio-fs, with a link to each of its devices.
+const SHARES: &str = "/sys/bus/virtio/drivers/virtiofs";
+const TAGS: &str = "/sys/fs/virtiofs";
 const NET_DRIVER: &str = "/sys/bus/virtio/drivers/virtio_net";
 const DEVICES: &str = "/sys/devices";
 const IOMEM: &str = "/proc/iomem";
@@ -128,6 +131,17 @@ pub fn find_block_by_serial(serial: &str) -> Result<String> {
 pub fn wait_for_block(node: &str) -> Result<()> {
     let found = await_device("block", || Ok(is_block(node).then_some(())))?;
     found.ok_or_else(|| absent(&format!("no block device {node}")))
+}
+
+/// Waits until there is a virtio-fs device; what it serves is known by its tag then.
+pub fn wait_for_share() -> Result<()> {
+    let found = await_device("virtio", || {
+        let bound = fs::names(SHARES).unwrap_or_default().iter().any(|name| name.starts_with("virtio"));
+        // The link is there before the driver is done with the device; Linux from 6.9 on says when it is.
+        let known = fs::names(TAGS).map_or(true, |tags| !tags.is_empty());
+        Ok((bound && known).then_some(()))
+    })?;
+    found.ok_or_else(|| absent("no virtio-fs device"))
 }
 
 fn absent(what: &str) -> Error {

@@ -4,7 +4,7 @@
 //! One function per driver family. Options that a driver does not know go to the file system or are refused by name;
 //! none is dropped.
 
-use crate::devices::{find_block, find_block_by_scsi};
+use crate::devices::{find_block, find_block_by_scsi, wait_for_share};
 use crate::fs;
 use crate::huge_pages;
 use crate::log;
@@ -48,7 +48,9 @@ pub fn mount_storage(storage: &Storage) -> Result<String> {
     let outcome = match storage.driver.as_str() {
         "blk" | "mmioblk" | "nvdimm" | "pmem" | "scsi" => block(storage),
         "9p" => share(storage, "9p", &["trans=virtio", "version=9p2000.L"]),
-        "virtio-fs" => share(storage, "virtiofs", &[]).inspect(|()| read_ahead(&storage.mount_point)),
+        "virtio-fs" => wait_for_share()
+            .and_then(|()| share(storage, "virtiofs", &[]))
+            .inspect(|()| read_ahead(&storage.mount_point)),
         "ephemeral" => ephemeral(storage),
         "local" => local(storage),
         "bind" => bind(storage),

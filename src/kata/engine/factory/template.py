@@ -112,8 +112,8 @@ def why_not(monitor: Monitor, capabilities: Capabilities, shape: MachineShape) -
     """Why machines of a shape can have no template, as a clause; empty if they can."""
     if not capabilities.clones:
         return f"machines of {monitor.title} are not cloned"
-    if shape.share == "virtio-fs":
-        return "it has files of the host by virtio-fs, whose device cannot be saved"
+    if shape.share == "virtio-fs" and not capabilities.hotplug_nics:
+        return "it has files of the host by virtio-fs, whose device can neither be saved nor plugged in"
     if shape.prealloc or shape.huge_pages:
         return "its memory is its own from the start (prealloc, huge pages)"
     if shape.shared_memory:

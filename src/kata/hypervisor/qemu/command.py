@@ -135,6 +135,7 @@ def has_small_acpi(settings: VMSettings) -> bool:
         hpet_timers(settings) > 0
         and settings.vcpus == settings.max_vcpus == 1
         and not settings.hotplug_nics
+        and not settings.late_share
         and settings.max_memory_mib <= settings.memory_mib
         and settings.machine == "q35"
         and settings.firmware == "qboot.rom"
@@ -233,12 +234,16 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         argv += _device(
             settings, "vhost-vsock", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd.raw), guest_cid=vsock.cid
         )
+    if settings.late_share:
+        port = f"id={slots.SHARE_PORT},addr={slots.SHARE:#04x},chassis={slots.SHARE},slot={slots.SHARE}"
+        argv += ["-device", f"pcie-root-port,{port}"]
     if settings.share_fd is not None:
+        argv += ["-chardev", f"socket,id=share,fd={settings.share_fd.raw}"]
+    if settings.share_fd is not None and not settings.late_share:
         argv += [
-            *("-chardev", f"socket,id=share,fd={settings.share_fd.raw}"),
             *_device(settings, "vhost-user-fs", slots.SHARE, chardev="share", tag=slots.SHARE_TAG),
         ]
-    elif settings.share_dir:
+    elif settings.share_dir and not settings.late_share:
         path = opened(fds.share) if fds.share is not None else comma(settings.share_dir)
         argv += [
             *("-fsdev", f"local,id=share,path={path},{_SHARE_OPTIONS}"),
@@ -340,7 +345,7 @@ def bounces(settings: VMSettings) -> bool:
     has translated of a page before. It never translates bounce pages, since they hold no code; what the guest's
     processor copies out of them, it sees.
     """
-    return settings.accel == "tcg" and settings.share_fd is not None
+    return settings.accel == "tcg" and has_file_server(settings)
 
 
 def _bounce_pages(settings: VMSettings) -> str:
@@ -421,7 +426,12 @@ def _has_backend(settings: VMSettings) -> bool:
 
 def _is_shared(settings: VMSettings) -> bool:
     """Whether a vhost-user server is to read and write the guest's memory itself."""
-    return settings.share_fd is not None or settings.shared_memory
+    return has_file_server(settings) or settings.shared_memory
+
+
+def has_file_server(settings: VMSettings) -> bool:
+    """Whether the machine has a share by virtio-fs, or is to get one."""
+    return settings.share_fd is not None or settings.late_share
 
 
 def _entropy(settings: VMSettings) -> str:
@@ -438,8 +448,8 @@ def _memory(settings: VMSettings) -> list[str]:
         kind = "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"
     first = kind
     if settings.memory is not None:
-        # A machine that goes on has its own copy of what it changes.
-        own = "off" if settings.incoming is not None else "on"
+        # A machine that goes on has its own copy of what it changes, or of all.
+        own = "on" if settings.owns_memory else "off"
         first = f"memory-backend-file,mem-path={opened(settings.memory.raw)},share={own}"
     more = settings.max_memory_mib - settings.memory_mib
     argv = ["-m", f"size={settings.memory_mib}M" + (f",maxmem={settings.max_memory_mib}M" if more else "")]
@@ -520,6 +530,18 @@ def _disk(settings: VMSettings, index: int, disk: Disk | None) -> list[str]:
             **properties,
         ),
     ]
+
+
+def late_share() -> dict[str, Any]:
+    """Arguments of ``device_add`` for the share of a machine that was saved without."""
+    return {
+        "driver": "vhost-user-fs-pci",
+        "id": "share",
+        "bus": slots.SHARE_PORT,
+        "chardev": "share",
+        "tag": slots.SHARE_TAG,
+        "romfile": "",
+    }
 
 
 def hotplug_nic(index: int, mac: str, fd_name: str) -> tuple[dict[str, Any], dict[str, Any]]:

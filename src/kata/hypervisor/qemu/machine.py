@@ -279,6 +279,8 @@ class Qemu(Running):
             if self._loop.time() >= until:
                 raise HypervisorError(f"the saved machine did not go on for {GO_ON_S:g} s")
             await asyncio.sleep(GO_ON_POLL_S)
+        if self.settings.late_share:
+            await client.execute("device_add", qemu_command.late_share())
         # Who saved it had interfaces that led nowhere.
         for index, nic in enumerate(self.settings.nics()):
             if nic.backend:

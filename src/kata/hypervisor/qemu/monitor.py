@@ -98,14 +98,22 @@ class QemuMonitor(MonitorBase):
         from kata.hypervisor.qemu import process
 
         try:
-            vm = settings(shape, attachments)
+            try:
+                vm = settings(shape, attachments)
+            except BaseException:
+                if saved is not None:
+                    saved.close()
+                raise
+            vm.late_share = shape.share == "virtio-fs" and (
+                saved is not None or bool(attachments.saves_into)
+            )
             if saved is not None:
                 from kata.hypervisor.qemu import queues, saving
 
                 vm.incoming, vm.memory = saved.state, saved.memory
                 vm.incoming_in_set = saving.has_file_uris(queues.version(vm.binary))
             elif attachments.saves_into:
-                vm.memory = memory_file(attachments.saves_into, vm.memory_mib)
+                vm.memory, vm.owns_memory = memory_file(attachments.saves_into, vm.memory_mib), True
             if vm.huge_pages:
                 from kata.hypervisor import huge_pages
 
@@ -122,7 +130,8 @@ class QemuMonitor(MonitorBase):
                     vm.root = root.prepare(attachments.run_dir, journal, serves_files=vm.serves_files)
                     # There is a device for a share even where nothing is ever shown through it: what it serves then
                     # is empty and cannot be written.
-                    vm.share_dir = vm.share_dir or vm.root
+                    if not vm.late_share:
+                        vm.share_dir = vm.share_dir or vm.root
                 return process.spawn(vm, journal)
             finally:
                 for fd in vm.descriptors():
@@ -183,7 +192,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
     binary = process.find(options.get("path", ""))
     # What bounce pages and long queues take is the machine's, and not its containers'.
     extra_mib = queues.queues_mib(binary)
-    if attachments.share_server is not None and shape.accel == "tcg":
+    if shape.share == "virtio-fs" and shape.accel == "tcg":
         extra_mib += command.BOUNCE_MIB
     vm = VMSettings(
         name=f"kata-{attachments.sandbox_id[:40]}",

@@ -13,7 +13,7 @@ from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, 
 from kata.hypervisor import tsc
 from kata.hypervisor.process import NO_MEMORY, Launch, MonitorProcess, explained, open_files
 from kata.hypervisor.qemu import command as qemu_command
-from kata.hypervisor.qemu import slots
+from kata.hypervisor.qemu import saving, slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ PROGRAM = "qemu-system-x86_64"
 VARIABLE = "KATA_QEMU"
 """Variable of the environment that names a QEMU beside that on the PATH."""
 VHOST_NET = "/dev/vhost-net"
+END_S = 5.0
+"""How long one that was killed is waited for."""
 INSTALL = "apt-get install qemu-system-x86"
 FIRMWARE_DIRS = ("/usr/share/qemu", "/usr/local/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
 SHARE_CAPABILITIES = (
@@ -105,14 +107,15 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
         GuestAssetError: The kernel or initrd is missing.
         HypervisorError: A disk image is missing, or the process could not be started.
     """
+    passed = settings.descriptors()
     try:
         with Launch("QEMU", journal) as launch:
             told: list[str] = []
             child = _start(settings, launch, told)
             return QemuProcess(child, settings, launch, told)
     finally:
-        for passed in settings.descriptors():
-            passed.close()
+        for fd in {*passed, *settings.descriptors()}:
+            fd.close()
 
 
 def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Child:
@@ -132,13 +135,10 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
     for name in ("agent", "qmp", "console"):
         if name != "console" or settings.console != "none":
             launch.channel(name)
-    if settings.incoming is not None:
-        from kata.hypervisor.qemu import saving
-
-        uri = saving.incoming_uri(settings.incoming.raw, in_set=settings.incoming_in_set)
-        words, names = saving.restoring(uri, has_memory=settings.memory is not None)
-        os.write(launch.ours["qmp"], words)
-        told += names
+    template = settings.memory if settings.late_share and settings.incoming is not None else None
+    if template is not None:
+        # Its file server writes to it, so it is one of its own, and filled while QEMU starts.
+        settings.memory, settings.owns_memory = saving.file_like(template), True
     if settings.nic is not None and not settings.nic.backend:
         launch.socket(qemu_command.nic_socket(settings.run_dir))
         theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
@@ -161,7 +161,7 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
         share=theirs.get("share"),
         acpi=tables,
     )
-    return launch.spawn(
+    child = launch.spawn(
         qemu_command.build(settings, fds),
         "qemu",
         pass_fds=qemu_command.inherited_fds(settings, fds),
@@ -173,6 +173,20 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
         capabilities=kept,
         confinement=_confinement(settings, user, kept, reopened),
     )
+    if settings.incoming is not None:
+        try:
+            if template is not None and settings.memory is not None:
+                saving.fill(settings.memory, template)
+            uri = saving.incoming_uri(settings.incoming.raw, in_set=settings.incoming_in_set)
+            words, names = saving.restoring(uri, has_memory=settings.memory is not None)
+            os.write(launch.ours["qmp"], words)
+        except BaseException:
+            child.kill()
+            child.wait(END_S)
+            child.close()
+            raise
+        told += names
+    return child
 
 
 def _vhost_net(settings: VMSettings) -> dict[int, int]:
@@ -222,13 +236,13 @@ def _confinement(
             *(path for path in (settings.firmware,) if os.path.isabs(path)),
             *(FIRMWARE_DIRS if not settings.binary.startswith("/usr/") else ()),
         ],
-        writable=[memory.raw] if memory is not None and settings.incoming is None else [],
+        writable=[memory.raw] if memory is not None and settings.owns_memory else [],
         devices=devices,
         shares=settings.share_dir,
     )
     made.locks_memory = bool(settings.host_nodes)
     if memory is not None:
-        if settings.incoming is None:
+        if settings.owns_memory:
             os.fchown(memory.raw, user, user)
         else:
             from kata.hypervisor.qemu import template_memory

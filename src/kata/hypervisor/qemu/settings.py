@@ -63,6 +63,9 @@ class VMSettings:
             leaves it the caller's.
         saves_into: Directory into which the machine will be saved; its memory is there. Empty for none.
         memory: File behind the guest's memory, or None.
+        owns_memory: That file is this machine's alone, which writes to it.
+        late_share: The share by virtio-fs is plugged into a port (`kata.hypervisor.qemu.slots.SHARE_PORT`) once the
+            saved machine runs; while it is made, the port is empty.
         incoming: What a machine was saved as, which this one goes on from; None for one that boots. Its memory is
             `memory`, of which it sees a copy, or in here.
         incoming_in_set: QEMU is to take it for a file, by the name that its set of descriptors has.
@@ -91,6 +94,7 @@ class VMSettings:
         "incoming_in_set",
         "initrd",
         "kernel",
+        "late_share",
         "machine",
         "machine_options",
         "max_memory_mib",
@@ -99,6 +103,7 @@ class VMSettings:
         "memory_mib",
         "name",
         "nic",
+        "owns_memory",
         "prealloc",
         "reclaim",
         "root",
@@ -215,6 +220,8 @@ class VMSettings:
         self.disk_kinds = tuple(disk_kinds)
         self.saves_into = saves_into
         self.memory: Fd | None = None
+        self.owns_memory = False
+        self.late_share = False
         self.incoming: Fd | None = None
         self.incoming_in_set = False
         self.shape: MachineShape | None = None

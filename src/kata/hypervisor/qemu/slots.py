@@ -19,6 +19,9 @@ SERIAL = 0x02
 """virtio-serial: agent channel and console."""
 VSOCK = 0x03
 SHARE = 0x04
+SHARE_PORT = "lateshare"
+"""QEMU's name of the PCI Express port in its place in a machine that goes on from a template: the device of a share by
+virtio-fs cannot be saved (QEMU 7.2), so it is plugged in."""
 DISKS = (0x05, 0x06, 0x07, 0x08, *range(0x0F, 0x13))
 """Slots of disks; the first `MIN_DISK_SLOTS` are in every machine."""
 MIN_DISK_SLOTS = 4
