@@ -32,7 +32,7 @@ import struct
 import time
 
 from kata import journal as journals
-from kata import sysio
+from kata import paths, sysio
 from kata.errors import JournalError, KataError
 
 TYPE_CHECKING = False
@@ -569,7 +569,8 @@ class Report:
 
 
 def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
-    """Undo every journal below ``run_dir/sandboxes`` and ``state_dir/containers`` whose owner is dead.
+    """Undo every journal below ``run_dir/sandboxes``, ``run_dir/factory`` and ``state_dir/containers`` whose owner is
+    dead.
 
     A journal whose owner is running is left alone, even while it is being created; so is a retained one (a container
     exists until it is removed). Directories without a journal are not ours, and are only reported.
@@ -583,7 +584,11 @@ def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
         The report; nothing is raised for a single bad journal.
     """
     report = Report()
-    for base in (os.path.join(run_dir, "sandboxes"), os.path.join(state_dir, "containers")):
+    for base in (
+        os.path.join(run_dir, "sandboxes"),
+        os.path.join(run_dir, paths.FACTORY),
+        os.path.join(state_dir, "containers"),
+    ):
         try:
             names = sorted(os.listdir(base))
         except (FileNotFoundError, NotADirectoryError):

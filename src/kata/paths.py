@@ -26,7 +26,9 @@ MAX_SOCKET_PATH = 107
 MANAGEMENT_SOCKET = "shim-monitor.sock"
 """Name of an engine's management socket in each of its directories."""
 _DEFAULT_RUN_DIR = "/run/kata"
-_OURS = frozenset({"sandboxes", "vc", "boots", "kvm-probe", "passt", "hypervisor-version"})
+FACTORY = "factory"
+"""Where in `run_dir` a machine is while it becomes a template."""
+_OURS = frozenset({"sandboxes", FACTORY, "vc", "boots", "kvm-probe", "passt", "hypervisor-version"})
 """What our run directory holds, beside files with a dot in their names and ``noted-*``: no sandbox has a directory of
 such a name there."""
 

@@ -197,7 +197,7 @@ def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
     name = f"template-{os.getpid()}"
     slot = boot_slots.BootSlot(lambda _words: None)
     journal = Journal.create_dir(
-        os.path.join(paths.run_dir(), "sandboxes"), name, {"client": "factory", "id": name}
+        os.path.join(paths.run_dir(), paths.FACTORY), name, {"client": "factory", "id": name}
     )
     try:
         volumes.own_namespace()

@@ -13,7 +13,7 @@ from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, 
 from kata.hypervisor import tsc
 from kata.hypervisor.process import NO_MEMORY, Launch, MonitorProcess, explained, open_files
 from kata.hypervisor.qemu import command as qemu_command
-from kata.hypervisor.qemu import saving, slots
+from kata.hypervisor.qemu import slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
         if name != "console" or settings.console != "none":
             launch.channel(name)
     template = settings.memory if settings.late_share and settings.incoming is not None else None
+    if settings.incoming is not None:
+        from kata.hypervisor.qemu import saving
     if template is not None:
         # Its file server writes to it, so it is one of its own, and filled while QEMU starts.
         settings.memory, settings.owns_memory = saving.file_like(template), True
