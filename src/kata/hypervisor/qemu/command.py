@@ -234,23 +234,7 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         argv += _device(
             settings, "vhost-vsock", slots.VSOCK, id="vsock", vhostfd=str(vsock.fd.raw), guest_cid=vsock.cid
         )
-    if settings.late_share:
-        port = f"id={slots.SHARE_PORT},addr={slots.SHARE:#04x},chassis={slots.SHARE},slot={slots.SHARE}"
-        argv += ["-device", f"pcie-root-port,{port}"]
-    if settings.share_fd is not None:
-        argv += ["-chardev", f"socket,id=share,fd={settings.share_fd.raw}"]
-    if settings.share_fd is not None and not settings.late_share:
-        argv += [
-            *_device(settings, "vhost-user-fs", slots.SHARE, chardev="share", tag=slots.SHARE_TAG),
-        ]
-    elif settings.share_dir and not settings.late_share:
-        path = opened(fds.share) if fds.share is not None else comma(settings.share_dir)
-        argv += [
-            *("-fsdev", f"local,id=share,path={path},{_SHARE_OPTIONS}"),
-            *_device(settings, "virtio-9p", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
-        ]
-    if settings.incoming is not None and settings.incoming_in_set:
-        argv += ["-add-fd", f"fd={settings.incoming.raw},set={slots.INCOMING_SET}"]
+    argv += _share(settings, fds)
     for index, disk in enumerate(settings.disks):
         if disk is not None:
             argv += ["-add-fd", f"fd={fds.disks[index]},set={index}"]
@@ -275,6 +259,25 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
             settings, "virtio-balloon", slots.BALLOON, id="balloon", free_page_reporting=settings.reclaim
         ),
     ]
+    return argv
+
+
+def _share(settings: VMSettings, fds: Fds) -> list[str]:
+    """What shares files of the host, or the port that is left for it."""
+    argv = []
+    if settings.late_share:
+        port = f"id={slots.SHARE_PORT},addr={slots.SHARE:#04x},chassis={slots.SHARE},slot={slots.SHARE}"
+        argv += ["-device", f"pcie-root-port,{port}"]
+    if settings.share_fd is not None:
+        argv += ["-chardev", f"socket,id=share,fd={settings.share_fd.raw}"]
+        if not settings.late_share:
+            argv += _device(settings, "vhost-user-fs", slots.SHARE, chardev="share", tag=slots.SHARE_TAG)
+    elif settings.share_dir and not settings.late_share:
+        path = opened(fds.share) if fds.share is not None else comma(settings.share_dir)
+        argv += [
+            *("-fsdev", f"local,id=share,path={path},{_SHARE_OPTIONS}"),
+            *_device(settings, "virtio-9p", slots.SHARE, fsdev="share", mount_tag=slots.SHARE_TAG),
+        ]
     return argv
 
 
