@@ -284,7 +284,9 @@ def _share(settings: VMSettings, fds: Fds) -> list[str]:
 def _boots(settings: VMSettings, fds: Fds) -> list[str]:
     """What the machine boots; one that goes on from where it was saved has that in its memory."""
     if settings.incoming is not None:
-        return ["-incoming", "defer"]
+        named = settings.incoming_in_set
+        file = ["-add-fd", f"fd={settings.incoming.raw},set={slots.INCOMING_SET}"] if named else []
+        return [*file, "-incoming", "defer"]
     return [
         *("-kernel", opened(fds.kernel)),
         *("-initrd", opened(fds.initrd)),
