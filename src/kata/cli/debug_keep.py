@@ -152,6 +152,7 @@ SANDBOX: Mapping[str, Any] = {
     },
     "network": _NETWORK,
     "disks": [_DISK],
+    "host_devices": VALUE,
     "all_disk_slots": VALUE, "hostname": VALUE, "resolv_conf": COUNT, "sysctls": NAMES, "cgroups_path": VALUE,
     "oom_score_adj": VALUE, "notes": VALUE, "request_started_ns": VALUE, "launched_ns": VALUE,
 }  # fmt: skip
