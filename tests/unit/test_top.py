@@ -185,7 +185,7 @@ def test_resizing_and_wide_characters(node: Node, terminal: Callable[..., Termin
     node.add(WIDE + "-web", 0.1, 10)
     node.add("plain-web", 0.2, 10)
     shown = terminal(columns=120)
-    shown.wait_for("plain-web", "-web", "ready")
+    shown.wait_for("plain-web", WIDE[0], "ready")
     lines = [shown.screen.display[shown.line_of(word)] for word in (WIDE[0], "plain-web")]
     # pyte has an empty cell behind a wide character, which `display` leaves out.
     assert lines[0].index("ready") + 2 == lines[1].index("ready")
@@ -436,3 +436,29 @@ def test_documents_may_be_anything() -> None:
         view.press("enter")
         view.draw(100, 30)
         assert isinstance(json.dumps(row.to_json()), str)
+
+
+def test_a_signal_in_the_middle_of_a_draw_has_all_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that comes between the writing and the noting down of what was written."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin.fileno", lambda: 0, raising=False)
+    monkeypatch.setattr("sys.stdout.fileno", lambda: 1, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = screen.Screen(colour=False)
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        if len(written) == 2:
+            shown._on_resize(signal.SIGWINCH, None)
+
+    monkeypatch.setattr(shown, "_write", write)
+    lines = [screen.Line(text) for text in ("head", "row", "foot")]
+    shown.draw(lines)
+    shown.draw([screen.Line("head 2"), *lines[1:]])
+    assert "row" not in written[1]
+    shown.draw([screen.Line("head 2"), *lines[1:]])
+    assert all(word in written[2] for word in ("head 2", "row", "foot"))
+    shown.draw([screen.Line("head 2"), *lines[1:]])
+    assert len(written) == 3

@@ -151,6 +151,7 @@ class Screen:
         self._handlers: dict[int, Any] = {}
         self._wake_read = self._wake_write = -1
         self.columns, self.rows = 80, 24
+        self._is_stale = True
 
     # ---- the terminal's state ----
 
@@ -200,7 +201,7 @@ class Screen:
             self.columns, self.rows = found.columns or 80, found.lines or 24
         except OSError:
             pass
-        self._shown = []
+        self._is_stale = True
 
     # ---- signals ----
 
@@ -240,6 +241,10 @@ class Screen:
             lines: At most `rows` of them are shown.
             selected: Which of them is marked.
         """
+        # A signal's handler says so, and may do that in the middle of this: the next time repaints all then.
+        if self._is_stale:
+            self._is_stale = False
+            self._shown = []
         columns = self.columns
         wanted = [
             line.render(columns, colour=self._colour, selected=index == selected)
