@@ -12,6 +12,7 @@ from test_monitors import (  # noqa: F401
     test_a_monitor_that_saves_nothing_restores_nothing,
     test_a_program_that_talks_nonsense_is_named_and_quoted,
     test_a_saved_machine_goes_on_where_it_was,
+    test_clones_share_what_was_saved_and_cannot_change_it,
     test_machines_that_start_with_taps,
     test_what_cannot_start_leaves_nothing,
 )

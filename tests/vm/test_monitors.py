@@ -666,8 +666,8 @@ def test_a_saved_machine_goes_on_where_it_was(lab: Lab) -> None:
 
 def test_clones_share_what_was_saved_and_cannot_change_it(lab: Lab) -> None:
     """Two at once go on from one machine that was started to be saved, whose agent nobody is connected to."""
-    if not lab.can().snapshot:
-        pytest.skip(f"{lab.monitor.title} cannot save a machine")
+    if not lab.can().clones:
+        pytest.skip(f"machines of {lab.monitor.title} are not cloned")
     place = lab.directory / "template"
     place.mkdir(parents=True)
 
