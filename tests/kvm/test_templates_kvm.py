@@ -9,4 +9,4 @@ from test_templates import (  # noqa: F401
     test_clones_share_nothing_that_is_a_sandboxs_own,
 )
 
-pytestmark = [pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]

@@ -128,7 +128,7 @@ def test_without_a_connection_and_without_a_share(
         "[hypervisor.qemu]\nshared_fs = 'none'\nenable_mem_prealloc = true\nuse_legacy_serial = false\n"
     )
     done = daemon.run("tree", "true", options=("--runtime-config-path", str(file)))
-    assert b"cannot share the root file system" in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr.decode() + daemon.diagnosis()  # its root is on disks
     shared_kata.env["KATA_CONF_FILE"] = str(file)
     try:
         said = shared_kata.ok(

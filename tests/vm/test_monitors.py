@@ -243,7 +243,10 @@ def require(monitor: Monitor) -> None:
         pytest.skip(f"{monitor.title} needs KVM: tests/kvm runs this there")
 
 
-@pytest.fixture(params=sorted((*MONITORS, *MACHINES)))
+# The lane with KVM has little time where that is a lab: it has QEMU's other machines with `make test-kvm` alone.
+@pytest.fixture(
+    params=[*sorted(MONITORS), *(pytest.param(name, marks=pytest.mark.long) for name in sorted(MACHINES))]
+)
 def lab(request: pytest.FixtureRequest, guest_assets: Path, busybox_image: str, run_directory: Path) -> Lab:
     name, _, machine = request.param.partition(":")
     directory = run_directory / f"mon-{name}{machine}-{os.urandom(2).hex()}"

@@ -42,7 +42,10 @@ READY_S = 120.0
 QUIET_S = 0.3
 """How long the guest has after the last call: it learns that nobody is connected, and has done what it put off."""
 _LOCK = "lock"
+_HEXADECIMAL = frozenset("0123456789abcdef")
 _MAKING = ".making-"
+OURS = (_MAKING, ".gone-", ".broken-")
+"""Beginnings of the names of what is half made, or on its way out; the directory may have other things in it."""
 
 
 # ---- from an engine ----
@@ -376,7 +379,7 @@ def clear(root: str, *, room_for: int = 0) -> list[str]:
     now = time.time()
     gone = []
     for name in _entries(root):
-        if name.startswith("."):
+        if name.startswith(OURS):
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
             gone.append(os.path.join(root, name))
     kept = listed(root)
@@ -403,7 +406,11 @@ def _entries(root: str) -> list[str]:
 
 
 def _names(root: str) -> list[str]:
-    return [name for name in _entries(root) if len(name) == 32 and not name.startswith(".")]
+    return [
+        name
+        for name in _entries(root)
+        if len(name) == 32 and _HEXADECIMAL.issuperset(name) and os.path.isdir(os.path.join(root, name))
+    ]
 
 
 def _check_room(root: str) -> None:
