@@ -377,6 +377,8 @@ def spawn(
             if confinement is not None and confinement.handover is not None:
                 confinement.handover.serve()
         except BaseException:
+            # It may have executed its program already, and wait for us.
+            sysio.pidfd_send_signal(pidfd, sysio.SIGKILL)
             os.close(pidfd)
             raise
     except BaseException:

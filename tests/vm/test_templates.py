@@ -152,8 +152,15 @@ def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> 
     assert done.returncode in (125, 137)
     assert "template was removed" in done.stderr.decode()
     assert status(kata)["templates"] == []
-    assert path_of(kata, *run, "true") == "start: cold: there is no template for it yet"
+    assert "a machine did not go on from it" in path_of(kata, *run, "true")
+    # Nor one whose file cannot be opened: its start says so, and others boot.
     kata.ok("factory", "init")
+    (one,) = status(kata)["templates"]
+    (Path(one["path"]) / "state").unlink()
+    assert "template was removed" in kata.call("run", "--rm", *run, "true").stderr.decode()
+    assert "a machine did not go on from it" in path_of(kata, *run, "true")
+    kata.ok("factory", "init")
+    assert path_of(kata, *run, "true") == "start: template"
     assert "removed" in kata.ok("factory", "destroy")
     assert kata.ok("factory", "destroy") == "there are no templates\n"
 

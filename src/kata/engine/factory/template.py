@@ -10,8 +10,9 @@ On every start: few imports.
 from __future__ import annotations
 
 import os
+import time
 
-from kata import __version__, launcher, paths
+from kata import __version__, launcher, paths, sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ WHOLE = "machine.json"
 """The file that a template has since it was whole."""
 FAILED = "failed"
 """What is behind the key in the name of a file with the reason why a template could not be made."""
-UNSET = ("init_on_free=1", "page_poison=1")
-"""Parameters of a kernel that expects zeroes in memory which it gave to the host and took back. A clone finds there
-what its template had."""
+FAILED_S = 3600.0
+"""How long such a reason counts: what was missing may be there again."""
+UNSET = ("init_on_free", "page_poison")
+"""Names of parameters of a kernel that expects zeroes in memory which it gave to the host and took back. A clone finds
+there what its template had."""
 _CPU_FIELDS = (b"vendor_id", b"cpu family", b"model\t", b"stepping", b"microcode", b"flags")
 
 
@@ -101,7 +104,9 @@ def find(
     except OSError:
         try:
             with open(f"{found.path}.{FAILED}", encoding="utf-8") as file:
-                found.reason = f"a template could not be made: {file.read(500).strip()}"
+                if os.fstat(file.fileno()).st_mtime < time.time() - FAILED_S:
+                    raise FileNotFoundError
+                found.reason = f"there is no template for it: {file.read(500).strip()}"
         except OSError:
             found.reason = "there is no template for it yet"
             found.is_missing = mode == "on"
@@ -122,7 +127,7 @@ def why_not(monitor: Monitor, capabilities: Capabilities, shape: MachineShape) -
         return "it has devices of the host"
     if shape.nics > 1:
         return "it has several network interfaces"
-    told = [word for word in shape.parameters.split() if word in UNSET]
+    told = [word for word in shape.parameters.split() if word.partition("=")[0] in UNSET]
     if told and shape.reclaim:
         return f"its kernel relies on memory that it gave away ({told[0]})"
     return ""
@@ -181,7 +186,13 @@ def _hash(data: bytes) -> str:
 
 
 def discard(template: Template, why: KataError) -> None:
-    """Take a template away that no machine can go on from; the next start boots."""
+    """Take a template away that no machine could go on from. For a while none is made anew, and its machines boot."""
+    try:
+        sysio.replace_file(
+            f"{template.path}.{FAILED}", f"a machine did not go on from it: {why.message[:400]}".encode()
+        )
+    except OSError:
+        pass
     aside = os.path.join(template.root, f".broken-{template.key}-{os.getpid()}")
     try:
         os.rename(template.path, aside)

@@ -10,7 +10,7 @@ import os
 import time
 
 from kata.engine.lifecycle import boot_slots, volumes
-from kata.errors import HostError, UnsupportedError
+from kata.errors import HostError, KataError, UnsupportedError
 from kata.hypervisor import registry
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic, random_mac
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from kata.engine import hostns
     from kata.engine.factory.template import Template
-    from kata.errors import KataError
     from kata.hypervisor import virtiofsd
     from kata.hypervisor.base import Capabilities
     from kata.hypervisor.protocols import Monitor, Started
@@ -519,7 +518,11 @@ class Boot:
             self.machine.came_by(COLD, found.reason)
             return None
         self.machine.came_by(TEMPLATE)
-        return self.monitor.restore(found.path, self._attachments, self._journal, shape)
+        try:
+            return self.monitor.restore(found.path, self._attachments, self._journal, shape)
+        except KataError as error:
+            self.machine.distrust_template(error)
+            raise
 
     def join_cgroup(self) -> None:
         """Put machine and engine into cgroups of their own: after the start, since it takes the host a while, and

@@ -101,6 +101,9 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     answered_ns = time.monotonic_ns()
 
     step.name = "setting up the guest"
+    if runtime.machine.is_clone:
+        # Before anything else draws from what it has of its template's.
+        await agent.reseed(os.urandom(SEED_BYTES))
     features = asyncio.ensure_future(agent.negotiate_features())
     _begin_network(sandbox, agent, features)
     assert runtime.vm is not None

@@ -19,6 +19,7 @@ from __future__ import annotations
 import _socket
 import _thread
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -109,10 +110,16 @@ class Handover:
         """In the parent, once the child has executed QEMU: answer it, in a thread that ends with that."""
         self._ours.setblocking(False)
         _, messages, _, _ = self._ours.recvmsg(1, _socket.CMSG_SPACE(4))
+        if not messages:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         listener = int.from_bytes(messages[0][2][:4], "little")
         os.set_inheritable(listener, False)
-        memory, self._memory = self._memory, -1
-        _thread.start_new_thread(_answer, (listener, memory, self._path))
+        try:
+            _thread.start_new_thread(_answer, (listener, self._memory, self._path))
+        except RuntimeError as error:
+            os.close(listener)
+            raise OSError(errno.EAGAIN, "no thread can be started") from error
+        self._memory = -1
 
     def close(self) -> None:
         """Close what is left. Idempotent."""
