@@ -373,7 +373,7 @@ def monitor(
             restricts none.
     """
     kept = set(keeps)
-    script = _is_script(program)
+    script = is_script(program)
     if user is None:
         user = user_for(program, kept)
     denied = {*ALWAYS, *SETTING_UP, *BY_HANDLE}
@@ -466,7 +466,7 @@ def _is_mapped(user: int) -> bool:
     return True
 
 
-def _is_script(program: str) -> bool:
+def is_script(program: str) -> bool:
     """A wrapper, which executes other programs: what these need cannot be told from it."""
     try:
         fd = os.open(program, os.O_RDONLY | os.O_CLOEXEC)
@@ -486,7 +486,7 @@ def user_for(program: str, keeps: Iterable[int] = (), reads: Iterable[str] = ())
         keeps: The capabilities that it is to keep: who has these for others' files needs root's rights to them anyway.
         reads: Files that it opens by name.
     """
-    if any(True for _ in keeps) or _is_script(program) or not all(map(_is_for_all, (program, *reads))):
+    if any(True for _ in keeps) or is_script(program) or not all(map(_is_for_all, (program, *reads))):
         return 0
     return user_of(MONITOR)
 

@@ -460,7 +460,7 @@ def test_the_start_ledger_is_there_while_it_runs_and_after(shared_kata: Kata, bu
     finally:
         shared_kata.ok("rm", "-f", "ledger")
     for start in (running["start"], running["sandbox"]["start"], ended["start"]):
-        assert start["path"] in ("cold", "template", "pool")
+        assert start["path"] in ("cold", "template")
         steps = {one["name"]: one for one in start["steps"]}
         assert {"engine", "load engine", "agent", "root file system", "process"} <= set(steps)
         assert steps["interpreter"]["part_of"] == "engine"

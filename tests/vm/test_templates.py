@@ -133,6 +133,24 @@ def test_a_clone_has_files_of_the_host(templates: Kata, busybox_image: str) -> N
     assert {len(content) for content in written} == {700000}
 
 
+def test_a_clone_on_a_tap_leaves_as_much_to_it(templates: Kata, busybox_image: str) -> None:
+    """Checksums and segments of packets: a guest negotiates that once, when it boots."""
+    kata, run = templates, ["--network", "tap", busybox_image, "cat", "/sys/class/net/eth0/device/features"]
+
+    def start(path: str) -> str:
+        done = kata.call("run", "--rm", "--timings", *run)
+        assert done.returncode == 0, done.stderr.decode()
+        assert f"start: {path}" in done.stderr.decode()
+        return done.stdout.decode()
+
+    booted = start("cold: there is no template for it yet")
+    assert booted[0] == "1"  # VIRTIO_NET_F_CSUM
+    until(lambda: status(kata)["templates"] or status(kata)["failures"], "a template")
+    until(lambda: not processes(kata), "its maker's end")
+    assert not status(kata)["failures"]
+    assert start("template") == booted
+
+
 def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> None:
     kata, run = templates, ["--network", "none", busybox_image]
     kata.env["KATA_TEMPLATES"] = "use"

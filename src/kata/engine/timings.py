@@ -21,7 +21,7 @@ class Timings:
         origin_ns: When the client's command began.
 
     Attributes:
-        path: By which the machine started: ``cold``, ``template`` or ``pool``; empty before it is known.
+        path: By which the machine started: ``cold`` or ``template``; empty before it is known.
         reason: Why by no faster one; empty if there is none, or nobody said.
         trace: Is told of each step, with begin and end; None where there is no tracing.
     """

@@ -114,6 +114,7 @@ class MachineShape:
         disks: For each disk slot what it is for: ``readonly``, ``writable``, or ``spare`` for one that is filled
             later.
         nics: Number of network interfaces.
+        taps: They are connected to taps, which take from the guest what it would compute for each packet.
         hotplug_nics: How many more it may be given while it runs.
         share: How files of the host are shared: ``virtio-fs``, ``9p``, or empty for not at all.
         console: ``serial`` (from the first message on), ``virtio`` or ``none``.
@@ -145,6 +146,7 @@ class MachineShape:
         "reclaim",
         "share",
         "shared_memory",
+        "taps",
         "vcpus",
     )
 
@@ -162,6 +164,7 @@ class MachineShape:
         max_memory_mib: int = 0,
         disks: Sequence[str] = (),
         nics: int = 0,
+        taps: bool = False,
         hotplug_nics: int = 0,
         share: str = "",
         console: str = "serial",
@@ -183,6 +186,7 @@ class MachineShape:
         self.max_memory_mib = max_memory_mib
         self.disks = tuple(disks)
         self.nics = nics
+        self.taps = taps
         self.hotplug_nics = hotplug_nics
         self.share = share
         self.console = console

@@ -84,7 +84,7 @@ class Redirected(Endpoint):
     def __init__(self, index: int, mac: str) -> None:
         super().__init__(index, mac)
         self.tap = _FIRST_INDEX + index
-        self.fd = sysio.Fd(_make_tap(TAP.format(index), self.tap))
+        self.fd = sysio.Fd(make_tap(TAP.format(index), self.tap))
 
     def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
         assert self.source is not None
@@ -415,8 +415,17 @@ class NetnsPlan(NetworkPlan):
                 self.journal.mark_gone(endpoint.entry)
 
 
-def _make_tap(name: str, index: int) -> int:
-    """Make a tap device in this namespace and bring it up. Returns its descriptor."""
+def make_tap(name: str, index: int) -> int:
+    """Make a tap device in this namespace and bring it up. Returns its descriptor.
+
+    Args:
+        name: Its name.
+        index: Its number, which nothing else in the namespace may have.
+
+    Raises:
+        HostError: It cannot be made.
+        UnsupportedError: There is one of that name.
+    """
     import fcntl
 
     try:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from kata.engine.factory.template import Template
     from kata.hypervisor.base import MachineShape
-    from kata.hypervisor.protocols import Machine, Monitor
+    from kata.hypervisor.protocols import Machine, Monitor, Started
     from kata.journal import Journal
 
 COMMAND = "make-template"
@@ -63,6 +63,9 @@ def launch(wanted: Template, monitor: Monitor, shape: MachineShape, leave: Calla
     Raises:
         OSError: It could not be started.
     """
+    with _locked(wanted.root, waits=False) as is_free:
+        if not is_free:
+            return  # of many starts at once the first has it made
     plain = {name: getattr(shape, name) for name in shape.__slots__}
     order = marshal.dumps((wanted.root, wanted.key, monitor.name, {**plain, "options": dict(shape.options)}))
     argv = [*launcher.command(), COMMAND]
@@ -77,6 +80,7 @@ def launch(wanted: Template, monitor: Monitor, shape: MachineShape, leave: Calla
             os.setsid()
             if os.fork() == 0:
                 leave()
+                os.nice(19)
                 null = os.open(os.devnull, os.O_RDWR)
                 os.dup2(read, 0)
                 os.dup2(null, 1)
@@ -99,7 +103,6 @@ def main() -> int:
     """
     with open(0, "rb") as order:
         root, key, name, plain = marshal.loads(order.read(1 << 20))
-    os.nice(19)
     # When the host has no memory left, a template is the first thing to do without.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
@@ -135,29 +138,34 @@ def make(wanted: Template, monitor: Monitor, shape: MachineShape, *, waits: bool
     Raises:
         KataError: It could not be. Nothing is left of it.
     """
-    with _locked(wanted.root, waits=waits) as is_ours:
-        if not is_ours or os.path.exists(os.path.join(wanted.path, templates.WHOLE)):
-            return False
-        clear(wanted.root, room_for=1)
-        _check_room(wanted.root)
-        making = os.path.join(wanted.root, f"{_MAKING}{wanted.key}")
-        os.mkdir(making, 0o700)
-        try:
-            _in_a_child(monitor, shape, making)
-            if templates.key_of(monitor, shape) != wanted.key:
-                raise HostError("the guest or the hypervisor changed while a template was made")
-            _to_disk(making)
-            os.rename(making, wanted.path)
-            _sync(wanted.root)
-        except OSError as error:
-            raise HostError(
-                f"cannot make a template: {error.strerror}: {error.filename or making}"
-            ) from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{wanted.path}.{templates.FAILED}")
-        return True
+    try:
+        with _locked(wanted.root, waits=waits) as is_ours:
+            if not is_ours or os.path.exists(os.path.join(wanted.path, templates.WHOLE)):
+                return False
+            _make(wanted, monitor, shape)
+            return True
+    except OSError as error:
+        raise HostError(
+            f"cannot make a template: {error.strerror}: {error.filename or wanted.path}"
+        ) from error
+
+
+def _make(wanted: Template, monitor: Monitor, shape: MachineShape) -> None:
+    clear(wanted.root, room_for=1)
+    _check_room(wanted.root)
+    making = os.path.join(wanted.root, f"{_MAKING}{wanted.key}")
+    os.mkdir(making, 0o700)
+    try:
+        _in_a_child(monitor, shape, making)
+        if templates.key_of(monitor, shape) != wanted.key:
+            raise HostError("the guest or the hypervisor changed while a template was made")
+        _to_disk(making)
+        os.rename(making, wanted.path)
+        _sync(wanted.root)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{wanted.path}.{templates.FAILED}")
 
 
 def write_failure(wanted: Template, error: KataError) -> None:
@@ -170,18 +178,17 @@ def write_failure(wanted: Template, error: KataError) -> None:
 def _in_a_child(monitor: Monitor, shape: MachineShape, directory: str) -> None:
     """Boot and save the machine, in a process whose namespaces end with it."""
     read, write = os.pipe()
+    maker = os.getpid()
     child = os.fork()
     if child == 0:
-        words = b""
+        words = b"its process was not started"
         try:
+            sysio.die_with_parent(maker)
             os.close(read)
-            _boot(monitor, shape, directory)
-        except KataError as error:
-            words = error.message.encode()
-        except BaseException as error:
-            words = repr(error).encode()
-        os.write(write, words[:4000])
-        os._exit(1 if words else 0)
+            words = _outcome(monitor, shape, directory)
+            os.write(write, words[:4000])
+        finally:
+            os._exit(1 if words else 0)
     os.close(write)
     with os.fdopen(read, "rb") as file:
         words = file.read()
@@ -189,6 +196,17 @@ def _in_a_child(monitor: Monitor, shape: MachineShape, directory: str) -> None:
         raise HypervisorError(
             f"cannot make a template: {words.decode('utf-8', 'replace') or 'its process was killed'}"
         )
+
+
+def _outcome(monitor: Monitor, shape: MachineShape, directory: str) -> bytes:
+    """Boot and save the machine. Returns what went wrong; nothing if it was saved."""
+    try:
+        _boot(monitor, shape, directory)
+    except KataError as error:
+        return error.message.encode()
+    except BaseException as error:
+        return repr(error).encode()
+    return b""
 
 
 def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
@@ -208,7 +226,7 @@ def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
         attachments = Attachments(
             sandbox_id=name,
             run_dir=os.path.dirname(journal.path),
-            nics=[Nic(random_mac()) for _ in range(shape.nics)],
+            nics=[Nic(random_mac(), tap_fd=_tap() if shape.taps else None) for _ in range(shape.nics)],
             saves_into=directory,
         )
         started = monitor.start(shape, attachments, journal)
@@ -221,7 +239,14 @@ def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
         raise HostError(f"making a template left something behind: {left[0]}")
 
 
-async def _save(monitor: Monitor, started: Any, journal: Journal, directory: str) -> None:
+def _tap() -> sysio.Fd:
+    """A tap that leads nowhere: what a guest leaves to its interface it negotiates once, when it boots."""
+    from kata.network import netns
+
+    return sysio.Fd(netns.make_tap("template0", 2))
+
+
+async def _save(monitor: Monitor, started: Started, journal: Journal, directory: str) -> None:
     from kata.agent.client import AgentClient
     from kata.ttrpc.client import Client
 
@@ -382,6 +407,11 @@ def clear(root: str, *, room_for: int = 0) -> list[str]:
         if name.startswith(OURS):
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
             gone.append(os.path.join(root, name))
+        elif name.partition(".")[2].startswith(templates.FAILED) and _is_older(
+            root, name, templates.FAILED_S
+        ):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(root, name))
     kept = listed(root)
     for place, one in enumerate(kept):
         idle = now - one["used"]
@@ -389,6 +419,13 @@ def clear(root: str, *, room_for: int = 0) -> list[str]:
             _remove(root, one["key"])
             gone.append(one["path"])
     return gone
+
+
+def _is_older(root: str, name: str, age_s: float) -> bool:
+    try:
+        return os.stat(os.path.join(root, name)).st_mtime < time.time() - age_s
+    except OSError:
+        return False
 
 
 def _remove(root: str, key: str) -> None:

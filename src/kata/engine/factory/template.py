@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import time
 
-from kata import __version__, launcher, paths, sysio
+from kata import __version__, confinement, launcher, paths, sysio
+from kata.hypervisor import tsc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ def find(
     except OSError as error:
         return Template(root, reason=f"{error.filename} cannot be looked at: {error.strerror}")
     try:
+        owner = os.stat(found.path).st_uid
+        if owner != os.geteuid():
+            found.reason = f"{found.path} belongs to the user {owner}"
+            return found
         os.stat(os.path.join(found.path, WHOLE))
         os.utime(found.path)
     except OSError:
@@ -117,6 +122,8 @@ def why_not(monitor: Monitor, capabilities: Capabilities, shape: MachineShape) -
     """Why machines of a shape can have no template, as a clause; empty if they can."""
     if not capabilities.clones:
         return f"machines of {monitor.title} are not cloned"
+    if confinement.is_script(monitor.program(dict(shape.options))):
+        return "its hypervisor is a script, of which it cannot be told what it executes"
     if shape.share == "virtio-fs" and not capabilities.hotplug_nics:
         return "it has files of the host by virtio-fs, whose device can neither be saved nor plugged in"
     if shape.prealloc or shape.huge_pages:
@@ -139,8 +146,11 @@ def key_of(monitor: Monitor, shape: MachineShape) -> str:
     Raises:
         OSError: A file that goes into it cannot be looked at.
     """
-    parts: list[object] = [FORMAT, __version__, monitor.name, os.uname().release]
-    parts += (_identity(path) for path in (monitor.program(dict(shape.options)), *_sources(monitor)))
+    host, options = os.uname(), dict(shape.options)
+    parts: list[object] = [FORMAT, __version__, monitor.name, host.release, host.version]
+    parts += (_identity(path) for path in (monitor.program(options), *_sources(monitor)))
+    if os.path.isabs(options.get("firmware", "")):
+        parts.append(_identity(options["firmware"]))
     for name in shape.__slots__:
         value = getattr(shape, name)
         if name in ("kernel", "initrd"):
@@ -148,8 +158,8 @@ def key_of(monitor: Monitor, shape: MachineShape) -> str:
         elif name == "extensions":
             value = [_identity(path) for path in value]
         parts.append((name, value))
-    if shape.accel == "kvm":
-        parts.append(_processor())
+    # An emulated guest's time-stamp counter is the host's, and its kernel was told its frequency at the boot.
+    parts.append(_processor() if shape.accel == "kvm" else round(tsc.khz(), -3))
     return _hash(repr(parts).encode())
 
 

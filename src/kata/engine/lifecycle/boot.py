@@ -115,7 +115,7 @@ class Machine:
         """Say for the start ledger how the machine comes up.
 
         Args:
-            path: `COLD`, ``template`` or ``pool``.
+            path: `COLD` or `TEMPLATE`.
             reason: Why by no faster one, as a part of a sentence: ``the sandbox has a share``.
         """
         self.start_path, self.start_reason = path, reason
@@ -460,6 +460,7 @@ class Boot:
             self._settings,
             self.capabilities,
             nics=len(self._nics),
+            taps=any(nic.tap_fd is not None for nic in self._nics),
             host_devices=len(self._given.addresses) if self._given is not None else 0,
             hotplug_nics=network.hotplug_nics if network is not None else 0,
             share=share,
@@ -614,6 +615,7 @@ def shape_of(
     capabilities: Capabilities,
     *,
     nics: int = 0,
+    taps: bool = False,
     hotplug_nics: int = 0,
     host_devices: int = 0,
     share: str = "",
@@ -624,6 +626,7 @@ def shape_of(
         settings: The sandbox's.
         capabilities: What the hypervisor can do: the machine has no room to grow where it cannot.
         nics: See `MachineShape`.
+        taps: See `MachineShape`.
         hotplug_nics: See `MachineShape`.
         host_devices: See `MachineShape`; all memory of such a machine is there from the start, and stays.
         share: See `MachineShape`.
@@ -654,6 +657,7 @@ def shape_of(
         max_memory_mib=size.max_memory_mib if capabilities.grow_memory and not host_devices else 0,
         disks=[*kinds, *["spare"] * room],
         nics=nics,
+        taps=taps,
         hotplug_nics=hotplug_nics,
         share=share,
         console=hypervisor.console or "serial",

@@ -12,6 +12,7 @@ import time
 from kata.agent.client import boot_times
 from kata.agent.text import last_lines
 from kata.engine.containers.spec import GUEST_SHARE
+from kata.engine.lifecycle.sandbox_state import SandboxState
 from kata.errors import KataError
 from kata.proto import agent_pb
 
@@ -55,6 +56,7 @@ SHARE_MOUNT_OPTIONS = {
 }
 SHARE_MSIZE = 512000
 SEED_BYTES = 512
+SETTING_UP = "setting up the guest"
 
 
 async def bring_up(sandbox: BootingSandbox) -> AgentClient:
@@ -72,7 +74,10 @@ async def bring_up(sandbox: BootingSandbox) -> AgentClient:
         sandbox.runtime.machine.is_up = True
         return agent
     except KataError as error:
-        sandbox.runtime.machine.distrust_template(error)
+        # It never answered, and nobody has ended it.
+        asked = sandbox.runtime.life.state not in (SandboxState.BOOTING, SandboxState.FAILED)
+        if step.name != SETTING_UP and not asked:
+            sandbox.runtime.machine.distrust_template(error)
         raise explain(sandbox, step.name, error) from error
     finally:
         # Its first container's start frees the boot slot, for which a client may take its time.
@@ -100,7 +105,7 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     await _healthy(agent, runtime.life.exit_reason, ready_s)
     answered_ns = time.monotonic_ns()
 
-    step.name = "setting up the guest"
+    step.name = SETTING_UP
     if runtime.machine.is_clone:
         # Before anything else draws from what it has of its template's.
         await agent.reseed(os.urandom(SEED_BYTES))

@@ -144,7 +144,7 @@ def has_small_acpi(settings: VMSettings) -> bool:
 
 
 def _acpi(fds: Fds) -> list[str]:
-    # A saved machine has the sizes of tables that QEMU has made, and these are none: it would crash at them.
+    # A saved machine has the sizes of tables that QEMU has made, and these are none.
     argv = ["-global", "fw_cfg.acpi-mr-restore=off"] if fds.acpi else []
     for name, fd in fds.acpi.items():
         argv += ["-fw_cfg", f"name={name},file={opened(fd)}"]

@@ -87,7 +87,9 @@ class QemuMonitor(MonitorBase):
                 from kata.hypervisor import saved
 
                 shape = saved.shape_of(directory)
-            return self._start(shape, attachments, journal, saving.Saved(directory))
+                return self._start(shape, attachments, journal, saving.Saved(directory))
+            # A template: who knows the shape has it from its key.
+            return self._start(shape, attachments, journal, saving.Saved(directory, by_file=True))
         finally:
             attachments.close()
 

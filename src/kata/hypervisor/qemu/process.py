@@ -121,7 +121,7 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
 def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Child:
     """Start it; what it is told before it runs is added to `told`."""
     _check(settings)
-    if settings.accel == "tcg" and not settings.tsc_khz:
+    if settings.accel == "tcg" and not settings.tsc_khz and settings.incoming is None:
         settings.tsc_khz = tsc.khz()
         if not settings.tsc_khz and settings.machine == slots.MICROVM:
             # It has no timer to measure that by, and would wait for ever.
@@ -135,12 +135,12 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
     for name in ("agent", "qmp", "console"):
         if name != "console" or settings.console != "none":
             launch.channel(name)
-    template = settings.memory if settings.late_share and settings.incoming is not None else None
+    source = settings.memory if settings.late_share and settings.incoming is not None else None
     if settings.incoming is not None:
         from kata.hypervisor.qemu import saving
-    if template is not None:
+    if source is not None:
         # Its file server writes to it, so it is one of its own, and filled while QEMU starts.
-        settings.memory, settings.owns_memory = saving.file_like(template), True
+        settings.memory, settings.owns_memory = saving.file_like(source), True
     if settings.nic is not None and not settings.nic.backend:
         launch.socket(qemu_command.nic_socket(settings.run_dir))
         theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
@@ -177,8 +177,8 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
     )
     if settings.incoming is not None:
         try:
-            if template is not None and settings.memory is not None:
-                saving.fill(settings.memory, template)
+            if source is not None and settings.memory is not None:
+                saving.fill(settings.memory, source)
             uri = saving.incoming_uri(settings.incoming.raw, in_set=settings.incoming_in_set)
             words, names = saving.restoring(uri, has_memory=settings.memory is not None)
             os.write(launch.ours["qmp"], words)

@@ -10,6 +10,7 @@ it runs, so that it goes on by itself.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from kata.errors import HypervisorError
@@ -53,6 +54,7 @@ class Saved:
 
     Args:
         directory: What it was saved into.
+        by_file: Its memory has to be a file of its own.
 
     Attributes:
         state: Its devices, and its memory where that has no file of its own.
@@ -64,21 +66,25 @@ class Saved:
 
     __slots__ = ("memory", "state")
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, by_file: bool = False) -> None:
         self.memory: Fd | None = None
-        path = os.path.join(directory, STATE)
+        name = STATE
         try:
-            self.state = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            # One directory for both, whatever takes its name meanwhile.
+            with Fd(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as place:
+                self.state = Fd(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=place.raw))
+                name = MEMORY
+                try:
+                    self.memory = Fd(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=place.raw))
+                except FileNotFoundError:
+                    if by_file:
+                        raise
         except OSError as error:
-            raise _unusable(directory, path, error) from error
-        path = os.path.join(directory, MEMORY)
-        try:
-            self.memory = Fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            self.state.close()
-            raise _unusable(directory, path, error) from error
+            if name == MEMORY:
+                self.state.close()
+            raise HypervisorError(
+                f"cannot use the machine saved in {directory}: {error.strerror}: {name}"
+            ) from error
 
     def close(self) -> None:
         """Close what nobody took. Idempotent."""
@@ -110,14 +116,13 @@ def fill(target: Fd, memory: Fd) -> None:
                 return
             end = os.lseek(memory.raw, place, os.SEEK_HOLE)
             os.lseek(target.raw, place, os.SEEK_SET)
-            while place < end and (done := os.sendfile(target.raw, memory.raw, place, end - place)):
+            while place < end:
+                done = os.sendfile(target.raw, memory.raw, place, end - place)
+                if not done:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))  # it was cut off
                 place += done
     except OSError as error:
         raise HypervisorError(f"cannot copy the memory of a saved machine: {error.strerror}") from error
-
-
-def _unusable(directory: str, path: str, error: OSError) -> HypervisorError:
-    return HypervisorError(f"cannot use the machine saved in {directory}: {error.strerror}: {path}")
 
 
 def has_file_uris(version: str) -> bool:
@@ -149,7 +154,7 @@ def restoring(uri: str, *, has_memory: bool) -> tuple[bytes, list[str]]:
         The commands, for its control channel, numbered from 1; and their names.
     """
     # Nobody is to be told that the machine has moved: its interfaces get other addresses. Once, at once, is while their
-    # links are down. (With 0 QEMU 7.2 crashes when the guest resets an interface.)
+    # links are down.
     quiet = {"execute": "migrate-set-parameters", "arguments": {"announce-rounds": 1}}
     commands: list[dict[str, Any]] = [{"execute": "qmp_capabilities"}, quiet]
     if has_memory:

@@ -67,11 +67,6 @@ def _code() -> bytes:
     )
 
 
-def is_possible() -> bool:
-    """Whether this machine can: its filters are known for x86-64 alone."""
-    return os.uname().machine == "x86_64"
-
-
 class Handover:
     """Gives one QEMU its memory.
 
