@@ -148,7 +148,7 @@ def key_of(monitor: Monitor, shape: MachineShape) -> str:
     """
     host, options = os.uname(), dict(shape.options)
     parts: list[object] = [FORMAT, __version__, monitor.name, host.release, host.version]
-    parts += (_identity(path) for path in (monitor.program(options), *_sources(monitor)))
+    parts += (_identity(monitor.program(options)), _sources(monitor))
     if os.path.isabs(options.get("firmware", "")):
         parts.append(_identity(options["firmware"]))
     for name in shape.__slots__:
@@ -165,19 +165,20 @@ def key_of(monitor: Monitor, shape: MachineShape) -> str:
 
 def _identity(path: str) -> tuple[object, ...]:
     status = os.stat(path)
-    return (os.path.realpath(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _sources(monitor: Monitor) -> list[str]:
-    """Our own files that decide on a machine."""
+def _sources(monitor: Monitor) -> list[tuple[str, int, int]]:
+    """Our own files that decide on a machine: name, size and time of each."""
     package = os.path.join(os.path.dirname(os.path.abspath(launcher.__file__)), "hypervisor")
-    own = os.path.join(package, monitor.name.replace("-", "_"))
-    return [
-        os.path.join(directory, name)
-        for directory in (package, own)
-        for name in sorted(os.listdir(directory))
-        if name.endswith(".py")
-    ]
+    found = []
+    for directory in (package, os.path.join(package, monitor.name.replace("-", "_"))):
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(".py"):
+                    status = entry.stat()
+                    found.append((entry.path, status.st_size, status.st_mtime_ns))
+    return sorted(found)
 
 
 def _processor() -> bytes:
