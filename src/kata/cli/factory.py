@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.cli.args import Arguments
+    from kata.config.files import Configuration
     from kata.hypervisor.base import Capabilities, MachineShape
     from kata.hypervisor.protocols import Monitor
     from kata.settings import MachineSettings
@@ -42,14 +43,31 @@ def _factory(arguments: Arguments) -> int:
     handlers = {"init": _init, "status": _status, "destroy": _destroy}
     if verb not in handlers:
         raise UsageError(f"kata factory {verb}: not known", "init, status or destroy")
+    for option, its_verb in (
+        ("memory", "init"),
+        ("cpus", "init"),
+        ("hypervisor", "init"),
+        ("json", "status"),
+    ):
+        if verb != its_verb and (arguments.flag(option) or arguments.value(option) is not None):
+            raise UsageError(
+                f"kata factory {verb}: --{option} is an option of '{its_verb}'",
+                f"kata factory {verb}, without it",
+            )
     return handlers[verb](arguments)
+
+
+def directory(conf: Configuration) -> str:
+    """Where this configuration has its templates."""
+    from kata.engine.factory import template
+
+    return template.root_of(str(conf.get("factory.template_path", "")))
 
 
 def _configured(arguments: Arguments) -> tuple[MachineSettings, str]:
     """The machine of a container with such limits, and the directory of templates."""
     from kata.config import files
     from kata.engine import machine
-    from kata.engine.factory import template
     from kata.resources.sizing import ResourceRequest
 
     name = arguments.value("hypervisor") or ""
@@ -63,7 +81,7 @@ def _configured(arguments: Arguments) -> tuple[MachineSettings, str]:
     )
     limited = asked.cpus is not None or asked.memory is not None
     described, _ = machine.machine_settings(asked, conf, grows=limited)
-    return described, template.root_of(described.hypervisor.template_path)
+    return described, directory(conf)
 
 
 def _shape(described: MachineSettings) -> tuple[Monitor, Capabilities, MachineShape]:
@@ -105,10 +123,12 @@ def _init(arguments: Arguments) -> int:
 
 
 def _status(arguments: Arguments) -> int:
+    from kata.config import files
     from kata.engine.factory import maker, template
 
-    described, root = _configured(arguments)
-    mode = template.mode_of(enabled=described.hypervisor.templates)
+    conf = files.load()
+    root = directory(conf)
+    mode = template.mode_of(enabled=conf.get("factory.enable_template", True))
     found = maker.listed(root)
     failed = maker.failures(root)
     if arguments.flag("json"):
@@ -141,10 +161,11 @@ def _row(one: dict[str, Any]) -> list[str]:
     return [one["key"], table.human_size(one["bytes"]), machine, *ages]
 
 
-def _destroy(arguments: Arguments) -> int:
+def _destroy(_arguments: Arguments) -> int:
+    from kata.config import files
     from kata.engine.factory import maker
 
-    removed = maker.destroy(_configured(arguments)[1])
+    removed = maker.destroy(directory(files.load()))
     for key in removed:
         print(f"removed {key}")
     if not removed:

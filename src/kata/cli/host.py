@@ -458,7 +458,11 @@ def _gc(arguments: Arguments) -> int:
     removed = changes.gc(list(image.users()))
     half_made = ext4.clear_leftovers()
     layers = layer_images.sweep()
-    clones = _sweep_templates()
+    try:
+        clones = _sweep_templates()
+    except KataError as error:  # the directory of templates is in a configuration that cannot be read
+        clones = []
+        report.failures.append(f"machine templates: {error}")
     if arguments.flag("json"):
         table.show_json(
             {
@@ -483,10 +487,11 @@ def _gc(arguments: Arguments) -> int:
 
 
 def _sweep_templates() -> list[str]:
+    from kata.cli import factory
     from kata.config import files
-    from kata.engine.factory import maker, template
+    from kata.engine.factory import maker
 
-    return maker.sweep(template.root_of(str(files.load("").get("factory.template_path", ""))))
+    return maker.sweep(factory.directory(files.load()))
 
 
 # ---- guest ----
