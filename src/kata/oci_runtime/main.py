@@ -71,7 +71,7 @@ COMMANDS = {
         "Makes, shows or removes templates of machines: the same as 'kata factory'.",
         least=1,
         most=1,
-        notes="'kata factory --help' has the options.",
+        notes="It takes no options: 'kata factory' has them.",
     ),
     "check": _command(
         "check",
