@@ -49,18 +49,27 @@ def test_the_page_about_them_is_as_they_are() -> None:
     assert (done.returncode, done.stdout) == (0, ""), f"run tools/hypervisors_table.py: {done.stderr}"
 
 
+def results(directory: Path, rows: list[dict[str, str]]) -> Path:
+    """A file of what tests came to, as the lanes write it."""
+    path = directory / "results"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def table(name: str, path: Path) -> str:
+    """What tools/hypervisors_table.py makes of such a file."""
+    code = f"import sys, hypervisors_table as t; print(t.{name}(sys.argv[1:]))"
+    return subprocess.check_output([sys.executable, "-c", code, str(path)], text=True, cwd=ROOT / "tools")
+
+
 def test_the_table_of_the_suite(tmp_path: Path) -> None:
     """Rows by test, columns by hypervisor and accelerator; what was skipped has its reason below."""
     row = {"title": "QEMU", "accelerator": "tcg", "version": "7.2", "test": "test_one_thing", "reason": ""}
     other = {**row, "title": "Firecracker", "accelerator": "kvm", "version": ""}
     rows = [{**row, "outcome": "passed"}, {**other, "outcome": "skipped", "reason": "it needs KVM"}]
     rows.append({**row, "test": "test_another", "outcome": "failed"})
-    path = tmp_path / "results"
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    code = "import sys, hypervisors_table as t; print(t.suite(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(path)]
-    made = subprocess.check_output(command, text=True, cwd=ROOT / "tools")
-    assert made.splitlines() == [
+    path = results(tmp_path, rows)
+    assert table("suite", path).splitlines() == [
         "| | Firecracker (kvm) | QEMU (tcg) |",
         "|---|---|---|",
         "| version | not installed | 7.2 |",
@@ -99,21 +108,15 @@ def test_the_table_of_versions(tmp_path: Path) -> None:
         ),
         {"module": "test_x.py", "version": row["version"], "test": "test_y 2", "outcome": "passed"},
     ]
-    path = tmp_path / "results"
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    code = "import sys, hypervisors_table as t; print(t.versions(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(path)]
-    made = subprocess.check_output(command, text=True, cwd=ROOT / "tools")
-    assert made.splitlines() == [
+    path = results(tmp_path, rows)
+    assert table("versions", path).splitlines() == [
         "| | 7.2.22 | 11.1.3 |",
         "|---|---|---|",
         "| one thing | passed | pc: failed, q35: passed |",
         "| `test_x.py` | 3 passed, 1 skipped | not run |",
     ]
     # The other table has no place for modules.
-    made = subprocess.check_output(
-        [sys.executable, "-c", code.replace("versions", "suite"), str(path)], text=True, cwd=ROOT / "tools"
-    )
+    made = table("suite", path)
     assert "test_x" not in made
 
 
