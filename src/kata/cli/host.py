@@ -460,7 +460,10 @@ def _gc(arguments: Arguments) -> int:
     layers = layer_images.sweep()
     try:
         clones = _sweep_templates()
-    except KataError as error:  # the directory of templates is in a configuration that cannot be read
+    except (
+        KataError,
+        OSError,
+    ) as error:  # a configuration that is wrong, a directory that cannot be written
         clones = []
         report.failures.append(f"machine templates: {error}")
     if arguments.flag("json"):
