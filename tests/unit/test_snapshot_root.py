@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,14 @@ class TestCarryBack:
         assert os.listdir(upper) == []
         assert any("what it has written is lost" in line for line in said)
         assert not (tmp_path / "out").exists()
+
+    def test_an_upper_directory_that_has_gone(self, tmp_path: Path) -> None:
+        class Removes(Guest):
+            async def signal_all(self, container_id: str, number: int) -> None:
+                shutil.rmtree(tmp_path / "fs")
+
+        _, said = carried(tmp_path, Removes(HALF))
+        assert any("what it has written is lost" in line and "No such file" in line for line in said)
 
     def test_a_slow_guest_is_given_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(snapshot_root, "_BACK_FREE_S", -1.0)

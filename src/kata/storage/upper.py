@@ -2,7 +2,7 @@
 
 The guest is hostile: everything that it sends is a claim. A name is one component; a directory was told before what is
 in it; nothing is there twice. Each directory is opened beneath the top, never through a link or a mount, and each file
-is made by this process or not at all. What is refused ends it all, and `UpperLayer.discard` removes what there is.
+is made by this process or not at all. What is refused ends it all; the caller then empties the directory.
 
 What comes out is what the same container could have made of the directory with runc: any mode, owner and time; fifos
 and sockets; an overlay's whiteouts (character devices 0:0) and opaque directories (``trusted.overlay.opaque``). Other

@@ -352,10 +352,9 @@ class SnapshotRoot:
         self._stop_trimming()
         try:
             await self._carry_back(_capabilities(config))
-        except KataError as error:
-            self._tasks.log(
-                f"container {self._id}: what it has written is lost: {escape_line(error.message, 512)}"
-            )
+        except (KataError, OSError) as error:
+            why = error.message if isinstance(error, KataError) else str(error)
+            self._tasks.log(f"container {self._id}: what it has written is lost: {escape_line(why, 512)}")
             self._tasks.log(
                 await self._tasks.run_blocking(self._discard) or "the upper directory is empty", "debug"
             )
@@ -425,7 +424,11 @@ class SnapshotRoot:
         """Remove what has been carried back so far. The problem; empty on success."""
         from kata import journal_undo
 
-        with sysio.Fd(os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
+        try:
+            fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            return str(error)
+        with sysio.Fd(fd) as directory:
             return journal_undo.empty(directory.raw, self._directory, float("inf"), DISK_NAME)
 
     def _stop_trimming(self) -> None:
