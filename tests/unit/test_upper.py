@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kata import sysio
 from kata.errors import GuestProtocolError, HostError
 from kata.proto.agentext_pb import LayerAttribute, LayerEntry, LayerPart
+from kata.storage import upper
 from kata.storage.upper import UpperLayer
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: owners and device nodes")
@@ -156,6 +157,18 @@ def test_everything_that_a_container_may_have_made(top: Path) -> None:
 def test_what_is_refused(top: Path, parts: list[LayerPart], why: str) -> None:
     with pytest.raises(GuestProtocolError, match=why):
         take(top, [TOP, *parts])
+
+
+def test_the_guest_does_not_decide_how_much_is_remembered(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files that have several links, as it says: their paths are kept until the last has come."""
+    monkeypatch.setattr(upper, "MOST_LINKED", 1000)
+    parts = [entry(f"{n:0100}", number=n, links=2) for n in range(11)]
+    take(top, [TOP, *parts[:10]])
+    (top / f"{0:0100}").unlink()
+    with pytest.raises(GuestProtocolError, match="several links"):
+        take(top, [TOP, *[entry(f"x{n:099}", number=n, links=2) for n in range(11)]])
 
 
 def test_the_first_is_the_top(top: Path) -> None:

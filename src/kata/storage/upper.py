@@ -33,6 +33,8 @@ _MAX_NAME = 255
 _MAX_FILE = 16 << 40
 """The largest file of the guest's file system."""
 _MAX_ATTRIBUTES = 64 << 10
+MOST_LINKED = 64 << 20
+"""Bytes of the paths of files that have several links, as the guest says; they are kept until all has come."""
 _NO_ID = 0xFFFF_FFFF
 _OPAQUE = b"trusted.overlay.opaque"
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
@@ -71,6 +73,7 @@ class UpperLayer:
         self._data_end = 0
         self._skips_data = False
         self._links: dict[int, bytes] = {}
+        self._linked_bytes = 0
 
     def add(self, parts: Iterable[LayerPart]) -> None:
         """Take a part of what the guest sends. Blocks.
@@ -213,6 +216,11 @@ class UpperLayer:
         if entry.size:
             os.ftruncate(self._file.raw, entry.size)
         if entry.links > 1:
+            self._linked_bytes += len(entry.path)
+            if self._linked_bytes > MOST_LINKED:
+                raise self._refused(
+                    entry.path, f"more than {MOST_LINKED} bytes of names of files with several links"
+                )
             self._links[entry.number] = entry.path
 
     def _make_node(self, parent: int, name: bytes, kind: int, entry: LayerEntry) -> None:
