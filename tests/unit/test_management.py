@@ -634,7 +634,7 @@ def test_kata_runtime(known: Managed, capsys: pytest.CaptureFixture[str], tmp_pa
         (("metrics", ""), "the name of a sandbox is empty"),
         (("create", "c1"), "is planned"),
         (("exec", "c1"), "kata-agent-ctl"),
-        (("env",), "kata doctor --json"),
+        (("checkpoint", "c1"), "stop the container and start it again"),
         (("mertics",), "unknown command"),
         (("metrics", "--loud"), "kata-runtime metrics: unknown option"),
     ):

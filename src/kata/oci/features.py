@@ -80,6 +80,20 @@ _HOOKS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop
 _NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "user", "uts")
 
 
+_SECCOMP = {
+    "enabled": True,
+    "actions": [
+        f"SCMP_ACT_{name}"
+        for name in ("ALLOW", "ERRNO", "KILL", "KILL_PROCESS", "KILL_THREAD", "LOG", "TRACE", "TRAP")
+    ],
+    "operators": [f"SCMP_CMP_{name}" for name in ("EQ", "GE", "GT", "LE", "LT", "MASKED_EQ", "NE")],
+    "archs": [f"SCMP_ARCH_{name}" for name in ("X32", "X86", "X86_64")],
+    "knownFlags": [f"SECCOMP_FILTER_FLAG_{name}" for name in ("LOG", "SPEC_ALLOW", "TSYNC")],
+    "supportedFlags": [f"SECCOMP_FILTER_FLAG_{name}" for name in ("LOG", "SPEC_ALLOW", "TSYNC")],
+}
+"""What the agent makes filters of (``agent/src/seccomp.rs``)."""
+
+
 def features() -> dict[str, Any]:
     """Return the features structure.
 
@@ -94,7 +108,8 @@ def features() -> dict[str, Any]:
         "linux": {
             "namespaces": list(_NAMESPACES),
             "capabilities": sorted(ALL),
-            "seccomp": {"enabled": True},
+            "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
+            "seccomp": dict(_SECCOMP),
             "apparmor": {"enabled": False},
             "selinux": {"enabled": False},
             "intelRdt": {"enabled": False},

@@ -83,27 +83,51 @@ COMMANDS = {
         ],
         most=0,
     ),
+    "env": _command(
+        "env",
+        "",
+        "Shows what sandboxes would be made of on this host: the original's document, as TOML.",
+        [Option("--json", "", "print JSON")],
+        most=0,
+    ),
+    "features": _command(
+        "features",
+        "",
+        "Shows what of the OCI runtime specification is supported: its features structure, as JSON.",
+        most=0,
+    ),
+    "spec": _command(
+        "spec",
+        "",
+        "Writes a config.json to begin a bundle with. A file that is there is left as it is.",
+        [
+            Option("-b --bundle", "DIR", "where (the working directory)"),
+            Option("--rootless", "", "is refused: no container needs it here"),
+        ],
+        most=0,
+    ),
     "version": _command("version", "", "Shows the version of this program.", most=0),
 }
-_ALIASES = {"kata-check": "check", "--version": "version", "-v": "version"}
-_NEEDS_NO_ROOT = frozenset({"check", "version"})
+_ALIASES = {"kata-check": "check", "kata-env": "env", "--version": "version", "-v": "version"}
+_NEEDS_NO_ROOT = frozenset({"check", "env", "features", "spec", "version"})
 _OCI = (
     "create",
     "delete",
     "events",
-    "features",
     "kill",
     "list",
     "pause",
     "ps",
     "resume",
     "run",
-    "spec",
     "start",
 )
+_NO_CHECKPOINT = (
+    "a machine's state has host connections that cannot be put back: stop the container and start it again"
+)
 _ELSEWHERE = {
-    "env": "kata version --json, kata config show --json and kata doctor --json say what is used here",
-    "kata-env": "kata version --json, kata config show --json and kata doctor --json say what is used here",
+    "checkpoint": _NO_CHECKPOINT,
+    "restore": _NO_CHECKPOINT,
     "exec": "kata-agent-ctl --sandbox ID shell opens a shell in the guest; kata exec runs a command in a container",
     "policy": 'kata-agent-ctl --sandbox ID SetPolicy --policy "$(cat FILE)"',
     **dict.fromkeys(
@@ -286,8 +310,29 @@ def _check(arguments: Arguments) -> int:
     return host.HANDLERS["doctor"](arguments)
 
 
+def _env(arguments: Arguments) -> int:
+    from kata.oci_runtime import environment
+
+    return environment.command(arguments)
+
+
+def _features(arguments: Arguments) -> int:
+    from kata.oci_runtime import features
+
+    return features.command(arguments)
+
+
+def _spec(arguments: Arguments) -> int:
+    from kata.oci_runtime import spec
+
+    return spec.command(arguments)
+
+
 def _version(arguments: Arguments) -> int:
-    print(f"{PROGRAM} {__version__}")
+    from kata.oci.spec import OCI_VERSION
+
+    # The form that callers of runc read, and show to people.
+    print(f"{PROGRAM} version {__version__}\nspec: {OCI_VERSION}")
     return 0
 
 
@@ -302,6 +347,9 @@ _HANDLERS: dict[str, Callable[[Arguments], int]] = {
     "iptables": _iptables,
     "direct-volume": _direct_volume,
     "check": _check,
+    "env": _env,
     "factory": _factory,
+    "features": _features,
+    "spec": _spec,
     "version": _version,
 }
