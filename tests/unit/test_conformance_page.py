@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import page
+import podman
 import pytest
 from critest import Result
 from main import Results
 from matrix import Cell, Cells, section, unexplained
+from podman_support import RUNTIMES
 
 PASSED, FAILED = Result("passed", "", 1.0), Result("failed", "first line\nsecond", 2.0)
 VERSIONS = page.Versions("v1", "3", "kata 4")
@@ -103,3 +105,39 @@ def test_messages_stay_in_their_cells(text: str) -> None:
         if line.startswith("| t | 1.6 | passed | not")
     ]
     assert line.replace("\\|", "").count("|") == 5
+
+
+def test_podmans_table_says_what_differs_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = podman.Record(tmp_path / "record")
+    for runtime in RUNTIMES:
+        record.add("kill", runtime, "137" if runtime != "kata" else "139")
+        record.add("top", runtime, "sleep" if runtime != "kata" else "qemu | x")
+    record.add("pod", "runc", "failed: /tmp/kpabc/x")
+    monkeypatch.setitem(podman.REASONS, "top", ("qemu.*", "a machine"))
+    found = podman.Record(tmp_path / "record").found
+    assert podman.wrong(found) == ["kill"]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{podman.BEGIN}\nold\n{podman.END}\nafter\n")
+    podman.write(page, found)
+    text = page.read_text()
+    for line in (
+        "before",
+        "| kill | works | works | differs |",
+        "| top | works | works | differs |",
+        "| pod | differs |  |  |",
+        "| kill, kata | `139` | not known |",
+        "| top, kata | `qemu / x` | a machine |",
+        "| pod, runc | `failed: DIR/x` | not known |",
+        "after",
+    ):
+        assert line in text.splitlines()
+    assert "old" not in text
+    record.forget("kill", ("kata",))
+    assert podman.wrong(podman.Record(tmp_path / "record").found) == []
+    with pytest.raises(ValueError, match="no place"):
+        podman.write(tmp_path / "record", found)
+
+
+def test_every_row_of_podman_is_tried_and_judged() -> None:
+    known = podman.tried(podman.Podman.__new__(podman.Podman))
+    assert set(known) | {podman.LEFT} == set(podman.EXPECTED)
