@@ -129,11 +129,13 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
         wrongly = (
             stops.WRONGLY if options.hypervisor in stops.PARTS else ()
         )  # QEMU's QMP is tested by itself
-        victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, *wrongly, "shim"}
+        victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, *wrongly, "shim", "maker"}
         if "virtiofsd" not in there_are:
             names = [name for name in names if name != "create.files"]  # nobody gets there
         if options.hypervisor in stops.SHARES_NOTHING:
             names = [name for name in names if name != "create.root"]  # a disk is not mounted here
+        if options.hypervisor != "qemu":
+            names = [name for name in names if stops.BY_NAME[name].phase not in ("template", "clone")]
         wanted = [one for one in rounds.point_rounds(names) if one.victim in victims]
         wanted += rounds.random_rounds(record.seed, numbers, there_are, pods=runner.has_pods)
         print(f"{len(wanted)} rounds; undisturbed one takes {runner.takes}", flush=True)

@@ -46,6 +46,7 @@ class Daemon(Containerd):
         second: Take containerd 2 instead of this machine's.
         stop_points: Whether the shim has them; without, it is the product's own program.
         wrong_answers: Whether the hypervisor can be made to answer wrongly (`orders`).
+        templates: Whether machines have templates.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Daemon(Containerd):
         second: bool = USE_SECOND,
         stop_points: bool = True,
         wrong_answers: bool = False,
+        templates: bool = False,
     ) -> None:
         super().__init__(directory, guest, second=second)
         self.token = f"kf{os.getpid()}"
@@ -69,6 +71,10 @@ class Daemon(Containerd):
             program = directory / "bin" / stops.hypervisor()
             answers.write(program, registry.find(stops.hypervisor()).program({}), self.orders)
             text += f"[hypervisor.{stops.hypervisor()}]\npath = '{program}'\n"
+        self.templates = directory / "templates"
+        if templates:
+            self.env = {**self.env, "KATA_TEMPLATES": "on"}
+            text += f"[factory]\ntemplate_path = '{self.templates}'\n"
         configuration.write_text(text)
         # What an engine gets of its caller's environment begins with KATA_.
         self.env = {**self.env, "KATA_CONF_FILE": str(configuration)}
@@ -257,6 +263,26 @@ runtime_type = "io.containerd.runc.v2"
         if check and done.returncode:
             raise Failure(f"crictl {' '.join(arguments)}: {done.stderr.strip()}")
         return done
+
+    def kata(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `kata` with the directories and configuration of these runs.
+
+        Raises:
+            Failure: It ended otherwise than with 0.
+        """
+        done = self.client(str(HERE.parents[1] / "tools/kata"), *arguments)
+        if done.returncode:
+            raise Failure(f"kata {' '.join(arguments)}: {done.stderr.strip()}")
+        return done
+
+    def template(self) -> str:
+        """Name of a whole template; empty if there is none."""
+        whole = sorted(path.parent.name for path in self.templates.glob("[!.]*/machine.json"))
+        return whole[0] if whole else ""
+
+    def makes_template(self) -> bool:
+        """Whether a process is there that makes one."""
+        return any("make-template" in line for line in self.place.snapshot()["process"])
 
     def task_states(self) -> dict[str, str]:
         """What containerd says of each task: its status."""

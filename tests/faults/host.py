@@ -60,6 +60,7 @@ class Place:
             # The files of boot slots are made as they are needed, and stay.
             "run directory": (n for n in self._files("r", depth=9) if not n.startswith("boots/")),
             "state directory": (name for name in self._files("s", depth=9) if not self._is_image(name)),
+            "half made template": (name for name in self._files("templates", depth=2) if name[0] == "."),
             "bundle": self._files("state/io.containerd.runtime.v2.task", depth=2),
             "task's directory": self._files("root/io.containerd.runtime.v2.task", depth=2),
             "pod's directory": self._files("state/io.containerd.grpc.v1.cri/sandboxes", depth=1),

@@ -17,11 +17,11 @@ from typing import Any
 from faults import answers, stops
 from faults.daemon import Daemon, Failure, Script
 from faults.host import Snapshot, difference
-from faults.scenarios import Ctr, Disks, Pod, until
+from faults.scenarios import Clone, Ctr, Disks, Making, Pod, until
 
 HANG = "hang"
 """A hypervisor that is not killed: it stands still (SIGSTOP), and answers nothing any more."""
-VICTIMS = ("engine", "hypervisor", HANG, *stops.WRONGLY, "virtiofsd", "containerd", "shim")
+VICTIMS = ("engine", "hypervisor", HANG, *stops.WRONGLY, "virtiofsd", "containerd", "shim", "maker")
 REACH_S = 90.0
 CLEAN_S = 90.0
 """How long the host may take to be as before. An engine without a container or a client ends after a minute."""
@@ -37,7 +37,8 @@ class Round:
         victim: Who is killed.
         point: At which stop point; None at a random moment.
         moment: Random rounds: the moment, as a part of what an undisturbed round takes.
-        scenario: ``ctr``, ``disks`` (by ctr, with the root file system on disks) or ``crictl``.
+        scenario: ``ctr``, ``crictl``; by ctr ``disks`` (with the root file system on disks), ``making`` (a template)
+            or ``clone`` (from one).
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Runner:
         self._before: Snapshot = {}
         self._takes: dict[str, float] = {}
         self._answers_wrongly = False
+        self._templates = False
         self._count = 0
 
     # ---- the daemon ----
@@ -99,7 +101,11 @@ class Runner:
         parent = os.environ.get("KATA_FAULTS_DIR") or "/tmp"
         directory = Path(tempfile.mkdtemp(prefix="kf-", dir=parent))
         self._daemon = Daemon(
-            directory, self._guest, second=self._second, wrong_answers=self._answers_wrongly
+            directory,
+            self._guest,
+            second=self._second,
+            wrong_answers=self._answers_wrongly,
+            templates=self._templates,
         )
         self._daemon.up(self._layout)
         self._daemon.listen()
@@ -166,7 +172,12 @@ class Runner:
         assert self._daemon is not None
         self._count += 1
         name = f"f{self._count}"
-        scenarios: dict[str, type[Ctr | Pod]] = {"crictl": Pod, "disks": Disks}
+        scenarios: dict[str, type[Ctr | Pod]] = {
+            "crictl": Pod,
+            "disks": Disks,
+            "making": Making,
+            "clone": Clone,
+        }
         return scenarios.get(kind, Ctr)(self._daemon, name)
 
     # ---- one round ----
@@ -180,9 +191,10 @@ class Runner:
         """
         began = time.monotonic()
         result: dict[str, Any] = {"ok": True, "victim": one.victim, "scenario": one.scenario}
-        if (one.victim in stops.WRONGLY) != self._answers_wrongly:
+        wanted = (one.victim in stops.WRONGLY, one.scenario in ("making", "clone"))
+        if wanted != (self._answers_wrongly, self._templates):
             self.close()
-            self._answers_wrongly = one.victim in stops.WRONGLY
+            self._answers_wrongly, self._templates = wanted
         self._running()
         scenario = self._scenario(one.scenario)
         try:
@@ -281,12 +293,12 @@ class Runner:
         deadline = time.monotonic() + REACH_S
         while not (waiting := reached()):
             if time.monotonic() > deadline or not (
-                script.is_alive() or one.point.phase in ("clear", "delete")
+                script.is_alive() or one.point.phase in ("clear", "delete", "template")
             ):
                 ended = "; ".join(f"{name}: {code} {said}" for name, code, said in script.ended)
                 raise Failure(f"the point {one.point.name} was not reached ({ended})")
             time.sleep(0.005)
-        if one.victim == "shim" or (one.victim == "engine" and one.point.where == "engine"):
+        if one.victim in ("shim", "maker") or (one.victim == "engine" and one.point.where == "engine"):
             return waiting
         deadline = time.monotonic() + (VICTIM_S if one.point.where == "shim" else 0.0)
         while not (pid := daemon.find(one.victim, scenario.sandbox())):

@@ -23,6 +23,8 @@ FORGET_S = 10.0
 """How long containerd may go on saying that there is a task. It does while it clears up after an engine; and when it
 was killed before it had a task made, it connects to what the shim has started (1.6; 1.7 asks whether there is a task),
 until that engine ends."""
+MAKER_S = 3.0
+"""Within that, a machine that is up has started the process that makes its template."""
 
 Step = tuple[str, Callable[[], "subprocess.CompletedProcess[str]"]]
 
@@ -167,6 +169,68 @@ class Disks(Ctr):
             if not stat.S_ISCHR(whiteout.lstat().st_mode) or written.read_text() != "1\n":
                 raise Failure(f"{written.parent} has not all that the container has written")
         return result
+
+
+class Making(Ctr):
+    """The same container, for whose machine a template is made; none of it is left in the end."""
+
+    def steps(self) -> list[Step]:
+        """As for `Ctr`, once the template is there."""
+        self._daemon.kata("factory", "destroy")
+        start, *others = super().steps()
+        return [start, ("wait for the template", self._wait), *others]
+
+    def _wait(self) -> subprocess.CompletedProcess[str]:
+        with contextlib.suppress(Failure):  # it may have come and gone, or be dead
+            until(
+                lambda: self._daemon.makes_template() or bool(self._daemon.template()),
+                "who makes the template",
+                patience_s=MAKER_S,
+            )
+        until(lambda: not self._daemon.makes_template(), "the end of who makes the template")
+        made = bool(self._daemon.template())
+        return subprocess.CompletedProcess([], 0 if made else 1, "", "" if made else "there is no template")
+
+    def check(self, victim: str) -> str:
+        """As for `Ctr`; and the next container gets a template that machines go on from, after whatever happened."""
+        result = super().check(victim)
+        if not self._daemon.template():
+            self._daemon.kata(
+                "factory", "destroy"
+            )  # forgets a failure, after which none is made for an hour
+            self._again(victim)
+            if self._wait().returncode:
+                raise Failure(
+                    f"no template was made afterwards: {self._daemon.kata('factory', 'status').stdout}"
+                )
+            self._remove_task()
+        self._again(victim)
+        listed = self._daemon.kata("factory", "status").stdout
+        if self._daemon.template() not in listed:
+            raise Failure(f"the template is not listed: {listed}")
+        self._remove_task()
+        if self.name in self._daemon.in_ctr("container", "ls", "-q").stdout.split():
+            self._daemon.in_ctr("container", "rm", self.name)
+        self._daemon.kata("factory", "destroy")
+        self._daemon.kata("gc")
+        return result
+
+
+class Clone(Ctr):
+    """The same container in a machine that goes on from a template."""
+
+    def steps(self) -> list[Step]:
+        """As for `Ctr`; the template is there before."""
+        if not self._daemon.template():
+            self._daemon.kata("factory", "destroy")  # also what is known of failures
+            maker = Making(self._daemon, f"{self.name}m")
+            self._daemon.seen.add(maker.sandbox())
+            for name, step in maker.steps():
+                done = step()
+                if done.returncode:
+                    raise Failure(f"no template was made: {name}: {done.stderr}")
+            self._daemon.in_ctr("container", "rm", maker.name)
+        return super().steps()
 
 
 class Pod:

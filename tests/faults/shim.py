@@ -28,7 +28,8 @@ def main() -> int:
     launcher.command = lambda: [sys.executable, "-I", "-S", os.path.realpath(__file__)]
     directory = os.environ.get(stops.VARIABLE)
     if directory:
-        stops.install(directory, "engine" if sys.argv[1:2] == ["engine"] else "shim")
+        where = {"engine": "engine", "make-template": "maker"}
+        stops.install(directory, where.get("".join(sys.argv[1:2]), "shim"))
     return program.main()
 
 

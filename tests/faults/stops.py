@@ -48,8 +48,8 @@ class Point:
 
     Attributes:
         name: ``phase.moment``; the phase is what the client is doing.
-        where: Who reaches it: ``shim`` (a command of the shim) or ``engine``; ``monitor`` is a request to the
-            hypervisor, which is answered wrongly (`faults.answers`).
+        where: Who reaches it: ``shim`` (a command of the shim), ``engine``, or ``maker`` (of a template); ``monitor``
+            is a request to the hypervisor, which is answered wrongly (`faults.answers`).
         what: In words, for the report.
         scenario: Whose client's calls lead there.
     """
@@ -64,7 +64,7 @@ class Point:
 
     @property
     def phase(self) -> str:
-        """What the client is doing: create, start, exec, delete, clear."""
+        """What the client is doing: create, start, exec, delete, clear; or ``template``, which is made for nobody."""
         return self.name.partition(".")[0]
 
     @property
@@ -72,6 +72,11 @@ class Point:
         """Who there is at this point and can be killed."""
         if self.where == "monitor":
             return list(WRONGLY)
+        if self.where == "maker":
+            return ["maker", "engine", "hypervisor", "containerd"]
+        if self.phase == "clone":
+            there = [] if self.name == "clone.found" else ["hypervisor", "hang"]
+            return ["engine", *there, "containerd"]
         if self.name in ("create.directory", "create.socket") or self.phase == "clear":
             return ["shim", "containerd"]
         found = ["shim"] if self.where == "shim" else []
@@ -148,6 +153,17 @@ POINTS += [
     Point("monitor.disk", "monitor", "the hypervisor is given the root file system's disk"),
     Point("monitor.disk-taken", "monitor", "the hypervisor is told to let go of it"),
 ]
+POINTS += [
+    Point("template.directory", "maker", "a template's directory is there, half made", "making"),
+    Point("template.machine", "maker", "the template's machine runs", "making"),
+    Point("template.saved", "maker", "the machine is saved, not yet on the disk", "making"),
+    Point("template.synced", "maker", "all is on the disk, not under its name", "making"),
+    Point("template.named", "maker", "the template has its name", "making"),
+    Point("clone.found", "engine", "a template is found, no machine has it", "clone"),
+    Point("clone.restored", "engine", "a machine goes on from the template", "clone"),
+    Point("clone.agent", "engine", "its agent has answered for the first time", "clone"),
+    Point("clone.reseeded", "engine", "its random numbers are its own", "clone"),
+]
 PARTS = {
     "cloud-hypervisor": {
         "monitor.start": "vm.info",
@@ -212,14 +228,21 @@ def install(directory: str, where: str) -> None:
 
     Args:
         directory: Where they are armed.
-        where: ``shim`` or ``engine``.
+        where: ``shim``, ``engine`` or ``maker``.
     """
     global _directory
     _directory = directory
-    if where == "shim":
-        _install_shim()
-    else:
-        _install_engine()
+    {"shim": _install_shim, "engine": _install_engine, "maker": _install_maker}[where]()
+
+
+def _install_maker() -> None:
+    from kata.engine.factory import maker
+    from kata.hypervisor.qemu.monitor import QemuMonitor
+
+    _around(maker, "_in_a_child", "template.directory", "template.saved")
+    _around(QemuMonitor, "start", after="template.machine")
+    _around(maker, "_to_disk", after="template.synced")
+    _around(maker, "_make", after="template.named")
 
 
 def _install_shim() -> None:
@@ -260,6 +283,10 @@ def _install_engine() -> None:
         from kata.hypervisor import virtiofsd
 
         _around(virtiofsd.FileServer, "start", after="create.files")
+        if hypervisor() == "qemu":
+            from kata.hypervisor.qemu.monitor import QemuMonitor
+
+            _around(QemuMonitor, "restore", "clone.found", "clone.restored")
         if settings.network.mode == "netns":
             from kata.network import netns
 
@@ -320,6 +347,7 @@ def _install_serving_engine() -> None:
     _around(upper.UpperLayer, "add", after="delete.part")
     _around(snapshot_root.SnapshotRoot, "carry_back", after="delete.carried")
     _around(guest_setup, "_healthy", after="create.agent")
+    _around(AgentClient, "reseed", "clone.agent", "clone.reseeded")
     _around(hostroot.HostRoot, "mount", after="create.root")
     _around(binds.ContainerMounts, "add_all", after="create.shared")
     _around(AgentClient, "create_container", "create.guest", "create.guest-made")
