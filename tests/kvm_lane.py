@@ -4,8 +4,8 @@ In a lab all tests run as one pytest in one machine: booting one per test would 
 pytest writes each report as a line of JSON; here they take the place of running the test. So selecting, -x, -k
 and the summary are as everywhere.
 
-Tests marked ``here`` are about this machine itself and never run in a lab; those marked ``long`` are left out of
-the short form (``-m "not long"``).
+Tests marked ``here`` are about this machine itself and never run in a lab; those marked ``long``, and those whose
+names are in a module's ``LONG``, are left out of the short form (``-m "not long"``).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Lab:
         if not (image / "index.json").exists():
             subprocess.run([ROOT / "tools" / "make-busybox-image", image], check=True)
         LOGS.mkdir(parents=True, exist_ok=True)
-        plugins = ["-p", "pytest_timeout", "-p", "no:cacheprovider"]
-        pytest_argv = [sys.executable, "-m", "pytest", "-v", *plugins, *self.names]
+        plugins = ["-p", "pytest_timeout", "-p", "pytest_rerunfailures", "-p", "no:cacheprovider"]
+        pytest_argv = [sys.executable, "-m", "pytest", "-v", *plugins, "--reruns", "1", *self.names]
         # Reports leave by standard output; everything that is said goes the other way.
         shell = ["sh", "-c", 'exec "$@" 3>&1 1>&2', "sh", *pytest_argv]
         # The checkout may be edited while its tests run.
@@ -156,6 +156,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: left out of the lane's short form")
     if REPORTS in os.environ:
         config.stash[_reports] = os.fdopen(int(os.environ[REPORTS]), "w", buffering=1)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests that a module of this lane collects from elsewhere and leaves out of the short form."""
+    if (
+        LANE in item.path.parents
+        and isinstance(item, pytest.Function)
+        and item.originalname in getattr(item.module, "LONG", ())
+    ):
+        item.add_marker(pytest.mark.long)
 
 
 @pytest.hookimpl(trylast=True)

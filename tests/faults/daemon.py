@@ -264,7 +264,7 @@ runtime_type = "io.containerd.runc.v2"
             raise Failure(f"crictl {' '.join(arguments)}: {done.stderr.strip()}")
         return done
 
-    def kata(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run_kata(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `kata` with the directories and configuration of these runs.
 
         Raises:

@@ -176,7 +176,7 @@ class Making(Ctr):
 
     def steps(self) -> list[Step]:
         """As for `Ctr`, once the template is there."""
-        self._daemon.kata("factory", "destroy")
+        self._daemon.run_kata("factory", "destroy")
         start, *others = super().steps()
         return [start, ("wait for the template", self._wait), *others]
 
@@ -195,24 +195,24 @@ class Making(Ctr):
         """As for `Ctr`; and the next container gets a template that machines go on from, after whatever happened."""
         result = super().check(victim)
         if not self._daemon.template():
-            self._daemon.kata(
+            self._daemon.run_kata(
                 "factory", "destroy"
             )  # forgets a failure, after which none is made for an hour
             self._again(victim)
             if self._wait().returncode:
                 raise Failure(
-                    f"no template was made afterwards: {self._daemon.kata('factory', 'status').stdout}"
+                    f"no template was made afterwards: {self._daemon.run_kata('factory', 'status').stdout}"
                 )
             self._remove_task()
         self._again(victim)
-        listed = self._daemon.kata("factory", "status").stdout
+        listed = self._daemon.run_kata("factory", "status").stdout
         if self._daemon.template() not in listed:
             raise Failure(f"the template is not listed: {listed}")
         self._remove_task()
         if self.name in self._daemon.in_ctr("container", "ls", "-q").stdout.split():
             self._daemon.in_ctr("container", "rm", self.name)
-        self._daemon.kata("factory", "destroy")
-        self._daemon.kata("gc")
+        self._daemon.run_kata("factory", "destroy")
+        self._daemon.run_kata("gc")
         return result
 
 
@@ -222,7 +222,7 @@ class Clone(Ctr):
     def steps(self) -> list[Step]:
         """As for `Ctr`; the template is there before."""
         if not self._daemon.template():
-            self._daemon.kata("factory", "destroy")  # also what is known of failures
+            self._daemon.run_kata("factory", "destroy")  # also what is known of failures
             maker = Making(self._daemon, f"{self.name}m")
             self._daemon.seen.add(maker.sandbox())
             for name, step in maker.steps():

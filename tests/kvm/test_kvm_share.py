@@ -21,6 +21,16 @@ from share_cases import (  # noqa: F401 - collected here
     test_what_files_can_do,
 )
 
+LONG = {
+    "test_a_program_that_was_replaced_is_not_run",
+    "test_files_of_two_file_systems_stay_apart",
+    "test_several_sides_see_one_file_system",
+    "test_the_owner_of_a_guest_gains_nothing_by_it",
+    "test_volumes",
+    "test_what_files_can_do",
+}
+"""The lane with emulated machines runs these in every test run."""
+
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
@@ -32,7 +42,7 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-@pytest.fixture(params=SHARES[1:])
+@pytest.fixture(params=[SHARES[1], pytest.param(SHARES[2], marks=pytest.mark.long)])
 def kata(kvm_kata: Kata, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kata:
     return sharing(kvm_kata, request.param, tmp_path_factory.mktemp("configuration"))
 
