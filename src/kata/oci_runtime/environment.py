@@ -86,9 +86,11 @@ def _hypervisor(conf: Configuration) -> dict[str, Any]:
         "VirtioFSDaemon": server,
         "Debug": bool(conf.get("hypervisor.enable_debug", False)),
     }
-    if chosen["name"] == "qemu":
-        found["MachineType"] = str(conf.get("hypervisor.machine_type", "") or "q35")
-        found["Msize9p"] = int(conf.get("hypervisor.msize_9p", 0) or 512000)
+    for member, name in (("MachineType", "hypervisor.machine_type"), ("Msize9p", "hypervisor.msize_9p")):
+        key = keys.find(name, chosen["name"])
+        if key is not None and key.status == keys.ACTS:
+            value = conf.get(name, None) or key.default.strip("`")
+            found[member] = int(value) if key.kind == keys.INT else str(value)
     found["SecurityInfo"] = {
         "Rootless": os.geteuid() != 0,
         "EnableAnnotations": [
