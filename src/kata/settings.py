@@ -165,6 +165,7 @@ class HypervisorSettings(Part):
         console: `serial` or `virtio`: the device that the guest's console is; empty is `serial`.
         prealloc: Allocate the guest's memory before it boots.
         huge_pages: The guest's memory is in huge pages of the host, which are set aside for such use.
+        ksm: The host may merge equal pages of the guest's memory and others'.
         reclaim: Give the host back what the guest frees.
         vhost_user_store: Where disks are that other processes serve; empty where containers get none.
         options: The hypervisor's own, such as the path of its program: name and value.
@@ -176,6 +177,7 @@ class HypervisorSettings(Part):
         "accel",
         "console",
         "huge_pages",
+        "ksm",
         "name",
         "options",
         "prealloc",
@@ -193,6 +195,7 @@ class HypervisorSettings(Part):
         console: str = "",
         prealloc: bool = False,
         huge_pages: bool = False,
+        ksm: bool = False,
         reclaim: bool = True,
         vhost_user_store: str = "",
         options: Mapping[str, Any] | None = None,
@@ -206,6 +209,7 @@ class HypervisorSettings(Part):
         self.console = console
         self.prealloc = prealloc
         self.huge_pages = huge_pages
+        self.ksm = ksm
         self.reclaim = reclaim
         self.vhost_user_store = vhost_user_store
         self.options = dict(options or {})

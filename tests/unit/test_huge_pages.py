@@ -30,11 +30,13 @@ def test_what_is_free_is_known_before_the_start(tmp_path: Path) -> None:
 
 
 def test_what_each_monitor_is_told() -> None:
-    shape = MachineShape(kernel="/k", initrd="/i", memory_mib=256, max_memory_mib=512, huge_pages=True)
+    shape = MachineShape(
+        kernel="/k", initrd="/i", memory_mib=256, max_memory_mib=512, huge_pages=True, ksm=True
+    )
     attachments = Attachments(sandbox_id="x", run_dir="/run/x")
     fds = dict.fromkeys(("api", "events", "kernel", "initrd"), 3)
     argv = ch_command.build("/ch", shape, attachments, "/run/x/v", fds)
-    assert "hugepages=on,hugepage_size=2M" in argv[argv.index("--memory") + 1]
+    assert "hugepages=on,hugepage_size=2M,mergeable=on" in argv[argv.index("--memory") + 1]
     slots = fc_config.Slots(shape, attachments)
     document = fc_config.build(shape, attachments, slots, vsock="/run/x/v", taps={})
     assert document["machine-config"]["huge_pages"] == "2M"

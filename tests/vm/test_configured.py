@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from cli_support import vm_pid
 from conftest import Kata
 from containerd_support import Containerd, clean, running
 from otlp_support import Collector
@@ -177,6 +178,21 @@ def test_without_a_connection_and_without_a_share(
             assert b"did you mean 'shared_fs'" in wrong.stderr
     finally:
         del shared_kata.env["KATA_CONF_FILE"]
+
+
+def test_equal_pages_may_be_merged_where_that_is_asked(
+    shared_kata: Kata, busybox_image: str, run_directory: Path
+) -> None:
+    file = run_directory / "ksm.toml"
+    file.write_text("[hypervisor.qemu]\nenable_ksm = true\n")
+    shared_kata.env["KATA_CONF_FILE"] = str(file)
+    try:
+        shared_kata.ok("run", "-d", "--name", "merged", "--network", "none", busybox_image, "sleep", "1000")
+        mappings = Path(f"/proc/{vm_pid(shared_kata, 'merged')}/smaps").read_text()
+        assert any(line.startswith("VmFlags:") and "mg" in line.split() for line in mappings.splitlines())
+    finally:
+        del shared_kata.env["KATA_CONF_FILE"]
+        shared_kata.ok("rm", "-f", "merged")
 
 
 def test_a_microvm_has_all_but_what_it_refuses(

@@ -124,8 +124,8 @@ SANDBOX: Mapping[str, Any] = {
     },
     "machine": {
         "hypervisor": {
-            "accel": VALUE, "name": VALUE, "console": VALUE, "prealloc": VALUE, "huge_pages": VALUE, "reclaim": VALUE,
-            "templates": VALUE, "template_path": VALUE, "vhost_user_store": VALUE,
+            "accel": VALUE, "name": VALUE, "console": VALUE, "prealloc": VALUE, "huge_pages": VALUE, "ksm": VALUE,
+            "reclaim": VALUE, "templates": VALUE, "template_path": VALUE, "vhost_user_store": VALUE,
             "options": {"path": VALUE, "machine_type": VALUE, "cpu_features": VALUE, "firmware": VALUE,
                         "entropy_source": VALUE, "sandbox": VALUE},
         },

@@ -262,6 +262,8 @@ _ALL = [
         " tap; otherwise the host's kernel does, under KVM, where there is a `/dev/vhost-net`"),
     Key(_H, "enable_hugepages", BOOL, "false", "the guest's memory is in huge pages of 2 MiB, which the host has set"
         " aside (`sysctl vm.nr_hugepages`); no memory cgroup counts them"),
+    Key(_H, "enable_ksm", BOOL, "false", "*our own*: the host may merge equal pages of guests (KSM, where"
+        " `/sys/kernel/mm/ksm/run` is 1): less memory, and guests may find out by time what others have in theirs"),
     Key(_H, "shared_fs", TEXT, "`virtio-fs` with a virtiofsd, else `virtio-9p`", "how files of the host"
         " reach the guest: `virtio-fs`, `virtio-9p`, or `none` (then only images that are disks can be run);"
         " an emulated machine whose kernel cannot has `virtio-9p` all the same;"
@@ -551,6 +553,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         },
         "use_legacy_serial": Variant(IDLE, "the console is a serial port", silent=(True,)),
         "enable_mem_prealloc": Variant(IDLE, "the guest's memory is allocated as the guest touches it"),
+        "enable_ksm": Variant(IDLE, "Firecracker does not offer its guests' memory to be merged"),
         **{
             f"{way}_rate_limiter_max_rate": Variant(ACTS, f"bits per second that each network interface may {does}")
             for way, does in (("rx", "receive"), ("tx", "send"))

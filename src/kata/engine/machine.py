@@ -206,6 +206,7 @@ def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
         console="" if conf.get("hypervisor.use_legacy_serial", True) else "virtio",
         prealloc=conf.get("hypervisor.enable_mem_prealloc", False),
         huge_pages=conf.get("hypervisor.enable_hugepages", False),
+        ksm=conf.get("hypervisor.enable_ksm", False),
         reclaim=conf.get("hypervisor.reclaim_guest_freed_memory", True),
         templates=conf.get("factory.enable_template", True),
         template_path=str(conf.get("factory.template_path", "")),

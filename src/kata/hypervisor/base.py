@@ -120,6 +120,7 @@ class MachineShape:
         console: ``serial`` (from the first message on), ``virtio`` or ``none``.
         prealloc: Allocate the guest's memory before it boots.
         huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
+        ksm: The host may merge equal pages of its memory and others' (`admin-guide/mm/ksm.rst`).
         reclaim: Give the host back what the guest frees.
         shared_memory: Servers of vhost-user devices can be given the guest's memory.
         host_devices: How many PCI devices of the host it has, which reach all its memory.
@@ -136,6 +137,7 @@ class MachineShape:
         "huge_pages",
         "initrd",
         "kernel",
+        "ksm",
         "max_memory_mib",
         "max_vcpus",
         "memory_mib",
@@ -170,6 +172,7 @@ class MachineShape:
         console: str = "serial",
         prealloc: bool = False,
         huge_pages: bool = False,
+        ksm: bool = False,
         reclaim: bool = True,
         shared_memory: bool = False,
         host_devices: int = 0,
@@ -192,6 +195,7 @@ class MachineShape:
         self.console = console
         self.prealloc = prealloc
         self.huge_pages = huge_pages
+        self.ksm = ksm
         self.reclaim = reclaim
         self.shared_memory = shared_memory
         self.host_devices = host_devices

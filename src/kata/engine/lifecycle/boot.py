@@ -663,6 +663,7 @@ def shape_of(
         console=hypervisor.console or "serial",
         prealloc=hypervisor.prealloc,
         huge_pages=hypervisor.huge_pages,
+        ksm=hypervisor.ksm,
         reclaim=hypervisor.reclaim and not host_devices,
         host_devices=host_devices,
         shared_memory=bool(hypervisor.vhost_user_store) and capabilities.vhost_user_disks,

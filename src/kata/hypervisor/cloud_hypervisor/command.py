@@ -141,6 +141,8 @@ def _memory(shape: MachineShape, *, shared: bool) -> str:
         words += ["hotplug_method=virtio-mem", f"hotplug_size={hotplug_mib(shape)}M"]
     if shape.huge_pages:
         words.append("hugepages=on,hugepage_size=2M")
+    if shape.ksm:
+        words.append("mergeable=on")
     if shape.prealloc:
         words.append("prefault=on")
     return ",".join(words)

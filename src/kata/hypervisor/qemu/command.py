@@ -413,7 +413,7 @@ def _machine(settings: VMSettings) -> str:
         options = [settings.machine, *_MICROVM]
     else:
         options = [settings.machine, *(_ON_BOARD if "q35" in settings.machine else _ON_BOARD[:3])]
-    options += ["mem-merge=off", "dump-guest-core=off"]
+    options += [f"mem-merge={_value(settings.ksm)}", "dump-guest-core=off"]
     if _has_backend(settings):
         options.append("memory-backend=ram")
     if has_small_acpi(settings):

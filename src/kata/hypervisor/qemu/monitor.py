@@ -212,6 +212,7 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
         console=shape.console,
         prealloc=shape.prealloc,
         huge_pages=shape.huge_pages,
+        ksm=shape.ksm,
         # An emulated guest's memory has to be written by QEMU, which knows what it has translated of it.
         vhost_net=shape.accel == "kvm" and options.get("vhost_net", True),
         reclaim=shape.reclaim,

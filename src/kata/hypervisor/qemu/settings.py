@@ -54,6 +54,7 @@ class VMSettings:
         prealloc: Allocate the guest's memory before it boots.
         vhost_net: Where it can, the host's kernel moves the packets of interfaces that are connected to taps.
         huge_pages: The guest's memory is in huge pages of the host (hugetlbfs).
+        ksm: The host may merge equal pages of the guest's memory and others'.
         reclaim: Give the host back what the guest frees.
         host_devices: PCI addresses of devices of the host that are the machine's.
         host_nodes: What QEMU opens for them.
@@ -94,6 +95,7 @@ class VMSettings:
         "incoming_in_set",
         "initrd",
         "kernel",
+        "ksm",
         "late_share",
         "machine",
         "machine_options",
@@ -156,6 +158,7 @@ class VMSettings:
         entropy: str = "",
         prealloc: bool = False,
         huge_pages: bool = False,
+        ksm: bool = False,
         vhost_net: bool = False,
         reclaim: bool = True,
         shared_memory: bool = False,
@@ -208,6 +211,7 @@ class VMSettings:
         self.entropy = entropy
         self.prealloc = prealloc
         self.huge_pages = huge_pages
+        self.ksm = ksm
         self.vhost_net = vhost_net
         self.reclaim = reclaim
         self.shared_memory = shared_memory
