@@ -23,6 +23,7 @@ from pathlib import Path
 from clients import EAT, LIMIT, READS, Docker, _fetched, _terminal, operations
 from podman_support import GATEWAY, IMAGE, ROOT, RUNTIMES
 from podman_support import Podman as Program
+from podman_support import found as found_podman
 from podman_support import running as podman_running
 from terminal import Terminal
 from waiting import until
@@ -95,8 +96,13 @@ EXPECTED = {
 }
 """What is seen of an operation that works."""
 
-REASONS: dict[str, tuple[str, str]] = {}
-"""Operation -> what is seen with kata where that is not what works, and why."""
+REASONS: dict[str, tuple[str, str]] = {
+    "all of it leaves behind": (
+        "a lost conmon: .*cgroup .*",
+        "podman calls no runtime for a container whose conmon is gone, and removes not all of its cgroups.",
+    ),
+}
+"""Operation -> what is seen where that is not what works, and why."""
 
 LEFT = "all of it leaves behind"
 BEGIN, END = "<!-- written by tools/conformance -->", "<!-- up to here -->"
@@ -113,7 +119,7 @@ class Podman(Docker):
     lacks = frozenset[str]()
 
     def __init__(self, podman: Program) -> None:
-        self._podman = podman
+        self._podman = self.program = podman
         self._docker = podman  # type: ignore[assignment]
         self._command = podman.command
         self._count = 0
@@ -203,7 +209,9 @@ class Podman(Docker):
             self._podman("volume", "rm", "-f", f"named-{runtime}", code=None)
 
     def network(self, runtime: str) -> str:
-        return str("1 packets received" in self._bb(runtime, IMAGE, "ping", "-c1", "-W20", self.gateway))
+        options = ("--cap-add", "NET_RAW")  # podman 5 does not give it
+        said = self._bb(runtime, *options, IMAGE, "ping", "-c1", "-W20", self.gateway)
+        return str("1 packets received" in said)
 
     def port(self, runtime: str) -> str:
         serve = "echo served >/x; exec httpd -f -p 80 -h /"
@@ -437,7 +445,8 @@ class Podman(Docker):
         with self._running(runtime, "sleep", "1000") as name:
             os.kill(int(self._format(name, "{{.State.ConmonPid}}")), signal.SIGKILL)
             time.sleep(0.3)
-            self._podman("rm", "-f", "-t", "0", name)
+            for _ in range(2):  # podman 5 complains of the lost conmon first
+                self._podman("rm", "-f", "-t", "0", name, code=None)
             return "removed" if name not in self._podman("ps", "-a", "--format", "{{.Names}}") else "there"
 
     def run_d(self, runtime: str) -> str:
@@ -501,7 +510,7 @@ class Record:
             self.add(operation, runtime, seen)
 
 
-def run(guest: Path, record: Record, runtimes: tuple[str, ...], only: str) -> None:
+def run(guest: Path, record: Record, runtimes: tuple[str, ...], only: str, base: Path | None = None) -> None:
     """Try out what has not been tried.
 
     Args:
@@ -509,9 +518,10 @@ def run(guest: Path, record: Record, runtimes: tuple[str, ...], only: str) -> No
         record: Is filled in.
         runtimes: With these alone.
         only: Only operations whose name contains this.
+        base: Where podman's packages are, if not where `podman_support.found` finds them.
     """
     directory = Path(tempfile.mkdtemp(prefix="kp", dir="/tmp"))
-    with podman_running(directory, guest, f"oci:{ROOT}/build/images/busybox") as program:
+    with podman_running(directory, guest, f"oci:{ROOT}/build/images/busybox", base) as program:
         for name, operation in tried(Podman(program)).items():
             for runtime in runtimes:
                 if (name, runtime) in record.found or only not in name:
@@ -557,22 +567,35 @@ def wrong(found: Mapping[tuple[str, str], str]) -> list[str]:
     ]
 
 
-def table(found: Mapping[tuple[str, str], str]) -> list[str]:
-    """The lines of the page: the operations, and what differs."""
-    lines = [f"| | {' | '.join(RUNTIMES)} |", "|" + "---|" * (len(RUNTIMES) + 1)]
-    differing = []
+def table(versions: Mapping[str, Mapping[tuple[str, str], str]]) -> list[str]:
+    """The lines of the page: the operations, and what differs.
+
+    Args:
+        versions: podman's version -> what was seen with it.
+    """
+    columns = [
+        (version, runtime)
+        for version, found in versions.items()
+        for runtime in RUNTIMES
+        if any(key[1] == runtime for key in found)
+    ]
+    titles = [f"podman {version}, {runtime}" for version, runtime in columns]
+    lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (len(columns) + 1)]
+    differing: dict[tuple[str, str, str], list[str]] = {}
     for name in EXPECTED:
         words = []
-        for runtime in RUNTIMES:
-            seen = found.get((name, runtime))
+        for version, runtime in columns:
+            seen = versions[version].get((name, runtime))
             words.append("" if seen is None else "works" if works(name, seen) else "differs")
-            if words[-1] == "differs" and seen is not None:
-                reason = why(name, seen) if runtime == "kata" else ""
-                differing.append(f"| {name}, {runtime} | {_short(seen)} | {reason or 'not known'} |")
+            if seen is not None and words[-1] == "differs":
+                reason = why(name, seen) or "not known"
+                differing.setdefault((name, _short(seen), reason), []).append(f"{runtime} ({version})")
         if any(words):
             lines.append(f"| {name} | {' | '.join(words)} |")
     if differing:
-        lines += ["", "| what differs | seen | why |", "|---|---|---|", *differing]
+        lines += ["", "| what differs | with | seen | why |", "|---|---|---|---|"]
+    for (name, seen, reason), where in differing.items():
+        lines.append(f"| {name} | {', '.join(where)} | {seen} | {reason} |")
     return lines
 
 
@@ -584,7 +607,7 @@ def _short(text: str) -> str:
     )
 
 
-def write(page: Path, found: Mapping[tuple[str, str], str]) -> None:
+def write(page: Path, versions: Mapping[str, Mapping[tuple[str, str], str]]) -> None:
     """Put the table into a page, between its marks.
 
     Raises:
@@ -594,7 +617,18 @@ def write(page: Path, found: Mapping[tuple[str, str], str]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} has no place for the table")
-    page.write_text(before + begin + "\n".join(table(found)) + "\n" + end + after)
+    page.write_text(before + begin + "\n".join(table(versions)) + "\n" + end + after)
+
+
+def version(base: Path | None = None) -> str:
+    """What a podman calls itself, without its last number: ``4.3``.
+
+    Args:
+        base: As `run` has it.
+    """
+    program = (base or found_podman()) / "usr/bin/podman"
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    return ".".join(said.split()[-1].split(".")[:2])
 
 
 def main() -> int:
@@ -607,17 +641,26 @@ def main() -> int:
     parser.add_argument("--again", metavar="TEXT", action="append", default=[], help="try these once more")
     parser.add_argument("--fresh", action="store_true", help="try everything once more")
     parser.add_argument("--only", metavar="TEXT", default="", help="only rows whose name contains this")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIRECTORY",
+        help="podman's packages (tools/debian-podman unpacks another suite's)",
+    )
     parser.add_argument("--runtime", choices=RUNTIMES, help="with this runtime alone")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that containers are removed on the way out
     STATE.mkdir(parents=True, exist_ok=True)
-    record = Record(STATE / "podman.jsonl")
+    record = Record(STATE / f"podman-{version(options.base)}.jsonl")
     runtimes = (options.runtime,) if options.runtime else RUNTIMES
     for text in [""] if options.fresh else options.again:
         record.forget(text, runtimes)
-    run(Path(os.environ["KATA_GUEST_DIR"]), record, runtimes, options.only)
+    run(Path(os.environ["KATA_GUEST_DIR"]), record, runtimes, options.only, options.base)
     if PAGE.exists():
-        write(PAGE, record.found)
+        records = sorted(
+            STATE.glob("podman-*.jsonl"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)]
+        )
+        write(PAGE, {path.stem.removeprefix("podman-"): Record(path).found for path in records})
         print(f"{PAGE.relative_to(ROOT)} is written")
     found = wrong(record.found)
     for what in found:

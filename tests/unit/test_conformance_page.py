@@ -118,16 +118,17 @@ def test_podmans_table_says_what_differs_and_why(tmp_path: Path, monkeypatch: py
     assert podman.wrong(found) == ["kill"]
     page = tmp_path / "page.md"
     page.write_text(f"before\n{podman.BEGIN}\nold\n{podman.END}\nafter\n")
-    podman.write(page, found)
+    podman.write(page, {"4.3": found, "5.8": {("kill", "kata"): "137"}})
     text = page.read_text()
     for line in (
         "before",
-        "| kill | works | works | differs |",
-        "| top | works | works | differs |",
-        "| pod | differs |  |  |",
-        "| kill, kata | `139` | not known |",
-        "| top, kata | `qemu / x` | a machine |",
-        "| pod, runc | `failed: DIR/x` | not known |",
+        "| | podman 4.3, runc | podman 4.3, crun | podman 4.3, kata | podman 5.8, kata |",
+        "| kill | works | works | differs | works |",
+        "| top | works | works | differs |  |",
+        "| pod | differs |  |  |  |",
+        "| kill | kata (4.3) | `139` | not known |",
+        "| top | kata (4.3) | `qemu / x` | a machine |",
+        "| pod | runc (4.3) | `failed: DIR/x` | not known |",
         "after",
     ):
         assert line in text.splitlines()
@@ -135,7 +136,7 @@ def test_podmans_table_says_what_differs_and_why(tmp_path: Path, monkeypatch: py
     record.forget("kill", ("kata",))
     assert podman.wrong(podman.Record(tmp_path / "record").found) == []
     with pytest.raises(ValueError, match="no place"):
-        podman.write(tmp_path / "record", found)
+        podman.write(tmp_path / "record", {"4.3": found})
 
 
 def test_every_row_of_podman_is_tried_and_judged() -> None:
