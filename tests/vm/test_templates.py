@@ -53,6 +53,24 @@ def processes(kata: Kata) -> list[str]:
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and so on."""
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
+    parents = [tuple(map(int, line.split())) for line in lines.splitlines()]
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents if parent == one]
+    return found[1:]
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 def test_a_start_makes_the_template_that_the_next_goes_on_from(templates: Kata, busybox_image: str) -> None:
     kata, run = templates, ["--network", "none", busybox_image]
     assert path_of(kata, *run, "true") == "start: cold: there is no template for it yet"
@@ -75,6 +93,29 @@ def test_a_start_makes_the_template_that_the_next_goes_on_from(templates: Kata, 
     assert not processes(kata)
     kata.env["KATA_TEMPLATES"] = "off"
     assert path_of(kata, *run, "true") == "start: cold: templates are switched off"
+
+
+def test_many_cold_starts_have_one_maker_outside_of_them(templates: Kata, busybox_image: str) -> None:
+    """What a sandbox has mounted does not stay in use after it by who makes a template."""
+    kata = templates
+    shared = kata.directory / "shared"
+    shared.mkdir()
+    run = ["run", "--rm", "--network", "none", "-v", f"{shared}:/mnt", busybox_image, "true"]
+    starts = [kata.start(*run) for _ in range(3)]
+    seen: set[str] = set()
+    while any(start.poll() is None for start in starts) or processes(kata):
+        for pid in processes(kata):
+            try:
+                mounts = Path(f"/proc/{pid}/mountinfo").read_text()
+                if os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
+                    seen.add(pid)  # and not its child
+            except OSError:
+                continue  # it has just ended
+            assert f"{kata.run_dir}/sandboxes" not in mounts
+        time.sleep(0.02)
+    assert [start.returncode for start in starts] == [0, 0, 0]
+    assert len(seen) == 1
+    assert len(status(kata)["templates"]) == 1
 
 
 def test_clones_share_nothing_that_is_a_sandboxs_own(templates: Kata, busybox_image: str) -> None:
@@ -195,13 +236,14 @@ def test_two_makers_and_a_killed_one(templates: Kata) -> None:
     maker = kata.start("factory", "init")
     directory = Path(str(status(kata)["directory"]))
     until(lambda: any(one.name.startswith(".making") for one in directory.iterdir()), "the making")
-    time.sleep(0.3)
+    until(lambda: len(descendants(maker.pid)) == 2, "its child, and the machine")
+    left = descendants(maker.pid)
     maker.kill()
     maker.communicate()
+    until(lambda: not any(map(is_there, left)), "their end with it")
     assert status(kata)["templates"] == []
     kata.ok("gc")
     until(lambda: not [one for one in directory.iterdir() if one.name.startswith(".")], "nothing half made")
-    assert not subprocess.run(["pgrep", "-f", str(directory)], check=False, capture_output=True).stdout
     assert "made" in kata.ok("factory", "init")
 
 

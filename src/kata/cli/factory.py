@@ -114,7 +114,7 @@ def _init(arguments: Arguments) -> int:
         raise UnsupportedError(f"there can be no template of this machine: {reason}", "docs/templates.md")
     wanted = template.Template(root, template.key_of(monitor, shape))
     began = time.monotonic()
-    made = maker.make(wanted, monitor, shape, waits=True)
+    made = maker.make(wanted, monitor, shape)
     if made:
         print(f"made {wanted.key} ({time.monotonic() - began:.1f} s)")
     else:

@@ -42,6 +42,8 @@ READY_S = 120.0
 QUIET_S = 0.3
 """How long the guest has after the last call: it learns that nobody is connected, and has done what it put off."""
 _LOCK = "lock"
+_LOCK_FD = 3
+"""Of the process that `launch` starts: it has had the lock since before it was executed."""
 _HEXADECIMAL = frozenset("0123456789abcdef")
 _MAKING = ".making-"
 OURS = (_MAKING, ".gone-", ".broken-")
@@ -58,14 +60,20 @@ def launch(wanted: Template, monitor: Monitor, shape: MachineShape, leave: Calla
         wanted: Which.
         monitor: The hypervisor.
         shape: What the machine is.
-        leave: Is called in the new process: takes it out of the cgroups of the caller's sandbox.
+        leave: Is called in the new process: takes it out of what is the caller's sandbox's.
 
     Raises:
         OSError: It could not be started.
     """
-    with _locked(wanted.root, waits=False) as is_free:
-        if not is_free:
-            return  # of many starts at once the first has it made
+    with _locked(wanted.root, waits=False) as lock:
+        # Of many starts at once the first has it made: the lock is the new process's from here on.
+        if lock is not None and not _is_there(wanted) and not templates.failure(wanted):
+            _launch(wanted, monitor, shape, leave, lock)
+
+
+def _launch(
+    wanted: Template, monitor: Monitor, shape: MachineShape, leave: Callable[[], object], lock: int
+) -> None:
     plain = {name: getattr(shape, name) for name in shape.__slots__}
     order = marshal.dumps((wanted.root, wanted.key, monitor.name, {**plain, "options": dict(shape.options)}))
     argv = [*launcher.command(), COMMAND]
@@ -85,7 +93,9 @@ def launch(wanted: Template, monitor: Monitor, shape: MachineShape, leave: Calla
                 os.dup2(read, 0)
                 os.dup2(null, 1)
                 os.dup2(null, 2)
-                sysio.close_on_exec_from(3)
+                os.dup2(lock, _LOCK_FD)
+                sysio.close_on_exec_from(_LOCK_FD + 1)
+                os.set_inheritable(_LOCK_FD, True)
                 os.chdir("/")
                 sysio.reset_signals()
                 os.execve(argv[0], argv, dict(os.environ))
@@ -106,6 +116,7 @@ def main() -> int:
     # When the host has no memory left, a template is the first thing to do without.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
+    os.set_inheritable(_LOCK_FD, False)
     sysio.unshare(sysio.CLONE_NEWNET)  # not the sandbox's
     from kata.hypervisor import registry
     from kata.hypervisor.base import MachineShape
@@ -113,7 +124,7 @@ def main() -> int:
     wanted = templates.Template(root, key)
     monitor = registry.find(name)
     try:
-        make(wanted, monitor, MachineShape(**plain), waits=False)
+        make(wanted, monitor, MachineShape(**plain), lock=_LOCK_FD)
     except KataError as error:
         write_failure(wanted, error)
         return 1
@@ -123,14 +134,14 @@ def main() -> int:
 # ---- making ----
 
 
-def make(wanted: Template, monitor: Monitor, shape: MachineShape, *, waits: bool) -> bool:
+def make(wanted: Template, monitor: Monitor, shape: MachineShape, *, lock: int | None = None) -> bool:
     """Make a template.
 
     Args:
         wanted: Which.
         monitor: The hypervisor.
         shape: What the machine is.
-        waits: Wait while another one is made; otherwise this one is not made then.
+        lock: A descriptor that has the lock; None waits for it while another one is made.
 
     Returns:
         Whether it was made; it may be there already.
@@ -139,8 +150,8 @@ def make(wanted: Template, monitor: Monitor, shape: MachineShape, *, waits: bool
         KataError: It could not be. Nothing is left of it.
     """
     try:
-        with _locked(wanted.root, waits=waits) as is_ours:
-            if not is_ours or os.path.exists(os.path.join(wanted.path, templates.WHOLE)):
+        with _locked(wanted.root, waits=True) if lock is None else contextlib.nullcontext():
+            if _is_there(wanted):
                 return False
             _make(wanted, monitor, shape)
             return True
@@ -148,6 +159,10 @@ def make(wanted: Template, monitor: Monitor, shape: MachineShape, *, waits: bool
         raise HostError(
             f"cannot make a template: {error.strerror}: {error.filename or wanted.path}"
         ) from error
+
+
+def _is_there(wanted: Template) -> bool:
+    return os.path.exists(os.path.join(wanted.path, templates.WHOLE))
 
 
 def _make(wanted: Template, monitor: Monitor, shape: MachineShape) -> None:
@@ -303,17 +318,21 @@ def _sync(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(root: str, *, waits: bool) -> Iterator[bool]:
-    """Be the only one who makes or removes templates; gives False where another one is, and nobody waits."""
+def _locked(root: str, *, waits: bool) -> Iterator[int | None]:
+    """Be the only one who makes or removes templates.
+
+    Gives the descriptor that has the lock until its last copy is closed; None where another one has it, and nobody
+    waits.
+    """
     paths.make_dirs(root, 0o711)
     fd = os.open(os.path.join(root, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
             return
-        yield True
+        yield fd
     finally:
         os.close(fd)
 
@@ -369,8 +388,8 @@ def sweep(root: str) -> list[str]:
     """
     if not os.path.isdir(root):
         return []
-    with _locked(root, waits=False) as is_ours:
-        return clear(root) if is_ours else []
+    with _locked(root, waits=False) as lock:
+        return [] if lock is None else clear(root)
 
 
 def destroy(root: str) -> list[str]:

@@ -107,15 +107,21 @@ def find(
         os.stat(os.path.join(found.path, WHOLE))
         os.utime(found.path)
     except OSError:
-        try:
-            with open(f"{found.path}.{FAILED}", encoding="utf-8") as file:
-                if os.fstat(file.fileno()).st_mtime < time.time() - FAILED_S:
-                    raise FileNotFoundError
-                found.reason = f"there is no template for it: {file.read(500).strip()}"
-        except OSError:
-            found.reason = "there is no template for it yet"
-            found.is_missing = mode == "on"
+        why = failure(found)
+        found.reason = "there is no template for it" + (f": {why}" if why else " yet")
+        found.is_missing = mode == "on" and not why
     return found
+
+
+def failure(template: Template) -> str:
+    """Why a template could lately not be made, or was of no use; empty if nothing is known."""
+    try:
+        with open(f"{template.path}.{FAILED}", encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mtime < time.time() - FAILED_S:
+                return ""
+            return file.read(500).strip() or "its maker did not say why"
+    except OSError:
+        return ""
 
 
 def why_not(monitor: Monitor, capabilities: Capabilities, shape: MachineShape) -> str:

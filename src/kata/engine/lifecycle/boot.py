@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 
+from kata import sysio
 from kata.engine.lifecycle import boot_slots, volumes
 from kata.errors import HostError, KataError, UnsupportedError
 from kata.hypervisor import registry
@@ -60,6 +61,7 @@ class Machine:
         cgroup: Its leaves in the host's cgroups.
         files: The file server of the share, if the share is served by one.
         host: The host's namespaces, for hooks that a client's specification may have.
+        host_mounts: The host's mount namespace, until the boot slot is free.
         network: The network, if the sandbox has one.
         share: The share, if the sandbox has one.
         ready_ns: When there was nothing more to do but wait for a boot slot.
@@ -78,6 +80,7 @@ class Machine:
         "cgroup",
         "files",
         "host",
+        "host_mounts",
         "is_up",
         "monitor",
         "network",
@@ -102,6 +105,7 @@ class Machine:
         self.cgroup: HostCgroup | None = None
         self.files: virtiofsd.FileServer | None = None
         self.host: hostns.Namespaces | None = None
+        self.host_mounts: sysio.Fd | None = None
         self.network: NetworkPlan | None = None
         self.share: volumes.Share | None = None
         self.ready_ns = 0
@@ -127,6 +131,9 @@ class Machine:
         if self.is_up and self.template is not None and self.template.is_missing:
             self.template.is_missing = False
             self._make_template(self.template)
+        if self.host_mounts is not None:
+            self.host_mounts.close()
+            self.host_mounts = None
 
     @property
     def is_clone(self) -> bool:
@@ -150,11 +157,16 @@ class Machine:
         assert self.monitor is not None
         assert self.shape is not None
         try:
-            maker.launch(
-                template, self.monitor, self.shape, self.cgroup.leave if self.cgroup is not None else int
-            )
+            maker.launch(template, self.monitor, self.shape, self._leave_sandbox)
         except OSError:
             pass  # the next start tries
+
+    def _leave_sandbox(self) -> None:
+        """In a process that outlives the sandbox: be in its cgroups no more, nor among its mounts."""
+        if self.cgroup is not None:
+            self.cgroup.leave()
+        if self.host_mounts is not None:
+            sysio.setns(self.host_mounts.raw, sysio.CLONE_NEWNS)
 
     @property
     def disk_addresses(self) -> Sequence[str]:
@@ -354,6 +366,8 @@ class Boot:
 
     def enter_namespace(self) -> None:
         """Go into a mount namespace of our own."""
+        self.machine.host_mounts = sysio.Fd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+        self._undo.append(self.machine.host_mounts.close)
         volumes.own_namespace()
 
     def prepare_share(self) -> None:
