@@ -613,12 +613,20 @@ class ContainerSettings(Part):
         stdin_once: The end of an attached client's input ends the container's.
         record_state: Write `state.json`; not for a stopped container that is opened to copy files.
         auto_remove: Remove the directory at the end.
+        extra_hosts: Lines of its `/etc/hosts`, besides its own.
+        dns_servers: Name servers of its `/etc/resolv.conf`, instead of the host's.
+        dns_searches: Domains there that are searched, instead of the host's; `.` for none.
+        dns_options: Options there, instead of the host's.
     """
 
     __slots__ = (
         "auto_remove",
         "directory",
         "disk_volumes",
+        "dns_options",
+        "dns_searches",
+        "dns_servers",
+        "extra_hosts",
         "log",
         "open_stdin",
         "record_state",
@@ -639,6 +647,10 @@ class ContainerSettings(Part):
         stdin_once: bool = False,
         record_state: bool = True,
         auto_remove: bool = False,
+        extra_hosts: Sequence[str] = (),
+        dns_servers: Sequence[str] = (),
+        dns_searches: Sequence[str] = (),
+        dns_options: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         self.rootfs = rootfs
@@ -649,6 +661,10 @@ class ContainerSettings(Part):
         self.stdin_once = stdin_once
         self.record_state = record_state
         self.auto_remove = auto_remove
+        self.extra_hosts = list(extra_hosts)
+        self.dns_servers = list(dns_servers)
+        self.dns_searches = list(dns_searches)
+        self.dns_options = list(dns_options)
 
 
 # ---- the client ----

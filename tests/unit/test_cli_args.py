@@ -211,7 +211,7 @@ def test_detach_keys() -> None:
     [
         (["push", "x"], "kata has no command 'push'\nhint: build, tag and push with docker"),
         (["container", "rename", "a", "b"], "kata run --name sets the name"),
-        (["run", "--label", "a=b", "x"], "kata run has no option --label\nhint: containers have no labels"),
+        (["run", "--restart", "no", "x"], "kata run has no option --restart\nhint: restart it by a systemd"),
         (["run", "--net", "none", "x"], "it is called --network"),
         (["run", "--health-interval", "5s", "x"], "kata exec NAME PROGRAM"),
         (["run", "--device-read-bps", "/dev/vda:1mb", "x"], "limits are --cpus"),

@@ -711,3 +711,51 @@ def test_volumes_of_an_image(shared_kata: Kata, busybox_image: str, tmp_path: Pa
     )
     assert said.splitlines() == ["mine", "root 755"]
     shared_kata.ok("rm", "-v", "locked")
+
+
+def test_options_of_docker_that_end_in_the_guest(
+    shared_kata: Kata, busybox_image: str, tmp_path: Path
+) -> None:
+    """One machine for all of them: limits, names, groups, security, time zone, environment, the id's file."""
+    script = (
+        "ulimit -Sn; ulimit -Hn; df -k /dev/shm | tail -1 | awk '{print $2}'; id -G;"
+        " grep -c '192.0.2.7.db$' /etc/hosts; cat /etc/resolv.conf; cat /proc/sys/net/core/somaxconn;"
+        " awk '/NoNewPrivs|^Seccomp:/{print $2}' /proc/self/status; echo $FROM_HOST; date -d @0 +%H;"
+        " cat /sys/fs/cgroup/cpu.weight; cat /sys/fs/cgroup/memory.low"
+    )
+    id_file = tmp_path / "id"
+    options = [
+        *(
+            "--ulimit",
+            "nofile=100:200",
+            "--shm-size",
+            "1m",
+            "--group-add",
+            "77",
+            "--add-host",
+            "db:192.0.2.7",
+        ),
+        *("--dns", "192.0.2.53", "--dns-search", "example.org", "--dns-option", "ndots:2"),
+        *("--sysctl", "net.core.somaxconn=123", "--security-opt", "no-new-privileges", "--security-opt"),
+        *("seccomp=unconfined", "--tz", "Asia/Tokyo", "--env-host", "--cpu-shares", "2048"),
+        *("--memory-reservation", "16m", "--label", "kind=test", "--cidfile", str(id_file), "-q"),
+    ]
+    command = shared_kata.command("run", "--name", "all", *options, busybox_image, "sh", "-c", script)
+    env = {**shared_kata.env, "FROM_HOST": "yes"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    try:
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[:3] == ["100", "200", "1024"]
+        assert "77" in lines[3].split()
+        assert lines[4] == "1"
+        assert sorted(lines[5:8]) == ["nameserver 192.0.2.53", "options ndots:2", "search example.org"]
+        assert lines[8:] == ["123", "1", "0", "yes", "09", "174", str(16 << 20)]
+        [found] = json.loads(shared_kata.ok("inspect", "all"))
+        assert found["labels"]["kind"] == "test"
+        assert found["id"] == id_file.read_text()
+        again = shared_kata.call("run", "--rm", "--cidfile", str(id_file), busybox_image, "true")
+        assert again.returncode == 125
+        assert b"is there already" in again.stderr
+    finally:
+        shared_kata.call("rm", "-f", "all")

@@ -149,6 +149,7 @@ SANDBOX: Mapping[str, Any] = {
         "volumes": [_VOLUME], "disk_volumes": [_VOLUME],
         "log": {"path": VALUE, "max_bytes": VALUE, "files": VALUE},
         "open_stdin": VALUE, "stdin_once": VALUE, "record_state": VALUE, "auto_remove": VALUE,
+        "extra_hosts": COUNT, "dns_servers": COUNT, "dns_searches": COUNT, "dns_options": VALUE,
     },
     "network": _NETWORK,
     "disks": [_DISK],
@@ -194,7 +195,8 @@ RECORD: Mapping[str, Any] = {
     "rootfs": {"kind": VALUE, "path": VALUE, "source": VALUE},
     "volumes": [_VOLUME], "disk_volumes": [_VOLUME], "image_volumes": VALUE,
     "auto_remove": VALUE, "made_to_run": VALUE, "stop_signal": VALUE, "labels": NAMES, "annotations": NAMES,
-    "args": COUNT, "env": NAMES, "log": {"max_bytes": VALUE, "files": VALUE},
+    "args": COUNT, "env": NAMES, "log": {"max_bytes": VALUE, "files": VALUE}, "stop_timeout": VALUE,
+    "extra_hosts": COUNT, "dns_servers": COUNT, "dns_searches": COUNT, "dns_options": VALUE,
 }  # fmt: skip
 """Of ``container.json`` (`kata.cli.records`)."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kata.cli.args import Arguments
     from kata.cli.records import Container
 
-_GRACE = "10"
+_GRACE = 10
 
 COMMANDS = {
     "start": Command(
@@ -130,8 +130,11 @@ def _need_stopped(container: Container) -> None:
 # ---- stop ----
 
 
-def _grace(arguments: Arguments) -> float:
-    text = arguments.value("time") or _GRACE
+def _grace(arguments: Arguments) -> float | None:
+    """The seconds of ``--time``; None without it."""
+    text = arguments.value("time")
+    if text is None:
+        return None
     try:
         seconds = float(text)
     except ValueError:
@@ -141,16 +144,21 @@ def _grace(arguments: Arguments) -> float:
     return seconds
 
 
+def _patience(container: Container, asked: float | None) -> float:
+    """How many seconds a container gets: of ``--time``, else of its ``--stop-timeout``."""
+    return float(container.record.get("stop_timeout", _GRACE)) if asked is None else asked
+
+
 def _stop(arguments: Arguments) -> int:
     grace = _grace(arguments)
-    return each(arguments.rest, lambda container: stop(container, grace))
+    return each(arguments.rest, lambda container: stop(container, _patience(container, grace)))
 
 
 def _restart(arguments: Arguments) -> int:
     grace = _grace(arguments)
 
     def act(container: Container) -> None:
-        stop(container, grace)
+        stop(container, _patience(container, grace))
         if records.load(container.id) is None:
             raise StateError(
                 f"container {container.name} was made with --rm and is gone now that it has stopped"

@@ -19,8 +19,40 @@ if TYPE_CHECKING:
     from kata.cli.args import Arguments
     from kata.cli.mounts import Volume
     from kata.cli.records import Container
+    from kata.cli.run_options import RunOptions
     from kata.proto import sandbox_pb
 
+_MORE = [
+    Option("-l --label", "KEY[=VALUE]", "a label, for 'kata ps --json' and 'kata inspect'", many=True),
+    Option("--label-file", "FILE", "read labels from a file, one KEY=VALUE a line", many=True),
+    Option(
+        "--ulimit", "NAME=SOFT[:HARD]", "limit of the command's processes: nofile=1024; -1: none", many=True
+    ),
+    Option("--sysctl", "NAME=VALUE", "set a parameter of the machine's own kernel", many=True),
+    Option("--shm-size", "SIZE", "size of /dev/shm (64m)"),
+    Option("--group-add", "GID", "a further group of the command, by number", many=True),
+    Option("--add-host", "NAME:ADDRESS", "add a line to /etc/hosts", many=True),
+    Option("--dns", "ADDRESS", "ask this name server instead of the host's", many=True),
+    Option("--dns-search", "DOMAIN", "search this domain instead of the host's; '.' for none", many=True),
+    Option("--dns-option", "OPTION", "an option of resolv.conf instead of the host's (ndots:2)", many=True),
+    Option(
+        "--security-opt",
+        "OPTION",
+        "no-new-privileges, seccomp=unconfined or systempaths=unconfined",
+        many=True,
+    ),
+    Option("--cpu-shares", "N", "weight of its CPU time in the machine (1024)"),
+    Option(
+        "--memory-reservation", "SIZE", "memory that the machine's kernel leaves to it when that is short"
+    ),
+    Option("--memory-swap", "SIZE", "the same as -m, since the machine has no swap"),
+    Option("--env-host", "", "set the environment variables of this command, too; -e is stronger"),
+    Option("--tz", "ZONE|local", "time zone, from the host's files (Europe/Paris)"),
+    Option("--stop-timeout", "SECONDS", "how long 'kata stop' waits before SIGKILL (10)"),
+    Option("--cidfile", "FILE", "write the container's id to a new file"),
+    Option("-q --quiet", "", "show no progress when the image is fetched"),
+]
+"""Options that few containers are given: `kata.cli.run_options` reads them."""
 _OPTIONS = [
     Option("-i --interactive", "", "keep standard input open, and connect it"),
     Option("-t --tty", "", "give the command a terminal"),
@@ -68,6 +100,7 @@ _OPTIONS = [
         "make a port of the container reachable on the host",
         many=True,
     ),
+    Option("-P --publish-all", "", "publish every port that the image exposes, on free ports of the host"),
     Option("-h --hostname", "NAME", "the container's host name; the beginning of its id if not given"),
     Option("--entrypoint", "COMMAND", "replace the image's entry point; empty to clear it"),
     Option("--storage-size", "SIZE", "size of the writable layer, a sparse file on the host (10g)"),
@@ -89,6 +122,7 @@ _OPTIONS = [
         "prepare it for systemd: if that is its command (true), never or always",
     ),
     Option("--rm", "", "remove the container when it has ended"),
+    *_MORE,
 ]
 
 _IMAGES = """\
@@ -169,10 +203,18 @@ def make_container(
     reference, *command = arguments.rest
     choice = _Choice(arguments)
     raise_file_limit()  # with too few descriptors it would fail half-way, and so would undoing that
-    image = resolve(reference, pull=choice.pull, platform=choice.platform, progress=None)
+    progress = (lambda *_: None) if arguments.flag("quiet") else None
+    image = resolve(reference, pull=choice.pull, platform=choice.platform, progress=progress)
     _warn_of_level(image.platform)
-    pending = PendingContainer(choice.name)
+    id_path = arguments.value("cidfile")
+    id_file = None
+    if id_path is not None:
+        from kata.cli.run_options import IdFile
+
+        id_file = IdFile(id_path)
+    pending = None
     try:
+        pending = PendingContainer(choice.name)
         hostname = choice.hostname or pending.id[:12]
         request = oci.Request(hostname)
         choice.fill(request)
@@ -202,7 +244,7 @@ def make_container(
             # As in Docker: of a container made without -d, the first client that attaches to stdin also closes it.
             "stdin_once": choice.interactive and not detach,
             "network": choice.network,
-            "ports": choice.ports,
+            "ports": choice.published(image.config),
             "volumes": [
                 {"source": source, "destination": destination, "readonly": "ro" in options}
                 for source, destination, options in choice.binds
@@ -218,6 +260,8 @@ def make_container(
             "labels": image.config.get("Labels") or {},
             "log": {"max_bytes": _LOG_BYTES, "files": _LOG_FILES},
         }
+        if choice.more is not None:
+            choice.more.apply(spec, record)
         if choice.storage == "disk":
             from kata.storage import ext4
 
@@ -226,9 +270,14 @@ def make_container(
             from kata.storage import ext4
 
             ext4.make_writable(pending.path(name), volume.size, "volume", "volume-opt=size")
+        if id_file is not None:
+            id_file.write(pending.id)
         return pending.commit(record, spec)
     except BaseException:
-        pending.discard()
+        if pending is not None:
+            pending.discard()
+        if id_file is not None:
+            id_file.discard()
         raise
 
 
@@ -299,6 +348,16 @@ def _rootfs(image: Any) -> dict[str, str]:
     return {"kind": "erofs", "path": image.rootfs_path}
 
 
+def _more(arguments: Arguments) -> RunOptions | None:
+    """Those of `_MORE` that are on the command line; None without any."""
+    keys = (option.key for option in _MORE)
+    if not any(arguments.flag(k) or arguments.value(k) is not None or arguments.many(k) for k in keys):
+        return None
+    from kata.cli.run_options import RunOptions
+
+    return RunOptions(arguments)
+
+
 class _Choice:
     """The options of `run` and `create`, checked before anything is created."""
 
@@ -322,7 +381,7 @@ class _Choice:
         self.pull = self._one_of(a, "pull", ("missing", "always", "never"))
         self.platform = _runnable(a.value("platform"))
         self.ports = [entry for text in a.many("publish") for entry in values.port(text)]
-        if self.ports and self.network == "none":
+        if (self.ports or a.flag("publish_all")) and self.network == "none":
             raise UsageError("-p needs a network, and --network none has none", "leave out one of the two")
         storage_size = a.value("storage_size")
         self.storage_size = (
@@ -340,6 +399,9 @@ class _Choice:
         self.binds: list[tuple[str, str, list[str]]] = []
         self.disk_volumes: list[Volume] = []
         self._tmpfs = [values.tmpfs(text) for text in a.many("tmpfs")]
+        self.more = _more(a)
+        if self.more is not None:
+            self._env = [*self.more.env, *self._env]
         self._read_volumes(a.many("volume"), a.many("mount"))
         self._arguments = a
 
@@ -347,6 +409,8 @@ class _Choice:
         """Read ``-v`` and ``--mount``."""
         anonymous = [text for text in short if ":" not in text and text.startswith("/")]
         self.binds = [values.volume(text) for text in short if text not in anonymous]
+        if self.more is not None:
+            self.binds += self.more.binds
         if anonymous or long:
             from kata.cli import mounts
 
@@ -401,6 +465,18 @@ class _Choice:
                 for number, volume in enumerate(self.disk_volumes)
             ),
         ]
+
+    def published(self, image: dict[str, Any]) -> list[dict[str, Any]]:
+        """The ports that are published: those of ``-p``, and with ``-P`` what the image exposes.
+
+        Args:
+            image: The ``config`` object of its configuration.
+        """
+        if not self._arguments.flag("publish_all"):
+            return self.ports
+        from kata.cli.run_options import exposed_ports
+
+        return [*self.ports, *exposed_ports(image.get("ExposedPorts") or {}, self.ports)]
 
     def add_volumes(self, destinations: list[str]) -> None:
         """Add volumes on disks of their own, besides those of the options."""

@@ -113,6 +113,10 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
             open_stdin=record["open_stdin"],
             stdin_once=record["stdin_once"],
             auto_remove=record["auto_remove"],
+            extra_hosts=record.get("extra_hosts", ()),
+            dns_servers=record.get("dns_servers", ()),
+            dns_searches=record.get("dns_searches", ()),
+            dns_options=record.get("dns_options", ()),
         ),
         disks=disks,
         network=NetworkSettings(

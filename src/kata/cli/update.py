@@ -61,7 +61,8 @@ def _keep(container: Container, resources: dict[str, Any], record: dict[str, Any
     path = os.path.join(container.directory, "config.json")
     spec = records.read_json(path)
     kept = spec.setdefault("linux", {}).setdefault("resources", {})
-    kept |= resources
+    for kind, limits in resources.items():
+        kept[kind] = {**(kept.get(kind) or {}), **limits}
     if (kept.get("pids") or {}).get("limit") == -1:
         del kept["pids"]
     records.write_json(path, spec)

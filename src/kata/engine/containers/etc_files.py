@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kata.agent.client import AgentClient
     from kata.engine.access import EtcAccess
     from kata.engine.containers.binds import ContainerMounts
+    from kata.settings import ContainerSettings
 
 
 def name_servers(config: dict[str, Any], lines: list[str]) -> list[str]:
@@ -30,6 +31,29 @@ def name_servers(config: dict[str, Any], lines: list[str]) -> list[str]:
             # What the guest writes there counts as what its client has written.
             return resolver.read((str(mount.get("source") or ""),)).servers
     return resolver.parse("\n".join(lines)).servers
+
+
+def resolv_conf(own: ContainerSettings, lines: list[str]) -> list[str]:
+    """The lines of a container's resolv.conf: what its settings ask for, the rest as it is.
+
+    Args:
+        own: Its settings.
+        lines: Of the resolv.conf of the guest.
+    """
+    wanted = [f"nameserver {server}" for server in own.dns_servers]
+    if own.dns_searches and own.dns_searches != ["."]:
+        wanted.append(f"search {' '.join(own.dns_searches)}")
+    if own.dns_options:
+        wanted.append(f"options {' '.join(own.dns_options)}")
+    replaced = [
+        *(["nameserver"] if own.dns_servers else []),
+        *(["search", "domain"] if own.dns_searches else []),
+        *(["options"] if own.dns_options else []),
+    ]
+    return [
+        *(line for line in lines if line.split(maxsplit=1)[:1] not in [[one] for one in replaced]),
+        *wanted,
+    ]
 
 
 class EtcFiles:
@@ -61,10 +85,17 @@ class EtcFiles:
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
             f"{sandbox.address or '127.0.1.1'}\t{hostname}\n"
         )
-        for name, content in (("hostname", f"{hostname}\n"), ("hosts", hosts)):
+        own = sandbox.settings.container if container_id == sandbox.settings.id else None
+        if own is not None and own.extra_hosts:
+            hosts += "\n".join(own.extra_hosts) + "\n"
+        files = [("hostname", f"{hostname}\n"), ("hosts", hosts)]
+        asks = own is not None and (own.dns_servers or own.dns_searches or own.dns_options)
+        if own is not None and asks:
+            files.append(("resolv.conf", "\n".join(resolv_conf(own, sandbox.dns)) + "\n"))
+        for name, content in files:
             self._contents[f"{container_id}-{name}"] = content.encode()
             self.mounts[f"/etc/{name}"] = f"{spec.GUEST_SHARE}/{container_id}-{name}"
-        if sandbox.dns:
+        if sandbox.dns and not asks:
             self.mounts["/etc/resolv.conf"] = spec.GUEST_RESOLV
         if sandbox.settings.pod is not None:
             self.mounts["/dev/shm"] = "/dev/shm"  # the guest's own is the pod's

@@ -1,0 +1,383 @@
+"""The options of `kata run` and `kata create` that few containers are given: labels, limits, names, security.
+
+They are read before anything is made, and put into the specification and the container's record afterwards. This module
+is imported only where one of them was given.
+
+Source: docker-run(1) and podman-run(1) for the forms; runtime-spec 1.1, config-linux.md for what becomes of them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kata.cli import values
+from kata.errors import KataError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from kata.cli.args import Arguments
+
+_LIMITS = frozenset(
+    "core cpu data fsize locks memlock msgqueue nice nofile nproc rss rtprio rttime sigpending stack".split()  # noqa: SIM905
+)
+"""The names of --ulimit, as in Docker (getrlimit(2))."""
+_UNLIMITED = (1 << 64) - 1
+_LABEL_FORM = "KEY=VALUE, or KEY alone for an empty value"
+_WITHOUT_EFFECT = ("label=disable", "apparmor=unconfined")
+"""Values of --security-opt that ask for what is so anyway: the guest's kernel has neither SELinux nor AppArmor."""
+_ZONES = "/usr/share/zoneinfo"
+_MOST_PORTS = 100
+"""That ``-P`` publishes."""
+
+
+class RunOptions:
+    """What these options ask for, checked.
+
+    Args:
+        arguments: The command line of `kata run` or `kata create`.
+
+    Attributes:
+        env: ``KEY=VALUE`` strings, weaker than those of ``-e``.
+        binds: Mounts besides those of ``-v``, as `values.volume` returns them.
+
+    Raises:
+        UsageError: One of them is malformed, or cannot be had.
+    """
+
+    __slots__ = (
+        "_dns",
+        "_hosts",
+        "_labels",
+        "_resources",
+        "_security",
+        "_shm_size",
+        "_stop_timeout",
+        "_sysctls",
+        "_ulimits",
+        "binds",
+        "env",
+        "groups",
+    )
+
+    def __init__(self, arguments: Arguments) -> None:
+        a = arguments
+        self._labels = labels(a.many("label"), a.many("label_file"))
+        self._ulimits = [ulimit(text) for text in a.many("ulimit")]
+        self._sysctls = dict(map(sysctl, a.many("sysctl")))
+        shm_size, stop_timeout, tz = a.value("shm_size"), a.value("stop_timeout"), a.value("tz")
+        self._shm_size = None if shm_size is None else values.size(shm_size, "--shm-size")
+        self._stop_timeout = (
+            None if stop_timeout is None else values.whole(stop_timeout, "--stop-timeout", least=0)
+        )
+        self.groups = [group(text) for text in a.many("group_add")]
+        self._hosts = [line for text in a.many("add_host") for line in host_lines(text)]
+        self._dns = {
+            "dns_servers": [address(text, "--dns") for text in a.many("dns")],
+            "dns_searches": [_word(text, "--dns-search") for text in a.many("dns_search")],
+            "dns_options": [_word(text, "--dns-option") for text in a.many("dns_option")],
+        }
+        self._security = [security(text) for text in a.many("security_opt")]
+        self._resources = _resources(a)
+        self.env = [f"{key}={value}" for key, value in os.environ.items()] if a.flag("env_host") else []
+        self.binds = [] if tz is None else [(zone_file(tz), "/etc/localtime", ["rbind", "rprivate", "ro"])]
+        if self._shm_size is not None and any("/dev/shm" in text for text in a.many("tmpfs")):
+            raise UsageError("--shm-size and a --tmpfs at /dev/shm contradict each other", "leave out one")
+
+    def apply(self, spec: dict[str, Any], record: dict[str, Any]) -> None:
+        """Put them into what describes a container.
+
+        Args:
+            spec: Its specification; changed.
+            record: Its container.json; changed.
+        """
+        record["labels"] = {**record["labels"], **self._labels}
+        if self._stop_timeout is not None:
+            record["stop_timeout"] = self._stop_timeout
+        record.update({key: asked for key, asked in self._dns.items() if asked})
+        if self._hosts:
+            record["extra_hosts"] = self._hosts
+        process, linux = spec["process"], spec["linux"]
+        if self._ulimits:
+            # The last one of a kind counts.
+            process["rlimits"] = list({one["type"]: one for one in self._ulimits}.values())
+        if self.groups:
+            process["user"]["additionalGids"] = self.groups
+        if self._sysctls:
+            linux["sysctl"] = self._sysctls
+        for key, limits in self._resources.items():
+            linux["resources"][key] = {**linux["resources"].get(key, {}), **limits}
+        for mount in spec["mounts"]:
+            if mount["destination"] == "/dev/shm" and self._shm_size is not None:
+                kept = [option for option in mount["options"] if not option.startswith("size=")]
+                mount["options"] = [*kept, f"size={self._shm_size}"]
+        if "no-new-privileges" in self._security:
+            process["noNewPrivileges"] = True
+        if "seccomp=unconfined" in self._security:
+            linux.pop("seccomp", None)
+        if "systempaths=unconfined" in self._security:
+            linux.pop("maskedPaths", None)
+            linux.pop("readonlyPaths", None)
+
+
+def labels(given: list[str], files: list[str]) -> dict[str, str]:
+    """Read ``--label`` and ``--label-file``; those of the command line win.
+
+    Args:
+        given: Values of --label.
+        files: Paths of files with one label a line, as for ``--env-file``.
+    """
+    lines = []
+    for path in files:
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                content = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UsageError(
+                f"--label-file {path} cannot be read: {reason}", "give a text file of KEY=VALUE lines"
+            ) from None
+        lines += [line.strip() for line in content.splitlines() if line.strip() and line.strip()[0] != "#"]
+    found = {}
+    for text in [*lines, *given]:
+        key, _, value = text.partition("=")
+        if not key or any(character.isspace() for character in key):
+            raise UsageError(f"--label {text!r} is not a label", _LABEL_FORM)
+        found[key] = value
+    return found
+
+
+def ulimit(text: str) -> dict[str, Any]:
+    """Parse ``NAME=SOFT[:HARD]`` to an entry of the specification's ``rlimits``; -1 is no limit."""
+    name, equals, numbers = text.partition("=")
+    soft_text, colon, hard_text = numbers.partition(":")
+    name = name.lower().removeprefix("rlimit_")
+    hint = "NAME=SOFT[:HARD], -1 for no limit: --ulimit nofile=1024:4096"
+    if name not in _LIMITS:
+        raise UsageError(
+            f"--ulimit {text!r}: there is no limit {name!r}", "one of " + " ".join(sorted(_LIMITS))
+        )
+    if not equals:
+        raise UsageError(f"--ulimit {text!r} is not a limit", hint)
+    both = []
+    for one in (soft_text, hard_text if colon else soft_text):
+        try:
+            number = int(one)
+        except ValueError:
+            number = -2
+        if not -1 <= number < _UNLIMITED:
+            raise UsageError(f"--ulimit {text!r}: {one!r} is not a number", hint)
+        both.append(_UNLIMITED if number == -1 else number)
+    soft, hard = both
+    if soft > hard:
+        raise UsageError(f"--ulimit {text!r}: the soft limit is above the hard one", hint)
+    return {"type": f"RLIMIT_{name.upper()}", "soft": soft, "hard": hard}
+
+
+def sysctl(text: str) -> tuple[str, str]:
+    """Parse ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or ".." in name or any(c.isspace() or c == "\0" for c in name):
+        raise UsageError(f"--sysctl {text!r} is not NAME=VALUE", "--sysctl net.core.somaxconn=1024")
+    return name, value
+
+
+def group(text: str) -> int:
+    """Parse the number of a supplementary group."""
+    if not text.isdecimal() or not text.isascii() or int(text) >= 1 << 32:
+        raise UsageError(
+            f"--group-add {text!r} is not a number: the image's /etc/group is not read before the start",
+            "give the group's number; -u USER brings the groups of USER",
+        )
+    return int(text)
+
+
+def address(text: str, option: str) -> str:
+    """Check an address of IPv4 or IPv6.
+
+    Args:
+        text: As the user wrote it.
+        option: The option it belongs to, for errors.
+    """
+    import ipaddress
+
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise UsageError(f"{option}: {text!r} is not an IP address", f"{option} 192.0.2.1") from None
+
+
+def host_lines(text: str) -> list[str]:
+    """Parse ``NAME:ADDRESS`` (or ``NAME=ADDRESS``; several names with ``;``) to lines of hosts(5)."""
+    split = next((position for position, character in enumerate(text) if character in ":="), -1)
+    names, target = text[:split], text[split + 1 :]
+    names_given = [name for name in names.split(";") if name] if split > 0 else []
+    if not names_given or any(c.isspace() or not c.isprintable() for c in names):
+        raise UsageError(f"--add-host {text!r} is not NAME:ADDRESS", "--add-host db:192.0.2.7")
+    if target == "host-gateway":
+        raise UsageError(
+            f"--add-host {text!r}: a machine has no fixed address of its host",
+            "give one that the host listens on",
+        )
+    bare = target.removeprefix("[").removesuffix("]") if target.startswith("[") else target
+    return [f"{address(bare, '--add-host')}\t{name}" for name in names_given]
+
+
+def _word(text: str, option: str) -> str:
+    if not text or any(c.isspace() or not c.isprintable() for c in text):
+        raise UsageError(f"{option} {text!r} has characters that resolv.conf cannot hold", "give one a time")
+    return text
+
+
+def security(text: str) -> str:
+    """Parse one ``--security-opt``; returns it in the form ``KEY`` or ``KEY=VALUE``."""
+    form = text.replace(":", "=", 1) if "=" not in text else text
+    if form in ("no-new-privileges", "no-new-privileges=true"):
+        return "no-new-privileges"
+    if form == "unmask=ALL":
+        return "systempaths=unconfined"
+    if form in (
+        "no-new-privileges=false",
+        "seccomp=unconfined",
+        "systempaths=unconfined",
+        *_WITHOUT_EFFECT,
+    ):
+        return form
+    key = form.partition("=")[0]
+    hints = {
+        "seccomp": "seccomp=unconfined, or leave it out for the default profile",
+        "apparmor": "the guest's kernel has no AppArmor: leave it out",
+        "label": "the guest's kernel has no SELinux: leave it out",
+    }
+    raise UsageError(
+        f"--security-opt {text!r} is not offered",
+        hints.get(key, "one of no-new-privileges, seccomp=unconfined, systempaths=unconfined"),
+    )
+
+
+def zone_file(name: str) -> str:
+    """The host's file of a time zone (``Europe/Paris``), or its own one for ``local``."""
+    if name == "local":
+        path = os.path.realpath("/etc/localtime")
+    else:
+        path = os.path.realpath(os.path.join(_ZONES, name))
+        if not path.startswith(f"{_ZONES}/"):
+            path = ""
+    if not os.path.isfile(path):
+        raise UsageError(
+            f"--tz {name!r} is no time zone of this host",
+            f"a file below {_ZONES}: --tz Europe/Paris, or --tz local",
+        )
+    return path
+
+
+def _resources(a: Arguments) -> dict[str, Any]:
+    """The limits of the specification's ``resources``."""
+    found: dict[str, Any] = {}
+    shares = a.value("cpu_shares")
+    if shares is not None:
+        found["cpu"] = {"shares": values.whole(shares, "--cpu-shares", least=2)}
+    reservation, swap, memory = a.value("memory_reservation"), a.value("memory_swap"), a.value("memory")
+    limit = None if memory is None else values.size(memory, "--memory")
+    if reservation is not None:
+        wanted = values.size(reservation, "--memory-reservation")
+        if limit is not None and wanted > limit:
+            raise UsageError(
+                f"--memory-reservation {reservation} is above the limit, -m {memory}", "give less of it"
+            )
+        found["memory"] = {"reservation": wanted}
+    if swap is not None:
+        total = -1 if swap == "-1" else values.size(swap, "--memory-swap")
+        if limit is None:
+            raise UsageError("--memory-swap needs the limit of the memory, too", "add -m SIZE")
+        if total != -1 and total < limit:
+            raise UsageError(
+                f"--memory-swap {swap} is below the limit, -m {memory}", f"--memory-swap {memory}"
+            )
+        if total > limit:
+            raise UsageError(
+                f"--memory-swap {swap}: the machine has no swap",
+                f"--memory-swap {memory}, which is no swap, or leave it out",
+            )
+    return found
+
+
+def exposed_ports(exposed: Iterable[str], published: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choose a free port of the host for each port that an image exposes and ``-p`` does not publish.
+
+    Args:
+        exposed: ``PORT`` or ``PORT/PROTO``, as in an image's configuration.
+        published: Ports that are published already, as `values.port` returns them.
+
+    Raises:
+        UsageError: The image's configuration has what is no port.
+    """
+    import socket
+
+    taken = {(one["guest_port"], one["proto"]) for one in published}
+    found, held = [], []
+    try:
+        for text in sorted(exposed):
+            for entry in values.port(text):
+                if (entry["guest_port"], entry["proto"]) in taken:
+                    continue
+                kind = socket.SOCK_DGRAM if entry["proto"] == "udp" else socket.SOCK_STREAM
+                held.append(socket.socket(socket.AF_INET, kind))  # held, so that none is chosen twice
+                held[-1].bind(("", 0))
+                found.append({**entry, "host_port": held[-1].getsockname()[1]})
+                if len(found) > _MOST_PORTS:
+                    raise UsageError(
+                        f"the image exposes more than {_MOST_PORTS} ports",
+                        "-p HOST:GUEST for those that are needed",
+                    )
+    finally:
+        for one in held:
+            one.close()
+    return found
+
+
+class IdFile:
+    """The file of ``--cidfile``.
+
+    Args:
+        path: Where it is to be.
+
+    Raises:
+        KataError: It is there already, or cannot be made.
+    """
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        except FileExistsError:
+            raise UsageError(
+                f"--cidfile {path} is there already: it may be of another container", f"rm {path}"
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"--cidfile {path}: {error.strerror}", "name a file in a directory of yours"
+            ) from error
+
+    def write(self, identity: str) -> None:
+        """Write the container's id.
+
+        Raises:
+            KataError: It cannot be written.
+        """
+        try:
+            with open(self._path, "w", encoding="ascii") as file:
+                file.write(identity)
+        except OSError as error:
+            raise KataError(f"--cidfile {self._path}: {error.strerror}", "check its disk") from error
+
+    def discard(self) -> None:
+        """Remove it: there is no container."""
+        try:
+            os.unlink(self._path)
+        except OSError:
+            pass
