@@ -12,6 +12,7 @@ from kata import __version__, paths
 from kata.cli.args import Command, Option
 from kata.cli.main import name_output
 from kata.errors import KataError, NotFoundError, UnsupportedError, UsageError
+from kata.oci_runtime.global_options import GlobalOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -151,21 +152,25 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and turn every outcome into an exit status: 1 for any failure, as with the original."""
     name_output()
+    options = GlobalOptions()
     try:
-        status = dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = dispatch(options.take(sys.argv[1:] if argv is None else argv), options)
         sys.stdout.flush()
         return status
     except BaseException as error:
         from kata.cli.report import exit_status
 
+        if isinstance(error, KataError):
+            options.record(error)
         return exit_status(error, PROGRAM, 1)
 
 
-def dispatch(argv: Sequence[str]) -> int:
+def dispatch(argv: Sequence[str], options: GlobalOptions) -> int:
     """Run one command line.
 
     Args:
-        argv: Without the program's name.
+        argv: Without the program's name and the options in front of the command.
+        options: Those.
 
     Returns:
         The exit status.

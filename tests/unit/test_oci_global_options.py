@@ -1,0 +1,69 @@
+"""What stands in front of a command of ``kata-runtime``, and where its errors are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kata.errors import NotFoundError, UsageError
+from kata.oci_runtime import main as oci_runtime
+from kata.oci_runtime.global_options import GlobalOptions
+
+
+def test_options_come_in_both_forms_and_the_command_is_left() -> None:
+    options = GlobalOptions()
+
+    rest = options.take(
+        [
+            "--log-format=json",
+            "--log",
+            "/tmp/log",
+            "--root=/r",
+            "--systemd-cgroup",
+            "--debug",
+            "kill",
+            "x",
+            "--all",
+        ]
+    )
+
+    assert rest == ["kill", "x", "--all"]
+    assert (options.log, options.log_format, options.state_root) == ("/tmp/log", "json", "/r")
+    assert options.systemd_cgroup
+
+
+def test_containers_are_recorded_below_the_run_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KATA_RUN_DIR", "/run/elsewhere")
+
+    assert GlobalOptions().state_root == "/run/elsewhere/oci"
+
+
+@pytest.mark.parametrize("argv", [["--log"], ["--log-format", "xml", "state", "x"], ["--debug=x", "list"]])
+def test_what_makes_no_sense_is_refused(argv: list[str]) -> None:
+    with pytest.raises(UsageError):
+        GlobalOptions().take(argv)
+
+
+def test_an_error_is_a_line_of_json_in_the_callers_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "oci-log"
+
+    status = oci_runtime.main(["--log-format=json", f"--log={log}", "no-such-command"])
+
+    assert status == 1
+    told = json.loads(log.read_text())
+    assert told["level"] == "error"
+    assert "no-such-command" in told["msg"]
+    assert "no-such-command" in capsys.readouterr().err
+
+
+def test_without_a_form_the_log_has_lines_of_text(tmp_path: Path) -> None:
+    options = GlobalOptions()
+    options.log = str(tmp_path / "log")
+
+    options.record(NotFoundError('container "x" does not exist'))
+
+    assert 'level=error msg="container \\"x\\" does not exist"' in (tmp_path / "log").read_text()
