@@ -41,6 +41,7 @@ MINE = (
         "pod",
     ),
     *("pod ps", "pod stop", "play kube", "names", "big output", "a lost conmon", "system prune"),
+    *("build", "docker by podman's service", "ends of many"),
 )
 """Rows that Docker's operations have not."""
 
@@ -92,6 +93,9 @@ EXPECTED = {
     "big output": "20000000 20000000",
     "a lost conmon": "removed",
     "system prune": "nothing of it",
+    "build": "made",
+    "docker by podman's service": "in; err; status 3",
+    "ends of many": "40 right",
     "all of it leaves behind": "nothing",
 }
 """What is seen of an operation that works."""
@@ -468,12 +472,66 @@ class Podman(Docker):
             "nothing of it" if "ended" not in self._podman("ps", "-a", "--format", "{{.Names}}") else "there"
         )
 
+    def build(self, runtime: str) -> str:
+        context = self._podman.directory / "context"
+        context.mkdir(exist_ok=True)
+        (context / "Containerfile").write_text(f"FROM {IMAGE}\nRUN echo made >/made\n")
+        program = str(self._podman.directory / "bin" / ("kata-runtime" if runtime == "kata" else runtime))
+        tag = f"localhost/built-{runtime}"
+        try:
+            self._podman(
+                "build", "--runtime", program, "--pull=never", "--no-cache", "-t", tag, str(context)
+            )
+            return self._bb("runc", tag, "cat", "/made").partition(";")[0]
+        finally:
+            self._podman("rmi", "-f", tag, code=None)
+
+    def docker_by_podmans_service(self, runtime: str) -> str:
+        socket = self._podman.directory / "service.sock"
+        address = f"unix://{socket}"
+        docker = shutil.which("docker", path=f"{ROOT}/build/programs/usr/bin:{os.environ['PATH']}")
+        if docker is None:
+            return "failed: there is no docker"
+        with subprocess.Popen(
+            [*self._command, "--runtime", runtime, "system", "service", "--time", "0", address],
+            env=self._podman.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as service:  # fmt: skip
+            try:
+                until(socket.exists, "the service listens")
+                done = subprocess.run(
+                    [
+                        *(docker, "-H", address, "run", "-i", "--name", "served", IMAGE),
+                        *("sh", "-c", "cat; echo err >&2; exit 3"),
+                    ],
+                    input=b"in", capture_output=True, timeout=PATIENCE_S, check=False,
+                )  # fmt: skip
+            finally:
+                service.terminate()
+        socket.unlink(missing_ok=True)
+        self._podman("rm", "-f", "-t", "0", "served", code=None)
+        return f"{done.stdout.decode()}; {done.stderr.decode().strip()}; status {done.returncode}"
+
+    def ends_of_many(self, runtime: str) -> str:
+        """Twenty short runs and execs: the status and every byte of each."""
+        script = "head -c $0 /dev/zero; exit $1"
+        right = 0
+        with self._running(runtime, "sleep", "1000") as name:
+            for number in range(20):
+                size = 4099 * number
+                for words in ([*self._run(runtime, "--rm"), IMAGE], ["exec", name]):
+                    done = subprocess.run(
+                        [*self._command, *words, "sh", "-c", script, str(size), str(number)],
+                        capture_output=True, env=self._podman.env, timeout=PATIENCE_S, check=False,
+                    )  # fmt: skip
+                    right += done.stdout == bytes(size) and done.returncode == number
+        return f"{right} right"
+
 
 def tried(client: Podman) -> dict[str, Callable[[str], str]]:
     """What is done with podman: row -> operation."""
     found = dict(operations(client))
     for name in MINE:
-        found[name] = getattr(client, re.sub("[ ,-]+", "_", name))
+        found[name] = getattr(client, re.sub("[ ,-]+", "_", name.replace("'", "")))
     return found
 
 
