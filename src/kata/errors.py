@@ -120,6 +120,10 @@ class HypervisorError(KataError):
     """The virtual machine monitor could not be started or refused a command."""
 
 
+class SavedMachineError(HypervisorError):
+    """What was saved of a machine is not there, or is not what it has to be."""
+
+
 class VMLostError(KataError):
     """The virtual machine ended while something was still running in it."""
 

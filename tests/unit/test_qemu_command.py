@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
+from kata.errors import (
+    GuestAssetError,
+    HostError,
+    HypervisorError,
+    KataError,
+    ResourceExhaustedError,
+    StateError,
+)
 from kata.hypervisor import tsc
 from kata.hypervisor.base import Disk, Nic
 from kata.hypervisor.qemu import command as qemu_command
@@ -331,8 +338,8 @@ def test_settings_that_make_no_sense() -> None:
             "2048 MiB",
         ),
         ("qemu: Error loading uncompressed kernel without PVH ELF Note", GuestAssetError, "/guest/vmlinux"),
-        ('qemu: Failed to get "write" lock\nIs another process using the image?', HypervisorError, "in use"),
-        ("qemu: could not access KVM kernel module: No such file", HypervisorError, ""),
+        ('qemu: Failed to get "write" lock\nIs another process using the image?', StateError, "in use"),
+        ("qemu: could not access KVM kernel module: No such file", HostError, "KVM"),
         ("something new", HypervisorError, "ended with status 1: something new"),
         ("", HypervisorError, "ended with status 1"),
     ],

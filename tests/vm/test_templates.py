@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -222,6 +223,32 @@ def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> 
     assert path_of(kata, *run, "true") == "start: template"
     assert "removed" in kata.ok("factory", "destroy")
     assert kata.ok("factory", "destroy") == "there are no templates\n"
+
+
+def test_one_whose_machine_was_killed_is_kept(templates: Kata, busybox_image: str) -> None:
+    """Nothing says that another would not go on from it."""
+    kata = templates
+    kata.ok("factory", "init")
+    run = ["run", "--rm", "--network", "none", busybox_image, "true"]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        start = kata.start(*run)
+        found: list[int] = []
+        while not found:
+            assert start.poll() is None
+            for sandbox in kata.sandboxes():
+                listed = subprocess.run(
+                    ["pgrep", "-f", f"machine of {sandbox}"], check=False, capture_output=True
+                )
+                found += map(int, listed.stdout.split())
+        os.kill(found[0], signal.SIGSTOP)  # so that it does not come up before it is killed
+        os.kill(found[0], number)
+        os.kill(found[0], signal.SIGCONT)
+        errors = start.communicate(timeout=120)[1].decode()
+        assert start.returncode == 137, errors
+        assert "template" not in errors
+        assert len(status(kata)["templates"]) == 1
+        assert not status(kata)["failures"]
+    assert path_of(kata, *run[2:]) == "start: template"
 
 
 def test_two_makers_and_a_killed_one(templates: Kata) -> None:

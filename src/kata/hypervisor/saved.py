@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 
-from kata.errors import HypervisorError
+from kata.errors import HypervisorError, SavedMachineError
 from kata.hypervisor import root
 from kata.hypervisor.access import File, make_directory
 from kata.hypervisor.base import MachineShape
@@ -79,7 +79,7 @@ def open_files(directory: str, names: Sequence[str]) -> dict[str, int]:
         Descriptors by these names.
 
     Raises:
-        HypervisorError: One is missing.
+        SavedMachineError: One is missing.
     """
     found: dict[str, int] = {}
     try:
@@ -88,7 +88,7 @@ def open_files(directory: str, names: Sequence[str]) -> dict[str, int]:
     except OSError as error:
         for fd in found.values():
             os.close(fd)
-        raise HypervisorError(
+        raise SavedMachineError(
             f"cannot use what was saved in {directory}: {error.filename}: {error.strerror}"
         ) from error
     return found
@@ -159,20 +159,20 @@ def shape_of(directory: str) -> MachineShape:
     """What machine was saved there.
 
     Raises:
-        HypervisorError: None was, or not all of it.
+        SavedMachineError: None was, or not all of it.
     """
     values = document(directory, SHAPE, _MAX_SHAPE)
     try:
         return MachineShape(**values)
     except TypeError:
-        raise HypervisorError(f"{os.path.join(directory, SHAPE)} does not describe a machine") from None
+        raise SavedMachineError(f"{os.path.join(directory, SHAPE)} does not describe a machine") from None
 
 
 def document(directory: str, name: str, limit: int) -> dict[str, Any]:
     """A JSON document of at most so many bytes.
 
     Raises:
-        HypervisorError: It is not there, or is none.
+        SavedMachineError: It is not there, or is none.
     """
     path = os.path.join(directory, name)
     try:
@@ -180,13 +180,13 @@ def document(directory: str, name: str, limit: int) -> dict[str, Any]:
             content = file.read(limit + 1)
         found = json.loads(content) if len(content) <= limit else None
     except FileNotFoundError:
-        raise HypervisorError(
+        raise SavedMachineError(
             f"no machine was saved in {directory}: there is no {name}", "kata run starts a new one"
         ) from None
     except OSError as error:
-        raise HypervisorError(f"cannot read {path}: {error.strerror}") from error
+        raise SavedMachineError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise HypervisorError(f"{path} does not describe a machine")
+        raise SavedMachineError(f"{path} does not describe a machine")
     return found

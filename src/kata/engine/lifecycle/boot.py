@@ -11,7 +11,7 @@ import time
 
 from kata import sysio
 from kata.engine.lifecycle import boot_slots, volumes
-from kata.errors import HostError, KataError, UnsupportedError
+from kata.errors import HostError, SavedMachineError, UnsupportedError
 from kata.hypervisor import registry
 from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic, random_mac
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kata.engine import hostns
     from kata.engine.factory.template import Template
+    from kata.errors import KataError
     from kata.hypervisor import virtiofsd
     from kata.hypervisor.base import Capabilities
     from kata.hypervisor.protocols import Monitor, Started
@@ -141,10 +142,10 @@ class Machine:
         return self.start_path == TEMPLATE
 
     def distrust_template(self, error: KataError) -> None:
-        """The machine did not come up: whatever the reason, the next one boots.
+        """The machine did not come up, and its template may be why: the next one boots.
 
         Args:
-            error: The reason, of which the hint says so.
+            error: What happened, of which the hint says so.
         """
         if self.is_clone and self.template is not None:
             from kata.engine.factory import template as templates
@@ -535,7 +536,7 @@ class Boot:
         self.machine.came_by(TEMPLATE)
         try:
             return self.monitor.restore(found.path, self._attachments, self._journal, shape)
-        except KataError as error:
+        except SavedMachineError as error:
             self.machine.distrust_template(error)
             raise
 

@@ -9,11 +9,12 @@ import asyncio
 import os
 import time
 
+from kata import sysio
 from kata.agent.client import boot_times
 from kata.agent.text import last_lines
 from kata.engine.containers.spec import GUEST_SHARE
 from kata.engine.lifecycle.sandbox_state import SandboxState
-from kata.errors import KataError
+from kata.errors import HypervisorError, KataError, VMLostError
 from kata.proto import agent_pb
 
 TYPE_CHECKING = False
@@ -57,6 +58,8 @@ SHARE_MOUNT_OPTIONS = {
 SHARE_MSIZE = 512000
 SEED_BYTES = 512
 SETTING_UP = "setting up the guest"
+_KILLED = (-sysio.SIGKILL, -sysio.SIGTERM, -1, -2)
+"""Exit statuses of a monitor that somebody has ended, as with SIGHUP and SIGINT."""
 
 
 async def bring_up(sandbox: BootingSandbox) -> AgentClient:
@@ -76,13 +79,26 @@ async def bring_up(sandbox: BootingSandbox) -> AgentClient:
     except KataError as error:
         # It never answered, and nobody has ended it.
         asked = sandbox.runtime.life.state not in (SandboxState.BOOTING, SandboxState.FAILED)
-        if step.name != SETTING_UP and not asked:
+        if step.name != SETTING_UP and not asked and not _ended_otherwise(sandbox.runtime):
             sandbox.runtime.machine.distrust_template(error)
         raise explain(sandbox, step.name, error) from error
     finally:
         # Its first container's start frees the boot slot, for which a client may take its time.
         machine = sandbox.runtime.machine
         asyncio.get_running_loop().call_later(BOOT_SLOT_S, machine.free_boot_slot)
+
+
+def _ended_otherwise(runtime: MachineRuntime) -> bool:
+    """Whether it is known of a machine that did not come up that its template is not why."""
+    files = runtime.machine.files
+    ended = runtime.vm_ended
+    if ended is None or ended.reason == "stopped":  # it stood still; or it was given up
+        return files is not None and files.failure() is not None
+    if ended.status in _KILLED:
+        cgroup = runtime.machine.cgroup
+        return cgroup is None or not cgroup.oom_kills()
+    # Of the host's memory, say, there was not enough.
+    return ended.reason == "ended" or not isinstance(ended.error, (HypervisorError, VMLostError))
 
 
 class _Step:

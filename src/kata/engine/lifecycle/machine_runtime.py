@@ -252,6 +252,11 @@ class MachineRuntime:
         return self.vm is not None and self._exit is None
 
     @property
+    def vm_ended(self) -> Ended | None:
+        """How the hypervisor's process ended; None while it is there."""
+        return self._exit
+
+    @property
     def living_agent(self) -> AgentClient | None:
         """The agent, if it can still be asked."""
         return None if self.life.is_lost else self._agent

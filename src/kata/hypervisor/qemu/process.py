@@ -9,7 +9,14 @@ from __future__ import annotations
 import os
 
 from kata import children, confinement, sysio
-from kata.errors import GuestAssetError, HostError, HypervisorError, KataError, ResourceExhaustedError
+from kata.errors import (
+    GuestAssetError,
+    HostError,
+    HypervisorError,
+    KataError,
+    ResourceExhaustedError,
+    StateError,
+)
 from kata.hypervisor import tsc
 from kata.hypervisor.process import NO_MEMORY, Launch, MonitorProcess, explained, open_files
 from kata.hypervisor.qemu import command as qemu_command
@@ -309,19 +316,19 @@ _KNOWN: tuple[tuple[str, type[KataError], str, str], ...] = (
     ("cannot set up guest memory", ResourceExhaustedError, *NO_MEMORY),
     (
         'failed to get "write" lock',
-        HypervisorError,
+        StateError,
         "a disk image of the virtual machine is in use by another one",
         "Stop the container that uses it, or run `kata gc`.",
     ),
     (
         "failed to initialize kvm",
-        HypervisorError,
+        HostError,
         "QEMU cannot use KVM although it was asked to",
         "Run `kata doctor`; the variable KATA_ACCEL=tcg forces software emulation.",
     ),
     (
         "could not access kvm",
-        HypervisorError,
+        HostError,
         "QEMU cannot use KVM although it was asked to",
         "Run `kata doctor`; the variable KATA_ACCEL=tcg forces software emulation.",
     ),

@@ -10,10 +10,9 @@ it runs, so that it goes on by itself.
 
 from __future__ import annotations
 
-import errno
 import os
 
-from kata.errors import HypervisorError
+from kata.errors import HypervisorError, SavedMachineError
 from kata.hypervisor.qemu import slots
 from kata.journal import dumps
 from kata.sysio import Fd
@@ -61,7 +60,7 @@ class Saved:
         memory: That file, open for reading; None without.
 
     Raises:
-        HypervisorError: They cannot be opened.
+        SavedMachineError: They cannot be opened.
     """
 
     __slots__ = ("memory", "state")
@@ -82,7 +81,7 @@ class Saved:
         except OSError as error:
             if name == MEMORY:
                 self.state.close()
-            raise HypervisorError(
+            raise SavedMachineError(
                 f"cannot use the machine saved in {directory}: {error.strerror}: {name}"
             ) from error
 
@@ -104,6 +103,7 @@ def fill(target: Fd, memory: Fd) -> None:
     """Copy a file of a guest's memory, which is a hole for the most part, into one of `file_like`.
 
     Raises:
+        SavedMachineError: It was cut off.
         HypervisorError: There is no room.
     """
     try:
@@ -119,7 +119,7 @@ def fill(target: Fd, memory: Fd) -> None:
             while place < end:
                 done = os.sendfile(target.raw, memory.raw, place, end - place)
                 if not done:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))  # it was cut off
+                    raise SavedMachineError("the memory of a saved machine was cut off")
                 place += done
     except OSError as error:
         raise HypervisorError(f"cannot copy the memory of a saved machine: {error.strerror}") from error
