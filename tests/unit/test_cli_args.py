@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -216,11 +218,9 @@ def test_detach_keys() -> None:
         (["run", "--health-interval", "5s", "x"], "kata exec NAME PROGRAM"),
         (["run", "--device-read-bps", "/dev/vda:1mb", "x"], "limits are --cpus"),
         (["run", "--device-cgroup-rule", "c 1:1 r", "x"], "mean nothing in another kernel"),
-        (["ps", "--format", "{{.ID}}"], "--json, and jq"),
-        (["inspect", "-f", "{{.ID}}", "x"], "--json, and jq"),
+        (["port", "--format", "{{.ID}}", "x"], "--json, and jq"),
         (["run", "-a", "stdout", "x"], "without -d its output is attached"),
         (["stop", "-a"], "name them: $(kata ps -aq)"),
-        (["images", "-a"], "they are all there"),
         (["stop", "-f", "x"], "kata stop: unknown option -f"),
         (["container", "prune"], "kata rm $(kata ps -aq)"),
         (["run", "--nmae", "x", "y"], "did you mean --name?"),
@@ -351,3 +351,13 @@ def test_an_image_has_the_volumes_on_which_nothing_is_mounted() -> None:
     spec = {"mounts": [{"destination": "/conf"}, {"destination": "/proc"}]}
     volumes: dict[str, Any] = {"Volumes": {"/conf": {}, "//data/": {}, "/": {}, "logs": {}}}
     assert run._image_volumes(volumes, spec) == ["/data", "/logs"]
+
+
+def test_the_page_for_dockers_users_is_as_the_sources_say() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/docker_users_table.py"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, f"run tools/docker_users_table.py:\n{done.stdout[:3000]}{done.stderr}"

@@ -59,6 +59,39 @@ def test_inspect_tells_the_sandbox(shared_kata: Kata, box: str) -> None:
     assert "qemu" in Path(f"/proc/{pid}/comm").read_text()
 
 
+def test_templates_and_filters(shared_kata: Kata, box: str, busybox_image: str) -> None:
+    """What scripts for Docker ask for, of a container and its image."""
+    kata = shared_kata
+    [found] = json.loads(kata.ok("inspect", box))
+    assert kata.ok("inspect", "-f", "{{.Id}} {{.Name}} {{.State.Status}} {{.State.Running}}", box) == (
+        f"{found['id']} /{box} running true\n"
+    )
+    assert kata.ok("inspect", "--format", "{{json .Config.Cmd}}", box) == (
+        json.dumps(found["args"], separators=(",", ":")).replace(">", "\\u003e").replace("&", "\\u0026")
+        + "\n"
+    )
+    assert kata.ok("ps", "--format", "{{.Names}}\\t{{.State}}\\t{{.ID}}", "-f", f"name=^{box}$") == (
+        f"{box}\trunning\t{found['id'][:12]}\n"
+    )
+    assert kata.ok("ps", "-aq", "--no-trunc", "--filter", f"id={found['id'][:6]}").split() == [found["id"]]
+    assert kata.ok("ps", "-q", "--filter", "status=exited", "--filter", f"name={box}") == ""
+    assert kata.ok("ps", "-lq", "--no-trunc").split()[0]
+    assert kata.ok("ps", "--format", "table {{.Names}}", "-f", f"name={box}").split() == ["NAMES", box]
+    [image] = json.loads(kata.ok("inspect", "--type", "image", found["Image"]))
+    assert image["Id"] == found["Image"]
+    assert image["RootFS"]["Layers"]
+    ids = kata.ok("images", "--format", "{{.ID}}", "--no-trunc").split()
+    assert found["Image"] in ids
+    assert json.loads(kata.ok("images", "--format", "json").splitlines()[0])["Repository"]
+    done = kata.call("inspect", "-f", "{{.State.Statsu}}", box)
+    assert (done.returncode, b"no field Statsu" in done.stderr) == (125, True)
+    done = kata.call("inspect", "nosuchthing")
+    assert (done.returncode, done.stdout) == (125, b"[]\n")
+    assert kata.ok("logs", "--since", "2026-01-01T00:00:00Z", box) == "first\n"
+    assert kata.ok("logs", "--until", "2020-01-01T00:00:00Z", box) == ""
+    assert kata.call("logs", "--since", "yesterday", box).returncode == 125
+
+
 def test_debug_bundle(shared_kata: Kata, box: str, tmp_path: Path) -> None:
     """All of a running sandbox but its secrets."""
     target = tmp_path / "box.tar.gz"

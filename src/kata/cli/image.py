@@ -8,21 +8,53 @@ from kata.cli import records, table
 from kata.cli.args import Command, Option
 from kata.errors import KataError
 from kata.images import changes, store
+from kata.images import reference as references
 from kata.images.resolve import resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from kata.cli.args import Arguments
 
 _JSON = Option("--json", "", "print JSON")
 
+_FIELDS = {
+    "Repository": "REPOSITORY",
+    "Tag": "TAG",
+    "Digest": "DIGEST",
+    "ID": "IMAGE ID",
+    "CreatedSince": "CREATED",
+    "CreatedAt": "CREATED AT",
+    "Size": "SIZE",
+    "Platform": "PLATFORM",
+}
+"""The fields of --format, with the headings of its tables."""
+_NOTES = f"""\
+filters: before, dangling, label, reference (a pattern), since, until
+fields of --format: {" ".join(_FIELDS)}
+
+docs/docker-users.md says what templates may have."""
+
 COMMANDS = {
     "images": Command(
         "images",
-        "",
+        "[NAME[:TAG]]",
         "Lists the images in the local store.",
-        [Option("-q --quiet", "", "ids only"), Option("--no-trunc", "", "do not shorten ids"), _JSON],
-        most=0,
+        [
+            Option("-q --quiet", "", "ids only"),
+            Option("--no-trunc", "", "do not shorten ids"),
+            Option("-f --filter", "KEY=VALUE", "only those that agree: reference=*alpine*", many=True),
+            Option(
+                "--format", "TEMPLATE", "print a line for each by a Go template, 'table TEMPLATE' or json"
+            ),
+            Option("--digests", "", "show the digests of the manifests, too"),
+            Option("-a --all", "", "accepted; all are always shown"),
+            _JSON,
+        ],
+        most=1,
+        notes=_NOTES,
     ),
     "pull": Command(
         "pull",
@@ -56,6 +88,11 @@ def users() -> dict[str, list[str]]:
 
 def _images(arguments: Arguments) -> int:
     images = store.list_images()
+    asked = [f"reference={name}" for name in arguments.rest] + arguments.many("filter")
+    if asked:
+        from kata.cli.filters import images as filtered
+
+        images = filtered(images, asked)
     if arguments.flag("json"):
         table.show_json(
             [
@@ -80,13 +117,46 @@ def _images(arguments: Arguments) -> int:
         for image in images:
             print(shorten(image.id))
         return 0
+    form = arguments.value("format")
+    if form is not None:
+        from kata.cli.template import show_rows
+
+        show_rows(form, [row for image in images for row in _fields(image, shorten)], _FIELDS)
+        return 0
+    digests = arguments.flag("digests")
     rows = []
     for image in images:
         for name in image.names or ["<none>"]:
             created = f"{table.age(image.created)} ago" if image.created else "unknown"
-            rows.append([name, shorten(image.id), image.platform, created, table.human_size(image.size)])
-    table.show(["NAME", "IMAGE ID", "PLATFORM", "CREATED", "SIZE"], rows)
+            digest = [image.digest] if digests else []
+            size = table.human_size(image.size)
+            rows.append([name, *digest, shorten(image.id), image.platform, created, size])
+    headings = ["NAME", *(["DIGEST"] if digests else []), "IMAGE ID", "PLATFORM", "CREATED", "SIZE"]
+    table.show(headings, rows)
     return 0
+
+
+def _fields(image: store.Image, shorten: Callable[[str], str]) -> list[dict[str, Any]]:
+    """What --format may ask for, for each name of an image."""
+    rows = []
+    for name in image.names or ["<none>"]:
+        bare, _, digest = name.partition("@")
+        head, colon, tag = bare.rpartition(":")
+        if not colon or "/" in tag:
+            head, tag = bare, "<none>"
+        rows.append(
+            {
+                "Repository": references.familiar(head),
+                "Tag": tag,
+                "Digest": digest or image.digest,
+                "ID": shorten(image.id),
+                "CreatedSince": f"{table.age(image.created)} ago" if image.created else "N/A",
+                "CreatedAt": image.created or "N/A",
+                "Size": table.human_size(image.size),
+                "Platform": image.platform,
+            }
+        )
+    return rows
 
 
 def _pull(arguments: Arguments) -> int:

@@ -1,4 +1,4 @@
-"""`kata ps`, `logs`, `port`, `inspect`, `stats`: the commands that change nothing."""
+"""`kata ps`, `logs`, `port`, `stats`: the commands that change nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,36 @@ from kata.journal import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from kata.cli.args import Arguments
     from kata.cli.records import Container
 
 _JSON = Option("--json", "", "print JSON")
+
+_PS_FIELDS = {
+    "ID": "CONTAINER ID",
+    "Image": "IMAGE",
+    "Command": "COMMAND",
+    "CreatedAt": "CREATED AT",
+    "RunningFor": "CREATED",
+    "Status": "STATUS",
+    "State": "STATE",
+    "ExitCode": "EXIT CODE",
+    "Ports": "PORTS",
+    "Names": "NAMES",
+    "Labels": "LABELS",
+    "Mounts": "MOUNTS",
+    "Networks": "NETWORKS",
+    "Size": "SIZE",
+}
+"""The fields of --format, with the headings of its tables."""
+_PS_NOTES = f"""\
+filters: ancestor, before, exited, id, label, name (a regular expression), network, publish, since, status, volume
+fields of --format: {" ".join(_PS_FIELDS)}, and Label "KEY"
+
+docs/docker-users.md says what templates may have."""
 
 COMMANDS = {
     "ps": Command(
@@ -30,9 +53,16 @@ COMMANDS = {
             Option("-a --all", "", "also containers that were not started or have ended"),
             Option("-q --quiet", "", "ids only"),
             Option("--no-trunc", "", "do not shorten ids and commands"),
+            Option("-f --filter", "KEY=VALUE", "only those that agree: name=web, status=exited", many=True),
+            Option(
+                "--format", "TEMPLATE", "print a line for each by a Go template, 'table TEMPLATE' or json"
+            ),
+            Option("-n --last", "N", "the last N that were made, in any state"),
+            Option("-l --latest", "", "the last one that was made, in any state"),
             _JSON,
         ],
         most=0,
+        notes=_PS_NOTES,
     ),
     "logs": Command(
         "logs",
@@ -44,6 +74,10 @@ COMMANDS = {
             Option("-f --follow", "", "continue until the container ends"),
             Option("-t --timestamps", "", "prefix each line with its time"),
             Option("-n --tail", "N|all", "only the last N lines"),
+            Option(
+                "--since", "TIME", "only what was written since: RFC 3339, Unix time, or how long ago (10m)"
+            ),
+            Option("--until", "TIME", "only what was written before"),
             Option("--json", "", "print the records as JSON, one a line"),
         ],
         least=1,
@@ -53,13 +87,6 @@ COMMANDS = {
     ),
     "port": Command(
         "port", "CONTAINER [PORT[/PROTO]]", "Lists a container's published ports.", [_JSON], least=1, most=2
-    ),
-    "inspect": Command(
-        "inspect",
-        "CONTAINER...",
-        "Shows everything about containers as a JSON list.",
-        [_JSON],
-        least=1,
     ),
     "stats": Command(
         "stats",
@@ -99,11 +126,23 @@ def port_text(port: dict[str, Any]) -> str:
 
 
 def _ps(arguments: Arguments) -> int:
+    last = 1 if arguments.flag("latest") else _last(arguments.value("last"))
+    filters = arguments.many("filter")
+    # A question about a state, or for the last ones, is about all there are, as in Docker.
+    everything = (
+        arguments.flag("all")
+        or last is not None
+        or any(text.startswith(("status=", "exited=")) for text in filters)
+    )
     listed = []
-    for container in records.all_containers():
+    for container in records.all_containers()[:last]:
         state = container.state()
-        if arguments.flag("all") or state["status"] in (records.RUNNING, records.PAUSED):
+        if everything or state["status"] in (records.RUNNING, records.PAUSED):
             listed.append((container, state))
+    if filters:
+        from kata.cli.filters import containers
+
+        listed = containers(listed, filters)
     if arguments.flag("json"):
         table.show_json([_summary(container, state) for container, state in listed])
         return 0
@@ -112,15 +151,20 @@ def _ps(arguments: Arguments) -> int:
         for container, _ in listed:
             print(container.id if full else container.id[:12])
         return 0
+    form = arguments.value("format")
+    if form is not None:
+        from kata.cli.template import show_rows
+
+        show_rows(form, [_fields(container, state, full) for container, state in listed], _PS_FIELDS)
+        return 0
     rows = []
     for container, state in listed:
         record = container.record
-        command = " ".join(record["args"])
         rows.append(
             [
                 container.id if full else container.id[:12],
                 record["image"]["reference"],
-                command if full or len(command) <= 24 else command[:23] + "…",
+                _command(record["args"], full),
                 f"{table.age(record['created_at'])} ago",
                 status_text(state),
                 ", ".join(map(port_text, record["ports"])),
@@ -129,6 +173,54 @@ def _ps(arguments: Arguments) -> int:
         )
     table.show(["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME"], rows)
     return 0
+
+
+def _last(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from kata.cli.values import whole
+
+    # Docker's -1 is no bound.
+    number = whole(text, "--last", least=-1)
+    return None if number == -1 else number
+
+
+def _command(args: list[str], full: bool) -> str:
+    command = " ".join(args)
+    return command if full or len(command) <= 24 else command[:23] + "…"
+
+
+def _fields(container: Container, state: dict[str, Any], full: bool) -> dict[str, Any]:
+    """What --format may ask for."""
+    record = container.record
+    labels = record["labels"]
+    mounts = [one["source"] for one in record["volumes"]]
+    mounts += [one["destination"] for one in record.get("disk_volumes") or ()]
+
+    def size() -> str:
+        try:
+            written = os.stat(os.path.join(container.directory, "rw.img")).st_blocks * 512
+        except FileNotFoundError:
+            written = 0
+        return table.human_size(written)
+
+    return {
+        "ID": container.id if full else container.id[:12],
+        "Image": record["image"]["reference"],
+        "Command": f'"{_command(record["args"], full)}"',
+        "CreatedAt": record["created_at"],
+        "RunningFor": f"{table.age(record['created_at'])} ago",
+        "Status": status_text(state),
+        "State": state["status"],
+        "ExitCode": int(state.get("exit_code", 137)) if state["status"] == records.EXITED else 0,
+        "Ports": ", ".join(map(port_text, record["ports"])),
+        "Names": container.name,
+        "Labels": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
+        "Label": lambda key="": labels.get(key, ""),
+        "Mounts": ",".join(mounts),
+        "Networks": record["network"],
+        "Size": size,
+    }
 
 
 def _summary(container: Container, state: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +270,11 @@ def _logs(arguments: Arguments) -> int:
             raise UsageError("--guest and --engine are two logs", "kata-log-parser merges several")
         if arguments.flag("timestamps"):
             raise UsageError("lines of a console have no time, and those of an engine's log always have it")
+        if arguments.value("since") is not None or arguments.value("until") is not None:
+            raise UsageError(
+                "--since and --until are about the log of a container",
+                "kata-log-parser filters those of engines",
+            )
         return sandbox_log.show(
             arguments.rest[0],
             guest=guest,
@@ -188,15 +285,17 @@ def _logs(arguments: Arguments) -> int:
     container = records.find(arguments.rest[0])
     printer = _LogPrinter(timestamps=arguments.flag("timestamps"), as_json=arguments.flag("json"))
     reader = _LogReader(container)
+    is_asked = _period(arguments)
     try:
-        backlog = list(reader.read())
+        backlog = [record for record in reader.read() if is_asked(record)]
         for record in backlog if tail is None else _last_lines(backlog, tail):
             printer.show(record)
         printer.flush()
         while arguments.flag("follow"):
             ended = container.state()["status"] == records.EXITED or not os.path.isdir(container.directory)
             for record in reader.read():
-                printer.show(record)
+                if is_asked(record):
+                    printer.show(record)
             printer.flush()
             if ended:
                 break
@@ -204,6 +303,23 @@ def _logs(arguments: Arguments) -> int:
     finally:
         reader.close()
     return 0
+
+
+def _period(arguments: Arguments) -> Callable[[dict[str, Any]], bool]:
+    """Whether a record of the log was written in the time of ``--since`` and ``--until``."""
+    since, until = arguments.value("since"), arguments.value("until")
+    if since is None and until is None:
+        return lambda _: True
+    from kata.cli.filters import moment
+
+    first = float("-inf") if since is None else moment(since, "--since")
+    last = float("inf") if until is None else moment(until, "--until")
+
+    def test(record: dict[str, Any]) -> bool:
+        written = table.seconds_of(str(record.get("time", "")))
+        return written is None or first <= written <= last
+
+    return test
 
 
 def _tail_count(text: str | None) -> int | None:
@@ -330,7 +446,7 @@ class _LogPrinter:
         sys.stderr.flush()
 
 
-# ---- port, inspect ----
+# ---- port ----
 
 
 def _port(arguments: Arguments) -> int:
@@ -355,41 +471,6 @@ def _port(arguments: Arguments) -> int:
         prefix = "" if len(arguments.rest) > 1 else f"{port['guest_port']}/{port['proto']} -> "
         print(f"{prefix}{shown}:{port['host_port']}")
     return 0
-
-
-def _inspect(arguments: Arguments) -> int:
-    found = []
-    for reference in arguments.rest:
-        container = records.find(reference)
-        state = container.state()
-        entry = {
-            **container.record,
-            "state": state,
-            "directory": container.directory,
-            "log_path": container.log,
-        }
-        try:
-            with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
-                entry["spec"] = loads(file.read())
-        except FileNotFoundError:
-            entry["spec"] = None
-        entry["start"] = records.read_json(os.path.join(container.directory, "start.json")) or None
-        if state["status"] in (records.RUNNING, records.PAUSED):
-            entry["sandbox"] = _describe(container)
-        found.append(entry)
-    table.show_json(found)
-    return 0
-
-
-def _describe(container: Container) -> dict[str, Any] | None:
-    from kata.engine.client import EngineClient
-    from kata.errors import KataError
-
-    try:
-        with EngineClient(container.socket) as engine:
-            return engine.describe()
-    except (KataError, OSError):
-        return None  # it ended after we had read its state
 
 
 # ---- stats ----
@@ -437,4 +518,4 @@ def _stats(arguments: Arguments) -> int:
     return usage.show(chosen, seconds=seconds, stream=stream, as_json=arguments.flag("json"))
 
 
-HANDLERS = {"ps": _ps, "logs": _logs, "port": _port, "inspect": _inspect, "stats": _stats}
+HANDLERS = {"ps": _ps, "logs": _logs, "port": _port, "stats": _stats}

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "top": ("top", "show what all sandboxes do, or list the processes in a container"),
     "logs": ("listing", "show a container's output"),
     "port": ("listing", "list a container's published ports"),
-    "inspect": ("listing", "show everything about containers as JSON"),
+    "inspect": ("inspect", "show everything about containers and images as JSON"),
     "events": ("events", "show what happened to sandboxes and containers, and what happens now"),
     "stats": ("listing", "show the resource usage of containers"),
     "metrics": ("metrics", "print the metrics of a sandbox as Prometheus reads them"),

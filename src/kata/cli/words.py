@@ -119,20 +119,20 @@ OPTIONS: dict[str, dict[str, str]] = {
     _MANY: {
         "--all": "name them: $(kata ps -aq)",
         "--latest -l": "name it: $(kata ps -aq | head -1)",
-        "--filter": "choose from kata ps -a --json with jq, and name them",
+        "--filter": "name them: $(kata ps -aq --filter KEY=VALUE)",
     },
     "restart stop kill rm pause resume wait": {"-a": "name them: $(kata ps -aq)"},
     "rm": {
         "--link": "names between containers are Docker's: docs/docker.md",
     },
     "stop restart": {"--signal -s": "kata kill -s SIGNAL NAME, or kata run --stop-signal SIGNAL"},
-    "ps images stats top port inspect logs version": {"--format": "--json, and jq"},
-    "inspect": {"-f": "--json, and jq", "--type --size -s": "leave it out"},
-    "ps images": {"--filter -f": "--json, and jq"},
-    "ps": {"--latest -l": "kata ps -a has the newest first", "--size -s --last -n": "--json, and jq"},
-    "images": {"--all -a": "they are all there: leave it out", "--digests": "--json has the digests"},
+    "stats top port version logs": {"--format": "--json, and jq"},
+    "inspect": {
+        "--size -s": "leave it out: kata ps --format '{{.Size}}' shows what a container has written"
+    },
+    "ps": {"--size -s": "--format '{{.Names}} {{.Size}}'"},
     "stats": {"--all -a": "only running containers have figures: leave it out"},
-    "logs": {"--since --until": "-t shows the times; -n N the last lines", "--details": "leave it out"},
+    "logs": {"--details": "leave it out"},
     "rmi": {"--all -a": "name them: $(kata images -q)"},
     "pull": {"--all-tags -a": "name each: kata pull NAME:TAG"},
 }

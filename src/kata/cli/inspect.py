@@ -1,0 +1,302 @@
+"""`kata inspect`: everything about containers and images as JSON, or what a template picks from it.
+
+A container has the members that tools look for under Docker's names (``State.Status``, ``NetworkSettings.Ports``,
+``Mounts``) beside those of its record.
+
+Source: the answers of ``GET /containers/{id}/json`` and ``GET /images/{name}/json`` in the Docker Engine API 1.43.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kata.cli import records, table
+from kata.cli.args import Command, Option
+from kata.errors import KataError, NotFoundError, UsageError
+from kata.journal import loads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kata.cli.args import Arguments
+    from kata.cli.records import Container
+    from kata.images.store import Image
+
+_TYPES = ("container", "image")
+COMMANDS = {
+    "inspect": Command(
+        "inspect",
+        "CONTAINER... | IMAGE...",
+        "Shows everything about containers and images as a JSON list.",
+        [
+            Option("-f --format", "TEMPLATE|json", "print what a Go template picks: '{{.State.Status}}'"),
+            Option("--type", "container|image", "look only for one of these; by default, a container first"),
+            Option("--json", "", "print JSON; the default"),
+        ],
+        least=1,
+        notes="A container has Docker's members (Id, State, Config, HostConfig, Mounts, NetworkSettings) beside\n"
+        "those of its own record. docs/docker-users.md lists what templates may have.",
+    ),
+}
+
+
+def _inspect(arguments: Arguments) -> int:
+    from kata.cli.report import report
+
+    kind, form = arguments.value("type"), arguments.value("format")
+    if kind is not None and kind not in _TYPES:
+        raise UsageError(f"--type {kind!r} is not offered", "choose one of: container, image")
+    template = None
+    if form is not None and form != "json":
+        from kata.cli.template import Template, emit
+
+        template = Template(form)
+    found: list[dict[str, Any]] = []
+    failures: list[KataError] = []
+    for reference in arguments.rest:
+        try:
+            found.append(_entry(reference, kind))
+        except KataError as error:
+            failures.append(error)
+    if template is not None:
+        for entry in found:
+            emit(template.render(_free(entry)))
+    elif form == "json":
+        import json
+
+        sys.stdout.write(json.dumps(found, separators=(",", ":")) + "\n")
+    else:
+        # What was found is printed, as in Docker: an empty list, too.
+        table.show_json(found)
+    sys.stdout.flush()
+    for failure in failures[1:]:
+        report(failure)
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def _entry(reference: str, kind: str | None) -> dict[str, Any]:
+    container = None if kind == "image" else records.find_or_none(reference)
+    if container is not None:
+        return of_container(container)
+    if kind != "container":
+        from kata.images import store
+
+        try:
+            return of_image(store.find(reference))
+        except NotFoundError:
+            if kind == "image":
+                raise
+    container = records.find(reference)  # whose error names what is near
+    return of_container(container)
+
+
+def _free(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same for templates: objects with keys of the user's are told from those with keys of ours."""
+    from kata.cli.template import FreeKeys
+
+    def free(value: Any, key: str = "") -> Any:
+        if isinstance(value, list):
+            return [free(item) for item in value]
+        if isinstance(value, dict):
+            kind = (
+                FreeKeys
+                if key in ("Labels", "labels", "Ports", "PortBindings", "ExposedPorts", "Volumes")
+                else dict
+            )
+            return kind((name, free(item, name)) for name, item in value.items())
+        return value
+
+    changed = free(entry)
+    assert isinstance(changed, dict)
+    return changed
+
+
+def of_container(container: Container) -> dict[str, Any]:
+    """What `kata inspect` says of a container."""
+    state = container.state()
+    spec = records.read_json(os.path.join(container.directory, "config.json")) or None
+    sandbox = describe(container) if state["status"] in (records.RUNNING, records.PAUSED) else None
+    entry = {
+        **_as_docker(container, state, spec or {}),
+        **container.record,
+        "state": state,
+        "directory": container.directory,
+        "log_path": container.log,
+        "spec": spec,
+        "start": records.read_json(os.path.join(container.directory, "start.json")) or None,
+    }
+    if state["status"] in (records.RUNNING, records.PAUSED):
+        entry["sandbox"] = sandbox
+    return entry
+
+
+_NEVER = "0001-01-01T00:00:00Z"
+
+
+def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    record = container.record
+    args = record["args"]
+    process = spec.get("process") or {}
+    resources = (spec.get("linux") or {}).get("resources") or {}
+    status = state["status"]
+    runs = status in (records.RUNNING, records.PAUSED)
+    bindings: dict[str, list[dict[str, str]]] = {}
+    for port in record["ports"]:
+        bound = {"HostIp": port["host_ip"], "HostPort": str(port["host_port"])}
+        bindings.setdefault(f"{port['guest_port']}/{port['proto']}", []).append(bound)
+    return {
+        "Id": container.id,
+        "Created": record["created_at"],
+        "Path": args[0],
+        "Args": args[1:],
+        "State": {
+            "Status": status,
+            "Running": runs,
+            "Paused": status == records.PAUSED,
+            "Restarting": False,
+            "OOMKilled": bool(state.get("oom_killed")),
+            "Dead": False,
+            "Pid": int((state.get("engine") or {}).get("pid") or 0) if runs else 0,
+            "ExitCode": int(state.get("exit_code", 137)) if status == records.EXITED else 0,
+            "Error": str(state.get("error") or ""),
+            "StartedAt": state.get("started_at") or _NEVER,
+            "FinishedAt": state.get("finished_at") or _NEVER,
+        },
+        "Image": record["image"]["id"],
+        "LogPath": container.log,
+        "Name": f"/{container.name}",
+        "RestartCount": 0,
+        "Driver": record["rootfs"]["kind"],
+        "Platform": "linux",
+        "HostConfig": {
+            "Binds": [
+                f"{one['source']}:{one['destination']}{':ro' if one['readonly'] else ''}"
+                for one in record["volumes"]
+            ],
+            "NetworkMode": record["network"],
+            "PortBindings": bindings,
+            "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+            "AutoRemove": record["auto_remove"],
+            "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
+            "Dns": record.get("dns_servers", []),
+            "DnsSearch": record.get("dns_searches", []),
+            "DnsOptions": record.get("dns_options", []),
+            "ExtraHosts": [":".join(reversed(line.split("\t"))) for line in record.get("extra_hosts", [])],
+            "GroupAdd": [str(gid) for gid in (process.get("user") or {}).get("additionalGids", [])],
+            "Memory": record["memory"] or 0,
+            "MemoryReservation": (resources.get("memory") or {}).get("reservation", 0),
+            "NanoCpus": round((record["cpus"] or 0) * 10**9),
+            "CpuShares": (resources.get("cpu") or {}).get("shares", 0),
+            "PidsLimit": (resources.get("pids") or {}).get("limit"),
+            "Ulimits": [
+                {
+                    "Name": one["type"].removeprefix("RLIMIT_").lower(),
+                    "Soft": one["soft"],
+                    "Hard": one["hard"],
+                }
+                for one in process.get("rlimits") or ()
+            ],
+            "Sysctls": (spec.get("linux") or {}).get("sysctl") or {},
+            "Runtime": "kata",
+        },
+        "Mounts": [
+            *(_mount("bind", one["source"], one) for one in record["volumes"]),
+            *(
+                _mount("volume", os.path.join(container.directory, one["name"]), one)
+                for one in record.get("disk_volumes") or ()
+            ),
+        ],
+        "Config": {
+            "Hostname": record["hostname"],
+            "User": (process.get("user") or {}).get("username", ""),
+            "Tty": record["tty"],
+            "OpenStdin": record["open_stdin"],
+            "StdinOnce": record["stdin_once"],
+            "Env": process.get("env") or [],
+            "Cmd": args,
+            "Image": record["image"]["reference"],
+            "WorkingDir": process.get("cwd") or "",
+            "ExposedPorts": {key: {} for key in bindings},
+            "Labels": record["labels"],
+            "StopSignal": record["stop_signal"],
+            "StopTimeout": record.get("stop_timeout"),
+        },
+        "NetworkSettings": {
+            "IPAddress": "",  # the machine's own; what can be reached are the published ports
+            "Ports": bindings if runs else {},
+            "Networks": {record["network"]: {"IPAddress": ""}} if record["network"] != "none" else {},
+        },
+    }
+
+
+def _mount(kind: str, source: str, one: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "Type": kind,
+        "Source": source,
+        "Destination": one["destination"],
+        "Mode": "ro" if one["readonly"] else "",
+        "RW": not one["readonly"],
+        "Propagation": "rprivate" if kind == "bind" else "",
+    }
+
+
+def describe(container: Container) -> dict[str, Any] | None:
+    """What a container's engine says of its sandbox; None if it has just ended."""
+    from kata.engine.client import EngineClient
+
+    try:
+        with EngineClient(container.socket) as engine:
+            return engine.describe()
+    except (KataError, OSError):
+        return None  # it ended after we had read its state
+
+
+def image_document(image: Image) -> dict[str, Any]:
+    """An image's configuration as it was fetched; an empty one if it cannot be read."""
+    from kata.images import store
+
+    try:
+        with open(store.blob_path(image.id), "rb") as file:
+            content = loads(file.read())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def of_image(image: Image) -> dict[str, Any]:
+    """What `kata inspect` says of an image."""
+    document = image_document(image)
+    system, _, processor = image.platform.partition("/")
+    processor, _, variant = processor.partition("/")
+    rootfs = document.get("rootfs")
+    return {
+        "Id": image.id,
+        "RepoTags": [name for name in image.names if "@" not in name],
+        "RepoDigests": sorted({f"{repository(name)}@{image.digest}" for name in image.names}),
+        "Comment": str(document.get("comment") or ""),
+        "Created": image.created,
+        "Author": str(document.get("author") or ""),
+        "Config": image.config,
+        "Architecture": processor,
+        **({"Variant": variant} if variant else {}),
+        "Os": system,
+        "Size": image.size,
+        "RootFS": {
+            "Type": "layers",
+            "Layers": rootfs.get("diff_ids", []) if isinstance(rootfs, dict) else [],
+        },
+    }
+
+
+def repository(name: str) -> str:
+    """A full name without its tag or digest."""
+    name = name.partition("@")[0]
+    head, colon, tag = name.rpartition(":")
+    return head if colon and "/" not in tag else name
+
+
+HANDLERS = {"inspect": _inspect}
