@@ -276,8 +276,13 @@ def _remove_tree(
     return ""
 
 
+OUT_OF_TIME = "out of time"
+
+
 def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
     """Remove the content of a directory, by descriptors only: no link is followed, no mount entered.
+
+    However deep it is, a few descriptors are enough: whoever filled it may have made it deeper than we may open files.
 
     Args:
         fd: Descriptor of the directory.
@@ -286,22 +291,27 @@ def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
         spare: A name that stays.
 
     Returns:
-        The problem; empty on success.
+        The problem, `OUT_OF_TIME` for one; empty on success.
     """
     # An explicit stack: a tree may be deeper than Python's recursion limit.
-    stack: list[tuple[int, str, list[str]]] = [(fd, path, [n for n in os.listdir(fd) if n != spare])]
+    stack = [(os.fstat(fd), path, [name for name in os.listdir(fd) if name != spare])]
+    here = os.dup(fd)
     try:
         while True:
-            here, where, names = stack[-1]
+            _, where, names = stack[-1]
             if not names:
                 if len(stack) == 1:
                     return ""
-                os.close(here)
                 stack.pop()
-                os.rmdir(os.path.basename(where), dir_fd=stack[-1][0])
+                above = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+                os.close(here)
+                here = above
+                if not os.path.samestat(os.fstat(here), stack[-1][0]):
+                    return f"{where} was moved meanwhile"
+                os.rmdir(os.path.basename(where), dir_fd=here)
                 continue
             if time.monotonic() > deadline:
-                return "out of time"
+                return OUT_OF_TIME
             name = names.pop()
             full = os.path.join(where, name)
             try:
@@ -320,10 +330,11 @@ def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
                 if error.errno in (errno.EXDEV, errno.EBUSY):
                     return f"something is mounted on {full}"
                 return f"{full}: {error.strerror}"
-            stack.append((below, full, os.listdir(below)))
+            os.close(here)
+            here = below
+            stack.append((os.fstat(here), full, os.listdir(here)))
     finally:
-        for opened, _, _ in stack[1:]:
-            os.close(opened)
+        os.close(here)
 
 
 # ---- mounts, namespaces, cgroups, interfaces ----

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,27 @@ def test_a_symlink_in_a_tree_is_not_followed(tmp_path: Path) -> None:
     tree.symlink_to(victim)
     assert journal_undo.undo(journal) == []
     assert (victim / "precious").exists()
+
+
+def test_a_tree_deeper_than_files_may_be_opened(tmp_path: Path) -> None:
+    here = tmp_path
+    for number in range(300):
+        here = here / "d"
+        here.mkdir()
+        (here / f"file{number}").touch()
+    (tmp_path / "spared").touch()
+    child = os.fork()
+    if child == 0:
+        said = b"nothing"
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            os.closerange(3, 64)
+            fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+            said = journal_undo.empty(fd, str(tmp_path), time.monotonic() + 60, "spared").encode()
+        finally:
+            os._exit(len(said) and 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.listdir(tmp_path) == ["spared"]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
