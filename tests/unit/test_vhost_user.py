@@ -27,6 +27,8 @@ def test_a_device_stands_for_the_socket_of_its_name(tmp_path: Path) -> None:
     for name, number in (("one", 0), ("two", 1), ("three", 2)):
         os.mknod(devices / name, 0o600 | stat.S_IFBLK, os.makedev(241, number))
     (devices / "a-file").touch()
+    for number in range(4200):
+        (devices / f"b{number}").touch()
     (sockets / "three").touch()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(sockets / "one"))
