@@ -191,6 +191,25 @@ class TestCarryBack:
         assert os.listdir(upper) == []
         assert any("too slow" in line for line in said)
 
+    def test_millions_of_files_leave_room_for_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The helper thread removes them in turns; here it has time for none in the first ones."""
+        monkeypatch.setattr(snapshot_root, "_DISCARD_S", -1.0)
+        turns: list[str] = []
+        some = snapshot_root.SnapshotRoot._discard_some
+
+        def discard_some(root: snapshot_root.SnapshotRoot) -> str:
+            if len(turns) == 3:
+                monkeypatch.setattr(snapshot_root, "_DISCARD_S", 5.0)
+            turns.append(some(root))
+            return turns[-1]
+
+        monkeypatch.setattr(snapshot_root.SnapshotRoot, "_discard_some", discard_some)
+        upper, _ = carried(tmp_path, Guest(HALF, KataError("gone")))
+        assert turns == ["out of time", "out of time", "out of time", ""]
+        assert os.listdir(upper) == []
+
     def test_who_dies_meanwhile_leaves_an_empty_directory(self, tmp_path: Path) -> None:
         from kata import journal_undo
 

@@ -264,3 +264,10 @@ def test_nothing_gets_out_of_the_directory(top: Path, parts: list[LayerPart]) ->
         from kata import journal_undo
 
         assert journal_undo.empty(fd.raw, str(top), float("inf")) == ""
+
+
+def test_an_attribute_that_is_no_name_is_refused_last_of_all(top: Path) -> None:
+    """The directories that are still open get theirs when all has come."""
+    odd = LayerAttribute(name=b"user.a\0b", value=b"x")
+    with pytest.raises(GuestProtocolError, match="embedded null"):
+        take(top, [entry("", DIR, attributes=[odd])])

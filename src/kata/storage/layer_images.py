@@ -113,7 +113,10 @@ def make(layers: Sequence[str], most_bytes: int = MOST_BYTES) -> str:
     try:
         identities = identify(layers)
         if not identities:
-            raise HostError("the layers' file system does not say when a directory was made", "")
+            raise HostError(
+                "the layers' file system does not say when a directory was made",
+                "Have the snapshotter's directory on ext4, xfs or btrfs (statx(2), btime).",
+            )
         key = key_of(identities)
         path = path_of(key)
         paths.make_dirs(directory(), 0o700)
@@ -123,10 +126,15 @@ def make(layers: Sequence[str], most_bytes: int = MOST_BYTES) -> str:
                 _write(path, identities)
                 if identify(layers) != identities:
                     _unlink(path)
-                    raise HostError("a layer was exchanged while its image was made", "")
+                    raise HostError(
+                        "a layer was exchanged while its image was made",
+                        "Try again once its snapshot is whole.",
+                    )
         _make_room(most_bytes, path)
     except OSError as error:
-        raise HostError(f"the image of a snapshot cannot be made: {error}", "") from error
+        raise HostError(
+            f"the image of a snapshot cannot be made: {error}", "Is there room, and are its layers there?"
+        ) from error
     return path
 
 
@@ -137,7 +145,10 @@ def _write(path: str, identities: Sequence[dict[str, Any]]) -> None:
     room = os.statvfs(directory())
     free = room.f_bavail * room.f_frsize - room.f_blocks * room.f_frsize // _FREE_SHARE
     if free <= 0:
-        raise ResourceExhaustedError(f"less than a tenth of the disk with {directory()} is free", "")
+        raise ResourceExhaustedError(
+            f"less than a tenth of the disk with {directory()} is free",
+            "Free some (kata gc, kata rmi), or set KATA_STATE_DIR to a larger one.",
+        )
     with contextlib.ExitStack() as opened:
         fd = opened.enter_context(whole_file.nameless(path))
         spool = opened.enter_context(tempfile.TemporaryFile(dir=directory()))

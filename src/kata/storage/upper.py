@@ -106,7 +106,7 @@ class UpperLayer:
                 raise GuestProtocolError("the guest has sent nothing of a layer", _ALL_GONE)
             while self._directories:
                 self._leave()
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:
             raise self._failed(b"", error) from error
         finally:
             self.close()

@@ -60,6 +60,8 @@ _BACK_MOST_S = 600.0
 _BACK_BYTES_PER_S = 1 << 20
 _BACK_ENTRIES_PER_S = 200
 """What the guest has written takes at most as long as this says: a slow one is given up."""
+_DISCARD_S = 5.0
+"""Of the helper thread's time at once; longer than the names of a directory take to read, however many there are."""
 
 
 class Layers:
@@ -187,7 +189,12 @@ class LayerDisks:
         async with self._lock:
             if path not in self._disks:
                 disk = AttachedDisks(self._runtime, self._tasks)
-                self._disks[path] = (disk, await disk.insert(path, readonly=True))
+                try:
+                    address = await disk.insert(path, readonly=True)
+                except BaseException:
+                    await disk.remove_all()  # who is cancelled leaves it on its way into the machine
+                    raise
+                self._disks[path] = (disk, address)
                 self._users[path] = 0
             self._users[path] += 1
             return self._disks[path][1]
@@ -355,9 +362,7 @@ class SnapshotRoot:
         except (KataError, OSError) as error:
             why = error.message if isinstance(error, KataError) else str(error)
             self._tasks.log(f"container {self._id}: what it has written is lost: {escape_line(why, 512)}")
-            self._tasks.log(
-                await self._tasks.run_blocking(self._discard) or "the upper directory is empty", "debug"
-            )
+            self._tasks.log(await self._discard() or "the upper directory is empty", "debug")
 
     async def _carry_back(self, capabilities: frozenset[str]) -> None:
         from kata.storage.upper import UpperLayer
@@ -367,23 +372,29 @@ class SnapshotRoot:
             raise KataError("its virtual machine has gone")
         with contextlib.suppress(KataError):  # nobody is left, usually
             await agent.signal_all(self._id, sysio.SIGKILL)
-        with sysio.Fd(os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
-            size = self._settings.upper_mib * _MIB
-            layer = UpperLayer(
-                directory.raw,
-                most_bytes=size,
-                most_entries=size // _INODE_RATIO,
-                capabilities=capabilities,
+        size = self._settings.upper_mib * _MIB
+        directory = sysio.Fd(os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        layer = UpperLayer(
+            directory.raw,
+            most_bytes=size,
+            most_entries=size // _INODE_RATIO,
+            capabilities=capabilities,
+        )
+
+        def close() -> None:
+            layer.close()
+            directory.close()
+
+        try:
+            await self._read_out(agent, layer.add, lambda: (layer.bytes, layer.entries))
+            await self._tasks.run_blocking(layer.finish)
+        finally:
+            # By the helper thread, which is still at work with them where this was cancelled.
+            await self._tasks.run_blocking(close)
+        if layer.dropped:
+            self._tasks.log(
+                f"container {self._id}: {layer.dropped} devices or attributes that it has made are left out"
             )
-            try:
-                await self._read_out(agent, layer.add, lambda: (layer.bytes, layer.entries))
-                await self._tasks.run_blocking(layer.finish)
-            finally:
-                layer.close()
-            if layer.dropped:
-                self._tasks.log(
-                    f"container {self._id}: {layer.dropped} devices or attributes that it has made are left out"
-                )
         await self._tasks.run_blocking(self._keep)
 
     async def _read_out(self, agent: AgentClient, add: Any, so_far: Any) -> None:
@@ -411,6 +422,7 @@ class SnapshotRoot:
                     )
         finally:
             asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
 
     def _keep(self) -> None:
         """What has been carried back stays, whatever becomes of us; the disk's file still goes."""
@@ -420,8 +432,20 @@ class SnapshotRoot:
         self._journal.mark_gone(self._entry)
         self._entry = None
 
-    def _discard(self) -> str:
-        """Remove what has been carried back so far. The problem; empty on success."""
+    async def _discard(self) -> str:
+        """Remove what has been carried back so far. The problem; empty on success.
+
+        It may be millions of files: the helper thread has time for others in between.
+        """
+        from kata import journal_undo
+
+        deadline = time.monotonic() + _BACK_MOST_S
+        problem = journal_undo.OUT_OF_TIME
+        while problem == journal_undo.OUT_OF_TIME and time.monotonic() < deadline:
+            problem = await self._tasks.run_blocking(self._discard_some)
+        return problem
+
+    def _discard_some(self) -> str:
         from kata import journal_undo
 
         try:
@@ -429,7 +453,9 @@ class SnapshotRoot:
         except OSError as error:
             return str(error)
         with sysio.Fd(fd) as directory:
-            return journal_undo.empty(directory.raw, self._directory, float("inf"), DISK_NAME)
+            return journal_undo.empty(
+                directory.raw, self._directory, time.monotonic() + _DISCARD_S, DISK_NAME
+            )
 
     def _stop_trimming(self) -> None:
         if self._trimming is not None:
