@@ -11,7 +11,7 @@ others or a higher one::
     hypervisor agent network storage resources images guest
     trace_export
     children config management
-    ttrpc oci journal crash metrics confinement
+    ttrpc oci journal crash metrics confinement rootless
     proto
     acl bpf deferred errors events paths pci_driver launcher host_cache settings sysio tracing
 
@@ -42,7 +42,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
     ("trace_export",),
     ("children", "config", "management"),
-    ("ttrpc", "oci", "journal", "crash", "metrics", "confinement"),
+    ("ttrpc", "oci", "journal", "crash", "metrics", "confinement", "rootless"),
     ("proto",),
     (
         "acl",

@@ -492,9 +492,50 @@ def _move_to_3(fds: Sequence[int], gate: int, status: int) -> tuple[int, int]:
     return gate, status
 
 
+def _fork_by_another() -> int:
+    """Fork a child with a PID namespace of its own, where this process could not go back to its own namespace.
+
+    A process in between makes the namespace and ends. The child then is ours, since we are its subreaper.
+
+    Raises:
+        OSError: The namespace could not be made.
+    """
+    sysio.become_subreaper()
+    read, write = map(sysio.Fd, os.pipe())
+    between = os.fork()
+    if between == 0:
+        try:
+            sysio.unshare(sysio.CLONE_NEWPID)
+            pid = os.fork()
+            if pid == 0:
+                # Until the one in between has ended, our parent is not the one whose end we are to follow.
+                write.close()
+                os.read(read.raw, 1)
+                read.close()
+                return 0
+            os.write(write.raw, f"+{pid}".encode())
+        except OSError as error:
+            os.write(write.raw, f"-{error.errno or errno.EIO}".encode())
+        finally:
+            if os.getpid() != 1:
+                os._exit(0)
+    try:
+        word = os.read(read.raw, 16)
+        os.waitpid(between, 0)
+    finally:
+        read.close()
+        write.close()
+    number = int(word or b"-5")
+    if number < 0:
+        raise OSError(-number, f"cannot make a PID namespace: {os.strerror(-number)}")
+    return number
+
+
 def _fork(new_pid_namespace: int) -> int:
     if not new_pid_namespace:
         return os.fork()
+    if sysio.in_user_namespace():
+        return _fork_by_another()
     ours = os.open("/proc/thread-self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
         sysio.unshare(sysio.CLONE_NEWPID)

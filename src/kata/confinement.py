@@ -270,6 +270,12 @@ class Confinement:
                 nodes.append((path, os.stat(path)))
             except FileNotFoundError:
                 pass  # the program says so
+        # A user namespace has no device nodes of its own: it gets those of the host, mounted.
+        held = (
+            {path: sysio.Fd(os.open(path, os.O_PATH | os.O_CLOEXEC)) for path, _ in nodes}
+            if sysio.in_user_namespace()
+            else {}
+        )
         sysio.mount(
             "tmpfs", "/dev", "tmpfs", sysio.MS_NOSUID | sysio.MS_NOEXEC, "mode=0755,size=4k,nr_inodes=32"
         )
@@ -279,6 +285,10 @@ class Confinement:
                 continue
             os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
             mine = path not in DEVICES
+            if sysio.in_user_namespace():
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                sysio.mount(f"/proc/self/fd/{held.pop(path).raw}", path, None, sysio.MS_BIND)
+                continue
             os.mknod(path, stat.S_IFCHR | (0o600 if mine else 0o666), status.st_rdev)
             if mine:
                 os.chown(path, self.user, self.user)

@@ -436,6 +436,23 @@ def setns(fd: int, kind: int = 0) -> None:
     _check(_c().setns(fd, kind))
 
 
+_foreign: bool | None = None
+
+
+def in_user_namespace() -> bool:
+    """Whether this process is in a user namespace other than the host's first one, where "root" is an ordinary user of
+    the host (user_namespaces(7)): it makes no device nodes, and cannot go back into namespaces that are not its own.
+    """
+    global _foreign
+    if _foreign is None:
+        try:
+            with open("/proc/self/uid_map", "rb") as file:
+                _foreign = file.read().split() != [b"0", b"0", b"4294967295"]
+        except FileNotFoundError:  # a kernel without them
+            _foreign = False
+    return _foreign
+
+
 def unshare(flags: int) -> None:
     """unshare(2) with CLONE_NEW* flags."""
     _check(_c().unshare(flags))

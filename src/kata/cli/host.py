@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-from kata import __version__, children, paths
+from kata import __version__, children, paths, sysio
 from kata.cli import table
 from kata.cli.args import Command, Option
 from kata.errors import KataError, UsageError
@@ -88,14 +88,20 @@ _DOCKER_WITH_SHIMS = 23
 
 
 def _permissions() -> Check:
-    if os.geteuid() == 0:
+    from kata import rootless
+
+    if rootless.refusal is not None:
+        return Check(
+            "permissions", FAIL, rootless.refusal.message, rootless.refusal.hint or "", blocking=True
+        )
+    if rootless.user is None:
         return Check("permissions", OK, "running as root")
     return Check(
         "permissions",
-        FAIL,
-        "not running as root, which is needed for now",
-        "sudo kata doctor",
-        blocking=True,
+        WARN,
+        f"user {rootless.user} in a user namespace: no user network, and no limits on the host where no cgroup is"
+        " delegated",
+        "--network none; docs/rootless.md",
     )
 
 
@@ -138,11 +144,13 @@ def _confinement() -> Check:
         )
     if not confinement.filter_code(()):
         lacks.append("no system call filter of ours on this architecture")
-    if os.geteuid() == 0 and not confinement.user_of(confinement.MONITOR):
+    if sysio.in_user_namespace() and not confinement.user_of(confinement.MONITOR):
+        lacks.append("no other ids in this user namespace: hypervisors run as this user")
+    elif os.geteuid() == 0 and not confinement.user_of(confinement.MONITOR):
         lacks.append(
             f"{confinement.VARIABLE} is 0: hypervisors are root's"
             if os.environ.get(confinement.VARIABLE) == "0"
-            else f"no user ids from {confinement.FIRST_USER} on in this user namespace: hypervisors are root's"
+            else f"no user ids from {confinement.FIRST_USER} on: hypervisors are root's"
         )
     if lacks:
         return Check("confinement", WARN, "; ".join(lacks))

@@ -55,7 +55,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command -> (module in `kata.cli`, summary), in the order of the help."""
 
-_NEEDS_NO_ROOT = frozenset({"version", "doctor", "config"})
+_NEEDS_NO_ROOT = frozenset({"version", "config"})
+_NEEDS_ROOT = frozenset({"install", "uninstall"})
+"""What is for the whole machine. All else an ordinary user does in a user namespace (`kata.rootless`)."""
 
 
 def _help() -> str:
@@ -66,7 +68,7 @@ def _help() -> str:
         "Runs each container in a lightweight virtual machine of its own, without a daemon.\n\n"
         f"commands:\n{listed}\n\n"
         "'kata COMMAND --help' describes a command. KATA_STATE_DIR and KATA_RUN_DIR set the directories of its\n"
-        "files (/var/lib/kata and /run/kata). It has to run as root for now.\n"
+        "files: for root /var/lib/kata and /run/kata, for others $XDG_DATA_HOME/kata and $XDG_RUNTIME_DIR/kata.\n"
     )
 
 
@@ -107,17 +109,31 @@ def dispatch(argv: Sequence[str]) -> int:
         hint = f"did you mean 'kata {near[0]}'?" if near else "'kata --help' lists the commands"
         raise UsageError(f"unknown command {name!r}", hint)
     asks_help = any(word in ("--help", "-h") for word in argv[1:2])
-    if os.geteuid() != 0 and name not in _NEEDS_NO_ROOT and not asks_help:
-        raise KataError(
-            f"kata {name} has to run as root for now: it makes virtual machines, mounts and cgroups",
-            f"sudo kata {' '.join(argv)}",
-        )
+    if os.geteuid() != 0 and not asks_help:
+        _as_ordinary_user(name, argv)
     from importlib import import_module
 
     module = import_module(f"kata.cli.{entry[0]}")
     arguments = module.COMMANDS[name].parse(argv[1:])
     status: int = module.HANDLERS[name](arguments)
     return status
+
+
+def _as_ordinary_user(name: str, argv: Sequence[str]) -> None:
+    from kata import rootless
+
+    if name in _NEEDS_ROOT:
+        raise KataError(
+            f"kata {name} has to run as root: it changes the whole machine", f"sudo kata {' '.join(argv)}"
+        )
+    rootless.settle()
+    if name in _NEEDS_NO_ROOT:
+        return
+    try:
+        rootless.enter()
+    except KataError:
+        if name != "doctor":  # which says so
+            raise
 
 
 class _Output(io.FileIO):
