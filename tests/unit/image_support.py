@@ -298,3 +298,36 @@ def fsck(path: Path) -> None:
     except FileNotFoundError:
         return
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def docker_save(
+    archive: Path, images: list[dict[str, Any]], *, extra: list[tarfile.TarInfo] | None = None
+) -> Path:
+    """What Docker before 25 writes: manifest.json, configurations, <id>/layer.tar."""
+    listed = []
+    with tarfile.open(archive, "w") as tar:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        for number, each in enumerate(images):
+            config = json.dumps(
+                {
+                    "architecture": "amd64", "os": "linux", "config": each.get("config", {}),
+                    "rootfs": {"type": "layers", "diff_ids": [sha256(data) for data in each["layers"]]},
+                }
+            ).encode()  # fmt: skip
+            name = sha256(config)[7:] + ".json"
+            add(name, config)
+            names = []
+            for position, data in enumerate(each["layers"]):
+                names.append(f"{number}{position}/layer.tar")
+                if not each.get("linked"):
+                    add(names[-1], data)
+            listed.append({"Config": name, "RepoTags": each.get("tags"), "Layers": names})
+        for info in extra or []:
+            tar.addfile(info)
+        add("manifest.json", json.dumps(listed).encode())
+    return archive

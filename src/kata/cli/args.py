@@ -208,12 +208,24 @@ class Command:
         else:
             values[option.key] = attached
 
-    def _check_count(self, rest: list[str]) -> None:
-        if len(rest) < self.least:
+    def need(self, rest: list[str], least: int) -> None:
+        """Check how many positional arguments there are; for where an option (``--all``) stands for them.
+
+        Args:
+            rest: The positional arguments.
+            least: Minimum number.
+
+        Raises:
+            UsageError: There are too few.
+        """
+        if len(rest) < least:
             raise UsageError(
                 f"{self.program} {self.name}: too few arguments",
                 f"usage: {self.program} {self.name} {self.usage}",
             )
+
+    def _check_count(self, rest: list[str]) -> None:
+        self.need(rest, self.least)
         if self.most is not None and len(rest) > self.most:
             raise UsageError(
                 f"{self.program} {self.name}: unexpected argument {rest[self.most]!r}",

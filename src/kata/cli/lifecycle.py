@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _GRACE = 10
 
+_ALL = "-a --all"
 COMMANDS = {
     "start": Command(
         "start",
@@ -28,29 +29,35 @@ COMMANDS = {
         [
             Option("-a --attach", "", "stay, show the output and end with the container's exit code"),
             Option("-i --interactive", "", "also connect standard input (implies --attach)"),
+            Option("--all", "", "all containers that do not run"),
         ],
-        least=1,
     ),
     "restart": Command(
         "restart",
         "CONTAINER...",
         "Stops containers if they run, and starts them.",
-        [Option("-t --time", "SECONDS", f"how long to wait between SIGTERM and SIGKILL ({_GRACE})")],
-        least=1,
+        [
+            Option("-t --time", "SECONDS", f"how long to wait between SIGTERM and SIGKILL ({_GRACE})"),
+            Option(_ALL, "", "all containers"),
+        ],
     ),
     "stop": Command(
         "stop",
         "CONTAINER...",
         "Stops containers: the stop signal, and SIGKILL when that has not ended them.",
-        [Option("-t --time", "SECONDS", f"how long to wait between the two ({_GRACE}); 0 kills at once")],
-        least=1,
+        [
+            Option("-t --time", "SECONDS", f"how long to wait between the two ({_GRACE}); 0 kills at once"),
+            Option(_ALL, "", "all containers that run"),
+        ],
     ),
     "kill": Command(
         "kill",
         "CONTAINER...",
         "Sends a signal to the first process of containers.",
-        [Option("-s --signal", "SIGNAL", "name or number (KILL)")],
-        least=1,
+        [
+            Option("-s --signal", "SIGNAL", "name or number (KILL)"),
+            Option(_ALL, "", "all containers that run"),
+        ],
     ),
     "rm": Command(
         "rm",
@@ -59,11 +66,15 @@ COMMANDS = {
         [
             Option("-f --force", "", "kill them first if they run; no error if there is none"),
             Option("-v --volumes", "", "accepted; volumes are always removed with their container"),
+            Option(_ALL, "", "all containers"),
         ],
-        least=1,
     ),
-    "pause": Command("pause", "CONTAINER...", "Freezes all processes of containers.", least=1),
-    "resume": Command("resume", "CONTAINER...", "Resumes paused containers.", least=1),
+    "pause": Command(
+        "pause", "CONTAINER...", "Freezes all processes of containers.", [Option(_ALL, "", "all that run")]
+    ),
+    "resume": Command(
+        "resume", "CONTAINER...", "Resumes paused containers.", [Option(_ALL, "", "all that are paused")]
+    ),
     "wait": Command(
         "wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", least=1
     ),
@@ -94,15 +105,31 @@ def each(references: list[str], act: Callable[[Container], str | None]) -> int:
     return 0
 
 
+_ANY = (records.CREATED, records.RUNNING, records.PAUSED, records.EXITED)
+
+
+def _chosen(arguments: Arguments, command: str, states: tuple[str, ...] = (records.RUNNING,)) -> list[str]:
+    """The containers that a command line names; with ``--all``, the ids of those in one of these states."""
+    if not arguments.flag("all"):
+        COMMANDS[command].need(arguments.rest, 1)
+        return arguments.rest
+    if arguments.rest:
+        raise UsageError(
+            "--all is about all containers, and some are named, too", "leave out one of the two"
+        )
+    return [one.id for one in records.all_containers() if one.state()["status"] in states]
+
+
 # ---- start ----
 
 
 def _start(arguments: Arguments) -> int:
+    chosen = _chosen(arguments, "start", (records.CREATED, records.EXITED))
     interactive = arguments.flag("interactive")
     if interactive or arguments.flag("attach"):
-        if len(arguments.rest) != 1:
+        if len(chosen) != 1:
             raise UsageError("only one container can be attached to", "start the others without -a")
-        container = records.find(arguments.rest[0])
+        container = records.find(chosen[0])
         _need_stopped(container)
         return session.run_attached(
             container, stdin=interactive and container.record["open_stdin"], detach_keys=b"\x10\x11"
@@ -118,7 +145,7 @@ def _start(arguments: Arguments) -> int:
             if not container.running():  # otherwise another command has started it
                 raise
 
-    return each(arguments.rest, act)
+    return each(chosen, act)
 
 
 def _need_stopped(container: Container) -> None:
@@ -151,7 +178,8 @@ def _patience(container: Container, asked: float | None) -> float:
 
 def _stop(arguments: Arguments) -> int:
     grace = _grace(arguments)
-    return each(arguments.rest, lambda container: stop(container, _patience(container, grace)))
+    chosen = _chosen(arguments, "stop", (records.RUNNING, records.PAUSED))
+    return each(chosen, lambda container: stop(container, _patience(container, grace)))
 
 
 def _restart(arguments: Arguments) -> int:
@@ -165,7 +193,7 @@ def _restart(arguments: Arguments) -> int:
             )
         session.start_detached(container, discard=False)
 
-    return each(arguments.rest, act)
+    return each(_chosen(arguments, "restart", _ANY), act)
 
 
 # ---- kill, rm ----
@@ -184,7 +212,7 @@ def _kill(arguments: Arguments) -> int:
                 f"container {container.name} has just ended", f"kata ps -a | grep {container.name}"
             ) from None
 
-    return each(arguments.rest, act)
+    return each(_chosen(arguments, "kill"), act)
 
 
 def _rm(arguments: Arguments) -> int:
@@ -204,7 +232,7 @@ def _rm(arguments: Arguments) -> int:
         if records.load(container.id) is not None:
             records.remove(container)
 
-    references = arguments.rest
+    references = _chosen(arguments, "rm", _ANY)
     if force:
         references = [reference for reference in references if records.find_or_none(reference) is not None]
     return each(references, act)
@@ -222,7 +250,7 @@ def _pause(arguments: Arguments) -> int:
         with EngineClient(container.socket) as engine:
             engine.pause(container.id)
 
-    return each(arguments.rest, act)
+    return each(_chosen(arguments, "pause"), act)
 
 
 def _resume(arguments: Arguments) -> int:
@@ -232,7 +260,7 @@ def _resume(arguments: Arguments) -> int:
         with EngineClient(container.socket) as engine:
             engine.resume(container.id)
 
-    return each(arguments.rest, act)
+    return each(_chosen(arguments, "resume", (records.PAUSED,)), act)
 
 
 def wait(container: Container) -> int:

@@ -265,6 +265,50 @@ def remove(container: Container) -> None:
         pass  # nothing fails for want of its record
 
 
+def rename(container: Container, name: str) -> None:
+    """Give a container another name.
+
+    Raises:
+        AlreadyExistsError: The name is taken.
+        JournalError: The container is being removed.
+    """
+    import fcntl
+
+    path = os.path.join(container.directory, "journal")
+    try:
+        journal = Journal.open(path)
+    except JournalError:
+        raise NotFoundError(f"container {container.name} is gone", "'kata ps -a' lists them all") from None
+    try:
+        # Who removes the container holds this lock, too.
+        fcntl.flock(journal.fileno(), fcntl.LOCK_EX)
+        fresh = load(container.id)
+        if fresh is None:
+            raise NotFoundError(f"container {container.name} is gone", "'kata ps -a' lists them all")
+        former = fresh.name
+        if name == former:
+            raise AlreadyExistsError(f"container {container.name} has that name already", "choose another")
+        new = os.path.join(_names_dir(), name)
+        entry = journal.begin("file", path=new)
+        if not _claim(name, container.id):
+            journal.mark_gone(entry)
+            raise AlreadyExistsError(
+                f"the name {name!r} is taken", f"choose another, or remove that container: kata rm {name}"
+            )
+        journal.commit(entry)
+        write_json(os.path.join(container.directory, _RECORD), {**fresh.record, "name": name})
+        old = os.path.join(_names_dir(), former)
+        try:
+            os.unlink(old)
+        except FileNotFoundError:
+            pass
+        for one in journal.entries:
+            if one.kind == "file" and one.params.get("path") == old:
+                journal.mark_gone(one)
+    finally:
+        journal.close()
+
+
 def load(identity: str) -> Container | None:
     """The container with exactly this id; None if it does not exist, or is being created or removed."""
     record = _read(os.path.join(paths.container_dir(identity), _RECORD))

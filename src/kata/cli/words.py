@@ -7,33 +7,40 @@ from __future__ import annotations
 
 ALIASES = {"unpause": "resume", "ls": "ps", "list": "ps", "remove": "rm", "delete": "rm"}
 """Aliases of commands. ``container X`` is an alias of ``X``."""
+_GROUPS = {
+    "container": {"prune": "prune container", "inspect": "inspect --type container"},
+    "image": {
+        "ls": "images",
+        "list": "images",
+        "rm": "rmi",
+        "remove": "rmi",
+        "inspect": "inspect --type image",
+        "prune": "prune image",
+    },
+    "system": {"prune": "prune system"},
+}
+"""Groups of commands -> those in them that are called otherwise here; the others are commands of the same name."""
 
-_IMAGES_ELSEWHERE = "build, tag and push with docker, podman, buildah or skopeo; kata runs what they make"
+_IMAGES_ELSEWHERE = "build and push with docker, podman, buildah or skopeo; kata runs what they make"
 _VOLUMES = "kata run -v DIR:/path shares a directory, -v /path is a volume of one container; none has a name"
 COMMANDS = {
     "build": "docker build or podman build, and then kata run docker-archive:FILE",
     "buildx": _IMAGES_ELSEWHERE,
-    "tag": _IMAGES_ELSEWHERE,
     "push": _IMAGES_ELSEWHERE,
     "search": "search with docker, podman or skopeo, and kata pull NAME",
     "save": "skopeo copy docker://NAME oci-archive:FILE",
-    "load": "kata pull docker-archive:FILE",
     "import": "unpack it into a directory, and kata run rootfs:DIR",
     "export": "kata cp NAME:PATH - > files.tar",
     "commit": "build an image instead; kata cp NAME:PATH - > files.tar copies files",
     "diff": "kata cp NAME:PATH - | tar -t lists files",
-    "history": "skopeo inspect docker://NAME shows its layers",
     "image": "kata images, kata pull, kata rmi",
     "login": "docker login or podman login; kata reads ~/.docker/config.json",
     "logout": "docker logout or podman logout; kata reads ~/.docker/config.json",
     "network": "kata run --network user|tap|none; networks between containers are Docker's or CNI's",
     "volume": _VOLUMES,
     "volumes": _VOLUMES,
-    "rename": "kata run --name sets the name, which cannot be changed later",
     "healthcheck": "kata exec NAME PROGRAM",
-    "info": "kata version, kata doctor",
-    "system": "kata gc removes what crashes left behind and images without a name; kata doctor checks the host",
-    "prune": "kata rm $(kata ps -aq) removes all stopped containers; kata gc removes images without a name",
+    "system": "kata info, kata prune, kata events; kata gc removes what crashes left behind",
     "pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",
     "kube": "pods come from Kubernetes (CRI): docs/kubernetes.md",
     "play": "pods come from Kubernetes (CRI): docs/kubernetes.md",
@@ -116,12 +123,11 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--blkio-*": "leave it out; limits are --cpus, -m, --pids-limit",
     },
     "exec attach logs top": {"--latest -l": "name it: $(kata ps -aq | head -1)"},
+    "wait": {"--all -a": "name them: $(kata ps -aq)"},
     _MANY: {
-        "--all": "name them: $(kata ps -aq)",
         "--latest -l": "name it: $(kata ps -aq | head -1)",
         "--filter": "name them: $(kata ps -aq --filter KEY=VALUE)",
     },
-    "restart stop kill rm pause resume wait": {"-a": "name them: $(kata ps -aq)"},
     "rm": {
         "--link": "names between containers are Docker's: docs/docker.md",
     },
@@ -144,7 +150,10 @@ An option that ends in ``*`` is a prefix. An option in a hint that names no comm
 
 def command(argv: list[str]) -> list[str]:
     """Replace an alias in a command line by kata's own name of the command."""
-    if argv[0] == "container" and len(argv) > 1:
+    if argv[0] in _GROUPS and len(argv) > 1 and argv[1][:1] != "-":
+        own = _GROUPS[argv[0]].get(argv[1])
+        if own is not None:
+            return [*own.split(), *argv[2:]]
         argv = argv[1:]
     return [ALIASES.get(argv[0], argv[0]), *argv[1:]]
 

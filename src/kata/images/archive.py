@@ -153,21 +153,24 @@ class Archive:
         """Close the archive."""
         self._file.close()
 
+    def count(self) -> int:
+        """How many images there are; each can be chosen by its place, ``@0`` being the first.
+
+        Raises:
+            ImageError: The archive is malformed.
+        """
+        if "index.json" in self._members:
+            index = manifest.document(self._read("index.json"), f"{self.path}: index.json")
+            listed = manifest.listed(index, f"{self.path}: index.json")
+            if listed or "manifest.json" not in self._members:
+                return len(listed)
+        return len(self._docker_images())
+
     # ---- Docker's own form ----
 
     def _choose_docker(self, tag: str) -> Descriptor:
         """Choose an image from manifest.json, and convert its entry to an OCI manifest."""
-        try:
-            images = json.loads(self._read("manifest.json"))
-        except (ValueError, RecursionError):
-            raise ImageError(f"{self.path}: manifest.json is not JSON", _HINT) from None
-        if (
-            not isinstance(images, list)
-            or not images
-            or not all(isinstance(image, dict) for image in images)
-        ):
-            raise ImageError(f"{self.path}: manifest.json lists no images", _HINT)
-        chosen = self._choose_named(images, tag)
+        chosen = self._choose_named(self._docker_images(), tag)
         config_name, layer_names = chosen.get("Config"), chosen.get("Layers")
         if layer_names is None:
             layer_names = []
@@ -206,6 +209,20 @@ class Archive:
         made_digest = manifest.digest_of(made)
         self._made = {digest: data, made_digest: made}
         return Descriptor(made_digest, len(made), manifest.MANIFEST_TYPES[0])
+
+    def _docker_images(self) -> list[dict[str, Any]]:
+        """The entries of manifest.json."""
+        try:
+            images = json.loads(self._read("manifest.json"))
+        except (ValueError, RecursionError):
+            raise ImageError(f"{self.path}: manifest.json is not JSON", _HINT) from None
+        if (
+            not isinstance(images, list)
+            or not images
+            or not all(isinstance(image, dict) for image in images)
+        ):
+            raise ImageError(f"{self.path}: manifest.json lists no images", _HINT)
+        return images
 
     def _choose_named(self, images: list[dict[str, Any]], tag: str) -> dict[str, Any]:
         place = layout.place_of(tag)

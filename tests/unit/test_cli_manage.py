@@ -1,0 +1,146 @@
+"""`kata rename`, `tag`, `history`, `load`, `info`, `prune` on stores and records made for them, without machines."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from image_support import docker_save, layer, member
+
+from kata import journal
+from kata.cli import main, records
+from kata.errors import AlreadyExistsError, NotFoundError
+from kata.images import platform, store
+from kata.images.resolve import resolve
+
+ONE = layer(member("one", content=b"1"))
+TWO = layer(member("two", content=b"2"))
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "s"))
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "r"))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(platform, "host", lambda: platform.Platform("linux", "amd64"))
+    return tmp_path / "s"
+
+
+def make(name: str, image: str = "", **more: object) -> records.Container:
+    pending = records.PendingContainer(name)
+    record = {
+        "id": pending.id, "name": pending.name, "created_at": records.now(), "auto_remove": False, "labels": {},
+        "image": {"reference": "x", "id": image}, **more,
+    }  # fmt: skip
+    return pending.commit(record, {"process": {}})
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    assert main.main(list(words)) == status
+    out = capsys.readouterr()
+    return out.out if status == 0 else out.err
+
+
+def test_rename(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    box = make("before")
+    make("taken")
+    assert said(capsys, "rename", "before", "after") == ""
+    assert records.find("after").id == box.id
+    assert records.find(box.id).name == "after"
+    with pytest.raises(NotFoundError):
+        records.find("before")
+    with pytest.raises(AlreadyExistsError, match="is taken"):
+        records.rename(records.find("after"), "taken")
+    with pytest.raises(AlreadyExistsError, match="that name already"):
+        records.rename(records.find("after"), "after")
+    assert "cannot be a container's name" in said(capsys, "container", "rename", "after", "a/b", status=125)
+    make("before")  # the name is free again
+    records.remove(records.find("after"))
+    assert sorted(path.name for path in (state / "names").iterdir()) == ["before", "taken"]
+    assert journal.find(str(state / "containers"))
+
+
+def test_load_tag_history_and_untag(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = docker_save(
+        tmp_path / "both.tar",
+        [
+            {"layers": [ONE], "tags": ["box:1", "box:2"]},
+            {"layers": [ONE, TWO], "tags": ["other.example/two:latest"]},
+        ],
+    )
+    assert said(capsys, "load", "-q", "-i", str(archive)).splitlines() == [
+        "Loaded image: box:1",
+        "Loaded image: box:2",
+        "Loaded image: other.example/two:latest",
+    ]
+    assert sorted(name for image in store.list_images() for name in image.names) == [
+        "docker.io/library/box:1", "docker.io/library/box:2", "other.example/two:latest",
+    ]  # fmt: skip
+    assert said(capsys, "image", "tag", "box:1", "mine/box") == ""
+    assert resolve("mine/box", pull="never").id == resolve("box:2", pull="never").id
+    assert "no name of an image" in said(capsys, "tag", "box:1", "oci:/x", status=125)
+    assert "cannot have a digest" in said(capsys, "tag", "box:1", f"a@sha256:{'0' * 64}", status=125)
+    assert "there is no image" in said(capsys, "tag", "nobody", "a", status=125)
+    assert "Untagged: docker.io/mine/box:latest" in said(capsys, "image", "rm", "mine/box")
+    # The same from standard input leaves nothing but the image.
+    monkeypatch.setattr(
+        sys, "stdin", SimpleNamespace(buffer=io.BytesIO(archive.read_bytes()), isatty=lambda: False)
+    )
+    assert "Loaded image: box:1" in said(capsys, "load", "-q")
+    assert not list((state / "images/rootfs").glob("*.tmp"))
+    assert "is no file" in said(capsys, "load", "-i", str(tmp_path / "none.tar"), status=125)
+    (tmp_path / "text.tar").write_text("no archive")
+    assert "hint: " in said(capsys, "load", "-i", str(tmp_path / "text.tar"), status=125)
+    table = said(capsys, "history", "box:1")
+    assert table.splitlines()[0].split() == ["IMAGE", "CREATED", "CREATED", "BY", "SIZE", "COMMENT"]
+
+
+def test_prune(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = docker_save(
+        tmp_path / "a.tar", [{"layers": [ONE], "tags": ["box:1"]}, {"layers": [TWO], "tags": ["two:1"]}]
+    )
+    said(capsys, "load", "-qi", str(archive))
+    used = store.find("box:1").id
+    keep, gone = make("keep", used, labels={"kind": "kept"}), make("gone", used)
+    waiting = make("waiting", used, made_to_run=True)
+    answer = SimpleNamespace(readline=lambda: "n\n")
+    monkeypatch.setattr(sys, "stdin", answer)
+    assert said(capsys, "container", "prune").endswith("[y/N] ")
+    assert len(records.all_containers()) == 3
+    shown = said(capsys, "container", "prune", "-f", "--filter", "label=kind=kept")
+    assert shown.startswith(f"Deleted Containers:\n{keep.id}\n\nTotal reclaimed space: ")
+    assert said(capsys, "image", "prune", "-f") == "Total reclaimed space: 0B\n"
+    shown = said(capsys, "image", "prune", "-af")
+    assert "untagged: docker.io/library/two:1\ndeleted: sha256:" in shown
+    assert [image.names for image in store.list_images()] == [["docker.io/library/box:1"]]
+    answer.readline = lambda: "y\n"
+    shown = said(capsys, "system", "prune")
+    assert gone.id in shown
+    assert waiting.id not in shown
+    assert [one.name for one in records.all_containers()] == ["waiting"]
+    assert said(capsys, "prune", "container", "-a", status=125)
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    make("one")
+    assert (
+        said(capsys, "info", "--format", "{{.Containers}} {{.ContainersRunning}} {{.Images}}") == "1 0 0\n"
+    )
+    assert json.loads(said(capsys, "system", "info", "-f", "json"))["ContainersStopped"] == 1
+    assert "Containers: 1\n Running: 0\n" in said(capsys, "info")
+
+
+def test_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = make("one"), make("two")
+    assert said(capsys, "stop", "-a") == ""
+    assert set(said(capsys, "rm", "-a").split()) == {one.id, two.id}
+    assert records.all_containers() == []
+    assert said(capsys, "rm", "-a") == ""
