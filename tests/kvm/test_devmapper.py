@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import thin_pool
 from containerd_support import IMAGE, RUNTIME, Containerd, running
-from test_monitors import require
+from hypervisor_lab import require
 from waiting import until
 
 from kata.hypervisor import registry

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from containerd_support import Containerd, running
-from test_monitors import SERVER, require, served
+from hypervisor_lab import SERVER, require, served
 from waiting import until
 
 from kata.hypervisor import registry

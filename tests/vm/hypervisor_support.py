@@ -8,8 +8,8 @@ from pathlib import Path
 
 import netlab
 from conftest import Kata
+from hypervisor_lab import require
 from netlab import HOST4, INTERNET4, INTERNET6
-from test_monitors import require
 from waiting import until
 
 from kata.hypervisor import registry

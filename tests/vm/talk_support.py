@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from test_monitors import Lab, descriptors, tap
+from hypervisor_lab import Lab, descriptors, tap
 
 from kata import journal_undo
 from kata.hypervisor.base import Attachments, Disk, Nic

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import scripted_firecracker
+from hypervisor_lab import tap
 from talk_support import Talk
-from test_monitors import tap
 from waiting import PATIENCE
 
 from kata.errors import HypervisorError, KataError, UnsupportedError
