@@ -156,3 +156,22 @@ def test_an_engine_does_without_what_only_errors_need() -> None:
     loaded = set(json.loads(done.stdout))
     assert loaded & SELDOM_USED_BY_ENGINES == set()
     assert loaded & NOT_BEFORE_THEY_ARE_USED == set()
+
+
+def test_what_podman_asks_an_oci_runtime_costs_few_modules() -> None:
+    """``state``, ``kill`` and ``delete``: Podman waits for each of them at each end of a container."""
+    loaded = loaded_by(
+        "kata.oci_runtime.main", "kata.oci_runtime.containers", "kata.engine.client", "kata.oci.spec"
+    )
+    assert {name for name in loaded if name.split(".")[0] in TOO_DEAR_FOR_A_COMMAND} == set()
+    dear = {
+        "json",
+        "re",
+        "enum",
+        "signal",
+        "textwrap",
+        "kata.engine.machine",
+        "kata.config.files",
+        "asyncio",
+    }
+    assert loaded & dear == set()

@@ -51,6 +51,9 @@ class Arguments:
         self._values = values
         self.rest = rest
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
     def flag(self, key: str) -> bool:
         return self._values[key] is True
 

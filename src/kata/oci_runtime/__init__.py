@@ -1,1 +1,1 @@
-"""``kata-runtime``: the original's commands for administration. Its command line for containers (OCI) is planned."""
+"""``kata-runtime``: the command line of an OCI runtime, and the original's commands for administration."""

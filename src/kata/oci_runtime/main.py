@@ -1,4 +1,4 @@
-"""The program ``kata-runtime``: the original's commands for administration, as far as there is something to administer.
+"""The program ``kata-runtime``: the OCI runtime's command line, and the original's commands for administration.
 
 What the original has and we do not is refused by name, with what to use instead.
 """
@@ -12,6 +12,7 @@ from kata import __version__, paths
 from kata.cli.args import Command, Option
 from kata.cli.main import name_output
 from kata.errors import KataError, NotFoundError, UnsupportedError, UsageError
+from kata.oci_runtime import container_commands
 from kata.oci_runtime.global_options import GlobalOptions
 
 TYPE_CHECKING = False
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
     from kata.cli.complete import Candidates
 
 PROGRAM = "kata-runtime"
-SUMMARY = (
-    "Administers running sandboxes, by the names that Kata Containers' program of this name has for it."
-)
+SUMMARY = "Runs containers in virtual machines, as an OCI runtime does, and administers sandboxes."
 _SANDBOX = Option("--sandbox-id", "ID", "the sandbox: its id, its beginning, or a container's name")
 
 
@@ -33,6 +32,7 @@ def _command(name: str, usage: str, summary: str, options: Sequence[Option] = ()
 
 
 COMMANDS = {
+    **container_commands.COMMANDS,
     "metrics": _command(
         "metrics",
         "ID",
@@ -111,31 +111,13 @@ COMMANDS = {
 }
 _ALIASES = {"kata-check": "check", "kata-env": "env", "--version": "version", "-v": "version"}
 _NEEDS_NO_ROOT = frozenset({"check", "env", "features", "spec", "version"})
-_OCI = (
-    "create",
-    "delete",
-    "events",
-    "kill",
-    "list",
-    "pause",
-    "ps",
-    "resume",
-    "run",
-    "start",
-)
 _NO_CHECKPOINT = (
     "a machine's state has host connections that cannot be put back: stop the container and start it again"
 )
 _ELSEWHERE = {
     "checkpoint": _NO_CHECKPOINT,
     "restore": _NO_CHECKPOINT,
-    "exec": "kata-agent-ctl --sandbox ID shell opens a shell in the guest; kata exec runs a command in a container",
     "policy": 'kata-agent-ctl --sandbox ID SetPolicy --policy "$(cat FILE)"',
-    **dict.fromkeys(
-        (*_OCI, "state", "update"),
-        "The OCI command line for Podman and CRI-O is planned. Today: containerd, Docker and CRI by the shim"
-        " (docs/clients.md), or kata run without a daemon.",
-    ),
 }
 
 
@@ -194,7 +176,15 @@ def dispatch(argv: Sequence[str], options: GlobalOptions) -> int:
     arguments = command.parse(argv[1:])
     if os.geteuid() != 0 and name not in _NEEDS_NO_ROOT:
         raise KataError(f"{PROGRAM} {name} has to run as root: sandboxes are root's", f"sudo {PROGRAM} ...")
-    return _HANDLERS[name](arguments)
+    if name not in container_commands.COMMANDS:
+        return _HANDLERS[name](arguments)
+    from kata.oci_runtime import containers
+
+    if name in containers.HANDLERS:
+        return containers.HANDLERS[name](arguments, options)
+    from kata.oci_runtime import creation
+
+    return creation.HANDLERS[name](arguments, options)
 
 
 def complete(before: Sequence[str], word: str) -> Candidates:

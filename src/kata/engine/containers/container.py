@@ -145,7 +145,7 @@ class Container:
             lambda topic, event: sandbox.publish(topic, event),
             on_init_gone=self._parts.close_relay,
             before_end=self._parts.carry_back,
-            on_reported=lambda process: sandbox.process_ended(self, process),
+            on_reported=self._reported,
         )
         self._task_pid: TaskPid | None = None
 
@@ -161,6 +161,8 @@ class Container:
     @property
     def task_pid(self) -> int:
         """The number on the host that stands for its processes, and for their namespaces."""
+        if self.init.stdio.host_process is not None:
+            return self.init.stdio.host_process.pid
         return self._task_pid.pid if self._task_pid is not None else self.sandbox.runtime.host_pid
 
     # ---- create ----
@@ -338,7 +340,8 @@ class Container:
             if process.streams is not None:
                 process.streams.abandon()
             raise
-        process.start(self.sandbox.runtime.host_pid)
+        own = process.stdio.host_process
+        process.start(self.sandbox.runtime.host_pid if own is None else own.pid)
         if process.streams is not None:
             process.streams.start()
         process.watcher = asyncio.create_task(self._ends.watch(process, agent))
@@ -347,6 +350,25 @@ class Container:
             events_pb.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=process.pid),
         )
         self.sandbox.tasks.create_task(self._close_unused_stdin(process, agent))
+
+    def serve_host_process(self, exec_id: str) -> None:
+        """Have the process of the host that stands for the init, or for an exec, pass on what it is signalled with."""
+        process = self.process(exec_id)
+        if process.stdio.host_process is None:
+            return
+
+        async def kill(signal: int) -> None:
+            await self._killer.kill(process, signal, everything=False)
+
+        async def resize(rows: int, columns: int) -> None:
+            await self.resize(exec_id, rows, columns)
+
+        process.stdio.host_process.serve(kill, resize, self.sandbox.tasks)
+
+    def _reported(self, process: Process) -> None:
+        if process.stdio.host_process is not None:
+            process.stdio.host_process.end(process.exit_status)
+        self.sandbox.process_ended(self, process)
 
     # ---- what else one can do to it ----
 

@@ -125,8 +125,12 @@ class TaskService:
                 "a container cannot be restored from a checkpoint: its virtual machine has none"
             )
         config = await self._sandbox.tasks.run_blocking(_read_config, request.bundle)
-        stdio = parse_stdio(request.terminal, request.stdin, request.stdout, request.stderr)
+        stdio = await self._stdio(request)
         root = None
+        if stdio.host_process is not None and self._sandbox.containers:
+            from kata.engine.containers.host_process import as_member
+
+            as_member(config, self._sandbox.id)
         if self._sandbox.client.foreign_specs:
             refuse_foreign(config)
             sysctls = self._sandbox.settings.sysctls
@@ -137,10 +141,34 @@ class TaskService:
         try:
             container = await self._sandbox.create(request.id, request.bundle, config, stdio, root)
         except BaseException:
+            if stdio.host_process is not None:
+                stdio.host_process.close()
             if not self._sandbox.containers:
                 await self._give_up()
             raise
+        container.serve_host_process("")
         return task_pb.CreateTaskResponse(pid=container.init.pid)
+
+    async def _stdio(self, request: task_pb.CreateTaskRequest | task_pb.ExecProcessRequest) -> Stdio:
+        """The streams of a process: what the client names, or what a process of the host hands over.
+
+        Raises:
+            KataError: They are of a kind that there is not, or the process does not hand them over.
+        """
+        scheme = "handover://"  # its module is imported when somebody uses it
+        if not request.stdin.startswith(scheme):
+            return parse_stdio(request.terminal, request.stdin, request.stdout, request.stderr)
+        from kata.engine.containers import host_process
+
+        tasks = self._sandbox.tasks
+        process = await tasks.run_blocking(host_process.take, request.stdin.removeprefix(scheme))
+        process.record(self._sandbox.journal)
+        cgroup = self._sandbox.runtime.machine.cgroup
+        if (
+            cgroup is not None
+        ):  # it counts as the sandbox's; in the background, since that takes the kernel a while
+            tasks.create_task(tasks.run_blocking(cgroup.join, [process.pid]))
+        return process.stdio(request.terminal)
 
     def _host_root(self, request: task_pb.CreateTaskRequest, config: dict[str, Any]) -> HostRoot:
         """The root directory in the bundle, with what the client wants mounted there."""
@@ -166,6 +194,11 @@ class TaskService:
         try:
             process = await container.start(request.exec_id)
         except BaseException:
+            if (
+                request.exec_id
+                and (own := container.process(request.exec_id).stdio.host_process) is not None
+            ):
+                own.close()
             if not request.exec_id and container.init.state == CREATED:
                 await self._give_up()
             raise
@@ -176,8 +209,15 @@ class TaskService:
         if request.spec is None:
             raise ConfigError("an exec needs a process specification")
         config = _json_object(request.spec.value, "the process specification")
-        stdio = parse_stdio(request.terminal, request.stdin, request.stdout, request.stderr)
-        self._sandbox.container(request.id).add_exec(request.exec_id, stdio, config)
+        container = self._sandbox.container(request.id)
+        stdio = await self._stdio(request)
+        try:
+            container.add_exec(request.exec_id, stdio, config)
+        except BaseException:
+            if stdio.host_process is not None:
+                stdio.host_process.close()
+            raise
+        container.serve_host_process(request.exec_id)
         return google_pb.Empty()
 
     @finish

@@ -14,6 +14,33 @@ from abc import ABC, abstractmethod
 from kata.errors import UnsupportedError, UsageError
 from kata.sysio import Fd
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any, Protocol
+
+    from kata.engine.tasks import Tasks
+
+    class StandIn(Protocol):
+        """A process of the host that stands for one of a container (`kata.engine.containers.host_process`)."""
+
+        pid: int
+
+        def serve(
+            self,
+            kill: Callable[[int], Coroutine[Any, Any, None]],
+            resize: Callable[[int, int], Coroutine[Any, Any, None]],
+            tasks: Tasks,
+        ) -> None:
+            """Pass on what it is signalled with, and its terminal's size."""
+
+        def end(self, status: int) -> None:
+            """Have it end with a status."""
+
+        def close(self) -> None:
+            """Let go of it: it kills itself if it has no status yet."""
+
+
 PIPE_BYTES = 1 << 20
 CONSOLE_S = 5.0
 """How long whoever listens on a console socket may take to accept."""
@@ -290,11 +317,20 @@ class Stdio:
         stdin: Where its input comes from.
         stdout: Where its output goes.
         stderr: Where its errors go; not looked at with a terminal.
+        host_process: The process of the host that has handed them over, if one has.
     """
 
-    __slots__ = ("stderr", "stdin", "stdout", "terminal")
+    __slots__ = ("host_process", "stderr", "stdin", "stdout", "terminal")
 
-    def __init__(self, terminal: bool, stdin: Endpoint, stdout: Endpoint, stderr: Endpoint) -> None:
+    def __init__(
+        self,
+        terminal: bool,
+        stdin: Endpoint,
+        stdout: Endpoint,
+        stderr: Endpoint,
+        host_process: StandIn | None = None,
+    ) -> None:
+        self.host_process = host_process
         self.terminal = terminal
         self.stdin = stdin
         self.stdout = stdout

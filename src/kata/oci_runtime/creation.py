@@ -1,0 +1,399 @@
+"""``create``, ``run`` and ``exec``: what makes a process, and the one that stands for it on the host."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from kata import sysio
+from kata.errors import ConfigError, KataError, NotFoundError, UnsupportedError, UsageError
+from kata.oci_runtime import containers, records, standing
+from kata.oci_runtime.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from kata.cli.args import Arguments
+    from kata.engine.client import EngineClient
+    from kata.engine.launch import Engine
+    from kata.oci_runtime.global_options import GlobalOptions
+    from kata.oci_runtime.standing import Standing
+    from kata.settings import ClientPolicy, SandboxSettings
+
+_MAX_BYTES = 16 << 20
+_NAMESPACE = "oci"
+IDLE_S = 60.0
+"""How long an engine stays that never got a container."""
+SIGNAL_S = 2.0
+ENDING_S = 5.0
+"""How long an engine of the same container may take to end: its ``delete`` may have been killed."""
+
+
+def _create(arguments: Arguments, options: GlobalOptions) -> int:
+    create(arguments, options, orphan=True)
+    return 0
+
+
+def _run(arguments: Arguments, options: GlobalOptions) -> int:
+    detached = arguments.flag("detach")
+    record, _ = create(arguments, options, orphan=detached)
+    try:
+        with containers.engine_of(record) as engine:
+            engine.start(record.id)
+        if detached:
+            return 0
+        status = _wait_for_child(record.pid)
+    except BaseException:
+        containers.delete(options.state_root, record, force=True)
+        raise
+    if not arguments.flag("keep"):
+        containers.delete(options.state_root, record, force=True)
+    return status
+
+
+def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tuple[Record, Standing]:
+    """Create a container.
+
+    Args:
+        arguments: Of ``create`` or ``run``.
+        options: Those in front of the command.
+        orphan: Whoever adopts orphans is to be the parent of the process that stands for it.
+
+    Returns:
+        Its record, and that process.
+
+    Raises:
+        KataError: It could not be created; nothing of it is left.
+    """
+    began_ns = time.monotonic_ns()
+    from kata.engine.containers import spec
+    from kata.engine.launch import check_id
+
+    _refuse(arguments)
+    root, container_id = options.state_root, check_id(arguments.rest[0])
+    bundle = os.path.abspath(arguments.value("bundle") or ".")
+    config = _object(os.path.join(bundle, "config.json"), "a bundle is a directory with config.json in it")
+    terminal = bool((config.get("process") or {}).get("terminal"))
+    console = _console(arguments, terminal, needs_one=True)
+    pod = _pod(root, config)
+    if pod is None:
+        spec.refuse_foreign(config)
+    network = network_namespace(config)
+    record = Record(root, container_id)
+    record.reserve()
+    engine: Engine | None = None
+    try:
+        record.bundle = bundle
+        record.rootfs = os.path.join(bundle, str((config.get("root") or {}).get("path") or "rootfs"))
+        record.annotations = config.get("annotations") or {}
+        if pod is None:
+            record.sandbox = sandbox_directory(root, container_id)
+            record.write()
+            engine = _launch(record, config, began_ns)
+        else:
+            record.sandbox = pod.sandbox
+        stands = _stand(record, "", network, console, orphan=orphan)
+        record.pid, record.started = stands.pid, sysio.proc_starttime(stands.pid) or 0
+        record.write()
+        with containers.engine_of(record) as client:
+            client.create(container_id, bundle, terminal=terminal, stdin=f"handover://{stands.path}")
+        stands.let_go()
+        _write_pid(arguments.value("pid_file"), stands.pid)
+        if engine is not None:
+            engine.release()
+    except BaseException:
+        try:
+            containers.delete(root, record, force=True)
+        except KataError:
+            pass  # the reason is in the error that is told
+        raise
+    return record, stands
+
+
+def _refuse(arguments: Arguments) -> None:
+    """Refuse what cannot be done.
+
+    Raises:
+        UnsupportedError: It was asked for.
+    """
+    if arguments.value("preserve_fds") not in (None, "0"):
+        raise UnsupportedError(
+            "--preserve-fds: a container in a virtual machine cannot have open files of the host",
+            "Mount what it needs: files, directories and sockets of the host can be.",
+        )
+    if "no_pivot" in arguments and arguments.flag("no_pivot"):
+        raise UnsupportedError(
+            "--no-pivot: the root directory of a container is changed by pivot_root, in its virtual machine",
+            "Leave it out: what the host's root is on does not matter there.",
+        )
+
+
+def _object(path: str, hint: str) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        NotFoundError: There is no such file.
+        ConfigError: It is not one, or too large.
+    """
+    import json
+
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise NotFoundError(f"cannot read {path}: {(error.strerror or '').lower()}", hint) from None
+    try:
+        found = json.loads(raw) if len(raw) <= _MAX_BYTES else None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not a JSON object of at most {_MAX_BYTES >> 20} MiB")
+    return found
+
+
+def _console(arguments: Arguments, terminal: bool, *, needs_one: bool) -> str:
+    """The console socket that was given.
+
+    Raises:
+        UsageError: There is one without a terminal, or the other way round.
+    """
+    console = arguments.value("console_socket") or ""
+    if console and not terminal:
+        raise UsageError("--console-socket is for a process with a terminal", "leave --console-socket out")
+    if terminal and needs_one and not console:
+        raise UsageError(
+            "the process has a terminal, and nobody to take its other end", "--console-socket PATH"
+        )
+    return console
+
+
+def network_namespace(config: Mapping[str, Any]) -> str:
+    """Path of the network namespace in a specification; empty for a new one."""
+    for namespace in (config.get("linux") or {}).get("namespaces") or ():
+        if namespace.get("type") == "network":
+            return str(namespace.get("path") or "")
+    return ""
+
+
+def _pod(root: str, config: Mapping[str, Any]) -> Record | None:
+    """The container whose machine a new one belongs in: one whose namespaces it names, by the process that stands for
+    it, or the one that CRI-O's and Podman's annotation names.
+
+    Raises:
+        NotFoundError: The annotation names one that there is not.
+    """
+    for namespace in (config.get("linux") or {}).get("namespaces") or ():
+        parts = str(namespace.get("path") or "").split("/")
+        if len(parts) == 5 and parts[1] == "proc" and parts[3] == "ns" and parts[2].isdecimal():
+            found = records.of_pid(root, int(parts[2]))
+            if found is not None:
+                return found
+    return None
+
+
+def sandbox_directory(root: str, container_id: str) -> str:
+    """The run directory of a container's own sandbox: an id is unique only below its root."""
+    import zlib
+
+    from kata import paths
+    from kata.oci_runtime.global_options import ROOT
+    from kata.shim.names import directory_name
+
+    own = root == os.path.join(paths.run_dir(), ROOT)
+    namespace = _NAMESPACE if own else f"{_NAMESPACE}{zlib.crc32(os.fsencode(root)):08x}"
+    return paths.sandbox_dir(directory_name(namespace, container_id))
+
+
+def _launch(record: Record, config: Mapping[str, Any], began_ns: int) -> Engine:
+    from kata.engine.launch import launch
+
+    settings = sandbox_settings(record.id, config, began_ns)
+    return launch(settings, name=os.path.basename(record.sandbox), patience_s=ENDING_S)
+
+
+def sandbox_settings(container_id: str, config: Mapping[str, Any], began_ns: int) -> SandboxSettings:
+    """What the engine has to know.
+
+    Args:
+        container_id: The sandbox's first container.
+        config: Its specification.
+        began_ns: When the command began, by CLOCK_MONOTONIC.
+
+    Raises:
+        KataError: What `machine.machine_settings` raises, and about annotations.
+    """
+    from kata.config import annotations
+    from kata.engine import machine
+    from kata.engine.containers import spec
+    from kata.resources import sizing
+    from kata.settings import NetworkSettings, SandboxSettings
+
+    conf = annotations.load("", config.get("annotations") or {})
+    described, notes = machine.machine_settings(sizing.request_of(config), conf, grows=True)
+    path = network_namespace(config)
+    return SandboxSettings(
+        id=container_id,
+        client=client_policy(),
+        machine=described,
+        notes=[note for _, note in notes],
+        all_disk_slots=True,
+        host_devices=machine.host_devices(conf, config),
+        # A new one is empty: there is nothing in it that the guest could have.
+        network=machine.network_settings(conf, path) if path else NetworkSettings(),
+        cgroups_path=str((config.get("linux") or {}).get("cgroupsPath") or ""),
+        oom_score_adj=spec.oom_score_adj(config),
+        request_started_ns=began_ns,
+    )
+
+
+def client_policy() -> ClientPolicy:
+    """What callers of an OCI runtime expect of an engine."""
+    from kata.settings import ClientPolicy
+
+    return ClientPolicy(
+        name=_NAMESPACE,
+        idle_s=IDLE_S,
+        keeps_ended_containers=True,
+        ends_when_stale=False,
+        sweeps_dead_engines=False,  # each container is deleted by its caller
+        ends_with_init=False,
+        holds_fifos=False,
+        makes_etc_files=False,
+        foreign_specs=True,
+        keeps_host_mounts=True,
+        shares_from_start=True,
+        recursive_readonly="never",
+        signal_s=SIGNAL_S,
+        late_signals_fail=False,
+        host_shaped_stats=True,
+        all_controllers=True,
+        namespace=_NAMESPACE,
+    )
+
+
+def _stand(record: Record, exec_id: str, network: str, console: str, *, orphan: bool) -> Standing:
+    """Start the process that stands for a container, or for an exec."""
+    path = record.socket_path(exec_id)
+    if not console:
+        return standing.start(path, network, (0, 1, 2), terminal=False, orphan=orphan)
+    with sysio.Fd(standing.terminal_for(console)) as slave:
+        return standing.start(path, network, (slave.raw,) * 3, terminal=True, orphan=orphan)
+
+
+def _write_pid(path: str | None, pid: int) -> None:
+    if path:
+        sysio.replace_file(path, str(pid).encode(), mode=0o644)
+
+
+def _wait_for_child(pid: int) -> int:
+    """Wait for the process that stands for another, passing on the signals that this one gets.
+
+    Returns:
+        Its exit status; 128 and the number of a signal that ended it.
+    """
+    import signal
+
+    def forward(number: int, _frame: object) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+    for number in (
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGQUIT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):
+        signal.signal(number, forward)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status if status >= 0 else 128 - status
+
+
+# ---- exec ----
+
+
+def _exec(arguments: Arguments, options: GlobalOptions) -> int:
+    record = records.require(options.state_root, arguments.rest[0])
+    _refuse(arguments)
+    if arguments.flag("ignore_paused"):
+        raise UnsupportedError(
+            "--ignore-paused: nothing runs in a container that is paused", f"kata-runtime resume {record.id}"
+        )
+    process = _process(arguments, record)
+    terminal = bool(process.get("terminal"))
+    console = _console(arguments, terminal, needs_one=True)
+    detached = arguments.flag("detach")
+    exec_id = f"exec-{os.getpid()}-{time.monotonic_ns() & 0xFFFF_FFFF:x}"
+    with containers.engine_of(record) as engine:
+        stands = _stand(record, exec_id, f"/proc/{record.pid}/ns/net", console, orphan=detached)
+        try:
+            engine.exec(record.id, exec_id, process, terminal=terminal, stdin=f"handover://{stands.path}")
+            _start_exec(engine, record, exec_id)
+            _write_pid(arguments.value("pid_file"), stands.pid)
+        finally:
+            stands.let_go()
+    return 0 if detached else _wait_for_child(stands.pid)
+
+
+def _start_exec(engine: EngineClient, record: Record, exec_id: str) -> None:
+    try:
+        engine.start(record.id, exec_id)
+    except KataError:
+        try:
+            engine.delete(record.id, exec_id)
+        except KataError:
+            pass  # the reason of the first is told
+        raise
+
+
+def _process(arguments: Arguments, record: Record) -> dict[str, Any]:
+    """The process to run, as an object of the specification."""
+    command = arguments.rest[1:]
+    if path := arguments.value("process"):
+        if command:
+            raise UsageError("exec: --process has the command already", "leave the command out")
+        process = _object(path, "--process FILE has a process as an object of the specification")
+        process["terminal"] = bool(process.get("terminal")) or arguments.flag("tty")
+        return process
+    if not command:
+        raise UsageError("exec: no command", "kata-runtime exec ID COMMAND, or --process FILE")
+    config = _object(os.path.join(record.bundle, "config.json"), "its bundle has gone")
+    process = dict(config.get("process") or {})
+    process["args"] = command
+    process["terminal"] = arguments.flag("tty")
+    process["cwd"] = arguments.value("cwd") or process.get("cwd") or "/"
+    process["env"] = [*(process.get("env") or ()), *arguments.many("env")]
+    if arguments.flag("no_new_privs"):
+        process["noNewPrivileges"] = True
+    process["user"] = _user(arguments, process.get("user") or {})
+    if added := arguments.many("cap"):
+        sets = dict(process.get("capabilities") or {})
+        for name in ("bounding", "effective", "permitted"):
+            sets[name] = sorted({*(sets.get(name) or ()), *added})
+        process["capabilities"] = sets
+    return process
+
+
+def _user(arguments: Arguments, user: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(user)
+    text = arguments.value("user")
+    groups = arguments.many("additional_gids")
+    numbers = [*(text.split(":") if text else ()), *groups]
+    if any(not (one.isascii() and one.isdigit() and int(one) < 1 << 32) for one in numbers):
+        raise UsageError(f"exec: {text or groups[0]!r} is no number of a user or group", "--user UID[:GID]")
+    if text:
+        uid, _, gid = text.partition(":")
+        found["uid"] = int(uid)
+        if gid:
+            found["gid"] = int(gid)
+    if groups:
+        found["additionalGids"] = [*(found.get("additionalGids") or ()), *map(int, groups)]
+    return found
+
+
+HANDLERS = {"create": _create, "run": _run, "exec": _exec}

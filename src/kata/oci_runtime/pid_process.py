@@ -1,0 +1,119 @@
+"""The process whose number ``create`` and ``exec`` give their caller; executed as a program of its own.
+
+It stands for a container's init, or an exec, as `kata.engine.containers.host_process` describes: it hands its standard
+streams to the engine, passes signals and its terminal's size on, and ends with the status that the engine tells it. It
+kills itself when the engine has died, and ends when nobody has connected before whoever started it is gone.
+
+There is one for each container for as long as that runs, so it imports nothing but what is built into the interpreter:
+this file is executed by its path, without the package.
+
+Descriptors: 0 to 2 its streams, 3 a listening socket (SOCK_SEQPACKET), 4 the reading end of a pipe whose other end its
+starter holds.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]
+import _socket
+import posix
+import select
+import sys
+
+LISTENER, LIFE = 3, 4
+SIGCHLD, SIGWINCH, SIGKILL, SIGSTOP = 17, 28, 9, 19
+_OWN = frozenset({SIGKILL, SIGSTOP, SIGCHLD, 4, 7, 8, 11})
+"""Not passed on: what cannot be caught, what is the kernel's word about this process itself."""
+_POLLIN, _GONE = select.POLLIN, select.POLLHUP | select.POLLERR
+
+
+def _catch() -> int:
+    """Have signals written to a pipe, one byte for each. Returns its reading end."""
+    reading, writing = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
+    _signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in range(1, 65):
+        if number not in _OWN:
+            try:
+                _signal.signal(number, _nothing)
+            except (OSError, ValueError):
+                pass  # the C library's own
+    return reading
+
+
+def _nothing(_number: int, _frame: object) -> None:
+    """The number is in the pipe."""
+
+
+def _connected() -> _socket.socket:
+    """Wait for the engine. Ends this process if there will be none."""
+    poller = select.poll()
+    poller.register(LISTENER, _POLLIN)
+    poller.register(LIFE, 0)  # a hang-up is always reported
+    while True:
+        ready = dict(poller.poll())
+        if LISTENER in ready:
+            listener = _socket.socket(fileno=LISTENER)
+            number, _ = listener._accept()  # type: ignore[attr-defined]
+            listener.close()
+            return _socket.socket(fileno=number)
+        if LIFE in ready:
+            posix._exit(1)
+
+
+def main(terminal: bool) -> None:
+    """Be that process; does not return.
+
+    Args:
+        terminal: The standard streams are a terminal, which is the controlling one.
+    """
+    signals = _catch()
+    channel = _connected()
+    posix.close(LIFE)
+    streams = b"".join(number.to_bytes(4, sys.byteorder) for number in range(3))
+    channel.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
+    kept = posix.dup(0) if terminal else -1  # its size can be asked for as long as it is open
+    null = posix.open("/dev/null", posix.O_RDWR)
+    for number in range(3):
+        posix.dup2(null, number)
+    posix.close(null)
+    if terminal:
+        _send_size(channel, kept)
+    poller = select.poll()
+    poller.register(channel.fileno(), _POLLIN)
+    poller.register(signals, _POLLIN)
+    while True:
+        ready = dict(poller.poll())
+        if signals in ready:
+            for number in posix.read(signals, 64):
+                if number == SIGWINCH:
+                    if terminal:
+                        _send_size(channel, kept)
+                else:
+                    _send(channel, b"S", number, 0)
+        if channel.fileno() in ready:
+            try:
+                status = channel.recv(1)
+            except OSError:
+                status = b""
+            if status:
+                posix._exit(status[0])
+            posix.kill(posix.getpid(), SIGKILL)
+
+
+def _send_size(channel: _socket.socket, terminal: int) -> None:
+    try:
+        columns, rows = posix.get_terminal_size(terminal)
+    except OSError:
+        return
+    if rows and columns:
+        _send(channel, b"W", rows, columns)
+
+
+def _send(channel: _socket.socket, kind: bytes, first: int, second: int) -> None:
+    try:
+        channel.send(kind + first.to_bytes(2, sys.byteorder) + second.to_bytes(2, sys.byteorder))
+    except OSError:
+        pass  # the engine has gone: reading from it says so
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] == ["terminal"])

@@ -1,0 +1,179 @@
+"""Starts the process that stands for a container's on the host (`kata.oci_runtime.pid_process`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kata import sysio
+from kata.errors import HostError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+_CLONE_NEWNET = 0x4000_0000
+_TIOCSCTTY = 0x540E
+CONSOLE_S = 5.0
+"""How long whoever listens on a console socket may take."""
+
+
+class Standing:
+    """A process that was started; nobody has connected to it yet.
+
+    Attributes:
+        pid: Its number.
+        path: The socket on which it waits for an engine.
+    """
+
+    __slots__ = ("_life", "path", "pid")
+
+    def __init__(self, pid: int, path: str, life: int) -> None:
+        self.pid = pid
+        self.path = path
+        self._life = sysio.Fd(life)
+
+    def let_go(self) -> None:
+        """Let it go on: it has an engine. One that has none ends."""
+        self._life.close()
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+
+
+def start(path: str, network: str, streams: Sequence[int], *, terminal: bool, orphan: bool) -> Standing:
+    """Start such a process.
+
+    Args:
+        path: Where its socket is to be.
+        network: Path of the network namespace in which it is; empty for a new one.
+        streams: Three descriptors, which are to be its standard streams.
+        terminal: They are the slave of a terminal, which becomes its controlling one.
+        orphan: It does not stay this process's child: whoever adopts orphans (conmon) becomes its parent.
+
+    Returns:
+        The process.
+
+    Raises:
+        HostError: It could not be started.
+    """
+    import _socket
+
+    sysio.preload()
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    word_read, word_write = map(sysio.Fd, os.pipe())
+    life_read, life_write = map(sysio.Fd, os.pipe())
+    try:
+        os.fchmod(sock.fileno(), 0o600)
+        with sysio.SocketName(path) as name:
+            sock.bind(name)
+        child = os.fork()
+        if child == 0:
+            _become(sock, network, streams, terminal, orphan, word_write.raw, life_read.raw)
+        word_write.close()
+        if orphan:
+            os.waitpid(child, 0)
+        word = b""
+        while piece := os.read(word_read.raw, 256):
+            word += piece
+        pid, _, failure = word.decode(errors="replace").partition(" ")
+        if failure or not pid:
+            raise HostError(
+                f"cannot start the process that stands for the container: {failure or 'it ended'}"
+            )
+        return Standing(int(pid), path, life_write.detach())
+    except OSError as error:
+        raise HostError(
+            f"cannot start the process that stands for the container: {error.strerror}: {error.filename or path}"
+        ) from error
+    finally:
+        sock.close()
+        for end in (word_read, word_write, life_read, life_write):
+            if end.is_open:
+                end.close()
+
+
+def _become(
+    sock: _socket.socket,
+    network: str,
+    streams: Sequence[int],
+    terminal: bool,
+    orphan: bool,
+    word: int,
+    life: int,
+) -> NoReturn:
+    """In the child: become that process."""
+    import fcntl
+
+    report = word
+    try:
+        if orphan and os.fork():
+            os._exit(0)
+        os.setsid()
+        report = fcntl.fcntl(word, fcntl.F_DUPFD_CLOEXEC, 10)
+        sock.listen(1)  # by this process: its number is in the credentials of the connection
+        if terminal:
+            fcntl.ioctl(streams[0], _TIOCSCTTY, 0)
+        moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (*streams, sock.fileno(), life)]
+        for number, fd in enumerate(moved):
+            os.dup2(fd, number)
+        sysio.close_on_exec_from(len(moved))
+        if network:
+            with sysio.Fd(os.open(network, os.O_RDONLY | os.O_CLOEXEC)) as namespace:
+                sysio.setns(namespace.raw, _CLONE_NEWNET)
+        else:
+            sysio.unshare(_CLONE_NEWNET)
+        os.chdir("/")
+        sysio.reset_signals()
+        os.write(report, str(os.getpid()).encode())
+        sysio.keep_capabilities(())
+        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pid_process.py")
+        argv = [sys.executable, "-I", "-S", program, *(["terminal"] if terminal else [])]
+        os.execve(argv[0], argv, {})
+    except OSError as error:
+        os.write(report, f" {error.strerror}: {error.filename or 'set-up'}".encode())
+    finally:
+        os._exit(1)
+
+
+def terminal_for(console_socket: str) -> int:
+    """Make a terminal and send its master to whoever listens on a socket.
+
+    The process has its terminal in the guest; this one only carries bytes, so its slave is raw.
+
+    Args:
+        console_socket: The socket's path.
+
+    Returns:
+        The slave.
+
+    Raises:
+        UsageError: Nobody takes the master.
+    """
+    import _socket
+    import tty
+
+    master, slave = os.openpty()
+    try:
+        tty.setraw(slave)
+        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(CONSOLE_S)
+            with sysio.SocketName(console_socket) as name:
+                sock.connect(name)
+            rights = master.to_bytes(4, sys.byteorder)
+            sock.sendmsg([os.ttyname(slave).encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+        finally:
+            sock.close()
+    except OSError as error:
+        os.close(slave)
+        raise UsageError(
+            f"cannot send a terminal to {console_socket}: {error.strerror or error}",
+            "somebody has to listen on the console socket",
+        ) from error
+    finally:
+        os.close(master)
+    return slave

@@ -1,0 +1,324 @@
+"""The OCI runtime's command line, driven as conmon and Podman drive it: streams, the process on the host, its end."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from waiting import PATIENCE, alive, until
+
+from kata import sysio
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+PROGRAM = ROOT / "src/kata/oci_runtime/__main__.py"
+MONITOR = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, as conmon does
+made = subprocess.run(sys.argv[2:])
+if made.returncode:
+    sys.exit(200)
+_, status = os.waitpid(int(open(sys.argv[1]).read()), 0)
+code = os.waitstatus_to_exitcode(status)
+sys.exit(code if code >= 0 else 128 - code)
+"""
+FOREVER = "trap 'echo told; exit 3' TERM; echo ready; while :; do sleep 0.1; done"
+
+
+class Runtime:
+    """The command line, with a root and bundles of its own."""
+
+    def __init__(self, directory: Path, guest: Path, image: str) -> None:
+        self.directory = directory
+        self.run_dir = directory / "k"
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "KATA_RUN_DIR": str(self.run_dir),
+            "KATA_STATE_DIR": str(directory / "s"),
+            "KATA_GUEST_DIR": str(guest),
+            **{name: value for name, value in os.environ.items() if name.startswith("KATA_TE")},
+        }
+        self.rootfs = directory / "rootfs"
+        self.rootfs.mkdir()
+        _unpack(Path(image.removeprefix("oci:")), self.rootfs)
+
+    def bundle(self, name: str, *argv: str, **process: Any) -> Path:
+        """A bundle whose container runs *argv*."""
+        path = self.directory / name
+        path.mkdir()
+        self("spec", "--bundle", str(path))
+        config = json.loads((path / "config.json").read_text())
+        config["root"] = {"path": str(self.rootfs)}
+        config["process"].update({"args": list(argv), "terminal": False, **process})
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    def call(self, *arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [PROGRAM, *arguments],
+            env=self.env,
+            timeout=PATIENCE,
+            check=False,
+            **{"stdin": subprocess.DEVNULL, "capture_output": True, **how},
+        )
+
+    def __call__(self, *arguments: str) -> str:
+        done = self.call(*arguments)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr, self.logs())
+        return done.stdout.decode()
+
+    def monitor(self, bundle: Path, *options: str, **how: Any) -> subprocess.Popen[bytes]:
+        """Create a container as conmon does, and wait for the process that stands for it."""
+        pid_file = str(bundle / "pid")
+        command: list[str] = [sys.executable, "-c", MONITOR, pid_file, str(PROGRAM), "create"]
+        return subprocess.Popen(
+            [*command, "--bundle", str(bundle), "--pid-file", pid_file, *options, bundle.name],
+            env=self.env,
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how},
+        )
+
+    def pid(self, bundle: Path, monitor: subprocess.Popen[bytes]) -> int:
+        """The number in the pid file, once it is there."""
+        file = bundle / "pid"
+        until(lambda: file.exists() or monitor.poll() is not None, "the pid file", self.logs)
+        return int(file.read_text())
+
+    def status(self, name: str) -> str:
+        return str(json.loads(self("state", name))["status"])
+
+    def left(self) -> list[str]:
+        places = [*self.run_dir.glob("sandboxes/*"), *self.run_dir.glob("oci/*")]
+        return [str(path) for path in places]
+
+    def logs(self) -> str:
+        logs = self.run_dir.glob("sandboxes/*/engine.log")
+        return "\n".join(log.read_text(errors="replace")[-2000:] for log in logs)
+
+
+def _unpack(image: Path, target: Path) -> None:
+    def blob(digest: str) -> Path:
+        return image / "blobs" / digest.replace(":", "/")
+
+    index = json.loads((image / "index.json").read_text())
+    manifest = json.loads(blob(index["manifests"][0]["digest"]).read_text())
+    for layer in manifest["layers"]:
+        with tarfile.open(blob(layer["digest"])) as archive:
+            archive.extractall(target)
+
+
+@pytest.fixture(scope="module")
+def runtime(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Runtime]:
+    directory = run_directory / "oci"
+    directory.mkdir()
+    one = Runtime(directory, guest_assets, busybox_image)
+    yield one
+    for path in one.run_dir.glob("oci/*"):
+        one.call("delete", "--force", path.name)
+    assert one.left() == []
+
+
+def test_a_container_from_create_to_delete(runtime: Runtime) -> None:
+    bundle = runtime.bundle("life", "sh", "-c", f"cat; echo wrong >&2; {FOREVER}")
+    monitor = runtime.monitor(bundle, stdin=subprocess.PIPE)
+    pid = runtime.pid(bundle, monitor)
+    found = json.loads(runtime("state", "life"))
+    assert (found["id"], found["pid"], found["status"]) == ("life", pid, "created")
+    assert found["bundle"] == str(bundle)
+
+    # The number belongs to a child of the monitor's, in a network namespace that is not the host's.
+    assert _parent(pid) == monitor.pid
+    assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    runtime("start", "life")
+    assert monitor.stdin is not None
+    assert monitor.stdout is not None
+    assert monitor.stderr is not None
+    monitor.stdin.write(b"from outside\n")
+    monitor.stdin.close()
+    assert [monitor.stdout.readline(), monitor.stdout.readline()] == [b"from outside\n", b"ready\n"]
+    assert runtime.status("life") == "running"
+
+    # Without an environment, as Podman asks; what runs is not deleted.
+    runtime("pause", "life")
+    assert runtime.status("life") == "paused"
+    runtime("resume", "life")
+    refused = runtime.call("delete", "life")
+    assert refused.returncode == 1
+    assert b"that is not stopped: running" in refused.stderr
+    again = runtime.call("create", "--bundle", str(bundle), "life")
+    assert again.returncode == 1
+    assert b"container with id exists" in again.stderr
+
+    _execs(runtime, pid)
+
+    # A signal that somebody sends to the process on the host reaches the container.
+    os.kill(pid, signal.SIGTERM)
+    assert monitor.stdout.read() == b"told\n"
+    assert monitor.stderr.read() == b"wrong\n"
+    assert monitor.wait(PATIENCE) == 3
+    found = json.loads(runtime("state", "life"))
+    assert (found["status"], found["pid"]) == ("stopped", 0)
+    late = runtime.call("kill", "life", "TERM")
+    assert late.returncode == 1
+    assert b"container not running" in late.stderr
+    runtime("delete", "life")
+    assert runtime.left() == []
+
+
+def _execs(runtime: Runtime, pid: int) -> None:
+    done = runtime.call(
+        "exec",
+        "--env",
+        "X=y",
+        "--cwd",
+        "/tmp",
+        "life",
+        "sh",
+        "-c",
+        "cat; pwd; echo $X >&2; exit 9",
+        input=b"in ",
+        stdin=None,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (9, b"in /tmp\n", b"y\n")
+
+    none = runtime.call("exec", "life", "no-such-command")
+    assert none.returncode != 0
+    assert b"executable file not found in $PATH" in none.stderr
+
+    # Killed on the host, an exec is gone in the guest, and its container is not.
+    process = runtime.directory / "process.json"
+    process.write_text(
+        json.dumps(
+            {"args": ["sleep", "1234"], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}}
+        )
+    )
+    pid_file = runtime.directory / "exec_pid"
+    options = ("--detach", "--pid-file", str(pid_file), "--process", str(process))
+    silent = {"capture_output": False, "stdout": subprocess.DEVNULL}  # its streams are the process's
+    assert runtime.call("exec", *options, "life", **silent).returncode == 0
+    other = int(pid_file.read_text())
+    assert os.readlink(f"/proc/{other}/ns/net") == os.readlink(f"/proc/{pid}/ns/net")
+    assert _guest_has(runtime, "1234")
+    os.kill(other, signal.SIGKILL)
+    until(lambda: not _guest_has(runtime, "1234"), "the exec's end")
+    assert alive(pid)
+
+
+def _guest_has(runtime: Runtime, word: str) -> bool:
+    listed = runtime("exec", "life", "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+    return f"sleep {word}" in listed
+
+
+def _parent(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return int(fields[1])
+
+
+def test_a_terminal_goes_to_the_console_socket(runtime: Runtime) -> None:
+    bundle = runtime.bundle(
+        "tty", "sh", "-c", "trap 'stty size' WINCH; stty size; read x; stty size; exit 4", terminal=True
+    )
+    path = runtime.directory / "console"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        monitor = runtime.monitor(bundle, "--console-socket", str(path))
+        listener.settimeout(PATIENCE)
+        taken, _ = listener.accept()
+        with taken:
+            _, rights, _, _ = taken.recvmsg(4096, socket.CMSG_SPACE(4))
+    [master] = array.array("i", rights[0][2])
+    with sysio.Fd(master) as terminal:
+        runtime.pid(bundle, monitor)
+        _resize(terminal.raw, 33, 99)
+        runtime("start", "tty")
+        said = b""
+        while b"99" not in said and b"0 0" not in said:
+            said += os.read(terminal.raw, 1024)
+        _resize(terminal.raw, 44, 111)
+        until(lambda: b"44 111" in _asked(terminal.raw), "the new size", poll_s=0.3)
+    assert monitor.wait(PATIENCE) == 4
+    runtime("delete", "tty")
+
+
+def _resize(terminal: int, rows: int, columns: int) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def _asked(terminal: int) -> bytes:
+    os.write(terminal, b"\n")
+    return os.read(terminal, 1024)
+
+
+def test_what_dies_and_what_is_left(runtime: Runtime) -> None:
+    bundle = runtime.bundle("dying", "sh", "-c", FOREVER)
+    monitor = runtime.monitor(bundle)
+    pid = runtime.pid(bundle, monitor)
+    runtime("start", "dying")
+    [engine] = [_owner(path) for path in runtime.run_dir.glob("sandboxes/*/journal")]
+    os.kill(engine, signal.SIGKILL)
+
+    # Nobody is left who could say how it ended: it was killed.
+    assert monitor.wait(PATIENCE) == 137
+    assert not alive(pid)
+    assert runtime.status("dying") == "stopped"
+    runtime("delete", "--force", "dying")
+    assert runtime.left() == []
+    runtime("delete", "--force", "dying")  # as with runc: it is no error
+
+    # Killed on the host, a container is gone.
+    bundle = runtime.bundle("killed", "sh", "-c", FOREVER)
+    monitor = runtime.monitor(bundle)
+    pid = runtime.pid(bundle, monitor)
+    runtime("start", "killed")
+    os.kill(pid, signal.SIGKILL)
+    assert monitor.wait(PATIENCE) == 137
+    until(lambda: runtime.status("killed") == "stopped", "its end in the guest", runtime.logs)
+    runtime("delete", "killed")
+
+
+def _owner(journal: Path) -> int:
+    owners = [json.loads(line) for line in journal.read_text().splitlines() if '"owner"' in line]
+    return int(owners[-1]["owner"]["pid"])
+
+
+def test_what_cannot_be_created_leaves_nothing(runtime: Runtime) -> None:
+    bundle = runtime.bundle("wrong", "/no/such/command")
+    log = runtime.directory / "log"
+    done = runtime.call(
+        "--log", str(log), "--log-format", "json", "create", "--bundle", str(bundle), "wrong"
+    )
+    assert done.returncode == 1
+    told = json.loads(log.read_text())
+    assert told["level"] == "error"
+    assert "no such file or directory" in told["msg"]
+    for options in (("--no-pivot",), ("--preserve-fds", "1"), ("--console-socket", "/nobody")):
+        refused = runtime.call("create", "--bundle", str(bundle), *options, "wrong")
+        assert refused.returncode == 1
+        assert options[0].encode() in refused.stderr
+    for command in ("state", "start", "kill", "delete", "pause", "resume"):
+        unknown = runtime.call(command, "wrong")
+        assert unknown.returncode == 1
+        assert b"does not exist" in unknown.stderr
+    assert runtime.left() == []
+
+
+def test_run_ends_as_its_command_does(runtime: Runtime) -> None:
+    bundle = runtime.bundle("whole", "sh", "-c", "cat; exit 42")
+    done = runtime.call("run", "--bundle", str(bundle), "whole", input=b"all of it", stdin=None)
+    assert (done.returncode, done.stdout) == (42, b"all of it")
+    assert runtime.left() == []
