@@ -46,6 +46,15 @@ async def received(peer: socket.socket) -> bytes:
     return await asyncio.get_running_loop().sock_recv(peer, 65536)
 
 
+def test_a_length_that_is_no_number_for_python() -> None:
+    async def scenario(client: ApiClient, peer: socket.socket) -> None:
+        peer.send(b"HTTP/1.1 200 \r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n")
+        with pytest.raises(HypervisorError, match="with nonsense"):
+            await client.call("GET", "vmm.ping")
+
+    talk(scenario)
+
+
 def test_answers_come_in_pieces_or_two_at_once() -> None:
     async def scenario(client: ApiClient, peer: socket.socket) -> None:
         asking = asyncio.create_task(client.call("GET", "vmm.ping"))

@@ -25,6 +25,7 @@ TIMEOUT_S = 30.0
 MAX_HEAD = 16 << 10
 MAX_BODY = 4 << 20
 _MAX_WORDS = 500
+_MAX_DIGITS = 20
 
 
 class Refused(HypervisorError):
@@ -164,7 +165,8 @@ class ApiClient:
         for field in fields:
             name, _, value = field.partition(b":")
             if name.strip().lower() == b"content-length":
-                if not value.strip().isdigit() or int(value) > MAX_BODY:
+                # Python makes no number of thousands of digits.
+                if not value.strip().isdigit() or len(value) > _MAX_DIGITS or int(value) > MAX_BODY:
                     raise self._nonsense(asked, head)
                 length = int(value)
         while len(self._rest) < length:

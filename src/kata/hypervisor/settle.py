@@ -7,6 +7,7 @@ give back it keeps, and is not asked for it any further.
 from __future__ import annotations
 
 import asyncio
+import time
 
 from kata.errors import HypervisorError
 
@@ -20,32 +21,37 @@ PATIENCE_S = 20.0
 BEGIN_S = 10.0
 LET_GO_S = 3.0
 """How long it may take to begin to give some back, and to give more: what it holds in place it never gives."""
+MOST_S = 600.0
+"""How long all of it may take, however it goes on."""
 _POLL_S = 0.02
 
 
 async def settle(
     look: Callable[[], Awaitable[int]], wanted: int, patience_s: float = PATIENCE_S, *, comes: bool
 ) -> int:
-    """Wait until a size is reached, or no longer changes; returns the size.
+    """Wait until a size is reached, or comes no nearer; returns the size. The guest says what it is: it may go to and
+    fro for ever, or a byte at a time.
 
     Args:
         look: Returns the present size, in bytes.
         wanted: The size to reach.
-        patience_s: Give up after this many seconds without a change.
+        patience_s: Give up after this many seconds in which it has come no nearer.
         comes: True while the guest takes memory. Otherwise it gives memory back, and `LET_GO_S` bounds the wait.
     """
-    first = last = await look()
-    quiet_s = 0.0
+    last = await look()
+    first = nearest = abs(wanted - last)
+    began = moved = time.monotonic()
     while last != wanted:
         limit_s = patience_s
         if not comes:
-            limit_s = min(limit_s, BEGIN_S if last == first else LET_GO_S)
-        if quiet_s >= limit_s:
+            limit_s = min(limit_s, BEGIN_S if nearest == first else LET_GO_S)
+        now = time.monotonic()
+        if now - moved >= limit_s or now - began >= MOST_S:
             break
         await asyncio.sleep(_POLL_S)
-        now = await look()
-        quiet_s = 0.0 if now != last else quiet_s + _POLL_S
-        last = now
+        last = await look()
+        if abs(wanted - last) < nearest:
+            nearest, moved = abs(wanted - last), time.monotonic()
     return last
 
 
