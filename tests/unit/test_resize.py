@@ -325,6 +325,26 @@ def test_a_guest_that_lies_about_its_memory_does_not_lose_all_of_it() -> None:
     assert machine.told[1:] == [("balloon", 512 - 128)]
 
 
+@pytest.mark.parametrize(
+    ("plugged_in", "in_balloon"), [(1 << 40, 0), (-(1 << 40), 0), (0, -(1 << 40)), (0, 1 << 40)]
+)
+def test_a_monitor_that_lies_about_its_size_raises_no_limit(plugged_in: int, in_balloon: int) -> None:
+    """What is the machine's on the host follows from it, and the monitor may have been taken over."""
+
+    class Liar(Machine):
+        async def set_memory(self, mib: int) -> int:
+            return plugged_in or await super().set_memory(mib)
+
+        async def set_balloon(self, mib: int) -> int:
+            return in_balloon or await super().set_balloon(mib)
+
+    machine = Liar()
+    run(machine.resizer.admit("a", limits(1, 600)))
+    assert 512 <= machine.resizer.memory_mib <= 512 + plugged(600)
+    run(machine.update("a", limits(1, 200)))
+    assert 0 < machine.resizer.memory_mib <= 512 + plugged(600)
+
+
 def test_a_machine_that_keeps_its_size() -> None:
     machine = Machine(max_vcpus=0, max_memory_mib=0)
     run(machine.resizer.admit("a", limits(2, 1000)))

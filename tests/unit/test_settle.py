@@ -6,9 +6,11 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
+from kata.errors import HypervisorError
 from kata.hypervisor import settle
 
 
@@ -52,3 +54,12 @@ def test_a_monitor_that_is_slow_to_answer() -> None:
         return await asyncio.wait_for(settle.settle(look, 100, 0.5, comes=True), 3)
 
     assert asyncio.run(run()) == 5
+
+
+def test_answers_of_a_monitor_that_was_taken_over() -> None:
+    assert settle.number({"config": {"memory": {"size": 5}}}, "config", "memory", "size") == 5
+    assert settle.number(7) == 7
+    wrong: list[Any] = [None, [], "x", {}, {"size": None}, {"size": "5"}, {"size": 1.5}, {"size": {}}]
+    for answer in wrong:
+        with pytest.raises(HypervisorError, match="does not say how much memory"):
+            settle.number(answer, "size")

@@ -14,6 +14,7 @@ from kata.errors import HypervisorError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from typing import Any
 
 MIB = 1 << 20
 PATIENCE_S = 20.0
@@ -24,6 +25,24 @@ LET_GO_S = 3.0
 MOST_S = 600.0
 """How long all of it may take, however it goes on."""
 _POLL_S = 0.02
+
+
+def number(answer: Any, *names: str) -> int:
+    """A whole number in an answer.
+
+    Args:
+        answer: The JSON value.
+        names: Where it is in that: names of members, the outermost first.
+
+    Raises:
+        HypervisorError: There is none. Who answers may have been taken over.
+    """
+    found = answer
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    if not isinstance(found, int):
+        raise HypervisorError("the hypervisor does not say how much memory its guest has")
+    return found
 
 
 async def settle(

@@ -322,7 +322,9 @@ class MachineResizer:
         if plugs and self.returned_mib:
             await self._balloon(vm, 0)
         if plugs != self.plugged_mib:
-            self.plugged_mib = await vm.set_memory(plugs)
+            # By these figures the host's limits are set: a monitor that was taken over raises none of them.
+            most_mib = max(plugs, self.plugged_mib)
+            self.plugged_mib = min(max(await vm.set_memory(plugs), 0), most_mib)
             self._current = Size(self._current.vcpus, self.memory_mib)
         has_mib = self._first_mib + self.plugged_mib
         surplus_mib = spare_mib = max(has_mib - target.memory_mib, 0)
@@ -346,7 +348,7 @@ class MachineResizer:
         return capabilities is not None and capabilities.balloon
 
     async def _balloon(self, vm: Machine, mib: int) -> None:
-        self.returned_mib = await vm.set_balloon(mib)
+        self.returned_mib = min(max(await vm.set_balloon(mib), 0), mib)
         self._current = Size(self._current.vcpus, self.memory_mib)
 
     async def _roll_back(self, size: Size) -> None:

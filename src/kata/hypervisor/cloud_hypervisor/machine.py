@@ -12,7 +12,7 @@ from kata.hypervisor.access import rights_to
 from kata.hypervisor.cloud_hypervisor import command, slots
 from kata.hypervisor.http_api import ApiClient, Refused
 from kata.hypervisor.running import Running
-from kata.hypervisor.settle import MIB, inflate
+from kata.hypervisor.settle import MIB, inflate, number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ class CloudHypervisor(Running):
         total = await self._memory_without_balloon()
 
         async def returned() -> int:
-            info = await self.call("GET", "vm.info")
-            return total - int(info["memory_actual_size"])
+            return total - number(await self.call("GET", "vm.info"), "memory_actual_size")
 
         async def request(size: int) -> None:
             await self.call("PUT", "vm.resize", {"desired_balloon": size})
@@ -182,8 +181,10 @@ class CloudHypervisor(Running):
         return await inflate(returned, request, mib)
 
     async def _memory_without_balloon(self) -> int:
-        memory = (await self.call("GET", "vm.info"))["config"]["memory"]
-        return int(memory["size"]) + int(memory.get("hotplugged_size") or 0)
+        info = await self.call("GET", "vm.info")
+        size = number(info, "config", "memory", "size")
+        memory = info["config"]["memory"]
+        return size + (number(memory, "hotplugged_size") if memory.get("hotplugged_size") else 0)
 
     async def attach_disk(self, disk: Disk) -> str:
         """Plug a disk into an empty slot; returns its PCI path.

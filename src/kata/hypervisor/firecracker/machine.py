@@ -16,7 +16,7 @@ from kata.hypervisor.firecracker import config
 from kata.hypervisor.firecracker.counters import Counters
 from kata.hypervisor.http_api import ApiClient, Refused
 from kata.hypervisor.running import Running
-from kata.hypervisor.settle import MIB, inflate, plug
+from kata.hypervisor.settle import MIB, inflate, number, plug
 from kata.sysio import Fd
 
 TYPE_CHECKING = False
@@ -159,7 +159,7 @@ class Firecracker(Running):
             return 0
 
         async def plugged() -> int:
-            return int((await self.call("GET", "hotplug/memory"))["plugged_size_mib"]) * MIB
+            return number(await self.call("GET", "hotplug/memory"), "plugged_size_mib") * MIB
 
         async def request(size: int) -> None:
             await self.call("PATCH", "hotplug/memory", {"requested_size_mib": size // MIB})
@@ -180,7 +180,7 @@ class Firecracker(Running):
             raise HypervisorError("the virtual machine was started without a balloon")
 
         async def returned() -> int:
-            return int((await self.call("GET", "balloon/statistics"))["actual_mib"]) * MIB
+            return number(await self.call("GET", "balloon/statistics"), "actual_mib") * MIB
 
         async def request(size: int) -> None:
             await self.call("PATCH", "balloon", {"amount_mib": size // MIB})

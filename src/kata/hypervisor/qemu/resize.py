@@ -12,7 +12,7 @@ Sources: virtio 1.2, 5.5 and 5.15; QEMU's ``hw/virtio/virtio-mem.c`` for the pro
 from __future__ import annotations
 
 from kata.hypervisor.qemu import slots
-from kata.hypervisor.settle import MIB, PATIENCE_S, inflate, plug
+from kata.hypervisor.settle import MIB, PATIENCE_S, inflate, number, plug
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ async def set_memory(vm: Monitor, plugged_mib: int, patience_s: float = PATIENCE
         await vm.command("qom-set", {"path": _MEMORY_PATH, "property": "requested-size", "value": size})
 
     async def plugged() -> int:
-        return int(await vm.command("qom-get", {"path": _MEMORY_PATH, "property": "size"}))
+        return number(await vm.command("qom-get", {"path": _MEMORY_PATH, "property": "size"}))
 
     return await plug(plugged, request, plugged_mib, patience_s)
 
@@ -72,6 +72,6 @@ async def set_balloon(vm: Monitor, first_mib: int, returned_mib: int, patience_s
         await vm.command("balloon", {"value": first_mib * MIB - returned})
 
     async def returned() -> int:
-        return first_mib * MIB - int((await vm.command("query-balloon"))["actual"])
+        return first_mib * MIB - number(await vm.command("query-balloon"), "actual")
 
     return await inflate(returned, request, returned_mib, patience_s)
