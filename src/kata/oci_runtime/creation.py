@@ -99,6 +99,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
         record.write()
         with containers.engine_of(record) as client:
             client.create(container_id, bundle, terminal=terminal, stdin=f"handover://{stands.path}")
+        standing.take_root(stands.pid, record.rootfs, config.get("mounts") or ())
         stands.let_go()
         _write_pid(arguments.value("pid_file"), stands.pid)
         if engine is not None:
@@ -275,11 +276,12 @@ def client_policy() -> ClientPolicy:
 
 def _stand(record: Record, exec_id: str, network: str, console: str, *, orphan: bool) -> Standing:
     """Start the process that stands for a container, or for an exec."""
-    path = record.socket_path(exec_id)
+    path, own = record.socket_path(exec_id), not exec_id
     if not console:
-        return standing.start(path, network, (0, 1, 2), terminal=False, orphan=orphan)
+        return standing.start(path, network, (0, 1, 2), terminal=False, orphan=orphan, own_mounts=own)
     with sysio.Fd(standing.terminal_for(console)) as slave:
-        return standing.start(path, network, (slave.raw,) * 3, terminal=True, orphan=orphan)
+        streams = (slave.raw,) * 3
+        return standing.start(path, network, streams, terminal=True, orphan=orphan, own_mounts=own)
 
 
 def _write_pid(path: str | None, pid: int) -> None:

@@ -11,10 +11,12 @@ from kata.errors import HostError, UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
-    from collections.abc import Sequence
-    from typing import NoReturn
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NoReturn
 
-_CLONE_NEWNET = 0x4000_0000
+_CLONE_NEWNS, _CLONE_NEWNET = 0x0002_0000, 0x4000_0000
+_MS_SLAVE = 1 << 19
+_RESOLVE_IN_ROOT = 0x10
 _TIOCSCTTY = 0x540E
 CONSOLE_S = 5.0
 """How long whoever listens on a console socket may take."""
@@ -44,7 +46,15 @@ class Standing:
             pass
 
 
-def start(path: str, network: str, streams: Sequence[int], *, terminal: bool, orphan: bool) -> Standing:
+def start(
+    path: str,
+    network: str,
+    streams: Sequence[int],
+    *,
+    terminal: bool,
+    orphan: bool,
+    own_mounts: bool,
+) -> Standing:
     """Start such a process.
 
     Args:
@@ -53,6 +63,7 @@ def start(path: str, network: str, streams: Sequence[int], *, terminal: bool, or
         streams: Three descriptors, which are to be its standard streams.
         terminal: They are the slave of a terminal, which becomes its controlling one.
         orphan: It does not stay this process's child: whoever adopts orphans (conmon) becomes its parent.
+        own_mounts: It has a mount namespace of its own, for `take_root`.
 
     Returns:
         The process.
@@ -72,7 +83,8 @@ def start(path: str, network: str, streams: Sequence[int], *, terminal: bool, or
             sock.bind(name)
         child = os.fork()
         if child == 0:
-            _become(sock, network, streams, terminal, orphan, word_write.raw, life_read.raw)
+            flags = _CLONE_NEWNS if own_mounts else 0
+            _become(sock, network, streams, terminal, orphan, flags, word_write.raw, life_read.raw)
         word_write.close()
         if orphan:
             os.waitpid(child, 0)
@@ -102,6 +114,7 @@ def _become(
     streams: Sequence[int],
     terminal: bool,
     orphan: bool,
+    flags: int,
     word: int,
     life: int,
 ) -> NoReturn:
@@ -125,7 +138,11 @@ def _become(
             with sysio.Fd(os.open(network, os.O_RDONLY | os.O_CLOEXEC)) as namespace:
                 sysio.setns(namespace.raw, _CLONE_NEWNET)
         else:
-            sysio.unshare(_CLONE_NEWNET)
+            flags |= _CLONE_NEWNET
+        if flags:
+            sysio.unshare(flags)
+        if flags & _CLONE_NEWNS:
+            sysio.mount(None, "/", None, _MS_SLAVE | sysio.MS_REC)
         os.chdir("/")
         sysio.reset_signals()
         os.write(report, str(os.getpid()).encode())
@@ -137,6 +154,80 @@ def _become(
         os.write(report, f" {error.strerror}: {error.filename or 'set-up'}".encode())
     finally:
         os._exit(1)
+
+
+def take_root(pid: int, rootfs: str, mounts: Sequence[Mapping[str, Any]]) -> None:
+    """Give such a process the container's root directory, with the directories and files that are mounted there.
+
+    Podman looks for a container's files in the mount namespace of this process, and writes there (``podman cp``): what
+    it finds there must not be the host's. The process has loaded all of its program before.
+
+    Args:
+        pid: The process, which has a mount namespace of its own.
+        rootfs: The root directory on the host.
+        mounts: Of the specification; those that are no bind mounts are in the guest only.
+
+    Raises:
+        HostError: It cannot be done.
+    """
+
+    def enter() -> None:
+        with sysio.Fd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)) as namespace:
+            sysio.setns(namespace.raw, _CLONE_NEWNS)
+        sysio.mount(rootfs, rootfs, None, sysio.MS_BIND | sysio.MS_REC)
+        with sysio.Fd(os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
+            for one in mounts:
+                _bind(root.raw, one)
+        sysio.pivot_root(rootfs)
+
+    _in_child(enter, "give the process that stands for the container its root directory")
+
+
+def _bind(root: int, one: Mapping[str, Any]) -> None:
+    options = one.get("options") or ()
+    if one.get("type") != "bind" and not {"bind", "rbind"} & set(options):
+        return
+    recursive = sysio.MS_REC if "rbind" in options else 0
+    try:
+        target = _open_in(root, str(one.get("destination")))
+    except OSError:
+        return  # the guest makes what is missing where it mounts
+    with sysio.Fd(target):
+        source, place = str(one.get("source")), f"/proc/self/fd/{target}"
+        sysio.mount(source, place, None, sysio.MS_BIND | recursive)
+    if "ro" in options:  # of the mount, which the descriptor does not name
+        with sysio.Fd(_open_in(root, str(one.get("destination")))) as mounted:
+            place = f"/proc/self/fd/{mounted.raw}"
+            sysio.mount(None, place, None, sysio.MS_REMOUNT | sysio.MS_BIND | sysio.MS_RDONLY)
+
+
+def _open_in(root: int, path: str) -> int:
+    return sysio.openat2(root, path, os.O_PATH, resolve=_RESOLVE_IN_ROOT)
+
+
+def _in_child(work: Callable[[], None], what: str) -> None:
+    """Do something in a child: it may leave this process's namespaces.
+
+    Raises:
+        HostError: It failed, with the reason.
+    """
+    sysio.preload()
+    reading, writing = map(sysio.Fd, os.pipe())
+    with reading, writing:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+                os._exit(0)
+            except OSError as error:
+                os.write(writing.raw, f"{error.strerror}: {error.filename or ''}".encode()[:512])
+            finally:
+                os._exit(1)
+        writing.close()
+        word = os.read(reading.raw, 512)
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise HostError(f"cannot {what}: {word.decode(errors='replace').rstrip(': ') or 'it ended'}")
 
 
 def terminal_for(console_socket: str) -> int:
