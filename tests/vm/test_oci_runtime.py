@@ -139,6 +139,10 @@ def test_a_container_from_create_to_delete(runtime: Runtime) -> None:
     # The number belongs to a child of the monitor's, in a network namespace that is not the host's.
     assert _parent(pid) == monitor.pid
     assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    # Who looks for the container's files by it finds those, and none of the host's.
+    assert Path(f"/proc/{pid}/root/bin/busybox").exists()
+    assert not Path(f"/proc/{pid}/root/{runtime.directory}").exists()
+    assert [line.split()[1] for line in Path(f"/proc/{pid}/mounts").read_text().splitlines()] == ["/"]
     runtime("start", "life")
     assert monitor.stdin is not None
     assert monitor.stdout is not None
@@ -160,6 +164,8 @@ def test_a_container_from_create_to_delete(runtime: Runtime) -> None:
     assert b"container with id exists" in again.stderr
 
     _execs(runtime, pid)
+    _figures(runtime, pid)
+    _member(runtime, pid)
 
     # A signal that somebody sends to the process on the host reaches the container.
     os.kill(pid, signal.SIGTERM)
@@ -212,6 +218,41 @@ def _execs(runtime: Runtime, pid: int) -> None:
     os.kill(other, signal.SIGKILL)
     until(lambda: not _guest_has(runtime, "1234"), "the exec's end")
     assert alive(pid)
+
+
+def _figures(runtime: Runtime, pid: int) -> None:
+    [listed] = json.loads(runtime("list", "--format", "json"))
+    assert (listed["id"], listed["pid"], listed["status"]) == ("life", pid, "running")
+    assert runtime("list", "-q") == "life\n"
+    assert "while :; do" in runtime("ps", "life")
+    assert all(isinstance(one, int) for one in json.loads(runtime("ps", "--format", "json", "life")))
+
+    # As Podman has it: its resources deny all devices, and name limits of 0 that stay as they are.
+    denied = {"devices": [{"allow": False, "access": "rwm"}], "cpu": {"shares": 0}, "pids": {"limit": 77}}
+    changed = runtime.call("update", "--resources=-", "life", input=json.dumps(denied).encode(), stdin=None)
+    assert (changed.returncode, changed.stderr) == (0, b"")
+    runtime("update", "--memory", str(200 << 20), "life")
+    event = json.loads(runtime("events", "--stats", "life"))
+    assert (event["type"], event["id"]) == ("stats", "life")
+    assert event["data"]["cpu"]["usage"]["total"] > 0
+    assert event["data"]["memory"]["usage"]["limit"] == 200 << 20
+    assert event["data"]["pids"]["limit"] == 77
+    assert runtime.call("exec", "life", "sh", "-c", "echo > /dev/null").returncode == 0
+
+
+def _member(runtime: Runtime, pid: int) -> None:
+    """A container that names another's namespaces runs in its machine, and ends without it."""
+    bundle = runtime.bundle("member", "sh", "-c", "cat /proc/sys/kernel/random/boot_id; exit 6")
+    config = json.loads((bundle / "config.json").read_text())
+    for one in config["linux"]["namespaces"]:
+        if one["type"] in ("network", "ipc", "uts"):
+            one["path"] = f"/proc/{pid}/ns/{ {'network': 'net'}.get(one['type'], one['type']) }"
+    (bundle / "config.json").write_text(json.dumps(config))
+    machine = runtime("exec", "life", "cat", "/proc/sys/kernel/random/boot_id").encode()
+    done = runtime.call("run", "--bundle", str(bundle), "member")
+    assert (done.returncode, done.stdout, done.stderr) == (6, machine, b"")
+    assert len(list(runtime.run_dir.glob("sandboxes/*"))) == 1
+    assert runtime.status("life") == "running"
 
 
 def _guest_has(runtime: Runtime, word: str) -> bool:

@@ -22,6 +22,7 @@ _PRESERVE = Option(
 _NO_PIVOT = Option(
     "--no-pivot", "", "is refused: the guest's root directory is always changed by pivot_root"
 )
+_FORMAT = Option("-f --format", "FORMAT", "table, or json")
 _NO_KEYRING = Option("--no-new-keyring", "", "is accepted: the guest's keyrings are not the host's")
 
 
@@ -31,6 +32,7 @@ def _command(
     summary: str,
     options: Sequence[Option] = (),
     *,
+    least: int = 1,
     most: int | None = 1,
     interspersed: bool = True,
     notes: str = "",
@@ -40,7 +42,7 @@ def _command(
         usage,
         summary,
         options,
-        least=1,
+        least=least,
         most=most,
         interspersed=interspersed,
         notes=notes,
@@ -109,4 +111,46 @@ COMMANDS = {
     ),
     "pause": _command("pause", "ID", "Freezes all processes of a container."),
     "resume": _command("resume", "ID", "Lets the processes of a container go on."),
+    "list": _command(
+        "list",
+        "",
+        "Lists the containers that are recorded below --root.",
+        [_FORMAT, Option("-q --quiet", "", "only their ids")],
+        least=0,
+        most=0,
+    ),
+    "ps": _command("ps", "ID", "Lists the processes of a container, by the guest's numbers.", [_FORMAT]),
+    "events": _command(
+        "events",
+        "ID",
+        "Shows what a container uses, as lines of JSON, until it ends.",
+        [
+            Option("--stats", "", "once"),
+            Option("--interval", "TIME", "how often (5s)"),
+        ],
+    ),
+    "update": _command(
+        "update",
+        "ID",
+        "Changes the limits of a container; those of its machine follow.",
+        [
+            Option(
+                "-r --resources",
+                "FILE",
+                "all of them, as an object of the specification; '-' is standard input",
+            ),
+            Option("--memory", "BYTES", "memory"),
+            Option("--memory-reservation", "BYTES", "memory that it keeps when there is little"),
+            Option("--memory-swap", "BYTES", "memory and swap; -1 for no limit"),
+            Option("--cpu-period", "MICROSECONDS", "in which --cpu-quota holds"),
+            Option("--cpu-quota", "MICROSECONDS", "processor time in each period"),
+            Option("--cpu-share", "N", "weight beside others"),
+            Option("--cpu-rt-period", "MICROSECONDS", "in which --cpu-rt-runtime holds"),
+            Option("--cpu-rt-runtime", "MICROSECONDS", "real-time processor time in each period"),
+            Option("--cpuset-cpus", "LIST", "processors of the guest"),
+            Option("--cpuset-mems", "LIST", "memory nodes of the guest"),
+            Option("--blkio-weight", "N", "weight of disk accesses"),
+            Option("--pids-limit", "N", "processes; -1 for no limit"),
+        ],
+    ),
 }

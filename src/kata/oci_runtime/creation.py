@@ -268,7 +268,7 @@ def client_policy() -> ClientPolicy:
         recursive_readonly="never",
         signal_s=SIGNAL_S,
         late_signals_fail=False,
-        host_shaped_stats=True,
+        host_shaped_stats=False,
         all_controllers=True,
         namespace=_NAMESPACE,
     )

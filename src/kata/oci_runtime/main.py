@@ -182,6 +182,10 @@ def dispatch(argv: Sequence[str], options: GlobalOptions) -> int:
 
     if name in containers.HANDLERS:
         return containers.HANDLERS[name](arguments, options)
+    if name in ("list", "ps", "events", "update"):
+        from kata.oci_runtime import observation
+
+        return observation.HANDLERS[name](arguments, options)
     from kata.oci_runtime import creation
 
     return creation.HANDLERS[name](arguments, options)
