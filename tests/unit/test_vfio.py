@@ -6,6 +6,7 @@ writes to ``driver_override``, ``unbind`` and ``drivers_probe``.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -168,6 +169,43 @@ def test_what_the_host_uses_is_an_obstacle(kernel: Kernel, tmp_path: Path) -> No
     assert journal.entries == []
     assert driver(kernel, NIC) == "igb"
     journal_undo.undo(journal)
+
+
+def test_a_file_system_that_does_not_tell_its_disk_is_an_obstacle(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Btrfs, where a mount has another number than the disk below it."""
+    mounted = next(one for one in sysio.mounts(1) if one.target == "/").device
+    name = os.path.basename(os.path.realpath(f"/sys/dev/block/{mounted}"))
+    if not os.path.exists(f"/dev/{name}"):
+        pytest.skip("the root file system of this machine is on no disk that can be seen")
+    monkeypatch.setattr(vfio, "_host_mounts", list)
+    really = os.open
+
+    def opened(path: str, flags: int, *rest: int, **more: int) -> int:
+        if path == f"/dev/{name}" and flags & os.O_EXCL:  # it may be that nobody may open it here
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        return really(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", opened)
+    place = kernel.device("0000:05:00.0", 25, "0x010802", "some") / "block" / name
+    (place / "queue").mkdir(parents=True)
+    (place / "dev").write_text(mounted + "\n")
+    assert vfio.group(25, str(kernel.sys)).obstacles() == [
+        f"0000:05:00.0 is the disk {name}, which is in use (/dev/{name})"
+    ]
+    (place / "dev").write_text("250:9\n")  # a disk of the same name that is another one
+    assert vfio.group(25, str(kernel.sys)).obstacles() == []
+
+
+def test_a_device_with_more_below_it_than_can_be_looked_at_stays(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vfio, "_MOST_PATHS", 20)
+    for number in range(30):
+        (kernel.pci / "devices" / NIC / f"target{number}").mkdir()
+    [why] = vfio.group(7, str(kernel.sys)).obstacles()
+    assert "too many directories" in why
 
 
 def test_taken_and_given_back(kernel: Kernel, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ Sources: the kernel's ``Documentation/driver-api/vfio.rst`` and ``Documentation/
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 
 from kata import pci_driver, sysio
 from kata.errors import HostError, NotFoundError, StateError, UnsupportedError, UsageError
@@ -32,7 +34,7 @@ _UNBOUND = ("", DRIVER, "pci-stub")
 """Drivers of a device that nobody uses on the host."""
 _BRIDGE = "0x06"
 """Class of bridges (PCI Code and ID Assignment Specification, base class 06h)."""
-_MOST_PATHS = 4096
+_MOST_PATHS = 100_000
 _SYS = "/sys"
 _NO_IOMMU = (
     "Turn on VT-d or AMD-Vi in the firmware, and start the host's kernel with intel_iommu=on iommu=pt, or amd_iommu=on."
@@ -303,7 +305,11 @@ def _uses(device: str) -> list[str]:
     if pci_driver.of(device) in _UNBOUND:
         return []
     found = []
-    for kind, name, path in _below(device):
+    try:
+        below = _below(device)
+    except OverflowError:
+        return ["more than can be looked at: there are too many directories below it in sysfs"]
+    for kind, name, path in below:
         if kind == "net":
             if _is_up(path):
                 found.append(f"the network interface {name}, which is up")
@@ -313,12 +319,18 @@ def _uses(device: str) -> list[str]:
 
 
 def _below(device: str) -> list[tuple[str, str, str]]:
-    """Network interfaces and disks of a device: what it is, its name, its directory in sysfs."""
+    """Network interfaces and disks of a device: what it is, its name, its directory in sysfs.
+
+    Raises:
+        OverflowError: There are too many directories to look at all of them.
+    """
     found, left = [], _MOST_PATHS
     waiting = [device]
-    while waiting and left > 0:
+    while waiting:
         place = waiting.pop()
         left -= 1
+        if left < 0:
+            raise OverflowError
         try:
             with os.scandir(place) as entries:
                 names = [one.name for one in entries if one.is_dir(follow_symlinks=False)]
@@ -369,7 +381,21 @@ def _uses_of_disk(disk: str) -> list[str]:
             found += [f"belongs to {holder}" for holder in sorted(os.listdir(f"{part}/holders"))]
         except OSError:
             continue
-    return found
+    return found or [f"is in use (/dev/{os.path.basename(part)})" for part in parts if _is_claimed(part)]
+
+
+def _is_claimed(part: str) -> bool:
+    """Whether the host's kernel has a disk or partition in use: the file systems of Btrfs and ZFS have numbers of their
+    own where they are mounted, and not the disk's. Source: open(2), O_EXCL.
+    """
+    node, number = f"/dev/{os.path.basename(part)}", _text(f"{part}/dev")
+    try:
+        about = os.stat(node)
+        if stat.S_ISBLK(about.st_mode) and number == f"{os.major(about.st_rdev)}:{os.minor(about.st_rdev)}":
+            os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def _host_mounts() -> list[sysio.MountInfo]:
