@@ -298,8 +298,8 @@ def tell_systemd(place: Place, *arguments: str) -> None:
         subprocess.run(["systemctl", *arguments], check=False, stderr=subprocess.DEVNULL)
 
 
-CLIENTS = {"containerd": "containerd", "docker": "dockerd"}
-"""Clients that `kata install` can tell about kata -> their daemon's program."""
+CLIENTS = {"containerd": "containerd", "docker": "dockerd", "podman": "podman"}
+"""Clients that `kata install` can tell about kata -> their daemon's program, or their own."""
 
 
 def chosen_clients(text: str) -> list[str]:

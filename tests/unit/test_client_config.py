@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from kata.cli import client, client_containerd, client_docker
+from kata.cli import client, client_containerd, client_docker, client_podman
 from kata.cli.main import main
-from kata.errors import ConfigError
+from kata.errors import AlreadyExistsError, ConfigError, HostError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBIAN = """\
@@ -302,3 +302,140 @@ def test_dockerd_reads_it(
     assert "dockerd refuses" in capsys.readouterr().err
     assert path.read_text() == '{"no-such-option": 1}\n'
     assert [file.name for file in path.parent.iterdir()] == ["daemon.json"]
+
+
+# ---- Podman ----
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `kata-runtime` that is on the PATH, with nothing else of kata's."""
+    program = tmp_path / "programs/kata-runtime"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho kata-runtime version 0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(client_podman, "_WHERE", str(program.parent))
+    return program
+
+
+@pytest.fixture
+def podman(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unpacked = ROOT / "build/programs/podman/usr/bin"
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{unpacked}")
+    if os.geteuid() != 0 or shutil.which("podman") is None:
+        pytest.skip("needs root and podman (tools/setup test unpacks it)")
+
+
+def test_podmans_drop_in_comes_and_goes(tmp_path: Path, runtime: Path) -> None:
+    path = tmp_path / "containers.conf.d/50-kata.conf"
+    [edit] = client_podman.install(str(path))
+    edit.apply()
+    assert tomllib.loads(path.read_text()) == {"engine": {"runtimes": {"kata": [str(runtime)]}}}
+    assert client_podman.install(str(path)) == []
+    assert client_podman.runtime(str(path)) == str(runtime)
+    edits = client_podman.uninstall(str(path))
+    for edit in edits:
+        edit.apply()
+    assert client_podman.clear_up(edits) == []
+    assert not path.parent.exists()
+    assert client_podman.uninstall(str(path)) == []
+    assert client_podman.runtime(str(path)) == ""
+
+
+def test_podmans_directory_stays_with_what_others_have_in_it(tmp_path: Path, runtime: Path) -> None:
+    other = tmp_path / "containers.conf.d/10-mine.conf"
+    other.parent.mkdir()
+    path = other.with_name("50-kata.conf")
+    for edit in client_podman.install(str(path)):
+        edit.apply()
+    other.write_text("[engine]\n")
+    edits = client_podman.uninstall(str(path))
+    for edit in edits:
+        edit.apply()
+    client_podman.clear_up(edits)
+    assert list(other.parent.iterdir()) == [other]
+
+
+def test_podmans_drop_in_follows_a_runtime_that_has_moved(
+    tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "d/50-kata.conf"
+    for edit in client_podman.install(str(path)):
+        edit.apply()
+    moved = tmp_path / "moved/kata-runtime"
+    moved.parent.mkdir()
+    runtime.rename(moved)
+    monkeypatch.setattr(client_podman, "_WHERE", str(moved.parent))
+    [edit] = client_podman.install(str(path))
+    edit.apply()
+    assert client_podman.runtime(str(path)) == str(moved)
+    edits = client_podman.uninstall(str(path))
+    for edit in edits:
+        edit.apply()
+    client_podman.clear_up(edits)
+    assert not path.parent.exists()
+
+
+def test_what_is_not_ours_of_podmans_is_left_alone(tmp_path: Path, runtime: Path) -> None:
+    path = tmp_path / "50-kata.conf"
+    path.write_text("[engine]\n")
+    with pytest.raises(AlreadyExistsError, match="not by `kata install`"):
+        client_podman.install(str(path))
+    assert client_podman.uninstall(str(path)) == []
+    path.unlink()
+    for edit in client_podman.install(str(path)):
+        edit.apply()
+    path.write_text(path.read_text() + 'more = ["x"]\n')
+    with pytest.raises(ConfigError, match="has been changed since"):
+        client_podman.uninstall(str(path))
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        client_podman.install(str(path))
+
+
+def test_podman_has_to_be_there_and_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(client_podman, "_WHERE", str(tmp_path))
+    with pytest.raises(HostError, match="not on the PATH"):
+        client_podman.podman()
+    with pytest.raises(HostError, match="kata-runtime is in none of"):
+        client_podman.install(str(tmp_path / "x.conf"))
+    (tmp_path / "podman").write_text("#!/bin/sh\necho podman version 3.0.1\n")
+    (tmp_path / "podman").chmod(0o755)
+    with pytest.raises(HostError, match="too old"):
+        client_podman.podman()
+
+
+def test_podman_reads_it(
+    podman: None, runtime: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "d/50-kata.conf"
+    assert main(["install", "podman", "--dry-run", "--config", str(path)]) == 0
+    assert f'+kata = ["{runtime}"]' in capsys.readouterr().out
+    assert not path.exists()
+    assert main(["install", "podman", "--config", str(path)]) == 0
+    assert str(runtime) in path.read_text()
+    assert main(["install", "podman", "--config", str(path)]) == 0
+    assert "already" in capsys.readouterr().err
+    assert main(["uninstall", "podman", "--config", str(path)]) == 0
+    assert not path.parent.exists()
+
+
+def test_podman_that_refuses_has_the_file_taken_back(
+    podman: None,
+    runtime: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "d/50-kata.conf"
+    monkeypatch.setattr(client_podman, "_content", lambda program, made: "[engine.runtimes]\nkata = 3\n")
+    assert main(["install", "podman", "--config", str(path)]) == 125
+    assert "podman refuses" in capsys.readouterr().err
+    assert not path.parent.exists()
+    wrong = '[engine.runtimes]\nkata = ["/usr/bin/true"]\n'
+    monkeypatch.setattr(client_podman, "_content", lambda program, made: wrong)
+    assert main(["install", "podman", "--config", str(path)]) == 125
+    assert "takes /usr/bin/true" in capsys.readouterr().err
+    assert not path.parent.exists()

@@ -71,7 +71,7 @@ def test_every_option_of_every_command_is_offered(name: str) -> None:
         ("kata logs -fn ", ["all"]),  # a joined short option waits for its value, too
         ("kata logs -n5 --js", ["--json"]),
         ("kata kill -s HU", ["HUP"]),
-        ("kata install ", ["containerd", "docker"]),
+        ("kata install ", ["containerd", "docker", "podman"]),
         ("kata install docker ", []),
         ("kata config c", ["check"]),
         ("kata config check ", [":files"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kata.cli import host
+from kata.cli import client_podman, host
 from kata.hypervisor import accel, registry
 
 
@@ -96,3 +96,25 @@ def test_the_program_that_is_looked_at_is_the_one_that_would_be_started(
     first = host.hypervisors()[0]
     assert (first["usable"], first["version"]) == (False, "")
     assert f"{configured} is no program that can be executed" in first["reason"]
+
+
+def test_podman_has_a_line_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop_in = tmp_path / "50-kata.conf"
+    monkeypatch.setattr(client_podman, "DEFAULT_PATH", str(drop_in))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not any(check.name == "podman" for check in host._clients())
+    (tmp_path / "podman").write_text("#!/bin/sh\necho podman version 4.3.1\n")
+    (tmp_path / "podman").chmod(0o755)
+
+    def line() -> tuple[str, str, str]:
+        [check] = [check for check in host._clients() if check.name == "podman"]
+        return check.result, check.text, check.hint
+
+    assert line()[0] == host.OK
+    assert line()[2].startswith("kata install podman")
+    drop_in.write_text('[engine.runtimes]\nkata = ["/bin/true"]\n')
+    assert line() == (host.OK, "4.3.1; its runtime 'kata' is /bin/true", "")
+    drop_in.write_text('[engine.runtimes]\nkata = ["/none"]\n')
+    assert (line()[0], "cannot be executed" in line()[1]) == (host.WARN, True)
+    (tmp_path / "podman").write_text("#!/bin/sh\necho podman version 3.0.1\n")
+    assert (line()[0], "too old" in line()[1]) == (host.WARN, True)

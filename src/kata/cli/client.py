@@ -1,4 +1,4 @@
-"""`kata install` and `kata uninstall`: they register kata in the configuration of containerd or Docker."""
+"""`kata install` and `kata uninstall`: they register kata in the configuration of containerd, Docker or Podman."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 
-from kata.cli import client_containerd, client_docker
+from kata.cli import client_containerd, client_docker, client_podman
 from kata.cli.args import Command, Option
 from kata.errors import UsageError
 
@@ -18,24 +18,26 @@ if TYPE_CHECKING:
     from kata.cli.client_edit import Edit
 
 _OPTIONS = [
-    Option("--config", "PATH", "its configuration file (/etc/containerd/config.toml, /etc/docker/daemon.json)"),
+    Option("--config", "PATH", "its configuration file (/etc/containerd/config.toml, /etc/docker/daemon.json,"
+           f" {client_podman.DEFAULT_PATH})"),
     Option("-n --dry-run", "", "show the difference, and change nothing"),
 ]  # fmt: skip
 COMMANDS = {
     "install": Command(
         "install",
-        "containerd|docker",
+        "containerd|docker|podman",
         "Registers kata with a client on this machine: as the handler 'kata' of containerd's CRI plugin (Kubernetes),"
-        " or as the runtime 'kata' of Docker.",
+        " or as the runtime 'kata' of Docker or Podman.",
         _OPTIONS,
         least=1,
         most=1,
         notes="A copy of the original file is kept beside it (.before-kata). The result is checked with `containerd"
-        " config dump`\nor `dockerd --validate`, and the change is undone if that fails. The client is not restarted.",
+        " config dump`,\n`dockerd --validate` or `podman info`, and the change is undone if that fails. No client is"
+        " restarted.",
     ),
     "uninstall": Command(
         "uninstall",
-        "containerd|docker",
+        "containerd|docker|podman",
         "Undoes what `kata install` wrote, byte for byte.",
         _OPTIONS,
         least=1,
@@ -44,6 +46,7 @@ COMMANDS = {
 }
 
 
+_CLIENTS = {"containerd": client_containerd, "docker": client_docker, "podman": client_podman}
 SHIM = "containerd-shim-kata-v2"
 _WHERE_SERVICES_LOOK = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
 """systemd's PATH of services (DEFAULT_PATH in src/basic/path-util.h)."""
@@ -62,14 +65,17 @@ def _look_for_shim() -> None:
 
 def _client(arguments: Arguments) -> str:
     name = arguments.rest[0]
-    if name not in ("containerd", "docker"):
-        raise UsageError(f"unknown client {name!r}", "containerd or docker")
+    if name not in _CLIENTS:
+        raise UsageError(f"unknown client {name!r}", "containerd, docker or podman")
     return name
 
 
 def _install(arguments: Arguments) -> int:
-    if _client(arguments) == "docker":
+    name = _client(arguments)
+    if name == "docker":
         return _install_docker(arguments)
+    if name == "podman":
+        return _install_podman(arguments)
     path = arguments.value("config") or client_containerd.DEFAULT_PATH
     edits, daemon = client_containerd.install(path)
     if not edits:
@@ -95,6 +101,22 @@ def _install_docker(arguments: Arguments) -> int:
     return _carry_out(arguments, edits, lambda: daemon.check(path), then)
 
 
+def _install_podman(arguments: Arguments) -> int:
+    path = arguments.value("config") or client_podman.DEFAULT_PATH
+    program = client_podman.podman()
+    edits = client_podman.install(path)
+    runtime = client_podman.runtime_program()
+    if not edits:
+        _say(f"Podman has the runtime {client_podman.NAME!r} already, from {path}: {runtime}")
+        return 0
+    if _shown(arguments, edits):
+        return 0
+    _apply_checked(edits, lambda: program.check(os.path.realpath(path), runtime))
+    _say_written(edits)
+    _say("Then: podman --runtime kata run ...")
+    return 0
+
+
 def _carry_out(arguments: Arguments, edits: list[Edit], check: Callable[[], None], then: str) -> int:
     if _shown(arguments, edits):
         return 0
@@ -117,7 +139,7 @@ def _apply_checked(edits: list[Edit], check: Callable[[], None]) -> None:
 
 
 def _uninstall(arguments: Arguments) -> int:
-    module = client_docker if _client(arguments) == "docker" else client_containerd
+    module = _CLIENTS[_client(arguments)]
     path = arguments.value("config") or module.DEFAULT_PATH
     edits = module.uninstall(path)
     if not edits:

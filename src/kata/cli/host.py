@@ -220,7 +220,7 @@ def _guest() -> Check:
 
 
 def _clients() -> list[Check]:
-    """containerd and Docker, if they are installed; the `kata` command does not need them."""
+    """containerd, Docker and Podman, if they are installed; the `kata` command does not need them."""
     checks = []
     containerd = shutil.which("containerd")
     if containerd:
@@ -251,7 +251,33 @@ def _clients() -> list[Check]:
                     "docker", WARN, text, f"install Docker {_DOCKER_WITH_SHIMS} or newer (Debian 13 has 26)"
                 )
             )
+    podman = shutil.which("podman")
+    if podman:
+        checks.append(_podman(version_of(podman).rpartition(" ")[2]))
     return checks
+
+
+def _podman(version: str) -> Check:
+    """Whether Podman has our runtime by name."""
+    from kata.cli import client_podman
+
+    number = version.partition(".")[0]
+    if number.isdecimal() and int(number) < client_podman.LEAST:
+        return Check(
+            "podman",
+            WARN,
+            f"{version} is too old to use kata",
+            f"install Podman {client_podman.LEAST} or newer",
+        )
+    program = client_podman.runtime(client_podman.DEFAULT_PATH)
+    if not program:
+        text = f"{version}; {client_podman.DEFAULT_PATH} names no runtime {client_podman.NAME!r}"
+        return Check("podman", OK, text, "kata install podman, if it is for Podman")
+    if not os.access(program, os.X_OK):
+        return Check(
+            "podman", WARN, f"{version}; its runtime {program} cannot be executed", "kata install podman"
+        )
+    return Check("podman", OK, f"{version}; its runtime {client_podman.NAME!r} is {program}")
 
 
 def _cri(text: str) -> Check:

@@ -1,0 +1,191 @@
+"""Adds the runtime ``kata`` to Podman's configuration, and removes it again.
+
+``containers.conf`` has a directory of drop-ins, so the runtime gets a file of its own, and nobody else's is changed.
+Podman knows the name ``kata`` without it, and looks for the program in a list of places: it may find that of another
+Kata first.
+
+Source: containers.conf(5), "ENGINE.RUNTIMES TABLE".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import tomllib
+
+from kata.cli.client_edit import Edit, read, remove_backups, text_of
+from kata.errors import AlreadyExistsError, ConfigError, HostError
+
+DEFAULT_PATH = "/etc/containers/containers.conf.d/50-kata.conf"
+NAME = "kata"
+PROGRAM = "kata-runtime"
+LEAST = 4
+"""The first version of Podman that this is tried with."""
+_WHERE = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin"
+_MARK = "# Written by `kata install podman`. `kata uninstall podman` removes it"
+_MADE_DIRECTORY = ", and the directory that was made for it"
+_CHECK_S = 60.0
+
+
+class Podman:
+    """The installed podman.
+
+    Attributes:
+        program: Its path.
+        version: As it is said.
+    """
+
+    def __init__(self, program: str, version: str) -> None:
+        self.program = program
+        self.version = version
+
+    def check(self, path: str, runtime: str) -> None:
+        """Have podman read its configuration, and find the runtime in it.
+
+        Args:
+            path: The drop-in. It is read alone where podman does not look for it.
+            runtime: The program that podman has to find.
+
+        Raises:
+            ConfigError: podman cannot read it, or finds another runtime.
+        """
+        environment = dict(os.environ)
+        if os.path.dirname(path) != os.path.dirname(DEFAULT_PATH):
+            environment["CONTAINERS_CONF"] = path
+        # In directories that go again: podman makes its storage when it is asked anything.
+        with tempfile.TemporaryDirectory(prefix="kata-podman-") as work:
+            places = [f"--{name}={work}/{name}" for name in ("root", "runroot", "tmpdir")]
+            asked = ["info", "--format", "{{.Host.OCIRuntime.Path}}"]
+            command = [self.program, *places, "--storage-driver=vfs", "--runtime", NAME, *asked]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=_CHECK_S, check=False, env=environment
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise ConfigError(f"cannot ask {self.program} what it reads in {path}: {error}") from None
+        if done.returncode:
+            last = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
+            raise ConfigError(f"podman refuses its configuration with {path}: {last}", "podman info")
+        found = done.stdout.strip()
+        if found != runtime:
+            raise ConfigError(
+                f"podman takes {found or 'nothing'} for its runtime {NAME!r}, not {runtime}",
+                "grep -r kata /etc/containers ~/.config/containers: another file has a runtime of that name",
+            )
+
+
+def podman() -> Podman:
+    """Find podman on the PATH.
+
+    Raises:
+        HostError: There is none, or it is too old.
+    """
+    program = shutil.which("podman")
+    if not program:
+        raise HostError("podman is not on the PATH", "apt-get install podman")
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"version (\d+)\S*", said)
+    if match is None or int(match[1]) < LEAST:
+        version = match[0] if match else said.strip()
+        raise HostError(f"{program} ({version}) is too old", f"install Podman {LEAST} or newer")
+    return Podman(program, match[0].split()[1])
+
+
+def runtime_program() -> str:
+    """Where `kata-runtime` is installed.
+
+    Raises:
+        HostError: It is not; Podman gives a runtime no PATH to be found on.
+    """
+    found = shutil.which(PROGRAM, path=_WHERE) or shutil.which(PROGRAM)
+    if not found:
+        raise HostError(f"{PROGRAM} is in none of {_WHERE.replace(':', ', ')}", "make install")
+    return os.path.abspath(found)
+
+
+def install(path: str) -> list[Edit]:
+    """Work out the changes that make ``--runtime kata`` our runtime.
+
+    Args:
+        path: The drop-in; it need not exist.
+
+    Returns:
+        The changes; none if it is there already.
+
+    Raises:
+        AlreadyExistsError: There is a file of that name that is not ours.
+        ConfigError: The file cannot be read.
+        HostError: There is no runtime to name.
+    """
+    raw = read(path)
+    made = not os.path.isdir(os.path.dirname(path))
+    if raw is not None:
+        if not _is_ours(raw, path):
+            raise AlreadyExistsError(
+                f"{path} is there, and not by `kata install`", "remove it first; nothing has been changed"
+            )
+        made = _MADE_DIRECTORY.encode() in raw
+    wanted = _content(runtime_program(), made).encode()
+    return [] if raw == wanted else [Edit(path, raw, wanted)]
+
+
+def uninstall(path: str) -> list[Edit]:
+    """Work out the changes that remove the runtime.
+
+    Raises:
+        ConfigError: The file cannot be read, or has been changed since it was written.
+    """
+    raw = read(path)
+    if raw is None or not _is_ours(raw, path):
+        return []
+    configured = runtime(path)
+    if raw != _content(configured, _MADE_DIRECTORY.encode() in raw).encode():
+        raise ConfigError(
+            f"{path} has been changed since `kata install` wrote it", f"look at it, then: rm {path}"
+        )
+    return [Edit(path, raw, None)]
+
+
+def clear_up(edits: list[Edit]) -> list[str]:
+    """Clean up after `uninstall`; see `client_edit.remove_backups`.
+
+    Args:
+        edits: The changes, made.
+
+    Returns:
+        Sentences about what is left.
+    """
+    for edit in edits:
+        if edit.after is None and _MADE_DIRECTORY.encode() in (edit.before or b""):
+            try:
+                os.rmdir(os.path.dirname(edit.path))
+            except OSError:
+                pass  # others have put something there
+    return remove_backups(edits)
+
+
+def runtime(path: str) -> str:
+    """The program that a drop-in names; empty if it names none, or cannot be read.
+
+    Args:
+        path: The drop-in.
+    """
+    try:
+        listed = tomllib.loads((read(path) or b"").decode())["engine"]["runtimes"][NAME]
+        return str(listed[0])
+    except (ConfigError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def _is_ours(raw: bytes, path: str) -> bool:
+    return text_of(raw, path).startswith(_MARK)
+
+
+def _content(program: str, made_directory: bool) -> str:
+    import json
+
+    made = _MADE_DIRECTORY if made_directory else ""
+    return f"{_MARK}{made}.\n[engine.runtimes]\n{NAME} = [{json.dumps(program)}]\n"
