@@ -2,8 +2,7 @@
 
 The namespace maps one id: the user is root in it, and nobody else is there (user_namespaces(7)). So no set-uid program
 and no entry in ``/etc/subuid`` is needed; images need no more, since their files' owners are in file systems that the
-guest reads. What is left out by it: the hypervisor has no user of its own, limits need a delegated cgroup, and the user
-network's guard needs root.
+guest reads. What is left out by it: the hypervisor has no user of its own, and limits need a delegated cgroup.
 
 Each command makes a namespace of its own. Engines are reached over their sockets, which belong to the user, and whose
 other end the kernel names by the user's id in the engine's namespace: 0 there, as for the user's other commands.

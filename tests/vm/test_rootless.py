@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -47,11 +49,13 @@ class User:
             "KATA_TEMPLATES": "off",
         }
 
-    def call(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of kata."""
+    def call(
+        self, *arguments: str, around: Sequence[str] = (), **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of kata, by a program *around* it."""
         identity = ["--reuid", str(self.uid), "--regid", str(self.uid), "--clear-groups", "--no-new-privs"]
         return subprocess.run(
-            ["setpriv", *identity, "/usr/bin/python3", "-I", "-S", str(self._program), *arguments],
+            [*around, "setpriv", *identity, "/usr/bin/python3", "-I", "-S", str(self._program), *arguments],
             env={**self.env, **env},
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -143,9 +147,9 @@ def test_an_ordinary_user_runs_containers(
 
 def test_what_ordinary_users_are_refused(users: tuple[User, User, str]) -> None:
     user, _, image = users
-    refused = user.call("run", "--rm", image, "true")
+    refused = user.call("run", "--rm", "-p", "5353:53/udp", image, "true")
     assert refused.returncode == 125
-    assert "hint: Ordinary users have no user network" in refused.stderr
+    assert "an ordinary user cannot publish UDP ports" in refused.stderr
     refused = user.call("install", "containerd")
     assert "has to run as root" in refused.stderr
     assert f"user {user.uid} in a user namespace" in user.call("doctor").stdout
@@ -160,4 +164,91 @@ def test_what_ordinary_users_are_refused(users: tuple[User, User, str]) -> None:
         assert f"{fallback} is not a directory that is this user's alone" in refused.stderr
     finally:
         shutil.rmtree(fallback, ignore_errors=True)
+    until(lambda: not user.processes(), lambda: f"the end of {user.processes()}")
+
+
+@pytest.fixture
+def outside(users: tuple[User, User, str], tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A host's network, and a server in another one that it leads to; each says who it is at port 8000.
+
+    Gives the first's name, and what has to be around a command there, so that it has a /dev/net/tun for all users.
+    """
+    user, _, _ = users
+    host, beyond = f"kur{os.getpid()}h", f"kur{os.getpid()}b"
+    tun = user.directory.parent / "tun"
+    os.mknod(tun, 0o666 | stat.S_IFCHR, os.makedev(10, 200))
+    tun.chmod(0o666)
+    script = f"""
+        ip netns add {host} && ip netns add {beyond}
+        ip -n {host} link add out type veth peer name in netns {beyond}
+        ip -n {host} address add 10.77.0.1/24 dev out
+        ip -n {beyond} address add 10.77.0.2/24 dev in
+        for name in {host} {beyond}; do ip -n $name link set lo up; done
+        ip -n {host} link set out up && ip -n {beyond} link set in up
+        ip -n {host} route add default via 10.77.0.2
+    """
+    servers = []
+    try:
+        subprocess.run(["sh", "-ec", script], check=True)
+        for name, address in ((beyond, "10.77.0.2"), (host, "127.0.0.1"), (host, "10.77.0.1")):
+            page = tmp_path / address
+            page.mkdir()
+            (page / "who").write_text(f"{address}\n")
+            server = [
+                sys.executable,
+                "-m",
+                "http.server",
+                "--bind",
+                address,
+                "--directory",
+                str(page),
+                "8000",
+            ]
+            servers.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", name, *server], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                )
+            )
+        around = [
+            "ip",
+            "netns",
+            "exec",
+            host,
+            "sh",
+            "-ec",
+            f'mount --bind {tun} /dev/net/tun; exec "$@"',
+            "sh",
+        ]
+        yield host, around
+    finally:
+        for one in servers:
+            one.kill()
+            one.communicate()
+        for name in (host, beyond):
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+@pytest.mark.skipif(shutil.which("pasta") is None, reason="needs pasta (apt-get install passt)")
+def test_an_ordinary_users_network(users: tuple[User, User, str], outside: tuple[str, list[str]]) -> None:
+    """It leads outside and not to what listens on the host's loopback; TCP ports are published."""
+    user, _, image = users
+    host, around = outside
+    look = "for a in 10.77.0.2 127.0.0.1 10.77.0.1 10.0.2.2; do timeout 1 wget -qO- http://$a:8000/who; done; true"
+    shown = user.call("run", "--rm", image, "sh", "-c", look, around=around)
+    assert (shown.returncode, shown.stdout) == (0, "10.77.0.2\n"), shown.stderr
+    serve = "echo published > /tmp/index.html; exec httpd -f -p 80 -h /tmp"
+    started = user.call(
+        "run", "-d", "--name", "web", "-p", "8080:80", image, "sh", "-c", serve, around=around
+    )
+    assert started.returncode == 0, started.stderr
+    fetch = (
+        "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8080/', timeout=5).read().decode())"
+    )
+
+    def fetched() -> str:
+        argv = ["ip", "netns", "exec", host, sys.executable, "-c", fetch]
+        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+
+    until(lambda: fetched() == "published", "an answer at the published port", poll_s=0.2)
+    user.ok("rm", "-f", "web")
     until(lambda: not user.processes(), lambda: f"the end of {user.processes()}")

@@ -144,9 +144,7 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
         raise HostError(
             "cannot keep the user network away from this host's loopback services: "
             f"{error.strerror}{f' ({error.filename})' if error.filename else ''}",
-            "Ordinary users have no user network (docs/rootless.md): --network none."
-            if sysio.in_user_namespace()
-            else "It needs root and a kernel with cgroup v2 and CONFIG_CGROUP_BPF; or use --network none.",
+            "It needs root and a kernel with cgroup v2 and CONFIG_CGROUP_BPF; or use --network none.",
         ) from error
     return path
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kata import children
-from kata.errors import HostError, UsageError
+from kata import children, sysio
+from kata.errors import HostError, UnsupportedError, UsageError
 from kata.hypervisor.base import random_mac
 from kata.network import resolver, user
 
@@ -57,6 +57,19 @@ def plan(
         return NetnsPlan(random_mac(), settings.path, settings.model)
     if mode not in ("user", "tap"):
         raise UsageError(f"there is no network mode {mode!r}", "Use user, tap or none.")
+    return _user_plan(mode, ports, dns, backends, host)
+
+
+def _user_plan(
+    mode: str,
+    ports: Sequence[user.Port],
+    dns: Sequence[str],
+    backends: Sequence[str],
+    host: user.HostNetwork | None,
+) -> user.UserPlan:
+    """The user network, by the way that hypervisor and user allow; see `plan`."""
+    if mode == "tap" and sysio.in_user_namespace():
+        raise UnsupportedError("an ordinary user has no network by a tap device", "--network user, or none")
     by_tap = mode == "tap" or ("stream" not in backends and "tap" in backends)
     name = "pasta" if by_tap else user.PROGRAM
     program = children.find_program(name)
@@ -69,6 +82,16 @@ def plan(
         from kata.network.pasta import PastaPlan
 
         return PastaPlan(random_mac(), ports, host or user.HostNetwork.look(), dns, program)
+    if sysio.in_user_namespace():
+        from kata.network.nested import NestedPlan
+
+        outer = children.find_program("pasta")
+        if outer is None:
+            raise HostError(
+                "an ordinary user's network needs pasta, which is not installed",
+                f"{user.INSTALL} (or use --network none)",
+            )
+        return NestedPlan(random_mac(), ports, host or user.HostNetwork.look(), dns, program, outer)
     carries_tcp = False
     if any(port.proto == "tcp" for port in ports):
         from kata.network import passt

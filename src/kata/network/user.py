@@ -432,6 +432,25 @@ class UserPlan(NetworkPlan):
         if self._carries_tcp:
             self.listeners = listen([port for port in self.ports if port.proto == "tcp"])
         self.journal = journal
+        cgroups = self.guard(journal, name)
+        try:
+            self._child.start(argv, journal, "passt", cgroups=cgroups, **how)
+        except OSError as error:
+            raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
+
+    def guard(self, journal: Journal, name: str) -> list[str]:
+        """Make what keeps passt from the host's loopback services.
+
+        Args:
+            journal: The sandbox's.
+            name: The sandbox's id.
+
+        Returns:
+            The cgroups that passt has to be in.
+
+        Raises:
+            HostError: They cannot be guarded.
+        """
         names = [s for s in map(resolver.pack, self._host.resolver.servers) if s]
         cgroup = egress_filter.make_cgroup(
             journal,
@@ -440,10 +459,7 @@ class UserPlan(NetworkPlan):
             next((s for s in names if len(s) == 16), b"") if self._forward6 else b"",
         )
         self._cgroup = journal.entries[-1]
-        try:
-            self._child.start(argv, journal, "passt", cgroups=[cgroup], **how)
-        except OSError as error:
-            raise HostError(f"cannot start the user network: {error.strerror}", INSTALL) from error
+        return [cgroup]
 
     def failure(self) -> KataError | None:
         """Why passt has ended, or None while it runs."""
