@@ -573,14 +573,16 @@ class DiskVolumeSettings(Part):
         name: Its file in the container's directory, which is the source of its bind mount in the specification.
         slot: Number of the disk.
         copy: It is filled with what the image has at its place when it is first mounted.
+        stays: It outlives its container, so the guest always gets time to write it back.
     """
 
-    __slots__ = ("copy", "name", "slot")
+    __slots__ = ("copy", "name", "slot", "stays")
 
-    def __init__(self, *, name: str, slot: int, copy: bool = True) -> None:
+    def __init__(self, *, name: str, slot: int, copy: bool = True, stays: bool = False) -> None:
         self.name = name
         self.slot = slot
         self.copy = copy
+        self.stays = stays
 
 
 class LogSettings(Part):

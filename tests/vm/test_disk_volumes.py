@@ -109,3 +109,47 @@ def test_a_volume_on_a_disk(shared_kata: Kata, busybox_image: str, tmp_path: Pat
     finally:
         kata.ok("rm", "-f", "-v", "vols")
     assert not os.path.exists(directory)
+
+
+def test_a_volume_with_a_name(shared_kata: Kata, busybox_image: str) -> None:
+    """Filled from the image, it outlives its container; one machine at a time has it."""
+    kata = shared_kata
+    kata.ok("volume", "create", "-o", "size=64m", "--label", "kind=test", "named")
+    try:
+        kata.ok(
+            "run",
+            "--rm",
+            "-v",
+            "named:/etc",
+            busybox_image,
+            "sh",
+            "-c",
+            "echo mine > /etc/mine; rm /etc/shadow",
+        )
+        kata.ok(
+            "run",
+            "-d",
+            "--name",
+            "has",
+            "--mount",
+            "type=volume,src=named,dst=/v",
+            busybox_image,
+            "sleep",
+            "99",
+        )
+        said = kata.ok(
+            "exec", "has", "sh", "-c", "cat /v/mine; head -c 4 /v/passwd; ls /v/shadow 2>/dev/null | wc -l"
+        )
+        assert said.split() == ["mine", "root0"]
+        done = kata.call("run", "--rm", "-v", "named:/v", busybox_image, "true")
+        assert done.returncode == 125
+        assert b"the volume named is mounted by the container has" in done.stderr
+        assert kata.call("volume", "rm", "named").returncode == 125
+        assert kata.ok(
+            "inspect", "-f", "{{range .Mounts}}{{.Type}} {{.Name}} {{.Destination}}{{end}}", "has"
+        ) == ("volume named /v\n")
+        assert kata.ok("ps", "-q", "--filter", "volume=named").strip()
+    finally:
+        kata.call("rm", "-f", "has")
+        kata.ok("volume", "rm", "named")
+    assert kata.ok("volume", "ls", "-q") == ""

@@ -100,7 +100,11 @@ def kata(commands: Mapping[str, tuple[str, str]], before: Sequence[str], word: s
     name, *rest = before if before[0] in commands else words.command(list(before))
     if name not in commands:
         return []
-    command = import_module(f"kata.cli.{commands[name][0]}").COMMANDS[name]
+    module = import_module(f"kata.cli.{commands[name][0]}")
+    command = module.COMMANDS[name]
+    groups = getattr(module, "SUBCOMMANDS", {})
+    if rest and rest[0] in groups:
+        command, rest = groups[rest[0]], rest[1:]
     return of_command(command, rest, word)
 
 
@@ -205,6 +209,10 @@ def values(kind: str) -> Candidates:
         return [(name, state) for name, state in _containers()]
     if kind == "CONTAINER:PATH":
         return [(f"{name}:", state) for name, state in _containers()]
+    if kind == "VOLUME":
+        from kata.cli import volumes
+
+        return [(one["name"], "") for one in volumes.everything()]
     if kind == "IMAGE":
         return [*((name, "") for name in _images()), FILES]
     if kind == "SIGNAL":

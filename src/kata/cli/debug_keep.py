@@ -102,6 +102,8 @@ _DISK = {"path": VALUE, "readonly": VALUE, "serial": VALUE, "ephemeral": VALUE, 
 _PORT = {"host_port": VALUE, "guest_port": VALUE, "host_ip": VALUE, "proto": VALUE}
 _NETWORK = {"mode": VALUE, "ports": [_PORT], "dns": VALUE, "path": VALUE, "model": VALUE}
 _VOLUME = {
+    "volume": VALUE,
+    "stays": VALUE,
     "source": VALUE,
     "destination": VALUE,
     "readonly": VALUE,

@@ -147,12 +147,13 @@ def _image_of(name: str) -> str:
 
 
 def _mounted(record: dict[str, Any]) -> set[str]:
-    shared = [
+    shared = [text for one in record["volumes"] for text in (one["source"], one["destination"])]
+    own = [
         text
-        for one in record["volumes"]
-        for text in (one["source"], one["destination"], one.get("name", ""))
+        for one in record.get("disk_volumes") or ()
+        for text in (one["destination"], one.get("volume", ""))
     ]
-    return {*shared, *(one["destination"] for one in record.get("disk_volumes") or ())}
+    return {*shared, *own}
 
 
 def _is_port(port: dict[str, Any], text: str) -> bool:

@@ -206,7 +206,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
         "Mounts": [
             *(_mount("bind", one["source"], one) for one in record["volumes"]),
             *(
-                _mount("volume", os.path.join(container.directory, one["name"]), one)
+                _mount("volume", _volume_path(container, one), one)
                 for one in record.get("disk_volumes") or ()
             ),
         ],
@@ -233,9 +233,18 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
     }
 
 
+def _volume_path(container: Container, one: dict[str, Any]) -> str:
+    if one.get("volume"):
+        from kata.cli import volumes
+
+        return volumes.disk(one["volume"])
+    return os.path.join(container.directory, one["name"])
+
+
 def _mount(kind: str, source: str, one: dict[str, Any]) -> dict[str, Any]:
     return {
         "Type": kind,
+        **({"Name": one.get("volume") or one["name"], "Driver": "local"} if kind == "volume" else {}),
         "Source": source,
         "Destination": one["destination"],
         "Mode": "ro" if one["readonly"] else "",

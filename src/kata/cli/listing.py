@@ -195,7 +195,7 @@ def _fields(container: Container, state: dict[str, Any], full: bool) -> dict[str
     record = container.record
     labels = record["labels"]
     mounts = [one["source"] for one in record["volumes"]]
-    mounts += [one["destination"] for one in record.get("disk_volumes") or ()]
+    mounts += [one.get("volume") or one["destination"] for one in record.get("disk_volumes") or ()]
 
     def size() -> str:
         try:

@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "history": ("manage", "show by which steps an image was made"),
     "load": ("manage", "read images from an archive of 'docker save'"),
     "prune": ("manage", "remove containers and images that are not used"),
+    "volume": ("volume", "make, list and remove volumes with a name"),
     "explain": ("explain", "explain the size of a sandbox: the formula with its numbers"),
     "config": ("config", "show the configuration and where it comes from, or check a file"),
     "info": ("manage", "show how many containers and images there are, and what they run on"),

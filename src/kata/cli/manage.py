@@ -306,7 +306,7 @@ def _prune(arguments: Arguments) -> int:
     wanted = filters.parse(arguments.many("filter"), ("label", "until"))
     limit = min((filters.moment(text, "--filter until") for text in wanted.get("until", ())), default=None)
     both = kind == "system"
-    if not arguments.flag("force") and not _agreed(
+    if not arguments.flag("force") and not agreed(
         [
             *([_WARNINGS["container"]] if kind != "image" else []),
             *([_WARNINGS["images" if everything else "image"]] if kind != "container" else []),
@@ -317,11 +317,11 @@ def _prune(arguments: Arguments) -> int:
     failures: list[KataError] = []
     if kind == "container" or both:
         gone, size, failures = _prune_containers(wanted.get("label", []), limit)
-        _show_gone("Containers", gone)
+        show_gone("Containers", gone)
         freed += size
     if kind == "image" or both:
         gone, size, more = _prune_images(wanted.get("label", []), limit, everything)
-        _show_gone("Images", gone)
+        show_gone("Images", gone)
         freed += size
         failures += more
     print(f"Total reclaimed space: {table.human_size(freed)}")
@@ -335,7 +335,12 @@ def _prune(arguments: Arguments) -> int:
     return 0
 
 
-def _agreed(what: list[str]) -> bool:
+def agreed(what: list[str]) -> bool:
+    """Ask whether to go on, as Docker asks.
+
+    Args:
+        what: What will be removed.
+    """
     listed = what[0] if len(what) == 1 else "\n" + "\n".join(f"  - {one}" for one in what)
     sys.stdout.write(f"WARNING! This will remove {listed}{'.' if len(what) == 1 else ''}\n")
     sys.stdout.write("Are you sure you want to continue? [y/N] ")
@@ -343,7 +348,13 @@ def _agreed(what: list[str]) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _show_gone(what: str, gone: list[str]) -> None:
+def show_gone(what: str, gone: list[str]) -> None:
+    """Print what was removed, as Docker prints it.
+
+    Args:
+        what: Its kind, in the plural.
+        gone: A line for each.
+    """
     if gone:
         print("\n".join([f"Deleted {what}:", *gone, ""]))
 

@@ -20,7 +20,7 @@ DEFAULT_SIZE = 10 << 30
 """Default size of a volume and of the writable layer, in bytes. The file is sparse: this is an upper bound."""
 MOST_VOLUMES = 6
 """A machine has at most eight disks; two of them are the image and the writable layer."""
-_FORM = "--mount type=volume,dst=PATH[,volume-opt=size=SIZE][,volume-nocopy][,ro]"
+_FORM = "--mount type=volume,[src=NAME,]dst=PATH[,volume-opt=size=SIZE][,volume-nocopy][,ro]"
 _BIND_FORM = "--mount type=bind,src=PATH,dst=PATH[,ro][,bind-propagation=rslave]"
 _TMPFS_FORM = "--mount type=tmpfs,dst=PATH[,tmpfs-size=SIZE][,tmpfs-mode=1777]"
 _DESTINATIONS = ("dst", "destination", "target")
@@ -67,13 +67,21 @@ class Volume:
         size: Size of its file system, in bytes.
         readonly: The container may only read it.
         copy: On first use, the image's content at the destination is copied into it.
+        name: Its name, where it outlives its container; empty for one that goes with it.
     """
 
-    __slots__ = ("copy", "destination", "readonly", "size")
+    __slots__ = ("copy", "destination", "name", "readonly", "size")
 
     def __init__(
-        self, destination: str, size: int = DEFAULT_SIZE, *, readonly: bool = False, copy: bool = True
+        self,
+        destination: str,
+        size: int = DEFAULT_SIZE,
+        *,
+        readonly: bool = False,
+        copy: bool = True,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.destination = destination
         self.size = size
         self.readonly = readonly
@@ -96,6 +104,7 @@ class Volume:
             "size": self.size,
             "readonly": self.readonly,
             "copy": self.copy,
+            **({"volume": self.name} if self.name else {}),
         }
 
 
@@ -160,16 +169,21 @@ class Mounts:
                 raise UsageError(f"--mount {text!r}: a tmpfs has no source", _TMPFS_FORM)
             self.tmpfs.append((_absolute(destination, text), [access, *_tmpfs_options(options_by_key)]))
         else:
-            if source:
+            if source.startswith(("/", ".")):
                 raise UsageError(
-                    f"--mount {text!r}: there are no named volumes; a volume lives as long as its container",
-                    f"--mount type=bind,src={source},dst={destination}"
-                    if source.startswith(("/", "."))
-                    else f"leave out the source, or share a directory: -v ./{source}:{destination}",
+                    f"--mount {text!r}: {source!r} is no name of a volume",
+                    f"--mount type=bind,src={source},dst={destination}",
                 )
-            self._add_volume(options_by_key, _absolute(destination, text), text, readonly=readonly)
+            place = _absolute(destination, text)
+            self._add_volume(options_by_key, place, text, readonly=readonly, name=source)
 
-    def _add_volume(self, given: dict[str, str], destination: str, text: str, *, readonly: bool) -> None:
+    def _add_volume(
+        self, given: dict[str, str], destination: str, text: str, *, readonly: bool, name: str
+    ) -> None:
+        if name:
+            from kata.cli.volumes import check_name
+
+            check_name(name, f"--mount {text!r}")
         keep_empty = _switch(given.get("volume-nocopy", "false"), text)
         size = DEFAULT_SIZE
         for option in given["volume-opt"].split("\n") if "volume-opt" in given else ():
@@ -180,15 +194,34 @@ class Mounts:
                     "its one option is volume-opt=size=10g",
                 )
             size = values.size(value, "--mount volume-opt=size")
-        self.volumes.append(Volume(destination, size, readonly=readonly, copy=not keep_empty))
+        self.volumes.append(Volume(destination, size, readonly=readonly, copy=not keep_empty, name=name))
 
     def add_short(self, text: str) -> None:
-        """Add the volume of a ``-v DST`` without a source, with the default size.
+        """Add the volume of a ``-v DST`` without a source, or of a ``-v NAME:DST[:OPTION,...]``, with the default size.
 
         Raises:
-            UsageError: The destination is invalid.
+            UsageError: The destination, the name or an option is invalid.
         """
-        self.volumes.append(Volume(_absolute(text, text, "-v")))
+        if ":" not in text:
+            self.volumes.append(Volume(_absolute(text, text, "-v")))
+            return
+        from kata.cli.volumes import check_name
+
+        name, destination, *rest = text.split(":")
+        options = rest[0].split(",") if rest else []
+        strange = set(options) - {"ro", "rw", "nocopy", "copy", "z", "Z"}
+        if len(rest) > 1 or strange or {"ro", "rw"} <= set(options):
+            wrong = f"a volume has no option {min(strange)!r}" if strange else "it is malformed"
+            raise UsageError(f"-v {text!r}: {wrong}", "-v NAME:PATH[:ro|nocopy]")
+        check_name(name, f"-v {text!r}")
+        self.volumes.append(
+            Volume(
+                _absolute(destination, text, "-v"),
+                readonly="ro" in options,
+                copy="nocopy" not in options,
+                name=name,
+            )
+        )
 
 
 def check_number(volumes: int, of_image: int = 0) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kata.cli.args import Arguments
     from kata.cli.mounts import Volume
     from kata.cli.records import Container
-    from kata.cli.run_options import RunOptions
+    from kata.cli.run_options import IdFile, RunOptions
     from kata.proto import sandbox_pb
 
 _MORE = [
@@ -64,12 +64,12 @@ _OPTIONS = [
     Option(
         "-v --volume",
         "[SRC:]DST[:OPTIONS]",
-        "share a directory or file of the host (ro); without SRC, make a volume on a disk of its own",
+        "share a directory or file of the host (ro); a SRC without '/' is a volume's name; without SRC, make a volume",
         many=True,
     ),
     Option(
         "--mount",
-        "type=volume,dst=DST[,...]",
+        "type=volume,[src=NAME,]dst=DST[,...]",
         "a volume on a disk of its own (volume-opt=size=10g); type=bind and type=tmpfs are -v and --tmpfs",
         many=True,
     ),
@@ -136,9 +136,10 @@ IMAGE is one of
 -v takes Docker's and Podman's options: ro and rw; noexec, nosuid, nodev; slave, rslave, shared and rshared (later
 mounts of the host below SRC appear in the container); z, Z, cached, delegated, consistent and nocopy have no effect.
 
---mount type=volume,dst=DST[,volume-opt=size=SIZE][,volume-nocopy][,ro] makes a volume, like -v DST: an ext4 file
-system in a sparse file (10g) that is a disk of the machine, filled with the image's content at DST. It is kept when
-the container is stopped, and removed with it. A dockerd in the container (--privileged) can use overlay2 on it.
+--mount type=volume,[src=NAME,]dst=DST[,volume-opt=size=SIZE][,volume-nocopy][,ro] makes a volume, like -v DST and
+-v NAME:DST: an ext4 file system in a sparse file (10g) that is a disk of the machine, filled with the image's content
+at DST. It is kept when the container is stopped. Without a name it is removed with it; one with a name stays ('kata
+volume'), and one container at a time can run with it. A dockerd in the container (--privileged) can use overlay2 on it.
 
 exit status: the command's own; 125 kata itself failed, 126 the command cannot be executed, 127 it was not
 found, 128+N signal N ended it, 137 also when the virtual machine died."""
@@ -209,9 +210,9 @@ def make_container(
     id_path = arguments.value("cidfile")
     id_file = None
     if id_path is not None:
-        from kata.cli.run_options import IdFile
+        from kata.cli import run_options
 
-        id_file = IdFile(id_path)
+        id_file = run_options.IdFile(id_path)
     pending = None
     try:
         pending = PendingContainer(choice.name)
@@ -262,23 +263,41 @@ def make_container(
         }
         if choice.more is not None:
             choice.more.apply(spec, record)
-        if choice.storage == "disk":
-            from kata.storage import ext4
-
-            ext4.make_writable(pending.path("rw.img"), choice.storage_size)
-        for name, volume in volumes:
-            from kata.storage import ext4
-
-            ext4.make_writable(pending.path(name), volume.size, "volume", "volume-opt=size")
-        if id_file is not None:
-            id_file.write(pending.id)
-        return pending.commit(record, spec)
+        return _commit(pending, record, spec, volumes, id_file)
     except BaseException:
         if pending is not None:
             pending.discard()
         if id_file is not None:
             id_file.discard()
         raise
+
+
+def _commit(
+    pending: PendingContainer,
+    record: dict[str, Any],
+    spec: dict[str, Any],
+    volumes: list[tuple[str, Volume]],
+    id_file: IdFile | None,
+) -> Container:
+    """Make a container's disks, and record it."""
+    from kata.storage import ext4
+
+    if record["upper"] == "disk":
+        ext4.make_writable(pending.path("rw.img"), record["storage_size"])
+    for name, volume in volumes:
+        if not volume.name:
+            ext4.make_writable(pending.path(name), volume.size, "volume", "volume-opt=size")
+    if id_file is not None:
+        id_file.write(pending.id)
+    named = [volume for _, volume in volumes if volume.name]
+    if not named:
+        return pending.commit(record, spec)
+    from kata.cli import volumes as with_names
+
+    with with_names.locked():  # none of them is removed before the record says who has it
+        for volume in named:
+            with_names.ensure(volume.name, volume.size)
+        return pending.commit(record, spec)
 
 
 def _image_volumes(config: dict[str, Any], spec: dict[str, Any]) -> list[str]:
@@ -407,15 +426,15 @@ class _Choice:
 
     def _read_volumes(self, short: list[str], long: list[str]) -> None:
         """Read ``-v`` and ``--mount``."""
-        anonymous = [text for text in short if ":" not in text and text.startswith("/")]
-        self.binds = [values.volume(text) for text in short if text not in anonymous]
+        own = [text for text in short if _is_volume(text)]
+        self.binds = [values.volume(text) for text in short if text not in own]
         if self.more is not None:
             self.binds += self.more.binds
-        if anonymous or long:
+        if own or long:
             from kata.cli import mounts
 
             found = mounts.Mounts()
-            for text in anonymous:
+            for text in own:
                 found.add_short(text)
             for text in long:
                 found.add(text)
@@ -428,6 +447,12 @@ class _Choice:
             *(destination for _, destination, _ in self.binds),
             *(destination for destination, _ in self._tmpfs),
         ]
+        named = [volume.name for volume in self.disk_volumes if volume.name]
+        if len(set(named)) < len(named):
+            twice = next(one for one in named if named.count(one) > 1)
+            raise UsageError(
+                f"the volume {twice} is mounted at two places", "use one place, and directories in it"
+            )
         if len(set(destinations)) < len(destinations):
             twice = next(one for one in destinations if destinations.count(one) > 1)
             raise UsageError(f"there are two mounts at {twice}", "leave out one of the two")
@@ -484,6 +509,14 @@ class _Choice:
 
         self.disk_volumes += [mounts.Volume(destination) for destination in destinations]
         mounts.check_number(len(self.disk_volumes), len(destinations))
+
+
+def _is_volume(text: str) -> bool:
+    """Whether a ``-v`` is about a volume: without a source, or with a name as its source."""
+    source, colon, _ = text.partition(":")
+    if not colon:
+        return text.startswith("/")
+    return bool(source) and "/" not in source and source not in (".", "..")
 
 
 def volume_file(number: int) -> str:

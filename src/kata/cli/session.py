@@ -98,8 +98,17 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
     disk_volumes = []
     for volume in record.get("disk_volumes") or ():
         name = volume["name"]
-        disk_volumes.append(DiskVolumeSettings(name=name, slot=len(disks), copy=volume["copy"]))
-        disks.append(DiskSettings(path=os.path.join(container.directory, name), readonly=False))
+        disk_volumes.append(
+            DiskVolumeSettings(
+                name=name, slot=len(disks), copy=volume["copy"], stays=bool(volume.get("volume"))
+            )
+        )
+        path = os.path.join(container.directory, name)
+        if volume.get("volume"):
+            from kata.cli import volumes
+
+            path = volumes.disk(volume["volume"])
+        disks.append(DiskSettings(path=path, readonly=False))
     return SandboxSettings(
         id=container.id,
         client=client_policy(),
@@ -185,7 +194,13 @@ def _launch(container: Container, settings: SandboxSettings) -> Engine:
     give_up = time.monotonic() + OCCUPIED_S
     while True:
         try:
-            return launch(settings)
+            if not any(one.get("volume") for one in container.record.get("disk_volumes") or ()):
+                return launch(settings)
+            from kata.cli import volumes
+
+            with volumes.locked():
+                volumes.check_free(container)
+                return launch(settings)
         except AlreadyExistsError:
             if container.running():
                 hint = f"kata stop {container.name}, or kata attach {container.name}"

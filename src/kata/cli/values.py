@@ -156,17 +156,11 @@ def volume(text: str) -> tuple[str, str, list[str]]:
         Source (absolute), destination, mount options as in the runtime specification.
     """
     parts = text.split(":")
-    hint = "the form is SRC:DST[:OPTION,...], both paths absolute or SRC starting with ./; or DST alone"
+    hint = "the form is SRC:DST[:OPTION,...], both paths absolute or SRC starting with ./, or NAME:DST, or DST alone"
     if len(parts) not in (2, 3) or not parts[0] or not parts[1]:
         raise UsageError(f"-v {text!r} is not a volume", hint)
     source, destination = parts[0], parts[1]
     options = parts[2].split(",") if len(parts) == 3 else []
-    if "/" not in source and source not in (".", ".."):
-        raise UsageError(
-            f"-v {text!r}: named volumes do not exist here",
-            f"give a directory: -v ./{source}:{destination}; -v {destination} alone is a volume that goes with"
-            " the container",
-        )
     if len(parts) == 2 and set(destination.split(",")) <= {"ro", "rw", *_MOUNT_FLAGS, *_NO_EFFECT}:
         raise UsageError(
             f"-v {text!r}: a volume of its own has no options here",

@@ -22,7 +22,6 @@ _GROUPS = {
 """Groups of commands -> those in them that are called otherwise here; the others are commands of the same name."""
 
 _IMAGES_ELSEWHERE = "build and push with docker, podman, buildah or skopeo; kata runs what they make"
-_VOLUMES = "kata run -v DIR:/path shares a directory, -v /path is a volume of one container; none has a name"
 COMMANDS = {
     "build": "docker build or podman build, and then kata run docker-archive:FILE",
     "buildx": _IMAGES_ELSEWHERE,
@@ -37,8 +36,7 @@ COMMANDS = {
     "login": "docker login or podman login; kata reads ~/.docker/config.json",
     "logout": "docker logout or podman logout; kata reads ~/.docker/config.json",
     "network": "kata run --network user|tap|none; networks between containers are Docker's or CNI's",
-    "volume": _VOLUMES,
-    "volumes": _VOLUMES,
+    "volumes": "kata volume ls",
     "healthcheck": "kata exec NAME PROGRAM",
     "system": "kata info, kata prune, kata events; kata gc removes what crashes left behind",
     "pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",

@@ -114,6 +114,8 @@ class Sandbox:
     def is_discarded(self) -> bool:
         """Whether nobody will read what the containers wrote to their own disks."""
         own = self.settings.container
+        if own is not None and any(volume.stays for volume in own.disk_volumes):
+            return False
         return self._is_discarded or (own is not None and own.auto_remove)
 
     def _make_runtime(self, machine: Machine) -> MachineRuntime:
@@ -355,7 +357,7 @@ class Sandbox:
     # ---- the end ----
 
     def discard(self) -> None:
-        """End the sandbox without having the guest write back what its containers have written."""
+        """End the sandbox; the guest writes back what was written only if there is a volume that stays."""
         self._is_discarded = True
         self.end()
 
