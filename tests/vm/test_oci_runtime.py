@@ -337,6 +337,20 @@ def _owner(journal: Path) -> int:
     return int(owners[-1]["owner"]["pid"])
 
 
+def test_a_create_that_is_killed_leaves_nothing_that_delete_does_not_remove(runtime: Runtime) -> None:
+    bundle = runtime.bundle("half", "sleep", "1000")
+    command = [str(PROGRAM), "create", "--bundle", str(bundle), "half"]
+    null = subprocess.DEVNULL
+    for has_come_to in ("oci/half/state.json", "oci/half/pid.sock", "sandboxes/oci.half/share"):
+        create = subprocess.Popen(command, env=runtime.env, stdin=null, stdout=null, stderr=null)
+        place = runtime.run_dir / has_come_to
+        until(place.exists, has_come_to, runtime.logs, poll_s=0.002)
+        create.kill()
+        create.wait()
+        runtime("delete", "--force", "half")
+        assert runtime.left() == []
+
+
 def test_what_cannot_be_created_leaves_nothing(runtime: Runtime) -> None:
     bundle = runtime.bundle("wrong", "/no/such/command")
     log = runtime.directory / "log"

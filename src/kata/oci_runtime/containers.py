@@ -157,7 +157,7 @@ def delete(root: str, record: Record, *, force: bool) -> None:
     try:
         if record.sandbox:
             with engine_of(record) as engine:
-                _delete_in(engine, record, force=force)
+                _delete_in(engine, record, force=force, alone=not _is_shared(root, record))
                 engine_left = False
     except VMLostError:
         pass  # its engine has ended
@@ -172,11 +172,12 @@ def delete(root: str, record: Record, *, force: bool) -> None:
     record.remove()
 
 
-def _delete_in(engine: EngineClient, record: Record, *, force: bool) -> None:
+def _delete_in(engine: EngineClient, record: Record, *, force: bool, alone: bool) -> None:
     from kata.engine.client import TASK
     from kata.proto import task_pb
     from kata.proto.google_pb import Empty
 
+    at_once = False
     try:
         status = _STATUS.get(engine.state(record.id, timeout=ASK_S).status, STOPPED)
         if status in (RUNNING, PAUSED):
@@ -192,9 +193,9 @@ def _delete_in(engine: EngineClient, record: Record, *, force: bool) -> None:
             engine.wait(record.id, timeout=KILL_S)
         engine.call(TASK, "Delete", task_pb.DeleteRequest(id=record.id), task_pb.DeleteResponse, DELETE_S)
     except NotFoundError:
-        pass  # it has never been created, or somebody else is deleting it
+        at_once = alone  # its `create` was killed, and the engine may still be making it
     # It ends if this was the last container.
-    engine.call(TASK, "Shutdown", task_pb.ShutdownRequest(id=record.id), Empty, DELETE_S)
+    engine.call(TASK, "Shutdown", task_pb.ShutdownRequest(id=record.id, now=at_once), Empty, DELETE_S)
 
 
 def _is_shared(root: str, record: Record) -> bool:
