@@ -101,6 +101,14 @@ EXPECTED = {
 """What is seen of an operation that works."""
 
 REASONS: dict[str, tuple[str, str]] = {
+    "stats": (
+        r"limit 134.2MB; \d+ processes; used memory, network: \[True, True\]",
+        "Processes of the host are counted: the machine's monitor and its helpers.",
+    ),
+    "top": (
+        "(?s).*",
+        "podman reads the host's /proc. `podman top NAME aux`, and any options of ps, show the container's processes.",
+    ),
     "all of it leaves behind": (
         "a lost conmon: .*cgroup .*",
         "podman calls no runtime for a container whose conmon is gone, and removes not all of its cgroups.",
