@@ -287,15 +287,16 @@ async def said_by(agent: AgentClient, name: str, script: str, disks: list[agent_
     return said.decode().strip()
 
 
-def image_with(directory: Path, text: str) -> Path:
-    """An ext4 image with one file."""
+def image_with(directory: Path, text: str, mib: int = 8) -> Path:
+    """An ext4 image with one file, sparse."""
     tree = directory / f"tree-{text}"
     tree.mkdir(parents=True)
     (tree / "file").write_text(text)
     image = directory / f"{text}.img"
     with image.open("wb") as file:
-        file.truncate(8 * MIB)
-    subprocess.run(["/sbin/mkfs.ext4", "-q", "-d", str(tree), str(image)], check=True)
+        file.truncate(mib * MIB)
+    few = ["-O", "^has_journal", "-N", "64"]  # or it would be large itself
+    subprocess.run(["/sbin/mkfs.ext4", "-q", *few, "-d", str(tree), str(image)], check=True)
     return image
 
 

@@ -50,6 +50,7 @@ pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest
 def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: C901, PLR0915
     can = lab.can()
     images = [image_with(lab.directory, text) for text in ("first", "second")]
+    large = image_with(lab.directory, "large", 70 << 10)
 
     async def scenario() -> None:
         async with lab.machine(shared_memory=can.vhost_user_disks) as machine:
@@ -100,6 +101,16 @@ def test_a_machine_from_its_start_to_an_orderly_end(lab: Lab) -> None:  # noqa: 
             with pytest.raises(HypervisorError):
                 await machine.detach_disk(address)
             assert await asyncio.to_thread(content_of, image, "new") == b"changed\n"
+        # Of one that is read-only, the guest may not be told how large it is; it has all of it.
+        address = await machine.attach_disk(Disk(str(large), readonly=True))
+        data = agent_pb.Storage(
+            driver="blk", source=address, fstype="ext4", options=["ro"], mount_point=f"{STATE}/large/data"
+        )
+        assert (
+            await said_by(agent, "large", "cat /data/file", [*storages("large", lab.disks[0]), data])
+            == "large"
+        )
+        await machine.detach_disk(address)
 
     async def served_disks(machine: Machine, agent: AgentClient) -> None:
         """Those that another process serves; twice, so that what was taken out is gone."""

@@ -43,8 +43,9 @@ HOST_DEVICES = range(0x18, 0x1C)
 
 PLACEHOLDER_READONLY = (True, False, True, False, *(False,) * 4)
 """Whether the placeholder in a disk slot is read-only: a disk cannot change that while the machine runs."""
-PLACEHOLDER_BYTES = 64 << 30
-"""Size of an empty disk. The image that fills it may be smaller."""
+PLACEHOLDER_BYTES = 16 << 40
+"""Size of an empty disk. The image that fills it may be smaller; a larger read-only one would not fit: the guest is
+not told of its size."""
 
 AGENT_CHANNEL = "agent.channel.0"
 """Name of the virtio-serial port of the agent (``/sys/class/virtio-ports/*/name`` in the guest)."""
