@@ -118,7 +118,8 @@ def page() -> str:
             said = "yes" if own == name else f"`{own}`"
             shared.append((name, own))
         else:
-            said = escaped(words.about_command(name)) or "no"
+            group = "yes, as a group of commands" if name in words.GROUPS else "no"
+            said = escaped(words.about_command(name)) or group
         marks = " | ".join("yes" if name in theirs else "" for theirs in both)
         lines.append(f"| `{name}` | {marks} | {said} |")
     for name, own in shared:

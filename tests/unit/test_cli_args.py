@@ -363,3 +363,10 @@ def test_the_page_for_dockers_users_is_as_the_sources_say() -> None:
         timeout=60,
     )
     assert done.returncode == 0, f"run tools/docker_users_table.py:\n{done.stdout[:3000]}{done.stderr}"
+
+
+def test_the_page_has_a_reason_for_all_that_is_not_there() -> None:
+    """Of Docker's and Podman's words none is answered with a guess: each is there, or it is said what to do instead."""
+    page = (ROOT / "docs/docker-users.md").read_text().splitlines()
+    assert len([line for line in page if line.startswith("| `--")]) > 400
+    assert [line for line in page if line.endswith("| no |")] == []

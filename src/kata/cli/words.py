@@ -7,7 +7,7 @@ from __future__ import annotations
 
 ALIASES = {"unpause": "resume", "ls": "ps", "list": "ps", "remove": "rm", "delete": "rm"}
 """Aliases of commands. ``container X`` is an alias of ``X``."""
-_GROUPS = {
+GROUPS = {
     "container": {"prune": "prune container", "inspect": "inspect --type container"},
     "image": {
         "ls": "images",
@@ -53,6 +53,15 @@ COMMANDS = {
     "mount": "kata cp NAME:PATH DEST copies files out",
     "umount": "kata cp NAME:PATH DEST copies files out",
     "checkpoint": "kata pause NAME freezes a container while the machine is up",
+    "builder": "docker build or podman build, and then kata run docker-archive:FILE",
+    "init": "the command is PID 1 of the container: put tini or dumb-init into the image if it has to reap",
+    "machine": "each container has a machine of its own; kata explain NAME shows its size",
+    "node": "kata is a runtime; clusters are Kubernetes': docs/kubernetes.md",
+    "plugin": "kata has no plugins",
+    "trust": "pull by digest: kata pull NAME@sha256:DIGEST",
+    "unmount": "kata cp NAME:PATH DEST copies files out",
+    "unshare": "run kata as root",
+    "untag": "kata rmi NAME:TAG removes one name of an image",
     "completion": "make install puts it in place for bash, zsh and fish",
 }
 """Hint for each command of Docker or Podman that kata does not have."""
@@ -106,6 +115,22 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--kernel-memory": "-m SIZE",
         "--annotation": "--label KEY=VALUE keeps notes",
         "--isolation --disable-content-trust": "leave it out",
+        "--authfile --creds --cert-dir --tls-verify": "docker login or podman login; kata reads ~/.docker/config.json",
+        "--cgroups --cgroup-conf": "leave it out; limits are --cpus, -m, --pids-limit",
+        "--chrootdirs": "leave it out: /etc/hosts and /etc/resolv.conf are made for the container's root",
+        "--cpu-count --cpu-percent --io-maxbandwidth --io-maxiops": "leave it out; limits are --cpus, -m, --pids-limit",
+        "--cpu-rt-period --cpu-rt-runtime": "--cap-add SYS_NICE, and chrt in the container",
+        "--env-merge": "-e NAME=VALUE",
+        "--gidmap --uidmap --subgidname --subuidname": "the machine keeps its users apart from the host's",
+        "--hostuser --passwd --passwd-entry": "users are the image's: -u USER takes numbers that it does not know",
+        "--init-path": "the command is PID 1 of the container",
+        "--init-ctr --pod-id-file": "pods come from Kubernetes (CRI): docs/kubernetes.md",
+        "--personality": "setarch in the container",
+        "--preserve-fds --preserve-fd": "descriptors of the host mean nothing in another kernel",
+        "--requires": "start the other container first",
+        "--sdnotify": "leave it out: kata run without -d ends with its container",
+        "--seccomp-policy": "--security-opt seccomp=unconfined, or the default profile",
+        "--use-api-socket": "-v /var/run/docker.sock:/var/run/docker.sock",
     },
     f"{_RUN} update": {
         "--memory-swappiness": "the machine has no swap: leave it out",
@@ -118,27 +143,87 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--memory-reservation": "-m SIZE",
         "--cpu-shares -c": "--cpus N",
         "--restart": "restart it by a systemd unit around kata run",
-        "--blkio-*": "leave it out; limits are --cpus, -m, --pids-limit",
+        "--blkio-* --device-* --cpu-rt-*": "leave it out; limits are --cpus, -m, --pids-limit",
     },
     "exec attach logs top": {"--latest -l": "name it: $(kata ps -aq | head -1)"},
-    "wait": {"--all -a": "name them: $(kata ps -aq)"},
     _MANY: {
         "--latest -l": "name it: $(kata ps -aq | head -1)",
         "--filter": "name them: $(kata ps -aq --filter KEY=VALUE)",
     },
     "rm": {
         "--link": "names between containers are Docker's: docs/docker.md",
+        "--time -t": "kata stop -t SECONDS NAME first",
     },
-    "stop restart": {"--signal -s": "kata kill -s SIGNAL NAME, or kata run --stop-signal SIGNAL"},
+    "stop restart": {
+        "--signal -s": "kata kill -s SIGNAL NAME, or kata run --stop-signal SIGNAL",
+        "--timeout": "-t SECONDS",
+    },
+    "stop rm kill pause resume": {"--cidfile": "name it: $(cat FILE)"},
+    "stop rm": {
+        "--ignore -i": "a missing container is an error but for kata rm -f",
+        "--depend": "leave it out",
+    },
+    "restart": {"--running": "name them: $(kata ps -q)", "--cidfile": "name it: $(cat FILE)"},
+    "start": {
+        "--checkpoint --checkpoint-dir": "kata pause NAME freezes a container while the machine is up",
+        "--detach-keys": "kata attach --detach-keys KEYS NAME",
+        "--sig-proxy": "signals are always passed on: leave it out",
+    },
+    "events": {
+        "--format": "--json, and jq",
+        "--no-trunc": "leave it out",
+        "--until": "--json, and jq for the time",
+    },
+    "exec": {"--preserve-fds --preserve-fd": "descriptors of the host mean nothing in another kernel"},
+    "history": {
+        "--human -H": "leave it out",
+        "--platform": "an image is of one platform here: leave it out",
+    },
+    "load": {"--platform": "leave it out: it is this machine's"},
+    "wait": {
+        "--all -a": "name them: $(kata ps -aq)",
+        "--condition --interval -i": "leave it out: it waits for the end",
+    },
     "stats top port version logs": {"--format": "--json, and jq"},
     "inspect": {
-        "--size -s": "leave it out: kata ps --format '{{.Size}}' shows what a container has written"
+        "--size -s": "leave it out: kata ps --format '{{.Size}}' shows what a container has written",
+        "--latest -l": "name it: $(kata ps -aq | head -1)",
     },
-    "ps": {"--size -s": "--format '{{.Names}} {{.Size}}'"},
-    "stats": {"--all -a": "only running containers have figures: leave it out"},
-    "logs": {"--details": "leave it out"},
-    "rmi": {"--all -a": "name them: $(kata images -q)"},
-    "pull": {"--all-tags -a": "name each: kata pull NAME:TAG"},
+    "ps": {
+        "--size -s": "--format '{{.Names}} {{.Size}}'",
+        "--external --ns --pod -p --sync": "leave it out",
+        "--noheading": "--format '{{.ID}} {{.Names}}'",
+        "--sort": "the newest are first; sort --format's lines with sort(1)",
+        "--watch -w": "kata top",
+    },
+    "port": {
+        "--all -a": "name each: kata ps shows them all",
+        "--latest -l": "name it: $(kata ps -q | head -1)",
+    },
+    "cp": {"--overwrite --quiet -q": "leave it out: a file may replace a file, and nothing is printed"},
+    "stats": {
+        "--all -a": "only running containers have figures: leave it out",
+        "--no-trunc --no-reset": "leave it out",
+        "--latest -l": "name it: $(kata ps -q | head -1)",
+    },
+    "logs": {"--details --color --names": "leave it out"},
+    "rmi": {
+        "--all -a": "name them: $(kata images -q)",
+        "--ignore -i": "--force",
+        "--no-prune --platform": "leave it out: layers are not images of their own here",
+    },
+    "images": {
+        "--tree": "leave it out: an image is of one platform here",
+        "--history": "kata history IMAGE",
+        "--noheading -n": "--format '{{.Repository}} {{.Tag}} {{.ID}}'",
+        "--sort": "the newest are first; sort --format's lines with sort(1)",
+    },
+    "pull": {
+        "--all-tags -a": "name each: kata pull NAME:TAG",
+        "--os --arch --variant": "--platform OS/ARCH",
+        "--authfile --creds --cert-dir --tls-verify": "docker login or podman login; kata reads ~/.docker/config.json",
+        "--disable-content-trust": "leave it out",
+    },
 }
 """Hints for options of Docker or Podman that kata's commands do not have: by commands, then by options.
 
@@ -148,8 +233,8 @@ An option that ends in ``*`` is a prefix. An option in a hint that names no comm
 
 def command(argv: list[str]) -> list[str]:
     """Replace an alias in a command line by kata's own name of the command."""
-    if argv[0] in _GROUPS and len(argv) > 1 and argv[1][:1] != "-":
-        own = _GROUPS[argv[0]].get(argv[1])
+    if argv[0] in GROUPS and len(argv) > 1 and argv[1][:1] != "-":
+        own = GROUPS[argv[0]].get(argv[1])
         if own is not None:
             return [*own.split(), *argv[2:]]
         argv = argv[1:]
