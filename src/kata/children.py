@@ -442,7 +442,7 @@ def _exec_child(
         for fd in pass_fds:
             os.set_inheritable(fd, True)
         if fds_from_3:
-            gate, status = _move_to_3(fds_from_3, gate, status)
+            gate, status = _move_to_3(fds_from_3, gate, status, confinement)
         for cgroup in cgroups:
             _write(f"{cgroup}/cgroup.procs", "0")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -478,7 +478,9 @@ def _restrict(namespaces: int, capabilities: Iterable[int] | None, confinement: 
         sysio.keep_capabilities(capabilities, confinement.user if confinement is not None else 0)
 
 
-def _move_to_3(fds: Sequence[int], gate: int, status: int) -> tuple[int, int]:
+def _move_to_3(
+    fds: Sequence[int], gate: int, status: int, confinement: Confinement | None
+) -> tuple[int, int]:
     """Move descriptors to 3 and above for a program. Returns the new numbers of `gate` and `status`."""
     import fcntl
 
@@ -487,6 +489,8 @@ def _move_to_3(fds: Sequence[int], gate: int, status: int) -> tuple[int, int]:
     status = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, above)
     gate = fcntl.fcntl(gate, fcntl.F_DUPFD_CLOEXEC, above)
     aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in fds]
+    if confinement is not None:
+        confinement.move_above(above)
     for number, fd in enumerate(aside, 3):
         os.dup2(fd, number)
     return gate, status

@@ -242,6 +242,18 @@ class Confinement:
 
     # ---- in the child ----
 
+    def move_above(self, least: int) -> None:
+        """Move the descriptors that the child still needs to numbers from this one on.
+
+        Raises:
+            OSError: There are too many.
+        """
+        import fcntl
+
+        if self.ruleset is not None:
+            self.ruleset = sysio.Fd(fcntl.fcntl(self.ruleset.raw, fcntl.F_DUPFD_CLOEXEC, least))
+        self.binds = [(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least), path) for fd, path in self.binds]
+
     def limit(self) -> None:
         """While it is root, after its namespaces were made: its devices and limits.
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from waiting import until
 
-from kata import children, journal_undo, launcher, paths
+from kata import children, confinement, journal_undo, launcher, paths
 from kata.cli.session import client_policy
 from kata.engine import launch
 from kata.engine.containers import hooks
@@ -211,6 +211,28 @@ def test_a_child_inherits_what_was_named_and_nothing_else(leaking: list[int], jo
         assert set(map(int, found)) == numbers, found
     for fd in (named, *leaking):
         os.close(fd)
+    assert journal_undo.undo(journal) == []
+
+
+@needs_root
+def test_what_a_child_is_left_with_survives_the_numbers_it_inherits(journal: Journal) -> None:
+    """Its ruleset has a number that one of its descriptors takes."""
+    named = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+    confined = confinement.monitor(sys.executable, readable=["/usr"])
+    assert confined.ruleset is not None
+    count = confined.ruleset.raw + 3
+    child = children.spawn(
+        [sys.executable, "-c", "pass"],
+        journal,
+        "nothing",
+        fds_from_3=[named] * count,
+        capabilities=(),
+        namespaces=confinement.NAMESPACES,
+        confinement=confined,
+    )
+    child.wait(10)
+    child.close()
+    os.close(named)
     assert journal_undo.undo(journal) == []
 
 
