@@ -148,8 +148,11 @@ fn absent(what: &str) -> Error {
     Error::not_found(format!("{what} after {} ms", hotplug_timeout_ms()))
 }
 
+/// Whether there is a disk behind a node. The node is there a moment before the disk can be opened (ENXIO).
 fn is_block(node: &str) -> bool {
+    let flags = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_CLOEXEC;
     sys::stat(node).is_ok_and(|s| s.st_mode & libc::S_IFMT == libc::S_IFBLK)
+        && !matches!(sys::open(node, flags, 0), Err(Errno(libc::ENXIO)))
 }
 
 /// sysfs has `!` where the node's name has a slash.
