@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kata.hypervisor.base import Attachments, Disk, MachineShape, Nic
 from kata.hypervisor.cloud_hypervisor import command, saved, slots
 from kata.hypervisor.cloud_hypervisor.process import explain
 from kata.hypervisor.rust_vmm import MONITOR_DIR, MonitorUser
+from kata.hypervisor.virtiofsd import FileServer
 from kata.journal import Journal
 from kata.sysio import Fd
 
@@ -168,6 +170,7 @@ def test_a_saved_machine_names_what_is_the_new_ones(tmp_path: Path) -> None:
     place.mkdir()
     run_dir.mkdir()
     config = {
+        "memory": {"size": 256 << 20, "shared": True},
         "payload": {"kernel": "/proc/self/fd/9", "initramfs": "/proc/self/fd/10", "cmdline": "quiet"},
         "disks": [{"id": "disk0", "path": "/proc/self/fd/11", "readonly": True}],
         "net": [{"id": "nic1", "fds": [12]}],
@@ -184,8 +187,8 @@ def test_a_saved_machine_names_what_is_the_new_ones(tmp_path: Path) -> None:
     )
     given = machines.open_files(str(place), saved.LARGE)
     own = MonitorUser("/p", attachments, [], {}, Journal.create_dir(str(tmp_path), "box", {}), "")
-    option = saved.prepare(str(place), attachments, own, {"disk0": 40, **given})
-    nic.tap_fd = None
+    option, late = saved.prepare(str(place), shape(), attachments, own, {"disk0": 40, **given})
+    assert late == []
     target = run_dir / MONITOR_DIR / saved.RESTORED
     assert option == f"source_url=file://{target},resume=on,net_fds=[nic1@[77]]"
     made = json.loads((target / "config.json").read_text())
@@ -193,6 +196,22 @@ def test_a_saved_machine_names_what_is_the_new_ones(tmp_path: Path) -> None:
     assert made["vsock"] == {"id": "vsock", "cid": 3, "socket": f"{run_dir}/{MONITOR_DIR}/vsock.sock"}
     assert made["payload"] == {"kernel": "/dev/null", "initramfs": "/dev/null", "cmdline": "quiet"}
     assert (target / "state.json").read_text() == "state.json"
+    assert made["memory"] == {"size": 256 << 20, "shared": False}
+    # A template's has no disk and no share: they are plugged in.
+    shutil.rmtree(target)
+    del config["disks"]
+    (place / "config.json").write_text(json.dumps(config))
+    attachments.share_server = FileServer(
+        "/d", "/s", str(run_dir), Journal.create_dir(str(tmp_path), "srv", {})
+    )
+    _, late = saved.prepare(str(place), shape(), attachments, own, {"disk0": 40, **given})
+    attachments.share_server.hide()
+    attachments.share_server.close_socket()
+    assert [(path, body["id"]) for path, body in late] == [("vm.add-disk", "disk0"), ("vm.add-fs", "share")]
+    assert late[0][1]["path"] == "/proc/self/fd/40"
+    assert late[1][1]["socket"] == f"{run_dir}/{MONITOR_DIR}/share.sock"
+    assert json.loads((target / "config.json").read_text())["memory"]["shared"] is True
+    nic.tap_fd = None
     for fd in given.values():
         os.close(fd)
     machines.forget(str(place), saved.FILES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -118,8 +119,12 @@ def test_clones_share_what_was_saved_and_cannot_change_it(lab: Lab) -> None:
 
     async def clone(number: int) -> str:
         lab_name = f"clone{number}"
-        async with lab.machine(saved=str(place), name=lab_name) as machine, agent_of(machine) as agent:
-            await asyncio.wait_for(machine.confined(), PATIENCE)
+        async with contextlib.AsyncExitStack() as stack:
+            # The monitors of one process have one user, who may open nothing more once the first of them has started.
+            async with starting:
+                machine = await stack.enter_async_context(lab.machine(saved=str(place), name=lab_name))
+                await asyncio.wait_for(machine.confined(), PATIENCE)
+            agent = await stack.enter_async_context(agent_of(machine))
             await agent.reseed(os.urandom(512))
             script = (
                 "head -c 60000000 /dev/zero >/much; rm /much; cat /proc/sys/kernel/random/boot_id;"
@@ -129,6 +134,8 @@ def test_clones_share_what_was_saved_and_cannot_change_it(lab: Lab) -> None:
             assert writable(machine) == []
             assert not re.search("[Ff]ailed|error", machine.console_tail())
             return said
+
+    starting = asyncio.Lock()
 
     async def scenario() -> None:
         async with lab.machine(saves_into=str(place)) as machine:

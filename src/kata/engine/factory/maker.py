@@ -255,10 +255,16 @@ def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
 
 
 def _tap() -> sysio.Fd:
-    """A tap that leads nowhere: what a guest leaves to its interface it negotiates once, when it boots."""
-    from kata.network import netns
+    """A tap that leads nowhere: what a guest leaves to its interface it negotiates once, when it boots. There it
+    also learns how large its packets may ever be, where the hypervisor tells it that of the tap.
+    """
+    from kata.network import netns, rtnetlink
+    from kata.network.user import MTU
 
-    return sysio.Fd(netns.make_tap("template0", 2))
+    fd = sysio.Fd(netns.make_tap("template0", 2))
+    with rtnetlink.Rtnl() as rtnl:
+        rtnl.bring_up(2, MTU)
+    return fd
 
 
 async def _save(monitor: Monitor, started: Started, journal: Journal, directory: str) -> None:

@@ -40,7 +40,7 @@ def build(
         *("--initramfs", file(fds["initrd"])),
         *("--cmdline", parameters(shape, CONSOLES[shape.console])),
         *("--cpus", f"boot={max(shape.vcpus, shape.max_vcpus)}"),
-        *("--memory", _memory(shape, shared=shares or shape.shared_memory)),
+        *("--memory", _memory(shape, shared=shares or shape.shared_memory or bool(attachments.saves_into))),
         *("--serial", "tty" if shape.console == "serial" else "off"),
         *("--console", "tty" if shape.console == "virtio" else "off"),
         *("--rng", "src=/dev/urandom"),
@@ -62,10 +62,7 @@ def build(
         paths = (f"/sys/bus/pci/devices/{address}/" for address in attachments.host_devices)
         argv += ["--device", *(f"path={path},id=host{index}" for index, path in enumerate(paths))]
     if attachments.share_server is not None:
-        share = (
-            f"tag={slots.SHARE_TAG},socket={directory}/{SHARE_SOCKET},id=share,pci_device_id={slots.SHARE}"
-        )
-        argv += ["--fs", f"{share},num_queues=1,queue_size=1024"]
+        argv += ["--fs", _options(share_config(directory))]
     return argv
 
 
@@ -103,6 +100,22 @@ def disk_config(index: int, disk: Disk, path: str) -> dict[str, object]:
     return config
 
 
+def share_config(directory: str) -> dict[str, object]:
+    """The share as the API describes it (``FsConfig``).
+
+    Args:
+        directory: The monitor's own, as it has it: the socket of the share's server is there.
+    """
+    return {
+        "tag": slots.SHARE_TAG,
+        "socket": f"{directory}/{SHARE_SOCKET}",
+        "id": "share",
+        "pci_device_id": slots.SHARE,
+        "num_queues": 1,
+        "queue_size": 1024,
+    }
+
+
 def nic_config(index: int, nic: Nic) -> dict[str, object]:
     """A network interface as the API describes it (``NetConfig``); it goes with its descriptor when that is sent.
 
@@ -136,6 +149,7 @@ def _options(config: Mapping[str, object]) -> str:
 
 
 def _memory(shape: MachineShape, *, shared: bool) -> str:
+    # Memory that is shared is a file, and only of that it saves no more than what the guest has touched.
     words = [f"size={shape.memory_mib}M", f"shared={'on' if shared else 'off'}"]
     if shape.max_memory_mib > shape.memory_mib:
         words += ["hotplug_method=virtio-mem", f"hotplug_size={hotplug_mib(shape)}M"]

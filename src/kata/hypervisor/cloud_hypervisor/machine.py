@@ -51,6 +51,7 @@ class CloudHypervisor(Running):
         self._root = process.root
         self._access = process.access
         self._share = process.attachments.share_server
+        self._late = process.late
         self._version = ""
         self._device_lock = asyncio.Lock()
         self._disks: list[Disk | None] = [*process.attachments.disks]
@@ -300,6 +301,13 @@ class CloudHypervisor(Running):
                         "Look at `kata logs`.",
                     )
                 await asyncio.sleep(0.005)
+        for path, body in self._late:
+            try:
+                await self._api.call("PUT", path, body, timeout_s=START_S)
+            except Refused as error:
+                raise HypervisorError(
+                    f"cannot give the virtual machine its {body['id']}: {error.words}"
+                ) from error
         if self._share is not None:
             self._share.hide()
         self._access.revoke()

@@ -49,6 +49,7 @@ class CloudHypervisorMonitor(RustVmmMonitor):
             spare_vcpus=True,
             pause=True,
             snapshot=True,
+            clones=True,
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:

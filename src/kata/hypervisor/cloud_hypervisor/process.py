@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class CloudHypervisorProcess(RustVmmProcess):
     """A Cloud Hypervisor that was started. Its channels are ``api``, ``events`` and ``console``."""
 
-    __slots__ = ("attachments",)
+    __slots__ = ("attachments", "late")
 
     def __init__(
         self,
@@ -46,6 +46,8 @@ class CloudHypervisorProcess(RustVmmProcess):
             share_tag=slots.SHARE_TAG if attachments.share_server is not None else "",
         )
         self.attachments = attachments
+        self.late: Sequence[tuple[str, dict[str, object]]] = ()
+        """Requests that plug in what a machine that goes on did not have when it was saved."""
 
     def explain(self, status: int) -> KataError:
         """See `explain`."""
@@ -101,11 +103,14 @@ def restore(
     from kata.hypervisor import saved as saved_machines
     from kata.hypervisor.cloud_hypervisor import saved
 
+    late: list[tuple[str, dict[str, object]]] = []
+
     def arguments(own: MonitorUser, fds: Mapping[str, int]) -> list[str]:
-        option = saved.prepare(directory, attachments, own, fds)
+        option, plugged = saved.prepare(directory, shape, attachments, own, fds)
+        late.extend(plugged)
         return [program, *command.channels(fds), "--restore", option]
 
-    return _start(
+    started = _start(
         program,
         shape,
         attachments,
@@ -115,6 +120,8 @@ def restore(
         arguments,
         saved_machines.files(directory, saved.LARGE),
     )
+    started.late = late
+    return started
 
 
 def _start(

@@ -26,6 +26,8 @@ MAX_DISKS = 8
 MAX_NICS = 8
 _EMPTY_READONLY = (True, False, True, False, *(False,) * 4)
 """Whether an empty disk slot is read-only: a disk cannot change that while the machine runs."""
+_KINDS = {"readonly": True, "writable": False}
+"""The same of one that is kept for a disk (`kata.hypervisor.base.MachineShape.disks`)."""
 SLOT_MIB = 128
 """Room for memory that is plugged in is a multiple of this (``slot_size_mib``)."""
 _REBOOT = "reboot=k"
@@ -55,8 +57,9 @@ class Slots:
     def __init__(self, shape: MachineShape, attachments: Attachments) -> None:
         self.disks: list[Disk | None] = list(attachments.disks)
         self.disks += [None] * (len(shape.disks) - len(self.disks))
+        kinds = dict(enumerate(shape.disks))
         self.readonly = [
-            _EMPTY_READONLY[index] if disk is None else disk.readonly
+            _KINDS.get(kinds.get(index, ""), _EMPTY_READONLY[index]) if disk is None else disk.readonly
             for index, disk in enumerate(self.disks)
         ]
         first_disk = 2 if shape.reclaim else 1

@@ -133,12 +133,23 @@ class Firecracker(Running):
 
     async def _snapshot(self, directory: str) -> None:
         state, memory = (f"{directory}/{name}" for name in config.SAVED_FILES)
-        request = {"snapshot_type": "Full", "snapshot_path": state, "mem_file_path": memory}
+        request = {"snapshot_path": state, "mem_file_path": memory}
         mib = max(self._shape.memory_mib, self._shape.max_memory_mib)
-        try:
-            await self.call("PUT", "snapshot/create", request, timeout_s=_SAVE_S + mib / _SAVE_MIB_PER_S)
-        except Refused as error:
-            raise HypervisorError(f"cannot save the machine: {error.words}", "Is it paused?") from error
+        timeout_s = _SAVE_S + mib / _SAVE_MIB_PER_S
+        # What differs from nothing, which leaves holes in the file, is found by mincore(2): that passes over what was
+        # swapped out, and takes what is in the page cache for a file's memory.
+        kinds = ("Full",) if self._saved or _has_swap() else ("Diff", "Full")
+        for kind in kinds:
+            try:
+                await self.call(
+                    "PUT", "snapshot/create", {"snapshot_type": kind, **request}, timeout_s=timeout_s
+                )
+                return
+            except Refused as error:
+                if kind == kinds[-1]:
+                    raise HypervisorError(
+                        f"cannot save the machine: {error.words}", "Is it paused?"
+                    ) from error
 
     async def set_memory(self, plugged_mib: int) -> int:
         """Set how much memory (MiB) the guest has in addition to what the machine was started with, by virtio-mem.
@@ -340,11 +351,12 @@ class Firecracker(Running):
             await asyncio.sleep(_RETRY_S)
 
     async def _load(self, client: ApiClient) -> None:
-        """Load the machine that was saved, and let it go on with the present time."""
+        """Load the machine that was saved, and let it go on with its disks and the present time."""
         state, memory = (rust_vmm.file(fd) for fd in config.SAVED_FDS)
         request = {
             "snapshot_path": state,
             "mem_backend": {"backend_path": memory, "backend_type": "File"},
+            # Together with it: between the two, a connection to its vsock would be lost and all after it.
             "resume_vm": True,
             # Otherwise the guest's clock would go on where it was.
             "clock_realtime": True,
@@ -356,6 +368,12 @@ class Firecracker(Running):
         }
         try:
             await client.call("PUT", "snapshot/load", request, timeout_s=START_S)
+            # The guest knows a slot as it was when the machine was saved: this tells it how large its disk is.
+            for index, disk in enumerate(self._disks):
+                if disk is not None:
+                    name, image = f"disk{index}", rust_vmm.file(config.FIRST_DISK_FD + index)
+                    body = {"drive_id": name, "path_on_host": image}
+                    await client.call("PATCH", f"drives/{name}", body, timeout_s=START_S)
         except Refused as error:
             self._unusable = HypervisorError(f"cannot use what was saved in {self._saved}: {error.words}")
             self._process.child.kill()  # it has no machine, and nobody waits for one
@@ -389,3 +407,12 @@ class Firecracker(Running):
         # There is one way for it to end its machine, which may mean either; and nobody else ends one in order.
         self._guest_ended = self._guest_ended or "reboot"
         return super()._guest_did()
+
+
+def _has_swap() -> bool:
+    """Whether this host may have written memory to a swap area."""
+    try:
+        with open("/proc/swaps", encoding="utf-8") as file:
+            return len(file.readlines()) > 1
+    except OSError:
+        return True

@@ -42,6 +42,7 @@ class FirecrackerMonitor(RustVmmMonitor):
             spare_vcpus=True,
             pause=True,
             snapshot=True,
+            clones=True,
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
