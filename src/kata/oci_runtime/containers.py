@@ -98,13 +98,15 @@ def _start(arguments: Arguments, options: GlobalOptions) -> int:
 
 def _kill(arguments: Arguments, options: GlobalOptions) -> int:
     name = arguments.rest[1] if len(arguments.rest) > 1 else "15"
-    if name.isdigit() and name.isascii() and 0 < int(name[:3]) <= 64:
+    if name.isdigit() and name.isascii() and int(name[:3]) <= 64:
         number = int(name)
     else:
         from kata.cli import signals
 
         number = signals.number(name)
     record = records.require(options.state_root, arguments.rest[0])
+    if not number and status_of(record) != STOPPED:
+        return 0  # it is only asked whether there is somebody, kill(2)
     try:
         with engine_of(record) as engine:
             engine.kill(record.id, number, everything=arguments.flag("all"))
