@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from image_support import docker_save, layer, member
+from image_support import MOUNT_POINTS, Erofs, docker_save, layer, member
 
 from kata import journal
 from kata.cli import main, records
@@ -144,3 +145,46 @@ def test_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(said(capsys, "rm", "-a").split()) == {one.id, two.id}
     assert records.all_containers() == []
     assert said(capsys, "rm", "-a") == ""
+
+
+def test_import(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = tmp_path / "root.tar.gz"
+    tar.write_bytes(gzip.compress(ONE))
+    changes = (
+        'CMD ["/one", "x"]',
+        "ENV A=b c",
+        "LABEL kind=test",
+        "EXPOSE 80 53/udp",
+        "WORKDIR /w",
+        "entrypoint run it",
+    )
+    words = [word for text in changes for word in ("-c", text)]
+    identity = said(capsys, "import", "-q", *words, "-m", "by hand", str(tar), "mine/root:1").strip()
+    image = store.find("mine/root:1")
+    assert image.id == identity
+    assert image.names == ["docker.io/mine/root:1"]
+    assert image.config == {
+        "Cmd": ["/one", "x"], "Env": ["A=b c"], "Labels": {"kind": "test"}, "WorkingDir": "/w",
+        "ExposedPorts": {"80/tcp": {}, "53/udp": {}}, "Entrypoint": ["/bin/sh", "-c", "run it"],
+    }  # fmt: skip
+    assert set(Erofs(Path(image.rootfs_path)).tree()) - {"", *MOUNT_POINTS} == {"one"}
+    assert "by hand" in said(capsys, "history", "mine/root:1")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(TWO), isatty=lambda: False))
+    nameless = said(capsys, "import", "-q", "-").strip()
+    assert store.find(nameless).names == []
+    assert not list((state / "images/rootfs").glob("*.tmp"))
+    for bad, message in (
+        (["-c", "RUN true", str(tar)], "RUN is not offered"),
+        (["-c", "CMD [1]", str(tar)], "no list of strings"),
+        (["-c", "ENV A", str(tar)], "is not ENV KEY=VALUE"),
+        (["-c", "CMD", str(tar)], "has no value"),
+        (["https://example.org/x.tar"], "fetches nothing"),
+        ([str(tmp_path / "none.tar")], "cannot be read"),
+        ([str(tar), "Bad:Name:x"], "is not an image reference"),
+    ):
+        assert message in said(capsys, "import", "-q", *bad, status=125)
+    (tmp_path / "text").write_text("this is no tar file at all " * 100)
+    assert "hint: " in said(capsys, "import", "-q", str(tmp_path / "text"), status=125)
+    assert not list((state / "images/rootfs").glob("*.tmp"))

@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tag": ("manage", "give an image a further name"),
     "history": ("manage", "show by which steps an image was made"),
     "load": ("manage", "read images from an archive of 'docker save'"),
+    "import": ("import_image", "make an image of a tar file with a root file system"),
     "prune": ("manage", "remove containers and images that are not used"),
     "volume": ("volume", "make, list and remove volumes with a name"),
     "explain": ("explain", "explain the size of a sandbox: the formula with its numbers"),

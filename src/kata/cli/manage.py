@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 
 from kata import paths
 from kata.cli import records, table
@@ -14,7 +15,8 @@ from kata.images import reference as references
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Iterator
+    from typing import IO, Any
 
     from kata.cli.args import Arguments
 
@@ -150,8 +152,6 @@ def _history(arguments: Arguments) -> int:
 
 
 def _load(arguments: Arguments) -> int:
-    import tempfile
-
     path = arguments.value("input")
     if path is not None:
         return _load_file(os.path.abspath(path), arguments.flag("quiet"))
@@ -159,20 +159,46 @@ def _load(arguments: Arguments) -> int:
         raise UsageError(
             "an archive is expected on standard input, which is a terminal", "kata load -i FILE"
         )
+    import shutil
+
+    with spooled() as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        file.flush()
+        return _load_file(file.name, arguments.flag("quiet"))
+
+
+@contextmanager
+def spooled() -> Iterator[IO[bytes]]:
+    """A file of the image store for an archive that is being read; it is gone afterwards, or with `kata gc`.
+
+    Raises:
+        HostError: The store cannot be written.
+    """
+    import tempfile
+
     spool = os.path.join(store.directory(), "rootfs")
     try:
         paths.make_dirs(spool, 0o700)
-        with tempfile.NamedTemporaryFile(dir=spool, suffix=".tmp") as file:
-            import shutil
-
-            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-            file.flush()
-            return _load_file(file.name, arguments.flag("quiet"))
+        # With this lock `gc` leaves alone what no image refers to.
+        with (
+            changes.locked("adding", shared=True),
+            tempfile.NamedTemporaryFile(dir=spool, suffix=".tmp") as file,
+        ):
+            yield file
     except OSError as error:
         raise changes.storage_error(error) from error
 
 
-def _load_file(path: str, quiet: bool) -> int:
+def load_file(path: str, *, quiet: bool) -> list[store.Image]:
+    """Read all images of an archive, under the names that it gives them.
+
+    Args:
+        path: Its path.
+        quiet: Show no progress.
+
+    Raises:
+        KataError: It is no archive, or an image cannot be read.
+    """
     from kata.images.archive import Archive
     from kata.images.resolve import resolve
     from kata.storage.layers import limits_from_environment
@@ -190,6 +216,7 @@ def _load_file(path: str, quiet: bool) -> int:
     finally:
         archive.close()
     progress = (lambda *_: None) if quiet else None
+    images = []
     for place in range(count):
         own = f"docker-archive:{path}:@{place}"
         image = resolve(own, pull="always", progress=progress)
@@ -199,14 +226,21 @@ def _load_file(path: str, quiet: bool) -> int:
             index.names.pop(own, None)
             index.files = {key: one for key, one in index.files.items() if not key.startswith(f"{own} ")}
             changes.write_index(index)
+        images.append(image)
+    return images
+
+
+def _load_file(path: str, quiet: bool) -> int:
+    for image in load_file(path, quiet=quiet):
         names = [
-            name for name in index.names_of(image.id) if name.partition(":")[0] not in references.LOCAL_KINDS
+            name
+            for name in store.Index().names_of(image.id)
+            if name.partition(":")[0] not in references.LOCAL_KINDS
         ]
         for name in names:
             print(f"Loaded image: {references.familiar(name)}")
         if not names:
             print(f"Loaded image ID: {image.id}")
-        sys.stdout.flush()
     return 0
 
 

@@ -28,7 +28,6 @@ COMMANDS = {
     "push": _IMAGES_ELSEWHERE,
     "search": "search with docker, podman or skopeo, and kata pull NAME",
     "save": "skopeo copy docker://NAME oci-archive:FILE",
-    "import": "unpack it into a directory, and kata run rootfs:DIR",
     "export": "kata cp NAME:PATH - > files.tar",
     "commit": "build an image instead; kata cp NAME:PATH - > files.tar copies files",
     "diff": "kata cp NAME:PATH - | tar -t lists files",
@@ -179,7 +178,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--human -H": "leave it out",
         "--platform": "an image is of one platform here: leave it out",
     },
-    "load": {"--platform": "leave it out: it is this machine's"},
+    "load import": {"--platform": "leave it out: it is this machine's"},
+    "import": {"--os --arch --variant": "leave it out: it is this machine's"},
     "wait": {
         "--all -a": "name them: $(kata ps -aq)",
         "--condition --interval -i": "leave it out: it waits for the end",
