@@ -105,8 +105,10 @@ def _kill(arguments: Arguments, options: GlobalOptions) -> int:
 
         number = signals.number(name)
     record = records.require(options.state_root, arguments.rest[0])
-    if not number and status_of(record) != STOPPED:
-        return 0  # it is only asked whether there is somebody, kill(2)
+    if not number:  # it is only asked whether there is somebody, kill(2)
+        if status_of(record) == STOPPED:
+            raise StateError(f"container not running: {record.id}", f"kata-runtime state {record.id}")
+        return 0
     try:
         with engine_of(record) as engine:
             engine.kill(record.id, number, everything=arguments.flag("all"))
