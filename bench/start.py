@@ -1,6 +1,6 @@
 """How long a cold start takes, with what a user would have instead measured in the same run.
 
-Four things, once each in every round, in an order that is shuffled anew so that no one always runs on the
+These things, once each in every round, in an order that is shuffled anew so that no one always runs on the
 warmer machine:
 
 * ``bare``: the guest's kernel booted by the same QEMU with the same machine, accelerator, memory, firmware and
@@ -11,6 +11,8 @@ warmer machine:
   timers and buses): no container system in a VM can be quicker than that, with this kernel.
 * ``kata``: ``kata run --rm IMAGE true``, from executing it until it has ended.
 * ``runc``: ``runc run`` of the same root file system and command, without a VM.
+* ``podman runc``, ``podman crun``, ``podman kata``: ``podman run --rm --network none`` of the same image and command
+  with each runtime, where podman is (``tools/setup test``).
 
 Reported are medians and their ratios to both boots, in milliseconds. Needs root, runc, and a guest.
 
@@ -21,6 +23,7 @@ With ``--profile FILE`` only kata is started, and the medians of its start ledge
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -32,15 +35,17 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
-sys.path.append(str(ROOT / "src"))
+sys.path += [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests/vm")]
 
 import bareboot  # noqa: E402
+import podman_support  # noqa: E402
 import waterfall  # noqa: E402
 
 KATA = ["/usr/bin/python3", "-I", "-S", str(ROOT / "src/kata/__main__.py")]
@@ -91,6 +96,25 @@ def runc_bundle(work: Path) -> list[str]:
     spec["process"].pop("rlimits", None)
     (bundle / "config.json").write_text(json.dumps(spec))
     return ["runc", "--root", str(work / "runc"), "run", "--bundle", str(bundle), f"bench-{os.getpid()}"]
+
+
+@contextmanager
+def podmans(guest: Path) -> Iterator[dict[str, tuple[list[str], dict[str, str]]]]:
+    """A podman with storage of its own: contender -> command and environment. There are none without podman.
+
+    Args:
+        guest: The guest's directory.
+    """
+    if podman_support.installed() is None:
+        yield {}
+        return
+    work = Path(tempfile.mkdtemp(prefix="kp", dir="/tmp"))
+    with podman_support.running(work, guest, f"oci:{IMAGE}") as podman:
+        tail = [podman_support.IMAGE, "true"]
+        yield {
+            f"podman {runtime}": ([*podman.run_command(runtime, "--network", "none"), *tail], podman.env)
+            for runtime in podman_support.RUNTIMES
+        }
 
 
 def measure(rounds: int, warm_up: int, contenders: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -182,20 +206,18 @@ def main() -> None:
         timed(command, environment)  # converts the image
         tuned = bareboot.prepare(guest, work, environment)
         bare = bareboot.untuned(tuned)
-        took = measure(
-            options.rounds,
-            1,
-            {
-                "bare": lambda: timed(bare),
-                "tuned": lambda: timed(tuned),
-                "kata": lambda: timed(command, environment),
-                "runc": lambda: timed(runc),
-            },
-        )
+        with podmans(guest) as others:
+            own = {"bare": bare, "tuned": tuned, "kata": command, "runc": runc}
+            contenders = {**{name: (argv, environment) for name, argv in own.items()}, **others}
+            took = measure(
+                options.rounds,
+                1,
+                {name: functools.partial(timed, *how) for name, how in contenders.items()},
+            )
         facts = {
             "rounds": options.rounds,
             "guest": json.loads((guest / "guest.json").read_text()),
-            "commands": {"bare": bare, "tuned": tuned, "kata": command, "runc": runc},
+            "commands": {name: argv for name, (argv, _) in contenders.items()},
         }
         result = report(took, facts)
     finally:
@@ -206,12 +228,12 @@ def main() -> None:
     for name, argv in facts["commands"].items():
         print(f"{name}: {shlex.join(argv)}")
     columns = f"{'median':>10}{'quartiles':>22}{'least':>10}{'to bare':>9}{'to tuned':>10}"
-    print(f"\n{'':8}{columns}   ({options.rounds} rounds, ms)")
+    print(f"\n{'':12}{columns}   ({options.rounds} rounds, ms)")
     for name, row in result["results"].items():
         low, high = row["quartiles_ms"]
         spread = f"{low:.1f} - {high:.1f}"
         print(
-            f"{name:8}{row['median_ms']:10.1f}{spread:>22}{row['min_ms']:10.1f}{row['ratio_to_bare']:9.2f}"
+            f"{name:12}{row['median_ms']:10.1f}{spread:>22}{row['min_ms']:10.1f}{row['ratio_to_bare']:9.2f}"
             f"{row['ratio_to_tuned']:10.2f}"
         )
 

@@ -54,7 +54,7 @@ class Podman:
         self._storage = str(directory / "st/overlay")
         self.netns = f"kt{os.getpid()}p{directory.name[-4:]}"
         self.around = ["nsenter", f"--net=/run/netns/{self.netns}"]
-        self.base = base or found()
+        self.base = (base or found()).resolve()
         binaries = str(self.base / "usr/bin")
         self.program = shutil.which("podman", path=binaries) or ""
         home = directory / "home"
@@ -190,7 +190,7 @@ firewall_driver = "iptables"
             # podman keeps that of its storage until the host's next boot.
             subprocess.run(["umount", "-l", mount], check=False)
         subprocess.run(["ip", "netns", "delete", self.netns], check=False)
-        _remove_cgroups(_cgroups() - self._before)
+        _remove_cgroups(self._cgroups())
         for path in (self.directory, *self._makes):
             shutil.rmtree(path, ignore_errors=True)
         return left
@@ -214,14 +214,14 @@ firewall_driver = "iptables"
             for mount in sorted(self._mounts(), key=len, reverse=True):
                 if mount != self._storage:
                     subprocess.run(["umount", "-l", mount], check=False)
-            _remove_cgroups({path for path in _cgroups() - self._before if not _is_podmans(path)})
+            _remove_cgroups({path for path in self._cgroups() if not _is_podmans(path)})
         return left
 
     def left(self) -> list[str]:
         """What containers have left on the host; nothing while there are none."""
         found = [f"mount {mount}" for mount in self._mounts() if mount != self._storage]
         found += [f"process {pid}: {_words(pid)}" for pid in self._processes()]
-        found += [f"cgroup {path}" for path in _cgroups() - self._before if not _is_podmans(path)]
+        found += [f"cgroup {path}" for path in self._cgroups() if not _is_podmans(path)]
         for name in os.listdir("/run/netns"):
             if name.startswith("netns-") and self._is_mine(name):
                 found.append(f"network namespace {name}")
@@ -235,6 +235,18 @@ firewall_driver = "iptables"
             if netns in path.read_text():
                 return True
         return False
+
+    def _cgroups(self) -> set[str]:
+        """Cgroups that are new, and no other podman's: all of them have one parent."""
+        try:
+            events = (self.directory / "t/events/events.log").read_text(errors="replace")
+        except FileNotFoundError:
+            return set()
+        return {
+            path
+            for path in _cgroups() - self._before
+            if not (named := re.search("[0-9a-f]{64}", path)) or named[0] in events
+        }
 
     def _mounts(self) -> list[str]:
         with open("/proc/self/mountinfo") as file:
