@@ -503,7 +503,7 @@ BAD = [
     (["run", "--cpus", "100000", "IMAGE"], "CPU", ""),
     (["run", "-m", "100t", "IMAGE"], "memory", ""),
     (["run", "-v", "/no/such:/data", "IMAGE"], "/no/such", "mkdir"),
-    (["run", "-v", "named:/data", "IMAGE"], "named volumes", ""),
+    (["run", "-v", "na med:/data", "IMAGE"], "cannot be a volume's name", ""),
     (["run", "-p", "99999:1", "IMAGE"], "99999", "HOST_PORT"),
     (["run", "-p", "1:1", "--network", "none", "IMAGE"], "--network none", ""),
     (["run", "--network", "host", "IMAGE"], "--network 'host'", "user"),
