@@ -47,9 +47,9 @@ def main() -> int:
 
 
 def _run() -> int:
-    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``export-spans``, ``layer-image`` and
-    ``make-template`` are helpers of its; under containerd's name for it, or as ``shim``, a command of containerd's; all
-    else the human command line.
+    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``wait-for-sandbox`` waits to be one;
+    ``export-spans``, ``layer-image`` and ``make-template`` are helpers of its; under containerd's name for it, or as
+    ``shim``, a command of containerd's; all else the human command line.
 
     Returns:
         The exit status.
@@ -69,6 +69,10 @@ def _run() -> int:
         from kata.engine.factory.maker import main as make_template
 
         return make_template()
+    if sys.argv[1:2] == ["wait-for-sandbox"]:
+        from kata.engine.factory.waiting import main as wait_for_sandbox
+
+        return wait_for_sandbox()
     if sys.argv[1:2] == ["layer-image"]:
         from kata.storage.layer_images import main as layer_image
 

@@ -28,7 +28,11 @@ MANAGEMENT_SOCKET = "shim-monitor.sock"
 _DEFAULT_RUN_DIR = "/run/kata"
 FACTORY = "factory"
 """Where in `run_dir` a machine is while it becomes a template."""
-_OURS = frozenset({"sandboxes", FACTORY, "vc", "boots", "kvm-probe", "passt", "hypervisor-version"})
+POOL = "pool"
+"""Where in `run_dir` machines wait for a sandbox; beside it is the file that is locked while one is added."""
+_OURS = frozenset(
+    {"sandboxes", FACTORY, POOL, f"{POOL}.lock", "vc", "boots", "kvm-probe", "passt", "hypervisor-version"}
+)
 """What our run directory holds, beside files with a dot in their names and ``noted-*``: no sandbox has a directory of
 such a name there."""
 

@@ -171,6 +171,8 @@ class HypervisorSettings(Part):
         options: The hypervisor's own, such as the path of its program: name and value.
         templates: Machines go on from templates where they can.
         template_path: Directory of these; empty is the default one.
+        pool: How many machines wait for sandboxes (the warm pool).
+        pool_free_mib: MiB that the host has to have available, so that any waits.
     """
 
     __slots__ = (
@@ -180,6 +182,8 @@ class HypervisorSettings(Part):
         "ksm",
         "name",
         "options",
+        "pool",
+        "pool_free_mib",
         "prealloc",
         "reclaim",
         "template_path",
@@ -201,7 +205,11 @@ class HypervisorSettings(Part):
         options: Mapping[str, Any] | None = None,
         templates: bool = True,
         template_path: str = "",
+        pool: int = 0,
+        pool_free_mib: int = 1024,
     ) -> None:
+        self.pool = pool
+        self.pool_free_mib = pool_free_mib
         self.templates = templates
         self.template_path = template_path
         self.accel = accel

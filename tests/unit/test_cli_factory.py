@@ -35,6 +35,7 @@ def test_status_and_destroy_need_no_machine(templates: Path, capsys: pytest.Capt
         "directory": str(templates),
         "mode": "off",
         "templates": [],
+        "waiting": [],
         "failures": [{"key": "0123", "reason": "no space"}],
     }
     assert kata.main(["factory", "destroy"]) == 0

@@ -202,10 +202,10 @@ def test_what_has_no_effect_is_said_and_defaults_of_the_original_are_not(tmp_pat
     found = loaded(
         tmp_path,
         '[hypervisor.qemu]\nmemory_slots = 20\n[hypervisor.clh]\npath = "/x"\n'
-        "[factory]\nvm_cache_number = 3\n",
+        '[factory]\nvm_cache_endpoint = "/x"\n',
     )
     assert "[hypervisor.clh] is not used: qemu is" in found.notes[0]
-    assert "vm_cache_number, memory_slots" in found.notes[1]
+    assert "vm_cache_endpoint, memory_slots" in found.notes[1]
     assert len(found.notes) == 2
 
 

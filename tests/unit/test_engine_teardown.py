@@ -47,6 +47,7 @@ class Ending:
             terminate=self._terminate,
             vm=SimpleNamespace(stop=self.note_async("stop machine"), close=self.note("close machine")),
             machine=SimpleNamespace(
+                waiting=None,
                 cgroup=SimpleNamespace(leave=self.note("leave cgroup")),
                 files=SimpleNamespace(child=child, stop=self.note("stop files")),
                 network=SimpleNamespace(child=child, stop=self.note("stop network")),

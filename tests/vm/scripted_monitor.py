@@ -209,6 +209,12 @@ class ScriptedMachine:
         self._attached[loop.path] = loop
         return loop.path
 
+    async def fill_disks(self, disks: Sequence[Disk | None], run_dir: str, sandbox_id: str) -> None:
+        raise UnsupportedError("scripted machines do not wait")
+
+    def move_console(self, path: str) -> None:
+        pass
+
     async def detach_disk(self, address: str) -> None:
         if address not in self._attached:
             raise HypervisorError(f"there is no disk at {address}")

@@ -191,6 +191,11 @@ class AgentClient:
         self.features: frozenset[str] = frozenset()
         self.trace: Callable[[str, str, float | None], CallSpan | None] | None = None
 
+    @property
+    def client(self) -> Client:
+        """The connection, for another one of these: when this one is not used any more."""
+        return self._client
+
     async def call(
         self,
         service: str,

@@ -125,12 +125,12 @@ def _init(arguments: Arguments) -> int:
 
 def _status(arguments: Arguments) -> int:
     from kata.config import files
-    from kata.engine.factory import maker, template
+    from kata.engine.factory import maker, pool, template
 
     conf = files.load()
     root = directory(conf)
     mode = template.mode_of(enabled=conf.get("factory.enable_template", True))
-    found = maker.listed(root)
+    found, waiting = maker.listed(root), pool.listed()
     failed = maker.failures(root)
     if arguments.flag("json"):
         table.show_json(
@@ -138,6 +138,7 @@ def _status(arguments: Arguments) -> int:
                 "directory": root,
                 "mode": mode,
                 "templates": found,
+                "waiting": waiting,
                 "failures": [{"key": key, "reason": reason} for key, reason in failed],
             }
         )
@@ -150,6 +151,9 @@ def _status(arguments: Arguments) -> int:
     print(f"Templates in {root} are {words[mode]}.")
     if found:
         table.show(["KEY", "SIZE", "MACHINE", "MADE", "USED"], [_row(one) for one in found])
+    if waiting:
+        print(f"{len(waiting)} machines wait for sandboxes (vm_cache_number):")
+        table.show(["PID", "MACHINE PID", "MEMORY", "SINCE"], [_waiting_row(one) for one in waiting])
     for key, reason in failed:
         print(f"{key} could not be made: {table.printable(reason)}")
     return 0
@@ -162,14 +166,22 @@ def _row(one: dict[str, Any]) -> list[str]:
     return [one["key"], table.human_size(one["bytes"]), machine, *ages]
 
 
+def _waiting_row(one: dict[str, Any]) -> list[str]:
+    since = table.lapse(time.time() - one["since"])
+    return [str(one["pid"]), str(one["machine_pid"]), table.human_size(one["bytes"]), since]
+
+
 def _destroy(_arguments: Arguments) -> int:
     from kata.config import files
-    from kata.engine.factory import maker
+    from kata.engine.factory import maker, pool
 
     removed = maker.destroy(directory(files.load()))
+    ended = pool.end()
     for key in removed:
         print(f"removed {key}")
-    if not removed:
+    if ended:
+        print(f"ended {len(ended)} machines that waited")
+    if not removed and not ended:
         print("there are no templates")
     return 0
 

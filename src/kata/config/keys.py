@@ -227,7 +227,7 @@ _NO_CC = "confidential guests are not offered, and an ordinary one would be no s
 _NO_LIMIT = "traffic is not limited here, and it would go on without the limit"
 _NO_NUMA = "the guest has one memory node"
 _OWN_FACTORY = "`[factory]` has what there is to say of templates, and they are made when they are needed"
-_NO_POOL = "no machines are kept waiting"
+_NO_POOL = "machines that wait have a socket each, in the run directory"
 _NO_COCO = "images are not pulled in the guest"
 _OWN_TIMEOUTS = "the engine has deadlines of its own for each call"
 _NO_SELINUX = "the guest's kernel has no SELinux, and the container would run without the label"
@@ -481,7 +481,8 @@ _ALL = [
     Key(_F, "enable_template", BOOL, "true", "machines go on from templates where they can, instead of booting"),
     Key(_F, "template_path", PATH, "`$KATA_STATE_DIR/templates`", "where templates are; below `/run` they are kept in"
         " memory and gone with the next boot"),
-    Key(_F, "vm_cache_number", INT, "0", _NO_POOL, IDLE),
+    Key(_F, "vm_cache_number", INT, "0", "how many machines wait for sandboxes (docs/templates.md); 0: none", most=64),
+    Key(_F, "vm_cache_least_free", INT, "1024", "MiB that the host has to have available, so that machines wait"),
     Key(_F, "vm_cache_endpoint", PATH, "", _NO_POOL, IDLE),
 ]  # fmt: skip
 

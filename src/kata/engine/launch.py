@@ -203,7 +203,9 @@ def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_
         listener = listen(sock_path, journal)
         try:
             _write_settings(directory, plain)
-            engine = _spawn(directory, listener, plain, journal)
+            engine = _from_pool(directory, listener, settings, plain, journal) or _spawn(
+                directory, listener, plain, journal
+            )
         finally:
             os.close(listener)
     except BaseException as error:
@@ -290,6 +292,33 @@ def _write_settings(directory: str, settings: dict[str, Any]) -> None:
         sysio.write_all(fd, dumps(settings).encode())
     finally:
         os.close(fd)
+
+
+def _from_pool(
+    directory: str, listener: int, settings: SandboxSettings, plain: dict[str, Any], journal: Journal
+) -> Engine | None:
+    """An engine that waited with a machine; None if there is none for this sandbox."""
+    if settings.machine is None or not settings.machine.hypervisor.pool:
+        return None
+    from kata.engine.factory import pool
+
+    if pool.why_not(settings):
+        return None
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    log, null = map(
+        sysio.Fd, (os.open(os.path.join(directory, LOG_NAME), flags, 0o600), os.open(os.devnull, os.O_RDWR))
+    )
+    lifetime_read, lifetime_write = map(sysio.Fd, os.pipe())
+    try:
+        fds = (null.raw, log.raw, log.raw, listener, lifetime_read.raw)
+        pid = pool.take(pool.wanted(settings, plain), _environment(), plain, directory, fds)
+        if not pid:
+            return None
+        _transfer_ownership(journal, pid)
+        return Engine(pid, directory, lifetime_write.detach())
+    finally:
+        for fd in (log, null, lifetime_read, lifetime_write):
+            fd.close()
 
 
 def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Journal) -> Engine:

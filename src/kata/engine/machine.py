@@ -210,6 +210,8 @@ def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
         reclaim=conf.get("hypervisor.reclaim_guest_freed_memory", True),
         templates=conf.get("factory.enable_template", True),
         template_path=str(conf.get("factory.template_path", "")),
+        pool=conf.get("factory.vm_cache_number", 0),
+        pool_free_mib=conf.get("factory.vm_cache_least_free", 1024),
         vhost_user_store=conf.get("hypervisor.vhost_user_store_path", VHOST_USER_STORE)
         if conf.get("hypervisor.enable_vhost_user_store", False)
         else "",

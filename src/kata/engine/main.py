@@ -18,6 +18,9 @@ from kata.settings import SandboxSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from kata.engine.factory.waiting_machine import Waiting
     from kata.engine.lifecycle.boot import Machine
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.engine.services.events import Publisher
@@ -79,6 +82,38 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     asyncio.run(_serve(settings, run_dir, journal, machine, failed, lease, (entered_ns, powered_ns)))
     return 0
+
+
+async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, entered_ns: int) -> None:
+    """Be the engine of one sandbox to its end, in a process that waited for it with a machine.
+
+    Args:
+        run_dir: The sandbox's directory.
+        plain: Its settings, as plain values.
+        waiting: The machine.
+        entered_ns: When that began, by CLOCK_MONOTONIC.
+    """
+    lease = Lease()
+    failed: KataError | None = None
+    machine = boot.Machine()
+    try:
+        if lease.look() == Lease.BROKEN:
+            waiting.discard()
+            return
+        settings = SandboxSettings.from_plain(plain)
+        journal = Journal.attach(os.path.join(run_dir, FILE_NAME))
+        journal.set_owner(os.getpid())
+        console = os.path.join(run_dir, boot.CONSOLE_NAME)
+        await waiting.give(boot.disks_of(settings), run_dir, settings.id, console)
+    except BaseException:
+        waiting.discard()
+        raise
+    try:
+        machine = boot.power_on(settings, run_dir, journal, waiting)
+    except KataError as error:
+        failed = error  # the Create call reports it
+        waiting.discard()
+    await _serve(settings, run_dir, journal, machine, failed, lease, (entered_ns, time.monotonic_ns()))
 
 
 async def _serve(

@@ -297,6 +297,7 @@ class Capabilities:
         snapshot: A machine can be saved (`Machine.save`) and restored (`Monitor.restore`).
         clones: One that was started to be saved (`Attachments.saves_into`) can go on as many, each with disks and
             network interfaces of its own in its slots.
+        waits: One that went on so can be given the disks of its slots later (`Machine.fill_disks`).
     """
 
     __slots__ = (
@@ -315,6 +316,7 @@ class Capabilities:
         "snapshot",
         "spare_vcpus",
         "vhost_user_disks",
+        "waits",
     )
 
     def __init__(
@@ -335,8 +337,10 @@ class Capabilities:
         pause: bool = False,
         snapshot: bool = False,
         clones: bool = False,
+        waits: bool = False,
     ) -> None:
         self.clones = clones
+        self.waits = waits
         self.disk_slots = disk_slots
         self.attach_disk = attach_disk
         self.vhost_user_disks = vhost_user_disks

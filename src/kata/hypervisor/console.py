@@ -46,6 +46,16 @@ class ConsoleRing:
         text = data.decode("utf-8", "replace").replace("\r\n", "\n").removesuffix("\n").split("\n")[-lines:]
         return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text)
 
+    def move(self, path: str) -> None:
+        """Have the file elsewhere on its file system from now on."""
+        if self._path:
+            for end in ("", ".1"):
+                try:
+                    os.rename(self._path + end, path + end)
+                except FileNotFoundError:
+                    pass  # nothing was said yet
+        self._path = path
+
     def close(self) -> None:
         """Close the file; what is in memory stays."""
         self._close_file()

@@ -138,6 +138,22 @@ class Machine(Protocol):
     async def attach_disk(self, disk: Disk) -> str:
         """Give the running machine a disk; returns its address in the guest."""
 
+    async def fill_disks(self, disks: Sequence[Disk | None], run_dir: str, sandbox_id: str) -> None:
+        """Make a machine that waited that of a sandbox: its disks are in the slots that were made for them, which are
+        empty, and its files are in the sandbox's directory.
+
+        Args:
+            disks: By slot, as in `Attachments.disks`.
+            run_dir: The sandbox's directory.
+            sandbox_id: Its id.
+
+        Raises:
+            UnsupportedError: `Capabilities.waits` is not there.
+        """
+
+    def move_console(self, path: str) -> None:
+        """Have the file of the console's ring there from now on, on the same file system."""
+
     async def detach_disk(self, address: str) -> None:
         """Take the disk at this address away; the guest must have let go of it."""
 

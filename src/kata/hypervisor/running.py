@@ -6,16 +6,16 @@ import asyncio
 import os
 
 from kata import sysio
-from kata.errors import VMLostError
+from kata.errors import UnsupportedError, VMLostError
 from kata.hypervisor.base import Ended
 from kata.hypervisor.console import ConsoleRing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kata.errors import KataError
-    from kata.hypervisor.base import DiskError
+    from kata.hypervisor.base import Disk, DiskError
     from kata.hypervisor.channel import Channel
     from kata.hypervisor.figures import Figures
     from kata.hypervisor.process import MonitorProcess
@@ -65,6 +65,10 @@ class Running:
         """How the agent is reached."""
         return self._process.channel
 
+    def move_console(self, path: str) -> None:
+        """See `kata.hypervisor.protocols.Machine.move_console`."""
+        self.console.move(path)
+
     def on_disk_error(self, callback: Callable[[DiskError], None]) -> None:
         """See `kata.hypervisor.protocols.Machine.on_disk_error`."""
         self._disk_callbacks.append(callback)
@@ -72,6 +76,10 @@ class Running:
     def on_traffic(self, callback: Callable[[str, bytes], None] | None) -> None:
         """See `kata.hypervisor.protocols.Machine.on_traffic`."""
         self._traffic = callback
+
+    async def fill_disks(self, disks: Sequence[Disk | None], run_dir: str, sandbox_id: str) -> None:
+        """See `kata.hypervisor.protocols.Machine.fill_disks`: it cannot."""
+        raise UnsupportedError("machines of this hypervisor do not wait for sandboxes")
 
     # ---- life and death ----
 

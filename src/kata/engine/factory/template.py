@@ -166,7 +166,7 @@ def key_of(monitor: Monitor, shape: MachineShape) -> str:
         parts.append((name, value))
     # An emulated guest's time-stamp counter is the host's, and its kernel was told its frequency at the boot.
     parts.append(_processor() if shape.accel == "kvm" else round(tsc.khz(), -3))
-    return _hash(repr(parts).encode())
+    return hashed(repr(parts).encode())
 
 
 def _identity(path: str) -> tuple[object, ...]:
@@ -194,7 +194,8 @@ def _processor() -> bytes:
     return b"\n".join(line for line in first.split(b"\n") if line.startswith(_CPU_FIELDS))
 
 
-def _hash(data: bytes) -> str:
+def hashed(data: bytes) -> str:
+    """A hash of these bytes, as 32 hexadecimal digits."""
     try:
         from _blake2 import blake2b  # what hashlib has, without OpenSSL's
     except ImportError:

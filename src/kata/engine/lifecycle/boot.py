@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kata.engine import hostns
     from kata.engine.factory.template import Template
+    from kata.engine.factory.waiting_machine import Waiting
     from kata.errors import KataError
     from kata.hypervisor import virtiofsd
     from kata.hypervisor.base import Capabilities
@@ -46,7 +47,7 @@ KERNEL_PARAMETERS = (
 """Parameters of every guest's kernel; a monitor adds those that its machines need."""
 CONSOLE_NAME = "console.log"
 BY_9P = "files of the host are shared by 9p, which is slow and lacks much (docs/clients.md)"
-COLD, TEMPLATE = "cold", "template"
+COLD, TEMPLATE, POOL = "cold", "template", "pool"
 DISK_SLOTS = 4
 """Disk slots of a sandbox that does not want all."""
 
@@ -73,6 +74,8 @@ class Machine:
         steps: Of the start: name, begin and end of each, in ns of CLOCK_MONOTONIC.
         template: What is known of the template of such machines; None before it was looked for.
         is_up: The guest has been set up.
+        waiting: The machine waited for this sandbox, if it came from the pool.
+        fill_pool: Has another one wait, once the guest has been set up.
     """
 
     __slots__ = (
@@ -80,6 +83,7 @@ class Machine:
         "capabilities",
         "cgroup",
         "files",
+        "fill_pool",
         "host",
         "host_mounts",
         "is_up",
@@ -94,10 +98,13 @@ class Machine:
         "started_ns",
         "steps",
         "template",
+        "waiting",
     )
 
     def __init__(self) -> None:
         self.template: Template | None = None
+        self.waiting: Waiting | None = None
+        self.fill_pool: Callable[[], object] | None = None
         self.is_up = False
         self.monitor: Monitor | None = None
         self.capabilities: Capabilities | None = None
@@ -120,7 +127,7 @@ class Machine:
         """Say for the start ledger how the machine comes up.
 
         Args:
-            path: `COLD` or `TEMPLATE`.
+            path: `COLD`, `TEMPLATE` or `POOL`.
             reason: Why by no faster one, as a part of a sentence: ``the sandbox has a share``.
         """
         self.start_path, self.start_reason = path, reason
@@ -132,6 +139,12 @@ class Machine:
         if self.is_up and self.template is not None and self.template.is_missing:
             self.template.is_missing = False
             self._make_template(self.template)
+        if self.is_up and self.fill_pool is not None:
+            fill, self.fill_pool = self.fill_pool, None
+            try:
+                fill()
+            except OSError:
+                pass  # the next start tries
         if self.host_mounts is not None:
             self.host_mounts.close()
             self.host_mounts = None
@@ -139,7 +152,7 @@ class Machine:
     @property
     def is_clone(self) -> bool:
         """Whether it goes on from a template: its guest's clocks began with that."""
-        return self.start_path == TEMPLATE
+        return self.start_path in (TEMPLATE, POOL)
 
     def distrust_template(self, error: KataError) -> None:
         """The machine did not come up, and its template may be why: the next one boots.
@@ -147,7 +160,7 @@ class Machine:
         Args:
             error: What happened, of which the hint says so.
         """
-        if self.is_clone and self.template is not None:
+        if self.start_path == TEMPLATE and self.template is not None:
             from kata.engine.factory import template as templates
 
             templates.discard(self.template, error)
@@ -158,11 +171,11 @@ class Machine:
         assert self.monitor is not None
         assert self.shape is not None
         try:
-            maker.launch(template, self.monitor, self.shape, self._leave_sandbox)
+            maker.launch(template, self.monitor, self.shape, self.leave_sandbox)
         except OSError:
             pass  # the next start tries
 
-    def _leave_sandbox(self) -> None:
+    def leave_sandbox(self) -> None:
         """In a process that outlives the sandbox: be in its cgroups no more, nor among its mounts."""
         if self.cgroup is not None:
             self.cgroup.leave()
@@ -220,19 +233,22 @@ def needs_share(settings: SandboxSettings) -> bool:
     )
 
 
-def power_on(settings: SandboxSettings, run_dir: str, journal: Journal) -> Machine:
+def power_on(
+    settings: SandboxSettings, run_dir: str, journal: Journal, waiting: Waiting | None = None
+) -> Machine:
     """Start the hypervisor and its helpers. This is the recipe.
 
     Args:
         settings: The sandbox's; what its log is to say is added to its ``notes``.
         run_dir: Its directory.
         journal: Its journal.
+        waiting: A machine that waited for it, and has its disks. If it does not fit it is ended, and another started.
 
     Raises:
         KataError: Something is missing on this host. Nothing is left open then; what is in the journal is undone
             with it.
     """
-    boot = Boot(settings, run_dir, journal)
+    boot = Boot(settings, run_dir, journal, waiting)
     steps = (
         boot.choose_monitor,
         boot.keep_host_namespaces,
@@ -269,6 +285,7 @@ class Boot:
         settings: The sandbox's.
         run_dir: Its directory.
         journal: Its journal.
+        waiting: See `power_on`.
     """
 
     __slots__ = (
@@ -281,13 +298,17 @@ class Boot:
         "_settings",
         "_share",
         "_undo",
+        "_waiting",
         "capabilities",
         "machine",
         "monitor",
     )
 
-    def __init__(self, settings: SandboxSettings, run_dir: str, journal: Journal) -> None:
+    def __init__(
+        self, settings: SandboxSettings, run_dir: str, journal: Journal, waiting: Waiting | None = None
+    ) -> None:
         self.machine = Machine()
+        self._waiting = waiting
         self.monitor: Monitor
         self.capabilities: Capabilities
         self._settings = settings
@@ -509,6 +530,8 @@ class Boot:
         started = self._from_template() or self.monitor.start(
             self.machine.shape, self._attachments, self._journal
         )
+        if self.machine.waiting is not None:
+            self._attachments.close()
         self._undo.append(started.close)
         self._undo.append(lambda: started.status(END_S))
         self._undo.append(started.kill)
@@ -530,15 +553,47 @@ class Boot:
             self.capabilities,
             shape,
         )
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not found.reason and waiting.fits(found.key):
+            self.machine.came_by(POOL)
+            self.machine.waiting = waiting
+            self._fill_pool(found, shape)
+            return waiting.started
+        if waiting is not None:
+            waiting.discard()
         if found.reason:
             self.machine.came_by(COLD, found.reason)
             return None
-        self.machine.came_by(TEMPLATE)
+        reason = self._fill_pool(found, shape)
+        self.machine.came_by(TEMPLATE, reason if waiting is None else waiting.reason)
         try:
             return self.monitor.restore(found.path, self._attachments, self._journal, shape)
         except SavedMachineError as error:
             self.machine.distrust_template(error)
             raise
+
+    def _fill_pool(self, template: Template, shape: MachineShape) -> str:
+        """Have another such machine wait when this one is up, if the configuration says so.
+
+        Returns:
+            Why none had waited for this sandbox; empty where none is to.
+        """
+        hypervisor = self._described.hypervisor
+        if not hypervisor.pool:
+            return ""
+        from kata.engine.factory import pool
+
+        if not self.capabilities.waits:
+            return f"machines of {self.monitor.title} do not wait for sandboxes"
+        reason = pool.why_not(self._settings)
+        if reason:
+            return reason
+        needs = pool.wanted(self._settings, self._settings.to_plain())
+        self.machine.fill_pool = lambda: pool.fill(
+            *(needs, template, self.monitor, shape, hypervisor.pool, hypervisor.pool_free_mib),
+            self.machine.leave_sandbox,
+        )
+        return "none was waiting"
 
     def join_cgroup(self) -> None:
         """Put machine and engine into cgroups of their own: after the start, since it takes the host a while, and

@@ -181,6 +181,8 @@ class MachineRuntime:
         machine = self.machine
         if machine.started is None or machine.monitor is None:
             return None
+        if machine.waiting is not None:
+            return machine.waiting.vm
         console = os.path.join(self._run_dir, boot.CONSOLE_NAME)
         return machine.monitor.adopt(machine.started, self._journal, console)
 
@@ -200,13 +202,18 @@ class MachineRuntime:
                 return await Client.connect(await channel.connect())
 
             dial = further
+        if self.machine.waiting is not None:
+            return self._agent_of(self.machine.waiting.client, dial)
         try:
             sock = await self.race_vm_exit(asyncio.wait_for(channel.connect(), timeout_s))
         except TimeoutError:
             raise AgentTimeoutError(
                 f"the agent did not listen on {channel.url} within {timeout_s:g} s"
             ) from None
-        self._agent = AgentClient(await Client.connect(sock), _Watcher(self), dial, self.agent_calls)
+        return self._agent_of(await Client.connect(sock), dial)
+
+    def _agent_of(self, client: Client, dial: Dial | None) -> AgentClient:
+        self._agent = AgentClient(client, _Watcher(self), dial, self.agent_calls)
         self._agent.trace = self.trace
         return self._agent
 

@@ -210,5 +210,8 @@ class Teardown:
             except (JournalError, OSError) as error:
                 problems.append(f"cannot remove {directory}: {error}")
         problems += journal_undo.undo(self._sandbox.journal)
+        waiting = self._runtime.machine.waiting
+        if waiting is not None:
+            problems += journal_undo.undo(waiting.journal)
         for problem in problems:
             self._tasks.log(problem)

@@ -19,7 +19,7 @@ from kata.hypervisor.running import Running, panicked, switched_off
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from kata.hypervisor.base import Disk, Nic
@@ -144,22 +144,52 @@ class Qemu(Running):
             if disk.vhost_user:
                 return await self._served_disks().attach(disk)
             index = self._empty_slot(disk.readonly)
-            name = self._new_node(index)
-            fdset = await self._add_fd(disk)
-            try:
-                node = qemu_command.file_node(name, disk, f"/dev/fdset/{fdset}")
-                await self._swap_backing_node(index, node, disk.readonly, disk.path)
-            except BaseException:
-                await self.command("remove-fd", {"fdset-id": fdset})
-                raise
-            self._fdsets[name] = fdset
-            if not disk.readonly:
-                # Resizing to the size it has already is how QEMU is told to tell the guest.
-                await self.command(
-                    "block_resize", {"node-name": f"slot{index}", "size": await _size(disk.path)}
-                )
-            self._disks[index] = disk
+            await self._insert(index, disk)
             return slots.disk_path(index, self.settings.machine)
+
+    async def _insert(self, index: int, disk: Disk) -> None:
+        name = self._new_node(index)
+        fdset = await self._add_fd(disk)
+        try:
+            node = qemu_command.file_node(name, disk, f"/dev/fdset/{fdset}")
+            await self._swap_backing_node(index, node, disk.readonly, disk.path)
+        except BaseException:
+            await self.command("remove-fd", {"fdset-id": fdset})
+            raise
+        self._fdsets[name] = fdset
+        if not disk.readonly:
+            # Resizing to the size it has already is how QEMU is told to tell the guest.
+            await self.command("block_resize", {"node-name": f"slot{index}", "size": await _size(disk.path)})
+        self._disks[index] = disk
+
+    async def fill_disks(self, disks: Sequence[Disk | None], run_dir: str, sandbox_id: str) -> None:
+        """See `kata.hypervisor.protocols.Machine.fill_disks`.
+
+        Raises:
+            HypervisorError: A slot is of another type, or QEMU cannot use an image.
+        """
+        async with self._disk_lock:
+            for index, disk in enumerate(disks):
+                if disk is None:
+                    continue
+                if self._disks[index] is not None or self.settings.is_readonly(index) != disk.readonly:
+                    raise HypervisorError(f"the machine that waited has no slot {index} for {disk.path}")
+                await self._insert(index, disk)
+                self.settings.disks[index] = disk  # the slot has the type of what it was started with
+        try:
+            name = os.path.join(run_dir, arguments.NAME)
+            os.rename(os.path.join(self.settings.run_dir, arguments.NAME), name)
+        except OSError:
+            pass  # it was not put aside
+        if self.settings.title:
+            self.settings.title = f"kata: machine of {sandbox_id}"
+            try:
+                program = os.path.basename(self.settings.binary)
+                await asyncio.to_thread(
+                    sysio.set_command_line, self.pid, f"{program} ({self.settings.title})"
+                )
+            except OSError:
+                pass
 
     async def detach_disk(self, address: str) -> None:
         """Put the placeholder back; the image can then be used elsewhere.

@@ -42,6 +42,7 @@ class QemuMonitor(MonitorBase):
         # (`kata.hypervisor.qemu.command.bounces`).
         serves = accel != "tcg" or bounces
         machine = options.get("machine", MACHINE)
+        clones = os.uname().machine == "x86_64"  # `template_memory` has its filter for that alone
         return Capabilities(
             disk_slots=len(slots.DISKS),
             attach_disk=True,
@@ -59,7 +60,8 @@ class QemuMonitor(MonitorBase):
             spare_vcpus=True,
             pause=True,
             snapshot=True,
-            clones=os.uname().machine == "x86_64",  # `template_memory` has its filter for that alone
+            clones=clones,
+            waits=clones,
         )
 
     def options(self, configuration: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:

@@ -1,0 +1,358 @@
+"""The warm pool: machines that went on from a template already, each with an engine, and wait for a sandbox.
+
+Who waits is a process (`kata.engine.factory.waiting`) with a directory in `DIRECTORY`, and a socket in it. A launcher
+that finds one for its sandbox hands over what an engine is started with; the first to connect has it. Both then
+confirm: a launcher that gets no answer in time starts an engine as always, and who waited ends without the second
+word.
+
+A process that waits can stand for the engine that a launcher would start only if nothing differs that a process has
+from its parent: namespaces, limits, user, capabilities, cgroup, environment. All that, and the machine's settings, are
+in the name of its directory (`name_of`).
+
+Only where the pool is on: not on other starts.
+"""
+
+from __future__ import annotations
+
+import _socket
+import fcntl
+import marshal
+import os
+
+from kata import __version__, launcher, paths, sysio
+from kata.engine.factory.template import hashed
+from kata.errors import JournalError
+from kata.journal import FILE_NAME
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from kata.engine.factory.template import Template
+    from kata.hypervisor.base import MachineShape
+    from kata.hypervisor.protocols import Monitor
+    from kata.settings import SandboxSettings
+
+COMMAND = "wait-for-sandbox"
+SOCKET_NAME = "take.sock"
+TAKE, END, CONFIRM = b"take", b"end", b"go"
+MOST = 64
+PATIENCE_S = 1.0
+"""How long each of the two waits for a word of the other's."""
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+_STATUS = (
+    *(b"Uid:", b"Gid:", b"Groups:", b"CapInh:", b"CapPrm:", b"CapEff:", b"CapBnd:", b"CapAmb:"),
+    *(b"NoNewPrivs:", b"Seccomp:", b"Cpus_allowed:", b"Mems_allowed:"),
+)
+_LIMITS = 16
+"""``RLIM_NLIMITS`` of ``asm-generic/resource.h``."""
+_VARIES = frozenset({"TRACEPARENT"})
+"""Variables that are handed over."""
+PLACEHOLDERS = 6
+"""Descriptors that whoever waits keeps free: for those of an engine."""
+
+
+def directory() -> str:
+    """Where those who wait are."""
+    return os.path.join(paths.run_dir(), paths.POOL)
+
+
+def why_not(settings: SandboxSettings) -> str:
+    """Why a sandbox's machine cannot come from the pool, as a clause; empty if it can."""
+    if settings.machine is None or settings.pod is not None:
+        return "pods are described after their engine's start"
+    if settings.network.mode != "none":
+        return "it has a network, which no machine of the pool has"
+    if settings.host_devices:
+        return "it has devices of the host"
+    own = settings.container
+    if settings.client.shares_from_start or (
+        own is not None and (own.volumes or (own.rootfs is not None and own.rootfs.kind == "share"))
+    ):
+        return "it has files of the host"
+    return ""
+
+
+def wanted(settings: SandboxSettings, plain: Mapping[str, Any]) -> str:
+    """What a sandbox needs of one that waits, as text.
+
+    Args:
+        settings: The sandbox's.
+        plain: The same, as plain values.
+    """
+    disks = [None if disk is None else disk.readonly for disk in settings.disks]
+    return repr((plain["machine"], disks, settings.all_disk_slots))
+
+
+def name_of(needs: str, environment: Mapping[str, str], nice: int) -> str:
+    """The beginning of the name of the directories of those who can be a sandbox's engine.
+
+    Args:
+        needs: See `wanted`.
+        environment: Of engines.
+        nice: Of engines.
+    """
+    import resource
+
+    with open("/proc/self/status", "rb") as file:
+        status = [line for line in file.read().split(b"\n") if line.startswith(_STATUS)]
+    with open("/proc/self/cgroup", "rb") as file:
+        cgroups = file.read()
+    spaces = []
+    for name in _NAMESPACES:
+        try:
+            spaces.append(os.readlink(f"/proc/self/ns/{name}"))
+        except OSError:
+            spaces.append("")  # this kernel has none of that kind
+    limits = [resource.getrlimit(number) for number in range(_LIMITS)]
+    code = os.stat(launcher.__file__)
+    parts = (
+        *(__version__, code.st_ino, code.st_mtime_ns, needs, nice),
+        *(
+            sorted(item for item in environment.items() if item[0] not in _VARIES),
+            status,
+            cgroups,
+            spaces,
+            limits,
+        ),
+    )
+    return hashed(repr(parts).encode())
+
+
+# ---- from a launcher ----
+
+
+def take(
+    needs: str,
+    environment: Mapping[str, str],
+    plain: Mapping[str, Any],
+    place: str,
+    fds: Sequence[int],
+) -> int:
+    """Have one that waits become the engine of a sandbox.
+
+    Args:
+        needs: See `wanted`.
+        environment: Of the engine.
+        plain: The sandbox's settings.
+        place: Its directory.
+        fds: What an engine has as descriptors 0, 1 and so on, but for its settings.
+
+    Returns:
+        Its process; 0 if there is none to be had.
+    """
+    base = directory()
+    try:
+        prefix = name_of(needs, environment, os.nice(0))
+        names = [name for name in os.listdir(base) if name.startswith(prefix)]
+    except OSError:
+        return 0
+    for name in names[:MOST]:
+        try:
+            pid = _take(os.path.join(base, name, SOCKET_NAME), environment, plain, place, fds)
+        except OSError:
+            continue  # it is somebody else's by now, has ended, or does not answer
+        if pid:
+            return pid
+    return 0
+
+
+def _take(
+    path: str, environment: Mapping[str, str], plain: Mapping[str, Any], place: str, fds: Sequence[int]
+) -> int:
+    sock = _connect(path)
+    try:
+        order = os.memfd_create("kata-settings")
+        try:
+            sysio.write_all(order, marshal.dumps((place, dict(environment), dict(plain))))
+            rights = b"".join(fd.to_bytes(4, "little") for fd in (*fds, order))
+            sock.sendmsg([TAKE], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+        finally:
+            os.close(order)
+        answer = sock.recv(32)
+        if not answer.isdigit():
+            return 0
+        sock.send(CONFIRM)
+        return int(answer)
+    finally:
+        sock.close()
+
+
+def _connect(path: str) -> _socket.socket:
+    """Connect to one that waits.
+
+    Raises:
+        OSError: It waits no more.
+    """
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(PATIENCE_S)
+        with sysio.SocketName(path) as name:
+            sock.connect(name)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+# ---- from an engine ----
+
+
+def fill(
+    needs: str,
+    template: Template,
+    monitor: Monitor,
+    shape: MachineShape,
+    most: int,
+    free_mib: int,
+    leave: Callable[[], object],
+    nice: int | None = None,
+) -> None:
+    """Start a process that waits with a machine, unless there are enough. Returns at once.
+
+    Args:
+        needs: See `wanted`.
+        template: That of the machine, which is there.
+        monitor: The hypervisor.
+        shape: What the machine is.
+        most: How many may wait.
+        free_mib: MiB that the host has to have available, so that any waits.
+        leave: Is called in the new process: takes it out of what is the caller's sandbox's.
+        nice: Of an engine; None where the caller is one.
+
+    Raises:
+        OSError: It could not be started.
+    """
+    plain = {name: getattr(shape, name) for name in shape.__slots__}
+    order = marshal.dumps(
+        (
+            *(needs, template.root, template.key, monitor.name, {**plain, "options": dict(shape.options)}),
+            *(most, free_mib, os.nice(0) if nice is None else nice),
+        )
+    )
+    argv = [*launcher.command(), COMMAND]
+    orders = os.memfd_create("kata-order")
+    sysio.write_all(orders, order)
+    os.lseek(orders, 0, os.SEEK_SET)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                leave()
+                os.nice(19)
+                null = os.open(os.devnull, os.O_RDWR)
+                orders = fcntl.fcntl(orders, fcntl.F_DUPFD, PLACEHOLDERS)
+                for number in range(PLACEHOLDERS):
+                    os.dup2(null, number)
+                os.dup2(orders, PLACEHOLDERS)
+                sysio.close_on_exec_from(PLACEHOLDERS + 1)
+                os.set_inheritable(PLACEHOLDERS, True)
+                os.chdir("/")
+                sysio.reset_signals()
+                os.execve(argv[0], argv, dict(os.environ))
+        finally:
+            os._exit(0)
+    os.close(orders)
+    os.waitpid(child, 0)
+
+
+# ---- all of them ----
+
+
+def lock() -> sysio.Fd | None:
+    """The right to fill the pool, which one has at a time; None where another one has it."""
+    base = directory()
+    paths.make_dirs(base, 0o700)
+    fd = sysio.Fd(os.open(f"{base}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    try:
+        fcntl.flock(fd.raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fd.close()
+        return None
+    return fd
+
+
+def listed() -> list[dict[str, Any]]:
+    """Those who wait.
+
+    Returns:
+        Of each its ``name``, ``pid``, ``machine_pid`` (0 where it is not known), ``since`` (seconds since 1970) and
+        ``bytes`` (what both take of the host's memory: proportional set size, and swap).
+    """
+    base, found = directory(), []
+    try:
+        names = sorted(os.listdir(base))
+    except OSError:
+        return []
+    for name in names:
+        path = os.path.join(base, name)
+        try:
+            since = os.stat(os.path.join(path, SOCKET_NAME)).st_mtime
+            pid, machine = _processes(path)
+        except (OSError, JournalError):
+            continue  # a sandbox has it, or it is ending
+        if pid:
+            taken = sum(_memory(one) for one in (pid, machine) if one)
+            found.append({"name": name, "pid": pid, "machine_pid": machine, "since": since, "bytes": taken})
+    return found
+
+
+def _processes(path: str) -> tuple[int, int]:
+    from kata.journal import Journal
+
+    journal = Journal.open(os.path.join(path, FILE_NAME))
+    try:
+        owner = int((journal.owner or {}).get("pid", 0)) if journal.owner_alive() else 0
+        machines = [
+            int((entry.identity or {}).get("pid", 0))
+            for entry in journal.entries
+            if entry.kind == "process" and not entry.gone
+        ]
+    finally:
+        journal.close()
+    return owner, machines[0] if machines else 0
+
+
+def _memory(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+            lines = [line.split() for line in file if line.startswith((b"Pss:", b"SwapPss:"))]
+    except OSError:
+        return 0
+    return sum(int(words[1]) << 10 for words in lines)
+
+
+def end(names: Sequence[str] | None = None) -> list[str]:
+    """End those who wait, and return when they have ended.
+
+    Args:
+        names: Which; all if None.
+
+    Returns:
+        The names of those who are gone.
+    """
+    base, gone = directory(), []
+    for one in listed():
+        name = one["name"]
+        if names is not None and name not in names:
+            continue
+        try:
+            sock = _connect(os.path.join(base, name, SOCKET_NAME))
+        except OSError:
+            continue  # it is somebody's
+        try:
+            sock.settimeout(END_S)
+            sock.send(END)
+            sock.recv(1)  # the end of the connection
+            gone.append(name)
+        except OSError:
+            continue
+        finally:
+            sock.close()
+    return gone
+
+
+END_S = 10.0
+"""How long one may take to end with its machine."""
