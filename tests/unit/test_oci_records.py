@@ -138,6 +138,25 @@ def test_a_process_of_exec_is_the_containers_with_what_was_asked_for(tmp_path: P
             creation._process(parsed("exec", "--user", wrong, "c1", "ls"), record)
 
 
+def test_a_member_of_a_pod_is_known_by_namespace_or_annotation(tmp_path: Path) -> None:
+    infra = made(tmp_path, "infra")
+    infra.pid = 17
+    infra.write()
+    crio = {"io.kubernetes.cri-o.ContainerType": "container", "io.kubernetes.cri-o.SandboxID": "infra"}
+
+    def pod(path: str, annotations: dict[str, str]) -> str:
+        config = {"linux": {"namespaces": [{"type": "network", "path": path}]}, "annotations": annotations}
+        found = creation._pod(str(tmp_path), config)
+        return found.id if found is not None else ""
+
+    assert pod("/proc/17/ns/net", {}) == "infra"
+    assert pod("/run/netns/x", crio) == "infra"
+    assert pod("/run/netns/x", {}) == ""
+    assert pod("/proc/18/ns/net", {}) == ""
+    with pytest.raises(NotFoundError, match="'gone' does not exist"):
+        pod("/run/netns/x", {**crio, "io.kubernetes.cri-o.SandboxID": "gone"})
+
+
 def test_containers_of_two_roots_do_not_share_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KATA_RUN_DIR", "/run/kata")
 

@@ -191,7 +191,10 @@ def _pod(root: str, config: Mapping[str, Any]) -> Record | None:
             found = records.of_pid(root, int(parts[2]))
             if found is not None:
                 return found
-    return None
+    from kata.engine.containers import spec
+
+    named = spec.pod_of(config)
+    return records.require(root, named) if named else None
 
 
 def sandbox_directory(root: str, container_id: str) -> str:
