@@ -83,6 +83,23 @@ class User:
         return found
 
 
+def hung_up_on(uid: int, sock: Path) -> bool:
+    """Whether who listens on a socket hangs up on a user, instead of answering: a ttRPC request of no known method."""
+    talk = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(20); s.connect(sys.argv[1]);"
+        " s.sendall(bytes([0, 0, 0, 0, 0, 0, 0, 1, 1, 0])); sys.exit(s.recv(1) == b'')"
+    )
+    identity = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+    done = subprocess.run(
+        ["setpriv", *identity, "/usr/bin/python3", "-I", "-c", talk, str(sock)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Either end of the connection may be quicker.
+    return (done.returncode == 1 and not done.stderr) or "Reset" in done.stderr or "Broken" in done.stderr
+
+
 @pytest.fixture
 def users(guest_assets: Path, busybox_image: str) -> Iterator[tuple[User, User, str]]:
     """Two users, and an image that both can read, as this checkout may be where they cannot go."""
@@ -138,6 +155,17 @@ def test_an_ordinary_user_runs_containers(
     assert "Permission denied" in refused.stderr or "no container" in refused.stderr
     engines = [line for line in user.processes() if " engine " in line]
     assert len(engines) == 1
+    [sandbox] = (user.runtime / "kata/sandboxes").iterdir()
+    sock = sandbox / "engine.sock"
+    for path in (sock, *sock.parents[: len(sock.relative_to(user.directory).parts)]):
+        path.chmod(
+            path.stat().st_mode | 0o777
+        )  # so that nothing but the engine's own look at its caller is left
+    for uid in (other.uid, 0):
+        assert hung_up_on(uid, sock), f"the engine answers user {uid}"
+    refusals = [line for line in (sandbox / "engine.log").read_text().splitlines() if "and may not" in line]
+    assert len(refusals) == 2
+    assert user.ok("exec", "one", "echo", "goes on") == "goes on\n"
 
     user.ok("stop", "-t", "1", "one")
     user.ok("rm", "one")
