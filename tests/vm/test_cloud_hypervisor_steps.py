@@ -94,9 +94,10 @@ def test_every_step_as_it_was_seen(scripted: Talk) -> None:  # noqa: PLR0915
         with pytest.raises(HypervisorError, match="has a nic2, and it was given none"):
             async with scripted.talk(nics=2, saved=str(place)):
                 pass
-        with pytest.raises(HypervisorError, match="has no disk1"):
-            async with scripted.talk(nics=3, saved=str(place), disks=2):
-                pass
+        # A disk that it had not is plugged in as it goes on.
+        async with scripted.talk(nics=3, saved=str(place), disks=2) as machine:
+            await asyncio.wait_for(machine.confined(), PATIENCE)
+            assert await machine.attach_disk(Disk(str(scripted.directory / "other.img"), True)) == "0c"
         async with scripted.talk(nics=3, saved=str(place)) as machine:
             await asyncio.wait_for(machine.confined(), PATIENCE)
             await machine.pause()

@@ -24,6 +24,7 @@ from kata.errors import (
     HostError,
     HypervisorError,
     ResourceExhaustedError,
+    StateError,
     VMLostError,
 )
 from kata.guest import manifest
@@ -498,7 +499,7 @@ def test_a_disk_is_used_by_one_machine(lab: Lab, tmp_path: Path) -> None:
     with lab.machine(disks=[None, Disk(str(image), False)]):
         journal = lab.journal()
         error = _failure(lab, journal, disks=[None, Disk(str(image), False)])
-        assert type(error) is HypervisorError
+        assert type(error) is StateError
         assert "in use by another" in str(error)
         assert journal_undo.undo(journal) == []
 
