@@ -47,9 +47,9 @@ def main() -> int:
 
 
 def _run() -> int:
-    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``wait-for-sandbox`` waits to be one;
-    ``export-spans``, ``layer-image`` and ``make-template`` are helpers of its; under containerd's name for it, or as
-    ``shim``, a command of containerd's; all else the human command line.
+    """Run what `sys.argv` names: ``engine`` is the process of one sandbox, ``wait-for-sandbox`` waits to be one, and
+    ``engine-parent`` forks such; ``export-spans``, ``layer-image`` and ``make-template`` are helpers of its. Under
+    containerd's name for it, or as ``shim``, it is a command of containerd's; all else is the human command line.
 
     Returns:
         The exit status.
@@ -61,6 +61,14 @@ def _run() -> int:
         from kata.engine.main import main as engine
 
         return engine()
+    if sys.argv[1:2] == ["engine-parent"]:
+        from kata.engine.parent import main as parent
+
+        if not parent():
+            return 0
+        from kata.engine.main import main as engine  # this process is one now
+
+        return engine(forked=True)
     if sys.argv[1:2] == ["export-spans"]:
         from kata.trace_export import main as export
 

@@ -416,10 +416,12 @@ class MachineSettings(Part):
         tracing: What starts and calls spend their time on is traced; absent is not at all.
         log_format: What the lines of the engine's log are: `text`, `logfmt` or `json`.
         log_level: What the engine's log shows at the start: `debug`, `info` or `warning`, and what is more severe.
+        engine_parent: The engine is forked off the parent of engines, where there is one.
     """
 
     __slots__ = (
         "configuration",
+        "engine_parent",
         "guest",
         "hypervisor",
         "log_format",
@@ -442,7 +444,9 @@ class MachineSettings(Part):
         tracing: TracingSettings | None = None,
         log_format: str = "text",
         log_level: str = "info",
+        engine_parent: bool = False,
     ) -> None:
+        self.engine_parent = engine_parent
         self.hypervisor = hypervisor
         self.guest = guest
         self.size = size
@@ -812,6 +816,7 @@ class SandboxSettings(Part):
         notes: Sentences for the engine's log.
         request_started_ns: CLOCK_MONOTONIC when the user's command began, from which timings count; 0 is the launch.
         launched_ns: CLOCK_MONOTONIC when the client began to start the engine; 0 is not known.
+        not_forked: Why the engine was executed although there should be a parent of engines to fork it.
     """
 
     __slots__ = (
@@ -826,6 +831,7 @@ class SandboxSettings(Part):
         "launched_ns",
         "machine",
         "network",
+        "not_forked",
         "notes",
         "oom_score_adj",
         "pod",
@@ -854,6 +860,7 @@ class SandboxSettings(Part):
         notes: Sequence[str] = (),
         request_started_ns: int = 0,
         launched_ns: int = 0,
+        not_forked: str = "",
     ) -> None:
         self.id = id
         self.client = client
@@ -872,6 +879,7 @@ class SandboxSettings(Part):
         self.notes = list(notes)
         self.request_started_ns = request_started_ns
         self.launched_ns = launched_ns
+        self.not_forked = not_forked
 
     def described(self) -> MachineSettings:
         """The machine of a sandbox that has been described.

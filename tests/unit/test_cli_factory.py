@@ -37,6 +37,7 @@ def test_status_and_destroy_need_no_machine(templates: Path, capsys: pytest.Capt
         "templates": [],
         "waiting": [],
         "failures": [{"key": "0123", "reason": "no space"}],
+        "engine_parents": [],
     }
     assert kata.main(["factory", "destroy"]) == 0
     assert not (templates / "0123.failed").exists()

@@ -142,7 +142,7 @@ SANDBOX: Mapping[str, Any] = {
         "snapshots": {"upper_layer": VALUE, "upper_mib": VALUE, "images_mib": VALUE},
         "configuration": CONFIGURATION,
         "tracing": {"agent": VALUE, "config": VALUE},
-        "log_format": VALUE,
+        "engine_parent": VALUE, "log_format": VALUE,
         "log_level": VALUE,
     },
     "pod": {"config_path": VALUE},
@@ -159,6 +159,7 @@ SANDBOX: Mapping[str, Any] = {
     "host_devices": VALUE,
     "all_disk_slots": VALUE, "hostname": VALUE, "resolv_conf": COUNT, "sysctls": NAMES, "cgroups_path": VALUE,
     "oom_score_adj": VALUE, "notes": VALUE, "request_started_ns": VALUE, "launched_ns": VALUE,
+    "not_forked": VALUE,
 }  # fmt: skip
 """Of ``sandbox.json`` (`kata.settings`)."""
 

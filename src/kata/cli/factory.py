@@ -124,7 +124,9 @@ def _init(arguments: Arguments) -> int:
 
 
 def _status(arguments: Arguments) -> int:
+    from kata import paths
     from kata.config import files
+    from kata.engine import parent_client
     from kata.engine.factory import maker, pool, template
 
     conf = files.load()
@@ -132,6 +134,7 @@ def _status(arguments: Arguments) -> int:
     mode = template.mode_of(enabled=conf.get("factory.enable_template", True))
     found, waiting = maker.listed(root), pool.listed()
     failed = maker.failures(root)
+    parents = parent_client.listed(paths.run_dir())
     if arguments.flag("json"):
         table.show_json(
             {
@@ -140,6 +143,7 @@ def _status(arguments: Arguments) -> int:
                 "templates": found,
                 "waiting": waiting,
                 "failures": [{"key": key, "reason": reason} for key, reason in failed],
+                "engine_parents": parents,
             }
         )
         return 0
@@ -156,6 +160,8 @@ def _status(arguments: Arguments) -> int:
         table.show(["PID", "MACHINE PID", "MEMORY", "SINCE"], [_waiting_row(one) for one in waiting])
     for key, reason in failed:
         print(f"{key} could not be made: {table.printable(reason)}")
+    for one in parents:
+        print(f"The process {one['pid']} forks engines ({table.human_size(one['bytes'])}).")
     return 0
 
 
@@ -172,7 +178,9 @@ def _waiting_row(one: dict[str, Any]) -> list[str]:
 
 
 def _destroy(_arguments: Arguments) -> int:
+    from kata import paths
     from kata.config import files
+    from kata.engine import parent_client
     from kata.engine.factory import maker, pool
 
     removed = maker.destroy(directory(files.load()))
@@ -183,6 +191,8 @@ def _destroy(_arguments: Arguments) -> int:
         print(f"ended {len(ended)} machines that waited")
     if not removed and not ended:
         print("there are no templates")
+    for name in parent_client.end_all(paths.run_dir()):
+        print(f"ended {name}")
     return 0
 
 

@@ -483,6 +483,8 @@ _ALL = [
         " memory and gone with the next boot"),
     Key(_F, "vm_cache_number", INT, "0", "how many machines wait for sandboxes (docs/templates.md); 0: none", most=64),
     Key(_F, "vm_cache_least_free", INT, "1024", "MiB that the host has to have available, so that machines wait"),
+    Key(_F, "enable_engine_parent", BOOL, "false", "engines are forked off a process that has loaded what they"
+        " need, and ends minutes after the last start"),
     Key(_F, "vm_cache_endpoint", PATH, "", _NO_POOL, IDLE),
 ]  # fmt: skip
 

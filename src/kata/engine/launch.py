@@ -17,9 +17,13 @@ from kata.journal import FILE_NAME, Journal, dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from kata.settings import SandboxSettings
+
+    _Way = Callable[[str, SandboxSettings, Journal, tuple[int, ...]], int]
+    """Directory, settings, journal and descriptors of an engine -> its pid, or 0."""
 
 LISTEN_FD = 3
 LIFETIME_FD = 4
@@ -30,6 +34,9 @@ ms)."""
 
 RELEASE_BYTE = b"r"
 """What the launcher writes to the pipe before it closes it on purpose: without it, the launcher has died."""
+
+_OWN_FDS = 5
+"""What of these an engine gets that is told its settings otherwise: all but the last."""
 
 SOCKET_NAME = "engine.sock"
 LOG_NAME = "engine.log"
@@ -198,14 +205,11 @@ def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_
     settings.request_started_ns = settings.request_started_ns or time.monotonic_ns()
     journal = _make_directory(base, name, settings, patience_s)
     settings.launched_ns = time.monotonic_ns()
-    plain = settings.to_plain()
     try:
         listener = listen(sock_path, journal)
         try:
-            _write_settings(directory, plain)
-            engine = _from_pool(directory, listener, settings, plain, journal) or _spawn(
-                directory, listener, plain, journal
-            )
+            _write_settings(directory, settings.to_plain())
+            engine = _spawn(directory, listener, settings, journal)
         finally:
             os.close(listener)
     except BaseException as error:
@@ -253,12 +257,13 @@ def _undo_dead_engine(path: str, sandbox_id: str, patience_s: float) -> None:
         raise HostError(f"sandbox {sandbox_id} left something behind: {left[0]}", "kata gc") from None
 
 
-def listen(path: str, journal: Journal) -> int:
+def listen(path: str, journal: Journal, *, packets: bool = False) -> int:
     """Listen on a unix socket of mode 0600.
 
     Args:
         path: Its path, of any length.
         journal: Of the sandbox to which it belongs.
+        packets: It keeps the borders of messages (SOCK_SEQPACKET).
 
     Returns:
         The listening socket's descriptor.
@@ -270,7 +275,8 @@ def listen(path: str, journal: Journal) -> int:
     import _socket
 
     entry = journal.begin("socket", path=path)
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    kind = _socket.SOCK_SEQPACKET if packets else _socket.SOCK_STREAM
+    sock = _socket.socket(_socket.AF_UNIX, kind | _socket.SOCK_CLOEXEC)
     # It is made with this mode but for the umask (net/unix/af_unix.c, unix_bind_bsd), so it is never open to others.
     # Changing the umask instead would change it for all threads of the caller.
     os.fchmod(sock.fileno(), 0o600)
@@ -294,50 +300,93 @@ def _write_settings(directory: str, settings: dict[str, Any]) -> None:
         os.close(fd)
 
 
-def _from_pool(
-    directory: str, listener: int, settings: SandboxSettings, plain: dict[str, Any], journal: Journal
-) -> Engine | None:
-    """An engine that waited with a machine; None if there is none for this sandbox."""
-    if settings.machine is None or not settings.machine.hypervisor.pool:
-        return None
+def _take_waiting(directory: str, settings: SandboxSettings, journal: Journal, fds: tuple[int, ...]) -> int:
+    """The pid of an engine that waited with a machine; 0 if there is none for this sandbox."""
     from kata.engine.factory import pool
 
     if pool.why_not(settings):
-        return None
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    log, null = map(
-        sysio.Fd, (os.open(os.path.join(directory, LOG_NAME), flags, 0o600), os.open(os.devnull, os.O_RDWR))
-    )
-    lifetime_read, lifetime_write = map(sysio.Fd, os.pipe())
-    try:
-        fds = (null.raw, log.raw, log.raw, listener, lifetime_read.raw)
-        pid = pool.take(pool.wanted(settings, plain), _environment(), plain, directory, fds)
-        if not pid:
-            return None
+        return 0
+    plain = settings.to_plain()
+    pid = pool.take(pool.wanted(settings, plain), environment(), plain, directory, fds[:_OWN_FDS])
+    if pid:
         _transfer_ownership(journal, pid)
-        return Engine(pid, directory, lifetime_write.detach())
-    finally:
-        for fd in (log, null, lifetime_read, lifetime_write):
-            fd.close()
+    return pid
 
 
-def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Journal) -> Engine:
+def _spawn(directory: str, listener: int, settings: SandboxSettings, journal: Journal) -> Engine:
+    """Have an engine for a sandbox: forked by the parent of engines, where there is one, or executed.
+
+    Raises:
+        OSError: It could not be executed.
+    """
     log = os.open(
         os.path.join(directory, LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
     )
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     settings_fd = os.memfd_create("kata-settings")
-    sysio.write_all(settings_fd, marshal.dumps(settings))
-    os.lseek(settings_fd, 0, os.SEEK_SET)
     lifetime_read, lifetime_write = os.pipe()
+    fds = (null, log, log, listener, lifetime_read, settings_fd)
+    try:
+        # Each way, the quickest first, either has an engine or leaves nothing; the last one is always there.
+        for way in _ways(settings):
+            os.ftruncate(settings_fd, 0)
+            os.lseek(settings_fd, 0, os.SEEK_SET)
+            sysio.write_all(settings_fd, marshal.dumps(settings.to_plain()))
+            os.lseek(settings_fd, 0, os.SEEK_SET)
+            pid = way(directory, settings, journal, fds)
+            if pid:
+                return Engine(pid, directory, lifetime_write)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), directory)
+    except BaseException:
+        os.close(lifetime_write)
+        raise
+    finally:
+        for fd in (log, null, settings_fd, lifetime_read):
+            os.close(fd)
+
+
+def _ways(settings: SandboxSettings) -> list[_Way]:
+    """The ways to an engine that are wanted here."""
+    ways: list[_Way] = [_execute]
+    if os.environ.get("KATA_ENGINE_PARENT") or (settings.machine and settings.machine.engine_parent):
+        from kata.engine import parent_client
+
+        if parent_client.is_wanted(settings.machine):
+            ways.insert(0, _fork_by_parent)
+    if settings.machine is not None and settings.machine.hypervisor.pool:
+        ways.insert(0, _take_waiting)
+    return ways
+
+
+def _fork_by_parent(
+    directory: str, settings: SandboxSettings, journal: Journal, fds: tuple[int, ...]
+) -> int:
+    """The pid of an engine that was forked off the parent of engines; 0 if there is none to be had."""
+    from kata.engine import parent_client
+
+    try:
+        run_dir = os.path.dirname(os.path.dirname(directory))
+        pid, connection = parent_client.ask(run_dir, directory, environment(), fds)
+        _transfer_ownership(journal, pid)
+        parent_client.go(connection)
+        return pid
+    except parent_client.Unavailable as error:
+        settings.not_forked = f"the engine was executed: {error}"
+        return 0
+
+
+def _execute(directory: str, settings: SandboxSettings, journal: Journal, fds: tuple[int, ...]) -> int:
+    """The pid of an engine that was executed.
+
+    Raises:
+        OSError: It could not be.
+    """
     exec_status_read, exec_status_write = map(sysio.Fd, os.pipe())
     argv = [*launcher.command(), "engine", directory]
     try:
         child = os.fork()
         if child == 0:
-            _become_engine(
-                argv, (null, log, log, listener, lifetime_read, settings_fd), exec_status_write.raw
-            )
+            _become_engine(argv, fds, exec_status_write.raw)
         exec_status_write.close()
         os.waitpid(child, 0)
         word = b""
@@ -345,20 +394,14 @@ def _spawn(directory: str, listener: int, settings: dict[str, Any], journal: Jou
             if not word:
                 _transfer_ownership(journal, int(piece.split()[0]))
             word += piece
-    except BaseException:
-        os.close(lifetime_write)
-        raise
     finally:
-        for fd in (log, null, settings_fd, lifetime_read):
-            os.close(fd)
         exec_status_read.close()
         exec_status_write.close()
     pid, _, failure = word.decode().partition(" ")
     if failure or not pid:
-        os.close(lifetime_write)
         number = int(failure or errno.EIO)
         raise OSError(number, os.strerror(number), argv[0])
-    return Engine(int(pid), directory, lifetime_write)
+    return int(pid)
 
 
 def _transfer_ownership(journal: Journal, pid: int) -> None:
@@ -381,22 +424,27 @@ def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
         if os.fork():
             os._exit(0)
         os.write(word, str(os.getpid()).encode())
-        # Out of the way of the numbers they are to get; the copies are closed on exec.
         report = _dup_above(word, len(fds))
-        for number, fd in enumerate([_dup_above(fd, len(fds)) for fd in fds]):
-            os.dup2(fd, number)
-        # Descriptors that a shell left open for our caller would be held as long as the sandbox lives.
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            if fd >= len(fds) and fd != report:
-                _close(fd)
+        take_descriptors(fds, report)
         os.chdir("/")
         os.umask(0o077)
         sysio.reset_signals()
-        os.execve(argv[0], argv, _environment())
+        os.execve(argv[0], argv, environment())
     except OSError as error:
         os.write(report, f" {error.errno or errno.EIO}".encode())
     finally:
         os._exit(1)
+
+
+def take_descriptors(fds: Sequence[int], kept: int = -1) -> None:
+    """Have these descriptors as 0, 1, ... in this process, and no others but *kept*."""
+    # Out of the way of the numbers they are to get.
+    for number, fd in enumerate([_dup_above(fd, len(fds)) for fd in fds]):
+        os.dup2(fd, number)
+    # Descriptors that a shell left open for our caller would be held as long as the sandbox lives.
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd >= len(fds) and fd != kept:
+            _close(fd)
 
 
 def _dup_above(fd: int, minimum: int) -> int:
@@ -412,7 +460,7 @@ def _close(fd: int) -> None:
         pass
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Only what says where things live: a client's environment may hold secrets and strange settings."""
     kept = {
         key: value

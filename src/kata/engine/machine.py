@@ -94,6 +94,7 @@ def machine_settings(
     )
     made.log_format = str(conf.get("runtime.log_format", "") or "text")
     made.log_level = _log_level(conf)
+    made.engine_parent = conf.get("factory.enable_engine_parent", False)
     if _switch(conf, "runtime.enable_tracing"):
         named = conf.files[0] if conf.files else ""
         made.tracing = TracingSettings(agent=_switch(conf, "agent.enable_tracing"), config=named)

@@ -36,8 +36,11 @@ EVENTS_S = 5.0
 """How long an engine waits at its end for containerd to take the last events."""
 
 
-def main() -> int:
+def main(*, forked: bool = False) -> int:
     """Run the engine of one sandbox to its end.
+
+    Args:
+        forked: This process was forked off the parent of engines (`kata.engine.parent`).
 
     Returns:
         The exit status: 0, whatever became of the container; 1 if the settings make no sense.
@@ -80,7 +83,7 @@ def main() -> int:
 
     # As it is outside Python, until the loop has its own way (`call_on_signals`): asyncio then installs none.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    asyncio.run(_serve(settings, run_dir, journal, machine, failed, lease, (entered_ns, powered_ns)))
+    asyncio.run(_serve(settings, run_dir, journal, machine, failed, lease, (entered_ns, powered_ns), forked))
     return 0
 
 
@@ -113,7 +116,9 @@ async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, ente
     except KataError as error:
         failed = error  # the Create call reports it
         waiting.discard()
-    await _serve(settings, run_dir, journal, machine, failed, lease, (entered_ns, time.monotonic_ns()))
+    await _serve(
+        settings, run_dir, journal, machine, failed, lease, (entered_ns, time.monotonic_ns()), False
+    )
 
 
 async def _serve(
@@ -124,6 +129,7 @@ async def _serve(
     failed: KataError | None,
     lease: Lease,
     times_ns: tuple[int, int],
+    forked: bool,
 ) -> None:
     import asyncio
     import signal
@@ -140,8 +146,7 @@ async def _serve(
     sandbox = Sandbox(settings, run_dir, journal, machine, failed)
     entered_ns, powered_ns = times_ns
     launched_ns = settings.launched_ns or entered_ns
-    sandbox.timings.add_part("engine", "client", sandbox.timings.origin_ns, launched_ns)
-    sandbox.timings.add_part("engine", "interpreter", launched_ns, entered_ns)
+    sandbox.timings.came_by(launched_ns, entered_ns, settings.not_forked, forked=forked)
     sandbox.timings.add("load engine", powered_ns)
     publisher = _publisher(settings, sandbox)
     if not sandbox.is_pod:

@@ -23,15 +23,17 @@ class Timings:
     Attributes:
         path: By which the machine started: ``cold`` or ``template``; empty before it is known.
         reason: Why by no faster one; empty if there is none, or nobody said.
+        not_forked: Why the engine was executed although there should be a parent of engines; a part of the reason.
         trace: Is told of each step, with begin and end; None where there is no tracing.
     """
 
-    __slots__ = ("_parts", "_steps", "origin_ns", "path", "reason", "trace")
+    __slots__ = ("_parts", "_steps", "not_forked", "origin_ns", "path", "reason", "trace")
 
     def __init__(self, origin_ns: int) -> None:
         self.origin_ns = origin_ns
         self.path = ""
         self.reason = ""
+        self.not_forked = ""
         self.trace: Callable[[str, int, int], None] | None = None
         self._steps: dict[str, tuple[int, int]] = {}
         self._parts: dict[str, tuple[int, int, str]] = {}
@@ -47,9 +49,16 @@ class Timings:
         """Record what a step consists of: shown below it, and no metric of its own. The first of a name stands."""
         self._parts.setdefault(name, (start_ns, max(0, end_ns - start_ns), step))
 
+    def came_by(self, launched_ns: int, entered_ns: int, not_forked: str, *, forked: bool) -> None:
+        """Record how this engine came to be: launched by its client, and entered."""
+        self.add_part("engine", "client", self.origin_ns, launched_ns)
+        self.add_part("engine", "fork" if forked else "interpreter", launched_ns, entered_ns)
+        self.not_forked = not_forked
+
     def took(self, machine: Machine) -> None:
         """Take over what was recorded while the machine was started (`kata.engine.lifecycle.boot`)."""
-        self.path, self.reason = machine.start_path, machine.start_reason
+        self.path = machine.start_path
+        self.reason = "; ".join(filter(None, (machine.start_reason, self.not_forked)))
         for name, begin, end in machine.steps:
             if name != "take_boot_slot":  # a step of its own, where it takes any time
                 step = "start machine" if begin >= machine.ready_ns > 0 else "engine"

@@ -51,6 +51,12 @@ def names() -> list[str]:
     return sorted(_LOADERS)
 
 
+def modules() -> list[str]:
+    """What every start with the default one imports."""
+    names = "acpi command machine monitor process queues saving settings slots template_memory"
+    return [f"kata.hypervisor.qemu.{name}" for name in names.split()]
+
+
 def find(name: str = "") -> Monitor:
     """The hypervisor of this name; the default one without a name.
 

@@ -151,6 +151,25 @@ def others() -> list[tuple[str, list[str], str]]:
     return found
 
 
+def join_cgroups_of(pid: int) -> None:
+    """Move this process into the cgroups of another one, in all hierarchies.
+
+    Raises:
+        OSError: One of them cannot be entered, or is not mounted here.
+    """
+    wanted, mine = _places(str(pid)), _places("self")
+    for mount in sysio.mounts():
+        if mount.fstype not in ("cgroup2", "cgroup"):
+            continue
+        names = [""] if mount.fstype == "cgroup2" else mount.super_options.split(",")
+        name = next((name for name in names if name in wanted and mine.get(name) != wanted[name]), None)
+        if name is not None:
+            _write(f"{mount.target}{_below(wanted[name], mount.root)}/cgroup.procs", "0")
+            mine = _places("self")
+    if mine != wanted:
+        raise OSError(errno.ENOENT, "a hierarchy of cgroups is not mounted")
+
+
 def place_of(cgroups_path: str, sandbox_id: str) -> str:
     """Return where a sandbox's leaf is, below the top of a hierarchy.
 
