@@ -396,6 +396,39 @@ def spawn(
     return Child(pid, pidfd, role, journal, entry)
 
 
+def in_background(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    fds: Sequence[int],
+    prepare: Callable[[], object] = int,
+) -> None:
+    """Execute a program that belongs to nobody here: init is its parent, and it has a session of its own.
+
+    Args:
+        argv: The program's absolute path, and its arguments.
+        environment: Its whole environment.
+        fds: Its descriptors, from 0 on; it gets no others.
+        prepare: Is called in the new process first.
+
+    Raises:
+        OSError: There can be no further process.
+    """
+    sysio.preload()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                prepare()
+                sysio.take_descriptors(fds)
+                os.chdir("/")
+                sysio.reset_signals()
+                os.execve(argv[0], list(argv), dict(environment))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
 def _exec_child(
     argv: Sequence[str],
     environment: Mapping[str, str],
@@ -504,7 +537,7 @@ def _fork_by_another() -> int:
     Raises:
         OSError: The namespace could not be made.
     """
-    sysio.become_subreaper()
+    sysio.adopt_orphans(True)
     read, write = map(sysio.Fd, os.pipe())
     between = os.fork()
     if between == 0:
@@ -527,6 +560,8 @@ def _fork_by_another() -> int:
         word = os.read(read.raw, 16)
         os.waitpid(between, 0)
     finally:
+        # What else is left without a parent later is init's, which reaps it.
+        sysio.adopt_orphans(False)
         read.close()
         write.close()
     number = int(word or b"-5")

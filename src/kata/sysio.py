@@ -16,7 +16,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
@@ -405,9 +405,9 @@ class SocketName:
         os.close(self._directory)
 
 
-def become_subreaper() -> None:
-    """Make this process the new parent of orphaned descendants (PR_SET_CHILD_SUBREAPER)."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+def adopt_orphans(yes: bool) -> None:
+    """Whether this process is the new parent of orphaned descendants (PR_SET_CHILD_SUBREAPER)."""
+    prctl(PR_SET_CHILD_SUBREAPER, int(yes))
 
 
 def reset_signals() -> None:
@@ -430,6 +430,27 @@ def close_on_exec_from(first: int) -> None:
                     os.set_inheritable(fd, False)
                 except OSError:
                     pass  # that of the listing itself
+
+
+def take_descriptors(fds: Sequence[int], kept: int = -1) -> None:
+    """Have these descriptors as 0, 1, ... in this process, and no others but *kept*."""
+    # Out of the way of the numbers they are to get.
+    for number, fd in enumerate([dup_above(fd, len(fds)) for fd in fds]):
+        os.dup2(fd, number)
+    # Descriptors that a shell left open for our caller would be held as long as the sandbox lives.
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd >= len(fds) and fd != kept:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # that of the listing
+
+
+def dup_above(fd: int, minimum: int) -> int:
+    """The same open file by a descriptor of at least *minimum*, which is closed on exec."""
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, minimum)
 
 
 def setns(fd: int, kind: int = 0) -> None:

@@ -122,3 +122,24 @@ def test_what_a_program_says_is_bounded_and_never_in_its_way() -> None:
     assert len(said) < 3 * children.StderrTail.KEEP
     assert not words.reader.is_open
     words.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a PID namespace")
+def test_a_child_by_another_is_ours_and_later_orphans_are_not() -> None:
+    pid = children._fork_by_another()
+    if pid == 0:
+        os._exit(0 if os.getpid() == 1 else 1)
+    assert os.waitpid(pid, 0) == (pid, 0)
+    read, write = os.pipe()
+    between = os.fork()
+    if between == 0:
+        ours, own = os.getppid(), os.getpid()
+        if os.fork() == 0:
+            while os.getppid() == own:
+                time.sleep(0.01)
+            os.write(write, b"ours" if os.getppid() == ours else b"not ours")
+        os._exit(0)
+    os.waitpid(between, 0)
+    assert os.read(read, 10) == b"not ours"
+    os.close(read)
+    os.close(write)

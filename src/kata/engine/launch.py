@@ -17,13 +17,13 @@ from kata.journal import FILE_NAME, Journal, dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from typing import Any
 
     from kata.settings import SandboxSettings
 
-    _Way = Callable[[str, SandboxSettings, Journal, tuple[int, ...]], int]
-    """Directory, settings, journal and descriptors of an engine -> its pid, or 0."""
+    _Way = Callable[[str, SandboxSettings, dict[str, Any], Journal, tuple[int, ...]], int]
+    """Directory, settings, these as plain values, journal and descriptors of an engine -> its pid, or 0."""
 
 LISTEN_FD = 3
 LIFETIME_FD = 4
@@ -208,8 +208,9 @@ def _launch(settings: SandboxSettings, run_dir: str | None, name: str, patience_
     try:
         listener = listen(sock_path, journal)
         try:
-            _write_settings(directory, settings.to_plain())
-            engine = _spawn(directory, listener, settings, journal)
+            plain = settings.to_plain()
+            _write_settings(directory, plain)
+            engine = _spawn(directory, listener, settings, plain, journal)
         finally:
             os.close(listener)
     except BaseException as error:
@@ -300,20 +301,27 @@ def _write_settings(directory: str, settings: dict[str, Any]) -> None:
         os.close(fd)
 
 
-def _take_waiting(directory: str, settings: SandboxSettings, journal: Journal, fds: tuple[int, ...]) -> int:
+def _take_waiting(
+    directory: str,
+    settings: SandboxSettings,
+    plain: dict[str, Any],
+    journal: Journal,
+    fds: tuple[int, ...],
+) -> int:
     """The pid of an engine that waited with a machine; 0 if there is none for this sandbox."""
     from kata.engine.factory import pool
 
     if pool.why_not(settings):
         return 0
-    plain = settings.to_plain()
     pid = pool.take(pool.wanted(settings, plain), environment(), plain, directory, fds[:_OWN_FDS])
     if pid:
         _transfer_ownership(journal, pid)
     return pid
 
 
-def _spawn(directory: str, listener: int, settings: SandboxSettings, journal: Journal) -> Engine:
+def _spawn(
+    directory: str, listener: int, settings: SandboxSettings, plain: dict[str, Any], journal: Journal
+) -> Engine:
     """Have an engine for a sandbox: forked by the parent of engines, where there is one, or executed.
 
     Raises:
@@ -331,9 +339,9 @@ def _spawn(directory: str, listener: int, settings: SandboxSettings, journal: Jo
         for way in _ways(settings):
             os.ftruncate(settings_fd, 0)
             os.lseek(settings_fd, 0, os.SEEK_SET)
-            sysio.write_all(settings_fd, marshal.dumps(settings.to_plain()))
+            sysio.write_all(settings_fd, marshal.dumps(plain))
             os.lseek(settings_fd, 0, os.SEEK_SET)
-            pid = way(directory, settings, journal, fds)
+            pid = way(directory, settings, plain, journal, fds)
             if pid:
                 return Engine(pid, directory, lifetime_write)
         raise OSError(errno.EIO, os.strerror(errno.EIO), directory)
@@ -359,7 +367,11 @@ def _ways(settings: SandboxSettings) -> list[_Way]:
 
 
 def _fork_by_parent(
-    directory: str, settings: SandboxSettings, journal: Journal, fds: tuple[int, ...]
+    directory: str,
+    _settings: SandboxSettings,
+    plain: dict[str, Any],
+    journal: Journal,
+    fds: tuple[int, ...],
 ) -> int:
     """The pid of an engine that was forked off the parent of engines; 0 if there is none to be had."""
     from kata.engine import parent_client
@@ -371,11 +383,17 @@ def _fork_by_parent(
         parent_client.go(connection)
         return pid
     except parent_client.Unavailable as error:
-        settings.not_forked = f"the engine was executed: {error}"
+        plain["not_forked"] = f"the engine was executed: {error}"
         return 0
 
 
-def _execute(directory: str, settings: SandboxSettings, journal: Journal, fds: tuple[int, ...]) -> int:
+def _execute(
+    directory: str,
+    _settings: SandboxSettings,
+    _plain: dict[str, Any],
+    journal: Journal,
+    fds: tuple[int, ...],
+) -> int:
     """The pid of an engine that was executed.
 
     Raises:
@@ -424,8 +442,8 @@ def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
         if os.fork():
             os._exit(0)
         os.write(word, str(os.getpid()).encode())
-        report = _dup_above(word, len(fds))
-        take_descriptors(fds, report)
+        report = sysio.dup_above(word, len(fds))
+        sysio.take_descriptors(fds, report)
         os.chdir("/")
         os.umask(0o077)
         sysio.reset_signals()
@@ -434,30 +452,6 @@ def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
         os.write(report, f" {error.errno or errno.EIO}".encode())
     finally:
         os._exit(1)
-
-
-def take_descriptors(fds: Sequence[int], kept: int = -1) -> None:
-    """Have these descriptors as 0, 1, ... in this process, and no others but *kept*."""
-    # Out of the way of the numbers they are to get.
-    for number, fd in enumerate([_dup_above(fd, len(fds)) for fd in fds]):
-        os.dup2(fd, number)
-    # Descriptors that a shell left open for our caller would be held as long as the sandbox lives.
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd >= len(fds) and fd != kept:
-            _close(fd)
-
-
-def _dup_above(fd: int, minimum: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, minimum)
-
-
-def _close(fd: int) -> None:
-    try:
-        os.close(fd)
-    except OSError:
-        pass
 
 
 def environment() -> dict[str, str]:

@@ -352,7 +352,7 @@ def _become(connection: Any, pid: int, directory: str, environment: dict[str, st
     if connection.recv(1) != GO:
         os._exit(0)
     connection.close()
-    launch.take_descriptors(fds)
+    sysio.take_descriptors(fds)
     os.chdir("/")
     os.umask(0o077)
     os.environ.clear()

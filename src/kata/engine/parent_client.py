@@ -137,24 +137,15 @@ def start(run_dir: str, environment: Mapping[str, str]) -> None:
         OSError: It could not be started.
     """
     argv = [*launcher.command(), COMMAND, run_dir, name(), ROOM]
-    sysio.preload()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if os.fork() == 0:
-                null = os.open(os.devnull, os.O_RDWR)
-                for number in range(3):
-                    os.dup2(null, number)
-                sysio.close_on_exec_from(3)
-                os.chdir("/")
-                os.umask(0o077)
-                sysio.reset_signals()
-                os.sched_setscheduler(0, SCHED_IDLE, os.sched_param(0))
-                os.execve(argv[0], argv, dict(environment))
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+
+    from kata import children
+
+    def prepare() -> None:
+        os.umask(0o077)
+        os.sched_setscheduler(0, SCHED_IDLE, os.sched_param(0))
+
+    with sysio.Fd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
+        children.in_background(argv, environment, (null.raw,) * 3, prepare)
 
 
 def _is_loading(directory: str) -> bool:

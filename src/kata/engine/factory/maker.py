@@ -82,27 +82,15 @@ def _launch(
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, len(order))
     os.write(write, order)
     os.close(write)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if os.fork() == 0:
-                leave()
-                os.nice(19)
-                null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(read, 0)
-                os.dup2(null, 1)
-                os.dup2(null, 2)
-                os.dup2(lock, _LOCK_FD)
-                sysio.close_on_exec_from(_LOCK_FD + 1)
-                os.set_inheritable(_LOCK_FD, True)
-                os.chdir("/")
-                sysio.reset_signals()
-                os.execve(argv[0], argv, dict(os.environ))
-        finally:
-            os._exit(0)
-    os.close(read)
-    os.waitpid(child, 0)
+
+    from kata import children
+
+    def prepare() -> None:
+        leave()
+        os.nice(19)
+
+    with sysio.Fd(read), sysio.Fd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
+        children.in_background(argv, os.environ, (read, null.raw, null.raw, lock), prepare)
 
 
 def main() -> int:

@@ -235,27 +235,15 @@ def fill(
     orders = os.memfd_create("kata-order")
     sysio.write_all(orders, order)
     os.lseek(orders, 0, os.SEEK_SET)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if os.fork() == 0:
-                leave()
-                os.nice(19)
-                null = os.open(os.devnull, os.O_RDWR)
-                orders = fcntl.fcntl(orders, fcntl.F_DUPFD, PLACEHOLDERS)
-                for number in range(PLACEHOLDERS):
-                    os.dup2(null, number)
-                os.dup2(orders, PLACEHOLDERS)
-                sysio.close_on_exec_from(PLACEHOLDERS + 1)
-                os.set_inheritable(PLACEHOLDERS, True)
-                os.chdir("/")
-                sysio.reset_signals()
-                os.execve(argv[0], argv, dict(os.environ))
-        finally:
-            os._exit(0)
-    os.close(orders)
-    os.waitpid(child, 0)
+
+    from kata import children
+
+    def prepare() -> None:
+        leave()
+        os.nice(19)
+
+    with sysio.Fd(orders), sysio.Fd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
+        children.in_background(argv, os.environ, (*(null.raw,) * PLACEHOLDERS, orders), prepare)
 
 
 # ---- all of them ----
