@@ -20,7 +20,6 @@ from kata.engine.standard_streams.stdio import (
     Null,
     PathEndpoint,
     Program,
-    TerminalSocket,
     parse,
     parse_stdio,
 )
@@ -226,11 +225,10 @@ class Console:
 
 def test_a_terminal_is_sent_and_carries_bytes_as_they_are(tmp_path: Path) -> None:
     console = Console(tmp_path / "console")
-    endpoint = TerminalSocket(console.path)
-    source, held = endpoint.open_source()
-    sink, _ = endpoint.open_sink()  # the same terminal: nobody would accept a second one
+    slave = stdio.send_terminal(console.path)
+    source, held = Descriptor(os.dup(slave)).open_source()
+    sink, _ = Descriptor(slave).open_sink()
     master = console.master()
-    endpoint.close()
     assert held is None
     os.write(sink, b"line\n")
     assert os.read(master, 99) == b"line\n"  # and no \r\n
@@ -256,12 +254,12 @@ def test_a_console_socket_that_nobody_listens_on(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=f"cannot send a terminal to {tmp_path}/none: No such file"
     ) as caught:
-        TerminalSocket(str(tmp_path / "none")).open_sink()
+        stdio.send_terminal(str(tmp_path / "none"))
     assert "listen" in caught.value.hint
     bound = socket.socket(socket.AF_UNIX)
     bound.bind(str(tmp_path / "deaf"))
     with pytest.raises(UsageError, match="Connection refused"):
-        TerminalSocket(str(tmp_path / "deaf")).open_source()
+        stdio.send_terminal(str(tmp_path / "deaf"))
     bound.close()
 
 

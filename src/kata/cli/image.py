@@ -169,7 +169,7 @@ def _pull(arguments: Arguments) -> int:
 
 
 def _rmi(arguments: Arguments) -> int:
-    from kata.cli.report import report
+    from kata.cli.report import raise_first
 
     force = arguments.flag("force")
     failures: list[KataError] = []
@@ -180,10 +180,7 @@ def _rmi(arguments: Arguments) -> int:
         except KataError as error:
             if not (force and error.grpc_code == 5):
                 failures.append(error)
-    for failure in failures[1:]:
-        report(failure)
-    if failures:
-        raise failures[0]
+    raise_first(failures)
     return 0
 
 

@@ -43,7 +43,7 @@ COMMANDS = {
 
 
 def _inspect(arguments: Arguments) -> int:
-    from kata.cli.report import report
+    from kata.cli.report import raise_first
 
     kind, form = arguments.value("type"), arguments.value("format")
     if kind is not None and kind not in _TYPES:
@@ -71,10 +71,7 @@ def _inspect(arguments: Arguments) -> int:
         # What was found is printed, as in Docker: an empty list, too.
         table.show_json(found)
     sys.stdout.flush()
-    for failure in failures[1:]:
-        report(failure)
-    if failures:
-        raise failures[0]
+    raise_first(failures)
     return 0
 
 

@@ -88,7 +88,7 @@ def each(references: list[str], act: Callable[[Container], str | None]) -> int:
         references: Names or ids of containers, as the user wrote them.
         act: Does it to one. What it returns is printed; the reference itself if it returns None.
     """
-    from kata.cli.report import report
+    from kata.cli.report import raise_first
 
     failures: list[KataError] = []
     for reference in references:
@@ -98,10 +98,7 @@ def each(references: list[str], act: Callable[[Container], str | None]) -> int:
             failures.append(error)
         else:
             print(reference if shown is None else shown, flush=True)
-    for failure in failures[1:]:
-        report(failure)
-    if failures:
-        raise failures[0]
+    raise_first(failures)
     return 0
 
 

@@ -251,6 +251,7 @@ def _info(arguments: Arguments) -> int:
     import platform
 
     import kata
+    from kata.hypervisor import kvmprobe
 
     states = [container.state()["status"] for container in records.all_containers()]
     facts: dict[str, Any] = {
@@ -272,7 +273,7 @@ def _info(arguments: Arguments) -> int:
         "Name": platform.node(),
         "DockerRootDir": paths.state_dir(),
         "RunDir": paths.run_dir(),
-        "KVM": os.path.exists("/dev/kvm"),
+        "KVM": kvmprobe.probe().works,
     }
     form = arguments.value("format")
     if form == "json":
@@ -360,12 +361,9 @@ def _prune(arguments: Arguments) -> int:
         failures += more
     print(f"Total reclaimed space: {table.human_size(freed)}")
     sys.stdout.flush()
-    from kata.cli.report import report
+    from kata.cli.report import raise_first
 
-    for failure in failures[1:]:
-        report(failure)
-    if failures:
-        raise failures[0]
+    raise_first(failures)
     return 0
 
 

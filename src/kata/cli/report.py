@@ -7,6 +7,10 @@ import sys
 
 from kata.errors import KataError, ToldToEnd
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 STDOUT = "standard output"
 """Stands for a file name in errors of writing it."""
 
@@ -26,6 +30,18 @@ def report(error: KataError) -> None:
         sys.stderr.flush()
     except OSError:
         pass  # only the exit status reports the error
+
+
+def raise_first(failures: Sequence[KataError]) -> None:
+    """End a command that went on after failures: print all but the first, and raise that.
+
+    Raises:
+        KataError: There is one.
+    """
+    for failure in failures[1:]:
+        report(failure)
+    if failures:
+        raise failures[0]
 
 
 def _printable(text: str) -> str:

@@ -191,7 +191,7 @@ def _ls(arguments: Arguments) -> int:
 
 
 def _each(names: list[str], act: Callable[[str], None]) -> int:
-    from kata.cli.report import report
+    from kata.cli.report import raise_first
 
     failures: list[KataError] = []
     for name in names:
@@ -200,10 +200,7 @@ def _each(names: list[str], act: Callable[[str], None]) -> int:
         except KataError as error:
             failures.append(error)
     sys.stdout.flush()
-    for failure in failures[1:]:
-        report(failure)
-    if failures:
-        raise failures[0]
+    raise_first(failures)
     return 0
 
 

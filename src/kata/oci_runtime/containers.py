@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 from kata import sysio
 from kata.errors import HostError, KataError, NotFoundError, StateError, VMLostError
@@ -228,13 +227,6 @@ def _undo(record: Record) -> None:
         journal.close()
     if left:
         raise HostError(f"container {record.id} left something behind: {left[0]}", "kata gc")
-
-
-def wait_for_pid(record: Record, timeout_s: float) -> None:
-    """Wait until the process that stands for a container has been reaped, or for some time."""
-    give_up = time.monotonic() + timeout_s
-    while sysio.proc_starttime(record.pid) == record.started and time.monotonic() < give_up:
-        time.sleep(0.01)
 
 
 HANDLERS = {

@@ -70,6 +70,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
     began_ns = time.monotonic_ns()
     from kata.engine.containers import spec
     from kata.engine.launch import check_id
+    from kata.shim.start import network_namespace
 
     _refuse(arguments)
     root, container_id = options.state_root, check_id(arguments.rest[0])
@@ -170,14 +171,6 @@ def _console(arguments: Arguments, terminal: bool, *, needs_one: bool) -> str:
     return console
 
 
-def network_namespace(config: Mapping[str, Any]) -> str:
-    """Path of the network namespace in a specification; empty for a new one."""
-    for namespace in (config.get("linux") or {}).get("namespaces") or ():
-        if namespace.get("type") == "network":
-            return str(namespace.get("path") or "")
-    return ""
-
-
 def _pod(root: str, config: Mapping[str, Any]) -> Record | None:
     """The container whose machine a new one belongs in: one whose namespaces it names, by the process that stands for
     it, or the one that CRI-O's and Podman's annotation names.
@@ -233,6 +226,7 @@ def sandbox_settings(container_id: str, config: Mapping[str, Any], began_ns: int
     from kata.engine.containers import spec
     from kata.resources import sizing
     from kata.settings import NetworkSettings, SandboxSettings
+    from kata.shim.start import network_namespace
 
     conf = annotations.load("", config.get("annotations") or {})
     described, notes = machine.machine_settings(sizing.request_of(config), conf, grows=True)
@@ -282,7 +276,9 @@ def _stand(record: Record, exec_id: str, network: str, console: str, *, orphan: 
     path, own = record.socket_path(exec_id), not exec_id
     if not console:
         return standing.start(path, network, (0, 1, 2), terminal=False, orphan=orphan, own_mounts=own)
-    with sysio.Fd(standing.terminal_for(console)) as slave:
+    from kata.engine.standard_streams.stdio import send_terminal
+
+    with sysio.Fd(send_terminal(console)) as slave:
         streams = (slave.raw,) * 3
         return standing.start(path, network, streams, terminal=True, orphan=orphan, own_mounts=own)
 

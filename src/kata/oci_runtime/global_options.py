@@ -13,7 +13,7 @@ import sys
 import time
 
 from kata import paths
-from kata.errors import UsageError
+from kata.errors import UnsupportedError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +25,16 @@ _WITH_VALUE = frozenset({"root", "log", "log-format", "rootless", "criu"})
 _FLAGS = frozenset({"systemd-cgroup", "debug"})
 ROOT = "oci"
 """Where in the run directory the containers of this command line are recorded, unless ``--root`` says otherwise."""
+
+HELP = """\
+global options, in front of a command of a container:
+  --root DIR              where containers are recorded ($KATA_RUN_DIR/oci)
+  --log FILE              append errors to this file, too
+  --log-format text|json  in which form
+  --systemd-cgroup        changes nothing: the form of cgroupsPath says whose it is
+  --debug, --criu PATH    are accepted, and change nothing: [runtime] enable_debug of the configuration does
+  --rootless auto|false   is accepted; true is refused
+"""
 
 
 class GlobalOptions:
@@ -86,6 +96,11 @@ class GlobalOptions:
             if value not in ("text", "json"):
                 raise UsageError(f"there is no log format {value!r}", "--log-format text, or json")
             self.log_format = value
+        elif name == "rootless" and value not in ("auto", "false"):
+            raise UnsupportedError(
+                f"--rootless {value}: this command line makes containers of root's",
+                "An ordinary user runs containers by 'kata run' (docs/rootless.md).",
+            )
         elif name in ("root", "log"):
             setattr(self, name, value)
 

@@ -13,7 +13,7 @@ from kata.cli.args import Command, Option
 from kata.cli.main import name_output
 from kata.errors import KataError, NotFoundError, UnsupportedError, UsageError
 from kata.oci_runtime import container_commands
-from kata.oci_runtime.global_options import GlobalOptions
+from kata.oci_runtime.global_options import HELP, GlobalOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:<{width}}  {one.summary}" for name, one in COMMANDS.items())
     return (
-        f"usage: {PROGRAM} COMMAND [OPTION...] [ARG...]\n\n{SUMMARY}\n\ncommands:\n{listed}\n\n"
+        f"usage: {PROGRAM} [GLOBAL-OPTION...] COMMAND [OPTION...] [ARG...]\n\n{SUMMARY}\n\ncommands:\n{listed}\n\n"
+        f"{HELP}\n"
         f"'{PROGRAM} COMMAND --help' describes a command. What is done with containers: 'kata --help'.\n"
     )
 

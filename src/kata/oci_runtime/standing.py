@@ -6,7 +6,7 @@ import os
 import sys
 
 from kata import sysio
-from kata.errors import HostError, UsageError
+from kata.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,12 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
-_CLONE_NEWNS, _CLONE_NEWNET = 0x0002_0000, 0x4000_0000
-_MS_SLAVE = 1 << 19
-_RESOLVE_IN_ROOT = 0x10
 _TIOCSCTTY = 0x540E
-CONSOLE_S = 5.0
-"""How long whoever listens on a console socket may take."""
 
 
 class Standing:
@@ -83,7 +78,7 @@ def start(
             sock.bind(name)
         child = os.fork()
         if child == 0:
-            flags = _CLONE_NEWNS if own_mounts else 0
+            flags = sysio.CLONE_NEWNS if own_mounts else 0
             _become(sock, network, streams, terminal, orphan, flags, word_write.raw, life_read.raw)
         word_write.close()
         if orphan:
@@ -136,13 +131,13 @@ def _become(
         sysio.close_on_exec_from(len(moved))
         if network:
             with sysio.Fd(os.open(network, os.O_RDONLY | os.O_CLOEXEC)) as namespace:
-                sysio.setns(namespace.raw, _CLONE_NEWNET)
+                sysio.setns(namespace.raw, sysio.CLONE_NEWNET)
         else:
-            flags |= _CLONE_NEWNET
+            flags |= sysio.CLONE_NEWNET
         if flags:
             sysio.unshare(flags)
-        if flags & _CLONE_NEWNS:
-            sysio.mount(None, "/", None, _MS_SLAVE | sysio.MS_REC)
+        if flags & sysio.CLONE_NEWNS:
+            sysio.mount(None, "/", None, sysio.MS_SLAVE | sysio.MS_REC)
         os.chdir("/")
         sysio.reset_signals()
         os.write(report, str(os.getpid()).encode())
@@ -173,7 +168,7 @@ def take_root(pid: int, rootfs: str, mounts: Sequence[Mapping[str, Any]]) -> Non
 
     def enter() -> None:
         with sysio.Fd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)) as namespace:
-            sysio.setns(namespace.raw, _CLONE_NEWNS)
+            sysio.setns(namespace.raw, sysio.CLONE_NEWNS)
         sysio.mount(rootfs, rootfs, None, sysio.MS_BIND | sysio.MS_REC)
         with sysio.Fd(os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
             for one in mounts:
@@ -202,7 +197,7 @@ def _bind(root: int, one: Mapping[str, Any]) -> None:
 
 
 def _open_in(root: int, path: str) -> int:
-    return sysio.openat2(root, path, os.O_PATH, resolve=_RESOLVE_IN_ROOT)
+    return sysio.openat2(root, path, os.O_PATH, resolve=sysio.RESOLVE_IN_ROOT)
 
 
 def _in_child(work: Callable[[], None], what: str) -> None:
@@ -228,43 +223,3 @@ def _in_child(work: Callable[[], None], what: str) -> None:
         _, status = os.waitpid(child, 0)
     if status:
         raise HostError(f"cannot {what}: {word.decode(errors='replace').rstrip(': ') or 'it ended'}")
-
-
-def terminal_for(console_socket: str) -> int:
-    """Make a terminal and send its master to whoever listens on a socket.
-
-    The process has its terminal in the guest; this one only carries bytes, so its slave is raw.
-
-    Args:
-        console_socket: The socket's path.
-
-    Returns:
-        The slave.
-
-    Raises:
-        UsageError: Nobody takes the master.
-    """
-    import _socket
-    import tty
-
-    master, slave = os.openpty()
-    try:
-        tty.setraw(slave)
-        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        try:
-            sock.settimeout(CONSOLE_S)
-            with sysio.SocketName(console_socket) as name:
-                sock.connect(name)
-            rights = master.to_bytes(4, sys.byteorder)
-            sock.sendmsg([os.ttyname(slave).encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-        finally:
-            sock.close()
-    except OSError as error:
-        os.close(slave)
-        raise UsageError(
-            f"cannot send a terminal to {console_socket}: {error.strerror or error}",
-            "somebody has to listen on the console socket",
-        ) from error
-    finally:
-        os.close(master)
-    return slave

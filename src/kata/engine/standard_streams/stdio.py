@@ -1,7 +1,7 @@
 """Where the standard streams of a process come from and go to.
 
 A client names each by an `Endpoint`. Today's hand over text (`parse`): nothing, the path of a fifo, or a URI. A client
-that hands over open descriptors uses `Descriptor`, one that wants the master of a terminal `TerminalSocket`.
+that hands over open descriptors uses `Descriptor`, with `send_terminal` for one that wants the master of a terminal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import stat
 from abc import ABC, abstractmethod
 
 from kata.errors import UnsupportedError, UsageError
-from kata.sysio import Fd
+from kata.sysio import Fd, SocketName
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -235,46 +235,15 @@ class Descriptor(Endpoint):
         return fd
 
 
-class TerminalSocket(Endpoint):
-    """A unix socket on which a client waits for the master of a terminal (the OCI runtimes' ``--console-socket``).
+def send_terminal(path: str) -> int:
+    """Make a terminal and send its master to whoever waits for it (the OCI runtimes' ``--console-socket``).
 
-    The process has its terminal in the guest. The one that is made here only carries bytes, so its slave is raw: what
-    the client writes arrives as it is, and what the process has written leaves as it is. Its size, which the client
-    sets, is that of each descriptor (`os.get_terminal_size`).
+    A process has its terminal in the guest. The one that is made here only carries bytes, so its slave is raw: what
+    the client writes arrives as it is, and what the process has written leaves as it is. Its size is the client's to
+    set.
 
     Args:
-        path: The socket. It gets one terminal, however often the endpoint is opened before it is closed.
-    """
-
-    __slots__ = ("_path", "_slave")
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-        self._slave: Fd | None = None
-
-    def open_source(self, *, held: bool = False) -> tuple[int, int | None]:
-        """See `Endpoint`. Nothing is held: the client has the other end."""
-        return self._open(os.O_RDONLY), None
-
-    def open_sink(self, *, held: bool = False) -> tuple[int, int | None]:
-        """See `Endpoint`. Nothing is held: the client has the other end."""
-        return self._open(os.O_WRONLY), None
-
-    def close(self) -> None:
-        """See `Endpoint`. What was opened stays open."""
-        if self._slave is not None:
-            self._slave.close()
-            self._slave = None
-
-    def _open(self, access: int) -> int:
-        if self._slave is None:
-            self._slave = Fd(_send_terminal(self._path))
-        return _reopen(self._slave.raw, access)
-
-
-def _send_terminal(path: str) -> int:
-    """Make a terminal and send its master to whoever listens at *path*.
+        path: The unix socket on which that is.
 
     Returns:
         The slave.
@@ -288,9 +257,9 @@ def _send_terminal(path: str) -> int:
     master, slave = os.openpty()
     try:
         tty.setraw(slave)
-        with socket.socket(socket.AF_UNIX) as client:
+        with socket.socket(socket.AF_UNIX) as client, SocketName(path) as name:
             client.settimeout(CONSOLE_S)
-            client.connect(path)
+            client.connect(name)
             # A descriptor travels only with some content; runc sends the terminal's name, too.
             socket.send_fds(client, [os.ttyname(slave).encode()], [master])
     except OSError as error:
