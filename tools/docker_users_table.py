@@ -39,6 +39,9 @@ and of the help of the versions named in the tables; change it there.
 * A volume with a name is a disk: one running container at a time has it (what containers share is a directory,
   `-v ./DIR:/path`), its size is set when it is made (10 GiB, sparse), and `Mountpoint` is its file. `volume-nocopy`,
   filling from the image and `kata volume prune` are as in Docker.
+* The layers of an image are not kept when it is fetched, only their outcome. So `commit`, `save` and `push` make
+  an image of one layer with all files; its configuration is the same, its id another one.
+* `--init` needs a program of this host without libraries (`apt-get install catatonit`, or `tini-static`).
 * `-P` chooses the ports when the container is made, not at each start.
 * `NetworkSettings.IPAddress` is empty: the machine's address is not one that the host can reach; ports are published.
 * `--security-opt` takes `no-new-privileges`, `seccomp=unconfined`, `systempaths=unconfined`, and what asks for no

@@ -2,7 +2,8 @@
 //!
 //! Nothing is kept between two calls: an answer says where the next one goes on, as the directories on the way with the
 //! position in each, which a file system keeps as long as nobody writes to them. So a directory of a million names is
-//! read once. It is all of the container's making: links are not followed, and only regular files are opened.
+//! read once. It is all of the container's making: links are not followed, and only regular files are opened. The
+//! container may be running: what is removed meanwhile is left out.
 
 use crate::prelude::*;
 use crate::proto::agentext::{LayerAttribute, LayerEntry, LayerPart, ReadLayerRequest, ReadLayerResponse};
@@ -30,6 +31,7 @@ struct Walk {
     file: Option<(Vec<u8>, u64)>,
     response: ReadLayerResponse,
     bytes: usize,
+    without_data: bool,
 }
 
 /// The next part of the tree.
@@ -37,7 +39,13 @@ pub fn read(request: &ReadLayerRequest) -> Result<ReadLayerResponse> {
     let what = || format!("read the layer {:?}", request.directory);
     let top =
         sys::open(&request.directory, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW, 0).with_context(what)?;
-    let mut walk = Walk { levels: vec![], file: None, response: ReadLayerResponse::default(), bytes: 0 };
+    let mut walk = Walk {
+        levels: vec![],
+        file: None,
+        response: ReadLayerResponse::default(),
+        bytes: 0,
+        without_data: request.without_data,
+    };
     if request.next.is_empty() {
         walk.enter(top, vec![]).with_context(what)?;
     } else {
@@ -66,8 +74,9 @@ impl Walk {
     fn go(&mut self) -> SysResult<()> {
         if let Some((name, offset)) = self.file.take() {
             let Some(level) = self.levels.last() else { return Ok(()) };
-            let file = open_file(level.fd.raw(), &name)?;
-            self.data(&file, name, offset)?;
+            if let Some(file) = unless_gone(open_file(level.fd.raw(), &name))? {
+                self.data(&file, name, offset)?;
+            }
         }
         while self.bytes < ENOUGH && self.file.is_none() {
             let Some(level) = self.levels.last_mut() else { return Ok(()) };
@@ -82,20 +91,26 @@ impl Walk {
             let Some(entry) = level.waiting.pop() else { continue };
             level.position = entry.next;
             let dir = level.fd.raw();
-            let status = sys::fstatat(dir, &entry.name, libc::AT_SYMLINK_NOFOLLOW)?;
+            let Some(status) = unless_gone(sys::fstatat(dir, &entry.name, libc::AT_SYMLINK_NOFOLLOW))? else {
+                continue;
+            };
             match status.st_mode & libc::S_IFMT {
                 libc::S_IFDIR => {
                     let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-                    self.enter(sys::openat(dir, &entry.name, flags, 0)?, entry.name)?;
+                    if let Some(below) = unless_gone(sys::openat(dir, &entry.name, flags, 0))? {
+                        self.enter(below, entry.name)?;
+                    }
                 }
+                libc::S_IFREG if self.without_data => self.add(self.path(&entry.name), &status, vec![], vec![]),
                 libc::S_IFREG => {
-                    let file = open_file(dir, &entry.name)?;
+                    let Some(file) = unless_gone(open_file(dir, &entry.name))? else { continue };
                     self.add(self.path(&entry.name), &status, vec![], attributes(file.raw())?);
                     self.data(&file, entry.name, 0)?;
                 }
                 kind => {
                     let link = libc::S_IFLNK == kind;
-                    let target = if link { sys::readlinkat(dir, &entry.name)? } else { vec![] };
+                    let target = if link { unless_gone(sys::readlinkat(dir, &entry.name))? } else { Some(vec![]) };
+                    let Some(target) = target else { continue };
                     self.add(self.path(&entry.name), &status, target, vec![]);
                 }
             }
@@ -129,6 +144,7 @@ impl Walk {
             number: status.st_ino,
             links: u32::try_from(status.st_nlink).unwrap_or(u32::MAX),
             attributes,
+            device: status.st_dev,
         };
         self.response.parts.push(LayerPart { entry: Some(Box::new(entry)), ..Default::default() });
     }
@@ -207,13 +223,29 @@ impl Walk {
                 (Some(top), _) => top,
                 (None, above) => {
                     let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-                    sys::openat(above?.fd.raw(), &name, flags, 0).ok()?
+                    match sys::openat(above?.fd.raw(), &name, flags, 0) {
+                        // It was removed since: what is left goes on in the directory above.
+                        Err(Errno(libc::ENOENT)) => {
+                            self.file = None;
+                            return Some(());
+                        }
+                        opened => opened.ok()?,
+                    }
                 }
             };
             sys::lseek(fd.raw(), position, libc::SEEK_SET).ok()?;
             self.levels.push(Level { fd, name, position, waiting: vec![] });
         }
         Some(())
+    }
+}
+
+/// None for a name that was removed, or became another kind of file, since it was read.
+fn unless_gone<T>(result: SysResult<T>) -> SysResult<Option<T>> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(Errno(libc::ENOENT | libc::ELOOP | libc::ENOTDIR | libc::EINVAL | libc::ESTALE)) => Ok(None),
+        Err(e) => Err(e),
     }
 }
 
@@ -238,7 +270,7 @@ mod tests {
     /// Every entry by its path, with its data; and how many answers that took.
     fn whole(directory: &str) -> (BTreeMap<String, (LayerEntry, Vec<u8>)>, usize) {
         let (mut found, mut calls, mut last) = (BTreeMap::new(), 0, String::new());
-        let mut request = ReadLayerRequest { directory: directory.to_string(), next: vec![] };
+        let mut request = ReadLayerRequest { directory: directory.to_string(), ..Default::default() };
         loop {
             let answer = read(&request).unwrap();
             assert!(answer.to_vec().len() < 4 << 20);
@@ -301,6 +333,35 @@ mod tests {
     }
 
     #[test]
+    fn names_alone_come_without_data() {
+        let top = TempDir::new("layers-names");
+        top.file("a/file", "content");
+        let request = ReadLayerRequest { directory: top.0.clone(), without_data: true, ..ReadLayerRequest::default() };
+        let parts = read(&request).unwrap().parts;
+        let entries: Vec<_> = parts.iter().map(|part| part.entry.as_ref().unwrap()).collect();
+        assert_eq!(parts.iter().map(|part| part.data.len()).sum::<usize>(), 0);
+        assert_eq!(entries.iter().map(|entry| &entry.path[..]).collect::<Vec<_>>(), [&b""[..], b"a", b"a/file"]);
+        assert_eq!(entries[2].size, 7);
+        assert_ne!(entries[2].device, 0);
+    }
+
+    #[test]
+    fn what_goes_while_it_is_read_is_left_out() {
+        let top = TempDir::new("layers-live");
+        top.file("a/b/large", &"x".repeat(3 << 20));
+        top.file("z", "");
+        let mut request = ReadLayerRequest { directory: top.0.clone(), ..ReadLayerRequest::default() };
+        request.next = read(&request).unwrap().next;
+        assert!(!request.next.is_empty());
+        std::fs::remove_dir_all(format!("{}/a/b", top.0)).unwrap();
+        while !request.next.is_empty() {
+            let answer = read(&request).unwrap();
+            assert!(answer.parts.iter().all(|part| part.data.is_empty()));
+            request.next = answer.next;
+        }
+    }
+
+    #[test]
     fn a_file_system_without_blocks_has_none_to_trim() {
         assert!(trim("/proc").is_err_and(|e| e.message.contains("cannot be told")));
         assert!(trim("/nowhere/at/all").is_err());
@@ -310,7 +371,9 @@ mod tests {
     fn what_is_no_end_of_an_answer_is_refused() {
         let top = TempDir::new("layers-bad");
         top.file("a/file", "");
-        let ask = |next: &[u8]| read(&ReadLayerRequest { directory: top.0.clone(), next: next.to_vec() });
+        let ask = |next: &[u8]| {
+            read(&ReadLayerRequest { directory: top.0.clone(), next: next.to_vec(), ..Default::default() })
+        };
         for next in [&b"x"[..], &[0; 9], &[0, 0, 0, 0, 0, 0, 0, 0, 200, 0, b'a'], b"\0\0\0\0\0\0\0\0\x01\0"] {
             assert!(ask(next).is_err());
         }
@@ -320,6 +383,6 @@ mod tests {
         next.extend([0; 10]);
         next.extend([0, 0, 0, 0, 0, 0, 0, 0, 1, 0, b'l']);
         assert!(ask(&next).is_err());
-        assert!(read(&ReadLayerRequest { directory: format!("{}/none", top.0), next: vec![] }).is_err());
+        assert!(read(&ReadLayerRequest { directory: format!("{}/none", top.0), ..Default::default() }).is_err());
     }
 }

@@ -150,7 +150,7 @@ def test_credentials_of_docker_login(private_registry: DockerRegistry, tmp_path:
     name = f"{private_registry.host}/team/app:1"
     with pytest.raises(RegistryError, match="is not public") as caught:
         resolve(name)
-    assert f"docker login {private_registry.host}" in caught.value.hint
+    assert f"kata login {private_registry.host}" in caught.value.hint
     login(tmp_path, {"auths": {private_registry.host: {"auth": basic("user", "wrong")}}})
     with pytest.raises(RegistryError, match="does not let this account"):
         resolve(name)

@@ -325,18 +325,22 @@ pub struct ReadLayerRequest {
     pub directory: String,
     /// From the last answer; empty = from the start.
     pub next: Vec<u8>,
+    /// Files without their content.
+    pub without_data: bool,
 }
 
 impl Message for ReadLayerRequest {
     fn encode(&self, out: &mut Vec<u8>) {
         codec::put_string(out, 1, &self.directory);
         codec::put_bytes(out, 2, &self.next);
+        codec::put_bool(out, 3, self.without_data);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
         match field.number {
             1 => codec::get_string(field, &mut self.directory)?,
             2 => codec::get_bytes(field, &mut self.next)?,
+            3 => codec::get_bool(field, &mut self.without_data)?,
             _ => {}
         }
         Ok(())
@@ -431,6 +435,8 @@ pub struct LayerEntry {
     pub links: u32,
     /// Extended attributes of regular files and directories.
     pub attributes: Vec<LayerAttribute>,
+    /// Of the file system; a number is one file there.
+    pub device: u64,
 }
 
 impl Message for LayerEntry {
@@ -446,6 +452,7 @@ impl Message for LayerEntry {
         codec::put_uint64(out, 9, self.number);
         codec::put_uint32(out, 10, self.links);
         codec::put_repeated_message(out, 11, &self.attributes);
+        codec::put_uint64(out, 12, self.device);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -461,6 +468,7 @@ impl Message for LayerEntry {
             9 => codec::get_uint64(field, &mut self.number)?,
             10 => codec::get_uint32(field, &mut self.links)?,
             11 => codec::get_repeated_message(field, &mut self.attributes)?,
+            12 => codec::get_uint64(field, &mut self.device)?,
             _ => {}
         }
         Ok(())

@@ -149,7 +149,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("PrepareNetworkRequest", "device_path:1s name:2s sysctls:3*mNetworkSysctl"),
     ("Process", "Terminal:1b ConsoleSize:2mBox User:3mUser Args:4*s Env:5*s Cwd:6s Capabilities:7mLinuxCapabilities Rlimits:8*mPOSIXRlimit NoNewPrivileges:9b ApparmorProfile:10s OOMScoreAdj:11i SelinuxLabel:12s"),
     ("ReadFileRequest", "container_id:1s path:2y offset:3u len:4u"),
-    ("ReadLayerRequest", "directory:1s next:2y"),
+    ("ReadLayerRequest", "directory:1s next:2y without_data:3b"),
     ("ReadStreamRequest", "container_id:1s exec_id:2s len:3u"),
     ("RemoveContainerRequest", "container_id:1s timeout:2u"),
     ("RemoveFileRequest", "container_id:1s path:2y recursive:3b"),

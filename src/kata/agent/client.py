@@ -446,10 +446,10 @@ class AgentClient:
         await self.call("kata.agent.v1.Processes", "Signal", request, google_pb.Empty, timeout_s)
 
     async def read_layer(
-        self, directory: str, position: bytes, timeout_s: float
+        self, directory: str, position: bytes, timeout_s: float, *, without_data: bool = False
     ) -> agentext_pb.ReadLayerResponse:
         """Read the next part of a directory tree of the guest (feature `LAYERS`)."""
-        request = agentext_pb.ReadLayerRequest(directory=directory, next=position)
+        request = agentext_pb.ReadLayerRequest(directory=directory, next=position, without_data=without_data)
         answer = await self.call("kata.agent.v1.Layers", "Read", request, Encoded, timeout_s)
         if len(answer.payload) > MAX_LAYER:
             raise self._protocol_violation(f"a part of a layer has {len(answer.payload)} bytes")

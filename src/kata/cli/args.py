@@ -43,7 +43,7 @@ class Option:
 
 
 class Arguments:
-    """The parsed command line: a flag is a bool, a value a str or None, a repeatable option a list of str."""
+    """The parsed command line: a flag is a bool or None, a value a str or None, a repeatable option a list of str."""
 
     __slots__ = ("_values", "rest")
 
@@ -54,8 +54,9 @@ class Arguments:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def flag(self, key: str) -> bool:
-        return self._values[key] is True
+    def flag(self, key: str, default: bool = False) -> bool:
+        found = self._values[key]
+        return found if isinstance(found, bool) else default
 
     def value(self, key: str) -> str | None:
         found = self._values[key]
@@ -117,8 +118,7 @@ class Command:
         """
         by_name = {name: option for option in self.options for name in option.names}
         values: dict[str, bool | str | list[str] | None] = {
-            option.key: False if option.kind == FLAG else [] if option.kind == LIST else None
-            for option in self.options
+            option.key: [] if option.kind == LIST else None for option in self.options
         }
         rest: list[str] = []
         queue = list(argv)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import sys
-import tempfile
 
 from kata.cli import manage, records
 from kata.cli.args import Command, Option
-from kata.errors import ImageError, UsageError
+from kata.errors import UsageError
 from kata.images import platform as platforms
 from kata.images import reference as references
 from kata.storage import layers_codec
@@ -135,42 +132,17 @@ def _import(arguments: Arguments) -> int:
 
 def _pack(source: BinaryIO, archive: IO[bytes], name: str, config: dict[str, Any], comment: str) -> None:
     """Write an archive as `docker save` does, with this one layer."""
-    import tarfile
-
+    from kata.images import flat
     from kata.storage.layers import limits_from_environment
 
-    limit = limits_from_environment().size
-    digest = hashlib.sha256()
-    with tempfile.TemporaryFile(dir=os.path.dirname(archive.name)) as layer:
+    with flat.Layer(os.path.dirname(archive.name), limits_from_environment().size) as layer:
         for piece in layers_codec.decompressed(source):
-            digest.update(piece)
             layer.write(piece)
-            if layer.tell() > limit:
-                raise ImageError(f"it unpacks to more than {limit} bytes", "raise KATA_IMAGE_MAX_SIZE")
-        here = platforms.host()
-        now = records.now()
-        made = {
-            "architecture": here.arch,
-            "os": here.os,
-            "created": now,
-            "config": config,
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest.hexdigest()}"]},
-            "history": [{"created": now, "comment": comment}],
-        }
-        entry = {"Config": "config.json", "RepoTags": [name] if name else None, "Layers": ["layer.tar"]}
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-
-            def add(member: str, size: int, content: IO[bytes]) -> None:
-                info = tarfile.TarInfo(member)
-                info.size = size
-                tar.addfile(info, content)
-
-            for member, document in (("config.json", made), ("manifest.json", [entry])):
-                data = json.dumps(document).encode()
-                add(member, len(data), io.BytesIO(data))
-            size = layer.tell()
-            layer.seek(0)
-            add("layer.tar", size, layer)
+        base = {"architecture": platforms.host().arch}
+        made = flat.document(base, config, layer, {"created": records.now(), "comment": comment})
+        writer = flat.ArchiveWriter(archive.write)
+        writer.add([name] if name else [], made, layer)
+        writer.finish()
 
 
 HANDLERS = {"import": _import}

@@ -166,7 +166,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
         "Image": record["image"]["id"],
         "LogPath": container.log,
         "Name": f"/{container.name}",
-        "RestartCount": 0,
+        "RestartCount": _restarts(container),
         "Driver": record["rootfs"]["kind"],
         "Platform": "linux",
         "HostConfig": {
@@ -176,7 +176,10 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             ],
             "NetworkMode": record["network"],
             "PortBindings": bindings,
-            "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+            "RestartPolicy": {
+                "Name": (record.get("restart") or {}).get("name", "no"),
+                "MaximumRetryCount": (record.get("restart") or {}).get("max", 0),
+            },
             "AutoRemove": record["auto_remove"],
             "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
             "Dns": record.get("dns_servers", []),
@@ -228,6 +231,14 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             "Networks": {record["network"]: {"IPAddress": ""}} if record["network"] != "none" else {},
         },
     }
+
+
+def _restarts(container: Container) -> int:
+    if not container.record.get("restart"):
+        return 0
+    from kata.cli import restart
+
+    return restart.count(container)
 
 
 def _volume_path(container: Container, one: dict[str, Any]) -> str:

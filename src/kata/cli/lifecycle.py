@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from kata.cli import records, session, signals
@@ -102,6 +103,7 @@ def each(references: list[str], act: Callable[[Container], str | None]) -> int:
     return 0
 
 
+_ENDING = (signals.number("KILL"), signals.number("TERM"), signals.number("INT"), signals.number("QUIT"))
 _ANY = (records.CREATED, records.RUNNING, records.PAUSED, records.EXITED)
 
 
@@ -128,6 +130,13 @@ def _start(arguments: Arguments) -> int:
             raise UsageError("only one container can be attached to", "start the others without -a")
         container = records.find(chosen[0])
         _need_stopped(container)
+        if container.record.get("restart") and os.environ.get(records.RESTART_UNIT) == container.id:
+            from kata.cli import restart
+
+            status = session.run_attached(
+                container, stdin=False, detach_keys=b"", started=restart.tell_started
+            )
+            return restart.STOPPED if restart.was_stopped(container) else status
         return session.run_attached(
             container, stdin=interactive and container.record["open_stdin"], detach_keys=b"\x10\x11"
         )
@@ -135,6 +144,11 @@ def _start(arguments: Arguments) -> int:
     def act(container: Container) -> None:
         # Docker's `start` of a running container is a success that does nothing.
         if container.running():
+            return
+        if _is_restarted(container):
+            from kata.cli import restart
+
+            restart.start(container)
             return
         try:
             session.start_detached(container, discard=False)
@@ -176,18 +190,36 @@ def _patience(container: Container, asked: float | None) -> float:
 def _stop(arguments: Arguments) -> int:
     grace = _grace(arguments)
     chosen = _chosen(arguments, "stop", (records.RUNNING, records.PAUSED))
-    return each(chosen, lambda container: stop(container, _patience(container, grace)))
+    return each(chosen, lambda container: _stop_by_hand(container, _patience(container, grace)))
+
+
+def _is_restarted(container: Container) -> bool:
+    """Whether a unit of systemd starts the container; false for what that unit itself runs."""
+    return bool(container.record.get("restart")) and os.environ.get(records.RESTART_UNIT) != container.id
+
+
+def _stop_by_hand(container: Container, grace_s: float) -> None:
+    if _is_restarted(container):
+        from kata.cli import restart
+
+        restart.mark_stopped(container)
+    stop(container, grace_s)
 
 
 def _restart(arguments: Arguments) -> int:
     grace = _grace(arguments)
 
     def act(container: Container) -> None:
-        stop(container, _patience(container, grace))
+        _stop_by_hand(container, _patience(container, grace))
         if records.load(container.id) is None:
             raise StateError(
                 f"container {container.name} was made with --rm and is gone now that it has stopped"
             )
+        if _is_restarted(container):
+            from kata.cli import restart
+
+            restart.start(container)
+            return
         session.start_detached(container, discard=False)
 
     return each(_chosen(arguments, "restart", _ANY), act)
@@ -201,6 +233,10 @@ def _kill(arguments: Arguments) -> int:
 
     def act(container: Container) -> None:
         need_running(container)
+        if _is_restarted(container) and number in _ENDING:
+            from kata.cli import restart
+
+            restart.mark_stopped(container)  # as in Docker
         try:
             with EngineClient(container.socket) as engine:
                 engine.kill(container.id, number, everything=number == signals.number("KILL"))
@@ -217,6 +253,11 @@ def _rm(arguments: Arguments) -> int:
 
     def act(container: Container) -> None:
         status = container.state()["status"]
+        if _is_restarted(container) and (force or status not in (records.RUNNING, records.PAUSED)):
+            from kata.cli import restart
+
+            restart.forget(container)  # it may be about to be started once more
+            status = container.state()["status"]
         if status in (records.RUNNING, records.PAUSED):
             if not force:
                 raise StateError(
@@ -228,6 +269,8 @@ def _rm(arguments: Arguments) -> int:
             raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
         if records.load(container.id) is not None:
             records.remove(container)
+            if _is_restarted(container):
+                restart.reload()
 
     references = _chosen(arguments, "rm", _ANY)
     if force:

@@ -24,6 +24,7 @@ from kata.journal import Journal, dumps, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 CREATED, RUNNING, PAUSED, EXITED = "created", "running", "paused", "exited"
@@ -142,6 +143,10 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     sysio.replace_file(path, dumps(content).encode())
 
 
+RESTART_UNIT = "KATA_RESTART_UNIT"
+"""An environment variable: the container's id in what its unit of systemd runs (`kata.cli.restart`)."""
+
+
 def _containers_dir() -> str:
     return os.path.join(paths.state_dir(), "containers")
 
@@ -223,6 +228,17 @@ class PendingContainer:
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
+
+    def make_elsewhere(self, path: str, make: Callable[[], object]) -> None:
+        """Have a file made outside of the container's directory, which goes with the container.
+
+        Args:
+            path: Where it is.
+            make: Makes it.
+        """
+        entry = self._journal.begin("file", path=path)
+        make()
+        self._journal.commit(entry)
 
     def commit(self, record: dict[str, Any], spec: dict[str, Any]) -> Container:
         """Write the container's record and specification. From now on only `remove` removes it.

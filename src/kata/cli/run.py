@@ -49,6 +49,15 @@ _MORE = [
     Option("--env-host", "", "set the environment variables of this command, too; -e is stronger"),
     Option("--tz", "ZONE|local", "time zone, from the host's files (Europe/Paris)"),
     Option("--stop-timeout", "SECONDS", "how long 'kata stop' waits before SIGKILL (10)"),
+    Option("--restart", "no|always|unless-stopped|on-failure[:N]", "have systemd start it again; with -d"),
+    Option("--init", "", "have an init of this host as process 1: it reaps processes and passes signals on"),
+    Option("--init-path", "FILE", "that one: a program without libraries (catatonit, tini-static)"),
+    Option(
+        "--device",
+        "HOST[:CONTAINER][:rwm]",
+        "a device: a disk of the host, or what the guest has itself (/dev/fuse, /dev/net/tun)",
+        many=True,
+    ),
     Option("--cidfile", "FILE", "write the container's id to a new file"),
     Option("-q --quiet", "", "show no progress when the image is fetched"),
 ]
@@ -289,6 +298,10 @@ def _commit(
             ext4.make_writable(pending.path(name), volume.size, "volume", "volume-opt=size")
     if id_file is not None:
         id_file.write(pending.id)
+    if record.get("restart"):
+        from kata.cli import restart
+
+        restart.write_unit(pending, record["restart"])
     named = [volume for _, volume in volumes if volume.name]
     if not named:
         return pending.commit(record, spec)
@@ -541,6 +554,8 @@ def _run(arguments: Arguments) -> int:
         )
     if tty and interactive and not detach and not os.isatty(0):
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
+    if arguments.value("restart") not in (None, "no") and (not detach or arguments.flag("rm")):
+        raise UsageError("a container with --restart runs in the background, and stays", "-d, without --rm")
     keys = detach_keys(arguments.value("detach_keys"))
     auto_remove = arguments.flag("rm")
     _undo_when_told_to_end()
@@ -553,6 +568,16 @@ def _run(arguments: Arguments) -> int:
 
         remove(container)
         raise
+    if container.record.get("restart"):
+        from kata.cli import records, restart
+
+        try:
+            restart.start(container)
+        except BaseException:
+            records.remove(container)
+            raise
+        print(container.id)
+        return 0
     if detach:
         session.start_detached(container, started_ns)
         print(container.id)

@@ -9,6 +9,7 @@ Source: docker-run(1) and podman-run(1) for the forms; runtime-spec 1.1, config-
 from __future__ import annotations
 
 import os
+import stat
 
 from kata.cli import values
 from kata.errors import KataError, UsageError
@@ -48,10 +49,13 @@ class RunOptions:
     """
 
     __slots__ = (
+        "_devices",
         "_dns",
         "_hosts",
+        "_init",
         "_labels",
         "_resources",
+        "_restart",
         "_security",
         "_shm_size",
         "_stop_timeout",
@@ -79,10 +83,21 @@ class RunOptions:
             "dns_searches": [_word(text, "--dns-search") for text in a.many("dns_search")],
             "dns_options": [_word(text, "--dns-option") for text in a.many("dns_option")],
         }
+        policy = a.value("restart")
+        self._restart = None
+        if policy is not None:
+            from kata.cli import restart
+
+            self._restart = restart.parse(policy)
         self._security = [security(text) for text in a.many("security_opt")]
         self._resources = _resources(a)
         self.env = [f"{key}={value}" for key, value in os.environ.items()] if a.flag("env_host") else []
         self.binds = [] if tz is None else [(zone_file(tz), "/etc/localtime", ["rbind", "rprivate", "ro"])]
+        self._devices = [one for text in a.many("device") for one in devices(text)]
+        init_path = a.value("init_path")
+        self._init = bool(a.flag("init") or init_path)
+        if self._init:
+            self.binds.append((init_program(init_path), _INIT, ["rbind", "rprivate", "ro"]))
         if self._shm_size is not None and any("/dev/shm" in text for text in a.many("tmpfs")):
             raise UsageError("--shm-size and a --tmpfs at /dev/shm contradict each other", "leave out one")
 
@@ -96,10 +111,15 @@ class RunOptions:
         record["labels"] = {**record["labels"], **self._labels}
         if self._stop_timeout is not None:
             record["stop_timeout"] = self._stop_timeout
+        if self._restart is not None:
+            record["restart"] = self._restart
         record.update({key: asked for key, asked in self._dns.items() if asked})
         if self._hosts:
             record["extra_hosts"] = self._hosts
         process, linux = spec["process"], spec["linux"]
+        if self._init:
+            process["args"] = [_INIT, "--", *process["args"]]
+        self._apply_devices(linux)
         if self._ulimits:
             # The last one of a kind counts.
             process["rlimits"] = list({one["type"]: one for one in self._ulimits}.values())
@@ -113,6 +133,9 @@ class RunOptions:
             if mount["destination"] == "/dev/shm" and self._shm_size is not None:
                 kept = [option for option in mount["options"] if not option.startswith("size=")]
                 mount["options"] = [*kept, f"size={self._shm_size}"]
+        self._apply_security(process, linux)
+
+    def _apply_security(self, process: dict[str, Any], linux: dict[str, Any]) -> None:
         if "no-new-privileges" in self._security:
             process["noNewPrivileges"] = True
         if "seccomp=unconfined" in self._security:
@@ -120,6 +143,12 @@ class RunOptions:
         if "systempaths=unconfined" in self._security:
             linux.pop("maskedPaths", None)
             linux.pop("readonlyPaths", None)
+
+    def _apply_devices(self, linux: dict[str, Any]) -> None:
+        for device, access in self._devices:
+            linux.setdefault("devices", []).append(device)
+            allowed = {"allow": True, "access": access, **{k: device[k] for k in ("type", "major", "minor")}}
+            linux["resources"].setdefault("devices", []).append(allowed)
 
 
 def labels(given: list[str], files: list[str]) -> dict[str, str]:
@@ -229,6 +258,89 @@ def _word(text: str, option: str) -> str:
     if not text or any(c.isspace() or not c.isprintable() for c in text):
         raise UsageError(f"{option} {text!r} has characters that resolv.conf cannot hold", "give one a time")
     return text
+
+
+def devices(text: str) -> list[tuple[dict[str, Any], str]]:
+    """Parse ``HOST[:CONTAINER][:ACCESS]``, where HOST is a device or a directory with devices.
+
+    Returns:
+        For each device, an entry of the specification's ``devices``, and what may be done with it (``rwm``).
+    """
+    source, *more = text.split(":")
+    access = more.pop() if more and more[-1] and not set(more[-1]) - set("rwm") else "rwm"
+    target = more.pop(0) if more else source
+    if more or not source.startswith("/") or not target.startswith("/"):
+        raise UsageError(f"--device {text!r} is not HOST[:CONTAINER][:rwm]", "--device /dev/fuse")
+    try:
+        mode = os.stat(source).st_mode
+        names = sorted(os.listdir(source)) if stat.S_ISDIR(mode) else [""]
+        found = []
+        for name in names:
+            status = os.stat(os.path.join(source, name) if name else source)
+            kind = {stat.S_IFCHR: "c", stat.S_IFBLK: "b"}.get(stat.S_IFMT(status.st_mode))
+            if kind is None:
+                continue
+            device = {
+                "path": os.path.normpath(os.path.join(target, name)),
+                "type": kind,
+                "major": os.major(status.st_rdev),
+                "minor": os.minor(status.st_rdev),
+                "fileMode": stat.S_IMODE(status.st_mode),
+                "uid": status.st_uid,
+                "gid": status.st_gid,
+            }
+            found.append((device, access))
+    except OSError as error:
+        raise UsageError(f"--device {source}: {error.strerror}", "name a device of this host") from None
+    if not found:
+        raise UsageError(f"--device {source} is no device", "-v shares files; --device /dev/fuse")
+    return found
+
+
+_INIT = "/dev/init"
+"""Where the program of ``--init`` is in the container."""
+_INIT_PROGRAMS = ("tini-static", "catatonit", "docker-init", "tini")
+_MORE_PLACES = "/usr/libexec/podman:/usr/lib/podman:/usr/libexec/docker"
+
+
+def init_program(path: str | None) -> str:
+    """The program of this host that reaps processes and passes signals on as process 1 of a container.
+
+    Args:
+        path: Of the one that was asked for (``--init-path``); None for any that is installed.
+
+    Raises:
+        UsageError: There is none that runs without libraries, which the container may not have.
+    """
+    import shutil
+
+    places = f"{os.environ.get('PATH', '')}:/usr/local/bin:/usr/bin:/bin:{_MORE_PLACES}"
+    found = [path] if path else [shutil.which(name, path=places) for name in _INIT_PROGRAMS]
+    for program in found:
+        if program and _is_static(program):
+            return os.path.realpath(program)
+    if path:
+        raise UsageError(
+            f"--init-path {path} is no program that runs without libraries", "--init-path /usr/bin/catatonit"
+        )
+    raise UsageError("--init: this machine has no program for it", "apt-get install catatonit")
+
+
+def _is_static(path: str) -> bool:
+    """Whether a file is an ELF program without an interpreter (elf(5), ``PT_INTERP``)."""
+    import struct
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+            if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+                return False
+            at, size, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54)
+            file.seek(at)
+            table = file.read(size * count)
+        return all(struct.unpack_from("<I", table, size * number)[0] != 3 for number in range(count))
+    except (OSError, struct.error):
+        return False
 
 
 def security(text: str) -> str:

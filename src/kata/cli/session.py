@@ -498,6 +498,7 @@ def run_attached(
     detach_keys: bytes,
     timings: Callable[[sandbox_pb.TimingsResponse], None] | None = None,
     discard: bool = False,
+    started: Callable[[], None] | None = None,
 ) -> int:
     """Start a container, stay attached until it ends, and wait until its sandbox is gone.
 
@@ -508,6 +509,7 @@ def run_attached(
         detach_keys: Bytes that, typed on a terminal, detach and leave it running.
         timings: Called with the engine's record of the start.
         discard: Remove the container if it cannot be started.
+        started: Called when it runs.
 
     Returns:
         The container's exit code.
@@ -529,6 +531,8 @@ def run_attached(
             make_image_volumes(client, container)
             client.start(container.id)
             engine.release()
+            if started:
+                started()
         except BaseException:
             streams.fifos.close()
             client.close()

@@ -21,19 +21,12 @@ GROUPS = {
 }
 """Groups of commands -> those in them that are called otherwise here; the others are commands of the same name."""
 
-_IMAGES_ELSEWHERE = "build and push with docker, podman, buildah or skopeo; kata runs what they make"
+_IMAGES_ELSEWHERE = "build with docker, podman or buildah; kata runs what they make"
 COMMANDS = {
     "build": "docker build or podman build, and then kata run docker-archive:FILE",
     "buildx": _IMAGES_ELSEWHERE,
-    "push": _IMAGES_ELSEWHERE,
     "search": "search with docker, podman or skopeo, and kata pull NAME",
-    "save": "skopeo copy docker://NAME oci-archive:FILE",
-    "export": "kata cp NAME:PATH - > files.tar",
-    "commit": "build an image instead; kata cp NAME:PATH - > files.tar copies files",
-    "diff": "kata cp NAME:PATH - | tar -t lists files",
     "image": "kata images, kata pull, kata rmi",
-    "login": "docker login or podman login; kata reads ~/.docker/config.json",
-    "logout": "docker logout or podman logout; kata reads ~/.docker/config.json",
     "network": "kata run --network user|tap|none; networks between containers are Docker's or CNI's",
     "volumes": "kata volume ls",
     "healthcheck": "kata exec NAME PROGRAM",
@@ -69,11 +62,8 @@ _RUN = "run create"
 _MANY = "start restart stop kill rm pause resume wait"
 OPTIONS: dict[str, dict[str, str]] = {
     _RUN: {
-        "--restart": "restart it by a systemd unit around kata run",
         "--volumes-from": "give both containers the same -v SRC:DST",
-        "--init": "the command is PID 1 of the container: put tini or dumb-init into the image if it has to reap",
-        "--device --device-cgroup-rule": "devices of the host mean nothing in another kernel;"
-        " --privileged has the machine's own",
+        "--device-cgroup-rule": "--device HOST:CONTAINER:rwm",
         "--gpus": "kata run cannot pass devices of the host into a container",
         "--expose": "-p HOST:GUEST; nothing has to be exposed first",
         "--ip": "the machine's address is its own; -p [IP:]HOST:GUEST chooses the host's side",
@@ -114,7 +104,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--kernel-memory": "-m SIZE",
         "--annotation": "--label KEY=VALUE keeps notes",
         "--isolation --disable-content-trust": "leave it out",
-        "--authfile --creds --cert-dir --tls-verify": "docker login or podman login; kata reads ~/.docker/config.json",
+        "--authfile --creds --cert-dir --tls-verify": "kata login, or DOCKER_CONFIG=DIR for another file",
         "--cgroups --cgroup-conf": "leave it out; limits are --cpus, -m, --pids-limit",
         "--chrootdirs": "leave it out: /etc/hosts and /etc/resolv.conf are made for the container's root",
         "--cpu-count --cpu-percent --io-maxbandwidth --io-maxiops": "leave it out; limits are --cpus, -m, --pids-limit",
@@ -122,7 +112,6 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--env-merge": "-e NAME=VALUE",
         "--gidmap --uidmap --subgidname --subuidname": "the machine keeps its users apart from the host's",
         "--hostuser --passwd --passwd-entry": "users are the image's: -u USER takes numbers that it does not know",
-        "--init-path": "the command is PID 1 of the container",
         "--init-ctr --pod-id-file": "pods come from Kubernetes (CRI): docs/kubernetes.md",
         "--personality": "setarch in the container",
         "--preserve-fds --preserve-fd": "descriptors of the host mean nothing in another kernel",
@@ -141,7 +130,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--memory-swap": "the machine has no swap: leave it out",
         "--memory-reservation": "-m SIZE",
         "--cpu-shares -c": "--cpus N",
-        "--restart": "restart it by a systemd unit around kata run",
+        "--restart": "make it anew with kata run -d --restart POLICY",
         "--blkio-* --device-* --cpu-rt-*": "leave it out; limits are --cpus, -m, --pids-limit",
     },
     "exec attach logs top": {"--latest -l": "name it: $(kata ps -aq | head -1)"},
@@ -178,6 +167,29 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--human -H": "leave it out",
         "--platform": "an image is of one platform here: leave it out",
     },
+    "save": {
+        "--format --compress": "leave it out: it is what 'docker save' writes",
+        "--multi-image-archive -m --uncompressed": "leave it out: several images are one archive",
+        "--platform": "an image is of one platform here: leave it out",
+    },
+    "commit": {
+        "--no-pause": "--pause=false",
+        "--format -f": "leave it out: images are kept in one form",
+        "--iidfile": "kata commit NAME > FILE",
+        "--include-volumes": "kata cp NAME:PATH DEST copies what is in a volume",
+        "--squash -s --config": "leave it out: the image has one layer",
+    },
+    "push": {
+        "--all-tags -a": "name each: kata push NAME:TAG",
+        "--platform": "an image is of one platform here: leave it out",
+        "--authfile --creds --cert-dir --tls-verify": "kata login, or DOCKER_CONFIG=DIR for another file",
+        "--digestfile": "kata push -q NAME > FILE",
+        "--disable-content-trust --compress --compression-format --format -f": "leave it out",
+        "--remove-signatures --sign-*": "cosign signs what is at a registry",
+    },
+    "login logout": {"--authfile --cert-dir --tls-verify": "DOCKER_CONFIG=DIR for another file"},
+    "login": {"--get-login --verbose -v": "leave it out"},
+    "diff": {"--latest -l": "name it: $(kata ps -aq | head -1)"},
     "load import": {"--platform": "leave it out: it is this machine's"},
     "import": {"--os --arch --variant": "leave it out: it is this machine's"},
     "wait": {
@@ -221,7 +233,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "pull": {
         "--all-tags -a": "name each: kata pull NAME:TAG",
         "--os --arch --variant": "--platform OS/ARCH",
-        "--authfile --creds --cert-dir --tls-verify": "docker login or podman login; kata reads ~/.docker/config.json",
+        "--authfile --creds --cert-dir --tls-verify": "kata login, or DOCKER_CONFIG=DIR for another file",
         "--disable-content-trust": "leave it out",
     },
 }

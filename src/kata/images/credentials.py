@@ -1,4 +1,4 @@
-"""Registry credentials, as stored by ``docker login``.
+"""Registry credentials, as stored by ``docker login`` and ``kata login``.
 
 They come from ``$DOCKER_CONFIG/config.json`` (by default ``~/.docker/config.json``): ``credHelpers`` names a helper for
 one registry, ``credsStore`` one for all registries, and ``auths`` has the credentials themselves. Helpers are programs
@@ -17,6 +17,9 @@ import json
 import os
 import subprocess
 from typing import Any
+
+from kata import sysio
+from kata.errors import RegistryError
 
 _HUB = "https://index.docker.io/v1/"
 _HELPER_TIMEOUT_S = 60
@@ -56,6 +59,124 @@ def config_path() -> str:
     return os.path.join(directory, "config.json")
 
 
+def save(host: str, user: str, secret: str) -> str:
+    """Keep the credentials for a registry where `find`, Docker and Podman find them.
+
+    Args:
+        host: Host name, with a port if it has one; ``docker.io`` for Docker Hub.
+        user: User name.
+        secret: Password or token.
+
+    Returns:
+        Where they are: the name of a helper program, or the path of the file, in which they are not encrypted.
+
+    Raises:
+        RegistryError: The helper or the file does not take them.
+    """
+    config = _read_config()
+    key = _keys(host)[0]
+    helper = _helper(config, key)
+    if helper:
+        _tell(helper, "store", json.dumps({"ServerURL": key, "Username": user, "Secret": secret}))
+        return f"docker-credential-{helper}"
+    auths = config.setdefault("auths", {})
+    auths[key] = {"auth": base64.b64encode(f"{user}:{secret}".encode()).decode()}
+    return _write_config(config)
+
+
+def erase(host: str) -> bool:
+    """Forget the credentials for a registry.
+
+    Args:
+        host: Host name, with a port if it has one; ``docker.io`` for Docker Hub.
+
+    Returns:
+        Whether there were any.
+
+    Raises:
+        RegistryError: The helper or the file cannot be changed.
+    """
+    had_any = bool(find(host))
+    config = _read_config()
+    keys = _keys(host)
+    helper = _helper(config, keys[0])
+    if helper and had_any:
+        _tell(helper, "erase", keys[0])
+    auths = config.get("auths")
+    if isinstance(auths, dict):
+        ours = [key for key in auths if _host(key) in map(_host, keys)]
+        for key in ours:
+            del auths[key]
+        if ours:
+            _write_config(config)
+    return had_any
+
+
+def hosts() -> list[str]:
+    """The registries that there are credentials for, in the file or by a helper of their own.
+
+    Raises:
+        RegistryError: The file cannot be used.
+    """
+    config = _read_config()
+    found = {_host(key) for key in (*config.get("auths", {}), *(config.get("credHelpers") or {}))}
+    return sorted({"docker.io" if _host(key) in map(_host, _keys("docker.io")) else key for key in found})
+
+
+def _keys(host: str) -> list[str]:
+    """Under which names a registry's credentials may be kept; the first is Docker's."""
+    return [_HUB, "index.docker.io", "docker.io", "registry-1.docker.io"] if host == "docker.io" else [host]
+
+
+def _helper(config: dict[str, Any], key: str) -> str:
+    helpers = config.get("credHelpers")
+    found = helpers.get(key) if isinstance(helpers, dict) else None
+    name = found or config.get("credsStore") or ""
+    if not isinstance(name, str) or "/" in name:
+        raise RegistryError(f"{config_path()} names the credential helper {name!r}, which is no name")
+    return name
+
+
+def _read_config() -> dict[str, Any]:
+    path = config_path()
+    try:
+        with open(path, "rb") as file:
+            config = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RegistryError(f"{path} cannot be used: {error}", "fix or remove the file") from error
+    if not isinstance(config, dict) or not isinstance(config.get("auths", {}), dict):
+        raise RegistryError(f"{path} is not what `docker login` writes", "fix or remove the file")
+    return config
+
+
+def _write_config(config: dict[str, Any]) -> str:
+    path = config_path()
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        # A link to a file elsewhere stays one.
+        sysio.replace_file(os.path.realpath(path), json.dumps(config, indent=8).encode() + b"\n")
+    except OSError as error:
+        raise RegistryError(f"{path} cannot be written: {error.strerror}", "set DOCKER_CONFIG") from error
+    return path
+
+
+def _tell(helper: str, verb: str, text: str) -> None:
+    program = f"docker-credential-{helper}"
+    try:
+        run = subprocess.run(
+            [program, verb], input=text.encode(), capture_output=True, timeout=_HELPER_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RegistryError(
+            f"the credential helper {program} failed: {error}", f"install it, or see {config_path()}"
+        ) from error
+    if run.returncode != 0:
+        said = (run.stdout or run.stderr).decode("utf-8", "backslashreplace").strip()[:200]
+        raise RegistryError(f"the credential helper {program} failed: {said}", f"see {config_path()}")
+
+
 def find(host: str) -> Credentials:
     """Find the credentials for a registry.
 
@@ -72,7 +193,7 @@ def find(host: str) -> Credentials:
         return Credentials()
     except (OSError, ValueError) as error:
         return Credentials(problem=f"{path} cannot be used: {error}")
-    keys = [_HUB, "index.docker.io", "docker.io", "registry-1.docker.io"] if host == "docker.io" else [host]
+    keys = _keys(host)
     helpers = config.get("credHelpers")
     for key in keys:
         if isinstance(helpers, dict) and isinstance(helpers.get(key), str):

@@ -31,7 +31,7 @@ from kata.images import credentials, manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from kata.images.manifest import Descriptor
 
@@ -41,6 +41,8 @@ _ANSWER_S = 60.0
 _WINDOW_S = 60.0
 _LEAST_RATE = 1024
 """Minimum rate of a body in each window, in bytes per second: otherwise single bytes could hold up a pull for ever."""
+_LEAST_UPLOAD_RATE = 16 << 10
+"""Bytes per second that are expected of an upload, beside `_ANSWER_S` for the answer."""
 _LEAST_PROGRESS = 16 << 10
 """Bytes of a layer that an attempt has to fetch in order not to count as a failure."""
 _WORDS_S = 5.0
@@ -118,10 +120,11 @@ class Registry:
 
     Args:
         host: Host of the registry, as in a reference.
-        repository: Path of the repository in the registry.
+        repository: Path of the repository in the registry; "" if only `check_login` is called.
+        account: The credentials; by default those that are stored.
     """
 
-    def __init__(self, host: str, repository: str) -> None:
+    def __init__(self, host: str, repository: str, account: credentials.Credentials | None = None) -> None:
         self.host = host
         self.repository = repository
         self._local = is_loopback(host)
@@ -129,8 +132,9 @@ class Registry:
         if host == "docker.io":
             self._base = "https://registry-1.docker.io"
         self._authorization = ""
-        self._credentials: credentials.Credentials | None = None
+        self._credentials = account
         self.closed = False
+        self._writes = False
         self._slow = False
         self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -237,6 +241,88 @@ class Registry:
                     "the registry or a proxy in between is at fault; try again later",
                 )
 
+    # ---- what is put there ----
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether the repository has a layer or a configuration already.
+
+        Raises:
+            RegistryError: That cannot be asked.
+        """
+        self._writes = True  # nobody else asks
+        path = f"blobs/{digest}"
+
+        def attempt() -> bool:
+            try:
+                self._exchange("HEAD", self._url(path), {}, lambda _: None)
+            except _Failed as error:
+                # Some registries have no word for "not there" but "not allowed", until there is something.
+                if error.status == 404:
+                    return False
+                raise
+            return True
+
+        return bool(self._retry(path, attempt))
+
+    def upload(self, digest: str, size: int, content: Callable[[], Iterable[bytes]]) -> None:
+        """Send a layer or a configuration, in one piece.
+
+        Args:
+            digest: Its ``sha256:...``.
+            size: Bytes of it.
+            content: Returns them, for each attempt anew.
+
+        Raises:
+            RegistryError: It cannot be sent.
+        """
+        self._writes = True
+        octets = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+
+        def attempt() -> None:
+            place = self._exchange("POST", self._url("blobs/uploads/"), {"Content-Length": "0"}, _location)
+            target = httpx.URL(self._redirected(self._url("blobs/uploads/"), place))
+            self._exchange(
+                "PUT",
+                str(target.copy_merge_params({"digest": digest})),
+                octets,
+                lambda _: None,
+                content,
+                _ANSWER_S + size / _LEAST_UPLOAD_RATE,
+            )
+
+        self._retry(f"blobs/{digest}", attempt)
+
+    def put_manifest(self, reference: str, media_type: str, data: bytes) -> str:
+        """Give an image its name. All blobs that the manifest names are there.
+
+        Args:
+            reference: The tag.
+            media_type: What kind of manifest it is.
+            data: Its content.
+
+        Returns:
+            Its digest.
+
+        Raises:
+            RegistryError: The registry does not take it.
+        """
+        self._writes = True
+        headers = {"Content-Type": media_type, "Content-Length": str(len(data))}
+        path = f"manifests/{reference}"
+        self._retry(
+            path,
+            lambda: self._exchange("PUT", self._url(path), headers, lambda _: None, lambda: [data]),
+        )
+        return manifest.digest_of(data)
+
+    def check_login(self) -> None:
+        """Ask the registry whether it lets this account in.
+
+        Raises:
+            RegistryError: It does not, or cannot be asked.
+        """
+        self._retry("", lambda: self._exchange("GET", f"{self._base}/v2/", {}, lambda _: None))
+
     def _receive(self, response: httpx.Response, state: _Download) -> None:
         if state.at and response.status_code != 206:
             state.restart()
@@ -250,20 +336,45 @@ class Registry:
     # ---- requests ----
 
     def _get(self, path: str, headers: dict[str, str], receive: Callable[[httpx.Response], Any]) -> Any:
-        """Make a request, with authorisation and redirects. An error response raises `_Failed`."""
-        url = f"{self._base}/v2/{self.repository}/{path}"
+        """Fetch something, with authorisation and redirects. An error response raises `_Failed`."""
+        return self._exchange("GET", self._url(path), headers, receive)
+
+    def _url(self, path: str) -> str:
+        return f"{self._base}/v2/{self.repository}/{path}"
+
+    def _exchange(
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        receive: Callable[[httpx.Response], Any],
+        content: Callable[[], Iterable[bytes]] | None = None,
+        patience_s: float = _ANSWER_S,
+    ) -> Any:
+        """Make a request, with authorisation and redirects. An error response raises `_Failed`.
+
+        Args:
+            method: GET, HEAD, POST or PUT.
+            url: Where to.
+            headers: Beside those of the authorisation.
+            receive: Called with the response, whose body has not been read yet; its result is returned.
+            content: Returns what is sent, once for each attempt; ``Content-Length`` is among the headers then.
+            patience_s: How long to wait, at most, for the head of a response.
+        """
         authorised = False
         for _ in range(_REDIRECTS + 3):
             sent = dict(headers)
             used = self._authorization
             if used and httpx.URL(url).netloc == httpx.URL(self._base).netloc:
                 sent["Authorization"] = used
-            with self._answer(self._http.build_request("GET", url, headers=sent)) as response:
+            body = content() if content is not None else None
+            request = self._http.build_request(method, url, headers=sent, content=body)
+            with self._answer(request, patience_s) as response:
                 status = response.status_code
                 if status == 416 and "Range" in headers:
                     headers = {key: value for key, value in headers.items() if key != "Range"}
                     continue
-                if status in (200, 206):
+                if status in (200, 201, 202, 204, 206):
                     return receive(response)
                 if status in (301, 302, 303, 307, 308):
                     url = self._redirected(url, response.headers.get("location", ""))
@@ -281,10 +392,10 @@ class Registry:
         raise RegistryError(f"{self.host} redirects in a circle", "try another registry, or later")
 
     @contextlib.contextmanager
-    def _answer(self, request: httpx.Request) -> Iterator[httpx.Response]:
-        """Send a request and wait, at most `_ANSWER_S`, for the head of its response."""
+    def _answer(self, request: httpx.Request, patience_s: float = _ANSWER_S) -> Iterator[httpx.Response]:
+        """Send a request and wait, for a limited time, for the head of its response."""
         request.extensions = {**request.extensions, "trace": self._note_connection}
-        watch = threading.Timer(_ANSWER_S, self._give_up)
+        watch = threading.Timer(patience_s, self._give_up)
         watch.daemon = True
         watch.start()
         try:
@@ -381,7 +492,9 @@ class Registry:
         url = httpx.URL(realm)
         self._check_target(url, "wants a token from")
         assert self._credentials is not None
-        query = {"scope": fields.get("scope") or f"repository:{self.repository}:pull"}
+        query = {
+            "scope": fields.get("scope") or (f"repository:{self.repository}:pull" if self.repository else "")
+        }
         if fields.get("service"):
             query["service"] = fields["service"]
         if self._credentials.identity_token:
@@ -417,17 +530,23 @@ class Registry:
         if error.status in (401, 403):
             found = self._credentials
             if found is not None and found.problem:
-                return RegistryError(
-                    f"{what} is not public, and {found.problem}", f"docker login {self.host}"
-                )
+                return RegistryError(f"{what} is not public, and {found.problem}", f"kata login {self.host}")
             if found:
+                if not self.repository:
+                    return RegistryError(f"{self.host} does not know this account{its_words}", "check both")
+                wanted = "write to" if self._writes else "read"
                 return RegistryError(
-                    f"{self.host} does not let this account read {self.repository}{its_words}",
-                    f"check the name, or log in as another user: docker login {self.host}",
+                    f"{self.host} does not let this account {wanted} {self.repository}{its_words}",
+                    f"check the name, or log in as another user: kata login {self.host}",
+                )
+            if self._writes:
+                return RegistryError(
+                    f"{self.host} lets only accounts write to {self.repository}{its_words}",
+                    f"kata login {self.host}",
                 )
             return RegistryError(
                 f"{what} does not exist or is not public{its_words}",
-                f"check the name; if it is private, docker login {self.host} (kata reads {credentials.config_path()})",
+                f"check the name; if it is private, kata login {self.host} (kata reads {credentials.config_path()})",
             )
         if error.status == 404:
             kind, _, name = path.partition("/")
@@ -440,7 +559,7 @@ class Registry:
         if error.status == 429:
             return RegistryError(
                 f"{self.host} refuses: too many requests{its_words}",
-                f"wait, or docker login {self.host} for a higher limit",
+                f"wait, or kata login {self.host} for a higher limit",
             )
         return RegistryError(
             f"{self.host} answered {error.status} to {path[:100]}{its_words}", "try again later"
@@ -552,6 +671,11 @@ def _tls(host: str) -> ssl.SSLContext:
         except OSError as error:
             raise RegistryError(f"{path} cannot be used: {error}", "fix or remove the file") from error
     return context
+
+
+def _location(response: httpx.Response) -> str:
+    """Where an upload is to go."""
+    return str(response.headers.get("location", ""))
 
 
 def _wait(attempt: int, retry_after: str) -> float:

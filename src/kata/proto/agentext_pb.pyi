@@ -151,11 +151,14 @@ class ReadLayerRequest(Message):
     """Absolute path of the directory at the top."""
     next: bytes
     """From the last answer; empty = from the start."""
+    without_data: bool
+    """Files without their content."""
     def __init__(
         self,
         *,
         directory: str = ...,
         next: bytes = ...,
+        without_data: bool = ...,
     ) -> None: ...
 
 class TrimLayerRequest(Message):
@@ -209,6 +212,8 @@ class LayerEntry(Message):
     links: int
     attributes: list[LayerAttribute]
     """Extended attributes of regular files and directories."""
+    device: int
+    """Of the file system; a number is one file there."""
     def __init__(
         self,
         *,
@@ -223,6 +228,7 @@ class LayerEntry(Message):
         number: int = ...,
         links: int = ...,
         attributes: list[LayerAttribute] = ...,
+        device: int = ...,
     ) -> None: ...
 
 class LayerAttribute(Message):

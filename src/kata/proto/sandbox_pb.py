@@ -16,6 +16,7 @@ _MESSAGES = {
     "DescribeResponse": "json:1:string",
     "AgentCallRequest": "service:1:string method:2:string payload:3:bytes",
     "AgentCallResponse": "payload:1:bytes",
+    "ReadLayerRequest": "id:1:string layer:2:string next:3:bytes without_data:4:bool",
 }
 _ENUMS: dict[str, str] = {}
 SERVICES = {
@@ -32,6 +33,7 @@ SERVICES = {
             "Node": "@agentext.NodeRequest @google.Empty",
             "Remove": "@agentext.RemoveFileRequest @google.Empty",
             "Sync": "@agentext.SyncFilesRequest @google.Empty",
+            "ReadLayer": "@sandbox.ReadLayerRequest @agentext.ReadLayerResponse",
             "Processes": "@agentext.ListProcessesRequest @agentext.ListProcessesResponse",
             "Timings": "@sandbox.TimingsRequest @sandbox.TimingsResponse",
             "Describe": "@sandbox.DescribeRequest @sandbox.DescribeResponse",

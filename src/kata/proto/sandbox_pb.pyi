@@ -92,3 +92,22 @@ class AgentCallResponse(Message):
         *,
         payload: bytes = ...,
     ) -> None: ...
+
+class ReadLayerRequest(Message):
+    id: str
+    """The container."""
+    layer: str
+    """"root": all of it, without what is mounted in it. "image": the image's files. "written": the
+    writable layer, where a character device 0:0 is a file that is gone."""
+    next: bytes
+    """From the last answer; empty = from the start."""
+    without_data: bool
+    """Files without their content."""
+    def __init__(
+        self,
+        *,
+        id: str = ...,
+        layer: str = ...,
+        next: bytes = ...,
+        without_data: bool = ...,
+    ) -> None: ...

@@ -72,6 +72,16 @@ def upper_path(container_id: str) -> str:
     return f"{GUEST_RUN}/{container_id}/upper/fs"
 
 
+def lower_path(container_id: str, *, shared: bool = False) -> str:
+    """The directory in the guest with the files that the writable layer lies over.
+
+    Args:
+        container_id: The container.
+        shared: They are a directory of the host, and not a disk.
+    """
+    return f"{GUEST_SHARE}/{share_name(container_id)}" if shared else f"{GUEST_RUN}/{container_id}/lower"
+
+
 def path(container_id: str) -> str:
     """The container's root directory in the guest."""
     return f"{GUEST_RUN}/{container_id}/rootfs"
@@ -105,7 +115,7 @@ def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = 
         ConfigError: Nothing is known of it, or it is of a kind that there is not.
     """
     base = f"{GUEST_RUN}/{container_id}"
-    shared = f"{GUEST_SHARE}/{share_name(container_id)}"
+    shared = lower_path(container_id, shared=True)
     as_it_is = Storage(
         driver="bind", source=shared, fstype="bind", options=["rbind"], mount_point=path(container_id)
     )

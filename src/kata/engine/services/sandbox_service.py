@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 
-from kata.agent.client import ASK_S, Encoded
+from kata.agent.client import ASK_S, LAYERS, Encoded
 from kata.agent.text import escape_line
+from kata.engine.containers import rootfs
 from kata.engine.containers.process import CREATED
 from kata.engine.standard_streams.stdio import parse_stdio
-from kata.errors import KataError, StateError
+from kata.errors import KataError, StateError, UnsupportedError, UsageError
 from kata.proto import agentext_pb, google_pb, sandbox_pb
 from kata.ttrpc.server import finish
 
@@ -116,6 +117,26 @@ class SandboxService:
     Node = finish(_of_files("Node"))
     Remove = finish(_of_files("Remove"))
     Sync = _of_files("Sync")
+
+    async def ReadLayer(self, request: sandbox_pb.ReadLayerRequest, context: Context) -> Message:
+        self._sandbox.container(request.id)
+        own = self._sandbox.settings.container
+        shared = own is not None and own.rootfs is not None and own.rootfs.kind == "share"
+        directories = {
+            "root": rootfs.path(request.id),
+            "image": rootfs.lower_path(request.id, shared=shared),
+            "written": rootfs.upper_path(request.id),
+        }
+        if request.layer not in directories:
+            raise UsageError(
+                f"there is no layer {request.layer!r} of a container", f"one of {', '.join(directories)}"
+            )
+        agent = await self._sandbox.runtime.ready()
+        if LAYERS not in agent.features:
+            raise UnsupportedError("this guest's agent cannot read a container's layers", "kata guest build")
+        return await agent.read_layer(
+            directories[request.layer], request.next, _FILE_CALL_S, without_data=request.without_data
+        )
 
     # ---- what can be learnt ----
 
