@@ -9,10 +9,10 @@ others or a higher one::
     cli shim
     engine, its client side (engine.launch and the like) included
     hypervisor agent network storage resources images guest
-    trace_export
+    trace_export rootless
     children config management
-    ttrpc oci journal crash metrics confinement rootless
-    proto
+    ttrpc oci journal crash metrics confinement
+    proto own_ids
     acl bpf deferred errors events paths pci_driver launcher host_cache settings sysio tracing
 
 Within a part modules may import one another, but never in a circle, be it by way of types alone: whoever reads one of
@@ -40,10 +40,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "shim"),
     ("engine",),
     ("hypervisor", "agent", "network", "storage", "resources", "images", "guest"),
-    ("trace_export",),
+    ("trace_export", "rootless"),
     ("children", "config", "management"),
-    ("ttrpc", "oci", "journal", "crash", "metrics", "confinement", "rootless"),
-    ("proto",),
+    ("ttrpc", "oci", "journal", "crash", "metrics", "confinement"),
+    ("proto", "own_ids"),
     (
         "acl",
         "bpf",

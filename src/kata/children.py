@@ -508,7 +508,10 @@ def _restrict(namespaces: int, capabilities: Iterable[int] | None, confinement: 
     os.umask(0o077)
     sysio.reset_signals()
     if capabilities is not None:
-        sysio.keep_capabilities(capabilities, confinement.user if confinement is not None else 0)
+        user, keeps_groups = (
+            (confinement.user, confinement.keeps_groups) if confinement is not None else (0, False)
+        )
+        sysio.keep_capabilities(capabilities, user, keeps_groups=keeps_groups)
 
 
 def _move_to_3(

@@ -186,6 +186,7 @@ class Confinement:
         files: How many it may have open; 0 for as many as we.
         locks_memory: It may have all its memory locked, for devices of the host that reach it.
         threads: How many tasks its user may have; 0 for as many as root.
+        keeps_groups: It keeps the groups that it has, although it gets a user of its own.
 
     Attributes:
         handover: Gives the program a descriptor that it would open, if there is one.
@@ -199,6 +200,7 @@ class Confinement:
         "directory",
         "files",
         "handover",
+        "keeps_groups",
         "limits_files",
         "locks_memory",
         "ruleset",
@@ -219,6 +221,7 @@ class Confinement:
         limits_files: bool = True,
         files: int = 0,
         threads: int = 0,
+        keeps_groups: bool = False,
     ) -> None:
         self._code = code
         self._secret = secret
@@ -231,6 +234,7 @@ class Confinement:
         self.files = files
         self.locks_memory = False
         self.threads = threads
+        self.keeps_groups = keeps_groups
         self.handover: Handover | None = None
 
     def close(self) -> None:
@@ -429,6 +433,7 @@ def monitor(
         limits_files=not any_file,
         files=0 if kept else MOST_FILES,
         threads=MOST_THREADS if user else 0,
+        keeps_groups=bool(user) and sysio.in_user_namespace() and not all(map(_is_open_to_all, devices)),
     )
 
 
@@ -463,29 +468,36 @@ def helper(
 def user_of(which: int) -> int:
     """The user id for one of this sandbox's processes; 0 where it has to be root's.
 
-    A sandbox has one engine and an engine one process id, so no two sandboxes have the same at one time.
+    A sandbox has one engine and an engine one process id, so no two sandboxes have the same at one time. In a user
+    namespace, which has fewer ids than there may be processes, they are taken by `kata.own_ids`.
 
     Args:
         which: `MONITOR` or `NETWORK`.
     """
+    if os.geteuid() != 0:
+        return 0
     try:
         first = int(os.environ.get(VARIABLE, "") or FIRST_USER)
     except ValueError:
         first = FIRST_USER
+    if first <= 0:
+        return 0
     user = first + USERS_PER_SANDBOX * os.getpid() + which
-    return user if first > 0 and os.geteuid() == 0 and _is_mapped(user) else 0
+    if _is_mapped(user):
+        return user
+    if not sysio.in_user_namespace():
+        return 0
+    from kata import own_ids
+
+    return own_ids.take(which)
 
 
 def _is_mapped(user: int) -> bool:
     """Whether the user namespace that we are in has this id, for users and groups."""
-    for name in ("uid_map", "gid_map"):
-        for line in sysio.read_file(f"/proc/self/{name}").splitlines():
-            first, _, count = map(int, line.split())
-            if first <= user < first + count:
-                break
-        else:
-            return False
-    return True
+    return all(
+        any(inside <= user < inside + count for inside, _, count in sysio.id_map(kind))
+        for kind in ("uid", "gid")
+    )
 
 
 def is_script(program: str) -> bool:
@@ -527,6 +539,17 @@ def _is_for_all(path: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_open_to_all(device: str) -> bool:
+    """Whether any user may open a device, not only those of a group: that of ``/dev/kvm`` is not one of ours in a user
+    namespace, and cannot be given to anybody who has left it.
+    """
+    try:
+        mode = os.stat(device).st_mode
+    except OSError:
+        return True  # the program says so
+    return mode & 0o6 == 0o6
 
 
 def for_user(fd: int, user: int) -> int:

@@ -224,7 +224,7 @@ def die_with_parent(parent_pid: int, signal_number: int = SIGKILL) -> None:
         raise ProcessLookupError(errno.ESRCH, "the parent process has ended")
 
 
-def keep_capabilities(kept: Iterable[int], user: int = 0) -> None:
+def keep_capabilities(kept: Iterable[int], user: int = 0, *, keeps_groups: bool = False) -> None:
     """Drop all other capabilities, for this process and for programs that it executes (capabilities(7)).
 
     They cannot be regained by exec: they are removed from the bounding set (where that is permitted), the ambient and
@@ -234,6 +234,7 @@ def keep_capabilities(kept: Iterable[int], user: int = 0) -> None:
     Args:
         kept: CAP_* numbers of those to keep; capabilities that this process does not have are ignored.
         user: User and group id to change to, with no other groups; 0 for none.
+        keeps_groups: Keep the other groups.
     """
     mask = sum(1 << number for number in set(kept))
     for number in range(64):
@@ -254,7 +255,8 @@ def keep_capabilities(kept: Iterable[int], user: int = 0) -> None:
             if error.errno != errno.EPERM:  # as above
                 raise
     if user:
-        os.setgroups([])
+        if not keeps_groups:
+            os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
@@ -456,6 +458,20 @@ def dup_above(fd: int, minimum: int) -> int:
 def setns(fd: int, kind: int = 0) -> None:
     """setns(2): move this thread into the namespace behind `fd`; `kind` is a CLONE_NEW* or 0 for any."""
     _check(_c().setns(fd, kind))
+
+
+def id_map(kind: str) -> list[tuple[int, int, int]]:
+    """The ids of the user namespace that this process is in: for each range its first id inside, its first outside, and
+    how many there are. Source: user_namespaces(7).
+
+    Args:
+        kind: ``uid`` or ``gid``.
+    """
+    found = []
+    for line in read_file(f"/proc/self/{kind}_map").splitlines():
+        inside, outside, count = map(int, line.split())
+        found.append((inside, outside, count))
+    return found
 
 
 _foreign: bool | None = None

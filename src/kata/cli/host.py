@@ -97,10 +97,11 @@ def _permissions() -> Check:
         )
     if rootless.user is None:
         return Check("permissions", OK, "running as root")
+    ids = f"one id only: {rootless.lacks}" if rootless.lacks else "with subordinate ids"
     return Check(
         "permissions",
         WARN,
-        f"user {rootless.user} in a user namespace: no limits on the host where no cgroup is delegated"
+        f"user {rootless.user} in a user namespace, {ids}; no limits on the host where no cgroup is delegated"
         + (
             ""
             if os.access(_TUN, os.R_OK | os.W_OK)

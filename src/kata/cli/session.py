@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from kata import paths
+from kata import paths, sysio
 from kata.cli import records
 from kata.cli.pump import Detached, Fifos, OutputGone, Pump, RawTerminal
 from kata.engine.client import EngineClient
@@ -84,6 +84,8 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
     described, notes = machine.machine_settings(asked, conf, grows=limited)
     for topic, note in notes:
         _print_once(topic, f"note: {note}\n")
+    if sysio.in_user_namespace():
+        _say_what_ids_lack()
     disks: list[DiskSettings] = []
     rootfs = RootfsSettings(kind=record["rootfs"]["kind"], upper=record["upper"])
     if rootfs.kind == "erofs":
@@ -156,6 +158,17 @@ def client_policy() -> ClientPolicy:
         host_shaped_stats=False,
         all_controllers=False,
     )
+
+
+def _say_what_ids_lack() -> None:
+    from kata import rootless
+
+    if rootless.lacks:
+        _print_once(
+            "one-id",
+            f"note: only this user's own id is mapped: {rootless.lacks}; containers' files in volumes cannot have other"
+            " owners (docs/rootless.md)\n",
+        )
 
 
 def _print_once(topic: str, text: str) -> None:
