@@ -9,6 +9,7 @@ import io
 import os
 import sys
 
+from kata import sysio
 from kata.errors import KataError, UsageError
 
 TYPE_CHECKING = False
@@ -126,6 +127,10 @@ def dispatch(argv: Sequence[str]) -> int:
     asks_help = any(word in ("--help", "-h") for word in argv[1:2])
     if os.geteuid() != 0 and not asks_help:
         _as_ordinary_user(name, argv)
+    elif sysio.in_user_namespace():
+        from kata import rootless
+
+        rootless.settle_inside()  # podman unshare
     from importlib import import_module
 
     module = import_module(f"kata.cli.{entry[0]}")

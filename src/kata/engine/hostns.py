@@ -36,8 +36,16 @@ class Namespaces:
         os.close(self._network)
 
     def enter(self) -> None:
-        """Go there; for a child that has just been forked."""
-        sysio.setns(self._network, sysio.CLONE_NEWNET)
+        """Go there; for a child that has just been forked.
+
+        The host's network is not entered by root of a user namespace, to whom it does not belong: files are reached all
+        the same, and sockets by their paths (setns(2)).
+        """
+        try:
+            sysio.setns(self._network, sysio.CLONE_NEWNET)
+        except PermissionError:
+            if not sysio.in_user_namespace():
+                raise
         sysio.setns(self._mount, sysio.CLONE_NEWNS)
 
     def open_trees(self, paths: Sequence[str]) -> list[int | OSError]:

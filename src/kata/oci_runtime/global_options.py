@@ -13,7 +13,7 @@ import sys
 import time
 
 from kata import paths
-from kata.errors import UnsupportedError, UsageError
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ global options, in front of a command of a container:
   --log-format text|json  in which form
   --systemd-cgroup        changes nothing: the form of cgroupsPath says whose it is
   --debug, --criu PATH    are accepted, and change nothing: [runtime] enable_debug of the configuration does
-  --rootless auto|false   is accepted; true is refused
+  --rootless auto|true|false  is accepted, and changes nothing: the user whose command it is says it
 """
 
 
@@ -96,11 +96,8 @@ class GlobalOptions:
             if value not in ("text", "json"):
                 raise UsageError(f"there is no log format {value!r}", "--log-format text, or json")
             self.log_format = value
-        elif name == "rootless" and value not in ("auto", "false"):
-            raise UnsupportedError(
-                f"--rootless {value}: this command line makes containers of root's",
-                "An ordinary user runs containers by 'kata run' (docs/rootless.md).",
-            )
+        elif name == "rootless" and value not in ("auto", "true", "false"):
+            raise UsageError(f"--rootless {value!r} is not known", "auto, true or false")
         elif name in ("root", "log"):
             setattr(self, name, value)
 

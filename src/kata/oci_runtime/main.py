@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kata import __version__, paths
+from kata import __version__, paths, sysio
 from kata.cli.args import Command, Option
 from kata.cli.main import name_output
 from kata.errors import KataError, NotFoundError, UnsupportedError, UsageError
@@ -175,8 +175,7 @@ def dispatch(argv: Sequence[str], options: GlobalOptions) -> int:
             raise UnsupportedError(f"this {PROGRAM} has no command {argv[0]!r}", _ELSEWHERE[name])
         raise UsageError(f"unknown command {argv[0]!r}", f"'{PROGRAM} --help' lists the commands")
     arguments = command.parse(argv[1:])
-    if os.geteuid() != 0 and name not in _NEEDS_NO_ROOT:
-        raise KataError(f"{PROGRAM} {name} has to run as root: sandboxes are root's", f"sudo {PROGRAM} ...")
+    _settle(name)
     if name not in container_commands.COMMANDS:
         return _HANDLERS[name](arguments)
     from kata.oci_runtime import containers
@@ -190,6 +189,24 @@ def dispatch(argv: Sequence[str], options: GlobalOptions) -> int:
     from kata.oci_runtime import creation
 
     return creation.HANDLERS[name](arguments, options)
+
+
+def _settle(name: str) -> None:
+    """Have an ordinary user's sandboxes be where that user's are; see `kata.rootless`.
+
+    Raises:
+        HostError: That cannot be.
+    """
+    if os.geteuid() == 0 and not sysio.in_user_namespace():
+        return
+    from kata import rootless
+
+    if os.geteuid() == 0:  # podman has made a user namespace
+        rootless.settle_inside()
+        return
+    rootless.settle()
+    if name not in _NEEDS_NO_ROOT:
+        rootless.enter()
 
 
 def complete(before: Sequence[str], word: str) -> Candidates:

@@ -97,6 +97,7 @@ def main(terminal: bool) -> None:
             if status:
                 posix._exit(status[0])
             posix.kill(posix.getpid(), SIGKILL)
+            posix._exit(128 + SIGKILL)  # the first process of a PID namespace cannot kill itself
 
 
 def _send_size(channel: _socket.socket, terminal: int) -> None:

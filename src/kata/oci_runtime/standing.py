@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 _TIOCSCTTY = 0x540E
+_READY = b"+"
+"""What it says before it executes its program; a failure follows, if there is one."""
 
 
 class Standing:
@@ -72,35 +74,57 @@ def start(
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     word_read, word_write = map(sysio.Fd, os.pipe())
     life_read, life_write = map(sysio.Fd, os.pipe())
+    number_read, number_write = map(sysio.Fd, os.pipe())
     try:
         os.fchmod(sock.fileno(), 0o600)
         with sysio.SocketName(path) as name:
             sock.bind(name)
+        # Podman enters its PID namespace (``podman cp``), which an ordinary user may not do with the host's.
+        own_pids = sysio.CLONE_NEWPID if sysio.in_user_namespace() else 0
+        if own_pids and not orphan:
+            sysio.adopt_orphans(True)
         child = os.fork()
         if child == 0:
+            if orphan or own_pids:
+                _leave_an_orphan(own_pids, number_write.raw)
             flags = sysio.CLONE_NEWNS if own_mounts else 0
-            _become(sock, network, streams, terminal, orphan, flags, word_write.raw, life_read.raw)
+            _become(sock, network, streams, terminal, flags, word_write.raw, life_read.raw)
         word_write.close()
-        if orphan:
+        number_write.close()
+        if orphan or own_pids:
             os.waitpid(child, 0)
+            if not orphan:
+                sysio.adopt_orphans(False)
+            child = int(os.read(number_read.raw, 32) or b"0")
         word = b""
         while piece := os.read(word_read.raw, 256):
             word += piece
-        pid, _, failure = word.decode(errors="replace").partition(" ")
-        if failure or not pid:
-            raise HostError(
-                f"cannot start the process that stands for the container: {failure or 'it ended'}"
-            )
-        return Standing(int(pid), path, life_write.detach())
+        if word != _READY or not child:
+            failure = word.removeprefix(_READY).decode(errors="replace") or "it ended"
+            raise HostError(f"cannot start the process that stands for the container: {failure}")
+        return Standing(child, path, life_write.detach())
     except OSError as error:
         raise HostError(
             f"cannot start the process that stands for the container: {error.strerror}: {error.filename or path}"
         ) from error
     finally:
         sock.close()
-        for end in (word_read, word_write, life_read, life_write):
+        for end in (word_read, word_write, life_read, life_write, number_read, number_write):
             if end.is_open:
                 end.close()
+
+
+def _leave_an_orphan(flags: int, number: int) -> None:
+    """In the child: fork the process that is to be that one, say its number, and end. Returns in that process."""
+    try:
+        if flags:
+            sysio.unshare(flags)
+        pid = os.fork()
+        if pid:
+            os.write(number, str(pid).encode())
+            os._exit(0)
+    except OSError:
+        os._exit(1)
 
 
 def _become(
@@ -108,7 +132,6 @@ def _become(
     network: str,
     streams: Sequence[int],
     terminal: bool,
-    orphan: bool,
     flags: int,
     word: int,
     life: int,
@@ -118,8 +141,6 @@ def _become(
 
     report = word
     try:
-        if orphan and os.fork():
-            os._exit(0)
         os.setsid()
         report = fcntl.fcntl(word, fcntl.F_DUPFD_CLOEXEC, 10)
         sock.listen(1)  # by this process: its number is in the credentials of the connection
@@ -140,13 +161,13 @@ def _become(
             sysio.mount(None, "/", None, sysio.MS_SLAVE | sysio.MS_REC)
         os.chdir("/")
         sysio.reset_signals()
-        os.write(report, str(os.getpid()).encode())
+        os.write(report, _READY)
         sysio.keep_capabilities(())
         program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pid_process.py")
         argv = [sys.executable, "-I", "-S", program, *(["terminal"] if terminal else [])]
         os.execve(argv[0], argv, {})
     except OSError as error:
-        os.write(report, f" {error.strerror}: {error.filename or 'set-up'}".encode())
+        os.write(report, f"{error.strerror}: {error.filename or 'set-up'}".encode())
     finally:
         os._exit(1)
 
