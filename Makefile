@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test screenshots coverage test-kvm conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm test-user conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ coverage: ## the unit tests, and how much of the source they reach; T='tests/uni
 test-kvm: ## the tests with KVM and vsock, in the KVM lab where this machine has none; SHORT=1, T='...'
 	@tools/setup test
 	@tools/run-tests $(if $(SHORT),-m 'not long') $(or $(T),tests/kvm)
+
+test-user: ## the tests of 'kata run' and its kind as an ordinary user; T='...'
+	@tools/setup test
+	@tools/as-user tools/run-tests -p no:cacheprovider $(or $(T),$(addprefix tests/vm/test_cli_,run.py life.py look.py cp.py network.py))
 
 conformance: ## critest against containerd with runc and with kata, writes docs/conformance.md; A='--fresh --only TEXT'
 	@tools/setup test

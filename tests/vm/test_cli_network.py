@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from cli_support import container, vm_pid
+from cli_support import container, needs_root, vm_pid
 from conftest import Kata
 from hypervisor_support import assert_user_network
 from test_confinement import family
@@ -40,7 +40,7 @@ def _hear(address: str, port: int) -> bytes:
     return b""
 
 
-@pytest.mark.parametrize("network", ["user", "tap"])
+@pytest.mark.parametrize("network", ["user", pytest.param("tap", marks=needs_root)])
 def test_a_published_port_is_reachable(network: str, shared_kata: Kata, busybox_image: str) -> None:
     port, banner, private = _free_ports(3)
     script = (
@@ -98,7 +98,7 @@ def _has_nothing_of_the_host(kata: Kata, name: str) -> None:
 KINDS = ("ipc", "mnt", "net", "pid", "user", "uts")
 
 
-@pytest.mark.parametrize("network", ["user", "tap"])
+@pytest.mark.parametrize("network", ["user", pytest.param("tap", marks=needs_root)])
 def test_the_hosts_loopback_is_out_of_reach(network: str, shared_kata: Kata, busybox_image: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as secret:
         port = secret.getsockname()[1]
@@ -124,6 +124,7 @@ def test_without_a_network_there_is_loopback_only(shared_kata: Kata, busybox_ima
     assert all("UP" not in given.split(",") for given in flags.values()), shown
 
 
+@needs_root
 def test_a_user_network_through_a_tap(shared_kata: Kata, busybox_image: str) -> None:
     """As hypervisors have it that take nothing else (tests/kvm); here with QEMU."""
     assert_user_network(shared_kata, busybox_image, "--network", "tap")

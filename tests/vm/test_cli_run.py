@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import needs_root
 from conftest import Kata
 from waiting import Reader, until
 
@@ -589,6 +590,7 @@ def test_a_damaged_guest_is_named(
     assert json.loads(shared_kata.ok("ps", "-a", "--json")) == []
 
 
+@needs_root
 @pytest.mark.parametrize("room", ["1m", "200k"])
 def test_a_full_disk_is_named_and_nothing_is_left(
     shared_kata: Kata, busybox_image: str, tmp_path: Path, room: str
@@ -621,6 +623,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     assert shared_kata.sandboxes() == []
 
 
+@needs_root
 def test_a_disk_that_becomes_full_under_containers(
     shared_kata: Kata, busybox_image: str, tmp_path: Path
 ) -> None:

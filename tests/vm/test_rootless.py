@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,78 @@ def test_what_ordinary_users_are_refused(users: tuple[User, User, str]) -> None:
 
 
 @pytest.fixture
+def with_ids(guest_assets: Path, busybox_image: str) -> Iterator[tuple[Callable[..., str], Path, str]]:
+    """kata of a user who has subordinate ids, its home, and an image."""
+    if shutil.which("newuidmap") is None:
+        pytest.skip("needs newuidmap (apt-get install uidmap)")
+    base = Path(tempfile.mkdtemp(prefix="kata-user-", dir="/tmp"))
+    base.chmod(0o711)
+    home = base / "home"
+    shutil.copytree(ROOT / "src", base / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(guest_assets, base / "guest")
+    shutil.copytree(busybox_image.partition(":")[2], base / "image")
+    subprocess.run(["chmod", "-R", "a+rX", base / "src", base / "guest", base / "image"], check=True)
+    env = {"PATH": os.environ["PATH"], "AS_USER_HOME": str(home), "KATA_GUEST_DIR": str(base / "guest")}
+
+    def kata(*arguments: str) -> str:
+        program = ("/usr/bin/python3", "-I", "-S", str(base / "src/kata/__main__.py"))
+        done = subprocess.run(
+            [ROOT / "tools/as-user", *program, *arguments],
+            env={**env, "KATA_TEMPLATES": "off"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    try:
+        yield kata, home, f"oci:{base}/image"
+    finally:
+        if ids := kata("ps", "-aq").split():
+            kata("rm", "-f", *ids)
+        shutil.rmtree(base)
+
+
+def test_a_users_subordinate_ids(with_ids: tuple[Callable[..., str], Path, str]) -> None:
+    """Files in volumes have the owners that the container gives them, and the hypervisor has an id of its own."""
+    kata, home, image = with_ids
+    assert "in a user namespace, with subordinate ids" in kata("doctor")
+    user = home.stat().st_uid
+    shared = home / "shared"
+    shared.mkdir()
+    os.chown(shared, user, user)
+    none = ("--network", "none")
+    script = "touch /shared/file; chown 5:6 /shared/file; stat -c %u:%g /shared/file; id -u"
+    assert kata("run", "--rm", *none, "-v", f"{shared}:/shared", image, "sh", "-c", script) == "5:6\n0\n"
+    made = (shared / "file").stat()
+    assert made.st_gid - made.st_uid == 1
+    first = made.st_uid - 4
+    assert first > user
+    kata("run", "-d", "--name", "one", *none, image, "sleep", "1000")
+    [engine] = _children_of(1, str(home))
+    [machine] = _children_of(engine)
+    assert Path(f"/proc/{machine}").stat().st_uid > first + 60000
+    os.kill(engine, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{machine}/exe").exists(), "the machine ends with its engine")
+    assert "Exited (137)" in kata("ps", "-a")
+    kata("rm", "one")
+
+
+def _children_of(parent: int, words: str = "") -> list[int]:
+    """The processes of a parent, in whose command lines some words are."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            of_parent = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if of_parent and words in (path / "cmdline").read_text():
+                found.append(int(path.name))
+    return found
+
+
+@pytest.fixture
 def outside(users: tuple[User, User, str], tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """A host's network, and a server in another one that it leads to; each says who it is at port 8000.
 
@@ -280,3 +354,32 @@ def test_an_ordinary_users_network(users: tuple[User, User, str], outside: tuple
     until(lambda: fetched() == "published", "an answer at the published port", poll_s=0.2)
     user.ok("rm", "-f", "web")
     until(lambda: not user.processes(), lambda: f"the end of {user.processes()}")
+
+
+OF_THE_LANE = (
+    "test_cli_run.py::test_a_terminal_is_a_terminal",
+    "test_cli_run.py::test_limits",
+    "test_cli_run.py::test_volumes_of_an_image",
+    "test_cli_life.py::test_stop_is_graceful_and_start_keeps_the_files",
+    "test_cli_cp.py::test_cp_does_not_follow_a_containers_links_out",
+)
+"""A part of what `make test-user` runs."""
+
+
+def test_the_tests_of_the_command_line_as_an_ordinary_user() -> None:
+    if shutil.which("newuidmap") is None:
+        pytest.skip("needs newuidmap (apt-get install uidmap)")
+    as_user = str(ROOT / "tools/as-user")
+    if subprocess.run([as_user, "test", "-r", str(ROOT / "src/kata/__main__.py")], check=False).returncode:
+        pytest.skip("needs a checkout that other users can read")
+    tests = [str(ROOT / "tests/vm" / name) for name in OF_THE_LANE]
+    done = subprocess.run(
+        [as_user, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests],
+        cwd=ROOT,
+        env={name: os.environ[name] for name in ("PATH", "CI", "KATA_TEST_PATIENCE") if name in os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(OF_THE_LANE)} passed" in done.stdout
