@@ -11,6 +11,7 @@ import pytest
 from kata import children
 from kata.errors import HostError, KataError, UnsupportedError, UsageError
 from kata.network import passt, resolver, user
+from kata.network.nested import NestedPlan
 from kata.network.plan import plan
 from kata.settings import NetworkSettings
 
@@ -281,3 +282,12 @@ def test_errors_have_hints() -> None:
         with pytest.raises(KataError) as caught:
             plan(network(mode, ports=[{"host_port": 1, "guest_port": 1, "proto": "x"}]), host())
         assert caught.value.hint
+
+
+def test_an_ordinary_users_udp_ports_go_through_both_programs() -> None:
+    ports = [user.Port("192.0.2.1", 5300, 53, "udp"), user.Port("", 8080, 80, "tcp")]
+    plan = NestedPlan("02:00:00:00:00:01", ports, host(), program="/passt", outer="/pasta")
+    inner = plan.command("--fd", "3")
+    assert inner[inner.index("-u") + 1] == "5300:53"
+    assert inner[inner.index("-t") + 1] == "none"
+    assert [port.outer_spec for port in ports] == ["192.0.2.1/5300", "8080"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,9 +178,9 @@ def test_an_ordinary_user_runs_containers(
 
 def test_what_ordinary_users_are_refused(users: tuple[User, User, str]) -> None:
     user, _, image = users
-    refused = user.call("run", "--rm", "-p", "5353:53/udp", image, "true")
+    refused = user.call("run", "--rm", "-p", "53:53/udp", image, "true")
     assert refused.returncode == 125
-    assert "an ordinary user cannot publish UDP ports" in refused.stderr
+    assert "cannot publish port 53->53/udp: Permission denied" in refused.stderr
     refused = user.call("install", "containerd")
     assert "has to run as root" in refused.stderr
     assert f"user {user.uid} in a user namespace" in user.call("doctor").stdout
@@ -330,18 +331,51 @@ def outside(users: tuple[User, User, str], tmp_path: Path) -> Iterator[tuple[str
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
+ANSWERS_BY_UDP = r"""
+#include <arpa/inet.h>
+#include <stdlib.h>
+#include <string.h>
+int main(int count, char **words) {
+    struct sockaddr_in own = {.sin_family = AF_INET, .sin_port = htons(atoi(words[1]))}, whose;
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    char data[64];
+    if (bind(fd, (void *)&own, sizeof own)) return 1;
+    for (;;) {
+        socklen_t size = sizeof whose;
+        if (recvfrom(fd, data, sizeof data, 0, (void *)&whose, &size) > 0)
+            sendto(fd, words[1], strlen(words[1]), 0, (void *)&whose, size);
+    }
+}
+"""
+"""A program that answers each datagram with the number of its port."""
+
+
 @pytest.mark.skipif(shutil.which("pasta") is None, reason="needs pasta (apt-get install passt)")
 def test_an_ordinary_users_network(users: tuple[User, User, str], outside: tuple[str, list[str]]) -> None:
-    """It leads outside and not to what listens on the host's loopback; TCP ports are published."""
+    """It leads outside and not to what listens on the host's loopback; ports are published."""
     user, _, image = users
     host, around = outside
     look = "for a in 10.77.0.2 127.0.0.1 10.77.0.1 10.0.2.2; do timeout 1 wget -qO- http://$a:8000/who; done; true"
     shown = user.call("run", "--rm", image, "sh", "-c", look, around=around)
     assert (shown.returncode, shown.stdout) == (0, "10.77.0.2\n"), shown.stderr
-    serve = "echo published > /tmp/index.html; exec httpd -f -p 80 -h /tmp"
-    started = user.call(
-        "run", "-d", "--name", "web", "-p", "8080:80", image, "sh", "-c", serve, around=around
+    answering = user.directory.parent / "answering"
+    answering.mkdir()
+    compiler = ["gcc", "-static", "-x", "c", "-o", str(answering / "udp"), "-"]
+    subprocess.run(compiler, input=ANSWERS_BY_UDP, text=True, check=True)
+    serve = (
+        "echo published > /tmp/index.html; httpd -p 80 -h /tmp; /answering/udp 54 & exec /answering/udp 53"
     )
+    options = (
+        "-p",
+        "8080:80",
+        "-p",
+        "5353:53/udp",
+        "-p",
+        "10.77.0.1:5354:54/udp",
+        "-v",
+        f"{answering}:/answering",
+    )
+    started = user.call("run", "-d", "--name", "web", *options, image, "sh", "-c", serve, around=around)
     assert started.returncode == 0, started.stderr
     fetch = (
         "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8080/', timeout=5).read().decode())"
@@ -352,6 +386,17 @@ def test_an_ordinary_users_network(users: tuple[User, User, str], outside: tuple
         return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
 
     until(lambda: fetched() == "published", "an answer at the published port", poll_s=0.2)
+    ask = (
+        "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2);"
+        " s.sendto(b'?', ('10.77.0.1', int(sys.argv[1]))); print(s.recv(99).decode())"
+    )
+
+    def answers(port: int, inside: str) -> bool:
+        argv = ["ip", "netns", "exec", f"{host[:-1]}b", sys.executable, "-c", ask, str(port)]
+        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip() == inside
+
+    for published in ((5353, "53"), (5354, "54")):
+        until(partial(answers, *published), f"an answer by UDP: {published}", poll_s=0.2)
     user.ok("rm", "-f", "web")
     until(lambda: not user.processes(), lambda: f"the end of {user.processes()}")
 

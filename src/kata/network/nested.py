@@ -5,8 +5,8 @@ loopback. For root a filter sees to that (`kata.network.egress_filter`), which o
 network namespace of the sandbox's own, whose loopback has nobody on it, and pasta carries what leaves that namespace:
 its kernel sends nothing for 127.0.0.0/8 or ::1 out, and pasta maps no address to the host (``--no-map-gw``).
 
-Published TCP ports are the engine's, whose sockets are the host's from before. UDP ports would be passt's, in the
-namespace, where nobody could reach them.
+Published TCP ports are the engine's, whose sockets are the host's from before. UDP ports are pasta's on the host, which
+hands on what comes there to the same port in the namespace, where passt has it.
 
 Sources: pasta(1), user_namespaces(7), network_namespaces(7).
 """
@@ -17,7 +17,7 @@ import os
 import time
 
 from kata import children, confinement, sysio
-from kata.errors import HostError, UnsupportedError
+from kata.errors import HostError
 from kata.network import rtnetlink
 from kata.network.user import HostNetwork, Port, UserPlan
 
@@ -49,9 +49,6 @@ class NestedPlan(UserPlan):
         dns: Name servers that were asked for; empty is the host's.
         program: Path of passt.
         outer: Path of pasta.
-
-    Raises:
-        UnsupportedError: A UDP port cannot be published so.
     """
 
     def __init__(
@@ -66,15 +63,14 @@ class NestedPlan(UserPlan):
         super().__init__(mac, ports, host, dns, program, carries_tcp=True)
         self._outer_program = outer
         self._outer = children.SupervisedChild("the user network (pasta)")
-        for port in ports:
-            if port.proto == "udp":
-                raise UnsupportedError(
-                    f"port {port}: an ordinary user cannot publish UDP ports", "docs/rootless.md"
-                )
         # Where the host's only resolver is on its loopback, pasta hands on what is sent to this address, and passt
         # carries it there like anything else.
         self._names = [address for address in (self._forward4, self._forward6) if address]
         self._forward4 = self._forward6 = ""
+
+    def port_spec(self, port: Port) -> str:
+        """See `UserPlan.port_spec`: in the namespace, whose addresses are not those of the host for long."""
+        return f"{port.host_port}:{port.guest_port}"
 
     def guard(self, journal: Journal, name: str) -> list[str]:
         """Enter a network namespace without the host's loopback, for good; see `UserPlan.guard`."""
@@ -108,8 +104,10 @@ class NestedPlan(UserPlan):
             "--no-netns-quit",
         ]
         argv += ["--netns-only", "--netns", _PATH]
-        for option in ("-t", "-u", "-T", "-U"):
+        for option in ("-t", "-T", "-U"):
             argv += [option, "none"]
+        for spec in [port.outer_spec for port in self.ports if port.proto == "udp"] or ["none"]:
+            argv += ["-u", spec]
         for address in self._names:
             argv += ["--dns-forward", address]
         self._outer.start(

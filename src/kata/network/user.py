@@ -67,10 +67,15 @@ class Port:
         return f"{at}{self.host_port}->{self.guest_port}/{self.proto}"
 
     @property
-    def spec(self) -> str:
-        """The port in the words of passt's ``--tcp-ports`` and ``--udp-ports``."""
+    def outer_spec(self) -> str:
+        """The port on the host alone, in the words of passt's ``--tcp-ports`` and ``--udp-ports``."""
         at = "" if self.everywhere else f"{self.host_ip}/"
-        return f"{at}{self.host_port}:{self.guest_port}"
+        return f"{at}{self.host_port}"
+
+    @property
+    def spec(self) -> str:
+        """The port on the host and in the guest, in these words."""
+        return f"{self.outer_spec}:{self.guest_port}"
 
 
 class HostNetwork:
@@ -369,11 +374,15 @@ class UserPlan(NetworkPlan):
                 argv += ["--dns-forward", address]
         for proto, option in (("tcp", "-t"), ("udp", "-u")):
             carried = proto == "tcp" and self._carries_tcp
-            specs = [port.spec for port in self.ports if port.proto == proto and not carried]
+            specs = [self.port_spec(port) for port in self.ports if port.proto == proto and not carried]
             # Without an explicit "none", passt publishes the UDP port beside each TCP port as well.
             for spec in specs or ["none"]:
                 argv += [option, spec]
         return argv
+
+    def port_spec(self, port: Port) -> str:
+        """How passt is told a port that it publishes."""
+        return port.spec
 
     def sysctls(self) -> list[dict[str, str]]:
         """See `NetworkPlan.sysctls`: nobody on this network may say who the router is."""
