@@ -614,6 +614,35 @@ class LogSettings(Part):
         self.files = files
 
 
+class HealthSettings(Part):
+    """A command that is run in the container again and again, whose outcome says whether it is healthy.
+
+    Args:
+        command: The command, with its arguments.
+        interval_s: Seconds between two checks.
+        timeout_s: Seconds after which a check has failed.
+        start_period_s: Seconds in which failures do not count, before the first success.
+        retries: How many failures in a row make it unhealthy.
+    """
+
+    __slots__ = ("command", "interval_s", "retries", "start_period_s", "timeout_s")
+
+    def __init__(
+        self,
+        *,
+        command: Sequence[str],
+        interval_s: float = 30.0,
+        timeout_s: float = 30.0,
+        start_period_s: float = 0.0,
+        retries: int = 3,
+    ) -> None:
+        self.command = list(command)
+        self.interval_s = interval_s
+        self.timeout_s = timeout_s
+        self.start_period_s = start_period_s
+        self.retries = retries
+
+
 class ContainerSettings(Part):
     """The container with the sandbox's own id, where the client has no other place to describe it.
 
@@ -631,6 +660,7 @@ class ContainerSettings(Part):
         dns_servers: Name servers of its `/etc/resolv.conf`, instead of the host's.
         dns_searches: Domains there that are searched, instead of the host's; `.` for none.
         dns_options: Options there, instead of the host's.
+        health: Its health check; none has none.
     """
 
     __slots__ = (
@@ -641,6 +671,7 @@ class ContainerSettings(Part):
         "dns_searches",
         "dns_servers",
         "extra_hosts",
+        "health",
         "log",
         "open_stdin",
         "record_state",
@@ -665,7 +696,9 @@ class ContainerSettings(Part):
         dns_servers: Sequence[str] = (),
         dns_searches: Sequence[str] = (),
         dns_options: Sequence[str] = (),
+        health: HealthSettings | None = None,
     ) -> None:
+        self.health = health
         self.directory = directory
         self.rootfs = rootfs
         self.volumes = list(volumes)

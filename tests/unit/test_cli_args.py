@@ -214,7 +214,7 @@ def test_detach_keys() -> None:
         (["buildx", "x"], "kata has no command 'buildx'\nhint: build with docker"),
         (["run", "--rmi", "x"], "kata run has no option --rmi\nhint: kata rmi IMAGE afterwards"),
         (["run", "--net", "none", "x"], "it is called --network"),
-        (["run", "--health-interval", "5s", "x"], "kata exec NAME PROGRAM"),
+        (["run", "--health-startup-cmd", "y", "x"], "--health-cmd and --health-start-period do it"),
         (["run", "--device-read-bps", "/dev/vda:1mb", "x"], "limits are --cpus"),
         (["run", "--device-cgroup-rule", "c 1:1 r", "x"], "--device HOST:CONTAINER:rwm"),
         (["port", "--format", "{{.ID}}", "x"], "--json, and jq"),

@@ -59,6 +59,7 @@ OF_CONTAINERS = (
         "ancestor",
         "before",
         "exited",
+        "health",
         "id",
         "label",
         "name",
@@ -120,6 +121,7 @@ def containers(
             or (images[value] != "" and images[value] == c.record["image"]["id"])
         ),
     )
+    add("health", lambda c, _, value: _health_of(c) == value)
     add("before", lambda c, _, value: str(c.record["created_at"]) < times[value])
     add("since", lambda c, _, value: str(c.record["created_at"]) > times[value])
     add("network", lambda c, _, value: c.record["network"] == value)
@@ -243,3 +245,11 @@ def moment(text: str, option: str) -> float:
             f"{option} {text!r} is no time",
             "2026-01-31T12:00:00Z, seconds since 1970, or how long ago: 10m, 1h30m",
         ) from None
+
+
+def _health_of(container: Container) -> str:
+    from kata.cli import health
+
+    if not container.record.get("health"):
+        return "none"
+    return str((health.of(container) or {}).get("Status", "starting"))

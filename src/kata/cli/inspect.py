@@ -162,6 +162,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             "Error": str(state.get("error") or ""),
             "StartedAt": state.get("started_at") or _NEVER,
             "FinishedAt": state.get("finished_at") or _NEVER,
+            **_health(container),
         },
         "Image": record["image"]["id"],
         "LogPath": container.log,
@@ -231,6 +232,14 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             "Networks": {record["network"]: {"IPAddress": ""}} if record["network"] != "none" else {},
         },
     }
+
+
+def _health(container: Container) -> dict[str, Any]:
+    if not container.record.get("health"):
+        return {}
+    from kata.cli import health
+
+    return {"Health": health.of(container) or {"Status": "starting", "FailingStreak": 0, "Log": []}}
 
 
 def _restarts(container: Container) -> int:

@@ -104,11 +104,17 @@ COMMANDS = {
 # ---- ps ----
 
 
-def status_text(state: dict[str, Any]) -> str:
-    """Docker's words for a state: ``Up 3 minutes``, ``Exited (1) 2 hours ago``."""
+def status_text(container: Container, state: dict[str, Any]) -> str:
+    """Docker's words for a state: ``Up 3 minutes (healthy)``, ``Exited (1) 2 hours ago``."""
     status = state["status"]
     if status == records.RUNNING:
-        return f"Up {table.age(str(state.get('started_at', '')))}"
+        up = f"Up {table.age(str(state.get('started_at', '')))}"
+        if not container.record.get("health"):
+            return up
+        from kata.cli import health
+
+        found = (health.of(container) or {}).get("Status", "starting")
+        return f"{up} ({'health: starting' if found == 'starting' else found})"
     if status == records.PAUSED:
         return f"Up {table.age(str(state.get('started_at', '')))} (Paused)"
     if status == records.EXITED:
@@ -166,7 +172,7 @@ def _ps(arguments: Arguments) -> int:
                 record["image"]["reference"],
                 _command(record["args"], full),
                 f"{table.age(record['created_at'])} ago",
-                status_text(state),
+                status_text(container, state),
                 ", ".join(map(port_text, record["ports"])),
                 container.name,
             ]
@@ -210,7 +216,7 @@ def _fields(container: Container, state: dict[str, Any], full: bool) -> dict[str
         "Command": f'"{_command(record["args"], full)}"',
         "CreatedAt": record["created_at"],
         "RunningFor": f"{table.age(record['created_at'])} ago",
-        "Status": status_text(state),
+        "Status": status_text(container, state),
         "State": state["status"],
         "ExitCode": int(state.get("exit_code", 137)) if state["status"] == records.EXITED else 0,
         "Ports": ", ".join(map(port_text, record["ports"])),

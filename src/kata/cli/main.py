@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "port": ("listing", "list a container's published ports"),
     "inspect": ("inspect", "show everything about containers and images as JSON"),
     "events": ("events", "show what happened to sandboxes and containers, and what happens now"),
+    "healthcheck": ("healthcheck", "run the health check of a container once"),
     "stats": ("listing", "show the resource usage of containers"),
     "metrics": ("metrics", "print the metrics of a sandbox as Prometheus reads them"),
     "cp": ("copy", "copy files between a container and the host"),

@@ -50,6 +50,14 @@ _MORE = [
     Option("--tz", "ZONE|local", "time zone, from the host's files (Europe/Paris)"),
     Option("--stop-timeout", "SECONDS", "how long 'kata stop' waits before SIGKILL (10)"),
     Option("--restart", "no|always|unless-stopped|on-failure[:N]", "have systemd start it again; with -d"),
+    Option(
+        "--health-cmd", "COMMAND", "a shell command that succeeds if the container is well; 'none' for none"
+    ),
+    Option("--health-interval", "DURATION", "time between two of these checks (30s)"),
+    Option("--health-timeout", "DURATION", "time after which a check has failed (30s)"),
+    Option("--health-start-period", "DURATION", "time in which failures do not count (0s)"),
+    Option("--health-retries", "N", "how many failures in a row make it unhealthy (3)"),
+    Option("--no-healthcheck", "", "leave the image's health check out"),
     Option("--init", "", "have an init of this host as process 1: it reaps processes and passes signals on"),
     Option("--init-path", "FILE", "that one: a program without libraries (catatonit, tini-static)"),
     Option(
@@ -272,6 +280,10 @@ def make_container(
         }
         if choice.more is not None:
             choice.more.apply(spec, record)
+        if choice.more is not None or image.config.get("Healthcheck"):
+            from kata.cli import health
+
+            record["health"] = health.wanted(arguments, image.config)
         return _commit(pending, record, spec, volumes, id_file)
     except BaseException:
         if pending is not None:

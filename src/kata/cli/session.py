@@ -20,6 +20,7 @@ from kata.settings import (
     ContainerSettings,
     DiskSettings,
     DiskVolumeSettings,
+    HealthSettings,
     LogSettings,
     NetworkSettings,
     PortSettings,
@@ -128,6 +129,7 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
             dns_servers=record.get("dns_servers", ()),
             dns_searches=record.get("dns_searches", ()),
             dns_options=record.get("dns_options", ()),
+            health=HealthSettings(**record["health"]) if record.get("health") else None,
         ),
         disks=disks,
         network=NetworkSettings(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 
 from kata.agent.client import NULL_STDIN
@@ -79,6 +80,9 @@ if TYPE_CHECKING:
         def process_ended(self, container: Container, process: Process) -> None:
             """The end of a process has been reported."""
 
+        def health_changed(self, container: Container, status: str) -> None:
+            """Its health check has come to another conclusion."""
+
         def layer_disks(self) -> LayerDisks:
             """The images of snapshots' layers that the machine has as disks."""
 
@@ -148,6 +152,7 @@ class Container:
             on_reported=self._reported,
         )
         self._task_pid: TaskPid | None = None
+        self._described = described
 
     @property
     def config(self) -> dict[str, Any]:
@@ -316,7 +321,24 @@ class Container:
                 await self._killer.kill_init()
             raise self.record.unwritable(failure)
         self.record.keep_start(self.sandbox.timings.record())
+        self._check_health()
         await self._parts.run_late_hooks("poststart", "running")
+
+    def _check_health(self) -> None:
+        """From now on, see how it is."""
+        if self._described is None or self._described.health is None or not self._described.record_state:
+            return
+        from kata.engine.containers import health
+
+        path = os.path.join(self._described.directory, health.FILE_NAME)
+        checks = health.HealthChecks(
+            self,
+            self._described.health,
+            path,
+            self.sandbox.tasks,
+            lambda status: self.sandbox.health_changed(self, status),
+        )
+        self.sandbox.tasks.create_task(checks.run())
 
     async def _start_exec(self, process: Process, agent: AgentClient) -> None:
         config = dict(process.spec or {})

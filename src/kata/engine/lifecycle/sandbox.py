@@ -325,6 +325,10 @@ class Sandbox:
         if self.client.ends_with_init and not process.exec_id and container.id == self.id:
             self.end()
 
+    def health_changed(self, container: Container, status: str) -> None:
+        """A container's health check has come to another conclusion: ``healthy`` or ``unhealthy``."""
+        self.life_events.record("container.health", container=container.id, health=status)
+
     def start_logger(self, uri: str, container_id: str) -> Logger:
         """Start the logging program that a client wants a container's output to go to.
 
