@@ -4,6 +4,7 @@ What is installed, below PREFIX (``/usr/local``)::
 
     lib/kata/<version>-<digest>/site-packages/   the package and the packages it depends on
     lib/kata/<version>-<digest>/kata-agent       what `kata guest build` puts into the guest
+    lib/kata/<version>-<digest>/kata-inspector   what `kata inspect-image` runs in a guest
     lib/kata/<version>-<digest>/guest/           how it makes one: kernel configuration, list of modules
     lib/kata/manifest.json                       every path that was made
     bin/kata                                     a link to site-packages/kata/__main__.py
@@ -43,6 +44,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SERVICE = ROOT / "deploy/systemd/kata-monitor.service"
 AGENT = ROOT / "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
+INSPECTOR = ROOT / "inspector/target/x86_64-unknown-linux-gnu/release/kata-inspector"
 COMMANDS = {
     "kata": "kata/__main__.py",
     "kata-agent-ctl": "kata/agent_ctl/__main__.py",
@@ -249,7 +251,7 @@ def digest() -> str:
     total = hashlib.sha256(sys.version.encode())
     pinned = [ROOT / "pyproject.toml", ROOT / "tools/constraints.txt", Path(__file__).resolve()]
     pinned += [SERVICE, ROOT / "tools/manpages.py", *sorted((ROOT / "tools/completion").iterdir())]
-    for path in [*_sources(), *_recipes(), AGENT, *pinned]:
+    for path in [*_sources(), *_recipes(), AGENT, INSPECTOR, *pinned]:
         if path.exists():  # the agent is built by now, but before a dry run
             total.update(f"{path.relative_to(ROOT)}\0{path.stat().st_mode}\0".encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
@@ -284,8 +286,9 @@ def fill(tree: Path) -> None:
     # By content, not by time: packages are copied, and a byte code file that looks old is written again.
     compiler = ["-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
     subprocess.run(["/usr/bin/python3", "-I", *compiler, packages, tree / "monitor-packages"], check=True)
-    shutil.copyfile(AGENT, tree / "kata-agent")
-    (tree / "kata-agent").chmod(0o755)
+    for program in (AGENT, INSPECTOR):
+        shutil.copyfile(program, tree / program.name)
+        (tree / program.name).chmod(0o755)
     (tree / "guest").mkdir()
     for path in _recipes():
         shutil.copyfile(path, tree / "guest" / path.name)

@@ -9,6 +9,7 @@ variable                  default                holds
 ``KATA_VC_DIR``           ``/run/vc/sbs``        sandboxes, for tools of the other Kata
 ``KATA_CACHE_DIR``        ``/var/cache/kata``    builds and downloads that can be made again
 ``KATA_AGENT_BINARY``     what came with kata    the agent that `kata guest build` puts into the guest
+``KATA_INSPECTOR_BINARY``  what came with kata    the program that reads images for `kata inspect-image`
 ========================  =====================  ==============================================
 
 Where ``KATA_RUN_DIR`` is not ``/run/kata``, the default of ``KATA_VC_DIR`` is ``$KATA_RUN_DIR/vc/sbs``.
@@ -131,10 +132,16 @@ def agent_binary() -> str:
 
     ``KATA_AGENT_BINARY`` names another one. Whether the file exists is not looked at.
     """
+    return _place("KATA_AGENT_BINARY", _built("agent", "kata-agent"))
+
+
+def inspector_binary() -> str:
+    """The program that reads an image in a guest; likewise, with ``KATA_INSPECTOR_BINARY``."""
+    return _place("KATA_INSPECTOR_BINARY", _built("inspector", "kata-inspector"))
+
+
+def _built(crate: str, program: str) -> str:
     above = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if os.path.basename(above) == "site-packages":
-        default = os.path.join(os.path.dirname(above), "kata-agent")
-    else:
-        target = "agent/target/x86_64-unknown-linux-gnu/release/kata-agent"
-        default = os.path.join(os.path.dirname(above), target)
-    return _place("KATA_AGENT_BINARY", default)
+        return os.path.join(os.path.dirname(above), program)
+    return os.path.join(os.path.dirname(above), crate, "target/x86_64-unknown-linux-gnu/release", program)

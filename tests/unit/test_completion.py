@@ -197,7 +197,7 @@ def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
             ours, set_up.format(script=ROOT / f"tools/completion/kata.{shell}").encode() + b"; : > began\n"
         )
         look("the shell starts", (tmp_path / "began").exists)
-        typed("kata inspe\tweb", "<inspect><web>")
+        typed("kata renam\tweb", "<rename><web>")
         typed("kata stop we\t", "<stop><web>")
         typed("kata run --netw\tnon\timage", "<run><--network><none><image>")
         typed("kata cp wo\t/x a\t", "<cp><worker:/x><a file>")

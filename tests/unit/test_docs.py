@@ -211,7 +211,9 @@ def wrong_commands(text: str) -> list[str]:
     wrong = []
     for line in code(text):
         for part in re.split(r"; +|\||&&|\$\(|#|→", line):
-            match = re.match(r"\s*(?:[A-Z_]+=\S+ +)*(?:sudo +)?(?:tools/)?kata +([a-z]+)\b(.*)", part)
+            match = re.match(
+                r"\s*(?:[A-Z_]+=\S+ +)*(?:sudo +)?(?:tools/)?kata +([a-z]+(?:-[a-z]+)*)\b(.*)", part
+            )
             if match is None:
                 continue
             name, rest = match[1], match[2]

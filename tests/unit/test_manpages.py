@@ -58,7 +58,15 @@ def test_what_looks_like_a_request_is_text() -> None:
 def test_variables_are_those_of_the_module() -> None:
     assert [row[0] for row in manpages.paths_table()] == [
         f"KATA_{name}"
-        for name in ("RUN_DIR", "STATE_DIR", "GUEST_DIR", "VC_DIR", "CACHE_DIR", "AGENT_BINARY")
+        for name in (
+            "RUN_DIR",
+            "STATE_DIR",
+            "GUEST_DIR",
+            "VC_DIR",
+            "CACHE_DIR",
+            "AGENT_BINARY",
+            "INSPECTOR_BINARY",
+        )
     ]
 
 

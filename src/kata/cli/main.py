@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pull": ("image", "fetch an image from a registry or an archive"),
     "push": ("registry_account", "send an image to a registry"),
     "rmi": ("image", "remove images"),
+    "inspect-image": ("inspect_image", "read an image in a machine of its own, and report what is in it"),
     "tag": ("manage", "give an image a further name"),
     "history": ("manage", "show by which steps an image was made"),
     "save": ("export", "write images as an archive that 'docker load' reads"),

@@ -570,7 +570,7 @@ def _run(arguments: Arguments) -> int:
         raise UsageError("a container with --restart runs in the background, and stays", "-d, without --rm")
     keys = detach_keys(arguments.value("detach_keys"))
     auto_remove = arguments.flag("rm")
-    _undo_when_told_to_end()
+    undo_when_told_to_end()
     container = make_container(arguments, auto_remove=auto_remove, detach=detach, made_to_run=True)
     try:
         # Imported only here, after bad input was refused.
@@ -600,7 +600,7 @@ def _run(arguments: Arguments) -> int:
     )
 
 
-def _undo_when_told_to_end() -> None:
+def undo_when_told_to_end() -> None:
     """Make a signal that ends this command undo what was made so far, as an interrupt does.
 
     Once the container has started, signals are passed to it instead. A second signal waits until the undoing is done.

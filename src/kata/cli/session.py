@@ -112,6 +112,8 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
 
             path = volumes.disk(volume["volume"])
         disks.append(DiskSettings(path=path, readonly=False))
+    for disk in record.get("further_disks") or ():
+        disks.append(DiskSettings(path=disk["path"], readonly=True, serial=disk["serial"]))
     return SandboxSettings(
         id=container.id,
         client=client_policy(),

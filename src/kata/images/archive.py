@@ -275,6 +275,11 @@ class _Part(io.RawIOBase):
         self._at = offset
         self._end = offset + size
 
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """Descriptor of the file, and offset and size of what is left of the part."""
+        return self._fd, self._at, self._end - self._at
+
     def readable(self) -> bool:
         return True
 

@@ -6,6 +6,7 @@ Source: OCI image specification, ``image-layout.md``.
 from __future__ import annotations
 
 import os
+import stat
 
 from kata.errors import ImageError
 from kata.images import manifest, reference
@@ -78,7 +79,13 @@ class Layout:
         algorithm, _, digits = what.digest.partition(":")
         path = os.path.join(self.path, "blobs", algorithm, digits)
         try:
-            return open(path, "rb")
+            # A named pipe among the blobs would be waited for without O_NONBLOCK.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = open(fd, "rb")  # noqa: SIM115 - the caller closes it
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                file.close()
+                raise ImageError(f"{path} is no regular file", "export the image again")
+            return file
         except FileNotFoundError:
             raise ImageError(
                 f"{self.name}: the blob {what.digest} is missing", "export the image again"

@@ -1,0 +1,511 @@
+//! One image: its layers are read one after the other, and what is to be said of each file is noted as its bytes pass.
+
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::time::Instant;
+
+use crate::elf::{self, Elf};
+use crate::json::{shown, Value};
+use crate::packages::{self, Package};
+use crate::secrets::{self, Secret};
+use crate::tar::{Archive, Member};
+use crate::tree::{clean, Id, Kind, Node, Problem, Tree, ROOT};
+
+const HEAD: u64 = 64 << 10;
+const MAX_TEXT: u64 = 2 << 20;
+const MAX_WHOLE: u64 = 128 << 20;
+const MAX_SCRIPT: usize = 4096;
+const MAX_SCRIPTS: usize = 16 << 20;
+const MAX_OF_A_KIND: usize = 500;
+const MAX_SECRETS_OF_A_FILE: usize = 5;
+const BOMB_SIZE: u64 = 1 << 30;
+const BOMB_RATIO: u64 = 100;
+pub const SHOWN: usize = 500;
+
+/// Bounds of the work on all images together.
+pub struct Limits {
+    pub bytes: u64,
+    pub entries: u64,
+    pub end: Instant,
+}
+
+pub struct Finding {
+    pub kind: &'static str,
+    pub path: String,
+    /// Counted from 1; 0 where it is about no layer.
+    pub layer: u32,
+    pub detail: String,
+}
+
+/// What was noted of a file's content.
+#[derive(Default)]
+pub struct Content {
+    pub packages: Vec<Package>,
+    pub elf: Option<Elf>,
+    pub secrets: Vec<Secret>,
+    /// The beginning of a script, or of a file of settings that is looked at in the end.
+    pub text: Vec<u8>,
+    pub hash: u64,
+}
+
+#[derive(Default)]
+pub struct LayerFacts {
+    pub digest: String,
+    pub kind: String,
+    pub stored: u64,
+    pub bytes: u64,
+    pub entries: u64,
+    pub files: u64,
+    pub whole: bool,
+}
+
+pub struct Image {
+    pub tree: Tree,
+    pub contents: HashMap<Id, Content>,
+    pub layers: Vec<LayerFacts>,
+    pub findings: Vec<Finding>,
+    pub counts: HashMap<&'static str, usize>,
+    pub config: Value,
+    pub has_layers: bool,
+    scripts: usize,
+    buffer: Vec<u8>,
+    /// Contents are compared with another image's.
+    pub hashes: Option<u64>,
+}
+
+enum Stop {
+    /// The rest of this layer cannot be read.
+    Layer(&'static str, String),
+    /// A limit: nothing more is read at all.
+    All(&'static str, String),
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Stop::Layer("bad-layer", error.to_string())
+    }
+}
+
+impl Image {
+    pub fn new(config: Value, hashes: Option<u64>) -> Image {
+        Image {
+            tree: Tree::default(),
+            contents: HashMap::new(),
+            layers: Vec::new(),
+            findings: Vec::new(),
+            counts: HashMap::new(),
+            config,
+            has_layers: true,
+            scripts: 0,
+            buffer: Vec::new(),
+            hashes,
+        }
+    }
+
+    pub fn note(&mut self, kind: &'static str, path: &[u8], layer: u32, detail: impl Into<String>) {
+        let count = self.counts.entry(kind).or_default();
+        *count += 1;
+        if *count <= MAX_OF_A_KIND {
+            let detail: String = detail.into().chars().take(SHOWN).collect();
+            self.findings.push(Finding { kind, path: shown(path, SHOWN), layer, detail });
+        }
+    }
+
+    /// Read one layer; false if a limit was reached that ends all reading.
+    pub fn apply(
+        &mut self,
+        mut archive: Archive,
+        mut facts: LayerFacts,
+        limits: &mut Limits,
+        taken: &dyn Fn() -> u64,
+    ) -> bool {
+        let layer = self.layers.len() as u32;
+        let outcome = self.members(&mut archive, &mut facts, layer, limits, taken);
+        let outcome = match outcome {
+            // What follows the archive's end is part of the layer, and may be hidden data.
+            Ok(()) => match archive.stream.skip(64 << 20) {
+                Err(error) => Err(Stop::Layer("bad-layer", error.to_string())),
+                Ok(_) => Ok(()),
+            },
+            stopped => stopped,
+        };
+        facts.bytes = archive.stream.passed;
+        limits.bytes = limits.bytes.saturating_sub(facts.bytes);
+        facts.whole = outcome.is_ok();
+        self.layers.push(facts);
+        match outcome {
+            Ok(()) => true,
+            Err(Stop::Layer(kind, text)) => {
+                self.note(kind, b"", layer + 1, text);
+                true
+            }
+            Err(Stop::All(kind, text)) => {
+                self.note(kind, b"", layer + 1, text);
+                false
+            }
+        }
+    }
+
+    fn members(
+        &mut self,
+        archive: &mut Archive,
+        facts: &mut LayerFacts,
+        layer: u32,
+        limits: &mut Limits,
+        taken: &dyn Fn() -> u64,
+    ) -> Result<(), Stop> {
+        while let Some(member) = archive.next()? {
+            facts.entries += 1;
+            if limits.entries == 0 {
+                return Err(Stop::All("limit", "the image has more members than are read".into()));
+            }
+            limits.entries -= 1;
+            if facts.entries % 64 == 0 || member.size > 16 << 20 {
+                self.check(archive.stream.passed.saturating_add(member.size), limits)?;
+            }
+            facts.files += u64::from(member.kind == b'0');
+            if let Err(problem) = self.member(archive, &member, layer) {
+                match problem {
+                    Problem::Escapes => {
+                        self.note("path-escape", &member.name, layer + 1, "its name leads out of the root directory");
+                    }
+                    Problem::NoWay => {
+                        self.note(
+                            "odd-member",
+                            &member.name,
+                            layer + 1,
+                            "a parent is no directory or a link to nowhere",
+                        );
+                    }
+                    Problem::TooLong => self.note("odd-name", &member.name, layer + 1, "its name is too long"),
+                }
+            }
+            let (made, packed) = (archive.stream.passed, taken().max(1));
+            if made > BOMB_SIZE && made / packed > BOMB_RATIO {
+                return Err(Stop::Layer("archive-bomb", format!("{packed} bytes unpack to more than {made}")));
+            }
+            if member.size > BOMB_SIZE && self.skim(archive, taken)? {
+                return Err(Stop::Layer("archive-bomb", format!("{packed} bytes unpack to more than {BOMB_SIZE}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Go past a large content in steps; true if it is one that was made to fill disks.
+    fn skim(&mut self, archive: &mut Archive, taken: &dyn Fn() -> u64) -> Result<bool, Stop> {
+        let mut piece = vec![0; 1 << 20];
+        while archive.read(&mut piece)? > 0 {
+            let made = archive.stream.passed;
+            if made > BOMB_SIZE && made / taken().max(1) > BOMB_RATIO {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn check(&self, passed: u64, limits: &Limits) -> Result<(), Stop> {
+        if passed > limits.bytes {
+            return Err(Stop::All("limit", "the image unpacks to more bytes than are read".into()));
+        }
+        if Instant::now() > limits.end {
+            return Err(Stop::All("limit", "there was no time to read all of it".into()));
+        }
+        Ok(())
+    }
+
+    fn member(&mut self, archive: &mut Archive, member: &Member, layer: u32) -> Result<(), Problem> {
+        let mut parts = clean(&member.name)?;
+        if member.name.split(|byte| *byte == b'/').any(|part| part == b"..") {
+            self.note("path-escape", &member.name, layer + 1, "its name has a component '..'");
+        }
+        let Some(name) = parts.pop() else {
+            if member.kind == b'5' {
+                let root = &mut self.tree.nodes[ROOT as usize];
+                (root.mode, root.uid, root.gid) = (member.mode, member.uid, member.gid);
+            } else if !matches!(member.kind, b'x' | b'g') {
+                self.note("odd-member", &member.name, layer + 1, "the root of the file system is no directory");
+            }
+            return Ok(());
+        };
+        let path =
+            [b"/".as_slice(), parts.join(&b'/').as_slice(), if parts.is_empty() { b"".as_slice() } else { b"/" }, name]
+                .concat();
+        self.look_at_name(&path, layer);
+        if let Some(hidden) = name.strip_prefix(b".wh.") {
+            self.whiteout(&parts, hidden, &path, member, layer);
+            return Ok(());
+        }
+        let parent = self.tree.directory(&parts, layer)?;
+        let old = self.tree.node(parent).children.get(name).copied();
+        let kind = match member.kind {
+            b'0' => Kind::File,
+            b'1' => {
+                return {
+                    self.link(parent, name, &path, member, layer);
+                    Ok(())
+                }
+            }
+            b'2' => Kind::Link,
+            b'3' => Kind::Character,
+            b'4' => Kind::Block,
+            b'5' => Kind::Directory,
+            b'6' => Kind::Fifo,
+            other => {
+                self.note(
+                    "odd-member",
+                    &path,
+                    layer + 1,
+                    format!("a member of the unknown type {:?}", char::from(other)),
+                );
+                return Ok(());
+            }
+        };
+        if kind == Kind::Character && (member.major, member.minor) == (0, 0) {
+            self.note("odd-whiteout", &path, layer + 1, "a character device 0:0, as overlayfs writes them");
+            self.tree.remove(parent, name, &path, layer);
+            return Ok(());
+        }
+        if let Some(id) = old {
+            let node = &mut self.tree.nodes[id as usize];
+            if node.kind == Kind::Directory && kind == Kind::Directory {
+                (node.mode, node.uid, node.gid, node.layer) = (member.mode, member.uid, member.gid, layer);
+                return Ok(());
+            }
+            if node.layer == layer && self.has_layers {
+                self.note("odd-member", &path, layer + 1, "the layer has two members of this name");
+            }
+            self.tree.remove(parent, name, &path, layer);
+        }
+        let mut node = Node::new(kind, member.mode, layer);
+        (node.uid, node.gid, node.size) = (member.uid, member.gid, member.size);
+        node.device = (member.major, member.minor);
+        node.capability.clone_from(&member.capability);
+        if kind == Kind::Link {
+            node.target.clone_from(&member.link);
+        }
+        let id = self.tree.add(node);
+        self.tree.nodes[parent as usize].children.insert(name.into(), id);
+        if kind == Kind::File && member.size > 0 && !member.is_sparse {
+            // An error of the stream is met again by who asks for the next member.
+            let _ = self.read_content(&path, id, archive, member.size);
+        }
+        Ok(())
+    }
+
+    fn look_at_name(&mut self, path: &[u8], layer: u32) {
+        if path.iter().all(|byte| (0x20..0x7f).contains(byte)) {
+            return;
+        }
+        let Ok(text) = std::str::from_utf8(path) else {
+            return self.note("odd-name", path, layer + 1, "its name is no UTF-8");
+        };
+        if text.chars().any(char::is_control) {
+            self.note("odd-name", path, layer + 1, "its name has control characters");
+        } else if text.chars().any(
+            |c| matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}'),
+        ) {
+            self.note(
+                "odd-name",
+                path,
+                layer + 1,
+                "its name has characters that cannot be seen or turn the text around",
+            );
+        }
+    }
+
+    fn whiteout(&mut self, parts: &[&[u8]], hidden: &[u8], path: &[u8], member: &Member, layer: u32) {
+        if member.kind != b'0' || member.size != 0 {
+            self.note("odd-whiteout", path, layer + 1, "it is no empty file");
+        }
+        let Some(parent) =
+            self.tree.find(&parts.join(&b'/'), true).filter(|id| self.tree.node(*id).kind == Kind::Directory)
+        else {
+            return self.note("odd-whiteout", path, layer + 1, "there is no such directory");
+        };
+        let base = [b"/".as_slice(), &parts.join(&b'/')].concat();
+        if hidden == b".wh..opq" {
+            if layer == 0 {
+                self.note("odd-whiteout", path, layer + 1, "an opaque directory in the lowest layer");
+            }
+            self.tree.clear(parent, if parts.is_empty() { b"" } else { &base }, layer);
+            return;
+        }
+        if hidden.starts_with(b".wh.") || matches!(hidden, b"" | b"." | b"..") {
+            return self.note("odd-whiteout", path, layer + 1, "a name that hides nothing by the specification");
+        }
+        let target = [if parts.is_empty() { b"".as_slice() } else { &base }, b"/", hidden].concat();
+        match self.tree.node(parent).children.get(hidden).copied() {
+            None => self.note("odd-whiteout", path, layer + 1, "what it hides is not there"),
+            Some(id) if self.tree.node(id).layer == layer => {
+                self.note("odd-whiteout", path, layer + 1, "the same layer has what it hides");
+                if self.tree.node(id).kind == Kind::Directory {
+                    self.tree.clear(id, &target, layer);
+                }
+            }
+            Some(_) => {
+                self.tree.remove(parent, hidden, &target, layer);
+            }
+        }
+    }
+
+    fn link(&mut self, parent: Id, name: &[u8], path: &[u8], member: &Member, layer: u32) {
+        let target = match clean(&member.link) {
+            Ok(parts) => self.tree.find(&parts.join(&b'/'), false),
+            Err(_) => {
+                return self.note(
+                    "path-escape",
+                    path,
+                    layer + 1,
+                    format!("a hard link to {}", shown(&member.link, 200)),
+                );
+            }
+        };
+        match target.filter(|id| self.tree.node(*id).kind != Kind::Directory) {
+            None => self.note(
+                "odd-link",
+                path,
+                layer + 1,
+                format!("a hard link to {}, which is not there", shown(&member.link, 200)),
+            ),
+            Some(id) => {
+                if self.tree.node(parent).children.get(name) != Some(&id) {
+                    self.tree.remove(parent, name, path, layer);
+                    self.tree.nodes[id as usize].names += 1;
+                    self.tree.nodes[parent as usize].children.insert(name.into(), id);
+                }
+            }
+        }
+    }
+
+    /// Note what a regular file's bytes tell.
+    pub fn read_content(&mut self, path: &[u8], id: Id, reader: &mut dyn Read, size: u64) -> io::Result<()> {
+        let mut data = std::mem::take(&mut self.buffer);
+        data.clear();
+        let outcome = self.noted(path, id, reader, size, &mut data);
+        self.buffer = if data.capacity() > 4 << 20 { Vec::new() } else { data };
+        outcome
+    }
+
+    fn noted(&mut self, path: &[u8], id: Id, reader: &mut dyn Read, size: u64, data: &mut Vec<u8>) -> io::Result<()> {
+        let mut content = Content::default();
+        reader.take(HEAD).read_to_end(data)?;
+        let is_elf = data.starts_with(b"\x7fELF");
+        let is_wanted = packages::is_wanted(path);
+        let is_text = !data[..data.len().min(1024)].contains(&0);
+        let most = if is_elf || is_wanted {
+            MAX_WHOLE
+        } else if is_text {
+            MAX_TEXT
+        } else {
+            HEAD
+        };
+        if (data.len() as u64) < size && most > HEAD {
+            reader.take(most - HEAD).read_to_end(data)?;
+        }
+        if is_wanted {
+            match packages::read(path, data) {
+                packages::Found::Packages(found) => content.packages = found,
+                packages::Found::Damaged(text) => {
+                    let layer = self.tree.node(id).layer + 1;
+                    self.note("bad-database", path, layer, text);
+                }
+                packages::Found::Nothing => {}
+            }
+        }
+        if is_elf {
+            content.elf = elf::read(data);
+            if let Some(modules) = elf::go_modules(data) {
+                content.packages.extend(modules.into_iter().take(5000).map(|(name, version)| Package {
+                    kind: "golang",
+                    name: name.chars().take(200).collect(),
+                    version: version.chars().take(200).collect(),
+                    ..Package::default()
+                }));
+            }
+        } else if is_text {
+            content.secrets = secrets::scan(data, is_setting(path), MAX_SECRETS_OF_A_FILE);
+            let is_script = data.starts_with(b"#!");
+            if (is_script || KEPT.contains(&path)) && self.scripts < MAX_SCRIPTS {
+                let most = if is_script { MAX_SCRIPT } else { 64 << 10 };
+                content.text = data[..data.len().min(most)].to_vec();
+                self.scripts += content.text.len();
+            }
+        }
+        if let Some(key) = self.hashes {
+            let mut hash = Hash(key);
+            hash.update(data);
+            let mut piece = Vec::new();
+            while reader.take(HEAD).read_to_end(&mut piece)? > 0 {
+                hash.update(&piece);
+                piece.clear();
+            }
+            content.hash = hash.0;
+        }
+        if self.hashes.is_some()
+            || content.elf.is_some()
+            || !content.packages.is_empty()
+            || !content.secrets.is_empty()
+            || !content.text.is_empty()
+        {
+            self.contents.insert(id, content);
+        }
+        Ok(())
+    }
+}
+
+/// A hash whose key the image's maker does not know: two files of one hash have one content.
+struct Hash(u64);
+
+impl Hash {
+    fn update(&mut self, data: &[u8]) {
+        let mut words = data.chunks_exact(8);
+        for word in &mut words {
+            self.mix(u64::from_le_bytes(word.try_into().unwrap_or_default()));
+        }
+        let mut last = [0; 8];
+        last[..words.remainder().len()].copy_from_slice(words.remainder());
+        self.mix(u64::from_le_bytes(last) ^ words.remainder().len() as u64);
+    }
+
+    fn mix(&mut self, word: u64) {
+        let product = u128::from(self.0 ^ word) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = (product >> 64) as u64 ^ (product as u64).rotate_left(29);
+    }
+}
+
+/// Files whose text the report is about.
+const KEPT: &[&[u8]] =
+    &[b"/etc/passwd", b"/etc/shadow", b"/etc/group", b"/etc/os-release", b"/usr/lib/os-release", b"/etc/ld.so.preload"];
+
+/// Whether a file is of a kind in which people write passwords.
+fn is_setting(path: &[u8]) -> bool {
+    const ENDS: [&[u8]; 12] = [
+        b".env",
+        b".ini",
+        b".cfg",
+        b".conf",
+        b".yml",
+        b".yaml",
+        b".json",
+        b".properties",
+        b".toml",
+        b".npmrc",
+        b".pypirc",
+        b".netrc",
+    ];
+    const APART: [&[u8]; 7] = [
+        b"/usr/share/",
+        b"/usr/lib/",
+        b"/usr/include/",
+        b"/node_modules/",
+        b"/site-packages/",
+        b"/dist-packages/",
+        b"/var/lib/dpkg/",
+    ];
+    let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    (ENDS.iter().any(|end| name.ends_with(end))
+        || name.starts_with(b".env")
+        || name == b"credentials"
+        || name == b".git-credentials")
+        && !APART.iter().any(|part| elf::find(path, part).is_some())
+}

@@ -1,0 +1,236 @@
+//! Reads a container image in a virtual machine without network, and prints a report as JSON.
+//!
+//! The image comes on a read-only disk whose serial is `image`: a header, a plan (JSON), then the layers as they are
+//! stored. A stored image comes as erofs on a disk of its own. Whatever is wrong with an image ends in a finding.
+//! `src/kata/images/handover.py` of the host writes the plan.
+
+mod elf;
+mod image;
+mod json;
+mod mounted;
+mod packages;
+mod report;
+mod rpm;
+mod secrets;
+mod sha256;
+mod stream;
+mod tar;
+mod tree;
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use image::{Image, LayerFacts, Limits};
+use json::{Value, Writer};
+
+const MAGIC: &[u8; 8] = b"KATAINSP";
+const MAX_PLAN: u64 = 32 << 20;
+
+/// The device node of the disk with this serial.
+pub fn disk(serial: &str) -> io::Result<String> {
+    for entry in fs::read_dir("/sys/block")?.flatten() {
+        let base = entry.path();
+        let found = fs::read_to_string(base.join("serial")).unwrap_or_default();
+        if found.trim() != serial {
+            continue;
+        }
+        let numbers = fs::read_to_string(base.join("dev"))?;
+        let (major, minor) =
+            numbers.trim().split_once(':').ok_or_else(|| io::Error::other("a device without numbers"))?;
+        let path = format!("/dev/kata-{serial}");
+        let name = std::ffi::CString::new(path.clone()).map_err(io::Error::other)?;
+        let device = libc::makedev(major.parse().unwrap_or(0), minor.parse().unwrap_or(0));
+        // SAFETY: a string that ends in a zero and outlives the call.
+        if unsafe { libc::mknod(name.as_ptr(), libc::S_IFBLK | 0o400, device) } != 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                return Err(error);
+            }
+        }
+        return Ok(path);
+    }
+    Err(io::Error::other(format!("the machine has no disk {serial}")))
+}
+
+pub struct Plan {
+    pub content: Value,
+    pub disk: Arc<File>,
+}
+
+/// Read the plan from the beginning of the image's disk (or of a file).
+fn plan(path: &str) -> io::Result<Plan> {
+    let disk = File::open(path)?;
+    let mut head = [0; 16];
+    disk.read_exact_at(&mut head, 0)?;
+    let size = u64::from_le_bytes(head[8..].try_into().unwrap_or_default());
+    if &head[..8] != MAGIC || size > MAX_PLAN {
+        return Err(io::Error::other("the disk has no plan"));
+    }
+    let mut text = vec![0; size as usize];
+    disk.read_exact_at(&mut text, 16)?;
+    let content = json::parse(&text).ok_or_else(|| io::Error::other("the plan is no JSON"))?;
+    Ok(Plan { content, disk: Arc::new(disk) })
+}
+
+/// A thread that compares stored layers with their digests; it returns those that differ, by number.
+fn verify(disk: &Arc<File>, layers: &[Value], end: Instant) -> std::thread::JoinHandle<Vec<(usize, String)>> {
+    let wanted: Vec<(u64, u64, String)> = layers
+        .iter()
+        .map(|one| {
+            (one.get("offset").number() as u64, one.get("size").number() as u64, one.get("digest").text().into())
+        })
+        .collect();
+    let disk = disk.clone();
+    std::thread::spawn(move || {
+        let mut found = Vec::new();
+        let mut piece = vec![0; 1 << 18];
+        for (number, (offset, size, digest)) in wanted.into_iter().enumerate() {
+            let Some(digits) = digest.strip_prefix("sha256:").filter(|_| size > 0) else { continue };
+            let mut hash = sha256::Sha256::default();
+            let mut part = stream::Part::new(disk.clone(), offset, size);
+            while let Ok(done @ 1..) = part.read(&mut piece) {
+                hash.update(&piece[..done]);
+                if Instant::now() > end {
+                    return found;
+                }
+            }
+            let is = hash.finish();
+            if is != digits {
+                found.push((number, is));
+            }
+        }
+        found
+    })
+}
+
+fn read_image(plan: &Plan, described: &Value, limits: &mut Limits, hashes: Option<u64>) -> Image {
+    let config = json::parse(described.get("config").text().as_bytes()).unwrap_or(Value::Null);
+    let is_odd = config == Value::Null && !described.get("config").text().is_empty();
+    let mut image = Image::new(config, hashes);
+    if is_odd {
+        image.note("configuration", b"", 0, "the configuration is no JSON that can be read");
+    }
+    let serial = described.get("erofs").text();
+    if !serial.is_empty() {
+        let place = format!("/run/kata-{serial}");
+        match disk(serial).and_then(|device| mounted::mount(&device, &place)) {
+            Ok(()) => mounted::read(&mut image, &place, limits),
+            Err(error) => image.note("bad-layer", b"", 1, format!("the file system cannot be mounted: {error}")),
+        }
+        return image;
+    }
+    let layers = described.get("layers").list();
+    let verified = verify(&plan.disk, layers, limits.end);
+    for (number, layer) in layers.iter().enumerate() {
+        let (offset, size) = (layer.get("offset").number() as u64, layer.get("size").number() as u64);
+        let problem = layer.get("problem").text();
+        if !problem.is_empty() {
+            image.layers.push(LayerFacts { digest: shown_digest(layer), ..LayerFacts::default() });
+            image.note("bad-layer", b"", number as u32 + 1, problem);
+            continue;
+        }
+        let part = stream::Part::new(plan.disk.clone(), offset, size);
+        let counter = part.counter();
+        let mut head = [0; 8];
+        let _ = plan.disk.read_at(&mut head[..size.min(8) as usize], offset);
+        let kind = stream::kind_of(&head);
+        let facts =
+            LayerFacts { digest: shown_digest(layer), kind: kind.into(), stored: size, ..LayerFacts::default() };
+        match stream::unpacked(Box::new(part), kind) {
+            Ok(pieces) => {
+                let archive = tar::Archive::new(pieces);
+                if !image.apply(archive, facts, limits, &|| counter.load(Ordering::Relaxed)) {
+                    break;
+                }
+            }
+            Err(error) => {
+                image.layers.push(facts);
+                image.note("bad-layer", b"", number as u32 + 1, error.to_string());
+            }
+        }
+    }
+    for (number, is) in verified.join().unwrap_or_default() {
+        image.note("digest", b"", number as u32 + 1, format!("the layer's bytes have the digest sha256:{is}"));
+    }
+    image
+}
+
+fn shown_digest(layer: &Value) -> String {
+    layer.get("digest").text().chars().take(200).collect()
+}
+
+fn key() -> u64 {
+    let mut bytes = [0; 8];
+    let _ = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    u64::from_le_bytes(bytes) | 1
+}
+
+fn report(path: &str) -> io::Result<()> {
+    let plan = plan(path)?;
+    let described = plan.content.get("images").list();
+    let bounds = plan.content.get("limits");
+    let hashes = (described.len() > 1).then(key);
+    let began = Instant::now();
+    let mut out = Writer::default();
+    let mut images: Vec<Image> = Vec::new();
+    let share = Duration::from_secs(bounds.get("seconds").number().max(1) as u64 / described.len().max(1) as u64);
+    out.open('{');
+    out.key("format");
+    out.number(1);
+    out.key("images");
+    out.open('[');
+    for one in described {
+        let mut limits = Limits {
+            bytes: bounds.get("bytes").number() as u64,
+            entries: bounds.get("entries").number() as u64,
+            end: Instant::now() + share,
+        };
+        // A fault of ours in reading one image must not take the others' report away.
+        let read = catch_unwind(AssertUnwindSafe(|| read_image(&plan, one, &mut limits, hashes)));
+        let mut image = read.unwrap_or_else(|_| {
+            let mut image = Image::new(Value::Null, hashes);
+            image.note("bad-layer", b"", 0, "the inspector failed while it read the image: please report this");
+            image
+        });
+        report::write(&mut out, &mut image);
+        images.push(image);
+    }
+    out.close(']');
+    if let [new, old] = images.as_slice() {
+        out.key("difference");
+        report::write_difference(&mut out, old, new);
+    }
+    out.key("milliseconds");
+    out.number(began.elapsed().as_millis() as i64);
+    out.close('}');
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(out.finish().as_bytes())?;
+    stdout.write_all(b"\n")
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let outcome = match arguments.get(1).map(String::as_str) {
+        Some("report") => match arguments.get(2) {
+            Some(path) => report(path),
+            None => disk("image").and_then(|path| report(&path)),
+        },
+        _ => {
+            eprintln!("usage: inspector report [FILE]");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("inspector: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! What package managers and languages' installers have recorded.
+//!
+//! Sources: Debian Policy 5 (control files), Alpine's `apk-installed`(5), Python's core metadata, npm's `package.json`,
+//! the JAR file specification and Maven's `pom.properties`.
+
+use miniz_oxide::inflate::decompress_to_vec_with_limit;
+
+use crate::json;
+
+const MAX_PACKAGES: usize = 20_000;
+const MAX_MEMBER: usize = 1 << 20;
+const MAX_NESTING: u32 = 3;
+
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct Package {
+    pub kind: &'static str,
+    pub name: String,
+    pub version: String,
+    pub architecture: String,
+    pub licence: String,
+    /// Where in the file it was, for archives within archives.
+    pub within: String,
+}
+
+pub enum Found {
+    Packages(Vec<Package>),
+    /// It is such a file, and is damaged.
+    Damaged(String),
+    Nothing,
+}
+
+fn package(kind: &'static str, name: &str, version: &str) -> Package {
+    let cut = |text: &str| text.trim().chars().take(200).collect();
+    Package { kind, name: cut(name), version: cut(version), ..Package::default() }
+}
+
+/// Whether a file's whole content is wanted because of its path, be it large or without text.
+pub fn is_wanted(path: &[u8]) -> bool {
+    kind_of(path) != Source::None
+}
+
+#[derive(PartialEq, Clone, Copy, Debug)]
+enum Source {
+    None,
+    Dpkg,
+    DpkgPart,
+    Apk,
+    Rpm,
+    Python,
+    Npm,
+    Java,
+}
+
+fn kind_of(path: &[u8]) -> Source {
+    let text = path.strip_prefix(b"/").unwrap_or(path);
+    let name = text.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    if text == b"var/lib/dpkg/status" || text == b"usr/lib/dpkg/status" {
+        Source::Dpkg
+    } else if text.starts_with(b"var/lib/dpkg/status.d/") && !name.ends_with(b".md5sums") {
+        Source::DpkgPart
+    } else if text == b"lib/apk/db/installed" || text == b"usr/lib/apk/db/installed" {
+        Source::Apk
+    } else if (text.starts_with(b"var/lib/rpm/")
+        || text.starts_with(b"usr/lib/sysimage/rpm/")
+        || text.starts_with(b"usr/share/rpm/"))
+        && matches!(name, b"rpmdb.sqlite" | b"Packages" | b"Packages.db")
+    {
+        Source::Rpm
+    } else if (name == b"METADATA" && text.ends_with(b".dist-info/METADATA"))
+        || (name == b"PKG-INFO" && text.ends_with(b".egg-info/PKG-INFO"))
+        || name.ends_with(b".egg-info")
+    {
+        Source::Python
+    } else if name == b"package.json" {
+        Source::Npm
+    } else if [&b".jar"[..], b".war", b".ear", b".jpi", b".hpi"].iter().any(|end| name.ends_with(end)) {
+        Source::Java
+    } else {
+        Source::None
+    }
+}
+
+/// The packages that a file of this path records.
+pub fn read(path: &[u8], data: &[u8]) -> Found {
+    match kind_of(path) {
+        Source::None => Found::Nothing,
+        Source::Dpkg | Source::DpkgPart => dpkg(data),
+        Source::Apk => apk(data),
+        Source::Rpm => match crate::rpm::read(data) {
+            Ok(packages) => Found::Packages(packages),
+            Err(text) => Found::Damaged(text),
+        },
+        Source::Python => python(data),
+        Source::Npm => npm(data),
+        Source::Java => {
+            let mut found = Vec::new();
+            let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+            let mut budget = 512 << 20;
+            match java(&String::from_utf8_lossy(name), data, "", 0, &mut budget, &mut found) {
+                Some(()) => Found::Packages(found),
+                None => Found::Damaged("the archive cannot be read".into()),
+            }
+        }
+    }
+}
+
+fn lossy(data: &[u8]) -> std::borrow::Cow<'_, str> {
+    String::from_utf8_lossy(data)
+}
+
+fn dpkg(data: &[u8]) -> Found {
+    let text = lossy(data);
+    let mut found = Vec::new();
+    let mut damaged = 0;
+    for paragraph in text.split("\n\n").take(MAX_PACKAGES) {
+        let field = |name: &str| {
+            paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or_default().trim()
+        };
+        if paragraph.trim().is_empty() {
+            continue;
+        }
+        let (name, version) = (field("Package"), field("Version"));
+        let status = field("Status");
+        if name.is_empty() {
+            damaged += 1;
+            continue;
+        }
+        // Removed ones whose settings are still there are no packages of the image.
+        if version.is_empty() || status.contains("config-files") || status.contains("not-installed") {
+            continue;
+        }
+        let mut one = package("deb", name, version);
+        one.architecture = field("Architecture").chars().take(40).collect();
+        found.push(one);
+    }
+    if damaged > 0 && found.is_empty() {
+        return Found::Damaged("no paragraph of it names a package".into());
+    }
+    Found::Packages(found)
+}
+
+fn apk(data: &[u8]) -> Found {
+    let text = lossy(data);
+    let mut found = Vec::new();
+    for paragraph in text.split("\n\n").take(MAX_PACKAGES) {
+        let field = |name: char| {
+            paragraph
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                .unwrap_or_default()
+                .trim()
+                .to_string()
+        };
+        let (name, version) = (field('P'), field('V'));
+        if !name.is_empty() && !version.is_empty() {
+            let mut one = package("apk", &name, &version);
+            one.architecture = field('A').chars().take(40).collect();
+            one.licence = field('L').chars().take(200).collect();
+            found.push(one);
+        }
+    }
+    if found.is_empty() && !text.trim().is_empty() {
+        return Found::Damaged("no paragraph of it names a package".into());
+    }
+    Found::Packages(found)
+}
+
+fn python(data: &[u8]) -> Found {
+    let text = lossy(data);
+    let head = text.split("\n\n").next().unwrap_or_default();
+    let field = |name: &str| {
+        head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or_default().trim()
+    };
+    let (name, version) = (field("Name"), field("Version"));
+    if name.is_empty() || version.is_empty() {
+        return Found::Nothing;
+    }
+    let mut one = package("pypi", name, version);
+    let licence = field("License-Expression");
+    let licence = if licence.is_empty() { field("License") } else { licence };
+    one.licence = licence.chars().take(200).collect();
+    Found::Packages(vec![one])
+}
+
+fn npm(data: &[u8]) -> Found {
+    let Some(document) = json::parse(data) else { return Found::Nothing };
+    let (name, version) = (document.get("name").text(), document.get("version").text());
+    if name.is_empty() || version.is_empty() {
+        return Found::Nothing;
+    }
+    let mut one = package("npm", name, version);
+    one.licence = document.get("license").text().chars().take(200).collect();
+    Found::Packages(vec![one])
+}
+
+// ---- Java ----
+
+struct ZipMember<'a> {
+    name: &'a [u8],
+    method: u16,
+    size: usize,
+    data: &'a [u8],
+}
+
+fn short(data: &[u8], at: usize) -> Option<usize> {
+    Some(usize::from(u16::from_le_bytes(data.get(at..at + 2)?.try_into().ok()?)))
+}
+
+fn long(data: &[u8], at: usize) -> Option<usize> {
+    Some(u32::from_le_bytes(data.get(at..at + 4)?.try_into().ok()?) as usize)
+}
+
+/// The members of a zip archive, by its central directory.
+fn zip(data: &[u8]) -> Option<Vec<ZipMember<'_>>> {
+    let from = data.len().saturating_sub(65_557);
+    let end = from + data[from..].windows(4).rposition(|part| part == b"PK\x05\x06")?;
+    let count = short(data, end + 10)?;
+    let mut at = long(data, end + 16)?;
+    let mut found = Vec::new();
+    for _ in 0..count {
+        if data.get(at..at.checked_add(4)?)? != b"PK\x01\x02" {
+            return None;
+        }
+        let method = short(data, at + 10)? as u16;
+        let (packed, size) = (long(data, at + 20)?, long(data, at + 24)?);
+        let (name, extra, comment) = (short(data, at + 28)?, short(data, at + 30)?, short(data, at + 32)?);
+        let place = long(data, at + 42)?;
+        let name_bytes = data.get(at + 46..at + 46 + name)?;
+        at += 46 + name + extra + comment;
+        // Members whose place is wrong are left out: what is in the directory alone cannot be run either.
+        let Some(skip) = short(data, place.checked_add(26)?).zip(short(data, place + 28)) else { continue };
+        let body = place + 30 + skip.0 + skip.1;
+        let Some(content) = data.get(body..body.saturating_add(packed)) else { continue };
+        found.push(ZipMember { name: name_bytes, method, size, data: content });
+    }
+    Some(found)
+}
+
+fn unpack(member: &ZipMember<'_>, most: usize) -> Option<Vec<u8>> {
+    match member.method {
+        0 => Some(member.data[..member.data.len().min(most)].to_vec()),
+        8 if member.size <= most => decompress_to_vec_with_limit(member.data, most).ok(),
+        _ => None,
+    }
+}
+
+fn java(name: &str, data: &[u8], within: &str, depth: u32, budget: &mut usize, found: &mut Vec<Package>) -> Option<()> {
+    let members = zip(data)?;
+    let mut own = Vec::new();
+    let mut manifest = None;
+    for member in &members {
+        if found.len() + own.len() >= MAX_PACKAGES {
+            break;
+        }
+        if member.name == b"META-INF/MANIFEST.MF" {
+            manifest = unpack(member, MAX_MEMBER);
+        } else if member.name.starts_with(b"META-INF/maven/") && member.name.ends_with(b"/pom.properties") {
+            let Some(text) = unpack(member, MAX_MEMBER) else { continue };
+            let text = lossy(&text).into_owned();
+            let value = |key: &str| {
+                text.lines()
+                    .find_map(|line| line.trim().strip_prefix(key)?.trim_start().strip_prefix('='))
+                    .unwrap_or_default()
+                    .trim()
+                    .to_string()
+            };
+            let (group, artifact, version) = (value("groupId"), value("artifactId"), value("version"));
+            if !artifact.is_empty() && !version.is_empty() {
+                let full = if group.is_empty() { artifact } else { format!("{group}:{artifact}") };
+                let mut one = package("maven", &full, &version);
+                one.within = within.into();
+                own.push(one);
+            }
+        } else if depth < MAX_NESTING && [&b".jar"[..], b".war"].iter().any(|end| member.name.ends_with(end)) {
+            if let Some(inner) = unpack(member, (*budget).min(64 << 20)) {
+                *budget -= inner.len().min(*budget);
+                let inner_name = lossy(member.name).into_owned();
+                let place = if within.is_empty() { inner_name.clone() } else { format!("{within}!{inner_name}") };
+                let short_name = inner_name.rsplit('/').next().unwrap_or_default().to_string();
+                let _ = java(&short_name, &inner, &place, depth + 1, budget, found);
+            }
+        }
+    }
+    if own.is_empty() {
+        own.extend(by_manifest(name, manifest.as_deref(), within));
+    }
+    found.append(&mut own);
+    Some(())
+}
+
+/// What an archive without Maven's records says of itself, be it in its name.
+fn by_manifest(name: &str, manifest: Option<&[u8]>, within: &str) -> Option<Package> {
+    let text = lossy(manifest.unwrap_or_default()).replace("\r\n", "\n").replace("\n ", "");
+    let main = text.split("\n\n").next().unwrap_or_default();
+    let field = |key: &str| {
+        main.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap_or_default().trim().to_string()
+    };
+    let first = |keys: &[&str]| keys.iter().map(|key| field(key)).find(|value| !value.is_empty());
+    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+    let split = stem.match_indices('-').find(|(at, _)| stem[at + 1..].starts_with(|c: char| c.is_ascii_digit()));
+    let (stem_name, stem_version) = split.map_or((stem, ""), |(at, _)| (&stem[..at], &stem[at + 1..]));
+    let version = first(&["Implementation-Version", "Bundle-Version", "Specification-Version"])
+        .unwrap_or_else(|| stem_version.to_string());
+    if version.is_empty() && manifest.is_none() {
+        return None;
+    }
+    let mut one = package("maven", stem_name, if version.is_empty() { "unknown" } else { &version });
+    one.within = within.into();
+    Some(one)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(found: Found) -> Vec<String> {
+        match found {
+            Found::Packages(all) => {
+                all.iter().map(|one| format!("{} {} {}", one.kind, one.name, one.version)).collect()
+            }
+            Found::Damaged(text) => vec![format!("damaged: {text}")],
+            Found::Nothing => vec![],
+        }
+    }
+
+    #[test]
+    fn the_distributions_databases() {
+        let status = b"Package: bash\nStatus: install ok installed\nArchitecture: amd64\nVersion: 5.2-1\n\n\
+            Package: gone\nStatus: deinstall ok config-files\nVersion: 1\n\n";
+        assert_eq!(names(read(b"/var/lib/dpkg/status", status)), ["deb bash 5.2-1"]);
+        assert_eq!(
+            names(read(b"var/lib/dpkg/status.d/base", b"Package: base-files\nVersion: 12\n")),
+            ["deb base-files 12"]
+        );
+        let installed = b"C:Q1\nP:musl\nV:1.2.5-r0\nA:x86_64\nL:MIT\n\nP:busybox\nV:1.36-r1\n\n";
+        assert_eq!(names(read(b"lib/apk/db/installed", installed)), ["apk musl 1.2.5-r0", "apk busybox 1.36-r1"]);
+        assert!(names(read(b"var/lib/dpkg/status", b"\xff\xfe\x00garbage"))[0].starts_with("damaged"));
+    }
+
+    #[test]
+    fn the_languages() {
+        let metadata = b"Metadata-Version: 2.1\nName: requests\nVersion: 2.31.0\nLicense: Apache 2.0\n\nName: no\n";
+        assert_eq!(names(read(b"x/requests-2.31.0.dist-info/METADATA", metadata)), ["pypi requests 2.31.0"]);
+        assert_eq!(names(read(b"a/package.json", br#"{"name":"x","version":"1.0.0"}"#)), ["npm x 1.0.0"]);
+        assert!(names(read(b"a/package.json", br#"{"name":"x"}"#)).is_empty());
+        assert!(names(read(b"a/package.json", b"{{{{")).is_empty());
+    }
+
+    /// A zip archive of members that are only stored.
+    pub fn stored(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let (mut out, mut directory) = (Vec::new(), Vec::new());
+        for (name, data) in members {
+            let mut common = vec![0; 16];
+            common.extend((data.len() as u32).to_le_bytes());
+            common.extend((data.len() as u32).to_le_bytes());
+            common.extend((name.len() as u16).to_le_bytes());
+            common.extend([0, 0]);
+            directory.extend(b"PK\x01\x02\x14\x00");
+            directory.extend(&common[2..]);
+            directory.extend([0; 10]);
+            directory.extend((out.len() as u32).to_le_bytes());
+            directory.extend(name.as_bytes());
+            out.extend(b"PK\x03\x04");
+            out.extend(&common[2..]);
+            out.extend(name.as_bytes());
+            out.extend(*data);
+        }
+        let start = out.len() as u32;
+        out.extend(&directory);
+        out.extend(b"PK\x05\x06\0\0\0\0");
+        out.extend([members.len() as u8, 0, members.len() as u8, 0]);
+        out.extend((directory.len() as u32).to_le_bytes());
+        out.extend(start.to_le_bytes());
+        out.extend([0, 0]);
+        out
+    }
+
+    #[test]
+    fn java_archives_also_within_others() {
+        let inner = stored(&[("META-INF/maven/g/a/pom.properties", b"groupId=g\nartifactId=a\nversion=1.2\n")]);
+        let outer = stored(&[
+            ("META-INF/MANIFEST.MF", b"Manifest-Version: 1.0\r\nImplementation-Version: 3.0\r\n\r\n"),
+            ("BOOT-INF/lib/a-1.2.jar", &inner),
+        ]);
+        let mut found = names(read(b"opt/app-9.jar", &outer));
+        found.sort();
+        assert_eq!(found, ["maven app 3.0", "maven g:a 1.2"]);
+        for length in 0..outer.len() {
+            let _ = read(b"opt/app.jar", &outer[..length]);
+        }
+    }
+}

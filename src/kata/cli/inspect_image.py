@@ -1,0 +1,306 @@
+"""`kata inspect-image`: what is in an image, read in a machine of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+from kata.cli import inspect_kinds, values
+from kata.cli.args import Command, Option
+from kata.errors import ImageError, KataError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from kata.cli.args import Arguments
+    from kata.images.handover import Selection
+    from kata.images.platform import Platform
+
+_SECONDS = 600
+_GRADES = "|".join(inspect_kinds.SEVERITIES)
+_NOTES = """\
+IMAGE is what 'kata run' takes (a name, oci:DIR, oci-archive:FILE, docker-archive:FILE), or - for an archive on
+standard input:  docker save NAME | kata inspect-image -
+
+The image is unpacked and read in a virtual machine without network and with a throw-away disk. An image that is in the
+local store already has no layers any more: its file system is read.
+
+exit status: 0 there is a report, 1 --fail-on was met, 125 there is none, or not a whole one."""
+
+COMMANDS = {
+    "inspect-image": Command(
+        "inspect-image",
+        "IMAGE|-",
+        "Reads an image in a machine of its own, and reports what is in it.",
+        [
+            Option("--json", "", "print the report as JSON"),
+            Option(
+                "--fail-on",
+                "|".join(inspect_kinds.SEVERITIES),
+                "exit with 1 if there is such a finding, or a graver one",
+            ),
+            Option("--platform", "OS/ARCH", "which image of several; this machine's platform if not given"),
+            Option("-m --memory", "SIZE", "memory of the machine (1g)"),
+            Option("--timeout", "SECONDS", f"how long the reading may take ({_SECONDS})"),
+            Option("-q --quiet", "", "show no progress"),
+        ],
+        least=1,
+        most=1,
+        notes=_NOTES,
+    )
+}
+
+
+# ---- which image ----
+
+
+@contextlib.contextmanager
+def _selected(name: str, platform: Platform, *, quiet: bool) -> Iterator[Selection]:
+    """Choose the image that a user names, without reading its layers.
+
+    Raises:
+        KataError: There is no such image, or its manifest cannot be used.
+    """
+    from kata.cli import manage
+    from kata.images import handover
+    from kata.images.archive import Archive
+    from kata.storage.layers import limits_from_environment
+
+    limit = limits_from_environment().size
+    with contextlib.ExitStack() as stack:
+        if name == "-":
+            if os.isatty(0):
+                raise UsageError(
+                    "an archive is expected on standard input, which is a terminal",
+                    "docker save NAME | kata inspect-image -",
+                )
+            spool = stack.enter_context(manage.spooled())
+            handover.spool_input(0, spool.fileno(), limit)
+            source = Archive(spool.name, os.path.dirname(spool.name), limit)
+            chosen = handover.of_source("standard input", source, "", platform)
+        else:
+            chosen = _named(name, platform, limit, quiet=quiet)
+        stack.callback(chosen.close)
+        yield chosen
+
+
+def _named(name: str, platform: Platform, limit: int, *, quiet: bool) -> Selection:
+    from kata import paths
+    from kata.images import handover, resolve, store
+    from kata.images import reference as references
+    from kata.images.archive import Archive
+    from kata.images.convert import Source
+    from kata.images.layout import Layout
+    from kata.images.progress import Terminal
+    from kata.images.pull import RegistrySource
+
+    parsed = None if name.startswith("sha256:") else references.parse(name)
+    if isinstance(parsed, references.LocalImage):
+        if parsed.kind == "rootfs":
+            raise UsageError(
+                "a directory of the host is no image that can be handed over",
+                f"tar -C {parsed.path} -c . | kata import - NAME, then kata inspect-image NAME",
+            )
+        source: Source
+        if parsed.kind == "oci":
+            source = Layout(parsed.path)
+        else:
+            spool = os.path.join(store.directory(), "rootfs")
+            paths.make_dirs(spool, 0o700)
+            source = Archive(parsed.path, spool, limit)
+        return _or_closed(name, source, parsed.tag, platform)
+    try:
+        image = store.find(name)
+    except KataError:
+        if parsed is None:
+            raise
+        with Terminal(parsed.familiar()) as terminal:
+            source = RegistrySource(parsed, (lambda *_: None) if quiet else terminal)
+            return _or_closed(parsed.familiar(), source, "", platform)
+    if not resolve.runs_on(image.platform, platform):
+        raise ImageError(
+            f"the stored image {name} is built for {image.platform}",
+            f"kata inspect-image --platform {image.platform} {name}",
+        )
+    return handover.of_stored(name, image)
+
+
+def _or_closed(name: str, source: Any, tag: str, platform: Platform) -> Selection:
+    from kata.images import handover
+
+    try:
+        return handover.of_source(name, source, tag, platform)
+    except BaseException:
+        source.close()
+        raise
+
+
+# ---- the report ----
+
+
+def _texts(value: object, most: int = 200) -> list[str]:
+    """Strings of a list, or keys of an object, of an image's configuration."""
+    found = list(value) if isinstance(value, (list, dict)) else []
+    return [str(one)[:1000] for one in found[:most]]
+
+
+def described(chosen: Selection) -> dict[str, Any]:
+    """What the configuration says, as far as the report shows it.
+
+    Returns:
+        ``image``, ``configuration`` and ``history``.
+    """
+    import json
+
+    try:
+        config = json.loads(chosen.config)
+    except (ValueError, RecursionError):
+        config = {}
+    if not isinstance(config, dict):
+        config = {}
+    inner = config.get("config")
+    if not isinstance(inner, dict):
+        inner = {}
+    history = config.get("history")
+
+    def text(content: dict[str, Any], key: str, most: int = 1000) -> str:
+        value = content.get(key)
+        return value[:most] if isinstance(value, str) else ""
+
+    labels = inner.get("Labels")
+    platform = "/".join(part for key in ("os", "architecture", "variant") if (part := text(config, key, 50)))
+    return {
+        "image": {
+            "name": chosen.name,
+            "digest": chosen.digest,
+            "platform": platform,
+            "created": text(config, "created", 100),
+        },
+        "configuration": {
+            "user": text(inner, "User"),
+            "working_directory": text(inner, "WorkingDir"),
+            "stop_signal": text(inner, "StopSignal"),
+            "entrypoint": _texts(inner.get("Entrypoint")),
+            "command": _texts(inner.get("Cmd")),
+            "environment": _redacted(_texts(inner.get("Env"))),
+            "ports": _texts(inner.get("ExposedPorts")),
+            "volumes": _texts(inner.get("Volumes")),
+            "labels": [
+                f"{key[:200]}={str(value)[:500]}" for key, value in list(labels.items())[:200]
+            ] if isinstance(labels, dict) else [],
+        },
+        "history": [
+            {
+                "by": text(step, "created_by"),
+                "created": text(step, "created", 100),
+                "empty": step.get("empty_layer") is True,
+            }
+            for step in (history if isinstance(history, list) else [])[:500]
+            if isinstance(step, dict)
+        ],
+    }  # fmt: skip
+
+
+_SECRET_WORDS = ("PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY")
+
+
+def _redacted(variables: list[str]) -> list[str]:
+    shown = []
+    for one in variables:
+        key, _, value = one.partition("=")
+        hide = len(value) >= 6 and any(word in key.upper() for word in _SECRET_WORDS)
+        shown.append(f"{key}={value[:4]}... ({len(value)} characters)" if hide else one)
+    return shown
+
+
+def _inspect(arguments: Arguments) -> int:
+    from kata import __version__
+    from kata.cli import inspect_machine, inspect_schema, inspect_text, table
+    from kata.cli.run import undo_when_told_to_end
+    from kata.images import handover
+    from kata.images import platform as platforms
+    from kata.storage.layers import limits_from_environment
+
+    grade = arguments.value("fail_on")
+    if grade is not None and grade not in inspect_kinds.SEVERITIES:
+        raise UsageError(
+            f"--fail-on {grade!r} is not offered", "one of " + ", ".join(inspect_kinds.SEVERITIES)
+        )
+    seconds = values.whole(arguments.value("timeout") or str(_SECONDS), "--timeout", least=1)
+    memory = values.container_memory(arguments.value("memory") or "1g")
+    asked = arguments.value("platform")
+    platform = platforms.parse(asked) if asked else platforms.host()
+    quiet = arguments.flag("quiet")
+    undo_when_told_to_end()
+    limits = limits_from_environment()
+    bounds = {"bytes": limits.size, "entries": limits.entries, "seconds": seconds}
+    with _selected(arguments.rest[0], platform, quiet=quiet) as chosen:
+        programs = inspect_machine.tools()
+        report: dict[str, Any] = {
+            "format": 1,
+            "tool": f"kata {__version__}",
+            **described(chosen),
+            "problem": "",
+            "found": None,
+        }
+
+        def fill(path: str) -> list[dict[str, Any]]:
+            handover.write(path, [chosen], bounds, {})
+            disks = [{"path": path, "serial": "image"}]
+            if chosen.erofs:
+                disks.append({"path": chosen.erofs, "serial": handover.serial_of(0)})
+            return disks
+
+        container = inspect_machine.make(fill, ["/inspector", "report"], programs=programs, memory=memory)
+    answer = inspect_machine.run(container, seconds, None if quiet else _progress(report["image"]["name"]))
+    if not answer.problem and answer.status:
+        said = answer.errors.decode("utf-8", "replace").strip()[:500]
+        answer.problem = f"the inspector failed with status {answer.status}: {said or 'it does not say why'}"
+    if not answer.problem:
+        try:
+            content = inspect_schema.parse(answer.output, 1)
+        except ImageError as error:
+            answer.problem = error.message
+        else:
+            report["found"] = content["images"][0]
+    report["problem"] = answer.problem
+    if arguments.flag("json"):
+        table.show_json(report)
+    else:
+        inspect_text.show(report)
+    if answer.problem:
+        raise ImageError(
+            f"the image {report['image']['name']} could not be read: {table.printable(answer.problem)}",
+            "it may be made to do this; --memory and --timeout give the machine more",
+        )
+    return 1 if grade is not None and _fails(report["found"], grade) else 0
+
+
+def _fails(found: dict[str, Any], grade: str) -> bool:
+    worst = inspect_kinds.SEVERITIES.index(grade)
+    return any(
+        count and inspect_kinds.SEVERITIES.index(inspect_kinds.severity(kind)) <= worst
+        for kind, count in found["counts"].items()
+    )
+
+
+def _progress(name: str) -> Any:
+    """Shows on a terminal how long it takes, from the second second on."""
+    if not sys.stderr.isatty():
+        return None
+    from kata.cli.table import printable
+
+    title = printable(name)[:60]
+
+    def tick(passed: float) -> None:
+        if passed > 1:
+            sys.stderr.write(f"\r{title}: read in a machine, {passed:.0f} s\033[K")
+            sys.stderr.flush()
+
+    return tick
+
+
+HANDLERS = {"inspect-image": _inspect}

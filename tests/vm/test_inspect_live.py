@@ -1,0 +1,95 @@
+"""`kata inspect-image` with machines: what was planted in an image is found, and nothing of it happens on the host."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Kata
+from image_support import docker_save, layer, member, simple_layout
+
+SUDO = "Package: sudo\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1.9.13p3-1\n\n"
+
+
+def inspected(kata: Kata, image: str, *options: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(kata.ok("inspect-image", "--json", "-q", *options, image))
+    assert document["problem"] == ""
+    return document
+
+
+def findings(document: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(one["kind"], one["path"]) for one in document["found"]["findings"]}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with a bit of everything, in two layers."""
+    key = "-----BEGIN RSA PRIVATE KEY-----\n" + "Ab1+" * 60 + "\n-----END RSA PRIVATE KEY-----\n"
+    first = layer(
+        member("etc/passwd", content=b"root:x:0:0::/:/bin/sh\ntoor::0:0::/:/bin/sh\n"),
+        member("root/.ssh/id_rsa", content=key.encode(), mode=0o600),
+        member("usr/bin/su", content=b"\x7fELF", mode=0o4755),
+        member("var/lib/dpkg/status", content=SUDO.encode()),
+        member("dev/sda", "block", device=(8, 0)),
+        member("opt/<script>alert(1)</script>", content=b"x", mode=0o666),
+    )
+    second = layer(
+        member("root/.ssh/.wh.id_rsa"),
+        member("../../etc/cron.d/evil", content=b"x"),
+        member("bin/start", content=b"#!/bin/sh\nexec su\n", mode=0o755),
+    )
+    config = {"Entrypoint": ["/bin/start"], "Env": ["DB_PASSWORD=hunter2hunter2"]}
+    return simple_layout(
+        tmp_path_factory.mktemp("planted") / "oci", first, second, how="gzip", config=config
+    )
+
+
+def test_what_was_planted_is_found(shared_kata: Kata, planted: Path) -> None:
+    document = inspected(shared_kata, f"oci:{planted}")
+    assert findings(document) == {
+        ("account", "/etc/passwd"),
+        ("secret", "/root/.ssh/id_rsa"),
+        ("set-uid", "/usr/bin/su"),
+        ("device-node", "/dev/sda"),
+        ("world-writable", "/opt/<script>alert(1)</script>"),
+        ("path-escape", "../../etc/cron.d/evil"),
+        ("secret-in-configuration", ""),
+        ("entry-point", "/bin/start"),  # there is no /bin/sh
+    }
+    [secret] = [one for one in document["found"]["findings"] if one["kind"] == "secret"]
+    assert "hidden by layer 2" in secret["detail"]
+    assert [(one["name"], one["version"]) for one in document["found"]["packages"]] == [
+        ("sudo", "1.9.13p3-1")
+    ]
+    assert [one["path"] for one in document["found"]["hidden"]["largest"]] == ["/root/.ssh/id_rsa"]
+    assert document["found"]["start"]["scripts"][0]["text"].startswith("#!/bin/sh")
+    assert [one["whole"] for one in document["found"]["layers"]] == [True, True]
+
+
+def test_an_archive_on_standard_input(shared_kata: Kata, tmp_path: Path) -> None:
+    damaged = layer(member("a", content=b"x" * 5000))[:3000]
+    archive = docker_save(
+        tmp_path / "saved.tar", [{"layers": [layer(member("bin/x", mode=0o2755)), damaged]}]
+    )
+    with archive.open("rb") as file:
+        done = subprocess.run(
+            shared_kata.command("inspect-image", "--json", "--fail-on", "high", "-"),
+            stdin=file, capture_output=True, env=shared_kata.env, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout)
+    assert findings(document) == {("set-gid", "/bin/x"), ("bad-layer", "")}
+    assert [one["whole"] for one in document["found"]["layers"]] == [True, False]
+
+
+def test_a_stored_image_and_nothing_is_left(shared_kata: Kata, busybox_image: str) -> None:
+    identity = shared_kata.ok("pull", "-q", busybox_image).strip()
+    document = inspected(shared_kata, identity)
+    assert document["found"]["has_layers"] is False
+    assert document["found"]["totals"]["programs"] == 1
+    assert document["found"]["start"]["path"].endswith("/sh")
+    assert "static program" in shared_kata.ok("inspect-image", identity)
+    assert shared_kata.ok("ps", "-aq") == ""
