@@ -98,7 +98,6 @@ def test_sysctl_and_annotation_keys_are_not_field_names() -> None:
         {"process": "x"},
         {"process": {"args": "not a list"}},
         {"process": {"args": ["x"], "user": {"uid": -1}}},
-        {"process": {"args": ["x"], "noSuchKey": 1}},
         {"linux": {"resources": {"memory": {"limit": "lots"}}}},
     ],
 )
@@ -106,6 +105,15 @@ def test_malformed_spec_is_named_not_a_traceback(change: dict[str, Any]) -> None
     with pytest.raises(ConfigError) as caught:
         spec.to_message(guest_view({**docker_like(), **change})).encode()
     assert "specification" in caught.value.message
+
+
+def test_members_that_the_specification_does_not_have_are_passed_over() -> None:
+    config = {**docker_like(), "extra": {"deep": 1}}
+    config["process"]["noSuchKey"] = config["linux"]["resources"]["other"] = 1
+    unknown: list[str] = []
+    message = spec.to_message(guest_view(config), unknown)
+    assert sorted(unknown) == ["Extra", "NoSuchKey", "Other"]
+    assert message == spec.to_message(guest_view(docker_like()))
 
 
 def test_what_cannot_be_carried_is_told() -> None:

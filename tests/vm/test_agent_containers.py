@@ -252,7 +252,7 @@ def test_start_hooks_run_inside(guest: Guest) -> None:
     good.remove()
     fails = oci.Hooks(StartContainer=[oci.Hook(Path="/bin/false")])
     bad = Container(guest, "hooked", "true", start=False, hooks=fails)
-    assert "startContainer hook /bin/false: exit status 1" in error(bad.start)[1]
+    assert "error running startContainer hook #0: /bin/false: exit status 1" in error(bad.start)[1]
     bad.remove()
 
 

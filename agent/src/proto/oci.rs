@@ -131,6 +131,8 @@ pub struct User {
     pub gid: u32,
     pub additional_gids: Vec<u32>,
     pub username: String,
+    /// Ours: of files that the process makes; without it, 0022.
+    pub umask: Option<u32>,
 }
 
 impl Message for User {
@@ -139,6 +141,7 @@ impl Message for User {
         codec::put_uint32(out, 2, self.gid);
         codec::put_repeated_uint32(out, 3, &self.additional_gids);
         codec::put_string(out, 4, &self.username);
+        codec::put_optional_uint32(out, 1000, &self.umask);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -147,6 +150,7 @@ impl Message for User {
             2 => codec::get_uint32(field, &mut self.gid)?,
             3 => codec::get_repeated_uint32(field, &mut self.additional_gids)?,
             4 => codec::get_string(field, &mut self.username)?,
+            1000 => codec::get_optional_uint32(field, &mut self.umask)?,
             _ => {}
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! Capabilities: names to bits, and into the five sets of the process.
 
+use crate::log;
 use crate::prelude::*;
 use crate::proto::oci::LinuxCapabilities;
 use crate::sys::{self, CapSets};
@@ -59,29 +60,36 @@ pub struct Caps {
     pub sets: CapSets,
 }
 
-/// Without a list of capabilities none are given, as the runtime specification has it.
-pub fn parse(spec: Option<&LinuxCapabilities>) -> Result<Caps> {
-    let Some(spec) = spec else { return Ok(Caps::default()) };
-    Ok(Caps {
-        bounding: mask(&spec.bounding)?,
-        ambient: mask(&spec.ambient)?,
-        sets: CapSets {
-            effective: mask(&spec.effective)?,
-            permitted: mask(&spec.permitted)?,
-            inheritable: mask(&spec.inheritable)?,
-        },
-    })
+/// The capabilities that a process asks for, without what no process can have. That is logged and is no error (runtime
+/// specification, config.md, "capabilities"). Without a list none are given.
+///
+/// The kernel's rules for the sets, capabilities(7): what is effective is permitted, what is inheritable is in the
+/// bounding set (which is dropped before), and what is ambient is both permitted and inheritable.
+pub fn parse(spec: Option<&LinuxCapabilities>) -> Caps {
+    let Some(spec) = spec else { return Caps::default() };
+    let bounding = mask("bounding", &spec.bounding, u64::MAX);
+    let permitted = mask("permitted", &spec.permitted, u64::MAX);
+    let inheritable = mask("inheritable", &spec.inheritable, bounding | permitted);
+    Caps {
+        bounding,
+        ambient: mask("ambient", &spec.ambient, permitted & inheritable),
+        sets: CapSets { effective: mask("effective", &spec.effective, permitted), permitted, inheritable },
+    }
 }
 
-fn mask(names: &[String]) -> Result<u64> {
-    names.iter().try_fold(0, |set, name| {
+/// The capabilities of these names that are among the `possible`.
+fn mask(kind: &str, names: &[String], possible: u64) -> u64 {
+    let mut set = 0;
+    for name in names {
         let upper = name.to_ascii_uppercase();
         let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
         match NAMES.iter().position(|known| *known == short) {
-            Some(number) => Ok(set | 1 << number),
-            None => Err(Error::invalid(format!("unknown capability {name:?}"))),
+            Some(number) if possible & 1 << number != 0 => set |= 1 << number,
+            Some(_) => log::warn(&format!("{name} cannot be {kind}: the process's other sets are without it")),
+            None => log::warn(&format!("unknown capability {name:?} is passed over")),
         }
-    })
+    }
+    set
 }
 
 /// The capabilities that the kernel knows, as a mask: an older kernel must not be asked for a newer capability.
@@ -150,15 +158,28 @@ mod tests {
     fn names_become_the_kernels_bits() {
         let spec = LinuxCapabilities {
             bounding: vec!["CAP_CHOWN".into(), "CAP_CHECKPOINT_RESTORE".into()],
-            effective: vec!["cap_sys_admin".into()],
+            permitted: vec!["cap_sys_admin".into(), "CAP_MAGIC".into()],
             ..Default::default()
         };
-        let caps = parse(Some(&spec)).unwrap();
+        let caps = parse(Some(&spec));
         assert_eq!(caps.bounding, 1 | 1 << 40);
-        assert_eq!(caps.sets.effective, SYS_ADMIN);
+        assert_eq!(caps.sets.permitted, SYS_ADMIN);
         assert_eq!(caps.limited_to(1).bounding, 1);
-        let wrong = LinuxCapabilities { ambient: vec!["CAP_MAGIC".into()], ..Default::default() };
-        assert!(parse(Some(&wrong)).unwrap_err().message.contains("CAP_MAGIC"));
         assert!(known() & SYS_ADMIN != 0);
+    }
+    #[test]
+    fn no_set_has_what_the_kernel_would_refuse_there() {
+        let names = |words: &[&str]| words.iter().map(|word| (*word).into()).collect::<Vec<String>>();
+        let spec = LinuxCapabilities {
+            bounding: names(&["CAP_CHOWN"]),
+            permitted: names(&["CAP_CHOWN", "CAP_FOWNER"]),
+            effective: names(&["CAP_CHOWN", "CAP_KILL"]),
+            inheritable: names(&["CAP_CHOWN", "CAP_KILL"]),
+            ambient: names(&["CAP_CHOWN", "CAP_FOWNER", "CAP_KILL"]),
+        };
+        let caps = parse(Some(&spec));
+        let chown = 1;
+        assert_eq!((caps.sets.effective, caps.sets.inheritable, caps.ambient), (chown, chown, chown));
+        assert_eq!(caps.sets.permitted, chown | 1 << 3);
     }
 }

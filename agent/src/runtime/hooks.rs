@@ -1,13 +1,18 @@
 //! startContainer hooks: run in the container, by the container's process, right before it becomes the program.
+//!
+//! Errors are worded as runc words them: its callers read them.
 
 use crate::prelude::*;
 use crate::proto::oci::Hook;
 use crate::sys::{self, CStringArray, Fork};
 
 /// Runs the hooks one after the other; the first that fails ends the start.
-pub fn run(hooks: &[Hook], container: &str) -> Result<()> {
-    for hook in hooks {
-        run_one(hook, container).with_context(|| format!("startContainer hook {}", hook.path))?;
+///
+/// A hook without an environment has the program's.
+pub fn run(hooks: &[Hook], env: &CStringArray, container: &str) -> Result<()> {
+    for (number, hook) in hooks.iter().enumerate() {
+        run_one(hook, env, container)
+            .with_context(|| format!("error running startContainer hook #{number}: {}", hook.path))?;
     }
     Ok(())
 }
@@ -21,15 +26,15 @@ fn state(container: &str) -> String {
     )
 }
 
-fn run_one(hook: &Hook, container: &str) -> Result<()> {
+fn run_one(hook: &Hook, env: &CStringArray, container: &str) -> Result<()> {
     let (input, feed) = sys::pipe(0).context("make a pipe")?;
     let pid = match sys::fork(0, None).context("fork")? {
         Fork::Child => {
             let args = if hook.args.is_empty() { core::slice::from_ref(&hook.path) } else { &hook.args[..] };
-            if let (Ok(argv), Ok(envp)) = (CStringArray::new(args), CStringArray::new(&hook.env)) {
+            if let (Ok(argv), Ok(own)) = (CStringArray::new(args), CStringArray::new(&hook.env)) {
                 let _ = sys::dup_to(input.raw(), 0);
                 let _ = sys::close_range(3, libc::CLOSE_RANGE_CLOEXEC);
-                sys::execve(&hook.path, &argv, &envp);
+                sys::execve(&hook.path, &argv, if hook.env.is_empty() { env } else { &own });
             }
             sys::exit(127)
         }

@@ -20,6 +20,7 @@ pub struct Program {
     pub limits: Vec<(u32, u64, u64)>,
     pub no_new_privileges: bool,
     pub oom_score_adj: i64,
+    pub umask: u32,
     pub terminal: bool,
     /// Standard input is /dev/null.
     pub no_stdin: bool,
@@ -55,7 +56,7 @@ pub fn launch(
     let identity = program.user.resolve()?;
     let env = command::environment(&program.env, &identity.home);
     connect_streams(terminal, stdio, program.no_stdin, identity.uid)?;
-    sys::umask(0o022);
+    sys::umask(program.umask);
     sys::default_signals();
     sys::set_signal_mask(0).context("unblock signals")?;
 
@@ -97,7 +98,7 @@ pub fn launch(
     if !report.wait_for_start() {
         return Err(Error::internal("the agent has given the process up"));
     }
-    hooks::run(start_hooks, container)?;
+    hooks::run(start_hooks, &envp, container)?;
     if let Some(filter) = filter {
         seccomp::install(&filter.program, filter.flags)?;
     }

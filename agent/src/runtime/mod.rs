@@ -31,6 +31,8 @@ use namespaces::{Namespaces, Shared};
 use report::Reporter;
 use rootfs::Rootfs;
 
+const DEFAULT_UMASK: u32 = 0o022;
+
 /// A new container, everything checked that can be checked without doing it.
 pub struct ContainerPlan<'a> {
     pub id: &'a str,
@@ -80,10 +82,11 @@ pub fn program(process: &Process, string_user: Option<&StringUser>) -> Result<Pr
         env: process.env.clone(),
         cwd: process.cwd.clone(),
         user: user::Wanted::new(process.user.as_deref(), string_user),
-        caps: caps::parse(process.capabilities.as_deref())?,
+        caps: caps::parse(process.capabilities.as_deref()),
         limits: limits::parse(&process.rlimits)?,
         no_new_privileges: process.no_new_privileges,
         oom_score_adj: process.oom_score_adj,
+        umask: process.user.as_ref().and_then(|user| user.umask).unwrap_or(DEFAULT_UMASK) & 0o777,
         terminal: process.terminal,
         no_stdin: false,
         console_size: process.console_size.as_deref().cloned(),
@@ -97,10 +100,11 @@ pub fn no_program() -> Result<Program> {
         env: vec![],
         cwd: String::new(),
         user: user::Wanted::new(None, None),
-        caps: caps::parse(None)?,
+        caps: caps::parse(None),
         limits: vec![],
         no_new_privileges: true,
         oom_score_adj: 0,
+        umask: DEFAULT_UMASK,
         terminal: false,
         no_stdin: false,
         console_size: None,

@@ -153,9 +153,7 @@ fn finish(mount: RawFd, options: &MountOptions) -> Result<()> {
 }
 
 fn bind_mount(root: RawFd, source: &str, destination: &str, options: &MountOptions) -> Result<()> {
-    if !options.data.is_empty() {
-        return Err(Error::invalid(format!("unknown mount options {:?} of a bind mount", options.data)));
-    }
+    // As with runc, options of a file system (`options.data`) change nothing: a bind mount has none of its own.
     let recursive = if options.flags & MS_REC != 0 { RECURSIVE } else { 0 };
     let tree = sys::open_tree(AT_FDCWD, source, OPEN_TREE_CLONE | recursive)
         .with_context(|| format!("bind source {source:?}"))?;

@@ -129,20 +129,27 @@ class Message:
         return out
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], unknown: list[str] | None = None) -> Self:
         """Build a message from `values`, in the form that `to_dict` returns.
 
+        Args:
+            values: Field -> value.
+            unknown: Takes the names that are no fields, which are passed over then.
+
         Raises:
-            DecodeError: There is no field of that name, or its value has the wrong shape.
+            DecodeError: A value has the wrong shape; or there is no field of that name, without `unknown`.
         """
         plan = _link(cls)
         message = cls()
         for name, value in values.items():
             field = plan.by_name.get(name)
             if field is None:
-                raise DecodeError(f"{cls.FULL_NAME} has no field {name!r}")
+                if unknown is None:
+                    raise DecodeError(f"{cls.FULL_NAME} has no field {name!r}")
+                unknown.append(name)
+                continue
             try:
-                setattr(message, name, _from_plain(field, value))
+                setattr(message, name, _from_plain(field, value, unknown))
             except DecodeError:
                 raise
             except (TypeError, ValueError, AttributeError) as error:
@@ -573,20 +580,20 @@ def _decode(message: Message, buf: bytes, pos: int, end: int, depth: int, budget
         raise DecodeError("truncated")
 
 
-def _from_plain(field: Field, value: Any) -> Any:
+def _from_plain(field: Field, value: Any, unknown: list[str] | None) -> Any:
     sub = field.sub
     if field.label == "*":
         if isinstance(value, (str, bytes)):
             raise TypeError(f"{type(value).__name__} is not a list")
-        return [sub.from_dict(item) if sub else _checked(field.kind, item) for item in value]
+        return [sub.from_dict(item, unknown) if sub else _checked(field.kind, item) for item in value]
     if field.label == "%":
         return {
-            _checked(field.key, key): sub.from_dict(item) if sub else _checked(field.kind, item)
+            _checked(field.key, key): sub.from_dict(item, unknown) if sub else _checked(field.kind, item)
             for key, item in value.items()
         }
     if value is None and (sub or field.label == "?"):
         return None
-    return sub.from_dict(value) if sub else _checked(field.kind, value)
+    return sub.from_dict(value, unknown) if sub else _checked(field.kind, value)
 
 
 def _checked(kind: str, value: Any) -> Any:

@@ -74,6 +74,8 @@ class User(Message):
     GID: int
     AdditionalGids: list[int]
     Username: str
+    Umask: int | None
+    """Ours: of files that the process makes; without it, 0022."""
     def __init__(
         self,
         *,
@@ -81,6 +83,7 @@ class User(Message):
         GID: int = ...,
         AdditionalGids: list[int] = ...,
         Username: str = ...,
+        Umask: int | None = ...,
     ) -> None: ...
 
 class LinuxCapabilities(Message):

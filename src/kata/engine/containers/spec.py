@@ -125,7 +125,6 @@ def refuse_foreign(spec: Mapping[str, Any]) -> None:
 
 NOT_CARRIED = {
     "domainname": "the NIS domain name",
-    "umask": "the umask (0022 is used)",
     "ioPriority": "the I/O priority",
     "scheduler": "the scheduling policy",
     "execCPUAffinity": "the CPU affinity of execs",
@@ -317,7 +316,7 @@ def dropped(spec: object, disks: Collection[tuple[int, int]] = ()) -> Iterator[s
             if value in (None, [], {}, "", 0, False):
                 continue
             if key in NOT_CARRIED:
-                if (key, value) not in (("umask", 0o22), ("defaultErrnoRet", 1)):
+                if (key, value) != ("defaultErrnoRet", 1):
                     yield NOT_CARRIED[key]
             elif key in LEFT_OUT:
                 if key not in OF_HOST_DEVICES or limits_of(value, disks) != value:
@@ -352,15 +351,20 @@ def _fields(value: Any, key: str = "") -> Any:
     return out
 
 
-def to_message(spec: Mapping[str, Any]) -> oci_pb.Spec:
+def to_message(spec: Mapping[str, Any], unknown: list[str] | None = None) -> oci_pb.Spec:
     """The protocol's message of a spec.
 
+    Args:
+        spec: See `for_guest`.
+        unknown: Takes the members that the specification does not have. They are passed over (config.md,
+            "Extensibility").
+
     Raises:
-        ConfigError: A key is unknown or a value has the wrong type; the message names it.
+        ConfigError: A value has the wrong type; the message names it.
     """
     from kata.proto import oci_pb
 
-    return _convert(oci_pb.Spec, spec, "the container's specification")
+    return _convert(oci_pb.Spec, spec, "the container's specification", unknown)
 
 
 def process_message(process: Mapping[str, Any]) -> oci_pb.Process:
@@ -386,9 +390,9 @@ def resources_message(resources: Mapping[str, Any]) -> oci_pb.LinuxResources:
     return _convert(oci_pb.LinuxResources, guest_resources(resources), "the resource limits")
 
 
-def _convert(kind: type[M], value: Mapping[str, Any], what: str) -> M:
+def _convert(kind: type[M], value: Mapping[str, Any], what: str, unknown: list[str] | None = None) -> M:
     try:
-        return kind.from_dict(_fields(dict(value)))
+        return kind.from_dict(_fields(dict(value)), [] if unknown is None else unknown)
     except (DecodeError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"{what} cannot be used: {error}", "compare it with the OCI runtime specification"
