@@ -50,7 +50,7 @@ def test_a_hook_gets_the_state_its_arguments_and_nothing_else_of_ours(tmp_path: 
 def test_a_hook_that_fails_is_named_with_its_last_words_and_ends_the_row(tmp_path: Path) -> None:
     later = hook(f"touch {tmp_path}/later")
     with pytest.raises(
-        HostError, match=r"the prestart hook /bin/sh ended with 3: oh \\x1b\[31mno"
+        HostError, match=r"error running prestart hook #0: /bin/sh ended with 3: oh \\x1b\[31mno"
     ) as caught:
         run(hook("printf 'oh \\033[31mno' >&2; exit 3"), later)
     assert "config.json" in caught.value.hint
@@ -62,7 +62,7 @@ def test_a_hook_that_fails_is_named_with_its_last_words_and_ends_the_row(tmp_pat
 
 @pytest.mark.parametrize("path", ["/none/such", "relative", "/etc/passwd", ""])
 def test_a_hook_that_cannot_be_executed_is_named(path: str) -> None:
-    with pytest.raises(HostError, match=f"the prestart hook {path} cannot be executed"):
+    with pytest.raises(HostError, match=f"error running prestart hook #0: {path} cannot be executed"):
         run({"path": path})
 
 

@@ -321,8 +321,13 @@ class Container:
                 await self._killer.kill_init()
             raise self.record.unwritable(failure)
         self.record.keep_start(self.sandbox.timings.record())
+        try:
+            await self._parts.run_hooks("poststart", "running", self.task_pid)
+        except KataError:
+            with contextlib.suppress(KataError):  # it may have ended already
+                await self._killer.kill_init()
+            raise
         self._check_health()
-        await self._parts.run_late_hooks("poststart", "running")
 
     def _check_health(self) -> None:
         """From now on, see how it is."""

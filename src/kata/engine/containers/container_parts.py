@@ -63,11 +63,17 @@ PLACEHOLDER_PROCESS = {"args": ["/proc/self/exe"], "cwd": "/"}
 in any root file system (it is the agent's own child that looks)."""
 HOOKS_BEFORE = ("prestart", "createRuntime", "createContainer")
 """Hooks on the host when a container is made, in this order; ``startContainer`` runs in the guest."""
+IN_ROOT = "createContainer"
+"""The hooks that start in the container's root directory."""
 
 
 def has_no_input(process: Process) -> bool:
     """Whether nobody will ever write to a process: neither a client nor, with a terminal, whoever attaches."""
     return process.streams is not None and process.streams.input is None and not process.stdio.terminal
+
+
+def _pid_of(process: Process) -> int:
+    return process.stdio.host_process.pid if process.stdio.host_process is not None else 0
 
 
 class ContainerParts:
@@ -151,7 +157,9 @@ class ContainerParts:
         files = etc_files.EtcFiles(self._host, self.config, self._id, self._shared)
         limited = await self._limited(volumes)
         guest_spec = self._guest_spec(shown, files.mounts, volumes, limited, terminal=init.stdio.terminal)
-        message = spec.to_message(guest_spec)
+        unknown: list[str] = []
+        message = spec.to_message(guest_spec, unknown)
+        self._tell_of(f"the member {name!r}, which the specification does not have," for name in unknown)
         pids_of = whose_pids(spec.pids_path(self.config))
         request = Encoded(
             create_request(
@@ -177,7 +185,7 @@ class ContainerParts:
         is_pause_container = spec.container_type(self.config) == "pod_sandbox"
         await self._host.resizer.admit(self._id, self._resources, is_sandbox=is_pause_container)
         for kind in HOOKS_BEFORE:
-            await self._run_hooks(kind, "creating")
+            await self.run_hooks(kind, "creating", _pid_of(init) or self._runtime.host_pid)
         began = time.monotonic_ns()
         await files.write(agent)
         if self._shared.copies:
@@ -312,11 +320,16 @@ class ContainerParts:
 
     # ---- hooks ----
 
-    async def _run_hooks(self, kind: str, status: str) -> None:
+    async def run_hooks(self, kind: str, status: str, pid: int) -> None:
         """Run the hooks of one kind on the host.
 
+        Args:
+            kind: Their name in the specification.
+            status: The container's, for them.
+            pid: The process of the host that stands for the container; 0 when it has ended.
+
         Raises:
-            HostError: One failed.
+            HostError: One failed; those behind it have not run.
         """
         wanted = (self.config.get("hooks") or {}).get(kind)
         host = self._runtime.machine.host
@@ -324,15 +337,28 @@ class ContainerParts:
             return
         from kata.engine.containers import hooks
 
-        state = hooks.state(self._id, self._bundle, self._runtime.host_pid, status, self.config)
-        await self._tasks.run_blocking(hooks.run, kind, wanted, state, host)
+        state = hooks.state(self._id, self._bundle, pid, status, self.config)
+        own = self._root if kind == IN_ROOT else None
+        root = (
+            own.path if own is not None and own.mounted_by_host else "/"
+        )  # otherwise the host does not see it
+        await self._tasks.run_blocking(hooks.run, kind, wanted, state, host, root)
 
-    async def run_late_hooks(self, kind: str, status: str) -> None:
-        """The same when the container is there: a failure changes nothing any more, and is told in the log."""
-        try:
-            await self._run_hooks(kind, status)
-        except KataError as error:
-            self._tasks.log(f"container {self._id}: {error.message}")
+    async def _run_last_hooks(self) -> None:
+        """Run the hooks of a container that has ended: a failure is told in the log and changes nothing, not even for
+        the hooks behind it (config.md, "poststop")."""
+        wanted = (self.config.get("hooks") or {}).get("poststop")
+        host = self._runtime.machine.host
+        if not wanted or host is None:
+            return
+        from kata.engine.containers import hooks
+
+        state = hooks.state(self._id, self._bundle, 0, "stopped", self.config)
+        for one in wanted:
+            try:
+                await self._tasks.run_blocking(hooks.run, "poststop", [one], state, host)
+            except KataError as error:
+                self._tasks.log(f"container {self._id}: {error.message}")
 
     # ---- change, remove ----
 
@@ -380,7 +406,7 @@ class ContainerParts:
             await self._tasks.run_blocking(self._remove_shared)
         except OSError as error:
             self._tasks.log(f"a volume of container {self._id} is still mounted: {error}")
-        await self.run_late_hooks("poststop", "stopped")
+        await self._run_last_hooks()
 
     def close_relay(self) -> None:
         """Nobody of the container is left to reach the host's sockets."""

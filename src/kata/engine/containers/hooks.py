@@ -1,8 +1,12 @@
 """Hooks of the runtime specification that run on the host (config.md, "POSIX-platform Hooks").
 
 They run in the host's own mount and network namespace, where the client that wrote them lives, not in the
-sandbox's; with the container's state on standard input. Before the container exists a failing hook fails its
-creation; afterwards it is logged.
+sandbox's; with the container's state on standard input. So do ``createContainer`` hooks, which the specification puts
+into the container's namespaces: those are in the guest, and what the host has of them is the root directory, in which
+these hooks start, as with runc. What such a hook writes there the container finds; what it mounts there it does not.
+
+A failing hook fails the creation or the start that it belongs to, as with runc. When the container has ended it changes
+nothing any more, and the hooks behind it run.
 
 Blocks: for the helper thread.
 """
@@ -10,6 +14,7 @@ Blocks: for the helper thread.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 from kata.errors import HostError
@@ -48,7 +53,11 @@ def state(
 
 
 def run(
-    kind: str, hooks: Sequence[Mapping[str, Any]], container: Mapping[str, Any], host: Namespaces
+    kind: str,
+    hooks: Sequence[Mapping[str, Any]],
+    container: Mapping[str, Any],
+    host: Namespaces,
+    directory: str = "/",
 ) -> None:
     """Run the hooks of one kind, one after the other.
 
@@ -57,14 +66,21 @@ def run(
         hooks: The spec's list.
         container: See `state`.
         host: Where they run.
+        directory: Their working directory there.
 
     Raises:
-        HostError: One could not be executed, failed, or took longer than it may; with what it wrote to standard
-            error. Those behind it have not run.
+        HostError: One could not be executed, failed, or took longer than it may; in runc's words, which its callers
+            read, and with what it wrote to standard error. Those behind it have not run.
     """
+
+    def enter() -> None:
+        host.enter()
+        os.chdir(directory)
+
     text = json.dumps(container).encode()
-    for hook in hooks:
+    for number, hook in enumerate(hooks):
         path = str(hook.get("path") or "")
+        name = f"error running {kind} hook #{number}: {path}"
         environment = dict(entry.partition("=")[::2] for entry in hook.get("env") or ())
         try:
             done = subprocess.run(
@@ -72,25 +88,21 @@ def run(
                 executable=path,
                 input=text,
                 env=environment,
-                cwd="/",
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 timeout=hook.get("timeout") or None,
-                preexec_fn=host.enter,
+                preexec_fn=enter,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise HostError(
-                f"the {kind} hook {path} took longer than its {hook['timeout']} s", HINT
-            ) from None
+            raise HostError(f"{name} took longer than its {hook['timeout']} s", HINT) from None
         except (OSError, subprocess.SubprocessError) as error:
-            raise HostError(f"the {kind} hook {path} cannot be executed: {error}", HINT) from None
+            raise HostError(f"{name} cannot be executed: {error}", HINT) from None
         if done.returncode:
             from kata.agent.text import escape_line
 
             error_output = escape_line(done.stderr[-SAID_BYTES:].decode(errors="replace").strip())
             raise HostError(
-                f"the {kind} hook {path} ended with {done.returncode}"
-                + (f": {error_output}" if error_output else ""),
+                f"{name} ended with {done.returncode}" + (f": {error_output}" if error_output else ""),
                 HINT,
             )

@@ -1,0 +1,96 @@
+"""What the OCI runtime's command line makes of a process and of hooks, where callers expect what runc does."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oci_support import Runtime, running
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+KINDS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+
+
+@pytest.fixture(scope="module")
+def runtime(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Runtime]:
+    with running(run_directory / "ocip", guest_assets, busybox_image) as one:
+        yield one
+
+
+def _change(bundle: Path, **members: Any) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    (bundle / "config.json").write_text(json.dumps({**config, **members}))
+
+
+def test_a_process_has_its_umask_and_the_capabilities_that_can_be_given(runtime: Runtime) -> None:
+    show = "umask; grep -E '^Cap(Inh|Prm|Amb)' /proc/self/status | cut -f2"
+    chown, both = ["CAP_CHOWN"], ["CAP_CHOWN", "CAP_KILL"]
+    sets = {
+        "bounding": both,
+        "permitted": both,
+        "effective": [*both, "CAP_NET_RAW"],  # is not permitted
+        "inheritable": [*chown, "CAP_NO_SUCH"],
+        "ambient": both,  # one of them is not inheritable: buildah asks for such
+    }
+    user = {"uid": 1000, "gid": 1000, "umask": 0o27}
+    bundle = runtime.bundle("umask", "sh", "-c", show, user=user, capabilities=sets)
+    done = runtime.call("run", "--bundle", str(bundle), "umask")
+    inheritable, permitted, ambient = (
+        f"{1:016x}",
+        f"{1:016x}",
+        f"{1:016x}",
+    )  # execve keeps the ambient ones alone
+    assert done.stdout.decode().split() == ["0027", inheritable, permitted, ambient], done.stderr
+
+
+def test_hooks_run_where_and_when_they_should(runtime: Runtime) -> None:
+    bundle = runtime.bundle(
+        "hooks", "sh", "-c", "cat /hooked >&2; cat /state; exit 4", env=["PATH=/bin", "X=y"]
+    )
+    seen = runtime.directory / "seen"
+    seen.mkdir()
+
+    def on_host(kind: str) -> dict[str, Any]:
+        script = (
+            f"cat >{seen}/{kind}; echo {kind} >>{seen}/order; [ {kind} != createContainer ] || pwd >hooked"
+        )
+        return {"path": "/bin/sh", "args": ["sh", "-c", script], "timeout": 20}
+
+    hooks: dict[str, Any] = {kind: [on_host(kind)] for kind in KINDS if kind != "startContainer"}
+    in_guest = 'read -r state; echo "$X $state" >/state'
+    hooks["startContainer"] = [{"path": "/bin/sh", "args": ["sh", "-c", in_guest]}]
+    # One that fails when all is over changes nothing for the others.
+    hooks["poststop"].insert(0, {"path": "/bin/false"})
+    _change(bundle, hooks=hooks, annotations={"a": "b"}, root={"path": str(runtime.rootfs)})
+    monitor = runtime.monitor(bundle)
+    pid = runtime.pid(bundle, monitor)
+    assert (seen / "order").read_text().split() == list(KINDS[:3])
+    runtime("start", "hooks")
+    assert (seen / "order").read_text().split() == [*KINDS[:3], "poststart"]
+    output, errors = monitor.communicate()
+    assert errors.decode() == f"{runtime.rootfs}\n"  # where it started is the root that the container has
+    word, _, state = output.decode().partition(" ")
+    assert (word, json.loads(state)["status"], monitor.returncode) == ("y", "created", 4)
+    runtime("delete", "hooks")
+    assert (seen / "order").read_text().split() == [*KINDS[:3], *KINDS[4:]]
+    for kind, status in zip(
+        (*KINDS[:3], *KINDS[4:]), (*["creating"] * 3, "running", "stopped"), strict=True
+    ):
+        found = json.loads((seen / kind).read_text())
+        expected = {"id": "hooks", "status": status, "pid": pid if status != "stopped" else 0}
+        assert found.items() >= {**expected, "bundle": str(bundle), "annotations": {"a": "b"}}.items(), kind
+
+
+@pytest.mark.parametrize("kind", ["createRuntime", "startContainer", "poststart"])
+def test_a_hook_that_fails_ends_what_it_belongs_to(runtime: Runtime, kind: str) -> None:
+    bundle = runtime.bundle(f"fails-{kind}", "sleep", "1000")
+    _change(bundle, hooks={kind: [{"path": "/bin/true"}, {"path": "/bin/false"}]})
+    done = runtime.call("run", "--bundle", str(bundle), bundle.name)
+    assert done.returncode == 1
+    assert f"error running {kind} hook #1: /bin/false" in done.stderr.decode()
+    assert runtime.left() == []
