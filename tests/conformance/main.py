@@ -131,7 +131,8 @@ def main() -> int:
     if cells.found:
         known[page.CLIENTS] = matrix.section(cells.found, _client_versions())
     if current and program:
-        PAGE.write_text(page.page(current, _versions(program), known[page.CLIENTS]))
+        beside = [line for heading in page.BESIDE for line in known.get(heading, ())]
+        PAGE.write_text(page.page(current, _versions(program), [*known[page.CLIENTS], *beside]))
     else:
         PAGE.write_text("".join(f"{line}\n" for lines in known.values() for line in lines))
     print(f"{PAGE.relative_to(ROOT)} is written")

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from critest import Result
@@ -13,6 +14,11 @@ from critest import Result
 HANDLERS = ("runc", "kata")
 CLIENTS = "What clients can do"
 """The heading of the section that `matrix` writes."""
+OCI = "What the OCI's runtime-tools find"
+"""The heading of the section that `oci_suite` writes."""
+RUNC = "What of runc's own tests passes"
+"""The heading of the section about runc's tests, which is written by hand."""
+BESIDE = (OCI, RUNC)
 
 
 class Key(NamedTuple):
@@ -91,13 +97,29 @@ def sections(text: str) -> dict[str, list[str]]:
     return found
 
 
+def replace(path: Path, heading: str, lines: list[str]) -> None:
+    """Put a section into a page: in the place of the one with this heading, or behind that about clients.
+
+    Args:
+        path: The page.
+        heading: The section's.
+        lines: The section, which begins with its heading.
+    """
+    known = sections(path.read_text())
+    if heading in known:
+        known[heading] = lines
+    else:
+        known[CLIENTS] = [*known[CLIENTS], *lines]
+    path.write_text("".join(f"{line}\n" for section in known.values() for line in section))
+
+
 def page(results: Mapping[Key, Result], versions: Versions, clients: list[str]) -> str:
     """The page's text.
 
     Args:
         results: Of critest.
         versions: What they are of.
-        clients: The lines about clients (`matrix.section`).
+        clients: The lines about clients (`matrix.section`), and of the sections `BESIDE`.
     """
     tests = sorted({key.test for key in results})
     daemons = sorted({key.containerd for key in results}, key=_numbers)
