@@ -48,6 +48,11 @@ def run_dir() -> str:
     return _place("KATA_RUN_DIR", _DEFAULT_RUN_DIR)
 
 
+def oci_dir() -> str:
+    """Directory in which the OCI command line records its containers, unless ``--root`` says otherwise."""
+    return os.path.join(run_dir(), "oci")
+
+
 def state_dir() -> str:
     """Directory of images and containers."""
     return _place("KATA_STATE_DIR", "/var/lib/kata")

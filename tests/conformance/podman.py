@@ -110,11 +110,6 @@ REASONS: dict[str, tuple[str, str]] = {
         "podman reads /proc below the root directory, which is in the guest. With options of ps (`podman top NAME aux`)"
         " it executes the container's own ps.",
     ),
-    "all of it leaves behind": (
-        "a lost conmon: .*cgroup .*",
-        "podman calls no runtime for a container whose conmon was killed; `kata-runtime delete --force ID` ends a"
-        " machine.",
-    ),
 }
 """Operation -> what is seen where that is not what works, and why."""
 

@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-ROWS = ("run -it", "a missing command", "exec", "stop", "port", "volume", "cp", "pod")
+ROWS = ("run -it", "a missing command", "exec", "stop", "port", "volume", "cp", "pod", "a lost conmon")
 
 
 @pytest.fixture(scope="module")

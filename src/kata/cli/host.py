@@ -490,11 +490,12 @@ def _doctor(arguments: Arguments) -> int:
 def _gc(arguments: Arguments) -> int:
     from kata import journal_undo
     from kata.cli import image, records
+    from kata.engine import oci_records
     from kata.images import changes
     from kata.storage import ext4, layer_images
 
     report = journal_undo.reconcile(paths.run_dir(), paths.state_dir())
-    stale = records.clear_stale()
+    stale = [*records.clear_stale(), *oci_records.sweep()]
     removed = changes.gc(list(image.users()))
     half_made = ext4.clear_leftovers()
     layers = layer_images.sweep()

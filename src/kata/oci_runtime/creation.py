@@ -68,6 +68,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
         KataError: It could not be created; nothing of it is left.
     """
     began_ns = time.monotonic_ns()
+    from kata.engine import oci_records
     from kata.engine.containers import spec
     from kata.engine.launch import check_id
     from kata.shim.start import network_namespace
@@ -83,6 +84,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
         spec.refuse_foreign(config)
     network = network_namespace(config)
     record = Record(root, container_id)
+    oci_records.register(root)
     record.reserve()
     engine: Engine | None = None
     try:
@@ -195,10 +197,9 @@ def sandbox_directory(root: str, container_id: str) -> str:
     import zlib
 
     from kata import paths
-    from kata.oci_runtime.global_options import ROOT
     from kata.shim.names import directory_name
 
-    own = root == os.path.join(paths.run_dir(), ROOT)
+    own = root == paths.oci_dir()
     namespace = _NAMESPACE if own else f"{_NAMESPACE}{zlib.crc32(os.fsencode(root)):08x}"
     return paths.sandbox_dir(directory_name(namespace, container_id))
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 _WITH_VALUE = frozenset({"root", "log", "log-format", "rootless", "criu"})
 _FLAGS = frozenset({"systemd-cgroup", "debug"})
-ROOT = "oci"
-"""Where in the run directory the containers of this command line are recorded, unless ``--root`` says otherwise."""
-
 HELP = """\
 global options, in front of a command of a container:
   --root DIR              where containers are recorded ($KATA_RUN_DIR/oci)
@@ -58,7 +55,7 @@ class GlobalOptions:
     @property
     def state_root(self) -> str:
         """The directory in which containers are recorded: an absolute path."""
-        return os.path.abspath(self.root) if self.root else os.path.join(paths.run_dir(), ROOT)
+        return os.path.abspath(self.root) if self.root else paths.oci_dir()
 
     def take(self, argv: Sequence[str]) -> list[str]:
         """Read the options in front of a command: ``--name value`` or ``--name=value``.

@@ -2,7 +2,9 @@
 
 It stands for a container's init, or an exec, as `kata.engine.containers.host_process` describes: it hands its standard
 streams to the engine, passes signals and its terminal's size on, and ends with the status that the engine tells it. It
-kills itself when the engine has died, and ends when nobody has connected before whoever started it is gone.
+kills itself when the engine has died, and ends when nobody has connected before whoever started it is gone. Where it is
+to be the child of a monitor (conmon), it kills itself when that has died, too: nobody would learn the status, and no
+client would have the container deleted.
 
 There is one for each container for as long as that runs, so it imports nothing but what is built into the interpreter:
 this file is executed by its path, without the package.
@@ -18,6 +20,10 @@ import _socket
 import posix
 import select
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 LISTENER, LIFE = 3, 4
 SIGCHLD, SIGWINCH, SIGKILL, SIGSTOP = 17, 28, 9, 19
@@ -59,14 +65,38 @@ def _connected() -> _socket.socket:
             posix._exit(1)
 
 
-def main(terminal: bool) -> None:
+def _die() -> NoReturn:
+    """End as one that was killed. The first process of a namespace cannot kill itself, pid_namespaces(7)."""
+    posix.kill(posix.getpid(), SIGKILL)
+    posix._exit(128 + SIGKILL)
+
+
+def _monitor() -> int:
+    """A descriptor that is readable once the process that has adopted this one has ended; -1 if that is the first one
+    of all.
+    """
+    parent = posix.getppid()
+    if parent <= 1:
+        return -1
+    try:
+        monitor = posix.pidfd_open(parent, 0)
+    except OSError:
+        _die()
+    if posix.getppid() != parent:  # it has just ended: the number may be another's
+        _die()
+    return monitor
+
+
+def main(terminal: bool, adopted: bool) -> None:
     """Be that process; does not return.
 
     Args:
         terminal: The standard streams are a terminal, which is the controlling one.
+        adopted: Whoever started it has left it to be adopted by a monitor.
     """
     signals = _catch()
     channel = _connected()
+    monitor = _monitor() if adopted else -1  # whoever started it has gone by now
     posix.close(LIFE)
     streams = b"".join(number.to_bytes(4, sys.byteorder) for number in range(3))
     channel.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
@@ -80,15 +110,12 @@ def main(terminal: bool) -> None:
     poller = select.poll()
     poller.register(channel.fileno(), _POLLIN)
     poller.register(signals, _POLLIN)
+    if monitor >= 0:
+        poller.register(monitor, _POLLIN)
     while True:
         ready = dict(poller.poll())
         if signals in ready:
-            for number in posix.read(signals, 64):
-                if number == SIGWINCH:
-                    if terminal:
-                        _send_size(channel, kept)
-                else:
-                    _send(channel, b"S", number, 0)
+            _pass_on(channel, signals, kept)
         if channel.fileno() in ready:
             try:
                 status = channel.recv(1)
@@ -96,8 +123,25 @@ def main(terminal: bool) -> None:
                 status = b""
             if status:
                 posix._exit(status[0])
-            posix.kill(posix.getpid(), SIGKILL)
-            posix._exit(128 + SIGKILL)  # the first process of a PID namespace cannot kill itself
+            _die()
+        if monitor in ready:
+            _die()
+
+
+def _pass_on(channel: _socket.socket, signals: int, terminal: int) -> None:
+    """Tell the engine what this process was signalled with.
+
+    Args:
+        channel: The connection to it.
+        signals: The pipe with their numbers.
+        terminal: A descriptor of its terminal; -1 without one.
+    """
+    for number in posix.read(signals, 64):
+        if number == SIGWINCH:
+            if terminal >= 0:
+                _send_size(channel, terminal)
+        else:
+            _send(channel, b"S", number, 0)
 
 
 def _send_size(channel: _socket.socket, terminal: int) -> None:
@@ -117,4 +161,4 @@ def _send(channel: _socket.socket, kind: bytes, first: int, second: int) -> None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] == ["terminal"])
+    main("terminal" in sys.argv[1:], "adopted" in sys.argv[1:])

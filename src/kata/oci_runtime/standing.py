@@ -88,7 +88,8 @@ def start(
             if orphan or own_pids:
                 _leave_an_orphan(own_pids, number_write.raw)
             flags = sysio.CLONE_NEWNS if own_mounts else 0
-            _become(sock, network, streams, terminal, flags, word_write.raw, life_read.raw)
+            words = [*(["terminal"] if terminal else []), *(["adopted"] if orphan else [])]
+            _become(sock, network, streams, words, flags, word_write.raw, life_read.raw)
         word_write.close()
         number_write.close()
         if orphan or own_pids:
@@ -131,7 +132,7 @@ def _become(
     sock: _socket.socket,
     network: str,
     streams: Sequence[int],
-    terminal: bool,
+    words: list[str],
     flags: int,
     word: int,
     life: int,
@@ -144,7 +145,7 @@ def _become(
         os.setsid()
         report = fcntl.fcntl(word, fcntl.F_DUPFD_CLOEXEC, 10)
         sock.listen(1)  # by this process: its number is in the credentials of the connection
-        if terminal:
+        if "terminal" in words:
             fcntl.ioctl(streams[0], _TIOCSCTTY, 0)
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (*streams, sock.fileno(), life)]
         for number, fd in enumerate(moved):
@@ -164,7 +165,7 @@ def _become(
         os.write(report, _READY)
         sysio.keep_capabilities(())
         program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pid_process.py")
-        argv = [sys.executable, "-I", "-S", program, *(["terminal"] if terminal else [])]
+        argv = [sys.executable, "-I", "-S", program, *words]
         os.execve(argv[0], argv, {})
     except OSError as error:
         os.write(report, f"{error.strerror}: {error.filename or 'set-up'}".encode())

@@ -8,7 +8,8 @@ connects:
 * the process hands over its standard streams (SCM_RIGHTS), which the engine reads and writes itself from then on;
 * what it is signalled with, and the sizes of its terminal, it passes on;
 * the engine tells it the exit status, with which it ends; if the engine dies, it kills itself;
-* if it is killed, what it stands for is killed in the guest.
+* if it is killed, what it stands for is killed in the guest; an engine that has no other container then ends, since its
+  client (or the monitor that was to tell it) may be gone as well.
 
 Source: unix(7), SCM_RIGHTS and SO_PEERCRED.
 """
@@ -56,9 +57,10 @@ class HostProcess:
 
     Attributes:
         pid: Its number.
+        was_killed: It has ended by itself: its client will not ask for the end of what it stands for.
     """
 
-    __slots__ = ("_channel", "_entry", "_fds", "_journal", "_tasks", "pid")
+    __slots__ = ("_channel", "_entry", "_fds", "_journal", "_tasks", "pid", "was_killed")
 
     def __init__(self, channel: socket.socket, pid: int, fds: list[int]) -> None:
         self.pid = pid
@@ -67,6 +69,7 @@ class HostProcess:
         self._journal: Journal | None = None
         self._entry: Entry | None = None
         self._tasks: Tasks | None = None
+        self.was_killed = False
 
     def stdio(self, terminal: bool) -> Stdio:
         """Its streams, once.
@@ -113,7 +116,8 @@ class HostProcess:
             return
         except OSError:
             frame = b""
-        if len(frame) != FRAME.size:  # it was killed
+        if len(frame) != FRAME.size:
+            self.was_killed = True
             self._stop_reading()
             self._later(kill(sysio.SIGKILL))
             return

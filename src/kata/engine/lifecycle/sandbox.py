@@ -322,7 +322,19 @@ class Sandbox:
 
     def process_ended(self, container: Container, process: Process) -> None:
         """A process's end has been reported; the sandbox may have to end with its container's init."""
-        if self.client.ends_with_init and not process.exec_id and container.id == self.id:
+        if process.exec_id:
+            return
+        if self.client.ends_with_init and container.id == self.id:
+            self.end()
+        own = process.stdio.host_process
+        if (
+            own is not None
+            and own.was_killed
+            and not any(one.init.alive for one in self.containers.values())
+        ):
+            self.tasks.log(
+                f"the process that stood for container {container.id} was killed, and no other runs"
+            )
             self.end()
 
     def health_changed(self, container: Container, status: str) -> None:

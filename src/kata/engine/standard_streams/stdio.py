@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         """A process of the host that stands for one of a container (`kata.engine.containers.host_process`)."""
 
         pid: int
+        was_killed: bool
 
         def serve(
             self,
