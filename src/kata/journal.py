@@ -261,13 +261,9 @@ class Journal:
         """Open a journal and read it.
 
         Raises:
-            JournalError: It does not exist, cannot be read, or is not a journal of ours.
+            JournalError: It does not exist, cannot be read, is another user's, or is not a journal of ours.
         """
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise JournalError(f"cannot open the journal {path}: {error.strerror}") from error
-        journal = cls(path, fd)
+        journal = cls(path, _opened(path))
         try:
             journal.reload()
         except BaseException:
@@ -282,13 +278,9 @@ class Journal:
         For an engine in its first milliseconds; `kata.journal_undo.undo` reads the file later.
 
         Raises:
-            JournalError: It does not exist, or cannot be written.
+            JournalError: It does not exist, is another user's, or cannot be written.
         """
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise JournalError(f"cannot open the journal {path}: {error.strerror}") from error
-        return cls(path, fd)
+        return cls(path, _opened(path))
 
     def close(self) -> None:
         """Close the file; the journal stays on disk."""
@@ -560,6 +552,28 @@ class Journal:
         if netns and inode != sysio.namespace_inode("net", "thread-self"):
             return {"netns": inode, "ifindex": int(given["ifindex"])}
         return {"netns": inode, "ifindex": socket.if_nametoindex(params["name"])}
+
+
+def _opened(path: str) -> int:
+    """A descriptor of a journal, for writing.
+
+    What it says is done with all rights of this process: only the same user may have written it, and nobody else.
+
+    Raises:
+        JournalError: It does not exist, is another user's, or cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise JournalError(f"cannot open the journal {path}: {error.strerror}") from error
+    about = os.fstat(fd)
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        os.close(fd)
+        raise JournalError(
+            f"the journal {path} is not this user's alone: what it says is not done",
+            "rm it, or ask its owner",
+        )
+    return fd
 
 
 def _read_entry(entries: dict[str, Entry], record: dict[str, Any]) -> None:

@@ -96,6 +96,32 @@ def make_dirs(path: str, mode: int) -> None:
         os.chmod(path, mode)
 
 
+def check_own(*directories: str) -> None:
+    """Refuse directories that are another user's: what is in them says which processes end and which files go.
+
+    Args:
+        directories: Those of ours that are to be used; they need not exist.
+
+    Raises:
+        HostError: One belongs to another user, or all users may write there.
+    """
+    for path in directories:
+        try:
+            about = os.stat(path)
+        except OSError:
+            continue  # it will be made, or whoever needs it says why not
+        if about.st_uid != os.geteuid() or about.st_mode & 0o002:
+            from kata.errors import HostError
+
+            whose = (
+                f"belongs to user {about.st_uid}" if about.st_uid != os.geteuid() else "is open to all users"
+            )
+            raise HostError(
+                f"{path} {whose}, and who writes there would command this user's containers",
+                "Use a directory of this user's alone: KATA_RUN_DIR, KATA_STATE_DIR; or run it as that user.",
+            )
+
+
 def sandbox_dir(sandbox_id: str) -> str:
     """Run directory of one sandbox."""
     return os.path.join(run_dir(), "sandboxes", sandbox_id)

@@ -160,15 +160,25 @@ def test_an_ordinary_user_runs_containers(
     assert len(engines) == 1
     [sandbox] = (user.runtime / "kata/sandboxes").iterdir()
     sock = sandbox / "engine.sock"
-    for path in (sock, *sock.parents[: len(sock.relative_to(user.directory).parts)]):
-        path.chmod(
-            path.stat().st_mode | 0o777
-        )  # so that nothing but the engine's own look at its caller is left
+    for path in sock.parents[: len(sock.relative_to(user.directory).parts)]:
+        path.chmod(path.stat().st_mode | 0o111)
+    sock.chmod(0o777)  # so that nothing but the engine's own look at its caller is left
     for uid in (other.uid, 0):
         assert hung_up_on(uid, sock), f"the engine answers user {uid}"
     refusals = [line for line in (sandbox / "engine.log").read_text().splitlines() if "and may not" in line]
     assert len(refusals) == 2
     assert user.ok("exec", "one", "echo", "goes on") == "goes on\n"
+
+    # Root's commands, told to look there, do nothing of what is written there.
+    root = {**kata_env.env, **theirs}
+    program = user.directory.parent / "src/kata"
+    for words in (("ps", "-a"), ("gc",), ("rm", "-f", "one"), ("--root", str(user.runtime), "list")):
+        path = program / ("oci_runtime/__main__.py" if words[0] == "--root" else "__main__.py")
+        argv = ["/usr/bin/python3", "-I", "-S", str(path), *words]
+        done = subprocess.run(argv, env=root, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert f"belongs to user {user.uid}, and who writes there" in done.stderr, done.stderr
+    assert "one" in user.ok("ps")
 
     user.ok("stop", "-t", "1", "one")
     user.ok("rm", "one")

@@ -19,6 +19,7 @@ import tarfile
 import time
 import zlib
 
+from kata import sysio
 from kata.cli import records
 from kata.cli.args import Command, Option
 from kata.engine.client import SANDBOX, EngineClient
@@ -531,33 +532,61 @@ def _in(guest: _Guest, source: str, destination: str, *, owners: bool, follow: b
     above = guest.stat(parent, follow=True)
     if above is None or not stat.S_ISDIR(above.mode):
         raise UsageError(f"the container has no directory {parent}", f"kata exec ... mkdir -p {parent}")
-    _in_entry(guest, host, status, path, owners)
+    _in_entry(guest, host, status, path, owners, follows=follow or content_only)
     guest.written_into = path if stat.S_ISDIR(status.st_mode) else parent
 
 
-def _in_entry(guest: _Guest, host: str, status: os.stat_result, path: str, owners: bool) -> None:
+def _in_entry(
+    guest: _Guest,
+    host: str,
+    status: os.stat_result,
+    path: str,
+    owners: bool,
+    *,
+    directory: int | None = None,
+    follows: bool = False,
+) -> None:
+    """Copy one entry of a host's directory, with what is below it. Whoever may write there can have put something else
+    in its place since it was looked at: what is opened then is no other user's link to files that only we may read.
+
+    Args:
+        guest: The container.
+        host: Its path on the host.
+        status: Its status.
+        path: Where it is to be.
+        owners: Its owner is kept.
+        directory: The directory that it is in; None is the working directory, and *host* leads there.
+        follows: A link is followed.
+    """
     uid, gid = (status.st_uid, status.st_gid) if owners else (0, 0)
     if not guest.is_kept(path):
         return
+    name = host if directory is None else os.path.basename(host)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows else os.O_NOFOLLOW)
     if stat.S_ISDIR(status.st_mode):
         guest.mkdir(path, mode=stat.S_IMODE(status.st_mode), uid=uid, gid=gid)
-        with os.scandir(host) as entries:
-            for entry in sorted(entries, key=lambda found: found.name):
+        with sysio.Fd(os.open(name, flags | os.O_DIRECTORY, dir_fd=directory)) as opened:
+            with os.scandir(opened.raw) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+            for entry in found:
                 _in_entry(
                     guest,
-                    entry.path,
+                    os.path.join(host, entry.name),
                     entry.stat(follow_symlinks=False),
                     posixpath.join(path, entry.name),
                     owners,
+                    directory=opened.raw,
                 )
         return
     key = status.st_dev, status.st_ino
     if status.st_nlink > 1 and (first := guest.outside.get(key)) and not guest.link(path, first):
         return
     if stat.S_ISLNK(status.st_mode):
-        guest.symlink(path, os.fsencode(os.readlink(host)), uid=uid, gid=gid)
+        guest.symlink(path, os.fsencode(os.readlink(name, dir_fd=directory)), uid=uid, gid=gid)
     elif stat.S_ISREG(status.st_mode):
-        with open(host, "rb") as file:
+        with os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UsageError(f"{host} has become something else while it was copied", "copy it again")
             guest.write(
                 path, file, mode=stat.S_IMODE(status.st_mode), uid=uid, gid=gid, mtime_ns=status.st_mtime_ns
             )

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 
-from kata import sysio
+from kata import paths, sysio
 from kata.errors import KataError, UsageError
 
 TYPE_CHECKING = False
@@ -133,6 +133,8 @@ def dispatch(argv: Sequence[str]) -> int:
         from kata import rootless
 
         rootless.settle_inside()  # podman unshare
+    if not asks_help:
+        paths.check_own(paths.run_dir(), paths.state_dir())
     from importlib import import_module
 
     module = import_module(f"kata.cli.{entry[0]}")

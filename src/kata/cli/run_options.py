@@ -482,7 +482,9 @@ class IdFile:
             KataError: It cannot be written.
         """
         try:
-            with open(self._path, "w", encoding="ascii") as file:
+            # Another may stand there by now, in a directory that is somebody else's.
+            fd = os.open(self._path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(fd, "w", encoding="ascii") as file:
                 file.write(identity)
         except OSError as error:
             raise KataError(f"--cidfile {self._path}: {error.strerror}", "check its disk") from error

@@ -134,8 +134,13 @@ def _refuse(arguments: Arguments) -> None:
         )
 
 
-def _object(path: str, hint: str) -> dict[str, Any]:
+def _object(path: str, hint: str, *, is_file: bool = True) -> dict[str, Any]:
     """A JSON object in a file.
+
+    Args:
+        path: The file.
+        hint: What to do where there is none.
+        is_file: It has to be a file; otherwise the caller may write it while it is read.
 
     Raises:
         NotFoundError: There is no such file.
@@ -143,9 +148,14 @@ def _object(path: str, hint: str) -> dict[str, Any]:
     """
     import json
 
+    from kata import given_paths
+
     try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+        if is_file:
+            raw = given_paths.read(path, _MAX_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {(error.strerror or '').lower()}", hint) from None
     try:
@@ -359,7 +369,9 @@ def _process(arguments: Arguments, record: Record) -> dict[str, Any]:
     if path := arguments.value("process"):
         if command:
             raise UsageError("exec: --process has the command already", "leave the command out")
-        process = _object(path, "--process FILE has a process as an object of the specification")
+        process = _object(
+            path, "--process FILE has a process as an object of the specification", is_file=False
+        )
         process["terminal"] = bool(process.get("terminal")) or arguments.flag("tty")
         return process
     if not command:

@@ -111,8 +111,10 @@ class GlobalOptions:
             from kata.journal import dumps
 
             line = f'time="{now}" level=error msg={dumps(error.message)}'
+        from kata import given_paths
+
         try:
-            fd = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            fd = given_paths.open_written(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 os.write(fd, line.encode() + b"\n")
             finally:

@@ -176,6 +176,7 @@ def dispatch(argv: Sequence[str], options: GlobalOptions) -> int:
         raise UsageError(f"unknown command {argv[0]!r}", f"'{PROGRAM} --help' lists the commands")
     arguments = command.parse(argv[1:])
     _settle(name)
+    paths.check_own(paths.run_dir(), options.state_root)
     if name not in container_commands.COMMANDS:
         return _HANDLERS[name](arguments)
     from kata.oci_runtime import containers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
+from kata import sysio
 from kata.errors import UnsupportedError
 from kata.proto import agent_pb
 
@@ -85,47 +86,65 @@ def gather(source: str, place: str, destination: str, *, readonly: bool, named: 
     """
     named = named or source
     about = os.stat(source)
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+        raise _no_file(named, source)
     if not readonly and not (stat.S_ISREG(about.st_mode) and os.path.normpath(destination) in _LOSABLE):
         raise UnsupportedError(
             f"cannot mount {named} writable: this machine shares no files with the host", _HINT
         )
     try:
         found: list[Copy] = []
-        _walk(source, about, place, named, found, [MOST_BYTES])
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        with sysio.Fd(os.open(source, flags)) as opened:
+            _walk(opened.raw, os.path.basename(source), place, named, found, [MOST_BYTES])
     except OSError as error:
         raise UnsupportedError(f"cannot copy {named} into the machine: {error.strerror}", _HINT) from error
     return found
 
 
-def _walk(
-    source: str, about: os.stat_result, place: str, named: str, found: list[Copy], room: list[int]
-) -> None:
+def _too_many(named: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"cannot copy {named} into the machine, which shares no files with the host: there are more than"
+        f" {MOST_FILES} files",
+        _HINT,
+    )
+
+
+def _no_file(named: str, name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"cannot copy {named} into the machine, which shares no files with the host:"
+        f" {os.path.basename(name)!r} in it is no file",
+        _HINT,
+    )
+
+
+def _walk(opened: int, called: str, place: str, named: str, found: list[Copy], room: list[int]) -> None:
+    """Read what a descriptor stands for, a file or a directory. What is in a directory is opened beneath it, and no
+    link is followed: whoever may write there can put one in the place of a file at any time.
+    """
+    about = os.fstat(opened)
     if len(found) >= MOST_FILES:
-        raise UnsupportedError(
-            f"cannot copy {named} into the machine, which shares no files with the host: there are more than"
-            f" {MOST_FILES} files",
-            _HINT,
-        )
+        raise _too_many(named)
     if stat.S_ISDIR(about.st_mode):
         found.append(Copy(place, about))
-        with os.scandir(source) as entries:
-            names = sorted(entry.name for entry in entries)
-        for name in names:
-            inner = f"{source}/{name}"
-            _walk(inner, os.lstat(inner), f"{place}/{name}", named, found, room)
-        return
-    if stat.S_ISLNK(about.st_mode):
-        found.append(Copy(place, about, os.fsencode(os.readlink(source))))
+        for name in sorted(os.listdir(opened)):
+            inner, there = os.stat(name, dir_fd=opened, follow_symlinks=False), f"{place}/{name}"
+            if stat.S_ISLNK(inner.st_mode):
+                if len(found) >= MOST_FILES:
+                    raise _too_many(named)
+                found.append(Copy(there, inner, os.fsencode(os.readlink(name, dir_fd=opened))))
+                continue
+            if not stat.S_ISREG(inner.st_mode) and not stat.S_ISDIR(inner.st_mode):
+                raise _no_file(named, name)
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with sysio.Fd(os.open(name, flags, dir_fd=opened)) as file:
+                _walk(file.raw, name, there, named, found, room)
         return
     if not stat.S_ISREG(about.st_mode):
-        raise UnsupportedError(
-            f"cannot copy {named} into the machine, which shares no files with the host:"
-            f" {os.path.basename(source)!r} in it is no file",
-            _HINT,
-        )
+        raise _no_file(named, called)
     room[0] -= about.st_size
     if room[0] >= 0:
-        with open(source, "rb") as file:
+        with open(opened, "rb", closefd=False) as file:
             data = file.read(about.st_size + room[0] + 1)
         room[0] -= len(data) - about.st_size
     if room[0] < 0:
