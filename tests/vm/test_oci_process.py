@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import struct
+import subprocess
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from oci_support import Runtime, running
+from oci_support import PROGRAM, Runtime, running
+from waiting import PATIENCE
+
+from kata import sysio
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -94,3 +101,33 @@ def test_a_hook_that_fails_ends_what_it_belongs_to(runtime: Runtime, kind: str) 
     assert done.returncode == 1
     assert f"error running {kind} hook #1: /bin/false" in done.stderr.decode()
     assert runtime.left() == []
+
+
+def test_who_waits_is_the_other_end_of_a_terminal(runtime: Runtime) -> None:
+    script = "tty; stty size; read -r x; echo got $x; exit 5"
+    bundle = runtime.bundle("own", "sh", "-c", script, terminal=True)
+    master, slave = os.openpty()
+    with sysio.Fd(master) as terminal, sysio.Fd(slave) as end:
+        fcntl.ioctl(end.raw, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
+        with subprocess.Popen(
+            [PROGRAM, "run", "--bundle", str(bundle), "own"],
+            env=runtime.env,
+            stdin=end.raw,
+            stdout=end.raw,
+            stderr=end.raw,
+        ) as run:
+            end.close()
+            said = b""
+            while b"33 99" not in said:
+                said += os.read(terminal.raw, 1024)
+            assert b"/dev/" in said
+            inside = runtime.call("exec", "--tty", "own", "sh", "-c", "tty; exit 7", input=b"", stdin=None)
+            assert (inside.returncode, inside.stdout[:5]) == (7, b"/dev/"), inside.stderr
+            os.write(terminal.raw, b"word\r")
+            while b"got word" not in said:
+                said += os.read(terminal.raw, 1024)
+            assert run.wait(PATIENCE) == 5
+    # Without anybody who could take it, a terminal is refused.
+    refused = runtime.call("run", "--detach", "--bundle", str(bundle), "own")
+    assert refused.returncode == 1
+    assert b"--console-socket" in refused.stderr

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kata.cli.args import Arguments
     from kata.engine.client import EngineClient
     from kata.engine.launch import Engine
+    from kata.oci_runtime.foreground import Foreground
     from kata.oci_runtime.global_options import GlobalOptions
     from kata.oci_runtime.standing import Standing
     from kata.settings import ClientPolicy, SandboxSettings
@@ -38,13 +39,13 @@ def _create(arguments: Arguments, options: GlobalOptions) -> int:
 
 def _run(arguments: Arguments, options: GlobalOptions) -> int:
     detached = arguments.flag("detach")
-    record, _ = create(arguments, options, orphan=detached)
+    record, stands = create(arguments, options, orphan=detached)
     try:
         with containers.engine_of(record) as engine:
             engine.start(record.id)
         if detached:
             return 0
-        status = _wait_for_child(record.pid)
+        status = _wait_for_child(record.pid, stands.terminal)
     except BaseException:
         containers.delete(options.state_root, record, force=True)
         raise
@@ -59,7 +60,8 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
     Args:
         arguments: Of ``create`` or ``run``.
         options: Those in front of the command.
-        orphan: Whoever adopts orphans is to be the parent of the process that stands for it.
+        orphan: Whoever adopts orphans is to be the parent of the process that stands for it. Otherwise this process
+            is, and the other end of its terminal if nobody else takes that.
 
     Returns:
         Its record, and that process.
@@ -78,7 +80,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
     bundle = os.path.abspath(arguments.value("bundle") or ".")
     config = _object(os.path.join(bundle, "config.json"), "a bundle is a directory with config.json in it")
     terminal = bool((config.get("process") or {}).get("terminal"))
-    console = _console(arguments, terminal, needs_one=True)
+    console = _console(arguments, terminal, needs_one=orphan)
     pod = _pod(root, config)
     if pod is None:
         spec.refuse_foreign(config)
@@ -97,7 +99,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
             engine = _launch(record, config, began_ns)
         else:
             record.sandbox = pod.sandbox
-        stands = _stand(record, "", network, console, orphan=orphan)
+        stands = _stand(record, "", network, console, terminal=terminal, orphan=orphan)
         record.pid, record.started = stands.pid, sysio.proc_starttime(stands.pid) or 0
         record.write()
         with containers.engine_of(record) as client:
@@ -282,11 +284,21 @@ def client_policy() -> ClientPolicy:
     )
 
 
-def _stand(record: Record, exec_id: str, network: str, console: str, *, orphan: bool) -> Standing:
+def _stand(
+    record: Record, exec_id: str, network: str, console: str, *, terminal: bool, orphan: bool
+) -> Standing:
     """Start the process that stands for a container, or for an exec."""
     path, own = record.socket_path(exec_id), not exec_id
-    if not console:
+    if not terminal:
         return standing.start(path, network, (0, 1, 2), terminal=False, orphan=orphan, own_mounts=own)
+    if not console:
+        from kata.oci_runtime.foreground import Foreground
+
+        ours = Foreground()
+        streams = (ours.slave.raw,) * 3
+        stands = standing.start(path, network, streams, terminal=True, orphan=orphan, own_mounts=own)
+        stands.terminal = ours
+        return stands
     from kata.engine.standard_streams.stdio import send_terminal
 
     with sysio.Fd(send_terminal(console)) as slave:
@@ -299,8 +311,9 @@ def _write_pid(path: str | None, pid: int) -> None:
         sysio.replace_file(path, str(pid).encode(), mode=0o644)
 
 
-def _wait_for_child(pid: int) -> int:
-    """Wait for the process that stands for another, passing on the signals that this one gets.
+def _wait_for_child(pid: int, terminal: Foreground | None) -> int:
+    """Wait for the process that stands for another, passing on the signals that this one gets, and what is written to
+    its terminal or comes from there.
 
     Returns:
         Its exit status; 128 and the number of a signal that ended it.
@@ -322,6 +335,9 @@ def _wait_for_child(pid: int) -> int:
         signal.SIGUSR2,
     ):
         signal.signal(number, forward)
+    if terminal is not None:
+        with terminal:
+            terminal.copy(pid)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return status if status >= 0 else 128 - status
 
@@ -338,18 +354,19 @@ def _exec(arguments: Arguments, options: GlobalOptions) -> int:
         )
     process = _process(arguments, record)
     terminal = bool(process.get("terminal"))
-    console = _console(arguments, terminal, needs_one=True)
     detached = arguments.flag("detach")
+    console = _console(arguments, terminal, needs_one=detached)
     exec_id = f"exec-{os.getpid()}-{time.monotonic_ns() & 0xFFFF_FFFF:x}"
     with containers.engine_of(record) as engine:
-        stands = _stand(record, exec_id, f"/proc/{record.pid}/ns/net", console, orphan=detached)
+        network = f"/proc/{record.pid}/ns/net"
+        stands = _stand(record, exec_id, network, console, terminal=terminal, orphan=detached)
         try:
             engine.exec(record.id, exec_id, process, terminal=terminal, stdin=f"handover://{stands.path}")
             _start_exec(engine, record, exec_id)
             _write_pid(arguments.value("pid_file"), stands.pid)
         finally:
             stands.let_go()
-    return 0 if detached else _wait_for_child(stands.pid)
+    return 0 if detached else _wait_for_child(stands.pid, stands.terminal)
 
 
 def _start_exec(engine: EngineClient, record: Record, exec_id: str) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
+    from kata.oci_runtime.foreground import Foreground
+
 _TIOCSCTTY = 0x540E
 _READY = b"+"
 """What it says before it executes its program; a failure follows, if there is one."""
@@ -25,13 +27,15 @@ class Standing:
     Attributes:
         pid: Its number.
         path: The socket on which it waits for an engine.
+        terminal: The other end of its terminal, where this process is that.
     """
 
-    __slots__ = ("_life", "path", "pid")
+    __slots__ = ("_life", "path", "pid", "terminal")
 
     def __init__(self, pid: int, path: str, life: int) -> None:
         self.pid = pid
         self.path = path
+        self.terminal: Foreground | None = None
         self._life = sysio.Fd(life)
 
     def let_go(self) -> None:
