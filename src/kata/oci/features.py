@@ -76,7 +76,7 @@ MOUNT_OPTIONS = (
     "unbindable",
 )
 """Mount options that the agent handles itself; all others are passed to the file system."""
-_HOOKS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
+_HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 _NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "user", "uts")
 
 
