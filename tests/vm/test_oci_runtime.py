@@ -78,6 +78,7 @@ def test_a_container_from_create_to_delete(runtime: Runtime) -> None:
         late = runtime.call("kill", "life", number)
         assert late.returncode == 1
         assert b"container not running" in late.stderr
+        runtime("kill", "--all", "life", number)  # nobody is left to be signalled, as with runc
     runtime("delete", "life")
     assert runtime.left() == []
 

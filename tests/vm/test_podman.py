@@ -16,7 +16,18 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-ROWS = ("run -it", "a missing command", "exec", "stop", "port", "volume", "cp", "pod", "a lost conmon")
+ROWS = (
+    "run -it",
+    "a missing command",
+    "exec",
+    "stop",
+    "port",
+    "volume",
+    "cp",
+    "pod",
+    "a lost conmon",
+    "build",
+)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def _kill(arguments: Arguments, options: GlobalOptions) -> int:
         number = signals.number(name)
     record = records.require(options.state_root, arguments.rest[0])
     if not number:  # it is only asked whether there is somebody, kill(2)
-        if status_of(record) == STOPPED:
+        if status_of(record) == STOPPED and not arguments.flag("all"):
             raise StateError(f"container not running: {record.id}", f"kata-runtime state {record.id}")
         return 0
     try:
