@@ -53,7 +53,7 @@ def test_systemd_reads_the_unit(text: str, state: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(restart, "_WANTS", str(units / "multi-user.target.wants"))
     told: list[tuple[str, ...]] = []
 
-    def systemctl(*words: str) -> str:
+    def systemctl(*words: str, timeout_s: float | None = None) -> str:
         told.append(words)
         return ""
 

@@ -31,6 +31,7 @@ _DIRECTORY = "/etc/systemd/system"
 _WANTS = f"{_DIRECTORY}/multi-user.target.wants"
 _MARK = "stopped-by-hand"
 _MANAGER_S = 60.0
+"""How long systemd may take to answer what it does at once, in seconds."""
 
 
 def parse(text: str) -> dict[str, Any] | None:
@@ -150,10 +151,10 @@ def write_unit(pending: PendingContainer, policy: dict[str, Any]) -> None:
     _systemctl("daemon-reload")
 
 
-def _systemctl(*words: str) -> str:
+def _systemctl(*words: str, timeout_s: float | None = _MANAGER_S) -> str:
     try:
         done = subprocess.run(
-            ["systemctl", *words], capture_output=True, timeout=_MANAGER_S, check=False, text=True
+            ["systemctl", *words], capture_output=True, timeout=timeout_s, check=False, text=True
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostError(f"systemctl {' '.join(words)}: {error}", "systemctl status") from error
@@ -187,7 +188,7 @@ def start(container: Container) -> None:
     with contextlib.suppress(HostError):
         _systemctl("reset-failed", name)  # an earlier series of failures does not count any more
     try:
-        _systemctl("start", name)
+        _systemctl("start", name, timeout_s=None)  # a start has its own limits
     except HostError as error:
         forget(container)
         why = str(container.state().get("error") or "")
@@ -221,7 +222,7 @@ def forget(container: Container) -> None:
     """Have systemd let go of the unit of a container that is about to be removed."""
     name = unit_name(container.id)
     with contextlib.suppress(HostError):
-        _systemctl("stop", name)
+        _systemctl("stop", name, timeout_s=None)
     with contextlib.suppress(HostError):
         _systemctl("reset-failed", name)
 
