@@ -222,11 +222,11 @@ def with_ids(guest_assets: Path, busybox_image: str) -> Iterator[tuple[Callable[
     subprocess.run(["chmod", "-R", "a+rX", base / "src", base / "guest", base / "image"], check=True)
     env = {"PATH": os.environ["PATH"], "AS_USER_HOME": str(home), "KATA_GUEST_DIR": str(base / "guest")}
 
-    def kata(*arguments: str) -> str:
+    def kata(*arguments: str, templates: str = "off") -> str:
         program = ("/usr/bin/python3", "-I", "-S", str(base / "src/kata/__main__.py"))
         done = subprocess.run(
             [ROOT / "tools/as-user", *program, *arguments],
-            env={**env, "KATA_TEMPLATES": "off"},
+            env={**env, "KATA_TEMPLATES": templates},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -267,6 +267,29 @@ def test_a_users_subordinate_ids(with_ids: tuple[Callable[..., str], Path, str])
     until(lambda: not Path(f"/proc/{machine}/exe").exists(), "the machine ends with its engine")
     assert "Exited (137)" in kata("ps", "-a")
     kata("rm", "one")
+
+
+def test_images_volumes_and_templates_are_a_users_too(
+    with_ids: tuple[Callable[..., str], Path, str],
+) -> None:
+    kata, home, image = with_ids
+    none = ("--network", "none")
+    kata("pull", image)
+    kata("volume", "create", "data")
+    script = "echo kept >/data/file; touch /made; chown 5:6 /made"
+    kata("run", "--name", "one", *none, "-v", "data:/data", image, "sh", "-c", script)
+    kata("commit", "one", "mine:1")
+    kata("rm", "one")
+    look = "cat /data/file; stat -c %u:%g /made"
+    assert kata("run", "--rm", *none, "-v", "data:/data", "mine:1", "sh", "-c", look) == "kept\n5:6\n"
+    kata("volume", "rm", "data")
+    kata("rmi", "mine:1")
+    assert str(home / ".local/share/kata") in kata("info")
+    kata("factory", "init", templates="")
+    said = kata("run", "--rm", *none, image, "echo", "from a template", templates="")
+    assert said == "from a template\n"
+    assert "removed" in kata("factory", "destroy", templates="")
+    assert not list((home / "run/kata/sandboxes").iterdir())
 
 
 def _children_of(parent: int, words: str = "") -> list[int]:
