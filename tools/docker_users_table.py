@@ -36,6 +36,8 @@ and of the help of the versions named in the tables; change it there.
 * `kata run -d` prints the whole id, as they do. Progress and hints go to stderr.
 * `--group-add` takes numbers. `--memory-swap` can only be the same as `-m`: the machine has no swap.
   `--cpuset-cpus` means nothing to a machine with processors of its own: `--cpus N` is how many it has.
+* A network with a name is for the containers of `kata run`; the host is no member of it, and `eth0` in the container is
+  the way out, `eth1` the network ([networks](networks.md)).
 * A volume with a name is a disk: one running container at a time has it (what containers share is a directory,
   `-v ./DIR:/path`), its size is set when it is made (10 GiB, sparse), and `Mountpoint` is its file. `volume-nocopy`,
   filling from the image and `kata volume prune` are as in Docker.

@@ -580,8 +580,8 @@ class Report:
 
 
 def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
-    """Undo every journal below ``run_dir/sandboxes``, ``run_dir/factory``, ``run_dir/pool``, ``state_dir/containers``
-    and ``state_dir/volumes`` whose owner is dead.
+    """Undo every journal below ``run_dir/sandboxes``, ``run_dir/factory``, ``run_dir/pool``, ``state_dir/containers``,
+    ``state_dir/volumes`` and the ``networks`` of both whose owner is dead.
 
     A journal whose owner is running is left alone, even while it is being created; so is a retained one (a container
     exists until it is removed). Directories without a journal are not ours, and are only reported.
@@ -601,6 +601,8 @@ def reconcile(run_dir: str, state_dir: str, deadline_s: float = 4.0) -> Report:
         os.path.join(run_dir, paths.POOL),
         os.path.join(state_dir, "containers"),
         os.path.join(state_dir, "volumes"),
+        os.path.join(run_dir, paths.NETWORKS),
+        os.path.join(state_dir, paths.NETWORKS),
     ):
         try:
             names = sorted(os.listdir(base))

@@ -31,8 +31,21 @@ FACTORY = "factory"
 """Where in `run_dir` a machine is while it becomes a template."""
 POOL = "pool"
 """Where in `run_dir` machines wait for a sandbox; beside it is the file that is locked while one is added."""
+NETWORKS = "networks"
+"""Where in `run_dir` the namespaces of networks with a name are, and in `state_dir` what is known of them."""
 _OURS = frozenset(
-    {"sandboxes", FACTORY, POOL, f"{POOL}.lock", "vc", "boots", "kvm-probe", "passt", "hypervisor-version"}
+    {
+        "sandboxes",
+        FACTORY,
+        POOL,
+        f"{POOL}.lock",
+        NETWORKS,
+        "vc",
+        "boots",
+        "kvm-probe",
+        "passt",
+        "hypervisor-version",
+    }
 )
 """What our run directory holds, beside files with a dot in their names and ``noted-*``: no sandbox has a directory of
 such a name there."""

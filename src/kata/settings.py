@@ -499,6 +499,31 @@ class PortSettings(Part):
         self.proto = proto
 
 
+class EndpointSettings(Part):
+    """A sandbox's place in a network with a name (`kata.network.bridge`).
+
+    Args:
+        network: The network's name.
+        path: The network's directory, with its namespace.
+        address: IPv4 address of the guest in it.
+        prefix: Length of the network's prefix, bits.
+        mac: Hardware address of the guest's interface.
+        names: By which the others of the network find it, the container's own first.
+    """
+
+    __slots__ = ("address", "mac", "names", "network", "path", "prefix")
+
+    def __init__(
+        self, *, network: str, path: str, address: str, prefix: int, mac: str, names: Sequence[str] = ()
+    ) -> None:
+        self.network = network
+        self.path = path
+        self.address = address
+        self.prefix = prefix
+        self.mac = mac
+        self.names = list(names)
+
+
 class NetworkSettings(Part):
     """The sandbox's network.
 
@@ -509,9 +534,10 @@ class NetworkSettings(Part):
         dns: Addresses of name servers with `user` and `tap`; none are the host's.
         path: The network namespace with `netns`; empty makes one.
         model: How interfaces of that are connected: `tcfilter`, `macvtap` or `none`.
+        endpoints: Networks with a name that it is in besides, with `user`.
     """
 
-    __slots__ = ("dns", "mode", "model", "path", "ports")
+    __slots__ = ("dns", "endpoints", "mode", "model", "path", "ports")
 
     def __init__(
         self,
@@ -521,12 +547,14 @@ class NetworkSettings(Part):
         dns: Sequence[str] = (),
         path: str = "",
         model: str = "tcfilter",
+        endpoints: Sequence[EndpointSettings] = (),
     ) -> None:
         self.mode = mode
         self.ports = list(ports)
         self.dns = list(dns)
         self.path = path
         self.model = model
+        self.endpoints = list(endpoints)
 
 
 # ---- the container that a sandbox is made for ----

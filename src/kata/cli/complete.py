@@ -213,6 +213,11 @@ def values(kind: str) -> Candidates:
         from kata.cli import volumes
 
         return [(one["name"], "") for one in volumes.everything()]
+    if "NETWORK" in kind.split("|"):
+        from kata.cli import networks
+
+        modes = [(choice, "") for choice in kind.split("|") if choice != "NETWORK"]
+        return [*modes, *((one["name"], one["subnet"]) for one in networks.everything())]
     if kind == "IMAGE":
         return [*((name, "") for name in _images()), FILES]
     if kind == "SIGNAL":

@@ -100,7 +100,22 @@ CONFIGURATION_TEXTS = words(
 
 _DISK = {"path": VALUE, "readonly": VALUE, "serial": VALUE, "ephemeral": VALUE, "slot": VALUE, "name": VALUE}
 _PORT = {"host_port": VALUE, "guest_port": VALUE, "host_ip": VALUE, "proto": VALUE}
-_NETWORK = {"mode": VALUE, "ports": [_PORT], "dns": VALUE, "path": VALUE, "model": VALUE}
+_ENDPOINT = {
+    "network": VALUE,
+    "path": VALUE,
+    "address": VALUE,
+    "prefix": VALUE,
+    "mac": VALUE,
+    "names": COUNT,
+}
+_NETWORK = {
+    "mode": VALUE,
+    "ports": [_PORT],
+    "dns": VALUE,
+    "path": VALUE,
+    "model": VALUE,
+    "endpoints": [_ENDPOINT],
+}
 _VOLUME = {
     "volume": VALUE,
     "stays": VALUE,
@@ -193,7 +208,9 @@ SPECIFICATION: Mapping[str, Any] = {
 
 RECORD: Mapping[str, Any] = {
     "id": VALUE, "name": VALUE, "created_at": VALUE, "hostname": VALUE, "tty": VALUE, "open_stdin": VALUE,
-    "stdin_once": VALUE, "network": VALUE, "ports": [_PORT], "upper": VALUE, "cpus": VALUE, "memory": VALUE,
+    "stdin_once": VALUE, "network": VALUE, "ports": [_PORT],
+    "networks": [{"network": VALUE, "address": VALUE, "mac": VALUE, "aliases": COUNT}],
+    "upper": VALUE, "cpus": VALUE, "memory": VALUE,
     "hypervisor": VALUE,
     "image": {"reference": VALUE, "digest": VALUE, "id": VALUE, "kind": VALUE},
     "rootfs": {"kind": VALUE, "path": VALUE, "source": VALUE},

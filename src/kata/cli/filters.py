@@ -124,7 +124,7 @@ def containers(
     add("health", lambda c, _, value: _health_of(c) == value)
     add("before", lambda c, _, value: str(c.record["created_at"]) < times[value])
     add("since", lambda c, _, value: str(c.record["created_at"]) > times[value])
-    add("network", lambda c, _, value: c.record["network"] == value)
+    add("network", lambda c, _, value: value in records.network_names(c.record))
     add("volume", lambda c, _, value: value in _mounted(c.record))
     add("publish", lambda c, _, value: any(_is_port(port, value) for port in c.record["ports"]))
     labels = wanted.get("label", [])

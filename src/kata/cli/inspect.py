@@ -175,7 +175,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
                 f"{one['source']}:{one['destination']}{':ro' if one['readonly'] else ''}"
                 for one in record["volumes"]
             ],
-            "NetworkMode": record["network"],
+            "NetworkMode": records.network_names(record)[0],
             "PortBindings": bindings,
             "RestartPolicy": {
                 "Name": (record.get("restart") or {}).get("name", "no"),
@@ -229,7 +229,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
         "NetworkSettings": {
             "IPAddress": "",  # the machine's own; what can be reached are the published ports
             "Ports": bindings if runs else {},
-            "Networks": {record["network"]: {"IPAddress": ""}} if record["network"] != "none" else {},
+            "Networks": _networks(record),
         },
     }
 
@@ -248,6 +248,15 @@ def _restarts(container: Container) -> int:
     from kata.cli import restart
 
     return restart.count(container)
+
+
+def _networks(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The networks with a name; without one, the mode, of which the addresses mean nothing to others."""
+    named = {
+        one["network"]: {"IPAddress": one["address"], "MacAddress": one["mac"], "Aliases": one["aliases"]}
+        for one in record.get("networks") or ()
+    }
+    return named or ({record["network"]: {"IPAddress": ""}} if record["network"] != "none" else {})
 
 
 def _volume_path(container: Container, one: dict[str, Any]) -> str:

@@ -224,7 +224,7 @@ def _fields(container: Container, state: dict[str, Any], full: bool) -> dict[str
         "Labels": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
         "Label": lambda key="": labels.get(key, ""),
         "Mounts": ",".join(mounts),
-        "Networks": record["network"],
+        "Networks": ",".join(records.network_names(record)),
         "Size": size,
     }
 

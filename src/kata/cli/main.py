@@ -57,6 +57,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("import_image", "make an image of a tar file with a root file system"),
     "prune": ("manage", "remove containers and images that are not used"),
     "volume": ("volume", "make, list and remove volumes with a name"),
+    "network": ("network", "make, list and remove networks of containers"),
     "login": ("registry_account", "log in to a registry"),
     "logout": ("registry_account", "forget the credentials for a registry"),
     "explain": ("explain", "explain the size of a sandbox: the formula with its numbers"),

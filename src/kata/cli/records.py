@@ -386,6 +386,15 @@ def find(reference: str) -> Container:
     return container
 
 
+def network_names(record: dict[str, Any]) -> list[str]:
+    """The names of a container's networks; without one, its network mode.
+
+    Args:
+        record: Its container.json.
+    """
+    return [one["network"] for one in record.get("networks") or ()] or [record["network"]]
+
+
 def now() -> str:
     """The current time in UTC, as RFC 3339 with nanoseconds."""
     nanoseconds = time.time_ns()

@@ -107,10 +107,13 @@ _OPTIONS = [
     Option("--cap-drop", "CAP", "drop a capability, or ALL", many=True),
     Option(
         "--network",
-        "none|user|tap",
+        "none|user|tap|NETWORK",
         "'user' (the default): outgoing connections and -p; 'tap': the same through a tap device, as hypervisors"
-        " have it that take nothing else; 'none': loopback only",
+        " have it that take nothing else; 'none': loopback only; or 'user' and a network of kata network create",
+        many=True,
     ),
+    Option("--network-alias", "NAME", "a further name of the container in its networks", many=True),
+    Option("--ip", "ADDRESS", "the container's IPv4 address in its network"),
     Option(
         "-p --publish",
         "[IP:]HOST:GUEST[/PROTO]",
@@ -262,6 +265,7 @@ def make_container(
             # As in Docker: of a container made without -d, the first client that attaches to stdin also closes it.
             "stdin_once": choice.interactive and not detach,
             "network": choice.network,
+            "networks": choice.networks,
             "ports": choice.published(image.config),
             "volumes": [
                 {"source": source, "destination": destination, "readonly": "ro" in options}
@@ -314,6 +318,48 @@ def _commit(
         from kata.cli import restart
 
         restart.write_unit(pending, record["restart"])
+    if record["networks"]:
+        from kata.cli import networks
+
+        with (
+            networks.locked()
+        ):  # no address is given twice, and no network removed, before the record is there
+            record["networks"] = [networks.place(*one) for one in record["networks"]]
+            return _commit_volumes(pending, record, spec, volumes)
+    del record["networks"]
+    return _commit_volumes(pending, record, spec, volumes)
+
+
+def _networks(arguments: Arguments) -> tuple[str, list[tuple[str, list[str], str]]]:
+    """The network mode, and for each network with a name that, the aliases and the address that were asked for."""
+    modes = ("user", "tap", "none")
+    given = arguments.many("network")
+    named = [one for one in dict.fromkeys(given) if one not in modes]
+    aliases, address = arguments.many("network_alias"), arguments.value("ip")
+    if not named:
+        if aliases or address:
+            raise UsageError(
+                "--network-alias and --ip need a network with a name",
+                "kata network create NAME; --network NAME",
+            )
+        return (given[-1] if given else "user"), []
+    if any(one in ("tap", "none") for one in given):
+        raise UsageError(f"--network {named[0]} goes with no {' or '.join(modes[1:])}", "leave that out")
+    if address and len(named) > 1:
+        raise UsageError("--ip is for a container in one network", "leave it out")
+    from kata.cli import networks
+
+    for alias in aliases:
+        networks.check_name(alias, "--network-alias")
+    return "user", [(networks.find(one)["name"], aliases, address or "") for one in named]
+
+
+def _commit_volumes(
+    pending: PendingContainer,
+    record: dict[str, Any],
+    spec: dict[str, Any],
+    volumes: list[tuple[str, Volume]],
+) -> Container:
     named = [volume for _, volume in volumes if volume.name]
     if not named:
         return pending.commit(record, spec)
@@ -420,7 +466,7 @@ class _Choice:
         pids = a.value("pids_limit")
         self.pids = None if pids is None else values.whole(pids, "--pids-limit", least=-1)
         self.tty, self.interactive = a.flag("tty"), a.flag("interactive")
-        self.network = self._one_of(a, "network", ("user", "tap", "none"))
+        self.network, self.networks = _networks(a)
         self.storage = self._one_of(a, "storage", ("disk", "tmpfs"))
         self.pull = self._one_of(a, "pull", ("missing", "always", "never"))
         self.platform = _runnable(a.value("platform"))

@@ -114,6 +114,8 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
         disks.append(DiskSettings(path=path, readonly=False))
     for disk in record.get("further_disks") or ():
         disks.append(DiskSettings(path=disk["path"], readonly=True, serial=disk["serial"]))
+    in_networks = bool(record.get("networks"))
+    servers = record.get("dns_servers", ())
     return SandboxSettings(
         id=container.id,
         client=client_policy(),
@@ -128,14 +130,17 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
             stdin_once=record["stdin_once"],
             auto_remove=record["auto_remove"],
             extra_hosts=record.get("extra_hosts", ()),
-            dns_servers=record.get("dns_servers", ()),
+            # In a network with a name the engine asks them, after it has looked for members of that name.
+            dns_servers=() if in_networks else servers,
             dns_searches=record.get("dns_searches", ()),
             dns_options=record.get("dns_options", ()),
             health=HealthSettings(**record["health"]) if record.get("health") else None,
         ),
         disks=disks,
         network=NetworkSettings(
-            mode=record["network"], ports=[PortSettings.from_plain(one, "port") for one in record["ports"]]
+            mode=record["network"],
+            ports=[PortSettings.from_plain(one, "port") for one in record["ports"]],
+            dns=servers if in_networks else (),
         ),
         hostname=record["hostname"],
         request_started_ns=started_ns,
@@ -211,6 +216,11 @@ def _launch(container: Container, settings: SandboxSettings) -> Engine:
     give_up = time.monotonic() + OCCUPIED_S
     while True:
         try:
+            if container.record.get("networks") and settings.network.mode == "user":
+                from kata.cli import networks
+
+                with networks.locked():
+                    settings.network.endpoints = networks.endpoints(container)
             if not any(one.get("volume") for one in container.record.get("disk_volumes") or ()):
                 return launch(settings)
             from kata.cli import volumes

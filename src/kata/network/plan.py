@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kata.settings import NetworkSettings
+    from kata.settings import EndpointSettings, NetworkSettings
 
 
 def plan(
@@ -57,7 +57,7 @@ def plan(
         return NetnsPlan(random_mac(), settings.path, settings.model)
     if mode not in ("user", "tap"):
         raise UsageError(f"there is no network mode {mode!r}", "Use user, tap or none.")
-    return _user_plan(mode, ports, dns, backends, host)
+    return _user_plan(mode, ports, dns, backends, host, settings.endpoints)
 
 
 def _user_plan(
@@ -66,8 +66,19 @@ def _user_plan(
     dns: Sequence[str],
     backends: Sequence[str],
     host: user.HostNetwork | None,
+    endpoints: Sequence[EndpointSettings],
 ) -> user.UserPlan:
     """The user network, by the way that hypervisor and user allow; see `plan`."""
+    if endpoints and sysio.in_user_namespace():
+        raise UnsupportedError(
+            f"an ordinary user's container cannot be in the network {endpoints[0].network}",
+            "Run it as root; or publish ports (-p) to this host.",
+        )
+    if endpoints and (mode == "tap" or not {"stream", "tap"} <= set(backends)):
+        raise UnsupportedError(
+            f"this hypervisor cannot connect a machine to the network {endpoints[0].network}",
+            "docs/networks.md says which can.",
+        )
     if mode == "tap" and sysio.in_user_namespace():
         raise UnsupportedError("an ordinary user has no network by a tap device", "--network user, or none")
     by_tap = mode == "tap" or ("stream" not in backends and "tap" in backends)
@@ -98,6 +109,12 @@ def _user_plan(
 
         carries_tcp = passt.waits_for_clients(program)
     host = host or user.HostNetwork.look()
+    if endpoints:
+        from kata.network.bridge import BridgedPlan
+
+        return BridgedPlan(
+            random_mac(), ports, host, dns, program, carries_tcp=carries_tcp, endpoints=endpoints
+        )
     return user.UserPlan(random_mac(), ports, host, dns, program, carries_tcp=carries_tcp)
 
 

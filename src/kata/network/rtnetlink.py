@@ -190,6 +190,31 @@ class Rtnl:
         )
         self._change(_NEW_LINK, _CREATE | _EXCLUSIVE, bytes(16) + body)
 
+    def add_bridge(self, name: str) -> None:
+        """Make a bridge.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            OSError: There is an interface of that name, or the kernel refused, or has no bridges.
+        """
+        info = attribute(18, attribute(1, b"bridge\0"))
+        self._change(_NEW_LINK, _CREATE | _EXCLUSIVE, bytes(16) + attribute(3, name.encode() + b"\0") + info)
+
+    def set_master(self, index: int, bridge: int) -> None:
+        """Make an interface a port of a bridge.
+
+        Args:
+            index: The interface.
+            bridge: The bridge's index.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        body = struct.pack("=BxHiII", 0, 0, index, 0, 0) + attribute(10, struct.pack("=I", bridge))
+        self._change(_NEW_LINK, 0, body)
+
     def delete_link(self, index: int) -> None:
         """Remove an interface.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.journal import Entry, Journal
-    from kata.network import routing
+    from kata.network import own_names, routing
 
 ADDRESS4, PREFIX4, GATEWAY4, DNS4 = "10.0.2.15", 24, "10.0.2.2", "10.0.2.3"
 ADDRESS6, PREFIX6, GATEWAY6, DNS6 = "fd6b:6174:6100::15", 64, "fd6b:6174:6100::2", "fd6b:6174:6100::3"
@@ -169,6 +169,8 @@ class NetworkPlan:
         self.options: list[str] = []
         self.warnings: list[str] = []
         """Sentences that the user should see once."""
+        self.own_names: own_names.OwnNames | None = None
+        """What the engine answers at `kata.network.resolver.DOCKER` in the guest; None leaves it to dockerd."""
         self.listeners: list[tuple[socket.socket, Port]] = []
         """After `start`: published ports whose connections the engine itself carries into the guest."""
 

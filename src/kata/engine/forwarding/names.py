@@ -1,4 +1,4 @@
-"""Carries a guest's questions for names to the resolver that Docker puts at 127.0.0.11.
+"""Carries a guest's questions for names to the resolver that Docker puts at 127.0.0.11, or answers them.
 
 On a network of a user's own, dockerd answers such questions in the container's network namespace: rules there turn
 what is for port 53 of that address to sockets of its own. That namespace is the sandbox's, on the host, and its
@@ -7,6 +7,8 @@ there.
 
 * The guest says nothing about where a question goes: always to port 53 of 127.0.0.11, by the rules of whatever
   dockerd runs by then.
+* In networks of `kata network` there is no dockerd: the engine knows their members (`kata.network.own_names`), and
+  asks the user network's name servers for all else.
 * At most `QUESTIONS` datagrams of a sandbox and `CONNECTIONS` connections at a time. A datagram that is not answered in
   time is given up.
 * Nothing of it is there unless a container's ``resolv.conf`` names that address.
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from kata.agent.client import AgentClient
     from kata.engine.access import MachineAccess
     from kata.engine.tasks import Tasks
+    from kata.network import own_names
     from kata.ttrpc.status import ConnectionLost, TtrpcError
 
 ADDRESS = resolver.DOCKER
@@ -38,6 +41,8 @@ QUESTIONS = 64
 CONNECTIONS = 16
 ANSWER_S = 15.0
 """dockerd asks several servers, one after the other, for a name from outside; no program waits longer."""
+SERVER_S = 5.0
+"""Then the next server is asked."""
 CONNECT_S = 10.0
 MAX_ANSWER = 65535
 _HEADER = 12
@@ -52,14 +57,17 @@ class Names:
     Args:
         machine: Its guest asks.
         tasks: The engine's; its event loop runs in the network namespace.
+        own: What the engine answers itself; None for nothing, where dockerd answers.
     """
 
-    def __init__(self, machine: MachineAccess, tasks: Tasks) -> None:
+    def __init__(self, machine: MachineAccess, tasks: Tasks, own: own_names.OwnNames | None = None) -> None:
         self._machine = machine
+        self._own = own
+        self._servers = [ADDRESS] if own is None else own.servers
         self._engine_tasks = tasks
         self._datagrams = dial.Datagrams(QUESTIONS, self._asked, self._ended)
         self._relay = sockets.Relay(machine, tasks, asyncio.Semaphore(CONNECTIONS))
-        self._relay.add(_Resolver())
+        self._relay.add(_Resolver(self._servers[0] if self._servers else ADDRESS))
         self._tasks: set[asyncio.Task[None]] = set()
         self._reported = False
         self._closed = False
@@ -101,7 +109,7 @@ class Names:
     async def _answer(self, number: int, question: bytes) -> None:
         answer = b""
         try:
-            answer = await asyncio.wait_for(ask(question), ANSWER_S)
+            answer = await asyncio.wait_for(self._find(question), ANSWER_S)
             self._reported = False
         except TimeoutError:
             pass  # as with a datagram that has got lost
@@ -110,17 +118,35 @@ class Names:
             answer = failure(question)
             if not self._reported:
                 self._reported = True
-                self._engine_tasks.log(f"the resolver at {ADDRESS} does not answer: {error.strerror}")
+                self._engine_tasks.log(
+                    f"the resolver at {' '.join(self._servers)} does not answer: {error.strerror}"
+                )
         self._datagrams.answer(number, answer)
+
+    async def _find(self, question: bytes) -> bytes:
+        if self._own is not None:
+            answer = await self._engine_tasks.run_blocking(self._own.answer, question)
+            if answer:
+                return answer
+        failed = OSError(errno.EDESTADDRREQ, "there is none")
+        for server in self._servers:
+            try:
+                return await asyncio.wait_for(ask(question, server), SERVER_S)
+            except TimeoutError:
+                failed = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            except OSError as error:
+                failed = error
+        raise failed
 
 
 class _Resolver(sockets.Socket):
     """The same by TCP."""
 
-    __slots__ = ()
+    __slots__ = ("_server",)
 
-    def __init__(self) -> None:
-        super().__init__(_STREAMS, f"resolver at {ADDRESS}")
+    def __init__(self, server: str = ADDRESS) -> None:
+        super().__init__(_STREAMS, f"resolver at {server}")
+        self._server = server
 
     async def listen(self, agent: AgentClient) -> None:
         """See `sockets.Socket`."""
@@ -128,9 +154,9 @@ class _Resolver(sockets.Socket):
 
     async def connect(self, tasks: Tasks) -> socket.socket:
         """See `sockets.Socket`."""
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = socket.socket(_family(self._server), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            connecting = asyncio.get_running_loop().sock_connect(sock, (ADDRESS, PORT))
+            connecting = asyncio.get_running_loop().sock_connect(sock, (self._server, PORT))
             await asyncio.wait_for(connecting, CONNECT_S)
         except BaseException as error:
             sock.close()
@@ -141,15 +167,19 @@ class _Resolver(sockets.Socket):
         return sock
 
 
-async def ask(question: bytes) -> bytes:
-    """What the resolver answers to a datagram, in the network namespace of the calling thread.
+def _family(server: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in server else socket.AF_INET
+
+
+async def ask(question: bytes, server: str = ADDRESS) -> bytes:
+    """What a resolver answers to a datagram, in the network namespace of the calling thread.
 
     Raises:
         OSError: There is none.
     """
     loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-        sock.connect((ADDRESS, PORT))
+    with socket.socket(_family(server), socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.connect((server, PORT))
         await loop.sock_sendall(sock, question)
         return await loop.sock_recv(sock, MAX_ANSWER)
 

@@ -94,7 +94,7 @@ class NetworkServices:
         from kata.network import resolver
 
         plan = self._runtime.machine.network
-        if plan is None or not plan.external_netns:
+        if plan is None or not (plan.external_netns or plan.own_names):
             return
         if self._names is None and resolver.DOCKER not in await self._tasks.run_blocking(
             etc_files.name_servers, config, dns
@@ -107,7 +107,7 @@ class NetworkServices:
                     raise UnsupportedError("the guest's agent cannot do that", "kata guest build")
                 from kata.engine.forwarding import names
 
-                self._names = names.Names(self._runtime, self._tasks)
+                self._names = names.Names(self._runtime, self._tasks, plan.own_names)
                 try:
                     await self._runtime.race_vm_exit(self._names.start(agent))
                 except BaseException:

@@ -1,0 +1,265 @@
+"""`kata network create`, `ls`, `rm`, `inspect`, `prune`."""
+
+from __future__ import annotations
+
+import sys
+
+from kata.cli import networks, table
+from kata.cli.args import Command, Option
+from kata.errors import KataError, NotFoundError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kata.cli.args import Arguments
+
+_FIELDS = {
+    "ID": "NETWORK ID",
+    "Name": "NAME",
+    "Driver": "DRIVER",
+    "Scope": "SCOPE",
+    "Subnet": "SUBNET",
+    "Labels": "LABELS",
+    "CreatedAt": "CREATED AT",
+}
+_FILTERS = ("driver", "id", "label", "name")
+
+SUBCOMMANDS = {
+    "create": Command(
+        "network create",
+        "NAME",
+        "Makes a network and prints its id.",
+        [
+            Option("--subnet", "ADDRESS/BITS", "its IPv4 addresses; chosen if not given"),
+            Option("--label", "KEY[=VALUE]", "a label", many=True),
+            Option("-d --driver", "bridge", "accepted; there is no other"),
+        ],
+        least=1,
+        most=1,
+    ),
+    "ls": Command(
+        "network ls",
+        "",
+        "Lists networks.",
+        [
+            Option("-q --quiet", "", "ids only"),
+            Option("-f --filter", "KEY=VALUE", "only those that agree: " + ", ".join(_FILTERS), many=True),
+            Option("--format", "TEMPLATE", f"fields: {' '.join(_FIELDS)}; or 'table TEMPLATE', or json"),
+            Option("--no-trunc", "", "whole ids"),
+        ],
+        most=0,
+    ),
+    "rm": Command(
+        "network rm",
+        "NETWORK...",
+        "Removes networks in which no container is.",
+        [Option("-f --force", "", "no error if there is none")],
+        least=1,
+    ),
+    "inspect": Command(
+        "network inspect",
+        "NETWORK...",
+        "Shows networks and who is in them, as a JSON list.",
+        [Option("-f --format", "TEMPLATE|json", "print what a Go template picks: '{{.Driver}}'")],
+        least=1,
+    ),
+    "prune": Command(
+        "network prune",
+        "",
+        "Removes all networks in which no container is.",
+        [
+            Option("-f --force", "", "do not ask"),
+            Option("--filter", "label=KEY[=VALUE]", "only those that agree", many=True),
+        ],
+        most=0,
+    ),
+}
+"""The commands after ``network``."""
+
+
+def _listed() -> str:
+    lines = []
+    for command in SUBCOMMANDS.values():
+        lines += ["", f"{command.name} [OPTION...] {command.usage}".rstrip(), f"    {command.summary}"]
+        lines += [f"    {', '.join(o.names)} {o.metavar}".rstrip() + f": {o.text}" for o in command.options]
+    return "\n".join(lines[1:])
+
+
+COMMANDS = {
+    "network": Command(
+        "network",
+        "create|ls|rm|inspect|prune [ARG...]",
+        "Makes, lists and removes networks, in which containers find each other by name.",
+        least=1,
+        interspersed=False,
+        notes=_listed() + "\n\n"
+        "kata run --network NAME puts a container into one. There it is found by its name, its id and its aliases.\n"
+        "Nothing goes from one network to another. What is outside is reached as without a network.",
+    )
+}
+_OTHER_NAMES = {"list": "ls", "remove": "rm"}
+
+
+def _network(arguments: Arguments) -> int:
+    name, *rest = arguments.rest
+    name = _OTHER_NAMES.get(name, name)
+    if name not in SUBCOMMANDS:
+        raise UsageError(f"kata network has no command {name!r}", "one of " + ", ".join(SUBCOMMANDS))
+    return _HANDLERS[name](SUBCOMMANDS[name].parse(rest))
+
+
+def _create(arguments: Arguments) -> int:
+    from kata.cli.run_options import labels
+
+    if arguments.value("driver") not in (None, "bridge"):
+        raise UsageError(f"--driver {arguments.value('driver')!r} is not offered", "leave it out")
+    name = networks.check_name(arguments.rest[0], "kata network create")
+    found = labels(arguments.many("label"), [])
+    with networks.locked():
+        record = networks.create(name, arguments.value("subnet") or "", found)
+    print(record["id"])
+    return 0
+
+
+def _about(record: dict[str, Any]) -> dict[str, Any]:
+    """What Docker says of a network."""
+    members = {}
+    for container in networks.users(record["name"]):
+        for one in container.record["networks"]:
+            if one["network"] == record["name"]:
+                bits = record["subnet"].partition("/")[2]
+                members[container.id] = {
+                    "Name": container.name,
+                    "MacAddress": one["mac"],
+                    "IPv4Address": f"{one['address']}/{bits}",
+                    "IPv6Address": "",
+                }
+    return {
+        "Name": record["name"],
+        "Id": record["id"],
+        "Created": record["created_at"],
+        "Scope": "local",
+        "Driver": "bridge",
+        "EnableIPv6": False,
+        "IPAM": {"Driver": "default", "Options": {}, "Config": [{"Subnet": record["subnet"]}]},
+        "Internal": False,
+        "Attachable": False,
+        "Containers": members,
+        "Options": {},
+        "Labels": record["labels"],
+    }
+
+
+def _ls(arguments: Arguments) -> int:
+    from kata.cli import filters
+    from kata.cli.template import show_rows
+
+    wanted = filters.parse(arguments.many("filter"), _FILTERS)
+    tests: list[Callable[[dict[str, Any]], bool]] = [
+        lambda one: filters.has_labels(one["labels"], wanted.get("label", [])),
+        lambda one: "name" not in wanted or any(text in one["name"] for text in wanted["name"]),
+        lambda one: "id" not in wanted or any(one["id"].startswith(text) for text in wanted["id"]),
+        lambda one: "driver" not in wanted or "bridge" in wanted["driver"],
+    ]
+    found = [one for one in networks.everything() if all(test(one) for test in tests)]
+    digits = 64 if arguments.flag("no_trunc") else 12
+    if arguments.flag("quiet"):
+        for one in found:
+            print(one["id"][:digits])
+        return 0
+    rows = [
+        {
+            "ID": one["id"][:digits],
+            "Name": one["name"],
+            "Driver": "bridge",
+            "Scope": "local",
+            "Subnet": one["subnet"],
+            "Labels": ",".join(f"{key}={value}" for key, value in sorted(one["labels"].items())),
+            "CreatedAt": one["created_at"],
+        }
+        for one in found
+    ]
+    default = "table {{.ID}}\t{{.Name}}\t{{.Driver}}\t{{.Scope}}"
+    show_rows(arguments.value("format") or default, rows, _FIELDS)
+    return 0
+
+
+def _each(names: list[str], act: Callable[[str], None]) -> None:
+    from kata.cli.report import raise_first
+
+    failures: list[KataError] = []
+    for name in names:
+        try:
+            act(name)
+        except KataError as error:
+            failures.append(error)
+    sys.stdout.flush()
+    raise_first(failures)
+
+
+def _rm(arguments: Arguments) -> int:
+    force = arguments.flag("force")
+
+    def act(name: str) -> None:
+        try:
+            with networks.locked():
+                networks.remove(name)
+        except NotFoundError:
+            if not force:
+                raise
+            return
+        print(name)
+
+    _each(arguments.rest, act)
+    return 0
+
+
+def _inspect(arguments: Arguments) -> int:
+    from kata.cli.template import FreeKeys, Template, emit
+
+    form = arguments.value("format")
+    template = None if form in (None, "json") else Template(str(form))
+    found: list[dict[str, Any]] = []
+    failure: KataError | None = None
+    try:
+        _each(arguments.rest, lambda name: found.append(_about(networks.find(name))))
+    except KataError as error:
+        failure = error
+    if template is not None:
+        for one in found:
+            free = {key: FreeKeys(one[key]) for key in ("Labels", "Containers", "Options")}
+            emit(template.render({**one, **free}))
+    elif form == "json":
+        import json
+
+        print(json.dumps(found, separators=(",", ":")))
+    else:
+        table.show_json(found)
+    if failure is not None:
+        sys.stdout.flush()
+        raise failure
+    return 0
+
+
+def _prune(arguments: Arguments) -> int:
+    from kata.cli import filters
+    from kata.cli.manage import agreed, show_gone
+
+    wanted = filters.parse(arguments.many("filter"), ("label",))
+    if not arguments.flag("force") and not agreed(["all networks not used by at least one container"]):
+        return 0
+    gone: list[str] = []
+    with networks.locked():
+        for one in networks.everything():
+            if networks.users(one["name"]) or not filters.has_labels(one["labels"], wanted.get("label", [])):
+                continue
+            networks.remove(one["name"])
+            gone.append(one["name"])
+    show_gone("Networks", gone)
+    return 0
+
+
+_HANDLERS = {"create": _create, "ls": _ls, "rm": _rm, "inspect": _inspect, "prune": _prune}
+HANDLERS = {"network": _network}

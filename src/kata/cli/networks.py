@@ -1,0 +1,340 @@
+"""Networks with a name, in which containers find each other by name.
+
+What is known of a network is a directory, ``$KATA_STATE_DIR/networks/<name>``::
+
+    network.json   its id, labels, subnet, time of creation
+    journal        what has to be undone to remove it
+
+What there is of it on the host until the next reboot is another, ``$KATA_RUN_DIR/networks/<id>``: its network namespace
+with the bridge (`kata.network.bridge`), made when the first container is started, and the members' files. Both stay
+until the network is removed. A container has its address from when it is made, so that none changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import contextmanager
+
+from kata import paths
+from kata.cli import records
+from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, StateError, UsageError
+from kata.journal import Journal
+from kata.network import bridge
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ipaddress
+    from collections.abc import Iterator
+    from typing import Any
+
+    from kata.settings import EndpointSettings
+
+_RECORD = "network.json"
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+RESERVED = ("user", "tap", "none", "host", "bridge", "default", "container")
+"""Words that `kata run --network` or Docker's users mean something else by."""
+_POOL = "10.210.{}.0/24"
+"""The subnets of networks for which none was asked; there may be 256 of them."""
+_LARGEST, _SMALLEST = 16, 30
+"""Lengths of prefixes: a member's number in its network names its tap, and a network has two members at least."""
+_USER_NETWORK = "10.0.2.0/24"
+
+
+def directory() -> str:
+    """The directory of what is known of all networks."""
+    return os.path.join(paths.state_dir(), paths.NETWORKS)
+
+
+def runtime_dir(record: dict[str, Any]) -> str:
+    """The directory of what there is of a network until the next reboot."""
+    return os.path.join(paths.run_dir(), paths.NETWORKS, record["id"])
+
+
+def check_name(name: str, given: str) -> str:
+    """Check a network's name: as a container's, of at most 128 characters; returns it.
+
+    Args:
+        name: The name.
+        given: The option or argument as the user wrote it, for errors.
+    """
+    if not (len(name) <= 128 and name[:1].isalnum() and name.isascii() and set(name) <= _NAME):
+        raise UsageError(
+            f"{given}: {name!r} cannot be a network's name",
+            "up to 128 of a-z A-Z 0-9 _ . -, starting with a letter or digit",
+        )
+    if name in RESERVED:
+        raise UsageError(f"{given}: {name!r} means something else to --network", "choose another name")
+    return name
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Hold the lock of all networks and of the addresses in them."""
+    try:
+        paths.make_dirs(directory(), 0o711)
+        # Not in the directory, in which everything has a journal.
+        fd = os.open(f"{directory()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"{directory()} cannot be written: {error.strerror}", "check KATA_STATE_DIR"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A network's record; None if there is none of that name."""
+    return records.read_json(os.path.join(directory(), name, _RECORD)) or None
+
+
+def find(reference: str) -> dict[str, Any]:
+    """A network's record, by its name or the beginning of its id.
+
+    Raises:
+        NotFoundError: There is none.
+        UsageError: There are several.
+    """
+    found = load(reference) if reference and set(reference) <= _NAME and reference[0] != "." else None
+    if found is not None:
+        return found
+    matching = [one for one in everything() if reference and one["id"].startswith(reference)]
+    if len(matching) > 1:
+        raise UsageError(f"{reference!r} is the beginning of several networks", "give its name")
+    if not matching:
+        raise NotFoundError(
+            f"there is no network {reference!r}", f"kata network ls, or kata network create {reference}"
+        )
+    return matching[0]
+
+
+def everything() -> list[dict[str, Any]]:
+    """The records of all networks, by name."""
+    try:
+        names = sorted(os.listdir(directory()))
+    except FileNotFoundError:
+        return []
+    return [found for name in names if (found := load(name)) is not None]
+
+
+def create(name: str, subnet: str = "", labels: dict[str, str] | None = None) -> dict[str, Any]:
+    """Make a network. The caller holds the lock.
+
+    Args:
+        name: Its name, checked.
+        subnet: Its addresses, ``10.1.2.0/24``; empty chooses.
+        labels: Its labels.
+
+    Returns:
+        Its record.
+
+    Raises:
+        AlreadyExistsError: There is one of that name.
+        UsageError: The subnet is malformed, or another network's.
+    """
+    if load(name) is not None:
+        raise AlreadyExistsError(f"there is a network {name!r} already", f"kata network inspect {name}")
+    chosen = _subnet(subnet)
+    meta = {"client": "kata", "kind": "network", "id": name}
+    try:
+        journal = Journal.create_dir(directory(), name, meta)
+    except AlreadyExistsError:
+        # Who holds the lock is alone, so another process has died while it made or removed it.
+        _clear(os.path.join(directory(), name), name)
+        journal = Journal.create_dir(directory(), name, meta)
+    record = {
+        "name": name,
+        "id": os.urandom(32).hex(),
+        "created_at": records.now(),
+        "labels": labels or {},
+        "subnet": str(chosen),
+    }
+    try:
+        records.write_json(os.path.join(directory(), name, _RECORD), record)
+        journal.retain(_RECORD)
+        journal.close()
+    except BaseException:
+        from kata import journal_undo
+
+        journal_undo.undo(journal)
+        raise
+    return record
+
+
+def _subnet(text: str) -> ipaddress.IPv4Network:
+    import ipaddress
+
+    taken = [ipaddress.IPv4Network(one["subnet"]) for one in everything()]
+    taken.append(ipaddress.IPv4Network(_USER_NETWORK))
+    if not text:
+        for number in range(256):
+            chosen = ipaddress.IPv4Network(_POOL.format(number))
+            if not any(chosen.overlaps(one) for one in taken):
+                return chosen
+        raise UsageError("all subnets for networks are taken", "kata network create --subnet 172.30.0.0/24")
+    try:
+        chosen = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise UsageError(f"--subnet {text!r}: {error}", "an IPv4 one: --subnet 172.30.0.0/24") from None
+    if not _LARGEST <= chosen.prefixlen <= _SMALLEST:
+        raise UsageError(
+            f"--subnet {text!r} is too {'large' if chosen.prefixlen < _LARGEST else 'small'}",
+            f"from /{_LARGEST} to /{_SMALLEST}",
+        )
+    if any(chosen.overlaps(one) for one in taken):
+        raise UsageError(
+            f"--subnet {text!r} overlaps another network, or {_USER_NETWORK}, which every machine has",
+            "kata network ls --format '{{.Name}} {{.Subnet}}'",
+        )
+    return chosen
+
+
+def users(name: str) -> list[records.Container]:
+    """The containers that have a place in a network."""
+    return [
+        one
+        for one in records.all_containers()
+        if any(place["network"] == name for place in one.record.get("networks") or ())
+    ]
+
+
+def place(name: str, aliases: list[str], address: str) -> dict[str, Any]:
+    """Choose a new container's place in a network. The caller holds the lock until the container's record is there.
+
+    Args:
+        name: The network.
+        aliases: Names besides the container's.
+        address: The address that was asked for; empty chooses.
+
+    Returns:
+        An element of the record's ``networks``.
+
+    Raises:
+        NotFoundError: There is no such network.
+        UsageError: The address is taken, or not of the network; or there is none left.
+    """
+    import ipaddress
+
+    from kata.hypervisor.base import random_mac
+
+    record = find(name)
+    subnet = ipaddress.IPv4Network(record["subnet"])
+    taken = {
+        one["address"]
+        for container in users(record["name"])
+        for one in container.record["networks"]
+        if one["network"] == record["name"]
+    }
+    hosts = iter(subnet.hosts())
+    next(hosts)  # where a gateway would be
+    if address:
+        try:
+            wanted = ipaddress.IPv4Address(address)
+        except ValueError:
+            raise UsageError(
+                f"--ip {address!r} is not an IPv4 address", f"one of {record['subnet']}"
+            ) from None
+        if wanted not in subnet or wanted in (subnet[0], subnet[1], subnet[-1]) or str(wanted) in taken:
+            raise UsageError(
+                f"--ip {address} is taken, or no member's address in {record['subnet']} (network {record['name']})",
+                f"kata network inspect {record['name']}",
+            )
+        chosen = str(wanted)
+    else:
+        chosen = next((str(one) for one in hosts if str(one) not in taken), "")
+        if not chosen:
+            raise UsageError(
+                f"the network {record['name']} has no address left ({record['subnet']})",
+                "kata network create --subnet, with a shorter prefix",
+            )
+    return {"network": record["name"], "address": chosen, "mac": random_mac(), "aliases": aliases}
+
+
+def endpoints(container: records.Container) -> list[EndpointSettings]:
+    """What an engine is told of a container's networks. The caller holds the lock.
+
+    Raises:
+        StateError: A network is gone, or has been made anew with another subnet.
+        HostError: A network cannot be made on this host.
+    """
+    import ipaddress
+
+    from kata.settings import EndpointSettings
+
+    found = []
+    for one in container.record.get("networks") or ():
+        record = load(one["network"])
+        subnet = ipaddress.IPv4Network(record["subnet"]) if record is not None else None
+        if record is None or subnet is None or ipaddress.IPv4Address(one["address"]) not in subnet:
+            raise StateError(
+                f"the network {one['network']} of container {container.name} is gone",
+                f"kata rm {container.name}",
+            )
+        _make(record)
+        found.append(
+            EndpointSettings(
+                network=one["network"],
+                path=runtime_dir(record),
+                address=one["address"],
+                prefix=subnet.prefixlen,
+                mac=one["mac"],
+                names=[container.name, container.id[:12], container.id, *one["aliases"]],
+            )
+        )
+    return found
+
+
+def _make(record: dict[str, Any]) -> None:
+    """Have a network's namespace on this host."""
+    from kata import journal_undo
+
+    path = runtime_dir(record)
+    if os.path.isfile(os.path.join(path, _RECORD)) and bridge.is_made(path):
+        return
+    if os.path.isdir(path):  # from before a reboot, or of a process that was killed
+        _clear(path, record["name"])
+    meta = {"client": "kata", "kind": "network", "id": record["name"]}
+    journal = Journal.create_dir(os.path.dirname(path), record["id"], meta)
+    try:
+        bridge.make(path, journal)
+        records.write_json(os.path.join(path, _RECORD), record)
+        journal.retain(_RECORD)
+        journal.close()
+    except BaseException:
+        journal_undo.undo(journal)
+        raise
+
+
+def _clear(path: str, name: str) -> None:
+    """Remove one directory of a network, or what is left of it.
+
+    Raises:
+        JournalError: It could not be removed completely.
+    """
+    from kata import journal_undo
+
+    failures = journal_undo.undo(Journal.open(os.path.join(path, "journal")))
+    if failures:
+        raise JournalError(f"the network {name} could not be removed completely: {failures[0]}", "kata gc")
+
+
+def remove(name: str) -> None:
+    """Remove a network. The caller holds the lock.
+
+    Raises:
+        NotFoundError: There is none of that name.
+        StateError: A container is in it.
+        JournalError: It could not be removed completely.
+    """
+    record = find(name)
+    if holders := users(record["name"]):
+        raise StateError(
+            f"the container {holders[0].name} is in the network {record['name']}",
+            f"kata rm {holders[0].name}",
+        )
+    if os.path.isdir(runtime_dir(record)):
+        _clear(runtime_dir(record), record["name"])
+    _clear(os.path.join(directory(), record["name"]), record["name"])

@@ -1,0 +1,153 @@
+"""Networks with a name: `kata network`, addresses, and the engine's own answers. Machines are in tests/vm."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from kata import paths
+from kata.cli import main, networks, records
+from kata.errors import StateError, UsageError
+from kata.network import members, own_names, resolver
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "s"))
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "r"))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    return tmp_path / "s"
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    assert main.main(["network", *words]) == status
+    out = capsys.readouterr()
+    return out.out if status == 0 else out.err
+
+
+def with_place(container: str, network: str, address: str = "") -> records.Container:
+    pending = records.PendingContainer(container)
+    place = networks.place(network, ["alias"], address)
+    record = {
+        "id": pending.id, "name": container, "created_at": records.now(), "network": "user", "networks": [place],
+    }  # fmt: skip
+    return pending.commit(record, {})
+
+
+def test_life_of_a_network(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    identity = said(capsys, "create", "--label", "kind=test", "front").strip()
+    assert len(identity) == 64
+    assert "already" in said(capsys, "create", "front", status=125)
+    assert said(capsys, "ls", "-q", "--no-trunc") == f"{identity}\n"
+    heading, row = said(capsys, "ls").splitlines()
+    assert heading.split() == ["NETWORK", "ID", "NAME", "DRIVER", "SCOPE"]
+    assert row.split() == [identity[:12], "front", "bridge", "local"]
+    assert said(capsys, "ls", "-q", "--filter", "label=kind=other") == ""
+    container = with_place("one", "front")
+    [about] = json.loads(said(capsys, "inspect", identity[:8]))
+    assert about["Containers"][container.id]["IPv4Address"] == "10.210.0.2/24"
+    assert about["IPAM"]["Config"] == [{"Subnet": "10.210.0.0/24"}]
+    assert "is in the network front" in said(capsys, "rm", "front", status=125)
+    assert said(capsys, "prune", "-f") == ""
+    records.remove(container)
+    assert "front" in said(capsys, "prune", "-f")
+    assert os.listdir(state / "networks") == []
+
+
+def test_addresses(state: Path) -> None:
+    networks.create("small", "10.5.0.0/29")
+    assert networks.create("next")["subnet"] == "10.210.0.0/24"
+    with_place("one", "small", "10.5.0.3")
+    found = [with_place(f"c{number}", "small") for number in range(4)]
+    addresses = [one.record["networks"][0]["address"] for one in found]
+    assert addresses == ["10.5.0.2", "10.5.0.4", "10.5.0.5", "10.5.0.6"]
+    with pytest.raises(UsageError, match="no address left"):
+        networks.place("small", [], "")
+    for wrong in ("10.5.0.3", "10.5.0.1", "10.5.0.7", "10.6.0.2", "x"):
+        with pytest.raises(UsageError, match="--ip"):
+            networks.place("small", [], wrong)
+    for wrong in ("10.5.0.0/28", "10.0.2.0/24", "10.0.0.0/8", "10.7.0.0/31", "10.7.0.1/24", "fd00::/64"):
+        with pytest.raises(UsageError, match="--subnet"):
+            networks.create("wrong", wrong)
+    records_dir = networks.directory()
+    assert sorted(os.listdir(records_dir)) == ["next", "small"]
+
+
+def test_a_container_whose_network_was_made_anew_is_not_started(state: Path) -> None:
+    networks.create("front", "10.5.0.0/24")
+    container = with_place("one", "front")
+    container.record["networks"][0]["address"] = "10.6.0.2"
+    with pytest.raises(StateError, match="is gone"):
+        networks.endpoints(container)
+
+
+@pytest.mark.parametrize("name", ["user", "none", "host", "-x", "", "a/b", "ä"])
+def test_names_that_a_network_cannot_have(name: str) -> None:
+    with pytest.raises(UsageError):
+        networks.check_name(name, "kata network create")
+
+
+# ---- names ----
+
+
+def question(name: str, kind: int = 1) -> bytes:
+    labels = b"".join(bytes((len(label),)) + label.encode() for label in name.split("."))
+    return (
+        b"\x12\x34\x01\x00" + struct.pack(">HHHH", 1, 0, 0, 0) + labels + b"\0" + struct.pack(">HH", kind, 1)
+    )
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Path:
+    path = tmp_path / "network"
+    (path / "members").mkdir(parents=True)
+    return path
+
+
+def join(network: Path, sandbox: str, address: str, *names: str) -> int:
+    fd = os.open(network / "members" / sandbox, os.O_WRONLY | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    os.write(fd, json.dumps({"address": address, "names": names}).encode())
+    return fd
+
+
+def test_names_of_members(network: Path) -> None:
+    held = join(network, "a", "10.5.0.2", "Web", "alias")
+    other = join(network, "b", "10.5.0.3", "db", "alias")
+    own = own_names.OwnNames([(str(network), "10.5.0.9", 24)], ["192.0.2.1"])
+    try:
+        answer = own.answer(question("wEB"))
+        assert answer[:4] == b"\x12\x34\x85\x80"
+        assert struct.unpack_from(">HHHH", answer, 4) == (1, 1, 0, 0)
+        assert answer.endswith(struct.pack(">IH", 0, 4) + resolver.pack("10.5.0.2"))
+        # An alias may be that of several.
+        assert struct.unpack_from(">H", own.answer(question("alias")), 6) == (2,)
+        # A name that is there has no IPv6 address, rather than being asked of others.
+        aaaa = own.answer(question("web", 28))
+        assert (aaaa[3] & 15, aaaa[6:8]) == (0, b"\0\0")
+        assert own.answer(question("3.0.5.10.in-addr.arpa", 12)).endswith(b"\x02db\0")
+        assert own.answer(question("7.0.5.10.in-addr.arpa", 12))[3] & 15 == 3
+        # All else is for others.
+        for name in ("example.org", "web.example.org", "7.0.6.10.in-addr.arpa"):
+            assert own.answer(question(name)) == b""
+        # The lock ends with the engine, and with it the name.
+        os.close(held)
+        assert own.answer(question("web")) == b""
+        assert [one.address for one in members.living(str(network))] == ["10.5.0.3"]
+    finally:
+        os.close(other)
+
+
+@pytest.mark.parametrize("length", range(len(question("web.example")) - 1))
+def test_a_broken_question_is_no_question(length: int) -> None:
+    assert own_names.parse(question("web.example")[:length]) is None
+
+
+def test_where_the_namespaces_are(state: Path) -> None:
+    record = networks.create("front")
+    assert networks.runtime_dir(record) == os.path.join(paths.run_dir(), "networks", record["id"])

@@ -1,0 +1,115 @@
+"""Networks with a name: names both ways, isolation, ports beside it, and what a killed engine leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from cli_support import container, needs_root
+from conftest import Kata
+from waiting import until
+
+from kata import sysio
+
+pytestmark = needs_root
+
+SERVE = "mkdir /www; hostname > /www/index.html; httpd -p 80 -h /www; sleep 1000000"
+
+
+@pytest.fixture
+def networks(shared_kata: Kata) -> Iterator[list[str]]:
+    names = ["front", "back"]
+    for name in names:
+        shared_kata.ok("network", "create", "--label", "test=names", name)
+    try:
+        yield names
+    finally:
+        shared_kata.ok("network", "rm", *names)
+
+
+def _sh(kata: Kata, name: str, script: str) -> str:
+    done = kata.call("exec", name, "sh", "-c", script)
+    return done.stdout.decode() + done.stderr.decode()
+
+
+def _engine_pid(kata: Kata, name: str) -> int:
+    [about] = json.loads(kata.ok("inspect", name))
+    return int(about["State"]["Pid"])
+
+
+def test_names_isolation_and_what_a_killed_engine_leaves(
+    shared_kata: Kata, busybox_image: str, networks: list[str]
+) -> None:
+    kata = shared_kata
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with contextlib.ExitStack() as running:
+
+        def start(name: str, network: str, *more: str) -> None:
+            options = ("--network", network, "-h", name, *more)
+            running.enter_context(container(kata, busybox_image, name, SERVE, *options))
+
+        start("fa", "front", "-p", f"127.0.0.1:{port}:80", "--network-alias", "web")
+        start("fb", "front")
+        start("ba", "back", "--network-alias", "web")
+        start("bb", "back")
+        # Both ways, by name and by alias; who is later is found by who was before.
+        assert _sh(kata, "fa", "wget -qO- http://fb/") == "fb\n"
+        assert _sh(kata, "fb", "wget -qO- http://web/") == "fa\n"
+        assert _sh(kata, "bb", "wget -qO- http://web/") == "ba\n"
+        [front] = json.loads(kata.ok("network", "inspect", "front"))
+        address = {one["Name"]: one["IPv4Address"].partition("/")[0] for one in front["Containers"].values()}
+        assert set(address) == {"fa", "fb"}
+        assert "fa" in _sh(kata, "fb", f"nslookup {address['fa']}")
+        # Neither the name nor the address leads from one network to another.
+        assert address["fa"] in _sh(kata, "fb", "nslookup fa")
+        assert address["fa"] not in _sh(kata, "bb", "timeout 5 nslookup fa")
+        assert "fb" not in _sh(kata, "bb", f"wget -T 3 -qO- http://{address['fb']}/")
+        # Ports are published as without such a network.
+
+        def published() -> bool:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as a,
+            ):
+                return bool(a.read() == b"fa\n")
+            return False
+
+        until(published, "the page")
+        refused = kata.call("network", "rm", "front")
+        assert refused.returncode != 0
+        assert b"is in the network front" in refused.stderr
+        # The name of a killed engine is gone before anybody has cleaned up.
+        os.kill(_engine_pid(kata, "fa"), signal.SIGKILL)
+        until(
+            lambda: address["fa"] not in _sh(kata, "fb", "timeout 5 nslookup fa"),
+            "the name to be gone",
+        )
+
+
+def test_a_network_is_gone_with_its_namespace(shared_kata: Kata, busybox_image: str) -> None:
+    kata = shared_kata
+    run_dir = kata.run_dir
+    identity = kata.ok("network", "create", "--subnet", "10.99.1.0/24", "gone").strip()
+    try:
+        said = kata.ok(
+            "run", "--rm", "--network", "gone", "--ip", "10.99.1.77", busybox_image, "ip", "-4", "addr"
+        )
+        assert "10.99.1.77/24" in said
+        path = run_dir / "networks" / identity / "netns"
+        assert sysio.mount_at(str(path)) is not None
+        assert list((path.parent / "members").iterdir()) == []
+        kata.ok("gc")
+        assert sysio.mount_at(str(path)) is not None
+    finally:
+        kata.ok("network", "rm", "gone")
+    assert not path.parent.exists()
+    missing = kata.call("run", "--rm", "--network", "gone", busybox_image, "true")
+    assert missing.returncode == 125
+    assert b"there is no network 'gone'" in missing.stderr
