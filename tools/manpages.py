@@ -35,7 +35,8 @@ from kata.cli import main as cli  # noqa: E402
 from kata.cli.args import Command, Option  # noqa: E402
 from kata.log_parser import options as log_parser  # noqa: E402
 from kata.monitor import options as monitor  # noqa: E402
-from kata.oci_runtime import main as oci_runtime  # noqa: E402
+from kata.oci_runtime import commands as oci_runtime  # noqa: E402
+from kata.oci_runtime.global_options import PROGRAM  # noqa: E402
 
 PROGRAMS = ("kata", "kata-agent-ctl", "kata-log-parser", "kata-monitor", "kata-runtime")
 COMPLETION = {
@@ -222,12 +223,12 @@ def of_runtime() -> str:
         commands += [option_list(command.options)] if command.options else []
         commands += notes(command.notes)
     forms = [
-        f"{oci_runtime.PROGRAM} {name} [OPTION...] {form}".rstrip()
+        f"{PROGRAM} {name} [OPTION...] {form}".rstrip()
         for name, command in oci_runtime.COMMANDS.items()
         for form in command.usage.split(" | ")
     ]
     parts = [
-        heading(oci_runtime.PROGRAM, oci_runtime.SUMMARY),
+        heading(PROGRAM, oci_runtime.SUMMARY),
         synopsis(*forms),
         section("DESCRIPTION", escape(oci_runtime.SUMMARY), "It runs as root."),
         section("COMMANDS", *commands),

@@ -18,7 +18,7 @@ Lines::
 Appending a line is atomic (O_APPEND), so the starter and the engine may write to the same journal. A torn last line is
 an intent whose resource was never made, or an identity whose intent is complete; both cases are handled.
 
-Imported before the hypervisor is started: `json` (11 ms with what it pulls in) is only loaded for reading.
+Imported before the hypervisor is started, so it does without `json` (`kata.json_text`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import os
 
 from kata import paths, sysio
 from kata.errors import AlreadyExistsError, JournalError
+from kata.json_text import dumps, loads
 
 FILE_NAME = "journal"
 NEW_PREFIX = ".new-"
@@ -39,80 +40,8 @@ _PATH_KINDS = ("file", "directory", "socket", "cgroup", "netns")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from typing import Any
-
-
-def dumps(value: Any) -> str:
-    """Encode None, bool, int, finite float, str, list, tuple and dict as JSON, without the cost of `import json`."""
-    if value is None:
-        return "null"
-    if value is True:
-        return "true"
-    if value is False:
-        return "false"
-    if isinstance(value, int):
-        return str(int(value))
-    if isinstance(value, str):
-        out = value.replace("\\", "\\\\").replace('"', '\\"')
-        if out.isascii() and out.isprintable():
-            return f'"{out}"'
-        return '"' + "".join(c if " " <= c <= "~" else _u_escape(c) for c in out) + '"'
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{dumps(str(k))}:{dumps(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(dumps(v) for v in value) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    raise TypeError(f"cannot write a {type(value).__name__} to a journal")
-
-
-def _u_escape(char: str) -> str:
-    code = ord(char)
-    if code > 0xFFFF:
-        code -= 0x10000
-        return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
-    return f"\\u{code:04x}"
-
-
-class _Decoding:
-    """How JSON is decoded, as the scanner in C asks for it: as `json.loads` does without arguments."""
-
-    strict = True
-    object_hook = None
-    object_pairs_hook = None
-    parse_float = float
-    parse_int = int
-    parse_constant = float
-
-
-_scan: Callable[[str, int], tuple[Any, int]] | None = None
-
-
-def loads(text: str | bytes) -> Any:
-    """Decode JSON, without the cost of `import json` (7 ms of processor time, most of it for regular expressions).
-
-    It is CPython's scanner that does it in either case. What that objects to, `json.loads` is asked about, for its
-    words.
-
-    Raises:
-        ValueError: It is not JSON.
-    """
-    global _scan
-    try:
-        if _scan is None:
-            from _json import make_scanner
-
-            _scan = make_scanner(_Decoding())  # type: ignore[arg-type]
-        string = (text if isinstance(text, str) else str(text, "utf-8")).strip(" \t\r\n")
-        value, end = _scan(string, 0)
-        if end == len(string):
-            return value
-    except (ImportError, StopIteration, ValueError):
-        pass
-    import json
-
-    return json.loads(text)
 
 
 def unfinished_name() -> str:

@@ -1,12 +1,20 @@
-"""The command that starts another kata process.
+"""How every kata process begins and ends, and the command that starts another one.
 
 Imported on every start, so it imports next to nothing.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+STDOUT = "standard output"
+"""Stands for a file name in errors of writing it."""
 
 
 def settle() -> None:
@@ -24,6 +32,29 @@ def settle() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), True)
         # Python has made sys.stdin, sys.stdout and sys.stderr from what there was: once more from the start.
         os.execv(sys.executable, sys.orig_argv)
+
+
+class _Output(io.FileIO):
+    """Standard output; its errors can be told from those of other files."""
+
+    def write(self, data: Any, /) -> int:
+        """See `io.FileIO.write`."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = STDOUT
+            raise
+
+
+def name_output() -> None:
+    """Have errors of writing standard output name it, for `kata.cli.report.exit_status`."""
+    old = sys.stdout
+    # A replacement by a test, or a closed stream, is left alone.
+    if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", None), io.FileIO):
+        buffer = io.BufferedWriter(_Output(old.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            buffer, encoding=old.encoding, errors=old.errors, line_buffering=old.line_buffering
+        )
 
 
 def let_go(status: int) -> int:

@@ -1,7 +1,7 @@
 """System calls that Python 3.11 does not offer, atomic file replacement, and facts about processes from ``/proc``.
 
-This is the only module that uses `ctypes`. It is imported before a hypervisor is started, so it imports no other
-expensive module; the C library is opened by the first call that needs it.
+It is imported before a hypervisor is started and by commands that live for milliseconds, so it imports no expensive
+module; `ctypes` is imported, and the C library opened, by the first call that needs them (`_c`).
 
 All calls raise `OSError` with errno and, where there is one, the path. Sources: the manual pages named in
 each docstring (section 2 and 5 of Linux man-pages).
@@ -9,13 +9,13 @@ each docstring (section 2 and 5 of Linux man-pages).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import ctypes
     from collections.abc import Iterable, Sequence
 
 PR_SET_PDEATHSIG = 1
@@ -95,7 +95,6 @@ MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
 
 # These numbers are the same on every architecture (they came after the tables were unified).
-_NR_PIDFD_SEND_SIGNAL = 424
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
 _NR_CLOSE_RANGE = 436
@@ -163,8 +162,11 @@ _libc: ctypes.CDLL | None = None
 
 
 def _c() -> ctypes.CDLL:
-    global _libc
+    """The C library; after the first call, `ctypes` is a name of this module."""
+    global _libc, ctypes
     if _libc is None:
+        import ctypes
+
         _libc = ctypes.CDLL(None, use_errno=True)
     return _libc
 
@@ -197,8 +199,8 @@ def syscall(number: int, *arguments: object) -> int:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2) with integer arguments."""
-    u = ctypes.c_ulong
-    return _check(_c().prctl(option, u(arg2), u(arg3), u(arg4), u(arg5)))
+    libc, u = _c(), ctypes.c_ulong
+    return _check(libc.prctl(option, u(arg2), u(arg3), u(arg4), u(arg5)))
 
 
 def preload() -> None:
@@ -259,16 +261,17 @@ def keep_capabilities(kept: Iterable[int], user: int = 0, *, keeps_groups: bool 
             os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
+    libc = _c()
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (
         ctypes.c_uint32 * 6
     )()  # effective, permitted, inheritable: first the lower 32 bits, then the higher ones
-    _check(_c().capget(header, sets))
+    _check(libc.capget(header, sets))
     for half in range(2):
         permitted = sets[3 * half + 1] & mask >> 32 * half & 0xFFFF_FFFF
         sets[3 * half], sets[3 * half + 1], sets[3 * half + 2] = permitted, permitted, 0
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _check(_c().capset(header, sets))
+    _check(libc.capset(header, sets))
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -421,10 +424,9 @@ def reset_signals() -> None:
 def close_on_exec_from(first: int) -> None:
     """Mark all descriptors from *first* on as close-on-exec (close_range(2); one by one before Linux 5.11)."""
     try:
-        most = ctypes.c_uint(0xFFFF_FFFF)
-        _check(
-            _c().syscall(ctypes.c_long(_NR_CLOSE_RANGE), ctypes.c_uint(first), most, _CLOSE_RANGE_CLOEXEC)
-        )
+        libc, u = _c(), ctypes.c_uint
+        number = ctypes.c_long(_NR_CLOSE_RANGE)
+        _check(libc.syscall(number, u(first), u(0xFFFF_FFFF), _CLOSE_RANGE_CLOEXEC))
     except OSError:
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd >= first:
@@ -518,10 +520,9 @@ def pivot_root(new_root: str) -> None:
     In all processes of the namespace, a root or working directory that was the old root becomes the new one.
     """
     os.chdir(new_root)
-    here = ctypes.c_char_p(b".")
     numbers = {"x86_64": 155, "aarch64": 41}
     number = numbers.get(os.uname().machine, 41)
-    _check(_c().syscall(ctypes.c_long(number), here, here), new_root)
+    _check(_c().syscall(ctypes.c_long(number), b".", b"."), new_root)
     umount2(".", MNT_DETACH)
 
 
@@ -538,12 +539,8 @@ def open_tree(path: str) -> int:
 
 def move_mount(tree: int, target: str) -> None:
     """move_mount(2): attach a copy made by `open_tree`, possibly in another mount namespace."""
-    number = ctypes.c_long(_NR_MOVE_MOUNT)
-    _check(_c().syscall(number, tree, b"", AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
-
-
-class _MountAttr(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
+    libc, number = _c(), ctypes.c_long(_NR_MOVE_MOUNT)
+    _check(libc.syscall(number, tree, b"", AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
 def mount_setattr(target: str, attributes: int, *, recursive: bool) -> None:
@@ -557,15 +554,16 @@ def mount_setattr(target: str, attributes: int, *, recursive: bool) -> None:
     Raises:
         OSError: ENOSYS before Linux 5.12.
     """
-    wanted = _MountAttr(attributes, 0, 0, 0)
+    libc = _c()
+    wanted = _u64s(attributes, 0, 0, 0)  # struct mount_attr
     flags = ctypes.c_uint(_AT_SYMLINK_NOFOLLOW | (_AT_RECURSIVE if recursive else 0))
-    size = ctypes.c_size_t(ctypes.sizeof(wanted))
-    number = ctypes.c_long(_NR_MOUNT_SETATTR)
-    _check(_c().syscall(number, AT_FDCWD, os.fsencode(target), flags, ctypes.byref(wanted), size), target)
+    number, size = ctypes.c_long(_NR_MOUNT_SETATTR), ctypes.c_size_t(len(wanted))
+    _check(libc.syscall(number, AT_FDCWD, os.fsencode(target), flags, wanted, size), target)
 
 
-class _OpenHow(ctypes.Structure):
-    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+def _u64s(*values: int) -> bytes:
+    """A struct of 64-bit members."""
+    return b"".join(value.to_bytes(8, sys.byteorder) for value in values)
 
 
 def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
@@ -581,24 +579,10 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
     Returns:
         The new descriptor.
     """
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    size = ctypes.c_size_t(ctypes.sizeof(how))
-    number = ctypes.c_long(_NR_OPENAT2)
-    return _check(_c().syscall(number, dirfd, os.fsencode(path), ctypes.byref(how), size), path)
-
-
-class _Statx(ctypes.Structure):
-    """The first part of struct statx, up to what is used of it."""
-
-    _fields_ = [
-        ("mask", ctypes.c_uint32),
-        ("before_ino", ctypes.c_uint8 * 28),
-        ("ino", ctypes.c_uint64),
-        ("before_btime", ctypes.c_uint8 * 40),
-        ("btime_s", ctypes.c_int64),
-        ("btime_ns", ctypes.c_uint32),
-        ("rest", ctypes.c_uint8 * 164),
-    ]
+    libc = _c()
+    how = _u64s(flags | os.O_CLOEXEC, mode, resolve)  # struct open_how
+    number, size = ctypes.c_long(_NR_OPENAT2), ctypes.c_size_t(len(how))
+    return _check(libc.syscall(number, dirfd, os.fsencode(path), how, size), path)
 
 
 _STATX_BTIME = 0x800
@@ -606,11 +590,14 @@ _STATX_BTIME = 0x800
 
 def birth_ns(path: str) -> int:
     """When a file was made, in nanoseconds of the epoch (statx(2)); 0 where its file system does not say."""
-    found = _Statx()
-    flags = ctypes.c_int(_AT_SYMLINK_NOFOLLOW)
-    wanted = ctypes.c_uint(_STATX_BTIME)
-    _check(_c().statx(AT_FDCWD, os.fsencode(path), flags, wanted, ctypes.byref(found)), path)
-    return found.btime_s * 10**9 + found.btime_ns if found.mask & _STATX_BTIME else 0
+    libc = _c()
+    found = ctypes.create_string_buffer(256)  # struct statx: stx_mask is at 0, stx_btime at 80
+    _check(libc.statx(AT_FDCWD, os.fsencode(path), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, found), path)
+
+    def member(at: int, size: int) -> int:
+        return int.from_bytes(found.raw[at : at + size], sys.byteorder, signed=size == 8)
+
+    return member(80, 8) * 10**9 + member(88, 4) if member(0, 4) & _STATX_BTIME else 0
 
 
 # ---- file system events ----
@@ -677,8 +664,9 @@ def pidfd_open(pid: int) -> int:
 
 def pidfd_send_signal(pidfd: int, signal_number: int) -> None:
     """pidfd_send_signal(2), without importing `signal` (and with it `enum`)."""
-    number = ctypes.c_long(_NR_PIDFD_SEND_SIGNAL)
-    _check(_c().syscall(number, pidfd, signal_number, None, 0))
+    import _signal  # type: ignore[import-not-found]
+
+    _signal.pidfd_send_signal(pidfd, signal_number)
 
 
 def pidfd_wait(pidfd: int, timeout_s: float) -> bool:
@@ -782,6 +770,7 @@ def address_of(buffer: object) -> int:
     """Address of a writable buffer (an `mmap.mmap`); the buffer must be kept alive, and cannot be closed
     while the process lives.
     """
+    _c()
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
 
 
@@ -791,9 +780,10 @@ def bpf(command: int, attributes: bytes) -> int:
     machine = os.uname().machine
     if machine not in numbers:
         raise OSError(errno.ENOSYS, f"bpf(2) is not known for {machine}")
+    libc = _c()
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
     size = ctypes.c_uint(len(attributes))
-    return _check(_c().syscall(ctypes.c_long(numbers[machine]), command, buffer, size))
+    return _check(libc.syscall(ctypes.c_long(numbers[machine]), command, buffer, size))
 
 
 def perf_event_open(kind: int, config: int) -> int:
@@ -811,13 +801,10 @@ def perf_event_open(kind: int, config: int) -> int:
         + bytes(24)
         + (disabled | user_only).to_bytes(8, "little")
     )
+    libc = _c()
     buffer = ctypes.create_string_buffer(attributes.ljust(size, b"\0"), size)
     number, close_on_exec = ctypes.c_long(numbers[machine]), ctypes.c_ulong(8)
-    return _check(_c().syscall(number, buffer, 0, -1, -1, close_on_exec))
-
-
-class _ITimerSpec(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_long) for name in ("interval_s", "interval_ns", "first_s", "first_ns")]
+    return _check(libc.syscall(number, buffer, 0, -1, -1, close_on_exec))
 
 
 def clock_change_timer() -> int:
@@ -827,9 +814,9 @@ def clock_change_timer() -> int:
     """
     wall_clock, absolute, cancel_on_set, far_s = 0, 1, 2, 1 << 40
     fd = _check(_c().timerfd_create(wall_clock, os.O_CLOEXEC | os.O_NONBLOCK))
-    when = _ITimerSpec(0, 0, far_s, 0)
+    when = _u64s(0, 0, far_s, 0)  # struct itimerspec: it_interval, it_value
     try:
-        _check(_c().timerfd_settime(fd, absolute | cancel_on_set, ctypes.byref(when), None))
+        _check(_c().timerfd_settime(fd, absolute | cancel_on_set, when, None))
     except OSError:
         os.close(fd)
         raise
@@ -848,6 +835,7 @@ def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
     Returns:
         The program's descriptor.
     """
+    _c()
     instructions = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(b"Apache-2.0")
     fields = (

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from kata import children, journal_undo, sysio
 from kata.errors import AlreadyExistsError, JournalError
-from kata.journal import Journal, dumps, loads, process_identity
+from kata.journal import Journal, process_identity
 from kata.journal_undo import reconcile, reconcile_sandboxes
+from kata.json_text import dumps, loads
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

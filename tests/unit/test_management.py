@@ -33,6 +33,7 @@ from kata.engine.standard_streams.logfile import LogFile
 from kata.errors import HostError, NotFoundError, UnsupportedError
 from kata.journal import Journal
 from kata.journal_undo import undo
+from kata.oci_runtime import commands
 from kata.oci_runtime import main as oci_runtime
 from kata.proto import agent_pb, csi_pb, google_pb
 from kata.ttrpc.status import TtrpcError
@@ -646,13 +647,13 @@ def test_kata_runtime(known: Managed, capsys: pytest.CaptureFixture[str], tmp_pa
         ), (argv, output)
     assert run("version")[0] == 0
     assert run("--help")[0] == 0
-    assert oci_runtime.complete([], "me") == [("metrics", oci_runtime.COMMANDS["metrics"].summary)]
-    assert [word for word, _ in oci_runtime.complete(["iptables"], "--")] == [
+    assert commands.complete([], "me") == [("metrics", commands.COMMANDS["metrics"].summary)]
+    assert [word for word, _ in commands.complete(["iptables"], "--")] == [
         "--sandbox-id",
         "--v6",
         "--help",
     ]
-    assert [word for word, _ in oci_runtime.complete(["direct-volume"], "")] == ["stats", "resize"]
+    assert [word for word, _ in commands.complete(["direct-volume"], "")] == ["stats", "resize"]
 
 
 def test_a_pod_that_is_not_described_yet(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> None:

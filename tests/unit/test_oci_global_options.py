@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kata.errors import NotFoundError, UsageError
+from kata.errors import KataError, NotFoundError, UsageError
+from kata.oci_runtime import container_commands
 from kata.oci_runtime import main as oci_runtime
 from kata.oci_runtime.global_options import GlobalOptions
 
@@ -74,3 +75,56 @@ def test_who_is_root_is_not_said_by_an_option() -> None:
         assert GlobalOptions().take([f"--rootless={value}", "--rootless", value, "list"]) == ["list"]
     with pytest.raises(UsageError, match="--rootless 'perhaps' is not known"):
         GlobalOptions().take(["--rootless", "perhaps", "list"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "state x",
+        "start x",
+        "kill x",
+        "kill x 9",
+        "kill --all x KILL",
+        "kill x TERM -a",
+        "delete x",
+        "delete --force x",
+        "delete -f x",
+        "delete x y",
+        "delete",
+        "state --all x",
+        "kill x 9 9",
+        "kill -- x",
+        "delete --force=true x",
+        "delete -fx y",
+        "delete --help",
+        "list",
+        "",
+    ],
+)
+def test_what_is_read_at_once_is_what_the_grammar_reads(line: str) -> None:
+    argv = line.split()
+
+    found = oci_runtime.plain(argv)
+
+    if found is None:
+        return  # the grammar reads it
+    meant = container_commands.COMMANDS[argv[0]].parse(argv[1:])
+    assert found.rest == meant.rest
+    for key in ("all", "force"):
+        assert found.flag(key) == (key in meant and meant.flag(key))
+
+
+@pytest.mark.parametrize(
+    "line", ["state x", "start x", "kill x 9", "kill --all x 9", "delete --force x", "delete x"]
+)
+def test_what_podman_executes_is_read_at_once(line: str) -> None:
+    assert oci_runtime.plain(line.split()) is not None
+
+
+@pytest.mark.parametrize("line", ["delete x y", "delete", "state --all x", "kill x 9 9"])
+def test_mistakes_are_left_to_the_grammar(line: str) -> None:
+    argv = line.split()
+
+    assert oci_runtime.plain(argv) is None
+    with pytest.raises(KataError):
+        container_commands.COMMANDS[argv[0]].parse(argv[1:])

@@ -18,7 +18,8 @@ from kata import journal_undo, settings
 from kata.cli import session
 from kata.engine.launch import launch
 from kata.errors import ConfigError, StateError
-from kata.journal import FILE_NAME, Journal, dumps
+from kata.journal import FILE_NAME, Journal
+from kata.json_text import dumps
 from kata.settings import (
     DiskSettings,
     NetworkSettings,

@@ -23,7 +23,8 @@ from kata.hypervisor.base import Attachments, MachineShape
 from kata.hypervisor.cloud_hypervisor import command as cloud_hypervisor
 from kata.hypervisor.qemu import command
 from kata.hypervisor.qemu.settings import VMSettings
-from kata.journal import Journal, dumps, process_identity
+from kata.journal import Journal, process_identity
+from kata.json_text import dumps
 
 NIC, SOUND, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3a:00.0"
 

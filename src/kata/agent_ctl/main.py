@@ -8,10 +8,10 @@ from kata import __version__
 from kata.agent_ctl import address, links, methods, output
 from kata.agent_ctl.options import Option, Values, parse, table
 from kata.agent_ctl.session import COMMANDS, Session, listing, listing_text, split
-from kata.cli.main import name_output
 from kata.errors import UsageError
 from kata.hypervisor import registry
 from kata.hypervisor.channel import AGENT_PORT
+from kata.launcher import name_output
 from kata.ttrpc.status import TtrpcError
 
 TYPE_CHECKING = False

@@ -13,7 +13,7 @@ from kata.cli.listing import need_running
 from kata.cli.pump import Detached, OutputGone
 from kata.cli.run import detach_keys
 from kata.errors import KataError, StateError, UsageError, VMLostError
-from kata.journal import loads
+from kata.json_text import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

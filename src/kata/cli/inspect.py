@@ -14,7 +14,7 @@ import sys
 from kata.cli import records, table
 from kata.cli.args import Command, Option
 from kata.errors import KataError, NotFoundError, UsageError
-from kata.journal import loads
+from kata.json_text import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import time
 from kata.cli import records, table
 from kata.cli.args import Command, Option
 from kata.errors import NotFoundError, StateError, UsageError
-from kata.journal import loads
+from kata.json_text import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,17 +5,16 @@ Sub-commands are modules that are imported on use, so that `kata run` does not p
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 
 from kata import paths, sysio
 from kata.errors import KataError, UsageError
+from kata.launcher import name_output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "run a command in a new container, in a virtual machine of its own"),
@@ -159,31 +158,6 @@ def _as_ordinary_user(name: str, argv: Sequence[str]) -> None:
     except KataError:
         if name != "doctor":  # which says so
             raise
-
-
-class _Output(io.FileIO):
-    """Standard output; its errors can be told from those of other files."""
-
-    def write(self, data: Any, /) -> int:
-        """See `io.FileIO.write`."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            from kata.cli.report import STDOUT
-
-            error.filename = STDOUT
-            raise
-
-
-def name_output() -> None:
-    """Have errors of writing standard output name it, for `kata.cli.report.exit_status`."""
-    old = sys.stdout
-    # A replacement by a test, or a closed stream, is left alone.
-    if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", None), io.FileIO):
-        buffer = io.BufferedWriter(_Output(old.fileno(), "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(
-            buffer, encoding=old.encoding, errors=old.errors, line_buffering=old.line_buffering
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

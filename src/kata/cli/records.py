@@ -20,7 +20,8 @@ import time
 
 from kata import paths, sysio
 from kata.errors import AlreadyExistsError, JournalError, NotFoundError, UsageError
-from kata.journal import Journal, dumps, loads
+from kata.journal import Journal
+from kata.json_text import dumps, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

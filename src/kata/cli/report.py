@@ -6,13 +6,11 @@ import os
 import sys
 
 from kata.errors import KataError, ToldToEnd
+from kata.launcher import STDOUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-STDOUT = "standard output"
-"""Stands for a file name in errors of writing it."""
 
 
 def report(error: KataError) -> None:

@@ -22,8 +22,8 @@ from kata.errors import (
     UsageError,
     VMLostError,
 )
-from kata.journal import dumps
-from kata.proto import sandbox_pb, task_pb
+from kata.json_text import dumps
+from kata.proto import task_pb
 from kata.proto.google_pb import Any as AnyMessage
 from kata.proto.google_pb import Empty
 from kata.ttrpc.status import CANCELLED, ConnectionLost, TtrpcError
@@ -33,7 +33,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 
-    from kata.proto import agentext_pb
+    from kata.proto import agentext_pb, sandbox_pb
     from kata.proto.codec import Message
 
     M = TypeVar("M", bound=Message)
@@ -253,6 +253,8 @@ class EngineClient:
 
     def discard(self) -> None:
         """Have the sandbox end at once: what its containers wrote to their own disks is not needed any more."""
+        from kata.proto import sandbox_pb
+
         self.call(SANDBOX, "Discard", sandbox_pb.DiscardRequest(), Empty)
 
     # ---- what containerd has no words for ----
@@ -261,6 +263,8 @@ class EngineClient:
         self, container_id: str, exec_id: str = "", *, stdin: str = "", stdout: str = "", stderr: str = ""
     ) -> None:
         """Take part in a process's streams through fifos, which have been opened when this returns."""
+        from kata.proto import sandbox_pb
+
         request = sandbox_pb.AttachRequest(
             id=container_id, exec_id=exec_id, stdin=stdin, stdout=stdout, stderr=stderr
         )
@@ -276,11 +280,15 @@ class EngineClient:
 
     def timings(self) -> sandbox_pb.TimingsResponse:
         """By which path the machine started, and where the time went, relative to ``request_started_ns``."""
+        from kata.proto import sandbox_pb
+
         return self.call(SANDBOX, "Timings", sandbox_pb.TimingsRequest(), sandbox_pb.TimingsResponse)
 
     def describe(self) -> dict[str, Any]:
         """The sandbox's facts; ``error`` says why the machine was lost, if it was."""
         import json
+
+        from kata.proto import sandbox_pb
 
         answer = self.call(SANDBOX, "Describe", sandbox_pb.DescribeRequest(), sandbox_pb.DescribeResponse)
         found: dict[str, Any] = json.loads(answer.json)

@@ -13,7 +13,8 @@ import time
 
 from kata import launcher, paths, sysio
 from kata.errors import AlreadyExistsError, HostError, JournalError, UsageError
-from kata.journal import FILE_NAME, Journal, dumps
+from kata.journal import FILE_NAME, Journal
+from kata.json_text import dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

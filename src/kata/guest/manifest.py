@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from kata.errors import GuestAssetError
-from kata.journal import loads
+from kata.json_text import loads
 
 NAME = "guest.json"
 FORMAT = 1

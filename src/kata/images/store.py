@@ -29,7 +29,7 @@ import os
 from kata import paths
 from kata.errors import HostError, ImageError, NotFoundError, UsageError
 from kata.images import reference as references
-from kata.journal import loads
+from kata.json_text import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

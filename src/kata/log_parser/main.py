@@ -8,8 +8,8 @@ import os
 import sys
 
 from kata import __version__
-from kata.cli.main import name_output
 from kata.errors import HostError, UsageError
+from kata.launcher import name_output
 from kata.log_parser import options, output
 from kata.log_parser.merge import Source, merge
 

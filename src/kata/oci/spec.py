@@ -10,6 +10,7 @@ Source: runtime-spec 1.1, config.md and config-linux.md.
 from __future__ import annotations
 
 from kata.errors import UsageError
+from kata.oci import OCI_VERSION
 from kata.oci import capabilities as caps
 from kata.oci.seccomp import default_profile
 
@@ -17,7 +18,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-OCI_VERSION = "1.1.0"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 MASKED_PATHS = (

@@ -23,4 +23,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _status = main()
+    from kata import launcher as _launcher
+
+    _launcher.leave(_status)

@@ -7,12 +7,12 @@ https://github.com/opencontainers/runtime-tools/blob/master/docs/command-line-in
 from __future__ import annotations
 
 from kata.cli.args import Command, Option
+from kata.oci_runtime.global_options import PROGRAM
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PROGRAM = "kata-runtime"
 _BUNDLE = Option("-b --bundle", "DIR", "the directory with config.json (the working directory)")
 _CONSOLE = Option("--console-socket", "PATH", "the socket that takes the master of the container's terminal")
 _PID_FILE = Option("--pid-file", "FILE", "where the number of the process is written that stands for it")

@@ -9,18 +9,24 @@ from __future__ import annotations
 import os
 import sys
 
-from kata import sysio
 from kata.errors import HostError, KataError, NotFoundError, StateError, VMLostError
 from kata.oci_runtime import records
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
-    from kata.cli.args import Arguments
     from kata.engine.client import EngineClient
     from kata.oci_runtime.global_options import GlobalOptions
     from kata.oci_runtime.records import Record
+
+    class Arguments(Protocol):
+        """What is read of a command line: of `kata.cli.args.Arguments`, or of `kata.oci_runtime.main.Plain`."""
+
+        rest: list[str]
+
+        def flag(self, key: str) -> bool: ...
+
 
 ENGINE_SOCKET = "engine.sock"
 CREATED, RUNNING, STOPPED, PAUSED = "created", "running", "stopped", "paused"
@@ -64,7 +70,7 @@ def status_of(record: Record) -> str:
 
 def state_of(record: Record) -> dict[str, Any]:
     """What ``state`` shows: the specification's members and runc's."""
-    from kata.oci.spec import OCI_VERSION
+    from kata.oci import OCI_VERSION
 
     status = status_of(record)
     return {
@@ -81,7 +87,7 @@ def state_of(record: Record) -> dict[str, Any]:
 
 
 def _state(arguments: Arguments, options: GlobalOptions) -> int:
-    from kata.journal import dumps
+    from kata.json_text import dumps
 
     record = records.require(options.state_root, arguments.rest[0])
     sys.stdout.write(dumps(state_of(record)) + "\n")
@@ -176,6 +182,7 @@ def delete(root: str, record: Record, *, force: bool) -> None:
 
 
 def _delete_in(engine: EngineClient, record: Record, *, force: bool, alone: bool) -> None:
+    from kata import sysio
     from kata.engine.client import TASK
     from kata.proto import task_pb
     from kata.proto.google_pb import Empty
@@ -211,7 +218,7 @@ def _undo(record: Record) -> None:
     Raises:
         HostError: Something could not be undone; the next attempt tries again.
     """
-    from kata import journal_undo
+    from kata import journal_undo, sysio
     from kata.errors import JournalError
     from kata.journal import FILE_NAME, Journal
 

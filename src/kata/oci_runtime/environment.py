@@ -101,7 +101,7 @@ def _hypervisor(conf: Configuration) -> dict[str, Any]:
 
 
 def _runtime(conf: Configuration) -> dict[str, Any]:
-    from kata.oci.spec import OCI_VERSION
+    from kata.oci import OCI_VERSION
 
     numbers = [int(part) if part.isdigit() else 0 for part in (*__version__.split("."), "0", "0")[:3]]
     return {

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kata.errors import KataError
 
+PROGRAM = "kata-runtime"
 _WITH_VALUE = frozenset({"root", "log", "log-format", "rootless", "criu"})
 _FLAGS = frozenset({"systemd-cgroup", "debug"})
 HELP = """\
@@ -104,11 +105,11 @@ class GlobalOptions:
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self.log_format == "json":
-            from kata.journal import dumps
+            from kata.json_text import dumps
 
             line = dumps({"level": "error", "msg": error.message, "hint": error.hint, "time": now})
         else:
-            from kata.journal import dumps
+            from kata.json_text import dumps
 
             line = f'time="{now}" level=error msg={dumps(error.message)}'
         from kata import given_paths

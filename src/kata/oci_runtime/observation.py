@@ -51,7 +51,7 @@ def _list(arguments: Arguments, options: GlobalOptions) -> int:
     if arguments.flag("quiet"):
         sys.stdout.write("".join(f"{one['id']}\n" for one in found))
     elif _format(arguments) == "json":
-        from kata.journal import dumps
+        from kata.json_text import dumps
 
         sys.stdout.write(dumps(found) + "\n")
     else:
@@ -69,7 +69,7 @@ def _ps(arguments: Arguments, options: GlobalOptions) -> int:
     with containers.engine_of(record) as engine:
         found = engine.processes(record.id)
     if chosen == "json":
-        from kata.journal import dumps
+        from kata.json_text import dumps
 
         sys.stdout.write(dumps([one.pid for one in found]) + "\n")
         return 0
@@ -120,7 +120,7 @@ def _seconds(text: str | None) -> float:
 
 def _tell_stats(record: Record) -> bool:
     """Print what a container uses as one line of JSON. Returns False if it does not run any more."""
-    from kata.journal import dumps
+    from kata.json_text import dumps
     from kata.proto.cgroups_v1_pb import Metrics
 
     try:
@@ -214,7 +214,7 @@ def _given(path: str) -> dict[str, Any]:
         ConfigError: It is not one, or too large.
         NotFoundError: There is no such file.
     """
-    from kata.journal import loads
+    from kata.json_text import loads
 
     try:
         if path == "-":

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import time
 
-from kata import sysio
 from kata.errors import AlreadyExistsError, HostError, NotFoundError
-from kata.journal import dumps, loads
+from kata.json_text import dumps, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ class Record:
 
     def write(self) -> None:
         """Write what is known, as a whole."""
+        from kata import sysio
+
         kept = {name: getattr(self, name) for name in self.__slots__ if name != "directory"}
         sysio.replace_file(os.path.join(self.directory, _STATE), dumps(kept).encode(), mode=0o600)
 
@@ -104,6 +105,8 @@ class Record:
         """Kill the process that stands for it, if it still lives."""
         if not self.pid:
             return
+        from kata import sysio
+
         try:
             with sysio.Fd(sysio.pidfd_open(self.pid)) as process:
                 if sysio.proc_starttime(self.pid) == self.started:

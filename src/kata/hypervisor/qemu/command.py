@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kata.hypervisor.base import Disk
 from kata.hypervisor.qemu import slots
-from kata.journal import dumps
+from kata.json_text import dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

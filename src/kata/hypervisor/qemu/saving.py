@@ -14,7 +14,7 @@ import os
 
 from kata.errors import HypervisorError, SavedMachineError
 from kata.hypervisor.qemu import slots
-from kata.journal import dumps
+from kata.json_text import dumps
 from kata.sysio import Fd
 
 TYPE_CHECKING = False
