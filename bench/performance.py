@@ -5,14 +5,17 @@ shuffled anew; what changes with the hour changes all of it alike, so ratios are
 
 * ``one``: a container that runs ``true`` and goes, from executing the command until it has ended: `kata run --rm`
   without and with a network, by the fastest path that is on and cold (templates are turned off), `ctr run --rm`, with
-  this checkout and with the other one; beside them `ctr run` with runc, `runc run`, `crun run`, `podman run` and a
-  bare QEMU (the same kernel with the same parameters until it powers off, `bareboot.py`). Then `exec true` in a
-  container that sleeps, and the removal of one that runs (`kata rm -f`; `runc delete -f`).
+  this checkout and with the other one; beside them `ctr run` with runc, `runc run`, `crun run`, `podman run` with
+  each runtime, and a bare QEMU (the same kernel with the same parameters until it powers off, `bareboot.py`). Then
+  `exec true` in a container that sleeps, the removal of one that runs (`kata rm -f`; `runc delete -f`), and `state`,
+  `kill` and `delete` of `kata-runtime` and runc.
 * ``many``: 20 and 50 `kata run -d` at once, from the first until each has said that its container runs.
 * ``pods``: 30 pods by `crictl run` at once, through a containerd with CNI's bridge (`podlab.py`).
-* ``memory``: 20 sandboxes that have nothing to do: proportional set size of all their processes, and of the engines.
+* ``memory``: 20 sandboxes that have nothing to do, with and without an engine parent: proportional set size of all
+  their processes, and of the engines.
 
-The table is printed as Markdown. Needs root and what `make bench-beside` needs; podman and crun where they work.
+The table is printed as Markdown, with the machine, and put into a document (``--write``). Without CHECKOUT its rows are
+left out. Needs root and what `make bench-beside` needs; podman and crun where they work.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,8 @@ import start  # noqa: E402
 from beside import NAME, Tree, said, took_ms  # noqa: E402
 from containerd_support import IMAGE  # noqa: E402
 from overhead import descendants, field  # noqa: E402
+from peers import Oci, Peers  # noqa: E402
+from performance_table import Rounds, machine, median, p95, put, table  # noqa: E402
 
 from kata.config.files import VARIABLE as CONFIG_VARIABLE  # noqa: E402
 
@@ -53,101 +57,6 @@ MIB = 1 << 20
 SETTLE_S = 3
 TOO_LONG_MS = 10_000
 """Of a peer: podman waits 20 s for a conmon whose end it does not see on some machines."""
-Rounds = dict[str, list[float]]
-"""What each contender took, by round."""
-
-
-class Peers:
-    """Runtimes without a machine, and what they run.
-
-    Args:
-        work: A directory of their own.
-    """
-
-    def __init__(self, work: Path) -> None:
-        self.work = work
-        work.mkdir()
-        self.runc = start.runc_bundle(work)
-        self.bundle = work / "bundle"
-        conf = work / "containers.conf"
-        conmon = shutil.which("conmon") or ""
-        conf.write_text(f'[engine]\nconmon_path = ["{conmon}"]\nevents_logger = "file"\n')
-        # podman has no journal to write to, and may not raise a hard limit.
-        self.environment = {**os.environ, "CONTAINERS_CONF": str(conf)}
-        self._libraries = self._with_libraries()
-        self._sleeps = work / "sleeps"
-        shutil.copytree(self.bundle, self._sleeps, symlinks=True)
-        spec = json.loads((self._sleeps / "config.json").read_text())
-        spec["process"]["args"] = ["sleep", "1000000"]
-        (self._sleeps / "config.json").write_text(json.dumps(spec))
-
-    def _with_libraries(self) -> subprocess.Popen[bytes] | None:
-        """A process in whose mount namespace unpacked programs find their libraries, which podman's helpers have to."""
-        unpacked = ROOT / f"build/peers/usr/lib/{os.uname().machine}-linux-gnu"
-        if not unpacked.exists():
-            return None
-        system = f"/usr/lib/{unpacked.name}"
-        mount = f"mount -t overlay -o lowerdir={unpacked}:{system} overlay {system} && echo && exec sleep 1000000"
-        process = subprocess.Popen(["unshare", "-m", "sh", "-c", mount], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        return process
-
-    def commands(self) -> dict[str, list[str]]:
-        """By the name of the contender: what runs ``true`` in a container."""
-        found = {"runc run": self.runc}
-        if shutil.which("crun"):
-            bundle = ["--bundle", str(self.bundle)]
-            found["crun run"] = ["crun", "--root", str(self.work / "crun"), "run", *bundle, "bench"]
-        if shutil.which("podman"):
-            places = {"--root": "ps", "--runroot": "pr", "--tmpdir": "pt"}
-            options = [word for name, place in places.items() for word in (name, str(self.work / place))]
-            limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
-            run = [
-                "run",
-                "--rm",
-                "--network",
-                "none",
-                *limits,
-                "--rootfs",
-                f"{self.bundle}/rootfs:O",
-                "true",
-            ]
-            found["podman run"] = [
-                "podman",
-                *options,
-                "--runtime",
-                "runc",
-                "--cgroup-manager",
-                "cgroupfs",
-                *run,
-            ]
-        return found
-
-    def sleeping(self, name: str) -> None:
-        """Have a container sleep, by runc."""
-        command = [
-            "runc",
-            "--root",
-            str(self.work / "runc"),
-            "run",
-            "-d",
-            "--bundle",
-            str(self._sleeps),
-            name,
-        ]
-        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
-
-    def on_sleeping(self, *words: str) -> None:
-        """Run a command of runc's."""
-        said(["runc", "--root", str(self.work / "runc"), *words], self.environment)
-
-    def close(self) -> None:
-        """Take away what podman has needed."""
-        if self._libraries is not None:
-            self._libraries.terminate()
-            self._libraries.wait()
-        subprocess.run(["umount", str(self.work / "ps/overlay")], stderr=subprocess.DEVNULL, check=False)
 
 
 def progress(text: str) -> None:
@@ -167,12 +76,15 @@ def rounds_of(contenders: dict[str, Callable[[], float]], rounds: int, what: str
     return took
 
 
-def one(trees: dict[str, Tree], peers: Peers, bare: list[str], rounds: int) -> Rounds:
+def one(
+    trees: dict[str, Tree],
+    peers: Peers,
+    bare: list[str],
+    podmans: dict[str, tuple[list[str], dict[str, str]]],
+    rounds: int,
+) -> Rounds:
     """Milliseconds of one container at a time."""
-    tree = trees["this"]
-    conf = tree.directory / "cold.toml"
-    conf.write_text("[factory]\nenable_template = false\n")
-    cold = {**tree.environment, CONFIG_VARIABLE: str(conf)}
+    this = trees["this"]
     contenders: dict[str, Callable[[], float]] = {}
     for which, tree in trees.items():
         for network in ("none", "user"):
@@ -180,27 +92,58 @@ def one(trees: dict[str, Tree], peers: Peers, bare: list[str], rounds: int) -> R
             contenders[f"kata run {network}, {which}"] = partial(took_ms, partial(tree.kata, *run))
             if which == "this":
                 command = [*tree.program, *run]
-                contenders[f"kata run {network}, cold"] = partial(start.timed, command, cold)
+                contenders[f"kata run {network}, cold"] = partial(start.timed, command, cold(tree))
         contenders[f"ctr run, {which}"] = partial(took_ms, tree.ctr_run)
         contenders[f"exec, {which}"] = partial(took_ms, partial(tree.kata, "exec", NAME, "true"))
         contenders[f"removal, {which}"] = partial(_removal, tree)
-    for name, command in peers.commands().items():
+    forked = [*this.program, "run", "--rm", "--network", "none", this.image, "true"]
+    contenders["kata run none, parent"] = partial(start.timed, forked, with_parent(this))
+    others = {name: (command, peers.environment) for name, command in peers.commands().items()}
+    for name, (command, environment) in (others | podmans).items():
         try:
-            if (took := start.timed(command, peers.environment)) > TOO_LONG_MS:
+            if (took := start.timed(command, environment)) > TOO_LONG_MS:
                 raise SystemExit(f"{name} takes {took / 1e3:.0f} s: it does not work as it should here")
         except SystemExit as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        contenders[name] = partial(start.timed, command, peers.environment)
+        contenders[name] = partial(start.timed, command, environment)
     contenders["bare QEMU"] = partial(start.timed, bare)
-    contenders["ctr run, runc"] = partial(_ctr_runc, trees["this"])
-    peers.sleeping("sleeps")
-    contenders["exec, runc"] = partial(took_ms, partial(peers.on_sleeping, "exec", "sleeps", "true"))
-    contenders["removal, runc"] = partial(_runc_removal, peers)
+    contenders["ctr run, runc"] = partial(_ctr_runc, this)
+    runtimes = {"runc": peers.runc, "kata": peers.kata_runtime}
     try:
+        for which, runtime in runtimes.items():
+            runtime.sleeping("sleeps")
+            contenders[f"state, {which}"] = partial(took_ms, partial(runtime, "state", "sleeps"))
+            # URG changes nothing for a process that does not care for it.
+            contenders[f"kill, {which}"] = partial(took_ms, partial(runtime, "kill", "sleeps", "URG"))
+            contenders[f"delete, {which}"] = partial(_delete, runtime)
+        contenders["exec, runc"] = partial(took_ms, partial(peers.runc, "exec", "sleeps", "true"))
+        contenders["removal, runc"] = partial(_runc_removal, peers.runc)
         return rounds_of(contenders, rounds, "one at a time")
     finally:
-        peers.on_sleeping("delete", "-f", "sleeps")
+        for runtime in runtimes.values():
+            runtime("delete", "--force", "sleeps")
+
+
+def cold(tree: Tree) -> dict[str, str]:
+    """The environment in which a checkout's starts boot."""
+    return _configured(tree, "cold", "enable_template = false")
+
+
+def with_parent(tree: Tree) -> dict[str, str]:
+    """The environment in which a checkout's engines are forked off a process that has them loaded."""
+    return _configured(tree, "parent", "enable_engine_parent = true")
+
+
+def _configured(tree: Tree, name: str, line: str) -> dict[str, str]:
+    conf = tree.directory / f"{name}.toml"
+    conf.write_text(f"[factory]\n{line}\n")
+    return {**tree.environment, CONFIG_VARIABLE: str(conf)}
+
+
+def _delete(runtime: Oci) -> float:
+    runtime.stopped("deleted")
+    return took_ms(partial(runtime, "delete", "deleted"))
 
 
 def _removal(tree: Tree) -> float:
@@ -208,9 +151,9 @@ def _removal(tree: Tree) -> float:
     return took_ms(partial(tree.kata, "rm", "-f", "removed"))
 
 
-def _runc_removal(peers: Peers) -> float:
-    peers.sleeping("removed")
-    return took_ms(partial(peers.on_sleeping, "delete", "-f", "removed"))
+def _runc_removal(runc: Oci) -> float:
+    runc.sleeping("removed")
+    return took_ms(partial(runc, "delete", "-f", "removed"))
 
 
 def _ctr_runc(tree: Tree) -> float:
@@ -223,8 +166,9 @@ def _ctr_runc(tree: Tree) -> float:
 
 
 @contextlib.contextmanager
-def sandboxes(tree: Tree, number: int) -> Iterator[list[float]]:
+def sandboxes(tree: Tree, number: int, environment: dict[str, str] | None = None) -> Iterator[list[float]]:
     """So many sleeping containers, started at once; yields the seconds that each took."""
+    environment = environment or tree.environment
     found: list[float] = []
     failed: list[str] = []
     names = [f"many{index}" for index in range(number)]
@@ -232,7 +176,8 @@ def sandboxes(tree: Tree, number: int) -> Iterator[list[float]]:
 
     def start_one(name: str) -> None:
         try:
-            tree.kata("run", "-d", "--name", name, "--network", "none", tree.image, "sleep", "1000000")
+            run = ["run", "-d", "--name", name, "--network", "none", tree.image, "sleep", "1000000"]
+            said([*tree.program, *run], environment)
             found.append(time.perf_counter() - began)
         except SystemExit as error:
             failed.append(str(error))
@@ -267,20 +212,44 @@ def many(trees: dict[str, Tree], rounds: int, counts: Sequence[int]) -> Rounds:
 
 
 def memory(trees: dict[str, Tree], count: int = 20) -> Rounds:
-    """MiB of each of so many sandboxes that are idle."""
+    """MiB of each of so many sandboxes that are idle; of an engine's parent, each has its share."""
     took: Rounds = {}
-    for which, tree in trees.items():
+    ways = {which: (tree, tree.environment) for which, tree in trees.items()}
+    ways["parent"] = (trees["this"], with_parent(trees["this"]))
+    for which, (tree, environment) in ways.items():
         progress(f"memory of {count}, {which}")
-        with sandboxes(tree, count):
+        if which == "parent":  # the start that finds none leaves one behind
+            with sandboxes(tree, 1, environment):
+                time.sleep(SETTLE_S)
+        with sandboxes(tree, count, environment):
             time.sleep(SETTLE_S)
+            shared = sum(map(pss, _parents(tree))) / count if which == "parent" else 0
             for index in range(count):
                 sandbox: dict[str, Any] = json.loads(tree.kata("inspect", f"many{index}"))[0]["sandbox"]
                 engine, monitor = sandbox["engine_pid"], sandbox["hypervisor_pid"]
                 held = {pid: pss(pid) for pid in {engine, monitor} | descendants(engine)}
-                took.setdefault(f"sandbox, {which}", []).append(sum(held.values()) / MIB)
+                took.setdefault(f"sandbox, {which}", []).append((sum(held.values()) + shared) / MIB)
                 took.setdefault(f"hypervisor, {which}", []).append(held[monitor] / MIB)
-                took.setdefault(f"engine, {which}", []).append(held[engine] / MIB)
+                took.setdefault(f"engine, {which}", []).append((held[engine] + shared) / MIB)
     return took
+
+
+def _parents(tree: Tree) -> list[int]:
+    """The processes that fork engines below a checkout's run directory.
+
+    Raises:
+        SystemExit: There is none.
+    """
+    wanted = f"KATA_RUN_DIR={tree.environment['KATA_RUN_DIR']}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"engine-parent" in words and wanted in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
+    if not found:
+        raise SystemExit("error: no engine parent runs, although it is configured")
+    return found
 
 
 def pss(pid: int) -> int:
@@ -313,67 +282,15 @@ def _together(lab: podlab.Lab, runtime: str, count: int) -> list[float]:
     return pods_bench.together(lab, runtime, count)
 
 
-def median(values: Sequence[float]) -> float:
-    """The middle one."""
-    return statistics.median(values)
-
-
-def p95(values: Sequence[float]) -> float:
-    """What 95 of 100 do not exceed."""
-    return statistics.quantiles(values, n=20, method="inclusive")[18] if len(values) > 1 else values[0]
-
-
-ROWS: tuple[tuple[str, str, str, str], ...] = (
-    ("`ctr run --rm` / with runc", "ctr run, this", "ctr run, runc", "ms"),
-    ("`ctr run --rm` / other", "ctr run, this", "ctr run, other", "ms"),
-    ("`kata run --network none` / cold", "kata run none, this", "kata run none, cold", "ms"),
-    ("`kata run` with network / cold", "kata run user, this", "kata run user, cold", "ms"),
-    ("`kata run --network none` / other", "kata run none, this", "kata run none, other", "ms"),
-    ("`kata run` with network / other", "kata run user, this", "kata run user, other", "ms"),
-    ("cold `kata run --network none` / bare QEMU", "kata run none, cold", "bare QEMU", "ms"),
-    ("`kata run --network none` / `runc run`", "kata run none, this", "runc run", "ms"),
-    ("`kata run --network none` / `crun run`", "kata run none, this", "crun run", "ms"),
-    ("`kata run --network none` / `podman run`", "kata run none, this", "podman run", "ms"),
-    ("20 at once, all run / other", "20 all, this", "20 all, other", "s"),
-    ("50 at once, all run / other", "50 all, this", "50 all, other", "s"),
-    ("50 at once, p95 / p50", "50 p95, this", "50 p50, this", "s"),
-    ("30 pods by `crictl run`, p95 / other", "pods p95, this", "pods p95, other", "s"),
-    ("30 pods by `crictl run`, p95 / runc", "pods p95, this", "pods p95, runc", "s"),
-    ("host memory of an idle sandbox of 20 / other", "sandbox, this", "sandbox, other", "MiB"),
-    ("of it the hypervisor / other", "hypervisor, this", "hypervisor, other", "MiB"),
-    ("of it the engine / other", "engine, this", "engine, other", "MiB"),
-    ("`kata exec NAME true` / other", "exec, this", "exec, other", "ms"),
-    ("`kata exec NAME true` / `runc exec`", "exec, this", "exec, runc", "ms"),
-    ("stop and removal of one / other", "removal, this", "removal, other", "ms"),
-    ("stop and removal of one / runc", "removal, this", "removal, runc", "ms"),
-)
-"""Of the table: its name, the two whose ratio it is, unit."""
-
-
-def table(took: Rounds) -> list[str]:
-    """The table as lines of Markdown: medians, the 95th percentile, and the median of the rounds' ratios."""
-    lines = ["| figure | | p95 | beside | ratio |", "|---|---|---|---|---|"]
-    for title, left, right, unit in ROWS:
-        this, that = took.get(left), took.get(right)
-        if not this or not that:
-            continue
-        pairs = zip(this, that, strict=False)
-        ratio = median([a / b for a, b in pairs])
-        digits = 2 if unit == "s" else 1
-        lines.append(
-            f"| {title} | {median(this):.{digits}f} {unit} | {p95(this):.{digits}f} | {median(that):.{digits}f}"
-            f" {unit} | {ratio:.2f} |"
-        )
-    return lines
-
-
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Starts, execs, ends and memory, beside peers.")
-    parser.add_argument("other", type=Path, metavar="CHECKOUT", help="an earlier commit's, set up")
-    parser.add_argument("--rounds", type=int, default=15, help="of one at a time (default %(default)s)")
     parser.add_argument(
-        "--at-once", type=int, default=3, help="rounds of many at once (default %(default)s)"
+        "other", type=Path, metavar="CHECKOUT", nargs="?", help="an earlier commit's, set up; rows need it"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="of one at a time (default %(default)s)")
+    parser.add_argument(
+        "--at-once", type=int, default=2, help="rounds of many at once (default %(default)s)"
     )
     parser.add_argument(
         "--many", type=int, choices=(20, 50), action="append", help="of the two, only this one"
@@ -381,53 +298,84 @@ def main() -> int:
     parser.add_argument("--pods", type=int, default=30, help="how many pods (default %(default)s)")
     parser.add_argument("--only", choices=PARTS, action="append", help="not all of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure, too")
+    parser.add_argument(
+        "--from-json",
+        type=Path,
+        metavar="FILE",
+        help="add what --json wrote of other parts, and make one table",
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="put the table into a document (docs/performance.md)"
+    )
     options = parser.parse_args()
     if options.rounds < 2 or options.at_once < 1 or options.pods < 2:
         parser.error("--rounds, --pods: at least 2; --at-once: at least 1")
     if os.geteuid() != 0:
         raise SystemExit("error: virtual machines and containerd need root")
-    other = options.other.resolve()
-    if not (other / "build/guest/guest.json").exists():
+    other = options.other.resolve() if options.other else None
+    if other and not (other / "build/guest/guest.json").exists():
         raise SystemExit(f"error: {other} is not set up\nhint: run tools/setup test in it")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then either
-    parts = options.only or list(PARTS)
+    load, began = os.getloadavg(), time.monotonic()
+    took: Rounds = json.loads(options.from_json.read_text()) if options.from_json else {}
     work = Path(tempfile.mkdtemp(prefix="kb-", dir="/tmp"))
-    load = os.getloadavg()
-    took: Rounds = {}
     try:
-        for name in ("a", "b"):
-            (work / name).mkdir()
-        trees = {"this": Tree(ROOT, work / "a"), "other": Tree(other, work / "b")}
-        if {"one", "many", "memory"} & set(parts):
-            peers = Peers(work / "p")
-            try:
-                with trees["this"].up(), trees["other"].up():
-                    if "one" in parts:
-                        (work / "q").mkdir()
-                        bare = bareboot.prepare(trees["this"].guest, work / "q", trees["this"].environment)
-                        took |= one(trees, peers, bare, options.rounds)
-                    if "many" in parts:
-                        took |= many(trees, options.at_once, options.many or (20, 50))
-                    if "memory" in parts:
-                        took |= memory(trees)
-            finally:
-                peers.close()
-        if "pods" in parts:
-            took |= pods(trees, options.pods, options.at_once)
+        took |= measure(work, other, options)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     progress("")
     if options.json:
         options.json.write_text(json.dumps(took, indent=1))
-    commit = subprocess.run(
-        ["git", "-C", str(other), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    print(
-        f"{os.cpu_count()} processors; load {load[0]:.1f} before, {os.getloadavg()[0]:.1f} after", end="; "
+    minutes = (time.monotonic() - began) / 60
+    text = (
+        f"{machine()}. Commit {_commit(ROOT)}"
+        + (f", the other checkout is {_commit(other)}" if other else "")
+        + f"; {options.rounds} rounds of one, {options.at_once} of many, in {minutes:.0f} minutes; load average"
+        f" {load[0]:.1f} before, {os.getloadavg()[0]:.1f} after.\n\n" + "\n".join(table(took))
     )
-    print(f"{options.rounds} rounds of one, {options.at_once} of many; the other checkout is {commit}\n")
-    print("\n".join(table(took)))
+    print(text)
+    if options.write:
+        put(options.write, text)
     return 0
+
+
+def measure(work: Path, other: Path | None, options: argparse.Namespace) -> Rounds:
+    """Every part that was asked for.
+
+    Args:
+        work: A directory of its own.
+        other: The other checkout.
+        options: Of the command line.
+    """
+    parts = options.only or list(PARTS)
+    trees = {}
+    for which, root in {"this": ROOT, "other": other}.items():
+        if root is not None:
+            (work / which[0]).mkdir()
+            trees[which] = Tree(root, work / which[0])
+    this = trees["this"]
+    took: Rounds = {}
+    if {"one", "many", "memory"} & set(parts):
+        with contextlib.ExitStack() as stack:
+            for tree in trees.values():
+                stack.enter_context(tree.up())
+            if "one" in parts:
+                (work / "q").mkdir()
+                bare = bareboot.prepare(this.guest, work / "q", this.environment)
+                podmans = stack.enter_context(start.podmans(this.guest))
+                took |= one(trees, Peers(work / "p", this), bare, podmans, options.rounds)
+            if "many" in parts:
+                took |= many(trees, options.at_once, options.many or (20, 50))
+            if "memory" in parts:
+                took |= memory(trees)
+    if "pods" in parts:
+        took |= pods(trees, options.pods, options.at_once)
+    return took
+
+
+def _commit(root: Path) -> str:
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
