@@ -104,6 +104,13 @@ def test_exec_does_without_json_and_regular_expressions() -> None:
     assert loaded & {"json", "re", "typing", "subprocess"} == set()
 
 
+def test_exec_loads_little_of_python_and_nothing_of_starts() -> None:
+    loaded = loaded_by("kata.cli.main", "kata.cli.records", "kata.cli.execute", "kata.engine.client")
+    of_python = {name for name in loaded if not name.startswith("kata")} - {"__future__", "select", "errno"}
+    assert of_python.difference(sys.builtin_module_names) - OF_OS <= {"math"}
+    assert loaded & {"kata.cli.run", "kata.engine.launch", "kata.settings", "kata.hypervisor"} == set()
+
+
 def _is_third_party(name: str) -> bool:
     return name.split(".")[0] not in sys.stdlib_module_names
 

@@ -107,8 +107,7 @@ def _files(container: Container) -> Iterator[EngineClient]:
         return
     from kata.cli import session
 
-    with session.booted_for_copy(container) as engine:
-        yield engine
+    yield from session.booted_for_copy(container)
 
 
 def _tmpfs_mounts(container: Container) -> list[str]:

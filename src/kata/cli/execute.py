@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
 
 from kata.cli import records, session, values
 from kata.cli.args import Command, Option
 from kata.cli.listing import need_running
-from kata.cli.pump import Detached, OutputGone
-from kata.cli.run import detach_keys
+from kata.cli.pump import Detached, OutputGone, detach_keys
 from kata.errors import KataError, StateError, UsageError, VMLostError
 from kata.json_text import loads
+from kata.suppress import suppress
+from kata.sysio import SIGKILL, SIGPIPE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -167,12 +166,12 @@ def _exec(arguments: Arguments) -> int:
 def _end_without_output(client: EngineClient, container: Container, exec_id: str, gone: OutputGone) -> int:
     """End a command whose output has no reader, as the kernel ends a process that writes to a closed pipe."""
     session.say_gone(gone, "the command is ended")
-    for number in (signal.SIGPIPE, signal.SIGKILL):
-        with contextlib.suppress(KataError):
+    for number in (SIGPIPE, SIGKILL):
+        with suppress(KataError):
             client.kill(container.id, number, exec_id, timeout=session.OUTPUT_GONE_S)
             client.wait(container.id, exec_id, timeout=session.OUTPUT_GONE_S)
             break
-    with contextlib.suppress(KataError):
+    with suppress(KataError):
         client.delete(container.id, exec_id)
     return session.gone_code(gone)
 

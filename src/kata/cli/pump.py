@@ -10,14 +10,15 @@ and other processes.
 
 from __future__ import annotations
 
-import contextlib
+import _signal as signal  # type: ignore[import-not-found]  # `signal` makes enumerations, for 3 ms
 import errno
 import os
 import select
-import signal
 import sys
 
 from kata import paths
+from kata.errors import UsageError
+from kata.suppress import suppress
 from kata.sysio import Fd
 
 TYPE_CHECKING = False
@@ -70,7 +71,7 @@ class Fifos:
         """Open the writing end of stdin and remove the names; to be called when the engine has opened its ends."""
         if self.stdin:
             # The engine has opened it for reading, so this does not block; otherwise it would fail with ENXIO.
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.stdin_end = Fd(os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         for end in self._ends():
             _grow(end)
@@ -80,7 +81,7 @@ class Fifos:
         """Remove the names; the open ends go on working."""
         for path in (self.stdin, self.stdout, self.stderr):
             if path:
-                with contextlib.suppress(FileNotFoundError):
+                with suppress(FileNotFoundError):
                     os.unlink(path)
 
     def close(self) -> None:
@@ -93,12 +94,26 @@ def _grow(end: Fd) -> None:
     """Enlarge a pipe. If that is refused (a limit, an old kernel), the pipe is only slower."""
     import fcntl
 
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
 
 
 class Detached(Exception):
     """The user typed the detach keys."""
+
+
+def detach_keys(text: str | None) -> bytes:
+    """What ``--detach-keys`` says; None for the usual keys.
+
+    Raises:
+        UsageError: That is no key.
+    """
+    try:
+        return parse_detach_keys("ctrl-p,ctrl-q" if text is None else text)
+    except ValueError as error:
+        raise UsageError(
+            f"--detach-keys: {error} is not a key", "e.g. ctrl-p,ctrl-q, or one character"
+        ) from None
 
 
 def parse_detach_keys(text: str) -> bytes:
@@ -306,13 +321,13 @@ class RawTerminal:
 
     def _report(self) -> None:
         for fd in (1, 0, 2):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 size = os.get_terminal_size(fd)
                 self._resized(size.lines, size.columns)
                 return
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGWINCH, self._old_handler)  # type: ignore[arg-type]
+        signal.signal(signal.SIGWINCH, self._old_handler)
         if self._saved is not None:
             import termios
 

@@ -614,6 +614,8 @@ def _run(arguments: Arguments) -> int:
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
     if arguments.value("restart") not in (None, "no") and (not detach or arguments.flag("rm")):
         raise UsageError("a container with --restart runs in the background, and stays", "-d, without --rm")
+    from kata.cli.pump import detach_keys
+
     keys = detach_keys(arguments.value("detach_keys"))
     auto_remove = arguments.flag("rm")
     undo_when_told_to_end()
@@ -664,17 +666,6 @@ def undo_when_told_to_end() -> None:
 
     for number in numbers:
         signal.signal(number, end)
-
-
-def detach_keys(text: str | None) -> bytes:
-    from kata.cli.pump import parse_detach_keys
-
-    try:
-        return parse_detach_keys("ctrl-p,ctrl-q" if text is None else text)
-    except ValueError as error:
-        raise UsageError(
-            f"--detach-keys: {error} is not a key", "e.g. ctrl-p,ctrl-q, or one character"
-        ) from None
 
 
 def _print_timings(ledger: sandbox_pb.TimingsResponse) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]  # `signal` makes enumerations, for 3 ms
 import _thread
-import contextlib
 import os
-import signal
 import sys
 import time
 
@@ -13,21 +12,8 @@ from kata import paths, sysio
 from kata.cli import records
 from kata.cli.pump import Detached, Fifos, OutputGone, Pump, RawTerminal
 from kata.engine.client import EngineClient
-from kata.engine.launch import launch
 from kata.errors import AgentError, AgentTimeoutError, AlreadyExistsError, KataError, StateError, VMLostError
-from kata.settings import (
-    ClientPolicy,
-    ContainerSettings,
-    DiskSettings,
-    DiskVolumeSettings,
-    HealthSettings,
-    LogSettings,
-    NetworkSettings,
-    PortSettings,
-    RootfsSettings,
-    SandboxSettings,
-    VolumeSettings,
-)
+from kata.suppress import suppress
 from kata.sysio import Fd
 
 TYPE_CHECKING = False
@@ -38,6 +24,7 @@ if TYPE_CHECKING:
     from kata.cli.records import Container
     from kata.engine.launch import Engine
     from kata.proto import sandbox_pb
+    from kata.settings import ClientPolicy, DiskSettings, SandboxSettings
 
 IDLE_S = 2.0
 """How long (in seconds) an engine stays without a running container and without a connection."""
@@ -75,6 +62,18 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
     from kata.config import files
     from kata.engine import machine
     from kata.resources.sizing import ResourceRequest
+    from kata.settings import (
+        ContainerSettings,
+        DiskSettings,
+        DiskVolumeSettings,
+        HealthSettings,
+        LogSettings,
+        NetworkSettings,
+        PortSettings,
+        RootfsSettings,
+        SandboxSettings,
+        VolumeSettings,
+    )
 
     record = container.record
     asked = ResourceRequest(record["cpus"], record["memory"], "--cpus and --memory")
@@ -149,6 +148,8 @@ def sandbox_settings(container: Container, started_ns: int) -> SandboxSettings:
 
 def client_policy() -> ClientPolicy:
     """The client policy of these commands: an engine serves one container, and ends with it."""
+    from kata.settings import ClientPolicy
+
     return ClientPolicy(
         name="kata",
         idle_s=IDLE_S,
@@ -213,6 +214,8 @@ def _launch(container: Container, settings: SandboxSettings) -> Engine:
     Raises:
         Occupied: The other engine does not end: the container is running, or files are being copied.
     """
+    from kata.engine.launch import launch
+
     give_up = time.monotonic() + OCCUPIED_S
     while True:
         try:
@@ -318,17 +321,19 @@ class _rollback_on_failure:
             return
         _wait_for_engine(self._container, tell=True)
         if self._discard:
-            with contextlib.suppress(KataError, OSError):
+            with suppress(KataError, OSError):
                 records.remove(self._container)
 
 
-@contextlib.contextmanager
 def booted_for_copy(container: Container) -> Iterator[EngineClient]:
-    """Boot a stopped container's sandbox with its root file system mounted and none of its processes.
+    """Boot a stopped container's sandbox with its root file system mounted and none of its processes, and
+    yield its engine once: for `contextlib.contextmanager`, which this module does without.
 
     The engine gets a specification without a process, which is valid until the container is started.
     """
     import json
+
+    from kata.settings import NetworkSettings
 
     # Copying files needs no network, and must not take the container's published ports.
     settings = sandbox_settings(container, time.monotonic_ns())
@@ -417,10 +422,17 @@ class Attachment:
             close_stdin=self._close_stdin,
             detach_keys=detach_keys if self._terminal else b"",
         )
+        before: dict[int, Any] = {}
         try:
-            with self._signals(proxy_signals, writer), self._raw_terminal():
+            if proxy_signals:
+                before = self._proxy_signals(writer)
+            with self._raw_terminal():
                 pump.run()
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if self._signals_writer is not None:
+                self._signals_writer.close()
             self.fifos.close()
             # The writing end stays open: a thread may be about to use it, and this command is about to end.
             os.close(reader)
@@ -440,7 +452,7 @@ class Attachment:
         except BaseException as error:
             self._outcome.append(self._lost(error))
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.write(writer, b"x")
 
     def _lost(self, error: BaseException) -> BaseException:
@@ -449,32 +461,21 @@ class Attachment:
         return lost(self._container, self._container.raw_state().get("error") or "its engine was killed")
 
     def _close_stdin(self) -> None:
-        with contextlib.suppress(KataError):
+        with suppress(KataError):
             self._client.close_stdin(self._container.id, self._exec_id)
 
-    def _raw_terminal(self) -> contextlib.AbstractContextManager[object]:
-        if not self._terminal:
-            return contextlib.nullcontext()
-        return RawTerminal(self._resize)
+    def _raw_terminal(self) -> RawTerminal | suppress:
+        return RawTerminal(self._resize) if self._terminal else suppress()
 
     def _resize(self, rows: int, columns: int) -> None:
         self._on_new_connection(lambda other: other.resize(self._container.id, rows, columns, self._exec_id))
 
-    @contextlib.contextmanager
-    def _signals(self, proxied: bool, over: int) -> Any:
-        if not proxied:
-            yield
-            return
+    def _proxy_signals(self, over: int) -> dict[int, Any]:
+        """Forward signals from now on. Returns the handlers that they had."""
         reader, writer = os.pipe()
         self._signals_writer = Fd(writer)
         _thread.start_new_thread(self._send_signals, (reader, over))
-        before = {number: signal.signal(number, self._forward) for number in _PROXIED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._signals_writer.close()
+        return {number: signal.signal(number, self._forward) for number in _PROXIED}
 
     def _forward(self, number: int, _frame: object) -> None:
         if number in _ENDING:
@@ -495,7 +496,7 @@ class Attachment:
                     self._unanswered = 0  # a refusal is an answer
                 elif number[0] in _ENDING:
                     self._unresponsive = self._no_answer(number[0])
-                    with contextlib.suppress(OSError):
+                    with suppress(OSError):
                         os.write(over, b"x")
             except (KataError, OSError):
                 self._unanswered = 0  # it has ended, or cannot be signalled yet
@@ -504,16 +505,18 @@ class Attachment:
         os.close(reader)
 
     def _no_answer(self, number: int) -> KataError:
+        from kata.cli.signals import name_of
+
         what = f"its command in {self._container.name}" if self._exec_id else self._container.name
         return KataError(
             f"the guest of container {self._container.name} does not answer, so {what} was not sent"
-            f" {signal.Signals(number).name} and goes on",
+            f" {name_of(number)} and goes on",
             f"kata kill {self._container.name}, or kata rm -f {self._container.name}, ends it whatever its guest does",
         )
 
     def _on_new_connection(self, what: Callable[[EngineClient], object]) -> None:
         """Make a call on a new connection: a signal handler may have interrupted a call on the existing one."""
-        with contextlib.suppress(KataError, OSError), EngineClient(self._container.socket) as other:
+        with suppress(KataError, OSError), EngineClient(self._container.socket) as other:
             what(other)
 
 
@@ -629,14 +632,14 @@ def say_gone(gone: OutputGone, what: str, hint: str = "") -> None:
         what: What becomes of the process, as a clause.
         hint: What to do; empty for nothing.
     """
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         sys.stderr.write(f"{gone.sentence}: {what}\n" + (f"hint: {hint}\n" if hint else ""))
         sys.stderr.flush()
 
 
 def gone_code(gone: OutputGone) -> int:
     """The exit code of a command whose output is gone."""
-    return 128 + signal.SIGPIPE if isinstance(gone.error, BrokenPipeError) else KataError.exit_code
+    return 128 + int(signal.SIGPIPE) if isinstance(gone.error, BrokenPipeError) else KataError.exit_code
 
 
 def end_of(client: EngineClient, container: Container) -> str:

@@ -7,6 +7,11 @@ import signal
 from kata.errors import UsageError
 
 
+def name_of(value: int) -> str:
+    """A signal's name: ``SIGTERM``."""
+    return signal.Signals(value).name
+
+
 def number(text: str) -> int:
     """The signal's number.
 
