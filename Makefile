@@ -72,7 +72,7 @@ bench-beside: ## this checkout beside another one that is set up; A='CHECKOUT --
 	@tools/setup test
 	@bench/beside $(A)
 
-bench-performance: ## starts, execs, ends and memory beside runc, podman, bare QEMU and a checkout that is set up; A='CHECKOUT --only one'
+bench-performance: ## starts, execs, ends and memory beside runc, podman, bare QEMU and a checkout that is set up; A="[CHECKOUT] --write docs/performance.md"
 	@tools/setup test
 	@bench/performance $(A)
 

@@ -150,8 +150,7 @@ def _mounted(container: Container) -> Iterator[EngineClient]:
         return
     from kata.cli import session
 
-    with session.booted_for_copy(container) as engine:
-        yield engine
+    yield from session.booted_for_copy(container)
 
 
 @contextlib.contextmanager

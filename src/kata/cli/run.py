@@ -653,7 +653,7 @@ def undo_when_told_to_end() -> None:
 
     Once the container has started, signals are passed to it instead. A second signal waits until the undoing is done.
     """
-    import signal
+    import _signal as signal  # type: ignore[import-not-found]  # without enumerations
 
     numbers = [
         n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(n) == signal.SIG_DFL

@@ -10,7 +10,7 @@ import os
 import stat
 
 from kata import paths, sysio
-from kata.journal import loads
+from kata.json_text import loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -148,9 +148,8 @@ def _object(path: str, hint: str, *, is_file: bool = True) -> dict[str, Any]:
         NotFoundError: There is no such file.
         ConfigError: It is not one, or too large.
     """
-    import json
-
     from kata import given_paths
+    from kata.json_text import loads
 
     try:
         if is_file:
@@ -161,7 +160,7 @@ def _object(path: str, hint: str, *, is_file: bool = True) -> dict[str, Any]:
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {(error.strerror or '').lower()}", hint) from None
     try:
-        found = json.loads(raw) if len(raw) <= _MAX_BYTES else None
+        found = loads(raw) if len(raw) <= _MAX_BYTES else None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
