@@ -256,6 +256,13 @@ impl Writer {
         self.comma = true;
     }
 
+    /// A value that was written by another writer.
+    pub fn raw(&mut self, json: &str) {
+        self.separate();
+        self.out.push_str(json);
+        self.comma = true;
+    }
+
     fn quote(&mut self, text: &str) {
         self.out.push('"');
         for character in text.chars() {

@@ -5,6 +5,7 @@
 //! `src/kata/images/handover.py` of the host writes the plan.
 
 mod elf;
+mod extract;
 mod image;
 mod json;
 mod mounted;
@@ -15,6 +16,7 @@ mod secrets;
 mod sha256;
 mod stream;
 mod tar;
+mod trace;
 mod tree;
 
 use std::fs::{self, File};
@@ -206,6 +208,14 @@ fn report(path: &str) -> io::Result<()> {
         out.key("difference");
         report::write_difference(&mut out, old, new);
     }
+    let seconds = plan.content.get("run_seconds").number();
+    if seconds > 0 {
+        let trace = trace_of(&plan, seconds as u64)?;
+        if !trace.is_empty() {
+            out.key("trace");
+            out.raw(&trace);
+        }
+    }
     out.key("milliseconds");
     out.number(began.elapsed().as_millis() as i64);
     out.close('}');
@@ -214,15 +224,139 @@ fn report(path: &str) -> io::Result<()> {
     stdout.write_all(b"\n")
 }
 
+const ROOT: &str = "/mnt/root";
+
+fn mounted_at(source: &str, place: &str, kind: &str, flags: libc::c_ulong, options: &str) -> io::Result<()> {
+    fs::create_dir_all(place)?;
+    let text = |value: &str| std::ffi::CString::new(value).map_err(io::Error::other);
+    let (source, place, kind, options) = (text(source)?, text(place)?, text(kind)?, text(options)?);
+    // SAFETY: four strings that end in zeros and outlive the call.
+    let outcome =
+        unsafe { libc::mount(source.as_ptr(), place.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast()) };
+    if outcome == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Unpack the first image below `ROOT`, and enter that: there is no way back for this process.
+fn unpack(plan: &Plan) -> io::Result<()> {
+    let described = &plan.content.get("images").list()[0];
+    let serial = described.get("erofs").text();
+    if !serial.is_empty() {
+        let place = format!("/run/kata-{serial}");
+        let _ = mounted::mount(&disk(serial)?, &place);
+        mounted_at("none", "/mnt", "tmpfs", 0, "size=50%")?;
+        for name in ["/mnt/upper", "/mnt/work"] {
+            fs::create_dir_all(name)?;
+        }
+        let options = format!("lowerdir={place},upperdir=/mnt/upper,workdir=/mnt/work");
+        mounted_at("none", ROOT, "overlay", 0, &options)?;
+        return extract::enter(ROOT);
+    }
+    fs::create_dir_all(ROOT)?;
+    extract::enter(ROOT)?;
+    let mut most = plan.content.get("limits").get("bytes").number() as u64;
+    for layer in described.get("layers").list() {
+        let (offset, size) = (layer.get("offset").number() as u64, layer.get("size").number() as u64);
+        let mut head = [0; 8];
+        let _ = plan.disk.read_at(&mut head[..size.min(8) as usize], offset);
+        let part = stream::Part::new(plan.disk.clone(), offset, size);
+        let mut archive = tar::Archive::new(stream::unpacked(Box::new(part), stream::kind_of(&head))?);
+        let outcome = extract::layer(&mut archive, &mut most);
+        match outcome {
+            Ok(0) => {}
+            Ok(failed) => eprintln!("inspector: {failed} members of a layer could not be made"),
+            Err(error) => eprintln!("inspector: a layer was not unpacked to its end: {error}"),
+        }
+    }
+    Ok(())
+}
+
+/// Unpack in a process of its own, since that has another root directory afterwards.
+fn unpacked_by_child(plan: &Plan, then: impl FnOnce()) -> io::Result<()> {
+    // SAFETY: the threads that read have ended, so no lock is held that the child would wait for.
+    let child = unsafe { libc::fork() };
+    if child < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if child == 0 {
+        let outcome = unpack(plan);
+        if let Err(error) = &outcome {
+            eprintln!("inspector: the image cannot be unpacked: {error}");
+        } else {
+            then();
+        }
+        std::process::exit(i32::from(outcome.is_err()));
+    }
+    let mut status = 0;
+    // SAFETY: a place for the status of our own child.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    Ok(())
+}
+
+/// Start the image's command once, and write what it did as the last member of the report.
+fn trace_of(plan: &Plan, seconds: u64) -> io::Result<String> {
+    let path = "/tmp/trace.json";
+    let target = File::create(path)?;
+    unpacked_by_child(plan, || {
+        let described = &plan.content.get("images").list()[0];
+        let config = json::parse(described.get("config").text().as_bytes()).unwrap_or(Value::Null);
+        let _ = mounted_at("proc", "/proc", "proc", 0, "");
+        let _ = mounted_at("none", "/dev", "tmpfs", libc::MS_NOSUID, "size=64k");
+        for (name, minor) in
+            [(c"/dev/null", 3), (c"/dev/zero", 5), (c"/dev/full", 7), (c"/dev/random", 8), (c"/dev/urandom", 9)]
+        {
+            // SAFETY: a string that ends in a zero.
+            unsafe { libc::mknod(name.as_ptr(), libc::S_IFCHR | 0o666, libc::makedev(1, minor)) };
+            // SAFETY: likewise; the creation mask does not count.
+            unsafe { libc::chmod(name.as_ptr(), 0o666) };
+        }
+        let mut out = Writer::default();
+        trace::run(&mut out, &config, seconds);
+        let mut target = &target;
+        let _ = target.write_all(out.finish().as_bytes());
+    })?;
+    fs::read_to_string(path)
+}
+
+/// A shell beside the unpacked image, which is at /image and cannot be written or executed.
+fn shell() -> io::Result<()> {
+    use std::os::unix::process::CommandExt;
+    let plan = plan(&disk("image")?)?;
+    let serial = plan.content.get("images").list()[0].get("erofs").text().to_string();
+    let from = if serial.is_empty() {
+        unpacked_by_child(&plan, || {})?;
+        ROOT.to_string()
+    } else {
+        let place = format!("/run/kata-{serial}");
+        mounted::mount(&disk(&serial)?, &place)?;
+        place
+    };
+    mounted_at(&from, "/image", "none", libc::MS_BIND, "")?;
+    let flags = libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    mounted_at(&from, "/image", "none", flags, "")?;
+    println!("The image is at /image: read-only, nosuid, nodev, noexec. This machine has no network.");
+    let error = std::process::Command::new("/busybox")
+        .arg("sh")
+        .current_dir("/image")
+        .env("PATH", "/bin")
+        .env("PS1", "image$ ")
+        .exec();
+    Err(error)
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let outcome = match arguments.get(1).map(String::as_str) {
+        Some("shell") => shell(),
         Some("report") => match arguments.get(2) {
             Some(path) => report(path),
             None => disk("image").and_then(|path| report(&path)),
         },
         _ => {
-            eprintln!("usage: inspector report [FILE]");
+            eprintln!("usage: inspector report [FILE] | shell");
             return ExitCode::from(2);
         }
     };

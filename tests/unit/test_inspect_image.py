@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from image_support import docker_save, layer, member, simple_layout
 
-from kata.cli import inspect_image, inspect_kinds, inspect_schema, inspect_text
+from kata.cli import inspect_html, inspect_image, inspect_kinds, inspect_sbom, inspect_schema, inspect_text
 from kata.errors import ImageError
 from kata.images import handover, platform
 from kata.images.archive import Archive
@@ -225,8 +225,7 @@ def test_every_kind_has_a_severity() -> None:
     source = Path(__file__).parents[2] / "inspector/src"
     text = "".join(path.read_text() for path in source.glob("*.rs"))
     for kind in inspect_kinds.KINDS:
-        if kind != "virus":
-            assert f'"{kind}"' in text, kind
+        assert f'"{kind}"' in text, kind
     assert {grade for grade, _ in inspect_kinds.KINDS.values()} == set(inspect_kinds.SEVERITIES)
 
 
@@ -237,4 +236,113 @@ def test_what_fails_a_build() -> None:
         True,
         True,
         True,
+    ]
+
+
+# ---- for other programs ----
+
+NASTY = "a\x00\x1b[2J</script><b>\u202e\ud800&\"'%2f../é"
+
+
+def hostile_report() -> dict[str, Any]:
+    package = {
+        "version": NASTY,
+        "architecture": NASTY,
+        "licence": NASTY,
+        "path": NASTY,
+        "within": NASTY,
+        "layer": 1,
+    }
+    kinds = ("deb", "rpm", "apk", "pypi", "npm", "golang", "maven", NASTY)
+    return whole_report(
+        packages=[
+            {"kind": kind, "name": name, **package} for kind in kinds for name in (NASTY, "", "@a/b", "g:a")
+        ],
+        findings=[{"kind": kind, "path": NASTY, "detail": NASTY, "layer": 2} for kind in ("set-uid", NASTY)],
+        counts={"set-uid": 1, NASTY: 1},
+        system={"id": NASTY, "version": NASTY, "name": NASTY},
+    )
+
+
+@pytest.mark.parametrize("make", [whole_report, hostile_report])
+def test_cyclonedx_is_valid(make: Any) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    text = json.dumps(inspect_sbom.cyclonedx(make()))
+    assert JsonStrictValidator(SchemaVersion.V1_5).validate_str(text) is None
+
+
+@pytest.mark.parametrize("make", [whole_report, hostile_report])
+def test_spdx_is_valid(tmp_path: Path, make: Any) -> None:
+    from spdx_tools.spdx.parser.parse_anything import parse_file
+    from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
+
+    (tmp_path / "x.spdx.json").write_text(json.dumps(inspect_sbom.spdx(make())))
+    assert validate_full_spdx_document(parse_file(str(tmp_path / "x.spdx.json"))) == []
+
+
+def test_sarif_has_a_rule_for_each_result() -> None:
+    [run] = inspect_sbom.sarif(hostile_report())["runs"]
+    rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
+    assert all(rules[result["ruleIndex"]] == result["ruleId"] for result in run["results"])
+    assert {result["level"] for result in run["results"]} == {"warning", "note"}
+    uri = run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    assert uri.isascii()
+    assert " " not in uri
+
+
+def test_package_urls() -> None:
+    system = {"id": "debian", "version": "12", "name": ""}
+
+    def url(kind: str, name: str, version: str, architecture: str = "") -> str:
+        package = {"kind": kind, "name": name, "version": version, "architecture": architecture}
+        return inspect_sbom.package_url(package, system)
+
+    assert url("deb", "libc6", "2.36-9+deb12u4", "amd64") == (
+        "pkg:deb/debian/libc6@2.36-9%2Bdeb12u4?arch=amd64&distro=debian-12"
+    )
+    assert url("rpm", "bash", "1:5.2-1", "x86_64") == (
+        "pkg:rpm/debian/bash@5.2-1?arch=x86_64&distro=debian-12&epoch=1"
+    )
+    assert url("npm", "@scope/x", "1.0.0") == "pkg:npm/%40scope/x@1.0.0"
+    assert url("golang", "github.com/a/b", "v1.0.0") == "pkg:golang/github.com/a/b@v1.0.0"
+    assert url("maven", "org.x:y", "1") == "pkg:maven/org.x/y@1"
+    assert url("pypi", "Some_Name", "1") == "pkg:pypi/some-name@1"
+
+
+def test_nothing_of_an_image_becomes_markup() -> None:
+    from html.parser import HTMLParser
+
+    seen: list[str] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            seen.append(tag)
+            assert not [
+                name for name, _ in attrs if name.startswith("on") or name in ("href", "src", "style")
+            ]
+
+    report = hostile_report()
+    report["problem"] = NASTY
+    report["image"]["name"] = NASTY
+    page = inspect_html.page(report)
+    Tags().feed(page)
+    assert not set(seen) & {"script", "b", "img", "a", "iframe", "link", "form"} - {"b"}
+    assert seen.count("b") == inspect_html.page(whole_report()).count("<b>") + 1  # one more card: a note
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "default-src &#x27;none&#x27;" in page
+    page.encode()
+
+
+def test_what_changed_in_a_configuration() -> None:
+    old, new = (
+        {"configuration": {"user": user, "environment": env, "command": ["x"]}}
+        for user, env in (("", ["A=1"]), ("u", ["B=2"]))
+    )
+    assert inspect_image._changes(old, new) == [
+        "user: - -> u",
+        "environment: without A=1",
+        "environment: with B=2",
     ]

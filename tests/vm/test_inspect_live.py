@@ -93,3 +93,32 @@ def test_a_stored_image_and_nothing_is_left(shared_kata: Kata, busybox_image: st
     assert document["found"]["start"]["path"].endswith("/sh")
     assert "static program" in shared_kata.ok("inspect-image", identity)
     assert shared_kata.ok("ps", "-aq") == ""
+
+
+def test_started_once_and_compared(shared_kata: Kata, tmp_path: Path) -> None:
+    busybox = Path("/usr/bin/busybox").resolve().read_bytes()
+    script = b"#!/bin/sh\necho x > /tmp/made\nbusybox nslookup some.example.org\nexit 7\n"
+    base = layer(
+        member("bin/busybox", content=busybox, mode=0o755), member("bin/sh", "symlink", link="busybox")
+    )
+    more = layer(member("start", content=script, mode=0o755), member("tmp", "dir", mode=0o1777))
+    config = {"Cmd": ["/start"], "Env": ["PATH=/bin"]}
+    simple_layout(tmp_path / "new", base, more, how="zstd", config=config)
+    simple_layout(tmp_path / "old", base, config={"Cmd": ["sh"]})
+    document = inspected(shared_kata, f"oci:{tmp_path}/new", "--run", "--against", f"oci:{tmp_path}/old")
+    trace = document["trace"]
+    assert trace["status"] == 7
+    assert {"path": "/tmp/made", "what": "written"} in trace["files"]
+    assert trace["names"] == ["some.example.org"]
+    assert "/bin/sh /start" in [one["command"] for one in trace["processes"]]
+    assert "/start" in [one["path"] for one in document["difference"]["files"] if not one["was"]]
+    assert "command: sh -> /start" in document["difference"]["configuration"]
+
+
+def test_a_shell_beside_the_image(shared_kata: Kata, planted: Path) -> None:
+    script = b"ls /image/opt; touch /image/x; /image/bin/start; exit 5\n"
+    done = shared_kata.call("inspect-image", "--shell", f"oci:{planted}", stdin=script)
+    assert done.returncode == 5
+    assert b"<script>" in done.stdout
+    assert b"Read-only file system" in done.stderr
+    assert b"ermission denied" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.cli.args import Arguments
+    from kata.cli.records import Container
     from kata.images.handover import Selection
     from kata.images.platform import Platform
 
@@ -37,6 +39,13 @@ COMMANDS = {
         "Reads an image in a machine of its own, and reports what is in it.",
         [
             Option("--json", "", "print the report as JSON"),
+            Option("--html", "FILE", "also write it as one HTML file; '-' prints it instead of the text"),
+            Option("--sarif", "FILE", "also write the findings as SARIF 2.1.0, for CI"),
+            Option("--cyclonedx", "FILE", "also write the packages as CycloneDX 1.5"),
+            Option("--spdx", "FILE", "also write the packages as SPDX 2.3"),
+            Option("--against", "IMAGE", "an older image, to report what has changed since"),
+            Option("--run", "", "start the image's command once, without network, and report what it does"),
+            Option("--shell", "", "a shell in the machine instead, with the image read-only at /image"),
             Option(
                 "--fail-on",
                 "|".join(inspect_kinds.SEVERITIES),
@@ -153,8 +162,6 @@ def described(chosen: Selection) -> dict[str, Any]:
     Returns:
         ``image``, ``configuration`` and ``history``.
     """
-    import json
-
     try:
         config = json.loads(chosen.config)
     except (ValueError, RecursionError):
@@ -216,67 +223,183 @@ def _redacted(variables: list[str]) -> list[str]:
     return shown
 
 
-def _inspect(arguments: Arguments) -> int:
-    from kata import __version__
-    from kata.cli import inspect_machine, inspect_schema, inspect_text, table
-    from kata.cli.run import undo_when_told_to_end
-    from kata.images import handover
-    from kata.images import platform as platforms
-    from kata.storage.layers import limits_from_environment
+class _Asked:
+    """The options, checked before anything is made."""
 
-    grade = arguments.value("fail_on")
-    if grade is not None and grade not in inspect_kinds.SEVERITIES:
-        raise UsageError(
-            f"--fail-on {grade!r} is not offered", "one of " + ", ".join(inspect_kinds.SEVERITIES)
-        )
-    seconds = values.whole(arguments.value("timeout") or str(_SECONDS), "--timeout", least=1)
-    memory = values.container_memory(arguments.value("memory") or "1g")
-    asked = arguments.value("platform")
-    platform = platforms.parse(asked) if asked else platforms.host()
-    quiet = arguments.flag("quiet")
-    undo_when_told_to_end()
-    limits = limits_from_environment()
-    bounds = {"bytes": limits.size, "entries": limits.entries, "seconds": seconds}
-    with _selected(arguments.rest[0], platform, quiet=quiet) as chosen:
-        programs = inspect_machine.tools()
-        report: dict[str, Any] = {
-            "format": 1,
-            "tool": f"kata {__version__}",
-            **described(chosen),
-            "problem": "",
-            "found": None,
-        }
+    def __init__(self, arguments: Arguments) -> None:
+        from kata.images import platform as platforms
+        from kata.storage.layers import limits_from_environment
+
+        self.grade = arguments.value("fail_on")
+        if self.grade is not None and self.grade not in inspect_kinds.SEVERITIES:
+            raise UsageError(
+                f"--fail-on {self.grade!r} is not offered", f"one of {_GRADES.replace('|', ', ')}"
+            )
+        self.seconds = values.whole(arguments.value("timeout") or str(_SECONDS), "--timeout", least=1)
+        self.memory = values.container_memory(arguments.value("memory") or "1g")
+        platform = arguments.value("platform")
+        self.platform = platforms.parse(platform) if platform else platforms.host()
+        self.quiet = arguments.flag("quiet")
+        self.json = arguments.flag("json")
+        self.names = [arguments.rest[0]]
+        against = arguments.value("against")
+        if against is not None:
+            self.names.append(against)
+        if self.names.count("-") > 1:
+            raise UsageError("both images cannot come on standard input", "save one of them to a file")
+        self.runs = arguments.flag("run")
+        self.files = {key: path for key in _FORMATS if (path := arguments.value(key)) is not None}
+        printed = [key for key, path in self.files.items() if path == "-"] + ["json"] * self.json
+        if len(printed) > 1:
+            raise UsageError(
+                f"--{printed[0]} and --{printed[1]} cannot both be printed", "write one to a file"
+            )
+        if arguments.flag("shell") and (self.files or self.json or self.runs or against or self.grade):
+            raise UsageError("--shell makes no report", "leave the other options out")
+        limits = limits_from_environment()
+        self.bounds = {"bytes": limits.size, "entries": limits.entries, "seconds": self.seconds}
+
+
+_FORMATS = ("html", "sarif", "cyclonedx", "spdx")
+_RUN_S = 30
+"""How long --run lets the image's command go on, in seconds of the machine."""
+
+
+def _machine(asked: _Asked, command: list[str], *, shell: bool) -> tuple[Container, list[dict[str, Any]]]:
+    """Choose the images and make the machine for them; it, and the described images."""
+    from kata.cli import inspect_machine
+    from kata.images import handover
+
+    with contextlib.ExitStack() as stack:
+        chosen = [
+            stack.enter_context(_selected(name, asked.platform, quiet=asked.quiet)) for name in asked.names
+        ]
+        programs = inspect_machine.tools({"busybox": inspect_machine.busybox()} if shell else None)
 
         def fill(path: str) -> list[dict[str, Any]]:
-            handover.write(path, [chosen], bounds, {})
+            handover.write(path, chosen, asked.bounds, {"run_seconds": _RUN_S} if asked.runs else {})
             disks = [{"path": path, "serial": "image"}]
-            if chosen.erofs:
-                disks.append({"path": chosen.erofs, "serial": handover.serial_of(0)})
+            for number, one in enumerate(chosen):
+                if one.erofs:
+                    disks.append({"path": one.erofs, "serial": handover.serial_of(number)})
             return disks
 
-        container = inspect_machine.make(fill, ["/inspector", "report"], programs=programs, memory=memory)
-    answer = inspect_machine.run(container, seconds, None if quiet else _progress(report["image"]["name"]))
+        container = inspect_machine.make(
+            fill, command, programs=programs, memory=asked.memory, terminal=shell and os.isatty(0)
+        )
+        return container, [described(one) for one in chosen]
+
+
+def _report(asked: _Asked) -> dict[str, Any]:
+    """Have the images read; the document of ``--json``."""
+    from kata import __version__
+    from kata.cli import inspect_machine, inspect_schema
+
+    container, images = _machine(asked, ["/inspector", "report"], shell=False)
+    report: dict[str, Any] = {
+        "format": 1,
+        "tool": f"kata {__version__}",
+        **images[0],
+        "problem": "",
+        "found": None,
+    }
+    seconds = asked.seconds + (_RUN_S if asked.runs else 0)
+    answer = inspect_machine.run(
+        container, seconds, None if asked.quiet else _progress(images[0]["image"]["name"])
+    )
     if not answer.problem and answer.status:
         said = answer.errors.decode("utf-8", "replace").strip()[:500]
         answer.problem = f"the inspector failed with status {answer.status}: {said or 'it does not say why'}"
     if not answer.problem:
         try:
-            content = inspect_schema.parse(answer.output, 1)
+            content = inspect_schema.parse(answer.output, len(images))
         except ImageError as error:
             answer.problem = error.message
         else:
             report["found"] = content["images"][0]
+            if "trace" in content:
+                report["trace"] = content["trace"]
+            if len(images) > 1:
+                changes = _changes(images[1], images[0])
+                report["against"] = images[1]["image"]
+                report["difference"] = {"configuration": changes, **content.get("difference", {})}
     report["problem"] = answer.problem
-    if arguments.flag("json"):
-        table.show_json(report)
-    else:
-        inspect_text.show(report)
-    if answer.problem:
+    return report
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two configurations, a line each."""
+    found = []
+    for key, was in old["configuration"].items():
+        now = new["configuration"][key]
+        if isinstance(was, str):
+            if was != now:
+                found.append(f"{key}: {was or '-'} -> {now or '-'}")
+        elif key in ("entrypoint", "command"):
+            if was != now:
+                found.append(f"{key}: {' '.join(was) or '-'} -> {' '.join(now) or '-'}")
+        else:
+            found += [f"{key}: without {one}" for one in was if one not in now]
+            found += [f"{key}: with {one}" for one in now if one not in was]
+    return found
+
+
+def _inspect(arguments: Arguments) -> int:
+    from kata.cli import table
+    from kata.cli.run import undo_when_told_to_end
+
+    asked = _Asked(arguments)
+    undo_when_told_to_end()
+    if arguments.flag("shell"):
+        from kata.cli import session
+
+        if asked.names[0] == "-":
+            raise UsageError("a shell needs standard input, and the image comes there", "save it to a file")
+        container, _ = _machine(asked, ["/inspector", "shell"], shell=True)
+        return session.run_attached(container, stdin=True, detach_keys=b"", discard=True)
+    report = _report(asked)
+    _show(report, asked)
+    if report["problem"]:
         raise ImageError(
-            f"the image {report['image']['name']} could not be read: {table.printable(answer.problem)}",
+            f"the image {table.printable(report['image']['name'])} could not be read: "
+            + table.printable(report["problem"]),
             "it may be made to do this; --memory and --timeout give the machine more",
         )
-    return 1 if grade is not None and _fails(report["found"], grade) else 0
+    return 1 if asked.grade is not None and _fails(report["found"], asked.grade) else 0
+
+
+def _show(report: dict[str, Any], asked: _Asked) -> None:
+    """Print the report, and write it to the files that were asked for."""
+    from kata.cli import inspect_html, inspect_sbom, inspect_text, table
+
+    printed = False
+    for key, path in asked.files.items():
+        if report["found"] is None and key != "html":
+            continue  # a list of no packages would be taken for the truth
+        if key == "html":
+            text = inspect_html.page(report)
+        else:
+            make = {
+                "sarif": inspect_sbom.sarif,
+                "cyclonedx": inspect_sbom.cyclonedx,
+                "spdx": inspect_sbom.spdx,
+            }[key]
+            text = json.dumps(make(report), indent=1) + "\n"
+        if path == "-":
+            sys.stdout.write(text)
+            printed = True
+            continue
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise UsageError(
+                f"--{key} {path}: {error.strerror}", "name a file that can be written"
+            ) from error
+    if asked.json:
+        table.show_json(report)
+    elif not printed:
+        inspect_text.show(report)
 
 
 def _fails(found: dict[str, Any], grade: str) -> bool:

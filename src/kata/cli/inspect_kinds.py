@@ -33,7 +33,6 @@ KINDS: dict[str, tuple[str, str]] = {
     "elf-no-pie": (LOW, "a program at a fixed address"),
     "elf-no-relro": (LOW, "a program whose relocations stay writable"),
     "elf-no-canary": (NOTE, "a program without a stack protector"),
-    "virus": (HIGH, "a file that ClamAV has a signature of"),
 }
 """Kind -> (severity, what it is)."""
 

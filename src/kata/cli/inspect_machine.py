@@ -108,6 +108,33 @@ def _add_file(writer: Any, parent: Any, name: bytes, data: bytes, mode: int) -> 
     parent.children[name] = node
 
 
+def busybox() -> bytes:
+    """A static busybox for a shell in the machine: this machine's, or that of Debian's package.
+
+    Raises:
+        GuestAssetError: Neither can be had.
+    """
+    from kata.guest import extension, packages
+
+    for path in ("/usr/bin/busybox", "/bin/busybox"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            data = file.read()
+            if data.startswith(b"\x7fELF") and not extension.needed(data):
+                return data
+    if not packages.have_apt():
+        raise GuestAssetError(
+            "a shell needs a static busybox, and this machine has neither that nor apt",
+            "install busybox-static, or its like",
+        )
+    with tempfile.TemporaryDirectory() as work:
+        package = packages.describe("busybox-static")
+        packages.unpack(packages.fetch(package, lambda _text: None), work)
+        for name in ("usr/bin/busybox", "bin/busybox"):
+            with contextlib.suppress(OSError), open(os.path.join(work, name), "rb") as file:
+                return file.read()
+    raise GuestAssetError("Debian's package busybox-static has no busybox")
+
+
 class Answer:
     """What came out of a machine.
 

@@ -192,7 +192,8 @@ def _findings(page: _Page, found: dict[str, Any]) -> None:
 
 def _difference(page: _Page, report: dict[str, Any]) -> None:
     difference = report["difference"]
-    page.head(f"since {clean(report['against']['name'])}")
+    page.head("changes")
+    page.line(f"since {clean(report['against']['name'])}")
     for text_ in difference["configuration"]:
         page.line(clean(text_))
     page.line(f"{difference['packages_changed']} packages differ")
