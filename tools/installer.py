@@ -301,7 +301,7 @@ def tell_systemd(place: Place, *arguments: str) -> None:
         subprocess.run(["systemctl", *arguments], check=False, stderr=subprocess.DEVNULL)
 
 
-CLIENTS = {"containerd": "containerd", "docker": "dockerd", "podman": "podman"}
+CLIENTS = {"containerd": "containerd", "docker": "dockerd", "podman": "podman", "crio": "crio"}
 """Clients that `kata install` can tell about kata -> their daemon's program, or their own."""
 
 

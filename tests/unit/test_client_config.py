@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kata.cli import client, client_containerd, client_docker, client_podman
+from kata.cli import client, client_containerd, client_crio, client_docker, client_podman
 from kata.cli.main import main
 from kata.errors import AlreadyExistsError, ConfigError, HostError
 
@@ -439,3 +439,88 @@ def test_podman_that_refuses_has_the_file_taken_back(
     assert main(["install", "podman", "--config", str(path)]) == 125
     assert "takes /usr/bin/true" in capsys.readouterr().err
     assert not path.parent.exists()
+
+
+# ---- CRI-O ----
+
+
+@pytest.fixture
+def both_programs(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The shim and `kata-runtime`, on the PATH."""
+    shim = runtime.with_name("containerd-shim-kata-v2")
+    shim.write_text("#!/bin/sh\n")
+    shim.chmod(0o755)
+    monkeypatch.setattr(client_crio, "_WHERE", str(shim.parent))
+    return shim, runtime
+
+
+def test_crios_drop_in_comes_and_goes(tmp_path: Path, both_programs: tuple[Path, Path]) -> None:
+    path = tmp_path / "crio.conf.d/50-kata.conf"
+    [edit] = client_crio.install(str(path))
+    edit.apply()
+    handlers = tomllib.loads(path.read_text())["crio"]["runtime"]["runtimes"]
+    assert {name: (one["runtime_type"], one["runtime_path"]) for name, one in handlers.items()} == {
+        "kata": ("vm", str(both_programs[0])),
+        "kata-oci": ("oci", str(both_programs[1])),
+    }
+    assert client_crio.install(str(path)) == []
+    assert client_crio.programs(str(path)) == tuple(map(str, both_programs))
+    edits = client_crio.uninstall(str(path))
+    for edit in edits:
+        edit.apply()
+    assert client_crio.clear_up(edits) == []
+    assert not path.parent.exists()
+    assert client_crio.uninstall(str(path)) == []
+    assert client_crio.programs(str(path)) == ("", "")
+
+
+def test_what_is_not_ours_of_crios_is_left_alone(tmp_path: Path, both_programs: tuple[Path, Path]) -> None:
+    path = tmp_path / "50-kata.conf"
+    path.write_text("[crio]\n")
+    with pytest.raises(AlreadyExistsError, match="not by `kata install`"):
+        client_crio.install(str(path))
+    assert client_crio.uninstall(str(path)) == []
+    path.unlink()
+    for edit in client_crio.install(str(path)):
+        edit.apply()
+    path.write_text(path.read_text() + 'monitor_path = "/x"\n')
+    with pytest.raises(ConfigError, match="has been changed since"):
+        client_crio.uninstall(str(path))
+
+
+@pytest.fixture
+def crio(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = ROOT / "build/programs/crio"
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{built}")
+    if shutil.which("crio") is None:
+        pytest.skip("needs CRI-O (tools/setup test builds it)")
+
+
+def test_crio_reads_it(
+    both_programs: tuple[Path, Path], crio: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "crio.conf.d/50-kata.conf"
+    assert main(["install", "crio", "--dry-run", "--config", str(path)]) == 0
+    assert f'+runtime_path = "{both_programs[0]}"' in capsys.readouterr().out
+    assert not path.exists()
+    assert main(["install", "crio", "--config", str(path)]) == 0
+    assert path.exists()
+    assert main(["install", "crio", "--config", str(path)]) == 0
+    assert "already" in capsys.readouterr().err
+    assert main(["uninstall", "crio", "--config", str(path)]) == 0
+    assert list(tmp_path.iterdir()) == [both_programs[0].parent]
+
+
+def test_a_drop_in_that_crio_does_not_take_is_taken_back(
+    both_programs: tuple[Path, Path], crio: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "d/50-kata.conf"
+    path.parent.mkdir()
+    other = path.with_name("99-other.conf")
+    other.write_text('[crio.runtime.runtimes.kata]\nruntime_type = "vm"\nruntime_path = "/other"\n')
+    assert main(["install", "crio", "--config", str(path)]) == 125
+    assert "a later file has a handler of that name" in capsys.readouterr().err
+    other.write_text("[crio\n")
+    assert main(["install", "crio", "--config", str(path)]) == 125
+    assert "CRI-O refuses its configuration" in capsys.readouterr().err
+    assert list(path.parent.iterdir()) == [other]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kata.cli import client_podman, host
+from kata.cli import client_crio, client_podman, host
 from kata.hypervisor import accel, registry
 
 
@@ -118,3 +118,32 @@ def test_podman_has_a_line_where_it_is_installed(tmp_path: Path, monkeypatch: py
     assert (line()[0], "cannot be executed" in line()[1]) == (host.WARN, True)
     (tmp_path / "podman").write_text("#!/bin/sh\necho podman version 3.0.1\n")
     assert (line()[0], "too old" in line()[1]) == (host.WARN, True)
+
+
+def test_crio_has_a_line_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop_in = tmp_path / "50-kata.conf"
+    monkeypatch.setattr(client_crio, "DEFAULT_PATH", str(drop_in))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not any(check.name == "cri-o" for check in host._clients())
+    (tmp_path / "crio").write_text("#!/bin/sh\necho crio version 1.34.0\n")
+    (tmp_path / "crio").chmod(0o755)
+
+    def line() -> tuple[str, str, str]:
+        [check] = [check for check in host._clients() if check.name == "cri-o"]
+        return check.result, check.text, check.hint
+
+    assert line() == (
+        host.OK,
+        f"1.34.0; {drop_in} names no handler 'kata'",
+        "kata install crio, if it is for CRI-O",
+    )
+    drop_in.write_text('[crio.runtime.runtimes.kata]\nruntime_path = "/none"\n')
+    assert (line()[0], "/none, which its handler names" in line()[1]) == (host.WARN, True)
+    drop_in.write_text(
+        '[crio.runtime.runtimes.kata]\nruntime_path = "/bin/true"\n'
+        '[crio.runtime.runtimes.kata-oci]\nruntime_path = "/bin/true"\n'
+    )
+    assert (line()[0], line()[2]) == (host.WARN, "apt-get install conmon")
+    (tmp_path / "conmon").write_text("")
+    (tmp_path / "conmon").chmod(0o755)
+    assert line() == (host.OK, "1.34.0; its handlers are 'kata' and 'kata-oci'", "")

@@ -1,4 +1,4 @@
-"""CRI-O, with our shim as a runtime of type "vm": pods through crictl."""
+"""CRI-O, with our shim as a runtime of type "vm" and `kata-runtime` as one of type "oci": pods through crictl."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from waiting import PATIENCE, until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PROGRAMS = ROOT / "build/programs/crio"
+CONMON = shutil.which("conmon") or ROOT / "build/programs/podman/usr/bin/conmon"
 BUSYBOX = "localhost/busybox:latest"
 PAUSE = "localhost/pause:latest"
 
@@ -61,6 +62,13 @@ class Crio:
         shim = directory / "bin/containerd-shim-kata-v2"
         shim.parent.mkdir()
         shim.symlink_to(ROOT / "src/kata/__main__.py")
+        # conmon calls a runtime without the daemon's environment.
+        runtime = directory / "bin/kata-runtime"
+        exports = "".join(
+            f"export {name}='{value}'\n" for name, value in self.env.items() if name.startswith("KATA_")
+        )
+        runtime.write_text(f'#!/bin/sh\n{exports}exec {ROOT}/src/kata/oci_runtime/__main__.py "$@"\n')
+        runtime.chmod(0o755)
         (directory / "crio.conf").write_text(
             f"""\
 [crio]
@@ -88,6 +96,13 @@ hooks_dir = []
 runtime_type = "vm"
 runtime_path = "{shim}"
 runtime_root = "{directory}/vm"
+privileged_without_host_devices = true
+[crio.runtime.runtimes.kata-oci]
+runtime_type = "oci"
+runtime_path = "{runtime}"
+runtime_root = "{directory}/oci"
+monitor_path = "{CONMON}"
+monitor_cgroup = "pod"
 privileged_without_host_devices = true
 [crio.image]
 pause_image = "{PAUSE}"
@@ -151,8 +166,8 @@ enable_nri = false
         except FileNotFoundError:
             return []
 
-    def pod(self, **linux: object) -> tuple[str, str]:
-        """Run a pod; its id, and its configuration's file."""
+    def pod(self, handler: str = "kata", **linux: object) -> tuple[str, str]:
+        """Run a pod with one of the runtimes; its id, and its configuration's file."""
         about = {
             "metadata": {"name": "p", "uid": "u", "namespace": "test"},
             "hostname": "pod-of-crio",
@@ -160,7 +175,7 @@ enable_nri = false
             "linux": linux,
         }
         path = self.write("pod", about)
-        return self("runp", "--runtime", "kata", path).strip(), path
+        return self("runp", "--runtime", handler, path).strip(), path
 
     def container(self, pod: tuple[str, str], name: str, *command: str, **more: object) -> str:
         """Make and start a container in a pod; its id."""
@@ -189,8 +204,8 @@ enable_nri = false
 
 @pytest.fixture(scope="module")
 def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Crio]:
-    for program in (PROGRAMS / "crio", PROGRAMS / "pinns"):
-        if not program.exists():
+    for program in (PROGRAMS / "crio", PROGRAMS / "pinns", CONMON):
+        if not Path(program).exists():
             pytest.skip("needs CRI-O (tools/setup test builds it)")
     if shutil.which("crictl") is None or not (PLUGINS / "bridge").exists():
         pytest.skip("needs crictl and CNI's plugins (tools/setup test)")
@@ -220,8 +235,9 @@ def crio(daemon: Crio) -> Iterator[Crio]:
         until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
 
 
-def test_a_pod_and_its_containers(crio: Crio) -> None:
-    pod = crio.pod(sysctls={"net.ipv4.ip_forward": "1"})
+@pytest.mark.parametrize("handler", ["kata", "kata-oci"])
+def test_a_pod_and_its_containers(crio: Crio, handler: str) -> None:
+    pod = crio.pod(handler, sysctls={"net.ipv4.ip_forward": "1"})
     one = crio.container(pod, "one", "sleep", "1000")
     two = crio.container(pod, "two", "sh", "-c", "echo said; echo wrong >&2; exit 5")
     assert len(crio.sandboxes()) == 1
@@ -255,8 +271,9 @@ def test_a_pod_and_its_containers(crio: Crio) -> None:
     until(lambda: not crio.sandboxes(), "no sandbox is left", crio.diagnosis, 15)
 
 
-def test_out_of_memory_is_the_reason(crio: Crio) -> None:
-    pod = crio.pod()
+@pytest.mark.parametrize("handler", ["kata", "kata-oci"])
+def test_out_of_memory_is_the_reason(crio: Crio, handler: str) -> None:
+    pod = crio.pod(handler)
     limits = {"resources": {"memory_limit_in_bytes": 32 << 20}}
     one = crio.container(pod, "one", "sh", "-c", "x=a; while :; do x=$x$x; done", linux=limits)
     until(lambda: crio.status(one)["state"] == "CONTAINER_EXITED", "it has been killed", crio.diagnosis)

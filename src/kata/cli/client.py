@@ -1,4 +1,4 @@
-"""`kata install` and `kata uninstall`: they register kata in the configuration of containerd, Docker or Podman."""
+"""`kata install` and `kata uninstall`: they register kata with containerd, Docker, Podman or CRI-O."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 
-from kata.cli import client_containerd, client_docker, client_podman
+from kata.cli import client_containerd, client_crio, client_docker, client_podman
 from kata.cli.args import Command, Option
 from kata.errors import UsageError
 
@@ -19,25 +19,26 @@ if TYPE_CHECKING:
 
 _OPTIONS = [
     Option("--config", "PATH", "its configuration file (/etc/containerd/config.toml, /etc/docker/daemon.json,"
-           f" {client_podman.DEFAULT_PATH})"),
+           f" {client_podman.DEFAULT_PATH}, {client_crio.DEFAULT_PATH})"),
     Option("-n --dry-run", "", "show the difference, and change nothing"),
 ]  # fmt: skip
 COMMANDS = {
     "install": Command(
         "install",
-        "containerd|docker|podman",
+        "containerd|docker|podman|crio",
         "Registers kata with a client on this machine: as the handler 'kata' of containerd's CRI plugin (Kubernetes),"
-        " or as the runtime 'kata' of Docker or Podman.",
+        " as the runtime 'kata' of Docker or Podman, or as CRI-O's handlers 'kata' (type vm)"
+        " and 'kata-oci' (type oci).",
         _OPTIONS,
         least=1,
         most=1,
         notes="A copy of the original file is kept beside it (.before-kata). The result is checked with `containerd"
-        " config dump`,\n`dockerd --validate` or `podman info`, and the change is undone if that fails. No client is"
-        " restarted.",
+        " config dump`,\n`dockerd --validate`, `podman info` or `crio config`, and the change is undone if that fails."
+        " No client is restarted.",
     ),
     "uninstall": Command(
         "uninstall",
-        "containerd|docker|podman",
+        "containerd|docker|podman|crio",
         "Undoes what `kata install` wrote, byte for byte.",
         _OPTIONS,
         least=1,
@@ -46,7 +47,12 @@ COMMANDS = {
 }
 
 
-_CLIENTS = {"containerd": client_containerd, "docker": client_docker, "podman": client_podman}
+_CLIENTS = {
+    "containerd": client_containerd,
+    "docker": client_docker,
+    "podman": client_podman,
+    "crio": client_crio,
+}
 SHIM = "containerd-shim-kata-v2"
 _WHERE_SERVICES_LOOK = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
 """systemd's PATH of services (DEFAULT_PATH in src/basic/path-util.h)."""
@@ -66,7 +72,7 @@ def _look_for_shim() -> None:
 def _client(arguments: Arguments) -> str:
     name = arguments.rest[0]
     if name not in _CLIENTS:
-        raise UsageError(f"unknown client {name!r}", "containerd, docker or podman")
+        raise UsageError(f"unknown client {name!r}", "containerd, docker, podman or crio")
     return name
 
 
@@ -76,6 +82,8 @@ def _install(arguments: Arguments) -> int:
         return _install_docker(arguments)
     if name == "podman":
         return _install_podman(arguments)
+    if name == "crio":
+        return _install_crio(arguments)
     path = arguments.value("config") or client_containerd.DEFAULT_PATH
     edits, daemon = client_containerd.install(path)
     if not edits:
@@ -114,6 +122,23 @@ def _install_podman(arguments: Arguments) -> int:
     _apply_checked(edits, lambda: program.check(os.path.realpath(path), runtime))
     _say_written(edits)
     _say("Then: podman --runtime kata run ...")
+    return 0
+
+
+def _install_crio(arguments: Arguments) -> int:
+    path = arguments.value("config") or client_crio.DEFAULT_PATH
+    program = client_crio.crio()
+    edits = client_crio.install(path)
+    if not edits:
+        _say(
+            f"CRI-O has the handlers {client_crio.HANDLER!r} and {client_crio.OCI_HANDLER!r} already, from {path}"
+        )
+        return 0
+    if _shown(arguments, edits):
+        return 0
+    _apply_checked(edits, lambda: client_crio.check(program, os.path.realpath(path)))
+    _say_written(edits)
+    _say("Then: systemctl restart crio; and a RuntimeClass with `handler: kata`, or `handler: kata-oci`.")
     return 0
 
 

@@ -16,17 +16,17 @@ import subprocess
 import tempfile
 import tomllib
 
-from kata.cli.client_edit import Edit, read, remove_backups, text_of
-from kata.errors import AlreadyExistsError, ConfigError, HostError
+from kata.cli import client_drop_in
+from kata.cli.client_edit import Edit, read
+from kata.errors import ConfigError, HostError
 
 DEFAULT_PATH = "/etc/containers/containers.conf.d/50-kata.conf"
+CLIENT = "podman"
 NAME = "kata"
 PROGRAM = "kata-runtime"
 LEAST = 4
 """The first version of Podman that this is tried with."""
 _WHERE = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin"
-_MARK = "# Written by `kata install podman`. `kata uninstall podman` removes it"
-_MADE_DIRECTORY = ", and the directory that was made for it"
 _CHECK_S = 60.0
 
 
@@ -120,16 +120,7 @@ def install(path: str) -> list[Edit]:
         ConfigError: The file cannot be read.
         HostError: There is no runtime to name.
     """
-    raw = read(path)
-    made = not os.path.isdir(os.path.dirname(path))
-    if raw is not None:
-        if not _is_ours(raw, path):
-            raise AlreadyExistsError(
-                f"{path} is there, and not by `kata install`", "remove it first; nothing has been changed"
-            )
-        made = _MADE_DIRECTORY.encode() in raw
-    wanted = _content(runtime_program(), made).encode()
-    return [] if raw == wanted else [Edit(path, raw, wanted)]
+    return client_drop_in.install(path, CLIENT, lambda made: _content(runtime_program(), made))
 
 
 def uninstall(path: str) -> list[Edit]:
@@ -138,33 +129,10 @@ def uninstall(path: str) -> list[Edit]:
     Raises:
         ConfigError: The file cannot be read, or has been changed since it was written.
     """
-    raw = read(path)
-    if raw is None or not _is_ours(raw, path):
-        return []
-    configured = runtime(path)
-    if raw != _content(configured, _MADE_DIRECTORY.encode() in raw).encode():
-        raise ConfigError(
-            f"{path} has been changed since `kata install` wrote it", f"look at it, then: rm {path}"
-        )
-    return [Edit(path, raw, None)]
+    return client_drop_in.uninstall(path, CLIENT, lambda made: _content(runtime(path), made))
 
 
-def clear_up(edits: list[Edit]) -> list[str]:
-    """Clean up after `uninstall`; see `client_edit.remove_backups`.
-
-    Args:
-        edits: The changes, made.
-
-    Returns:
-        Sentences about what is left.
-    """
-    for edit in edits:
-        if edit.after is None and _MADE_DIRECTORY.encode() in (edit.before or b""):
-            try:
-                os.rmdir(os.path.dirname(edit.path))
-            except OSError:
-                pass  # others have put something there
-    return remove_backups(edits)
+clear_up = client_drop_in.clear_up
 
 
 def runtime(path: str) -> str:
@@ -180,12 +148,8 @@ def runtime(path: str) -> str:
         return ""
 
 
-def _is_ours(raw: bytes, path: str) -> bool:
-    return text_of(raw, path).startswith(_MARK)
-
-
 def _content(program: str, made_directory: bool) -> str:
     import json
 
-    made = _MADE_DIRECTORY if made_directory else ""
-    return f"{_MARK}{made}.\n[engine.runtimes]\n{NAME} = [{json.dumps(program)}]\n"
+    top = client_drop_in.head(CLIENT, made_directory=made_directory)
+    return f"{top}[engine.runtimes]\n{NAME} = [{json.dumps(program)}]\n"

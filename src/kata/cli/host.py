@@ -260,7 +260,29 @@ def _clients() -> list[Check]:
     podman = shutil.which("podman")
     if podman:
         checks.append(_podman(version_of(podman).rpartition(" ")[2]))
+    crio = shutil.which("crio")
+    if crio:
+        checks.append(_crio(version_of(crio).rpartition(" ")[2]))
     return checks
+
+
+def _crio(version: str) -> Check:
+    """Whether CRI-O has our handlers, their programs, and conmon, which the type "oci" needs."""
+    from kata.cli import client_crio
+
+    named = [one for one in client_crio.programs(client_crio.DEFAULT_PATH) if one]
+    if not named:
+        text = f"{version}; {client_crio.DEFAULT_PATH} names no handler {client_crio.HANDLER!r}"
+        return Check("cri-o", OK, text, "kata install crio, if it is for CRI-O")
+    for program in named:
+        if not os.access(program, os.X_OK):
+            text = f"{version}; {program}, which its handler names, cannot be executed"
+            return Check("cri-o", WARN, text, "kata install crio")
+    text = f"{version}; its handlers are {client_crio.HANDLER!r} and {client_crio.OCI_HANDLER!r}"
+    if shutil.which("conmon") is None:
+        text += f"; conmon is not on the PATH, so {client_crio.OCI_HANDLER!r} starts nothing"
+        return Check("cri-o", WARN, text, "apt-get install conmon")
+    return Check("cri-o", OK, text)
 
 
 def _podman(version: str) -> Check:
