@@ -167,6 +167,8 @@ SANDBOX: Mapping[str, Any] = {
         "volumes": [_VOLUME], "disk_volumes": [_VOLUME],
         "log": {"path": VALUE, "max_bytes": VALUE, "files": VALUE},
         "open_stdin": VALUE, "stdin_once": VALUE, "record_state": VALUE, "auto_remove": VALUE,
+        "health": {"command": COUNT, "interval_s": VALUE, "timeout_s": VALUE, "start_period_s": VALUE,
+                   "retries": VALUE},
         "extra_hosts": COUNT, "dns_servers": COUNT, "dns_searches": COUNT, "dns_options": VALUE,
     },
     "network": _NETWORK,
