@@ -71,7 +71,7 @@ def test_every_option_of_every_command_is_offered(name: str) -> None:
         ("kata logs -fn ", ["all"]),  # a joined short option waits for its value, too
         ("kata logs -n5 --js", ["--json"]),
         ("kata kill -s HU", ["HUP"]),
-        ("kata install ", ["containerd", "docker", "podman"]),
+        ("kata install ", ["containerd", "docker", "podman", "crio"]),
         ("kata install docker ", []),
         ("kata config c", ["check"]),
         ("kata config check ", [":files"]),
@@ -199,7 +199,7 @@ def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
         look("the shell starts", (tmp_path / "began").exists)
         typed("kata renam\tweb", "<rename><web>")
         typed("kata stop we\t", "<stop><web>")
-        typed("kata run --netw\tnon\timage", "<run><--network><none><image>")
+        typed("kata run --pul\tnev\timage", "<run><--pull><never><image>")
         typed("kata cp wo\t/x a\t", "<cp><worker:/x><a file>")
         typed("kata-agent-ctl --sandb\two\tGetOO\t", "<--sandbox><worker><GetOOMEvent>")
     finally:

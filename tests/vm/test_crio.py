@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -223,6 +224,10 @@ def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Itera
             ["umount", "--recursive", directory / "root/overlay"], capture_output=True, check=False
         )
         subprocess.run(["ip", "netns", "delete", one.netns], check=False)
+        # With cgroups of version 1 it leaves those of its monitors.
+        for cgroup in Path("/sys/fs/cgroup").glob("**/crio-conmon-*"):
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
         shutil.rmtree(directory, ignore_errors=True)
 
 

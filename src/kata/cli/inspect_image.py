@@ -25,7 +25,7 @@ _SECONDS = 600
 _GRADES = "|".join(inspect_kinds.SEVERITIES)
 _NOTES = """\
 IMAGE is what 'kata run' takes (a name, oci:DIR, oci-archive:FILE, docker-archive:FILE), or - for an archive on
-standard input:  docker save NAME | kata inspect-image -
+standard input: 'docker save NAME | kata inspect-image -'.
 
 The image is unpacked and read in a virtual machine without network and with a throw-away disk. An image that is in the
 local store already has no layers any more: its file system is read.
