@@ -349,7 +349,7 @@ class Registry:
         headers: dict[str, str],
         receive: Callable[[httpx.Response], Any],
         content: Callable[[], Iterable[bytes]] | None = None,
-        patience_s: float = _ANSWER_S,
+        patience_s: float | None = None,
     ) -> Any:
         """Make a request, with authorisation and redirects. An error response raises `_Failed`.
 
@@ -359,7 +359,7 @@ class Registry:
             headers: Beside those of the authorisation.
             receive: Called with the response, whose body has not been read yet; its result is returned.
             content: Returns what is sent, once for each attempt; ``Content-Length`` is among the headers then.
-            patience_s: How long to wait, at most, for the head of a response.
+            patience_s: How long to wait, at most, for the head of a response; by default `_ANSWER_S`.
         """
         authorised = False
         for _ in range(_REDIRECTS + 3):
@@ -392,10 +392,10 @@ class Registry:
         raise RegistryError(f"{self.host} redirects in a circle", "try another registry, or later")
 
     @contextlib.contextmanager
-    def _answer(self, request: httpx.Request, patience_s: float = _ANSWER_S) -> Iterator[httpx.Response]:
+    def _answer(self, request: httpx.Request, patience_s: float | None = None) -> Iterator[httpx.Response]:
         """Send a request and wait, for a limited time, for the head of its response."""
         request.extensions = {**request.extensions, "trace": self._note_connection}
-        watch = threading.Timer(patience_s, self._give_up)
+        watch = threading.Timer(_ANSWER_S if patience_s is None else patience_s, self._give_up)
         watch.daemon = True
         watch.start()
         try:
