@@ -21,7 +21,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def container(root: str, name: str, top: Path, *, bundle: bool = False, pid: int = 0) -> Path:
     record = Record(root, name)
-    record.reserve()
+    record.reserve().close()
     record.bundle = str(top / f"bundle-{name}")
     record.sandbox = str(top / "r/sandboxes" / name)
     record.pid = pid
@@ -46,14 +46,16 @@ def test_what_nobody_can_want_any_more(run_dir: Path) -> None:
             container(root, "engine", run_dir),
         ]
         (run_dir / "r/sandboxes/engine").mkdir(parents=True, exist_ok=True)
-        unfinished = Record(root, "unfinished")
-        unfinished.reserve()
-        assert oci_records.sweep() == ["the record of container gone"]
+        unfinished, killed = Record(root, "unfinished"), Record(root, "killed")
+        held = unfinished.reserve()
+        killed.reserve().close()
+        assert oci_records.sweep() == ["the record of container gone", "the record of container killed"]
         assert not gone.exists()
         assert all(path.exists() for path in (*kept, Path(unfinished.directory)))
         for path in kept:
             (path / "state.json").unlink()
             path.rmdir()
+        held.close()
         os.rmdir(unfinished.directory)
         if (run_dir / "bundle-bundle").exists():
             (run_dir / "bundle-bundle/config.json").unlink()

@@ -108,8 +108,10 @@ def _is_stale(directory: int) -> bool:
     try:
         with sysio.Fd(os.open(_STATE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)) as file:
             kept: Any = loads(os.read(file.raw, _MAX_BYTES))
+    except FileNotFoundError:
+        return _is_free(directory)
     except (OSError, ValueError):
-        return False  # a `create` is about to write it, or it is none of ours
+        return False
     if not isinstance(kept, dict):
         return False
     bundle, sandbox = kept.get("bundle"), kept.get("sandbox")
@@ -119,3 +121,16 @@ def _is_stale(directory: int) -> bool:
     if os.path.isdir(sandbox) or os.path.exists(os.path.join(bundle, "config.json")):
         return False
     return not (isinstance(pid, int) and pid and sysio.proc_starttime(pid) == started)
+
+
+def _is_free(directory: int) -> bool:
+    """Whether the ``create`` that made a directory, and has recorded nothing in it, was killed."""
+    import fcntl
+
+    if any(not name.endswith((".sock", ".tmp")) for name in os.listdir(directory)):
+        return False  # it is none of ours
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -86,8 +86,8 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
         spec.refuse_foreign(config)
     network = network_namespace(config)
     record = Record(root, container_id)
+    held = record.reserve()
     oci_records.register(root)
-    record.reserve()
     engine: Engine | None = None
     try:
         record.bundle = bundle
@@ -99,6 +99,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
             engine = _launch(record, config, began_ns)
         else:
             record.sandbox = pod.sandbox
+            record.write()
         stands = _stand(record, "", network, console, terminal=terminal, orphan=orphan)
         record.pid, record.started = stands.pid, sysio.proc_starttime(stands.pid) or 0
         record.write()
@@ -115,6 +116,8 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
         except KataError:
             pass  # the reason is in the error that is told
         raise
+    finally:
+        held.close()
     return record, stands
 
 

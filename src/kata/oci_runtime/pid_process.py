@@ -10,7 +10,7 @@ There is one for each container for as long as that runs, so it imports nothing 
 this file is executed by its path, without the package.
 
 Descriptors: 0 to 2 its streams, 3 a listening socket (SOCK_SEQPACKET), 4 the reading end of a pipe whose other end its
-starter holds.
+starter holds: one byte comes there once this process has been adopted.
 """
 
 from __future__ import annotations
@@ -49,19 +49,30 @@ def _nothing(_number: int, _frame: object) -> None:
     """The number is in the pipe."""
 
 
-def _connected() -> _socket.socket:
-    """Wait for the engine. Ends this process if there will be none."""
+def _connected() -> tuple[_socket.socket, int]:
+    """Wait for the engine. Ends this process if there will be none.
+
+    Returns:
+        The connection, and what `_monitor` returns; -1 where nobody was to adopt this process.
+    """
+    monitor = -1
     poller = select.poll()
     poller.register(LISTENER, _POLLIN)
-    poller.register(LIFE, 0)  # a hang-up is always reported
+    poller.register(LIFE, _POLLIN)
     while True:
         ready = dict(poller.poll())
-        if LISTENER in ready:
+        if monitor >= 0 and monitor in ready:
+            _die()
+        if ready.get(LIFE, 0) & _POLLIN and posix.read(LIFE, 1):
+            monitor = _monitor()
+            if monitor >= 0:
+                poller.register(monitor, _POLLIN)
+        elif LISTENER in ready:
             listener = _socket.socket(fileno=LISTENER)
             number, _ = listener._accept()  # type: ignore[attr-defined]
             listener.close()
-            return _socket.socket(fileno=number)
-        if LIFE in ready:
+            return _socket.socket(fileno=number), monitor
+        elif LIFE in ready:
             posix._exit(1)
 
 
@@ -87,16 +98,14 @@ def _monitor() -> int:
     return monitor
 
 
-def main(terminal: bool, adopted: bool) -> None:
+def main(terminal: bool) -> None:
     """Be that process; does not return.
 
     Args:
         terminal: The standard streams are a terminal, which is the controlling one.
-        adopted: Whoever started it has left it to be adopted by a monitor.
     """
     signals = _catch()
-    channel = _connected()
-    monitor = _monitor() if adopted else -1  # whoever started it has gone by now
+    channel, monitor = _connected()
     posix.close(LIFE)
     streams = b"".join(number.to_bytes(4, sys.byteorder) for number in range(3))
     channel.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
@@ -161,4 +170,4 @@ def _send(channel: _socket.socket, kind: bytes, first: int, second: int) -> None
 
 
 if __name__ == "__main__":
-    main("terminal" in sys.argv[1:], "adopted" in sys.argv[1:])
+    main(sys.argv[1:] == ["terminal"])

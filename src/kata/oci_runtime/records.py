@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from kata.sysio import Fd
+
 _STATE = "state.json"
 _SOCKET = "pid.sock"
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-+")
@@ -61,19 +63,27 @@ class Record:
         self.started = 0
         self.annotations: Mapping[str, Any] = {}
 
-    def reserve(self) -> None:
+    def reserve(self) -> Fd:
         """Make the directory: the id is taken from now on.
+
+        Returns:
+            The directory, locked (flock(2)). As long as that is open, `kata gc` leaves alone what is not recorded yet.
 
         Raises:
             AlreadyExistsError: It is taken.
             HostError: The directory cannot be made.
         """
-        from kata import paths
+        import fcntl
+
+        from kata import paths, sysio
 
         self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
             paths.make_dirs(os.path.dirname(self.directory), 0o700)
             os.mkdir(self.directory, 0o700)
+            held = sysio.Fd(os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            fcntl.flock(held.raw, fcntl.LOCK_EX)
+            return held
         except FileExistsError:
             raise AlreadyExistsError(
                 f"container with id exists: {self.id}", f"kata-runtime delete {self.id}"

@@ -92,8 +92,7 @@ def start(
             if orphan or own_pids:
                 _leave_an_orphan(own_pids, number_write.raw)
             flags = sysio.CLONE_NEWNS if own_mounts else 0
-            words = [*(["terminal"] if terminal else []), *(["adopted"] if orphan else [])]
-            _become(sock, network, streams, words, flags, word_write.raw, life_read.raw)
+            _become(sock, network, streams, terminal, flags, word_write.raw, life_read.raw)
         word_write.close()
         number_write.close()
         if orphan or own_pids:
@@ -107,6 +106,8 @@ def start(
         if word != _READY or not child:
             failure = word.removeprefix(_READY).decode(errors="replace") or "it ended"
             raise HostError(f"cannot start the process that stands for the container: {failure}")
+        if orphan:
+            os.write(life_write.raw, b".")  # its parent is its monitor now
         return Standing(child, path, life_write.detach())
     except OSError as error:
         raise HostError(
@@ -136,7 +137,7 @@ def _become(
     sock: _socket.socket,
     network: str,
     streams: Sequence[int],
-    words: list[str],
+    terminal: bool,
     flags: int,
     word: int,
     life: int,
@@ -149,7 +150,7 @@ def _become(
         os.setsid()
         report = fcntl.fcntl(word, fcntl.F_DUPFD_CLOEXEC, 10)
         sock.listen(1)  # by this process: its number is in the credentials of the connection
-        if "terminal" in words:
+        if terminal:
             fcntl.ioctl(streams[0], _TIOCSCTTY, 0)
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (*streams, sock.fileno(), life)]
         for number, fd in enumerate(moved):
@@ -169,7 +170,7 @@ def _become(
         os.write(report, _READY)
         sysio.keep_capabilities(())
         program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pid_process.py")
-        argv = [sys.executable, "-I", "-S", program, *words]
+        argv = [sys.executable, "-I", "-S", program, *(["terminal"] if terminal else [])]
         os.execve(argv[0], argv, {})
     except OSError as error:
         os.write(report, f"{error.strerror}: {error.filename or 'set-up'}".encode())
