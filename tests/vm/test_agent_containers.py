@@ -99,7 +99,6 @@ def test_a_missing_command_fails_the_create_in_runcs_words(
         ({"linux": {"Sysctl": {"kernel.nonsense": "1"}}}, "kernel.nonsense"),
         ({"linux": {"Namespaces": namespaces("time")}}, "time"),
         ({"linux": {"RootfsPropagation": "sideways"}}, "sideways"),
-        ({"Capabilities": caps(["CAP_MAGIC"])}, "CAP_MAGIC"),
         ({"Rlimits": [oci.POSIXRlimit(Type="RLIMIT_MAGIC")]}, "RLIMIT_MAGIC"),
         ({"Cwd": "/etc/passwd"}, "/etc/passwd"),
     ],

@@ -349,6 +349,12 @@ def _networks(arguments: Arguments) -> tuple[str, list[tuple[str, list[str], str
         raise UsageError("--ip is for a container in one network", "leave it out")
     from kata.cli import networks
 
+    for name in named:
+        if name.partition(":")[0] in networks.RESERVED:
+            raise UsageError(
+                f"--network {name!r} is not offered: a machine has a network of its own",
+                "user, tap, none, or a network that kata network create has made",
+            )
     for alias in aliases:
         networks.check_name(alias, "--network-alias")
     return "user", [(networks.find(one)["name"], aliases, address or "") for one in named]
