@@ -598,7 +598,10 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     """The state lies on a small file system, mounted where only this command sees it."""
     state = tmp_path / "small"
     state.mkdir()
-    script = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 && "$@"; code=$?; find "$0" -type f | wc -l; exit $code'
+    script = (
+        'mount -t tmpfs -o mode=700,size="$1" none "$2" && shift 2 && "$@"; code=$?;'
+        ' find "$0" -type f | wc -l; exit $code'
+    )
     done = subprocess.run(
         [
             "unshare",
@@ -629,7 +632,7 @@ def test_a_disk_that_becomes_full_under_containers(
 ) -> None:
     state = tmp_path / "small"
     state.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", state], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "none", state], check=True)
     env = {**shared_kata.env, "KATA_STATE_DIR": str(state)}
 
     def kata(*arguments: str, code: int = 0) -> str:

@@ -589,7 +589,7 @@ def test_hooks_run_on_the_host_with_the_state(daemon: Containerd) -> None:
     daemon.remove("hooked")
     assert json.loads((work / "poststop.json").read_text())["status"] == "stopped"
 
-    with pytest.raises(AssertionError, match="createRuntime hook /bin/sh ended with 1: no"):
+    with pytest.raises(AssertionError, match="createRuntime hook #0: /bin/sh ended with 1: no"):
         daemon.run_spec("failing", daemon.spec({"createRuntime": [hook("bad")]}))
     assert "failing" not in daemon.tasks()
 
