@@ -673,9 +673,11 @@ def test_a_disk_that_becomes_full_under_containers(
         fill()
         kata("rmi", busybox_image)
     finally:
-        for name in states():
-            kata("rm", "-f", name)
-        subprocess.run(["umount", state], check=True)
+        try:
+            for name in states():
+                kata("rm", "-f", name)
+        finally:
+            subprocess.run(["umount", state], check=True)
     assert shared_kata.sandboxes() == []
 
 
