@@ -54,7 +54,7 @@ COMMANDS = {
     "kill": Command(
         "kill",
         "CONTAINER...",
-        "Sends a signal to the first process of containers.",
+        "Sends a signal to the first process of containers; after SIGKILL waits for their end.",
         [
             Option("-s --signal", "SIGNAL", "name or number (KILL)"),
             Option(_ALL, "", "all containers that run"),
@@ -237,9 +237,12 @@ def _kill(arguments: Arguments) -> int:
             from kata.cli import restart
 
             restart.mark_stopped(container)  # as in Docker
+        if number == signals.number("KILL"):
+            stop(container, 0)  # waits for the end, as Docker and Podman do after SIGKILL
+            return
         try:
             with EngineClient(container.socket) as engine:
-                engine.kill(container.id, number, everything=number == signals.number("KILL"))
+                engine.kill(container.id, number)
         except ENDED:
             raise StateError(
                 f"container {container.name} has just ended", f"kata ps -a | grep {container.name}"
