@@ -90,13 +90,7 @@ def clear_up(edits: list[Edit]) -> list[str]:
     Returns:
         Sentences about what is left.
     """
-    for edit in edits:
-        if edit.after is None and _MADE_DIRECTORY.encode() in (edit.before or b""):
-            try:
-                os.rmdir(os.path.dirname(edit.path))
-            except OSError:
-                pass  # others have put something there
-    return remove_backups(edits)
+    return remove_backups(edits, _MADE_DIRECTORY)
 
 
 def is_ours(raw: bytes, path: str, client: str) -> bool:

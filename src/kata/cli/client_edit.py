@@ -106,12 +106,22 @@ def read(path: str) -> bytes | None:
         ) from None
 
 
-def remove_backups(edits: list[Edit]) -> list[str]:
-    """Clean up after `uninstall`: remove the backups of files that are in their original state.
+def remove_backups(edits: list[Edit], made_directory: str = "") -> list[str]:
+    """Clean up after `uninstall`: remove the backups of files that are in their original state, and directories.
+
+    Args:
+        edits: The changes, made.
+        made_directory: What a file contains whose directory was made for it; that goes, too, if it is empty.
 
     Returns:
         Sentences about what is left.
     """
+    for edit in edits:
+        if made_directory and edit.after is None and made_directory.encode() in (edit.before or b""):
+            try:
+                os.rmdir(os.path.dirname(edit.path))
+            except OSError:
+                pass  # others have put something there
     said = []
     for edit in edits:
         backup = read(edit.backup)

@@ -22,6 +22,7 @@ import zlib
 from kata import sysio
 from kata.cli import records
 from kata.cli.args import Command, Option
+from kata.cli.mounted_root import mounted_root
 from kata.engine.client import SANDBOX, EngineClient
 from kata.errors import GuestProtocolError, HostError, KataError, NotFoundError, UnsupportedError, UsageError
 from kata.proto import agentext_pb
@@ -79,7 +80,7 @@ def _cp(arguments: Arguments) -> int:
     name, inner = outward or inward or ("", "")
     container = records.find(name)
     inner_path = posixpath.join("/", inner)
-    with _files(container) as files:
+    with mounted_root(container) as files:
         guest = _Guest(files, container, in_memory=[] if container.running() else _tmpfs_mounts(container))
         if outward:
             if destination == "-":
@@ -96,18 +97,6 @@ def _cp(arguments: Arguments) -> int:
         sys.stderr.write(f"error: not copied: {guest.left_out} of the files\n")
         return 1
     return 0
-
-
-@contextlib.contextmanager
-def _files(container: Container) -> Iterator[EngineClient]:
-    """Provide an engine whose agent has mounted the container's root file system."""
-    if container.running():
-        with EngineClient(container.socket) as engine:
-            yield engine
-        return
-    from kata.cli import session
-
-    yield from session.booted_for_copy(container)
 
 
 def _tmpfs_mounts(container: Container) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 
 from kata.cli import records
 from kata.cli.args import Command, Option
+from kata.cli.mounted_root import mounted_root
 from kata.engine.client import SANDBOX, EngineClient
 from kata.errors import GuestProtocolError, HostError, StateError, UnsupportedError, UsageError
 from kata.proto import agentext_pb, sandbox_pb
@@ -142,18 +143,6 @@ def _write_tar(
 
 
 @contextlib.contextmanager
-def _mounted(container: Container) -> Iterator[EngineClient]:
-    """An engine whose agent has mounted the container's root file system."""
-    if container.running():
-        with EngineClient(container.socket) as engine:
-            yield engine
-        return
-    from kata.cli import session
-
-    yield from session.booted_for_copy(container)
-
-
-@contextlib.contextmanager
 def _output(path: str | None, what: str) -> Iterator[Callable[[bytes | memoryview], object]]:
     """What writes to a new file, which is there only if all went well, or to standard output.
 
@@ -196,7 +185,7 @@ def _export(arguments: Arguments) -> int:
     container = records.find(arguments.rest[0])
     with (
         _output(arguments.value("output"), "a tar stream") as write,
-        _mounted(container) as engine,
+        mounted_root(container) as engine,
     ):
         _write_tar(engine, container, write)
     return 0
@@ -207,7 +196,7 @@ def _diff(arguments: Arguments) -> int:
     if form not in (None, "json"):
         raise UsageError(f"--format {form!r} is not offered", "--format json, or none")
     container = records.find(arguments.rest[0])
-    with _mounted(container) as engine:
+    with mounted_root(container) as engine:
         changes = _changes(engine, container)
     if form == "json":
         import json
@@ -293,7 +282,7 @@ def _commit(arguments: Arguments) -> int:
     config = _config_of(container, base.get("config") or {}, changed)
     limit = limits_from_environment().size
     with manage.spooled() as archive, flat.Layer(os.path.dirname(archive.name), limit) as layer:
-        with _mounted(container) as engine, _frozen(engine, container, arguments):
+        with mounted_root(container) as engine, _frozen(engine, container, arguments):
             _write_tar(engine, container, layer.write, limit)
         step = {
             "created": records.now(),
@@ -412,7 +401,7 @@ def flatten(image: Image, layer: Layer, by: str) -> dict[str, Any]:
     from kata.cli import inspect
     from kata.images import flat
 
-    with _container_of(image) as container, _mounted(container) as engine:
+    with _container_of(image) as container, mounted_root(container) as engine:
         _write_tar(engine, container, layer.write, layer.limit)
     step = {"created": image.created or records.now(), "created_by": by, "comment": "all layers as one"}
     return flat.document(inspect.image_document(image), image.config, layer, step)

@@ -12,20 +12,17 @@ until the network is removed. A container has its address from when it is made, 
 
 from __future__ import annotations
 
-import fcntl
 import os
-from contextlib import contextmanager
 
 from kata import paths
 from kata.cli import records
-from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, StateError, UsageError
+from kata.errors import AlreadyExistsError, JournalError, NotFoundError, StateError, UsageError
 from kata.journal import Journal
 from kata.network import bridge
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ipaddress
-    from collections.abc import Iterator
     from typing import Any
 
     from kata.settings import EndpointSettings
@@ -68,22 +65,9 @@ def check_name(name: str, given: str) -> str:
     return name
 
 
-@contextmanager
-def locked() -> Iterator[None]:
-    """Hold the lock of all networks and of the addresses in them."""
-    try:
-        paths.make_dirs(directory(), 0o711)
-        # Not in the directory, in which everything has a journal.
-        fd = os.open(f"{directory()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise HostError(
-            f"{directory()} cannot be written: {error.strerror}", "check KATA_STATE_DIR"
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def locked() -> records.DirectoryLock:
+    """The lock of all networks and of the addresses in them; see `records.DirectoryLock`."""
+    return records.DirectoryLock(directory())
 
 
 def load(name: str) -> dict[str, Any] | None:

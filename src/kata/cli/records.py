@@ -19,7 +19,7 @@ import os
 import time
 
 from kata import paths, sysio
-from kata.errors import AlreadyExistsError, JournalError, NotFoundError, UsageError
+from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, UsageError
 from kata.journal import Journal
 from kata.json_text import dumps, loads
 
@@ -280,6 +280,43 @@ def remove(container: Container) -> None:
         events.append("container.deleted", known)
     except OSError:
         pass  # nothing fails for want of its record
+
+
+class DirectoryLock:
+    """The lock of what a directory below the state directory holds, held within a `with` statement.
+
+    Args:
+        directory: The directory, which is made. The lock is a file beside it, for everything in it has a journal.
+        shared: For who only needs that nothing of it disappears.
+
+    Raises:
+        HostError: The directory cannot be made or written.
+    """
+
+    __slots__ = ("_directory", "_fd", "_shared")
+
+    def __init__(self, directory: str, *, shared: bool = False) -> None:
+        self._directory = directory
+        self._shared = shared
+
+    def __enter__(self) -> None:
+        import fcntl
+
+        try:
+            paths.make_dirs(self._directory, 0o711)
+            self._fd = os.open(f"{self._directory}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise HostError(
+                f"{self._directory} cannot be written: {error.strerror}", "check KATA_STATE_DIR"
+            ) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX)
+        except BaseException:  # Ctrl-C
+            os.close(self._fd)
+            raise
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._fd)
 
 
 def rename(container: Container, name: str) -> None:

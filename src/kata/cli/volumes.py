@@ -12,18 +12,15 @@ one disk at the same time, so a container with a volume that another one has mou
 
 from __future__ import annotations
 
-import fcntl
 import os
-from contextlib import contextmanager
 
 from kata import paths
 from kata.cli import records
-from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, StateError, UsageError
+from kata.errors import AlreadyExistsError, JournalError, NotFoundError, StateError, UsageError
 from kata.journal import Journal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
 _RECORD = "volume.json"
@@ -55,26 +52,9 @@ def check_name(name: str, given: str) -> str:
     return name
 
 
-@contextmanager
-def locked(*, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of all volumes.
-
-    Args:
-        shared: For who only needs that no volume disappears.
-    """
-    try:
-        paths.make_dirs(directory(), 0o711)
-        # Not in the directory, in which everything has a journal.
-        fd = os.open(f"{directory()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise HostError(
-            f"{directory()} cannot be written: {error.strerror}", "check KATA_STATE_DIR"
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def locked(*, shared: bool = False) -> records.DirectoryLock:
+    """The lock of all volumes; see `records.DirectoryLock`."""
+    return records.DirectoryLock(directory(), shared=shared)
 
 
 def load(name: str) -> dict[str, Any] | None:
