@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -320,32 +321,34 @@ def main() -> int:
     took: Rounds = json.loads(options.from_json.read_text()) if options.from_json else {}
     work = Path(tempfile.mkdtemp(prefix="kb-", dir="/tmp"))
     try:
-        took |= measure(work, other, options)
+        measure(work, other, options, took)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    progress("")
-    if options.json:
-        options.json.write_text(json.dumps(took, indent=1))
+        progress("")
+        if options.json:  # what there is when a part fails, too: --from-json --only goes on from there
+            options.json.write_text(json.dumps(took, indent=1))
     minutes = (time.monotonic() - began) / 60
-    text = (
+    method = (
         f"{machine()}. Commit {_commit(ROOT)}"
         + (f", the other checkout is {_commit(other)}" if other else "")
         + f"; {options.rounds} rounds of one, {options.at_once} of many, in {minutes:.0f} minutes; load average"
-        f" {load[0]:.1f} before, {os.getloadavg()[0]:.1f} after.\n\n" + "\n".join(table(took))
+        f" {load[0]:.1f} before, {os.getloadavg()[0]:.1f} after."
     )
+    text = "\n".join([*textwrap.wrap(method, 160), "", *table(took)])
     print(text)
     if options.write:
         put(options.write, text)
     return 0
 
 
-def measure(work: Path, other: Path | None, options: argparse.Namespace) -> Rounds:
-    """Every part that was asked for.
+def measure(work: Path, other: Path | None, options: argparse.Namespace, took: Rounds) -> None:
+    """Measure every part that was asked for.
 
     Args:
         work: A directory of its own.
         other: The other checkout.
         options: Of the command line.
+        took: Gets the figures of each part as soon as it is done.
     """
     parts = options.only or list(PARTS)
     trees = {}
@@ -354,7 +357,6 @@ def measure(work: Path, other: Path | None, options: argparse.Namespace) -> Roun
             (work / which[0]).mkdir()
             trees[which] = Tree(root, work / which[0])
     this = trees["this"]
-    took: Rounds = {}
     if {"one", "many", "memory"} & set(parts):
         with contextlib.ExitStack() as stack:
             for tree in trees.values():
@@ -370,7 +372,6 @@ def measure(work: Path, other: Path | None, options: argparse.Namespace) -> Roun
                 took |= memory(trees)
     if "pods" in parts:
         took |= pods(trees, options.pods, options.at_once)
-    return took
 
 
 def _commit(root: Path) -> str:
