@@ -535,9 +535,10 @@ class NetworkSettings(Part):
         path: The network namespace with `netns`; empty makes one.
         model: How interfaces of that are connected: `tcfilter`, `macvtap` or `none`.
         endpoints: Networks with a name that it is in besides, with `user`.
+        outside: There is a way out; without, it has those networks alone.
     """
 
-    __slots__ = ("dns", "endpoints", "mode", "model", "path", "ports")
+    __slots__ = ("dns", "endpoints", "mode", "model", "outside", "path", "ports")
 
     def __init__(
         self,
@@ -548,6 +549,7 @@ class NetworkSettings(Part):
         path: str = "",
         model: str = "tcfilter",
         endpoints: Sequence[EndpointSettings] = (),
+        outside: bool = True,
     ) -> None:
         self.mode = mode
         self.ports = list(ports)
@@ -555,6 +557,7 @@ class NetworkSettings(Part):
         self.path = path
         self.model = model
         self.endpoints = list(endpoints)
+        self.outside = outside
 
 
 # ---- the container that a sandbox is made for ----

@@ -35,6 +35,7 @@ def with_place(container: str, network: str, address: str = "") -> records.Conta
     place = networks.place(network, ["alias"], address)
     record = {
         "id": pending.id, "name": container, "created_at": records.now(), "network": "user", "networks": [place],
+        "ports": [],
     }  # fmt: skip
     return pending.commit(record, {})
 
@@ -57,6 +58,49 @@ def test_life_of_a_network(state: Path, capsys: pytest.CaptureFixture[str]) -> N
     records.remove(container)
     assert "front" in said(capsys, "prune", "-f")
     assert os.listdir(state / "networks") == []
+
+
+def test_a_container_that_does_not_run_is_put_into_networks_and_out(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("front", "back", "third", "fourth"):
+        said(capsys, "create", name)
+    container = with_place("one", "front")
+
+    def where() -> list[tuple[str, str]]:
+        found = records.load(container.id)
+        assert found is not None
+        return [(place["network"], place["address"]) for place in found.record["networks"]]
+
+    said(capsys, "connect", "--alias", "www", "--ip", "10.210.1.9", "back", "one")
+    said(capsys, "connect", "third", "one")
+    assert where() == [("front", "10.210.0.2"), ("back", "10.210.1.9"), ("third", "10.210.2.2")]
+    [about] = json.loads(said(capsys, "inspect", "back"))
+    assert about["Containers"][container.id]["IPv4Address"] == "10.210.1.9/24"
+    assert "is in 3 networks" in said(capsys, "connect", "fourth", "one", status=125)
+    assert "is in the network back already" in said(capsys, "connect", "back", "one", status=125)
+    said(capsys, "disconnect", "front", "one")
+    assert where() == [("back", "10.210.1.9"), ("third", "10.210.2.2")]
+    assert "not in the network front" in said(capsys, "disconnect", "front", "one", status=125)
+    said(capsys, "disconnect", "--force", "front", "one")
+    said(capsys, "rm", "front")
+    assert "no container named" in said(capsys, "connect", "back", "two", status=125)
+
+
+def test_a_container_is_not_cut_off_from_what_it_publishes(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "create", "--internal", "inner")
+    said(capsys, "create", "outer")
+    [about] = json.loads(said(capsys, "inspect", "inner"))
+    assert about["Internal"] is True
+    container = with_place("one", "outer")
+    path = os.path.join(container.directory, "container.json")
+    records.write_json(path, {**container.record, "ports": [{"host_port": 80}]})
+    said(capsys, "connect", "inner", "one")
+    assert "publishes ports" in said(capsys, "disconnect", "outer", "one", status=125)
+    said(capsys, "disconnect", "inner", "one")
+    assert "--gateway is not offered" in said(capsys, "create", "--gateway", "10.0.0.1", "x", status=125)
 
 
 def test_addresses(state: Path) -> None:

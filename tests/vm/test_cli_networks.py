@@ -93,6 +93,54 @@ def test_names_isolation_and_what_a_killed_engine_leaves(
         )
 
 
+def test_a_container_is_put_into_a_network_and_taken_out_of_it(
+    shared_kata: Kata, busybox_image: str, networks: list[str]
+) -> None:
+    kata = shared_kata
+    with contextlib.ExitStack() as running:
+        for name, network in (("ma", "front"), ("mb", "back")):
+            options = ("--network", network, "-h", name)
+            running.enter_context(container(kata, busybox_image, name, SERVE, *options))
+        before = _sh(kata, "ma", "ip -o addr")
+        assert "eth2" not in before
+        assert "mb" not in _sh(kata, "ma", "wget -T 3 -qO- http://mb/ 2>&1 || echo none").replace("//mb", "")
+        kata.ok("network", "connect", "--alias", "www", "--ip", "10.210.1.77", "back", "ma")
+        assert _sh(kata, "ma", "wget -qO- http://mb/") == "mb\n"
+        assert _sh(kata, "mb", "wget -qO- http://www/") == "ma\n"
+        assert "10.210.1.77/24" in _sh(kata, "ma", "ip -o addr show eth2")
+        again = kata.call("network", "connect", "back", "ma")
+        assert b"is in the network back already" in again.stderr
+        # Out of the one in which it was started: its interface there goes, the other stays.
+        kata.ok("network", "disconnect", "front", "ma")
+        assert "eth1" not in _sh(kata, "ma", "ip -o addr")
+        assert _sh(kata, "mb", "wget -qO- http://ma/") == "ma\n"
+        # The place is free for another, and the network's record without it.
+        kata.ok("network", "connect", "front", "ma")
+        assert "10.210.0." in _sh(kata, "ma", "ip -o addr show eth1")
+        kata.ok("network", "disconnect", "back", "ma")
+        [back] = json.loads(kata.ok("network", "inspect", "back"))
+        assert [one["Name"] for one in back["Containers"].values()] == ["mb"]
+        assert "www" in _sh(kata, "mb", "timeout 5 nslookup www")
+        assert "10.210.1.77" not in _sh(kata, "mb", "timeout 5 nslookup www")
+
+
+def test_an_internal_network_leads_nowhere(shared_kata: Kata, busybox_image: str) -> None:
+    kata = shared_kata
+    kata.ok("network", "create", "--internal", "inner")
+    try:
+        refused = kata.call("run", "--rm", "--network", "inner", "-p", "1234:80", busybox_image, "true")
+        assert refused.returncode == 125
+        assert b"the network inner is internal" in refused.stderr
+        said = kata.ok(
+            "run", "--rm", "--network", "inner", busybox_image, "sh", "-c", "ip -o addr; ip route"
+        )
+        assert "eth0" not in said
+        assert "default" not in said
+        assert "eth1" in said
+    finally:
+        kata.ok("network", "rm", "inner")
+
+
 def test_a_network_is_gone_with_its_namespace(shared_kata: Kata, busybox_image: str) -> None:
     kata = shared_kata
     run_dir = kata.run_dir

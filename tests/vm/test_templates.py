@@ -295,3 +295,16 @@ def test_a_full_disk_makes_none(templates: Kata, busybox_image: str) -> None:
         assert "MiB free" in path_of(kata, "--network", "none", busybox_image, "true")
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_machines_in_a_network_have_a_template(templates: Kata, busybox_image: str) -> None:
+    kata = templates
+    kata.ok("network", "create", "shared")
+    try:
+        look = ("--network", "shared", busybox_image, "sh", "-c", "ip -o link; test -d /sys/class/net/eth1")
+        assert path_of(kata, *look).startswith("start: cold")
+        until(lambda: status(kata)["templates"] or status(kata)["failures"], "a template")
+        until(lambda: not processes(kata), "its maker's end")
+        assert path_of(kata, *look) == "start: template"
+    finally:
+        kata.ok("network", "rm", "shared")

@@ -115,6 +115,7 @@ _NETWORK = {
     "path": VALUE,
     "model": VALUE,
     "endpoints": [_ENDPOINT],
+    "outside": VALUE,
 }
 _VOLUME = {
     "volume": VALUE,

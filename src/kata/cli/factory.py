@@ -101,8 +101,9 @@ def _shape(described: MachineSettings) -> tuple[Monitor, Capabilities, MachineSh
         disks=[DiskSettings(path="/", readonly=True), DiskSettings(path="/", readonly=False)],
     )
     share = can.shares[-1] if can.shares else ""
-    taps = bool(can.nics) and "stream" not in can.nic_backends
-    return monitor, can, boot.shape_of(settings, can, nics=min(can.nics, 1), taps=taps, share=share)
+    nics = min(can.nics, 1)
+    taps = 0 if "stream" in can.nic_backends else nics
+    return monitor, can, boot.shape_of(settings, can, nics=nics, taps=taps, share=share)
 
 
 def _init(arguments: Arguments) -> int:

@@ -1,10 +1,10 @@
-"""`kata network create`, `ls`, `rm`, `inspect`, `prune`."""
+"""`kata network create`, `connect`, `disconnect`, `ls`, `rm`, `inspect`, `prune`."""
 
 from __future__ import annotations
 
 import sys
 
-from kata.cli import networks, table
+from kata.cli import networks, records, table
 from kata.cli.args import Command, Option
 from kata.errors import KataError, NotFoundError, UsageError
 
@@ -34,10 +34,31 @@ SUBCOMMANDS = {
         [
             Option("--subnet", "ADDRESS/BITS", "its IPv4 addresses; chosen if not given"),
             Option("--label", "KEY[=VALUE]", "a label", many=True),
+            Option("--internal", "", "who is in no other network has no way out, and publishes no ports"),
             Option("-d --driver", "bridge", "accepted; there is no other"),
+            Option("--gateway", "ADDRESS", "refused: the way out is another interface, which has its own"),
         ],
         least=1,
         most=1,
+    ),
+    "connect": Command(
+        "network connect",
+        "NETWORK CONTAINER",
+        "Puts a container into a network: at once if it runs and was started in one, else from its next start on.",
+        [
+            Option("--alias", "NAME", "a further name of the container in this network", many=True),
+            Option("--ip", "ADDRESS", "its IPv4 address in this network; chosen if not given"),
+        ],
+        least=2,
+        most=2,
+    ),
+    "disconnect": Command(
+        "network disconnect",
+        "NETWORK CONTAINER",
+        "Takes a container out of a network.",
+        [Option("-f --force", "", "no error if it is not in it")],
+        least=2,
+        most=2,
     ),
     "ls": Command(
         "network ls",
@@ -90,12 +111,12 @@ def _listed() -> str:
 COMMANDS = {
     "network": Command(
         "network",
-        "create|ls|rm|inspect|prune [ARG...]",
+        "create|connect|disconnect|ls|rm|inspect|prune [ARG...]",
         "Makes, lists and removes networks, in which containers find each other by name.",
         least=1,
         interspersed=False,
         notes=_listed() + "\n\n"
-        "kata run --network NAME puts a container into one. There it is found by its name, its id and its aliases.\n"
+        "kata run --network NAME puts a new container into one. It is found there by its name, id and aliases.\n"
         "Nothing goes from one network to another. What is outside is reached as without a network.",
     )
 }
@@ -115,11 +136,37 @@ def _create(arguments: Arguments) -> int:
 
     if arguments.value("driver") not in (None, "bridge"):
         raise UsageError(f"--driver {arguments.value('driver')!r} is not offered", "leave it out")
+    if arguments.value("gateway"):
+        raise UsageError(
+            "--gateway is not offered: a network with a name leads nowhere, and eth0 is each container's way out",
+            "leave it out; --internal is a network without a way out",
+        )
     name = networks.check_name(arguments.rest[0], "kata network create")
     found = labels(arguments.many("label"), [])
     with networks.locked():
-        record = networks.create(name, arguments.value("subnet") or "", found)
+        record = networks.create(
+            name, arguments.value("subnet") or "", found, internal=arguments.flag("internal")
+        )
     print(record["id"])
+    return 0
+
+
+def _connect(arguments: Arguments) -> int:
+    network, name = arguments.rest
+    aliases = [networks.check_name(alias, "--alias") for alias in arguments.many("alias")]
+    with networks.locked():
+        networks.connect(network, records.find(name), aliases, arguments.value("ip") or "")
+    return 0
+
+
+def _disconnect(arguments: Arguments) -> int:
+    network, name = arguments.rest
+    try:
+        with networks.locked():
+            networks.disconnect(network, records.find(name))
+    except NotFoundError:
+        if not arguments.flag("force"):
+            raise
     return 0
 
 
@@ -144,7 +191,7 @@ def _about(record: dict[str, Any]) -> dict[str, Any]:
         "Driver": "bridge",
         "EnableIPv6": False,
         "IPAM": {"Driver": "default", "Options": {}, "Config": [{"Subnet": record["subnet"]}]},
-        "Internal": False,
+        "Internal": bool(record.get("internal")),
         "Attachable": False,
         "Containers": members,
         "Options": {},
@@ -261,5 +308,13 @@ def _prune(arguments: Arguments) -> int:
     return 0
 
 
-_HANDLERS = {"create": _create, "ls": _ls, "rm": _rm, "inspect": _inspect, "prune": _prune}
+_HANDLERS = {
+    "create": _create,
+    "connect": _connect,
+    "disconnect": _disconnect,
+    "ls": _ls,
+    "rm": _rm,
+    "inspect": _inspect,
+    "prune": _prune,
+}
 HANDLERS = {"network": _network}

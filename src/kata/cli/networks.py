@@ -19,6 +19,7 @@ from kata.cli import records
 from kata.errors import AlreadyExistsError, JournalError, NotFoundError, StateError, UsageError
 from kata.journal import Journal
 from kata.network import bridge
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _POOL = "10.210.{}.0/24"
 _LARGEST, _SMALLEST = 16, 30
 """Lengths of prefixes: a member's number in its network names its tap, and a network has two members at least."""
 _USER_NETWORK = "10.0.2.0/24"
+MOST = 3
+"""Networks that a container can be in: a machine has four interfaces, one of them for what is outside."""
 
 
 def directory() -> str:
@@ -104,13 +107,16 @@ def everything() -> list[dict[str, Any]]:
     return [found for name in names if (found := load(name)) is not None]
 
 
-def create(name: str, subnet: str = "", labels: dict[str, str] | None = None) -> dict[str, Any]:
+def create(
+    name: str, subnet: str = "", labels: dict[str, str] | None = None, *, internal: bool = False
+) -> dict[str, Any]:
     """Make a network. The caller holds the lock.
 
     Args:
         name: Its name, checked.
         subnet: Its addresses, ``10.1.2.0/24``; empty chooses.
         labels: Its labels.
+        internal: Who is in no other network has no way out.
 
     Returns:
         Its record.
@@ -135,6 +141,7 @@ def create(name: str, subnet: str = "", labels: dict[str, str] | None = None) ->
         "created_at": records.now(),
         "labels": labels or {},
         "subnet": str(chosen),
+        "internal": internal,
     }
     try:
         records.write_json(os.path.join(directory(), name, _RECORD), record)
@@ -244,31 +251,143 @@ def endpoints(container: records.Container) -> list[EndpointSettings]:
         StateError: A network is gone, or has been made anew with another subnet.
         HostError: A network cannot be made on this host.
     """
+    return [_endpoint(container, one) for one in container.record.get("networks") or ()]
+
+
+def _endpoint(container: records.Container, one: dict[str, Any]) -> EndpointSettings:
+    """One of `endpoints`; *one* is an element of the record's ``networks``."""
     import ipaddress
 
     from kata.settings import EndpointSettings
 
-    found = []
-    for one in container.record.get("networks") or ():
-        record = load(one["network"])
-        subnet = ipaddress.IPv4Network(record["subnet"]) if record is not None else None
-        if record is None or subnet is None or ipaddress.IPv4Address(one["address"]) not in subnet:
-            raise StateError(
-                f"the network {one['network']} of container {container.name} is gone",
-                f"kata rm {container.name}",
-            )
-        _make(record)
-        found.append(
-            EndpointSettings(
-                network=one["network"],
-                path=runtime_dir(record),
-                address=one["address"],
-                prefix=subnet.prefixlen,
-                mac=one["mac"],
-                names=[container.name, container.id[:12], container.id, *one["aliases"]],
-            )
+    record = load(one["network"])
+    subnet = ipaddress.IPv4Network(record["subnet"]) if record is not None else None
+    if record is None or subnet is None or ipaddress.IPv4Address(one["address"]) not in subnet:
+        raise StateError(
+            f"the network {one['network']} of container {container.name} is gone",
+            f"kata network disconnect {one['network']} {container.name}",
         )
-    return found
+    _make(record)
+    return EndpointSettings(
+        network=one["network"],
+        path=runtime_dir(record),
+        address=one["address"],
+        prefix=subnet.prefixlen,
+        mac=one["mac"],
+        names=[container.name, container.id[:12], container.id, *one["aliases"]],
+    )
+
+
+def leads_outside(places: list[dict[str, Any]]) -> bool:
+    """Whether a container with these places (a record's ``networks``) has a way out."""
+    return not places or any(not (load(one["network"]) or {}).get("internal") for one in places)
+
+
+def connect(reference: str, container: records.Container, aliases: list[str], address: str) -> None:
+    """Put a container into a further network; one that runs, at once. The caller holds the lock.
+
+    Args:
+        reference: The network's name or id.
+        container: The container.
+        aliases: See `place`.
+        address: See `place`.
+
+    Raises:
+        AlreadyExistsError: It is in that network.
+        StateError: What is asked for is not for a machine that runs.
+        UnsupportedError: Its network mode is another, or its machine has no interface left.
+    """
+    from kata.errors import UnsupportedError
+
+    name, places = find(reference)["name"], list(container.record.get("networks") or ())
+    if any(one["network"] == name for one in places):
+        raise AlreadyExistsError(
+            f"container {container.name} is in the network {name} already", f"kata network inspect {name}"
+        )
+    if container.record["network"] != "user":
+        raise UnsupportedError(
+            f"container {container.name} has --network {container.record['network']}, to which no other is added",
+            f"kata run --network {name}",
+        )
+    if len(places) == MOST:
+        raise UnsupportedError(
+            f"container {container.name} is in {MOST} networks, and its machine has no further interface",
+            f"kata network disconnect {places[0]['network']} {container.name}",
+        )
+    more = [*places, place(name, aliases, address)]
+    if not leads_outside(more) and container.record["ports"]:
+        raise StateError(
+            f"container {container.name} publishes ports, and in the network {name} alone, which is internal, it"
+            " could not",
+            "a network that is not internal first",
+        )
+    if not container.running():
+        _keep(container, more)
+        return
+    if not places:
+        raise StateError(
+            f"container {container.name} was started without a network with a name, so its machine has no interface"
+            " for one",
+            f"kata stop {container.name}; kata network connect {name} {container.name}; kata start {container.name}",
+        )
+    _check_way_out(container, places, more)
+    from kata.engine.client import EngineClient
+
+    endpoint = _endpoint(container, more[-1])
+    there = Fd(os.open(bridge.namespace(endpoint.path), os.O_RDONLY | os.O_CLOEXEC))
+    with there, EngineClient(container.socket) as engine:
+        engine.connect_network(endpoint, f"/proc/{os.getpid()}/fd/{there.raw}")
+    _keep(container, more)
+
+
+def disconnect(reference: str, container: records.Container) -> None:
+    """Take a container out of a network; one that runs, at once. The caller holds the lock.
+
+    Args:
+        reference: The network's name or id. The network may be gone.
+        container: The container.
+
+    Raises:
+        NotFoundError: It is not in that network.
+        StateError: What is asked for is not for a machine that runs.
+    """
+    places = list(container.record.get("networks") or ())
+    name = reference if any(one["network"] == reference for one in places) else find(reference)["name"]
+    kept = [one for one in places if one["network"] != name]
+    if kept == places:
+        raise NotFoundError(
+            f"container {container.name} is not in the network {name}",
+            f"kata inspect -f '{{{{json .NetworkSettings.Networks}}}}' {container.name}",
+        )
+    if not leads_outside(kept) and container.record["ports"]:
+        raise StateError(
+            f"container {container.name} publishes ports, and in internal networks alone it could not",
+            f"kata rm {container.name}",
+        )
+    if container.running():
+        _check_way_out(container, places, kept)
+        from kata.engine.client import EngineClient
+
+        with EngineClient(container.socket) as engine:
+            engine.disconnect_network(name)
+    _keep(container, kept)
+
+
+def _check_way_out(
+    container: records.Container, before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> None:
+    """A machine has its way out from its start to its end, or none. Without any network it has one."""
+    if after and leads_outside(before) != leads_outside(after):
+        raise StateError(
+            f"container {container.name} would {'lose its' if leads_outside(before) else 'get a'} way out, which"
+            " cannot be while it runs",
+            f"kata stop {container.name} first",
+        )
+
+
+def _keep(container: records.Container, places: list[dict[str, Any]]) -> None:
+    path = os.path.join(container.directory, "container.json")
+    records.write_json(path, {**container.record, "networks": places})
 
 
 def _make(record: dict[str, Any]) -> None:

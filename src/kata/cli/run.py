@@ -325,6 +325,11 @@ def _commit(
             networks.locked()
         ):  # no address is given twice, and no network removed, before the record is there
             record["networks"] = [networks.place(*one) for one in record["networks"]]
+            if record["ports"] and not networks.leads_outside(record["networks"]):
+                raise UsageError(
+                    f"-p has no way in: the network {record['networks'][0]['network']} is internal",
+                    "leave out -p, or give --network another one besides",
+                )
             return _commit_volumes(pending, record, spec, volumes)
     del record["networks"]
     return _commit_volumes(pending, record, spec, volumes)

@@ -223,7 +223,10 @@ def _launch(container: Container, settings: SandboxSettings) -> Engine:
                 from kata.cli import networks
 
                 with networks.locked():
+                    # As it is now: kata network connect may have been faster.
+                    container = records.load(container.id) or container
                     settings.network.endpoints = networks.endpoints(container)
+                    settings.network.outside = networks.leads_outside(container.record["networks"])
             if not any(one.get("volume") for one in container.record.get("disk_volumes") or ()):
                 return launch(settings)
             from kata.cli import volumes

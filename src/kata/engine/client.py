@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from kata.proto import agentext_pb, sandbox_pb
     from kata.proto.codec import Message
+    from kata.settings import EndpointSettings
 
     M = TypeVar("M", bound=Message)
 
@@ -258,6 +259,21 @@ class EngineClient:
         self.call(SANDBOX, "Discard", sandbox_pb.DiscardRequest(), Empty)
 
     # ---- what containerd has no words for ----
+
+    def connect_network(self, endpoint: EndpointSettings, namespace: str) -> None:
+        """Put the sandbox into a further network of `kata network`, whose namespace can be opened by a path."""
+        from kata.proto import sandbox_pb
+
+        values = {name: getattr(endpoint, name) for name in endpoint.__slots__}
+        request = sandbox_pb.ConnectNetworkRequest(**values, namespace=namespace)
+        self.call(SANDBOX, "ConnectNetwork", request, Empty)
+
+    def disconnect_network(self, network: str) -> None:
+        """Take the sandbox out of a network, by its name."""
+        from kata.proto import sandbox_pb
+
+        request = sandbox_pb.DisconnectNetworkRequest(network=network)
+        self.call(SANDBOX, "DisconnectNetwork", request, Empty)
 
     def attach(
         self, container_id: str, exec_id: str = "", *, stdin: str = "", stdout: str = "", stderr: str = ""

@@ -114,7 +114,8 @@ class MachineShape:
         disks: For each disk slot what it is for: ``readonly``, ``writable``, or ``spare`` for one that is filled
             later.
         nics: Number of network interfaces.
-        taps: They are connected to taps, which take from the guest what it would compute for each packet.
+        taps: How many of them, the last ones, are connected to taps, which take from the guest what it would compute
+            for each packet.
         hotplug_nics: How many more it may be given while it runs.
         share: How files of the host are shared: ``virtio-fs``, ``9p``, or empty for not at all.
         console: ``serial`` (from the first message on), ``virtio`` or ``none``.
@@ -166,7 +167,7 @@ class MachineShape:
         max_memory_mib: int = 0,
         disks: Sequence[str] = (),
         nics: int = 0,
-        taps: bool = False,
+        taps: int = 0,
         hotplug_nics: int = 0,
         share: str = "",
         console: str = "serial",

@@ -3,8 +3,12 @@
 The namespace has nothing but the bridge, and for each machine a tap that is a port of it. It has no address and no
 route, so nothing goes from one network to another, nor to or from the host's own network, whose interfaces, firewall
 and forwarding stay as they are. What leaves for the outside takes the machine's first interface, which is the user
-network (`kata.network.user`); ports are published there. A tap ends with its hypervisor, and everything else with the
-namespace.
+network (`kata.network.user`); ports are published there. Where all networks of a machine are internal, that interface
+is there and leads nowhere. A tap ends with its hypervisor, and everything else with the namespace.
+
+A machine that is in such a network starts with all the interfaces that it may have, so that one template does for all
+and a network can be given to it while it runs. A spare one's tap is no port of any bridge. It is in the namespace of
+the first network until it is needed, and the guest has its device without a driver (`NetworkPlan.idle`).
 
 Names are answered by each sandbox's own engine (`own_names`), which finds the others in the network's directory
 (`members`).
@@ -12,27 +16,27 @@ Names are answered by each sandbox's own engine (`own_names`), which finds the o
 
 from __future__ import annotations
 
+import contextlib
 import os
 
-from kata import sysio
-from kata.errors import HostError, UnsupportedError
-from kata.hypervisor.base import Nic
+from kata import children, sysio
+from kata.errors import HostError, NotFoundError, UnsupportedError
+from kata.hypervisor.base import Nic, random_mac
 from kata.network import members, netns, own_names, resolver, rtnetlink
-from kata.network.user import UserPlan
+from kata.network.user import INTERFACE, UserPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
+    from kata.errors import KataError
     from kata.journal import Journal
     from kata.network.user import HostNetwork, Port
     from kata.settings import EndpointSettings
 
 BRIDGE = "bridge0"
 MTU = 1500
-_FIRST_INDEX = 1 << 20
-"""Index of the first tap, above what the kernel hands out."""
 
 
 def namespace(network: str) -> str:
@@ -63,7 +67,7 @@ def make(network: str, journal: Journal) -> None:
                     _write(f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6", "1")
                 with rtnetlink.Rtnl() as rtnl:
                     rtnl.add_bridge(BRIDGE)
-                    rtnl.bring_up(_index_of(rtnl, BRIDGE), MTU)
+                    rtnl.bring_up(rtnl.index_of(BRIDGE), MTU)
                 sysio.mount("/proc/thread-self/ns/net", path, None, sysio.MS_BIND)
             finally:
                 sysio.setns(before.raw, sysio.CLONE_NEWNET)
@@ -92,6 +96,7 @@ class BridgedPlan(UserPlan):
         program: Path of passt.
         carries_tcp: See `UserPlan`.
         endpoints: The networks with a name.
+        outside: Whether there is a way out; without it, neither passt nor a name server is.
     """
 
     def __init__(
@@ -104,14 +109,19 @@ class BridgedPlan(UserPlan):
         *,
         carries_tcp: bool = False,
         endpoints: Sequence[EndpointSettings] = (),
+        outside: bool = True,
     ) -> None:
         super().__init__(mac, ports, host, dns, program, carries_tcp=carries_tcp)
-        self._endpoints = list(endpoints)
-        self._joined: list[sysio.Fd] = []
-        networks = [(one.path, one.address, one.prefix) for one in endpoints]
-        self.own_names = own_names.OwnNames(networks, list(dns) or host.resolver.servers)
-        for number, one in enumerate(endpoints, 1):
-            self.interfaces.append(_interface(f"eth{number}", one))
+        self._wanted = list(endpoints)
+        self._outside = outside
+        self._taps: list[str] = []  # their names, by the interface's number less one
+        self._places: list[_Place | None] = []
+        self._home: sysio.Fd | None = None
+        self._sandbox = ""
+        servers = list(dns) or host.resolver.servers
+        self.own_names = own_names.OwnNames([], servers if outside else [])
+        if not outside:
+            self.interfaces, self.routes, self.warnings = [], [], []
 
     def _plan_names(self, dns: Sequence[str]) -> None:
         """See `UserPlan`: the engine answers, and asks the servers that the user network has."""
@@ -127,40 +137,205 @@ class BridgedPlan(UserPlan):
             HostError: A network is gone, or the kernel refused.
             UnsupportedError: There are more networks than a machine has interfaces for.
         """
-        if 1 + len(self._endpoints) > most:
+        if 1 + len(self._wanted) > most:
             raise UnsupportedError(
                 f"a machine has {most} network interfaces at most, one of them for what is outside,"
-                f" and {len(self._endpoints)} networks were asked for",
+                f" and {len(self._wanted)} networks were asked for",
                 "Leave out some --network.",
             )
-        nics = super().setup_nics(most, hotplug=hotplug)
+        nics = super().setup_nics(most, hotplug=hotplug) if self._outside else [Nic(self.mac)]
         try:
+            self._home = _open(self._wanted[0])
             with sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as before:
-                for one in self._endpoints:
-                    nics.append(Nic(one.mac, tap_fd=_port(one, before)))
+                for number in range(most - 1):
+                    self._places.append(None)
+                    if number < len(self._wanted):
+                        one = self._wanted[number]
+                        place = self._take(number, one, _open(one))
+                        nics.append(Nic(one.mac, tap_fd=self._tap(one, one.mac, place.namespace, before)))
+                    else:
+                        mac = random_mac()
+                        nics.append(Nic(mac, tap_fd=self._tap(None, mac, self._home, before)))
         except BaseException:
             for nic in nics:
                 nic.close()
             raise
         return nics
 
+    def _tap(self, one: EndpointSettings | None, mac: str, there: sysio.Fd, before: sysio.Fd) -> sysio.Fd:
+        """Make a tap in a namespace, a port of the bridge unless it is a spare one, and come back to another."""
+        name = _tap_name(mac)
+        try:
+            sysio.setns(there.raw, sysio.CLONE_NEWNET)
+            try:
+                tap = sysio.Fd(netns.make_tap(name))
+                try:
+                    if one is not None:
+                        with rtnetlink.Rtnl() as rtnl:
+                            rtnl.set_master(rtnl.index_of(name), rtnl.index_of(BRIDGE))
+                except BaseException:
+                    tap.close()
+                    raise
+            finally:
+                sysio.setns(before.raw, sysio.CLONE_NEWNET)
+        except OSError as error:
+            raise _refused(one or self._wanted[0], error) from error
+        self._taps.append(name)
+        return tap
+
+    def _take(self, number: int, one: EndpointSettings, namespace: sysio.Fd) -> _Place:
+        """Have an interface stand for a network."""
+        interface = _interface(f"eth{number + 1}", one)
+        if len(self.addresses) > number + 1:
+            interface["devicePath"] = self.addresses[number + 1]
+        place = self._places[number] = _Place(one, namespace, interface)
+        self.interfaces.append(interface)
+        if self.own_names is not None:
+            self.own_names.enter(one.path, one.address, one.prefix)
+        return place
+
+    def place(self, index: int, address: str) -> None:
+        """See `NetworkPlan.place`."""
+        self.addresses[index:] = [address]
+        if index == 0:
+            if self._outside:
+                self.interfaces[0]["devicePath"] = address
+        elif (place := self._places[index - 1]) is not None:
+            place.interface["devicePath"] = address
+
+    def idle(self) -> list[str]:
+        """See `NetworkPlan.idle`."""
+        used = {interface["devicePath"] for interface in self.interfaces}
+        return [address for address in self.addresses if address not in used]
+
     def start(self, journal: Journal, name: str) -> None:
         """Start passt, and have the others of each network find this sandbox; see `UserPlan.start`."""
-        super().start(journal, name)
-        for one in self._endpoints:
-            member = members.Member(one.address, one.names)
-            self._joined.append(members.join(one.path, name, member, journal))
+        if self._outside:
+            super().start(journal, name)
+        self.journal = journal
+        self._sandbox = name
+        for place in self._places:
+            if place is not None:
+                self._join(place)
+
+    def _join(self, place: _Place) -> None:
+        assert self.journal is not None
+        member = members.Member(place.network.address, place.network.names)
+        place.joined = members.join(place.network.path, self._sandbox, member, self.journal)
+
+    def failure(self) -> KataError | None:
+        """See `NetworkPlan.failure`."""
+        return super().failure() if self._outside else None
+
+    @property
+    def child(self) -> children.SupervisedChild | None:
+        """passt, where there is a way out."""
+        return self._child if self._outside else None
+
+    def connect(self, one: EndpointSettings, where: str) -> None:
+        """Put the machine into a further network while it runs, before the guest is told. Blocks briefly.
+
+        Args:
+            one: The network.
+            where: By which path its namespace can be opened. This process has mounts of its own, and may not have one
+                that was made later than they.
+
+        Raises:
+            UnsupportedError: It has no interface left.
+            HostError: The network is gone, or the kernel refused.
+        """
+        number = next((number for number, place in enumerate(self._places) if place is None), None)
+        if number is None:
+            raise UnsupportedError(
+                f"the machine has no interface left for the network {one.network}: it is in"
+                f" {len(self._places)}",
+                "kata network disconnect takes it out of another.",
+            )
+        place = self._take(number, one, _open(one, where))
+        try:
+            self._plug(number, place)
+            self._join(place)
+        except BaseException:
+            self.disconnect(one.network)
+            raise
+
+    def _plug(self, number: int, place: _Place) -> None:
+        assert self._home is not None
+        tap = self._taps[number]
+        try:
+            _move(tap, self._home, place.namespace)
+            with _inside(place.namespace) as rtnl:
+                index = rtnl.index_of(tap)
+                rtnl.set_master(index, rtnl.index_of(BRIDGE))
+                rtnl.bring_up(index)
+        except OSError as error:
+            raise _refused(place.network, error) from error
+
+    def disconnect(self, network: str) -> None:
+        """Take the machine out of a network, by its name, while it runs. Blocks briefly.
+
+        Raises:
+            NotFoundError: It is not in that network.
+            HostError: The kernel refused.
+        """
+        for number, place in enumerate(self._places):
+            if place is not None and place.network.network == network:
+                self._leave(number, place)
+                return
+        raise NotFoundError(f"the machine is not in the network {network}", "kata inspect")
+
+    def _leave(self, number: int, place: _Place) -> None:
+        """See `disconnect`."""
+        assert self._home is not None
+        tap = self._taps[number]
+        try:
+            with _inside(place.namespace) as rtnl:
+                if any(link.name == tap for link in rtnl.links()):
+                    rtnl.set_master(rtnl.index_of(tap), 0)
+                    _move(tap, place.namespace, self._home)
+        except OSError as error:
+            raise _refused(place.network, error) from error
+        self._places[number] = None
+        self.interfaces.remove(place.interface)
+        if self.own_names is not None:
+            self.own_names.leave(place.network.path)
+        if place.joined is not None and self.journal is not None:
+            place.joined.leave(self.journal)
+        place.namespace.close()
 
     def sysctls(self) -> list[dict[str, str]]:
         """See `UserPlan.sysctls`."""
-        own = [{f"ipv6/conf/{one['name']}/accept_ra": "0"} for one in self.interfaces[1:]]
-        return [*super().sysctls(), *own]
+        [first] = super().sysctls()
+        if not self._outside:
+            first = {key: value for key, value in first.items() if f"/{INTERFACE}/" not in key}
+        named = [one for one in self.interfaces if one["name"] != INTERFACE]
+        own = [{f"ipv6/conf/{one['name']}/accept_ra": "0"} for one in named]
+        if self._outside:
+            return [first, *own]
+        return [{**first, **own[0]}, *own[1:]] if own else []
 
     def stop(self) -> None:
         """Leave the networks, and end passt. The files of the members go with the journal."""
-        while self._joined:
-            self._joined.pop().close()
+        for place in self._places:
+            if place is not None:
+                if place.joined is not None:
+                    place.joined.close()
+                place.namespace.close()
+        if self._home is not None:
+            self._home.close()
         super().stop()
+
+
+class _Place:
+    """An interface of the machine that stands for a network."""
+
+    __slots__ = ("interface", "joined", "namespace", "network")
+
+    def __init__(self, network: EndpointSettings, namespace: sysio.Fd, interface: dict[str, Any]) -> None:
+        self.network = network
+        self.namespace = namespace
+        self.interface = interface
+        self.joined: members.Joined | None = None
 
 
 def _interface(name: str, one: EndpointSettings) -> dict[str, Any]:
@@ -176,36 +351,56 @@ def _interface(name: str, one: EndpointSettings) -> dict[str, Any]:
     }
 
 
-def _port(one: EndpointSettings, before: sysio.Fd) -> sysio.Fd:
-    """Make a tap that is a port of a network's bridge, and come back to the namespace *before*."""
-    host_part = int.from_bytes(resolver.pack(one.address), "big") & (1 << 32 - one.prefix) - 1
-    try:
-        with sysio.Fd(os.open(namespace(one.path), os.O_RDONLY | os.O_CLOEXEC)) as there:
-            sysio.setns(there.raw, sysio.CLONE_NEWNET)
+def _tap_name(mac: str) -> str:
+    """A tap's name, which is another's in no namespace: it is moved from one to another."""
+    return "tap" + mac.replace(":", "")
+
+
+@contextlib.contextmanager
+def _inside(there: sysio.Fd) -> Iterator[rtnetlink.Rtnl]:
+    """A netlink socket in a network namespace. It stays in it; the thread that makes it ends."""
+    made: list[rtnetlink.Rtnl | OSError] = []
+
+    def make() -> None:
         try:
-            index = _FIRST_INDEX + host_part
-            tap = sysio.Fd(netns.make_tap(f"port{host_part}", index))
-            try:
-                with rtnetlink.Rtnl() as rtnl:
-                    rtnl.set_master(index, _index_of(rtnl, BRIDGE))
-            except BaseException:
-                tap.close()
-                raise
-        finally:
-            sysio.setns(before.raw, sysio.CLONE_NEWNET)
+            sysio.setns(there.raw, sysio.CLONE_NEWNET)
+            made.append(rtnetlink.Rtnl())
+        except OSError as error:
+            made.append(error)
+
+    import threading
+
+    visitor = threading.Thread(target=make)
+    visitor.start()
+    visitor.join()
+    [found] = made
+    if isinstance(found, OSError):
+        raise found
+    with found:
+        yield found
+
+
+def _move(tap: str, here: sysio.Fd, there: sysio.Fd) -> None:
+    """Move a tap from one namespace to another. It is down afterwards, unless they are the same."""
+    if os.fstat(here.raw).st_ino == os.fstat(there.raw).st_ino:
+        return
+    with _inside(here) as rtnl:
+        rtnl.move(rtnl.index_of(tap), there.raw)
+
+
+def _open(one: EndpointSettings, where: str = "") -> sysio.Fd:
+    """A descriptor of a network's namespace."""
+    try:
+        return sysio.Fd(os.open(where or namespace(one.path), os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
-        raise HostError(
-            f"cannot connect the machine to the network {one.network}: {error.strerror}",
-            f"kata network inspect {one.network}",
-        ) from error
-    return tap
+        raise _refused(one, error) from error
 
 
-def _index_of(rtnl: rtnetlink.Rtnl, name: str) -> int:
-    for link in rtnl.links():
-        if link.name == name:
-            return link.index
-    raise FileNotFoundError(2, f"there is no interface {name}")
+def _refused(one: EndpointSettings, error: OSError) -> HostError:
+    return HostError(
+        f"cannot connect the machine to the network {one.network}: {error.strerror}",
+        f"kata network inspect {one.network}",
+    )
 
 
 def _write(path: str, text: str) -> None:

@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kata.journal import Journal
+    from kata.journal import Entry, Journal
 
 _MOST_BYTES = 65536
 
@@ -39,12 +39,40 @@ class Member:
         self.names = list(names)
 
 
+class Joined:
+    """A sandbox's place among the members, as long as it is open.
+
+    Args:
+        fd: The member's file, locked.
+        entry: The file's in the sandbox's journal.
+    """
+
+    __slots__ = ("_entry", "_fd")
+
+    def __init__(self, fd: Fd, entry: Entry) -> None:
+        self._fd = fd
+        self._entry = entry
+
+    def close(self) -> None:
+        """Be found no longer. The file goes with the journal."""
+        self._fd.close()
+
+    def leave(self, journal: Journal) -> None:
+        """Be found no longer, and remove the file; *journal* is the sandbox's."""
+        try:
+            os.unlink(self._entry.params["path"])
+        except FileNotFoundError:
+            pass
+        journal.mark_gone(self._entry)
+        self._fd.close()
+
+
 def directory(network: str) -> str:
     """Where the files of a network are; *network* is its directory."""
     return os.path.join(network, "members")
 
 
-def join(network: str, sandbox: str, member: Member, journal: Journal) -> Fd:
+def join(network: str, sandbox: str, member: Member, journal: Journal) -> Joined:
     """Have a sandbox found in a network.
 
     Args:
@@ -54,7 +82,7 @@ def join(network: str, sandbox: str, member: Member, journal: Journal) -> Fd:
         journal: The sandbox's.
 
     Returns:
-        What has to stay open as long as it is to be found.
+        Its place, which has to stay open as long as it is to be found.
 
     Raises:
         HostError: The network is gone, or the file cannot be written.
@@ -78,7 +106,7 @@ def join(network: str, sandbox: str, member: Member, journal: Journal) -> Fd:
         raise HostError(
             f"cannot join the network at {network}: {error.strerror}", "kata network ls; kata gc"
         ) from error
-    return fd
+    return Joined(fd, entry)
 
 
 def living(network: str) -> list[Member]:

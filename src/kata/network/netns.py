@@ -415,12 +415,12 @@ class NetnsPlan(NetworkPlan):
                 self.journal.mark_gone(endpoint.entry)
 
 
-def make_tap(name: str, index: int) -> int:
+def make_tap(name: str, index: int = 0) -> int:
     """Make a tap device in this namespace and bring it up. Returns its descriptor.
 
     Args:
         name: Its name.
-        index: Its number, which nothing else in the namespace may have.
+        index: Its number, which nothing else in the namespace may have; 0 leaves that to the kernel.
 
     Raises:
         HostError: It cannot be made.
@@ -432,10 +432,11 @@ def make_tap(name: str, index: int) -> int:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             flags = TAP_FLAGS | _IFF_VNET_HDR
-            fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("I", index))
+            if index:
+                fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("I", index))
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
             with rtnetlink.Rtnl() as rtnl:
-                rtnl.bring_up(index)
+                rtnl.bring_up(index or rtnl.index_of(name))
         except BaseException:
             os.close(fd)
             raise

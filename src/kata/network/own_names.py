@@ -36,6 +36,14 @@ class OwnNames:
         self._networks = list(networks)
         self.servers = [server for server in servers if "%" not in server]
 
+    def enter(self, path: str, address: str, prefix: int) -> None:
+        """Find the members of a further network: its directory, the own address in it, its prefix (bits)."""
+        self._networks = [*self._networks, (path, address, prefix)]
+
+    def leave(self, path: str) -> None:
+        """Find those of a network no longer."""
+        self._networks = [one for one in self._networks if one[0] != path]
+
     def answer(self, question: bytes) -> bytes:
         """The answer to a question; empty if it is not about a member. Blocks briefly.
 

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kata.settings import EndpointSettings, NetworkSettings
+    from kata.settings import NetworkSettings
 
 
 def plan(
@@ -57,7 +57,7 @@ def plan(
         return NetnsPlan(random_mac(), settings.path, settings.model)
     if mode not in ("user", "tap"):
         raise UsageError(f"there is no network mode {mode!r}", "Use user, tap or none.")
-    return _user_plan(mode, ports, dns, backends, host, settings.endpoints)
+    return _user_plan(mode, ports, dns, backends, host, settings)
 
 
 def _user_plan(
@@ -66,9 +66,15 @@ def _user_plan(
     dns: Sequence[str],
     backends: Sequence[str],
     host: user.HostNetwork | None,
-    endpoints: Sequence[EndpointSettings],
+    settings: NetworkSettings,
 ) -> user.UserPlan:
     """The user network, by the way that hypervisor and user allow; see `plan`."""
+    endpoints = settings.endpoints
+    if ports and not settings.outside:
+        raise UsageError(
+            f"port {ports[0]} cannot be published: the network {endpoints[0].network} is internal",
+            "Leave out -p, or give --network another one besides.",
+        )
     if endpoints and sysio.in_user_namespace():
         raise UnsupportedError(
             f"an ordinary user's container cannot be in the network {endpoints[0].network}",
@@ -113,7 +119,14 @@ def _user_plan(
         from kata.network.bridge import BridgedPlan
 
         return BridgedPlan(
-            random_mac(), ports, host, dns, program, carries_tcp=carries_tcp, endpoints=endpoints
+            random_mac(),
+            ports,
+            host,
+            dns,
+            program,
+            carries_tcp=carries_tcp,
+            endpoints=endpoints,
+            outside=settings.outside,
         )
     return user.UserPlan(random_mac(), ports, host, dns, program, carries_tcp=carries_tcp)
 

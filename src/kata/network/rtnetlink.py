@@ -128,6 +128,17 @@ class Rtnl:
             found.append(link)
         return found
 
+    def index_of(self, name: str) -> int:
+        """The number of the interface of this name.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        for link in self.links():
+            if link.name == name:
+                return link.index
+        raise FileNotFoundError(errno.ENOENT, f"there is no interface {name}")
+
     def addresses(self) -> list[Address]:
         """All addresses of the namespace, IPv4 and IPv6."""
         found = []
@@ -207,12 +218,25 @@ class Rtnl:
 
         Args:
             index: The interface.
-            bridge: The bridge's index.
+            bridge: The bridge's index; 0 for a port of none.
 
         Raises:
             OSError: The kernel refused.
         """
         body = struct.pack("=BxHiII", 0, 0, index, 0, 0) + attribute(10, struct.pack("=I", bridge))
+        self._change(_NEW_LINK, 0, body)
+
+    def move(self, index: int, namespace: int) -> None:
+        """Move an interface into another network namespace, where it is down, and may have another number.
+
+        Args:
+            index: The interface.
+            namespace: A descriptor of the namespace.
+
+        Raises:
+            OSError: The kernel refused, or there is an interface of that name.
+        """
+        body = struct.pack("=BxHiII", 0, 0, index, 0, 0) + attribute(28, struct.pack("=I", namespace))
         self._change(_NEW_LINK, 0, body)
 
     def delete_link(self, index: int) -> None:

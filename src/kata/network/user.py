@@ -485,7 +485,7 @@ class UserPlan(NetworkPlan):
         return HostError(f"{self._child.label} {children.ending(status)}{words}", "kata doctor")
 
     @property
-    def child(self) -> children.SupervisedChild:
+    def child(self) -> children.SupervisedChild | None:
         """passt."""
         return self._child
 

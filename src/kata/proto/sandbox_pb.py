@@ -12,6 +12,8 @@ _MESSAGES = {
     "TimingsResponse": "timings:1:*@sandbox.Timing path:2:string reason:3:string",
     "Timing": "name:1:string start_ns:2:int64 duration_ns:3:int64 part_of:4:string",
     "DescribeRequest": "",
+    "ConnectNetworkRequest": "network:1:string path:2:string address:3:string prefix:4:uint32 mac:5:string names:6:*string namespace:7:string",
+    "DisconnectNetworkRequest": "network:1:string",
     "DiscardRequest": "",
     "DescribeResponse": "json:1:string",
     "AgentCallRequest": "service:1:string method:2:string payload:3:bytes",
@@ -37,6 +39,8 @@ SERVICES = {
             "Processes": "@agentext.ListProcessesRequest @agentext.ListProcessesResponse",
             "Timings": "@sandbox.TimingsRequest @sandbox.TimingsResponse",
             "Describe": "@sandbox.DescribeRequest @sandbox.DescribeResponse",
+            "ConnectNetwork": "@sandbox.ConnectNetworkRequest @google.Empty",
+            "DisconnectNetwork": "@sandbox.DisconnectNetworkRequest @google.Empty",
             "Discard": "@sandbox.DiscardRequest @google.Empty",
             "AgentCall": "@sandbox.AgentCallRequest @sandbox.AgentCallResponse",
         }

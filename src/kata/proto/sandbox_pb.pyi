@@ -58,6 +58,39 @@ class Timing(Message):
 class DescribeRequest(Message):
     def __init__(self) -> None: ...
 
+class ConnectNetworkRequest(Message):
+    network: str
+    path: str
+    """The network's directory on the host."""
+    address: str
+    prefix: int
+    """Bits."""
+    mac: str
+    names: list[str]
+    """By which the others find it, the container's own first."""
+    namespace: str
+    """By which path the network's namespace can be opened while the caller waits. The engine has mounts
+    of its own, and may not have the network's."""
+    def __init__(
+        self,
+        *,
+        network: str = ...,
+        path: str = ...,
+        address: str = ...,
+        prefix: int = ...,
+        mac: str = ...,
+        names: list[str] = ...,
+        namespace: str = ...,
+    ) -> None: ...
+
+class DisconnectNetworkRequest(Message):
+    network: str
+    def __init__(
+        self,
+        *,
+        network: str = ...,
+    ) -> None: ...
+
 class DiscardRequest(Message):
     def __init__(self) -> None: ...
 

@@ -229,7 +229,10 @@ def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
         attachments = Attachments(
             sandbox_id=name,
             run_dir=os.path.dirname(journal.path),
-            nics=[Nic(random_mac(), tap_fd=_tap() if shape.taps else None) for _ in range(shape.nics)],
+            nics=[
+                Nic(random_mac(), tap_fd=_tap(number) if number >= shape.nics - shape.taps else None)
+                for number in range(shape.nics)
+            ],
             saves_into=directory,
         )
         started = monitor.start(shape, attachments, journal)
@@ -242,16 +245,17 @@ def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
         raise HostError(f"making a template left something behind: {left[0]}")
 
 
-def _tap() -> sysio.Fd:
+def _tap(number: int) -> sysio.Fd:
     """A tap that leads nowhere: what a guest leaves to its interface it negotiates once, when it boots. There it
     also learns how large its packets may ever be, where the hypervisor tells it that of the tap.
     """
     from kata.network import netns, rtnetlink
     from kata.network.user import MTU
 
-    fd = sysio.Fd(netns.make_tap("template0", 2))
+    name = f"template{number}"
+    fd = sysio.Fd(netns.make_tap(name))
     with rtnetlink.Rtnl() as rtnl:
-        rtnl.bring_up(2, MTU)
+        rtnl.bring_up(rtnl.index_of(name), MTU)
     return fd
 
 

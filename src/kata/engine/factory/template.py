@@ -138,8 +138,8 @@ def why_not(monitor: Monitor, capabilities: Capabilities, shape: MachineShape) -
         return "its memory is shared with servers of its disks (enable_vhost_user_store)"
     if shape.host_devices:
         return "it has devices of the host"
-    if shape.nics > 1:
-        return "it has several network interfaces"
+    if shape.nics > 1 and shape.nics - shape.taps != 1:
+        return "it has several network interfaces of a namespace"
     told = [word for word in shape.parameters.split() if word.partition("=")[0] in UNSET]
     if told and shape.reclaim:
         return f"its kernel relies on memory that it gave away ({told[0]})"

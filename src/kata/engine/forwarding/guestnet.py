@@ -10,7 +10,7 @@ import asyncio
 import socket
 import time
 
-from kata.errors import AgentError, KataError
+from kata.errors import AgentError, KataError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from kata.engine.timings import Timings
     from kata.hypervisor.base import Nic
     from kata.hypervisor.protocols import Machine
+    from kata.network.bridge import BridgedPlan
     from kata.network.routing import Entry
     from kata.network.user import NetworkPlan
-    from kata.settings import SandboxSettings
+    from kata.settings import EndpointSettings, SandboxSettings
 
 FEATURE = "kata.network"
 """How an agent announces it (``AgentDetails.extra_features``)."""
@@ -118,6 +119,55 @@ class GuestNetwork:
         if self._socket is not None and not self._is_watching:
             self._is_watching = True
             asyncio.get_running_loop().add_reader(self._socket, self._something_happened)
+
+    async def connect(self, endpoint: EndpointSettings, namespace: str) -> None:
+        """Put the guest into a further network of `kata network`.
+
+        Args:
+            endpoint: The network.
+            namespace: A path of its namespace.
+
+        Raises:
+            UnsupportedError: Its machine has no interface for that.
+            KataError: The network is gone, or the guest refused.
+        """
+        async with self._turn:
+            plan = self._bridged()
+            await self._tasks.run_blocking(plan.connect, endpoint, namespace)
+            try:
+                await self._tell()
+            except BaseException:
+                await self._tasks.run_blocking(plan.disconnect, endpoint.network)
+                raise
+            self._settings.network.endpoints.append(endpoint)
+
+    async def disconnect(self, network: str) -> None:
+        """Take the guest out of a network of `kata network`, by its name.
+
+        Raises:
+            NotFoundError: It is not in that network.
+            KataError: The guest refused.
+        """
+        async with self._turn:
+            await self._tasks.run_blocking(self._bridged().disconnect, network)
+            kept = [one for one in self._settings.network.endpoints if one.network != network]
+            self._settings.network.endpoints = kept
+            await self._tell()
+
+    def _bridged(self) -> BridgedPlan:
+        from kata.network.bridge import BridgedPlan
+
+        if not isinstance(self._plan, BridgedPlan):
+            raise UnsupportedError(
+                "the machine was started without interfaces for networks with a name",
+                "kata stop, kata network connect, kata start",
+            )
+        return self._plan
+
+    async def _tell(self) -> None:
+        agent = await self._runtime.ready()
+        await self._runtime.race_vm_exit(self._configure(agent))
+        await self._hide_idle()
 
     def close(self) -> None:
         """Watch no longer."""

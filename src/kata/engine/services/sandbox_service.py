@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kata.engine.access import MachineControl
     from kata.engine.containers.container import Container
+    from kata.engine.forwarding.guestnet import GuestNetwork
     from kata.engine.lifecycle.resize import MachineResizer
     from kata.engine.lifecycle.sandbox_state import Lifecycle
     from kata.engine.timings import Timings
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
     class ServedSandbox(DescribedSandbox, Protocol):
         """What this service takes of a sandbox."""
+
+        guest_network: GuestNetwork
 
         def container(self, container_id: str, *, may_come: bool = False) -> Container:
             """The container with this id."""
@@ -157,6 +160,34 @@ class SandboxService:
         self, request: sandbox_pb.DescribeRequest, context: Context
     ) -> sandbox_pb.DescribeResponse:
         return sandbox_pb.DescribeResponse(json=json.dumps(await describe(self._sandbox)))
+
+    # ---- networks ----
+
+    @finish
+    async def ConnectNetwork(
+        self, request: sandbox_pb.ConnectNetworkRequest, context: Context
+    ) -> google_pb.Empty:
+        from kata.settings import EndpointSettings
+
+        await self._sandbox.guest_network.connect(
+            EndpointSettings(
+                network=request.network,
+                path=request.path,
+                address=request.address,
+                prefix=request.prefix,
+                mac=request.mac,
+                names=request.names,
+            ),
+            request.namespace,
+        )
+        return google_pb.Empty()
+
+    @finish
+    async def DisconnectNetwork(
+        self, request: sandbox_pb.DisconnectNetworkRequest, context: Context
+    ) -> google_pb.Empty:
+        await self._sandbox.guest_network.disconnect(request.network)
+        return google_pb.Empty()
 
     # ---- the end ----
 
