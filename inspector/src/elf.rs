@@ -135,10 +135,7 @@ pub fn read(data: &[u8]) -> Option<Elf> {
             }
         }
     }
-    let table = segments
-        .iter()
-        .find(|s| s.kind == 1 && s.address <= strings.0 && strings.0 - s.address < s.size)
-        .map(|s| s.offset + (strings.0 - s.address));
+    let table = offset_of(&segments, strings.0);
     elf.is_program = kind == 2 || has_interpreter || flags_1 & 0x0800_0000 != 0;
     elf.is_static = !has_interpreter && elf.is_program;
     elf.is_pie = kind == 3;
@@ -177,28 +174,53 @@ pub fn find(data: &[u8], needle: &[u8]) -> Option<usize> {
     None
 }
 
+/// Whether a file begins as programs do: of Linux (ELF), Windows (PE) or macOS (Mach-O), which all may be Go's.
+pub fn is_program(head: &[u8]) -> bool {
+    head.starts_with(b"\x7fELF")
+        || head.starts_with(b"MZ")
+        || matches!(head, [0xcf | 0xce, 0xfa, 0xed, 0xfe, ..] | [0xfe, 0xed, 0xfa, 0xce | 0xcf, ..])
+}
+
+const GO_MAGIC: &[u8] = b"\xff Go buildinf:";
+const GO_ALIGNMENT: usize = 16;
+
+/// Where the record of a Go program's build is. The linker aligns it within the first writable segment of an ELF file.
+fn go_record(data: &[u8]) -> Option<usize> {
+    let search = |from: usize, to: usize| {
+        let from = from.next_multiple_of(GO_ALIGNMENT);
+        let part = data.get(from..to.min(data.len()))?;
+        part.chunks(GO_ALIGNMENT).position(|chunk| chunk.starts_with(GO_MAGIC)).map(|at| from + GO_ALIGNMENT * at)
+    };
+    let Some((_, segments)) = open(data) else { return search(0, data.len()) };
+    segments.iter().filter(|s| s.kind == 1 && s.flags & 2 != 0).find_map(|segment| {
+        let from = usize::try_from(segment.offset).unwrap_or(usize::MAX).min(data.len());
+        search(from, from.saturating_add(usize::try_from(segment.size).unwrap_or(usize::MAX)))
+    })
+}
+
 /// The modules that a Go program was built from: (name, version), itself first and Go as `stdlib`.
 pub fn go_modules(data: &[u8]) -> Option<Vec<(String, String)>> {
-    const MAGIC: &[u8] = b"\xff Go buildinf:";
-    let (_, segments) = open(data)?;
-    let mut place = None;
-    // The linker puts it at the beginning of the first writable segment, aligned to 16 bytes.
-    for segment in segments.iter().filter(|s| s.kind == 1) {
-        let from = usize::try_from(segment.offset).unwrap_or(usize::MAX).min(data.len());
-        let reach = if segment.flags & 2 != 0 { 1 << 20 } else { 4096 };
-        let to = from.saturating_add((segment.size as usize).min(reach)).min(data.len());
-        if let Some(at) = find(&data[from..to], MAGIC) {
-            place = Some(from + at);
-            break;
-        }
-    }
-    let at = place?;
+    let at = go_record(data)?;
     let header = data.get(at..at + 32)?;
-    if header[15] & 2 == 0 {
-        return None; // before Go 1.18 it has pointers, and no versions worth the effort
-    }
-    let (version, rest) = counted(data.get(at + 32..)?)?;
-    let (modules, _) = counted(rest)?;
+    let (version, modules) = if header[15] & 2 == 0 {
+        // Before Go 1.18 the record has pointers to two strings.
+        let (file, segments) = open(data)?;
+        let width = usize::from(header[14]);
+        if width != 4 && width != 8 {
+            return None;
+        }
+        let file = File { big: header[15] & 1 != 0, ..file };
+        let string = |place: usize| -> Option<&[u8]> {
+            let header = offset_of(&segments, file.number((at + place) as u64, width)?)?;
+            let length = usize::try_from(file.number(header + width as u64, width)?).ok()?;
+            let from = usize::try_from(offset_of(&segments, file.number(header, width)?)?).ok()?;
+            data.get(from..from.checked_add(length)?)
+        };
+        (string(16)?, string(16 + width).unwrap_or_default())
+    } else {
+        let (version, rest) = counted(data.get(at + 32..)?)?;
+        (version, counted(rest)?.0)
+    };
     let mut found = vec![];
     let version = String::from_utf8_lossy(version);
     if modules.len() > 33 {
@@ -218,6 +240,14 @@ pub fn go_modules(data: &[u8]) -> Option<Vec<(String, String)>> {
     }
     found.push(("stdlib".into(), version.split(' ').next().unwrap_or_default().into()));
     Some(found)
+}
+
+/// Where in the file an address is.
+fn offset_of(segments: &[Segment], address: u64) -> Option<u64> {
+    segments
+        .iter()
+        .find(|s| s.kind == 1 && s.address <= address && address - s.address < s.size)
+        .map(|s| s.offset.saturating_add(address - s.address))
 }
 
 /// A string that follows its length (a varint), and what follows it.
@@ -284,8 +314,10 @@ mod tests {
         data[56] = 1;
         let mut segment = vec![1, 0, 0, 0, 6, 0, 0, 0, 120, 0, 0, 0, 0, 0, 0, 0];
         segment.resize(56, 0);
+        segment[8] = 128;
         segment[32..34].copy_from_slice(&(info.len() as u16).to_le_bytes());
         data.extend(segment);
+        data.resize(128, 0);
         data.extend(info);
         let found = go_modules(&data).unwrap();
         let names: Vec<_> = found.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();

@@ -2,9 +2,10 @@
 //!
 //! The program has made the directory its root before it begins, so whatever a name or a link says leads to nowhere else.
 
+use std::collections::HashSet;
 use std::ffi::CString;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{chown, lchown, symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -25,12 +26,12 @@ pub fn enter(place: &str) -> io::Result<()> {
 /// Unpack a layer over what is there. Members that cannot be made are left out, and counted.
 pub fn layer(archive: &mut Archive, most: &mut u64) -> io::Result<usize> {
     let mut failed = 0;
-    let mut fresh = std::collections::HashSet::new();
+    let mut fresh = HashSet::new();
     while let Some(member) = archive.next()? {
-        if member.size > *most {
+        if member.stored > *most {
             return Err(io::Error::other("the image is larger than the throw-away disk"));
         }
-        *most -= member.size;
+        *most -= member.stored;
         if put(archive, &member, &mut fresh).is_err() {
             failed += 1;
         }
@@ -52,7 +53,23 @@ fn gone(path: &Path) {
     }
 }
 
-fn put(archive: &mut Archive, member: &Member, fresh: &mut std::collections::HashSet<PathBuf>) -> io::Result<()> {
+/// Take away what lower layers have in a directory, be it below what this layer has made.
+fn clear(directory: PathBuf, fresh: &HashSet<PathBuf>) {
+    let mut waiting = vec![directory];
+    while let Some(directory) = waiting.pop() {
+        let Ok(entries) = fs::read_dir(directory) else { continue };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if !fresh.contains(&path) {
+                gone(&path);
+            } else if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                waiting.push(path);
+            }
+        }
+    }
+}
+
+fn put(archive: &mut Archive, member: &Member, fresh: &mut HashSet<PathBuf>) -> io::Result<()> {
     let wrong = || io::Error::other("a name that leads nowhere");
     let mut parts = clean(&member.name).map_err(|_| wrong())?;
     let path = path_of(&parts);
@@ -60,19 +77,19 @@ fn put(archive: &mut Archive, member: &Member, fresh: &mut std::collections::Has
     let parent = path_of(&parts);
     if let Some(hidden) = name.strip_prefix(b".wh.") {
         if hidden == b".wh..opq" {
-            for entry in fs::read_dir(&parent)?.flatten().filter(|entry| !fresh.contains(&entry.path())) {
-                gone(&entry.path());
-            }
-        } else if !matches!(hidden, b"" | b"." | b"..") {
+            clear(parent, fresh);
+        } else if !matches!(hidden, b"" | b"." | b"..") && !hidden.starts_with(b".wh.") {
             let target = parent.join(std::ffi::OsStr::from_bytes(hidden));
-            if !fresh.contains(&target) {
+            if fresh.contains(&target) {
+                clear(target, fresh);
+            } else {
                 gone(&target);
             }
         }
         return Ok(());
     }
     fs::create_dir_all(&parent)?;
-    fresh.insert(path.clone());
+    fresh.extend(path.ancestors().map(Path::to_path_buf));
     let (uid, gid) = (Some(member.uid as u32), Some(member.gid as u32));
     if member.kind == b'5' {
         if !fs::symlink_metadata(&path).is_ok_and(|status| status.is_dir()) {
@@ -87,9 +104,14 @@ fn put(archive: &mut Archive, member: &Member, fresh: &mut std::collections::Has
         b'0' => {
             let mut file = fs::File::create(&path)?;
             let mut piece = vec![0; 1 << 18];
-            while let done @ 1.. = archive.read(&mut piece)? {
+            while let Some((offset, length)) = archive.run() {
+                archive.pass_hole();
+                let most = piece.len().min(usize::try_from(length).unwrap_or(usize::MAX));
+                file.seek(io::SeekFrom::Start(offset))?;
+                let done = archive.read(&mut piece[..most])?;
                 file.write_all(&piece[..done])?;
             }
+            file.set_len(member.size)?;
             chown(&path, uid, gid)?;
             fs::set_permissions(&path, fs::Permissions::from_mode(member.mode))
         }

@@ -12,12 +12,17 @@ use crate::tar::{Archive, Member};
 use crate::tree::{clean, Id, Kind, Node, Problem, Tree, ROOT};
 
 const HEAD: u64 = 64 << 10;
-const MAX_TEXT: u64 = 2 << 20;
-const MAX_WHOLE: u64 = 128 << 20;
+const MAX_WHOLE: u64 = 256 << 20;
+/// After the beginning of a file, text that looks like a key is looked for in steps of this, up to `MAX_SCANNED`.
+const STEP: u64 = 1 << 20;
+const MAX_SCANNED: u64 = 1 << 30;
+const MAX_NODES: u64 = 3_000_000;
+const MAX_BEHIND: u64 = 64 << 20;
 const MAX_SCRIPT: usize = 4096;
 const MAX_SCRIPTS: usize = 16 << 20;
 const MAX_OF_A_KIND: usize = 500;
 const MAX_SECRETS_OF_A_FILE: usize = 5;
+const LARGE: u64 = 16 << 20;
 const BOMB_SIZE: u64 = 1 << 30;
 const BOMB_RATIO: u64 = 100;
 pub const SHOWN: usize = 500;
@@ -41,6 +46,8 @@ pub struct Finding {
 #[derive(Default)]
 pub struct Content {
     pub packages: Vec<Package>,
+    /// The packages count only if a known path of a database leads here.
+    pub is_aside: bool,
     pub elf: Option<Elf>,
     pub secrets: Vec<Secret>,
     /// The beginning of a script, or of a file of settings that is looked at in the end.
@@ -67,7 +74,13 @@ pub struct Image {
     pub counts: HashMap<&'static str, usize>,
     pub config: Value,
     pub has_layers: bool,
+    /// How many layers the manifest has, be they read or not.
+    pub listed: usize,
+    /// Strings of the configuration that nobody is to see.
+    pub masks: Vec<String>,
     scripts: usize,
+    /// The last regular file, and where its content begins in its layer.
+    last: Option<(Id, u64)>,
     buffer: Vec<u8>,
     /// Contents are compared with another image's.
     pub hashes: Option<u64>,
@@ -96,10 +109,29 @@ impl Image {
             counts: HashMap::new(),
             config,
             has_layers: true,
+            listed: 0,
+            masks: Vec::new(),
             scripts: 0,
+            last: None,
             buffer: Vec::new(),
             hashes,
         }
+    }
+
+    /// Whether all scripts were kept.
+    pub fn scripts_fit(&self) -> bool {
+        self.scripts < MAX_SCRIPTS
+    }
+
+    /// A text of the configuration without what is to be hidden.
+    pub fn masked(&self, text: &str) -> String {
+        self.masks.iter().fold(text.to_string(), |text, mask| {
+            if mask.is_empty() {
+                text
+            } else {
+                text.replace(mask.as_str(), &secrets::redacted(mask.as_bytes()))
+            }
+        })
     }
 
     pub fn note(&mut self, kind: &'static str, path: &[u8], layer: u32, detail: impl Into<String>) {
@@ -123,12 +155,13 @@ impl Image {
         let outcome = self.members(&mut archive, &mut facts, layer, limits, taken);
         let outcome = match outcome {
             // What follows the archive's end is part of the layer, and may be hidden data.
-            Ok(()) => match archive.stream.skip(64 << 20) {
-                Err(error) => Err(Stop::Layer("bad-layer", error.to_string())),
-                Ok(_) => Ok(()),
-            },
+            Ok(()) => self.behind(&mut archive, layer),
             stopped => stopped,
         };
+        if let (Err(_), Some((id, start))) = (&outcome, self.last) {
+            let node = &mut self.tree.nodes[id as usize];
+            node.size = node.size.min(archive.stream.passed.saturating_sub(start));
+        }
         facts.bytes = archive.stream.passed;
         limits.bytes = limits.bytes.saturating_sub(facts.bytes);
         facts.whole = outcome.is_ok();
@@ -146,6 +179,25 @@ impl Image {
         }
     }
 
+    /// Look at what follows the end of an archive.
+    fn behind(&mut self, archive: &mut Archive, layer: u32) -> Result<(), Stop> {
+        let mut piece = vec![0; 256 << 10];
+        let end = archive.stream.passed + MAX_BEHIND;
+        while archive.stream.passed < end {
+            let done = archive.stream.read(&mut piece)?;
+            if done == 0 {
+                break;
+            }
+            if piece[..done].iter().any(|byte| *byte != 0) {
+                self.note("odd-member", b"", layer + 1, "data follows the end of the archive");
+                break;
+            }
+        }
+        // A packed stream is known to be whole when all of it has passed.
+        archive.stream.skip(MAX_BEHIND)?;
+        Ok(())
+    }
+
     fn members(
         &mut self,
         archive: &mut Archive,
@@ -154,14 +206,36 @@ impl Image {
         limits: &mut Limits,
         taken: &dyn Fn() -> u64,
     ) -> Result<(), Stop> {
-        while let Some(member) = archive.next()? {
+        let mut absolute = 0;
+        loop {
+            let member = archive.next()?;
+            let Some(member) = member else { break };
+            self.last = None;
+            for text in std::mem::take(&mut archive.oddities) {
+                self.note("odd-member", &member.name, layer + 1, text);
+            }
+            if member.name.starts_with(b"/") && member.name.len() > 1 {
+                absolute += 1;
+                if absolute == 1 {
+                    self.note(
+                        "odd-member",
+                        &member.name,
+                        layer + 1,
+                        "its name begins with '/', as others of the layer may",
+                    );
+                }
+            }
             facts.entries += 1;
             if limits.entries == 0 {
                 return Err(Stop::All("limit", "the image has more members than are read".into()));
             }
             limits.entries -= 1;
-            if facts.entries % 64 == 0 || member.size > 16 << 20 {
-                self.check(archive.stream.passed.saturating_add(member.size), limits)?;
+            if self.tree.nodes.len() as u64 > MAX_NODES {
+                return Err(Stop::All("limit", "the image has more directories than are read".into()));
+            }
+            if facts.entries % 64 == 0 || member.stored > LARGE {
+                // By what has passed, and not by what a header claims: a lie is met at the end of the archive.
+                self.check(archive.stream.passed, limits)?;
             }
             facts.files += u64::from(member.kind == b'0');
             if let Err(problem) = self.member(archive, &member, layer) {
@@ -184,7 +258,10 @@ impl Image {
             if made > BOMB_SIZE && made / packed > BOMB_RATIO {
                 return Err(Stop::Layer("archive-bomb", format!("{packed} bytes unpack to more than {made}")));
             }
-            if member.size > BOMB_SIZE && self.skim(archive, taken)? {
+            if member.size > BOMB_SIZE && member.size / member.stored.max(1) > BOMB_RATIO {
+                let text = format!("a sparse file of {} bytes, of which {} are stored", member.size, member.stored);
+                self.note("archive-bomb", &member.name, layer + 1, text);
+            } else if member.stored > LARGE && self.skim(archive, limits, taken)? {
                 return Err(Stop::Layer("archive-bomb", format!("{packed} bytes unpack to more than {BOMB_SIZE}")));
             }
         }
@@ -192,10 +269,11 @@ impl Image {
     }
 
     /// Go past a large content in steps; true if it is one that was made to fill disks.
-    fn skim(&mut self, archive: &mut Archive, taken: &dyn Fn() -> u64) -> Result<bool, Stop> {
+    fn skim(&mut self, archive: &mut Archive, limits: &Limits, taken: &dyn Fn() -> u64) -> Result<bool, Stop> {
         let mut piece = vec![0; 1 << 20];
-        while archive.read(&mut piece)? > 0 {
+        while Dense(archive).read(&mut piece)? > 0 {
             let made = archive.stream.passed;
+            self.check(made, limits)?;
             if made > BOMB_SIZE && made / taken().max(1) > BOMB_RATIO {
                 return Ok(true);
             }
@@ -231,6 +309,12 @@ impl Image {
             [b"/".as_slice(), parts.join(&b'/').as_slice(), if parts.is_empty() { b"".as_slice() } else { b"/" }, name]
                 .concat();
         self.look_at_name(&path, layer);
+        if member.is_overlay {
+            self.note("odd-whiteout", &path, layer + 1, "it has attributes by which overlayfs hides files");
+        }
+        if self.tree.is_through_own_link(&parts, layer) {
+            self.note("odd-member", &path, layer + 1, "its way leads through a link of the same layer");
+        }
         if let Some(hidden) = name.strip_prefix(b".wh.") {
             self.whiteout(&parts, hidden, &path, member, layer);
             return Ok(());
@@ -262,13 +346,14 @@ impl Image {
         };
         if kind == Kind::Character && (member.major, member.minor) == (0, 0) {
             self.note("odd-whiteout", &path, layer + 1, "a character device 0:0, as overlayfs writes them");
-            self.tree.remove(parent, name, &path, layer);
+            self.tree.remove_older(parent, name, &path, layer);
             return Ok(());
         }
         if let Some(id) = old {
             let node = &mut self.tree.nodes[id as usize];
             if node.kind == Kind::Directory && kind == Kind::Directory {
-                (node.mode, node.uid, node.gid, node.layer) = (member.mode, member.uid, member.gid, layer);
+                (node.mode, node.uid, node.gid) = (member.mode, member.uid, member.gid);
+                (node.layer, node.latest) = (layer, layer);
                 return Ok(());
             }
             if node.layer == layer && self.has_layers {
@@ -285,9 +370,14 @@ impl Image {
         }
         let id = self.tree.add(node);
         self.tree.nodes[parent as usize].children.insert(name.into(), id);
-        if kind == Kind::File && member.size > 0 && !member.is_sparse {
+        if kind == Kind::File && member.size > 0 {
+            self.last = Some((id, archive.stream.passed));
             // An error of the stream is met again by who asks for the next member.
-            let _ = self.read_content(&path, id, archive, member.size);
+            let _ = if member.size > MAX_WHOLE && member.stored < member.size {
+                self.read_content(&path, id, &mut Dense(archive), member.stored)
+            } else {
+                self.read_content(&path, id, archive, member.size)
+            };
         }
         Ok(())
     }
@@ -327,8 +417,7 @@ impl Image {
             if layer == 0 {
                 self.note("odd-whiteout", path, layer + 1, "an opaque directory in the lowest layer");
             }
-            self.tree.clear(parent, if parts.is_empty() { b"" } else { &base }, layer);
-            return;
+            return self.tree.clear(parent, if parts.is_empty() { b"" } else { &base }, layer);
         }
         if hidden.starts_with(b".wh.") || matches!(hidden, b"" | b"." | b"..") {
             return self.note("odd-whiteout", path, layer + 1, "a name that hides nothing by the specification");
@@ -343,7 +432,7 @@ impl Image {
                 }
             }
             Some(_) => {
-                self.tree.remove(parent, hidden, &target, layer);
+                self.tree.remove_older(parent, hidden, &target, layer);
             }
         }
     }
@@ -389,30 +478,28 @@ impl Image {
     fn noted(&mut self, path: &[u8], id: Id, reader: &mut dyn Read, size: u64, data: &mut Vec<u8>) -> io::Result<()> {
         let mut content = Content::default();
         reader.take(HEAD).read_to_end(data)?;
-        let is_elf = data.starts_with(b"\x7fELF");
-        let is_wanted = packages::is_wanted(path);
+        let source = packages::source(path, data);
         let is_text = !data[..data.len().min(1024)].contains(&0);
-        let most = if is_elf || is_wanted {
-            MAX_WHOLE
-        } else if is_text {
-            MAX_TEXT
-        } else {
-            HEAD
-        };
-        if (data.len() as u64) < size && most > HEAD {
-            reader.take(most - HEAD).read_to_end(data)?;
+        if (data.len() as u64) < size && (source.is_some() || elf::is_program(data)) {
+            data.reserve_exact(usize::try_from(size.min(MAX_WHOLE)).unwrap_or(0).saturating_sub(data.len()));
+            reader.take(MAX_WHOLE - HEAD).read_to_end(data)?;
+            if data.len() as u64 >= MAX_WHOLE {
+                let layer = self.tree.node(id).layer + 1;
+                self.note("limit", path, layer, format!("only its first {} MiB were read", MAX_WHOLE >> 20));
+            }
         }
-        if is_wanted {
-            match packages::read(path, data) {
+        if let Some(source) = source {
+            content.is_aside = source.is_aside;
+            match packages::read(source.kind, path, data) {
                 packages::Found::Packages(found) => content.packages = found,
-                packages::Found::Damaged(text) => {
+                packages::Found::Damaged(text) if !source.is_aside => {
                     let layer = self.tree.node(id).layer + 1;
                     self.note("bad-database", path, layer, text);
                 }
-                packages::Found::Nothing => {}
+                _ => {}
             }
         }
-        if is_elf {
+        if elf::is_program(data) {
             content.elf = elf::read(data);
             if let Some(modules) = elf::go_modules(data) {
                 content.packages.extend(modules.into_iter().take(5000).map(|(name, version)| Package {
@@ -422,25 +509,31 @@ impl Image {
                     ..Package::default()
                 }));
             }
-        } else if is_text {
-            content.secrets = secrets::scan(data, is_setting(path), MAX_SECRETS_OF_A_FILE);
-            let is_script = data.starts_with(b"#!");
-            if (is_script || KEPT.contains(&path)) && self.scripts < MAX_SCRIPTS {
-                let most = if is_script { MAX_SCRIPT } else { 64 << 10 };
-                content.text = data[..data.len().min(most)].to_vec();
-                self.scripts += content.text.len();
-            }
         }
-        if let Some(key) = self.hashes {
-            let mut hash = Hash(key);
-            hash.update(data);
-            let mut piece = Vec::new();
-            while reader.take(HEAD).read_to_end(&mut piece)? > 0 {
+        let is_script = data.starts_with(b"#!");
+        if (is_script || is_kept(path)) && self.scripts < MAX_SCRIPTS {
+            let most = if is_script { MAX_SCRIPT } else { 64 << 10 };
+            content.text = data[..data.len().min(most)].to_vec();
+            self.scripts += content.text.len();
+        }
+        let mut search = secrets::Search::new(data, is_text && is_setting(path), MAX_SECRETS_OF_A_FILE);
+        let mut hash = self.hashes.map(Hash);
+        let mut piece = std::mem::take(data);
+        let mut passed = 0;
+        while !piece.is_empty() && (passed < MAX_SCANNED || hash.is_some()) {
+            search.feed(&piece);
+            if let Some(hash) = &mut hash {
                 hash.update(&piece);
-                piece.clear();
             }
-            content.hash = hash.0;
+            passed += piece.len() as u64;
+            piece.clear();
+            if passed < size {
+                reader.take(STEP).read_to_end(&mut piece)?;
+            }
         }
+        *data = piece;
+        content.secrets = search.found;
+        content.hash = hash.map_or(0, |hash| hash.0);
         if self.hashes.is_some()
             || content.elf.is_some()
             || !content.packages.is_empty()
@@ -474,24 +567,63 @@ impl Hash {
 }
 
 /// Files whose text the report is about.
-const KEPT: &[&[u8]] =
-    &[b"/etc/passwd", b"/etc/shadow", b"/etc/group", b"/etc/os-release", b"/usr/lib/os-release", b"/etc/ld.so.preload"];
+const KEPT: &[&[u8]] = &[
+    b"/etc/passwd",
+    b"/etc/shadow",
+    b"/etc/group",
+    b"/etc/os-release",
+    b"/usr/lib/os-release",
+    b"/etc/ld.so.preload",
+    b"/etc/sudoers",
+];
+
+fn is_kept(path: &[u8]) -> bool {
+    KEPT.contains(&path) || path.starts_with(b"/etc/sudoers.d/") || path.ends_with(b"/.ssh/authorized_keys")
+}
+
+/// The pieces of a sparse file without its holes.
+struct Dense<'a>(&'a mut Archive);
+
+impl Read for Dense<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.pass_hole();
+        self.0.read(buffer)
+    }
+}
 
 /// Whether a file is of a kind in which people write passwords.
 fn is_setting(path: &[u8]) -> bool {
-    const ENDS: [&[u8]; 12] = [
+    const ENDS: &[&[u8]] = &[
         b".env",
+        b".envrc",
         b".ini",
         b".cfg",
+        b".cnf",
         b".conf",
+        b".config",
         b".yml",
         b".yaml",
         b".json",
         b".properties",
         b".toml",
+        b".tfvars",
+        b".tfstate",
+        b".xml",
+        b".php",
+        b".sh",
         b".npmrc",
+        b".yarnrc",
         b".pypirc",
         b".netrc",
+        b".pgpass",
+        b".my.cnf",
+        b"_history",
+        b"bashrc",
+        b"profile",
+        b"credentials",
+        b".git-credentials",
+        b".htpasswd",
+        b"Dockerfile",
     ];
     const APART: [&[u8]; 7] = [
         b"/usr/share/",
@@ -503,9 +635,6 @@ fn is_setting(path: &[u8]) -> bool {
         b"/var/lib/dpkg/",
     ];
     let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-    (ENDS.iter().any(|end| name.ends_with(end))
-        || name.starts_with(b".env")
-        || name == b"credentials"
-        || name == b".git-credentials")
+    (ENDS.iter().any(|end| name.ends_with(end)) || name.starts_with(b".env"))
         && !APART.iter().any(|part| elf::find(path, part).is_some())
 }

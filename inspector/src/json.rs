@@ -41,6 +41,13 @@ impl Value {
         }
     }
 
+    pub fn members(&self) -> &[(String, Value)] {
+        match self {
+            Value::Map(members) => members,
+            _ => &[],
+        }
+    }
+
     pub fn list(&self) -> &[Value] {
         match self {
             Value::List(items) => items,

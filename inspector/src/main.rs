@@ -128,6 +128,7 @@ fn read_image(plan: &Plan, described: &Value, limits: &mut Limits, hashes: Optio
         return image;
     }
     let layers = described.get("layers").list();
+    image.listed = layers.len();
     let verified = verify(&plan.disk, layers, limits.end);
     for (number, layer) in layers.iter().enumerate() {
         let (offset, size) = (layer.get("offset").number() as u64, layer.get("size").number() as u64);

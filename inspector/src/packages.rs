@@ -34,14 +34,15 @@ fn package(kind: &'static str, name: &str, version: &str) -> Package {
     Package { kind, name: cut(name), version: cut(version), ..Package::default() }
 }
 
-/// Whether a file's whole content is wanted because of its path, be it large or without text.
-pub fn is_wanted(path: &[u8]) -> bool {
-    kind_of(path) != Source::None
+/// What a file is read as.
+pub struct Source {
+    pub kind: Kind,
+    /// It looks like a database, and is not where one is looked for: it counts if a link leads here.
+    pub is_aside: bool,
 }
 
 #[derive(PartialEq, Clone, Copy, Debug)]
-enum Source {
-    None,
+pub enum Kind {
     Dpkg,
     DpkgPart,
     Apk,
@@ -51,48 +52,106 @@ enum Source {
     Java,
 }
 
-fn kind_of(path: &[u8]) -> Source {
+/// Where the distributions' databases are: directory and name. They are looked for below any directory, since images
+/// hold root directories of others.
+const DATABASES: &[(&[u8], &[u8], Kind)] = &[
+    (b"var/lib/dpkg/", b"status", Kind::Dpkg),
+    (b"usr/lib/dpkg/", b"status", Kind::Dpkg),
+    (b"lib/opkg/", b"status", Kind::Dpkg),
+    (b"lib/apk/db/", b"installed", Kind::Apk),
+    (b"var/lib/rpm/", b"rpmdb.sqlite", Kind::Rpm),
+    (b"var/lib/rpm/", b"Packages", Kind::Rpm),
+    (b"var/lib/rpm/", b"Packages.db", Kind::Rpm),
+    (b"usr/lib/sysimage/rpm/", b"rpmdb.sqlite", Kind::Rpm),
+    (b"usr/lib/sysimage/rpm/", b"Packages", Kind::Rpm),
+    (b"usr/lib/sysimage/rpm/", b"Packages.db", Kind::Rpm),
+    (b"usr/share/rpm/", b"rpmdb.sqlite", Kind::Rpm),
+    (b"usr/share/rpm/", b"Packages", Kind::Rpm),
+    (b"usr/share/rpm/", b"Packages.db", Kind::Rpm),
+];
+
+/// The paths of the databases.
+pub fn databases() -> impl Iterator<Item = Vec<u8>> {
+    DATABASES.iter().map(|(directory, name, _)| [b"/", *directory, *name].concat())
+}
+
+/// Whether a path is a distribution's database, which has all of its packages.
+pub fn is_database(path: &[u8]) -> bool {
+    matches!(kind_of(path), Some(Kind::Dpkg | Kind::Apk | Kind::Rpm))
+}
+
+const ARCHIVES: &[&[u8]] = &[b".jar", b".war", b".ear", b".par", b".sar", b".nar", b".jpi", b".hpi", b".kar", b".lpkg"];
+
+fn is_java(name: &[u8]) -> bool {
+    ARCHIVES.iter().any(|end| name.len() > end.len() && name[name.len() - end.len()..].eq_ignore_ascii_case(end))
+}
+
+fn kind_of(path: &[u8]) -> Option<Kind> {
     let text = path.strip_prefix(b"/").unwrap_or(path);
-    let name = text.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-    if text == b"var/lib/dpkg/status" || text == b"usr/lib/dpkg/status" {
-        Source::Dpkg
-    } else if text.starts_with(b"var/lib/dpkg/status.d/") && !name.ends_with(b".md5sums") {
-        Source::DpkgPart
-    } else if text == b"lib/apk/db/installed" || text == b"usr/lib/apk/db/installed" {
-        Source::Apk
-    } else if (text.starts_with(b"var/lib/rpm/")
-        || text.starts_with(b"usr/lib/sysimage/rpm/")
-        || text.starts_with(b"usr/share/rpm/"))
-        && matches!(name, b"rpmdb.sqlite" | b"Packages" | b"Packages.db")
+    let place = text.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
+    let (directory, name) = text.split_at(place);
+    let is_below = |wanted: &[u8]| {
+        directory.ends_with(wanted)
+            && (directory.len() == wanted.len() || directory[directory.len() - wanted.len() - 1] == b'/')
+    };
+    if let Some((_, _, kind)) = DATABASES.iter().find(|(place, wanted, _)| *wanted == name && is_below(place)) {
+        Some(*kind)
+    } else if (is_below(b"var/lib/dpkg/status.d/") && !name.ends_with(b".md5sums"))
+        || (is_below(b"lib/opkg/info/") && name.ends_with(b".control"))
     {
-        Source::Rpm
-    } else if (name == b"METADATA" && text.ends_with(b".dist-info/METADATA"))
-        || (name == b"PKG-INFO" && text.ends_with(b".egg-info/PKG-INFO"))
+        Some(Kind::DpkgPart)
+    } else if (name == b"METADATA" && ends_without_case(directory, b".dist-info/"))
+        || (name == b"PKG-INFO" && ends_without_case(directory, b".egg-info/"))
+        || (name == b"PKG-INFO" && directory.ends_with(b"EGG-INFO/"))
         || name.ends_with(b".egg-info")
     {
-        Source::Python
+        Some(Kind::Python)
     } else if name == b"package.json" {
-        Source::Npm
-    } else if [&b".jar"[..], b".war", b".ear", b".jpi", b".hpi"].iter().any(|end| name.ends_with(end)) {
-        Source::Java
+        Some(Kind::Npm)
+    } else if is_java(name) {
+        Some(Kind::Java)
     } else {
-        Source::None
+        None
     }
 }
 
-/// The packages that a file of this path records.
-pub fn read(path: &[u8], data: &[u8]) -> Found {
-    match kind_of(path) {
-        Source::None => Found::Nothing,
-        Source::Dpkg | Source::DpkgPart => dpkg(data),
-        Source::Apk => apk(data),
-        Source::Rpm => match crate::rpm::read(data) {
+fn ends_without_case(text: &[u8], end: &[u8]) -> bool {
+    text.len() >= end.len() && text[text.len() - end.len()..].eq_ignore_ascii_case(end)
+}
+
+/// What a file is read as, by its path or by its beginning.
+pub fn source(path: &[u8], head: &[u8]) -> Option<Source> {
+    let has = |part: &[u8]| crate::elf::find(head, part).is_some();
+    if let Some(kind) = kind_of(path) {
+        return Some(Source { kind, is_aside: false });
+    }
+    let aside = |kind| Some(Source { kind, is_aside: true });
+    if head.starts_with(b"PK\x03\x04") {
+        return has(b"META-INF/MANIFEST.MF").then_some(Source { kind: Kind::Java, is_aside: false });
+    }
+    if head.starts_with(b"Package: ") && has(b"\nStatus: ") {
+        aside(Kind::Dpkg)
+    } else if head.starts_with(b"C:Q1") && has(b"\nP:") {
+        aside(Kind::Apk)
+    } else if head.starts_with(b"RpmP") || (head.starts_with(b"SQLite format 3\0") && has(b"'Packages'")) {
+        aside(Kind::Rpm)
+    } else {
+        None
+    }
+}
+
+/// The packages that a file records.
+pub fn read(kind: Kind, path: &[u8], data: &[u8]) -> Found {
+    match kind {
+        Kind::Dpkg | Kind::DpkgPart => dpkg(data),
+        Kind::Apk => apk(data),
+        Kind::Rpm => match crate::rpm::read(data) {
             Ok(packages) => Found::Packages(packages),
             Err(text) => Found::Damaged(text),
         },
-        Source::Python => python(data),
-        Source::Npm => npm(data),
-        Source::Java => {
+        Kind::Python => python(data),
+        Kind::Npm => npm(data),
+        Kind::Java => {
             let mut found = Vec::new();
             let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
             let mut budget = 512 << 20;
@@ -112,7 +171,7 @@ fn dpkg(data: &[u8]) -> Found {
     let text = lossy(data);
     let mut found = Vec::new();
     let mut damaged = 0;
-    for paragraph in text.split("\n\n").take(MAX_PACKAGES) {
+    for paragraph in text.split("\n\n").take(2 * MAX_PACKAGES) {
         let field = |name: &str| {
             paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or_default().trim()
         };
@@ -183,7 +242,7 @@ fn python(data: &[u8]) -> Found {
 }
 
 fn npm(data: &[u8]) -> Found {
-    let Some(document) = json::parse(data) else { return Found::Nothing };
+    let Some(document) = json::parse(data.strip_prefix(b"\xef\xbb\xbf").unwrap_or(data)) else { return Found::Nothing };
     let (name, version) = (document.get("name").text(), document.get("version").text());
     if name.is_empty() || version.is_empty() {
         return Found::Nothing;
@@ -215,7 +274,16 @@ fn zip(data: &[u8]) -> Option<Vec<ZipMember<'_>>> {
     let from = data.len().saturating_sub(65_557);
     let end = from + data[from..].windows(4).rposition(|part| part == b"PK\x05\x06")?;
     let count = short(data, end + 10)?;
-    let mut at = long(data, end + 16)?;
+    let (length, offset) = (long(data, end + 12)?, long(data, end + 16)?);
+    // An archive may follow a program or script that starts it, with places counted from either's beginning.
+    let mut at = end.checked_sub(length)?;
+    let mut base = at.saturating_sub(offset);
+    if data.get(at..at.checked_add(4)?)? != b"PK\x01\x02" {
+        (at, base) = (offset, 0);
+    }
+    if base > 0 && data.get(offset..offset.saturating_add(4)) == Some(&b"PK\x01\x02"[..]) {
+        (at, base) = (offset, 0);
+    }
     let mut found = Vec::new();
     for _ in 0..count {
         if data.get(at..at.checked_add(4)?)? != b"PK\x01\x02" {
@@ -224,7 +292,7 @@ fn zip(data: &[u8]) -> Option<Vec<ZipMember<'_>>> {
         let method = short(data, at + 10)? as u16;
         let (packed, size) = (long(data, at + 20)?, long(data, at + 24)?);
         let (name, extra, comment) = (short(data, at + 28)?, short(data, at + 30)?, short(data, at + 32)?);
-        let place = long(data, at + 42)?;
+        let place = long(data, at + 42)?.checked_add(base)?;
         let name_bytes = data.get(at + 46..at + 46 + name)?;
         at += 46 + name + extra + comment;
         // Members whose place is wrong are left out: what is in the directory alone cannot be run either.
@@ -271,7 +339,7 @@ fn java(name: &str, data: &[u8], within: &str, depth: u32, budget: &mut usize, f
                 one.within = within.into();
                 own.push(one);
             }
-        } else if depth < MAX_NESTING && [&b".jar"[..], b".war"].iter().any(|end| member.name.ends_with(end)) {
+        } else if depth < MAX_NESTING && is_java(member.name) {
             if let Some(inner) = unpack(member, (*budget).min(64 << 20)) {
                 *budget -= inner.len().min(*budget);
                 let inner_name = lossy(member.name).into_owned();
@@ -281,7 +349,13 @@ fn java(name: &str, data: &[u8], within: &str, depth: u32, budget: &mut usize, f
             }
         }
     }
-    if own.is_empty() {
+    // An archive that has taken others in has their records, and maybe none of its own.
+    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+    let is_named = own.iter().any(|one| {
+        let artifact = one.name.rsplit(':').next().unwrap_or_default();
+        stem.strip_prefix(artifact).is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '.', '_']))
+    });
+    if !is_named && own.len() != 1 {
         own.extend(by_manifest(name, manifest.as_deref(), within));
     }
     found.append(&mut own);
@@ -313,6 +387,10 @@ fn by_manifest(name: &str, manifest: Option<&[u8]>, within: &str) -> Option<Pack
 mod tests {
     use super::*;
 
+    fn read(path: &[u8], data: &[u8]) -> Found {
+        source(path, data).map_or(Found::Nothing, |source| super::read(source.kind, path, data))
+    }
+
     fn names(found: Found) -> Vec<String> {
         match found {
             Found::Packages(all) => {
@@ -335,6 +413,9 @@ mod tests {
         let installed = b"C:Q1\nP:musl\nV:1.2.5-r0\nA:x86_64\nL:MIT\n\nP:busybox\nV:1.36-r1\n\n";
         assert_eq!(names(read(b"lib/apk/db/installed", installed)), ["apk musl 1.2.5-r0", "apk busybox 1.36-r1"]);
         assert!(names(read(b"var/lib/dpkg/status", b"\xff\xfe\x00garbage"))[0].starts_with("damaged"));
+        assert_eq!(names(read(b"/other/root/lib/apk/db/installed", installed)).len(), 2);
+        assert!(source(b"/opt/xvar/lib/dpkg/status", b"").is_none());
+        assert!(source(b"/opt/elsewhere", status).is_some_and(|source| source.is_aside));
     }
 
     #[test]
@@ -388,5 +469,11 @@ mod tests {
         for length in 0..outer.len() {
             let _ = read(b"opt/app.jar", &outer[..length]);
         }
+        let mut behind = b"#!/bin/sh\nexec java -jar $0\n".to_vec();
+        behind.extend(&outer);
+        let mut found = names(read(b"opt/app-9.jar", &behind));
+        found.sort();
+        assert_eq!(found, ["maven app 3.0", "maven g:a 1.2"]);
+        assert!(names(read(b"opt/app.bin", &outer)).contains(&"maven g:a 1.2".to_string()));
     }
 }

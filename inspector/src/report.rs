@@ -1,24 +1,28 @@
 //! What is said of an image when all of it has been read.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::elf::Elf;
-use crate::image::{Image, SHOWN};
+use crate::image::{Content, Image, SHOWN};
 use crate::json::{shown, Value, Writer};
-use crate::packages::Package;
+use crate::packages::{self, Package};
 use crate::secrets;
-use crate::tree::{Id, Kind, Node};
+use crate::tree::{Hidden, Id, Kind, Node};
 
 const MAX_PACKAGES: usize = 15_000;
 const MAX_FOLDERS: usize = 30;
 const MAX_HIDDEN: usize = 100;
 const MAX_CHANGES: usize = 300;
 const MAX_SCRIPTS: usize = 12;
+const MAX_MASKS: usize = 200;
+const MAX_MASK: usize = 10_000;
 /// The whole report stays below this, whatever the image holds.
 const MAX_REPORT: usize = 3 << 20;
 
 /// Places where anybody may write a link to, without a word.
 const SOCKETS: &[&[u8]] = &[b"docker.sock", b"containerd.sock", b"crio.sock", b"podman.sock"];
+
+type Note = (&'static str, Vec<u8>, u32, String);
 
 #[derive(Default)]
 struct Sums {
@@ -36,7 +40,7 @@ struct Sums {
 /// Look at the finished tree: what is visible, and what of it deserves a word.
 fn judge(image: &mut Image) -> Sums {
     let mut sums = Sums::default();
-    let mut notes: Vec<(&'static str, Vec<u8>, u32, String)> = Vec::new();
+    let mut notes: Vec<Note> = Vec::new();
     let contents = std::mem::take(&mut image.contents);
     image.tree.visit(|path, id, node| {
         match node.kind {
@@ -44,12 +48,12 @@ fn judge(image: &mut Image) -> Sums {
                 sums.files += 1;
                 // A content counts once, however many names it has.
                 let share = node.size as i64 / i64::from(node.names.max(1));
-                sums.bytes += share;
+                sums.bytes = sums.bytes.saturating_add(share);
                 for depth in 1..=2 {
                     let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at).nth(depth);
                     if let Some(end) = ends {
                         let folder = sums.folders.entry(path[..end].to_vec()).or_default();
-                        folder.0 += share;
+                        folder.0 = folder.0.saturating_add(share);
                         folder.1 += 1;
                     }
                 }
@@ -82,6 +86,9 @@ fn judge(image: &mut Image) -> Sums {
     });
     for hidden in &image.tree.hidden {
         if let Some(content) = contents.get(&hidden.id) {
+            if let Some(text) = hidden_packages(image, &contents, hidden, content.packages.len()) {
+                notes.push(("hidden-database", hidden.path.clone(), image.tree.node(hidden.id).layer + 1, text));
+            }
             for secret in &content.secrets {
                 let layer = image.tree.node(hidden.id).layer + 1;
                 let text = format!("{}; hidden by layer {}, and still in layer {layer}", said(secret), hidden.by + 1);
@@ -89,11 +96,49 @@ fn judge(image: &mut Image) -> Sums {
             }
         }
     }
+    lists_without_packages(image, &contents, &mut notes);
     image.contents = contents;
     for (kind, path, layer, detail) in notes {
         image.note(kind, &path, layer, detail);
     }
     sums
+}
+
+/// A database that a later layer took away, or put an empty one in the place of.
+fn hidden_packages(image: &Image, contents: &HashMap<Id, Content>, hidden: &Hidden, count: usize) -> Option<String> {
+    if count == 0 || !packages::is_database(&hidden.path) {
+        return None;
+    }
+    let now = image.tree.find(&hidden.path, true).and_then(|id| contents.get(&id)).map_or(0, |one| one.packages.len());
+    (now == 0).then(|| format!("it names {count} packages, and layer {} took it away", hidden.by + 1))
+}
+
+/// dpkg keeps a list of files for each package: those of packages that its database does not name.
+fn lists_without_packages(image: &Image, contents: &HashMap<Id, Content>, notes: &mut Vec<Note>) {
+    let Some(directory) = image.tree.find(b"/var/lib/dpkg/info", true) else { return };
+    let known = image.tree.find(b"/var/lib/dpkg/status", true).and_then(|id| contents.get(&id));
+    let known: HashSet<&str> =
+        known.map_or_else(HashSet::new, |one| one.packages.iter().map(|p| p.name.as_str()).collect());
+    let mut missing: Vec<String> = Vec::new();
+    for name in image.tree.node(directory).children.keys() {
+        if let Some(name) = name.strip_suffix(b".list") {
+            let name = name.split(|byte| *byte == b':').next().unwrap_or_default();
+            if !known.contains(String::from_utf8_lossy(name).as_ref()) {
+                missing.push(shown(name, 80));
+            }
+        }
+    }
+    // Removed packages whose settings stay have lists, too.
+    if missing.len() > known.len() {
+        missing.sort();
+        let text = format!(
+            "{} packages have files and are not in it: {}",
+            missing.len(),
+            missing[..missing.len().min(5)].join(", ")
+        );
+        let layer = image.tree.node(directory).layer + 1;
+        notes.push(("bad-database", b"/var/lib/dpkg/status".to_vec(), layer, text));
+    }
 }
 
 fn said(secret: &secrets::Secret) -> String {
@@ -236,8 +281,10 @@ fn weaknesses(elf: &Elf) -> Vec<(&'static str, String)> {
         found.push(("elf-no-canary", "it has no stack protector".into()));
     }
     let odd = |part: &str| {
-        let good = ["$ORIGIN", "${ORIGIN}", "/usr/", "/lib", "/opt/"];
-        !good.iter().any(|start| part.starts_with(start)) || part.split('/').any(|step| step == "tmp")
+        let good = ["$ORIGIN", "${ORIGIN}", "/usr", "/lib", "/lib64", "/lib32", "/opt"];
+        let is_below =
+            |start: &&str| part.strip_prefix(*start).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        !good.iter().any(is_below) || part.split('/').any(|step| step == "tmp")
     };
     if !elf.run_path.is_empty() && elf.run_path.split(':').any(odd) {
         found.push(("elf-run-path", format!("looks for libraries in {}", elf.run_path)));
@@ -257,6 +304,11 @@ fn accounts(path: &[u8], text: &[u8], note: &mut impl FnMut(&'static str, String
                 }
                 if row[1].is_empty() {
                     note("account", format!("{:?} has no password", row[0].chars().take(40).collect::<String>()));
+                } else if row[1].starts_with('$') {
+                    note(
+                        "account",
+                        format!("{:?} has a password that all can read", row[0].chars().take(40).collect::<String>()),
+                    );
                 }
             }
         }
@@ -274,6 +326,17 @@ fn accounts(path: &[u8], text: &[u8], note: &mut impl FnMut(&'static str, String
         }
         b"/etc/ld.so.preload" if !text.trim().is_empty() => {
             note("preload", format!("every program loads {}", text.trim().chars().take(200).collect::<String>()));
+        }
+        _ if path.ends_with(b"/.ssh/authorized_keys") => {
+            let keys = text.lines().filter(|line| line.contains("ssh-") || line.contains("ecdsa-")).count();
+            if keys > 0 {
+                note("account", format!("{keys} keys open it from elsewhere"));
+            }
+        }
+        _ if path == b"/etc/sudoers" || path.starts_with(b"/etc/sudoers.d/") => {
+            for line in text.lines().map(str::trim).filter(|line| !line.starts_with('#') && line.contains("NOPASSWD")) {
+                note("account", format!("without a password: {}", line.chars().take(80).collect::<String>()));
+            }
         }
         _ => {}
     }
@@ -301,39 +364,64 @@ pub fn command(config: &Value) -> Vec<String> {
         .collect()
 }
 
+/// Texts of the configuration in which passwords stand, each with what it is.
+fn texts(config: &Value) -> Vec<(String, &str)> {
+    let inner = config.get("config");
+    let mut found: Vec<(String, &str)> = Vec::new();
+    for key in ["Entrypoint", "Cmd"] {
+        found.extend(inner.get(key).list().iter().take(1000).map(|word| ("the command".into(), word.text())));
+    }
+    found.extend(
+        inner.get("Healthcheck").get("Test").list().iter().map(|word| ("the health check".into(), word.text())),
+    );
+    for (key, value) in inner.get("Labels").members() {
+        found.push((format!("the label {}", key.chars().take(100).collect::<String>()), value.text()));
+    }
+    for (number, step) in config.get("history").list().iter().enumerate().take(5000) {
+        found.push((format!("step {} of the history", number + 1), step.get("created_by").text()));
+        found.push((format!("the comment on step {}", number + 1), step.get("comment").text()));
+    }
+    found
+}
+
+const SECRET_WORDS: &[&str] =
+    &["PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY"];
+
+/// Passwords in the configuration. What is to be hidden wherever the configuration is shown comes into `image.masks`.
+fn secrets_of_configuration(image: &mut Image, config: &Value) {
+    for item in config.get("config").get("Env").list().iter().take(1000) {
+        let (key, value) = item.text().split_once('=').unwrap_or((item.text(), ""));
+        let upper = key.to_ascii_uppercase();
+        let is_named = SECRET_WORDS.iter().any(|word| upper.contains(word));
+        let spans = secrets::spans(value.as_bytes(), false, 10);
+        let shown = if is_named && value.len() >= 6 && !value.starts_with('/') {
+            image.masks.push(value.into());
+            secrets::redacted(value.as_bytes())
+        } else if let Some((_, secret)) = spans.first() {
+            format!("{} {}", secret.rule, secret.shown)
+        } else {
+            continue;
+        };
+        image.masks.extend(spans.into_iter().map(|(span, _)| String::from_utf8_lossy(&value.as_bytes()[span]).into()));
+        image.note("secret-in-configuration", b"", 0, format!("the variable {key}: {shown}"));
+    }
+    for (what, text) in texts(config) {
+        for (span, secret) in secrets::spans(text.as_bytes(), true, 20) {
+            image.masks.push(String::from_utf8_lossy(&text.as_bytes()[span]).into());
+            image.note("secret-in-configuration", b"", 0, format!("{what}: {} {}", secret.rule, secret.shown));
+        }
+    }
+    image.masks.sort();
+    image.masks.dedup();
+}
+
 fn configuration(image: &mut Image) -> Start {
     let config = image.config.clone();
     let inner = config.get("config");
-    for item in inner.get("Env").list().iter().take(1000) {
-        let (key, value) = item.text().split_once('=').unwrap_or((item.text(), ""));
-        let upper = key.to_ascii_uppercase();
-        let named = ["PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY"]
-            .iter()
-            .any(|word| upper.contains(word));
-        let random = named && value.len() >= 6 && !value.starts_with('/');
-        if random || !secrets::scan(value.as_bytes(), false, 1).is_empty() {
-            image.note(
-                "secret-in-configuration",
-                b"",
-                0,
-                format!("the variable {key}: {}", secrets::redacted(value.as_bytes())),
-            );
-        }
-    }
-    let mut steps = 0;
-    for (number, step) in config.get("history").list().iter().enumerate().take(5000) {
-        steps += usize::from(step.get("empty_layer") != &Value::Bool(true));
-        let text = step.get("created_by").text().replace([' ', '\t', '"', '\''], "\n");
-        for secret in secrets::scan(text.as_bytes(), true, 3) {
-            image.note(
-                "secret-in-configuration",
-                b"",
-                0,
-                format!("step {} of the history: {} {}", number + 1, secret.rule, secret.shown),
-            );
-        }
-    }
-    let layers = image.layers.len();
+    secrets_of_configuration(image, &config);
+    let has_layer = |step: &&Value| step.get("empty_layer") != &Value::Bool(true);
+    let steps = config.get("history").list().iter().take(5000).filter(has_layer).count();
+    let layers = image.listed;
     if image.has_layers && steps > 0 && steps != layers {
         image.note(
             "configuration",
@@ -377,28 +465,29 @@ fn start(image: &mut Image, config: &Value) -> Start {
         let base = if first.starts_with('/') { "" } else { inner.get("WorkingDir").text() };
         vec![format!("{base}/{first}")]
     } else {
-        let variables = inner.get("Env").list();
-        let path = variables
-            .iter()
-            .find_map(|item| item.text().strip_prefix("PATH="))
-            .unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
-        path.split(':').take(64).map(|place| format!("{place}/{first}")).collect()
+        on_path(inner, &first)
     };
-    let Some((place, id)) =
-        places.iter().find_map(|place| Some((place.clone(), image.tree.find(place.as_bytes(), true)?)))
-    else {
+    let found: Vec<(String, Id)> =
+        places.iter().filter_map(|place| Some((place.clone(), image.tree.find(place.as_bytes(), true)?))).collect();
+    let can_run = |id: Id| image.tree.node(id).kind == Kind::File && image.tree.node(id).mode & 0o111 != 0;
+    // As execvp(3): what cannot be executed is passed over, as long as there is something else.
+    let Some((place, id)) = found.iter().find(|(_, id)| can_run(*id)).or(found.first()).cloned() else {
         image.note("entry-point", first.as_bytes(), 0, "the command is not in the image");
         return start;
     };
-    start.path = place.replace("//", "/").into_bytes();
-    let node = image.tree.node(id);
-    if node.kind != Kind::File || node.mode & 0o111 == 0 {
+    start.path = tidy(place.as_bytes());
+    scripts(image, inner, &mut start);
+    if !can_run(id) {
         let path = start.path.clone();
         image.note("entry-point", &path, 0, "the command cannot be executed");
         return start;
     }
-    let Some(content) = image.contents.get(&id) else {
+    let Some(content) = image.contents.get(&id).filter(|one| one.elf.is_some() || one.text.starts_with(b"#!")) else {
         start.kind = "file".into();
+        if image.scripts_fit() {
+            let path = start.path.clone();
+            image.note("entry-point", &path, 0, "it is neither a program nor a script that names its interpreter");
+        }
         return start;
     };
     if let Some(elf) = content.elf.clone() {
@@ -423,28 +512,65 @@ fn start(image: &mut Image, config: &Value) -> Start {
         }
     } else if content.text.starts_with(b"#!") {
         start.kind = "script".into();
-        scripts(image, &mut start);
         let line =
             String::from_utf8_lossy(&content_of(image, id)).lines().next().unwrap_or_default()[2..].trim().to_string();
         let interpreter = line.split_whitespace().next().unwrap_or_default().to_string();
-        if image.tree.find(interpreter.as_bytes(), true).is_none() {
-            let path = start.path.clone();
-            image.note("entry-point", &path, 0, format!("its interpreter {interpreter:?} is not in the image"));
+        let mut wanted = vec![interpreter.clone()];
+        if interpreter.ends_with("/env") {
+            let named = line.split_whitespace().skip(1).find(|word| !word.starts_with('-') && !word.contains('='));
+            wanted.extend(named.map(str::to_string));
+        }
+        for name in wanted {
+            let places = if name.contains('/') { vec![name.clone()] } else { on_path(inner, &name) };
+            if !places.iter().any(|place| image.tree.find(place.as_bytes(), true).is_some()) {
+                let path = start.path.clone();
+                image.note("entry-point", &path, 0, format!("its interpreter {name:?} is not in the image"));
+            }
         }
     }
     start
+}
+
+/// Where a command may be, by the image's PATH.
+fn on_path(inner: &Value, name: &str) -> Vec<String> {
+    let variables = inner.get("Env").list();
+    let path = variables
+        .iter()
+        .find_map(|item| item.text().strip_prefix("PATH="))
+        .unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    path.split(':').take(64).map(|place| format!("{place}/{name}")).collect()
 }
 
 fn content_of(image: &Image, id: Id) -> Vec<u8> {
     image.contents.get(&id).map(|content| content.text.clone()).unwrap_or_default()
 }
 
+/// A path without the components that say nothing.
+fn tidy(path: &[u8]) -> Vec<u8> {
+    let parts = path.split(|byte| *byte == b'/').filter(|part| !matches!(*part, b"" | b"."));
+    parts.flat_map(|part| [&b"/"[..], part].concat()).collect()
+}
+
+/// Words of a text that may be paths: those with a slash or the ending of a script, below `base` if they are relative.
+fn paths_in<'a>(text: &'a [u8], base: &'a [u8]) -> impl Iterator<Item = Vec<u8>> + 'a {
+    text.split(|byte| !byte.is_ascii_graphic() || b"\"'`;&|(){}<>=$".contains(byte))
+        .filter(|word| word.len() > 1 && !word.starts_with(b"-") && !word.starts_with(b"#!"))
+        .filter(|word| {
+            word.contains(&b'/')
+                || [&b".sh"[..], b".bash", b".py", b".pl", b".rb", b".js"].iter().any(|e| word.ends_with(e))
+        })
+        .map(move |word| if word.starts_with(b"/") { word.to_vec() } else { [base, b"/", word].concat() })
+        .take(200)
+}
+
 /// The script that is started, and those whose names are words of it or of the command.
-fn scripts(image: &Image, start: &mut Start) {
-    let mut waiting: Vec<Vec<u8>> = vec![start.path.clone()];
-    waiting.extend(
-        start.command.iter().skip(1).filter(|word| word.starts_with('/')).map(|word| word.clone().into_bytes()),
-    );
+fn scripts(image: &Image, inner: &Value, start: &mut Start) {
+    let home = inner.get("WorkingDir").text().as_bytes().to_vec();
+    let mut waiting: Vec<Vec<u8>> = Vec::new();
+    for word in start.command.iter().skip(1).rev() {
+        waiting.extend(paths_in(word.as_bytes(), &home));
+    }
+    waiting.push(start.path.clone());
     let mut seen: Vec<Id> = Vec::new();
     while let Some(path) = waiting.pop() {
         let Some(id) = image.tree.find(&path, true) else { continue };
@@ -460,9 +586,11 @@ fn scripts(image: &Image, start: &mut Start) {
             continue;
         }
         seen.push(id);
-        start.scripts.push((shown(&path, SHOWN).replace("//", "/"), shown(&text, 4096)));
-        let words = text.split(|byte| !byte.is_ascii_graphic() || b"\"'`;&|(){}<>=$".contains(byte));
-        waiting.extend(words.filter(|word| word.starts_with(b"/") && word.len() > 1).take(200).map(<[u8]>::to_vec));
+        let masked = secrets::masked(&shown(&text, 4096), true);
+        start.scripts.push((shown(&tidy(&path), SHOWN), masked));
+        let beside = path[..path.iter().rposition(|byte| *byte == b'/').unwrap_or(0)].to_vec();
+        waiting.extend(paths_in(&text, &home));
+        waiting.extend(paths_in(&text, &beside));
     }
 }
 
@@ -484,14 +612,21 @@ fn system(image: &Image) -> String {
 }
 
 /// Packages of files that are visible, each with its file's path.
-fn packages(image: &Image) -> Vec<(Package, String, u32)> {
+fn all_packages(image: &Image) -> Vec<(Package, String, u32)> {
     let mut found = Vec::new();
     image.tree.visit(|path, id, node| {
-        let Some(content) = image.contents.get(&id) else { return };
+        let Some(content) = image.contents.get(&id).filter(|content| !content.is_aside) else { return };
         for package in &content.packages {
             found.push((package.clone(), shown(path, SHOWN), node.layer + 1));
         }
     });
+    let mut seen = HashSet::new();
+    for path in packages::databases() {
+        let Some(id) = image.tree.find(&path, true).filter(|id| seen.insert(*id)) else { continue };
+        for package in image.contents.get(&id).filter(|one| one.is_aside).iter().flat_map(|one| &one.packages) {
+            found.push((package.clone(), shown(&path, SHOWN), image.tree.node(id).layer + 1));
+        }
+    }
     found.sort_by(|a, b| (a.0.kind, &a.0.name, &a.0.version, &a.1).cmp(&(b.0.kind, &b.0.name, &b.0.version, &b.1)));
     found
 }
@@ -539,6 +674,12 @@ pub fn write(out: &mut Writer, image: &mut Image) {
     );
     out.close('}');
     layers(out, image);
+    out.key("masks");
+    out.open('[');
+    for text in image.masks.iter().take(MAX_MASKS) {
+        out.text(&text.chars().take(MAX_MASK).collect::<String>());
+    }
+    out.close(']');
     out.key("folders");
     out.open('[');
     let mut folders: Vec<_> = sums.folders.iter().collect();
@@ -556,7 +697,7 @@ pub fn write(out: &mut Writer, image: &mut Image) {
     out.key("command");
     out.open('[');
     for word in &start.command {
-        out.text(word);
+        out.text(&secrets::masked(&image.masked(word), true));
     }
     out.close(']');
     pairs(out, &[("path", &shown(&start.path, SHOWN)), ("kind", &start.kind)]);
@@ -590,7 +731,7 @@ pub fn write(out: &mut Writer, image: &mut Image) {
         out.close('}');
     }
     out.close(']');
-    let all = packages(image);
+    let all = all_packages(image);
     numbers(out, &[("packages_found", all.len() as i64)]);
     out.key("packages");
     out.open('[');
@@ -664,7 +805,7 @@ pub fn write_difference(out: &mut Writer, old: &Image, new: &Image) {
     out.open('{');
     let versions = |image: &Image| {
         let mut found: BTreeMap<(&'static str, String), Vec<String>> = BTreeMap::new();
-        for (package, _, _) in packages(image) {
+        for (package, _, _) in all_packages(image) {
             let all = found.entry((package.kind, package.name)).or_default();
             if !all.contains(&package.version) {
                 all.push(package.version);

@@ -29,6 +29,18 @@ fn alphanumeric(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
 }
 
+fn path(byte: u8) -> bool {
+    word(byte) || byte == b'/'
+}
+
+fn base64(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=')
+}
+
+fn equals(byte: u8) -> bool {
+    word(byte) || byte == b'='
+}
+
 fn dotted(byte: u8) -> bool {
     word(byte) || byte == b'.'
 }
@@ -59,62 +71,167 @@ const RULES: &[Rule] = &[
     rule("anthropic-key", b"sk-ant-", word, 40, 255),
     rule("digitalocean-token", b"dop_v1_", alphanumeric, 64, 64),
     rule("web-token", b"eyJhbGciOi", dotted, 60, 4000),
+    rule("github-token", b"ghr_", alphanumeric, 36, 255),
+    rule("slack-token", b"xoxa-", word, 20, 255),
+    rule("slack-token", b"xoxr-", word, 20, 255),
+    rule("slack-token", b"xoxs-", word, 20, 255),
+    rule("slack-webhook", b"https://hooks.slack.com/services/", path, 40, 100),
+    rule("stripe-key", b"sk_test_", alphanumeric, 16, 255),
+    rule("huggingface-token", b"hf_", alphanumeric, 34, 40),
+    rule("docker-token", b"dckr_pat_", word, 24, 40),
+    rule("vault-token", b"hvs.", word, 80, 200),
+    rule("atlassian-token", b"ATATT3", equals, 60, 255),
+    rule("shopify-token", b"shpat_", alphanumeric, 32, 32),
+    rule("age-key", b"AGE-SECRET-KEY-1", upper, 50, 70),
+    rule("azure-key", b"AccountKey=", base64, 80, 100),
+    rule("web-token", b"eyJ0eXAiOi", dotted, 60, 4000),
 ];
 
 const LABELS: &[&[u8]] = &[
     b"password",
     b"passwd",
+    b"passphrase",
     b"secret",
     b"token",
     b"api_key",
     b"apikey",
     b"api-key",
     b"access_key",
+    b"accesskey",
     b"private_key",
     b"_authtoken",
     b"secret_key",
-    b"auth",
+    b"secretkey",
+    b"client-key-data",
+    b"_auth",
+    b"\"auth",
 ];
 
 const PEM: &[u8] = b"-----BEGIN ";
+const PUTTY: &[u8] = b"PuTTY-User-Key-File-";
+const OVERLAP: usize = 4096;
+/// Lines that are longer than this are read to here.
+const MAX_LINE: usize = 64 << 10;
+
+/// For each two bytes, whether a rule begins with them.
+fn beginnings() -> &'static [bool; 65536] {
+    static TABLE: std::sync::OnceLock<Box<[bool; 65536]>> = std::sync::OnceLock::new();
+    TABLE.get_or_init(|| {
+        let mut table = Box::new([false; 65536]);
+        for prefix in RULES.iter().map(|rule| rule.prefix).chain([PEM, PUTTY, b"://"]) {
+            table[usize::from(prefix[0]) << 8 | usize::from(prefix[1])] = true;
+        }
+        table
+    })
+}
+
+/// Looks through a file that comes in pieces.
+pub struct Search {
+    is_setting: bool,
+    is_wide: bool,
+    most: usize,
+    lines: usize,
+    carried: Vec<u8>,
+    pub found: Vec<Secret>,
+}
+
+impl Search {
+    /// `head` is the beginning of the file, which has to be fed, too.
+    pub fn new(head: &[u8], is_setting: bool, most: usize) -> Search {
+        let is_wide = head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]);
+        Search { is_setting: is_setting || is_wide, is_wide, most, lines: 0, carried: Vec::new(), found: Vec::new() }
+    }
+
+    pub fn feed(&mut self, piece: &[u8]) {
+        if self.found.len() >= self.most {
+            return;
+        }
+        let mut joined = std::mem::take(&mut self.carried);
+        let window = if self.is_wide {
+            // UTF-16: what matters here is in its lower half.
+            joined.extend(piece.iter().filter(|byte| **byte != 0));
+            &joined[..]
+        } else if joined.is_empty() {
+            piece
+        } else {
+            joined.extend(piece);
+            &joined[..]
+        };
+        for mut one in scan(window, self.is_setting, self.most) {
+            one.line += self.lines;
+            let is_known = self.found.iter().any(|other| (other.rule, other.line) == (one.rule, one.line));
+            if !is_known && self.found.len() < self.most {
+                self.found.push(one);
+            }
+        }
+        let cut = window.len().saturating_sub(OVERLAP);
+        self.lines += window[..cut].iter().filter(|byte| **byte == b'\n').count();
+        self.carried = window[cut..].to_vec();
+    }
+}
 
 /// What a text holds, at most `most` of it. `is_setting` says that the file is of the kind that has passwords in it.
 pub fn scan(data: &[u8], is_setting: bool, most: usize) -> Vec<Secret> {
-    let mut found = Vec::new();
-    let mut starts = [false; 256];
-    for rule in RULES {
-        starts[usize::from(rule.prefix[0])] = true;
+    spans(data, is_setting, most).into_iter().map(|(_, secret)| secret).collect()
+}
+
+/// A text with what looks like a key replaced.
+pub fn masked(text: &str, is_setting: bool) -> String {
+    let mut out = text.as_bytes().to_vec();
+    let mut all = spans(text.as_bytes(), is_setting, 1000);
+    all.sort_by_key(|(span, _)| std::cmp::Reverse(span.start));
+    let mut end = out.len();
+    for (span, secret) in all {
+        if span.end <= end {
+            end = span.start;
+            let shown = if secret.shown.is_empty() { format!("({})", secret.rule) } else { secret.shown };
+            out.splice(span, shown.into_bytes());
+        }
     }
-    starts[usize::from(b'-')] = true;
-    let mut at = 0;
-    while let Some(step) = data[at..].iter().position(|byte| starts[usize::from(*byte)]) {
-        at += step;
-        if data[at] == b'-' && data[at..].starts_with(PEM) {
-            if let Some(name) = private_key(&data[at..]) {
-                found.push(Secret { rule: name, line: line_of(data, at), shown: String::new() });
-            }
-            at += PEM.len();
-        } else if at == 0 || !word(data[at - 1]) {
-            for rule in RULES.iter().filter(|rule| data[at..].starts_with(rule.prefix)) {
-                let from = at + rule.prefix.len();
-                let length = data[from..].iter().take(rule.most + 1).take_while(|byte| (rule.allowed)(**byte)).count();
-                let body = &data[from..from + length];
-                if length >= rule.least && length <= rule.most && entropy(body) > 2.8 {
-                    let whole = &data[at..from + length];
-                    found.push(Secret { rule: rule.name, line: line_of(data, at), shown: redacted(whole) });
-                    at = from + length - 1;
-                    break;
-                }
-            }
-            at += 1;
-        } else {
-            at += 1;
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// The same with the place of each.
+pub fn spans(data: &[u8], is_setting: bool, most: usize) -> Vec<(std::ops::Range<usize>, Secret)> {
+    let mut found: Vec<(std::ops::Range<usize>, Secret)> = Vec::new();
+    let starts = beginnings();
+    let mut next = 0;
+    for (at, pair) in data.windows(2).enumerate() {
+        if !starts[usize::from(pair[0]) << 8 | usize::from(pair[1])] || at < next {
+            continue;
         }
         if found.len() >= most {
             return found;
         }
-        if at >= data.len() {
-            break;
+        let rest = &data[at..];
+        let mut add = |range: std::ops::Range<usize>, rule, shown| {
+            found.push((range, Secret { rule, line: line_of(data, at), shown }));
+        };
+        if rest.starts_with(PEM) {
+            if let Some((name, length)) = private_key(rest) {
+                add(at..at + length, name, String::new());
+                next = at + length;
+            }
+        } else if rest.starts_with(PUTTY) {
+            if rest[..rest.len().min(4000)].windows(14).any(|part| part == b"Private-Lines:") {
+                add(at..at + PUTTY.len(), "private-key", String::new());
+            }
+        } else if rest.starts_with(b"://") {
+            if let Some(value) = in_address(rest) {
+                let shown = redacted(&rest[value.clone()]);
+                add(at + value.start..at + value.end, "password-in-address", shown);
+                next = at + value.end;
+            }
+        } else if at == 0 || !word(data[at - 1]) || !alphanumeric(pair[0]) {
+            for rule in RULES.iter().filter(|rule| rest.starts_with(rule.prefix)) {
+                let from = rule.prefix.len();
+                let length = rest[from..].iter().take(rule.most + 1).take_while(|byte| (rule.allowed)(**byte)).count();
+                if length >= rule.least && length <= rule.most && entropy(&rest[from..from + length]) > 2.8 {
+                    add(at..at + from + length, rule.name, redacted(&rest[..from + length]));
+                    next = at + from + length;
+                    break;
+                }
+            }
         }
     }
     if is_setting {
@@ -123,16 +240,35 @@ pub fn scan(data: &[u8], is_setting: bool, most: usize) -> Vec<Secret> {
     found
 }
 
-/// The name of a PEM block that is a private key and has a body.
-fn private_key(data: &[u8]) -> Option<&'static str> {
+/// The password in what follows the scheme of an address: `://user:password@host`.
+fn in_address(rest: &[u8]) -> Option<std::ops::Range<usize>> {
+    let authority = rest[3..].iter().take(300).take_while(|byte| byte.is_ascii_graphic() && !b"/\"'<>`".contains(byte));
+    let length = authority.count();
+    let text = &rest[3..3 + length];
+    let at = text.iter().rposition(|byte| *byte == b'@')?;
+    let colon = text[..at].iter().position(|byte| *byte == b':')?;
+    let value = &text[colon + 1..at];
+    let is_place_holder = value.iter().any(|byte| b"${}%*[]()".contains(byte))
+        || [&b"password"[..], b"passwd", b"pass", b"secret", b"pwd"]
+            .iter()
+            .any(|word| value.eq_ignore_ascii_case(word));
+    (colon > 0 && value.len() >= 6 && at + 1 < text.len() && !is_place_holder && value.iter().any(u8::is_ascii_digit))
+        .then_some(3 + colon + 1..3 + at)
+}
+
+/// The name and the length of a PEM block that is a private key and has a body.
+fn private_key(data: &[u8]) -> Option<(&'static str, usize)> {
     let end = data.iter().take(80).position(|byte| *byte == b'\n' || *byte == b'\\')?;
     let head = &data[..end];
     if !head.windows(11).any(|part| part == b"PRIVATE KEY") {
         return None;
     }
-    let body = &data[end..data.len().min(end + 400)];
-    let digits = body.iter().filter(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/')).count();
-    (digits >= 100 || (digits >= 40 && body.windows(8).any(|part| part == b"-----END"))).then_some("private-key")
+    let reach = &data[end..data.len().min(end + 8192)];
+    let last = reach.windows(8).position(|part| part == b"-----END").unwrap_or(reach.len());
+    let body = &reach[..last];
+    let digits = body.iter().take(400).filter(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/')).count();
+    let is_closed = last < reach.len();
+    (digits >= 100 || (digits >= 40 && is_closed)).then_some(("private-key", end + last))
 }
 
 fn line_of(data: &[u8], at: usize) -> usize {
@@ -156,31 +292,64 @@ pub fn redacted(data: &[u8]) -> String {
 }
 
 /// `password = "..."` and the like, where the value looks random.
-fn assignments(data: &[u8], found: &mut Vec<Secret>, most: usize) {
-    for (number, line) in data.split(|byte| *byte == b'\n').enumerate() {
-        if line.len() > 2000 || found.len() >= most {
-            continue;
-        }
-        let Some(place) = line.iter().position(|byte| matches!(byte, b'=' | b':')) else { continue };
-        let key = line[..place].to_ascii_lowercase();
-        if !LABELS.iter().any(|label| {
-            key.ends_with(label) || key.trim_ascii_end().ends_with(label) || {
-                let bare: Vec<u8> = key.iter().copied().filter(|b| !matches!(b, b'"' | b'\'' | b' ')).collect();
-                bare.ends_with(label)
+fn assignments(data: &[u8], found: &mut Vec<(std::ops::Range<usize>, Secret)>, most: usize) {
+    let mut start = 0;
+    for (number, whole) in data.split(|byte| *byte == b'\n').enumerate() {
+        let from = start;
+        start += whole.len() + 1;
+        let line = &whole[..whole.len().min(MAX_LINE)];
+        let mut last = 0;
+        for place in line.iter().enumerate().filter(|(_, byte)| matches!(byte, b'=' | b':' | b' ' | b',' | b'>')) {
+            let place = place.0;
+            if found.len() >= most {
+                return;
             }
-        }) {
-            continue;
-        }
-        let value = line[place + 1..].trim_ascii();
-        let value: &[u8] = match value.first() {
-            Some(quote @ (b'"' | b'\'')) => value[1..].split(|byte| byte == quote).next().unwrap_or_default(),
-            _ => value.split(u8::is_ascii_whitespace).next().unwrap_or_default(),
-        };
-        let value = value.strip_suffix(b",").unwrap_or(value);
-        if is_random(value) && !found.iter().any(|one| one.line == number + 1) {
-            found.push(Secret { rule: "password-in-text", line: number + 1, shown: redacted(value) });
+            if place < last || !is_label(&line[..place], line[place]) {
+                continue;
+            }
+            let Some(value) = value_at(line, place + 1) else { continue };
+            let range = from + value.start..from + value.end;
+            if is_random(&line[value.clone()]) && !found.iter().any(|(other, _)| other.contains(&range.start)) {
+                last = value.end;
+                let shown = redacted(&line[value]);
+                found.push((range, Secret { rule: "password-in-text", line: number + 1, shown }));
+            }
         }
     }
+}
+
+/// Whether what stands before a separator names a secret.
+fn is_label(before: &[u8], separator: u8) -> bool {
+    let before = &before[before.len().saturating_sub(80)..];
+    let mut bare: Vec<u8> = before.to_ascii_lowercase();
+    while matches!(bare.last(), Some(b' ' | b'\t' | b'"' | b'\'')) && separator != b' ' {
+        bare.pop();
+    }
+    match separator {
+        // .netrc, and commands: `password VALUE`, `--password VALUE`
+        b' ' => [&b"password"[..], b"--token", b"--secret"].iter().any(|label| bare.ends_with(label)),
+        // PHP: define('DB_PASSWORD', 'VALUE')
+        b',' => before.ends_with(b"'") && LABELS.iter().any(|label| bare.ends_with(label)),
+        // XML: <password>VALUE<; PHP: 'password' => 'VALUE'
+        b'>' => {
+            let bare = bare.strip_suffix(b"=").unwrap_or(&bare).trim_ascii_end();
+            let bare = bare.strip_suffix(b"'").or_else(|| bare.strip_suffix(b"\"")).unwrap_or(bare);
+            LABELS.iter().any(|label| bare.ends_with(label))
+        }
+        _ => LABELS.iter().any(|label| bare.ends_with(label)),
+    }
+}
+
+/// The word or quoted text that begins at `from`, after spaces.
+fn value_at(line: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
+    let from = from + line[from..].iter().position(|byte| !matches!(byte, b' ' | b'\t'))?;
+    let (from, ends): (usize, &[u8]) = match line[from] {
+        b'"' => (from + 1, b"\""),
+        b'\'' => (from + 1, b"'"),
+        _ => (from, b" \t\r,;<&\"'})"),
+    };
+    let end = line[from..].iter().position(|byte| ends.contains(byte)).map_or(line.len(), |length| from + length);
+    Some(from..end)
 }
 
 /// Whether a value looks like a secret: long, mixed, and no name, path or place-holder.
@@ -211,6 +380,44 @@ mod tests {
     }
 
     #[test]
+    fn in_every_way_that_people_write_them() {
+        for text in [
+            "//registry.example.org/:_authToken=0a1b2c3d-4e5f-6071-8293\n",
+            "{\"user\":\"me\",\"password\":\"q7Wx9Zt2Lm4\",\"x\":1}",
+            "machine example.org login me password q7Wx9Zt2Lm4\n",
+            "define('DB_PASSWORD', 'q7Wx9Zt2Lm4');",
+            "<password>q7Wx9Zt2Lm4</password>",
+            "curl --token q7Wx9Zt2Lm4 x",
+            "  'password' => 'q7Wx9Zt2Lm4',",
+            "url: postgres://me:q7Wx9Zt2@db.example.org/x",
+        ] {
+            assert_eq!(scan(text.as_bytes(), true, 10).len(), 1, "{text}");
+            let masked = masked(text, true);
+            assert!(!masked.contains("9Zt2") && !masked.contains("6071"), "{masked}");
+        }
+    }
+
+    #[test]
+    fn a_file_in_pieces_is_one_file() {
+        let mut text = "line\n".repeat(3000).into_bytes();
+        text.extend(b"key AKIAIOSFODNN7EXAMPLQ\n");
+        text.extend("line\n".repeat(3000).into_bytes());
+        for size in [100, 4095, 5000, 15_010, 40_000] {
+            let mut search = Search::new(&text, false, 5);
+            for piece in text.chunks(size) {
+                search.feed(piece);
+            }
+            let lines: Vec<usize> = search.found.iter().map(|one| one.line).collect();
+            assert_eq!(lines, [3001], "{size}");
+        }
+        let wide: Vec<u8> =
+            [0xff, 0xfe].into_iter().chain("password=q7Wx9Zt2Lm4".bytes().flat_map(|b| [b, 0])).collect();
+        let mut search = Search::new(&wide, false, 5);
+        search.feed(&wide);
+        assert_eq!(search.found.len(), 1);
+    }
+
+    #[test]
     fn what_only_looks_like_one_is_not() {
         for text in [
             &b"-----BEGIN PRIVATE KEY-----"[..],
@@ -218,6 +425,8 @@ mod tests {
             b"-----BEGIN CERTIFICATE-----\nAAAA",
             b"password = ${PASSWORD}\npassword: changeme\ntoken = /run/secrets/token1\n",
             b"xAKIAIOSFODNN7EXAMPLQ AKIAAAAAAAAAAAAAAAAA AKIA",
+            b"see http://user:password@example.org and https://example.org:8080/a@b2 and proto://u:${PASS123}@h",
+            b"token: abcdefghijklmnop, secret => nothing, a password and nothing123else",
         ] {
             assert_eq!(scan(text, true, 10), [], "{}", String::from_utf8_lossy(text));
         }

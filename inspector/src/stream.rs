@@ -47,7 +47,9 @@ impl Read for Part {
 pub fn kind_of(head: &[u8]) -> &'static str {
     if head.starts_with(&[0x1f, 0x8b]) {
         "gzip"
-    } else if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+    } else if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
+    // a frame that readers skip
+    {
         "zstd"
     } else if head.starts_with(b"BZh") {
         "bzip2"
@@ -146,6 +148,47 @@ impl Read for Pieces {
     }
 }
 
+/// Tables for eight bytes at a time: the remainders of a byte that 0 to 7 more follow.
+static CRC: [[u32; 256]; 8] = {
+    let mut tables = [[0; 256]; 8];
+    let mut byte = 0;
+    while byte < 256 {
+        let mut value = byte as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            value = if value & 1 != 0 { value >> 1 ^ 0xedb8_8320 } else { value >> 1 };
+            bit += 1;
+        }
+        tables[0][byte] = value;
+        byte += 1;
+    }
+    let mut table = 1;
+    while table < 8 {
+        let mut byte = 0;
+        while byte < 256 {
+            let last = tables[table - 1][byte];
+            tables[table][byte] = last >> 8 ^ tables[0][(last & 0xff) as usize];
+            byte += 1;
+        }
+        table += 1;
+    }
+    tables
+};
+
+/// Go on with a CRC-32 as gzip has it.
+fn crc(mut sum: u32, data: &[u8]) -> u32 {
+    let mut words = data.chunks_exact(8);
+    for word in &mut words {
+        let mut next = 0;
+        for (at, byte) in word.iter().enumerate() {
+            let byte = if at < 4 { byte ^ (sum >> (8 * at)) as u8 } else { *byte };
+            next ^= CRC[7 - at][usize::from(byte)];
+        }
+        sum = next;
+    }
+    words.remainder().iter().fold(sum, |sum, byte| sum >> 8 ^ CRC[0][usize::from(sum as u8 ^ byte)])
+}
+
 /// gzip, of one member or several.
 struct Gzip {
     source: Box<dyn Read + Send>,
@@ -158,6 +201,11 @@ struct Gzip {
     at: usize,
     given: usize,
     stage: Stage,
+    /// Of the member's output until now: its checksum (not yet inverted), and its length.
+    sum: u32,
+    length: u32,
+    /// What went wrong behind the output that is still to be given.
+    failure: Option<io::Error>,
 }
 
 enum Stage {
@@ -178,7 +226,14 @@ impl Gzip {
             at: 0,
             given: 0,
             stage: Stage::Header,
+            sum: u32::MAX,
+            length: 0,
+            failure: None,
         }
+    }
+
+    fn fail(&mut self, text: &str) {
+        self.failure = Some(io::Error::other(text.to_string()));
     }
 
     fn more(&mut self) -> io::Result<bool> {
@@ -250,6 +305,9 @@ impl Read for Gzip {
                 self.given += step;
                 return Ok(step);
             }
+            if let Some(error) = self.failure.take() {
+                return Err(error);
+            }
             match self.stage {
                 Stage::Over => return Ok(0),
                 Stage::Header => {
@@ -258,6 +316,7 @@ impl Read for Gzip {
                         return Ok(0);
                     }
                     self.state.init();
+                    (self.sum, self.length) = (u32::MAX, 0);
                     self.stage = Stage::Body;
                 }
                 Stage::Body => {
@@ -275,20 +334,23 @@ impl Read for Gzip {
                     let (status, taken, made) =
                         decompress(&mut self.state, &self.input[self.from..self.to], &mut self.output, self.at, flags);
                     self.from += taken;
+                    self.sum = crc(self.sum, &self.output[self.at..self.at + made]);
+                    self.length = self.length.wrapping_add(made as u32);
                     self.at += made;
                     match status {
                         TINFLStatus::Done => {
-                            // CRC and length: the layer's digest says more.
-                            for _ in 0..8 {
-                                self.needed()?;
+                            let mut trailer = [0; 8];
+                            for byte in &mut trailer {
+                                *byte = self.needed()?;
+                            }
+                            if trailer[..4] != (!self.sum).to_le_bytes() || trailer[4..] != self.length.to_le_bytes() {
+                                self.fail("the gzip stream has a wrong checksum");
                             }
                             self.stage = Stage::Header;
                         }
                         TINFLStatus::NeedsMoreInput | TINFLStatus::HasMoreOutput => {}
-                        TINFLStatus::FailedCannotMakeProgress => {
-                            return Err(io::Error::other("the gzip stream is cut short"));
-                        }
-                        _ => return Err(io::Error::other("the gzip stream is damaged")),
+                        TINFLStatus::FailedCannotMakeProgress => self.fail("the gzip stream is cut short"),
+                        _ => self.fail("the gzip stream is damaged"),
                     }
                 }
             }
@@ -354,7 +416,8 @@ mod tests {
     fn gzip(data: &[u8]) -> Vec<u8> {
         let mut out = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3];
         out.extend(miniz_oxide::deflate::compress_to_vec(data, 6));
-        out.extend([0; 8]);
+        out.extend((!crc(u32::MAX, data)).to_le_bytes());
+        out.extend((data.len() as u32).to_le_bytes());
         out
     }
 
@@ -370,9 +433,23 @@ mod tests {
     }
 
     #[test]
+    fn checksums() {
+        assert_eq!(!crc(u32::MAX, b"123456789"), 0xcbf4_3926);
+        assert_eq!(!crc(crc(u32::MAX, b"1234"), b"56789"), 0xcbf4_3926);
+        let mut packed = gzip(b"some text");
+        let last = packed.len() - 1;
+        packed[last] ^= 1;
+        assert!(read(packed).unwrap_err().to_string().contains("checksum"));
+    }
+
+    #[test]
     fn what_is_cut_short_is_an_error() {
         let packed = gzip(&[7; 100_000]);
         assert!(read(packed[..packed.len() / 2].to_vec()).is_err());
+        let mut pieces = unpacked(Box::new(io::Cursor::new(packed[..packed.len() - 12].to_vec())), "gzip").unwrap();
+        let mut made = Vec::new();
+        assert!(pieces.read_to_end(&mut made).is_err());
+        assert!(made.len() > 90_000, "{}", made.len());
         assert!(read(vec![0x1f, 0x8b, 8, 0]).is_err());
         assert!(read(b"BZh91AY".to_vec()).is_err());
         assert!(read(vec![0x28, 0xb5, 0x2f, 0xfd, 1, 2, 3]).is_err());

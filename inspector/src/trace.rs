@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use crate::json::{shown, Value, Writer};
 use crate::report;
+use crate::secrets;
 
 const MAX_ROWS: usize = 500;
 const MAX_OUTPUT: usize = 8 << 10;
@@ -204,7 +205,7 @@ pub fn run(out: &mut Writer, config: &Value, seconds: u64) {
             out.number(i64::from(number));
         }
         out.key("command");
-        out.text(command);
+        out.text(&secrets::masked(command, true));
         out.close('}');
     }
     out.close(']');
@@ -231,7 +232,7 @@ pub fn run(out: &mut Writer, config: &Value, seconds: u64) {
         out.close(']');
     }
     out.key("output");
-    out.text(&shown(&captured, MAX_OUTPUT));
+    out.text(&secrets::masked(&shown(&captured, MAX_OUTPUT), true));
     out.key("truncated");
     out.flag(seen.truncated);
     out.close('}');

@@ -29,6 +29,8 @@ pub struct Node {
     pub gid: u64,
     pub size: u64,
     pub layer: u32,
+    /// The newest layer that has put something at or below it.
+    pub latest: u32,
     pub target: Vec<u8>,
     pub device: (u32, u32),
     pub capability: Vec<u8>,
@@ -45,6 +47,7 @@ impl Node {
             gid: 0,
             size: 0,
             layer,
+            latest: layer,
             target: Vec::new(),
             device: (0, 0),
             capability: Vec::new(),
@@ -150,10 +153,31 @@ impl Tree {
         Some(trail)
     }
 
+    /// Whether one of a member's parents is a link that the same layer has made: no program that makes archives of
+    /// directories writes such a thing.
+    pub fn is_through_own_link(&self, parts: &[&[u8]], layer: u32) -> bool {
+        let mut at = ROOT;
+        for (depth, part) in parts.iter().enumerate() {
+            let Some(id) = self.node(at).children.get(*part).copied() else { return false };
+            let node = self.node(id);
+            if node.kind == Kind::Link {
+                if node.layer == layer {
+                    return true;
+                }
+                let Some(id) = self.find(&parts[..=depth].join(&b'/'), true) else { return false };
+                at = id;
+            } else {
+                at = id;
+            }
+        }
+        false
+    }
+
     /// The directory for a member whose parents are `parts`; missing ones are made.
     pub fn directory(&mut self, parts: &[&[u8]], layer: u32) -> Result<Id, Problem> {
         let mut at = ROOT;
         for (depth, part) in parts.iter().enumerate() {
+            self.nodes[at as usize].latest = layer;
             let next = match self.node(at).children.get(*part) {
                 Some(id) => *id,
                 None => {
@@ -166,38 +190,56 @@ impl Tree {
                 Kind::Directory => next,
                 Kind::Link => {
                     let path = parts[..=depth].join(&b'/');
-                    match self.find(&path, true) {
-                        Some(id) if self.node(id).kind == Kind::Directory => id,
-                        _ => return Err(Problem::NoWay),
+                    let trail = self.walk(&path, true).ok_or(Problem::NoWay)?;
+                    let id = *trail.last().ok_or(Problem::NoWay)?;
+                    if self.node(id).kind != Kind::Directory {
+                        return Err(Problem::NoWay);
                     }
+                    for id in trail {
+                        self.nodes[id as usize].latest = layer;
+                    }
+                    id
                 }
                 _ => return Err(Problem::NoWay),
             };
         }
+        self.nodes[at as usize].latest = layer;
         Ok(at)
     }
 
-    /// Take away what has this name, and record what of lower layers is hidden by that.
+    /// Take away what has this name, and record what is hidden by that.
     pub fn remove(&mut self, parent: Id, name: &[u8], path: &[u8], layer: u32) -> bool {
         let Some(id) = self.nodes[parent as usize].children.remove(name) else { return false };
         self.hide(id, path.to_vec(), layer);
         true
     }
 
-    /// Take away what lower layers have in a directory (an opaque whiteout).
-    pub fn clear(&mut self, directory: Id, path: &[u8], layer: u32) -> usize {
-        let older: Vec<Box<[u8]>> = self
-            .node(directory)
-            .children
-            .iter()
-            .filter(|(_, id)| self.node(**id).layer < layer)
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in &older {
-            let below = [path, b"/", name].concat();
-            self.remove(directory, name, &below, layer);
+    /// Take away what lower layers have at a name (a whiteout); what this layer has put below it stays.
+    pub fn remove_older(&mut self, parent: Id, name: &[u8], path: &[u8], layer: u32) {
+        let Some(id) = self.node(parent).children.get(name).copied() else { return };
+        if self.node(id).latest < layer {
+            self.remove(parent, name, path, layer);
+        } else if self.node(id).kind == Kind::Directory {
+            self.clear(id, path, layer);
         }
-        older.len()
+    }
+
+    /// Take away what lower layers have in a directory (an opaque whiteout), be it below what this layer has made.
+    pub fn clear(&mut self, directory: Id, path: &[u8], layer: u32) {
+        let mut waiting = vec![(directory, path.to_vec())];
+        while let Some((directory, path)) = waiting.pop() {
+            let children: Vec<(Box<[u8]>, Id)> =
+                self.node(directory).children.iter().map(|(name, id)| (name.clone(), *id)).collect();
+            for (name, id) in children {
+                let below = [&path, &b"/"[..], &name].concat();
+                let node = self.node(id);
+                if node.latest < layer {
+                    self.remove(directory, &name, &below, layer);
+                } else if node.kind == Kind::Directory {
+                    waiting.push((id, below));
+                }
+            }
+        }
     }
 
     fn hide(&mut self, id: Id, path: Vec<u8>, by: u32) {
@@ -209,8 +251,7 @@ impl Tree {
             for (name, child) in children {
                 waiting.push((child, [&path, &b"/"[..], &name].concat()));
             }
-            let node = self.node(id);
-            if node.layer < by && node.kind != Kind::Directory {
+            if self.node(id).kind != Kind::Directory {
                 self.hidden.push(Hidden { path, id, by });
             }
         }
@@ -280,5 +321,19 @@ mod tests {
         assert!(tree.remove(ROOT, b"d", b"/d", 1));
         assert_eq!(tree.hidden.len(), 1);
         assert_eq!((tree.hidden[0].path.as_slice(), tree.hidden[0].by), (&b"/d/f"[..], 1));
+    }
+
+    #[test]
+    fn a_whiteout_spares_what_its_own_layer_has() {
+        let mut tree = Tree::default();
+        for (layer, name) in [(0, b"old"), (1, b"new")] {
+            let directory = tree.directory(&[b"d", b"sub"], layer).ok().unwrap();
+            let file = tree.add(Node::new(Kind::File, 0o644, layer));
+            tree.nodes[directory as usize].children.insert(name[..].into(), file);
+        }
+        tree.remove_older(ROOT, b"d", b"/d", 1);
+        assert!(tree.find(b"/d/sub/new", true).is_some());
+        assert!(tree.find(b"/d/sub/old", true).is_none());
+        assert_eq!(tree.hidden.len(), 1);
     }
 }

@@ -123,6 +123,7 @@ def report_of_a_machine(**changes: Any) -> dict[str, Any]:
                 "whole": True,
             }
         ],
+        "masks": ["q7Wx9Zt2Lm4"],
         "folders": [{"path": "/usr", "bytes": 1, "files": 1}],
         "hidden": {"files": 1, "bytes": 1, "largest": [{"path": "/x", "bytes": 1, "layer": 1, "by": 2}]},
         "start": {"command": ["sh"], "path": "/bin/sh", "kind": "script", "scripts": [{"path": "/a", "text": "b\n"}]},
@@ -212,6 +213,24 @@ def test_nothing_of_an_image_reaches_the_terminal_as_it_is() -> None:
 def test_a_secret_in_the_environment_is_redacted() -> None:
     [shown] = whole_report()["configuration"]["environment"]
     assert shown == "A_TOKEN=abcd... (8 characters)"
+
+
+def test_what_the_machine_calls_secret_is_shown_nowhere() -> None:
+    key = "-----BEGIN PRIVATE KEY-----\n" + "Ab1+" * 2000
+    config = {
+        "config": {
+            "Env": ["X=q7Wx9Zt2Lm4"],
+            "Labels": {"l": "p:q7Wx9Zt2Lm4;"},
+            "Cmd": ["--x", "q7Wx9Zt2Lm4"],
+        },
+        "history": [{"created_by": "y" * 995 + "q7Wx9Zt2Lm4"}, {"created_by": f"echo '{key}' > k"}],
+    }
+    chosen = handover.Selection("x", "", json.dumps(config))
+    shown = json.dumps(inspect_image.described(chosen, ["q7Wx9Zt2Lm4", key, "short", "characters)"]))
+    assert "q7Wx9" not in shown
+    assert "Ab1+" not in shown
+    assert "X=q7Wx... (11 characters)" in shown
+    assert len(shown) < 3000
 
 
 @pytest.mark.parametrize(

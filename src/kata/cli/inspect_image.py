@@ -13,6 +13,7 @@ from kata.errors import ImageError, KataError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import re
     from collections.abc import Iterator
     from typing import Any
 
@@ -150,14 +151,49 @@ def _or_closed(name: str, source: Any, tag: str, platform: Platform) -> Selectio
 # ---- the report ----
 
 
+_READ = 4000
+"""Characters of a string in which masks are looked for: all that is shown, and where a mask of it ends."""
+
+
+def _pattern(masks: list[str]) -> re.Pattern[str] | None:
+    """What finds any of `masks`. Of long ones the beginning is enough, and takes the rest of the string with it."""
+    import re
+
+    wanted = sorted({mask for mask in masks if len(mask) >= 6}, key=len, reverse=True)
+    parts = [
+        re.escape(mask) if len(mask) <= _READ // 2 else re.escape(mask[: _READ // 2]) + "(?s:.*)"
+        for mask in wanted
+    ]
+    return re.compile("|".join(parts)) if parts else None
+
+
+def _masked(value: Any, pattern: re.Pattern[str]) -> Any:
+    """A configuration without what is to be hidden. One pass: what takes a mask's place is not looked at again."""
+    if isinstance(value, str):
+        return pattern.sub(lambda match: _short(match[0]), value[:_READ])
+    if isinstance(value, list):
+        return [_masked(one, pattern) for one in value]
+    if isinstance(value, dict):
+        return {key: _masked(one, pattern) for key, one in value.items()}
+    return value
+
+
+def _short(secret: str) -> str:
+    return f"{secret[:4]}... ({len(secret)} characters)"
+
+
 def _texts(value: object, most: int = 200) -> list[str]:
     """Strings of a list, or keys of an object, of an image's configuration."""
     found = list(value) if isinstance(value, (list, dict)) else []
     return [str(one)[:1000] for one in found[:most]]
 
 
-def described(chosen: Selection) -> dict[str, Any]:
+def described(chosen: Selection, masks: list[str] | None = None) -> dict[str, Any]:
     """What the configuration says, as far as the report shows it.
+
+    Args:
+        chosen: The image.
+        masks: Strings to hide, from the machine that has read the image.
 
     Returns:
         ``image``, ``configuration`` and ``history``.
@@ -166,6 +202,9 @@ def described(chosen: Selection) -> dict[str, Any]:
         config = json.loads(chosen.config)
     except (ValueError, RecursionError):
         config = {}
+    pattern = _pattern(masks or [])
+    if pattern is not None:
+        config = _masked(config, pattern)
     if not isinstance(config, dict):
         config = {}
     inner = config.get("config")
@@ -219,7 +258,8 @@ def _redacted(variables: list[str]) -> list[str]:
     for one in variables:
         key, _, value = one.partition("=")
         hide = len(value) >= 6 and any(word in key.upper() for word in _SECRET_WORDS)
-        shown.append(f"{key}={value[:4]}... ({len(value)} characters)" if hide else one)
+        # What the machine has masked is no secret any more.
+        shown.append(f"{key}={_short(value)}" if hide and not value.endswith(" characters)") else one)
     return shown
 
 
@@ -265,8 +305,8 @@ _RUN_S = 30
 """How long --run lets the image's command go on, in seconds of the machine."""
 
 
-def _machine(asked: _Asked, command: list[str], *, shell: bool) -> tuple[Container, list[dict[str, Any]]]:
-    """Choose the images and make the machine for them; it, and the described images."""
+def _machine(asked: _Asked, command: list[str], *, shell: bool) -> tuple[Container, list[Selection]]:
+    """Choose the images and make the machine for them; it, and the images, whose sources are closed."""
     from kata.cli import inspect_machine
     from kata.images import handover
 
@@ -287,7 +327,7 @@ def _machine(asked: _Asked, command: list[str], *, shell: bool) -> tuple[Contain
         container = inspect_machine.make(
             fill, command, programs=programs, memory=asked.memory, terminal=shell and os.isatty(0)
         )
-        return container, [described(one) for one in chosen]
+        return container, chosen
 
 
 def _report(asked: _Asked) -> dict[str, Any]:
@@ -295,7 +335,8 @@ def _report(asked: _Asked) -> dict[str, Any]:
     from kata import __version__
     from kata.cli import inspect_machine, inspect_schema
 
-    container, images = _machine(asked, ["/inspector", "report"], shell=False)
+    container, chosen = _machine(asked, ["/inspector", "report"], shell=False)
+    images = [described(one) for one in chosen]
     report: dict[str, Any] = {
         "format": 1,
         "tool": f"kata {__version__}",
@@ -316,7 +357,11 @@ def _report(asked: _Asked) -> dict[str, Any]:
         except ImageError as error:
             answer.problem = error.message
         else:
-            report["found"] = content["images"][0]
+            images = [
+                described(one, found.pop("masks"))
+                for one, found in zip(chosen, content["images"], strict=True)
+            ]
+            report.update(images[0], found=content["images"][0])
             if "trace" in content:
                 report["trace"] = content["trace"]
             if len(images) > 1:

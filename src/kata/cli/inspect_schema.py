@@ -51,6 +51,7 @@ _IMAGE = {
         },
         1000,
     ),
+    "masks": _List(_Text(_LONG), 200),
     "folders": _List({"path": _T, "bytes": _N, "files": _N}, 100),
     "hidden": {
         "files": _N,

@@ -1,0 +1,71 @@
+"""The program that reads images, started here without a machine: what it says of images that are made to be nasty."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import planted_images
+import pytest
+from conftest import ROOT
+
+from kata.cli import inspect_image, inspect_kinds, inspect_schema
+from kata.images import handover, platform
+from kata.images.layout import Layout
+
+PROGRAM = ROOT / "inspector/target/x86_64-unknown-linux-gnu/release/kata-inspector"
+LIMITS = {"bytes": 16 << 30, "entries": 100_000, "seconds": 60}
+
+
+def inspected(directory: Path, *layouts: Path) -> tuple[dict[str, Any], list[handover.Selection]]:
+    """The report of the program, and what the host knows of the images."""
+    if not PROGRAM.exists():
+        pytest.skip("the inspector is not built: tools/setup test")
+    chosen = [handover.of_source(one.name, Layout(str(one)), "", platform.host()) for one in layouts]
+    handover.write(str(directory / "image"), chosen, LIMITS, {})
+    done = subprocess.run(
+        [PROGRAM, "report", directory / "image"], capture_output=True, timeout=120, check=True
+    )
+    return inspect_schema.parse(done.stdout, len(chosen)), chosen
+
+
+@pytest.mark.parametrize("name", planted_images.cases())
+def test_what_was_planted_is_found_and_nothing_else(tmp_path: Path, name: str) -> None:
+    image = planted_images.cases()[name]()
+    if image.large:
+        pytest.skip("it takes seconds: a case of make inspect-suite")
+    content, [chosen] = inspected(tmp_path, planted_images.write(image, tmp_path / "layout"))
+    [found] = content["images"]
+    assert Counter((one["kind"], one["path"]) for one in found["findings"]) == Counter(image.findings)
+    packages = Counter((one["kind"], one["name"], one["version"]) for one in found["packages"])
+    assert packages == Counter(image.packages)
+    assert Counter(one["path"] for one in found["hidden"]["largest"]) == Counter(image.hidden)
+    assert {one["path"] for one in found["start"]["scripts"]} == set(image.scripts)
+    assert all(one["kind"] in inspect_kinds.KINDS for one in found["findings"])
+    shown = json.dumps([inspect_image.described(chosen, found.pop("masks")), found])
+    for text in image.text:
+        assert text not in shown
+
+
+def test_whole_files_are_counted_and_no_others(tmp_path: Path) -> None:
+    image = planted_images.cases()["a-size-that-lies"]()
+    content, _ = inspected(tmp_path, planted_images.write(image, tmp_path / "layout"))
+    assert content["images"][0]["totals"]["bytes"] < 2000
+    assert [one["whole"] for one in content["images"][0]["layers"]] == [False]
+
+
+def test_sparse_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    from planted_files import sparse_1_0
+
+    layouts = [
+        planted_images.write(
+            planted_images.Image([planted_images.raw(sparse_1_0("a", 90_000, [(80_000, text)]))]),
+            tmp_path / text.decode(),
+        )
+        for text in (b"one", b"two")
+    ]
+    content, _ = inspected(tmp_path, *layouts)
+    assert [one["path"] for one in content["difference"]["files"]] == ["/a"]
