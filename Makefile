@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test screenshots coverage test-kvm test-user conformance kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm test-user conformance inspect-suite kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ conformance: ## critest against containerd with runc and with kata, writes docs/
 	@tools/setup test
 	@tools/setup conformance
 	@tools/conformance $(A)
+
+inspect-suite: ## kata inspect-image over nasty and ordinary images, beside syft; A='--only nasty/ --count 9 --fresh'
+	@tools/setup test
+	@tools/setup conformance
+	@tools/conformance --inspect $(A)
 
 kvm-lab: ## run CMD='...' in a machine with working KVM, or a shell; A='--get FILE --timeout 60 ...'
 	@tools/kvm-lab $(A) $(if $(CMD),-- bash -c "$$CMD",--shell)

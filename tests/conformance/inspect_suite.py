@@ -1,0 +1,231 @@
+"""`kata inspect-image` over images that are made to be nasty, and ordinary ones: what it says, and what is right.
+
+For each kind of finding and of package: how many were planted, how many were reported, precision and recall. With
+syft, the packages of the kinds that both know are compared: none may be missing that syft finds.
+
+Resumable: what was seen of an image is a line of ``build/conformance/inspect.jsonl``, and is not tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import inspect_ordinary
+import planted_images
+from conftest import ROOT, Kata
+
+LINES = ROOT / "build/conformance/inspect.jsonl"
+IMAGES = ROOT / "build/conformance/inspect-images"
+SYFT = ROOT / "build/programs/syft"
+SYFT_KINDS = {
+    "deb": "deb", "rpm": "rpm", "apk": "apk", "python": "pypi", "npm": "npm", "go-module": "golang",
+    "java-archive": "maven",
+}  # fmt: skip
+GRAVE = ("secret", "secret-in-configuration", "path-escape", "archive-bomb", "digest", "bad-layer", "preload",
+         "bad-database", "hidden-database", "entry-point", "odd-member", "odd-name", "odd-whiteout",
+         "limit")  # fmt: skip
+"""Kinds of which ordinary images have nothing."""
+
+
+class Case:
+    """An image that lies on the disk, and what is right to say of it."""
+
+    def __init__(self, name: str, layout: Path, findings: Counter[Any], packages: Counter[Any]) -> None:
+        self.name = name
+        self.layout = layout
+        self.findings = findings
+        self.packages = packages
+        self.known: frozenset[str] | None = None
+        self.hidden: list[str] = []
+        self.text: tuple[str, ...] = ()
+
+
+def cases(work: Path, only: str, count: int) -> Iterator[Case]:
+    names = [f"nasty/{name}" for name in planted_images.cases()]
+    names += [f"ordinary/{name}" for name in inspect_ordinary.MAKERS]
+    for full in [name for name in names if only in name][: count or None]:
+        group, _, name = full.partition("/")
+        if group == "ordinary":
+            one = inspect_ordinary.ordinary(name, IMAGES)
+            case = Case(full, one.layout, Counter(one.findings), Counter(one.packages))
+            case.known = one.known
+            yield case
+            continue
+        image = planted_images.cases()[name]()
+        layout = planted_images.write(image, work / name)
+        case = Case(full, layout, Counter(image.findings), Counter(image.packages))
+        case.hidden, case.text = image.hidden, image.text
+        yield case
+        shutil.rmtree(layout)
+
+
+def seen_by_kata(kata: Kata, case: Case) -> dict[str, Any]:
+    """What a machine says of an image, and what of it is wrong."""
+    began = time.monotonic()
+    done = kata.call("inspect-image", "--json", "-q", f"oci:{case.layout}", timeout=900)
+    try:
+        document = json.loads(done.stdout)
+        found = document["found"] or {}
+    except ValueError:
+        return {"problem": done.stderr.decode(errors="replace")[-500:] or "it says nothing"}
+    judged = None if case.known is None else inspect_ordinary.JUDGED | set(GRAVE)
+    findings = Counter(
+        (one["kind"], one["path"])
+        for one in found.get("findings", [])
+        if judged is None or one["kind"] in judged
+    )
+    packages = Counter(
+        (one["kind"], one["name"], one["version"])
+        for one in found.get("packages", [])
+        if case.known is None or one["kind"] in case.known
+    )
+    if case.known is not None:  # one record each, however many files say it
+        packages, case.packages = Counter(set(packages)), Counter(set(case.packages))
+    hidden = Counter(one["path"] for one in found.get("hidden", {}).get("largest", []))
+    problem = document["problem"] or "".join(
+        f"shown: {text[:4]}... " for text in case.text if text in done.stdout.decode()
+    )
+    if not problem and case.known is None and hidden != Counter(case.hidden):
+        problem = f"hidden: {dict(hidden)}"
+    return {
+        "problem": problem,
+        "seconds": round(time.monotonic() - began, 1),
+        "findings": tally(case.findings, findings),
+        "packages": tally(case.packages, packages),
+        "all": sorted({(one["kind"], one["name"], one["version"]) for one in found.get("packages", [])}),
+    }  # fmt: skip
+
+
+def tally(right: Counter[Any], found: Counter[Any]) -> dict[str, Any]:
+    """For each kind: planted, found, and found of those planted; and what was missed or too much."""
+    kinds: dict[str, list[int]] = {}
+    for at, counted in enumerate((right, found, right & found)):
+        for key, number in counted.items():
+            kinds.setdefault(key[0], [0, 0, 0])[at] += number
+    return {
+        "kinds": kinds,
+        "missed": sorted((right - found).elements()),
+        "more": sorted((found - right).elements()),
+    }
+
+
+def seen_by_syft(case: Case) -> list[list[str]]:
+    done = subprocess.run(
+        [SYFT, "scan", f"oci-dir:{case.layout}", "-q", "-o", "json"],
+        capture_output=True, timeout=900, check=False, env={**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"},
+    )  # fmt: skip
+    if done.returncode:
+        return []
+    found = set()
+    for one in json.loads(done.stdout)["artifacts"]:
+        if one["type"] in SYFT_KINDS and one["version"]:
+            name = one["name"]
+            if one["type"] == "java-archive":
+                group = one.get("metadata", {}).get("pomProperties", {}).get("groupId", "")
+                name = f"{group}:{name}" if group else name
+            found.add((SYFT_KINDS[one["type"]], name, one["version"]))
+    return sorted(map(list, found))
+
+
+def plain(package: list[str]) -> tuple[str, str, str]:
+    """A package as both name it."""
+    kind, name, version = package
+    if kind == "maven":
+        name = name.rpartition(":")[2]
+    if kind == "pypi":
+        name = name.lower().replace("_", "-").replace(".", "-")
+    if kind == "golang":
+        # Of a module that was built where it lies, syft makes a version up from what version control said.
+        version = "" if version == "(devel)" or version.startswith("v0.0.0-") else version.removeprefix("go")
+    if kind == "rpm":
+        version = version.partition(":")[2] or version
+    return kind, name, version
+
+
+def missed(mine: list[list[str]], theirs: list[list[str]]) -> list[tuple[str, str, str]]:
+    have = {plain(one) for one in mine}
+    loose = {one[:2] for one in have if one[0] == "golang" and not one[2]}
+    return sorted(
+        one for one in map(plain, theirs)
+        if one not in have and (one[0], one[1]) not in loose and not (one[0] == "golang" and not one[2])
+    )  # fmt: skip
+
+
+def show(rows: dict[str, dict[str, Any]]) -> int:
+    """Print the tables; how much is wrong."""
+    wrong = 0
+    for what in ("findings", "packages"):
+        kinds: dict[str, list[int]] = {}
+        for row in rows.values():
+            for kind, numbers in row.get(what, {}).get("kinds", {}).items():
+                total = kinds.setdefault(kind, [0, 0, 0])
+                for at in range(3):
+                    total[at] += numbers[at]
+        print(f"\n{what:<26} planted  found  right  precision  recall")
+        for kind, (planted, found, right) in sorted(kinds.items()):
+            precision, recall = right / found if found else 1.0, right / planted if planted else 1.0
+            print(f"{kind:<26} {planted:>7} {found:>6} {right:>6} {precision:>10.3f} {recall:>7.3f}")
+    for name, row in rows.items():
+        problems = [row["problem"]] if row["problem"] else []
+        for what in ("findings", "packages"):
+            for key in ("missed", "more"):
+                problems += [f"{key}: {' '.join(one)}" for one in row.get(what, {}).get(key, [])[:10]]
+        problems += [f"syft has {' '.join(one)}" for one in row.get("syft_missed", [])[:20]]
+        wrong += len(problems)
+        for problem in problems:
+            print(f"{name}: {problem}")
+    with_syft = [row for row in rows.values() if "syft" in row]
+    if with_syft:
+        print(
+            f"\nbeside syft: {sum(row['syft'] for row in with_syft)} packages of {len(with_syft)} images,"
+            f" {sum(len(row['syft_missed']) for row in with_syft)} of them missing here"
+        )
+    print(f"{len(rows)} images, {wrong} wrong")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="images with this in their name")
+    parser.add_argument("--count", type=int, default=0, help="at most so many")
+    parser.add_argument("--fresh", action="store_true", help="try again what was tried")
+    parser.add_argument("--no-syft", action="store_true", help="without syft, be it there")
+    options = parser.parse_args()
+    LINES.parent.mkdir(parents=True, exist_ok=True)
+    if options.fresh:
+        LINES.unlink(missing_ok=True)
+    rows = {}
+    if LINES.exists():
+        rows = {row["name"]: row for row in map(json.loads, LINES.read_text().splitlines())}
+    syft = SYFT.exists() and not options.no_syft
+    chosen = {}
+    with tempfile.TemporaryDirectory(prefix="ki") as directory:
+        work = Path(directory)
+        kata = Kata(work, Path(os.environ["KATA_GUEST_DIR"]))
+        for case in cases(work / "images", options.only, options.count):
+            row = rows.get(case.name)
+            if row is None or (syft and "syft" not in row):
+                row = {"name": case.name, **seen_by_kata(kata, case)}
+                if syft and "all" in row:
+                    theirs = seen_by_syft(case)
+                    row.update(syft=len(theirs), syft_missed=missed(row["all"], theirs))
+                with LINES.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(case.name, row.get("seconds", ""), row["problem"], flush=True)
+            chosen[case.name] = row
+    return 1 if show(chosen) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
