@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +127,98 @@ def test_a_shell_beside_the_image(shared_kata: Kata, planted: Path) -> None:
     assert b"<script>" in done.stdout
     assert b"Read-only file system" in done.stderr
     assert b"ermission denied" in done.stderr
+
+
+READS = "read,pread64,readv,preadv,preadv2,mmap"
+PEAK = 64 << 20
+
+
+def traced(
+    kata: Kata, trace: Path, *arguments: str, stdin: Path | None
+) -> tuple[dict[str, Any], list[str], int]:
+    """Run `kata` under strace: its document, the lines of the trace, and its largest resident size in bytes.
+
+    What it starts is not followed: the monitor reads the machine's disks, and does so in thousands of calls.
+    """
+    calls = f"open,openat,openat2,execve,copy_file_range,sendfile,splice,{READS}"
+    command = [
+        "strace",
+        "-D",
+        "-y",
+        "-qq",
+        "-s",
+        "0",
+        "-o",
+        str(trace),
+        "-e",
+        f"trace={calls}",
+    ]
+    source = stdin.open("rb") if stdin else subprocess.DEVNULL
+    with subprocess.Popen(
+        [*command, *kata.command(*arguments)], env=kata.env,
+        stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:  # fmt: skip
+        peak = 0
+        status = Path(f"/proc/{process.pid}/status")
+
+        def sample() -> None:
+            nonlocal peak
+            while True:
+                try:
+                    lines = status.read_text().splitlines()
+                except OSError:
+                    return
+                found = [int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")]
+                if not found:
+                    return  # it has ended
+                peak = max(peak, *found)
+                time.sleep(0.02)
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            output, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
+            sampler.join()
+    assert process.returncode == 0, errors
+    return json.loads(output), trace.read_text(errors="replace").splitlines(), peak
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize("how", ["layout", "standard input"])
+def test_the_host_reads_nothing_of_the_image(shared_kata: Kata, tmp_path: Path, how: str) -> None:
+    content = layer(
+        member("planted-4711", content=b"x", mode=0o4755), member("large", content=bytes(70 << 20))
+    )
+    if how == "layout":
+        simple_layout(tmp_path / "oci", content)
+        names, stdin = [f"oci:{tmp_path}/oci"], None
+        digest = hashlib.sha256(content).hexdigest()
+        held_in = re.compile(rf"<[^>]*/blobs/sha256/{digest}>")
+    else:
+        names, stdin = ["-"], docker_save(tmp_path / "saved.tar", [{"layers": [content]}])
+        held_in = re.compile(
+            rf"<({re.escape(str(stdin))}|{re.escape(str(shared_kata.state_dir))}/[^>]*rootfs/[^>]*[.]tmp)[^>]*>"
+        )
+    document, lines, peak = traced(
+        shared_kata, tmp_path / "trace", "inspect-image", "--json", "-q", *names, stdin=stdin
+    )
+    assert ("set-uid", "/planted-4711") in findings(document)
+    assert sum(one["bytes"] for one in document["found"]["layers"]) > 70 << 20
+    assert any("execve(" in line for line in lines)
+    assert not [line for line in lines if "planted-4711" in line]
+    moved = read = 0
+    for line in lines:
+        call, end = re.search(r"\b([a-z0-9_]+)\(", line), re.search(r"= (\d+)", line)
+        if not call or not end or not held_in.search(line):
+            continue
+        if call[1] in ("copy_file_range", "sendfile", "splice"):
+            moved += int(end[1])
+        elif call[1] == "mmap":
+            pytest.fail(f"it maps the image: {line}")
+        elif call[1] in READS.split(","):
+            read += int(end[1])
+    assert moved > 70 << 20  # the trace sees what it is to see
+    assert read < 64 << 10  # headers of the archive that `docker save` makes, and its manifest
+    assert 0 < peak < PEAK

@@ -232,10 +232,7 @@ def spool_input(source: int, target: int, limit: int) -> None:
     total = 0
     try:
         while True:
-            try:
-                done = os.splice(source, target, 1 << 20)
-            except OSError:
-                done = _copied_by_hand(source, target)
+            done = _spooled_step(source, target)
             if not done:
                 return
             total += done
@@ -251,8 +248,19 @@ def spool_input(source: int, target: int, limit: int) -> None:
         ) from error
 
 
+def _spooled_step(source: int, target: int) -> int:
+    try:
+        return os.splice(source, target, 1 << 20)  # a pipe
+    except OSError:
+        pass
+    try:
+        return os.sendfile(target, source, None, 1 << 20)  # None: from where it is
+    except OSError:
+        return _copied_by_hand(source, target)
+
+
 def _copied_by_hand(source: int, target: int) -> int:
-    """For what is no pipe: a regular file, a terminal, a socket."""
+    """For what the kernel cannot copy by itself: a terminal, some sockets."""
     data = os.read(source, 1 << 18)
     view = memoryview(data)
     while view:
