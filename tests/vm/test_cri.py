@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cni_support import PLUGINS, write_network
+from cni_support import PLUGINS, forwarded, write_network
 from containerd_support import USE_SECOND, Containerd, with_command
 from management_support import curl
 from monitor_support import monitor
@@ -580,41 +580,8 @@ def test_a_pods_machine_is_in_the_pods_cgroup(cri: Cri) -> None:
 
 
 def _forwarded(cri: Cri, pod: str, port: int, data: bytes = b"") -> bytes:
-    """What a guest's server says to `data` through ``crictl port-forward``."""
-    local = 20000 + os.getpid() % 10000
-    socket_path = f"unix://{cri.daemon.socket}"
-    command = ["crictl", "-r", socket_path, "-i", socket_path, "port-forward", pod, f"{local}:{port}"]
-    process = subprocess.Popen(
-        [*cri.daemon.around, *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    try:
-        assert any(b"Forwarding from" in line for line in process.stdout), "it forwards nothing"
-        # Where crictl listens: in the daemon's network namespace.
-        client = (
-            "import socket, sys, threading\n"
-            f"s = socket.create_connection(('127.0.0.1', {local}), 60)\n"
-            "threading.Thread(target=s.sendall, args=(sys.stdin.buffer.read(),), daemon=True).start()\n"
-            "data = b''\n"
-            "while piece := s.recv(65536): data += piece\n"
-            "sys.stdout.buffer.write(data)"
-        )
-        done = subprocess.run(
-            [*cri.daemon.around, sys.executable, "-c", client],
-            input=data,
-            capture_output=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr.decode() + cri.daemon.diagnosis()
-        return done.stdout
-    finally:
-        process.terminate()
-        process.wait(10)
-        process.stdout.close()
+    endpoint = f"unix://{cri.daemon.socket}"
+    return forwarded(endpoint, cri.daemon.around, pod, port, data, more=cri.daemon.diagnosis)
 
 
 def test_port_forward_reaches_the_guests_loopback(cri: Cri) -> None:

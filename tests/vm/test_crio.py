@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from cni_support import PLUGINS, write_network
+from cni_support import PLUGINS, forwarded, write_network
 from containerd_support import ROOT, with_command
+from terminal import Terminal
 from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -23,6 +24,8 @@ PROGRAMS = ROOT / "build/programs/crio"
 CONMON = shutil.which("conmon") or ROOT / "build/programs/podman/usr/bin/conmon"
 BUSYBOX = "localhost/busybox:latest"
 PAUSE = "localhost/pause:latest"
+CONTAINER = 1
+"""NamespaceMode of the CRI: a namespace of the container's own."""
 
 
 class Crio:
@@ -39,6 +42,7 @@ class Crio:
         self.log = directory / "crio.log"
         self.run_dir = directory / "r"
         self.netns = f"ko{os.getpid()}"
+        self.endpoint = f"unix://{directory}/c.sock"
         self.around = ["nsenter", f"--net=/run/netns/{self.netns}"]
         self.env = {
             **os.environ,
@@ -58,6 +62,10 @@ class Crio:
 
     def _configure(self) -> None:
         directory = self.directory
+        # Without one it complains, on a terminal into the midst of what is looked at.
+        (directory / "crictl.yaml").write_text(
+            f"runtime-endpoint: {self.endpoint}\nimage-endpoint: {self.endpoint}\n"
+        )
         (directory / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         networks = write_network(directory, "ko", "10.87.7.0/24")
         shim = directory / "bin/containerd-shim-kata-v2"
@@ -134,7 +142,7 @@ enable_nri = false
                 stdout=log,
                 stderr=log,
             )
-        until(lambda: self._crictl("version").returncode == 0, "CRI-O answers", self.log.read_text)
+        until(lambda: self.ask("version").returncode == 0, "CRI-O answers", self.log.read_text)
 
     def stop(self) -> None:
         """End the daemon; its pods go on."""
@@ -143,14 +151,20 @@ enable_nri = false
             self._daemon.wait(30)
             self._daemon = None
 
-    def _crictl(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        socket = f"unix://{self.directory}/c.sock"
-        command = [*self.around, "crictl", "--timeout", "2m", "-r", socket, "-i", socket, *arguments]
-        return subprocess.run(command, input=stdin, capture_output=True, timeout=PATIENCE, check=False)
+    def command(self, *arguments: str) -> list[str]:
+        """The argv of crictl with these arguments."""
+        crictl = ["crictl", "--config", str(self.directory / "crictl.yaml"), "--timeout", "2m"]
+        return [*self.around, *crictl, *arguments]
+
+    def ask(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """Run crictl to its end, whatever that is."""
+        return subprocess.run(
+            self.command(*arguments), input=stdin, capture_output=True, timeout=PATIENCE, check=False
+        )
 
     def __call__(self, *arguments: str, stdin: bytes = b"", code: int = 0) -> str:
         """Run crictl; its standard output, after a look at its exit status."""
-        done = self._crictl(*arguments, stdin=stdin)
+        done = self.ask(*arguments, stdin=stdin)
         said = f"crictl {' '.join(arguments)}: {done.stderr.decode()}\n{self.diagnosis()}"
         assert done.returncode == code, said
         return done.stdout.decode()
@@ -236,6 +250,7 @@ def crio(daemon: Crio) -> Iterator[Crio]:
     try:
         yield daemon
     finally:
+        daemon.ask("rm", "-a", "-f")  # it kills at once, which the removal of a pod does not
         daemon("rmp", "-a", "-f")
         until(lambda: not daemon.sandboxes(), "no sandbox is left", daemon.diagnosis, 15)
 
@@ -286,14 +301,60 @@ def test_out_of_memory_is_the_reason(crio: Crio, handler: str) -> None:
     assert (status["exitCode"], status["reason"]) == (137, "OOMKilled")
 
 
-def test_volumes_of_the_host(crio: Crio, tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", ["kata", "kata-oci"])
+def test_volumes_of_the_host(crio: Crio, tmp_path: Path, handler: str) -> None:
     (tmp_path / "from-host").write_text("hello")
     mounts = [
         {"container_path": "/data", "host_path": str(tmp_path)},
         {"container_path": "/ro", "host_path": str(tmp_path), "readonly": True},
     ]
-    one = crio.container(crio.pod(), "one", "sleep", "1000", mounts=mounts)
+    one = crio.container(crio.pod(handler), "one", "sleep", "1000", mounts=mounts)
     script = "cat /data/from-host; echo; echo back >/data/from-guest; touch /ro/x 2>/dev/null || echo not"
     assert crio("exec", "-s", one, "sh", "-c", script).split() == ["hello", "not"]
     assert (tmp_path / "from-guest").read_text() == "back\n"
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("handler", ["kata", "kata-oci"])
+def test_pids_of_their_own(crio: Crio, handler: str) -> None:
+    """As the kubelet has them: the first process of each container is process 1, which TERM does not end."""
+    own = {"security_context": {"namespace_options": {"pid": CONTAINER}}}
+    pod = crio.pod(handler, **own)
+    stopped = crio.container(pod, "stopped", "sleep", "1000", linux=own)
+    removed = crio.container(pod, "removed", "sleep", "1000", linux=own)
+    assert crio("exec", "-s", stopped, "cat", "/proc/1/comm").strip() == "sleep"
+    crio("stop", "--timeout", "1", stopped)
+    assert crio.status(stopped)["exitCode"] == 137
+    assert crio.status(removed)["state"] == "CONTAINER_RUNNING"
+    # CRI-O waits for what does not end by TERM as long as its caller waits for it, and then kills it.
+    if crio.ask("--timeout", "4s", "rmp", "-f", pod[0]).returncode != 0:
+        crio("rmp", "-f", pod[0])
+    until(lambda: not crio.sandboxes(), "no sandbox is left", crio.diagnosis, 15)
+
+
+def test_terminals_and_forwarded_ports(crio: Crio) -> None:
+    """By type "oci", where conmon holds the terminals, and CRI-O itself goes to the pod's ports."""
+    pod = crio.pod("kata-oci")
+    waits = "while ! read -t 1 a; do echo up; done; echo got $a; exit 5"
+    serve = "echo served >/tmp/f; httpd -p 127.0.0.1:8080 -h /tmp"
+    one = crio.container(pod, "one", "sh", "-c", f"{serve}; {waits}", tty=True, stdin=True)
+    sized = (
+        'until test "$(stty size)" = "24 200"; do sleep 0.1; done; echo sized; read a; echo got $a; exit 6'
+    )
+    with Terminal(crio.command("exec", "-it", one, "sh", "-c", sized)) as shell:
+        shell.expect("sized")
+        shell.typed("there\r")
+        shell.ended()
+        assert "got there" in shell.said
+        assert "exit code 6" in shell.said
+    answer = forwarded(
+        crio.endpoint, crio.around, pod[0], 8080, b"GET /f HTTP/1.0\r\n\r\n", more=crio.diagnosis
+    )
+    assert answer.endswith(b"\r\n\r\nserved\n")
+    with Terminal(crio.command("attach", "-it", one)) as client:
+        client.expect("up")
+        client.typed("hello\r")
+        client.ended()
+        assert "got hello" in client.said
+    until(lambda: crio.status(one)["state"] == "CONTAINER_EXITED", "the container has ended", crio.diagnosis)
+    assert crio.status(one)["exitCode"] == 5
