@@ -106,10 +106,10 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
         with containers.engine_of(record) as client:
             client.create(container_id, bundle, terminal=terminal, stdin=f"handover://{stands.path}")
         standing.take_root(stands.pid, record.rootfs, config.get("mounts") or ())
-        stands.let_go()
         _write_pid(arguments.value("pid_file"), stands.pid)
         if engine is not None:
             engine.release()
+        stands.let_go()  # the last: until then it dies with this process, and the container with it
     except BaseException:
         try:
             containers.delete(root, record, force=True)
@@ -366,8 +366,9 @@ def _exec(arguments: Arguments, options: GlobalOptions) -> int:
             engine.exec(record.id, exec_id, process, terminal=terminal, stdin=f"handover://{stands.path}")
             _start_exec(engine, record, exec_id)
             _write_pid(arguments.value("pid_file"), stands.pid)
-        finally:
             stands.let_go()
+        finally:
+            stands.abandon()
     return 0 if detached else _wait_for_child(stands.pid, stands.terminal)
 
 

@@ -2,15 +2,16 @@
 
 It stands for a container's init, or an exec, as `kata.engine.containers.host_process` describes: it hands its standard
 streams to the engine, passes signals and its terminal's size on, and ends with the status that the engine tells it. It
-kills itself when the engine has died, and ends when nobody has connected before whoever started it is gone. Where it is
-to be the child of a monitor (conmon), it kills itself when that has died, too: nobody would learn the status, and no
-client would have the container deleted.
+kills itself when the engine has died, and when whoever started it is gone before it has let go of it: that command has
+failed, and a monitor that waits for the end of the streams to say so (conmon) would wait for ever. Where it is to be the
+child of a monitor, it kills itself when that has died, too: nobody would learn the status, and no client would have the
+container deleted.
 
 There is one for each container for as long as that runs, so it imports nothing but what is built into the interpreter:
 this file is executed by its path, without the package.
 
 Descriptors: 0 to 2 its streams, 3 a listening socket (SOCK_SEQPACKET), 4 the reading end of a pipe whose other end its
-starter holds: one byte comes there once this process has been adopted.
+starter holds: `ADOPTED` comes there once this process has been adopted, `LET_GO` when its starter is done.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 LISTENER, LIFE = 3, 4
+ADOPTED, LET_GO = b".", b"!"
 SIGCHLD, SIGWINCH, SIGKILL, SIGSTOP = 17, 28, 9, 19
 _OWN = frozenset({SIGKILL, SIGSTOP, SIGCHLD, 4, 7, 8, 11})
 """Not passed on: what cannot be caught, what is the kernel's word about this process itself."""
@@ -49,31 +51,50 @@ def _nothing(_number: int, _frame: object) -> None:
     """The number is in the pipe."""
 
 
-def _connected() -> tuple[_socket.socket, int]:
-    """Wait for the engine. Ends this process if there will be none.
+class Watched:
+    """Those without whom this process may not live: its monitor, and, until that lets go of it, its starter.
 
-    Returns:
-        The connection, and what `_monitor` returns; -1 where nobody was to adopt this process.
+    Args:
+        poller: They are registered there.
     """
-    monitor = -1
-    poller = select.poll()
+
+    def __init__(self, poller: select.poll) -> None:
+        self._poller = poller
+        self._monitor = -1
+        poller.register(LIFE, _POLLIN)
+
+    def look(self, ready: dict[int, int]) -> None:
+        """Look at what a poll has found. Ends this process if one of them has gone."""
+        if self._monitor in ready:
+            _die()
+        if LIFE in ready:
+            for number in posix.read(LIFE, 2) or b"\0":
+                self._hear(bytes([number]))
+
+    def _hear(self, word: bytes) -> None:
+        if word == ADOPTED:
+            self._monitor = _monitor()
+            if self._monitor >= 0:
+                self._poller.register(self._monitor, _POLLIN)
+        elif word == LET_GO:
+            self._poller.unregister(LIFE)
+            posix.close(LIFE)
+        else:
+            _die()
+
+
+def _connected(poller: select.poll, watched: Watched) -> _socket.socket:
+    """Wait for the engine. Ends this process if there will be none."""
     poller.register(LISTENER, _POLLIN)
-    poller.register(LIFE, _POLLIN)
     while True:
         ready = dict(poller.poll())
-        if monitor >= 0 and monitor in ready:
-            _die()
-        if ready.get(LIFE, 0) & _POLLIN and posix.read(LIFE, 1):
-            monitor = _monitor()
-            if monitor >= 0:
-                poller.register(monitor, _POLLIN)
-        elif LISTENER in ready:
+        watched.look(ready)
+        if LISTENER in ready:
+            poller.unregister(LISTENER)
             listener = _socket.socket(fileno=LISTENER)
             number, _ = listener._accept()  # type: ignore[attr-defined]
             listener.close()
-            return _socket.socket(fileno=number), monitor
-        elif LIFE in ready:
-            posix._exit(1)
+            return _socket.socket(fileno=number)
 
 
 def _die() -> NoReturn:
@@ -105,8 +126,9 @@ def main(terminal: bool) -> None:
         terminal: The standard streams are a terminal, which is the controlling one.
     """
     signals = _catch()
-    channel, monitor = _connected()
-    posix.close(LIFE)
+    poller = select.poll()
+    watched = Watched(poller)
+    channel = _connected(poller, watched)
     streams = b"".join(number.to_bytes(4, sys.byteorder) for number in range(3))
     channel.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
     kept = posix.dup(0) if terminal else -1  # its size can be asked for as long as it is open
@@ -116,11 +138,8 @@ def main(terminal: bool) -> None:
     posix.close(null)
     if terminal:
         _send_size(channel, kept)
-    poller = select.poll()
     poller.register(channel.fileno(), _POLLIN)
     poller.register(signals, _POLLIN)
-    if monitor >= 0:
-        poller.register(monitor, _POLLIN)
     while True:
         ready = dict(poller.poll())
         if signals in ready:
@@ -133,8 +152,7 @@ def main(terminal: bool) -> None:
             if status:
                 posix._exit(status[0])
             _die()
-        if monitor in ready:
-            _die()
+        watched.look(ready)
 
 
 def _pass_on(channel: _socket.socket, signals: int, terminal: int) -> None:

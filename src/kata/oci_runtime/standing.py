@@ -7,6 +7,7 @@ import sys
 
 from kata import sysio
 from kata.errors import HostError
+from kata.oci_runtime.pid_process import ADOPTED, LET_GO
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +40,17 @@ class Standing:
         self._life = sysio.Fd(life)
 
     def let_go(self) -> None:
-        """Let it go on: it has an engine. One that has none ends."""
+        """Let it go on without this process, which has done all that it was asked for."""
+        try:
+            os.write(self._life.raw, LET_GO)
+        except BrokenPipeError:
+            pass  # it has ended
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let it end, and what it stands for with it; nothing after `let_go`."""
+        if not self._life.is_open:
+            return
         self._life.close()
         try:
             os.unlink(self.path)
@@ -107,7 +118,7 @@ def start(
             failure = word.removeprefix(_READY).decode(errors="replace") or "it ended"
             raise HostError(f"cannot start the process that stands for the container: {failure}")
         if orphan:
-            os.write(life_write.raw, b".")  # its parent is its monitor now
+            os.write(life_write.raw, ADOPTED)  # its parent is its monitor now
         return Standing(child, path, life_write.detach())
     except OSError as error:
         raise HostError(

@@ -1,0 +1,72 @@
+"""The process that stands for a container on the host, with a test in the place of the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from waiting import until
+
+from kata.engine.containers import host_process
+from kata.oci_runtime import standing
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[[], standing.Standing]:
+    def made() -> standing.Standing:
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            return standing.start(
+                str(tmp_path / "pid.sock"), "", (null,) * 3, terminal=False, orphan=False, own_mounts=False
+            )
+        finally:
+            os.close(null)
+
+    return made
+
+
+def ended(pid: int) -> int:
+    """How a child has ended: its status, or the negative number of a signal."""
+    found: list[int] = []
+
+    def has_ended() -> bool:
+        ended_pid, status = os.waitpid(pid, os.WNOHANG)
+        found.append(status)
+        return ended_pid == pid
+
+    until(has_ended, "its end")
+    return os.waitstatus_to_exitcode(found[-1])
+
+
+def test_it_ends_with_the_status_that_the_engine_tells(start: Callable[[], standing.Standing]) -> None:
+    one = start()
+    engine = host_process.take(one.path)
+    one.let_go()
+    assert not os.path.exists(one.path)
+    engine.end(7)
+    assert ended(one.pid) == 7
+
+
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_it_dies_with_who_has_not_let_go_of_it(
+    start: Callable[[], standing.Standing], is_connected: bool
+) -> None:
+    """Also when the engine has its streams: conmon waits for their end to say that the start has failed."""
+    one = start()
+    engine = host_process.take(one.path) if is_connected else None
+    one.abandon()  # what the kernel does when that process is killed
+    assert ended(one.pid) == -9
+    if engine is not None:
+        engine.close()
+
+
+def test_it_dies_with_its_engine(start: Callable[[], standing.Standing]) -> None:
+    one = start()
+    engine = host_process.take(one.path)
+    one.let_go()
+    engine.close()
+    assert ended(one.pid) == -9
